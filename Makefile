@@ -1,0 +1,62 @@
+# One command for each common job; `make help` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= reference
+EXPORTED ?= exported
+# An index to add for PyTorch, where the default one gives the wrong build; see the README.
+TORCH_INDEX ?=
+# FULL=1: about 60 s a cell instead of 20.
+FULL ?=
+
+BIN = $(VENV)/bin
+TOOLCHAIN = $(BIN)/toolchain
+PIP = $(BIN)/pip install --disable-pip-version-check -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt
+CHOICE = --model "$(MODEL)" --exported "$(EXPORTED)"
+
+.DEFAULT_GOAL := help
+.PHONY: help install export bench compare test lint docs clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+install: $(VENV)/.installed ## create .venv and install the toolchain into it
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): a few minutes where nothing is cached"
+	$(PIP) -e ".[cpu]"
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) -e ".[cpu,test]"
+	@touch $@
+
+export: install ## build torch-fp32, onnx-std, onnx-fp32, onnx-int8 (MODEL=hub id or folder)
+	$(TOOLCHAIN) export $(CHOICE)
+	$(TOOLCHAIN) quantize --backend ort $(CHOICE)
+
+bench: install ## build what is missing, measure every cell, compare (FULL=1: longer)
+	$(TOOLCHAIN) bench $(if $(FULL),,--quick) $(CHOICE)
+
+compare: install ## show the newest result again
+	$(TOOLCHAIN) compare $(CHOICE)
+
+test: $(VENV)/.installed-test lint ## lint, types and all tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test ## lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: install ## write the README's command reference anew
+	$(BIN)/python tests/cli_reference.py
+
+clean: ## delete built artifacts and caches, and say what that frees
+	@du -sch $(EXPORTED)/*/ $(EXPORTED)/.cache .pytest_cache .mypy_cache .ruff_cache build 2>/dev/null | sed 's/^/freeing /' || true
+	rm -rf $(EXPORTED)/*/ $(EXPORTED)/.cache .pytest_cache .mypy_cache .ruff_cache build toolchain.egg-info
+	find toolchain tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and delete .venv as well
+	@du -sh $(VENV) 2>/dev/null | sed 's/^/freeing /' || true
+	rm -rf $(VENV)
