@@ -1,0 +1,292 @@
+"""An artifact: a folder whose manifest says what is in it and how it came about, sealed once and published whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from toolchain.errors import ArtifactError, TamperedError
+from toolchain.variants import Step, settings_of, step_from, step_name
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of an artifact: path relative to the folder, bytes, sha256 in hex."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output: name, element type, shape with names for the dynamic axes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is. `id` covers files, step, step version and parent: the same work gives the same id."""
+
+    model: str
+    variant: str
+    source: Mapping[str, Any]
+    parent: str | None
+    parent_id: str | None
+    step: Step
+    step_version: int
+    files: tuple[FileEntry, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    labels: tuple[str, ...]
+    max_length: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    validation: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    created: str = ""
+
+    @property
+    def id(self) -> str:
+        """sha256 over the canonical JSON of files, effective step, step version and parent id."""
+        sealed = {
+            "files": [dataclasses.asdict(f) for f in sorted(self.files, key=lambda f: f.path)],
+            "parent": self.parent_id,
+            "settings": settings_of(self.step),
+            "step": step_name(self.step),
+            "version": self.step_version,
+        }
+        return hashlib.sha256(json.dumps(sealed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def size_bytes(self) -> int:
+        """Every file that ships; the manifest itself is not counted."""
+        return sum(f.bytes for f in self.files)
+
+    def to_json(self) -> str:
+        """The manifest as it is stored."""
+        body = dataclasses.asdict(self)
+        body["step"] = {
+            "name": step_name(self.step),
+            "version": body.pop("step_version"),
+            "settings": settings_of(self.step),
+        }
+        parent_id = body.pop("parent_id")
+        body["parent"] = {"variant": self.parent, "id": parent_id} if self.parent else None
+        return json.dumps({"schema": SCHEMA, "id": self.id, **body}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Reads `to_json`; `ValueError` or `KeyError` for a text that is none, `TamperedError` where the id lies."""
+        body: dict[str, Any] = json.loads(text)
+        if body["schema"] != SCHEMA:
+            raise ValueError(f"schema {body['schema']} instead of {SCHEMA}")
+        step = body.pop("step")
+        parent = body.pop("parent") or {"variant": None, "id": None}
+        said = body.pop("id")
+        del body["schema"]
+        for key, kind in (("files", FileEntry), ("inputs", TensorSpec), ("outputs", TensorSpec)):
+            body[key] = tuple(_entry(kind, values) for values in body[key])
+        manifest = cls(
+            parent=parent["variant"],
+            parent_id=parent["id"],
+            step_version=step["version"],
+            step=step_from(step["name"], step["settings"]),
+            labels=tuple(body.pop("labels")),
+            **body,
+        )
+        if manifest.id != said:
+            raise TamperedError(f"The manifest of {manifest.variant} does not add up to its own id.", "Build it again.")
+        return manifest
+
+
+def _entry(kind: type[FileEntry] | type[TensorSpec], values: dict[str, Any]) -> FileEntry | TensorSpec:
+    if "shape" in values:
+        values = {**values, "shape": tuple(values["shape"])}
+    return kind(**values)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published folder and what its manifest says."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def onnx_path(self) -> Path:
+        """Where the graph of an ONNX variant lies."""
+        return self.path / "model.onnx"
+
+    def verify(self) -> None:
+        """Compares every file with the manifest; `TamperedError` names the first that differs."""
+        for entry in self.manifest.files:
+            path = self.path / entry.path
+            if not path.is_file():
+                what = "is missing"
+            elif path.stat().st_size != entry.bytes:
+                what = f"has {path.stat().st_size} bytes instead of {entry.bytes}"
+            elif sha256(path) != entry.sha256:
+                what = "has another sha256 than its manifest says"
+            else:
+                continue
+            raise TamperedError(
+                f"{self.path}: {entry.path} {what}.",
+                f"Delete the folder {self.path} (or move it away) and run the command again: it is built anew.",
+            )
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a step is given: its settings, the parent (None for an import), the checkpoint's folder for an import, and
+    the scratch folder it fills."""
+
+    step: Step
+    parent: Artifact | None
+    checkpoint: Path | None
+    folder: Path
+
+    @property
+    def given(self) -> Artifact:
+        """The parent of a step that has one."""
+        if self.parent is None:
+            raise ArtifactError(f"{step_name(self.step)} needs a parent.")
+        return self.parent
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a step gives back: the effective settings ("auto" resolved), and what the manifest says of the result."""
+
+    step: Step
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    labels: tuple[str, ...]
+    max_length: int
+    facts: Mapping[str, Any]
+
+
+def sha256(path: Path) -> str:
+    """The file's sha256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def list_files(folder: Path) -> tuple[FileEntry, ...]:
+    """Every file under `folder` but the manifest, sorted by path."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return tuple(FileEntry(p.relative_to(folder).as_posix(), p.stat().st_size, sha256(p)) for p in paths)
+
+
+def load(path: Path) -> Artifact | None:
+    """The artifact at `path`, None where there is none; `ArtifactError` for a folder that is something else."""
+    file = path / MANIFEST
+    if not file.is_file():
+        if path.exists():
+            raise ArtifactError(f"{path} exists but holds no {MANIFEST}.", "It was not built here: move it away.")
+        return None
+    try:
+        manifest = Manifest.from_json(file.read_text())
+        for entry in manifest.files:
+            parts = PurePosixPath(entry.path)
+            if parts.is_absolute() or ".." in parts.parts:
+                raise ValueError(f"the path {entry.path!r} leaves the folder")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{file} cannot be read: {error}.", "Delete the folder and build it again.") from error
+    return Artifact(path, manifest)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copies config and tokenizer: every file of the artifact in `source` but its weights, graph and manifest."""
+    for file in source.iterdir():
+        if file.is_file() and file.name != MANIFEST and file.suffix not in (".safetensors", ".onnx"):
+            shutil.copyfile(file, folder / file.name)
+
+
+@contextmanager
+def lock(target: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Holds `target` for one process, having mended what a killed run left; `waiting` is called before it blocks."""
+    from filelock import FileLock, Timeout
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        guard = FileLock(target.with_name(f".{target.name}.lock"))
+        try:
+            guard.acquire(timeout=0)
+        except Timeout:
+            waiting()
+            guard.acquire()
+    except OSError as error:
+        raise _unwritable(target.parent, error) from error
+    try:
+        _recover(target)
+        yield
+    finally:
+        guard.release()
+
+
+@contextmanager
+def building(target: Path) -> Iterator[Path]:
+    """A scratch folder beside `target` on the same file system, gone afterwards unless it was published."""
+    try:
+        scratch = target.with_name(f".{target.name}.{os.getpid()}.building")
+        scratch.mkdir()
+    except OSError as error:
+        raise _unwritable(target.parent, error) from error
+    try:
+        yield scratch
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise _unwritable(target.parent, error) from error
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def publish(scratch: Path, target: Path, manifest: Manifest) -> Artifact:
+    """Writes the manifest last and renames the whole folder into place; under `lock`."""
+    try:
+        (scratch / MANIFEST).write_text(manifest.to_json())
+        old = _old(target)
+        if target.exists():
+            target.rename(old)
+        scratch.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        _recover(target)
+        raise _unwritable(target.parent, error) from error
+    return Artifact(target, manifest)
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _recover(target: Path) -> None:
+    """A run killed between two renames leaves the old folder aside: put it back; scratch folders go."""
+    old = _old(target)
+    if old.exists() and not target.exists():
+        old.rename(target)
+    for left in [old, *target.parent.glob(f".{target.name}.*.building")]:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _unwritable(folder: Path, error: OSError) -> ArtifactError:
+    return ArtifactError(
+        f"{folder} cannot be written: {error.strerror or error}.",
+        "Free the space or the permission, or choose another place with --exported DIR.",
+    )

@@ -1,0 +1,77 @@
+"""Everything that can go wrong in words a user can act on.
+
+ToolchainError                exit 1: a sentence with the cause, a sentence with the mend
+├── UnknownVariantError       no such variant for this model ("did you mean …")
+├── CheckpointError           the checkpoint cannot be read, or is not a classifier
+│   └── HubError              the model hub did not give it
+├── DataError                 sentences or labels that cannot be used
+├── ArtifactError             a folder under exported/ that cannot be read, written or replaced
+│   └── TamperedError         files that no longer match their manifest
+├── GraphError                an ONNX file that is none, or a rewrite that does not apply to it
+├── ProviderError             an execution provider that cannot serve here, or did not
+├── BenchError                nothing could be measured
+├── ResultFileError           a result file that cannot be read or written
+└── VerdictError              exit 3: everything ran, and the answer is no
+"""
+
+from __future__ import annotations
+
+
+class ToolchainError(Exception):
+    """A failure the user can mend: `cause` says what is wrong, `mend` what to do; `exit_code` is the process's."""
+
+    exit_code = 1
+
+    def __init__(self, cause: str, mend: str = "") -> None:
+        super().__init__(cause, mend)
+        self.cause = cause
+        self.mend = mend
+
+    def __str__(self) -> str:
+        return f"{self.cause} {self.mend}".strip()
+
+
+class UnknownVariantError(ToolchainError):
+    """No variant of that name."""
+
+
+class CheckpointError(ToolchainError):
+    """The checkpoint cannot be read, is unsafe to read, or is not a sequence classifier."""
+
+
+class HubError(CheckpointError):
+    """The model hub could not be reached or refused."""
+
+
+class DataError(ToolchainError):
+    """Evaluation data without the columns, labels or rows it needs."""
+
+
+class ArtifactError(ToolchainError):
+    """An artifact folder that cannot be read, written or replaced."""
+
+
+class TamperedError(ArtifactError):
+    """An artifact whose bytes are not those its manifest was sealed with."""
+
+
+class GraphError(ToolchainError):
+    """An ONNX graph that cannot be read, or that a rewrite's precondition does not hold for."""
+
+
+class ProviderError(ToolchainError):
+    """An execution provider that is not there, or a session that runs on another one than asked."""
+
+
+class BenchError(ToolchainError):
+    """A measurement that could not be made."""
+
+
+class ResultFileError(ToolchainError):
+    """A result file that is truncated, of another schema, or contradicts itself."""
+
+
+class VerdictError(ToolchainError):
+    """A check that ran to its end and said no."""
+
+    exit_code = 3
