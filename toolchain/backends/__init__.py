@@ -1,0 +1,53 @@
+"""One `Session` for every runtime: the same batch in, the same logits out, under the same clock."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# Runtime tag of a variant's name → the class that opens it, imported when it is needed.
+SESSIONS = {
+    "torch": "toolchain.backends.pytorch:TorchSession",
+    "onnx": "toolchain.backends.ort:OrtSession",
+}
+
+# What each imports when it is opened; a memory figure tells these from the model.
+IMPORTS = {
+    "torch": ("torch", "transformers.models.auto.modeling_auto"),
+    "onnx": ("onnxruntime",),
+}
+
+
+class Session(Protocol):
+    """A loaded model on one execution provider.
+
+    Built as ``Class(folder, provider, threads)``; raises `ProviderError` where the provider cannot serve, and never
+    runs on another one than asked.
+    """
+
+    def __init__(self, folder: Path, provider: str, threads: int) -> None: ...
+
+    def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
+        """int64 arrays [batch, sequence] on the host → float32 logits [batch, labels] on the host."""
+
+    def facts(self) -> dict[str, Any]:
+        """The provider it really runs on, and what else a row should say about the session."""
+
+    def close(self) -> None:
+        """Frees the model."""
+
+
+def session_class(path: str) -> type[Session]:
+    """The class at ``module:name``."""
+    module, name = path.split(":")
+    found: type[Session] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def open_session(folder: Path, runtime: str, provider: str, threads: int) -> Session:
+    """Loads the artifact in `folder` for `provider` (``cpu`` or ``cuda``) with that many threads."""
+    return session_class(SESSIONS[runtime])(folder, provider, threads)

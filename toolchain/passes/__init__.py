@@ -1,0 +1,106 @@
+"""Graph rewrites on ONNX, one small file each, applied by name in order.
+
+A pass takes the model and what is known of its attention, changes the model in place (or returns another) and says how
+often it applied. Where its pattern is not there it applies zero times; a graph it cannot keep correct it leaves alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolchain.errors import GraphError
+from toolchain.passes.first_token import first_token
+from toolchain.passes.fuse import fuse
+from toolchain.passes.quantize_embedding import quantize_embedding
+from toolchain.passes.quantize_linear import quantize_linear
+from toolchain.passes.residual_sum import residual_sum
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+MS_DOMAIN = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Heads and width of the encoder, which ONNX Runtime's fusions cannot always tell from the graph."""
+
+    heads: int
+    width: int
+
+
+Pass = Callable[["ir.Model", Attention], "tuple[ir.Model, int]"]
+
+PASSES: dict[str, Pass] = {
+    "fuse": fuse,
+    "residual-sum": residual_sum,
+    "first-token": first_token,
+    "quantize-linear": quantize_linear,
+    "quantize-embedding": quantize_embedding,
+}
+
+
+def rewrite(model: ir.Model, names: Sequence[str], attention: Attention) -> tuple[ir.Model, dict[str, int]]:
+    """Applies the named passes in order and tidies up; the counts say how often each applied."""
+    from onnx_ir.passes import common
+
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    counts = {}
+    for name in names:
+        model, counts[name] = PASSES[name](model, attention)
+    common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedOpsetsPass()(model)
+    return model, counts
+
+
+def read(path: Path) -> ir.Model:
+    """Loads and checks a single-file ONNX model; `GraphError` where it is none."""
+    import onnx
+    import onnx_ir as ir
+    from google.protobuf.message import DecodeError
+
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+        if not proto.graph.node:
+            raise ValueError("it has no nodes")
+        onnx.checker.check_model(proto)
+        return ir.from_proto(proto)
+    except (DecodeError, onnx.checker.ValidationError, ValueError, OSError) as error:
+        raise GraphError(f"{path} is no valid ONNX model: {error}.", "Build it again.") from error
+
+
+def write(model: ir.Model, path: Path) -> None:
+    """Saves the model in one file, its tensors inside."""
+    import onnx_ir as ir
+
+    ir.save(model, path)
+
+
+def facts(model: ir.Model) -> dict[str, Any]:
+    """Bytes by dtype and by part (embeddings, encoder, head), opset, IR version and operator counts."""
+    nodes = list(model.graph)
+    last_norm = max((i for i, n in enumerate(nodes) if n.op_type == "LayerNormalization"), default=-1)
+    position = {node: index for index, node in enumerate(nodes)}
+    by_part, by_dtype = {"embeddings": 0, "encoder": 0, "head": 0}, Counter[str]()
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        users = value.consumers()
+        if tensor is None or not users:
+            continue
+        if any(node.op_type == "Gather" for node in users) and tensor.shape.rank() == 2:
+            part = "embeddings"
+        else:
+            part = "head" if min(position[node] for node in users) > last_norm else "encoder"
+        by_part[part] += tensor.nbytes
+        by_dtype[tensor.dtype.numpy().name] += tensor.nbytes
+    return {
+        "bytes_by_dtype": dict(sorted(by_dtype.items())),
+        "bytes_by_part": by_part,
+        "opset": dict(sorted(model.opset_imports.items())),
+        "ir_version": model.ir_version,
+        "operators": dict(sorted(Counter(node.op_type for node in nodes).items())),
+    }

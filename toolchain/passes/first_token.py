@@ -1,0 +1,82 @@
+"""The classifier reads the first token only: compute the last layer's token-wise part for that token alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from toolchain.passes import Attention
+
+# Operators that treat every token by itself, on any number of leading axes.
+TOKEN_WISE = {"Add", "Sum", "MatMul", "LayerNormalization", "Gelu", "FastGelu", "Relu", "Tanh"}
+# What a token-wise stretch may start from: nodes known to give [batch, sequence, width].
+BOUNDARY = {"Attention", "MultiHeadAttention", "LayerNormalization"}
+
+
+def first_token(model: ir.Model, attention: Attention) -> tuple[ir.Model, int]:
+    """Moves the `Gather` of token 0 up through token-wise nodes to the last attention; counts the nodes it passed.
+
+    Exact: each of those nodes gives token 0 from token 0 alone. Applies only where every use of the moved values
+    ends in that Gather and everything they start from is known to be [batch, sequence, width].
+    """
+    passed = 0
+    for gather in [node for node in model.graph if _takes_first_token(node)]:
+        region = _region(model, gather)
+        starts = {v: v.producer() for node in region for v in node.inputs if v is not None and not v.is_initializer()}
+        starts = {value: node for value, node in starts.items() if node not in region}
+        if not region or any(node is None or node.op_type not in BOUNDARY for node in starts.values()):
+            continue
+        _move(model, gather, region, list(starts))
+        passed += len(region)
+    return model, passed
+
+
+def _takes_first_token(node: ir.Node) -> bool:
+    if node.op_type != "Gather" or node.inputs[1] is None or node.inputs[1].const_value is None:
+        return False
+    index = node.inputs[1].const_value.numpy()
+    return node.attributes.get_int("axis", 0) == 1 and index.ndim == 0 and int(index) == 0
+
+
+def _region(model: ir.Model, gather: ir.Node) -> list[ir.Node]:
+    """The token-wise nodes above `gather` whose results nobody else reads, nearest first."""
+    region = [gather]
+    for node in reversed(list(model.graph)):
+        readers = {reader for out in node.outputs for reader in out.consumers()}
+        shown = any(out.is_graph_output() for out in node.outputs)
+        if readers and readers <= set(region) and not shown and node.op_type in TOKEN_WISE and _last_axis_only(node):
+            region.append(node)
+    return region[1:]
+
+
+def _last_axis_only(node: ir.Node) -> bool:
+    if node.op_type == "LayerNormalization":
+        return node.attributes.get_int("axis", -1) == -1
+    ranks = [v.const_value.shape.rank() if v and v.is_initializer() and v.const_value else None for v in node.inputs]
+    if node.op_type == "MatMul":
+        return ranks == [None, 2]
+    return all(rank is None or rank <= 1 for rank in ranks)
+
+
+def _move(model: ir.Model, gather: ir.Node, region: list[ir.Node], starts: list[ir.Value]) -> None:
+    import onnx_ir as ir
+
+    for start in starts:
+        first = ir.node("Gather", [start, gather.inputs[1]], {"axis": 1}, name=f"{start.name}/first_token")
+        first.outputs[0].name = f"{start.name}/first_token"
+        producer = start.producer()
+        assert producer is not None  # a boundary node, checked by the caller
+        model.graph.insert_after(producer, first)
+        for node in region:
+            for index, value in enumerate(node.inputs):
+                if value is start:
+                    node.replace_input_with(index, first.outputs[0])
+    for node in region:
+        for out in node.outputs:
+            out.shape = None
+    data = gather.inputs[0]
+    assert data is not None  # a Gather has its data
+    gather.outputs[0].replace_all_uses_with(data, replace_graph_outputs=True)
+    model.graph.remove(gather, safe=True)

@@ -1,0 +1,134 @@
+"""Linear layers in int8: U8 activations scaled at run time × S8 weights scaled per output channel, bias inside."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from toolchain.errors import GraphError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+    from toolchain.passes import Attention
+
+LARGEST = 127  # symmetric: -128 is left out, so that a weight and its negative are equally exact
+
+
+def quantize_linear(model: ir.Model, attention: Attention) -> tuple[ir.Model, int]:
+    """MatMul and Gemm with constant weights, and the projections of fused Attention → DynamicQuantizeMatMul.
+
+    Products of two activations stay fp32: they hold no weights, so int8 would cost accuracy and bring nothing. The last
+    layer, whose result is the logits, stays fp32 too: it is a few hundred weights. Counts the layers quantised.
+    """
+    count = 0
+    for node in list(model.graph):
+        if node.op_type == "Attention" and node.domain == "com.microsoft":
+            _attention(model, node)
+        elif node.op_type in ("MatMul", "Gemm") and _is_linear(node) and not node.outputs[0].is_graph_output():
+            _linear(model, node)
+        else:
+            continue
+        count += 1
+    return model, count
+
+
+def quantize_weight(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Symmetric int8 of a 2-D array with one float32 scale per index of `axis`: weight ≈ int8 × scale."""
+    import numpy as np
+
+    largest = np.abs(weight).max(axis=1 - axis, keepdims=True)
+    scale = np.where(largest > 0, largest / LARGEST, 1.0).astype(np.float32)
+    return np.clip(np.rint(weight / scale), -LARGEST, LARGEST).astype(np.int8), scale.reshape(-1)
+
+
+def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
+    """A new initializer of the graph."""
+    import numpy as np
+    import onnx_ir as ir
+
+    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    value = ir.val(name, dtype=tensor.dtype, shape=array.shape, const_value=tensor)
+    model.graph.register_initializer(value)
+    return value
+
+
+def _array(weight: ir.Value | None) -> np.ndarray:
+    if weight is None or weight.const_value is None:
+        raise GraphError("The weights of a layer are computed, not stored.", "Fold constants when exporting.")
+    array: np.ndarray = weight.const_value.numpy()
+    return array
+
+
+def _is_linear(node: ir.Node) -> bool:
+    weight = node.inputs[1]
+    if weight is None or weight.const_value is None or weight.const_value.shape.rank() != 2:
+        return False
+    plain = all(node.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
+    return plain and node.attributes.get_int("transA", 0) == 0
+
+
+def _linear(model: ir.Model, node: ir.Node) -> None:
+    """MatMul with the Add of its bias where it is the only reader, or Gemm."""
+    data, weight = node.inputs[0], node.inputs[1]
+    array = _array(weight)
+    bias, last = (node.inputs[2] if len(node.inputs) > 2 else None), node
+    if node.attributes.get_int("transB", 0):
+        array = array.T
+    readers = node.outputs[0].consumers()
+    if node.op_type == "MatMul" and len(readers) == 1 and readers[0].op_type == "Add":
+        vectors = [v for v in readers[0].inputs if v and v.const_value is not None and v.const_value.shape.rank() == 1]
+        if vectors:
+            bias, last = vectors[0], readers[0]
+    product = _product(model, data, str(weight.name) if weight else "", array, bias)
+    _replace(model, node, last, [product], product.outputs[0])
+
+
+def _attention(model: ir.Model, node: ir.Node) -> None:
+    """Attention → one product for query, key and value, split, and MultiHeadAttention under the same mask."""
+    import numpy as np
+    import onnx_ir as ir
+
+    data, weight, bias, mask = node.inputs[:4]
+    array = _array(weight)
+    name = str(weight.name) if weight else ""
+    widths = node.attributes.get_ints("qkv_hidden_sizes", [array.shape[1] // 3] * 3)
+    product = _product(model, data, name, array, bias)
+    sizes = constant(model, f"{name}_split", np.array(widths, np.int64))
+    split = ir.node("Split", [product.outputs[0], sizes], {"axis": -1}, num_outputs=3, name=f"{name}/split")
+    for value, role in zip(split.outputs, ("query", "key", "value"), strict=True):
+        value.name = f"{name}/{role}"
+    settings: dict[str, Any] = {
+        key: node.attributes[key] for key in ("num_heads", "scale", "mask_filter_value") if key in node.attributes
+    }
+    heads = ir.Node(
+        "com.microsoft", "MultiHeadAttention", [*split.outputs, None, mask], settings.values(), name=f"{name}/heads"
+    )
+    _replace(model, node, node, [product, split, heads], heads.outputs[0])
+
+
+def _product(model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Value | None) -> ir.Node:
+    import numpy as np
+    import onnx_ir as ir
+
+    weight, scale = quantize_weight(array, axis=1)
+    inputs = [
+        data,
+        constant(model, f"{name}_int8", weight),
+        constant(model, f"{name}_scale", scale),
+        constant(model, f"{name}_zero_point", np.zeros(scale.shape, np.int8)),
+        *([bias] if bias is not None else []),
+    ]
+    node = ir.node("DynamicQuantizeMatMul", inputs, domain="com.microsoft", name=f"{name}/product")
+    node.outputs[0].name = f"{name}/product"
+    return node
+
+
+def _replace(model: ir.Model, first: ir.Node, last: ir.Node, new: list[ir.Node], result: ir.Value) -> None:
+    """Puts `new` after `last`; readers of `last` read `result`; `first` to `last` go."""
+    old = last.outputs[0]
+    name = old.name
+    model.graph.insert_after(last, new)
+    old.replace_all_uses_with(result, replace_graph_outputs=True)
+    model.graph.remove([last, first] if last is not first else [first], safe=True)
+    result.name = name
