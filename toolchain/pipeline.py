@@ -1,0 +1,244 @@
+"""From a model and the names of variants to artifacts: skip what is fresh, build what is not, validate, seal.
+
+A variant is fresh when it was built by this release's step from its parent as it lies there. What a command asks for
+explicitly is also built again when its settings differ; ancestors keep the settings they were built with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolchain import artifacts, checkpoints, hardware, inputs, variants
+from toolchain.artifacts import Artifact, Built, Job, Manifest
+from toolchain.backends import open_session
+from toolchain.errors import CheckpointError, TamperedError, VerdictError
+from toolchain.steps import export, importing, optimize, quantize
+from toolchain.steps.validate import SEED, SENTENCES, sentence, validate
+from toolchain.variants import Export, Import, Optimize, Quantize, Step, Variant
+
+# Step config → the function that does it and the version whose results it gives.
+STEPS: dict[type, tuple[Callable[[Job], Built], int]] = {
+    Import: (importing.import_checkpoint, importing.VERSION),
+    Export: (export.export, export.VERSION),
+    Optimize: (optimize.optimize, optimize.VERSION),
+    Quantize: (quantize.quantize, quantize.VERSION),
+}
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """One model's folder under `exported`, and where the model comes from."""
+
+    exported: Path
+    model: str
+    source: checkpoints.Source
+
+    @classmethod
+    def open(cls, model: str, exported: Path, slug: str | None = None) -> Workspace:
+        """See `checkpoints.resolve`."""
+        name, source = checkpoints.resolve(model, exported, slug)
+        return cls(exported, name, source)
+
+    def path(self, variant: str) -> Path:
+        """Where a variant lies."""
+        return self.exported / self.model / variant
+
+    def load(self, variant: str) -> Artifact | None:
+        """The variant as it lies there, whatever its state."""
+        return artifacts.load(self.path(variant))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is to be done for one variant: `reason` is why it is built, empty where it is fresh."""
+
+    variant: Variant
+    step: Step
+    reason: str
+    exists: bool
+
+
+def plan(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step]) -> list[Planned]:
+    """The named variants and their ancestors, parents first, each with what is to be done and why.
+
+    `asked` holds the settings the user gave, by variant. Raises `TamperedError` for an artifact whose files changed,
+    unless it is asked for and so built again.
+    """
+    wanted = {variant.name: variant for name in names for variant in variants.lineage(name)}
+    planned: dict[str, Planned] = {}
+    for variant in sorted(wanted.values(), key=lambda v: list(variants.TABLE).index(v.name)):
+        artifact = workspace.load(variant.name)
+        recorded = artifact.manifest.step if artifact else variant.step
+        step = asked.get(variant.name, recorded)
+        if isinstance(step, Import):
+            step = _pinned(workspace, step, artifact)
+        parent = planned.get(variant.parent or "")
+        reason = _why(workspace, variant, step, artifact, parent)
+        if artifact and not reason:
+            try:
+                artifact.verify()
+            except TamperedError:
+                if variant.name not in asked:
+                    raise
+                reason = "its files no longer match its manifest"
+        planned[variant.name] = Planned(variant, step, reason, artifact is not None)
+    return list(planned.values())
+
+
+def _pinned(workspace: Workspace, step: Import, artifact: Artifact | None) -> Import:
+    """The import with the revision it stands for now.
+
+    A hub model stays at the revision it was imported at until another is asked for; a folder that has gone, too.
+    """
+    recorded = artifact.manifest.step if artifact else None
+    gone = workspace.source.kind == "folder" and not Path(workspace.source.ref).is_dir()
+    if isinstance(recorded, Import) and (
+        gone or (workspace.source.kind == "hub" and step.revision in (None, recorded.revision))
+    ):
+        return recorded
+    asked = step.revision if workspace.source.kind == "hub" or step != recorded else None
+    _, source = checkpoints.fetch(workspace.source, asked)
+    return Import(source.revision)
+
+
+def _why(workspace: Workspace, variant: Variant, step: Step, artifact: Artifact | None, parent: Planned | None) -> str:
+    """Why the variant must be built, in a few words; empty where it is fresh."""
+    if artifact is None:
+        return "missing"
+    manifest = artifact.manifest
+    if manifest.step != step:
+        old, new = variants.settings_of(manifest.step), variants.settings_of(step)
+        changed = ", ".join(f"{key} {old.get(key)} → {value}" for key, value in new.items() if old.get(key) != value)
+        return "the checkpoint changed" if isinstance(step, Import) else f"other settings: {changed}"
+    if manifest.step_version != STEPS[type(step)][1]:
+        return "this release builds it differently"
+    if parent and parent.reason:
+        return f"{parent.variant.name} is built anew"
+    given = workspace.load(variant.parent) if variant.parent else None
+    if given and given.manifest.id != manifest.parent_id:
+        return f"{variant.parent} changed"
+    return ""
+
+
+def ensure(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step], say: Say) -> dict[str, Artifact]:
+    """Builds what `plan` says and returns every artifact of the plan by name; `say` is told what happens.
+
+    Each artifact is validated before it is published. Raises `VerdictError` where validation says no: nothing is
+    published then, and what was there stays.
+    """
+    ready: dict[str, Artifact] = {}
+    for item in plan(workspace, names, asked):
+        name = item.variant.name
+        found = workspace.load(name)
+        if found and not item.reason:
+            say(f"{name}: fresh, skipped")
+            ready[name] = found
+            continue
+        say(f"{name}: building ({item.reason})")
+        started = time.monotonic()
+        ready[name] = _build(workspace, item, ready.get(item.variant.parent or ""), say)
+        report = ready[name].manifest.validation
+        size = ready[name].manifest.size_bytes / 1e6
+        verb = "replaced" if item.exists else "built"
+        say(f"{name}: {verb} in {time.monotonic() - started:.1f} s, {size:.1f} MB; valid: {sentence(dict(report))}")
+    return ready
+
+
+def _build(workspace: Workspace, item: Planned, parent: Artifact | None, say: Say) -> Artifact:
+    name, target = item.variant.name, workspace.path(item.variant.name)
+    with artifacts.lock(target, lambda: say(f"{name}: another run is building it, waiting")):
+        lies = workspace.load(name)
+        done = lies and lies.manifest.step == item.step and lies.manifest.parent_id == (parent and parent.manifest.id)
+        if lies and done and item.reason == "missing":
+            return lies  # built by the run that was waited for
+        checkpoint, source = _origin(workspace, item.step, parent)
+        run, version = STEPS[type(item.step)]
+        with artifacts.building(target) as scratch:
+            built = run(Job(item.step, parent, checkpoint, scratch))
+            manifest = Manifest(
+                model=workspace.model,
+                variant=name,
+                source=source,
+                parent=parent.manifest.variant if parent else None,
+                parent_id=parent.manifest.id if parent else None,
+                step=built.step,
+                step_version=version,
+                files=artifacts.list_files(scratch),
+                inputs=built.inputs,
+                outputs=built.outputs,
+                labels=built.labels,
+                max_length=built.max_length,
+                facts=built.facts,
+                environment={"versions": hardware.versions()},
+                created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            )
+            report = _validate(workspace, item.variant, Artifact(scratch, manifest), checkpoint)
+            if not report["passed"]:
+                raise VerdictError(f"{name} failed validation and was not published: {sentence(report)}.", _KEPT)
+            return artifacts.publish(scratch, target, dataclasses.replace(manifest, validation=report))
+
+
+_KEPT = "What was there before is unchanged."
+
+
+def _origin(workspace: Workspace, step: Step, parent: Artifact | None) -> tuple[Path | None, Mapping[str, Any]]:
+    """The checkpoint's folder, for an import; and the source as the manifest states it."""
+    if parent:
+        return None, parent.manifest.source
+    assert isinstance(step, Import)
+    folder, source = checkpoints.fetch(workspace.source, step.revision if workspace.source.kind == "hub" else None)
+    if source.revision != step.revision:
+        raise CheckpointError("The checkpoint changed while it was read.", "Run the command again.")
+    return folder, dataclasses.asdict(source)
+
+
+def validate_variant(workspace: Workspace, name: str, say: Say) -> dict[str, Any]:
+    """Validates a variant as it lies there, building what is missing first; the report of `steps.validate`."""
+    artifact = ensure(workspace, [name], {}, say)[name]
+    checkpoint = None
+    if artifact.manifest.parent is None:
+        checkpoint, _ = _origin(workspace, artifact.manifest.step, None)
+    return _validate(workspace, variants.get(name), artifact, checkpoint)
+
+
+def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, checkpoint: Path | None) -> dict[str, Any]:
+    """Against the nearest PyTorch ancestor; the import itself against the checkpoint it was made from."""
+    reference = checkpoint or _torch_ancestor(workspace, variant)
+    manifest, threads = artifact.manifest, hardware.cores()
+    encoder = inputs.Encoder.open(artifact.path, [spec.name for spec in manifest.inputs], manifest.max_length)
+    contender = open_session(artifact.path, variant.runtime, "cpu", threads)
+    original = open_session(reference, "torch", "cpu", threads)
+    try:
+        sentences = inputs.embedded().sample(SENTENCES, SEED)
+        return validate(contender, original, encoder, sentences, variant.exact)
+    finally:
+        contender.close()
+        original.close()
+
+
+def _torch_ancestor(workspace: Workspace, variant: Variant) -> Path:
+    ancestors = [v for v in variants.lineage(variant.name)[:-1] if v.runtime == "torch"]
+    return workspace.path(ancestors[-1].name)
+
+
+def states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, str]]:
+    """Every variant of the table, its artifact if there is one, and its state: built, missing, or what is wrong."""
+    found = []
+    for name, variant in variants.TABLE.items():
+        artifact = None
+        try:
+            artifact = workspace.load(name)
+            reason = next(item.reason for item in plan(workspace, [name], {}) if item.variant.name == name)
+            state = reason if reason == "missing" else (f"stale: {reason}" if reason else "built")
+        except TamperedError as error:
+            state = f"tampered: {error.cause}"
+        found.append((variant, artifact, state))
+    return found

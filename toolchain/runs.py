@@ -1,0 +1,141 @@
+"""One benchmark run: which cells, their artifacts, the measurement, and the result file it is kept in."""
+
+from __future__ import annotations
+
+import datetime
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import toolchain
+from toolchain import artifacts, checkpoints, hardware, inputs, variants
+from toolchain.errors import BenchError, ToolchainError
+from toolchain.measurements import ResultFile
+from toolchain.pipeline import Say, Workspace, ensure, plan
+from toolchain.steps.bench import Cell, Progress, Protocol, bench
+
+RESULTS = Path("benchmarks/results")
+LOCAL = RESULTS / "local"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure: `names` and `providers` (empty: every default cell), on which data, how."""
+
+    names: tuple[str, ...]
+    providers: tuple[str, ...]
+    protocol: Protocol
+    data: str | None = None
+    text_column: str | None = None
+    label_column: str = "label"
+
+
+def planned(names: Sequence[str], providers: Sequence[str]) -> list[tuple[str, str]]:
+    """The (variant, provider) pairs asked for; `BenchError` for a pair that cannot exist or a request for none."""
+    chosen = [variants.get(name) for name in names] or list(variants.TABLE.values())
+    wanted = providers or variants.PROVIDERS
+    pairs = [(variant.name, provider) for variant in chosen for provider in wanted if provider in variant.providers]
+    for variant in chosen if names else ():
+        if not any(name == variant.name for name, _ in pairs):
+            where = " and ".join(variant.providers)
+            raise BenchError(f"{variant.name} is not measured on {', '.join(wanted)}.", f"It is measured on {where}.")
+    return sorted(pairs, key=lambda pair: variants.PROVIDERS.index(pair[1]))
+
+
+def outlook(workspace: Workspace, request: Request) -> list[tuple[str, str, str]]:
+    """For a dry run: (variant, provider, what stands between it and its measurement), in order."""
+    no_cuda = hardware.missing_cuda()
+    rows = []
+    for name, provider in planned(request.names, request.providers):
+        if provider == "cuda" and no_cuda:
+            rows.append((name, provider, f"unavailable: {no_cuda[0]}"))
+            continue
+        todo = [f"{p.variant.name} ({p.reason})" for p in plan(workspace, [name], {}) if p.reason]
+        rows.append((name, provider, f"build {', '.join(todo)}, then measure" if todo else "measure"))
+    return rows
+
+
+def measure(workspace: Workspace, request: Request, say: Say, progress: Progress) -> ResultFile:
+    """Builds what is missing and measures every planned cell; one that cannot be is a row that says why.
+
+    Raises `DataError` before anything is measured, and what the import raises, since nothing goes without it.
+    """
+    pairs = planned(request.names, request.providers)
+    root = ensure(workspace, [checkpoints.ROOT_VARIANT], {}, say)[checkpoints.ROOT_VARIANT].manifest
+    data = inputs.load(request.data, root.labels, request.text_column, request.label_column)
+    cells = [_cell(workspace, name, provider, say) for name, provider in pairs]
+    names = [spec.name for spec in root.inputs]
+    encoder = inputs.Encoder.open(workspace.path(checkpoints.ROOT_VARIANT), names, root.max_length)
+    rows, how = bench(cells, data, encoder, request.protocol, progress)
+    return ResultFile(
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        toolchain=toolchain.__version__,
+        machine=hardware.machine(),
+        run={"id": secrets.token_hex(8), **how},
+        data={"name": data.name, "rows": len(data.labels), "sha256": data.sha256, "max_length": root.max_length},
+        rows=tuple(rows),
+    )
+
+
+def _cell(workspace: Workspace, name: str, provider: str, say: Say) -> Cell:
+    cell = Cell(workspace.model, name, variants.get(name).runtime, provider, None)
+    no_cuda = hardware.missing_cuda() if provider == "cuda" else None
+    if no_cuda:
+        return replace(cell, status="unavailable", reason=no_cuda[0], mend=no_cuda[1])
+    try:
+        return replace(cell, artifact=ensure(workspace, [name], {}, _only_news(say))[name])
+    except ToolchainError as error:
+        return replace(cell, status="failed", reason=error.cause, mend=error.mend)
+
+
+def _only_news(say: Say) -> Say:
+    """Ancestors come up once for every cell: what is fresh needs no line here."""
+
+    def filtered(line: str) -> None:
+        if not line.endswith("skipped"):
+            say(line)
+
+    return filtered
+
+
+def judge(result: ResultFile) -> None:
+    """Raises `BenchError` where a planned cell failed, or nothing could be measured at all."""
+    failed = [row for row in result.rows if row.status == "failed"]
+    if failed:
+        what = "; ".join(f"{row.cell}: {row.reason}" for row in failed)
+        raise BenchError(f"{len(failed)} of {len(result.rows)} cells failed: {what}", failed[0].mend)
+    if not any(row.status == "ok" for row in result.rows):
+        raise BenchError(f"Nothing could be measured: {result.rows[0].reason}", result.rows[0].mend)
+
+
+def save(result: ResultFile, model: str, name: str | None) -> Path:
+    """Writes the run under `benchmarks/results/`: local to this machine, or under a `name` to be committed."""
+    stamp = result.created.replace(":", "").replace("-", "").removesuffix("+0000")
+    path = RESULTS / f"{name}.json" if name else LOCAL / f"{model}-{stamp}Z.json"
+    result.write(path)
+    return path
+
+
+def newest(model: str) -> ResultFile:
+    """The model's newest run among all result files here; `BenchError` where there is none."""
+    runs = [ResultFile.read(path) for folder in (RESULTS, LOCAL) for path in sorted(folder.glob("*.json"))]
+    mine = [run for run in runs if any(row.model == model for row in run.rows)]
+    if not mine:
+        raise BenchError(f"There is no result of {model} under {RESULTS}.", "`toolchain bench` measures it.")
+    return max(mine, key=lambda run: run.created)
+
+
+def current_ids(exported: Path, rows: Sequence[Any]) -> dict[tuple[str, str], str]:
+    """(model, variant) → id of the artifact that lies under `exported` now, for the rows' models."""
+    found = {}
+    for model, variant in {(row.model, row.variant) for row in rows}:
+        folder = exported / model / variant
+        try:
+            artifact = artifacts.load(folder)
+        except ToolchainError:
+            continue
+        if artifact:
+            found[model, variant] = artifact.manifest.id
+    return found

@@ -1,0 +1,87 @@
+"""Import: a checkpoint from anywhere to fp32 safetensors, config and tokenizer in one folder."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from toolchain.artifacts import Built, Job, TensorSpec
+from toolchain.backends.pytorch import load_model
+from toolchain.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+VERSION = 1
+
+
+def import_checkpoint(job: Job) -> Built:
+    """Loads the checkpoint in fp32 and saves it anew, so that its size is honest and its layout known.
+
+    Raises `CheckpointError` where weights, head or tokenizer are missing or do not fit.
+    """
+    if job.checkpoint is None:
+        raise CheckpointError("An import needs a checkpoint's folder.")
+    model = load_model(job.checkpoint)
+    tokenizer = _tokenizer(job.checkpoint)
+    rows = int(model.config.vocab_size)
+    if len(tokenizer) > rows:
+        raise CheckpointError(
+            f"The tokenizer has {len(tokenizer)} tokens, the embedding table {rows} rows.",
+            "Pass the tokenizer the model was trained with.",
+        )
+    # One file whatever the size: every later step reads exactly one.
+    model.save_pretrained(job.folder, safe_serialization=True, max_shard_size="1TB")
+    tokenizer.save_pretrained(job.folder)
+    if not (job.folder / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"The tokenizer of {job.checkpoint} has no fast form.", "Convert it to a tokenizer.json first."
+        )
+    # What the tokenizer offers and the model takes, in the model's order.
+    taken = [name for name in inspect.signature(model.forward).parameters if name in tokenizer.model_input_names]
+    names = model.config.id2label or {}
+    labels = tuple(str(names[index]) for index in range(model.config.num_labels))
+    return Built(
+        step=job.step,
+        inputs=tuple(TensorSpec(name, "int64", ("batch_size", "sequence_length")) for name in taken),
+        outputs=(TensorSpec("logits", "float32", ("batch_size", len(labels))),),
+        labels=labels,
+        max_length=_max_length(model, tokenizer),
+        facts=_facts(model),
+    )
+
+
+def _tokenizer(folder: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # tokenizers and transformers raise whatever their parsers do
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"The tokenizer in {folder} cannot be loaded: {cause}", "Save it beside the model again."
+        ) from error
+
+
+def _max_length(model: PreTrainedModel, tokenizer: Any) -> int:
+    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", math.inf))
+    return int(limit) if limit < 1e6 else 512
+
+
+def _facts(model: PreTrainedModel) -> dict[str, Any]:
+    base = model.base_model_prefix
+    by_part, by_dtype = {"embeddings": 0, "encoder": 0, "head": 0}, Counter[str]()
+    for name, tensor in model.state_dict().items():
+        inside = name.startswith(f"{base}.")
+        part = ("embeddings" if ".embeddings." in name else "encoder") if inside else "head"
+        size = tensor.numel() * tensor.element_size()
+        by_part[part] += size
+        by_dtype[str(tensor.dtype).removeprefix("torch.")] += size
+    return {
+        "architecture": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "bytes_by_dtype": dict(by_dtype),
+        "bytes_by_part": by_part,
+    }

@@ -1,0 +1,110 @@
+"""Validate: does an artifact answer as the PyTorch model it came from, over everything an app may feed it?"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from toolchain.inputs import Encoder, pad
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from toolchain.backends import Session
+
+TOLERANCE = 1e-4  # largest |Δlogit| of an fp32 variant: rounding in another order, no more
+MAX_FLIPS = 0.02  # share of sentences whose answer may change in fewer bits
+SENTENCES = 200
+SEED = 20
+LENGTHS = (1, 2, 3, 8, 25, 64, 128, 512)
+TEXTS = {
+    "empty string": "",
+    "emoji": "I ❤️ this film 🎬🍿 👍🏽",
+    "accents": "Déjà vu: un café naïve, Übermut, señor Ōe — très bien",
+    "over-long text": "a remarkably long and winding sentence " * 400,
+}
+
+
+def grid(encoder: Encoder, sentences: Sequence[str]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Named batches: one token to the longest, batch 1, 2 and 7, mixed lengths padded on either side, odd texts."""
+    rng = random.Random(SEED)
+    vocabulary = encoder.tokenizer.get_vocab_size()
+
+    def ids(length: int) -> list[int]:
+        return [rng.randrange(vocabulary) for _ in range(length)]
+
+    def batch(rows: list[list[int]], left: bool = False) -> dict[str, np.ndarray]:
+        return pad(rows, encoder.names, encoder.pad_id, left)
+
+    lengths = sorted({min(length, encoder.max_length) for length in LENGTHS})
+    for length in lengths:
+        yield f"1 × {length} tokens", batch([ids(length)])
+    for size in (2, 7):
+        yield f"{size} × 25 tokens", batch([ids(min(25, encoder.max_length)) for _ in range(size)])
+        mixed = [ids(length) for length in rng.sample(lengths, min(size, len(lengths)))]
+        yield f"{size} mixed lengths, right padding", batch(mixed)
+        yield f"{size} mixed lengths, left padding", batch(mixed, left=True)
+    for name, text in TEXTS.items():
+        yield name, batch(encoder.encode([text]))
+    real = encoder.encode([*TEXTS.values(), *sentences[:3]])
+    yield "7 texts, right padding", batch(real)
+    yield "7 texts, left padding", batch(real, left=True)
+
+
+def validate(
+    contender: Session, reference: Session, encoder: Encoder, sentences: Sequence[str], exact: bool
+) -> dict[str, Any]:
+    """Compares two sessions over `grid` and over `sentences` one by one; `exact` for fp32 variants.
+
+    An exact variant passes with every |Δlogit| ≤ `TOLERANCE`, another with finite logits and at most `MAX_FLIPS` of the
+    sentences answered differently. The report says which, with the largest and mean |Δlogit| and the worst case.
+    """
+    import numpy as np
+
+    grid_deltas = {}
+    for name, batch in grid(encoder, sentences):
+        grid_deltas[name] = _delta(contender.run(batch), reference.run(batch))
+    deltas, flips = [], 0
+    for row in encoder.encode(sentences):
+        batch = pad([row], encoder.names, encoder.pad_id)
+        got, want = contender.run(batch), reference.run(batch)
+        deltas.append(_delta(got, want))
+        flips += int(got.argmax() != want.argmax())
+    worst = max(grid_deltas, key=lambda name: grid_deltas[name])
+    finite = bool(np.isfinite([*grid_deltas.values(), *deltas]).all())
+    largest = max(grid_deltas[worst], *deltas)
+    passed = largest <= TOLERANCE if exact else finite and flips <= MAX_FLIPS * len(deltas)
+    return {
+        "passed": bool(passed),
+        "exact": exact,
+        "finite": finite,
+        "grid_largest_delta": {name: _rounded(delta) for name, delta in grid_deltas.items()},
+        "worst_case": worst,
+        "largest_delta": _rounded(largest),
+        "mean_delta": _rounded(float(np.mean(deltas))),
+        "sentences": len(deltas),
+        "flips": flips,
+    }
+
+
+def _delta(got: np.ndarray, want: np.ndarray) -> float:
+    """Largest |Δlogit|; infinite where a shape differs or either is not finite, so that no comparison hides it."""
+    import numpy as np
+
+    if got.shape != want.shape or not (np.isfinite(got).all() and np.isfinite(want).all()):
+        return float("inf")
+    return float(np.abs(got - want).max())
+
+
+def _rounded(value: float) -> float | None:
+    """Three significant digits; None for what JSON has no number for."""
+    return float(f"{value:.3g}") if value < float("inf") else None
+
+
+def sentence(report: dict[str, Any]) -> str:
+    """The report in one sentence."""
+    delta = "not finite" if not report["finite"] else f"{report['largest_delta']:.2g} (worst: {report['worst_case']})"
+    flips = f"{report['flips']} of {report['sentences']} sentences flipped"
+    allowed = f"≤ {TOLERANCE:g} allowed" if report["exact"] else f"≤ {MAX_FLIPS:.0%} flips allowed"
+    return f"largest |Δlogit| {delta}, {flips}, {allowed}"
