@@ -1,0 +1,110 @@
+"""`onnx-int8` against optimum-cli's own int8 of the same checkpoint, interleaved in one run.
+
+    python benchmarks/peers.py [--model reference] [--exported exported] [--save-as NAME]
+
+Builds the peer with `optimum-cli export onnx` and `optimum-cli onnxruntime quantize --avx512_vnni` in a scratch folder,
+measures it between this toolchain's variants under the same clock, and prints for each cell the ratio to the peer with
+its 95 % bootstrap interval over rounds. The result file goes to benchmarks/studies/.
+"""
+
+from __future__ import annotations
+
+import datetime
+import secrets
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import numpy as np
+from scipy import stats
+
+import toolchain
+from toolchain import artifacts, hardware, inputs
+from toolchain.artifacts import Artifact
+from toolchain.measurements import Measurement, ResultFile, Samples
+from toolchain.pipeline import Workspace, ensure
+from toolchain.report.progress import bar, say
+from toolchain.report.table import print_table
+from toolchain.steps.bench import Cell, Protocol, bench
+from toolchain.steps.compare import compare
+
+OURS = ("torch-fp32", "onnx-fp32", "onnx-int8")
+PEER = "optimum-cli-int8"
+STUDIES = Path(__file__).parent / "studies"
+
+
+def build_peer(parent: Artifact, scratch: Path) -> Artifact:
+    """optimum-cli's int8 of the checkpoint in `parent`, as an artifact the benchmark can open."""
+    cli = Path(sys.executable).with_name("optimum-cli")
+    exported, quantized = scratch / "exported", scratch / "quantized"
+    for command in (
+        [cli, "export", "onnx", "--model", parent.path, "--task", "text-classification", exported],
+        [cli, "onnxruntime", "quantize", "--onnx_model", exported, "--avx512_vnni", "-o", quantized],
+    ):
+        subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    (quantized / "model_quantized.onnx").rename(quantized / "model.onnx")
+    manifest = replace(
+        parent.manifest, variant=PEER, files=artifacts.list_files(quantized), facts={"made_by": "optimum-cli"}
+    )
+    return Artifact(quantized, manifest)
+
+
+def ratio(ours: Samples, peer: Samples) -> str:
+    """Peer's time / ours, round by round: median and 95 % bootstrap interval; above 1, ours is faster."""
+    rounds = np.array([np.sum(p) / np.sum(o) for o, p in zip(per_sentence(ours), per_sentence(peer), strict=True)])
+    low, high = stats.bootstrap((rounds,), np.median, rng=0).confidence_interval
+    return f"{np.median(rounds):.2f}× [{low:.2f}, {high:.2f}]"
+
+
+def per_sentence(samples: Samples) -> list[float]:
+    """Mean microseconds a sentence in each round: cells repeat a round's sentences a different number of times."""
+    return [sum(us) / sum(n) for us, n in zip(samples.rounds, samples.sentences, strict=True)]
+
+
+def measured(row: Measurement) -> tuple[Samples, Samples]:
+    """Both samples of a row that was measured."""
+    if row.latency is None or row.batches is None:
+        raise click.ClickException(f"{row.cell}: {row.reason} {row.mend}")
+    return row.latency, row.batches
+
+
+@click.command()
+@click.option("--model", default="reference", show_default=True)
+@click.option("--exported", type=click.Path(path_type=Path), default=Path("exported"), show_default=True)
+@click.option("--save-as", default="peers-reference", show_default=True)
+def main(model: str, exported: Path, save_as: str) -> None:
+    """Builds, measures, prints, saves."""
+    workspace = Workspace.open(model, exported)
+    built = ensure(workspace, OURS, {}, say)
+    root = built["torch-fp32"]
+    encoder = inputs.Encoder.open(root.path, [s.name for s in root.manifest.inputs], root.manifest.max_length)
+    data = inputs.load(None, root.manifest.labels)
+    with tempfile.TemporaryDirectory() as scratch, bar("peers") as progress:
+        found = {**{name: built[name] for name in OURS}, PEER: build_peer(root, Path(scratch))}
+        cells = [
+            Cell(workspace.model, name, "torch" if name.startswith("torch") else "onnx", "cpu", artifact)
+            for name, artifact in found.items()
+        ]
+        rows, how = bench(cells, data, encoder, Protocol.full(hardware.cores()), progress)
+    result = ResultFile(
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        toolchain=toolchain.__version__,
+        machine=hardware.machine(),
+        run={"id": secrets.token_hex(8), **how},
+        data={"name": data.name, "rows": len(data.labels), "sha256": data.sha256},
+        rows=tuple(rows),
+    )
+    result.write(STUDIES / f"{save_as}.json")
+    print_table(compare([result], f"{PEER}@cpu"))
+    peer = next(row for row in rows if row.variant == PEER)
+    for row in rows:
+        if row is not peer:
+            single, batched = (ratio(o, p) for o, p in zip(measured(row), measured(peer), strict=True))
+            click.echo(f"{row.cell} over {PEER}: batch 1 {single}, batches of {how['batch_size']} {batched}")
+
+
+if __name__ == "__main__":
+    main()
