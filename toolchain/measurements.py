@@ -6,6 +6,7 @@ is refused.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -198,7 +199,8 @@ class ResultFile:
             scratch.write_text(f'{text},\n "rows": [\n{rows}\n ]\n}}\n')
             scratch.replace(path)
         except OSError as error:
-            scratch.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                scratch.unlink()
             raise ResultFileError(
                 f"{path} cannot be written: {error.strerror or error}.", "Free the space or the permission."
             ) from error

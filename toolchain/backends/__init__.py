@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
 
-# Runtime tag of a variant's name → the class that opens it, imported when it is needed.
-SESSIONS = {
-    "torch": "toolchain.backends.pytorch:TorchSession",
-    "onnx": "toolchain.backends.ort:OrtSession",
-}
 
-# What each imports when it is opened; a memory figure tells these from the model.
-IMPORTS = {
-    "torch": ("torch", "transformers.models.auto.modeling_auto"),
-    "onnx": ("onnxruntime",),
+@dataclass(frozen=True)
+class Backend:
+    """Where a runtime's session is, as ``module:class``, and what it imports when opened: a memory figure tells these
+    imports from the model."""
+
+    session: str
+    imports: tuple[str, ...]
+
+
+# By the runtime tag of a variant's name; imported when needed.
+BACKENDS = {
+    "torch": Backend("toolchain.backends.pytorch:TorchSession", ("torch", "transformers.models.auto.modeling_auto")),
+    "onnx": Backend("toolchain.backends.ort:OrtSession", ("onnxruntime",)),
 }
 
 
@@ -50,4 +55,4 @@ def session_class(path: str) -> type[Session]:
 
 def open_session(folder: Path, runtime: str, provider: str, threads: int) -> Session:
     """Loads the artifact in `folder` for `provider` (``cpu`` or ``cuda``) with that many threads."""
-    return session_class(SESSIONS[runtime])(folder, provider, threads)
+    return session_class(BACKENDS[runtime].session)(folder, provider, threads)

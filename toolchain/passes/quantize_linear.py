@@ -38,7 +38,7 @@ def quantize_weight(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarr
     import numpy as np
 
     largest = np.abs(weight).max(axis=1 - axis, keepdims=True)
-    scale = np.where(largest > 0, largest / LARGEST, 1.0).astype(np.float32)
+    scale = np.maximum(largest / LARGEST, np.finfo(np.float32).tiny).astype(np.float32)
     return np.clip(np.rint(weight / scale), -LARGEST, LARGEST).astype(np.int8), scale.reshape(-1)
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from toolchain.artifacts import Artifact
-from toolchain.backends import IMPORTS, SESSIONS
+from toolchain.backends import BACKENDS, Backend
 from toolchain.errors import BenchError, ProviderError, ToolchainError
 from toolchain.inputs import Data, Encoder
 from toolchain.measurements import Accuracy, Measurement, Samples
@@ -90,12 +90,12 @@ def bench(
     encoder: Encoder,
     protocol: Protocol,
     progress: Progress,
-    sessions: Mapping[str, str] = SESSIONS,
+    backends: Mapping[str, Backend] = BACKENDS,
 ) -> tuple[list[Measurement], dict[str, Any]]:
     """Measures the cells that have an artifact; a row for every cell, in the order given, and how it was done.
 
-    A cell that cannot be loaded, crashes, hangs or is killed becomes a row that says so; the others go on. `sessions`
-    maps a runtime to the class that serves it.
+    A cell that cannot be loaded, crashes, hangs or is killed becomes a row that says so; the others go on. `backends`
+    maps a runtime to what serves it.
     """
     before = _processor_times()
     started = time.monotonic()
@@ -107,7 +107,7 @@ def bench(
             if cell.artifact:
                 progress(index, len(cells), f"loading {cell.variant}@{cell.provider}")
             try:
-                running.append(_start(cell, ids, encoder, protocol, sessions))
+                running.append(_start(cell, ids, encoder, protocol, backends))
             except ToolchainError as error:
                 rows[index] = _unmeasured(cell, error)
         sentences = _choose(len(ids), running, protocol)
@@ -128,12 +128,12 @@ def bench(
 
 
 def _start(
-    cell: Cell, ids: list[list[int]], encoder: Encoder, protocol: Protocol, sessions: Mapping[str, str]
+    cell: Cell, ids: list[list[int]], encoder: Encoder, protocol: Protocol, backends: Mapping[str, Backend]
 ) -> _Running:
     if cell.artifact is None:
         raise BenchError(cell.reason, cell.mend)
-    session, imports = sessions[cell.runtime], IMPORTS[cell.runtime]
-    worker = Worker(session, cell.artifact.path, cell.provider, protocol.threads, imports)
+    backend = backends[cell.runtime]
+    worker = Worker(backend.session, cell.artifact.path, cell.provider, protocol.threads, backend.imports)
     try:
         item = _Running(cell, cell.artifact, worker, worker.load(LOAD_TIMEOUT_S))
         names = [spec.name for spec in cell.artifact.manifest.inputs]

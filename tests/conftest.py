@@ -1,0 +1,119 @@
+"""What tests share: a tiny random checkpoint for plumbing, the reference for truth, fake artifacts to measure."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from toolchain import artifacts, checkpoints
+from toolchain.artifacts import Artifact, Manifest, TensorSpec
+from toolchain.pipeline import Workspace, ensure
+from toolchain.variants import Import
+
+TESTS = Path(__file__).parent
+# Children of the benchmark import the fake backend from here; nothing may ask a hub.
+os.environ["PYTHONPATH"] = str(TESTS)
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def make_checkpoint(folder: Path, labels: Sequence[str] = ("NEGATIVE", "POSITIVE"), seed: int = 1) -> Path:
+    """A random DistilBERT classifier of two narrow layers with the reference's tokenizer."""
+    import torch
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    torch.manual_seed(seed)
+    config = DistilBertConfig(
+        dim=32,
+        hidden_dim=64,
+        n_layers=2,
+        n_heads=4,
+        initializer_range=0.3,
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+    )
+    DistilBertForSequenceClassification(config).save_pretrained(folder)
+    for name in checkpoints.TOKENIZER_FILES:
+        if (checkpoints.REFERENCE / name).is_file():
+            shutil.copyfile(checkpoints.REFERENCE / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint; not to be changed."""
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def built_tiny(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Every variant of the tiny checkpoint, built once; not to be changed."""
+    workspace = Workspace.open(str(tiny_checkpoint), tmp_path_factory.mktemp("exported"))
+    ensure(workspace, ["onnx-int8"], {}, lambda line: None)
+    return workspace
+
+
+@pytest.fixture
+def tiny(built_tiny: Workspace, tmp_path: Path) -> Workspace:
+    """A copy of `built_tiny` to change at will."""
+    shutil.copytree(built_tiny.exported, tmp_path / "exported")
+    return Workspace(tmp_path / "exported", built_tiny.model, built_tiny.source)
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Every variant of the embedded reference, built once; not to be changed."""
+    workspace = Workspace.open("reference", tmp_path_factory.mktemp("exported"))
+    ensure(workspace, ["onnx-int8"], {}, lambda line: None)
+    return workspace
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Callable[..., Artifact]:
+    """Makes an artifact that `fake_backend.FakeSession` opens, with the behaviour given."""
+
+    def make(name: str, **behaviour: object) -> Artifact:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "behaviour.json").write_text(json.dumps(behaviour))
+        tensors = tuple(
+            TensorSpec(n, "int64", ("batch_size", "sequence_length")) for n in ("input_ids", "attention_mask")
+        )
+        manifest = Manifest(
+            model="fake",
+            variant=name,
+            source={},
+            parent=None,
+            parent_id=None,
+            step=Import(),
+            step_version=1,
+            files=artifacts.list_files(folder),
+            inputs=tensors,
+            outputs=(),
+            labels=("NEGATIVE", "POSITIVE"),
+            max_length=512,
+        )
+        return Artifact(folder, manifest)
+
+    return make
+
+
+def run_toolchain(
+    *arguments: object, cwd: Path, env: dict[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "toolchain", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )

@@ -1,0 +1,61 @@
+"""A session that does what its artifact says: answers, sleeps, leaks, crashes, hangs, refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from toolchain.errors import ProviderError
+
+
+class FakeSession:
+    """Answers 1 for an even sum of ids; `behaviour.json` beside it holds what else it does."""
+
+    def __init__(self, folder: Path, provider: str, threads: int) -> None:
+        self._does = json.loads((folder / "behaviour.json").read_text())
+        self._runs = 0
+        self._kept: list[bytes] = []
+        self._threads = threads
+        if self._does.get("refuse"):
+            raise ProviderError(self._does["refuse"], "Use another one.")
+        print("a library that prints to standard output must not break the line to the parent")
+
+    def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
+        self._runs += 1
+        does = self._does
+        if self._runs > does.get("after", 0):
+            if "exit" in does:
+                print("last words of a dying library", flush=True)
+                os._exit(does["exit"])
+            if "signal" in does:
+                os.kill(os.getpid(), getattr(signal, does["signal"]))
+            if "hang" in does:
+                time.sleep(does["hang"])
+            if "raise" in does:
+                raise RuntimeError(does["raise"])
+        if "leak" in does:
+            self._kept.append(bytes(does["leak"]))
+        spend = does.get("us", 200) * len(batch["input_ids"]) / 1e6
+        until = time.perf_counter() + spend
+        while time.perf_counter() < until:
+            pass
+        even = batch["input_ids"].sum(axis=1) % 2 == 0
+        return np.stack([~even, even], axis=1).astype(np.float32)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "provider": "fake",
+            "threads": self._threads,
+            "omp": os.environ.get("OMP_NUM_THREADS"),
+            "hub": os.environ.get("HF_HUB_OFFLINE"),
+            "pid": os.getpid(),
+        }
+
+    def close(self) -> None:
+        self._kept.clear()

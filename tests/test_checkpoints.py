@@ -1,0 +1,238 @@
+"""Where a model comes from, and everything that is refused before a byte of it is trusted."""
+
+import json
+import shutil
+
+import pytest
+
+from toolchain import checkpoints
+from toolchain.checkpoints import Source, check, fetch, resolve
+from toolchain.errors import CheckpointError, HubError
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint, tmp_path):
+    return shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
+
+
+def edit_config(folder, **changes):
+    file = folder / "config.json"
+    config = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def test_the_reference_needs_no_network(tmp_path):
+    slug, source = resolve("reference", tmp_path)
+    folder, pinned = fetch(source)
+    assert (slug, source.kind) == ("reference", "embedded")
+    assert folder == checkpoints.REFERENCE
+    assert pinned.revision.startswith("sha256:")
+
+
+def test_a_folder_is_pinned_by_its_content(checkpoint, tmp_path):
+    slug, source = resolve(str(checkpoint), tmp_path)
+    before = fetch(source)[1].revision
+    assert slug == "tiny"
+    assert fetch(source)[1].revision == before
+    edit_config(checkpoint, dropout=0.2)
+    assert fetch(source)[1].revision != before
+
+
+def test_a_model_already_exported_is_known_by_its_name(built_tiny):
+    assert resolve("tiny", built_tiny.exported)[1].same_origin(built_tiny.source)
+
+
+def test_a_name_that_belongs_to_another_source_is_refused(built_tiny, checkpoint):
+    with pytest.raises(CheckpointError, match="--as NAME"):
+        resolve(str(checkpoint), built_tiny.exported)
+    assert resolve(str(checkpoint), built_tiny.exported, "other")[0] == "other"
+
+
+def test_nobody_takes_the_name_of_the_reference(checkpoint, tmp_path):
+    other = checkpoint.rename(checkpoint.with_name("reference"))
+    with pytest.raises(CheckpointError, match="embedded model's name"):
+        resolve(str(other), tmp_path)
+
+
+@pytest.mark.parametrize("slug", ["../up", "a/b", "", ".hidden", "UPPER"])
+def test_a_folder_name_cannot_leave_the_place(checkpoint, tmp_path, slug):
+    if not slug:
+        pytest.skip("an empty --as is none")
+    with pytest.raises(CheckpointError, match="cannot name a folder"):
+        resolve(str(checkpoint), tmp_path, slug)
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/nowhere", "~/nowhere", "a b", "a/b/c"])
+def test_a_path_that_is_not_there_is_not_asked_of_the_hub(model, tmp_path):
+    with pytest.raises(CheckpointError, match="There is no folder"):
+        resolve(model, tmp_path)
+
+
+def test_a_file_is_no_checkpoint(checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match="is a file"):
+        resolve(str(checkpoint / "config.json"), tmp_path)
+
+
+def test_a_hub_that_cannot_be_reached_says_what_to_pass_instead(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    slug, source = resolve("somebody/some-Model", tmp_path)
+    assert (slug, source) == ("some-model", Source("hub", "somebody/some-Model"))
+    with pytest.raises(HubError, match="--model PATH"):
+        fetch(source)
+
+
+@pytest.mark.parametrize(
+    ("raised", "says"),
+    [("GatedRepoError", "gated"), ("RepositoryNotFoundError", "private"), ("RevisionNotFoundError", "revision 'v9'")],
+)
+def test_what_the_hub_refuses_is_told_apart(monkeypatch, raised, says):
+    import httpx  # noqa: F401 - huggingface_hub's errors carry a response
+    import huggingface_hub
+    from huggingface_hub import errors
+    from requests import Response
+
+    def refuse(*_, **__):
+        raise getattr(errors, raised)("no", Response())
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(HubError, match=says):
+        fetch(Source("hub", "a/b"), "v9")
+
+
+def test_only_safe_files_are_asked_of_the_hub(monkeypatch, checkpoint):
+    import huggingface_hub
+
+    asked = {}
+
+    def download(ref, **options):
+        asked.update(options, ref=ref)
+        return str(checkpoint)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    _, source = fetch(Source("hub", "a/b"), "main")
+    assert source.revision == checkpoint.name  # the snapshot's folder is named by its commit
+    assert not [p for p in asked["allow_patterns"] if p.endswith((".bin", ".py", ".pt", "*"))]
+    assert asked["revision"] == "main"
+
+
+def test_a_revision_is_for_the_hub(checkpoint):
+    with pytest.raises(CheckpointError, match="--revision is for models of the hub"):
+        fetch(Source("folder", str(checkpoint)), "main")
+
+
+def break_nothing(folder):
+    """The tiny checkpoint is sound."""
+
+
+def no_head(folder):
+    edit_config(folder, architectures=["DistilBertModel"])
+
+
+def no_architecture(folder):
+    edit_config(folder, architectures=None)
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def bad_config(folder):
+    (folder / "config.json").write_text("[1]")
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def truncated(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def not_safetensors(folder):
+    (folder / "model.safetensors").write_bytes(b"\x80\x04 pickle")
+
+
+def pickle_only(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def no_tokenizer(folder):
+    for name in checkpoints.TOKENIZER_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def regression(folder):
+    edit_config(folder, problem_type="regression")
+
+
+def index_leaves(folder):
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "../../outside.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def shard_missing(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (no_head, "no classification head"),
+        (no_architecture, "no stated architecture"),
+        (no_config, "has no config.json"),
+        (bad_config, "is no JSON object"),
+        (no_weights, "has no model.safetensors"),
+        (truncated, "truncated"),
+        (not_safetensors, "no safetensors file"),
+        (pickle_only, "only as pickle"),
+        (no_tokenizer, "has no tokenizer"),
+        (regression, "answers with one number"),
+        (index_leaves, "outside its folder"),
+        (shard_missing, "is missing"),
+    ],
+)
+def test_a_bad_checkpoint_is_refused_in_words(checkpoint, damage, says):
+    check(checkpoint)
+    damage(checkpoint)
+    with pytest.raises(CheckpointError, match=says) as error:
+        check(checkpoint)
+    assert error.value.mend
+
+
+def test_a_head_that_was_never_trained_is_refused(checkpoint):
+    from safetensors.numpy import load_file, save_file
+
+    from toolchain.backends.pytorch import load_model
+
+    tensors = load_file(checkpoint / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if "classifier" not in name}
+    save_file(kept, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    check(checkpoint)  # only its weights can tell
+    with pytest.raises(CheckpointError, match=r"no weights for classifier.bias.*never trained"):
+        load_model(checkpoint)
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(checkpoint):
+    from toolchain.backends.pytorch import load_model
+
+    edit_config(checkpoint, dim=64)
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_model(checkpoint)
+
+
+def test_remote_code_is_never_run(checkpoint, tmp_path):
+    from toolchain.backends.pytorch import load_model
+
+    marker = tmp_path / "it ran"
+    (checkpoint / "modeling.py").write_text(f"open({str(marker)!r}, 'w')\nclass M: pass\nclass C: pass\n")
+    edit_config(
+        checkpoint,
+        model_type="homemade",
+        auto_map={"AutoConfig": "modeling.C", "AutoModelForSequenceClassification": "modeling.M"},
+    )
+    with pytest.raises(CheckpointError):
+        load_model(checkpoint)
+    assert not marker.exists()

@@ -1,0 +1,220 @@
+"""What a person types and sees: words, exit codes, and nothing half-done."""
+
+import json
+import re
+
+import click
+import pytest
+from conftest import make_checkpoint, run_toolchain
+
+from toolchain.cli import cli, main
+from toolchain.measurements import ResultFile
+
+
+@pytest.fixture
+def at(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def say(capsys):
+    """Runs the command line in this process: exit code, standard output, standard error."""
+
+    def run(*arguments):
+        code = main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.mark.parametrize("command", sorted(cli.commands))
+def test_every_command_has_help_with_an_example(command, say):
+    code, out, _ = say(command, "--help")
+    assert code == 0
+    assert re.search(rf"Examples?:\n +toolchain {command}", out)
+    for option in cli.commands[command].params:
+        if isinstance(option, click.Option):
+            assert option.help, option.name
+
+
+def test_version(say):
+    assert say("--version")[1].startswith("toolchain, version 0.")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bnech"],
+        ["export", "--opset", "12"],
+        ["export", "--opset", "many"],
+        ["quantize", "--backend", "bnb"],
+        ["bench", "--provider", "tpu"],
+        ["bench", "--threads", "0"],
+        ["bench", "--save-as", "../up"],
+        ["validate"],
+        ["export", "--surprise"],
+    ],
+)
+def test_what_click_can_see_is_usage(at, say, arguments):
+    code, out, err = say(*arguments)
+    assert code == 2
+    assert "Error" in err
+    assert not out
+
+
+def test_an_unknown_variant_is_told_the_nearest(at, say, tiny_checkpoint):
+    code, _, err = say("validate", "onnx-int9", "--model", tiny_checkpoint)
+    assert code == 1
+    assert "Did you mean onnx-int8" in err
+    assert not (at / "exported").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["export", "--model", "./nowhere"], "There is no folder ./nowhere"),
+        (["export", "--model", "nobody/nothing"], "--model PATH"),
+        (["quantize", "--from", "onnx-std"], "It takes: onnx-fp32"),
+        (["bench", "--variant", "onnx-int8", "--provider", "cuda"], "It is measured on cpu"),
+        (["compare", "nowhere.json"], "There is no result file"),
+        (["compare"], "no result of reference"),
+        (["export", "--revision", "v1"], "--revision is for models of the hub"),
+    ],
+)
+def test_what_is_found_out_late_is_one_sentence_and_exit_1(at, say, arguments, says):
+    code, out, err = say(*arguments)
+    assert code == 1
+    assert err.startswith("Error: ")
+    assert says in err
+    assert "Traceback" not in err
+    assert not out
+    assert not (at / "exported").exists()
+
+
+def test_debug_shows_the_traceback(at):
+    quiet = run_toolchain("export", "--model", "./nowhere", cwd=at)
+    loud = run_toolchain("export", "--model", "./nowhere", "--debug", cwd=at)
+    assert "Traceback" not in quiet.stderr
+    assert "Traceback" in loud.stderr
+    assert loud.returncode == quiet.returncode == 1
+
+
+def test_a_bug_is_a_sentence_too(at, say, monkeypatch):
+    def bug(*_):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("toolchain.pipeline.Workspace.open", bug)
+    code, _, err = say("variants")
+    assert (code, err) == (1, "Error: unexpected ZeroDivisionError: a bug Run again with --debug to see where.\n")
+
+
+def test_an_interrupt_is_130(at, say, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("toolchain.pipeline.Workspace.open", stop)
+    code, _, err = say("variants")
+    assert code == 130
+    assert "Interrupted" in err
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(at, say, tiny_checkpoint):
+    code, out, _ = say("export", "--model", tiny_checkpoint, "--opset", 17, "--dry-run")
+    assert code == 0
+    assert "onnx-std: build (missing); opset=17" in out
+    code, out, _ = say("bench", "--model", tiny_checkpoint, "--dry-run")
+    assert code == 0
+    assert "torch-fp32@cpu: build torch-fp32 (missing), then measure" in out
+    assert "onnx-fp32@cuda: unavailable: No NVIDIA GPU" in out
+    assert not (at / "exported").exists()
+
+
+def test_a_place_that_cannot_be_written(at, say, tiny_checkpoint):
+    (at / "file").write_text("")
+    code, _, err = say("export", "--model", tiny_checkpoint, "--exported", "file/inside")
+    assert code == 1
+    assert "cannot be written" in err
+
+
+def test_validation_that_says_no_is_exit_3(at, say, tiny, monkeypatch):
+    wanted = {"passed": False, "exact": True, "finite": True, "grid_largest_delta": {"one": 1.0}}
+    wanted |= {"worst_case": "one", "largest_delta": 1.0, "mean_delta": 1.0, "sentences": 2, "flips": 1}
+    monkeypatch.setattr("toolchain.pipeline.validate", lambda *_: wanted)
+    code, out, err = say("validate", "onnx-fp32", "--model", "tiny", "--exported", tiny.exported)
+    assert code == 3
+    assert "NOT valid" in out
+    assert "does not answer as PyTorch does" in err
+
+
+def test_a_tampered_artifact_is_exit_1_with_the_mend(at, say, tiny):
+    file = tiny.path("onnx-fp32") / "model.onnx"
+    file.write_bytes(file.read_bytes()[:-1])
+    for arguments in (["quantize"], ["validate", "onnx-int8"]):
+        code, _, err = say(*arguments, "--model", "tiny", "--exported", tiny.exported)
+        assert code == 1
+        assert "model.onnx has" in err
+        assert "Delete the folder" in err
+    code, out, _ = say("variants", "--model", "tiny", "--exported", tiny.exported)
+    assert code == 0
+    assert re.search(r"onnx-fp32 .*tampered: .*model.onnx has", out)
+
+
+def test_bench_with_cuda_and_no_device_has_rows_with_reason_and_mend(at, say, tiny_checkpoint):
+    code, out, err = say("bench", "--provider", "cuda", "--quick", "--model", tiny_checkpoint)
+    assert code == 1
+    assert "Nothing could be measured: No NVIDIA GPU" in err
+    assert "torch-fp32@cuda unavailable" in out
+    assert "toolchain doctor" in out
+    file = next((at / "benchmarks/results/local").glob("tiny-*.json"))
+    assert {row.status for row in ResultFile.read(file).rows} == {"unavailable"}  # written before it says no
+
+
+def test_the_whole_chain_from_the_command_line(at, say, tmp_path_factory):
+    checkpoint = make_checkpoint(tmp_path_factory.mktemp("c") / "mine", ("bad", "good"))
+    table = at / "reviews.csv"
+    table.write_text("review,stars\n" + "".join(f"a film of {i} words,{('bad', 'good')[i % 2]}\n" for i in range(40)))
+    model = ("--model", checkpoint)
+    code, out, err = say("export", *model)
+    assert code == 0
+    assert out.split() == [f"exported/mine/{name}" for name in ("torch-fp32", "onnx-std", "onnx-fp32")]
+    assert "largest |Δlogit|" in err
+    assert say("quantize", "--backend", "ort", *model)[0] == 0
+    code, out, err = say("bench", "--quick", *model)
+    assert code == 1
+    assert "this model has bad, good. Pass data of its own: --data FILE" in err
+    columns = ("--data", table, "--text-column", "review", "--label-column", "stars")
+    code, out, err = say("bench", "--quick", "--provider", "cpu", "--save-as", "mine", *columns, *model)
+    assert (code, err.count("saved: benchmarks/results/mine.json")) == (0, 1)
+    assert "onnx-int8@cpu" in out
+    code, out, _ = say("compare", "--format", "json", *model)
+    assert code == 0
+    assert [row["cell"] for row in json.loads(out)][-1] == "onnx-int8@cpu"
+    code, out, _ = say("compare", "--format", "markdown", "--baseline", "onnx-fp32", *model)
+    assert code == 0
+    assert "against onnx-fp32@cpu" in out
+    code, out, _ = say("variants", "--json", *model)
+    assert {row["state"] for row in json.loads(out)} == {"built"}
+    code, out, _ = say("validate", "onnx-int8", "--json", *model)
+    assert json.loads(out)["passed"]
+
+
+def test_doctor_finds_and_mends(at, say, monkeypatch):
+    code, out, _ = say("doctor")
+    assert code == 0
+    assert re.search(r"ok +torch 2", out)
+    versions = {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}
+    monkeypatch.setattr("toolchain.hardware.versions", lambda: versions)
+    code, out, _ = say("doctor", "--json")
+    assert code == 1
+    problem = [finding for finding in json.loads(out) if finding["level"] == "problem"]
+    assert "both installed" in problem[0]["what"]
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu" in problem[0]["mend"]
+    monkeypatch.setattr("toolchain.hardware.versions", dict)
+    assert "no ONNX Runtime is installed" in say("doctor")[1]
+
+
+def test_an_option_can_come_from_the_environment(at, say, monkeypatch, tiny_checkpoint):
+    monkeypatch.setenv("TOOLCHAIN_EXPORT_MODEL", str(tiny_checkpoint))
+    assert "torch-fp32: build" in say("export", "--dry-run")[1]

@@ -1,0 +1,162 @@
+"""Ratios, baselines, merging, and what a reader sees."""
+
+import dataclasses
+import json
+
+import pytest
+from test_measurements import result, row
+
+from toolchain.errors import BenchError, ResultFileError
+from toolchain.measurements import Accuracy, Measurement, ResultFile, Samples
+from toolchain.report.markdown import to_markdown
+from toolchain.report.table import print_table
+from toolchain.runs import current_ids, judge, newest
+from toolchain.steps.compare import compare
+
+RUN = {"threads": 2, "batch_size": 32}
+
+
+def measured(variant, ms, provider="cpu", correct=90, **changes):
+    latency = Samples.of([[round(ms * 1000)]], [[1]])
+    batches = Samples.of([[round(ms * 32000)]], [[32]])
+    figures = {
+        "variant": variant,
+        "provider": provider,
+        "accuracy": Accuracy(correct, 100, 1),
+        "latency": latency,
+        "latency_ms": latency.milliseconds(),
+        "batches": batches,
+        "throughput_per_s": batches.per_second(),
+        "memory_bytes": {"peak": round(ms * 1e8)},
+        "size_bytes": {"total": round(ms * 1e7)},
+        "artifact_id": f"id of {variant}",
+    }
+    return row(**{**figures, **changes})
+
+
+FP32, INT8 = measured("torch-fp32", 8), measured("onnx-int8", 1, correct=89)
+NO_GPU = Measurement("m", "onnx-fp32", "cuda", None, "unavailable", "No GPU answers.", "Get one.")
+
+
+def of(rows, cell):
+    return next(r for r in rows if r.measurement.cell == cell)
+
+
+def test_every_ratio_is_against_the_baseline_and_above_one_is_better():
+    rows = compare([result(FP32, INT8, run=RUN)])
+    found = of(rows, "onnx-int8@cpu")
+    assert found.baseline is FP32
+    assert found.speedup == pytest.approx(8)
+    assert found.throughput_gain == pytest.approx(8, rel=1e-3)
+    assert found.memory_reduction == found.size_reduction == pytest.approx(8)
+    assert found.accuracy_points == pytest.approx(-1)
+
+
+def test_another_baseline_by_variant_or_cell():
+    runs = [result(FP32, INT8, run=RUN)]
+    for name in ("onnx-int8", "onnx-int8@cpu"):
+        assert of(compare(runs, name), "torch-fp32@cpu").speedup == pytest.approx(1 / 8)
+
+
+def test_a_baseline_that_is_not_there_names_those_that_are():
+    with pytest.raises(ResultFileError, match=r"No row is the baseline 'onnx-int4'. Measured are: torch-fp32@cpu"):
+        compare([result(FP32, run=RUN)], "onnx-int4")
+
+
+def test_no_ratio_crosses_runs_or_machines():
+    other = dict(result().machine, id="y", cpu="other")
+    rows = compare([result(FP32, run=RUN), result(INT8, machine=other, run=RUN, created="2026-01-02T00:00:00+00:00")])
+    found = of(rows, "onnx-int8@cpu")
+    assert found.baseline is None
+    assert found.speedup is None
+    assert "other, 2 cores" in to_markdown(rows)
+
+
+def test_a_gpu_row_is_compared_with_the_cpu_baseline_else_with_its_own():
+    gpu, base = measured("onnx-fp32", 1, "cuda"), measured("torch-fp32", 4, "cuda")
+    assert of(compare([result(FP32, base, gpu)]), "onnx-fp32@cuda").baseline is FP32
+    assert of(compare([result(base, gpu)]), "onnx-fp32@cuda").baseline is base
+
+
+def test_the_newest_row_of_a_key_wins_and_a_rebuilt_artifact_stays_a_row():
+    slower = measured("onnx-int8", 2)
+    rebuilt = measured("onnx-int8", 3, artifact_id="another id")
+    files = [
+        result(rebuilt, created="2026-01-03T00:00:00+00:00"),
+        result(FP32, INT8, created="2026-01-01T00:00:00+00:00"),
+        result(slower, created="2026-01-02T00:00:00+00:00"),
+    ]
+    rows = compare(files, None, {("m", "onnx-int8"): "another id"})
+    found = [(r.measurement.latency_ms["p50"], r.stale) for r in rows if r.measurement.variant == "onnx-int8"]
+    assert sorted(found) == [(2.0, True), (3.0, False)]
+    assert "[stale]" in to_markdown(rows)
+
+
+def test_the_table_shows_every_figure_and_why_one_is_missing(capsys):
+    print_table(compare([result(FP32, INT8, NO_GPU, run=RUN)]))
+    shown = capsys.readouterr().out
+    assert "89.00% (-1.00)" in shown
+    assert "1.00 (8.00×)" in shown
+    assert "100 (8.00×)" in shown
+    assert "10.0 (8.00×)" in shown
+    assert "onnx-fp32@cuda unavailable: No GPU answers. Get one." in shown
+    assert "against torch-fp32@cpu" in shown
+    assert "c, 2 cores" in shown
+
+
+def test_markdown_is_a_table_and_escapes_bars():
+    odd = dataclasses.replace(INT8, variant="a|b")
+    text = to_markdown(compare([result(FP32, odd, run=RUN)]))
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 4
+    assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
+
+
+def test_json_has_the_ratios_and_no_samples():
+    body = of(compare([result(FP32, INT8, run=RUN)]), "onnx-int8@cpu").to_json()
+    assert body["speedup"] == 8
+    assert body["baseline"] == "torch-fp32@cpu"
+    assert body["machine"]["cpu"] == "c"
+    assert "samples" not in body
+    json.dumps(body)
+
+
+def test_nothing_to_compare_is_an_error_in_words():
+    with pytest.raises(ResultFileError, match="no rows"):
+        compare([result()])
+
+
+def test_the_newest_result_of_the_model_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BenchError, match="no result of m"):
+        newest("m")
+    result(FP32, created="2026-01-01T00:00:00+00:00").write(tmp_path / "benchmarks/results/old.json")
+    result(INT8, created="2026-01-02T00:00:00+00:00").write(tmp_path / "benchmarks/results/local/new.json")
+    assert newest("m").rows == (INT8,)
+    with pytest.raises(BenchError, match="no result of other"):
+        newest("other")
+
+
+def test_a_run_is_judged_by_its_rows():
+    judge(result(FP32, NO_GPU))
+    with pytest.raises(BenchError, match="Nothing could be measured: No GPU"):
+        judge(result(NO_GPU))
+    failed = Measurement("m", "onnx-int8", "cpu", None, "failed", "It crashed.", "Look.")
+    with pytest.raises(BenchError, match="1 of 2 cells failed: onnx-int8@cpu: It crashed"):
+        judge(result(FP32, failed))
+
+
+def test_the_ids_that_lie_there_now(built_tiny):
+    name = built_tiny.model
+    found = current_ids(built_tiny.exported, [row(model=name, variant="onnx-fp32"), row(model="gone")])
+    assert found == {(name, "onnx-fp32"): built_tiny.load("onnx-fp32").manifest.id}
+
+
+def test_committed_result_files_can_be_read():
+    from conftest import TESTS
+
+    files = list((TESTS.parent / "benchmarks" / "results").glob("*.json"))
+    files += (TESTS.parent / "benchmarks" / "studies").glob("*.json")
+    assert files
+    for file in files:
+        assert ResultFile.read(file).rows

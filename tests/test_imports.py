@@ -1,0 +1,141 @@
+"""The rooms: imports run one way only, and what is light stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import toolchain
+
+ROOT = Path(toolchain.__file__).parent
+HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnx_ir", "optimum", "datasets", "numpy", "pandas", "rich"}
+CORE = ["variants", "artifacts", "checkpoints", "measurements", "inputs", "hardware"]
+# Each layer may import from those below it; a room of several modules is one name.
+LAYERS = [
+    ["errors"],
+    CORE,
+    ["passes", "backends", "worker"],
+    ["steps"],
+    ["pipeline", "report"],
+    ["runs", "doctor"],
+    ["cli"],
+]
+WITHIN = {"variants": 0, "artifacts": 1, "hardware": 1, "checkpoints": 2, "measurements": 1, "inputs": 1}
+
+
+def modules():
+    return {p.relative_to(ROOT.parent).with_suffix("").as_posix().replace("/", "."): p for p in ROOT.rglob("*.py")}
+
+
+def room(module):
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def imports(path, *, typing_too):
+    """(imported module, at module level) of every import statement of the file."""
+    tree = ast.parse(path.read_text())
+    hidden = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) and not typing_too:
+            hidden |= {id(child) for part in node.body for child in ast.walk(part)}
+    top = {
+        id(child)
+        for node in tree.body
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef)
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in hidden:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module, id(node) in top
+            yield from ((f"{node.module}.{alias.name}", id(node) in top) for alias in node.names)
+
+
+def level(name):
+    return next((i for i, layer in enumerate(LAYERS) if name in layer), None)
+
+
+@pytest.mark.parametrize("module", sorted(m for m in modules() if room(m) not in ("", "__init__", "__main__")))
+def test_imports_run_one_way(module):
+    mine = level(room(module))
+    assert mine is not None, f"{module} is in no layer"
+    for imported, _ in imports(modules()[module], typing_too=False):
+        other = room(imported) if imported.startswith("toolchain.") else ""
+        if not other or level(other) is None:
+            continue
+        if other == room(module):
+            continue
+        assert level(other) <= mine, f"{module} imports {imported}, which stands above it"
+        if level(other) == mine and room(module) in WITHIN:
+            assert WITHIN[other] < WITHIN[room(module)], f"{module} and {imported} stand side by side"
+
+
+@pytest.mark.parametrize("room_name", ["steps", "backends", "passes"])
+def test_neighbours_in_a_room_do_not_call_each_other(room_name):
+    allowed = {"passes.apply", "passes.quantize_embedding", "passes.__init__", "backends.__init__"}
+    for module, path in modules().items():
+        if room(module) != room_name or module.removeprefix("toolchain.") in allowed:
+            continue
+        for imported, _ in imports(path, typing_too=False):
+            assert not imported.startswith(f"toolchain.{room_name}."), f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_nothing_heavy_is_imported_before_it_is_needed(module):
+    for imported, at_top in imports(modules()[module], typing_too=False):
+        assert not (at_top and imported.split(".")[0] in HEAVY), f"{module} imports {imported} at module level"
+
+
+@pytest.mark.parametrize("module", sorted(m for m in modules() if room(m) in CORE))
+def test_core_knows_no_runtime(module):
+    for imported, _ in imports(modules()[module], typing_too=False):
+        assert imported.split(".")[0] not in {"torch", "onnx", "onnxruntime"}, f"{module} imports {imported}"
+
+
+def test_there_is_no_cycle():
+    graph = {
+        module: {
+            other
+            for imported, _ in imports(path, typing_too=False)
+            for other in (imported, f"{imported}.__init__")
+            if other in modules()
+        }
+        for module, path in modules().items()
+    }
+    done, active = set(), []
+
+    def visit(module):
+        assert module not in active, " → ".join([*active, module])
+        if module in done:
+            return
+        active.append(module)
+        for other in sorted(graph[module]):
+            visit(other)
+        active.pop()
+        done.add(module)
+
+    for module in sorted(graph):
+        visit(module)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["bench", "--help"], ["export", "--help"]])
+def test_help_loads_nothing_heavy(arguments):
+    code = (
+        "import sys; from toolchain.cli import main; code = main(sys.argv[1:]); "
+        f"print(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr); sys.exit(code)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert run.returncode == 0
+    assert run.stderr.strip() == "[]"
+
+
+def test_files_can_be_read_in_one_sitting():
+    for module, path in modules().items():
+        assert len(path.read_text().splitlines()) <= 350, module

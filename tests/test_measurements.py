@@ -1,0 +1,165 @@
+"""Samples, rows, and result files good and bad."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toolchain.errors import ResultFileError
+from toolchain.measurements import MAX_SAMPLES, Accuracy, Measurement, ResultFile, Samples
+
+rounds = st.lists(st.lists(st.integers(1, 10**7), max_size=700), min_size=1, max_size=8).filter(lambda r: any(r))
+
+
+def samples_of(times):
+    return Samples.of(times, [[1] * len(row) for row in times])
+
+
+@given(rounds)
+def test_thinning_is_even_keeps_rounds_and_the_true_count(times):
+    samples = samples_of(times)
+    assert samples.count == sum(map(len, times))
+    assert len(samples.values()) == min(samples.count, MAX_SAMPLES)
+    assert len(samples.rounds) == len(times)
+    for kept, row in zip(samples.rounds, times, strict=True):
+        remaining = iter(row)
+        assert all(value in remaining for value in kept)  # a subsequence
+        share = MAX_SAMPLES / samples.count if samples.count > MAX_SAMPLES else 1
+        assert abs(len(kept) - share * len(row)) <= 1
+
+
+@given(rounds)
+def test_quantiles_are_those_of_numpy(times):
+    samples = samples_of(times)
+    figures = samples.milliseconds()
+    for name, q in {"p50": 50, "p90": 90, "p95": 95, "p99": 99}.items():
+        assert figures[name] == pytest.approx(np.percentile(samples.values(), q) / 1000, abs=1e-4)
+    assert figures["p50"] <= figures["p90"] <= figures["p95"] <= figures["p99"]
+
+
+def test_throughput_is_sentences_over_time():
+    assert Samples.of([[1000, 3000]], [[32, 8]]).per_second() == 10_000
+
+
+def row(**changes):
+    latency, batches = samples_of([[900, 1000], [1100]]), Samples.of([[5000]], [[32]])
+    values = {
+        "model": "m",
+        "variant": "onnx-int8",
+        "provider": "cpu",
+        "artifact_id": "ab",
+        "status": "ok",
+        "accuracy": Accuracy(9, 10, 1),
+        "latency_ms": latency.milliseconds(),
+        "throughput_per_s": batches.per_second(),
+        "memory_bytes": {"peak": 10},
+        "size_bytes": {"total": 5},
+        "latency": latency,
+        "batches": batches,
+        "predictions": (0, 1),
+    }
+    return Measurement(**{**values, **changes})
+
+
+def result(*rows, **changes):
+    machine = {"id": "x", "cpu": "c", "cores": 2, "gpu": [], "ram_gib": 1, "isa": []}
+    data = {"name": "d", "rows": 10, "sha256": "0"}
+    values = {"created": "2026-01-01T00:00:00+00:00", "toolchain": "0", "machine": machine, "run": {}, "data": data}
+    return ResultFile(**{**values, **changes}, rows=rows)
+
+
+def test_a_result_file_is_read_back_as_it_was_written(tmp_path):
+    unavailable = Measurement("m", "onnx-fp32", "cuda", None, "unavailable", "No GPU.", "Get one.")
+    reported = Measurement("m", "torch-fp32", "cpu", None, "reported", latency_ms={"p50": 9.0}, throughput_per_s=3.0)
+    written = result(row(), unavailable, reported)
+    written.write(tmp_path / "deep" / "r.json")
+    assert ResultFile.read(tmp_path / "deep" / "r.json") == written
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["r.json"]
+
+
+def test_the_file_holds_raw_samples_in_one_line_a_row(tmp_path):
+    result(row()).write(tmp_path / "r.json")
+    body = json.loads((tmp_path / "r.json").read_text())
+    assert body["schema"] == 1
+    assert body["rows"][0]["samples"]["latency"] == {
+        "unit": "us",
+        "rounds": [[900, 1000], [1100]],
+        "sentences": [[1, 1], [1]],
+        "count": 3,
+    }
+    assert body["rows"][0]["accuracy"] == {"value": 0.9, "correct": 9, "count": 10, "batch_size": 1}
+    assert len([line for line in (tmp_path / "r.json").read_text().splitlines() if "onnx-int8" in line]) == 1
+
+
+def change_row(**changes):
+    def change(body):
+        body["rows"][0].update(changes)
+
+    return change
+
+
+def change_samples(values):
+    def change(body):
+        body["rows"][0]["samples"]["latency"]["rounds"] = values
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda body: body.update(schema=2), "schema 2, this release reads 1"),
+        (lambda body: body.pop("rows"), "it lacks 'rows'"),
+        (lambda body: body.pop("machine"), "machine"),
+        (change_row(status="great"), "status 'great'"),
+        (change_row(cell="other@cpu"), "cell 'other@cpu'"),
+        (change_row(latency_ms={"p50": 0.1}), "does not follow from its samples"),
+        (change_row(throughput_per_s=10**6), "does not follow from its samples"),
+        (change_samples([[900, -5], [1100]]), "positive whole number"),
+        (change_samples([[900, 0.5], [1100]]), "positive whole number"),
+        (change_samples([["fast"]]), "positive whole number"),
+        (change_row(accuracy={"correct": 11, "count": 10, "batch_size": 1}), "11 right answers of 10"),
+        (change_row(surprise=1), "surprise"),
+    ],
+)
+def test_a_file_that_contradicts_itself_is_refused(tmp_path, change, says):
+    result(row()).write(tmp_path / "r.json")
+    body = json.loads((tmp_path / "r.json").read_text())
+    change(body)
+    (tmp_path / "r.json").write_text(json.dumps(body))
+    with pytest.raises(ResultFileError, match=says):
+        ResultFile.read(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema": 1, "rows": [NaN]}', "\x00"])
+def test_what_is_no_result_file_is_refused(tmp_path, text):
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(ResultFileError, match="is no result file"):
+        ResultFile.read(tmp_path / "r.json")
+    with pytest.raises(ResultFileError, match="There is no result file"):
+        ResultFile.read(tmp_path / "missing.json")
+
+
+def test_a_truncated_file_is_refused_wherever_it_was_cut(tmp_path):
+    result(row()).write(tmp_path / "r.json")
+    whole = (tmp_path / "r.json").read_text()
+    for cut in range(0, len(whole) - 2, 37):
+        (tmp_path / "r.json").write_text(whole[:cut])
+        with pytest.raises(ResultFileError):
+            ResultFile.read(tmp_path / "r.json")
+
+
+def test_a_place_that_cannot_be_written_is_an_error_in_words(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResultFileError, match="cannot be written"):
+        result(row()).write(tmp_path / "file" / "r.json")
+
+
+def test_what_json_has_no_number_for_is_not_written(tmp_path):
+    bad = dataclasses.replace(row(), memory_bytes={"peak": float("nan")})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        result(bad).write(tmp_path / "r.json")
+    assert not (tmp_path / "r.json").exists()

@@ -1,0 +1,231 @@
+"""Each rewrite on its own: it applies where it should, leaves the rest alone, and changes no answer."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from onnx import TensorProto, helper, numpy_helper
+
+from toolchain import passes
+from toolchain.errors import GraphError
+from toolchain.inputs import pad
+from toolchain.passes.quantize_linear import quantize_weight
+
+ATTENTION = passes.Attention(heads=4, width=32)
+NAMES = ("input_ids", "attention_mask")
+ROWS = [[101, 2023, 102], [101] + [2000 + i for i in range(23)] + [102], [101]]
+
+
+@pytest.fixture
+def std(built_tiny):
+    return passes.read(built_tiny.path("onnx-std") / "model.onnx")
+
+
+def answer(model, batch):
+    proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, batch)[0]
+
+
+def operators(model):
+    return passes.facts(model)["operators"]
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize(
+    "names", [["fuse"], ["fuse", "residual-sum"], ["fuse", "residual-sum", "first-token"], ["residual-sum"]]
+)
+def test_exact_passes_change_no_answer(std, names, left):
+    batch = pad(ROWS, NAMES, 0, left)
+    before = answer(std, batch)
+    after, counts = passes.rewrite(std, names, ATTENTION)
+    assert all(counts.values())
+    assert np.abs(answer(after, batch) - before).max() < 1e-5
+
+
+def test_fuse_makes_one_attention_a_layer_and_keeps_the_raw_mask(std):
+    model, counts = passes.rewrite(std, ["fuse"], ATTENTION)
+    assert counts == {"fuse": 4}
+    assert operators(model)["Attention"] == operators(model)["Gelu"] == 2
+    assert "SkipLayerNormalization" not in operators(model)
+    masks = [node.inputs[3] for node in model.graph if node.op_type == "Attention"]
+    assert {mask.producer().op_type for mask in masks} == {"Cast"}  # of the mask itself, not of a count of tokens
+
+
+def loaded_operators(model, tmp_path):
+    """What ONNX Runtime makes of the file under default options in an app that fixes the dimensions."""
+    options = ort.SessionOptions()
+    options.add_free_dimension_override_by_name("batch_size", 1)
+    options.add_free_dimension_override_by_name("sequence_length", 25)
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(tmp_path / "loaded.onnx").graph.node]
+
+
+def test_the_runtime_does_not_undo_residual_sum(std, tmp_path):
+    """An A/B switch: should a release stop fusing the Add, or start fusing the Sum, this says so."""
+    without, _ = passes.rewrite(std, ["fuse"], ATTENTION)
+    assert "SkipLayerNormalization" in loaded_operators(without, tmp_path)
+    with_sum, _ = passes.rewrite(without, ["residual-sum"], ATTENTION)
+    assert "SkipLayerNormalization" not in loaded_operators(with_sum, tmp_path)
+
+
+def test_first_token_moves_above_the_last_feed_forward(std):
+    model, counts = passes.rewrite(std, ["fuse", "residual-sum", "first-token"], ATTENTION)
+    assert counts["first-token"] == 11
+    gathers = [n for n in model.graph if n.op_type == "Gather" and n.attributes.get_int("axis", 0) == 1]
+    assert sorted(n.inputs[0].producer().op_type for n in gathers) == ["Attention", "LayerNormalization"]
+
+
+def test_first_token_leaves_alone_what_another_reads(std):
+    model, _ = passes.rewrite(std, ["fuse"], ATTENTION)
+    last = [n for n in model.graph if n.op_type == "LayerNormalization"][-1]
+    model.graph.outputs.append(last.outputs[0])  # an app that also wants the hidden states
+    model, counts = passes.rewrite(model, ["first-token"], ATTENTION)
+    assert counts["first-token"] == 0
+
+
+def small_graph(nodes, initializers, output_shape=("b", 2)):
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b", "s", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, output_shape)],
+        [numpy_helper.from_array(array, name) for name, array in initializers.items()],
+    )
+    proto = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    )
+    proto.ir_version = 8
+    return ir.from_proto(proto)
+
+
+def test_first_token_needs_a_start_it_knows_the_shape_of():
+    """From a graph input nothing says that its axes are [batch, sequence, width]."""
+    model = small_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["h"]),
+            helper.make_node("Gather", ["h", "zero"], ["y"], axis=1),
+        ],
+        {"w": np.ones((4, 2), np.float32), "zero": np.array(0, np.int64)},
+    )
+    assert passes.rewrite(model, ["first-token"], ATTENTION)[1] == {"first-token": 0}
+
+
+@pytest.mark.parametrize("index", [1, -1])
+def test_first_token_is_about_token_zero(index):
+    model = small_graph(
+        [
+            helper.make_node("LayerNormalization", ["x", "g"], ["n"]),
+            helper.make_node("MatMul", ["n", "w"], ["h"]),
+            helper.make_node("Gather", ["h", "i"], ["y"], axis=1),
+        ],
+        {"g": np.ones(4, np.float32), "w": np.ones((4, 2), np.float32), "i": np.array(index, np.int64)},
+    )
+    assert passes.rewrite(model, ["first-token"], ATTENTION)[1] == {"first-token": 0}
+
+
+def test_quantised_layers_hold_int8_and_the_logits_stay_fp32(built_tiny):
+    model = passes.read(built_tiny.path("onnx-fp32") / "model.onnx")
+    model, counts = passes.rewrite(model, ["quantize-linear", "quantize-embedding"], ATTENTION)
+    # Two layers: qkv, out, up, down each; pre_classifier. Word and position tables.
+    assert counts == {"quantize-linear": 9, "quantize-embedding": 2}
+    found = operators(model)
+    assert (found["DynamicQuantizeMatMul"], found["MultiHeadAttention"], found["Gemm"]) == (9, 2, 1)
+    assert "Attention" not in found
+    assert "MatMul" not in found
+    assert passes.facts(model)["bytes_by_dtype"]["int8"] > 30000 * 32
+
+
+def test_quantised_answers_are_near_and_right_padding_barely_matters(built_tiny):
+    fp32 = passes.read(built_tiny.path("onnx-fp32") / "model.onnx")
+    for left in (False, True):
+        batch = pad(ROWS, NAMES, 0, left)
+        want = answer(fp32, batch)
+        int8 = answer(passes.read(built_tiny.path("onnx-int8") / "model.onnx"), batch)
+        assert np.abs(int8 - want).max() < 0.1 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("trans", [0, 1])
+def test_gemm_becomes_a_quantised_product_with_its_bias(trans):
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(4, 3)).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gemm", ["x", "w", "b"], ["h"], transB=trans),
+            helper.make_node("Relu", ["h"], ["y"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["b", 3])],
+        [
+            numpy_helper.from_array(weight.T.copy() if trans else weight, "w"),
+            numpy_helper.from_array(np.array([1, 2, 3], np.float32), "b"),
+        ],
+    )
+    proto = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    )
+    proto.ir_version = 8
+    model, counts = passes.rewrite(ir.from_proto(proto), ["quantize-linear"], ATTENTION)
+    assert counts == {"quantize-linear": 1}
+    x = rng.normal(size=(5, 4)).astype(np.float32)
+    want = np.maximum(x @ weight + [1, 2, 3], 0)
+    assert np.abs(answer(model, {"x": x}) - want).max() < 0.1
+
+
+def test_products_of_activations_stay_fp32():
+    model = small_graph(
+        [
+            helper.make_node("Transpose", ["x"], ["t"], perm=[0, 2, 1]),
+            helper.make_node("MatMul", ["x", "t"], ["p"]),
+            helper.make_node("Relu", ["p"], ["y"]),
+        ],
+        {},
+        ("b", "s", "s"),
+    )
+    assert passes.rewrite(model, ["quantize-linear"], ATTENTION)[1] == {"quantize-linear": 0}
+
+
+weights = hnp.arrays(np.float32, st.tuples(st.integers(1, 8), st.integers(1, 8)), elements=st.floats(-10, 10, width=32))
+
+
+@given(weights, st.sampled_from([0, 1]))
+def test_int8_weights_are_within_half_a_step(weight, axis):
+    int8, scale = quantize_weight(weight, axis)
+    assert int8.dtype == np.int8
+    assert np.abs(int8.astype(int)).max() <= 127
+    assert scale.shape == (weight.shape[axis],)
+    assert (scale > 0).all()
+    steps = scale[:, None] if axis == 0 else scale[None, :]
+    assert (np.abs(int8 * steps - weight) <= steps * 0.5001 + 1e-30).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph at all", b"\x08\x08"])
+def test_a_file_that_is_no_onnx_model_is_an_error_in_words(tmp_path, content):
+    (tmp_path / "model.onnx").write_bytes(content)
+    with pytest.raises(GraphError, match="no valid ONNX model"):
+        passes.read(tmp_path / "model.onnx")
+    with pytest.raises(GraphError, match="no valid ONNX model"):
+        passes.read(tmp_path / "missing.onnx")
+
+
+def test_a_graph_with_a_dangling_input_is_no_model(std, tmp_path):
+    proto = ir.to_proto(std)
+    proto.graph.node[5].input[0] = "nobody makes this"
+    onnx.save(proto, tmp_path / "model.onnx")
+    with pytest.raises(GraphError, match="no valid ONNX model"):
+        passes.read(tmp_path / "model.onnx")
+
+
+def test_facts_count_every_byte_of_weights_by_part(built_tiny):
+    model = passes.read(built_tiny.path("onnx-std") / "model.onnx")
+    facts = passes.facts(model)
+    assert sum(facts["bytes_by_part"].values()) == sum(facts["bytes_by_dtype"].values())
+    assert facts["bytes_by_part"]["embeddings"] == (30522 + 512) * 32 * 4
+    assert facts["opset"] == {"": 18}

@@ -1,0 +1,237 @@
+"""What is built, what is skipped, and that nothing is lost when it goes wrong."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import make_checkpoint
+
+from toolchain import pipeline, variants
+from toolchain.artifacts import MANIFEST
+from toolchain.errors import ArtifactError, GraphError, TamperedError, VerdictError
+from toolchain.pipeline import Workspace, ensure, plan, states, validate_variant
+from toolchain.variants import Export, Import, Optimize
+
+ALL = tuple(variants.TABLE)
+
+
+def reasons(workspace, names=("onnx-int8",), asked=None):
+    return {item.variant.name: item.reason for item in plan(workspace, names, asked or {})}
+
+
+def digest(workspace):
+    """Every byte under exported/, to see that nothing changed."""
+    return {
+        str(p.relative_to(workspace.exported)): p.read_bytes()
+        for p in sorted(workspace.exported.rglob("*"))
+        if p.is_file() and not p.name.endswith(".lock")
+    }
+
+
+def test_nothing_there_means_everything_is_missing(tiny_checkpoint, tmp_path):
+    workspace = Workspace.open(str(tiny_checkpoint), tmp_path / "exported")
+    assert reasons(workspace) == dict.fromkeys(ALL, "missing")
+    assert not (tmp_path / "exported").exists()  # a plan writes nothing
+
+
+def test_a_second_run_skips_and_says_so(tiny):
+    said = []
+    before = digest(tiny)
+    ensure(tiny, ALL, {"torch-fp32": Import(), "onnx-std": Export(), "onnx-fp32": Optimize()}, said.append)
+    assert said == [f"{name}: fresh, skipped" for name in ALL]
+    assert digest(tiny) == before
+
+
+def test_the_same_work_gives_the_same_ids(built_tiny, tiny_checkpoint, tmp_path):
+    again = Workspace.open(str(tiny_checkpoint), tmp_path / "exported")
+    ensure(again, ALL, {}, lambda line: None)
+    for name in ALL:
+        assert again.load(name).manifest.id == built_tiny.load(name).manifest.id, name
+
+
+def test_what_is_built_says_where_it_comes_from(built_tiny):
+    manifests = {name: built_tiny.load(name).manifest for name in ALL}
+    for name, manifest in manifests.items():
+        parent = variants.get(name).parent
+        assert manifest.parent == parent
+        assert manifest.parent_id == (manifests[parent].id if parent else None)
+        assert manifest.source["revision"].startswith("sha256:")
+        assert [spec.name for spec in manifest.inputs] == ["input_ids", "attention_mask"]
+        assert [spec.shape for spec in manifest.inputs] == [("batch_size", "sequence_length")] * 2
+        assert manifest.labels == ("NEGATIVE", "POSITIVE")
+        assert manifest.validation["passed"]
+        assert {"config.json", "tokenizer.json"} <= {file.path for file in manifest.files}
+        assert manifest.environment["versions"]["torch"]
+    assert len({m.facts["parameters"] for m in manifests.values()}) == 1
+    assert manifests["onnx-fp32"].facts["rewrites"] == {"fuse": 4, "residual-sum": 5, "first-token": 11}
+    assert manifests["onnx-int8"].size_bytes < manifests["onnx-fp32"].size_bytes / 2
+
+
+def test_other_settings_replace_and_make_descendants_stale(tiny):
+    asked = {"onnx-std": Export(17)}
+    assert reasons(tiny, ["onnx-std"], asked) == {"torch-fp32": "", "onnx-std": "other settings: opset 18 → 17"}
+    said = []
+    ensure(tiny, ["onnx-std"], asked, said.append)
+    assert "onnx-std: replaced" in said[-1]
+    assert tiny.load("onnx-std").manifest.facts["opset"] == {"": 17}
+    assert reasons(tiny)["onnx-fp32"] == "onnx-std changed"
+    assert reasons(tiny)["onnx-int8"] == "onnx-fp32 is built anew"
+    assert {v.name: state for v, _, state in states(tiny)}["onnx-fp32"] == "stale: onnx-std changed"
+    # An ancestor keeps the settings it was built with: nobody asked for opset 18 again.
+    assert reasons(tiny)["onnx-std"] == ""
+    ensure(tiny, ["onnx-int8"], {}, said.append)
+    assert tiny.load("onnx-fp32").manifest.facts["opset"][""] == 17
+
+
+def test_a_changed_checkpoint_is_imported_anew(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "tiny", seed=1)
+    workspace = Workspace.open(str(checkpoint), tmp_path / "exported")
+    ensure(workspace, ["torch-fp32"], {}, lambda line: None)
+    make_checkpoint(checkpoint, seed=5)
+    assert reasons(workspace, ["torch-fp32"]) == {"torch-fp32": "the checkpoint changed"}
+
+
+def test_a_checkpoint_that_went_away_is_not_needed_any_more(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "tiny")
+    workspace = Workspace.open(str(checkpoint), tmp_path / "exported")
+    ensure(workspace, ["torch-fp32"], {}, lambda line: None)
+    checkpoint.rename(tmp_path / "gone")
+    found = Workspace.open("tiny", tmp_path / "exported")
+    assert reasons(found, ["torch-fp32"]) == {"torch-fp32": ""}
+
+
+def test_a_step_of_another_version_is_built_again(tiny, monkeypatch):
+    function, version = pipeline.STEPS[Optimize]
+    monkeypatch.setitem(pipeline.STEPS, Optimize, (function, version + 1))
+    assert reasons(tiny)["onnx-fp32"] == "this release builds it differently"
+
+
+def tamper(workspace, name="onnx-fp32"):
+    file = workspace.path(name) / "model.onnx"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def test_a_tampered_artifact_is_not_built_upon(tiny):
+    tamper(tiny)
+    with pytest.raises(TamperedError, match="another sha256"):
+        ensure(tiny, ["onnx-int8"], {}, lambda line: None)
+    assert "tampered" in {v.name: state for v, _, state in states(tiny)}["onnx-fp32"]
+
+
+def test_a_tampered_artifact_that_is_asked_for_is_built_again(tiny):
+    good = tiny.load("onnx-fp32").manifest.id
+    tamper(tiny)
+    asked = {"onnx-fp32": Optimize()}
+    assert reasons(tiny, asked, asked)["onnx-fp32"] == "its files no longer match its manifest"
+    ensure(tiny, asked, asked, lambda line: None)
+    tiny.load("onnx-fp32").verify()
+    assert tiny.load("onnx-fp32").manifest.id == good
+
+
+def test_what_was_not_built_here_is_not_replaced(tiny, tmp_path):
+    workspace = Workspace(tmp_path / "other", tiny.model, tiny.source)
+    workspace.path("onnx-std").mkdir(parents=True)
+    (workspace.path("onnx-std") / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="move it away"):
+        ensure(workspace, ["onnx-std"], {}, lambda line: None)
+    assert (workspace.path("onnx-std") / "notes.txt").read_text() == "mine"
+
+
+def test_a_build_that_answers_wrongly_is_not_published(tiny, monkeypatch):
+    """A rewrite that moves every logit by a thousandth, ten times what fp32 rounding may."""
+    function, version = pipeline.STEPS[Optimize]
+
+    def wrong(job):
+        import onnx
+        from onnx import numpy_helper
+
+        built = function(job)
+        model = onnx.load(job.folder / "model.onnx")
+        bias = next(i for i in model.graph.initializer if i.name == "classifier.bias")
+        bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(0.001), "classifier.bias"))
+        onnx.save(model, job.folder / "model.onnx")
+        return dataclasses.replace(built, step=job.step)
+
+    monkeypatch.setitem(pipeline.STEPS, Optimize, (wrong, version + 1))
+    before = digest(tiny)
+    with pytest.raises(VerdictError, match="onnx-fp32 failed validation and was not published") as error:
+        ensure(tiny, ["onnx-int8"], {}, lambda line: None)
+    assert error.value.exit_code == 3
+    assert digest(tiny) == before
+
+
+def test_a_broken_graph_is_not_published(tiny, monkeypatch):
+    function, version = pipeline.STEPS[Optimize]
+
+    def broken(job):
+        built = function(job)
+        (job.folder / "model.onnx").write_bytes(b"no graph")
+        return built
+
+    monkeypatch.setitem(pipeline.STEPS, Optimize, (broken, version + 1))
+    before = digest(tiny)
+    with pytest.raises(GraphError):
+        ensure(tiny, ["onnx-fp32"], {}, lambda line: None)
+    assert digest(tiny) == before
+
+
+def test_validate_looks_at_what_lies_there(tiny):
+    assert validate_variant(tiny, "torch-fp32", lambda line: None)["largest_delta"] == 0
+    report = validate_variant(tiny, "onnx-int8", lambda line: None)
+    assert report["passed"]
+    assert report["largest_delta"] > 1e-4
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_stopped_in_the_middle_leaves_what_was_there_and_the_next_one_goes_on(tmp_path, sent):
+    checkpoint = make_checkpoint(tmp_path / "tiny")
+    command = [sys.executable, "-m", "toolchain", "export", "--model", str(checkpoint)]
+    run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    for line in run.stderr:
+        if line.startswith("onnx-std: building"):
+            break
+    scratch = tmp_path / "exported" / "tiny"
+    while not list(scratch.glob(".onnx-std.*.building")):
+        time.sleep(0.01)
+    os.kill(run.pid, sent)
+    rest = run.communicate(timeout=60)[1]
+    if sent == signal.SIGINT:
+        assert run.returncode == 130
+        assert "Interrupted" in rest
+        assert not list(scratch.glob(".*.building"))
+    assert not (scratch / "onnx-std").exists()
+    workspace = Workspace.open(str(checkpoint), tmp_path / "exported")
+    workspace.load("torch-fp32").verify()
+    assert reasons(workspace, ["onnx-std"]) == {"torch-fp32": "", "onnx-std": "missing"}
+    ensure(workspace, ["onnx-std"], {}, lambda line: None)
+    assert not list(scratch.glob(".*.building"))
+
+
+def test_two_runs_at_once_build_once(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "tiny")
+    command = [sys.executable, "-m", "toolchain", "export", "--model", str(checkpoint), "--optimize", "none"]
+    runs = [subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [run.communicate(timeout=120)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    manifest = json.loads((tmp_path / "exported" / "tiny" / "onnx-std" / MANIFEST).read_text())
+    assert manifest["validation"]["passed"]
+    assert not list((tmp_path / "exported" / "tiny").glob(".*.building"))
+    Workspace.open(str(checkpoint), tmp_path / "exported").load("onnx-std").verify()
+
+
+def test_labels_of_any_number_come_along(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "three", ("bad", "so so", "good"), seed=5)
+    workspace = Workspace.open(str(checkpoint), tmp_path / "exported")
+    built = ensure(workspace, ["onnx-fp32"], {}, lambda line: None)["onnx-fp32"]
+    assert built.manifest.labels == ("bad", "so so", "good")
+    assert built.manifest.outputs[0].shape == ("batch_size", 3)
+    config = json.loads((built.path / "config.json").read_text())
+    assert config["id2label"] == {"0": "bad", "1": "so so", "2": "good"}

@@ -1,0 +1,56 @@
+"""The command line: parse, build one request, call one function, print, exit.
+
+Exit codes: 0 yes, 1 it failed, 2 usage, 3 the verdict is no, 130 interrupted. Data goes to standard output, progress to
+standard error. Nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+from toolchain import __version__
+from toolchain.cli.build import export, quantize
+from toolchain.cli.look import doctor, validate, variants
+from toolchain.cli.measure import bench, compare
+from toolchain.errors import ToolchainError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "TOOLCHAIN"})
+@click.version_option(__version__)
+def cli() -> None:
+    """Takes a fine-tuned text classifier to ONNX: exported, quantised, validated, measured and compared.
+
+    Every option can be set in the environment: TOOLCHAIN_BENCH_THREADS=4 is `toolchain bench --threads 4`.
+    """
+
+
+for command in (export, quantize, bench, compare, validate, variants, doctor):
+    cli.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code; every failure ends here, in words."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    try:
+        code = cli.main(words, prog_name="toolchain", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.Abort:
+        click.echo("Interrupted: what was finished is kept, nothing is half-written.", err=True)
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except ToolchainError as error:
+        if debug:
+            raise
+        click.echo(f"Error: {error}", err=True)
+        return error.exit_code
+    except Exception as error:
+        if debug:
+            raise
+        click.echo(f"Error: unexpected {type(error).__name__}: {error} Run again with --debug to see where.", err=True)
+        return 1

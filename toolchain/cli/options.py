@@ -1,0 +1,56 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from toolchain.pipeline import Workspace
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def debug_option(command: F) -> F:
+    """--debug, which `main` looks at."""
+    return click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of a failure.")(command)
+
+
+def model_options(command: F) -> F:
+    """What every command that works on a model takes."""
+    for option in (
+        click.option(
+            "--exported",
+            type=click.Path(file_okay=False, path_type=Path),
+            default=Path("exported"),
+            show_default=True,
+            help="Where artifacts lie.",
+        ),
+        click.option("--as", "slug", metavar="NAME", help="Name the model's folder there; by default its own name."),
+        click.option(
+            "--model", default="reference", show_default=True, help="`reference` (embedded), a folder, or a hub id."
+        ),
+        debug_option,
+    ):
+        command = option(command)
+    return command
+
+
+def json_option(command: F) -> F:
+    """--json, for every command that prints a table."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")(command)
+
+
+def dry_run_option(command: F) -> F:
+    """--dry-run, for every command that builds."""
+    return click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")(command)
+
+
+def open_workspace(model: str, exported: Path, slug: str | None) -> Workspace:
+    """The folder and source that `model_options` name."""
+    from toolchain.pipeline import Workspace
+
+    return Workspace.open(model, exported, slug)
