@@ -49,8 +49,8 @@ lint: $(VENV)/.installed-test ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-docs: install ## write the README's command reference anew
-	$(BIN)/python tests/cli_reference.py
+docs: install ## write the generated parts of the README anew
+	$(BIN)/python tests/readme_parts.py
 
 clean: ## delete built artifacts and caches, and say what that frees
 	@du -sch $(EXPORTED)/*/ $(EXPORTED)/.cache .pytest_cache .mypy_cache .ruff_cache build 2>/dev/null | sed 's/^/freeing /' || true

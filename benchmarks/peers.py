@@ -71,6 +71,19 @@ def measured(row: Measurement) -> tuple[Samples, Samples]:
     return row.latency, row.batches
 
 
+def summary(result: ResultFile) -> list[str]:
+    """A line for each of our variants: how many times the peer's speed, and both accuracies."""
+    peer = next(row for row in result.rows if row.variant == PEER)
+    size = result.run["batch_size"]
+    lines = []
+    for row in result.rows:
+        if row is not peer and row.accuracy and peer.accuracy:
+            single, batched = (ratio(ours, theirs) for ours, theirs in zip(measured(row), measured(peer), strict=True))
+            accuracy = f"accuracy {row.accuracy.value:.2%} against {peer.accuracy.value:.2%}"
+            lines.append(f"{row.cell:15} batch 1: {single}   batches of {size}: {batched}   {accuracy}")
+    return lines
+
+
 @click.command()
 @click.option("--model", default="reference", show_default=True)
 @click.option("--exported", type=click.Path(path_type=Path), default=Path("exported"), show_default=True)
@@ -99,11 +112,8 @@ def main(model: str, exported: Path, save_as: str) -> None:
     )
     result.write(STUDIES / f"{save_as}.json")
     print_table(compare([result], f"{PEER}@cpu"))
-    peer = next(row for row in rows if row.variant == PEER)
-    for row in rows:
-        if row is not peer:
-            single, batched = (ratio(o, p) for o, p in zip(measured(row), measured(peer), strict=True))
-            click.echo(f"{row.cell} over {PEER}: batch 1 {single}, batches of {how['batch_size']} {batched}")
+    for line in summary(result):
+        click.echo(line)
 
 
 if __name__ == "__main__":

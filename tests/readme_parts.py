@@ -1,0 +1,79 @@
+"""The parts of the README that are generated: run as a script, it writes them; a test checks that they are current."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import re
+from pathlib import Path
+from types import ModuleType
+
+import click
+
+from toolchain.cli import cli
+from toolchain.measurements import ResultFile
+from toolchain.report.table import print_table
+from toolchain.steps.compare import compare
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+BENCH = ROOT / "benchmarks" / "results" / "reference-epyc-2cores.json"
+PEERS = ROOT / "benchmarks" / "studies" / "peers-reference.json"
+EXPORT_LOG = ROOT / "benchmarks" / "reports" / "make-export.txt"
+
+
+def parts() -> dict[str, str]:
+    """Marker → what stands between its lines."""
+    return {
+        "make export": _text(EXPORT_LOG.read_text()),
+        "make bench": _bench(),
+        "peers": _peers(),
+        "commands": _commands(),
+    }
+
+
+def _text(content: str) -> str:
+    return f"```text\n{content.rstrip()}\n```"
+
+
+def _bench() -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        print_table(compare([ResultFile.read(BENCH)]))
+    return _text("\n".join(line.rstrip() for line in out.getvalue().splitlines()))
+
+
+def peers_script() -> ModuleType:
+    """benchmarks/peers.py, which is no package."""
+    spec = importlib.util.spec_from_file_location("peers", ROOT / "benchmarks" / "peers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _peers() -> str:
+    return _text("\n".join(peers_script().summary(ResultFile.read(PEERS))))
+
+
+def _commands() -> str:
+    sections = []
+    for name, command in cli.commands.items():
+        with click.Context(command, info_name=f"toolchain {name}", max_content_width=100) as context:
+            sections.append(f"### {name}\n\n" + _text(command.get_help(context)))
+    return "\n\n".join(sections)
+
+
+def filled(text: str) -> str:
+    """The README with every generated part written anew."""
+    for marker, content in parts().items():
+        pattern = re.compile(rf"(<!-- begin: {marker} -->\n).*?(<!-- end: {marker} -->)", re.DOTALL)
+        text, count = pattern.subn(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
+        assert count == 1, marker
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(filled(README.read_text()))

@@ -1,0 +1,88 @@
+"""The README is run, not believed."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_checkpoint
+from readme_parts import README, ROOT, filled
+
+BLOCKS = re.findall(r"^```bash\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+NOT_RUN = {"make test\n"}  # it is what runs this
+
+
+def test_the_generated_parts_are_current():
+    assert filled(README.read_text()) == README.read_text(), "run `make docs`"
+
+
+def test_the_map_names_every_file():
+    text = README.read_text()
+    for path in (ROOT / "toolchain").rglob("*.py"):
+        name = path.name if path.name != "__init__.py" else f"{path.parent.name}/"
+        if path.name not in ("__init__.py", "__main__.py") or name.startswith(
+            ("cli", "steps", "passes", "backends", "report")
+        ):
+            assert name in text, f"{path} is not on the README's map"
+
+
+def test_help_lists_every_target():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    shown = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert targets == {line.split()[1] for line in shown.splitlines()}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """What a newcomer has, with a tiny checkpoint in the reference's place and this environment as `.venv`."""
+    if not (Path(sys.prefix) / ".installed").exists():
+        pytest.skip("needs the environment `make install` makes")
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt"):
+        shutil.copy2(ROOT / name, folder / name)  # with its time: make compares it with the installation's
+    (folder / ".venv").symlink_to(sys.prefix)
+    make_checkpoint(folder / "my-checkpoint")
+    rows = "".join(f"a film of {i} words,{i % 2}\n" for i in range(30))
+    (folder / "reviews.csv").write_text("review,label\n" + rows)
+    return folder
+
+
+@pytest.mark.slow
+def test_its_blocks_run_in_order(clone):
+    assert len(BLOCKS) >= 5
+    environment = {**os.environ, "MAKEFLAGS": "MODEL=./my-checkpoint"}
+    # Commands that name no model mean the reference; here they mean the tiny one.
+    for command in ("EXPORT", "QUANTIZE", "BENCH", "COMPARE", "VALIDATE", "VARIANTS"):
+        environment[f"TOOLCHAIN_{command}_MODEL"] = "my-checkpoint"
+    for block in BLOCKS:
+        if block in NOT_RUN:
+            continue
+        run = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block],
+            cwd=clone,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert run.returncode == 0, f"{block}\n{run.stdout}\n{run.stderr}"
+    assert (clone / "exported" / "my-checkpoint" / "onnx-int8" / "manifest.json").is_file()
+    assert len(list((clone / "benchmarks" / "results" / "local").glob("*.json"))) >= 2
+
+
+def test_clean_says_what_it_frees_and_keeps_results(tmp_path):
+    shutil.copy2(ROOT / "Makefile", tmp_path)
+    (tmp_path / "exported" / "m" / "onnx-fp32").mkdir(parents=True)
+    (tmp_path / "exported" / "m" / "onnx-fp32" / "model.onnx").write_bytes(bytes(100_000))
+    (tmp_path / "exported" / "README.md").write_text("")
+    (tmp_path / "benchmarks" / "results" / "local").mkdir(parents=True)
+    (tmp_path / "toolchain").mkdir()
+    (tmp_path / "tests").mkdir()
+    run = subprocess.run(["make", "-s", "clean"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert re.search(r"freeing \d+K\s+exported/m/", run.stdout)
+    assert sorted(p.name for p in (tmp_path / "exported").iterdir()) == ["README.md"]
+    assert (tmp_path / "benchmarks" / "results" / "local").is_dir()
