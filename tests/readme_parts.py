@@ -60,9 +60,11 @@ def _peers() -> str:
 
 def _commands() -> str:
     sections = []
+    # Under the group's context, as on the command line: it decides what the help option is called.
+    group = click.Context(cli, info_name="toolchain", max_content_width=100, **cli.context_settings)
     for name, command in cli.commands.items():
-        with click.Context(command, info_name=f"toolchain {name}", max_content_width=100) as context:
-            sections.append(f"### {name}\n\n" + _text(command.get_help(context)))
+        context = click.Context(command, info_name=name, parent=group)
+        sections.append(f"### {name}\n\n" + _text(command.get_help(context)))
     return "\n\n".join(sections)
 
 
