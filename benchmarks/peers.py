@@ -9,8 +9,6 @@ its 95 % bootstrap interval over rounds. The result file goes to benchmarks/stud
 
 from __future__ import annotations
 
-import datetime
-import secrets
 import subprocess
 import sys
 import tempfile
@@ -21,13 +19,13 @@ import click
 import numpy as np
 from scipy import stats
 
-import toolchain
 from toolchain import artifacts, hardware, inputs
 from toolchain.artifacts import Artifact
 from toolchain.measurements import Measurement, ResultFile, Samples
 from toolchain.pipeline import Workspace, ensure
 from toolchain.report.progress import bar, say
 from toolchain.report.table import print_table
+from toolchain.runs import result_of
 from toolchain.steps.bench import Cell, Protocol, bench
 from toolchain.steps.compare import compare
 
@@ -102,14 +100,7 @@ def main(model: str, exported: Path, save_as: str) -> None:
             for name, artifact in found.items()
         ]
         rows, how = bench(cells, data, encoder, Protocol.full(hardware.cores()), progress)
-    result = ResultFile(
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        toolchain=toolchain.__version__,
-        machine=hardware.machine(),
-        run={"id": secrets.token_hex(8), **how},
-        data={"name": data.name, "rows": len(data.labels), "sha256": data.sha256},
-        rows=tuple(rows),
-    )
+    result = result_of(rows, how, data, root.manifest.max_length)
     result.write(STUDIES / f"{save_as}.json")
     print_table(compare([result], f"{PEER}@cpu"))
     for line in summary(result):

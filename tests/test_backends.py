@@ -49,6 +49,12 @@ def test_a_fallback_that_only_a_log_line_tells_of_is_an_error(built_tiny, monkey
         open_session(built_tiny.path("onnx-fp32"), "onnx", "cuda", 1)
 
 
+def test_a_graph_that_fails_on_a_batch_says_on_which(built_tiny):
+    session = open_session(built_tiny.path("onnx-fp32"), "onnx", "cpu", 1)
+    with pytest.raises(GraphError, match="fails on a batch of 1 × 600 tokens"):
+        session.run(inputs.pad([[5] * 600], NAMES, 0))  # more positions than the model has
+
+
 @pytest.mark.parametrize("content", [b"", b"no graph"])
 def test_a_file_that_is_no_model_is_an_error_in_words(tmp_path, content):
     (tmp_path / "model.onnx").write_bytes(content)

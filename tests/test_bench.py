@@ -60,7 +60,8 @@ def test_a_row_has_all_four_figures_and_the_raw_samples(run, fake):
     assert 0.3 <= row.latency_ms["p50"] < 1.5
     assert 1 / 0.0015 < row.throughput_per_s < 1 / 0.0003
     memory = row.memory_bytes
-    assert 0 < memory["bare"] <= memory["imports"] <= memory["load"]
+    assert 0 < memory["bare"] < memory["imports"] + 1e6
+    assert 0 < memory["imports"] < memory["load"] + 1e6
     assert memory["peak"] > memory["bare"]
     assert "VmHWM" in memory["method"]
     assert row.size_bytes["total"] > 0

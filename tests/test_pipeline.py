@@ -126,6 +126,11 @@ def test_a_tampered_artifact_is_not_built_upon(tiny):
     assert "tampered" in {v.name: state for v, _, state in states(tiny)}["onnx-fp32"]
 
 
+def test_a_manifest_that_cannot_be_read_is_a_state_too(tiny):
+    (tiny.path("onnx-int8") / MANIFEST).write_text("{")
+    assert {v.name: state for v, _, state in states(tiny)}["onnx-int8"].startswith("unusable: ")
+
+
 def test_a_tampered_artifact_that_is_asked_for_is_built_again(tiny):
     good = tiny.load("onnx-fp32").manifest.id
     tamper(tiny)

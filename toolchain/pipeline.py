@@ -17,7 +17,7 @@ from typing import Any
 from toolchain import artifacts, checkpoints, hardware, inputs, variants
 from toolchain.artifacts import Artifact, Built, Job, Manifest
 from toolchain.backends import open_session
-from toolchain.errors import CheckpointError, TamperedError, VerdictError
+from toolchain.errors import ArtifactError, CheckpointError, TamperedError, VerdictError
 from toolchain.steps import export, importing, optimize, quantize
 from toolchain.steps.validate import SEED, SENTENCES, sentence, validate
 from toolchain.variants import Export, Import, Optimize, Quantize, Step, Variant
@@ -238,7 +238,7 @@ def states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, str]]:
             artifact = workspace.load(name)
             reason = next(item.reason for item in plan(workspace, [name], {}) if item.variant.name == name)
             state = reason if reason == "missing" else (f"stale: {reason}" if reason else "built")
-        except TamperedError as error:
-            state = f"tampered: {error.cause}"
+        except ArtifactError as error:
+            state = f"{'tampered' if isinstance(error, TamperedError) else 'unusable'}: {error.cause}"
         found.append((variant, artifact, state))
     return found

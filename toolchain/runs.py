@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 import toolchain
 from toolchain import artifacts, checkpoints, hardware, inputs, variants
 from toolchain.errors import BenchError, ToolchainError
-from toolchain.measurements import ResultFile
+from toolchain.inputs import Data
+from toolchain.measurements import Measurement, ResultFile
 from toolchain.pipeline import Say, Workspace, ensure, plan
 from toolchain.steps.bench import Cell, Progress, Protocol, bench
 
@@ -69,12 +70,17 @@ def measure(workspace: Workspace, request: Request, say: Say, progress: Progress
     names = [spec.name for spec in root.inputs]
     encoder = inputs.Encoder.open(workspace.path(checkpoints.ROOT_VARIANT), names, root.max_length)
     rows, how = bench(cells, data, encoder, request.protocol, progress)
+    return result_of(rows, how, data, root.max_length)
+
+
+def result_of(rows: Sequence[Measurement], how: Mapping[str, Any], data: Data, max_length: int) -> ResultFile:
+    """What `bench` gave as the run of this machine, now."""
     return ResultFile(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         toolchain=toolchain.__version__,
         machine=hardware.machine(),
         run={"id": secrets.token_hex(8), **how},
-        data={"name": data.name, "rows": len(data.labels), "sha256": data.sha256, "max_length": root.max_length},
+        data={"name": data.name, "rows": len(data.labels), "sha256": data.sha256, "max_length": max_length},
         rows=tuple(rows),
     )
 

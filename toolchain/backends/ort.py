@@ -57,7 +57,13 @@ class OrtSession:
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         """See `Session.run`."""
-        logits: np.ndarray = self._session.run(None, batch)[0]
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+        try:
+            logits: np.ndarray = self._session.run(None, batch)[0]
+        except (state.RuntimeException, state.InvalidArgument, state.Fail) as error:
+            shape = " × ".join(map(str, batch["input_ids"].shape))
+            raise GraphError(f"The graph fails on a batch of {shape} tokens: {error}.", "Build it again.") from error
         return logits
 
     def facts(self) -> dict[str, Any]:

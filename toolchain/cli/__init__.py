@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = cli.main(words, prog_name="toolchain", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except click.Abort:
-        click.echo("Interrupted: what was finished is kept, nothing is half-written.", err=True)
+        click.echo("Interrupted: nothing is half-written.", err=True)
         return 130
     except click.ClickException as error:
         error.show()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from toolchain.steps.compare import Row
 
 NOTHING = "–"
+FIGURES = ("ok", "reported")  # the statuses of rows that have some
 
 
 def _with(row: Row, value: str, note: str | None) -> str:
@@ -65,7 +66,7 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 
 def measured(rows: Sequence[Row]) -> list[Row]:
     """The rows that have figures."""
-    return [row for row in rows if row.measurement.status in ("ok", "reported")]
+    return [row for row in rows if row.measurement.status in FIGURES]
 
 
 def columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
@@ -117,8 +118,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
         )
     if any(row.stale for row in rows):
         lines.append("[stale]: the artifact has been built anew since; measure again with `toolchain bench`.")
-    for row in rows:
-        if row.measurement.status not in ("ok", "reported"):
-            m = row.measurement
-            lines.append(f"{m.cell} {m.status}: {m.reason} {m.mend}".rstrip())
-    return lines
+    without: dict[str, list[str]] = {}
+    for m in [row.measurement for row in rows if row.measurement.status not in FIGURES]:
+        without.setdefault(f"{m.status}: {m.reason} {m.mend}".rstrip(), []).append(m.cell)
+    return lines + [f"{', '.join(cells)} {why}" for why, cells in without.items()]
