@@ -3,6 +3,7 @@
 import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
 
 from toolchain import inputs
 from toolchain.backends import open_session
@@ -29,7 +30,9 @@ def test_both_runtimes_agree(built_tiny):
     assert np.abs(one - other).max() < 1e-4
 
 
-def test_cuda_without_a_device_is_refused_in_words(built_tiny):
+def test_cuda_without_a_device_is_refused_in_words(built_tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(ProviderError, match=r"PyTorch .* is "):
         open_session(built_tiny.path("torch-fp32"), "torch", "cuda", 1)
     with pytest.raises(ProviderError, match="CUDAExecutionProvider"):

@@ -120,7 +120,8 @@ def test_an_interrupt_is_130(at, say, monkeypatch):
     assert "Interrupted" in err
 
 
-def test_a_dry_run_says_what_would_be_done_and_does_nothing(at, say, tiny_checkpoint):
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(at, say, tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr("toolchain.hardware.gpus", lambda: ([], ""))
     code, out, _ = say("export", "--model", tiny_checkpoint, "--opset", 17, "--dry-run")
     assert code == 0
     assert "onnx-std: build (missing); opset=17" in out
@@ -161,11 +162,12 @@ def test_a_tampered_artifact_is_exit_1_with_the_mend(at, say, tiny):
     assert re.search(r"onnx-fp32 .*tampered: .*model.onnx has", out)
 
 
-def test_bench_with_cuda_and_no_device_has_rows_with_reason_and_mend(at, say, tiny_checkpoint):
+def test_bench_with_cuda_and_no_device_has_rows_with_reason_and_mend(at, say, tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr("toolchain.hardware.gpus", lambda: ([], ""))
     code, out, err = say("bench", "--provider", "cuda", "--quick", "--model", tiny_checkpoint)
     assert code == 1
     assert "Nothing could be measured: No NVIDIA GPU" in err
-    assert "torch-fp32@cuda unavailable" in out
+    assert "torch-fp32@cuda, onnx-fp32@cuda unavailable" in out
     assert "toolchain doctor" in out
     file = next((at / "benchmarks/results/local").glob("tiny-*.json"))
     assert {row.status for row in ResultFile.read(file).rows} == {"unavailable"}  # written before it says no
