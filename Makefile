@@ -52,9 +52,16 @@ lint: $(VENV)/.installed-test ## lint and types
 docs: install ## write the generated parts of the README anew
 	$(BIN)/python tests/readme_parts.py
 
+# Only folders that hold a manifest are artifacts; whatever else lies there is not ours to delete.
+BUILT = find "$(EXPORTED)" -mindepth 3 -maxdepth 3 -name manifest.json -printf '%h\0'
+
 clean: ## delete built artifacts and caches, and say what that frees
-	@du -sch $(EXPORTED)/*/ $(EXPORTED)/.cache .pytest_cache .mypy_cache .ruff_cache build 2>/dev/null | sed 's/^/freeing /' || true
-	rm -rf $(EXPORTED)/*/ $(EXPORTED)/.cache .pytest_cache .mypy_cache .ruff_cache build toolchain.egg-info
+	@test -n "$(EXPORTED)" || { echo "EXPORTED is empty"; exit 1; }
+	@$(BUILT) | xargs -0 -r du -sch | sed 's/^/freeing /'
+	@$(BUILT) | xargs -0 -r rm -rf
+	@find "$(EXPORTED)" -mindepth 2 -maxdepth 2 -name '.*.lock' -delete
+	@find "$(EXPORTED)" -mindepth 1 -maxdepth 1 -type d -empty -delete
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build toolchain.egg-info
 	find toolchain tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and delete .venv as well

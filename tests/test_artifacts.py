@@ -60,8 +60,11 @@ def test_the_id_follows_content_settings_version_and_parent_but_not_time(publish
         manifest_of(folder, step_version=2),
         manifest_of(folder, parent_id="cd" * 32),
         manifest_of(folder, files=published.manifest.files[:1]),
+        manifest_of(folder, labels=("YES", "NO")),
+        manifest_of(folder, max_length=128),
+        manifest_of(folder, inputs=()),
     ]
-    assert len({m.id for m in others} | {same.id}) == 5
+    assert len({m.id for m in others} | {same.id}) == 8
 
 
 @pytest.mark.parametrize(
@@ -80,12 +83,23 @@ def test_a_tampered_file_is_named(published, change, says):
     assert str(published.path) in error.value.mend
 
 
+def test_a_file_that_was_added_is_seen_and_not_passed_on(published, tmp_path):
+    (published.path / ".DS_Store").write_text("a file manager's")
+    published.verify()
+    (published.path / "evil.py").write_text("")
+    with pytest.raises(TamperedError, match=r"evil.py is not in its manifest"):
+        published.verify()
+    (tmp_path / "next").mkdir()
+    artifacts.copy_companions(published, tmp_path / "next")
+    assert [p.name for p in (tmp_path / "next").iterdir()] == ["config.json"]
+
+
 def test_a_manifest_changed_by_hand_does_not_add_up(published):
     file = published.path / "manifest.json"
     body = json.loads(file.read_text())
     body["step"]["settings"]["opset"] = 17
     file.write_text(json.dumps(body))
-    with pytest.raises(TamperedError, match="does not add up"):
+    with pytest.raises(TamperedError, match=rf"{published.path}.*does not add up.*Delete the folder"):
         artifacts.load(published.path)
 
 
@@ -101,6 +115,24 @@ def test_a_manifest_that_leaves_its_folder_is_refused(published, path):
 def test_a_broken_manifest_is_an_error_in_words(published, text):
     (published.path / "manifest.json").write_text(text)
     with pytest.raises(ArtifactError, match="cannot be read"):
+        artifacts.load(published.path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"source": None},
+        {"source": {"kind": "folder", "ref": "/x", "revision": "0", "surprise": 1}},
+        {"labels": []},
+        {"inputs": []},
+        {"max_length": "x"},
+        {"files": None},
+    ],
+)
+def test_a_manifest_with_values_of_another_kind_is_an_error_in_words(published, change):
+    file = published.path / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ArtifactError):
         artifacts.load(published.path)
 
 

@@ -164,6 +164,40 @@ def regression(folder):
     edit_config(folder, problem_type="regression")
 
 
+def strange_labels(folder):
+    edit_config(folder, id2label={"1": "a", "2": "b"})
+
+
+def labels_of_no_kind(folder):
+    edit_config(folder, id2label=5)
+
+
+def labels_alike(folder):
+    edit_config(folder, id2label={"0": "same", "1": "same"})
+
+
+def multi_label(folder):
+    edit_config(folder, problem_type="multi_label_classification")
+
+
+def quantised(folder):
+    edit_config(folder, quantization_config={"load_in_8bit": True})
+
+
+def architecture_of_no_kind(folder):
+    edit_config(folder, architectures=5)
+
+
+def config_is_a_folder(folder):
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+
+
+def index_of_no_kind(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text("[]")
+
+
 def index_leaves(folder):
     (folder / "model.safetensors").unlink()
     index = {"weight_map": {"a": "../../outside.safetensors"}}
@@ -189,6 +223,14 @@ def shard_missing(folder):
         (no_tokenizer, "has no tokenizer"),
         (regression, "answers with one number"),
         (index_leaves, "outside its folder"),
+        (strange_labels, "id2label"),
+        (labels_of_no_kind, "id2label"),
+        (labels_alike, "id2label"),
+        (multi_label, "answers with multi_label"),
+        (quantised, "quantised already"),
+        (architecture_of_no_kind, "no classification head"),
+        (config_is_a_folder, "is no JSON object"),
+        (index_of_no_kind, "cannot be read"),
         (shard_missing, "is missing"),
     ],
 )
@@ -219,6 +261,53 @@ def test_weights_that_do_not_fit_the_config_are_refused(checkpoint):
     edit_config(checkpoint, dim=64)
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_model(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "change", [{"dim": "32"}, {"dim": None}, {"vocab_size": None}, {"n_heads": 0}, {"dtype": "int99"}]
+)
+def test_a_config_that_makes_no_model_is_refused_in_words(checkpoint, change):
+    from toolchain.backends.pytorch import load_model
+
+    edit_config(checkpoint)
+    file = checkpoint / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=r"cannot be loaded|no weights"):
+        load_model(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("config.json", {"pad_token_id": -1}, "is no row of the embedding table"),
+        ("tokenizer_config.json", {"model_max_length": 0}, "holds no word"),
+        ("tokenizer_config.json", {"model_max_length": "512"}, "holds no word"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_is_refused_in_words(checkpoint, tmp_path, name, change, says):
+    from toolchain.artifacts import Job
+    from toolchain.steps.importing import import_checkpoint
+    from toolchain.variants import Import
+
+    file = checkpoint / name
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match=says):
+        import_checkpoint(Job(Import(), None, checkpoint, tmp_path / "out"))
+
+
+def test_positions_are_counted_as_the_model_counts_them(tmp_path):
+    """RoBERTa's table of 514 rows holds 512 positions: the first is the one after the padding's."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    from toolchain.steps.importing import _max_length
+
+    config = RobertaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=50
+    )
+    config.max_position_embeddings = 514
+    tokenizer = type("Tokenizer", (), {"model_max_length": int(1e30)})
+    assert _max_length(RobertaForSequenceClassification(config), tokenizer) == 512
 
 
 def test_remote_code_is_never_run(checkpoint, tmp_path):

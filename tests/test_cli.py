@@ -8,6 +8,7 @@ import pytest
 from conftest import make_checkpoint, run_toolchain
 
 from toolchain.cli import cli, main
+from toolchain.errors import VerdictError
 from toolchain.measurements import ResultFile
 
 
@@ -220,3 +221,42 @@ def test_doctor_finds_and_mends(at, say, monkeypatch):
 def test_an_option_can_come_from_the_environment(at, say, monkeypatch, tiny_checkpoint):
     monkeypatch.setenv("TOOLCHAIN_EXPORT_MODEL", str(tiny_checkpoint))
     assert "torch-fp32: build" in say("export", "--dry-run")[1]
+    monkeypatch.setenv("TOOLCHAIN_EXPORT_OPTIMIZE", "none")
+    assert "onnx-fp32" not in say("export", "--dry-run")[1]
+    monkeypatch.setenv("TOOLCHAIN_COMPARE_FORMAT", "surprise")
+    assert say("compare")[0] == 2
+
+
+def test_every_option_is_set_by_a_variable_of_its_own_name():
+    for name, command in cli.commands.items():
+        for option in command.params:
+            if isinstance(option, click.Option):
+                long = next(text for text in option.opts if text.startswith("--"))
+                assert option.envvar == f"TOOLCHAIN_{name}_{long[2:]}".upper().replace("-", "_")
+
+
+def test_debug_keeps_the_exit_code(at, say, monkeypatch):
+    def verdict(*_):
+        raise VerdictError("No.", "Do better.")
+
+    monkeypatch.setattr("toolchain.pipeline.Workspace.open", verdict)
+    code, _, err = say("validate", "onnx-int8", "--debug")
+    assert code == 3
+    assert "Traceback" in err
+    assert err.endswith("Error: No. Do better.\n")
+
+
+def test_a_terminal_that_cannot_show_a_sign_still_gets_the_figures(at):
+    run = run_toolchain("export", "--help", cwd=at, env={"PYTHONIOENCODING": "ascii"})
+    assert run.returncode == 0
+    run = run_toolchain("variants", cwd=at, env={"PYTHONIOENCODING": "ascii"})
+    assert (run.returncode, "onnx-int8" in run.stdout) == (0, True)
+
+
+def test_a_run_that_measured_nothing_takes_no_name(at, say, tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr("toolchain.hardware.gpus", lambda: ([], ""))
+    kept = at / "benchmarks" / "results" / "kept.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("{}")
+    assert say("bench", "--provider", "cuda", "--save-as", "kept", "--model", tiny_checkpoint)[0] == 1
+    assert kept.read_text() == "{}"

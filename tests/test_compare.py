@@ -92,6 +92,25 @@ def test_the_newest_row_of_a_key_wins_and_a_rebuilt_artifact_stays_a_row():
     assert "[stale]" in to_markdown(rows)
 
 
+def test_runs_on_other_data_or_with_other_threads_stay_rows():
+    other = {"name": "reviews", "rows": 100, "sha256": "1"}
+    files = [
+        result(FP32, INT8, run=RUN),
+        result(FP32, INT8, run=RUN, data=other),
+        result(FP32, INT8, run={**RUN, "threads": 1}),
+    ]
+    assert len(compare(files)) == 6
+
+
+def test_the_note_says_how_accuracy_and_latency_came_about():
+    whole = to_markdown(compare([result(FP32, INT8, run={**RUN, "single_sentences": 100})]))
+    assert "Latency and accuracy at batch 1, each sentence at its own length" in whole
+    batched = measured("torch-fp32", 8, accuracy=Accuracy(90, 100, 32))
+    sampled = to_markdown(compare([result(batched, run={**RUN, "single_sentences": 40})]))
+    assert "Latency at batch 1, 40 of 100 sentences, each at its own length" in sampled
+    assert "Accuracy over all sentences in batches of 32" in sampled
+
+
 def test_the_table_shows_every_figure_and_why_one_is_missing(capsys):
     print_table(compare([result(FP32, INT8, NO_GPU, run=RUN)]))
     shown = capsys.readouterr().out
@@ -129,12 +148,16 @@ def test_nothing_to_compare_is_an_error_in_words():
 def test_the_newest_result_of_the_model_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BenchError, match="no result of m"):
-        newest("m")
+        newest("m", pytest.fail)
     result(FP32, created="2026-01-01T00:00:00+00:00").write(tmp_path / "benchmarks/results/old.json")
     result(INT8, created="2026-01-02T00:00:00+00:00").write(tmp_path / "benchmarks/results/local/new.json")
-    assert newest("m").rows == (INT8,)
+    assert newest("m", pytest.fail).rows == (INT8,)
     with pytest.raises(BenchError, match="no result of other"):
-        newest("other")
+        newest("other", pytest.fail)
+    (tmp_path / "benchmarks/results/broken.json").write_text("{")
+    said = []
+    assert newest("m", said.append).rows == (INT8,)
+    assert "broken.json is no result file" in said[0]
 
 
 def test_a_run_is_judged_by_its_rows():

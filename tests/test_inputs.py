@@ -53,6 +53,34 @@ def test_gzip_is_read(tmp_path):
 def test_words_that_look_like_nothing_stay_words(table):
     data = load(table("sentence,label\nnull,1\nNA,0\nnan,1\n,0\n42,1\n"), LABELS)
     assert data.texts == ("null", "NA", "nan", "", "42")
+    numbers = load(table("sentence,label\n007,1\n1.50,0\nTRUE,1\nwords,0\n"), LABELS)
+    assert numbers.texts == ("007", "1.50", "TRUE", "words")
+
+
+@pytest.mark.parametrize("name", ["reviews [1].csv", "rev*.csv", "a::b.csv", "DATA.CSV"])
+def test_a_file_name_is_a_file_name(table, name):
+    table("sentence,label\nanother,0\n", "reviews.csv")
+    assert load(table("sentence,label\ngood,1\n", name), LABELS).texts == ("good",)
+
+
+@pytest.mark.parametrize(
+    ("labels", "column", "found"),
+    [
+        (("1", "2", "3"), "123", (0, 1, 2)),
+        (("1", "2", "3"), "012", (0, 1, 2)),
+        (("X", "x"), "xX", (1, 0)),
+        (("No", "Yes"), ("yes", "NO"), (1, 0)),
+        (("0", "1"), "01", (0, 1)),
+    ],
+)
+def test_a_label_column_is_read_as_names_or_as_indices_never_both(table, labels, column, found):
+    rows = "".join(f"text,{label}\n" for label in column)
+    assert load(table("sentence,label\n" + rows), labels).labels == found
+
+
+def test_labels_that_could_be_either_are_not_guessed(table):
+    with pytest.raises(DataError, match="names of the model's labels and indices as well"):
+        load(table("sentence,label\na,1\nb,2\n"), ("1", "2", "3"))
 
 
 def test_a_stray_quote_swallows_no_rows(table):
@@ -70,6 +98,8 @@ def test_columns_can_be_named(table):
     [
         ("sentence,label\ngood,1\nbad,2\n", "row 2: the label '2' is not one of the model's"),
         ("sentence,label\ngood,1\nbad,meh\n", "row 2: the label 'meh'"),
+        ("sentence,label\ngood,POSITIVE\nbad,0\n", "row 1: the label 'POSITIVE'.*all names, or all indices"),
+        ("sentence,label\na film, really,0\nanother, really,1\n", "cannot be read.*quote a text that has commas"),
         ("sentence,label\ngood,1\nbad,\n", "row 2: the label ''"),
         ("sentence,label\ngood,-1\n", "labels are not public"),
         ("sentence,label\n", "has no rows"),

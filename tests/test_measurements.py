@@ -31,6 +31,14 @@ def test_thinning_is_even_keeps_rounds_and_the_true_count(times):
         assert abs(len(kept) - share * len(row)) <= 1
 
 
+def test_thinning_does_not_lose_the_same_sentences_of_every_repetition():
+    """Four repetitions of 250 sentences in each of 8 rounds: every n-th would keep only some of the sentences."""
+    sentence_ids = list(range(1, 251)) * 4
+    kept = samples_of([sentence_ids] * 8)
+    assert len(kept.values()) == MAX_SAMPLES
+    assert len(set(kept.values())) > 240
+
+
 @given(rounds)
 def test_quantiles_are_those_of_numpy(times):
     samples = samples_of(times)
@@ -66,7 +74,8 @@ def row(**changes):
 
 def result(*rows, **changes):
     machine = {"id": "x", "cpu": "c", "cores": 2, "gpu": [], "ram_gib": 1, "isa": []}
-    data = {"name": "d", "rows": 10, "sha256": "0"}
+    count = next((r.accuracy.count for r in rows if r.accuracy), 10)
+    data = {"name": "d", "rows": count, "sha256": "0"}
     values = {"created": "2026-01-01T00:00:00+00:00", "toolchain": "0", "machine": machine, "run": {}, "data": data}
     return ResultFile(**{**values, **changes}, rows=rows)
 
@@ -121,8 +130,24 @@ def change_samples(values):
         (change_samples([[900, -5], [1100]]), "positive whole number"),
         (change_samples([[900, 0.5], [1100]]), "positive whole number"),
         (change_samples([["fast"]]), "positive whole number"),
-        (change_row(accuracy={"correct": 11, "count": 10, "batch_size": 1}), "11 right answers of 10"),
+        (change_row(accuracy={"value": 1.1, "correct": 11, "count": 10, "batch_size": 1}), "11 right answers of 10"),
         (change_row(surprise=1), "surprise"),
+        (change_row(samples={}), "lacks samples"),
+        (change_row(accuracy=None), "lacks samples, accuracy"),
+        (change_row(accuracy={"value": 1.0, "correct": 9, "count": 10, "batch_size": 1}), "right answers"),
+        (change_row(accuracy={"value": 0.0, "correct": 0, "count": 0, "batch_size": 1}), "zero"),
+        (change_row(memory_bytes=None), "NoneType"),
+        (change_row(memory_bytes={"peak": "x"}), "another kind"),
+        (change_row(size_bytes={"total": -5}), "total is -5"),
+        (change_row(model=5), "another kind"),
+        (change_samples([]), "is no result file"),
+        (lambda body: body["machine"].pop("cpu"), "it lacks 'cpu'"),
+        (lambda body: body["machine"].update(gpu=["x"]), "without a name"),
+        (lambda body: body["machine"].update(cores="two"), "machine.cores is 'two'"),
+        (lambda body: body.update(run=None), "another kind"),
+        (lambda body: body.update(data={}), "it lacks 'name'"),
+        (lambda body: body["data"].update(rows=11), "10 answers to 11 sentences"),
+        (lambda body: body["rows"].append(body["rows"][0]), "stands there twice"),
     ],
 )
 def test_a_file_that_contradicts_itself_is_refused(tmp_path, change, says):

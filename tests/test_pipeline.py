@@ -16,7 +16,7 @@ from toolchain import pipeline, variants
 from toolchain.artifacts import MANIFEST
 from toolchain.errors import ArtifactError, GraphError, TamperedError, VerdictError
 from toolchain.pipeline import Workspace, ensure, plan, states, validate_variant
-from toolchain.variants import Export, Import, Optimize
+from toolchain.variants import Export, Import, Optimize, Quantize
 
 ALL = tuple(variants.TABLE)
 
@@ -135,10 +135,47 @@ def test_a_tampered_artifact_that_is_asked_for_is_built_again(tiny):
     good = tiny.load("onnx-fp32").manifest.id
     tamper(tiny)
     asked = {"onnx-fp32": Optimize()}
-    assert reasons(tiny, asked, asked)["onnx-fp32"] == "its files no longer match its manifest"
+    assert reasons(tiny, asked, asked)["onnx-fp32"] == "it was changed after it was sealed"
     ensure(tiny, asked, asked, lambda line: None)
     tiny.load("onnx-fp32").verify()
     assert tiny.load("onnx-fp32").manifest.id == good
+
+
+def test_a_manifest_edited_by_hand_is_refused_and_mended_by_asking_for_it(tiny):
+    file = tiny.path("onnx-fp32") / MANIFEST
+    file.write_text(file.read_text().replace("POSITIVE", "NEUTRAL"))
+    with pytest.raises(TamperedError, match="does not add up"):
+        ensure(tiny, ["onnx-int8"], {}, lambda line: None)
+    asked = {"onnx-fp32": Optimize()}
+    ensure(tiny, asked, asked, lambda line: None)
+    assert tiny.load("onnx-fp32").manifest.labels == ("NEGATIVE", "POSITIVE")
+
+
+def test_a_parent_replaced_while_its_child_is_built_stops_the_child(tiny, monkeypatch):
+    function, version = pipeline.STEPS[Quantize]
+
+    def meanwhile(job):
+        built = function(job)
+        monkeypatch.setitem(pipeline.STEPS, Quantize, (function, version))
+        asked = {"onnx-std": Export(17)}
+        ensure(tiny, ["onnx-fp32"], asked, lambda line: None)
+        return built
+
+    monkeypatch.setitem(pipeline.STEPS, Quantize, (meanwhile, version + 1))
+    before = tiny.load("onnx-int8").manifest.id
+    with pytest.raises(ArtifactError, match="onnx-fp32 was replaced while"):
+        ensure(tiny, ["onnx-int8"], {}, lambda line: None)
+    assert tiny.load("onnx-int8").manifest.id == before
+
+
+def test_a_hub_model_is_planned_without_downloading_it(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", pytest.fail)
+    info = type("Info", (), {"sha": "abc123"})
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, ref, revision: info)
+    workspace = Workspace.open("user/model", tmp_path)
+    assert plan(workspace, ["onnx-std"], {})[0].step == Import("abc123")
 
 
 def test_what_was_not_built_here_is_not_replaced(tiny, tmp_path):

@@ -78,11 +78,21 @@ def test_clean_says_what_it_frees_and_keeps_results(tmp_path):
     shutil.copy2(ROOT / "Makefile", tmp_path)
     (tmp_path / "exported" / "m" / "onnx-fp32").mkdir(parents=True)
     (tmp_path / "exported" / "m" / "onnx-fp32" / "model.onnx").write_bytes(bytes(100_000))
+    (tmp_path / "exported" / "m" / "onnx-fp32" / "manifest.json").write_text("{}")
+    (tmp_path / "exported" / "m" / ".onnx-fp32.lock").write_text("")
+    (tmp_path / "exported" / "thesis").mkdir()
+    (tmp_path / "exported" / "thesis" / "chapter.txt").write_text("mine")
     (tmp_path / "exported" / "README.md").write_text("")
     (tmp_path / "benchmarks" / "results" / "local").mkdir(parents=True)
     (tmp_path / "toolchain").mkdir()
     (tmp_path / "tests").mkdir()
     run = subprocess.run(["make", "-s", "clean"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert re.search(r"freeing \d+K\s+exported/m/", run.stdout)
-    assert sorted(p.name for p in (tmp_path / "exported").iterdir()) == ["README.md"]
+    assert re.search(r"freeing \d+K\s+exported/m/onnx-fp32", run.stdout)
+    assert sorted(p.name for p in (tmp_path / "exported").iterdir()) == ["README.md", "thesis"]
+    assert (tmp_path / "exported" / "thesis" / "chapter.txt").is_file()
+    empty = subprocess.run(
+        ["make", "-s", "clean", "EXPORTED="], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert empty.returncode != 0
+    assert "EXPORTED is empty" in empty.stdout
     assert (tmp_path / "benchmarks" / "results" / "local").is_dir()

@@ -41,7 +41,8 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artifact is. `id` covers files, step, step version and parent: the same work gives the same id."""
+    """What an artifact is. `id` covers what was done (step, its version, parent) and what came of it (files, inputs,
+    outputs, labels); time, place and environment stay outside, so that the same work gives the same id."""
 
     model: str
     variant: str
@@ -62,8 +63,12 @@ class Manifest:
 
     @property
     def id(self) -> str:
-        """sha256 over the canonical JSON of files, effective step, step version and parent id."""
+        """sha256 over the canonical JSON of what is sealed."""
         sealed = {
+            "inputs": [dataclasses.asdict(t) for t in self.inputs],
+            "outputs": [dataclasses.asdict(t) for t in self.outputs],
+            "labels": self.labels,
+            "max_length": self.max_length,
             "files": [dataclasses.asdict(f) for f in sorted(self.files, key=lambda f: f.path)],
             "parent": self.parent_id,
             "settings": settings_of(self.step),
@@ -101,6 +106,11 @@ class Manifest:
         del body["schema"]
         for key, kind in (("files", FileEntry), ("inputs", TensorSpec), ("outputs", TensorSpec)):
             body[key] = tuple(_entry(kind, values) for values in body[key])
+        source = body["source"]
+        if set(source) != {"kind", "ref", "revision"} or not all(isinstance(v, str) for v in source.values()):
+            raise ValueError("its source is of another kind")
+        if not (body["files"] and body["inputs"] and body["labels"] and isinstance(body["max_length"], int)):
+            raise ValueError("it names no files, inputs, labels or length")
         manifest = cls(
             parent=parent["variant"],
             parent_id=parent["id"],
@@ -110,7 +120,7 @@ class Manifest:
             **body,
         )
         if manifest.id != said:
-            raise TamperedError(f"The manifest of {manifest.variant} does not add up to its own id.", "Build it again.")
+            raise TamperedError("The manifest does not add up to its own id.", "Delete the folder and build it again.")
         return manifest
 
 
@@ -133,7 +143,7 @@ class Artifact:
         return self.path / "model.onnx"
 
     def verify(self) -> None:
-        """Compares every file with the manifest; `TamperedError` names the first that differs."""
+        """Compares every file with the manifest; `TamperedError` names the first that differs or is not listed."""
         for entry in self.manifest.files:
             path = self.path / entry.path
             if not path.is_file():
@@ -144,10 +154,19 @@ class Artifact:
                 what = "has another sha256 than its manifest says"
             else:
                 continue
-            raise TamperedError(
-                f"{self.path}: {entry.path} {what}.",
-                f"Delete the folder {self.path} (or move it away) and run the command again: it is built anew.",
-            )
+            raise self._tampered(f"{entry.path} {what}")
+        listed = {entry.path for entry in self.manifest.files}
+        for path in sorted(self.path.rglob("*")):
+            name = path.relative_to(self.path).as_posix()
+            # Hidden files are the file manager's, not the artifact's.
+            if path.is_file() and name not in listed and name != MANIFEST and not path.name.startswith("."):
+                raise self._tampered(f"{name} is not in its manifest")
+
+    def _tampered(self, what: str) -> TamperedError:
+        return TamperedError(
+            f"{self.path}: {what}.",
+            f"Delete the folder {self.path} (or move it away) and run the command again: it is built anew.",
+        )
 
 
 @dataclass(frozen=True)
@@ -205,16 +224,18 @@ def load(path: Path) -> Artifact | None:
             parts = PurePosixPath(entry.path)
             if parts.is_absolute() or ".." in parts.parts:
                 raise ValueError(f"the path {entry.path!r} leaves the folder")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{file} cannot be read: {error}.", "Delete the folder and build it again.") from error
+    except TamperedError as error:
+        raise TamperedError(f"{file}: {error.cause}", error.mend) from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise ArtifactError(f"{file} cannot be read: {error}.", f"Delete {path} and build it again.") from error
     return Artifact(path, manifest)
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copies config and tokenizer: every file of the artifact in `source` but its weights, graph and manifest."""
-    for file in source.iterdir():
-        if file.is_file() and file.name != MANIFEST and file.suffix not in (".safetensors", ".onnx"):
-            shutil.copyfile(file, folder / file.name)
+def copy_companions(artifact: Artifact, folder: Path) -> None:
+    """Copies config and tokenizer: every file of the artifact's manifest but weights and graph."""
+    for entry in artifact.manifest.files:
+        if not entry.path.endswith((".safetensors", ".onnx")):
+            shutil.copyfile(artifact.path / entry.path, folder / entry.path)
 
 
 @contextmanager
@@ -250,7 +271,7 @@ def building(target: Path) -> Iterator[Path]:
     try:
         yield scratch
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
             raise _unwritable(target.parent, error) from error
         raise
     finally:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from toolchain import artifacts
 from toolchain.errors import CheckpointError, HubError
@@ -52,7 +53,9 @@ def resolve(model: str, exported: Path, slug: str | None = None) -> tuple[str, S
     Tried in order: ``reference``, an existing folder, a model already under `exported`, a hub id. Raises
     `CheckpointError` where nothing fits, or where the folder name already belongs to another source.
     """
-    path = Path(model).expanduser()
+    path = Path(model)
+    if len(model) > 255 or "\0" in model:
+        raise CheckpointError("--model is too long to be a folder or a hub id.", "Pass a folder or a hub id.")
     if model == REFERENCE_SLUG:
         source = Source("embedded", REFERENCE_SLUG)
     elif path.is_dir():
@@ -86,7 +89,7 @@ def resolve(model: str, exported: Path, slug: str | None = None) -> tuple[str, S
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9._-]+", "-", text.rsplit("/", 1)[-1].lower()).strip("-.") or "model"
+    return re.sub(r"[^a-z0-9._-]+", "-", text.rsplit("/", 1)[-1].lower()).strip("-._") or "model"
 
 
 def _owner(folder: Path) -> Source | None:
@@ -94,35 +97,71 @@ def _owner(folder: Path) -> Source | None:
     return Source(**root.manifest.source) if root else None
 
 
-def fetch(source: Source, revision: str | None = None) -> tuple[Path, Source]:
-    """The checkpoint's folder, downloaded if need be and checked, and the source with its exact revision."""
+def pin(source: Source, revision: str | None = None) -> Source:
+    """The source with the exact revision it stands for now: the hub's commit, or a digest of the files.
+
+    Downloads nothing. Raises `HubError` where the hub cannot be asked and nothing is cached, `CheckpointError` for a
+    folder that is no classifier.
+    """
     if source.kind == "hub":
-        folder = _download(source.ref, revision)
-        check(folder)
-        return folder, replace(source, revision=folder.name)
+        return replace(source, revision=_ask_hub(source.ref, revision, lambda: _commit(source.ref, revision)))
     if revision:
         raise CheckpointError("--revision is for models of the hub.", "Leave it out for a folder.")
-    folder = REFERENCE if source.kind == "embedded" else Path(source.ref)
+    folder = _folder(source)
     check(folder)
-    return folder, replace(source, revision=_digest(folder))
+    return replace(source, revision=_digest(folder))
+
+
+def fetch(source: Source, revision: str | None = None) -> tuple[Path, Source]:
+    """The checkpoint's folder, downloaded if need be and checked, and the source with its exact revision."""
+    if source.kind != "hub":
+        return _folder(source), pin(source, revision)
+    folder = _ask_hub(source.ref, revision, lambda: _download(source.ref, revision))
+    check(folder)
+    return folder, replace(source, revision=folder.name)  # the snapshot's folder is named by its commit
+
+
+def _folder(source: Source) -> Path:
+    return REFERENCE if source.kind == "embedded" else Path(source.ref)
 
 
 def _download(ref: str, revision: str | None) -> Path:
     import huggingface_hub
+
+    patterns = ["config.json", "*.safetensors", WEIGHTS_INDEX, *TOKENIZER_FILES]
+    return Path(huggingface_hub.snapshot_download(ref, revision=revision, allow_patterns=patterns))
+
+
+def _commit(ref: str, revision: str | None) -> str:
+    """The commit the hub has under that revision; the one that was downloaded where it cannot be reached."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return str(huggingface_hub.HfApi().model_info(ref, revision=revision).sha)
+    except HfHubHTTPError:
+        raise
+    except OSError:
+        return Path(huggingface_hub.snapshot_download(ref, revision=revision, local_files_only=True)).name
+
+
+T = TypeVar("T")
+
+
+def _ask_hub(ref: str, revision: str | None, question: Callable[[], T]) -> T:
+    """The answer to `question`; whatever the hub raises as a `HubError` in words."""
     from huggingface_hub import errors as hub
 
     mend = f"Check the id, or download it elsewhere and pass the folder: --model PATH (hub id tried: {ref})."
     try:
-        patterns = ["config.json", "*.safetensors", WEIGHTS_INDEX, *TOKENIZER_FILES]
-        return Path(huggingface_hub.snapshot_download(ref, revision=revision, allow_patterns=patterns))
+        return question()
     except hub.GatedRepoError as error:
         raise HubError(
             f"{ref} is gated on the hub.", "Accept its terms there and log in with `hf auth login`."
         ) from error
     except hub.RevisionNotFoundError as error:
-        raise HubError(
-            f"{ref} has no revision {revision!r}.", "Leave --revision out or name a branch, tag or commit."
-        ) from error
+        mend = "Leave --revision out or name a branch, tag or commit."
+        raise HubError(f"{ref} has no revision {revision!r}.", mend) from error
     except hub.RepositoryNotFoundError as error:
         raise HubError(f"The hub has no model {ref}, or it is private and no token is set.", mend) from error
     except (hub.LocalEntryNotFoundError, hub.HfHubHTTPError, hub.HFValidationError, OSError) as error:
@@ -144,7 +183,7 @@ def config_of(folder: Path) -> dict[str, Any]:
             raise ValueError("not a JSON object")
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} has no config.json.", "Pass the folder `save_pretrained` wrote.") from error
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise CheckpointError(
             f"{file} is no JSON object: {error}.", "Save the model again with `save_pretrained`."
         ) from error
@@ -161,9 +200,9 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS_INDEX).is_file():
         try:
             names = sorted(set(json.loads((folder / WEIGHTS_INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{folder / WEIGHTS_INDEX} cannot be read.", "Save the model again.") from error
-        if any(PurePosixPath(name).name != name for name in names):
+        if not all(isinstance(name, str) and name.endswith(".safetensors") and "/" not in name for name in names):
             raise CheckpointError(f"{WEIGHTS_INDEX} names files outside its folder.", "Do not use this checkpoint.")
         return [folder / name for name in names]
     pickled = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
@@ -180,19 +219,7 @@ def check(folder: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     config = config_of(folder)
-    architectures = config.get("architectures") or []
-    if not any(str(name).endswith("ForSequenceClassification") for name in architectures):
-        named = ", ".join(map(str, architectures)) or "of no stated architecture"
-        raise CheckpointError(
-            f"{folder} is {named}: it has no classification head.",
-            "Fine-tune it as a sequence classifier first.",
-        )
-    task = config.get("problem_type") or "single_label_classification"
-    if task != "single_label_classification" or len(config.get("id2label") or (0, 1)) < 2:
-        raise CheckpointError(
-            f"{folder} answers with {'one number' if task == 'regression' else task}, not with one label of several.",
-            "Pass a single-label classifier.",
-        )
+    _check_config(folder, config)
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="np") as tensors:
@@ -206,4 +233,32 @@ def check(folder: Path) -> None:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES if name not in TOKENIZER_FILES[1:4]):
         raise CheckpointError(
             f"{folder} has no tokenizer.", "Save the tokenizer beside the model: tokenizer.save_pretrained(DIR)."
+        )
+
+
+def _check_config(folder: Path, config: dict[str, Any]) -> None:
+    """Raises `CheckpointError` unless the config is that of a single-label classifier in full precision."""
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list):
+        architectures = [architectures]
+    if not any(str(name).endswith("ForSequenceClassification") for name in architectures):
+        named = ", ".join(map(str, architectures)) or "of no stated architecture"
+        raise CheckpointError(
+            f"{folder} is {named}: it has no classification head.", "Fine-tune it as a sequence classifier first."
+        )
+    if "quantization_config" in config:
+        raise CheckpointError(f"{folder} is quantised already.", "Pass the checkpoint it was quantised from.")
+    labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
+    names = list(labels.values()) if isinstance(labels, dict) else []
+    whole = isinstance(labels, dict) and set(labels) == {str(index) for index in range(len(labels))}
+    if not (whole and all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names)):
+        raise CheckpointError(
+            f"{folder}: id2label does not give each class from 0 on a name of its own.", "Correct it in config.json."
+        )
+    task = config.get("problem_type") or "single_label_classification"
+    if task != "single_label_classification" or len(names) < 2:
+        raise CheckpointError(
+            f"{folder} answers with {'one number' if len(names) < 2 or task == 'regression' else task}, "
+            "not with one label of several.",
+            "Pass a single-label classifier.",
         )

@@ -14,6 +14,7 @@ from toolchain import hardware
 
 LEAST_DISK = 5e9
 LEAST_MEMORY = 4e9
+REINSTALL = "pip install -c constraints.txt -e '.[cpu]'"
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,11 @@ def _onnxruntimes() -> list[Finding]:
             Finding(
                 "problem",
                 "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files",
-                "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'toolchain[cpu]'",
+                f"pip uninstall -y onnxruntime onnxruntime-gpu && {REINSTALL}",
             )
         ]
     if not found:
-        return [Finding("problem", "no ONNX Runtime is installed", "pip install 'toolchain[cpu]'")]
+        return [Finding("problem", "no ONNX Runtime is installed", REINSTALL)]
     return [Finding("ok", f"{name} {version}") for name, version in found.items()]
 
 

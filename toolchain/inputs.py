@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import random
-import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,7 @@ def load(spec: str | None, labels: Sequence[str], text_column: str | None = None
                 "Pass data of its own: --data FILE.",
             )
         return embedded()
-    path = Path(spec).expanduser()
+    path = Path(spec)
     if not path.is_file():
         raise DataError(f"There is no file {spec}.", "Pass a CSV or TSV file with a text and a label column.")
     return _read(path, path.name, text_column, label_column, labels)
@@ -72,63 +72,67 @@ def _read(path: Path, name: str, text_column: str | None, label_column: str, lab
         if wanted not in columns:
             what = f"no column {wanted!r}" if wanted else f"no column {' or '.join(map(repr, TEXT_COLUMNS))}"
             raise DataError(f"{path} has {what}; it has {', '.join(map(repr, columns))}.", f"Name it with {flag}.")
-    texts = tuple(str(value) for value in table[text])
-    indices = {label.lower(): index for index, label in enumerate(labels)}
-    found = tuple(_label(value, row, path, indices) for row, value in enumerate(table[label_column], start=1))
-    return Data(name, texts, found)
+    return Data(name, tuple(table[text]), _indices(list(table[label_column]), path, labels))
 
 
 def _table(path: Path) -> Any:
+    """The file as a table of strings: a sentence `007` or `null` stays what it is."""
     import datasets
+    import pandas
 
-    name = path.name.removesuffix(".gz")
+    name = path.name.lower().removesuffix(".gz")
     if not name.endswith((".csv", ".tsv")):
         raise DataError(f"{path} is neither .csv nor .tsv.", "Convert it to CSV with a text and a label column.")
     # Tab-separated values have no quoting (IANA, GLUE): a stray quote must not swallow the rows that follow.
-    dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if name.endswith(".tsv") else {}
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    dialect: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if name.endswith(".tsv") else {}
     try:
-        with tempfile.TemporaryDirectory() as cache:
-            return datasets.load_dataset(
-                "csv",
-                data_files=str(path),
-                split="train",
-                cache_dir=cache,
-                keep_in_memory=True,
-                na_filter=False,
-                **dialect,
-            )
-    except datasets.exceptions.DatasetGenerationError as error:
-        cause = str(error.__cause__ or error).strip()
+        with warnings.catch_warnings():
+            # Rows longer than the header would otherwise lose a field, or turn one into an index.
+            warnings.simplefilter("error", pandas.errors.ParserWarning)
+            frame = pandas.read_csv(path, dtype=str, na_filter=False, index_col=False, **dialect)
+    except (ValueError, OSError, pandas.errors.ParserWarning) as error:
         raise DataError(
-            f"{path} cannot be read: {cause}.", "Save it as UTF-8 with the same columns in every row."
+            f"{path} cannot be read: {str(error).strip()}.",
+            "Save it as UTF-8 with as many fields in every row as in the header; quote a text that has commas.",
         ) from error
-    except (ValueError, OSError) as error:
-        if "no data" in str(error):
-            raise DataError(f"{path} has no rows.", "Pass a file with at least one sentence.") from error
-        raise DataError(f"{path} cannot be read: {error}.", "Pass a CSV or TSV file.") from error
+    if frame.empty:
+        raise DataError(f"{path} has no rows.", "Pass a file with at least one sentence.")
+    return datasets.Dataset.from_pandas(frame, preserve_index=False)
 
 
-def _label(value: Any, row: int, path: Path, indices: dict[str, int]) -> int:
-    text = str(value).strip()
-    if text.lower() in indices:
-        return indices[text.lower()]
-    try:
-        index = int(text)
-    except ValueError:
-        index = None
-    if index == -1:
+def _indices(values: Sequence[str], path: Path, labels: Sequence[str]) -> tuple[int, ...]:
+    """The column as label indices: all of it names, or all of it indices, decided once."""
+    found = [value.strip() for value in values]
+    names = _by_name(found, labels)
+    by_index = {str(index): index for index in range(len(labels))}
+    chosen = names if all(value in names for value in found) else by_index
+    if chosen is names and all(value in by_index and by_index[value] != names[value] for value in found):
         raise DataError(
-            f"{path}, row {row}: the label is -1, as in GLUE's test sets, whose labels are not public.",
-            "Evaluate on a validation set.",
+            f"{path}: the labels {', '.join(sorted(set(found)))} are names of the model's labels and indices as well.",
+            "Rename them in the model's config.json (id2label) and in the file.",
         )
-    if index is None or not 0 <= index < len(indices):
-        names = ", ".join(f"{i} {name}" for name, i in indices.items())
-        raise DataError(
-            f"{path}, row {row}: the label {text!r} is not one of the model's ({names}).", "Correct the label column."
-        )
-    return index
+    for row, value in enumerate(found, start=1):
+        if value == "-1":
+            raise DataError(
+                f"{path}, row {row}: the label is -1, as in GLUE's test sets, whose labels are not public.",
+                "Evaluate on a validation set.",
+            )
+        if value not in chosen:
+            known = ", ".join(f"{index} {name}" for index, name in enumerate(labels))
+            raise DataError(
+                f"{path}, row {row}: the label {value!r} is not one of the model's ({known}).",
+                "Correct the label column: all names, or all indices.",
+            )
+    return tuple(chosen[value] for value in found)
+
+
+def _by_name(found: Sequence[str], labels: Sequence[str]) -> dict[str, int]:
+    """Label name → index, as written; in any case where that is not ambiguous."""
+    exact = {label: index for index, label in enumerate(labels)}
+    folded = {label.casefold(): index for label, index in exact.items()}
+    if len(folded) < len(labels):
+        return exact
+    return {**{value: folded[value.casefold()] for value in found if value.casefold() in folded}, **exact}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What was measured: raw samples, the rows they make, and the result file rows are kept in.
 
-Every percentile is derived from the samples that stand beside it; a file whose figures do not follow from its samples
-is refused.
+Every percentile and rate is derived from the samples that stand beside it; a file whose figures do not follow from its
+samples, or that lacks them, is refused.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,19 +37,22 @@ class Samples:
 
     @classmethod
     def of(cls, rounds: list[list[int]], sentences: list[list[int]]) -> Samples:
-        """All samples of a cell, thinned evenly to `MAX_SAMPLES`."""
+        """All samples of a cell, thinned to `MAX_SAMPLES`: the same share of every round, drawn by a fixed seed.
+
+        Drawn and not every n-th, which would keep the same sentences of every repetition and lose the others.
+        """
         count = sum(map(len, rounds))
-        step = max(1.0, count / MAX_SAMPLES)
-        # A fractional stride over the whole sequence, cut at the rounds' ends.
-        kept = {int(i * step) for i in range(math.ceil(count / step))}
+        most = min(count, MAX_SAMPLES)
+        rng = random.Random(count)
         times: list[tuple[int, ...]] = []
         sizes: list[tuple[int, ...]] = []
-        start = 0
+        seen = 0
         for row, taken in zip(rounds, sentences, strict=True):
-            chosen = [i for i in range(len(row)) if start + i in kept]
+            quota = (seen + len(row)) * most // count - seen * most // count
+            chosen = sorted(rng.sample(range(len(row)), quota))
             times.append(tuple(row[i] for i in chosen))
             sizes.append(tuple(taken[i] for i in chosen))
-            start += len(row)
+            seen += len(row)
         return cls(tuple(times), tuple(sizes), count)
 
     def values(self) -> list[int]:
@@ -143,6 +147,8 @@ class Measurement:
         for name in ("accuracy", "accuracy_batched"):
             if score := body.get(name):
                 body[name] = Accuracy(score["correct"], score["count"], score["batch_size"])
+                if round(body[name].value, 6) != score["value"]:
+                    raise ValueError(f"{cell}: {name} does not follow from its right answers")
         for name, kept in samples.items():
             body[name] = Samples(_tuples(kept["rounds"]), _tuples(kept["sentences"]), kept["count"])
         body["predictions"] = tuple(body.get("predictions", ()))
@@ -165,6 +171,14 @@ def _tuples(rows: list[list[int]]) -> tuple[tuple[int, ...], ...]:
 
 def _check(row: Measurement) -> None:
     """A time is a positive whole number, an accuracy a share, and every figure follows from the samples."""
+    if row.status == "ok" and not (row.latency and row.batches and row.accuracy and row.artifact_id):
+        raise ValueError(f"{row.cell} is said to be measured and lacks samples, accuracy or artifact")
+    for figures in (row.latency_ms, row.memory_bytes, row.size_bytes):
+        for name, value in figures.items():
+            if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{row.cell}: {name} is {value}")
+    if not isinstance(row.model, str) or not isinstance(row.memory_bytes.get("peak", 0), int):
+        raise ValueError(f"{row.cell}: a field has a value of another kind")
     for samples in (row.latency, row.batches):
         if samples and not all(isinstance(v, int) and v > 0 for v in samples.values()):
             raise ValueError(f"{row.cell} has a time that is not a positive whole number of microseconds")
@@ -217,11 +231,31 @@ class ResultFile:
             schema = body.pop("schema")
             if schema != SCHEMA:
                 raise ValueError(f"it has schema {schema}, this release reads {SCHEMA}: another release wrote it")
-            return cls(rows=tuple(Measurement.from_json(row) for row in body.pop("rows")), **body)
+            found = cls(rows=tuple(Measurement.from_json(row) for row in body.pop("rows")), **body)
+            found.check()
+            return found
         except FileNotFoundError as error:
             raise ResultFileError(f"There is no result file {path}.", "`toolchain bench` writes one.") from error
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
             what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise ResultFileError(
-                f"{path} is no result file: {what}.", "Measure again with `toolchain bench`."
-            ) from error
+            mend = "Delete or move it, and measure again with `toolchain bench`."
+            raise ResultFileError(f"{path} is no result file: {what}.", mend) from error
+
+    def check(self) -> None:
+        """`ValueError` or `KeyError` where what a comparison needs to know of the run is missing or of another kind."""
+        for key, kind in (("id", str), ("cpu", str), ("cores", int), ("ram_gib", int), ("isa", list), ("gpu", list)):
+            if not isinstance(self.machine[key], kind):
+                raise ValueError(f"machine.{key} is {self.machine[key]!r}")
+        if not all(isinstance(gpu, dict) and "name" in gpu for gpu in self.machine["gpu"]):
+            raise ValueError("machine.gpu has an entry without a name")
+        if not isinstance(self.run, dict) or not isinstance(self.created, str):
+            raise ValueError("run or created is of another kind")
+        if not (isinstance(self.data["name"], str) and self.data["sha256"] and self.data["rows"] > 0):
+            raise ValueError("data has no name, rows or digest")
+        keys = [(row.model, row.cell) for row in self.rows]
+        if len(set(keys)) < len(keys):
+            raise ValueError("a cell stands there twice")
+        for row in self.rows:
+            for score in (row.accuracy, row.accuracy_batched):
+                if score and row.status == "ok" and score.count != self.data["rows"]:
+                    raise ValueError(f"{row.cell} has {score.count} answers to {self.data['rows']} sentences")

@@ -17,7 +17,7 @@ from typing import Any
 from toolchain import artifacts, checkpoints, hardware, inputs, variants
 from toolchain.artifacts import Artifact, Built, Job, Manifest
 from toolchain.backends import open_session
-from toolchain.errors import ArtifactError, CheckpointError, TamperedError, VerdictError
+from toolchain.errors import ArtifactError, TamperedError, VerdictError
 from toolchain.steps import export, importing, optimize, quantize
 from toolchain.steps.validate import SEED, SENTENCES, sentence, validate
 from toolchain.variants import Export, Import, Optimize, Quantize, Step, Variant
@@ -58,58 +58,72 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Planned:
-    """What is to be done for one variant: `reason` is why it is built, empty where it is fresh."""
+    """What is to be done for one variant: `reason` is why it is built, empty where it is fresh.
+
+    `artifact` is what lies there now, `trouble` what makes it unusable.
+    """
 
     variant: Variant
     step: Step
     reason: str
-    exists: bool
+    artifact: Artifact | None
+    trouble: ArtifactError | None = None
 
 
 def plan(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step]) -> list[Planned]:
     """The named variants and their ancestors, parents first, each with what is to be done and why.
 
-    `asked` holds the settings the user gave, by variant. Raises `TamperedError` for an artifact whose files changed,
-    unless it is asked for and so built again.
+    `asked` holds the settings the user gave, by variant. Raises `TamperedError` for an artifact whose files or manifest
+    changed, unless it is asked for and so built again; `ArtifactError` for a folder that is none.
     """
+    planned = examine(workspace, names, asked)
+    for item in planned:
+        if item.trouble:
+            raise item.trouble
+    return planned
+
+
+def examine(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step]) -> list[Planned]:
+    """`plan`, with what is wrong of each beside it instead of raised."""
     wanted = {variant.name: variant for name in names for variant in variants.lineage(name)}
     planned: dict[str, Planned] = {}
     for variant in sorted(wanted.values(), key=lambda v: list(variants.TABLE).index(v.name)):
-        artifact = workspace.load(variant.name)
-        recorded = artifact.manifest.step if artifact else variant.step
-        step = asked.get(variant.name, recorded)
+        artifact, trouble = None, None
+        try:
+            artifact = workspace.load(variant.name)
+        except ArtifactError as error:
+            trouble = error
+        recorded = artifact.manifest.step if artifact else None
+        step = asked.get(variant.name, recorded or variant.step)
         if isinstance(step, Import):
-            step = _pinned(workspace, step, artifact)
-        parent = planned.get(variant.parent or "")
-        reason = _why(workspace, variant, step, artifact, parent)
+            step = _pinned(workspace, step, recorded)
+        reason = _why(step, artifact, planned.get(variant.parent or ""))
         if artifact and not reason:
             try:
                 artifact.verify()
-            except TamperedError:
-                if variant.name not in asked:
-                    raise
-                reason = "its files no longer match its manifest"
-        planned[variant.name] = Planned(variant, step, reason, artifact is not None)
+            except TamperedError as error:
+                trouble = error
+        if isinstance(trouble, TamperedError) and variant.name in asked:
+            reason, trouble = "it was changed after it was sealed", None
+        planned[variant.name] = Planned(variant, step, reason, artifact, trouble)
     return list(planned.values())
 
 
-def _pinned(workspace: Workspace, step: Import, artifact: Artifact | None) -> Import:
+def _pinned(workspace: Workspace, step: Import, recorded: Step | None) -> Import:
     """The import with the revision it stands for now.
 
     A hub model stays at the revision it was imported at until another is asked for; a folder that has gone, too.
     """
-    recorded = artifact.manifest.step if artifact else None
-    gone = workspace.source.kind == "folder" and not Path(workspace.source.ref).is_dir()
-    if isinstance(recorded, Import) and (
-        gone or (workspace.source.kind == "hub" and step.revision in (None, recorded.revision))
-    ):
+    source = workspace.source
+    gone = source.kind == "folder" and not Path(source.ref).is_dir()
+    kept = source.kind == "hub" and isinstance(recorded, Import) and step.revision in (None, recorded.revision)
+    if isinstance(recorded, Import) and (gone or kept):
         return recorded
-    asked = step.revision if workspace.source.kind == "hub" or step != recorded else None
-    _, source = checkpoints.fetch(workspace.source, asked)
-    return Import(source.revision)
+    asked = step.revision if source.kind == "hub" or step != recorded else None
+    return Import(checkpoints.pin(source, asked).revision)
 
 
-def _why(workspace: Workspace, variant: Variant, step: Step, artifact: Artifact | None, parent: Planned | None) -> str:
+def _why(step: Step, artifact: Artifact | None, parent: Planned | None) -> str:
     """Why the variant must be built, in a few words; empty where it is fresh."""
     if artifact is None:
         return "missing"
@@ -122,9 +136,8 @@ def _why(workspace: Workspace, variant: Variant, step: Step, artifact: Artifact 
         return "this release builds it differently"
     if parent and parent.reason:
         return f"{parent.variant.name} is built anew"
-    given = workspace.load(variant.parent) if variant.parent else None
-    if given and given.manifest.id != manifest.parent_id:
-        return f"{variant.parent} changed"
+    if parent and parent.artifact and parent.artifact.manifest.id != manifest.parent_id:
+        return f"{parent.variant.name} changed"
     return ""
 
 
@@ -137,17 +150,16 @@ def ensure(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step]
     ready: dict[str, Artifact] = {}
     for item in plan(workspace, names, asked):
         name = item.variant.name
-        found = workspace.load(name)
-        if found and not item.reason:
+        if item.artifact and not item.reason:
             say(f"{name}: fresh, skipped")
-            ready[name] = found
+            ready[name] = item.artifact
             continue
         say(f"{name}: building ({item.reason})")
         started = time.monotonic()
         ready[name] = _build(workspace, item, ready.get(item.variant.parent or ""), say)
         report = ready[name].manifest.validation
         size = ready[name].manifest.size_bytes / 1e6
-        verb = "replaced" if item.exists else "built"
+        verb = "replaced" if item.artifact else "built"
         say(f"{name}: {verb} in {time.monotonic() - started:.1f} s, {size:.1f} MB; valid: {sentence(dict(report))}")
     return ready
 
@@ -155,9 +167,8 @@ def ensure(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step]
 def _build(workspace: Workspace, item: Planned, parent: Artifact | None, say: Say) -> Artifact:
     name, target = item.variant.name, workspace.path(item.variant.name)
     with artifacts.lock(target, lambda: say(f"{name}: another run is building it, waiting")):
-        lies = workspace.load(name)
-        done = lies and lies.manifest.step == item.step and lies.manifest.parent_id == (parent and parent.manifest.id)
-        if lies and done and item.reason == "missing":
+        lies = workspace.load(name) if item.reason == "missing" else None
+        if lies and lies.manifest.step == item.step and lies.manifest.parent_id == (parent and parent.manifest.id):
             return lies  # built by the run that was waited for
         checkpoint, source = _origin(workspace, item.step, parent)
         run, version = STEPS[type(item.step)]
@@ -183,6 +194,7 @@ def _build(workspace: Workspace, item: Planned, parent: Artifact | None, say: Sa
             report = _validate(workspace, item.variant, Artifact(scratch, manifest), checkpoint)
             if not report["passed"]:
                 raise VerdictError(f"{name} failed validation and was not published: {sentence(report)}.", _KEPT)
+            _unchanged(workspace, item.step, parent)
             return artifacts.publish(scratch, target, dataclasses.replace(manifest, validation=report))
 
 
@@ -195,9 +207,22 @@ def _origin(workspace: Workspace, step: Step, parent: Artifact | None) -> tuple[
         return None, parent.manifest.source
     assert isinstance(step, Import)
     folder, source = checkpoints.fetch(workspace.source, step.revision if workspace.source.kind == "hub" else None)
-    if source.revision != step.revision:
-        raise CheckpointError("The checkpoint changed while it was read.", "Run the command again.")
-    return folder, dataclasses.asdict(source)
+    return folder, dataclasses.asdict(dataclasses.replace(source, revision=step.revision))
+
+
+def _unchanged(workspace: Workspace, step: Step, parent: Artifact | None) -> None:
+    """Raises `ArtifactError` where what was built from is no longer what it was when the build began."""
+    if parent:
+        now = artifacts.load(parent.path)
+        same = now is not None and now.manifest.id == parent.manifest.id
+        name = parent.manifest.variant
+    else:
+        assert isinstance(step, Import)
+        asked = step.revision if workspace.source.kind == "hub" else None
+        same = checkpoints.fetch(workspace.source, asked)[1].revision == step.revision
+        name = "The checkpoint"
+    if not same:
+        raise ArtifactError(f"{name} was replaced while something was built from it.", "Run the command again.")
 
 
 def validate_variant(workspace: Workspace, name: str, say: Say) -> dict[str, Any]:
@@ -232,13 +257,11 @@ def _torch_ancestor(workspace: Workspace, variant: Variant) -> Path:
 def states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, str]]:
     """Every variant of the table, its artifact if there is one, and its state: built, missing, or what is wrong."""
     found = []
-    for name, variant in variants.TABLE.items():
-        artifact = None
-        try:
-            artifact = workspace.load(name)
-            reason = next(item.reason for item in plan(workspace, [name], {}) if item.variant.name == name)
-            state = reason if reason == "missing" else (f"stale: {reason}" if reason else "built")
-        except ArtifactError as error:
-            state = f"{'tampered' if isinstance(error, TamperedError) else 'unusable'}: {error.cause}"
-        found.append((variant, artifact, state))
+    for item in examine(workspace, variants.TABLE, {}):
+        state = "built"
+        if item.trouble:
+            state = f"{'tampered' if isinstance(item.trouble, TamperedError) else 'unusable'}: {item.trouble.cause}"
+        elif item.reason:
+            state = item.reason if item.artifact is None else f"stale: {item.reason}"
+        found.append((item.variant, item.artifact, state))
     return found

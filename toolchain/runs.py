@@ -11,7 +11,7 @@ from typing import Any
 
 import toolchain
 from toolchain import artifacts, checkpoints, hardware, inputs, variants
-from toolchain.errors import BenchError, ToolchainError
+from toolchain.errors import BenchError, ResultFileError, ToolchainError
 from toolchain.inputs import Data
 from toolchain.measurements import Measurement, ResultFile
 from toolchain.pipeline import Say, Workspace, ensure, plan
@@ -124,10 +124,17 @@ def save(result: ResultFile, model: str, name: str | None) -> Path:
     return path
 
 
-def newest(model: str) -> ResultFile:
+def newest(model: str, say: Say) -> ResultFile:
     """The model's newest run among all result files here; `BenchError` where there is none."""
-    runs = [ResultFile.read(path) for folder in (RESULTS, LOCAL) for path in sorted(folder.glob("*.json"))]
-    mine = [run for run in runs if any(row.model == model for row in run.rows)]
+    mine = []
+    for path in [*sorted(RESULTS.glob("*.json")), *sorted(LOCAL.glob("*.json"))]:
+        try:
+            run = ResultFile.read(path)
+        except ResultFileError as error:
+            say(f"passed over: {error}")  # it may be another model's; what is shown names its run
+            continue
+        if any(row.model == model for row in run.rows):
+            mine.append(run)
     if not mine:
         raise BenchError(f"There is no result of {model} under {RESULTS}.", "`toolchain bench` measures it.")
     return max(mine, key=lambda run: run.created)

@@ -51,7 +51,7 @@ class OrtSession:
             got = ", ".join(self._session.get_providers())
             raise ProviderError(
                 f"ONNX Runtime was asked for {wanted} and fell back to {got}.",
-                "`toolchain doctor` says what is missing.",
+                "Install the CUDA and cuDNN it was built for, or leave --provider cuda out.",
             )
         self._threads = threads
 

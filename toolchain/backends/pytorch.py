@@ -29,8 +29,8 @@ def load_model(folder: Path) -> PreTrainedModel:
             local_files_only=True,
             output_loading_info=True,
         )
-    except (ValueError, RuntimeError, KeyError, OSError) as error:
-        cause = str(error).strip().splitlines()[0]
+    except Exception as error:  # a config can make transformers fail in any way
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{folder} cannot be loaded: {cause}", "Check config.json against the weights."
         ) from error

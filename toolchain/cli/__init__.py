@@ -6,7 +6,9 @@ standard error. Nothing heavy is imported before a command needs it.
 
 from __future__ import annotations
 
+import io
 import sys
+import traceback
 from collections.abc import Sequence
 
 import click
@@ -18,7 +20,7 @@ from toolchain.cli.measure import bench, compare
 from toolchain.errors import ToolchainError
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "TOOLCHAIN"})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
     """Takes a fine-tuned text classifier to ONNX: exported, quantised, validated, measured and compared.
@@ -29,14 +31,20 @@ def cli() -> None:
 
 for command in (export, quantize, bench, compare, validate, variants, doctor):
     cli.add_command(command)
+    for option in command.params:
+        if isinstance(option, click.Option):
+            # After the option's name on the command line; click's own way goes by the Python parameter's.
+            option.envvar = f"TOOLCHAIN_{command.name}_{option.opts[0].lstrip('-')}".upper().replace("-", "_")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code; every failure ends here, in words."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
+    state = {"debug": False}
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without × or Δ still gets the figures
     try:
-        code = cli.main(words, prog_name="toolchain", standalone_mode=False)
+        code = cli.main(arguments, prog_name="toolchain", standalone_mode=False, obj=state)
         return code if isinstance(code, int) else 0
     except click.Abort:
         click.echo("Interrupted: nothing is half-written.", err=True)
@@ -44,13 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except ToolchainError as error:
-        if debug:
-            raise
-        click.echo(f"Error: {error}", err=True)
-        return error.exit_code
     except Exception as error:
-        if debug:
-            raise
-        click.echo(f"Error: unexpected {type(error).__name__}: {error} Run again with --debug to see where.", err=True)
+        if state["debug"]:
+            traceback.print_exc()
+        if isinstance(error, ToolchainError):
+            click.echo(f"Error: {error}", err=True)
+            return error.exit_code
+        hint = "" if state["debug"] else " Run again with --debug to see where."
+        click.echo(f"Error: unexpected {type(error).__name__}: {error}{hint}", err=True)
         return 1

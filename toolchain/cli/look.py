@@ -20,6 +20,8 @@ from toolchain.errors import ToolchainError, VerdictError
 def validate(model: str, exported: Path, slug: str | None, variant: str, as_json: bool) -> None:
     """Compare VARIANT's answers with PyTorch's over lengths, batches, paddings and odd texts; exit 3 if it fails.
 
+    What is missing or stale is built first.
+
     \b
     Example:
       toolchain validate onnx-int8

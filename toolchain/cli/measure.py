@@ -70,7 +70,9 @@ def bench(
         return
     with bar("bench") as progress:
         result = runs.measure(workspace, request, say, progress)
-    say(f"saved: {runs.save(result, workspace.model, save_as)}")
+    measured = any(row.status == "ok" for row in result.rows)
+    # A name is for results to be committed: a run that measured nothing does not take it.
+    say(f"saved: {runs.save(result, workspace.model, save_as if measured else None)}")
     _show([result], None, "json" if as_json else "table", exported)
     runs.judge(result)
 
@@ -106,11 +108,12 @@ def compare(
     """
     from toolchain import runs
     from toolchain.measurements import ResultFile
+    from toolchain.report.progress import say
 
     if results:
         files = [ResultFile.read(path) for path in results]
     else:
-        files = [runs.newest(open_workspace(model, exported, slug).model)]
+        files = [runs.newest(open_workspace(model, exported, slug).model, say)]
     _show(files, baseline, "json" if as_json else form, exported)
 
 

@@ -15,8 +15,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def debug_option(command: F) -> F:
-    """--debug, which `main` looks at."""
-    return click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of a failure.")(command)
+    """--debug, told to `main` through the context's object."""
+
+    def note(context: click.Context, _: click.Parameter, value: bool) -> None:
+        if isinstance(context.obj, dict):
+            context.obj["debug"] = value
+
+    text = "Show the traceback of a failure."
+    return click.option("--debug", is_flag=True, expose_value=False, callback=note, help=text)(command)
 
 
 def model_options(command: F) -> F:

@@ -17,7 +17,7 @@ def rewrite_into(job: Job, passes: Sequence[str]) -> Built:
     given = job.given
     graph, counts = rewrite(read(given.onnx_path), passes, _attention(given.path))
     write(graph, job.folder / given.onnx_path.name)
-    copy_companions(given.path, job.folder)
+    copy_companions(given, job.folder)
     return Built(
         step=job.step,
         inputs=given.manifest.inputs,

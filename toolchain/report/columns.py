@@ -109,16 +109,23 @@ def notes(rows: Sequence[Row]) -> list[str]:
     lines = []
     if baselines:
         lines.append(f"Ratios are against {' and '.join(baselines)} of the same run; above 1 is better.")
-    sizes = sorted({row.run.run["batch_size"] for row in measured(rows) if "batch_size" in row.run.run})
-    if sizes:
-        asked = " or ".join(map(str, sizes))
-        lines.append(
-            "Latency and accuracy at batch 1, each sentence at its own length; "
-            f"sentences/s in length-sorted batches of {asked}."
-        )
+    lines += dict.fromkeys(_method(row) for row in measured(rows) if "batch_size" in row.run.run)
     if any(row.stale for row in rows):
         lines.append("[stale]: the artifact has been built anew since; measure again with `toolchain bench`.")
-    without: dict[str, list[str]] = {}
+    without: dict[str, dict[str, None]] = {}
     for m in [row.measurement for row in rows if row.measurement.status not in FIGURES]:
-        without.setdefault(f"{m.status}: {m.reason} {m.mend}".rstrip(), []).append(m.cell)
+        without.setdefault(f"{m.status}: {m.reason} {m.mend}".rstrip(), {})[m.cell] = None
     return lines + [f"{', '.join(cells)} {why}" for why, cells in without.items()]
+
+
+def _method(row: Row) -> str:
+    """How the row's latency, accuracy and throughput came about."""
+    how, count = row.run.run, row.run.data["rows"]
+    asked, score = how.get("single_sentences", count), row.measurement.accuracy
+    batch = score.batch_size if score else 1
+    single = "Latency and accuracy" if batch == 1 else "Latency"
+    which = "each sentence" if asked >= count else f"{asked} of {count} sentences, each"
+    text = (
+        f"{single} at batch 1, {which} at its own length; sentences/s in length-sorted batches of {how['batch_size']}."
+    )
+    return text if batch == 1 else f"{text} Accuracy over all sentences in batches of {batch}."

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from toolchain.report.columns import columns, measured, notes, title
 from toolchain.steps.compare import Row
 
-_PIPED_WIDTH = 140  # a file has no width; wide enough that no column wraps
+_PIPED_WIDTH = 400  # a file has no width; a table takes what it needs of this
 
 
 def print_table(rows: Sequence[Row]) -> None:

@@ -68,15 +68,16 @@ class Row:
 def compare(
     runs: Sequence[ResultFile], baseline: str | None = None, current: Mapping[tuple[str, str], str] | None = None
 ) -> list[Row]:
-    """One row a (model, cell, machine, artifact), the newest of each; measured rows first, in the order of their run.
+    """One row a (model, cell, machine, artifact, data, threads, batch size), the newest of each; measured rows first.
 
     `baseline` is a variant or a cell; by default torch-fp32 on the CPU, else on the row's own provider. `current` maps
     (model, variant) to the artifact id that lies there now. Raises `ResultFileError` where no row is such a baseline.
     """
-    newest: dict[tuple[str, str, str, str | None], Row] = {}
+    newest: dict[tuple[Any, ...], Row] = {}
     for run in sorted(runs, key=lambda r: r.created):
         for measurement in run.rows:
-            key = (measurement.model, measurement.cell, run.machine["id"], measurement.artifact_id)
+            how = (run.data["sha256"], run.run.get("threads"), run.run.get("batch_size"))
+            key = (measurement.model, measurement.cell, run.machine["id"], measurement.artifact_id, *how)
             lies = (current or {}).get((measurement.model, measurement.variant))
             stale = bool(measurement.artifact_id and lies and lies != measurement.artifact_id)
             newest.pop(key, None)

@@ -53,7 +53,7 @@ def export(job: Job) -> Built:
     if {spec.name for spec in inputs} != wanted:
         got = ", ".join(spec.name for spec in inputs)
         raise GraphError(f"The exported graph takes {got}; the model takes {', '.join(sorted(wanted))}.")
-    copy_companions(given.path, job.folder)
+    copy_companions(given, job.folder)
     return Built(
         step=job.step,
         inputs=inputs,

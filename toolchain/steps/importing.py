@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from toolchain.artifacts import Built, Job, TensorSpec
 from toolchain.backends.pytorch import load_model
-from toolchain.errors import CheckpointError
+from toolchain.errors import ArtifactError, CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +21,8 @@ def import_checkpoint(job: Job) -> Built:
 
     Raises `CheckpointError` where weights, head or tokenizer are missing or do not fit.
     """
+    from safetensors import SafetensorError
+
     if job.checkpoint is None:
         raise CheckpointError("An import needs a checkpoint's folder.")
     model = load_model(job.checkpoint)
@@ -33,11 +34,21 @@ def import_checkpoint(job: Job) -> Built:
             "Pass the tokenizer the model was trained with.",
         )
     # One file whatever the size: every later step reads exactly one.
-    model.save_pretrained(job.folder, safe_serialization=True, max_shard_size="1TB")
+    try:
+        model.save_pretrained(job.folder, safe_serialization=True, max_shard_size="1TB")
+    except SafetensorError as error:  # so it names a full disk
+        mend = "Free the space, or choose another place with --exported DIR."
+        raise ArtifactError(f"{job.folder} cannot be written: {error}.", mend) from error
     tokenizer.save_pretrained(job.folder)
     if not (job.folder / "tokenizer.json").is_file():
         raise CheckpointError(
             f"The tokenizer of {job.checkpoint} has no fast form.", "Convert it to a tokenizer.json first."
+        )
+    if not {"input_ids", "attention_mask"} <= set(tokenizer.model_input_names):
+        raise CheckpointError("The tokenizer gives no input_ids with attention_mask.", "Correct its model_input_names.")
+    if not 0 <= (model.config.pad_token_id or 0) < rows:
+        raise CheckpointError(
+            f"pad_token_id {model.config.pad_token_id} is no row of the embedding table.", "Correct it."
         )
     # What the tokenizer offers and the model takes, in the model's order.
     taken = [name for name in inspect.signature(model.forward).parameters if name in tokenizer.model_input_names]
@@ -66,8 +77,15 @@ def _tokenizer(folder: Any) -> Any:
 
 
 def _max_length(model: PreTrainedModel, tokenizer: Any) -> int:
-    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", math.inf))
-    return int(limit) if limit < 1e6 else 512
+    """Tokens the tokenizer allows and the position table holds; 512 where neither says."""
+    limits = [tokenizer.model_max_length]
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and hasattr(module, "num_embeddings"):
+            # RoBERTa counts positions from the one after the padding's.
+            limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
+    if not all(isinstance(limit, int | float) and limit > 2 for limit in limits):
+        raise CheckpointError(f"The longest text of {limits} tokens holds no word.", "Correct model_max_length.")
+    return int(min(limits)) if min(limits) < 1e6 else 512
 
 
 def _facts(model: PreTrainedModel) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def grid(encoder: Encoder, sentences: Sequence[str]) -> Iterator[tuple[str, dict
     def batch(rows: list[list[int]], left: bool = False) -> dict[str, np.ndarray]:
         return pad(rows, encoder.names, encoder.pad_id, left)
 
-    lengths = sorted({min(length, encoder.max_length) for length in LENGTHS})
+    lengths = sorted({min(length, encoder.max_length) for length in (*LENGTHS, encoder.max_length)})
     for length in lengths:
         yield f"1 × {length} tokens", batch([ids(length)])
     for size in (2, 7):
