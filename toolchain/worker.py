@@ -6,6 +6,7 @@ to standard error, which the parent keeps and quotes where a child dies.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -87,19 +88,14 @@ class Worker:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._errors):
             if stream is not None and not stream.closed:
-                # A dead child leaves its pipe broken; there is nothing more to say to it.
-                try:
+                with contextlib.suppress(BrokenPipeError):  # a dead child's; there is nothing more to say to it
                     stream.close()
-                except BrokenPipeError:
-                    continue
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
-        try:
+        with contextlib.suppress(ValueError):  # `close` may close it while this thread reads
             for line in self._process.stdout:
                 self._replies.put(line)
-        except ValueError:
-            pass  # closed by `close` while this thread was reading
         self._replies.put(None)
 
     def _death(self) -> errors.BenchError:
