@@ -142,7 +142,7 @@ def test_quantised_layers_hold_int8_and_the_logits_stay_fp32(built_tiny):
     assert passes.facts(model)["bytes_by_dtype"]["int8"] > 30000 * 32
 
 
-def test_quantised_answers_are_near_and_right_padding_barely_matters(built_tiny):
+def test_quantised_answers_are_near_with_padding_on_either_side(built_tiny):
     fp32 = passes.read(built_tiny.path("onnx-fp32") / "model.onnx")
     for left in (False, True):
         batch = pad(ROWS, NAMES, 0, left)

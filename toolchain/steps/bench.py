@@ -100,22 +100,21 @@ def bench(
     before = _processor_times()
     started = time.monotonic()
     ids = encoder.encode(data.texts)
-    running: list[_Running] = []
+    running: dict[int, _Running] = {}
     rows: dict[int, Measurement] = {}
     try:
         for index, cell in enumerate(cells):
             if cell.artifact:
                 progress(index, len(cells), f"loading {cell.variant}@{cell.provider}")
             try:
-                running.append(_start(cell, ids, encoder, protocol, backends))
+                running[index] = _start(cell, ids, encoder, protocol, backends)
             except ToolchainError as error:
                 rows[index] = _unmeasured(cell, error)
-        sentences = _choose(len(ids), running, protocol)
-        _rounds(running, ids, sentences, protocol, progress)
-        for item in running:
-            rows[next(i for i, cell in enumerate(cells) if cell is item.cell)] = _row(item, data, protocol)
+        sentences = _choose(len(ids), running.values(), protocol)
+        _rounds(list(running.values()), ids, sentences, protocol, progress)
+        rows |= {index: _row(item, data, protocol) for index, item in running.items()}
     finally:
-        for item in running:
+        for item in running.values():
             item.worker.close()
     done = {
         **asdict(protocol),
