@@ -169,36 +169,6 @@ class Artifact:
         )
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a step is given: its settings, the parent (None for an import), the checkpoint's folder for an import, and
-    the scratch folder it fills."""
-
-    step: Step
-    parent: Artifact | None
-    checkpoint: Path | None
-    folder: Path
-
-    @property
-    def given(self) -> Artifact:
-        """The parent of a step that has one."""
-        if self.parent is None:
-            raise ArtifactError(f"{step_name(self.step)} needs a parent.")
-        return self.parent
-
-
-@dataclass(frozen=True)
-class Built:
-    """What a step gives back: the effective settings ("auto" resolved), and what the manifest says of the result."""
-
-    step: Step
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    labels: tuple[str, ...]
-    max_length: int
-    facts: Mapping[str, Any]
-
-
 def sha256(path: Path) -> str:
     """The file's sha256 in hex."""
     with path.open("rb") as file:

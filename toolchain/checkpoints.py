@@ -31,6 +31,8 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
+# Beside the config of a pruned model: heads and FFN neurons of each layer.
+SHAPES = "layer_shapes.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -128,7 +130,7 @@ def _folder(source: Source) -> Path:
 def _download(ref: str, revision: str | None) -> Path:
     import huggingface_hub
 
-    patterns = ["config.json", "*.safetensors", WEIGHTS_INDEX, *TOKENIZER_FILES]
+    patterns = ["config.json", SHAPES, "*.safetensors", WEIGHTS_INDEX, *TOKENIZER_FILES]
     return Path(huggingface_hub.snapshot_download(ref, revision=revision, allow_patterns=patterns))
 
 
@@ -169,7 +171,7 @@ def _ask_hub(ref: str, revision: str | None, question: Callable[[], T]) -> T:
 
 
 def _digest(folder: Path) -> str:
-    names = ("config.json", *(p.name for p in weight_files(folder)), *TOKENIZER_FILES)
+    names = ("config.json", SHAPES, *(p.name for p in weight_files(folder)), *TOKENIZER_FILES)
     parts = [f"{name} {artifacts.sha256(folder / name)}" for name in sorted(names) if (folder / name).is_file()]
     return "sha256:" + hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

@@ -7,6 +7,7 @@ ToolchainError                exit 1: a sentence with the cause, a sentence with
 ├── DataError                 sentences or labels that cannot be used
 ├── ArtifactError             a folder under exported/ that cannot be read, written or replaced
 │   └── TamperedError         files that no longer match their manifest
+├── PruningError              a model that cannot be pruned so, or so far
 ├── GraphError                an ONNX file that is none, or a rewrite that does not apply to it
 ├── ProviderError             an execution provider that cannot serve here, or did not
 ├── BenchError                nothing could be measured
@@ -53,6 +54,10 @@ class ArtifactError(ToolchainError):
 
 class TamperedError(ArtifactError):
     """An artifact whose bytes are not those its manifest was sealed with."""
+
+
+class PruningError(ToolchainError):
+    """A model that cannot be pruned: its layout, the ratio, or what it was ranked by does not allow it."""
 
 
 class GraphError(ToolchainError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import json
 import random
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 SST2 = Path(__file__).parent / "reference" / "sst2"
 SST2_LABELS = ("NEGATIVE", "POSITIVE")
 TEXT_COLUMNS = ("sentence", "text")
+HELD_OUT = 2000
+SENTENCE_WORDS = 12
+FEWEST = 20
+SPLIT_SEED = 20  # one for all: what was held out once is never trained on
 
 
 @dataclass(frozen=True)
@@ -51,17 +56,74 @@ def load(spec: str | None, labels: Sequence[str], text_column: str | None = None
     Raises `DataError` for a file that cannot be read, lacks a column, is empty, or has labels the model does not.
     """
     if spec is None:
-        generic = all(name == f"LABEL_{i}" for i, name in enumerate(labels))
-        if len(labels) != 2 or not (generic or tuple(n.upper() for n in labels) == SST2_LABELS):
-            raise DataError(
-                f"The embedded SST-2 has the labels {', '.join(SST2_LABELS)}; this model has {', '.join(labels)}.",
-                "Pass data of its own: --data FILE.",
-            )
+        _check_labels(labels, "--data")
         return embedded()
+    return _read(_file(spec), Path(spec).name, text_column, label_column, labels)
+
+
+def _file(spec: str) -> Path:
     path = Path(spec)
     if not path.is_file():
         raise DataError(f"There is no file {spec}.", "Pass a CSV or TSV file with a text and a label column.")
-    return _read(path, path.name, text_column, label_column, labels)
+    return path
+
+
+def _check_labels(labels: Sequence[str], option: str) -> None:
+    """Raises `DataError` unless the embedded sentences have this model's labels."""
+    generic = all(name == f"LABEL_{i}" for i, name in enumerate(labels))
+    if len(labels) != 2 or not (generic or tuple(n.upper() for n in labels) == SST2_LABELS):
+        raise DataError(
+            f"The embedded SST-2 has the labels {', '.join(SST2_LABELS)}; this model has {', '.join(labels)}.",
+            f"Pass data of its own: {option} FILE.",
+        )
+
+
+@dataclass(frozen=True)
+class TrainingSource:
+    """Where training sentences come from: a `file` with its columns, or the embedded SST-2 where there is none."""
+
+    file: str | None = None
+    text_column: str | None = None
+    label_column: str = "label"
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Name, sha256 of the bytes and the columns that were named: the same text for the same sentences."""
+        path = SST2 / "train.tsv.gz" if self.file is None else _file(self.file)
+        name = "sst2" if self.file is None else path.name
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        columns = [self.text_column or "", self.label_column] if self.file else []
+        return ":".join([name, found, *columns])
+
+    def load(self, labels: Sequence[str]) -> Data:
+        """The sentences, for a model with these `labels`; raises `DataError` as `inputs.load` does."""
+        if self.file is None:
+            _check_labels(labels, "--train-data")
+            return embedded("train")
+        return _read(_file(self.file), Path(self.file).name, self.text_column, self.label_column, labels)
+
+
+def hold_out(data: Data) -> tuple[list[int], list[int]]:
+    """The rows of training data in two parts, in seeded random order: what trains, and what choices are made on.
+
+    `HELD_OUT` rows, a tenth where there are few, are held out; of sentence length (`SENTENCE_WORDS`) where there are
+    enough of these, since phrases say little about sentences. Raises `DataError` for fewer than `FEWEST` rows.
+    """
+    count = len(data.labels)
+    if count < FEWEST:
+        raise DataError(f"{data.name} has {count} rows: too few to train on.", f"Pass at least {FEWEST}.")
+    order = random.Random(SPLIT_SEED).sample(range(count), count)
+    wanted = min(HELD_OUT, count // 10)
+    held = sentence_rows(data, order, wanted)
+    taken = set(held)
+    return [row for row in order if row not in taken], held
+
+
+def sentence_rows(data: Data, rows: Sequence[int], wanted: int) -> list[int]:
+    """The first `wanted` of `rows` that are of sentence length, or simply the first where these are too few."""
+    long = [row for row in rows if len(data.texts[row].split()) >= SENTENCE_WORDS]
+    return list(long if len(long) >= 2 * wanted else rows)[:wanted]
 
 
 def _read(path: Path, name: str, text_column: str | None, label_column: str, labels: Sequence[str]) -> Data:

@@ -8,48 +8,70 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from toolchain import artifacts, checkpoints, hardware, inputs, variants
-from toolchain.artifacts import Artifact, Built, Job, Manifest
+from toolchain import artifacts, checkpoints, hardware, inputs, pruning, variants
+from toolchain.artifacts import Artifact, Manifest
 from toolchain.backends import open_session
-from toolchain.errors import ArtifactError, TamperedError, VerdictError
-from toolchain.steps import export, importing, optimize, quantize
+from toolchain.errors import ArtifactError, DataError, TamperedError, UnknownVariantError, VerdictError
+from toolchain.inputs import TrainingSource
+from toolchain.jobs import Built, Job, Progress
+from toolchain.pruning.subject import subject
+from toolchain.steps import export, importing, optimize, prune, quantize, recover
 from toolchain.steps.validate import SEED, SENTENCES, sentence, validate
-from toolchain.variants import Export, Import, Optimize, Quantize, Step, Variant
+from toolchain.variants import Export, Import, Optimize, Prune, Quantize, Recover, Step, Variant
 
 # Step config → the function that does it and the version whose results it gives.
 STEPS: dict[type, tuple[Callable[[Job], Built], int]] = {
     Import: (importing.import_checkpoint, importing.VERSION),
+    Prune: (prune.prune, prune.VERSION),
+    Recover: (recover.recover, recover.VERSION),
     Export: (export.export, export.VERSION),
     Optimize: (optimize.optimize, optimize.VERSION),
     Quantize: (quantize.quantize, quantize.VERSION),
 }
 
 Say = Callable[[str], None]
+Bar = Callable[[str], AbstractContextManager[Progress]]
+
+
+@contextmanager
+def no_bar(title: str) -> Iterator[Progress]:
+    """Shows no progress."""
+    yield lambda done, total, what: None
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """One model's folder under `exported`, and where the model comes from."""
+    """One model's folder under `exported`, where the model comes from, and the sentences it is trained on."""
 
     exported: Path
     model: str
     source: checkpoints.Source
+    train: TrainingSource = field(default_factory=TrainingSource)
 
     @classmethod
-    def open(cls, model: str, exported: Path, slug: str | None = None) -> Workspace:
+    def open(
+        cls, model: str, exported: Path, slug: str | None = None, train: TrainingSource | None = None
+    ) -> Workspace:
         """See `checkpoints.resolve`."""
         name, source = checkpoints.resolve(model, exported, slug)
-        return cls(exported, name, source)
+        return cls(exported, name, source, train or TrainingSource())
 
     def path(self, variant: str) -> Path:
         """Where a variant lies."""
         return self.exported / self.model / variant
+
+    @property
+    def cache(self) -> Path:
+        """What is measured once on this machine and holds for every model."""
+        return self.exported / ".cache" / str(hardware.machine()["id"])
 
     def load(self, variant: str) -> Artifact | None:
         """The variant as it lies there, whatever its state."""
@@ -87,7 +109,7 @@ def examine(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step
     """`plan`, with what is wrong of each beside it instead of raised."""
     wanted = {variant.name: variant for name in names for variant in variants.lineage(name)}
     planned: dict[str, Planned] = {}
-    for variant in sorted(wanted.values(), key=lambda v: list(variants.TABLE).index(v.name)):
+    for variant in wanted.values():
         artifact, trouble = None, None
         try:
             artifact = workspace.load(variant.name)
@@ -97,6 +119,8 @@ def examine(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step
         step = asked.get(variant.name, recorded or variant.step)
         if isinstance(step, Import):
             step = _pinned(workspace, step, recorded)
+        elif isinstance(step, Prune | Recover) and not step.train and getattr(step, "method", "") != "mask":
+            step = dataclasses.replace(step, train=workspace.train.digest)
         reason = _why(step, artifact, planned.get(variant.parent or ""))
         if artifact and not reason:
             try:
@@ -141,8 +165,11 @@ def _why(step: Step, artifact: Artifact | None, parent: Planned | None) -> str:
     return ""
 
 
-def ensure(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step], say: Say) -> dict[str, Artifact]:
-    """Builds what `plan` says and returns every artifact of the plan by name; `say` is told what happens.
+def ensure(
+    workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step], say: Say, bar: Bar = no_bar
+) -> dict[str, Artifact]:
+    """Builds what `plan` says and returns every artifact of the plan by name; `say` is told what happens, and a step
+    that takes long shows its progress in a `bar`.
 
     Each artifact is validated before it is published. Raises `VerdictError` where validation says no: nothing is
     published then, and what was there stays.
@@ -156,24 +183,51 @@ def ensure(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step]
             continue
         say(f"{name}: building ({item.reason})")
         started = time.monotonic()
-        ready[name] = _build(workspace, item, ready.get(item.variant.parent or ""), say)
+        with bar(name) as progress:
+            ready[name] = _build(workspace, item, ready, say, progress)
         report = ready[name].manifest.validation
         size = ready[name].manifest.size_bytes / 1e6
         verb = "replaced" if item.artifact else "built"
         say(f"{name}: {verb} in {time.monotonic() - started:.1f} s, {size:.1f} MB; valid: {sentence(dict(report))}")
+        for line in _news(item.step, ready[name].manifest.facts):
+            say(f"{name}: {line}")
     return ready
 
 
-def _build(workspace: Workspace, item: Planned, parent: Artifact | None, say: Say) -> Artifact:
+def _news(step: Step, facts: Mapping[str, Any]) -> list[str]:
+    """What a step did beyond building a file."""
+    if isinstance(step, Prune):
+        return [prune.sentence(facts["pruning"])]
+    return [recover.sentence(facts["recovery"])] if isinstance(step, Recover) else []
+
+
+def _build(
+    workspace: Workspace, item: Planned, ready: Mapping[str, Artifact], say: Say, progress: Progress
+) -> Artifact:
     name, target = item.variant.name, workspace.path(item.variant.name)
+    parent = ready.get(item.variant.parent or "")
     with artifacts.lock(target, lambda: say(f"{name}: another run is building it, waiting")):
         lies = workspace.load(name) if item.reason == "missing" else None
         if lies and lies.manifest.step == item.step and lies.manifest.parent_id == (parent and parent.manifest.id):
             return lies  # built by the run that was waited for
         checkpoint, source = _origin(workspace, item.step, parent)
         run, version = STEPS[type(item.step)]
+        _given_again(workspace, item)
+        resume = target.with_name(f".{name}.training")
         with artifacts.building(target) as scratch:
-            built = run(Job(item.step, parent, checkpoint, scratch))
+            built = run(
+                Job(
+                    step=item.step,
+                    parent=parent,
+                    checkpoint=checkpoint,
+                    folder=scratch,
+                    root=ready.get(checkpoints.ROOT_VARIANT),
+                    train=workspace.train,
+                    cache=workspace.cache,
+                    resume=resume,
+                    progress=progress,
+                )
+            )
             manifest = Manifest(
                 model=workspace.model,
                 variant=name,
@@ -195,7 +249,20 @@ def _build(workspace: Workspace, item: Planned, parent: Artifact | None, say: Sa
             if not report["passed"]:
                 raise VerdictError(f"{name} failed validation and was not published: {sentence(report)}.", _KEPT)
             _unchanged(workspace, item.step, parent)
-            return artifacts.publish(scratch, target, dataclasses.replace(manifest, validation=report))
+            published = artifacts.publish(scratch, target, dataclasses.replace(manifest, validation=report))
+        shutil.rmtree(resume, ignore_errors=True)
+        return published
+
+
+def _given_again(workspace: Workspace, item: Planned) -> None:
+    """Raises `DataError` where a step was made with other training data than is given now."""
+    wanted = getattr(item.step, "train", "")
+    if wanted and wanted != workspace.train.digest:
+        raise DataError(
+            f"{item.variant.name} must be built anew and was made with the training data {wanted.split(':')[0]}, "
+            f"not with {workspace.train.digest.split(':')[0]}.",
+            "Build it with `toolchain prune --train-data FILE`, or without for the embedded sentences.",
+        )
 
 
 _KEPT = "What was there before is unchanged."
@@ -243,7 +310,7 @@ def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, checkp
     original = open_session(reference, "torch", "cpu", threads)
     try:
         sentences = inputs.embedded().sample(SENTENCES, SEED)
-        return validate(contender, original, encoder, sentences, variant.exact)
+        return validate(contender, original, encoder, sentences, variant.agreement)
     finally:
         contender.close()
         original.close()
@@ -255,9 +322,12 @@ def _torch_ancestor(workspace: Workspace, variant: Variant) -> Path:
 
 
 def states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, str]]:
-    """Every variant of the table, its artifact if there is one, and its state: built, missing, or what is wrong."""
+    """Every variant that is made by default or lies there, its artifact if there is one, and its state: built, missing,
+    or what is wrong."""
+    names = [name for cells in variants.DEFAULT_CELLS.values() for name in cells]
+    names += sorted(folder.name for folder in (workspace.exported / workspace.model).glob("[!.]*") if folder.is_dir())
     found = []
-    for item in examine(workspace, variants.TABLE, {}):
+    for item in examine(workspace, [name for name in names if _is_variant(name)], {}):
         state = "built"
         if item.trouble:
             state = f"{'tampered' if isinstance(item.trouble, TamperedError) else 'unusable'}: {item.trouble.cause}"
@@ -265,3 +335,24 @@ def states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, str]]:
             state = item.reason if item.artifact is None else f"stale: {item.reason}"
         found.append((item.variant, item.artifact, state))
     return found
+
+
+def _is_variant(name: str) -> bool:
+    try:
+        variants.get(name)
+    except UnknownVariantError:
+        return False
+    return True
+
+
+def largest_ratio(workspace: Workspace, step: Prune, max_drop: float, say: Say, bar: Bar) -> float:
+    """The largest ratio at which `step`'s method loses at most `max_drop` points on rows held out of the training data;
+    see `pruning.largest_ratio`."""
+    root = ensure(workspace, [checkpoints.ROOT_VARIANT], {}, say, bar)[checkpoints.ROOT_VARIANT]
+    given = subject(root, workspace.train, step.sentences, step.seed)
+    with bar("prune") as progress:
+        price, _ = prune.price_of(given, step.cost, workspace.cache, progress)
+        ratio, tried = pruning.largest_ratio(given, step.method, price, max_drop, progress)
+    for each, drop in tried:
+        say(f"ratio {each:.2f}: {drop:+.2f} points lost on held-out rows")
+    return ratio

@@ -11,7 +11,7 @@ from typing import Any
 
 import toolchain
 from toolchain import artifacts, checkpoints, hardware, inputs, variants
-from toolchain.errors import BenchError, ResultFileError, ToolchainError
+from toolchain.errors import BenchError, DataError, PruningError, ResultFileError, ToolchainError
 from toolchain.inputs import Data
 from toolchain.measurements import Measurement, ResultFile
 from toolchain.pipeline import Say, Workspace, ensure, plan
@@ -34,15 +34,19 @@ class Request:
 
 
 def planned(names: Sequence[str], providers: Sequence[str]) -> list[tuple[str, str]]:
-    """The (variant, provider) pairs asked for; `BenchError` for a pair that cannot exist or a request for none."""
-    chosen = [variants.get(name) for name in names] or list(variants.TABLE.values())
-    wanted = providers or variants.PROVIDERS
-    pairs = [(variant.name, provider) for variant in chosen for provider in wanted if provider in variant.providers]
-    for variant in chosen if names else ():
-        if not any(name == variant.name for name, _ in pairs):
+    """The (variant, provider) pairs asked for; `BenchError` for a pair that cannot exist or a request for none.
+
+    Without names, the default cells of the providers.
+    """
+    wanted = tuple(provider for provider in variants.PROVIDERS if provider in (providers or variants.PROVIDERS))
+    if not names:
+        return [(name, provider) for provider in wanted for name in variants.DEFAULT_CELLS[provider]]
+    chosen = [variants.get(name) for name in dict.fromkeys(names)]
+    for variant in chosen:
+        if not set(variant.providers) & set(wanted):
             where = " and ".join(variant.providers)
             raise BenchError(f"{variant.name} is not measured on {', '.join(wanted)}.", f"It is measured on {where}.")
-    return sorted(pairs, key=lambda pair: variants.PROVIDERS.index(pair[1]))
+    return [(variant.name, provider) for provider in wanted for variant in chosen if provider in variant.providers]
 
 
 def outlook(workspace: Workspace, request: Request) -> list[tuple[str, str, str]]:
@@ -66,7 +70,7 @@ def measure(workspace: Workspace, request: Request, say: Say, progress: Progress
     pairs = planned(request.names, request.providers)
     root = ensure(workspace, [checkpoints.ROOT_VARIANT], {}, say)[checkpoints.ROOT_VARIANT].manifest
     data = inputs.load(request.data, root.labels, request.text_column, request.label_column)
-    cells = [_cell(workspace, name, provider, say) for name, provider in pairs]
+    cells = [_cell(workspace, name, provider, bool(request.names), say) for name, provider in pairs]
     names = [spec.name for spec in root.inputs]
     encoder = inputs.Encoder.open(workspace.path(checkpoints.ROOT_VARIANT), names, root.max_length)
     rows, how = bench(cells, data, encoder, request.protocol, progress)
@@ -85,13 +89,16 @@ def result_of(rows: Sequence[Measurement], how: Mapping[str, Any], data: Data, m
     )
 
 
-def _cell(workspace: Workspace, name: str, provider: str, say: Say) -> Cell:
+def _cell(workspace: Workspace, name: str, provider: str, asked: bool, say: Say) -> Cell:
     cell = Cell(workspace.model, name, variants.get(name).runtime, provider, None)
     no_cuda = hardware.missing_cuda() if provider == "cuda" else None
     if no_cuda:
         return replace(cell, status="unavailable", reason=no_cuda[0], mend=no_cuda[1])
     try:
         return replace(cell, artifact=ensure(workspace, [name], {}, _only_news(say))[name])
+    except (DataError, PruningError) as error:
+        # A default cell that this model does not have: nobody asked for it by name.
+        return replace(cell, status="failed" if asked else "unavailable", reason=error.cause, mend=error.mend)
     except ToolchainError as error:
         return replace(cell, status="failed", reason=error.cause, mend=error.mend)
 

@@ -1,14 +1,15 @@
-"""What can be built: a variant is one step applied to one parent, and its name says how it came about.
+"""What can be built: a variant is one step applied to one parent, and its name says both.
 
-Name grammar: ``<runtime>[-std][-<scheme>]``; ``-fp32`` is dropped as soon as another tag stands, and
-``parse_name(str(name)) == name``. A new kind of artifact is a step config here, its function in `steps/`, and its
-rows in `TABLE`.
+Name grammar: ``<runtime>[-std][-prunedNN[-rE][-magnitude|-mask]][-<scheme>]``: NN is the pruning ratio in per cent,
+E the epochs of recovery; ``-fp32`` is dropped as soon as another tag stands, and ``parse_name(str(name)) == name``. A
+new kind of artifact is a step config here, a line in `_derived`, and its function in `steps/`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from toolchain.errors import ArtifactError, UnknownVariantError
 RUNTIMES = ("torch", "onnx")
 SCHEMES = ("fp32", "int8")
 PROVIDERS = ("cpu", "cuda")
+METHODS = ("fisher", "magnitude", "mask")
 
 # Rewrites `Optimize` applies by default, in order; each is a file of `passes/`.
 CPU_PASSES = ("fuse", "residual-sum", "first-token")
@@ -29,6 +31,34 @@ class Import:
     """Checkpoint to fp32 safetensors. `revision`: the hub's commit, or a digest of the files; None: the newest."""
 
     revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Heads and FFN neurons removed until `ratio` of the encoder's linear parameters is gone.
+
+    `method`: what is unimportant, by ``fisher`` information or ``magnitude``; ``mask`` zeroes rows and removes nothing.
+    `cost`: what is paid for importance, ``parameters`` or this machine's ``latency``. `train` is the training data's
+    digest (empty: what the workspace has), of which `sentences` rank and tune.
+    """
+
+    ratio: float
+    method: str = "fisher"
+    cost: str = "parameters"
+    train: str = ""
+    sentences: int = 2000
+    seed: int = 20
+
+
+@dataclass(frozen=True)
+class Recover:
+    """A pruned model trained for `epochs` to answer as the unpruned one does; `train` as for `Prune`."""
+
+    epochs: int
+    train: str = ""
+    learning_rate: float = 2e-4
+    batch_size: int = 32
+    seed: int = 20
 
 
 @dataclass(frozen=True)
@@ -54,10 +84,12 @@ class Quantize:
     scheme: str = "dynamic"
 
 
-Step = Import | Export | Optimize | Quantize
+Step = Import | Prune | Recover | Export | Optimize | Quantize
 
-STEP_TYPES: dict[str, type[Import] | type[Export] | type[Optimize] | type[Quantize]] = {
+STEP_TYPES: dict[str, type[Step]] = {
     "import": Import,
+    "prune": Prune,
+    "recover": Recover,
     "export": Export,
     "optimize": Optimize,
     "quantize": Quantize,
@@ -88,39 +120,64 @@ def step_from(name: str, settings: Mapping[str, Any]) -> Step:
 
 @dataclass(frozen=True)
 class VariantName:
-    """A variant's name in its parts."""
+    """A variant's name in its parts; `pruned` is the ratio in per cent, 0 where nothing was pruned."""
 
     runtime: str
     std: bool = False
+    pruned: int = 0
+    recovered: int = 0
+    method: str = METHODS[0]
     scheme: str = "fp32"
 
     def __str__(self) -> str:
         tags = ["std"] if self.std else []
+        if self.pruned:
+            tags.append(f"pruned{self.pruned:02}")
+            tags += [f"r{self.recovered}"] if self.recovered else []
+            tags += [self.method] if self.method != METHODS[0] else []
         if self.scheme != "fp32" or not tags:
             tags.append(self.scheme)
         return "-".join([self.runtime, *tags])
 
 
-_NAME = re.compile(rf"({'|'.join(RUNTIMES)})(-std)?(?:-({'|'.join(SCHEMES)}))?")
+_NAME = re.compile(
+    rf"(?P<runtime>{'|'.join(RUNTIMES)})(?P<std>-std)?"
+    rf"(-pruned(?P<pruned>\d\d)(-r(?P<recovered>\d+))?(-(?P<method>{'|'.join(METHODS)}))?)?"
+    rf"(-(?P<scheme>{'|'.join(SCHEMES)}))?",
+    re.ASCII,
+)
 
 
 def parse_name(text: str) -> VariantName:
     """A name into its parts; `UnknownVariantError` unless it is the one spelling `str` gives."""
     match = _NAME.fullmatch(text)
-    name = VariantName(match[1], bool(match[2]), match[3] or "fp32") if match else None
-    if name is None or str(name) != text:
-        raise UnknownVariantError(f"{text!r} is no variant name.", "`toolchain variants` lists them.")
-    return name
+    if match:
+        name = VariantName(
+            match["runtime"],
+            bool(match["std"]),
+            int(match["pruned"] or 0),
+            int(match["recovered"] or 0),
+            match["method"] or METHODS[0],
+            match["scheme"] or "fp32",
+        )
+        if str(name) == text:
+            return name
+    raise UnknownVariantError(f"{text!r} is no variant name.", "`toolchain variants` lists them.")
+
+
+def unpruned(name: str) -> str:
+    """The name of the same variant of the model before it was pruned."""
+    return str(dataclasses.replace(parse_name(name), pruned=0, recovered=0, method=METHODS[0]))
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table: `step` applied to `parent` gives `name`, which is measured by default on `providers`."""
+    """`step` applied to `parent` gives `name`, which can run on `providers`."""
 
     name: str
     parent: str | None
     step: Step
-    providers: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ("cpu",)
 
     @property
     def runtime(self) -> str:
@@ -128,29 +185,69 @@ class Variant:
         return parse_name(self.name).runtime
 
     @property
-    def exact(self) -> bool:
-        """Whether its logits must equal PyTorch's to fp32 rounding."""
-        return parse_name(self.name).scheme == "fp32"
+    def agreement(self) -> str:
+        """How its answers must agree with the PyTorch model it came from: ``exact`` to fp32 rounding, ``close`` in
+        fewer bits, or ``free`` where the step makes another model of it."""
+        if isinstance(self.step, Prune | Recover):
+            return "free"
+        return "exact" if parse_name(self.name).scheme == "fp32" else "close"
 
 
-TABLE: dict[str, Variant] = {
-    variant.name: variant
-    for variant in (
-        Variant("torch-fp32", None, Import(), ("cpu", "cuda")),
-        Variant("onnx-std", "torch-fp32", Export(), ("cpu",)),
-        Variant("onnx-fp32", "onnx-std", Optimize(), ("cpu", "cuda")),
-        Variant("onnx-int8", "onnx-fp32", Quantize(), ("cpu",)),
-    )
+DEFAULT_RATIOS = (0.3, 0.4, 0.5)
+_PRUNED = tuple(VariantName("torch", pruned=round(100 * ratio)) for ratio in DEFAULT_RATIOS)
+# What is built and measured where nothing is named.
+DEFAULT_CELLS: dict[str, tuple[str, ...]] = {
+    "cpu": (
+        "torch-fp32",
+        *map(str, _PRUNED),
+        "onnx-std",
+        "onnx-fp32",
+        "onnx-int8",
+        *(str(dataclasses.replace(name, runtime="onnx", scheme="int8")) for name in _PRUNED),
+    ),
+    "cuda": ("torch-fp32", "onnx-fp32"),
 }
 
 
 def get(name: str) -> Variant:
     """The variant of that name; `UnknownVariantError` with the nearest names otherwise."""
-    if name in TABLE:
-        return TABLE[name]
-    near = difflib.get_close_matches(name, TABLE, n=2, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(TABLE)}."
+    try:
+        variant = _derived(parse_name(name))
+    except UnknownVariantError:
+        variant = None
+    if variant:
+        return variant
+    known = [variant.name for default in DEFAULT_CELLS["cpu"] for variant in lineage(default)]
+    known = list(dict.fromkeys(known))
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(known)}."
     raise UnknownVariantError(f"There is no variant {name!r}.", hint)
+
+
+def _derived(name: VariantName) -> Variant | None:
+    """The step that makes a variant and what it takes, by the last tag of its name; None where nothing makes it."""
+    other = functools.partial(dataclasses.replace, name)
+    parent: VariantName
+    step: Step
+    providers: tuple[str, ...] = PROVIDERS
+    if name.runtime == "torch" and not name.std and name.scheme == "fp32":
+        if not name.pruned:
+            return Variant(str(name), None, Import(), PROVIDERS)
+        if name.recovered and name.method == "mask":
+            return None  # training would fill the zeros
+        if name.recovered:
+            parent, step = other(recovered=0), Recover(name.recovered)
+        else:
+            parent, step = VariantName("torch"), Prune(name.pruned / 100, name.method)
+    elif name.runtime == "onnx" and name.scheme != "fp32" and not name.std:
+        parent, step, providers = other(scheme="fp32"), Quantize(), ("cpu",)
+    elif name.runtime == "onnx" and name.scheme == "fp32" and name.std:
+        parent, step, providers = other(runtime="torch", std=False), Export(), ("cpu",)
+    elif name.runtime == "onnx" and name.scheme == "fp32":
+        parent, step = other(std=True), Optimize()
+    else:
+        return None
+    return Variant(str(name), str(parent), step, providers)
 
 
 def lineage(name: str) -> list[Variant]:
@@ -162,18 +259,28 @@ def lineage(name: str) -> list[Variant]:
 
 
 def child(parent: str, step: Step) -> Variant:
-    """The variant that `step` makes of `parent`; `UnknownVariantError` where the table has none."""
+    """The variant that `step` makes of `parent`; `UnknownVariantError` where it makes none of it."""
     get(parent)
-    same = [v for v in TABLE.values() if isinstance(v.step, type(step)) and _kind(v.step) == _kind(step)]
-    for variant in same:
-        if variant.parent == parent:
-            return variant
-    takes = ", ".join(v.parent for v in same if v.parent) or "nothing"
-    raise UnknownVariantError(f"Nothing is made from {parent} by {step_name(step)}.", f"It takes: {takes}.")
+    of = parse_name(parent)
+    name = {
+        Prune: lambda s: dataclasses.replace(of, pruned=round(100 * s.ratio), method=s.method, recovered=0),
+        Recover: lambda s: dataclasses.replace(of, recovered=s.epochs),
+        Export: lambda s: dataclasses.replace(of, runtime="onnx", std=True),
+        Optimize: lambda s: dataclasses.replace(of, std=False),
+        Quantize: lambda s: dataclasses.replace(of, scheme="int8"),
+    }[type(step)](step)
+    variant = _derived(name)
+    if variant is None or variant.parent != parent or not isinstance(variant.step, type(step)):
+        raise UnknownVariantError(
+            f"Nothing is made from {parent} by {step_name(step)}.", f"It takes {_TAKES[type(step)]}."
+        )
+    return variant
 
 
-def _kind(step: Step) -> tuple[str, ...]:
-    """What tells two steps of one type apart by name: scheme and provider, not opsets and passes."""
-    if isinstance(step, Quantize):
-        return (step.backend, step.scheme)
-    return (step.provider,) if isinstance(step, Optimize) else ()
+_TAKES = {
+    Prune: "torch-fp32: what is pruned already is pruned further from there, at a higher ratio",
+    Recover: "a pruned PyTorch variant such as torch-pruned50",
+    Export: "a PyTorch variant such as torch-fp32",
+    Optimize: "an exported graph such as onnx-std",
+    Quantize: "an optimised graph such as onnx-fp32 or onnx-pruned50",
+}

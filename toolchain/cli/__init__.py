@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import click
 
 from toolchain import __version__
-from toolchain.cli.build import export, quantize
+from toolchain.cli.build import export, prune, quantize
 from toolchain.cli.look import doctor, validate, variants
 from toolchain.cli.measure import bench, compare
 from toolchain.errors import ToolchainError
@@ -23,13 +23,13 @@ from toolchain.errors import ToolchainError
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
-    """Takes a fine-tuned text classifier to ONNX: exported, quantised, validated, measured and compared.
+    """Takes a fine-tuned text classifier to ONNX: pruned, exported, quantised, validated, measured and compared.
 
     Every option can be set in the environment: TOOLCHAIN_BENCH_THREADS=4 is `toolchain bench --threads 4`.
     """
 
 
-for command in (export, quantize, bench, compare, validate, variants, doctor):
+for command in (export, prune, quantize, bench, compare, validate, variants, doctor):
     cli.add_command(command)
     for option in command.params:
         if isinstance(option, click.Option):

@@ -1,4 +1,4 @@
-"""Commands that build: export, quantize."""
+"""Commands that build: export, prune, quantize."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from toolchain.cli.options import dry_run_option, model_options, open_workspace
+from toolchain.cli.options import dry_run_option, model_options, open_workspace, training_options
 
 if TYPE_CHECKING:
     from toolchain.pipeline import Workspace
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def _build(workspace: Workspace, asked: dict[str, Step], dry_run: bool) -> None:
     """Builds what is asked for, or says what that would be; prints where it lies."""
     from toolchain.pipeline import ensure, plan
-    from toolchain.report.progress import say
+    from toolchain.report.progress import bar, say
     from toolchain.variants import settings_of
 
     if dry_run:
@@ -27,7 +27,7 @@ def _build(workspace: Workspace, asked: dict[str, Step], dry_run: bool) -> None:
                 f"{item.variant.name}: {f'build ({item.reason})' if item.reason else 'skip (fresh)'}; {settings}"
             )
         return
-    built = ensure(workspace, asked, asked, say)
+    built = ensure(workspace, asked, asked, say, bar)
     for name in asked:
         click.echo(built[name].path)
 
@@ -43,30 +43,58 @@ def _build(workspace: Workspace, asked: dict[str, Step], dry_run: bool) -> None:
     show_default=True,
     help="Rewrite the graph for this execution provider as well.",
 )
+@click.option(
+    "--from",
+    "parents",
+    multiple=True,
+    default=["torch-fp32"],
+    show_default=True,
+    metavar="VARIANT",
+    help="The PyTorch variant that is exported; may repeat.",
+)
 @dry_run_option
 @model_options
 def export(
-    model: str, exported: Path, slug: str | None, revision: str | None, opset: int, provider: str, dry_run: bool
+    model: str,
+    exported: Path,
+    slug: str | None,
+    revision: str | None,
+    opset: int,
+    provider: str,
+    parents: tuple[str, ...],
+    dry_run: bool,
 ) -> None:
     """Export a checkpoint to ONNX: torch-fp32, onnx-std, and onnx-fp32 optimised for the CPU.
 
     Each is validated against PyTorch before it is published; what is fresh is skipped.
 
     \b
-    Example:
+    Examples:
       toolchain export --model ./my-checkpoint
+      toolchain export --from torch-pruned50
     """
-    from toolchain.variants import Export, Import, Optimize
+    from toolchain.variants import Export, Import, Optimize, child
 
-    asked: dict[str, Step] = {"torch-fp32": Import(revision), "onnx-std": Export(opset)}
-    if provider != "none":
-        asked["onnx-fp32"] = Optimize(provider)
+    asked: dict[str, Step] = {"torch-fp32": Import(revision)}
+    for parent in parents:
+        std = child(parent, Export(opset)).name
+        asked[std] = Export(opset)
+        if provider != "none":
+            asked[child(std, Optimize(provider)).name] = Optimize(provider)
     _build(open_workspace(model, exported, slug), asked, dry_run)
 
 
 @click.command()
 @click.option("--backend", type=click.Choice(["ort"]), default="ort", show_default=True, help="Whose int8 it is.")
-@click.option("--from", "parent", default="onnx-fp32", show_default=True, metavar="VARIANT", help="What is quantised.")
+@click.option(
+    "--from",
+    "parents",
+    multiple=True,
+    default=["onnx-fp32"],
+    show_default=True,
+    metavar="VARIANT",
+    help="What is quantised; may repeat.",
+)
 @click.option(
     "--scheme",
     type=click.Choice(["dynamic"]),
@@ -77,17 +105,102 @@ def export(
 @dry_run_option
 @model_options
 def quantize(
-    model: str, exported: Path, slug: str | None, backend: str, parent: str, scheme: str, dry_run: bool
+    model: str, exported: Path, slug: str | None, backend: str, parents: tuple[str, ...], scheme: str, dry_run: bool
 ) -> None:
     """Quantise a variant to int8: linear layers and embedding table; onnx-fp32 becomes onnx-int8.
 
     Validated before it is published: at most 2 % of 200 sentences may be answered differently from PyTorch.
 
     \b
-    Example:
+    Examples:
       toolchain quantize --backend ort
+      toolchain quantize --from onnx-pruned30 --from onnx-pruned50
     """
     from toolchain.variants import Quantize, child
 
     step = Quantize(backend, scheme)
-    _build(open_workspace(model, exported, slug), {child(parent, step).name: step}, dry_run)
+    asked: dict[str, Step] = {child(parent, step).name: step for parent in parents}
+    _build(open_workspace(model, exported, slug), asked, dry_run)
+
+
+@click.command()
+@click.option("--ratio", "ratios", type=float, multiple=True, help="Share to remove, 0.01 to 0.99; may repeat.")
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0),
+    metavar="POINTS",
+    help="Instead: the largest ratio that loses at most this accuracy on held-out rows.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["fisher", "magnitude", "mask"]),
+    default="fisher",
+    show_default=True,
+    help="What is unimportant: by gradients or by weights. mask: rows are zeroed, nothing gets smaller.",
+)
+@click.option(
+    "--cost",
+    type=click.Choice(["parameters", "latency"]),
+    default="parameters",
+    show_default=True,
+    help="What importance is weighed against; latency is measured on this machine once.",
+)
+@click.option("--recover", "epochs", type=click.IntRange(1, 99), metavar="EPOCHS", help="Then train for so long.")
+@click.option("--from", "parent", default="torch-fp32", show_default=True, metavar="VARIANT", help="What is pruned.")
+@training_options
+@dry_run_option
+@model_options
+def prune(
+    model: str,
+    exported: Path,
+    slug: str | None,
+    ratios: tuple[float, ...],
+    max_drop: float | None,
+    method: str,
+    cost: str,
+    epochs: int | None,
+    parent: str,
+    train_data: str | None,
+    text_column: str | None,
+    label_column: str,
+    dry_run: bool,
+) -> None:
+    """Remove attention heads and FFN neurons from the PyTorch model: torch-fp32 becomes torch-pruned50.
+
+    The ratio is the share of the encoder's linear parameters that goes; every layer keeps what matters. Needs no
+    training: what is left is fitted to the unpruned model's sums. --recover trains it to answer as the unpruned model
+    does (torch-pruned50-r1); stopped, it goes on where it was when the same command is given again.
+
+    \b
+    Examples:
+      toolchain prune --ratio 0.3 --ratio 0.5
+      toolchain prune --ratio 0.72 --recover 1
+      toolchain prune --max-drop 1.0
+    """
+    from toolchain.pipeline import largest_ratio
+    from toolchain.report.progress import bar, say
+    from toolchain.variants import Prune, Recover, child
+
+    if bool(ratios) == (max_drop is not None):
+        raise click.UsageError("Name the share to remove with --ratio, or the accuracy to keep with --max-drop.")
+    for ratio in ratios:
+        if not 0.01 <= ratio <= 0.99 or abs(100 * ratio - round(100 * ratio)) > 1e-9:
+            raise click.BadParameter(
+                f"{ratio:g} is no ratio from 0.01 to 0.99 in whole per cents", param_hint="--ratio"
+            )
+    if method == "mask" and (epochs or cost != "parameters" or max_drop is not None):
+        raise click.UsageError("--method mask removes nothing: it takes a --ratio and none of the other options.")
+    if max_drop is not None and (epochs or dry_run):
+        raise click.UsageError("--max-drop searches by building, without training: leave out --recover and --dry-run.")
+    workspace = open_workspace(model, exported, slug, (train_data, text_column, label_column))
+    child(parent, Prune(0.5, method, cost))  # a parent that cannot be pruned is told before anything is built
+    if max_drop is not None:
+        ratios = (largest_ratio(workspace, Prune(0.5, method, cost), max_drop, say, bar),)
+    asked: dict[str, Step] = {}
+    for ratio in ratios:
+        step = Prune(round(ratio, 2), method, cost)
+        name = child(parent, step).name
+        asked[name] = step
+        if epochs:
+            asked[child(name, Recover(epochs)).name] = Recover(epochs)
+    _build(workspace, asked, dry_run)

@@ -55,8 +55,24 @@ def dry_run_option(command: F) -> F:
     return click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")(command)
 
 
-def open_workspace(model: str, exported: Path, slug: str | None) -> Workspace:
-    """The folder and source that `model_options` name."""
+def open_workspace(
+    model: str, exported: Path, slug: str | None, train: tuple[str | None, str | None, str] | None = None
+) -> Workspace:
+    """The folder and source that `model_options` name; `train` is the file and columns of `training_options`."""
+    from toolchain.inputs import TrainingSource
     from toolchain.pipeline import Workspace
 
-    return Workspace.open(model, exported, slug)
+    return Workspace.open(model, exported, slug, TrainingSource(*train) if train else None)
+
+
+def training_options(command: F) -> F:
+    """Where training sentences come from, for every command that trains, ranks or tunes; read by `training_source`."""
+    for option in (
+        click.option("--label-column", default="label", show_default=True, help="Its column of labels."),
+        click.option("--text-column", help="Its column of sentences.  [default: sentence or text]"),
+        click.option(
+            "--train-data", metavar="FILE", help="CSV or TSV to rank and train on.  [default: the embedded SST-2]"
+        ),
+    ):
+        command = option(command)
+    return command

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from toolchain.artifacts import Built, Job, copy_companions
+from toolchain.artifacts import copy_companions
+from toolchain.jobs import Built, Job
 from toolchain.passes import Attention, facts, read, rewrite, write
 
 
@@ -18,14 +19,7 @@ def rewrite_into(job: Job, passes: Sequence[str]) -> Built:
     graph, counts = rewrite(read(given.onnx_path), passes, _attention(given.path))
     write(graph, job.folder / given.onnx_path.name)
     copy_companions(given, job.folder)
-    return Built(
-        step=job.step,
-        inputs=given.manifest.inputs,
-        outputs=given.manifest.outputs,
-        labels=given.manifest.labels,
-        max_length=given.manifest.max_length,
-        facts={"parameters": given.manifest.facts["parameters"], **facts(graph), "rewrites": counts},
-    )
+    return Built.like(job, {**facts(graph), "rewrites": counts})
 
 
 def _attention(folder: Path) -> Attention:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from toolchain.steps.compare import Row
+from toolchain.steps.prune import sentence
+from toolchain.variants import unpruned
 
 NOTHING = "–"
 FIGURES = ("ok", "reported")  # the statuses of rows that have some
@@ -110,12 +112,28 @@ def notes(rows: Sequence[Row]) -> list[str]:
     if baselines:
         lines.append(f"Ratios are against {' and '.join(baselines)} of the same run; above 1 is better.")
     lines += dict.fromkeys(_method(row) for row in measured(rows) if "batch_size" in row.run.run)
+    lines += [_pruned(row, rows) for row in measured(rows) if "pruning" in row.measurement.facts]
     if any(row.stale for row in rows):
         lines.append("[stale]: the artifact has been built anew since; measure again with `toolchain bench`.")
     without: dict[str, dict[str, None]] = {}
     for m in [row.measurement for row in rows if row.measurement.status not in FIGURES]:
         without.setdefault(f"{m.status}: {m.reason} {m.mend}".rstrip(), {})[m.cell] = None
     return lines + [f"{', '.join(cells)} {why}" for why, cells in without.items()]
+
+
+def _pruned(row: Row, rows: Sequence[Row]) -> str:
+    """What was removed, and what it was predicted to bring and brought over the same variant unpruned, in one run."""
+    facts, cell = row.measurement.facts["pruning"], row.measurement.cell
+    same = unpruned(row.measurement.variant)
+    dense = next(
+        (r for r in measured(rows) if r.run is row.run and r.measurement.cell == f"{same}@{row.measurement.provider}"),
+        None,
+    )
+    lines = [f"{cell}: {sentence(facts)}"]
+    if dense:
+        ratio = dense.measurement.latency_ms["p50"] / row.measurement.latency_ms["p50"]
+        lines.append(f"measured {ratio:.2f}× {same} at batch 1")
+    return ", ".join(lines)
 
 
 def _method(row: Row) -> str:

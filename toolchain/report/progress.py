@@ -1,10 +1,15 @@
-"""Progress on standard error: a bar on a terminal, a plain line a round elsewhere."""
+"""Progress on standard error: a bar on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 
 def say(line: str) -> None:
@@ -14,9 +19,9 @@ def say(line: str) -> None:
 
 @contextmanager
 def bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A callback for (done, total, what is being done now)."""
+    """A callback for (done, total, what is being done now); shows nothing until it is called."""
     if not sys.stderr.isatty():
-        yield _plain()
+        yield _plain(title)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -25,20 +30,29 @@ def bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
     with Progress(
         *shown, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True
     ) as view:
-        task = view.add_task(title, total=None)
+        tasks: dict[int, TaskID] = {}
 
         def update(done: int, total: int, what: str) -> None:
-            view.update(task, completed=done, total=total, description=f"{title}: {what}")
+            # Another total is another kind of work: the time left of one says nothing about the other's.
+            if total not in tasks:
+                for old in tasks.values():
+                    view.remove_task(old)
+                tasks.clear()
+                tasks[total] = view.add_task(title, total=total)
+            view.update(tasks[total], completed=done, description=f"{title}: {what}")
 
         yield update
 
 
-def _plain() -> Callable[[int, int, str], None]:
-    last = [(-1, -1)]
+def _plain(title: str) -> Callable[[int, int, str], None]:
+    """A line whenever another tenth is done, and no more than one a second."""
+    last = {"tenth": -1, "total": -1, "said": float("-inf")}
 
     def update(done: int, total: int, what: str) -> None:
-        if last[0] != (done, total):
-            last[0] = (done, total)
-            say(f"{done + 1}/{total}: {what}" if what.startswith("loading") else f"round {done + 1}/{total}")
+        tenth = 10 * done // max(total, 1)
+        if (tenth, total) == (last["tenth"], last["total"]) or time.monotonic() - last["said"] < 1:
+            return
+        last.update(tenth=tenth, total=total, said=time.monotonic())
+        say(f"{title}: {done}/{total}, {what}")
 
     return update

@@ -223,6 +223,7 @@ def _row(item: _Running, data: Data, protocol: Protocol) -> Measurement:
             "load_s": item.ready["load_s"],
             "session": item.ready["facts"],
             "rewrites": manifest.facts.get("rewrites"),
+            **({"pruning": manifest.facts["pruning"]} if "pruning" in manifest.facts else {}),
         },
         latency=latency,
         batches=batches,

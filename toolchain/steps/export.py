@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from toolchain.artifacts import Built, Job, TensorSpec, copy_companions
+from toolchain.artifacts import TensorSpec, copy_companions
+from toolchain.backends.exporting import to_onnx
 from toolchain.backends.pytorch import load_model
-from toolchain.errors import CheckpointError, GraphError
+from toolchain.errors import GraphError
+from toolchain.jobs import Built, Job
 from toolchain.passes import facts, read
 from toolchain.variants import Export
 
@@ -20,33 +20,11 @@ VERSION = 1
 
 
 def export(job: Job) -> Built:
-    """Exports by optimum's configuration of the architecture: dynamic batch and sequence, exactly the model's inputs.
-
-    Raises `CheckpointError` for an architecture optimum cannot export, `GraphError` where the graph is not as asked.
-    """
-    from optimum.exporters.onnx.convert import export as optimum_export
-    from optimum.exporters.tasks import TasksManager
-
+    """See `to_onnx`; raises `GraphError` where the graph does not take the model's inputs."""
     assert isinstance(job.step, Export)
     given = job.given
-    model = load_model(given.path)
     target = job.folder / "model.onnx"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing speaks of constants that stay constant here
-        logging.getLogger("optimum").setLevel(logging.ERROR)
-        try:
-            constructor = TasksManager.get_exporter_config_constructor(
-                "onnx", model, task="text-classification", library_name="transformers"
-            )
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(
-                f"{type(model).__name__} cannot be exported to ONNX by optimum: {error}.", "Use another architecture."
-            ) from error
-        optimum_export(model, constructor(model.config), target, opset=job.step.opset, do_constant_folding=True)
-    if extra := sorted(p.name for p in job.folder.iterdir() if p != target):
-        raise GraphError(
-            f"The model is too large for one ONNX file (2 GB): the exporter also wrote {', '.join(extra)}."
-        )
+    to_onnx(load_model(given.path), target, job.step.opset)
     graph = read(target)
     inputs = specs(graph.graph.inputs)
     wanted = {spec.name for spec in given.manifest.inputs}
@@ -54,14 +32,7 @@ def export(job: Job) -> Built:
         got = ", ".join(spec.name for spec in inputs)
         raise GraphError(f"The exported graph takes {got}; the model takes {', '.join(sorted(wanted))}.")
     copy_companions(given, job.folder)
-    return Built(
-        step=job.step,
-        inputs=inputs,
-        outputs=specs(graph.graph.outputs),
-        labels=given.manifest.labels,
-        max_length=given.manifest.max_length,
-        facts={"parameters": given.manifest.facts["parameters"], **facts(graph)},
-    )
+    return Built.like(job, facts(graph), inputs=inputs, outputs=specs(graph.graph.outputs))
 
 
 def specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections import Counter
+import shutil
 from typing import TYPE_CHECKING, Any
 
-from toolchain.artifacts import Built, Job, TensorSpec
-from toolchain.backends.pytorch import load_model
+from toolchain.artifacts import TensorSpec
+from toolchain.backends.pytorch import describe, load_model
+from toolchain.checkpoints import SHAPES
 from toolchain.errors import ArtifactError, CheckpointError
+from toolchain.jobs import Built, Job
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +42,8 @@ def import_checkpoint(job: Job) -> Built:
         mend = "Free the space, or choose another place with --exported DIR."
         raise ArtifactError(f"{job.folder} cannot be written: {error}.", mend) from error
     tokenizer.save_pretrained(job.folder)
+    if (job.checkpoint / SHAPES).is_file():
+        shutil.copyfile(job.checkpoint / SHAPES, job.folder / SHAPES)
     if not (job.folder / "tokenizer.json").is_file():
         raise CheckpointError(
             f"The tokenizer of {job.checkpoint} has no fast form.", "Convert it to a tokenizer.json first."
@@ -60,7 +64,7 @@ def import_checkpoint(job: Job) -> Built:
         outputs=(TensorSpec("logits", "float32", ("batch_size", len(labels))),),
         labels=labels,
         max_length=_max_length(model, tokenizer),
-        facts=_facts(model),
+        facts=describe(model),
     )
 
 
@@ -86,20 +90,3 @@ def _max_length(model: PreTrainedModel, tokenizer: Any) -> int:
     if not all(isinstance(limit, int | float) and limit > 2 for limit in limits):
         raise CheckpointError(f"The longest text of {limits} tokens holds no word.", "Correct model_max_length.")
     return int(min(limits)) if min(limits) < 1e6 else 512
-
-
-def _facts(model: PreTrainedModel) -> dict[str, Any]:
-    base = model.base_model_prefix
-    by_part, by_dtype = {"embeddings": 0, "encoder": 0, "head": 0}, Counter[str]()
-    for name, tensor in model.state_dict().items():
-        inside = name.startswith(f"{base}.")
-        part = ("embeddings" if ".embeddings." in name else "encoder") if inside else "head"
-        size = tensor.numel() * tensor.element_size()
-        by_part[part] += size
-        by_dtype[str(tensor.dtype).removeprefix("torch.")] += size
-    return {
-        "architecture": type(model).__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "bytes_by_dtype": dict(by_dtype),
-        "bytes_by_part": by_part,
-    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from toolchain.artifacts import Built, Job
+from toolchain.jobs import Built, Job
 from toolchain.passes.apply import rewrite_into
 from toolchain.variants import Optimize
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from toolchain.artifacts import Built, Job
 from toolchain.errors import GraphError
+from toolchain.jobs import Built, Job
 from toolchain.passes.apply import rewrite_into
 from toolchain.variants import Quantize
 

@@ -53,12 +53,13 @@ def grid(encoder: Encoder, sentences: Sequence[str]) -> Iterator[tuple[str, dict
 
 
 def validate(
-    contender: Session, reference: Session, encoder: Encoder, sentences: Sequence[str], exact: bool
+    contender: Session, reference: Session, encoder: Encoder, sentences: Sequence[str], agreement: str
 ) -> dict[str, Any]:
-    """Compares two sessions over `grid` and over `sentences` one by one; `exact` for fp32 variants.
+    """Compares two sessions over `grid` and over `sentences` one by one; `agreement` as `Variant` states it.
 
-    An exact variant passes with every |Δlogit| ≤ `TOLERANCE`, another with finite logits and at most `MAX_FLIPS` of the
-    sentences answered differently. The report says which, with the largest and mean |Δlogit| and the worst case.
+    ``exact`` passes with every |Δlogit| ≤ `TOLERANCE`, ``close`` with finite logits and at most `MAX_FLIPS` of the
+    sentences answered differently, ``free``, which is another model, with finite logits. The report says which, with
+    the largest and mean |Δlogit| and the worst case.
     """
     import numpy as np
 
@@ -74,10 +75,11 @@ def validate(
     worst = max(grid_deltas, key=lambda name: grid_deltas[name])
     finite = bool(np.isfinite([*grid_deltas.values(), *deltas]).all())
     largest = max(grid_deltas[worst], *deltas)
-    passed = largest <= TOLERANCE if exact else finite and flips <= MAX_FLIPS * len(deltas)
+    allowed = {"exact": largest <= TOLERANCE, "close": flips <= MAX_FLIPS * len(deltas), "free": True}
+    passed = finite and allowed[agreement]
     return {
         "passed": bool(passed),
-        "exact": exact,
+        "agreement": agreement,
         "finite": finite,
         "grid_largest_delta": {name: _rounded(delta) for name, delta in grid_deltas.items()},
         "worst_case": worst,
@@ -106,5 +108,9 @@ def sentence(report: dict[str, Any]) -> str:
     """The report in one sentence."""
     delta = "not finite" if not report["finite"] else f"{report['largest_delta']:.2g} (worst: {report['worst_case']})"
     flips = f"{report['flips']} of {report['sentences']} sentences flipped"
-    allowed = f"≤ {TOLERANCE:g} allowed" if report["exact"] else f"≤ {MAX_FLIPS:.0%} flips allowed"
+    allowed = {
+        "exact": f"≤ {TOLERANCE:g} allowed",
+        "close": f"≤ {MAX_FLIPS:.0%} flips allowed",
+        "free": "another model: finite answers required",
+    }[report["agreement"]]
     return f"largest |Δlogit| {delta}, {flips}, {allowed}"

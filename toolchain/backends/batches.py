@@ -1,0 +1,36 @@
+"""Sentences as tensors, sorted by length into batches that waste little on padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from toolchain.inputs import Encoder, pad
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`inputs`: int64 [batch, sequence] by name; `labels`: int64 [batch]; `rows`: which rows of the data these are."""
+
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor
+    rows: list[int]
+
+
+def batches(ids: Sequence[Sequence[int]], labels: Sequence[int], encoder: Encoder, size: int) -> list[Batch]:
+    """All rows in batches of `size`, shortest first."""
+    order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
+    return [batch(order[i : i + size], ids, labels, encoder) for i in range(0, len(order), size)]
+
+
+def batch(rows: Sequence[int], ids: Sequence[Sequence[int]], labels: Sequence[int], encoder: Encoder) -> Batch:
+    """These rows as one batch."""
+    import torch
+
+    arrays = pad([ids[row] for row in rows], encoder.names, encoder.pad_id)
+    inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return Batch(inputs, torch.tensor([labels[row] for row in rows]), list(rows))

@@ -1,0 +1,121 @@
+"""How much each attention head and each FFN neuron matters, from gradients or from the weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from toolchain.backends.batches import Batch
+from toolchain.backends.layout import head_size, layers_of, layout_of
+from toolchain.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Of one layer's heads or neurons: what removing a set of units costs is the sum of `moment` [units, units] over
+    the set's rows and columns, so that the diagonal is each unit's own importance."""
+
+    moment: torch.Tensor
+
+    @property
+    def alone(self) -> torch.Tensor:
+        """[units]: what each costs if it alone is removed."""
+        return self.moment.diagonal()
+
+
+@dataclass(frozen=True)
+class LayerImportance:
+    """A layer's heads and FFN neurons."""
+
+    heads: Importance
+    neurons: Importance
+
+
+def fisher(model: PreTrainedModel, batches: Sequence[Batch]) -> list[LayerImportance]:
+    """Empirical Fisher information of a gate on every head's and every neuron's output, one [units, units] a sub-block.
+
+    The gates multiply what enters the sub-block's last linear layer, one gate a sentence, so that one backward pass
+    gives every sentence's own gradient. Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers".
+    Raises `DataError` where a gradient is not finite.
+    """
+    import torch
+
+    layout, size, layers = layout_of(model), head_size(model), layers_of(model)
+    gates: dict[tuple[int, str], torch.Tensor] = {}
+    rows = [0]
+
+    def gated(index: int, path: str, width: int):  # type: ignore[no-untyped-def]
+        def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            units = inputs[0].shape[-1] // width
+            gate = torch.ones(rows[0], 1, units, requires_grad=True)
+            gates[index, path] = gate
+            return (inputs[0] * gate.repeat_interleave(width, dim=-1),)
+
+        return hook
+
+    handles = [
+        layer.get_submodule(path).register_forward_pre_hook(gated(index, path, width))
+        for index, layer in enumerate(layers)
+        for path, width in ((layout.output, size), (layout.down, 1))
+    ]
+    moments: dict[tuple[int, str], torch.Tensor] = {}
+    needed = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    count = 0
+    try:
+        for parameter in needed:
+            parameter.requires_grad_(False)  # only the gates' gradients are wanted
+        for batch in batches:
+            rows[0] = len(batch.labels)
+            gates.clear()
+            with torch.enable_grad():
+                logits = model(**batch.inputs).logits
+                loss = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
+                found = torch.autograd.grad(loss, list(gates.values()))
+            for key, gradient in zip(gates, found, strict=True):
+                flat = gradient.squeeze(1).double()
+                moments[key] = moments.get(key, 0) + flat.T @ flat
+            count += len(batch.labels)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in needed:
+            parameter.requires_grad_(True)
+    if not all(torch.isfinite(moment).all() for moment in moments.values()):
+        raise DataError(
+            "The gradients of the training sentences are not finite, so nothing can be ranked by them.",
+            "Check the checkpoint for NaN or infinite weights, and the training data's labels.",
+        )
+    return [
+        LayerImportance(
+            Importance(moments[index, layout.output] / count), Importance(moments[index, layout.down] / count)
+        )
+        for index in range(len(layers))
+    ]
+
+
+def magnitude(model: PreTrainedModel) -> list[LayerImportance]:
+    """Squared L2 norm of the weights that go with each head and neuron; a diagonal, since norms know no pairs."""
+    import torch
+
+    layout, size = layout_of(model), head_size(model)
+    found = []
+    with torch.no_grad():
+        for layer in layers_of(model):
+            rows = {path: _squared(layer, path).sum(1) for path in (layout.query, layout.key, layout.value, layout.up)}
+            columns = {path: _squared(layer, path).sum(0) for path in (layout.output, layout.down)}
+            channels = rows[layout.query] + rows[layout.key] + rows[layout.value] + columns[layout.output]
+            units = channels.reshape(-1, size).sum(1), rows[layout.up] + columns[layout.down]
+            found.append(LayerImportance(*(Importance(torch.diag(values.double())) for values in units)))
+    return found
+
+
+def _squared(layer: nn.Module, path: str) -> torch.Tensor:
+    module: Any = layer.get_submodule(path)
+    weight: torch.Tensor = module.weight
+    return weight.square()

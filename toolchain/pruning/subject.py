@@ -1,0 +1,95 @@
+"""A model about to be pruned, and the training sentences that rank its parts, tune what is left and judge it."""
+
+from __future__ import annotations
+
+import functools
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from toolchain import inputs
+from toolchain.artifacts import Artifact
+from toolchain.backends import layout
+from toolchain.backends.batches import Batch, batches
+from toolchain.backends.pytorch import load_model
+from toolchain.errors import PruningError
+from toolchain.inputs import Data, TrainingSource
+from toolchain.pruning import importance
+from toolchain.pruning.importance import LayerImportance
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What decides everything computed here, so that several ratios in one process share it; see `subject`."""
+
+    folder: Path
+    artifact_id: str
+    names: tuple[str, ...]
+    labels: tuple[str, ...]
+    max_length: int
+    source: TrainingSource
+    sentences: int
+    seed: int
+
+    @functools.cached_property
+    def model(self) -> PreTrainedModel:
+        """The unpruned model. Raises `PruningError` where it is pruned already or cannot be."""
+        if (self.folder / layout.SHAPES).is_file():
+            raise PruningError(
+                f"The model in {self.folder} is already pruned.", "Prune the model it was made from, at a higher ratio."
+            )
+        model = load_model(self.folder)
+        layout.layout_of(model)
+        return model
+
+    @functools.cached_property
+    def encoder(self) -> inputs.Encoder:
+        """Text to token ids."""
+        return inputs.Encoder.open(self.folder, self.names, self.max_length)
+
+    @functools.cached_property
+    def _data(self) -> Data:
+        return self.source.load(self.labels)
+
+    @functools.cached_property
+    def ranking(self) -> list[Batch]:
+        """The sentences that rank and tune; none of them held out."""
+        rows, _ = inputs.hold_out(self._data)
+        shuffled = random.Random(self.seed).sample(rows, len(rows))
+        return self._batches(inputs.sentence_rows(self._data, shuffled, min(self.sentences, len(shuffled))))
+
+    @functools.cached_property
+    def held_out(self) -> list[Batch]:
+        """The sentences that choices are made on."""
+        return self._batches(inputs.hold_out(self._data)[1])
+
+    def _batches(self, rows: list[int]) -> list[Batch]:
+        ids = self.encoder.encode([self._data.texts[row] for row in rows])
+        return batches(ids, [self._data.labels[row] for row in rows], self.encoder, BATCH)
+
+    @functools.cached_property
+    def _fisher(self) -> list[LayerImportance]:
+        return importance.fisher(self.model, self.ranking)
+
+    def importances(self, method: str) -> list[LayerImportance]:
+        """Of every layer, by ``fisher`` or ``magnitude``."""
+        return self._fisher if method == "fisher" else importance.magnitude(self.model)
+
+
+@functools.lru_cache(maxsize=1)
+def _shared(subject: Subject) -> Subject:
+    return subject
+
+
+def subject(artifact: Artifact, source: TrainingSource, sentences: int, seed: int) -> Subject:
+    """The artifact as a subject; the same one again while nothing else was asked for."""
+    manifest = artifact.manifest
+    names = tuple(spec.name for spec in manifest.inputs)
+    found = Subject(artifact.path, manifest.id, names, manifest.labels, manifest.max_length, source, sentences, seed)
+    return _shared(found)
