@@ -239,4 +239,6 @@ def test_cells_are_planned_from_the_table():
 def test_every_runtime_of_the_table_has_a_backend():
     from toolchain import variants
 
-    assert {variant.runtime for variant in variants.TABLE.values()} <= set(backends.BACKENDS)
+    assert {variants.get(name).runtime for cells in variants.DEFAULT_CELLS.values() for name in cells} <= set(
+        backends.BACKENDS
+    )

@@ -11,18 +11,20 @@ import toolchain
 
 ROOT = Path(toolchain.__file__).parent
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnx_ir", "optimum", "datasets", "numpy", "pandas", "rich"}
-CORE = ["variants", "artifacts", "checkpoints", "measurements", "inputs", "hardware"]
+CORE = ["variants", "artifacts", "checkpoints", "measurements", "inputs", "hardware", "jobs"]
 # Each layer may import from those below it; a room of several modules is one name.
 LAYERS = [
     ["errors"],
     CORE,
     ["passes", "backends", "worker"],
+    ["training"],
+    ["pruning"],
     ["steps"],
     ["pipeline", "report"],
-    ["runs", "doctor"],
+    ["runs", "search", "doctor"],
     ["cli"],
 ]
-WITHIN = {"variants": 0, "artifacts": 1, "hardware": 1, "checkpoints": 2, "measurements": 1, "inputs": 1}
+WITHIN = {"variants": 0, "artifacts": 1, "hardware": 1, "checkpoints": 2, "measurements": 1, "inputs": 1, "jobs": 2}
 
 
 def modules():
@@ -80,14 +82,17 @@ def test_imports_run_one_way(module):
 @pytest.mark.parametrize("room_name", ["steps", "backends", "passes"])
 def test_neighbours_in_a_room_do_not_call_each_other(room_name):
     allowed = {"passes.apply", "passes.quantize_embedding", "passes.__init__", "backends.__init__"}
+    parts = {"toolchain.backends.layout", "toolchain.backends.modules"}  # no session of its own
     for module, path in modules().items():
         if room(module) != room_name or module.removeprefix("toolchain.") in allowed:
             continue
         for imported, _ in imports(path, typing_too=False):
-            assert not imported.startswith(f"toolchain.{room_name}."), f"{module} imports {imported}"
+            if imported not in parts and not any(imported.startswith(f"{part}.") for part in parts):
+                assert not imported.startswith(f"toolchain.{room_name}."), f"{module} imports {imported}"
 
 
-@pytest.mark.parametrize("module", sorted(modules()))
+# Module classes must be defined with torch at hand; functions import this file where they need it.
+@pytest.mark.parametrize("module", sorted(set(modules()) - {"toolchain.backends.modules"}))
 def test_nothing_heavy_is_imported_before_it_is_needed(module):
     for imported, at_top in imports(modules()[module], typing_too=False):
         assert not (at_top and imported.split(".")[0] in HEAVY), f"{module} imports {imported} at module level"

@@ -18,7 +18,7 @@ from toolchain.errors import ArtifactError, GraphError, TamperedError, VerdictEr
 from toolchain.pipeline import Workspace, ensure, plan, states, validate_variant
 from toolchain.variants import Export, Import, Optimize, Quantize
 
-ALL = tuple(variants.TABLE)
+ALL = tuple(variant.name for variant in variants.lineage("onnx-int8"))
 
 
 def reasons(workspace, names=("onnx-int8",), asked=None):

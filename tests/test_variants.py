@@ -6,9 +6,18 @@ from hypothesis import strategies as st
 
 from toolchain import variants
 from toolchain.errors import ArtifactError, UnknownVariantError
-from toolchain.variants import Export, Import, Optimize, Quantize, VariantName, parse_name
+from toolchain.variants import Export, Import, Optimize, Prune, Quantize, Recover, VariantName, parse_name
 
-names = st.builds(VariantName, st.sampled_from(variants.RUNTIMES), st.booleans(), st.sampled_from(variants.SCHEMES))
+pruned = st.builds(
+    dict, pruned=st.integers(1, 99), recovered=st.integers(0, 12), method=st.sampled_from(variants.METHODS)
+)
+names = st.builds(
+    lambda runtime, std, tags, scheme: VariantName(runtime, std, scheme=scheme, **tags),
+    st.sampled_from(variants.RUNTIMES),
+    st.booleans(),
+    st.one_of(st.just({}), pruned),
+    st.sampled_from(variants.SCHEMES),
+)
 
 
 @given(names)
@@ -30,17 +39,34 @@ def test_only_one_spelling_is_a_name(text):
         parse_name(text)
 
 
-def test_every_variant_of_the_table_has_a_name_of_the_grammar_and_a_parent_before_it():
-    seen = []
-    for name, variant in variants.TABLE.items():
-        assert str(parse_name(name)) == name == variant.name
-        assert variant.parent in [None, *seen]
-        assert variant.providers
-        seen.append(name)
+def test_every_default_cell_can_be_derived_and_runs_where_it_is_measured():
+    for provider, cells in variants.DEFAULT_CELLS.items():
+        for name in cells:
+            assert provider in variants.get(name).providers
+            assert variants.lineage(name)[0].step == Import()
+
+
+@given(names)
+def test_a_variant_is_made_from_its_parent_by_its_step_or_by_nothing(name):
+    try:
+        variant = variants.get(str(name))
+    except UnknownVariantError:
+        return
+    if variant.parent is not None:
+        assert variants.child(variant.parent, variant.step) == variant
+    assert next(v.name for v in variants.lineage(variant.name)) == "torch-fp32"
 
 
 def test_lineage_starts_at_the_root():
     assert [v.name for v in variants.lineage("onnx-int8")] == ["torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"]
+    assert [v.name for v in variants.lineage("onnx-pruned50-r1-int8")] == [
+        "torch-fp32",
+        "torch-pruned50",
+        "torch-pruned50-r1",
+        "onnx-std-pruned50-r1",
+        "onnx-pruned50-r1",
+        "onnx-pruned50-r1-int8",
+    ]
 
 
 def test_an_unknown_variant_is_told_the_nearest():
@@ -53,11 +79,25 @@ def test_an_unknown_variant_is_told_the_nearest():
 def test_child_finds_the_variant_a_step_makes():
     assert variants.child("onnx-fp32", Quantize()).name == "onnx-int8"
     assert variants.child("onnx-std", Optimize()).name == "onnx-fp32"
-    with pytest.raises(UnknownVariantError, match=r"Nothing is made from onnx-std by quantize. It takes: onnx-fp32"):
+    assert variants.child("torch-fp32", Prune(0.3, "magnitude")).name == "torch-pruned30-magnitude"
+    with pytest.raises(UnknownVariantError, match=r"Nothing is made from onnx-std by quantize. It takes an optimised"):
         variants.child("onnx-std", Quantize())
+    with pytest.raises(UnknownVariantError, match="what is pruned already is pruned further from there"):
+        variants.child("torch-pruned30", Prune(0.5))
+    with pytest.raises(UnknownVariantError, match="It takes a pruned PyTorch variant"):
+        variants.child("torch-fp32", Recover(1))
+    with pytest.raises(UnknownVariantError):  # training would fill the zeros
+        variants.child("torch-pruned30-mask", Recover(1))
 
 
-@pytest.mark.parametrize("step", [Import("abc"), Export(17), Optimize("cpu", ("fuse",)), Quantize()])
+def test_the_unpruned_counterpart():
+    assert variants.unpruned("onnx-pruned50-r1-magnitude-int8") == "onnx-int8"
+    assert variants.unpruned("torch-pruned30") == "torch-fp32"
+
+
+@pytest.mark.parametrize(
+    "step", [Import("abc"), Prune(0.3), Recover(2), Export(17), Optimize("cpu", ("fuse",)), Quantize()]
+)
 def test_a_step_survives_its_manifest(step):
     assert variants.step_from(variants.step_name(step), variants.settings_of(step)) == step
 

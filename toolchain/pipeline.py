@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from toolchain import artifacts, checkpoints, hardware, inputs, pruning, variants
+from toolchain import artifacts, checkpoints, hardware, inputs, variants
 from toolchain.artifacts import Artifact, Manifest
 from toolchain.backends import open_session
 from toolchain.errors import ArtifactError, DataError, TamperedError, UnknownVariantError, VerdictError
 from toolchain.inputs import TrainingSource
 from toolchain.jobs import Built, Job, Progress
-from toolchain.pruning.subject import subject
 from toolchain.steps import export, importing, optimize, prune, quantize, recover
 from toolchain.steps.validate import SEED, SENTENCES, sentence, validate
 from toolchain.variants import Export, Import, Optimize, Prune, Quantize, Recover, Step, Variant
@@ -343,16 +342,3 @@ def _is_variant(name: str) -> bool:
     except UnknownVariantError:
         return False
     return True
-
-
-def largest_ratio(workspace: Workspace, step: Prune, max_drop: float, say: Say, bar: Bar) -> float:
-    """The largest ratio at which `step`'s method loses at most `max_drop` points on rows held out of the training data;
-    see `pruning.largest_ratio`."""
-    root = ensure(workspace, [checkpoints.ROOT_VARIANT], {}, say, bar)[checkpoints.ROOT_VARIANT]
-    given = subject(root, workspace.train, step.sentences, step.seed)
-    with bar("prune") as progress:
-        price, _ = prune.price_of(given, step.cost, workspace.cache, progress)
-        ratio, tried = pruning.largest_ratio(given, step.method, price, max_drop, progress)
-    for each, drop in tried:
-        say(f"ratio {each:.2f}: {drop:+.2f} points lost on held-out rows")
-    return ratio

@@ -38,7 +38,8 @@ Progress = Callable[[int, int, str], None]
 class Recipe:
     """AdamW with a linear schedule: `learning_rate` is its peak, `warmup` the share of steps that lead up to it.
 
-    `temperature` softens teacher and student alike; `patience` is how many epochs without a better held-out accuracy
+    `temperature` softens teacher and student alike; `states` weighs the first token's last hidden state, which the head
+    reads, against the answers; `patience` is how many epochs without a better held-out accuracy
     end the training.
     """
 

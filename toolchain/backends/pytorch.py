@@ -24,7 +24,7 @@ def load_model(folder: Path) -> PreTrainedModel:
     logging.disable_progress_bar()
     shapes = layout.read_shapes(folder)
     try:
-        model, missing = _pruned(folder, shapes) if shapes else _dense(folder)
+        model, missing = _pruned(folder, shapes) if shapes is not None else _dense(folder)
     except CheckpointError:
         raise
     except Exception as error:  # a config can make transformers fail in any way

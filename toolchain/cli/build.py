@@ -177,8 +177,8 @@ def prune(
       toolchain prune --ratio 0.72 --recover 1
       toolchain prune --max-drop 1.0
     """
-    from toolchain.pipeline import largest_ratio
     from toolchain.report.progress import bar, say
+    from toolchain.search import largest_ratio
     from toolchain.variants import Prune, Recover, child
 
     if bool(ratios) == (max_drop is not None):

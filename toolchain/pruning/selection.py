@@ -118,7 +118,7 @@ def _hull(index: int, group: _Group, price: Price) -> list[_Step]:
     for saved, lost, count in points:
         if hull and saved <= hull[-1][0]:
             continue  # as dear as a larger one: a measured price need not fall with every unit
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], (saved, lost)):
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) > _slope(hull[-1], (saved, lost)):
             hull.pop()
         hull.append((saved, lost, count))
     return [_Step(index, after[2], _slope(before, after)) for before, after in itertools.pairwise(hull)]

@@ -15,8 +15,7 @@ from toolchain.backends.batches import Batch, batches
 from toolchain.backends.pytorch import load_model
 from toolchain.errors import PruningError
 from toolchain.inputs import Data, TrainingSource
-from toolchain.pruning import importance
-from toolchain.pruning.importance import LayerImportance
+from toolchain.pruning.importance import LayerImportance, fisher, magnitude
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,11 +74,11 @@ class Subject:
 
     @functools.cached_property
     def _fisher(self) -> list[LayerImportance]:
-        return importance.fisher(self.model, self.ranking)
+        return fisher(self.model, self.ranking)
 
     def importances(self, method: str) -> list[LayerImportance]:
         """Of every layer, by ``fisher`` or ``magnitude``."""
-        return self._fisher if method == "fisher" else importance.magnitude(self.model)
+        return self._fisher if method == "fisher" else magnitude(self.model)
 
 
 @functools.lru_cache(maxsize=1)

@@ -9,6 +9,7 @@ from toolchain import inputs
 from toolchain.artifacts import copy_companions
 from toolchain.backends.pytorch import describe, load_model, save_weights
 from toolchain.errors import ArtifactError
+from toolchain.inputs import Data
 from toolchain.jobs import Built, Job
 from toolchain.training import Examples, Recipe, train
 from toolchain.variants import Recover, settings_of
@@ -30,10 +31,8 @@ def recover(job: Job) -> Built:
     data = job.train.load(manifest.labels)
     encoder = inputs.Encoder.open(job.given.path, [spec.name for spec in manifest.inputs], manifest.max_length)
     job.progress(0, 1, "reading the training data")
-    ids = encoder.encode(data.texts)
-    rows = tuple(
-        Examples([ids[row] for row in part], [data.labels[row] for row in part]) for part in inputs.hold_out(data)
-    )
+    trained, held_out = inputs.hold_out(data)
+    rows = _examples(data, trained, encoder, joined=True), _examples(data, held_out, encoder)
     model, teacher = load_model(job.given.path), load_model(job.root.path)
     base = model.base_model_prefix
     for name, parameter in model.named_parameters():
@@ -42,10 +41,20 @@ def recover(job: Job) -> Built:
     recipe = Recipe(step.epochs, step.learning_rate, step.batch_size, step.seed)
     sealed = {"parent": manifest.id, "teacher": job.root.manifest.id, "step": settings_of(step), "version": VERSION}
     key = hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
-    history = train((model, teacher), (rows[0], rows[1]), encoder, recipe, (job.resume, key), job.progress)
+    history = train((model, teacher), rows, encoder, recipe, (job.resume, key), job.progress)
     copy_companions(job.given, job.folder)
     save_weights(model, job.folder)
     return Built.like(job, {**describe(model), "recovery": history})
+
+
+def _examples(data: Data, rows: list[int], encoder: inputs.Encoder, joined: bool = False) -> Examples:
+    """The rows; `joined`: and each once more in a pair with another, which the teacher has not learnt by heart."""
+    texts = [data.texts[row] for row in rows]
+    labels = [data.labels[row] for row in rows]
+    if joined:
+        texts += [f"{data.texts[one]} {data.texts[other]}" for one, other in zip(rows[::2], rows[1::2], strict=False)]
+        labels += [data.labels[row] for row in rows[1::2]]
+    return Examples(encoder.encode(texts), labels)
 
 
 def sentence(facts: dict[str, object]) -> str:

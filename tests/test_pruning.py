@@ -1,0 +1,495 @@
+"""Pruning really cuts, keeps what matters, reloads, and refuses what it cannot do in words."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_checkpoint, run_toolchain
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from toolchain import hardware, pruning
+from toolchain.backends import layout, open_session
+from toolchain.backends.layout import LayerShape
+from toolchain.backends.pytorch import load_model, save_weights
+from toolchain.cli import main
+from toolchain.errors import ArtifactError, CheckpointError, DataError, PruningError
+from toolchain.inputs import Encoder, TrainingSource, hold_out, pad
+from toolchain.pipeline import Workspace, ensure
+from toolchain.pruning.costs import Encoder as Sizes
+from toolchain.pruning.costs import LatencyTable, latency_table
+from toolchain.pruning.importance import Importance, LayerImportance, fisher, magnitude
+from toolchain.pruning.selection import rearrange, select
+from toolchain.pruning.subject import subject
+from toolchain.search import largest_ratio
+from toolchain.variants import Prune
+
+NAMES = ("input_ids", "attention_mask")
+ROWS = [[101, 2023, 102], [101, *range(2000, 2023), 102], [101]]
+SIZES = Sizes(32, 8, (LayerShape(4, 64), LayerShape(4, 64)))
+
+
+def quiet(*_):
+    pass
+
+
+def by_parameters(kind, count):
+    return count * SIZES.unit(kind)
+
+
+def bert():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(3)
+    config = BertConfig(
+        vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    return BertForSequenceClassification(config).eval()
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory):
+    """Training data of 60 rows for the tiny model."""
+    file = tmp_path_factory.mktemp("train") / "train.csv"
+    words = ["good", "bad", "film", "dull", "bright", "a", "the", "story"]
+    rows = [f"{' '.join(words[(i * k) % 8] for k in range(1, 4 + i % 9))},{i % 2}" for i in range(60)]
+    file.write_text("sentence,label\n" + "\n".join(rows) + "\n")
+    return TrainingSource(str(file))
+
+
+@pytest.fixture
+def given_tiny(built_tiny, sentences):
+    return subject(built_tiny.load("torch-fp32"), sentences, 40, 20)
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny_checkpoint, sentences, tmp_path_factory):
+    """A workspace with the tiny model pruned by half, down to int8."""
+    workspace = Workspace.open(str(tiny_checkpoint), tmp_path_factory.mktemp("exported"), None, sentences)
+    ensure(workspace, ["onnx-pruned50-int8", "onnx-int8"], {}, quiet)
+    return workspace
+
+
+def logits(model, left=False):
+    with torch.inference_mode():
+        batch = {
+            name: torch.from_numpy(array)
+            for name, array in pad([[i % 190 for i in r] for r in ROWS], NAMES, 0, left).items()
+        }
+        return model(**batch).logits
+
+
+# --- cutting
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "bert"])
+@pytest.mark.parametrize(("heads", "neurons"), [((0, 2), range(0, 64, 2)), ((), range(10)), ((1,), ()), ((), ())])
+def test_what_is_cut_is_what_a_gate_of_zero_would_silence(built_tiny, tmp_path, kind, heads, neurons):
+    model = load_model(built_tiny.path("torch-fp32")) if kind == "distilbert" else bert()
+    gated, cut = copy.deepcopy(model), copy.deepcopy(model)
+    names, layer = layout.layout_of(model), layout.layers_of(gated)[0]
+    with torch.no_grad():
+        out, down = layer.get_submodule(names.output).weight, layer.get_submodule(names.down).weight
+        for head in set(range(4)) - set(heads):
+            out[:, head * 8 : head * 8 + 8] = 0
+        for neuron in set(range(64)) - set(neurons):
+            down[:, neuron] = 0
+    layout.keep(cut, 0, heads, neurons)
+    for left in (False, True):
+        assert torch.allclose(logits(cut, left), logits(gated, left), atol=1e-5)
+    assert layout.shapes_of(cut) == [LayerShape(len(heads), len(neurons)), LayerShape(4, 64)]
+    assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in model.parameters())
+    # and it reloads
+    cut.config.save_pretrained(tmp_path)
+    save_weights(cut, tmp_path)
+    layout.write_shapes(cut, tmp_path)
+    assert torch.equal(logits(load_model(tmp_path)), logits(cut))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "{}",
+        '{"layers": [{"heads": 1}]}',
+        '{"layers": [{"heads": -1, "ffn": 3}]}',
+        '{"layers": []}',
+        json.dumps({"layers": [{"heads": 9, "ffn": 64}] * 2}),
+        json.dumps({"layers": [{"heads": 4, "ffn": 65}] * 2}),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(built_tiny, tmp_path, content):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((built_tiny.path("torch-fp32") / name).read_bytes())
+    (tmp_path / layout.SHAPES).write_text(content)
+    with pytest.raises(CheckpointError):
+        load_model(tmp_path)
+
+
+def test_weights_of_other_shapes_are_refused(pruned, tmp_path):
+    for name in ("config.json", "model.safetensors", layout.SHAPES):
+        (tmp_path / name).write_bytes((pruned.path("torch-pruned50") / name).read_bytes())
+    (tmp_path / layout.SHAPES).write_text(json.dumps({"layers": [{"heads": 4, "ffn": 64}] * 2}))
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_model(tmp_path)
+
+
+def test_an_architecture_that_shares_layers_or_is_unknown_is_refused():
+    from transformers import AlbertConfig, AlbertForSequenceClassification, XLNetConfig, XLNetForSequenceClassification
+
+    small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 50}
+    with pytest.raises(PruningError, match="shares one layer's weights"):
+        layout.layout_of(AlbertForSequenceClassification(AlbertConfig(embedding_size=8, **small)))
+    other = XLNetForSequenceClassification(XLNetConfig(vocab_size=50, d_model=16, n_layer=1, n_head=2, d_inner=16))
+    with pytest.raises(PruningError, match="does not know where XLNet"):
+        layout.layout_of(other)
+
+
+# --- choosing
+
+
+def test_fisher_is_the_mean_square_of_every_sentences_own_gradient(given_tiny):
+    """Against the definition: one sentence at a time, a gate nudged by a finite difference."""
+    model, batch = given_tiny.model, given_tiny.ranking[0]
+    found = fisher(model, [batch])[1].heads.alone
+    names = layout.layout_of(model)
+    weight = layout.layers_of(model)[1].get_submodule(names.output).weight
+    for head in range(4):
+        losses = []
+        for sign in (1, -1):
+            nudged = copy.deepcopy(model).double()
+            twin = layout.layers_of(nudged)[1].get_submodule(names.output).weight
+            with torch.no_grad():
+                twin[:, head * 8 : head * 8 + 8] *= 1 + sign * 1e-4
+                out = nudged(**batch.inputs).logits
+            losses.append(torch.nn.functional.cross_entropy(out, batch.labels, reduction="none"))
+        slope = (losses[0] - losses[1]) / 2e-4
+        assert float(found[head]) == pytest.approx(float(slope.square().mean()), rel=1e-3, abs=1e-9)
+    assert weight.requires_grad  # as it was
+
+
+def test_gradients_that_are_not_finite_are_refused(given_tiny):
+    broken = copy.deepcopy(given_tiny.model)
+    with torch.no_grad():
+        broken.classifier.weight[0, 0] = float("nan")
+    with pytest.raises(DataError, match="not finite"):
+        fisher(broken, given_tiny.ranking)
+
+
+def diagonal(heads, neurons):
+    return LayerImportance(*(Importance(torch.diag(torch.tensor(v, dtype=torch.float64))) for v in (heads, neurons)))
+
+
+@given(st.integers(1, 90), st.integers(0, 10_000))
+def test_at_least_the_ratio_goes_and_what_goes_matters_least(percent, seed):
+    rng = np.random.default_rng(seed)
+    layers = [diagonal(rng.random(4).tolist(), rng.random(64).tolist()) for _ in range(2)]
+    kept = select(layers, percent / 100, SIZES, by_parameters)
+    after = Sizes(32, 8, tuple(LayerShape(len(k.heads), len(k.neurons)) for k in kept))
+    assert 1 - after.parameters / SIZES.parameters >= percent / 100
+    assert sum(len(k.heads) for k in kept) >= 1
+    for layer, k in zip(layers, kept, strict=True):
+        assert len(k.neurons) % 32 == 0
+        for units, chosen in ((layer.heads, k.heads), (layer.neurons, k.neurons)):
+            gone = [i for i in range(len(units.moment)) if i not in chosen]
+            assert max(units.alone[gone], default=0) <= min(units.alone[list(chosen)], default=np.inf)
+
+
+def test_layers_that_matter_less_lose_more():
+    layers = [diagonal([1.0] * 4, [1.0] * 64), diagonal([0.01] * 4, [0.01] * 64)]
+    first, second = select(layers, 0.4, SIZES, by_parameters)
+    assert (len(first.heads), len(first.neurons)) == (4, 64)
+    assert len(second.heads) < 4
+
+
+def test_so_much_that_nothing_is_left_is_refused():
+    with pytest.raises(
+        PruningError, match=r"nothing of the encoder would be left. .*highest ratio of this model is 0\."
+    ):
+        select([diagonal([1.0] * 4, [1.0] * 64)] * 2, 0.99, SIZES, by_parameters)
+
+
+def test_a_dear_unit_goes_before_a_cheap_one_of_the_same_importance():
+    layers = [diagonal([1.0] * 4, [0.125] * 64)]
+    sizes = Sizes(32, 8, (LayerShape(4, 64),))
+    heads_dear = select(layers, 0.2, sizes, lambda kind, count: count * (10.0 if kind == "heads" else 0.1))
+    neurons_dear = select(layers, 0.2, sizes, lambda kind, count: count * (0.1 if kind == "heads" else 10.0))
+    assert len(heads_dear[0].heads) < 4
+    assert len(heads_dear[0].neurons) == 64
+    assert len(neurons_dear[0].heads) == 4
+    assert len(neurons_dear[0].neurons) == 32
+
+
+@given(st.integers(0, 10_000), st.integers(1, 7))
+def test_rearranging_keeps_the_number_and_never_costs_more(seed, count):
+    rows = torch.tensor(np.random.default_rng(seed).normal(size=(5, 8)))
+    units = Importance(rows.T @ rows)
+
+    def cost(kept):
+        gone = torch.tensor([float(i not in kept) for i in range(8)], dtype=torch.float64)
+        return float(gone @ units.moment @ gone)
+
+    before = units.alone.argsort(stable=True).tolist()[8 - count :]
+    after = rearrange(units, before)
+    assert len(after) == count
+    assert list(after) == sorted(after)
+    assert cost(after) <= cost(before) + 1e-9
+
+
+def test_magnitude_ranks_by_the_weights_alone(given_tiny):
+    model = copy.deepcopy(given_tiny.model)
+    names, layer = layout.layout_of(model), layout.layers_of(model)[0]
+    with torch.no_grad():
+        layer.get_submodule(names.down).weight[:, 5] = 0
+        layer.get_submodule(names.up).weight[5] = 0
+    assert int(magnitude(model)[0].neurons.alone.argmin()) == 5
+
+
+# --- fitting
+
+
+def test_fitting_brings_the_answers_closer_to_the_unpruned_models(given_tiny):
+    model = given_tiny.model
+    fitted = pruning.prune(given_tiny, 0.4, "fisher", by_parameters, quiet)
+    kept = select(given_tiny.importances("fisher"), 0.4, SIZES, by_parameters)
+    plain = copy.deepcopy(model)
+    for index, k in enumerate(kept):
+        layout.keep(plain, index, k.heads, k.neurons)
+    assert layout.shapes_of(plain) == layout.shapes_of(fitted)
+
+    def far(other):
+        with torch.inference_mode():
+            return sum(
+                float((other(**b.inputs).logits - model(**b.inputs).logits).square().sum()) for b in given_tiny.ranking
+            )
+
+    assert far(fitted) < 0.7 * far(plain)
+
+
+def test_a_mask_makes_nothing_smaller(given_tiny):
+    masked = pruning.mask(given_tiny.model, 0.5)
+    assert layout.shapes_of(masked) == layout.shapes_of(given_tiny.model)
+    names = layout.layout_of(masked)
+    for path in (names.query, names.up):
+        weight = layout.layers_of(masked)[0].get_submodule(path).weight
+        assert float((weight.abs().sum(1) == 0).float().mean()) == 0.5
+    assert not (given_tiny.model.distilbert.transformer.layer[0].ffn.lin1.weight == 0).any()
+
+
+# --- the artifacts
+
+
+def test_the_chain_of_a_pruned_model(pruned):
+    dense, cut = (pruned.load(name).manifest for name in ("torch-fp32", "torch-pruned50"))
+    facts = cut.facts["pruning"]
+    assert facts["achieved"] >= 0.5
+    assert facts["encoder_parameters"]["after"] <= facts["encoder_parameters"]["before"] / 2
+    assert facts["predicted_speedup"]["value"] > 1.5
+    assert len(facts["heads"]) == len(facts["ffn"]) == 2
+    assert cut.facts["parameters"] < dense.facts["parameters"]
+    assert cut.step.train.startswith("train.csv:")
+    for name in ("onnx-std-pruned50", "onnx-pruned50", "onnx-pruned50-int8"):
+        assert pruned.load(name).manifest.facts["pruning"] == facts
+    for name in ("onnx-std-pruned50", "onnx-pruned50"):
+        assert pruned.load(name).manifest.validation["largest_delta"] <= 1e-4
+    sizes = {
+        name: pruned.load(name).manifest.facts["bytes_by_part"]["encoder"]
+        for name in ("onnx-int8", "onnx-pruned50-int8")
+    }
+    assert sizes["onnx-pruned50-int8"] < 0.75 * sizes["onnx-int8"]  # biases and norms of so small a model weigh much
+
+
+def test_its_initialisers_are_smaller(pruned):
+    import onnx
+
+    def elements(name):
+        graph = onnx.load(pruned.path(name) / "model.onnx").graph
+        return {tuple(i.dims) for i in graph.initializer if len(i.dims) == 2}
+
+    assert (32, 64) in elements("onnx-int8")
+    shapes = pruned.load("torch-pruned50").manifest.facts["pruning"]
+    if shapes["ffn"][0] < 64:
+        assert (32, 64) not in elements("onnx-pruned50-int8")
+
+
+def test_a_new_process_gives_the_same_logits(pruned, tmp_path):
+    code = (
+        "import sys, json; from pathlib import Path; from toolchain.backends import open_session; import numpy as np\n"
+        "s = open_session(Path(sys.argv[1]), 'torch', 'cpu', 1)\n"
+        "b = {'input_ids': np.array([[101, 2023, 102]]), 'attention_mask': np.ones((1, 3), np.int64)}\n"
+        "print(json.dumps(s.run(b).tolist()))"
+    )
+    import subprocess
+    import sys
+
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(pruned.path("torch-pruned50"))], capture_output=True, text=True, check=True
+    )
+    here = open_session(pruned.path("onnx-pruned50"), "onnx", "cpu", 1).run(pad([[101, 2023, 102]], NAMES, 0))
+    assert np.abs(np.array(json.loads(run.stdout)) - here).max() < 1e-4
+
+
+def test_the_same_work_gives_the_same_id(pruned, tmp_path):
+    again = Workspace(tmp_path, pruned.model, pruned.source, pruned.train)
+    ensure(again, ["torch-pruned50"], {}, quiet)
+    assert again.load("torch-pruned50").manifest.id == pruned.load("torch-pruned50").manifest.id
+
+
+def test_a_mask_is_an_artifact_that_says_it_removed_nothing(tiny):
+    built = ensure(tiny, ["torch-pruned50-mask"], {}, quiet)["torch-pruned50-mask"]
+    facts = built.manifest.facts["pruning"]
+    assert facts["achieved"] == 0
+    assert facts["zeroed"] == pytest.approx(0.5, abs=0.02)
+    assert built.manifest.size_bytes == pytest.approx(tiny.load("torch-fp32").manifest.size_bytes, rel=1e-3)
+
+
+def test_a_pruned_folder_can_be_brought_as_a_checkpoint_but_not_pruned_again(pruned, tmp_path):
+    workspace = Workspace.open(str(pruned.path("torch-pruned50")), tmp_path, "mine", pruned.train)
+    built = ensure(workspace, ["onnx-fp32"], {}, quiet)
+    assert built["onnx-fp32"].manifest.validation["passed"]
+    with pytest.raises(PruningError, match="already pruned"):
+        ensure(workspace, ["torch-pruned30"], {}, quiet)
+    assert not workspace.path("torch-pruned30").exists()
+
+
+def test_a_rebuild_without_its_training_data_is_refused(pruned, tmp_path, monkeypatch):
+    import shutil
+
+    from toolchain import pipeline
+
+    shutil.copytree(pruned.exported, tmp_path / "exported")
+    workspace = Workspace(tmp_path / "exported", pruned.model, pruned.source)
+    function, version = pipeline.STEPS[Prune]
+    monkeypatch.setitem(pipeline.STEPS, Prune, (function, version + 1))
+    with pytest.raises(DataError, match=r"made with the training data train.csv, not with sst2"):
+        ensure(workspace, ["torch-pruned50"], {}, quiet)
+    workspace.load("torch-pruned50").verify()
+
+
+# --- costs and search
+
+
+def test_a_latency_table_is_measured_once_and_only_for_this_machine(given_tiny, tmp_path, monkeypatch):
+    first = latency_table(given_tiny.model, tmp_path, quiet)
+    assert set(first.heads_ms) >= {0, 1, 4}
+    assert set(first.neurons_ms) >= {0, 32, 64}
+    assert first.heads_ms[0] == first.neurons_ms[0] == 0
+    monkeypatch.setattr("toolchain.pruning.costs._measure", lambda *_: pytest.fail("measured twice"))
+    assert latency_table(given_tiny.model, tmp_path, quiet) == first
+    file = next(tmp_path.glob("latency-*.json"))
+    good = file.read_text()
+    file.write_text(good.replace(hardware.machine()["id"], "another"))
+    with pytest.raises(PruningError, match=r"measured on another machine \(another\). Delete .* to measure this"):
+        latency_table(given_tiny.model, tmp_path, quiet)
+    assert "another" in file.read_text()  # left as it was
+    file.write_text(good[:40])
+    with pytest.raises(PruningError, match="is no latency table"):
+        latency_table(given_tiny.model, tmp_path, quiet)
+
+
+def test_a_price_between_two_counts_lies_between_theirs():
+    table = LatencyTable(1.0, {0: 0.0, 4: 2.0}, {0: 0.0, 64: 1.0})
+    assert table.price("heads", 2) == 1.0
+    assert table.sentence_ms([LayerShape(4, 64), LayerShape(0, 32)]) == 1 + 2 + 1 + 0.5
+
+
+def test_the_largest_ratio_is_searched_on_held_out_rows(tiny, sentences):
+    from toolchain.pipeline import no_bar
+
+    workspace = Workspace(tiny.exported, tiny.model, tiny.source, sentences)
+    said = []
+    ratio = largest_ratio(workspace, Prune(0.5), 100.0, said.append, no_bar)
+    assert ratio in pruning.SEARCHED
+    assert any("points lost on held-out rows" in line for line in said)
+    with pytest.raises(PruningError, match="Even the smallest ratio"):
+        largest_ratio(workspace, Prune(0.5), -200.0, said.append, no_bar)
+
+
+@given(st.integers(20, 400))
+def test_held_out_rows_are_never_trained_on(count):
+    from toolchain.inputs import Data
+
+    data = Data("d", tuple(f"w{'x ' * (i % 30)}" for i in range(count)), tuple(i % 2 for i in range(count)))
+    trained, held = hold_out(data)
+    assert sorted([*trained, *held]) == list(range(count))
+    assert len(held) == count // 10
+    assert hold_out(data) == (trained, held)
+
+
+def test_too_few_rows_are_refused(tmp_path):
+    from toolchain.inputs import Data
+
+    with pytest.raises(DataError, match="3 rows: too few"):
+        hold_out(Data("d", ("a", "b", "c"), (0, 1, 0)))
+
+
+# --- the command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ((), 2, "--ratio"),
+        (("--ratio", "0.3", "--max-drop", "1"), 2, "--max-drop"),
+        (("--ratio", "0"), 2, "no ratio"),
+        (("--ratio", "1"), 2, "no ratio"),
+        (("--ratio", "-0.5"), 2, "no ratio"),
+        (("--ratio", "0.333"), 2, "whole per cents"),
+        (("--ratio", "nan"), 2, "no ratio"),
+        (("--ratio", "0.3", "--method", "mask", "--recover", "1"), 2, "removes nothing"),
+        (("--ratio", "0.3", "--from", "torch-pruned30"), 1, "pruned already"),
+        (("--ratio", "0.3", "--from", "onnx-fp32"), 1, "Nothing is made from onnx-fp32"),
+        (("--ratio", "0.3", "--train-data", "no-such.csv"), 1, "There is no file no-such.csv"),
+        (("--ratio", "0.99", "--train-data", "train.csv"), 1, "nothing of the encoder would be left"),
+    ],
+)
+def test_what_cannot_be_pruned_is_told_and_leaves_what_was_there(
+    tiny, sentences, tmp_path, capsys, monkeypatch, arguments, code, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.csv").write_text(Path(sentences.file).read_text())
+    before = sorted(p.name for p in tiny.path("torch-fp32").parent.iterdir() if not p.name.startswith("."))
+    assert main(["prune", *arguments, "--model", "tiny", "--exported", str(tiny.exported)]) == code
+    assert words in capsys.readouterr().err
+    assert sorted(p.name for p in tiny.path("torch-fp32").parent.iterdir() if not p.name.startswith(".")) == before
+
+
+def test_a_model_of_other_labels_needs_training_data_of_its_own(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_checkpoint(tmp_path / "three", ("bad", "so so", "good"))
+    assert main(["prune", "--ratio", "0.5", "--model", "./three"]) == 1
+    assert "Pass data of its own: --train-data FILE" in capsys.readouterr().err
+    assert not (tmp_path / "exported" / "three" / "torch-pruned50").exists()
+
+
+def test_pruning_from_the_command_line(tiny, sentences, tmp_path):
+    common = ("--model", "tiny", "--exported", tiny.exported, "--train-data", sentences.file)
+    run = run_toolchain("prune", "--ratio", 0.3, "--ratio", "0.5", *common, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == [str(tiny.path(name)) for name in ("torch-pruned30", "torch-pruned50")]
+    assert "of the encoder's linear parameters removed" in run.stderr
+    assert "predicted" in run.stderr
+    again = run_toolchain("prune", "--ratio", 0.3, "--ratio", "0.5", *common, cwd=tmp_path)
+    assert again.stderr.count("fresh, skipped") == 3
+
+
+def test_a_stored_model_that_answers_otherwise_is_an_error(tiny, sentences, monkeypatch):
+    from toolchain.steps import prune
+
+    def lossy(model, folder):
+        with torch.no_grad():
+            stored = copy.deepcopy(model)
+            stored.classifier.bias += 1
+        save_weights(stored, folder)
+
+    monkeypatch.setattr(prune, "save_weights", lossy)
+    workspace = Workspace(tiny.exported, tiny.model, tiny.source, sentences)
+    with pytest.raises(ArtifactError, match="does not answer as before"):
+        ensure(workspace, ["torch-pruned50"], {}, quiet)
+    assert not workspace.path("torch-pruned50").exists()
+    assert load_file(workspace.path("torch-fp32") / "model.safetensors")
+    assert Encoder.open(workspace.path("torch-fp32"), NAMES, 512)
