@@ -5,6 +5,9 @@ MODEL ?= reference
 EXPORTED ?= exported
 # An index to add for PyTorch, where the default one gives the wrong build; see the README.
 TORCH_INDEX ?=
+# Per cents that `make export` prunes; empty for none. TRAIN_DATA: a CSV to rank by, where SST-2 does not fit.
+PRUNE ?= 30 40 50
+TRAIN_DATA ?=
 # FULL=1: about 60 s a cell instead of 20.
 FULL ?=
 
@@ -31,9 +34,11 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) -e ".[cpu,test]"
 	@touch $@
 
-export: install ## build torch-fp32, onnx-std, onnx-fp32, onnx-int8 (MODEL=hub id or folder)
+export: install ## build fp32, int8 and pruned variants (MODEL=hub id or folder, PRUNE= for none pruned)
 	$(TOOLCHAIN) export $(CHOICE)
 	$(TOOLCHAIN) quantize --backend ort $(CHOICE)
+	$(if $(PRUNE),$(TOOLCHAIN) prune $(PRUNE:%=--ratio 0.%) $(if $(TRAIN_DATA),--train-data "$(TRAIN_DATA)") $(CHOICE))
+	$(if $(PRUNE),$(TOOLCHAIN) quantize $(PRUNE:%=--from onnx-pruned%) $(CHOICE))
 
 bench: install ## build what is missing, measure every cell, compare (FULL=1: longer)
 	$(TOOLCHAIN) bench $(if $(FULL),,--quick) $(CHOICE)
@@ -60,6 +65,8 @@ clean: ## delete built artifacts and caches, and say what that frees
 	@$(BUILT) | xargs -0 -r du -sch | sed 's/^/freeing /'
 	@$(BUILT) | xargs -0 -r rm -rf
 	@find "$(EXPORTED)" -mindepth 2 -maxdepth 2 -name '.*.lock' -delete
+	@find "$(EXPORTED)" -mindepth 2 -maxdepth 2 -type d -name '.*.training' -exec rm -rf {} +
+	@rm -rf "$(EXPORTED)/.cache"
 	@find "$(EXPORTED)" -mindepth 1 -maxdepth 1 -type d -empty -delete
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build toolchain.egg-info
 	find toolchain tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -44,7 +44,7 @@ def recover(job: Job) -> Built:
     history = train((model, teacher), rows, encoder, recipe, (job.resume, key), job.progress)
     copy_companions(job.given, job.folder)
     save_weights(model, job.folder)
-    return Built.like(job, {**describe(model), "recovery": history})
+    return Built.like(job, {**describe(model), "recovery": {**history, "teacher": job.root.manifest.id}})
 
 
 def _examples(data: Data, rows: list[int], encoder: inputs.Encoder, joined: bool = False) -> Examples:

@@ -1,0 +1,173 @@
+"""Recovery learns, keeps its best weights, and goes on after a kill as if nothing had happened."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from toolchain import training
+from toolchain.errors import DataError
+from toolchain.inputs import Encoder
+from toolchain.pipeline import Workspace, ensure
+from toolchain.pruning.subject import subject
+from toolchain.training import Examples, Recipe, train
+from toolchain.variants import Prune, Recover
+
+RECIPE = Recipe(epochs=2, learning_rate=2e-3, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def task(built_tiny, tmp_path_factory):
+    """The tiny model, a teacher, rows, held-out rows and their encoder."""
+    file = tmp_path_factory.mktemp("train") / "train.csv"
+    words = ["good", "bad", "film", "dull", "bright", "a", "the", "story"]
+    rows = [f"{' '.join(words[(i * k) % 8] for k in range(1, 4 + i % 9))},{i % 2}" for i in range(120)]
+    file.write_text("sentence,label\n" + "\n".join(rows) + "\n")
+    source = training_source(file)
+    given = subject(built_tiny.load("torch-fp32"), source, 100, 20)
+    data = source.load(("NEGATIVE", "POSITIVE"))
+    ids = given.encoder.encode(data.texts)
+    labels = list(data.labels)
+    return given.model, Examples(ids[:100], labels[:100]), Examples(ids[100:], labels[100:]), given.encoder, file
+
+
+def training_source(file):
+    from toolchain.inputs import TrainingSource
+
+    return TrainingSource(str(file))
+
+
+def weakened(model):
+    """A student: the teacher with a disturbed layer."""
+    torch.manual_seed(0)
+    student = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in student.distilbert.transformer.layer[1].parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return student
+
+
+def far(one, other, rows, encoder):
+    with torch.inference_mode():
+        return sum(
+            float((one(**b.inputs).logits - other(**b.inputs).logits).square().sum()) for b in rows.batches(encoder)
+        )
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def quiet(*_):
+    pass
+
+
+def test_a_student_comes_closer_to_its_teacher(task, tmp_path):
+    teacher, rows, held_out, encoder, _ = task
+    student = weakened(teacher)
+    before = far(student, teacher, rows, encoder)
+    history = train((student, copy.deepcopy(teacher)), (rows, held_out), encoder, RECIPE, (tmp_path, "k"), quiet)
+    assert far(student, teacher, rows, encoder) < before / 2
+    assert history["steps"] == 2 * 13
+    assert len(history["held_out_accuracy"]) == 3
+    assert history["held_out_accuracy"][history["best_epoch"]] == max(history["held_out_accuracy"])
+
+
+class _Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [5, 13, 20])
+def test_a_stopped_run_ends_with_the_same_weights_to_the_bit(task, tmp_path, monkeypatch, at):
+    teacher, rows, held_out, encoder, _ = task
+    whole = weakened(teacher)
+    train((whole, copy.deepcopy(teacher)), (rows, held_out), encoder, RECIPE, (tmp_path / "whole", "k"), quiet)
+    monkeypatch.setattr(training, "SAVE_EVERY_S", 0)  # every step is saved
+
+    def stop(done, total, what):
+        if what.startswith("epoch") and done == at:
+            raise _Stopped
+
+    student = weakened(teacher)
+    with pytest.raises(_Stopped):
+        train((student, copy.deepcopy(teacher)), (rows, held_out), encoder, RECIPE, (tmp_path / "part", "k"), stop)
+    seen = []
+    student = weakened(teacher)
+    resume = (tmp_path / "part", "k")
+    train((student, copy.deepcopy(teacher)), (rows, held_out), encoder, RECIPE, resume, lambda *a: seen.append(a))
+    assert seen[0][0] == at + 1  # neither the teacher nor the first steps again
+    assert torch.equal(weights(student), weights(whole))
+
+
+def test_a_run_of_another_key_starts_anew(task, tmp_path):
+    teacher, rows, held_out, encoder, _ = task
+    train((weakened(teacher), copy.deepcopy(teacher)), (rows, held_out), encoder, RECIPE, (tmp_path, "one"), quiet)
+    seen = []
+    models = (weakened(teacher), copy.deepcopy(teacher))
+    train(models, (rows, held_out), encoder, RECIPE, (tmp_path, "two"), lambda *a: seen.append(a))
+    assert seen[0][2] == "the teacher's answers"
+
+
+def test_training_stops_when_it_brings_nothing(task, tmp_path, monkeypatch):
+    teacher, rows, held_out, encoder, _ = task
+    scores = iter([0.9, 0.5, 0.4, 0.8, 0.8])
+    monkeypatch.setattr(training, "accuracy", lambda *_: next(scores))
+    student = weakened(teacher)
+    before = weights(student)
+    recipe = Recipe(epochs=4, learning_rate=2e-3, batch_size=8)
+    history = train((student, copy.deepcopy(teacher)), (rows, held_out), encoder, recipe, (tmp_path, "k"), quiet)
+    assert history["held_out_accuracy"] == [0.9, 0.5, 0.4]
+    assert history["best_epoch"] == 0
+    assert torch.equal(weights(student), before)
+
+
+def test_a_loss_that_is_not_finite_ends_it_in_words(task, tmp_path):
+    teacher, rows, held_out, encoder, _ = task
+    broken = copy.deepcopy(teacher)
+    with torch.no_grad():
+        broken.classifier.bias[0] = float("nan")
+    with pytest.raises(DataError, match="The loss is nan at step 0"):
+        train((weakened(teacher), broken), (rows, held_out), encoder, RECIPE, (tmp_path, "k"), quiet)
+
+
+def test_every_row_comes_once_an_epoch_and_epochs_differ(task):
+    rows = task[1]
+    first, second = (training._order(rows, RECIPE, epoch) for epoch in (0, 1))
+    for order in (first, second):
+        assert sorted(row for part in order for row in part) == list(range(100))
+    assert first != second
+    assert first == training._order(rows, RECIPE, 0)
+
+
+def test_a_killed_recovery_is_taken_up_and_cleans_up(tiny, task, tmp_path):
+    """The command line, killed by the system in the middle of training."""
+    file = task[4]
+    arguments = ["prune", "--ratio", "0.5", "--recover", "60", "--model", "tiny", "--exported", str(tiny.exported)]
+    arguments += ["--train-data", str(file)]
+    code = (
+        "import sys, toolchain.training as t; from toolchain.cli import main; "
+        "t.SAVE_EVERY_S = 0; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for line in run.stderr:
+        if "epoch" in line:
+            break
+    os.kill(run.pid, signal.SIGKILL)
+    run.communicate(timeout=60)
+    resume = tiny.path(".torch-pruned50-r60.training")
+    assert (resume / "state.json").is_file()
+    assert not tiny.path("torch-pruned50-r60").exists()
+    workspace = Workspace(tiny.exported, tiny.model, tiny.source, training_source(file))
+    asked = {"torch-pruned50": Prune(0.5), "torch-pruned50-r60": Recover(60)}
+    said = []
+    built = ensure(workspace, asked, asked, said.append)["torch-pruned50-r60"]
+    assert not resume.exists()
+    assert built.manifest.facts["recovery"]["teacher"] == tiny.load("torch-fp32").manifest.id
+    assert built.manifest.facts["pruning"] == tiny.load("torch-pruned50").manifest.facts["pruning"]
+    assert any("accuracy on" in line and "held-out rows" in line for line in said)
+    assert Encoder.open(built.path, ("input_ids", "attention_mask"), 512)
