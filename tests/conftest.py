@@ -14,6 +14,8 @@ import pytest
 
 from toolchain import artifacts, checkpoints
 from toolchain.artifacts import Artifact, Manifest, TensorSpec
+from toolchain.inputs import TrainingSource
+from toolchain.jobs import Job
 from toolchain.pipeline import Workspace, ensure
 from toolchain.variants import Import
 
@@ -102,6 +104,12 @@ def fake(tmp_path: Path) -> Callable[..., Artifact]:
         return Artifact(folder, manifest)
 
     return make
+
+
+def import_job(checkpoint: Path, folder: Path) -> Job:
+    """The job of importing `checkpoint` into `folder`."""
+    nothing = folder / "nothing"
+    return Job(Import(), None, checkpoint, folder, None, TrainingSource(), nothing, nothing, lambda *_: None)
 
 
 def run_toolchain(

@@ -208,7 +208,7 @@ def test_the_working_directory_cannot_stand_in_for_a_library(fake, tmp_path, mon
 
 
 def test_the_real_chain_on_the_tiny_checkpoint(built_tiny):
-    request = runs.Request((), ("cpu",), FAST)
+    request = runs.Request(("torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"), ("cpu",), FAST)
     result = runs.measure(built_tiny, request, lambda line: None, lambda *_: None)
     assert [row.cell for row in result.rows] == ["torch-fp32@cpu", "onnx-std@cpu", "onnx-fp32@cpu", "onnx-int8@cpu"]
     rows = {row.variant: row for row in result.rows}
@@ -225,9 +225,11 @@ def test_the_real_chain_on_the_tiny_checkpoint(built_tiny):
 def test_cells_are_planned_from_the_table():
     assert runs.planned((), ()) == [
         ("torch-fp32", "cpu"),
+        *((f"torch-pruned{ratio}", "cpu") for ratio in (30, 40, 50)),
         ("onnx-std", "cpu"),
         ("onnx-fp32", "cpu"),
         ("onnx-int8", "cpu"),
+        *((f"onnx-pruned{ratio}-int8", "cpu") for ratio in (30, 40, 50)),
         ("torch-fp32", "cuda"),
         ("onnx-fp32", "cuda"),
     ]

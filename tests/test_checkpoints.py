@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from conftest import import_job
 
 from toolchain import checkpoints
 from toolchain.checkpoints import Source, check, fetch, resolve
@@ -285,15 +286,13 @@ def test_a_config_that_makes_no_model_is_refused_in_words(checkpoint, change):
     ],
 )
 def test_a_tokenizer_that_does_not_fit_is_refused_in_words(checkpoint, tmp_path, name, change, says):
-    from toolchain.artifacts import Job
     from toolchain.steps.importing import import_checkpoint
-    from toolchain.variants import Import
 
     file = checkpoint / name
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match=says):
-        import_checkpoint(Job(Import(), None, checkpoint, tmp_path / "out"))
+        import_checkpoint(import_job(checkpoint, tmp_path / "out"))
 
 
 def test_positions_are_counted_as_the_model_counts_them(tmp_path):

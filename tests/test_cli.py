@@ -77,7 +77,7 @@ def test_an_unknown_variant_is_told_the_nearest(at, say, tiny_checkpoint):
     [
         (["export", "--model", "./nowhere"], "There is no folder ./nowhere"),
         (["export", "--model", "nobody/nothing"], "--model PATH"),
-        (["quantize", "--from", "onnx-std"], "It takes: onnx-fp32"),
+        (["quantize", "--from", "onnx-std"], "It takes an optimised graph such as onnx-fp32"),
         (["bench", "--variant", "onnx-int8", "--provider", "cuda"], "It is measured on cpu"),
         (["compare", "nowhere.json"], "There is no result file"),
         (["compare"], "no result of reference"),
@@ -193,12 +193,16 @@ def test_the_whole_chain_from_the_command_line(at, say, tmp_path_factory):
     assert "onnx-int8@cpu" in out
     code, out, _ = say("compare", "--format", "json", *model)
     assert code == 0
-    assert [row["cell"] for row in json.loads(out)][-1] == "onnx-int8@cpu"
+    rows = {row["cell"]: row for row in json.loads(out)}
+    assert rows["onnx-int8@cpu"]["status"] == "ok"
+    # SST-2 cannot rank a model of other labels: a default cell that this model does not have, and how to get it.
+    assert rows["torch-pruned50@cpu"]["status"] == "unavailable"
+    assert "--train-data FILE" in rows["torch-pruned50@cpu"]["mend"]
     code, out, _ = say("compare", "--format", "markdown", "--baseline", "onnx-fp32", *model)
     assert code == 0
     assert "against onnx-fp32@cpu" in out
     code, out, _ = say("variants", "--json", *model)
-    assert {row["state"] for row in json.loads(out)} == {"built"}
+    assert {row["state"] for row in json.loads(out) if "pruned" not in row["variant"]} == {"built"}
     code, out, _ = say("validate", "onnx-int8", "--json", *model)
     assert json.loads(out)["passed"]
 

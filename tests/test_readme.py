@@ -55,7 +55,7 @@ def test_its_blocks_run_in_order(clone):
     assert len(BLOCKS) >= 5
     environment = {**os.environ, "MAKEFLAGS": "MODEL=./my-checkpoint"}
     # Commands that name no model mean the reference; here they mean the tiny one.
-    for command in ("EXPORT", "QUANTIZE", "BENCH", "COMPARE", "VALIDATE", "VARIANTS"):
+    for command in ("EXPORT", "PRUNE", "QUANTIZE", "BENCH", "COMPARE", "VALIDATE", "VARIANTS"):
         environment[f"TOOLCHAIN_{command}_MODEL"] = "my-checkpoint"
     for block in BLOCKS:
         if block in NOT_RUN:

@@ -146,11 +146,12 @@ def test_every_row_comes_once_an_epoch_and_epochs_differ(task):
 def test_a_killed_recovery_is_taken_up_and_cleans_up(tiny, task, tmp_path):
     """The command line, killed by the system in the middle of training."""
     file = task[4]
-    arguments = ["prune", "--ratio", "0.5", "--recover", "60", "--model", "tiny", "--exported", str(tiny.exported)]
+    arguments = ["prune", "--ratio", "0.5", "--recover", "3", "--model", "tiny", "--exported", str(tiny.exported)]
     arguments += ["--train-data", str(file)]
     code = (
-        "import sys, toolchain.training as t; from toolchain.cli import main; "
-        "t.SAVE_EVERY_S = 0; sys.exit(main(sys.argv[1:]))"
+        "import sys, time, toolchain.training as t; from toolchain.cli import main; "
+        "t.SAVE_EVERY_S = 0; learn = t._Run.learn; "
+        "t._Run.learn = lambda run, part: (time.sleep(0.3), learn(run, part))[1]; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, *arguments]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -159,13 +160,13 @@ def test_a_killed_recovery_is_taken_up_and_cleans_up(tiny, task, tmp_path):
             break
     os.kill(run.pid, signal.SIGKILL)
     run.communicate(timeout=60)
-    resume = tiny.path(".torch-pruned50-r60.training")
+    resume = tiny.path(".torch-pruned50-r3.training")
     assert (resume / "state.json").is_file()
-    assert not tiny.path("torch-pruned50-r60").exists()
+    assert not tiny.path("torch-pruned50-r3").exists()
     workspace = Workspace(tiny.exported, tiny.model, tiny.source, training_source(file))
-    asked = {"torch-pruned50": Prune(0.5), "torch-pruned50-r60": Recover(60)}
+    asked = {"torch-pruned50": Prune(0.5), "torch-pruned50-r3": Recover(3)}
     said = []
-    built = ensure(workspace, asked, asked, said.append)["torch-pruned50-r60"]
+    built = ensure(workspace, asked, asked, said.append)["torch-pruned50-r3"]
     assert not resume.exists()
     assert built.manifest.facts["recovery"]["teacher"] == tiny.load("torch-fp32").manifest.id
     assert built.manifest.facts["pruning"] == tiny.load("torch-pruned50").manifest.facts["pruning"]

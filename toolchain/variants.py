@@ -230,11 +230,11 @@ def _derived(name: VariantName) -> Variant | None:
     parent: VariantName
     step: Step
     providers: tuple[str, ...] = PROVIDERS
+    if name.recovered and name.method == "mask":
+        return None  # training would fill the zeros
     if name.runtime == "torch" and not name.std and name.scheme == "fp32":
         if not name.pruned:
             return Variant(str(name), None, Import(), PROVIDERS)
-        if name.recovered and name.method == "mask":
-            return None  # training would fill the zeros
         if name.recovered:
             parent, step = other(recovered=0), Recover(name.recovered)
         else:
