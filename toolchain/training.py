@@ -246,7 +246,7 @@ class _Run:
         loss = loss + recipe.states * functional.mse_loss(answers.states, states) / states.var()
         if not torch.isfinite(loss):
             raise DataError(
-                f"The loss is {float(loss)} at step {step}: the training left what numbers can hold.",
+                f"The loss is {float(loss.detach())} at step {step}: the training left what numbers can hold.",
                 "Check the checkpoint for NaN; a lower learning rate may help.",
             )
         self._optimizer.zero_grad(set_to_none=True)

@@ -56,7 +56,7 @@ class Recover:
 
     epochs: int
     train: str = ""
-    learning_rate: float = 6e-4
+    learning_rate: float = 3e-4
     batch_size: int = 32
     seed: int = 20
 
