@@ -48,7 +48,7 @@ def recover(job: Job) -> Built:
 
 
 def _examples(data: Data, rows: list[int], encoder: inputs.Encoder, joined: bool = False) -> Examples:
-    """The rows; `joined`: and each once more in a pair with another, which the teacher has not learnt by heart."""
+    """The rows; `joined`: and each once more in a pair with another, which is no row the teacher was trained on."""
     texts = [data.texts[row] for row in rows]
     labels = [data.labels[row] for row in rows]
     if joined:
