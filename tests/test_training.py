@@ -81,11 +81,13 @@ class _Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [5, 13, 20])
+@pytest.mark.parametrize("at", [5, 13, 20, 26])
 def test_a_stopped_run_ends_with_the_same_weights_to_the_bit(task, tmp_path, monkeypatch, at):
     teacher, rows, held_out, encoder, _ = task
     whole = weakened(teacher)
-    train((whole, copy.deepcopy(teacher)), (rows, held_out), encoder, RECIPE, (tmp_path / "whole", "k"), quiet)
+    history = train(
+        (whole, copy.deepcopy(teacher)), (rows, held_out), encoder, RECIPE, (tmp_path / "whole", "k"), quiet
+    )
     monkeypatch.setattr(training, "SAVE_EVERY_S", 0)  # every step is saved
 
     def stop(done, total, what):
@@ -98,8 +100,12 @@ def test_a_stopped_run_ends_with_the_same_weights_to_the_bit(task, tmp_path, mon
     seen = []
     student = weakened(teacher)
     resume = (tmp_path / "part", "k")
-    train((student, copy.deepcopy(teacher)), (rows, held_out), encoder, RECIPE, resume, lambda *a: seen.append(a))
-    assert seen[0][0] == at + 1  # neither the teacher nor the first steps again
+    again = train(
+        (student, copy.deepcopy(teacher)), (rows, held_out), encoder, RECIPE, resume, lambda *a: seen.append(a)
+    )
+    assert [done for done, _, _ in seen] == list(range(at + 1, 27))  # neither the teacher nor the first steps again
+    assert again["held_out_accuracy"] == history["held_out_accuracy"]
+    assert again["best_epoch"] == history["best_epoch"]
     assert torch.equal(weights(student), weights(whole))
 
 

@@ -104,8 +104,8 @@ def train(
         run.state.held_out.append(accuracy(model, held_out.batches(encoder)))
         run.keep_best()
     while not run.over:
-        epoch = run.state.step // run.steps
-        for chosen in _order(train_on, recipe, epoch)[run.state.step % run.steps :]:
+        epoch = len(run.state.held_out) - 1  # a run killed between an epoch's last step and its score owes the score
+        for chosen in _order(train_on, recipe, epoch)[run.state.step - epoch * run.steps :]:
             loss = run.learn(batch(chosen, train_on.ids, train_on.labels, encoder))
             progress(run.state.step, run.total, f"epoch {epoch + 1} of {recipe.epochs}, loss {loss:.4f}")
         run.state.held_out.append(accuracy(model, held_out.batches(encoder)))
@@ -193,8 +193,8 @@ class _Run:
     @property
     def over(self) -> bool:
         """Every epoch was run, or the last ones brought nothing."""
-        waited = len(self.state.held_out) - 1 - self.state.best
-        return self.state.step >= self.total or waited >= self._recipe.patience
+        epochs = len(self.state.held_out) - 1
+        return epochs >= self._recipe.epochs or epochs - self.state.best >= self._recipe.patience
 
     def learn_from(self, teacher: PreTrainedModel, rows: Examples, encoder: Encoder, progress: Progress) -> None:
         """The teacher's logits [rows, labels], computed once a run."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from toolchain.backends.layout import layers_of, layout_of
 from toolchain.errors import PruningError
-from toolchain.pruning.costs import Encoder
+from toolchain.pruning.costs import EncoderSizes
 from toolchain.pruning.selection import Price, select
 from toolchain.pruning.subject import Subject
 from toolchain.pruning.tuning import cut_and_fit
@@ -31,7 +31,7 @@ def prune(
     `price` is what importance is weighed against; `progress` is told of every layer done. Raises `PruningError` where
     so much cannot go, `DataError` where the gradients are not finite.
     """
-    kept = select(subject.importances(method), ratio, Encoder.of(subject.model), price)
+    kept = select(subject.importances(method), ratio, EncoderSizes.of(subject.model), price)
     model = copy.deepcopy(subject.model)
     cut_and_fit(subject.model, model, kept, subject.ranking, progress)
     return model

@@ -27,7 +27,7 @@ PASSES = ("fuse", "residual-sum", "first-token", "quantize-linear", "quantize-em
 
 
 @dataclass(frozen=True)
-class Encoder:
+class EncoderSizes:
     """The sizes all layers of a model share: `width` of the states, of one head, and each layer's shape."""
 
     width: int
@@ -35,7 +35,7 @@ class Encoder:
     shapes: tuple[LayerShape, ...]
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Encoder:
+    def of(cls, model: PreTrainedModel) -> EncoderSizes:
         """The model's encoder as it is now."""
         return cls(model.config.hidden_size, head_size(model), tuple(shapes_of(model)))
 
@@ -86,7 +86,7 @@ def latency_table(model: PreTrainedModel, folder: Path, progress: Callable[[int,
     same sentence in rounds of random order. Raises `PruningError` for a table of another machine, or one that cannot
     be read.
     """
-    encoder = Encoder.of(model)
+    encoder = EncoderSizes.of(model)
     what = {
         "machine": hardware.machine()["id"],
         "threads": hardware.cores(),
@@ -127,7 +127,7 @@ def _read(file: Path, what: dict[str, Any]) -> LatencyTable:
     return table
 
 
-def _measure(model: PreTrainedModel, encoder: Encoder, progress: Callable[[int, int, str], None]) -> LatencyTable:
+def _measure(model: PreTrainedModel, encoder: EncoderSizes, progress: Callable[[int, int, str], None]) -> LatencyTable:
     """Medians over rounds of models whose layers are all alike; what a count adds is the difference to none."""
     heads, neurons, layers = encoder.shapes[0].heads, encoder.shapes[0].ffn, len(encoder.shapes)
     some_heads = sorted({0, 1, heads, *(round(heads * share) for share in (0.25, 0.5, 0.75))})

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from toolchain.errors import PruningError
-from toolchain.pruning.costs import Encoder
+from toolchain.pruning.costs import EncoderSizes
 from toolchain.pruning.importance import Importance, LayerImportance
 
 BLOCK = 32  # FFN neurons go by blocks: kernels work on whole vectors
@@ -45,7 +45,7 @@ class _Step:
     density: float
 
 
-def select(importances: Sequence[LayerImportance], ratio: float, encoder: Encoder, price: Price) -> list[Kept]:
+def select(importances: Sequence[LayerImportance], ratio: float, encoder: EncoderSizes, price: Price) -> list[Kept]:
     """The units every layer keeps so that at least `ratio` of the encoder's linear parameters goes for the least
     importance.
 
@@ -85,7 +85,7 @@ def _groups(importances: Sequence[LayerImportance]) -> list[_Group]:
     return groups
 
 
-def _cut(groups: Sequence[_Group], wanted: float, encoder: Encoder, price: Price) -> list[int] | None:
+def _cut(groups: Sequence[_Group], wanted: float, encoder: EncoderSizes, price: Price) -> list[int] | None:
     """The count each group keeps once at least `wanted` parameters are gone; None where that cannot be."""
     steps = sorted(
         (step for index, group in enumerate(groups) for step in _hull(index, group, price)),

@@ -12,7 +12,7 @@ from toolchain.backends.layout import shapes_of, write_shapes
 from toolchain.backends.pytorch import describe, load_model, save_weights
 from toolchain.errors import ArtifactError
 from toolchain.jobs import Built, Job
-from toolchain.pruning.costs import TOKENS, Encoder, LatencyTable, latency_table
+from toolchain.pruning.costs import TOKENS, EncoderSizes, LatencyTable, latency_table
 from toolchain.pruning.selection import Price
 from toolchain.pruning.subject import Subject, subject
 from toolchain.variants import Prune
@@ -55,7 +55,7 @@ def price_of(
     if cost == "latency":
         table = latency_table(given.model, cache, progress)
         return table.price, table
-    encoder = Encoder.of(given.model)
+    encoder = EncoderSizes.of(given.model)
     return (lambda kind, count: count * encoder.unit(kind)), None
 
 
@@ -80,7 +80,7 @@ def _same_again(model: PreTrainedModel, job: Job, given: Subject) -> None:
 
 def _facts(step: Prune, before: PreTrainedModel, after: PreTrainedModel, table: LatencyTable | None) -> dict[str, Any]:
     """What the ratio came to: what is left of every layer, parameters, multiply-accumulates, predicted speed-up."""
-    old, new = Encoder.of(before), Encoder.of(after)
+    old, new = EncoderSizes.of(before), EncoderSizes.of(after)
     if table:
         predicted, by = table.sentence_ms(old.shapes) / table.sentence_ms(new.shapes), "latency table"
     else:
