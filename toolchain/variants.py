@@ -52,12 +52,16 @@ class Prune:
 
 @dataclass(frozen=True)
 class Recover:
-    """A pruned model trained for `epochs` to answer as the unpruned one does; `train` as for `Prune`."""
+    """A pruned model trained for `epochs` to answer as the unpruned one does; `train` as for `Prune`.
+
+    `masked` is the share of tokens hidden from both.
+    """
 
     epochs: int
     train: str = ""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     batch_size: int = 32
+    masked: float = 0.15
     seed: int = 20
 
 

@@ -1,0 +1,148 @@
+"""Accuracy against the share of parameters removed, for every way of pruning and for training after it.
+
+    python benchmarks/pruning.py [--model reference] [--exported exported] [--save-as NAME]
+
+Prunes the model at each of `RATIOS` by every method, and by `fisher` without the fit that follows it; at `RECOVERED`
+the artifacts of `toolchain prune --recover 1` are built and measured too. Accuracy is that of the PyTorch models on the
+whole validation set. Writes NAME.json and NAME.svg to benchmarks/studies/ and prints the table.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+
+from toolchain import hardware, inputs, pruning
+from toolchain.backends.batches import Batch, batches
+from toolchain.backends.layout import keep
+from toolchain.backends.pytorch import load_model
+from toolchain.pipeline import Workspace, ensure
+from toolchain.pruning.costs import EncoderSizes
+from toolchain.pruning.selection import select
+from toolchain.pruning.subject import Subject, subject
+from toolchain.report.progress import bar, say
+from toolchain.steps.prune import price_of
+from toolchain.training import accuracy
+from toolchain.variants import Prune, Recover
+
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.72, 0.85, 0.9)
+RECOVERED = (0.5, 0.72, 0.85)
+FISHER, NOT_FITTED, RECOVERY = "fisher", "fisher, not fitted", "fisher, 1 epoch"
+METHODS = (FISHER, NOT_FITTED, "magnitude", "mask")
+STUDIES = Path(__file__).parent / "studies"
+
+
+def pruned(given: Subject, method: str, ratio: float) -> Any:
+    """The model at `ratio`, in memory."""
+    if method == "mask":
+        return pruning.mask(given.model, ratio)
+    price, _ = price_of(given, "parameters", None, lambda done, total, what: None)
+    if method != NOT_FITTED:
+        return pruning.prune(given, ratio, method, price, lambda layer: None)
+    model = copy.deepcopy(given.model)
+    for index, kept in enumerate(select(given.importances("fisher"), ratio, EncoderSizes.of(model), price)):
+        keep(model, index, kept.heads, kept.neurons)
+    return model
+
+
+def measure(model: Any, validation: list[Batch], method: str, ratio: float, seconds: float, dense: int) -> dict:
+    """One row: `removed` is the share of the encoder's linear parameters that is really gone."""
+    right = round(accuracy(model.eval(), validation) * sum(len(part.rows) for part in validation))
+    removed = 1 - EncoderSizes.of(model).parameters / dense
+    return {"method": method, "ratio": ratio, "removed": round(removed, 4), "right": right, "seconds": round(seconds)}
+
+
+def study(workspace: Workspace, progress: Callable[[int, int, str], None]) -> dict[str, Any]:
+    """Everything that is measured, as it is stored."""
+    root = ensure(workspace, ["torch-fp32"], {}, say)["torch-fp32"]
+    step = Prune(RATIOS[0])
+    given = subject(root, workspace.train, step.sentences, step.seed)
+    data = inputs.load(None, root.manifest.labels)
+    validation = batches(given.encoder.encode(data.texts), data.labels, given.encoder, 64)
+    dense = EncoderSizes.of(given.model).parameters
+    rows = [measure(given.model, validation, "unpruned", 0.0, 0, dense)]
+    given.importances("fisher")  # once for all ratios: not part of any one's seconds
+    for number, (method, ratio) in enumerate((m, r) for m in METHODS for r in RATIOS):
+        progress(number, len(METHODS) * len(RATIOS), f"{method} at {ratio:.0%}")
+        started = time.monotonic()
+        model = pruned(given, method, ratio)
+        rows.append(measure(model, validation, method, ratio, time.monotonic() - started, dense))
+    for ratio in RECOVERED:
+        name = f"torch-pruned{round(100 * ratio)}"
+        asked = {name: Prune(ratio), f"{name}-r1": Recover(1)}
+        artifact = ensure(workspace, [f"{name}-r1"], asked, say, bar)[f"{name}-r1"]
+        seconds = artifact.manifest.facts["recovery"]["seconds"]
+        rows.append(measure(load_model(artifact.path), validation, RECOVERY, ratio, seconds, dense))
+    return {
+        "schema": 1,
+        "model": {"name": workspace.model, "artifact": root.manifest.id},
+        "data": {"name": data.name, "sentences": len(data.labels), "sha256": data.sha256},
+        "machine": hardware.machine(),
+        "versions": hardware.versions(),
+        "seed": step.seed,
+        "rows": rows,
+    }
+
+
+def table(body: dict[str, Any]) -> Table:
+    """A line for each ratio, a column for each method: accuracy, and points against the unpruned model."""
+    total, unpruned = body["data"]["sentences"], body["rows"][0]["right"]
+    shown = Table(title=f"unpruned {unpruned / total:.2%} of {total} sentences", title_justify="left")
+    columns = (*METHODS, RECOVERY)
+    for column in ("removed", *columns):
+        shown.add_column(column, justify="right")
+    found = {(row["method"], row["ratio"]): row["right"] for row in body["rows"]}
+    for ratio in sorted({ratio for _, ratio in found if ratio}):
+        cells = [found.get((method, ratio)) for method in columns]
+        texts = ["" if n is None else f"{n / total:.2%} ({100 * (n - unpruned) / total:+.2f})" for n in cells]
+        shown.add_row(f"{ratio:.0%}", *texts)
+    return shown
+
+
+def plot(body: dict[str, Any], path: Path) -> None:
+    """Accuracy over ratio, a line for each method; the band is the unpruned model's 95 % Wilson interval."""
+    import matplotlib as mpl
+    from matplotlib import pyplot
+
+    total, unpruned = body["data"]["sentences"], body["rows"][0]["right"]
+    mpl.rcParams.update({"svg.hashsalt": "pruning", "svg.fonttype": "none", "font.family": "sans-serif"})
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    sure = stats.binomtest(unpruned, total).proportion_ci(method="wilson")
+    axes.axhspan(100 * sure.low, 100 * sure.high, color="0.92", label="unpruned, 95 % interval")
+    axes.axhline(100 * unpruned / total, color="0.6", linewidth=1)
+    for method, style in zip((*METHODS, RECOVERY), ("o-", "o:", "s--", "x-", "*"), strict=True):
+        rows = [row for row in body["rows"] if row["method"] == method]
+        accuracies = [100 * row["right"] / total for row in rows]
+        axes.plot([100 * row["ratio"] for row in rows], accuracies, style, label=method, markersize=6)
+    axes.set_xlabel("ratio: % of the encoder's linear parameters removed (mask: zeroed, none removed)")
+    axes.set_ylabel(f"accuracy on {total} sentences, %")
+    axes.legend(loc="lower left", frameon=False)
+    axes.grid(axis="y", color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Date": None})
+
+
+@click.command()
+@click.option("--model", default="reference", show_default=True)
+@click.option("--exported", type=click.Path(path_type=Path), default=Path("exported"), show_default=True)
+@click.option("--save-as", default="pruning-reference", show_default=True)
+def main(model: str, exported: Path, save_as: str) -> None:
+    """Measures, saves, draws, prints."""
+    with bar("pruning") as progress:
+        body = study(Workspace.open(model, exported), progress)
+    (STUDIES / f"{save_as}.json").write_text(json.dumps(body, indent=1) + "\n")
+    plot(body, STUDIES / f"{save_as}.svg")
+    Console().print(table(body))
+
+
+if __name__ == "__main__":
+    main()
