@@ -10,6 +10,7 @@ whole validation set. Writes NAME.json and NAME.svg to benchmarks/studies/ and p
 from __future__ import annotations
 
 import copy
+import io
 import json
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
@@ -93,19 +95,21 @@ def study(workspace: Workspace, progress: Callable[[int, int, str], None]) -> di
     }
 
 
-def table(body: dict[str, Any]) -> Table:
+def table(body: dict[str, Any]) -> str:
     """A line for each ratio, a column for each method: accuracy, and points against the unpruned model."""
     total, unpruned = body["data"]["sentences"], body["rows"][0]["right"]
-    shown = Table(title=f"unpruned {unpruned / total:.2%} of {total} sentences", title_justify="left")
+    shown = Table(title=f"unpruned: {unpruned / total:.2%} of {total} sentences", title_justify="left", box=box.SIMPLE)
     columns = (*METHODS, RECOVERY)
-    for column in ("removed", *columns):
-        shown.add_column(column, justify="right")
+    for column in ("ratio", *columns):
+        shown.add_column(column, justify="right", no_wrap=True)
     found = {(row["method"], row["ratio"]): row["right"] for row in body["rows"]}
     for ratio in sorted({ratio for _, ratio in found if ratio}):
         cells = [found.get((method, ratio)) for method in columns]
         texts = ["" if n is None else f"{n / total:.2%} ({100 * (n - unpruned) / total:+.2f})" for n in cells]
         shown.add_row(f"{ratio:.0%}", *texts)
-    return shown
+    out = io.StringIO()
+    Console(file=out, width=120).print(shown)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
 def plot(body: dict[str, Any], path: Path) -> None:
@@ -141,7 +145,7 @@ def main(model: str, exported: Path, save_as: str) -> None:
         body = study(Workspace.open(model, exported), progress)
     (STUDIES / f"{save_as}.json").write_text(json.dumps(body, indent=1) + "\n")
     plot(body, STUDIES / f"{save_as}.svg")
-    Console().print(table(body))
+    click.echo(table(body))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,7 @@ from toolchain.steps.compare import compare
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 BENCH = ROOT / "benchmarks" / "results" / "reference-epyc-2cores.json"
-PEERS = ROOT / "benchmarks" / "studies" / "peers-reference.json"
+STUDIES = ROOT / "benchmarks" / "studies"
 EXPORT_LOG = ROOT / "benchmarks" / "reports" / "make-export.txt"
 
 
@@ -29,6 +30,7 @@ def parts() -> dict[str, str]:
         "make export": _text(EXPORT_LOG.read_text()),
         "make bench": _bench(),
         "peers": _peers(),
+        "pruning": _pruning(),
         "commands": _commands(),
     }
 
@@ -44,9 +46,9 @@ def _bench() -> str:
     return _text("\n".join(line.rstrip() for line in out.getvalue().splitlines()))
 
 
-def peers_script() -> ModuleType:
-    """benchmarks/peers.py, which is no package."""
-    spec = importlib.util.spec_from_file_location("peers", ROOT / "benchmarks" / "peers.py")
+def script(name: str) -> ModuleType:
+    """A script of benchmarks/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -55,7 +57,11 @@ def peers_script() -> ModuleType:
 
 
 def _peers() -> str:
-    return _text("\n".join(peers_script().summary(ResultFile.read(PEERS))))
+    return _text("\n".join(script("peers").summary(ResultFile.read(STUDIES / "peers-reference.json"))))
+
+
+def _pruning() -> str:
+    return _text(script("pruning").table(json.loads((STUDIES / "pruning-reference.json").read_text())))
 
 
 def _commands() -> str:

@@ -8,12 +8,15 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from toolchain import training
 from toolchain.errors import DataError
 from toolchain.inputs import Encoder
 from toolchain.pipeline import Workspace, ensure
 from toolchain.pruning.subject import subject
+from toolchain.steps.recover import _augmented, _mask_token
 from toolchain.training import Examples, Recipe, train
 from toolchain.variants import Prune, Recover
 
@@ -149,6 +152,45 @@ def test_every_row_comes_once_an_epoch_and_epochs_differ(task):
     assert first == training._order(rows, RECIPE, 0)
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 99), min_size=2, max_size=20), min_size=1, max_size=9), st.floats(0, 1))
+def test_rows_come_as_they_are_and_again_in_masked_pairs(ids, share):
+    rows = Examples(ids, list(range(len(ids))))
+    more = _augmented(rows, -1, share, 20, 24)
+    assert more.ids[: len(ids)] == ids
+    assert more.labels == [*rows.labels, *range(1, len(ids), 2)]
+    assert len(more.ids) == len(more.labels)
+    for number, pair in enumerate(more.ids[len(ids) :]):
+        one, other = ids[2 * number], ids[2 * number + 1]
+        whole = [*one[:-1], *other[1:]]
+        whole = [*whole[:-1][:23], whole[-1]]
+        assert len(pair) == len(whole) <= 24
+        assert (pair[0], pair[-1]) == (one[0], other[-1])
+        assert all(new in (old, -1) for old, new in zip(whole, pair, strict=True))
+    assert more == _augmented(rows, -1, share, 20, 24)
+
+
+def test_the_share_of_masked_tokens_is_the_one_asked_for():
+    more = _augmented(Examples([[5] * 102] * 100, [0] * 100), -1, 0.15, 20, 512)
+    assert 0.14 < sum(row.count(-1) for row in more.ids) / 10_000 < 0.16
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ('{"mask_token": "[MASK]"}', 103),
+        ('{"mask_token": {"content": "[MASK]"}}', 103),
+        ('{"mask_token": null}', None),
+        ('{"mask_token": "<none of its tokens>"}', None),
+        (None, None),
+    ],
+)
+def test_a_tokenizer_without_a_mask_masks_nothing(task, tmp_path, config, found):
+    if config:
+        (tmp_path / "tokenizer_config.json").write_text(config)
+    assert _mask_token(tmp_path, task[3]) == found
+
+
 def test_a_killed_recovery_is_taken_up_and_cleans_up(tiny, task, tmp_path):
     """The command line, killed by the system in the middle of training."""
     file = task[4]
@@ -174,6 +216,7 @@ def test_a_killed_recovery_is_taken_up_and_cleans_up(tiny, task, tmp_path):
     said = []
     built = ensure(workspace, asked, asked, said.append)["torch-pruned50-r3"]
     assert not resume.exists()
+    assert built.manifest.facts["recovery"]["masked"] == 0.2
     assert built.manifest.facts["recovery"]["teacher"] == tiny.load("torch-fp32").manifest.id
     assert built.manifest.facts["pruning"] == tiny.load("torch-pruned50").manifest.facts["pruning"]
     assert any("accuracy on" in line and "held-out rows" in line for line in said)

@@ -54,14 +54,14 @@ class Prune:
 class Recover:
     """A pruned model trained for `epochs` to answer as the unpruned one does; `train` as for `Prune`.
 
-    `masked` is the share of tokens hidden from both.
+    `masked` is the share of tokens that are hidden in the pairs of rows it learns from beside the rows themselves.
     """
 
     epochs: int
     train: str = ""
-    learning_rate: float = 1e-4
-    batch_size: int = 32
-    masked: float = 0.15
+    learning_rate: float = 2e-4
+    batch_size: int = 64
+    masked: float = 0.2
     seed: int = 20
 
 
