@@ -31,7 +31,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) -e ".[cpu,test]"
+	$(PIP) -e ".[cpu,bnb,test]"
 	@touch $@
 
 export: install ## build fp32, int8 and pruned variants (MODEL=hub id or folder, PRUNE= for none pruned)

@@ -25,15 +25,17 @@ os.environ["PYTHONPATH"] = str(TESTS)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def make_checkpoint(folder: Path, labels: Sequence[str] = ("NEGATIVE", "POSITIVE"), seed: int = 1) -> Path:
+def make_checkpoint(
+    folder: Path, labels: Sequence[str] = ("NEGATIVE", "POSITIVE"), seed: int = 1, width: int = 32
+) -> Path:
     """A random DistilBERT classifier of two narrow layers with the reference's tokenizer."""
     import torch
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
     torch.manual_seed(seed)
     config = DistilBertConfig(
-        dim=32,
-        hidden_dim=64,
+        dim=width,
+        hidden_dim=2 * width,
         n_layers=2,
         n_heads=4,
         initializer_range=0.3,

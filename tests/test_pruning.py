@@ -105,7 +105,7 @@ def test_what_is_cut_is_what_a_gate_of_zero_would_silence(built_tiny, tmp_path, 
     assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in model.parameters())
     # and it reloads
     cut.config.save_pretrained(tmp_path)
-    save_weights(cut, tmp_path)
+    save_weights(cut.state_dict(), tmp_path)
     layout.write_shapes(cut, tmp_path)
     assert torch.equal(logits(load_model(tmp_path)), logits(cut))
 
@@ -482,11 +482,8 @@ def test_pruning_from_the_command_line(tiny, sentences, tmp_path):
 def test_a_stored_model_that_answers_otherwise_is_an_error(tiny, sentences, monkeypatch):
     from toolchain.steps import prune
 
-    def lossy(model, folder):
-        with torch.no_grad():
-            stored = copy.deepcopy(model)
-            stored.classifier.bias += 1
-        save_weights(stored, folder)
+    def lossy(tensors, folder):
+        save_weights({**tensors, "classifier.bias": tensors["classifier.bias"] + 1}, folder)
 
     monkeypatch.setattr(prune, "save_weights", lossy)
     workspace = Workspace(tiny.exported, tiny.model, tiny.source, sentences)

@@ -11,7 +11,7 @@ from typing import Any
 
 import toolchain
 from toolchain import artifacts, checkpoints, hardware, inputs, variants
-from toolchain.errors import BenchError, DataError, PruningError, ResultFileError, ToolchainError
+from toolchain.errors import BenchError, DataError, ProviderError, PruningError, ResultFileError, ToolchainError
 from toolchain.inputs import Data
 from toolchain.measurements import Measurement, ResultFile
 from toolchain.pipeline import Say, Workspace, ensure, plan
@@ -96,8 +96,8 @@ def _cell(workspace: Workspace, name: str, provider: str, asked: bool, say: Say)
         return replace(cell, status="unavailable", reason=no_cuda[0], mend=no_cuda[1])
     try:
         return replace(cell, artifact=ensure(workspace, [name], {}, _only_news(say))[name])
-    except (DataError, PruningError) as error:
-        # A default cell that this model does not have: nobody asked for it by name.
+    except (DataError, ProviderError, PruningError) as error:
+        # A default cell that this model or machine does not have: nobody asked for it by name.
         return replace(cell, status="failed" if asked else "unavailable", reason=error.cause, mend=error.mend)
     except ToolchainError as error:
         return replace(cell, status="failed", reason=error.cause, mend=error.mend)

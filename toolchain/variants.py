@@ -17,10 +17,16 @@ from typing import Any
 
 from toolchain.errors import ArtifactError, UnknownVariantError
 
-RUNTIMES = ("torch", "onnx")
-SCHEMES = ("fp32", "int8")
+RUNTIMES = ("torch", "bnb", "onnx")
+SCHEMES = ("fp32", "bf16", "fp16", "int8", "nf4", "fp4")
 PROVIDERS = ("cpu", "cuda")
 METHODS = ("fisher", "magnitude", "mask")
+# Backend → the schemes it quantises to, the first by default, each with the tag of the variant's name.
+QUANTIZED = {
+    "ort": {"dynamic": "int8"},
+    "torch": {"int8": "int8", "bf16": "bf16", "fp16": "fp16"},
+    "bnb": {"int8": "int8", "nf4": "nf4", "fp4": "fp4"},
+}
 
 # Rewrites `Optimize` applies by default, in order; each is a file of `passes/`.
 CPU_PASSES = ("fuse", "residual-sum", "first-token")
@@ -82,7 +88,12 @@ class Optimize:
 
 @dataclass(frozen=True)
 class Quantize:
-    """Fewer bits: ``dynamic`` is U8 activations, scaled at run time, × S8 weights, scaled per channel."""
+    """Fewer bits, by `backend` and its `scheme`.
+
+    ``ort`` ``dynamic`` is U8 activations, scaled at run time, × S8 weights, scaled per channel; ``torch`` ``int8`` the
+    same in PyTorch, ``bf16`` and ``fp16`` half precision; ``bnb`` is bitsandbytes: ``int8`` LLM.int8(), ``nf4`` and
+    ``fp4`` 4-bit blocks.
+    """
 
     backend: str = "ort"
     scheme: str = "dynamic"
@@ -243,7 +254,12 @@ def _derived(name: VariantName) -> Variant | None:
             parent, step = other(recovered=0), Recover(name.recovered)
         else:
             parent, step = VariantName("torch"), Prune(name.pruned / 100, name.method)
-    elif name.runtime == "onnx" and name.scheme != "fp32" and not name.std:
+    elif name.runtime == "torch" and name.scheme in QUANTIZED["torch"] and not name.std:
+        parent, step = other(scheme="fp32"), Quantize("torch", name.scheme)
+        providers = ("cpu",) if name.scheme == "int8" else PROVIDERS
+    elif name.runtime == "bnb" and name.scheme in QUANTIZED["bnb"] and not (name.std or name.pruned):
+        parent, step = VariantName("torch"), Quantize("bnb", name.scheme)
+    elif name.runtime == "onnx" and name.scheme == "int8" and not name.std:
         parent, step, providers = other(scheme="fp32"), Quantize(), ("cpu",)
     elif name.runtime == "onnx" and name.scheme == "fp32" and name.std:
         parent, step, providers = other(runtime="torch", std=False), Export(), ("cpu",)
@@ -271,7 +287,9 @@ def child(parent: str, step: Step) -> Variant:
         Recover: lambda s: dataclasses.replace(of, recovered=s.epochs),
         Export: lambda s: dataclasses.replace(of, runtime="onnx", std=True),
         Optimize: lambda s: dataclasses.replace(of, std=False),
-        Quantize: lambda s: dataclasses.replace(of, scheme="int8"),
+        Quantize: lambda s: dataclasses.replace(
+            of, runtime=_RUNTIME[s.backend], scheme=QUANTIZED[s.backend].get(s.scheme, "")
+        ),
     }[type(step)](step)
     variant = _derived(name)
     if variant is None or variant.parent != parent or not isinstance(variant.step, type(step)):
@@ -281,10 +299,12 @@ def child(parent: str, step: Step) -> Variant:
     return variant
 
 
+_RUNTIME = {"ort": "onnx", "torch": "torch", "bnb": "bnb"}
 _TAKES = {
     Prune: "torch-fp32: what is pruned already is pruned further from there, at a higher ratio",
     Recover: "a pruned PyTorch variant such as torch-pruned50",
     Export: "a PyTorch variant such as torch-fp32",
     Optimize: "an exported graph such as onnx-std",
-    Quantize: "an optimised graph such as onnx-fp32 or onnx-pruned50",
+    Quantize: "with --backend ort an optimised graph such as onnx-fp32 or onnx-pruned50, with torch an fp32 PyTorch "
+    "variant such as torch-fp32 or torch-pruned50, with bnb torch-fp32",
 }

@@ -20,9 +20,13 @@ class Backend:
     imports: tuple[str, ...]
 
 
+_TORCH = ("torch", "transformers.models.auto.modeling_auto")
 # By the runtime tag of a variant's name; imported when needed.
 BACKENDS = {
-    "torch": Backend("toolchain.backends.pytorch:TorchSession", ("torch", "transformers.models.auto.modeling_auto")),
+    "torch": Backend("toolchain.backends.pytorch:TorchSession", _TORCH),
+    "bnb": Backend(
+        "toolchain.backends.bnb:BnbSession", ("torch", "transformers.models.auto.modeling_auto", "bitsandbytes")
+    ),
     "onnx": Backend("toolchain.backends.ort:OrtSession", ("onnxruntime",)),
 }
 

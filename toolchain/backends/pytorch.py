@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.backends import layout
+from toolchain.backends import layout, reduced
 from toolchain.checkpoints import WEIGHTS
 from toolchain.errors import ArtifactError, CheckpointError, ProviderError
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from transformers import PreTrainedModel
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """The sequence classifier in `folder`, in fp32 and eval mode; `CheckpointError` where weights do not fit."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    shapes = layout.read_shapes(folder)
+    """The sequence classifier in `folder`, in eval mode, in fp32 or as it was quantised; `CheckpointError` where the
+    weights do not fit."""
+    quiet()
+    shapes, precision = layout.read_shapes(folder), reduced.Precision.read(folder)
     try:
-        model, missing = _pruned(folder, shapes) if shapes is not None else _dense(folder)
+        model, missing = _assembled(folder, shapes, precision) if shapes or precision else _dense(folder)
     except CheckpointError:
         raise
     except Exception as error:  # a config can make transformers fail in any way
@@ -57,7 +56,9 @@ def _dense(folder: Path) -> tuple[PreTrainedModel, list[str]]:
     return loaded[0], sorted(loaded[1]["missing_keys"])
 
 
-def _pruned(folder: Path, shapes: Sequence[layout.LayerShape]) -> tuple[PreTrainedModel, list[str]]:
+def _assembled(
+    folder: Path, shapes: Sequence[layout.LayerShape] | None, precision: reduced.Precision | None
+) -> tuple[PreTrainedModel, list[str]]:
     """A model of the config's shape, each layer cut to its own, and then its weights: every one of them, no other."""
     import torch
     from safetensors.torch import load_file
@@ -65,29 +66,34 @@ def _pruned(folder: Path, shapes: Sequence[layout.LayerShape]) -> tuple[PreTrain
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-    layout.reshape(model, shapes)
-    model.load_state_dict(load_file(folder / WEIGHTS))
+    if shapes is not None:
+        layout.reshape(model, shapes)
+    if precision:
+        reduced.restore(model, load_file(folder / WEIGHTS), precision)
+    else:
+        model.load_state_dict(load_file(folder / WEIGHTS))
     return model, []
 
 
-def save_weights(model: PreTrainedModel, folder: Path) -> None:
-    """All that is stored of the model, as one safetensors file; `ArtifactError` where it cannot be written."""
+def save_weights(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """The tensors as one safetensors file; `ArtifactError` where it cannot be written."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     try:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"}
+        )
     except SafetensorError as error:  # so it names a full disk
         mend = "Free the space, or choose another place with --exported DIR."
         raise ArtifactError(f"{folder} cannot be written: {error}.", mend) from error
 
 
-def describe(model: PreTrainedModel) -> dict[str, Any]:
-    """The facts of a PyTorch variant: architecture, parameters, bytes by dtype and by part."""
+def describe(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The facts of a PyTorch variant: architecture, parameters, bytes of its stored `tensors` by dtype and by part."""
     base = model.base_model_prefix
     by_part, by_dtype = {"embeddings": 0, "encoder": 0, "head": 0}, Counter[str]()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         inside = name.startswith(f"{base}.")
         part = ("embeddings" if ".embeddings." in name else "encoder") if inside else "head"
         size = tensor.numel() * tensor.element_size()
@@ -101,23 +107,55 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+def check_stored(model: PreTrainedModel, folder: Path, names: Sequence[str]) -> None:
+    """Raises `ArtifactError` unless what lies in `folder` gives the same logits as `model` to the bit."""
+    import torch
+
+    ids = torch.tensor([[(7 * token) % model.config.vocab_size for token in range(25)]])
+    filled = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch = {name: filled.get(name, torch.zeros_like(ids)) for name in names}
+    stored = load_model(folder)
+    with torch.inference_mode():
+        if not torch.equal(stored(**batch).logits, model.eval()(**batch).logits):
+            raise ArtifactError("The model does not answer as before once it is stored and loaded.")
+
+
+def device(provider: str) -> torch.device:
+    """The device of a provider; `ProviderError` where there is none."""
+    import torch
+
+    if provider == "cuda" and not torch.cuda.is_available():
+        cuda = torch.version.cuda
+        built = f"built for CUDA {cuda} and finds no device" if cuda else "a CPU build"
+        raise ProviderError(f"PyTorch {torch.__version__} is {built}.", "Install a CUDA build that fits the driver.")
+    return torch.device(provider)
+
+
+def quiet() -> None:
+    """Keeps transformers' bars and warnings out of what a command prints."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 class TorchSession:
     """A `Session` on PyTorch."""
 
     def __init__(self, folder: Path, provider: str, threads: int) -> None:
         import torch
 
-        if provider == "cuda" and not torch.cuda.is_available():
-            cuda = torch.version.cuda
-            built = f"built for CUDA {cuda} and finds no device" if cuda else "a CPU build"
-            raise ProviderError(
-                f"PyTorch {torch.__version__} is {built}.", "Install a CUDA build that fits the driver."
-            )
+        self._device = device(provider)
         torch.set_num_threads(threads)
-        self._device = torch.device(provider)
-        self._model = load_model(folder)
-        self._model.to(provider)  # type: ignore[arg-type]
+        self._model = self._load(folder)
         self._threads = threads
+        self._folder = folder
+
+    def _load(self, folder: Path) -> PreTrainedModel:
+        """The model, on the session's device."""
+        model = load_model(folder)
+        model.to(self._device)  # type: ignore[arg-type]
+        return model
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         """See `Session.run`."""
@@ -129,11 +167,17 @@ class TorchSession:
         return logits
 
     def facts(self) -> dict[str, Any]:
-        """Device, attention implementation, threads, parameters."""
+        """Device, attention implementation, threads, precision, and whose int8 kernels run."""
+        import torch
+
+        precision = reduced.Precision.read(self._folder)
+        scheme = precision.scheme if precision else "fp32"
         return {
             "provider": next(self._model.parameters()).device.type,
             "attention": self._model.config._attn_implementation,
             "threads": self._threads,
+            "precision": scheme,
+            **({"engine": torch.backends.quantized.engine} if scheme == "int8" else {}),
         }
 
     def close(self) -> None:

@@ -64,7 +64,7 @@ def import_checkpoint(job: Job) -> Built:
         outputs=(TensorSpec("logits", "float32", ("batch_size", len(labels))),),
         labels=labels,
         max_length=_max_length(model, tokenizer),
-        facts=describe(model),
+        facts=describe(model, model.state_dict()),
     )
 
 

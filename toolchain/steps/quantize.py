@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from toolchain.artifacts import copy_companions
+from toolchain.backends import bnb, reduced
+from toolchain.backends.pytorch import check_stored, describe, load_model, save_weights
+from toolchain.checkpoints import WEIGHTS
 from toolchain.errors import GraphError
 from toolchain.jobs import Built, Job
 from toolchain.passes.apply import rewrite_into
@@ -9,18 +13,49 @@ from toolchain.variants import Quantize
 
 VERSION = 1
 
-# (backend, scheme) → the passes that make it, and the one that must have found something.
-SCHEMES = {("ort", "dynamic"): (("quantize-linear", "quantize-embedding"), "quantize-linear")}
+# The passes of ONNX Runtime's dynamic int8, and the one that must have found something.
+PASSES, NEEDED = ("quantize-linear", "quantize-embedding"), "quantize-linear"
 
 
 def quantize(job: Job) -> Built:
-    """Applies the passes of the step's scheme; raises `GraphError` where the graph has nothing to quantise."""
-    assert isinstance(job.step, Quantize)
-    passes, needed = SCHEMES[job.step.backend, job.step.scheme]
-    built = rewrite_into(job, passes)
-    if not built.facts["rewrites"][needed]:
+    """Quantises the parent by the step's backend and scheme.
+
+    Raises `GraphError` where there is nothing to quantise, `ArtifactError` where what was stored does not answer as
+    what was quantised.
+    """
+    step = job.step
+    assert isinstance(step, Quantize)
+    return {"ort": _ort, "torch": _torch, "bnb": _bnb}[step.backend](job, step.scheme)
+
+
+def _ort(job: Job, scheme: str) -> Built:
+    built = rewrite_into(job, PASSES)
+    if not built.facts["rewrites"][NEEDED]:
         raise GraphError(
             f"{job.given.manifest.variant} has no linear layer left to quantise.",
             "Quantise the variant it was made from.",
         )
     return built
+
+
+def _torch(job: Job, scheme: str) -> Built:
+    model = load_model(job.given.path)
+    made, precision = reduced.reduce(model, scheme)
+    tensors = reduced.tensors_of(made, precision)
+    copy_companions(job.given, job.folder)
+    save_weights(tensors, job.folder)
+    precision.write(job.folder)
+    check_stored(made, job.folder, [spec.name for spec in job.given.manifest.inputs])
+    return Built.like(job, describe(model, tensors))
+
+
+def _bnb(job: Job, scheme: str) -> Built:
+    from safetensors.torch import load_file
+
+    copy_companions(job.given, job.folder)
+    model = bnb.quantized(job.given.path, scheme)
+    # Before the first answer: bitsandbytes rearranges 4-bit weights then, and stores them wrong.
+    model.save_pretrained(job.folder, max_shard_size="100GB")
+    facts = describe(model, load_file(job.folder / WEIGHTS))
+    del facts["parameters"]  # packed: two or four in one
+    return Built.like(job, facts)

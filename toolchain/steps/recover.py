@@ -47,9 +47,9 @@ def recover(job: Job) -> Built:
     judged = _examples(data, held_out, encoder)
     history = train((model, teacher), (rows, judged), encoder, recipe, (job.resume, key), job.progress)
     copy_companions(job.given, job.folder)
-    save_weights(model, job.folder)
+    save_weights(model.state_dict(), job.folder)
     recovery = {**history, "masked": step.masked if mask is not None else 0.0, "teacher": job.root.manifest.id}
-    return Built.like(job, {**describe(model), "recovery": recovery})
+    return Built.like(job, {**describe(model, model.state_dict()), "recovery": recovery})
 
 
 def _examples(data: Data, rows: list[int], encoder: inputs.Encoder) -> Examples:
