@@ -179,7 +179,8 @@ def test_committed_result_files_can_be_read():
     from conftest import TESTS
 
     files = list((TESTS.parent / "benchmarks" / "results").glob("*.json"))
-    files += (TESTS.parent / "benchmarks" / "studies").glob("*.json")
+    studies = (TESTS.parent / "benchmarks" / "studies").glob("*.json")
+    files += [file for file in studies if not file.name.startswith("pruning-")]  # that one has no cells
     assert files
     for file in files:
         assert ResultFile.read(file).rows

@@ -305,6 +305,6 @@ _TAKES = {
     Recover: "a pruned PyTorch variant such as torch-pruned50",
     Export: "a PyTorch variant such as torch-fp32",
     Optimize: "an exported graph such as onnx-std",
-    Quantize: "with --backend ort an optimised graph such as onnx-fp32 or onnx-pruned50, with torch an fp32 PyTorch "
-    "variant such as torch-fp32 or torch-pruned50, with bnb torch-fp32",
+    Quantize: "an optimised graph such as onnx-fp32 or onnx-pruned50 (--backend ort), an fp32 PyTorch variant such as "
+    "torch-pruned50 (torch), or torch-fp32 (bnb)",
 }

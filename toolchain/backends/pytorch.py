@@ -23,7 +23,7 @@ def load_model(folder: Path) -> PreTrainedModel:
     quiet()
     shapes, precision = layout.read_shapes(folder), reduced.Precision.read(folder)
     try:
-        model, missing = _assembled(folder, shapes, precision) if shapes or precision else _dense(folder)
+        model, missing = _dense(folder) if shapes is None and not precision else _assembled(folder, shapes, precision)
     except CheckpointError:
         raise
     except Exception as error:  # a config can make transformers fail in any way
