@@ -13,7 +13,6 @@ import copy
 import io
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ def measure(model: Any, validation: list[Batch], method: str, ratio: float, seco
     return {"method": method, "ratio": ratio, "removed": round(removed, 4), "right": right, "seconds": round(seconds)}
 
 
-def study(workspace: Workspace, progress: Callable[[int, int, str], None]) -> dict[str, Any]:
+def study(workspace: Workspace) -> dict[str, Any]:
     """Everything that is measured, as it is stored."""
     root = ensure(workspace, ["torch-fp32"], {}, say)["torch-fp32"]
     step = Prune(RATIOS[0])
@@ -73,11 +72,12 @@ def study(workspace: Workspace, progress: Callable[[int, int, str], None]) -> di
     dense = EncoderSizes.of(given.model).parameters
     rows = [measure(given.model, validation, "unpruned", 0.0, 0, dense)]
     given.importances("fisher")  # once for all ratios: not part of any one's seconds
-    for number, (method, ratio) in enumerate((m, r) for m in METHODS for r in RATIOS):
-        progress(number, len(METHODS) * len(RATIOS), f"{method} at {ratio:.0%}")
-        started = time.monotonic()
-        model = pruned(given, method, ratio)
-        rows.append(measure(model, validation, method, ratio, time.monotonic() - started, dense))
+    with bar("pruning") as progress:  # closed before a recovery shows its own
+        for number, (method, ratio) in enumerate((m, r) for m in METHODS for r in RATIOS):
+            progress(number, len(METHODS) * len(RATIOS), f"{method} at {ratio:.0%}")
+            started = time.monotonic()
+            model = pruned(given, method, ratio)
+            rows.append(measure(model, validation, method, ratio, time.monotonic() - started, dense))
     for ratio in RECOVERED:
         name = f"torch-pruned{round(100 * ratio)}"
         asked = {name: Prune(ratio), f"{name}-r1": Recover(1)}
@@ -141,8 +141,7 @@ def plot(body: dict[str, Any], path: Path) -> None:
 @click.option("--save-as", default="pruning-reference", show_default=True)
 def main(model: str, exported: Path, save_as: str) -> None:
     """Measures, saves, draws, prints."""
-    with bar("pruning") as progress:
-        body = study(Workspace.open(model, exported), progress)
+    body = study(Workspace.open(model, exported))
     (STUDIES / f"{save_as}.json").write_text(json.dumps(body, indent=1) + "\n")
     plot(body, STUDIES / f"{save_as}.svg")
     click.echo(table(body))

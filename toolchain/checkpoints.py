@@ -33,6 +33,7 @@ TOKENIZER_FILES = (
 )
 # Beside the config of a pruned model: heads and FFN neurons of each layer.
 SHAPES = "layer_shapes.json"
+# Beside the config of a quantised PyTorch model: how its weights are held.
 PRECISION = "precision.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 

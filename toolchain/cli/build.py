@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from toolchain.cli.options import F, dry_run_option, model_options, open_workspace, training_options
+from toolchain.cli.options import dry_run_option, model_options, open_workspace, training_options
 from toolchain.variants import QUANTIZED
 
 if TYPE_CHECKING:
@@ -34,13 +33,6 @@ def _build(workspace: Workspace, asked: dict[str, Step], dry_run: bool) -> None:
         click.echo(built[name].path)
 
 
-def from_option(default: str, text: str) -> Callable[[F], F]:
-    """--from, the variants a command makes something of."""
-    return click.option(
-        "--from", "parents", multiple=True, default=[default], show_default=True, metavar="VARIANT", help=text
-    )
-
-
 @click.command()
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--opset", type=click.IntRange(17, 20), default=18, show_default=True, help="ONNX operator set.")
@@ -52,7 +44,15 @@ def from_option(default: str, text: str) -> Callable[[F], F]:
     show_default=True,
     help="Rewrite the graph for this execution provider as well.",
 )
-@from_option("torch-fp32", "The PyTorch variant that is exported; may repeat.")
+@click.option(
+    "--from",
+    "parents",
+    multiple=True,
+    default=["torch-fp32"],
+    show_default=True,
+    metavar="VARIANT",
+    help="The PyTorch variant that is exported; may repeat.",
+)
 @dry_run_option
 @model_options
 def export(

@@ -20,7 +20,7 @@ VERSION = 3
 
 
 def recover(job: Job) -> Built:
-    """Distils the model's own unpruned self into the parent, on all rows but those held out.
+    """Distils the model's own unpruned self into the parent, on all rows but those held out and on pairs of them.
 
     The embeddings stay as they are. What is needed to go on after a kill lies in the job's `resume` folder until the
     artifact is published. Raises `DataError` for training data that cannot be used.
