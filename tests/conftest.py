@@ -26,9 +26,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def make_checkpoint(
-    folder: Path, labels: Sequence[str] = ("NEGATIVE", "POSITIVE"), seed: int = 1, width: int = 32
+    folder: Path,
+    labels: Sequence[str] = ("NEGATIVE", "POSITIVE"),
+    seed: int = 1,
+    width: int = 32,
+    leaning: float = 0.0,
 ) -> Path:
-    """A random DistilBERT classifier of two narrow layers with the reference's tokenizer."""
+    """A random DistilBERT classifier of two narrow layers with the reference's tokenizer; `leaning` towards the last
+    label makes its answers decided, which fewer bits then leave as they are."""
     import torch
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
@@ -42,7 +47,10 @@ def make_checkpoint(
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
     )
-    DistilBertForSequenceClassification(config).save_pretrained(folder)
+    model = DistilBertForSequenceClassification(config)
+    with torch.no_grad():
+        model.classifier.bias[-1] += leaning
+    model.save_pretrained(folder)
     for name in checkpoints.TOKENIZER_FILES:
         if (checkpoints.REFERENCE / name).is_file():
             shutil.copyfile(checkpoints.REFERENCE / name, folder / name)

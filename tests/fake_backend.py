@@ -6,22 +6,24 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from toolchain.errors import ProviderError
+from toolchain.backends import Place
+from toolchain.errors import DeviceMemoryError, ProviderError
 
 
 class FakeSession:
     """Answers 1 for an even sum of ids; `behaviour.json` beside it holds what else it does."""
 
-    def __init__(self, folder: Path, provider: str, threads: int) -> None:
+    def __init__(self, folder: Path, place: Place) -> None:
         self._does = json.loads((folder / "behaviour.json").read_text())
         self._runs = 0
         self._kept: list[bytes] = []
-        self._threads = threads
+        self._place = place
         if self._does.get("refuse"):
             raise ProviderError(self._does["refuse"], "Use another one.")
         print("a library that prints to standard output must not break the line to the parent")
@@ -37,6 +39,8 @@ class FakeSession:
                 os.kill(os.getpid(), getattr(signal, does["signal"]))
             if "hang" in does:
                 time.sleep(does["hang"])
+            if "ask_for" in does:
+                raise DeviceMemoryError.asked(does["ask_for"])
             if "raise" in does:
                 raise RuntimeError(does["raise"])
         if "leak" in does:
@@ -48,13 +52,19 @@ class FakeSession:
         even = batch["input_ids"].sum(axis=1) % 2 == 0
         return np.stack([~even, even], axis=1).astype(np.float32)
 
+    def resident(self, batch: dict[str, np.ndarray]) -> Callable[[], object]:
+        until_s = self._does.get("resident_us", 100) / 1e6
+        return lambda: time.sleep(until_s)
+
     def facts(self) -> dict[str, Any]:
         return {
             "provider": "fake",
-            "threads": self._threads,
+            "threads": self._place.threads,
             "omp": os.environ.get("OMP_NUM_THREADS"),
             "hub": os.environ.get("HF_HUB_OFFLINE"),
             "pid": os.getpid(),
+            "device_id": self._place.device_id,
+            "device_order": os.environ.get("CUDA_DEVICE_ORDER"),
         }
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from toolchain import backends, inputs, runs
-from toolchain.backends import Backend
+from toolchain.backends import Backend, Place
 from toolchain.errors import BenchError
 from toolchain.inputs import Data, Encoder
 from toolchain.steps import bench as bench_module
@@ -200,7 +200,7 @@ def test_an_interrupt_leaves_no_process_behind(fake, data, encoder, monkeypatch)
 def test_the_working_directory_cannot_stand_in_for_a_library(fake, tmp_path, monkeypatch):
     (tmp_path / "psutil.py").write_text("raise SystemExit('hijacked')")
     monkeypatch.chdir(tmp_path)
-    worker = Worker("fake_backend:FakeSession", fake("a").path, "cpu", 1)
+    worker = Worker("fake_backend:FakeSession", fake("a").path, Place("cpu", 1))
     try:
         assert worker.load(60)["facts"]["provider"] == "fake"
     finally:
@@ -225,13 +225,17 @@ def test_the_real_chain_on_the_tiny_checkpoint(built_tiny):
 def test_cells_are_planned_from_the_table():
     assert runs.planned((), ()) == [
         ("torch-fp32", "cpu"),
+        ("torch-bf16", "cpu"),
+        ("torch-int8", "cpu"),
         *((f"torch-pruned{ratio}", "cpu") for ratio in (30, 40, 50)),
+        *((f"torch-pruned{ratio}-int8", "cpu") for ratio in (30, 40, 50)),
+        ("bnb-int8", "cpu"),
+        ("bnb-nf4", "cpu"),
         ("onnx-std", "cpu"),
         ("onnx-fp32", "cpu"),
         ("onnx-int8", "cpu"),
         *((f"onnx-pruned{ratio}-int8", "cpu") for ratio in (30, 40, 50)),
-        ("torch-fp32", "cuda"),
-        ("onnx-fp32", "cuda"),
+        *((name, "cuda") for name in ("torch-fp32", "torch-fp16", "bnb-int8", "bnb-nf4", "onnx-fp32", "onnx-fp16")),
     ]
     assert runs.planned(("onnx-fp32",), ("cuda",)) == [("onnx-fp32", "cuda")]
     with pytest.raises(BenchError, match=r"onnx-int8 is not measured on cuda. It is measured on cpu"):

@@ -16,7 +16,8 @@ CORE = ["variants", "artifacts", "checkpoints", "measurements", "inputs", "hardw
 LAYERS = [
     ["errors"],
     CORE,
-    ["passes", "backends", "worker"],
+    ["passes", "backends", "gpu_memory"],
+    ["worker"],
     ["training"],
     ["pruning"],
     ["steps"],

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from toolchain import hardware, pruning
-from toolchain.backends import layout, open_session
+from toolchain.backends import Place, layout, open_session
 from toolchain.backends.layout import LayerShape
 from toolchain.backends.pytorch import load_model, save_weights
 from toolchain.cli import main
@@ -320,8 +320,9 @@ def test_its_initialisers_are_smaller(pruned):
 
 def test_a_new_process_gives_the_same_logits(pruned, tmp_path):
     code = (
-        "import sys, json; from pathlib import Path; from toolchain.backends import open_session; import numpy as np\n"
-        "s = open_session(Path(sys.argv[1]), 'torch', 'cpu', 1)\n"
+        "import sys, json; from pathlib import Path; import numpy as np\n"
+        "from toolchain.backends import Place, open_session\n"
+        "s = open_session(Path(sys.argv[1]), 'torch', Place('cpu', 1))\n"
         "b = {'input_ids': np.array([[101, 2023, 102]]), 'attention_mask': np.ones((1, 3), np.int64)}\n"
         "print(json.dumps(s.run(b).tolist()))"
     )
@@ -331,7 +332,7 @@ def test_a_new_process_gives_the_same_logits(pruned, tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", code, str(pruned.path("torch-pruned50"))], capture_output=True, text=True, check=True
     )
-    here = open_session(pruned.path("onnx-pruned50"), "onnx", "cpu", 1).run(pad([[101, 2023, 102]], NAMES, 0))
+    here = open_session(pruned.path("onnx-pruned50"), "onnx", Place("cpu", 1)).run(pad([[101, 2023, 102]], NAMES, 0))
     assert np.abs(np.array(json.loads(run.stdout)) - here).max() < 1e-4
 
 

@@ -43,8 +43,9 @@ def clone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clone")
     for name in ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt"):
         shutil.copy2(ROOT / name, folder / name)  # with its time: make compares it with the installation's
+    shutil.copytree(ROOT / "benchmarks" / "results", folder / "benchmarks" / "results", ignore=lambda *_: {"local"})
     (folder / ".venv").symlink_to(sys.prefix)
-    make_checkpoint(folder / "my-checkpoint")
+    make_checkpoint(folder / "my-checkpoint", width=64, leaning=30)
     rows = "".join(f"a film of {i} words,{i % 2}\n" for i in range(30))
     (folder / "reviews.csv").write_text("review,label\n" + rows)
     return folder

@@ -10,8 +10,7 @@ import torch
 from conftest import make_checkpoint
 from safetensors.torch import load_file, save_file
 
-from toolchain import backends
-from toolchain.backends import bnb, pytorch, reduced
+from toolchain.backends import Place, bnb, open_session, pytorch, reduced
 from toolchain.cli import main
 from toolchain.errors import ArtifactError, CheckpointError, ProviderError, UnknownVariantError
 from toolchain.inputs import TrainingSource
@@ -39,7 +38,7 @@ def built(tmp_path_factory):
 
 def answer(workspace, name):
     runtime = name.partition("-")[0]
-    session = backends.open_session(workspace.path(name), runtime, "cpu", 1)
+    session = open_session(workspace.path(name), runtime, Place("cpu", 1))
     found = session.run(BATCH)
     session.close()
     return found
@@ -48,9 +47,9 @@ def answer(workspace, name):
 @pytest.mark.parametrize("name", [*TORCH, *BNB, "torch-pruned50-int8"])
 def test_a_new_process_gives_the_same_logits_to_the_bit(built, name):
     code = (
-        "import sys, json, numpy as np; from pathlib import Path; from toolchain.backends import open_session; "
+        "import sys, json, numpy as np; from pathlib import Path; from toolchain.backends import Place, open_session; "
         "batch = {k: np.array(v) for k, v in json.loads(sys.argv[3]).items()}; "
-        "print(open_session(Path(sys.argv[1]), sys.argv[2], 'cpu', 1).run(batch).tobytes().hex())"
+        "print(open_session(Path(sys.argv[1]), sys.argv[2], Place('cpu', 1)).run(batch).tobytes().hex())"
     )
     given = json.dumps({key: value.tolist() for key, value in BATCH.items()})
     command = [sys.executable, "-c", code, str(built.path(name)), name.partition("-")[0], given]
@@ -78,10 +77,10 @@ def test_int8_holds_integers_and_no_pickle(built):
 
 
 def test_a_session_says_in_what_it_computes(built):
-    session = backends.open_session(built.path("torch-int8"), "torch", "cpu", 1)
+    session = open_session(built.path("torch-int8"), "torch", Place("cpu", 1))
     assert session.facts()["precision"] == "int8"
     assert session.facts()["engine"] in torch.backends.quantized.supported_engines
-    session = backends.open_session(built.path("bnb-nf4"), "bnb", "cpu", 1)
+    session = open_session(built.path("bnb-nf4"), "bnb", Place("cpu", 1))
     assert session.facts()["note"] == "memory, not speed"
 
 
@@ -151,7 +150,7 @@ def test_a_scheme_of_another_backend_is_a_usage_error(tiny, capsys):
 def test_without_bitsandbytes_the_mend_is_named(built, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ProviderError, match="bitsandbytes cannot be used"):
-        backends.open_session(built.path("bnb-nf4"), "bnb", "cpu", 1)
+        open_session(built.path("bnb-nf4"), "bnb", Place("cpu", 1))
 
 
 def test_a_gpu_too_old_for_int8_is_named(built, monkeypatch):
@@ -159,8 +158,18 @@ def test_a_gpu_too_old_for_int8_is_named(built, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (6, 1))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "GTX 1050 Ti")
     with pytest.raises(ProviderError, match=r"GTX 1050 Ti.*7\.5"):
-        bnb.BnbSession(built.path("bnb-int8"), "cuda", 1)
+        bnb.BnbSession(built.path("bnb-int8"), Place("cuda", 1))
     assert bnb.compute_dtype(torch.device("cuda")) == torch.float16
+
+
+def test_a_gpu_that_bitsandbytes_was_not_built_for_is_named(built, monkeypatch):
+    from bitsandbytes import cextension
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(cextension, "lib", cextension.ErrorHandlerMockBNBNativeLibrary("no binary"))
+    with pytest.raises(ProviderError, match="bitsandbytes has no kernels for CUDA"):
+        bnb.BnbSession(built.path("bnb-nf4"), Place("cuda", 1))
 
 
 def test_a_stored_model_that_answers_otherwise_is_an_error(built, tmp_path, monkeypatch):
@@ -174,3 +183,10 @@ def test_a_stored_model_that_answers_otherwise_is_an_error(built, tmp_path, monk
     with pytest.raises(ArtifactError, match="does not answer as before"):
         ensure(workspace, ["torch-bf16"], {}, lambda line: None)
     assert not workspace.path("torch-bf16").exists()
+
+
+def test_layers_that_are_no_whole_blocks_are_refused_before_anything_is_packed(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "narrow", width=32)
+    with pytest.raises(ProviderError, match="blocks of 64, and the model has layers of width 32"):
+        bnb.quantized(checkpoint, "nf4")
+    assert bnb.quantized(checkpoint, "int8") is not None

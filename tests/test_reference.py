@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from toolchain import inputs
-from toolchain.backends import open_session
+from toolchain.backends import Place, open_session
 from toolchain.inputs import Encoder, pad
 
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ def answers(reference):
     ids = encoder.encode(data.texts)
     found = {}
     for variant in ("torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"):
-        session = open_session(reference.path(variant), variant.partition("-")[0], "cpu", 2)
+        session = open_session(reference.path(variant), variant.partition("-")[0], Place("cpu", 2))
         found[variant] = np.concatenate([session.run(pad([row], names, encoder.pad_id)) for row in ids])
     return found, np.array(data.labels)
 

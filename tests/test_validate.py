@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from toolchain.backends import open_session
+from toolchain.backends import Place, open_session
 from toolchain.inputs import Encoder, embedded
 from toolchain.steps.validate import LENGTHS, grid, sentence, validate
 
@@ -17,7 +17,7 @@ def encoder(built_tiny):
 
 @pytest.fixture(scope="module")
 def truth(built_tiny):
-    return open_session(built_tiny.path("torch-fp32"), "torch", "cpu", 2)
+    return open_session(built_tiny.path("torch-fp32"), "torch", Place("cpu", 2))
 
 
 class Wrong:
@@ -44,7 +44,9 @@ def test_the_grid_is_what_it_says(encoder):
 
 
 def test_a_faithful_session_passes(encoder, truth, built_tiny):
-    report = validate(open_session(built_tiny.path("onnx-fp32"), "onnx", "cpu", 2), truth, encoder, SENTENCES, "exact")
+    report = validate(
+        open_session(built_tiny.path("onnx-fp32"), "onnx", Place("cpu", 2)), truth, encoder, SENTENCES, "exact"
+    )
     assert report["passed"]
     assert 0 < report["largest_delta"] < 1e-4
     assert report["flips"] == 0

@@ -10,6 +10,7 @@ ToolchainError                exit 1: a sentence with the cause, a sentence with
 ├── PruningError              a model that cannot be pruned so, or so far
 ├── GraphError                an ONNX file that is none, or a rewrite that does not apply to it
 ├── ProviderError             an execution provider that cannot serve here, or did not
+├── DeviceMemoryError         a device without room for the model or a batch
 ├── BenchError                nothing could be measured
 ├── ResultFileError           a result file that cannot be read or written
 └── VerdictError              exit 3: everything ran, and the answer is no
@@ -66,6 +67,18 @@ class GraphError(ToolchainError):
 
 class ProviderError(ToolchainError):
     """An execution provider that is not there, or a session that runs on another one than asked."""
+
+
+class DeviceMemoryError(ToolchainError):
+    """A device without room for what was asked of it."""
+
+    @classmethod
+    def asked(cls, size_bytes: int) -> DeviceMemoryError:
+        """For an allocation of so many bytes."""
+        return cls(
+            f"The device has no room for the {size_bytes / 2**20:,.0f} MiB it was asked for.",
+            "Free the device, measure fewer variants at once with --variant, or take a smaller model.",
+        )
 
 
 class BenchError(ToolchainError):

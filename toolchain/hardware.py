@@ -113,12 +113,15 @@ def machine() -> dict[str, Any]:
     return {"id": digest, **hard, "driver": driver, "versions": versions()}
 
 
-def missing_cuda() -> tuple[str, str] | None:
-    """Why CUDA cannot be used here, as (reason, mend); None where an NVIDIA GPU answers."""
+def missing_cuda(device_id: int = 0) -> tuple[str, str] | None:
+    """Why that GPU cannot be used here, as (reason, mend); None where it answers."""
     devices, _ = gpus()
-    if devices:
-        return None
-    return (
-        "No NVIDIA GPU answers on this machine.",
-        "Run the same command on a machine with one and its driver; `toolchain doctor` shows what is found.",
-    )
+    if not devices:
+        return (
+            "No NVIDIA GPU answers on this machine.",
+            "Run the same command on a machine with one and its driver; `toolchain doctor` shows what is found.",
+        )
+    if device_id >= len(devices):
+        listed = ", ".join(f"{index} {gpu['name']}" for index, gpu in enumerate(devices))
+        return f"There is no GPU {device_id} on this machine.", f"Pass one of these as --device-id: {listed}."
+    return None

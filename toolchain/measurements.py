@@ -96,8 +96,9 @@ class Accuracy:
 class Measurement:
     """One row: a variant on a provider, or why it could not be measured.
 
-    `latency` is batch 1, one sentence at its own length; `batches` are of many sentences sorted by length. A row of
-    status ``reported`` has no samples but the figures somebody else published, in `latency_ms` and `throughput_per_s`.
+    `latency` is batch 1, one sentence at its own length; `resident` the same on a GPU without the copies to and from
+    it; `batches` are of many sentences sorted by length. A row of status ``reported`` has no samples but the figures
+    somebody else published, in `latency_ms` and `throughput_per_s`.
     """
 
     model: str
@@ -110,12 +111,14 @@ class Measurement:
     accuracy: Accuracy | None = None
     accuracy_batched: Accuracy | None = None
     latency_ms: Mapping[str, float] = field(default_factory=dict)
+    resident_ms: Mapping[str, float] = field(default_factory=dict)
     throughput_per_s: float | None = None
     memory_bytes: Mapping[str, Any] = field(default_factory=dict)
     size_bytes: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     latency: Samples | None = None
     batches: Samples | None = None
+    resident: Samples | None = None
     predictions: tuple[int, ...] = ()
 
     @property
@@ -128,13 +131,15 @@ class Measurement:
         row: dict[str, Any] = {"cell": self.cell}
         for name in ("model", "variant", "provider", "artifact_id", "status"):
             row[name] = getattr(self, name)
-        for name in ("reason", "mend", "latency_ms", "throughput_per_s", "memory_bytes", "size_bytes", "facts"):
+        figures = ("latency_ms", "resident_ms", "throughput_per_s", "memory_bytes", "size_bytes")
+        for name in ("reason", "mend", *figures, "facts"):
             if value := getattr(self, name):
                 row[name] = value
         for name in ("accuracy", "accuracy_batched"):
             if score := getattr(self, name):
                 row[name] = {"value": round(score.value, 6), **vars(score)}
-        row["samples"] = {name: _samples_json(s) for name in ("latency", "batches") if (s := getattr(self, name))}
+        kept = ("latency", "resident", "batches")
+        row["samples"] = {name: _samples_json(s) for name in kept if (s := getattr(self, name))}
         if self.predictions:
             row["predictions"] = list(self.predictions)
         return row
@@ -173,20 +178,25 @@ def _check(row: Measurement) -> None:
     """A time is a positive whole number, an accuracy a share, and every figure follows from the samples."""
     if row.status == "ok" and not (row.latency and row.batches and row.accuracy and row.artifact_id):
         raise ValueError(f"{row.cell} is said to be measured and lacks samples, accuracy or artifact")
-    for figures in (row.latency_ms, row.memory_bytes, row.size_bytes):
+    gpu = row.memory_bytes.get("gpu", {})
+    for figures in (row.latency_ms, row.resident_ms, row.memory_bytes, gpu, row.size_bytes):
         for name, value in figures.items():
             if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{row.cell}: {name} is {value}")
     if not isinstance(row.model, str) or not isinstance(row.memory_bytes.get("peak", 0), int):
         raise ValueError(f"{row.cell}: a field has a value of another kind")
-    for samples in (row.latency, row.batches):
+    for samples in (row.latency, row.resident, row.batches):
         if samples and not all(isinstance(v, int) and v > 0 for v in samples.values()):
             raise ValueError(f"{row.cell} has a time that is not a positive whole number of microseconds")
     for score in (row.accuracy, row.accuracy_batched):
         if score and not 0 <= score.correct <= score.count:
             raise ValueError(f"{row.cell} has {score.correct} right answers of {score.count}")
-    if row.latency and row.latency.milliseconds() != dict(row.latency_ms):
-        raise ValueError(f"{row.cell}: latency_ms does not follow from its samples")
+    for name, samples, figures in (
+        ("latency_ms", row.latency, row.latency_ms),
+        ("resident_ms", row.resident, row.resident_ms),
+    ):
+        if samples and samples.milliseconds() != dict(figures):
+            raise ValueError(f"{row.cell}: {name} does not follow from its samples")
     if row.batches and row.batches.per_second() != row.throughput_per_s:
         raise ValueError(f"{row.cell}: throughput_per_s does not follow from its samples")
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from toolchain import artifacts, checkpoints, hardware, inputs, variants
 from toolchain.artifacts import Artifact, Manifest
-from toolchain.backends import open_session
+from toolchain.backends import Place, open_session
 from toolchain.errors import ArtifactError, DataError, TamperedError, UnknownVariantError, VerdictError
 from toolchain.inputs import TrainingSource
 from toolchain.jobs import Built, Job, Progress
@@ -303,10 +303,10 @@ def validate_variant(workspace: Workspace, name: str, say: Say) -> dict[str, Any
 def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, checkpoint: Path | None) -> dict[str, Any]:
     """Against the nearest PyTorch ancestor; the import itself against the checkpoint it was made from."""
     reference = checkpoint or _torch_ancestor(workspace, variant)
-    manifest, threads = artifact.manifest, hardware.cores()
+    manifest, place = artifact.manifest, Place("cpu", hardware.cores())
     encoder = inputs.Encoder.open(artifact.path, [spec.name for spec in manifest.inputs], manifest.max_length)
-    contender = open_session(artifact.path, variant.runtime, "cpu", threads)
-    original = open_session(reference, "torch", "cpu", threads)
+    contender = open_session(artifact.path, variant.runtime, place)
+    original = open_session(reference, "torch", place)
     try:
         sentences = inputs.embedded().sample(SENTENCES, SEED)
         return validate(contender, original, encoder, sentences, variant.agreement)

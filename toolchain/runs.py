@@ -33,27 +33,33 @@ class Request:
     label_column: str = "label"
 
 
-def planned(names: Sequence[str], providers: Sequence[str]) -> list[tuple[str, str]]:
+def planned(names: Sequence[str], providers: Sequence[str], allow_fallback: bool = False) -> list[tuple[str, str]]:
     """The (variant, provider) pairs asked for; `BenchError` for a pair that cannot exist or a request for none.
 
-    Without names, the default cells of the providers.
+    Without names, the default cells of the providers. ONNX Runtime falls back to the CPU for what another provider has
+    no kernel for: with `allow_fallback`, a provider that was named takes every ONNX variant.
     """
     wanted = tuple(provider for provider in variants.PROVIDERS if provider in (providers or variants.PROVIDERS))
     if not names:
         return [(name, provider) for provider in wanted for name in variants.DEFAULT_CELLS[provider]]
-    chosen = [variants.get(name) for name in dict.fromkeys(names)]
-    for variant in chosen:
-        if not set(variant.providers) & set(wanted):
-            where = " and ".join(variant.providers)
-            raise BenchError(f"{variant.name} is not measured on {', '.join(wanted)}.", f"It is measured on {where}.")
-    return [(variant.name, provider) for provider in wanted for variant in chosen if provider in variant.providers]
+    pairs = []
+    for variant in [variants.get(name) for name in dict.fromkeys(names)]:
+        serve = set(variant.providers)
+        if allow_fallback and variant.runtime == "onnx":
+            serve |= set(providers)
+        if not serve & set(wanted):
+            where, named = " and ".join(variant.providers), ", ".join(wanted)
+            fallback = " With --allow-fallback it is measured as it falls back." if variant.runtime == "onnx" else ""
+            raise BenchError(f"{variant.name} is not measured on {named}.", f"It is measured on {where}.{fallback}")
+        pairs += [(variant.name, provider) for provider in wanted if provider in serve]
+    return sorted(pairs, key=lambda pair: wanted.index(pair[1]))
 
 
 def outlook(workspace: Workspace, request: Request) -> list[tuple[str, str, str]]:
     """For a dry run: (variant, provider, what stands between it and its measurement), in order."""
-    no_cuda = hardware.missing_cuda()
+    no_cuda = hardware.missing_cuda(request.protocol.device_id)
     rows = []
-    for name, provider in planned(request.names, request.providers):
+    for name, provider in planned(request.names, request.providers, request.protocol.allow_fallback):
         if provider == "cuda" and no_cuda:
             rows.append((name, provider, f"unavailable: {no_cuda[0]}"))
             continue
@@ -67,10 +73,10 @@ def measure(workspace: Workspace, request: Request, say: Say, progress: Progress
 
     Raises `DataError` before anything is measured, and what the import raises, since nothing goes without it.
     """
-    pairs = planned(request.names, request.providers)
+    pairs = planned(request.names, request.providers, request.protocol.allow_fallback)
     root = ensure(workspace, [checkpoints.ROOT_VARIANT], {}, say)[checkpoints.ROOT_VARIANT].manifest
     data = inputs.load(request.data, root.labels, request.text_column, request.label_column)
-    cells = [_cell(workspace, name, provider, bool(request.names), say) for name, provider in pairs]
+    cells = [_cell(workspace, name, provider, request, say) for name, provider in pairs]
     names = [spec.name for spec in root.inputs]
     encoder = inputs.Encoder.open(workspace.path(checkpoints.ROOT_VARIANT), names, root.max_length)
     rows, how = bench(cells, data, encoder, request.protocol, progress)
@@ -89,16 +95,16 @@ def result_of(rows: Sequence[Measurement], how: Mapping[str, Any], data: Data, m
     )
 
 
-def _cell(workspace: Workspace, name: str, provider: str, asked: bool, say: Say) -> Cell:
+def _cell(workspace: Workspace, name: str, provider: str, request: Request, say: Say) -> Cell:
     cell = Cell(workspace.model, name, variants.get(name).runtime, provider, None)
-    no_cuda = hardware.missing_cuda() if provider == "cuda" else None
+    no_cuda = hardware.missing_cuda(request.protocol.device_id) if provider == "cuda" else None
     if no_cuda:
         return replace(cell, status="unavailable", reason=no_cuda[0], mend=no_cuda[1])
     try:
         return replace(cell, artifact=ensure(workspace, [name], {}, _only_news(say))[name])
     except (DataError, ProviderError, PruningError) as error:
         # A default cell that this model or machine does not have: nobody asked for it by name.
-        return replace(cell, status="failed" if asked else "unavailable", reason=error.cause, mend=error.mend)
+        return replace(cell, status="failed" if request.names else "unavailable", reason=error.cause, mend=error.mend)
     except ToolchainError as error:
         return replace(cell, status="failed", reason=error.cause, mend=error.mend)
 

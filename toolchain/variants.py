@@ -28,8 +28,9 @@ QUANTIZED = {
     "bnb": {"int8": "int8", "nf4": "nf4", "fp4": "fp4"},
 }
 
-# Rewrites `Optimize` applies by default, in order; each is a file of `passes/`.
+# Rewrites `Optimize` applies by default, in order.
 CPU_PASSES = ("fuse", "residual-sum", "first-token")
+CUDA_PASSES = ("fuse-cuda", "half")
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,11 @@ class Optimize:
 
     provider: str = "cpu"
     passes: tuple[str, ...] = CPU_PASSES
+
+    @classmethod
+    def for_provider(cls, provider: str) -> Optimize:
+        """With the provider's own passes."""
+        return cls(provider, {"cpu": CPU_PASSES, "cuda": CUDA_PASSES}[provider])
 
 
 @dataclass(frozen=True)
@@ -214,13 +220,18 @@ _PRUNED = tuple(VariantName("torch", pruned=round(100 * ratio)) for ratio in DEF
 DEFAULT_CELLS: dict[str, tuple[str, ...]] = {
     "cpu": (
         "torch-fp32",
+        "torch-bf16",
+        "torch-int8",
         *map(str, _PRUNED),
+        *(str(dataclasses.replace(name, scheme="int8")) for name in _PRUNED),
+        "bnb-int8",
+        "bnb-nf4",
         "onnx-std",
         "onnx-fp32",
         "onnx-int8",
         *(str(dataclasses.replace(name, runtime="onnx", scheme="int8")) for name in _PRUNED),
     ),
-    "cuda": ("torch-fp32", "onnx-fp32"),
+    "cuda": ("torch-fp32", "torch-fp16", "bnb-int8", "bnb-nf4", "onnx-fp32", "onnx-fp16"),
 }
 
 
@@ -262,9 +273,11 @@ def _derived(name: VariantName) -> Variant | None:
     elif name.runtime == "onnx" and name.scheme == "int8" and not name.std:
         parent, step, providers = other(scheme="fp32"), Quantize(), ("cpu",)
     elif name.runtime == "onnx" and name.scheme == "fp32" and name.std:
-        parent, step, providers = other(runtime="torch", std=False), Export(), ("cpu",)
+        parent, step = other(runtime="torch", std=False), Export()
     elif name.runtime == "onnx" and name.scheme == "fp32":
-        parent, step = other(std=True), Optimize()
+        parent, step = other(std=True), Optimize.for_provider("cpu")
+    elif name.runtime == "onnx" and name.scheme == "fp16" and not name.std:
+        parent, step, providers = other(std=True, scheme="fp32"), Optimize.for_provider("cuda"), ("cuda",)
     else:
         return None
     return Variant(str(name), str(parent), step, providers)
@@ -286,7 +299,7 @@ def child(parent: str, step: Step) -> Variant:
         Prune: lambda s: dataclasses.replace(of, pruned=round(100 * s.ratio), method=s.method, recovered=0),
         Recover: lambda s: dataclasses.replace(of, recovered=s.epochs),
         Export: lambda s: dataclasses.replace(of, runtime="onnx", std=True),
-        Optimize: lambda s: dataclasses.replace(of, std=False),
+        Optimize: lambda s: dataclasses.replace(of, std=False, scheme="fp16" if s.provider == "cuda" else "fp32"),
         Quantize: lambda s: dataclasses.replace(
             of, runtime=_RUNTIME[s.backend], scheme=QUANTIZED[s.backend].get(s.scheme, "")
         ),

@@ -20,10 +20,12 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from toolchain import errors
+from toolchain import errors, gpu_memory
+from toolchain.backends import Place, session_class
 
 _TAIL = 400  # characters of standard error that a failed row quotes
 
@@ -31,7 +33,7 @@ _TAIL = 400  # characters of standard error that a failed row quotes
 class Worker:
     """The parent's end: a fresh process with one loaded session. Close it, or use it as a context."""
 
-    def __init__(self, session: str, folder: Path, provider: str, threads: int, imports: Sequence[str] = ()) -> None:
+    def __init__(self, session: str, folder: Path, place: Place, imports: Sequence[str] = ()) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the child
         self._replies: queue.Queue[str | None] = queue.Queue()
         # -P: a file of the working directory must not stand in for a library.
@@ -41,14 +43,13 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env={**os.environ, **_environment(threads)},
+            env={**os.environ, **_environment(place.threads)},
         )
         threading.Thread(target=self._listen, daemon=True).start()
         self._first = {
             "session": session,
             "folder": str(folder),
-            "provider": provider,
-            "threads": threads,
+            "place": asdict(place),
             "imports": list(imports),
         }
 
@@ -119,6 +120,7 @@ def _environment(threads: int) -> dict[str, str]:
         "OPENBLAS_NUM_THREADS": count,
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",  # a measured process asks nobody for anything
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # a GPU's number is the same for CUDA, NVML and nvidia-smi
     }
 
 
@@ -153,20 +155,19 @@ class _Child:
     """The child's end: one session and the sentences it is asked about."""
 
     def __init__(self, first: Mapping[str, Any]) -> None:
-        from toolchain.backends import session_class
-
+        self._place = Place(**first["place"])
         memory: dict[str, Any] = {"bare": _uss()}
         for module in first["imports"]:
             importlib.import_module(module)
         kind = session_class(first["session"])
         memory["imports"] = _uss()
+        self._gpu = gpu_memory.meter(self._place.device_id) if self._place.provider == "cuda" else None
         started = time.perf_counter()
-        self._session = kind(Path(first["folder"]), first["provider"], first["threads"])
-        self.ready = {
-            "load_s": round(time.perf_counter() - started, 4),
-            "facts": self._session.facts(),
-            "memory": {**memory, "load": _uss(), "method": _reset_peak()},
-        }
+        self._session = kind(Path(first["folder"]), self._place)
+        load_s = round(time.perf_counter() - started, 4)
+        memory |= {"load": _uss(), "method": _reset_peak()}
+        self._gpu_load = self._gpu.read() if self._gpu else 0
+        self.ready = {"load_s": load_s, "facts": self._session.facts(), "memory": memory}
         self._ids: list[list[int]] = []
         self._names: list[str] = []
         self._pad_id = 0
@@ -176,14 +177,16 @@ class _Child:
         self._ids, self._names, self._pad_id = ids, names, pad_id
         return {}
 
-    def run(self, batches: list[list[int]], warmup: int, repeat: int) -> dict[str, Any]:
-        """Runs the batches `repeat` times after `warmup` untimed ones: microseconds of each, and the answers."""
+    def run(self, batches: list[list[int]], warmup: int, repeat: int, resident: bool = False) -> dict[str, Any]:
+        """Runs the batches `repeat` times after `warmup` untimed ones: microseconds of each, and the answers; with
+        `resident`, also once each with batch and logits left on the device."""
         from toolchain.inputs import pad
 
         arrays = [pad([self._ids[i] for i in batch], self._names, self._pad_id) for batch in batches]
         for array in arrays[:warmup]:
             self._session.run(array)
         times: list[list[int]] = []
+        there: list[int] = []
         answers: list[list[int]] = []
         gc.collect()
         gc.disable()
@@ -193,17 +196,37 @@ class _Child:
                 for array in arrays:
                     started = time.perf_counter_ns()
                     logits = self._session.run(array)
-                    spent.append(max(1, round((time.perf_counter_ns() - started) / 1000)))
+                    spent.append(_since(started))
                     if turn == 0:
                         answers.append([int(i) for i in logits.argmax(axis=1)])
                 times.append(spent)
+            for array in arrays if resident else ():
+                answer = self._session.resident(array)
+                answer()
+                started = time.perf_counter_ns()
+                answer()
+                there.append(_since(started))
         finally:
             gc.enable()
-        return {"us": times, "answers": answers}
+        if self._gpu:
+            self._gpu.read()
+        return {"us": times, "resident_us": there, "answers": answers}
 
     def peak(self) -> dict[str, Any]:
-        """The peak since the session was loaded."""
-        return {"peak": _peak()}
+        """The peaks since the session was loaded: of the host's memory, and of the GPU's where there is one."""
+        found: dict[str, Any] = {"peak": _peak()}
+        if self._gpu:
+            self._gpu.read()
+            found["gpu"] = {"load": self._gpu_load, "peak": self._gpu.peak, "method": self._gpu.method}
+            allocated = gpu_memory.allocator_peak(self._place.device_id)
+            if allocated is not None:
+                found["gpu"]["allocator_peak"] = allocated
+        return found
+
+
+def _since(started_ns: int) -> int:
+    """Whole microseconds since then, at least one."""
+    return max(1, round((time.perf_counter_ns() - started_ns) / 1000))
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -31,17 +32,35 @@ BACKENDS = {
 }
 
 
-class Session(Protocol):
-    """A loaded model on one execution provider.
+@dataclass(frozen=True)
+class Place:
+    """Where a session runs: on an execution `provider` (``cpu`` or ``cuda``), with so many `threads` on the host.
 
-    Built as ``Class(folder, provider, threads)``; raises `ProviderError` where the provider cannot serve, and never
-    runs on another one than asked.
+    `device_id` is the GPU's number as `nvidia-smi` counts. With `allow_fallback`, what has no kernel on the provider
+    may run on the CPU; the session's facts say so then.
     """
 
-    def __init__(self, folder: Path, provider: str, threads: int) -> None: ...
+    provider: str = "cpu"
+    threads: int = 1
+    device_id: int = 0
+    allow_fallback: bool = False
+
+
+class Session(Protocol):
+    """A loaded model in one place.
+
+    Built as ``Class(folder, place)``; raises `ProviderError` where the provider cannot serve, and never runs on another
+    one than asked unless the place allows it. A device without room is a `DeviceMemoryError`, here and in `run`.
+    """
+
+    def __init__(self, folder: Path, place: Place) -> None: ...
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         """int64 arrays [batch, sequence] on the host → float32 logits [batch, labels] on the host."""
+
+    def resident(self, batch: dict[str, np.ndarray]) -> Callable[[], object]:
+        """`run` without its copies, to be called again and again: the batch lies on the device, the logits stay there,
+        and a call returns when they are computed."""
 
     def facts(self) -> dict[str, Any]:
         """The provider it really runs on, and what else a row should say about the session."""
@@ -57,6 +76,6 @@ def session_class(path: str) -> type[Session]:
     return found
 
 
-def open_session(folder: Path, runtime: str, provider: str, threads: int) -> Session:
-    """Loads the artifact in `folder` for `provider` (``cpu`` or ``cuda``) with that many threads."""
-    return session_class(BACKENDS[runtime].session)(folder, provider, threads)
+def open_session(folder: Path, runtime: str, place: Place) -> Session:
+    """Loads the artifact in `folder`, by the runtime tag of its variant's name."""
+    return session_class(BACKENDS[runtime].session)(folder, place)

@@ -16,16 +16,20 @@ if TYPE_CHECKING:
 
 INT8_CAPABILITY = (7, 5)  # LLM.int8() needs the integer tensor cores that came with Turing
 BF16_CAPABILITY = (8, 0)
+BLOCK = 64  # weights that share a scale
 
 
 def quantized(folder: Path, scheme: str) -> PreTrainedModel:
     """The fp32 model in `folder`, on the CPU, its encoder's linear layers in ``int8``, ``nf4`` or ``fp4``; the head
-    stays as it is. Raises `ProviderError` where bitsandbytes is missing."""
+    stays as it is. Raises `ProviderError` where bitsandbytes is missing or has no kernel for the model's widths."""
     import torch
     from transformers import BitsAndBytesConfig
 
     _need()
-    skipped = _head(folder)
+    outline = _outline(folder)
+    skipped = _head(outline)
+    if scheme != "int8":
+        _check_blocks(outline)
     if scheme == "int8":
         config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     else:
@@ -43,8 +47,6 @@ def load(folder: Path, where: torch.device, **more: Any) -> PreTrainedModel:
     from transformers import AutoModelForSequenceClassification
 
     quiet()
-    # A line for every product it casts, and one for a kernel that only a hub has.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     dtype = compute_dtype(where)
     try:
         model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
@@ -77,6 +79,8 @@ def compute_dtype(where: torch.device) -> torch.dtype:
 
 def _need() -> None:
     """Raises `ProviderError` where bitsandbytes cannot be imported."""
+    # A line for every product it casts, and one for a kernel that only a hub has.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401
     except Exception as error:  # a library for another machine fails while it is loaded
@@ -85,15 +89,41 @@ def _need() -> None:
         ) from error
 
 
-def _head(folder: Path) -> list[str]:
+def _head(model: PreTrainedModel) -> list[str]:
     """The names of the modules outside the encoder."""
+    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
+
+
+def _check_blocks(model: PreTrainedModel) -> None:
+    """Raises `ProviderError` for a layer whose rows are not whole blocks of 4-bit weights."""
+    import torch
+
+    encoder = model.get_submodule(model.base_model_prefix)
+    widths = {part.in_features for part in encoder.modules() if isinstance(part, torch.nn.Linear)}
+    if odd := sorted(width for width in widths if width % BLOCK):
+        raise ProviderError(
+            f"bitsandbytes packs 4-bit weights in blocks of {BLOCK}, and the model has layers of width "
+            f"{', '.join(map(str, odd))}.",
+            "Quantise to int8 instead.",
+        )
+
+
+def _outline(folder: Path) -> PreTrainedModel:
+    """The model of the config in `folder`, without weights."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config)
-    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+    return model
+
+
+def _has_kernels() -> bool:
+    """Whether bitsandbytes found its library for this CUDA; it stands a mock in its place and fails when asked."""
+    from bitsandbytes import cextension
+
+    return not isinstance(cextension.lib, cextension.ErrorHandlerMockBNBNativeLibrary)
 
 
 class BnbSession(TorchSession):
@@ -103,12 +133,18 @@ class BnbSession(TorchSession):
         import torch
 
         _need()
-        if self._device.type == "cuda" and torch.cuda.get_device_capability() < INT8_CAPABILITY and _int8(folder):
+        where = self._device
+        if where.type == "cuda" and torch.cuda.get_device_capability(where) < INT8_CAPABILITY and _int8(folder):
             raise ProviderError(
-                f"{torch.cuda.get_device_name()} lacks what LLM.int8() needs: compute capability 7.5.",
+                f"{torch.cuda.get_device_name(where)} lacks what LLM.int8() needs: compute capability 7.5.",
                 "Measure bnb-nf4 there.",
             )
-        return load(folder, self._device)
+        if where.type == "cuda" and not _has_kernels():
+            raise ProviderError(
+                f"bitsandbytes has no kernels for CUDA {torch.version.cuda} on this machine.",
+                "Install a release built for it; `python -m bitsandbytes` says what it looked for.",
+            )
+        return load(folder, where)
 
     def facts(self) -> dict[str, Any]:
         """As of PyTorch, with the type it computes in; on a CPU, what the row is good for."""

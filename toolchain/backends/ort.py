@@ -2,74 +2,170 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.errors import GraphError, ProviderError
+from toolchain.errors import DeviceMemoryError, GraphError, ProviderError
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from toolchain.backends import Place
+
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _SILENT = 3  # errors only: what ONNX Runtime warns of is checked here and raised
+# What works on shapes and masks, a few integers: ONNX Runtime itself keeps these on the CPU beside a CUDA graph.
+SHAPE_OPERATORS = {
+    *("Shape", "Size", "Gather", "Unsqueeze", "Squeeze", "Slice", "Concat", "Cast", "Range", "ConstantOfShape"),
+    *("Constant", "Equal", "Where", "Expand", "Reshape", "Add", "Sub", "Mul", "Div"),
+}
+_ROOM = re.compile(r"(?:requested buffer of size|Available memory of \d+ is smaller than requested bytes of) (\d+)")
 
 
 class OrtSession:
     """A `Session` on ONNX Runtime."""
 
-    def __init__(self, folder: Path, provider: str, threads: int) -> None:
+    def __init__(self, folder: Path, place: Place) -> None:
         import onnxruntime as ort
         from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-        wanted = PROVIDERS[provider]
+        wanted = PROVIDERS[place.provider]
         if wanted not in ort.get_available_providers():
             raise ProviderError(
                 f"This ONNX Runtime {ort.__version__} has no {wanted}.",
-                "Install the extra `gpu` in place of `cpu` (never both: they share one import folder).",
+                "Install onnxruntime-gpu in place of onnxruntime (never both: they share one import folder): "
+                "`make install RUNTIME=gpu`, or RUNTIME=cuda12 for an older GPU or driver.",
             )
+        self._place = place
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = place.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = _SILENT
+        # Which provider each node was given: recorded while the session is made, at no cost to its runs.
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        device: dict[str, str] = {}
+        if place.provider == "cuda":
+            device = {"device_id": str(place.device_id)}
+            if hasattr(ort, "preload_dlls"):
+                ort.preload_dlls()  # CUDA and cuDNN as pip installs them lie where no loader looks
         path = folder / "model.onnx"
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=[wanted])
-        except (
-            state.InvalidProtobuf,
-            state.InvalidGraph,
-            state.NoSuchFile,
-            state.Fail,
-            state.InvalidArgument,
-        ) as error:
-            raise GraphError(f"{path} is no model ONNX Runtime can load: {error}.", "Build it again.") from error
+            self._session = ort.InferenceSession(str(path), options, providers=[(wanted, device)])
         except state.NotImplemented as error:
             raise GraphError(
                 f"ONNX Runtime has no kernel for an operator of {path}: {error}.", "Build it again."
             ) from error
-        # A provider that cannot start is dropped with a log line, and the session runs on the CPU: never let that pass.
-        if self._session.get_providers()[0] != wanted:
-            got = ", ".join(self._session.get_providers())
+        except _failures() as error:
+            _check_room(error)
+            raise GraphError(f"{path} is no model ONNX Runtime can load: {error}.", "Build it again.") from error
+        self._output = self._session.get_outputs()[0].name
+        self._check_provider(wanted)
+
+    def _check_provider(self, wanted: str) -> None:
+        """Raises `ProviderError` where the session, or a part of it that counts, runs elsewhere than asked.
+
+        A provider that cannot start is dropped with a log line, and the session runs on the CPU; a node without a
+        kernel on the provider runs on the CPU without a word.
+        """
+        if self._place.allow_fallback:
+            return
+        got = self._session.get_providers()
+        if got[0] != wanted:
             raise ProviderError(
-                f"ONNX Runtime was asked for {wanted} and fell back to {got}.",
-                "Install the CUDA and cuDNN it was built for, or leave --provider cuda out.",
+                f"ONNX Runtime was asked for {wanted} and fell back to {', '.join(got)}.",
+                "Install the CUDA and cuDNN it was built for (`toolchain doctor` names the set), or leave "
+                "--provider cuda out.",
             )
-        self._threads = threads
+        away = {kind: count for kind, count in self._elsewhere(wanted).items() if kind not in SHAPE_OPERATORS}
+        if away:
+            what = ", ".join(f"{count} {kind}" for kind, count in sorted(away.items()))
+            raise ProviderError(
+                f"{wanted} has no kernel for {what}: ONNX Runtime would run them on the CPU and copy to and fro.",
+                "Measure onnx-fp16 there, or with --allow-fallback this one as it is.",
+            )
+
+    def _assigned(self) -> dict[str, Counter[str]]:
+        """Provider → operator type → nodes. Empty where this ONNX Runtime does not record it."""
+        found: dict[str, Counter[str]] = {}
+        if hasattr(self._session, "get_provider_graph_assignment_info"):
+            for part in self._session.get_provider_graph_assignment_info():
+                found.setdefault(part.ep_name, Counter()).update(node.op_type for node in part.get_nodes())
+        return found
+
+    def _elsewhere(self, wanted: str) -> Counter[str]:
+        return sum((kinds for name, kinds in self._assigned().items() if name != wanted), Counter())
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
-        """See `Session.run`."""
-        from onnxruntime.capi import onnxruntime_pybind11_state as state
-
+        """See `Session.run`. On a GPU through I/O binding, so that one copy goes each way."""
         try:
-            logits: np.ndarray = self._session.run(None, batch)[0]
-        except (state.RuntimeException, state.InvalidArgument, state.Fail) as error:
+            if self._place.provider == "cpu":
+                logits: np.ndarray = self._session.run(None, batch)[0]
+            else:
+                binding = self._bound(batch)
+                self._session.run_with_iobinding(binding)
+                logits = binding.copy_outputs_to_cpu()[0]
+        except _failures() as error:
+            _check_room(error)
             shape = " × ".join(map(str, batch["input_ids"].shape))
             raise GraphError(f"The graph fails on a batch of {shape} tokens: {error}.", "Build it again.") from error
         return logits
 
+    def resident(self, batch: dict[str, np.ndarray]) -> Callable[[], object]:
+        """See `Session.resident`."""
+        binding = self._bound(batch)
+
+        def answer() -> None:
+            self._session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+
+        return answer
+
+    def _bound(self, batch: dict[str, np.ndarray]) -> Any:
+        """An I/O binding with the batch on the session's device and the logits to be left there."""
+        import onnxruntime as ort
+
+        where = self._place.provider, self._place.device_id
+        binding = self._session.io_binding()
+        for name, array in batch.items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, *where))
+        binding.bind_output(self._output, *where)
+        return binding
+
     def facts(self) -> dict[str, Any]:
-        """Provider in use and threads."""
-        return {"provider": self._session.get_providers()[0], "threads": self._threads}
+        """Provider in use, threads, and how many nodes each provider was given; with a fallback, what it is."""
+        wanted, got = PROVIDERS[self._place.provider], self._session.get_providers()[0]
+        nodes = {name: kinds.total() for name, kinds in self._assigned().items()}
+        found = {"provider": got, "threads": self._place.threads, "nodes": nodes}
+        away = sum(count for kind, count in self._elsewhere(wanted).items() if kind not in SHAPE_OPERATORS)
+        if got != wanted:
+            found["fallback"] = f"runs on {got}, not on {wanted}"
+        elif away:
+            found["fallback"] = f"{away} of {sum(nodes.values())} nodes run on the CPU"
+        return found
 
     def close(self) -> None:
         """See `Session.close`."""
         del self._session
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises for a file, a batch or a device that does not do."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return (
+        state.InvalidProtobuf,
+        state.InvalidGraph,
+        state.NoSuchFile,
+        state.Fail,
+        state.InvalidArgument,
+        state.RuntimeException,
+    )
+
+
+def _check_room(error: Exception) -> None:
+    """Raises `DeviceMemoryError` where the failure is one of memory."""
+    if asked := _ROOM.search(str(error)):
+        raise DeviceMemoryError.asked(int(asked[1])) from error

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.backends import layout, reduced
 from toolchain.checkpoints import WEIGHTS
-from toolchain.errors import ArtifactError, CheckpointError, ProviderError
+from toolchain.errors import ArtifactError, CheckpointError, DeviceMemoryError, ProviderError
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from transformers import PreTrainedModel
+
+    from toolchain.backends import Place
 
 
 def load_model(folder: Path) -> PreTrainedModel:
@@ -120,15 +124,50 @@ def check_stored(model: PreTrainedModel, folder: Path, names: Sequence[str]) -> 
             raise ArtifactError("The model does not answer as before once it is stored and loaded.")
 
 
-def device(provider: str) -> torch.device:
-    """The device of a provider; `ProviderError` where there is none."""
+def device(place: Place) -> torch.device:
+    """The device of a place; `ProviderError` where there is none, or this PyTorch has no kernels for it."""
     import torch
 
-    if provider == "cuda" and not torch.cuda.is_available():
-        cuda = torch.version.cuda
+    if place.provider == "cpu":
+        return torch.device("cpu")
+    cuda = torch.version.cuda
+    if not torch.cuda.is_available():
         built = f"built for CUDA {cuda} and finds no device" if cuda else "a CPU build"
         raise ProviderError(f"PyTorch {torch.__version__} is {built}.", "Install a CUDA build that fits the driver.")
-    return torch.device(provider)
+    found = torch.device("cuda", place.device_id)
+    capability = torch.cuda.get_device_capability(found)
+    if not _served(capability, torch.cuda.get_arch_list()):
+        raise ProviderError(
+            f"PyTorch {torch.__version__} has no kernels for {torch.cuda.get_device_name(found)}, "
+            f"compute capability {'.'.join(map(str, capability))}.",
+            "Install the set for older GPUs: `make install RUNTIME=cuda12`.",
+        )
+    return found
+
+
+def _served(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
+    """Whether kernels built for these architectures run there: ``sm_86`` does on its own major version from its minor
+    version on, ``compute_90`` on everything newer."""
+    for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(built_for)):
+        major, minor = divmod(int(number), 10)
+        if capability >= (major, minor) and (kind == "compute" or capability[0] == major):
+            return True
+    return not built_for
+
+
+@contextmanager
+def roomy(where: torch.device) -> Iterator[None]:
+    """Turns PyTorch's own failure to allocate into `DeviceMemoryError`, with the size it was asked for."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        asked = re.search(r"Tried to allocate ([\d.]+) (KiB|MiB|GiB|bytes)", str(error))
+        units = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+        size = int(float(asked[1]) * units[asked[2]]) if asked else 0
+        torch.cuda.empty_cache()
+        raise DeviceMemoryError.asked(size) from error
 
 
 def quiet() -> None:
@@ -142,13 +181,14 @@ def quiet() -> None:
 class TorchSession:
     """A `Session` on PyTorch."""
 
-    def __init__(self, folder: Path, provider: str, threads: int) -> None:
+    def __init__(self, folder: Path, place: Place) -> None:
         import torch
 
-        self._device = device(provider)
-        torch.set_num_threads(threads)
-        self._model = self._load(folder)
-        self._threads = threads
+        self._device = device(place)
+        torch.set_num_threads(place.threads)
+        with roomy(self._device):
+            self._model = self._load(folder)
+        self._threads = place.threads
         self._folder = folder
 
     def _load(self, folder: Path) -> PreTrainedModel:
@@ -161,10 +201,29 @@ class TorchSession:
         """See `Session.run`."""
         import torch
 
-        with torch.inference_mode():
-            inputs = {name: torch.from_numpy(array).to(self._device) for name, array in batch.items()}
-            logits: np.ndarray = self._model(**inputs).logits.float().cpu().numpy()
+        with torch.inference_mode(), roomy(self._device):
+            logits: np.ndarray = self._model(**self._put(batch)).logits.float().cpu().numpy()
         return logits
+
+    def resident(self, batch: dict[str, np.ndarray]) -> Callable[[], object]:
+        """See `Session.resident`."""
+        import torch
+
+        inputs = self._put(batch)
+
+        def answer() -> torch.Tensor:
+            with torch.inference_mode(), roomy(self._device):
+                logits: torch.Tensor = self._model(**inputs).logits
+                if self._device.type == "cuda":
+                    torch.cuda.synchronize(self._device)
+            return logits
+
+        return answer
+
+    def _put(self, batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        import torch
+
+        return {name: torch.from_numpy(array).to(self._device) for name, array in batch.items()}
 
     def facts(self) -> dict[str, Any]:
         """Device, attention implementation, threads, precision, and whose int8 kernels run."""

@@ -39,10 +39,10 @@ def _build(workspace: Workspace, asked: dict[str, Step], dry_run: bool) -> None:
 @click.option(
     "--optimize",
     "provider",
-    type=click.Choice(["cpu", "none"]),
+    type=click.Choice(["cpu", "cuda", "none"]),
     default="cpu",
     show_default=True,
-    help="Rewrite the graph for this execution provider as well.",
+    help="Rewrite the graph for this execution provider as well: onnx-fp32 for cpu, onnx-fp16 for cuda.",
 )
 @click.option(
     "--from",
@@ -73,6 +73,7 @@ def export(
     Examples:
       toolchain export --model ./my-checkpoint
       toolchain export --from torch-pruned50
+      toolchain export --optimize cuda
     """
     from toolchain.variants import Export, Import, Optimize, child
 
@@ -81,7 +82,8 @@ def export(
         std = child(parent, Export(opset)).name
         asked[std] = Export(opset)
         if provider != "none":
-            asked[child(std, Optimize(provider)).name] = Optimize(provider)
+            step = Optimize.for_provider(provider)
+            asked[child(std, step).name] = step
     _build(open_workspace(model, exported, slug), asked, dry_run)
 
 

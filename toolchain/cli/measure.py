@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 )
 @click.option("--variant", "names", multiple=True, metavar="VARIANT", help="Only these; may repeat.")
 @click.option("--quick", is_flag=True, help="About 20 s a cell instead of 60.")
+@click.option(
+    "--device-id", type=click.IntRange(0), default=0, show_default=True, help="Which GPU, as nvidia-smi counts."
+)
+@click.option(
+    "--allow-fallback",
+    is_flag=True,
+    help="Measure ONNX variants on a provider that leaves part of them to the CPU; the rows say so.",
+)
 @click.option("--threads", type=click.IntRange(1), help="Threads of every cell.  [default: physical cores]")
 @click.option("--data", metavar="FILE", help="CSV or TSV to evaluate on.  [default: the embedded SST-2]")
 @click.option("--text-column", help="Its column of sentences.  [default: sentence or text]")
@@ -36,6 +44,8 @@ def bench(
     providers: tuple[str, ...],
     names: tuple[str, ...],
     quick: bool,
+    device_id: int,
+    allow_fallback: bool,
     threads: int | None,
     data: str | None,
     text_column: str | None,
@@ -52,6 +62,7 @@ def bench(
     \b
     Examples:
       toolchain bench --quick
+      toolchain bench --provider cuda
       toolchain bench --provider cpu --variant onnx-int8 --variant torch-fp32
       toolchain bench --data reviews.csv --text-column review
     """
@@ -61,7 +72,8 @@ def bench(
 
     if save_as and Path(save_as).name != save_as:
         raise click.BadParameter("a name, not a path", param_hint="--save-as")
-    protocol = (Protocol.quick if quick else Protocol.full)(threads or hardware.cores())
+    length = Protocol.quick if quick else Protocol.full
+    protocol = length(threads or hardware.cores(), device_id, allow_fallback)
     request = runs.Request(names, providers, protocol, data, text_column, label_column)
     workspace = open_workspace(model, exported, slug)
     if dry_run:

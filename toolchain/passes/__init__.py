@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import GraphError
 from toolchain.passes.first_token import first_token
-from toolchain.passes.fuse import fuse
+from toolchain.passes.fuse import fuse, fuse_cuda
+from toolchain.passes.half import half
 from toolchain.passes.quantize_embedding import quantize_embedding
 from toolchain.passes.quantize_linear import quantize_linear
 from toolchain.passes.residual_sum import residual_sum
@@ -37,6 +38,8 @@ Pass = Callable[["ir.Model", Attention], "tuple[ir.Model, int]"]
 
 PASSES: dict[str, Pass] = {
     "fuse": fuse,
+    "fuse-cuda": fuse_cuda,
+    "half": half,
     "residual-sum": residual_sum,
     "first-token": first_token,
     "quantize-linear": quantize_linear,

@@ -163,6 +163,7 @@ def _session(model: PreTrainedModel, shapes: Sequence[LayerShape], folder: Path)
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     from toolchain import passes
+    from toolchain.backends import Place
     from toolchain.backends.exporting import to_onnx
     from toolchain.backends.ort import OrtSession
 
@@ -176,7 +177,7 @@ def _session(model: PreTrainedModel, shapes: Sequence[LayerShape], folder: Path)
     attention = passes.Attention(config.num_attention_heads, config.hidden_size)
     graph, _ = passes.rewrite(passes.read(folder / "model.onnx"), PASSES, attention)
     passes.write(graph, folder / "model.onnx")
-    return OrtSession(folder, "cpu", hardware.cores()), [spec.name for spec in graph.graph.inputs]
+    return OrtSession(folder, Place("cpu", hardware.cores())), [spec.name for spec in graph.graph.inputs]
 
 
 def _time(session: Any) -> float:

@@ -26,14 +26,27 @@ def _accuracy(row: Row) -> str:
     return _with(row, f"{score.value:.2%}", None if points is None else f"{points:+.2f}") if score else NOTHING
 
 
-def _latency(quantile: str) -> Callable[[Row], str]:
-    def text(row: Row) -> str:
-        value = row.measurement.latency_ms.get(quantile)
-        return (
-            NOTHING if value is None else _with(row, f"{value:.2f}", _times(row.speedup) if quantile == "p50" else None)
-        )
+def _p50(row: Row) -> str:
+    """The median; the mean, and called so, where somebody else published no more."""
+    figures = row.measurement.latency_ms
+    if "p50" in figures:
+        return _with(row, f"{figures['p50']:.2f}", _times(row.speedup))
+    return f"{figures['mean']:.2f} mean" if "mean" in figures else NOTHING
 
-    return text
+
+def _p95(row: Row) -> str:
+    value = row.measurement.latency_ms.get("p95")
+    return NOTHING if value is None else f"{value:.2f}"
+
+
+def _resident(row: Row) -> str:
+    value = row.measurement.resident_ms.get("p50")
+    return NOTHING if value is None else f"{value:.2f}"
+
+
+def _gpu_memory(row: Row) -> str:
+    value = row.measurement.memory_bytes.get("gpu", {}).get("peak")
+    return NOTHING if value is None else f"{value / 1e6:.0f}"
 
 
 def _throughput(row: Row) -> str:
@@ -52,18 +65,27 @@ def _size(row: Row) -> str:
 
 
 def _cell(row: Row) -> str:
-    return row.measurement.cell + (" [stale]" if row.stale else "")
+    marks = [("stale", row.stale), ("reported", row.measurement.status == "reported"), ("fallback", _fallback(row))]
+    return row.measurement.cell + "".join(f" [{name}]" for name, holds in marks if holds)
+
+
+def _fallback(row: Row) -> str:
+    """What of the session ran elsewhere than on the cell's provider; empty where nothing did."""
+    return str(row.measurement.facts.get("session", {}).get("fallback", ""))
 
 
 COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("cell", _cell),
     ("accuracy (points)", _accuracy),
-    ("p50 ms (faster)", _latency("p50")),
-    ("p95 ms", _latency("p95")),
+    ("p50 ms (faster)", _p50),
+    ("p95 ms", _p95),
+    ("on device p50 ms", _resident),
     ("sentences/s (faster)", _throughput),
     ("peak MB (smaller)", _memory),
+    ("GPU peak MB", _gpu_memory),
     ("size MB (smaller)", _size),
 )
+ON_GPU = (_resident, _gpu_memory)
 
 
 def measured(rows: Sequence[Row]) -> list[Row]:
@@ -72,20 +94,29 @@ def measured(rows: Sequence[Row]) -> list[Row]:
 
 
 def columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
-    """`COLUMNS`, and before them what differs between the rows: model, machine."""
+    """`COLUMNS`, those of a GPU where a row has such figures; before them what differs between rows: model, machine."""
     extra: list[tuple[str, Callable[[Row], str]]] = []
     if len({row.measurement.model for row in rows}) > 1:
         extra.append(("model", lambda row: row.measurement.model))
     if len({row.run.machine["id"] for row in rows}) > 1:
         extra.append(("machine", _machine))
-    return [*extra, *COLUMNS]
+    return extra + [
+        (name, text) for name, text in COLUMNS if text not in ON_GPU or any(text(row) != NOTHING for row in rows)
+    ]
 
 
 def _machine(row: Row) -> str:
     machine = row.run.machine
-    gpus = ", ".join(gpu["name"] for gpu in machine["gpu"])
-    on_gpu = row.measurement.provider == "cuda" and gpus
-    return gpus if on_gpu else f"{machine['cpu']}, {machine['cores']} cores"
+    gpus = [gpu["name"] for gpu in machine["gpu"]]
+    if row.measurement.provider == "cuda" and gpus:
+        return str(gpus[min(row.run.run.get("device_id", 0), len(gpus) - 1)])
+    return _host(row)
+
+
+def _host(row: Row) -> str:
+    """Processor and cores; 0 stands for what a published table does not say."""
+    machine = row.run.machine
+    return ", ".join([machine["cpu"], *([f"{machine['cores']} cores"] if machine["cores"] else [])])
 
 
 def title(rows: Sequence[Row]) -> list[str]:
@@ -94,12 +125,12 @@ def title(rows: Sequence[Row]) -> list[str]:
     for run in dict.fromkeys(id(row.run) for row in rows):
         row = next(row for row in rows if id(row.run) == run)
         machine, data, how = row.run.machine, row.run.data, row.run.run
-        hardware = f"{machine['cpu']}, {machine['cores']} cores, {machine['ram_gib']} GiB"
-        gpus = "".join(f", {gpu['name']}" for gpu in machine["gpu"])
-        isa = ", ".join(machine["isa"]) or "no vector extensions known"
+        ram = [f"{machine['ram_gib']} GiB"] if machine["ram_gib"] else []
+        hardware = ", ".join([*filter(None, [_host(row)]), *ram, *(gpu["name"] for gpu in machine["gpu"])])
+        isa = f" ({', '.join(machine['isa'])})" if machine["isa"] else ""
         threads = f"{how['threads']} threads, " if "threads" in how else ""
         lines.append(
-            f"{row.measurement.model} on {hardware}{gpus} ({isa}); {threads}"
+            f"{row.measurement.model} on {hardware}{isa}; {threads}"
             f"{data['name']}, {data['rows']} sentences; {row.run.created}"
         )
     return lines
@@ -113,12 +144,37 @@ def notes(rows: Sequence[Row]) -> list[str]:
         lines.append(f"Ratios are against {' and '.join(baselines)} of the same run; above 1 is better.")
     lines += dict.fromkeys(_method(row) for row in measured(rows) if "batch_size" in row.run.run)
     lines += [_pruned(row, rows) for row in measured(rows) if "pruning" in row.measurement.facts]
+    lines += [f"{row.measurement.cell}: {_fallback(row)}." for row in measured(rows) if _fallback(row)]
+    lines += _gpu_notes(rows) + _reported(rows)
     if any(row.stale for row in rows):
         lines.append("[stale]: the artifact has been built anew since; measure again with `toolchain bench`.")
     without: dict[str, dict[str, None]] = {}
     for m in [row.measurement for row in rows if row.measurement.status not in FIGURES]:
         without.setdefault(f"{m.status}: {m.reason} {m.mend}".rstrip(), {})[m.cell] = None
     return lines + [f"{', '.join(cells)} {why}" for why, cells in without.items()]
+
+
+def _gpu_notes(rows: Sequence[Row]) -> list[str]:
+    """How the columns of a GPU came about."""
+    lines = []
+    if any(row.measurement.resident_ms for row in rows):
+        lines.append("On device: batch and logits stay on the GPU; p50 and p95 have their copies in them.")
+    methods = dict.fromkeys(row.measurement.memory_bytes.get("gpu", {}).get("method") for row in rows)
+    return lines + [f"GPU peak: {method}." for method in methods if method]
+
+
+def _reported(rows: Sequence[Row]) -> list[str]:
+    """Where published figures come from, how they were taken, and what is odd about any."""
+    found = [row for row in rows if row.measurement.status == "reported"]
+    lines = list(
+        dict.fromkeys(
+            f"[reported]: published figures, not measured here: {row.run.run.get('source', 'source not stated')}. "
+            f"{row.run.run.get('method', '')}".rstrip()
+            for row in found
+        )
+    )
+    with_note = [row for row in found if row.measurement.facts.get("note")]
+    return lines + [f"{row.measurement.cell} on {_machine(row)}: {row.measurement.facts['note']}." for row in with_note]
 
 
 def _pruned(row: Row, rows: Sequence[Row]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from toolchain.artifacts import Artifact
-from toolchain.backends import BACKENDS, Backend
+from toolchain.backends import BACKENDS, Backend, Place
 from toolchain.errors import BenchError, ProviderError, ToolchainError
 from toolchain.inputs import Data, Encoder
 from toolchain.measurements import Accuracy, Measurement, Samples
@@ -30,7 +30,8 @@ MOST_SENTENCES = 2000  # at batch 1; a larger set is sampled
 class Protocol:
     """How long and how: `passes` over the sentences, about `turn_s` seconds a cell and turn, batches of `batch_size`.
 
-    `pass_s` caps one batch-1 pass of the slowest cell: a larger set is sampled, the same sentences for all.
+    `pass_s` caps one batch-1 pass of the slowest cell: a larger set is sampled, the same sentences for all. CUDA cells
+    run on the GPU `device_id`; `allow_fallback` measures a session that runs on the CPU in part, as what it is.
     """
 
     passes: int
@@ -39,16 +40,22 @@ class Protocol:
     threads: int
     batch_size: int = 32
     seed: int = 20
+    device_id: int = 0
+    allow_fallback: bool = False
 
     @classmethod
-    def quick(cls, threads: int) -> Protocol:
+    def quick(cls, threads: int, device_id: int = 0, allow_fallback: bool = False) -> Protocol:
         """About 20 s a cell."""
-        return cls(passes=1, turn_s=0.5, pass_s=40, threads=threads)
+        return cls(1, 0.5, 40, threads, device_id=device_id, allow_fallback=allow_fallback)
 
     @classmethod
-    def full(cls, threads: int) -> Protocol:
+    def full(cls, threads: int, device_id: int = 0, allow_fallback: bool = False) -> Protocol:
         """About 60 s a cell."""
-        return cls(passes=3, turn_s=0.8, pass_s=60, threads=threads)
+        return cls(3, 0.8, 60, threads, device_id=device_id, allow_fallback=allow_fallback)
+
+    def place(self, provider: str) -> Place:
+        """Where a cell on that provider runs."""
+        return Place(provider, self.threads, self.device_id, self.allow_fallback)
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,7 @@ class _Running:
     sentence_s: float = 0.0
     singles: list[tuple[list[int], list[int]]] = field(default_factory=list)
     batches: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    resident: list[list[int]] = field(default_factory=list)
     single_answers: dict[int, int] = field(default_factory=dict)
     batch_answers: dict[int, int] = field(default_factory=dict)
     failure: ToolchainError | None = None
@@ -132,7 +140,7 @@ def _start(
     if cell.artifact is None:
         raise BenchError(cell.reason, cell.mend)
     backend = backends[cell.runtime]
-    worker = Worker(backend.session, cell.artifact.path, cell.provider, protocol.threads, backend.imports)
+    worker = Worker(backend.session, cell.artifact.path, protocol.place(cell.provider), backend.imports)
     try:
         item = _Running(cell, cell.artifact, worker, worker.load(LOAD_TIMEOUT_S))
         names = [spec.name for spec in cell.artifact.manifest.inputs]
@@ -175,7 +183,9 @@ def _turn(item: _Running, kind: str, work: list[list[int]], protocol: Protocol) 
     expected = item.sentence_s * sum(map(len, work)) * (1.0 if kind == "singles" else 0.6)
     repeat = max(1, min(20, round(protocol.turn_s / expected)))
     try:
-        reply = _run(item.worker, work, warmup=2, repeat=repeat, timeout_s=TURN_TIMEOUT_S + 10 * expected * repeat)
+        timeout_s = TURN_TIMEOUT_S + 10 * expected * repeat
+        resident = kind == "singles" and item.cell.provider != "cpu"
+        reply = _run(item.worker, work, warmup=2, repeat=repeat, timeout_s=timeout_s, resident=resident)
     except ToolchainError as error:
         item.failure = error
         return
@@ -184,13 +194,18 @@ def _turn(item: _Running, kind: str, work: list[list[int]], protocol: Protocol) 
     sizes = [len(batch) for batch in work]
     times = [us for spent in reply["us"] for us in spent]
     (item.singles if kind == "singles" else item.batches).append((times, sizes * repeat))
+    if resident:
+        item.resident.append(reply["resident_us"])
     answers = item.single_answers if kind == "singles" else item.batch_answers
     for batch, found in zip(work, reply["answers"], strict=True):
         answers.update(zip(batch, found, strict=True))
 
 
-def _run(worker: Worker, work: list[list[int]], warmup: int, repeat: int, timeout_s: float) -> dict[str, Any]:
-    return worker.ask({"do": "run", "batches": work, "warmup": warmup, "repeat": repeat}, timeout_s)
+def _run(
+    worker: Worker, work: list[list[int]], warmup: int, repeat: int, timeout_s: float, resident: bool = False
+) -> dict[str, Any]:
+    message = {"do": "run", "batches": work, "warmup": warmup, "repeat": repeat, "resident": resident}
+    return worker.ask(message, timeout_s)
 
 
 def _row(item: _Running, data: Data, protocol: Protocol) -> Measurement:
@@ -203,6 +218,7 @@ def _row(item: _Running, data: Data, protocol: Protocol) -> Measurement:
         return _unmeasured(item.cell, item.failure)
     latency = Samples.of([times for times, _ in item.singles], [sizes for _, sizes in item.singles])
     batches = Samples.of([times for times, _ in item.batches], [sizes for _, sizes in item.batches])
+    resident = Samples.of(item.resident, [[1] * len(row) for row in item.resident]) if item.resident else None
     single = _accuracy(item.single_answers, data, 1)
     batched = _accuracy(item.batch_answers, data, protocol.batch_size)
     manifest = item.artifact.manifest
@@ -216,6 +232,7 @@ def _row(item: _Running, data: Data, protocol: Protocol) -> Measurement:
         accuracy=single or batched,
         accuracy_batched=batched,
         latency_ms=latency.milliseconds(),
+        resident_ms=resident.milliseconds() if resident else {},
         throughput_per_s=batches.per_second(),
         memory_bytes={**item.ready["memory"], **peak},
         size_bytes={"total": manifest.size_bytes, "parts": manifest.facts.get("bytes_by_part", {})},
@@ -227,6 +244,7 @@ def _row(item: _Running, data: Data, protocol: Protocol) -> Measurement:
         },
         latency=latency,
         batches=batches,
+        resident=resident,
         predictions=tuple(answers[i] for i in range(len(data.labels))),
     )
 

@@ -41,7 +41,9 @@ class Row:
 
     @property
     def memory_reduction(self) -> float | None:
-        """Baseline peak memory / peak memory: more is smaller."""
+        """Baseline peak memory / peak memory: more is smaller. None for published figures: what they count differs."""
+        if self.measurement.status == "reported":
+            return None
         return self._ratio(lambda m: m.memory_bytes.get("peak"))
 
     @property

@@ -1,0 +1,24 @@
+"""Weights and arithmetic in fp16, by ONNX Runtime's own conversion."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from toolchain.passes import Attention
+
+
+def half(model: ir.Model, attention: Attention) -> tuple[ir.Model, int]:
+    """fp32 → fp16 wherever CUDA has a kernel for it, logits back in fp32; counts the converted weights."""
+    import onnx_ir as ir
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    wide = _weights(model, ir.DataType.FLOAT)
+    made = ir.from_proto(convert_float_to_float16(ir.to_proto(model), keep_io_types=True))
+    return made, wide - _weights(made, ir.DataType.FLOAT)
+
+
+def _weights(model: ir.Model, dtype: ir.DataType) -> int:
+    return sum(value.dtype == dtype for value in model.graph.initializers.values())
