@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= reference
 EXPORTED ?= exported
+# cpu; gpu (CUDA 13); or cuda12, for an NVIDIA driver older than 580 or a GPU below compute capability 7.5. Without it a
+# .venv keeps what it has, and a new one gets what the machine needs; `make install RUNTIME=...` always installs anew.
+RUNTIME ?=
 # An index to add for PyTorch, where the default one gives the wrong build; see the README.
 TORCH_INDEX ?=
 # Per cents that `make export` prunes; empty for none. TRAIN_DATA: a CSV to rank by, where SST-2 does not fit.
@@ -11,27 +14,46 @@ TRAIN_DATA ?=
 # FULL=1: about 60 s a cell instead of 20.
 FULL ?=
 
+# NEEDED is `runtime_set` of toolchain/hardware.py, for when there is no Python to ask yet.
+ASK = nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2>/dev/null
+NEEDED = $(shell $(ASK) | awk -F , \
+	'/^[0-9]/ {if ($$1 + 0 < 580 || $$2 + 0 < 7.5) old = 1; else new = 1} END {print old ? "cuda12" : new ? "gpu" : "cpu"}')
+INSTALLED := $(filter cpu gpu cuda12,$(shell cat $(VENV)/.installed 2>/dev/null))
+ASKED := $(and $(filter install,$(MAKECMDGOALS)),$(filter command,$(origin RUNTIME)))
+override RUNTIME := $(or $(RUNTIME),$(INSTALLED),$(NEEDED))
+$(if $(filter cpu gpu cuda12,$(RUNTIME)),,$(error RUNTIME is cpu, gpu or cuda12, not $(RUNTIME)))
+ANEW := $(or $(ASKED),$(filter-out $(INSTALLED),$(RUNTIME)))
+EXTRAS = $(if $(filter cpu,$(RUNTIME)),cpu,gpu),bnb
+CONSTRAINTS = $(if $(filter cpu,$(RUNTIME)),constraints.txt,constraints-$(RUNTIME).txt)
+
 BIN = $(VENV)/bin
 TOOLCHAIN = $(BIN)/toolchain
-PIP = $(BIN)/pip install --disable-pip-version-check -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt
+PIP = $(BIN)/pip install --disable-pip-version-check -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c $(CONSTRAINTS)
 CHOICE = --model "$(MODEL)" --exported "$(EXPORTED)"
 
 .DEFAULT_GOAL := help
-.PHONY: help install export bench compare test lint docs clean distclean
+.PHONY: help install anew export bench compare test lint docs clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 install: $(VENV)/.installed ## create .venv and install the toolchain into it
 
-$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+# Both ONNX Runtimes fill one folder, CUDA 12's and 13's cuDNN as well, and a torch without CUDA satisfies a GPU's set:
+# whatever runtime is there goes first, and whole.
+REPLACED = onnxruntime|onnxruntime-gpu|torch|nvidia-.*
+
+$(VENV)/.installed: setup.cfg pyproject.toml $(CONSTRAINTS) $(if $(ANEW),anew)
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): a few minutes where nothing is cached"
-	$(PIP) -e ".[cpu]"
-	@touch $@
+	@rm -f $@
+	$(if $(and $(ANEW),$(wildcard $(BIN)/pip)),$(BIN)/pip list --disable-pip-version-check --format=freeze | \
+		sed -n -E 's/^($(REPLACED))==.*/\1/p' | xargs -r $(BIN)/pip uninstall -q -y)
+	$(PIP) -e ".[$(EXTRAS)]"
+	@echo $(RUNTIME) > $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) -e ".[cpu,bnb,test]"
+	$(PIP) -e ".[$(EXTRAS),test]"
 	@touch $@
 
 export: install ## build fp32, int8 and pruned variants (MODEL=hub id or folder, PRUNE= for none pruned)

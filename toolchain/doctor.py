@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,12 @@ from toolchain import hardware
 
 LEAST_DISK = 5e9
 LEAST_MEMORY = 4e9
-REINSTALL = "pip install -c constraints.txt -e '.[cpu]'"
+# Runtime set → its constraints and extras.
+SETS = {
+    "cpu": ("constraints.txt", "cpu,bnb"),
+    "gpu": ("constraints-gpu.txt", "gpu,bnb"),
+    "cuda12": ("constraints-cuda12.txt", "gpu,bnb"),
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ def examine(exported: Path) -> list[Finding]:
         _python,
         _requirements,
         _onnxruntimes,
+        _bitsandbytes,
         _processor,
         _memory,
         lambda: _disk(exported),
@@ -66,6 +72,11 @@ def _requirements() -> list[Finding]:
     return findings
 
 
+def _reinstall() -> str:
+    constraints, extras = SETS[hardware.runtime_set(*hardware.gpus())]
+    return f"pip install -c {constraints} -e '.[{extras}]'"
+
+
 def _onnxruntimes() -> list[Finding]:
     found = {name: v for name, v in hardware.versions().items() if name in ("onnxruntime", "onnxruntime-gpu")}
     if len(found) == 2:
@@ -73,12 +84,19 @@ def _onnxruntimes() -> list[Finding]:
             Finding(
                 "problem",
                 "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files",
-                f"pip uninstall -y onnxruntime onnxruntime-gpu && {REINSTALL}",
+                f"pip uninstall -y onnxruntime onnxruntime-gpu && {_reinstall()}",
             )
         ]
     if not found:
-        return [Finding("problem", "no ONNX Runtime is installed", REINSTALL)]
+        return [Finding("problem", "no ONNX Runtime is installed", _reinstall())]
     return [Finding("ok", f"{name} {version}") for name, version in found.items()]
+
+
+def _bitsandbytes() -> list[Finding]:
+    version = hardware.versions().get("bitsandbytes")
+    if version is None:
+        return [Finding("note", "bitsandbytes is missing: no variant bnb-*", _reinstall())]
+    return [Finding("ok", f"bitsandbytes {version}")]
 
 
 def _processor() -> list[Finding]:
@@ -117,17 +135,30 @@ def _disk(exported: Path) -> list[Finding]:
 
 def _gpu() -> list[Finding]:
     devices, driver = hardware.gpus()
-    if not devices:
-        return [
-            Finding(
-                "note", "no NVIDIA GPU answers: cells @cuda are listed as unavailable", "Nothing to mend for CPU work."
-            )
-        ]
-    return [
-        Finding(
-            "ok",
-            f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB, "
-            f"compute capability {gpu['compute_capability']}, driver {driver}",
-        )
-        for gpu in devices
-    ]
+    runtime = hardware.runtime_set(devices, driver)
+    if runtime == "cpu":
+        none = "no NVIDIA GPU answers: cells @cuda are listed as unavailable"
+        if "onnxruntime-gpu" in hardware.versions():
+            mend = "Install the NVIDIA driver; on a machine without a GPU: make install RUNTIME=cpu"
+            return [Finding("note", f"{none}, though onnxruntime-gpu is installed", mend)]
+        return [Finding("note", none, "Nothing to mend for CPU work.")]
+    found = []
+    for gpu in devices:
+        memory = f"{gpu['memory_bytes'] / 2**30:.0f} GiB" if gpu["memory_bytes"] else "unknown memory"
+        capability = f"compute capability {gpu['compute_capability'] or 'unknown'}"
+        found.append(Finding("ok", f"{gpu['name']}, {memory}, {capability}, driver {driver or 'unknown'}"))
+    found.append(Finding("ok", f"{SETS[runtime][0]} is the set for this driver and GPU"))
+    return found + [Finding("note", what, f"make install RUNTIME={runtime}") for what in _unfit(runtime)]
+
+
+def _unfit(runtime: str) -> Iterator[str]:
+    """What is installed and cannot use the GPU that needs the set `runtime`."""
+    versions = hardware.versions()
+    if "onnxruntime" in versions and "onnxruntime-gpu" not in versions:
+        yield f"onnxruntime {versions['onnxruntime']} cannot use the GPU: onnxruntime-gpu can"
+    for name, package in (("torch", "torch"), ("onnxruntime-gpu", "onnxruntime")):
+        cuda = hardware.built_for_cuda(package) if name in versions else ""
+        if cuda is None and name == "torch":
+            yield f"torch {versions[name]} cannot use the GPU: it was built without CUDA"
+        if cuda and runtime == "cuda12" and int(cuda.split(".")[0]) > 12:
+            yield f"{name} {versions[name]} cannot use the GPU: it was built for CUDA {cuda}"

@@ -5,8 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
+import re
+import runpy
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 # The distributions whose versions a figure depends on.
@@ -37,6 +42,11 @@ ISA_FLAGS = (
     "asimddp",
     "i8mm",
 )
+# Below either, CUDA 13 does not run; the Makefile says the same.
+CUDA_13_DRIVER = (580,)
+CUDA_13_CAPABILITY = (7, 5)
+# The file in which a package says what CUDA it was built for, and under which name; it can be read without the package.
+BUILDS = {"torch": ("version.py", "cuda"), "onnxruntime": ("capi/build_and_package_info.py", "cuda_version")}
 
 
 def versions() -> dict[str, str]:
@@ -73,27 +83,63 @@ def processor() -> dict[str, Any]:
 
 
 def gpus() -> tuple[list[dict[str, Any]], str]:
-    """The NVIDIA GPUs by NVML, and the driver's version; empty where no driver answers."""
+    """The NVIDIA GPUs by NVML, and the driver's version; empty where no driver answers, and what one GPU does not tell
+    is 0 or empty."""
     import pynvml
 
-    def text(value: str | bytes) -> str:
-        return value.decode() if isinstance(value, bytes) else value
+    def ask(question: Callable[..., Any], *about: Any, otherwise: Any = None) -> Any:
+        try:
+            answer = question(*about)
+        except pynvml.NVMLError:
+            return otherwise
+        return answer.decode() if isinstance(answer, bytes) else answer
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return [], ""
-    try:
-        found = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total
-            name = text(pynvml.nvmlDeviceGetName(handle))
-            found.append({"name": name, "memory_bytes": int(memory), "compute_capability": f"{major}.{minor}"})
-        return found, text(pynvml.nvmlSystemGetDriverVersion())
-    finally:
-        pynvml.nvmlShutdown()
+    found = []
+    for index in range(ask(pynvml.nvmlDeviceGetCount, otherwise=0)):
+        handle = ask(pynvml.nvmlDeviceGetHandleByIndex, index)
+        if handle is None:  # lost, or another user's
+            continue
+        memory = ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
+        capability = ask(pynvml.nvmlDeviceGetCudaComputeCapability, handle, otherwise=())
+        found.append(
+            {
+                "name": ask(pynvml.nvmlDeviceGetName, handle, otherwise="NVIDIA GPU"),
+                "memory_bytes": int(memory.total) if memory else 0,
+                "compute_capability": ".".join(map(str, capability)),
+            }
+        )
+    driver = ask(pynvml.nvmlSystemGetDriverVersion, otherwise="")
+    ask(pynvml.nvmlShutdown)
+    return found, driver
+
+
+def runtime_set(devices: Sequence[dict[str, Any]], driver: str) -> str:
+    """What `make install RUNTIME=` has to be for these GPUs and driver, cpu, gpu or cuda12; a version that was not told
+    counts as old."""
+
+    def release(text: str) -> tuple[int, ...]:
+        return tuple(map(int, re.findall(r"\d+", text)))
+
+    if not devices:
+        return "cpu"
+    capabilities = [release(gpu["compute_capability"]) for gpu in devices]
+    return "gpu" if release(driver) >= CUDA_13_DRIVER and min(capabilities) >= CUDA_13_CAPABILITY else "cuda12"
+
+
+def built_for_cuda(package: str) -> str | None:
+    """The CUDA version that the installed package of `BUILDS` was built for; None for a CPU build and where it is
+    missing or does not say."""
+    file, name = BUILDS[package]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / file
+    cuda: str | None = runpy.run_path(str(path)).get(name) if path.is_file() else None
+    return cuda
 
 
 def machine() -> dict[str, Any]:

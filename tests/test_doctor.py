@@ -1,0 +1,168 @@
+"""What doctor says of ONNX Runtime, PyTorch and the GPU, on machines that this one is not."""
+
+import sys
+
+import pynvml
+import pytest
+
+from toolchain import doctor, hardware
+
+T4 = {"name": "Tesla T4", "memory_bytes": 2**34, "compute_capability": "7.5"}
+PASCAL = {"name": "NVIDIA GeForce GTX 1050 Ti", "memory_bytes": 2**32, "compute_capability": "6.1"}
+CPU_STACK = {"torch": "2.13.0+cpu", "onnxruntime": "1.32.0", "bitsandbytes": "0.50.2"}
+GPU_STACK = {"torch": "2.13.0", "onnxruntime-gpu": "1.31.1", "bitsandbytes": "0.50.2"}
+
+
+@pytest.fixture
+def examined(monkeypatch, tmp_path):
+    """The findings on a machine with these GPUs, driver and versions, packages built for `cuda`."""
+
+    def examine(devices, driver, versions, cuda):
+        monkeypatch.setattr("toolchain.hardware.gpus", lambda: (devices, driver))
+        monkeypatch.setattr("toolchain.hardware.versions", lambda: versions)
+        monkeypatch.setattr("toolchain.hardware.built_for_cuda", lambda _: cuda)
+        return doctor.examine(tmp_path)
+
+    return examine
+
+
+def notes(findings):
+    """What and mend of the notes about GPUs and what is to run on them."""
+    return [(f.what, f.mend) for f in findings if f.level == "note" and ("GPU" in f.what or "bits" in f.what)]
+
+
+@pytest.mark.parametrize(
+    ("devices", "driver", "line"),
+    [
+        ([], "", "pip install -c constraints.txt -e '.[cpu,bnb]'"),
+        ([T4], "580.65.06", "pip install -c constraints-gpu.txt -e '.[gpu,bnb]'"),
+        ([T4], "535.183.01", "pip install -c constraints-cuda12.txt -e '.[gpu,bnb]'"),
+        ([PASCAL], "580.65.06", "pip install -c constraints-cuda12.txt -e '.[gpu,bnb]'"),
+    ],
+)
+def test_two_runtimes_or_none_are_mended_with_this_machines_set(examined, devices, driver, line):
+    both = {**CPU_STACK, **GPU_STACK}
+    problem = next(f for f in examined(devices, driver, both, "12.6") if f.level == "problem")
+    assert "both installed" in problem.what
+    assert problem.mend == f"pip uninstall -y onnxruntime onnxruntime-gpu && {line}"
+    problem = next(f for f in examined(devices, driver, {}, None) if f.level == "problem")
+    assert problem.what == "no ONNX Runtime is installed"
+    assert problem.mend == line
+
+
+def test_a_gpu_is_named_with_its_set(examined):
+    whats = [f.what for f in examined([T4], "580.65.06", GPU_STACK, "13.0") if f.level == "ok"]
+    assert "Tesla T4, 16 GiB, compute capability 7.5, driver 580.65.06" in whats
+    assert "constraints-gpu.txt is the set for this driver and GPU" in whats
+    whats = [f.what for f in examined([T4, PASCAL], "580.65.06", GPU_STACK, "12.6") if f.level == "ok"]
+    assert "constraints-cuda12.txt is the set for this driver and GPU" in whats
+
+
+def test_what_fits_is_not_noted(examined):
+    assert notes(examined([T4], "580.65.06", GPU_STACK, "13.0")) == []
+    assert notes(examined([T4], "580.65.06", GPU_STACK, "12.6")) == []  # a newer driver runs older CUDA
+    assert notes(examined([T4], "535.183.01", GPU_STACK, "12.6")) == []
+
+
+@pytest.mark.parametrize(("driver", "runtime"), [("580.65.06", "gpu"), ("535.183.01", "cuda12")])
+def test_packages_for_the_cpu_on_a_machine_with_a_gpu(examined, driver, runtime):
+    mend = f"make install RUNTIME={runtime}"
+    assert notes(examined([T4], driver, CPU_STACK, None)) == [
+        ("onnxruntime 1.32.0 cannot use the GPU: onnxruntime-gpu can", mend),
+        ("torch 2.13.0+cpu cannot use the GPU: it was built without CUDA", mend),
+    ]
+
+
+def test_packages_too_new_for_the_gpu(examined):
+    assert notes(examined([PASCAL], "580.65.06", GPU_STACK, "13.0")) == [
+        ("torch 2.13.0 cannot use the GPU: it was built for CUDA 13.0", "make install RUNTIME=cuda12"),
+        ("onnxruntime-gpu 1.31.1 cannot use the GPU: it was built for CUDA 13.0", "make install RUNTIME=cuda12"),
+    ]
+
+
+def test_packages_for_a_gpu_where_none_answers(examined):
+    ((what, mend),) = notes(examined([], "", GPU_STACK, "13.0"))
+    assert "onnxruntime-gpu is installed" in what
+    assert "make install RUNTIME=cpu" in mend
+    ((what, mend),) = notes(examined([], "", CPU_STACK, None))
+    assert "@cuda are listed as unavailable" in what
+    assert mend == "Nothing to mend for CPU work."
+
+
+def test_bitsandbytes_is_found_or_missed(examined):
+    assert "bitsandbytes 0.50.2" in [f.what for f in examined([], "", CPU_STACK, None) if f.level == "ok"]
+    without = {name: version for name, version in GPU_STACK.items() if name != "bitsandbytes"}
+    assert notes(examined([T4], "580.65.06", without, "13.0")) == [
+        ("bitsandbytes is missing: no variant bnb-*", "pip install -c constraints-gpu.txt -e '.[gpu,bnb]'")
+    ]
+
+
+@pytest.fixture
+def nvml(monkeypatch):
+    """Three GPUs: one that tells everything, one that tells no memory and no capability, one that is lost."""
+
+    def unless(bad, code, answer):
+        def question(*about):
+            if about and about[0] in bad:
+                raise pynvml.NVMLError(code)
+            return answer
+
+        return question
+
+    lost = pynvml.NVML_ERROR_GPU_IS_LOST
+    mute = pynvml.NVML_ERROR_NOT_SUPPORTED
+    memory = type("Memory", (), {"total": 2**34})
+    for name, question in {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetCount": lambda: 3,
+        "nvmlDeviceGetHandleByIndex": lambda index: unless([2], lost, index)(index),
+        "nvmlDeviceGetName": lambda _: b"Tesla T4",
+        "nvmlDeviceGetMemoryInfo": unless([1], mute, memory),
+        "nvmlDeviceGetCudaComputeCapability": unless([1], mute, (7, 5)),
+        "nvmlSystemGetDriverVersion": lambda: b"580.65.06",
+    }.items():
+        monkeypatch.setattr(pynvml, name, question)
+
+
+@pytest.mark.usefixtures("nvml")
+def test_a_gpu_that_tells_half_does_not_stop_doctor(monkeypatch, tmp_path):
+    assert hardware.gpus() == ([T4, {**T4, "memory_bytes": 0, "compute_capability": ""}], "580.65.06")
+    whats = [f.what for f in doctor.examine(tmp_path)]
+    assert "Tesla T4, unknown memory, compute capability unknown, driver 580.65.06" in whats
+    assert "constraints-cuda12.txt is the set for this driver and GPU" in whats
+
+    def fails(*_):
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN)
+
+    for name in ("nvmlDeviceGetName", "nvmlSystemGetDriverVersion", "nvmlShutdown"):
+        monkeypatch.setattr(pynvml, name, fails)
+    assert hardware.gpus()[0][0]["name"] == "NVIDIA GPU"
+    assert "NVIDIA GPU, 16 GiB, compute capability 7.5, driver unknown" in [f.what for f in doctor.examine(tmp_path)]
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", fails)
+    assert hardware.gpus() == ([], "")
+
+
+@pytest.mark.parametrize(
+    ("package", "file", "text", "cuda"),
+    [
+        ("torch", "version.py", "from typing import Optional\ncuda: Optional[str] = '12.6'\n", "12.6"),
+        ("torch", "version.py", "cuda = None\n", None),
+        ("onnxruntime", "capi/build_and_package_info.py", "cuda_version = '13.0'\n", "13.0"),
+        ("onnxruntime", "capi/build_and_package_info.py", "package_name = 'onnxruntime'\n", None),
+        ("onnxruntime", "capi/other.py", "", None),
+    ],
+)
+def test_a_package_says_its_cuda_without_being_imported(monkeypatch, tmp_path, package, file, text, cuda):
+    path = tmp_path / package / file
+    path.parent.mkdir(parents=True)
+    (tmp_path / package / "__init__.py").write_text("raise AssertionError('imported')")
+    path.write_text(text)
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    assert hardware.built_for_cuda(package) == cuda
+
+
+def test_a_missing_package_was_built_for_no_cuda(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert hardware.built_for_cuda("torch") is None

@@ -1,0 +1,179 @@
+"""Which set a machine gets: the choice, the pins, and what `make install` does with them."""
+
+import configparser
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from toolchain import hardware
+from toolchain.doctor import SETS
+
+ROOT = Path(hardware.__file__).parent.parent
+MACHINES = [
+    ([], "", "cpu"),
+    ([], "580.65.06", "cpu"),
+    (["7.5"], "580.65.06", "gpu"),  # T4
+    (["9.0"], "590.48.01", "gpu"),  # H100
+    (["10.0"], "580", "gpu"),  # B200
+    (["7.5"], "535.183.01", "cuda12"),
+    (["9.0"], "570.124.06", "cuda12"),
+    (["6.1"], "580.65.06", "cuda12"),  # GTX 1050 Ti
+    (["6.1"], "535.183.01", "cuda12"),
+    (["9.0", "6.1"], "580.65.06", "cuda12"),
+    (["6.1", "9.0"], "580.65.06", "cuda12"),
+]
+
+
+def device(capability):
+    return {"name": "A GPU", "memory_bytes": 2**34, "compute_capability": capability}
+
+
+@pytest.mark.parametrize(("capabilities", "driver", "runtime"), MACHINES)
+def test_driver_and_age_choose_the_set(capabilities, driver, runtime):
+    assert hardware.runtime_set([device(capability) for capability in capabilities], driver) == runtime
+
+
+def test_what_does_not_answer_counts_as_old():
+    assert hardware.runtime_set([device("")], "580.65.06") == "cuda12"
+    assert hardware.runtime_set([device("9.0")], "") == "cuda12"
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Runs make in a folder with what `make install` reads, on a machine whose nvidia-smi prints `answer`; None: it has
+    none."""
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    for name in ("awk", "cat", "rm", "sed", "xargs"):
+        (commands / name).symlink_to(shutil.which(name))
+    for path in (ROOT / "Makefile", ROOT / "setup.cfg", ROOT / "pyproject.toml", *ROOT.glob("constraints*.txt")):
+        shutil.copy(path, tmp_path)
+    program = shutil.which("make")
+
+    def run(*arguments, answer=None, code=0, check=True):
+        if answer is not None:
+            write(commands / "nvidia-smi", f"cat <<'END'\n{answer}\nEND\nexit {code}")
+        return subprocess.run(
+            # MAKEFLAGS of a `make test` above would set this make's variables as well.
+            [program, *arguments],
+            cwd=tmp_path,
+            env={"PATH": str(commands)},
+            capture_output=True,
+            text=True,
+            check=check,
+        )
+
+    return run
+
+
+def write(path, script):
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize(("capabilities", "driver", "runtime"), MACHINES)
+def test_make_chooses_as_the_toolchain_does(make, capabilities, driver, runtime):
+    answer = "\n".join(f"{driver}, {capability}" for capability in capabilities) or "No devices were found"
+    shown = make("-n", "install", answer=answer, code=0 if capabilities else 6).stdout
+    constraints, extras = SETS[runtime]
+    assert f'-c {constraints} -e ".[{extras}]"' in shown
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "runtime"),
+    [
+        (None, 0, "cpu"),
+        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", 9, "cpu"),
+        ("580.65.06, [N/A]", 0, "cuda12"),
+    ],
+)
+def test_make_understands_a_driver_in_trouble(make, answer, code, runtime):
+    assert f"-c {SETS[runtime][0]} " in make("-n", "install", answer=answer, code=code).stdout
+
+
+def test_a_runtime_that_is_named_wins(make):
+    for runtime, (constraints, extras) in SETS.items():
+        shown = make("-n", "install", f"RUNTIME={runtime}", answer="580.65.06, 9.0").stdout
+        assert f'-c {constraints} -e ".[{extras}]"' in shown
+    wrong = make("-n", "install", "RUNTIME=tpu", check=False)
+    assert wrong.returncode == 2
+    assert "RUNTIME is cpu, gpu or cuda12, not tpu" in wrong.stderr
+
+
+@pytest.fixture
+def environment(make, tmp_path):
+    """A .venv whose pip lists a runtime and writes down what else it is asked; returns what it was asked so far."""
+    folder = tmp_path / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    said = tmp_path / "said"
+    listed = "onnx==1\\nonnxruntime==1\\nonnxruntime-gpu==1\\nnvidia-cudnn-cu13==9\\ntorch==2\\ntorchvision==0\\n"
+    write(folder / "pip", f'[ "$1" = list ] && printf "{listed}" || echo "$@" >> {said}')
+
+    def install(*arguments):
+        said.write_text("")
+        make("install", "PYTHON=:", *arguments)
+        return said.read_text().splitlines()
+
+    return install
+
+
+def test_another_runtime_replaces_the_one_that_is_there(environment, tmp_path):
+    marker = tmp_path / ".venv" / ".installed"
+    installed = environment("RUNTIME=cpu")
+    for runtime, before in (("gpu", "cpu"), ("cuda12", "gpu"), ("cpu", "cuda12")):
+        assert marker.read_text() == f"{before}\n"
+        removed, installed = environment(f"RUNTIME={runtime}")
+        assert removed == "uninstall -q -y onnxruntime onnxruntime-gpu nvidia-cudnn-cu13 torch"
+        assert f"-c {SETS[runtime][0]} -e .[{SETS[runtime][1]}]" in installed
+    assert environment() == []
+
+
+def test_without_a_runtime_an_environment_keeps_its_own(environment, tmp_path):
+    environment("RUNTIME=cuda12")
+    assert environment() == []
+    os.utime(tmp_path / "setup.cfg")
+    (installed,) = environment()
+    assert "-c constraints-cuda12.txt" in installed
+
+
+def test_a_named_runtime_mends_and_what_broke_off_starts_again(environment, tmp_path):
+    environment("RUNTIME=gpu")
+    assert len(environment("RUNTIME=gpu")) == 2
+    (tmp_path / ".venv" / ".installed").write_text("")
+    assert len(environment()) == 2
+
+
+def pins(name):
+    lines = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", line) for line in lines)
+    return {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in lines}
+
+
+@pytest.mark.parametrize(("constraints", "extras"), SETS.values())
+def test_the_pins_satisfy_every_requirement(constraints, extras):
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    named = setup["options"]["install_requires"].splitlines()
+    for extra in (*extras.split(","), "studies", "test"):
+        named += setup["options.extras_require"][extra].splitlines()
+    pinned = pins(constraints)
+    for requirement in map(Requirement, filter(None, named)):
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
+    assert ("onnxruntime" in pinned) != ("onnxruntime-gpu" in pinned)
+    assert ("onnxruntime-gpu" in pinned) == ("gpu" in extras)
+
+
+def test_a_set_is_of_one_cuda_and_differs_from_the_others_in_nothing_else():
+    cpu, gpu, cuda12 = (pins(constraints) for constraints, _ in SETS.values())
+    assert any(name.endswith("-cu13") for name in gpu)
+    assert not any(name.endswith("-cu12") for name in gpu)
+    assert any(name.endswith("-cu12") for name in cuda12)
+    assert not any(name.endswith("-cu13") for name in cuda12)
+    for name in set(cpu) & set(gpu) & set(cuda12) - {"torch"}:
+        assert cpu[name] == gpu[name] == cuda12[name], name
