@@ -1,0 +1,52 @@
+"""The real onnxruntime-gpu on a machine without a GPU: it lists CUDA as available, and is believed in nothing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from toolchain import hardware
+
+ROOT = Path(__file__).parent.parent
+PIN = next(
+    line for line in (ROOT / "constraints-gpu.txt").read_text().splitlines() if line.startswith("onnxruntime-gpu==")
+)
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory):
+    """The pinned onnxruntime-gpu alone in a folder that stands before this environment's onnxruntime."""
+    if hardware.missing_cuda() is None:
+        pytest.skip("an NVIDIA GPU answers here: nothing is refused")
+    folder = tmp_path_factory.mktemp("runtime")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--no-compile"]
+    run = subprocess.run([*pip, "--target", str(folder), PIN], capture_output=True, text=True, timeout=600, check=False)
+    if run.returncode:
+        pytest.skip(f"{PIN} cannot be installed here: {run.stderr.strip().splitlines()[-1]}")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_cuda_session_is_refused_in_words(runtime, built_tiny):
+    code = (
+        "import sys; from pathlib import Path; import onnxruntime as ort\n"
+        "from toolchain.backends import Place, open_session; from toolchain.errors import ProviderError\n"
+        "print(ort.__file__, ort.get_available_providers())\n"
+        "open_session(Path(sys.argv[1]), 'onnx', Place('cpu', 1)).close()\n"
+        "try: open_session(Path(sys.argv[1]), 'onnx', Place('cuda', 1))\n"
+        "except ProviderError as error: print('refused:', error)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(built_tiny.path("onnx-fp32"))],
+        env={**os.environ, "PYTHONPATH": str(runtime)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    said = run.stdout.splitlines()
+    assert said[0].startswith(str(runtime))
+    assert "CUDAExecutionProvider" in said[0]
+    assert said[1].startswith("refused: ONNX Runtime was asked for CUDAExecutionProvider and fell back to CPU")
