@@ -222,6 +222,14 @@ def test_the_real_chain_on_the_tiny_checkpoint(built_tiny):
     runs.judge(result)
 
 
+def test_a_runtime_that_is_not_installed_makes_its_cells_unavailable_and_no_others(fake, data, encoder):
+    kinds = {**FAKE, "missing": Backend("fake_backend:FakeSession", ("no_such_runtime",))}
+    cells = [Cell("fake", kind, kind, "cpu", fake(kind)) for kind in ("fake", "missing")]
+    there, missing = bench(cells, data, encoder, FAST, lambda *_: None, kinds)[0]
+    assert there.status == "ok"
+    assert (missing.status, "no_such_runtime cannot be imported" in missing.reason) == ("unavailable", True)
+
+
 def test_cells_are_planned_from_the_table():
     assert runs.planned((), ()) == [
         ("torch-fp32", "cpu"),

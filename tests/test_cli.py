@@ -10,6 +10,7 @@ from conftest import make_checkpoint, run_toolchain
 from toolchain.cli import cli, main
 from toolchain.errors import VerdictError
 from toolchain.measurements import ResultFile
+from toolchain.variants import DEFAULT_CELLS
 
 
 @pytest.fixture
@@ -169,13 +170,15 @@ def test_bench_with_cuda_and_no_device_has_rows_with_reason_and_mend(at, say, ti
     code, out, err = say("bench", "--provider", "cuda", "--quick", "--model", tiny_checkpoint)
     assert code == 1
     assert "Nothing could be measured: No NVIDIA GPU" in err
-    assert "torch-fp32@cuda, onnx-fp32@cuda unavailable" in out
+    assert ", ".join(f"{name}@cuda" for name in DEFAULT_CELLS["cuda"]) + " unavailable" in out
     assert "toolchain doctor" in out
     file = next((at / "benchmarks/results/local").glob("tiny-*.json"))
     assert {row.status for row in ResultFile.read(file).rows} == {"unavailable"}  # written before it says no
 
 
-def test_the_whole_chain_from_the_command_line(at, say, tmp_path_factory):
+def test_the_whole_chain_from_the_command_line(at, say, tmp_path_factory, monkeypatch):
+    few = ("torch-fp32", "torch-pruned50", "onnx-std", "onnx-fp32", "onnx-int8")
+    monkeypatch.setitem(DEFAULT_CELLS, "cpu", few)
     checkpoint = make_checkpoint(tmp_path_factory.mktemp("c") / "mine", ("bad", "good"))
     table = at / "reviews.csv"
     table.write_text("review,stars\n" + "".join(f"a film of {i} words,{('bad', 'good')[i % 2]}\n" for i in range(40)))

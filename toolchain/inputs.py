@@ -227,11 +227,14 @@ class Encoder:
         return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
 
 
-def pad(ids: Sequence[Sequence[int]], names: Sequence[str], pad_id: int, left: bool = False) -> dict[str, np.ndarray]:
-    """One batch as int64 arrays [batch, longest]: ids padded on one side, the mask, token types where asked for."""
+def pad(
+    ids: Sequence[Sequence[int]], names: Sequence[str], pad_id: int, left: bool = False, width: int = 0
+) -> dict[str, np.ndarray]:
+    """One batch as int64 arrays [batch, longest or `width`]: ids padded on one side, the mask, token types where asked
+    for."""
     import numpy as np
 
-    width = max(len(row) for row in ids)
+    width = max(width, *(len(row) for row in ids))
     arrays = {name: np.zeros((len(ids), width), np.int64) for name in names}
     arrays["input_ids"][:] = pad_id
     for index, row in enumerate(ids):

@@ -13,6 +13,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,18 +30,19 @@ if TYPE_CHECKING:
 GROUP = 50  # batches whose rows are sorted by length together
 SAVE_EVERY_S = 30.0
 SCORING = 64  # rows a batch where nothing is learnt
-STATE, WEIGHTS, BEST, TEACHER = "state.json", "weights.safetensors", "best.safetensors", "teacher.safetensors"
+WIDTHS = 8  # a batch's width is a multiple of it: oneDNN compiles its kernels anew for every shape
+STATE, WEIGHTS, BEST = "state.json", "weights.safetensors", "best.safetensors"
 
 Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW with a linear schedule: `learning_rate` is its peak, `warmup` the share of steps that lead up to it.
+    """AdamW, for embeddings sparse Adam, with a linear schedule: `learning_rate` is its peak, `warmup` the share of
+    steps that lead up to it.
 
-    `temperature` softens teacher and student alike; `states` weighs the first token's last hidden state, which the head
-    reads, against the answers; `patience` is how many epochs without a better held-out accuracy
-    end the training.
+    `temperature` softens teacher and student alike; `states` weighs the hidden states against the answers; `patience`
+    is how many epochs without a better held-out accuracy end the training.
     """
 
     epochs: int
@@ -93,20 +95,19 @@ def train(
     Only parameters that require a gradient are trained; dropout is off, since the teacher's answers leave nothing to
     regularise against. `resume` is a folder and a key: a run of the same key there is taken up where it stopped.
     Returns what the manifest says of it. Raises `DataError` where the loss is no longer finite. Hinton et al. 2015,
-    "Distilling the Knowledge in a Neural Network".
+    "Distilling the Knowledge in a Neural Network"; Sun et al. 2019, "Patient Knowledge Distillation", for the states.
     """
     (model, teacher), (train_on, held_out) = models, rows
     folder, key = resume
     folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(model, recipe, math.ceil(len(train_on.ids) / recipe.batch_size), folder, key)
-    run.learn_from(teacher, train_on, encoder, progress)
+    run = _Run((model, teacher), recipe, math.ceil(len(train_on.ids) / recipe.batch_size), folder, key)
     if not run.state.step:
         run.state.held_out.append(accuracy(model, held_out.batches(encoder)))
         run.keep_best()
     while not run.over:
         epoch = len(run.state.held_out) - 1  # a run killed between an epoch's last step and its score owes the score
         for chosen in _order(train_on, recipe, epoch)[run.state.step - epoch * run.steps :]:
-            loss = run.learn(batch(chosen, train_on.ids, train_on.labels, encoder))
+            loss = run.learn(batch(chosen, train_on.ids, train_on.labels, encoder, WIDTHS))
             progress(run.state.step, run.total, f"epoch {epoch + 1} of {recipe.epochs}, loss {loss:.4f}")
         run.state.held_out.append(accuracy(model, held_out.batches(encoder)))
         if run.state.held_out[-1] >= run.state.held_out[run.state.best]:
@@ -162,30 +163,32 @@ def _order(rows: Examples, recipe: Recipe, epoch: int) -> list[list[int]]:
     return found
 
 
-@dataclass(frozen=True)
-class _Answers:
-    """`logits` [rows, labels], and the `states` [rows, width] of the first token that they are read from."""
-
-    logits: torch.Tensor
-    states: torch.Tensor
-
-
 class _Run:
-    """A model under training: its optimiser, the teacher's answers, and where it stands."""
+    """A model under training: its optimiser, its teacher, and where it stands."""
 
-    def __init__(self, model: PreTrainedModel, recipe: Recipe, steps: int, folder: Path, key: str) -> None:
+    def __init__(
+        self, models: tuple[PreTrainedModel, PreTrainedModel], recipe: Recipe, steps: int, folder: Path, key: str
+    ) -> None:
         import torch
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = _precision(self.device)
         self.steps, self.total = steps, steps * recipe.epochs
-        self._model, self._recipe, self._folder = model, recipe, folder
-        model.to(self.device).eval()  # type: ignore[arg-type]
+        (model, teacher), self._recipe, self._folder = models, recipe, folder
+        self._model = model.to(self.device).eval()  # type: ignore[arg-type]
+        self._teacher = teacher.to(self.device, self.precision).eval()  # type: ignore[arg-type]
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        values = self._trained.values()
-        self._optimizer = torch.optim.AdamW(
-            values, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-        )
+        tables = set()
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Embedding):
+                # A batch has a few hundred of many thousand rows: stepping all of them is a fifth of the time.
+                module.sparse = True
+                tables.add(f"{name}.weight")
+        self._dense = [p for name, p in self._trained.items() if name not in tables]
+        adamw = torch.optim.AdamW(self._dense, weight_decay=recipe.weight_decay, fused=True)
+        lazy = torch.optim.SparseAdam([p for name, p in self._trained.items() if name in tables])
+        self._optimizers = (adamw, lazy)
+        self._optimizer_of = {name: lazy if name in tables else adamw for name in self._trained}
         self._started = self._saved = time.monotonic()
         self.state = self._restored(key) or _State(key)
         self._before_s = self.state.spent_s
@@ -196,63 +199,34 @@ class _Run:
         epochs = len(self.state.held_out) - 1
         return epochs >= self._recipe.epochs or epochs - self.state.best >= self._recipe.patience
 
-    def learn_from(self, teacher: PreTrainedModel, rows: Examples, encoder: Encoder, progress: Progress) -> None:
-        """The teacher's logits [rows, labels], computed once a run."""
-        import torch
-        from safetensors.torch import load_file, save_file
-
-        file = self._folder / TEACHER
-        if self.state.step and file.is_file():
-            self._answers = _Answers(**{name: t.to(self.device) for name, t in load_file(file).items()})
-            return
-        teacher.to(self.device).eval()  # type: ignore[arg-type]
-        found: list[_Answers] = []
-        order: list[int] = []
-        parts = rows.batches(encoder)
-        with torch.inference_mode():
-            for number, part in enumerate(parts):
-                found.append(self._ask(teacher, part))
-                order += part.rows
-                progress(number + 1, len(parts), "the teacher's answers")
-        back = torch.tensor(order).argsort()
-        logits, states = (
-            torch.cat([getattr(answer, name).cpu() for answer in found])[back] for name in ("logits", "states")
-        )
-        save_file({"logits": logits, "states": states}, file)
-        self._answers = _Answers(logits.to(self.device), states.to(self.device))
-
-    def _ask(self, model: PreTrainedModel, part: Batch) -> _Answers:
-        import torch
-
-        inputs = {name: tensor.to(self.device) for name, tensor in part.inputs.items()}
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            found = model(**inputs, output_hidden_states=True)
-        return _Answers(found.logits.float(), found.hidden_states[-1][:, 0].float())
-
     def learn(self, part: Batch) -> float:
-        """One step; the loss is the Kullback-Leibler divergence from the teacher's softened answers."""
+        """One step towards the teacher; the loss it started from."""
         import torch
-        from torch.nn import functional
 
         recipe, step = self._recipe, self.state.step
         rising = (step + 1) / max(1.0, recipe.warmup * self.total)
-        for group in self._optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * min(rising, (self.total - step) / self.total)
-        answers = self._ask(self._model, part)
-        wanted = functional.log_softmax(self._answers.logits[part.rows] / recipe.temperature, dim=-1)
-        given = functional.log_softmax(answers.logits / recipe.temperature, dim=-1)
-        loss = functional.kl_div(given, wanted, log_target=True, reduction="batchmean") * recipe.temperature**2
-        states = self._answers.states[part.rows]
-        loss = loss + recipe.states * functional.mse_loss(answers.states, states) / states.var()
+        rate = recipe.learning_rate * min(rising, (self.total - step) / self.total)
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            optimizer.param_groups[0]["lr"] = rate
+        inputs = {name: tensor.to(self.device) for name, tensor in part.inputs.items()}
+        with torch.no_grad():
+            wanted = self._teacher(**inputs, output_hidden_states=True)
+        with (
+            torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32),
+            _attention(self.device),
+        ):
+            given = self._model(**inputs, output_hidden_states=True)
+        loss = _distance(given, wanted, inputs["attention_mask"].bool(), recipe)
         if not torch.isfinite(loss):
             raise DataError(
                 f"The loss is {float(loss.detach())} at step {step}: the training left what numbers can hold.",
                 "Check the checkpoint for NaN; a lower learning rate may help.",
             )
-        self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self._trained.values(), recipe.clip)
-        self._optimizer.step()
+        torch.nn.utils.clip_grad_norm_(self._dense, recipe.clip)
+        for optimizer in self._optimizers:
+            optimizer.step()
         self.state.step += 1
         if time.monotonic() - self._saved > SAVE_EVERY_S:
             self.save()
@@ -260,10 +234,12 @@ class _Run:
 
     def save(self) -> None:
         """What a later run goes on from; the state last, which makes the rest valid."""
-        tensors = dict(self._trained)
+        import torch
+
+        tensors: dict[str, torch.Tensor] = dict(self._trained)
         for name, parameter in self._trained.items():
-            moments = self._optimizer.state.get(parameter, {})
-            tensors |= {f"{name}|{key}": value for key, value in moments.items()}
+            moments = self._optimizer_of[name].state.get(parameter, {})
+            tensors |= {f"{name}|{key}": torch.as_tensor(value) for key, value in moments.items()}
         self.state.spent_s = self._before_s + time.monotonic() - self._started
         _write(self._folder / f"{self.state.step}.{WEIGHTS}", tensors)
         (self._folder / f".{STATE}").write_text(json.dumps(asdict(self.state)))
@@ -288,7 +264,9 @@ class _Run:
                 parameter.copy_(tensors.pop(name))
         for name, value in tensors.items():
             parameter_name, moment = name.rsplit("|", 1)
-            self._optimizer.state[self._trained[parameter_name]][moment] = value
+            state_of = self._optimizer_of[parameter_name].state[self._trained[parameter_name]]
+            # `SparseAdam` counts its steps with a plain number, `AdamW` with a tensor of floats.
+            state_of[moment] = value if value.is_floating_point() else int(value)
         return state
 
     def keep_best(self) -> None:
@@ -305,7 +283,34 @@ class _Run:
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 parameter.copy_(tensors[name])
-        self._model.to("cpu")  # type: ignore[arg-type]
+        self._model.to("cpu")
+
+
+def _attention(device: torch.device) -> AbstractContextManager[None]:
+    """PyTorch's fused attention is half of a training step on a CPU; its own parts are faster backwards there."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+
+def _distance(given: Any, wanted: Any, real: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """Of the student's outputs from the teacher's: the Kullback-Leibler divergence of the softened answers, and the
+    squared difference of the states, relative to the teacher's variance: every layer's at the `real` tokens
+    [batch, sequence], and once more the first token's last one, which the head reads."""
+    from torch.nn import functional
+
+    def softened(outputs: Any) -> torch.Tensor:
+        return functional.log_softmax(outputs.logits.float() / recipe.temperature, dim=-1)
+
+    def apart(mine: torch.Tensor, its: torch.Tensor) -> torch.Tensor:
+        return functional.mse_loss(mine.float(), its.float()) / its.float().var()
+
+    answers = functional.kl_div(softened(given), softened(wanted), log_target=True, reduction="batchmean")
+    layers = list(zip(given.hidden_states[1:], wanted.hidden_states[1:], strict=True))
+    states = sum(apart(mine[real], its[real]) for mine, its in layers) / len(layers)
+    states = states + apart(layers[-1][0][:, 0], layers[-1][1][:, 0])
+    loss: torch.Tensor = answers * recipe.temperature**2 + recipe.states * states
+    return loss
 
 
 def _write(path: Path, tensors: dict[str, Any]) -> None:

@@ -61,13 +61,15 @@ class Prune:
 class Recover:
     """A pruned model trained for `epochs` to answer as the unpruned one does; `train` as for `Prune`.
 
-    `masked` is the share of tokens that are hidden in the pairs of rows it learns from beside the rows themselves.
+    It learns from the rows and from pairs of them, `pairs` a row divided by the share of parameters that is left, in
+    which the share `masked` of the tokens is hidden.
     """
 
     epochs: int
     train: str = ""
     learning_rate: float = 2e-4
     batch_size: int = 64
+    pairs: float = 0.25
     masked: float = 0.2
     seed: int = 20
 

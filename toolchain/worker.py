@@ -158,7 +158,7 @@ class _Child:
         self._place = Place(**first["place"])
         memory: dict[str, Any] = {"bare": _uss()}
         for module in first["imports"]:
-            importlib.import_module(module)
+            _import(module)
         kind = session_class(first["session"])
         memory["imports"] = _uss()
         self._gpu = gpu_memory.meter(self._place.device_id) if self._place.provider == "cuda" else None
@@ -222,6 +222,16 @@ class _Child:
             if allocated is not None:
                 found["gpu"]["allocator_peak"] = allocated
         return found
+
+
+def _import(module: str) -> None:
+    """Raises `ProviderError` where it is not installed, or not for this machine."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError) as error:
+        raise errors.ProviderError(
+            f"{module} cannot be imported: {error}.", "`toolchain doctor` says what to install."
+        ) from error
 
 
 def _since(started_ns: int) -> int:

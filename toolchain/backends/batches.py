@@ -27,10 +27,14 @@ def batches(ids: Sequence[Sequence[int]], labels: Sequence[int], encoder: Encode
     return [batch(order[i : i + size], ids, labels, encoder) for i in range(0, len(order), size)]
 
 
-def batch(rows: Sequence[int], ids: Sequence[Sequence[int]], labels: Sequence[int], encoder: Encoder) -> Batch:
-    """These rows as one batch."""
+def batch(
+    rows: Sequence[int], ids: Sequence[Sequence[int]], labels: Sequence[int], encoder: Encoder, multiple: int = 1
+) -> Batch:
+    """These rows as one batch, as wide as its longest row or the next `multiple`, within what the model takes."""
     import torch
 
-    arrays = pad([ids[row] for row in rows], encoder.names, encoder.pad_id)
+    chosen = [ids[row] for row in rows]
+    width = min(-(-max(map(len, chosen)) // multiple) * multiple, encoder.max_length)
+    arrays = pad(chosen, encoder.names, encoder.pad_id, width=width)
     inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return Batch(inputs, torch.tensor([labels[row] for row in rows]), list(rows))

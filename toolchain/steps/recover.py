@@ -16,13 +16,13 @@ from toolchain.jobs import Built, Job
 from toolchain.training import Examples, Recipe, train
 from toolchain.variants import Recover, settings_of
 
-VERSION = 3
+VERSION = 4
 
 
 def recover(job: Job) -> Built:
     """Distils the model's own unpruned self into the parent, on all rows but those held out and on pairs of them.
 
-    The embeddings stay as they are. What is needed to go on after a kill lies in the job's `resume` folder until the
+    What is needed to go on after a kill lies in the job's `resume` folder until the
     artifact is published. Raises `DataError` for training data that cannot be used.
     """
     step = job.step
@@ -35,12 +35,10 @@ def recover(job: Job) -> Built:
     job.progress(0, 1, "reading the training data")
     trained, held_out = inputs.hold_out(data)
     rows, mask = _examples(data, trained, encoder), _mask_token(job.given.path, encoder)
-    rows = _augmented(rows, mask, step.masked, step.seed, encoder.max_length)
+    # The less is left of a model, the more it has to learn again, and the less an example costs.
+    pairs = round(step.pairs * len(rows.ids) / (1 - manifest.facts["pruning"]["achieved"]))
+    rows = _augmented(rows, pairs, mask, step.masked, step.seed, encoder.max_length)
     model, teacher = load_model(job.given.path), load_model(job.root.path)
-    base = model.base_model_prefix
-    for name, parameter in model.named_parameters():
-        # The table is most of the parameters, and most of the time of an optimiser's step.
-        parameter.requires_grad_(not name.startswith(f"{base}.embeddings."))
     recipe = Recipe(step.epochs, step.learning_rate, step.batch_size, step.seed)
     sealed = {"parent": manifest.id, "teacher": job.root.manifest.id, "step": settings_of(step), "version": VERSION}
     key = hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
@@ -48,7 +46,12 @@ def recover(job: Job) -> Built:
     history = train((model, teacher), (rows, judged), encoder, recipe, (job.resume, key), job.progress)
     copy_companions(job.given, job.folder)
     save_weights(model.state_dict(), job.folder)
-    recovery = {**history, "masked": step.masked if mask is not None else 0.0, "teacher": job.root.manifest.id}
+    recovery = {
+        **history,
+        "pairs": pairs,
+        "masked": step.masked if mask is not None else 0.0,
+        "teacher": job.root.manifest.id,
+    }
     return Built.like(job, {**describe(model, model.state_dict()), "recovery": recovery})
 
 
@@ -56,8 +59,8 @@ def _examples(data: Data, rows: list[int], encoder: inputs.Encoder) -> Examples:
     return Examples(encoder.encode([data.texts[row] for row in rows]), [data.labels[row] for row in rows])
 
 
-def _augmented(rows: Examples, mask: int | None, share: float, seed: int, longest: int) -> Examples:
-    """The rows as they are, and once more in pairs, joined, with that share of their tokens masked.
+def _augmented(rows: Examples, pairs: int, mask: int | None, share: float, seed: int, longest: int) -> Examples:
+    """The rows as they are, and so many random `pairs` of them, joined, with that share of their tokens masked.
 
     A teacher was trained on these rows and answers nearly all with certainty, which hides what else it knows; its
     answers to disturbed and longer ones say more. After Jiao et al. 2020, "TinyBERT", which augments for this reason.
@@ -68,13 +71,13 @@ def _augmented(rows: Examples, mask: int | None, share: float, seed: int, longes
     def masked(ids: list[int]) -> list[int]:
         return [token if mask is None or rng.random() >= share else mask for token in ids]
 
-    pairs = range(0, len(rows.ids) - 1, 2)
+    drawn = [(rng.randrange(len(rows.ids)), rng.randrange(len(rows.ids))) for _ in range(pairs)]
     # The first token and the last are the tokenizer's own.
     joined = [
         [one[0], *masked([*one[1:-1], *other[1:-1]][: longest - 2]), other[-1]]
-        for one, other in ((rows.ids[at], rows.ids[at + 1]) for at in pairs)
+        for one, other in ((rows.ids[first], rows.ids[second]) for first, second in drawn)
     ]
-    return Examples([*rows.ids, *joined], [*rows.labels, *(rows.labels[at + 1] for at in pairs)])
+    return Examples([*rows.ids, *joined], [*rows.labels, *(rows.labels[second] for _, second in drawn)])
 
 
 def _mask_token(folder: Path, encoder: inputs.Encoder) -> int | None:
