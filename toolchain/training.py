@@ -217,7 +217,7 @@ class _Run:
             _attention(self.device),
         ):
             given = self._model(**inputs, output_hidden_states=True)
-        loss = _distance(given, wanted, inputs["attention_mask"].bool(), recipe)
+        loss = _distance(given, wanted, inputs["attention_mask"], recipe)
         if not torch.isfinite(loss):
             raise DataError(
                 f"The loss is {float(loss.detach())} at step {step}: the training left what numbers can hold.",
@@ -295,20 +295,23 @@ def _attention(device: torch.device) -> AbstractContextManager[None]:
 
 def _distance(given: Any, wanted: Any, real: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     """Of the student's outputs from the teacher's: the Kullback-Leibler divergence of the softened answers, and the
-    squared difference of the states, relative to the teacher's variance: every layer's at the `real` tokens
+    squared difference of the states, relative to the teacher's variance: every layer's at the tokens that are `real`
     [batch, sequence], and once more the first token's last one, which the head reads."""
+    import torch
     from torch.nn import functional
 
     def softened(outputs: Any) -> torch.Tensor:
         return functional.log_softmax(outputs.logits.float() / recipe.temperature, dim=-1)
 
-    def apart(mine: torch.Tensor, its: torch.Tensor) -> torch.Tensor:
-        return functional.mse_loss(mine.float(), its.float()) / its.float().var()
+    def apart(mine: torch.Tensor, its: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        squared = (mine.float() - its.float()).square().mean(-1)
+        return (squared * weight).sum() / weight.sum() / its.float().var()
 
     answers = functional.kl_div(softened(given), softened(wanted), log_target=True, reduction="batchmean")
     layers = list(zip(given.hidden_states[1:], wanted.hidden_states[1:], strict=True))
-    states = sum(apart(mine[real], its[real]) for mine, its in layers) / len(layers)
-    states = states + apart(layers[-1][0][:, 0], layers[-1][1][:, 0])
+    first = torch.zeros_like(real)
+    first[:, 0] = 1
+    states = sum(apart(mine, its, real) for mine, its in layers) / len(layers) + apart(*layers[-1], first)
     loss: torch.Tensor = answers * recipe.temperature**2 + recipe.states * states
     return loss
 

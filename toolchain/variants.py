@@ -61,15 +61,15 @@ class Prune:
 class Recover:
     """A pruned model trained for `epochs` to answer as the unpruned one does; `train` as for `Prune`.
 
-    It learns from the rows and from pairs of them, `pairs` a row divided by the share of parameters that is left, in
-    which the share `masked` of the tokens is hidden.
+    It learns from the rows and from pairs of them, `pairs` a row times the share of parameters that is gone, in which
+    the share `masked` of the tokens is hidden.
     """
 
     epochs: int
     train: str = ""
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-4
     batch_size: int = 64
-    pairs: float = 0.25
+    pairs: float = 1.4
     masked: float = 0.2
     seed: int = 20
 

@@ -35,8 +35,8 @@ def recover(job: Job) -> Built:
     job.progress(0, 1, "reading the training data")
     trained, held_out = inputs.hold_out(data)
     rows, mask = _examples(data, trained, encoder), _mask_token(job.given.path, encoder)
-    # The less is left of a model, the more it has to learn again, and the less an example costs.
-    pairs = round(step.pairs * len(rows.ids) / (1 - manifest.facts["pruning"]["achieved"]))
+    # The more of a model is gone, the more it has to learn again, and the less an example costs.
+    pairs = round(step.pairs * manifest.facts["pruning"]["achieved"] * len(rows.ids))
     rows = _augmented(rows, pairs, mask, step.masked, step.seed, encoder.max_length)
     model, teacher = load_model(job.given.path), load_model(job.root.path)
     recipe = Recipe(step.epochs, step.learning_rate, step.batch_size, step.seed)
