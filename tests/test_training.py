@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolchain import training
+from toolchain.backends.batches import batch
 from toolchain.errors import DataError
 from toolchain.inputs import Encoder
 from toolchain.pipeline import Workspace, ensure
@@ -229,3 +230,43 @@ def test_a_killed_recovery_is_taken_up_and_cleans_up(tiny, task, tmp_path):
     assert built.manifest.facts["pruning"] == tiny.load("torch-pruned50").manifest.facts["pruning"]
     assert any("accuracy on" in line and "held-out rows" in line for line in said)
     assert Encoder.open(built.path, ("input_ids", "attention_mask"), 512)
+
+
+def test_embeddings_of_tokens_that_no_row_has_stay_as_they_are(task, tmp_path):
+    teacher, rows, held_out, encoder, _ = task
+    student = weakened(teacher)
+    before = student.distilbert.embeddings.word_embeddings.weight.detach().clone()
+    train((student, copy.deepcopy(teacher)), (rows, held_out), encoder, RECIPE, (tmp_path, "k"), quiet)
+    changed = (student.distilbert.embeddings.word_embeddings.weight != before).any(dim=1).nonzero().squeeze(1)
+    seen = {token for row in rows.ids for token in row}
+    assert set(changed.tolist()) <= seen | {encoder.pad_id}
+    assert len(changed) > 0.9 * len(seen)
+
+
+def test_padding_does_not_count_as_distance(task):
+    from types import SimpleNamespace
+
+    torch.manual_seed(1)
+    states = [torch.randn(2, 4, 8) for _ in range(3)]
+    real = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    outputs = SimpleNamespace(logits=torch.randn(2, 2), hidden_states=states)
+    at_padding, elsewhere = ([state.clone() for state in states] for _ in range(2))
+    at_padding[1][1, 2:] += 1
+    elsewhere[1][1, 1] += 1
+    same, other = (
+        float(training._distance(SimpleNamespace(logits=outputs.logits, hidden_states=s), outputs, real, RECIPE))
+        for s in (at_padding, elsewhere)
+    )
+    assert same == pytest.approx(0, abs=1e-6)
+    assert other > 0.01
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=5), st.sampled_from([1, 4, 8]))
+def test_a_batch_is_as_wide_as_the_next_multiple_within_what_the_model_takes(lengths, multiple):
+    encoder = Encoder(None, ("input_ids", "attention_mask"), 0, 60)
+    part = batch(range(len(lengths)), [[7] * length for length in lengths], [0] * len(lengths), encoder, multiple)
+    width = part.inputs["input_ids"].shape[1]
+    assert max(lengths) <= width < max(lengths) + multiple
+    assert width <= 60
+    assert width % multiple == 0 or width == 60
+    assert part.inputs["attention_mask"].sum(1).tolist() == lengths

@@ -73,10 +73,11 @@ class DeviceMemoryError(ToolchainError):
     """A device without room for what was asked of it."""
 
     @classmethod
-    def asked(cls, size_bytes: int) -> DeviceMemoryError:
-        """For an allocation of so many bytes."""
+    def asked(cls, size_bytes: int | None) -> DeviceMemoryError:
+        """For an allocation of so many bytes; None where the runtime does not say how many."""
+        what = "what" if size_bytes is None else f"the {size_bytes / 2**20:,.0f} MiB"
         return cls(
-            f"The device has no room for the {size_bytes / 2**20:,.0f} MiB it was asked for.",
+            f"The device has no room for {what} it was asked for.",
             "Free the device, measure fewer variants at once with --variant, or take a smaller model.",
         )
 

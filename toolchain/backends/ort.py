@@ -167,5 +167,6 @@ def _failures() -> tuple[type[Exception], ...]:
 
 def _check_room(error: Exception) -> None:
     """Raises `DeviceMemoryError` where the failure is one of memory."""
-    if asked := _ROOM.search(str(error)):
-        raise DeviceMemoryError.asked(int(asked[1])) from error
+    asked = _ROOM.search(str(error))
+    if asked or "out of memory" in str(error):
+        raise DeviceMemoryError.asked(int(asked[1]) if asked else None) from error

@@ -165,7 +165,7 @@ def roomy(where: torch.device) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         asked = re.search(r"Tried to allocate ([\d.]+) (KiB|MiB|GiB|bytes)", str(error))
         units = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-        size = int(float(asked[1]) * units[asked[2]]) if asked else 0
+        size = int(float(asked[1]) * units[asked[2]]) if asked else None
         torch.cuda.empty_cache()
         raise DeviceMemoryError.asked(size) from error
 

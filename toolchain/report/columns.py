@@ -69,9 +69,14 @@ def _cell(row: Row) -> str:
     return row.measurement.cell + "".join(f" [{name}]" for name, holds in marks if holds)
 
 
-def _fallback(row: Row) -> str:
-    """What of the session ran elsewhere than on the cell's provider; empty where nothing did."""
-    return str(row.measurement.facts.get("session", {}).get("fallback", ""))
+def _session(row: Row, fact: str) -> str:
+    """What the session said of itself: as ``fallback``, what ran elsewhere than on the cell's provider; as ``note``,
+    what the row is good for. Empty where it said nothing."""
+    return str(row.measurement.facts.get("session", {}).get(fact, ""))
+
+
+def _fallback(row: Row) -> bool:
+    return bool(_session(row, "fallback"))
 
 
 COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
@@ -144,14 +149,21 @@ def notes(rows: Sequence[Row]) -> list[str]:
         lines.append(f"Ratios are against {' and '.join(baselines)} of the same run; above 1 is better.")
     lines += dict.fromkeys(_method(row) for row in measured(rows) if "batch_size" in row.run.run)
     lines += [_pruned(row, rows) for row in measured(rows) if "pruning" in row.measurement.facts]
-    lines += [f"{row.measurement.cell}: {_fallback(row)}." for row in measured(rows) if _fallback(row)]
+    lines += _by_text([(row.measurement.cell, f": {_session(row, 'fallback')}.") for row in rows if _fallback(row)])
+    lines += _by_text([(row.measurement.cell, f": {note}.") for row in rows if (note := _session(row, "note"))])
     lines += _gpu_notes(rows) + _reported(rows)
     if any(row.stale for row in rows):
         lines.append("[stale]: the artifact has been built anew since; measure again with `toolchain bench`.")
-    without: dict[str, dict[str, None]] = {}
-    for m in [row.measurement for row in rows if row.measurement.status not in FIGURES]:
-        without.setdefault(f"{m.status}: {m.reason} {m.mend}".rstrip(), {})[m.cell] = None
-    return lines + [f"{', '.join(cells)} {why}" for why, cells in without.items()]
+    without = [row.measurement for row in rows if row.measurement.status not in FIGURES]
+    return lines + _by_text([(m.cell, f" {m.status}: {m.reason} {m.mend}".rstrip()) for m in without])
+
+
+def _by_text(found: Sequence[tuple[str, str]]) -> list[str]:
+    """A line for each text, after all the cells it holds for."""
+    cells: dict[str, dict[str, None]] = {}
+    for cell, text in found:
+        cells.setdefault(text, {})[cell] = None
+    return [f"{', '.join(named)}{text}" for text, named in cells.items()]
 
 
 def _gpu_notes(rows: Sequence[Row]) -> list[str]:
