@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from test_measurements import result, row
 
 from toolchain.errors import BenchError, ResultFileError
 from toolchain.measurements import Accuracy, Measurement, ResultFile, Samples
+from toolchain.report.columns import columns
 from toolchain.report.markdown import to_markdown
 from toolchain.report.table import print_table
 from toolchain.runs import current_ids, judge, newest
@@ -184,3 +186,57 @@ def test_committed_result_files_can_be_read():
     assert files
     for file in files:
         assert ResultFile.read(file).rows
+
+
+SEED_STUDY = sorted((Path(__file__).parent.parent / "benchmarks" / "results").glob("seed-study-*.json"))
+
+
+def test_the_published_table_stands_there_as_it_was_printed():
+    rows = compare([ResultFile.read(path) for path in SEED_STUDY])
+    assert {row.measurement.status for row in rows} == {"reported"}
+    assert all(row.measurement.artifact_id is None and not row.measurement.latency for row in rows)
+    shown = {
+        (row.run.machine["id"].removeprefix("seed-study-"), row.measurement.cell): (
+            f"{row.measurement.accuracy.value:.2%}",
+            row.measurement.latency_ms.get("mean"),
+        )
+        for row in rows
+    }
+    assert shown == {
+        ("xeon", "torch-fp32@cpu"): ("91.06%", 72.0),
+        ("xeon", "torch-int8@cpu"): ("89.68%", 158.0),
+        ("xeon", "torch-pruned30-mask-int8@cpu"): ("90.48%", None),
+        ("xeon", "torch-pruned40-mask-int8@cpu"): ("88.53%", None),
+        ("xeon", "torch-pruned50-mask-int8@cpu"): ("87.16%", None),
+        ("gtx1050ti", "torch-fp32@cuda"): ("91.06%", 12.0),
+        ("gtx1050ti", "bnb-int8@cuda"): ("90.71%", 205.0),
+        ("t4", "torch-fp32@cuda"): ("91.06%", 7.0),
+        ("t4", "bnb-int8@cuda"): ("90.71%", 47.0),
+        ("t4", "bnb-fp4@cuda"): ("91.17%", 27.0),
+    }
+
+
+def test_published_figures_stand_beside_measured_ones_and_are_called_what_they_are():
+    rows = compare([ResultFile.read(path) for path in SEED_STUDY] + [result(FP32, INT8, run=RUN)])
+    text = to_markdown(rows)
+    assert "| Tesla T4 | bnb-fp4@cuda [reported] | 91.17% (+0.11) | 27.00 mean | – |" in text.replace(
+        "| distilbert-base-uncased-finetuned-sst-2-english ", ""
+    )
+    assert "[reported]: published figures, not measured here: https://github.com/" in text
+    assert "Intel Xeon (Google Colab): its latency was printed as 70.55 s: the study's own figure and unit." in text
+    mine = next(row for row in rows if row.measurement is INT8)
+    assert mine.baseline is FP32  # never a published row of the same name
+    assert all(row.memory_reduction is None for row in rows if row.measurement.status == "reported")
+
+
+def test_every_row_names_its_hardware_and_a_cell_on_two_machines_is_two_rows():
+    gpu = {"id": "t4", "cpu": "Xeon", "cores": 2, "gpu": [{"name": "Tesla T4"}], "ram_gib": 12, "isa": []}
+    there = result(measured("torch-fp32", 5, "cuda"), measured("torch-fp32", 30), run=RUN, machine=gpu)
+    rows = compare([result(FP32, run=RUN), there])
+    text = dict(columns(rows))["machine"]
+    found = {(text(row), row.measurement.cell) for row in rows}
+    assert found == {
+        ("c, 2 cores", "torch-fp32@cpu"),
+        ("Xeon, 2 cores", "torch-fp32@cpu"),
+        ("Tesla T4", "torch-fp32@cuda"),
+    }
