@@ -19,7 +19,7 @@ from toolchain.steps.compare import compare
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-BENCH = ROOT / "benchmarks" / "results" / "reference-epyc-2cores.json"
+BENCH = ROOT / "benchmarks" / "results" / "reference-xeon-2cores.json"
 STUDIES = ROOT / "benchmarks" / "studies"
 EXPORT_LOG = ROOT / "benchmarks" / "reports" / "make-export.txt"
 

@@ -117,7 +117,8 @@ def quantize(
     """Quantise a variant: onnx-fp32 becomes onnx-int8, torch-fp32 torch-int8 or bnb-nf4.
 
     ort and torch int8 scale activations at run time; bnb is bitsandbytes, which saves memory and, on a CPU, no time.
-    Validated before it is published: at most 2 % of 200 sentences may be answered differently from PyTorch's fp32.
+    Validated before it is published: it is refused where 200 sentences show that more than 2 % are answered differently
+    from the PyTorch model it was made from.
 
     \b
     Examples:
