@@ -92,8 +92,8 @@ def validate(
 
 
 def allowed_flips(sentences: int) -> int:
-    """How many of so many answers may change: more than these would, at `CONFIDENCE`, not be chance where `MAX_FLIPS` of
-    all sentences do (exact binomial)."""
+    """How many of so many answers may change: one more would show, at `CONFIDENCE`, that more than `MAX_FLIPS` of all
+    sentences do (exact binomial)."""
     from scipy import stats
 
     return int(stats.binom.ppf(CONFIDENCE, sentences, MAX_FLIPS))
