@@ -126,6 +126,8 @@ def test_a_whole_session_that_fell_back_says_so_where_that_is_allowed(built_tiny
         OrtSession(built_tiny.path("onnx-fp32"), Place("cuda", 1))
     session = OrtSession(built_tiny.path("onnx-fp32"), Place("cuda", 1, allow_fallback=True))
     assert session.facts()["fallback"] == "runs on CPUExecutionProvider, not on CUDAExecutionProvider"
+    assert session.run(BATCH).shape == (2, 2)
+    session.resident(BATCH)()
 
 
 @pytest.mark.parametrize(

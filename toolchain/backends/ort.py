@@ -63,6 +63,8 @@ class OrtSession:
             raise GraphError(f"{path} is no model ONNX Runtime can load: {error}.", "Build it again.") from error
         self._output = self._session.get_outputs()[0].name
         self._check_provider(wanted)
+        # A session that fell back whole, where that is allowed, has nothing on the GPU to bind to.
+        self._on_host = self._session.get_providers()[0] == PROVIDERS["cpu"]
 
     def _check_provider(self, wanted: str) -> None:
         """Raises `ProviderError` where the session, or a part of it that counts, runs elsewhere than asked.
@@ -79,8 +81,7 @@ class OrtSession:
                 "Install the CUDA and cuDNN it was built for (`toolchain doctor` names the set), or leave "
                 "--provider cuda out.",
             )
-        away = {kind: count for kind, count in self._elsewhere(wanted).items() if kind not in SHAPE_OPERATORS}
-        if away:
+        if away := self._elsewhere(wanted):
             what = ", ".join(f"{count} {kind}" for kind, count in sorted(away.items()))
             raise ProviderError(
                 f"{wanted} has no kernel for {what}: ONNX Runtime would run them on the CPU and copy to and fro.",
@@ -96,12 +97,14 @@ class OrtSession:
         return found
 
     def _elsewhere(self, wanted: str) -> Counter[str]:
-        return sum((kinds for name, kinds in self._assigned().items() if name != wanted), Counter())
+        """Operator type → nodes that count and are on another provider."""
+        away = [kinds for name, kinds in self._assigned().items() if name != wanted]
+        return Counter({k: n for kinds in away for k, n in kinds.items() if k not in SHAPE_OPERATORS})
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         """See `Session.run`. On a GPU through I/O binding, so that one copy goes each way."""
         try:
-            if self._place.provider == "cpu":
+            if self._on_host:
                 logits: np.ndarray = self._session.run(None, batch)[0]
             else:
                 binding = self._bound(batch)
@@ -127,7 +130,7 @@ class OrtSession:
         """An I/O binding with the batch on the session's device and the logits to be left there."""
         import onnxruntime as ort
 
-        where = self._place.provider, self._place.device_id
+        where = ("cpu", 0) if self._on_host else (self._place.provider, self._place.device_id)
         binding = self._session.io_binding()
         for name, array in batch.items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, *where))
@@ -139,7 +142,7 @@ class OrtSession:
         wanted, got = PROVIDERS[self._place.provider], self._session.get_providers()[0]
         nodes = {name: kinds.total() for name, kinds in self._assigned().items()}
         found = {"provider": got, "threads": self._place.threads, "nodes": nodes}
-        away = sum(count for kind, count in self._elsewhere(wanted).items() if kind not in SHAPE_OPERATORS)
+        away = self._elsewhere(wanted).total()
         if got != wanted:
             found["fallback"] = f"runs on {got}, not on {wanted}"
         elif away:
