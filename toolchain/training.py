@@ -12,8 +12,8 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -286,11 +286,24 @@ class _Run:
         self._model.to("cpu")
 
 
-def _attention(device: torch.device) -> AbstractContextManager[None]:
-    """PyTorch's fused attention is half of a training step on a CPU; its own parts are faster backwards there."""
+@contextmanager
+def _attention(device: torch.device) -> Iterator[None]:
+    """PyTorch's fused attention is half of a training step on a CPU; its own parts are faster backwards there, and more
+    so where they stay in the precision they are given."""
+    import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+    if device.type != "cpu":
+        yield
+        return
+    settings = torch.backends.cuda  # by its name; the CPU's math kernel goes by it too
+    before = settings.fp16_bf16_reduction_math_sdp_allowed()
+    settings.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        settings.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 def _distance(given: Any, wanted: Any, real: torch.Tensor, recipe: Recipe) -> torch.Tensor:

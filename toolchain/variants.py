@@ -69,7 +69,7 @@ class Recover:
     train: str = ""
     learning_rate: float = 1e-4
     batch_size: int = 64
-    pairs: float = 1.4
+    pairs: float = 1.0
     masked: float = 0.2
     seed: int = 20
 
