@@ -50,6 +50,10 @@ class FakeSession:
         while time.perf_counter() < until:
             pass
         even = batch["input_ids"].sum(axis=1) % 2 == 0
+        if does.get("moody") and len(even) > 1:
+            even = ~even
+        if self._runs > does.get("nan_after", float("inf")):
+            return np.full((len(even), 2), np.nan, np.float32)
         return np.stack([~even, even], axis=1).astype(np.float32)
 
     def resident(self, batch: dict[str, np.ndarray]) -> Callable[[], object]:

@@ -4,21 +4,29 @@ import os
 import re
 import signal
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from toolchain import backends, inputs, runs
+from toolchain import backends, inputs, journal, runs, scenarios
 from toolchain.backends import Backend, Place
-from toolchain.errors import BenchError
+from toolchain.cells import Cell
+from toolchain.errors import BenchError, ResultFileError
 from toolchain.inputs import Data, Encoder
+from toolchain.journal import Journal
+from toolchain.scenarios import Protocol
 from toolchain.steps import bench as bench_module
-from toolchain.steps.bench import Cell, Protocol, bench
+from toolchain.steps import roofline
+from toolchain.steps.bench import bench
+from toolchain.steps.compare import compare
 from toolchain.worker import Worker
 
 FAKE = {"fake": Backend("fake_backend:FakeSession", ("json",))}
 TEXTS = tuple(f"sentence number {i} {'word ' * (i % 7)}" for i in range(80))
-FAST = Protocol(passes=1, turn_s=0.02, pass_s=40, threads=1, batch_size=8)
+FAST = Protocol(passes=1, min_s=0.16, pass_s=40, starts=2, threads=1, batch_size=8)
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +77,13 @@ def test_a_row_has_all_four_figures_and_the_raw_samples(run, fake):
     assert len(row.latency.rounds) == how["rounds"] == 8
     assert len(row.predictions) == 80
     assert how["threads"] == 1
-    assert 0 <= how["steal_share"] <= 1
+    assert 0 <= row.noise["steal_share"] <= 1
+    assert 0 <= row.noise["others_share"] <= 1
+    assert len(row.cold_start.values()) == len(row.load.values()) == 2
+    assert row.cold_start_ms["p50"] > row.load_ms["p50"] > 0
+    assert row.with_tokenizing_ms["p50"] >= row.latency_ms["p50"]
+    assert row.probabilities[0] == ((2689, 7311) if row.predictions[0] else (7311, 2689))
+    assert row.batch_changed == 0
 
 
 def test_a_cell_has_its_own_process_the_thread_budget_and_no_hub(run):
@@ -126,23 +140,22 @@ def test_a_leak_is_seen_in_the_memory(run):
 
 def test_rounds_are_interleaved_and_every_cell_gets_the_same_work(fake, data, encoder, monkeypatch):
     turns = []
-    real = bench_module._turn
+    real = bench_module._Bench._turn
 
-    def spy(item, kind, work, protocol):
-        turns.append((item.cell.variant, kind, tuple(map(tuple, work))))
-        real(item, kind, work, protocol)
+    def spy(self, index, item, turn, work):
+        turns.append((item.cell.variant, work.kind, tuple(map(tuple, work.batches))))
+        real(self, index, item, turn, work)
 
-    monkeypatch.setattr(bench_module, "_turn", spy)
+    monkeypatch.setattr(bench_module._Bench, "_turn", spy)
     cells = [Cell("fake", n, "fake", "cpu", fake(n)) for n in ("a", "b", "c")]
     bench(cells, data, encoder, FAST, lambda *_: None, FAKE)
     groups = [turns[i : i + 3] for i in range(0, len(turns), 3)]
     assert all({name for name, _, _ in group} == {"a", "b", "c"} for group in groups)
     assert all(len({(kind, work) for _, kind, work in group}) == 1 for group in groups)
     assert len({tuple(name for name, _, _ in group) for group in groups}) > 1  # the order is not always the same
-    asked = sorted(i for name, kind, work in turns if (name, kind) == ("a", "singles") for batch in work for i in batch)
-    assert asked == list(range(80))
-    batched = sorted(i for name, kind, work in turns if (name, kind) == ("a", "batches") for b in work for i in b)
-    assert batched == list(range(80))
+    for kind in ("single-stream", "offline"):
+        asked = sorted(i for name, its, work in turns if (name, its) == ("a", kind) for batch in work for i in batch)
+        assert asked == list(range(80))
 
 
 @pytest.mark.parametrize(
@@ -150,17 +163,117 @@ def test_rounds_are_interleaved_and_every_cell_gets_the_same_work(fake, data, en
     [(872, 0.01, 872), (872, 0.1, 400), (872, 10.0, 100), (80, 10.0, 80), (10**5, 0.001, 2000)],
 )
 def test_a_set_too_large_for_the_slowest_cell_is_sampled(count, slowest_s, asked):
-    cells = [SimpleNamespace(sentence_s=slowest_s), SimpleNamespace(sentence_s=slowest_s / 10)]
-    chosen = bench_module._choose(count, cells, Protocol.quick(1))
+    chosen = scenarios.choose(count, slowest_s, scenarios.QUICK)
     assert len(set(chosen)) == len(chosen) == asked
-    assert chosen == bench_module._choose(count, cells, Protocol.quick(1))
+    assert chosen == scenarios.choose(count, slowest_s, scenarios.QUICK)
+
+
+@given(st.lists(st.integers(1, 512), min_size=1, max_size=200), st.integers(1, 64))
+def test_batches_hold_every_sentence_once_within_size_and_token_budget(lengths, size):
+    batches = scenarios.offline_batches(lengths, size)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) <= size
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= size * scenarios.TOKENS_A_SENTENCE
+    longest = [max(lengths[i] for i in batch) for batch in batches]
+    assert longest == sorted(longest)
 
 
 def test_accuracy_is_over_the_whole_set_even_where_batch_1_was_sampled(run, monkeypatch):
-    monkeypatch.setattr(bench_module, "MOST_SENTENCES", 16)
+    monkeypatch.setattr(scenarios, "MOST_SENTENCES", 16)
     rows, how = run(good={})
     assert how["single_sentences"] == 16
     assert (rows["good"].accuracy.count, rows["good"].accuracy.batch_size) == (80, 8)
+    assert sum(p is not None for p in rows["good"].probabilities) == 16
+
+
+def test_latency_at_each_length_is_taken_where_asked_for(run):
+    rows, _ = run(replace(FAST, by_length=True), good={})
+    assert list(rows["good"].by_length) == list(scenarios.LENGTHS)
+    assert all(len(samples.rounds) == 8 for samples in rows["good"].by_length.values())
+
+
+def test_an_answer_that_is_no_number_is_a_failure(run):
+    rows, _ = run(good={}, bad={"nan_after": 100})
+    assert rows["good"].status == "ok"
+    assert (rows["bad"].status, "no number" in rows["bad"].reason) == ("failed", True)
+
+
+def test_an_answer_that_depends_on_its_batch_is_counted(run):
+    rows, _ = run(steady={}, moody={"moody": True})
+    assert rows["steady"].batch_changed == 0
+    assert rows["moody"].batch_changed == 80
+
+
+def test_ten_per_cent_slower_is_found_with_an_interval_that_excludes_no_difference(fake, data, encoder):
+    told = {"torch-fp32": {"us": 2000}, "slower": {"us": 2200}}
+    cells = [Cell("fake", n, "fake", "cpu", fake(n, **does)) for n, does in told.items()]
+    rows, how = bench(cells, data, encoder, FAST, lambda *_: None, FAKE)
+    slower = compare([runs.result_of(rows, how, data, 512)])[1]
+    assert slower.speedup.differs
+    assert slower.speedup.low <= slower.speedup.value <= slower.speedup.high < 1
+    assert slower.throughput_gain.high < 1
+
+
+def test_where_memory_is_short_processes_make_room_and_start_again(run, monkeypatch):
+    import psutil
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=100, available=0))
+    rows, _ = run(one={}, other={})
+    assert [row.status for row in rows.values()] == ["ok", "ok"]
+    assert all(len(row.cold_start.values()) > 2 for row in rows.values())
+
+
+class Stopped(KeyboardInterrupt):
+    pass
+
+
+def test_an_interrupted_run_goes_on_where_it_was(fake, data, encoder, tmp_path, monkeypatch):
+    cells = [Cell("fake", n, "fake", "cpu", fake(n)) for n in ("a", "b")]
+    head = {"cells": ["a@cpu", "b@cpu"], "protocol": "p"}
+    file = tmp_path / "m-20260101T000000Z.journal"
+
+    def stop(done, total, what):
+        if (done, what) == (5, "b@cpu, offline"):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        bench(cells, data, encoder, FAST, stop, FAKE, Journal.begin(file, head))
+    with file.open("a") as torn:
+        torn.write('{"cell": 0, "kind"')
+    kept = Journal.take_up(journal.newest(tmp_path, "m"), head)
+    done_before = [r for r in kept.records if r["kind"] in ("single-stream", "offline")]
+    assert len(done_before) >= 5 * 4
+    asked = []
+    real = bench_module._Bench._turn
+
+    def spy(self, index, item, turn, work):
+        asked.append((index, work.kind, turn))
+        real(self, index, item, turn, work)
+
+    monkeypatch.setattr(bench_module._Bench, "_turn", spy)
+    rows, how = bench(cells, data, encoder, FAST, lambda *_: None, FAKE, kept)
+    assert not {(r["cell"], r["kind"], r["turn"]) for r in done_before} & set(asked)
+    assert len(done_before) + len(asked) == 2 * 2 * 8
+    assert how["taken_up"]
+    assert [len(row.latency.rounds) for row in rows] == [8, 8]
+    assert rows[0].accuracy.correct == 72
+
+
+def test_a_run_is_taken_up_by_the_same_command_only(tmp_path):
+    file = tmp_path / "m-20260101T000000Z.journal"
+    Journal.begin(file, {"cells": [], "protocol": {"threads": 2}}).append({"cell": 0, "kind": "peak", "reply": {}})
+    with pytest.raises(ResultFileError, match=r"was of another protocol\. .*leave --resume out"):
+        Journal.take_up(file, {"cells": [], "protocol": {"threads": 1}})
+    with pytest.raises(ResultFileError, match="a record of no cell"):
+        Journal.take_up(file, {"cells": [], "protocol": {"threads": 2}})
+    file.write_text("[1]\n")
+    with pytest.raises(ResultFileError, match="is no interrupted run"):
+        Journal.take_up(file, {"cells": []})
+    with pytest.raises(ResultFileError, match="no interrupted run of other"):
+        journal.newest(tmp_path, "other")
+    with pytest.raises(ResultFileError, match="cannot be written"):
+        Journal.begin(file / "below", {})
 
 
 def test_a_cell_without_an_artifact_keeps_its_reason(data, encoder):
@@ -185,7 +298,7 @@ def test_an_interrupt_leaves_no_process_behind(fake, data, encoder, monkeypatch)
     real = Worker.load
 
     def load(self, timeout_s):
-        pids.append(self._process.pid)
+        pids.append(self.pid)
         return real(self, timeout_s)
 
     monkeypatch.setattr(Worker, "load", load)
@@ -197,19 +310,24 @@ def test_an_interrupt_leaves_no_process_behind(fake, data, encoder, monkeypatch)
             os.kill(pid, signal.SIG_DFL)
 
 
-def test_the_working_directory_cannot_stand_in_for_a_library(fake, tmp_path, monkeypatch):
+def test_the_working_directory_cannot_stand_in_for_a_library(fake, encoder, tmp_path, monkeypatch):
     (tmp_path / "psutil.py").write_text("raise SystemExit('hijacked')")
     monkeypatch.chdir(tmp_path)
-    worker = Worker("fake_backend:FakeSession", fake("a").path, Place("cpu", 1))
+    worker = Worker("fake_backend:FakeSession", fake("a").path, Place("cpu", 1), encoder, "text")
     try:
         assert worker.load(60)["facts"]["provider"] == "fake"
     finally:
         worker.close()
 
 
-def test_the_real_chain_on_the_tiny_checkpoint(built_tiny):
+def test_the_real_chain_on_the_tiny_checkpoint(built_tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(roofline, "SECONDS", 0.02)
     request = runs.Request(("torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"), ("cpu",), FAST)
-    result = runs.measure(built_tiny, request, lambda line: None, lambda *_: None)
+    result, kept = runs.measure(built_tiny, request, lambda line: None, lambda *_: None)
+    assert kept.path.is_file()
+    kept.end()
+    assert not list(tmp_path.rglob("*.journal"))
     assert [row.cell for row in result.rows] == ["torch-fp32@cpu", "onnx-std@cpu", "onnx-fp32@cpu", "onnx-int8@cpu"]
     rows = {row.variant: row for row in result.rows}
     assert all(row.status == "ok" for row in rows.values()), [row.reason for row in rows.values()]
@@ -218,6 +336,9 @@ def test_the_real_chain_on_the_tiny_checkpoint(built_tiny):
     assert rows["onnx-int8"].artifact_id == built_tiny.load("onnx-int8").manifest.id
     assert rows["torch-fp32"].memory_bytes["imports"] > rows["onnx-fp32"].memory_bytes["imports"]
     assert result.data["rows"] == 872
+    assert all(0 < row.size_bytes["gzip"] < row.size_bytes["total"] for row in rows.values())
+    assert rows["torch-fp32"].facts["roofline"]["macs"] > rows["onnx-fp32"].facts["roofline"]["macs"] > 0
+    assert all(0 < row.facts["roofline"]["share"] < 1 for row in rows.values())
     assert result.machine["versions"]["onnxruntime"]
     runs.judge(result)
 

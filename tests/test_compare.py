@@ -48,8 +48,8 @@ def test_every_ratio_is_against_the_baseline_and_above_one_is_better():
     rows = compare([result(FP32, INT8, run=RUN)])
     found = of(rows, "onnx-int8@cpu")
     assert found.baseline is FP32
-    assert found.speedup == pytest.approx(8)
-    assert found.throughput_gain == pytest.approx(8, rel=1e-3)
+    assert found.speedup.value == pytest.approx(8)
+    assert found.throughput_gain.value == pytest.approx(8, rel=1e-3)
     assert found.memory_reduction == found.size_reduction == pytest.approx(8)
     assert found.accuracy_points == pytest.approx(-1)
 
@@ -57,7 +57,7 @@ def test_every_ratio_is_against_the_baseline_and_above_one_is_better():
 def test_another_baseline_by_variant_or_cell():
     runs = [result(FP32, INT8, run=RUN)]
     for name in ("onnx-int8", "onnx-int8@cpu"):
-        assert of(compare(runs, name), "torch-fp32@cpu").speedup == pytest.approx(1 / 8)
+        assert of(compare(runs, name), "torch-fp32@cpu").speedup.value == pytest.approx(1 / 8)
 
 
 def test_a_baseline_that_is_not_there_names_those_that_are():
@@ -135,7 +135,7 @@ def test_markdown_is_a_table_and_escapes_bars():
 
 def test_json_has_the_ratios_and_no_samples():
     body = of(compare([result(FP32, INT8, run=RUN)]), "onnx-int8@cpu").to_json()
-    assert body["speedup"] == 8
+    assert body["speedup"] == {"value": 8.0}
     assert body["baseline"] == "torch-fp32@cpu"
     assert body["machine"]["cpu"] == "c"
     assert "samples" not in body

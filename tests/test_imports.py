@@ -11,13 +11,27 @@ import toolchain
 
 ROOT = Path(toolchain.__file__).parent
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnx_ir", "optimum", "datasets", "numpy", "pandas", "rich"}
-CORE = ["variants", "artifacts", "checkpoints", "measurements", "inputs", "hardware", "jobs"]
+HEAVY |= {"matplotlib", "jinja2", "scipy"}
+CORE = [
+    "variants",
+    "artifacts",
+    "checkpoints",
+    "measurements",
+    "inputs",
+    "hardware",
+    "jobs",
+    "confidence",
+    "journal",
+    "noise",
+]
 # Each layer may import from those below it; a room of several modules is one name.
 LAYERS = [
     ["errors"],
     CORE,
     ["passes", "backends", "gpu_memory"],
+    ["scenarios", "calibration", "child"],
     ["worker"],
+    ["cells"],
     ["training"],
     ["pruning"],
     ["steps"],
@@ -25,7 +39,18 @@ LAYERS = [
     ["runs", "search", "doctor"],
     ["cli"],
 ]
-WITHIN = {"variants": 0, "artifacts": 1, "hardware": 1, "checkpoints": 2, "measurements": 1, "inputs": 1, "jobs": 2}
+WITHIN = {
+    "variants": 0,
+    "artifacts": 1,
+    "hardware": 1,
+    "checkpoints": 2,
+    "measurements": 1,
+    "inputs": 1,
+    "jobs": 2,
+    "confidence": 2,
+    "journal": 0,
+    "noise": 0,
+}
 
 
 def modules():

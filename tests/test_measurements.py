@@ -92,7 +92,7 @@ def test_a_result_file_is_read_back_as_it_was_written(tmp_path):
 def test_the_file_holds_raw_samples_in_one_line_a_row(tmp_path):
     result(row()).write(tmp_path / "r.json")
     body = json.loads((tmp_path / "r.json").read_text())
-    assert body["schema"] == 1
+    assert body["schema"] == 2
     assert body["rows"][0]["samples"]["latency"] == {
         "unit": "us",
         "rounds": [[900, 1000], [1100]],
@@ -120,7 +120,7 @@ def change_samples(values):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda body: body.update(schema=2), "schema 2, this release reads 1"),
+        (lambda body: body.update(schema=3), "schema 3, this release reads 2"),
         (lambda body: body.pop("rows"), "it lacks 'rows'"),
         (lambda body: body.pop("machine"), "machine"),
         (change_row(status="great"), "status 'great'"),

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -263,7 +264,7 @@ def test_padding_does_not_count_as_distance(task):
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=5), st.sampled_from([1, 4, 8]))
 def test_a_batch_is_as_wide_as_the_next_multiple_within_what_the_model_takes(lengths, multiple):
-    encoder = Encoder(None, ("input_ids", "attention_mask"), 0, 60)
+    encoder = Encoder(Path(), None, ("input_ids", "attention_mask"), 0, 60)
     part = batch(range(len(lengths)), [[7] * length for length in lengths], [0] * len(lengths), encoder, multiple)
     width = part.inputs["input_ids"].shape[1]
     assert max(lengths) <= width < max(lengths) + multiple

@@ -199,8 +199,9 @@ def _by_name(found: Sequence[str], labels: Sequence[str]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Text to token ids as the checkpoint's tokenizer gives them, and ids to the arrays the graph wants."""
+    """Text to token ids as the checkpoint's tokenizer, which lies in `folder`, gives them; and what the graph wants."""
 
+    folder: Path
     tokenizer: Any
     names: tuple[str, ...]
     pad_id: int
@@ -220,7 +221,7 @@ class Encoder:
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_length)
         pad = json.loads((folder / "config.json").read_text()).get("pad_token_id") or 0
-        return cls(tokenizer, tuple(names), pad, max_length)
+        return cls(folder, tokenizer, tuple(names), pad, max_length)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids with special tokens, one list a text."""

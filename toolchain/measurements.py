@@ -18,10 +18,21 @@ from typing import Any
 
 from toolchain.errors import ResultFileError
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, SCHEMA)  # the first had no probabilities, starts, or labels
 MAX_SAMPLES = 2000
 STATUSES = ("ok", "failed", "unavailable", "reported")
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
+# Figure → the samples it follows from, quantiles in milliseconds.
+QUANTILES_OF = {
+    "latency_ms": "latency",
+    "with_tokenizing_ms": "with_tokenizing",
+    "resident_ms": "resident",
+    "cold_start_ms": "cold_start",
+    "load_ms": "load",
+}
+SAMPLES = (*QUANTILES_OF.values(), "batches")
+PROBABILITY = 10_000  # probabilities are whole parts of this
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,19 @@ class Samples:
             sizes.append(tuple(taken[i] for i in chosen))
             seen += len(row)
         return cls(tuple(times), tuple(sizes), count)
+
+    @classmethod
+    def ones(cls, rounds: list[list[int]]) -> Samples:
+        """`of`, each time that of one sentence."""
+        return cls.of(rounds, [[1] * len(row) for row in rounds])
+
+    def medians(self) -> list[float]:
+        """The median of every round, in microseconds."""
+        return [_quantile(sorted(row), 0.5) for row in self.rounds]
+
+    def spent_each(self) -> list[float]:
+        """Mean microseconds a sentence in every round."""
+        return [sum(us) / sum(count) for us, count in zip(self.rounds, self.sentences, strict=True)]
 
     def values(self) -> list[int]:
         """All kept times, in order, in microseconds."""
@@ -96,9 +120,13 @@ class Accuracy:
 class Measurement:
     """One row: a variant on a provider, or why it could not be measured.
 
-    `latency` is batch 1, one sentence at its own length; `resident` the same on a GPU without the copies to and from
-    it; `batches` are of many sentences sorted by length. A row of status ``reported`` has no samples but the figures
-    somebody else published, in `latency_ms` and `throughput_per_s`.
+    `latency` is the scenario ``single-stream``: batch 1, one sentence at its own length; `with_tokenizing` the same
+    from the text on, `resident` on a GPU without the copies to and from it, `by_length` at these many tokens. `batches`
+    is ``offline``: many sentences sorted by length. `cold_start` is from the start of a process to its first answer,
+    `load` from file to session. `probabilities` has the answer to every sentence that was asked at batch 1, in parts of
+    `PROBABILITY`, None for the others; `batch_changed` counts how many of them are answered otherwise in a batch. A row
+    of status ``reported`` has no samples but the figures somebody else published, in `latency_ms` and
+    `throughput_per_s`.
     """
 
     model: str
@@ -111,15 +139,25 @@ class Measurement:
     accuracy: Accuracy | None = None
     accuracy_batched: Accuracy | None = None
     latency_ms: Mapping[str, float] = field(default_factory=dict)
+    with_tokenizing_ms: Mapping[str, float] = field(default_factory=dict)
     resident_ms: Mapping[str, float] = field(default_factory=dict)
+    cold_start_ms: Mapping[str, float] = field(default_factory=dict)
+    load_ms: Mapping[str, float] = field(default_factory=dict)
     throughput_per_s: float | None = None
     memory_bytes: Mapping[str, Any] = field(default_factory=dict)
     size_bytes: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    noise: Mapping[str, float] = field(default_factory=dict)
     latency: Samples | None = None
+    with_tokenizing: Samples | None = None
     batches: Samples | None = None
     resident: Samples | None = None
+    cold_start: Samples | None = None
+    load: Samples | None = None
+    by_length: Mapping[int, Samples] = field(default_factory=dict)
     predictions: tuple[int, ...] = ()
+    probabilities: tuple[tuple[int, ...] | None, ...] = ()
+    batch_changed: int | None = None
 
     @property
     def cell(self) -> str:
@@ -131,17 +169,29 @@ class Measurement:
         row: dict[str, Any] = {"cell": self.cell}
         for name in ("model", "variant", "provider", "artifact_id", "status"):
             row[name] = getattr(self, name)
-        figures = ("latency_ms", "resident_ms", "throughput_per_s", "memory_bytes", "size_bytes")
-        for name in ("reason", "mend", *figures, "facts"):
+        for name in (
+            "reason",
+            "mend",
+            *QUANTILES_OF,
+            "throughput_per_s",
+            "memory_bytes",
+            "size_bytes",
+            "facts",
+            "noise",
+        ):
             if value := getattr(self, name):
                 row[name] = value
+        if self.batch_changed is not None:
+            row["batch_changed"] = self.batch_changed
         for name in ("accuracy", "accuracy_batched"):
             if score := getattr(self, name):
                 row[name] = {"value": round(score.value, 6), **vars(score)}
-        kept = ("latency", "resident", "batches")
-        row["samples"] = {name: _samples_json(s) for name in kept if (s := getattr(self, name))}
-        if self.predictions:
-            row["predictions"] = list(self.predictions)
+        row["samples"] = {name: _samples_json(s) for name in SAMPLES if (s := getattr(self, name))}
+        if self.by_length:
+            row["by_length"] = {str(tokens): _samples_json(s) for tokens, s in self.by_length.items()}
+        for name in ("predictions", "probabilities"):
+            if values := getattr(self, name):
+                row[name] = list(values)
         return row
 
     @classmethod
@@ -154,9 +204,10 @@ class Measurement:
                 body[name] = Accuracy(score["correct"], score["count"], score["batch_size"])
                 if round(body[name].value, 6) != score["value"]:
                     raise ValueError(f"{cell}: {name} does not follow from its right answers")
-        for name, kept in samples.items():
-            body[name] = Samples(_tuples(kept["rounds"]), _tuples(kept["sentences"]), kept["count"])
+        body |= {name: _samples(kept) for name, kept in samples.items()}
+        body["by_length"] = {int(tokens): _samples(kept) for tokens, kept in body.get("by_length", {}).items()}
         body["predictions"] = tuple(body.get("predictions", ()))
+        body["probabilities"] = tuple(p if p is None else tuple(p) for p in body.get("probabilities", ()))
         found = cls(**body)
         if found.status not in STATUSES:
             raise ValueError(f"status {found.status!r}")
@@ -170,6 +221,10 @@ def _samples_json(samples: Samples) -> dict[str, Any]:
     return {"unit": "us", **vars(samples)}
 
 
+def _samples(kept: Mapping[str, Any]) -> Samples:
+    return Samples(_tuples(kept["rounds"]), _tuples(kept["sentences"]), kept["count"])
+
+
 def _tuples(rows: list[list[int]]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(row) for row in rows)
 
@@ -179,31 +234,40 @@ def _check(row: Measurement) -> None:
     if row.status == "ok" and not (row.latency and row.batches and row.accuracy and row.artifact_id):
         raise ValueError(f"{row.cell} is said to be measured and lacks samples, accuracy or artifact")
     gpu = row.memory_bytes.get("gpu", {})
-    for figures in (row.latency_ms, row.resident_ms, row.memory_bytes, gpu, row.size_bytes):
+    quantiles = [getattr(row, name) for name in QUANTILES_OF]
+    for figures in (*quantiles, row.memory_bytes, gpu, row.size_bytes, row.noise):
         for name, value in figures.items():
             if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{row.cell}: {name} is {value}")
     if not isinstance(row.model, str) or not isinstance(row.memory_bytes.get("peak", 0), int):
         raise ValueError(f"{row.cell}: a field has a value of another kind")
-    for samples in (row.latency, row.resident, row.batches):
+    for samples in (*(getattr(row, name) for name in SAMPLES), *row.by_length.values()):
         if samples and not all(isinstance(v, int) and v > 0 for v in samples.values()):
             raise ValueError(f"{row.cell} has a time that is not a positive whole number of microseconds")
+        if samples and not all(map(len, samples.rounds)):
+            raise ValueError(f"{row.cell} has a round without a time")
     for score in (row.accuracy, row.accuracy_batched):
         if score and not 0 <= score.correct <= score.count:
             raise ValueError(f"{row.cell} has {score.correct} right answers of {score.count}")
-    for name, samples, figures in (
-        ("latency_ms", row.latency, row.latency_ms),
-        ("resident_ms", row.resident, row.resident_ms),
-    ):
-        if samples and samples.milliseconds() != dict(figures):
+    for name, kept in QUANTILES_OF.items():
+        samples = getattr(row, kept)
+        if samples and samples.milliseconds() != dict(getattr(row, name)):
             raise ValueError(f"{row.cell}: {name} does not follow from its samples")
     if row.batches and row.batches.per_second() != row.throughput_per_s:
         raise ValueError(f"{row.cell}: throughput_per_s does not follow from its samples")
+    for answer, chances in zip(row.predictions, row.probabilities, strict=False):
+        if chances is not None and not (0 <= answer < len(chances) and all(0 <= p <= PROBABILITY for p in chances)):
+            raise ValueError(f"{row.cell} has a probability that is none")
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
 @dataclass(frozen=True)
 class ResultFile:
-    """One run: when, by which release, on which machine, how, on which data, and its rows."""
+    """One run: when, by which release, on which machine, how, on which data (and its ``labels``, by sentence), and its
+    rows."""
 
     created: str
     toolchain: str
@@ -215,12 +279,14 @@ class ResultFile:
     def write(self, path: Path) -> None:
         """Writes the file whole or not at all, one row a line; `ResultFileError` where that cannot be done."""
         head = {name: getattr(self, name) for name in ("created", "toolchain", "machine", "run", "data")}
+        head["data"] = {name: value for name, value in self.data.items() if name != "labels"}
         text = json.dumps({"schema": SCHEMA, **head}, indent=1, allow_nan=False)[:-2]
-        rows = ",\n".join("  " + json.dumps(r.to_json(), separators=(",", ":"), allow_nan=False) for r in self.rows)
+        labels = _line(self.data.get("labels", []))
+        rows = ",\n".join(f"  {_line(row.to_json())}" for row in self.rows)
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(f'{text},\n "rows": [\n{rows}\n ]\n}}\n')
+            scratch.write_text(f'{text},\n "labels": {labels},\n "rows": [\n{rows}\n ]\n}}\n')
             scratch.replace(path)
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -239,8 +305,10 @@ class ResultFile:
         try:
             body = json.loads(path.read_text(), parse_constant=refuse)
             schema = body.pop("schema")
-            if schema != SCHEMA:
+            if schema not in READABLE:
                 raise ValueError(f"it has schema {schema}, this release reads {SCHEMA}: another release wrote it")
+            if labels := body.pop("labels", []):
+                body["data"]["labels"] = labels
             found = cls(rows=tuple(Measurement.from_json(row) for row in body.pop("rows")), **body)
             found.check()
             return found
@@ -262,6 +330,9 @@ class ResultFile:
             raise ValueError("run or created is of another kind")
         if not (isinstance(self.data["name"], str) and self.data["sha256"] and self.data["rows"] > 0):
             raise ValueError("data has no name, rows or digest")
+        labels = self.data.get("labels", [])
+        if labels and (len(labels) != self.data["rows"] or not all(isinstance(v, int) and v >= 0 for v in labels)):
+            raise ValueError("data.labels are not one label a row")
         keys = [(row.model, row.cell) for row in self.rows]
         if len(set(keys)) < len(keys):
             raise ValueError("a cell stands there twice")
@@ -269,3 +340,11 @@ class ResultFile:
             for score in (row.accuracy, row.accuracy_batched):
                 if score and row.status == "ok" and score.count != self.data["rows"]:
                     raise ValueError(f"{row.cell} has {score.count} answers to {self.data['rows']} sentences")
+            for name in ("predictions", "probabilities"):
+                count = len(getattr(row, name))
+                if labels and count not in (0, self.data["rows"]):
+                    raise ValueError(f"{row.cell} has {count} {name} for {self.data['rows']} sentences")
+            if labels and row.predictions and row.accuracy:
+                right = sum(mine == its for mine, its in zip(row.predictions, labels, strict=True))
+                if right != row.accuracy.correct:
+                    raise ValueError(f"{row.cell}: accuracy does not follow from its answers")

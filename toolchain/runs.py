@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import datetime
 import secrets
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import toolchain
-from toolchain import artifacts, checkpoints, hardware, inputs, variants
+from toolchain import artifacts, checkpoints, hardware, inputs, journal, variants
+from toolchain.cells import Cell
 from toolchain.errors import BenchError, DataError, ProviderError, PruningError, ResultFileError, ToolchainError
 from toolchain.inputs import Data
+from toolchain.journal import Journal
 from toolchain.measurements import Measurement, ResultFile
 from toolchain.pipeline import Say, Workspace, ensure, plan
-from toolchain.steps.bench import Cell, Progress, Protocol, bench
+from toolchain.scenarios import Protocol
+from toolchain.steps import roofline
+from toolchain.steps.bench import Progress, bench
 
 RESULTS = Path("benchmarks/results")
 LOCAL = RESULTS / "local"
@@ -23,7 +29,8 @@ LOCAL = RESULTS / "local"
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure: `names` and `providers` (empty: every default cell), on which data, how."""
+    """What to measure: `names` and `providers` (empty: every default cell), on which data, how; with `resume`, what an
+    interrupted run of the same left."""
 
     names: tuple[str, ...]
     providers: tuple[str, ...]
@@ -31,6 +38,7 @@ class Request:
     data: str | None = None
     text_column: str | None = None
     label_column: str = "label"
+    resume: bool = False
 
 
 def planned(names: Sequence[str], providers: Sequence[str], allow_fallback: bool = False) -> list[tuple[str, str]]:
@@ -68,8 +76,9 @@ def outlook(workspace: Workspace, request: Request) -> list[tuple[str, str, str]
     return rows
 
 
-def measure(workspace: Workspace, request: Request, say: Say, progress: Progress) -> ResultFile:
-    """Builds what is missing and measures every planned cell; one that cannot be is a row that says why.
+def measure(workspace: Workspace, request: Request, say: Say, progress: Progress) -> tuple[ResultFile, Journal]:
+    """Builds what is missing and measures every planned cell; one that cannot be is a row that says why. The journal is
+    to be ended once the result is kept.
 
     Raises `DataError` before anything is measured, and what the import raises, since nothing goes without it.
     """
@@ -79,8 +88,83 @@ def measure(workspace: Workspace, request: Request, say: Say, progress: Progress
     cells = [_cell(workspace, name, provider, request, say) for name, provider in pairs]
     names = [spec.name for spec in root.inputs]
     encoder = inputs.Encoder.open(workspace.path(checkpoints.ROOT_VARIANT), names, root.max_length)
-    rows, how = bench(cells, data, encoder, request.protocol, progress)
-    return result_of(rows, how, data, root.max_length)
+    kept = _journal(workspace, request, cells, data)
+    # Before anything is timed.
+    sizes = _gzip_sizes(workspace, cells, progress)
+    rates = roofline.rates(workspace.cache, request.protocol.threads, progress)
+    try:
+        rows, how = bench(cells, data, encoder, request.protocol, progress, journal=kept)
+    except KeyboardInterrupt:
+        say(f"kept: {kept.path}; the same command with --resume goes on from there")
+        raise
+    lengths = [len(ids) for ids in encoder.encode(data.texts)]
+    rows = [
+        replace(
+            row,
+            size_bytes={**row.size_bytes, **sizes.get(row.artifact_id, {})},
+            facts={**row.facts, **_floor(workspace, row, rates, lengths)},
+        )
+        if row.status == "ok"
+        else row
+        for row in rows
+    ]
+    return result_of(rows, {**how, "rates": rates}, data, root.max_length), kept
+
+
+def _floor(
+    workspace: Workspace, row: Measurement, rates: Mapping[str, Mapping[str, float]], lengths: Sequence[int]
+) -> dict[str, Any]:
+    """What the median sentence computes and reads at the least, the milliseconds that takes at the machine's `rates`,
+    and the share of the row's p50 that this is; nothing where it cannot be said."""
+    artifact, name = workspace.load(row.variant), variants.parse_name(row.variant)
+    if row.provider != "cpu" or artifact is None:
+        return {}
+    lineage = [workspace.load(variant.name) for variant in variants.lineage(row.variant)]
+    torch = [
+        a
+        for a in lineage
+        if a and variants.parse_name(a.manifest.variant) == replace(name, runtime="torch", std=False, scheme="fp32")
+    ]
+    found = roofline.work(torch[-1].path) if torch else None
+    size = roofline.weight_bytes(artifact.manifest.facts)
+    if found is None or size is None:
+        return {}
+    first = any((a.manifest.facts.get("rewrites") or {}).get("first-token", 0) > 0 for a in lineage if a)
+    macs = [found.macs(tokens, first) for tokens in lengths]
+    floors = [roofline.floor_ms(each, size, rates.get(name.runtime, {}), name.scheme) for each in macs]
+    least = statistics.median(floor for floor in floors if floor is not None) if floors[0] is not None else None
+    facts: dict[str, Any] = {"macs": round(statistics.median(macs)), "weight_bytes": size}
+    if least is not None:
+        facts |= {"floor_ms": round(least, 4), "share": round(least / row.latency_ms["p50"], 4)}
+    return {"roofline": facts}
+
+
+def _journal(workspace: Workspace, request: Request, cells: Sequence[Cell], data: Data) -> Journal:
+    head = {
+        "toolchain": toolchain.__version__,
+        "machine": hardware.machine()["id"],
+        "data": data.sha256,
+        "protocol": asdict(request.protocol),
+        "cells": [[cell.name, cell.artifact.manifest.id if cell.artifact else None] for cell in cells],
+    }
+    if request.resume:
+        return Journal.take_up(journal.newest(LOCAL, workspace.model), head)
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+    return Journal.begin(LOCAL / f"{workspace.model}-{stamp}{journal.SUFFIX}", head)
+
+
+def _gzip_sizes(workspace: Workspace, cells: Sequence[Cell], progress: Progress) -> dict[str | None, dict[str, int]]:
+    """Artifact id → its size as a download; every processor at once, before anything is timed."""
+    found = {cell.artifact.manifest.id: cell.artifact for cell in cells if cell.artifact}
+    sizes: dict[str | None, dict[str, int]] = {}
+    with ThreadPoolExecutor() as pool:
+        folder = workspace.cache / "gzip"
+        for artifact, size in zip(
+            found, pool.map(lambda a: artifacts.gzip_bytes(a, folder), found.values()), strict=True
+        ):
+            sizes[artifact] = {"gzip": size}
+            progress(len(sizes), len(found), "compressing, for the size of a download")
+    return sizes
 
 
 def result_of(rows: Sequence[Measurement], how: Mapping[str, Any], data: Data, max_length: int) -> ResultFile:
@@ -90,7 +174,13 @@ def result_of(rows: Sequence[Measurement], how: Mapping[str, Any], data: Data, m
         toolchain=toolchain.__version__,
         machine=hardware.machine(),
         run={"id": secrets.token_hex(8), **how},
-        data={"name": data.name, "rows": len(data.labels), "sha256": data.sha256, "max_length": max_length},
+        data={
+            "name": data.name,
+            "rows": len(data.labels),
+            "sha256": data.sha256,
+            "max_length": max_length,
+            "labels": list(data.labels),
+        },
         rows=tuple(rows),
     )
 
@@ -151,6 +241,16 @@ def newest(model: str, say: Say) -> ResultFile:
     if not mine:
         raise BenchError(f"There is no result of {model} under {RESULTS}.", "`toolchain bench` measures it.")
     return max(mine, key=lambda run: run.created)
+
+
+def older(path: Path, files: Sequence[ResultFile]) -> ResultFile:
+    """The run that others are held against; `BenchError` where it is one of them, which nothing could be worse than."""
+    found = ResultFile.read(path)
+    if any(file.run.get("id") == found.run.get("id") and file.created == found.created for file in files):
+        raise BenchError(
+            f"{path} is the run itself.", "Name the newer result file: `toolchain compare NEW --against OLD`."
+        )
+    return found
 
 
 def current_ids(exported: Path, rows: Sequence[Any]) -> dict[tuple[str, str], str]:

@@ -1,14 +1,11 @@
-"""One cell, one process: both ends of the line between `bench` and the child a session is measured in.
+"""One cell, one process: the end of the line that `bench` holds. `toolchain.child` is the other.
 
-JSON a line each way, no pickle. The child answers on what was its standard output; whatever libraries print there goes
-to standard error, which the parent keeps and quotes where a child dies.
+JSON a line each way, no pickle.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
-import importlib
 import json
 import os
 import queue
@@ -18,44 +15,60 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from toolchain import errors, gpu_memory
-from toolchain.backends import Place, session_class
+from toolchain import errors
+from toolchain.backends import Place
+from toolchain.inputs import Encoder
 
 _TAIL = 400  # characters of standard error that a failed row quotes
 
 
 class Worker:
-    """The parent's end: a fresh process with one loaded session. Close it, or use it as a context."""
+    """A fresh process with one loaded session. Close it, or use it as a context."""
 
-    def __init__(self, session: str, folder: Path, place: Place, imports: Sequence[str] = ()) -> None:
+    def __init__(
+        self, session: str, folder: Path, place: Place, encoder: Encoder, text: str, imports: Sequence[str] = ()
+    ) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the child
-        self._replies: queue.Queue[str | None] = queue.Queue()
+        self._replies: queue.Queue[tuple[str, float] | None] = queue.Queue()
+        self._started = time.perf_counter()
         # -P: a file of the working directory must not stand in for a library.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "toolchain.worker"],
+            [sys.executable, "-P", "-m", "toolchain.child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env={**os.environ, **_environment(place.threads)},
+            env={**os.environ, **environment(place.threads)},
         )
         threading.Thread(target=self._listen, daemon=True).start()
+        tokenizer = {"folder": str(encoder.folder), "names": encoder.names, "max_length": encoder.max_length}
         self._first = {
             "session": session,
             "folder": str(folder),
             "place": asdict(place),
+            "tokenizer": tokenizer,
+            "text": text,
             "imports": list(imports),
         }
+        self._arrived = self._started
+
+    @property
+    def pid(self) -> int:
+        """Of the child."""
+        return self._process.pid
 
     def load(self, timeout_s: float) -> dict[str, Any]:
-        """Loads the session: its facts, the memory of each stage, and the seconds it took."""
-        return self.ask(self._first, timeout_s)
+        """Loads the session and answers one text: the session's facts, the memory of each stage, microseconds from file
+        to session (`load_us`) and from the start of the process to the answer (`cold_start_us`)."""
+        reply = self.ask(self._first, timeout_s)
+        # What it spent on reading its own memory is not part of a start.
+        reply["cold_start_us"] = round((self._arrived - self._started) * 1e6) - reply.pop("metering_us")
+        return reply
 
     def ask(self, message: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         """Sends one message and waits for its answer.
@@ -70,12 +83,13 @@ class Worker:
         except OSError:
             raise self._death() from None
         try:
-            line = self._replies.get(timeout=timeout_s)
+            answer = self._replies.get(timeout=timeout_s)
         except queue.Empty:
             self.close()
             raise errors.BenchError(f"It did not answer within {timeout_s:.0f} s and was stopped.") from None
-        if line is None:
+        if answer is None:
             raise self._death()
+        line, self._arrived = answer
         reply: dict[str, Any] = json.loads(line)
         if failure := reply.get("error"):
             kind = getattr(errors, failure["type"], errors.BenchError)
@@ -96,7 +110,7 @@ class Worker:
         assert self._process.stdout is not None
         with contextlib.suppress(ValueError):  # `close` may close it while this thread reads
             for line in self._process.stdout:
-                self._replies.put(line)
+                self._replies.put((line, time.perf_counter()))
         self._replies.put(None)
 
     def _death(self) -> errors.BenchError:
@@ -112,7 +126,8 @@ class Worker:
         return errors.BenchError(f"Its process {how}." + (f" It said: {said}" if said else ""))
 
 
-def _environment(threads: int) -> dict[str, str]:
+def environment(threads: int) -> dict[str, str]:
+    """What a measured process has set beside what this one has."""
     count = str(threads)
     return {
         "OMP_NUM_THREADS": count,
@@ -122,144 +137,3 @@ def _environment(threads: int) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",  # a measured process asks nobody for anything
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # a GPU's number is the same for CUDA, NVML and nvidia-smi
     }
-
-
-def _uss() -> int:
-    """Memory that would be freed if this process ended."""
-    import psutil
-
-    return int(psutil.Process().memory_full_info().uss)
-
-
-def _reset_peak() -> str:
-    """Forgets the peak of loading where the system can; says how the peak is then read."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return "peak resident set since the process started"
-    return "VmHWM reset after load"
-
-
-def _peak() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import psutil
-
-    info = psutil.Process().memory_info()
-    return int(getattr(info, "peak_wset", info.rss))
-
-
-class _Child:
-    """The child's end: one session and the sentences it is asked about."""
-
-    def __init__(self, first: Mapping[str, Any]) -> None:
-        self._place = Place(**first["place"])
-        memory: dict[str, Any] = {"bare": _uss()}
-        for module in first["imports"]:
-            _import(module)
-        kind = session_class(first["session"])
-        memory["imports"] = _uss()
-        self._gpu = gpu_memory.meter(self._place.device_id) if self._place.provider == "cuda" else None
-        started = time.perf_counter()
-        self._session = kind(Path(first["folder"]), self._place)
-        load_s = round(time.perf_counter() - started, 4)
-        memory |= {"load": _uss(), "method": _reset_peak()}
-        self._gpu_load = self._gpu.read() if self._gpu else 0
-        self.ready = {"load_s": load_s, "facts": self._session.facts(), "memory": memory}
-        self._ids: list[list[int]] = []
-        self._names: list[str] = []
-        self._pad_id = 0
-
-    def data(self, ids: list[list[int]], names: list[str], pad_id: int) -> dict[str, Any]:
-        """The token ids of every sentence, referred to by index from now on."""
-        self._ids, self._names, self._pad_id = ids, names, pad_id
-        return {}
-
-    def run(self, batches: list[list[int]], warmup: int, repeat: int, resident: bool = False) -> dict[str, Any]:
-        """Runs the batches `repeat` times after `warmup` untimed ones: microseconds of each, and the answers; with
-        `resident`, also once each with batch and logits left on the device."""
-        from toolchain.inputs import pad
-
-        arrays = [pad([self._ids[i] for i in batch], self._names, self._pad_id) for batch in batches]
-        for array in arrays[:warmup]:
-            self._session.run(array)
-        times: list[list[int]] = []
-        there: list[int] = []
-        answers: list[list[int]] = []
-        gc.collect()
-        gc.disable()
-        try:
-            for turn in range(repeat):
-                spent = []
-                for array in arrays:
-                    started = time.perf_counter_ns()
-                    logits = self._session.run(array)
-                    spent.append(_since(started))
-                    if turn == 0:
-                        answers.append([int(i) for i in logits.argmax(axis=1)])
-                times.append(spent)
-            for array in arrays if resident else ():
-                answer = self._session.resident(array)
-                answer()
-                started = time.perf_counter_ns()
-                answer()
-                there.append(_since(started))
-        finally:
-            gc.enable()
-        if self._gpu:
-            self._gpu.read()
-        return {"us": times, "resident_us": there, "answers": answers}
-
-    def peak(self) -> dict[str, Any]:
-        """The peaks since the session was loaded: of the host's memory, and of the GPU's where there is one."""
-        found: dict[str, Any] = {"peak": _peak()}
-        if self._gpu:
-            self._gpu.read()
-            found["gpu"] = {"load": self._gpu_load, "peak": self._gpu.peak, "method": self._gpu.method}
-            allocated = gpu_memory.allocator_peak(self._place.device_id)
-            if allocated is not None:
-                found["gpu"]["allocator_peak"] = allocated
-        return found
-
-
-def _import(module: str) -> None:
-    """Raises `ProviderError` where it is not installed, or not for this machine."""
-    try:
-        importlib.import_module(module)
-    except (ImportError, OSError) as error:
-        raise errors.ProviderError(
-            f"{module} cannot be imported: {error}.", "`toolchain doctor` says what to install."
-        ) from error
-
-
-def _since(started_ns: int) -> int:
-    """Whole microseconds since then, at least one."""
-    return max(1, round((time.perf_counter_ns() - started_ns) / 1000))
-
-
-def main() -> None:
-    """Reads messages until standard input ends."""
-    channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    child: _Child | None = None
-    for line in sys.stdin:
-        message = json.loads(line)
-        try:
-            if child is None:
-                child = _Child(message)
-                reply = child.ready
-            else:
-                reply = getattr(child, message.pop("do"))(**message)
-        except errors.ToolchainError as error:
-            reply = {"error": {"type": type(error).__name__, "cause": error.cause, "mend": error.mend}}
-        except Exception as error:
-            traceback.print_exc()
-            reply = {"error": {"type": "BenchError", "cause": f"{type(error).__name__}: {error}", "mend": ""}}
-        channel.write(json.dumps(reply) + "\n")
-        channel.flush()
-
-
-if __name__ == "__main__":
-    main()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+from toolchain.confidence import Ratio
+from toolchain.errors import UnknownVariantError
 from toolchain.steps.compare import Row
 from toolchain.steps.prune import sentence
 from toolchain.variants import unpruned
 
 NOTHING = "–"
+FRONT = "◆"
 FIGURES = ("ok", "reported")  # the statuses of rows that have some
 
 
@@ -17,7 +21,12 @@ def _with(row: Row, value: str, note: str | None) -> str:
     return f"{value} ({note})" if note and row.measurement is not row.baseline else value
 
 
-def _times(ratio: float | None) -> str | None:
+def _times(ratio: Ratio | float | None) -> str | None:
+    """A ratio to read; one that may as well be 1 is called so."""
+    if isinstance(ratio, Ratio):
+        if ratio.differs is False:
+            return "no difference"
+        ratio = ratio.value
     return None if ratio is None else f"{ratio:.1f}×" if ratio >= 10 else f"{ratio:.2f}×"
 
 
@@ -37,6 +46,11 @@ def _p50(row: Row) -> str:
 def _p95(row: Row) -> str:
     value = row.measurement.latency_ms.get("p95")
     return NOTHING if value is None else f"{value:.2f}"
+
+
+def _cold_start(row: Row) -> str:
+    value = row.measurement.cold_start_ms.get("p50")
+    return NOTHING if value is None else f"{value:.0f}"
 
 
 def _resident(row: Row) -> str:
@@ -66,7 +80,9 @@ def _size(row: Row) -> str:
 
 def _cell(row: Row) -> str:
     marks = [("stale", row.stale), ("reported", row.measurement.status == "reported"), ("fallback", _fallback(row))]
-    return row.measurement.cell + "".join(f" [{name}]" for name, holds in marks if holds)
+    marks += [("noisy", bool(row.noisy))]
+    named = "".join(f" [{name}]" for name, holds in marks if holds)
+    return f"{row.measurement.cell}{' ' + FRONT if row.pareto else ''}{named}"
 
 
 def _session(row: Row, fact: str) -> str:
@@ -89,8 +105,10 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("peak MB (smaller)", _memory),
     ("GPU peak MB", _gpu_memory),
     ("size MB (smaller)", _size),
+    ("cold start ms", _cold_start),
 )
-ON_GPU = (_resident, _gpu_memory)
+# Columns that are left out where no row has the figure.
+OPTIONAL = (_resident, _gpu_memory, _cold_start)
 
 
 def measured(rows: Sequence[Row]) -> list[Row]:
@@ -99,14 +117,14 @@ def measured(rows: Sequence[Row]) -> list[Row]:
 
 
 def columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
-    """`COLUMNS`, those of a GPU where a row has such figures; before them what differs between rows: model, machine."""
+    """`COLUMNS`, the optional ones where a row has such figures; before them what differs: model, machine."""
     extra: list[tuple[str, Callable[[Row], str]]] = []
     if len({row.measurement.model for row in rows}) > 1:
         extra.append(("model", lambda row: row.measurement.model))
     if len({row.run.machine["id"] for row in rows}) > 1:
         extra.append(("machine", _machine))
     return extra + [
-        (name, text) for name, text in COLUMNS if text not in ON_GPU or any(text(row) != NOTHING for row in rows)
+        (name, text) for name, text in COLUMNS if text not in OPTIONAL or any(text(row) != NOTHING for row in rows)
     ]
 
 
@@ -115,10 +133,10 @@ def _machine(row: Row) -> str:
     gpus = [gpu["name"] for gpu in machine["gpu"]]
     if row.measurement.provider == "cuda" and gpus:
         return str(gpus[min(row.run.run.get("device_id", 0), len(gpus) - 1)])
-    return _host(row)
+    return host(row)
 
 
-def _host(row: Row) -> str:
+def host(row: Row) -> str:
     """Processor and cores; 0 stands for what a published table does not say."""
     machine = row.run.machine
     return ", ".join([machine["cpu"], *([f"{machine['cores']} cores"] if machine["cores"] else [])])
@@ -131,7 +149,7 @@ def title(rows: Sequence[Row]) -> list[str]:
         row = next(row for row in rows if id(row.run) == run)
         machine, data, how = row.run.machine, row.run.data, row.run.run
         ram = [f"{machine['ram_gib']} GiB"] if machine["ram_gib"] else []
-        hardware = ", ".join([*filter(None, [_host(row)]), *ram, *(gpu["name"] for gpu in machine["gpu"])])
+        hardware = ", ".join([*filter(None, [host(row)]), *ram, *(gpu["name"] for gpu in machine["gpu"])])
         isa = f" ({', '.join(machine['isa'])})" if machine["isa"] else ""
         threads = f"{how['threads']} threads, " if "threads" in how else ""
         lines.append(
@@ -148,6 +166,15 @@ def notes(rows: Sequence[Row]) -> list[str]:
     if baselines:
         lines.append(f"Ratios are against {' and '.join(baselines)} of the same run; above 1 is better.")
     lines += dict.fromkeys(_method(row) for row in measured(rows) if "batch_size" in row.run.run)
+    if any(row.pareto for row in rows):
+        lines.append(
+            f"{FRONT}: no row beside it is better in accuracy, p50 or size without being worse in another of them."
+        )
+    if any(found and found.differs is not None for row in rows for found in (row.speedup, row.throughput_gain)):
+        lines.append(
+            "Ratios of times are geometric means over interleaved rounds; no difference: the 95 % interval has 1 in it."
+        )
+    lines += _by_text([(row.measurement.cell, f" [noisy]: {row.noisy}.") for row in measured(rows) if row.noisy])
     lines += [_pruned(row, rows) for row in measured(rows) if "pruning" in row.measurement.facts]
     lines += _by_text([(row.measurement.cell, f": {_session(row, 'fallback')}.") for row in rows if _fallback(row)])
     lines += _by_text([(row.measurement.cell, f": {note}.") for row in rows if (note := _session(row, "note"))])
@@ -192,16 +219,25 @@ def _reported(rows: Sequence[Row]) -> list[str]:
 def _pruned(row: Row, rows: Sequence[Row]) -> str:
     """What was removed, and what it was predicted to bring and brought over the same variant unpruned, in one run."""
     facts, cell = row.measurement.facts["pruning"], row.measurement.cell
-    same = unpruned(row.measurement.variant)
-    dense = next(
-        (r for r in measured(rows) if r.run is row.run and r.measurement.cell == f"{same}@{row.measurement.provider}"),
-        None,
-    )
     lines = [f"{cell}: {sentence(facts)}"]
-    if dense:
-        ratio = dense.measurement.latency_ms["p50"] / row.measurement.latency_ms["p50"]
-        lines.append(f"measured {ratio:.2f}× {same} at batch 1")
+    if found := over_unpruned(row, rows):
+        dense, ratio = found
+        lines.append(f"measured {ratio.value:.2f}× {dense} at batch 1")
     return ", ".join(lines)
+
+
+def over_unpruned(row: Row, rows: Sequence[Row]) -> tuple[str, Ratio] | None:
+    """The same variant unpruned, of the same run and provider, and how many times faster than it a pruned row is at
+    batch 1; None where that was not measured, or the name does not tell which it is."""
+    try:
+        same = unpruned(row.measurement.variant)
+    except UnknownVariantError:
+        return None
+    wanted = (row.measurement.model, f"{same}@{row.measurement.provider}")
+    beside = (r.measurement for r in measured(rows) if r.run is row.run)
+    dense = next((m for m in beside if (m.model, m.cell) == wanted), None)
+    ratio = replace(row, baseline=dense).speedup if dense else None
+    return (same, ratio) if ratio else None
 
 
 def _method(row: Row) -> str:

@@ -1,92 +1,31 @@
-"""Bench: every cell in a process of its own, asked the same sentences in the same rounds, in random order."""
+"""Bench: every cell in processes of its own, asked the same sentences in the same rounds, in random order."""
 
 from __future__ import annotations
 
-import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from toolchain.artifacts import Artifact
-from toolchain.backends import BACKENDS, Backend, Place
-from toolchain.errors import BenchError, ProviderError, ToolchainError
+from toolchain import scenarios
+from toolchain.backends import BACKENDS, Backend
+from toolchain.cells import Cell, Running, measurement, unmeasured
+from toolchain.errors import ToolchainError
 from toolchain.inputs import Data, Encoder
-from toolchain.measurements import Accuracy, Measurement, Samples
+from toolchain.journal import Journal
+from toolchain.measurements import Measurement
+from toolchain.scenarios import LENGTHS, OFFLINE, SINGLE, Protocol, Turn
 from toolchain.worker import Worker
 
 # ONNX Runtime's and OpenMP's threads spin up to some 20 ms after their last job; the next cell waits that out.
 SETTLE_S = 0.05
 LOAD_TIMEOUT_S = 300.0
 TURN_TIMEOUT_S = 120.0
-CALIBRATION = 12  # sentences run untimed-for-the-record, to warm up and to size the rounds
-SLICES = 8  # the set is spread over this many rounds; a pass is over when each had its turn
-MOST_SENTENCES = 2000  # at batch 1; a larger set is sampled
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How long and how: `passes` over the sentences, about `turn_s` seconds a cell and turn, batches of `batch_size`.
-
-    `pass_s` caps one batch-1 pass of the slowest cell: a larger set is sampled, the same sentences for all. CUDA cells
-    run on the GPU `device_id`; `allow_fallback` measures a session that runs on the CPU in part, as what it is.
-    """
-
-    passes: int
-    turn_s: float
-    pass_s: float
-    threads: int
-    batch_size: int = 32
-    seed: int = 20
-    device_id: int = 0
-    allow_fallback: bool = False
-
-    @classmethod
-    def quick(cls, threads: int, device_id: int = 0, allow_fallback: bool = False) -> Protocol:
-        """About 20 s a cell."""
-        return cls(1, 0.5, 40, threads, device_id=device_id, allow_fallback=allow_fallback)
-
-    @classmethod
-    def full(cls, threads: int, device_id: int = 0, allow_fallback: bool = False) -> Protocol:
-        """About 60 s a cell."""
-        return cls(3, 0.8, 60, threads, device_id=device_id, allow_fallback=allow_fallback)
-
-    def place(self, provider: str) -> Place:
-        """Where a cell on that provider runs."""
-        return Place(provider, self.threads, self.device_id, self.allow_fallback)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A variant on a provider: its artifact, or why there is none to measure (`status`, `reason`, `mend`)."""
-
-    model: str
-    variant: str
-    runtime: str
-    provider: str
-    artifact: Artifact | None
-    status: str = "ok"
-    reason: str = ""
-    mend: str = ""
-
-
-@dataclass
-class _Running:
-    """A cell under measurement."""
-
-    cell: Cell
-    artifact: Artifact
-    worker: Worker
-    ready: dict[str, Any]
-    sentence_s: float = 0.0
-    singles: list[tuple[list[int], list[int]]] = field(default_factory=list)
-    batches: list[tuple[list[int], list[int]]] = field(default_factory=list)
-    resident: list[list[int]] = field(default_factory=list)
-    single_answers: dict[int, int] = field(default_factory=dict)
-    batch_answers: dict[int, int] = field(default_factory=dict)
-    failure: ToolchainError | None = None
+CALIBRATION = 12  # sentences every new process answers first: warm-up, and what the rounds are sized by
+SPARE_TIME = 1.1
+SPARE_SHARE = 0.1  # of the machine's memory is left alone
 
 
 Progress = Callable[[int, int, str], None]
@@ -99,181 +38,169 @@ def bench(
     protocol: Protocol,
     progress: Progress,
     backends: Mapping[str, Backend] = BACKENDS,
+    journal: Journal | None = None,
 ) -> tuple[list[Measurement], dict[str, Any]]:
     """Measures the cells that have an artifact; a row for every cell, in the order given, and how it was done.
 
     A cell that cannot be loaded, crashes, hangs or is killed becomes a row that says so; the others go on. `backends`
-    maps a runtime to what serves it.
+    maps a runtime to what serves it. Each turn goes to the `journal` when it is over, and what that holds of an
+    interrupted run is not done again.
     """
-    before = _processor_times()
-    started = time.monotonic()
-    ids = encoder.encode(data.texts)
-    running: dict[int, _Running] = {}
-    rows: dict[int, Measurement] = {}
+    run = _Bench(cells, data, encoder, protocol, progress, backends, journal)
     try:
-        for index, cell in enumerate(cells):
-            if cell.artifact:
-                progress(index, len(cells), f"loading {cell.variant}@{cell.provider}")
-            try:
-                running[index] = _start(cell, ids, encoder, protocol, backends)
-            except ToolchainError as error:
-                rows[index] = _unmeasured(cell, error)
-        sentences = _choose(len(ids), running.values(), protocol)
-        _rounds(list(running.values()), ids, sentences, protocol, progress)
-        rows |= {index: _row(item, data, protocol) for index, item in running.items()}
+        run.measure()
     finally:
-        for item in running.values():
-            item.worker.close()
-    done = {
-        **asdict(protocol),
-        "rounds": SLICES * protocol.passes,
-        "single_sentences": len(sentences),
-        "seconds": round(time.monotonic() - started, 1),
-        **_noise(before),
-    }
-    return [rows[index] for index in range(len(cells))], done
+        for item in run.running.values():
+            if item.worker:
+                item.worker.close()
+    rows = [run.row(index) for index in range(len(cells))]
+    return rows, {**asdict(protocol), "rounds": protocol.rounds, **run.how()}
 
 
-def _start(
-    cell: Cell, ids: list[list[int]], encoder: Encoder, protocol: Protocol, backends: Mapping[str, Backend]
-) -> _Running:
-    if cell.artifact is None:
-        raise BenchError(cell.reason, cell.mend)
-    backend = backends[cell.runtime]
-    worker = Worker(backend.session, cell.artifact.path, protocol.place(cell.provider), backend.imports)
-    try:
-        item = _Running(cell, cell.artifact, worker, worker.load(LOAD_TIMEOUT_S))
-        names = [spec.name for spec in cell.artifact.manifest.inputs]
-        worker.ask({"do": "data", "ids": ids, "names": names, "pad_id": encoder.pad_id}, LOAD_TIMEOUT_S)
-        order = random.Random(protocol.seed).sample(range(len(ids)), min(CALIBRATION, len(ids)))
-        reply = _run(worker, [[i] for i in order], warmup=len(order), repeat=1, timeout_s=LOAD_TIMEOUT_S)
-        item.sentence_s = statistics.mean(reply["us"][0]) / 1e6
-    except BaseException:
-        worker.close()
-        raise
-    return item
+class _Bench:
+    """One run."""
 
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        data: Data,
+        encoder: Encoder,
+        protocol: Protocol,
+        progress: Progress,
+        backends: Mapping[str, Backend],
+        journal: Journal | None,
+    ) -> None:
+        self._cells, self._data, self._encoder, self._protocol = cells, data, encoder, protocol
+        self._progress, self._backends, self._journal = progress, backends, journal
+        self._started = time.monotonic()
+        self._ids = encoder.encode(data.texts)
+        self._order = random.Random(protocol.seed).sample(range(len(self._ids)), len(self._ids))
+        self._lengths = [n for n in LENGTHS if protocol.by_length and n <= encoder.max_length]
+        self._singles: list[int] = []
+        self.running = {i: Running(cell, cell.artifact) for i, cell in enumerate(cells) if cell.artifact}
+        for record in journal.records if journal else ():
+            self.running[record["cell"]].take(record)
 
-def _choose(count: int, running: Iterable[_Running], protocol: Protocol) -> list[int]:
-    """The sentences asked at batch 1: all, or as many as the slowest cell can answer in time; in seeded order."""
-    slowest = max((item.sentence_s for item in running), default=0.0)
-    limit = min(count, MOST_SENTENCES, max(100, int(protocol.pass_s / slowest)) if slowest else count)
-    return random.Random(protocol.seed).sample(range(count), limit)
+    def measure(self) -> None:
+        """All rounds of all cells."""
+        for done, (index, item) in enumerate(self.running.items()):
+            self._progress(done, len(self.running), f"loading {item.cell.name}")
+            if not item.starts and not item.failure:
+                self._guarded(index, self._start)
+        slowest = max((item.sentence_s for item in self.running.values()), default=0.0)
+        self._singles = scenarios.choose(len(self._ids), slowest, self._protocol)
+        batches = scenarios.offline_batches(list(map(len, self._ids)), self._protocol.batch_size)
+        for turn in range(self._protocol.rounds):
+            # By the turn: an interrupted run goes on in the order it would have had.
+            rng = random.Random(f"{self._protocol.seed} {turn}")
+            if self._protocol.starts_anew(turn):
+                for index in self._shuffled(rng):
+                    if not any(turn in done for done in self.running[index].turns.values()):
+                        self._guarded(index, self._start)
+            for work in scenarios.turns(turn, self._singles, batches, self._lengths, self._protocol):
+                for index in self._shuffled(rng):
+                    item = self.running[index]
+                    if item.failure is None and turn not in item.turns.get(work.kind, {}):
+                        self._progress(turn, self._protocol.rounds, f"{item.cell.name}, {work.kind}")
+                        self._guarded(index, self._turn, turn, work)
+        for index in self.running:
+            self._guarded(index, self._stop)
 
+    def _shuffled(self, rng: random.Random) -> Iterator[int]:
+        return iter(rng.sample(sorted(self.running), len(self.running)))
 
-def _rounds(
-    running: list[_Running], ids: list[list[int]], sentences: list[int], protocol: Protocol, progress: Progress
-) -> None:
-    by_length = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
-    batches = [by_length[i : i + protocol.batch_size] for i in range(0, len(by_length), protocol.batch_size)]
-    rng = random.Random(protocol.seed)
-    total = SLICES * protocol.passes
-    for turn in range(total):
-        part = turn % SLICES
-        for kind, work in (("singles", [[i] for i in sentences[part::SLICES]]), ("batches", batches[part::SLICES])):
-            alive = [item for item in running if item.failure is None]
-            for item in rng.sample(alive, len(alive)):
-                progress(turn, total, f"{item.cell.variant}@{item.cell.provider}, {kind}")
-                if work:
-                    _turn(item, kind, work, protocol)
-
-
-def _turn(item: _Running, kind: str, work: list[list[int]], protocol: Protocol) -> None:
-    """One cell's turn of a round: the same work again until `turn_s` is filled, by the estimate made at the start."""
-    expected = item.sentence_s * sum(map(len, work)) * (1.0 if kind == "singles" else 0.6)
-    repeat = max(1, min(20, round(protocol.turn_s / expected)))
-    try:
-        timeout_s = TURN_TIMEOUT_S + 10 * expected * repeat
-        resident = kind == "singles" and item.cell.provider != "cpu"
-        reply = _run(item.worker, work, warmup=2, repeat=repeat, timeout_s=timeout_s, resident=resident)
-    except ToolchainError as error:
-        item.failure = error
-        return
-    finally:
-        time.sleep(SETTLE_S)
-    sizes = [len(batch) for batch in work]
-    times = [us for spent in reply["us"] for us in spent]
-    (item.singles if kind == "singles" else item.batches).append((times, sizes * repeat))
-    if resident:
-        item.resident.append(reply["resident_us"])
-    answers = item.single_answers if kind == "singles" else item.batch_answers
-    for batch, found in zip(work, reply["answers"], strict=True):
-        answers.update(zip(batch, found, strict=True))
-
-
-def _run(
-    worker: Worker, work: list[list[int]], warmup: int, repeat: int, timeout_s: float, resident: bool = False
-) -> dict[str, Any]:
-    message = {"do": "run", "batches": work, "warmup": warmup, "repeat": repeat, "resident": resident}
-    return worker.ask(message, timeout_s)
-
-
-def _row(item: _Running, data: Data, protocol: Protocol) -> Measurement:
-    if item.failure is None:
+    def _guarded(self, index: int, action: Callable[..., None], *about: Any) -> None:
+        """Whatever a cell fails with is its own failure."""
+        item = self.running[index]
+        if item.failure is not None:
+            return
         try:
-            peak = item.worker.ask({"do": "peak"}, TURN_TIMEOUT_S)
+            action(index, item, *about)
         except ToolchainError as error:
-            item.failure = error
-    if item.failure is not None:
-        return _unmeasured(item.cell, item.failure)
-    latency = Samples.of([times for times, _ in item.singles], [sizes for _, sizes in item.singles])
-    batches = Samples.of([times for times, _ in item.batches], [sizes for _, sizes in item.batches])
-    resident = Samples.of(item.resident, [[1] * len(row) for row in item.resident]) if item.resident else None
-    single = _accuracy(item.single_answers, data, 1)
-    batched = _accuracy(item.batch_answers, data, protocol.batch_size)
-    manifest = item.artifact.manifest
-    answers = item.single_answers if single else item.batch_answers
-    return Measurement(
-        model=item.cell.model,
-        variant=item.cell.variant,
-        provider=item.cell.provider,
-        artifact_id=manifest.id,
-        status="ok",
-        accuracy=single or batched,
-        accuracy_batched=batched,
-        latency_ms=latency.milliseconds(),
-        resident_ms=resident.milliseconds() if resident else {},
-        throughput_per_s=batches.per_second(),
-        memory_bytes={**item.ready["memory"], **peak},
-        size_bytes={"total": manifest.size_bytes, "parts": manifest.facts.get("bytes_by_part", {})},
-        facts={
-            "load_s": item.ready["load_s"],
-            "session": item.ready["facts"],
-            "rewrites": manifest.facts.get("rewrites"),
-            **({"pruning": manifest.facts["pruning"]} if "pruning" in manifest.facts else {}),
-        },
-        latency=latency,
-        batches=batches,
-        resident=resident,
-        predictions=tuple(answers[i] for i in range(len(data.labels))),
-    )
+            if item.worker:
+                item.worker.close()
+                item.worker = None
+            reply = {"type": type(error).__name__, "cause": error.cause, "mend": error.mend}
+            self._keep(index, "failure", reply)
 
+    def _keep(self, index: int, kind: str, reply: Mapping[str, Any], turn: int | None = None) -> None:
+        record = {"cell": index, "kind": kind, "turn": turn, "reply": dict(reply)}
+        self.running[index].take(record)
+        if self._journal:
+            self._journal.append(record)
 
-def _accuracy(answers: dict[int, int], data: Data, batch_size: int) -> Accuracy | None:
-    """None where not every sentence was asked."""
-    if len(answers) < len(data.labels):
-        return None
-    correct = sum(answers[i] == label for i, label in enumerate(data.labels))
-    return Accuracy(correct, len(data.labels), batch_size)
+    def _start(self, index: int, item: Running) -> None:
+        """A fresh process, in place of the one that is up."""
+        self._stop(index, item)
+        self._make_room(item)
+        backend = self._backends[item.cell.runtime]
+        place = self._protocol.place(item.cell.provider)
+        text = self._data.texts[self._order[0]]
+        item.worker = Worker(backend.session, item.artifact.path, place, self._encoder, text, backend.imports)
+        ready = item.worker.load(LOAD_TIMEOUT_S)
+        item.worker.ask({"do": "data", "texts": self._data.texts, "lengths": self._lengths}, LOAD_TIMEOUT_S)
+        chosen = [[i] for i in self._order[:CALIBRATION]]
+        message = {"do": "run", "batches": chosen, "warmup": len(chosen)}
+        reply = item.worker.ask(message, LOAD_TIMEOUT_S)
+        time.sleep(SETTLE_S)
+        self._keep(index, "start", {**ready, "sentence_s": statistics.mean(reply["us"][0]) / 1e6})
 
+    def _stop(self, index: int, item: Running) -> None:
+        """Asks for the peaks of the process that is up, and ends it."""
+        if item.worker:
+            peak = item.worker.ask({"do": "peak"}, TURN_TIMEOUT_S)
+            item.worker.close()
+            item.worker = None
+            self._keep(index, "peak", peak)
 
-def _unmeasured(cell: Cell, error: ToolchainError) -> Measurement:
-    missing = isinstance(error, ProviderError) or cell.status == "unavailable"
-    artifact_id = cell.artifact.manifest.id if cell.artifact else None
-    status = "unavailable" if missing else "failed"
-    return Measurement(cell.model, cell.variant, cell.provider, artifact_id, status, error.cause, error.mend)
+    def _make_room(self, item: Running) -> None:
+        """Ends other processes, which start again at their next turn, until this one's model fits in memory."""
+        import psutil
 
+        memory = psutil.virtual_memory
+        known = [start["memory"]["load"] for start in item.starts]
+        needed = 2 * (max(known) if known else item.artifact.manifest.size_bytes)
+        for index in self.running:
+            if memory().available - needed >= SPARE_SHARE * memory().total:
+                return
+            self._guarded(index, self._stop)
 
-def _processor_times() -> dict[str, float]:
-    import psutil
+    def _turn(self, index: int, item: Running, turn: int, work: Turn) -> None:
+        if item.worker is None:
+            self._start(index, item)
+        assert item.worker is not None
+        single = work.kind == SINGLE
+        earlier = item.turns.get(work.kind, {})
+        message = {
+            "do": "run",
+            "batches": work.batches,
+            "warmup": 2,
+            # Every sentence equally often: as often as the first round had time for, and that with some to spare.
+            "repeats": len(earlier[min(earlier)]["us"]) if earlier else 0,
+            "min_s": work.min_s * SPARE_TIME,
+            "tokenizing": single,
+            "resident": single and item.cell.provider != "cpu",
+        }
+        expected_s = item.sentence_s * sum(map(len, work.batches))
+        with item.noise.watch([item.worker.pid]):
+            reply = item.worker.ask(message, TURN_TIMEOUT_S + 10 * (expected_s + work.min_s))
+        time.sleep(SETTLE_S)
+        if single:
+            reply["answered"] = [i for batch in work.batches for i in batch]
+        elif work.kind == OFFLINE:
+            reply |= {"answered": [i for batch in work.batches for i in batch], "probabilities": []}
+            reply["sizes"] = [len(batch) for batch in work.batches]
+        self._keep(index, work.kind, reply, turn)
 
-    return dict(psutil.cpu_times()._asdict())
+    def how(self) -> dict[str, Any]:
+        """What a reader must know of the run beside its protocol."""
+        return {
+            "single_sentences": len(self._singles),
+            "seconds": round(time.monotonic() - self._started, 1),
+            "taken_up": bool(self._journal and self._journal.records),
+        }
 
-
-def _noise(before: Mapping[str, float]) -> dict[str, Any]:
-    """What else the machine did meanwhile: share of processor time stolen by its host, load average."""
-    after = _processor_times()
-    spent = {name: value - before[name] for name, value in after.items()}
-    share = spent.get("steal", 0.0) / max(sum(spent.values()), 1e-9)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {"steal_share": round(share, 4), "load_1m": load and round(load, 2)}
+    def row(self, index: int) -> Measurement:
+        """The cell's row, of all it told."""
+        item = self.running.get(index)
+        return measurement(item, self._data, self._protocol) if item else unmeasured(self._cells[index])

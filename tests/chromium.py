@@ -1,0 +1,147 @@
+"""A headless Chromium over its debugging pipe, and what a page did that it should not have."""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import itertools
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+TIMEOUT_S = 60
+FLAGS = (
+    "--headless",
+    "--remote-debugging-pipe",
+    "--no-sandbox",  # containers run as root
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+)
+
+
+class Chromium:
+    """One tab. Commands are those of the DevTools protocol, https://chromedevtools.github.io/devtools-protocol/."""
+
+    def __init__(self, profile: Path):
+        (child_in, our_out), (our_in, child_out) = os.pipe(), os.pipe()
+        # The pipe is file descriptors 3 and 4 of the browser; none of ours may be one of these meanwhile.
+        low = [child_in, child_out]
+        child_in, child_out = (fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in low)
+        for fd in low:
+            os.close(fd)
+        self._process = subprocess.Popen(
+            [
+                "bash",
+                "-c",
+                f'exec "$@" 3<&{child_in} 4>&{child_out}',
+                "-",
+                PROGRAM,
+                *FLAGS,
+                f"--user-data-dir={profile}",
+            ],
+            pass_fds=(child_in, child_out),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for fd in (child_in, child_out):
+            os.close(fd)
+        self._to, self._from = our_out, our_in
+        self._ids, self._unread, self._session = itertools.count(1), b"", None
+        self.events: list[dict] = []
+        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.ask(f"{domain}.enable")
+
+    def __enter__(self) -> Chromium:
+        return self
+
+    def __exit__(self, *_) -> None:
+        os.close(self._to)
+        os.close(self._from)
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def ask(self, method: str, **params) -> dict:
+        """The answer to a command; what happens meanwhile is added to `events`."""
+        number = next(self._ids)
+        message = {"id": number, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._to, json.dumps(message).encode() + b"\0")
+        while True:
+            found = self._next(time.monotonic() + TIMEOUT_S)
+            if found.get("id") == number:
+                assert "error" not in found, f"{method}: {found['error']}"
+                return found["result"]
+            self.events.append(found)
+
+    def _next(self, deadline: float) -> dict:
+        while b"\0" not in self._unread:
+            ready, _, _ = select.select([self._from], [], [], max(0.0, deadline - time.monotonic()))
+            part = os.read(self._from, 1 << 16) if ready else b""
+            assert part, "Chromium does not answer"
+            self._unread += part
+        line, _, self._unread = self._unread.partition(b"\0")
+        return json.loads(line)
+
+    def open(self, page: Path) -> None:
+        """Loads the file and waits until nothing more is to come of it."""
+        self.events.clear()
+        self.ask("Page.navigate", url=page.as_uri())
+        deadline = time.monotonic() + TIMEOUT_S
+        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
+            self.events.append(self._next(deadline))
+        # What the page put off until after it was loaded has come when two frames have been drawn.
+        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 200))))")
+
+    def run(self, code: str):
+        """The value of an expression in the page, awaited."""
+        found = self.ask("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def press(self, key: str, code: int) -> None:
+        """A key, down and up."""
+        for kind in ("rawKeyDown", "char", "keyUp"):
+            text = {"text": "\r"} if kind == "char" else {}
+            self.ask("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **text)
+
+    def show_as(self, media: str = "screen", scheme: str = "light", width: int = 1280, height: int = 900) -> None:
+        """Screen or print, light or dark, in a window of that size."""
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.ask("Emulation.setEmulatedMedia", media=media, features=features)
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+
+    def picture(self, path: Path) -> None:
+        """The whole page as PNG."""
+        data = self.ask("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+        path.write_bytes(base64.b64decode(data))
+
+    def complaints(self, page: Path) -> list[str]:
+        """Every error and warning, every exception, and every request but that for the page itself."""
+        found = []
+        for event in self.events:
+            method, params = event["method"], event.get("params", {})
+            if method == "Runtime.exceptionThrown":
+                found.append(f"exception: {params['exceptionDetails']['text']}")
+            elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
+                found.append(f"console.{params['type']}: {[a.get('value') for a in params['args']]}")
+            elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
+                found.append(f"{params['entry']['source']}: {params['entry']['text']}")
+            elif method == "Network.requestWillBeSent" and params["request"]["url"] != page.as_uri():
+                found.append(f"request: {params['request']['url']}")
+            elif method == "Network.webSocketCreated":
+                found.append(f"request: {params['url']}")
+        return found

@@ -1,0 +1,83 @@
+"""Rows that have everything a report shows, and rows whose every string is an attack."""
+
+import dataclasses
+
+import pytest
+from test_compare import NO_GPU, RUN, measured
+from test_measurements import result
+
+from toolchain import inputs
+from toolchain.inputs import Data
+from toolchain.measurements import Accuracy, Measurement, Samples
+from toolchain.report.html import to_html
+from toolchain.steps.compare import compare
+
+LABELS = [0, 1, 0, 1, 1, 0, 1, 0]
+# By variant: milliseconds, which answers are wrong.
+ANSWERS = {
+    "torch-fp32": (8.0, {7}),
+    "torch-pruned50": (5.0, {0, 1}),
+    "onnx-int8": (1.0, {1, 7}),
+    "onnx-pruned50-int8": (0.7, {1, 2, 7}),
+}
+DATA = Data("sst2", tuple(f"sentence <b>{i}</b>" for i in range(1, 9)), tuple(LABELS))
+HOSTILE = '<script>alert(\'x\')</script>" onload="alert(1)" $\\frac{}$ --> \x00\x1b\ud800 {{ 7 * 7 }} </style></svg>'
+
+
+def rounds(ms):
+    return Samples.ones([[round(ms * 1000 * (1 + (7 * r + s) % 5 / 50)) for s in range(4)] for r in range(8)])
+
+
+def rich_row(variant, ms, wrong, **changes):
+    answers = tuple(1 - label if i in wrong else label for i, label in enumerate(LABELS))
+    latency = rounds(ms)
+    pruning = {
+        **{"method": "fisher", "achieved": 0.5, "heads": [4], "ffn": [32]},
+        **{"encoder_parameters": {"before": 2, "after": 1}, "predicted_speedup": {"value": 2.0, "by": "a table"}},
+    }
+    return measured(
+        variant,
+        ms,
+        accuracy=Accuracy(len(LABELS) - len(wrong), len(LABELS), 1),
+        latency=latency,
+        latency_ms=latency.milliseconds(),
+        predictions=answers,
+        probabilities=tuple((9000, 1000) if answer == 0 else (2000, 8000) for answer in answers),
+        batch_changed=1,
+        by_length={16: rounds(ms), 64: rounds(3 * ms)},
+        memory_bytes={"peak": round(ms * 1e8), "method": "VmHWM"},
+        noise={"steal_share": 0.3} if variant == "onnx-int8" else {},
+        facts={
+            "roofline": {"macs": 10**6, "weight_bytes": 10**7, "floor_ms": 0.25, "share": 0.5},
+            **({"pruning": pruning} if "pruned" in variant else {}),
+        },
+        **changes,
+    )
+
+
+def rich(**changes):
+    rows = [rich_row(variant, ms, wrong) for variant, (ms, wrong) in ANSWERS.items()]
+    run = {**RUN, "passes": 3, "allow_fallback": False, "rates": {"torch": {"fp32_gmacs": 61.5}}}
+    machine = {**result().machine, "versions": {"torch": "2.13.0"}}
+    data = {"name": "sst2", "rows": len(LABELS), "sha256": DATA.sha256, "labels": LABELS}
+    return result(*rows, NO_GPU, **{"run": run, "machine": machine, "data": data, **changes})
+
+
+def hostile():
+    named = rich_row(HOSTILE, 2.0, {1})
+    named = dataclasses.replace(named, model=HOSTILE, memory_bytes={"peak": 10**8, "method": HOSTILE})
+    failed = Measurement(HOSTILE, "onnx-fp32", "cpu", None, "failed", HOSTILE, HOSTILE)
+    base = rich_row("torch-fp32", 8.0, {7})
+    base = dataclasses.replace(base, model=HOSTILE, facts={"session": {"note": HOSTILE, "fallback": HOSTILE}})
+    machine = {**result().machine, "cpu": HOSTILE, "versions": {HOSTILE: HOSTILE}, "isa": [HOSTILE]}
+    run = {**RUN, HOSTILE: 1, "rates": {HOSTILE: {HOSTILE: HOSTILE}}}
+    data = {**rich().data, "name": HOSTILE, "sha256": "another"}
+    rows = (named, base, failed)
+    return result(*rows, machine=machine, run=run, data=data, created=HOSTILE, toolchain=HOSTILE)
+
+
+def html(*runs):
+    """The report of these runs, `DATA` being the sentences that are known."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "embedded", lambda split="validation": DATA)
+        return to_html(compare(runs))

@@ -1,0 +1,212 @@
+"""The HTML report and the plots: what stands in them, and what never does."""
+
+import itertools
+import re
+from collections import Counter
+from html.parser import HTMLParser
+
+import pytest
+from conftest import TESTS
+from rich_rows import hostile, html, rich
+from test_compare import measured
+from test_measurements import result
+
+from toolchain.errors import ResultFileError
+from toolchain.measurements import Measurement, ResultFile
+from toolchain.report.columns import columns
+from toolchain.report.plots import figures, save
+from toolchain.steps.compare import compare
+
+
+@pytest.fixture(scope="module")
+def page():
+    return html(rich())
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and all text; refuses tags that are not closed as they were opened."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.texts, self.open = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] not in ("style", "script"):
+            self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+def test_every_section_stands_there(page):
+    found = Page(page)
+    for heading in ("Comparison", "Plots", "Answers", "What flipped", "Not measured", "How it was measured"):
+        assert f"> {heading} <" in re.sub(r"\s+", " ", re.sub(r"(<h2[^>]*>)(.*?)(</h2>)", r"\1 \2 \3", page))
+    for text in (
+        "Comparison of m m on c, 2 cores, 1 GiB; 2 threads, sst2, 8 sentences; 2026-01-01",
+        "fastest at batch 1 onnx-pruned50-int8",
+        "the host took 30% of the processor",
+        "onnx-fp32@cuda m c, 2 cores unavailable No GPU answers. Get one.",
+        "passes over the sentences, at least 3",
+        "sessions may fall back to the CPU no",
+        "torch, fp32_gmacs 61.5",
+        "torch 2.13.0",
+        "Peak memory: VmHWM.",
+        "torch-fp32@cpu 1.0 10.0 0.250 50",
+    ):
+        assert text in found.text, text
+    marks = {attrs["class"] for tag, attrs in found.tags if tag == "span" and "mark" in attrs.get("class", "")}
+    assert marks == {"mark baseline", "mark pareto", "mark noisy"}
+
+
+def test_the_table_says_what_the_terminal_says(page):
+    rows = [row for row in compare([rich()]) if row.measurement.status == "ok"]
+    found = Page(page)
+    for header, text in columns(rows):
+        assert header in found.texts
+        assert all(text(row) in found.texts for row in rows)
+
+
+def test_what_flipped_in_words(page):
+    text = Page(page).text
+    assert "Lost by all 3 variants, m on c, 2 cores 1 of the sentences that torch-fp32@cpu answers right is" in text
+    assert "answered wrong by every other variant: row 2, POSITIVE sentence <b>2</b> By variant" in text
+    assert "torch-pruned50@cpu : 2 lost, 1 won against torch-fp32@cpu Lost row 1, NEGATIVE sentence <b>1</b>" in text
+    assert "Won row 8, NEGATIVE sentence <b>8</b>" in text
+
+
+def test_sentences_of_other_data_are_numbers():
+    data = {**rich().data, "name": "reviews", "sha256": "another"}
+    text = Page(html(rich(data=data))).text
+    assert "row 2, label 1" in text
+    assert "sentence <b>" not in text
+
+
+def test_the_page_asks_nobody_for_anything(page):
+    found = Page(page)
+    policy = next(attrs["content"] for tag, attrs in found.tags if attrs.get("http-equiv"))
+    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-")
+    for tag, attrs in found.tags:
+        assert tag not in ("link", "img", "iframe", "object", "base", "form")
+        assert not {"src", "srcset", "data", "action", "xlink:href", "background"} & set(attrs), (tag, attrs)
+        assert attrs.get("href", "#").startswith("#")
+        assert not any(name.startswith("on") for name in attrs)
+    assert all(target.startswith("#") for target in re.findall(r"url\((.*?)\)", page))
+    assert not re.search(r"https?:|//[a-z]|@import", page)
+
+
+def test_ids_are_unique_and_whatever_is_referred_to_is_there(page):
+    found = Page(page)
+    ids = Counter(attrs["id"] for _, attrs in found.tags if "id" in attrs)
+    assert not [name for name, count in ids.items() if count > 1]
+    wanted = {attrs["href"][1:] for _, attrs in found.tags if "href" in attrs} | set(re.findall(r"url\(#(.*?)\)", page))
+    assert wanted <= set(ids)
+
+
+def test_every_plot_is_told_in_words(page):
+    drawn = [attrs for tag, attrs in Page(page).tags if tag == "svg"]
+    assert [attrs["role"] for attrs in drawn] == ["img"] * 5
+    said = [attrs["aria-label"] for attrs in drawn]
+    assert "no other is both faster and more accurate than onnx-pruned50-int8 (62.50 % at 0.73 ms)" in said[0]
+    assert "size, MB: 7.00 (onnx-pruned50-int8) to 80.00 (torch-fp32)" in said[1]
+    assert "at 64 tokens 2.18 ms (onnx-pruned50-int8) to 24.96 ms (torch-fp32)" in said[3]
+    assert "torch-pruned50 predicted 2.00×, measured 1.60×" in said[4]
+
+
+def test_whatever_a_result_file_says_is_text():
+    text = html(hostile())
+    text.encode()
+    found = Page(text)
+    assert [tag for tag, _ in found.tags].count("script") == 1
+    assert not any(name.startswith("on") for _, attrs in found.tags for name in attrs)
+    assert '<script>alert(\'x\')</script>" onload="alert(1)" $\\frac{}$ --> ' in "".join(found.texts)
+    assert "{{ 7 * 7 }}" in text
+    assert figures(compare([hostile()]))
+
+
+@pytest.mark.parametrize("status", ["unavailable", "reported", "failed"])
+def test_rows_may_lack_nearly_everything(status):
+    row = Measurement("m", "torch-fp32", "cpu", None, status, "Why not.", "Do this.")
+    text = Page(html(result(row))).text
+    assert ("Why not. Do this." in text) == (status != "reported")
+    assert "torch-fp32@cpu" in text
+    assert figures(compare([result(row)])) == {}
+
+
+def committed(*names):
+    return [ResultFile.read(TESTS.parent / "benchmarks" / "results" / f"{name}.json") for name in names]
+
+
+@pytest.mark.parametrize(
+    "names", [["seed-study-t4"], ["seed-study-xeon", "seed-study-gtx1050ti", "reference-xeon-2cores"]]
+)
+def test_committed_result_files_are_reported(names):
+    text = Page(html(*committed(*names))).text
+    assert "reported Published figures, not measured here." in text
+    assert ("The clock covers" in text) == ("reference-xeon-2cores" in names)
+
+
+def test_the_same_rows_are_the_same_bytes(tmp_path, page):
+    assert html(rich()) == page
+    for folder in ("one", "other"):
+        save(compare([rich()]), tmp_path / folder)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
+
+
+def test_plots_are_saved_as_svg_and_png(tmp_path):
+    names = ["accuracy-latency", "size-memory", "latency", "latency-by-length", "pruning-speedup"]
+    written = save(compare([rich()]), tmp_path / "new" / "folder")
+    assert [path.name for path in written] == [f"{n}.{e}" for n in names for e in ("svg", "png")]
+    assert sorted(written) == sorted((tmp_path / "new" / "folder").iterdir())
+    for path in written:
+        assert path.read_bytes()[:5] in (b"<?xml", b"\x89PNG\r")
+
+
+def test_a_plot_with_nothing_to_show_is_left_out():
+    assert list(figures(compare([result(measured("torch-fp32", 8))]))) == ["accuracy-latency", "size-memory", "latency"]
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_in_words(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResultFileError, match=r"cannot be written: File exists\. Free the space or the permission\."):
+        save(compare([rich()]), tmp_path / "file")
+    (tmp_path / "taken" / "accuracy-latency.svg").mkdir(parents=True)
+    with pytest.raises(ResultFileError, match="cannot be written"):
+        save(compare([rich()]), tmp_path / "taken")
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["accuracy-latency.svg"]
+
+
+def test_machines_have_panels_of_their_own():
+    other = {**result().machine, "id": "y", "cpu": "other"}
+    drawn = figures(compare([rich(), rich(machine=other)]))["latency"].figure.axes
+    assert [axes.get_title("left") for axes in drawn] == [
+        f"m on {cpu}, 2 cores, 2 threads; sst2" for cpu in ("c", "other")
+    ]
+
+
+def test_labels_keep_out_of_each_others_way():
+    from matplotlib.text import Text  # an annotation's own extent has its line in it
+
+    figure = figures(compare(committed("reference-xeon-2cores")))["accuracy-latency"].figure
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(note) for axes in figure.axes for note in axes.texts]
+    assert len(boxes) == 17
+    frame = figure.axes[0].get_window_extent()
+    assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1 for box in boxes)
+    assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
