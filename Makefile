@@ -32,7 +32,7 @@ PIP = $(BIN)/pip install --disable-pip-version-check -q $(if $(TORCH_INDEX),--ex
 CHOICE = --model "$(MODEL)" --exported "$(EXPORTED)"
 
 .DEFAULT_GOAL := help
-.PHONY: help install anew export bench compare test lint docs clean distclean
+.PHONY: help install anew export bench compare test lint docs report clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -78,6 +78,9 @@ lint: $(VENV)/.installed-test ## lint and types
 
 docs: install ## write the generated parts of the README anew
 	$(BIN)/python tests/readme_parts.py
+
+report: docs ## write benchmarks/reports from the committed results, and the README's parts
+	$(BIN)/python benchmarks/report.py
 
 # Only folders that hold a manifest are artifacts; whatever else lies there is not ours to delete.
 BUILT = find "$(EXPORTED)" -mindepth 3 -maxdepth 3 -name manifest.json -printf '%h\0'

@@ -16,17 +16,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
-import numpy as np
-from scipy import stats
 
-from toolchain import artifacts, hardware, inputs
+from toolchain import artifacts, confidence, hardware, inputs
 from toolchain.artifacts import Artifact
+from toolchain.cells import Cell
 from toolchain.measurements import Measurement, ResultFile, Samples
 from toolchain.pipeline import Workspace, ensure
 from toolchain.report.progress import bar, say
 from toolchain.report.table import print_table
 from toolchain.runs import result_of
-from toolchain.steps.bench import Cell, Protocol, bench
+from toolchain.scenarios import FULL
+from toolchain.steps.bench import bench
 from toolchain.steps.compare import compare
 
 OURS = ("torch-fp32", "onnx-fp32", "onnx-int8")
@@ -51,15 +51,9 @@ def build_peer(parent: Artifact, scratch: Path) -> Artifact:
 
 
 def ratio(ours: Samples, peer: Samples) -> str:
-    """Peer's time / ours, round by round: median and 95 % bootstrap interval; above 1, ours is faster."""
-    rounds = np.array([np.sum(p) / np.sum(o) for o, p in zip(per_sentence(ours), per_sentence(peer), strict=True)])
-    low, high = stats.bootstrap((rounds,), np.median, rng=0).confidence_interval
-    return f"{np.median(rounds):.2f}× [{low:.2f}, {high:.2f}]"
-
-
-def per_sentence(samples: Samples) -> list[float]:
-    """Mean microseconds a sentence in each round: cells repeat a round's sentences a different number of times."""
-    return [sum(us) / sum(n) for us, n in zip(samples.rounds, samples.sentences, strict=True)]
+    """Peer's time / ours, round by round, with its 95 % interval; above 1, ours is faster."""
+    found = confidence.ratio(peer.spent_each(), ours.spent_each())
+    return f"{found.value:.2f}× [{found.low:.2f}, {found.high:.2f}]"
 
 
 def measured(row: Measurement) -> tuple[Samples, Samples]:
@@ -99,7 +93,7 @@ def main(model: str, exported: Path, save_as: str) -> None:
             Cell(workspace.model, name, "torch" if name.startswith("torch") else "onnx", "cpu", artifact)
             for name, artifact in found.items()
         ]
-        rows, how = bench(cells, data, encoder, Protocol.full(hardware.cores()), progress)
+        rows, how = bench(cells, data, encoder, replace(FULL, threads=hardware.cores()), progress)
     result = result_of(rows, how, data, root.manifest.max_length)
     result.write(STUDIES / f"{save_as}.json")
     print_table(compare([result], f"{PEER}@cpu"))

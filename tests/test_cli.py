@@ -1,15 +1,21 @@
 """What a person types and sees: words, exit codes, and nothing half-done."""
 
+import csv
 import json
 import re
+from dataclasses import replace
 
 import click
 import pytest
 from conftest import make_checkpoint, run_toolchain
+from test_compare import FP32, INT8, RUN, measured
+from test_measurements import result
 
+from toolchain import scenarios
 from toolchain.cli import cli, main
 from toolchain.errors import VerdictError
 from toolchain.measurements import ResultFile
+from toolchain.steps import roofline
 from toolchain.variants import DEFAULT_CELLS
 
 
@@ -178,6 +184,8 @@ def test_bench_with_cuda_and_no_device_has_rows_with_reason_and_mend(at, say, ti
 
 def test_the_whole_chain_from_the_command_line(at, say, tmp_path_factory, monkeypatch):
     few = ("torch-fp32", "torch-pruned50", "onnx-std", "onnx-fp32", "onnx-int8")
+    monkeypatch.setattr(scenarios, "QUICK", replace(scenarios.QUICK, min_s=0.5, starts=2))
+    monkeypatch.setattr(roofline, "SECONDS", 0.02)
     monkeypatch.setitem(DEFAULT_CELLS, "cpu", few)
     checkpoint = make_checkpoint(tmp_path_factory.mktemp("c") / "mine", ("bad", "good"))
     table = at / "reviews.csv"
@@ -269,3 +277,56 @@ def test_a_run_that_measured_nothing_takes_no_name(at, say, tiny_checkpoint, mon
     kept.write_text("{}")
     assert say("bench", "--provider", "cuda", "--save-as", "kept", "--model", tiny_checkpoint)[0] == 1
     assert kept.read_text() == "{}"
+
+
+@pytest.fixture
+def two_runs(at):
+    """Result files of an older run, and of a newer in which int8 takes twice as long."""
+    for name, int8 in (("old", INT8), ("new", measured("onnx-int8", 2, correct=89))):
+        result(FP32, int8, run={**RUN, "id": name}).write(at / f"{name}.json")
+    return at
+
+
+def test_limits_name_the_winner_and_what_the_others_break(two_runs, say):
+    code, out, _ = say("compare", "old.json", "--max-drop", "1.0", "--max-p95-ms", "5", "--max-size-mb", "30")
+    assert code == 0
+    assert re.search(r"onnx-int8@cpu", out.split("\n\n")[-1])
+    assert "torch-fp32@cpu" in out
+    code, out, _ = say("compare", "old.json", "--max-drop", "0.5", "--max-p95-ms", "5")
+    assert code == 3
+    assert "onnx-int8@cpu" in out
+    code, out, _ = say("compare", "old.json", "--max-drop", "0.5", "--json")
+    assert (code, json.loads(out)["verdict"]["winner"]["cell"]) == (0, "torch-fp32@cpu")
+    assert say("compare", "old.json", "--provider", "cuda", "--max-drop", "1")[0] == 1
+    assert say("compare", "old.json", "--max-drop", "nan")[0] == 2
+
+
+def test_a_run_is_held_against_an_older_one(two_runs, say):
+    code, out, _ = say("compare", "new.json", "--against", "old.json", "--max-regression", "5%")
+    assert code == 3
+    assert "onnx-int8@cpu" in out
+    assert say("compare", "new.json", "--against", "old.json", "--max-regression", "100")[0] == 0
+    code, _, err = say("compare", "old.json", "--against", "old.json")
+    assert (code, "is the run itself" in err) == (1, True)
+    code, _, err = say("compare", "new.json", "--against", "old.json", "--max-regression", "much")
+    assert code == 2
+    code, out, _ = say("compare", "new.json", "--against", "old.json", "--json")
+    assert (code, "regressions" in json.loads(out)) == (3, True)
+
+
+def test_a_comparison_as_csv_as_a_page_and_as_plots(two_runs, say):
+    code, out, _ = say("compare", "old.json", "--format", "csv", "--sort", "latency", "--max-drop", "5")
+    assert (code, [row["cell"] for row in csv.DictReader(out.splitlines())]) == (0, ["onnx-int8@cpu", "torch-fp32@cpu"])
+    code, out, err = say("compare", "old.json", "--format", "html", "--plots", "plots")
+    assert (code, out.startswith("<!DOCTYPE html>")) == (0, True)
+    assert "saved: plots/" in err
+    assert list((two_runs / "plots").glob("*.svg"))
+    (two_runs / "taken").write_text("")
+    code, _, err = say("compare", "old.json", "--plots", "taken/below")
+    assert (code, "taken/below" in err) == (1, True)
+    assert say("compare", "old.json", "--filter", "bnb-*")[0] == 1
+
+
+def test_resuming_what_never_began_is_an_error_in_words(at, say, tiny_checkpoint):
+    code, _, err = say("bench", "--quick", "--resume", "--provider", "cuda", "--model", tiny_checkpoint)
+    assert (code, "There is no interrupted run of tiny" in err) == (1, True)

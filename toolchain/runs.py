@@ -91,7 +91,8 @@ def measure(workspace: Workspace, request: Request, say: Say, progress: Progress
     kept = _journal(workspace, request, cells, data)
     # Before anything is timed.
     sizes = _gzip_sizes(workspace, cells, progress)
-    rates = roofline.rates(workspace.cache, request.protocol.threads, progress)
+    on_cpu = any(cell.artifact and cell.provider == "cpu" for cell in cells)
+    rates = roofline.rates(workspace.cache, request.protocol.threads, progress) if on_cpu else {}
     try:
         rows, how = bench(cells, data, encoder, request.protocol, progress, journal=kept)
     except KeyboardInterrupt:
@@ -108,7 +109,7 @@ def measure(workspace: Workspace, request: Request, say: Say, progress: Progress
         else row
         for row in rows
     ]
-    return result_of(rows, {**how, "rates": rates}, data, root.max_length), kept
+    return result_of(rows, {**how, **({"rates": rates} if rates else {})}, data, root.max_length), kept
 
 
 def _floor(

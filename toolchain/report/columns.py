@@ -175,7 +175,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
             "Ratios of times are geometric means over interleaved rounds; no difference: the 95 % interval has 1 in it."
         )
     lines += _by_text([(row.measurement.cell, f" [noisy]: {row.noisy}.") for row in measured(rows) if row.noisy])
-    lines += [_pruned(row, rows) for row in measured(rows) if "pruning" in row.measurement.facts]
+    lines += _pruned(rows)
     lines += _by_text([(row.measurement.cell, f": {_session(row, 'fallback')}.") for row in rows if _fallback(row)])
     lines += _by_text([(row.measurement.cell, f": {note}.") for row in rows if (note := _session(row, "note"))])
     lines += _gpu_notes(rows) + _reported(rows)
@@ -216,14 +216,20 @@ def _reported(rows: Sequence[Row]) -> list[str]:
     return lines + [f"{row.measurement.cell} on {_machine(row)}: {row.measurement.facts['note']}." for row in with_note]
 
 
-def _pruned(row: Row, rows: Sequence[Row]) -> str:
-    """What was removed, and what it was predicted to bring and brought over the same variant unpruned, in one run."""
-    facts, cell = row.measurement.facts["pruning"], row.measurement.cell
-    lines = [f"{cell}: {sentence(facts)}"]
-    if found := over_unpruned(row, rows):
-        dense, ratio = found
-        lines.append(f"measured {ratio.value:.2f}× {dense} at batch 1")
-    return ", ".join(lines)
+def _pruned(rows: Sequence[Row]) -> list[str]:
+    """For all rows of one pruning a line: what was removed, what that was predicted to bring, and what it brought each
+    row over the same variant unpruned, in one run."""
+    found: dict[tuple[int, str], list[Row]] = {}
+    for row in measured(rows):
+        if "pruning" in row.measurement.facts:
+            found.setdefault((id(row.run), sentence(row.measurement.facts["pruning"])), []).append(row)
+    lines = []
+    for (_, text), pruned in found.items():
+        gains = [(row.measurement.cell, over_unpruned(row, rows)) for row in pruned]
+        told = [f"{cell} {gain[1].value:.2f}× {gain[0]}" for cell, gain in gains if gain]
+        cells = ", ".join(row.measurement.cell for row in pruned)
+        lines.append(f"{cells}: {text}" + (f", measured at batch 1: {', '.join(told)}" if told else ""))
+    return lines
 
 
 def over_unpruned(row: Row, rows: Sequence[Row]) -> tuple[str, Ratio] | None:
