@@ -13,13 +13,15 @@ from toolchain import gpu_memory, hardware, inputs, runs
 from toolchain.backends import Backend, Place, open_session
 from toolchain.backends.ort import OrtSession
 from toolchain.backends.pytorch import TorchSession, _served, device, roomy
+from toolchain.cells import Cell
 from toolchain.cli import main
 from toolchain.errors import BenchError, DeviceMemoryError, ProviderError
 from toolchain.inputs import Data, Encoder
 from toolchain.pipeline import ensure
 from toolchain.report.columns import columns, notes
+from toolchain.scenarios import Protocol
 from toolchain.steps import bench as bench_module
-from toolchain.steps.bench import Cell, Protocol, bench
+from toolchain.steps.bench import bench
 from toolchain.steps.compare import compare
 
 BATCH = inputs.pad([[101, 2023, 102], [101, 102]], ("input_ids", "attention_mask"), 0)
@@ -241,7 +243,7 @@ def measured(fake, monkeypatch):
     monkeypatch.setattr(bench_module, "SETTLE_S", 0.0)
     encoder = Encoder.open(inputs.SST2.parent / "model", ("input_ids", "attention_mask"), 512)
     data = Data("fake", tuple(f"sentence number {i}" for i in range(40)), tuple(i % 2 for i in range(40)))
-    protocol = Protocol(passes=1, turn_s=0.02, pass_s=40, threads=1, batch_size=8, device_id=1)
+    protocol = Protocol(passes=1, min_s=0.16, pass_s=40, starts=2, threads=1, batch_size=8, device_id=1)
 
     def measure(**behaviours):
         cells = [Cell("fake", n, "fake", "cuda", fake(n, **does)) for n, does in behaviours.items()]
@@ -277,7 +279,7 @@ def test_a_fallback_is_marked_wherever_the_row_is_shown(measured):
     facts = {**run.rows[0].facts, "session": {"fallback": "3 of 9 nodes run on the CPU", "note": "memory, not speed"}}
     run = dataclasses.replace(run, rows=(dataclasses.replace(run.rows[0], facts=facts),))
     shown = compare([run])
-    assert dict(columns(shown))["cell"](shown[0]) == "half@cuda [fallback]"
+    assert dict(columns(shown))["cell"](shown[0]) == "half@cuda ◆ [fallback]"
     assert {"half@cuda: 3 of 9 nodes run on the CPU.", "half@cuda: memory, not speed."} <= set(notes(shown))
 
 

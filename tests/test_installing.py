@@ -160,7 +160,7 @@ def test_the_pins_satisfy_every_requirement(constraints, extras):
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     named = setup["options"]["install_requires"].splitlines()
-    for extra in (*extras.split(","), "studies", "test"):
+    for extra in (*extras.split(","), "test"):
         named += setup["options.extras_require"][extra].splitlines()
     pinned = pins(constraints)
     for requirement in map(Requirement, filter(None, named)):

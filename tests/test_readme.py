@@ -60,7 +60,7 @@ def test_its_blocks_run_in_order(clone):
     for command in ("EXPORT", "PRUNE", "QUANTIZE", "BENCH", "COMPARE", "VALIDATE", "VARIANTS"):
         environment[f"TOOLCHAIN_{command}_MODEL"] = "my-checkpoint"
     # A benchmark of every default cell takes minutes even of a tiny model.
-    environment["TOOLCHAIN_BENCH_VARIANT"] = "torch-fp32 onnx-int8"
+    environment["TOOLCHAIN_BENCH_VARIANT"] = "torch-fp32 onnx-fp32 onnx-int8"
     for block in BLOCKS:
         if block in NOT_RUN:
             continue
