@@ -83,26 +83,29 @@ class _Bench:
 
     def measure(self) -> None:
         """All rounds of all cells."""
-        for done, (index, item) in enumerate(self.running.items()):
-            self._progress(done, len(self.running), f"loading {item.cell.name}")
+        for count, (index, item) in enumerate(self.running.items()):
+            self._progress(count, len(self.running), f"loading {item.cell.name}")
             if not item.starts and not item.failure:
                 self._guarded(index, self._start)
         slowest = max((item.sentence_s for item in self.running.values()), default=0.0)
         self._singles = scenarios.choose(len(self._ids), slowest, self._protocol)
         batches = scenarios.offline_batches(list(map(len, self._ids)), self._protocol.batch_size)
+        done, total = 0, self._protocol.rounds * (2 + len(self._lengths)) * len(self.running)
         for turn in range(self._protocol.rounds):
             # By the turn: an interrupted run goes on in the order it would have had.
             rng = random.Random(f"{self._protocol.seed} {turn}")
             if self._protocol.starts_anew(turn):
                 for index in self._shuffled(rng):
-                    if not any(turn in done for done in self.running[index].turns.values()):
+                    if not any(turn in told for told in self.running[index].turns.values()):
                         self._guarded(index, self._start)
             for work in scenarios.turns(turn, self._singles, batches, self._lengths, self._protocol):
                 for index in self._shuffled(rng):
                     item = self.running[index]
                     if item.failure is None and turn not in item.turns.get(work.kind, {}):
-                        self._progress(turn, self._protocol.rounds, f"{item.cell.name}, {work.kind}")
+                        which = f"round {turn + 1} of {self._protocol.rounds}"
+                        self._progress(done, total, f"{item.cell.name}, {work.kind}, {which}")
                         self._guarded(index, self._turn, turn, work)
+                    done += 1
         for index in self.running:
             self._guarded(index, self._stop)
 
