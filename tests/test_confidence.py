@@ -17,6 +17,7 @@ from toolchain.confidence import ratio
 from toolchain.errors import ResultFileError
 from toolchain.measurements import Samples
 from toolchain.noise import Noise
+from toolchain.report.columns import notes
 from toolchain.steps.compare import arrange, compare
 
 POSITIVE = st.floats(1e-3, 1e6)
@@ -142,3 +143,9 @@ def test_what_others_do_is_noise_and_what_a_cell_does_is_not():
         time.sleep(0.8)
     assert theirs.shares()["others_share"] > mine.shares()["others_share"] + 0.1
     assert Noise().shares() == {}
+
+
+def test_latency_by_length_is_told():
+    by_length = {16: Samples.ones([[1500], [1700]]), 512: Samples.ones([[40_000]])}
+    said = notes(compare([result(measured("onnx-int8", 5, by_length=by_length), run=RUN)]))
+    assert "onnx-int8@cpu, p50 ms by length: 16 tokens 1.60, 512 tokens 40.00." in said

@@ -175,7 +175,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
             "Ratios of times are geometric means over interleaved rounds; no difference: the 95 % interval has 1 in it."
         )
     lines += _by_text([(row.measurement.cell, f" [noisy]: {row.noisy}.") for row in measured(rows) if row.noisy])
-    lines += _pruned(rows)
+    lines += _pruned(rows) + _by_length(rows)
     lines += _by_text([(row.measurement.cell, f": {_session(row, 'fallback')}.") for row in rows if _fallback(row)])
     lines += _by_text([(row.measurement.cell, f": {note}.") for row in rows if (note := _session(row, "note"))])
     lines += _gpu_notes(rows) + _reported(rows)
@@ -229,6 +229,17 @@ def _pruned(rows: Sequence[Row]) -> list[str]:
         told = [f"{cell} {gain[1].value:.2f}× {gain[0]}" for cell, gain in gains if gain]
         cells = ", ".join(row.measurement.cell for row in pruned)
         lines.append(f"{cells}: {text}" + (f", measured at batch 1: {', '.join(told)}" if told else ""))
+    return lines
+
+
+def _by_length(rows: Sequence[Row]) -> list[str]:
+    """Median milliseconds at each length that was asked, of rows where it was."""
+    lines = []
+    for row in rows:
+        found = {n: samples.milliseconds()["p50"] for n, samples in row.measurement.by_length.items()}
+        if found:
+            told = ", ".join(f"{n} tokens {value:.2f}" for n, value in found.items())
+            lines.append(f"{row.measurement.cell}, p50 ms by length: {told}.")
     return lines
 
 

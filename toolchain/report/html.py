@@ -10,7 +10,7 @@ from typing import Any
 
 from toolchain.confidence import CONFIDENCE, FEWEST_ROUNDS
 from toolchain.report import canvas, origin, plots, sections
-from toolchain.report.columns import measured, notes, title
+from toolchain.report.columns import FRONT, measured, notes, title
 from toolchain.report.flips import Texts, flips, shared
 from toolchain.report.panels import panels
 from toolchain.steps.compare import Row
@@ -57,10 +57,12 @@ def _content(rows: Sequence[Row]) -> dict[str, Any]:
         "best": [(panel.title, found) for panel in panels(shown) if (found := sections.best(panel))],
         "comparison": compared,
         "marks": sections.marks(compared) if compared else [],
-        "notes": notes(shown) if shown else [],
+        # Of what is marked by a word here.
+        "notes": [line for line in notes(shown) if not line.startswith(FRONT)] if shown else [],
         "plots": [
             (name, plot, inline(plots.svg(plot, name), name, plot.alt)) for name, plot in plots.figures(rows).items()
         ],
+        "stages": sections.stages(shown) if shown else None,
         "quality": sections.quality(shown) if shown else None,
         "flips": flips(shown, texts),
         "shared": shared(shown, texts),

@@ -120,6 +120,45 @@ def quality(rows: Sequence[Row]) -> Table | None:
     return _of_rows("What the answers say beyond their accuracy", rows, judged, shown)
 
 
+def stages(rows: Sequence[Row]) -> Table | None:
+    """What the comparison has no room for: intervals, tails, tokenising, starts, memory by stage, a download's size."""
+
+    def milliseconds(name: str, quantile: str, form: str = ".2f") -> Callable[[Row], str]:
+        return lambda row: _or(getattr(row.measurement, name).get(quantile), form)
+
+    def megabytes(name: str, part: str) -> Callable[[Row], str]:
+        return lambda row: _or(_scaled(getattr(row.measurement, name).get(part)), ".1f")
+
+    figures: list[tuple[str, Callable[[Row], str]]] = [
+        ("p50 ms, 95 % interval", lambda row: _interval(row.latency_interval)),
+        (
+            "times faster, 95 % interval",
+            lambda row: _interval((row.speedup.low, row.speedup.high) if row.speedup else None),
+        ),
+        ("p90 ms", milliseconds("latency_ms", "p90")),
+        ("p99 ms", milliseconds("latency_ms", "p99")),
+        ("p50 ms with tokenising", milliseconds("with_tokenizing_ms", "p50")),
+        ("load ms", milliseconds("load_ms", "p50", ".0f")),
+        ("bare process MB", megabytes("memory_bytes", "bare")),
+        ("after imports MB", megabytes("memory_bytes", "imports")),
+        ("after load MB", megabytes("memory_bytes", "load")),
+        ("gzip MB", megabytes("size_bytes", "gzip")),
+    ]
+    measured = [row for row in rows if row.measurement.status == "ok"]
+    figures = [(name, text) for name, text in figures if any(text(row) != NOTHING for row in measured)]
+    return _of_rows("Intervals, tails, starts, memory by stage, and the size of a download", rows, measured, figures)
+
+
+def _interval(bounds: Sequence[float | None] | None) -> str:
+    if not bounds or None in bounds:
+        return NOTHING
+    return " to ".join(f"{value:.2f}" for value in bounds)
+
+
+def _scaled(count: int | None) -> float | None:
+    return None if count is None else count / 1e6
+
+
 def _of_quality(figure: Callable[[Any], str]) -> Callable[[Row], str]:
     return lambda row: figure(row.quality)
 
