@@ -11,6 +11,8 @@ TORCH_INDEX ?=
 # Per cents that `make export` prunes; empty for none. TRAIN_DATA: a CSV to rank by, where SST-2 does not fit.
 PRUNE ?= 30 40 50
 TRAIN_DATA ?=
+# What `make ship` ships.
+SHIP ?= onnx-int8
 # FULL=1: about 60 s a cell instead of 20.
 FULL ?=
 
@@ -32,10 +34,10 @@ PIP = $(BIN)/pip install --disable-pip-version-check -q $(if $(TORCH_INDEX),--ex
 CHOICE = --model "$(MODEL)" --exported "$(EXPORTED)"
 
 .DEFAULT_GOAL := help
-.PHONY: help install anew export bench compare test lint docs report clean distclean
+.PHONY: help install anew export bench compare ship test test-clients lint docs report clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 install: $(VENV)/.installed ## create .venv and install the toolchain into it
 
@@ -68,8 +70,23 @@ bench: install ## build what is missing, measure every cell, compare (FULL=1: lo
 compare: install ## show the newest result again
 	$(TOOLCHAIN) compare $(CHOICE)
 
+ship: install ## bundles for browser and Node, Python, and other runtimes (SHIP= variants of the first two)
+	$(TOOLCHAIN) ship $(SHIP) --target web $(CHOICE)
+	$(TOOLCHAIN) ship $(SHIP) --target python $(CHOICE)
+	$(TOOLCHAIN) ship onnx-std onnx-std-int8 --target other $(CHOICE)
+
 test: $(VENV)/.installed-test lint ## lint, types and all tests
 	$(BIN)/python -m pytest
+
+# What `make test` skips without: npm packages by their lock file, and Pythons with nothing but a bundle's requirements.
+CLIENTS = $(EXPORTED)/.cache/test-clients
+test-clients: $(VENV)/.installed-test ## install the clients that tests run bundles in (npm, Python, OpenVINO)
+	$(BIN)/python -c 'import sys, pathlib; from toolchain.targets import clients; print(clients.install(pathlib.Path(sys.argv[1])))' \
+		"$(EXPORTED)/.cache"
+	$(PYTHON) -m venv $(CLIENTS)/python
+	$(CLIENTS)/python/bin/pip install --disable-pip-version-check -q -c constraints.txt -r toolchain/bundled/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)/openvino
+	$(CLIENTS)/openvino/bin/pip install --disable-pip-version-check -q -c constraints.txt openvino==2026.4.1 tokenizers numpy
 
 lint: $(VENV)/.installed-test ## lint and types
 	$(BIN)/ruff format --check .

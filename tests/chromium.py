@@ -24,6 +24,7 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--no-first-run",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # no network but this machine
 )
 
 
@@ -96,10 +97,10 @@ class Chromium:
         line, _, self._unread = self._unread.partition(b"\0")
         return json.loads(line)
 
-    def open(self, page: Path) -> None:
-        """Loads the file and waits until nothing more is to come of it."""
+    def open(self, page: Path | str) -> None:
+        """Loads the file or address and waits until nothing more is to come of it."""
         self.events.clear()
-        self.ask("Page.navigate", url=page.as_uri())
+        self.ask("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         deadline = time.monotonic() + TIMEOUT_S
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next(deadline))
@@ -129,8 +130,13 @@ class Chromium:
         data = self.ask("Page.captureScreenshot", captureBeyondViewport=True)["data"]
         path.write_bytes(base64.b64decode(data))
 
-    def complaints(self, page: Path) -> list[str]:
-        """Every error and warning, every exception, and every request but that for the page itself."""
+    def complaints(self, page: Path | str) -> list[str]:
+        """Every error and warning, every exception, and every request but that for the page itself; of an address, but
+        those for what lies below it."""
+
+        def own(url: str) -> bool:
+            return url.startswith((page, "data:")) if isinstance(page, str) else url == page.as_uri()
+
         found = []
         for event in self.events:
             method, params = event["method"], event.get("params", {})
@@ -140,7 +146,7 @@ class Chromium:
                 found.append(f"console.{params['type']}: {[a.get('value') for a in params['args']]}")
             elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
                 found.append(f"{params['entry']['source']}: {params['entry']['text']}")
-            elif method == "Network.requestWillBeSent" and params["request"]["url"] != page.as_uri():
+            elif method == "Network.requestWillBeSent" and not own(params["request"]["url"]):
                 found.append(f"request: {params['request']['url']}")
             elif method == "Network.webSocketCreated":
                 found.append(f"request: {params['url']}")

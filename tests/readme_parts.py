@@ -31,6 +31,7 @@ def parts() -> dict[str, str]:
         "make bench": _bench(),
         "peers": _peers(),
         "pruning": _pruning(),
+        "clients": _clients(),
         "commands": _commands(),
     }
 
@@ -62,6 +63,10 @@ def _peers() -> str:
 
 def _pruning() -> str:
     return _text(script("pruning").table(json.loads((STUDIES / "pruning-reference.json").read_text())))
+
+
+def _clients() -> str:
+    return _text("\n".join(script("clients").summary(json.loads((STUDIES / "clients-reference.json").read_text()))))
 
 
 def _commands() -> str:

@@ -23,12 +23,14 @@ CORE = [
     "confidence",
     "journal",
     "noise",
+    "rows",
 ]
 # Each layer may import from those below it; a room of several modules is one name.
 LAYERS = [
-    ["errors"],
+    ["errors", "bundled"],
     CORE,
-    ["passes", "backends", "gpu_memory"],
+    ["passes", "backends", "gpu_memory", "targets"],
+    ["bundles"],
     ["scenarios", "calibration", "child"],
     ["worker"],
     ["cells"],
@@ -37,6 +39,8 @@ LAYERS = [
     ["steps"],
     ["pipeline", "report"],
     ["runs", "search", "doctor"],
+    ["shipping"],
+    ["predicting"],
     ["cli"],
 ]
 WITHIN = {
@@ -50,6 +54,7 @@ WITHIN = {
     "confidence": 2,
     "journal": 0,
     "noise": 0,
+    "rows": 2,
 }
 
 

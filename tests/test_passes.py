@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from toolchain import passes
 from toolchain.errors import GraphError
 from toolchain.inputs import pad
-from toolchain.passes.quantize_linear import quantize_weight
+from toolchain.passes.quantize_linear import LARGEST_OF_7_BITS, headroom, quantize_weight
 
 ATTENTION = passes.Attention(heads=4, width=32)
 NAMES = ("input_ids", "attention_mask")
@@ -195,15 +195,89 @@ def test_products_of_activations_stay_fp32():
 weights = hnp.arrays(np.float32, st.tuples(st.integers(1, 8), st.integers(1, 8)), elements=st.floats(-10, 10, width=32))
 
 
-@given(weights, st.sampled_from([0, 1]))
-def test_int8_weights_are_within_half_a_step(weight, axis):
-    int8, scale = quantize_weight(weight, axis)
+@given(weights, st.sampled_from([0, 1]), st.sampled_from([127, LARGEST_OF_7_BITS]))
+def test_int8_weights_are_within_half_a_step(weight, axis, most):
+    int8, scale = quantize_weight(weight, axis, most)
     assert int8.dtype == np.int8
-    assert np.abs(int8.astype(int)).max() <= 127
+    assert np.abs(int8.astype(int)).max() <= most
     assert scale.shape == (weight.shape[axis],)
     assert (scale > 0).all()
     steps = scale[:, None] if axis == 0 else scale[None, :]
     assert (np.abs(int8 * steps - weight) <= steps * 0.5001 + 1e-30).all()
+
+
+def added_in_16_bits(activations, weights):
+    """What x86 without VNNI does to U8 × S8 (vpmaddubsw): neighbouring products are added in 16 bits and clipped."""
+    products = activations.astype(np.int32)[:, :, None] * weights.astype(np.int32)[None]
+    pairs = products.reshape(len(activations), -1, 2, weights.shape[1]).sum(axis=2)
+    return np.clip(pairs, -32768, 32767).sum(axis=1)
+
+
+@given(
+    hnp.arrays(np.float32, (8, 3), elements=st.floats(-10, 10, width=32)),
+    hnp.arrays(np.uint8, (4, 8)),
+)
+def test_weights_of_7_bits_never_saturate(weight, activations):
+    int8, _ = quantize_weight(weight, 1, LARGEST_OF_7_BITS)
+    exact = activations.astype(np.int32) @ int8.astype(np.int32)
+    assert (added_in_16_bits(activations, int8) == exact).all()
+
+
+@given(hnp.arrays(np.int8, (4, 2), elements=st.integers(-127, 127)), st.permutations(range(4)))
+def test_headroom_is_that_of_the_worst_pair_a_kernel_may_add(weight, order):
+    """By trying every pair with the largest activation; at least 1 exactly where none is clipped."""
+    model = small_graph(
+        [
+            helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
+            helper.make_node("MatMulInteger", ["q", "w", "z"], ["m"]),
+            helper.make_node("Cast", ["m"], ["y"], to=TensorProto.FLOAT),
+        ],
+        {"w": weight},
+    )
+    found = headroom(model)
+    full = np.full((1, 4), 255, np.uint8)
+    column_safe = []
+    for column in weight.T:
+        for i in range(4):
+            for j in range(i):
+                for signed in (
+                    np.maximum,
+                    np.minimum,
+                ):  # only weights of one sign add up; activations of others may be 0
+                    pair = signed(column[[i, j]].astype(np.int32), 0)
+                    column_safe.append(abs(int(pair.sum()) * 255) <= 32767)
+    assert (found >= 1) == all(column_safe)
+    if found >= 1:
+        assert (
+            added_in_16_bits(full, weight[list(order)]) == full.astype(np.int32) @ weight[list(order)].astype(np.int32)
+        ).all()
+
+
+def test_a_portable_graph_has_headroom_and_answers_alike(built_tiny):
+    fp32 = passes.read(built_tiny.path("onnx-fp32") / "model.onnx")
+    batch = pad(ROWS, NAMES, 0)
+    want = answer(fp32, batch)
+    model, counts = passes.rewrite(fp32, ["quantize-linear-portable", "quantize-embedding"], ATTENTION)
+    assert counts == {"quantize-linear-portable": 9, "quantize-embedding": 2}
+    assert passes.facts(model)["int8_headroom"] >= 1
+    assert np.abs(answer(model, batch) - want).max() < 0.1 * np.abs(want).max()
+    full = passes.facts(passes.read(built_tiny.path("onnx-int8") / "model.onnx"))
+    assert 0.5 <= full["int8_headroom"] < 1
+    assert "int8_headroom" not in passes.facts(passes.read(built_tiny.path("onnx-std") / "model.onnx"))
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_int8_of_standard_operators_has_no_others(std, left):
+    batch = pad(ROWS, NAMES, 0, left)
+    want = answer(std, batch)
+    model, counts = passes.rewrite(std, ["quantize-linear-std", "quantize-embedding"], ATTENTION)
+    # Query, key, value, out, up, down twice, and pre_classifier; the logits stay fp32.
+    assert counts == {"quantize-linear-std": 13, "quantize-embedding": 2}
+    found = operators(model)
+    assert found["MatMulInteger"] == 13
+    assert found["DynamicQuantizeLinear"] == 9  # query, key and value read one
+    assert {node.domain for node in model.graph} == {""}
+    assert np.abs(answer(model, batch) - want).max() < 0.1 * np.abs(want).max()
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph at all", b"\x08\x08"])

@@ -12,11 +12,12 @@ pruned = st.builds(
     dict, pruned=st.integers(1, 99), recovered=st.integers(0, 12), method=st.sampled_from(variants.METHODS)
 )
 names = st.builds(
-    lambda runtime, std, tags, scheme: VariantName(runtime, std, scheme=scheme, **tags),
+    lambda runtime, std, tags, scheme, portable: VariantName(runtime, std, scheme=scheme, portable=portable, **tags),
     st.sampled_from(variants.RUNTIMES),
     st.booleans(),
     st.one_of(st.just({}), pruned),
     st.sampled_from(variants.SCHEMES),
+    st.booleans(),
 )
 
 
@@ -80,8 +81,14 @@ def test_child_finds_the_variant_a_step_makes():
     assert variants.child("onnx-fp32", Quantize()).name == "onnx-int8"
     assert variants.child("onnx-std", Optimize()).name == "onnx-fp32"
     assert variants.child("torch-fp32", Prune(0.3, "magnitude")).name == "torch-pruned30-magnitude"
-    with pytest.raises(UnknownVariantError, match=r"Nothing is made from onnx-std by quantize. It takes an optimised"):
-        variants.child("onnx-std", Quantize())
+    assert variants.child("onnx-std", Quantize()).name == "onnx-std-int8"
+    assert variants.child("onnx-pruned50", Quantize(reduce_range=True)).name == "onnx-pruned50-int8-portable"
+    with pytest.raises(
+        UnknownVariantError, match=r"Nothing is made from onnx-int8 by quantize. It takes an fp32 graph"
+    ):
+        variants.child("onnx-int8", Quantize())
+    with pytest.raises(UnknownVariantError):  # PyTorch's int8 has no weights of 7 bits
+        variants.child("torch-fp32", Quantize("torch", "int8", True))
     with pytest.raises(UnknownVariantError, match="what is pruned already is pruned further from there"):
         variants.child("torch-pruned30", Prune(0.5))
     with pytest.raises(UnknownVariantError, match="It takes a pruned PyTorch variant"):
@@ -96,10 +103,24 @@ def test_the_unpruned_counterpart():
 
 
 @pytest.mark.parametrize(
-    "step", [Import("abc"), Prune(0.3), Recover(2), Export(17), Optimize("cpu", ("fuse",)), Quantize()]
+    "step",
+    [
+        Import("abc"),
+        Prune(0.3),
+        Recover(2),
+        Export(17),
+        Optimize("cpu", ("fuse",)),
+        Quantize(),
+        Quantize(reduce_range=True),
+    ],
 )
 def test_a_step_survives_its_manifest(step):
     assert variants.step_from(variants.step_name(step), variants.settings_of(step)) == step
+
+
+def test_a_setting_a_step_does_not_have_is_not_in_its_manifest():
+    assert variants.settings_of(Quantize()) == {"backend": "ort", "scheme": "dynamic"}
+    assert variants.settings_of(Quantize(reduce_range=True))["reduce_range"] is True
 
 
 def test_a_step_of_another_release_is_refused_in_words():

@@ -210,8 +210,9 @@ def copy_companions(artifact: Artifact, folder: Path) -> None:
 
 
 @contextmanager
-def lock(target: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Holds `target` for one process, having mended what a killed run left; `waiting` is called before it blocks."""
+def lock(target: Path, waiting: Callable[[], None], *, tidy: bool = False) -> Iterator[None]:
+    """Holds `target` for one process, having mended what a killed run left; `waiting` is called before it blocks.
+    `tidy` leaves no lock file beside what lies in somebody else's folder."""
     from filelock import FileLock, Timeout
 
     try:
@@ -228,6 +229,8 @@ def lock(target: Path, waiting: Callable[[], None]) -> Iterator[None]:
         _recover(target)
         yield
     finally:
+        if tidy:
+            Path(guard.lock_file).unlink(missing_ok=True)
         guard.release()
 
 
@@ -253,6 +256,15 @@ def publish(scratch: Path, target: Path, manifest: Manifest) -> Artifact:
     """Writes the manifest last and renames the whole folder into place; under `lock`."""
     try:
         (scratch / MANIFEST).write_text(manifest.to_json())
+    except OSError as error:
+        raise _unwritable(target.parent, error) from error
+    replace(scratch, target)
+    return Artifact(target, manifest)
+
+
+def replace(scratch: Path, target: Path) -> None:
+    """Renames the folder into place, what was there being gone only when that is done; under `lock`."""
+    try:
         old = _old(target)
         if target.exists():
             target.rename(old)
@@ -261,7 +273,6 @@ def publish(scratch: Path, target: Path, manifest: Manifest) -> Artifact:
     except OSError as error:
         _recover(target)
         raise _unwritable(target.parent, error) from error
-    return Artifact(target, manifest)
 
 
 def _old(target: Path) -> Path:
@@ -280,7 +291,7 @@ def _recover(target: Path) -> None:
 def _unwritable(folder: Path, error: OSError) -> ArtifactError:
     return ArtifactError(
         f"{folder} cannot be written: {error.strerror or error}.",
-        "Free the space or the permission, or choose another place with --exported DIR.",
+        "Free the space or the permission, or choose another place with --exported DIR (for a bundle: --output DIR).",
     )
 
 

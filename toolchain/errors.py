@@ -11,6 +11,7 @@ ToolchainError                exit 1: a sentence with the cause, a sentence with
 ├── GraphError                an ONNX file that is none, or a rewrite that does not apply to it
 ├── ProviderError             an execution provider that cannot serve here, or did not
 ├── DeviceMemoryError         a device without room for the model or a batch
+├── ShippingError             a bundle that cannot be made of these variants, or not there
 ├── BenchError                nothing could be measured
 ├── ResultFileError           a result file that cannot be read or written
 └── VerdictError              exit 3: everything ran, and the answer is no
@@ -80,6 +81,10 @@ class DeviceMemoryError(ToolchainError):
             f"The device has no room for {what} it was asked for.",
             "Free the device, measure fewer variants at once with --variant, or take a smaller model.",
         )
+
+
+class ShippingError(ToolchainError):
+    """A bundle that cannot be made of these variants, for this target, or in this place."""
 
 
 class BenchError(ToolchainError):

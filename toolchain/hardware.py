@@ -82,6 +82,13 @@ def processor() -> dict[str, Any]:
     }
 
 
+def exact_int8() -> bool:
+    """Whether this processor adds products of 8 bits without saturating: ARM does, x86 with VNNI or AMX."""
+    return platform.machine().lower() in ("aarch64", "arm64") or any(
+        flag in processor()["isa"] for flag in ("avx_vnni", "avx512_vnni", "amx_int8")
+    )
+
+
 def gpus() -> tuple[list[dict[str, Any]], str]:
     """The NVIDIA GPUs by NVML, and the driver's version; empty where no driver answers, and what one GPU does not tell
     is 0 or empty."""

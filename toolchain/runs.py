@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import secrets
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -230,18 +230,28 @@ def save(result: ResultFile, model: str, name: str | None) -> Path:
 
 def newest(model: str, say: Say) -> ResultFile:
     """The model's newest run among all result files here; `BenchError` where there is none."""
-    mine = []
-    for path in [*sorted(RESULTS.glob("*.json")), *sorted(LOCAL.glob("*.json"))]:
-        try:
-            run = ResultFile.read(path)
-        except ResultFileError as error:
-            say(f"passed over: {error}")  # it may be another model's; what is shown names its run
-            continue
-        if any(row.model == model for row in run.rows):
-            mine.append(run)
+    mine = [run for run in _readable(say) if any(row.model == model for row in run.rows)]
     if not mine:
         raise BenchError(f"There is no result of {model} under {RESULTS}.", "`toolchain bench` measures it.")
     return max(mine, key=lambda run: run.created)
+
+
+def cited(ids: Collection[str], say: Say) -> dict[str, tuple[ResultFile, Measurement]]:
+    """Artifact id → the newest run here that measured it, and its row; what was never measured is left out."""
+    found: dict[str, tuple[ResultFile, Measurement]] = {}
+    for run in sorted(_readable(say), key=lambda run: run.created):
+        for row in run.rows:
+            if row.status == "ok" and row.artifact_id in ids:
+                found[str(row.artifact_id)] = run, row
+    return found
+
+
+def _readable(say: Say) -> Iterator[ResultFile]:
+    for path in [*sorted(RESULTS.glob("*.json")), *sorted(LOCAL.glob("*.json"))]:
+        try:
+            yield ResultFile.read(path)
+        except ResultFileError as error:
+            say(f"passed over: {error}")  # it may be another model's; what is shown names its run
 
 
 def older(path: Path, files: Sequence[ResultFile]) -> ResultFile:

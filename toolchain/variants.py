@@ -1,8 +1,8 @@
 """What can be built: a variant is one step applied to one parent, and its name says both.
 
-Name grammar: ``<runtime>[-std][-prunedNN[-rE][-magnitude|-mask]][-<scheme>]``: NN is the pruning ratio in per cent,
-E the epochs of recovery; ``-fp32`` is dropped as soon as another tag stands, and ``parse_name(str(name)) == name``. A
-new kind of artifact is a step config here, a line in `_derived`, and its function in `steps/`.
+Name grammar: ``<runtime>[-std][-prunedNN[-rE][-magnitude|-mask]][-<scheme>][-portable]``: NN is the pruning ratio in
+per cent, E the epochs of recovery; ``-fp32`` is dropped as soon as another tag stands, and ``parse_name(str(name)) ==
+name``. A new kind of artifact is a step config here, a line in `_derived`, and its function in `steps/`.
 """
 
 from __future__ import annotations
@@ -100,11 +100,12 @@ class Quantize:
 
     ``ort`` ``dynamic`` is U8 activations, scaled at run time, × S8 weights, scaled per channel; ``torch`` ``int8`` the
     same in PyTorch, ``bf16`` and ``fp16`` half precision; ``bnb`` is bitsandbytes: ``int8`` LLM.int8(), ``nf4`` and
-    ``fp4`` 4-bit blocks.
+    ``fp4`` 4-bit blocks. `reduce_range` is for ``ort``: weights of 7 bits, whose products no processor saturates.
     """
 
     backend: str = "ort"
     scheme: str = "dynamic"
+    reduce_range: bool | None = None
 
 
 Step = Import | Prune | Recover | Export | Optimize | Quantize
@@ -125,8 +126,12 @@ def step_name(step: Step) -> str:
 
 
 def settings_of(step: Step) -> dict[str, Any]:
-    """The step's settings as JSON values."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(step).items()}
+    """The step's settings as JSON values; what a step does not have is None and left out."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(step).items()
+        if value is not None
+    }
 
 
 def step_from(name: str, settings: Mapping[str, Any]) -> Step:
@@ -151,6 +156,7 @@ class VariantName:
     recovered: int = 0
     method: str = METHODS[0]
     scheme: str = "fp32"
+    portable: bool = False
 
     def __str__(self) -> str:
         tags = ["std"] if self.std else []
@@ -160,13 +166,14 @@ class VariantName:
             tags += [self.method] if self.method != METHODS[0] else []
         if self.scheme != "fp32" or not tags:
             tags.append(self.scheme)
+        tags += ["portable"] if self.portable else []
         return "-".join([self.runtime, *tags])
 
 
 _NAME = re.compile(
     rf"(?P<runtime>{'|'.join(RUNTIMES)})(?P<std>-std)?"
     rf"(-pruned(?P<pruned>\d\d)(-r(?P<recovered>\d+))?(-(?P<method>{'|'.join(METHODS)}))?)?"
-    rf"(-(?P<scheme>{'|'.join(SCHEMES)}))?",
+    rf"(-(?P<scheme>{'|'.join(SCHEMES)}))?(?P<portable>-portable)?",
     re.ASCII,
 )
 
@@ -182,6 +189,7 @@ def parse_name(text: str) -> VariantName:
             int(match["recovered"] or 0),
             match["method"] or METHODS[0],
             match["scheme"] or "fp32",
+            bool(match["portable"]),
         )
         if str(name) == text:
             return name
@@ -260,6 +268,8 @@ def _derived(name: VariantName) -> Variant | None:
     providers: tuple[str, ...] = PROVIDERS
     if name.recovered and name.method == "mask":
         return None  # training would fill the zeros
+    if name.portable and (name.runtime, name.scheme) != ("onnx", "int8"):
+        return None  # only ONNX Runtime's int8 has weights of fewer bits to choose
     if name.runtime == "torch" and not name.std and name.scheme == "fp32":
         if not name.pruned:
             return Variant(str(name), None, Import(), PROVIDERS)
@@ -272,8 +282,9 @@ def _derived(name: VariantName) -> Variant | None:
         providers = ("cpu",) if name.scheme == "int8" else PROVIDERS
     elif name.runtime == "bnb" and name.scheme in QUANTIZED["bnb"] and not (name.std or name.pruned):
         parent, step = VariantName("torch"), Quantize("bnb", name.scheme)
-    elif name.runtime == "onnx" and name.scheme == "int8" and not name.std:
-        parent, step, providers = other(scheme="fp32"), Quantize(), ("cpu",)
+    elif name.runtime == "onnx" and name.scheme == "int8":
+        parent, providers = other(scheme="fp32", portable=False), ("cpu",)
+        step = Quantize(reduce_range=name.portable or None)
     elif name.runtime == "onnx" and name.scheme == "fp32" and name.std:
         parent, step = other(runtime="torch", std=False), Export()
     elif name.runtime == "onnx" and name.scheme == "fp32":
@@ -303,7 +314,10 @@ def child(parent: str, step: Step) -> Variant:
         Export: lambda s: dataclasses.replace(of, runtime="onnx", std=True),
         Optimize: lambda s: dataclasses.replace(of, std=False, scheme="fp16" if s.provider == "cuda" else "fp32"),
         Quantize: lambda s: dataclasses.replace(
-            of, runtime=_RUNTIME[s.backend], scheme=QUANTIZED[s.backend].get(s.scheme, "")
+            of,
+            runtime=_RUNTIME[s.backend],
+            scheme=QUANTIZED[s.backend].get(s.scheme, ""),
+            portable=bool(s.reduce_range),
         ),
     }[type(step)](step)
     variant = _derived(name)
@@ -320,6 +334,6 @@ _TAKES = {
     Recover: "a pruned PyTorch variant such as torch-pruned50",
     Export: "a PyTorch variant such as torch-fp32",
     Optimize: "an exported graph such as onnx-std",
-    Quantize: "an optimised graph such as onnx-fp32 or onnx-pruned50 (--backend ort), an fp32 PyTorch variant such as "
-    "torch-pruned50 (torch), or torch-fp32 (bnb)",
+    Quantize: "an fp32 graph such as onnx-fp32, onnx-pruned50 or onnx-std (--backend ort), an fp32 PyTorch variant "
+    "such as torch-pruned50 (torch), or torch-fp32 (bnb)",
 }

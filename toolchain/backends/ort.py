@@ -51,7 +51,7 @@ class OrtSession:
             device = {"device_id": str(place.device_id)}
             if hasattr(ort, "preload_dlls"):
                 ort.preload_dlls()  # CUDA and cuDNN as pip installs them lie where no loader looks
-        path = folder / "model.onnx"
+        path = folder if folder.suffix == ".onnx" else folder / "model.onnx"  # a bundle's files have other names
         try:
             self._session = ort.InferenceSession(str(path), options, providers=[(wanted, device)])
         except state.NotImplemented as error:

@@ -17,19 +17,20 @@ from toolchain import __version__
 from toolchain.cli.build import export, prune, quantize
 from toolchain.cli.look import doctor, validate, variants
 from toolchain.cli.measure import bench, compare
+from toolchain.cli.ship import predict, ship, verify
 from toolchain.errors import ToolchainError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
-    """Takes a fine-tuned text classifier to ONNX: pruned, exported, quantised, validated, measured and compared.
+    """Takes a fine-tuned text classifier to ONNX: prunes, exports, quantises, validates, measures, compares, ships.
 
     Every option can be set in the environment: TOOLCHAIN_BENCH_THREADS=4 is `toolchain bench --threads 4`.
     """
 
 
-for command in (export, prune, quantize, bench, compare, validate, variants, doctor):
+for command in (export, prune, quantize, bench, compare, validate, ship, verify, predict, variants, doctor):
     cli.add_command(command)
     for option in command.params:
         if isinstance(option, click.Option):

@@ -97,6 +97,14 @@ def export(
     help="ort: dynamic. torch: int8, bf16, fp16. bnb: int8, nf4, fp4.  [default: the backend's first]",
 )
 @click.option(
+    "--isa",
+    type=click.Choice(["vnni", "portable", "auto"]),
+    default="vnni",
+    show_default=True,
+    help="ort: which processors it must be exact on. vnni: x86 with VNNI or AMX, ARM, WebAssembly. portable: all, with "
+    "weights of 7 bits (onnx-int8-portable). auto: this one.",
+)
+@click.option(
     "--from",
     "parents",
     multiple=True,
@@ -111,6 +119,7 @@ def quantize(
     slug: str | None,
     backend: str,
     scheme: str | None,
+    isa: str,
     parents: tuple[str, ...],
     dry_run: bool,
 ) -> None:
@@ -124,15 +133,21 @@ def quantize(
     Examples:
       toolchain quantize --backend ort
       toolchain quantize --from onnx-pruned30 --from onnx-pruned50
+      toolchain quantize --isa portable
+      toolchain quantize --from onnx-std
       toolchain quantize --backend torch --scheme int8 --from torch-fp32 --from torch-pruned30
       toolchain quantize --backend bnb --scheme nf4
     """
+    from toolchain.hardware import exact_int8
     from toolchain.variants import Quantize, child
 
+    if isa != "vnni" and backend != "ort":
+        raise click.BadParameter(f"--backend {backend} has no weights of 7 bits.", param_hint="--isa")
+    portable = isa == "portable" or (isa == "auto" and not exact_int8())
     schemes = list(QUANTIZED[backend])
     if scheme is not None and scheme not in schemes:
         raise click.BadParameter(f"--backend {backend} has {', '.join(schemes)}.", param_hint="--scheme")
-    step = Quantize(backend, scheme or schemes[0])
+    step = Quantize(backend, scheme or schemes[0], portable or None)
     chosen = parents or (("onnx-fp32",) if backend == "ort" else ("torch-fp32",))
     asked: dict[str, Step] = {child(parent, step).name: step for parent in chosen}
     _build(open_workspace(model, exported, slug), asked, dry_run)

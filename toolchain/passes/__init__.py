@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from toolchain.passes.first_token import first_token
 from toolchain.passes.fuse import fuse, fuse_cuda
 from toolchain.passes.half import half
 from toolchain.passes.quantize_embedding import quantize_embedding
-from toolchain.passes.quantize_linear import quantize_linear
+from toolchain.passes.quantize_linear import LARGEST_OF_7_BITS, fused, headroom, quantize_linear, standard
 from toolchain.passes.residual_sum import residual_sum
 
 if TYPE_CHECKING:
@@ -42,7 +43,10 @@ PASSES: dict[str, Pass] = {
     "half": half,
     "residual-sum": residual_sum,
     "first-token": first_token,
-    "quantize-linear": quantize_linear,
+    "quantize-linear": partial(quantize_linear, product=fused),
+    "quantize-linear-portable": partial(quantize_linear, product=fused, largest=LARGEST_OF_7_BITS),
+    "quantize-linear-std": partial(quantize_linear, product=standard),
+    "quantize-linear-std-portable": partial(quantize_linear, product=standard, largest=LARGEST_OF_7_BITS),
     "quantize-embedding": quantize_embedding,
 }
 
@@ -84,7 +88,8 @@ def write(model: ir.Model, path: Path) -> None:
 
 
 def facts(model: ir.Model) -> dict[str, Any]:
-    """Bytes by dtype and by part (embeddings, encoder, head), opset, IR version and operator counts."""
+    """Bytes by dtype and by part (embeddings, encoder, head), opset, IR version, operator counts, and the `headroom` of
+    int8 products."""
     nodes = list(model.graph)
     last_norm = max((i for i, n in enumerate(nodes) if n.op_type == "LayerNormalization"), default=-1)
     position = {node: index for index, node in enumerate(nodes)}
@@ -106,4 +111,5 @@ def facts(model: ir.Model) -> dict[str, Any]:
         "opset": dict(sorted(model.opset_imports.items())),
         "ir_version": model.ir_version,
         "operators": dict(sorted(Counter(node.op_type for node in nodes).items())),
+        **({} if (room := headroom(model)) is None else {"int8_headroom": room}),
     }

@@ -1,7 +1,13 @@
-"""Linear layers in int8: U8 activations scaled at run time × S8 weights scaled per output channel, bias inside."""
+"""Linear layers in int8: U8 activations scaled at run time × S8 weights scaled per output channel, bias inside.
+
+x86 without VNNI adds two products of 8 bits in 16, which is too little for U8 × S8: it saturates, and the model answers
+wrongly without a word. Weights of 7 bits fit (ONNX Runtime calls it reduce_range).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import GraphError
@@ -13,33 +19,73 @@ if TYPE_CHECKING:
     from toolchain.passes import Attention
 
 LARGEST = 127  # symmetric: -128 is left out, so that a weight and its negative are equally exact
+LARGEST_OF_7_BITS = 64  # two products with the largest activation, 2 × 255 × 64, are 16 bits
+SATURATES = 32767
+ACTIVATION = 255
+
+# The model, a linear layer's input, its weight's name, what `quantize_weight` gives, and the bias → the nodes of the
+# product, the last of which gives the layer's output.
+Product = Callable[["ir.Model", Any, str, "tuple[np.ndarray, np.ndarray]", "ir.Value | None"], "list[ir.Node]"]
 
 
-def quantize_linear(model: ir.Model, attention: Attention) -> tuple[ir.Model, int]:
-    """MatMul and Gemm with constant weights, and the projections of fused Attention → DynamicQuantizeMatMul.
+def quantize_linear(
+    model: ir.Model, attention: Attention, product: Product, largest: int = LARGEST
+) -> tuple[ir.Model, int]:
+    """MatMul and Gemm with constant weights, and the projections of fused Attention → int8 products.
 
     Products of two activations stay fp32: they hold no weights, so int8 would cost accuracy and bring nothing. The last
-    layer, whose result is the logits, stays fp32 too: it is a few hundred weights. Counts the layers quantised.
+    layer, whose result is the logits, stays fp32 too: it is a few hundred weights. No weight is larger than `largest`.
+    Counts the layers quantised.
     """
     count = 0
+    layer = partial(_layer, model, product, largest)
     for node in list(model.graph):
         if node.op_type == "Attention" and node.domain == "com.microsoft":
-            _attention(model, node)
+            _attention(model, node, layer)
         elif node.op_type in ("MatMul", "Gemm") and _is_linear(node) and not node.outputs[0].is_graph_output():
-            _linear(model, node)
+            _linear(model, node, layer)
         else:
             continue
         count += 1
     return model, count
 
 
-def quantize_weight(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """Symmetric int8 of a 2-D array with one float32 scale per index of `axis`: weight ≈ int8 × scale."""
+def _layer(
+    model: ir.Model, product: Product, largest: int, data: Any, name: str, array: np.ndarray, bias: ir.Value | None
+) -> list[ir.Node]:
+    return product(model, data, name, quantize_weight(array, 1, largest), bias)
+
+
+def quantize_weight(weight: np.ndarray, axis: int, most: int = LARGEST) -> tuple[np.ndarray, np.ndarray]:
+    """Symmetric int8 of a 2-D array with one float32 scale per index of `axis`: weight ≈ int8 × scale, |int8| ≤
+    `most`."""
     import numpy as np
 
     largest = np.abs(weight).max(axis=1 - axis, keepdims=True)
-    scale = np.maximum(largest / LARGEST, np.finfo(np.float32).tiny).astype(np.float32)
-    return np.clip(np.rint(weight / scale), -LARGEST, LARGEST).astype(np.int8), scale.reshape(-1)
+    scale = np.maximum(largest / most, np.finfo(np.float32).tiny).astype(np.float32)
+    return np.clip(np.rint(weight / scale), -most, most).astype(np.int8), scale.reshape(-1)
+
+
+def headroom(model: ir.Model) -> float | None:
+    """How far the int8 products are from saturating 16 bits where a processor adds two of them there: the limit over
+    the worst pair of weights with the largest activation. At least 1: they never do. None where there is no int8
+    product.
+
+    Any two weights of an output may meet; which do is the kernel's choice.
+    """
+    import numpy as np
+
+    worst = 0
+    found = False
+    for node in model.graph:
+        if node.op_type not in ("DynamicQuantizeMatMul", "MatMulInteger"):
+            continue
+        weight = _array(node.inputs[1]).astype(np.int32)
+        found = True
+        for side in (np.maximum(weight, 0), np.maximum(-weight, 0)):
+            pair = np.sort(side, axis=0)[-2:].sum(axis=0)
+            worst = max(worst, int(pair.max()))
+    return round(SATURATES / (ACTIVATION * max(worst, 1)), 3) if found else None
 
 
 def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
@@ -68,7 +114,7 @@ def _is_linear(node: ir.Node) -> bool:
     return plain and node.attributes.get_int("transA", 0) == 0
 
 
-def _linear(model: ir.Model, node: ir.Node) -> None:
+def _linear(model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]) -> None:
     """MatMul with the Add of its bias where it is the only reader, or Gemm."""
     data, weight = node.inputs[0], node.inputs[1]
     array = _array(weight)
@@ -80,11 +126,11 @@ def _linear(model: ir.Model, node: ir.Node) -> None:
         vectors = [v for v in readers[0].inputs if v and v.const_value is not None and v.const_value.shape.rank() == 1]
         if vectors:
             bias, last = vectors[0], readers[0]
-    product = _product(model, data, str(weight.name) if weight else "", array, bias)
-    _replace(model, node, last, [product], product.outputs[0])
+    made = layer(data, str(weight.name) if weight else "", array, bias)
+    _replace(model, node, last, made, made[-1].outputs[0])
 
 
-def _attention(model: ir.Model, node: ir.Node) -> None:
+def _attention(model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]) -> None:
     """Attention → one product for query, key and value, split, and MultiHeadAttention under the same mask."""
     import numpy as np
     import onnx_ir as ir
@@ -93,9 +139,9 @@ def _attention(model: ir.Model, node: ir.Node) -> None:
     array = _array(weight)
     name = str(weight.name) if weight else ""
     widths = node.attributes.get_ints("qkv_hidden_sizes", [array.shape[1] // 3] * 3)
-    product = _product(model, data, name, array, bias)
+    made = layer(data, name, array, bias)
     sizes = constant(model, f"{name}_split", np.array(widths, np.int64))
-    split = ir.node("Split", [product.outputs[0], sizes], {"axis": -1}, num_outputs=3, name=f"{name}/split")
+    split = ir.node("Split", [made[-1].outputs[0], sizes], {"axis": -1}, num_outputs=3, name=f"{name}/split")
     for value, role in zip(split.outputs, ("query", "key", "value"), strict=True):
         value.name = f"{name}/{role}"
     settings: dict[str, Any] = {
@@ -104,14 +150,17 @@ def _attention(model: ir.Model, node: ir.Node) -> None:
     heads = ir.Node(
         "com.microsoft", "MultiHeadAttention", [*split.outputs, None, mask], settings.values(), name=f"{name}/heads"
     )
-    _replace(model, node, node, [product, split, heads], heads.outputs[0])
+    _replace(model, node, node, [*made, split, heads], heads.outputs[0])
 
 
-def _product(model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Value | None) -> ir.Node:
+def fused(
+    model: ir.Model, data: Any, name: str, quantized: tuple[np.ndarray, np.ndarray], bias: ir.Value | None
+) -> list[ir.Node]:
+    """ONNX Runtime's one operator for all of it, DynamicQuantizeMatMul; a `Product`."""
     import numpy as np
     import onnx_ir as ir
 
-    weight, scale = quantize_weight(array, axis=1)
+    weight, scale = quantized
     inputs = [
         data,
         constant(model, f"{name}_int8", weight),
@@ -121,7 +170,38 @@ def _product(model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.
     ]
     node = ir.node("DynamicQuantizeMatMul", inputs, domain="com.microsoft", name=f"{name}/product")
     node.outputs[0].name = f"{name}/product"
-    return node
+    return [node]
+
+
+def standard(
+    model: ir.Model, data: Any, name: str, quantized: tuple[np.ndarray, np.ndarray], bias: ir.Value | None
+) -> list[ir.Node]:
+    """Standard operators: DynamicQuantizeLinear, once for all that read the same, and MatMulInteger; a `Product`."""
+    import onnx_ir as ir
+
+    weight, scale = quantized
+    new: list[ir.Node] = []
+
+    def add(kind: str, inputs: list[Any], what: str, **attributes: Any) -> ir.Value:
+        node = ir.node(kind, inputs, attributes, name=f"{name}/{what}")
+        node.outputs[0].name = f"{name}/{what}"
+        new.append(node)
+        return node.outputs[0]
+
+    activation = next((node for node in data.consumers() if node.op_type == "DynamicQuantizeLinear"), None)
+    if activation is None:
+        activation = ir.node("DynamicQuantizeLinear", [data], num_outputs=3, name=f"{name}/activation")
+        for value, role in zip(activation.outputs, ("int8", "scale", "zero_point"), strict=True):
+            value.name = f"{name}/activation_{role}"
+        new.append(activation)
+    uint8, its_scale, zero_point = activation.outputs
+    summed = add("MatMulInteger", [uint8, constant(model, f"{name}_int8", weight), zero_point], "sum")
+    cast = add("Cast", [summed], "cast", to=ir.DataType.FLOAT)
+    scales = add("Mul", [its_scale, constant(model, f"{name}_scale", scale)], "scales")
+    result = add("Mul", [cast, scales], "product")
+    if bias is not None:
+        add("Add", [result, bias], "biased")
+    return new
 
 
 def _replace(model: ir.Model, first: ir.Node, last: ir.Node, new: list[ir.Node], result: ir.Value) -> None:

@@ -9,12 +9,9 @@ from toolchain.checkpoints import WEIGHTS
 from toolchain.errors import GraphError
 from toolchain.jobs import Built, Job
 from toolchain.passes.apply import rewrite_into
-from toolchain.variants import Quantize
+from toolchain.variants import Quantize, parse_name
 
 VERSION = 1
-
-# The passes of ONNX Runtime's dynamic int8, and the one that must have found something.
-PASSES, NEEDED = ("quantize-linear", "quantize-embedding"), "quantize-linear"
 
 
 def quantize(job: Job) -> Built:
@@ -25,12 +22,16 @@ def quantize(job: Job) -> Built:
     """
     step = job.step
     assert isinstance(step, Quantize)
-    return {"ort": _ort, "torch": _torch, "bnb": _bnb}[step.backend](job, step.scheme)
+    return {"ort": _ort, "torch": _torch, "bnb": _bnb}[step.backend](job, step)
 
 
-def _ort(job: Job, scheme: str) -> Built:
-    built = rewrite_into(job, PASSES)
-    if not built.facts["rewrites"][NEEDED]:
+def _ort(job: Job, step: Quantize) -> Built:
+    # A graph of standard operators keeps to them.
+    linear = f"quantize-linear{'-std' if parse_name(job.given.manifest.variant).std else ''}"
+    if step.reduce_range:
+        linear += "-portable"
+    built = rewrite_into(job, (linear, "quantize-embedding"))
+    if not built.facts["rewrites"][linear]:
         raise GraphError(
             f"{job.given.manifest.variant} has no linear layer left to quantise.",
             "Quantise the variant it was made from.",
@@ -38,9 +39,9 @@ def _ort(job: Job, scheme: str) -> Built:
     return built
 
 
-def _torch(job: Job, scheme: str) -> Built:
+def _torch(job: Job, step: Quantize) -> Built:
     model = load_model(job.given.path)
-    made, precision = reduced.reduce(model, scheme)
+    made, precision = reduced.reduce(model, step.scheme)
     tensors = reduced.tensors_of(made, precision)
     copy_companions(job.given, job.folder)
     save_weights(tensors, job.folder)
@@ -49,11 +50,11 @@ def _torch(job: Job, scheme: str) -> Built:
     return Built.like(job, describe(model, tensors))
 
 
-def _bnb(job: Job, scheme: str) -> Built:
+def _bnb(job: Job, step: Quantize) -> Built:
     from safetensors.torch import load_file
 
     copy_companions(job.given, job.folder)
-    model = bnb.quantized(job.given.path, scheme)
+    model = bnb.quantized(job.given.path, step.scheme)
     # Before the first answer: bitsandbytes rearranges 4-bit weights then, and stores them wrong.
     model.save_pretrained(job.folder, max_shard_size="100GB")
     facts = describe(model, load_file(job.folder / WEIGHTS))

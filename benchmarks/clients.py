@@ -1,0 +1,135 @@
+"""How fast bundles answer where they land: a bare Python, Node, a browser; and how large they are.
+
+    make test-clients
+    python benchmarks/clients.py
+
+Each client scores the same validation sentences, one at a time, tokenising included, in rounds of random order; every
+round is a process, or a page, of its own. Writes benchmarks/studies/clients-reference.json.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from toolchain import confidence, hardware, inputs, shipping
+from toolchain.measurements import Samples
+from toolchain.pipeline import Workspace, no_bar
+from toolchain.report.progress import bar, say
+from toolchain.shipping import Order
+from toolchain.targets import clients
+
+ROOT = Path(__file__).parent.parent
+STUDY = ROOT / "benchmarks" / "studies" / "clients-reference.json"
+CACHE = ROOT / "exported" / ".cache"
+SCRIPTS = ROOT / "tests" / "clients"
+PYTHON = CACHE / "test-clients" / "python" / "bin" / "python"
+VARIANTS = {"onnx-int8": "q8", "onnx-fp32": "fp32"}
+SEED = 20
+
+sys.path.insert(0, str(ROOT / "tests"))
+from chromium import Chromium  # noqa: E402 (the tests' driver)
+
+
+def by_process(*command: str | Path) -> dict[str, Any]:
+    """What a client printed."""
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def by_page(folder: Path, dtype: str, texts: str) -> dict[str, Any]:
+    """What a fresh browser says of the bundle's page, served from this machine."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    handler = functools.partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, tempfile.TemporaryDirectory() as profile:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with Chromium(Path(profile)) as browser:
+            browser.open(f"http://127.0.0.1:{server.server_port}/")
+            found: dict[str, Any] = browser.run(f"({(SCRIPTS / 'page.js').read_text()})('{dtype}', {texts})")
+        server.shutdown()
+    return found
+
+
+def row(rounds: list[dict[str, Any]], right: list[str]) -> dict[str, Any]:
+    """One client's figures; `right` are the labels of the same variant in Python."""
+    samples = Samples.ones([[round(1000 * ms) for ms in each["ms"]] for each in rounds])
+    return {
+        "latency_ms": samples.milliseconds(),
+        "p50_interval_ms": confidence.median_interval(samples),
+        "first_answer_ms": sorted(round(each["first_ms"], 1) for each in rounds),
+        "sentences": len(right),
+        "flips": sum(a != b for a, b in zip(rounds[0]["answers"], right, strict=True)),
+    }
+
+
+@click.command()
+@click.option("--rounds", default=6, show_default=True)
+@click.option("--exported", type=click.Path(path_type=Path), default=ROOT / "exported", show_default=True)
+def main(rounds: int, exported: Path) -> None:
+    """Measures every client."""
+    modules = clients.installed(CACHE)
+    if modules is None or not PYTHON.exists():
+        raise click.ClickException("Run `make test-clients` first.")
+    workspace = Workspace.open("reference", exported)
+    texts = list(inputs.embedded().texts)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "node_modules").symlink_to(modules)
+        shutil.copy(SCRIPTS / "transformers.mjs", folder)
+        (folder / "texts.json").write_text(json.dumps(texts))
+        sizes = {}
+        for target, names in (("web", tuple(VARIANTS)), ("python", tuple(VARIANTS)), ("other", ("onnx-std-int8",))):
+            body = shipping.ship(workspace, Order(names, target), folder / target, say, no_bar)
+            sizes[target] = {entry["path"]: entry["bytes"] for entry in body["files"]}
+        ways: dict[str, Callable[[], dict[str, Any]]] = {}
+        for variant, dtype in VARIANTS.items():
+            ways[f"{variant}, Python"] = functools.partial(
+                by_process, PYTHON, SCRIPTS / "bare.py", folder / "python", variant, folder / "texts.json"
+            )
+            ways[f"{variant}, Node"] = functools.partial(
+                by_process, "node", folder / "transformers.mjs", folder / "web", dtype, folder / "texts.json"
+            )
+            ways[f"{variant}, browser"] = functools.partial(by_page, folder / "web", dtype, json.dumps(texts))
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+        order = [name for turn in range(rounds) for name in random.Random(SEED + turn).sample(list(ways), len(ways))]
+        with bar("clients") as progress:
+            for done, name in enumerate(order):
+                progress(done, len(order), name)
+                found[name].append(ways[name]())
+    rows = {name: row(each, found[f"{name.split(',')[0]}, Python"][0]["answers"]) for name, each in found.items()}
+    packages = {name: clients.version(name) for name in (clients.TRANSFORMERS, clients.RUNTIME, "onnxruntime-node")}
+    body = {"schema": 1, "machine": hardware.machine(), "packages": packages, "rounds": rounds, "rows": rows}
+    STUDY.write_text(json.dumps({**body, "size_bytes": sizes}, indent=1) + "\n")
+    for line in summary(body):
+        click.echo(line)
+
+
+def summary(body: dict[str, Any]) -> list[str]:
+    """The study in lines."""
+    lines = [f"{'':20} {'p50 ms':>8} {'p95 ms':>8} {'first answer ms':>16} {'flips':>6}"]
+    for name, found in body["rows"].items():
+        first = found["first_answer_ms"][len(found["first_answer_ms"]) // 2]
+        p50, p95 = found["latency_ms"]["p50"], found["latency_ms"]["p95"]
+        lines.append(f"{name:20} {p50:8.2f} {p95:8.2f} {first:16.0f} {found['flips']:6}")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

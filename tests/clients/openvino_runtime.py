@@ -1,0 +1,15 @@
+"""Logits of tokens by OpenVINO's own runtime: `python openvino_runtime.py MODEL.onnx TOKENS.json`."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import openvino
+
+model = openvino.compile_model(sys.argv[1], "CPU")
+answers = []
+for ids in json.loads(Path(sys.argv[2]).read_text()):
+    given = {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, len(ids)), np.int64)}
+    answers.append([float(x) for x in model(given)["logits"][0]])
+print(json.dumps({"answers": answers}))

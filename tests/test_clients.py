@@ -1,0 +1,345 @@
+"""Bundles in the clients they are for, over the whole validation set: Node, a bare Python, OpenVINO, a browser.
+
+`make test-clients` installs these; without one, its tests are skipped.
+"""
+
+import functools
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import threading
+
+import numpy as np
+import pytest
+from chromium import PROGRAM, Chromium
+from conftest import TESTS
+from readme_parts import README, ROOT
+
+from toolchain import inputs, shipping
+from toolchain.backends import Place, open_session
+from toolchain.bundles import TOLERANCES
+from toolchain.inputs import Encoder, pad
+from toolchain.pipeline import no_bar
+from toolchain.shipping import Order
+from toolchain.targets import clients
+
+CACHE = ROOT / "exported" / ".cache"
+MODULES = clients.installed(CACHE)
+PYTHON, OPENVINO = (CACHE / "test-clients" / name / "bin" / "python" for name in ("python", "openvino"))
+MOST_FLIPS = 5  # of 872: kernels round differently
+NODE = shutil.which("node")
+
+pytestmark = pytest.mark.slow
+needs_node = pytest.mark.skipif(MODULES is None or NODE is None, reason="needs Node and `make test-clients`")
+needs_chromium = pytest.mark.skipif(
+    MODULES is None or PROGRAM is None, reason="needs `make test-clients` and Chromium (Debian: chromium)"
+)
+needs_python = pytest.mark.skipif(not PYTHON.exists(), reason="needs `make test-clients`")
+needs_openvino = pytest.mark.skipif(not OPENVINO.exists(), reason="needs `make test-clients`")
+
+
+@pytest.fixture(scope="module")
+def bundles(reference, tmp_path_factory):
+    """The reference's bundles; the web one with its page where the clients are installed."""
+    folder = tmp_path_factory.mktemp("bundles")
+    if MODULES:  # Node looks for packages beside a file and above
+        (folder / "node_modules").symlink_to(MODULES)
+        # `ship` looks for the page's clients here
+        (reference.exported / ".cache").mkdir(exist_ok=True)
+        (reference.exported / ".cache" / MODULES.parent.name).symlink_to(MODULES.parent)
+    for target, names in (
+        ("web", ("onnx-int8", "onnx-fp32")),
+        ("python", ("onnx-int8", "onnx-int8-portable")),
+        ("other", ("onnx-std", "onnx-std-int8")),
+    ):
+        order = Order(names, target, demo=MODULES is not None)
+        shipping.ship(reference, order, folder / target, lambda line: None, no_bar)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory, reference):
+    """The validation set as files clients can read: texts, and tokens."""
+    folder = tmp_path_factory.mktemp("asked")
+    data, manifest = inputs.embedded(), reference.load("onnx-int8").manifest
+    encoder = Encoder.open(reference.path("onnx-int8"), ["input_ids", "attention_mask"], manifest.max_length)
+    (folder / "texts.json").write_text(json.dumps(data.texts))
+    (folder / "tokens.json").write_text(json.dumps(encoder.encode(data.texts)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def here(reference, asked):
+    """Variant → logits of the validation set in this Python, one by one."""
+    rows = json.loads((asked / "tokens.json").read_text())
+
+    @functools.cache
+    def logits(variant):
+        session = open_session(reference.path(variant), "onnx", Place("cpu", 2))
+        return np.concatenate([session.run(pad([row], ("input_ids", "attention_mask"), 0)) for row in rows])
+
+    return logits
+
+
+def run(*arguments, cwd=None):
+    done = subprocess.run(list(map(str, arguments)), cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def flips(answers, logits):
+    labels = np.array(["NEGATIVE", "POSITIVE"])[logits.argmax(1)]
+    return int((labels != np.array(answers)).sum())
+
+
+def agree(answers, logits, scheme):
+    """Within the tolerance a bundle states, and with as few flips as rounding explains."""
+    assert np.abs(np.array(answers) - logits).max() <= TOLERANCES[scheme]
+    allowed = 0 if scheme == "fp32" else MOST_FLIPS
+    assert int((np.array(answers).argmax(1) != logits.argmax(1)).sum()) <= allowed
+
+
+@needs_node
+@pytest.mark.parametrize(("dtype", "variant"), [("q8", "onnx-int8"), ("fp32", "onnx-fp32")])
+def test_transformers_js_on_node_answers_alike(bundles, asked, here, dtype, variant):
+    shutil.copy(TESTS / "clients" / "transformers.mjs", bundles)
+    found = json.loads(run(NODE, bundles / "transformers.mjs", bundles / "web", dtype, asked / "texts.json"))
+    assert len(found["answers"]) == 872
+    assert flips(found["answers"], here(variant)) <= (0 if dtype == "fp32" else MOST_FLIPS)
+
+
+@needs_node
+@pytest.mark.parametrize("variant", ["onnx-int8", "onnx-fp32"])
+def test_plain_onnxruntime_on_node_answers_alike(bundles, asked, here, variant):
+    shutil.copy(TESTS / "clients" / "node.mjs", bundles)
+    file = next(m for m in shipping.read(bundles / "web")["models"] if m["variant"] == variant)["file"]
+    found = json.loads(run(NODE, bundles / "node.mjs", bundles / "web" / file, asked / "tokens.json"))
+    agree(found["answers"], here(variant), "fp32" if variant == "onnx-fp32" else "int8")
+
+
+@needs_node
+def test_the_bundle_proves_itself_on_node(bundles, tmp_path):
+    said = run(NODE, "verify.mjs", cwd=bundles / "web")
+    assert re.search(r"^onnx-int8: golden sentences answered", said, re.MULTILINE)
+    assert re.search(r"^onnx-fp32: golden sentences answered", said, re.MULTILINE)
+    (tmp_path / "node_modules").symlink_to(MODULES)
+    shutil.copytree(bundles / "web", tmp_path / "web")
+    golden = json.loads((tmp_path / "web" / "golden.json").read_text())
+    golden["logits"]["onnx-int8"][2][0] += 1
+    (tmp_path / "web" / "golden.json").write_text(json.dumps(golden))
+    broken = subprocess.run([NODE, "verify.mjs"], cwd=tmp_path / "web", capture_output=True, text=True, check=False)
+    assert broken.returncode == 3
+    assert "onnx-int8: NOT as it was made" in broken.stdout
+
+
+@needs_node
+def test_the_node_code_of_the_readme_runs(bundles):
+    readme = (bundles / "web" / "README.md").read_text()
+    code = re.search(r"```js\n(.*?)```", readme, re.DOTALL)[1]
+    (bundles / "readme.mjs").write_text(code.replace("/path/to/this/folder", str(bundles / "web")))
+    said = run(NODE, bundles / "readme.mjs")
+    assert said.index("POSITIVE") < said.index("NEGATIVE")
+
+
+@needs_python
+@pytest.mark.parametrize("target", ["python", "web", "other"])
+def test_a_bare_python_verifies_the_bundle(bundles, target):
+    said = run(PYTHON, "-I", bundles / target / "verify.py")
+    assert said.count("golden sentences answered") == 2
+
+
+@needs_python
+def test_a_bare_python_has_nothing_but_the_requirements():
+    names = ("torch", "transformers", "toolchain", "onnx")
+    code = f"import importlib.util as u; print([name for name in {names} if u.find_spec(name)])"
+    assert run(PYTHON, "-I", "-c", code).strip() == "[]"
+
+
+@needs_python
+@pytest.mark.parametrize("variant", ["onnx-int8", "onnx-int8-portable"])
+def test_the_runner_gives_the_872_labels(bundles, asked, here, variant):
+    script = TESTS / "clients" / "bare.py"
+    found = json.loads(run(PYTHON, script, bundles / "python", variant, asked / "texts.json"))["answers"]
+    assert flips(found, here(variant)) == 0  # the same kernels
+
+
+@needs_python
+def test_the_python_code_of_the_readme_runs_on_a_bare_python(bundles):
+    block = re.search(r"```python\n(.*?)```", (bundles / "python" / "README.md").read_text(), re.DOTALL)[1]
+    said = run(PYTHON, "-c", block, cwd=bundles / "python")
+    assert said.count("POSITIVE") == 2
+    line = run(PYTHON, "classify.py", "a charming and often affecting journey .", cwd=bundles / "python")
+    assert re.fullmatch(r"POSITIVE\t0\.\d+\ta charming and often affecting journey \.\n", line)
+
+
+@needs_openvino
+@pytest.mark.parametrize(("variant", "scheme"), [("onnx-std", "fp32"), ("onnx-std-int8", "int8")])
+def test_openvino_answers_alike(bundles, asked, here, variant, scheme):
+    script = TESTS / "clients" / "openvino_runtime.py"
+    found = json.loads(run(OPENVINO, script, bundles / "other" / f"{variant}.onnx", asked / "tokens.json"))
+    agree(found["answers"], here(variant), scheme)
+
+
+@needs_openvino
+def test_the_openvino_code_of_the_readme_runs(bundles):
+    block = re.search(r"```python\n(.*?)```", (bundles / "other" / "README.md").read_text(), re.DOTALL)[1]
+    assert run(OPENVINO, "-c", block, cwd=bundles / "other").strip() == "POSITIVE"
+
+
+def snippet(client):
+    """The code the project's README has for a client."""
+    return re.search(rf"<!-- client: {client} -->\n```\w+\n(.*?)```", README.read_text(), re.DOTALL)[1]
+
+
+@needs_node
+def test_the_project_readme_runs_on_node(bundles):
+    (bundles / "project.mjs").write_text(snippet("node").replace("/path/to/bundle-web", str(bundles / "web")))
+    assert "POSITIVE" in run(NODE, bundles / "project.mjs")
+
+
+@pytest.fixture
+def exported(bundles, tmp_path):
+    """A folder in which the README's paths lead to the bundles."""
+    (tmp_path / "exported" / "reference").mkdir(parents=True)
+    for target in ("python", "other"):
+        (tmp_path / "exported" / "reference" / f"bundle-{target}").symlink_to(bundles / target)
+    return tmp_path
+
+
+@needs_python
+def test_the_project_readme_runs_on_a_bare_python(exported):
+    assert "POSITIVE" in run(PYTHON, "-c", snippet("python"), cwd=exported)
+
+
+@needs_openvino
+def test_the_project_readme_runs_in_openvino(exported):
+    negative, positive = map(float, re.findall(r"-?\d+\.\d+", run(OPENVINO, "-c", snippet("openvino"), cwd=exported)))
+    assert positive > negative
+
+
+def test_standard_operators_cost_few_answers(here):
+    """Against its own fp32 graph."""
+    labels = np.array(inputs.embedded().labels)
+    right = {v: int((here(v).argmax(1) == labels).sum()) for v in ("onnx-std", "onnx-std-int8", "onnx-int8-portable")}
+    assert right["onnx-std"] == 789
+    assert min(right.values()) >= 789 - 9  # a point
+    for variant in ("onnx-std-int8", "onnx-int8-portable"):
+        assert (here(variant).argmax(1) != here("onnx-std").argmax(1)).mean() <= 0.02
+
+
+@pytest.fixture(scope="module")
+def site(bundles):
+    """The web bundle as `python -m http.server` serves it."""
+    handler = functools.partial(_Quiet, directory=str(bundles / "web"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with Chromium(tmp_path_factory.mktemp("profile")) as running:
+        yield running
+
+
+READY = """(async () => {
+    const busy = () => document.getElementById("classify").disabled;
+    for (let i = 0; i < 500 && busy(); i++) await new Promise(done => setTimeout(done, 100));
+    return document.getElementById("answer").innerText;
+})()"""
+SCORE_ALL = (TESTS / "clients" / "page.js").read_text()
+ANSWER = "document.getElementById('answer').innerText"
+
+
+def offline(browser, *, yes):
+    browser.ask("Network.emulateNetworkConditions", offline=yes, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+
+
+@needs_chromium
+@pytest.mark.web
+def test_the_page_answers_with_the_network_off(browser, site):
+    browser.show_as()
+    browser.open(site)
+    assert "onnx-int8 is ready" in browser.run(READY)
+    offline(browser, yes=True)
+    try:
+        browser.run("document.getElementById('text').value = 'a waste of two hours .'")
+        browser.run("document.getElementById('classify').focus()")
+        browser.press("Enter", 13)
+        said = browser.run(READY)
+        assert re.match(r"NEGATIVE\s+\d\d\.\d %\s+POSITIVE\s+\d\.\d %\s+onnx-int8 answered in \d+(\.\d)? ms", said), (
+            said
+        )
+    finally:
+        offline(browser, yes=False)
+    assert browser.complaints(site) == []
+
+
+@needs_chromium
+@pytest.mark.web
+def test_the_golden_sentences_hold_in_the_browser_for_every_variant(browser, site):
+    browser.open(site)
+    browser.run(READY)
+    proof = "document.getElementById('proof').innerText"
+    for index, variant in enumerate(["onnx-int8", "onnx-fp32"]):
+        if index:
+            browser.run(
+                f"(s => {{ s.selectedIndex = {index}; s.dispatchEvent(new Event('change')) }})"
+                "(document.getElementById('variant'))"
+            )
+            assert f"{variant} is ready" in browser.run(READY)
+        browser.run("document.getElementById('check').click()")
+        browser.run(READY)
+        said = browser.run(proof)
+        assert said.startswith(f"{variant} answers 20 golden sentences as it should"), said
+    assert browser.complaints(site) == []
+
+
+@needs_chromium
+@pytest.mark.web
+def test_the_browser_gives_the_872_labels(browser, site, asked, here):
+    browser.open(site)
+    browser.run(READY)
+    texts = (asked / "texts.json").read_text()
+    found = browser.run(f"({SCORE_ALL})('q8', {texts})")["answers"]
+    assert flips(found, here("onnx-int8")) <= MOST_FLIPS
+
+
+@needs_chromium
+@pytest.mark.web
+@pytest.mark.parametrize("shown", [{}, {"scheme": "dark"}, {"width": 360, "height": 740}])
+def test_the_page_fits_and_can_be_read(browser, site, shown):
+    browser.show_as(**shown)
+    browser.open(site)
+    browser.run(READY)
+    assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+    dark = shown.get("scheme") == "dark"
+    assert browser.run("getComputedStyle(document.body).backgroundColor") == (
+        "rgb(20, 24, 29)" if dark else "rgb(255, 255, 255)"
+    )
+    # Everything that can be used has a name and can be reached by keyboard.
+    names = "[...document.querySelectorAll('textarea, select, button')].map(e => (e.labels?.[0] ?? e).innerText)"
+    assert browser.run(names) == ["Text", "Variant", "Classify", "Check this bundle"]
+    assert browser.run("[...document.querySelectorAll('textarea, select, button')].every(e => e.tabIndex === 0)")
+
+
+@needs_chromium
+@pytest.mark.web
+def test_a_bundle_that_lost_a_model_says_so_on_the_page(browser, bundles, tmp_path):
+    shutil.copytree(bundles / "web", tmp_path / "web")
+    (tmp_path / "web" / "onnx" / "model_quantized.onnx").unlink()
+    handler = functools.partial(_Quiet, directory=str(tmp_path / "web"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        browser.open(f"http://127.0.0.1:{server.server_port}/")
+        browser.run("new Promise(r => setTimeout(r, 1500))")
+        assert "It failed" in browser.run(ANSWER)
+        server.shutdown()

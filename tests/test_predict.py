@@ -1,0 +1,311 @@
+"""Scoring files: every format, in order, whatever is in them; refusals; taking up an interrupted run."""
+
+import csv
+import io
+import json
+import random
+import sys
+import tracemalloc
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import run_toolchain
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from toolchain import inputs, predicting, shipping
+from toolchain.backends import Place, open_session
+from toolchain.errors import ArtifactError, DataError, UnknownVariantError, VerdictError
+from toolchain.inputs import LONG, Encoder, pad
+from toolchain.pipeline import no_bar
+from toolchain.predicting import PART, of_bundle, of_variant, predict
+from toolchain.rows import Texts, writer
+from toolchain.shipping import Order
+
+HOSTILE = [
+    "",
+    " ",
+    'a "quoted", text; with\ttab',
+    "NUL \0 inside",
+    "line\u2028separator and \x85 next line",
+    "Ünïcödé 🎬 文字",
+    "=1+1",
+    "null",
+    "007",
+]
+COLUMNS = ["text", "prediction", "score_NEGATIVE", "score_POSITIVE"]
+
+
+def quiet(line):
+    pass
+
+
+@pytest.fixture(scope="module")
+def model(built_tiny):
+    return of_variant(built_tiny, "onnx-fp32", quiet, no_bar)
+
+
+def write_texts(path, texts, column="text"):
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(texts)))
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"id": range(len(texts)), column: texts}), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([["id", column], *enumerate(texts)])
+    else:
+        path.write_text("".join(f"{text}\n" for text in texts))
+    return path
+
+
+def read_scores(path):
+    if path.suffix == ".parquet":
+        return pyarrow.parquet.read_table(path).to_pylist()
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+
+
+def expected(model, texts):
+    """Each text alone, by the session and the tokenizer as they are."""
+    session = open_session(model.path, "onnx", Place("cpu", 1))
+    for text in texts:
+        row = model.encoder.tokenizer.encode(text).ids
+        logits = session.run(pad([row], model.encoder.names, model.encoder.pad_id))[0].astype(float)
+        shares = np.exp(logits) / np.exp(logits).sum()
+        yield text, model.labels[int(shares.argmax())], *shares
+
+
+@pytest.mark.parametrize("into", [".csv", ".tsv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("out_of", [".csv", ".jsonl", ".parquet"])
+def test_every_text_is_scored_in_order(model, tmp_path, out_of, into):
+    texts = [*HOSTILE, *inputs.embedded().sample(40, 3)]
+    source, target = write_texts(tmp_path / f"in{out_of}", texts), tmp_path / f"out{into}"
+    assert predict(model, Texts(str(source)), target, quiet, no_bar) == len(texts)
+    rows = read_scores(target)
+    assert list(rows[0]) == COLUMNS
+    for row, (text, label, *shares) in zip(rows, expected(model, texts), strict=True):
+        assert (row["text"], row["prediction"]) == (text, label)
+        assert [float(row[name]) for name in COLUMNS[2:]] == pytest.approx(shares, abs=1e-4)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([source.name, target.name])
+
+
+def test_plain_lines_are_texts_and_so_is_what_is_piped(model, tmp_path, monkeypatch, capsys):
+    texts = ["a film", "", "  spaces stay  ", "no, end"]
+    (tmp_path / "in.txt").write_text("\n".join(texts))  # no line break at the end
+    assert list(Texts(str(tmp_path / "in.txt")).read()) == texts
+    piped = io.TextIOWrapper(io.BytesIO("a film\r\nein schöner Film\n".encode()), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdin", piped)
+    assert predict(model, Texts("-"), None, quiet, no_bar) == 2
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["text"] for row in rows] == ["a film", "ein schöner Film"]
+    assert not piped.closed
+
+
+def test_a_column_can_be_named(model, tmp_path):
+    source = write_texts(tmp_path / "in.csv", ["good", "bad"], column="review")
+    with pytest.raises(DataError, match="no column 'sentence' or 'text'; it has 'id', 'review'"):
+        list(Texts(str(source)).read())
+    assert list(Texts(str(source), "review").read()) == ["good", "bad"]
+
+
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), max_size=20)))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+def test_what_is_written_is_read_back(tmp_path, texts):
+    for kind in (".jsonl", ".csv", ".parquet"):
+        path = tmp_path / f"out{kind}"
+        with writer(path, ["text", "score_A"]) as write:
+            write([{"text": text, "score_A": 0.5} for text in texts])
+        assert list(Texts(str(path)).read()) == texts, kind
+
+
+def broken(folder, what):
+    """A file that cannot be read, and what is said of it."""
+    file = folder / {"parquet": "a.parquet", "jsonl": "a.jsonl"}.get(what.split()[0], "a.csv")
+    if what == "parquet column":
+        pyarrow.parquet.write_table(pyarrow.table({"review": ["a"]}), file)
+        return file, r"no column 'sentence' or 'text'; it has 'review'"
+    if what == "parquet numbers":
+        pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), file)
+        return file, "row 1: no text in 'text'"
+    if what == "parquet null":
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), file)
+        return file, "row 2: no text in 'text'"
+    content, said = {
+        "parquet not one": (b"PAR1 nothing", "cannot be read"),
+        "jsonl array": (b"[1]\n", "row 1: no JSON object"),
+        "jsonl broken": (b'{"text": "a"}\n{"text": \n', r"row 2: no JSON"),
+        "jsonl number": (b'{"text": 5}\n', "row 1: no text"),
+        "csv fields": (b"text,label\ngood,1\nbad\n", "row 2: 1 fields instead of 2"),
+        "csv quote": (b'text,label\n"good,1\n', "line 2"),
+        "csv empty": (b"", "it has none"),
+        "csv latin-1": ("text\nschön\n".encode("latin-1"), "is not UTF-8"),
+        "csv missing": (None, "No such file"),
+    }[what]
+    if content is not None:
+        file.write_bytes(content)
+    return file, said
+
+
+BROKEN = ["parquet column", "parquet numbers", "parquet null", "parquet not one", "jsonl array", "jsonl broken"]
+BROKEN += ["jsonl number", "csv fields", "csv quote", "csv empty", "csv latin-1", "csv missing"]
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_cannot_be_read_is_told_by_its_row(model, tmp_path, what):
+    file, said = broken(tmp_path, what)
+    with pytest.raises(DataError, match=said):
+        predict(model, Texts(str(file)), tmp_path / "out.csv", quiet, no_bar)
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_plain_lines_have_no_columns(model, tmp_path):
+    (tmp_path / "in.txt").write_text("a\n")
+    with pytest.raises(DataError, match="Leave --text-column out"):
+        list(Texts(str(tmp_path / "in.txt"), "text").read())
+
+
+def test_an_output_that_exists_or_has_no_format_is_refused(model, tmp_path):
+    source = write_texts(tmp_path / "in.csv", ["good"])
+    (tmp_path / "out.csv").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"out\.csv exists"):
+        predict(model, Texts(str(source)), tmp_path / "out.csv", quiet, no_bar)
+    assert (tmp_path / "out.csv").read_text() == "mine"
+    with pytest.raises(DataError, match="ends in none of"):
+        predict(model, Texts(str(source)), tmp_path / "out.xlsx", quiet, no_bar)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.csv", "out.csv"]
+
+
+class Breaking:
+    """A session that is interrupted after so many batches, and counts those it answered."""
+
+    def __init__(self, session, after):
+        self.session, self.left, self.answered = session, after, 0
+
+    def run(self, batch):
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        self.answered += len(batch["input_ids"])
+        return self.session.run(batch)
+
+    def close(self):
+        self.session.close()
+
+
+def test_an_interrupted_run_is_taken_up(model, tmp_path, monkeypatch):
+    texts = [f"film {i}" for i in range(2 * PART + 100)]
+    source = write_texts(tmp_path / "in.csv", texts)
+    opened = []
+
+    def opening(after):
+        def opens(*arguments):
+            opened.append(Breaking(open_session(*arguments), after))
+            return opened[-1]
+
+        monkeypatch.setattr(predicting, "open_session", opens)
+
+    opening(-(-PART // 32) + 3)
+    with pytest.raises(KeyboardInterrupt):
+        predict(model, Texts(str(source)), tmp_path / "out.csv", quiet, no_bar)
+    assert not (tmp_path / "out.csv").exists()
+    opening(-1)
+    said = []
+    assert predict(model, Texts(str(source)), tmp_path / "out.csv", said.append, no_bar) == len(texts)
+    assert said == [f"{tmp_path / 'out.csv'}: {PART} texts are scored already"]
+    assert opened[-1].answered == len(texts) - PART
+    assert [row["text"] for row in read_scores(tmp_path / "out.csv")] == texts
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.csv", "out.csv"]
+
+
+@pytest.mark.parametrize("change", ["texts", "model", "column"])
+def test_a_run_of_something_else_is_not_taken_up(built_tiny, model, tmp_path, monkeypatch, change):
+    texts = [f"film {i}" for i in range(PART + 10)]
+    source = write_texts(tmp_path / "in.csv", texts)
+    monkeypatch.setattr(predicting, "open_session", lambda *a: Breaking(open_session(*a), -(-PART // 32) + 1))
+    with pytest.raises(KeyboardInterrupt):
+        predict(model, Texts(str(source)), tmp_path / "out.csv", quiet, no_bar)
+    monkeypatch.undo()
+    if change == "texts":
+        write_texts(source, texts[::-1])
+    other = of_variant(built_tiny, "onnx-int8", quiet, no_bar) if change == "model" else model
+    said = []
+    asked = Texts(str(source), "text" if change == "column" else None)
+    assert predict(other, asked, tmp_path / "out.csv", said.append, no_bar) == len(texts)
+    assert said == []
+
+
+def test_memory_does_not_grow_with_the_file(model, tmp_path):
+    peaks = []
+    for count in (2 * PART, 8 * PART):
+        source = write_texts(tmp_path / f"in{count}.csv", [f"a film of some {i} words" for i in range(count)])
+        tracemalloc.start()
+        predict(model, Texts(str(source)), tmp_path / f"out{count}.parquet", quiet, no_bar)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.3 * peaks[0]
+
+
+@pytest.mark.parametrize("kind", [".txt", ".csv", ".jsonl"])
+def test_ten_megabytes_in_one_line(model, tmp_path, kind):
+    text = "a long and winding film " * 437_000
+    source = write_texts(tmp_path / f"in{kind}", ["short", text, "short"])
+    assert predict(model, Texts(str(source)), tmp_path / "out.jsonl", quiet, no_bar) == 3
+    rows = read_scores(tmp_path / "out.jsonl")
+    assert [len(row["text"]) for row in rows] == [5, len(text), 5]
+    want = next(expected(model, [text[:20_000]]))
+    assert rows[1]["score_POSITIVE"] == pytest.approx(want[3], abs=1e-4)
+
+
+PIECES = ["word ", "x" * 150 + " ", "\n", "文字", "naïve ", "...", "\t", "y" * 40]
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=30, deadline=None)
+def test_a_books_first_tokens_are_those_of_its_start(model, seed):
+    """Against the tokenizer given all of it."""
+    rng = random.Random(seed)
+    encoder = Encoder(model.encoder.folder, model.encoder.tokenizer, model.encoder.names, 0, 16)
+    encoder.tokenizer.enable_truncation(16)
+    try:
+        weights = [rng.random() for _ in PIECES]
+        text = "".join(rng.choices(PIECES, weights, k=rng.choice([10, 300, 3000])))
+        assert encoder.encode([text]) == [encoder.tokenizer.encode(text).ids]
+        assert len(text) < LONG * 16 or len(encoder._start(text)) <= len(text)
+    finally:
+        encoder.tokenizer.enable_truncation(model.encoder.max_length)
+
+
+def test_a_bundle_predicts_as_its_variant_does(built_tiny, tmp_path):
+    said = []
+    shipping.ship(built_tiny, Order(("onnx-fp32", "onnx-int8"), "web", demo=False), tmp_path / "b", quiet, no_bar)
+    bundle = of_bundle(tmp_path / "b", said.append)
+    assert said == [f"{tmp_path / 'b'}: onnx-fp32, the first of 2"]
+    source = write_texts(tmp_path / "in.csv", ["good", "bad"])
+    predict(bundle, Texts(str(source)), tmp_path / "a.jsonl", quiet, no_bar)
+    predict(of_variant(built_tiny, "onnx-fp32", quiet, no_bar), Texts(str(source)), tmp_path / "b.jsonl", quiet, no_bar)
+    assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
+    (tmp_path / "b" / "config.json").write_text("{}")
+    with pytest.raises(VerdictError):
+        of_bundle(tmp_path / "b", quiet)
+
+
+def test_an_unknown_variant_is_no_bundle_either(built_tiny):
+    with pytest.raises(UnknownVariantError):
+        of_variant(built_tiny, "nowhere", quiet, no_bar)
+
+
+def test_the_command(tiny, tmp_path):
+    write_texts(tmp_path / "in.csv", ["good", "bad"], column="review")
+    where = ("--model", tiny.model, "--exported", tiny.exported)
+    arguments = ("predict", "torch-fp32", "in.csv", "--text-column", "review", *where)
+    done = run_toolchain(*arguments, "--output", "out.parquet", cwd=tmp_path)
+    assert (done.returncode, done.stdout.strip()) == (0, "out.parquet"), done.stderr
+    assert "2 texts scored" in done.stderr
+    assert [row["text"] for row in read_scores(tmp_path / "out.parquet")] == ["good", "bad"]
+    assert run_toolchain(*arguments, "--output", "out.parquet", cwd=tmp_path).returncode == 1
+    plain = run_toolchain(*arguments, cwd=tmp_path)
+    assert [json.loads(line)["text"] for line in plain.stdout.splitlines()] == ["good", "bad"]

@@ -1,0 +1,492 @@
+"""Bundles: what is in them, what is refused, and that no changed byte passes."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import onnx
+import pytest
+from conftest import TESTS, make_checkpoint, run_toolchain
+from readme_parts import ROOT
+
+from toolchain import artifacts, runs, shipping
+from toolchain.artifacts import sha256
+from toolchain.bundled import verify as bundled
+from toolchain.bundles import TOLERANCES
+from toolchain.errors import ArtifactError, ShippingError, UnknownVariantError, VerdictError
+from toolchain.measurements import ResultFile
+from toolchain.pipeline import Workspace, ensure, no_bar
+from toolchain.shipping import Order
+from toolchain.targets import DTYPES, TARGETS, clients
+from toolchain.variants import Export
+
+
+def quiet(line):
+    pass
+
+
+def make(workspace, output, *names, target="python", say=quiet, **order):
+    return shipping.ship(workspace, Order(names, target, demo=False, **order), output, say, no_bar)
+
+
+@pytest.fixture(scope="module")
+def shipped(built_tiny, tmp_path_factory):
+    """One bundle of each target; not to be changed."""
+    folder = tmp_path_factory.mktemp("bundles")
+    make(built_tiny, folder / "web", "onnx-int8", "onnx-fp32", target="web")
+    make(built_tiny, folder / "python", "onnx-int8")
+    make(built_tiny, folder / "other", "onnx-std", target="other")
+    return folder
+
+
+@pytest.fixture
+def bundle(shipped, tmp_path):
+    """A Python bundle to change at will."""
+    shutil.copytree(shipped / "python", tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def reseal(folder, change):
+    """bundle.json after `change`, its id made to add up again, as an attacker would."""
+    body = json.loads((folder / "bundle.json").read_text())
+    change(body)
+    body["id"] = bundled.canonical_id(body)
+    (folder / "bundle.json").write_text(json.dumps(body))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_bundle_verifies_and_says_what_it_is(shipped, target, built_tiny):
+    report = shipping.verify(shipped / target)
+    body = json.loads((shipped / target / "bundle.json").read_text())
+    assert report["id"] == body["id"]
+    assert report["target"] == target
+    on_disk = {p.relative_to(shipped / target).as_posix() for p in (shipped / target).rglob("*") if p.is_file()}
+    assert {entry["path"] for entry in body["files"]} | {"bundle.json"} == on_disk
+    assert on_disk >= {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "config.json",
+        "golden.json",
+        "README.md",
+        "verify.py",
+    }
+    assert body["labels"] == ["NEGATIVE", "POSITIVE"]
+    for model in body["models"]:
+        manifest = built_tiny.load(model["variant"]).manifest
+        assert model["artifact_id"] == manifest.id
+        assert sha256(shipped / target / model["file"]) == sha256(built_tiny.path(model["variant"]) / "model.onnx")
+        assert model["ir_version"] == manifest.facts["ir_version"]
+        assert model["opset"] == manifest.facts["opset"]
+        assert [spec["name"] for spec in model["inputs"]] == ["input_ids", "attention_mask"]
+        assert model["measured"] == "not measured"
+        assert model["tolerance"] == TOLERANCES["int8" if "int8" in model["variant"] else "fp32"]
+        assert 0 <= report["models"][model["variant"]]["largest_delta"] < 1e-4  # the machine it was made on
+
+
+def test_a_web_bundle_has_the_layout_transformers_js_reads(shipped):
+    body = json.loads((shipped / "web" / "bundle.json").read_text())
+    found = {model["variant"]: (model["dtype"], model["file"]) for model in body["models"]}
+    assert found == {"onnx-int8": ("q8", "onnx/model_quantized.onnx"), "onnx-fp32": ("fp32", "onnx/model.onnx")}
+    assert sorted(p.name for p in (shipped / "web" / "onnx").iterdir()) == ["model.onnx", "model_quantized.onnx"]
+    config = json.loads((shipped / "web" / "config.json").read_text())
+    assert config["transformers.js_config"] == {"dtype": "q8"}  # the first that was named
+    assert config["id2label"] == {"0": "NEGATIVE", "1": "POSITIVE"}
+    assert not (shipped / "web" / "index.html").exists()
+
+
+def test_a_file_says_where_it_is_exact(shipped, built_tiny, tmp_path):
+    body = make(built_tiny, tmp_path / "b", "onnx-int8", "onnx-int8-portable", "onnx-fp32")
+    full, portable, plain = body["models"]
+    assert full["int8_headroom"] < 1 <= portable["int8_headroom"]
+    assert "VNNI" in full["exact_on"]
+    assert portable["exact_on"] == plain["exact_on"] == "any processor"
+    assert plain["int8_headroom"] is None
+    assert portable["step"]["settings"]["reduce_range"] is True
+    readme = (tmp_path / "b" / "README.md").read_text()
+    assert "onnx-int8-portable: any processor." in readme
+    assert "older x86-64" in readme
+
+
+def test_no_place_of_this_machine_is_in_a_bundle(shipped, tiny_checkpoint, built_tiny):
+    for path in shipped.rglob("*"):
+        if path.is_file():
+            for place in (str(tiny_checkpoint.parent), str(built_tiny.exported), str(ROOT)):
+                assert place.encode() not in path.read_bytes(), path
+    body = json.loads((shipped / "python" / "bundle.json").read_text())
+    assert body["model"]["source"]["ref"] == tiny_checkpoint.name
+    assert body["model"]["license"] == "not stated"
+
+
+def test_what_was_measured_stands_in_the_bundle_with_its_hardware(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    committed = ResultFile.read(ROOT / "benchmarks" / "results" / "reference-xeon-2cores.json")
+    row = next(row for row in committed.rows if row.variant == "onnx-int8")
+    mine = dataclasses.replace(row, artifact_id=tiny.load("onnx-int8").manifest.id)
+    runs.LOCAL.mkdir(parents=True)
+    older = dataclasses.replace(committed, rows=(dataclasses.replace(mine, throughput_per_s=None),), created="2020")
+    dataclasses.replace(committed, rows=(mine,)).write(runs.LOCAL / "a.json")
+    assert older.created < committed.created
+    body = make(tiny, tmp_path / "b", "onnx-int8", "onnx-fp32", license="MIT")
+    found, nothing = (model["measured"] for model in body["models"])
+    assert nothing == "not measured"
+    assert found["accuracy"] == {"value": row.accuracy.value, "count": 872}
+    assert found["latency_ms"] == {"p50": row.latency_ms["p50"], "p95": row.latency_ms["p95"]}
+    assert (found["cpu"], found["provider"], found["data"]) == (committed.machine["cpu"], "cpu", "sst2")
+    assert body["model"]["license"] == "MIT"
+    readme = (tmp_path / "b" / "README.md").read_text()
+    assert committed.machine["cpu"] in readme
+    assert "| onnx-fp32 | `onnx-fp32.onnx` |" in readme
+
+
+def test_the_newest_run_that_cites_an_artifact_counts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    committed = ResultFile.read(ROOT / "benchmarks" / "results" / "reference-xeon-2cores.json")
+    row = committed.rows[0]
+    runs.LOCAL.mkdir(parents=True)
+    for name, created in (("a", "2026-01-02T00:00:00+00:00"), ("b", "2026-01-01T00:00:00+00:00")):
+        dataclasses.replace(committed, rows=(row,), created=created).write(runs.LOCAL / f"{name}.json")
+    assert runs.cited([row.artifact_id, "nothing"], quiet)[row.artifact_id][0].created.startswith("2026-01-02")
+    assert set(runs.cited([row.artifact_id, "nothing"], quiet)) == {row.artifact_id}
+
+
+def test_the_reference_says_whose_it_is(reference, tmp_path):
+    body = make(reference, tmp_path / "b", "onnx-int8")
+    assert body["model"]["license"] == "Apache-2.0"
+    assert "all-MiniLM-L6-v2" in body["model"]["origin"]
+    assert "SST-2" in body["model"]["data"]
+    assert "Licence: Apache-2.0." in (tmp_path / "b" / "README.md").read_text()
+
+
+def test_shipping_again_changes_nothing_and_a_change_replaces_it(tiny, tmp_path):
+    said = []
+    first = make(tiny, tmp_path / "b", "onnx-int8")
+    before = (tmp_path / "b").stat().st_ino
+    assert make(tiny, tmp_path / "b", "onnx-int8", say=said.append)["id"] == first["id"]
+    assert f"{tmp_path / 'b'}: the same already, unchanged" in said
+    assert (tmp_path / "b").stat().st_ino == before
+    assert make(tiny, tmp_path / "b", "onnx-fp32")["id"] != first["id"]
+    assert shipping.verify(tmp_path / "b")["models"].keys() == {"onnx-fp32"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "exported"]  # nothing is left beside it
+
+
+def lies_there(place, what):
+    if what == "a folder":
+        place.mkdir()
+        (place / "mine.txt").write_text("mine")
+    elif what == "an empty folder":
+        place.mkdir()
+    elif what == "a file":
+        place.write_text("mine")
+    elif what == "a dangling link":
+        place.symlink_to(place.parent / "nowhere")
+
+
+@pytest.mark.parametrize("what", ["a folder", "an empty folder", "a file", "a dangling link"])
+def test_what_lies_there_is_not_overwritten(tiny, tmp_path, what):
+    lies_there(tmp_path / "b", what)
+    with pytest.raises(ArtifactError, match=str(tmp_path / "b")):
+        make(tiny, tmp_path / "b", "onnx-int8")
+    assert what != "a folder" or (tmp_path / "b" / "mine.txt").read_text() == "mine"
+    assert what != "a file" or (tmp_path / "b").read_text() == "mine"
+
+
+def test_a_bundle_somebody_changed_is_not_overwritten(tiny, bundle):
+    (bundle / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"notes\.txt is not listed"):
+        make(tiny, bundle, "onnx-int8")
+    assert (bundle / "notes.txt").read_text() == "mine"
+
+
+def test_a_killed_ship_leaves_no_half_bundle(tiny, tmp_path, monkeypatch):
+    def killed(folder):
+        raise KeyboardInterrupt
+
+    make(tiny, tmp_path / "b", "onnx-int8")
+    monkeypatch.setattr(shipping, "verify", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make(tiny, tmp_path / "b", "onnx-fp32")
+    monkeypatch.undo()
+    assert shipping.verify(tmp_path / "b")["models"].keys() == {"onnx-int8"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "exported"]
+
+
+REFUSED = {
+    ("torch-fp32",): "no .onnx file",
+    ("onnx-int8", "onnx-int8"): "named twice",
+    ("bnb-nf4",): "no .onnx file",
+}
+
+
+@pytest.mark.parametrize("names", REFUSED)
+def test_what_is_no_onnx_file_is_not_shipped(built_tiny, tmp_path, names):
+    with pytest.raises(ShippingError, match=REFUSED[names]):
+        make(built_tiny, tmp_path / "b", *names)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_variants_of_one_dtype_are_two_web_bundles(built_tiny, tmp_path):
+    with pytest.raises(ShippingError, match=re.escape("would both be onnx/model_quantized.onnx")):
+        make(built_tiny, tmp_path / "b", "onnx-int8", "onnx-int8-portable", target="web")
+
+
+def test_an_unknown_variant_is_told(built_tiny, tmp_path):
+    with pytest.raises(UnknownVariantError):
+        make(built_tiny, tmp_path / "b", "onnx-int9")
+
+
+@pytest.mark.parametrize("name", ["onnx-int8", "onnx-fp32"])
+def test_operators_a_target_lacks_are_named_with_what_to_ship(built_tiny, tmp_path, name):
+    with pytest.raises(ShippingError, match=r"(DynamicQuantizeMatMul|Gelu).*onnx-std") as caught:
+        make(built_tiny, tmp_path / "b", name, target="other")
+    assert "which only ONNX Runtime has" in str(caught.value)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_variant_that_failed_validation_is_not_shipped(tiny, tmp_path):
+    file = tiny.path("onnx-int8") / "manifest.json"
+    body = json.loads(file.read_text())
+    body["validation"]["passed"] = False  # outside of the seal
+    file.write_text(json.dumps(body))
+    with pytest.raises(VerdictError, match="onnx-int8 did not pass validation"):
+        make(tiny, tmp_path / "b", "onnx-int8")
+
+
+def test_a_stale_variant_is_built_anew_before_it_is_shipped(tiny, tmp_path):
+    ensure(tiny, ["onnx-std"], {"onnx-std": Export(17)}, quiet)
+    said = []
+    body = make(tiny, tmp_path / "b", "onnx-fp32", say=said.append)
+    assert "onnx-fp32: building (onnx-std changed)" in said
+    assert body["models"][0]["artifact_id"] == tiny.load("onnx-fp32").manifest.id
+    assert body["models"][0]["opset"][""] == 17
+
+
+def test_a_tampered_variant_is_not_shipped(tiny, tmp_path):
+    with (tiny.path("onnx-int8") / "model.onnx").open("r+b") as file:
+        file.write(b"\0")
+    with pytest.raises(artifacts.TamperedError):
+        make(tiny, tmp_path / "b", "onnx-int8")
+
+
+def files_of(target):
+    return ["bundle.json", "config.json", "golden.json", "tokenizer.json", "tokenizer_config.json", "README.md", target]
+
+
+@pytest.mark.parametrize("name", files_of("onnx-int8.onnx"))
+@pytest.mark.parametrize("where", ["first", "middle", "last"])
+def test_one_changed_byte_is_seen(bundle, name, where):
+    content = bytearray((bundle / name).read_bytes())
+    at = {"first": 0, "middle": len(content) // 2, "last": len(content) - 1}[where]
+    content[at] ^= 1
+    (bundle / name).write_bytes(content)
+    with pytest.raises(VerdictError, match=re.escape(name)):
+        shipping.verify(bundle)
+    assert bundled.main(bundle) == 3
+
+
+@pytest.mark.parametrize("name", files_of("onnx-int8.onnx"))
+def test_a_truncated_file_is_seen(bundle, name):
+    content = (bundle / name).read_bytes()
+    (bundle / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(VerdictError, match=re.escape(name)):
+        shipping.verify(bundle)
+
+
+def test_a_missing_and_an_added_file_are_seen(bundle):
+    (bundle / "payload.py").write_text("")
+    with pytest.raises(VerdictError, match=r"payload\.py is not listed"):
+        shipping.verify(bundle)
+    (bundle / "payload.py").unlink()
+    (bundle / "config.json").unlink()
+    with pytest.raises(VerdictError, match=r"config\.json is missing"):
+        shipping.verify(bundle)
+
+
+PATHS = ["../secret", "/etc/hostname", "a/../../secret", "..\\secret", "C:secret", ""]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_that_leaves_the_bundle_is_not_followed(bundle, path):
+    secret = bundle.parent / "secret"
+    secret.write_text("")
+    entry = {"path": path, "bytes": 0, "sha256": sha256(secret)}
+    reseal(bundle, lambda body: body["files"].append(entry))
+    with pytest.raises(VerdictError, match="leaves the folder"):
+        shipping.verify(bundle)
+
+
+@pytest.mark.parametrize("what", ["model", "folder", "bundle.json"])
+def test_a_link_is_not_followed(bundle, what):
+    outside = bundle.parent / "outside"
+    if what == "folder":
+        outside.mkdir()
+        (outside / "note").write_text("")
+        (bundle / "sub").symlink_to(outside)
+        entry = {"path": "sub/note", "bytes": 0, "sha256": sha256(outside / "note")}
+        reseal(bundle, lambda body: body["files"].append(entry))
+    else:
+        name = "onnx-int8.onnx" if what == "model" else what
+        (bundle / name).rename(outside)
+        (bundle / name).symlink_to(outside)
+    with pytest.raises(VerdictError, match="is a link"):
+        shipping.verify(bundle)
+
+
+@pytest.mark.parametrize("change", ["schema", "no models", "list", "unlisted model"])
+def test_a_bundle_json_that_lies_about_its_shape_is_refused(bundle, change):
+    if change == "list":
+        (bundle / "bundle.json").write_text("[]")
+    else:
+        reseal(
+            bundle,
+            {
+                "schema": lambda body: body.update(schema=2),
+                "no models": lambda body: body.pop("models"),
+                "unlisted model": lambda body: body["models"][0].update(file="../model.onnx"),
+            }[change],
+        )
+    with pytest.raises(VerdictError, match=r"bundle\.json|is not listed"):
+        shipping.verify(bundle)
+
+
+def test_weights_outside_the_file_are_not_loaded(bundle):
+    model = onnx.load(bundle / "onnx-int8.onnx")
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../secret")
+    onnx.save_model(model, bundle / "onnx-int8.onnx")
+    size, digest = (bundle / "onnx-int8.onnx").stat().st_size, sha256(bundle / "onnx-int8.onnx")
+
+    def resize(body):
+        entry = next(entry for entry in body["files"] if entry["path"] == "onnx-int8.onnx")
+        entry.update(bytes=size, sha256=digest)
+
+    reseal(bundle, resize)
+    with pytest.raises(VerdictError, match="outside of itself"):
+        shipping.verify(bundle)
+
+
+def replaced(bundle, name, content):
+    (bundle / name).write_text(content)
+    entry = {"bytes": (bundle / name).stat().st_size, "sha256": sha256(bundle / name)}
+    reseal(bundle, lambda body: next(e for e in body["files"] if e["path"] == name).update(entry))
+
+
+@pytest.mark.parametrize("change", ["logits", "tokens", "not finite", "none", "other variant"])
+def test_answers_that_are_not_the_recorded_ones_are_seen(bundle, change):
+    golden = json.loads((bundle / "golden.json").read_text())
+    if change == "logits":
+        golden["logits"]["onnx-int8"][3][0] += 2 * TOLERANCES["int8"]
+    elif change == "tokens":
+        golden["sentences"][3]["input_ids"][1] += 1
+    elif change == "not finite":
+        golden["logits"]["onnx-int8"][3][0] = float("nan")
+    elif change == "none":
+        golden = {"sentences": [], "logits": {"onnx-int8": []}}
+    else:
+        golden["logits"] = {"onnx-fp32": golden["logits"]["onnx-int8"]}
+    replaced(bundle, "golden.json", json.dumps(golden))
+    with pytest.raises(VerdictError, match=r"logits|tokenizer splits|golden\.json"):
+        shipping.verify(bundle)
+
+
+def test_no_bundle_is_a_failure_and_not_a_verdict(tmp_path):
+    for place in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(ShippingError, match="is no bundle"):
+            shipping.verify(place)
+    assert bundled.main(tmp_path) == 1
+
+
+def test_the_commands_and_their_exit_codes(tiny, tmp_path):
+    where = ("--model", tiny.model, "--exported", tiny.exported)
+    done = run_toolchain("ship", "onnx-int8", "--target", "python", *where, cwd=tmp_path)
+    place = tiny.exported / tiny.model / "bundle-python"
+    assert (done.returncode, done.stdout.strip()) == (0, str(place)), done.stderr
+    verified = run_toolchain("verify", place, cwd=tmp_path)
+    assert verified.returncode == 0
+    assert "onnx-int8: largest |Δlogit|" in verified.stdout
+    assert json.loads(run_toolchain("verify", place, "--json", cwd=tmp_path).stdout)["files"] == 9
+    (place / "config.json").write_text("{}")
+    assert run_toolchain("verify", place, cwd=tmp_path).returncode == 3
+    assert run_toolchain("verify", tmp_path, cwd=tmp_path).returncode == 1
+    assert run_toolchain("ship", "--target", "python", *where, cwd=tmp_path).returncode == 2
+    assert run_toolchain("ship", "onnx-int8", *where, cwd=tmp_path).returncode == 2
+    refused = run_toolchain("ship", "onnx-int8", "--target", "other", *where, cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "onnx-std-int8" in refused.stderr
+    # A bundle is no variant: what lists variants and cleans them passes it over.
+    listed = run_toolchain("variants", "--json", *where, cwd=tmp_path)
+    assert "bundle-python" not in {row["variant"] for row in json.loads(listed.stdout)}
+
+
+def test_the_page_needs_npm_and_says_so(built_tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ShippingError, match="there is no npm here") as caught:
+        clients.install(tmp_path)
+    assert "--no-demo" in caught.value.mend
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_npm_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    npm = tmp_path / "npm"
+    npm.write_text("#!/bin/sh\nmkdir node_modules\necho 'npm error network' >&2\nexit 1\n")
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(ShippingError, match="npm error network"):
+        clients.install(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_lock_file_pins_every_package_and_names_no_registry():
+    lock = json.loads((clients.PACKAGES / clients.LOCK).read_text())
+    named = json.loads((clients.PACKAGES / "package.json").read_text())["dependencies"]
+    assert lock["packages"][""]["dependencies"] == named
+    for path, package in lock["packages"].items():
+        assert path == "" or ("integrity" in package and "resolved" not in package), path
+    assert {clients.version(name) for name in named} == set(named.values())
+
+
+def test_the_policy_of_the_page_admits_its_one_inline_script():
+    import base64
+    import hashlib
+
+    page = (ROOT / "toolchain" / "bundled" / "index.html").read_text()
+    inline = re.findall(r"<script[^>]*>([^<]+)</script>", page)
+    assert len(inline) == 1
+    digest = base64.b64encode(hashlib.sha256(inline[0].encode()).digest()).decode()
+    assert f"'sha256-{digest}'" in page
+
+
+def test_the_python_code_of_a_readme_runs(shipped, tmp_path):
+    """In this environment; in one with nothing else it is run with the other clients."""
+    shutil.copytree(shipped / "python", tmp_path / "bundle")
+    block = re.search(r"```python\n(.*?)```", (tmp_path / "bundle" / "README.md").read_text(), re.DOTALL)[1]
+    run = subprocess.run(
+        [sys.executable, "-c", block], cwd=tmp_path / "bundle", capture_output=True, text=True, check=True
+    )
+    assert run.stdout.count("NEGATIVE") == run.stdout.count("POSITIVE") == 2
+
+
+def test_every_dtype_is_of_a_scheme_with_a_tolerance():
+    assert set(DTYPES) <= set(TOLERANCES)
+
+
+def test_a_checkpoint_of_many_labels_is_shipped_and_asked(tmp_path):
+    labels = [f"label {i}" for i in range(7)]
+    make_checkpoint(tmp_path / "many", labels, leaning=30)
+    workspace = Workspace.open(str(tmp_path / "many"), tmp_path / "exported")
+    body = make(workspace, tmp_path / "b", "onnx-int8")
+    assert body["labels"] == labels
+    run = subprocess.run(
+        [sys.executable, "classify.py", "a film"], cwd=tmp_path / "b", capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split("\t")[0] == "label 6"
+
+
+def test_files_that_go_into_bundles_need_nothing_of_this_package():
+    for path in (TESTS.parent / "toolchain" / "bundled").glob("*.py"):
+        assert "toolchain" not in re.sub(r'""".*?"""', "", path.read_text(), flags=re.DOTALL), path

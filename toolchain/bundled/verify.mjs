@@ -1,0 +1,21 @@
+// `node verify.mjs`: every model of this bundle asked the golden sentences; exit code 3 where one answers otherwise.
+// Needs `npm install @huggingface/transformers` where Node finds it. The files' digests are checked by verify.py.
+
+import { readFile } from "node:fs/promises";
+import { dirname } from "node:path";
+import { fileURLToPath } from "node:url";
+import { env, pipeline } from "@huggingface/transformers";
+import { check } from "./golden.mjs";
+
+const folder = dirname(fileURLToPath(import.meta.url));
+const read = async (name) => JSON.parse(await readFile(`${folder}/${name}`, "utf8"));
+const [bundle, golden] = [await read("bundle.json"), await read("golden.json")];
+env.allowRemoteModels = false;
+for (const { variant, dtype } of bundle.models) {
+  const pipe = await pipeline("text-classification", folder, { dtype });
+  const { passed, largest, tolerance, reason } = await check(pipe, bundle, golden, variant);
+  const figure = `largest |Δlogit| ${largest.toPrecision(2)}, ≤ ${tolerance} allowed`;
+  console.log(passed ? `${variant}: golden sentences answered, ${figure}` : `${variant}: NOT as it was made: ${reason}; ${figure}`);
+  if (!passed) process.exitCode = 3;
+  await pipe.dispose();
+}

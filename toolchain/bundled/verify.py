@@ -1,0 +1,148 @@
+"""Whether this bundle is whole and answers here as where it was made; needs onnxruntime, tokenizers and numpy.
+
+`python verify.py` looks at every file's sha256, then asks every model the golden sentences: the tokens must be the
+recorded ones, and no logit may be further from the recorded one than the model's tolerance. Exit code 0: it holds;
+3: it does not; 1: there is nothing to look at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+SCHEMA = 1
+BUNDLE, GOLDEN = "bundle.json", "golden.json"
+
+
+class Broken(Exception):
+    """What is wrong with a bundle."""
+
+
+def canonical_id(body: Mapping[str, Any]) -> str:
+    """sha256 over the canonical JSON of everything in bundle.json but its id."""
+    sealed = {key: value for key, value in body.items() if key != "id"}
+    return hashlib.sha256(json.dumps(sealed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def sealed(folder: Path) -> dict[str, Any]:
+    """bundle.json, its files found whole; `Broken` for a file that differs, is missing, added, a link or outside.
+
+    Raises `FileNotFoundError` where the folder holds no bundle.
+    """
+    file = folder / BUNDLE
+    if file.is_symlink():
+        raise Broken(f"{BUNDLE} is a link")
+    try:
+        body: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if body["schema"] != SCHEMA:
+            raise Broken(f"{BUNDLE} has schema {body['schema']}, this reads {SCHEMA}")
+        listed = {str(entry["path"]): (int(entry["bytes"]), str(entry["sha256"])) for entry in body["files"]}
+        named = [str(model["file"]) for model in body["models"]]
+    except FileNotFoundError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise Broken(f"{BUNDLE} cannot be read: {error!r}") from error
+    if canonical_id(body) != body.get("id"):
+        raise Broken(f"{BUNDLE} does not add up to its own id")
+    for path in listed:
+        parts = PurePosixPath(path)
+        if not path or parts.is_absolute() or ".." in parts.parts or "\\" in path or ":" in path or "\0" in path:
+            raise Broken(f"the path {path!r} leaves the folder")
+    missing = [path for path in (*named, GOLDEN, "tokenizer.json", "config.json") if path not in listed]
+    if missing:
+        raise Broken(f"{missing[0]} is not listed")
+    for path, (size, digest) in listed.items():
+        _check_file(folder, path, size, digest)
+    for found in sorted(folder.rglob("*")):
+        name = found.relative_to(folder).as_posix()
+        # Hidden files and Python's caches are the system's, not the bundle's.
+        system = any(part.startswith(".") or part == "__pycache__" for part in PurePosixPath(name).parts)
+        if not system and name not in listed and name != BUNDLE and (found.is_symlink() or not found.is_dir()):
+            raise Broken(f"{name} is not listed in {BUNDLE}")
+    return body
+
+
+def _check_file(folder: Path, path: str, size: int, digest: str) -> None:
+    place = folder
+    for part in PurePosixPath(path).parts:
+        place = place / part
+        if place.is_symlink():
+            raise Broken(f"{path} is a link")
+    if not place.is_file():
+        raise Broken(f"{path} is missing")
+    if place.stat().st_size != size:
+        raise Broken(f"{path} has {place.stat().st_size} bytes instead of {size}")
+    found = hashlib.sha256()
+    with place.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    if found.hexdigest() != digest:
+        raise Broken(f"{path} has another sha256 than {BUNDLE} says")
+
+
+def answers(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
+    """For every model (variant, largest |Δlogit| over the golden sentences, tolerance); `Broken` where one is beyond it
+    or a sentence has other tokens here."""
+    import numpy as np
+    import onnxruntime as ort
+    from tokenizers import Tokenizer
+
+    try:
+        golden = json.loads((folder / GOLDEN).read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(int(body["max_length"]))
+        rows = [(str(each["text"]), [int(i) for i in each["input_ids"]]) for each in golden["sentences"]]
+        recorded = {name: np.array(logits, np.float32) for name, logits in golden["logits"].items()}
+        models = [
+            (m["variant"], m["file"], float(m["tolerance"]), [t["name"] for t in m["inputs"]]) for m in body["models"]
+        ]
+    except Exception as error:  # tokenizers raises plain Exception
+        raise Broken(f"{GOLDEN} or tokenizer.json cannot be read: {error!r}") from error
+    if not rows:
+        raise Broken(f"{GOLDEN} holds no sentence")
+    for text, ids in rows:
+        if tokenizer.encode(text).ids != ids:
+            raise Broken(f"the tokenizer splits {text[:60]!r} otherwise than where the bundle was made")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    for variant, file, tolerance, inputs in models:
+        if variant not in recorded or len(recorded[variant]) != len(rows):
+            raise Broken(f"{GOLDEN} does not hold the answers of {variant}")
+        largest = 0.0
+        try:
+            session = ort.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
+            for (_, ids), want in zip(rows, recorded[variant], strict=True):
+                given = {"input_ids": ids, "attention_mask": [1] * len(ids), "token_type_ids": [0] * len(ids)}
+                batch = {name: np.array([given[name]], np.int64) for name in inputs}
+                delta = np.abs(session.run(None, batch)[0][0] - want).max()
+                largest = max(largest, float(delta) if np.isfinite(delta) else float("inf"))
+        except Exception as error:  # onnxruntime raises a class for every status
+            raise Broken(f"{file} does not run here: {error}") from error
+        if largest > tolerance:
+            raise Broken(f"{variant} is up to {largest:.3g} from its recorded logits, ≤ {tolerance:g} allowed")
+        yield variant, largest, tolerance
+
+
+def main(folder: Path) -> int:
+    """Prints what was found; the exit code."""
+    try:
+        body = sealed(folder)
+        print(f"{len(body['files'])} files as listed, bundle {body['id'][:12]}")
+        for variant, largest, tolerance in answers(folder, body):
+            print(f"{variant}: golden sentences answered, largest |Δlogit| {largest:.2g}, ≤ {tolerance:g} allowed")
+    except FileNotFoundError:
+        print(f"{folder} holds no {BUNDLE}", file=sys.stderr)
+        return 1
+    except Broken as error:
+        print(f"NOT as it was made: {error}", file=sys.stderr)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent))

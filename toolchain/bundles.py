@@ -1,0 +1,164 @@
+"""A bundle: a folder an app is given, which needs nothing of this package and can prove itself.
+
+`bundle.json` says what it is and lists every file with its sha256; `golden.json` holds sentences with the tokens and
+logits they had here. Its id is the sha256 over everything in bundle.json, files included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from toolchain.artifacts import Artifact, list_files
+from toolchain.backends import Place
+from toolchain.backends.ort import OrtSession
+from toolchain.bundled.verify import BUNDLE, GOLDEN, SCHEMA, canonical_id
+from toolchain.inputs import Encoder, pad
+from toolchain.targets import BUNDLED, DEMO, TARGETS, Target, dtype
+from toolchain.variants import parse_name, settings_of, step_name
+
+# What a logit may differ elsewhere, where other kernels add in another order: fp32 by its rounding, int8 by activations
+# that round to the next of 256 steps. What saturates or is damaged is further off.
+TOLERANCES = {"fp32": 1e-3, "fp16": 5e-2, "int8": 0.5}
+TOKENIZER, TOKENIZER_CONFIG, CONFIG = "tokenizer.json", "tokenizer_config.json", "config.json"
+EXACT = (
+    "x86-64 with VNNI or AMX (Intel from Cascade Lake and Ice Lake on, AMD from Zen 4 on), 64-bit ARM, and "
+    "WebAssembly; on older x86-64 its 8-bit products saturate and its answers are wrong"
+)
+ANYWHERE = "any processor"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Whose the model is: its name, where it came from, licence and provenance, in words; `data` what it was
+    fine-tuned on."""
+
+    name: str
+    source: Mapping[str, str]
+    license: str
+    origin: str
+    data: str
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is to be shipped: the variants' artifacts, what was `measured` of each by artifact id, the golden sentences,
+    and the files of the demo page's clients by their path in the bundle (none: no page)."""
+
+    target: Target
+    artifacts: Sequence[Artifact]
+    origin: Origin
+    sentences: Sequence[str]
+    measured: Mapping[str, Mapping[str, Any]]
+    clients: Mapping[str, Path] = field(default_factory=dict)
+
+
+def write(contents: Contents, folder: Path) -> dict[str, Any]:
+    """Fills the empty `folder` and returns the body of its bundle.json, which is written last."""
+    first = contents.artifacts[0]
+    for artifact in contents.artifacts:
+        file = folder / contents.target.place(artifact.manifest.variant)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(artifact.onnx_path, file)
+    for name in (TOKENIZER, TOKENIZER_CONFIG):
+        shutil.copyfile(first.path / name, folder / name)
+    config = _config(contents)
+    _json(folder / CONFIG, config)
+    manifest = first.manifest
+    encoder = Encoder.open(first.path, [spec.name for spec in manifest.inputs], manifest.max_length)
+    golden = _golden(contents, encoder)
+    _json(folder / GOLDEN, golden)
+    body: dict[str, Any] = {
+        "schema": SCHEMA,
+        "target": contents.target.name,
+        "model": dataclasses.asdict(contents.origin),
+        "labels": list(manifest.labels),
+        "max_length": manifest.max_length,
+        "pad_id": encoder.pad_id,
+        "models": [_model(contents, artifact) for artifact in contents.artifacts],
+    }
+    _companions(contents, folder, body, golden)
+    body["files"] = [dataclasses.asdict(entry) for entry in list_files(folder)]
+    body["id"] = canonical_id(body)
+    _json(folder / BUNDLE, body)
+    return body
+
+
+def _config(contents: Contents) -> dict[str, Any]:
+    """The model's config with its labels, without the place it was saved at; transformers.js is told its dtype."""
+    config: dict[str, Any] = json.loads((contents.artifacts[0].path / CONFIG).read_text())
+    config.pop("_name_or_path", None)
+    if contents.target is TARGETS["web"]:
+        config["transformers.js_config"] = {"dtype": dtype(contents.artifacts[0].manifest.variant)}
+    return config
+
+
+def _golden(contents: Contents, encoder: Encoder) -> dict[str, Any]:
+    """Sentences, their tokens, and what each variant answers on this machine."""
+    rows = encoder.encode(contents.sentences)
+    logits = {}
+    for artifact in contents.artifacts:
+        session = OrtSession(artifact.path, Place("cpu", 1))
+        batches = [pad([row], encoder.names, encoder.pad_id) for row in rows]
+        logits[artifact.manifest.variant] = [[round(float(x), 6) for x in session.run(b)[0]] for b in batches]
+        session.close()
+    sentences = [{"text": text, "input_ids": row} for text, row in zip(contents.sentences, rows, strict=True)]
+    return {"sentences": sentences, "logits": logits}
+
+
+def _model(contents: Contents, artifact: Artifact) -> dict[str, Any]:
+    """What bundle.json says of one variant."""
+    manifest = artifact.manifest
+    facts, scheme = manifest.facts, parse_name(manifest.variant).scheme
+    room = facts.get("int8_headroom")
+    return {
+        "variant": manifest.variant,
+        "file": contents.target.place(manifest.variant),
+        **({"dtype": dtype(manifest.variant)} if contents.target is TARGETS["web"] else {}),
+        "bytes": artifact.onnx_path.stat().st_size,
+        "artifact_id": manifest.id,
+        "ir_version": facts["ir_version"],
+        "opset": facts["opset"],
+        "operators": facts["operators"],
+        "inputs": [dataclasses.asdict(spec) for spec in manifest.inputs],
+        "outputs": [dataclasses.asdict(spec) for spec in manifest.outputs],
+        "step": {"name": step_name(manifest.step), "settings": settings_of(manifest.step)},
+        "int8_headroom": room,
+        "exact_on": ANYWHERE if room is None or room >= 1 else EXACT,
+        "tolerance": TOLERANCES[scheme],
+        "measured": contents.measured.get(manifest.id, "not measured"),
+    }
+
+
+def _companions(contents: Contents, folder: Path, body: Mapping[str, Any], golden: Mapping[str, Any]) -> None:
+    """README, checks, runner, and the demo page with its clients."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(BUNDLED),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    for path, name in {**contents.target.files, **(DEMO if contents.clients else {})}.items():
+        place = folder / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".j2"):
+            place.write_text(
+                environment.get_template(name).render(bundle=body, golden=golden, demo=bool(contents.clients)),
+                encoding="utf-8",
+            )
+        else:
+            shutil.copyfile(BUNDLED / name, place)
+    for path, file in contents.clients.items():
+        shutil.copyfile(file, folder / path)
+
+
+def _json(path: Path, body: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,128 @@
+"""Commands for what leaves: ship, verify, predict."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from toolchain.cli.options import debug_option, json_option, model_options, open_workspace
+
+
+@click.command()
+@click.argument("variants", nargs=-1, required=True, metavar="VARIANT...")
+@click.option(
+    "--target",
+    type=click.Choice(["web", "python", "other"]),
+    required=True,
+    help="web: browser and Node, by transformers.js. python: onnxruntime and tokenizers. other: any ONNX runtime.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where the bundle goes.  [default: bundle-TARGET beside the variants]",
+)
+@click.option(
+    "--demo/--no-demo",
+    default=True,
+    help="web: a page to try it in, which needs npm once; or only the models.  [default: demo]",
+)
+@click.option("--license", "license_", metavar="TEXT", help="The model's licence, where it is not known here.")
+@json_option
+@model_options
+def ship(
+    model: str,
+    exported: Path,
+    slug: str | None,
+    variants: tuple[str, ...],
+    target: str,
+    output: Path | None,
+    demo: bool,
+    license_: str | None,
+    as_json: bool,
+) -> None:
+    """Make a bundle of VARIANT...: a folder an app loads without this toolchain, and that can check itself.
+
+    Models, tokenizer, labels, digests, golden sentences, where each file is exact, what was measured, a README with
+    code that runs. What is missing or stale is built first; an unchanged bundle in the same place is replaced.
+
+    \b
+    Examples:
+      toolchain ship onnx-int8 --target web
+      toolchain ship onnx-int8 --target python --output app/model
+      toolchain ship onnx-std onnx-std-int8 --target other
+    """
+    from toolchain.report.progress import bar, say
+    from toolchain.shipping import Order, default_output
+    from toolchain.shipping import ship as make
+
+    workspace = open_workspace(model, exported, slug)
+    place = output or default_output(workspace, target)
+    body = make(workspace, Order(variants, target, license_, demo), place, say, bar)
+    click.echo(json.dumps(body, indent=1) if as_json else place)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@json_option
+@debug_option
+def verify(bundle: Path, as_json: bool) -> None:
+    """Check that BUNDLE is what it was; exit 3 if not.
+
+    Every file's digest, then the golden sentences' tokens and logits, asked here. The bundle's own verify.py does the same without this toolchain.
+
+    \b
+    Example:
+      toolchain verify exported/reference/bundle-python
+    """
+    from toolchain.shipping import verify as check
+
+    report = check(bundle)
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+        return
+    click.echo(f"{report['files']} files as listed, bundle {report['id'][:12]}")
+    for variant, found in report["models"].items():
+        click.echo(f"{variant}: largest |Δlogit| {found['largest_delta']:.2g}, ≤ {found['tolerance']:g} allowed")
+
+
+@click.command()
+@click.argument("what", metavar="VARIANT|BUNDLE")
+@click.argument("file", default="-", metavar="[FILE]")
+@click.option("--text-column", help="The column of texts.  [default: sentence or text]")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="A .csv, .tsv, .jsonl or .parquet file.  [default: JSON lines on standard output]",
+)
+@model_options
+def predict(
+    model: str, exported: Path, slug: str | None, what: str, file: str, text_column: str | None, output: Path | None
+) -> None:
+    """Score the texts of FILE with a variant or a bundle: label and probabilities, in order.
+
+    FILE is CSV, TSV, JSON lines or Parquet by its ending, else one text a line; - is standard input. However long it
+    is, it takes no more memory. With --output, the same command goes on where an interrupted one was.
+
+    \b
+    Examples:
+      echo "a charming film" | toolchain predict onnx-int8
+      toolchain predict onnx-int8 reviews.csv --text-column review --output scored.parquet
+      toolchain predict exported/reference/bundle-python reviews.txt
+    """
+    from toolchain.predicting import of_bundle, of_variant
+    from toolchain.predicting import predict as score
+    from toolchain.report.progress import bar, say
+    from toolchain.rows import Texts
+
+    if Path(what).is_dir():
+        found = of_bundle(Path(what), say)
+    else:
+        found = of_variant(open_workspace(model, exported, slug), what, say, bar)
+    count = score(found, Texts(file, text_column), output, say, bar)
+    if output:
+        say(f"{count} texts scored")
+        click.echo(output)

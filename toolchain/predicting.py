@@ -1,0 +1,185 @@
+"""Predict: label and probabilities for every text of a file, in order, in constant memory, resumable.
+
+With an output file, what is scored is kept in parts beside it until the file is whole; the same command takes an
+interrupted run up again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolchain import artifacts, hardware, shipping, variants
+from toolchain.artifacts import Artifact
+from toolchain.backends import Place, Session, open_session
+from toolchain.errors import ArtifactError, DataError, ShippingError
+from toolchain.inputs import Encoder, pad
+from toolchain.pipeline import Bar, Say, Workspace, ensure
+from toolchain.rows import FORMATS, STDIN, Row, Texts, writer
+from toolchain.scenarios import offline_batches
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PART = 2000  # texts scored, kept and shown at once
+PLAIN = 32  # texts scored at once where they are typed or piped, and wanted soon
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Model:
+    """Where a model lies, which runtime opens it, what it answers; `id` tells it from every other."""
+
+    path: Path
+    runtime: str
+    id: str
+    labels: tuple[str, ...]
+    encoder: Encoder
+
+    @property
+    def columns(self) -> list[str]:
+        """Of the predictions: the text, its label, and every label's probability."""
+        return ["text", "prediction", *(f"score_{label}" for label in self.labels)]
+
+
+def of_variant(workspace: Workspace, name: str, say: Say, bar: Bar) -> Model:
+    """A variant, built if it is missing or stale."""
+    artifact: Artifact = ensure(workspace, [name], {}, say, bar)[name]
+    manifest = artifact.manifest
+    encoder = Encoder.open(artifact.path, [spec.name for spec in manifest.inputs], manifest.max_length)
+    return Model(artifact.path, variants.get(name).runtime, manifest.id, manifest.labels, encoder)
+
+
+def of_bundle(folder: Path, say: Say) -> Model:
+    """A bundle's first model; raises as `shipping.verify` does where it is not what it was."""
+    shipping.verify(folder)
+    body = shipping.read(folder)
+    if body is None:
+        raise ShippingError(f"{folder} is gone.")
+    first = body["models"][0]
+    if len(body["models"]) > 1:
+        say(f"{folder}: {first['variant']}, the first of {len(body['models'])}")
+    encoder = Encoder.open(folder, [spec["name"] for spec in first["inputs"]], body["max_length"])
+    return Model(folder / first["file"], "onnx", f"{body['id']}:{first['variant']}", tuple(body["labels"]), encoder)
+
+
+def predict(model: Model, texts: Texts, output: Path | None, say: Say, bar: Bar) -> int:
+    """Scores every text; rows to `output` or standard output, in order. How many there were.
+
+    Raises `DataError` for texts that cannot be read or an output of an unknown kind, `ArtifactError` where it exists or
+    cannot be written; what was scored until then is kept for the next try.
+    """
+    if output is None:
+        session = open_session(model.path, model.runtime, Place("cpu", hardware.cores()))
+        count = 0
+        with writer(None, model.columns) as write:
+            for rows in _scored(session, model, texts.read(), PLAIN):
+                write(rows)
+                count += len(rows)
+        session.close()
+        return count
+    if output.suffix.lower() not in FORMATS:
+        raise DataError(f"{output} ends in none of {', '.join(FORMATS)}.", "Name the output by one of them.")
+    with artifacts.lock(output, lambda: say(f"{output}: another run is writing it, waiting"), tidy=True):
+        if output.exists():
+            raise ArtifactError(f"{output} exists.", "Move it away, or name another file.")
+        return _kept(model, texts, output, say, bar)
+
+
+def _kept(model: Model, texts: Texts, output: Path, say: Say, bar: Bar) -> int:
+    """`predict` into a file, by way of parts."""
+    parts = output.with_name(f".{output.name}.parts")
+    done = _taken_up(parts, model, texts)
+    if done:
+        say(f"{output}: {done} texts are scored already")
+    session = open_session(model.path, model.runtime, Place("cpu", hardware.cores()))
+    total = texts.count()
+    with bar("predict") as progress:
+        rest = itertools.islice(texts.read(), done, None)
+        for rows in _scored(session, model, rest, PART):
+            _keep(parts / f"{done:012}", rows)
+            done += len(rows)
+            progress(done, total or done + PART, f"{done} texts" if total is None else "scoring")
+    session.close()
+    whole = parts / f"whole{output.suffix}"
+    try:
+        with writer(whole, model.columns) as write:
+            for part in sorted(parts.glob("[0-9]*")):
+                write([json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()])
+        whole.rename(output)
+    except OSError as error:
+        raise ArtifactError(f"{output} cannot be written: {error.strerror or error}.", "Free the space.") from error
+    shutil.rmtree(parts, ignore_errors=True)
+    return done
+
+
+def _taken_up(parts: Path, model: Model, texts: Texts) -> int:
+    """How many texts an earlier run of the same scored; what another left is thrown away."""
+    about = {"model": model.id, "texts": _digest(texts), "column": texts.column}
+    state = parts / "run.json"
+    if texts.file != STDIN and state.is_file() and json.loads(state.read_text()) == about:
+        scored = sorted(parts.glob("[0-9]*"))
+        if scored:
+            with scored[-1].open(encoding="utf-8") as last:
+                return int(scored[-1].name) + sum(1 for _ in last)
+        return 0
+    shutil.rmtree(parts, ignore_errors=True)
+    try:
+        parts.mkdir(parents=True)
+        state.write_text(json.dumps(about))
+    except OSError as error:
+        raise ArtifactError(f"{parts.parent} cannot be written: {error.strerror}.", "Name another file.") from error
+    return 0
+
+
+def _digest(texts: Texts) -> str:
+    """Of the file's bytes; of standard input there is none, and its run cannot be taken up."""
+    try:
+        return "" if texts.file == STDIN else artifacts.sha256(Path(texts.file))
+    except OSError as error:
+        raise DataError(f"{texts.file} cannot be read: {error.strerror}.", "Name a readable file.") from error
+
+
+def _keep(part: Path, rows: Sequence[Row]) -> None:
+    """Writes a part whole or not at all."""
+    building = part.with_name(f".{part.name}")
+    try:
+        # \x85 and its like end a line for str.splitlines, and are escaped.
+        building.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        building.rename(part)
+    except OSError as error:
+        raise ArtifactError(
+            f"{part.parent} cannot be written: {error.strerror or error}.",
+            "Free the space; the same command goes on where it was.",
+        ) from error
+
+
+def _scored(session: Session, model: Model, texts: Iterator[str], window: int) -> Iterator[list[dict[str, Any]]]:
+    """The rows of `window` texts at a time, in order; batches are made of texts of like length."""
+    while taken := list(itertools.islice(texts, window)):
+        rows = model.encoder.encode(taken)
+        scores: list[Any] = [None] * len(rows)
+        for batch in offline_batches([len(row) for row in rows], BATCH):
+            arrays = pad([rows[i] for i in batch], model.encoder.names, model.encoder.pad_id)
+            for i, share in zip(batch, _softmax(session.run(arrays)), strict=True):
+                scores[i] = share
+        yield [_row(model, text, share) for text, share in zip(taken, scores, strict=True)]
+
+
+def _row(model: Model, text: str, shares: Sequence[float]) -> dict[str, Any]:
+    best = max(range(len(shares)), key=lambda label: shares[label])
+    scores = (round(float(share), 6) for share in shares)
+    return dict(zip(model.columns, [text, model.labels[best], *scores], strict=True))
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares: np.ndarray = odds / odds.sum(axis=1, keepdims=True)
+    return shares

@@ -1,0 +1,223 @@
+"""Ship: variants of a model to a folder an app can use; and verify: whether such a folder is what it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolchain import bundles, inputs, passes, runs
+from toolchain.artifacts import Artifact, Manifest, building, lock, replace
+from toolchain.bundled import verify as bundled
+from toolchain.bundles import Contents, Origin
+from toolchain.errors import ArtifactError, ShippingError, VerdictError
+from toolchain.measurements import Measurement, ResultFile
+from toolchain.pipeline import Bar, Say, Workspace, ensure
+from toolchain.steps.validate import TEXTS
+from toolchain.targets import TARGETS, Target, clients
+from toolchain.variants import parse_name
+
+if TYPE_CHECKING:
+    import onnx
+
+SENTENCES, SEED = 16, 6
+NOT_STATED = "not stated"
+REFERENCE = Origin(
+    name="reference",
+    source={},
+    license="Apache-2.0",
+    origin="DistilBERT fine-tuned by the toolchain's authors from sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0)",
+    data="SST-2 (GLUE); the Stanford Sentiment Treebank is published for research with citation "
+    "(Socher et al., EMNLP 2013)",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What to ship: `variants` in this order, for which `target`, under which `license` where the model's own is not
+    known here; with the web target's `demo` page or without."""
+
+    variants: tuple[str, ...]
+    target: str
+    license: str | None = None
+    demo: bool = True
+
+
+def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -> dict[str, Any]:
+    """Writes the bundle to `output`, building what is missing or stale, and returns its bundle.json.
+
+    It is checked like a bundle from elsewhere before it is renamed into place. Raises `ShippingError` for variants the
+    target cannot take, `VerdictError` for one that failed validation, `ArtifactError` where `output` holds anything
+    but an unchanged bundle.
+    """
+    target = TARGETS[order.target]
+    _check_names(order.variants, target)
+    built = ensure(workspace, order.variants, {}, say, bar)
+    chosen = [built[name] for name in order.variants]
+    for artifact in chosen:
+        _check(artifact, target)
+    found: dict[str, Path] = {}
+    if target is TARGETS["web"] and order.demo:
+        modules = clients.install(workspace.exported / ".cache")
+        found = {path: modules / file for path, file in clients.BROWSER.items()}
+    measured = runs.cited([artifact.manifest.id for artifact in chosen], say)
+    contents = Contents(
+        target,
+        chosen,
+        _origin(workspace, chosen[0].manifest, order.license),
+        [*TEXTS.values(), *inputs.embedded().sample(SENTENCES, SEED)],
+        {artifact_id: _measured(*found_in) for artifact_id, found_in in measured.items()},
+        found,
+    )
+    with lock(output, lambda: say(f"{output}: another run is writing it, waiting"), tidy=True):
+        _check_output(output)
+        return _publish(contents, output, say)
+
+
+def _publish(contents: Contents, output: Path, say: Say) -> dict[str, Any]:
+    with building(output) as scratch:
+        body = bundles.write(contents, scratch)
+        if output.exists() and bundled.sealed(output)["id"] == body["id"]:
+            say(f"{output}: the same already, unchanged")
+            return body
+        verify(scratch)
+        replace(scratch, output)
+    say(f"{output}: written and verified, {sum(entry['bytes'] for entry in body['files']) / 1e6:.1f} MB")
+    return body
+
+
+def _check_output(output: Path) -> None:
+    """Raises `ArtifactError` unless nothing is there or a bundle as it was written, which can be made again."""
+    if not (output.exists() or output.is_symlink()):
+        return
+    mend = "Move it away, or name another folder with --output."
+    try:
+        bundled.sealed(output)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{output} exists and is no bundle.", mend) from error
+    except NotADirectoryError as error:
+        raise ArtifactError(f"{output} is a file.", mend) from error
+    except bundled.Broken as error:
+        raise ArtifactError(f"{output} was changed since it was written: {error}.", mend) from error
+
+
+def _check_names(names: Sequence[str], target: Target) -> None:
+    """Raises `ShippingError`, before anything is built, for what is no ONNX file or would take another's place."""
+    places: dict[str, str] = {}
+    for name in names:
+        if parse_name(name).runtime != "onnx":
+            raise ShippingError(f"{name} is PyTorch's and no .onnx file.", "Ship an ONNX variant such as onnx-int8.")
+        other = places.setdefault(target.place(name), name)
+        if other != name:
+            raise ShippingError(
+                f"{other} and {name} would both be {target.place(name)}.", "Ship them in bundles of their own."
+            )
+    if len(set(names)) < len(names):
+        raise ShippingError("A variant is named twice.", "Name each once.")
+
+
+def _check(artifact: Artifact, target: Target) -> None:
+    """Raises `VerdictError` for an artifact that failed validation, `ShippingError` for operators the target lacks."""
+    name = artifact.manifest.variant
+    if artifact.manifest.validation.get("passed") is not True:
+        raise VerdictError(f"{name} did not pass validation.", f"`toolchain validate {name}` shows why.")
+    graph = passes.read(artifact.onnx_path)
+    lacking = sorted({node.op_type for node in graph.graph.all_nodes() if node.domain not in target.domains})
+    if lacking:
+        instead = "onnx-std-int8" if parse_name(name).scheme == "int8" else "onnx-std"
+        raise ShippingError(
+            f"{name} uses {', '.join(lacking)}, which only ONNX Runtime has.",
+            f"Ship a variant of standard operators such as {instead}.",
+        )
+
+
+def _origin(workspace: Workspace, manifest: Manifest, license_: str | None) -> Origin:
+    """Whose the model is; a local folder is named without its place."""
+    source = {key: str(value) for key, value in manifest.source.items()}
+    if source["kind"] == "embedded":
+        return dataclasses.replace(REFERENCE, source=source, license=license_ or REFERENCE.license)
+    if source["kind"] == "folder":
+        source["ref"] = Path(source["ref"]).name
+    what = "a local folder" if source["kind"] == "folder" else "the model hub"
+    return Origin(workspace.model, source, license_ or NOT_STATED, f"{source['ref']}, from {what}", NOT_STATED)
+
+
+def _measured(run: ResultFile, row: Measurement) -> dict[str, Any]:
+    """What a run says of an artifact, with its hardware."""
+    machine = run.machine
+    return {
+        "provider": row.provider,
+        "cpu": machine["cpu"],
+        "isa": machine["isa"],
+        "gpu": [gpu["name"] for gpu in machine["gpu"]],
+        "threads": run.run.get("threads"),
+        "created": run.created,
+        "data": run.data["name"],
+        "accuracy": row.accuracy and {"value": row.accuracy.value, "count": row.accuracy.count},
+        "latency_ms": {name: row.latency_ms[name] for name in ("p50", "p95")} if row.latency_ms else None,
+        "sentences_per_s": row.throughput_per_s,
+    }
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Whether the bundle is whole and answers its golden sentences here: {id, files, models: {variant: …}}.
+
+    Raises `ShippingError` where there is no bundle, `VerdictError` where it is not what it was.
+    """
+    mend = "Do not use it; ship it again, or ask whom you have it from."
+    try:
+        body = bundled.sealed(folder)
+        for model in body["models"]:
+            _check_single(folder / model["file"])
+        models = {
+            variant: {"largest_delta": largest, "tolerance": tolerance}
+            for variant, largest, tolerance in bundled.answers(folder, body)
+        }
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ShippingError(
+            f"{folder} is no bundle: it holds no {bundled.BUNDLE}.", "Name a folder `toolchain ship` wrote."
+        ) from error
+    except bundled.Broken as error:
+        raise VerdictError(f"{folder} is not as it was made: {error}.", mend) from error
+    return {"id": body["id"], "target": body.get("target"), "files": len(body["files"]), "models": models}
+
+
+def _check_single(path: Path) -> None:
+    """Raises `Broken` for a model whose tensors lie in other files, which a loader would follow anywhere."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        tensors = list(external_tensors(onnx.load(str(path), load_external_data=False).graph))
+    except (DecodeError, ValueError, OSError) as error:
+        raise bundled.Broken(f"{path.name} is no ONNX file") from error
+    if tensors:
+        raise bundled.Broken(f"{path.name} keeps {tensors[0]} outside of itself")
+
+
+def external_tensors(graph: onnx.GraphProto) -> Iterator[str]:
+    """Names of a graph's tensors that lie in other files, those of its subgraphs among them."""
+    from onnx import TensorProto
+
+    attributes = [attribute for node in graph.node for attribute in node.attribute]
+    tensors = [
+        *graph.initializer,
+        *(t for a in attributes for t in ([a.t] if a.HasField("t") else []) + list(a.tensors)),
+    ]
+    yield from (tensor.name for tensor in tensors if tensor.data_location == TensorProto.EXTERNAL)
+    for attribute in attributes:
+        for part in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+            yield from external_tensors(part)
+
+
+def default_output(workspace: Workspace, target: str) -> Path:
+    """Where a bundle goes unless told otherwise."""
+    return workspace.exported / workspace.model / f"bundle-{target}"
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The bundle.json of a folder that is one, without checking it; None for anything else."""
+    file = folder / bundled.BUNDLE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -1,0 +1,86 @@
+"""Where a bundle goes: which operators are there, how its files are called, and what lies beside the models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolchain.errors import ShippingError
+from toolchain.variants import parse_name
+
+BUNDLED = Path(__file__).parent.parent / "bundled"
+STANDARD, MICROSOFT = "", "com.microsoft"
+# Scheme of a variant → how transformers.js calls it (dtype), and what it looks for.
+DTYPES = {
+    "fp32": ("fp32", "onnx/model.onnx"),
+    "int8": ("q8", "onnx/model_quantized.onnx"),
+    "fp16": ("fp16", "onnx/model_fp16.onnx"),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """`place` is the path a variant's file gets, `domains` are the operator sets its runtimes have, `files` what lies
+    beside the models: path in the bundle → file in `BUNDLED`; a ``.j2`` among them is rendered."""
+
+    name: str
+    place: Callable[[str], str]
+    domains: frozenset[str]
+    files: Mapping[str, str]
+
+
+def dtype(variant: str) -> str | None:
+    """What transformers.js calls the variant's scheme; None where it has no name for it."""
+    return DTYPES.get(parse_name(variant).scheme, (None, ""))[0]
+
+
+def _for_transformers_js(variant: str) -> str:
+    scheme = parse_name(variant).scheme
+    if scheme not in DTYPES:
+        raise ShippingError(
+            f"transformers.js has no name for {variant}.",
+            f"It reads variants of {', '.join(DTYPES)}, such as onnx-int8.",
+        )
+    return DTYPES[scheme][1]
+
+
+def _by_name(variant: str) -> str:
+    return f"{variant}.onnx"
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target(
+            "web",
+            _for_transformers_js,
+            frozenset({STANDARD, MICROSOFT}),
+            {
+                "README.md": "README.web.md.j2",
+                "verify.py": "verify.py",
+                "verify.mjs": "verify.mjs",
+                "golden.mjs": "golden.mjs",
+            },
+        ),
+        Target(
+            "python",
+            _by_name,
+            frozenset({STANDARD, MICROSOFT}),
+            {
+                "README.md": "README.python.md.j2",
+                "verify.py": "verify.py",
+                "classify.py": "classify.py",
+                "requirements.txt": "requirements.txt",
+            },
+        ),
+        Target(
+            "other",
+            _by_name,
+            frozenset({STANDARD}),
+            {"README.md": "README.other.md.j2", "verify.py": "verify.py", "requirements.txt": "requirements.txt"},
+        ),
+    )
+}
+# The page to try a web bundle in, and what it needs beside the clients' own files.
+DEMO = {"index.html": "index.html", "demo/page.mjs": "page.mjs", "demo/page.css": "page.css"}
