@@ -166,3 +166,21 @@ def test_a_package_says_its_cuda_without_being_imported(monkeypatch, tmp_path, p
 def test_a_missing_package_was_built_for_no_cuda(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert hardware.built_for_cuda("torch") is None
+
+
+@pytest.mark.parametrize(
+    ("machine", "isa", "exact"),
+    [
+        ("x86_64", ["avx2", "avx512f"], False),
+        ("x86_64", ["avx2", "avx_vnni"], True),
+        ("x86_64", ["avx512f", "avx512_vnni"], True),
+        ("aarch64", ["asimd"], True),
+    ],
+)
+def test_a_processor_that_saturates_is_told_what_to_build(monkeypatch, machine, isa, exact):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("toolchain.hardware.processor", lambda: {"cpu": "a processor", "isa": isa})
+    assert hardware.exact_int8() is exact
+    found = doctor._processor()[0]
+    assert found.level == ("ok" if exact else "note")
+    assert exact or found.mend == "toolchain quantize --isa portable"

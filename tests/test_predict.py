@@ -196,6 +196,14 @@ class Breaking:
         self.session.close()
 
 
+def test_a_broken_row_is_told_before_anything_is_scored(model, tmp_path, monkeypatch):
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n' * (PART + 1) + "broken\n")
+    monkeypatch.setattr(predicting, "open_session", lambda *a: pytest.fail("it was opened"))
+    for output in (tmp_path / "out.csv", None):
+        with pytest.raises(DataError, match=f"row {PART + 2}"):
+            predict(model, Texts(str(tmp_path / "in.jsonl")), output, quiet, no_bar)
+
+
 def test_an_interrupted_run_is_taken_up(model, tmp_path, monkeypatch):
     texts = [f"film {i}" for i in range(2 * PART + 100)]
     source = write_texts(tmp_path / "in.csv", texts)

@@ -103,12 +103,9 @@ def _processor() -> list[Finding]:
     processor = hardware.processor()
     isa = processor["isa"]
     text = f"{processor['cpu']}, {hardware.cores()} cores, {', '.join(isa) or 'no known vector extension'}"
-    if platform.machine().lower() in ("x86_64", "amd64") and not {"avx512_vnni", "avx_vnni"} & set(isa):
-        return [
-            Finding(
-                "note", f"{text}: no VNNI, so int8 is slower here and can saturate", "Compare accuracy on this machine."
-            )
-        ]
+    if platform.machine().lower() in ("x86_64", "amd64") and not hardware.exact_int8():
+        what = f"{text}: no VNNI, so int8 is slower here, and full 8-bit weights saturate"
+        return [Finding("note", what, "toolchain quantize --isa portable")]
     return [Finding("ok", text)]
 
 

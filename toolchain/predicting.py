@@ -75,6 +75,7 @@ def predict(model: Model, texts: Texts, output: Path | None, say: Say, bar: Bar)
     cannot be written; what was scored until then is kept for the next try.
     """
     if output is None:
+        texts.count()
         session = open_session(model.path, model.runtime, Place("cpu", hardware.cores()))
         count = 0
         with writer(None, model.columns) as write:
@@ -94,17 +95,18 @@ def predict(model: Model, texts: Texts, output: Path | None, say: Say, bar: Bar)
 def _kept(model: Model, texts: Texts, output: Path, say: Say, bar: Bar) -> int:
     """`predict` into a file, by way of parts."""
     parts = output.with_name(f".{output.name}.parts")
+    total = texts.count()
     done = _taken_up(parts, model, texts)
     if done:
         say(f"{output}: {done} texts are scored already")
     session = open_session(model.path, model.runtime, Place("cpu", hardware.cores()))
-    total = texts.count()
     with bar("predict") as progress:
         rest = itertools.islice(texts.read(), done, None)
         for rows in _scored(session, model, rest, PART):
             _keep(parts / f"{done:012}", rows)
             done += len(rows)
-            progress(done, total or done + PART, f"{done} texts" if total is None else "scoring")
+            if total:
+                progress(done, total, "scoring")
     session.close()
     whole = parts / f"whole{output.suffix}"
     try:
@@ -122,7 +124,11 @@ def _taken_up(parts: Path, model: Model, texts: Texts) -> int:
     """How many texts an earlier run of the same scored; what another left is thrown away."""
     about = {"model": model.id, "texts": _digest(texts), "column": texts.column}
     state = parts / "run.json"
-    if texts.file != STDIN and state.is_file() and json.loads(state.read_text()) == about:
+    try:
+        same = texts.file != STDIN and json.loads(state.read_text()) == about
+    except (OSError, ValueError):  # none, or one that was being written when its run was killed
+        same = False
+    if same:
         scored = sorted(parts.glob("[0-9]*"))
         if scored:
             with scored[-1].open(encoding="utf-8") as last:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain import bundles, inputs, passes, runs
+from toolchain import bundles, inputs, passes, runs, variants
 from toolchain.artifacts import Artifact, Manifest, building, lock, replace
 from toolchain.bundled import verify as bundled
 from toolchain.bundles import Contents, Origin
@@ -107,7 +107,7 @@ def _check_names(names: Sequence[str], target: Target) -> None:
     """Raises `ShippingError`, before anything is built, for what is no ONNX file or would take another's place."""
     places: dict[str, str] = {}
     for name in names:
-        if parse_name(name).runtime != "onnx":
+        if variants.get(name).runtime != "onnx":
             raise ShippingError(f"{name} is PyTorch's and no .onnx file.", "Ship an ONNX variant such as onnx-int8.")
         other = places.setdefault(target.place(name), name)
         if other != name:

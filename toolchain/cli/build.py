@@ -143,11 +143,13 @@ def quantize(
 
     if isa != "vnni" and backend != "ort":
         raise click.BadParameter(f"--backend {backend} has no weights of 7 bits.", param_hint="--isa")
-    portable = isa == "portable" or (isa == "auto" and not exact_int8())
+    if isa == "auto":
+        isa = "vnni" if exact_int8() else "portable"
+        click.echo(f"isa auto: {isa} on this processor", err=True)
     schemes = list(QUANTIZED[backend])
     if scheme is not None and scheme not in schemes:
         raise click.BadParameter(f"--backend {backend} has {', '.join(schemes)}.", param_hint="--scheme")
-    step = Quantize(backend, scheme or schemes[0], portable or None)
+    step = Quantize(backend, scheme or schemes[0], True if isa == "portable" else None)
     chosen = parents or (("onnx-fp32",) if backend == "ort" else ("torch-fp32",))
     asked: dict[str, Step] = {child(parent, step).name: step for parent in chosen}
     _build(open_workspace(model, exported, slug), asked, dry_run)

@@ -113,12 +113,13 @@ def predict(
       toolchain predict onnx-int8 reviews.csv --text-column review --output scored.parquet
       toolchain predict exported/reference/bundle-python reviews.txt
     """
+    from toolchain.bundled.verify import BUNDLE
     from toolchain.predicting import of_bundle, of_variant
     from toolchain.predicting import predict as score
     from toolchain.report.progress import bar, say
     from toolchain.rows import Texts
 
-    if Path(what).is_dir():
+    if "/" in what or (Path(what) / BUNDLE).exists():
         found = of_bundle(Path(what), say)
     else:
         found = of_variant(open_workspace(model, exported, slug), what, say, bar)
