@@ -71,7 +71,8 @@ def ship(
 def verify(bundle: Path, as_json: bool) -> None:
     """Check that BUNDLE is what it was; exit 3 if not.
 
-    Every file's digest, then the golden sentences' tokens and logits, asked here. The bundle's own verify.py does the same without this toolchain.
+    Every file's digest, then the golden sentences' tokens and logits, asked here. The bundle's own verify.py does the
+    same without this toolchain.
 
     \b
     Example:
