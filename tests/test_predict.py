@@ -233,7 +233,7 @@ def test_an_interrupted_run_is_taken_up(model, tmp_path, monkeypatch):
 def test_a_run_of_something_else_is_not_taken_up(built_tiny, model, tmp_path, monkeypatch, change):
     texts = [f"film {i}" for i in range(PART + 10)]
     source = write_texts(tmp_path / "in.csv", texts)
-    monkeypatch.setattr(predicting, "open_session", lambda *a: Breaking(open_session(*a), -(-PART // 32) + 1))
+    monkeypatch.setattr(predicting, "open_session", lambda *a: Breaking(open_session(*a), -(-PART // 32)))
     with pytest.raises(KeyboardInterrupt):
         predict(model, Texts(str(source)), tmp_path / "out.csv", quiet, no_bar)
     monkeypatch.undo()

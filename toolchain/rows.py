@@ -62,7 +62,7 @@ class Texts:
 
     def _lines(self) -> Iterator[str]:
         if self.file == STDIN and not self.column:
-            stream: AbstractContextManager[IO[str]] = nullcontext(_utf8(sys.stdin))
+            stream: AbstractContextManager[IO[str]] = nullcontext(_utf8(sys.stdin))  # not ours to close
         elif self.column:
             raise DataError(f"{self.file} is read as plain lines, which have no columns.", "Leave --text-column out.")
         else:
@@ -140,23 +140,10 @@ class Texts:
 
 
 def _utf8(stream: Any) -> Any:
-    """Standard input as UTF-8 whatever the locale says; it is not ours to close."""
+    """Standard input as UTF-8 whatever the locale says."""
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(encoding="utf-8", errors="strict")
-    return _Open(stream)
-
-
-class _Open:
-    """A stream that a ``with`` leaves open."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def __enter__(self) -> Any:
-        return self._stream
-
-    def __exit__(self, *_: object) -> None:
-        pass
+    return stream
 
 
 @contextmanager
