@@ -32,6 +32,7 @@ def parts() -> dict[str, str]:
         "peers": _peers(),
         "pruning": _pruning(),
         "clients": _clients(),
+        "saturation": _saturation(),
         "commands": _commands(),
     }
 
@@ -67,6 +68,12 @@ def _pruning() -> str:
 
 def _clients() -> str:
     return _text("\n".join(script("clients").summary(json.loads((STUDIES / "clients-reference.json").read_text()))))
+
+
+def _saturation() -> str:
+    return _text(
+        "\n".join(script("saturation").summary(json.loads((STUDIES / "saturation-reference.json").read_text())))
+    )
 
 
 def _commands() -> str:

@@ -111,6 +111,14 @@ def test_a_file_says_where_it_is_exact(shipped, built_tiny, tmp_path):
     assert "older x86-64" in readme
 
 
+def test_headroom_is_that_of_the_file_and_not_of_what_an_older_release_noted(tiny, tmp_path):
+    file = tiny.path("onnx-int8") / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["facts"]["int8_headroom"]
+    file.write_text(json.dumps(manifest))
+    assert make(tiny, tmp_path / "b", "onnx-int8")["models"][0]["int8_headroom"] < 1
+
+
 def test_no_place_of_this_machine_is_in_a_bundle(shipped, tiny_checkpoint, built_tiny):
     for path in shipped.rglob("*"):
         if path.is_file():
@@ -376,11 +384,13 @@ def replaced(bundle, name, content):
     reseal(bundle, lambda body: next(e for e in body["files"] if e["path"] == name).update(entry))
 
 
-@pytest.mark.parametrize("change", ["logits", "tokens", "not finite", "none", "other variant"])
+@pytest.mark.parametrize("change", ["logits", "saturated", "tokens", "not finite", "none", "other variant"])
 def test_answers_that_are_not_the_recorded_ones_are_seen(bundle, change):
     golden = json.loads((bundle / "golden.json").read_text())
     if change == "logits":
-        golden["logits"]["onnx-int8"][3][0] += 2 * TOLERANCES["int8"]
+        golden["logits"]["onnx-int8"][3][0] += 2 * TOLERANCES["int8"]["largest"]
+    elif change == "saturated":
+        golden["logits"]["onnx-int8"] = [[x + 0.05 for x in row] for row in golden["logits"]["onnx-int8"]]
     elif change == "tokens":
         golden["sentences"][3]["input_ids"][1] += 1
     elif change == "not finite":
@@ -390,8 +400,9 @@ def test_answers_that_are_not_the_recorded_ones_are_seen(bundle, change):
     else:
         golden["logits"] = {"onnx-fp32": golden["logits"]["onnx-int8"]}
     replaced(bundle, "golden.json", json.dumps(golden))
-    with pytest.raises(VerdictError, match=r"logits|tokenizer splits|golden\.json"):
+    with pytest.raises(VerdictError, match=r"logits|tokenizer splits|golden\.json") as caught:
         shipping.verify(bundle)
+    assert ("need a -portable file" in str(caught.value)) == (change == "saturated")
 
 
 def test_no_bundle_is_a_failure_and_not_a_verdict(tmp_path):

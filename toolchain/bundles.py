@@ -19,16 +19,22 @@ from toolchain.backends import Place
 from toolchain.backends.ort import OrtSession
 from toolchain.bundled.verify import BUNDLE, GOLDEN, SCHEMA, canonical_id
 from toolchain.inputs import Encoder, pad
+from toolchain.passes import headroom, read
 from toolchain.targets import BUNDLED, DEMO, TARGETS, Target, dtype
 from toolchain.variants import parse_name, settings_of, step_name
 
-# What a logit may differ elsewhere, where other kernels add in another order: fp32 by its rounding, int8 by activations
-# that round to the next of 256 steps. What saturates or is damaged is further off.
-TOLERANCES = {"fp32": 1e-3, "fp16": 5e-2, "int8": 0.5}
+# What a logit may differ elsewhere, in the worst and in the middle one of the golden sentences. Other kernels add in
+# another order: in fp32 that rounds; in int8 an activation now and then falls on the next of its 256 steps, which moves
+# a few sentences and leaves most alone. Where products saturate, most are moved.
+TOLERANCES = {
+    "fp32": {"largest": 1e-3, "median": 1e-4},
+    "fp16": {"largest": 5e-2, "median": 5e-2},
+    "int8": {"largest": 0.5, "median": 1e-2},
+}
 TOKENIZER, TOKENIZER_CONFIG, CONFIG = "tokenizer.json", "tokenizer_config.json", "config.json"
 EXACT = (
     "x86-64 with VNNI or AMX (Intel from Cascade Lake and Ice Lake on, AMD from Zen 4 on), 64-bit ARM, and "
-    "WebAssembly; on older x86-64 its 8-bit products saturate and its answers are wrong"
+    "WebAssembly; on older x86-64 its 8-bit products saturate and its answers are others"
 )
 ANYWHERE = "any processor"
 
@@ -115,7 +121,7 @@ def _model(contents: Contents, artifact: Artifact) -> dict[str, Any]:
     """What bundle.json says of one variant."""
     manifest = artifact.manifest
     facts, scheme = manifest.facts, parse_name(manifest.variant).scheme
-    room = facts.get("int8_headroom")
+    room = headroom(read(artifact.onnx_path))  # of the file, whatever an older release knew of it
     return {
         "variant": manifest.variant,
         "file": contents.target.place(manifest.variant),

@@ -1,0 +1,96 @@
+"""What int8 answers on x86 without VNNI, computed: neighbouring U8 × S8 products added in 16 bits and clipped.
+
+    python benchmarks/saturation.py
+
+Runs the graphs of standard operators over the validation set twice, in ONNX Runtime on this machine, which must add
+exactly, and in onnx's reference evaluator with a MatMulInteger that saturates as vpmaddubsw does. Writes
+benchmarks/studies/saturation-reference.json.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import onnx
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+
+from toolchain import hardware, inputs
+from toolchain.backends import Place, open_session
+from toolchain.inputs import Encoder, pad
+from toolchain.passes import headroom, read
+from toolchain.pipeline import Workspace, ensure
+from toolchain.report.progress import bar, say
+
+STUDY = Path(__file__).parent / "studies" / "saturation-reference.json"
+VARIANTS = ("onnx-std-int8", "onnx-std-int8-portable")
+LOW, HIGH = -32768, 32767
+
+
+class MatMulInteger(OpRun):
+    """With each two neighbouring products added in 16 bits."""
+
+    def _run(self, a: np.ndarray, b: np.ndarray, a_zero_point: np.ndarray) -> tuple[np.ndarray]:
+        rows, weights = a.reshape(-1, a.shape[-1]).astype(np.int32), b.astype(np.int32)
+        total = np.zeros((len(rows), weights.shape[1]), np.int32)
+        for k in range(0, rows.shape[1], 2):
+            total += np.clip(rows[:, k : k + 2] @ weights[k : k + 2], LOW, HIGH)
+        total -= int(a_zero_point) * weights.sum(axis=0, dtype=np.int32)
+        return (total.reshape(*a.shape[:-1], -1),)
+
+
+@click.command()
+@click.option("--exported", type=click.Path(path_type=Path), default=Path("exported"), show_default=True)
+def main(exported: Path) -> None:
+    """Builds, computes, prints, saves."""
+    if not hardware.exact_int8():
+        raise click.ClickException("This processor saturates itself: run it on one with VNNI.")
+    workspace, data = Workspace.open("reference", exported), inputs.embedded()
+    built = ensure(workspace, VARIANTS, {}, say)
+    rows = {}
+    for name in VARIANTS:
+        path, manifest = built[name].path, built[name].manifest
+        encoder = Encoder.open(path, [spec.name for spec in manifest.inputs], manifest.max_length)
+        batches = [pad([row], encoder.names, encoder.pad_id) for row in encoder.encode(data.texts)]
+        session = open_session(path, "onnx", Place("cpu", hardware.cores()))
+        exact = np.concatenate([session.run(batch) for batch in batches])
+        evaluator = ReferenceEvaluator(onnx.load(path / "model.onnx"), new_ops=[MatMulInteger])
+        saturated = []
+        with bar(name) as progress:
+            for done, batch in enumerate(batches):
+                progress(done, len(batches), "sentences")
+                saturated.append(evaluator.run(None, batch)[0])
+        deltas = np.abs(np.concatenate(saturated) - exact).max(axis=1)
+        answers = np.concatenate(saturated).argmax(axis=1)
+        rows[name] = {
+            "headroom": headroom(read(path / "model.onnx")),
+            "largest_delta": round(float(deltas.max()), 4),
+            "median_delta": float(f"{np.median(deltas):.2g}"),
+            "flips": int((answers != exact.argmax(axis=1)).sum()),
+            "correct": [int((got == np.array(data.labels)).sum()) for got in (exact.argmax(axis=1), answers)],
+            "count": len(answers),
+        }
+    body = {"schema": 1, "machine": hardware.machine(), "rows": rows}
+    STUDY.write_text(json.dumps(body, indent=1) + "\n")
+    for line in summary(body):
+        click.echo(line)
+
+
+def summary(body: dict[str, Any]) -> list[str]:
+    """The study in lines."""
+    lines = [
+        f"{'':24} {'headroom':>8} {'median |Δlogit|':>16} {'largest':>8} {'flips':>6}   accuracy, exact and saturating"
+    ]
+    for name, row in body["rows"].items():
+        exact, saturated = (f"{correct / row['count']:.2%}" for correct in row["correct"])
+        figures = f"{row['headroom']:8.3f} {row['median_delta']:16.2g} {row['largest_delta']:8.2g} {row['flips']:6}"
+        lines.append(f"{name:24} {figures}   {exact}  {saturated}")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
