@@ -50,7 +50,7 @@ def bundles(reference, tmp_path_factory):
         (reference.exported / ".cache").mkdir(exist_ok=True)
         (reference.exported / ".cache" / MODULES.parent.name).symlink_to(MODULES.parent)
     for target, names in (
-        ("web", ("onnx-int8", "onnx-fp32")),
+        ("web", ("onnx-int8", "onnx-fp32", "onnx-int4")),
         ("python", ("onnx-int8", "onnx-int8-portable")),
         ("other", ("onnx-std", "onnx-std-int8")),
     ):
@@ -104,7 +104,7 @@ def agree(answers, logits, scheme):
 
 
 @needs_node
-@pytest.mark.parametrize(("dtype", "variant"), [("q8", "onnx-int8"), ("fp32", "onnx-fp32")])
+@pytest.mark.parametrize(("dtype", "variant"), [("q8", "onnx-int8"), ("fp32", "onnx-fp32"), ("q4", "onnx-int4")])
 def test_transformers_js_on_node_answers_alike(bundles, asked, here, dtype, variant):
     shutil.copy(TESTS / "clients" / "transformers.mjs", bundles)
     found = json.loads(run(NODE, bundles / "transformers.mjs", bundles / "web", dtype, asked / "texts.json"))
@@ -149,7 +149,7 @@ def test_the_node_code_of_the_readme_runs(bundles):
 @pytest.mark.parametrize("target", ["python", "web", "other"])
 def test_a_bare_python_verifies_the_bundle(bundles, target):
     said = run(PYTHON, "-I", bundles / target / "verify.py")
-    assert said.count("golden sentences answered") == 2
+    assert said.count("golden sentences answered") == (3 if target == "web" else 2)
 
 
 @needs_python
@@ -291,7 +291,7 @@ def test_the_golden_sentences_hold_in_the_browser_for_every_variant(browser, sit
     browser.open(site)
     browser.run(READY)
     proof = "document.getElementById('proof').innerText"
-    for index, variant in enumerate(["onnx-int8", "onnx-fp32"]):
+    for index, variant in enumerate(["onnx-int8", "onnx-fp32", "onnx-int4"]):
         if index:
             browser.run(
                 f"(s => {{ s.selectedIndex = {index}; s.dispatchEvent(new Event('change')) }})"

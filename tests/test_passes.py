@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from toolchain import passes
 from toolchain.errors import GraphError
 from toolchain.inputs import pad
+from toolchain.passes.quantize_blocks import BLOCK, TOP, pack, quantize_blocks
 from toolchain.passes.quantize_linear import LARGEST_OF_7_BITS, headroom, quantize_weight
 
 ATTENTION = passes.Attention(heads=4, width=32)
@@ -278,6 +279,76 @@ def test_int8_of_standard_operators_has_no_others(std, left):
     assert found["DynamicQuantizeLinear"] == 9  # query, key and value read one
     assert {node.domain for node in model.graph} == {""}
     assert np.abs(answer(model, batch) - want).max() < 0.1 * np.abs(want).max()
+
+
+tables = hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 70)), elements=st.floats(-10, 10, width=32))
+
+
+@given(tables)
+def test_4_bit_blocks_are_no_worse_than_plain_rounding_and_keep_zero(weight):
+    codes, scales, zeros = quantize_blocks(weight)
+    assert codes.max(initial=0) <= TOP
+    assert zeros.max(initial=0) <= TOP
+    back = (codes.reshape(*scales.shape, BLOCK).astype(np.float32) - zeros[:, :, None]) * scales[:, :, None]
+    filled = np.zeros_like(codes, np.float32)
+    filled[:, : weight.shape[1]] = weight
+    blocks = filled.reshape(back.shape)
+    assert (back[blocks == 0] == 0).all()
+    low, high = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
+    step = ((high - low) / TOP)[:, :, None].astype(np.float64)
+    # Rounding to the nearest of 16 values is at most half a step off; zero itself was rounded to a step.
+    assert ((back - blocks) ** 2).sum() <= ((step * 1.001 + 1e-30) ** 2 * np.ones_like(blocks)).sum()
+
+
+@given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 3), st.integers(1, 9)), elements=st.integers(0, TOP)))
+def test_two_codes_are_a_byte(codes):
+    packed = pack(codes)
+    back = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(codes), -1)
+    assert (back[:, : codes.shape[1]] == codes).all()
+    assert (back[:, codes.shape[1] :] == 0).all()
+
+
+def rounded(array):
+    """A weight [inner, outer] or the rows of a table as 4 bits give them back."""
+    codes, scales, zeros = quantize_blocks(array)
+    back = (codes.reshape(*scales.shape, BLOCK).astype(np.float32) - zeros[:, :, None]) * scales[:, :, None]
+    return back.reshape(len(array), -1)[:, : array.shape[1]]
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_4_bit_answers_are_those_of_the_rounded_weights(built_tiny, left):
+    """On random weights 4 bits are another model: held against the fp32 graph of the same rounded weights."""
+    std = passes.read(built_tiny.path("onnx-std") / "model.onnx")
+    for node in std.graph:
+        if node.op_type in ("MatMul", "Gemm", "Gather") and not node.outputs[0].is_graph_output():
+            value = node.inputs[0 if node.op_type == "Gather" else 1]
+            if value.const_value is not None and value.const_value.shape.rank() == 2:
+                array = value.const_value.numpy()
+                by_rows = node.op_type == "Gather" or node.attributes.get_int("transB", 0)
+                value.const_value = ir.tensor(rounded(array) if by_rows else rounded(array.T).T.copy(), name=value.name)
+    batch = pad(ROWS, NAMES, 0, left)
+    want = answer(std, batch)
+    fp32 = passes.read(built_tiny.path("onnx-fp32") / "model.onnx")
+    model, counts = passes.rewrite(fp32, ["quantize-linear-int4", "quantize-embedding-int4"], ATTENTION)
+    assert counts == {"quantize-linear-int4": 9, "quantize-embedding-int4": 2}
+    found = operators(model)
+    assert (found["MatMulNBits"], found["GatherBlockQuantized"]) == (9, 2)
+    assert np.abs(answer(model, batch) - want).max() < 0.1 * np.abs(want).max()
+    assert "int8_headroom" not in passes.facts(model)
+    assert passes.facts(model)["bytes_by_part"]["embeddings"] < 0.2 * (30522 + 512) * 32 * 4
+
+
+def test_a_table_is_looked_up_as_it_was_rounded():
+    table = np.random.default_rng(0).normal(size=(6, 2 * BLOCK)).astype(np.float32)
+    model = small_graph(
+        [helper.make_node("Gather", ["t", "i"], ["y"])], {"t": table, "i": np.array([[4, 0, 5]])}, ("b", "s", "w")
+    )
+    model, counts = passes.rewrite(model, ["quantize-embedding-int4"], ATTENTION)
+    assert counts == {"quantize-embedding-int4": 1}
+    codes, scales, zeros = quantize_blocks(table)
+    back = (codes.reshape(6, 2, BLOCK).astype(np.float32) - zeros[:, :, None]) * scales.astype(np.float16)[:, :, None]
+    got = answer(model, {"x": np.zeros((1, 1, 4), np.float32)})
+    assert np.abs(got[0] - back.reshape(6, -1)[[4, 0, 5]]).max() < 1e-2
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph at all", b"\x08\x08"])

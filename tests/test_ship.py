@@ -402,7 +402,7 @@ def test_answers_that_are_not_the_recorded_ones_are_seen(bundle, change):
     replaced(bundle, "golden.json", json.dumps(golden))
     with pytest.raises(VerdictError, match=r"logits|tokenizer splits|golden\.json") as caught:
         shipping.verify(bundle)
-    assert ("need a -portable file" in str(caught.value)) == (change == "saturated")
+    assert ("use a -portable file" in str(caught.value)) == (change == "saturated")
 
 
 def test_no_bundle_is_a_failure_and_not_a_verdict(tmp_path):

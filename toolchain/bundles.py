@@ -30,6 +30,7 @@ TOLERANCES = {
     "fp32": {"largest": 1e-3, "median": 1e-4},
     "fp16": {"largest": 5e-2, "median": 5e-2},
     "int8": {"largest": 0.5, "median": 1e-2},
+    "int4": {"largest": 0.5, "median": 1e-2},
 }
 TOKENIZER, TOKENIZER_CONFIG, CONFIG = "tokenizer.json", "tokenizer_config.json", "config.json"
 EXACT = (

@@ -18,12 +18,12 @@ from typing import Any
 from toolchain.errors import ArtifactError, UnknownVariantError
 
 RUNTIMES = ("torch", "bnb", "onnx")
-SCHEMES = ("fp32", "bf16", "fp16", "int8", "nf4", "fp4")
+SCHEMES = ("fp32", "bf16", "fp16", "int8", "int4", "nf4", "fp4")
 PROVIDERS = ("cpu", "cuda")
 METHODS = ("fisher", "magnitude", "mask")
 # Backend → the schemes it quantises to, the first by default, each with the tag of the variant's name.
 QUANTIZED = {
-    "ort": {"dynamic": "int8"},
+    "ort": {"dynamic": "int8", "int4": "int4"},
     "torch": {"int8": "int8", "bf16": "bf16", "fp16": "fp16"},
     "bnb": {"int8": "int8", "nf4": "nf4", "fp4": "fp4"},
 }
@@ -98,7 +98,8 @@ class Optimize:
 class Quantize:
     """Fewer bits, by `backend` and its `scheme`.
 
-    ``ort`` ``dynamic`` is U8 activations, scaled at run time, × S8 weights, scaled per channel; ``torch`` ``int8`` the
+    ``ort`` ``dynamic`` is U8 activations, scaled at run time, × S8 weights, scaled per channel; ``int4`` is weights in
+    blocks of 4 bits, for size; ``torch`` ``int8`` the
     same in PyTorch, ``bf16`` and ``fp16`` half precision; ``bnb`` is bitsandbytes: ``int8`` LLM.int8(), ``nf4`` and
     ``fp4`` 4-bit blocks. `reduce_range` is for ``ort``: weights of 7 bits, whose products no processor saturates.
     """
@@ -285,6 +286,8 @@ def _derived(name: VariantName) -> Variant | None:
     elif name.runtime == "onnx" and name.scheme == "int8":
         parent, providers = other(scheme="fp32", portable=False), ("cpu",)
         step = Quantize(reduce_range=name.portable or None)
+    elif name.runtime == "onnx" and name.scheme == "int4" and not name.std:
+        parent, step, providers = other(scheme="fp32"), Quantize(scheme="int4"), ("cpu",)
     elif name.runtime == "onnx" and name.scheme == "fp32" and name.std:
         parent, step = other(runtime="torch", std=False), Export()
     elif name.runtime == "onnx" and name.scheme == "fp32":

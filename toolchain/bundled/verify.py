@@ -130,7 +130,7 @@ def answers(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str, float,
         if middle > tolerance["median"]:
             raise Broken(
                 f"{variant} is {middle:.3g} or more from its recorded logits in half of the sentences, "
-                f"≤ {tolerance['median']:g} allowed: this processor may saturate 8-bit products and need a -portable file"
+                f"≤ {tolerance['median']:g} allowed: if this processor saturates 8-bit products, use a -portable file"
             )
         yield variant, largest, tolerance["largest"]
 

@@ -94,7 +94,7 @@ def export(
 @click.option(
     "--scheme",
     type=click.Choice(list(dict.fromkeys(scheme for schemes in QUANTIZED.values() for scheme in schemes))),
-    help="ort: dynamic. torch: int8, bf16, fp16. bnb: int8, nf4, fp4.  [default: the backend's first]",
+    help="ort: dynamic, int4. torch: int8, bf16, fp16. bnb: int8, nf4, fp4.  [default: the backend's first]",
 )
 @click.option(
     "--isa",
@@ -134,6 +134,7 @@ def quantize(
       toolchain quantize --backend ort
       toolchain quantize --from onnx-pruned30 --from onnx-pruned50
       toolchain quantize --isa portable
+      toolchain quantize --scheme int4
       toolchain quantize --from onnx-std
       toolchain quantize --backend torch --scheme int8 --from torch-fp32 --from torch-pruned30
       toolchain quantize --backend bnb --scheme nf4
@@ -141,8 +142,8 @@ def quantize(
     from toolchain.hardware import exact_int8
     from toolchain.variants import Quantize, child
 
-    if isa != "vnni" and backend != "ort":
-        raise click.BadParameter(f"--backend {backend} has no weights of 7 bits.", param_hint="--isa")
+    if isa != "vnni" and (backend, scheme or "dynamic") != ("ort", "dynamic"):
+        raise click.BadParameter("Only --backend ort --scheme dynamic has weights of 7 bits.", param_hint="--isa")
     if isa == "auto":
         isa = "vnni" if exact_int8() else "portable"
         click.echo(f"isa auto: {isa} on this processor", err=True)

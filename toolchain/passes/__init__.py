@@ -17,7 +17,8 @@ from toolchain.errors import GraphError
 from toolchain.passes.first_token import first_token
 from toolchain.passes.fuse import fuse, fuse_cuda
 from toolchain.passes.half import half
-from toolchain.passes.quantize_embedding import quantize_embedding
+from toolchain.passes.quantize_blocks import blocks, by_block
+from toolchain.passes.quantize_embedding import by_row, quantize_embedding
 from toolchain.passes.quantize_linear import LARGEST_OF_7_BITS, fused, headroom, quantize_linear, standard
 from toolchain.passes.residual_sum import residual_sum
 
@@ -44,10 +45,12 @@ PASSES: dict[str, Pass] = {
     "residual-sum": residual_sum,
     "first-token": first_token,
     "quantize-linear": partial(quantize_linear, product=fused),
-    "quantize-linear-portable": partial(quantize_linear, product=fused, largest=LARGEST_OF_7_BITS),
+    "quantize-linear-portable": partial(quantize_linear, product=partial(fused, largest=LARGEST_OF_7_BITS)),
     "quantize-linear-std": partial(quantize_linear, product=standard),
-    "quantize-linear-std-portable": partial(quantize_linear, product=standard, largest=LARGEST_OF_7_BITS),
-    "quantize-embedding": quantize_embedding,
+    "quantize-linear-std-portable": partial(quantize_linear, product=partial(standard, largest=LARGEST_OF_7_BITS)),
+    "quantize-linear-int4": partial(quantize_linear, product=blocks),
+    "quantize-embedding": partial(quantize_embedding, look_up=by_row),
+    "quantize-embedding-int4": partial(quantize_embedding, look_up=by_block),
 }
 
 

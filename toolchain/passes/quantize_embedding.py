@@ -1,19 +1,25 @@
-"""Embedding tables in int8, one scale a row: most of a small model's bytes, and a look-up costs nothing more."""
+"""Embedding tables in fewer bits: most of a small model's bytes, and a look-up costs nothing more."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from toolchain.passes.quantize_linear import constant, quantize_weight
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
 
     from toolchain.passes import Attention
 
+# The model, the table's name, the table [rows, width], and the rows asked for → the nodes of the look-up, the last of
+# which gives the rows in fp32.
+LookUp = Callable[["ir.Model", str, "np.ndarray", Any], "list[ir.Node]"]
 
-def quantize_embedding(model: ir.Model, attention: Attention) -> tuple[ir.Model, int]:
-    """Gather from a constant 2-D fp32 table → Gather of int8 rows × Gather of their scales; counts the tables."""
+
+def quantize_embedding(model: ir.Model, attention: Attention, look_up: LookUp) -> tuple[ir.Model, int]:
+    """Gather from a constant 2-D fp32 table → look-ups by `look_up`; counts the tables."""
     import onnx_ir as ir
 
     count = 0
@@ -24,19 +30,26 @@ def quantize_embedding(model: ir.Model, attention: Attention) -> tuple[ir.Model,
             continue
         if node.attributes.get_int("axis", 0) != 0:
             continue
-        name = table.name if table is not None else ""
-        int8, scale = quantize_weight(tensor.numpy(), axis=0)
-        looked_up = ir.node("Gather", [constant(model, f"{name}_int8", int8), rows], name=f"{name}/rows")
-        scales = ir.node("Gather", [constant(model, f"{name}_scale", scale[:, None]), rows], name=f"{name}/scales")
-        cast = ir.node("Cast", [looked_up.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{name}/cast")
-        scaled = ir.node("Mul", [cast.outputs[0], scales.outputs[0]], name=f"{name}/scaled")
-        for new in (looked_up, scales, cast):
-            new.outputs[0].name = f"{new.name}_output"
-        old = node.outputs[0]
-        result_name = old.name
-        model.graph.insert_after(node, [looked_up, scales, cast, scaled])
-        old.replace_all_uses_with(scaled.outputs[0], replace_graph_outputs=True)
+        new = look_up(model, table.name or "" if table is not None else "", tensor.numpy(), rows)
+        old, result = node.outputs[0], new[-1].outputs[0]
+        name = old.name
+        model.graph.insert_after(node, new)
+        old.replace_all_uses_with(result, replace_graph_outputs=True)
         model.graph.remove(node, safe=True)
-        scaled.outputs[0].name = result_name
+        result.name = name
         count += 1
     return model, count
+
+
+def by_row(model: ir.Model, name: str, array: np.ndarray, rows: Any) -> list[ir.Node]:
+    """Gather of int8 rows × Gather of one scale a row, standard operators; a `LookUp`."""
+    import onnx_ir as ir
+
+    int8, scale = quantize_weight(array, axis=0)
+    looked_up = ir.node("Gather", [constant(model, f"{name}_int8", int8), rows], name=f"{name}/rows")
+    scales = ir.node("Gather", [constant(model, f"{name}_scale", scale[:, None]), rows], name=f"{name}/scales")
+    cast = ir.node("Cast", [looked_up.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{name}/cast")
+    scaled = ir.node("Mul", [cast.outputs[0], scales.outputs[0]], name=f"{name}/scaled")
+    for new in (looked_up, scales, cast):
+        new.outputs[0].name = f"{new.name}_output"
+    return [looked_up, scales, cast, scaled]

@@ -23,22 +23,20 @@ LARGEST_OF_7_BITS = 64  # two products with the largest activation, 2 × 255 × 
 SATURATES = 32767
 ACTIVATION = 255
 
-# The model, a linear layer's input, its weight's name, what `quantize_weight` gives, and the bias → the nodes of the
+# The model, a linear layer's input, its weight's name, the weight [inner, outer], and the bias → the nodes of the
 # product, the last of which gives the layer's output.
-Product = Callable[["ir.Model", Any, str, "tuple[np.ndarray, np.ndarray]", "ir.Value | None"], "list[ir.Node]"]
+Product = Callable[["ir.Model", Any, str, "np.ndarray", "ir.Value | None"], "list[ir.Node]"]
 
 
-def quantize_linear(
-    model: ir.Model, attention: Attention, product: Product, largest: int = LARGEST
-) -> tuple[ir.Model, int]:
-    """MatMul and Gemm with constant weights, and the projections of fused Attention → int8 products.
+def quantize_linear(model: ir.Model, attention: Attention, product: Product) -> tuple[ir.Model, int]:
+    """MatMul and Gemm with constant weights, and the projections of fused Attention → products by `product`.
 
-    Products of two activations stay fp32: they hold no weights, so int8 would cost accuracy and bring nothing. The last
-    layer, whose result is the logits, stays fp32 too: it is a few hundred weights. No weight is larger than `largest`.
-    Counts the layers quantised.
+    Products of two activations stay fp32: they hold no weights, so fewer bits would cost accuracy and bring nothing.
+    The last layer, whose result is the logits, stays fp32 too: it is a few hundred weights. Counts the layers
+    quantised.
     """
     count = 0
-    layer = partial(_layer, model, product, largest)
+    layer = partial(product, model)
     for node in list(model.graph):
         if node.op_type == "Attention" and node.domain == "com.microsoft":
             _attention(model, node, layer)
@@ -48,12 +46,6 @@ def quantize_linear(
             continue
         count += 1
     return model, count
-
-
-def _layer(
-    model: ir.Model, product: Product, largest: int, data: Any, name: str, array: np.ndarray, bias: ir.Value | None
-) -> list[ir.Node]:
-    return product(model, data, name, quantize_weight(array, 1, largest), bias)
 
 
 def quantize_weight(weight: np.ndarray, axis: int, most: int = LARGEST) -> tuple[np.ndarray, np.ndarray]:
@@ -154,13 +146,13 @@ def _attention(model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node
 
 
 def fused(
-    model: ir.Model, data: Any, name: str, quantized: tuple[np.ndarray, np.ndarray], bias: ir.Value | None
+    model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Value | None, *, largest: int = LARGEST
 ) -> list[ir.Node]:
-    """ONNX Runtime's one operator for all of it, DynamicQuantizeMatMul; a `Product`."""
+    """ONNX Runtime's one operator for all of it, DynamicQuantizeMatMul, with no weight over `largest`; a `Product`."""
     import numpy as np
     import onnx_ir as ir
 
-    weight, scale = quantized
+    weight, scale = quantize_weight(array, 1, largest)
     inputs = [
         data,
         constant(model, f"{name}_int8", weight),
@@ -174,12 +166,12 @@ def fused(
 
 
 def standard(
-    model: ir.Model, data: Any, name: str, quantized: tuple[np.ndarray, np.ndarray], bias: ir.Value | None
+    model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Value | None, *, largest: int = LARGEST
 ) -> list[ir.Node]:
     """Standard operators: DynamicQuantizeLinear, once for all that read the same, and MatMulInteger; a `Product`."""
     import onnx_ir as ir
 
-    weight, scale = quantized
+    weight, scale = quantize_weight(array, 1, largest)
     new: list[ir.Node] = []
 
     def add(kind: str, inputs: list[Any], what: str, **attributes: Any) -> ir.Value:

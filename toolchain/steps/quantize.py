@@ -27,10 +27,12 @@ def quantize(job: Job) -> Built:
 
 def _ort(job: Job, step: Quantize) -> Built:
     # A graph of standard operators keeps to them.
-    linear = f"quantize-linear{'-std' if parse_name(job.given.manifest.variant).std else ''}"
-    if step.reduce_range:
-        linear += "-portable"
-    built = rewrite_into(job, (linear, "quantize-embedding"))
+    standard, portable = parse_name(job.given.manifest.variant).std, step.reduce_range
+    linear = f"quantize-linear{'-std' if standard else ''}{'-portable' if portable else ''}"
+    embedding = "quantize-embedding"
+    if step.scheme == "int4":
+        linear, embedding = "quantize-linear-int4", "quantize-embedding-int4"
+    built = rewrite_into(job, (linear, embedding))
     if not built.facts["rewrites"][linear]:
         raise GraphError(
             f"{job.given.manifest.variant} has no linear layer left to quantise.",

@@ -15,6 +15,7 @@ STANDARD, MICROSOFT = "", "com.microsoft"
 DTYPES = {
     "fp32": ("fp32", "onnx/model.onnx"),
     "int8": ("q8", "onnx/model_quantized.onnx"),
+    "int4": ("q4", "onnx/model_q4.onnx"),
     "fp16": ("fp16", "onnx/model_fp16.onnx"),
 }
 

@@ -1,0 +1,102 @@
+"""Weights in 4 bits, in blocks with a scale and a zero point each: the smallest files; products are not faster.
+
+ONNX Runtime's operators: MatMulNBits for linear layers, which takes activations in 8 bits, and GatherBlockQuantized for
+embedding tables.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from toolchain.passes.quantize_embedding import by_row
+from toolchain.passes.quantize_linear import constant
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+BITS, TOP = 4, 15
+BLOCK = 32  # weights that share a scale
+INT8_ACTIVATIONS = 4  # the operator's accuracy_level
+# How much of a block's range is kept, tried in this order: a little less range is a finer step for all but the ends.
+KEPT = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+
+
+def quantize_blocks(weight: np.ndarray, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A 2-D float array by rows in blocks: (codes 0 to 15 as uint8 [rows, blocks × block], one float32 scale and one
+    zero point a block), weight ≈ (code − zero point) × scale; of the ranges in `KEPT` the one with the least squared
+    error.
+
+    Rows whose length is no multiple of `block` are filled up with codes for zero.
+    """
+    import numpy as np
+
+    rows, columns = weight.shape
+    filled = np.zeros((rows, -(-columns // block) * block), np.float32)
+    filled[:, :columns] = weight
+    blocks = filled.reshape(rows, -1, block)
+    # Zero has a code, or what fills up and what was pruned would not stay zero.
+    low, high = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
+    best = np.full(low.shape, np.inf, np.float32)
+    codes = np.zeros(blocks.shape, np.uint8)
+    scales, zeros = np.ones(low.shape, np.float32), np.zeros(low.shape, np.uint8)
+    for kept in KEPT:
+        scale = np.maximum((high - low) * kept / TOP, np.finfo(np.float32).tiny).astype(np.float32)
+        zero = np.clip(np.rint(-low * kept / scale), 0, TOP)
+        code = np.clip(np.rint(blocks / scale[:, :, None]) + zero[:, :, None], 0, TOP)
+        error = (((code - zero[:, :, None]) * scale[:, :, None] - blocks) ** 2).sum(axis=2)
+        better = error < best
+        best = np.where(better, error, best)
+        codes[better], scales[better], zeros[better] = code[better], scale[better], zero[better]
+    return codes.reshape(rows, -1), scales, zeros
+
+
+def pack(codes: np.ndarray) -> np.ndarray:
+    """Two codes a byte along the last axis, the first in the low half; an odd one out is filled up with 0."""
+    import numpy as np
+
+    if codes.shape[-1] % 2:
+        codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], 1), np.uint8)], axis=-1)
+    packed: np.ndarray = codes[..., ::2] | codes[..., 1::2] << 4
+    return packed
+
+
+def blocks(model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Value | None) -> list[ir.Node]:
+    """MatMulNBits with the bias inside; a `quantize_linear.Product`."""
+    import onnx_ir as ir
+
+    inner, outer = array.shape
+    codes, scales, zeros = quantize_blocks(array.T)
+    count = scales.shape[1]
+    inputs = [
+        data,
+        constant(model, f"{name}_int4", pack(codes).reshape(outer, count, BLOCK // 2)),
+        constant(model, f"{name}_scale", scales.reshape(-1)),
+        constant(model, f"{name}_zero_point", pack(zeros).reshape(-1)),
+        *([None, bias] if bias is not None else []),
+    ]
+    sizes = {"K": inner, "N": outer, "bits": BITS, "block_size": BLOCK, "accuracy_level": INT8_ACTIVATIONS}
+    node = ir.node("MatMulNBits", inputs, sizes, domain="com.microsoft", name=f"{name}/product")
+    node.outputs[0].name = f"{name}/product"
+    return [node]
+
+
+def by_block(model: ir.Model, name: str, array: np.ndarray, rows: Any) -> list[ir.Node]:
+    """GatherBlockQuantized; a `quantize_embedding.LookUp`. A table of rows that are no whole number of blocks is looked
+    up by row."""
+    import numpy as np
+    import onnx_ir as ir
+
+    if array.shape[1] % BLOCK:
+        return by_row(model, name, array, rows)
+    codes, scales, zeros = quantize_blocks(array)
+    inputs = [
+        constant(model, f"{name}_int4", pack(codes)),
+        rows,
+        constant(model, f"{name}_scale", scales.astype(np.float16)),  # half the bytes, and fine enough for 15 steps
+        constant(model, f"{name}_zero_point", pack(zeros)),
+    ]
+    how = {"bits": BITS, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
+    looked_up = ir.node("GatherBlockQuantized", inputs, how, domain="com.microsoft", name=f"{name}/rows")
+    looked_up.outputs[0].name = f"{name}/rows_output"
+    return [looked_up, ir.node("Cast", [looked_up.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{name}/cast")]
