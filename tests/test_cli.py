@@ -85,7 +85,7 @@ def test_an_unknown_variant_is_told_the_nearest(at, say, tiny_checkpoint):
     [
         (["export", "--model", "./nowhere"], "There is no folder ./nowhere"),
         (["export", "--model", "nobody/nothing"], "--model PATH"),
-        (["quantize", "--from", "onnx-std"], "It takes an optimised graph such as onnx-fp32"),
+        (["quantize", "--from", "onnx-int8"], "It takes an fp32 graph such as onnx-fp32"),
         (["bench", "--variant", "onnx-int8", "--provider", "cuda"], "It is measured on cpu"),
         (["compare", "nowhere.json"], "There is no result file"),
         (["compare"], "no result of reference"),
@@ -330,3 +330,26 @@ def test_a_comparison_as_csv_as_a_page_and_as_plots(two_runs, say):
 def test_resuming_what_never_began_is_an_error_in_words(at, say, tiny_checkpoint):
     code, _, err = say("bench", "--quick", "--resume", "--provider", "cuda", "--model", tiny_checkpoint)
     assert (code, "There is no interrupted run of tiny" in err) == (1, True)
+
+
+def test_rewrites_and_tables_are_chosen_and_what_they_do_not_go_with_is_told(tiny, tmp_path):
+    where = ("--model", tiny.model, "--exported", tiny.exported)
+    done = run_toolchain("export", "--no-pass", "first-token", "--name", "whole", *where, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert tiny.load("onnx-fp32+whole").manifest.step.passes == ("fuse", "residual-sum")
+    assert tiny.load("onnx-fp32").manifest.step.passes == ("fuse", "residual-sum", "first-token")
+    plan = run_toolchain("quantize", "--embeddings", "int4", "--name", "small", "--dry-run", *where, cwd=tmp_path)
+    assert "onnx-int8+small: build (missing); backend=ort, scheme=dynamic, embeddings=int4" in plan.stdout
+    plan = run_toolchain("quantize", "--isa", "portable", "--dry-run", *where, cwd=tmp_path)
+    assert "onnx-int8-portable: build (missing); backend=ort, scheme=dynamic, reduce_range=True" in plan.stdout
+    plan = run_toolchain("quantize", "--isa", "auto", "--dry-run", *where, cwd=tmp_path)
+    assert re.search(r"^isa auto: (vnni|portable) on this processor$", plan.stderr, re.MULTILINE)
+    for arguments in (
+        ("export", "--no-pass", "half"),
+        ("export", "--optimize", "none", "--no-pass", "fuse"),
+        ("export", "--name", "Not Good"),
+        ("quantize", "--backend", "torch", "--isa", "portable"),
+        ("quantize", "--scheme", "int4", "--isa", "portable"),
+        ("quantize", "--backend", "torch", "--embeddings", "int4"),
+    ):
+        assert run_toolchain(*arguments, *where, cwd=tmp_path).returncode == 2, arguments

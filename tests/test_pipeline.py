@@ -14,11 +14,15 @@ from conftest import make_checkpoint
 
 from toolchain import pipeline, variants
 from toolchain.artifacts import MANIFEST
-from toolchain.errors import ArtifactError, GraphError, TamperedError, VerdictError
+from toolchain.errors import ArtifactError, GraphError, TamperedError, UnknownVariantError, VerdictError
 from toolchain.pipeline import Workspace, ensure, plan, states, validate_variant
 from toolchain.variants import Export, Import, Optimize, Quantize
 
 ALL = tuple(variant.name for variant in variants.lineage("onnx-int8"))
+
+
+def quiet(line):
+    pass
 
 
 def reasons(workspace, names=("onnx-int8",), asked=None):
@@ -277,3 +281,47 @@ def test_labels_of_any_number_come_along(tmp_path):
     assert built.manifest.outputs[0].shape == ("batch_size", 3)
     config = json.loads((built.path / "config.json").read_text())
     assert config["id2label"] == {"0": "bad", "1": "so so", "2": "good"}
+
+
+def test_a_label_lies_beside_the_variant_of_the_same_tags(tiny):
+    plain = tiny.load("onnx-fp32").manifest
+    fused = Optimize("cpu", ("fuse",))
+    built = ensure(tiny, ["onnx-fp32+fused"], {"onnx-fp32+fused": fused}, quiet)["onnx-fp32+fused"].manifest
+    assert (built.parent, built.variant) == ("onnx-std", "onnx-fp32+fused")
+    assert built.facts["rewrites"] == {"fuse": 4}
+    assert tiny.load("onnx-fp32").manifest.id == plain.id
+    # Its settings are its manifest's from then on.
+    said = []
+    again = ensure(tiny, ["onnx-fp32+fused"], {}, said.append)["onnx-fp32+fused"].manifest
+    assert "onnx-fp32+fused: fresh, skipped" in said
+    assert again.step == fused
+    found = {variant.name: state for variant, _, state in states(tiny)}
+    assert found["onnx-fp32+fused"] == found["onnx-fp32"] == "built"
+
+
+def test_tables_of_other_bits_than_the_layers(tmp_path):
+    workspace = Workspace.open(str(make_checkpoint(tmp_path / "decided", leaning=30)), tmp_path / "exported")
+    asked = {"onnx-int8+small": Quantize(embeddings="int4"), "onnx-int4": Quantize(scheme="int4")}
+    built = ensure(workspace, ["onnx-int8", *asked], asked, quiet)
+    size = {name: built[name].manifest.facts["bytes_by_part"] for name in ("onnx-int8", *asked)}
+    assert size["onnx-int8+small"]["embeddings"] == size["onnx-int4"]["embeddings"] < size["onnx-int8"]["embeddings"]
+    assert size["onnx-int8+small"]["encoder"] == size["onnx-int8"]["encoder"] > size["onnx-int4"]["encoder"]
+    with pytest.raises(GraphError, match="no standard operator for tables of 4 bits"):
+        ensure(workspace, ["onnx-std-int8"], {"onnx-std-int8": Quantize(embeddings="int4")}, quiet)
+
+
+def test_a_label_follows_its_lineage(tiny):
+    opset = {"onnx-std+old": Export(17)}
+    ensure(tiny, ["onnx-std+old"], opset, quiet)
+    built = ensure(tiny, ["onnx-fp32+old"], {"onnx-fp32+old": Optimize()}, quiet)
+    assert built["onnx-fp32+old"].manifest.parent == "onnx-std+old"
+    assert built["onnx-fp32+old"].manifest.facts["opset"][""] == 17
+    asked = {"onnx-std+new": Export(17), "onnx-fp32+new": Optimize()}
+    both = ensure(tiny, asked, asked, quiet)
+    assert both["onnx-fp32+new"].manifest.parent == "onnx-std+new"
+    assert tiny.load("onnx-fp32").manifest.parent == "onnx-std"
+
+
+def test_a_label_that_was_never_built_is_told(tiny):
+    with pytest.raises(UnknownVariantError, match=r"onnx-int8\+nothing was never built"):
+        ensure(tiny, ["onnx-int8+nothing"], {}, quiet)

@@ -4,20 +4,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from toolchain import names as grammar
 from toolchain import variants
 from toolchain.errors import ArtifactError, UnknownVariantError
-from toolchain.variants import Export, Import, Optimize, Prune, Quantize, Recover, VariantName, parse_name
+from toolchain.names import VariantName, parse_name
+from toolchain.variants import Export, Import, Optimize, Prune, Quantize, Recover
 
 pruned = st.builds(
-    dict, pruned=st.integers(1, 99), recovered=st.integers(0, 12), method=st.sampled_from(variants.METHODS)
+    dict, pruned=st.integers(1, 99), recovered=st.integers(0, 12), method=st.sampled_from(grammar.METHODS)
 )
 names = st.builds(
-    lambda runtime, std, tags, scheme, portable: VariantName(runtime, std, scheme=scheme, portable=portable, **tags),
-    st.sampled_from(variants.RUNTIMES),
+    lambda runtime, std, tags, scheme, portable, label: VariantName(
+        runtime, std, scheme=scheme, portable=portable, label=label, **tags
+    ),
+    st.sampled_from(grammar.RUNTIMES),
     st.booleans(),
     st.one_of(st.just({}), pruned),
-    st.sampled_from(variants.SCHEMES),
+    st.sampled_from(grammar.SCHEMES),
     st.booleans(),
+    st.one_of(st.just(""), st.from_regex(grammar.LABEL, fullmatch=True)),
 )
 
 
@@ -54,7 +59,7 @@ def test_a_variant_is_made_from_its_parent_by_its_step_or_by_nothing(name):
     except UnknownVariantError:
         return
     if variant.parent is not None:
-        assert variants.child(variant.parent, variant.step) == variant
+        assert variants.child(variant.parent, variant.step, name.label) == variant
     assert next(v.name for v in variants.lineage(variant.name)) == "torch-fp32"
 
 
@@ -97,9 +102,22 @@ def test_child_finds_the_variant_a_step_makes():
         variants.child("torch-pruned30-mask", Recover(1))
 
 
+def test_a_label_goes_with_what_is_made_of_it():
+    assert variants.child("onnx-fp32", Quantize(), "small").name == "onnx-int8+small"
+    assert variants.child("torch-fp32", Prune(0.5), "fast").name == "torch-pruned50+fast"
+    made = variants.child("onnx-std-pruned50+fast", Optimize())
+    assert (made.name, made.parent) == ("onnx-pruned50+fast", "onnx-std-pruned50+fast")
+    with pytest.raises(UnknownVariantError, match="called fast as well"):
+        variants.child("onnx-std-pruned50+fast", Optimize(), "other")
+    for name in ("torch-fp32+mine", "onnx-int8+", "onnx-int8+A", "onnx-int8+a+b", "onnx-int8+-a", "onnx-int8+a--b"):
+        assert not variants.is_variant(name)
+    assert variants.get("onnx-int8+small").runtime == "onnx"
+
+
 def test_the_unpruned_counterpart():
-    assert variants.unpruned("onnx-pruned50-r1-magnitude-int8") == "onnx-int8"
-    assert variants.unpruned("torch-pruned30") == "torch-fp32"
+    assert grammar.unpruned("onnx-pruned50-int8+fast") == "onnx-int8"
+    assert grammar.unpruned("onnx-pruned50-r1-magnitude-int8") == "onnx-int8"
+    assert grammar.unpruned("torch-pruned30") == "torch-fp32"
 
 
 @pytest.mark.parametrize(

@@ -19,18 +19,20 @@ from toolchain.backends import Place
 from toolchain.backends.ort import OrtSession
 from toolchain.bundled.verify import BUNDLE, GOLDEN, SCHEMA, canonical_id
 from toolchain.inputs import Encoder, pad
+from toolchain.names import parse_name
 from toolchain.passes import headroom, read
 from toolchain.targets import BUNDLED, DEMO, TARGETS, Target, dtype
-from toolchain.variants import parse_name, settings_of, step_name
+from toolchain.variants import settings_of, step_name
 
 # What a logit may differ elsewhere, in the worst and in the middle one of the golden sentences. Other kernels add in
 # another order: in fp32 that rounds; in int8 an activation now and then falls on the next of its 256 steps, which moves
-# a few sentences and leaves most alone. Where products saturate, most are moved.
+# a few sentences and leaves most alone. Where products saturate, most are moved. In int4 a runtime may take activations
+# in 8 bits or in 32.
 TOLERANCES = {
     "fp32": {"largest": 1e-3, "median": 1e-4},
     "fp16": {"largest": 5e-2, "median": 5e-2},
     "int8": {"largest": 0.5, "median": 1e-2},
-    "int4": {"largest": 0.5, "median": 1e-2},
+    "int4": {"largest": 0.5, "median": 0.1},
 }
 TOKENIZER, TOKENIZER_CONFIG, CONFIG = "tokenizer.json", "tokenizer_config.json", "config.json"
 EXACT = (

@@ -12,19 +12,19 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toolchain import artifacts, checkpoints, hardware, inputs, variants
 from toolchain.artifacts import Artifact, Manifest
 from toolchain.backends import Place, open_session
-from toolchain.errors import ArtifactError, DataError, TamperedError, UnknownVariantError, VerdictError
-from toolchain.inputs import TrainingSource
+from toolchain.errors import ArtifactError, DataError, TamperedError, VerdictError
 from toolchain.jobs import Built, Job, Progress
 from toolchain.steps import export, importing, optimize, prune, quantize, recover
 from toolchain.steps.validate import SEED, SENTENCES, sentence, validate
 from toolchain.variants import Export, Import, Optimize, Prune, Quantize, Recover, Step, Variant
+from toolchain.workspace import Workspace
 
 # Step config → the function that does it and the version whose results it gives.
 STEPS: dict[type, tuple[Callable[[Job], Built], int]] = {
@@ -44,37 +44,6 @@ Bar = Callable[[str], AbstractContextManager[Progress]]
 def no_bar(title: str) -> Iterator[Progress]:
     """Shows no progress."""
     yield lambda done, total, what: None
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """One model's folder under `exported`, where the model comes from, and the sentences it is trained on."""
-
-    exported: Path
-    model: str
-    source: checkpoints.Source
-    train: TrainingSource = field(default_factory=TrainingSource)
-
-    @classmethod
-    def open(
-        cls, model: str, exported: Path, slug: str | None = None, train: TrainingSource | None = None
-    ) -> Workspace:
-        """See `checkpoints.resolve`."""
-        name, source = checkpoints.resolve(model, exported, slug)
-        return cls(exported, name, source, train or TrainingSource())
-
-    def path(self, variant: str) -> Path:
-        """Where a variant lies."""
-        return self.exported / self.model / variant
-
-    @property
-    def cache(self) -> Path:
-        """What is measured once on this machine and holds for every model."""
-        return self.exported / ".cache" / str(hardware.machine()["id"])
-
-    def load(self, variant: str) -> Artifact | None:
-        """The variant as it lies there, whatever its state."""
-        return artifacts.load(self.path(variant))
 
 
 @dataclass(frozen=True)
@@ -106,7 +75,7 @@ def plan(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step]) 
 
 def examine(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step]) -> list[Planned]:
     """`plan`, with what is wrong of each beside it instead of raised."""
-    wanted = {variant.name: variant for name in names for variant in variants.lineage(name)}
+    wanted = {variant.name: variant for name in names for variant in workspace.lineage(name, asked)}
     planned: dict[str, Planned] = {}
     for variant in wanted.values():
         artifact, trouble = None, None
@@ -297,7 +266,7 @@ def validate_variant(workspace: Workspace, name: str, say: Say) -> dict[str, Any
     checkpoint = None
     if artifact.manifest.parent is None:
         checkpoint, _ = _origin(workspace, artifact.manifest.step, None)
-    return _validate(workspace, variants.get(name), artifact, checkpoint)
+    return _validate(workspace, workspace.lineage(name)[-1], artifact, checkpoint)
 
 
 def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, checkpoint: Path | None) -> dict[str, Any]:
@@ -316,7 +285,8 @@ def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, checkp
 
 
 def _torch_ancestor(workspace: Workspace, variant: Variant) -> Path:
-    ancestors = [v for v in variants.lineage(variant.name)[:-1] if v.runtime == "torch"]
+    assert variant.parent is not None
+    ancestors = [v for v in workspace.lineage(variant.parent) if v.runtime == "torch"]
     return workspace.path(ancestors[-1].name)
 
 
@@ -326,7 +296,7 @@ def states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, str]]:
     names = [name for cells in variants.DEFAULT_CELLS.values() for name in cells]
     names += sorted(folder.name for folder in (workspace.exported / workspace.model).glob("[!.]*") if folder.is_dir())
     found = []
-    for item in examine(workspace, [name for name in names if _is_variant(name)], {}):
+    for item in examine(workspace, [name for name in names if variants.is_variant(name)], {}):
         state = "built"
         if item.trouble:
             state = f"{'tampered' if isinstance(item.trouble, TamperedError) else 'unusable'}: {item.trouble.cause}"
@@ -334,11 +304,3 @@ def states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, str]]:
             state = item.reason if item.artifact is None else f"stale: {item.reason}"
         found.append((item.variant, item.artifact, state))
     return found
-
-
-def _is_variant(name: str) -> bool:
-    try:
-        variants.get(name)
-    except UnknownVariantError:
-        return False
-    return True

@@ -18,6 +18,7 @@ from toolchain.errors import BenchError, DataError, ProviderError, PruningError,
 from toolchain.inputs import Data
 from toolchain.journal import Journal
 from toolchain.measurements import Measurement, ResultFile
+from toolchain.names import parse_name
 from toolchain.pipeline import Say, Workspace, ensure, plan
 from toolchain.scenarios import Protocol
 from toolchain.steps import roofline
@@ -117,15 +118,11 @@ def _floor(
 ) -> dict[str, Any]:
     """What the median sentence computes and reads at the least, the milliseconds that takes at the machine's `rates`,
     and the share of the row's p50 that this is; nothing where it cannot be said."""
-    artifact, name = workspace.load(row.variant), variants.parse_name(row.variant)
+    artifact, name = workspace.load(row.variant), parse_name(row.variant)
     if row.provider != "cpu" or artifact is None:
         return {}
-    lineage = [workspace.load(variant.name) for variant in variants.lineage(row.variant)]
-    torch = [
-        a
-        for a in lineage
-        if a and variants.parse_name(a.manifest.variant) == replace(name, runtime="torch", std=False, scheme="fp32")
-    ]
+    lineage = [workspace.load(variant.name) for variant in workspace.lineage(row.variant)]
+    torch = [a for a in lineage if a and _is_torch_fp32(a.manifest.variant)]
     found = roofline.work(torch[-1].path) if torch else None
     size = roofline.weight_bytes(artifact.manifest.facts)
     if found is None or size is None:
@@ -138,6 +135,11 @@ def _floor(
     if least is not None:
         facts |= {"floor_ms": round(least, 4), "share": round(least / row.latency_ms["p50"], 4)}
     return {"roofline": facts}
+
+
+def _is_torch_fp32(name: str) -> bool:
+    found = parse_name(name)
+    return (found.runtime, found.scheme) == ("torch", "fp32")
 
 
 def _journal(workspace: Workspace, request: Request, cells: Sequence[Cell], data: Data) -> Journal:

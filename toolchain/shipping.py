@@ -14,10 +14,10 @@ from toolchain.bundled import verify as bundled
 from toolchain.bundles import Contents, Origin
 from toolchain.errors import ArtifactError, ShippingError, VerdictError
 from toolchain.measurements import Measurement, ResultFile
+from toolchain.names import parse_name
 from toolchain.pipeline import Bar, Say, Workspace, ensure
 from toolchain.steps.validate import TEXTS
 from toolchain.targets import TARGETS, Target, clients
-from toolchain.variants import parse_name
 
 if TYPE_CHECKING:
     import onnx

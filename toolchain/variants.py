@@ -1,8 +1,6 @@
 """What can be built: a variant is one step applied to one parent, and its name says both.
 
-Name grammar: ``<runtime>[-std][-prunedNN[-rE][-magnitude|-mask]][-<scheme>][-portable]``: NN is the pruning ratio in
-per cent, E the epochs of recovery; ``-fp32`` is dropped as soon as another tag stands, and ``parse_name(str(name)) ==
-name``. A new kind of artifact is a step config here, a line in `_derived`, and its function in `steps/`.
+A new kind of artifact is a step config here, a line in `_derived`, and its function in `steps/`.
 """
 
 from __future__ import annotations
@@ -10,17 +8,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from toolchain.errors import ArtifactError, UnknownVariantError
+from toolchain.names import VariantName, parse_name
 
-RUNTIMES = ("torch", "bnb", "onnx")
-SCHEMES = ("fp32", "bf16", "fp16", "int8", "int4", "nf4", "fp4")
 PROVIDERS = ("cpu", "cuda")
-METHODS = ("fisher", "magnitude", "mask")
 # Backend → the schemes it quantises to, the first by default, each with the tag of the variant's name.
 QUANTIZED = {
     "ort": {"dynamic": "int8", "int4": "int4"},
@@ -99,14 +94,16 @@ class Quantize:
     """Fewer bits, by `backend` and its `scheme`.
 
     ``ort`` ``dynamic`` is U8 activations, scaled at run time, × S8 weights, scaled per channel; ``int4`` is weights in
-    blocks of 4 bits, for size; ``torch`` ``int8`` the
-    same in PyTorch, ``bf16`` and ``fp16`` half precision; ``bnb`` is bitsandbytes: ``int8`` LLM.int8(), ``nf4`` and
-    ``fp4`` 4-bit blocks. `reduce_range` is for ``ort``: weights of 7 bits, whose products no processor saturates.
+    blocks of 4 bits, for size; ``torch`` ``int8`` the same in PyTorch, ``bf16`` and ``fp16`` half precision; ``bnb`` is
+    bitsandbytes: ``int8`` LLM.int8(), ``nf4`` and ``fp4`` 4-bit blocks. For ``ort``: `reduce_range` is weights of 7
+    bits, whose products no processor saturates; `embeddings` the bits of the tables where these are not the scheme's
+    own, ``int8`` or ``int4``.
     """
 
     backend: str = "ort"
     scheme: str = "dynamic"
     reduce_range: bool | None = None
+    embeddings: str | None = None
 
 
 Step = Import | Prune | Recover | Export | Optimize | Quantize
@@ -145,61 +142,6 @@ def step_from(name: str, settings: Mapping[str, Any]) -> Step:
             f"A manifest records the step {name!r} with settings {dict(settings)}, which this release does not know.",
             "Use the release that built it, or delete the folder and build it again.",
         ) from error
-
-
-@dataclass(frozen=True)
-class VariantName:
-    """A variant's name in its parts; `pruned` is the ratio in per cent, 0 where nothing was pruned."""
-
-    runtime: str
-    std: bool = False
-    pruned: int = 0
-    recovered: int = 0
-    method: str = METHODS[0]
-    scheme: str = "fp32"
-    portable: bool = False
-
-    def __str__(self) -> str:
-        tags = ["std"] if self.std else []
-        if self.pruned:
-            tags.append(f"pruned{self.pruned:02}")
-            tags += [f"r{self.recovered}"] if self.recovered else []
-            tags += [self.method] if self.method != METHODS[0] else []
-        if self.scheme != "fp32" or not tags:
-            tags.append(self.scheme)
-        tags += ["portable"] if self.portable else []
-        return "-".join([self.runtime, *tags])
-
-
-_NAME = re.compile(
-    rf"(?P<runtime>{'|'.join(RUNTIMES)})(?P<std>-std)?"
-    rf"(-pruned(?P<pruned>\d\d)(-r(?P<recovered>\d+))?(-(?P<method>{'|'.join(METHODS)}))?)?"
-    rf"(-(?P<scheme>{'|'.join(SCHEMES)}))?(?P<portable>-portable)?",
-    re.ASCII,
-)
-
-
-def parse_name(text: str) -> VariantName:
-    """A name into its parts; `UnknownVariantError` unless it is the one spelling `str` gives."""
-    match = _NAME.fullmatch(text)
-    if match:
-        name = VariantName(
-            match["runtime"],
-            bool(match["std"]),
-            int(match["pruned"] or 0),
-            int(match["recovered"] or 0),
-            match["method"] or METHODS[0],
-            match["scheme"] or "fp32",
-            bool(match["portable"]),
-        )
-        if str(name) == text:
-            return name
-    raise UnknownVariantError(f"{text!r} is no variant name.", "`toolchain variants` lists them.")
-
-
-def unpruned(name: str) -> str:
-    """The name of the same variant of the model before it was pruned."""
-    return str(dataclasses.replace(parse_name(name), pruned=0, recovered=0, method=METHODS[0]))
 
 
 @dataclass(frozen=True)
@@ -261,9 +203,17 @@ def get(name: str) -> Variant:
     raise UnknownVariantError(f"There is no variant {name!r}.", hint)
 
 
+def is_variant(name: str) -> bool:
+    """Whether `get` knows it."""
+    try:
+        return _derived(parse_name(name)) is not None
+    except UnknownVariantError:
+        return False
+
+
 def _derived(name: VariantName) -> Variant | None:
     """The step that makes a variant and what it takes, by the last tag of its name; None where nothing makes it."""
-    other = functools.partial(dataclasses.replace, name)
+    other = functools.partial(dataclasses.replace, name, label="")
     parent: VariantName
     step: Step
     providers: tuple[str, ...] = PROVIDERS
@@ -273,7 +223,7 @@ def _derived(name: VariantName) -> Variant | None:
         return None  # only ONNX Runtime's int8 has weights of fewer bits to choose
     if name.runtime == "torch" and not name.std and name.scheme == "fp32":
         if not name.pruned:
-            return Variant(str(name), None, Import(), PROVIDERS)
+            return None if name.label else Variant(str(name), None, Import(), PROVIDERS)
         if name.recovered:
             parent, step = other(recovered=0), Recover(name.recovered)
         else:
@@ -300,17 +250,23 @@ def _derived(name: VariantName) -> Variant | None:
 
 
 def lineage(name: str) -> list[Variant]:
-    """The variant's ancestors from the root on, itself last."""
+    """The variant's ancestors from the root on, itself last; of a label, those it has unless its manifest says
+    otherwise."""
     chain = [get(name)]
     while chain[0].parent is not None:
         chain.insert(0, get(chain[0].parent))
     return chain
 
 
-def child(parent: str, step: Step) -> Variant:
-    """The variant that `step` makes of `parent`; `UnknownVariantError` where it makes none of it."""
+def child(parent: str, step: Step, label: str = "") -> Variant:
+    """The variant that `step` makes of `parent`, under a `label` or its parent's; `UnknownVariantError` where it makes
+    none of it."""
     get(parent)
     of = parse_name(parent)
+    if of.label and label not in ("", of.label):
+        raise UnknownVariantError(
+            f"What is made of {parent} is called {of.label} as well.", f"Leave the name out, or say {of.label}."
+        )
     name = {
         Prune: lambda s: dataclasses.replace(of, pruned=round(100 * s.ratio), method=s.method, recovered=0),
         Recover: lambda s: dataclasses.replace(of, recovered=s.epochs),
@@ -323,12 +279,13 @@ def child(parent: str, step: Step) -> Variant:
             portable=bool(s.reduce_range),
         ),
     }[type(step)](step)
-    variant = _derived(name)
-    if variant is None or variant.parent != parent or not isinstance(variant.step, type(step)):
+    variant = _derived(dataclasses.replace(name, label=label or of.label))
+    plain = str(dataclasses.replace(of, label=""))
+    if variant is None or variant.parent != plain or not isinstance(variant.step, type(step)):
         raise UnknownVariantError(
             f"Nothing is made from {parent} by {step_name(step)}.", f"It takes {_TAKES[type(step)]}."
         )
-    return variant
+    return dataclasses.replace(variant, parent=parent)
 
 
 _RUNTIME = {"ort": "onnx", "torch": "torch", "bnb": "bnb"}

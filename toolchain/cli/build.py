@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from toolchain.cli.options import dry_run_option, model_options, open_workspace, training_options
-from toolchain.variants import QUANTIZED
+from toolchain.cli.options import dry_run_option, model_options, name_option, open_workspace, training_options
+from toolchain.variants import CPU_PASSES, CUDA_PASSES, QUANTIZED
 
 if TYPE_CHECKING:
     from toolchain.pipeline import Workspace
@@ -53,6 +53,14 @@ def _build(workspace: Workspace, asked: dict[str, Step], dry_run: bool) -> None:
     metavar="VARIANT",
     help="The PyTorch variant that is exported; may repeat.",
 )
+@click.option(
+    "--no-pass",
+    "left_out",
+    type=click.Choice([*CPU_PASSES, *CUDA_PASSES]),
+    multiple=True,
+    help="Leave this rewrite out of the optimised graph; may repeat.",
+)
+@name_option
 @dry_run_option
 @model_options
 def export(
@@ -63,6 +71,8 @@ def export(
     opset: int,
     provider: str,
     parents: tuple[str, ...],
+    left_out: tuple[str, ...],
+    label: str,
     dry_run: bool,
 ) -> None:
     """Export a checkpoint to ONNX: torch-fp32, onnx-std, and onnx-fp32 optimised for the CPU.
@@ -74,16 +84,22 @@ def export(
       toolchain export --model ./my-checkpoint
       toolchain export --from torch-pruned50
       toolchain export --optimize cuda
+      toolchain export --no-pass residual-sum --name plain-add
     """
     from toolchain.variants import Export, Import, Optimize, child
 
+    step = None if provider == "none" else Optimize.for_provider(provider)
+    if left_out:
+        if step is None or not set(left_out) <= set(step.passes):
+            has = f"{provider} has {', '.join(step.passes)}" if step else "nothing is rewritten"
+            raise click.BadParameter(f"with --optimize {provider}, {has}.", param_hint="--no-pass")
+        step = Optimize(provider, tuple(name for name in step.passes if name not in left_out))
     asked: dict[str, Step] = {"torch-fp32": Import(revision)}
     for parent in parents:
-        std = child(parent, Export(opset)).name
+        std = child(parent, Export(opset), "" if step else label).name
         asked[std] = Export(opset)
-        if provider != "none":
-            step = Optimize.for_provider(provider)
-            asked[child(std, step).name] = step
+        if step:
+            asked[child(std, step, label).name] = step
     _build(open_workspace(model, exported, slug), asked, dry_run)
 
 
@@ -105,12 +121,18 @@ def export(
     "weights of 7 bits (onnx-int8-portable). auto: this one.",
 )
 @click.option(
+    "--embeddings",
+    type=click.Choice(["int8", "int4"]),
+    help="ort: bits of the embedding tables.  [default: the scheme's]",
+)
+@click.option(
     "--from",
     "parents",
     multiple=True,
     metavar="VARIANT",
     help="What is quantised; may repeat.  [default: onnx-fp32 for ort, else torch-fp32]",
 )
+@name_option
 @dry_run_option
 @model_options
 def quantize(
@@ -120,7 +142,9 @@ def quantize(
     backend: str,
     scheme: str | None,
     isa: str,
+    embeddings: str | None,
     parents: tuple[str, ...],
+    label: str,
     dry_run: bool,
 ) -> None:
     """Quantise a variant: onnx-fp32 becomes onnx-int8, torch-fp32 torch-int8 or bnb-nf4.
@@ -135,6 +159,7 @@ def quantize(
       toolchain quantize --from onnx-pruned30 --from onnx-pruned50
       toolchain quantize --isa portable
       toolchain quantize --scheme int4
+      toolchain quantize --embeddings int4 --name small
       toolchain quantize --from onnx-std
       toolchain quantize --backend torch --scheme int8 --from torch-fp32 --from torch-pruned30
       toolchain quantize --backend bnb --scheme nf4
@@ -147,12 +172,14 @@ def quantize(
     if isa == "auto":
         isa = "vnni" if exact_int8() else "portable"
         click.echo(f"isa auto: {isa} on this processor", err=True)
+    if embeddings and backend != "ort":
+        raise click.BadParameter("Only --backend ort quantises tables apart.", param_hint="--embeddings")
     schemes = list(QUANTIZED[backend])
     if scheme is not None and scheme not in schemes:
         raise click.BadParameter(f"--backend {backend} has {', '.join(schemes)}.", param_hint="--scheme")
-    step = Quantize(backend, scheme or schemes[0], True if isa == "portable" else None)
+    step = Quantize(backend, scheme or schemes[0], True if isa == "portable" else None, embeddings)
     chosen = parents or (("onnx-fp32",) if backend == "ort" else ("torch-fp32",))
-    asked: dict[str, Step] = {child(parent, step).name: step for parent in chosen}
+    asked: dict[str, Step] = {child(parent, step, label).name: step for parent in chosen}
     _build(open_workspace(model, exported, slug), asked, dry_run)
 
 
@@ -181,6 +208,7 @@ def quantize(
 @click.option("--recover", "epochs", type=click.IntRange(1, 99), metavar="EPOCHS", help="Then train for so long.")
 @click.option("--from", "parent", default="torch-fp32", show_default=True, metavar="VARIANT", help="What is pruned.")
 @training_options
+@name_option
 @dry_run_option
 @model_options
 def prune(
@@ -196,6 +224,7 @@ def prune(
     train_data: str | None,
     text_column: str | None,
     label_column: str,
+    label: str,
     dry_run: bool,
 ) -> None:
     """Remove attention heads and FFN neurons from the PyTorch model: torch-fp32 becomes torch-pruned50.
@@ -232,7 +261,7 @@ def prune(
     asked: dict[str, Step] = {}
     for ratio in ratios:
         step = Prune(round(ratio, 2), method, cost)
-        name = child(parent, step).name
+        name = child(parent, step, label).name
         asked[name] = step
         if epochs:
             asked[child(name, Recover(epochs)).name] = Recover(epochs)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from toolchain.names import LABEL
 
 if TYPE_CHECKING:
     from toolchain.pipeline import Workspace
@@ -43,6 +46,18 @@ def model_options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+def name_option(command: F) -> F:
+    """--name, for every command that builds a variant with settings of its own."""
+
+    def check(context: click.Context, parameter: click.Parameter, value: str | None) -> str:
+        if value is not None and not re.fullmatch(LABEL, value):
+            raise click.BadParameter("use small letters, digits and single hyphens.")
+        return value or ""
+
+    text = "A label for what is built, as in onnx-int8+LABEL; without it, the variant of that name is replaced."
+    return click.option("--name", "label", metavar="LABEL", callback=check, help=text)(command)
 
 
 def json_option(command: F) -> F:

@@ -110,8 +110,8 @@ def predict(
 
     \b
     Examples:
-      echo "a charming film" | toolchain predict onnx-int8
       toolchain predict onnx-int8 reviews.csv --text-column review --output scored.parquet
+      echo "a charming film" | toolchain predict onnx-int8
       toolchain predict exported/reference/bundle-python reviews.txt
     """
     from toolchain.bundled.verify import BUNDLE

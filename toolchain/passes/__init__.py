@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 MS_DOMAIN = "com.microsoft"
+LOOK_UPS = ("Gather", "GatherBlockQuantized")
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def facts(model: ir.Model) -> dict[str, Any]:
         users = value.consumers()
         if tensor is None or not users:
             continue
-        if any(node.op_type == "Gather" for node in users) and tensor.shape.rank() == 2:
+        if any(node.op_type in LOOK_UPS for node in users) and tensor.shape.rank() == 2:
             part = "embeddings"
         else:
             part = "head" if min(position[node] for node in users) > last_norm else "encoder"

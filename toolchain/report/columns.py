@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from toolchain.confidence import Ratio
 from toolchain.errors import UnknownVariantError
+from toolchain.names import unpruned
 from toolchain.steps.compare import Row
 from toolchain.steps.prune import sentence
-from toolchain.variants import unpruned
 
 NOTHING = "–"
 FRONT = "◆"

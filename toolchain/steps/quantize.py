@@ -8,8 +8,9 @@ from toolchain.backends.pytorch import check_stored, describe, load_model, save_
 from toolchain.checkpoints import WEIGHTS
 from toolchain.errors import GraphError
 from toolchain.jobs import Built, Job
+from toolchain.names import parse_name
 from toolchain.passes.apply import rewrite_into
-from toolchain.variants import Quantize, parse_name
+from toolchain.variants import Quantize
 
 VERSION = 1
 
@@ -29,10 +30,12 @@ def _ort(job: Job, step: Quantize) -> Built:
     # A graph of standard operators keeps to them.
     standard, portable = parse_name(job.given.manifest.variant).std, step.reduce_range
     linear = f"quantize-linear{'-std' if standard else ''}{'-portable' if portable else ''}"
-    embedding = "quantize-embedding"
     if step.scheme == "int4":
-        linear, embedding = "quantize-linear-int4", "quantize-embedding-int4"
-    built = rewrite_into(job, (linear, embedding))
+        linear = "quantize-linear-int4"
+    tables = step.embeddings or ("int4" if step.scheme == "int4" else "int8")
+    if standard and tables == "int4":
+        raise GraphError("There is no standard operator for tables of 4 bits.", "Leave --embeddings out.")
+    built = rewrite_into(job, (linear, f"quantize-embedding{'-int4' if tables == 'int4' else ''}"))
     if not built.facts["rewrites"][linear]:
         raise GraphError(
             f"{job.given.manifest.variant} has no linear layer left to quantise.",

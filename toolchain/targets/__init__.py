@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolchain.errors import ShippingError
-from toolchain.variants import parse_name
+from toolchain.names import parse_name
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 STANDARD, MICROSOFT = "", "com.microsoft"

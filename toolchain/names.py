@@ -1,0 +1,76 @@
+"""How variants are called.
+
+Name grammar: ``<runtime>[-std][-prunedNN[-rE][-magnitude|-mask]][-<scheme>][-portable][+<label>]``: NN is the pruning
+ratio in per cent, E the epochs of recovery; ``-fp32`` is dropped as soon as another tag stands, and
+``parse_name(str(name)) == name``. A label tells a variant of other settings from the one of the same tags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+
+from toolchain.errors import UnknownVariantError
+
+RUNTIMES = ("torch", "bnb", "onnx")
+SCHEMES = ("fp32", "bf16", "fp16", "int8", "int4", "nf4", "fp4")
+METHODS = ("fisher", "magnitude", "mask")
+LABEL = r"[a-z0-9]+(?:-[a-z0-9]+)*"
+
+
+@dataclass(frozen=True)
+class VariantName:
+    """A variant's name in its parts; `pruned` is the ratio in per cent, 0 where nothing was pruned."""
+
+    runtime: str
+    std: bool = False
+    pruned: int = 0
+    recovered: int = 0
+    method: str = METHODS[0]
+    scheme: str = "fp32"
+    portable: bool = False
+    label: str = ""
+
+    def __str__(self) -> str:
+        tags = ["std"] if self.std else []
+        if self.pruned:
+            tags.append(f"pruned{self.pruned:02}")
+            tags += [f"r{self.recovered}"] if self.recovered else []
+            tags += [self.method] if self.method != METHODS[0] else []
+        if self.scheme != "fp32" or not tags:
+            tags.append(self.scheme)
+        tags += ["portable"] if self.portable else []
+        return "-".join([self.runtime, *tags]) + (f"+{self.label}" if self.label else "")
+
+
+_NAME = re.compile(
+    rf"(?P<runtime>{'|'.join(RUNTIMES)})(?P<std>-std)?"
+    rf"(-pruned(?P<pruned>\d\d)(-r(?P<recovered>\d+))?(-(?P<method>{'|'.join(METHODS)}))?)?"
+    rf"(-(?P<scheme>{'|'.join(SCHEMES)}))?(?P<portable>-portable)?(\+(?P<label>{LABEL}))?",
+    re.ASCII,
+)
+
+
+def parse_name(text: str) -> VariantName:
+    """A name into its parts; `UnknownVariantError` unless it is the one spelling `str` gives."""
+    match = _NAME.fullmatch(text)
+    if match:
+        name = VariantName(
+            match["runtime"],
+            bool(match["std"]),
+            int(match["pruned"] or 0),
+            int(match["recovered"] or 0),
+            match["method"] or METHODS[0],
+            match["scheme"] or "fp32",
+            bool(match["portable"]),
+            match["label"] or "",
+        )
+        if str(name) == text:
+            return name
+    raise UnknownVariantError(f"{text!r} is no variant name.", "`toolchain variants` lists them.")
+
+
+def unpruned(name: str) -> str:
+    """The name of the same variant of the model before it was pruned."""
+    return str(dataclasses.replace(parse_name(name), pruned=0, recovered=0, method=METHODS[0], label=""))

@@ -1,0 +1,72 @@
+"""One model's folder, where the model comes from, and what lies there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Container
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from toolchain import artifacts, checkpoints, hardware, variants
+from toolchain.artifacts import Artifact
+from toolchain.errors import ArtifactError, UnknownVariantError
+from toolchain.inputs import TrainingSource
+from toolchain.names import parse_name
+from toolchain.variants import Variant
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """One model's folder under `exported`, where the model comes from, and the sentences it is trained on."""
+
+    exported: Path
+    model: str
+    source: checkpoints.Source
+    train: TrainingSource = field(default_factory=TrainingSource)
+
+    @classmethod
+    def open(
+        cls, model: str, exported: Path, slug: str | None = None, train: TrainingSource | None = None
+    ) -> Workspace:
+        """See `checkpoints.resolve`."""
+        name, source = checkpoints.resolve(model, exported, slug)
+        return cls(exported, name, source, train or TrainingSource())
+
+    def path(self, variant: str) -> Path:
+        """Where a variant lies."""
+        return self.exported / self.model / variant
+
+    @property
+    def cache(self) -> Path:
+        """What is measured once on this machine and holds for every model."""
+        return self.exported / ".cache" / str(hardware.machine()["id"])
+
+    def load(self, variant: str) -> Artifact | None:
+        """The variant as it lies there, whatever its state."""
+        return artifacts.load(self.path(variant))
+
+    def lineage(self, name: str, asked: Container[str] = ()) -> list[Variant]:
+        """The variant's ancestors from the root on, itself last.
+
+        The parent of a labelled variant is the one it was built from, else the one of its label where that is `asked`
+        for or lies there, else the one without. Raises `UnknownVariantError` for a label that is neither asked for nor
+        lies there.
+        """
+        variant = variants.get(name)
+        label = parse_name(name).label
+        if label:
+            parent = self._recorded_parent(name)
+            if parent is None and name not in asked:
+                raise UnknownVariantError(f"{name} was never built.", "--name gives what is built a label.")
+            assert variant.parent is not None
+            own = f"{variant.parent}+{label}"
+            known = variants.is_variant(own) and (own in asked or self._recorded_parent(own) is not None)
+            variant = dataclasses.replace(variant, parent=parent or (own if known else variant.parent))
+        return [*(self.lineage(variant.parent, asked) if variant.parent else []), variant]
+
+    def _recorded_parent(self, name: str) -> str | None:
+        try:
+            artifact = self.load(name)
+        except ArtifactError:
+            return None  # what is wrong with it is told by whoever loads it
+        return artifact.manifest.parent if artifact else None
