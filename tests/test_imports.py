@@ -37,7 +37,7 @@ LAYERS = [
     ["worker"],
     ["cells"],
     ["training"],
-    ["pruning"],
+    ["pruning", "sensitivity"],
     ["steps"],
     ["pipeline", "report"],
     ["runs", "search", "doctor"],

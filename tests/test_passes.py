@@ -16,7 +16,7 @@ from toolchain.inputs import pad
 from toolchain.passes.quantize_blocks import BLOCK, TOP, pack, quantize_blocks
 from toolchain.passes.quantize_linear import LARGEST_OF_7_BITS, headroom, quantize_weight
 
-ATTENTION = passes.Attention(heads=4, width=32)
+ATTENTION = passes.Context(heads=4, width=32)
 NAMES = ("input_ids", "attention_mask")
 ROWS = [[101, 2023, 102], [101] + [2000 + i for i in range(23)] + [102], [101]]
 

@@ -127,7 +127,7 @@ def graph(precision: str, layers: int) -> ir.Model:
     body = helper.make_graph(nodes, "layers", [taken], [given], tensors)
     model = ir.from_proto(helper.make_model(body, opset_imports=[helper.make_opsetid("", 18)], ir_version=8))
     if precision == "int8":
-        model, _ = passes.rewrite(model, ["quantize-linear"], passes.Attention(1, WIDTH))
+        model, _ = passes.rewrite(model, ["quantize-linear"], passes.Context(1, WIDTH))
     return model
 
 

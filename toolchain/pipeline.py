@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from toolchain import artifacts, checkpoints, hardware, inputs, variants
 from toolchain.artifacts import Artifact, Manifest
@@ -87,7 +87,7 @@ def examine(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step
         step = asked.get(variant.name, recorded or variant.step)
         if isinstance(step, Import):
             step = _pinned(workspace, step, recorded)
-        elif isinstance(step, Prune | Recover) and not step.train and getattr(step, "method", "") != "mask":
+        elif _learns(step) and not step.train:
             step = dataclasses.replace(step, train=workspace.train.digest)
         reason = _why(step, artifact, planned.get(variant.parent or ""))
         if artifact and not reason:
@@ -99,6 +99,13 @@ def examine(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step
             reason, trouble = "it was changed after it was sealed", None
         planned[variant.name] = Planned(variant, step, reason, artifact, trouble)
     return list(planned.values())
+
+
+def _learns(step: Step) -> TypeGuard[Prune | Recover | Quantize]:
+    """Whether what comes of it depends on the training data."""
+    if isinstance(step, Quantize):
+        return bool(step.keep_fp32)
+    return isinstance(step, Recover) or (isinstance(step, Prune) and step.method != "mask")
 
 
 def _pinned(workspace: Workspace, step: Import, recorded: Step | None) -> Import:
@@ -229,7 +236,7 @@ def _given_again(workspace: Workspace, item: Planned) -> None:
         raise DataError(
             f"{item.variant.name} must be built anew and was made with the training data {wanted.split(':')[0]}, "
             f"not with {workspace.train.digest.split(':')[0]}.",
-            "Build it with `toolchain prune --train-data FILE`, or without for the embedded sentences.",
+            "Build it by its own command with --train-data FILE, or without for the embedded sentences.",
         )
 
 

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from toolchain import checkpoints, pruning
+from toolchain import checkpoints, pruning, sensitivity
+from toolchain.names import parse_name
 from toolchain.pipeline import Bar, Say, Workspace, ensure
 from toolchain.pruning.subject import subject
 from toolchain.steps.prune import price_of
-from toolchain.variants import Prune
+from toolchain.steps.quantize import linear_pass
+from toolchain.variants import Prune, Quantize
+
+
+def fewest_kept(workspace: Workspace, parent: str, step: Quantize, max_drop: float, say: Say, bar: Bar) -> int:
+    """How many layers of `parent` must stay fp32; see `sensitivity.fewest_kept`."""
+    subject = sensitive(workspace, parent, step, say, bar)
+    with bar("quantize") as progress:
+        kept, tried = sensitivity.fewest_kept(subject, max_drop, progress)
+    for each, drop in tried:
+        say(f"{each} layers in fp32: {drop:+.2f} points lost on held-out rows")
+    return kept
+
+
+def sensitive(workspace: Workspace, parent: str, step: Quantize, say: Say, bar: Bar) -> sensitivity.Subject:
+    """`parent`, built if need be, about to be quantised by `step`."""
+    built = ensure(workspace, [parent], {}, say, bar)[parent]
+    return sensitivity.Subject.of(built, linear_pass(step, parse_name(parent).std), workspace.train)
 
 
 def largest_ratio(workspace: Workspace, step: Prune, max_drop: float, say: Say, bar: Bar) -> float:

@@ -97,13 +97,16 @@ class Quantize:
     blocks of 4 bits, for size; ``torch`` ``int8`` the same in PyTorch, ``bf16`` and ``fp16`` half precision; ``bnb`` is
     bitsandbytes: ``int8`` LLM.int8(), ``nf4`` and ``fp4`` 4-bit blocks. For ``ort``: `reduce_range` is weights of 7
     bits, whose products no processor saturates; `embeddings` the bits of the tables where these are not the scheme's
-    own, ``int8`` or ``int4``.
+    own, ``int8`` or ``int4``; `keep_fp32` how many of the linear layers that lose most stay as they are, chosen on
+    training data, `train` as for `Prune`.
     """
 
     backend: str = "ort"
     scheme: str = "dynamic"
     reduce_range: bool | None = None
     embeddings: str | None = None
+    keep_fp32: int | None = None
+    train: str | None = None
 
 
 Step = Import | Prune | Recover | Export | Optimize | Quantize

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 import click
 
 from toolchain import __version__
-from toolchain.cli.build import export, prune, quantize
+from toolchain.cli.build import export, prune
 from toolchain.cli.look import doctor, validate, variants
 from toolchain.cli.measure import bench, compare
+from toolchain.cli.quantize import quantize
 from toolchain.cli.ship import predict, ship, verify
 from toolchain.errors import ToolchainError
 

@@ -1,4 +1,4 @@
-"""Commands that build: export, prune, quantize."""
+"""Commands that build in PyTorch and ONNX: export, prune; quantize is in a file of its own."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from typing import TYPE_CHECKING
 
 import click
 
-from toolchain.cli.options import dry_run_option, model_options, name_option, open_workspace, training_options
-from toolchain.variants import CPU_PASSES, CUDA_PASSES, QUANTIZED
+from toolchain.cli.options import (
+    dry_run_option,
+    model_options,
+    name_option,
+    open_workspace,
+    training_options,
+)
+from toolchain.variants import CPU_PASSES, CUDA_PASSES
 
 if TYPE_CHECKING:
-    from toolchain.pipeline import Workspace
     from toolchain.variants import Step
+    from toolchain.workspace import Workspace
 
 
-def _build(workspace: Workspace, asked: dict[str, Step], dry_run: bool) -> None:
+def build(workspace: Workspace, asked: dict[str, Step], dry_run: bool) -> None:
     """Builds what is asked for, or says what that would be; prints where it lies."""
     from toolchain.pipeline import ensure, plan
     from toolchain.report.progress import bar, say
@@ -100,87 +106,7 @@ def export(
         asked[std] = Export(opset)
         if step:
             asked[child(std, step, label).name] = step
-    _build(open_workspace(model, exported, slug), asked, dry_run)
-
-
-@click.command()
-@click.option(
-    "--backend", type=click.Choice(list(QUANTIZED)), default="ort", show_default=True, help="Whose quantisation it is."
-)
-@click.option(
-    "--scheme",
-    type=click.Choice(list(dict.fromkeys(scheme for schemes in QUANTIZED.values() for scheme in schemes))),
-    help="ort: dynamic, int4. torch: int8, bf16, fp16. bnb: int8, nf4, fp4.  [default: the backend's first]",
-)
-@click.option(
-    "--isa",
-    type=click.Choice(["vnni", "portable", "auto"]),
-    default="vnni",
-    show_default=True,
-    help="ort: which processors it must be exact on. vnni: x86 with VNNI or AMX, ARM, WebAssembly. portable: all, with "
-    "weights of 7 bits (onnx-int8-portable). auto: this one.",
-)
-@click.option(
-    "--embeddings",
-    type=click.Choice(["int8", "int4"]),
-    help="ort: bits of the embedding tables.  [default: the scheme's]",
-)
-@click.option(
-    "--from",
-    "parents",
-    multiple=True,
-    metavar="VARIANT",
-    help="What is quantised; may repeat.  [default: onnx-fp32 for ort, else torch-fp32]",
-)
-@name_option
-@dry_run_option
-@model_options
-def quantize(
-    model: str,
-    exported: Path,
-    slug: str | None,
-    backend: str,
-    scheme: str | None,
-    isa: str,
-    embeddings: str | None,
-    parents: tuple[str, ...],
-    label: str,
-    dry_run: bool,
-) -> None:
-    """Quantise a variant: onnx-fp32 becomes onnx-int8, torch-fp32 torch-int8 or bnb-nf4.
-
-    ort and torch int8 scale activations at run time; bnb is bitsandbytes, which saves memory and, on a CPU, no time.
-    Validated before it is published: it is refused where 200 sentences show that more than 2 % are answered differently
-    from the PyTorch model it was made from.
-
-    \b
-    Examples:
-      toolchain quantize --backend ort
-      toolchain quantize --from onnx-pruned30 --from onnx-pruned50
-      toolchain quantize --isa portable
-      toolchain quantize --scheme int4
-      toolchain quantize --embeddings int4 --name small
-      toolchain quantize --from onnx-std
-      toolchain quantize --backend torch --scheme int8 --from torch-fp32 --from torch-pruned30
-      toolchain quantize --backend bnb --scheme nf4
-    """
-    from toolchain.hardware import exact_int8
-    from toolchain.variants import Quantize, child
-
-    if isa != "vnni" and (backend, scheme or "dynamic") != ("ort", "dynamic"):
-        raise click.BadParameter("Only --backend ort --scheme dynamic has weights of 7 bits.", param_hint="--isa")
-    if isa == "auto":
-        isa = "vnni" if exact_int8() else "portable"
-        click.echo(f"isa auto: {isa} on this processor", err=True)
-    if embeddings and backend != "ort":
-        raise click.BadParameter("Only --backend ort quantises tables apart.", param_hint="--embeddings")
-    schemes = list(QUANTIZED[backend])
-    if scheme is not None and scheme not in schemes:
-        raise click.BadParameter(f"--backend {backend} has {', '.join(schemes)}.", param_hint="--scheme")
-    step = Quantize(backend, scheme or schemes[0], True if isa == "portable" else None, embeddings)
-    chosen = parents or (("onnx-fp32",) if backend == "ort" else ("torch-fp32",))
-    asked: dict[str, Step] = {child(parent, step, label).name: step for parent in chosen}
-    _build(open_workspace(model, exported, slug), asked, dry_run)
+    build(open_workspace(model, exported, slug), asked, dry_run)
 
 
 @click.command()
@@ -265,4 +191,4 @@ def prune(
         asked[name] = step
         if epochs:
             asked[child(name, Recover(epochs)).name] = Recover(epochs)
-    _build(workspace, asked, dry_run)
+    build(workspace, asked, dry_run)

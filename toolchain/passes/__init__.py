@@ -1,6 +1,6 @@
 """Graph rewrites on ONNX, one small file each, applied by name in order.
 
-A pass takes the model and what is known of its attention, changes the model in place (or returns another) and says how
+A pass takes the model and what is known of it, changes the model in place (or returns another) and says how
 often it applied. Where its pattern is not there it applies zero times; a graph it cannot keep correct it leaves alone.
 """
 
@@ -30,14 +30,16 @@ LOOK_UPS = ("Gather", "GatherBlockQuantized")
 
 
 @dataclass(frozen=True)
-class Attention:
-    """Heads and width of the encoder, which ONNX Runtime's fusions cannot always tell from the graph."""
+class Context:
+    """Heads and width of the encoder, which ONNX Runtime's fusions cannot always tell from the graph; and the linear
+    layers to `keep` in fp32, by the names `quantize_linear.layers_of` gives them."""
 
     heads: int
     width: int
+    keep: frozenset[str] = frozenset()
 
 
-Pass = Callable[["ir.Model", Attention], "tuple[ir.Model, int]"]
+Pass = Callable[["ir.Model", Context], "tuple[ir.Model, int]"]
 
 PASSES: dict[str, Pass] = {
     "fuse": fuse,
@@ -55,14 +57,14 @@ PASSES: dict[str, Pass] = {
 }
 
 
-def rewrite(model: ir.Model, names: Sequence[str], attention: Attention) -> tuple[ir.Model, dict[str, int]]:
+def rewrite(model: ir.Model, names: Sequence[str], context: Context) -> tuple[ir.Model, dict[str, int]]:
     """Applies the named passes in order and tidies up; the counts say how often each applied."""
     from onnx_ir.passes import common
 
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     counts = {}
     for name in names:
-        model, counts[name] = PASSES[name](model, attention)
+        model, counts[name] = PASSES[name](model, context)
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
     return model, counts

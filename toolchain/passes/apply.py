@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from toolchain.artifacts import copy_companions
 from toolchain.jobs import Built, Job
-from toolchain.passes import Attention, facts, read, rewrite, write
+from toolchain.passes import Context, facts, read, rewrite, write
 
 
-def rewrite_into(job: Job, passes: Sequence[str]) -> Built:
-    """The parent's graph rewritten by `passes` into the job's folder, config and tokenizer beside it.
+def rewrite_into(job: Job, passes: Sequence[str], keep: Collection[str] = ()) -> Built:
+    """The parent's graph rewritten by `passes` into the job's folder, config and tokenizer beside it; linear layers to
+    `keep` stay fp32.
 
     The counts each pass made stand in the facts. Raises `GraphError` for a file that is no ONNX model.
     """
     given = job.given
-    graph, counts = rewrite(read(given.onnx_path), passes, _attention(given.path))
+    graph, counts = rewrite(read(given.onnx_path), passes, replace(context_of(given.path), keep=frozenset(keep)))
     write(graph, job.folder / given.onnx_path.name)
     copy_companions(given, job.folder)
     return Built.like(job, {**facts(graph), "rewrites": counts})
 
 
-def _attention(folder: Path) -> Attention:
+def context_of(folder: Path) -> Context:
+    """What an artifact's config says of its model."""
     from transformers import AutoConfig
 
     # Architectures spell these differently in config.json; transformers knows each one's spelling.
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    return Attention(config.num_attention_heads, config.hidden_size)
+    return Context(config.num_attention_heads, config.hidden_size)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from toolchain.passes import Attention
+    from toolchain.passes import Context
 
 # Operators that treat every token by itself, on any number of leading axes.
 TOKEN_WISE = {"Add", "Sum", "MatMul", "LayerNormalization", "Gelu", "FastGelu", "Relu", "Tanh"}
@@ -15,7 +15,7 @@ TOKEN_WISE = {"Add", "Sum", "MatMul", "LayerNormalization", "Gelu", "FastGelu", 
 BOUNDARY = {"Attention", "MultiHeadAttention", "LayerNormalization"}
 
 
-def first_token(model: ir.Model, attention: Attention) -> tuple[ir.Model, int]:
+def first_token(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     """Moves the `Gather` of token 0 up through token-wise nodes to the last attention; counts the nodes it passed.
 
     Exact: each of those nodes gives token 0 from token 0 alone. Applies only where every use of the moved values

@@ -9,12 +9,12 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from onnxruntime.transformers.fusion_options import FusionOptions
 
-    from toolchain.passes import Attention
+    from toolchain.passes import Context
 
 DOMAIN = "com.microsoft"  # of the fused operators
 
 
-def fuse(model: ir.Model, attention: Attention) -> tuple[ir.Model, int]:
+def fuse(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     """For the CPU: attention → one node, erf-Gelu → Gelu; counts the fused nodes.
 
     Skip- and embedding LayerNormalization stay apart: their CPU kernels are scalar, and BiasGelu would take the bias
@@ -25,12 +25,12 @@ def fuse(model: ir.Model, attention: Attention) -> tuple[ir.Model, int]:
     options.enable_skip_layer_norm = False
     options.enable_bias_skip_layer_norm = False
     options.enable_bias_gelu = False
-    return _fused(model, attention, options)
+    return _fused(model, context, options)
 
 
-def fuse_cuda(model: ir.Model, attention: Attention) -> tuple[ir.Model, int]:
+def fuse_cuda(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     """For CUDA, whose kernels of the fused forms are the fast ones: all of them; counts the fused nodes."""
-    return _fused(model, attention, _options())
+    return _fused(model, context, _options())
 
 
 def _options() -> FusionOptions:
@@ -43,14 +43,14 @@ def _options() -> FusionOptions:
     return options
 
 
-def _fused(model: ir.Model, attention: Attention, options: FusionOptions) -> tuple[ir.Model, int]:
+def _fused(model: ir.Model, context: Context, options: FusionOptions) -> tuple[ir.Model, int]:
     import onnx_ir as ir
     from onnxruntime.transformers.onnx_model_bert import BertOnnxModel
 
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        fused = BertOnnxModel(ir.to_proto(model), attention.heads, attention.width)
+        fused = BertOnnxModel(ir.to_proto(model), context.heads, context.width)
         fused.optimize(options, add_dynamic_axes=False)
     finally:
         logging.disable(before)

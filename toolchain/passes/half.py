@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from toolchain.passes import Attention
+    from toolchain.passes import Context
 
 
-def half(model: ir.Model, attention: Attention) -> tuple[ir.Model, int]:
+def half(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     """fp32 → fp16 wherever CUDA has a kernel for it, logits back in fp32; counts the converted weights."""
     import onnx_ir as ir
     from onnxruntime.transformers.float16 import convert_float_to_float16

@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-    from toolchain.passes import Attention
+    from toolchain.passes import Context
 
 # The model, the table's name, the table [rows, width], and the rows asked for → the nodes of the look-up, the last of
 # which gives the rows in fp32.
 LookUp = Callable[["ir.Model", str, "np.ndarray", Any], "list[ir.Node]"]
 
 
-def quantize_embedding(model: ir.Model, attention: Attention, look_up: LookUp) -> tuple[ir.Model, int]:
+def quantize_embedding(model: ir.Model, context: Context, look_up: LookUp) -> tuple[ir.Model, int]:
     """Gather from a constant 2-D fp32 table → look-ups by `look_up`; counts the tables."""
     import onnx_ir as ir
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-    from toolchain.passes import Attention
+    from toolchain.passes import Context
 
 LARGEST = 127  # symmetric: -128 is left out, so that a weight and its negative are equally exact
 LARGEST_OF_7_BITS = 64  # two products with the largest activation, 2 × 255 × 64, are 16 bits
@@ -28,7 +28,7 @@ ACTIVATION = 255
 Product = Callable[["ir.Model", Any, str, "np.ndarray", "ir.Value | None"], "list[ir.Node]"]
 
 
-def quantize_linear(model: ir.Model, attention: Attention, product: Product) -> tuple[ir.Model, int]:
+def quantize_linear(model: ir.Model, context: Context, product: Product) -> tuple[ir.Model, int]:
     """MatMul and Gemm with constant weights, and the projections of fused Attention → products by `product`.
 
     Products of two activations stay fp32: they hold no weights, so fewer bits would cost accuracy and bring nothing.
@@ -37,15 +37,32 @@ def quantize_linear(model: ir.Model, attention: Attention, product: Product) -> 
     """
     count = 0
     layer = partial(product, model)
-    for node in list(model.graph):
-        if node.op_type == "Attention" and node.domain == "com.microsoft":
-            _attention(model, node, layer)
-        elif node.op_type in ("MatMul", "Gemm") and _is_linear(node) and not node.outputs[0].is_graph_output():
-            _linear(model, node, layer)
-        else:
+    for node in _layers(model):
+        if layer_name(node) in context.keep:
             continue
+        rewrite_one = _attention if node.op_type == "Attention" else _linear
+        rewrite_one(model, node, layer)
         count += 1
     return model, count
+
+
+def layers_of(model: ir.Model) -> list[str]:
+    """Names of the layers that `quantize_linear` takes, in the graph's order."""
+    return [layer_name(node) for node in _layers(model)]
+
+
+def layer_name(node: ir.Node) -> str:
+    """Where the layer stood in PyTorch; of fused projections, which they are."""
+    return (node.name or "").strip("/").removesuffix("/MatMul").removesuffix("/Gemm")
+
+
+def _layers(model: ir.Model) -> list[ir.Node]:
+    def taken(node: ir.Node) -> bool:
+        if node.op_type == "Attention":
+            return node.domain == "com.microsoft"
+        return node.op_type in ("MatMul", "Gemm") and _is_linear(node) and not node.outputs[0].is_graph_output()
+
+    return [node for node in model.graph if taken(node)]
 
 
 def quantize_weight(weight: np.ndarray, axis: int, most: int = LARGEST) -> tuple[np.ndarray, np.ndarray]:

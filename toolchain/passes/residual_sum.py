@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from toolchain.passes import Attention
+    from toolchain.passes import Context
 
 
-def residual_sum(model: ir.Model, attention: Attention) -> tuple[ir.Model, int]:
+def residual_sum(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     """Add → LayerNormalization becomes Sum → LayerNormalization where both addends are computed.
 
     Wherever ONNX Runtime knows both shapes, as in an app that fixes the dimensions, it makes SkipLayerNormalization of

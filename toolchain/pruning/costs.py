@@ -174,7 +174,7 @@ def _session(model: PreTrainedModel, shapes: Sequence[LayerShape], folder: Path)
     reshape(made, shapes)
     folder.mkdir()
     to_onnx(made, folder / "model.onnx", opset=18)
-    attention = passes.Attention(config.num_attention_heads, config.hidden_size)
+    attention = passes.Context(config.num_attention_heads, config.hidden_size)
     graph, _ = passes.rewrite(passes.read(folder / "model.onnx"), PASSES, attention)
     passes.write(graph, folder / "model.onnx")
     return OrtSession(folder, Place("cpu", hardware.cores())), [spec.name for spec in graph.graph.inputs]

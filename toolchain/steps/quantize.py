@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from toolchain.artifacts import copy_companions
 from toolchain.backends import bnb, reduced
 from toolchain.backends.pytorch import check_stored, describe, load_model, save_weights
@@ -10,6 +12,7 @@ from toolchain.errors import GraphError
 from toolchain.jobs import Built, Job
 from toolchain.names import parse_name
 from toolchain.passes.apply import rewrite_into
+from toolchain.sensitivity import Subject, rank
 from toolchain.variants import Quantize
 
 VERSION = 1
@@ -27,21 +30,30 @@ def quantize(job: Job) -> Built:
 
 
 def _ort(job: Job, step: Quantize) -> Built:
-    # A graph of standard operators keeps to them.
-    standard, portable = parse_name(job.given.manifest.variant).std, step.reduce_range
-    linear = f"quantize-linear{'-std' if standard else ''}{'-portable' if portable else ''}"
-    if step.scheme == "int4":
-        linear = "quantize-linear-int4"
+    standard = parse_name(job.given.manifest.variant).std
+    linear = linear_pass(step, standard)
     tables = step.embeddings or ("int4" if step.scheme == "int4" else "int8")
     if standard and tables == "int4":
         raise GraphError("There is no standard operator for tables of 4 bits.", "Leave --embeddings out.")
-    built = rewrite_into(job, (linear, f"quantize-embedding{'-int4' if tables == 'int4' else ''}"))
+    ranked = rank(Subject.of(job.given, linear, job.train), job.progress) if step.keep_fp32 else []
+    keep = [layer.name for layer in ranked[: step.keep_fp32]]
+    built = rewrite_into(job, (linear, f"quantize-embedding{'-int4' if tables == 'int4' else ''}"), keep)
     if not built.facts["rewrites"][linear]:
         raise GraphError(
             f"{job.given.manifest.variant} has no linear layer left to quantise.",
             "Quantise the variant it was made from.",
         )
+    if ranked:
+        facts = {**built.facts, "kept_fp32": keep, "sensitivity": [dataclasses.asdict(layer) for layer in ranked]}
+        return dataclasses.replace(built, facts=facts)
     return built
+
+
+def linear_pass(step: Quantize, standard: bool) -> str:
+    """The pass that quantises linear layers; a graph of standard operators keeps to them."""
+    if step.scheme == "int4":
+        return "quantize-linear-int4"
+    return f"quantize-linear{'-std' if standard else ''}{'-portable' if step.reduce_range else ''}"
 
 
 def _torch(job: Job, step: Quantize) -> Built:

@@ -1,0 +1,104 @@
+"""Which layers lose by fewer bits, and which are kept."""
+
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import numpy_helper
+
+from toolchain import passes, sensitivity
+from toolchain.artifacts import Artifact
+from toolchain.errors import GraphError
+from toolchain.inputs import TrainingSource
+from toolchain.pipeline import ensure
+from toolchain.sensitivity import Layer, Subject, fewest_kept, rank
+from toolchain.variants import Quantize
+
+
+def still(done, total, what):
+    pass
+
+
+def quiet(line):
+    pass
+
+
+@pytest.fixture(scope="module")
+def subject(built_tiny):
+    return Subject.of(built_tiny.load("onnx-fp32"), "quantize-linear", TrainingSource())
+
+
+def test_every_layer_is_ranked_by_what_it_does_alone(subject):
+    ranked = rank(subject, still)
+    assert sorted(layer.name for layer in ranked) == sorted(subject.layers)
+    assert "distilbert/transformer/layer.1/ffn/lin1" in subject.layers
+    assert "pre_classifier" in subject.layers
+    assert [layer.divergence for layer in ranked] == sorted((layer.divergence for layer in ranked), reverse=True)
+    assert ranked[0].divergence > 0
+    assert rank(subject, still) == ranked
+
+
+def test_a_layer_with_outliers_is_found(built_tiny, tmp_path):
+    """One weight of a column 3,000 times the others leaves these no bits."""
+    shutil.copytree(built_tiny.path("onnx-fp32"), tmp_path / "outliers")
+    model = onnx.load(tmp_path / "outliers" / "model.onnx")
+    node = next(node for node in model.graph.node if node.name.endswith("layer.0/ffn/lin2/MatMul"))
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[1])
+    array = numpy_helper.to_array(weight).copy()
+    array[0] = 3000 * np.abs(array).max() * np.sign(array[0])
+    weight.CopyFrom(numpy_helper.from_array(array, weight.name))
+    onnx.save(model, tmp_path / "outliers" / "model.onnx")
+    artifact = Artifact(tmp_path / "outliers", built_tiny.load("onnx-fp32").manifest)
+    ranked = rank(Subject.of(artifact, "quantize-linear", TrainingSource()), still)
+    assert ranked[0].name == "distilbert/transformer/layer.0/ffn/lin2"
+
+
+def test_the_most_sensitive_stay_fp32(tiny, subject):
+    asked = {"onnx-int8+careful": Quantize(keep_fp32=2)}
+    manifest = ensure(tiny, asked, asked, quiet)["onnx-int8+careful"].manifest
+    assert manifest.facts["rewrites"]["quantize-linear"] == 7
+    assert manifest.facts["kept_fp32"] == [layer.name for layer in rank(subject, still)[:2]]
+    assert len(manifest.facts["sensitivity"]) == 9
+    assert manifest.step.train == tiny.train.digest  # other training data would choose other layers
+    said = []
+    ensure(tiny, ["onnx-int8+careful"], asked, said.append)
+    assert "onnx-int8+careful: fresh, skipped" in said
+    left = passes.read(tiny.path("onnx-int8+careful") / "model.onnx")
+    assert len([n for n in left.graph if n.op_type in ("MatMul", "Attention")]) == 2
+
+
+def test_no_layer_left_is_told(built_tiny):
+    with pytest.raises(GraphError, match="no linear layer left"):
+        rank(Subject.of(built_tiny.load("onnx-int8"), "quantize-linear", TrainingSource()), still)
+
+
+@given(st.integers(1, 30), st.data())
+def test_the_fewest_that_keep_the_accuracy_are_found(count, data):
+    """Where keeping more never costs accuracy: the answer of trying every number."""
+    drops = sorted((data.draw(st.floats(0, 5)) for _ in range(count)), reverse=True)
+    allowed = data.draw(st.floats(0, 5))
+
+    class Fake:
+        def __init__(self):
+            self.kept = None
+
+        def session(self, keep):
+            self.kept = len(keep)
+            import contextlib
+
+            return contextlib.nullcontext()
+
+    fake = Fake()
+    context = pytest.MonkeyPatch.context()
+    with context as patch:
+        patch.setattr(sensitivity, "rank", lambda *_: [Layer(str(i), 1.0, 0) for i in range(count)])
+        patch.setattr(
+            sensitivity, "_right", lambda subject, _: 1 - (drops[subject.kept] if subject.kept < count else 0) / 100
+        )
+        kept, tried = fewest_kept(fake, allowed, still)
+    want = next((n for n in range(count) if 100 * (1 - (1 - drops[n] / 100)) <= allowed), count)
+    assert kept == want
+    assert len(tried) <= count.bit_length() + 1
