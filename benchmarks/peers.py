@@ -1,53 +1,104 @@
-"""`onnx-int8` against optimum-cli's own int8 of the same checkpoint, interleaved in one run.
+"""`onnx-int8` against what others make of the same checkpoint, interleaved in one run.
 
-    python benchmarks/peers.py [--model reference] [--exported exported] [--save-as NAME]
+    python benchmarks/peers.py [--shape reference|base] [--exported exported] [--full] [--save-as NAME]
 
-Builds the peer with `optimum-cli export onnx` and `optimum-cli onnxruntime quantize --avx512_vnni` in a scratch folder,
-measures it between this toolchain's variants under the same clock, and prints for each cell the ratio to the peer with
-its 95 % bootstrap interval over rounds. The result file goes to benchmarks/studies/.
+Peers are built in scratch folders: optimum-cli's int8 (`--avx512_vnni`, per tensor and per channel), OpenVINO's own
+runtime in fp32 and in int8 by NNCF. All are measured between this toolchain's variants under the same clock; how many
+times faster `onnx-int8` is than each is printed with its 95 % bootstrap interval over rounds. `base` is the shape of
+DistilBERT-base with random weights, for speed alone. The result file goes to benchmarks/studies/.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import click
+import openvino_peer
 
-from toolchain import artifacts, confidence, hardware, inputs
+from toolchain import artifacts, checkpoints, confidence, hardware, inputs
 from toolchain.artifacts import Artifact
+from toolchain.backends import BACKENDS, Backend
 from toolchain.cells import Cell
 from toolchain.measurements import Measurement, ResultFile, Samples
-from toolchain.pipeline import Workspace, ensure
+from toolchain.pipeline import ensure
 from toolchain.report.progress import bar, say
 from toolchain.report.table import print_table
 from toolchain.runs import result_of
-from toolchain.scenarios import FULL
+from toolchain.scenarios import FULL, QUICK
 from toolchain.steps.bench import bench
 from toolchain.steps.compare import compare
+from toolchain.workspace import Workspace
 
-OURS = ("torch-fp32", "onnx-fp32", "onnx-int8")
+OURS = ("torch-fp32", "torch-bf16", "torch-int8", "onnx-fp32", "onnx-int8")
 PEER = "optimum-cli-int8"
 STUDIES = Path(__file__).parent / "studies"
+CALIBRATION = 300  # sentences of the training data
+OPENVINO = ("openvino==2026.4.1", "nncf==3.4.0")
 
 
-def build_peer(parent: Artifact, scratch: Path) -> Artifact:
-    """optimum-cli's int8 of the checkpoint in `parent`, as an artifact the benchmark can open."""
+def base_shape(folder: Path) -> Path:
+    """A checkpoint of DistilBERT-base's shape: random, but decided, so that fewer bits change no answer."""
+    import torch
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    torch.manual_seed(1)
+    model = DistilBertForSequenceClassification(DistilBertConfig())
+    with torch.no_grad():
+        model.classifier.bias[-1] += 30
+    model.save_pretrained(folder)
+    for name in checkpoints.TOKENIZER_FILES:
+        if (checkpoints.REFERENCE / name).is_file():
+            shutil.copyfile(checkpoints.REFERENCE / name, folder / name)
+    return folder
+
+
+def by_optimum(parent: Artifact, scratch: Path) -> dict[str, Artifact]:
+    """optimum-cli's int8 of the checkpoint in `parent`, as artifacts the benchmark can open."""
     cli = Path(sys.executable).with_name("optimum-cli")
-    exported, quantized = scratch / "exported", scratch / "quantized"
-    for command in (
-        [cli, "export", "onnx", "--model", parent.path, "--task", "text-classification", exported],
-        [cli, "onnxruntime", "quantize", "--onnx_model", exported, "--avx512_vnni", "-o", quantized],
-    ):
+    exported = scratch / "exported"
+    export = [cli, "export", "onnx", "--model", parent.path, "--task", "text-classification", exported]
+    subprocess.run(list(map(str, export)), check=True, capture_output=True)
+    found = {}
+    for name, options in ((PEER, []), (f"{PEER}-per-channel", ["--per_channel"])):
+        quantized = scratch / name
+        command = [cli, "onnxruntime", "quantize", "--onnx_model", exported, "--avx512_vnni", *options, "-o", quantized]
         subprocess.run(list(map(str, command)), check=True, capture_output=True)
-    (quantized / "model_quantized.onnx").rename(quantized / "model.onnx")
-    manifest = replace(
-        parent.manifest, variant=PEER, files=artifacts.list_files(quantized), facts={"made_by": "optimum-cli"}
-    )
-    return Artifact(quantized, manifest)
+        (quantized / "model_quantized.onnx").rename(quantized / "model.onnx")
+        found[name] = _as_artifact(parent, name, quantized, "optimum-cli")
+    return found
+
+
+def by_openvino(std: Artifact, scratch: Path, sentences: Sequence[Sequence[int]]) -> dict[str, Artifact]:
+    """OpenVINO's fp32 and int8 of the exported graph; the packages in a scratch environment of their own."""
+    environment = scratch / "openvino"
+    python = environment / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *OPENVINO], check=True)
+    asked = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    os.environ[openvino_peer.SITE] = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+    plain, quantized = scratch / "openvino-fp32", scratch / "openvino-int8"
+    for folder in (plain, quantized):
+        folder.mkdir()
+        artifacts.copy_companions(std, folder)
+    shutil.copyfile(std.onnx_path, plain / "model.onnx")
+    (scratch / "tokens.json").write_text(json.dumps(sentences))
+    script = [python, openvino_peer.__file__, std.onnx_path, scratch / "tokens.json", quantized / "model.xml"]
+    subprocess.run(list(map(str, script)), check=True, capture_output=True)
+    return {folder.name: _as_artifact(std, folder.name, folder, "OpenVINO") for folder in (plain, quantized)}
+
+
+def _as_artifact(parent: Artifact, name: str, folder: Path, maker: str) -> Artifact:
+    files = artifacts.list_files(folder)
+    return Artifact(folder, replace(parent.manifest, variant=name, files=files, facts={"made_by": maker}))
 
 
 def ratio(ours: Samples, peer: Samples) -> str:
@@ -64,38 +115,57 @@ def measured(row: Measurement) -> tuple[Samples, Samples]:
 
 
 def summary(result: ResultFile) -> list[str]:
-    """A line for each of our variants: how many times the peer's speed, and both accuracies."""
-    peer = next(row for row in result.rows if row.variant == PEER)
-    size = result.run["batch_size"]
+    """A line for each other cell: how many times as fast `onnx-int8` is, both accuracies, whether these differ."""
+    ours = next(row for row in result.rows if row.variant == OURS[-1])
+    size, labels = result.run["batch_size"], result.data.get("labels")
     lines = []
     for row in result.rows:
-        if row is not peer and row.accuracy and peer.accuracy:
-            single, batched = (ratio(ours, theirs) for ours, theirs in zip(measured(row), measured(peer), strict=True))
-            accuracy = f"accuracy {row.accuracy.value:.2%} against {peer.accuracy.value:.2%}"
-            lines.append(f"{row.cell:15} batch 1: {single}   batches of {size}: {batched}   {accuracy}")
+        if row is ours or not (row.accuracy and ours.accuracy):
+            continue
+        single, batched = (ratio(mine, theirs) for mine, theirs in zip(measured(ours), measured(row), strict=True))
+        accuracy = f"accuracy {ours.accuracy.value:.2%} against {row.accuracy.value:.2%}"
+        if labels and row.predictions:
+            answers = list(zip(ours.predictions, row.predictions, labels, strict=True))
+            lost = sum(mine != label == theirs for mine, theirs, label in answers)
+            won = sum(mine == label != theirs for mine, theirs, label in answers)
+            accuracy += f" (p = {confidence.mcnemar(lost, won):.2f})"
+        lines.append(f"over {row.variant:28} batch 1: {single}   batches of {size}: {batched}   {accuracy}")
     return lines
 
 
 @click.command()
-@click.option("--model", default="reference", show_default=True)
+@click.option("--shape", type=click.Choice(["reference", "base"]), default="reference", show_default=True)
 @click.option("--exported", type=click.Path(path_type=Path), default=Path("exported"), show_default=True)
-@click.option("--save-as", default="peers-reference", show_default=True)
-def main(model: str, exported: Path, save_as: str) -> None:
+@click.option("--full", is_flag=True, help="About 60 s a cell instead of 20.")
+@click.option("--save-as", help="[default: peers-SHAPE]")
+def main(shape: str, exported: Path, full: bool, save_as: str | None) -> None:
     """Builds, measures, prints, saves."""
-    workspace = Workspace.open(model, exported)
-    built = ensure(workspace, OURS, {}, say)
-    root = built["torch-fp32"]
-    encoder = inputs.Encoder.open(root.path, [s.name for s in root.manifest.inputs], root.manifest.max_length)
-    data = inputs.load(None, root.manifest.labels)
-    with tempfile.TemporaryDirectory() as scratch, bar("peers") as progress:
-        found = {**{name: built[name] for name in OURS}, PEER: build_peer(root, Path(scratch))}
+    with tempfile.TemporaryDirectory() as folder, bar("peers") as progress:
+        scratch = Path(folder)
+        if shape == "base":
+            (scratch / "checkpoint").mkdir()
+            workspace = Workspace.open(str(base_shape(scratch / "checkpoint")), scratch / "artifacts", "base-shape")
+        else:
+            workspace = Workspace.open(shape, exported)
+        built = ensure(workspace, OURS, {}, say)
+        root, std = built["torch-fp32"], built["onnx-std"]
+        encoder = inputs.Encoder.open(root.path, [s.name for s in root.manifest.inputs], root.manifest.max_length)
+        train = inputs.embedded("train")
+        chosen = inputs.sentence_rows(train, inputs.hold_out(train)[0], CALIBRATION)
+        sentences = encoder.encode([train.texts[row] for row in chosen])
+        peers = {**by_optimum(root, scratch), **by_openvino(std, scratch, sentences)}
         cells = [
-            Cell(workspace.model, name, "torch" if name.startswith("torch") else "onnx", "cpu", artifact)
-            for name, artifact in found.items()
+            Cell(workspace.model, name, name.split("-")[0], "cpu", artifact)
+            for name, artifact in {**{name: built[name] for name in OURS}, **peers}.items()
         ]
-        rows, how = bench(cells, data, encoder, replace(FULL, threads=hardware.cores()), progress)
-    result = result_of(rows, how, data, root.manifest.max_length)
-    result.write(STUDIES / f"{save_as}.json")
+        cells = [dataclasses.replace(cell, runtime="onnx") if cell.runtime == "optimum" else cell for cell in cells]
+        backends = {**BACKENDS, "openvino": Backend("openvino_peer:OpenVinoSession", ())}
+        os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where a measuring process finds that session
+        data = inputs.load(None, root.manifest.labels)
+        protocol = replace(FULL if full else QUICK, threads=hardware.cores())
+        rows, how = bench(cells, data, encoder, protocol, progress, backends)
+        result = result_of(rows, how, data, root.manifest.max_length)
+    result.write(STUDIES / f"{save_as or f'peers-{shape}'}.json")
     print_table(compare([result], f"{PEER}@cpu"))
     for line in summary(result):
         click.echo(line)

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -49,7 +50,9 @@ def _bench() -> str:
 
 
 def script(name: str) -> ModuleType:
-    """A script of benchmarks/, which is no package."""
+    """A script of benchmarks/, which is no package; it may import others beside it."""
+    if str(ROOT / "benchmarks") not in sys.path:
+        sys.path.append(str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

@@ -1,0 +1,70 @@
+"""OpenVINO as a peer: its int8 by NNCF, and a session for the benchmark.
+
+    python openvino_peer.py MODEL.onnx TOKENS.json OUT.xml
+
+makes the int8 model, in an environment that has openvino and nncf: post-training quantisation with SmoothQuant, as NNCF
+does it for transformers, calibrated on the given sentences.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SITE = "OPENVINO_SITE"  # where the packages of the scratch environment lie
+
+
+class OpenVinoSession:
+    """A `Session` on OpenVINO's CPU plugin, with its own defaults but the threads."""
+
+    def __init__(self, folder: Path, place: Any) -> None:
+        sys.path.append(os.environ[SITE])  # after this environment's own: only what it lacks comes from there
+        import openvino
+
+        file = next(path for name in ("model.xml", "model.onnx") if (path := folder / name).is_file())
+        options = {"INFERENCE_NUM_THREADS": place.threads, "PERFORMANCE_HINT": "LATENCY"}
+        self._model = openvino.Core().compile_model(file, "CPU", options)
+        self._request = self._model.create_infer_request()
+        self._threads = place.threads
+
+    def run(self, batch: dict[str, Any]) -> Any:
+        """See `Session.run`."""
+        return self._request.infer(batch)[0].copy()
+
+    def resident(self, batch: dict[str, Any]) -> Callable[[], object]:
+        """See `Session.resident`."""
+        return lambda: self._request.infer(batch)
+
+    def facts(self) -> dict[str, Any]:
+        """Threads, and the precision it chose to compute in."""
+        precision = self._model.get_property("INFERENCE_PRECISION_HINT")
+        return {"provider": "OpenVINO CPU", "threads": self._threads, "precision": str(precision)}
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        del self._request, self._model
+
+
+def main(model: str, tokens: str, out: str) -> None:
+    """Calibrates, quantises, saves."""
+    import nncf
+    import numpy as np
+    import openvino
+
+    def batch(ids: list[int]) -> dict[str, Any]:
+        return {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, len(ids)), np.int64)}
+
+    rows = json.loads(Path(tokens).read_text())
+    data = nncf.Dataset(rows, batch)
+    quantized = nncf.quantize(
+        openvino.convert_model(model), data, subset_size=len(rows), model_type=nncf.ModelType.TRANSFORMER
+    )
+    openvino.save_model(quantized, out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
