@@ -3,6 +3,7 @@
 `make test-clients` installs these; without one, its tests are skipped.
 """
 
+import contextlib
 import functools
 import http.server
 import json
@@ -234,7 +235,14 @@ def test_standard_operators_cost_few_answers(here):
 @pytest.fixture(scope="module")
 def site(bundles):
     """The web bundle as `python -m http.server` serves it."""
-    handler = functools.partial(_Quiet, directory=str(bundles / "web"))
+    with serving(bundles / "web") as address:
+        yield address
+
+
+@contextlib.contextmanager
+def serving(folder):
+    """The address of a folder, served."""
+    handler = functools.partial(_Quiet, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
@@ -317,6 +325,22 @@ def test_the_browser_gives_the_872_labels(browser, site, asked, here):
 
 @needs_chromium
 @pytest.mark.web
+def test_the_page_of_the_readme_runs(browser, bundles, tmp_path):
+    shutil.copytree(bundles / "web", tmp_path / "web")
+    block = re.search(r"```html\n(.*?)```", (bundles / "web" / "README.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "web" / "mine.html").write_text(
+        "<!doctype html><title>mine</title><link rel=icon href='data:,'>"
+        + block.replace("console.log(", "window.said = (")
+    )
+    with serving(tmp_path / "web") as address:
+        browser.open(f"{address}mine.html")
+        wait = "(async () => { while (!window.said) await new Promise(r => setTimeout(r, 50)); return window.said })()"
+        assert browser.run(wait)[0]["label"] == "POSITIVE"
+        assert browser.complaints(address) == []
+
+
+@needs_chromium
+@pytest.mark.web
 @pytest.mark.parametrize("shown", [{}, {"scheme": "dark"}, {"width": 360, "height": 740}])
 def test_the_page_fits_and_can_be_read(browser, site, shown):
     browser.show_as(**shown)
@@ -338,10 +362,7 @@ def test_the_page_fits_and_can_be_read(browser, site, shown):
 def test_a_bundle_that_lost_a_model_says_so_on_the_page(browser, bundles, tmp_path):
     shutil.copytree(bundles / "web", tmp_path / "web")
     (tmp_path / "web" / "onnx" / "model_quantized.onnx").unlink()
-    handler = functools.partial(_Quiet, directory=str(tmp_path / "web"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        browser.open(f"http://127.0.0.1:{server.server_port}/")
+    with serving(tmp_path / "web") as address:
+        browser.open(address)
         browser.run("new Promise(r => setTimeout(r, 1500))")
         assert "It failed" in browser.run(ANSWER)
-        server.shutdown()
