@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import signal
 from dataclasses import replace
 
 import click
@@ -127,6 +128,19 @@ def test_an_interrupt_is_130(at, say, monkeypatch):
     code, _, err = say("variants")
     assert code == 130
     assert "Interrupted" in err
+
+
+def test_an_interrupt_that_a_library_turned_into_its_own_error_is_130(at, say, monkeypatch):
+    def stop(*_):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("initialization failed") from None
+
+    monkeypatch.setattr("toolchain.pipeline.Workspace.open", stop)
+    code, _, err = say("variants")
+    assert (code, err) == (130, "Interrupted: nothing is half-written.\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(at, say, tiny_checkpoint, monkeypatch):

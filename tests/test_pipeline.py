@@ -250,7 +250,7 @@ def test_a_run_stopped_in_the_middle_leaves_what_was_there_and_the_next_one_goes
     os.kill(run.pid, sent)
     rest = run.communicate(timeout=60)[1]
     if sent == signal.SIGINT:
-        assert run.returncode == 130
+        assert run.returncode == 130, rest
         assert "Interrupted" in rest
         assert not list(scratch.glob(".*.building"))
     assert not (scratch / "onnx-std").exists()

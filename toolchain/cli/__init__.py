@@ -7,9 +7,12 @@ standard error. Nothing heavy is imported before a command needs it.
 from __future__ import annotations
 
 import io
+import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 import click
 
@@ -39,27 +42,54 @@ for command in (export, prune, quantize, bench, compare, validate, ship, verify,
             option.envvar = f"TOOLCHAIN_{command.name}_{option.opts[0].lstrip('-')}".upper().replace("-", "_")
 
 
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """The interrupts that arrived. Libraries written in C turn the KeyboardInterrupt that hits them during an import or
+    a callback into an error of their own; such a failure is still the user's interrupt and no bug."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield seen  # ignored by whoever started this process, or somebody else's
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code; every failure ends here, in words."""
     state = {"debug": False}
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without × or Δ still gets the figures
-    try:
-        code = cli.main(arguments, prog_name="toolchain", standalone_mode=False, obj=state)
-        return code if isinstance(code, int) else 0
-    except click.Abort:
-        click.echo("Interrupted: nothing is half-written.", err=True)
-        return 130
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except Exception as error:
-        if state["debug"]:
-            traceback.print_exc()
-        if isinstance(error, ToolchainError):
-            click.echo(f"Error: {error}", err=True)
+    with _interrupts() as interrupts:
+        try:
+            code = cli.main(arguments, prog_name="toolchain", standalone_mode=False, obj=state)
+            return code if isinstance(code, int) else 0
+        except click.Abort:
+            return _interrupted()
+        except click.ClickException as error:
+            error.show()
             return error.exit_code
-        hint = "" if state["debug"] else " Run again with --debug to see where."
-        click.echo(f"Error: unexpected {type(error).__name__}: {error}{hint}", err=True)
-        return 1
+        except Exception as error:
+            if state["debug"]:
+                traceback.print_exc()
+            if interrupts:
+                return _interrupted()
+            if isinstance(error, ToolchainError):
+                click.echo(f"Error: {error}", err=True)
+                return error.exit_code
+            hint = "" if state["debug"] else " Run again with --debug to see where."
+            click.echo(f"Error: unexpected {type(error).__name__}: {error}{hint}", err=True)
+            return 1
+
+
+def _interrupted() -> int:
+    click.echo("Interrupted: nothing is half-written.", err=True)
+    return 130
