@@ -14,6 +14,7 @@ import pytest
 
 from toolchain import artifacts, checkpoints
 from toolchain.artifacts import Artifact, Manifest, TensorSpec
+from toolchain.cli import main
 from toolchain.inputs import TrainingSource
 from toolchain.jobs import Job
 from toolchain.pipeline import Workspace, ensure
@@ -84,6 +85,18 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     workspace = Workspace.open("reference", tmp_path_factory.mktemp("exported"))
     ensure(workspace, ["onnx-int8"], {}, lambda line: None)
     return workspace
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line in this process: exit code, standard output, standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
 
 
 @pytest.fixture

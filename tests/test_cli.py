@@ -13,7 +13,7 @@ from test_compare import FP32, INT8, RUN, measured
 from test_measurements import result
 
 from toolchain import scenarios
-from toolchain.cli import cli, main
+from toolchain.cli import cli
 from toolchain.errors import VerdictError
 from toolchain.measurements import ResultFile
 from toolchain.steps import roofline
@@ -24,18 +24,6 @@ from toolchain.variants import DEFAULT_CELLS
 def at(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def say(capsys):
-    """Runs the command line in this process: exit code, standard output, standard error."""
-
-    def run(*arguments):
-        code = main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.mark.parametrize("command", sorted(cli.commands))

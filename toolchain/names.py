@@ -2,7 +2,8 @@
 
 Name grammar: ``<runtime>[-std][-prunedNN[-rE][-magnitude|-mask]][-<scheme>][-portable][+<label>]``: NN is the pruning
 ratio in per cent, E the epochs of recovery; ``-fp32`` is dropped as soon as another tag stands, and
-``parse_name(str(name)) == name``. A label tells a variant of other settings from the one of the same tags.
+``parse_name(str(name)) == name``. A label tells a variant of other settings from the one of the same tags; what is made
+of it has the same one, or adds to it with a hyphen.
 """
 
 from __future__ import annotations
@@ -69,6 +70,12 @@ def parse_name(text: str) -> VariantName:
         if str(name) == text:
             return name
     raise UnknownVariantError(f"{text!r} is no variant name.", "`toolchain variants` lists them.")
+
+
+def shorter(label: str) -> list[str]:
+    """A label and what it adds to, down to none: ``a-b`` is made from what is called so, else ``a``, else no label."""
+    parts = label.split("-")
+    return ["-".join(parts[:count]) for count in range(len(parts), 0, -1)] + [""]
 
 
 def unpruned(name: str) -> str:

@@ -169,6 +169,16 @@ def ensure(
     return ready
 
 
+def only_news(say: Say) -> Say:
+    """`say` without what is fresh: for a command that comes by the same ancestors again and again."""
+
+    def filtered(line: str) -> None:
+        if not line.endswith("skipped"):
+            say(line)
+
+    return filtered
+
+
 def _news(step: Step, facts: Mapping[str, Any]) -> list[str]:
     """What a step did beyond building a file."""
     if isinstance(step, Prune):

@@ -13,13 +13,14 @@ from typing import Any
 
 import toolchain
 from toolchain import artifacts, checkpoints, hardware, inputs, journal, variants
+from toolchain.artifacts import Manifest
 from toolchain.cells import Cell
 from toolchain.errors import BenchError, DataError, ProviderError, PruningError, ResultFileError, ToolchainError
 from toolchain.inputs import Data
 from toolchain.journal import Journal
 from toolchain.measurements import Measurement, ResultFile
 from toolchain.names import parse_name
-from toolchain.pipeline import Say, Workspace, ensure, plan
+from toolchain.pipeline import Say, Workspace, ensure, only_news, plan
 from toolchain.scenarios import Protocol
 from toolchain.steps import roofline
 from toolchain.steps.bench import Progress, bench
@@ -84,8 +85,7 @@ def measure(workspace: Workspace, request: Request, say: Say, progress: Progress
     Raises `DataError` before anything is measured, and what the import raises, since nothing goes without it.
     """
     pairs = planned(request.names, request.providers, request.protocol.allow_fallback)
-    root = ensure(workspace, [checkpoints.ROOT_VARIANT], {}, say)[checkpoints.ROOT_VARIANT].manifest
-    data = inputs.load(request.data, root.labels, request.text_column, request.label_column)
+    root, data = asked(workspace, request, say)
     cells = [_cell(workspace, name, provider, request, say) for name, provider in pairs]
     names = [spec.name for spec in root.inputs]
     encoder = inputs.Encoder.open(workspace.path(checkpoints.ROOT_VARIANT), names, root.max_length)
@@ -111,6 +111,12 @@ def measure(workspace: Workspace, request: Request, say: Say, progress: Progress
         for row in rows
     ]
     return result_of(rows, {**how, **({"rates": rates} if rates else {})}, data, root.max_length), kept
+
+
+def asked(workspace: Workspace, request: Request, say: Say) -> tuple[Manifest, Data]:
+    """The imported checkpoint's manifest and the sentences to evaluate on; raises `DataError` where they do not fit."""
+    root = ensure(workspace, [checkpoints.ROOT_VARIANT], {}, say)[checkpoints.ROOT_VARIANT].manifest
+    return root, inputs.load(request.data, root.labels, request.text_column, request.label_column)
 
 
 def _floor(
@@ -194,22 +200,12 @@ def _cell(workspace: Workspace, name: str, provider: str, request: Request, say:
     if no_cuda:
         return replace(cell, status="unavailable", reason=no_cuda[0], mend=no_cuda[1])
     try:
-        return replace(cell, artifact=ensure(workspace, [name], {}, _only_news(say))[name])
+        return replace(cell, artifact=ensure(workspace, [name], {}, only_news(say))[name])
     except (DataError, ProviderError, PruningError) as error:
         # A default cell that this model or machine does not have: nobody asked for it by name.
         return replace(cell, status="failed" if request.names else "unavailable", reason=error.cause, mend=error.mend)
     except ToolchainError as error:
         return replace(cell, status="failed", reason=error.cause, mend=error.mend)
-
-
-def _only_news(say: Say) -> Say:
-    """Ancestors come up once for every cell: what is fresh needs no line here."""
-
-    def filtered(line: str) -> None:
-        if not line.endswith("skipped"):
-            say(line)
-
-    return filtered
 
 
 def judge(result: ResultFile) -> None:

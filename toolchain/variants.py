@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolchain.errors import ArtifactError, UnknownVariantError
-from toolchain.names import VariantName, parse_name
+from toolchain.names import VariantName, parse_name, shorter
 
 PROVIDERS = ("cpu", "cuda")
 # Backend → the schemes it quantises to, the first by default, each with the tag of the variant's name.
@@ -266,9 +266,10 @@ def child(parent: str, step: Step, label: str = "") -> Variant:
     none of it."""
     get(parent)
     of = parse_name(parent)
-    if of.label and label not in ("", of.label):
+    if of.label and label and of.label not in shorter(label):
         raise UnknownVariantError(
-            f"What is made of {parent} is called {of.label} as well.", f"Leave the name out, or say {of.label}."
+            f"What is made of {parent} is called {of.label} as well.",
+            f"Leave the name out, or say {of.label} or {of.label}-{label}.",
         )
     name = {
         Prune: lambda s: dataclasses.replace(of, pruned=round(100 * s.ratio), method=s.method, recovered=0),

@@ -11,7 +11,7 @@ from toolchain import artifacts, checkpoints, hardware, variants
 from toolchain.artifacts import Artifact
 from toolchain.errors import ArtifactError, UnknownVariantError
 from toolchain.inputs import TrainingSource
-from toolchain.names import parse_name
+from toolchain.names import parse_name, shorter
 from toolchain.variants import Variant
 
 
@@ -48,9 +48,9 @@ class Workspace:
     def lineage(self, name: str, asked: Container[str] = ()) -> list[Variant]:
         """The variant's ancestors from the root on, itself last.
 
-        The parent of a labelled variant is the one it was built from, else the one of its label where that is `asked`
-        for or lies there, else the one without. Raises `UnknownVariantError` for a label that is neither asked for nor
-        lies there.
+        The parent of a labelled variant is the one it was built from, else the one of its label, or of what that adds
+        to, that is `asked` for or lies there, else the one without. Raises `UnknownVariantError` for a label that is
+        neither asked for nor lies there.
         """
         variant = variants.get(name)
         label = parse_name(name).label
@@ -59,10 +59,14 @@ class Workspace:
             if parent is None and name not in asked:
                 raise UnknownVariantError(f"{name} was never built.", "--name gives what is built a label.")
             assert variant.parent is not None
-            own = f"{variant.parent}+{label}"
-            known = variants.is_variant(own) and (own in asked or self._recorded_parent(own) is not None)
-            variant = dataclasses.replace(variant, parent=parent or (own if known else variant.parent))
+            if parent is None:
+                labelled = (f"{variant.parent}+{each}" for each in shorter(label) if each)
+                parent = next((name for name in labelled if self._known(name, asked)), variant.parent)
+            variant = dataclasses.replace(variant, parent=parent)
         return [*(self.lineage(variant.parent, asked) if variant.parent else []), variant]
+
+    def _known(self, name: str, asked: Container[str]) -> bool:
+        return variants.is_variant(name) and (name in asked or self._recorded_parent(name) is not None)
 
     def _recorded_parent(self, name: str) -> str | None:
         try:

@@ -22,6 +22,7 @@ from toolchain.cli.look import doctor, validate, variants
 from toolchain.cli.measure import bench, compare
 from toolchain.cli.quantize import quantize
 from toolchain.cli.ship import predict, ship, verify
+from toolchain.cli.tune import tune
 from toolchain.errors import ToolchainError
 
 
@@ -34,7 +35,7 @@ def cli() -> None:
     """
 
 
-for command in (export, prune, quantize, bench, compare, validate, ship, verify, predict, variants, doctor):
+for command in (export, prune, quantize, tune, bench, compare, validate, ship, verify, predict, variants, doctor):
     cli.add_command(command)
     for option in command.params:
         if isinstance(option, click.Option):

@@ -1,0 +1,265 @@
+"""The search finds what trying everything would find, wastes no training, and goes on where it was stopped."""
+
+import json
+import re
+import time
+
+import pytest
+from conftest import make_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from toolchain import tuning
+from toolchain.cli.tune import Duration
+from toolchain.errors import PruningError
+from toolchain.scenarios import Protocol
+from toolchain.tuning import search
+from toolchain.tuning.candidates import KEPT, RATIOS, Candidate, first, hopeless, next_start
+from toolchain.tuning.study import Outcome, opened
+from toolchain.variants import lineage
+
+
+def quiet(*_):
+    pass
+
+
+class World:
+    """What building and measuring would give: the more is pruned the faster and the worse, the more is trained the
+    better. `slope` is the points lost a ratio, `gain` the share of these that training wins back."""
+
+    def __init__(self, slope=0.05, gain=0.5):
+        self.slope, self.gain, self.asked = slope, gain, []
+
+    def __call__(self, candidate):
+        self.asked.append(candidate)
+        return self.outcome(candidate)
+
+    def outcome(self, candidate):
+        lost = self.slope * candidate.ratio * (1 - self.gain) ** candidate.epochs
+        lost += 0.3 / (1 + candidate.keep_fp32) + (0.4 if candidate.embeddings == "int4" else 0)
+        speed = 1 + candidate.ratio / 30 - 0.05 * candidate.keep_fp32
+        size = 20 - candidate.ratio / 10 + candidate.keep_fp32 - (5 if candidate.embeddings == "int4" else 0)
+        return Outcome(list(candidate.chain())[-1], "id", round(lost, 3), speed, speed, int(1e6 * size))
+
+
+def run(path, world, objective="latency", max_drop=1.0, seconds=60.0):
+    with opened(path, objective, max_drop, ["model", "train"], quiet) as study:
+        search(study, world, time.monotonic() + seconds, quiet)
+        return study.best, study.front, dict(study.outcomes)
+
+
+def test_names_say_the_settings_and_share_what_is_the_same():
+    chain = Candidate(75, "latency", 1, "dynamic", "int8", 2).chain()
+    assert list(chain) == [
+        "torch-pruned75+tune-latency",
+        "torch-pruned75-r1+tune-latency",
+        "onnx-std-pruned75-r1+tune-latency",
+        "onnx-pruned75-r1+tune-latency",
+        "onnx-pruned75-r1-int8+tune-latency-keep2",
+    ]
+    assert list(Candidate(75, "latency", 1).chain())[:-1] == list(chain)[:-1]
+    assert list(Candidate(keep_fp32=2).chain()) == ["onnx-int8+tune-keep2"]
+    assert list(Candidate(scheme="int4", embeddings="int4").chain()) == ["onnx-int4+tune"]
+    assert list(Candidate(scheme="int4").chain()) == ["onnx-int4+tune-int8tables"]
+    for name in chain:
+        assert lineage(name)[0].name == "torch-fp32"
+
+
+@given(st.floats(0.001, 0.2), st.floats(0.0, 0.9))
+@settings(max_examples=30, deadline=None)
+def test_the_starts_find_the_largest_ratio(slope, gain):
+    world, known = World(slope, gain), {}
+    while (candidate := next_start("latency", known, set())) is not None:
+        assert candidate not in known
+        known[candidate] = world.outcome(candidate).drop <= 1.0
+    ladder = [ratio for ratio in RATIOS if world.outcome(first("latency", ratio, 2)).drop <= 1.0]
+    assert max(c.ratio for c, kept in known.items() if kept or c.ratio == 0) == max(ladder, default=0)
+    assert len(known) <= 1 + 2 * len(RATIOS).bit_length()
+
+
+candidates = st.builds(
+    Candidate,
+    st.sampled_from(RATIOS),
+    st.sampled_from(("latency", "parameters")),
+    st.sampled_from((0, 1, 2)),
+    st.just("dynamic"),
+    st.just("int8"),
+    st.sampled_from(KEPT),
+)
+
+
+@given(candidates, st.lists(candidates, max_size=6))
+@settings(deadline=None)
+def test_only_what_cannot_win_is_hopeless(candidate, others):
+    world = World()
+    known = {other: world.outcome(other).drop <= 1.0 for other in others}
+    if candidate in known or not hopeless(candidate, known):
+        return  # measured, or to be tried
+    outcome = world.outcome(candidate)
+    best = max((world.outcome(other).latency for other, kept in known.items() if kept), default=0)
+    assert outcome.drop > 1.0 or outcome.latency <= best
+
+
+def test_the_search_finds_the_best_and_trains_only_what_could_win(tmp_path):
+    world = World()
+    best, front, outcomes = run(tmp_path / "study", world)
+    everything = [
+        Candidate(r, c, e, keep_fp32=k)
+        for r in RATIOS
+        for c in ("latency", "parameters")
+        for e in (0, 1, 2)
+        for k in KEPT
+    ]
+    kept = [world.outcome(candidate) for candidate in everything if world.outcome(candidate).drop <= 1.0]
+    assert best.latency == max(outcome.latency for outcome in kept)
+    assert len(world.asked) == len(set(world.asked)) == len(outcomes) < len(everything) / 2
+    for index, candidate in enumerate(world.asked):
+        if candidate.epochs:
+            before = world.asked[:index]
+            assert candidate.untrained in before
+            assert world.outcome(candidate.untrained).drop > 1.0
+            rivals = [world.outcome(c) for c in before if world.outcome(c).drop <= 1.0]
+            assert all(world.outcome(candidate).latency > rival.latency for rival in rivals)
+    drops, speeds = [o.drop for o in front], [o.latency for o in front]
+    assert drops == sorted(drops)
+    assert speeds == sorted(speeds)
+    assert best in front
+
+
+@pytest.mark.parametrize("objective", ["throughput", "size"])
+def test_other_objectives(tmp_path, objective):
+    best, _, outcomes = run(tmp_path / "study", World(), objective)
+    kept = [outcome for outcome in outcomes.values() if outcome.drop <= 1.0]
+    figure = {"throughput": lambda o: -o.throughput, "size": lambda o: o.size}[objective]
+    assert figure(best) == min(map(figure, kept))
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path):
+    first_run, second = World(), World()
+    found = run(tmp_path / "study", first_run)
+    again = run(tmp_path / "study", second)
+    assert second.asked == []
+    assert again == found
+    other = World()
+    run(tmp_path / "study", other, max_drop=2.0)
+    assert other.asked
+
+
+def test_a_stopped_search_takes_up_what_it_had_begun(tmp_path):
+    class Stopped(World):
+        def __call__(self, candidate):
+            if candidate.epochs:
+                self.stopped = candidate
+                raise KeyboardInterrupt
+            return super().__call__(candidate)
+
+    world, rest = Stopped(), World()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "study", world)
+    found = run(tmp_path / "study", rest)[0]
+    assert rest.asked[0] == world.stopped
+    assert not set(world.asked) & set(rest.asked)
+    assert found.latency == run(tmp_path / "other", World())[0].latency
+
+
+def test_no_time_is_no_training(tmp_path, monkeypatch):
+    """The first training says how long the next takes; what does not fit is left for the next run."""
+
+    class Slow(World):
+        def __call__(self, candidate):
+            clock[0] += 100 if candidate.epochs else 1
+            return super().__call__(candidate)
+
+    clock = [0.0]
+    monkeypatch.setattr("toolchain.tuning.time.monotonic", lambda: clock[0])
+    world = Slow()
+    with opened(tmp_path / "study", "latency", 1.0, [], quiet) as study:
+        said = []
+        search(study, world, 150.0, said.append)
+    assert sum(bool(candidate.epochs) for candidate in world.asked) == 1
+    assert "no time left" in said[-1]
+    assert clock[0] < 150
+    rest = Slow()
+    with opened(tmp_path / "study", "latency", 1.0, [], quiet) as study:
+        search(study, rest, clock[0] + 1000, quiet)
+    assert rest.asked[0].untrained == world.asked[-1]
+
+
+def test_a_ratio_the_model_does_not_have_is_given_up(tmp_path):
+    class Narrow(World):
+        def __call__(self, candidate):
+            if candidate.ratio > 60:
+                raise PruningError("Nothing is left.", "Prune less.")
+            return super().__call__(candidate)
+
+    best, _, outcomes = run(tmp_path / "study", Narrow(slope=0.001))
+    assert max(candidate.ratio for candidate in outcomes) == 60
+    assert best.latency == 1 + 60 / 30
+
+
+def test_durations():
+    kind = Duration()
+    assert [kind.convert(text, None, None) for text in ("90s", "20m", "1.5h")] == [90, 1200, 5400]
+    for wrong in ("20", "m", "-1m", "0m", "20 m", "1d"):
+        with pytest.raises(Exception, match="no duration"):
+            kind.convert(wrong, None, None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint, data, and room for what is built."""
+    folder = tmp_path_factory.mktemp("tune")
+    words = ["good", "bad", "film", "dull", "bright", "a", "the", "story"]
+    rows = [f"{' '.join(words[(i * k) % 8] for k in range(1, 4 + i % 9))},1" for i in range(120)]
+    for name in ("train.csv", "validation.csv"):
+        (folder / name).write_text("sentence,label\n" + "\n".join(rows) + "\n")
+    make_checkpoint(folder / "decided", leaning=30)
+    return folder
+
+
+@pytest.fixture
+def at(folder, monkeypatch):
+    """There, and with little to measure."""
+    monkeypatch.chdir(folder)
+    short = Protocol(passes=1, min_s=0.1, pass_s=5.0, starts=1, threads=1)
+    monkeypatch.setattr(tuning, "PROTOCOL", short)
+    monkeypatch.setattr("toolchain.scenarios.QUICK", short)
+    monkeypatch.setattr("toolchain.steps.roofline.rates", lambda *_: {})
+
+
+def test_the_command_line_builds_measures_and_says_which(at, say, folder):
+    arguments = ("--model", "./decided", "--train-data", "train.csv", "--data", "validation.csv", "--budget", "1s")
+    code, out, err = say("tune", *arguments, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["best"]["variant"] in [outcome["variant"] for outcome in found["front"]]
+    assert re.fullmatch(r"onnx-.*int8\+tune.*", found["best"]["variant"])
+    assert found["best"]["drop"] <= 1.0
+    rows = {row["variant"]: row for row in json.loads((folder / found["result"]).read_text())["rows"]}
+    assert {"torch-fp32", "onnx-fp32", "onnx-int8", found["best"]["variant"]} <= set(rows)
+    assert rows[found["best"]["variant"]]["artifact_id"] == found["best"]["artifact_id"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--budget", "soon"), 2, "no duration"),
+        (("--max-drop", "-1"), 2, "max-drop"),
+        (("--data", "nowhere.csv"), 1, "no file nowhere.csv"),
+        (("--train-data", "nowhere.csv"), 1, "no file nowhere.csv"),
+    ],
+)
+def test_wrong_input_is_told_before_anything_is_searched(at, say, monkeypatch, arguments, code, said):
+    monkeypatch.setattr(tuning, "search", lambda *_: pytest.fail("it searched"))
+    got, _, err = say("tune", "--model", "./decided", *arguments)
+    assert got == code
+    assert said in err
+
+
+def test_nothing_that_keeps_the_accuracy_is_a_no(at, say, monkeypatch):
+    bad = World(slope=9).outcome(Candidate(90))
+    monkeypatch.setattr("toolchain.tuning._Judge.outcome", lambda judge, candidate: bad)
+    code, _, err = say("tune", "--model", "./decided", "--train-data", "train.csv", "--max-drop", 0.1, "--budget", "1s")
+    assert code == 3
+    assert "Nothing of" in err
+    assert "the least any lost was" in err

@@ -1,0 +1,106 @@
+"""The command that searches: tune."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import click
+
+from toolchain.cli.options import json_option, model_options, open_workspace, training_options
+
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+class Duration(click.ParamType):
+    """``90s``, ``20m`` or ``2h``, in seconds."""
+
+    name = "duration"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """See `click.ParamType.convert`."""
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", str(value))
+        if not match or not float(match[1]):
+            self.fail(f"{value!r} is no duration such as 90s, 20m or 2h.", param, ctx)
+        return float(match[1]) * _UNITS[match[2]]
+
+
+@click.command()
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0),
+    default=1.0,
+    show_default=True,
+    metavar="POINTS",
+    help="Most accuracy to lose against torch-fp32, on held-out rows of the training data.",
+)
+@click.option(
+    "--objective",
+    type=click.Choice(["latency", "throughput", "size"]),
+    default="latency",
+    show_default=True,
+    help="What is made the best of: one sentence at a time, batches, or bytes.",
+)
+@click.option(
+    "--budget", type=Duration(), default="20m", show_default=True, help="Time to search; what is begun is finished."
+)
+@click.option("--data", metavar="FILE", help="CSV or TSV the end is measured on.  [default: the embedded SST-2]")
+@training_options
+@json_option
+@model_options
+def tune(
+    model: str,
+    exported: Path,
+    slug: str | None,
+    max_drop: float,
+    objective: str,
+    budget: float,
+    data: str | None,
+    train_data: str | None,
+    text_column: str | None,
+    label_column: str,
+    as_json: bool,
+) -> None:
+    """Search the fastest or smallest ONNX artifact that keeps the accuracy, by building and measuring on this machine.
+
+    Tries pruning ratios and what they are weighed by, training after it, 8 and 4 bits, and layers left in fp32. All
+    that is tried is kept as a variant labelled tune; stopped, the same command goes on. Choices are made on rows held
+    out of the training data; the best of every accuracy are measured on the validation set once, at the end.
+
+    \b
+    Examples:
+      toolchain tune
+      toolchain tune --max-drop 2 --objective size --budget 1h
+      toolchain tune --model ./my-checkpoint --train-data train.csv --data validation.csv
+    """
+    from toolchain import hardware, runs
+    from toolchain.report.progress import bar, say
+    from toolchain.report.table import print_table
+    from toolchain.scenarios import QUICK
+    from toolchain.steps.compare import compare
+    from toolchain.tuning import BASELINE, EXACT, Request, sentence
+    from toolchain.tuning import tune as search
+
+    workspace = open_workspace(model, exported, slug, (train_data, text_column, label_column))
+    protocol = replace(QUICK, threads=hardware.cores())
+    last = runs.Request((), ("cpu",), protocol, data, text_column, label_column)
+    runs.asked(workspace, last, say)  # data that does not fit is told before the search
+    best, front = search(workspace, Request(objective, max_drop, budget), say, bar)
+    names = dict.fromkeys(["torch-fp32", EXACT, BASELINE, *(outcome.variant for outcome in front)])
+    with bar("the front on validation data") as progress:
+        result, journal = runs.measure(workspace, replace(last, names=tuple(names)), say, progress)
+    path = runs.save(result, workspace.model, None)
+    say(f"saved: {path}")
+    journal.end()
+    if as_json:
+        found = {"best": asdict(best), "front": [asdict(outcome) for outcome in front], "result": str(path)}
+        click.echo(json.dumps(found, indent=1))
+    else:
+        print_table(compare([result], f"{BASELINE}@cpu"))
+        click.echo(f"\nchosen on held-out rows: {sentence(best)}")
+        click.echo(workspace.path(best.variant))
+    runs.judge(result)

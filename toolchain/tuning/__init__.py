@@ -1,0 +1,213 @@
+"""Searching the fastest or the smallest artifact that keeps the accuracy, on this machine, by building and measuring.
+
+What costs nothing is tried first: a candidate that others prove worse is not built; one that is built is measured
+before it is trained, since training changes neither speed nor size, and not trained where it could not win. Choices are
+made on rows held out of the training data.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from toolchain import checkpoints, confidence, hardware, inputs
+from toolchain.artifacts import Artifact
+from toolchain.cells import Cell
+from toolchain.errors import BenchError, PruningError, VerdictError
+from toolchain.inputs import Data, Encoder
+from toolchain.measurements import Measurement, Samples
+from toolchain.names import parse_name
+from toolchain.pipeline import Bar, Say, ensure, only_news
+from toolchain.scenarios import Protocol
+from toolchain.steps.bench import bench
+from toolchain.tuning.candidates import Candidate, next_start, worthwhile
+from toolchain.tuning.study import Outcome, Study, opened
+from toolchain.workspace import Workspace
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
+
+EXACT, BASELINE = "onnx-fp32", "onnx-int8"
+PROTOCOL = Protocol(passes=1, min_s=3.0, pass_s=20.0, starts=1, threads=1)
+PROPOSALS = 4  # of the sampler in a row that are not worth a try, until one that is comes from here
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is looked for: the best `objective` that loses at most `max_drop` points, within `budget_s` seconds."""
+
+    objective: str
+    max_drop: float
+    budget_s: float
+
+
+def tune(workspace: Workspace, request: Request, say: Say, bar: Bar) -> tuple[Outcome, list[Outcome]]:
+    """The best artifact that keeps the accuracy and the Pareto front of all that were measured, of this run and of
+    earlier ones with the same objective and drop. A trial that is under way when the time is over is finished.
+
+    Raises `VerdictError` where nothing that was tried keeps the accuracy.
+    """
+    digest = workspace.train.digest  # a file that is not there is told before anything is built
+    judge = _Judge.of(workspace, say, bar)
+    about = (judge.root_id, digest)
+    path = workspace.cache / "tune" / f"{workspace.model}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    waiting = "another run is tuning this model, waiting"
+    with opened(path, request.objective, request.max_drop, about, lambda: say(waiting)) as study:
+        if study.outcomes:
+            say(f"going on from {len(study.outcomes)} trials of earlier runs")
+        search(study, judge.outcome, time.monotonic() + request.budget_s, say)
+        if study.best is None:
+            least = min(study.outcomes.values(), key=lambda outcome: outcome.drop, default=None)
+            what = f"; the least any lost was {least.drop:.2f}, {least.variant}" if least else ""
+            raise VerdictError(
+                f"Nothing of {len(study.outcomes)} candidates loses at most {request.max_drop:g} points{what}.",
+                "Allow a larger --max-drop or --budget; the same command goes on from here.",
+            )
+        return study.best, study.front
+
+
+Measure = Callable[[Candidate], Outcome]
+
+
+def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
+    """Trials until the clock shows `deadline` or nothing is left that could be better; `measure` builds a candidate and
+    says what came of it."""
+    idle = 0
+    while time.monotonic() < deadline:
+        rest = worthwhile(study.objective, study.known, study.given_up)
+        if not rest:
+            say("nothing is left that could be better")
+            return
+        start = next_start(study.objective, study.known, study.given_up)
+        trial, candidate = study.ask(rest[0] if idle >= PROPOSALS else start)
+        if candidate not in rest:
+            study.give_up(trial, candidate)
+            idle += 1
+            continue
+        idle = 0
+        say(f"trial {trial.number}: {candidate}")
+        try:
+            done = _tried(study, measure, trial, candidate, deadline, say)
+        except PruningError as error:
+            say(f"given up: {error.cause}")
+            study.give_up(trial, candidate)
+            continue
+        if not done:
+            return  # the trial stays open: the next run takes it up
+
+
+def _tried(study: Study, measure: Measure, trial: Trial, candidate: Candidate, deadline: float, say: Say) -> bool:
+    """Measures the candidate without training first, and trained where it could win; False where there is no time left
+    for that."""
+    plain = candidate.untrained
+    if plain not in study.outcomes:
+        first = trial if plain == candidate else study.begin(plain)
+        _measured(study, measure, first, plain, say)
+    outcome = study.outcomes[plain]
+    if plain == candidate:
+        return True
+    if study.keeps(outcome):
+        study.give_up(trial, candidate)  # it needs no training
+        return True
+    if study.best and outcome.cost(study.objective) >= study.best.cost(study.objective):
+        say(f"not trained: no training makes it better than {study.best.variant}")
+        study.give_up(trial, candidate)
+        return True
+    spent = [o.training_s / c.epochs for c, o in study.outcomes.items() if o.training_s]
+    if spent and max(spent) * candidate.epochs > deadline - time.monotonic():
+        say("not trained: there is no time left")
+        return False
+    _measured(study, measure, trial, candidate, say)
+    return True
+
+
+def _measured(study: Study, measure: Measure, trial: Trial, candidate: Candidate, say: Say) -> None:
+    started = time.monotonic()
+    outcome = measure(candidate)
+    if candidate.epochs:
+        outcome = replace(outcome, training_s=round(time.monotonic() - started, 1))
+    study.tell(trial, candidate, outcome)
+    say(f"{sentence(outcome)}{'; the best so far' if outcome == study.best else ''}")
+
+
+def sentence(outcome: Outcome) -> str:
+    """An outcome in words."""
+    return (
+        f"{outcome.variant}: {outcome.drop:+.2f} points lost, {outcome.latency:.2f} × as fast as {BASELINE}, "
+        f"{outcome.throughput:.2f} × in batches, {outcome.size / 1e6:.1f} MB"
+    )
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Builds candidates and measures each beside the baseline, on held-out rows."""
+
+    workspace: Workspace
+    held: Data
+    encoder: Encoder
+    baseline: Artifact
+    exact: float
+    say: Say
+    bar: Bar
+
+    @classmethod
+    def of(cls, workspace: Workspace, say: Say, bar: Bar) -> _Judge:
+        """Raises `DataError` for training data that does not fit the model."""
+        built = ensure(workspace, [EXACT, BASELINE], {}, say, bar)
+        manifest = built[checkpoints.ROOT_VARIANT].manifest
+        data = workspace.train.load(manifest.labels)
+        _, rows = inputs.hold_out(data)
+        held = Data(data.name, tuple(data.texts[row] for row in rows), tuple(data.labels[row] for row in rows))
+        names = [spec.name for spec in manifest.inputs]
+        encoder = Encoder.open(workspace.path(checkpoints.ROOT_VARIANT), names, manifest.max_length)
+        judge = cls(workspace, held, encoder, built[BASELINE], 0.0, say, bar)
+        return replace(judge, exact=_accuracy(judge._measured([built[EXACT]])[0]))
+
+    @property
+    def root_id(self) -> str:
+        """Of the imported checkpoint."""
+        root = self.workspace.load(checkpoints.ROOT_VARIANT)
+        assert root is not None  # built by `of`
+        return root.manifest.id
+
+    def outcome(self, candidate: Candidate) -> Outcome:
+        """Builds what is missing of the candidate and measures it."""
+        chain = candidate.chain()
+        name = list(chain)[-1]
+        artifact = ensure(self.workspace, [name], chain, only_news(self.say), self.bar)[name]
+        beside, row = self._measured([self.baseline, artifact])
+        return Outcome(
+            variant=name,
+            artifact_id=artifact.manifest.id,
+            drop=round(100 * (self.exact - _accuracy(row)), 2),
+            latency=_times(beside.latency, row.latency),
+            throughput=_times(beside.batches, row.batches),
+            size=artifact.manifest.size_bytes,
+        )
+
+    def _measured(self, artifacts: list[Artifact]) -> list[Measurement]:
+        cells = [
+            Cell(self.workspace.model, variant, parse_name(variant).runtime, "cpu", artifact)
+            for variant, artifact in ((artifact.manifest.variant, artifact) for artifact in artifacts)
+        ]
+        protocol = replace(PROTOCOL, threads=hardware.cores())
+        with self.bar("tune") as progress:
+            rows, _ = bench(cells, self.held, self.encoder, protocol, progress)
+        for row in rows:
+            if row.status != "ok":
+                raise BenchError(f"{row.cell} could not be measured: {row.reason}", row.mend)
+        return rows
+
+
+def _accuracy(row: Measurement) -> float:
+    assert row.accuracy is not None  # every held-out row is asked
+    return row.accuracy.value
+
+
+def _times(slower: Samples | None, faster: Samples | None) -> float:
+    assert slower is not None  # every row was measured
+    assert faster is not None
+    return round(confidence.ratio(slower.spent_each(), faster.spent_each()).value, 4)

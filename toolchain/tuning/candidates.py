@@ -1,0 +1,143 @@
+"""What tuning may try: settings of pruning, recovery and quantisation, and what one outcome says of others."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from toolchain.variants import Export, Optimize, Prune, Quantize, Recover, Step, child
+
+LABEL = "tune"
+OBJECTIVES = ("latency", "throughput", "size")
+RATIOS = (0, 30, 40, 50, 60, 65, 70, 75, 80, 85, 90)
+EPOCHS = (0, 1, 2)
+KEPT = (0, 1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """`ratio` per cent of the encoder pruned at a `cost`, `epochs` of recovery, then int8 or int4 by `scheme`, tables
+    by `embeddings`, `keep_fp32` layers left out."""
+
+    ratio: int = 0
+    cost: str = "parameters"
+    epochs: int = 0
+    scheme: str = "dynamic"
+    embeddings: str = "int8"
+    keep_fp32: int = 0
+
+    def __str__(self) -> str:
+        pruned = f"{self.ratio} % pruned by {self.cost}, {self.epochs} epochs" if self.ratio else "not pruned"
+        kept = f", {self.keep_fp32} layers in fp32" if self.keep_fp32 else ""
+        return f"{pruned}, {self.scheme}, tables {self.embeddings}{kept}"
+
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """What must be the same for one candidate to say something of another."""
+        return (self.cost, self.scheme, self.embeddings)
+
+    @property
+    def untrained(self) -> Candidate:
+        """The same without recovery: as fast and as large."""
+        return replace(self, epochs=0)
+
+    def steps(self) -> list[Step]:
+        """From the imported checkpoint on."""
+        found: list[Step] = [Prune(self.ratio / 100, cost=self.cost)] if self.ratio else []
+        if self.ratio and self.epochs:
+            found.append(Recover(self.epochs))
+        own = "int4" if self.scheme == "int4" else "int8"
+        tables = self.embeddings if self.embeddings != own else None
+        last = Quantize(scheme=self.scheme, embeddings=tables, keep_fp32=self.keep_fp32 or None)
+        return [*found, Export(), Optimize.for_provider("cpu"), last]
+
+    def chain(self) -> dict[str, Step]:
+        """Variant → the step that makes it, in order; the last is the candidate. Labels say what names do not: the same
+        settings, the same name."""
+        structure = f"{LABEL}-{self.cost}" if self.cost == "latency" else LABEL
+        last = "-".join(
+            [
+                structure if self.ratio else LABEL,
+                *([f"{self.embeddings}tables"] if self.steps()[-1].embeddings else []),  # type: ignore[union-attr]
+                *([f"keep{self.keep_fp32}"] if self.keep_fp32 else []),
+            ]
+        )
+        found: dict[str, Step] = {}
+        name = "torch-fp32"
+        for step in self.steps():
+            label = last if isinstance(step, Quantize) else structure if self.ratio else ""
+            name = child(name, step, label).name
+            if label:
+                found[name] = step
+        return found
+
+
+# What each objective lets tuning vary; the rest stays as the first value.
+_FAST: dict[str, Sequence[str | int]] = {
+    "ratio": RATIOS,
+    "cost": ("latency", "parameters"),
+    "epochs": EPOCHS,
+    "scheme": ("dynamic",),
+    "embeddings": ("int8",),
+    "keep_fp32": KEPT,
+}
+_SMALL: dict[str, Sequence[str | int]] = {
+    **_FAST,
+    "cost": ("parameters",),
+    "scheme": ("int4", "dynamic"),
+    "embeddings": ("int4", "int8"),
+}
+SPACE = {"latency": _FAST, "throughput": _FAST, "size": _SMALL}
+
+
+def first(objective: str, ratio: int, epochs: int) -> Candidate:
+    """What is tried at that ratio before anything else."""
+    values = {name: choices[0] for name, choices in SPACE[objective].items()}
+    return Candidate(**{**values, "ratio": ratio, "epochs": epochs if ratio else 0})  # type: ignore[arg-type]
+
+
+def next_start(objective: str, known: Mapping[Candidate, bool], given_up: Container[Candidate]) -> Candidate | None:
+    """What is tried before sampling: the largest ratio that keeps the accuracy, by bisection, with one epoch and then
+    with more; None when that is known. `known` says of what was measured whether it keeps the accuracy; what was
+    `given_up` does not."""
+    low = 0
+    for epochs in EPOCHS[1:]:
+        high = len(RATIOS)
+        ladder = [first(objective, ratio, epochs) for ratio in RATIOS]
+        if ladder[0] not in known and ladder[0] not in given_up:
+            return ladder[0]
+        while high - low > 1:
+            middle = (low + high) // 2
+            kept = known.get(ladder[middle]) or known.get(ladder[middle].untrained)
+            if not kept and ladder[middle] not in known and ladder[middle] not in given_up:
+                return ladder[middle]
+            low, high = (middle, high) if kept else (low, middle)
+    return None
+
+
+def hopeless(candidate: Candidate, known: Mapping[Candidate, bool]) -> bool:
+    """Whether what is known of others says that the candidate need not be built.
+
+    More pruning is faster and smaller and loses more; more training loses less; more in fp32 is slower, larger and
+    loses less.
+    """
+
+    if candidate in known:
+        return True
+    for other, kept in known.items():
+        if other.kind != candidate.kind:
+            continue
+        if kept and other.ratio >= candidate.ratio and other.keep_fp32 <= candidate.keep_fp32:
+            return True
+        loses = other.ratio <= candidate.ratio and other.epochs >= candidate.epochs
+        if not kept and loses and other.keep_fp32 >= candidate.keep_fp32:
+            return True
+    return False
+
+
+def worthwhile(objective: str, known: Mapping[Candidate, bool], given_up: Container[Candidate]) -> list[Candidate]:
+    """All that may still be better than what is known."""
+    names, choices = zip(*SPACE[objective].items(), strict=True)
+    every = (Candidate(**dict(zip(names, values, strict=True))) for values in itertools.product(*choices))
+    return [each for each in every if each not in given_up and not hopeless(each, known)]

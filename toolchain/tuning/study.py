@@ -1,0 +1,129 @@
+"""The trials of a search, kept in a file by Optuna, whose sampler proposes what to try next."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from toolchain.artifacts import lock
+from toolchain.tuning.candidates import SPACE, Candidate
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import Trial
+
+SEED = 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a candidate on held-out rows: the `variant` that was measured and its artifact's id, accuracy points
+    lost, how many times as fast as `onnx-int8` at batch 1 and in batches, bytes, seconds of training."""
+
+    variant: str
+    artifact_id: str
+    drop: float
+    latency: float
+    throughput: float
+    size: int
+    training_s: float = 0.0
+
+    def cost(self, objective: str) -> float:
+        """What is made small."""
+        return {"latency": 1 / self.latency, "throughput": 1 / self.throughput, "size": self.size / 1e6}[objective]
+
+
+class Study:
+    """Trials of one objective so far, those of earlier runs among them: what was measured, and what was given up."""
+
+    def __init__(self, study: optuna.Study, objective: str, max_drop: float) -> None:
+        from optuna.samplers import TPESampler
+        from optuna.trial import TrialState
+
+        self.objective, self.max_drop, self._study = objective, max_drop, study
+        self.outcomes: dict[Candidate, Outcome] = {}
+        self.given_up: set[Candidate] = set()
+        self._interrupted: list[Candidate] = []
+        for trial in study.trials:
+            candidate = Candidate(**trial.params) if len(trial.params) == len(SPACE[objective]) else None
+            if trial.state in (TrialState.RUNNING, TrialState.WAITING):
+                study.tell(trial.number, state=TrialState.FAIL)
+                self._interrupted += [candidate] if candidate else []
+            elif candidate and trial.state == TrialState.COMPLETE:
+                self.outcomes[candidate] = Outcome(**trial.user_attrs["outcome"])
+            elif candidate and trial.state == TrialState.PRUNED:
+                self.given_up.add(candidate)
+        # By how many there are: the next run proposes something else.
+        study.sampler = TPESampler(seed=SEED + len(study.trials))
+
+    @property
+    def known(self) -> dict[Candidate, bool]:
+        """Whether what was measured keeps the accuracy."""
+        return {candidate: self.keeps(outcome) for candidate, outcome in self.outcomes.items()}
+
+    def keeps(self, outcome: Outcome) -> bool:
+        """Whether it loses no more than allowed."""
+        return outcome.drop <= self.max_drop
+
+    @property
+    def best(self) -> Outcome | None:
+        """The best that keeps the accuracy."""
+        kept = [outcome for outcome in self.outcomes.values() if self.keeps(outcome)]
+        return min(kept, key=lambda outcome: outcome.cost(self.objective), default=None)
+
+    @property
+    def front(self) -> list[Outcome]:
+        """The outcomes that no other betters in both accuracy and objective, the most accurate first."""
+        found: list[Outcome] = []
+        for outcome in sorted(self.outcomes.values(), key=lambda o: (o.drop, o.cost(self.objective))):
+            if not found or outcome.cost(self.objective) < found[-1].cost(self.objective):
+                found.append(outcome)
+        return found
+
+    def ask(self, start: Candidate | None) -> tuple[Trial, Candidate]:
+        """The next trial: what an interrupted run had begun, else `start`, else what the sampler proposes."""
+        trial = self.begin(self._interrupted.pop(0) if self._interrupted else start)
+        return trial, Candidate(**trial.params)
+
+    def begin(self, candidate: Candidate | None) -> Trial:
+        """A trial of the candidate, or of what the sampler proposes."""
+        from optuna.distributions import CategoricalDistribution
+
+        if candidate:
+            self._study.enqueue_trial(asdict(candidate))
+        return self._study.ask({name: CategoricalDistribution(list(v)) for name, v in SPACE[self.objective].items()})
+
+    def tell(self, trial: Trial, candidate: Candidate, outcome: Outcome) -> None:
+        """Ends the trial with what was measured."""
+        trial.set_user_attr("outcome", asdict(outcome))
+        trial.set_constraint("points too many", outcome.drop - self.max_drop)
+        self._study.tell(trial, outcome.cost(self.objective))
+        self.outcomes[candidate] = outcome
+
+    def give_up(self, trial: Trial, candidate: Candidate) -> None:
+        """Ends the trial as one that is not worth the time."""
+        from optuna.trial import TrialState
+
+        self._study.tell(trial, state=TrialState.PRUNED)
+        self.given_up.add(candidate)
+
+
+@contextmanager
+def opened(
+    path: Path, objective: str, max_drop: float, about: Sequence[str], waiting: Callable[[], None]
+) -> Iterator[Study]:
+    """The study of that objective and drop in the file at `path`; `about` tells models and training data apart. For one
+    process at a time; `waiting` is called before it blocks."""
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(logging.ERROR)
+    with lock(path, waiting):
+        storage = JournalStorage(JournalFileBackend(str(path)))
+        name = "/".join([objective, f"{max_drop:g}", *about])
+        yield Study(optuna.create_study(storage=storage, study_name=name, load_if_exists=True), objective, max_drop)
