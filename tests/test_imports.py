@@ -11,7 +11,7 @@ import toolchain
 
 ROOT = Path(toolchain.__file__).parent
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnx_ir", "optimum", "datasets", "numpy", "pandas", "rich"}
-HEAVY |= {"matplotlib", "jinja2", "scipy"}
+HEAVY |= {"matplotlib", "jinja2", "scipy", "optuna"}
 CORE = [
     "names",
     "variants",
@@ -40,7 +40,7 @@ LAYERS = [
     ["pruning", "sensitivity"],
     ["steps"],
     ["pipeline", "report"],
-    ["runs", "search", "doctor"],
+    ["runs", "search", "tuning", "doctor"],
     ["shipping"],
     ["predicting"],
     ["cli"],

@@ -12,7 +12,10 @@ from conftest import make_checkpoint
 from readme_parts import README, ROOT, filled
 
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-NOT_RUN = {"make test\n"}  # it is what runs this
+NOT_RUN = {
+    "make test\n",  # it is what runs this
+    ".venv/bin/toolchain tune --max-drop 1.0 --objective latency --budget 20m\n",  # minutes; test_tune.py runs it
+}
 
 
 def test_the_generated_parts_are_current():

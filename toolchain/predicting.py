@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from toolchain import artifacts, hardware, shipping, variants
 from toolchain.artifacts import Artifact
 from toolchain.backends import Place, Session, open_session
-from toolchain.errors import ArtifactError, DataError, ShippingError
+from toolchain.errors import ArtifactError, DataError
 from toolchain.inputs import Encoder, pad
 from toolchain.pipeline import Bar, Say, Workspace, ensure
 from toolchain.rows import FORMATS, STDIN, Row, Texts, writer
@@ -56,11 +56,8 @@ def of_variant(workspace: Workspace, name: str, say: Say, bar: Bar) -> Model:
 
 
 def of_bundle(folder: Path, say: Say) -> Model:
-    """A bundle's first model; raises as `shipping.verify` does where it is not what it was."""
-    shipping.verify(folder)
-    body = shipping.read(folder)
-    if body is None:
-        raise ShippingError(f"{folder} is gone.")
+    """A bundle's first model; raises as `shipping.checked` does where it is not what it was."""
+    body, _ = shipping.checked(folder)
     first = body["models"][0]
     if len(body["models"]) > 1:
         say(f"{folder}: {first['variant']}, the first of {len(body['models'])}")

@@ -162,11 +162,18 @@ def _measured(run: ResultFile, row: Measurement) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Whether the bundle is whole and answers its golden sentences here: {id, files, models: {variant: …}}.
+    """Whether the bundle is whole and answers its golden sentences here: {id, files, models: {variant: …}}; raises as
+    `checked`."""
+    body, models = checked(folder)
+    return {"id": body["id"], "target": body.get("target"), "files": len(body["files"]), "models": models}
+
+
+def checked(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The bundle.json of a bundle that is whole and answers its golden sentences here, and how closely each variant
+    does.
 
     Raises `ShippingError` where there is no bundle, `VerdictError` where it is not what it was.
     """
-    mend = "Do not use it; ship it again, or ask whom you have it from."
     try:
         body = bundled.sealed(folder)
         for model in body["models"]:
@@ -180,8 +187,11 @@ def verify(folder: Path) -> dict[str, Any]:
             f"{folder} is no bundle: it holds no {bundled.BUNDLE}.", "Name a folder `toolchain ship` wrote."
         ) from error
     except bundled.Broken as error:
-        raise VerdictError(f"{folder} is not as it was made: {error}.", mend) from error
-    return {"id": body["id"], "target": body.get("target"), "files": len(body["files"]), "models": models}
+        raise VerdictError(
+            f"{folder} is not as it was made: {error}.",
+            "Do not use it; ship it again, or ask whom you have it from.",
+        ) from error
+    return body, models
 
 
 def _check_single(path: Path) -> None:
