@@ -342,6 +342,16 @@ def test_rewrites_and_tables_are_chosen_and_what_they_do_not_go_with_is_told(tin
     assert tiny.load("onnx-fp32").manifest.step.passes == ("fuse", "residual-sum", "first-token")
     plan = run_toolchain("quantize", "--embeddings", "int4", "--name", "small", "--dry-run", *where, cwd=tmp_path)
     assert "onnx-int8+small: build (missing); backend=ort, scheme=dynamic, embeddings=int4" in plan.stdout
+    bare = ("--no-pass", "quantize-embedding", "--name", "fp32-tables")
+    done = run_toolchain("quantize", *bare, *where, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = tiny.load("onnx-int8+fp32-tables").manifest
+    assert made.step.passes == ("quantize-linear",)
+    assert list(made.facts["rewrites"]) == ["quantize-linear"]
+    assert (
+        "onnx-int8+fp32-tables: skip (fresh)"
+        in run_toolchain("quantize", *bare, "--dry-run", *where, cwd=tmp_path).stdout
+    )
     plan = run_toolchain("quantize", "--isa", "portable", "--dry-run", *where, cwd=tmp_path)
     assert "onnx-int8-portable: build (missing); backend=ort, scheme=dynamic, reduce_range=True" in plan.stdout
     plan = run_toolchain("quantize", "--isa", "auto", "--dry-run", *where, cwd=tmp_path)
@@ -353,5 +363,11 @@ def test_rewrites_and_tables_are_chosen_and_what_they_do_not_go_with_is_told(tin
         ("quantize", "--backend", "torch", "--isa", "portable"),
         ("quantize", "--scheme", "int4", "--isa", "portable"),
         ("quantize", "--backend", "torch", "--embeddings", "int4"),
+        ("quantize", "--backend", "torch", "--no-pass", "quantize-embedding"),
+        ("quantize", "--no-pass", "fuse"),
+        ("quantize", "--no-pass", "quantize-embedding", "--embeddings", "int4"),
+        ("quantize", "--no-pass", "quantize-linear", "--no-pass", "quantize-embedding"),
+        ("quantize", "--no-pass", "quantize-linear", "--keep-fp32", "1"),
+        ("quantize", "--no-pass", "quantize-linear", "--isa", "portable"),
     ):
         assert run_toolchain(*arguments, *where, cwd=tmp_path).returncode == 2, arguments

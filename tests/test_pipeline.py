@@ -310,6 +310,21 @@ def test_tables_of_other_bits_than_the_layers(tmp_path):
         ensure(workspace, ["onnx-std-int8"], {"onnx-std-int8": Quantize(embeddings="int4")}, quiet)
 
 
+def test_weights_of_the_passes_that_are_asked_for_are_quantised(tmp_path):
+    workspace = Workspace.open(str(make_checkpoint(tmp_path / "decided", leaning=30)), tmp_path / "exported")
+    asked = {
+        "onnx-int8+layers": Quantize(passes=("quantize-linear",)),
+        "onnx-int8+tables": Quantize(passes=("quantize-embedding",)),
+    }
+    built = ensure(workspace, ["onnx-fp32", "onnx-int8", *asked], asked, quiet)
+    size = {name: built[name].manifest.facts["bytes_by_part"] for name in ("onnx-fp32", "onnx-int8", *asked)}
+    assert size["onnx-int8+layers"] == {**size["onnx-int8"], "embeddings": size["onnx-fp32"]["embeddings"]}
+    assert size["onnx-int8+tables"] == {**size["onnx-fp32"], "embeddings": size["onnx-int8"]["embeddings"]}
+    asked = {"onnx-int8+none": Quantize(passes=())}
+    with pytest.raises(GraphError, match="no embedding table left to quantise"):
+        ensure(workspace, asked, asked, quiet)
+
+
 def test_a_label_follows_its_lineage(tiny):
     opset = {"onnx-std+old": Export(17)}
     ensure(tiny, ["onnx-std+old"], opset, quiet)

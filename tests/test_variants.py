@@ -130,6 +130,7 @@ def test_the_unpruned_counterpart():
         Optimize("cpu", ("fuse",)),
         Quantize(),
         Quantize(reduce_range=True),
+        Quantize(passes=("quantize-linear",)),
     ],
 )
 def test_a_step_survives_its_manifest(step):

@@ -26,6 +26,8 @@ QUANTIZED = {
 # Rewrites `Optimize` applies by default, in order.
 CPU_PASSES = ("fuse", "residual-sum", "first-token")
 CUDA_PASSES = ("fuse-cuda", "half")
+# Rewrites `Quantize` applies on ONNX Runtime, in order; the scheme says in which form.
+QUANTIZE_PASSES = ("quantize-linear", "quantize-embedding")
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Quantize:
     bitsandbytes: ``int8`` LLM.int8(), ``nf4`` and ``fp4`` 4-bit blocks. For ``ort``: `reduce_range` is weights of 7
     bits, whose products no processor saturates; `embeddings` the bits of the tables where these are not the scheme's
     own, ``int8`` or ``int4``; `keep_fp32` how many of the linear layers that lose most stay as they are, chosen on
-    training data, `train` as for `Prune`.
+    training data, `train` as for `Prune`; `passes` those of `QUANTIZE_PASSES` that are applied, None for all.
     """
 
     backend: str = "ort"
@@ -107,6 +109,7 @@ class Quantize:
     embeddings: str | None = None
     keep_fp32: int | None = None
     train: str | None = None
+    passes: tuple[str, ...] | None = None
 
 
 Step = Import | Prune | Recover | Export | Optimize | Quantize

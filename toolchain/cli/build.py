@@ -11,6 +11,7 @@ from toolchain.cli.options import (
     dry_run_option,
     model_options,
     name_option,
+    no_pass_option,
     open_workspace,
     training_options,
 )
@@ -59,13 +60,7 @@ def build(workspace: Workspace, asked: dict[str, Step], dry_run: bool) -> None:
     metavar="VARIANT",
     help="The PyTorch variant that is exported; may repeat.",
 )
-@click.option(
-    "--no-pass",
-    "left_out",
-    type=click.Choice([*CPU_PASSES, *CUDA_PASSES]),
-    multiple=True,
-    help="Leave this rewrite out of the optimised graph; may repeat.",
-)
+@no_pass_option([*CPU_PASSES, *CUDA_PASSES], "Leave this rewrite out of the optimised graph")
 @name_option
 @dry_run_option
 @model_options

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -58,6 +58,12 @@ def name_option(command: F) -> F:
 
     text = "A label for what is built, as in onnx-int8+LABEL; without it, the variant of that name is replaced."
     return click.option("--name", "label", metavar="LABEL", callback=check, help=text)(command)
+
+
+def no_pass_option(names: Sequence[str], of_what: str) -> Callable[[F], F]:
+    """--no-pass, for every command that rewrites a graph: of these `names`."""
+    text = f"{of_what}; may repeat."
+    return click.option("--no-pass", "left_out", type=click.Choice(names), multiple=True, help=text)
 
 
 def json_option(command: F) -> F:

@@ -16,10 +16,11 @@ from toolchain.cli.options import (
     json_option,
     model_options,
     name_option,
+    no_pass_option,
     open_workspace,
     training_options,
 )
-from toolchain.variants import QUANTIZED
+from toolchain.variants import QUANTIZE_PASSES, QUANTIZED
 
 if TYPE_CHECKING:
     from toolchain.variants import Quantize, Step
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     help="Instead: as few in fp32 as lose at most this accuracy on these rows.",
 )
 @click.option("--sensitivity", is_flag=True, help="Only show what each linear layer loses, the most sensitive first.")
+@no_pass_option(QUANTIZE_PASSES, "ort: leave these weights as they are")
 @training_options
 @name_option
 @json_option
@@ -85,6 +87,7 @@ def quantize(
     keep_fp32: int | None,
     max_drop: float | None,
     sensitivity: bool,
+    left_out: tuple[str, ...],
     train_data: str | None,
     text_column: str | None,
     label_column: str,
@@ -105,6 +108,7 @@ def quantize(
       toolchain quantize --isa portable
       toolchain quantize --scheme int4
       toolchain quantize --embeddings int4 --name small
+      toolchain quantize --no-pass quantize-embedding --name fp32-tables
       toolchain quantize --sensitivity
       toolchain quantize --keep-fp32 2 --name careful
       toolchain quantize --from onnx-std
@@ -121,16 +125,26 @@ def quantize(
     if isa == "auto":
         isa = "vnni" if exact_int8() else "portable"
         click.echo(f"isa auto: {isa} on this processor", err=True)
-    if backend != "ort" and (embeddings or keep_fp32 or max_drop is not None or sensitivity):
-        raise click.UsageError("--embeddings, --keep-fp32, --max-drop and --sensitivity are for --backend ort.")
-    if sum(map(bool, (keep_fp32, max_drop is not None, sensitivity))) > 1 or (dry_run and max_drop is not None):
+    layers = [keep_fp32, max_drop is not None, sensitivity]
+    if backend != "ort" and any([embeddings, left_out, *layers]):
+        raise click.UsageError(
+            "--embeddings, --no-pass, --keep-fp32, --max-drop and --sensitivity are for --backend ort."
+        )
+    if sum(map(bool, layers)) > 1 or (dry_run and max_drop is not None):
         raise click.UsageError("Of --keep-fp32, --max-drop and --sensitivity name one; --max-drop has no --dry-run.")
+    kept = [name for name in QUANTIZE_PASSES if name not in left_out]
+    if "quantize-linear" not in kept and any([not kept, isa != "vnni", *layers]):
+        raise click.BadParameter("Without quantize-linear only --embeddings is left to choose.", param_hint="--no-pass")
+    if "quantize-embedding" not in kept and embeddings:
+        raise click.BadParameter("Without quantize-embedding there are no bits of tables.", param_hint="--embeddings")
     if as_json and not sensitivity:
         raise click.UsageError("--json is for --sensitivity.")
     schemes = list(QUANTIZED[backend])
     if scheme is not None and scheme not in schemes:
         raise click.BadParameter(f"--backend {backend} has {', '.join(schemes)}.", param_hint="--scheme")
-    step = Quantize(backend, scheme or schemes[0], True if isa == "portable" else None, embeddings, keep_fp32)
+    seven_bits = True if isa == "portable" else None
+    passes = tuple(kept) if left_out else None
+    step = Quantize(backend, scheme or schemes[0], seven_bits, embeddings, keep_fp32, passes=passes)
     chosen = parents or (("onnx-fp32",) if backend == "ort" else ("torch-fp32",))
     names = {parent: child(parent, step, label).name for parent in chosen}
     workspace = open_workspace(model, exported, slug, (train_data, text_column, label_column))
@@ -139,8 +153,8 @@ def quantize(
         return
     asked: dict[str, Step] = {}
     for parent, name in names.items():
-        kept = fewest_kept(workspace, parent, step, max_drop, say, bar) if max_drop is not None else keep_fp32
-        asked[name] = replace(step, keep_fp32=kept or None)
+        fewest = fewest_kept(workspace, parent, step, max_drop, say, bar) if max_drop is not None else keep_fp32
+        asked[name] = replace(step, keep_fp32=fewest or None)
     build(workspace, asked, dry_run)
 
 

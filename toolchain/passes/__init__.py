@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import GraphError
 from toolchain.passes.first_token import first_token
-from toolchain.passes.fuse import fuse, fuse_cuda
+from toolchain.passes.fuse import fuse
 from toolchain.passes.half import half
 from toolchain.passes.quantize_blocks import blocks, by_block
 from toolchain.passes.quantize_embedding import by_row, quantize_embedding
@@ -43,7 +43,7 @@ Pass = Callable[["ir.Model", Context], "tuple[ir.Model, int]"]
 
 PASSES: dict[str, Pass] = {
     "fuse": fuse,
-    "fuse-cuda": fuse_cuda,
+    "fuse-cuda": partial(fuse, apart=()),  # CUDA's kernels of the fused forms are the fast ones
     "half": half,
     "residual-sum": residual_sum,
     "first-token": first_token,

@@ -3,50 +3,34 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from onnxruntime.transformers.fusion_options import FusionOptions
 
     from toolchain.passes import Context
 
 DOMAIN = "com.microsoft"  # of the fused operators
+# What stays apart on the CPU, by the names of `FusionOptions`: Skip- and embedding LayerNormalization, whose kernels
+# there are scalar, and BiasGelu, which would take the bias that belongs inside the quantised matmul.
+APART_ON_CPU = ("embed_layer_norm", "skip_layer_norm", "bias_skip_layer_norm", "bias_gelu")
 
 
-def fuse(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
-    """For the CPU: attention → one node, erf-Gelu → Gelu; counts the fused nodes.
+def fuse(model: ir.Model, context: Context, *, apart: Collection[str] = APART_ON_CPU) -> tuple[ir.Model, int]:
+    """Attention → one node, erf-Gelu → Gelu, and whatever else is not to stay `apart`; counts the fused nodes.
 
-    Skip- and embedding LayerNormalization stay apart: their CPU kernels are scalar, and BiasGelu would take the bias
-    that belongs inside the quantised matmul.
+    The mask stays the raw [batch, sequence]: by default it counts tokens from the left, which is wrong for sentences
+    padded on the left.
     """
-    options = _options()
-    options.enable_embed_layer_norm = False
-    options.enable_skip_layer_norm = False
-    options.enable_bias_skip_layer_norm = False
-    options.enable_bias_gelu = False
-    return _fused(model, context, options)
-
-
-def fuse_cuda(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
-    """For CUDA, whose kernels of the fused forms are the fast ones: all of them; counts the fused nodes."""
-    return _fused(model, context, _options())
-
-
-def _options() -> FusionOptions:
-    """All fusions, with the raw [batch, sequence] mask: the default one counts tokens from the left, which is wrong for
-    sentences padded on the left."""
+    import onnx_ir as ir
     from onnxruntime.transformers.fusion_options import FusionOptions
+    from onnxruntime.transformers.onnx_model_bert import BertOnnxModel
 
     options = FusionOptions("bert")
     options.use_raw_attention_mask(True)
-    return options
-
-
-def _fused(model: ir.Model, context: Context, options: FusionOptions) -> tuple[ir.Model, int]:
-    import onnx_ir as ir
-    from onnxruntime.transformers.onnx_model_bert import BertOnnxModel
-
+    for name in apart:
+        setattr(options, f"enable_{name}", False)
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -35,13 +35,19 @@ def _ort(job: Job, step: Quantize) -> Built:
     tables = step.embeddings or ("int4" if step.scheme == "int4" else "int8")
     if standard and tables == "int4":
         raise GraphError("There is no standard operator for tables of 4 bits.", "Leave --embeddings out.")
+    forms = {
+        "quantize-linear": linear,
+        "quantize-embedding": f"quantize-embedding{'-int4' if tables == 'int4' else ''}",
+    }
+    passes = [form for name, form in forms.items() if step.passes is None or name in step.passes]
     ranked = rank(Subject.of(job.given, linear, job.train), job.progress) if step.keep_fp32 else []
     keep = [layer.name for layer in ranked[: step.keep_fp32]]
-    built = rewrite_into(job, (linear, f"quantize-embedding{'-int4' if tables == 'int4' else ''}"), keep)
-    if not built.facts["rewrites"][linear]:
+    built = rewrite_into(job, passes, keep)
+    # Tables alone are no quantised model, unless it is what was asked for.
+    if not any(built.facts["rewrites"][name] for name in passes[:1]):
+        what = "linear layer" if linear in passes else "embedding table"
         raise GraphError(
-            f"{job.given.manifest.variant} has no linear layer left to quantise.",
-            "Quantise the variant it was made from.",
+            f"{job.given.manifest.variant} has no {what} left to quantise.", "Quantise the variant it was made from."
         )
     if ranked:
         facts = {**built.facts, "kept_fp32": keep, "sensitivity": [dataclasses.asdict(layer) for layer in ranked]}
