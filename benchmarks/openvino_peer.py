@@ -2,7 +2,7 @@
 
     python openvino_peer.py MODEL.onnx TOKENS.json OUT.xml
 
-makes the int8 model, in an environment that has openvino and nncf: post-training quantisation with SmoothQuant, as NNCF
+makes the int8 model, in an environment that has `PACKAGES`: post-training quantisation with SmoothQuant, as NNCF
 does it for transformers, calibrated on the given sentences.
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+PACKAGES = ("openvino==2026.4.1", "nncf==3.4.0")
 SITE = "OPENVINO_SITE"  # where the packages of the scratch environment lie
 
 

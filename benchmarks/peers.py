@@ -2,15 +2,15 @@
 
     python benchmarks/peers.py [--shape reference|base] [--exported exported] [--full] [--save-as NAME]
 
-Peers are built in scratch folders: optimum-cli's int8 (`--avx512_vnni`, per tensor and per channel), OpenVINO's own
-runtime in fp32 and in int8 by NNCF. All are measured between this toolchain's variants under the same clock; how many
-times faster `onnx-int8` is than each is printed with its 95 % bootstrap interval over rounds. `base` is the shape of
-DistilBERT-base with random weights, for speed alone. The result file goes to benchmarks/studies/.
+Peers are built in scratch folders: optimum-cli's int8 (`--avx512_vnni`, per tensor and per channel), Neural
+Compressor's int8 of the graph that optimum-cli exports (dynamic and static, run by the same ONNX Runtime), OpenVINO's
+own runtime in fp32 and in int8 by NNCF. All are measured between this toolchain's variants under the same clock; how
+many times faster `onnx-int8` is than each is printed with its 95 % bootstrap interval over rounds. `base` is the shape
+of DistilBERT-base with random weights, for speed alone. The result file goes to benchmarks/studies/.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -20,8 +20,10 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
+import neural_compressor_peer
 import openvino_peer
 
 from toolchain import artifacts, checkpoints, confidence, hardware, inputs
@@ -34,15 +36,15 @@ from toolchain.report.progress import bar, say
 from toolchain.report.table import print_table
 from toolchain.runs import result_of
 from toolchain.scenarios import FULL, QUICK
-from toolchain.steps.bench import bench
+from toolchain.steps.bench import Progress, bench
 from toolchain.steps.compare import compare
 from toolchain.workspace import Workspace
 
 OURS = ("torch-fp32", "torch-bf16", "torch-int8", "onnx-fp32", "onnx-int8")
 PEER = "optimum-cli-int8"
+RUNTIMES = {"torch": "torch", "openvino": "openvino"}  # by how a row's name begins; ONNX Runtime for the others
 STUDIES = Path(__file__).parent / "studies"
 CALIBRATION = 300  # sentences of the training data
-OPENVINO = ("openvino==2026.4.1", "nncf==3.4.0")
 
 
 def base_shape(folder: Path) -> Path:
@@ -61,28 +63,59 @@ def base_shape(folder: Path) -> Path:
     return folder
 
 
+def open_shape(shape: str, exported: Path, scratch: Path) -> Workspace:
+    """The embedded model under `exported`, or one of the other shape, all of it in `scratch`."""
+    if shape == "reference":
+        return Workspace.open(shape, exported)
+    (scratch / "checkpoint").mkdir()
+    return Workspace.open(str(base_shape(scratch / "checkpoint")), scratch / "artifacts", f"{shape}-shape")
+
+
+def encoder_of(root: Artifact) -> inputs.Encoder:
+    """Sentences into what the model of `root` reads."""
+    return inputs.Encoder.open(root.path, [spec.name for spec in root.manifest.inputs], root.manifest.max_length)
+
+
+def measure_all(cells: Sequence[Cell], root: Artifact, full: bool, progress: Progress, **more: Any) -> ResultFile:
+    """Every cell on the validation set, interleaved in one run; `more` goes to `bench`."""
+    data = inputs.load(None, root.manifest.labels)
+    protocol = replace(FULL if full else QUICK, threads=hardware.cores())
+    rows, how = bench(cells, data, encoder_of(root), protocol, progress, **more)
+    return result_of(rows, how, data, root.manifest.max_length)
+
+
 def by_optimum(parent: Artifact, scratch: Path) -> dict[str, Artifact]:
-    """optimum-cli's int8 of the checkpoint in `parent`, as artifacts the benchmark can open."""
+    """optimum-cli's int8 of the checkpoint in `parent`, as artifacts the benchmark can open; the fp32 graph it exports
+    first stays in ``scratch/exported``."""
     cli = Path(sys.executable).with_name("optimum-cli")
     exported = scratch / "exported"
-    export = [cli, "export", "onnx", "--model", parent.path, "--task", "text-classification", exported]
-    subprocess.run(list(map(str, export)), check=True, capture_output=True)
+    _run(cli, "export", "onnx", "--model", parent.path, "--task", "text-classification", exported)
     found = {}
     for name, options in ((PEER, []), (f"{PEER}-per-channel", ["--per_channel"])):
         quantized = scratch / name
-        command = [cli, "onnxruntime", "quantize", "--onnx_model", exported, "--avx512_vnni", *options, "-o", quantized]
-        subprocess.run(list(map(str, command)), check=True, capture_output=True)
+        _run(cli, "onnxruntime", "quantize", "--onnx_model", exported, "--avx512_vnni", *options, "-o", quantized)
         (quantized / "model_quantized.onnx").rename(quantized / "model.onnx")
-        found[name] = _as_artifact(parent, name, quantized, "optimum-cli")
+        found[name] = as_artifact(parent, name, quantized, "optimum-cli")
     return found
 
 
-def by_openvino(std: Artifact, scratch: Path, sentences: Sequence[Sequence[int]]) -> dict[str, Artifact]:
-    """OpenVINO's fp32 and int8 of the exported graph; the packages in a scratch environment of their own."""
-    environment = scratch / "openvino"
-    python = environment / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-    subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *OPENVINO], check=True)
+def by_neural_compressor(std: Artifact, scratch: Path, tokens: Path) -> dict[str, Artifact]:
+    """Neural Compressor's int8 of the graph that `by_optimum` exported, calibrated on the sentences in `tokens`."""
+    python = environment(scratch / "neural-compressor", neural_compressor_peer.PACKAGES)
+    found = {}
+    for approach in ("dynamic", "static"):
+        folder = scratch / f"neural-compressor-{approach}"
+        folder.mkdir()
+        script = (neural_compressor_peer.__file__, scratch / "exported" / "model.onnx", tokens)
+        _run(python, *script, folder / "model.onnx", approach, at=scratch)  # where it leaves a log of its tuning
+        artifacts.copy_companions(std, folder)
+        found[folder.name] = as_artifact(std, folder.name, folder, "Neural Compressor")
+    return found
+
+
+def by_openvino(std: Artifact, scratch: Path, tokens: Path) -> dict[str, Artifact]:
+    """OpenVINO's fp32 and int8 of the exported graph, calibrated on the sentences in `tokens`."""
+    python = environment(scratch / "openvino", openvino_peer.PACKAGES)
     asked = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     os.environ[openvino_peer.SITE] = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
     plain, quantized = scratch / "openvino-fp32", scratch / "openvino-int8"
@@ -90,13 +123,28 @@ def by_openvino(std: Artifact, scratch: Path, sentences: Sequence[Sequence[int]]
         folder.mkdir()
         artifacts.copy_companions(std, folder)
     shutil.copyfile(std.onnx_path, plain / "model.onnx")
-    (scratch / "tokens.json").write_text(json.dumps(sentences))
-    script = [python, openvino_peer.__file__, std.onnx_path, scratch / "tokens.json", quantized / "model.xml"]
-    subprocess.run(list(map(str, script)), check=True, capture_output=True)
-    return {folder.name: _as_artifact(std, folder.name, folder, "OpenVINO") for folder in (plain, quantized)}
+    _run(python, openvino_peer.__file__, std.onnx_path, tokens, quantized / "model.xml")
+    return {folder.name: as_artifact(std, folder.name, folder, "OpenVINO") for folder in (plain, quantized)}
 
 
-def _as_artifact(parent: Artifact, name: str, folder: Path, maker: str) -> Artifact:
+def environment(folder: Path, packages: Sequence[str]) -> Path:
+    """The Python of a scratch environment that has these packages."""
+    _run(sys.executable, "-m", "venv", folder)
+    python = folder / "bin" / "python"
+    _run(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *packages)
+    return python
+
+
+def _run(*command: str | Path, at: Path | None = None) -> None:
+    done = subprocess.run(list(map(str, command)), cwd=at, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise click.ClickException(
+            f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr[-2000:]}"
+        )
+
+
+def as_artifact(parent: Artifact, name: str, folder: Path, maker: str) -> Artifact:
+    """What somebody made of `parent`, for the benchmark to open."""
     files = artifacts.list_files(folder)
     return Artifact(folder, replace(parent.manifest, variant=name, files=files, facts={"made_by": maker}))
 
@@ -142,29 +190,23 @@ def main(shape: str, exported: Path, full: bool, save_as: str | None) -> None:
     """Builds, measures, prints, saves."""
     with tempfile.TemporaryDirectory() as folder, bar("peers") as progress:
         scratch = Path(folder)
-        if shape == "base":
-            (scratch / "checkpoint").mkdir()
-            workspace = Workspace.open(str(base_shape(scratch / "checkpoint")), scratch / "artifacts", "base-shape")
-        else:
-            workspace = Workspace.open(shape, exported)
+        workspace = open_shape(shape, exported, scratch)
         built = ensure(workspace, OURS, {}, say)
         root, std = built["torch-fp32"], built["onnx-std"]
-        encoder = inputs.Encoder.open(root.path, [s.name for s in root.manifest.inputs], root.manifest.max_length)
         train = inputs.embedded("train")
         chosen = inputs.sentence_rows(train, inputs.hold_out(train)[0], CALIBRATION)
-        sentences = encoder.encode([train.texts[row] for row in chosen])
-        peers = {**by_optimum(root, scratch), **by_openvino(std, scratch, sentences)}
+        tokens = scratch / "tokens.json"
+        tokens.write_text(json.dumps(encoder_of(root).encode([train.texts[row] for row in chosen])))
+        peers = (
+            by_optimum(root, scratch) | by_neural_compressor(std, scratch, tokens) | by_openvino(std, scratch, tokens)
+        )
         cells = [
-            Cell(workspace.model, name, name.split("-")[0], "cpu", artifact)
+            Cell(workspace.model, name, RUNTIMES.get(name.split("-")[0], "onnx"), "cpu", artifact)
             for name, artifact in {**{name: built[name] for name in OURS}, **peers}.items()
         ]
-        cells = [dataclasses.replace(cell, runtime="onnx") if cell.runtime == "optimum" else cell for cell in cells]
         backends = {**BACKENDS, "openvino": Backend("openvino_peer:OpenVinoSession", ())}
         os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where a measuring process finds that session
-        data = inputs.load(None, root.manifest.labels)
-        protocol = replace(FULL if full else QUICK, threads=hardware.cores())
-        rows, how = bench(cells, data, encoder, protocol, progress, backends)
-        result = result_of(rows, how, data, root.manifest.max_length)
+        result = measure_all(cells, root, full, progress, backends=backends)
     result.write(STUDIES / f"{save_as or f'peers-{shape}'}.json")
     print_table(compare([result], f"{PEER}@cpu"))
     for line in summary(result):
