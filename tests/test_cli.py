@@ -354,6 +354,8 @@ def test_rewrites_and_tables_are_chosen_and_what_they_do_not_go_with_is_told(tin
     )
     plan = run_toolchain("quantize", "--isa", "portable", "--dry-run", *where, cwd=tmp_path)
     assert "onnx-int8-portable: build (missing); backend=ort, scheme=dynamic, reduce_range=True" in plan.stdout
+    plan = run_toolchain("quantize", "--scheme", "static", "--dry-run", *where, cwd=tmp_path)
+    assert "onnx-int8-static: build (missing); backend=ort, scheme=static, train=sst2:" in plan.stdout
     plan = run_toolchain("quantize", "--isa", "auto", "--dry-run", *where, cwd=tmp_path)
     assert re.search(r"^isa auto: (vnni|portable) on this processor$", plan.stderr, re.MULTILINE)
     for arguments in (
@@ -362,6 +364,7 @@ def test_rewrites_and_tables_are_chosen_and_what_they_do_not_go_with_is_told(tin
         ("export", "--name", "Not Good"),
         ("quantize", "--backend", "torch", "--isa", "portable"),
         ("quantize", "--scheme", "int4", "--isa", "portable"),
+        ("quantize", "--scheme", "static", "--isa", "portable"),
         ("quantize", "--backend", "torch", "--embeddings", "int4"),
         ("quantize", "--backend", "torch", "--no-pass", "quantize-embedding"),
         ("quantize", "--no-pass", "fuse"),

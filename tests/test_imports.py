@@ -36,7 +36,7 @@ LAYERS = [
     ["scenarios", "calibration", "child"],
     ["worker"],
     ["cells"],
-    ["training"],
+    ["training", "activations"],
     ["pruning", "sensitivity"],
     ["steps"],
     ["pipeline", "report"],
@@ -120,6 +120,7 @@ def test_neighbours_in_a_room_do_not_call_each_other(room_name):
         "passes.apply",
         "passes.quantize_embedding",
         "passes.quantize_blocks",
+        "passes.quantize_static",
         "passes.__init__",
         "backends.__init__",
     }

@@ -28,7 +28,7 @@ def quiet(line):
 
 @pytest.fixture(scope="module")
 def subject(built_tiny):
-    return Subject.of(built_tiny.load("onnx-fp32"), "quantize-linear", TrainingSource())
+    return Subject.of(built_tiny.load("onnx-fp32"), ("quantize-linear",), TrainingSource())
 
 
 def test_every_layer_is_ranked_by_what_it_does_alone(subject):
@@ -52,7 +52,7 @@ def test_a_layer_with_outliers_is_found(built_tiny, tmp_path):
     weight.CopyFrom(numpy_helper.from_array(array, weight.name))
     onnx.save(model, tmp_path / "outliers" / "model.onnx")
     artifact = Artifact(tmp_path / "outliers", built_tiny.load("onnx-fp32").manifest)
-    ranked = rank(Subject.of(artifact, "quantize-linear", TrainingSource()), still)
+    ranked = rank(Subject.of(artifact, ("quantize-linear",), TrainingSource()), still)
     assert ranked[0].name == "distilbert/transformer/layer.0/ffn/lin2"
 
 
@@ -72,7 +72,7 @@ def test_the_most_sensitive_stay_fp32(tiny, subject):
 
 def test_no_layer_left_is_told(built_tiny):
     with pytest.raises(GraphError, match="no linear layer left"):
-        rank(Subject.of(built_tiny.load("onnx-int8"), "quantize-linear", TrainingSource()), still)
+        rank(Subject.of(built_tiny.load("onnx-int8"), ("quantize-linear",), TrainingSource()), still)
 
 
 @given(st.integers(1, 30), st.data())

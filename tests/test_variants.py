@@ -14,13 +14,14 @@ pruned = st.builds(
     dict, pruned=st.integers(1, 99), recovered=st.integers(0, 12), method=st.sampled_from(grammar.METHODS)
 )
 names = st.builds(
-    lambda runtime, std, tags, scheme, portable, label: VariantName(
-        runtime, std, scheme=scheme, portable=portable, label=label, **tags
+    lambda runtime, std, tags, scheme, portable, static, label: VariantName(
+        runtime, std, scheme=scheme, portable=portable, static=static, label=label, **tags
     ),
     st.sampled_from(grammar.RUNTIMES),
     st.booleans(),
     st.one_of(st.just({}), pruned),
     st.sampled_from(grammar.SCHEMES),
+    st.booleans(),
     st.booleans(),
     st.one_of(st.just(""), st.from_regex(grammar.LABEL, fullmatch=True)),
 )
@@ -88,6 +89,10 @@ def test_child_finds_the_variant_a_step_makes():
     assert variants.child("torch-fp32", Prune(0.3, "magnitude")).name == "torch-pruned30-magnitude"
     assert variants.child("onnx-std", Quantize()).name == "onnx-std-int8"
     assert variants.child("onnx-pruned50", Quantize(reduce_range=True)).name == "onnx-pruned50-int8-portable"
+    assert variants.child("onnx-pruned50", Quantize(scheme="static")).name == "onnx-pruned50-int8-static"
+    assert variants.child("onnx-std", Quantize(scheme="static")).name == "onnx-std-int8-static"
+    assert not variants.is_variant("onnx-int8-portable-static")
+    assert not variants.is_variant("onnx-int4-static")
     with pytest.raises(
         UnknownVariantError, match=r"Nothing is made from onnx-int8 by quantize. It takes an fp32 graph"
     ):

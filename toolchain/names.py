@@ -1,7 +1,7 @@
 """How variants are called.
 
-Name grammar: ``<runtime>[-std][-prunedNN[-rE][-magnitude|-mask]][-<scheme>][-portable][+<label>]``: NN is the pruning
-ratio in per cent, E the epochs of recovery; ``-fp32`` is dropped as soon as another tag stands, and
+Name grammar: ``<runtime>[-std][-prunedNN[-rE][-magnitude|-mask]][-<scheme>][-portable|-static][+<label>]``: NN is the
+pruning ratio in per cent, E the epochs of recovery; ``-fp32`` is dropped as soon as another tag stands, and
 ``parse_name(str(name)) == name``. A label tells a variant of other settings from the one of the same tags; what is made
 of it has the same one, or adds to it with a hyphen.
 """
@@ -31,6 +31,7 @@ class VariantName:
     method: str = METHODS[0]
     scheme: str = "fp32"
     portable: bool = False
+    static: bool = False
     label: str = ""
 
     def __str__(self) -> str:
@@ -42,13 +43,14 @@ class VariantName:
         if self.scheme != "fp32" or not tags:
             tags.append(self.scheme)
         tags += ["portable"] if self.portable else []
+        tags += ["static"] if self.static else []
         return "-".join([self.runtime, *tags]) + (f"+{self.label}" if self.label else "")
 
 
 _NAME = re.compile(
     rf"(?P<runtime>{'|'.join(RUNTIMES)})(?P<std>-std)?"
     rf"(-pruned(?P<pruned>\d\d)(-r(?P<recovered>\d+))?(-(?P<method>{'|'.join(METHODS)}))?)?"
-    rf"(-(?P<scheme>{'|'.join(SCHEMES)}))?(?P<portable>-portable)?(\+(?P<label>{LABEL}))?",
+    rf"(-(?P<scheme>{'|'.join(SCHEMES)}))?(?P<portable>-portable)?(?P<static>-static)?(\+(?P<label>{LABEL}))?",
     re.ASCII,
 )
 
@@ -65,6 +67,7 @@ def parse_name(text: str) -> VariantName:
             match["method"] or METHODS[0],
             match["scheme"] or "fp32",
             bool(match["portable"]),
+            bool(match["static"]),
             match["label"] or "",
         )
         if str(name) == text:

@@ -104,7 +104,7 @@ def examine(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step
 def _learns(step: Step) -> TypeGuard[Prune | Recover | Quantize]:
     """Whether what comes of it depends on the training data."""
     if isinstance(step, Quantize):
-        return bool(step.keep_fp32)
+        return bool(step.keep_fp32) or step.scheme == "static"
     return isinstance(step, Recover) or (isinstance(step, Prune) and step.method != "mask")
 
 

@@ -7,7 +7,7 @@ from toolchain.names import parse_name
 from toolchain.pipeline import Bar, Say, Workspace, ensure
 from toolchain.pruning.subject import subject
 from toolchain.steps.prune import price_of
-from toolchain.steps.quantize import linear_pass
+from toolchain.steps.quantize import activations_of, linear_passes
 from toolchain.variants import Prune, Quantize
 
 
@@ -24,7 +24,8 @@ def fewest_kept(workspace: Workspace, parent: str, step: Quantize, max_drop: flo
 def sensitive(workspace: Workspace, parent: str, step: Quantize, say: Say, bar: Bar) -> sensitivity.Subject:
     """`parent`, built if need be, about to be quantised by `step`."""
     built = ensure(workspace, [parent], {}, say, bar)[parent]
-    return sensitivity.Subject.of(built, linear_pass(step, parse_name(parent).std), workspace.train)
+    passes = linear_passes(step, parse_name(parent).std)
+    return sensitivity.Subject.of(built, passes, workspace.train, activations_of(built, step, workspace.train))
 
 
 def largest_ratio(workspace: Workspace, step: Prune, max_drop: float, say: Say, bar: Bar) -> float:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from toolchain import hardware, inputs
@@ -19,6 +20,7 @@ from toolchain.jobs import Progress
 from toolchain.passes import read, rewrite, write
 from toolchain.passes.apply import context_of
 from toolchain.passes.quantize_linear import layers_of
+from toolchain.passes.quantize_static import Activation
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,23 +40,31 @@ class Layer:
 
 @dataclass(frozen=True)
 class Subject:
-    """An fp32 graph in `artifact`, the pass that quantises its linear layers, and held-out rows to judge it by."""
+    """An fp32 graph in `artifact`, the passes that quantise its linear layers (and the `activations` these need), and
+    held-out rows to judge it by."""
 
     artifact: Artifact
-    linear: str
+    passes: tuple[str, ...]
+    activations: Mapping[str, Activation]
     encoder: Encoder
     rows: Sequence[Sequence[int]]
     labels: Sequence[int]
 
     @classmethod
-    def of(cls, artifact: Artifact, linear: str, train: TrainingSource) -> Subject:
+    def of(
+        cls,
+        artifact: Artifact,
+        passes: tuple[str, ...],
+        train: TrainingSource,
+        activations: Mapping[str, Activation] = MappingProxyType({}),
+    ) -> Subject:
         """Raises `DataError` for training data that does not fit the model."""
         manifest = artifact.manifest
         data: Data = train.load(manifest.labels)
         _, held = inputs.hold_out(data)
         encoder = Encoder.open(artifact.path, [spec.name for spec in manifest.inputs], manifest.max_length)
         rows = encoder.encode([data.texts[row] for row in held])
-        return cls(artifact, linear, encoder, rows, [data.labels[row] for row in held])
+        return cls(artifact, passes, activations, encoder, rows, [data.labels[row] for row in held])
 
     @property
     def layers(self) -> list[str]:
@@ -64,9 +74,9 @@ class Subject:
     @contextmanager
     def session(self, keep: Sequence[str]) -> Iterator[OrtSession]:
         """The graph with all linear layers quantised but those in `keep`."""
-        context = replace(context_of(self.artifact.path), keep=frozenset(keep))
+        context = replace(context_of(self.artifact.path), keep=frozenset(keep), activations=self.activations)
         with tempfile.TemporaryDirectory() as folder:
-            graph, _ = rewrite(read(self.artifact.onnx_path), [self.linear], context)
+            graph, _ = rewrite(read(self.artifact.onnx_path), self.passes, context)
             write(graph, Path(folder) / "model.onnx")
             opened = OrtSession(Path(folder), Place("cpu", hardware.cores()))
             try:

@@ -18,7 +18,7 @@ from toolchain.names import VariantName, parse_name, shorter
 PROVIDERS = ("cpu", "cuda")
 # Backend → the schemes it quantises to, the first by default, each with the tag of the variant's name.
 QUANTIZED = {
-    "ort": {"dynamic": "int8", "int4": "int4"},
+    "ort": {"dynamic": "int8", "static": "int8", "int4": "int4"},
     "torch": {"int8": "int8", "bf16": "bf16", "fp16": "fp16"},
     "bnb": {"int8": "int8", "nf4": "nf4", "fp4": "fp4"},
 }
@@ -95,8 +95,9 @@ class Optimize:
 class Quantize:
     """Fewer bits, by `backend` and its `scheme`.
 
-    ``ort`` ``dynamic`` is U8 activations, scaled at run time, × S8 weights, scaled per channel; ``int4`` is weights in
-    blocks of 4 bits, for size; ``torch`` ``int8`` the same in PyTorch, ``bf16`` and ``fp16`` half precision; ``bnb`` is
+    ``ort`` ``dynamic`` is U8 activations, scaled at run time, × S8 weights, scaled per channel; ``static`` the same
+    with scales fixed beforehand, on training data, `train` as for `Prune`; ``int4`` is weights in blocks of 4 bits, for
+    size; ``torch`` ``int8`` the same in PyTorch, ``bf16`` and ``fp16`` half precision; ``bnb`` is
     bitsandbytes: ``int8`` LLM.int8(), ``nf4`` and ``fp4`` 4-bit blocks. For ``ort``: `reduce_range` is weights of 7
     bits, whose products no processor saturates; `embeddings` the bits of the tables where these are not the scheme's
     own, ``int8`` or ``int4``; `keep_fp32` how many of the linear layers that lose most stay as they are, chosen on
@@ -225,8 +226,10 @@ def _derived(name: VariantName) -> Variant | None:
     providers: tuple[str, ...] = PROVIDERS
     if name.recovered and name.method == "mask":
         return None  # training would fill the zeros
-    if name.portable and (name.runtime, name.scheme) != ("onnx", "int8"):
-        return None  # only ONNX Runtime's int8 has weights of fewer bits to choose
+    if (name.portable or name.static) and (name.runtime, name.scheme) != ("onnx", "int8"):
+        return None  # only ONNX Runtime's int8 has weights of fewer bits, or fixed scales, to choose
+    if name.portable and name.static:
+        return None
     if name.runtime == "torch" and not name.std and name.scheme == "fp32":
         if not name.pruned:
             return None if name.label else Variant(str(name), None, Import(), PROVIDERS)
@@ -240,8 +243,8 @@ def _derived(name: VariantName) -> Variant | None:
     elif name.runtime == "bnb" and name.scheme in QUANTIZED["bnb"] and not (name.std or name.pruned):
         parent, step = VariantName("torch"), Quantize("bnb", name.scheme)
     elif name.runtime == "onnx" and name.scheme == "int8":
-        parent, providers = other(scheme="fp32", portable=False), ("cpu",)
-        step = Quantize(reduce_range=name.portable or None)
+        parent, providers = other(scheme="fp32", portable=False, static=False), ("cpu",)
+        step = Quantize(scheme="static") if name.static else Quantize(reduce_range=name.portable or None)
     elif name.runtime == "onnx" and name.scheme == "int4" and not name.std:
         parent, step, providers = other(scheme="fp32"), Quantize(scheme="int4"), ("cpu",)
     elif name.runtime == "onnx" and name.scheme == "fp32" and name.std:
@@ -284,6 +287,7 @@ def child(parent: str, step: Step, label: str = "") -> Variant:
             runtime=_RUNTIME[s.backend],
             scheme=QUANTIZED[s.backend].get(s.scheme, ""),
             portable=bool(s.reduce_range),
+            static=s.scheme == "static",
         ),
     }[type(step)](step)
     variant = _derived(dataclasses.replace(name, label=label or of.label))

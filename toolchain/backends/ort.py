@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,18 +104,20 @@ class OrtSession:
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         """See `Session.run`. On a GPU through I/O binding, so that one copy goes each way."""
-        try:
+        with _telling(batch):
             if self._on_host:
                 logits: np.ndarray = self._session.run(None, batch)[0]
             else:
                 binding = self._bound(batch)
                 self._session.run_with_iobinding(binding)
                 logits = binding.copy_outputs_to_cpu()[0]
-        except _failures() as error:
-            _check_room(error)
-            shape = " × ".join(map(str, batch["input_ids"].shape))
-            raise GraphError(f"The graph fails on a batch of {shape} tokens: {error}.", "Build it again.") from error
         return logits
+
+    def outputs(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Every output of the graph by its name, for a batch as `run` takes it."""
+        names = [output.name for output in self._session.get_outputs()]
+        with _telling(batch):
+            return dict(zip(names, self._session.run(names, batch), strict=True))
 
     def resident(self, batch: dict[str, np.ndarray]) -> Callable[[], object]:
         """See `Session.resident`."""
@@ -152,6 +155,17 @@ class OrtSession:
     def close(self) -> None:
         """See `Session.close`."""
         del self._session
+
+
+@contextmanager
+def _telling(batch: dict[str, np.ndarray]) -> Iterator[None]:
+    """Raises `GraphError`, or `DeviceMemoryError`, for what ONNX Runtime raises of a batch."""
+    try:
+        yield
+    except _failures() as error:
+        _check_room(error)
+        shape = " × ".join(map(str, batch["input_ids"].shape))
+        raise GraphError(f"The graph fails on a batch of {shape} tokens: {error}.", "Build it again.") from error
 
 
 def _failures() -> tuple[type[Exception], ...]:

@@ -7,8 +7,8 @@ often it applied. Where its pattern is not there it applies zero times; a graph 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,9 @@ from toolchain.passes.half import half
 from toolchain.passes.quantize_blocks import blocks, by_block
 from toolchain.passes.quantize_embedding import by_row, quantize_embedding
 from toolchain.passes.quantize_linear import LARGEST_OF_7_BITS, fused, headroom, quantize_linear, standard
+from toolchain.passes.quantize_static import Activation, quantize_static, smooth
+from toolchain.passes.quantize_static import fused as fused_static
+from toolchain.passes.quantize_static import standard as standard_static
 from toolchain.passes.residual_sum import residual_sum
 
 if TYPE_CHECKING:
@@ -31,12 +34,14 @@ LOOK_UPS = ("Gather", "GatherBlockQuantized")
 
 @dataclass(frozen=True)
 class Context:
-    """Heads and width of the encoder, which ONNX Runtime's fusions cannot always tell from the graph; and the linear
-    layers to `keep` in fp32, by the names `quantize_linear.layers_of` gives them."""
+    """Heads and width of the encoder, which ONNX Runtime's fusions cannot always tell from the graph; the linear layers
+    to `keep` in fp32, by the names `quantize_linear.layers_of` gives them; and how the `activations` that the others
+    read are quantised, by the value's name, where that is fixed beforehand."""
 
     heads: int
     width: int
     keep: frozenset[str] = frozenset()
+    activations: Mapping[str, Activation] = field(default_factory=dict)
 
 
 Pass = Callable[["ir.Model", Context], "tuple[ir.Model, int]"]
@@ -51,6 +56,9 @@ PASSES: dict[str, Pass] = {
     "quantize-linear-portable": partial(quantize_linear, product=partial(fused, largest=LARGEST_OF_7_BITS)),
     "quantize-linear-std": partial(quantize_linear, product=standard),
     "quantize-linear-std-portable": partial(quantize_linear, product=partial(standard, largest=LARGEST_OF_7_BITS)),
+    "smooth": smooth,
+    "quantize-linear-static": partial(quantize_static, product=fused_static),
+    "quantize-linear-std-static": partial(quantize_static, product=standard_static),
     "quantize-linear-int4": partial(quantize_linear, product=blocks),
     "quantize-embedding": partial(quantize_embedding, look_up=by_row),
     "quantize-embedding-int4": partial(quantize_embedding, look_up=by_block),

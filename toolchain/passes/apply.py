@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from toolchain.artifacts import copy_companions
 from toolchain.jobs import Built, Job
 from toolchain.passes import Context, facts, read, rewrite, write
+from toolchain.passes.quantize_static import Activation
 
 
-def rewrite_into(job: Job, passes: Sequence[str], keep: Collection[str] = ()) -> Built:
-    """The parent's graph rewritten by `passes` into the job's folder, config and tokenizer beside it; linear layers to
-    `keep` stay fp32.
+def rewrite_into(
+    job: Job,
+    passes: Sequence[str],
+    keep: Collection[str] = (),
+    activations: Mapping[str, Activation] = MappingProxyType({}),
+) -> Built:
+    """The parent's graph rewritten by `passes` into the job's folder, config and tokenizer beside it; `keep` and
+    `activations` as a `Context` has them.
 
     The counts each pass made stand in the facts. Raises `GraphError` for a file that is no ONNX model.
     """
     given = job.given
-    graph, counts = rewrite(read(given.onnx_path), passes, replace(context_of(given.path), keep=frozenset(keep)))
+    context = replace(context_of(given.path), keep=frozenset(keep), activations=activations)
+    graph, counts = rewrite(read(given.onnx_path), passes, context)
     write(graph, job.folder / given.onnx_path.name)
     copy_companions(given, job.folder)
     return Built.like(job, {**facts(graph), "rewrites": counts})

@@ -6,7 +6,7 @@ wrongly without a word. Weights of 7 bits fit (ONNX Runtime calls it reduce_rang
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,25 +22,26 @@ LARGEST = 127  # symmetric: -128 is left out, so that a weight and its negative 
 LARGEST_OF_7_BITS = 64  # two products with the largest activation, 2 × 255 × 64, are 16 bits
 SATURATES = 32767
 ACTIVATION = 255
+ROLES = ("query", "key", "value")  # of the projections of attention, in the order they are fused in
 
 # The model, a linear layer's input, its weight's name, the weight [inner, outer], and the bias → the nodes of the
 # product, the last of which gives the layer's output.
 Product = Callable[["ir.Model", Any, str, "np.ndarray", "ir.Value | None"], "list[ir.Node]"]
 
 
-def quantize_linear(model: ir.Model, context: Context, product: Product) -> tuple[ir.Model, int]:
+def quantize_linear(model: ir.Model, context: Context, product: Product, apart: bool = False) -> tuple[ir.Model, int]:
     """MatMul and Gemm with constant weights, and the projections of fused Attention → products by `product`.
 
     Products of two activations stay fp32: they hold no weights, so fewer bits would cost accuracy and bring nothing.
-    The last layer, whose result is the logits, stays fp32 too: it is a few hundred weights. Counts the layers
-    quantised.
+    The last layer, whose result is the logits, stays fp32 too: it is a few hundred weights. Query, key and value of a
+    fused Attention are one product, or three where they are to be `apart`. Counts the layers quantised.
     """
     count = 0
     layer = partial(product, model)
-    for node in _layers(model):
+    for node in linear_nodes(model):
         if layer_name(node) in context.keep:
             continue
-        rewrite_one = _attention if node.op_type == "Attention" else _linear
+        rewrite_one = partial(_attention, apart=apart) if node.op_type == "Attention" else _linear
         rewrite_one(model, node, layer)
         count += 1
     return model, count
@@ -48,7 +49,7 @@ def quantize_linear(model: ir.Model, context: Context, product: Product) -> tupl
 
 def layers_of(model: ir.Model) -> list[str]:
     """Names of the layers that `quantize_linear` takes, in the graph's order."""
-    return [layer_name(node) for node in _layers(model)]
+    return [layer_name(node) for node in linear_nodes(model)]
 
 
 def layer_name(node: ir.Node) -> str:
@@ -56,7 +57,21 @@ def layer_name(node: ir.Node) -> str:
     return (node.name or "").strip("/").removesuffix("/MatMul").removesuffix("/Gemm")
 
 
-def _layers(model: ir.Model) -> list[ir.Node]:
+def weights_of(model: ir.Model) -> dict[str, np.ndarray]:
+    """What the layers read, by its name → the weights [inner, outer] of all that read it, side by side."""
+    import numpy as np
+
+    found: dict[str, list[np.ndarray]] = {}
+    for node in linear_nodes(model):
+        array = stored(node.inputs[1])
+        array = array.T if node.attributes.get_int("transB", 0) else array
+        found.setdefault(str(node.inputs[0].name) if node.inputs[0] else "", []).append(array)
+    return {name: np.concatenate(arrays, axis=1) for name, arrays in found.items()}
+
+
+def linear_nodes(model: ir.Model) -> list[ir.Node]:
+    """The layers themselves, before they are quantised."""
+
     def taken(node: ir.Node) -> bool:
         if node.op_type == "Attention":
             return node.domain == "com.microsoft"
@@ -87,9 +102,10 @@ def headroom(model: ir.Model) -> float | None:
     worst = 0
     found = False
     for node in model.graph:
-        if node.op_type not in ("DynamicQuantizeMatMul", "MatMulInteger"):
+        codes = _codes_of(node)
+        if codes is None:
             continue
-        weight = _array(node.inputs[1]).astype(np.int32)
+        weight = stored(codes).astype(np.int32)
         found = True
         for side in (np.maximum(weight, 0), np.maximum(-weight, 0)):
             pair = np.sort(side, axis=0)[-2:].sum(axis=0)
@@ -97,18 +113,29 @@ def headroom(model: ir.Model) -> float | None:
     return round(SATURATES / (ACTIVATION * max(worst, 1)), 3) if found else None
 
 
+def _codes_of(node: ir.Node) -> ir.Value | None:
+    """The int8 weights of a product that has such: given to it, or dequantised for it (QDQ)."""
+    if node.op_type in ("DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat"):
+        return node.inputs[1]
+    weight = node.inputs[1] if node.op_type == "MatMul" else None
+    before = weight.producer() if weight is not None else None
+    codes = before.inputs[0] if before is not None and before.op_type == "DequantizeLinear" else None
+    return codes if codes is not None and codes.const_value is not None else None
+
+
 def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
     """A new initializer of the graph."""
     import numpy as np
     import onnx_ir as ir
 
-    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    tensor = ir.tensor(np.asarray(array, order="C"), name=name)
     value = ir.val(name, dtype=tensor.dtype, shape=array.shape, const_value=tensor)
     model.graph.register_initializer(value)
     return value
 
 
-def _array(weight: ir.Value | None) -> np.ndarray:
+def stored(weight: ir.Value | None) -> np.ndarray:
+    """The array of a weight; `GraphError` where there is none."""
     if weight is None or weight.const_value is None:
         raise GraphError("The weights of a layer are computed, not stored.", "Fold constants when exporting.")
     array: np.ndarray = weight.const_value.numpy()
@@ -126,7 +153,7 @@ def _is_linear(node: ir.Node) -> bool:
 def _linear(model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]) -> None:
     """MatMul with the Add of its bias where it is the only reader, or Gemm."""
     data, weight = node.inputs[0], node.inputs[1]
-    array = _array(weight)
+    array = stored(weight)
     bias, last = (node.inputs[2] if len(node.inputs) > 2 else None), node
     if node.attributes.get_int("transB", 0):
         array = array.T
@@ -139,27 +166,53 @@ def _linear(model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]])
     _replace(model, node, last, made, made[-1].outputs[0])
 
 
-def _attention(model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]) -> None:
-    """Attention → one product for query, key and value, split, and MultiHeadAttention under the same mask."""
-    import numpy as np
+def _attention(model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]], apart: bool) -> None:
+    """Attention → a product for query, key and value, split, or three; and MultiHeadAttention under the same mask."""
     import onnx_ir as ir
 
     data, weight, bias, mask = node.inputs[:4]
-    array = _array(weight)
+    array = stored(weight)
     name = str(weight.name) if weight else ""
     widths = node.attributes.get_ints("qkv_hidden_sizes", [array.shape[1] // 3] * 3)
-    made = layer(data, name, array, bias)
-    sizes = constant(model, f"{name}_split", np.array(widths, np.int64))
-    split = ir.node("Split", [made[-1].outputs[0], sizes], {"axis": -1}, num_outputs=3, name=f"{name}/split")
-    for value, role in zip(split.outputs, ("query", "key", "value"), strict=True):
+    made, parts = (_three if apart else _one)(model, partial(layer, data), name, array, bias, widths)
+    for value, role in zip(parts, ROLES, strict=True):
         value.name = f"{name}/{role}"
     settings: dict[str, Any] = {
         key: node.attributes[key] for key in ("num_heads", "scale", "mask_filter_value") if key in node.attributes
     }
     heads = ir.Node(
-        "com.microsoft", "MultiHeadAttention", [*split.outputs, None, mask], settings.values(), name=f"{name}/heads"
+        "com.microsoft", "MultiHeadAttention", [*parts, None, mask], settings.values(), name=f"{name}/heads"
     )
-    _replace(model, node, node, [*made, split, heads], heads.outputs[0])
+    _replace(model, node, node, [*made, heads], heads.outputs[0])
+
+
+def _one(
+    model: ir.Model, layer: Callable[..., list[ir.Node]], name: str, array: np.ndarray, bias: Any, widths: Sequence[int]
+) -> tuple[list[ir.Node], list[ir.Value]]:
+    """One product, whose result is split into `widths`: its nodes and the parts."""
+    import numpy as np
+    import onnx_ir as ir
+
+    made = layer(name, array, bias)
+    sizes = constant(model, f"{name}_split", np.array(widths, np.int64))
+    split = ir.node("Split", [made[-1].outputs[0], sizes], {"axis": -1}, num_outputs=len(ROLES), name=f"{name}/split")
+    return [*made, split], list(split.outputs)
+
+
+def _three(
+    model: ir.Model, layer: Callable[..., list[ir.Node]], name: str, array: np.ndarray, bias: Any, widths: Sequence[int]
+) -> tuple[list[ir.Node], list[ir.Value]]:
+    """A product for each of `widths`: their nodes and results."""
+    import numpy as np
+
+    made: list[ir.Node] = []
+    results = []
+    for role, end, width in zip(ROLES, np.cumsum(widths), widths, strict=True):
+        part = slice(end - width, end)
+        its_bias = None if bias is None else constant(model, f"{name}_{role}_bias", stored(bias)[part])
+        made += layer(f"{name}_{role}", array[:, part], its_bias)
+        results.append(made[-1].outputs[0])
+    return made, results
 
 
 def fused(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
-from toolchain.artifacts import copy_companions
+from toolchain.activations import calibrate
+from toolchain.artifacts import Artifact, copy_companions
 from toolchain.backends import bnb, reduced
 from toolchain.backends.pytorch import check_stored, describe, load_model, save_weights
 from toolchain.checkpoints import WEIGHTS
 from toolchain.errors import GraphError
+from toolchain.inputs import TrainingSource
 from toolchain.jobs import Built, Job
 from toolchain.names import parse_name
 from toolchain.passes.apply import rewrite_into
+from toolchain.passes.quantize_static import Activation
 from toolchain.sensitivity import Subject, rank
 from toolchain.variants import Quantize
 
@@ -31,21 +34,22 @@ def quantize(job: Job) -> Built:
 
 def _ort(job: Job, step: Quantize) -> Built:
     standard = parse_name(job.given.manifest.variant).std
-    linear = linear_pass(step, standard)
+    linear = linear_passes(step, standard)
     tables = step.embeddings or ("int4" if step.scheme == "int4" else "int8")
     if standard and tables == "int4":
         raise GraphError("There is no standard operator for tables of 4 bits.", "Leave --embeddings out.")
     forms = {
         "quantize-linear": linear,
-        "quantize-embedding": f"quantize-embedding{'-int4' if tables == 'int4' else ''}",
+        "quantize-embedding": (f"quantize-embedding{'-int4' if tables == 'int4' else ''}",),
     }
-    passes = [form for name, form in forms.items() if step.passes is None or name in step.passes]
-    ranked = rank(Subject.of(job.given, linear, job.train), job.progress) if step.keep_fp32 else []
+    chosen = [form for name, form in forms.items() if step.passes is None or name in step.passes]
+    activations = activations_of(job.given, step, job.train) if linear in chosen else {}
+    ranked = rank(Subject.of(job.given, linear, job.train, activations), job.progress) if step.keep_fp32 else []
     keep = [layer.name for layer in ranked[: step.keep_fp32]]
-    built = rewrite_into(job, passes, keep)
+    built = rewrite_into(job, [name for form in chosen for name in form], keep, activations)
     # Tables alone are no quantised model, unless it is what was asked for.
-    if not any(built.facts["rewrites"][name] for name in passes[:1]):
-        what = "linear layer" if linear in passes else "embedding table"
+    if not any(built.facts["rewrites"][form[-1]] for form in chosen[:1]):
+        what = "linear layer" if linear in chosen else "embedding table"
         raise GraphError(
             f"{job.given.manifest.variant} has no {what} left to quantise.", "Quantise the variant it was made from."
         )
@@ -55,11 +59,18 @@ def _ort(job: Job, step: Quantize) -> Built:
     return built
 
 
-def linear_pass(step: Quantize, standard: bool) -> str:
-    """The pass that quantises linear layers; a graph of standard operators keeps to them."""
+def linear_passes(step: Quantize, standard: bool) -> tuple[str, ...]:
+    """The passes that quantise linear layers, last the one that does; a graph of standard operators keeps to them."""
     if step.scheme == "int4":
-        return "quantize-linear-int4"
-    return f"quantize-linear{'-std' if standard else ''}{'-portable' if step.reduce_range else ''}"
+        return ("quantize-linear-int4",)
+    if step.scheme == "static":
+        return "smooth", f"quantize-linear{'-std' if standard else ''}-static"
+    return (f"quantize-linear{'-std' if standard else ''}{'-portable' if step.reduce_range else ''}",)
+
+
+def activations_of(artifact: Artifact, step: Quantize, train: TrainingSource) -> dict[str, Activation]:
+    """What a static scheme must know of the fp32 graph; nothing for another."""
+    return calibrate(artifact, train) if step.scheme == "static" else {}
 
 
 def _torch(job: Job, step: Quantize) -> Built:

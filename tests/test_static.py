@@ -1,0 +1,209 @@
+"""Static int8: ranges seen on training sentences, exact smoothing, answers that do not depend on batch mates."""
+
+import dataclasses
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from toolchain import activations, inputs, passes
+from toolchain.activations import NOISE, SENTENCES, Seen, activation, calibrate, smoothing
+from toolchain.errors import GraphError
+from toolchain.inputs import TrainingSource, pad
+from toolchain.passes.quantize_linear import weights_of
+from toolchain.passes.quantize_static import SMOOTHED, Activation
+from toolchain.pipeline import ensure
+from toolchain.variants import Quantize
+
+ATTENTION = passes.Context(heads=4, width=32)
+NAMES = ("input_ids", "attention_mask")
+ROWS = [[101, 2023, 102], [101] + [2000 + i for i in range(23)] + [102], [101]]
+
+
+def quiet(line):
+    pass
+
+
+def session(model):
+    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def answer(model, batch):
+    return session(model).run(None, batch)[0]
+
+
+def graph(workspace, variant):
+    return passes.read(workspace.path(variant) / "model.onnx")
+
+
+@pytest.fixture(scope="module")
+def calibrated(built_tiny):
+    """Parent → the context its static graph is made in."""
+    return {
+        parent: dataclasses.replace(ATTENTION, activations=calibrate(built_tiny.load(parent), TrainingSource()))
+        for parent in ("onnx-fp32", "onnx-std")
+    }
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("parent", ["onnx-fp32", "onnx-std"])
+def test_smoothing_changes_no_answer(built_tiny, parent, left):
+    """Every input of a linear layer divided by factors of 1/30 to 30: the residual that reads it too is not touched."""
+    model, batch = graph(built_tiny, parent), pad(ROWS, NAMES, 0, left)
+    want = answer(model, batch)
+    rng = np.random.default_rng(0)
+    given_factors = {
+        name: Activation(1.0, 0, (30 ** rng.uniform(-1, 1, len(weight))).astype(np.float32))
+        for name, weight in weights_of(model).items()
+    }
+    model, counts = passes.rewrite(model, ["smooth"], dataclasses.replace(ATTENTION, activations=given_factors))
+    assert counts == {"smooth": 9}  # query, key and value read one
+    assert len([name for name in weights_of(model) if name.endswith(SMOOTHED)]) == 9
+    assert np.abs(answer(model, batch) - want).max() < 1e-4
+
+
+def test_what_stays_fp32_is_not_smoothed(built_tiny):
+    model = graph(built_tiny, "onnx-fp32")
+    factors = {name: Activation(1.0, 0, np.full(len(w), 2, np.float32)) for name, w in weights_of(model).items()}
+    kept = dataclasses.replace(ATTENTION, activations=factors, keep=frozenset({"pre_classifier"}))
+    assert passes.rewrite(model, ["smooth"], kept)[1] == {"smooth": 8}
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_one_quantised_input_for_query_key_and_value_and_no_split(built_tiny, calibrated, left):
+    batch = pad(ROWS, NAMES, 0, left)
+    model = graph(built_tiny, "onnx-fp32")
+    want = answer(model, batch)
+    model, counts = passes.rewrite(model, ["smooth", "quantize-linear-static"], calibrated["onnx-fp32"])
+    assert counts["quantize-linear-static"] == 9
+    facts = passes.facts(model)
+    found = facts["operators"]
+    # Two layers: query, key, value, out, up, down each; pre_classifier.
+    assert (found["QuantizeLinear"], found["MatMulIntegerToFloat"], found["MultiHeadAttention"]) == (9, 13, 2)
+    assert not {"Attention", "Split", "MatMul"} & set(found)
+    assert 0.5 <= facts["int8_headroom"] < 1
+    assert np.abs(answer(model, batch) - want).max() < 0.1 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_standard_operators_are_qdq_that_onnx_runtime_makes_int8_products_of(built_tiny, calibrated, left, tmp_path):
+    batch = pad(ROWS, NAMES, 0, left)
+    model = graph(built_tiny, "onnx-std")
+    want = answer(model, batch)
+    model, counts = passes.rewrite(model, ["smooth", "quantize-linear-std-static"], calibrated["onnx-std"])
+    assert counts["quantize-linear-std-static"] == 13
+    facts = passes.facts(model)
+    assert {node.domain for node in model.graph} == {""}
+    assert (facts["operators"]["QuantizeLinear"], facts["operators"]["DequantizeLinear"]) == (9, 26)
+    assert 0.5 <= facts["int8_headroom"] < 1
+    assert np.abs(answer(model, batch) - want).max() < 0.1 * np.abs(want).max()
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    loaded = [node.op_type for node in onnx.load(tmp_path / "loaded.onnx").graph.node]
+    assert loaded.count("MatMulIntegerToFloat") == 13
+    assert "DequantizeLinear" not in loaded
+
+
+def test_answers_do_not_depend_on_batch_mates(built_tiny, calibrated):
+    """As they do where the scale is that of the whole batch."""
+    row, quiet_mate, loud_mate = [101, 2023, 2003, 102], [101, 102], [101, 30000, 29999, 102]
+    static, _ = passes.rewrite(
+        graph(built_tiny, "onnx-fp32"), ["smooth", "quantize-linear-static"], calibrated["onnx-fp32"]
+    )
+    moved = {}
+    for name, model in (("static", static), ("dynamic", graph(built_tiny, "onnx-int8"))):
+        opened = session(model)
+        mates = ([quiet_mate], [loud_mate] * 3, [loud_mate * 20])  # the last pads the row to 80 tokens
+        answers = [opened.run(None, pad([row, *others], NAMES, 0))[0][0] for others in mates]
+        moved[name] = np.ptp(answers, axis=0).max()
+    assert moved["static"] < 1e-5 < moved["dynamic"]
+
+
+def test_a_layer_that_was_not_calibrated_is_told(built_tiny):
+    with pytest.raises(GraphError, match="was not calibrated"):
+        passes.rewrite(graph(built_tiny, "onnx-fp32"), ["quantize-linear-static"], ATTENTION)
+
+
+arrays = hnp.arrays(np.float32, st.integers(1, 20), elements=st.floats(-100, 100, width=32))
+
+
+@given(arrays)
+def test_what_is_in_range_is_within_a_step_and_zero_is_exact(values):
+    how = Activation.over(float(values.min()), float(values.max()))
+    assert 0 <= how.zero_point <= 255
+    assert (how.rounded(np.zeros(3, np.float32)) == 0).all()
+    assert (np.abs(how.rounded(values) - values) <= how.scale * 1.01).all()
+
+
+def seen_of(tokens):
+    return Seen(tokens.min(axis=0), tokens.max(axis=0), tokens)
+
+
+def test_a_channel_far_larger_than_the_rest_is_smoothed_and_others_are_not():
+    rng = np.random.default_rng(0)
+    tokens, weight = rng.normal(size=(200, 32)).astype(np.float32), rng.normal(size=(32, 16)).astype(np.float32)
+    even = seen_of(tokens)
+    assert activation(even, weight).smooth is None
+    outlier = tokens.copy()
+    outlier[:, 3] *= 200
+    weight[3] /= 200
+    how = activation(seen_of(outlier), weight)
+    plain = Activation.over(float(outlier.min()), float(outlier.max()))
+    assert how.smooth.argmax() == 3
+    before, after = (activations._noise(one, outlier, weight) for one in (plain, how))
+    assert after < NOISE < before
+
+
+@given(arrays, st.sampled_from(activations.STRENGTHS))
+def test_factors_are_positive_and_1_where_there_is_nothing_to_smooth(values, strength):
+    largest = np.abs(values)
+    factors = smoothing(largest, np.ones_like(largest), strength)
+    assert factors.dtype == np.float32
+    assert (factors > 0).all()
+    assert np.isfinite(factors).all()
+    assert (factors[largest == 0] == 1).all()
+
+
+def test_calibration_sees_each_sentence_alone_and_none_that_is_held_out(built_tiny, monkeypatch):
+    asked = []
+
+    class Recording(activations.OrtSession):
+        def outputs(self, batch):
+            asked.append(batch["input_ids"])
+            return super().outputs(batch)
+
+    monkeypatch.setattr(activations, "OrtSession", Recording)
+    artifact = built_tiny.load("onnx-fp32")
+    first = calibrate(artifact, TrainingSource())
+    assert len(asked) == SENTENCES
+    assert {ids.shape[0] for ids in asked} == {1}
+    data = inputs.embedded("train")
+    encoder = inputs.Encoder.open(artifact.path, NAMES, artifact.manifest.max_length)
+    held = {tuple(row) for row in encoder.encode([data.texts[row] for row in inputs.hold_out(data)[1]])}
+    assert not held & {tuple(ids[0]) for ids in asked}
+    again = calibrate(artifact, TrainingSource())
+    assert {name: (how.scale, how.zero_point) for name, how in first.items()} == {
+        name: (how.scale, how.zero_point) for name, how in again.items()
+    }
+
+
+def test_static_variants_are_built_by_name_and_know_their_training_data(tiny):
+    asked = {"onnx-int8-static+careful": Quantize(scheme="static", keep_fp32=2)}
+    built = ensure(tiny, ["onnx-int8-static", "onnx-std-int8-static", *asked], asked, quiet)
+    plain, standard, careful = (
+        built[name].manifest for name in ("onnx-int8-static", "onnx-std-int8-static", "onnx-int8-static+careful")
+    )
+    assert plain.step == Quantize(scheme="static", train=tiny.train.digest)
+    assert plain.facts["rewrites"]["quantize-linear-static"] == 9
+    assert standard.facts["rewrites"]["quantize-linear-std-static"] == 13
+    assert careful.facts["rewrites"]["quantize-linear-static"] == 7
+    assert len(careful.facts["kept_fp32"]) == 2
+    said = []
+    ensure(tiny, ["onnx-int8-static"], {}, said.append)
+    assert "onnx-int8-static: fresh, skipped" in said

@@ -1,0 +1,198 @@
+"""Linear layers in int8 with scales fixed beforehand: U8 activations by what calibration saw × S8 weights per channel.
+
+A few channels far larger than the rest leave these no steps of the 256. SmoothQuant (Xiao et al. 2022) divides every
+channel by a factor and multiplies the weights it meets by the same. Its place is a `Mul` of its own here: folded into
+the LayerNormalization before it, as the paper has it, it would change the residual, which reads the same values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from toolchain.errors import GraphError
+from toolchain.passes.quantize_linear import (
+    constant,
+    layer_name,
+    linear_nodes,
+    quantize_linear,
+    quantize_weight,
+    stored,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+    from toolchain.passes import Context
+
+TOP = 255
+SMOOTHED = "/smoothed"  # what the name of a smoothed value ends with
+
+
+@dataclass(frozen=True, eq=False)
+class Activation:
+    """How what goes into linear layers is quantised: value ≈ (code − `zero_point`) × `scale` × `smooth`, with codes of
+    0 to 255; `smooth` is one factor a channel [width], or None."""
+
+    scale: float
+    zero_point: int
+    smooth: np.ndarray | None = None
+
+    @classmethod
+    def over(cls, low: float, high: float, smooth: np.ndarray | None = None) -> Activation:
+        """Codes for the whole range and for zero, which what is padded or pruned must keep."""
+        import numpy as np
+
+        low, high = min(low, 0.0), max(high, 0.0)
+        scale = float(np.float32(max((high - low) / TOP, float(np.finfo(np.float32).tiny))))
+        return cls(scale, min(TOP, round(-low / scale)), smooth)
+
+    def rounded(self, values: np.ndarray) -> np.ndarray:
+        """What is left of values […, width] divided by `smooth`, still divided by it."""
+        import numpy as np
+
+        codes = np.clip(np.rint(values / self.scale) + self.zero_point, 0, TOP)
+        found: np.ndarray = (codes - self.zero_point) * np.float32(self.scale)
+        return found
+
+
+# A `quantize_linear.Product` that is told how the values read are quantised, by their names.
+StaticProduct = Callable[
+    [Mapping[str, Activation], "ir.Model", Any, str, "np.ndarray", "ir.Value | None"], "list[ir.Node]"
+]
+
+
+def smooth(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
+    """Puts a `Mul` by 1 / `smooth` before the layers that have such factors, and these into their weights; exact but
+    for rounding. Counts the values divided."""
+    import onnx_ir as ir
+
+    count = 0
+    for name, readers in _readers(model, context).items():
+        factors = context.activations[name].smooth if name in context.activations else None
+        if factors is None:
+            continue
+        inverse = constant(model, f"{name}/smoothing", (1 / factors).astype(factors.dtype))
+        divided = ir.node("Mul", [readers[0].inputs[0], inverse], name=f"{name}{SMOOTHED}")
+        divided.outputs[0].name = f"{name}{SMOOTHED}"
+        model.graph.insert_before(readers[0], divided)
+        for node in readers:
+            weight = node.inputs[1]
+            assert weight is not None  # a linear layer has weights
+            array = stored(weight)
+            array = array * (factors if node.attributes.get_int("transB", 0) else factors[:, None])
+            node.replace_input_with(0, divided.outputs[0])
+            node.replace_input_with(1, constant(model, f"{weight.name}{SMOOTHED}", array))
+        count += 1
+    return model, count
+
+
+def quantize_static(model: ir.Model, context: Context, product: StaticProduct) -> tuple[ir.Model, int]:
+    """`quantize_linear` with `context.activations`, and query, key and value as products of their own, which read one
+    quantised input: there is no reason to split their result again. Raises `GraphError` for a layer whose input was not
+    calibrated."""
+    import functools
+
+    lacking = sorted(set(_readers(model, context)) - _calibrated(context.activations))
+    if lacking:
+        raise GraphError(f"{lacking[0]} was not calibrated.", "Calibrate the graph that is quantised.")
+    return quantize_linear(model, context, functools.partial(product, context.activations), apart=True)
+
+
+def _calibrated(activations: Mapping[str, Activation]) -> set[str]:
+    return set(activations) | {f"{name}{SMOOTHED}" for name in activations}
+
+
+def _readers(model: ir.Model, context: Context) -> dict[str, list[ir.Node]]:
+    """Value → the linear layers that read it, but those kept in fp32."""
+    found: dict[str, list[ir.Node]] = {}
+    for node in linear_nodes(model):
+        if layer_name(node) not in context.keep and node.inputs[0] is not None:
+            found.setdefault(str(node.inputs[0].name), []).append(node)
+    return found
+
+
+def _codes(model: ir.Model, data: Any, activation: Activation, new: list[ir.Node]) -> ir.Node:
+    """The QuantizeLinear of `data`: one for all that read it."""
+    import numpy as np
+    import onnx_ir as ir
+
+    found: ir.Node | None = next((node for node in data.consumers() if node.op_type == "QuantizeLinear"), None)
+    if found is not None:
+        return found
+    scale = constant(model, f"{data.name}/scale", np.array(activation.scale, np.float32))
+    zero_point = constant(model, f"{data.name}/zero_point", np.array(activation.zero_point, np.uint8))
+    node = ir.node("QuantizeLinear", [data, scale, zero_point], name=f"{data.name}/codes")
+    node.outputs[0].name = f"{data.name}/codes"
+    new.append(node)
+    return node
+
+
+def fused(
+    activations: Mapping[str, Activation],
+    model: ir.Model,
+    data: Any,
+    name: str,
+    array: np.ndarray,
+    bias: ir.Value | None,
+) -> list[ir.Node]:
+    """ONNX Runtime's MatMulIntegerToFloat with the bias inside; a `StaticProduct`."""
+    import numpy as np
+    import onnx_ir as ir
+
+    new: list[ir.Node] = []
+    codes = _codes(model, data, activations[data.name.removesuffix(SMOOTHED)], new)
+    _, scale, zero_point = codes.inputs
+    weight, scales = quantize_weight(array, 1)
+    inputs = [
+        codes.outputs[0],
+        constant(model, f"{name}_int8", weight),
+        scale,
+        constant(model, f"{name}_scale", scales),
+        zero_point,
+        constant(model, f"{name}_zero_point", np.zeros(scales.shape, np.int8)),
+        *([bias] if bias is not None else []),
+    ]
+    node = ir.node("MatMulIntegerToFloat", inputs, domain="com.microsoft", name=f"{name}/product")
+    node.outputs[0].name = f"{name}/product"
+    return [*new, node]
+
+
+def standard(
+    activations: Mapping[str, Activation],
+    model: ir.Model,
+    data: Any,
+    name: str,
+    array: np.ndarray,
+    bias: ir.Value | None,
+) -> list[ir.Node]:
+    """QDQ, which runtimes make int8 products of: MatMul of what is quantised and dequantised again; a `StaticProduct`.
+
+    The bias is added by a `Sum`: of MatMul and Add in two dimensions ONNX Runtime makes a Gemm, which it then runs in
+    fp32 and dequantises the weights for at every answer.
+    """
+    import numpy as np
+    import onnx_ir as ir
+
+    new: list[ir.Node] = []
+    codes = _codes(model, data, activations[data.name.removesuffix(SMOOTHED)], new)
+    weight, scales = quantize_weight(array, 1)
+
+    def add(kind: str, inputs: list[Any], what: str, **attributes: Any) -> ir.Value:
+        node = ir.node(kind, inputs, attributes, name=f"{name}/{what}")
+        node.outputs[0].name = f"{name}/{what}"
+        new.append(node)
+        return node.outputs[0]
+
+    kept = [
+        constant(model, f"{name}_int8", weight),
+        constant(model, f"{name}_scale", scales),
+        constant(model, f"{name}_zero_point", np.zeros(scales.shape, np.int8)),
+    ]
+    activation = add("DequantizeLinear", [codes.outputs[0], *codes.inputs[1:]], "activation")
+    result = add("MatMul", [activation, add("DequantizeLinear", kept, "weight", axis=1)], "product")
+    if bias is not None:
+        add("Sum", [result, bias], "biased")
+    return new
