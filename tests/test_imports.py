@@ -25,6 +25,7 @@ CORE = [
     "journal",
     "noise",
     "rows",
+    "wordpiece",
     "workspace",
 ]
 # Each layer may import from those below it; a room of several modules is one name.
@@ -37,7 +38,7 @@ LAYERS = [
     ["worker"],
     ["cells"],
     ["training", "activations"],
-    ["pruning", "sensitivity"],
+    ["pruning", "sensitivity", "trimming"],
     ["steps"],
     ["pipeline", "report"],
     ["runs", "search", "tuning", "doctor"],
@@ -53,11 +54,12 @@ WITHIN = {
     "checkpoints": 3,
     "measurements": 1,
     "inputs": 1,
-    "jobs": 3,
+    "jobs": 4,
     "confidence": 2,
     "journal": 0,
     "noise": 0,
-    "rows": 2,
+    "rows": 3,
+    "wordpiece": 4,
     "workspace": 4,
 }
 

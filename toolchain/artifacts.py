@@ -83,6 +83,11 @@ class Manifest:
         """Every file that ships; the manifest itself is not counted."""
         return sum(f.bytes for f in self.files)
 
+    @property
+    def tokenizer(self) -> str | None:
+        """sha256 of its tokenizer, which tells one vocabulary from another; None where there is none."""
+        return next((entry.sha256 for entry in self.files if entry.path == "tokenizer.json"), None)
+
     def to_json(self) -> str:
         """The manifest as it is stored."""
         body = dataclasses.asdict(self)

@@ -9,7 +9,7 @@ from typing import Any
 from toolchain import errors
 from toolchain.artifacts import Artifact
 from toolchain.errors import BenchError, ProviderError, ToolchainError
-from toolchain.inputs import Data
+from toolchain.inputs import Data, Encoder
 from toolchain.measurements import Accuracy, Measurement, Samples
 from toolchain.noise import Noise
 from toolchain.scenarios import LENGTHS, OFFLINE, SINGLE, Protocol, of_length
@@ -18,7 +18,8 @@ from toolchain.worker import Worker
 
 @dataclass(frozen=True)
 class Cell:
-    """A variant on a provider: its artifact, or why there is none to measure (`status`, `reason`, `mend`)."""
+    """A variant on a provider: its artifact, or why there is none to measure (`status`, `reason`, `mend`); and its
+    `encoder`, where that is not the run's."""
 
     model: str
     variant: str
@@ -28,6 +29,7 @@ class Cell:
     status: str = "ok"
     reason: str = ""
     mend: str = ""
+    encoder: Encoder | None = None
 
     @property
     def name(self) -> str:

@@ -41,6 +41,10 @@ class Data:
         """Digest of sentences and labels in order."""
         return hashlib.sha256(json.dumps([self.texts, self.labels]).encode()).hexdigest()
 
+    def only(self, rows: Sequence[int]) -> Data:
+        """These of the rows, in that order."""
+        return Data(self.name, tuple(self.texts[row] for row in rows), tuple(self.labels[row] for row in rows))
+
     def sample(self, count: int, seed: int) -> tuple[str, ...]:
         """`count` sentences drawn without replacement (all of them where there are fewer)."""
         return tuple(random.Random(seed).sample(self.texts, min(count, len(self.texts))))

@@ -10,6 +10,7 @@ from typing import Any
 from toolchain.artifacts import Artifact, Manifest, TensorSpec
 from toolchain.errors import ArtifactError
 from toolchain.inputs import TrainingSource
+from toolchain.rows import Texts
 from toolchain.variants import Step, step_name
 
 Progress = Callable[[int, int, str], None]
@@ -22,7 +23,8 @@ class Job:
 
     `root` is the artifact the model was imported to. Of training data there is `train`; `cache` is this machine's
     folder for what is measured once; `resume` a folder that outlives a killed run, and is deleted once the artifact is
-    published. `progress` is told (done, total, what is being done).
+    published. `progress` is told (done, total, what is being done). `corpus` are the texts a vocabulary is trimmed to,
+    where they are not the training data.
     """
 
     step: Step
@@ -34,6 +36,7 @@ class Job:
     cache: Path
     resume: Path
     progress: Progress
+    corpus: Texts | None = None
 
     @property
     def given(self) -> Artifact:

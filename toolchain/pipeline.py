@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from toolchain import artifacts, checkpoints, hardware, inputs, variants
+from toolchain import artifacts, checkpoints, hardware, inputs, trimming, variants
 from toolchain.artifacts import Artifact, Manifest
 from toolchain.backends import Place, open_session
 from toolchain.errors import ArtifactError, DataError, TamperedError, VerdictError
@@ -104,7 +104,7 @@ def examine(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step
 def _learns(step: Step) -> TypeGuard[Prune | Recover | Quantize]:
     """Whether what comes of it depends on the training data."""
     if isinstance(step, Quantize):
-        return bool(step.keep_fp32) or step.scheme == "static"
+        return bool(step.keep_fp32 or step.trim_vocab) or step.scheme == "static"
     return isinstance(step, Recover) or (isinstance(step, Prune) and step.method != "mask")
 
 
@@ -129,7 +129,8 @@ def _why(step: Step, artifact: Artifact | None, parent: Planned | None) -> str:
     manifest = artifact.manifest
     if manifest.step != step:
         old, new = variants.settings_of(manifest.step), variants.settings_of(step)
-        changed = ", ".join(f"{key} {old.get(key)} → {value}" for key, value in new.items() if old.get(key) != value)
+        keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        changed = ", ".join(f"{key} {old.get(key)} → {new.get(key)}" for key in keys)
         return "the checkpoint changed" if isinstance(step, Import) else f"other settings: {changed}"
     if manifest.step_version != STEPS[type(step)][1]:
         return "this release builds it differently"
@@ -183,6 +184,8 @@ def _news(step: Step, facts: Mapping[str, Any]) -> list[str]:
     """What a step did beyond building a file."""
     if isinstance(step, Prune):
         return [prune.sentence(facts["pruning"])]
+    if isinstance(step, Quantize):
+        return [trimming.sentence(facts["vocabulary"])] if step.trim_vocab else []
     return [recover.sentence(facts["recovery"])] if isinstance(step, Recover) else []
 
 
@@ -211,6 +214,7 @@ def _build(
                     cache=workspace.cache,
                     resume=resume,
                     progress=progress,
+                    corpus=workspace.corpus,
                 )
             )
             manifest = Manifest(
@@ -240,13 +244,20 @@ def _build(
 
 
 def _given_again(workspace: Workspace, item: Planned) -> None:
-    """Raises `DataError` where a step was made with other training data than is given now."""
+    """Raises `DataError` where a step was made with other training data or another corpus than is given now."""
     wanted = getattr(item.step, "train", "")
     if wanted and wanted != workspace.train.digest:
         raise DataError(
             f"{item.variant.name} must be built anew and was made with the training data {wanted.split(':')[0]}, "
             f"not with {workspace.train.digest.split(':')[0]}.",
             "Build it by its own command with --train-data FILE, or without for the embedded sentences.",
+        )
+    corpus = getattr(item.step, "trim_vocab", None)
+    if corpus not in (None, trimming.TRAIN) and corpus != (workspace.corpus and workspace.corpus.digest):
+        raise DataError(
+            f"{item.variant.name} must be built anew and was trimmed to the corpus {corpus.split(':')[0]}, not to what "
+            "is given now.",
+            "Build it by its own command with --trim-vocab CORPUS.",
         )
 
 
@@ -290,15 +301,34 @@ def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, checkp
     """Against the nearest PyTorch ancestor; the import itself against the checkpoint it was made from."""
     reference = checkpoint or _torch_ancestor(workspace, variant)
     manifest, place = artifact.manifest, Place("cpu", hardware.cores())
-    encoder = inputs.Encoder.open(artifact.path, [spec.name for spec in manifest.inputs], manifest.max_length)
+    names = [spec.name for spec in manifest.inputs]
+    encoder = inputs.Encoder.open(artifact.path, names, manifest.max_length)
+    data, other = inputs.embedded(), None
+    if getattr(manifest.step, "trim_vocab", None):
+        # Sentences of another domain than its own have tokens it was told to do without.
+        data = _held_out(workspace, manifest)
+        other = inputs.Encoder.open(reference, names, manifest.max_length)
+    sentences = data.sample(SENTENCES, SEED)
     contender = open_session(artifact.path, variant.runtime, place)
     original = open_session(reference, "torch", place)
     try:
-        sentences = inputs.embedded().sample(SENTENCES, SEED)
-        return validate(contender, original, encoder, sentences, variant.agreement)
+        return validate(contender, original, encoder, sentences, variant.agreement, other)
     finally:
         contender.close()
         original.close()
+
+
+def _held_out(workspace: Workspace, manifest: Manifest) -> inputs.Data:
+    """The rows held out of the training data an artifact was made with; `DataError` where other data is given now."""
+    made_with = getattr(manifest.step, "train", None) or ""
+    if made_with != workspace.train.digest:
+        raise DataError(
+            f"{manifest.variant} is validated on rows held out of {made_with.split(':')[0]}, and "
+            f"{workspace.train.digest.split(':')[0]} is given now.",
+            "Name that file with --train-data.",
+        )
+    data = workspace.train.load(manifest.labels)
+    return data.only(inputs.hold_out(data)[1])
 
 
 def _torch_ancestor(workspace: Workspace, variant: Variant) -> Path:

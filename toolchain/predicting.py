@@ -119,7 +119,7 @@ def _kept(model: Model, texts: Texts, output: Path, say: Say, bar: Bar) -> int:
 
 def _taken_up(parts: Path, model: Model, texts: Texts) -> int:
     """How many texts an earlier run of the same scored; what another left is thrown away."""
-    about = {"model": model.id, "texts": _digest(texts), "column": texts.column}
+    about = {"model": model.id, "texts": texts.sha256, "column": texts.column}
     state = parts / "run.json"
     try:
         same = texts.file != STDIN and json.loads(state.read_text()) == about
@@ -138,14 +138,6 @@ def _taken_up(parts: Path, model: Model, texts: Texts) -> int:
     except OSError as error:
         raise ArtifactError(f"{parts.parent} cannot be written: {error.strerror}.", "Name another file.") from error
     return 0
-
-
-def _digest(texts: Texts) -> str:
-    """Of the file's bytes; of standard input there is none, and its run cannot be taken up."""
-    try:
-        return "" if texts.file == STDIN else artifacts.sha256(Path(texts.file))
-    except OSError as error:
-        raise DataError(f"{texts.file} cannot be read: {error.strerror}.", "Name a readable file.") from error
 
 
 def _keep(part: Path, rows: Sequence[Row]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import functools
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,6 +56,23 @@ class Texts:
             raise DataError(
                 f"{self.file} cannot be read: {error.strerror or error}.", "Name a readable file."
             ) from error
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of the file's bytes, in hex; empty for standard input, which can be read once. `DataError` for a file that
+        cannot be read."""
+        if self.file == STDIN:
+            return ""
+        try:
+            with open(self.file, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"{self.file} cannot be read: {error.strerror}.", "Name a readable file.") from error
+
+    @property
+    def digest(self) -> str:
+        """Name, sha256 of the bytes and the column where one was named: the same text for the same texts."""
+        return ":".join([Path(self.file).name, self.sha256, *([self.column] if self.column else [])])
 
     def count(self) -> int | None:
         """How many texts `read` gives, found by reading them: what is wrong with one is told before any is scored. None

@@ -86,9 +86,10 @@ def measure(workspace: Workspace, request: Request, say: Say, progress: Progress
     """
     pairs = planned(request.names, request.providers, request.protocol.allow_fallback)
     root, data = asked(workspace, request, say)
-    cells = [_cell(workspace, name, provider, request, say) for name, provider in pairs]
     names = [spec.name for spec in root.inputs]
     encoder = inputs.Encoder.open(workspace.path(checkpoints.ROOT_VARIANT), names, root.max_length)
+    built = [_cell(workspace, name, provider, request, say) for name, provider in pairs]
+    cells = [_with_encoder(cell, root) for cell in built]
     kept = _journal(workspace, request, cells, data)
     # Before anything is timed.
     sizes = _gzip_sizes(workspace, cells, progress)
@@ -99,16 +100,16 @@ def measure(workspace: Workspace, request: Request, say: Say, progress: Progress
     except KeyboardInterrupt:
         say(f"kept: {kept.path}; the same command with --resume goes on from there")
         raise
-    lengths = [len(ids) for ids in encoder.encode(data.texts)]
+    lengths = _lengths(encoder, data)
     rows = [
         replace(
             row,
             size_bytes={**row.size_bytes, **sizes.get(row.artifact_id, {})},
-            facts={**row.facts, **_floor(workspace, row, rates, lengths)},
+            facts={**row.facts, **_floor(workspace, row, rates, _lengths(cell.encoder, data) or lengths)},
         )
         if row.status == "ok"
         else row
-        for row in rows
+        for cell, row in zip(cells, rows, strict=True)
     ]
     return result_of(rows, {**how, **({"rates": rates} if rates else {})}, data, root.max_length), kept
 
@@ -117,6 +118,19 @@ def asked(workspace: Workspace, request: Request, say: Say) -> tuple[Manifest, D
     """The imported checkpoint's manifest and the sentences to evaluate on; raises `DataError` where they do not fit."""
     root = ensure(workspace, [checkpoints.ROOT_VARIANT], {}, say)[checkpoints.ROOT_VARIANT].manifest
     return root, inputs.load(request.data, root.labels, request.text_column, request.label_column)
+
+
+def _with_encoder(cell: Cell, root: Manifest) -> Cell:
+    """The cell with an encoder of its own, where its tokenizer is not the root's."""
+    if cell.artifact is None or cell.artifact.manifest.tokenizer == root.tokenizer:
+        return cell
+    names = [spec.name for spec in root.inputs]
+    return replace(cell, encoder=inputs.Encoder.open(cell.artifact.path, names, root.max_length))
+
+
+def _lengths(encoder: inputs.Encoder | None, data: Data) -> list[int]:
+    """Tokens of each sentence; none without an encoder."""
+    return [len(ids) for ids in encoder.encode(data.texts)] if encoder else []
 
 
 def _floor(

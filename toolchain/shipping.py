@@ -58,6 +58,12 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
     chosen = [built[name] for name in order.variants]
     for artifact in chosen:
         _check(artifact, target)
+        if artifact.manifest.tokenizer != chosen[0].manifest.tokenizer:
+            raise ShippingError(
+                f"{order.variants[0]} and {artifact.manifest.variant} have tokenizers of their own, and a bundle has "
+                "room for one.",
+                "Ship them in bundles of their own.",
+            )
     found: dict[str, Path] = {}
     if target is TARGETS["web"] and order.demo:
         modules = clients.install(workspace.exported / ".cache")

@@ -101,7 +101,9 @@ class Quantize:
     bitsandbytes: ``int8`` LLM.int8(), ``nf4`` and ``fp4`` 4-bit blocks. For ``ort``: `reduce_range` is weights of 7
     bits, whose products no processor saturates; `embeddings` the bits of the tables where these are not the scheme's
     own, ``int8`` or ``int4``; `keep_fp32` how many of the linear layers that lose most stay as they are, chosen on
-    training data, `train` as for `Prune`; `passes` those of `QUANTIZE_PASSES` that are applied, None for all.
+    training data, `train` as for `Prune`; `passes` those of `QUANTIZE_PASSES` that are applied, None for all;
+    `trim_vocab` the texts whose tokens stay in the vocabulary, ``train`` or the digest of a file
+    (`rows.Texts.digest`), where the others go.
     """
 
     backend: str = "ort"
@@ -111,6 +113,7 @@ class Quantize:
     keep_fp32: int | None = None
     train: str | None = None
     passes: tuple[str, ...] | None = None
+    trim_vocab: str | None = None
 
 
 Step = Import | Prune | Recover | Export | Optimize | Quantize

@@ -12,25 +12,33 @@ from toolchain.artifacts import Artifact
 from toolchain.errors import ArtifactError, UnknownVariantError
 from toolchain.inputs import TrainingSource
 from toolchain.names import parse_name, shorter
+from toolchain.rows import Texts
 from toolchain.variants import Variant
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """One model's folder under `exported`, where the model comes from, and the sentences it is trained on."""
+    """One model's folder under `exported`, where the model comes from, the sentences it is trained on, and the `corpus`
+    a vocabulary is trimmed to where it is not these."""
 
     exported: Path
     model: str
     source: checkpoints.Source
     train: TrainingSource = field(default_factory=TrainingSource)
+    corpus: Texts | None = None
 
     @classmethod
     def open(
-        cls, model: str, exported: Path, slug: str | None = None, train: TrainingSource | None = None
+        cls,
+        model: str,
+        exported: Path,
+        slug: str | None = None,
+        train: TrainingSource | None = None,
+        corpus: Texts | None = None,
     ) -> Workspace:
         """See `checkpoints.resolve`."""
         name, source = checkpoints.resolve(model, exported, slug)
-        return cls(exported, name, source, train or TrainingSource())
+        return cls(exported, name, source, train or TrainingSource(), corpus)
 
     def path(self, variant: str) -> Path:
         """Where a variant lies."""

@@ -9,18 +9,28 @@ from typing import Any
 
 import click
 
-from toolchain.cli.options import debug_option, json_option, model_options, open_workspace
+from toolchain.cli.options import debug_option, json_option, model_options, open_workspace, training_options
 from toolchain.errors import ToolchainError, VerdictError
 
 
 @click.command()
 @click.argument("variant")
+@training_options
 @json_option
 @model_options
-def validate(model: str, exported: Path, slug: str | None, variant: str, as_json: bool) -> None:
+def validate(
+    model: str,
+    exported: Path,
+    slug: str | None,
+    variant: str,
+    train_data: str | None,
+    text_column: str | None,
+    label_column: str,
+    as_json: bool,
+) -> None:
     """Compare VARIANT's answers with PyTorch's over lengths, batches, paddings and odd texts; exit 3 if it fails.
 
-    What is missing or stale is built first.
+    What is missing or stale is built first. A trimmed vocabulary is asked rows held out of its training data.
 
     \b
     Example:
@@ -30,7 +40,8 @@ def validate(model: str, exported: Path, slug: str | None, variant: str, as_json
     from toolchain.report.progress import say
     from toolchain.steps.validate import sentence
 
-    report = validate_variant(open_workspace(model, exported, slug), variant, say)
+    workspace = open_workspace(model, exported, slug, (train_data, text_column, label_column))
+    report = validate_variant(workspace, variant, say)
     if as_json:
         click.echo(json.dumps(report, indent=1))
     else:

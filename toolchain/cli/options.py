@@ -13,6 +13,7 @@ from toolchain.names import LABEL
 
 if TYPE_CHECKING:
     from toolchain.pipeline import Workspace
+    from toolchain.rows import Texts
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -77,13 +78,18 @@ def dry_run_option(command: F) -> F:
 
 
 def open_workspace(
-    model: str, exported: Path, slug: str | None, train: tuple[str | None, str | None, str] | None = None
+    model: str,
+    exported: Path,
+    slug: str | None,
+    train: tuple[str | None, str | None, str] | None = None,
+    corpus: Texts | None = None,
 ) -> Workspace:
-    """The folder and source that `model_options` name; `train` is the file and columns of `training_options`."""
+    """The folder and source that `model_options` name; `train` is the file and columns of `training_options`, `corpus`
+    the texts a vocabulary is trimmed to."""
     from toolchain.inputs import TrainingSource
     from toolchain.pipeline import Workspace
 
-    return Workspace.open(model, exported, slug, TrainingSource(*train) if train else None)
+    return Workspace.open(model, exported, slug, TrainingSource(*train) if train else None, corpus)
 
 
 def training_options(command: F) -> F:

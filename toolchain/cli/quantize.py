@@ -70,6 +70,12 @@ if TYPE_CHECKING:
 )
 @click.option("--sensitivity", is_flag=True, help="Only show what each linear layer loses, the most sensitive first.")
 @no_pass_option(QUANTIZE_PASSES, "ort: leave these weights as they are")
+@click.option(
+    "--trim-vocab",
+    metavar="CORPUS",
+    help="ort: leave out of vocabulary and table the tokens that CORPUS, a file of texts, has no use for; `train`: the "
+    "training data. --text-column is its column as well.",
+)
 @training_options
 @name_option
 @json_option
@@ -88,6 +94,7 @@ def quantize(
     max_drop: float | None,
     sensitivity: bool,
     left_out: tuple[str, ...],
+    trim_vocab: str | None,
     train_data: str | None,
     text_column: str | None,
     label_column: str,
@@ -111,6 +118,7 @@ def quantize(
       toolchain quantize --scheme int4
       toolchain quantize --embeddings int4 --name small
       toolchain quantize --no-pass quantize-embedding --name fp32-tables
+      toolchain quantize --scheme int4 --trim-vocab train --name tiny
       toolchain quantize --sensitivity
       toolchain quantize --keep-fp32 2 --name careful
       toolchain quantize --from onnx-std
@@ -120,6 +128,7 @@ def quantize(
     from toolchain.hardware import exact_int8
     from toolchain.report.progress import bar, say
     from toolchain.search import fewest_kept
+    from toolchain.trimming import corpus_of
     from toolchain.variants import Quantize, child
 
     if isa != "vnni" and (backend, scheme or "dynamic") != ("ort", "dynamic"):
@@ -128,12 +137,14 @@ def quantize(
         isa = "vnni" if exact_int8() else "portable"
         click.echo(f"isa auto: {isa} on this processor", err=True)
     layers = [keep_fp32, max_drop is not None, sensitivity]
-    if backend != "ort" and any([embeddings, left_out, *layers]):
+    if backend != "ort" and any([embeddings, left_out, trim_vocab, *layers]):
         raise click.UsageError(
-            "--embeddings, --no-pass, --keep-fp32, --max-drop and --sensitivity are for --backend ort."
+            "--embeddings, --no-pass, --trim-vocab, --keep-fp32, --max-drop and --sensitivity are for --backend ort."
         )
     if sum(map(bool, layers)) > 1 or (dry_run and max_drop is not None):
         raise click.UsageError("Of --keep-fp32, --max-drop and --sensitivity name one; --max-drop has no --dry-run.")
+    if sensitivity and trim_vocab:
+        raise click.UsageError("--sensitivity is about linear layers, and --trim-vocab changes none.")
     kept = [name for name in QUANTIZE_PASSES if name not in left_out]
     if "quantize-linear" not in kept and any([not kept, isa != "vnni", scheme == "static", *layers]):
         raise click.BadParameter("Without quantize-linear only --embeddings is left to choose.", param_hint="--no-pass")
@@ -146,10 +157,12 @@ def quantize(
         raise click.BadParameter(f"--backend {backend} has {', '.join(schemes)}.", param_hint="--scheme")
     seven_bits = True if isa == "portable" else None
     passes = tuple(kept) if left_out else None
+    corpus = corpus_of(trim_vocab, text_column)
     step = Quantize(backend, scheme or schemes[0], seven_bits, embeddings, keep_fp32, passes=passes)
+    step = replace(step, trim_vocab=corpus.digest if corpus else trim_vocab)
     chosen = parents or (("onnx-fp32",) if backend == "ort" else ("torch-fp32",))
     names = {parent: child(parent, step, label).name for parent in chosen}
-    workspace = open_workspace(model, exported, slug, (train_data, text_column, label_column))
+    workspace = open_workspace(model, exported, slug, (train_data, text_column, label_column), corpus)
     if sensitivity:
         _sensitivity(workspace, names, step, as_json)
         return

@@ -24,6 +24,7 @@ from toolchain.passes.quantize_static import Activation, quantize_static, smooth
 from toolchain.passes.quantize_static import fused as fused_static
 from toolchain.passes.quantize_static import standard as standard_static
 from toolchain.passes.residual_sum import residual_sum
+from toolchain.passes.trim_vocabulary import trim_vocabulary
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -35,13 +36,15 @@ LOOK_UPS = ("Gather", "GatherBlockQuantized")
 @dataclass(frozen=True)
 class Context:
     """Heads and width of the encoder, which ONNX Runtime's fusions cannot always tell from the graph; the linear layers
-    to `keep` in fp32, by the names `quantize_linear.layers_of` gives them; and how the `activations` that the others
-    read are quantised, by the value's name, where that is fixed beforehand."""
+    to `keep` in fp32, by the names `quantize_linear.layers_of` gives them; how the `activations` that the others read
+    are quantised, by the value's name, where that is fixed beforehand; and the ids of the `tokens` that stay where the
+    vocabulary is trimmed, in order."""
 
     heads: int
     width: int
     keep: frozenset[str] = frozenset()
     activations: Mapping[str, Activation] = field(default_factory=dict)
+    tokens: tuple[int, ...] = ()
 
 
 Pass = Callable[["ir.Model", Context], "tuple[ir.Model, int]"]
@@ -52,6 +55,7 @@ PASSES: dict[str, Pass] = {
     "half": half,
     "residual-sum": residual_sum,
     "first-token": first_token,
+    "trim-vocabulary": trim_vocabulary,
     "quantize-linear": partial(quantize_linear, product=fused),
     "quantize-linear-portable": partial(quantize_linear, product=partial(fused, largest=LARGEST_OF_7_BITS)),
     "quantize-linear-std": partial(quantize_linear, product=standard),

@@ -18,14 +18,16 @@ def rewrite_into(
     passes: Sequence[str],
     keep: Collection[str] = (),
     activations: Mapping[str, Activation] = MappingProxyType({}),
+    tokens: Sequence[int] = (),
 ) -> Built:
-    """The parent's graph rewritten by `passes` into the job's folder, config and tokenizer beside it; `keep` and
-    `activations` as a `Context` has them.
+    """The parent's graph rewritten by `passes` into the job's folder, config and tokenizer beside it; `keep`,
+    `activations` and `tokens` as a `Context` has them.
 
     The counts each pass made stand in the facts. Raises `GraphError` for a file that is no ONNX model.
     """
     given = job.given
-    context = replace(context_of(given.path), keep=frozenset(keep), activations=activations)
+    known = context_of(given.path)
+    context = replace(known, keep=frozenset(keep), activations=activations, tokens=tuple(tokens))
     graph, counts = rewrite(read(given.onnx_path), passes, context)
     write(graph, job.folder / given.onnx_path.name)
     copy_companions(given, job.folder)

@@ -42,6 +42,9 @@ def bench(
 ) -> tuple[list[Measurement], dict[str, Any]]:
     """Measures the cells that have an artifact; a row for every cell, in the order given, and how it was done.
 
+    All are asked the same texts in the same batches, each by its own tokens; `encoder` makes those of the cells that
+    have none of their own, and its lengths make the batches.
+
     A cell that cannot be loaded, crashes, hangs or is killed becomes a row that says so; the others go on. `backends`
     maps a runtime to what serves it. Each turn goes to the `journal` when it is over, and what that holds of an
     interrupted run is not done again.
@@ -139,7 +142,8 @@ class _Bench:
         backend = self._backends[item.cell.runtime]
         place = self._protocol.place(item.cell.provider)
         text = self._data.texts[self._order[0]]
-        item.worker = Worker(backend.session, item.artifact.path, place, self._encoder, text, backend.imports)
+        encoder = item.cell.encoder or self._encoder
+        item.worker = Worker(backend.session, item.artifact.path, place, encoder, text, backend.imports)
         ready = item.worker.load(LOAD_TIMEOUT_S)
         item.worker.ask({"do": "data", "texts": self._data.texts, "lengths": self._lengths}, LOAD_TIMEOUT_S)
         chosen = [[i] for i in self._order[:CALIBRATION]]

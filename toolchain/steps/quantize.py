@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from toolchain import trimming
 from toolchain.activations import calibrate
 from toolchain.artifacts import Artifact, copy_companions
 from toolchain.backends import bnb, reduced
@@ -46,17 +47,22 @@ def _ort(job: Job, step: Quantize) -> Built:
     activations = activations_of(job.given, step, job.train) if linear in chosen else {}
     ranked = rank(Subject.of(job.given, linear, job.train, activations), job.progress) if step.keep_fp32 else []
     keep = [layer.name for layer in ranked[: step.keep_fp32]]
-    built = rewrite_into(job, [name for form in chosen for name in form], keep, activations)
+    tokens = trimming.kept(job, step) if step.trim_vocab else []
+    passes = [name for form in chosen for name in form]
+    built = rewrite_into(job, [*(["trim-vocabulary"] if tokens else []), *passes], keep, activations, tokens)
     # Tables alone are no quantised model, unless it is what was asked for.
     if not any(built.facts["rewrites"][form[-1]] for form in chosen[:1]):
         what = "linear layer" if linear in chosen else "embedding table"
         raise GraphError(
             f"{job.given.manifest.variant} has no {what} left to quantise.", "Quantise the variant it was made from."
         )
+    facts = dict(built.facts)
     if ranked:
-        facts = {**built.facts, "kept_fp32": keep, "sensitivity": [dataclasses.asdict(layer) for layer in ranked]}
-        return dataclasses.replace(built, facts=facts)
-    return built
+        facts |= {"kept_fp32": keep, "sensitivity": [dataclasses.asdict(layer) for layer in ranked]}
+    if tokens:
+        embedding = [name for name in passes if name in forms["quantize-embedding"]]
+        facts |= trimming.trim(job, tokens, embedding, facts)
+    return dataclasses.replace(built, facts=facts)
 
 
 def linear_passes(step: Quantize, standard: bool) -> tuple[str, ...]:

@@ -54,9 +54,17 @@ def grid(encoder: Encoder, sentences: Sequence[str]) -> Iterator[tuple[str, dict
 
 
 def validate(
-    contender: Session, reference: Session, encoder: Encoder, sentences: Sequence[str], agreement: str
+    contender: Session,
+    reference: Session,
+    encoder: Encoder,
+    sentences: Sequence[str],
+    agreement: str,
+    original: Encoder | None = None,
 ) -> dict[str, Any]:
     """Compares two sessions over `grid` and over `sentences` one by one; `agreement` as `Variant` states it.
+
+    `encoder` is the contender's, `original` the reference's where that has another vocabulary: then the grid asks both
+    for the same tokens by their own ids, and the sentences are tokenised by each its own.
 
     ``exact`` passes with every |Δlogit| ≤ `TOLERANCE`, ``close`` with finite logits and no more sentences answered
     differently than `allowed_flips`, ``free``, which is another model, with finite logits. The report says which, with
@@ -64,13 +72,16 @@ def validate(
     """
     import numpy as np
 
+    original = original or encoder
+    ids = _ids_in(original, encoder) if original is not encoder else None
     grid_deltas = {}
     for name, batch in grid(encoder, sentences):
-        grid_deltas[name] = _delta(contender.run(batch), reference.run(batch))
+        same = batch if ids is None else {**batch, "input_ids": ids[batch["input_ids"]]}
+        grid_deltas[name] = _delta(contender.run(batch), reference.run(same))
     deltas, flips = [], 0
-    for row in encoder.encode(sentences):
-        batch = pad([row], encoder.names, encoder.pad_id)
-        got, want = contender.run(batch), reference.run(batch)
+    for row, its in zip(encoder.encode(sentences), original.encode(sentences), strict=True):
+        got = contender.run(pad([row], encoder.names, encoder.pad_id))
+        want = reference.run(pad([its], original.names, original.pad_id))
         deltas.append(_delta(got, want))
         flips += int(got.argmax() != want.argmax())
     worst = max(grid_deltas, key=lambda name: grid_deltas[name])
@@ -89,6 +100,14 @@ def validate(
         "sentences": len(deltas),
         "flips": flips,
     }
+
+
+def _ids_in(original: Encoder, encoder: Encoder) -> np.ndarray:
+    """The id that token i of `encoder` has in `original`, int64 [tokens]."""
+    import numpy as np
+
+    there, here = original.tokenizer.get_vocab(), encoder.tokenizer.get_vocab()
+    return np.array([there[token] for token in sorted(here, key=lambda token: here[token])], np.int64)
 
 
 def allowed_flips(sentences: int) -> int:

@@ -1,0 +1,353 @@
+"""A vocabulary cut down to a corpus: what stays, how it tokenises, and that every file agrees."""
+
+import functools
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import helper, numpy_helper
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from toolchain import checkpoints, inputs, passes, wordpiece
+from toolchain.backends import Place, open_session
+from toolchain.errors import CheckpointError, DataError, GraphError, ShippingError, VerdictError
+from toolchain.inputs import Encoder, pad
+from toolchain.names import parse_name
+from toolchain.passes import Context
+from toolchain.pipeline import ensure, validate_variant
+from toolchain.rows import Texts
+from toolchain.shipping import Order, ship
+from toolchain.trimming import corpus_of
+from toolchain.variants import Quantize
+from toolchain.workspace import Workspace
+
+NAMES = ("input_ids", "attention_mask")
+CORPUS = ["a charming and often affecting journey", "unflinchingly bleak and desperate", "it's slow – very, very slow."]
+
+
+def quiet(line):
+    pass
+
+
+@functools.cache
+def reference():
+    return Encoder.open(checkpoints.REFERENCE, NAMES, 512)
+
+
+@pytest.fixture(scope="session")
+def trimmed(tmp_path_factory):
+    """The reference's tokenizer and config, trimmed to `CORPUS`, and the ids that stayed."""
+    folder = tmp_path_factory.mktemp("trimmed")
+    for name in ("config.json", *checkpoints.TOKENIZER_FILES):
+        if (checkpoints.REFERENCE / name).is_file():
+            shutil.copyfile(checkpoints.REFERENCE / name, folder / name)
+    kept = wordpiece.kept_tokens(reference(), CORPUS)
+    wordpiece.trim(folder, kept)
+    return Encoder.open(folder, NAMES, 512), kept
+
+
+def tokens(encoder, text):
+    return encoder.tokenizer.encode(text).tokens
+
+
+def test_what_the_corpus_needs_stays_and_what_is_needed_to_spell(trimmed):
+    encoder, kept = trimmed
+    whole = reference().tokenizer
+    have = set(encoder.tokenizer.get_vocab())
+    assert {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} <= have
+    single = {t for t in whole.get_vocab() if len(t) == 1 or (t.startswith("##") and len(t) == 3)}
+    assert single <= have
+    used = {token for text in CORPUS for token in tokens(reference(), text)}
+    assert have == single | used | {"[PAD]", "[UNK]", "[MASK]"}
+    assert len(kept) == len(have) < 2100
+    for text in CORPUS:
+        assert tokens(encoder, text) == tokens(reference(), text)
+    assert tokens(encoder, "wonderful")[1:-1] != ["wonderful"]
+    assert "[UNK]" not in tokens(encoder, "wonderful")
+
+
+WORDS = sorted(t for t in reference().tokenizer.get_vocab() if not t.startswith("["))
+LETTERS = st.text(st.sampled_from("abcdefghijklmnopqrstuvwxyzéß'0123456789.,-#中文 "), max_size=30)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.sampled_from(WORDS) | LETTERS, max_size=8).map(" ".join), st.randoms(use_true_random=False))
+def test_nothing_becomes_unknown_and_what_was_kept_is_split_alike(trimmed, text, random):
+    """Of any text of words, and of words run into each other."""
+    encoder, _ = trimmed
+    text = text.replace(" ", "") if random.random() < 0.3 else text
+    before, after = tokens(reference(), text), tokens(encoder, text)
+    assert before.count("[UNK]") == after.count("[UNK]")
+    have = encoder.tokenizer.get_vocab()
+    if all(token in have for token in before):
+        assert after == before
+    old, new = reference().tokenizer.encode(text), encoder.tokenizer.encode(text)
+    for word in set(old.word_ids) - {None}:
+        pieces = [token for token, of in zip(old.tokens, old.word_ids, strict=True) if of == word]
+        if all(piece in have for piece in pieces):
+            assert pieces == [token for token, of in zip(new.tokens, new.word_ids, strict=True) if of == word]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_no_vocabulary_loses_a_word_it_could_spell(tmp_path_factory, data):
+    """Small random vocabularies over three letters, whatever is kept."""
+    letters = ["a", "b", "c"]
+    pieces = data.draw(st.sets(st.text("abc", min_size=2, max_size=4), max_size=12))
+    more = data.draw(st.sets(st.text("abc", min_size=2, max_size=4).map("##{}".format), max_size=12))
+    names = ["[UNK]", "#", "###", *letters, *(f"##{c}" for c in letters), *sorted(pieces), *sorted(more)]
+    tokenizer = Tokenizer(models.WordPiece({t: i for i, t in enumerate(names)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder = tmp_path_factory.mktemp("v")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text('{"pad_token_id": null}')
+    word = data.draw(st.text("abc", min_size=1, max_size=12))
+    corpus = data.draw(st.lists(st.text("abc", min_size=1, max_size=8), min_size=1, max_size=3))
+    kept = wordpiece.kept_tokens(Encoder.open(folder, NAMES, 512), corpus)
+    wordpiece.trim(folder, kept)
+    after = Encoder.open(folder, NAMES, 512).tokenizer
+    before = tokenizer.encode(word).tokens
+    assert "[UNK]" not in after.encode(word).tokens
+    if all(token in after.get_vocab() for token in before):
+        assert after.encode(word).tokens == before
+
+
+def test_a_token_that_its_letters_cannot_spell_stays(tmp_path):
+    names = ["[UNK]", "a", "##b", "ab", "az", "##ab", "##bb", "#", "###"]
+    vocabulary = {token: number for number, token in enumerate(names)}
+    Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text("{}")
+    kept = wordpiece.kept_tokens(Encoder.open(tmp_path, NAMES, 512), ["a"])
+    assert [names[i] for i in kept] == ["[UNK]", "a", "##b", "az", "##ab", "#", "###"]
+
+
+def test_every_file_states_the_new_ids(trimmed):
+    from transformers import AutoConfig, AutoTokenizer, BertTokenizer
+
+    encoder, kept = trimmed
+    vocabulary = encoder.tokenizer.get_vocab()
+    assert sorted(vocabulary.values()) == list(range(len(kept)))
+    whole = {i: token for token, i in reference().tokenizer.get_vocab().items()}
+    assert all(vocabulary[whole[old]] == new for new, old in enumerate(kept))
+    config = AutoConfig.from_pretrained(encoder.folder)
+    assert config.vocab_size == len(kept)
+    assert config.pad_token_id == vocabulary["[PAD]"] == encoder.pad_id
+    text = "a wonderful journey"
+    for loaded in (AutoTokenizer.from_pretrained(encoder.folder), BertTokenizer.from_pretrained(encoder.folder)):
+        assert len(loaded) == len(kept)
+        assert loaded(text)["input_ids"] == encoder.encode([text])[0]
+        assert loaded.mask_token_id == vocabulary["[MASK]"]
+    assert (encoder.folder / "vocab.txt").read_text().split("\n")[:-1] == sorted(vocabulary, key=vocabulary.get)
+
+
+def test_other_post_processors_companions_and_added_tokens_are_renumbered(tmp_path):
+    tokenizer = Tokenizer.from_file(str(checkpoints.REFERENCE / "tokenizer.json"))
+    tokenizer.add_tokens(["covfefe"])
+    tokenizer.enable_padding(pad_id=0)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    body = json.loads((tmp_path / "tokenizer.json").read_text())
+    inner = {"type": "BertProcessing", "sep": ["[SEP]", 102], "cls": ["[CLS]", 101]}
+    body["post_processor"] = {"type": "Sequence", "processors": [inner]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(body))
+    (tmp_path / "added_tokens.json").write_text('{"covfefe": 30522}')
+    (tmp_path / "config.json").write_text('{"pad_token_id": 0, "eos_token_id": [102], "bos_token_id": null}')
+    encoder = Encoder.open(tmp_path, NAMES, 512)
+    kept = wordpiece.kept_tokens(encoder, CORPUS)
+    wordpiece.trim(tmp_path, kept)
+    after = Encoder.open(tmp_path, NAMES, 512)
+    assert tokens(after, "a covfefe journey") == ["[CLS]", "a", "covfefe", "journey", "[SEP]"]
+    vocabulary = after.tokenizer.get_vocab()
+    ids = after.encode(["a"])[0]
+    assert ids == [vocabulary["[CLS]"], vocabulary["a"], vocabulary["[SEP]"]]
+    assert json.loads((tmp_path / "added_tokens.json").read_text()) == {"covfefe": len(kept) - 1}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["eos_token_id"] == [vocabulary["[SEP]"]]
+
+
+@pytest.mark.parametrize(
+    ("model", "said"), [(models.BPE({"a": 0}, []), "BPE"), (models.Unigram([("a", 0.0)], 0, False), "Unigram")]
+)
+def test_other_tokenizers_are_refused_by_name(tmp_path, model, said):
+    Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=f"The tokenizer is {said}, and only a WordPiece"):
+        wordpiece.kept_tokens(Encoder.open(tmp_path, NAMES, 512), ["a"])
+
+
+def test_files_that_contradict_each_other_are_refused(tmp_path, trimmed):
+    encoder, _ = trimmed
+    shutil.copytree(encoder.folder, tmp_path / "t")
+    config = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"]["99999"] = {"content": "[X]"}
+    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(config))
+    kept = wordpiece.kept_tokens(Encoder.open(tmp_path / "t", NAMES, 512), CORPUS)
+    with pytest.raises(CheckpointError, match="do not agree with each other"):
+        wordpiece.trim(tmp_path / "t", kept)
+
+
+@pytest.mark.parametrize("texts", [[], [""], [" ", "\t"], ["[CLS] [SEP]"]])
+def test_a_corpus_without_words_is_refused(texts):
+    with pytest.raises(DataError, match="no words"):
+        wordpiece.kept_tokens(reference(), texts)
+
+
+def test_a_corpus_that_is_no_file_is_refused(tmp_path):
+    with pytest.raises(DataError, match="There is no file"):
+        corpus_of(str(tmp_path / "none.csv"), None)
+    with pytest.raises(DataError, match="There is no file"):
+        corpus_of(str(tmp_path), None)
+    (tmp_path / "t.csv").write_text("review,label\nfine,1\n")
+    with pytest.raises(DataError, match="no column 'sentence' or 'text'"):
+        list(corpus_of(str(tmp_path / "t.csv"), None).read())
+    assert list(corpus_of(str(tmp_path / "t.csv"), "review").read()) == ["fine"]
+    assert corpus_of("train", None) is None
+
+
+def graph(rows, *nodes):
+    table = numpy_helper.from_array(np.arange(rows * 2, dtype=np.float32).reshape(rows, 2), "table")
+    inputs_ = [helper.make_tensor_value_info("input_ids", onnx.TensorProto.INT64, ["n"])]
+    outputs = [helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, ["n", 2])]
+    made = [helper.make_node("Gather", ["table", "input_ids"], ["out"]), *nodes]
+    return helper.make_model(
+        helper.make_graph(made, "g", inputs_, outputs, [table]),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=8,
+    )
+
+
+def test_the_table_keeps_the_rows_of_the_tokens(tmp_path):
+    onnx.save(graph(10), tmp_path / "m.onnx")
+    model, counts = passes.rewrite(
+        passes.read(tmp_path / "m.onnx"), ["trim-vocabulary"], Context(1, 2, tokens=(0, 3, 9))
+    )
+    assert counts == {"trim-vocabulary": 1}
+    passes.write(model, tmp_path / "t.onnx")
+    onnx.checker.check_model(onnx.load(tmp_path / "t.onnx"), full_check=True)
+    (table,) = onnx.load(tmp_path / "t.onnx").graph.initializer
+    assert numpy_helper.to_array(table).tolist() == [[0, 1], [6, 7], [18, 19]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "nodes", "said"),
+    [
+        (10, [helper.make_node("Cast", ["input_ids"], ["x"], to=1)], "this one has them in Cast, Gather"),
+        (5, [], "token 9, and the table of words 5 rows"),
+    ],
+)
+def test_a_graph_that_needs_the_old_ids_is_refused(tmp_path, rows, nodes, said):
+    onnx.save(graph(rows, *nodes), tmp_path / "m.onnx")
+    with pytest.raises(GraphError, match=said):
+        passes.rewrite(passes.read(tmp_path / "m.onnx"), ["trim-vocabulary"], Context(1, 2, tokens=(0, 3, 9)))
+
+
+@pytest.fixture(scope="module")
+def built(built_tiny, tmp_path_factory):
+    """`built_tiny` and two variants trimmed to the training data; not to be changed."""
+    exported = tmp_path_factory.mktemp("exported")
+    shutil.copytree(built_tiny.exported, exported, dirs_exist_ok=True)
+    workspace = Workspace(exported, built_tiny.model, built_tiny.source)
+    said = []
+    asked = {
+        "onnx-int8+trim": Quantize(trim_vocab="train"),
+        "onnx-int4+trim": Quantize(scheme="int4", trim_vocab="train"),
+    }
+    ensure(workspace, asked, asked, said.append)
+    return workspace, said
+
+
+def test_a_trimmed_variant_is_smaller_and_says_what_it_lost(built):
+    workspace, said = built
+    for name in ("onnx-int8+trim", "onnx-int4+trim"):
+        manifest = workspace.load(name).manifest
+        facts = manifest.facts["vocabulary"]
+        assert manifest.validation["passed"]
+        assert facts["of"] == 30522
+        assert 10_000 < facts["kept"] < 20_000
+        assert facts["held_out"]["rows"] == 2000
+        assert 0 < facts["out_of_domain"]["rows"] < 500
+        for part in ("held_out", "out_of_domain"):
+            gained = facts[part]["right_after"] - facts[part]["right_before"]
+            assert abs(gained) <= facts[part]["flips"] <= facts[part]["rows"]
+        assert manifest.facts["rewrites"]["trim-vocabulary"] == 1
+        assert any(f"{name}: {facts['kept']:,} of 30,522 tokens kept" in line for line in said)
+        assert manifest.step.train == workspace.train.digest
+        gone = 30522 - facts["kept"]
+        assert manifest.facts["parameters"] == workspace.load("onnx-fp32").manifest.facts["parameters"] - 32 * gone
+    whole, small = (workspace.load(name).manifest for name in ("onnx-int8", "onnx-int8+trim"))
+    names = 2000  # bytes: the config, tensors' names and the like
+    assert abs(whole.size_bytes - small.size_bytes - small.facts["vocabulary"]["bytes_saved"]) < names
+
+
+def test_it_answers_as_the_untrimmed_one_where_all_tokens_stayed(built):
+    workspace, _ = built
+    whole, small = (workspace.path(name) for name in ("onnx-int8", "onnx-int8+trim"))
+    first, second = Encoder.open(whole, NAMES, 512), Encoder.open(small, NAMES, 512)
+    sessions = [open_session(folder, "onnx", Place("cpu", 1)) for folder in (whole, small)]
+    same = 0
+    for text in inputs.embedded().texts[:60]:
+        rows = [encoder.encode([text]) for encoder in (first, second)]
+        if tokens(first, text) != tokens(second, text):
+            continue
+        same += 1
+        one, two = (session.run(pad(row, NAMES, 0)) for session, row in zip(sessions, rows, strict=True))
+        assert (one == two).all()
+    assert same > 40
+
+
+def test_the_same_corpus_is_fresh_and_gives_the_same_bytes(built, tmp_path):
+    workspace, _ = built
+    asked = {"onnx-int8+trim": Quantize(trim_vocab="train")}
+    said = []
+    before = ensure(workspace, asked, asked, said.append)["onnx-int8+trim"].manifest.id
+    assert "onnx-int8+trim: fresh, skipped" in said
+    copy = Workspace(tmp_path / "exported", workspace.model, workspace.source)
+    shutil.copytree(workspace.exported, copy.exported)
+    shutil.rmtree(copy.path("onnx-int8+trim"))
+    assert ensure(copy, asked, asked, quiet)["onnx-int8+trim"].manifest.id == before
+
+
+def test_validate_asks_each_by_its_own_tokens(built):
+    workspace, _ = built
+    assert validate_variant(workspace, "onnx-int8+trim", quiet)["passed"]
+
+
+def test_a_file_is_a_corpus_and_another_is_not_taken_for_it(tiny, tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("\n".join(inputs.embedded("train").texts[:20000]))
+    corpus = Texts(str(words))
+    workspace = Workspace(tiny.exported, tiny.model, tiny.source, corpus=corpus)
+    asked = {"onnx-int8+words": Quantize(trim_vocab=corpus.digest)}
+    ensure(workspace, asked, asked, quiet)
+    assert workspace.load("onnx-int8+words").manifest.step.trim_vocab == corpus.digest
+    (workspace.path("onnx-fp32") / "manifest.json").unlink()
+    shutil.rmtree(workspace.path("onnx-fp32"))
+    ensure(workspace, ["onnx-fp32"], {}, quiet)  # the same bytes, and so the same id
+    assert ensure(tiny, ["onnx-int8+words"], {}, quiet)
+    words.write_text("something else")
+    for other in (None, Texts(str(words))):
+        changed = Workspace(tiny.exported, tiny.model, tiny.source, corpus=other)
+        forced = {"onnx-int8+words": Quantize(trim_vocab=corpus.digest, embeddings="int4")}
+        with pytest.raises(DataError, match=r"trimmed to the corpus words\.txt, not to what is given now"):
+            ensure(changed, forced, forced, quiet)
+
+
+def test_too_small_a_corpus_is_refused_and_nothing_is_published(tiny, tmp_path):
+    (tmp_path / "one.txt").write_text("film\n")
+    corpus = Texts(str(tmp_path / "one.txt"))
+    workspace = Workspace(tiny.exported, tiny.model, tiny.source, corpus=corpus)
+    asked = {"onnx-int8": Quantize(trim_vocab=corpus.digest)}
+    before = workspace.load("onnx-int8").manifest
+    with pytest.raises(VerdictError, match="failed validation"):
+        ensure(workspace, asked, asked, quiet)
+    assert workspace.load("onnx-int8").manifest == before
+
+
+def test_a_bundle_has_one_tokenizer(built, tmp_path):
+    workspace, _ = built
+    with pytest.raises(ShippingError, match="tokenizers of their own"):
+        ship(workspace, Order(("onnx-int8", "onnx-int4+trim"), "python"), tmp_path / "b", quiet, None)
+    assert parse_name("onnx-int4+trim").label == "trim"

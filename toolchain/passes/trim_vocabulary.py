@@ -1,0 +1,43 @@
+"""The table of words without the rows of tokens that the tokenizer no longer has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolchain.errors import GraphError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from toolchain.passes import Context
+
+IDS = "input_ids"
+
+
+def trim_vocabulary(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
+    """Gather from a table [tokens, width] by the graph's ids → from its rows `context.tokens`, in their order.
+
+    Raises `GraphError` where the ids are used for anything else, which would still mean the old ones, or where the
+    table has no row for a token.
+    """
+    import onnx_ir as ir
+
+    ids = next((value for value in model.graph.inputs if value.name == IDS), None)
+    users = [node for node in ids.consumers() if node.op_type != "Shape"] if ids else []
+    table = users[0].inputs[0] if len(users) == 1 and users[0].op_type == "Gather" else None
+    tensor = table.const_value if table is not None else None
+    if table is None or tensor is None or tensor.shape.rank() != 2 or len(table.consumers()) != 1:
+        found = ", ".join(sorted(node.op_type for node in users)) or "nothing"
+        raise GraphError(
+            f"Only a graph that uses token ids to look up one table can be trimmed; this one has them in {found}.",
+            "Leave --trim-vocab out.",
+        )
+    array = tensor.numpy()
+    if context.tokens[-1] >= len(array):
+        raise GraphError(
+            f"The tokenizer has token {context.tokens[-1]}, and the table of words {len(array)} rows.",
+            "Import a checkpoint whose tokenizer belongs to it.",
+        )
+    rows = array[list(context.tokens)]
+    table.const_value, table.shape = ir.tensor(rows, name=table.name), ir.Shape(rows.shape)
+    return model, 1
