@@ -7,20 +7,26 @@ import shutil
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from conftest import make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from toolchain import checkpoints, inputs, passes, wordpiece
-from toolchain.backends import Place, open_session
+from toolchain import checkpoints, inputs, passes, runs, wordpiece
+from toolchain.backends import Backend, Place, open_session
+from toolchain.cells import Cell
+from toolchain.cli.quantize import quantize
 from toolchain.errors import CheckpointError, DataError, GraphError, ShippingError, VerdictError
 from toolchain.inputs import Encoder, TrainingSource, pad
 from toolchain.passes import Context
 from toolchain.pipeline import ensure, validate_variant
 from toolchain.rows import Texts
+from toolchain.scenarios import Protocol
 from toolchain.shipping import Order, ship
+from toolchain.steps import bench as bench_module
+from toolchain.steps.bench import bench
 from toolchain.trimming import corpus_of
 from toolchain.variants import Quantize
 from toolchain.workspace import Workspace
@@ -384,3 +390,43 @@ def test_a_bundle_has_one_tokenizer(built, tmp_path):
     workspace, _ = built
     with pytest.raises(ShippingError, match="tokenizers of their own"):
         ship(workspace, Order(("onnx-fp32", "onnx-int8+trim"), "python"), tmp_path / "b", quiet, None)
+
+
+def test_every_cell_is_asked_the_same_texts_by_its_own_tokens(fake, trimmed, monkeypatch):
+    """The fake session answers 1 for an even sum of ids, which tells one vocabulary's from another's."""
+    monkeypatch.setattr(bench_module, "SETTLE_S", 0.0)
+    encoder, _ = trimmed
+    data = inputs.embedded().only(range(30))
+    cells = [
+        Cell("fake", "whole", "fake", "cpu", fake("whole")),
+        Cell("fake", "trimmed", "fake", "cpu", fake("trimmed"), encoder=encoder),
+    ]
+    protocol = Protocol(passes=1, min_s=0.1, pass_s=40, starts=1, threads=1, batch_size=8)
+    kind = {"fake": Backend("fake_backend:FakeSession", ("json",))}
+    rows, _ = bench(cells, data, reference(), protocol, lambda *_: None, kind)
+    for row, own in zip(rows, (reference(), encoder), strict=True):
+        assert list(row.predictions) == [int(sum(ids) % 2 == 0) for ids in own.encode(data.texts)]
+    assert rows[0].predictions != rows[1].predictions
+
+
+def test_a_cell_knows_whether_its_tokenizer_is_its_own(built):
+    workspace, _ = built
+    root = workspace.load("torch-fp32").manifest
+    for name, own in (("onnx-int8", False), ("onnx-int8+trim", True)):
+        cell = runs._with_encoder(Cell("m", name, "onnx", "cpu", workspace.load(name)), root)
+        assert (cell.encoder is not None) == own
+    assert cell.encoder.folder == workspace.path("onnx-int8+trim")
+    assert cell.encoder.names == NAMES
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--backend", "torch", "--trim-vocab", "train"], "--trim-vocab are for --backend ort"),
+        (["--sensitivity", "--trim-vocab", "train"], "--trim-vocab changes none"),
+    ],
+)
+def test_options_that_do_not_go_together_are_a_usage_error(arguments, said, tmp_path):
+    found = CliRunner().invoke(quantize, [*arguments, "--exported", str(tmp_path)])
+    assert found.exit_code == 2
+    assert said in found.output

@@ -306,7 +306,7 @@ def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, checkp
     data, other = inputs.embedded(), None
     if getattr(manifest.step, "trim_vocab", None):
         # Sentences of another domain than its own have tokens it was told to do without.
-        data = _held_out(workspace, manifest)
+        data = trimming.judged_by(workspace.train, manifest)
         other = inputs.Encoder.open(reference, names, manifest.max_length)
     sentences = data.sample(SENTENCES, SEED)
     contender = open_session(artifact.path, variant.runtime, place)
@@ -316,19 +316,6 @@ def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, checkp
     finally:
         contender.close()
         original.close()
-
-
-def _held_out(workspace: Workspace, manifest: Manifest) -> inputs.Data:
-    """The rows held out of the training data an artifact was made with; `DataError` where other data is given now."""
-    made_with = getattr(manifest.step, "train", None) or ""
-    if made_with != workspace.train.digest:
-        raise DataError(
-            f"{manifest.variant} is validated on rows held out of {made_with.split(':')[0]}, and "
-            f"{workspace.train.digest.split(':')[0]} is given now.",
-            "Name that file with --train-data.",
-        )
-    data = workspace.train.load(manifest.labels)
-    return data.only(inputs.hold_out(data)[1])
 
 
 def _torch_ancestor(workspace: Workspace, variant: Variant) -> Path:

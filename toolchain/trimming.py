@@ -11,7 +11,7 @@ from toolchain.artifacts import Manifest
 from toolchain.backends import Place
 from toolchain.backends.ort import OrtSession
 from toolchain.errors import DataError
-from toolchain.inputs import Data, Encoder, pad
+from toolchain.inputs import Data, Encoder, TrainingSource, pad
 from toolchain.jobs import Job, Progress
 from toolchain.passes import facts as facts_of
 from toolchain.passes import read, rewrite
@@ -67,6 +67,20 @@ def trim(job: Job, tokens: Sequence[int], embedding: Sequence[str], facts: Mappi
     config = context_of(given.path)
     known = {"parameters": facts["parameters"] - (count - len(tokens)) * config.width} if "parameters" in facts else {}
     return {**known, "vocabulary": found}
+
+
+def judged_by(train: TrainingSource, manifest: Manifest) -> Data:
+    """The rows held out of the training data a trimmed artifact was made with, which know its domain; `DataError` where
+    other data is given now."""
+    made_with = getattr(manifest.step, "train", None) or ""
+    if made_with != train.digest:
+        raise DataError(
+            f"{manifest.variant} is validated on rows held out of {made_with.split(':')[0]}, and "
+            f"{train.digest.split(':')[0]} is given now.",
+            "Name that file with --train-data.",
+        )
+    data = train.load(manifest.labels)
+    return data.only(inputs.hold_out(data)[1])
 
 
 def _encoder(folder: Path, manifest: Manifest) -> Encoder:
