@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from toolchain import checkpoints, inputs, passes, runs, wordpiece
 from toolchain.backends import Backend, Place, open_session
 from toolchain.cells import Cell
-from toolchain.cli.quantize import quantize
+from toolchain.cli import cli
 from toolchain.errors import CheckpointError, DataError, GraphError, ShippingError, VerdictError
 from toolchain.inputs import Encoder, TrainingSource, pad
 from toolchain.passes import Context
@@ -427,6 +427,6 @@ def test_a_cell_knows_whether_its_tokenizer_is_its_own(built):
     ],
 )
 def test_options_that_do_not_go_together_are_a_usage_error(arguments, said, tmp_path):
-    found = CliRunner().invoke(quantize, [*arguments, "--exported", str(tmp_path)])
+    found = CliRunner().invoke(cli, ["quantize", *arguments, "--exported", str(tmp_path)])
     assert found.exit_code == 2
     assert said in found.output
