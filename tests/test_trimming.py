@@ -12,6 +12,8 @@ from conftest import make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
+from test_compare import measured
+from test_measurements import result
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from toolchain import checkpoints, inputs, passes, runs, wordpiece
@@ -22,11 +24,13 @@ from toolchain.errors import CheckpointError, DataError, GraphError, ShippingErr
 from toolchain.inputs import Encoder, TrainingSource, pad
 from toolchain.passes import Context
 from toolchain.pipeline import ensure, validate_variant
+from toolchain.report.columns import notes
 from toolchain.rows import Texts
 from toolchain.scenarios import Protocol
 from toolchain.shipping import Order, ship
 from toolchain.steps import bench as bench_module
 from toolchain.steps.bench import bench
+from toolchain.steps.compare import compare
 from toolchain.trimming import corpus_of
 from toolchain.variants import Quantize
 from toolchain.workspace import Workspace
@@ -407,6 +411,18 @@ def test_every_cell_is_asked_the_same_texts_by_its_own_tokens(fake, trimmed, mon
     for row, own in zip(rows, (reference(), encoder), strict=True):
         assert list(row.predictions) == [int(sum(ids) % 2 == 0) for ids in own.encode(data.texts)]
     assert rows[0].predictions != rows[1].predictions
+
+
+def test_a_comparison_says_which_vocabulary_is_not_whole():
+    counts = {"rows": 40, "right_before": 36, "right_after": 35, "flips": 3}
+    none = {"rows": 0, "right_before": 0, "right_after": 0, "flips": 0}
+    facts = {"kept": 5000, "of": 30522, "bytes_saved": 9_000_000, "held_out": counts, "out_of_domain": none}
+    rows = result(measured("onnx-int8", 1.0), measured("onnx-int8+small", 1.0, facts={"vocabulary": facts}))
+    lines = [line for line in notes(compare([rows])) if "tokens kept" in line]
+    assert lines == [
+        "onnx-int8+small@cpu: 5,000 of 30,522 tokens kept, 9.0 MB saved; against the fp32 parent, held-out rows: 40, "
+        "accuracy 90.00% → 87.50%, 3 answered otherwise; of these, with a token that went: none"
+    ]
 
 
 def test_a_cell_knows_whether_its_tokenizer_is_its_own(built):

@@ -110,7 +110,7 @@ def measurement(item: Running, data: Data, protocol: Protocol) -> Measurement:
         facts={
             "session": first["facts"],
             "rewrites": manifest.facts.get("rewrites"),
-            **({"pruning": manifest.facts["pruning"]} if "pruning" in manifest.facts else {}),
+            **{name: manifest.facts[name] for name in ("pruning", "vocabulary") if name in manifest.facts},
         },
         noise=item.noise.shares(),
         latency=latency,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from toolchain import trimming
 from toolchain.confidence import Ratio
 from toolchain.errors import UnknownVariantError
 from toolchain.names import unpruned
@@ -175,7 +176,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
             "Ratios of times are geometric means over interleaved rounds; no difference: the 95 % interval has 1 in it."
         )
     lines += _by_text([(row.measurement.cell, f" [noisy]: {row.noisy}.") for row in measured(rows) if row.noisy])
-    lines += _pruned(rows) + _by_length(rows)
+    lines += _pruned(rows) + _trimmed(rows) + _by_length(rows)
     lines += _by_text([(row.measurement.cell, f": {_session(row, 'fallback')}.") for row in rows if _fallback(row)])
     lines += _by_text([(row.measurement.cell, f": {note}.") for row in rows if (note := _session(row, "note"))])
     lines += _gpu_notes(rows) + _reported(rows)
@@ -230,6 +231,12 @@ def _pruned(rows: Sequence[Row]) -> list[str]:
         cells = ", ".join(row.measurement.cell for row in pruned)
         lines.append(f"{cells}: {text}" + (f", measured at batch 1: {', '.join(told)}" if told else ""))
     return lines
+
+
+def _trimmed(rows: Sequence[Row]) -> list[str]:
+    """Which vocabularies are not whole, and what texts of other words cost."""
+    found = [row.measurement for row in measured(rows) if "vocabulary" in row.measurement.facts]
+    return [f"{each.cell}: {trimming.sentence(each.facts['vocabulary'])}" for each in found]
 
 
 def _by_length(rows: Sequence[Row]) -> list[str]:
