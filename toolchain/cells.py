@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from toolchain import errors
-from toolchain.artifacts import Artifact
+from toolchain.artifacts import Artifact, Manifest
 from toolchain.errors import BenchError, ProviderError, ToolchainError
 from toolchain.inputs import Data, Encoder
 from toolchain.measurements import Accuracy, Measurement, Samples
@@ -35,6 +35,13 @@ class Cell:
     def name(self) -> str:
         """``variant@provider``."""
         return f"{self.variant}@{self.provider}"
+
+    def reading_as(self, root: Manifest) -> Cell:
+        """The cell with an encoder of its own, where its tokenizer is not that of the imported checkpoint `root`."""
+        if self.artifact is None or self.artifact.manifest.tokenizer == root.tokenizer:
+            return self
+        names = [spec.name for spec in root.inputs]
+        return replace(self, encoder=Encoder.open(self.artifact.path, names, root.max_length))
 
 
 @dataclass

@@ -89,7 +89,7 @@ def measure(workspace: Workspace, request: Request, say: Say, progress: Progress
     names = [spec.name for spec in root.inputs]
     encoder = inputs.Encoder.open(workspace.path(checkpoints.ROOT_VARIANT), names, root.max_length)
     built = [_cell(workspace, name, provider, request, say) for name, provider in pairs]
-    cells = [_with_encoder(cell, root) for cell in built]
+    cells = [cell.reading_as(root) for cell in built]
     kept = _journal(workspace, request, cells, data)
     # Before anything is timed.
     sizes = _gzip_sizes(workspace, cells, progress)
@@ -118,14 +118,6 @@ def asked(workspace: Workspace, request: Request, say: Say) -> tuple[Manifest, D
     """The imported checkpoint's manifest and the sentences to evaluate on; raises `DataError` where they do not fit."""
     root = ensure(workspace, [checkpoints.ROOT_VARIANT], {}, say)[checkpoints.ROOT_VARIANT].manifest
     return root, inputs.load(request.data, root.labels, request.text_column, request.label_column)
-
-
-def _with_encoder(cell: Cell, root: Manifest) -> Cell:
-    """The cell with an encoder of its own, where its tokenizer is not the root's."""
-    if cell.artifact is None or cell.artifact.manifest.tokenizer == root.tokenizer:
-        return cell
-    names = [spec.name for spec in root.inputs]
-    return replace(cell, encoder=inputs.Encoder.open(cell.artifact.path, names, root.max_length))
 
 
 def _lengths(encoder: inputs.Encoder | None, data: Data) -> list[int]:

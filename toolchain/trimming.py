@@ -47,9 +47,9 @@ def kept(job: Job, step: Quantize) -> list[int]:
 def trim(job: Job, tokens: Sequence[int], embedding: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
     """Trims the tokenizer beside the graph in the job's folder, which is trimmed already, to `tokens`; the facts.
 
-    `embedding` are the passes that quantised the tables, `facts` what is known of the graph. ``vocabulary`` says how many
-    tokens were kept of how many, how many bytes that saves, and what rows held out of the training data are answered by
-    the fp32 parent with all its tokens and by what was built: all rows, and those with a token that went.
+    `embedding` are the passes that quantised the tables, `facts` what is known of the graph. ``vocabulary`` says how
+    many tokens were kept of how many, how many bytes that saves, and what rows held out of the training data are
+    answered by the fp32 parent with all its tokens and by what was built: all rows, and those with a token that went.
     """
     given = job.given
     before = _bytes(job.folder)

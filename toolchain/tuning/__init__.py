@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from toolchain import checkpoints, confidence, hardware, inputs
-from toolchain.artifacts import Artifact
+from toolchain.artifacts import Artifact, Manifest
 from toolchain.cells import Cell
-from toolchain.errors import BenchError, PruningError, VerdictError
+from toolchain.errors import BenchError, CheckpointError, PruningError, VerdictError
 from toolchain.inputs import Data, Encoder
 from toolchain.measurements import Measurement, Samples
 from toolchain.names import parse_name
@@ -51,7 +51,7 @@ def tune(workspace: Workspace, request: Request, say: Say, bar: Bar) -> tuple[Ou
     """
     digest = workspace.train.digest  # a file that is not there is told before anything is built
     judge = _Judge.of(workspace, say, bar)
-    about = (judge.root_id, digest)
+    about = (judge.root.id, digest)
     path = workspace.cache / "tune" / f"{workspace.model}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     waiting = "another run is tuning this model, waiting"
@@ -91,7 +91,7 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
         say(f"trial {trial.number}: {candidate}")
         try:
             done = _tried(study, measure, trial, candidate, deadline, say)
-        except PruningError as error:
+        except (CheckpointError, PruningError, VerdictError) as error:  # it cannot be made of this model, or is no good
             say(f"given up: {error.cause}")
             study.give_up(trial, candidate)
             continue
@@ -146,6 +146,7 @@ class _Judge:
     """Builds candidates and measures each beside the baseline, on held-out rows."""
 
     workspace: Workspace
+    root: Manifest
     held: Data
     encoder: Encoder
     baseline: Artifact
@@ -160,18 +161,11 @@ class _Judge:
         manifest = built[checkpoints.ROOT_VARIANT].manifest
         data = workspace.train.load(manifest.labels)
         _, rows = inputs.hold_out(data)
-        held = Data(data.name, tuple(data.texts[row] for row in rows), tuple(data.labels[row] for row in rows))
+        held = data.only(rows)
         names = [spec.name for spec in manifest.inputs]
         encoder = Encoder.open(workspace.path(checkpoints.ROOT_VARIANT), names, manifest.max_length)
-        judge = cls(workspace, held, encoder, built[BASELINE], 0.0, say, bar)
+        judge = cls(workspace, manifest, held, encoder, built[BASELINE], 0.0, say, bar)
         return replace(judge, exact=_accuracy(judge._measured([built[EXACT]])[0]))
-
-    @property
-    def root_id(self) -> str:
-        """Of the imported checkpoint."""
-        root = self.workspace.load(checkpoints.ROOT_VARIANT)
-        assert root is not None  # built by `of`
-        return root.manifest.id
 
     def outcome(self, candidate: Candidate) -> Outcome:
         """Builds what is missing of the candidate and measures it."""
@@ -190,7 +184,7 @@ class _Judge:
 
     def _measured(self, artifacts: list[Artifact]) -> list[Measurement]:
         cells = [
-            Cell(self.workspace.model, variant, parse_name(variant).runtime, "cpu", artifact)
+            Cell(self.workspace.model, variant, parse_name(variant).runtime, "cpu", artifact).reading_as(self.root)
             for variant, artifact in ((artifact.manifest.variant, artifact) for artifact in artifacts)
         ]
         protocol = replace(PROTOCOL, threads=hardware.cores())

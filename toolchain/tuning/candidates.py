@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from toolchain.trimming import TRAIN
 from toolchain.variants import Export, Optimize, Prune, Quantize, Recover, Step, child
 
 LABEL = "tune"
@@ -18,7 +19,7 @@ KEPT = (0, 1, 2, 4)
 @dataclass(frozen=True)
 class Candidate:
     """`ratio` per cent of the encoder pruned at a `cost`, `epochs` of recovery, then int8 or int4 by `scheme`, tables
-    by `embeddings`, `keep_fp32` layers left out."""
+    by `embeddings`, `keep_fp32` layers left out, the vocabulary `trimmed` to that of the training data."""
 
     ratio: int = 0
     cost: str = "parameters"
@@ -26,16 +27,18 @@ class Candidate:
     scheme: str = "dynamic"
     embeddings: str = "int8"
     keep_fp32: int = 0
+    trimmed: bool = False
 
     def __str__(self) -> str:
         pruned = f"{self.ratio} % pruned by {self.cost}, {self.epochs} epochs" if self.ratio else "not pruned"
         kept = f", {self.keep_fp32} layers in fp32" if self.keep_fp32 else ""
-        return f"{pruned}, {self.scheme}, tables {self.embeddings}{kept}"
+        trimmed = ", vocabulary trimmed" if self.trimmed else ""
+        return f"{pruned}, {self.scheme}, tables {self.embeddings}{kept}{trimmed}"
 
     @property
-    def kind(self) -> tuple[str, ...]:
+    def kind(self) -> tuple[str | bool, ...]:
         """What must be the same for one candidate to say something of another."""
-        return (self.cost, self.scheme, self.embeddings)
+        return (self.cost, self.scheme, self.embeddings, self.trimmed)
 
     @property
     def untrained(self) -> Candidate:
@@ -49,7 +52,12 @@ class Candidate:
             found.append(Recover(self.epochs))
         own = "int4" if self.scheme == "int4" else "int8"
         tables = self.embeddings if self.embeddings != own else None
-        last = Quantize(scheme=self.scheme, embeddings=tables, keep_fp32=self.keep_fp32 or None)
+        last = Quantize(
+            scheme=self.scheme,
+            embeddings=tables,
+            keep_fp32=self.keep_fp32 or None,
+            trim_vocab=TRAIN if self.trimmed else None,
+        )
         return [*found, Export(), Optimize.for_provider("cpu"), last]
 
     def chain(self) -> dict[str, Step]:
@@ -61,6 +69,7 @@ class Candidate:
                 structure if self.ratio else LABEL,
                 *([f"{self.embeddings}tables"] if self.steps()[-1].embeddings else []),  # type: ignore[union-attr]
                 *([f"keep{self.keep_fp32}"] if self.keep_fp32 else []),
+                *(["trimmed"] if self.trimmed else []),
             ]
         )
         found: dict[str, Step] = {}
@@ -74,19 +83,21 @@ class Candidate:
 
 
 # What each objective lets tuning vary; the rest stays as the first value.
-_FAST: dict[str, Sequence[str | int]] = {
+_FAST: dict[str, Sequence[str | int | bool]] = {
     "ratio": RATIOS,
     "cost": ("latency", "parameters"),
     "epochs": EPOCHS,
     "scheme": ("dynamic",),
     "embeddings": ("int8",),
     "keep_fp32": KEPT,
+    "trimmed": (False,),
 }
-_SMALL: dict[str, Sequence[str | int]] = {
+_SMALL: dict[str, Sequence[str | int | bool]] = {
     **_FAST,
     "cost": ("parameters",),
     "scheme": ("int4", "dynamic"),
     "embeddings": ("int4", "int8"),
+    "trimmed": (True, False),
 }
 SPACE = {"latency": _FAST, "throughput": _FAST, "size": _SMALL}
 
