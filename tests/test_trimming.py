@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -31,7 +32,7 @@ from toolchain.shipping import Order, ship
 from toolchain.steps import bench as bench_module
 from toolchain.steps.bench import bench
 from toolchain.steps.compare import compare
-from toolchain.trimming import corpus_of
+from toolchain.trimming import corpus_of, judged_by
 from toolchain.variants import Quantize
 from toolchain.workspace import Workspace
 
@@ -355,6 +356,10 @@ def test_the_same_corpus_is_fresh_and_gives_the_same_bytes(built, tmp_path):
 def test_validate_asks_each_by_its_own_tokens_and_knows_its_rows(built):
     workspace, _ = built
     assert validate_variant(workspace, "onnx-int8+trim", quiet)["passed"]
+    manifest = workspace.load("onnx-int8+trim").manifest
+    assert len(judged_by(workspace.train, manifest).texts) == ROWS // 10
+    unseen = replace(manifest, step=replace(manifest.step, train=TrainingSource().digest))
+    assert judged_by(workspace.train, unseen) == inputs.embedded()
     other = Workspace(workspace.exported, workspace.model, workspace.source)
     with pytest.raises(DataError, match=r"validated on rows held out of train\.tsv, and sst2 is given now"):
         validate_variant(other, "onnx-int8+trim", quiet)

@@ -70,9 +70,12 @@ def trim(job: Job, tokens: Sequence[int], embedding: Sequence[str], facts: Mappi
 
 
 def judged_by(train: TrainingSource, manifest: Manifest) -> Data:
-    """The rows held out of the training data a trimmed artifact was made with, which know its domain; `DataError` where
-    other data is given now."""
+    """Sentences of a trimmed artifact's domain: the rows held out of the training data it was made with, and for the
+    embedded data its validation set, no phrase of which it was trimmed to. `DataError` where other data is given now.
+    """
     made_with = getattr(manifest.step, "train", None) or ""
+    if made_with == TrainingSource().digest:
+        return inputs.embedded()
     if made_with != train.digest:
         raise DataError(
             f"{manifest.variant} is validated on rows held out of {made_with.split(':')[0]}, and "

@@ -30,7 +30,7 @@ def validate(
 ) -> None:
     """Compare VARIANT's answers with PyTorch's over lengths, batches, paddings and odd texts; exit 3 if it fails.
 
-    What is missing or stale is built first. A trimmed vocabulary is asked rows held out of its training data.
+    What is missing or stale is built first. A trimmed vocabulary is asked sentences of its training data's domain.
 
     \b
     Example:
