@@ -87,7 +87,7 @@ _FAST: dict[str, Sequence[str | int | bool]] = {
     "ratio": RATIOS,
     "cost": ("latency", "parameters"),
     "epochs": EPOCHS,
-    "scheme": ("dynamic",),
+    "scheme": ("dynamic", "static"),
     "embeddings": ("int8",),
     "keep_fp32": KEPT,
     "trimmed": (False,),
@@ -95,7 +95,7 @@ _FAST: dict[str, Sequence[str | int | bool]] = {
 _SMALL: dict[str, Sequence[str | int | bool]] = {
     **_FAST,
     "cost": ("parameters",),
-    "scheme": ("int4", "dynamic"),
+    "scheme": ("int4", "dynamic", "static"),
     "embeddings": ("int4", "int8"),
     "trimmed": (True, False),
 }
