@@ -1,12 +1,14 @@
 """`onnx-int8` against what others make of the same checkpoint, interleaved in one run.
 
-    python benchmarks/peers.py [--shape reference|base] [--exported exported] [--full] [--save-as NAME]
+    python benchmarks/peers.py [--shape reference|base] [--exported exported] [--variant NAME ...] [--full]
+                               [--save-as NAME]
 
 Peers are built in scratch folders: optimum-cli's int8 (`--avx512_vnni`, per tensor and per channel), Neural
 Compressor's int8 of the graph that optimum-cli exports (dynamic and static, run by the same ONNX Runtime), OpenVINO's
 own runtime in fp32 and in int8 by NNCF. All are measured between this toolchain's variants under the same clock; how
-many times faster `onnx-int8` is than each is printed with its 95 % bootstrap interval over rounds. `base` is the shape
-of DistilBERT-base with random weights, for speed alone. The result file goes to benchmarks/studies/.
+many times faster `onnx-int8`, `onnx-int8-static` and what `--variant` names are than each is printed with its 95 %
+bootstrap interval over rounds. `base` is the shape of DistilBERT-base with random weights, for speed alone. The result
+file goes to benchmarks/studies/.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ from toolchain.steps.bench import Progress, bench
 from toolchain.steps.compare import compare
 from toolchain.workspace import Workspace
 
-OURS = ("torch-fp32", "torch-bf16", "torch-int8", "onnx-fp32", "onnx-int8")
+OURS = ("torch-fp32", "torch-bf16", "torch-int8", "onnx-fp32", "onnx-int8", "onnx-int8-static")
+COMPARED = OURS[-2:]
 PEER = "optimum-cli-int8"
 RUNTIMES = {"torch": "torch", "openvino": "openvino"}  # by how a row's name begins; ONNX Runtime for the others
 STUDIES = Path(__file__).parent / "studies"
@@ -162,11 +165,11 @@ def measured(row: Measurement) -> tuple[Samples, Samples]:
     return row.latency, row.batches
 
 
-def summary(result: ResultFile) -> list[str]:
-    """A line for each other cell: how many times as fast `onnx-int8` is, both accuracies, whether these differ."""
-    ours = next(row for row in result.rows if row.variant == OURS[-1])
+def summary(result: ResultFile, name: str) -> list[str]:
+    """A line for each other cell: how many times as fast the variant `name` is; accuracies, and whether these differ."""
+    ours = next(row for row in result.rows if row.variant == name)
     size, labels = result.run["batch_size"], result.data.get("labels")
-    lines = []
+    lines = [name]
     for row in result.rows:
         if row is ours or not (row.accuracy and ours.accuracy):
             continue
@@ -177,21 +180,23 @@ def summary(result: ResultFile) -> list[str]:
             lost = sum(mine != label == theirs for mine, theirs, label in answers)
             won = sum(mine == label != theirs for mine, theirs, label in answers)
             accuracy += f" (p = {confidence.mcnemar(lost, won):.2f})"
-        lines.append(f"over {row.variant:28} batch 1: {single}   batches of {size}: {batched}   {accuracy}")
+        lines.append(f"  over {row.variant:28} batch 1: {single}   batches of {size}: {batched}   {accuracy}")
     return lines
 
 
 @click.command()
 @click.option("--shape", type=click.Choice(["reference", "base"]), default="reference", show_default=True)
 @click.option("--exported", type=click.Path(path_type=Path), default=Path("exported"), show_default=True)
+@click.option("--variant", "more", multiple=True, help="Also this one of the toolchain's; may repeat.")
 @click.option("--full", is_flag=True, help="About 60 s a cell instead of 20.")
 @click.option("--save-as", help="[default: peers-SHAPE]")
-def main(shape: str, exported: Path, full: bool, save_as: str | None) -> None:
+def main(shape: str, exported: Path, more: tuple[str, ...], full: bool, save_as: str | None) -> None:
     """Builds, measures, prints, saves."""
     with tempfile.TemporaryDirectory() as folder, bar("peers") as progress:
         scratch = Path(folder)
         workspace = open_shape(shape, exported, scratch)
-        built = ensure(workspace, OURS, {}, say)
+        names = (*OURS, *more)
+        built = ensure(workspace, names, {}, say)
         root, std = built["torch-fp32"], built["onnx-std"]
         train = inputs.embedded("train")
         chosen = inputs.sentence_rows(train, inputs.hold_out(train)[0], CALIBRATION)
@@ -202,15 +207,16 @@ def main(shape: str, exported: Path, full: bool, save_as: str | None) -> None:
         )
         cells = [
             Cell(workspace.model, name, RUNTIMES.get(name.split("-")[0], "onnx"), "cpu", artifact)
-            for name, artifact in {**{name: built[name] for name in OURS}, **peers}.items()
+            for name, artifact in {**{name: built[name] for name in names}, **peers}.items()
         ]
+        cells = [cell.reading_as(root.manifest) if cell.variant in more else cell for cell in cells]
         backends = {**BACKENDS, "openvino": Backend("openvino_peer:OpenVinoSession", ())}
         os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where a measuring process finds that session
         result = measure_all(cells, root, full, progress, backends=backends)
     result.write(STUDIES / f"{save_as or f'peers-{shape}'}.json")
     print_table(compare([result], f"{PEER}@cpu"))
-    for line in summary(result):
-        click.echo(line)
+    for name in (*COMPARED, *more):
+        click.echo("\n".join(summary(result, name)))
 
 
 if __name__ == "__main__":
