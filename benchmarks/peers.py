@@ -166,7 +166,7 @@ def measured(row: Measurement) -> tuple[Samples, Samples]:
 
 
 def summary(result: ResultFile, name: str) -> list[str]:
-    """A line for each other cell: how many times as fast the variant `name` is; accuracies, and whether these differ."""
+    """A line for each other cell: how many times as fast the variant `name` is; accuracies, whether they differ."""
     ours = next(row for row in result.rows if row.variant == name)
     size, labels = result.run["batch_size"], result.data.get("labels")
     lines = [name]
