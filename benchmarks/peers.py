@@ -33,6 +33,7 @@ from toolchain.artifacts import Artifact
 from toolchain.backends import BACKENDS, Backend
 from toolchain.cells import Cell
 from toolchain.measurements import Measurement, ResultFile, Samples
+from toolchain.names import parse_name
 from toolchain.pipeline import ensure
 from toolchain.report.progress import bar, say
 from toolchain.report.table import print_table
@@ -40,10 +41,10 @@ from toolchain.runs import result_of
 from toolchain.scenarios import FULL, QUICK
 from toolchain.steps.bench import Progress, bench
 from toolchain.steps.compare import compare
+from toolchain.variants import is_variant
 from toolchain.workspace import Workspace
 
 OURS = ("torch-fp32", "torch-bf16", "torch-int8", "onnx-fp32", "onnx-int8", "onnx-int8-static")
-COMPARED = OURS[-2:]
 PEER = "optimum-cli-int8"
 RUNTIMES = {"torch": "torch", "openvino": "openvino"}  # by how a row's name begins; ONNX Runtime for the others
 STUDIES = Path(__file__).parent / "studies"
@@ -165,7 +166,14 @@ def measured(row: Measurement) -> tuple[Samples, Samples]:
     return row.latency, row.batches
 
 
-def summary(result: ResultFile, name: str) -> list[str]:
+def summary(result: ResultFile) -> list[str]:
+    """Lines for each quantised ONNX file of the toolchain's: how it stands to every other cell."""
+    names = [row.variant for row in result.rows if is_variant(row.variant)]
+    ours = [name for name in names if (parsed := parse_name(name)).runtime == "onnx" and parsed.scheme != "fp32"]
+    return [line for name in ours for line in against_others(result, name)]
+
+
+def against_others(result: ResultFile, name: str) -> list[str]:
     """A line for each other cell: how many times as fast the variant `name` is; accuracies, whether they differ."""
     ours = next(row for row in result.rows if row.variant == name)
     size, labels = result.run["batch_size"], result.data.get("labels")
@@ -215,8 +223,8 @@ def main(shape: str, exported: Path, more: tuple[str, ...], full: bool, save_as:
         result = measure_all(cells, root, full, progress, backends=backends)
     result.write(STUDIES / f"{save_as or f'peers-{shape}'}.json")
     print_table(compare([result], f"{PEER}@cpu"))
-    for name in (*COMPARED, *more):
-        click.echo("\n".join(summary(result, name)))
+    for line in summary(result):
+        click.echo(line)
 
 
 if __name__ == "__main__":

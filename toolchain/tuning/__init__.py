@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 EXACT, BASELINE = "onnx-fp32", "onnx-int8"
-PROTOCOL = Protocol(passes=1, min_s=3.0, pass_s=20.0, starts=1, threads=1)
+PROTOCOL = Protocol(passes=1, min_s=3.0, pass_s=20.0, starts=4, threads=1)  # one process may be a lucky one
 PROPOSALS = 4  # of the sampler in a row that are not worth a try, until one that is comes from here
 
 
