@@ -352,6 +352,11 @@ def test_rewrites_and_tables_are_chosen_and_what_they_do_not_go_with_is_told(tin
         "onnx-int8+fp32-tables: skip (fresh)"
         in run_toolchain("quantize", *bare, "--dry-run", *where, cwd=tmp_path).stdout
     )
+    plan = run_toolchain("quantize", "--scheme", "fp16", "--dry-run", *where, cwd=tmp_path)
+    assert "onnx-fp16: build (missing); provider=cuda, passes=['fuse-cuda', 'half']" in plan.stdout
+    refused = run_toolchain("quantize", "--scheme", "fp16", "--keep-fp32", "1", *where, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "takes no other option" in refused.stderr
     plan = run_toolchain("quantize", "--isa", "portable", "--dry-run", *where, cwd=tmp_path)
     assert "onnx-int8-portable: build (missing); backend=ort, scheme=dynamic, reduce_range=True" in plan.stdout
     plan = run_toolchain("quantize", "--scheme", "static", "--dry-run", *where, cwd=tmp_path)

@@ -16,9 +16,10 @@ from toolchain.errors import ArtifactError, UnknownVariantError
 from toolchain.names import VariantName, parse_name, shorter
 
 PROVIDERS = ("cpu", "cuda")
-# Backend → the schemes it quantises to, the first by default, each with the tag of the variant's name.
+# Backend → the schemes it quantises to, the first by default, each with the tag of the variant's name. ONNX Runtime's
+# fp16 is a graph for other kernels, by `Optimize`.
 QUANTIZED = {
-    "ort": {"dynamic": "int8", "static": "int8", "int4": "int4"},
+    "ort": {"dynamic": "int8", "static": "int8", "int4": "int4", "fp16": "fp16"},
     "torch": {"int8": "int8", "bf16": "bf16", "fp16": "fp16"},
     "bnb": {"int8": "int8", "nf4": "nf4", "fp4": "fp4"},
 }

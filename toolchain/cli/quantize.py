@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 @click.option(
     "--scheme",
     type=click.Choice(list(dict.fromkeys(scheme for schemes in QUANTIZED.values() for scheme in schemes))),
-    help="ort: dynamic, static, int4. torch: int8, bf16, fp16. bnb: int8, nf4, fp4.  [default: the backend's first]",
+    help="ort: dynamic, static, int4, fp16 (onnx-fp16, for CUDA). torch: int8, bf16, fp16. bnb: int8, nf4, fp4.  "
+    "[default: the backend's first]",
 )
 @click.option(
     "--isa",
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     "parents",
     multiple=True,
     metavar="VARIANT",
-    help="What is quantised; may repeat.  [default: onnx-fp32 for ort, else torch-fp32]",
+    help="What is quantised; may repeat.  [default: onnx-fp32 for ort (onnx-std for fp16), else torch-fp32]",
 )
 @click.option(
     "--keep-fp32",
@@ -116,6 +117,7 @@ def quantize(
       toolchain quantize --isa portable
       toolchain quantize --scheme static
       toolchain quantize --scheme int4
+      toolchain quantize --scheme fp16
       toolchain quantize --embeddings int4 --name small
       toolchain quantize --no-pass quantize-embedding --name fp32-tables
       toolchain quantize --scheme int4 --trim-vocab train --name tiny
@@ -129,7 +131,7 @@ def quantize(
     from toolchain.report.progress import bar, say
     from toolchain.search import fewest_kept
     from toolchain.trimming import corpus_of
-    from toolchain.variants import Quantize, child
+    from toolchain.variants import Optimize, Quantize, child
 
     if isa != "vnni" and (backend, scheme or "dynamic") != ("ort", "dynamic"):
         raise click.BadParameter("Only --backend ort --scheme dynamic has weights of 7 bits.", param_hint="--isa")
@@ -155,6 +157,13 @@ def quantize(
     schemes = list(QUANTIZED[backend])
     if scheme is not None and scheme not in schemes:
         raise click.BadParameter(f"--backend {backend} has {', '.join(schemes)}.", param_hint="--scheme")
+    if (backend, scheme) == ("ort", "fp16"):
+        if any([embeddings, left_out, trim_vocab, *layers]):
+            raise click.UsageError("--scheme fp16 is half precision throughout: it takes no other option of ort's.")
+        half = Optimize.for_provider("cuda")
+        workspace = open_workspace(model, exported, slug)
+        build(workspace, {child(parent, half, label).name: half for parent in parents or ("onnx-std",)}, dry_run)
+        return
     seven_bits = True if isa == "portable" else None
     passes = tuple(kept) if left_out else None
     corpus = corpus_of(trim_vocab, text_column)
