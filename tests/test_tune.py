@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from toolchain import tuning
 from toolchain.cli.tune import Duration
-from toolchain.errors import PruningError
+from toolchain.errors import PruningError, VerdictError
 from toolchain.scenarios import Protocol
 from toolchain.tuning import search
 from toolchain.tuning.candidates import KEPT, RATIOS, Candidate, first, hopeless, next_start
@@ -93,7 +93,7 @@ candidates = st.builds(
 def test_only_what_cannot_win_is_hopeless(candidate, others):
     world = World()
     known = {other: world.outcome(other).drop <= 1.0 for other in others}
-    if candidate in known or not hopeless(candidate, known):
+    if candidate in known or not hopeless("latency", candidate, known):
         return  # measured, or to be tried
     outcome = world.outcome(candidate)
     best = max((world.outcome(other).latency for other, kept in known.items() if kept), default=0)
@@ -195,6 +195,21 @@ def test_a_ratio_the_model_does_not_have_is_given_up(tmp_path):
     best, _, outcomes = run(tmp_path / "study", Narrow(slope=0.001))
     assert max(candidate.ratio for candidate in outcomes) == 60
     assert best.latency == 1 + 60 / 30
+
+
+def test_what_fails_validation_may_pass_it_when_trained(tmp_path):
+    class Uncertain(World):
+        def __call__(self, candidate):
+            if candidate.ratio >= 80 and not candidate.epochs:
+                self.asked.append(candidate)
+                raise VerdictError("It failed validation.", "Nothing was published.")
+            return super().__call__(candidate)
+
+    world = Uncertain(gain=0.9)
+    best, _, outcomes = run(tmp_path / "study", world)
+    assert best.latency == run(tmp_path / "other", World(gain=0.9))[0].latency
+    assert any(candidate.ratio >= 80 for candidate in outcomes)
+    assert len(world.asked) == len(set(world.asked))
 
 
 def test_durations():

@@ -103,16 +103,20 @@ def _tried(study: Study, measure: Measure, trial: Trial, candidate: Candidate, d
     """Measures the candidate without training first, and trained where it could win; False where there is no time left
     for that."""
     plain = candidate.untrained
-    if plain not in study.outcomes:
+    if plain not in study.outcomes and plain not in study.given_up:
         first = trial if plain == candidate else study.begin(plain)
-        _measured(study, measure, first, plain, say)
-    outcome = study.outcomes[plain]
+        try:
+            _measured(study, measure, first, plain, say)
+        except VerdictError as error:
+            say(f"given up: {error.cause}")
+            study.give_up(first, plain)  # too uncertain to be quantised, which training may mend
     if plain == candidate:
         return True
-    if study.keeps(outcome):
+    outcome = study.outcomes.get(plain)
+    if outcome and study.keeps(outcome):
         study.give_up(trial, candidate)  # it needs no training
         return True
-    if study.best and outcome.cost(study.objective) >= study.best.cost(study.objective):
+    if outcome and study.best and outcome.cost(study.objective) >= study.best.cost(study.objective):
         say(f"not trained: no training makes it better than {study.best.variant}")
         study.give_up(trial, candidate)
         return True

@@ -14,6 +14,7 @@ OBJECTIVES = ("latency", "throughput", "size")
 RATIOS = (0, 30, 40, 50, 60, 65, 70, 75, 80, 85, 90)
 EPOCHS = (0, 1, 2)
 KEPT = (0, 1, 2, 4)
+OUTWEIGHS = 10  # points of ratio
 
 
 @dataclass(frozen=True)
@@ -127,22 +128,21 @@ def next_start(objective: str, known: Mapping[Candidate, bool], given_up: Contai
     return None
 
 
-def hopeless(candidate: Candidate, known: Mapping[Candidate, bool]) -> bool:
+def hopeless(objective: str, candidate: Candidate, known: Mapping[Candidate, bool]) -> bool:
     """Whether what is known of others says that the candidate need not be built.
 
     More pruning is faster and smaller and loses more; more training loses less; more in fp32 is slower, larger and
-    loses less.
+    loses less. By `OUTWEIGHS` more pruning is faster than any other way to weigh, quantise and exclude.
     """
-
     if candidate in known:
         return True
     for other, kept in known.items():
-        if other.kind != candidate.kind:
-            continue
-        if kept and other.ratio >= candidate.ratio and other.keep_fp32 <= candidate.keep_fp32:
+        alike = other.kind == candidate.kind
+        further = other.ratio >= candidate.ratio + OUTWEIGHS and objective != "size"
+        if kept and (further or (alike and other.ratio >= candidate.ratio and other.keep_fp32 <= candidate.keep_fp32)):
             return True
         loses = other.ratio <= candidate.ratio and other.epochs >= candidate.epochs
-        if not kept and loses and other.keep_fp32 >= candidate.keep_fp32:
+        if alike and not kept and loses and other.keep_fp32 >= candidate.keep_fp32:
             return True
     return False
 
@@ -151,4 +151,4 @@ def worthwhile(objective: str, known: Mapping[Candidate, bool], given_up: Contai
     """All that may still be better than what is known."""
     names, choices = zip(*SPACE[objective].items(), strict=True)
     every = (Candidate(**dict(zip(names, values, strict=True))) for values in itertools.product(*choices))
-    return [each for each in every if each not in given_up and not hopeless(each, known)]
+    return [each for each in every if each not in given_up and not hopeless(objective, each, known)]
