@@ -3,8 +3,8 @@
     python neural_compressor_peer.py MODEL.onnx TOKENS.json OUT.onnx dynamic|static
 
 makes the int8 model, in an environment that has `PACKAGES`: post-training quantisation by its own defaults, which take
-the model for a transformer and fuse it first. Static is calibrated on the given sentences, each at its own length, and
-leaves the products' results in fp32, as its DistilBERT example does. Its SmoothQuant is left out, see `RECIPES`.
+the model for a transformer and fuse it first. Static is calibrated on the given sentences, with SmoothQuant, and leaves
+the products' results in fp32, as its DistilBERT example does: by its bare defaults accuracy drops by several points.
 """
 
 from __future__ import annotations
@@ -26,11 +26,16 @@ PACKAGES = (
     "six==1.17.0",
     "setuptools==80.9.0",
 )
-RECIPES = {"optypes_to_exclude_output_quant": ["MatMul", "Gemm", "Attention", "FusedGemm"]}
+RECIPES = {
+    "optypes_to_exclude_output_quant": ["MatMul", "Gemm", "Attention", "FusedGemm"],
+    "smooth_quant": True,
+    "smooth_quant_args": {"alpha": 0.5},  # its default, without which nothing is smoothed
+}
 
 
 class Sentences:
-    """Calibration data as it reads them: one sentence at a time with a label, which is not asked for."""
+    """Calibration data as it reads them: one sentence at a time with a label, which is not asked for. All are padded
+    to one length, since its SmoothQuant takes no others."""
 
     batch_size = 1
 
@@ -40,8 +45,12 @@ class Sentences:
     def __iter__(self) -> Iterator[tuple[dict[str, Any], int]]:
         import numpy as np
 
+        longest = max(map(len, self._rows))
         for ids in self._rows:
-            yield {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, len(ids)), np.int64)}, 0
+            padded = np.zeros((2, 1, longest), np.int64)
+            padded[0, 0, : len(ids)] = ids
+            padded[1, 0, : len(ids)] = 1
+            yield {"input_ids": padded[0], "attention_mask": padded[1]}, 0
 
 
 def main(model: str, tokens: str, out: str, approach: str) -> None:
