@@ -31,6 +31,7 @@ def parts() -> dict[str, str]:
         "make export": _text(EXPORT_LOG.read_text()),
         "make bench": _bench(),
         "peers": _peers(),
+        "passes": _passes(),
         "pruning": _pruning(),
         "clients": _clients(),
         "saturation": _saturation(),
@@ -63,6 +64,10 @@ def script(name: str) -> ModuleType:
 
 def _peers() -> str:
     return _text("\n".join(script("peers").summary(ResultFile.read(STUDIES / "peers-reference.json"))))
+
+
+def _passes() -> str:
+    return _text("\n".join(script("passes").summary(ResultFile.read(STUDIES / "passes-reference.json"))))
 
 
 def _pruning() -> str:
