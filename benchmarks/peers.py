@@ -169,8 +169,13 @@ def measured(row: Measurement) -> tuple[Samples, Samples]:
 def summary(result: ResultFile) -> list[str]:
     """Lines for each quantised ONNX file of the toolchain's: how it stands to every other cell."""
     names = [row.variant for row in result.rows if is_variant(row.variant)]
-    ours = [name for name in names if (parsed := parse_name(name)).runtime == "onnx" and parsed.scheme != "fp32"]
+    ours = [name for name in names if _is_quantised(name)]
     return [line for name in ours for line in against_others(result, name)]
+
+
+def _is_quantised(name: str) -> bool:
+    parsed = parse_name(name)
+    return parsed.runtime == "onnx" and parsed.scheme != "fp32"
 
 
 def against_others(result: ResultFile, name: str) -> list[str]:
@@ -179,7 +184,8 @@ def against_others(result: ResultFile, name: str) -> list[str]:
     size, labels = result.run["batch_size"], result.data.get("labels")
     lines = [name]
     for row in result.rows:
-        if row is ours or not (row.accuracy and ours.accuracy):
+        tuned = is_variant(row.variant) and _is_quantised(row.variant) and row.variant not in OURS
+        if row is ours or tuned or not (row.accuracy and ours.accuracy):
             continue
         single, batched = (ratio(mine, theirs) for mine, theirs in zip(measured(ours), measured(row), strict=True))
         accuracy = f"accuracy {ours.accuracy.value:.2%} against {row.accuracy.value:.2%}"
