@@ -17,7 +17,7 @@ from test_compare import measured
 from test_measurements import result
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from toolchain import checkpoints, inputs, passes, runs, wordpiece
+from toolchain import checkpoints, inputs, passes, wordpiece
 from toolchain.backends import Backend, Place, open_session
 from toolchain.cells import Cell
 from toolchain.cli import cli
@@ -434,7 +434,7 @@ def test_a_cell_knows_whether_its_tokenizer_is_its_own(built):
     workspace, _ = built
     root = workspace.load("torch-fp32").manifest
     for name, own in (("onnx-int8", False), ("onnx-int8+trim", True)):
-        cell = runs._with_encoder(Cell("m", name, "onnx", "cpu", workspace.load(name)), root)
+        cell = Cell("m", name, "onnx", "cpu", workspace.load(name)).reading_as(root)
         assert (cell.encoder is not None) == own
     assert cell.encoder.folder == workspace.path("onnx-int8+trim")
     assert cell.encoder.names == NAMES
@@ -443,7 +443,10 @@ def test_a_cell_knows_whether_its_tokenizer_is_its_own(built):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--backend", "torch", "--trim-vocab", "train"], "--trim-vocab are for --backend ort"),
+        (
+            ["--backend", "torch", "--trim-vocab", "train"],
+            "--sensitivity are for --backend ort",
+        ),
         (["--sensitivity", "--trim-vocab", "train"], "--trim-vocab changes none"),
     ],
 )
