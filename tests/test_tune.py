@@ -14,7 +14,7 @@ from toolchain.cli.tune import Duration
 from toolchain.errors import PruningError, VerdictError
 from toolchain.scenarios import Protocol
 from toolchain.tuning import search
-from toolchain.tuning.candidates import KEPT, RATIOS, Candidate, first, hopeless, next_start
+from toolchain.tuning.candidates import KEPT, RATIOS, Candidate, first, hopeless, next_start, worthwhile
 from toolchain.tuning.study import Outcome, opened
 from toolchain.variants import lineage
 
@@ -98,6 +98,12 @@ def test_only_what_cannot_win_is_hopeless(candidate, others):
     outcome = world.outcome(candidate)
     best = max((world.outcome(other).latency for other, kept in known.items() if kept), default=0)
     assert outcome.drop > 1.0 or outcome.latency <= best
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput", "size"])
+def test_no_two_candidates_mean_the_same(objective):
+    names = [list(candidate.chain())[-1] for candidate in worthwhile(objective, {}, set())]
+    assert len(set(names)) == len(names) > 100
 
 
 def test_the_search_finds_the_best_and_trains_only_what_could_win(tmp_path):

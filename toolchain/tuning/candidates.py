@@ -148,7 +148,10 @@ def hopeless(objective: str, candidate: Candidate, known: Mapping[Candidate, boo
 
 
 def worthwhile(objective: str, known: Mapping[Candidate, bool], given_up: Container[Candidate]) -> list[Candidate]:
-    """All that may still be better than what is known."""
+    """All that may still be better than what is known; of what is not pruned, one for all costs and epochs."""
     names, choices = zip(*SPACE[objective].items(), strict=True)
     every = (Candidate(**dict(zip(names, values, strict=True))) for values in itertools.product(*choices))
-    return [each for each in every if each not in given_up and not hopeless(objective, each, known)]
+    told_apart = (
+        each for each in every if each.ratio or each == replace(each, cost=choices[names.index("cost")][0], epochs=0)
+    )
+    return [each for each in told_apart if each not in given_up and not hopeless(objective, each, known)]
