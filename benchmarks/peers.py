@@ -82,7 +82,7 @@ def encoder_of(root: Artifact) -> inputs.Encoder:
 
 def measure_all(cells: Sequence[Cell], root: Artifact, full: bool, progress: Progress, **more: Any) -> ResultFile:
     """Every cell on the validation set, interleaved in one run; `more` goes to `bench`."""
-    data = inputs.load(None, root.manifest.labels)
+    data = inputs.load(None, root.label_set)
     protocol = replace(FULL if full else QUICK, threads=hardware.cores())
     rows, how = bench(cells, data, encoder_of(root), protocol, progress, **more)
     return result_of(rows, how, data, root.manifest.max_length)

@@ -67,7 +67,7 @@ def study(workspace: Workspace) -> dict[str, Any]:
     root = ensure(workspace, ["torch-fp32"], {}, say)["torch-fp32"]
     step = Prune(RATIOS[0])
     given = subject(root, workspace.train, step.sentences, step.seed)
-    data = inputs.load(None, root.manifest.labels)
+    data = inputs.load(None, root.label_set)
     validation = batches(given.encoder.encode(data.texts), data.labels, given.encoder, 64)
     dense = EncoderSizes.of(given.model).parameters
     rows = [measure(given.model, validation, "unpruned", 0.0, 0, dense)]

@@ -64,7 +64,7 @@ def pairs(count: int, save_as: str) -> None:
     built = ensure(workspace, [VARIANT], {}, say)
     root = built["torch-fp32"]
     encoder = inputs.Encoder.open(root.path, [s.name for s in root.manifest.inputs], root.manifest.max_length)
-    data = inputs.load(None, root.manifest.labels)
+    data = inputs.load(None, root.label_set)
     cells = [Cell("reference", f"{VARIANT}#{i}", "onnx", "cpu", built[VARIANT]) for i in range(2 * count)]
     with bar("pairs") as progress:
         rows, how = bench(cells, data, encoder, replace(QUICK, threads=hardware.cores()), progress)

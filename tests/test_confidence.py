@@ -70,13 +70,13 @@ def test_published_values():
 
 
 def test_macro_f1_counts_every_label_alike():
-    assert confidence.macro_f1([0, 0, 0, 1], [0, 0, 0, 1]) == 1
-    assert confidence.macro_f1([0, 0, 0, 0], [0, 0, 0, 1]) == pytest.approx((6 / 7 + 0) / 2)
+    assert confidence.macro_f1(confidence.by_label([0, 0, 0, 1], [0, 0, 0, 1], False)) == 1
+    assert confidence.macro_f1(confidence.by_label([0, 0, 0, 0], [0, 0, 0, 1], False)) == pytest.approx((6 / 7 + 0) / 2)
 
 
 def test_calibration_error_is_what_confidence_has_over_accuracy():
-    assert confidence.calibration_error([[1.0, 0.0]] * 4, [0, 0, 0, 0]) == 0
-    assert confidence.calibration_error([[0.2, 0.8]] * 4, [0, 0, 0, 1]) == pytest.approx(0.55)
+    assert confidence.calibration_error([[1.0, 0.0]] * 4, [0, 0, 0, 0], False) == 0
+    assert confidence.calibration_error([[0.2, 0.8]] * 4, [0, 0, 0, 1], False) == pytest.approx(0.55)
 
 
 LABELS = [0, 1] * 50

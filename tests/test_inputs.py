@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from toolchain import checkpoints, inputs
 from toolchain.errors import DataError
 from toolchain.inputs import Encoder, load, pad
+from toolchain.labels import LabelSet
+from toolchain.tables import Columns
 
-LABELS = ("NEGATIVE", "POSITIVE")
+LABELS = LabelSet(("NEGATIVE", "POSITIVE"))
 
 
 @pytest.fixture
@@ -75,12 +77,12 @@ def test_a_file_name_is_a_file_name(table, name):
 )
 def test_a_label_column_is_read_as_names_or_as_indices_never_both(table, labels, column, found):
     rows = "".join(f"text,{label}\n" for label in column)
-    assert load(table("sentence,label\n" + rows), labels).labels == found
+    assert load(table("sentence,label\n" + rows), LabelSet(labels)).labels == found
 
 
 def test_labels_that_could_be_either_are_not_guessed(table):
     with pytest.raises(DataError, match="names of the model's labels and indices as well"):
-        load(table("sentence,label\na,1\nb,2\n"), ("1", "2", "3"))
+        load(table("sentence,label\na,1\nb,2\n"), LabelSet(("1", "2", "3")))
 
 
 def test_a_stray_quote_swallows_no_rows(table):
@@ -90,7 +92,7 @@ def test_a_stray_quote_swallows_no_rows(table):
 
 def test_columns_can_be_named(table):
     file = table("review,stars\ngood,1\n")
-    assert load(file, LABELS, "review", "stars").labels == (1,)
+    assert load(file, LABELS, Columns("review", "stars")).labels == (1,)
 
 
 @pytest.mark.parametrize(
@@ -99,15 +101,18 @@ def test_columns_can_be_named(table):
         ("sentence,label\ngood,1\nbad,2\n", "row 2: the label '2' is not one of the model's"),
         ("sentence,label\ngood,1\nbad,meh\n", "row 2: the label 'meh'"),
         ("sentence,label\ngood,POSITIVE\nbad,0\n", "row 1: the label 'POSITIVE'.*all names, or all indices"),
-        ("sentence,label\na film, really,0\nanother, really,1\n", "cannot be read.*quote a text that has commas"),
+        (
+            "sentence,label\na film, really,0\nanother, really,1\n",
+            "row 1: 3 fields instead of 2.*Quote texts that hold commas",
+        ),
         ("sentence,label\ngood,1\nbad,\n", "row 2: the label ''"),
         ("sentence,label\ngood,-1\n", "labels are not public"),
         ("sentence,label\n", "has no rows"),
-        ("", "cannot be read"),
+        ("", "no column 'sentence' or 'text'; it has none"),
         ("a,b\n1,2\n", "no column 'sentence' or 'text'; it has 'a', 'b'"),
         ("sentence,b\n1,2\n", "no column 'label'"),
-        ("sentence,label\ngood,1\nbad,0,extra\n", "Expected 2 fields in line 3"),
-        ("sentence,label\ncafé,1\n".encode("latin-1"), "utf-8"),
+        ("sentence,label\ngood,1\nbad,0,extra\n", "row 2: 3 fields instead of 2"),
+        ("sentence,label\ncafé,1\n".encode("latin-1"), "not UTF-8.*iconv -f LATIN1"),
     ],
 )
 def test_bad_data_is_an_error_in_words(table, text, says):
@@ -117,7 +122,7 @@ def test_bad_data_is_an_error_in_words(table, text, says):
 
 
 def test_what_is_no_table_is_refused(table, tmp_path):
-    with pytest.raises(DataError, match=r"neither .csv nor .tsv"):
+    with pytest.raises(DataError, match="is none of"):
         load(table("x", "a.txt"), LABELS)
     with pytest.raises(DataError, match="There is no file"):
         load(str(tmp_path / "nowhere.csv"), LABELS)
@@ -125,14 +130,15 @@ def test_what_is_no_table_is_refused(table, tmp_path):
 
 def test_a_named_column_that_is_not_there(table):
     with pytest.raises(DataError, match=r"no column 'review'.*--text-column"):
-        load(table("sentence,label\ngood,1\n"), LABELS, "review")
+        load(table("sentence,label\ngood,1\n"), LABELS, Columns("review"))
 
 
 def test_the_embedded_labels_are_not_guessed_onto_another_model():
-    assert load(None, ("negative", "positive")).labels == load(None, ("LABEL_0", "LABEL_1")).labels
+    lower, generic = LabelSet(("negative", "positive")), LabelSet(("LABEL_0", "LABEL_1"))
+    assert load(None, lower).labels == load(None, generic).labels
     for labels in (("POSITIVE", "NEGATIVE"), ("NO", "YES"), ("a", "b", "c")):
         with pytest.raises(DataError, match="--data FILE"):
-            load(None, labels)
+            load(None, LabelSet(labels))
 
 
 def test_the_digest_tells_data_apart(table):

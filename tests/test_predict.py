@@ -164,7 +164,7 @@ def test_what_cannot_be_read_is_told_by_its_row(model, tmp_path, what):
 
 def test_plain_lines_have_no_columns(model, tmp_path):
     (tmp_path / "in.txt").write_text("a\n")
-    with pytest.raises(DataError, match="Leave --text-column out"):
+    with pytest.raises(DataError, match="Leave out the options"):
         list(Texts(str(tmp_path / "in.txt"), "text").read())
 
 

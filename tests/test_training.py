@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolchain import training
+from toolchain import losses, training
 from toolchain.backends.batches import batch
 from toolchain.errors import DataError
 from toolchain.inputs import Encoder
+from toolchain.labels import LabelSet
 from toolchain.pipeline import Workspace, ensure
 from toolchain.pruning.subject import subject
 from toolchain.steps.recover import _augmented, _mask_token
@@ -34,7 +35,7 @@ def task(built_tiny, tmp_path_factory):
     file.write_text("sentence,label\n" + "\n".join(rows) + "\n")
     source = training_source(file)
     given = subject(built_tiny.load("torch-fp32"), source, 100, 20)
-    data = source.load(("NEGATIVE", "POSITIVE"))
+    data = source.load(LabelSet(("NEGATIVE", "POSITIVE")))
     ids = given.encoder.encode(data.texts)
     labels = list(data.labels)
     return given.model, Examples(ids[:100], labels[:100]), Examples(ids[100:], labels[100:]), given.encoder, file
@@ -255,7 +256,15 @@ def test_padding_does_not_count_as_distance(task):
     at_padding[1][1, 2:] += 1
     elsewhere[1][1, 1] += 1
     same, other = (
-        float(training._distance(SimpleNamespace(logits=outputs.logits, hidden_states=s), outputs, real, RECIPE))
+        float(
+            losses.loss(
+                SimpleNamespace(logits=outputs.logits, hidden_states=s),
+                outputs,
+                {"attention_mask": real},
+                torch.tensor([0, 1]),
+                losses.Weights(0.0, 1.0, 2.0),
+            )
+        )
         for s in (at_padding, elsewhere)
     )
     assert same == pytest.approx(0, abs=1e-6)

@@ -23,6 +23,7 @@ from toolchain.cells import Cell
 from toolchain.cli import cli
 from toolchain.errors import CheckpointError, DataError, GraphError, ShippingError, VerdictError
 from toolchain.inputs import Encoder, TrainingSource, pad
+from toolchain.labels import LabelSet
 from toolchain.passes import Context
 from toolchain.pipeline import ensure, validate_variant
 from toolchain.report.columns import notes
@@ -305,7 +306,7 @@ def test_the_facts_are_what_the_rows_are_answered(built, source):
     """Counted anew, each by its own tokenizer."""
     workspace, _ = built
     manifest = workspace.load("onnx-int8+trim").manifest
-    data = source.load(manifest.labels)
+    data = source.load(LabelSet(manifest.labels))
     held = inputs.hold_out(data)[1]
     found = []
     for name in ("onnx-fp32", "onnx-int8+trim"):

@@ -8,7 +8,7 @@ strength that makes it least wrong; elsewhere it would cost a `Mul` for little.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,7 +102,7 @@ def _observe(artifact: Artifact, names: list[str], train: TrainingSource) -> dic
     import numpy as np
 
     manifest = artifact.manifest
-    data = train.load(manifest.labels)
+    data = train.load(artifact.label_set)
     rows, _ = inputs.hold_out(data)
     chosen = inputs.sentence_rows(data, rows, SENTENCES)
     encoder = Encoder.open(artifact.path, [spec.name for spec in manifest.inputs], manifest.max_length)
@@ -121,7 +121,7 @@ def _observe(artifact: Artifact, names: list[str], train: TrainingSource) -> dic
 
 
 def _values(
-    artifact: Artifact, names: list[str], encoder: Encoder, rows: list[list[int]]
+    artifact: Artifact, names: list[str], encoder: Encoder, rows: Sequence[Sequence[int]]
 ) -> Iterator[dict[str, np.ndarray]]:
     """The named values for every row, which is asked alone: padding is nothing to calibrate on."""
     graph = read(artifact.onnx_path)

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from toolchain.errors import ArtifactError, TamperedError
+from toolchain.labels import LabelSet
 from toolchain.variants import Step, settings_of, step_from, step_name
 
 MANIFEST = "manifest.json"
@@ -142,6 +143,11 @@ class Artifact:
 
     path: Path
     manifest: Manifest
+
+    @property
+    def label_set(self) -> LabelSet:
+        """What it answers with."""
+        return LabelSet(self.manifest.labels, bool(self.manifest.facts.get("multi_label")))
 
     @property
     def onnx_path(self) -> Path:

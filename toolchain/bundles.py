@@ -87,6 +87,7 @@ def write(contents: Contents, folder: Path) -> dict[str, Any]:
         "target": contents.target.name,
         "model": dataclasses.asdict(contents.origin),
         "labels": list(manifest.labels),
+        "multi_label": encoder.multi_label,
         "max_length": manifest.max_length,
         "pad_id": encoder.pad_id,
         "models": [_model(contents, artifact) for artifact in contents.artifacts],

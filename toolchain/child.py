@@ -18,9 +18,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain import errors, gpu_memory
+from toolchain import errors, gpu_memory, labels
 from toolchain.backends import Place, session_class
-from toolchain.inputs import Encoder, pad
+from toolchain.inputs import Encoder, Tokens, pad
 from toolchain.measurements import PROBABILITY
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class _Child:
             self._gpu_load = self._gpu.read() if self._gpu else 0
         self._texts, self._ids = [first["text"]], self._encoder.encode([first["text"]])
         answer = self._session.run(self._arrays([0]))
-        _answers(answer)
+        self._answers(answer)
         self.ready = {
             "load_us": load_us,
             "facts": self._session.facts(),
@@ -88,7 +88,7 @@ class _Child:
         first, last = self._ids[0][0], self._ids[0][-1]
         for length in lengths:
             filling = (tokens * (length // len(tokens) + 1))[: max(0, length - 2)]
-            self._ids.append([first, *filling, last][:length])
+            self._ids.append(Tokens([first, *filling, last][:length]))
         return {}
 
     def run(
@@ -137,7 +137,7 @@ class _Child:
             gc.enable()
         if self._gpu:
             self._gpu.read()
-        return {**found, **_answers(*outputs)}
+        return {**found, **self._answers(*outputs)}
 
     def _arrays(self, batch: list[int]) -> dict[str, np.ndarray]:
         return pad([self._ids[i] for i in batch], self._encoder.names, self._encoder.pad_id)
@@ -145,6 +145,22 @@ class _Child:
     def _from_text(self, batch: list[int]) -> dict[str, np.ndarray]:
         ids = self._encoder.encode([self._texts[i] for i in batch])
         return pad(ids, self._encoder.names, self._encoder.pad_id)
+
+    def _answers(self, *outputs: np.ndarray) -> dict[str, Any]:
+        """The answers and the probabilities of each batch's logits; `BenchError` where a logit is no number."""
+        import numpy as np
+
+        multi = self._encoder.multi_label
+        found: dict[str, Any] = {"answers": [], "probabilities": []}
+        for logits in outputs:
+            if not np.isfinite(logits).all():
+                raise errors.BenchError(
+                    "It answered with what is no number.", "`toolchain validate` shows which input."
+                )
+            found["answers"].append(labels.answers(logits, multi))
+            whole = np.rint(labels.shares(logits, multi) * PROBABILITY)
+            found["probabilities"].append([[int(p) for p in row] for row in whole])
+        return found
 
     @contextlib.contextmanager
     def _metering(self) -> Iterator[None]:
@@ -170,21 +186,6 @@ class _Child:
             if allocated is not None:
                 found["gpu"]["allocator_peak"] = allocated
         return found
-
-
-def _answers(*outputs: np.ndarray) -> dict[str, Any]:
-    """The labels and the probabilities of each batch's logits; `BenchError` where a logit is no number."""
-    import numpy as np
-
-    answers, probabilities = [], []
-    for logits in outputs:
-        if not np.isfinite(logits).all():
-            raise errors.BenchError("It answered with what is no number.", "`toolchain validate` shows which input.")
-        answers.append([int(i) for i in logits.argmax(axis=1)])
-        raised = np.exp(logits - logits.max(axis=1, keepdims=True), dtype=np.float64)
-        shares = raised / raised.sum(axis=1, keepdims=True)
-        probabilities.append([[int(p) for p in row] for row in np.rint(shares * PROBABILITY)])
-    return {"answers": answers, "probabilities": probabilities}
 
 
 def _import(module: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -123,20 +123,55 @@ def mcnemar(lost: int, won: int) -> float:
     return float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
 
-def macro_f1(predictions: Sequence[int], labels: Sequence[int]) -> float:
-    """The mean over the labels that occur, asked or answered, of F1."""
+def by_label(predictions: Sequence[int], labels: Sequence[int], multi: bool) -> list[dict[str, int]]:
+    """For every label that occurs, asked or answered, the rows that are ``right`` (both), ``asked``, ``answered``, and
+    ``neither``; answers as `toolchain.labels` has them, sets of labels where `multi`."""
     pairs = list(zip(predictions, labels, strict=True))
-    scores = []
-    for label in sorted({*predictions, *labels}):
-        right = sum(mine == its == label for mine, its in pairs)
-        scores.append(2 * right / sum((mine == label) + (its == label) for mine, its in pairs))
-    return sum(scores) / len(scores)
+    if multi:
+        bits = max((answer.bit_length() for pair in pairs for answer in pair), default=0)
+        judged = [[(bool(mine >> at & 1), bool(its >> at & 1)) for mine, its in pairs] for at in range(bits)]
+    else:
+        occurring = sorted({*predictions, *labels})
+        judged = [[(mine == label, its == label) for mine, its in pairs] for label in occurring]
+    return [
+        {
+            "right": sum(mine and its for mine, its in rows),
+            "asked": sum(its for _, its in rows),
+            "answered": sum(mine for mine, _ in rows),
+            "neither": sum(not (mine or its) for mine, its in rows),
+        }
+        for rows in judged
+        if any(mine or its for mine, its in rows)
+    ]
 
 
-def calibration_error(probabilities: Sequence[Sequence[float]], labels: Sequence[int]) -> float:
-    """Expected calibration error over `BINS` equal bins of confidence (Guo et al. 2017), 0 to 1."""
+def macro_f1(counts: Sequence[Mapping[str, int]]) -> float | None:
+    """The mean over labels of F1; None where no label occurs."""
+    scores = [2 * each["right"] / (each["asked"] + each["answered"]) for each in counts]
+    return sum(scores) / len(scores) if scores else None
+
+
+def balanced_accuracy(counts: Sequence[Mapping[str, int]], multi: bool) -> float | None:
+    """The mean of recall over the labels that are asked; of sets, of each label's recall and that of its absence. None
+    where there is none."""
+    recalls = [each["right"] / each["asked"] for each in counts if each["asked"]]
+    if multi:
+        # What is neither asked nor answered is right, what is answered and not asked is wrong.
+        absent = [(each["neither"], each["neither"] + each["answered"] - each["right"]) for each in counts]
+        recalls += [right / count for right, count in absent if count]
+    return sum(recalls) / len(recalls) if recalls else None
+
+
+def calibration_error(probabilities: Sequence[Sequence[float]], labels: Sequence[int], multi: bool) -> float:
+    """Expected calibration error over `BINS` equal bins of confidence (Guo et al. 2017), 0 to 1; of sets, over every
+    label's yes or no."""
     bins: list[list[tuple[float, bool]]] = [[] for _ in range(BINS)]
+    count = 0
     for row, label in zip(probabilities, labels, strict=True):
-        sure = max(row)
-        bins[min(BINS - 1, int(sure * BINS))].append((sure, row[label] == sure))
-    return sum(abs(sum(c for c, _ in part) - sum(r for _, r in part)) for part in bins) / len(labels)
+        judged = [(max(row), row[label] == max(row))]
+        if multi:
+            judged = [(max(p, 1 - p), (p > 0.5) == bool(label >> at & 1)) for at, p in enumerate(row)]
+        for sure, is_right in judged:
+            bins[min(BINS - 1, int(sure * BINS))].append((sure, is_right))
+            count += 1
+    return sum(abs(sum(c for c, _ in part) - sum(r for _, r in part)) for part in bins) / count

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
 import json
 import random
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolchain import tables
 from toolchain.errors import CheckpointError, DataError
+from toolchain.labels import MULTI, SST2_LABELS, LabelSet
+from toolchain.rows import Text
+from toolchain.tables import USUAL, Columns, Labelled
 
 if TYPE_CHECKING:
     import numpy as np
 
 SST2 = Path(__file__).parent / "reference" / "sst2"
-SST2_LABELS = ("NEGATIVE", "POSITIVE")
-TEXT_COLUMNS = ("sentence", "text")
 HELD_OUT = 2000
+HELD_OUT_SPLIT, TRAIN_SPLIT, VALIDATION_SPLIT = "held-out", "train", "validation"
 SENTENCE_WORDS = 12
+TOKEN_TYPES = "token_type_ids"
 FEWEST = 20
 LONG = 64  # characters a token, beyond which a text is looked at from its start
 SPLIT_SEED = 20  # one for all: what was held out once is never trained on
@@ -30,83 +32,126 @@ SPLIT_SEED = 20  # one for all: what was held out once is never trained on
 
 @dataclass(frozen=True)
 class Data:
-    """Sentences and their label indices; `sha256` over both tells one data set from another."""
+    """Texts, or pairs of texts, and the answer to each by a model with these `label_set`; `sha256` over texts and
+    answers tells one data set from another."""
 
     name: str
-    texts: tuple[str, ...]
+    texts: tuple[Text, ...]
     labels: tuple[int, ...]
+    label_set: LabelSet = field(default=SST2_LABELS, compare=False)
 
     @property
     def sha256(self) -> str:
-        """Digest of sentences and labels in order."""
+        """Digest of texts and labels in order."""
         return hashlib.sha256(json.dumps([self.texts, self.labels]).encode()).hexdigest()
+
+    @property
+    def paired(self) -> bool:
+        """Whether each row has two texts."""
+        return bool(self.texts) and not isinstance(self.texts[0], str)
+
+    @property
+    def targets(self) -> list[int] | list[list[float]]:
+        """The labels as a loss takes them; see `LabelSet.targets`."""
+        return self.label_set.targets(self.labels)
 
     def only(self, rows: Sequence[int]) -> Data:
         """These of the rows, in that order."""
-        return Data(self.name, tuple(self.texts[row] for row in rows), tuple(self.labels[row] for row in rows))
+        texts, labels = tuple(self.texts[row] for row in rows), tuple(self.labels[row] for row in rows)
+        return Data(self.name, texts, labels, self.label_set)
 
-    def sample(self, count: int, seed: int) -> tuple[str, ...]:
-        """`count` sentences drawn without replacement (all of them where there are fewer)."""
+    def sample(self, count: int, seed: int) -> tuple[Text, ...]:
+        """`count` texts drawn without replacement (all of them where there are fewer)."""
         return tuple(random.Random(seed).sample(self.texts, min(count, len(self.texts))))
 
 
-def embedded(split: str = "validation") -> Data:
+def labelled(found: Labelled, labels: LabelSet) -> Data:
+    """A table that was read, for a model with these `labels`; raises `DataError` where it has others."""
+    return Data(found.name, found.texts, labels.indices(found.column), labels)
+
+
+def embedded(split: str = VALIDATION_SPLIT) -> Data:
     """The embedded SST-2, split ``train`` or ``validation``."""
-    return _read(SST2 / f"{split}.tsv.gz", "sst2", None, "label", SST2_LABELS)
+    return labelled(tables.of_file(SST2 / f"{split}.tsv.gz", "sst2", USUAL), SST2_LABELS)
 
 
-def load(spec: str | None, labels: Sequence[str], text_column: str | None = None, label_column: str = "label") -> Data:
+def load(spec: str | None, labels: LabelSet, columns: Columns = USUAL, split: str | None = None) -> Data:
     """What `--data` names, for a model with these `labels`; the embedded SST-2 where it is None.
 
-    Raises `DataError` for a file that cannot be read, lacks a column, is empty, or has labels the model does not.
+    A file, or a data set of the hub, of which it is the split named (``validation`` by default); ``held-out`` is what
+    training with the same name leaves out. Raises `DataError` for what cannot be read, lacks a column, is empty, or has
+    labels the model does not.
     """
+    if split == HELD_OUT_SPLIT:
+        data = TrainingSource(spec, columns).load(labels)
+        return data.only(hold_out(data)[1])
     if spec is None:
         _check_labels(labels, "--data")
-        return embedded()
-    return _read(_file(spec), Path(spec).name, text_column, label_column, labels)
+        return embedded(_embedded_split(split or VALIDATION_SPLIT))
+    return labelled(tables.read(spec, columns, split, VALIDATION_SPLIT), labels)
 
 
-def _file(spec: str) -> Path:
-    path = Path(spec)
-    if not path.is_file():
-        raise DataError(f"There is no file {spec}.", "Pass a CSV or TSV file with a text and a label column.")
-    return path
-
-
-def _check_labels(labels: Sequence[str], option: str) -> None:
-    """Raises `DataError` unless the embedded sentences have this model's labels."""
-    generic = all(name == f"LABEL_{i}" for i, name in enumerate(labels))
-    if len(labels) != 2 or not (generic or tuple(n.upper() for n in labels) == SST2_LABELS):
+def _embedded_split(split: str) -> str:
+    if split not in (TRAIN_SPLIT, VALIDATION_SPLIT):
         raise DataError(
-            f"The embedded SST-2 has the labels {', '.join(SST2_LABELS)}; this model has {', '.join(labels)}.",
+            f"The embedded SST-2 has no split {split!r}.",
+            f"It has {TRAIN_SPLIT}, {VALIDATION_SPLIT} and {HELD_OUT_SPLIT}.",
+        )
+    return split
+
+
+def _check_labels(labels: LabelSet, option: str) -> None:
+    """Raises `DataError` unless the embedded sentences have this model's labels."""
+    same = tuple(name.upper() for name in labels.names) == SST2_LABELS.names
+    if labels.multi or len(labels.names) != 2 or not (labels.generic or same):
+        what = "any number of " if labels.multi else ""
+        raise DataError(
+            f"The embedded SST-2 has the labels {', '.join(SST2_LABELS.names)}; this model has "
+            f"{what}{', '.join(labels.names)}.",
             f"Pass data of its own: {option} FILE.",
         )
 
 
 @dataclass(frozen=True)
 class TrainingSource:
-    """Where training sentences come from: a `file` with its columns, or the embedded SST-2 where there is none."""
+    """Where training sentences come from: a `file` or a data set of the hub with its columns and split, or the embedded
+    SST-2 where there is none."""
 
     file: str | None = None
-    text_column: str | None = None
-    label_column: str = "label"
+    columns: Columns = USUAL
+    split: str | None = None
 
     @functools.cached_property
     def digest(self) -> str:
-        """Name, sha256 of the bytes and the columns that were named: the same text for the same sentences."""
-        path = SST2 / "train.tsv.gz" if self.file is None else _file(self.file)
-        name = "sst2" if self.file is None else path.name
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        columns = [self.text_column or "", self.label_column] if self.file else []
-        return ":".join([name, found, *columns])
+        """Name, sha256 of the bytes (of the hub's data, of what was read) and the columns that were named: the same
+        text for the same sentences."""
+        path = SST2 / "train.tsv.gz" if self.file is None else tables.file_of(self.file)
+        name = "sst2" if self.file is None else self.file if path is None else path.name
+        if path is None:
+            found = self.read().sha256
+        else:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        named = [self.columns.text or "", self.columns.label] if self.file else []
+        return ":".join([name, found, *named, *filter(None, (self.columns.pair, self.split))])
 
-    def load(self, labels: Sequence[str]) -> Data:
+    def read(self) -> Labelled:
+        """The sentences with what their column says of them; raises `DataError` for what cannot be read."""
+        if self.file is None:
+            split = _embedded_split(self.split or TRAIN_SPLIT)
+            return tables.of_file(SST2 / f"{split}.tsv.gz", "sst2", USUAL, SST2_LABELS.names)
+        return self._table
+
+    @functools.cached_property
+    def _table(self) -> Labelled:
+        assert self.file is not None
+        return tables.read(self.file, self.columns, self.split, TRAIN_SPLIT)
+
+    def load(self, labels: LabelSet) -> Data:
         """The sentences, for a model with these `labels`; raises `DataError` as `inputs.load` does."""
         if self.file is None:
             _check_labels(labels, "--train-data")
-            return embedded("train")
-        return _read(_file(self.file), Path(self.file).name, self.text_column, self.label_column, labels)
+        return labelled(self.read(), labels)
 
 
 def hold_out(data: Data) -> tuple[list[int], list[int]]:
@@ -127,90 +172,32 @@ def hold_out(data: Data) -> tuple[list[int], list[int]]:
 
 def sentence_rows(data: Data, rows: Sequence[int], wanted: int) -> list[int]:
     """The first `wanted` of `rows` that are of sentence length, or simply the first where these are too few."""
-    long = [row for row in rows if len(data.texts[row].split()) >= SENTENCE_WORDS]
+    long = [row for row in rows if _words(data.texts[row]) >= SENTENCE_WORDS]
     return list(long if len(long) >= 2 * wanted else rows)[:wanted]
 
 
-def _read(path: Path, name: str, text_column: str | None, label_column: str, labels: Sequence[str]) -> Data:
-    table = _table(path)
-    columns = list(table.column_names)
-    text = text_column or next((c for c in TEXT_COLUMNS if c in columns), None)
-    for wanted, flag in ((text, "--text-column"), (label_column, "--label-column")):
-        if wanted not in columns:
-            what = f"no column {wanted!r}" if wanted else f"no column {' or '.join(map(repr, TEXT_COLUMNS))}"
-            raise DataError(f"{path} has {what}; it has {', '.join(map(repr, columns))}.", f"Name it with {flag}.")
-    return Data(name, tuple(table[text]), _indices(list(table[label_column]), path, labels))
+def _words(text: Text) -> int:
+    return len((text if isinstance(text, str) else " ".join(text)).split())
 
 
-def _table(path: Path) -> Any:
-    """The file as a table of strings: a sentence `007` or `null` stays what it is."""
-    import datasets
-    import pandas
+class Tokens(list[int]):
+    """The token ids of a text or pair; `types` says of each which of two texts it is of (0 or 1), where there are two
+    and the tokenizer tells."""
 
-    name = path.name.lower().removesuffix(".gz")
-    if not name.endswith((".csv", ".tsv")):
-        raise DataError(f"{path} is neither .csv nor .tsv.", "Convert it to CSV with a text and a label column.")
-    # Tab-separated values have no quoting (IANA, GLUE): a stray quote must not swallow the rows that follow.
-    dialect: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if name.endswith(".tsv") else {}
-    try:
-        with warnings.catch_warnings():
-            # Rows longer than the header would otherwise lose a field, or turn one into an index.
-            warnings.simplefilter("error", pandas.errors.ParserWarning)
-            frame = pandas.read_csv(path, dtype=str, na_filter=False, index_col=False, **dialect)
-    except (ValueError, OSError, pandas.errors.ParserWarning) as error:
-        raise DataError(
-            f"{path} cannot be read: {str(error).strip()}.",
-            "Save it as UTF-8 with as many fields in every row as in the header; quote a text that has commas.",
-        ) from error
-    if frame.empty:
-        raise DataError(f"{path} has no rows.", "Pass a file with at least one sentence.")
-    return datasets.Dataset.from_pandas(frame, preserve_index=False)
-
-
-def _indices(values: Sequence[str], path: Path, labels: Sequence[str]) -> tuple[int, ...]:
-    """The column as label indices: all of it names, or all of it indices, decided once."""
-    found = [value.strip() for value in values]
-    names = _by_name(found, labels)
-    by_index = {str(index): index for index in range(len(labels))}
-    chosen = names if all(value in names for value in found) else by_index
-    if chosen is names and all(value in by_index and by_index[value] != names[value] for value in found):
-        raise DataError(
-            f"{path}: the labels {', '.join(sorted(set(found)))} are names of the model's labels and indices as well.",
-            "Rename them in the model's config.json (id2label) and in the file.",
-        )
-    for row, value in enumerate(found, start=1):
-        if value == "-1":
-            raise DataError(
-                f"{path}, row {row}: the label is -1, as in GLUE's test sets, whose labels are not public.",
-                "Evaluate on a validation set.",
-            )
-        if value not in chosen:
-            known = ", ".join(f"{index} {name}" for index, name in enumerate(labels))
-            raise DataError(
-                f"{path}, row {row}: the label {value!r} is not one of the model's ({known}).",
-                "Correct the label column: all names, or all indices.",
-            )
-    return tuple(chosen[value] for value in found)
-
-
-def _by_name(found: Sequence[str], labels: Sequence[str]) -> dict[str, int]:
-    """Label name → index, as written; in any case where that is not ambiguous."""
-    exact = {label: index for index, label in enumerate(labels)}
-    folded = {label.casefold(): index for label, index in exact.items()}
-    if len(folded) < len(labels):
-        return exact
-    return {**{value: folded[value.casefold()] for value in found if value.casefold() in folded}, **exact}
+    types: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Text to token ids as the checkpoint's tokenizer, which lies in `folder`, gives them; and what the graph wants."""
+    """Text to token ids as the checkpoint's tokenizer, which lies in `folder`, gives them; what the graph wants, and
+    whether it answers with a set of labels (`multi_label`)."""
 
     folder: Path
     tokenizer: Any
     names: tuple[str, ...]
     pad_id: int
     max_length: int
+    multi_label: bool = False
 
     @classmethod
     def open(cls, folder: Path, names: Sequence[str], max_length: int) -> Encoder:
@@ -225,12 +212,19 @@ class Encoder:
             ) from error
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_length)
-        pad = json.loads((folder / "config.json").read_text()).get("pad_token_id") or 0
-        return cls(folder, tokenizer, tuple(names), pad, max_length)
+        config = json.loads((folder / "config.json").read_text())
+        pad, multi = config.get("pad_token_id") or 0, config.get("problem_type") == MULTI
+        return cls(folder, tokenizer, tuple(names), pad, max_length, multi)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids with special tokens, one list a text."""
-        return [encoding.ids for encoding in self.tokenizer.encode_batch([self._start(text) for text in texts])]
+    def encode(self, texts: Sequence[Text]) -> list[Tokens]:
+        """Token ids with special tokens, one list a text or pair, which is cut off at its longer end."""
+        starts = [self._start(text) if isinstance(text, str) else tuple(map(self._start, text)) for text in texts]
+        found = []
+        for encoding in self.tokenizer.encode_batch(starts):
+            found.append(row := Tokens(encoding.ids))
+            if any(encoding.type_ids):
+                row.types = encoding.type_ids
+        return found
 
     def _start(self, text: str) -> str:
         """As much of the text as decides its first `max_length` tokens: all of it, unless it is a book.
@@ -253,7 +247,7 @@ def pad(
     ids: Sequence[Sequence[int]], names: Sequence[str], pad_id: int, left: bool = False, width: int = 0
 ) -> dict[str, np.ndarray]:
     """One batch as int64 arrays [batch, longest or `width`]: ids padded on one side, the mask, token types where asked
-    for."""
+    for, which are those of the rows that have any."""
     import numpy as np
 
     width = max(width, *(len(row) for row in ids))
@@ -263,4 +257,6 @@ def pad(
         where = slice(width - len(row), width) if left else slice(0, len(row))
         arrays["input_ids"][index, where] = row
         arrays["attention_mask"][index, where] = 1
+        if isinstance(row, Tokens) and row.types and TOKEN_TYPES in arrays:
+            arrays[TOKEN_TYPES][index, where] = row.types
     return arrays

@@ -68,4 +68,8 @@ class Built:
 
 def inherited(manifest: Manifest) -> dict[str, Any]:
     """The facts that hold for everything made of an artifact."""
-    return {name: manifest.facts[name] for name in ("parameters", "pruning", "recovery") if name in manifest.facts}
+    return {
+        name: manifest.facts[name]
+        for name in ("parameters", "multi_label", "pruning", "recovery")
+        if name in manifest.facts
+    }

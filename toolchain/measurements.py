@@ -32,6 +32,7 @@ QUANTILES_OF = {
     "load_ms": "load",
 }
 SAMPLES = (*QUANTILES_OF.values(), "batches")
+FIGURES = ("throughput_per_s", "memory_bytes", "size_bytes", "facts", "noise")
 PROBABILITY = 10_000  # probabilities are whole parts of this
 
 
@@ -169,16 +170,7 @@ class Measurement:
         row: dict[str, Any] = {"cell": self.cell}
         for name in ("model", "variant", "provider", "artifact_id", "status"):
             row[name] = getattr(self, name)
-        for name in (
-            "reason",
-            "mend",
-            *QUANTILES_OF,
-            "throughput_per_s",
-            "memory_bytes",
-            "size_bytes",
-            "facts",
-            "noise",
-        ):
+        for name in ("reason", "mend", *QUANTILES_OF, *FIGURES):
             if value := getattr(self, name):
                 row[name] = value
         if self.batch_changed is not None:
@@ -255,9 +247,8 @@ def _check(row: Measurement) -> None:
             raise ValueError(f"{row.cell}: {name} does not follow from its samples")
     if row.batches and row.batches.per_second() != row.throughput_per_s:
         raise ValueError(f"{row.cell}: throughput_per_s does not follow from its samples")
-    for answer, chances in zip(row.predictions, row.probabilities, strict=False):
-        if chances is not None and not (0 <= answer < len(chances) and all(0 <= p <= PROBABILITY for p in chances)):
-            raise ValueError(f"{row.cell} has a probability that is none")
+    if any(chances and not all(0 <= p <= PROBABILITY for p in chances) for chances in row.probabilities):
+        raise ValueError(f"{row.cell} has a probability that is none")
 
 
 def _line(value: Any) -> str:
@@ -281,12 +272,13 @@ class ResultFile:
         head = {name: getattr(self, name) for name in ("created", "toolchain", "machine", "run", "data")}
         head["data"] = {name: value for name, value in self.data.items() if name != "labels"}
         text = json.dumps({"schema": SCHEMA, **head}, indent=1, allow_nan=False)[:-2]
-        labels = _line(self.data.get("labels", []))
         rows = ",\n".join(f"  {_line(row.to_json())}" for row in self.rows)
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(f'{text},\n "labels": {labels},\n "rows": [\n{rows}\n ]\n}}\n')
+            scratch.write_text(
+                f'{text},\n "labels": {_line(self.data.get("labels", []))},\n "rows": [\n{rows}\n ]\n}}\n'
+            )
             scratch.replace(path)
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -333,8 +325,7 @@ class ResultFile:
         labels = self.data.get("labels", [])
         if labels and (len(labels) != self.data["rows"] or not all(isinstance(v, int) and v >= 0 for v in labels)):
             raise ValueError("data.labels are not one label a row")
-        keys = [(row.model, row.cell) for row in self.rows]
-        if len(set(keys)) < len(keys):
+        if len({(row.model, row.cell) for row in self.rows}) < len(self.rows):
             raise ValueError("a cell stands there twice")
         for row in self.rows:
             for score in (row.accuracy, row.accuracy_batched):
@@ -344,6 +335,9 @@ class ResultFile:
                 count = len(getattr(row, name))
                 if labels and count not in (0, self.data["rows"]):
                     raise ValueError(f"{row.cell} has {count} {name} for {self.data['rows']} sentences")
+            pairs = [(a, len(c)) for a, c in zip(row.predictions, row.probabilities, strict=False) if c is not None]
+            if not all(0 <= a < (1 << n if self.data.get("multi_label") else n) for a, n in pairs):
+                raise ValueError(f"{row.cell} has an answer that none of its probabilities is of")
             if labels and row.predictions and row.accuracy:
                 right = sum(mine == its for mine, its in zip(row.predictions, labels, strict=True))
                 if right != row.accuracy.correct:

@@ -306,7 +306,7 @@ def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, checkp
     data, other = inputs.embedded(), None
     if getattr(manifest.step, "trim_vocab", None):
         # Sentences of another domain than its own have tokens it was told to do without.
-        data = trimming.judged_by(workspace.train, manifest)
+        data = trimming.judged_by(workspace.train, artifact)
         other = inputs.Encoder.open(reference, names, manifest.max_length)
     sentences = data.sample(SENTENCES, SEED)
     contender = open_session(artifact.path, variant.runtime, place)

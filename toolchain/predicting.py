@@ -12,19 +12,17 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from toolchain import artifacts, hardware, shipping, variants
 from toolchain.artifacts import Artifact
 from toolchain.backends import Place, Session, open_session
 from toolchain.errors import ArtifactError, DataError
 from toolchain.inputs import Encoder, pad
+from toolchain.labels import LabelSet, answers, shares
 from toolchain.pipeline import Bar, Say, Workspace, ensure
-from toolchain.rows import FORMATS, STDIN, Row, Texts, writer
+from toolchain.rows import FORMATS, STDIN, Row, Text, Texts, writer
 from toolchain.scenarios import offline_batches
-
-if TYPE_CHECKING:
-    import numpy as np
 
 PART = 2000  # texts scored, kept and shown at once
 PLAIN = 32  # texts scored at once where they are typed or piped, and wanted soon
@@ -41,10 +39,15 @@ class Model:
     labels: tuple[str, ...]
     encoder: Encoder
 
+    def columns(self, texts: Texts) -> list[str]:
+        """Of the predictions: the text or texts, the label, and every label's probability."""
+        which = ["text", "text_pair"] if texts.pair else ["text"]
+        return [*which, "prediction", *(f"score_{label}" for label in self.labels)]
+
     @property
-    def columns(self) -> list[str]:
-        """Of the predictions: the text, its label, and every label's probability."""
-        return ["text", "prediction", *(f"score_{label}" for label in self.labels)]
+    def label_set(self) -> LabelSet:
+        """What it answers with."""
+        return LabelSet(self.labels, self.encoder.multi_label)
 
 
 def of_variant(workspace: Workspace, name: str, say: Say, bar: Bar) -> Model:
@@ -75,8 +78,8 @@ def predict(model: Model, texts: Texts, output: Path | None, say: Say, bar: Bar)
         texts.count()
         session = open_session(model.path, model.runtime, Place("cpu", hardware.cores()))
         count = 0
-        with writer(None, model.columns) as write:
-            for rows in _scored(session, model, texts.read(), PLAIN):
+        with writer(None, model.columns(texts)) as write:
+            for rows in _scored(session, model, texts, 0, PLAIN):
                 write(rows)
                 count += len(rows)
         session.close()
@@ -98,8 +101,7 @@ def _kept(model: Model, texts: Texts, output: Path, say: Say, bar: Bar) -> int:
         say(f"{output}: {done} texts are scored already")
     session = open_session(model.path, model.runtime, Place("cpu", hardware.cores()))
     with bar("predict") as progress:
-        rest = itertools.islice(texts.read(), done, None)
-        for rows in _scored(session, model, rest, PART):
+        for rows in _scored(session, model, texts, done, PART):
             _keep(parts / f"{done:012}", rows)
             done += len(rows)
             if total:
@@ -107,7 +109,7 @@ def _kept(model: Model, texts: Texts, output: Path, say: Say, bar: Bar) -> int:
     session.close()
     whole = parts / f"whole{output.suffix}"
     try:
-        with writer(whole, model.columns) as write:
+        with writer(whole, model.columns(texts)) as write:
             for part in sorted(parts.glob("[0-9]*")):
                 write([json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()])
         whole.rename(output)
@@ -119,7 +121,7 @@ def _kept(model: Model, texts: Texts, output: Path, say: Say, bar: Bar) -> int:
 
 def _taken_up(parts: Path, model: Model, texts: Texts) -> int:
     """How many texts an earlier run of the same scored; what another left is thrown away."""
-    about = {"model": model.id, "texts": texts.sha256, "column": texts.column}
+    about = {"model": model.id, "texts": texts.sha256, "column": texts.column, "pair": texts.pair}
     state = parts / "run.json"
     try:
         same = texts.file != STDIN and json.loads(state.read_text()) == about
@@ -154,27 +156,25 @@ def _keep(part: Path, rows: Sequence[Row]) -> None:
         ) from error
 
 
-def _scored(session: Session, model: Model, texts: Iterator[str], window: int) -> Iterator[list[dict[str, Any]]]:
-    """The rows of `window` texts at a time, in order; batches are made of texts of like length."""
-    while taken := list(itertools.islice(texts, window)):
+def _scored(session: Session, model: Model, texts: Texts, done: int, window: int) -> Iterator[list[dict[str, Any]]]:
+    """The rows of `window` texts at a time, in order, after so many that are done; batches are made of texts of like
+    length."""
+    columns, label_set = model.columns(texts), model.label_set
+    rest = itertools.islice(texts.read(), done, None)
+    while taken := list(itertools.islice(rest, window)):
         rows = model.encoder.encode(taken)
-        scores: list[Any] = [None] * len(rows)
+        scores: list[tuple[int, Sequence[float]]] = [(0, ())] * len(rows)
         for batch in offline_batches([len(row) for row in rows], BATCH):
-            arrays = pad([rows[i] for i in batch], model.encoder.names, model.encoder.pad_id)
-            for i, share in zip(batch, _softmax(session.run(arrays)), strict=True):
-                scores[i] = share
-        yield [_row(model, text, share) for text, share in zip(taken, scores, strict=True)]
+            logits = session.run(pad([rows[i] for i in batch], model.encoder.names, model.encoder.pad_id))
+            given = zip(answers(logits, label_set.multi), shares(logits, label_set.multi), strict=True)
+            for i, answer in zip(batch, given, strict=True):
+                scores[i] = answer
+        yield [
+            _row(columns, text, label_set.named(answer), chances)
+            for text, (answer, chances) in zip(taken, scores, strict=True)
+        ]
 
 
-def _row(model: Model, text: str, shares: Sequence[float]) -> dict[str, Any]:
-    best = max(range(len(shares)), key=lambda label: shares[label])
-    scores = (round(float(share), 6) for share in shares)
-    return dict(zip(model.columns, [text, model.labels[best], *scores], strict=True))
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    import numpy as np
-
-    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-    shares: np.ndarray = odds / odds.sum(axis=1, keepdims=True)
-    return shares
+def _row(columns: Sequence[str], text: Text, label: str, chances: Sequence[float]) -> dict[str, Any]:
+    asked = [text] if isinstance(text, str) else text
+    return dict(zip(columns, [*asked, label, *(round(float(share), 6) for share in chances)], strict=True))

@@ -24,6 +24,7 @@ from toolchain.pipeline import Say, Workspace, ensure, only_news, plan
 from toolchain.scenarios import Protocol
 from toolchain.steps import roofline
 from toolchain.steps.bench import Progress, bench
+from toolchain.tables import USUAL, Columns
 
 RESULTS = Path("benchmarks/results")
 LOCAL = RESULTS / "local"
@@ -38,8 +39,8 @@ class Request:
     providers: tuple[str, ...]
     protocol: Protocol
     data: str | None = None
-    text_column: str | None = None
-    label_column: str = "label"
+    columns: Columns = USUAL
+    split: str | None = None
     resume: bool = False
 
 
@@ -116,8 +117,8 @@ def measure(workspace: Workspace, request: Request, say: Say, progress: Progress
 
 def asked(workspace: Workspace, request: Request, say: Say) -> tuple[Manifest, Data]:
     """The imported checkpoint's manifest and the sentences to evaluate on; raises `DataError` where they do not fit."""
-    root = ensure(workspace, [checkpoints.ROOT_VARIANT], {}, say)[checkpoints.ROOT_VARIANT].manifest
-    return root, inputs.load(request.data, root.labels, request.text_column, request.label_column)
+    root = ensure(workspace, [checkpoints.ROOT_VARIANT], {}, say)[checkpoints.ROOT_VARIANT]
+    return root.manifest, inputs.load(request.data, root.label_set, request.columns, request.split)
 
 
 def _lengths(encoder: inputs.Encoder | None, data: Data) -> list[int]:
@@ -195,6 +196,8 @@ def result_of(rows: Sequence[Measurement], how: Mapping[str, Any], data: Data, m
             "sha256": data.sha256,
             "max_length": max_length,
             "labels": list(data.labels),
+            "label_names": list(data.label_set.names),
+            "multi_label": data.label_set.multi,
         },
         rows=tuple(rows),
     )

@@ -17,6 +17,7 @@ from toolchain.backends.ort import OrtSession
 from toolchain.errors import GraphError
 from toolchain.inputs import Data, Encoder, TrainingSource, pad
 from toolchain.jobs import Progress
+from toolchain.labels import answers, log_shares
 from toolchain.passes import read, rewrite, write
 from toolchain.passes.apply import context_of
 from toolchain.passes.quantize_linear import layers_of
@@ -60,11 +61,10 @@ class Subject:
     ) -> Subject:
         """Raises `DataError` for training data that does not fit the model."""
         manifest = artifact.manifest
-        data: Data = train.load(manifest.labels)
-        _, held = inputs.hold_out(data)
+        data: Data = train.load(artifact.label_set)
+        held = data.only(inputs.hold_out(data)[1])
         encoder = Encoder.open(artifact.path, [spec.name for spec in manifest.inputs], manifest.max_length)
-        rows = encoder.encode([data.texts[row] for row in held])
-        return cls(artifact, passes, activations, encoder, rows, [data.labels[row] for row in held])
+        return cls(artifact, passes, activations, encoder, encoder.encode(held.texts), held.labels)
 
     @property
     def layers(self) -> list[str]:
@@ -84,15 +84,12 @@ class Subject:
             finally:
                 opened.close()
 
-    def answers(self, session: OrtSession, count: int) -> np.ndarray:
-        """Log-probabilities [row, label] of the first `count` rows, asked one by one."""
+    def logits(self, session: OrtSession, count: int) -> np.ndarray:
+        """Logits [row, label] of the first `count` rows, asked one by one."""
         import numpy as np
 
         batches = (pad([row], self.encoder.names, self.encoder.pad_id) for row in self.rows[:count])
-        logits = np.concatenate([session.run(batch) for batch in batches]).astype(np.float64)
-        logits -= logits.max(axis=1, keepdims=True)
-        found: np.ndarray = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        return found
+        return np.concatenate([session.run(batch) for batch in batches])
 
 
 def rank(subject: Subject, progress: Progress) -> list[Layer]:
@@ -106,14 +103,16 @@ def rank(subject: Subject, progress: Progress) -> list[Layer]:
             "Name the variant it was made from.",
         )
     with subject.session(names) as session:
-        exact = subject.answers(session, SENTENCES)
+        exact = subject.logits(session, SENTENCES)
+    multi = subject.encoder.multi_label
+    before, first = log_shares(exact, multi), answers(exact, multi)
     found = []
     for done, name in enumerate(names):
         progress(done, len(names), f"quantising {name} alone")
         with subject.session([other for other in names if other != name]) as session:
-            answers = subject.answers(session, SENTENCES)
-        divergence = float((np.exp(exact) * (exact - answers)).sum(axis=1).mean())
-        flips = int((answers.argmax(axis=1) != exact.argmax(axis=1)).sum())
+            logits = subject.logits(session, SENTENCES)
+        divergence = float((np.exp(before) * (before - log_shares(logits, multi))).sum(axis=1).mean())
+        flips = sum(one != other for one, other in zip(first, answers(logits, multi), strict=True))
         found.append(Layer(name, float(f"{max(divergence, 0.0):.3g}"), flips))
     return sorted(found, key=lambda layer: (-layer.divergence, layer.name))
 
@@ -136,7 +135,5 @@ def fewest_kept(subject: Subject, max_drop: float, progress: Progress) -> tuple[
 
 
 def _right(subject: Subject, session: OrtSession) -> float:
-    import numpy as np
-
-    answers = subject.answers(session, len(subject.rows)).argmax(axis=1)
-    return float((answers == np.array(subject.labels)).mean())
+    given = answers(subject.logits(session, len(subject.rows)), subject.encoder.multi_label)
+    return sum(one == other for one, other in zip(given, subject.labels, strict=True)) / len(given)

@@ -73,7 +73,7 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
         target,
         chosen,
         _origin(workspace, chosen[0].manifest, order.license),
-        [*TEXTS.values(), *inputs.embedded().sample(SENTENCES, SEED)],
+        [*TEXTS.values(), *map(str, inputs.embedded().sample(SENTENCES, SEED))],
         {artifact_id: _measured(*found_in) for artifact_id, found_in in measured.items()},
         found,
     )

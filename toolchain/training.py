@@ -12,14 +12,15 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain import hardware
-from toolchain.backends.batches import Batch, batch, batches
+from toolchain.backends.batches import Batch, Targets, batch, batches
+from toolchain.backends.batches import right as correct
 from toolchain.errors import DataError
 from toolchain.inputs import Encoder
 
@@ -41,8 +42,9 @@ class Recipe:
     """AdamW, for embeddings sparse Adam, with a linear schedule: `learning_rate` is its peak, `warmup` the share of
     steps that lead up to it.
 
-    `temperature` softens teacher and student alike; `states` weighs the hidden states against the answers; `patience`
-    is how many epochs without a better held-out accuracy end the training.
+    `task`, `states` and `temperature` as `losses.Weights` has them; `patience` is how many epochs without a better
+    held-out accuracy end the training. `dropout` as the model's config has it: a teacher's answers leave nothing to
+    regularise against.
     """
 
     epochs: int
@@ -55,14 +57,16 @@ class Recipe:
     temperature: float = 2.0
     states: float = 1.0
     patience: int = 2
+    task: float = 0.0
+    dropout: bool = False
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Token ids and labels of the same rows."""
+    """Token ids and targets of the same rows."""
 
-    ids: list[list[int]]
-    labels: list[int]
+    ids: Sequence[Sequence[int]]
+    labels: Targets
 
     def batches(self, encoder: Encoder) -> list[Batch]:
         """All rows, shortest first, in batches for scoring."""
@@ -79,23 +83,23 @@ class _State:
     spent_s: float = 0.0
     held_out: list[float] = field(default_factory=list)
     best: int = 0
+    scale: float = 65536.0  # of float16 gradients, PyTorch's first
 
 
 def train(
-    models: tuple[PreTrainedModel, PreTrainedModel],
+    models: tuple[PreTrainedModel, PreTrainedModel | None],
     rows: tuple[Examples, Examples],
     encoder: Encoder,
     recipe: Recipe,
     resume: tuple[Path, str],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Trains the first of `models` in place to answer as the second, its teacher, on the first of `rows`, and leaves it
-    with the weights that were best on the second, which are held out.
+    """Trains the first of `models` in place, on the first of `rows`, to answer as these say and as the second, its
+    teacher, does, and leaves it with the weights that were best on the second of `rows`, which are held out.
 
-    Only parameters that require a gradient are trained; dropout is off, since the teacher's answers leave nothing to
-    regularise against. `resume` is a folder and a key: a run of the same key there is taken up where it stopped.
-    Returns what the manifest says of it. Raises `DataError` where the loss is no longer finite. Hinton et al. 2015,
-    "Distilling the Knowledge in a Neural Network"; Sun et al. 2019, "Patient Knowledge Distillation", for the states.
+    Only parameters that require a gradient are trained. `resume` is a folder and a key: a run of the same key there is
+    taken up where it stopped. Returns what is to be told of it. Raises `DataError` where the loss is no longer finite;
+    the folder then holds the state before that step.
     """
     (model, teacher), (train_on, held_out) = models, rows
     folder, key = resume
@@ -135,19 +139,19 @@ def accuracy(model: PreTrainedModel, rows: list[Batch]) -> float:
     right = 0
     with torch.inference_mode():
         for part in rows:
-            answers = model(**{name: t.to(device) for name, t in part.inputs.items()}).logits.argmax(1)
-            right += int((answers.cpu() == part.labels).sum())
+            right += correct(model(**{name: t.to(device) for name, t in part.inputs.items()}).logits.cpu(), part.labels)
     return right / sum(len(part.labels) for part in rows)
 
 
 def _precision(device: torch.device) -> torch.dtype:
-    """bfloat16 where it is fast, float32 elsewhere: emulated half precision is slower than none."""
+    """bfloat16 where it is fast, else float16 on GPUs that multiply it faster, else float32: emulated half precision is
+    slower than none."""
     import torch
 
     if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        fast = bool({"avx512_bf16", "amx_bf16"} & set(hardware.processor()["isa"]))
+        capability = torch.cuda.get_device_capability(device)
+        return torch.bfloat16 if capability >= (8, 0) else torch.float16 if capability >= (7, 0) else torch.float32
+    fast = bool({"avx512_bf16", "amx_bf16"} & set(hardware.processor()["isa"]))
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -167,20 +171,24 @@ class _Run:
     """A model under training: its optimiser, its teacher, and where it stands."""
 
     def __init__(
-        self, models: tuple[PreTrainedModel, PreTrainedModel], recipe: Recipe, steps: int, folder: Path, key: str
+        self, models: tuple[PreTrainedModel, PreTrainedModel | None], recipe: Recipe, steps: int, folder: Path, key: str
     ) -> None:
         import torch
+
+        from toolchain.losses import Weights
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = _precision(self.device)
         self.steps, self.total = steps, steps * recipe.epochs
         (model, teacher), self._recipe, self._folder = models, recipe, folder
-        self._model = model.to(self.device).eval()  # type: ignore[arg-type]
-        self._teacher = teacher.to(self.device, self.precision).eval()  # type: ignore[arg-type]
+        self._weights = Weights(recipe.task, recipe.states, recipe.temperature)
+        self._model = model.to(self.device)  # type: ignore[arg-type]
+        self._teacher = teacher and teacher.to(self.device, self.precision).eval()  # type: ignore[arg-type]
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         tables = set()
         for name, module in model.named_modules():
-            if isinstance(module, torch.nn.Embedding):
+            # DeBERTa's relative positions are a matrix that is multiplied, not looked up.
+            if isinstance(module, torch.nn.Embedding) and not name.endswith("rel_embeddings"):
                 # A batch has a few hundred of many thousand rows: stepping all of them is a fifth of the time.
                 module.sparse = True
                 tables.add(f"{name}.weight")
@@ -192,6 +200,9 @@ class _Run:
         self._started = self._saved = time.monotonic()
         self.state = self._restored(key) or _State(key)
         self._before_s = self.state.spent_s
+        # What float16 cannot hold of a gradient is scaled up first.
+        halved = self.precision == torch.float16
+        self._scaler = torch.amp.GradScaler(self.device.type, init_scale=self.state.scale, enabled=halved)
 
     @property
     def over(self) -> bool:
@@ -200,8 +211,10 @@ class _Run:
         return epochs >= self._recipe.epochs or epochs - self.state.best >= self._recipe.patience
 
     def learn(self, part: Batch) -> float:
-        """One step towards the teacher; the loss it started from."""
+        """One step; the loss it started from."""
         import torch
+
+        from toolchain.losses import loss
 
         recipe, step = self._recipe, self.state.step
         rising = (step + 1) / max(1.0, recipe.warmup * self.total)
@@ -210,27 +223,37 @@ class _Run:
             optimizer.zero_grad(set_to_none=True)
             optimizer.param_groups[0]["lr"] = rate
         inputs = {name: tensor.to(self.device) for name, tensor in part.inputs.items()}
+        states = recipe.states > 0
         with torch.no_grad():
-            wanted = self._teacher(**inputs, output_hidden_states=True)
+            wanted = self._teacher(**inputs, output_hidden_states=states) if self._teacher is not None else None
+        if recipe.dropout:
+            torch.manual_seed(recipe.seed * self.total + step)  # by the step: a resumed run drops the same
+        self._model.train(recipe.dropout)
         with (
             torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32),
             _attention(self.device),
         ):
-            given = self._model(**inputs, output_hidden_states=True)
-        loss = _distance(given, wanted, inputs["attention_mask"], recipe)
-        if not torch.isfinite(loss):
+            given = self._model(**inputs, output_hidden_states=states)
+        self._model.eval()
+        found = loss(given, wanted, inputs, part.labels.to(self.device), self._weights)
+        if not torch.isfinite(found):
+            self.save()
             raise DataError(
-                f"The loss is {float(loss.detach())} at step {step}: the training left what numbers can hold.",
+                f"The loss is {float(found.detach())} at step {step}: the training left what numbers can hold. What it "
+                f"had until then is kept in {self._folder}.",
                 "Check the checkpoint for NaN; a lower learning rate may help.",
             )
-        loss.backward()
+        self._scaler.scale(found).backward()
+        for optimizer in self._optimizers:
+            self._scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(self._dense, recipe.clip)
         for optimizer in self._optimizers:
-            optimizer.step()
+            self._scaler.step(optimizer)
+        self._scaler.update()
         self.state.step += 1
         if time.monotonic() - self._saved > SAVE_EVERY_S:
             self.save()
-        return float(loss.detach())
+        return float(found.detach())
 
     def save(self) -> None:
         """What a later run goes on from; the state last, which makes the rest valid."""
@@ -241,6 +264,7 @@ class _Run:
             moments = self._optimizer_of[name].state.get(parameter, {})
             tensors |= {f"{name}|{key}": torch.as_tensor(value) for key, value in moments.items()}
         self.state.spent_s = self._before_s + time.monotonic() - self._started
+        self.state.scale = self._scaler.get_scale() if self._scaler.is_enabled() else self.state.scale
         _write(self._folder / f"{self.state.step}.{WEIGHTS}", tensors)
         (self._folder / f".{STATE}").write_text(json.dumps(asdict(self.state)))
         os.replace(self._folder / f".{STATE}", self._folder / STATE)
@@ -304,29 +328,6 @@ def _attention(device: torch.device) -> Iterator[None]:
             yield
     finally:
         settings.allow_fp16_bf16_reduction_math_sdp(before)
-
-
-def _distance(given: Any, wanted: Any, real: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """Of the student's outputs from the teacher's: the Kullback-Leibler divergence of the softened answers, and the
-    squared difference of the states, relative to the teacher's variance: every layer's at the tokens that are `real`
-    [batch, sequence], and once more the first token's last one, which the head reads."""
-    import torch
-    from torch.nn import functional
-
-    def softened(outputs: Any) -> torch.Tensor:
-        return functional.log_softmax(outputs.logits.float() / recipe.temperature, dim=-1)
-
-    def apart(mine: torch.Tensor, its: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        squared = (mine.float() - its.float()).square().mean(-1)
-        return (squared * weight).sum() / weight.sum() / its.float().var()
-
-    answers = functional.kl_div(softened(given), softened(wanted), log_target=True, reduction="batchmean")
-    layers = list(zip(given.hidden_states[1:], wanted.hidden_states[1:], strict=True))
-    first = torch.zeros_like(real)
-    first[:, 0] = 1
-    states = sum(apart(mine, its, real) for mine, its in layers) / len(layers) + apart(*layers[-1], first)
-    loss: torch.Tensor = answers * recipe.temperature**2 + recipe.states * states
-    return loss
 
 
 def _write(path: Path, tensors: dict[str, Any]) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from toolchain import hardware, inputs, wordpiece
-from toolchain.artifacts import Manifest
+from toolchain.artifacts import Artifact, Manifest
 from toolchain.backends import Place
 from toolchain.backends.ort import OrtSession
 from toolchain.errors import DataError
 from toolchain.inputs import Data, Encoder, TrainingSource, pad
 from toolchain.jobs import Job, Progress
+from toolchain.labels import answers
 from toolchain.passes import facts as facts_of
 from toolchain.passes import read, rewrite
 from toolchain.passes.apply import context_of
@@ -39,7 +40,7 @@ def kept(job: Job, step: Quantize) -> list[int]:
     if step.trim_vocab != TRAIN:
         assert job.corpus is not None
         return wordpiece.kept_tokens(_encoder(job.given.path, job.given.manifest), job.corpus.read())
-    data = job.train.load(job.given.manifest.labels)
+    data = job.train.load(job.given.label_set)
     texts = data.only(inputs.hold_out(data)[0]).texts
     return wordpiece.kept_tokens(_encoder(job.given.path, job.given.manifest), texts)
 
@@ -69,10 +70,11 @@ def trim(job: Job, tokens: Sequence[int], embedding: Sequence[str], facts: Mappi
     return {**known, "vocabulary": found}
 
 
-def judged_by(train: TrainingSource, manifest: Manifest) -> Data:
+def judged_by(train: TrainingSource, artifact: Artifact) -> Data:
     """Sentences of a trimmed artifact's domain: the rows held out of the training data it was made with, and for the
     embedded data its validation set, no phrase of which it was trimmed to. `DataError` where other data is given now.
     """
+    manifest = artifact.manifest
     made_with = getattr(manifest.step, "train", None) or ""
     if made_with == TrainingSource().digest:
         return inputs.embedded()
@@ -82,7 +84,7 @@ def judged_by(train: TrainingSource, manifest: Manifest) -> Data:
             f"{train.digest.split(':')[0]} is given now.",
             "Name that file with --train-data.",
         )
-    data = train.load(manifest.labels)
+    data = train.load(artifact.label_set)
     return data.only(inputs.hold_out(data)[1])
 
 
@@ -97,7 +99,7 @@ def _bytes(folder: Path) -> int:
 
 def _judged(job: Job, old: Encoder, tokens: frozenset[int]) -> dict[str, Any]:
     """``held_out`` and ``out_of_domain``: rows, right before and after, answers that changed."""
-    data: Data = job.train.load(job.given.manifest.labels)
+    data: Data = job.train.load(job.given.label_set)
     held = data.only(inputs.hold_out(data)[1])
     new = _encoder(job.folder, job.given.manifest)
     rows = old.encode(held.texts)
@@ -120,11 +122,11 @@ def _judged(job: Job, old: Encoder, tokens: frozenset[int]) -> dict[str, Any]:
 def _answers(folder: Path, encoder: Encoder, rows: Sequence[Sequence[int]], progress: Progress, what: str) -> list[int]:
     """The label of every row, asked one by one: in fewer bits an answer can depend on the rest of its batch."""
     session = OrtSession(folder, Place("cpu", hardware.cores()))
-    found = []
+    found: list[int] = []
     try:
         for done, row in enumerate(rows):
             progress(done, len(rows), what)
-            found.append(int(session.run(pad([row], encoder.names, encoder.pad_id))[0].argmax()))
+            found += answers(session.run(pad([row], encoder.names, encoder.pad_id)), encoder.multi_label)
     finally:
         session.close()
     return found

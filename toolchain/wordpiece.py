@@ -14,6 +14,7 @@ from typing import Any
 
 from toolchain.errors import CheckpointError, DataError
 from toolchain.inputs import Encoder
+from toolchain.rows import Text
 
 WORDPIECE = "WordPiece"
 TEXTS = 1000  # tokenised at once
@@ -22,7 +23,7 @@ TEXTS = 1000  # tokenised at once
 Renumbered = Mapping[int, int]
 
 
-def kept_tokens(encoder: Encoder, texts: Iterable[str]) -> list[int]:
+def kept_tokens(encoder: Encoder, texts: Iterable[Text]) -> list[int]:
     """The ids that `texts` need, in order, and those without which a text could no longer be tokenised: special and
     added tokens, every piece of one character, and what these cannot spell.
 

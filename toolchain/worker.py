@@ -23,6 +23,7 @@ from typing import Any
 from toolchain import errors
 from toolchain.backends import Place
 from toolchain.inputs import Encoder
+from toolchain.rows import Text
 
 _TAIL = 400  # characters of standard error that a failed row quotes
 
@@ -31,7 +32,7 @@ class Worker:
     """A fresh process with one loaded session. Close it, or use it as a context."""
 
     def __init__(
-        self, session: str, folder: Path, place: Place, encoder: Encoder, text: str, imports: Sequence[str] = ()
+        self, session: str, folder: Path, place: Place, encoder: Encoder, text: Text, imports: Sequence[str] = ()
     ) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the child
         self._replies: queue.Queue[tuple[str, float] | None] = queue.Queue()

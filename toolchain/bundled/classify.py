@@ -19,6 +19,7 @@ class Classifier:
         bundle = json.loads((Path(folder) / "bundle.json").read_text(encoding="utf-8"))
         model = next(m for m in bundle["models"] if variant in (None, m["variant"]))
         self.labels: list[str] = bundle["labels"]
+        self.multi_label: bool = bundle["multi_label"]
         self._inputs = [spec["name"] for spec in model["inputs"]]
         self._session = ort.InferenceSession(str(Path(folder) / model["file"]), providers=["CPUExecutionProvider"])
         self._tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
@@ -26,7 +27,8 @@ class Classifier:
         self._tokenizer.enable_padding(pad_id=bundle["pad_id"])
 
     def __call__(self, texts: Sequence[str]) -> list[dict[str, float]]:
-        """For each text the probability of every label; as one batch, so keep batches small."""
+        """For each text the probability of every label, each for itself where a text can have several; as one batch, so
+        keep batches small."""
         rows = self._tokenizer.encode_batch(list(texts))
         arrays = {
             "input_ids": [row.ids for row in rows],
@@ -34,8 +36,11 @@ class Classifier:
             "token_type_ids": [row.type_ids for row in rows],
         }
         logits = self._session.run(None, {name: np.array(arrays[name], np.int64) for name in self._inputs})[0]
-        odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-        shares = odds / odds.sum(axis=1, keepdims=True)
+        if self.multi_label:
+            shares = 1 / (1 + np.exp(-logits))
+        else:
+            odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+            shares = odds / odds.sum(axis=1, keepdims=True)
         return [dict(zip(self.labels, map(float, row), strict=True)) for row in shares]
 
 
@@ -44,4 +49,5 @@ if __name__ == "__main__":
     for line in sys.argv[1:] or map(str.rstrip, sys.stdin):
         shares = classify([line])[0]
         best = max(shares, key=lambda label: shares[label])
-        print(f"{best}\t{shares[best]:.4f}\t{line}")
+        told = [label for label in shares if shares[label] > 0.5] if classify.multi_label else [best]
+        print(f"{'|'.join(told)}\t{','.join(f'{shares[label]:.4f}' for label in told)}\t{line}")

@@ -18,6 +18,7 @@ from toolchain.cli.options import (
 from toolchain.variants import CPU_PASSES, CUDA_PASSES
 
 if TYPE_CHECKING:
+    from toolchain.inputs import TrainingSource
     from toolchain.variants import Step
     from toolchain.workspace import Workspace
 
@@ -142,9 +143,7 @@ def prune(
     cost: str,
     epochs: int | None,
     parent: str,
-    train_data: str | None,
-    text_column: str | None,
-    label_column: str,
+    train: TrainingSource,
     label: str,
     dry_run: bool,
 ) -> None:
@@ -175,7 +174,7 @@ def prune(
         raise click.UsageError("--method mask removes nothing: it takes a --ratio and none of the other options.")
     if max_drop is not None and (epochs or dry_run):
         raise click.UsageError("--max-drop searches by building, without training: leave out --recover and --dry-run.")
-    workspace = open_workspace(model, exported, slug, (train_data, text_column, label_column))
+    workspace = open_workspace(model, exported, slug, train)
     child(parent, Prune(0.5, method, cost))  # a parent that cannot be pruned is told before anything is built
     if max_drop is not None:
         ratios = (largest_ratio(workspace, Prune(0.5, method, cost), max_drop, say, bar),)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from toolchain.cli.options import debug_option, json_option, model_options, open_workspace, training_options
 from toolchain.errors import ToolchainError, VerdictError
+
+if TYPE_CHECKING:
+    from toolchain.inputs import TrainingSource
 
 
 @click.command()
@@ -23,9 +26,7 @@ def validate(
     exported: Path,
     slug: str | None,
     variant: str,
-    train_data: str | None,
-    text_column: str | None,
-    label_column: str,
+    train: TrainingSource,
     as_json: bool,
 ) -> None:
     """Compare VARIANT's answers with PyTorch's over lengths, batches, paddings and odd texts; exit 3 if it fails.
@@ -40,7 +41,7 @@ def validate(
     from toolchain.report.progress import say
     from toolchain.steps.validate import sentence
 
-    workspace = open_workspace(model, exported, slug, (train_data, text_column, label_column))
+    workspace = open_workspace(model, exported, slug, train)
     report = validate_variant(workspace, variant, say)
     if as_json:
         click.echo(json.dumps(report, indent=1))

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from toolchain.cli.options import dry_run_option, json_option, model_options, open_workspace
+from toolchain.cli.options import data_options, dry_run_option, json_option, model_options, open_workspace
 
 if TYPE_CHECKING:
     from toolchain.measurements import ResultFile
     from toolchain.steps.compare import Row
     from toolchain.steps.gate import Verdict
     from toolchain.steps.regression import Regressions
+    from toolchain.tables import Columns
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -37,9 +38,7 @@ F = TypeVar("F", bound=Callable[..., Any])
     help="Measure ONNX variants on a provider that leaves part of them to the CPU; the rows say so.",
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads of every cell.  [default: physical cores]")
-@click.option("--data", metavar="FILE", help="CSV or TSV to evaluate on.  [default: the embedded SST-2]")
-@click.option("--text-column", help="Its column of sentences.  [default: sentence or text]")
-@click.option("--label-column", default="label", show_default=True, help="Its column of labels.")
+@data_options
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Most sentences of a batch.")
 @click.option("--by-length", is_flag=True, help="Latency at 16, 32, … 512 tokens as well.")
 @click.option("--save-as", metavar="NAME", help="Save under benchmarks/results/NAME.json, to be committed.")
@@ -58,8 +57,8 @@ def bench(
     allow_fallback: bool,
     threads: int | None,
     data: str | None,
-    text_column: str | None,
-    label_column: str,
+    columns: Columns,
+    split: str | None,
     batch_size: int,
     by_length: bool,
     save_as: str | None,
@@ -93,7 +92,7 @@ def bench(
         device_id=device_id,
         allow_fallback=allow_fallback,
     )
-    request = runs.Request(names, providers, protocol, data, text_column, label_column, resume)
+    request = runs.Request(names, providers, protocol, data, columns, split, resume)
     workspace = open_workspace(model, exported, slug)
     if dry_run:
         for name, provider, what in runs.outlook(workspace, request):

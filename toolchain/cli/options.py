@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import click
 from toolchain.names import LABEL
 
 if TYPE_CHECKING:
+    from toolchain.inputs import TrainingSource
     from toolchain.pipeline import Workspace
     from toolchain.rows import Texts
 
@@ -81,25 +83,58 @@ def open_workspace(
     model: str,
     exported: Path,
     slug: str | None,
-    train: tuple[str | None, str | None, str] | None = None,
+    train: TrainingSource | None = None,
     corpus: Texts | None = None,
 ) -> Workspace:
-    """The folder and source that `model_options` name; `train` is the file and columns of `training_options`, `corpus`
-    the texts a vocabulary is trimmed to."""
-    from toolchain.inputs import TrainingSource
+    """The folder and source that `model_options` name; `train` is what `training_options` give, `corpus` the texts a
+    vocabulary is trimmed to."""
     from toolchain.pipeline import Workspace
 
-    return Workspace.open(model, exported, slug, TrainingSource(*train) if train else None, corpus)
+    return Workspace.open(model, exported, slug, train, corpus)
 
 
-def training_options(command: F) -> F:
-    """Where training sentences come from, for every command that trains, ranks or tunes; read by `training_source`."""
-    for option in (
+DATA = "CSV, TSV, JSON lines or Parquet file, or a data set of the hub such as glue/sst2"
+
+
+def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where training sentences come from, for every command that trains, ranks or tunes; they come as `train`."""
+
+    @functools.wraps(command)
+    def with_source(train_data: str | None, **others: Any) -> Any:
+        from toolchain.inputs import TrainingSource
+
+        return command(train=TrainingSource(train_data, others.pop("columns"), others.pop("split")), **others)
+
+    text = f"{DATA}, to rank and train on.  [default: the embedded SST-2]"
+    return click.option("--train-data", metavar="DATA", help=text)(_columns_options(with_source, "train"))
+
+
+def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What is evaluated on; it comes as `data`, `columns` and `split`."""
+    text = f"{DATA}, to evaluate on.  [default: the embedded SST-2]"
+    return click.option("--data", metavar="DATA", help=text)(_columns_options(command, "validation"))
+
+
+def _columns_options(command: Callable[..., Any], usual: str) -> Callable[..., Any]:
+    """The columns of a data set, as `columns`, and its `split`."""
+
+    @functools.wraps(command)
+    def with_columns(text_column: str | None, pair_column: str | None, label_column: str, **others: Any) -> Any:
+        from toolchain.tables import Columns
+
+        return command(columns=Columns(text_column, label_column, pair_column), **others)
+
+    options = [
+        click.option("--text-column", help="Its column of texts.  [default: sentence or text]"),
+        click.option("--text-pair-column", "pair_column", help="Its column of second texts, where each row is a pair."),
         click.option("--label-column", default="label", show_default=True, help="Its column of labels."),
-        click.option("--text-column", help="Its column of sentences.  [default: sentence or text]"),
         click.option(
-            "--train-data", metavar="FILE", help="CSV or TSV to rank and train on.  [default: the embedded SST-2]"
+            "--split",
+            help=f"Of a data set of the hub which part; held-out: what training leaves out.  [default: {usual}]"
+            if usual == "validation"
+            else f"Of a data set of the hub which part.  [default: {usual}]",
         ),
-    ):
-        command = option(command)
-    return command
+    ]
+    for option in reversed(options):
+        with_columns = option(with_columns)
+    return with_columns

@@ -23,6 +23,7 @@ from toolchain.cli.options import (
 from toolchain.variants import QUANTIZE_PASSES, QUANTIZED
 
 if TYPE_CHECKING:
+    from toolchain.inputs import TrainingSource
     from toolchain.variants import Quantize, Step
     from toolchain.workspace import Workspace
 
@@ -96,9 +97,7 @@ def quantize(
     sensitivity: bool,
     left_out: tuple[str, ...],
     trim_vocab: str | None,
-    train_data: str | None,
-    text_column: str | None,
-    label_column: str,
+    train: TrainingSource,
     label: str,
     as_json: bool,
     dry_run: bool,
@@ -166,12 +165,12 @@ def quantize(
         return
     seven_bits = True if isa == "portable" else None
     passes = tuple(kept) if left_out else None
-    corpus = corpus_of(trim_vocab, text_column)
+    corpus = corpus_of(trim_vocab, train.columns.text)
     step = Quantize(backend, scheme or schemes[0], seven_bits, embeddings, keep_fp32, passes=passes)
     step = replace(step, trim_vocab=corpus.digest if corpus else trim_vocab)
     chosen = parents or (("onnx-fp32",) if backend == "ort" else ("torch-fp32",))
     names = {parent: child(parent, step, label).name for parent in chosen}
-    workspace = open_workspace(model, exported, slug, (train_data, text_column, label_column), corpus)
+    workspace = open_workspace(model, exported, slug, train, corpus)
     if sensitivity:
         _sensitivity(workspace, names, step, as_json)
         return

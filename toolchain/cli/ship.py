@@ -93,6 +93,7 @@ def verify(bundle: Path, as_json: bool) -> None:
 @click.argument("what", metavar="VARIANT|BUNDLE")
 @click.argument("file", default="-", metavar="[FILE]")
 @click.option("--text-column", help="The column of texts.  [default: sentence or text]")
+@click.option("--text-pair-column", "pair_column", help="The column of second texts, where each row is a pair.")
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -101,7 +102,14 @@ def verify(bundle: Path, as_json: bool) -> None:
 )
 @model_options
 def predict(
-    model: str, exported: Path, slug: str | None, what: str, file: str, text_column: str | None, output: Path | None
+    model: str,
+    exported: Path,
+    slug: str | None,
+    what: str,
+    file: str,
+    text_column: str | None,
+    pair_column: str | None,
+    output: Path | None,
 ) -> None:
     """Score the texts of FILE with a variant or a bundle: label and probabilities, in order.
 
@@ -124,7 +132,7 @@ def predict(
         found = of_bundle(Path(what), say)
     else:
         found = of_variant(open_workspace(model, exported, slug), what, say, bar)
-    count = score(found, Texts(file, text_column), output, say, bar)
+    count = score(found, Texts(file, text_column, pair_column), output, say, bar)
     if output:
         say(f"{count} texts scored")
         click.echo(output)

@@ -6,10 +6,14 @@ import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from toolchain.cli.options import json_option, model_options, open_workspace, training_options
+from toolchain.cli.options import DATA, json_option, model_options, open_workspace, training_options
+
+if TYPE_CHECKING:
+    from toolchain.inputs import TrainingSource
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -48,7 +52,7 @@ class Duration(click.ParamType):
 @click.option(
     "--budget", type=Duration(), default="20m", show_default=True, help="Time to search; what is begun is finished."
 )
-@click.option("--data", metavar="FILE", help="CSV or TSV the end is measured on.  [default: the embedded SST-2]")
+@click.option("--data", metavar="DATA", help=f"{DATA}, that the end is measured on.  [default: the embedded SST-2]")
 @training_options
 @json_option
 @model_options
@@ -60,9 +64,7 @@ def tune(
     objective: str,
     budget: float,
     data: str | None,
-    train_data: str | None,
-    text_column: str | None,
-    label_column: str,
+    train: TrainingSource,
     as_json: bool,
 ) -> None:
     """Search the fastest or smallest ONNX artifact that keeps the accuracy, by building and measuring on this machine.
@@ -85,9 +87,9 @@ def tune(
     from toolchain.tuning import BASELINE, EXACT, Request, sentence
     from toolchain.tuning import tune as search
 
-    workspace = open_workspace(model, exported, slug, (train_data, text_column, label_column))
+    workspace = open_workspace(model, exported, slug, train)
     protocol = replace(QUICK, threads=hardware.cores())
-    last = runs.Request((), ("cpu",), protocol, data, text_column, label_column)
+    last = runs.Request((), ("cpu",), protocol, data, train.columns)
     runs.asked(workspace, last, say)  # data that does not fit is told before the search
     best, front = search(workspace, Request(objective, max_drop, budget), say, bar)
     names = dict.fromkeys(["torch-fp32", EXACT, BASELINE, *(outcome.variant for outcome in front)])

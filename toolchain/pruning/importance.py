@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from toolchain.backends.batches import Batch
+from toolchain.backends.batches import Batch, task_loss
 from toolchain.backends.layout import head_size, layers_of, layout_of
 from toolchain.errors import DataError
 
@@ -75,7 +75,7 @@ def fisher(model: PreTrainedModel, batches: Sequence[Batch]) -> list[LayerImport
             gates.clear()
             with torch.enable_grad():
                 logits = model(**batch.inputs).logits
-                loss = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
+                loss = task_loss(logits, batch.labels, "sum")
                 found = torch.autograd.grad(loss, list(gates.values()))
             for key, gradient in zip(gates, found, strict=True):
                 flat = gradient.squeeze(1).double()

@@ -15,6 +15,7 @@ from toolchain.backends.batches import Batch, batches
 from toolchain.backends.pytorch import load_model
 from toolchain.errors import PruningError
 from toolchain.inputs import Data, TrainingSource
+from toolchain.labels import LabelSet
 from toolchain.pruning.importance import LayerImportance, fisher, magnitude
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Subject:
 
     @functools.cached_property
     def _data(self) -> Data:
-        return self.source.load(self.labels)
+        return self.source.load(LabelSet(self.labels, self.encoder.multi_label))
 
     @functools.cached_property
     def ranking(self) -> list[Batch]:
@@ -69,8 +70,8 @@ class Subject:
         return self._batches(inputs.hold_out(self._data)[1])
 
     def _batches(self, rows: list[int]) -> list[Batch]:
-        ids = self.encoder.encode([self._data.texts[row] for row in rows])
-        return batches(ids, [self._data.labels[row] for row in rows], self.encoder, BATCH)
+        chosen = self._data.only(rows)
+        return batches(self.encoder.encode(chosen.texts), chosen.targets, self.encoder, BATCH)
 
     @functools.cached_property
     def _fisher(self) -> list[LayerImportance]:

@@ -40,6 +40,7 @@ COLUMNS: dict[str, Callable[[Row], Any]] = {
     "won": lambda row: row.quality and row.quality.won,
     "mcnemar_p": lambda row: row.quality and row.quality.p,
     "macro_f1": lambda row: row.quality and row.quality.macro_f1,
+    "balanced_accuracy": lambda row: row.quality and row.quality.balanced_accuracy,
     "calibration_error": lambda row: row.quality and row.quality.calibration_error,
     "probability_shift_largest": lambda row: row.quality and row.quality.largest_shift,
     "probability_shift_mean": lambda row: row.quality and row.quality.mean_shift,

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from toolchain import inputs
+from toolchain.labels import SEPARATOR, LabelSet
 from toolchain.measurements import Measurement, ResultFile
 from toolchain.report.columns import host
+from toolchain.rows import Text
 from toolchain.steps.compare import Row
 
 MOST = 100  # sentences shown of a list
@@ -63,15 +65,21 @@ class Texts:
             self._known = inputs.embedded()
         known = self._known if self._known and self._known.sha256 == run.data["sha256"] else None
         labels = run.data["labels"] if rows else ()
+        names = run.data.get("label_names")  # older runs have none
+        label_set = LabelSet(tuple(names), bool(run.data.get("multi_label"))) if names else known and known.label_set
         shown = [
             Sentence(
                 row + 1,
-                known.texts[row] if known else "",
-                inputs.SST2_LABELS[labels[row]] if known else f"label {labels[row]}",
+                _text(known.texts[row]) if known else "",
+                label_set.named(labels[row]) if label_set else f"label {labels[row]}",
             )
             for row in rows[:MOST]
         ]
         return Sentences(len(rows), shown)
+
+
+def _text(text: Text) -> str:
+    return text if isinstance(text, str) else SEPARATOR.join(text)
 
 
 def flips(rows: Sequence[Row], texts: Texts) -> list[Flip]:

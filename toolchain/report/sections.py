@@ -106,6 +106,7 @@ def quality(rows: Sequence[Row]) -> Table | None:
     figures: dict[str, Callable[[Any], str]] = {
         "accuracy, 95 % interval": lambda q: f"{q.low:.2%} to {q.high:.2%}",
         "macro-F1": lambda q: _or(q.macro_f1, ".4f"),
+        "balanced accuracy": lambda q: _or(q.balanced_accuracy, ".4f"),
         "lost": lambda q: _or(q.lost),
         "won": lambda q: _or(q.won),
         "McNemar p": lambda q: _or(q.p, ".2g"),

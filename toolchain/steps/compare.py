@@ -24,7 +24,8 @@ INTERVAL_SHARE = 0.10
 class Quality:
     """What a row's answers say beyond its accuracy.
 
-    `low` and `high` are Wilson's 95 % interval of the accuracy; `calibration_error` the expected one. `lost` answers
+    `low` and `high` are Wilson's 95 % interval of the accuracy; `macro_f1` and `balanced_accuracy` give every label
+    the same weight; `calibration_error` is the expected one. `lost` answers
     were right in the baseline and are wrong here, `won` the reverse, `p` is McNemar's; the probability of a label moved
     by `largest_shift` at most and `mean_shift` on average. Of the sentences asked at batch 1, `batch_changed` are
     answered otherwise beside others in a batch. What cannot be said is None.
@@ -33,6 +34,7 @@ class Quality:
     low: float
     high: float
     macro_f1: float | None = None
+    balanced_accuracy: float | None = None
     calibration_error: float | None = None
     lost: int | None = None
     won: int | None = None
@@ -114,11 +116,17 @@ class Row:
         found = Quality(low, high, batch_changed=mine.batch_changed)
         if not labels or not mine.predictions:
             return found
-        answers = confidence.macro_f1(mine.predictions, labels)
+        multi = bool(self.run.data.get("multi_label"))
+        counts = confidence.by_label(mine.predictions, labels, multi)
         asked = [(p, label) for p, label in zip(mine.probabilities, labels, strict=False) if p is not None]
         sure = [[value / PROBABILITY for value in p] for p, _ in asked]
-        error = confidence.calibration_error(sure, [label for _, label in asked]) if asked else None
-        found = replace(found, macro_f1=answers, calibration_error=error)
+        error = confidence.calibration_error(sure, [label for _, label in asked], multi) if asked else None
+        found = replace(
+            found,
+            macro_f1=confidence.macro_f1(counts),
+            balanced_accuracy=confidence.balanced_accuracy(counts, multi),
+            calibration_error=error,
+        )
         if not self.baseline or not self.baseline.predictions:
             return found
         shifts = _shifts(mine, self.baseline)

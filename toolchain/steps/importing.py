@@ -11,6 +11,7 @@ from toolchain.backends.pytorch import describe, load_model
 from toolchain.checkpoints import SHAPES
 from toolchain.errors import ArtifactError, CheckpointError
 from toolchain.jobs import Built, Job
+from toolchain.labels import MULTI
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +65,10 @@ def import_checkpoint(job: Job) -> Built:
         outputs=(TensorSpec("logits", "float32", ("batch_size", len(labels))),),
         labels=labels,
         max_length=_max_length(model, tokenizer),
-        facts=describe(model, model.state_dict()),
+        facts={
+            **describe(model, model.state_dict()),
+            **({"multi_label": True} if model.config.problem_type == MULTI else {}),
+        },
     )
 
 

@@ -30,13 +30,14 @@ def recover(job: Job) -> Built:
     if job.root is None:
         raise ArtifactError("Recovery needs the unpruned model as its teacher.")
     manifest = job.given.manifest
-    data = job.train.load(manifest.labels)
+    data = job.train.load(job.given.label_set)
     encoder = inputs.Encoder.open(job.given.path, [spec.name for spec in manifest.inputs], manifest.max_length)
     job.progress(0, 1, "reading the training data")
     trained, held_out = inputs.hold_out(data)
     rows, mask = _examples(data, trained, encoder), _mask_token(job.given.path, encoder)
     # The more of a model is gone, the more it has to learn again, and the less an example costs.
-    pairs = round(step.pairs * manifest.facts["pruning"]["achieved"] * len(rows.ids))
+    # Rows that are pairs themselves are not joined to pairs of pairs.
+    pairs = 0 if data.paired else round(step.pairs * manifest.facts["pruning"]["achieved"] * len(rows.ids))
     rows = _augmented(rows, pairs, mask, step.masked, step.seed, encoder.max_length)
     model, teacher = load_model(job.given.path), load_model(job.root.path)
     recipe = Recipe(step.epochs, step.learning_rate, step.batch_size, step.seed)
@@ -56,7 +57,8 @@ def recover(job: Job) -> Built:
 
 
 def _examples(data: Data, rows: list[int], encoder: inputs.Encoder) -> Examples:
-    return Examples(encoder.encode([data.texts[row] for row in rows]), [data.labels[row] for row in rows])
+    chosen = data.only(rows)
+    return Examples(encoder.encode(chosen.texts), chosen.targets)
 
 
 def _augmented(rows: Examples, pairs: int, mask: int | None, share: float, seed: int, longest: int) -> Examples:

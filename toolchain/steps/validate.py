@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from toolchain.inputs import Encoder, pad
+from toolchain.labels import answers
+from toolchain.rows import Text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +29,7 @@ TEXTS = {
 }
 
 
-def grid(encoder: Encoder, sentences: Sequence[str]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+def grid(encoder: Encoder, sentences: Sequence[Text]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """Named batches: one token to the longest, batch 1, 2 and 7, mixed lengths padded on either side, odd texts."""
     rng = random.Random(SEED)
     vocabulary = encoder.tokenizer.get_vocab_size()
@@ -35,7 +37,7 @@ def grid(encoder: Encoder, sentences: Sequence[str]) -> Iterator[tuple[str, dict
     def ids(length: int) -> list[int]:
         return [rng.randrange(vocabulary) for _ in range(length)]
 
-    def batch(rows: list[list[int]], left: bool = False) -> dict[str, np.ndarray]:
+    def batch(rows: Sequence[Sequence[int]], left: bool = False) -> dict[str, np.ndarray]:
         return pad(rows, encoder.names, encoder.pad_id, left)
 
     lengths = sorted({min(length, encoder.max_length) for length in (*LENGTHS, encoder.max_length)})
@@ -51,13 +53,16 @@ def grid(encoder: Encoder, sentences: Sequence[str]) -> Iterator[tuple[str, dict
     real = encoder.encode([*TEXTS.values(), *sentences[:3]])
     yield "7 texts, right padding", batch(real)
     yield "7 texts, left padding", batch(real, left=True)
+    pairs = encoder.encode([(TEXTS["accents"], TEXTS["emoji"]), (TEXTS["emoji"], TEXTS["over-long text"])])
+    yield "2 pairs of texts, right padding", batch(pairs)
+    yield "2 pairs of texts, left padding", batch(pairs, left=True)
 
 
 def validate(
     contender: Session,
     reference: Session,
     encoder: Encoder,
-    sentences: Sequence[str],
+    sentences: Sequence[Text],
     agreement: str,
     original: Encoder | None = None,
 ) -> dict[str, Any]:
@@ -83,7 +88,7 @@ def validate(
         got = contender.run(pad([row], encoder.names, encoder.pad_id))
         want = reference.run(pad([its], original.names, original.pad_id))
         deltas.append(_delta(got, want))
-        flips += int(got.argmax() != want.argmax())
+        flips += answers(got, encoder.multi_label) != answers(want, encoder.multi_label)
     worst = max(grid_deltas, key=lambda name: grid_deltas[name])
     finite = bool(np.isfinite([*grid_deltas.values(), *deltas]).all())
     largest = max(grid_deltas[worst], *deltas)

@@ -162,8 +162,9 @@ class _Judge:
     def of(cls, workspace: Workspace, say: Say, bar: Bar) -> _Judge:
         """Raises `DataError` for training data that does not fit the model."""
         built = ensure(workspace, [EXACT, BASELINE], {}, say, bar)
-        manifest = built[checkpoints.ROOT_VARIANT].manifest
-        data = workspace.train.load(manifest.labels)
+        root = built[checkpoints.ROOT_VARIANT]
+        manifest = root.manifest
+        data = workspace.train.load(root.label_set)
         _, rows = inputs.hold_out(data)
         held = data.only(rows)
         names = [spec.name for spec in manifest.inputs]
