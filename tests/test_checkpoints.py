@@ -322,3 +322,34 @@ def test_remote_code_is_never_run(checkpoint, tmp_path):
     with pytest.raises(CheckpointError):
         load_model(checkpoint)
     assert not marker.exists()
+
+
+def test_a_base_to_train_on_needs_no_head_and_is_else_as_safe(checkpoint, tmp_path):
+    no_head(checkpoint)
+    base = checkpoints.locate(str(checkpoint))
+    folder, pinned = fetch(base, head=False)
+    assert (folder, pinned) == (checkpoint, checkpoints.pin(base, head=False))
+    assert pinned.revision.startswith("sha256:")
+    with pytest.raises(CheckpointError, match="no classification head"):
+        fetch(base)
+    for number, (damage, says) in enumerate(
+        [
+            (pickle_only, "only as pickle"),
+            (no_tokenizer, "no tokenizer"),
+            (truncated, "truncated"),
+            (quantised, "quant"),
+        ]
+    ):
+        broken = shutil.copytree(checkpoint, tmp_path / str(number))
+        damage(broken)
+        with pytest.raises(CheckpointError, match=says):
+            fetch(checkpoints.locate(str(broken)), head=False)
+
+
+def test_a_base_is_named_as_a_model_is(checkpoint, built_tiny):
+    assert checkpoints.locate("reference") == Source("embedded", "reference")
+    assert checkpoints.locate("somebody/some-model") == Source("hub", "somebody/some-model")
+    assert checkpoints.locate("tiny") == Source("hub", "tiny")  # a name under exported/ only where that is given
+    assert checkpoints.locate("tiny", built_tiny.exported).same_origin(built_tiny.source)
+    with pytest.raises(CheckpointError, match="There is no folder"):
+        checkpoints.locate("./nowhere")

@@ -57,25 +57,9 @@ def resolve(model: str, exported: Path, slug: str | None = None) -> tuple[str, S
     Tried in order: ``reference``, an existing folder, a model already under `exported`, a hub id. Raises
     `CheckpointError` where nothing fits, or where the folder name already belongs to another source.
     """
-    path = Path(model)
-    if len(model) > 255 or "\0" in model:
-        raise CheckpointError("--model is too long to be a folder or a hub id.", "Pass a folder or a hub id.")
-    if model == REFERENCE_SLUG:
-        source = Source("embedded", REFERENCE_SLUG)
-    elif path.is_dir():
-        source = Source("folder", str(path.resolve()))
-    elif "/" not in model and (known := _owner(exported / model)):
-        source = known
-    elif path.exists():
-        raise CheckpointError(f"{model} is a file.", "Pass the folder that holds config.json and the weights.")
-    elif model.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(model):
-        raise CheckpointError(
-            f"There is no folder {model}.", "Pass a folder, a hub id such as user/name, or `reference`."
-        )
-    else:
-        source = Source("hub", model)
+    source = locate(model, exported)
     slug = slug or (
-        model if source.kind == "embedded" else _slug(model if source.kind == "hub" else path.resolve().name)
+        model if source.kind == "embedded" else _slug(model if source.kind == "hub" else Path(model).resolve().name)
     )
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", slug):
         raise CheckpointError(f"{slug!r} cannot name a folder.", "Use lower-case letters, digits, '.', '_' and '-'.")
@@ -92,6 +76,29 @@ def resolve(model: str, exported: Path, slug: str | None = None) -> tuple[str, S
     return slug, source
 
 
+def locate(model: str, exported: Path | None = None) -> Source:
+    """The source `model` names, in the order of `resolve`; without `exported` no name of a model built there counts.
+
+    Nothing is read or asked yet: `pin` and `fetch` do, of a base to train on with `head=False`.
+    """
+    path = Path(model)
+    if len(model) > 255 or "\0" in model:
+        raise CheckpointError("A model's name is too long.", "Pass a folder or a hub id.")
+    if model == REFERENCE_SLUG:
+        return Source("embedded", REFERENCE_SLUG)
+    if path.is_dir():
+        return Source("folder", str(path.resolve()))
+    if exported and "/" not in model and (known := _owner(exported / model)):
+        return known
+    if path.exists():
+        raise CheckpointError(f"{model} is a file.", "Pass the folder that holds config.json and the weights.")
+    if model.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(model):
+        raise CheckpointError(
+            f"There is no folder {model}.", "Pass a folder, a hub id such as user/name, or `reference`."
+        )
+    return Source("hub", model)
+
+
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", text.rsplit("/", 1)[-1].lower()).strip("-._") or "model"
 
@@ -101,27 +108,30 @@ def _owner(folder: Path) -> Source | None:
     return Source(**root.manifest.source) if root else None
 
 
-def pin(source: Source, revision: str | None = None) -> Source:
+def pin(source: Source, revision: str | None = None, *, head: bool = True) -> Source:
     """The source with the exact revision it stands for now: the hub's commit, or a digest of the files.
 
     Downloads nothing. Raises `HubError` where the hub cannot be asked and nothing is cached, `CheckpointError` for a
-    folder that is no classifier.
+    folder that is no classifier (`head`: see `check`).
     """
     if source.kind == "hub":
         return replace(source, revision=_ask_hub(source.ref, revision, lambda: _commit(source.ref, revision)))
     if revision:
         raise CheckpointError("--revision is for models of the hub.", "Leave it out for a folder.")
     folder = _folder(source)
-    check(folder)
+    check(folder, head=head)
     return replace(source, revision=_digest(folder))
 
 
-def fetch(source: Source, revision: str | None = None) -> tuple[Path, Source]:
-    """The checkpoint's folder, downloaded if need be and checked, and the source with its exact revision."""
+def fetch(source: Source, revision: str | None = None, *, head: bool = True) -> tuple[Path, Source]:
+    """The checkpoint's folder, downloaded if need be and checked, and the source with its exact revision.
+
+    `head=False` is for a base to train on, whose folder need not be a classifier: see `check`.
+    """
     if source.kind != "hub":
-        return _folder(source), pin(source, revision)
+        return _folder(source), pin(source, revision, head=head)
     folder = _ask_hub(source.ref, revision, lambda: _download(source.ref, revision))
-    check(folder)
+    check(folder, head=head)
     return folder, replace(source, revision=folder.name)  # the snapshot's folder is named by its commit
 
 
@@ -218,12 +228,16 @@ def weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder} has no {WEIGHTS}.", "Pass the folder `save_pretrained` wrote.")
 
 
-def check(folder: Path) -> None:
-    """Raises `CheckpointError` unless the folder is a sequence classifier with readable safetensors and a tokenizer."""
+def check(folder: Path, *, head: bool = True) -> None:
+    """Raises `CheckpointError` unless the folder is a model with readable safetensors and a tokenizer, in full
+    precision; and, where a trained `head` is asked for, a sequence classifier."""
     from safetensors import SafetensorError, safe_open
 
     config = config_of(folder)
-    _check_config(folder, config)
+    if "quantization_config" in config:
+        raise CheckpointError(f"{folder} is quantised already.", "Pass the checkpoint it was quantised from.")
+    if head:
+        _check_config(folder, config)
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="np") as tensors:
@@ -241,7 +255,7 @@ def check(folder: Path) -> None:
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
-    """Raises `CheckpointError` unless the config is that of a single-label classifier in full precision."""
+    """Raises `CheckpointError` unless the config is that of a single-label classifier."""
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list):
         architectures = [architectures]
@@ -250,8 +264,6 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{folder} is {named}: it has no classification head.", "Fine-tune it as a sequence classifier first."
         )
-    if "quantization_config" in config:
-        raise CheckpointError(f"{folder} is quantised already.", "Pass the checkpoint it was quantised from.")
     labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     names = list(labels.values()) if isinstance(labels, dict) else []
     whole = isinstance(labels, dict) and set(labels) == {str(index) for index in range(len(labels))}
