@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from toolchain import artifacts
 from toolchain.errors import CheckpointError, HubError
+from toolchain.labels import MULTI, SINGLE, LabelSet
 
 REFERENCE = Path(__file__).parent / "reference" / "model"
 REFERENCE_SLUG = "reference"
@@ -35,6 +36,8 @@ TOKENIZER_FILES = (
 SHAPES = "layer_shapes.json"
 # Beside the config of a quantised PyTorch model: how its weights are held.
 PRECISION = "precision.json"
+# Beside the config of a model that was trained here: on what and how.
+CARD = "training.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -255,7 +258,7 @@ def check(folder: Path, *, head: bool = True) -> None:
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
-    """Raises `CheckpointError` unless the config is that of a single-label classifier."""
+    """Raises `CheckpointError` unless the config is that of a classifier."""
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list):
         architectures = [architectures]
@@ -264,6 +267,12 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{folder} is {named}: it has no classification head.", "Fine-tune it as a sequence classifier first."
         )
+    label_set(folder, config)
+
+
+def label_set(folder: Path, config: dict[str, Any]) -> LabelSet:
+    """What the classifier in `folder` with this `config` answers with; `CheckpointError` where the config does not say,
+    or it answers with a number."""
     labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     names = list(labels.values()) if isinstance(labels, dict) else []
     whole = isinstance(labels, dict) and set(labels) == {str(index) for index in range(len(labels))}
@@ -271,10 +280,11 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{folder}: id2label does not give each class from 0 on a name of its own.", "Correct it in config.json."
         )
-    task = config.get("problem_type") or "single_label_classification"
-    if task != "single_label_classification" or len(names) < 2:
+    task = config.get("problem_type") or SINGLE
+    if task not in (SINGLE, MULTI) or len(names) < 2:
         raise CheckpointError(
             f"{folder} answers with {'one number' if len(names) < 2 or task == 'regression' else task}, "
-            "not with one label of several.",
-            "Pass a single-label classifier.",
+            "not with labels of several.",
+            "Pass a classifier: regression has no labels to compare.",
         )
+    return LabelSet(tuple(labels[str(index)] for index in range(len(names))), task == MULTI)

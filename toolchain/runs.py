@@ -16,7 +16,7 @@ from toolchain import artifacts, checkpoints, hardware, inputs, journal, variant
 from toolchain.artifacts import Manifest
 from toolchain.cells import Cell
 from toolchain.errors import BenchError, DataError, ProviderError, PruningError, ResultFileError, ToolchainError
-from toolchain.inputs import Data
+from toolchain.inputs import Data, TrainingSource
 from toolchain.journal import Journal
 from toolchain.measurements import Measurement, ResultFile
 from toolchain.names import parse_name
@@ -118,7 +118,11 @@ def measure(workspace: Workspace, request: Request, say: Say, progress: Progress
 def asked(workspace: Workspace, request: Request, say: Say) -> tuple[Manifest, Data]:
     """The imported checkpoint's manifest and the sentences to evaluate on; raises `DataError` where they do not fit."""
     root = ensure(workspace, [checkpoints.ROOT_VARIANT], {}, say)[checkpoints.ROOT_VARIANT]
-    return root.manifest, inputs.load(request.data, root.label_set, request.columns, request.split)
+    split, learnt = request.split, root.manifest.facts.get("trained_on")
+    if request.data and not split and TrainingSource(request.data, request.columns).digest == learnt:
+        say(f"{request.data}: the model was trained on it, so only the rows held out then are asked")
+        split = inputs.HELD_OUT_SPLIT
+    return root.manifest, inputs.load(request.data, root.label_set, request.columns, split)
 
 
 def _lengths(encoder: inputs.Encoder | None, data: Data) -> list[int]:

@@ -7,12 +7,13 @@ weights as one that was never stopped.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain import hardware
 from toolchain.backends.batches import Batch, Targets, batch, batches
-from toolchain.backends.batches import right as correct
 from toolchain.errors import DataError
 from toolchain.inputs import Encoder
+from toolchain.scoring import BATCH, accuracy
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 GROUP = 50  # batches whose rows are sorted by length together
 SAVE_EVERY_S = 30.0
-SCORING = 64  # rows a batch where nothing is learnt
 WIDTHS = 8  # a batch's width is a multiple of it: oneDNN compiles its kernels anew for every shape
 STATE, WEIGHTS, BEST = "state.json", "weights.safetensors", "best.safetensors"
 
@@ -70,7 +70,7 @@ class Examples:
 
     def batches(self, encoder: Encoder) -> list[Batch]:
         """All rows, shortest first, in batches for scoring."""
-        return batches(self.ids, self.labels, encoder, SCORING)
+        return batches(self.ids, self.labels, encoder, BATCH)
 
 
 @dataclass
@@ -129,18 +129,6 @@ def train(
         "precision": str(run.precision).removeprefix("torch."),
         "seconds": round(run.state.spent_s, 1),
     }
-
-
-def accuracy(model: PreTrainedModel, rows: list[Batch]) -> float:
-    """Share of right answers, on the model's device, in its own precision."""
-    import torch
-
-    device = next(model.parameters()).device
-    right = 0
-    with torch.inference_mode():
-        for part in rows:
-            right += correct(model(**{name: t.to(device) for name, t in part.inputs.items()}).logits.cpu(), part.labels)
-    return right / sum(len(part.labels) for part in rows)
 
 
 def _precision(device: torch.device) -> torch.dtype:
@@ -225,7 +213,7 @@ class _Run:
         inputs = {name: tensor.to(self.device) for name, tensor in part.inputs.items()}
         states = recipe.states > 0
         with torch.no_grad():
-            wanted = self._teacher(**inputs, output_hidden_states=states) if self._teacher is not None else None
+            wanted = self._teacher and self._teacher(**self._asked(inputs), output_hidden_states=states)
         if recipe.dropout:
             torch.manual_seed(recipe.seed * self.total + step)  # by the step: a resumed run drops the same
         self._model.train(recipe.dropout)
@@ -254,6 +242,12 @@ class _Run:
         if time.monotonic() - self._saved > SAVE_EVERY_S:
             self.save()
         return float(found.detach())
+
+    def _asked(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those of the inputs that the teacher takes, which may be of another architecture."""
+        assert self._teacher is not None
+        taken = inspect.signature(self._teacher.forward).parameters
+        return {name: tensor for name, tensor in inputs.items() if name in taken}
 
     def save(self) -> None:
         """What a later run goes on from; the state last, which makes the rest valid."""

@@ -60,6 +60,46 @@ def _dense(folder: Path) -> tuple[PreTrainedModel, list[str]]:
     return loaded[0], sorted(loaded[1]["missing_keys"])
 
 
+def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreTrainedModel:
+    """The model in `folder` in fp32 as a sequence classifier of these labels; `task` is its `problem_type`.
+
+    With `keep` its own head is one for them, else it gets a new one, drawn by PyTorch's generator. Raises
+    `CheckpointError` where anything but the head has no weights or does not fit.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    quiet()
+    try:
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            num_labels=len(names),
+            id2label=dict(enumerate(names)),
+            label2id={name: index for index, name in enumerate(names)},
+            problem_type=task,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=not keep,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # a config can make transformers fail in any way
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{folder} is no base to train: {cause}", "Pass an encoder and its weights.") from error
+    lacking = [*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])]
+    inside = [name for name in lacking if name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name]
+    if inside or (keep and lacking):
+        named = ", ".join(sorted(inside or lacking)[:4])
+        raise CheckpointError(f"{folder} has no weights that fit {named}.", "Check config.json against the weights.")
+    if not keep:
+        own = getattr(model, model.base_model_prefix)
+        for module in set(model.modules()) - set(own.modules()) - {model}:
+            model._init_weights(module)
+    fresh: PreTrainedModel = model.eval()
+    return fresh
+
+
 def _assembled(
     folder: Path, shapes: Sequence[layout.LayerShape] | None, precision: reduced.Precision | None
 ) -> tuple[PreTrainedModel, list[str]]:

@@ -18,6 +18,7 @@ import click
 
 from toolchain import __version__
 from toolchain.cli.build import export, prune
+from toolchain.cli.finetune import finetune
 from toolchain.cli.look import doctor, validate, variants
 from toolchain.cli.measure import bench, compare
 from toolchain.cli.quantize import quantize
@@ -35,7 +36,21 @@ def cli() -> None:
     """
 
 
-for command in (export, prune, quantize, tune, bench, compare, validate, ship, verify, predict, variants, doctor):
+for command in (
+    finetune,
+    export,
+    prune,
+    quantize,
+    tune,
+    bench,
+    compare,
+    validate,
+    ship,
+    verify,
+    predict,
+    variants,
+    doctor,
+):
     cli.add_command(command)
     for option in command.params:
         if isinstance(option, click.Option):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.artifacts import TensorSpec
 from toolchain.backends.pytorch import describe, load_model
-from toolchain.checkpoints import SHAPES
+from toolchain.checkpoints import CARD, SHAPES
 from toolchain.errors import ArtifactError, CheckpointError
 from toolchain.jobs import Built, Job
 from toolchain.labels import MULTI
@@ -68,8 +70,18 @@ def import_checkpoint(job: Job) -> Built:
         facts={
             **describe(model, model.state_dict()),
             **({"multi_label": True} if model.config.problem_type == MULTI else {}),
+            **_trained_on(job.checkpoint),
         },
     )
+
+
+def _trained_on(checkpoint: Path) -> dict[str, str]:
+    """The training data's digest where `finetune` made the checkpoint, so that nothing is judged by what it learnt."""
+    try:
+        found = json.loads((checkpoint / CARD).read_text(encoding="utf-8"))["train"]
+    except (OSError, ValueError, LookupError, TypeError):  # none, or somebody else's
+        return {}
+    return {"trained_on": found} if isinstance(found, str) else {}
 
 
 def _tokenizer(folder: Any) -> Any:

@@ -1,0 +1,89 @@
+"""The command that trains: finetune."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from toolchain.cli.options import DATA, debug_option, json_option, training_options
+
+if TYPE_CHECKING:
+    from toolchain.inputs import TrainingSource
+
+
+@click.command()
+@click.option(
+    "--base",
+    default="distilbert/distilbert-base-uncased",
+    show_default=True,
+    help="What is trained: `reference` (embedded), a folder, or a hub id; with a head or without.",
+)
+@click.option("--revision", help="Branch, tag or commit of a hub base.")
+@click.option("--epochs", type=click.IntRange(1, 99), default=3, show_default=True, help="Times through the data.")
+@click.option(
+    "--lr", "learning_rate", type=click.FloatRange(0, 1, min_open=True), default=5e-5, show_default=True, help="Peak."
+)
+@click.option("--batch-size", type=click.IntRange(1, 1024), default=32, show_default=True, help="Rows a step.")
+@click.option(
+    "--max-length", type=click.IntRange(8), metavar="TOKENS", help="Cut texts off.  [default: the base's most]"
+)
+@click.option("--labels", metavar="A,B,…", help="Labels of a new head, in order.  [default: the base's or the data's]")
+@click.option("--multi-label", is_flag=True, help="A text has any number of labels, a|b in the column.")
+@click.option("--teacher", metavar="MODEL", help="Learn from this classifier's answers as well.")
+@click.option("--seed", type=click.IntRange(0), default=20, show_default=True, help="Of the head, order and dropout.")
+@click.option("--data", metavar="DATA", help=f"{DATA}, that it is judged on once.  [default: the rows held out]")
+@training_options
+@click.option(
+    "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="The checkpoint's folder."
+)
+@json_option
+@debug_option
+def finetune(
+    base: str,
+    revision: str | None,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    max_length: int | None,
+    labels: str | None,
+    multi_label: bool,
+    teacher: str | None,
+    seed: int,
+    data: str | None,
+    train: TrainingSource,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Train a classifier of your own: a base and labelled texts to a folder that every command takes with --model.
+
+    A tenth of the rows, 2000 at most, is held out and decides which epoch is kept. Stopped, the same command goes on.
+
+    \b
+    Examples:
+      toolchain finetune --base reference --train-data tickets.csv --output tickets
+      toolchain finetune --train-data glue/sst2 --output sst2
+      toolchain finetune --train-data pairs.jsonl --text-column a --text-pair-column b --output pairs
+    """
+    from toolchain.finetuning import SHARED, Request, sentence
+    from toolchain.finetuning import finetune as make
+    from toolchain.report.progress import bar, say
+    from toolchain.training import Recipe
+
+    recipe = Recipe(
+        epochs,
+        learning_rate,
+        batch_size,
+        seed,
+        states=0.0,
+        task=SHARED if teacher else 1.0,
+        dropout=True,
+    )
+    names = tuple(name.strip() for name in labels.split(",")) if labels else ()
+    if len(set(names)) < len(names) or not all(names):
+        raise click.BadParameter("different names, separated by commas", param_hint="--labels")
+    card = make(Request(base, train, recipe, output, revision, teacher, names, multi_label, max_length, data), say, bar)
+    say(sentence(card))
+    click.echo(json.dumps(card, indent=1, ensure_ascii=False) if as_json else output)
