@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from toolchain import checkpoints, inputs
 from toolchain.errors import DataError
-from toolchain.inputs import Encoder, load, pad
+from toolchain.inputs import Encoder, TrainingSource, load, pad
 from toolchain.labels import LabelSet
 from toolchain.tables import Columns
 
@@ -154,6 +154,130 @@ def test_tokens_are_those_of_transformers():
     tokenizer = AutoTokenizer.from_pretrained(checkpoints.REFERENCE)
     texts = ["", "Hello, World!", "café naïve 🎬 \u200b", "word " * 1000, *inputs.embedded().texts[:50]]
     assert encoder.encode(texts) == tokenizer(texts, truncation=True, max_length=512)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
+def test_other_formats_of_the_same_rows(tmp_path, kind):
+    import json
+
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"text": "good, really", "label": 1, "x": 0}, {"text": "bad", "label": 0, "x": 0}]
+    file = tmp_path / f"a.{kind}"
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        file.write_bytes(gzip.compress(lines) if kind.endswith("gz") else lines)
+    data = load(str(file), LABELS)
+    assert (data.texts, data.labels) == (("good, really", "bad"), (1, 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": "POSITIVE"}\n', "row 2: its label is text, and"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": true}\n', "row 2: its label is true or false"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', "row 2: its label is nothing"),
+        ("a.jsonl", '{"text": "a", "label": 0.5}\n', "row 1: its label is 0.5"),
+        ("a.jsonl", '{"text": "a", "label": NaN}\n', "row 1: its label is nan"),
+        ("a.jsonl", '{"text": "a", "label": [[1]]}\n', r"row 1: its label is \[\[1\]\]"),
+        ("a.jsonl", '{"text": null, "label": 1}\n', "row 1: no text in 'text'"),
+        ("a.jsonl", "[1]\n", "row 1: no JSON object"),
+        ("a.csv", "text,label,text\na,1,b\n", "2 columns 'text'.*Rename or remove one"),
+        ("a.csv", "text,label,label\na,1,0\n", "2 columns 'label'"),
+        ("a.parquet", "PAR1", "cannot be read"),
+        ("a.csv.gz", "no gzip", "cannot be read"),
+    ],
+)
+def test_bad_rows_of_other_formats(table, name, text, says):
+    with pytest.raises(DataError, match=says) as error:
+        load(table(text, name), LABELS)
+    assert error.value.mend
+
+
+def test_columns_that_stand_twice_are_no_harm_where_nobody_asks_for_them(table):
+    assert load(table("text,label,x,x\na,1,,\n"), LABELS).labels == (1,)
+
+
+def test_pairs_are_read_and_tokenised_as_transformers_does(table):
+    from transformers import AutoTokenizer
+
+    data = load(table("a,b,label\nis it?,it is,1\nhe ran,he sat,0\n"), LABELS, Columns("a", "label", "b"))
+    assert data.texts == (("is it?", "it is"), ("he ran", "he sat"))
+    assert data.paired
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    encoder = Encoder.open(checkpoints.REFERENCE, names, 16)
+    pairs = [*data.texts, ("a long text " * 20, "short"), ("short", "a long text " * 20), ("", "")]
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints.REFERENCE, model_input_names=list(names))
+    wanted = tokenizer([one for one, _ in pairs], [two for _, two in pairs], truncation=True, max_length=16)
+    rows = encoder.encode(pairs)
+    assert rows == wanted["input_ids"]
+    for left in (False, True):
+        batch = pad(rows, names, 0, left)
+        for row, mask, types in zip(
+            batch["token_type_ids"], batch["attention_mask"], wanted["token_type_ids"], strict=True
+        ):
+            assert list(row[mask == 1]) == types
+            assert not row[mask == 0].any()
+    with pytest.raises(DataError, match=r"no column 'c'.*--text-pair-column"):
+        load(table("a,b,label\nx,y,1\n"), LABELS, Columns("a", "label", "c"))
+
+
+def test_held_out_is_what_training_leaves_out(table):
+    file = table("text,label\n" + "".join(f"text {i},{i % 2}\n" for i in range(40)))
+    held = load(file, LABELS, split="held-out")
+    trained, left_out = inputs.hold_out(load(file, LABELS))
+    assert len(held.texts) == len(left_out) == 4
+    assert not set(held.texts) & {f"text {i}" for i in trained}
+    with pytest.raises(DataError, match="is a file, which has no split 'test'"):
+        load(file, LABELS, split="test")
+    with pytest.raises(DataError, match="The embedded SST-2 has no split 'test'"):
+        load(None, LABELS, split="test")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A working folder in which `nyu-mll/glue` lies as it does on the hub: the library reads local folders alike."""
+    import datasets
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "nyu-mll" / "glue"
+    for split, rows in {"train": 30, "validation": 4}.items():
+        features = {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["negative", "positive"])}
+        body = {"sentence": [f"{split} {i}" for i in range(rows)], "label": [i % 2 for i in range(rows)]}
+        data = datasets.Dataset.from_dict(body, features=datasets.Features(features))
+        (folder / "sst2").mkdir(parents=True, exist_ok=True)
+        data.to_parquet(folder / "sst2" / f"{split}-00000-of-00001.parquet")
+    listed = "".join(f"  - split: {split}\n    path: sst2/{split}-*\n" for split in ("train", "validation"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: sst2\n  data_files:\n{listed}---\n")
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_data_sets_of_the_hub(hub):
+    assert load("glue/sst2", LABELS).texts == tuple(f"validation {i}" for i in range(4))
+    assert load("nyu-mll/glue:sst2", LABELS, split="train").labels[:3] == (0, 1, 0)
+    assert load("glue/sst2", LabelSet(("POSITIVE", "NEGATIVE"))).labels == (1, 0, 1, 0)  # by name, not by index
+    source = TrainingSource("glue/sst2")
+    assert len(source.load(LABELS).texts) == 30
+    assert source.digest == TrainingSource("glue/sst2").digest != TrainingSource("glue/sst2", split="validation").digest
+    with pytest.raises(DataError, match=r"has the labels negative, positive; the model has a, b, c"):
+        load("glue/sst2", LabelSet(("a", "b", "c")))
+    with pytest.raises(DataError, match=r"split test, cannot be had.*--split"):
+        load("glue/sst2", LABELS, split="test")
+    with pytest.raises(DataError, match=r"no column 'text'.*--text-column"):
+        load("glue/sst2", LABELS, Columns("text"))
+
+
+def test_a_data_set_that_is_not_there_says_what_to_pass_instead(monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="without a network only what was downloaded before is there: else pass a file"):
+        load("somebody/no-such-data", LABELS)
 
 
 rows = st.lists(st.lists(st.integers(1, 30000), min_size=1, max_size=40), min_size=1, max_size=8)

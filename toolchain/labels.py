@@ -82,11 +82,11 @@ class LabelSet:
         return [[float(answer >> index & 1) for index in range(len(self.names))] for answer in answers]
 
     def _known(self, found: Sequence[str], where: str) -> Mapping[str, int]:
-        """What the values are read by: the names, where all are names, else the indices."""
+        """What the values are read by: the names where all are names, else what more of them are."""
         names = self._by_name(found)
         by_index = {str(index): index for index in range(len(self.names))}
         if not all(value in names for value in found):
-            return by_index
+            return max(by_index, names, key=lambda known: sum(value in known for value in found))
         if found and all(value in by_index and by_index[value] != names[value] for value in found):
             raise DataError(
                 f"{where}: the labels {', '.join(sorted(set(found)))} are names of the model's labels and indices as "
