@@ -168,9 +168,10 @@ def calibration_error(probabilities: Sequence[Sequence[float]], labels: Sequence
     bins: list[list[tuple[float, bool]]] = [[] for _ in range(BINS)]
     count = 0
     for row, label in zip(probabilities, labels, strict=True):
-        judged = [(max(row), row[label] == max(row))]
         if multi:
             judged = [(max(p, 1 - p), (p > 0.5) == bool(label >> at & 1)) for at, p in enumerate(row)]
+        else:
+            judged = [(max(row), row[label] == max(row))]
         for sure, is_right in judged:
             bins[min(BINS - 1, int(sure * BINS))].append((sure, is_right))
             count += 1

@@ -78,6 +78,7 @@ def finetune(
         batch_size,
         seed,
         states=0.0,
+        patience=epochs,
         task=SHARED if teacher else 1.0,
         dropout=True,
     )
