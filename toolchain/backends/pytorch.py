@@ -87,7 +87,8 @@ def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreT
     except Exception as error:  # a config can make transformers fail in any way
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{folder} is no base to train: {cause}", "Pass an encoder and its weights.") from error
-    lacking = [*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])]
+    mismatched = (entry if isinstance(entry, str) else entry[0] for entry in found["mismatched_keys"])
+    lacking = [*found["missing_keys"], *mismatched]
     head = {name for name in model.state_dict() if not name.startswith(f"{model.base_model_prefix}.")}
     # BERT's pooler is part of what reads the encoder's states; a language model is saved without it.
     inside = [name for name in lacking if name not in head and ".pooler." not in f".{name}"]
