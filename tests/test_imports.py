@@ -11,12 +11,16 @@ import toolchain
 
 ROOT = Path(toolchain.__file__).parent
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnx_ir", "optimum", "datasets", "numpy", "pandas", "rich"}
-HEAVY |= {"matplotlib", "jinja2", "scipy", "optuna"}
+HEAVY |= {"matplotlib", "jinja2", "scipy", "optuna", "peft"}
 CORE = [
     "names",
     "variants",
     "artifacts",
+    "hub",
+    "pickles",
+    "adapters",
     "checkpoints",
+    "origins",
     "measurements",
     "inputs",
     "labels",
@@ -55,7 +59,11 @@ WITHIN = {
     "variants": 1,
     "artifacts": 2,
     "hardware": 1,
+    "hub": 0,
+    "pickles": 0,
+    "adapters": 1,
     "checkpoints": 3,
+    "origins": 4,
     "measurements": 1,
     "rows": 0,
     "tables": 1,
@@ -131,7 +139,7 @@ def test_neighbours_in_a_room_do_not_call_each_other(room_name):
         "passes.__init__",
         "backends.__init__",
     }
-    allowed |= {"backends.bnb"}  # a PyTorch session with another loader
+    allowed |= {"backends.bnb", "backends.lora"}  # PyTorch sessions with another loader
     parts = {f"toolchain.backends.{name}" for name in ("layout", "modules", "reduced")}  # no session of its own
     for module, path in modules().items():
         if room(module) != room_name or module.removeprefix("toolchain.") in allowed:

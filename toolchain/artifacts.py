@@ -114,7 +114,9 @@ class Manifest:
         for key, kind in (("files", FileEntry), ("inputs", TensorSpec), ("outputs", TensorSpec)):
             body[key] = tuple(_entry(kind, values) for values in body[key])
         source = body["source"]
-        if set(source) != {"kind", "ref", "revision"} or not all(isinstance(v, str) for v in source.values()):
+        if set(source) - {"base"} != {"kind", "ref", "revision"} or not all(
+            isinstance(v, str) for v in source.values()
+        ):
             raise ValueError("its source is of another kind")
         if not (body["files"] and body["inputs"] and body["labels"] and isinstance(body["max_length"], int)):
             raise ValueError("it names no files, inputs, labels or length")

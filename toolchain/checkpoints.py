@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Set
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from toolchain import artifacts
-from toolchain.errors import CheckpointError, HubError
+from toolchain import adapters, artifacts, hub, pickles
+from toolchain.errors import CheckpointError
 from toolchain.labels import MULTI, SINGLE, LabelSet
 
 REFERENCE = Path(__file__).parent / "reference" / "model"
@@ -38,20 +38,28 @@ SHAPES = "layer_shapes.json"
 PRECISION = "precision.json"
 # Beside the config of a model that was trained here: on what and how.
 CARD = "training.json"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_PATTERNS = ("config.json", SHAPES, "*.safetensors", WEIGHTS_INDEX, *TOKENIZER_FILES)
 
 
 @dataclass(frozen=True)
 class Source:
-    """`kind` is embedded, folder or hub; `ref` the folder's absolute path or the hub id; `revision` as in `Import`."""
+    """`kind` is embedded, folder or hub; `ref` the folder's absolute path or the hub id; `revision` as in `Import`.
+
+    `base` is what was given as an adapter's base, as `locate` takes it; empty: the one the adapter names.
+    """
 
     kind: str
     ref: str
     revision: str | None = None
+    base: str = ""
 
     def same_origin(self, other: Source) -> bool:
-        """Whether both name the same place, at whatever revision."""
+        """Whether both name the same place, at whatever revision and on whatever base."""
         return (self.kind, self.ref) == (other.kind, other.ref)
+
+    def recorded(self) -> dict[str, Any]:
+        """As a manifest states it: a base only where one was given."""
+        return {key: value for key, value in asdict(self).items() if key != "base" or value}
 
 
 def resolve(model: str, exported: Path, slug: str | None = None) -> tuple[str, Source]:
@@ -76,7 +84,7 @@ def resolve(model: str, exported: Path, slug: str | None = None) -> tuple[str, S
             f"{exported / slug} belongs to {owner.ref}, not to {source.ref}.",
             "Give this model a name of its own: --as NAME.",
         )
-    return slug, source
+    return slug, replace(source, base=owner.base) if owner else source
 
 
 def locate(model: str, exported: Path | None = None) -> Source:
@@ -95,7 +103,7 @@ def locate(model: str, exported: Path | None = None) -> Source:
         return known
     if path.exists():
         raise CheckpointError(f"{model} is a file.", "Pass the folder that holds config.json and the weights.")
-    if model.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(model):
+    if model.startswith((".", "/", "~")) or not hub.HUB_ID.fullmatch(model):
         raise CheckpointError(
             f"There is no folder {model}.", "Pass a folder, a hub id such as user/name, or `reference`."
         )
@@ -114,11 +122,15 @@ def _owner(folder: Path) -> Source | None:
 def pin(source: Source, revision: str | None = None, *, head: bool = True) -> Source:
     """The source with the exact revision it stands for now: the hub's commit, or a digest of the files.
 
-    Downloads nothing. Raises `HubError` where the hub cannot be asked and nothing is cached, `CheckpointError` for a
-    folder that is no classifier (`head`: see `check`).
+    Downloads nothing. Raises `HubError` where the hub cannot be asked and nothing is cached, `CheckpointError` for what
+    is no classifier (`head`: see `check`).
     """
     if source.kind == "hub":
-        return replace(source, revision=_ask_hub(source.ref, revision, lambda: _commit(source.ref, revision)))
+        commit, names = hub.look(source.ref, revision)
+        pickled = pickles.among(name for name in names if "/" not in name)
+        if pickled and not any(name.endswith(".safetensors") for name in names):
+            raise pickles.refusal(source.ref, pickled[0], revision)
+        return replace(source, revision=commit)
     if revision:
         raise CheckpointError("--revision is for models of the hub.", "Leave it out for a folder.")
     folder = _folder(source)
@@ -133,60 +145,39 @@ def fetch(source: Source, revision: str | None = None, *, head: bool = True) -> 
     """
     if source.kind != "hub":
         return _folder(source), pin(source, revision, head=head)
-    folder = _ask_hub(source.ref, revision, lambda: _download(source.ref, revision))
+    folder = hub.download(source.ref, revision, _PATTERNS)
+    if not _whole({path.name for path in folder.iterdir()}):
+        folder = hub.download(source.ref, revision, (adapters.SETTINGS, *_PATTERNS))
     check(folder, head=head)
     return folder, replace(source, revision=folder.name)  # the snapshot's folder is named by its commit
+
+
+def adapter(source: Source) -> Path | None:
+    """A folder with an adapter's settings, None where the source is a whole model; of the hub, nothing else is
+    downloaded."""
+    if source.kind != "hub":
+        folder = _folder(source)
+        return folder if _adapts({path.name for path in folder.iterdir()}) else None
+    if not _adapts(hub.look(source.ref, source.revision)[1]):
+        return None
+    return hub.download(source.ref, source.revision, [adapters.SETTINGS])
+
+
+def _whole(names: Set[str]) -> bool:
+    return WEIGHTS in names or WEIGHTS_INDEX in names
+
+
+def _adapts(names: Set[str]) -> bool:
+    return adapters.SETTINGS in names and not _whole(names)
 
 
 def _folder(source: Source) -> Path:
     return REFERENCE if source.kind == "embedded" else Path(source.ref)
 
 
-def _download(ref: str, revision: str | None) -> Path:
-    import huggingface_hub
-
-    patterns = ["config.json", SHAPES, "*.safetensors", WEIGHTS_INDEX, *TOKENIZER_FILES]
-    return Path(huggingface_hub.snapshot_download(ref, revision=revision, allow_patterns=patterns))
-
-
-def _commit(ref: str, revision: str | None) -> str:
-    """The commit the hub has under that revision; the one that was downloaded where it cannot be reached."""
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return str(huggingface_hub.HfApi().model_info(ref, revision=revision).sha)
-    except HfHubHTTPError:
-        raise
-    except OSError:
-        return Path(huggingface_hub.snapshot_download(ref, revision=revision, local_files_only=True)).name
-
-
-T = TypeVar("T")
-
-
-def _ask_hub(ref: str, revision: str | None, question: Callable[[], T]) -> T:
-    """The answer to `question`; whatever the hub raises as a `HubError` in words."""
-    from huggingface_hub import errors as hub
-
-    mend = f"Check the id, or download it elsewhere and pass the folder: --model PATH (hub id tried: {ref})."
-    try:
-        return question()
-    except hub.GatedRepoError as error:
-        raise HubError(
-            f"{ref} is gated on the hub.", "Accept its terms there and log in with `hf auth login`."
-        ) from error
-    except hub.RevisionNotFoundError as error:
-        mend = "Leave --revision out or name a branch, tag or commit."
-        raise HubError(f"{ref} has no revision {revision!r}.", mend) from error
-    except hub.RepositoryNotFoundError as error:
-        raise HubError(f"The hub has no model {ref}, or it is private and no token is set.", mend) from error
-    except (hub.LocalEntryNotFoundError, hub.HfHubHTTPError, hub.HFValidationError, OSError) as error:
-        raise HubError(f"{ref} is no folder here, and the model hub could not give it.", mend) from error
-
-
 def _digest(folder: Path) -> str:
-    names = ("config.json", SHAPES, *(p.name for p in weight_files(folder)), *TOKENIZER_FILES)
+    weights = adapters.FILES if (folder / adapters.SETTINGS).is_file() else [p.name for p in weight_files(folder)]
+    names = ("config.json", SHAPES, WEIGHTS_INDEX, *weights, *TOKENIZER_FILES)
     parts = [f"{name} {artifacts.sha256(folder / name)}" for name in sorted(names) if (folder / name).is_file()]
     return "sha256:" + hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -212,52 +203,85 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises `CheckpointError` where there are none, or an index names one outside the folder.
     """
+    return [folder / name for name in sorted(_tensors_by_file(folder))]
+
+
+def _tensors_by_file(folder: Path) -> dict[str, set[str]]:
+    """Each weights file and the tensors an index says are in it: of a file without an index, none."""
     if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
+        return {WEIGHTS: set()}
     if (folder / WEIGHTS_INDEX).is_file():
+        found: dict[str, set[str]] = {}
         try:
-            names = sorted(set(json.loads((folder / WEIGHTS_INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            for tensor, name in json.loads((folder / WEIGHTS_INDEX).read_text())["weight_map"].items():
+                found.setdefault(name, set()).add(tensor)
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{folder / WEIGHTS_INDEX} cannot be read.", "Save the model again.") from error
-        if not all(isinstance(name, str) and name.endswith(".safetensors") and "/" not in name for name in names):
+        if not all(isinstance(name, str) and name.endswith(".safetensors") and "/" not in name for name in found):
             raise CheckpointError(f"{WEIGHTS_INDEX} names files outside its folder.", "Do not use this checkpoint.")
-        return [folder / name for name in names]
-    pickled = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
-    if pickled:
-        raise CheckpointError(
-            f"{folder} holds its weights only as pickle ({pickled[0]}), which can run code when it is read.",
-            "Where it is trusted: AutoModelForSequenceClassification.from_pretrained(DIR).save_pretrained(NEW).",
-        )
+        if not found:
+            raise CheckpointError(f"{folder / WEIGHTS_INDEX} names no weights.", "Save the model again.")
+        return found
+    if pickled := pickles.among(path.name for path in folder.iterdir()):
+        raise pickles.refusal(str(folder), pickled[0])
     raise CheckpointError(f"{folder} has no {WEIGHTS}.", "Pass the folder `save_pretrained` wrote.")
 
 
 def check(folder: Path, *, head: bool = True) -> None:
     """Raises `CheckpointError` unless the folder is a model with readable safetensors and a tokenizer, in full
-    precision; and, where a trained `head` is asked for, a sequence classifier."""
-    from safetensors import SafetensorError, safe_open
-
+    precision; and, where a trained `head` is asked for, a sequence classifier or the adapter of one."""
+    if (folder / adapters.SETTINGS).is_file():
+        _check_adapter(folder, head)
+        return
     config = config_of(folder)
     if "quantization_config" in config:
         raise CheckpointError(f"{folder} is quantised already.", "Pass the checkpoint it was quantised from.")
     if head:
-        _check_config(folder, config)
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="np") as tensors:
-                tensors.keys()
-        except FileNotFoundError as error:
-            raise CheckpointError(f"The weights file {file} is missing.", "Download the checkpoint again.") from error
-        except (SafetensorError, OSError) as error:
+        check_config(folder, config)
+    for name, expected in sorted(_tensors_by_file(folder).items()):
+        if lacking := sorted(expected - _tensors(folder / name)):
             raise CheckpointError(
-                f"{file} is truncated or no safetensors file ({error}).", "Download the checkpoint again."
-            ) from error
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES if name not in TOKENIZER_FILES[1:4]):
+                f"The weights file {folder / name} lacks {lacking[0]}, which {WEIGHTS_INDEX} says is in it.",
+                "Download the checkpoint again.",
+            )
+    if not has_tokenizer(folder):
         raise CheckpointError(
             f"{folder} has no tokenizer.", "Save the tokenizer beside the model: tokenizer.save_pretrained(DIR)."
         )
 
 
-def _check_config(folder: Path, config: dict[str, Any]) -> None:
+def _check_adapter(folder: Path, head: bool) -> None:
+    if _whole({path.name for path in folder.iterdir()}):
+        raise CheckpointError(
+            f"{folder} holds a whole model and an adapter ({adapters.SETTINGS}).", "Pass a folder with one of them."
+        )
+    if not head:
+        raise CheckpointError(f"{folder} is a LoRA adapter, not a base.", "Pass the base itself.")
+    adapters.check(folder)
+    _tensors(folder / adapters.WEIGHTS)
+
+
+def _tensors(file: Path) -> set[str]:
+    """The names of the tensors in a safetensors file; `CheckpointError` where it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np") as tensors:
+            return set(tensors.keys())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"The weights file {file} is missing.", "Download the checkpoint again.") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is truncated or no safetensors file ({error}).", "Download the checkpoint again."
+        ) from error
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer's own files lie there."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES if name not in TOKENIZER_FILES[1:4])
+
+
+def check_config(folder: Path, config: dict[str, Any]) -> None:
     """Raises `CheckpointError` unless the config is that of a classifier."""
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list):

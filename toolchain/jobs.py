@@ -24,7 +24,7 @@ class Job:
     `root` is the artifact the model was imported to. Of training data there is `train`; `cache` is this machine's
     folder for what is measured once; `resume` a folder that outlives a killed run, and is deleted once the artifact is
     published. `progress` is told (done, total, what is being done). `corpus` are the texts a vocabulary is trimmed to,
-    where they are not the training data.
+    where they are not the training data; `base` is the folder of what an adapter, the checkpoint, is merged into.
     """
 
     step: Step
@@ -37,6 +37,7 @@ class Job:
     resume: Path
     progress: Progress
     corpus: Texts | None = None
+    base: Path | None = None
 
     @property
     def given(self) -> Artifact:

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from toolchain import artifacts, checkpoints, hardware, inputs, trimming, variants
+from toolchain import artifacts, checkpoints, hardware, inputs, origins, trimming, variants
 from toolchain.artifacts import Artifact, Manifest
 from toolchain.backends import Place, open_session
+from toolchain.backends.lora import LoraSession
 from toolchain.errors import ArtifactError, DataError, TamperedError, VerdictError
 from toolchain.jobs import Built, Job, Progress
+from toolchain.origins import Origin
 from toolchain.steps import export, importing, optimize, prune, quantize, recover
 from toolchain.steps.validate import SEED, SENTENCES, sentence, validate
 from toolchain.variants import Export, Import, Optimize, Prune, Quantize, Recover, Step, Variant
@@ -86,7 +88,7 @@ def examine(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step
         recorded = artifact.manifest.step if artifact else None
         step = asked.get(variant.name, recorded or variant.step)
         if isinstance(step, Import):
-            step = _pinned(workspace, step, recorded)
+            step = origins.pinned(workspace.source, step, recorded)
         elif _learns(step) and not step.train:
             step = dataclasses.replace(step, train=workspace.train.digest)
         reason = _why(step, artifact, planned.get(variant.parent or ""))
@@ -106,20 +108,6 @@ def _learns(step: Step) -> TypeGuard[Prune | Recover | Quantize]:
     if isinstance(step, Quantize):
         return bool(step.keep_fp32 or step.trim_vocab) or step.scheme == "static"
     return isinstance(step, Recover) or (isinstance(step, Prune) and step.method != "mask")
-
-
-def _pinned(workspace: Workspace, step: Import, recorded: Step | None) -> Import:
-    """The import with the revision it stands for now.
-
-    A hub model stays at the revision it was imported at until another is asked for; a folder that has gone, too.
-    """
-    source = workspace.source
-    gone = source.kind == "folder" and not Path(source.ref).is_dir()
-    kept = source.kind == "hub" and isinstance(recorded, Import) and step.revision in (None, recorded.revision)
-    if isinstance(recorded, Import) and (gone or kept):
-        return recorded
-    asked = step.revision if source.kind == "hub" or step != recorded else None
-    return Import(checkpoints.pin(source, asked).revision)
 
 
 def _why(step: Step, artifact: Artifact | None, parent: Planned | None) -> str:
@@ -198,7 +186,7 @@ def _build(
         lies = workspace.load(name) if item.reason == "missing" else None
         if lies and lies.manifest.step == item.step and lies.manifest.parent_id == (parent and parent.manifest.id):
             return lies  # built by the run that was waited for
-        checkpoint, source = _origin(workspace, item.step, parent)
+        origin, source = _origin(workspace, item.step, parent)
         run, version = STEPS[type(item.step)]
         _given_again(workspace, item)
         resume = target.with_name(f".{name}.training")
@@ -207,7 +195,8 @@ def _build(
                 Job(
                     step=item.step,
                     parent=parent,
-                    checkpoint=checkpoint,
+                    checkpoint=origin.folder if origin else None,
+                    base=origin.base if origin else None,
                     folder=scratch,
                     root=ready.get(checkpoints.ROOT_VARIANT),
                     train=workspace.train,
@@ -234,7 +223,7 @@ def _build(
                 environment={"versions": hardware.versions()},
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             )
-            report = _validate(workspace, item.variant, Artifact(scratch, manifest), checkpoint)
+            report = _validate(workspace, item.variant, Artifact(scratch, manifest), origin)
             if not report["passed"]:
                 raise VerdictError(f"{name} failed validation and was not published: {sentence(report)}.", _KEPT)
             _unchanged(workspace, item.step, parent)
@@ -264,13 +253,13 @@ def _given_again(workspace: Workspace, item: Planned) -> None:
 _KEPT = "What was there before is unchanged."
 
 
-def _origin(workspace: Workspace, step: Step, parent: Artifact | None) -> tuple[Path | None, Mapping[str, Any]]:
-    """The checkpoint's folder, for an import; and the source as the manifest states it."""
+def _origin(workspace: Workspace, step: Step, parent: Artifact | None) -> tuple[Origin | None, Mapping[str, Any]]:
+    """The checkpoint's files, for an import; and the source as the manifest states it."""
     if parent:
         return None, parent.manifest.source
     assert isinstance(step, Import)
-    folder, source = checkpoints.fetch(workspace.source, step.revision if workspace.source.kind == "hub" else None)
-    return folder, dataclasses.asdict(dataclasses.replace(source, revision=step.revision))
+    source = dataclasses.replace(workspace.source, revision=step.revision)
+    return origins.fetched(workspace.source, step), source.recorded()
 
 
 def _unchanged(workspace: Workspace, step: Step, parent: Artifact | None) -> None:
@@ -281,8 +270,7 @@ def _unchanged(workspace: Workspace, step: Step, parent: Artifact | None) -> Non
         name = parent.manifest.variant
     else:
         assert isinstance(step, Import)
-        asked = step.revision if workspace.source.kind == "hub" else None
-        same = checkpoints.fetch(workspace.source, asked)[1].revision == step.revision
+        same = origins.fetched(workspace.source, step).step == step
         name = "The checkpoint"
     if not same:
         raise ArtifactError(f"{name} was replaced while something was built from it.", "Run the command again.")
@@ -291,15 +279,15 @@ def _unchanged(workspace: Workspace, step: Step, parent: Artifact | None) -> Non
 def validate_variant(workspace: Workspace, name: str, say: Say) -> dict[str, Any]:
     """Validates a variant as it lies there, building what is missing first; the report of `steps.validate`."""
     artifact = ensure(workspace, [name], {}, say)[name]
-    checkpoint = None
+    origin = None
     if artifact.manifest.parent is None:
-        checkpoint, _ = _origin(workspace, artifact.manifest.step, None)
-    return _validate(workspace, workspace.lineage(name)[-1], artifact, checkpoint)
+        origin, _ = _origin(workspace, artifact.manifest.step, None)
+    return _validate(workspace, workspace.lineage(name)[-1], artifact, origin)
 
 
-def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, checkpoint: Path | None) -> dict[str, Any]:
+def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, origin: Origin | None) -> dict[str, Any]:
     """Against the nearest PyTorch ancestor; the import itself against the checkpoint it was made from."""
-    reference = checkpoint or _torch_ancestor(workspace, variant)
+    reference = origin.folder if origin else _torch_ancestor(workspace, variant)
     manifest, place = artifact.manifest, Place("cpu", hardware.cores())
     names = [spec.name for spec in manifest.inputs]
     encoder = inputs.Encoder.open(artifact.path, names, manifest.max_length)
@@ -310,7 +298,8 @@ def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, checkp
         other = inputs.Encoder.open(reference, names, manifest.max_length)
     sentences = data.sample(SENTENCES, SEED)
     contender = open_session(artifact.path, variant.runtime, place)
-    original = open_session(reference, "torch", place)
+    adapted = origin.base if origin else None
+    original = LoraSession(reference, adapted, place) if adapted else open_session(reference, "torch", place)
     try:
         return validate(contender, original, encoder, sentences, variant.agreement, other)
     finally:

@@ -144,8 +144,7 @@ def _origin(workspace: Workspace, manifest: Manifest, license_: str | None) -> O
     source = {key: str(value) for key, value in manifest.source.items()}
     if source["kind"] == "embedded":
         return dataclasses.replace(REFERENCE, source=source, license=license_ or REFERENCE.license)
-    if source["kind"] == "folder":
-        source["ref"] = Path(source["ref"]).name
+    source = {key: Path(value).name if Path(value).is_absolute() else value for key, value in source.items()}
     what = "a local folder" if source["kind"] == "folder" else "the model hub"
     return Origin(workspace.model, source, license_ or NOT_STATED, f"{source['ref']}, from {what}", NOT_STATED)
 

@@ -33,9 +33,13 @@ QUANTIZE_PASSES = ("quantize-linear", "quantize-embedding")
 
 @dataclass(frozen=True)
 class Import:
-    """Checkpoint to fp32 safetensors. `revision`: the hub's commit, or a digest of the files; None: the newest."""
+    """Checkpoint to fp32 safetensors. `revision`: the hub's commit, or a digest of the files; None: the newest.
+
+    `base`: of a LoRA adapter, what it is merged into, ``ID@COMMIT`` of the hub or a digest.
+    """
 
     revision: str | None = None
+    base: str | None = None
 
 
 @dataclass(frozen=True)

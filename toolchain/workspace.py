@@ -40,6 +40,11 @@ class Workspace:
         name, source = checkpoints.resolve(model, exported, slug)
         return cls(exported, name, source, train or TrainingSource(), corpus)
 
+    def on(self, base: str) -> Workspace:
+        """The same with `base` for the adapter that the model is; `CheckpointError` where there is none such."""
+        found = checkpoints.locate(base)
+        return dataclasses.replace(self, source=dataclasses.replace(self.source, base=found.ref))
+
     def path(self, variant: str) -> Path:
         """Where a variant lies."""
         return self.exported / self.model / variant

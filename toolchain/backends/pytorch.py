@@ -49,15 +49,23 @@ def _dense(folder: Path) -> tuple[PreTrainedModel, list[str]]:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    loaded: tuple[PreTrainedModel, dict[str, list[str]]] = AutoModelForSequenceClassification.from_pretrained(
+    loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForSequenceClassification.from_pretrained(
         folder,
         dtype=torch.float32,
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
+        ignore_mismatched_sizes=True,  # so that they are told
         output_loading_info=True,
     )
-    return loaded[0], sorted(loaded[1]["missing_keys"])
+    model, info = loaded
+    for name in info["mismatched_keys"]:
+        shape = " × ".join(map(str, model.state_dict()[name].shape))
+        raise CheckpointError(
+            f"{folder} cannot be loaded: by its config.json {name} is {shape}, and the weights have another shape.",
+            "Correct config.json (id2label says how many classes there are), or save the model again.",
+        )
+    return model, sorted(info["missing_keys"])
 
 
 def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreTrainedModel:
@@ -120,6 +128,15 @@ def _assembled(
     else:
         model.load_state_dict(load_file(folder / WEIGHTS))
     return model, []
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Raises `CheckpointError` where a tensor of what lies in `folder` holds what is no number, or infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{folder}: {name} holds NaN or infinity.", "Pass a checkpoint from before the training diverged."
+            )
 
 
 def save_weights(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:

@@ -43,6 +43,11 @@ def build(workspace: Workspace, asked: dict[str, Step], dry_run: bool) -> None:
 
 @click.command()
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
+@click.option(
+    "--base",
+    metavar="FOLDER|ID",
+    help="What a LoRA adapter is merged into; kept for later commands.  [default: the hub model it names]",
+)
 @click.option("--opset", type=click.IntRange(17, 20), default=18, show_default=True, help="ONNX operator set.")
 @click.option(
     "--optimize",
@@ -70,6 +75,7 @@ def export(
     exported: Path,
     slug: str | None,
     revision: str | None,
+    base: str | None,
     opset: int,
     provider: str,
     parents: tuple[str, ...],
@@ -84,6 +90,7 @@ def export(
     \b
     Examples:
       toolchain export --model ./my-checkpoint
+      toolchain export --model ./my-adapter --base ./its-base
       toolchain export --from torch-pruned50
       toolchain export --optimize cuda
       toolchain export --no-pass residual-sum --name plain-add
@@ -102,7 +109,8 @@ def export(
         asked[std] = Export(opset)
         if step:
             asked[child(std, step, label).name] = step
-    build(open_workspace(model, exported, slug), asked, dry_run)
+    workspace = open_workspace(model, exported, slug)
+    build(workspace.on(base) if base else workspace, asked, dry_run)
 
 
 @click.command()

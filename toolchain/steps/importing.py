@@ -1,4 +1,5 @@
-"""Import: a checkpoint from anywhere to fp32 safetensors, config and tokenizer in one folder."""
+"""Import: a checkpoint from anywhere, or an adapter merged into its base, to fp32 safetensors, config and tokenizer in
+one folder."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.artifacts import TensorSpec
-from toolchain.backends.pytorch import describe, load_model
-from toolchain.checkpoints import CARD, SHAPES
+from toolchain.backends import lora
+from toolchain.backends.pytorch import check_finite, describe, load_model
+from toolchain.checkpoints import CARD, SHAPES, has_tokenizer
 from toolchain.errors import ArtifactError, CheckpointError
 from toolchain.jobs import Built, Job
 from toolchain.labels import MULTI
@@ -30,8 +32,9 @@ def import_checkpoint(job: Job) -> Built:
 
     if job.checkpoint is None:
         raise CheckpointError("An import needs a checkpoint's folder.")
-    model = load_model(job.checkpoint)
-    tokenizer = _tokenizer(job.checkpoint)
+    model = lora.merged(job.checkpoint, job.base) if job.base else load_model(job.checkpoint)
+    check_finite(model.state_dict(), job.checkpoint)
+    tokenizer = _tokenizer(job.checkpoint if job.base is None or has_tokenizer(job.checkpoint) else job.base)
     rows = int(model.config.vocab_size)
     if len(tokenizer) > rows:
         raise CheckpointError(

@@ -1,0 +1,189 @@
+"""LoRA adapters through PEFT: put on their base, and merged into it. What does not fit is refused, where PEFT would
+leave it out or make it up."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolchain import adapters
+from toolchain.backends import Place
+from toolchain.backends.pytorch import TorchSession, check_finite, quiet
+from toolchain.checkpoints import check_config, config_of
+from toolchain.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_PREFIX = "base_model.model."  # of every name in an adapter's file
+
+
+def merged(adapter: Path, base: Path) -> PreTrainedModel:
+    """The fp32 classifier that answers as the adapter on its base does, in eval mode; `CheckpointError` where they do
+    not fit."""
+    model: PreTrainedModel = unmerged(adapter, base).merge_and_unload(safe_merge=True)
+    model.eval()
+    return model
+
+
+def unmerged(adapter: Path, base: Path) -> PeftModel:
+    """The adapter on its fp32 base as PEFT runs it, in eval mode.
+
+    Raises `CheckpointError` unless every tensor of the adapter has its place in the base, every place its tensor, and
+    each weight of the classifier comes from one of the two.
+    """
+    from safetensors.torch import load_file
+
+    _need()
+    quiet()
+    said = adapters.settings(adapter)
+    tensors = {name: tensor.float() for name, tensor in load_file(adapter / adapters.WEIGHTS).items()}
+    check_finite(tensors, adapter)
+    try:
+        model, untrained = _on_base(base, _config(adapter, base, tensors))
+        wrapped = _wrapped(model, said)
+    except CheckpointError:
+        raise
+    except Exception as error:  # settings or a config can make either library fail in any way
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"The adapter {adapter} cannot be put on {base}: {cause}", _MEND) from error
+    _fill(wrapped, tensors, f"The adapter {adapter} does not fit the base {base}")
+    if lacking := [name for name in untrained if _PREFIX + name not in tensors]:
+        raise CheckpointError(
+            f"Neither the adapter {adapter} nor its base has weights for {_some(lacking)}: they were never saved.",
+            f"Train it with modules_to_save={sorted({name.rsplit('.', 1)[0] for name in lacking})}, or name a base "
+            "that has them: --base FOLDER|ID.",
+        )
+    wrapped.eval()
+    return wrapped
+
+
+_MEND = "Name the base it was trained on: `toolchain export --model … --base FOLDER|ID`."
+
+
+class LoraSession(TorchSession):
+    """A `Session` of an adapter on its base, not merged."""
+
+    def __init__(self, adapter: Path, base: Path, place: Place) -> None:
+        self._base = base
+        super().__init__(adapter, place)
+
+    def _load(self, folder: Path) -> PreTrainedModel:
+        model = unmerged(folder, self._base)
+        model.to(self._device)
+        return model  # type: ignore[return-value]  # answers as one
+
+
+def _need() -> None:
+    """Raises `CheckpointError` where PEFT cannot be imported."""
+    import logging
+
+    # PEFT loads bitsandbytes if it is there, which writes of a kernel that only a hub has.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        import peft  # noqa: F401
+    except Exception as error:  # what it loads itself may be of another release
+        raise CheckpointError(
+            f"A LoRA adapter needs PEFT, which cannot be used: {error}.", 'Install it with `pip install -e ".[lora]"`.'
+        ) from error
+
+
+def _config(adapter: Path, base: Path, tensors: Mapping[str, torch.Tensor]) -> PretrainedConfig:
+    """The base's config with as many classes as the adapter's head, named by the config beside the adapter, else by
+    the base's where it has as many, else LABEL_0, LABEL_1, …"""
+    from transformers import AutoConfig
+
+    config: PretrainedConfig = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+    beside = config_of(adapter) if (adapter / "config.json").is_file() else {}
+    rows = [len(tensors[_PREFIX + name]) for name in _sized_by_classes(config) if _PREFIX + name in tensors]
+    count = rows[0] if rows else config.num_labels
+    own = config.id2label or {}
+    names = own if len(own) == count else {index: f"LABEL_{index}" for index in range(count)}
+    labels = beside.get("id2label") or {str(index): name for index, name in names.items()}
+    task = beside.get("problem_type") or config.problem_type
+    check_config(adapter, {"architectures": ["ForSequenceClassification"], "id2label": labels, "problem_type": task})
+    if len(labels) != count:
+        raise CheckpointError(
+            f"{adapter / 'config.json'} names {len(labels)} classes, and the head has {count}.",
+            "Correct id2label, or remove the file.",
+        )
+    config.id2label = {int(index): name for index, name in labels.items()}
+    config.label2id = {name: index for index, name in config.id2label.items()}
+    config.problem_type = task
+    return config
+
+
+def _sized_by_classes(config: PretrainedConfig) -> list[str]:
+    """The weights whose first axis is the number of classes."""
+    import copy
+
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    shapes = []
+    for count in (2, 3):
+        config = copy.deepcopy(config)
+        config.num_labels = count
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config)
+        shapes.append({name: tensor.shape for name, tensor in model.state_dict().items()})
+    return [name for name, shape in shapes[0].items() if shape != shapes[1][name]]
+
+
+def _on_base(base: Path, config: PretrainedConfig) -> tuple[PreTrainedModel, list[str]]:
+    """The base as a classifier of that config, and the weights it does not have, or has for other classes."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        base,
+        config=config,
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    return model, sorted({*info["missing_keys"], *info["mismatched_keys"]})
+
+
+def _wrapped(model: PreTrainedModel, said: Mapping[str, Any]) -> PeftModel:
+    from peft import LoraConfig, get_peft_model
+
+    chosen = {key: said[key] for key in adapters.MERGED if said.get(key) is not None}
+    with warnings.catch_warnings(action="ignore"):
+        wrapped: PeftModel = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", inference_mode=True, **chosen))
+    return wrapped
+
+
+def _fill(wrapped: PeftModel, tensors: Mapping[str, torch.Tensor], complaint: str) -> None:
+    """Puts the adapter's tensors into their places; `CheckpointError` unless each has one, of its shape, and none is
+    left over."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    places = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    _none(f"{complaint}: it has no place for", tensors.keys() - places.keys())
+    _none(f"{complaint}: the adapter has nothing for", places.keys() - tensors.keys())
+    _none(f"{complaint}: of another shape is", [name for name in places if places[name].shape != tensors[name].shape])
+    loaded: Any = set_peft_model_state_dict(wrapped, dict(tensors))
+    _none(f"{complaint}: PEFT left out", [name for name in loaded.unexpected_keys if not _said_twice(name, tensors)])
+
+
+def _said_twice(name: str, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the tensor is there under its proper name, too: with biases trained, PEFT saves those of the head so."""
+    proper = tensors.get(name.replace(".modules_to_save.", "."))
+    return proper is not None and bool((proper == tensors[name]).all())
+
+
+def _none(complaint: str, names: Iterable[str]) -> None:
+    if names := sorted(names):
+        raise CheckpointError(f"{complaint} {_some(names)}.", _MEND)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (" …" if len(names) > 4 else "")

@@ -1,0 +1,76 @@
+"""The model hub: what a revision stands for, its files, and its refusals in words.
+
+A token is huggingface_hub's own affair (HF_TOKEN, or what `hf auth login` stored): nothing here reads or shows it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from toolchain.errors import HubError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+T = TypeVar("T")
+
+
+def look(ref: str, revision: str | None) -> tuple[str, frozenset[str]]:
+    """The commit that the revision stands for now and the names of its files; what was downloaded of it where the hub
+    cannot be reached. Raises `HubError`."""
+    return _asked(ref, revision, lambda: _look(ref, revision))
+
+
+def download(ref: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The snapshot's folder, named by its commit, with the files at the top that match. Raises `HubError`."""
+    import huggingface_hub
+
+    def get() -> Path:
+        found = huggingface_hub.snapshot_download(
+            ref, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+        )
+        return Path(found)
+
+    return _asked(ref, revision, get)
+
+
+def _look(ref: str, revision: str | None) -> tuple[str, frozenset[str]]:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        info = huggingface_hub.HfApi().model_info(ref, revision=revision)
+        return str(info.sha), frozenset(file.rfilename for file in info.siblings or ())
+    except HfHubHTTPError:
+        raise
+    except OSError:
+        folder = Path(huggingface_hub.snapshot_download(ref, revision=revision, local_files_only=True))
+        return folder.name, frozenset(path.name for path in folder.iterdir())
+
+
+def _asked(ref: str, revision: str | None, question: Callable[[], T]) -> T:
+    """The answer to `question`; whatever the hub raises as a `HubError` in words."""
+    from huggingface_hub import errors as hub
+
+    mend = f"Check the id, or download it elsewhere and pass the folder: --model PATH (hub id tried: {ref})."
+    log_in = "Log in with `hf auth login`, or set HF_TOKEN to a token that may read it."
+    try:
+        return question()
+    except hub.GatedRepoError as error:
+        raise HubError(
+            f"{ref} is gated on the hub.", "Accept its terms there and log in with `hf auth login`."
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        mend = "Leave --revision out or name a branch, tag or commit."
+        raise HubError(f"{ref} has no revision {revision!r}.", mend) from error
+    except hub.RepositoryNotFoundError as error:
+        cause = f"The hub has no model {ref}, or it is private and no token is set that may read it."
+        raise HubError(cause, f"{log_in} {mend}") from error
+    except hub.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        if status in (401, 403):
+            raise HubError(f"The hub refuses to give {ref} to this login (HTTP {status}).", log_in) from error
+        raise HubError(f"{ref} is no folder here, and the model hub could not give it.", mend) from error
+    except (hub.LocalEntryNotFoundError, hub.HFValidationError, OSError, UnicodeError) as error:
+        raise HubError(f"{ref} is no folder here, and the model hub could not give it.", mend) from error
