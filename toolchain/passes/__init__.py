@@ -79,6 +79,7 @@ def rewrite(model: ir.Model, names: Sequence[str], context: Context) -> tuple[ir
     for name in names:
         model, counts[name] = PASSES[name](model, context)
     common.RemoveUnusedNodesPass()(model)
+    model.opset_imports.setdefault(MS_DOMAIN, 1)  # of the nodes that passes made, if they made any
     common.RemoveUnusedOpsetsPass()(model)
     common.NameFixPass()(model)  # what is named after weights that several layers share
     return model, counts

@@ -58,7 +58,9 @@ def import_checkpoint(job: Job) -> Built:
     labels = tuple(str(names[index]) for index in range(model.config.num_labels))
     return Built(
         step=job.step,
-        inputs=tuple(TensorSpec(name, "int64", ("batch_size", "sequence_length")) for name in _inputs(model, tokenizer)),
+        inputs=tuple(
+            TensorSpec(name, "int64", ("batch_size", "sequence_length")) for name in _inputs(model, tokenizer)
+        ),
         outputs=(TensorSpec("logits", "float32", ("batch_size", len(labels))),),
         labels=labels,
         max_length=_max_length(model, tokenizer),
