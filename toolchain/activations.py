@@ -19,7 +19,7 @@ from toolchain.backends import Place
 from toolchain.backends.ort import OrtSession
 from toolchain.inputs import Encoder, TrainingSource, pad
 from toolchain.passes import read, write
-from toolchain.passes.quantize_linear import quantize_weight, weights_of
+from toolchain.passes.quantize_linear import quantize_weight, sharing, weights_of
 from toolchain.passes.quantize_static import Activation
 
 if TYPE_CHECKING:
@@ -49,18 +49,21 @@ def calibrate(artifact: Artifact, train: TrainingSource) -> dict[str, Activation
     Seen are `SENTENCES` rows of sentence length of the training data, none of them held out. Raises `DataError` for
     training data that does not fit the model.
     """
-    weights = weights_of(read(artifact.onnx_path))
-    return {name: activation(seen, weights[name]) for name, seen in _observe(artifact, list(weights), train).items()}
+    graph = read(artifact.onnx_path)
+    weights, shared = weights_of(graph), sharing(graph)
+    observed = _observe(artifact, list(weights), train)
+    return {name: activation(seen, weights[name], name not in shared) for name, seen in observed.items()}
 
 
-def activation(seen: Seen, weight: np.ndarray) -> Activation:
-    """The quantisation of a value that is multiplied by `weight` [width, outputs]; smoothed where it pays."""
+def activation(seen: Seen, weight: np.ndarray, own: bool = True) -> Activation:
+    """The quantisation of a value that is multiplied by `weight` [width, outputs]; smoothed where it pays, and where
+    the weight is the value's `own`: each of several values would need another copy of it."""
     import numpy as np
 
     plain = Activation.over(float(seen.low.min()), float(seen.high.max()))
     tried = [(_noise(plain, seen.tokens, weight), plain)]
     largest = np.maximum(-seen.low, seen.high)
-    for strength in STRENGTHS if tried[0][0] >= NOISE else ():
+    for strength in STRENGTHS if own and tried[0][0] >= NOISE else ():
         factors = smoothing(largest, np.abs(weight).max(axis=1), strength)
         one = Activation.over(float((seen.low / factors).min()), float((seen.high / factors).max()), factors)
         tried.append((_noise(one, seen.tokens, weight), one))

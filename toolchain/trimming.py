@@ -16,7 +16,7 @@ from toolchain.jobs import Job, Progress
 from toolchain.labels import answers
 from toolchain.passes import facts as facts_of
 from toolchain.passes import read, rewrite
-from toolchain.passes.apply import context_of
+from toolchain.passes.apply import context_of, word_width
 from toolchain.rows import FORMATS, Texts
 from toolchain.variants import Quantize
 
@@ -65,8 +65,8 @@ def trim(job: Job, tokens: Sequence[int], embedding: Sequence[str], facts: Mappi
         "bytes_saved": tables + before - _bytes(job.folder),
         **_judged(job, old, frozenset(tokens)),
     }
-    config = context_of(given.path)
-    known = {"parameters": facts["parameters"] - (count - len(tokens)) * config.width} if "parameters" in facts else {}
+    gone = (count - len(tokens)) * word_width(given.path)
+    known = {"parameters": facts["parameters"] - gone} if "parameters" in facts else {}
     return {**known, "vocabulary": found}
 
 

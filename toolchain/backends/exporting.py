@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import CheckpointError, GraphError
 
@@ -13,8 +14,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def to_onnx(model: PreTrainedModel, target: Path, opset: int) -> None:
-    """Writes `target`, whose folder must hold nothing else: dynamic batch and sequence, exactly the model's inputs.
+AXES = {0: "batch_size", 1: "sequence_length"}
+
+
+def to_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence[str]) -> None:
+    """Writes `target`, whose folder must hold nothing else: inputs of these `names`, dynamic batch and sequence.
 
     Raises `CheckpointError` for an architecture optimum cannot export, `GraphError` for a model over one file's 2 GB.
     """
@@ -32,8 +36,15 @@ def to_onnx(model: PreTrainedModel, target: Path, opset: int) -> None:
             raise CheckpointError(
                 f"{type(model).__name__} cannot be exported to ONNX by optimum: {error}.", "Use another architecture."
             ) from error
-        export(model, constructor(model.config), target, opset=opset, do_constant_folding=True)
+        export(model, _taking(constructor(model.config), names), target, opset=opset, do_constant_folding=True)
     if extra := sorted(p.name for p in target.parent.iterdir() if p != target):
         raise GraphError(
             f"The model is too large for one ONNX file (2 GB): the exporter also wrote {', '.join(extra)}."
         )
+
+
+def _taking(config: Any, names: Sequence[str]) -> Any:
+    """The configuration with these inputs: by itself it asks every BERT for token types, tokenizer and table or not."""
+    kind = type(config)
+    config.__class__ = type(kind.__name__, (kind,), {"inputs": property(lambda self: dict.fromkeys(names, AXES))})
+    return config

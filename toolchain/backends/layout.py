@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,19 @@ class Layout:
     counts: tuple[str, str]
 
 
+_BERT = Layout(
+    layers="bert.encoder.layer",
+    attention="attention.self",
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
+    output="attention.output.dense",
+    attention_norm="attention.output.LayerNorm",
+    up="intermediate.dense",
+    down="output.dense",
+    output_norm="output.LayerNorm",
+    counts=("num_attention_heads", "all_head_size"),
+)
 LAYOUTS = {
     "distilbert": Layout(
         layers="distilbert.transformer.layer",
@@ -55,21 +68,17 @@ LAYOUTS = {
         output_norm="output_layer_norm",
         counts=("n_heads", "dim"),
     ),
-    "bert": Layout(
-        layers="bert.encoder.layer",
-        attention="attention.self",
-        query="attention.self.query",
-        key="attention.self.key",
-        value="attention.self.value",
-        output="attention.output.dense",
-        attention_norm="attention.output.LayerNorm",
-        up="intermediate.dense",
-        down="output.dense",
-        output_norm="output.LayerNorm",
-        counts=("num_attention_heads", "all_head_size"),
-    ),
+    "bert": _BERT,
+    "roberta": replace(_BERT, layers="roberta.encoder.layer"),
+    "electra": replace(_BERT, layers="electra.encoder.layer"),
 }
-SHARING = {"albert"}
+SHARING = {"albert"}  # layers that are stored once and used by all
+# Architectures whose layers have no heads and neurons that could go apart from the rest, and why.
+WHOLE = {
+    "albert": "shares one layer's weights among all layers: none can be pruned apart",
+    "deberta-v2": "projects positions by the same weights as words: a head takes part in two attentions",
+    "mobilebert": "has bottlenecks around its layers and stacks feed-forward parts in them",
+}
 
 
 @dataclass(frozen=True)
@@ -81,12 +90,12 @@ class LayerShape:
 
 
 def layout_of(model: PreTrainedModel) -> Layout:
-    """The layout of the model's architecture; `PruningError` where it is unknown or shares its layers."""
+    """The layout of the model's architecture; `PruningError` where it is unknown or cannot be cut."""
     kind = model.config.model_type
-    if kind in SHARING:
+    if kind in WHOLE:
         raise PruningError(
-            f"{type(model).__name__} shares one layer's weights among all layers: none can be pruned apart.",
-            f"Pruning takes: {', '.join(LAYOUTS)}.",
+            f"{type(model).__name__} {WHOLE[kind]}.",
+            f"Quantise it instead; pruning takes: {', '.join(LAYOUTS)}.",
         )
     if kind not in LAYOUTS:
         raise PruningError(

@@ -7,7 +7,7 @@ often it applied. Where its pattern is not there it applies zero times; a graph 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -74,12 +74,25 @@ def rewrite(model: ir.Model, names: Sequence[str], context: Context) -> tuple[ir
     from onnx_ir.passes import common
 
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _unalias(model)
     counts = {}
     for name in names:
         model, counts[name] = PASSES[name](model, context)
     common.RemoveUnusedNodesPass()(model)
+    model.opset_imports.setdefault(MS_DOMAIN, 1)  # of the nodes that passes made, if they made any
     common.RemoveUnusedOpsetsPass()(model)
+    common.NameFixPass()(model)  # what is named after weights that several layers share
     return model, counts
+
+
+def _unalias(model: ir.Model) -> None:
+    """Readers of an Identity of a weight read the weight: the exporter stores equal weights once and names the others
+    so, which hides from every pass that they are stored."""
+    for node in [node for node in model.graph if node.op_type == "Identity"]:
+        weight, alias = node.inputs[0], node.outputs[0]
+        if weight is not None and weight.is_initializer() and not alias.is_graph_output():
+            alias.replace_all_uses_with(weight)
+            model.graph.remove(node, safe=True)
 
 
 def read(path: Path) -> ir.Model:
@@ -110,7 +123,7 @@ def facts(model: ir.Model) -> dict[str, Any]:
     int8 products."""
     nodes = list(model.graph)
     last_norm = max((i for i, n in enumerate(nodes) if n.op_type == "LayerNormalization"), default=-1)
-    position = {node: index for index, node in enumerate(nodes)}
+    position = {inner: index for index, node in enumerate(nodes) for inner in (node, *_inside(node))}
     by_part, by_dtype = {"embeddings": 0, "encoder": 0, "head": 0}, Counter[str]()
     for value in model.graph.initializers.values():
         tensor = value.const_value
@@ -128,6 +141,15 @@ def facts(model: ir.Model) -> dict[str, Any]:
         "bytes_by_part": by_part,
         "opset": dict(sorted(model.opset_imports.items())),
         "ir_version": model.ir_version,
-        "operators": dict(sorted(Counter(node.op_type for node in nodes).items())),
+        "operators": dict(sorted(Counter(node.op_type for node in position).items())),
         **({} if (room := headroom(model)) is None else {"int8_headroom": room}),
     }
+
+
+def _inside(node: ir.Node) -> Iterator[ir.Node]:
+    """The nodes in the branches of an If and the bodies of loops."""
+    import onnx_ir as ir
+
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield from attribute.as_graph().all_nodes()

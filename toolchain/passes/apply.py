@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from toolchain.artifacts import copy_companions
 from toolchain.jobs import Built, Job
@@ -36,8 +37,18 @@ def rewrite_into(
 
 def context_of(folder: Path) -> Context:
     """What an artifact's config says of its model."""
+    config = _config(folder)
+    return Context(config.num_attention_heads, config.hidden_size)
+
+
+def word_width(folder: Path) -> int:
+    """The width of a row of the table of words, which ELECTRA, ALBERT and MobileBERT project to the encoder's."""
+    config = _config(folder)
+    return int(getattr(config, "embedding_size", config.hidden_size))
+
+
+def _config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     # Architectures spell these differently in config.json; transformers knows each one's spelling.
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    return Context(config.num_attention_heads, config.hidden_size)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

@@ -24,6 +24,7 @@ def fuse(model: ir.Model, context: Context, *, apart: Collection[str] = APART_ON
     padded on the left.
     """
     import onnx_ir as ir
+    from onnx_ir.passes import common
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.onnx_model_bert import BertOnnxModel
 
@@ -31,6 +32,7 @@ def fuse(model: ir.Model, context: Context, *, apart: Collection[str] = APART_ON
     options.use_raw_attention_mask(True)
     for name in apart:
         setattr(options, f"enable_{name}", False)
+    _residual_last(model)
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -39,6 +41,23 @@ def fuse(model: ir.Model, context: Context, *, apart: Collection[str] = APART_ON
     finally:
         logging.disable(before)
     result = ir.from_proto(fused.model)
-    result.graph.opset_imports.setdefault(DOMAIN, 1)
     result.graph.sort()  # fused nodes were appended at the end
+    # Layers that share query, key and value, as ALBERT's, were given a copy each of the three packed together.
+    common.DeduplicateHashedInitializersPass()(result)
     return result, sum(node.domain == DOMAIN for node in result.graph)
+
+
+def _residual_last(model: ir.Model) -> None:
+    """What attention and projections read goes behind what they give in the addition before a LayerNormalization.
+
+    The fusion looks for attention's result in the first addend that is itself an Add, and ALBERT's first layer has the
+    projected embeddings there.
+    """
+    for norm in model.graph:
+        add = norm.inputs[0].producer() if norm.op_type == "LayerNormalization" and norm.inputs[0] else None
+        if add is None or add.op_type != "Add":
+            continue
+        first, second = add.inputs
+        if first is not None and second is not None and len(first.consumers()) > len(second.consumers()):
+            add.replace_input_with(0, second)
+            add.replace_input_with(1, first)

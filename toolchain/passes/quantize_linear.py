@@ -69,6 +69,14 @@ def weights_of(model: ir.Model) -> dict[str, np.ndarray]:
     return {name: np.concatenate(arrays, axis=1) for name, arrays in found.items()}
 
 
+def sharing(model: ir.Model) -> set[str]:
+    """Names of values that layers read whose weights other values are multiplied by as well."""
+    readers: dict[str, set[str]] = {}
+    for node in linear_nodes(model):
+        readers.setdefault(str(node.inputs[1].name), set()).add(str(node.inputs[0].name))  # type: ignore[union-attr]
+    return {name for names in readers.values() if len(names) > 1 for name in names}
+
+
 def linear_nodes(model: ir.Model) -> list[ir.Node]:
     """The layers themselves, before they are quantised."""
 
@@ -124,10 +132,16 @@ def _codes_of(node: ir.Node) -> ir.Value | None:
 
 
 def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    """A new initializer of the graph."""
+    """An initializer of the graph: a new one, or that of this name where layers that share a weight want it again."""
     import numpy as np
     import onnx_ir as ir
 
+    there = model.graph.initializers.get(name)
+    if there is not None:
+        found = stored(there)
+        if found.dtype == array.dtype and np.array_equal(found, array):
+            return there
+        return constant(model, f"{name}_other", array)  # read both ways, upright and transposed
     tensor = ir.tensor(np.asarray(array, order="C"), name=name)
     value = ir.val(name, dtype=tensor.dtype, shape=array.shape, const_value=tensor)
     model.graph.register_initializer(value)

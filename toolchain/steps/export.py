@@ -24,11 +24,11 @@ def export(job: Job) -> Built:
     assert isinstance(job.step, Export)
     given = job.given
     target = job.folder / "model.onnx"
-    to_onnx(load_model(given.path), target, job.step.opset)
+    wanted = [spec.name for spec in given.manifest.inputs]
+    to_onnx(load_model(given.path), target, job.step.opset, wanted)
     graph = read(target)
     inputs = specs(graph.graph.inputs)
-    wanted = {spec.name for spec in given.manifest.inputs}
-    if {spec.name for spec in inputs} != wanted:
+    if {spec.name for spec in inputs} != set(wanted):
         got = ", ".join(spec.name for spec in inputs)
         raise GraphError(f"The exported graph takes {got}; the model takes {', '.join(sorted(wanted))}.")
     copy_companions(given, job.folder)

@@ -60,13 +60,13 @@ def import_checkpoint(job: Job) -> Built:
         raise CheckpointError(
             f"pad_token_id {model.config.pad_token_id} is no row of the embedding table.", "Correct it."
         )
-    # What the tokenizer offers and the model takes, in the model's order.
-    taken = [name for name in inspect.signature(model.forward).parameters if name in tokenizer.model_input_names]
     names = model.config.id2label or {}
     labels = tuple(str(names[index]) for index in range(model.config.num_labels))
     return Built(
         step=job.step,
-        inputs=tuple(TensorSpec(name, "int64", ("batch_size", "sequence_length")) for name in taken),
+        inputs=tuple(
+            TensorSpec(name, "int64", ("batch_size", "sequence_length")) for name in _inputs(model, tokenizer)
+        ),
         outputs=(TensorSpec("logits", "float32", ("batch_size", len(labels))),),
         labels=labels,
         max_length=_max_length(model, tokenizer),
@@ -97,6 +97,17 @@ def _tokenizer(folder: Any) -> Any:
         raise CheckpointError(
             f"The tokenizer in {folder} cannot be loaded: {cause}", "Save it beside the model again."
         ) from error
+
+
+def _inputs(model: PreTrainedModel, tokenizer: Any) -> list[str]:
+    """What the tokenizer offers and the model takes, in the model's order; token types only where there are several.
+
+    DeBERTa-v2 has no table of them and RoBERTa one of one row, whatever their tokenizers offer.
+    """
+    offered = set(tokenizer.model_input_names)
+    if getattr(model.config, "type_vocab_size", 2) < 2:
+        offered.discard("token_type_ids")
+    return [name for name in inspect.signature(model.forward).parameters if name in offered]
 
 
 def _max_length(model: PreTrainedModel, tokenizer: Any) -> int:

@@ -1,0 +1,177 @@
+"""One small random classifier of every architecture, with the kind of tokenizer it has, trained on the spot."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from toolchain import inputs
+
+NARROW = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+}
+TYPED = ("input_ids", "attention_mask", "token_type_ids")
+PLAIN = TYPED[:2]
+
+# --- tokenizers, trained on the embedded sentences
+
+
+def wordpiece(words):
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer.train_from_iterator(
+        words, trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    )
+    return between(tokenizer)
+
+
+def byte_level(words):
+    """RoBERTa's, where <pad> is token 1."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(words, trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    return tokenizer
+
+
+def unigram(words, special=("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")):
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    unknown = next(token for token in special if "unk" in token.lower())
+    trainer = trainers.UnigramTrainer(
+        vocab_size=400, unk_token=unknown, special_tokens=list(special), show_progress=False
+    )
+    tokenizer.train_from_iterator(words, trainer)
+    return between(tokenizer)
+
+
+alberts = functools.partial(unigram, special=("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"))
+
+
+def between(tokenizer):
+    """[CLS] text [SEP]."""
+    around = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=around)
+    return tokenizer
+
+
+# --- architectures
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Stem of its classes' names, tokenizer, what its config has, the inputs it takes; and what becomes of it: nodes
+    fused in onnx-fp32 by operator, the linear layers that onnx-int8 quantises, and the tables."""
+
+    stem: str
+    tokenizer: object
+    config: dict
+    inputs: tuple
+    fused: dict
+    linear: int
+    tables: int
+
+
+# Two layers of a BERT: packed projections, output, up and down each.
+FUSED = {"Attention": 2, "Gelu": 2}
+ARCHITECTURES = {
+    "distilbert": Architecture(
+        "DistilBert",
+        wordpiece,
+        {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 128}
+        | {"initializer_range": 0.3},
+        PLAIN,
+        FUSED,
+        9,  # and the head's first
+        2,
+    ),
+    "bert": Architecture("Bert", wordpiece, NARROW, TYPED, FUSED, 9, 3),
+    "minilm": Architecture(  # a BERT of many narrow heads
+        "Bert",
+        wordpiece,
+        {**NARROW, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 12, "intermediate_size": 192},
+        TYPED,
+        {"Attention": 3, "Gelu": 3},
+        13,
+        3,
+    ),
+    "roberta": Architecture(
+        "Roberta", byte_level, {**NARROW, "max_position_embeddings": 130, "type_vocab_size": 1}, PLAIN, FUSED, 9, 3
+    ),
+    # And the projection of the embeddings; the head has a Gelu of its own.
+    "electra": Architecture(
+        "Electra", wordpiece, {**NARROW, "embedding_size": 16}, TYPED, {"Attention": 2, "Gelu": 3}, 10, 3
+    ),
+    "albert": Architecture(
+        "Albert",
+        alberts,
+        {**NARROW, "embedding_size": 16, "num_hidden_layers": 6},
+        TYPED,
+        {"Attention": 6, "FastGelu": 6},
+        26,
+        3,
+    ),
+    # Attention to positions as well is none that could be fused: three projections of words and two of positions.
+    "deberta-v2": Architecture(
+        "DebertaV2",
+        unigram,
+        {**NARROW, "type_vocab_size": 0, "relative_attention": True, "position_buckets": 16}
+        | {"pos_att_type": ["p2c", "c2p"], "share_att_key": True, "norm_rel_ebd": "layer_norm"}
+        | {"position_biased_input": False, "max_relative_positions": -1},
+        PLAIN,
+        {"Gelu": 3},
+        17,
+        1,
+    ),
+    # Bottlenecks, and no LayerNormalization to start from.
+    "mobilebert": Architecture(
+        "MobileBert",
+        wordpiece,
+        {**NARROW, "hidden_size": 64, "embedding_size": 16, "intra_bottleneck_size": 32, "initializer_range": 0.1}
+        | {"num_feedforward_networks": 2},
+        TYPED,
+        {},
+        24,
+        3,
+    ),
+}
+PRUNABLE = ("distilbert", "bert", "minilm", "roberta", "electra")
+
+
+def make(folder, kind, **changed):
+    """A random classifier with all its weights random, biases and norms too, and answers decided enough for int8."""
+    it = ARCHITECTURES[kind]
+    labels = {"id2label": {0: "NEGATIVE", 1: "POSITIVE"}, "label2id": {"NEGATIVE": 0, "POSITIVE": 1}}
+    trained = it.tokenizer(inputs.embedded().texts)
+    tokenizer = getattr(transformers, f"{it.stem}TokenizerFast")(tokenizer_object=trained, model_max_length=128)
+    config = getattr(transformers, f"{it.stem}Config")(
+        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **{**labels, **it.config, **changed}
+    )
+    torch.manual_seed(1)
+    model = getattr(transformers, f"{it.stem}ForSequenceClassification")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+        getattr(model.classifier, "out_proj", model.classifier).bias[-1] += 3.0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
