@@ -178,7 +178,7 @@ def labels_alike(folder):
 
 
 def multi_label(folder):
-    edit_config(folder, problem_type="multi_label_classification")
+    edit_config(folder, problem_type="tagging")
 
 
 def quantised(folder):
@@ -227,7 +227,7 @@ def shard_missing(folder):
         (strange_labels, "id2label"),
         (labels_of_no_kind, "id2label"),
         (labels_alike, "id2label"),
-        (multi_label, "answers with multi_label"),
+        (multi_label, "answers with tagging"),
         (quantised, "quantised already"),
         (architecture_of_no_kind, "no classification head"),
         (config_is_a_folder, "is no JSON object"),

@@ -48,6 +48,8 @@ def clone(tmp_path_factory):
     for path in (ROOT / "Makefile", ROOT / "setup.cfg", ROOT / "pyproject.toml", *ROOT.glob("constraints*.txt")):
         shutil.copy2(path, folder)  # with its time: make compares it with the installation's
     shutil.copytree(ROOT / "benchmarks" / "results", folder / "benchmarks" / "results", ignore=lambda *_: {"local"})
+    (folder / "tests").mkdir()
+    shutil.copy2(ROOT / "tests" / "tickets.csv", folder / "tests")
     (folder / ".venv").symlink_to(sys.prefix)
     make_checkpoint(folder / "my-checkpoint", width=64, leaning=30)
     rows = "".join(f"a film of {i} words,{i % 2}\n" for i in range(30))
