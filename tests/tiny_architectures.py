@@ -171,7 +171,7 @@ def make(folder, kind, **changed):
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
-        getattr(model.classifier, "out_proj", model.classifier).bias[-1] += 3.0
+        getattr(model.classifier, "out_proj", model.classifier).bias[-1] += 8.0
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -74,7 +74,6 @@ def rewrite(model: ir.Model, names: Sequence[str], context: Context) -> tuple[ir
     from onnx_ir.passes import common
 
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    _unalias(model)
     counts = {}
     for name in names:
         model, counts[name] = PASSES[name](model, context)
@@ -106,9 +105,11 @@ def read(path: Path) -> ir.Model:
         if not proto.graph.node:
             raise ValueError("it has no nodes")
         onnx.checker.check_model(proto)
-        return ir.from_proto(proto)
+        model = ir.from_proto(proto)
     except (DecodeError, onnx.checker.ValidationError, ValueError, OSError) as error:
         raise GraphError(f"{path} is no valid ONNX model: {error}.", "Build it again.") from error
+    _unalias(model)
+    return model
 
 
 def write(model: ir.Model, path: Path) -> None:
