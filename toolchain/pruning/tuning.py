@@ -90,7 +90,9 @@ def _run(layer: nn.Module, states: States, arguments: Arguments) -> States:
 
 def _answer(layer: nn.Module, states: torch.Tensor, args: tuple[Any, ...], named: dict[str, Any]) -> torch.Tensor:
     answer = layer(states, *args, **named)
-    found: torch.Tensor = answer[-1] if isinstance(answer, tuple) else answer
+    # DistilBERT puts its attention's weights before the states, BERT after them.
+    parts = answer if isinstance(answer, tuple) else (answer,)
+    found: torch.Tensor = next(part for part in parts if part is not None and part.shape == states.shape)
     return found
 
 
