@@ -7,8 +7,10 @@ import pytest
 from conftest import import_job
 
 from toolchain import checkpoints
+from toolchain.backends.pytorch import load_model
 from toolchain.checkpoints import Source, check, fetch, resolve
 from toolchain.errors import CheckpointError, HubError
+from toolchain.pipeline import Workspace, ensure
 
 
 @pytest.fixture
@@ -353,3 +355,53 @@ def test_a_base_is_named_as_a_model_is(checkpoint, built_tiny):
     assert checkpoints.locate("tiny", built_tiny.exported).same_origin(built_tiny.source)
     with pytest.raises(CheckpointError, match="There is no folder"):
         checkpoints.locate("./nowhere")
+
+
+def test_the_command_that_converts_a_pickle_does(checkpoint, tmp_path):
+    """Run as the message has it, by a shell, on a checkpoint that is trusted: this one."""
+    import subprocess
+    import sys
+
+    import torch
+    from safetensors.torch import load_file
+
+    weights = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    torch.save(weights, checkpoint / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="only as pickle") as error:
+        check(checkpoint)
+    command = error.value.mend[error.value.mend.index("python -c ") :].replace("python", sys.executable, 1)
+    subprocess.run(["bash", "-c", command], check=True, capture_output=True, cwd=tmp_path)
+    converted = checkpoint.with_name(f"{checkpoint.name}-safetensors")
+    check(converted)
+    assert not list(converted.glob("*.bin"))
+    stored = load_file(converted / "model.safetensors")
+    assert stored.keys() == weights.keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in weights.items())
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name(checkpoint, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["classifier.bias"][0] = float("nan")
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"classifier.bias holds NaN or infinity"):
+        ensure(Workspace.open(str(checkpoint), tmp_path / "exported"), ["torch-fp32"], {}, lambda line: None)
+    assert not (tmp_path / "exported" / checkpoint.name / "torch-fp32").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_and_shards_are_imported_in_full(checkpoint, tmp_path, dtype):
+    import torch
+    from safetensors.torch import load_file
+
+    model = load_model(checkpoint).to(getattr(torch, dtype))
+    wanted = {name: tensor.float() for name, tensor in model.state_dict().items()}
+    (checkpoint / "model.safetensors").unlink()
+    model.save_pretrained(checkpoint, max_shard_size="1MB")
+    assert len(list(checkpoint.glob("*.safetensors"))) > 1
+    opened = Workspace.open(str(checkpoint), tmp_path / "exported")
+    built = ensure(opened, ["torch-fp32"], {}, lambda line: None)["torch-fp32"]
+    stored = load_file(built.path / "model.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in wanted.items())

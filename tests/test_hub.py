@@ -1,0 +1,120 @@
+"""The model hub, by a small server that speaks as it does: revisions, private models, refusals, a token kept quiet."""
+
+import http.server
+import json
+import threading
+from hashlib import sha256
+
+import pytest
+from conftest import run_toolchain
+
+TOKEN = "hf_" + "Sentinel" * 4
+COMMITS = {"main": "1" * 40, "v1": "2" * 40, "1" * 40: "1" * 40, "2" * 40: "2" * 40}
+OPEN, PRIVATE, FORBIDDEN, PICKLED = "someone/tiny", "someone/private", "someone/forbidden", "someone/pickled"
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self._answer(body=True)
+
+    def do_HEAD(self):
+        self._answer(body=False)
+
+    def log_message(self, *_):
+        pass
+
+    def _answer(self, body):
+        self.server.asked.append((self.command, self.path, self.headers.get("Authorization")))
+        parts = self.path.split("?")[0].strip("/").split("/")
+        api = parts[:2] == ["api", "models"]
+        name, rest = "/".join(parts[2:4] if api else parts[:2]), parts[4:] if api else parts[2:]
+        if name == FORBIDDEN:
+            return self._refuse(403, "", body)
+        if name not in (OPEN, PRIVATE, PICKLED) or (
+            name == PRIVATE and self.headers.get("Authorization") != f"Bearer {TOKEN}"
+        ):
+            return self._refuse(401, "RepoNotFound", body)
+        revision = rest[1] if len(rest) > 1 else "main"
+        if revision not in COMMITS:
+            return self._refuse(404, "RevisionNotFound", body)
+        commit = COMMITS[revision]
+        files = {f.name: f for f in self.server.folder.iterdir()}
+        if name == PICKLED:
+            files["pytorch_model.bin"] = files.pop("model.safetensors")
+        if api:
+            listed = {"id": name, "sha": commit, "siblings": [{"rfilename": each} for each in sorted(files)]}
+            return self._send(json.dumps(listed).encode(), {"Content-Type": "application/json"}, body)
+        if rest[2] not in files:
+            return self._refuse(404, "EntryNotFound", body)
+        content = files[rest[2]].read_bytes()
+        return self._send(content, {"X-Repo-Commit": commit, "ETag": f'"{sha256(content).hexdigest()}"'}, body)
+
+    def _refuse(self, status, code, body):
+        self._send(b"{}", {"X-Error-Code": code} if code else {}, body, status)
+
+    def _send(self, content, headers, body, status=200):
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def hub(tiny_checkpoint):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
+        server.folder, server.asked = tiny_checkpoint, []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def run(hub, tmp_path):
+    """`toolchain export` of a model of that hub, in a process of its own with a home of its own."""
+
+    def export(model, *options, token=None):
+        env = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_TOKEN": token or "",
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        return run_toolchain("export", "--optimize", "none", "--model", model, *options, cwd=tmp_path, env=env)
+
+    return export
+
+
+def test_a_private_model_at_a_revision_comes_with_the_token_which_is_nowhere_after(run, hub, tmp_path):
+    done = run(PRIVATE, "--revision", "v1", token=TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert f"Bearer {TOKEN}" in {authorization for _, _, authorization in hub.asked}
+    manifest = json.loads((tmp_path / "exported" / "private" / "torch-fp32" / "manifest.json").read_text())
+    assert manifest["source"] == {"kind": "hub", "ref": PRIVATE, "revision": COMMITS["v1"]}
+    assert TOKEN not in done.stdout + done.stderr
+    for path in (tmp_path / "exported").rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
+    asked = {path.rsplit("/", 1)[-1] for _, path, _ in hub.asked if "/resolve/" in path}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= asked
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "token", "says"),
+    [
+        (PRIVATE, [], None, "private and no token is set that may read it"),
+        (PRIVATE, [], TOKEN[:-1] + "x", "private and no token is set that may read it"),
+        (FORBIDDEN, [], TOKEN, "refuses to give someone/forbidden to this login (HTTP 403)"),
+        (OPEN, ["--revision", "v9"], TOKEN, "has no revision 'v9'"),
+        (PICKLED, [], TOKEN, "holds its weights only as pickle (pytorch_model.bin)"),
+    ],
+)
+def test_what_it_refuses_is_told_in_words_without_the_token(run, tmp_path, model, options, token, says):
+    done = run(model, *options, "--debug", token=token)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert not token or token not in done.stdout + done.stderr
+    assert not (tmp_path / "exported" / model.split("/")[1] / "torch-fp32").exists()
