@@ -456,3 +456,21 @@ def test_float16_is_scaled_and_resumes(make, headless, tickets, monkeypatch):
 )
 def test_usage(say, options, tmp_path):
     assert say("finetune", "--base", "reference", "--output", tmp_path / "x", *options)[0] == 2
+
+
+def test_the_reference_is_rebuilt_from_a_bert_read_as_distilbert(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    from toolchain.reference.rebuild import distilbert
+
+    torch.manual_seed(1)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    bert = BertModel(BertConfig(**shape, vocab_size=500, initializer_range=0.3)).eval()
+    bert.save_pretrained(tmp_path)
+    made = distilbert(tmp_path)
+    ids = torch.arange(5, 65).reshape(4, 15)
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    with torch.inference_mode():
+        one, two = (model(input_ids=ids, attention_mask=mask).last_hidden_state for model in (bert, made))
+    assert torch.allclose(one[mask.bool()], two[mask.bool()], atol=1e-5)

@@ -51,7 +51,7 @@ LAYERS = [
     ["runs", "search", "tuning", "doctor"],
     ["shipping", "finetuning"],
     ["predicting"],
-    ["cli"],
+    ["cli", "reference"],
 ]
 WITHIN = {
     "names": 0,

