@@ -176,7 +176,7 @@ def test_a_hub_model_is_planned_without_downloading_it(tmp_path, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", pytest.fail)
-    info = type("Info", (), {"sha": "abc123"})
+    info = type("Info", (), {"sha": "abc123", "siblings": ()})
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, ref, revision: info)
     workspace = Workspace.open("user/model", tmp_path)
     assert plan(workspace, ["onnx-std"], {})[0].step == Import("abc123")

@@ -41,6 +41,7 @@ def fuse(model: ir.Model, context: Context, *, apart: Collection[str] = APART_ON
     finally:
         logging.disable(before)
     result = ir.from_proto(fused.model)
+    result.graph.opset_imports.setdefault(DOMAIN, 1)  # for whoever infers shapes next
     result.graph.sort()  # fused nodes were appended at the end
     # Layers that share query, key and value, as ALBERT's, were given a copy each of the three packed together.
     common.DeduplicateHashedInitializersPass()(result)
