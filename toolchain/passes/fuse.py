@@ -59,6 +59,12 @@ def _residual_last(model: ir.Model) -> None:
         if add is None or add.op_type != "Add":
             continue
         first, second = add.inputs
-        if first is not None and second is not None and len(first.consumers()) > len(second.consumers()):
+        if first is None or second is None:
+            continue
+        # Of embeddings, which are looked up, the fusion takes the first for the words'.
+        made = [value.producer() for value in (first, second)]
+        if not all(node is not None and node.op_type == "Add" for node in made):
+            continue
+        if len(first.consumers()) > len(second.consumers()):
             add.replace_input_with(0, second)
             add.replace_input_with(1, first)
