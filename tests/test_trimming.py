@@ -357,9 +357,10 @@ def test_the_same_corpus_is_fresh_and_gives_the_same_bytes(built, tmp_path):
 def test_validate_asks_each_by_its_own_tokens_and_knows_its_rows(built):
     workspace, _ = built
     assert validate_variant(workspace, "onnx-int8+trim", quiet)["passed"]
-    manifest = workspace.load("onnx-int8+trim").manifest
-    assert len(judged_by(workspace.train, manifest).texts) == ROWS // 10
-    unseen = replace(manifest, step=replace(manifest.step, train=TrainingSource().digest))
+    artifact = workspace.load("onnx-int8+trim")
+    assert len(judged_by(workspace.train, artifact).texts) == ROWS // 10
+    step = replace(artifact.manifest.step, train=TrainingSource().digest)
+    unseen = replace(artifact, manifest=replace(artifact.manifest, step=step))
     assert judged_by(workspace.train, unseen) == inputs.embedded()
     other = Workspace(workspace.exported, workspace.model, workspace.source)
     with pytest.raises(DataError, match=r"validated on rows held out of train\.tsv, and sst2 is given now"):
