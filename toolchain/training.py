@@ -165,6 +165,8 @@ class _Run:
 
         from toolchain.losses import Weights
 
+        # The order of a sum depends on how many threads share it: the same, whatever this process did before.
+        torch.set_num_threads(hardware.cores())
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = _precision(self.device)
         self.steps, self.total = steps, steps * recipe.epochs

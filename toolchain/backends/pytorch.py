@@ -104,9 +104,10 @@ def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreT
         named = ", ".join(sorted(inside or lacking)[:4])
         raise CheckpointError(f"{folder} has no weights that fit {named}.", "Check config.json against the weights.")
     if not keep:
-        own = getattr(model, model.base_model_prefix)
-        for module in set(model.modules()) - set(own.modules()) - {model}:
-            model._init_weights(module)
+        own = {model, *getattr(model, model.base_model_prefix).modules()}
+        for module in model.modules():  # in order, so that the same seed draws the same head
+            if module not in own:
+                model._init_weights(module)
     fresh: PreTrainedModel = model.eval()
     return fresh
 
