@@ -39,6 +39,7 @@ LAYERS = [
     ["errors", "bundled"],
     CORE,
     ["passes", "backends", "gpu_memory", "targets"],
+    ["tokenizing"],
     ["bundles"],
     ["scenarios", "calibration", "child"],
     ["worker"],

@@ -20,8 +20,10 @@ from toolchain.backends.ort import OrtSession
 from toolchain.bundled.verify import BUNDLE, GOLDEN, SCHEMA, canonical_id
 from toolchain.inputs import Encoder, pad
 from toolchain.names import parse_name
-from toolchain.passes import headroom, read
+from toolchain.passes import facts as facts_of
+from toolchain.passes import read, specs
 from toolchain.targets import BUNDLED, DEMO, TARGETS, Target, dtype
+from toolchain.tokenizing import proven
 from toolchain.variants import settings_of, step_name
 
 # What a logit may differ elsewhere, in the worst and in the middle one of the golden sentences. Other kernels add in
@@ -57,7 +59,8 @@ class Origin:
 @dataclass(frozen=True)
 class Contents:
     """What is to be shipped: the variants' artifacts, what was `measured` of each by artifact id, the golden sentences,
-    and the files of the demo page's clients by their path in the bundle (none: no page)."""
+    the files of the demo page's clients by their path in the bundle (none: no page), and whether the models are given
+    texts."""
 
     target: Target
     artifacts: Sequence[Artifact]
@@ -65,21 +68,26 @@ class Contents:
     sentences: Sequence[str]
     measured: Mapping[str, Mapping[str, Any]]
     clients: Mapping[str, Path] = field(default_factory=dict)
+    with_tokenizer: bool = False
 
 
 def write(contents: Contents, folder: Path) -> dict[str, Any]:
     """Fills the empty `folder` and returns the body of its bundle.json, which is written last."""
     first = contents.artifacts[0]
+    manifest = first.manifest
+    encoder = Encoder.open(first.path, [spec.name for spec in manifest.inputs], manifest.max_length)
+    compared = 0
     for artifact in contents.artifacts:
         file = folder / contents.target.place(artifact.manifest.variant)
         file.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(artifact.onnx_path, file)
+        if contents.with_tokenizer:
+            compared = proven.write(artifact.onnx_path, encoder, contents.sentences, file)
+        else:
+            shutil.copyfile(artifact.onnx_path, file)
     for name in (TOKENIZER, TOKENIZER_CONFIG):
         shutil.copyfile(first.path / name, folder / name)
     config = _config(contents)
     _json(folder / CONFIG, config)
-    manifest = first.manifest
-    encoder = Encoder.open(first.path, [spec.name for spec in manifest.inputs], manifest.max_length)
     golden = _golden(contents, encoder)
     _json(folder / GOLDEN, golden)
     body: dict[str, Any] = {
@@ -90,7 +98,8 @@ def write(contents: Contents, folder: Path) -> dict[str, Any]:
         "multi_label": encoder.multi_label,
         "max_length": manifest.max_length,
         "pad_id": encoder.pad_id,
-        "models": [_model(contents, artifact) for artifact in contents.artifacts],
+        **({"tokenizer_in_graph": {"texts_compared": compared}} if contents.with_tokenizer else {}),
+        "models": [_model(contents, artifact, folder) for artifact in contents.artifacts],
     }
     _companions(contents, folder, body, golden)
     body["files"] = [dataclasses.asdict(entry) for entry in list_files(folder)]
@@ -121,22 +130,25 @@ def _golden(contents: Contents, encoder: Encoder) -> dict[str, Any]:
     return {"sentences": sentences, "logits": logits}
 
 
-def _model(contents: Contents, artifact: Artifact) -> dict[str, Any]:
-    """What bundle.json says of one variant."""
+def _model(contents: Contents, artifact: Artifact, folder: Path) -> dict[str, Any]:
+    """What bundle.json says of one variant, whose file lies in `folder`."""
     manifest = artifact.manifest
-    facts, scheme = manifest.facts, parse_name(manifest.variant).scheme
-    room = headroom(read(artifact.onnx_path))  # of the file, whatever an older release knew of it
+    scheme = parse_name(manifest.variant).scheme
+    file = folder / contents.target.place(manifest.variant)
+    graph = read(file)
+    facts = facts_of(graph)
+    room = facts.get("int8_headroom")  # of the file, whatever an older release knew of it
     return {
         "variant": manifest.variant,
         "file": contents.target.place(manifest.variant),
         **({"dtype": dtype(manifest.variant)} if contents.target is TARGETS["web"] else {}),
-        "bytes": artifact.onnx_path.stat().st_size,
+        "bytes": file.stat().st_size,
         "artifact_id": manifest.id,
         "ir_version": facts["ir_version"],
         "opset": facts["opset"],
         "operators": facts["operators"],
-        "inputs": [dataclasses.asdict(spec) for spec in manifest.inputs],
-        "outputs": [dataclasses.asdict(spec) for spec in manifest.outputs],
+        "inputs": [dataclasses.asdict(spec) for spec in specs(graph.graph.inputs)],
+        "outputs": [dataclasses.asdict(spec) for spec in specs(graph.graph.outputs)],
         "step": {"name": step_name(manifest.step), "settings": settings_of(manifest.step)},
         "int8_headroom": room,
         "exact_on": ANYWHERE if room is None or room >= 1 else EXACT,
@@ -156,7 +168,8 @@ def _companions(contents: Contents, folder: Path, body: Mapping[str, Any], golde
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for path, name in {**contents.target.files, **(DEMO if contents.clients else {})}.items():
+    texts = contents.target.text_files if contents.with_tokenizer else {}
+    for path, name in {**contents.target.files, **texts, **(DEMO if contents.clients else {})}.items():
         place = folder / path
         place.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".j2"):

@@ -12,17 +12,22 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolchain import artifacts, hardware, shipping, variants
 from toolchain.artifacts import Artifact
-from toolchain.backends import Place, Session, open_session
+from toolchain.backends import Place, open_session
+from toolchain.backends.text import TextSession
+from toolchain.bundled.verify import LOGITS, TEXT
 from toolchain.errors import ArtifactError, DataError
 from toolchain.inputs import Encoder, pad
 from toolchain.labels import LabelSet, answers, shares
 from toolchain.pipeline import Bar, Say, Workspace, ensure
 from toolchain.rows import FORMATS, STDIN, Row, Text, Texts, writer
 from toolchain.scenarios import offline_batches
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PART = 2000  # texts scored, kept and shown at once
 PLAIN = 32  # texts scored at once where they are typed or piped, and wanted soon
@@ -31,13 +36,15 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Model:
-    """Where a model lies, which runtime opens it, what it answers; `id` tells it from every other."""
+    """Where a model lies, which runtime opens it, what it answers; `id` tells it from every other. With `texts`, its
+    graph has the tokenizer in it."""
 
     path: Path
     runtime: str
     id: str
     labels: tuple[str, ...]
     encoder: Encoder
+    texts: bool = False
 
     def columns(self, texts: Texts) -> list[str]:
         """Of the predictions: the text or texts, the label, and every label's probability."""
@@ -64,8 +71,39 @@ def of_bundle(folder: Path, say: Say) -> Model:
     first = body["models"][0]
     if len(body["models"]) > 1:
         say(f"{folder}: {first['variant']}, the first of {len(body['models'])}")
-    encoder = Encoder.open(folder, [spec["name"] for spec in first["inputs"]], body["max_length"])
-    return Model(folder / first["file"], "onnx", f"{body['id']}:{first['variant']}", tuple(body["labels"]), encoder)
+    names = [spec["name"] for spec in first["inputs"]]
+    encoder = Encoder.open(folder, names, body["max_length"])
+    which = f"{body['id']}:{first['variant']}"
+    return Model(folder / first["file"], "onnx", which, tuple(body["labels"]), encoder, names == [TEXT])
+
+
+class _Asked:
+    """A model that is open: texts and their tokens in, logits out."""
+
+    def __init__(self, model: Model) -> None:
+        place = Place("cpu", hardware.cores())
+        self._encoder = model.encoder
+        self._graph = TextSession(model.path, place.threads) if model.texts else None
+        self._session = None if model.texts else open_session(model.path, model.runtime, place)
+
+    def logits(self, texts: Sequence[Text], rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """float32 [texts, labels]; `rows` are the tokens of the texts."""
+        if self._graph:
+            if not all(isinstance(text, str) for text in texts):
+                raise DataError(
+                    "A bundle with the tokenizer in the graph takes single texts, no pairs.",
+                    "Score them with the variant, or with a bundle shipped without --with-tokenizer.",
+                )
+            return self._graph.run([str(text) for text in texts])[LOGITS]
+        assert self._session is not None
+        return self._session.run(pad(rows, self._encoder.names, self._encoder.pad_id))
+
+    def close(self) -> None:
+        """Frees the model."""
+        if self._graph:
+            self._graph.close()
+        if self._session:
+            self._session.close()
 
 
 def predict(model: Model, texts: Texts, output: Path | None, say: Say, bar: Bar) -> int:
@@ -76,7 +114,7 @@ def predict(model: Model, texts: Texts, output: Path | None, say: Say, bar: Bar)
     """
     if output is None:
         texts.count()
-        session = open_session(model.path, model.runtime, Place("cpu", hardware.cores()))
+        session = _Asked(model)
         count = 0
         with writer(None, model.columns(texts)) as write:
             for rows in _scored(session, model, texts, 0, PLAIN):
@@ -99,7 +137,7 @@ def _kept(model: Model, texts: Texts, output: Path, say: Say, bar: Bar) -> int:
     done = _taken_up(parts, model, texts)
     if done:
         say(f"{output}: {done} texts are scored already")
-    session = open_session(model.path, model.runtime, Place("cpu", hardware.cores()))
+    session = _Asked(model)
     with bar("predict") as progress:
         for rows in _scored(session, model, texts, done, PART):
             _keep(parts / f"{done:012}", rows)
@@ -156,7 +194,7 @@ def _keep(part: Path, rows: Sequence[Row]) -> None:
         ) from error
 
 
-def _scored(session: Session, model: Model, texts: Texts, done: int, window: int) -> Iterator[list[dict[str, Any]]]:
+def _scored(session: _Asked, model: Model, texts: Texts, done: int, window: int) -> Iterator[list[dict[str, Any]]]:
     """The rows of `window` texts at a time, in order, after so many that are done; batches are made of texts of like
     length."""
     columns, label_set = model.columns(texts), model.label_set
@@ -165,7 +203,7 @@ def _scored(session: Session, model: Model, texts: Texts, done: int, window: int
         rows = model.encoder.encode(taken)
         scores: list[tuple[int, Sequence[float]]] = [(0, ())] * len(rows)
         for batch in offline_batches([len(row) for row in rows], BATCH):
-            logits = session.run(pad([rows[i] for i in batch], model.encoder.names, model.encoder.pad_id))
+            logits = session.logits([taken[i] for i in batch], [rows[i] for i in batch])
             given = zip(answers(logits, label_set.multi), shares(logits, label_set.multi), strict=True)
             for i, answer in zip(batch, given, strict=True):
                 scores[i] = answer

@@ -12,7 +12,7 @@ from toolchain import bundles, inputs, passes, runs, variants
 from toolchain.artifacts import Artifact, Manifest, building, lock, replace
 from toolchain.bundled import verify as bundled
 from toolchain.bundles import Contents, Origin
-from toolchain.errors import ArtifactError, ShippingError, VerdictError
+from toolchain.errors import ArtifactError, ProviderError, ShippingError, VerdictError
 from toolchain.measurements import Measurement, ResultFile
 from toolchain.names import parse_name
 from toolchain.pipeline import Bar, Say, Workspace, ensure
@@ -37,12 +37,13 @@ REFERENCE = Origin(
 @dataclasses.dataclass(frozen=True)
 class Order:
     """What to ship: `variants` in this order, for which `target`, under which `license` where the model's own is not
-    known here; with the web target's `demo` page or without."""
+    known here; with the web target's `demo` page or without, `with_tokenizer` in the graph or beside it."""
 
     variants: tuple[str, ...]
     target: str
     license: str | None = None
     demo: bool = True
+    with_tokenizer: bool = False
 
 
 def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -> dict[str, Any]:
@@ -54,6 +55,11 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
     """
     target = TARGETS[order.target]
     _check_names(order.variants, target)
+    if order.with_tokenizer and target.no_texts:
+        raise ShippingError(
+            f"A bundle for {target.name} cannot have the tokenizer in the graph: {target.no_texts}.",
+            "Ship without --with-tokenizer.",
+        )
     built = ensure(workspace, order.variants, {}, say, bar)
     chosen = [built[name] for name in order.variants]
     for artifact in chosen:
@@ -76,6 +82,7 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
         [*TEXTS.values(), *map(str, inputs.embedded().sample(SENTENCES, SEED))],
         {artifact_id: _measured(*found_in) for artifact_id, found_in in measured.items()},
         found,
+        order.with_tokenizer,
     )
     with lock(output, lambda: say(f"{output}: another run is writing it, waiting"), tidy=True):
         _check_output(output)
@@ -177,7 +184,8 @@ def checked(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The bundle.json of a bundle that is whole and answers its golden sentences here, and how closely each variant
     does.
 
-    Raises `ShippingError` where there is no bundle, `VerdictError` where it is not what it was.
+    Raises `ShippingError` where there is no bundle, `VerdictError` where it is not what it was, `ProviderError` where
+    onnxruntime-extensions is missing for it.
     """
     try:
         body = bundled.sealed(folder)
@@ -190,6 +198,11 @@ def checked(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ShippingError(
             f"{folder} is no bundle: it holds no {bundled.BUNDLE}.", "Name a folder `toolchain ship` wrote."
+        ) from error
+    except ImportError as error:
+        raise ProviderError(
+            f"The models of {folder} have the tokenizer in the graph, and {error.name} is not installed.",
+            'Install it: pip install "toolchain[text]".',
         ) from error
     except bundled.Broken as error:
         raise VerdictError(

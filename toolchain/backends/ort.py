@@ -59,7 +59,7 @@ class OrtSession:
             raise GraphError(
                 f"ONNX Runtime has no kernel for an operator of {path}: {error}.", "Build it again."
             ) from error
-        except _failures() as error:
+        except failures() as error:
             _check_room(error)
             raise GraphError(f"{path} is no model ONNX Runtime can load: {error}.", "Build it again.") from error
         self._output = self._session.get_outputs()[0].name
@@ -162,13 +162,13 @@ def _telling(batch: dict[str, np.ndarray]) -> Iterator[None]:
     """Raises `GraphError`, or `DeviceMemoryError`, for what ONNX Runtime raises of a batch."""
     try:
         yield
-    except _failures() as error:
+    except failures() as error:
         _check_room(error)
         shape = " × ".join(map(str, batch["input_ids"].shape))
         raise GraphError(f"The graph fails on a batch of {shape} tokens: {error}.", "Build it again.") from error
 
 
-def _failures() -> tuple[type[Exception], ...]:
+def failures() -> tuple[type[Exception], ...]:
     """What ONNX Runtime raises for a file, a batch or a device that does not do."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 

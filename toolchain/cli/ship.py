@@ -29,6 +29,11 @@ from toolchain.cli.options import debug_option, json_option, model_options, open
     default=True,
     help="web: a page to try it in, which needs npm once; or only the models.  [default: demo]",
 )
+@click.option(
+    "--with-tokenizer",
+    is_flag=True,
+    help="python: text in, probabilities out, the tokenizer in the graph by onnxruntime-extensions.",
+)
 @click.option("--license", "license_", metavar="TEXT", help="The model's licence, where it is not known here.")
 @json_option
 @model_options
@@ -40,6 +45,7 @@ def ship(
     target: str,
     output: Path | None,
     demo: bool,
+    with_tokenizer: bool,
     license_: str | None,
     as_json: bool,
 ) -> None:
@@ -60,7 +66,7 @@ def ship(
 
     workspace = open_workspace(model, exported, slug)
     place = output or default_output(workspace, target)
-    body = make(workspace, Order(variants, target, license_, demo), place, say, bar)
+    body = make(workspace, Order(variants, target, license_, demo, with_tokenizer), place, say, bar)
     click.echo(json.dumps(body, indent=1) if as_json else place)
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolchain.artifacts import TensorSpec
 from toolchain.errors import GraphError
 from toolchain.passes.first_token import first_token
 from toolchain.passes.fuse import fuse
@@ -117,6 +118,19 @@ def write(model: ir.Model, path: Path) -> None:
     import onnx_ir as ir
 
     ir.save(model, path)
+
+
+def specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
+    """Inputs or outputs of a graph as a manifest states them."""
+    import onnx_ir as ir
+
+    found = []
+    for value in values:
+        text = value.dtype == ir.DataType.STRING  # which numpy calls an object
+        kind = "string" if text else value.dtype.numpy().name if value.dtype else ""
+        shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape or ())
+        found.append(TensorSpec(value.name or "", kind, shape))
+    return tuple(found)
 
 
 def facts(model: ir.Model) -> dict[str, Any]:

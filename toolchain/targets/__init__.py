@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from toolchain.errors import ShippingError
@@ -23,12 +23,17 @@ DTYPES = {
 @dataclass(frozen=True)
 class Target:
     """`place` is the path a variant's file gets, `domains` are the operator sets its runtimes have, `files` what lies
-    beside the models: path in the bundle → file in `BUNDLED`; a ``.j2`` among them is rendered."""
+    beside the models: path in the bundle → file in `BUNDLED`; a ``.j2`` among them is rendered.
+
+    `text_files` lie there instead where the tokenizer is in the graph; where it cannot be, `no_texts` says why.
+    """
 
     name: str
     place: Callable[[str], str]
     domains: frozenset[str]
     files: Mapping[str, str]
+    text_files: Mapping[str, str] = field(default_factory=dict)
+    no_texts: str | None = None
 
 
 def dtype(variant: str) -> str | None:
@@ -63,6 +68,8 @@ TARGETS = {
                 "verify.mjs": "verify.mjs",
                 "golden.mjs": "golden.mjs",
             },
+            no_texts="no build of onnxruntime-web or onnxruntime-node has onnxruntime-extensions' operators, and "
+            "transformers.js has the tokenizer",
         ),
         Target(
             "python",
@@ -74,12 +81,14 @@ TARGETS = {
                 "classify.py": "classify.py",
                 "requirements.txt": "requirements.txt",
             },
+            {"classify.py": "classify_text.py", "requirements.txt": "requirements_text.txt"},
         ),
         Target(
             "other",
             _by_name,
             frozenset({STANDARD}),
             {"README.md": "README.other.md.j2", "verify.py": "verify.py", "requirements.txt": "requirements.txt"},
+            no_texts="its operators are onnxruntime-extensions', which other runtimes do not have",
         ),
     )
 }

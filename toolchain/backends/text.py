@@ -1,0 +1,58 @@
+"""ONNX Runtime with onnxruntime-extensions: graphs that take texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from toolchain.backends.ort import failures
+from toolchain.errors import GraphError, ProviderError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_SILENT = 3  # errors only
+
+
+class TextSession:
+    """A loaded ``.onnx`` file with one input, texts, on the CPU.
+
+    Raises `ProviderError` where onnxruntime-extensions is not installed, `GraphError` for a file it cannot load.
+    """
+
+    def __init__(self, file: Path, threads: int) -> None:
+        import onnxruntime as ort
+
+        try:
+            import onnxruntime_extensions as extensions
+        except ImportError as error:
+            raise ProviderError(
+                "A tokenizer in the graph needs onnxruntime-extensions, which is not installed.",
+                'Install it: pip install "toolchain[text]".',
+            ) from error
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _SILENT
+        options.register_custom_ops_library(extensions.get_library_path())
+        try:
+            self._session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        except failures() as error:
+            raise GraphError(f"{file} is no model ONNX Runtime can load: {error}.", "Build it again.") from error
+        self._input = self._session.get_inputs()[0].name
+
+    def run(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Every output by its name, for some texts."""
+        import numpy as np
+
+        names = [output.name for output in self._session.get_outputs()]
+        try:
+            found = self._session.run(names, {self._input: np.array(texts, dtype=object)})
+        except failures() as error:
+            raise GraphError(f"The graph fails on {len(texts)} texts: {error}.", "Build it again.") from error
+        return dict(zip(names, found, strict=True))
+
+    def close(self) -> None:
+        """Frees the model."""
+        del self._session

@@ -1,0 +1,61 @@
+"""Graphs with a tokenizer, written only once they split hard texts as the checkpoint's own tokenizer does."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from toolchain import passes
+from toolchain.backends.text import TextSession
+from toolchain.errors import ShippingError
+from toolchain.inputs import Encoder
+from toolchain.tokenizing import token_model, with_tokenizer
+from toolchain.tokenizing.hard import texts as hard_texts
+
+BATCH = 32
+SHOWN = 3  # texts that differ, in an error
+
+
+def write(source: Path, encoder: Encoder, texts: Sequence[str], file: Path) -> int:
+    """The model in `source` with the tokenizer before it, to `file`; how many texts were compared: the hard ones and
+    these `texts`.
+
+    Raises `ShippingError` for a tokenizer the graph cannot express, or splits any of them otherwise.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        count = write_tokenizer(encoder, texts, Path(scratch) / "tokenizer.onnx")
+    passes.write(with_tokenizer(passes.read(source), encoder), file)
+    return count
+
+
+def write_tokenizer(encoder: Encoder, texts: Sequence[str], file: Path, multiple: int = 1) -> int:
+    """The tokenizer alone, from texts to the arrays the model takes, otherwise as `write`."""
+    passes.write(token_model(encoder, multiple), file)
+    asked = [*hard_texts(), *texts]
+    session = TextSession(file, 1)
+    found: list[list[int]] = []
+    for start in range(0, len(asked), BATCH):
+        arrays = session.run(asked[start : start + BATCH])
+        rows = zip(arrays["input_ids"], arrays["attention_mask"], strict=True)
+        found += [[int(token) for token in ids[mask == 1]] for ids, mask in rows]
+    session.close()
+    wanted = encoder.encode(asked)
+    differ = [i for i, ids in enumerate(found) if ids != list(wanted[i])]
+    if differ:
+        shown = "; ".join(_told(encoder, asked[i], wanted[i], found[i]) for i in differ[:SHOWN])
+        raise ShippingError(
+            f"In the graph, the tokenizer splits {len(differ)} of {len(asked)} texts otherwise than the checkpoint's: "
+            f"{shown}.",
+            "Ship without --with-tokenizer.",
+        )
+    return len(asked)
+
+
+def _told(encoder: Encoder, text: str, wanted: Sequence[int], found: Sequence[int]) -> str:
+    """The text, and both splits from the first token that differs."""
+    both = [[encoder.tokenizer.id_to_token(token) or f"id {token}" for token in ids] for ids in (wanted, found)]
+    first = next((i for i, pair in enumerate(zip(*both, strict=False)) if pair[0] != pair[1]), min(map(len, both)))
+    start = max(0, first - 1)
+    want, got = (" ".join(tokens[start : first + 4]) or "nothing" for tokens in both)
+    return f"{text[:60]!r}, {want!r} there and {got!r} in the graph"
