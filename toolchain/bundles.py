@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from toolchain.artifacts import Artifact, list_files
+from toolchain import passes
+from toolchain.artifacts import Artifact, TensorSpec, list_files
 from toolchain.backends import Place
 from toolchain.backends.ort import OrtSession
 from toolchain.bundled.verify import BUNDLE, GOLDEN, SCHEMA, canonical_id
 from toolchain.inputs import Encoder, pad
 from toolchain.names import parse_name
-from toolchain.passes import facts as facts_of
-from toolchain.passes import read, specs
-from toolchain.targets import BUNDLED, DEMO, TARGETS, Target, dtype
+from toolchain.passes.probabilities import add_probabilities
+from toolchain.targets import BUNDLED, DEMO, TARGETS, Target, dtype, served
 from toolchain.tokenizing import proven
 from toolchain.variants import settings_of, step_name
 
@@ -42,6 +42,8 @@ EXACT = (
     "WebAssembly; on older x86-64 its 8-bit products saturate and its answers are others"
 )
 ANYWHERE = "any processor"
+TEXT_SPEC = TensorSpec("text", "string", ("texts",))
+MULTIPLE = 16  # tokens: what a tokenizer of its own pads to, since a server batches only what is equally wide
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,18 @@ def write(contents: Contents, folder: Path) -> dict[str, Any]:
     first = contents.artifacts[0]
     manifest = first.manifest
     encoder = Encoder.open(first.path, [spec.name for spec in manifest.inputs], manifest.max_length)
-    compared = 0
+    tokenizer: dict[str, Any] = {}
     for artifact in contents.artifacts:
         file = folder / contents.target.place(artifact.manifest.variant)
         file.parent.mkdir(parents=True, exist_ok=True)
         if contents.with_tokenizer:
-            compared = proven.write(artifact.onnx_path, encoder, contents.sentences, file)
+            tokenizer = {"texts_compared": proven.write(artifact.onnx_path, encoder, contents.sentences, file)}
+        elif contents.target.tokenizer:
+            passes.write(add_probabilities(passes.read(artifact.onnx_path), encoder.multi_label), file)
         else:
             shutil.copyfile(artifact.onnx_path, file)
+    if contents.target.tokenizer and not contents.with_tokenizer:
+        tokenizer = _tokenizer(contents, encoder, folder)
     for name in (TOKENIZER, TOKENIZER_CONFIG):
         shutil.copyfile(first.path / name, folder / name)
     config = _config(contents)
@@ -98,7 +104,7 @@ def write(contents: Contents, folder: Path) -> dict[str, Any]:
         "multi_label": encoder.multi_label,
         "max_length": manifest.max_length,
         "pad_id": encoder.pad_id,
-        **({"tokenizer_in_graph": {"texts_compared": compared}} if contents.with_tokenizer else {}),
+        **({"tokenizer_in_graph": tokenizer} if tokenizer else {}),
         "models": [_model(contents, artifact, folder) for artifact in contents.artifacts],
     }
     _companions(contents, folder, body, golden)
@@ -106,6 +112,14 @@ def write(contents: Contents, folder: Path) -> dict[str, Any]:
     body["id"] = canonical_id(body)
     _json(folder / BUNDLE, body)
     return body
+
+
+def _tokenizer(contents: Contents, encoder: Encoder, folder: Path) -> dict[str, Any]:
+    """Writes the graph that makes tokens of texts; what bundle.json says of it."""
+    path = contents.target.tokenizer or ""
+    (folder / path).parent.mkdir(parents=True)
+    compared = proven.write_tokenizer(encoder, contents.sentences, folder / path, MULTIPLE)
+    return {"texts_compared": compared, "file": path, "multiple": MULTIPLE}
 
 
 def _config(contents: Contents) -> dict[str, Any]:
@@ -135,8 +149,8 @@ def _model(contents: Contents, artifact: Artifact, folder: Path) -> dict[str, An
     manifest = artifact.manifest
     scheme = parse_name(manifest.variant).scheme
     file = folder / contents.target.place(manifest.variant)
-    graph = read(file)
-    facts = facts_of(graph)
+    graph = passes.read(file)
+    facts = passes.facts(graph)
     room = facts.get("int8_headroom")  # of the file, whatever an older release knew of it
     return {
         "variant": manifest.variant,
@@ -147,8 +161,8 @@ def _model(contents: Contents, artifact: Artifact, folder: Path) -> dict[str, An
         "ir_version": facts["ir_version"],
         "opset": facts["opset"],
         "operators": facts["operators"],
-        "inputs": [dataclasses.asdict(spec) for spec in specs(graph.graph.inputs)],
-        "outputs": [dataclasses.asdict(spec) for spec in specs(graph.graph.outputs)],
+        "inputs": [dataclasses.asdict(spec) for spec in passes.specs(graph.graph.inputs)],
+        "outputs": [dataclasses.asdict(spec) for spec in passes.specs(graph.graph.outputs)],
         "step": {"name": step_name(manifest.step), "settings": settings_of(manifest.step)},
         "int8_headroom": room,
         "exact_on": ANYWHERE if room is None or room >= 1 else EXACT,
@@ -168,17 +182,18 @@ def _companions(contents: Contents, folder: Path, body: Mapping[str, Any], golde
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    texts = contents.target.text_files if contents.with_tokenizer else {}
-    for path, name in {**contents.target.files, **texts, **(DEMO if contents.clients else {})}.items():
-        place = folder / path
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if name.endswith(".j2"):
-            place.write_text(
-                environment.get_template(name).render(bundle=body, golden=golden, demo=bool(contents.clients)),
-                encoding="utf-8",
-            )
-        else:
-            shutil.copyfile(BUNDLED / name, place)
+    files = contents.target.text_files if contents.with_tokenizer else contents.target.files
+    for path, name in {**files, **(DEMO if contents.clients else {})}.items():
+        for model in body["models"] if "{name}" in path else [None]:
+            served_as = served(model["variant"]) if model else ""
+            place = folder / path.format(name=served_as)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if not name.endswith(".j2"):
+                shutil.copyfile(BUNDLED / name, place)
+                continue
+            known = {"bundle": body, "golden": golden, "demo": bool(contents.clients), "model": model}
+            text = environment.get_template(name).render(known, name=served_as, served=served, text=TEXT_SPEC)
+            place.write_text(text, encoding="utf-8")
     for path, file in contents.clients.items():
         shutil.copyfile(file, folder / path)
 

@@ -189,8 +189,9 @@ def checked(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     try:
         body = bundled.sealed(folder)
-        for model in body["models"]:
-            _check_single(folder / model["file"])
+        apart = body.get("tokenizer_in_graph", {}).get("file")
+        for file in [model["file"] for model in body["models"]] + ([apart] if apart else []):
+            _check_single(folder / file)
         models = {
             variant: {"largest_delta": largest, "tolerance": tolerance}
             for variant, largest, tolerance in bundled.answers(folder, body)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -45,6 +45,7 @@ def sealed(folder: Path) -> dict[str, Any]:
             raise Broken(f"{BUNDLE} has schema {body['schema']}, this reads {SCHEMA}")
         listed = {str(entry["path"]): (int(entry["bytes"]), str(entry["sha256"])) for entry in body["files"]}
         named = [str(model["file"]) for model in body["models"]]
+        named += [str(apart)] if (apart := body.get("tokenizer_in_graph", {}).get("file")) else []
     except FileNotFoundError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
@@ -111,10 +112,12 @@ def answers(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str, float,
             raise Broken(f"the tokenizer splits {text[:60]!r} otherwise than where the bundle was made")
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    if any(inputs == [TEXT] for _, _, _, inputs in models):  # the tokenizer is in the graph
+    if in_graph := body.get("tokenizer_in_graph"):
         import onnxruntime_extensions
 
         options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
+    if in_graph and "file" in in_graph:
+        _check_tokenizer(ort.InferenceSession(str(folder / in_graph["file"]), options), rows)
     for variant, file, tolerance, inputs in models:
         if variant not in recorded or len(recorded[variant]) != len(rows):
             raise Broken(f"{GOLDEN} does not hold the answers of {variant}")
@@ -126,7 +129,7 @@ def answers(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str, float,
                 if inputs == [TEXT]:
                     logits = session.run([LOGITS], {TEXT: np.array([text], dtype=object)})[0]
                 else:
-                    logits = session.run(None, {name: np.array([given[name]], np.int64) for name in inputs})[0]
+                    logits = session.run([LOGITS], {name: np.array([given[name]], np.int64) for name in inputs})[0]
                 delta = np.abs(logits[0] - want).max()
                 deltas.append(float(delta) if np.isfinite(delta) else float("inf"))
         except Exception as error:  # onnxruntime raises a class for every status
@@ -142,6 +145,20 @@ def answers(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str, float,
                 f"≤ {tolerance['median']:g} allowed: if this processor saturates 8-bit products, use a -portable file"
             )
         yield variant, largest, tolerance["largest"]
+
+
+def _check_tokenizer(session: Any, rows: Sequence[tuple[str, list[int]]]) -> None:
+    """Raises `Broken` where a graph that makes tokens of texts makes others than the golden ones."""
+    import numpy as np
+
+    names = ["input_ids", "attention_mask"]
+    try:
+        found = [session.run(names, {TEXT: np.array([text], dtype=object)}) for text, _ in rows]
+    except Exception as error:  # onnxruntime raises a class for every status
+        raise Broken(f"the graph of the tokenizer does not run here: {error}") from error
+    for (text, ids), (tokens, mask) in zip(rows, found, strict=True):
+        if tokens[0][mask[0] == 1].tolist() != ids:
+            raise Broken(f"the graph of the tokenizer splits {text[:60]!r} otherwise than where the bundle was made")
 
 
 def main(folder: Path) -> int:

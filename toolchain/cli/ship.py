@@ -14,9 +14,10 @@ from toolchain.cli.options import debug_option, json_option, model_options, open
 @click.argument("variants", nargs=-1, required=True, metavar="VARIANT...")
 @click.option(
     "--target",
-    type=click.Choice(["web", "python", "other"]),
+    type=click.Choice(["web", "python", "server", "other"]),
     required=True,
-    help="web: browser and Node, by transformers.js. python: onnxruntime and tokenizers. other: any ONNX runtime.",
+    help="web: browser and Node, by transformers.js. python: onnxruntime and tokenizers. server: Triton and KServe. "
+    "other: any ONNX runtime.",
 )
 @click.option(
     "--output",
@@ -32,7 +33,7 @@ from toolchain.cli.options import debug_option, json_option, model_options, open
 @click.option(
     "--with-tokenizer",
     is_flag=True,
-    help="python: text in, probabilities out, the tokenizer in the graph by onnxruntime-extensions.",
+    help="python, server: text in, probabilities out, by onnxruntime-extensions in the graph.",
 )
 @click.option("--license", "license_", metavar="TEXT", help="The model's licence, where it is not known here.")
 @json_option

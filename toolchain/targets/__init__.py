@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from toolchain.names import parse_name
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 STANDARD, MICROSOFT = "", "com.microsoft"
+REPOSITORY = "repository"  # of models, as Triton reads it
 # Scheme of a variant → how transformers.js calls it (dtype), and what it looks for.
 DTYPES = {
     "fp32": ("fp32", "onnx/model.onnx"),
@@ -25,7 +27,10 @@ class Target:
     """`place` is the path a variant's file gets, `domains` are the operator sets its runtimes have, `files` what lies
     beside the models: path in the bundle → file in `BUNDLED`; a ``.j2`` among them is rendered.
 
-    `text_files` lie there instead where the tokenizer is in the graph; where it cannot be, `no_texts` says why.
+    `text_files` lie there instead where the tokenizer is in the graph; where it cannot be, `no_texts` says why. A
+    ``{name}`` in a path stands for each model's name: the file is rendered for each. `tokenizer` is the path of a graph
+    that makes tokens of texts, for a target whose models take tokens and whose users send texts; such models answer
+    with probabilities as well.
     """
 
     name: str
@@ -34,6 +39,7 @@ class Target:
     files: Mapping[str, str]
     text_files: Mapping[str, str] = field(default_factory=dict)
     no_texts: str | None = None
+    tokenizer: str | None = None
 
 
 def dtype(variant: str) -> str | None:
@@ -49,6 +55,11 @@ def _for_transformers_js(variant: str) -> str:
             f"It reads variants of {', '.join(DTYPES)}, such as onnx-int8.",
         )
     return DTYPES[scheme][1]
+
+
+def served(name: str) -> str:
+    """What a server calls a model of that name, which goes into addresses: RFC 1123's labels."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _by_name(variant: str) -> str:
@@ -81,7 +92,12 @@ TARGETS = {
                 "classify.py": "classify.py",
                 "requirements.txt": "requirements.txt",
             },
-            {"classify.py": "classify_text.py", "requirements.txt": "requirements_text.txt"},
+            {
+                "README.md": "README.python.md.j2",
+                "verify.py": "verify.py",
+                "classify.py": "classify_text.py",
+                "requirements.txt": "requirements_text.txt",
+            },
         ),
         Target(
             "other",
@@ -89,6 +105,31 @@ TARGETS = {
             frozenset({STANDARD}),
             {"README.md": "README.other.md.j2", "verify.py": "verify.py", "requirements.txt": "requirements.txt"},
             no_texts="its operators are onnxruntime-extensions', which other runtimes do not have",
+        ),
+        Target(
+            "server",
+            lambda variant: f"{REPOSITORY}/{served(variant)}/1/model.onnx",
+            frozenset({STANDARD, MICROSOFT}),
+            {
+                "README.md": "README.server.md.j2",
+                "verify.py": "verify.py",
+                "requirements.txt": "requirements_text.txt",
+                "inference-service.yaml": "inference-service.yaml.j2",
+                REPOSITORY + "/{name}/config.pbtxt": "model.pbtxt.j2",
+                REPOSITORY + "/{name}/labels.txt": "labels.txt.j2",
+                REPOSITORY + "/{name}-text/config.pbtxt": "ensemble.pbtxt.j2",
+                REPOSITORY + "/{name}-text/1/ensemble.txt": "ensemble.txt",
+                REPOSITORY + "/tokenizer/config.pbtxt": "tokenizer.pbtxt.j2",
+            },
+            {
+                "README.md": "README.server.md.j2",
+                "verify.py": "verify.py",
+                "requirements.txt": "requirements_text.txt",
+                "inference-service.yaml": "inference-service.yaml.j2",
+                REPOSITORY + "/{name}/config.pbtxt": "model.pbtxt.j2",
+                REPOSITORY + "/{name}/labels.txt": "labels.txt.j2",
+            },
+            tokenizer=REPOSITORY + "/tokenizer/1/model.onnx",
         ),
     )
 }

@@ -10,9 +10,10 @@ import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from toolchain.bundled.verify import LOGITS, TEXT
+from toolchain.bundled.verify import TEXT
 from toolchain.errors import ShippingError
 from toolchain.inputs import Encoder
+from toolchain.passes.probabilities import add_probabilities
 from toolchain.tokenizing import byte_pairs, wordpiece
 from toolchain.tokenizing.nodes import OPSET, Nodes
 from toolchain.tokenizing.rows import Frame, Ragged, arrays
@@ -20,7 +21,6 @@ from toolchain.tokenizing.rows import Frame, Ragged, arrays
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-PROBABILITIES = "probabilities"
 IR_VERSION = 8
 # Of the operators whose meaning changed from opset 18 to 20; every other one only takes more types since.
 CHANGED = {"DFT", "GridSample", "AffineGrid"}
@@ -49,10 +49,8 @@ def token_model(encoder: Encoder, multiple: int = 1) -> ir.Model:
 
 
 def with_tokenizer(model: ir.Model, encoder: Encoder) -> ir.Model:
-    """The model, which answers token ids with logits, from `TEXT` [texts] to `PROBABILITIES` and `LOGITS`, float32
-    [texts, labels]; changed in place."""
-    import onnx_ir as ir
-
+    """The model, which answers token ids with logits, from `TEXT` [texts] to logits and probabilities,
+    float32 [texts, labels]; changed in place."""
     graph = model.graph
     if graph.opset_imports[""] < OPSET[""]:
         changed = sorted({node.op_type for node in graph.all_nodes() if node.domain == ""} & CHANGED)
@@ -66,13 +64,7 @@ def with_tokenizer(model: ir.Model, encoder: Encoder) -> ir.Model:
     for value in list(graph.inputs):
         value.replace_all_uses_with(made[value.name or ""])
     graph.inputs[:] = [text]
-    logits = graph.outputs[0]
-    last = ir.node(*(("Sigmoid", [logits]) if encoder.multi_label else ("Softmax", [logits], {"axis": -1})))
-    shares = last.outputs[0]
-    shares.name, shares.shape, shares.dtype = PROBABILITIES, logits.shape, ir.DataType.FLOAT
-    graph.append(last)
-    logits.name = LOGITS
-    graph.outputs[:] = [shares, logits]
+    add_probabilities(model, encoder.multi_label)
     _put_first(graph, nodes)
     graph.opset_imports.update({**OPSET, "": max(OPSET[""], graph.opset_imports[""])})
     return model

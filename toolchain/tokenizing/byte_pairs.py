@@ -27,13 +27,12 @@ def pieces(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
     """
     body = json.loads(tokenizer.to_str())
     kind = (body.get("pre_tokenizer") or {}).get("type")
-    if kind != "ByteLevel" or body.get("normalizer"):
+    if kind != "ByteLevel" or body.get("normalizer") or body["pre_tokenizer"].get("add_prefix_space"):
         raise ShippingError(
-            "The tokenizer is BPE with a normaliser or words of its own; onnxruntime-extensions has GPT-2's.",
+            "The tokenizer is BPE with a normaliser, a space put before texts, or words of its own; "
+            "onnxruntime-extensions has GPT-2's.",
             "Ship without --with-tokenizer.",
         )
-    if body["pre_tokenizer"].get("add_prefix_space"):
-        texts = nodes.replace(texts, rf"\A([^{WHITE[1:-2]}])", r" \1")
     added = tokenizer.get_added_tokens_decoder()
     for token in added.values():
         pattern = re.escape(token.content)

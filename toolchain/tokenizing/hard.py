@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import random
@@ -23,7 +24,8 @@ REPEATED = {
 }
 
 
-def texts() -> list[str]:
+@functools.cache
+def texts() -> tuple[str, ...]:
     """Those written down in ``hard.json``, control characters, words and texts that are too long, mixtures of all these
     with any characters, and every character of Unicode but NUL."""
     written: dict[str, list[str]] = json.loads(Path(__file__).with_name("hard.json").read_text(encoding="utf-8"))
@@ -31,7 +33,7 @@ def texts() -> list[str]:
     found += [f"a{chr(point)}b {chr(point)} c" for point in CONTROLS]
     found += [part * count for part, counts in REPEATED.items() for count in counts]
     known = [character for character in map(chr, range(1, sys.maxunicode + 1)) if _assigned(character)]
-    return [*found, *_mixed(found, known), *_every(known)]
+    return (*found, *_mixed(found, known), *_every(known))
 
 
 def _mixed(found: Sequence[str], known: Sequence[str]) -> Iterator[str]:

@@ -38,7 +38,7 @@ def write_tokenizer(encoder: Encoder, texts: Sequence[str], file: Path, multiple
     for start in range(0, len(asked), BATCH):
         arrays = session.run(asked[start : start + BATCH])
         rows = zip(arrays["input_ids"], arrays["attention_mask"], strict=True)
-        found += [[int(token) for token in ids[mask == 1]] for ids, mask in rows]
+        found += [ids[mask == 1].tolist() for ids, mask in rows]
     session.close()
     wanted = encoder.encode(asked)
     differ = [i for i, ids in enumerate(found) if ids != list(wanted[i])]
