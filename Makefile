@@ -76,7 +76,7 @@ ship: install ## bundles for browser and Node, Python, and other runtimes (SHIP=
 	$(TOOLCHAIN) ship onnx-std onnx-std-int8 --target other $(CHOICE)
 
 test: $(VENV)/.installed-test lint ## lint, types and all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # What `make test` skips without: npm packages by their lock file, and Pythons with nothing but a bundle's requirements.
 CLIENTS = $(EXPORTED)/.cache/test-clients

@@ -26,6 +26,19 @@ os.environ["PYTHONPATH"] = str(TESTS)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """One processor for each of several workers, and for what it starts: threads that wait for each other spin."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and hasattr(os, "sched_setaffinity"):
+        processors = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {processors[int(worker.removeprefix("gw")) % len(processors)]})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest first, so that the other workers do not wait for it."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 def make_checkpoint(
     folder: Path,
     labels: Sequence[str] = ("NEGATIVE", "POSITIVE"),

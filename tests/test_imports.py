@@ -150,10 +150,13 @@ def test_neighbours_in_a_room_do_not_call_each_other(room_name):
                 assert not imported.startswith(f"toolchain.{room_name}."), f"{module} imports {imported}"
 
 
+RUNNERS = {"toolchain.bundled.classify", "toolchain.bundled.classify_text"}
+
+
 # Module classes must be defined with torch at hand; functions import this file where they need it.
-# The runner of a bundle is an app's code, read by people who have numpy at hand.
+# The runners of bundles are an app's code, read by people who have numpy at hand.
 @pytest.mark.parametrize(
-    "module", sorted(set(modules()) - {"toolchain.backends.modules", "toolchain.losses", "toolchain.bundled.classify"})
+    "module", sorted(set(modules()) - {"toolchain.backends.modules", "toolchain.losses", *RUNNERS})
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(module):
     for imported, at_top in imports(modules()[module], typing_too=False):

@@ -12,10 +12,10 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from toolchain import checkpoints, inputs, passes, tokenizing
 from toolchain.artifacts import sha256
-from toolchain.backends.text import TextSession
 from toolchain.errors import GraphError, ProviderError, ShippingError
 from toolchain.inputs import Encoder
 from toolchain.tokenizing import characters, hard, proven, wordpiece
+from toolchain.tokenizing.session import TextSession
 
 WORDS = [str(text) for text in inputs.embedded().texts]
 NAMES = ("input_ids", "attention_mask")
@@ -191,7 +191,7 @@ def test_a_tokenizer_the_graph_cannot_express_is_refused(build, said, tmp_path):
 
 def test_a_graph_that_splits_otherwise_is_refused_with_the_texts(reference_encoder, tmp_path, monkeypatch):
     real = characters.changes
-    monkeypatch.setattr(characters, "changes", lambda tokenizer: {c: b for c, b in real(tokenizer).items() if c != "é"})
+    monkeypatch.setattr(wordpiece, "changes", lambda tokenizer: {c: b for c, b in real(tokenizer).items() if c != "é"})
     with pytest.raises(ShippingError) as refusal:
         proven.write_tokenizer(reference_encoder, (), tmp_path / "t.onnx")
     assert "splits" in str(refusal.value)

@@ -104,7 +104,7 @@ def write(contents: Contents, folder: Path) -> dict[str, Any]:
         "multi_label": encoder.multi_label,
         "max_length": manifest.max_length,
         "pad_id": encoder.pad_id,
-        **({"tokenizer_in_graph": tokenizer} if tokenizer else {}),
+        "tokenizer_in_graph": tokenizer or None,
         "models": [_model(contents, artifact, folder) for artifact in contents.artifacts],
     }
     _companions(contents, folder, body, golden)

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from toolchain import artifacts, hardware, shipping, variants
 from toolchain.artifacts import Artifact
 from toolchain.backends import Place, open_session
-from toolchain.backends.text import TextSession
 from toolchain.bundled.verify import TEXT
 from toolchain.errors import ArtifactError, DataError
 from toolchain.inputs import Encoder, pad
@@ -26,6 +25,7 @@ from toolchain.passes.probabilities import LOGITS
 from toolchain.pipeline import Bar, Say, Workspace, ensure
 from toolchain.rows import FORMATS, STDIN, Row, Text, Texts, writer
 from toolchain.scenarios import offline_batches
+from toolchain.tokenizing.session import TextSession
 
 if TYPE_CHECKING:
     import numpy as np

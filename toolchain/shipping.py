@@ -189,7 +189,7 @@ def checked(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     try:
         body = bundled.sealed(folder)
-        apart = body.get("tokenizer_in_graph", {}).get("file")
+        apart = (body.get("tokenizer_in_graph") or {}).get("file")
         for file in [model["file"] for model in body["models"]] + ([apart] if apart else []):
             _check_single(folder / file)
         models = {

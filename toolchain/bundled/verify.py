@@ -45,7 +45,7 @@ def sealed(folder: Path) -> dict[str, Any]:
             raise Broken(f"{BUNDLE} has schema {body['schema']}, this reads {SCHEMA}")
         listed = {str(entry["path"]): (int(entry["bytes"]), str(entry["sha256"])) for entry in body["files"]}
         named = [str(model["file"]) for model in body["models"]]
-        named += [str(apart)] if (apart := body.get("tokenizer_in_graph", {}).get("file")) else []
+        named += [str(apart)] if (apart := (body.get("tokenizer_in_graph") or {}).get("file")) else []
     except FileNotFoundError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:

@@ -14,9 +14,10 @@ from toolchain.bundled.verify import TEXT
 from toolchain.errors import ShippingError
 from toolchain.inputs import Encoder
 from toolchain.passes.probabilities import add_probabilities
-from toolchain.tokenizing import byte_pairs, wordpiece
+from toolchain.tokenizing.byte_pairs import byte_pairs
 from toolchain.tokenizing.nodes import OPSET, Nodes
 from toolchain.tokenizing.rows import Frame, Ragged, arrays
+from toolchain.tokenizing.wordpiece import WITHOUT, word_pieces
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -28,8 +29,8 @@ CHANGED = {"DFT", "GridSample", "AffineGrid"}
 Pieces = Callable[[Nodes, "ir.Value", Any], Ragged]
 # By what tokenizer.json calls the model.
 PIECES: Mapping[str, Pieces] = {
-    "WordPiece": wordpiece.pieces,
-    "BPE": byte_pairs.pieces,
+    "WordPiece": word_pieces,
+    "BPE": byte_pairs,
 }
 
 
@@ -75,9 +76,7 @@ def _tokenized(encoder: Encoder, multiple: int) -> tuple[ir.Value, Nodes, dict[s
 
     kind = json.loads(encoder.tokenizer.to_str())["model"].get("type")
     if kind not in PIECES:
-        raise ShippingError(
-            f"onnxruntime-extensions has no tokenizer of the kind {kind}.", "Ship without --with-tokenizer."
-        )
+        raise ShippingError(f"onnxruntime-extensions has no tokenizer of the kind {kind}.", WITHOUT)
     text = ir.Value(name=TEXT, shape=ir.Shape(["texts"]), type=ir.TensorType(ir.DataType.STRING))
     nodes = Nodes()
     tokens = PIECES[kind](nodes, text, encoder.tokenizer)
@@ -90,7 +89,7 @@ def _frame(encoder: Encoder, multiple: int) -> Frame:
     whole, bare = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
     before = next((i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare), None)
     if before is None:
-        raise ShippingError("The tokenizer changes a text where it puts special tokens around it.", wordpiece.WITHOUT)
+        raise ShippingError("The tokenizer changes a text where it puts special tokens around it.", WITHOUT)
     after = whole[before + len(bare) :]
     return Frame(whole[:before], after, encoder.pad_id, encoder.max_length, multiple)
 

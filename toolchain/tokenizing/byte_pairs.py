@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 WHITE = r"[\t-\r \x{85}\x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000}]*"
 
 
-def pieces(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
+def byte_pairs(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
     """The pieces of every text, without the special tokens around it.
 
     Raises `ShippingError` for byte pairs whose texts are split otherwise than GPT-2's.

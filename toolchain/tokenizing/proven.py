@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from toolchain import passes
-from toolchain.backends.text import TextSession
 from toolchain.errors import ShippingError
 from toolchain.inputs import Encoder
 from toolchain.tokenizing import token_model, with_tokenizer
 from toolchain.tokenizing.hard import texts as hard_texts
+from toolchain.tokenizing.session import TextSession
 
 BATCH = 32
 SHOWN = 3  # texts that differ, in an error

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import ShippingError
-from toolchain.tokenizing import characters
+from toolchain.tokenizing.characters import DELETED, by_kind, changes, runs, spaced
 from toolchain.tokenizing.nodes import EXTENSIONS, ML, Nodes
 from toolchain.tokenizing.rows import Ragged
 
@@ -27,13 +27,13 @@ LONG_RUN = 64  # characters: a run of so many is cheaper in a regular expression
 WITHOUT = "Ship without --with-tokenizer."
 
 
-def pieces(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
+def word_pieces(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
     """The pieces of every text, without the special tokens around it.
 
     Raises `ShippingError` for a tokenizer whose normaliser or added tokens the graph cannot express.
     """
     model = json.loads(tokenizer.to_str())["model"]
-    changed = characters.changes(tokenizer)
+    changed = changes(tokenizer)
     marks = _marks(tokenizer, changed)
     words = _words(nodes, texts, changed, marks)
     vocabulary = {**model["vocab"], **{mark: model["vocab"][token] for token, mark in marks.items()}}
@@ -47,7 +47,7 @@ def pieces(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
 def _marks(tokenizer: Any, changed: Mapping[str, str]) -> dict[str, str]:
     """Added tokens, the longest first, with a control character for each: they are found in a text before it is
     normalised."""
-    kept = [mark for mark in (NUL, DROPPED, ROW_END, *MARKS) if changed.get(mark) != characters.DELETED]
+    kept = [mark for mark in (NUL, DROPPED, ROW_END, *MARKS) if changed.get(mark) != DELETED]
     if kept:
         raise ShippingError(
             f"The tokenizer keeps control characters such as {kept[0]!r}, which stand for its own here.", WITHOUT
@@ -75,9 +75,9 @@ def _words(nodes: Nodes, texts: ir.Value, changed: Mapping[str, str], marks: Map
     for token, mark in marks.items():
         texts = nodes.replace(texts, re.escape(token), mark)
     table = dict(changed)
-    kinds = characters.by_kind(changed)
+    kinds = by_kind(changed)
     for kind, by in (("deleted", ""), ("space", " "), ("words", r" \1 ")):
-        long = [run for run in characters.runs(kinds[kind]) if run[1] - run[0] >= LONG_RUN]
+        long = [run for run in runs(kinds[kind]) if run[1] - run[0] >= LONG_RUN]
         apart = [c for c in kinds[kind] if c in "\t\n"]  # which the table below is written with
         if long or apart:
             texts = nodes.replace(texts, f"({_class(apart, long)})", by)
@@ -92,7 +92,7 @@ def _words(nodes: Nodes, texts: ir.Value, changed: Mapping[str, str], marks: Map
 
 def _mapped(nodes: Nodes, texts: ir.Value, table: Mapping[str, str], marks: Mapping[str, str]) -> ir.Value:
     """Every character by the table, and the words of all texts."""
-    own = {mark: characters.spaced(mark) for mark in (*marks.values(), ROW_END)}
+    own = {mark: spaced(mark) for mark in (*marks.values(), ROW_END)}
     rows = {**{c: became or DROPPED for c, became in table.items() if c not in (NUL, ROW_END, *MARKS)}, **own}
     each = nodes.texts("((?s:.))")
     split = nodes.several("StringRegexSplitWithOffsets", 4, texts, each, each, domain=EXTENSIONS)[0]
@@ -142,5 +142,5 @@ def _longest_pieces(nodes: Nodes, words: ir.Value, model: Mapping[str, Any], voc
 
 def _class(single: Sequence[str], found: Sequence[tuple[int, int]] = ()) -> str:
     """A regular expression for one character of those."""
-    ranges = [*characters.runs(single), *found]
+    ranges = [*runs(single), *found]
     return "[" + "".join(rf"\x{{{first:X}}}-\x{{{last:X}}}" for first, last in ranges) + "]"
