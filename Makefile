@@ -80,13 +80,17 @@ test: $(VENV)/.installed-test lint ## lint, types and all tests
 
 # What `make test` skips without: npm packages by their lock file, and Pythons with nothing but a bundle's requirements.
 CLIENTS = $(EXPORTED)/.cache/test-clients
-test-clients: $(VENV)/.installed-test ## install the clients that tests run bundles in (npm, Python, OpenVINO)
+test-clients: $(VENV)/.installed-test ## install the clients that tests run bundles in (npm, Python, OpenVINO, Triton)
 	$(BIN)/python -c 'import sys, pathlib; from toolchain.targets import clients; print(clients.install(pathlib.Path(sys.argv[1])))' \
 		"$(EXPORTED)/.cache"
 	$(PYTHON) -m venv $(CLIENTS)/python
 	$(CLIENTS)/python/bin/pip install --disable-pip-version-check -q -c constraints.txt -r toolchain/bundled/requirements.txt
 	$(PYTHON) -m venv $(CLIENTS)/openvino
 	$(CLIENTS)/openvino/bin/pip install --disable-pip-version-check -q -c constraints.txt openvino==2026.4.1 tokenizers numpy
+	$(PYTHON) -m venv $(CLIENTS)/texts
+	$(CLIENTS)/texts/bin/pip install --disable-pip-version-check -q -c constraints.txt -r toolchain/bundled/requirements_text.txt
+	$(PYTHON) -m venv $(CLIENTS)/triton
+	$(CLIENTS)/triton/bin/pip install --disable-pip-version-check -q "tritonclient[grpc]==2.73.0"
 
 lint: $(VENV)/.installed-test ## lint and types
 	$(BIN)/ruff format --check .

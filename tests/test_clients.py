@@ -28,7 +28,7 @@ from toolchain.targets import clients
 
 CACHE = ROOT / "exported" / ".cache"
 MODULES = clients.installed(CACHE)
-PYTHON, OPENVINO = (CACHE / "test-clients" / name / "bin" / "python" for name in ("python", "openvino"))
+PYTHON, OPENVINO, TEXTS = (CACHE / "test-clients" / name / "bin" / "python" for name in ("python", "openvino", "texts"))
 MOST_FLIPS = 5  # of 872: kernels round differently
 NODE = shutil.which("node")
 
@@ -175,6 +175,15 @@ def test_the_python_code_of_the_readme_runs_on_a_bare_python(bundles):
     assert said.count("POSITIVE") == 2
     line = run(PYTHON, "classify.py", "a charming and often affecting journey .", cwd=bundles / "python")
     assert re.fullmatch(r"POSITIVE\t0\.\d+\ta charming and often affecting journey \.\n", line)
+
+
+@pytest.mark.skipif(not TEXTS.exists(), reason="needs `make test-clients`")
+def test_a_graph_with_the_tokenizer_gives_the_872_labels(reference, asked, here, tmp_path):
+    order = Order(("onnx-int8",), "python", with_tokenizer=True)
+    shipping.ship(reference, order, tmp_path / "b", lambda line: None, no_bar)
+    assert "golden sentences answered" in run(TEXTS, "-I", tmp_path / "b" / "verify.py")
+    found = json.loads(run(TEXTS, TESTS / "clients" / "bare.py", tmp_path / "b", "onnx-int8", asked / "texts.json"))
+    assert flips(found["answers"], here("onnx-int8")) == 0
 
 
 @needs_openvino

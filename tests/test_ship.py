@@ -17,11 +17,11 @@ from toolchain import artifacts, runs, shipping
 from toolchain.artifacts import sha256
 from toolchain.bundled import verify as bundled
 from toolchain.bundles import TOLERANCES
-from toolchain.errors import ArtifactError, ShippingError, UnknownVariantError, VerdictError
+from toolchain.errors import ArtifactError, ProviderError, ShippingError, UnknownVariantError, VerdictError
 from toolchain.measurements import ResultFile
 from toolchain.pipeline import Workspace, ensure, no_bar
 from toolchain.shipping import Order
-from toolchain.targets import DTYPES, TARGETS, clients
+from toolchain.targets import DTYPES, clients
 from toolchain.variants import Export
 
 
@@ -58,7 +58,7 @@ def reseal(folder, change):
     (folder / "bundle.json").write_text(json.dumps(body))
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["web", "python", "other"])
 def test_a_bundle_verifies_and_says_what_it_is(shipped, target, built_tiny):
     report = shipping.verify(shipped / target)
     body = json.loads((shipped / target / "bundle.json").read_text())
@@ -85,6 +85,63 @@ def test_a_bundle_verifies_and_says_what_it_is(shipped, target, built_tiny):
         assert model["measured"] == "not measured"
         assert model["tolerance"] == TOLERANCES["int8" if "int8" in model["variant"] else "fp32"]
         assert 0 <= report["models"][model["variant"]]["largest_delta"] < 1e-4  # the machine it was made on
+
+
+@pytest.fixture(scope="module")
+def texts(built_tiny, tmp_path_factory):
+    """A Python bundle with the tokenizer in the graph; not to be changed."""
+    make(built_tiny, folder := tmp_path_factory.mktemp("texts") / "b", "onnx-int8", "onnx-fp32", with_tokenizer=True)
+    return folder
+
+
+def test_text_in_probabilities_out(texts, built_tiny, tmp_path):
+    report = shipping.verify(texts)
+    body = json.loads((texts / "bundle.json").read_text())
+    assert body["tokenizer_in_graph"]["texts_compared"] > 3000
+    for model in body["models"]:
+        assert [(spec["name"], spec["dtype"]) for spec in model["inputs"]] == [("text", "string")]
+        assert [spec["name"] for spec in model["outputs"]] == ["logits", "probabilities"]
+        assert model["opset"]["ai.onnx.contrib"] == 1
+        assert report["models"][model["variant"]]["largest_delta"] < 1e-4
+    readme = (texts / "README.md").read_text()
+    assert "take `text`, any number of strings" in readme
+    block = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
+    subprocess.run([sys.executable, "-c", block], cwd=texts, check=True, capture_output=True)
+    for command in (["verify.py"], ["classify.py", "café naïve"]):
+        done = subprocess.run([sys.executable, *command], cwd=texts, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    (tmp_path / "in.txt").write_text("a film\ncafé naïve\n\nutter waste\n")
+    rows = [predictions(what, tmp_path / "in.txt", built_tiny) for what in (texts, "onnx-int8")]
+    assert rows[0] == rows[1]
+
+
+def predictions(what, file, workspace):
+    model = ("--model", workspace.source.ref, "--exported", workspace.exported)
+    done = run_toolchain("predict", what, file, *model, cwd=file.parent)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_pairs_are_for_models_that_take_tokens(texts, tmp_path):
+    (tmp_path / "pairs.csv").write_text("a,b\none,two\n")
+    command = ("predict", texts, tmp_path / "pairs.csv", "--text-column", "a", "--text-pair-column", "b")
+    done = run_toolchain(*command, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "takes single texts, no pairs" in done.stderr
+
+
+@pytest.mark.parametrize(("target", "why"), [("web", "onnxruntime-web"), ("other", "other runtimes do not have")])
+def test_where_there_are_no_such_operators_the_tokenizer_stays_beside_the_graph(built_tiny, tmp_path, target, why):
+    with pytest.raises(ShippingError, match="Ship without --with-tokenizer") as refusal:
+        make(built_tiny, tmp_path / "b", "onnx-std", target=target, with_tokenizer=True)
+    assert why in str(refusal.value)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_text_bundle_without_the_library_says_what_to_install(texts, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime_extensions", None)
+    with pytest.raises(ProviderError, match=r"toolchain\[text\]"):
+        shipping.verify(texts)
 
 
 def test_a_web_bundle_has_the_layout_transformers_js_reads(shipped):
