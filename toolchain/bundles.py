@@ -20,8 +20,8 @@ from toolchain.backends.ort import OrtSession
 from toolchain.bundled.verify import BUNDLE, GOLDEN, SCHEMA, canonical_id
 from toolchain.inputs import Encoder, pad
 from toolchain.names import parse_name
-from toolchain.passes import headroom, read
-from toolchain.targets import BUNDLED, DEMO, TARGETS, Target, dtype
+from toolchain.passes import facts, read
+from toolchain.targets import BUNDLED, DEMO, TARGETS, Target, dtype, mobile
 from toolchain.variants import settings_of, step_name
 
 # What a logit may differ elsewhere, in the worst and in the middle one of the golden sentences. Other kernels add in
@@ -57,7 +57,8 @@ class Origin:
 @dataclass(frozen=True)
 class Contents:
     """What is to be shipped: the variants' artifacts, what was `measured` of each by artifact id, the golden sentences,
-    and the files of the demo page's clients by their path in the bundle (none: no page)."""
+    the files of the demo page's clients by their path in the bundle (none: no page), and the `release` of ONNX Runtime
+    that a phone has (none: no phone)."""
 
     target: Target
     artifacts: Sequence[Artifact]
@@ -65,15 +66,16 @@ class Contents:
     sentences: Sequence[str]
     measured: Mapping[str, Mapping[str, Any]]
     clients: Mapping[str, Path] = field(default_factory=dict)
+    release: str | None = None
 
 
 def write(contents: Contents, folder: Path) -> dict[str, Any]:
-    """Fills the empty `folder` and returns the body of its bundle.json, which is written last."""
+    """Fills the empty `folder` and returns the body of its bundle.json, which is written last.
+
+    Raises `ShippingError` for a model that the phone's release cannot read.
+    """
     first = contents.artifacts[0]
-    for artifact in contents.artifacts:
-        file = folder / contents.target.place(artifact.manifest.variant)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(artifact.onnx_path, file)
+    models = [_model(contents, artifact, folder) for artifact in contents.artifacts]
     for name in (TOKENIZER, TOKENIZER_CONFIG):
         shutil.copyfile(first.path / name, folder / name)
     config = _config(contents)
@@ -90,8 +92,11 @@ def write(contents: Contents, folder: Path) -> dict[str, Any]:
         "multi_label": encoder.multi_label,
         "max_length": manifest.max_length,
         "pad_id": encoder.pad_id,
-        "models": [_model(contents, artifact) for artifact in contents.artifacts],
+        "models": models,
+        **({"ort_mobile": contents.release} if contents.release else {}),
     }
+    if contents.release:
+        mobile.configure([folder / model["ort"]["file"] for model in models])
     _companions(contents, folder, body, golden)
     body["files"] = [dataclasses.asdict(entry) for entry in list_files(folder)]
     body["id"] = canonical_id(body)
@@ -121,27 +126,36 @@ def _golden(contents: Contents, encoder: Encoder) -> dict[str, Any]:
     return {"sentences": sentences, "logits": logits}
 
 
-def _model(contents: Contents, artifact: Artifact) -> dict[str, Any]:
-    """What bundle.json says of one variant."""
+def _model(contents: Contents, artifact: Artifact, folder: Path) -> dict[str, Any]:
+    """Puts one variant into the `folder`; what bundle.json says of it."""
     manifest = artifact.manifest
-    facts, scheme = manifest.facts, parse_name(manifest.variant).scheme
-    room = headroom(read(artifact.onnx_path))  # of the file, whatever an older release knew of it
+    place = contents.target.place(manifest.variant)
+    file = folder / place
+    file.parent.mkdir(parents=True, exist_ok=True)
+    made: dict[str, Any] = {}
+    if contents.release:
+        made = mobile.make(artifact.onnx_path, file, contents.release)
+    else:
+        shutil.copyfile(artifact.onnx_path, file)
+    known = facts(read(file))  # of the file, whatever an older release knew of it
+    room = known.get("int8_headroom")
     return {
         "variant": manifest.variant,
-        "file": contents.target.place(manifest.variant),
+        "file": place,
         **({"dtype": dtype(manifest.variant)} if contents.target is TARGETS["web"] else {}),
-        "bytes": artifact.onnx_path.stat().st_size,
+        "bytes": file.stat().st_size,
         "artifact_id": manifest.id,
-        "ir_version": facts["ir_version"],
-        "opset": facts["opset"],
-        "operators": facts["operators"],
+        "ir_version": known["ir_version"],
+        "opset": known["opset"],
+        "operators": known["operators"],
         "inputs": [dataclasses.asdict(spec) for spec in manifest.inputs],
         "outputs": [dataclasses.asdict(spec) for spec in manifest.outputs],
         "step": {"name": step_name(manifest.step), "settings": settings_of(manifest.step)},
         "int8_headroom": room,
         "exact_on": ANYWHERE if room is None or room >= 1 else EXACT,
-        "tolerance": TOLERANCES[scheme],
+        "tolerance": TOLERANCES[parse_name(manifest.variant).scheme],
         "measured": contents.measured.get(manifest.id, "not measured"),
+        **made,
     }
 
 

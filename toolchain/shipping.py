@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain import bundles, inputs, passes, runs, variants
+from toolchain import bundles, hardware, inputs, passes, runs, variants
 from toolchain.artifacts import Artifact, Manifest, building, lock, replace
 from toolchain.bundled import verify as bundled
+from toolchain.backends import Place, open_session
 from toolchain.bundles import Contents, Origin
 from toolchain.errors import ArtifactError, ShippingError, VerdictError
 from toolchain.measurements import Measurement, ResultFile
 from toolchain.names import parse_name
 from toolchain.pipeline import Bar, Say, Workspace, ensure
-from toolchain.steps.validate import TEXTS
+from toolchain.steps.validate import SEED as VALIDATED_SEED
+from toolchain.steps.validate import SENTENCES as VALIDATED
+from toolchain.steps.validate import TEXTS, sentence, validate
 from toolchain.targets import TARGETS, Target, clients
+from toolchain.targets.releases import DEFAULT
 
 if TYPE_CHECKING:
     import onnx
@@ -37,12 +41,14 @@ REFERENCE = Origin(
 @dataclasses.dataclass(frozen=True)
 class Order:
     """What to ship: `variants` in this order, for which `target`, under which `license` where the model's own is not
-    known here; with the web target's `demo` page or without."""
+    known here; with the web target's `demo` page or without; for phones with which release of ONNX Runtime, one of
+    `RELEASES`."""
 
     variants: tuple[str, ...]
     target: str
     license: str | None = None
     demo: bool = True
+    ort_mobile: str = DEFAULT
 
 
 def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -> dict[str, Any]:
@@ -76,6 +82,7 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
         [*TEXTS.values(), *map(str, inputs.embedded().sample(SENTENCES, SEED))],
         {artifact_id: _measured(*found_in) for artifact_id, found_in in measured.items()},
         found,
+        order.ort_mobile if target is TARGETS["mobile"] else None,
     )
     with lock(output, lambda: say(f"{output}: another run is writing it, waiting"), tidy=True):
         _check_output(output)
@@ -85,6 +92,9 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
 def _publish(contents: Contents, output: Path, say: Say) -> dict[str, Any]:
     with building(output) as scratch:
         body = bundles.write(contents, scratch)
+        if contents.release:
+            _compare(contents, body, scratch, say)
+            _advise(body, say)
         if output.exists() and bundled.sealed(output)["id"] == body["id"]:
             say(f"{output}: the same already, unchanged")
             return body
@@ -92,6 +102,44 @@ def _publish(contents: Contents, output: Path, say: Say) -> dict[str, Any]:
         replace(scratch, output)
     say(f"{output}: written and verified, {sum(entry['bytes'] for entry in body['files']) / 1e6:.1f} MB")
     return body
+
+
+def _compare(contents: Contents, body: Mapping[str, Any], folder: Path, say: Say) -> None:
+    """Asks every file that was rewritten for phones what the artifact it was made from is asked, which it must answer
+    as that does.
+
+    Raises `VerdictError` where it does not.
+    """
+    sentences = inputs.embedded().sample(VALIDATED, VALIDATED_SEED)
+    place = Place("cpu", hardware.cores())
+    for artifact, model in zip(contents.artifacts, body["models"], strict=True):
+        names = [spec.name for spec in artifact.manifest.inputs]
+        encoder = inputs.Encoder.open(artifact.path, names, artifact.manifest.max_length)
+        # The same weights and steps: only rounding may differ, which in fewer bits now and then tips an activation.
+        agreement = "exact" if parse_name(model["variant"]).scheme == "fp32" else "close"
+        for name, file in bundled.files_of(model):
+            sessions = [open_session(path, "onnx", place) for path in (folder / file, artifact.path)]
+            report = validate(*sessions, encoder, sentences, agreement)
+            for session in sessions:
+                session.close()
+            if not report["passed"]:
+                raise VerdictError(
+                    f"{file} does not answer as {model['variant']} does: {sentence(report)}.",
+                    "Ship the variant for the newest --ort-mobile, or ship another variant.",
+                )
+            say(f"{name}: {sentence(report)}")
+
+
+def _advise(body: Mapping[str, Any], say: Say) -> None:
+    """Tells which variant phones and emulators with an old x86 processor need beside one that saturates there."""
+    there = {model["variant"] for model in body["models"]}
+    for model in body["models"]:
+        portable = str(dataclasses.replace(parse_name(model["variant"]), portable=True))
+        if (model["int8_headroom"] or 1) < 1 and portable not in there:
+            say(
+                f"{model['variant']}: its 8-bit products saturate on x86 phones and emulators without VNNI; for those "
+                f"ship {portable} beside it"
+            )
 
 
 def _check_output(output: Path) -> None:

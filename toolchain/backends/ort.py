@@ -52,7 +52,8 @@ class OrtSession:
             device = {"device_id": str(place.device_id)}
             if hasattr(ort, "preload_dlls"):
                 ort.preload_dlls()  # CUDA and cuDNN as pip installs them lie where no loader looks
-        path = folder if folder.suffix == ".onnx" else folder / "model.onnx"  # a bundle's files have other names
+        # A bundle's files have other names, and phones a format of their own.
+        path = folder if folder.suffix in (".onnx", ".ort") else folder / "model.onnx"
         try:
             self._session = ort.InferenceSession(str(path), options, providers=[(wanted, device)])
         except state.NotImplemented as error:

@@ -8,15 +8,24 @@ from pathlib import Path
 import click
 
 from toolchain.cli.options import debug_option, json_option, model_options, open_workspace
+from toolchain.targets.releases import DEFAULT, ORDER, RELEASES
 
 
 @click.command()
 @click.argument("variants", nargs=-1, required=True, metavar="VARIANT...")
 @click.option(
     "--target",
-    type=click.Choice(["web", "python", "other"]),
+    type=click.Choice(["web", "python", "mobile", "other"]),
     required=True,
-    help="web: browser and Node, by transformers.js. python: onnxruntime and tokenizers. other: any ONNX runtime.",
+    help="web: browser and Node, by transformers.js. python: onnxruntime and tokenizers. mobile: ONNX Runtime on "
+    "Android and iOS. other: any ONNX runtime.",
+)
+@click.option(
+    "--ort-mobile",
+    type=click.Choice(list(RELEASES)),
+    metavar="RELEASE",
+    help=f"mobile: the oldest release of ONNX Runtime that must read the models, {ORDER[0]} to {ORDER[-1]}.  "
+    f"[default: {DEFAULT}]",
 )
 @click.option(
     "--output",
@@ -38,6 +47,7 @@ def ship(
     slug: str | None,
     variants: tuple[str, ...],
     target: str,
+    ort_mobile: str | None,
     output: Path | None,
     demo: bool,
     license_: str | None,
@@ -52,15 +62,18 @@ def ship(
     Examples:
       toolchain ship onnx-int8 --target web
       toolchain ship onnx-int8 --target python --output app/model
+      toolchain ship onnx-int8 onnx-int8-portable --target mobile --ort-mobile 1.20
       toolchain ship onnx-std onnx-std-int8 --target other
     """
     from toolchain.report.progress import bar, say
     from toolchain.shipping import Order, default_output
     from toolchain.shipping import ship as make
 
+    if ort_mobile and target != "mobile":
+        raise click.UsageError(f"--ort-mobile is of --target mobile, not of --target {target}.")
     workspace = open_workspace(model, exported, slug)
     place = output or default_output(workspace, target)
-    body = make(workspace, Order(variants, target, license_, demo), place, say, bar)
+    body = make(workspace, Order(variants, target, license_, demo, ort_mobile or DEFAULT), place, say, bar)
     click.echo(json.dumps(body, indent=1) if as_json else place)
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from toolchain.errors import ShippingError
 from toolchain.names import parse_name
+from toolchain.targets.releases import MICROSOFT, STANDARD
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
-STANDARD, MICROSOFT = "", "com.microsoft"
 # Scheme of a variant → how transformers.js calls it (dtype), and what it looks for.
 DTYPES = {
     "fp32": ("fp32", "onnx/model.onnx"),
@@ -80,6 +80,12 @@ TARGETS = {
             _by_name,
             frozenset({STANDARD}),
             {"README.md": "README.other.md.j2", "verify.py": "verify.py", "requirements.txt": "requirements.txt"},
+        ),
+        Target(
+            "mobile",
+            _by_name,
+            frozenset({STANDARD, MICROSOFT}),
+            {"README.md": "README.mobile.md.j2", "verify.py": "verify.py", "requirements.txt": "requirements.txt"},
         ),
     )
 }

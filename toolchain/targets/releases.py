@@ -1,8 +1,8 @@
 """What releases of ONNX Runtime read: IR version, operator set, ORT format, and ONNX Runtime's own operators.
 
 Measured on the newest patch of every release, which was given files of every IR version and opset and asked for the
-schemas of its operators and for its CPU kernels. ONNX Runtime's page on compatibility has the same opsets, but for 1.15:
-that accepts 19 and has no kernels for it.
+schemas of its operators and for its CPU kernels. ONNX Runtime's page on compatibility has the same opsets, but for
+1.15: that accepts 19 and has no kernels for it.
 """
 
 from __future__ import annotations
