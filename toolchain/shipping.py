@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain import bundles, hardware, inputs, passes, runs, variants
 from toolchain.artifacts import Artifact, Manifest, building, lock, replace
-from toolchain.bundled import verify as bundled
 from toolchain.backends import Place, open_session
+from toolchain.bundled import verify as bundled
 from toolchain.bundles import Contents, Origin
 from toolchain.errors import ArtifactError, ShippingError, VerdictError
 from toolchain.measurements import Measurement, ResultFile
@@ -105,8 +105,8 @@ def _publish(contents: Contents, output: Path, say: Say) -> dict[str, Any]:
 
 
 def _compare(contents: Contents, body: Mapping[str, Any], folder: Path, say: Say) -> None:
-    """Asks every file that was rewritten for phones what the artifact it was made from is asked, which it must answer
-    as that does.
+    """Asks every file that was written for phones what a variant is asked when it is validated: it must answer as the
+    artifact it was made from does here.
 
     Raises `VerdictError` where it does not.
     """
@@ -115,11 +115,9 @@ def _compare(contents: Contents, body: Mapping[str, Any], folder: Path, say: Say
     for artifact, model in zip(contents.artifacts, body["models"], strict=True):
         names = [spec.name for spec in artifact.manifest.inputs]
         encoder = inputs.Encoder.open(artifact.path, names, artifact.manifest.max_length)
-        # The same weights and steps: only rounding may differ, which in fewer bits now and then tips an activation.
-        agreement = "exact" if parse_name(model["variant"]).scheme == "fp32" else "close"
         for name, file in bundled.files_of(model):
             sessions = [open_session(path, "onnx", place) for path in (folder / file, artifact.path)]
-            report = validate(*sessions, encoder, sentences, agreement)
+            report = validate(*sessions, encoder, sentences, "exact")
             for session in sessions:
                 session.close()
             if not report["passed"]:
@@ -134,7 +132,7 @@ def _advise(body: Mapping[str, Any], say: Say) -> None:
     """Tells which variant phones and emulators with an old x86 processor need beside one that saturates there."""
     there = {model["variant"] for model in body["models"]}
     for model in body["models"]:
-        portable = str(dataclasses.replace(parse_name(model["variant"]), portable=True))
+        portable = str(dataclasses.replace(parse_name(model["variant"]), portable=True, static=False))
         if (model["int8_headroom"] or 1) < 1 and portable not in there:
             say(
                 f"{model['variant']}: its 8-bit products saturate on x86 phones and emulators without VNNI; for those "
