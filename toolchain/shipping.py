@@ -116,10 +116,10 @@ def _compare(contents: Contents, body: Mapping[str, Any], folder: Path, say: Say
         names = [spec.name for spec in artifact.manifest.inputs]
         encoder = inputs.Encoder.open(artifact.path, names, artifact.manifest.max_length)
         for name, file in bundled.files_of(model):
-            sessions = [open_session(path, "onnx", place) for path in (folder / file, artifact.path)]
-            report = validate(*sessions, encoder, sentences, "exact")
-            for session in sessions:
-                session.close()
+            asked, original = (open_session(path, "onnx", place) for path in (folder / file, artifact.path))
+            report = validate(asked, original, encoder, sentences, "exact")
+            asked.close()
+            original.close()
             if not report["passed"]:
                 raise VerdictError(
                     f"{file} does not answer as {model['variant']} does: {sentence(report)}.",

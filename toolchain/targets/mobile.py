@@ -122,9 +122,10 @@ def _of_opset(model: onnx.ModelProto, opset: int, name: str, release: str) -> on
 
     Raises `ShippingError` where either is not to be had.
     """
-    from onnx import inliner, version_converter
+    from onnx import checker, inliner, version_converter
 
-    cause, stuck = None, _new(model, opset)
+    cause: Exception | None = None
+    stuck = _new(model, opset)
     try:
         if stuck:
             names = [(STANDARD, operator) for operator in stuck]
@@ -133,10 +134,12 @@ def _of_opset(model: onnx.ModelProto, opset: int, name: str, release: str) -> on
         # One opset at a time: onnx converts none in which an operator of the model only lost a type.
         for version in range(_opset(model).version - 1, opset - 1, -1) if not stuck else ():
             if stuck := _changed(model, version):
-                model, stuck = version_converter.convert_version(model, version), []
+                model = version_converter.convert_version(model, version)
+                checker.check_model(model)  # some conversions leave attributes that the lower opset does not know
+                stuck = []
             else:
                 _opset(model).version = version
-    except RuntimeError as error:  # all that onnx's C++ raises
+    except (RuntimeError, checker.ValidationError) as error:  # what onnx's C++ raises
         cause = error
     if stuck:
         raise ShippingError(
