@@ -21,7 +21,7 @@ from toolchain.errors import ArtifactError, ShippingError, VerdictError
 from toolchain.inputs import Encoder, pad
 from toolchain.pipeline import Workspace, ensure
 from toolchain.targets import mobile, ort_format
-from toolchain.targets.releases import OPERATORS, ORDER, RELEASES, Use, newer, oldest
+from toolchain.targets.releases import LATE, OPERATORS, ORDER, RELEASES, Use, newer, oldest
 from toolchain.variants import Export
 
 NAMES = ("onnx-int8", "onnx-int8-portable", "onnx-fp32")
@@ -126,12 +126,12 @@ def test_shipping_again_changes_nothing(tiny, tmp_path):
     assert (tmp_path / "b").stat().st_ino == before
 
 
-@pytest.mark.parametrize("release", ["1.16", "1.17"])
+@pytest.mark.parametrize("release", ["1.16", "1.18"])
 @pytest.mark.parametrize("name", ["onnx-std", "onnx-fp32"])
 def test_an_operator_set_is_brought_down(of_opset_20, tmp_path, name, release):
     (model,) = ship(of_opset_20, tmp_path / "b", name, ort_mobile=release)["models"]
-    assert (model["opset"][""], model["ir_version"]) == (RELEASES[release].opset, 9)
-    assert ("Gelu" in model["operators"]) == (release == "1.17")
+    assert (model["opset"][""], model["ir_version"]) == (min(RELEASES[release].opset, 20), 9)
+    assert ("Gelu" in model["operators"]) == (release == "1.18")
     for file in (model["file"], model["ort"]["file"]):
         assert np.abs(answer(tmp_path / "b" / file) - answer(of_opset_20.path(name))).max() < 1e-5
 
@@ -209,6 +209,13 @@ def test_a_new_operator_beside_onnx_runtime_s_own_is_refused(of_opset_20, tmp_pa
     assert not (tmp_path / "b").exists()
 
 
+def test_a_release_that_reads_the_operator_set_and_lacks_a_kernel_is_refused(of_opset_20, tmp_path):
+    """ONNX Runtime 1.17 runs Gelu of an .onnx file by its definition, and in ORT format not at all."""
+    with pytest.raises(ShippingError, match=r"onnx-std uses Gelu \(since 1\.18\), which ONNX Runtime 1\.17 lacks"):
+        ship(of_opset_20, tmp_path / "b", "onnx-std", ort_mobile="1.17")
+    assert not (tmp_path / "b").exists()
+
+
 def test_operators_in_4_bits_need_the_releases_that_have_them(tmp_path):
     sizes = {"K": 32, "N": 2, "bits": 4, "block_size": 32}
     weight = helper.make_tensor("w", TensorProto.UINT8, [2, 1, 16], bytes(32), raw=True)
@@ -265,6 +272,8 @@ def test_the_table_of_operators_agrees_with_the_runtime_installed_here():
         if not newer(here, [Use("com.microsoft", operator)]):
             assert operator in kernels
             assert set(schemas[operator].attributes) <= known or here != ORDER[-1], operator
+    standard = {k.op_name for k in state.get_all_opkernel_def() if "CPU" in k.provider and not k.domain}
+    assert standard >= {operator for operator in LATE if not newer(here, [Use("", operator)])}
 
 
 def test_the_limits_are_those_of_the_runtime_installed_here(tmp_path):

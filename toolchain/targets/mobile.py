@@ -59,7 +59,7 @@ def make(source: Path, target: Path, release: str) -> dict[str, Any]:
         raise ShippingError(
             f"{target.stem} uses {', '.join(map(str, lacking))}, which ONNX Runtime {release} lacks.",
             (f"Ship it for --ort-mobile {first} or newer, or ship" if first else "Ship")
-            + " a variant of standard operators such as onnx-std.",
+            + f" a variant of standard operators, of opset {Export.opset}, such as onnx-std.",
         )
     return {
         "ort": {
@@ -152,7 +152,8 @@ def _of_opset(model: onnx.ModelProto, opset: int, name: str, release: str) -> on
 
 def _opset(model: onnx.ModelProto) -> onnx.OperatorSetIdProto:
     """Of standard operators."""
-    return next(entry for entry in model.opset_import if entry.domain == STANDARD)
+    found: onnx.OperatorSetIdProto = next(entry for entry in model.opset_import if entry.domain == STANDARD)
+    return found
 
 
 def _nodes(model: onnx.ModelProto) -> Iterator[ir.Node]:

@@ -46,6 +46,10 @@ RELEASES = {
 ORDER = list(RELEASES)
 DEFAULT = "1.17"
 
+# Standard operators whose kernels came after their opset was read: an .onnx file is helped out by their definition, one
+# in ORT format is not. What has no kernel to this day is written in other operators when that is saved.
+LATE = {"Gelu": "1.18", "DeformConv": "1.25", "TensorScatter": "1.25"}
+
 # ONNX Runtime's operators that variants use or that its optimiser makes of them on the CPU → release → the attributes
 # and further inputs that came with it, the operator itself with the first; all have CPU kernels from there on. 1.16
 # stands for itself and whatever was before: 1.15 does not read today's ORT format.
@@ -114,10 +118,10 @@ class Use:
 
     @property
     def since(self) -> str | None:
-        """The first release that has it; None where none is known to. Standard operators are their opset's affair, and
-        inputs that are not listed were there from the first."""
+        """The first release that has it; None where none is known to. Standard operators are their opset's affair, but
+        for late kernels, and inputs that are not listed were there from the first."""
         if self.domain == STANDARD:
-            return ORDER[0]
+            return ORDER[0] if self.what else LATE.get(self.operator, ORDER[0])
         by_release = OPERATORS.get(self.operator, {}) if self.domain == MICROSOFT else {}
         found = [release for release, names in by_release.items() if self.what in names]
         old = not self.what or self.what.startswith("input ")
