@@ -30,6 +30,7 @@ CORE = [
     "confidence",
     "journal",
     "noise",
+    "quiet",
     "rows",
     "wordpiece",
     "workspace",
@@ -73,6 +74,7 @@ WITHIN = {
     "confidence": 2,
     "journal": 0,
     "noise": 0,
+    "quiet": 0,
     "wordpiece": 4,
     "workspace": 4,
 }

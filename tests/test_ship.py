@@ -40,6 +40,7 @@ def shipped(built_tiny, tmp_path_factory):
     make(built_tiny, folder / "web", "onnx-int8", "onnx-fp32", target="web")
     make(built_tiny, folder / "python", "onnx-int8")
     make(built_tiny, folder / "other", "onnx-std", target="other")
+    make(built_tiny, folder / "mobile", "onnx-int8", "onnx-fp32", target="mobile")
     return folder
 
 

@@ -62,11 +62,11 @@ def split(session, texts):
 @pytest.mark.parametrize("build", [tiny.wordpiece, cased, tiny.byte_level, robertas])
 def test_every_hard_text_is_split_alike(build, tmp_path):
     encoder = encoder_of(build(WORDS), tmp_path / "tokenizer", pad_id=1)
-    assert proven.write_tokenizer(encoder, WORDS[:100], tmp_path / "tokenizer.onnx") == len(hard.texts()) + 100
+    assert proven.compare(encoder, WORDS[:100], tmp_path / "tokenizer.onnx") == len(hard.texts()) + 100
 
 
 def test_every_hard_text_is_split_as_by_the_references_tokenizer(reference_encoder, tmp_path):
-    compared = proven.write_tokenizer(reference_encoder, WORDS, tmp_path / "tokenizer.onnx")
+    compared = proven.compare(reference_encoder, WORDS, tmp_path / "tokenizer.onnx")
     assert compared == len(hard.texts()) + 872
 
 
@@ -185,7 +185,7 @@ def _by_words(words):
 def test_a_tokenizer_the_graph_cannot_express_is_refused(build, said, tmp_path):
     encoder = encoder_of(build(WORDS), tmp_path / "t")
     with pytest.raises(ShippingError, match="Ship without --with-tokenizer") as refusal:
-        proven.write_tokenizer(encoder, (), tmp_path / "t.onnx")
+        proven.compare(encoder, (), tmp_path / "t.onnx")
     assert said in str(refusal.value)
 
 
@@ -193,7 +193,7 @@ def test_a_graph_that_splits_otherwise_is_refused_with_the_texts(reference_encod
     real = characters.changes
     monkeypatch.setattr(wordpiece, "changes", lambda tokenizer: {c: b for c, b in real(tokenizer).items() if c != "é"})
     with pytest.raises(ShippingError) as refusal:
-        proven.write_tokenizer(reference_encoder, (), tmp_path / "t.onnx")
+        proven.compare(reference_encoder, (), tmp_path / "t.onnx")
     assert "splits" in str(refusal.value)
     assert "'café naïve', '[CLS] cafe" in str(refusal.value)
 
@@ -226,7 +226,7 @@ def test_text_in_probabilities_out(reference, tmp_path, multi):
     artifact = reference.load("onnx-int8")
     encoder = Encoder.open(artifact.path, NAMES, artifact.manifest.max_length)
     object.__setattr__(encoder, "multi_label", multi)
-    proven.write(artifact.onnx_path, encoder, WORDS[:20], tmp_path / "text.onnx")
+    passes.write(tokenizing.with_tokenizer(passes.read(artifact.onnx_path), encoder), tmp_path / "text.onnx")
     session = open_session(artifact.path, "onnx", Place("cpu", 1))
     logits = session.run(inputs.pad(encoder.encode(WORDS[:20]), NAMES, 0))
     found = TextSession(tmp_path / "text.onnx", 1).run(WORDS[:20])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +23,8 @@ from toolchain.bundled.verify import BUNDLE, GOLDEN, SCHEMA, canonical_id
 from toolchain.inputs import Encoder, pad
 from toolchain.names import parse_name
 from toolchain.passes.probabilities import add_probabilities
-from toolchain.targets import BUNDLED, DEMO, TARGETS, Target, dtype, served
-from toolchain.tokenizing import proven
+from toolchain.targets import BUNDLED, DEMO, TARGETS, Target, dtype, mobile, served
+from toolchain.tokenizing import proven, with_tokenizer
 from toolchain.variants import settings_of, step_name
 
 # What a logit may differ elsewhere, in the worst and in the middle one of the golden sentences. Other kernels add in
@@ -61,8 +62,8 @@ class Origin:
 @dataclass(frozen=True)
 class Contents:
     """What is to be shipped: the variants' artifacts, what was `measured` of each by artifact id, the golden sentences,
-    the files of the demo page's clients by their path in the bundle (none: no page), and whether the models are given
-    texts."""
+    the files of the demo page's clients by their path in the bundle (none: no page), whether the models are given
+    texts, and the `release` of ONNX Runtime that a phone has (none: no phone)."""
 
     target: Target
     artifacts: Sequence[Artifact]
@@ -71,25 +72,21 @@ class Contents:
     measured: Mapping[str, Mapping[str, Any]]
     clients: Mapping[str, Path] = field(default_factory=dict)
     with_tokenizer: bool = False
+    release: str | None = None
 
 
 def write(contents: Contents, folder: Path) -> dict[str, Any]:
-    """Fills the empty `folder` and returns the body of its bundle.json, which is written last."""
+    """Fills the empty `folder` and returns the body of its bundle.json, which is written last.
+
+    Raises `ShippingError` for a model that the phone's release cannot read.
+    """
     first = contents.artifacts[0]
     manifest = first.manifest
     encoder = Encoder.open(first.path, [spec.name for spec in manifest.inputs], manifest.max_length)
     tokenizer: dict[str, Any] = {}
-    for artifact in contents.artifacts:
-        file = folder / contents.target.place(artifact.manifest.variant)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if contents.with_tokenizer:
-            tokenizer = {"texts_compared": proven.write(artifact.onnx_path, encoder, contents.sentences, file)}
-        elif contents.target.tokenizer:
-            passes.write(add_probabilities(passes.read(artifact.onnx_path), encoder.multi_label), file)
-        else:
-            shutil.copyfile(artifact.onnx_path, file)
-    if contents.target.tokenizer and not contents.with_tokenizer:
+    if contents.with_tokenizer or contents.target.tokenizer:
         tokenizer = _tokenizer(contents, encoder, folder)
+    models = [_model(contents, artifact, encoder, folder) for artifact in contents.artifacts]
     for name in (TOKENIZER, TOKENIZER_CONFIG):
         shutil.copyfile(first.path / name, folder / name)
     config = _config(contents)
@@ -105,8 +102,11 @@ def write(contents: Contents, folder: Path) -> dict[str, Any]:
         "max_length": manifest.max_length,
         "pad_id": encoder.pad_id,
         "tokenizer_in_graph": tokenizer or None,
-        "models": [_model(contents, artifact, folder) for artifact in contents.artifacts],
+        "models": models,
+        **({"ort_mobile": contents.release} if contents.release else {}),
     }
+    if contents.release:
+        mobile.configure([folder / model["ort"]["file"] for model in models])
     _companions(contents, folder, body, golden)
     body["files"] = [dataclasses.asdict(entry) for entry in list_files(folder)]
     body["id"] = canonical_id(body)
@@ -115,10 +115,13 @@ def write(contents: Contents, folder: Path) -> dict[str, Any]:
 
 
 def _tokenizer(contents: Contents, encoder: Encoder, folder: Path) -> dict[str, Any]:
-    """Writes the graph that makes tokens of texts; what bundle.json says of it."""
+    """Compares the tokenizer in a graph with the checkpoint's, and writes it where the target has it as a graph of its
+    own; what bundle.json says of it."""
+    if contents.with_tokenizer:
+        return {"texts_compared": proven.compare(encoder, contents.sentences)}
     path = contents.target.tokenizer or ""
     (folder / path).parent.mkdir(parents=True)
-    compared = proven.write_tokenizer(encoder, contents.sentences, folder / path, MULTIPLE)
+    compared = proven.compare(encoder, contents.sentences, folder / path, MULTIPLE)
     return {"texts_compared": compared, "file": path, "multiple": MULTIPLE}
 
 
@@ -144,30 +147,48 @@ def _golden(contents: Contents, encoder: Encoder) -> dict[str, Any]:
     return {"sentences": sentences, "logits": logits}
 
 
-def _model(contents: Contents, artifact: Artifact, folder: Path) -> dict[str, Any]:
-    """What bundle.json says of one variant, whose file lies in `folder`."""
+def _placed(contents: Contents, artifact: Artifact, encoder: Encoder, file: Path) -> dict[str, Any]:
+    """Writes the variant's file; what bundle.json says of it besides, for phones."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    source = artifact.onnx_path
+    with tempfile.TemporaryDirectory() as scratch:
+        if contents.with_tokenizer:
+            source = Path(scratch) / file.name
+            passes.write(with_tokenizer(passes.read(artifact.onnx_path), encoder), source)
+        elif contents.target.tokenizer:
+            source = Path(scratch) / file.name
+            passes.write(add_probabilities(passes.read(artifact.onnx_path), encoder.multi_label), source)
+        if contents.release:
+            return mobile.make(source, file, contents.release, artifact.onnx_path)
+        shutil.copyfile(source, file)
+    return {}
+
+
+def _model(contents: Contents, artifact: Artifact, encoder: Encoder, folder: Path) -> dict[str, Any]:
+    """Puts one variant into the `folder`; what bundle.json says of it."""
     manifest = artifact.manifest
-    scheme = parse_name(manifest.variant).scheme
-    file = folder / contents.target.place(manifest.variant)
-    graph = passes.read(file)
-    facts = passes.facts(graph)
-    room = facts.get("int8_headroom")  # of the file, whatever an older release knew of it
+    place = contents.target.place(manifest.variant)
+    made = _placed(contents, artifact, encoder, folder / place)
+    graph = passes.read(folder / place)
+    known = passes.facts(graph)  # of the file, whatever an older release knew of it
+    room = known.get("int8_headroom")
     return {
         "variant": manifest.variant,
-        "file": contents.target.place(manifest.variant),
+        "file": place,
         **({"dtype": dtype(manifest.variant)} if contents.target is TARGETS["web"] else {}),
-        "bytes": file.stat().st_size,
+        "bytes": (folder / place).stat().st_size,
         "artifact_id": manifest.id,
-        "ir_version": facts["ir_version"],
-        "opset": facts["opset"],
-        "operators": facts["operators"],
+        "ir_version": known["ir_version"],
+        "opset": known["opset"],
+        "operators": known["operators"],
         "inputs": [dataclasses.asdict(spec) for spec in passes.specs(graph.graph.inputs)],
         "outputs": [dataclasses.asdict(spec) for spec in passes.specs(graph.graph.outputs)],
         "step": {"name": step_name(manifest.step), "settings": settings_of(manifest.step)},
         "int8_headroom": room,
         "exact_on": ANYWHERE if room is None or room >= 1 else EXACT,
-        "tolerance": TOLERANCES[scheme],
+        "tolerance": TOLERANCES[parse_name(manifest.variant).scheme],
         "measured": contents.measured.get(manifest.id, "not measured"),
+        **made,
     }
 
 

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain import bundles, inputs, passes, runs, variants
+from toolchain import bundles, hardware, inputs, passes, runs, variants
 from toolchain.artifacts import Artifact, Manifest, building, lock, replace
+from toolchain.backends import Place, Session, open_session
 from toolchain.bundled import verify as bundled
 from toolchain.bundles import Contents, Origin
 from toolchain.errors import ArtifactError, ProviderError, ShippingError, VerdictError
+from toolchain.inputs import Encoder, pad
 from toolchain.measurements import Measurement, ResultFile
 from toolchain.names import parse_name
+from toolchain.passes.probabilities import LOGITS
 from toolchain.pipeline import Bar, Say, Workspace, ensure
-from toolchain.steps.validate import TEXTS
+from toolchain.steps.validate import SEED as VALIDATED_SEED
+from toolchain.steps.validate import SENTENCES as VALIDATED
+from toolchain.steps.validate import TEXTS, TOLERANCE, sentence, validate
 from toolchain.targets import TARGETS, Target, clients
+from toolchain.targets.releases import DEFAULT
+from toolchain.tokenizing.session import TextSession
 
 if TYPE_CHECKING:
     import onnx
@@ -37,13 +44,15 @@ REFERENCE = Origin(
 @dataclasses.dataclass(frozen=True)
 class Order:
     """What to ship: `variants` in this order, for which `target`, under which `license` where the model's own is not
-    known here; with the web target's `demo` page or without, `with_tokenizer` in the graph or beside it."""
+    known here; with the web target's `demo` page or without, `with_tokenizer` in the graph or beside it, and for phones
+    with which release of ONNX Runtime, one of `RELEASES`."""
 
     variants: tuple[str, ...]
     target: str
     license: str | None = None
     demo: bool = True
     with_tokenizer: bool = False
+    ort_mobile: str = DEFAULT
 
 
 def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -> dict[str, Any]:
@@ -83,6 +92,7 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
         {artifact_id: _measured(*found_in) for artifact_id, found_in in measured.items()},
         found,
         order.with_tokenizer,
+        order.ort_mobile if target is TARGETS["mobile"] else None,
     )
     with lock(output, lambda: say(f"{output}: another run is writing it, waiting"), tidy=True):
         _check_output(output)
@@ -92,6 +102,10 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
 def _publish(contents: Contents, output: Path, say: Say) -> dict[str, Any]:
     with building(output) as scratch:
         body = bundles.write(contents, scratch)
+        if contents.release or contents.with_tokenizer:
+            _compare(contents, body, scratch, say)
+        if contents.release:
+            _advise(body, say)
         if output.exists() and bundled.sealed(output)["id"] == body["id"]:
             say(f"{output}: the same already, unchanged")
             return body
@@ -99,6 +113,61 @@ def _publish(contents: Contents, output: Path, say: Say) -> dict[str, Any]:
         replace(scratch, output)
     say(f"{output}: written and verified, {sum(entry['bytes'] for entry in body['files']) / 1e6:.1f} MB")
     return body
+
+
+def _compare(contents: Contents, body: Mapping[str, Any], folder: Path, say: Say) -> None:
+    """Asks every file that is not its artifact's what a variant is asked when it is validated: it must answer as the
+    artifact it was made from does here.
+
+    Raises `VerdictError` where it does not.
+    """
+    sentences = list(map(str, inputs.embedded().sample(VALIDATED, VALIDATED_SEED)))
+    place = Place("cpu", hardware.cores())
+    for artifact, model in zip(contents.artifacts, body["models"], strict=True):
+        names = [spec.name for spec in artifact.manifest.inputs]
+        encoder = Encoder.open(artifact.path, names, artifact.manifest.max_length)
+        for name, file in bundled.files_of(model):
+            original = open_session(artifact.path, "onnx", place)
+            if contents.with_tokenizer:
+                passed, told = _compare_texts(folder / file, original, encoder, sentences)
+            else:
+                asked = open_session(folder / file, "onnx", place)
+                report = validate(asked, original, encoder, sentences, "exact")
+                passed, told = report["passed"], sentence(report)
+                asked.close()
+            original.close()
+            if not passed:
+                raise VerdictError(
+                    f"{file} does not answer as {model['variant']} does: {told}.",
+                    "Ship the variant for the newest --ort-mobile, or ship another variant.",
+                )
+            say(f"{name}: {told}")
+
+
+def _compare_texts(file: Path, original: Session, encoder: Encoder, texts: Sequence[str]) -> tuple[bool, str]:
+    """Whether a graph with the tokenizer in it answers every text as the `original` answers its tokens; the figures."""
+    import numpy as np
+
+    session = TextSession(file, hardware.cores())
+    deltas = []
+    for text, row in zip(texts, encoder.encode(texts), strict=True):
+        wanted = original.run(pad([row], encoder.names, encoder.pad_id))
+        deltas.append(float(np.abs(session.run([text])[LOGITS] - wanted).max()))
+    session.close()
+    largest = max(deltas)
+    return largest <= TOLERANCE, f"largest |Δlogit| {largest:.2g} over {len(deltas)} texts, ≤ {TOLERANCE:g} allowed"
+
+
+def _advise(body: Mapping[str, Any], say: Say) -> None:
+    """Tells which variant phones and emulators with an old x86 processor need beside one that saturates there."""
+    there = {model["variant"] for model in body["models"]}
+    for model in body["models"]:
+        portable = str(dataclasses.replace(parse_name(model["variant"]), portable=True, static=False))
+        if (model["int8_headroom"] or 1) < 1 and portable not in there:
+            say(
+                f"{model['variant']}: its 8-bit products saturate on x86 phones and emulators without VNNI; for those "
+                f"ship {portable} beside it"
+            )
 
 
 def _check_output(output: Path) -> None:

@@ -77,5 +77,6 @@ def session_class(path: str) -> type[Session]:
 
 
 def open_session(folder: Path, runtime: str, place: Place) -> Session:
-    """Loads the artifact in `folder`, or the ``.onnx`` file it names, by the runtime tag of its variant's name."""
+    """Loads the artifact in `folder`, or the ``.onnx`` or ``.ort`` file it names, by the runtime tag of its variant's
+    name."""
     return session_class(BACKENDS[runtime].session)(folder, place)

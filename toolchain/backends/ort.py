@@ -52,7 +52,8 @@ class OrtSession:
             device = {"device_id": str(place.device_id)}
             if hasattr(ort, "preload_dlls"):
                 ort.preload_dlls()  # CUDA and cuDNN as pip installs them lie where no loader looks
-        path = folder if folder.suffix == ".onnx" else folder / "model.onnx"  # a bundle's files have other names
+        # A bundle's files have other names, and phones a format of their own.
+        path = folder if folder.suffix in (".onnx", ".ort") else folder / "model.onnx"
         try:
             self._session = ort.InferenceSession(str(path), options, providers=[(wanted, device)])
         except state.NotImplemented as error:
@@ -166,6 +167,18 @@ def _telling(batch: dict[str, np.ndarray]) -> Iterator[None]:
         _check_room(error)
         shape = " × ".join(map(str, batch["input_ids"].shape))
         raise GraphError(f"The graph fails on a batch of {shape} tokens: {error}.", "Build it again.") from error
+
+
+def add_extensions(options: Any) -> None:
+    """Gives a session the operators of onnxruntime-extensions; `ProviderError` where that is not installed."""
+    try:
+        import onnxruntime_extensions as extensions
+    except ImportError as error:
+        raise ProviderError(
+            "A tokenizer in the graph needs onnxruntime-extensions, which is not installed.",
+            'Install it: pip install "toolchain[text]".',
+        ) from error
+    options.register_custom_ops_library(extensions.get_library_path())
 
 
 def failures() -> tuple[type[Exception], ...]:

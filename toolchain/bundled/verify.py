@@ -31,6 +31,12 @@ def canonical_id(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(sealed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def files_of(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a model of bundle.json is called and its file; a second time for phones, in ONNX Runtime's own format."""
+    phones = [(f"{model['variant']}.ort", str(model["ort"]["file"]))] if "ort" in model else []
+    return [(str(model["variant"]), str(model["file"])), *phones]
+
+
 def sealed(folder: Path) -> dict[str, Any]:
     """bundle.json, its files found whole; `Broken` for a file that differs, is missing, added, a link or outside.
 
@@ -44,7 +50,7 @@ def sealed(folder: Path) -> dict[str, Any]:
         if body["schema"] != SCHEMA:
             raise Broken(f"{BUNDLE} has schema {body['schema']}, this reads {SCHEMA}")
         listed = {str(entry["path"]): (int(entry["bytes"]), str(entry["sha256"])) for entry in body["files"]}
-        named = [str(model["file"]) for model in body["models"]]
+        named = [file for model in body["models"] for _, file in files_of(model)]
         named += [str(apart)] if (apart := (body.get("tokenizer_in_graph") or {}).get("file")) else []
     except FileNotFoundError:
         raise
@@ -89,8 +95,8 @@ def _check_file(folder: Path, path: str, size: int, digest: str) -> None:
 
 
 def answers(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
-    """For every model (variant, largest |Δlogit| over the golden sentences, tolerance); `Broken` where one is beyond it
-    or a sentence has other tokens here."""
+    """For every file of a model (what it is called, largest |Δlogit| over the golden sentences, tolerance); `Broken`
+    where one is beyond it or a sentence has other tokens here."""
     import numpy as np
     import onnxruntime as ort
     from tokenizers import Tokenizer
@@ -102,7 +108,11 @@ def answers(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str, float,
         tokenizer.enable_truncation(int(body["max_length"]))
         rows = [(str(each["text"]), [int(i) for i in each["input_ids"]]) for each in golden["sentences"]]
         recorded = {name: np.array(logits, np.float32) for name, logits in golden["logits"].items()}
-        models = [(m["variant"], m["file"], m["tolerance"], [t["name"] for t in m["inputs"]]) for m in body["models"]]
+        models = [
+            (name, file, recorded.get(m["variant"], ()), m["tolerance"], [t["name"] for t in m["inputs"]])
+            for m in body["models"]
+            for name, file in files_of(m)
+        ]
     except Exception as error:  # tokenizers raises plain Exception
         raise Broken(f"{GOLDEN} or tokenizer.json cannot be read: {error!r}") from error
     if not rows:
@@ -118,33 +128,31 @@ def answers(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str, float,
         options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
     if in_graph and "file" in in_graph:
         _check_tokenizer(ort.InferenceSession(str(folder / in_graph["file"]), options), rows)
-    for variant, file, tolerance, inputs in models:
-        if variant not in recorded or len(recorded[variant]) != len(rows):
-            raise Broken(f"{GOLDEN} does not hold the answers of {variant}")
+    for name, file, wanted, tolerance, inputs in models:
+        if len(wanted) != len(rows):
+            raise Broken(f"{GOLDEN} does not hold the answers of {name}")
         deltas = []
         try:
             session = ort.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
-            for (text, ids), want in zip(rows, recorded[variant], strict=True):
+            for (text, ids), want in zip(rows, wanted, strict=True):
                 given = {"input_ids": ids, "attention_mask": [1] * len(ids), "token_type_ids": [0] * len(ids)}
                 if inputs == [TEXT]:
                     logits = session.run([LOGITS], {TEXT: np.array([text], dtype=object)})[0]
                 else:
-                    logits = session.run([LOGITS], {name: np.array([given[name]], np.int64) for name in inputs})[0]
+                    logits = session.run([LOGITS], {each: np.array([given[each]], np.int64) for each in inputs})[0]
                 delta = np.abs(logits[0] - want).max()
                 deltas.append(float(delta) if np.isfinite(delta) else float("inf"))
         except Exception as error:  # onnxruntime raises a class for every status
             raise Broken(f"{file} does not run here: {error}") from error
         largest, middle = max(deltas), sorted(deltas)[len(deltas) // 2]
         if largest > tolerance["largest"]:
-            raise Broken(
-                f"{variant} is up to {largest:.3g} from its recorded logits, ≤ {tolerance['largest']:g} allowed"
-            )
+            raise Broken(f"{name} is up to {largest:.3g} from its recorded logits, ≤ {tolerance['largest']:g} allowed")
         if middle > tolerance["median"]:
             raise Broken(
-                f"{variant} is {middle:.3g} or more from its recorded logits in half of the sentences, "
+                f"{name} is {middle:.3g} or more from its recorded logits in half of the sentences, "
                 f"≤ {tolerance['median']:g} allowed: if this processor saturates 8-bit products, use a -portable file"
             )
-        yield variant, largest, tolerance["largest"]
+        yield name, largest, tolerance["largest"]
 
 
 def _check_tokenizer(session: Any, rows: Sequence[tuple[str, list[int]]]) -> None:
@@ -166,8 +174,8 @@ def main(folder: Path) -> int:
     try:
         body = sealed(folder)
         print(f"{len(body['files'])} files as listed, bundle {body['id'][:12]}")
-        for variant, largest, tolerance in answers(folder, body):
-            print(f"{variant}: golden sentences answered, largest |Δlogit| {largest:.2g}, ≤ {tolerance:g} allowed")
+        for name, largest, tolerance in answers(folder, body):
+            print(f"{name}: golden sentences answered, largest |Δlogit| {largest:.2g}, ≤ {tolerance:g} allowed")
     except FileNotFoundError:
         print(f"{folder} holds no {BUNDLE}", file=sys.stderr)
         return 1

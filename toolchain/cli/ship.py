@@ -8,16 +8,24 @@ from pathlib import Path
 import click
 
 from toolchain.cli.options import debug_option, json_option, model_options, open_workspace
+from toolchain.targets.releases import DEFAULT, ORDER, RELEASES
 
 
 @click.command()
 @click.argument("variants", nargs=-1, required=True, metavar="VARIANT...")
 @click.option(
     "--target",
-    type=click.Choice(["web", "python", "server", "other"]),
+    type=click.Choice(["web", "python", "mobile", "server", "other"]),
     required=True,
-    help="web: browser and Node, by transformers.js. python: onnxruntime and tokenizers. server: Triton and KServe. "
-    "other: any ONNX runtime.",
+    help="web: browser and Node, by transformers.js. python: onnxruntime and tokenizers. mobile: ONNX Runtime on "
+    "Android and iOS. server: Triton and KServe. other: any ONNX runtime.",
+)
+@click.option(
+    "--ort-mobile",
+    type=click.Choice(list(RELEASES)),
+    metavar="RELEASE",
+    help=f"mobile: the oldest release of ONNX Runtime that must read the models, {ORDER[0]} to {ORDER[-1]}.  "
+    f"[default: {DEFAULT}]",
 )
 @click.option(
     "--output",
@@ -33,7 +41,7 @@ from toolchain.cli.options import debug_option, json_option, model_options, open
 @click.option(
     "--with-tokenizer",
     is_flag=True,
-    help="python, server: text in, probabilities out, by onnxruntime-extensions in the graph.",
+    help="python, mobile, server: text in, probabilities out, by onnxruntime-extensions in the graph.",
 )
 @click.option("--license", "license_", metavar="TEXT", help="The model's licence, where it is not known here.")
 @json_option
@@ -44,6 +52,7 @@ def ship(
     slug: str | None,
     variants: tuple[str, ...],
     target: str,
+    ort_mobile: str | None,
     output: Path | None,
     demo: bool,
     with_tokenizer: bool,
@@ -59,15 +68,19 @@ def ship(
     Examples:
       toolchain ship onnx-int8 --target web
       toolchain ship onnx-int8 --target python --output app/model
+      toolchain ship onnx-int8 onnx-int8-portable --target mobile --ort-mobile 1.20
       toolchain ship onnx-std onnx-std-int8 --target other
     """
     from toolchain.report.progress import bar, say
     from toolchain.shipping import Order, default_output
     from toolchain.shipping import ship as make
 
+    if ort_mobile and target != "mobile":
+        raise click.UsageError(f"--ort-mobile is of --target mobile, not of --target {target}.")
     workspace = open_workspace(model, exported, slug)
     place = output or default_output(workspace, target)
-    body = make(workspace, Order(variants, target, license_, demo, with_tokenizer), place, say, bar)
+    order = Order(variants, target, license_, demo, with_tokenizer, ort_mobile or DEFAULT)
+    body = make(workspace, order, place, say, bar)
     click.echo(json.dumps(body, indent=1) if as_json else place)
 
 

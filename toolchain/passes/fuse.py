@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection
 from typing import TYPE_CHECKING
+
+from toolchain.quiet import quiet
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -33,13 +34,9 @@ def fuse(model: ir.Model, context: Context, *, apart: Collection[str] = APART_ON
     for name in apart:
         setattr(options, f"enable_{name}", False)
     _residual_last(model)
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
+    with quiet():
         fused = BertOnnxModel(ir.to_proto(model), context.heads, context.width)
         fused.optimize(options, add_dynamic_axes=False)
-    finally:
-        logging.disable(before)
     result = ir.from_proto(fused.model)
     result.graph.opset_imports.setdefault(DOMAIN, 1)  # for whoever infers shapes next
     result.graph.sort()  # fused nodes were appended at the end

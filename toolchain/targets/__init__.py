@@ -9,9 +9,9 @@ from pathlib import Path
 
 from toolchain.errors import ShippingError
 from toolchain.names import parse_name
+from toolchain.targets.releases import MICROSOFT, STANDARD
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
-STANDARD, MICROSOFT = "", "com.microsoft"
 REPOSITORY = "repository"  # of models, as Triton reads it
 # Scheme of a variant → how transformers.js calls it (dtype), and what it looks for.
 DTYPES = {
@@ -130,6 +130,13 @@ TARGETS = {
                 REPOSITORY + "/{name}/labels.txt": "labels.txt.j2",
             },
             tokenizer=REPOSITORY + "/tokenizer/1/model.onnx",
+        ),
+        Target(
+            "mobile",
+            _by_name,
+            frozenset({STANDARD, MICROSOFT}),
+            {"README.md": "README.mobile.md.j2", "verify.py": "verify.py", "requirements.txt": "requirements.txt"},
+            {"README.md": "README.mobile.md.j2", "verify.py": "verify.py", "requirements.txt": "requirements_text.txt"},
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""Graphs with a tokenizer, written only once they split hard texts as the checkpoint's own tokenizer does."""
+"""Whether a tokenizer in a graph splits hard texts as the checkpoint's own does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from toolchain import passes
 from toolchain.errors import ShippingError
 from toolchain.inputs import Encoder
-from toolchain.tokenizing import token_model, with_tokenizer
+from toolchain.tokenizing import token_model
 from toolchain.tokenizing.hard import texts as hard_texts
 from toolchain.tokenizing.session import TextSession
 
@@ -17,22 +17,19 @@ BATCH = 32
 SHOWN = 3  # texts that differ, in an error
 
 
-def write(source: Path, encoder: Encoder, texts: Sequence[str], file: Path) -> int:
-    """The model in `source` with the tokenizer before it, to `file`; how many texts were compared: the hard ones and
-    these `texts`.
+def compare(encoder: Encoder, texts: Sequence[str], file: Path | None = None, multiple: int = 1) -> int:
+    """How many texts were compared, the hard ones and these `texts`: a graph that makes the model's arrays of texts
+    splits each as `encoder` does. It is left in `file` where one is named.
 
     Raises `ShippingError` for a tokenizer the graph cannot express, or splits any of them otherwise.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        count = write_tokenizer(encoder, texts, Path(scratch) / "tokenizer.onnx")
-    passes.write(with_tokenizer(passes.read(source), encoder), file)
-    return count
+        place = file or Path(scratch) / "tokenizer.onnx"
+        passes.write(token_model(encoder, multiple), place)
+        return _compared(encoder, [*hard_texts(), *texts], place)
 
 
-def write_tokenizer(encoder: Encoder, texts: Sequence[str], file: Path, multiple: int = 1) -> int:
-    """The tokenizer alone, from texts to the arrays the model takes, otherwise as `write`."""
-    passes.write(token_model(encoder, multiple), file)
-    asked = [*hard_texts(), *texts]
+def _compared(encoder: Encoder, asked: Sequence[str], file: Path) -> int:
     session = TextSession(file, 1)
     found: list[list[int]] = []
     for start in range(0, len(asked), BATCH):

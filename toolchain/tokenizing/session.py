@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolchain.backends.ort import failures
-from toolchain.errors import GraphError, ProviderError
+from toolchain.backends.ort import add_extensions, failures
+from toolchain.errors import GraphError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,18 +24,11 @@ class TextSession:
     def __init__(self, file: Path, threads: int) -> None:
         import onnxruntime as ort
 
-        try:
-            import onnxruntime_extensions as extensions
-        except ImportError as error:
-            raise ProviderError(
-                "A tokenizer in the graph needs onnxruntime-extensions, which is not installed.",
-                'Install it: pip install "toolchain[text]".',
-            ) from error
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = _SILENT
-        options.register_custom_ops_library(extensions.get_library_path())
+        add_extensions(options)
         try:
             self._session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         except failures() as error:

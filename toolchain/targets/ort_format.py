@@ -1,0 +1,149 @@
+"""ONNX Runtime's own file format: written by it, the same bytes every time, and read for what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from toolchain.backends.ort import add_extensions
+from toolchain.errors import ShippingError
+from toolchain.targets.releases import EXTENSIONS, STANDARD, Use
+
+# Fusions into operators of the CPU provider, which are the same on every processor; one level up, layouts are chosen
+# for the processor the file is written on.
+LEVEL = "extended"
+
+
+def save(source: Path, target: Path) -> None:
+    """The .onnx file `source` optimised and saved as `target` in ORT format.
+
+    Raises `ShippingError` where ONNX Runtime cannot run it on the CPU.
+    """
+    import onnx
+    import onnxruntime as ort
+    from onnxruntime.tools.onnx_model_utils import get_optimization_level
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    if EXTENSIONS in {entry.domain for entry in onnx.load(source, load_external_data=False).opset_import}:
+        add_extensions(options)
+    options.graph_optimization_level = get_optimization_level(LEVEL)
+    options.optimized_model_filepath = str(target)
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    # Signed 8 bits, which ARM multiplies as they are; else they would be made unsigned for x86.
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
+    try:
+        ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a class for every status
+        raise ShippingError(
+            f"{source.name} cannot be saved in ORT format: {error}.", "Ship a variant for the CPU such as onnx-int8."
+        ) from error
+    target.write_bytes(_in_order(target.read_bytes()))
+
+
+def _parts() -> Any:
+    """The classes of the format's schema, which the tools put on the path when they are imported."""
+    import onnxruntime.tools.ort_format_model  # noqa: F401
+    from ort_flatbuffers_py import fbs
+
+    return fbs
+
+
+def _opened(content: bytes) -> Any:
+    return _parts().InferenceSession.InferenceSession.GetRootAsInferenceSession(content, 0)
+
+
+def _in_order(content: bytes) -> bytes:
+    """The same file with its table of kernels' types sorted.
+
+    ONNX Runtime writes that table, the last thing in a file that is built from its end, in the order of a hash table
+    whose seed is another in every process; what stands behind it, the model, is the same each time and stays as it is.
+    """
+    import flatbuffers
+
+    session = _opened(content)
+    model = session.Model()._tab
+    table = model.Pos - int.from_bytes(content[model.Pos : model.Pos + 4], "little", signed=True)
+    rest = content[min(model.Pos, table) :]
+    builder = flatbuffers.Builder(len(rest))
+    builder.Bytes[:] = rest
+    builder.head = type(builder.head)(0)
+    builder.minalign = 8
+    resolver = _resolver(builder, session.KernelTypeStrResolver())
+    version = builder.CreateString(session.OrtVersion().decode())
+    part = _parts().InferenceSession
+    part.Start(builder)
+    part.AddOrtVersion(builder, version)
+    part.AddModel(builder, len(content) - model.Pos)
+    part.AddKernelTypeStrResolver(builder, resolver)
+    builder.Finish(part.End(builder), file_identifier=content[4:8])
+    return bytes(builder.Output())
+
+
+def _resolver(builder: Any, given: Any) -> int:
+    """Operators → names of their types → the inputs and outputs that are of the type, each sorted, as they were
+    `given`; its offset."""
+    fbs = _parts()
+    operators = []
+    for operator in _sorted(given.OpKernelTypeStrArgs, given.OpKernelTypeStrArgsLength(), lambda o: o.OpId()):
+        types = []
+        names = _sorted(operator.KernelTypeStrArgs, operator.KernelTypeStrArgsLength(), lambda n: n.KernelTypeStr())
+        for name in names:
+            places = []
+            for place in _sorted(name.Args, name.ArgsLength(), lambda p: (p.ArgType(), p.Index())):
+                fbs.ArgTypeAndIndex.Start(builder)
+                fbs.ArgTypeAndIndex.AddArgType(builder, place.ArgType())
+                fbs.ArgTypeAndIndex.AddIndex(builder, place.Index())
+                places.append(fbs.ArgTypeAndIndex.End(builder))
+            its_name, its_places = builder.CreateString(name.KernelTypeStr().decode()), _vector(builder, places)
+            fbs.KernelTypeStrArgsEntry.Start(builder)
+            fbs.KernelTypeStrArgsEntry.AddKernelTypeStr(builder, its_name)
+            fbs.KernelTypeStrArgsEntry.AddArgs(builder, its_places)
+            types.append(fbs.KernelTypeStrArgsEntry.End(builder))
+        its_id, its_types = builder.CreateString(operator.OpId().decode()), _vector(builder, types)
+        fbs.OpIdKernelTypeStrArgsEntry.Start(builder)
+        fbs.OpIdKernelTypeStrArgsEntry.AddOpId(builder, its_id)
+        fbs.OpIdKernelTypeStrArgsEntry.AddKernelTypeStrArgs(builder, its_types)
+        operators.append(fbs.OpIdKernelTypeStrArgsEntry.End(builder))
+    all_of_them = _vector(builder, operators)
+    fbs.KernelTypeStrResolver.Start(builder)
+    fbs.KernelTypeStrResolver.AddOpKernelTypeStrArgs(builder, all_of_them)
+    end: int = fbs.KernelTypeStrResolver.End(builder)
+    return end
+
+
+def _sorted(get: Any, length: int, key: Any) -> list[Any]:
+    return sorted((get(index) for index in range(length)), key=key)
+
+
+def _vector(builder: Any, offsets: list[int]) -> int:
+    builder.StartVector(4, len(offsets), 4)
+    for offset in reversed(offsets):
+        builder.PrependUOffsetTRelative(offset)
+    end: int = builder.EndVector()
+    return end
+
+
+def version(path: Path) -> int:
+    """Of the ORT format a file is written in."""
+    return int(_opened(path.read_bytes()).OrtVersion())
+
+
+def uses(path: Path) -> set[Use]:
+    """What operators, attributes and inputs a file in ORT format has; attributes that were left to their default stand
+    in it as well."""
+    return set(_uses(_opened(path.read_bytes()).Model().Graph()))
+
+
+def _uses(graph: Any) -> Iterator[Use]:
+    for node in (graph.Nodes(index) for index in range(graph.NodesLength())):
+        domain, operator = node.Domain().decode(), node.OpType().decode()
+        domain = STANDARD if domain == "ai.onnx" else domain
+        yield Use(domain, operator)
+        yield from (Use(domain, operator, f"input {i}") for i in range(node.InputsLength()) if node.Inputs(i))
+        for attribute in (node.Attributes(index) for index in range(node.AttributesLength())):
+            yield Use(domain, operator, attribute.Name().decode())
+            if attribute.G():
+                yield from _uses(attribute.G())
