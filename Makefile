@@ -70,9 +70,10 @@ bench: install ## build what is missing, measure every cell, compare (FULL=1: lo
 compare: install ## show the newest result again
 	$(TOOLCHAIN) compare $(CHOICE)
 
-ship: install ## bundles for browser and Node, Python, and other runtimes (SHIP= variants of the first two)
+ship: install ## bundles for browser and Node, Python, phones, and other runtimes (SHIP= variants of the first three)
 	$(TOOLCHAIN) ship $(SHIP) --target web $(CHOICE)
 	$(TOOLCHAIN) ship $(SHIP) --target python $(CHOICE)
+	$(TOOLCHAIN) ship $(SHIP) --target mobile $(CHOICE)
 	$(TOOLCHAIN) ship onnx-std onnx-std-int8 --target other $(CHOICE)
 
 test: $(VENV)/.installed-test lint ## lint, types and all tests
@@ -80,7 +81,7 @@ test: $(VENV)/.installed-test lint ## lint, types and all tests
 
 # What `make test` skips without: npm packages by their lock file, and Pythons with nothing but a bundle's requirements.
 CLIENTS = $(EXPORTED)/.cache/test-clients
-test-clients: $(VENV)/.installed-test ## install the clients that tests run bundles in (npm, Python, OpenVINO, Triton)
+test-clients: $(VENV)/.installed-test ## install the clients that tests run bundles in (npm, Pythons, OpenVINO, Triton)
 	$(BIN)/python -c 'import sys, pathlib; from toolchain.targets import clients; print(clients.install(pathlib.Path(sys.argv[1])))' \
 		"$(EXPORTED)/.cache"
 	$(PYTHON) -m venv $(CLIENTS)/python
@@ -91,6 +92,8 @@ test-clients: $(VENV)/.installed-test ## install the clients that tests run bund
 	$(CLIENTS)/texts/bin/pip install --disable-pip-version-check -q -c constraints.txt -r toolchain/bundled/requirements_text.txt
 	$(PYTHON) -m venv $(CLIENTS)/triton
 	$(CLIENTS)/triton/bin/pip install --disable-pip-version-check -q "tritonclient[grpc]==2.73.0"
+	$(PYTHON) -m venv $(CLIENTS)/phone
+	$(CLIENTS)/phone/bin/pip install --disable-pip-version-check -q onnxruntime==1.17.3 'numpy<2' tokenizers==0.22.2
 
 lint: $(VENV)/.installed-test ## lint and types
 	$(BIN)/ruff format --check .

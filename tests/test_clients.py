@@ -28,7 +28,9 @@ from toolchain.targets import clients
 
 CACHE = ROOT / "exported" / ".cache"
 MODULES = clients.installed(CACHE)
-PYTHON, OPENVINO, TEXTS = (CACHE / "test-clients" / name / "bin" / "python" for name in ("python", "openvino", "texts"))
+PYTHON, OPENVINO, PHONE, TEXTS = (
+    CACHE / "test-clients" / name / "bin" / "python" for name in ("python", "openvino", "phone", "texts")
+)
 MOST_FLIPS = 5  # of 872: kernels round differently
 NODE = shutil.which("node")
 
@@ -38,6 +40,7 @@ needs_chromium = pytest.mark.skipif(
     MODULES is None or PROGRAM is None, reason="needs `make test-clients` and Chromium (Debian: chromium)"
 )
 needs_python = pytest.mark.skipif(not PYTHON.exists(), reason="needs `make test-clients`")
+needs_phone = pytest.mark.skipif(not PHONE.exists(), reason="needs `make test-clients`")
 needs_openvino = pytest.mark.skipif(not OPENVINO.exists(), reason="needs `make test-clients`")
 
 
@@ -54,6 +57,7 @@ def bundles(reference, tmp_path_factory):
         ("web", ("onnx-int8", "onnx-fp32", "onnx-int4")),
         ("python", ("onnx-int8", "onnx-int8-portable")),
         ("other", ("onnx-std", "onnx-std-int8")),
+        ("mobile", ("onnx-int8", "onnx-int8-portable", "onnx-fp32")),
     ):
         order = Order(names, target, demo=MODULES is not None)
         shipping.ship(reference, order, folder / target, lambda line: None, no_bar)
@@ -184,6 +188,25 @@ def test_a_graph_with_the_tokenizer_gives_the_872_labels(reference, asked, here,
     assert "golden sentences answered" in run(TEXTS, "-I", tmp_path / "b" / "verify.py")
     found = json.loads(run(TEXTS, TESTS / "clients" / "bare.py", tmp_path / "b", "onnx-int8", asked / "texts.json"))
     assert flips(found["answers"], here("onnx-int8")) == 0
+
+
+@needs_phone
+def test_the_release_a_phone_s_bundle_is_for_reads_both_formats(bundles):
+    version = run(PHONE, "-c", "import onnxruntime; print(onnxruntime.__version__)").strip()
+    assert version.startswith(shipping.read(bundles / "mobile")["ort_mobile"] + ".")
+    said = run(PHONE, "-I", bundles / "mobile" / "verify.py")
+    assert said.count("golden sentences answered") == 6
+
+
+@needs_phone
+@pytest.mark.parametrize(
+    ("variant", "scheme"), [("onnx-int8", "int8"), ("onnx-int8-portable", "int8"), ("onnx-fp32", "fp32")]
+)
+def test_that_release_answers_alike(bundles, asked, here, variant, scheme):
+    script = TESTS / "clients" / "old_runtime.py"
+    found = json.loads(run(PHONE, script, bundles / "mobile" / f"{variant}.ort", asked / "tokens.json"))
+    assert len(found["answers"]) == 872
+    agree(found["answers"], here(variant), scheme)
 
 
 @needs_openvino

@@ -155,6 +155,17 @@ def test_an_ir_version_is_brought_down_and_nothing_else(built_tiny, tmp_path):
     assert (lowered.graph, lowered.opset_import) == (model.graph, model.opset_import)
 
 
+def test_an_operator_set_that_no_node_uses_is_left_out(built_tiny, tmp_path):
+    model = onnx.load(built_tiny.path("onnx-int8") / "model.onnx")
+    sets = sorted((entry.domain, entry.version) for entry in model.opset_import)
+    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 5))
+    onnx.save(model, tmp_path / "new.onnx")
+    mobile.lower(tmp_path / "new.onnx", tmp_path / "old.onnx", "1.17")
+    lowered = onnx.load(tmp_path / "old.onnx")
+    assert sorted((entry.domain, entry.version) for entry in lowered.opset_import) == sets
+    assert lowered.graph == model.graph
+
+
 INT4 = helper.make_tensor("w", TensorProto.INT4, [2], [1, 2])
 UNREADABLE = {
     "a type of a later IR version": (

@@ -86,17 +86,23 @@ def lower(source: Path, target: Path, release: str) -> None:
     limit = RELEASES[release]
     model = onnx.load(source)
     _check_types(ir.from_proto(model), target.stem, release)
-    opset = {entry.domain: entry.version for entry in model.opset_import}
+    used = {STANDARD, *(node.domain for node in _nodes(model))}
+    # A release refuses a set that is too new for it, whether a node uses it or not.
+    unused = [entry for entry in model.opset_import if entry.domain not in used]
+    opset = {entry.domain: entry.version for entry in model.opset_import if entry.domain in used}
     if opset.get(MICROSOFT, MICROSOFT_OPSET) > MICROSOFT_OPSET:
         raise ShippingError(
             f"{target.stem} is of opset {opset[MICROSOFT]} of {MICROSOFT}, and ONNX Runtime {release} has "
             f"{MICROSOFT_OPSET}.",
             "Build it again.",
         )
-    if model.ir_version <= limit.ir_version and opset.get(STANDARD, 0) <= limit.opset:
+    newer_set = opset.get(STANDARD, 0) > limit.opset
+    if model.ir_version <= limit.ir_version and not newer_set and not unused:
         shutil.copyfile(source, target)
         return
-    if opset.get(STANDARD, 0) > limit.opset:
+    for entry in unused:
+        model.opset_import.remove(entry)
+    if newer_set:
         model = _of_opset(model, limit.opset, target.stem, release)
     model.ir_version = min(model.ir_version, limit.ir_version)
     onnx.save(model, target)

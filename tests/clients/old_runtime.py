@@ -1,0 +1,15 @@
+"""Logits of tokens by an old ONNX Runtime, in either format: `python old_runtime.py MODEL.ort TOKENS.json`."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+answers = []
+for ids in json.loads(Path(sys.argv[2]).read_text()):
+    given = {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, len(ids)), np.int64)}
+    answers.append([float(x) for x in session.run(None, given)[0][0]])
+print(json.dumps({"answers": answers}))
