@@ -1,0 +1,62 @@
+"""What runs on the machines of a cluster. Nothing here needs a file system that they share with the driver."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolchain import worker
+from toolchain.backends import Place, Session, open_session
+from toolchain.predicting import Model, lying_in, scored
+from toolchain.rows import Texts
+
+if TYPE_CHECKING:
+    import pyarrow
+
+# A folder's files in the object store: path within it → reference to its bytes.
+Stored = Mapping[str, Any]
+
+
+def unpack(stored: Stored, folder: Path) -> None:
+    """Writes the files into a folder of this machine."""
+    import ray
+
+    for name, reference in stored.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content: bytes = ray.get(reference)
+        path.write_bytes(content)
+
+
+@dataclass
+class Scorer:
+    """An actor that loads the model once, with so many `threads`, and scores windows of the `texts`.
+
+    The model's files lie on this machine only while it is loaded, and are checked by their digests before.
+    """
+
+    stored: Stored
+    texts: Texts
+    threads: int
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[Model, Session]:
+        os.environ.update(worker.environment(self.threads))
+        with tempfile.TemporaryDirectory(prefix="toolchain-") as folder:
+            unpack(self.stored, Path(folder))
+            model = lying_in(Path(folder), lambda line: None)
+            return model, open_session(model.path, model.runtime, Place("cpu", self.threads))
+
+    def __call__(self, windows: pyarrow.Table) -> pyarrow.Table:
+        """One row a window, texts in, rows out, as JSON: any text has a place in it."""
+        import pyarrow
+
+        model, session = self._loaded
+        rows = [json.dumps(scored(session, model, self.texts, json.loads(w.as_py()))) for w in windows["texts"]]
+        return pyarrow.table({"rows": pyarrow.array(rows, pyarrow.large_string())})
