@@ -7,6 +7,7 @@ handle its signals.
 from __future__ import annotations
 
 import importlib.util
+import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import toolchain
 from toolchain.errors import ClusterError
 from toolchain.pipeline import Say
 from toolchain.predicting import Model
@@ -27,12 +29,13 @@ GO_ON = "Start the cluster again; of a run with --output the same command goes o
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster: Ray's `id`, its `host` name, the CPUs it gives, and its `machine` as `hardware` has
+    """A machine of the cluster: Ray's `id`, its `host` name, the CPUs and GPUs it gives; `machine` as `hardware` has
     it."""
 
     id: str
     host: str
     cpus: int
+    gpus: int
     machine: dict[str, Any]
 
 
@@ -57,7 +60,8 @@ class Cluster:
     def __init__(self, driver: Child, nodes: list[Node], say: Say) -> None:
         self._driver, self.nodes, self._say = driver, nodes, say
 
-    def _ask(self, do: str, **about: Any) -> dict[str, Any]:
+    def ask(self, do: str, **about: Any) -> dict[str, Any]:
+        """The answer of a method of `driver.Driver`."""
         return self._driver.ask({"do": do, **about}, None)
 
     def scored(self, model: Model, texts: Texts, done: int, window: int) -> Iterator[list[Row]]:
@@ -70,11 +74,11 @@ class Cluster:
                     lines.writelines(f"{text}\n" for text in texts.read())
                 texts = Texts(str(kept))
             asked = {**asdict(texts), "file": str(Path(texts.file).resolve())}
-            begun = self._ask(
+            begun = self.ask(
                 "score", folder=str(model.folder), files=model.files, texts=asked, done=done, window=window
             )
             self._say(f"nodes: {len(self.nodes)}, workers: {begun['workers']}, threads of each: {begun['threads']}")
-            while rows := self._ask("rows")["rows"]:
+            while rows := self.ask("rows")["rows"]:
                 yield rows
 
 
@@ -90,7 +94,8 @@ def connected(address: str | None, say: Say) -> Iterator[Cluster]:
         raise ClusterError("Ray is not installed.", 'Install it with `pip install "toolchain[ray]"`.')
     driver = _Driver()
     try:
-        found = driver.ask({"address": address}, CONNECT_TIMEOUT_S)
+        mine = {"toolchain": toolchain.__version__, "Python": platform.python_version()}
+        found = driver.ask({"address": address, "versions": mine}, CONNECT_TIMEOUT_S)
         yield Cluster(driver, [Node(**node) for node in found["nodes"]], say)
     finally:
         driver.close()

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import toolchain
 from toolchain import hardware
 from toolchain.child import serve
-from toolchain.distributed import GO_ON
+from toolchain.distributed import GO_ON, remote
 from toolchain.distributed.remote import Scorer, Stored
 from toolchain.errors import ClusterError, ToolchainError
 from toolchain.predicting import windows
@@ -31,11 +29,12 @@ class Driver:
     def __init__(self, message: Mapping[str, Any]) -> None:
         with _in_words():
             _connect(message["address"])
-            nodes = [node for node in _nodes() if node["cpus"]]
+            nodes = [node for node in _nodes(message["versions"]) if node["cpus"]]
         if not nodes:
             raise ClusterError("The cluster gives no CPU.", "Add a node that does: `ray start --address ADDR`.")
         self._nodes = nodes
         self._rows: Iterator[str] = iter(())
+        self._measuring: dict[Any, str] = {}
         self.ready = {"nodes": nodes}
 
     def score(
@@ -58,6 +57,42 @@ class Driver:
         """The rows of the next window; none at the end."""
         with _in_words():
             return {"rows": json.loads(next(self._rows, "[]"))}
+
+    def bench(
+        self, order: Mapping[str, Any], shares: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]
+    ) -> dict[str, Any]:
+        """Begins to measure on every node its cells, as soon as all of the node is free."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        nodes = {node["id"]: node for node in self._nodes}
+        about = {name: value for name, value in order.items() if name not in ("folder", "files")}
+        with _in_words():
+            files = stored(Path(order["folder"]), order["files"])
+            for name, cells in shares:
+                # The node's processors and GPUs, all of them: nothing else of Ray's runs there meanwhile.
+                task = ray.remote(max_retries=0, max_calls=1)(remote.measure).options(
+                    num_cpus=nodes[name]["cpus"],
+                    num_gpus=nodes[name]["gpus"],
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(name, soft=False),
+                )
+                self._measuring[task.remote(about, cells, files)] = name
+        return {}
+
+    def measured(self, folder: str) -> dict[str, Any]:
+        """The next node that is done and the result file that is written to `folder`, or why there is none."""
+        import ray
+
+        with _in_words():
+            done, _ = ray.wait(list(self._measuring))
+        node = self._measuring.pop(done[0])
+        path = Path(folder) / f"{node}.json"
+        try:
+            with _in_words():
+                ray.get(done[0]).write(path)
+        except ToolchainError as error:
+            return {"node": node, "cause": error.cause, "mend": error.mend}
+        return {"node": node, "file": str(path)}
 
 
 def stored(folder: Path, files: Sequence[str]) -> Stored:
@@ -161,8 +196,8 @@ def _no_cluster(address: str, why: str) -> ClusterError:
     )
 
 
-def _nodes() -> list[dict[str, Any]]:
-    """Every node that lives; `ClusterError` for one whose toolchain or Python is another."""
+def _nodes(mine: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Every node that lives; `ClusterError` for one whose toolchain or Python is another than `mine`."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -175,7 +210,7 @@ def _nodes() -> list[dict[str, Any]]:
             release, machine = __version__, hardware.machine()
         except ImportError as error:
             release, machine = f"missing ({error})", {}
-        return {"toolchain": release, "Python": ".".join(platform.python_version_tuple()[:2]), "machine": machine}
+        return {"toolchain": release, "Python": platform.python_version(), "machine": machine}
 
     alive = [node for node in ray.nodes() if node["Alive"]]
     task = ray.remote(num_cpus=0)(look)
@@ -183,7 +218,6 @@ def _nodes() -> list[dict[str, Any]]:
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
         for node in alive
     ]
-    mine = {"toolchain": toolchain.__version__, "Python": ".".join(platform.python_version_tuple()[:2])}
     found = []
     for node, reference in zip(alive, asked, strict=True):
         host = node["NodeManagerHostname"]
@@ -198,8 +232,8 @@ def _nodes() -> list[dict[str, Any]]:
                 raise ClusterError(
                     f"On the node {host} {name} is {its[name]}, here it is {version}.", "Install the same there."
                 )
-        cpus = int(node["Resources"].get("CPU", 0))
-        found.append({"id": node["NodeID"], "host": host, "cpus": cpus, "machine": its["machine"]})
+        cpus, gpus = (int(node["Resources"].get(name, 0)) for name in ("CPU", "GPU"))
+        found.append({"id": node["NodeID"], "host": host, "cpus": cpus, "gpus": gpus, "machine": its["machine"]})
     return found
 
 

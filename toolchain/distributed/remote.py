@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain import worker
+from toolchain import hardware, runs, worker
 from toolchain.backends import Place, Session, open_session
+from toolchain.cells import Cell
+from toolchain.checkpoints import Source
+from toolchain.inputs import Data
+from toolchain.labels import LabelSet
+from toolchain.measurements import ResultFile
 from toolchain.predicting import Model, lying_in, scored
 from toolchain.rows import Texts
+from toolchain.scenarios import Protocol
+from toolchain.workspace import Workspace
 
 if TYPE_CHECKING:
     import pyarrow
@@ -30,7 +38,7 @@ def unpack(stored: Stored, folder: Path) -> None:
     for name, reference in stored.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        content: bytes = ray.get(reference)
+        content: Any = ray.get(reference)
         path.write_bytes(content)
 
 
@@ -60,3 +68,35 @@ class Scorer:
         model, session = self._loaded
         rows = [json.dumps(scored(session, model, self.texts, json.loads(w.as_py()))) for w in windows["texts"]]
         return pyarrow.table({"rows": pyarrow.array(rows, pyarrow.large_string())})
+
+
+def measure(order: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], files: Stored) -> ResultFile:
+    """One benchmark run on this machine, of what `benching.Plan.message` says; its artifacts lie here until it ends and
+    are checked by their digests before.
+
+    Raises `TamperedError` where one is not what it was, and what the measurement raises.
+    """
+    with tempfile.TemporaryDirectory(prefix="toolchain-") as folder, contextlib.chdir(folder):
+        workspace = Workspace(Path("exported"), order["model"], Source(**order["source"]))
+        unpack(files, workspace.path(""))
+        here = [_cell(workspace, cell) for cell in cells]
+        protocol = Protocol(**{**order["protocol"], "threads": order["threads"] or hardware.cores()})
+        result, _ = runs.measured(
+            workspace, runs.Request((), (), protocol), here, _data(order["data"]), lambda line: None, lambda *_: None
+        )
+        return result
+
+
+def _cell(workspace: Workspace, told: Mapping[str, Any]) -> Cell:
+    if not told["artifact"]:
+        return Cell(**{**told, "artifact": None})
+    artifact = workspace.load(told["variant"])
+    assert artifact is not None
+    artifact.verify()
+    return Cell(**{**told, "artifact": artifact})
+
+
+def _data(told: Mapping[str, Any]) -> Data:
+    texts = tuple(text if isinstance(text, str) else (text[0], text[1]) for text in told["texts"])
+    labels = LabelSet(tuple(told["label_set"]["names"]), told["label_set"]["multi"])
+    return Data(told["name"], texts, tuple(told["labels"]), labels)
