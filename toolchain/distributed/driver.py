@@ -240,19 +240,18 @@ def _nodes(mine: Mapping[str, str]) -> list[dict[str, Any]]:
 @contextmanager
 def _in_words() -> Iterator[None]:
     """What was raised on another machine as what it is, and what Ray raises as a `ClusterError`."""
-    import ray
+    from ray.exceptions import RayError, RayTaskError
 
     try:
         yield
-    except ToolchainError:
-        raise
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None:
-            if isinstance(cause, ToolchainError) and not isinstance(cause, ray.exceptions.RayTaskError):
+            # Ray's own error poses as the one it carries.
+            if isinstance(cause, ToolchainError) and not isinstance(cause, RayTaskError):
                 raise cause from None
-            cause = getattr(cause, "cause", None) if isinstance(cause, ray.exceptions.RayTaskError) else cause.__cause__
-        if not isinstance(error, ray.exceptions.RayError):
+            cause = cause.cause if isinstance(cause, RayTaskError) else cause.__cause__
+        if not isinstance(error, RayError):
             raise
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise ClusterError(f"The cluster was lost: {said[-1]}", GO_ON) from error
