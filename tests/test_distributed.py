@@ -9,6 +9,7 @@ import platform
 import signal
 import socket
 import time
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 
 import psutil
@@ -16,9 +17,10 @@ import pytest
 from conftest import run_toolchain
 
 import toolchain
-from toolchain import artifacts, distributed, inputs, predicting, runs
-from toolchain.distributed import Node, benching, connected, remote
-from toolchain.errors import BenchError, ClusterError, DataError, TamperedError
+from toolchain import artifacts, distributed, inputs, predicting, runs, scenarios
+from toolchain.distributed import Cluster, Node, benching, connected, remote
+from toolchain.errors import ClusterError, DataError, TamperedError
+from toolchain.measurements import ResultFile
 from toolchain.pipeline import no_bar
 from toolchain.predicting import lying_in, of_variant, predict
 from toolchain.rows import Texts
@@ -45,9 +47,13 @@ def start():
 
 
 def stop(nodes):
-    """Ends them at once; Ray's own way waits for what runs there."""
-    for node in [nodes.head_node, *nodes.worker_nodes]:
-        node.kill_all_processes(check_alive=False, allow_graceful=False)
+    """Ends them at once, with what they started; Ray's own way waits for what runs there."""
+    roots = [p.process.pid for node in nodes.list_all_nodes() for each in node.all_processes.values() for p in each]
+    for root in filter(psutil.pid_exists, roots):
+        process = psutil.Process(root)
+        for each in [*process.children(recursive=True), process]:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,9 +102,9 @@ def alone(model, texts, path):
     return path.read_bytes()
 
 
-def workers():
-    """Of Ray's processes on this machine, those that score."""
-    return [p for p in psutil.process_iter(["cmdline"]) if "Scorer" in " ".join(p.info["cmdline"] or ())]
+def processes(what):
+    """Ray's processes on this machine that do it; the cluster of these tests is the only one that does."""
+    return [p for p in psutil.process_iter(["cmdline"]) if what in " ".join(p.info["cmdline"] or ())]
 
 
 @pytest.mark.parametrize("name", ["onnx-int8", "torch-fp32"])
@@ -120,7 +126,7 @@ def test_a_worker_that_is_killed_costs_its_window_only(model, cluster, small, tm
     def killing(*about):
         for rows in cluster.scored(*about):
             if not killed:
-                victim = workers()[0]
+                victim = processes("ray::MapWorker(MapBatches(Scorer)")[0]
                 victim.kill()
                 killed.append(victim)
             yield rows
@@ -230,50 +236,48 @@ def test_cells_go_where_their_hardware_is(built_tiny):
     assert [node.id for node, _ in benching.shares(nodes[:1], on_gpu)] == ["a1"]
 
 
-def test_each_node_is_a_run_of_its_own_and_one_that_dies_is_rows_that_say_so(built_tiny, cluster, tmp_path):
-    request = runs.Request(("torch-fp32", "onnx-int8"), (), FAST)
-    data, cells = runs.prepared(built_tiny, request, benching.NO_CUDA, quiet)
-    plan = benching.Plan(built_tiny, request, cells, data.only(range(80)), 1)
-    said = []
+def test_each_machine_is_a_run_of_its_own_and_one_that_dies_is_rows_that_say_so(
+    tiny, cluster, tmp_path, monkeypatch, say
+):
+    """The command, on two machines of which one is killed as soon as both measure."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scenarios, "QUICK", FAST)
+    machines = [replace(node, machine={**node.machine, "id": node.id[:12]}) for node in cluster.nodes]
+    there = Cluster(cluster._driver, machines, quiet)
+    monkeypatch.setattr(distributed, "connected", lambda address, say: nullcontext(there))
+    real = there.ask
 
-    def kill_one(line):
-        said.append(line)
-        if line.endswith("measured") and "dies" not in said:
-            said.append("dies")
-            victims = [
-                p for p in psutil.process_iter(["cmdline"]) if "ray::measure" in " ".join(p.info["cmdline"] or ())
-            ]
-            victims[-1].kill()
+    def killing(do, **about):
+        if do == "measured" and not killed:
+            found = []
+            while len(found) < 2:
+                time.sleep(0.2)
+                found = processes("ray::measure")
+            found[0].kill()
+            killed.append(found[0])
+        return real(do, **about)
 
-    planned = [(node, cells) for node in cluster.nodes]
-    # The first to end leaves the other alone, which is a longer run.
-    results = list(benching.on(cluster, plan, planned, kill_one))
-    done, dead = results
-    assert {row.cell: row.status for row in done.rows} == {
-        "torch-fp32@cpu": "ok",
-        "onnx-int8@cpu": "ok",
-        "torch-fp32@cuda": "unavailable",
-    }
-    assert done.rows[0].facts["session"]["threads"] == 1
-    assert [row.status for row in dead.rows] == ["failed", "failed", "unavailable"]
-    assert dead.rows[0].reason.startswith(f"On the node {cluster.nodes[0].host}: ")
-    with pytest.raises(BenchError, match="2 of 6 cells failed: torch-fp32@cpu: On the node"):
-        runs.judge(done, dead)
-
-
-def test_the_command_measures_and_saves_a_file_a_machine(tiny, address, tmp_path):
+    killed = []
+    monkeypatch.setattr(there, "ask", killing)
     data = tmp_path / "in.csv"
     data.write_text("text,label\n" + "".join(f"a film of {i} words,{i % 2}\n" for i in range(20)))
     where = ("--model", tiny.model, "--exported", tiny.exported, "--data", data)
-    arguments = ("bench", "--quick", "--variant", "onnx-int8", "--provider", "cpu", *where)
-    done = run_toolchain(
-        *arguments, "--engine", "ray", "--address", address, "--save-as", "mine", "--json", cwd=tmp_path
+    chosen = ("--variant", "onnx-int8", "--variant", "torch-fp32", "--provider", "cpu", "--save-as", "mine")
+    code, out, err = say("bench", "--quick", "--engine", "ray", *chosen, *where)
+    assert code == 1
+    results = tmp_path / "benchmarks" / "results"
+    (done,), (dead,) = (
+        [ResultFile.read(path) for path in folder.glob("*.json")] for folder in (results, results / "local")
     )
-    assert done.returncode == 0, done.stderr
-    assert [row["cell"] for row in json.loads(done.stdout)] == ["onnx-int8@cpu"]
-    assert "the same hardware" in done.stderr
-    machine = json.loads(done.stdout)[0]["machine"]["id"]
-    assert [p.name for p in (tmp_path / "benchmarks" / "results").iterdir()] == [f"mine-{machine}.json"]
+    assert [row.status for row in done.rows] == ["ok", "ok"]
+    assert [row.status for row in dead.rows] == ["failed", "failed"]
+    assert (results / f"mine-{done.machine['id']}.json").is_file()
+    assert dead.machine["id"] in {node.machine["id"] for node in machines}
+    said = f"On the node {cluster.nodes[0].host}: "
+    assert dead.rows[0].reason.startswith(said)
+    assert f"2 of 4 cells failed: onnx-int8@cpu: {said}" in err
+    assert "failed: On the node" in out
+    assert "of the same run; above 1 is better" in out
 
 
 def test_the_command_starts_a_cluster_of_its_own_and_ends_it(tiny, tmp_path):

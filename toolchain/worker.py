@@ -73,6 +73,7 @@ class Child:
         try:
             answer = self._replies.get(timeout=timeout_s)
         except queue.Empty:
+            self._process.kill()
             self.close()
             raise self._lost(f"It did not answer within {timeout_s:.0f} s and was stopped.") from None
         if answer is None:

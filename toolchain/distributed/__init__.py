@@ -22,7 +22,7 @@ from toolchain.predicting import Model
 from toolchain.rows import STDIN, Row, Texts
 from toolchain.worker import Child
 
-CONNECT_TIMEOUT_S = 120.0
+CONNECT_TIMEOUT_S = 60.0
 LOST_S = 15  # a cluster whose head does not answer for so long is lost
 GO_ON = "Start the cluster again; of a run with --output the same command goes on where it was."
 
@@ -43,15 +43,11 @@ class _Driver(Child):
     end_s = 20.0  # a cluster of this machine's own is stopped in this time
 
     def __init__(self) -> None:
-        variables = {
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_gcs_rpc_server_reconnect_timeout_s": str(LOST_S),
-            "RAY_BACKEND_LOG_LEVEL": "fatal",
-        }
+        variables = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_gcs_rpc_server_reconnect_timeout_s": str(LOST_S)}
         super().__init__("toolchain.distributed.driver", variables)
 
     def _lost(self, what: str) -> ClusterError:
-        return ClusterError(f"The cluster was lost: {what}", GO_ON)
+        return ClusterError(f"The cluster was lost. {what}", GO_ON)
 
 
 class Cluster:

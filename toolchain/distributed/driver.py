@@ -112,7 +112,6 @@ def _rows(workers: tuple[int, int], model: Stored, texts: Texts, done: int, wind
     from ray.data import ActorPoolStrategy, DataContext, Datasource, read_datasource
     from ray.data.block import BlockMetadata
     from ray.data.datasource import ReadTask
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     class Windows(Datasource):
         """One block of one row a window."""
@@ -129,9 +128,8 @@ def _rows(workers: tuple[int, int], model: Stored, texts: Texts, done: int, wind
     context.enable_progress_bars = context.print_on_execution_start = False
     context.raise_original_map_exception = True
     context.target_max_block_size = 1  # byte: blocks are not joined to larger ones
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    count, threads = workers
-    read = read_datasource(Windows(), override_num_blocks=1, num_cpus=0, ray_remote_args={"scheduling_strategy": here})
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    read = read_datasource(Windows(), override_num_blocks=1, num_cpus=0, label_selector=here)
     scores = read.map_batches(
         Scorer,
         fn_constructor_args=(model, texts, threads),
@@ -254,7 +252,7 @@ def _in_words() -> Iterator[None]:
         if not isinstance(error, RayError):
             raise
         said = str(error).strip().splitlines() or [type(error).__name__]
-        raise ClusterError(f"The cluster was lost: {said[-1]}", GO_ON) from error
+        raise ClusterError(f"The cluster was lost. {said[-1]}", GO_ON) from error
 
 
 def main() -> None:
