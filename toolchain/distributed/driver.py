@@ -128,6 +128,7 @@ def _rows(workers: tuple[int, int], model: Stored, texts: Texts, done: int, wind
     context.enable_progress_bars = context.print_on_execution_start = False
     context.raise_original_map_exception = True
     context.target_max_block_size = 1  # byte: blocks are not joined to larger ones
+    count, threads = workers
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     read = read_datasource(Windows(), override_num_blocks=1, num_cpus=0, label_selector=here)
     scores = read.map_batches(
