@@ -11,7 +11,7 @@ import toolchain
 
 ROOT = Path(toolchain.__file__).parent
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnx_ir", "optimum", "datasets", "numpy", "pandas", "rich"}
-HEAVY |= {"matplotlib", "jinja2", "scipy", "optuna", "peft"}
+HEAVY |= {"matplotlib", "jinja2", "scipy", "optuna", "peft", "ray"}
 CORE = [
     "names",
     "variants",
@@ -53,6 +53,7 @@ LAYERS = [
     ["runs", "search", "tuning", "doctor"],
     ["shipping", "finetuning"],
     ["predicting"],
+    ["distributed"],
     ["cli", "reference"],
 ]
 WITHIN = {

@@ -13,7 +13,7 @@ from test_measurements import result
 
 from toolchain.errors import ResultFileError
 from toolchain.measurements import Measurement, ResultFile
-from toolchain.report.columns import columns
+from toolchain.report.columns import columns, notes
 from toolchain.report.plots import figures, save
 from toolchain.steps.compare import compare
 
@@ -191,6 +191,15 @@ def test_a_folder_that_cannot_be_written_is_an_error_in_words(tmp_path):
     with pytest.raises(ResultFileError, match="cannot be written"):
         save(compare([rich()]), tmp_path / "taken")
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["accuracy-latency.svg"]
+
+
+def test_what_is_said_of_a_row_names_its_machine_where_there_are_others():
+    other = {**result().machine, "id": "y", "cpu": "other", "cores": 3}
+    alone, two = notes(compare([rich()])), notes(compare([rich(), rich(machine=other)]))
+    for what in (" [noisy]: the host took", ", p50 ms by length", ": 50.0% of the encoder's", " unavailable: No GPU"):
+        assert not any(" on other, 3 cores" in line for line in alone)
+        assert any(f" on other, 3 cores{what}" in line for line in two), what
+    assert len(set(two)) == len(two)
 
 
 def test_machines_have_panels_of_their_own():

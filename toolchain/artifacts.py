@@ -152,6 +152,11 @@ class Artifact:
         return LabelSet(self.manifest.labels, bool(self.manifest.facts.get("multi_label")))
 
     @property
+    def files(self) -> tuple[str, ...]:
+        """The paths of all it consists of, the manifest among them."""
+        return (*(entry.path for entry in self.manifest.files), MANIFEST)
+
+    @property
     def onnx_path(self) -> Path:
         """Where the graph of an ONNX variant lies."""
         return self.path / "model.onnx"

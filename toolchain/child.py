@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -203,16 +203,17 @@ def _since(started_ns: int) -> int:
     return max(1, round((time.perf_counter_ns() - started_ns) / 1000))
 
 
-def main() -> None:
-    """Reads messages until standard input ends."""
+def serve(begin: Callable[[dict[str, Any]], Any]) -> None:
+    """Answers messages until standard input ends: the first makes what serves, whose `ready` is the answer; each later
+    one names a method of it with ``do``."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    child: _Child | None = None
+    child: Any = None
     for line in sys.stdin:
         message = json.loads(line)
         try:
             if child is None:
-                child = _Child(message)
+                child = begin(message)
                 reply = child.ready
             else:
                 reply = getattr(child, message.pop("do"))(**message)
@@ -226,4 +227,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(_Child)

@@ -13,6 +13,7 @@ ToolchainError                exit 1: a sentence with the cause, a sentence with
 ├── DeviceMemoryError         a device without room for the model or a batch
 ├── ShippingError             a bundle that cannot be made of these variants, or not there
 ├── BenchError                nothing could be measured
+├── ClusterError              a Ray cluster that is not there, dies, or has a node of another release
 ├── ResultFileError           a result file that cannot be read or written
 └── VerdictError              exit 3: everything ran, and the answer is no
 """
@@ -89,6 +90,10 @@ class ShippingError(ToolchainError):
 
 class BenchError(ToolchainError):
     """A measurement that could not be made."""
+
+
+class ClusterError(ToolchainError):
+    """A Ray cluster that cannot be reached, was lost, or has a node that cannot take part."""
 
 
 class ResultFileError(ToolchainError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from toolchain import artifacts, hardware, shipping, variants
 from toolchain.artifacts import Artifact
 from toolchain.backends import Place, open_session
-from toolchain.bundled.verify import TEXT
+from toolchain.bundled.verify import BUNDLE, TEXT
 from toolchain.errors import ArtifactError, DataError
 from toolchain.inputs import Encoder, pad
 from toolchain.labels import LabelSet, answers, shares
@@ -37,15 +37,21 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Model:
-    """Where a model lies, which runtime opens it, what it answers; `id` tells it from every other. With `texts`, its
-    graph has the tokenizer in it."""
+    """Where a model lies, which runtime opens it, what it answers; `id` tells it from every other. `files` are those of
+    its folder, the one that lists them among them. With `texts`, its graph has the tokenizer in it."""
 
     path: Path
     runtime: str
     id: str
     labels: tuple[str, ...]
     encoder: Encoder
+    files: tuple[str, ...]
     texts: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Of the variant or bundle."""
+        return self.encoder.folder
 
     def columns(self, texts: Texts) -> list[str]:
         """Of the predictions: the text or texts, the label, and every label's probability."""
@@ -58,12 +64,20 @@ class Model:
         return LabelSet(self.labels, self.encoder.multi_label)
 
 
+# Gives the rows of so many texts at a time, in order, after so many that are done: (model, texts, done, window).
+Engine = Callable[[Model, Texts, int, int], Iterator[list[Row]]]
+
+
 def of_variant(workspace: Workspace, name: str, say: Say, bar: Bar) -> Model:
     """A variant, built if it is missing or stale."""
-    artifact: Artifact = ensure(workspace, [name], {}, say, bar)[name]
+    return _of_artifact(ensure(workspace, [name], {}, say, bar)[name])
+
+
+def _of_artifact(artifact: Artifact) -> Model:
     manifest = artifact.manifest
     encoder = Encoder.open(artifact.path, [spec.name for spec in manifest.inputs], manifest.max_length)
-    return Model(artifact.path, variants.get(name).runtime, manifest.id, manifest.labels, encoder)
+    runtime = variants.get(manifest.variant).runtime
+    return Model(artifact.path, runtime, manifest.id, manifest.labels, encoder, artifact.files)
 
 
 def of_bundle(folder: Path, say: Say) -> Model:
@@ -74,18 +88,18 @@ def of_bundle(folder: Path, say: Say) -> Model:
         say(f"{folder}: {first['variant']}, the first of {len(body['models'])}")
     names = [spec["name"] for spec in first["inputs"]]
     encoder = Encoder.open(folder, names, body["max_length"])
+    files = (*(entry["path"] for entry in body["files"]), BUNDLE)
     which = f"{body['id']}:{first['variant']}"
-    return Model(folder / first["file"], "onnx", which, tuple(body["labels"]), encoder, names == [TEXT])
+    return Model(folder / first["file"], "onnx", which, tuple(body["labels"]), encoder, files, names == [TEXT])
 
 
-class _Asked:
-    """A model that is open: texts and their tokens in, logits out."""
+class Opened:
+    """A model that is loaded, with so many `threads`: texts and their tokens in, logits out."""
 
-    def __init__(self, model: Model) -> None:
-        place = Place("cpu", hardware.cores())
+    def __init__(self, model: Model, threads: int) -> None:
         self._encoder = model.encoder
-        self._graph = TextSession(model.path, place.threads) if model.texts else None
-        self._session = None if model.texts else open_session(model.path, model.runtime, place)
+        self._graph = TextSession(model.path, threads) if model.texts else None
+        self._session = None if model.texts else open_session(model.path, model.runtime, Place("cpu", threads))
 
     def logits(self, texts: Sequence[Text], rows: Sequence[Sequence[int]]) -> np.ndarray:
         """float32 [texts, labels]; `rows` are the tokens of the texts."""
@@ -107,7 +121,27 @@ class _Asked:
             self._session.close()
 
 
-def predict(model: Model, texts: Texts, output: Path | None, say: Say, bar: Bar) -> int:
+def lying_in(folder: Path, say: Say) -> Model:
+    """What a variant's or a bundle's folder holds, wherever it lies; raises `TamperedError` or `VerdictError` where it
+    is not what it was."""
+    if (folder / BUNDLE).exists():
+        return of_bundle(folder, say)
+    artifact = artifacts.load(folder)
+    if artifact is None:
+        raise ArtifactError(f"{folder} holds no artifact.", "Name a variant, or the folder of a bundle.")
+    artifact.verify()
+    return _of_artifact(artifact)
+
+
+def here(model: Model, texts: Texts, done: int, window: int) -> Iterator[list[Row]]:
+    """The engine of this process alone."""
+    opened = Opened(model, hardware.cores())
+    for taken in windows(texts, done, window):
+        yield scored(opened, model, texts, taken)
+    opened.close()
+
+
+def predict(model: Model, texts: Texts, output: Path | None, say: Say, bar: Bar, engine: Engine = here) -> int:
     """Scores every text; rows to `output` or standard output, in order. How many there were.
 
     Raises `DataError` for texts that cannot be read or an output of an unknown kind, `ArtifactError` where it exists or
@@ -115,37 +149,33 @@ def predict(model: Model, texts: Texts, output: Path | None, say: Say, bar: Bar)
     """
     if output is None:
         texts.count()
-        session = _Asked(model)
         count = 0
         with writer(None, model.columns(texts)) as write:
-            for rows in _scored(session, model, texts, 0, PLAIN):
+            for rows in engine(model, texts, 0, PLAIN):
                 write(rows)
                 count += len(rows)
-        session.close()
         return count
     if output.suffix.lower() not in FORMATS:
         raise DataError(f"{output} ends in none of {', '.join(FORMATS)}.", "Name the output by one of them.")
     with artifacts.lock(output, lambda: say(f"{output}: another run is writing it, waiting"), tidy=True):
         if output.exists():
             raise ArtifactError(f"{output} exists.", "Move it away, or name another file.")
-        return _kept(model, texts, output, say, bar)
+        return _kept(model, texts, output, say, bar, engine)
 
 
-def _kept(model: Model, texts: Texts, output: Path, say: Say, bar: Bar) -> int:
+def _kept(model: Model, texts: Texts, output: Path, say: Say, bar: Bar, engine: Engine) -> int:
     """`predict` into a file, by way of parts."""
     parts = output.with_name(f".{output.name}.parts")
     total = texts.count()
     done = _taken_up(parts, model, texts)
     if done:
         say(f"{output}: {done} texts are scored already")
-    session = _Asked(model)
     with bar("predict") as progress:
-        for rows in _scored(session, model, texts, done, PART):
+        for rows in engine(model, texts, done, PART):
             _keep(parts / f"{done:012}", rows)
             done += len(rows)
             if total:
                 progress(done, total, "scoring")
-    session.close()
     whole = parts / f"whole{output.suffix}"
     try:
         with writer(whole, model.columns(texts)) as write:
@@ -195,23 +225,27 @@ def _keep(part: Path, rows: Sequence[Row]) -> None:
         ) from error
 
 
-def _scored(session: _Asked, model: Model, texts: Texts, done: int, window: int) -> Iterator[list[dict[str, Any]]]:
-    """The rows of `window` texts at a time, in order, after so many that are done; batches are made of texts of like
-    length."""
-    columns, label_set = model.columns(texts), model.label_set
+def windows(texts: Texts, done: int, window: int) -> Iterator[list[Text]]:
+    """So many texts at a time, in order, after so many that are done."""
     rest = itertools.islice(texts.read(), done, None)
     while taken := list(itertools.islice(rest, window)):
-        rows = model.encoder.encode(taken)
-        scores: list[tuple[int, Sequence[float]]] = [(0, ())] * len(rows)
-        for batch in offline_batches([len(row) for row in rows], BATCH):
-            logits = session.logits([taken[i] for i in batch], [rows[i] for i in batch])
-            given = zip(answers(logits, label_set.multi), shares(logits, label_set.multi), strict=True)
-            for i, answer in zip(batch, given, strict=True):
-                scores[i] = answer
-        yield [
-            _row(columns, text, label_set.named(answer), chances)
-            for text, (answer, chances) in zip(taken, scores, strict=True)
-        ]
+        yield taken
+
+
+def scored(opened: Opened, model: Model, texts: Texts, taken: Sequence[Text]) -> list[Row]:
+    """The rows of a window, in order; batches are made of texts of like length."""
+    columns, label_set = model.columns(texts), model.label_set
+    encoded = model.encoder.encode(taken)
+    scores: list[tuple[int, Sequence[float]]] = [(0, ())] * len(encoded)
+    for batch in offline_batches([len(row) for row in encoded], BATCH):
+        logits = opened.logits([taken[i] for i in batch], [encoded[i] for i in batch])
+        given = zip(answers(logits, label_set.multi), shares(logits, label_set.multi), strict=True)
+        for i, answer in zip(batch, given, strict=True):
+            scores[i] = answer
+    return [
+        _row(columns, text, label_set.named(answer), chances)
+        for text, (answer, chances) in zip(taken, scores, strict=True)
+    ]
 
 
 def _row(columns: Sequence[str], text: Text, label: str, chances: Sequence[float]) -> dict[str, Any]:

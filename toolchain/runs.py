@@ -85,12 +85,29 @@ def measure(workspace: Workspace, request: Request, say: Say, progress: Progress
 
     Raises `DataError` before anything is measured, and what the import raises, since nothing goes without it.
     """
+    data, cells = prepared(workspace, request, hardware.missing_cuda(request.protocol.device_id), say)
+    return measured(workspace, request, cells, data, say, progress)
+
+
+def prepared(
+    workspace: Workspace, request: Request, no_cuda: tuple[str, str] | None, say: Say
+) -> tuple[Data, list[Cell]]:
+    """The sentences to ask, and the planned cells with their artifacts or why there is none; those on CUDA are not
+    built where `no_cuda` has a reason and a mend."""
     pairs = planned(request.names, request.providers, request.protocol.allow_fallback)
-    root, data = asked(workspace, request, say)
-    names = [spec.name for spec in root.inputs]
-    encoder = inputs.Encoder.open(workspace.path(checkpoints.ROOT_VARIANT), names, root.max_length)
-    built = [_cell(workspace, name, provider, request, say) for name, provider in pairs]
-    cells = [cell.reading_as(root) for cell in built]
+    _, data = asked(workspace, request, say)
+    return data, [_cell(workspace, name, provider, request, no_cuda, say) for name, provider in pairs]
+
+
+def measured(
+    workspace: Workspace, request: Request, cells: Sequence[Cell], data: Data, say: Say, progress: Progress
+) -> tuple[ResultFile, Journal]:
+    """`measure`, of cells and sentences that are there."""
+    imported = workspace.load(checkpoints.ROOT_VARIANT)
+    assert imported is not None
+    root = imported.manifest
+    encoder = inputs.Encoder.open(imported.path, [spec.name for spec in root.inputs], root.max_length)
+    cells = [cell.reading_as(root) for cell in cells]
     kept = _journal(workspace, request, cells, data)
     # Before anything is timed.
     sizes = _gzip_sizes(workspace, cells, progress)
@@ -207,10 +224,11 @@ def result_of(rows: Sequence[Measurement], how: Mapping[str, Any], data: Data, m
     )
 
 
-def _cell(workspace: Workspace, name: str, provider: str, request: Request, say: Say) -> Cell:
+def _cell(
+    workspace: Workspace, name: str, provider: str, request: Request, no_cuda: tuple[str, str] | None, say: Say
+) -> Cell:
     cell = Cell(workspace.model, name, variants.get(name).runtime, provider, None)
-    no_cuda = hardware.missing_cuda(request.protocol.device_id) if provider == "cuda" else None
-    if no_cuda:
+    if provider == "cuda" and no_cuda:
         return replace(cell, status="unavailable", reason=no_cuda[0], mend=no_cuda[1])
     try:
         return replace(cell, artifact=ensure(workspace, [name], {}, only_news(say))[name])
@@ -221,20 +239,23 @@ def _cell(workspace: Workspace, name: str, provider: str, request: Request, say:
         return replace(cell, status="failed", reason=error.cause, mend=error.mend)
 
 
-def judge(result: ResultFile) -> None:
+def judge(*results: ResultFile) -> None:
     """Raises `BenchError` where a planned cell failed, or nothing could be measured at all."""
-    failed = [row for row in result.rows if row.status == "failed"]
+    rows = [row for result in results for row in result.rows]
+    failed = [row for row in rows if row.status == "failed"]
     if failed:
         what = "; ".join(f"{row.cell}: {row.reason}" for row in failed)
-        raise BenchError(f"{len(failed)} of {len(result.rows)} cells failed: {what}", failed[0].mend)
-    if not any(row.status == "ok" for row in result.rows):
-        raise BenchError(f"Nothing could be measured: {result.rows[0].reason}", result.rows[0].mend)
+        raise BenchError(f"{len(failed)} of {len(rows)} cells failed: {what}", failed[0].mend)
+    if not any(row.status == "ok" for row in rows):
+        raise BenchError(f"Nothing could be measured: {rows[0].reason}", rows[0].mend)
 
 
-def save(result: ResultFile, model: str, name: str | None) -> Path:
-    """Writes the run under `benchmarks/results/`: local to this machine, or under a `name` to be committed."""
+def save(result: ResultFile, model: str, name: str | None, of_many: bool = False) -> Path:
+    """Writes the run under `benchmarks/results/`: local to this machine, or under a `name` to be committed; with the
+    machine's id where it is one `of_many`."""
     stamp = result.created.replace(":", "").replace("-", "").removesuffix("+0000")
-    path = RESULTS / f"{name}.json" if name else LOCAL / f"{model}-{stamp}Z.json"
+    suffix = f"-{result.machine['id']}" if of_many else ""
+    path = RESULTS / f"{name}{suffix}.json" if name else LOCAL / f"{model}-{stamp}Z{suffix}.json"
     result.write(path)
     return path
 

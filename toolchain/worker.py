@@ -1,4 +1,5 @@
-"""One cell, one process: the end of the line that `bench` holds. `toolchain.child` is the other.
+"""A process that is asked and answers, and one for each cell: the end of the line that `bench` holds. `toolchain.child`
+is the other.
 
 JSON a line each way, no pickle.
 """
@@ -28,34 +29,28 @@ from toolchain.rows import Text
 _TAIL = 400  # characters of standard error that a failed row quotes
 
 
-class Worker:
-    """A fresh process with one loaded session. Close it, or use it as a context."""
+class Child:
+    """A fresh process of a module that serves `toolchain.child.serve`. Close it, or use what holds it as a context.
 
-    def __init__(
-        self, session: str, folder: Path, place: Place, encoder: Encoder, text: Text, imports: Sequence[str] = ()
-    ) -> None:
+    `end_s` is how long it may take to end by itself once nothing more is asked.
+    """
+
+    end_s = 0.0
+
+    def __init__(self, module: str, variables: Mapping[str, str]) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the child
         self._replies: queue.Queue[tuple[str, float] | None] = queue.Queue()
         self._started = time.perf_counter()
         # -P: a file of the working directory must not stand in for a library.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "toolchain.child"],
+            [sys.executable, "-P", "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env={**os.environ, **environment(place.threads)},
+            env={**os.environ, **variables},
         )
         threading.Thread(target=self._listen, daemon=True).start()
-        tokenizer = {"folder": str(encoder.folder), "names": encoder.names, "max_length": encoder.max_length}
-        self._first = {
-            "session": session,
-            "folder": str(folder),
-            "place": asdict(place),
-            "tokenizer": tokenizer,
-            "text": text,
-            "imports": list(imports),
-        }
         self._arrived = self._started
 
     @property
@@ -63,19 +58,11 @@ class Worker:
         """Of the child."""
         return self._process.pid
 
-    def load(self, timeout_s: float) -> dict[str, Any]:
-        """Loads the session and answers one text: the session's facts, the memory of each stage, microseconds from file
-        to session (`load_us`) and from the start of the process to the answer (`cold_start_us`)."""
-        reply = self.ask(self._first, timeout_s)
-        # What it spent on reading its own memory is not part of a start.
-        reply["cold_start_us"] = round((self._arrived - self._started) * 1e6) - reply.pop("metering_us")
-        return reply
-
-    def ask(self, message: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+    def ask(self, message: Mapping[str, Any], timeout_s: float | None) -> dict[str, Any]:
         """Sends one message and waits for its answer.
 
         Raises what the child raised where that was a `ToolchainError`, else `BenchError` with what the child said last:
-        it failed, crashed, was killed, or did not answer within `timeout_s`.
+        it failed, crashed, was killed, or did not answer within `timeout_s` (None: it is waited for).
         """
         assert self._process.stdin is not None
         try:
@@ -86,8 +73,9 @@ class Worker:
         try:
             answer = self._replies.get(timeout=timeout_s)
         except queue.Empty:
+            self._process.kill()
             self.close()
-            raise errors.BenchError(f"It did not answer within {timeout_s:.0f} s and was stopped.") from None
+            raise self._lost(f"It did not answer within {timeout_s:.0f} s and was stopped.") from None
         if answer is None:
             raise self._death()
         line, self._arrived = answer
@@ -99,6 +87,10 @@ class Worker:
 
     def close(self) -> None:
         """Ends the child, by force where it does not end by itself."""
+        if self._process.poll() is None and self.end_s and self._process.stdin is not None:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # it is ended by force below
+                self._process.stdin.close()
+                self._process.wait(self.end_s)
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
@@ -114,7 +106,7 @@ class Worker:
                 self._replies.put((line, time.perf_counter()))
         self._replies.put(None)
 
-    def _death(self) -> errors.BenchError:
+    def _death(self) -> errors.ToolchainError:
         code = self._process.wait()
         if code == -signal.SIGKILL:
             how = "was killed (out of memory, most likely)"
@@ -124,7 +116,37 @@ class Worker:
             how = f"ended with exit code {code}"
         self._errors.seek(0)
         said = " ".join(self._errors.read()[-_TAIL:].split())
-        return errors.BenchError(f"Its process {how}." + (f" It said: {said}" if said else ""))
+        return self._lost(f"Its process {how}." + (f" It said: {said}" if said else ""))
+
+    def _lost(self, what: str) -> errors.ToolchainError:
+        """The error that a child without an answer is."""
+        return errors.BenchError(what)
+
+
+class Worker(Child):
+    """A fresh process with one loaded session."""
+
+    def __init__(
+        self, session: str, folder: Path, place: Place, encoder: Encoder, text: Text, imports: Sequence[str] = ()
+    ) -> None:
+        super().__init__("toolchain.child", environment(place.threads))
+        tokenizer = {"folder": str(encoder.folder), "names": encoder.names, "max_length": encoder.max_length}
+        self._first = {
+            "session": session,
+            "folder": str(folder),
+            "place": asdict(place),
+            "tokenizer": tokenizer,
+            "text": text,
+            "imports": list(imports),
+        }
+
+    def load(self, timeout_s: float) -> dict[str, Any]:
+        """Loads the session and answers one text: the session's facts, the memory of each stage, microseconds from file
+        to session (`load_us`) and from the start of the process to the answer (`cold_start_us`)."""
+        reply = self.ask(self._first, timeout_s)
+        # What it spent on reading its own memory is not part of a start.
+        reply["cold_start_us"] = round((self._arrived - self._started) * 1e6) - reply.pop("metering_us")
+        return reply
 
 
 def environment(threads: int) -> dict[str, str]:

@@ -18,9 +18,10 @@ import click
 
 from toolchain import __version__
 from toolchain.cli.build import export, prune
+from toolchain.cli.compare import compare
 from toolchain.cli.finetune import finetune
 from toolchain.cli.look import doctor, validate, variants
-from toolchain.cli.measure import bench, compare
+from toolchain.cli.measure import bench
 from toolchain.cli.quantize import quantize
 from toolchain.cli.ship import predict, ship, verify
 from toolchain.cli.tune import tune

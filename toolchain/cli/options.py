@@ -79,6 +79,37 @@ def dry_run_option(command: F) -> F:
     return click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")(command)
 
 
+RAY = "ray"
+
+
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where the work is done, for every command that more than one machine can share."""
+
+    @functools.wraps(command)
+    def checked(engine: str, address: str | None, **others: Any) -> Any:
+        if address and engine != RAY:
+            raise click.UsageError("--address is a Ray cluster's: give --engine ray with it.")
+        return command(engine=engine, address=address, **others)
+
+    options = [
+        click.option(
+            "--engine",
+            type=click.Choice(["local", RAY]),
+            default="local",
+            show_default=True,
+            help="This machine, or a Ray cluster.",
+        ),
+        click.option(
+            "--address",
+            metavar="HOST:PORT",
+            help="The cluster, as `ray start --head` prints it, or `auto`.  [default: one of this machine alone]",
+        ),
+    ]
+    for option in reversed(options):
+        checked = option(checked)
+    return checked
+
+
 def open_workspace(
     model: str,
     exported: Path,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
 
-from toolchain.cli.options import debug_option, json_option, model_options, open_workspace
+from toolchain.cli.options import RAY, debug_option, engine_options, json_option, model_options, open_workspace
 from toolchain.targets.releases import DEFAULT, ORDER, RELEASES
 
 
@@ -120,6 +121,7 @@ def verify(bundle: Path, as_json: bool) -> None:
     metavar="FILE",
     help="A .csv, .tsv, .jsonl or .parquet file.  [default: JSON lines on standard output]",
 )
+@engine_options
 @model_options
 def predict(
     model: str,
@@ -130,29 +132,36 @@ def predict(
     text_column: str | None,
     pair_column: str | None,
     output: Path | None,
+    engine: str,
+    address: str | None,
 ) -> None:
     """Score the texts of FILE with a variant or a bundle: label and probabilities, in order.
 
     FILE is CSV, TSV, JSON lines or Parquet by its ending, else one text a line; - is standard input. However long it
-    is, it takes no more memory. With --output, the same command goes on where an interrupted one was.
+    is, it takes no more memory. With --output, the same command goes on where an interrupted one was. With --engine
+    ray, every machine of a Ray cluster takes part; this one must be a node of it.
 
     \b
     Examples:
       toolchain predict onnx-int8 reviews.csv --text-column review --output scored.parquet
       echo "a charming film" | toolchain predict onnx-int8
       toolchain predict exported/reference/bundle-python reviews.txt
+      toolchain predict onnx-int8 reviews.csv --output scored.parquet --engine ray --address auto
     """
     from toolchain.bundled.verify import BUNDLE
-    from toolchain.predicting import of_bundle, of_variant
+    from toolchain.distributed import connected
+    from toolchain.predicting import here, of_bundle, of_variant
     from toolchain.predicting import predict as score
     from toolchain.report.progress import bar, say
     from toolchain.rows import Texts
 
-    if "/" in what or (Path(what) / BUNDLE).exists():
-        found = of_bundle(Path(what), say)
-    else:
-        found = of_variant(open_workspace(model, exported, slug), what, say, bar)
-    count = score(found, Texts(file, text_column, pair_column), output, say, bar)
+    with ExitStack() as stack:
+        score_on = stack.enter_context(connected(address, say)).scored if engine == RAY else here
+        if "/" in what or (Path(what) / BUNDLE).exists():
+            found = of_bundle(Path(what), say)
+        else:
+            found = of_variant(open_workspace(model, exported, slug), what, say, bar)
+        count = score(found, Texts(file, text_column, pair_column), output, say, bar, score_on)
     if output:
         say(f"{count} texts scored")
         click.echo(output)

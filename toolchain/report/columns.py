@@ -122,11 +122,21 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
     extra: list[tuple[str, Callable[[Row], str]]] = []
     if len({row.measurement.model for row in rows}) > 1:
         extra.append(("model", lambda row: row.measurement.model))
-    if len({row.run.machine["id"] for row in rows}) > 1:
+    if _several(rows):
         extra.append(("machine", _machine))
     return extra + [
         (name, text) for name, text in COLUMNS if text not in OPTIONAL or any(text(row) != NOTHING for row in rows)
     ]
+
+
+def _several(rows: Sequence[Row]) -> bool:
+    """Whether the rows are of more than one machine."""
+    return len({row.run.machine["id"] for row in rows}) > 1
+
+
+def _named(row: Row, rows: Sequence[Row]) -> str:
+    """The row's cell, with its machine where there are others."""
+    return f"{row.measurement.cell} on {_machine(row)}" if _several(rows) else row.measurement.cell
 
 
 def _machine(row: Row) -> str:
@@ -175,15 +185,15 @@ def notes(rows: Sequence[Row]) -> list[str]:
         lines.append(
             "Ratios of times are geometric means over interleaved rounds; no difference: the 95 % interval has 1 in it."
         )
-    lines += _by_text([(row.measurement.cell, f" [noisy]: {row.noisy}.") for row in measured(rows) if row.noisy])
+    lines += _by_text([(_named(row, rows), f" [noisy]: {row.noisy}.") for row in measured(rows) if row.noisy])
     lines += _pruned(rows) + _trimmed(rows) + _by_length(rows)
-    lines += _by_text([(row.measurement.cell, f": {_session(row, 'fallback')}.") for row in rows if _fallback(row)])
+    lines += _by_text([(_named(row, rows), f": {_session(row, 'fallback')}.") for row in rows if _fallback(row)])
     lines += _by_text([(row.measurement.cell, f": {note}.") for row in rows if (note := _session(row, "note"))])
     lines += _gpu_notes(rows) + _reported(rows)
     if any(row.stale for row in rows):
         lines.append("[stale]: the artifact has been built anew since; measure again with `toolchain bench`.")
-    without = [row.measurement for row in rows if row.measurement.status not in FIGURES]
-    return lines + _by_text([(m.cell, f" {m.status}: {m.reason} {m.mend}".rstrip()) for m in without])
+    without = [(_named(row, rows), row.measurement) for row in rows if row.measurement.status not in FIGURES]
+    return lines + _by_text([(name, f" {m.status}: {m.reason} {m.mend}".rstrip()) for name, m in without])
 
 
 def _by_text(found: Sequence[tuple[str, str]]) -> list[str]:
@@ -226,17 +236,18 @@ def _pruned(rows: Sequence[Row]) -> list[str]:
             found.setdefault((id(row.run), sentence(row.measurement.facts["pruning"])), []).append(row)
     lines = []
     for (_, text), pruned in found.items():
-        gains = [(row.measurement.cell, over_unpruned(row, rows)) for row in pruned]
+        gains = [(_named(row, rows), over_unpruned(row, rows)) for row in pruned]
         told = [f"{cell} {gain[1].value:.2f}× {gain[0]}" for cell, gain in gains if gain]
-        cells = ", ".join(row.measurement.cell for row in pruned)
+        cells = ", ".join(_named(row, rows) for row in pruned)
         lines.append(f"{cells}: {text}" + (f", measured at batch 1: {', '.join(told)}" if told else ""))
     return lines
 
 
 def _trimmed(rows: Sequence[Row]) -> list[str]:
     """Which vocabularies are not whole, and what texts of other words cost."""
-    found = [row.measurement for row in measured(rows) if "vocabulary" in row.measurement.facts]
-    return [f"{each.cell}: {trimming.sentence(each.facts['vocabulary'])}" for each in found]
+    found = [(row.measurement.cell, row.measurement.facts.get("vocabulary")) for row in measured(rows)]
+    # Of the variant, whatever machine it is measured on.
+    return list(dict.fromkeys(f"{cell}: {trimming.sentence(facts)}" for cell, facts in found if facts))
 
 
 def _by_length(rows: Sequence[Row]) -> list[str]:
@@ -246,7 +257,7 @@ def _by_length(rows: Sequence[Row]) -> list[str]:
         found = {n: samples.milliseconds()["p50"] for n, samples in row.measurement.by_length.items()}
         if found:
             told = ", ".join(f"{n} tokens {value:.2f}" for n, value in found.items())
-            lines.append(f"{row.measurement.cell}, p50 ms by length: {told}.")
+            lines.append(f"{_named(row, rows)}, p50 ms by length: {told}.")
     return lines
 
 

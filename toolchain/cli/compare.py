@@ -1,0 +1,196 @@
+"""What was measured, side by side: compare."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from toolchain.cli.options import json_option, model_options, open_workspace
+
+if TYPE_CHECKING:
+    from toolchain.measurements import ResultFile
+    from toolchain.steps.compare import Row
+    from toolchain.steps.gate import Verdict
+    from toolchain.steps.regression import Regressions
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _finite(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):  # which `FloatRange` lets through
+        raise click.BadParameter("a finite number")
+    return value
+
+
+def _share(_: click.Context, __: click.Parameter, value: str) -> float:
+    from toolchain.steps.regression import parse_share
+
+    try:
+        return parse_share(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def gate_options(command: F) -> F:
+    """What a comparison is to be held against."""
+    number = click.FloatRange(0)
+    for option in (
+        click.option(
+            "--max-regression", callback=_share, default="5%", show_default=True, help="What may get so much worse."
+        ),
+        click.option(
+            "--against",
+            type=click.Path(path_type=Path),
+            metavar="OLD",
+            help="Exit 3 where a cell is worse than in this older run.",
+        ),
+        click.option("--max-memory-mb", type=number, callback=_finite, metavar="MB", help="Highest peak memory."),
+        click.option("--max-size-mb", type=number, callback=_finite, metavar="MB", help="Largest artifact."),
+        click.option("--max-p95-ms", type=number, callback=_finite, metavar="MS", help="Highest p95 at batch 1."),
+        click.option(
+            "--max-drop",
+            type=number,
+            callback=_finite,
+            metavar="POINTS",
+            help="Most accuracy lost; exit 3 where no row keeps all limits.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("results", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--baseline", metavar="CELL", help="Compare with this variant or cell.  [default: torch-fp32@cpu]")
+@click.option("--provider", type=click.Choice(["cpu", "cuda"]), help="Only rows of this one.")
+@click.option("--filter", "patterns", multiple=True, metavar="PATTERN", help="Only cells like `onnx-*`; may repeat.")
+@click.option(
+    "--sort", "order", type=click.Choice(["accuracy", "latency", "throughput", "memory", "size"]), help="Best first."
+)
+@gate_options
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "markdown", "csv", "json", "html"]),
+    default="table",
+    show_default=True,
+    help="Output.",
+)
+@click.option(
+    "--plots",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Save the plots there, PNG and SVG.",
+)
+@json_option
+@model_options
+def compare(
+    results: tuple[Path, ...],
+    model: str,
+    exported: Path,
+    slug: str | None,
+    baseline: str | None,
+    provider: str | None,
+    patterns: tuple[str, ...],
+    order: str | None,
+    max_drop: float | None,
+    max_p95_ms: float | None,
+    max_size_mb: float | None,
+    max_memory_mb: float | None,
+    against: Path | None,
+    max_regression: float,
+    form: str,
+    plots: Path | None,
+    as_json: bool,
+) -> None:
+    """Show result files side by side, one row a cell; without RESULTS the model's newest run.
+
+    With limits, it names the fastest row that keeps them all, and what the others break. With an older run, it finds
+    what got worse. Either answer may be no: exit code 3.
+
+    \b
+    Examples:
+      toolchain compare
+      toolchain compare laptop.json server.json --baseline onnx-fp32 --format markdown
+      toolchain compare --max-drop 1.0 --max-p95-ms 5 --max-size-mb 30 --provider cpu
+      toolchain compare new.json --against old.json --max-regression 5%
+      toolchain compare --format html > report.html
+    """
+    from toolchain import runs
+    from toolchain.measurements import ResultFile
+    from toolchain.report.progress import say
+    from toolchain.steps.compare import arrange
+    from toolchain.steps.gate import Limits, choose, require
+    from toolchain.steps.regression import regressions, require_none
+
+    if results:
+        files = [ResultFile.read(path) for path in results]
+    else:
+        files = [runs.newest(open_workspace(model, exported, slug).model, say)]
+
+    def taken(of: Sequence[ResultFile]) -> list[Row]:
+        return arrange(rows_of(of, baseline, exported), order, patterns, provider)
+
+    rows = taken(files)
+    limits = Limits(max_drop, max_p95_ms, max_size_mb, max_memory_mb)
+    verdict = choose(rows, limits) if limits != Limits() else None
+    found = None
+    if against:
+        found = regressions(rows, taken([runs.older(against, files)]), max_regression)
+    if plots:
+        from toolchain.report.plots import save
+
+        for path in save(rows, plots):
+            say(f"saved: {path}")
+    show(rows, "json" if as_json else form, verdict, found)
+    if verdict:
+        require(verdict)
+    if found:
+        require_none(found)
+
+
+def rows_of(files: Sequence[ResultFile], baseline: str | None, exported: Path) -> list[Row]:
+    """The comparison of the runs, by what lies under `exported` now."""
+    from toolchain import runs
+    from toolchain.steps.compare import compare as comparison
+
+    return comparison(files, baseline, runs.current_ids(exported, [row for file in files for row in file.rows]))
+
+
+def show(rows: Sequence[Row], form: str, verdict: Verdict | None = None, found: Regressions | None = None) -> None:
+    """Rows to standard output in that form; verdicts with them where the form has room, else to standard error."""
+    from toolchain.report import verdict as verdicts
+
+    lines = [*(verdicts.choice_lines(verdict) if verdict else [])]
+    lines += verdicts.regression_lines(found) if found else []
+    if form == "json":
+        body: Any = [row.to_json() for row in rows]
+        if verdict or found:
+            body = {"rows": body}
+            body |= {"verdict": verdicts.choice_json(verdict)} if verdict else {}
+            body |= {"regressions": verdicts.regression_json(found)} if found else {}
+        click.echo(json.dumps(body, indent=1, allow_nan=False))
+        return
+    if form == "csv":
+        from toolchain.report.flat import to_csv
+
+        click.echo(to_csv(rows), nl=False)
+    elif form == "html":
+        from toolchain.report.html import to_html
+
+        click.echo(to_html(rows), nl=False)
+    elif form == "markdown":
+        from toolchain.report.markdown import to_markdown
+
+        click.echo(to_markdown(rows), nl=False)
+    else:
+        from toolchain.report.table import print_table
+
+        print_table(rows)
+    for line in lines:
+        click.echo(line, err=form in ("csv", "html"))
