@@ -8,6 +8,7 @@ import os
 import platform
 import signal
 import socket
+import tempfile
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -170,6 +171,16 @@ def test_a_file_that_arrives_changed_is_refused(model, tmp_path, monkeypatch):
     remote.unpack({**files, "model.onnx": bytes(weights)}, tmp_path / "changed")
     with pytest.raises(TamperedError, match=r"model\.onnx has another sha256"):
         lying_in(tmp_path / "changed", quiet)
+
+
+def test_what_a_killed_worker_left_goes_with_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    kept = [tmp_path / f"toolchain-{os.getpid()}-mine", tmp_path / "toolchain-my-notes"]
+    for folder in (*kept, tmp_path / f"toolchain-{2**22 + 1}-left"):
+        folder.mkdir()
+    with remote.scratch() as folder:
+        assert sorted(tmp_path.iterdir()) == sorted([*kept, folder])
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 
 def test_a_node_of_another_release_is_refused(address, monkeypatch):

@@ -139,7 +139,7 @@ def _rows(workers: tuple[int, int], model: Stored, texts: Texts, done: int, wind
         batch_format="pyarrow",
         num_cpus=threads,
     )
-    for batch in scores.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+    for batch in scores.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from batch["rows"].to_pylist()
 
 

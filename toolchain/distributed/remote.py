@@ -6,8 +6,9 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,19 @@ def unpack(stored: Stored, folder: Path) -> None:
         path.write_bytes(content)
 
 
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder on this machine that goes with its use; those of processes that were killed go first."""
+    import psutil
+
+    for left in Path(tempfile.gettempdir()).glob("toolchain-*-*"):
+        owner = left.name.split("-")[1]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)  # another's is not to be deleted
+    with tempfile.TemporaryDirectory(prefix=f"toolchain-{os.getpid()}-") as folder:
+        yield Path(folder)
+
+
 @dataclass
 class Scorer:
     """An actor that loads the model once, with so many `threads`, and scores windows of the `texts`.
@@ -55,9 +69,9 @@ class Scorer:
     @functools.cached_property
     def _loaded(self) -> tuple[Model, Opened]:
         os.environ.update(worker.environment(self.threads))
-        with tempfile.TemporaryDirectory(prefix="toolchain-") as folder:
-            unpack(self.stored, Path(folder))
-            model = lying_in(Path(folder), lambda line: None)
+        with scratch() as folder:
+            unpack(self.stored, folder)
+            model = lying_in(folder, lambda line: None)
             return model, Opened(model, self.threads)
 
     def __call__(self, windows: pyarrow.Table) -> pyarrow.Table:
@@ -75,7 +89,7 @@ def measure(order: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], files:
 
     Raises `TamperedError` where one is not what it was, and what the measurement raises.
     """
-    with tempfile.TemporaryDirectory(prefix="toolchain-") as folder, contextlib.chdir(folder):
+    with scratch() as folder, contextlib.chdir(folder):
         workspace = Workspace(Path("exported"), order["model"], Source(**order["source"]))
         unpack(files, workspace.path(""))
         here = [_cell(workspace, cell) for cell in cells]
