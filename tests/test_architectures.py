@@ -166,6 +166,7 @@ def bundles(workspace, tmp_path_factory):
             "python": ("onnx-fp32", "onnx-int8"),
             "web": ("onnx-int8",),
             "other": ("onnx-std", "onnx-std-int8"),
+            "mobile": ("onnx-std", "onnx-fp32", "onnx-int8"),
         }
         for target, names in wanted.items():
             shipping.ship(workspace(kind), Order(names, target, demo=False), folder / target, quiet, no_bar)
@@ -180,7 +181,7 @@ def test_a_bundle_answers_as_transformers_does(bundles, workspace, kind):
     from toolchain.bundled.classify import Classifier
 
     folder = bundles(kind)
-    for target in ("python", "web", "other"):
+    for target in ("python", "web", "other", "mobile"):
         for found in shipping.verify(folder / target)["models"].values():
             assert found["largest_delta"] < 1e-4  # the machine it was made on
     checkpoint = workspace(kind).path("torch-fp32")
