@@ -8,6 +8,8 @@ import os
 import platform
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from contextlib import nullcontext, suppress
@@ -298,6 +300,27 @@ def test_the_command_starts_a_cluster_of_its_own_and_ends_it(tiny, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [line.split(":")[0] for line in done.stderr.splitlines() if "skipped" not in line] == ["nodes"]
     assert done.stdout == run_toolchain(*arguments, cwd=tmp_path).stdout
+
+
+def test_an_interrupt_ends_the_cluster_too(tiny, tmp_path):
+    write(tmp_path / "in.jsonl", [f"film {i} " + "of many words " * 30 for i in range(20 * predicting.PART)])
+    arguments = ("predict", "onnx-int8", "in.jsonl", "--output", "out.csv", "--engine", "ray")
+    where = ("--model", tiny.model, "--exported", str(tiny.exported))
+    command = subprocess.Popen(
+        [sys.executable, "-m", "toolchain", *arguments, *where],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert any(line.startswith("predict: ") for line in command.stderr)
+    started = [process for process in psutil.Process(command.pid).children(recursive=True) if process.is_running()]
+    os.killpg(command.pid, signal.SIGINT)  # as a terminal does
+    assert "Interrupted" in command.communicate(timeout=60)[1]
+    assert command.returncode == 130
+    assert started
+    assert not psutil.wait_procs(started, timeout=10)[1]
+    assert (tmp_path / ".out.csv.parts").is_dir()
 
 
 def test_a_cluster_that_dies_leaves_what_was_scored(model, small, tmp_path, monkeypatch):

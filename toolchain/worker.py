@@ -32,7 +32,8 @@ _TAIL = 400  # characters of standard error that a failed row quotes
 class Child:
     """A fresh process of a module that serves `toolchain.child.serve`. Close it, or use what holds it as a context.
 
-    `end_s` is how long it may take to end by itself once nothing more is asked.
+    Where it has something to end itself, `end_s` is how long that may take once it is interrupted; a terminal's
+    interrupt is then for its parent alone.
     """
 
     end_s = 0.0
@@ -49,6 +50,7 @@ class Child:
             stderr=self._errors,
             text=True,
             env={**os.environ, **variables},
+            start_new_session=self.end_s > 0,
         )
         threading.Thread(target=self._listen, daemon=True).start()
         self._arrived = self._started
@@ -90,6 +92,7 @@ class Child:
         if self._process.poll() is None and self.end_s and self._process.stdin is not None:
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # it is ended by force below
                 self._process.stdin.close()
+                self._process.send_signal(signal.SIGINT)
                 self._process.wait(self.end_s)
         if self._process.poll() is None:
             self._process.kill()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +237,7 @@ def _nodes(mine: Mapping[str, str]) -> list[dict[str, Any]]:
     return found
 
 
-@contextmanager
+@contextlib.contextmanager
 def _in_words() -> Iterator[None]:
     """What was raised on another machine as what it is, and what Ray raises as a `ClusterError`."""
     from ray.exceptions import RayError, RayTaskError
@@ -257,13 +258,13 @@ def _in_words() -> Iterator[None]:
 
 
 def main() -> None:
-    """Serves until nothing more is asked, then leaves the cluster."""
+    """Serves until nothing more is asked or it is interrupted, then leaves the cluster."""
+    with contextlib.suppress(KeyboardInterrupt):
+        serve(Driver)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     import ray
 
-    try:
-        serve(Driver)
-    finally:
-        ray.shutdown()
+    ray.shutdown()
 
 
 if __name__ == "__main__":
