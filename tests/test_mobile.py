@@ -106,6 +106,33 @@ def test_the_same_input_gives_the_same_bytes(phone, built_tiny, tmp_path):
     assert one == two
 
 
+def test_operators_this_process_has_loaded_leave_no_trace(phone, built_tiny, tmp_path):
+    import onnxruntime
+    import onnxruntime_extensions
+
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
+    answered = onnxruntime.InferenceSession(str(phone / "onnx-fp32.onnx"), options)
+    ort_format.save(phone / "onnx-fp32.onnx", tmp_path / "onnx-fp32.ort")
+    assert answered.get_inputs()
+    assert (tmp_path / "onnx-fp32.ort").read_bytes() == (phone / "onnx-fp32.ort").read_bytes()
+
+
+def test_texts_in_both_formats(built_tiny, tmp_path):
+    body = ship(built_tiny, tmp_path / "b", "onnx-int8", with_tokenizer=True)
+    assert body["models"][0]["oldest_release"] == "1.17"  # whose opset has StringSplit
+    report = shipping.verify(tmp_path / "b")
+    assert set(report["models"]) == {"onnx-int8", "onnx-int8.ort"}
+    assert all(found["largest_delta"] < 1e-4 for found in report["models"].values())
+    readme = (tmp_path / "b" / "README.md").read_text()
+    assert "registerCustomOpLibrary" in readme
+    assert "OrtExt" in readme
+    plain = (tmp_path / "b" / "required_operators.config").read_text()
+    assert re.search(r"^ai\.onnx\.contrib;1;.*WordpieceTokenizer", plain, re.MULTILINE)
+    with pytest.raises(ShippingError, match=r"StringSplit of a newer operator set than 19"):
+        ship(built_tiny, tmp_path / "old", "onnx-int8", with_tokenizer=True, ort_mobile="1.16")
+
+
 def test_the_order_of_a_table_is_all_that_is_changed(phone, tmp_path, monkeypatch):
     content = (phone / "onnx-int8.ort").read_bytes()
     forwards = ort_format._sorted
