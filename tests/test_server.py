@@ -4,6 +4,7 @@
 """
 
 import json
+import shutil
 import subprocess
 
 import numpy as np
@@ -99,12 +100,12 @@ def wanted(bundle, variant):
 @needs_triton
 def test_triton_reads_what_the_bundle_says(bundle):
     configs = read(bundle)
-    assert set(configs) == {"onnx-int8", "onnx-int8-text", "onnx-fp32", "onnx-fp32-text", "tokenizer"}
+    assert set(configs) == {"onnx-int8", "onnx-int8_text", "onnx-fp32", "onnx-fp32_text", "tokenizer"}
     for name, config in configs.items():
         assert config["name"] == name
         assert config["max_batch_size"] == 32
         assert (bundle / "repository" / name / "1").is_dir()
-        if name.endswith("-text"):
+        if name.endswith("_text"):
             assert config["platform"] == "ensemble"
             continue
         assert config["backend"] == "onnxruntime"
@@ -122,7 +123,7 @@ def test_triton_reads_what_the_bundle_says(bundle):
 @pytest.mark.parametrize("size", [1, 3, 32])
 def test_an_ensemble_gives_the_golden_answers_step_by_step(bundle, variant, size):
     configs = read(bundle)
-    ensemble = configs[f"{variant}-text"]
+    ensemble = configs[f"{variant}_text"]
     every = texts_of(bundle)
     for start in range(0, len(every), size):
         tensors = {"text": np.array([[text] for text in every[start : start + size]], dtype=object)}
@@ -188,14 +189,12 @@ def test_names_go_into_addresses(name, label):
 
 
 def test_the_readme_names_what_is_asked(bundle, whole):
-    assert "localhost:8000/v2/models/onnx-int8-text/infer" in (bundle / "README.md").read_text()
+    assert "localhost:8000/v2/models/onnx-int8_text/infer" in (bundle / "README.md").read_text()
     assert "localhost:8000/v2/models/onnx-int8/infer" in (whole / "README.md").read_text()
     assert LIBRARY in (whole / "README.md").read_text()
 
 
 def test_a_bundle_checks_its_tokenizer(bundle, tmp_path):
-    import shutil
-
     report = shipping.verify(bundle)
     assert set(report["models"]) == {"onnx-int8", "onnx-fp32"}
     copy = shutil.copytree(bundle, tmp_path / "copy")
@@ -220,6 +219,18 @@ def test_a_bundle_checks_its_tokenizer(bundle, tmp_path):
     (copy / "bundle.json").write_text(json.dumps(body))
     with pytest.raises(VerdictError, match="the graph of the tokenizer splits"):
         shipping.verify(copy)
+
+
+def test_a_tokenizer_that_does_not_load_is_a_broken_bundle(bundle, tmp_path):
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    body = json.loads((copy / "bundle.json").read_text())
+    (copy / body["tokenizer_in_graph"]["file"]).write_bytes(b"no model")
+    with pytest.raises(bundled.Broken, match="the graph of the tokenizer does not run here"):
+        list(bundled.answers(copy, body))
+
+
+def test_a_label_takes_no_ensembles_place():
+    assert served("onnx-int8+text") != "onnx-int8_text"
 
 
 def test_a_repository_that_exists_is_left_alone(built_tiny, tmp_path):

@@ -191,7 +191,7 @@ def test_a_tokenizer_the_graph_cannot_express_is_refused(build, said, tmp_path):
 
 def test_a_graph_that_splits_otherwise_is_refused_with_the_texts(reference_encoder, tmp_path, monkeypatch):
     real = characters.changes
-    monkeypatch.setattr(wordpiece, "changes", lambda tokenizer: {c: b for c, b in real(tokenizer).items() if c != "é"})
+    monkeypatch.setattr(wordpiece, "changes", lambda spec: {c: b for c, b in real(spec).items() if c != "é"})
     with pytest.raises(ShippingError) as refusal:
         proven.compare(reference_encoder, (), tmp_path / "t.onnx")
     assert "splits" in str(refusal.value)
@@ -212,7 +212,7 @@ def test_runs_of_characters():
 
 
 def test_marks_are_the_longest_tokens_first(reference_encoder):
-    changed = characters.changes(reference_encoder.tokenizer)
+    changed = characters.changes(reference_encoder.tokenizer.to_str())
     marks = wordpiece._marks(reference_encoder.tokenizer, changed)
     assert next(iter(marks)) == "[MASK]"
     assert len(set(marks.values())) == len(marks) == 5

@@ -19,7 +19,7 @@ from toolchain import passes
 from toolchain.artifacts import Artifact, TensorSpec, list_files
 from toolchain.backends import Place
 from toolchain.backends.ort import OrtSession
-from toolchain.bundled.verify import BUNDLE, GOLDEN, SCHEMA, canonical_id
+from toolchain.bundled.verify import BUNDLE, GOLDEN, SCHEMA, TEXT, canonical_id
 from toolchain.inputs import Encoder, pad
 from toolchain.names import parse_name
 from toolchain.passes.probabilities import add_probabilities
@@ -43,7 +43,7 @@ EXACT = (
     "WebAssembly; on older x86-64 its 8-bit products saturate and its answers are others"
 )
 ANYWHERE = "any processor"
-TEXT_SPEC = TensorSpec("text", "string", ("texts",))
+TEXT_SPEC = TensorSpec(TEXT, "string", ("texts",))
 MULTIPLE = 16  # tokens: what a tokenizer of its own pads to, since a server batches only what is equally wide
 
 

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 from toolchain import artifacts, hardware, shipping, variants
 from toolchain.artifacts import Artifact
 from toolchain.backends import Place, open_session
-from toolchain.bundled.verify import BUNDLE, TEXT
+from toolchain.bundled.verify import BUNDLE, LOGITS, TEXT
 from toolchain.errors import ArtifactError, DataError
 from toolchain.inputs import Encoder, pad
 from toolchain.labels import LabelSet, answers, shares
-from toolchain.passes.probabilities import LOGITS
 from toolchain.pipeline import Bar, Say, Workspace, ensure
 from toolchain.rows import FORMATS, STDIN, Row, Text, Texts, writer
 from toolchain.scenarios import offline_batches

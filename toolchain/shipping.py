@@ -17,13 +17,13 @@ from toolchain.errors import ArtifactError, ProviderError, ShippingError, Verdic
 from toolchain.inputs import Encoder, pad
 from toolchain.measurements import Measurement, ResultFile
 from toolchain.names import parse_name
-from toolchain.passes.probabilities import LOGITS
 from toolchain.pipeline import Bar, Say, Workspace, ensure
 from toolchain.steps.validate import SEED as VALIDATED_SEED
 from toolchain.steps.validate import SENTENCES as VALIDATED
 from toolchain.steps.validate import TEXTS, TOLERANCE, sentence, validate
 from toolchain.targets import TARGETS, Target, clients
 from toolchain.targets.releases import DEFAULT
+from toolchain.tokenizing.characters import WITHOUT
 from toolchain.tokenizing.session import TextSession
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
     if order.with_tokenizer and target.no_texts:
         raise ShippingError(
             f"A bundle for {target.name} cannot have the tokenizer in the graph: {target.no_texts}.",
-            "Ship without --with-tokenizer.",
+            WITHOUT,
         )
     built = ensure(workspace, order.variants, {}, say, bar)
     chosen = [built[name] for name in order.variants]
@@ -126,8 +126,8 @@ def _compare(contents: Contents, body: Mapping[str, Any], folder: Path, say: Say
     for artifact, model in zip(contents.artifacts, body["models"], strict=True):
         names = [spec.name for spec in artifact.manifest.inputs]
         encoder = Encoder.open(artifact.path, names, artifact.manifest.max_length)
+        original = open_session(artifact.path, "onnx", place)
         for name, file in bundled.files_of(model):
-            original = open_session(artifact.path, "onnx", place)
             if contents.with_tokenizer:
                 passed, told = _compare_texts(folder / file, original, encoder, sentences)
             else:
@@ -135,13 +135,13 @@ def _compare(contents: Contents, body: Mapping[str, Any], folder: Path, say: Say
                 report = validate(asked, original, encoder, sentences, "exact")
                 passed, told = report["passed"], sentence(report)
                 asked.close()
-            original.close()
             if not passed:
                 raise VerdictError(
                     f"{file} does not answer as {model['variant']} does: {told}.",
                     "Ship the variant for the newest --ort-mobile, or ship another variant.",
                 )
             say(f"{name}: {told}")
+        original.close()
 
 
 def _compare_texts(file: Path, original: Session, encoder: Encoder, texts: Sequence[str]) -> tuple[bool, str]:
@@ -152,7 +152,7 @@ def _compare_texts(file: Path, original: Session, encoder: Encoder, texts: Seque
     deltas = []
     for text, row in zip(texts, encoder.encode(texts), strict=True):
         wanted = original.run(pad([row], encoder.names, encoder.pad_id))
-        deltas.append(float(np.abs(session.run([text])[LOGITS] - wanted).max()))
+        deltas.append(float(np.abs(session.run([text])[bundled.LOGITS] - wanted).max()))
     session.close()
     largest = max(deltas)
     return largest <= TOLERANCE, f"largest |Δlogit| {largest:.2g} over {len(deltas)} texts, ≤ {TOLERANCE:g} allowed"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from toolchain.bundled.verify import LOGITS
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-LOGITS, PROBABILITIES = "logits", "probabilities"
+PROBABILITIES = "probabilities"
 
 
 def add_probabilities(model: ir.Model, multi_label: bool) -> ir.Model:

@@ -66,6 +66,21 @@ def _by_name(variant: str) -> str:
     return f"{variant}.onnx"
 
 
+_PYTHON = {
+    "README.md": "README.python.md.j2",
+    "verify.py": "verify.py",
+    "classify.py": "classify.py",
+    "requirements.txt": "requirements.txt",
+}
+_MOBILE = {"README.md": "README.mobile.md.j2", "verify.py": "verify.py", "requirements.txt": "requirements.txt"}
+_SERVER = {
+    "README.md": "README.server.md.j2",
+    "verify.py": "verify.py",
+    "requirements.txt": "requirements_text.txt",
+    "inference-service.yaml": "inference-service.yaml.j2",
+    REPOSITORY + "/{name}/config.pbtxt": "model.pbtxt.j2",
+    REPOSITORY + "/{name}/labels.txt": "labels.txt.j2",
+}
 TARGETS = {
     target.name: target
     for target in (
@@ -86,18 +101,8 @@ TARGETS = {
             "python",
             _by_name,
             frozenset({STANDARD, MICROSOFT}),
-            {
-                "README.md": "README.python.md.j2",
-                "verify.py": "verify.py",
-                "classify.py": "classify.py",
-                "requirements.txt": "requirements.txt",
-            },
-            {
-                "README.md": "README.python.md.j2",
-                "verify.py": "verify.py",
-                "classify.py": "classify_text.py",
-                "requirements.txt": "requirements_text.txt",
-            },
+            _PYTHON,
+            {**_PYTHON, "classify.py": "classify_text.py", "requirements.txt": "requirements_text.txt"},
         ),
         Target(
             "other",
@@ -111,32 +116,20 @@ TARGETS = {
             lambda variant: f"{REPOSITORY}/{served(variant)}/1/model.onnx",
             frozenset({STANDARD, MICROSOFT}),
             {
-                "README.md": "README.server.md.j2",
-                "verify.py": "verify.py",
-                "requirements.txt": "requirements_text.txt",
-                "inference-service.yaml": "inference-service.yaml.j2",
-                REPOSITORY + "/{name}/config.pbtxt": "model.pbtxt.j2",
-                REPOSITORY + "/{name}/labels.txt": "labels.txt.j2",
-                REPOSITORY + "/{name}-text/config.pbtxt": "ensemble.pbtxt.j2",
-                REPOSITORY + "/{name}-text/1/ensemble.txt": "ensemble.txt",
+                **_SERVER,
+                REPOSITORY + "/{name}_text/config.pbtxt": "ensemble.pbtxt.j2",
+                REPOSITORY + "/{name}_text/1/ensemble.txt": "ensemble.txt",
                 REPOSITORY + "/tokenizer/config.pbtxt": "tokenizer.pbtxt.j2",
             },
-            {
-                "README.md": "README.server.md.j2",
-                "verify.py": "verify.py",
-                "requirements.txt": "requirements_text.txt",
-                "inference-service.yaml": "inference-service.yaml.j2",
-                REPOSITORY + "/{name}/config.pbtxt": "model.pbtxt.j2",
-                REPOSITORY + "/{name}/labels.txt": "labels.txt.j2",
-            },
+            _SERVER,
             tokenizer=REPOSITORY + "/tokenizer/1/model.onnx",
         ),
         Target(
             "mobile",
             _by_name,
             frozenset({STANDARD, MICROSOFT}),
-            {"README.md": "README.mobile.md.j2", "verify.py": "verify.py", "requirements.txt": "requirements.txt"},
-            {"README.md": "README.mobile.md.j2", "verify.py": "verify.py", "requirements.txt": "requirements_text.txt"},
+            _MOBILE,
+            {**_MOBILE, "requirements.txt": "requirements_text.txt"},
         ),
     )
 }

@@ -15,9 +15,10 @@ from toolchain.errors import ShippingError
 from toolchain.inputs import Encoder
 from toolchain.passes.probabilities import add_probabilities
 from toolchain.tokenizing.byte_pairs import byte_pairs
+from toolchain.tokenizing.characters import WITHOUT
 from toolchain.tokenizing.nodes import OPSET, Nodes
 from toolchain.tokenizing.rows import Frame, Ragged, arrays
-from toolchain.tokenizing.wordpiece import WITHOUT, word_pieces
+from toolchain.tokenizing.wordpiece import word_pieces
 
 if TYPE_CHECKING:
     import onnx_ir as ir

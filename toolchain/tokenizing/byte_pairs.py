@@ -10,7 +10,9 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import ShippingError
-from toolchain.tokenizing.nodes import EXTENSIONS, Nodes
+from toolchain.targets.releases import EXTENSIONS
+from toolchain.tokenizing.characters import WITHOUT
+from toolchain.tokenizing.nodes import Nodes
 from toolchain.tokenizing.rows import Ragged
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ def byte_pairs(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
         raise ShippingError(
             "The tokenizer is BPE with a normaliser, a space put before texts, or words of its own; "
             "onnxruntime-extensions has GPT-2's.",
-            "Ship without --with-tokenizer.",
+            WITHOUT,
         )
     added = tokenizer.get_added_tokens_decoder()
     for token in added.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ SURROGATES = range(0xD800, 0xE000)  # no characters, and in no UTF-8
 BLOCK = 256  # characters asked about at once, most of which are treated alike
 LEFT, RIGHT = "a", "b"  # what a character is put between; these stay as they are in every tokenizer
 DELETED, SPACE = "", " "
+WITHOUT = "Ship without --with-tokenizer."
 
 
 def spaced(character: str) -> str:
@@ -20,11 +22,16 @@ def spaced(character: str) -> str:
     return f" {character} "
 
 
-def changes(tokenizer: Any) -> dict[str, str]:
-    """Every character that does not stay as it is → what stands in its place, where a space ends a word.
+@functools.lru_cache(maxsize=1)
+def changes(definition: str) -> Mapping[str, str]:
+    """Every character that does not stay as it is → what stands in its place, where a space ends a word; `definition`
+    is the tokenizer's JSON.
 
     Raises `ShippingError` for a tokenizer that does more than treat one character after the other.
     """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(definition)
     found: dict[str, str] = {}
     for characters in _blocks():
         framed = [f"{LEFT}{character}{RIGHT}" for character in characters]
@@ -70,7 +77,7 @@ def _became(tokenizer: Any, framed: str) -> str:
         raise ShippingError(
             f"The tokenizer makes {words} of {framed!r}: it does more than treat one character after the other, which "
             "is all that a tokenizer in the graph can do.",
-            "Ship without --with-tokenizer.",
+            WITHOUT,
         )
     return text[len(LEFT) : -len(RIGHT)]
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from toolchain.targets.releases import EXTENSIONS, ML
+
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-EXTENSIONS, ML = "ai.onnx.contrib", "ai.onnx.ml"
 # The first operator set that has StringSplit. ONNX Runtime reads it from 1.17 on.
 OPSET = {"": 20, EXTENSIONS: 1, ML: 2}
 

@@ -10,6 +10,7 @@ from toolchain import passes
 from toolchain.errors import ShippingError
 from toolchain.inputs import Encoder
 from toolchain.tokenizing import token_model
+from toolchain.tokenizing.characters import WITHOUT
 from toolchain.tokenizing.hard import texts as hard_texts
 from toolchain.tokenizing.session import TextSession
 
@@ -44,7 +45,7 @@ def _compared(encoder: Encoder, asked: Sequence[str], file: Path) -> int:
         raise ShippingError(
             f"In the graph, the tokenizer splits {len(differ)} of {len(asked)} texts otherwise than the checkpoint's: "
             f"{shown}.",
-            "Ship without --with-tokenizer.",
+            WITHOUT,
         )
     return len(asked)
 

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import ShippingError
-from toolchain.tokenizing.characters import DELETED, by_kind, changes, runs, spaced
-from toolchain.tokenizing.nodes import EXTENSIONS, ML, Nodes
+from toolchain.targets.releases import EXTENSIONS, ML
+from toolchain.tokenizing.characters import DELETED, WITHOUT, by_kind, changes, runs, spaced
+from toolchain.tokenizing.nodes import Nodes
 from toolchain.tokenizing.rows import Ragged
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 NUL, DROPPED, ROW_END = "\x00", "\x01", "\x02"
 MARKS = [chr(point) for point in (*range(3, 9), 11, 12, *range(14, 32))]
 LONG_RUN = 64  # characters: a run of so many is cheaper in a regular expression than in a table
-WITHOUT = "Ship without --with-tokenizer."
 
 
 def word_pieces(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
@@ -32,8 +32,8 @@ def word_pieces(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
 
     Raises `ShippingError` for a tokenizer whose normaliser or added tokens the graph cannot express.
     """
-    model = json.loads(tokenizer.to_str())["model"]
-    changed = changes(tokenizer)
+    definition = tokenizer.to_str()
+    model, changed = json.loads(definition)["model"], changes(definition)
     marks = _marks(tokenizer, changed)
     words = _words(nodes, texts, changed, marks)
     vocabulary = {**model["vocab"], **{mark: model["vocab"][token] for token, mark in marks.items()}}
