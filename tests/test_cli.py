@@ -338,8 +338,8 @@ def test_rewrites_and_tables_are_chosen_and_what_they_do_not_go_with_is_told(tin
     where = ("--model", tiny.model, "--exported", tiny.exported)
     done = run_toolchain("export", "--no-pass", "first-token", "--name", "whole", *where, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert tiny.load("onnx-fp32+whole").manifest.step.passes == ("fuse", "residual-sum")
-    assert tiny.load("onnx-fp32").manifest.step.passes == ("fuse", "residual-sum", "first-token")
+    assert tiny.load("onnx-fp32+whole").manifest.step.passes == ("fuse", "residual-sum", "first-query")
+    assert tiny.load("onnx-fp32").manifest.step.passes == ("fuse", "residual-sum", "first-token", "first-query")
     plan = run_toolchain("quantize", "--embeddings", "int4", "--name", "small", "--dry-run", *where, cwd=tmp_path)
     assert "onnx-int8+small: build (missing); backend=ort, scheme=dynamic, embeddings=int4" in plan.stdout
     bare = ("--no-pass", "quantize-embedding", "--name", "fp32-tables")

@@ -145,6 +145,7 @@ def test_neighbours_in_a_room_do_not_call_each_other(room_name):
     }
     allowed |= {"backends.bnb", "backends.lora"}  # PyTorch sessions with another loader
     parts = {f"toolchain.backends.{name}" for name in ("layout", "modules", "reduced")}  # no session of its own
+    parts |= {f"toolchain.passes.{name}" for name in ("graph", "int8", "attention")}  # no pass of its own
     for module, path in modules().items():
         if room(module) != room_name or module.removeprefix("toolchain.") in allowed:
             continue

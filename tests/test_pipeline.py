@@ -73,7 +73,12 @@ def test_what_is_built_says_where_it_comes_from(built_tiny):
         assert {"config.json", "tokenizer.json"} <= {file.path for file in manifest.files}
         assert manifest.environment["versions"]["torch"]
     assert len({m.facts["parameters"] for m in manifests.values()}) == 1
-    assert manifests["onnx-fp32"].facts["rewrites"] == {"fuse": 4, "residual-sum": 5, "first-token": 11}
+    assert manifests["onnx-fp32"].facts["rewrites"] == {
+        "fuse": 4,
+        "residual-sum": 5,
+        "first-token": 11,
+        "first-query": 1,
+    }
     assert manifests["onnx-int8"].size_bytes < manifests["onnx-fp32"].size_bytes / 2
 
 

@@ -19,7 +19,8 @@ from toolchain.backends import Place
 from toolchain.backends.ort import OrtSession
 from toolchain.inputs import Encoder, TrainingSource, pad
 from toolchain.passes import read, write
-from toolchain.passes.quantize_linear import quantize_weight, sharing, weights_of
+from toolchain.passes.int8 import quantize_weight
+from toolchain.passes.quantize_linear import sharing, weights_of
 from toolchain.passes.quantize_static import Activation
 
 if TYPE_CHECKING:

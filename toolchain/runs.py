@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import secrets
 import statistics
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -161,8 +162,10 @@ def _floor(
     size = roofline.weight_bytes(artifact.manifest.facts)
     if found is None or size is None:
         return {}
-    first = any((a.manifest.facts.get("rewrites") or {}).get("first-token", 0) > 0 for a in lineage if a)
-    macs = [found.macs(tokens, first) for tokens in lengths]
+    made = Counter[str]()
+    for each in lineage:
+        made.update((each.manifest.facts.get("rewrites") if each else None) or {})
+    macs = [found.macs(tokens, made["first-token"] > 0, made["first-query"] > 0) for tokens in lengths]
     floors = [roofline.floor_ms(each, size, rates.get(name.runtime, {}), name.scheme) for each in macs]
     least = statistics.median(floor for floor in floors if floor is not None) if floors[0] is not None else None
     facts: dict[str, Any] = {"macs": round(statistics.median(macs)), "weight_bytes": size}

@@ -25,7 +25,7 @@ QUANTIZED = {
 }
 
 # Rewrites `Optimize` applies by default, in order.
-CPU_PASSES = ("fuse", "residual-sum", "first-token")
+CPU_PASSES = ("fuse", "residual-sum", "first-token", "first-query")
 CUDA_PASSES = ("fuse-cuda", "half")
 # Rewrites `Quantize` applies on ONNX Runtime, in order; the scheme says in which form.
 QUANTIZE_PASSES = ("quantize-linear", "quantize-embedding")

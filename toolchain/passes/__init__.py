@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.artifacts import TensorSpec
 from toolchain.errors import GraphError
+from toolchain.passes.attention import whole
+from toolchain.passes.first_query import first_query
 from toolchain.passes.first_token import first_token
 from toolchain.passes.fuse import fuse
 from toolchain.passes.half import half
+from toolchain.passes.int8 import LARGEST_OF_7_BITS, run_time_codes
 from toolchain.passes.quantize_blocks import blocks, by_block
 from toolchain.passes.quantize_embedding import by_row, quantize_embedding
-from toolchain.passes.quantize_linear import LARGEST_OF_7_BITS, fused, headroom, quantize_linear, standard
+from toolchain.passes.quantize_linear import fused, headroom, quantize_linear, standard
 from toolchain.passes.quantize_static import Activation, quantize_static, smooth
 from toolchain.passes.quantize_static import fused as fused_static
 from toolchain.passes.quantize_static import standard as standard_static
@@ -56,9 +59,14 @@ PASSES: dict[str, Pass] = {
     "half": half,
     "residual-sum": residual_sum,
     "first-token": first_token,
+    "first-query": first_query,
     "trim-vocabulary": trim_vocabulary,
-    "quantize-linear": partial(quantize_linear, product=fused),
-    "quantize-linear-portable": partial(quantize_linear, product=partial(fused, largest=LARGEST_OF_7_BITS)),
+    "quantize-linear": partial(quantize_linear, product=fused, attend=partial(whole, codes=run_time_codes)),
+    "quantize-linear-portable": partial(
+        quantize_linear,
+        product=partial(fused, largest=LARGEST_OF_7_BITS),
+        attend=partial(whole, codes=run_time_codes, largest=LARGEST_OF_7_BITS),
+    ),
     "quantize-linear-std": partial(quantize_linear, product=standard),
     "quantize-linear-std-portable": partial(quantize_linear, product=partial(standard, largest=LARGEST_OF_7_BITS)),
     "smooth": smooth,

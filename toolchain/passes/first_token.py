@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from toolchain.passes.graph import takes_first_token
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -22,7 +24,7 @@ def first_token(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     ends in that Gather and everything they start from is known to be [batch, sequence, width].
     """
     passed = 0
-    for gather in [node for node in model.graph if _takes_first_token(node)]:
+    for gather in [node for node in model.graph if takes_first_token(node)]:
         region = _region(model, gather)
         starts = {v: v.producer() for node in region for v in node.inputs if v is not None and not v.is_initializer()}
         starts = {value: node for value, node in starts.items() if node not in region}
@@ -31,13 +33,6 @@ def first_token(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
         _move(model, gather, region, list(starts))
         passed += len(region)
     return model, passed
-
-
-def _takes_first_token(node: ir.Node) -> bool:
-    if node.op_type != "Gather" or node.inputs[1] is None or node.inputs[1].const_value is None:
-        return False
-    index = node.inputs[1].const_value.numpy()
-    return node.attributes.get_int("axis", 0) == 1 and index.ndim == 0 and int(index) == 0
 
 
 def _region(model: ir.Model, gather: ir.Node) -> list[ir.Node]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from toolchain.passes.graph import constant
 from toolchain.passes.quantize_embedding import by_row
-from toolchain.passes.quantize_linear import constant
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,7 +62,7 @@ def pack(codes: np.ndarray) -> np.ndarray:
 
 
 def blocks(model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Value | None) -> list[ir.Node]:
-    """MatMulNBits with the bias inside; a `quantize_linear.Product`."""
+    """MatMulNBits with the bias inside; a `attention.Product`."""
     import onnx_ir as ir
 
     inner, outer = array.shape

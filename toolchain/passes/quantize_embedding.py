@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from toolchain.passes.quantize_linear import constant, quantize_weight
+from toolchain.passes.graph import constant
+from toolchain.passes.int8 import quantize_weight
 
 if TYPE_CHECKING:
     import numpy as np

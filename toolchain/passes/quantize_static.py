@@ -9,17 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import GraphError
-from toolchain.passes.quantize_linear import (
-    constant,
-    layer_name,
-    linear_nodes,
-    quantize_linear,
-    quantize_weight,
-    stored,
-)
+from toolchain.passes.attention import Attend, whole
+from toolchain.passes.graph import constant, stored
+from toolchain.passes.int8 import weight_codes
+from toolchain.passes.quantize_linear import layer_name, linear_nodes, quantize_linear
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,10 +55,9 @@ class Activation:
         return found
 
 
-# A `quantize_linear.Product` that is told how the values read are quantised, by their names.
-StaticProduct = Callable[
-    [Mapping[str, Activation], "ir.Model", Any, str, "np.ndarray", "ir.Value | None"], "list[ir.Node]"
-]
+Activations = Mapping[str, Activation]  # by the value's name
+# An `attention.Product` that is told how the values read are quantised.
+StaticProduct = Callable[[Activations, "ir.Model", Any, str, "np.ndarray", "ir.Value | None"], "list[ir.Node]"]
 
 
 def smooth(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
@@ -89,19 +85,19 @@ def smooth(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     return model, count
 
 
-def quantize_static(model: ir.Model, context: Context, product: StaticProduct) -> tuple[ir.Model, int]:
-    """`quantize_linear` with `context.activations`, and query, key and value as products of their own, which read one
-    quantised input: there is no reason to split their result again. Raises `GraphError` for a layer whose input was not
-    calibrated."""
-    import functools
-
+def quantize_static(
+    model: ir.Model, context: Context, product: StaticProduct, attend: Attend | None = None
+) -> tuple[ir.Model, int]:
+    """`quantize_linear` with `context.activations`; an Attention becomes one QAttention unless `attend` has it
+    otherwise. Raises `GraphError` for a layer whose input was not calibrated."""
     lacking = sorted(set(_readers(model, context)) - _calibrated(context.activations))
     if lacking:
         raise GraphError(f"{lacking[0]} was not calibrated.", "Calibrate the graph that is quantised.")
-    return quantize_linear(model, context, functools.partial(product, context.activations), apart=True)
+    attend = attend or partial(whole, codes=partial(fixed_codes, context.activations))
+    return quantize_linear(model, context, partial(product, context.activations), attend)
 
 
-def _calibrated(activations: Mapping[str, Activation]) -> set[str]:
+def _calibrated(activations: Activations) -> set[str]:
     return set(activations) | {f"{name}{SMOOTHED}" for name in activations}
 
 
@@ -114,24 +110,25 @@ def _readers(model: ir.Model, context: Context) -> dict[str, list[ir.Node]]:
     return found
 
 
-def _codes(model: ir.Model, data: Any, activation: Activation, new: list[ir.Node]) -> ir.Node:
-    """The QuantizeLinear of `data`: one for all that read it."""
+def fixed_codes(activations: Activations, model: ir.Model, data: Any, new: list[ir.Node]) -> list[ir.Value]:
+    """As calibrated, once for all that read `data`; `int8.Codes` when told the `activations`."""
     import numpy as np
     import onnx_ir as ir
 
-    found: ir.Node | None = next((node for node in data.consumers() if node.op_type == "QuantizeLinear"), None)
-    if found is not None:
-        return found
-    scale = constant(model, f"{data.name}/scale", np.array(activation.scale, np.float32))
-    zero_point = constant(model, f"{data.name}/zero_point", np.array(activation.zero_point, np.uint8))
-    node = ir.node("QuantizeLinear", [data, scale, zero_point], name=f"{data.name}/codes")
-    node.outputs[0].name = f"{data.name}/codes"
-    new.append(node)
-    return node
+    node: ir.Node | None = next((node for node in data.consumers() if node.op_type == "QuantizeLinear"), None)
+    if node is None:
+        how = activations[data.name.removesuffix(SMOOTHED)]
+        scale = constant(model, f"{data.name}/scale", np.array(how.scale, np.float32))
+        zero_point = constant(model, f"{data.name}/zero_point", np.array(how.zero_point, np.uint8))
+        node = ir.node("QuantizeLinear", [data, scale, zero_point], name=f"{data.name}/codes")
+        node.outputs[0].name = f"{data.name}/codes"
+        new.append(node)
+    found: list[Any] = [node.outputs[0], *node.inputs[1:]]
+    return found
 
 
 def fused(
-    activations: Mapping[str, Activation],
+    activations: Activations,
     model: ir.Model,
     data: Any,
     name: str,
@@ -139,29 +136,19 @@ def fused(
     bias: ir.Value | None,
 ) -> list[ir.Node]:
     """ONNX Runtime's MatMulIntegerToFloat with the bias inside; a `StaticProduct`."""
-    import numpy as np
     import onnx_ir as ir
 
     new: list[ir.Node] = []
-    codes = _codes(model, data, activations[data.name.removesuffix(SMOOTHED)], new)
-    _, scale, zero_point = codes.inputs
-    weight, scales = quantize_weight(array, 1)
-    inputs = [
-        codes.outputs[0],
-        constant(model, f"{name}_int8", weight),
-        scale,
-        constant(model, f"{name}_scale", scales),
-        zero_point,
-        constant(model, f"{name}_zero_point", np.zeros(scales.shape, np.int8)),
-        *([bias] if bias is not None else []),
-    ]
+    codes, scale, zero_point = fixed_codes(activations, model, data, new)
+    weight, its_scale, its_zero_point = weight_codes(model, name, array)
+    inputs = [codes, weight, scale, its_scale, zero_point, its_zero_point, *([bias] if bias is not None else [])]
     node = ir.node("MatMulIntegerToFloat", inputs, domain="com.microsoft", name=f"{name}/product")
     node.outputs[0].name = f"{name}/product"
     return [*new, node]
 
 
 def standard(
-    activations: Mapping[str, Activation],
+    activations: Activations,
     model: ir.Model,
     data: Any,
     name: str,
@@ -173,12 +160,9 @@ def standard(
     The bias is added by a `Sum`: of MatMul and Add in two dimensions ONNX Runtime makes a Gemm, which it then runs in
     fp32 and dequantises the weights for at every answer.
     """
-    import numpy as np
     import onnx_ir as ir
 
     new: list[ir.Node] = []
-    codes = _codes(model, data, activations[data.name.removesuffix(SMOOTHED)], new)
-    weight, scales = quantize_weight(array, 1)
 
     def add(kind: str, inputs: list[Any], what: str, **attributes: Any) -> ir.Value:
         node = ir.node(kind, inputs, attributes, name=f"{name}/{what}")
@@ -186,13 +170,9 @@ def standard(
         new.append(node)
         return node.outputs[0]
 
-    kept = [
-        constant(model, f"{name}_int8", weight),
-        constant(model, f"{name}_scale", scales),
-        constant(model, f"{name}_zero_point", np.zeros(scales.shape, np.int8)),
-    ]
-    activation = add("DequantizeLinear", [codes.outputs[0], *codes.inputs[1:]], "activation")
-    result = add("MatMul", [activation, add("DequantizeLinear", kept, "weight", axis=1)], "product")
+    activation = add("DequantizeLinear", fixed_codes(activations, model, data, new), "activation")
+    weight = add("DequantizeLinear", weight_codes(model, name, array), "weight", axis=1)
+    result = add("MatMul", [activation, weight], "product")
     if bias is not None:
         add("Sum", [result, bias], "biased")
     return new

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from toolchain import hardware
 from toolchain.backends.layout import LayerShape, head_size, reshape, shapes_of
 from toolchain.errors import PruningError
+from toolchain.variants import CPU_PASSES, QUANTIZE_PASSES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,7 +25,7 @@ TOKENS = 25  # a sentence of the validation set, on average
 ROUNDS, ANSWERS = 16, 30
 APART_S = 0.05  # ONNX Runtime's threads spin for some 20 ms after an answer, and would take the next session's cores
 SCHEMA = 1
-PASSES = ("fuse", "residual-sum", "first-token", "quantize-linear", "quantize-embedding")
+PASSES = (*CPU_PASSES, *QUANTIZE_PASSES)
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def latency_table(model: PreTrainedModel, folder: Path, progress: Callable[[int,
         "machine": hardware.machine()["id"],
         "threads": hardware.cores(),
         "onnxruntime": hardware.versions().get("onnxruntime") or hardware.versions().get("onnxruntime-gpu"),
+        "passes": list(PASSES),
         "model_type": model.config.model_type,
         "width": encoder.width,
         "head": encoder.head,

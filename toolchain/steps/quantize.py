@@ -19,7 +19,7 @@ from toolchain.passes.quantize_static import Activation
 from toolchain.sensitivity import Subject, rank
 from toolchain.variants import Quantize
 
-VERSION = 1
+VERSION = 2
 
 
 def quantize(job: Job) -> Built:

@@ -36,20 +36,29 @@ Progress = Callable[[int, int, str], None]
 class Work:
     """What one sentence asks of a model.
 
-    `linear_parameters` are multiplied with every token, `head_parameters` with one; `attention_width` is the width of
-    attention's own products, summed over the layers, 0 where it is not known. Of the linear parameters, `behind` come
-    after the last attention: the pass ``first-token`` multiplies them with one token only.
+    `linear_parameters` are multiplied with every token, `head_parameters` with one; `attention_widths` are those of
+    attention's own products, of each layer that has them, none where that is not known. Of the linear parameters,
+    `behind` come after the last attention and `asking` make its query: the passes ``first-token`` and ``first-query``
+    multiply them with one token only.
     """
 
     linear_parameters: int
-    attention_width: int
+    attention_widths: tuple[int, ...]
     head_parameters: int
     behind: int = 0
+    asking: int = 0
 
-    def macs(self, tokens: int, first_token: bool = False) -> int:
-        """Multiply-accumulates of one sentence of so many tokens; `first_token`: of a graph that pass applied to."""
-        linear = self.linear_parameters * tokens - (self.behind * (tokens - 1) if first_token else 0)
-        return linear + 2 * tokens**2 * self.attention_width + self.head_parameters
+    def macs(self, tokens: int, first_token: bool = False, first_query: bool = False) -> int:
+        """Multiply-accumulates of one sentence of so many tokens; `first_token` and `first_query`: of a graph that the
+        pass applied to."""
+        linear = self.linear_parameters * tokens
+        attention = 2 * tokens**2 * sum(self.attention_widths)
+        if first_token:
+            linear -= self.behind * (tokens - 1)
+        if first_query and self.attention_widths:
+            linear -= self.asking * (tokens - 1)
+            attention -= 2 * tokens * (tokens - 1) * self.attention_widths[-1]
+        return linear + attention + self.head_parameters
 
 
 def work(folder: Path) -> Work | None:
@@ -75,11 +84,13 @@ def work(folder: Path) -> Work | None:
     }
     head = {name for name in matrices if name.partition(".")[0] != encoder or "pooler" in name.split(".")}
     sizes = {name: math.prod(shape) for name, shape in matrices.items()}
+    queries = _queries(str(kind), matrices)
     return Work(
         linear_parameters=sum(size for name, size in sizes.items() if name not in head),
-        attention_width=_attention_width(str(kind), matrices),
+        attention_widths=tuple(shape[0] for shape in queries),
         head_parameters=sum(sizes[name] for name in head),
         behind=_behind(str(kind), sizes),
+        asking=math.prod(queries[-1]) if queries else 0,
     )
 
 
@@ -93,12 +104,14 @@ def _shapes(file: Path) -> dict[str, list[int]]:
         raise CheckpointError(f"{file} cannot be read: {error}.", "Delete its folder and build it again.") from error
 
 
-def _attention_width(kind: str, matrices: Mapping[str, Sequence[int]]) -> int:
-    """Summed over the layers that have attention left."""
+def _queries(kind: str, matrices: Mapping[str, Sequence[int]]) -> list[Sequence[int]]:
+    """Shapes of the weights that make the queries, of each layer that has attention left; none for an unknown
+    layout."""
     if kind not in LAYOUTS:
-        return 0
-    query = re.compile(rf"{re.escape(LAYOUTS[kind].layers)}\.\d+\.{re.escape(LAYOUTS[kind].query)}")
-    return sum(shape[0] for name, shape in matrices.items() if query.fullmatch(name))
+        return []
+    query = re.compile(rf"{re.escape(LAYOUTS[kind].layers)}\.(\d+)\.{re.escape(LAYOUTS[kind].query)}")
+    found = {int(match[1]): shape for name, shape in matrices.items() if (match := query.fullmatch(name))}
+    return [found[number] for number in sorted(found)]
 
 
 def _behind(kind: str, sizes: Mapping[str, int]) -> int:

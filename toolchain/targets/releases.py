@@ -99,6 +99,16 @@ OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
         "1.17": ("unidirectional",),
         "1.22": ("input 8", "input 9"),
     },
+    "QAttention": {
+        "1.16": (
+            "do_rotary",
+            "mask_filter_value",
+            "num_heads",
+            "past_present_share_buffer",
+            "scale",
+            "unidirectional",
+        )
+    },
     "QLinearAdd": {"1.16": ()},
     "QLinearMul": {"1.16": ()},
     "QLinearSoftmax": {"1.16": ("axis", "opset")},
