@@ -1,6 +1,7 @@
 """Pruning really cuts, keeps what matters, reloads, and refuses what it cannot do in words."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from toolchain import hardware, pruning
 from toolchain.backends import Place, layout, open_session
+from toolchain.backends.batches import Batch
 from toolchain.backends.layout import LayerShape
 from toolchain.backends.pytorch import load_model, save_weights
 from toolchain.cli import main
@@ -22,11 +24,13 @@ from toolchain.inputs import Encoder, TrainingSource, hold_out, pad
 from toolchain.pipeline import Workspace, ensure
 from toolchain.pruning.costs import EncoderSizes as Sizes
 from toolchain.pruning.costs import LatencyTable, latency_table
+from toolchain.pruning.depth import dispensable
 from toolchain.pruning.importance import Importance, LayerImportance, fisher, magnitude
-from toolchain.pruning.selection import rearrange, select
+from toolchain.pruning.selection import Kept, rearrange, select
 from toolchain.pruning.subject import subject
+from toolchain.pruning.tuning import cut_and_fit
 from toolchain.search import largest_ratio
-from toolchain.variants import Prune
+from toolchain.variants import Export, Optimize, Prune, Quantize
 
 NAMES = ("input_ids", "attention_mask")
 ROWS = [[101, 2023, 102], [101, *range(2000, 2023), 102], [101]]
@@ -38,7 +42,7 @@ def quiet(*_):
 
 
 def by_parameters(kind, count):
-    return count * SIZES.unit(kind)
+    return SIZES.of_units(kind, count)
 
 
 def bert():
@@ -98,6 +102,14 @@ def test_what_is_cut_is_what_a_gate_of_zero_would_silence(built_tiny, tmp_path, 
             out[:, head * 8 : head * 8 + 8] = 0
         for neuron in set(range(64)) - set(neurons):
             down[:, neuron] = 0
+        # Of a sub-block that is gone nothing is added, and its norm is gone with it.
+        for units, last, norm in (
+            (heads, names.output, names.attention_norm),
+            (neurons, names.down, names.output_norm),
+        ):
+            if not units:
+                layer.get_submodule(last).bias[:] = 0
+                layer.get_submodule(norm).forward = lambda states: states
     layout.keep(cut, 0, heads, neurons)
     for left in (False, True):
         assert torch.allclose(logits(cut, left), logits(gated, left), atol=1e-5)
@@ -204,6 +216,65 @@ def test_layers_that_matter_less_lose_more():
     first, second = select(layers, 0.4, SIZES, by_parameters)
     assert (len(first.heads), len(first.neurons)) == (4, 64)
     assert len(second.heads) < 4
+
+
+@given(st.integers(0, 90), st.integers(0, 10_000))
+def test_a_layer_that_goes_whole_counts(percent, seed):
+    rng = np.random.default_rng(seed)
+    layers = [diagonal(rng.random(4).tolist(), rng.random(64).tolist()) for _ in range(2)]
+    first, second = select(layers, percent / 100, SIZES, by_parameters, [1])
+    assert (second.heads, second.neurons) == ((), ())
+    after = Sizes(32, 8, (LayerShape(len(first.heads), len(first.neurons)), LayerShape(0, 0)))
+    assert 1 - after.parameters / SIZES.parameters >= percent / 100
+    if percent <= 50:
+        assert (len(first.heads), len(first.neurons)) == (4, 64)
+
+
+def test_the_layers_that_go_are_those_without_which_the_loss_is_least(given_tiny):
+    """Of 4 layers, two of which hardly change what they are given; one of these alone is the first, which stays."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = AutoConfig.from_pretrained(given_tiny.folder, num_hidden_layers=4)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    names = layout.layout_of(model)
+    with torch.no_grad():
+        model.distilbert.embeddings.word_embeddings.weight *= 50
+        model.pre_classifier.weight *= 50
+        for index, layer in enumerate(layout.layers_of(model)):
+            for path in (names.output, names.down):
+                layer.get_submodule(path).weight *= 0 if index in (0, 2) else 50
+    # Rows the model is sure of and right about: whatever changes its answers makes the loss larger.
+    right = [dataclasses.replace(batch, labels=model(**batch.inputs).logits.argmax(-1)) for batch in given_tiny.ranking]
+    assert dispensable(model, 4, right) == []
+    assert dispensable(model, 3, right) == [2]
+    assert 2 in dispensable(model, 2, right)
+    assert dispensable(model, 1, right) == [1, 2, 3]
+    for layers in (0, 5):
+        with pytest.raises(PruningError, match="Keep 1 to 4"):
+            dispensable(model, layers, right)
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "bert"])
+def test_the_norm_before_a_sub_block_that_is_gone_stands_in_for_its_own(built_tiny, kind):
+    """Exactly where the sub-block did nothing but scale and shift."""
+    model = load_model(built_tiny.path("torch-fp32")) if kind == "distilbert" else bert()
+    names, layer = layout.layout_of(model), layout.layers_of(model)[1]
+    with torch.no_grad():
+        for path, norm in ((names.output, names.attention_norm), (names.down, names.output_norm)):
+            layer.get_submodule(path).weight.zero_()
+            layer.get_submodule(path).bias.zero_()
+            layer.get_submodule(norm).weight.uniform_(0.5, 2)
+            layer.get_submodule(norm).bias.uniform_(-1, 1)
+    ids = torch.randint(5, 190, (16, 12), generator=torch.Generator().manual_seed(0))
+    given_rows = [Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.zeros(16, dtype=torch.long))]
+    every = [Kept(tuple(range(4)), tuple(range(64)))]
+    fitted, plain = copy.deepcopy(model), copy.deepcopy(model)
+    cut_and_fit(model, fitted, [*every, Kept((), ())], given_rows, quiet)
+    layout.keep(plain, 1, (), ())
+    assert layout.shapes_of(fitted)[1].empty
+    want, found, without = (m(**given_rows[0].inputs).logits for m in (model, fitted, plain))
+    assert (found - want).abs().max() < 0.25 * (without - want).abs().max()
 
 
 def test_so_much_that_nothing_is_left_is_refused():
@@ -342,6 +413,21 @@ def test_the_same_work_gives_the_same_id(pruned, tmp_path):
     assert again.load("torch-pruned50").manifest.id == pruned.load("torch-pruned50").manifest.id
 
 
+def test_a_model_of_fewer_layers_goes_all_the_way(pruned):
+    asked = {"torch-pruned50+shallow": Prune(0.5, layers=1)}
+    std = "onnx-std-pruned50+shallow"
+    asked |= {std: Export(), "onnx-pruned50+shallow": Optimize.for_provider("cpu")}
+    asked |= {"onnx-pruned50-int8+shallow": Quantize()}
+    built = ensure(pruned, list(asked), asked, quiet)
+    facts = built["torch-pruned50+shallow"].manifest.facts["pruning"]
+    assert (facts["heads"], facts["ffn"]) == ([4, 0], [64, 0])
+    assert facts["achieved"] == 0.5
+    for name in (std, "onnx-pruned50+shallow"):
+        assert built[name].manifest.validation["largest_delta"] <= 1e-4
+    operators = built["onnx-pruned50+shallow"].manifest.facts["operators"]
+    assert (operators["LayerNormalization"], operators.get("Add", 0)) == (3, 3)  # nothing is left of the other layer
+
+
 def test_a_mask_is_an_artifact_that_says_it_removed_nothing(tiny):
     built = ensure(tiny, ["torch-pruned50-mask"], {}, quiet)["torch-pruned50-mask"]
     facts = built.manifest.facts["pruning"]
@@ -444,6 +530,9 @@ def test_too_few_rows_are_refused(tmp_path):
         (("--ratio", "0.333"), 2, "whole per cents"),
         (("--ratio", "nan"), 2, "no ratio"),
         (("--ratio", "0.3", "--method", "mask", "--recover", "1"), 2, "removes nothing"),
+        (("--ratio", "0.3", "--method", "mask", "--layers", "1"), 2, "removes nothing"),
+        (("--ratio", "0.3", "--layers", "0"), 2, "--layers"),
+        (("--ratio", "0.3", "--layers", "3"), 1, "the model has 2. Keep 1 to 2"),
         (("--ratio", "0.3", "--from", "torch-pruned30"), 1, "pruned already"),
         (("--ratio", "0.3", "--from", "onnx-fp32"), 1, "Nothing is made from onnx-fp32"),
         (("--ratio", "0.3", "--train-data", "no-such.csv"), 1, "There is no file no-such.csv"),

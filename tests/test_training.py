@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolchain import losses, training
+from toolchain.backends import layout
 from toolchain.backends.batches import batch
 from toolchain.errors import DataError
 from toolchain.inputs import Encoder
@@ -245,6 +246,14 @@ def test_embeddings_of_tokens_that_no_row_has_stay_as_they_are(task, tmp_path):
     assert len(changed) > 0.9 * len(seen)
 
 
+def test_states_behind_layers_that_are_gone_are_matched_to_those_behind_the_last_of_these(task):
+    """The layer before them stands in their place."""
+    model = copy.deepcopy(task[0])
+    assert layout.matched_layers(model) == [1, 2]
+    layout.keep(model, 1, (), ())
+    assert layout.matched_layers(model) == [2]
+
+
 def test_padding_does_not_count_as_distance(task):
     from types import SimpleNamespace
 
@@ -262,7 +271,7 @@ def test_padding_does_not_count_as_distance(task):
                 outputs,
                 {"attention_mask": real},
                 torch.tensor([0, 1]),
-                losses.Weights(0.0, 1.0, 2.0),
+                losses.Weights(0.0, 1.0, 2.0, (1, 2)),
             )
         )
         for s in (at_padding, elsewhere)

@@ -14,7 +14,7 @@ from toolchain.cli.tune import Duration
 from toolchain.errors import PruningError, VerdictError
 from toolchain.scenarios import Protocol
 from toolchain.tuning import search
-from toolchain.tuning.candidates import KEPT, RATIOS, Candidate, first, hopeless, next_start, worthwhile
+from toolchain.tuning.candidates import DEPTHS, KEPT, RATIOS, Candidate, first, hopeless, next_start, worthwhile
 from toolchain.tuning.study import Outcome, opened
 from toolchain.variants import lineage
 
@@ -25,7 +25,8 @@ def quiet(*_):
 
 class World:
     """What building and measuring would give: the more is pruned the faster and the worse, the more is trained the
-    better. `slope` is the points lost a ratio, `gain` the share of these that training wins back."""
+    better. `slope` is the points lost a ratio, `gain` the share of these that training wins back. Fewer layers are a
+    little worse and much faster."""
 
     def __init__(self, slope=0.05, gain=0.5):
         self.slope, self.gain, self.asked = slope, gain, []
@@ -35,11 +36,12 @@ class World:
         return self.outcome(candidate)
 
     def outcome(self, candidate):
-        lost = self.slope * candidate.ratio * (1 - self.gain) ** candidate.epochs
+        shallow = 100 - candidate.depth if candidate.ratio else 0
+        lost = (self.slope * candidate.ratio + shallow / 200) * (1 - self.gain) ** candidate.epochs
         lost += 0.3 / (1 + candidate.keep_fp32) + (0.4 if candidate.embeddings == "int4" else 0)
-        speed = 1 + candidate.ratio / 30 - 0.05 * candidate.keep_fp32
+        speed = 1 + candidate.ratio / 30 + shallow / 50 - 0.05 * candidate.keep_fp32
         size = 20 - candidate.ratio / 10 + candidate.keep_fp32 - (5 if candidate.embeddings == "int4" else 0)
-        return Outcome(list(candidate.chain())[-1], "id", round(lost, 3), speed, speed, int(1e6 * size))
+        return Outcome(list(candidate.chain(6))[-1], "id", round(lost, 3), speed, speed, int(1e6 * size))
 
 
 def run(path, world, objective="latency", max_drop=1.0, seconds=60.0):
@@ -49,7 +51,7 @@ def run(path, world, objective="latency", max_drop=1.0, seconds=60.0):
 
 
 def test_names_say_the_settings_and_share_what_is_the_same():
-    chain = Candidate(75, "latency", 1, "dynamic", "int8", 2).chain()
+    chain = Candidate(75, "latency", 1, "dynamic", "int8", 2).chain(6)
     assert list(chain) == [
         "torch-pruned75+tune-latency",
         "torch-pruned75-r1+tune-latency",
@@ -57,10 +59,18 @@ def test_names_say_the_settings_and_share_what_is_the_same():
         "onnx-pruned75-r1+tune-latency",
         "onnx-pruned75-r1-int8+tune-latency-keep2",
     ]
-    assert list(Candidate(75, "latency", 1).chain())[:-1] == list(chain)[:-1]
-    assert list(Candidate(keep_fp32=2).chain()) == ["onnx-int8+tune-keep2"]
-    assert list(Candidate(scheme="int4", embeddings="int4").chain()) == ["onnx-int4+tune"]
-    assert list(Candidate(scheme="int4").chain()) == ["onnx-int4+tune-int8tables"]
+    assert list(Candidate(75, "latency", 1).chain(6))[:-1] == list(chain)[:-1]
+    assert next(iter(Candidate(75, "latency", 1, depth=67).chain(6))) == "torch-pruned75+tune-latency-4layers"
+    assert list(Candidate(75, depth=50).chain(12)) == [
+        "torch-pruned75+tune-6layers",
+        "onnx-std-pruned75+tune-6layers",
+        "onnx-pruned75+tune-6layers",
+        "onnx-pruned75-int8+tune-6layers",
+    ]
+    assert Candidate(75, depth=50).steps(1)[0].layers == 1
+    assert list(Candidate(keep_fp32=2).chain(6)) == ["onnx-int8+tune-keep2"]
+    assert list(Candidate(scheme="int4", embeddings="int4").chain(6)) == ["onnx-int4+tune"]
+    assert list(Candidate(scheme="int4").chain(6)) == ["onnx-int4+tune-int8tables"]
     for name in chain:
         assert lineage(name)[0].name == "torch-fp32"
 
@@ -85,6 +95,8 @@ candidates = st.builds(
     st.just("dynamic"),
     st.just("int8"),
     st.sampled_from(KEPT),
+    st.just(False),
+    st.sampled_from(DEPTHS),
 )
 
 
@@ -102,7 +114,7 @@ def test_only_what_cannot_win_is_hopeless(candidate, others):
 
 @pytest.mark.parametrize("objective", ["latency", "throughput", "size"])
 def test_no_two_candidates_mean_the_same(objective):
-    names = [list(candidate.chain())[-1] for candidate in worthwhile(objective, {}, set())]
+    names = [list(candidate.chain(6))[-1] for candidate in worthwhile(objective, {}, set())]
     assert len(set(names)) == len(names) > 100
 
 
@@ -110,8 +122,9 @@ def test_the_search_finds_the_best_and_trains_only_what_could_win(tmp_path):
     world = World()
     best, front, outcomes = run(tmp_path / "study", world)
     everything = [
-        Candidate(r, c, e, keep_fp32=k)
+        Candidate(r, c, e, keep_fp32=k, depth=d)
         for r in RATIOS
+        for d in DEPTHS
         for c in ("latency", "parameters")
         for e in (0, 1, 2)
         for k in KEPT
@@ -200,7 +213,7 @@ def test_a_ratio_the_model_does_not_have_is_given_up(tmp_path):
 
     best, _, outcomes = run(tmp_path / "study", Narrow(slope=0.001))
     assert max(candidate.ratio for candidate in outcomes) == 60
-    assert best.latency == 1 + 60 / 30
+    assert best.latency == World(slope=0.001).outcome(Candidate(60, depth=50)).latency
 
 
 def test_what_fails_validation_may_pass_it_when_trained(tmp_path):

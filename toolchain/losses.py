@@ -15,11 +15,12 @@ from toolchain.backends.batches import task_loss
 @dataclass(frozen=True)
 class Weights:
     """How much counts what: `task` the labels against the teacher's answers, 0 to 1, and `states` the teacher's hidden
-    states beside both. `temperature` softens teacher and student alike."""
+    states beside both, those of the layers `matched`. `temperature` softens teacher and student alike."""
 
     task: float
     states: float
     temperature: float
+    matched: tuple[int, ...] = ()
 
 
 def loss(
@@ -34,7 +35,7 @@ def loss(
     if weigh.task < 1:
         found = found + (1 - weigh.task) * _answers(given.logits, wanted.logits, weigh.temperature, labels.dim() == 2)
     if weigh.states:
-        found = found + weigh.states * _states(given, wanted, inputs["attention_mask"])
+        found = found + weigh.states * _states(given, wanted, inputs["attention_mask"], weigh.matched)
     return found
 
 
@@ -49,15 +50,16 @@ def _answers(mine: torch.Tensor, its: torch.Tensor, temperature: float, multi: b
     return functional.kl_div(mine, its, log_target=True, reduction="batchmean") * temperature**2
 
 
-def _states(given: Any, wanted: Any, real: torch.Tensor) -> torch.Tensor:
-    """The squared difference of the hidden states relative to the teacher's variance: every layer's at the tokens that
-    are `real` [batch, sequence], and once more the first token's last one, which the head reads."""
+def _states(given: Any, wanted: Any, real: torch.Tensor, matched: tuple[int, ...]) -> torch.Tensor:
+    """The squared difference of the hidden states relative to the teacher's variance: those behind the layers
+    `matched` at the tokens that are `real` [batch, sequence], and once more the first token's last one, which the head
+    reads."""
 
     def apart(mine: torch.Tensor, its: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         squared = (mine.float() - its.float()).square().mean(-1)
         return (squared * weight).sum() / weight.sum() / its.float().var()
 
-    layers = list(zip(given.hidden_states[1:], wanted.hidden_states[1:], strict=True))
+    layers = [(given.hidden_states[i], wanted.hidden_states[i]) for i in matched]
     first = torch.zeros_like(real)
     first[:, 0] = 1
     states: torch.Tensor = sum(apart(mine, its, real) for mine, its in layers) / len(layers) + apart(*layers[-1], first)

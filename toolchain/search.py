@@ -35,7 +35,7 @@ def largest_ratio(workspace: Workspace, step: Prune, max_drop: float, say: Say, 
     given = subject(root, workspace.train, step.sentences, step.seed)
     with bar("prune") as progress:
         price, _ = price_of(given, step.cost, workspace.cache, progress)
-        ratio, tried = pruning.largest_ratio(given, step.method, price, max_drop, progress)
+        ratio, tried = pruning.largest_ratio(given, step.method, price, max_drop, progress, step.layers)
     for each, drop in tried:
         say(f"ratio {each:.2f}: {drop:+.2f} points lost on held-out rows")
     return ratio

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain import hardware
 from toolchain.backends.batches import Batch, Targets, batch, batches
+from toolchain.backends.layout import matched_layers
 from toolchain.errors import DataError
 from toolchain.inputs import Encoder
 from toolchain.scoring import BATCH, accuracy
@@ -171,7 +172,8 @@ class _Run:
         self.precision = _precision(self.device)
         self.steps, self.total = steps, steps * recipe.epochs
         (model, teacher), self._recipe, self._folder = models, recipe, folder
-        self._weights = Weights(recipe.task, recipe.states, recipe.temperature)
+        matched = tuple(matched_layers(model)) if recipe.states else ()
+        self._weights = Weights(recipe.task, recipe.states, recipe.temperature, matched)
         self._model = model.to(self.device)  # type: ignore[arg-type]
         self._teacher = teacher and teacher.to(self.device, self.precision).eval()  # type: ignore[arg-type]
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

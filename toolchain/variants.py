@@ -47,13 +47,15 @@ class Prune:
     """Heads and FFN neurons removed until `ratio` of the encoder's linear parameters is gone.
 
     `method`: what is unimportant, by ``fisher`` information or ``magnitude``; ``mask`` zeroes rows and removes nothing.
-    `cost`: what is paid for importance, ``parameters`` or this machine's ``latency``. `train` is the training data's
-    digest (empty: what the workspace has), of which `sentences` rank and tune.
+    `cost`: what is paid for importance, ``parameters`` or this machine's ``latency``. `layers`: how many stay, None for
+    all; the others go first and whole. `train` is the training data's digest (empty: what the workspace has), of which
+    `sentences` rank and tune.
     """
 
     ratio: float
     method: str = "fisher"
     cost: str = "parameters"
+    layers: int | None = None
     train: str = ""
     sentences: int = 2000
     seed: int = 20

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from toolchain.errors import CheckpointError, GraphError
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     from transformers import PreTrainedModel
 
 
@@ -41,6 +42,32 @@ def to_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence[st
         raise GraphError(
             f"The model is too large for one ONNX file (2 GB): the exporter also wrote {', '.join(extra)}."
         )
+    _drop_absent(target)
+
+
+def _drop_absent(path: Path) -> None:
+    """Takes the additions of a single zero out of the file: what stands where pruning took a sub-block away adds it."""
+    import onnx_ir as ir
+
+    model = ir.load(path)
+    dropped = 0
+    for node in list(model.graph):
+        if node.op_type != "Add" or None in node.inputs:
+            continue
+        rest = [value for value in node.inputs if value is not None and not _is_nothing(value)]
+        if len(rest) == 1:
+            node.outputs[0].replace_all_uses_with(rest[0])
+            model.graph.remove(node, safe=True)
+            dropped += 1
+    if dropped:
+        ir.save(model, path)
+
+
+def _is_nothing(value: ir.Value) -> bool:
+    import onnx_ir as ir
+
+    tensor = ir.convenience.get_const_tensor(value)
+    return tensor is not None and tensor.shape.rank() == 0 and not tensor.numpy().any()
 
 
 def _taking(config: Any, names: Sequence[str]) -> Any:

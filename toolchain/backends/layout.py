@@ -88,6 +88,11 @@ class LayerShape:
     heads: int
     ffn: int
 
+    @property
+    def empty(self) -> bool:
+        """Whether the layer hands on what it is given."""
+        return not self.heads and not self.ffn
+
 
 def layout_of(model: PreTrainedModel) -> Layout:
     """The layout of the model's architecture; `PruningError` where it is unknown or cannot be cut."""
@@ -126,14 +131,21 @@ def shapes_of(model: PreTrainedModel) -> list[LayerShape]:
     return shapes
 
 
+def matched_layers(model: PreTrainedModel) -> list[int]:
+    """How many layers lie before each of the states that a pruned model has in common with the unpruned one: behind
+    layers that are gone, the last of which left its place to the one before it."""
+    shapes = shapes_of(model)
+    return [count for count in range(1, len(shapes) + 1) if count == len(shapes) or not shapes[count].empty]
+
+
 def keep(model: PreTrainedModel, index: int, heads: Sequence[int], neurons: Sequence[int]) -> None:
     """Leaves only these heads and FFN neurons of layer `index`: the matrices get smaller, in place.
 
-    A sub-block of which nothing is left becomes its last bias, so that residual and norm stay as they are.
+    A sub-block of which nothing is left goes whole, its norm too: what enters it passes on.
     """
     import torch
 
-    from toolchain.backends.modules import Constant, Skipped
+    from toolchain.backends.modules import Absent, Skipped
 
     layout, size = layout_of(model), head_size(model)
     layer = layers_of(model)[index]
@@ -152,15 +164,17 @@ def keep(model: PreTrainedModel, index: int, heads: Sequence[int], neurons: Sequ
         inner = layout.output.removeprefix(f"{layout.attention}.")
         if inner == layout.output:  # the attention module does not hold its own output
             _replace(layer, layout.attention, Skipped())
-            _replace(layer, layout.output, Constant(output.bias))
+            _replace(layer, layout.output, Absent())
         else:
-            _replace(layer, layout.attention, Skipped(inner, Constant(output.bias)))
+            _replace(layer, layout.attention, Skipped(inner, Absent()))
+        _replace(layer, layout.attention_norm, torch.nn.Identity())
     if len(neurons):
         _replace(layer, layout.up, _linear(layer.get_submodule(layout.up), rows=chosen))
         _replace(layer, layout.down, _linear(down, columns=chosen))
     else:
         _replace(layer, layout.up, torch.nn.Identity())
-        _replace(layer, layout.down, Constant(down.bias))
+        _replace(layer, layout.down, Absent())
+        _replace(layer, layout.output_norm, torch.nn.Identity())
 
 
 def reshape(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> None:

@@ -6,16 +6,12 @@ import torch
 from torch import nn
 
 
-class Constant(nn.Module):
-    """Answers its `bias` [width], whatever it is given: what a linear layer without inputs computes."""
-
-    def __init__(self, bias: torch.Tensor) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(bias.detach().clone())
+class Absent(nn.Module):
+    """In the place of a sub-block's last layer: adds nothing to the residual, whatever it is given."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Broadcasts over batch and sequence in the residual addition that follows."""
-        return self.bias
+        """A zero that is broadcast."""
+        return torch.zeros((), dtype=hidden.dtype, device=hidden.device)
 
 
 class Skipped(nn.Module):

@@ -135,6 +135,7 @@ def export(
     show_default=True,
     help="What importance is weighed against; latency is measured on this machine once.",
 )
+@click.option("--layers", type=click.IntRange(1), metavar="N", help="So many layers stay; the others go first, whole.")
 @click.option("--recover", "epochs", type=click.IntRange(1, 99), metavar="EPOCHS", help="Then train for so long.")
 @click.option("--from", "parent", default="torch-fp32", show_default=True, metavar="VARIANT", help="What is pruned.")
 @training_options
@@ -149,6 +150,7 @@ def prune(
     max_drop: float | None,
     method: str,
     cost: str,
+    layers: int | None,
     epochs: int | None,
     parent: str,
     train: TrainingSource,
@@ -159,12 +161,14 @@ def prune(
 
     The ratio is the share of the encoder's linear parameters that goes; every layer keeps what matters. Needs no
     training: what is left is fitted to the unpruned model's sums. --recover trains it to answer as the unpruned model
-    does (torch-pruned50-r1); stopped, it goes on where it was when the same command is given again.
+    does (torch-pruned50-r1); stopped, it goes on where it was when the same command is given again. One sentence at a
+    time, a layer costs more by being there than by its width: --layers and --recover make the fastest models.
 
     \b
     Examples:
       toolchain prune --ratio 0.3 --ratio 0.5
       toolchain prune --ratio 0.72 --recover 1
+      toolchain prune --ratio 0.65 --layers 4 --recover 2
       toolchain prune --max-drop 1.0
     """
     from toolchain.report.progress import bar, say
@@ -178,17 +182,17 @@ def prune(
             raise click.BadParameter(
                 f"{ratio:g} is no ratio from 0.01 to 0.99 in whole per cents", param_hint="--ratio"
             )
-    if method == "mask" and (epochs or cost != "parameters" or max_drop is not None):
+    if method == "mask" and (epochs or layers or cost != "parameters" or max_drop is not None):
         raise click.UsageError("--method mask removes nothing: it takes a --ratio and none of the other options.")
     if max_drop is not None and (epochs or dry_run):
         raise click.UsageError("--max-drop searches by building, without training: leave out --recover and --dry-run.")
     workspace = open_workspace(model, exported, slug, train)
-    child(parent, Prune(0.5, method, cost))  # a parent that cannot be pruned is told before anything is built
+    child(parent, Prune(0.5, method, cost, layers))  # a parent that cannot be pruned is told before anything is built
     if max_drop is not None:
-        ratios = (largest_ratio(workspace, Prune(0.5, method, cost), max_drop, say, bar),)
+        ratios = (largest_ratio(workspace, Prune(0.5, method, cost, layers), max_drop, say, bar),)
     asked: dict[str, Step] = {}
     for ratio in ratios:
-        step = Prune(round(ratio, 2), method, cost)
+        step = Prune(round(ratio, 2), method, cost, layers)
         name = child(parent, step, label).name
         asked[name] = step
         if epochs:

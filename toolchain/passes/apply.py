@@ -41,6 +41,11 @@ def context_of(folder: Path) -> Context:
     return Context(config.num_attention_heads, config.hidden_size)
 
 
+def layers_in(folder: Path) -> int:
+    """How many layers the encoder has."""
+    return int(_config(folder).num_hidden_layers)
+
+
 def word_width(folder: Path) -> int:
     """The width of a row of the table of words, which ELECTRA, ALBERT and MobileBERT project to the encoder's."""
     config = _config(folder)

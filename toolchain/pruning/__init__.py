@@ -1,6 +1,6 @@
 """Structured pruning: the heads and FFN neurons that matter least are cut out of the matrices, and the rest is fitted.
 
-`prune` composes the parts: importance → selection → cut and fit.
+`prune` composes the parts: importance (and depth) → selection → cut and fit.
 """
 
 from __future__ import annotations
@@ -24,14 +24,21 @@ SEARCHED = tuple(percent / 100 for percent in range(5, 100, 5))
 
 
 def prune(
-    subject: Subject, ratio: float, method: str, price: Price, progress: Callable[[int], None]
+    subject: Subject,
+    ratio: float,
+    method: str,
+    price: Price,
+    progress: Callable[[int], None],
+    layers: int | None = None,
 ) -> PreTrainedModel:
-    """The subject's model with at least `ratio` of its encoder's linear parameters removed, fitted, not trained.
+    """The subject's model with at least `ratio` of its encoder's linear parameters removed, and all but so many
+    `layers`, fitted, not trained.
 
     `price` is what importance is weighed against; `progress` is told of every layer done. Raises `PruningError` where
     so much cannot go, `DataError` where the gradients are not finite.
     """
-    kept = select(subject.importances(method), ratio, EncoderSizes.of(subject.model), price)
+    emptied = subject.dispensable(layers) if layers is not None else []
+    kept = select(subject.importances(method), ratio, EncoderSizes.of(subject.model), price, emptied)
     model = copy.deepcopy(subject.model)
     cut_and_fit(subject.model, model, kept, subject.ranking, progress)
     return model
@@ -54,7 +61,12 @@ def mask(model: PreTrainedModel, ratio: float) -> PreTrainedModel:
 
 
 def largest_ratio(
-    subject: Subject, method: str, price: Price, max_drop: float, progress: Callable[[int, int, str], None]
+    subject: Subject,
+    method: str,
+    price: Price,
+    max_drop: float,
+    progress: Callable[[int, int, str], None],
+    layers: int | None = None,
 ) -> tuple[float, list[tuple[float, float]]]:
     """The largest of `SEARCHED` ratios whose accuracy on the held-out rows drops by at most `max_drop` points.
 
@@ -70,7 +82,7 @@ def largest_ratio(
         ratio = SEARCHED[middle]
         progress(len(tried), rounds, f"ratio {ratio:g}")
         try:
-            model = prune(subject, ratio, method, price, lambda layer: None)
+            model = prune(subject, ratio, method, price, lambda layer: None, layers)
         except PruningError:
             high = middle  # more than this model has
             continue

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TOKENS = 25  # a sentence of the validation set, on average
 ROUNDS, ANSWERS = 16, 30
 APART_S = 0.05  # ONNX Runtime's threads spin for some 20 ms after an answer, and would take the next session's cores
-SCHEMA = 1
+SCHEMA = 2
 PASSES = (*CPU_PASSES, *QUANTIZE_PASSES)
 
 
@@ -41,15 +41,15 @@ class EncoderSizes:
         """The model's encoder as it is now."""
         return cls(model.config.hidden_size, head_size(model), tuple(shapes_of(model)))
 
-    def unit(self, kind: str) -> int:
-        """Linear parameters, biases included, of one head or one neuron."""
-        return self.head * (4 * self.width + 3) if kind == "heads" else 2 * self.width + 1
+    def of_units(self, kind: str, count: int) -> int:
+        """Linear parameters, biases included, of a sub-block of so many heads or neurons."""
+        each = self.head * (4 * self.width + 3) if kind == "heads" else 2 * self.width + 1
+        return count * each + (self.width if count else 0)
 
     @property
     def parameters(self) -> int:
         """Of all linear layers of the encoder."""
-        units = sum(s.heads * self.unit("heads") + s.ffn * self.unit("neurons") for s in self.shapes)
-        return units + 2 * self.width * len(self.shapes)
+        return sum(self.of_units("heads", s.heads) + self.of_units("neurons", s.ffn) for s in self.shapes)
 
     @property
     def multiply_accumulates(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from toolchain.errors import PruningError
@@ -32,7 +32,7 @@ class _Group:
     layer: int
     kind: str
     order: list[int]
-    counts: list[int]  # descending from all to none
+    counts: list[int]  # descending from all, to none but for the first layer's heads
     lost: list[float]  # importance lost at each count
 
 
@@ -45,19 +45,26 @@ class _Step:
     density: float
 
 
-def select(importances: Sequence[LayerImportance], ratio: float, encoder: EncoderSizes, price: Price) -> list[Kept]:
-    """The units every layer keeps so that at least `ratio` of the encoder's linear parameters goes for the least
-    importance.
+def select(
+    importances: Sequence[LayerImportance],
+    ratio: float,
+    encoder: EncoderSizes,
+    price: Price,
+    emptied: Collection[int] = (),
+) -> list[Kept]:
+    """The units every layer keeps, none in `emptied` ones, so that at least `ratio` of the encoder's linear parameters
+    goes for the least importance.
 
     Every group (a layer's heads, a layer's neurons in blocks) is cut along the lower convex hull of importance over
     `price`, and all groups' cuts are taken in order of importance per price: the Lagrangian solution of the knapsack.
-    The last head of the model stays, without which it could not read a sentence. Then within each group, as many units
-    are chosen again with the pairs' interaction counted. Raises `PruningError` where that much cannot go.
+    The first layer keeps a head: without any the model could not read a sentence, and there is no layer before it whose
+    norm could stand in for its own. Then within each group, as many units are chosen again with the pairs' interaction
+    counted. Raises `PruningError` where that much cannot go.
     """
     groups = _groups(importances)
-    chosen = _cut(groups, ratio * encoder.parameters, encoder, price)
+    chosen = _cut(groups, ratio * encoder.parameters, encoder, price, emptied)
     if chosen is None:
-        most = 1 - (encoder.unit("heads") + 2 * encoder.width * len(importances)) / encoder.parameters
+        most = 1 - encoder.of_units("heads", 1) / encoder.parameters
         raise PruningError(
             f"At a ratio of {ratio:g} nothing of the encoder would be left.",
             f"One attention head must stay: the highest ratio of this model is {int(100 * most) / 100:g}.",
@@ -77,7 +84,8 @@ def _groups(importances: Sequence[LayerImportance]) -> list[_Group]:
             alone = units.alone
             order = alone.argsort(stable=True).tolist()
             total = len(order)
-            counts = sorted({total, *range(0, total, block)}, reverse=True)
+            least = 1 if (layer, kind) == (0, "heads") else 0
+            counts = sorted({total, *range(least, total, block)}, reverse=True)
             sums = [0.0, *alone[order].cumsum(0).tolist()]
             # A sub-block that goes whole takes what its units do together with it.
             sums[-1] = max(sums[-1], float(units.moment.sum()))
@@ -85,26 +93,28 @@ def _groups(importances: Sequence[LayerImportance]) -> list[_Group]:
     return groups
 
 
-def _cut(groups: Sequence[_Group], wanted: float, encoder: EncoderSizes, price: Price) -> list[int] | None:
-    """The count each group keeps once at least `wanted` parameters are gone; None where that cannot be."""
+def _cut(
+    groups: Sequence[_Group], wanted: float, encoder: EncoderSizes, price: Price, emptied: Collection[int]
+) -> list[int] | None:
+    """The count each group keeps, none in `emptied` layers, once at least `wanted` parameters are gone; None where that
+    cannot be."""
     steps = sorted(
-        (step for index, group in enumerate(groups) for step in _hull(index, group, price)),
+        (
+            step
+            for index, group in enumerate(groups)
+            if group.layer not in emptied
+            for step in _hull(index, group, price)
+        ),
         key=lambda step: step.density,
     )
-    counts = [group.counts[0] for group in groups]
-    gone = 0
+    counts = [0 if group.layer in emptied else group.counts[0] for group in groups]
+    gone = sum(encoder.of_units(group.kind, group.counts[0]) for group in groups if group.layer in emptied)
     for step in steps:
         if gone >= wanted:
             break
-        group = groups[step.group]
-        heads = sum(count for other, count in zip(groups, counts, strict=True) if other.kind == "heads")
-        to = step.to
-        if group.kind == "heads" and heads - counts[step.group] + to == 0:
-            to = 1  # the last head of the model
-        if to >= counts[step.group]:
-            continue
-        gone += (counts[step.group] - to) * encoder.unit(group.kind)
-        counts[step.group] = to
+        kind = groups[step.group].kind
+        gone += encoder.of_units(kind, counts[step.group]) - encoder.of_units(kind, step.to)
+        counts[step.group] = step.to
     return counts if gone >= wanted else None
 
 

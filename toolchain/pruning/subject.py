@@ -16,6 +16,7 @@ from toolchain.backends.pytorch import load_model
 from toolchain.errors import PruningError
 from toolchain.inputs import Data, TrainingSource
 from toolchain.labels import LabelSet
+from toolchain.pruning.depth import dispensable
 from toolchain.pruning.importance import LayerImportance, fisher, magnitude
 
 if TYPE_CHECKING:
@@ -76,6 +77,10 @@ class Subject:
     @functools.cached_property
     def _fisher(self) -> list[LayerImportance]:
         return fisher(self.model, self.ranking)
+
+    def dispensable(self, layers: int) -> list[int]:
+        """The layers that go so that so many stay; see `depth.dispensable`."""
+        return dispensable(self.model, layers, self.ranking)
 
     def importances(self, method: str) -> list[LayerImportance]:
         """Of every layer, by ``fisher`` or ``magnitude``."""

@@ -29,18 +29,29 @@ def cut_and_fit(
     Both models are run side by side: the output of attention and of the feed-forward part is fitted by ridge regression
     on what is left of its inputs so that, with the residual that reaches it in the pruned model, it gives the dense
     model's sum before the normalisation. The solution is folded into weights and bias. After Kwon et al. 2022's mask
-    tuning, with a matrix in the mask's place. `progress` is told of every layer done.
+    tuning, with a matrix in the mask's place. Where a sub-block is gone, the norm before it is fitted to give what the
+    dense model's norm behind it gives, channel by channel. `progress` is told of every layer done.
     """
     layout = layout_of(dense)
     dense_states, arguments = _entering(dense, batches)
     states = dense_states
+    norms = (layout.attention_norm, layout.output_norm)
+    before: Any = None  # the last norm that is left; the first layer has one of its own
     for index in range(len(kept)):
         original, layer = layers_of(dense)[index], layers_of(model)[index]
         keep(model, index, kept[index].heads, kept[index].neurons)
-        norms = (layout.attention_norm, layout.output_norm)
         targets = _entering_modules(original, norms, dense_states, arguments)
-        for path, norm in zip((layout.output, layout.down), norms, strict=True):
-            _fit(layer, path, norm, states, arguments, targets[norm])
+        parts = zip((layout.output, layout.down), norms, (kept[index].heads, kept[index].neurons), strict=True)
+        entering = True  # what enters the layer is what `before` gives
+        for path, norm, units in parts:
+            if units:
+                _fit(layer, path, norm, states, arguments, targets[norm])
+                before, entering = layer.get_submodule(norm), False
+                continue
+            now = _entering_modules(layer, (norm,), states, arguments)[norm]
+            scale, shift = _stand_in(before, now, _through(original.get_submodule(norm), targets[norm]))
+            if entering:
+                states = [state * scale + shift for state in states]
         dense_states = _run(original, dense_states, arguments)
         states = _run(layer, states, arguments)
         progress(index + 1)
@@ -120,26 +131,46 @@ def _entering_modules(
     return found
 
 
+def _through(module: nn.Module, values: States) -> States:
+    import torch
+
+    with torch.no_grad():
+        return [module(each) for each in values]
+
+
+def _stand_in(norm: Any, given: States, wanted: States) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fits scale and shift of the `norm` whose result is `given` [tokens, width] so that it comes nearest to `wanted`,
+    in least squares, channel by channel; both as they changed."""
+    import torch
+
+    x, y = torch.cat(given), torch.cat(wanted)
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    variance = (x - x_mean).square().mean(0)
+    scale = ((x - x_mean) * (y - y_mean)).mean(0) / variance.clamp_min(torch.finfo(x.dtype).tiny)
+    shift = y_mean - scale * x_mean
+    with torch.no_grad():
+        norm.weight.mul_(scale)
+        norm.bias.mul_(scale).add_(shift)
+    return scale, shift
+
+
 def _fit(layer: nn.Module, path: str, norm: str, states: States, arguments: Arguments, targets: States) -> None:
     """Ridge regression of the change that the linear layer at `path` needs for its sum to reach `targets`."""
     import torch
 
     module: Any = layer.get_submodule(path)
-    linear = isinstance(module, torch.nn.Linear)
-    now = _entering_modules(layer, (path, norm) if linear else (norm,), states, arguments)
-    width = module.in_features if linear else 0
+    now = _entering_modules(layer, (path, norm), states, arguments)
+    width = module.in_features
     gram = torch.zeros(width + 1, width + 1, dtype=torch.float64)
     moment = torch.zeros(width + 1, len(module.bias), dtype=torch.float64)
     for number, target in enumerate(targets):
         given = torch.ones(len(target), width + 1)
-        if linear:
-            given[:, :width] = now[path][number]
+        given[:, :width] = now[path][number]
         gram += (given.T @ given).double()
         moment += (given.T @ (target - now[norm][number])).double()
-    ridge = torch.full((width + 1,), RIDGE * float(gram.diagonal()[:-1].mean()) if width else 0.0, dtype=torch.float64)
+    ridge = torch.full((width + 1,), RIDGE * float(gram.diagonal()[:-1].mean()), dtype=torch.float64)
     ridge[-1] = 0  # the bias is free
     change = torch.linalg.solve(gram + torch.diag(ridge), moment).float()
     with torch.no_grad():
         module.bias += change[-1]
-        if linear:
-            module.weight += change[:-1].T
+        module.weight += change[:-1].T

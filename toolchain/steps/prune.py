@@ -19,7 +19,7 @@ from toolchain.variants import Prune
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VERSION = 1
+VERSION = 2
 
 
 def prune(job: Job) -> Built:
@@ -37,7 +37,7 @@ def prune(job: Job) -> Built:
     else:
         price, table = price_of(given, step.cost, job.cache, job.progress)
         job.progress(0, len(shapes_of(given.model)), "ranking heads and neurons")
-        model = pruning.prune(given, step.ratio, step.method, price, _layers(job, given))
+        model = pruning.prune(given, step.ratio, step.method, price, _layers(job, given), step.layers)
     copy_companions(job.given, job.folder)
     save_weights(model.state_dict(), job.folder)
     if step.method != "mask":
@@ -55,7 +55,7 @@ def price_of(
         table = latency_table(given.model, cache, progress)
         return table.price, table
     encoder = EncoderSizes.of(given.model)
-    return (lambda kind, count: count * encoder.unit(kind)), None
+    return encoder.of_units, None
 
 
 def _layers(job: Job, given: Subject) -> Callable[[int], None]:

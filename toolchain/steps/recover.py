@@ -16,7 +16,7 @@ from toolchain.jobs import Built, Job
 from toolchain.training import Examples, Recipe, train
 from toolchain.variants import Recover, settings_of
 
-VERSION = 5
+VERSION = 6
 
 
 def recover(job: Job) -> Built:

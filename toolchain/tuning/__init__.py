@@ -19,6 +19,7 @@ from toolchain.errors import BenchError, CheckpointError, PruningError, VerdictE
 from toolchain.inputs import Data, Encoder
 from toolchain.measurements import Measurement, Samples
 from toolchain.names import parse_name
+from toolchain.passes.apply import layers_in
 from toolchain.pipeline import Bar, Say, ensure, only_news
 from toolchain.scenarios import Protocol
 from toolchain.steps.bench import bench
@@ -84,7 +85,8 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
         start = next_start(study.objective, study.known, study.given_up)
         trial, candidate = study.ask(rest[0] if idle >= PROPOSALS else start)
         if candidate not in rest:
-            study.give_up(trial, candidate)
+            # What was only proposed may still tell, untrained, whether training it is worth the time.
+            study.give_up(trial, candidate, for_good=candidate == start)
             idle += 1
             continue
         idle = 0
@@ -151,6 +153,7 @@ class _Judge:
 
     workspace: Workspace
     root: Manifest
+    layers: int
     held: Data
     encoder: Encoder
     baseline: Artifact
@@ -169,12 +172,13 @@ class _Judge:
         held = data.only(rows)
         names = [spec.name for spec in manifest.inputs]
         encoder = Encoder.open(workspace.path(checkpoints.ROOT_VARIANT), names, manifest.max_length)
-        judge = cls(workspace, manifest, held, encoder, built[BASELINE], 0.0, say, bar)
+        layers = layers_in(workspace.path(checkpoints.ROOT_VARIANT))
+        judge = cls(workspace, manifest, layers, held, encoder, built[BASELINE], 0.0, say, bar)
         return replace(judge, exact=_accuracy(judge._measured([built[EXACT]])[0]))
 
     def outcome(self, candidate: Candidate) -> Outcome:
         """Builds what is missing of the candidate and measures it."""
-        chain = candidate.chain()
+        chain = candidate.chain(self.layers)
         name = list(chain)[-1]
         artifact = ensure(self.workspace, [name], chain, only_news(self.say), self.bar)[name]
         beside, row = self._measured([self.baseline, artifact])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from toolchain.variants import Export, Optimize, Prune, Quantize, Recover, Step,
 
 LABEL = "tune"
 OBJECTIVES = ("latency", "throughput", "size")
+DEPTHS = (67, 50, 100)  # per cent of the layers that stay
 RATIOS = (0, 30, 40, 50, 60, 65, 70, 75, 80, 85, 90)
 EPOCHS = (0, 1, 2)
 KEPT = (0, 1, 2, 4)
@@ -20,7 +22,8 @@ OUTWEIGHS = 10  # points of ratio
 @dataclass(frozen=True)
 class Candidate:
     """`ratio` per cent of the encoder pruned at a `cost`, `epochs` of recovery, then int8 or int4 by `scheme`, tables
-    by `embeddings`, `keep_fp32` layers left out, the vocabulary `trimmed` to that of the training data."""
+    by `embeddings`, `keep_fp32` linear layers left out, the vocabulary `trimmed` to that of the training data; of the
+    encoder's layers `depth` per cent stay."""
 
     ratio: int = 0
     cost: str = "parameters"
@@ -29,26 +32,33 @@ class Candidate:
     embeddings: str = "int8"
     keep_fp32: int = 0
     trimmed: bool = False
+    depth: int = 100
 
     def __str__(self) -> str:
-        pruned = f"{self.ratio} % pruned by {self.cost}, {self.epochs} epochs" if self.ratio else "not pruned"
-        kept = f", {self.keep_fp32} layers in fp32" if self.keep_fp32 else ""
+        depth = f", {self.depth} % of the layers" if self.depth < 100 else ""
+        pruned = f"{self.ratio} % pruned by {self.cost}{depth}, {self.epochs} epochs" if self.ratio else "not pruned"
+        kept = f", {self.keep_fp32} linear layers in fp32" if self.keep_fp32 else ""
         trimmed = ", vocabulary trimmed" if self.trimmed else ""
         return f"{pruned}, {self.scheme}, tables {self.embeddings}{kept}{trimmed}"
 
-    @property
-    def kind(self) -> tuple[str | bool, ...]:
+    @functools.cached_property
+    def kind(self) -> tuple[str | int | bool, ...]:
         """What must be the same for one candidate to say something of another."""
-        return (self.cost, self.scheme, self.embeddings, self.trimmed)
+        return (self.depth, self.cost, self.scheme, self.embeddings, self.trimmed)
 
     @property
     def untrained(self) -> Candidate:
         """The same without recovery: as fast and as large."""
         return replace(self, epochs=0)
 
-    def steps(self) -> list[Step]:
-        """From the imported checkpoint on."""
-        found: list[Step] = [Prune(self.ratio / 100, cost=self.cost)] if self.ratio else []
+    def layers(self, of: int) -> int | None:
+        """How many stay `of` so many; None for all."""
+        return max(1, round(of * self.depth / 100)) if self.depth < 100 else None
+
+    def steps(self, layers: int) -> list[Step]:
+        """From the imported checkpoint on, whose encoder has so many `layers`."""
+        pruning = Prune(self.ratio / 100, cost=self.cost, layers=self.layers(layers))
+        found: list[Step] = [pruning] if self.ratio else []
         if self.ratio and self.epochs:
             found.append(Recover(self.epochs))
         own = "int4" if self.scheme == "int4" else "int8"
@@ -61,21 +71,25 @@ class Candidate:
         )
         return [*found, Export(), Optimize.for_provider("cpu"), last]
 
-    def chain(self) -> dict[str, Step]:
-        """Variant → the step that makes it, in order; the last is the candidate. Labels say what names do not: the same
-        settings, the same name."""
-        structure = f"{LABEL}-{self.cost}" if self.cost == "latency" else LABEL
+    def chain(self, layers: int) -> dict[str, Step]:
+        """Variant → the step that makes it, in order, for a model of so many `layers`; the last is the candidate.
+        Labels say what names do not: the same settings, the same name."""
+        kept = self.layers(layers)
+        structure = "-".join(
+            [LABEL, *(["latency"] if self.cost == "latency" else []), *([f"{kept}layers"] if kept else [])]
+        )
+        steps = self.steps(layers)
         last = "-".join(
             [
                 structure if self.ratio else LABEL,
-                *([f"{self.embeddings}tables"] if self.steps()[-1].embeddings else []),  # type: ignore[union-attr]
+                *([f"{self.embeddings}tables"] if steps[-1].embeddings else []),  # type: ignore[union-attr]
                 *([f"keep{self.keep_fp32}"] if self.keep_fp32 else []),
                 *(["trimmed"] if self.trimmed else []),
             ]
         )
         found: dict[str, Step] = {}
         name = "torch-fp32"
-        for step in self.steps():
+        for step in steps:
             label = last if isinstance(step, Quantize) else structure if self.ratio else ""
             name = child(name, step, label).name
             if label:
@@ -86,6 +100,7 @@ class Candidate:
 # What each objective lets tuning vary; the rest stays as the first value.
 _FAST: dict[str, Sequence[str | int | bool]] = {
     "ratio": RATIOS,
+    "depth": DEPTHS,
     "cost": ("latency", "parameters"),
     "epochs": EPOCHS,
     "scheme": ("dynamic", "static"),
@@ -95,6 +110,7 @@ _FAST: dict[str, Sequence[str | int | bool]] = {
 }
 _SMALL: dict[str, Sequence[str | int | bool]] = {
     **_FAST,
+    "depth": (100, 67),  # layers less make a model faster, and no smaller than neurons less
     "cost": ("parameters",),
     "scheme": ("int4", "dynamic", "static"),
     "embeddings": ("int4", "int8"),
@@ -132,13 +148,14 @@ def hopeless(objective: str, candidate: Candidate, known: Mapping[Candidate, boo
     """Whether what is known of others says that the candidate need not be built.
 
     More pruning is faster and smaller and loses more; more training loses less; more in fp32 is slower, larger and
-    loses less. By `OUTWEIGHS` more pruning is faster than any other way to weigh, quantise and exclude.
+    loses less. By `OUTWEIGHS` more pruning, with no more layers, is faster than any other way to weigh, quantise and
+    exclude.
     """
     if candidate in known:
         return True
     for other, kept in known.items():
         alike = other.kind == candidate.kind
-        further = other.ratio >= candidate.ratio + OUTWEIGHS and objective != "size"
+        further = other.ratio >= candidate.ratio + OUTWEIGHS and other.depth <= candidate.depth and objective != "size"
         if kept and (further or (alike and other.ratio >= candidate.ratio and other.keep_fp32 <= candidate.keep_fp32)):
             return True
         loses = other.ratio <= candidate.ratio and other.epochs >= candidate.epochs
@@ -147,11 +164,15 @@ def hopeless(objective: str, candidate: Candidate, known: Mapping[Candidate, boo
     return False
 
 
-def worthwhile(objective: str, known: Mapping[Candidate, bool], given_up: Container[Candidate]) -> list[Candidate]:
-    """All that may still be better than what is known; of what is not pruned, one for all costs and epochs."""
+@functools.cache
+def every(objective: str) -> tuple[Candidate, ...]:
+    """All that an objective lets tuning try; of what is not pruned, one for all costs, depths and epochs."""
     names, choices = zip(*SPACE[objective].items(), strict=True)
-    every = (Candidate(**dict(zip(names, values, strict=True))) for values in itertools.product(*choices))
-    told_apart = (
-        each for each in every if each.ratio or each == replace(each, cost=choices[names.index("cost")][0], epochs=0)
-    )
-    return [each for each in told_apart if each not in given_up and not hopeless(objective, each, known)]
+    found = (Candidate(**dict(zip(names, values, strict=True))) for values in itertools.product(*choices))
+    plain = {name: choices[names.index(name)][0] for name in ("depth", "cost")}
+    return tuple(each for each in found if each.ratio or each == replace(each, **plain, epochs=0))
+
+
+def worthwhile(objective: str, known: Mapping[Candidate, bool], given_up: Container[Candidate]) -> list[Candidate]:
+    """All that may still be better than what is known."""
+    return [each for each in every(objective) if each not in given_up and not hopeless(objective, each, known)]

@@ -55,7 +55,7 @@ class Study:
                 self._interrupted += [candidate] if candidate else []
             elif candidate and trial.state == TrialState.COMPLETE:
                 self.outcomes[candidate] = Outcome(**trial.user_attrs["outcome"])
-            elif candidate and trial.state == TrialState.PRUNED:
+            elif candidate and trial.state == TrialState.PRUNED and trial.user_attrs.get("for_good"):
                 self.given_up.add(candidate)
         # By how many there are: the next run proposes something else.
         study.sampler = TPESampler(seed=SEED + len(study.trials))
@@ -104,12 +104,14 @@ class Study:
         self._study.tell(trial, outcome.cost(self.objective))
         self.outcomes[candidate] = outcome
 
-    def give_up(self, trial: Trial, candidate: Candidate) -> None:
-        """Ends the trial as one that is not worth the time."""
+    def give_up(self, trial: Trial, candidate: Candidate, for_good: bool = True) -> None:
+        """Ends the trial as one that is not worth the time, and if `for_good` never will be."""
         from optuna.trial import TrialState
 
+        trial.set_user_attr("for_good", for_good)
         self._study.tell(trial, state=TrialState.PRUNED)
-        self.given_up.add(candidate)
+        if for_good:
+            self.given_up.add(candidate)
 
 
 @contextmanager
