@@ -33,7 +33,9 @@ from toolchain.cells import Cell
 from toolchain.measurements import Measurement, ResultFile
 from toolchain.passes import PASSES, read, rewrite, write
 from toolchain.passes.apply import context_of
+from toolchain.passes.attention import whole
 from toolchain.passes.fuse import APART_ON_CPU, fuse
+from toolchain.passes.int8 import run_time_codes
 from toolchain.passes.quantize_linear import fused, quantize_linear
 from toolchain.pipeline import ensure
 from toolchain.report.progress import bar, say
@@ -44,7 +46,7 @@ SKIP_LAYER_NORM = ("skip_layer_norm", "bias_skip_layer_norm")
 
 
 def bias_apart(model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Value | None) -> list[ir.Node]:
-    """The toolchain's product with an Add of the bias behind it; a `quantize_linear.Product`."""
+    """The toolchain's product with an Add of the bias behind it; an `attention.Product`."""
     product = fused(model, data, name, array, None)
     if bias is None:
         return product
@@ -63,7 +65,10 @@ OTHERS = {
     "fuse-bias-gelu": _fusing("bias_gelu"),
     "fuse-embed-layer-norm": _fusing("embed_layer_norm"),
     "fuse-not-attention": partial(fuse, apart=(*APART_ON_CPU, "attention")),
-    "quantize-linear-bias-apart": partial(quantize_linear, product=bias_apart),
+    "quantize-linear-bias-apart": partial(
+        quantize_linear, product=bias_apart, attend=partial(whole, codes=run_time_codes)
+    ),
+    "quantize-linear-merged": partial(quantize_linear, product=fused),
 }
 
 
@@ -103,8 +108,13 @@ def contenders() -> list[Contender]:
     found += [
         Contender(f"{INT8}+no-{name}", f"without {name}", _instead(name, of=every), INT8) for name in QUANTIZE_PASSES
     ]
-    apart = _instead("quantize-linear", "quantize-linear-bias-apart", of=every)
-    found.append(Contender(f"{INT8}+bias-apart", "bias behind the quantised product", apart, INT8))
+    others = (
+        ("merged", "one product, Split and MultiHeadAttention for QAttention"),
+        ("bias-apart", "bias behind the quantised product"),
+    )
+    for name, change in others:
+        graph = _instead("quantize-linear", f"quantize-linear-{name}", of=every)
+        found.append(Contender(f"{INT8}+{name}", change, graph, INT8))
     # As optimum-cli gives them for VNNI. DefaultTensorType: fused operators' results have no type in the file.
     types = {"weight_type": "QInt8", "DefaultTensorType": 1}
     found.append(Contender(f"{INT8}+quantize-dynamic", "quantize_dynamic for these passes", CPU_PASSES, INT8, types))
