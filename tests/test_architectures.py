@@ -261,6 +261,10 @@ def test_what_is_cut_is_what_a_gate_of_zero_would_silence(workspace, kind, heads
             layer.get_submodule(names.output).weight[:, head * size : (head + 1) * size] = 0
         for neuron in set(range(shape.ffn)) - set(neurons):
             layer.get_submodule(names.down).weight[:, neuron] = 0
+        for kept, end, norm in ((heads, names.output, names.attention_norm), (neurons, names.down, names.output_norm)):
+            if not kept:  # the whole sub-block goes: what enters it is what leaves it
+                layer.get_submodule(end).bias.zero_()
+                layer.set_submodule(norm, torch.nn.Identity())
     layout.keep(cut, 0, heads, neurons)
     ids = [[2, 40, 3], [2, *range(20, 43), 3], [2]]
     for left in (False, True):
