@@ -13,13 +13,13 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain import hardware
+from toolchain.backends import mixed
 from toolchain.backends.batches import Batch, Targets, batch, batches
 from toolchain.backends.layout import matched_layers
 from toolchain.errors import DataError
@@ -43,8 +43,8 @@ class Recipe:
     """AdamW, for embeddings sparse Adam, with a linear schedule: `learning_rate` is its peak, `warmup` the share of
     steps that lead up to it.
 
-    `task`, `states` and `temperature` as `losses.Weights` has them; `patience` is how many epochs without a better
-    held-out accuracy end the training. `dropout` as the model's config has it: a teacher's answers leave nothing to
+    `task`, `states` and `temperature` as `losses.Weights` has them; `patience` is how many epochs that are no better on
+    held-out rows end the training. `dropout` as the model's config has it: a teacher's answers leave nothing to
     regularise against.
     """
 
@@ -69,6 +69,10 @@ class Examples:
     ids: Sequence[Sequence[int]]
     labels: Targets
 
+    def of_epoch(self, epoch: int) -> Examples:
+        """What is learned from in that epoch, as many rows in each: these, in every one."""
+        return self
+
     def batches(self, encoder: Encoder) -> list[Batch]:
         """All rows, shortest first, in batches for scoring."""
         return batches(self.ids, self.labels, encoder, BATCH)
@@ -76,13 +80,14 @@ class Examples:
 
 @dataclass
 class _State:
-    """Where a run stands; `key` says which run it is. `held_out` has the accuracy before the first step and after
-    every epoch, `best` the index of the best of them."""
+    """Where a run stands; `key` says which run it is. Before the first step and after every epoch, `held_out` has the
+    accuracy and `losses` the loss; `best` is the index of the best of them."""
 
     key: str
     step: int = 0
     spent_s: float = 0.0
     held_out: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
     best: int = 0
     scale: float = 65536.0  # of float16 gradients, PyTorch's first
 
@@ -96,7 +101,8 @@ def train(
     progress: Progress,
 ) -> dict[str, Any]:
     """Trains the first of `models` in place, on the first of `rows`, to answer as these say and as the second, its
-    teacher, does, and leaves it with the weights that were best on the second of `rows`, which are held out.
+    teacher, does, and leaves it with the weights that were best on the second of `rows`, which are held out: by
+    accuracy where labels count, else by the loss, which wavers less.
 
     Only parameters that require a gradient are trained. `resume` is a folder and a key: a run of the same key there is
     taken up where it stopped. Returns what is to be told of it. Raises `DataError` where the loss is no longer finite;
@@ -105,43 +111,32 @@ def train(
     (model, teacher), (train_on, held_out) = models, rows
     folder, key = resume
     folder.mkdir(parents=True, exist_ok=True)
-    run = _Run((model, teacher), recipe, math.ceil(len(train_on.ids) / recipe.batch_size), folder, key)
+    now = train_on.of_epoch(0)
+    run = _Run((model, teacher), recipe, math.ceil(len(now.ids) / recipe.batch_size), folder, key)
+    judged = held_out.batches(encoder)
     if not run.state.step:
-        run.state.held_out.append(accuracy(model, held_out.batches(encoder)))
-        run.keep_best()
+        run.judge(judged)
     while not run.over:
         epoch = len(run.state.held_out) - 1  # a run killed between an epoch's last step and its score owes the score
-        for chosen in _order(train_on, recipe, epoch)[run.state.step - epoch * run.steps :]:
-            loss = run.learn(batch(chosen, train_on.ids, train_on.labels, encoder, WIDTHS))
+        now = train_on.of_epoch(epoch)
+        for chosen in _order(now, recipe, epoch)[run.state.step - epoch * run.steps :]:
+            loss = run.learn(batch(chosen, now.ids, now.labels, encoder, WIDTHS))
             progress(run.state.step, run.total, f"epoch {epoch + 1} of {recipe.epochs}, loss {loss:.4f}")
-        run.state.held_out.append(accuracy(model, held_out.batches(encoder)))
-        if run.state.held_out[-1] >= run.state.held_out[run.state.best]:
-            run.keep_best()
+        run.judge(judged)
         run.save()
     run.finish()
     return {
         **asdict(recipe),
-        "rows": len(train_on.ids),
+        "rows": len(now.ids),
         "steps": run.state.step,
         "best_epoch": run.state.best,
         "held_out_accuracy": [round(value, 4) for value in run.state.held_out],
+        "held_out_loss": [round(value, 4) for value in run.state.losses],
         "held_out_rows": len(held_out.ids),
         "device": run.device.type,
         "precision": str(run.precision).removeprefix("torch."),
         "seconds": round(run.state.spent_s, 1),
     }
-
-
-def _precision(device: torch.device) -> torch.dtype:
-    """bfloat16 where it is fast, else float16 on GPUs that multiply it faster, else float32: emulated half precision is
-    slower than none."""
-    import torch
-
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        return torch.bfloat16 if capability >= (8, 0) else torch.float16 if capability >= (7, 0) else torch.float32
-    fast = bool({"avx512_bf16", "amx_bf16"} & set(hardware.processor()["isa"]))
-    return torch.bfloat16 if fast else torch.float32
 
 
 def _order(rows: Examples, recipe: Recipe, epoch: int) -> list[list[int]]:
@@ -169,7 +164,7 @@ class _Run:
         # The order of a sum depends on how many threads share it: the same, whatever this process did before.
         torch.set_num_threads(hardware.cores())
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.precision = _precision(self.device)
+        self.precision = mixed.precision(self.device)
         self.steps, self.total = steps, steps * recipe.epochs
         (model, teacher), self._recipe, self._folder = models, recipe, folder
         matched = tuple(matched_layers(model)) if recipe.states else ()
@@ -206,28 +201,17 @@ class _Run:
         """One step; the loss it started from."""
         import torch
 
-        from toolchain.losses import loss
-
         recipe, step = self._recipe, self.state.step
         rising = (step + 1) / max(1.0, recipe.warmup * self.total)
         rate = recipe.learning_rate * min(rising, (self.total - step) / self.total)
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
             optimizer.param_groups[0]["lr"] = rate
-        inputs = {name: tensor.to(self.device) for name, tensor in part.inputs.items()}
-        states = recipe.states > 0
-        with torch.no_grad():
-            wanted = self._teacher and self._teacher(**self._asked(inputs), output_hidden_states=states)
         if recipe.dropout:
             torch.manual_seed(recipe.seed * self.total + step)  # by the step: a resumed run drops the same
         self._model.train(recipe.dropout)
-        with (
-            torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32),
-            _attention(self.device),
-        ):
-            given = self._model(**inputs, output_hidden_states=states)
+        found = self._loss(part)
         self._model.eval()
-        found = loss(given, wanted, inputs, part.labels.to(self.device), self._weights)
         if not torch.isfinite(found):
             self.save()
             raise DataError(
@@ -246,6 +230,33 @@ class _Run:
         if time.monotonic() - self._saved > SAVE_EVERY_S:
             self.save()
         return float(found.detach())
+
+    def _loss(self, part: Batch) -> torch.Tensor:
+        import torch
+
+        from toolchain.losses import loss
+
+        inputs = {name: tensor.to(self.device) for name, tensor in part.inputs.items()}
+        states = self._recipe.states > 0
+        with mixed.attention(self.device):
+            with torch.no_grad():
+                wanted = self._teacher and self._teacher(**self._asked(inputs), output_hidden_states=states)
+            with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+                given = self._model(**inputs, output_hidden_states=states)
+        return loss(given, wanted, inputs, part.labels.to(self.device), self._weights)
+
+    def judge(self, rows: list[Batch]) -> None:
+        """Scores the weights as they are, and keeps them where none were better."""
+        import torch
+
+        self.state.held_out.append(accuracy(self._model, rows))
+        with torch.no_grad():
+            total = sum(float(self._loss(part)) * len(part.labels) for part in rows)
+        self.state.losses.append(total / sum(len(part.labels) for part in rows))
+        scores = self.state.held_out if self._recipe.task else [-value for value in self.state.losses]
+        if scores[-1] >= scores[self.state.best] or len(scores) == 1:
+            self.state.best = len(scores) - 1
+            _write(self._folder / f"{self.state.best}.{BEST}", dict(self._trained))
 
     def _asked(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Those of the inputs that the teacher takes, which may be of another architecture."""
@@ -291,11 +302,6 @@ class _Run:
             state_of[moment] = value if value.is_floating_point() else int(value)
         return state
 
-    def keep_best(self) -> None:
-        """The weights as they are now are the best so far."""
-        self.state.best = len(self.state.held_out) - 1
-        _write(self._folder / f"{self.state.best}.{BEST}", dict(self._trained))
-
     def finish(self) -> None:
         """Leaves the model with its best weights, on the host."""
         import torch
@@ -306,26 +312,6 @@ class _Run:
             for name, parameter in self._trained.items():
                 parameter.copy_(tensors[name])
         self._model.to("cpu")
-
-
-@contextmanager
-def _attention(device: torch.device) -> Iterator[None]:
-    """PyTorch's fused attention is half of a training step on a CPU; its own parts are faster backwards there, and more
-    so where they stay in the precision they are given."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    if device.type != "cpu":
-        yield
-        return
-    settings = torch.backends.cuda  # by its name; the CPU's math kernel goes by it too
-    before = settings.fp16_bf16_reduction_math_sdp_allowed()
-    settings.allow_fp16_bf16_reduction_math_sdp(True)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        settings.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 def _write(path: Path, tensors: dict[str, Any]) -> None:

@@ -65,8 +65,8 @@ class Prune:
 class Recover:
     """A pruned model trained for `epochs` to answer as the unpruned one does; `train` as for `Prune`.
 
-    It learns from the rows and from pairs of them, `pairs` a row times the share of parameters that is gone, in which
-    the share `masked` of the tokens is hidden.
+    It learns from the rows and from pairs of them, new ones in each epoch, `pairs` a row times the share of parameters
+    that is gone, in which the share `masked` of the tokens is hidden.
     """
 
     epochs: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 from toolchain import inputs
@@ -16,7 +17,7 @@ from toolchain.jobs import Built, Job
 from toolchain.training import Examples, Recipe, train
 from toolchain.variants import Recover, settings_of
 
-VERSION = 6
+VERSION = 7
 
 
 def recover(job: Job) -> Built:
@@ -34,17 +35,18 @@ def recover(job: Job) -> Built:
     encoder = inputs.Encoder.open(job.given.path, [spec.name for spec in manifest.inputs], manifest.max_length)
     job.progress(0, 1, "reading the training data")
     trained, held_out = inputs.hold_out(data)
-    rows, mask = _examples(data, trained, encoder), _mask_token(job.given.path, encoder)
+    rows = _examples(data, trained, encoder)
     # The more of a model is gone, the more it has to learn again, and the less an example costs.
     # Rows that are pairs themselves are not joined to pairs of pairs.
     pairs = 0 if data.paired else round(step.pairs * manifest.facts["pruning"]["achieved"] * len(rows.ids))
-    rows = _augmented(rows, pairs, mask, step.masked, step.seed, encoder.max_length)
+    mask = _mask_token(job.given.path, encoder)
+    augmented = Augmented(rows.ids, rows.labels, pairs, mask, step.masked, step.seed, encoder.max_length)
     model, teacher = load_model(job.given.path), load_model(job.root.path)
     recipe = Recipe(step.epochs, step.learning_rate, step.batch_size, step.seed)
     sealed = {"parent": manifest.id, "teacher": job.root.manifest.id, "step": settings_of(step), "version": VERSION}
     key = hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
     judged = _examples(data, held_out, encoder)
-    history = train((model, teacher), (rows, judged), encoder, recipe, (job.resume, key), job.progress)
+    history = train((model, teacher), (augmented, judged), encoder, recipe, (job.resume, key), job.progress)
     copy_companions(job.given, job.folder)
     save_weights(model.state_dict(), job.folder)
     recovery = {
@@ -61,25 +63,38 @@ def _examples(data: Data, rows: list[int], encoder: inputs.Encoder) -> Examples:
     return Examples(encoder.encode(chosen.texts), chosen.targets)
 
 
-def _augmented(rows: Examples, pairs: int, mask: int | None, share: float, seed: int, longest: int) -> Examples:
-    """The rows as they are, and so many random `pairs` of them, joined, with that share of their tokens masked.
+@dataclass(frozen=True)
+class Augmented(Examples):
+    """Rows as they are, and in each epoch so many new random `pairs` of them, joined, in which `mask` replaces the
+    `share` of the tokens.
 
     A teacher was trained on these rows and answers nearly all with certainty, which hides what else it knows; its
     answers to disturbed and longer ones say more. After Jiao et al. 2020, "TinyBERT", which augments for this reason.
     A pair has the second row's label and at most `longest` tokens. Without a mask token, pairs are joined as they are.
     """
-    rng = random.Random(seed)
 
-    def masked(ids: list[int]) -> list[int]:
-        return [token if mask is None or rng.random() >= share else mask for token in ids]
+    pairs: int
+    mask: int | None
+    share: float
+    seed: int
+    longest: int
 
-    drawn = [(rng.randrange(len(rows.ids)), rng.randrange(len(rows.ids))) for _ in range(pairs)]
-    # The first token and the last are the tokenizer's own.
-    joined = [
-        [one[0], *masked([*one[1:-1], *other[1:-1]][: longest - 2]), other[-1]]
-        for one, other in ((rows.ids[first], rows.ids[second]) for first, second in drawn)
-    ]
-    return Examples([*rows.ids, *joined], [*rows.labels, *(rows.labels[second] for _, second in drawn)])
+    def of_epoch(self, epoch: int) -> Examples:
+        """The rows and the pairs of that epoch."""
+        rng = random.Random(f"{self.seed} {epoch}")
+
+        def masked(ids: list[int]) -> list[int]:
+            return [token if self.mask is None or rng.random() >= self.share else self.mask for token in ids]
+
+        count = len(self.ids)
+        drawn = [(rng.randrange(count), rng.randrange(count)) for _ in range(self.pairs)]
+        # The first token and the last are the tokenizer's own.
+        joined = [
+            [one[0], *masked([*one[1:-1], *other[1:-1]][: self.longest - 2]), other[-1]]
+            for one, other in ((self.ids[first], self.ids[second]) for first, second in drawn)
+        ]
+        labels = [*self.labels, *(self.labels[second] for _, second in drawn)]
+        return Examples([*self.ids, *joined], labels)
 
 
 def _mask_token(folder: Path, encoder: inputs.Encoder) -> int | None:
@@ -98,6 +113,7 @@ def sentence(facts: dict[str, object]) -> str:
     assert isinstance(held, list)
     course = " → ".join(f"{value:.2%}" for value in held)
     return (
-        f"accuracy on {facts['held_out_rows']} held-out rows {course}, best after epoch {facts['best_epoch']}; "
+        f"accuracy on {facts['held_out_rows']} held-out rows {course}, "
+        f"the least loss there after epoch {facts['best_epoch']}; "
         f"{facts['steps']} steps in {facts['precision']} on {facts['device']}"
     )

@@ -8,7 +8,7 @@ made on rows held out of the training data.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from toolchain.passes.apply import layers_in
 from toolchain.pipeline import Bar, Say, ensure, only_news
 from toolchain.scenarios import Protocol
 from toolchain.steps.bench import bench
-from toolchain.tuning.candidates import Candidate, next_start, worthwhile
+from toolchain.tuning.candidates import Candidate, next_start
 from toolchain.tuning.study import Outcome, Study, opened
 from toolchain.workspace import Workspace
 
@@ -78,13 +78,18 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
     says what came of it."""
     idle = 0
     while time.monotonic() < deadline:
-        rest = worthwhile(study.objective, study.known, study.given_up)
+        rest = study.rest
         if not rest:
             say("nothing is left that could be better")
             return
+        fitting = _in_time(study, rest, deadline - time.monotonic())
+        if not fitting:
+            say("no time is left to train what could be better; the same command goes on")
+            return
         start = next_start(study.objective, study.known, study.given_up)
-        trial, candidate = study.ask(rest[0] if idle >= PROPOSALS else start)
-        if candidate not in rest:
+        late = start in rest and start not in fitting
+        trial, candidate = study.ask(fitting[0] if idle >= PROPOSALS else None if late else start)
+        if candidate not in fitting:
             # What was only proposed may still tell, untrained, whether training it is worth the time.
             study.give_up(trial, candidate, for_good=candidate == start)
             idle += 1
@@ -92,18 +97,20 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
         idle = 0
         say(f"trial {trial.number}: {candidate}")
         try:
-            done = _tried(study, measure, trial, candidate, deadline, say)
+            _tried(study, measure, trial, candidate, say)
         except (CheckpointError, PruningError, VerdictError) as error:  # it cannot be made of this model, or is no good
             say(f"given up: {error.cause}")
             study.give_up(trial, candidate)
-            continue
-        if not done:
-            return  # the trial stays open: the next run takes it up
 
 
-def _tried(study: Study, measure: Measure, trial: Trial, candidate: Candidate, deadline: float, say: Say) -> bool:
-    """Measures the candidate without training first, and trained where it could win; False where there is no time left
-    for that."""
+def _in_time(study: Study, candidates: Sequence[Candidate], left_s: float) -> list[Candidate]:
+    """Those whose training would end in that time, by the slowest so far."""
+    spent = [outcome.training_s / each.epochs for each, outcome in study.outcomes.items() if outcome.training_s]
+    return [each for each in candidates if not spent or max(spent) * each.epochs <= left_s]
+
+
+def _tried(study: Study, measure: Measure, trial: Trial, candidate: Candidate, say: Say) -> None:
+    """Measures the candidate without training first, and trained where it could win."""
     plain = candidate.untrained
     if plain not in study.outcomes and plain not in study.given_up:
         first = trial if plain == candidate else study.begin(plain)
@@ -113,21 +120,16 @@ def _tried(study: Study, measure: Measure, trial: Trial, candidate: Candidate, d
             say(f"given up: {error.cause}")
             study.give_up(first, plain)  # too uncertain to be quantised, which training may mend
     if plain == candidate:
-        return True
+        return
     outcome = study.outcomes.get(plain)
     if outcome and study.keeps(outcome):
         study.give_up(trial, candidate)  # it needs no training
-        return True
+        return
     if outcome and study.best and outcome.cost(study.objective) >= study.best.cost(study.objective):
         say(f"not trained: no training makes it better than {study.best.variant}")
         study.give_up(trial, candidate)
-        return True
-    spent = [o.training_s / c.epochs for c, o in study.outcomes.items() if o.training_s]
-    if spent and max(spent) * candidate.epochs > deadline - time.monotonic():
-        say("not trained: there is no time left")
-        return False
+        return
     _measured(study, measure, trial, candidate, say)
-    return True
 
 
 def _measured(study: Study, measure: Measure, trial: Trial, candidate: Candidate, say: Say) -> None:

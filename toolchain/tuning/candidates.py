@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from toolchain.trimming import TRAIN
@@ -13,8 +13,8 @@ from toolchain.variants import Export, Optimize, Prune, Quantize, Recover, Step,
 LABEL = "tune"
 OBJECTIVES = ("latency", "throughput", "size")
 DEPTHS = (67, 50, 100)  # per cent of the layers that stay
-RATIOS = (0, 30, 40, 50, 60, 65, 70, 75, 80, 85, 90)
-EPOCHS = (0, 1, 2)
+RATIOS = (0, 30, 40, 50, 60, 64, 68, 72, 76, 80, 84, 88, 92)
+EPOCHS = (0, 1, 2, 4)
 KEPT = (0, 1, 2, 4)
 OUTWEIGHS = 10  # points of ratio
 
@@ -173,6 +173,8 @@ def every(objective: str) -> tuple[Candidate, ...]:
     return tuple(each for each in found if each.ratio or each == replace(each, **plain, epochs=0))
 
 
-def worthwhile(objective: str, known: Mapping[Candidate, bool], given_up: Container[Candidate]) -> list[Candidate]:
-    """All that may still be better than what is known."""
-    return [each for each in every(objective) if each not in given_up and not hopeless(objective, each, known)]
+def worthwhile(
+    among: Iterable[Candidate], objective: str, known: Mapping[Candidate, bool], given_up: Container[Candidate]
+) -> list[Candidate]:
+    """Those that may still be better than what is known."""
+    return [each for each in among if each not in given_up and not hopeless(objective, each, known)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolchain.artifacts import lock
-from toolchain.tuning.candidates import SPACE, Candidate
+from toolchain.tuning.candidates import SPACE, Candidate, every, worthwhile
 
 if TYPE_CHECKING:
     import optuna
@@ -48,6 +49,7 @@ class Study:
         self.outcomes: dict[Candidate, Outcome] = {}
         self.given_up: set[Candidate] = set()
         self._interrupted: list[Candidate] = []
+        self._rest, self._weighed = list(every(objective)), 0
         for trial in study.trials:
             candidate = Candidate(**trial.params) if len(trial.params) == len(SPACE[objective]) else None
             if trial.state in (TrialState.RUNNING, TrialState.WAITING):
@@ -64,6 +66,15 @@ class Study:
     def known(self) -> dict[Candidate, bool]:
         """Whether what was measured keeps the accuracy."""
         return {candidate: self.keeps(outcome) for candidate, outcome in self.outcomes.items()}
+
+    @property
+    def rest(self) -> list[Candidate]:
+        """All that may still be better than what is known."""
+        # One outcome rules out what it does, whatever comes after it: only new ones are looked at.
+        known = self.known
+        new = dict(itertools.islice(known.items(), self._weighed, None))
+        self._rest, self._weighed = worthwhile(self._rest, self.objective, new, self.given_up), len(known)
+        return self._rest
 
     def keeps(self, outcome: Outcome) -> bool:
         """Whether it loses no more than allowed."""
