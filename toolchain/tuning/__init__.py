@@ -91,7 +91,7 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
         trial, candidate = study.ask(fitting[0] if idle >= PROPOSALS else None if late else start)
         if candidate not in fitting:
             # What was only proposed may still tell, untrained, whether training it is worth the time.
-            study.give_up(trial, candidate, for_good=candidate == start)
+            study.give_up(trial, candidate, for_good=candidate == start and not late)
             idle += 1
             continue
         idle = 0
