@@ -21,6 +21,7 @@ from toolchain.steps.compare import compare
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 BENCH = ROOT / "benchmarks" / "results" / "reference-xeon-2cores.json"
+BENCH_GPU = BENCH.with_name("reference-h100.json")
 STUDIES = ROOT / "benchmarks" / "studies"
 EXPORT_LOG = ROOT / "benchmarks" / "reports" / "make-export.txt"
 
@@ -29,7 +30,8 @@ def parts() -> dict[str, str]:
     """Marker → what stands between its lines."""
     return {
         "make export": _text(EXPORT_LOG.read_text()),
-        "make bench": _bench(),
+        "make bench": _bench(BENCH),
+        "make bench, gpu": _bench(BENCH_GPU),
         "peers": _peers(),
         "passes": _passes(),
         "pruning": _pruning(),
@@ -43,10 +45,10 @@ def _text(content: str) -> str:
     return f"```text\n{content.rstrip()}\n```"
 
 
-def _bench() -> str:
+def _bench(path: Path) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        print_table(compare([ResultFile.read(BENCH)]))
+        print_table(compare([ResultFile.read(path)]))
     return _text("\n".join(line.rstrip() for line in out.getvalue().splitlines()))
 
 
