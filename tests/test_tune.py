@@ -82,9 +82,12 @@ def test_the_starts_find_the_largest_ratio(slope, gain):
     while (candidate := next_start("latency", known, set())) is not None:
         assert candidate not in known
         known[candidate] = world.outcome(candidate).drop <= 1.0
-    ladder = [ratio for ratio in RATIOS if world.outcome(first("latency", ratio, EPOCHS[-1])).drop <= 1.0]
-    assert max(c.ratio for c, kept in known.items() if kept or c.ratio == 0) == max(ladder, default=0)
-    assert len(known) <= 1 + len(EPOCHS[1:]) * len(RATIOS).bit_length()
+    def rungs(epochs):
+        return [ratio for ratio in RATIOS if world.outcome(first("latency", ratio, epochs)).drop <= 1.0]
+
+    assert max(c.ratio for c, kept in known.items() if kept or c.ratio == 0) == max(rungs(EPOCHS[-1]), default=0)
+    climbed = len(rungs(EPOCHS[-1])) - len(rungs(EPOCHS[1]))
+    assert len(known) <= 1 + len(RATIOS).bit_length() + climbed + len(EPOCHS[2:])
 
 
 candidates = st.builds(
@@ -162,6 +165,21 @@ def test_what_was_measured_is_not_measured_again(tmp_path):
     other = World()
     run(tmp_path / "study", other, max_drop=2.0)
     assert other.asked
+
+
+def test_what_is_trained_already_is_quantised_otherwise_before_more_is_trained(tmp_path):
+    def lost(points):
+        return Outcome("variant", "id", points, 2.0, 2.0, 1)
+
+    near, far = (Candidate(ratio, "latency", 4, depth=67) for ratio in (72, 88))
+    with opened(tmp_path / "study", "latency", 1.0, ["model", "train"], quiet) as study:
+        assert study.paid_for(study.rest) is None
+        study.outcomes |= {far: lost(3.0), near: lost(1.05)}
+        found = study.paid_for(study.rest)
+        assert found != near
+        assert found.training == near.training
+        study.outcomes[near] = lost(0.95)
+        assert study.paid_for(study.rest) is None
 
 
 def test_a_stopped_search_takes_up_what_it_had_begun(tmp_path):

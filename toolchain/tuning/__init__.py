@@ -87,11 +87,12 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
             say("no time is left to train what could be better; the same command goes on")
             return
         start = next_start(study.objective, study.known, study.given_up)
-        late = start in rest and start not in fitting
-        trial, candidate = study.ask(fitting[0] if idle >= PROPOSALS else None if late else start)
+        if start is None or (start in rest and start not in fitting):
+            start = study.paid_for(fitting)
+        trial, candidate = study.ask(fitting[0] if idle >= PROPOSALS else start)
         if candidate not in fitting:
             # What was only proposed may still tell, untrained, whether training it is worth the time.
-            study.give_up(trial, candidate, for_good=candidate == start and not late)
+            study.give_up(trial, candidate, for_good=candidate == start)
             idle += 1
             continue
         idle = 0

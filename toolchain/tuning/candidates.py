@@ -47,6 +47,11 @@ class Candidate:
         return (self.depth, self.cost, self.scheme, self.embeddings, self.trimmed)
 
     @property
+    def training(self) -> tuple[int, str, int, int]:
+        """What those have in common that need to be trained but once."""
+        return (self.ratio, self.cost, self.depth, self.epochs)
+
+    @property
     def untrained(self) -> Candidate:
         """The same without recovery: as fast and as large."""
         return replace(self, epochs=0)
@@ -126,9 +131,9 @@ def first(objective: str, ratio: int, epochs: int) -> Candidate:
 
 
 def next_start(objective: str, known: Mapping[Candidate, bool], given_up: Container[Candidate]) -> Candidate | None:
-    """What is tried before sampling: the largest ratio that keeps the accuracy, by bisection, with one epoch and then
-    with more; None when that is known. `known` says of what was measured whether it keeps the accuracy; what was
-    `given_up` does not."""
+    """What is tried before sampling: the largest ratio that keeps the accuracy, with one epoch by bisection, then with
+    more from there upwards, since these bring a step or two and cost more each; None when that is known. `known` says
+    of what was measured whether it keeps the accuracy; what was `given_up` does not."""
     low = 0
     for epochs in EPOCHS[1:]:
         high = len(RATIOS)
@@ -136,7 +141,7 @@ def next_start(objective: str, known: Mapping[Candidate, bool], given_up: Contai
         if ladder[0] not in known and ladder[0] not in given_up:
             return ladder[0]
         while high - low > 1:
-            middle = (low + high) // 2
+            middle = (low + high) // 2 if epochs == EPOCHS[1] else low + 1
             kept = known.get(ladder[middle]) or known.get(ladder[middle].untrained)
             if not kept and ladder[middle] not in known and ladder[middle] not in given_up:
                 return ladder[middle]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 SEED = 20
+NEAR = 0.5  # points that another quantisation may bring
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,16 @@ class Study:
             if not found or outcome.cost(self.objective) < found[-1].cost(self.objective):
                 found.append(outcome)
         return found
+
+    def paid_for(self, among: Iterable[Candidate]) -> Candidate | None:
+        """Of these one whose training is there already and nearly kept the accuracy, the least that is missing first:
+        another way to quantise that costs a minute."""
+        lost: dict[tuple[int, str, int, int], float] = {}
+        for candidate, outcome in self.outcomes.items():
+            if candidate.epochs and not self.keeps(outcome) and outcome.drop <= self.max_drop + NEAR:
+                lost[candidate.training] = min(outcome.drop, lost.get(candidate.training, outcome.drop))
+        found = [each for each in among if each.training in lost]
+        return min(found, key=lambda each: (lost[each.training], each.keep_fp32), default=None)
 
     def ask(self, start: Candidate | None) -> tuple[Trial, Candidate]:
         """The next trial: what an interrupted run had begun, else `start`, else what the sampler proposes."""
