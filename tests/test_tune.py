@@ -78,16 +78,18 @@ def test_names_say_the_settings_and_share_what_is_the_same():
 @given(st.floats(0.001, 0.2), st.floats(0.0, 0.9))
 @settings(max_examples=30, deadline=None)
 def test_the_starts_find_the_largest_ratio(slope, gain):
-    world, known = World(slope, gain), {}
-    while (candidate := next_start("latency", known, set())) is not None:
-        assert candidate not in known
-        known[candidate] = world.outcome(candidate).drop <= 1.0
+    world, over = World(slope, gain), {}
+    while (candidate := next_start("latency", over, set())) is not None:
+        assert candidate not in over
+        over[candidate] = world.outcome(candidate).drop - 1.0
+
     def rungs(epochs):
         return [ratio for ratio in RATIOS if world.outcome(first("latency", ratio, epochs)).drop <= 1.0]
 
-    assert max(c.ratio for c, kept in known.items() if kept or c.ratio == 0) == max(rungs(EPOCHS[-1]), default=0)
+    found = max(candidate.ratio for candidate, excess in over.items() if excess <= 0 or candidate.ratio == 0)
+    assert found == max(rungs(EPOCHS[-1]), default=0)
     climbed = len(rungs(EPOCHS[-1])) - len(rungs(EPOCHS[1]))
-    assert len(known) <= 1 + len(RATIOS).bit_length() + climbed + len(EPOCHS[2:])
+    assert len(over) <= 1 + len(RATIOS).bit_length() + climbed + 2 * len(EPOCHS[1:])
 
 
 candidates = st.builds(
@@ -232,7 +234,7 @@ def test_a_shorter_training_takes_the_place_of_one_that_does_not_fit(tmp_path, m
     with opened(tmp_path / "study", "latency", 1.0, [], quiet) as study:
         known = {}
         while (start := next_start("latency", known, set())) and start.epochs < 2:
-            known[start] = world.outcome(start).drop <= 1.0
+            known[start] = world.outcome(start).drop - 1.0
         longest = 100 * sum(bool(candidate.epochs) for candidate in known) + 150
         said = []
         search(study, world, longest, said.append)

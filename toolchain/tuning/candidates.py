@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ RATIOS = (0, 30, 40, 50, 60, 64, 68, 72, 76, 80, 84, 88, 92)
 EPOCHS = (0, 1, 2, 4)
 KEPT = (0, 1, 2, 4)
 OUTWEIGHS = 10  # points of ratio
+NEAR = 0.3  # points of accuracy that a longer training or another quantisation may bring
 
 
 @dataclass(frozen=True)
@@ -130,22 +132,36 @@ def first(objective: str, ratio: int, epochs: int) -> Candidate:
     return Candidate(**{**values, "ratio": ratio, "epochs": epochs if ratio else 0})  # type: ignore[arg-type]
 
 
-def next_start(objective: str, known: Mapping[Candidate, bool], given_up: Container[Candidate]) -> Candidate | None:
+def next_start(objective: str, over: Mapping[Candidate, float], given_up: Container[Candidate]) -> Candidate | None:
     """What is tried before sampling: the largest ratio that keeps the accuracy, with one epoch by bisection, then with
-    more from there upwards, since these bring a step or two and cost more each; None when that is known. `known` says
-    of what was measured whether it keeps the accuracy; what was `given_up` does not."""
+    more from there upwards, since these bring a step or two and cost more each; None when that is known. `over` says of
+    what was measured how many points more it loses than is allowed; what was `given_up` does not keep the accuracy.
+
+    What comes near the limit is not bracketed first: longer training may be enough for it, or for the ratio after it.
+    """
+    return _climbed(objective, over, given_up, NEAR) or _climbed(objective, over, given_up, 0.0)
+
+
+def _climbed(
+    objective: str, over: Mapping[Candidate, float], given_up: Container[Candidate], near: float
+) -> Candidate | None:
     low = 0
     for epochs in EPOCHS[1:]:
         high = len(RATIOS)
         ladder = [first(objective, ratio, epochs) for ratio in RATIOS]
-        if ladder[0] not in known and ladder[0] not in given_up:
+        if ladder[0] not in over and ladder[0] not in given_up:
             return ladder[0]
         while high - low > 1:
             middle = (low + high) // 2 if epochs == EPOCHS[1] else low + 1
-            kept = known.get(ladder[middle]) or known.get(ladder[middle].untrained)
-            if not kept and ladder[middle] not in known and ladder[middle] not in given_up:
-                return ladder[middle]
-            low, high = (middle, high) if kept else (low, middle)
+            candidate = ladder[middle]
+            kept = over.get(candidate.untrained, math.inf) <= 0
+            if not kept and candidate not in over and candidate not in given_up:
+                return candidate
+            excess = 0.0 if kept else over.get(candidate, math.inf)
+            low, high = (middle, high) if excess <= 0 else (low, middle)
+            if not kept and abs(excess) < near:
+                low = high - 1 if excess > 0 else middle
+                break
     return None
 
 

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolchain.artifacts import lock
-from toolchain.tuning.candidates import SPACE, Candidate, every, worthwhile
+from toolchain.tuning.candidates import NEAR, SPACE, Candidate, every, worthwhile
 
 if TYPE_CHECKING:
     import optuna
     from optuna.trial import Trial
 
 SEED = 20
-NEAR = 0.5  # points that another quantisation may bring
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,11 @@ class Study:
     def known(self) -> dict[Candidate, bool]:
         """Whether what was measured keeps the accuracy."""
         return {candidate: self.keeps(outcome) for candidate, outcome in self.outcomes.items()}
+
+    @property
+    def over(self) -> dict[Candidate, float]:
+        """How many points more than allowed each loses of what was measured; not above 0 keeps the accuracy."""
+        return {candidate: outcome.drop - self.max_drop for candidate, outcome in self.outcomes.items()}
 
     @property
     def rest(self) -> list[Candidate]:
