@@ -14,7 +14,18 @@ from toolchain.cli.tune import Duration
 from toolchain.errors import PruningError, VerdictError
 from toolchain.scenarios import Protocol
 from toolchain.tuning import search
-from toolchain.tuning.candidates import DEPTHS, EPOCHS, KEPT, RATIOS, Candidate, every, first, hopeless, next_start
+from toolchain.tuning.candidates import (
+    DEPTHS,
+    EPOCHS,
+    KEPT,
+    RATIOS,
+    SPACE,
+    Candidate,
+    every,
+    first,
+    hopeless,
+    next_start,
+)
 from toolchain.tuning.study import Outcome, opened
 from toolchain.variants import lineage
 
@@ -79,7 +90,7 @@ def test_names_say_the_settings_and_share_what_is_the_same():
 @settings(max_examples=30, deadline=None)
 def test_the_starts_find_the_largest_ratio(slope, gain):
     world, over = World(slope, gain), {}
-    while (candidate := next_start("latency", over, set())) is not None:
+    while (candidate := next_start("latency", over, set(), 1.0)) is not None:
         assert candidate not in over
         over[candidate] = world.outcome(candidate).drop - 1.0
 
@@ -169,11 +180,37 @@ def test_what_was_measured_is_not_measured_again(tmp_path):
     assert other.asked
 
 
+def test_what_an_older_release_tried_is_left_alone(tmp_path, monkeypatch):
+    path = tmp_path / "study"
+    with monkeypatch.context() as older:
+        older.setitem(SPACE, "latency", {**SPACE["latency"], "ratio": (0, 25)})
+        with opened(path, "latency", 1.0, ["model", "train"], quiet) as study:
+            trial, candidate = study.ask(None)
+            study.tell(trial, candidate, World().outcome(candidate))
+        every.cache_clear()
+    with opened(path, "latency", 1.0, ["model", "train"], quiet) as study:
+        assert study.outcomes == {}
+        study.ask(None)
+
+
+def test_near_the_limit_longer_training_comes_first_and_its_end_is_not_the_last():
+    over = {first("latency", 0, 0): -1.0}
+
+    def trained(ratio, points):
+        candidate = next_start("latency", over, set(), 1.0)
+        assert (candidate.ratio, candidate.epochs) == ratio
+        over[candidate] = points
+
+    trained((70, 1), 0.9)
+    trained((70, 4), -0.1)
+    trained((73, 4), 0.1)
+
+
 def test_what_is_trained_already_is_quantised_otherwise_before_more_is_trained(tmp_path):
     def lost(points):
         return Outcome("variant", "id", points, 2.0, 2.0, 1)
 
-    near, far = (Candidate(ratio, "latency", 4, depth=67) for ratio in (72, 88))
+    near, far = (Candidate(ratio, "latency", 4, depth=67) for ratio in (73, 88))
     with opened(tmp_path / "study", "latency", 1.0, ["model", "train"], quiet) as study:
         assert study.paid_for(study.rest) is None
         study.outcomes |= {far: lost(3.0), near: lost(1.05)}
@@ -233,7 +270,7 @@ def test_a_shorter_training_takes_the_place_of_one_that_does_not_fit(tmp_path, m
     monkeypatch.setattr("toolchain.tuning.time.monotonic", lambda: clock[0])
     with opened(tmp_path / "study", "latency", 1.0, [], quiet) as study:
         known = {}
-        while (start := next_start("latency", known, set())) and start.epochs < 2:
+        while (start := next_start("latency", known, set(), 1.0)) and start.epochs < 2:
             known[start] = world.outcome(start).drop - 1.0
         longest = 100 * sum(bool(candidate.epochs) for candidate in known) + 150
         said = []

@@ -86,7 +86,7 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
         if not fitting:
             say("no time is left to train what could be better; the same command goes on")
             return
-        start = next_start(study.objective, study.over, study.given_up)
+        start = next_start(study.objective, study.over, study.given_up, study.max_drop)
         if start is None or (start in rest and start not in fitting):
             start = study.paid_for(fitting)
         trial, candidate = study.ask(fitting[0] if idle >= PROPOSALS else start)

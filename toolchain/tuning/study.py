@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolchain.artifacts import lock
-from toolchain.tuning.candidates import NEAR, SPACE, Candidate, every, worthwhile
+from toolchain.tuning.candidates import OTHERWISE, SPACE, Candidate, every, worthwhile
 
 if TYPE_CHECKING:
     import optuna
@@ -105,7 +107,7 @@ class Study:
         another way to quantise that costs a minute."""
         lost: dict[tuple[int, str, int, int], float] = {}
         for candidate, outcome in self.outcomes.items():
-            if candidate.epochs and not self.keeps(outcome) and outcome.drop <= self.max_drop + NEAR:
+            if candidate.epochs and not self.keeps(outcome) and outcome.drop <= self.max_drop + OTHERWISE:
                 lost[candidate.training] = min(outcome.drop, lost.get(candidate.training, outcome.drop))
         found = [each for each in among if each.training in lost]
         return min(found, key=lambda each: (lost[each.training], each.keep_fp32), default=None)
@@ -153,5 +155,7 @@ def opened(
     optuna.logging.set_verbosity(logging.ERROR)
     with lock(path, waiting):
         storage = JournalStorage(JournalFileBackend(str(path)))
-        name = "/".join([objective, f"{max_drop:g}", *about])
+        # Optuna takes no other choices in a study once begun.
+        space = hashlib.sha256(json.dumps(SPACE[objective]).encode()).hexdigest()[:8]
+        name = "/".join([objective, f"{max_drop:g}", *about, space])
         yield Study(optuna.create_study(storage=storage, study_name=name, load_if_exists=True), objective, max_drop)
