@@ -55,6 +55,20 @@ class World:
         return Outcome(list(candidate.chain(6))[-1], "id", round(lost, 3), speed, speed, int(1e6 * size))
 
 
+class Slow(World):
+    """Trains each model once, 100 s an epoch by the `clock`; the rest takes `rest_s`."""
+
+    def __init__(self, clock, rest_s=1, **world):
+        super().__init__(**world)
+        self.clock, self.rest_s, self.trained = clock, rest_s, set()
+
+    def __call__(self, candidate):
+        new = candidate.epochs and candidate.training not in self.trained
+        self.clock[0] += 100 * candidate.epochs if new else self.rest_s
+        self.trained |= {candidate.training} if candidate.epochs else set()
+        return super().__call__(candidate)
+
+
 def run(path, world, objective="latency", max_drop=1.0, seconds=60.0):
     with opened(path, objective, max_drop, ["model", "train"], quiet) as study:
         search(study, world, time.monotonic() + seconds, quiet)
@@ -240,20 +254,13 @@ def test_a_stopped_search_takes_up_what_it_had_begun(tmp_path):
 
 def test_no_time_is_no_training(tmp_path, monkeypatch):
     """The first training says how long the next takes; what does not fit is left for the next run."""
-
-    class Slow(World):
-        def __call__(self, candidate):
-            clock[0] += 100 if candidate.epochs else 1
-            return super().__call__(candidate)
-
     clock = [0.0]
+    world, rest = Slow(clock), Slow(clock)
     monkeypatch.setattr("toolchain.tuning.time.monotonic", lambda: clock[0])
-    world = Slow()
     with opened(tmp_path / "study", "latency", 1.0, [], quiet) as study:
         search(study, world, 150.0, quiet)
-    assert sum(bool(candidate.epochs) for candidate in world.asked) == 1
+    assert len(world.trained) == 1
     assert clock[0] == 150  # what needs no training is still measured
-    rest = Slow()
     with opened(tmp_path / "study", "latency", 1.0, [], quiet) as study:
         search(study, rest, clock[0] + 1000, quiet)
     assert any(candidate.epochs for candidate in rest.asked)
@@ -261,12 +268,8 @@ def test_no_time_is_no_training(tmp_path, monkeypatch):
 
 
 def test_a_shorter_training_takes_the_place_of_one_that_does_not_fit(tmp_path, monkeypatch):
-    class Slow(World):
-        def __call__(self, candidate):
-            clock[0] += 100 * candidate.epochs
-            return super().__call__(candidate)
-
-    clock, world = [0.0], Slow(gain=0.2)
+    clock = [0.0]
+    world = Slow(clock, rest_s=0, gain=0.2)
     monkeypatch.setattr("toolchain.tuning.time.monotonic", lambda: clock[0])
     with opened(tmp_path / "study", "latency", 1.0, [], quiet) as study:
         known = {}

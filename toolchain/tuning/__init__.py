@@ -105,9 +105,10 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
 
 
 def _in_time(study: Study, candidates: Sequence[Candidate], left_s: float) -> list[Candidate]:
-    """Those whose training would end in that time, by the slowest so far."""
+    """Those whose training is there already or would end in that time, by the slowest so far."""
     spent = [outcome.training_s / each.epochs for each, outcome in study.outcomes.items() if outcome.training_s]
-    return [each for each in candidates if not spent or max(spent) * each.epochs <= left_s]
+    there = {each.training for each in study.outcomes}
+    return [each for each in candidates if not spent or each.training in there or max(spent) * each.epochs <= left_s]
 
 
 def _tried(study: Study, measure: Measure, trial: Trial, candidate: Candidate, say: Say) -> None:
