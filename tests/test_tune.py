@@ -13,7 +13,7 @@ from toolchain import tuning
 from toolchain.cli.tune import Duration
 from toolchain.errors import PruningError, VerdictError
 from toolchain.scenarios import Protocol
-from toolchain.tuning import search
+from toolchain.tuning import _in_time, search
 from toolchain.tuning.candidates import (
     DEPTHS,
     EPOCHS,
@@ -210,14 +210,10 @@ def test_what_an_older_release_tried_is_left_alone(tmp_path, monkeypatch):
 def test_near_the_limit_longer_training_comes_first_and_its_end_is_not_the_last():
     over = {first("latency", 0, 0): -1.0}
 
-    def trained(ratio, points):
+    for ratio, epochs, points in ((70, 1, 0.9), (70, 4, -0.1), (73, 4, 0.1)):
         candidate = next_start("latency", over, set(), 1.0)
-        assert (candidate.ratio, candidate.epochs) == ratio
+        assert (candidate.ratio, candidate.epochs) == (ratio, epochs)
         over[candidate] = points
-
-    trained((70, 1), 0.9)
-    trained((70, 4), -0.1)
-    trained((73, 4), 0.1)
 
 
 def test_what_is_trained_already_is_quantised_otherwise_before_more_is_trained(tmp_path):
@@ -233,6 +229,14 @@ def test_what_is_trained_already_is_quantised_otherwise_before_more_is_trained(t
         assert found.training == near.training
         study.outcomes[near] = lost(0.95)
         assert study.paid_for(study.rest) is None
+
+
+def test_what_is_trained_already_always_fits_the_time(tmp_path):
+    trained = Candidate(70, "latency", 4, depth=67)
+    with opened(tmp_path / "study", "latency", 1.0, ["model", "train"], quiet) as study:
+        study.outcomes[trained] = Outcome("variant", "id", 1.25, 2.0, 2.0, 1, training_s=4000.0)
+        fitting = _in_time(study, study.rest, left_s=60.0)
+    assert {candidate.training for candidate in fitting if candidate.epochs} == {trained.training}
 
 
 def test_a_stopped_search_takes_up_what_it_had_begun(tmp_path):
