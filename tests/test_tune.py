@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from dataclasses import replace
 
 import pytest
 from conftest import make_checkpoint
@@ -229,6 +230,18 @@ def test_what_is_trained_already_is_quantised_otherwise_before_more_is_trained(t
         assert found.training == near.training
         study.outcomes[near] = lost(0.95)
         assert study.paid_for(study.rest) is None
+
+
+def test_what_is_kept_by_another_quantisation_is_climbed_from(tmp_path):
+    def lost(points):
+        return Outcome("variant", "id", points, 2.0, 2.0, 1)
+
+    dynamic = first("latency", 70, 4)
+    with opened(tmp_path / "study", "latency", 1.0, ["model", "train"], quiet) as study:
+        study.outcomes |= {first("latency", 0, 0): lost(0.1), first("latency", 70, 1): lost(1.9), dynamic: lost(1.25)}
+        assert next_start("latency", study.over, set(), 1.0).ratio < 70
+        study.outcomes[replace(dynamic, scheme="static")] = lost(0.7)
+        assert next_start("latency", study.over, set(), 1.0) == first("latency", 73, 4)
 
 
 def test_what_is_trained_already_always_fits_the_time(tmp_path):

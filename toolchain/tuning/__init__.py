@@ -86,9 +86,10 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
         if not fitting:
             say("no time is left to train what could be better; the same command goes on")
             return
-        start = next_start(study.objective, study.over, study.given_up, study.max_drop)
-        if start is None or (start in rest and start not in fitting):
-            start = study.paid_for(fitting)
+        # A training takes as long as many ways to quantise what it leaves.
+        start = study.paid_for(fitting) or next_start(study.objective, study.over, study.given_up, study.max_drop)
+        if start in rest and start not in fitting:
+            start = None
         trial, candidate = study.ask(fitting[0] if idle >= PROPOSALS else start)
         if candidate not in fitting:
             # What was only proposed may still tell, untrained, whether training it is worth the time.

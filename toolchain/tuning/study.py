@@ -71,8 +71,12 @@ class Study:
 
     @property
     def over(self) -> dict[Candidate, float]:
-        """How many points more than allowed each loses of what was measured; not above 0 keeps the accuracy."""
-        return {candidate: outcome.drop - self.max_drop for candidate, outcome in self.outcomes.items()}
+        """Of what was measured how many points more than allowed it loses, quantised as those trained alike lose least;
+        not above 0 keeps the accuracy."""
+        least: dict[tuple[int, str, int, int], float] = {}
+        for candidate, outcome in self.outcomes.items():
+            least[candidate.training] = min(outcome.drop, least.get(candidate.training, outcome.drop))
+        return {candidate: least[candidate.training] - self.max_drop for candidate in self.outcomes}
 
     @property
     def rest(self) -> list[Candidate]:
@@ -105,12 +109,13 @@ class Study:
     def paid_for(self, among: Iterable[Candidate]) -> Candidate | None:
         """Of these one whose training is there already and nearly kept the accuracy, the least that is missing first:
         another way to quantise that costs a minute."""
-        lost: dict[tuple[int, str, int, int], float] = {}
-        for candidate, outcome in self.outcomes.items():
-            if candidate.epochs and not self.keeps(outcome) and outcome.drop <= self.max_drop + OTHERWISE:
-                lost[candidate.training] = min(outcome.drop, lost.get(candidate.training, outcome.drop))
-        found = [each for each in among if each.training in lost]
-        return min(found, key=lambda each: (lost[each.training], each.keep_fp32), default=None)
+        near = {
+            candidate.training: excess
+            for candidate, excess in self.over.items()
+            if candidate.epochs and 0 < excess <= OTHERWISE
+        }
+        found = [each for each in among if each.training in near]
+        return min(found, key=lambda each: (near[each.training], each.keep_fp32), default=None)
 
     def ask(self, start: Candidate | None) -> tuple[Trial, Candidate]:
         """The next trial: what an interrupted run had begun, else `start`, else what the sampler proposes."""
