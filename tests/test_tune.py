@@ -14,7 +14,7 @@ from toolchain import tuning
 from toolchain.cli.tune import Duration
 from toolchain.errors import PruningError, VerdictError
 from toolchain.scenarios import Protocol
-from toolchain.tuning import _in_time, search
+from toolchain.tuning import _in_time, _start, search
 from toolchain.tuning.candidates import (
     DEPTHS,
     EPOCHS,
@@ -106,13 +106,13 @@ def test_names_say_the_settings_and_share_what_is_the_same():
 def test_the_starts_find_the_largest_ratio(slope, gain):
     world, over = World(slope, gain), {}
     while (candidate := next_start("latency", over, set(), 1.0)) is not None:
-        assert candidate not in over
-        over[candidate] = world.outcome(candidate).drop - 1.0
+        assert candidate.training not in over
+        over[candidate.training] = world.outcome(candidate).drop - 1.0
 
     def rungs(epochs):
         return [ratio for ratio in RATIOS if world.outcome(first("latency", ratio, epochs)).drop <= 1.0]
 
-    found = max(candidate.ratio for candidate, excess in over.items() if excess <= 0 or candidate.ratio == 0)
+    found = max(ratio for (ratio, *_), excess in over.items() if excess <= 0 or ratio == 0)
     assert found == max(rungs(EPOCHS[-1]), default=0)
     climbed = len(rungs(EPOCHS[-1])) - len(rungs(EPOCHS[1]))
     assert len(over) <= 1 + len(RATIOS).bit_length() + climbed + 2 * len(EPOCHS[1:])
@@ -209,12 +209,12 @@ def test_what_an_older_release_tried_is_left_alone(tmp_path, monkeypatch):
 
 
 def test_near_the_limit_longer_training_comes_first_and_its_end_is_not_the_last():
-    over = {first("latency", 0, 0): -1.0}
+    over = {first("latency", 0, 0).training: -1.0}
 
     for ratio, epochs, points in ((70, 1, 0.9), (70, 4, -0.1), (73, 4, 0.1)):
         candidate = next_start("latency", over, set(), 1.0)
         assert (candidate.ratio, candidate.epochs) == (ratio, epochs)
-        over[candidate] = points
+        over[candidate.training] = points
 
 
 def test_what_is_trained_already_is_quantised_otherwise_before_more_is_trained(tmp_path):
@@ -242,6 +242,8 @@ def test_what_is_kept_by_another_quantisation_is_climbed_from(tmp_path):
         assert next_start("latency", study.over, set(), 1.0).ratio < 70
         study.outcomes[replace(dynamic, scheme="static")] = lost(0.7)
         assert next_start("latency", study.over, set(), 1.0) == first("latency", 73, 4)
+        # What dynamic int8 lost at 70 % rules it out at 73 %.
+        assert _start(study, study.rest) == replace(first("latency", 73, 4), scheme="static")
 
 
 def test_what_is_trained_already_always_fits_the_time(tmp_path):
@@ -291,8 +293,8 @@ def test_a_shorter_training_takes_the_place_of_one_that_does_not_fit(tmp_path, m
     with opened(tmp_path / "study", "latency", 1.0, [], quiet) as study:
         known = {}
         while (start := next_start("latency", known, set(), 1.0)) and start.epochs < 2:
-            known[start] = world.outcome(start).drop - 1.0
-        longest = 100 * sum(bool(candidate.epochs) for candidate in known) + 150
+            known[start.training] = world.outcome(start).drop - 1.0
+        longest = 100 * sum(bool(epochs) for *_, epochs in known) + 150
         said = []
         search(study, world, longest, said.append)
     trained = [candidate for candidate in world.asked if candidate.epochs]

@@ -87,7 +87,7 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
             say("no time is left to train what could be better; the same command goes on")
             return
         # A training takes as long as many ways to quantise what it leaves.
-        start = study.paid_for(fitting) or next_start(study.objective, study.over, study.given_up, study.max_drop)
+        start = study.paid_for(fitting) or _start(study, rest)
         if start in rest and start not in fitting:
             start = None
         trial, candidate = study.ask(fitting[0] if idle >= PROPOSALS else start)
@@ -103,6 +103,15 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
         except (CheckpointError, PruningError, VerdictError) as error:  # it cannot be made of this model, or is no good
             say(f"given up: {error.cause}")
             study.give_up(trial, candidate)
+
+
+def _start(study: Study, rest: Sequence[Candidate]) -> Candidate | None:
+    """The ladder's next, or what is trained like it and quantised as may still keep the accuracy."""
+    start = next_start(study.objective, study.over, study.given_up, study.max_drop)
+    if start is None or start in rest:
+        return start
+    alike = [each for each in rest if each.training == start.training]
+    return min(alike, key=lambda each: each.keep_fp32, default=start)
 
 
 def _in_time(study: Study, candidates: Sequence[Candidate], left_s: float) -> list[Candidate]:
@@ -124,12 +133,8 @@ def _tried(study: Study, measure: Measure, trial: Trial, candidate: Candidate, s
             study.give_up(first, plain)  # too uncertain to be quantised, which training may mend
     if plain == candidate:
         return
-    outcome = study.outcomes.get(plain)
-    if outcome and study.keeps(outcome):
-        study.give_up(trial, candidate)  # it needs no training
-        return
-    if outcome and study.best and outcome.cost(study.objective) >= study.best.cost(study.objective):
-        say(f"not trained: no training makes it better than {study.best.variant}")
+    if study.needs_no_training(candidate):
+        say("not trained: that makes nothing better")
         study.give_up(trial, candidate)
         return
     _measured(study, measure, trial, candidate, say)

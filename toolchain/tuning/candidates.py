@@ -20,6 +20,8 @@ KEPT = (0, 1, 2, 4)
 OUTWEIGHS = 10  # points of ratio
 OTHERWISE = 0.3  # points of accuracy that another quantisation may bring
 
+Training = tuple[int, str, int, int]  # ratio, cost, depth, epochs: what those share that need to be trained but once
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -49,8 +51,8 @@ class Candidate:
         return (self.depth, self.cost, self.scheme, self.embeddings, self.trimmed)
 
     @property
-    def training(self) -> tuple[int, str, int, int]:
-        """What those have in common that need to be trained but once."""
+    def training(self) -> Training:
+        """What it shares with those that are only quantised otherwise."""
         return (self.ratio, self.cost, self.depth, self.epochs)
 
     @property
@@ -133,11 +135,12 @@ def first(objective: str, ratio: int, epochs: int) -> Candidate:
 
 
 def next_start(
-    objective: str, over: Mapping[Candidate, float], given_up: Container[Candidate], allowed: float
+    objective: str, over: Mapping[Training, float], given_up: Container[Candidate], allowed: float
 ) -> Candidate | None:
     """What is tried before sampling: the largest ratio that keeps the accuracy, with one epoch by bisection, then with
     more from there upwards, since these bring a step or two and cost more each; None when that is known. `over` says of
-    what was measured how many points more it loses than the `allowed`; what was `given_up` does not keep the accuracy.
+    what was trained how many points more it loses than the `allowed`, quantised as it loses least; what was `given_up`
+    does not keep the accuracy.
 
     Longer training was seen to halve what is lost: what loses up to twice the allowed with one epoch is trained longer
     before the ratio that needs no more than one is bracketed.
@@ -146,21 +149,21 @@ def next_start(
 
 
 def _climbed(
-    objective: str, over: Mapping[Candidate, float], given_up: Container[Candidate], near: float
+    objective: str, over: Mapping[Training, float], given_up: Container[Candidate], near: float
 ) -> Candidate | None:
     low = 0
     for epochs in EPOCHS[1:]:
         high = len(RATIOS)
         ladder = [first(objective, ratio, epochs) for ratio in RATIOS]
-        if ladder[0] not in over and ladder[0] not in given_up:
+        if ladder[0].training not in over and ladder[0] not in given_up:
             return ladder[0]
         while high - low > 1:
             middle = (low + high) // 2 if epochs == EPOCHS[1] else low + 1
             candidate = ladder[middle]
-            kept = over.get(candidate.untrained, math.inf) <= 0
-            if not kept and candidate not in over and candidate not in given_up:
+            kept = over.get(candidate.untrained.training, math.inf) <= 0
+            if not kept and candidate.training not in over and candidate not in given_up:
                 return candidate
-            excess = 0.0 if kept else over.get(candidate, math.inf)
+            excess = 0.0 if kept else over.get(candidate.training, math.inf)
             low, high = (middle, high) if excess <= 0 else (low, middle)
             if 0 < excess <= near and epochs < EPOCHS[-1]:
                 low = middle - 1

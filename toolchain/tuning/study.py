@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolchain.artifacts import lock
-from toolchain.tuning.candidates import OTHERWISE, SPACE, Candidate, every, worthwhile
+from toolchain.tuning.candidates import OTHERWISE, SPACE, Candidate, Training, every, worthwhile
 
 if TYPE_CHECKING:
     import optuna
@@ -70,13 +70,14 @@ class Study:
         return {candidate: self.keeps(outcome) for candidate, outcome in self.outcomes.items()}
 
     @property
-    def over(self) -> dict[Candidate, float]:
-        """Of what was measured how many points more than allowed it loses, quantised as those trained alike lose least;
-        not above 0 keeps the accuracy."""
-        least: dict[tuple[int, str, int, int], float] = {}
+    def over(self) -> dict[Training, float]:
+        """How many points more than allowed each training loses, quantised as it loses least; not above 0 keeps the
+        accuracy."""
+        least: dict[Training, float] = {}
         for candidate, outcome in self.outcomes.items():
-            least[candidate.training] = min(outcome.drop, least.get(candidate.training, outcome.drop))
-        return {candidate: least[candidate.training] - self.max_drop for candidate in self.outcomes}
+            excess = outcome.drop - self.max_drop
+            least[candidate.training] = min(excess, least.get(candidate.training, excess))
+        return least
 
     @property
     def rest(self) -> list[Candidate]:
@@ -85,7 +86,16 @@ class Study:
         known = self.known
         new = dict(itertools.islice(known.items(), self._weighed, None))
         self._rest, self._weighed = worthwhile(self._rest, self.objective, new, self.given_up), len(known)
+        self._rest = [each for each in self._rest if not (each.epochs and self.needs_no_training(each))]
         return self._rest
+
+    def needs_no_training(self, candidate: Candidate) -> bool:
+        """Whether it was seen untrained to keep the accuracy as it is, or to be no better than the best however well it
+        is trained."""
+        plain, best = self.outcomes.get(candidate.untrained), self.best
+        if plain is None:
+            return False
+        return self.keeps(plain) or (best is not None and plain.cost(self.objective) >= best.cost(self.objective))
 
     def keeps(self, outcome: Outcome) -> bool:
         """Whether it loses no more than allowed."""
@@ -109,17 +119,13 @@ class Study:
     def paid_for(self, among: Iterable[Candidate]) -> Candidate | None:
         """Of these one whose training is there already and nearly kept the accuracy, the least that is missing first:
         another way to quantise that costs a minute."""
-        near = {
-            candidate.training: excess
-            for candidate, excess in self.over.items()
-            if candidate.epochs and 0 < excess <= OTHERWISE
-        }
-        found = [each for each in among if each.training in near]
+        near = {training: excess for training, excess in self.over.items() if 0 < excess <= OTHERWISE}
+        found = [each for each in among if each.epochs and each.training in near]
         return min(found, key=lambda each: (near[each.training], each.keep_fp32), default=None)
 
     def ask(self, start: Candidate | None) -> tuple[Trial, Candidate]:
-        """The next trial: what an interrupted run had begun, else `start`, else what the sampler proposes."""
-        trial = self.begin(self._interrupted.pop(0) if self._interrupted else start)
+        """The next trial: `start`, else what an interrupted run had begun, else what the sampler proposes."""
+        trial = self.begin(self._interrupted.pop(0) if self._interrupted and start is None else start)
         return trial, Candidate(**trial.params)
 
     def begin(self, candidate: Candidate | None) -> Trial:
