@@ -16,7 +16,7 @@ from toolchain import pipeline, variants
 from toolchain.artifacts import MANIFEST
 from toolchain.errors import ArtifactError, GraphError, TamperedError, UnknownVariantError, VerdictError
 from toolchain.pipeline import Workspace, ensure, plan, states, validate_variant
-from toolchain.variants import Export, Import, Optimize, Quantize
+from toolchain.variants import Export, Import, Optimize, Prune, Quantize
 
 ALL = tuple(variant.name for variant in variants.lineage("onnx-int8"))
 
@@ -340,6 +340,23 @@ def test_a_label_follows_its_lineage(tiny):
     both = ensure(tiny, asked, asked, quiet)
     assert both["onnx-fp32+new"].manifest.parent == "onnx-std+new"
     assert tiny.load("onnx-fp32").manifest.parent == "onnx-std"
+
+
+def test_the_graph_of_what_has_a_label_needs_no_asking(tiny):
+    pruned = {"torch-pruned50+mine": Prune(0.5, cost="latency")}
+    ensure(tiny, pruned, pruned, quiet)
+    quantized = {"onnx-pruned50-int8+mine": Quantize()}
+    built = ensure(tiny, quantized, quantized, quiet)
+    line = [variant.name for variant in tiny.lineage("onnx-pruned50-int8+mine")]
+    assert line == [
+        "torch-fp32",
+        "torch-pruned50+mine",
+        "onnx-std-pruned50+mine",
+        "onnx-pruned50+mine",
+        "onnx-pruned50-int8+mine",
+    ]
+    assert built["torch-pruned50+mine"].manifest.id == tiny.load("torch-pruned50+mine").manifest.id
+    assert tiny.load("torch-pruned50") is None
 
 
 def test_a_label_that_was_never_built_is_told(tiny):

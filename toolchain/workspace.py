@@ -13,7 +13,7 @@ from toolchain.errors import ArtifactError, UnknownVariantError
 from toolchain.inputs import TrainingSource
 from toolchain.names import parse_name, shorter
 from toolchain.rows import Texts
-from toolchain.variants import Variant
+from toolchain.variants import Export, Optimize, Variant
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ class Workspace:
         """The variant's ancestors from the root on, itself last.
 
         The parent of a labelled variant is the one it was built from, else the one of its label, or of what that adds
-        to, that is `asked` for or lies there, else the one without. Raises `UnknownVariantError` for a label that is
-        neither asked for nor lies there.
+        to, that is `asked` for, lies there or is the graph of one that does, else the one without. Raises
+        `UnknownVariantError` for a label of which nothing is known.
         """
         variant = variants.get(name)
         label = parse_name(name).label
         if label:
             parent = self._recorded_parent(name)
-            if parent is None and name not in asked:
+            if not self._known(name, asked):
                 raise UnknownVariantError(f"{name} was never built.", "--name gives what is built a label.")
             assert variant.parent is not None
             if parent is None:
@@ -79,7 +79,14 @@ class Workspace:
         return [*(self.lineage(variant.parent, asked) if variant.parent else []), variant]
 
     def _known(self, name: str, asked: Container[str]) -> bool:
-        return variants.is_variant(name) and (name in asked or self._recorded_parent(name) is not None)
+        """Whether it is asked for, lies there, or is the graph, which needs no settings, of one that is known."""
+        if not variants.is_variant(name):
+            return False
+        if name in asked or self._recorded_parent(name) is not None:
+            return True
+        variant, label = variants.get(name), parse_name(name).label
+        graph = isinstance(variant.step, (Export, Optimize))
+        return graph and label != "" and self._known(f"{variant.parent}+{label}", asked)
 
     def _recorded_parent(self, name: str) -> str | None:
         try:
