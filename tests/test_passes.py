@@ -77,11 +77,79 @@ def loaded_operators(model, tmp_path):
 
 
 def test_the_runtime_does_not_undo_residual_sum(std, tmp_path):
-    """An A/B switch: should a release stop fusing the Add, or start fusing the Sum, this says so."""
+    """An A/B switch: should a release stop fusing the Add, or start fusing the Sub or the Sum, this says so."""
     without, _ = passes.rewrite(std, ["fuse"], ATTENTION)
     assert "SkipLayerNormalization" in loaded_operators(without, tmp_path)
-    with_sum, _ = passes.rewrite(without, ["residual-sum"], ATTENTION)
-    assert "SkipLayerNormalization" not in loaded_operators(with_sum, tmp_path)
+    rewritten, _ = passes.rewrite(without, ["residual-sum"], ATTENTION)
+    assert "SkipLayerNormalization" not in loaded_operators(rewritten, tmp_path)
+    assert "Sum" not in operators(rewritten)
+    for node in rewritten.graph:
+        node.op_type = {"Sub": "Sum"}.get(node.op_type, node.op_type)
+    assert "SkipLayerNormalization" not in loaded_operators(rewritten, tmp_path)
+
+
+def residual(nodes, initializers):
+    """x, which is [b, s, 4], + what `nodes` make of it in h, normalised."""
+    last = [
+        helper.make_node("Relu", ["x"], ["r"]),
+        *nodes,
+        helper.make_node("Add", ["h", "r"], ["a"]),
+        helper.make_node("LayerNormalization", ["a", "one"], ["y"]),
+    ]
+    rng = np.random.default_rng(3)
+    drawn = {name: rng.normal(size=shape).astype(np.float32) for name, shape in initializers.items()}
+    return small_graph(last, {**drawn, "one": np.ones(4, np.float32)}, ("b", "s", 4))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "initializers", "form"),
+    [
+        ([helper.make_node("MatMul", ["r", "w"], ["h"])], {"w": (4, 4)}, "Sub"),
+        (
+            [helper.make_node("MatMul", ["r", "w"], ["m"]), helper.make_node("Add", ["b", "m"], ["h"])],
+            {"w": (4, 4), "b": (4,)},
+            "Sub",
+        ),
+        # Its sign is of no weight, or of one that decides more than it.
+        ([helper.make_node("Tanh", ["r"], ["h"])], {}, "Sum"),
+        ([helper.make_node("MatMul", ["r", "r"], ["h"])], {}, "Sum"),
+        (
+            [
+                helper.make_node("MatMul", ["r", "w"], ["m"]),
+                helper.make_node("Add", ["m", "b"], ["n"]),
+                helper.make_node("Mul", ["n", "m"], ["h"]),
+            ],
+            {"w": (4, 4), "b": (4,)},
+            "Sum",
+        ),
+    ],
+)
+def test_a_residual_is_a_difference_where_weights_have_the_sign(nodes, initializers, form):
+    model = residual(nodes, initializers)
+    batch = {"x": np.random.default_rng(1).normal(size=(2, 4, 4)).astype(np.float32)}
+    before = answer(model, batch)
+    after, counts = passes.rewrite(model, ["residual-sum"], ATTENTION)
+    assert counts == {"residual-sum": 1}
+    assert operators(after)[form] == 1
+    assert np.abs(answer(after, batch) - before).max() < 1e-5
+
+
+def test_weights_that_layers_share_are_negated_once():
+    model = residual(
+        [
+            helper.make_node("MatMul", ["r", "w"], ["m"]),
+            helper.make_node("Add", ["m", "r"], ["n"]),
+            helper.make_node("LayerNormalization", ["n", "one"], ["l"]),
+            helper.make_node("MatMul", ["l", "w"], ["h"]),
+        ],
+        {"w": (4, 4)},
+    )
+    batch = {"x": np.random.default_rng(1).normal(size=(2, 4, 4)).astype(np.float32)}
+    before = answer(model, batch)
+    after, counts = passes.rewrite(model, ["residual-sum"], ATTENTION)
+    assert counts == {"residual-sum": 2}
+    assert sorted(after.graph.initializers) == ["one", "w/negated"]
+    assert np.abs(answer(after, batch) - before).max() < 1e-5
 
 
 def test_first_token_moves_above_the_last_feed_forward(std):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from toolchain.passes import Context
 
 # Operators that treat every token by itself, on any number of leading axes.
-TOKEN_WISE = {"Add", "Sum", "MatMul", "LayerNormalization", "Gelu", "FastGelu", "Relu", "Tanh"}
+TOKEN_WISE = {"Add", "Sub", "Sum", "MatMul", "LayerNormalization", "Gelu", "FastGelu", "Relu", "Tanh"}
 # What a token-wise stretch may start from: nodes known to give [batch, sequence, width].
 BOUNDARY = {"Attention", "MultiHeadAttention", "LayerNormalization"}
 

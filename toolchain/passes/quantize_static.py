@@ -17,6 +17,7 @@ from toolchain.passes.attention import Attend, whole
 from toolchain.passes.graph import constant, stored
 from toolchain.passes.int8 import weight_codes
 from toolchain.passes.quantize_linear import layer_name, linear_nodes, quantize_linear
+from toolchain.passes.residual_sum import NEGATED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -157,8 +158,8 @@ def standard(
 ) -> list[ir.Node]:
     """QDQ, which runtimes make int8 products of: MatMul of what is quantised and dequantised again; a `StaticProduct`.
 
-    The bias is added by a `Sum`: of MatMul and Add in two dimensions ONNX Runtime makes a Gemm, which it then runs in
-    fp32 and dequantises the weights for at every answer.
+    The bias is added by a `Sub` of its negative: of MatMul and Add in two dimensions ONNX Runtime makes a Gemm, which
+    it then runs in fp32 and dequantises the weights for at every answer.
     """
     import onnx_ir as ir
 
@@ -174,5 +175,5 @@ def standard(
     weight = add("DequantizeLinear", weight_codes(model, name, array), "weight", axis=1)
     result = add("MatMul", [activation, weight], "product")
     if bias is not None:
-        add("Sum", [result, bias], "biased")
+        add("Sub", [result, constant(model, f"{bias.name}{NEGATED}", -stored(bias))], "biased")
     return new

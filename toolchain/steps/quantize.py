@@ -19,7 +19,7 @@ from toolchain.passes.quantize_static import Activation
 from toolchain.sensitivity import Subject, rank
 from toolchain.variants import Quantize
 
-VERSION = 2
+VERSION = 3
 
 
 def quantize(job: Job) -> Built:

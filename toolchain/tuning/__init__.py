@@ -20,7 +20,7 @@ from toolchain.inputs import Data, Encoder
 from toolchain.measurements import Measurement, Samples
 from toolchain.names import parse_name
 from toolchain.passes.apply import layers_in
-from toolchain.pipeline import Bar, Say, ensure, only_news
+from toolchain.pipeline import STEPS, Bar, Say, ensure, only_news
 from toolchain.scenarios import Protocol
 from toolchain.steps.bench import bench
 from toolchain.tuning.candidates import Candidate, next_start
@@ -52,7 +52,8 @@ def tune(workspace: Workspace, request: Request, say: Say, bar: Bar) -> tuple[Ou
     """
     digest = workspace.train.digest  # a file that is not there is told before anything is built
     judge = _Judge.of(workspace, say, bar)
-    about = (judge.root.id, digest)
+    built_by = ".".join(str(version) for _, version in STEPS.values())  # another graph is another speed
+    about = (judge.root.id, digest, built_by)
     path = workspace.cache / "tune" / f"{workspace.model}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     waiting = "another run is tuning this model, waiting"

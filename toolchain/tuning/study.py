@@ -157,8 +157,8 @@ class Study:
 def opened(
     path: Path, objective: str, max_drop: float, about: Sequence[str], waiting: Callable[[], None]
 ) -> Iterator[Study]:
-    """The study of that objective and drop in the file at `path`; `about` tells models and training data apart. For one
-    process at a time; `waiting` is called before it blocks."""
+    """The study of that objective and drop in the file at `path`; `about` tells models, training data and
+    releases apart. For one process at a time; `waiting` is called before it blocks."""
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
