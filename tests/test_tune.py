@@ -67,7 +67,7 @@ class Slow(World):
         new = candidate.epochs and candidate.training not in self.trained
         self.clock[0] += 100 * candidate.epochs if new else self.rest_s
         self.trained |= {candidate.training} if candidate.epochs else set()
-        return super().__call__(candidate)
+        return replace(super().__call__(candidate), training_s=100.0 * candidate.epochs)
 
 
 def run(path, world, objective="latency", max_drop=1.0, seconds=60.0):

@@ -25,6 +25,7 @@ from toolchain.scenarios import Protocol
 from toolchain.steps.bench import bench
 from toolchain.tuning.candidates import Candidate, next_start
 from toolchain.tuning.study import Outcome, Study, opened
+from toolchain.variants import Recover
 from toolchain.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -142,10 +143,7 @@ def _tried(study: Study, measure: Measure, trial: Trial, candidate: Candidate, s
 
 
 def _measured(study: Study, measure: Measure, trial: Trial, candidate: Candidate, say: Say) -> None:
-    started = time.monotonic()
     outcome = measure(candidate)
-    if candidate.epochs:
-        outcome = replace(outcome, training_s=round(time.monotonic() - started, 1))
     study.tell(trial, candidate, outcome)
     say(f"{sentence(outcome)}{'; the best so far' if outcome == study.best else ''}")
 
@@ -193,6 +191,7 @@ class _Judge:
         name = list(chain)[-1]
         artifact = ensure(self.workspace, [name], chain, only_news(self.say), self.bar)[name]
         beside, row = self._measured([self.baseline, artifact])
+        trained = [self.workspace.load(name) for name, step in chain.items() if isinstance(step, Recover)]
         return Outcome(
             variant=name,
             artifact_id=artifact.manifest.id,
@@ -200,6 +199,7 @@ class _Judge:
             latency=_times(beside.latency, row.latency),
             throughput=_times(beside.batches, row.batches),
             size=artifact.manifest.size_bytes,
+            training_s=sum(each.manifest.facts["recovery"]["seconds"] for each in trained if each),
         )
 
     def _measured(self, artifacts: list[Artifact]) -> list[Measurement]:

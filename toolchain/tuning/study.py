@@ -25,7 +25,7 @@ SEED = 20
 @dataclass(frozen=True)
 class Outcome:
     """What came of a candidate on held-out rows: the `variant` that was measured and its artifact's id, accuracy points
-    lost, how many times as fast as `onnx-int8` at batch 1 and in batches, bytes, seconds of training."""
+    lost, how many times as fast as `onnx-int8` at batch 1 and in batches, bytes, seconds that its training took."""
 
     variant: str
     artifact_id: str
