@@ -251,7 +251,10 @@ def test_what_is_trained_already_always_fits_the_time(tmp_path):
     with opened(tmp_path / "study", "latency", 1.0, ["model", "train"], quiet) as study:
         study.outcomes[trained] = Outcome("variant", "id", 1.25, 2.0, 2.0, 1, training_s=4000.0)
         fitting = _in_time(study, study.rest, left_s=60.0)
-    assert {candidate.training for candidate in fitting if candidate.epochs} == {trained.training}
+        assert {candidate.training for candidate in fitting if candidate.epochs} == {trained.training}
+        study.trained.add((67, "latency", 67, 4))  # by another release, which measured another graph of it
+        fitting = _in_time(study, study.rest, left_s=60.0)
+        assert {candidate.training for candidate in fitting if candidate.epochs} == {trained.training, *study.trained}
 
 
 def test_a_stopped_search_takes_up_what_it_had_begun(tmp_path):

@@ -8,7 +8,7 @@ made on rows held out of the training data.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from toolchain.passes.apply import layers_in
 from toolchain.pipeline import STEPS, Bar, Say, ensure, only_news
 from toolchain.scenarios import Protocol
 from toolchain.steps.bench import bench
-from toolchain.tuning.candidates import Candidate, next_start
+from toolchain.tuning.candidates import Candidate, Training, every, next_start
 from toolchain.tuning.study import Outcome, Study, opened
 from toolchain.variants import Recover
 from toolchain.workspace import Workspace
@@ -59,6 +59,7 @@ def tune(workspace: Workspace, request: Request, say: Say, bar: Bar) -> tuple[Ou
     path.parent.mkdir(parents=True, exist_ok=True)
     waiting = "another run is tuning this model, waiting"
     with opened(path, request.objective, request.max_drop, about, lambda: say(waiting)) as study:
+        study.trained |= judge.trained(every(request.objective))
         if study.outcomes:
             say(f"going on from {len(study.outcomes)} trials of earlier runs")
         search(study, judge.outcome, time.monotonic() + request.budget_s, say)
@@ -119,7 +120,7 @@ def _start(study: Study, rest: Sequence[Candidate]) -> Candidate | None:
 def _in_time(study: Study, candidates: Sequence[Candidate], left_s: float) -> list[Candidate]:
     """Those whose training is there already or would end in that time, by the slowest so far."""
     spent = [outcome.training_s / each.epochs for each, outcome in study.outcomes.items() if outcome.training_s]
-    there = {each.training for each in study.outcomes}
+    there = study.trained | {each.training for each in study.outcomes}
     return [each for each in candidates if not spent or each.training in there or max(spent) * each.epochs <= left_s]
 
 
@@ -191,7 +192,7 @@ class _Judge:
         name = list(chain)[-1]
         artifact = ensure(self.workspace, [name], chain, only_news(self.say), self.bar)[name]
         beside, row = self._measured([self.baseline, artifact])
-        trained = [self.workspace.load(name) for name, step in chain.items() if isinstance(step, Recover)]
+        trained = self._trained(candidate)
         return Outcome(
             variant=name,
             artifact_id=artifact.manifest.id,
@@ -199,8 +200,18 @@ class _Judge:
             latency=_times(beside.latency, row.latency),
             throughput=_times(beside.batches, row.batches),
             size=artifact.manifest.size_bytes,
-            training_s=sum(each.manifest.facts["recovery"]["seconds"] for each in trained if each),
+            training_s=trained.manifest.facts["recovery"]["seconds"] if trained else 0.0,
         )
+
+    def trained(self, candidates: Iterable[Candidate]) -> set[Training]:
+        """The trainings among them that an earlier run has done."""
+        one_of_each = {each.training: each for each in candidates if each.epochs}
+        return {training for training, each in one_of_each.items() if self._trained(each)}
+
+    def _trained(self, candidate: Candidate) -> Artifact | None:
+        steps = candidate.chain(self.layers).items()
+        name = next((name for name, step in steps if isinstance(step, Recover)), None)
+        return self.workspace.load(name) if name else None
 
     def _measured(self, artifacts: list[Artifact]) -> list[Measurement]:
         cells = [

@@ -41,7 +41,8 @@ class Outcome:
 
 
 class Study:
-    """Trials of one objective so far, those of earlier runs among them: what was measured, and what was given up."""
+    """Trials of one objective so far, those of earlier runs among them: what was measured, what was given up, and what
+    is known to be `trained` already."""
 
     def __init__(self, study: optuna.Study, objective: str, max_drop: float) -> None:
         from optuna.samplers import TPESampler
@@ -50,6 +51,7 @@ class Study:
         self.objective, self.max_drop, self._study = objective, max_drop, study
         self.outcomes: dict[Candidate, Outcome] = {}
         self.given_up: set[Candidate] = set()
+        self.trained: set[Training] = set()
         self._interrupted: list[Candidate] = []
         self._rest, self._weighed = list(every(objective)), 0
         for trial in study.trials:
