@@ -134,6 +134,22 @@ def test_a_residual_is_a_difference_where_weights_have_the_sign(nodes, initializ
     assert np.abs(answer(after, batch) - before).max() < 1e-5
 
 
+def test_a_value_added_to_itself_is_no_difference():
+    model = small_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["h"]),
+            helper.make_node("Add", ["h", "h"], ["a"]),
+            helper.make_node("LayerNormalization", ["a", "one"], ["y"]),
+        ],
+        {"w": np.random.default_rng(3).normal(size=(4, 4)).astype(np.float32), "one": np.ones(4, np.float32)},
+        ("b", "s", 4),
+    )
+    batch = {"x": np.random.default_rng(1).normal(size=(2, 4, 4)).astype(np.float32)}
+    before = answer(model, batch)
+    after, _ = passes.rewrite(model, ["residual-sum"], ATTENTION)
+    assert np.abs(answer(after, batch) - before).max() < 1e-5
+
+
 def test_weights_that_layers_share_are_negated_once():
     model = residual(
         [

@@ -36,6 +36,12 @@ def stored(weight: ir.Value | None) -> np.ndarray:
     return array
 
 
+def negated(model: ir.Model, weight: ir.Value | None) -> ir.Value:
+    """An initializer that is the weight's negative; `GraphError` where none is stored."""
+    array = stored(weight)
+    return constant(model, f"{weight.name if weight else ''}/negated", -array)
+
+
 def replace(model: ir.Model, first: ir.Node, last: ir.Node, new: list[ir.Node], result: ir.Value) -> None:
     """Puts `new` after `last`; readers of `last` read `result`; `first` to `last` go."""
     old = last.outputs[0]

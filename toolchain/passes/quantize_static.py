@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import GraphError
 from toolchain.passes.attention import Attend, whole
-from toolchain.passes.graph import constant, stored
+from toolchain.passes.graph import constant, negated, stored
 from toolchain.passes.int8 import weight_codes
 from toolchain.passes.quantize_linear import layer_name, linear_nodes, quantize_linear
-from toolchain.passes.residual_sum import NEGATED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -175,5 +174,5 @@ def standard(
     weight = add("DequantizeLinear", weight_codes(model, name, array), "weight", axis=1)
     result = add("MatMul", [activation, weight], "product")
     if bias is not None:
-        add("Sub", [result, constant(model, f"{bias.name}{NEGATED}", -stored(bias))], "biased")
+        add("Sub", [result, negated(model, bias)], "biased")
     return new

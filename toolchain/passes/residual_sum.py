@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolchain.passes.graph import constant, stored
+from toolchain.passes.graph import negated
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from toolchain.passes import Context
-
-NEGATED = "/negated"  # what the name of a negated weight ends with
 
 
 def residual_sum(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
@@ -34,7 +32,8 @@ def residual_sum(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
             assert other is not None  # as asked above
             signs = _signs(other)
             if signs:
-                _negate(model, signs)
+                for linear, index in signs:
+                    linear.replace_input_with(index, negated(model, linear.inputs[index]))
                 add.replace_input_with(0, kept)
                 add.replace_input_with(1, other)
                 add.op_type = "Sub"
@@ -49,7 +48,7 @@ def _signs(value: ir.Value) -> list[tuple[ir.Node, int]]:
     """The nodes and which of their inputs, all stored, to negate so that nothing but this value is negated; empty where
     there are none such."""
     node = value.producer()
-    if node is None or node.domain != "" or len(value.consumers()) != 1 or value.is_graph_output():
+    if node is None or node.domain != "" or len(value.uses()) != 1 or value.is_graph_output():
         return []
     fixed = [index for index, given in enumerate(node.inputs) if given is not None and given.const_value is not None]
     if node.op_type == "MatMul":
@@ -63,10 +62,3 @@ def _signs(value: ir.Value) -> list[tuple[ir.Node, int]]:
         above = _signs(rest) if rest is not None else []
         return [(node, fixed[0]), *above] if above else []
     return []
-
-
-def _negate(model: ir.Model, signs: list[tuple[ir.Node, int]]) -> None:
-    for node, index in signs:
-        weight = node.inputs[index]
-        assert weight is not None  # what is stored is there
-        node.replace_input_with(index, constant(model, f"{weight.name}{NEGATED}", -stored(weight)))
