@@ -136,7 +136,7 @@ def _tried(study: Study, measure: Measure, trial: Trial, candidate: Candidate, s
             study.give_up(first, plain)  # too uncertain to be quantised, which training may mend
     if plain == candidate:
         return
-    if study.needs_no_training(candidate):
+    if plain in study.settled:
         say("not trained: that makes nothing better")
         study.give_up(trial, candidate)
         return

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -88,16 +89,17 @@ class Study:
         known = self.known
         new = dict(itertools.islice(known.items(), self._weighed, None))
         self._rest, self._weighed = worthwhile(self._rest, self.objective, new, self.given_up), len(known)
-        self._rest = [each for each in self._rest if not (each.epochs and self.needs_no_training(each))]
+        settled = self.settled
+        self._rest = [each for each in self._rest if not (each.epochs and each.untrained in settled)]
         return self._rest
 
-    def needs_no_training(self, candidate: Candidate) -> bool:
-        """Whether it was seen untrained to keep the accuracy as it is, or to be no better than the best however well it
-        is trained."""
-        plain, best = self.outcomes.get(candidate.untrained), self.best
-        if plain is None:
-            return False
-        return self.keeps(plain) or (best is not None and plain.cost(self.objective) >= best.cost(self.objective))
+    @property
+    def settled(self) -> set[Candidate]:
+        """What was measured untrained and needs no training: it keeps the accuracy as it is, or is no better than the
+        best however well it is trained."""
+        best = self.best.cost(self.objective) if self.best else math.inf
+        plain = ((each, outcome) for each, outcome in self.outcomes.items() if not each.epochs)
+        return {each for each, found in plain if self.keeps(found) or found.cost(self.objective) >= best}
 
     def keeps(self, outcome: Outcome) -> bool:
         """Whether it loses no more than allowed."""
