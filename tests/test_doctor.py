@@ -1,5 +1,6 @@
 """What doctor says of ONNX Runtime, PyTorch and the GPU, on machines that this one is not."""
 
+import importlib.metadata
 import sys
 
 import pynvml
@@ -48,6 +49,16 @@ def test_two_runtimes_or_none_are_mended_with_this_machines_set(examined, device
     problem = next(f for f in examined(devices, driver, {}, None) if f.level == "problem")
     assert problem.what == "no ONNX Runtime is installed"
     assert problem.mend == line
+
+
+def test_a_source_tree_that_is_not_installed_is_told(examined, monkeypatch):
+    def none_of(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.requires", none_of)
+    problem = next(f for f in examined([], "", CPU_STACK, None) if f.level == "problem")
+    assert problem.what == "toolchain runs from its source tree and is not installed"
+    assert problem.mend == "pip install -c constraints.txt -e '.[cpu,bnb]'"
 
 
 def test_a_gpu_is_named_with_its_set(examined):

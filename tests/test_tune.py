@@ -1,5 +1,6 @@
 """The search finds what trying everything would find, wastes no training, and goes on where it was stopped."""
 
+import itertools
 import json
 import re
 import time
@@ -311,11 +312,15 @@ def test_a_ratio_the_model_does_not_have_is_given_up(tmp_path):
     class Narrow(World):
         def __call__(self, candidate):
             if candidate.ratio > 60:
+                refused.append(candidate)
                 raise PruningError("Nothing is left.", "Prune less.")
             return super().__call__(candidate)
 
+    refused = []
     best, _, outcomes = run(tmp_path / "study", Narrow(slope=0.001))
     assert max(candidate.ratio for candidate in outcomes) == 60
+    # Once in vain, and no such ratio or a higher one again.
+    assert not [(one, other) for one, other in itertools.combinations(refused, 2) if other.cut_as_far_as(one)]
     assert best.latency == World(slope=0.001).outcome(Candidate(60, depth=50)).latency
 
 

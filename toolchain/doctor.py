@@ -55,7 +55,11 @@ def _requirements() -> list[Finding]:
     from packaging.requirements import Requirement
 
     findings = []
-    for text in importlib.metadata.requires("toolchain") or []:
+    try:
+        required = importlib.metadata.requires("toolchain") or []
+    except importlib.metadata.PackageNotFoundError:
+        return [Finding("problem", "toolchain runs from its source tree and is not installed", _reinstall())]
+    for text in required:
         requirement = Requirement(text)
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue

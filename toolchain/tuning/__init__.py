@@ -106,6 +106,8 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
         except (CheckpointError, PruningError, VerdictError) as error:  # it cannot be made of this model, or is no good
             say(f"given up: {error.cause}")
             study.give_up(trial, candidate)
+            if isinstance(error, PruningError):  # nor can what goes further
+                study.given_up |= {each for each in rest if each.cut_as_far_as(candidate)}
 
 
 def _start(study: Study, rest: Sequence[Candidate]) -> Candidate | None:

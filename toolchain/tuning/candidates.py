@@ -55,6 +55,10 @@ class Candidate:
         """What it shares with those that are only quantised otherwise."""
         return (self.ratio, self.cost, self.depth, self.epochs)
 
+    def cut_as_far_as(self, other: Candidate) -> bool:
+        """Whether at least as much is pruned, in the same way."""
+        return (self.depth, self.cost) == (other.depth, other.cost) and self.ratio >= other.ratio
+
     @property
     def untrained(self) -> Candidate:
         """The same without recovery: as fast and as large."""
