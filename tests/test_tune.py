@@ -258,6 +258,19 @@ def test_what_is_trained_already_always_fits_the_time(tmp_path):
         assert {candidate.training for candidate in fitting if candidate.epochs} == {trained.training, *study.trained}
 
 
+def test_what_is_trained_already_comes_first_where_the_next_does_not_fit(tmp_path, monkeypatch):
+    clock = [0.0]
+    world, there = Slow(clock), first("latency", 73, 4)
+    monkeypatch.setattr("toolchain.tuning.time.monotonic", lambda: clock[0])
+    with opened(tmp_path / "study", "latency", 1.0, ["model", "train"], quiet) as study:
+        study.trained.add(there.training)
+        world.trained.add(there.training)
+        search(study, world, 110.0, quiet)
+    asked = [candidate for candidate in world.asked if candidate.epochs]
+    assert asked[:2] == [next_start("latency", {first("latency", 0, 0).training: -1.0}, set(), 1.0), there]
+    assert {candidate.training for candidate in asked[1:]} == {there.training}
+
+
 def test_a_stopped_search_takes_up_what_it_had_begun(tmp_path):
     class Stopped(World):
         def __call__(self, candidate):

@@ -92,7 +92,7 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
         # A training takes as long as many ways to quantise what it leaves.
         start = study.paid_for(fitting) or _start(study, rest)
         if start in rest and start not in fitting:
-            start = None
+            start = study.at_hand(fitting)
         trial, candidate = study.ask(fitting[0] if idle >= PROPOSALS else start)
         if candidate not in fitting:
             # What was only proposed may still tell, untrained, whether training it is worth the time.

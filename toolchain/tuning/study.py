@@ -127,6 +127,11 @@ class Study:
         found = [each for each in among if each.epochs and each.training in near]
         return min(found, key=lambda each: (near[each.training], each.keep_fp32), default=None)
 
+    def at_hand(self, among: Iterable[Candidate]) -> Candidate | None:
+        """Of these one that an earlier run has trained, the most pruned first."""
+        found = [each for each in among if each.epochs and each.training in self.trained]
+        return max(found, key=lambda each: (each.ratio, -each.keep_fp32), default=None)
+
     def ask(self, start: Candidate | None) -> tuple[Trial, Candidate]:
         """The next trial: `start`, else what an interrupted run had begun, else what the sampler proposes."""
         trial = self.begin(self._interrupted.pop(0) if self._interrupted and start is None else start)
