@@ -103,8 +103,9 @@ def contenders() -> list[Contender]:
         ("attention-in-parts", "attention in its parts, three projections", _instead("fuse", "fuse-not-attention")),
     ]
     found = [Contender(f"{FP32}+{name}", change, passes, FP32) for name, change, passes in fp32]
-    found += [Contender(f"{INT8}+{name}", change, (*passes, *QUANTIZE_PASSES), INT8) for name, change, passes in fp32]
-    every = (*CPU_PASSES, *QUANTIZE_PASSES)
+    quantized = ("padding", *QUANTIZE_PASSES)
+    found += [Contender(f"{INT8}+{name}", change, (*passes, *quantized), INT8) for name, change, passes in fp32]
+    every = (*CPU_PASSES, *quantized)
     found += [
         Contender(f"{INT8}+no-{name}", f"without {name}", _instead(name, of=every), INT8) for name in QUANTIZE_PASSES
     ]

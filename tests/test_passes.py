@@ -27,10 +27,14 @@ def std(built_tiny):
     return passes.read(built_tiny.path("onnx-std") / "model.onnx")
 
 
-def answer(model, batch):
+def outputs(model, batch):
     proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
     session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, batch)[0]
+    return session.run(None, batch)
+
+
+def answer(model, batch):
+    return outputs(model, batch)[0]
 
 
 def operators(model):
@@ -240,6 +244,42 @@ def test_an_attention_that_is_read_whole_is_left_alone(std, names):
         if node.op_type == "Attention":
             model.graph.outputs.append(node.outputs[0])  # an app that also wants what was gathered
     assert passes.rewrite(model, names[-1:], ATTENTION)[1] == {"first-query": 0}
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_padded_tokens_compute_what_the_first_does(std, left):
+    model, _ = passes.rewrite(std, ["fuse"], ATTENTION)
+    batch = pad(ROWS, NAMES, 0, left)
+    before = answer(model, batch)
+    model, counts = passes.rewrite(model, ["padding"], ATTENTION)
+    assert counts == {"padding": 1}
+    norm = next(node for node in model.graph if node.op_type == "LayerNormalization")
+    (gather,) = norm.outputs[0].consumers()
+    model.graph.outputs.append(gather.outputs[0])
+    after, embeddings = outputs(model, batch)
+    assert np.abs(after - before).max() < 1e-5
+    mask = batch["attention_mask"].astype(bool)
+    assert not mask.all()
+    first = np.broadcast_to(embeddings[:, :1], embeddings.shape)
+    assert np.array_equal(embeddings[~mask], first[~mask])
+    assert not np.array_equal(embeddings[mask], first[mask])
+
+
+def test_no_padding_is_replaced_where_a_token_may_know_its_place(std):
+    assert passes.rewrite(std, ["padding"], ATTENTION)[1] == {"padding": 0}  # nothing says what these products are
+    model, _ = passes.rewrite(std, ["fuse"], ATTENTION)
+    norm = next(node for node in model.graph if node.op_type == "LayerNormalization")
+    mixed = ir.node("Softmax", [norm.inputs[0]], {"axis": 1})
+    model.graph.insert_before(norm, mixed)
+    norm.replace_input_with(0, mixed.outputs[0])
+    assert passes.rewrite(model, ["padding"], ATTENTION)[1] == {"padding": 0}
+
+
+def test_padding_changes_no_int8_answer(built_tiny):
+    model = passes.read(built_tiny.path("onnx-int8") / "model.onnx")
+    for row in ROWS:
+        alone, padded = (answer(model, pad([row], NAMES, 0, width=width)) for width in (0, 40))
+        assert np.abs(padded - alone).max() < 1e-5
 
 
 def test_quantised_layers_hold_int8_and_the_logits_stay_fp32(built_tiny):

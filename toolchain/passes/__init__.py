@@ -21,6 +21,7 @@ from toolchain.passes.first_token import first_token
 from toolchain.passes.fuse import fuse
 from toolchain.passes.half import half
 from toolchain.passes.int8 import LARGEST_OF_7_BITS, run_time_codes
+from toolchain.passes.padding import padding
 from toolchain.passes.quantize_blocks import blocks, by_block
 from toolchain.passes.quantize_embedding import by_row, quantize_embedding
 from toolchain.passes.quantize_linear import fused, headroom, quantize_linear, standard
@@ -61,6 +62,7 @@ PASSES: dict[str, Pass] = {
     "first-token": first_token,
     "first-query": first_query,
     "trim-vocabulary": trim_vocabulary,
+    "padding": padding,
     "quantize-linear": partial(quantize_linear, product=fused, attend=partial(whole, codes=run_time_codes)),
     "quantize-linear-portable": partial(
         quantize_linear,

@@ -19,7 +19,7 @@ from toolchain.passes.quantize_static import Activation
 from toolchain.sensitivity import Subject, rank
 from toolchain.variants import Quantize
 
-VERSION = 3
+VERSION = 4
 
 
 def quantize(job: Job) -> Built:
@@ -71,7 +71,7 @@ def linear_passes(step: Quantize, standard: bool) -> tuple[str, ...]:
         return ("quantize-linear-int4",)
     if step.scheme == "static":
         return "smooth", f"quantize-linear{'-std' if standard else ''}-static"
-    return (f"quantize-linear{'-std' if standard else ''}{'-portable' if step.reduce_range else ''}",)
+    return "padding", f"quantize-linear{'-std' if standard else ''}{'-portable' if step.reduce_range else ''}"
 
 
 def activations_of(artifact: Artifact, step: Quantize, train: TrainingSource) -> dict[str, Activation]:
