@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from toolchain import passes
 from toolchain.errors import GraphError
 from toolchain.inputs import pad
+from toolchain.passes.graph import constant, takes_first_token
 from toolchain.passes.int8 import LARGEST_OF_7_BITS, quantize_weight
 from toolchain.passes.quantize_blocks import BLOCK, TOP, pack, quantize_blocks
 from toolchain.passes.quantize_linear import headroom
@@ -265,13 +266,17 @@ def test_padded_tokens_compute_what_the_first_does(std, left):
     assert not np.array_equal(embeddings[mask], first[mask])
 
 
-def test_no_padding_is_replaced_where_a_token_may_know_its_place(std):
+def test_no_padding_is_replaced_where_it_may_count(std):
     assert passes.rewrite(std, ["padding"], ATTENTION)[1] == {"padding": 0}  # nothing says what these products are
     model, _ = passes.rewrite(std, ["fuse"], ATTENTION)
     norm = next(node for node in model.graph if node.op_type == "LayerNormalization")
     mixed = ir.node("Softmax", [norm.inputs[0]], {"axis": 1})
     model.graph.insert_before(norm, mixed)
     norm.replace_input_with(0, mixed.outputs[0])
+    assert passes.rewrite(model, ["padding"], ATTENTION)[1] == {"padding": 0}
+    model, _ = passes.rewrite(std, ["fuse"], ATTENTION)
+    gather = next(node for node in model.graph if takes_first_token(node))
+    gather.replace_input_with(1, constant(model, "last", np.array(-1, np.int64)))  # which may be padding
     assert passes.rewrite(model, ["padding"], ATTENTION)[1] == {"padding": 0}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolchain.passes.attention import DOMAIN
-from toolchain.passes.graph import constant
+from toolchain.passes.graph import constant, takes_first_token
 
 if TYPE_CHECKING:
     from typing import Any
@@ -19,20 +19,22 @@ if TYPE_CHECKING:
     from toolchain.passes import Context
 
 MASK = "attention_mask"
+FUSED = {"Attention", "MultiHeadAttention"}
 MIXES = {"Attention", "MatMul", "Gemm", "Softmax"}  # what no token's embedding comes from
 
 
 def padding(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     """Embeddings [batch, sequence, width] of padded tokens → those of token 0; counts the values replaced.
 
-    Exact for what the classifier reads, which is token 0, on whichever side the padding is. Applies where attention is
+    Exact for token 0, on whichever side the padding is. Applies where that is what the classifier reads, attention is
     fused, which knows no more of a token's place than its embedding does, and the embeddings end in a
     LayerNormalization.
     """
     mask = next((value for value in model.graph.inputs if value.name == MASK), None)
     norm = next((node for node in model.graph if node.op_type == "LayerNormalization"), None)
-    fused = any(node.op_type == "Attention" and node.domain == DOMAIN for node in model.graph)
-    if mask is None or norm is None or not fused or _mixed(norm):
+    fused = any(node.op_type in FUSED and node.domain == DOMAIN for node in model.graph)
+    first = any(takes_first_token(node) for node in model.graph)
+    if mask is None or norm is None or not fused or not first or _mixed(norm):
         return model, 0
     _replace(model, norm, mask)
     return model, 1
@@ -40,11 +42,13 @@ def padding(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
 
 def _mixed(node: ir.Node) -> bool:
     """Whether other tokens had a part in what it gives."""
-    found, open_ = {node}, [node]
-    while open_:
-        above = {value.producer() for value in open_.pop().inputs if value is not None} - found - {None}
-        found |= above  # type: ignore[arg-type]
-        open_ += above  # type: ignore[arg-type]
+    found: set[ir.Node] = set()
+    waiting = [node]
+    while waiting:
+        each = waiting.pop()
+        if each not in found:
+            found.add(each)
+            waiting += each.predecessors()
     return any(each.op_type in MIXES for each in found)
 
 
