@@ -95,7 +95,7 @@ def contenders() -> list[Contender]:
     fp32 += [
         (
             "skip-layer-norm",
-            "SkipLayerNormalization for Sub + LayerNormalization",
+            "SkipLayerNormalization for Sum + LayerNormalization",
             _instead("fuse", "fuse-skip-layer-norm"),
         ),
         ("bias-gelu", "BiasGelu for Gelu", _instead("fuse", "fuse-bias-gelu")),
