@@ -95,7 +95,7 @@ def contenders() -> list[Contender]:
     fp32 += [
         (
             "skip-layer-norm",
-            "SkipLayerNormalization for Sum + LayerNormalization",
+            "SkipLayerNormalization for Sub + LayerNormalization",
             _instead("fuse", "fuse-skip-layer-norm"),
         ),
         ("bias-gelu", "BiasGelu for Gelu", _instead("fuse", "fuse-bias-gelu")),
@@ -106,9 +106,7 @@ def contenders() -> list[Contender]:
     quantized = ("padding", *QUANTIZE_PASSES)
     found += [Contender(f"{INT8}+{name}", change, (*passes, *quantized), INT8) for name, change, passes in fp32]
     every = (*CPU_PASSES, *quantized)
-    found += [
-        Contender(f"{INT8}+no-{name}", f"without {name}", _instead(name, of=every), INT8) for name in QUANTIZE_PASSES
-    ]
+    found += [Contender(f"{INT8}+no-{name}", f"without {name}", _instead(name, of=every), INT8) for name in quantized]
     others = (
         ("merged", "one product, Split and MultiHeadAttention for QAttention"),
         ("bias-apart", "bias behind the quantised product"),
