@@ -39,7 +39,8 @@ from toolchain.passes.int8 import run_time_codes
 from toolchain.passes.quantize_linear import fused, quantize_linear
 from toolchain.pipeline import ensure
 from toolchain.report.progress import bar, say
-from toolchain.variants import CPU_PASSES, QUANTIZE_PASSES
+from toolchain.steps.quantize import linear_passes
+from toolchain.variants import CPU_PASSES, Quantize
 
 FP32, INT8 = "onnx-fp32", "onnx-int8"
 SKIP_LAYER_NORM = ("skip_layer_norm", "bias_skip_layer_norm")
@@ -103,7 +104,7 @@ def contenders() -> list[Contender]:
         ("attention-in-parts", "attention in its parts, three projections", _instead("fuse", "fuse-not-attention")),
     ]
     found = [Contender(f"{FP32}+{name}", change, passes, FP32) for name, change, passes in fp32]
-    quantized = ("padding", *QUANTIZE_PASSES)
+    quantized = (*linear_passes(Quantize(), standard=False), "quantize-embedding")
     found += [Contender(f"{INT8}+{name}", change, (*passes, *quantized), INT8) for name, change, passes in fp32]
     every = (*CPU_PASSES, *quantized)
     found += [Contender(f"{INT8}+no-{name}", f"without {name}", _instead(name, of=every), INT8) for name in quantized]
