@@ -346,12 +346,21 @@ def test_rewrites_and_tables_are_chosen_and_what_they_do_not_go_with_is_told(tin
     done = run_toolchain("quantize", *bare, *where, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     made = tiny.load("onnx-int8+fp32-tables").manifest
-    assert made.step.passes == ("quantize-linear",)
-    assert list(made.facts["rewrites"]) == ["quantize-linear"]
+    assert made.step.passes == ("padding", "quantize-linear")
+    assert list(made.facts["rewrites"]) == ["padding", "quantize-linear"]
     assert (
         "onnx-int8+fp32-tables: skip (fresh)"
         in run_toolchain("quantize", *bare, "--dry-run", *where, cwd=tmp_path).stdout
     )
+    for scheme, without, left in (
+        ("dynamic", "padding", ["quantize-linear", "quantize-embedding"]),
+        ("dynamic", "quantize-linear", ["quantize-embedding"]),
+        ("static", "smooth", ["quantize-linear", "quantize-embedding"]),
+        ("int4", "quantize-embedding", ["quantize-linear"]),
+    ):
+        asked = ("quantize", "--scheme", scheme, "--no-pass", without, "--name", "less")
+        plan = run_toolchain(*asked, "--dry-run", *where, cwd=tmp_path)
+        assert f"passes={left}" in plan.stdout, plan.stderr
     plan = run_toolchain("quantize", "--scheme", "fp16", "--dry-run", *where, cwd=tmp_path)
     assert "onnx-fp16: build (missing); provider=cuda, passes=['fuse-cuda', 'half']" in plan.stdout
     refused = run_toolchain("quantize", "--scheme", "fp16", "--keep-fp32", "1", *where, cwd=tmp_path)
@@ -373,6 +382,8 @@ def test_rewrites_and_tables_are_chosen_and_what_they_do_not_go_with_is_told(tin
         ("quantize", "--backend", "torch", "--embeddings", "int4"),
         ("quantize", "--backend", "torch", "--no-pass", "quantize-embedding"),
         ("quantize", "--no-pass", "fuse"),
+        ("quantize", "--no-pass", "smooth"),
+        ("quantize", "--scheme", "int4", "--no-pass", "padding"),
         ("quantize", "--no-pass", "quantize-embedding", "--embeddings", "int4"),
         ("quantize", "--no-pass", "quantize-linear", "--no-pass", "quantize-embedding"),
         ("quantize", "--no-pass", "quantize-linear", "--keep-fp32", "1"),

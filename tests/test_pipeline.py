@@ -318,7 +318,7 @@ def test_tables_of_other_bits_than_the_layers(tmp_path):
 def test_weights_of_the_passes_that_are_asked_for_are_quantised(tmp_path):
     workspace = Workspace.open(str(make_checkpoint(tmp_path / "decided", leaning=30)), tmp_path / "exported")
     asked = {
-        "onnx-int8+layers": Quantize(passes=("quantize-linear",)),
+        "onnx-int8+layers": Quantize(passes=("padding", "quantize-linear")),
         "onnx-int8+tables": Quantize(passes=("quantize-embedding",)),
     }
     built = ensure(workspace, ["onnx-fp32", "onnx-int8", *asked], asked, quiet)

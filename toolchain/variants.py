@@ -28,7 +28,11 @@ QUANTIZED = {
 CPU_PASSES = ("fuse", "residual-sum", "first-token", "first-query")
 CUDA_PASSES = ("fuse-cuda", "half")
 # Rewrites `Quantize` applies on ONNX Runtime, in order; the scheme says in which form.
-QUANTIZE_PASSES = ("quantize-linear", "quantize-embedding")
+QUANTIZE_PASSES = {  # by ort's schemes, in order
+    "dynamic": ("padding", "quantize-linear", "quantize-embedding"),
+    "static": ("smooth", "quantize-linear", "quantize-embedding"),
+    "int4": ("quantize-linear", "quantize-embedding"),
+}
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ class Quantize:
     bitsandbytes: ``int8`` LLM.int8(), ``nf4`` and ``fp4`` 4-bit blocks. For ``ort``: `reduce_range` is weights of 7
     bits, whose products no processor saturates; `embeddings` the bits of the tables where these are not the scheme's
     own, ``int8`` or ``int4``; `keep_fp32` how many of the linear layers that lose most stay as they are, chosen on
-    training data, `train` as for `Prune`; `passes` those of `QUANTIZE_PASSES` that are applied, None for all;
+    training data, `train` as for `Prune`; `passes` those of its `QUANTIZE_PASSES` that are applied, None for all;
     `trim_vocab` the texts whose tokens stay in the vocabulary, ``train`` or the digest of a file
     (`rows.Texts.digest`), where the others go.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,7 @@ if TYPE_CHECKING:
     help="Instead: as few in fp32 as lose at most this accuracy on these rows.",
 )
 @click.option("--sensitivity", is_flag=True, help="Only show what each linear layer loses, the most sensitive first.")
-@no_pass_option(QUANTIZE_PASSES, "ort: leave these weights as they are")
+@no_pass_option(sorted(set(chain(*QUANTIZE_PASSES.values()))), "ort: leave this rewrite out")
 @click.option(
     "--trim-vocab",
     metavar="CORPUS",
@@ -119,6 +120,7 @@ def quantize(
       toolchain quantize --scheme fp16
       toolchain quantize --embeddings int4 --name small
       toolchain quantize --no-pass quantize-embedding --name fp32-tables
+      toolchain quantize --scheme static --no-pass smooth --name rough
       toolchain quantize --scheme int4 --trim-vocab train --name tiny
       toolchain quantize --sensitivity
       toolchain quantize --keep-fp32 2 --name careful
@@ -146,10 +148,10 @@ def quantize(
         raise click.UsageError("Of --keep-fp32, --max-drop and --sensitivity name one; --max-drop has no --dry-run.")
     if sensitivity and trim_vocab:
         raise click.UsageError("--sensitivity is about linear layers, and --trim-vocab changes none.")
-    kept = [name for name in QUANTIZE_PASSES if name not in left_out]
-    if "quantize-linear" not in kept and any([not kept, isa != "vnni", scheme == "static", *layers]):
+    without = {name for name in ("quantize-linear", "quantize-embedding") if name in left_out}
+    if "quantize-linear" in without and any([len(without) > 1, isa != "vnni", scheme == "static", *layers]):
         raise click.BadParameter("Without quantize-linear only --embeddings is left to choose.", param_hint="--no-pass")
-    if "quantize-embedding" not in kept and embeddings:
+    if "quantize-embedding" in without and embeddings:
         raise click.BadParameter("Without quantize-embedding there are no bits of tables.", param_hint="--embeddings")
     if as_json and not sensitivity:
         raise click.UsageError("--json is for --sensitivity.")
@@ -164,10 +166,10 @@ def quantize(
         build(workspace, {child(parent, half, label).name: half for parent in parents or ("onnx-std",)}, dry_run)
         return
     seven_bits = True if isa == "portable" else None
-    passes = tuple(kept) if left_out else None
     corpus = corpus_of(trim_vocab, train.columns.text)
-    step = Quantize(backend, scheme or schemes[0], seven_bits, embeddings, keep_fp32, passes=passes)
-    step = replace(step, trim_vocab=corpus.digest if corpus else trim_vocab)
+    step = Quantize(backend, scheme or schemes[0], seven_bits, embeddings, keep_fp32)
+    trimmed = corpus.digest if corpus else trim_vocab
+    step = replace(step, trim_vocab=trimmed, passes=_left(step.scheme, left_out) if left_out else None)
     chosen = parents or (("onnx-fp32",) if backend == "ort" else ("torch-fp32",))
     names = {parent: child(parent, step, label).name for parent in chosen}
     workspace = open_workspace(model, exported, slug, train, corpus)
@@ -179,6 +181,15 @@ def quantize(
         fewest = fewest_kept(workspace, parent, step, max_drop, say, bar) if max_drop is not None else keep_fp32
         asked[name] = replace(step, keep_fp32=fewest or None)
     build(workspace, asked, dry_run)
+
+
+def _left(scheme: str, left_out: tuple[str, ...]) -> tuple[str, ...]:
+    """The scheme's passes without those: where linear layers stay, only what is about tables."""
+    every = QUANTIZE_PASSES[scheme]
+    if not set(left_out) <= set(every):
+        raise click.BadParameter(f"--scheme {scheme} has {', '.join(every)}.", param_hint="--no-pass")
+    left = tuple(name for name in every if name not in left_out)
+    return left if "quantize-linear" in left else left[-1:]
 
 
 def _sensitivity(workspace: Workspace, parents: Iterable[str], step: Quantize, as_json: bool) -> None:

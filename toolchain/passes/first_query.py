@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolchain.passes.attention import DOMAIN, ROLES, multi_head, widths
-from toolchain.passes.graph import constant, replace, stored, takes_first_token
+from toolchain.passes.graph import adder, constant, replace, stored, takes_first_token
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -39,12 +39,7 @@ def _narrow(model: ir.Model, node: ir.Node) -> None:
     array, name = stored(weight), node.name or "Attention"
     query, key, value = widths(node)
     new: list[ir.Node] = []
-
-    def add(kind: str, inputs: list[ir.Value | None], what: str, **settings: int) -> ir.Value:
-        made = ir.node(kind, inputs, settings, name=f"{name}/{what}")
-        made.outputs[0].name = f"{name}/{what}"
-        new.append(made)
-        return made.outputs[0]
+    add = adder(name, new)
 
     def linear(values: ir.Value | None, part: slice, what: str) -> ir.Value:
         weight = constant(model, f"{name}_{what}", array[:, part])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from toolchain.errors import GraphError
@@ -50,6 +51,20 @@ def replace(model: ir.Model, first: ir.Node, last: ir.Node, new: list[ir.Node], 
     old.replace_all_uses_with(result, replace_graph_outputs=True)
     model.graph.remove([last, first] if last is not first else [first], safe=True)
     result.name = name
+
+
+def adder(name: str, new: list[ir.Node]) -> Callable[..., ir.Value]:
+    """A function that makes a node of one output, both called `name`/`what`, appends it to `new` and gives the output:
+    `add(operator, inputs, what, **attributes)`."""
+    import onnx_ir as ir
+
+    def add(operator: str, inputs: Sequence[ir.Value | None], what: str, **attributes: int) -> ir.Value:
+        node = ir.node(operator, inputs, attributes, name=f"{name}/{what}")
+        node.outputs[0].name = f"{name}/{what}"
+        new.append(node)
+        return node.outputs[0]
+
+    return add
 
 
 def takes_first_token(node: ir.Node) -> bool:

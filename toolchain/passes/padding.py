@@ -9,11 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolchain.passes.attention import DOMAIN
-from toolchain.passes.graph import constant, takes_first_token
+from toolchain.passes.graph import adder, constant, takes_first_token
 
 if TYPE_CHECKING:
-    from typing import Any
-
     import onnx_ir as ir
 
     from toolchain.passes import Context
@@ -54,19 +52,13 @@ def _mixed(node: ir.Node) -> bool:
 
 def _replace(model: ir.Model, norm: ir.Node, mask: ir.Value) -> None:
     import numpy as np
-    import onnx_ir as ir
 
-    embeddings, new = norm.outputs[0], []
+    embeddings = norm.outputs[0]
+    new: list[ir.Node] = []
+    add = adder("padding", new)
     zero, one, last = (
         constant(model, f"padding_{n}", np.array(v, np.int64)) for n, v in (("zero", 0), ("one", 1), ("last", [-1]))
     )
-
-    def add(kind: str, inputs: list[Any], what: str, **settings: int) -> ir.Value:
-        node = ir.node(kind, inputs, settings, name=f"padding/{what}")
-        node.outputs[0].name = f"padding/{what}"
-        new.append(node)
-        return node.outputs[0]
-
     tokens = add("Gather", [add("Shape", [mask], "shape"), one], "tokens")
     places = add("Mul", [mask, add("Range", [zero, tokens, one], "places")], "first_or_own")
     rows = add("GatherND", [embeddings, add("Unsqueeze", [places, last], "rows")], "embeddings", batch_dims=1)

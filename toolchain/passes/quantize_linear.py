@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from toolchain.passes.attention import Attend, Product, merged
-from toolchain.passes.graph import replace, stored
+from toolchain.passes.graph import adder, replace, stored
 from toolchain.passes.int8 import LARGEST, run_time_codes, weight_codes
 
 if TYPE_CHECKING:
@@ -162,12 +162,7 @@ def standard(
     import onnx_ir as ir
 
     new: list[ir.Node] = []
-
-    def add(kind: str, inputs: list[Any], what: str, **attributes: Any) -> ir.Value:
-        node = ir.node(kind, inputs, attributes, name=f"{name}/{what}")
-        node.outputs[0].name = f"{name}/{what}"
-        new.append(node)
-        return node.outputs[0]
+    add = adder(name, new)
 
     uint8, its_scale, zero_point = run_time_codes(model, data, new)
     weight, scale, _ = weight_codes(model, name, array, largest)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import GraphError
 from toolchain.passes.attention import Attend, whole
-from toolchain.passes.graph import constant, negated, stored
+from toolchain.passes.graph import adder, constant, negated, stored
 from toolchain.passes.int8 import weight_codes
 from toolchain.passes.quantize_linear import layer_name, linear_nodes, quantize_linear
 
@@ -160,15 +160,9 @@ def standard(
     The bias is added by a `Sub` of its negative: of MatMul and Add in two dimensions ONNX Runtime makes a Gemm, which
     it then runs in fp32 and dequantises the weights for at every answer.
     """
-    import onnx_ir as ir
 
     new: list[ir.Node] = []
-
-    def add(kind: str, inputs: list[Any], what: str, **attributes: Any) -> ir.Value:
-        node = ir.node(kind, inputs, attributes, name=f"{name}/{what}")
-        node.outputs[0].name = f"{name}/{what}"
-        new.append(node)
-        return node.outputs[0]
+    add = adder(name, new)
 
     activation = add("DequantizeLinear", fixed_codes(activations, model, data, new), "activation")
     weight = add("DequantizeLinear", weight_codes(model, name, array), "weight", axis=1)

@@ -25,7 +25,7 @@ TOKENS = 25  # a sentence of the validation set, on average
 ROUNDS, ANSWERS = 16, 30
 APART_S = 0.05  # ONNX Runtime's threads spin for some 20 ms after an answer, and would take the next session's cores
 SCHEMA = 2
-PASSES = (*CPU_PASSES, *QUANTIZE_PASSES)
+PASSES = (*CPU_PASSES, *QUANTIZE_PASSES["dynamic"])
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from toolchain.names import parse_name
 from toolchain.passes.apply import rewrite_into
 from toolchain.passes.quantize_static import Activation
 from toolchain.sensitivity import Subject, rank
-from toolchain.variants import Quantize
+from toolchain.variants import QUANTIZE_PASSES, Quantize
 
 VERSION = 4
 
@@ -39,20 +39,16 @@ def _ort(job: Job, step: Quantize) -> Built:
     tables = step.embeddings or ("int4" if step.scheme == "int4" else "int8")
     if standard and tables == "int4":
         raise GraphError("There is no standard operator for tables of 4 bits.", "Leave --embeddings out.")
-    forms = {
-        "quantize-linear": linear,
-        "quantize-embedding": (f"quantize-embedding{'-int4' if tables == 'int4' else ''}",),
-    }
-    chosen = [form for name, form in forms.items() if step.passes is None or name in step.passes]
-    activations = activations_of(job.given, step, job.train) if linear in chosen else {}
+    embedding = [f"quantize-embedding{'-int4' if tables == 'int4' else ''}"] if _has(step, "quantize-embedding") else []
+    activations = activations_of(job.given, step, job.train) if linear else {}
     ranked = rank(Subject.of(job.given, linear, job.train, activations), job.progress) if step.keep_fp32 else []
     keep = [layer.name for layer in ranked[: step.keep_fp32]]
     tokens = trimming.kept(job, step) if step.trim_vocab else []
-    passes = [name for form in chosen for name in form]
-    built = rewrite_into(job, [*(["trim-vocabulary"] if tokens else []), *passes], keep, activations, tokens)
+    passes = [*(["trim-vocabulary"] if tokens else []), *linear, *embedding]
+    built = rewrite_into(job, passes, keep, activations, tokens)
     # Tables alone are no quantised model, unless it is what was asked for.
-    if not any(built.facts["rewrites"][form[-1]] for form in chosen[:1]):
-        what = "linear layer" if linear in chosen else "embedding table"
+    if not any(built.facts["rewrites"][name] for name in (linear or embedding)[-1:]):
+        what = "linear layer" if linear else "embedding table"
         raise GraphError(
             f"{job.given.manifest.variant} has no {what} left to quantise.", "Quantise the variant it was made from."
         )
@@ -60,18 +56,23 @@ def _ort(job: Job, step: Quantize) -> Built:
     if ranked:
         facts |= {"kept_fp32": keep, "sensitivity": [dataclasses.asdict(layer) for layer in ranked]}
     if tokens:
-        embedding = [name for name in passes if name in forms["quantize-embedding"]]
         facts |= trimming.trim(job, tokens, embedding, facts)
     return dataclasses.replace(built, facts=facts)
 
 
 def linear_passes(step: Quantize, standard: bool) -> tuple[str, ...]:
-    """The passes that quantise linear layers, last the one that does; a graph of standard operators keeps to them."""
-    if step.scheme == "int4":
-        return ("quantize-linear-int4",)
-    if step.scheme == "static":
-        return "smooth", f"quantize-linear{'-std' if standard else ''}-static"
-    return "padding", f"quantize-linear{'-std' if standard else ''}{'-portable' if step.reduce_range else ''}"
+    """The passes that quantise linear layers, last the one that does, none where the step leaves these as they are; a
+    graph of standard operators keeps to them."""
+    *before, last, _ = QUANTIZE_PASSES[step.scheme]
+    if not _has(step, last):
+        return ()
+    form = {"int4": "-int4", "static": "-static"}.get(step.scheme, "-portable" if step.reduce_range else "")
+    std = "-std" if standard and step.scheme != "int4" else ""
+    return *(name for name in before if _has(step, name)), f"{last}{std}{form}"
+
+
+def _has(step: Quantize, name: str) -> bool:
+    return step.passes is None or name in step.passes
 
 
 def activations_of(artifact: Artifact, step: Quantize, train: TrainingSource) -> dict[str, Activation]:
