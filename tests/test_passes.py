@@ -248,13 +248,14 @@ def test_an_attention_that_is_read_whole_is_left_alone(std, names):
 
 
 @pytest.mark.parametrize("left", [False, True])
-def test_padded_tokens_compute_what_the_first_does(std, left):
-    model, _ = passes.rewrite(std, ["fuse"], ATTENTION)
+@pytest.mark.parametrize("names", [[], ["fuse"], ["fuse", "first-token", "first-query"]])
+def test_padded_tokens_compute_what_the_first_does(std, names, left):
+    model, _ = passes.rewrite(std, names, ATTENTION)
     batch = pad(ROWS, NAMES, 0, left)
     before = answer(model, batch)
     model, counts = passes.rewrite(model, ["padding"], ATTENTION)
     assert counts == {"padding": 1}
-    norm = next(node for node in model.graph if node.op_type == "LayerNormalization")
+    norm = embedding_norm(model)
     (gather,) = norm.outputs[0].consumers()
     model.graph.outputs.append(gather.outputs[0])
     after, embeddings = outputs(model, batch)
@@ -266,17 +267,58 @@ def test_padded_tokens_compute_what_the_first_does(std, left):
     assert not np.array_equal(embeddings[mask], first[mask])
 
 
-def test_no_padding_is_replaced_where_it_may_count(std):
-    assert passes.rewrite(std, ["padding"], ATTENTION)[1] == {"padding": 0}  # nothing says what these products are
-    model, _ = passes.rewrite(std, ["fuse"], ATTENTION)
-    norm = next(node for node in model.graph if node.op_type == "LayerNormalization")
-    mixed = ir.node("Softmax", [norm.inputs[0]], {"axis": 1})
+def embedding_norm(model):
+    return next(node for node in model.graph if node.op_type == "LayerNormalization")
+
+
+def reads_what_was_mixed(model):
+    norm = embedding_norm(model)
+    mixed = ir.node("MatMul", [norm.inputs[0], norm.inputs[0]])
     model.graph.insert_before(norm, mixed)
     norm.replace_input_with(0, mixed.outputs[0])
-    assert passes.rewrite(model, ["padding"], ATTENTION)[1] == {"padding": 0}
-    model, _ = passes.rewrite(std, ["fuse"], ATTENTION)
+
+
+def reads_no_sentence(model):
+    for norm in [node for node in model.graph if node.op_type == "LayerNormalization"]:
+        norm.replace_input_with(0, norm.inputs[1])
+
+
+def classifies_the_last_token(model):
     gather = next(node for node in model.graph if takes_first_token(node))
     gather.replace_input_with(1, constant(model, "last", np.array(-1, np.int64)))  # which may be padding
+
+
+def has_one_attention_without_a_mask(model):
+    attention = [node for node in model.graph if node.op_type in ("Attention", "Softmax")][-1]
+    if attention.op_type == "Attention":
+        attention.replace_input_with(3, None)
+    else:
+        attention.replace_input_with(0, attention.inputs[0].producer().inputs[0])
+
+
+def knows_the_masks_shape_only(model):
+    (mask,) = [value for value in model.graph.inputs if value.name == "attention_mask"]
+    shape = ir.node("Shape", [mask])
+    ones = ir.node("ConstantOfShape", [shape.outputs[0]])
+    mask.replace_all_uses_with(ones.outputs[0])
+    shape.replace_input_with(0, mask)
+    model.graph.insert_before(next(iter(model.graph)), [shape, ones])
+
+
+@pytest.mark.parametrize("names", [[], ["fuse"]])
+@pytest.mark.parametrize(
+    "change",
+    [
+        reads_what_was_mixed,
+        reads_no_sentence,
+        classifies_the_last_token,
+        has_one_attention_without_a_mask,
+        knows_the_masks_shape_only,
+    ],
+)
+def test_no_padding_is_replaced_where_it_may_count(std, names, change):
+    model, _ = passes.rewrite(std, names, ATTENTION)
+    change(model)
     assert passes.rewrite(model, ["padding"], ATTENTION)[1] == {"padding": 0}
 
 
