@@ -156,14 +156,15 @@ def summary(result: ResultFile) -> list[str]:
     """A line for each contender."""
     rows = {row.variant: row for row in result.rows}
     size = result.run["batch_size"]
-    lines = [f"{'':10} {'':52} {'batch 1':22} {f'batches of {size}':22} answered otherwise"]
+    width = max(len(each.change) for each in contenders())
+    lines = [f"{'':10} {'':{width}} {'batch 1':22} {f'batches of {size}':22} answered otherwise"]
     for each in contenders():
         other, base = rows[each.name], rows[each.against]
         single, batched = (
             peers.ratio(mine, theirs) for mine, theirs in zip(peers.measured(base), peers.measured(other), strict=True)
         )
         graph, flips = each.name.split("+")[0], f"{_flips(base, other):3} of {len(base.predictions)}"
-        lines.append(f"{graph:10} {each.change:52} {single:22} {batched:22} {flips}")
+        lines.append(f"{graph:10} {each.change:{width}} {single:22} {batched:22} {flips}")
     return lines
 
 
