@@ -209,3 +209,16 @@ def test_static_variants_are_built_by_name_and_know_their_training_data(tiny):
     said = []
     ensure(tiny, ["onnx-int8-static"], {}, said.append)
     assert "onnx-int8-static: fresh, skipped" in said
+
+
+def test_without_smoothing_scales_are_of_the_values_as_they_are(tiny, monkeypatch):
+    monkeypatch.setattr(activations, "NOISE", 0.0)  # smooth everything
+    asked = {"onnx-int8-static+rough": Quantize(scheme="static", passes=("quantize-linear",))}
+    built = ensure(tiny, ["onnx-int8-static", *asked], asked, quiet)
+    assert built["onnx-int8-static"].manifest.facts["rewrites"]["smooth"] > 0
+    assert "smooth" not in built["onnx-int8-static+rough"].manifest.facts["rewrites"]
+    monkeypatch.setattr(activations, "NOISE", np.inf)
+    plain = calibrate(tiny.load("onnx-fp32"), tiny.train)
+    stored = graph(tiny, "onnx-int8-static+rough").graph.initializers
+    scales = {name: float(stored[f"{name}/scale"].const_value.numpy()) for name in plain}
+    assert scales == {name: pytest.approx(how.scale) for name, how in plain.items()}

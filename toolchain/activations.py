@@ -44,27 +44,29 @@ class Seen:
     tokens: np.ndarray
 
 
-def calibrate(artifact: Artifact, train: TrainingSource) -> dict[str, Activation]:
-    """How what each linear layer of an fp32 graph reads is quantised, by the value's name.
+def calibrate(artifact: Artifact, train: TrainingSource, smooth: bool = True) -> dict[str, Activation]:
+    """How what each linear layer of an fp32 graph reads is quantised, by the value's name; smoothed where it pays, if
+    the pass `smooth` will be there to do it.
 
     Seen are `SENTENCES` rows of sentence length of the training data, none of them held out. Raises `DataError` for
     training data that does not fit the model.
     """
     graph = read(artifact.onnx_path)
+    # Each of several values that share a weight would need another copy of it to be smoothed.
     weights, shared = weights_of(graph), sharing(graph)
     observed = _observe(artifact, list(weights), train)
-    return {name: activation(seen, weights[name], name not in shared) for name, seen in observed.items()}
+    return {name: activation(seen, weights[name], smooth and name not in shared) for name, seen in observed.items()}
 
 
-def activation(seen: Seen, weight: np.ndarray, own: bool = True) -> Activation:
-    """The quantisation of a value that is multiplied by `weight` [width, outputs]; smoothed where it pays, and where
-    the weight is the value's `own`: each of several values would need another copy of it."""
+def activation(seen: Seen, weight: np.ndarray, smooth: bool = True) -> Activation:
+    """The quantisation of a value that is multiplied by `weight` [width, outputs]; smoothed where it pays, if it may be
+    (`smooth`)."""
     import numpy as np
 
     plain = Activation.over(float(seen.low.min()), float(seen.high.max()))
     tried = [(_noise(plain, seen.tokens, weight), plain)]
     largest = np.maximum(-seen.low, seen.high)
-    for strength in STRENGTHS if own and tried[0][0] >= NOISE else ():
+    for strength in STRENGTHS if smooth and tried[0][0] >= NOISE else ():
         factors = smoothing(largest, np.abs(weight).max(axis=1), strength)
         one = Activation.over(float((seen.low / factors).min()), float((seen.high / factors).max()), factors)
         tried.append((_noise(one, seen.tokens, weight), one))

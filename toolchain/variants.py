@@ -27,8 +27,8 @@ QUANTIZED = {
 # Rewrites `Optimize` applies by default, in order.
 CPU_PASSES = ("fuse", "residual-sum", "first-token", "first-query")
 CUDA_PASSES = ("fuse-cuda", "half")
-# Rewrites `Quantize` applies on ONNX Runtime, in order; the scheme says in which form.
-QUANTIZE_PASSES = {  # by ort's schemes, in order
+# Rewrites `Quantize` applies on ONNX Runtime by scheme, in order; the last two have a form for each scheme.
+QUANTIZE_PASSES = {
     "dynamic": ("padding", "quantize-linear", "quantize-embedding"),
     "static": ("smooth", "quantize-linear", "quantize-embedding"),
     "int4": ("quantize-linear", "quantize-embedding"),

@@ -41,15 +41,15 @@ def padding(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     return model, 1
 
 
-def _above(node: ir.Node, stop: Collection[str] = ()) -> tuple[set[ir.Node], set[ir.Value | None]]:
+def _above(node: ir.Node, stop: Collection[str] = ()) -> tuple[set[ir.Node], set[ir.Value]]:
     """The nodes whose results, not shapes alone, have a part in what `node` reads, none from an operator in `stop`
     upwards, and the values that these and `node` read."""
     nodes: set[ir.Node] = set()
-    values: set[ir.Value | None] = set()
+    values: set[ir.Value] = set()
     waiting = [node]
     while waiting:
         each = waiting.pop()
-        values.update(each.inputs)
+        values.update(value for value in each.inputs if value is not None)
         for before in each.predecessors():
             if before not in nodes and before.op_type not in (SHAPE, *stop):
                 nodes.add(before)

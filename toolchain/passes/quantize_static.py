@@ -160,7 +160,6 @@ def standard(
     The bias is added by a `Sub` of its negative: of MatMul and Add in two dimensions ONNX Runtime makes a Gemm, which
     it then runs in fp32 and dequantises the weights for at every answer.
     """
-
     new: list[ir.Node] = []
     add = adder(name, new)
 

@@ -77,7 +77,7 @@ def _has(step: Quantize, name: str) -> bool:
 
 def activations_of(artifact: Artifact, step: Quantize, train: TrainingSource) -> dict[str, Activation]:
     """What a static scheme must know of the fp32 graph; nothing for another."""
-    return calibrate(artifact, train) if step.scheme == "static" else {}
+    return calibrate(artifact, train, _has(step, "smooth")) if step.scheme == "static" else {}
 
 
 def _torch(job: Job, step: Quantize) -> Built:
