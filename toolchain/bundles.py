@@ -13,19 +13,23 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolchain import passes
 from toolchain.artifacts import Artifact, TensorSpec, list_files
 from toolchain.backends import Place
-from toolchain.backends.ort import OrtSession
+from toolchain.backends.ort import EXACT_PRODUCTS, OrtSession, saturates
 from toolchain.bundled.verify import BUNDLE, GOLDEN, SCHEMA, TEXT, canonical_id
+from toolchain.errors import ShippingError
 from toolchain.inputs import Encoder, pad
 from toolchain.names import parse_name
 from toolchain.passes.probabilities import add_probabilities
 from toolchain.targets import BUNDLED, DEMO, TARGETS, Target, dtype, mobile, served
 from toolchain.tokenizing import proven, with_tokenizer
 from toolchain.variants import settings_of, step_name
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # What a logit may differ elsewhere, in the worst and in the middle one of the golden sentences. Other kernels add in
 # another order: in fp32 that rounds; in int8 an activation now and then falls on the next of its 256 steps, which moves
@@ -38,11 +42,14 @@ TOLERANCES = {
     "int4": {"largest": 0.5, "median": 0.1},
 }
 TOKENIZER, TOKENIZER_CONFIG, CONFIG = "tokenizer.json", "tokenizer_config.json", "config.json"
-EXACT = (
+# Where a model is exact, in words.
+NEEDS_OPTION = (
     "x86-64 with VNNI or AMX (Intel from Cascade Lake and Ice Lake on, AMD from Zen 4 on), 64-bit ARM, and "
-    "WebAssembly; on older x86-64 its 8-bit products saturate and its answers are others"
+    "WebAssembly; on older x86-64 only with the session option below, without which its 8-bit products saturate"
 )
+SATURATING_X86 = "x86-64 without VNNI or AMX"
 ANYWHERE = "any processor"
+GOLDEN_BATCH = 8  # sentences of each padded batch
 TEXT_SPEC = TensorSpec(TEXT, "string", ("texts",))
 MULTIPLE = 16  # tokens: what a tokenizer of its own pads to, since a server batches only what is equally wide
 
@@ -135,16 +142,33 @@ def _config(contents: Contents) -> dict[str, Any]:
 
 
 def _golden(contents: Contents, encoder: Encoder) -> dict[str, Any]:
-    """Sentences, their tokens, and what each variant answers on this machine."""
+    """Sentences and padded batches of them, their tokens, and the logits of each variant in exact arithmetic.
+
+    Raises `ShippingError` where this runtime saturates the products of a variant whatever it is told.
+    """
     rows = encoder.encode(contents.sentences)
-    logits = {}
+    short = [index for index, row in enumerate(rows) if len(row) < encoder.max_length][:GOLDEN_BATCH]
+    batches = [{"padding": side, "sentences": short} for side in ("right", "left")]
+    alone = [pad([row], encoder.names, encoder.pad_id) for row in rows]
+    padded = [pad([rows[i] for i in short], encoder.names, encoder.pad_id, left) for left in (False, True)]
+    logits, batch_logits = {}, {}
     for artifact in contents.artifacts:
+        name = artifact.manifest.variant
+        if artifact.manifest.facts.get("int8_headroom", 1) < 1 and saturates(exact=True):
+            raise ShippingError(
+                f"This runtime saturates 8-bit products, so the recorded answers of {name} would be wrong.",
+                "Install the newest onnxruntime, or ship a -portable variant.",
+            )
         session = OrtSession(artifact.path, Place("cpu", 1))
-        batches = [pad([row], encoder.names, encoder.pad_id) for row in rows]
-        logits[artifact.manifest.variant] = [[round(float(x), 6) for x in session.run(b)[0]] for b in batches]
+        logits[name] = [_rounded(session.run(batch))[0] for batch in alone]
+        batch_logits[name] = [_rounded(session.run(batch)) for batch in padded]
         session.close()
     sentences = [{"text": text, "input_ids": row} for text, row in zip(contents.sentences, rows, strict=True)]
-    return {"sentences": sentences, "logits": logits}
+    return {"sentences": sentences, "logits": logits, "batches": batches, "batch_logits": batch_logits}
+
+
+def _rounded(logits: np.ndarray) -> list[list[float]]:
+    return [[round(float(x), 6) for x in row] for row in logits]
 
 
 def _placed(contents: Contents, artifact: Artifact, encoder: Encoder, file: Path) -> dict[str, Any]:
@@ -185,7 +209,8 @@ def _model(contents: Contents, artifact: Artifact, encoder: Encoder, folder: Pat
         "outputs": [dataclasses.asdict(spec) for spec in passes.specs(graph.graph.outputs)],
         "step": {"name": step_name(manifest.step), "settings": settings_of(manifest.step)},
         "int8_headroom": room,
-        "exact_on": ANYWHERE if room is None or room >= 1 else EXACT,
+        "exact_on": ANYWHERE if room is None or room >= 1 else NEEDS_OPTION,
+        "session_options": {} if room is None or room >= 1 else {SATURATING_X86: dict([EXACT_PRODUCTS])},
         "tolerance": TOLERANCES[parse_name(manifest.variant).scheme],
         "measured": contents.measured.get(manifest.id, "not measured"),
         **made,

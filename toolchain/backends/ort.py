@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,18 +19,95 @@ if TYPE_CHECKING:
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _SILENT = 3  # errors only: what ONNX Runtime warns of is checked here and raised
+# x86 without VNNI adds two U8 × S8 products in 16 bits, which saturates. With this session option ONNX Runtime makes
+# the weights unsigned, whose products are exact there. On other processors it only makes int8 slower.
+EXACT_PRODUCTS = ("session.x64quantprecision", "1")
 # What works on shapes and masks, a few integers: ONNX Runtime itself keeps these on the CPU beside a CUDA graph.
 SHAPE_OPERATORS = {
     *("Shape", "Size", "Gather", "Unsqueeze", "Squeeze", "Slice", "Concat", "Cast", "Range", "ConstantOfShape"),
     *("Constant", "Equal", "Where", "Expand", "Reshape", "Add", "Sub", "Mul", "Div"),
 }
+_INNER, _ACTIVATION, _WEIGHT = 4, 255, 127  # of the product that shows whether a processor saturates
 _ROOM = re.compile(r"(?:requested buffer of size|Available memory of \d+ is smaller than requested bytes of) (\d+)")
 
 
-class OrtSession:
-    """A `Session` on ONNX Runtime."""
+def session_options(threads: int, *, exact: bool = True) -> Any:
+    """The options of every session: `threads`, no log, and, with `exact`, int8 products that do not saturate."""
+    options = _plain_options(threads)
+    if exact and saturates():
+        options.add_session_config_entry(*EXACT_PRODUCTS)
+    return options
 
-    def __init__(self, folder: Path, place: Place) -> None:
+
+def _plain_options(threads: int) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _SILENT
+    return options
+
+
+@functools.cache
+def saturates(*, exact: bool = False) -> bool:
+    """Whether ONNX Runtime saturates int8 products on this processor, by default or even with `EXACT_PRODUCTS`; one
+    product is computed to see it."""
+    import numpy as np
+    import onnxruntime as ort
+
+    options = _plain_options(1)
+    if exact:
+        options.add_session_config_entry(*EXACT_PRODUCTS)
+    session = ort.InferenceSession(_extreme_product(), options, providers=[PROVIDERS["cpu"]])
+    product = session.run(None, {"activations": np.full((1, _INNER), _ACTIVATION, np.uint8)})[0]
+    return bool((product != _INNER * _ACTIVATION * _WEIGHT).any())
+
+
+def _extreme_product() -> bytes:
+    """An ONNX file of one MatMulInteger, uint8 [1, inner] × int8 [inner, 1], whose weights are all the largest."""
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    weights = {
+        "weights": np.full((_INNER, 1), _WEIGHT, np.int8),
+        "zero_point": np.array(0, np.uint8),
+        "weight_zero_point": np.array(0, np.int8),
+    }
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["activations", "weights", "zero_point", "weight_zero_point"], ["product"])],
+        "extreme_product",
+        [helper.make_tensor_value_info("activations", TensorProto.UINT8, [1, _INNER])],
+        [helper.make_tensor_value_info("product", TensorProto.INT32, [1, 1])],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
+
+
+def _loadable(path: Path, exact: bool) -> str | bytes:
+    """What a session is made of: the file, or, where its products would saturate and layers share weights, which ONNX
+    Runtime then refuses, the model with unsigned weights."""
+    if not exact or path.suffix != ".onnx" or not saturates():
+        return str(path)
+    import onnx_ir as ir
+
+    from toolchain.passes import read
+    from toolchain.passes.unsigned_weights import shares_int8_weights, unsigned_weights
+
+    model = read(path)
+    if not shares_int8_weights(model):
+        return str(path)
+    unsigned_weights(model)
+    content: bytes = ir.to_proto(model).SerializeToString()
+    return content
+
+
+class OrtSession:
+    """A `Session` on ONNX Runtime; `exact` as in `session_options`."""
+
+    def __init__(self, folder: Path, place: Place, *, exact: bool = True) -> None:
         import onnxruntime as ort
         from onnxruntime.capi import onnxruntime_pybind11_state as state
 
@@ -41,10 +119,7 @@ class OrtSession:
                 "`make install RUNTIME=gpu`, or RUNTIME=cuda12 for an older GPU or driver.",
             )
         self._place = place
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = place.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = _SILENT
+        options = session_options(place.threads, exact=exact)
         # Which provider each node was given: recorded while the session is made, at no cost to its runs.
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         device: dict[str, str] = {}
@@ -55,7 +130,7 @@ class OrtSession:
         # A bundle's files have other names, and phones a format of their own.
         path = folder if folder.suffix in (".onnx", ".ort") else folder / "model.onnx"
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=[(wanted, device)])
+            self._session = ort.InferenceSession(_loadable(path, exact), options, providers=[(wanted, device)])
         except state.NotImplemented as error:
             raise GraphError(
                 f"ONNX Runtime has no kernel for an operator of {path}: {error}.", "Build it again."

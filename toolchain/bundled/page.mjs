@@ -78,7 +78,7 @@ async function prove() {
   const golden = await (await fetch(new URL("../golden.json", import.meta.url))).json();
   const { passed, largest, tolerance, reason } = await check(pipe, bundle, golden, chosen().variant);
   const figure = `largest |Δlogit| ${largest.toPrecision(2)}, ≤ ${tolerance} allowed`;
-  const said = passed ? `${chosen().variant} answers ${golden.sentences.length} golden sentences as it should` : `NOT as it was made: ${reason}`;
+  const said = passed ? `${chosen().variant} answers ${golden.sentences.length} golden sentences and ${golden.batches.length} batches as recorded` : `FAILED: ${reason}`;
   proof.replaceChildren(line(`${said}; ${figure}.`, passed ? "" : "failed"));
 }
 

@@ -55,5 +55,5 @@ def _narrow(model: ir.Model, node: ir.Node) -> None:
     split = ir.node("Split", [answered, sizes], {"axis": -1}, num_outputs=2, name=f"{name}/split")
     for part, role in zip(split.outputs, ROLES[1:], strict=True):
         part.name = f"{name}/{role}"
-    heads = multi_head(node, [asked, *split.outputs])
-    replace(model, node, node, [*new, split, heads], heads.outputs[0])
+    heads = multi_head(model, node, [asked, *split.outputs], one_query=True)
+    replace(model, node, node, [*new, split, *heads], heads[-1].outputs[0])

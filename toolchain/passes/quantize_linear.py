@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from toolchain.passes.attention import Attend, Product, merged
-from toolchain.passes.graph import adder, replace, stored
+from toolchain.passes.graph import adder, constant, replace, stored
 from toolchain.passes.int8 import LARGEST, run_time_codes, weight_codes
 
 if TYPE_CHECKING:
@@ -98,10 +98,10 @@ def headroom(model: ir.Model) -> float | None:
     worst = 0
     found = False
     for node in model.graph:
-        codes = _codes_of(node)
-        if codes is None:
+        reader, index = weight_of(node) or (None, 0)
+        if reader is None:
             continue
-        weight = stored(codes).astype(np.int32)
+        weight = stored(reader.inputs[index]).astype(np.int32)
         found = True
         for side in (np.maximum(weight, 0), np.maximum(-weight, 0)):
             pair = np.sort(side, axis=0)[-2:].sum(axis=0)
@@ -109,14 +109,15 @@ def headroom(model: ir.Model) -> float | None:
     return round(SATURATES / (ACTIVATION * max(worst, 1)), 3) if found else None
 
 
-def _codes_of(node: ir.Node) -> ir.Value | None:
-    """The int8 weights of a product that has such: given to it, or dequantised for it (QDQ)."""
+def weight_of(node: ir.Node) -> tuple[ir.Node, int] | None:
+    """Where the int8 weights of a product are read, as a node and the index of its input: by the product itself, or by
+    what dequantises them for it (QDQ); None for a node that is no such product."""
     if node.op_type in INT8_PRODUCTS:
-        return node.inputs[1]
+        return node, 1
     weight = node.inputs[1] if node.op_type == "MatMul" else None
     before = weight.producer() if weight is not None else None
     codes = before.inputs[0] if before is not None and before.op_type == "DequantizeLinear" else None
-    return codes if codes is not None and codes.const_value is not None else None
+    return (before, 0) if before is not None and codes is not None and codes.const_value is not None else None
 
 
 def _is_linear(node: ir.Node) -> bool:
@@ -159,6 +160,7 @@ def standard(
     model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Value | None, *, largest: int = LARGEST
 ) -> list[ir.Node]:
     """Standard operators: DynamicQuantizeLinear, once for all that read the same, and MatMulInteger; a `Product`."""
+    import numpy as np
     import onnx_ir as ir
 
     new: list[ir.Node] = []
@@ -166,7 +168,11 @@ def standard(
 
     uint8, its_scale, zero_point = run_time_codes(model, data, new)
     weight, scale, _ = weight_codes(model, name, array, largest)
-    cast = add("Cast", [add("MatMulInteger", [uint8, weight, zero_point], "sum")], "cast", to=ir.DataType.FLOAT)
+    # Optional, but where ONNX Runtime makes the weights unsigned, releases up to 1.29 abort without it, and 1.32
+    # refuses one that nodes share.
+    its_zero_point = constant(model, f"{name}_zero", np.array(0, np.int8))
+    integers = add("MatMulInteger", [uint8, weight, zero_point, its_zero_point], "sum")
+    cast = add("Cast", [integers], "cast", to=ir.DataType.FLOAT)
     result = add("Mul", [cast, add("Mul", [its_scale, scale], "scales")], "product")
     if bias is not None:
         add("Add", [result, bias], "biased")

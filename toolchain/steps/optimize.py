@@ -6,7 +6,7 @@ from toolchain.jobs import Built, Job
 from toolchain.passes.apply import rewrite_into
 from toolchain.variants import Optimize
 
-VERSION = 2
+VERSION = 3
 
 
 def optimize(job: Job) -> Built:

@@ -19,7 +19,7 @@ from toolchain.passes.quantize_static import Activation
 from toolchain.sensitivity import Subject, rank
 from toolchain.variants import QUANTIZE_PASSES, Quantize
 
-VERSION = 4
+VERSION = 5
 
 
 def quantize(job: Job) -> Built:

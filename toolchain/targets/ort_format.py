@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from toolchain import passes
 from toolchain.backends.ort import add_extensions
 from toolchain.errors import ShippingError
+from toolchain.passes.quantize_linear import headroom
+from toolchain.passes.unsigned_weights import unsigned_weights
 from toolchain.targets.releases import EXTENSIONS, STANDARD, Use
 
 # Fusions into operators of the CPU provider, which are the same on every processor; one level up, layouts are chosen
@@ -18,13 +22,20 @@ LEVEL = "extended"
 
 
 def save(source: Path, target: Path) -> None:
-    """The .onnx file `source` optimised and saved as `target` in ORT format.
+    """The .onnx file `source` optimised and saved as `target` in ORT format, exact on every processor.
 
-    In a process of its own: ONNX Runtime names in the file the domains of every library of operators that its process
-    has loaded. Raises `ShippingError` where ONNX Runtime cannot run it on the CPU.
+    Int8 weights that could saturate are stored unsigned: no session option reaches a file in ORT format. Saving runs in
+    a process of its own, since ONNX Runtime names in the file the domains of every library of operators that its
+    process has loaded. Raises `ShippingError` where ONNX Runtime cannot run it on the CPU.
     """
-    command = [sys.executable, "-P", "-m", __spec__.name, str(source), str(target)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        model = passes.read(source)
+        if (headroom(model) or 1) < 1:
+            unsigned_weights(model)
+            source = Path(scratch) / source.name
+            passes.write(model, source)
+        command = [sys.executable, "-P", "-m", __spec__.name, str(source), str(target)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         said = run.stderr.strip().splitlines() or ["it does not say why"]
         raise ShippingError(

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolchain.backends.ort import add_extensions, failures
+from toolchain.backends.ort import add_extensions, failures, session_options
 from toolchain.errors import GraphError
 
 if TYPE_CHECKING:
     import numpy as np
-
-_SILENT = 3  # errors only
 
 
 class TextSession:
@@ -24,10 +22,7 @@ class TextSession:
     def __init__(self, file: Path, threads: int) -> None:
         import onnxruntime as ort
 
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = _SILENT
+        options = session_options(threads)
         add_extensions(options)
         try:
             self._session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
