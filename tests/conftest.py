@@ -136,6 +136,7 @@ def fake(tmp_path: Path) -> Callable[..., Artifact]:
             outputs=(),
             labels=("NEGATIVE", "POSITIVE"),
             max_length=512,
+            facts={"int8_headroom": behaviour["headroom"]} if "headroom" in behaviour else {},
         )
         return Artifact(folder, manifest)
 

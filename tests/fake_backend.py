@@ -46,6 +46,8 @@ class FakeSession:
         if "leak" in does:
             self._kept.append(bytes(does["leak"]))
         spend = does.get("us", 200) * len(batch["input_ids"]) / 1e6
+        if not self._place.exact:
+            spend /= does["option_time"]
         until = time.perf_counter() + spend
         while time.perf_counter() < until:
             pass
@@ -69,6 +71,7 @@ class FakeSession:
             "pid": os.getpid(),
             "device_id": self._place.device_id,
             "device_order": os.environ.get("CUDA_DEVICE_ORDER"),
+            **({"option": ["an.option", "1"]} if "option_time" in self._does else {}),
         }
 
     def close(self) -> None:

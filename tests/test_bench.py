@@ -17,6 +17,7 @@ from toolchain.cells import Cell
 from toolchain.errors import BenchError, ResultFileError
 from toolchain.inputs import Data, Encoder
 from toolchain.journal import Journal
+from toolchain.report.columns import notes
 from toolchain.scenarios import Protocol
 from toolchain.steps import bench as bench_module
 from toolchain.steps import roofline
@@ -91,6 +92,27 @@ def test_a_cell_has_its_own_process_the_thread_budget_and_no_hub(run):
     facts = [row.facts["session"] for row in rows.values()]
     assert len({os.getpid(), *(f["pid"] for f in facts)}) == 3
     assert {(f["threads"], f["omp"], f["hub"]) for f in facts} == {(1, "1", "1")}
+
+
+def test_a_row_says_what_the_option_for_exact_products_costs(run):
+    rows, _ = run(
+        saturable={"us": 2000, "headroom": 0.5, "option_time": 2.0},
+        portable={"headroom": 1.0, "option_time": 2.0},
+        elsewhere={"headroom": 0.5},
+    )
+    found = rows["saturable"].facts["exactness"]
+    assert found["option"] == ["an.option", "1"]
+    assert 1.5 < found["time"]["value"] < 2.5
+    assert found["time"]["low"] <= found["time"]["value"] <= found["time"]["high"]
+    assert "exactness" not in rows["portable"].facts
+    assert "exactness" not in rows["elsewhere"].facts
+    result = runs.result_of(list(rows.values()), {}, Data("fake", TEXTS, (0,) * len(TEXTS)), 512)
+    line = next(line for line in notes(compare([result])) if "saturates" in line)
+    assert re.fullmatch(
+        r"saturable@cpu: this processor saturates 8-bit products unless an\.option = 1, which is set; "
+        r"with it a sentence takes \d\.\d\d \[\d\.\d\d, \d\.\d\d\] of the time without it\.",
+        line,
+    )
 
 
 @pytest.mark.parametrize(

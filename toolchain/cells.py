@@ -8,6 +8,7 @@ from typing import Any
 
 from toolchain import errors
 from toolchain.artifacts import Artifact, Manifest
+from toolchain.confidence import ratio
 from toolchain.errors import BenchError, ProviderError, ToolchainError
 from toolchain.inputs import Data, Encoder
 from toolchain.measurements import Accuracy, Measurement, Samples
@@ -54,6 +55,7 @@ class Running:
     starts: list[dict[str, Any]] = field(default_factory=list)
     turns: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
     peaks: list[dict[str, Any]] = field(default_factory=list)
+    exactness: dict[str, list[int]] = field(default_factory=dict)
     failure: ToolchainError | None = None
     noise: Noise = field(default_factory=Noise)
 
@@ -64,10 +66,18 @@ class Running:
             self.starts.append(reply)
         elif kind == "peak":
             self.peaks.append(reply)
+        elif kind == "exactness":
+            self.exactness = dict(reply)
         elif kind == "failure":
             self.failure = getattr(errors, reply["type"])(reply["cause"], reply["mend"])
         else:
             self.turns.setdefault(kind, {})[record["turn"]] = reply
+
+    @property
+    def needs_option(self) -> bool:
+        """Whether this processor computes its 8-bit products exactly only with a session option."""
+        option = self.starts and self.starts[0]["facts"].get("option")
+        return bool(option) and self.artifact.manifest.facts.get("int8_headroom", 1) < 1
 
     @property
     def sentence_s(self) -> float:
@@ -118,6 +128,7 @@ def measurement(item: Running, data: Data, protocol: Protocol) -> Measurement:
             "session": first["facts"],
             "rewrites": manifest.facts.get("rewrites"),
             **{name: manifest.facts[name] for name in ("pruning", "vocabulary") if name in manifest.facts},
+            **_exactness(item),
         },
         noise=item.noise.shares(),
         latency=latency,
@@ -131,6 +142,15 @@ def measurement(item: Running, data: Data, protocol: Protocol) -> Measurement:
         probabilities=tuple(chances.get(i) for i in range(count)),
         batch_changed=sum(in_batches[i] != answer for i, answer in answers.items()),
     )
+
+
+def _exactness(item: Running) -> dict[str, Any]:
+    """The session option that this processor needs for exact 8-bit products, and the time with it over the time
+    without it; nothing where it needs none."""
+    if not item.exactness:
+        return {}
+    found = ratio(item.exactness["exact"], item.exactness["saturating"])
+    return {"exactness": {"option": item.starts[0]["facts"]["option"], "time": found.to_json()}}
 
 
 def _in_order(item: Running, kind: str) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ keeps and quotes where this process dies.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import importlib
 import json
@@ -54,6 +55,7 @@ class _Child:
 
     def __init__(self, first: Mapping[str, Any]) -> None:
         self._place = Place(**first["place"])
+        self._folder = Path(first["folder"])
         self._metering_s = 0.0
         memory: dict[str, Any] = {"bare": self._uss()}
         for module in first["imports"]:
@@ -65,7 +67,7 @@ class _Child:
         with self._metering():
             self._gpu = gpu_memory.meter(self._place.device_id) if self._place.provider == "cuda" else None
         started = time.perf_counter_ns()
-        self._session = kind(Path(first["folder"]), self._place)
+        self._session = kind(self._folder, self._place)
         load_us = _since(started)
         memory |= {"load": self._uss(), "method": _reset_peak()}
         with self._metering():
@@ -138,6 +140,23 @@ class _Child:
         if self._gpu:
             self._gpu.read()
         return {**found, **self._answers(*outputs)}
+
+    def exactness(self, batches: list[list[int]], rounds: int) -> dict[str, Any]:
+        """Runs all batches `rounds` times with exact 8-bit products and as often with saturating ones, in turns after
+        an untimed round: microseconds of each round of either."""
+        inexact = type(self._session)(self._folder, dataclasses.replace(self._place, exact=False))
+        sessions = {"exact": self._session, "saturating": inexact}
+        found: dict[str, list[int]] = {name: [] for name in sessions}
+        arrays = [self._arrays(batch) for batch in batches]
+        for turn in range(rounds + 1):
+            for name in sorted(sessions, reverse=turn % 2 == 1):
+                started = time.perf_counter_ns()
+                for batch in arrays:
+                    sessions[name].run(batch)
+                if turn:
+                    found[name].append(_since(started))
+        inexact.close()
+        return found
 
     def _arrays(self, batch: list[int]) -> dict[str, np.ndarray]:
         return pad([self._ids[i] for i in batch], self._encoder.names, self._encoder.pad_id)

@@ -37,13 +37,15 @@ class Place:
     """Where a session runs: on an execution `provider` (``cpu`` or ``cuda``), with so many `threads` on the host.
 
     `device_id` is the GPU's number as `nvidia-smi` counts. With `allow_fallback`, what has no kernel on the provider
-    may run on the CPU; the session's facts say so then.
+    may run on the CPU; the session's facts say so then. Without `exact`, 8-bit products may saturate, where the
+    processor does so by default.
     """
 
     provider: str = "cpu"
     threads: int = 1
     device_id: int = 0
     allow_fallback: bool = False
+    exact: bool = True
 
 
 class Session(Protocol):

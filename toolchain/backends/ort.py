@@ -105,9 +105,9 @@ def _loadable(path: Path, exact: bool) -> str | bytes:
 
 
 class OrtSession:
-    """A `Session` on ONNX Runtime; `exact` as in `session_options`."""
+    """A `Session` on ONNX Runtime."""
 
-    def __init__(self, folder: Path, place: Place, *, exact: bool = True) -> None:
+    def __init__(self, folder: Path, place: Place) -> None:
         import onnxruntime as ort
         from onnxruntime.capi import onnxruntime_pybind11_state as state
 
@@ -119,7 +119,7 @@ class OrtSession:
                 "`make install RUNTIME=gpu`, or RUNTIME=cuda12 for an older GPU or driver.",
             )
         self._place = place
-        options = session_options(place.threads, exact=exact)
+        options = session_options(place.threads, exact=place.exact)
         # Which provider each node was given: recorded while the session is made, at no cost to its runs.
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         device: dict[str, str] = {}
@@ -130,7 +130,7 @@ class OrtSession:
         # A bundle's files have other names, and phones a format of their own.
         path = folder if folder.suffix in (".onnx", ".ort") else folder / "model.onnx"
         try:
-            self._session = ort.InferenceSession(_loadable(path, exact), options, providers=[(wanted, device)])
+            self._session = ort.InferenceSession(_loadable(path, place.exact), options, providers=[(wanted, device)])
         except state.NotImplemented as error:
             raise GraphError(
                 f"ONNX Runtime has no kernel for an operator of {path}: {error}.", "Build it again."
@@ -217,10 +217,13 @@ class OrtSession:
         return binding
 
     def facts(self) -> dict[str, Any]:
-        """Provider in use, threads, and how many nodes each provider was given; with a fallback, what it is."""
+        """Provider in use, threads, and how many nodes each provider was given; with a fallback, what it is; `option`,
+        where this processor needs one for exact 8-bit products."""
         wanted, got = PROVIDERS[self._place.provider], self._session.get_providers()[0]
         nodes = {name: kinds.total() for name, kinds in self._assigned().items()}
-        found = {"provider": got, "threads": self._place.threads, "nodes": nodes}
+        found: dict[str, Any] = {"provider": got, "threads": self._place.threads, "nodes": nodes}
+        if got == PROVIDERS["cpu"] and self._place.exact and saturates():
+            found["option"] = EXACT_PRODUCTS
         away = self._elsewhere(wanted).total()
         if got != wanted:
             found["fallback"] = f"runs on {got}, not on {wanted}"

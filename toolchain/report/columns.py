@@ -189,11 +189,23 @@ def notes(rows: Sequence[Row]) -> list[str]:
     lines += _pruned(rows) + _trimmed(rows) + _by_length(rows)
     lines += _by_text([(_named(row, rows), f": {_session(row, 'fallback')}.") for row in rows if _fallback(row)])
     lines += _by_text([(row.measurement.cell, f": {note}.") for row in rows if (note := _session(row, "note"))])
+    lines += [f"{row.measurement.cell}: {_exactness(row)}" for row in rows if "exactness" in row.measurement.facts]
     lines += _gpu_notes(rows) + _reported(rows)
     if any(row.stale for row in rows):
         lines.append("[stale]: the artifact has been built anew since; measure again with `toolchain bench`.")
     without = [(_named(row, rows), row.measurement) for row in rows if row.measurement.status not in FIGURES]
     return lines + _by_text([(name, f" {m.status}: {m.reason} {m.mend}".rstrip()) for name, m in without])
+
+
+def _exactness(row: Row) -> str:
+    found = row.measurement.facts["exactness"]
+    key, value = found["option"]
+    time = found["time"]
+    interval = f" [{time['low']:.2f}, {time['high']:.2f}]" if "low" in time else ""
+    return (
+        f"this processor saturates 8-bit products unless {key} = {value}, which is set; with it a sentence takes "
+        f"{time['value']:.2f}{interval} of the time without it."
+    )
 
 
 def _by_text(found: Sequence[tuple[str, str]]) -> list[str]:

@@ -24,6 +24,7 @@ SETTLE_S = 0.05
 LOAD_TIMEOUT_S = 300.0
 TURN_TIMEOUT_S = 120.0
 CALIBRATION = 12  # sentences every new process answers first: warm-up, and what the rounds are sized by
+EXACTNESS_ROUNDS = 20
 SPARE_TIME = 1.1
 SPARE_SHARE = 0.1  # of the machine's memory is left alone
 
@@ -111,6 +112,7 @@ class _Bench:
                     done += 1
         for index in self.running:
             self._guarded(index, self._stop)
+            self._guarded(index, self._time_exactness)
 
     def _shuffled(self, rng: random.Random) -> Iterator[int]:
         return iter(rng.sample(sorted(self.running), len(self.running)))
@@ -139,11 +141,7 @@ class _Bench:
         """A fresh process, in place of the one that is up."""
         self._stop(index, item)
         self._make_room(item)
-        backend = self._backends[item.cell.runtime]
-        place = self._protocol.place(item.cell.provider)
-        text = self._data.texts[self._order[0]]
-        encoder = item.cell.encoder or self._encoder
-        item.worker = Worker(backend.session, item.artifact.path, place, encoder, text, backend.imports)
+        item.worker = self._open(item)
         ready = item.worker.load(LOAD_TIMEOUT_S)
         item.worker.ask({"do": "data", "texts": self._data.texts, "lengths": self._lengths}, LOAD_TIMEOUT_S)
         chosen = [[i] for i in self._order[:CALIBRATION]]
@@ -152,6 +150,14 @@ class _Bench:
         time.sleep(SETTLE_S)
         self._keep(index, "start", {**ready, "sentence_s": statistics.mean(reply["us"][0]) / 1e6})
 
+    def _open(self, item: Running) -> Worker:
+        """A fresh process for a cell."""
+        backend = self._backends[item.cell.runtime]
+        place = self._protocol.place(item.cell.provider)
+        text = self._data.texts[self._order[0]]
+        encoder = item.cell.encoder or self._encoder
+        return Worker(backend.session, item.artifact.path, place, encoder, text, backend.imports)
+
     def _stop(self, index: int, item: Running) -> None:
         """Asks for the peaks of the process that is up, and ends it."""
         if item.worker:
@@ -159,6 +165,21 @@ class _Bench:
             item.worker.close()
             item.worker = None
             self._keep(index, "peak", peak)
+
+    def _time_exactness(self, index: int, item: Running) -> None:
+        """Where the processor needs an option for exact 8-bit products, times them against saturating ones, in a
+        process of its own: a second session would count as memory of the cell."""
+        if item.exactness or not item.needs_option:
+            return
+        worker = self._open(item)
+        try:
+            worker.load(LOAD_TIMEOUT_S)
+            worker.ask({"do": "data", "texts": self._data.texts, "lengths": []}, LOAD_TIMEOUT_S)
+            chosen = [[i] for i in self._order[:CALIBRATION]]
+            message = {"do": "exactness", "batches": chosen, "rounds": EXACTNESS_ROUNDS}
+            self._keep(index, "exactness", worker.ask(message, TURN_TIMEOUT_S))
+        finally:
+            worker.close()
 
     def _make_room(self, item: Running) -> None:
         """Ends other processes, which start again at their next turn, until this one's model fits in memory."""
