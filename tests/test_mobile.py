@@ -1,5 +1,6 @@
 """Bundles for phones: what a release of ONNX Runtime can read, both formats, and what is refused."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ from onnx import TensorProto, helper
 from test_ship import lies_there, make, reseal
 
 from toolchain import inputs, shipping
-from toolchain.artifacts import sha256
+from toolchain.artifacts import MANIFEST, list_files, sha256
 from toolchain.backends import Place, open_session
 from toolchain.bundled import verify as bundled
 from toolchain.errors import ArtifactError, ShippingError, VerdictError
@@ -242,6 +243,33 @@ def test_a_variant_that_needs_a_later_release_is_refused(built_tiny, tmp_path, n
     with pytest.raises(ShippingError, match=REFUSED[name, release]):
         ship(built_tiny, tmp_path / "b", name, ort_mobile=release)
     assert not (tmp_path / "b").exists()
+
+
+def mask_by_key_padding(artifact):
+    """By hand, as an export of before would: the last attention of the artifact's file has its one query under a
+    key_padding_mask."""
+    model = onnx.load(artifact.onnx_path)
+    (fused,) = (node for node in model.graph.node if node.op_type == "Attention")
+    (heads,) = (node for node in model.graph.node if node.op_type == "MultiHeadAttention")
+    heads.input[:] = [*heads.input[:3], "", fused.input[3]]
+    onnx.save(model, artifact.onnx_path)
+    manifest = dataclasses.replace(artifact.manifest, files=list_files(artifact.path))
+    (artifact.path / MANIFEST).write_text(manifest.to_json())
+
+
+def test_a_release_that_answers_the_graph_s_padded_batches_wrongly_is_refused(tiny, tmp_path):
+    mask_by_key_padding(tiny.load("onnx-fp32"))
+    where = ("--model", tiny.model, "--exported", tiny.exported, "--output", tmp_path / "b")
+    done = run_toolchain("ship", "onnx-fp32", "--target", "mobile", "--ort-mobile", "1.20", *where, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1] == (
+        "Error: onnx-fp32 uses MultiHeadAttention with key_padding_mask longer than the query (right since 1.21), and "
+        "ONNX Runtime 1.20 gives wrong answers to padded batches of it or refuses them. Ship it for --ort-mobile 1.21 "
+        "or newer, or ship a variant of standard operators, of opset 18, such as onnx-std."
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exported"]
+    (model,) = ship(tiny, tmp_path / "b", "onnx-fp32", ort_mobile="1.21")["models"]
+    assert model["oldest_release"] == "1.21"
 
 
 def test_a_new_operator_beside_onnx_runtime_s_own_is_refused(of_opset_20, tmp_path):

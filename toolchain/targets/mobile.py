@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import ShippingError
 from toolchain.quiet import quiet
 from toolchain.targets import ort_format
-from toolchain.targets.releases import MICROSOFT, MICROSOFT_OPSET, RELEASES, STANDARD, Use, newer, oldest
+from toolchain.targets.releases import MICROSOFT, MICROSOFT_OPSET, RELEASES, STANDARD, Use, newer, oldest_reading
+from toolchain.targets.uses import oldest_release, read_needs
 from toolchain.variants import Export
 
 if TYPE_CHECKING:
@@ -45,22 +46,16 @@ def make(source: Path, target: Path, release: str, core: Path) -> dict[str, Any]
     lower(source, target, release)
     file = target.with_suffix(".ort")
     ort_format.save(target, file)
-    version = ort_format.version(file)
+    needs = read_needs(target), read_needs(file)
+    version = needs[1].ort_format
     if version > RELEASES[release].ort_format:
-        readers = [name for name, limit in RELEASES.items() if limit.ort_format >= version]
         raise ShippingError(
             f"ONNX Runtime {release} reads version {RELEASES[release].ort_format} of the ORT format, and the one "
             f"installed here writes version {version}.",
-            f"Ship for --ort-mobile {readers[0]} or newer.",
+            f"Ship for --ort-mobile {oldest_reading(ort_format=version)} or newer.",
         )
-    has = ort_format.uses(file) | _uses(target)
-    if lacking := newer(release, has):
-        first = oldest(has)
-        raise ShippingError(
-            f"{target.stem} uses {', '.join(map(str, lacking))}, which ONNX Runtime {release} lacks.",
-            (f"Ship it for --ort-mobile {first} or newer, or ship" if first else "Ship")
-            + f" a variant of standard operators, of opset {Export.opset}, such as onnx-std.",
-        )
+    first = oldest_release(*needs)
+    _check_uses(needs[0].uses | needs[1].uses, target.stem, release, first)
     return {
         "ort": {
             "file": file.name,
@@ -69,9 +64,30 @@ def make(source: Path, target: Path, release: str, core: Path) -> dict[str, Any]
             "optimization_level": ort_format.LEVEL,
             "saved_by": ort.__version__,
         },
-        "oldest_release": oldest(has),
+        "oldest_release": first,
         "providers": providers(core),
     }
+
+
+def _check_uses(uses: Collection[Use], name: str, release: str, first: str | None) -> None:
+    """Raises `ShippingError` for what `release` lacks or answers wrongly; `first` is the oldest that will do."""
+    newer_uses = newer(release, uses)
+    lacking = [use for use in newer_uses if not use.question]
+    faults = [use for use in newer_uses if use.question]
+    hint = (f"Ship it for --ort-mobile {first} or newer, or ship" if first else "Ship") + (
+        f" a variant of standard operators, of opset {Export.opset}, such as onnx-std."
+    )
+    if lacking:
+        raise ShippingError(
+            f"{name} uses {', '.join(map(str, lacking))}, which ONNX Runtime {release} lacks.",
+            hint,
+        )
+    if faults:
+        raise ShippingError(
+            f"{name} uses {', '.join(map(str, faults))}, and ONNX Runtime {release} gives wrong answers to padded "
+            "batches of it or refuses them.",
+            hint,
+        )
 
 
 def lower(source: Path, target: Path, release: str) -> None:
@@ -114,11 +130,10 @@ def _check_types(model: ir.Model, name: str, release: str) -> None:
     new = {tensor.dtype.name for tensor in tensors if tensor and IR_OF_TYPE.get(tensor.dtype.name, 0) > limit}
     if new:
         needed = max(IR_OF_TYPE[each] for each in new)
-        readers = [each for each, its in RELEASES.items() if its.ir_version >= needed]
         raise ShippingError(
             f"{name} holds {', '.join(sorted(new))}, which need IR version {needed}; ONNX Runtime {release} reads up "
             f"to {limit}.",
-            f"Ship it for --ort-mobile {readers[0]} or newer, or another variant such as onnx-int8.",
+            f"Ship it for --ort-mobile {oldest_reading(needed)} or newer, or another variant such as onnx-int8.",
         )
 
 
@@ -196,17 +211,6 @@ def _changed(model: onnx.ModelProto, opset: int) -> list[str]:
         for operator in _standard(model)
         if signature(operator, _opset(model).version) != signature(operator, opset)
     ]
-
-
-def _uses(path: Path) -> set[Use]:
-    """What operators, attributes and inputs an .onnx file has."""
-    import onnx
-
-    found = set()
-    for node in _nodes(onnx.load(path, load_external_data=False)):
-        given = [f"input {index}" for index, value in enumerate(node.inputs) if value is not None]
-        found |= {Use(node.domain, node.op_type, what) for what in ("", *node.attributes, *given)}
-    return found
 
 
 def configure(models: Sequence[Path]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from toolchain.backends.ort import add_extensions
 from toolchain.errors import ShippingError
 from toolchain.passes.quantize_linear import headroom
 from toolchain.passes.unsigned_weights import unsigned_weights
-from toolchain.targets.releases import EXTENSIONS, STANDARD, Use
+from toolchain.targets.releases import EXTENSIONS
 
 # Fusions into operators of the CPU provider, which are the same on every processor; one level up, layouts are chosen
 # for the processor the file is written on.
@@ -44,7 +44,11 @@ def save(source: Path, target: Path) -> None:
     target.write_bytes(_in_order(target.read_bytes()))
 
 
-def _save(source: str, target: str) -> None:
+def save_here(source: str, target: str, level: str = LEVEL, sizes: Mapping[str, int] | None = None) -> None:
+    """The same in this process, and in the order that ONNX Runtime writes.
+
+    `level` is that of its optimiser; `sizes` fix free dimensions of the inputs, by name.
+    """
     import onnx
     import onnxruntime as ort
     from onnxruntime.tools.onnx_model_utils import get_optimization_level
@@ -54,7 +58,9 @@ def _save(source: str, target: str) -> None:
     options.log_severity_level = 3
     if EXTENSIONS in {entry.domain for entry in onnx.load(source, load_external_data=False).opset_import}:
         add_extensions(options)
-    options.graph_optimization_level = get_optimization_level(LEVEL)
+    options.graph_optimization_level = get_optimization_level(level)
+    for name, size in (sizes or {}).items():
+        options.add_free_dimension_override_by_name(name, size)
     options.optimized_model_filepath = target
     options.add_session_config_entry("session.save_model_format", "ORT")
     # Signed 8 bits, which ARM multiplies as they are; else they would be made unsigned for x86.
@@ -70,7 +76,8 @@ def _parts() -> Any:
     return fbs
 
 
-def _opened(content: bytes) -> Any:
+def read_root(content: bytes) -> Any:
+    """The root table of a file in ORT format."""
     return _parts().InferenceSession.InferenceSession.GetRootAsInferenceSession(content, 0)
 
 
@@ -82,7 +89,7 @@ def _in_order(content: bytes) -> bytes:
     """
     import flatbuffers
 
-    session = _opened(content)
+    session = read_root(content)
     model = session.Model()._tab
     table = model.Pos - int.from_bytes(content[model.Pos : model.Pos + 4], "little", signed=True)
     rest = content[min(model.Pos, table) :]
@@ -145,28 +152,33 @@ def _vector(builder: Any, offsets: list[int]) -> int:
     return end
 
 
+def shapes(graph: Any) -> dict[str, list[int | str | None]]:
+    """Value → its dimensions: numbers, names, or not known. Values of unknown rank are left out."""
+    fbs = _parts()
+    found = {}
+    for value in (graph.NodeArgs(index) for index in range(graph.NodeArgsLength())):
+        kind = value.Type()
+        if kind is None or kind.ValueType() != fbs.TypeInfoValue.TypeInfoValue.tensor_type:
+            continue
+        tensor = fbs.TensorTypeAndShape.TensorTypeAndShape()
+        tensor.Init(kind.Value().Bytes, kind.Value().Pos)
+        if tensor.Shape() is not None:
+            dimensions = map(tensor.Shape().Dim, range(tensor.Shape().DimLength()))
+            found[value.Name().decode()] = [_size(each.Value()) for each in dimensions]
+    return found
+
+
+def _size(value: Any) -> int | str | None:
+    kinds = _parts().DimensionValueType.DimensionValueType
+    if value is None or value.DimType() == kinds.UNKNOWN:
+        return None
+    return int(value.DimValue()) if value.DimType() == kinds.VALUE else str(value.DimParam().decode())
+
+
 def version(path: Path) -> int:
     """Of the ORT format a file is written in."""
-    return int(_opened(path.read_bytes()).OrtVersion())
-
-
-def uses(path: Path) -> set[Use]:
-    """What operators, attributes and inputs a file in ORT format has; attributes that were left to their default stand
-    in it as well."""
-    return set(_uses(_opened(path.read_bytes()).Model().Graph()))
-
-
-def _uses(graph: Any) -> Iterator[Use]:
-    for node in (graph.Nodes(index) for index in range(graph.NodesLength())):
-        domain, operator = node.Domain().decode(), node.OpType().decode()
-        domain = STANDARD if domain == "ai.onnx" else domain
-        yield Use(domain, operator)
-        yield from (Use(domain, operator, f"input {i}") for i in range(node.InputsLength()) if node.Inputs(i))
-        for attribute in (node.Attributes(index) for index in range(node.AttributesLength())):
-            yield Use(domain, operator, attribute.Name().decode())
-            if attribute.G():
-                yield from _uses(attribute.G())
+    return int(read_root(path.read_bytes()).OrtVersion())
 
 
 if __name__ == "__main__":
-    _save(*sys.argv[1:])
+    save_here(sys.argv[1], sys.argv[2])

@@ -1,0 +1,77 @@
+"""Asks the ONNX Runtime of the Python that runs this what `release_questions.py` wrote; prints the answers as JSON.
+
+    path/to/python benchmarks/release_probe.py FOLDER [SET...]
+
+Started by `releases.py` in an environment of the release's own: it needs onnxruntime and numpy and nothing else.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+CPU = "CPUExecutionProvider"
+MICROSOFT = "com.microsoft"
+ABSOLUTE, RELATIVE = 1e-4, 1e-4
+
+
+def open_session(path, option=None):
+    """A session on the CPU; `option` is a key and value of its configuration."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    if option:
+        options.add_session_config_entry(*option)
+    return onnxruntime.InferenceSession(str(path), options, providers=[CPU])
+
+
+def answer(question, folder):
+    """``right``, ``wrong``, or ``refused`` where the release does not load or run the file."""
+    arrays = dict(np.load(folder / question["arrays"]))
+    expected = {name[1:]: arrays.pop(name) for name in list(arrays) if name.startswith("=")}
+    try:
+        outputs = open_session(folder / question["file"], question.get("option")).run(list(expected), arrays)
+    except Exception:  # onnxruntime raises a class for every status
+        return "refused"
+    near = (np.allclose(a, b, RELATIVE, ABSOLUTE) for a, b in zip(outputs, expected.values()))  # noqa: B905 (shapes)
+    return "right" if all(near) else "wrong"
+
+
+def operators():
+    """ONNX Runtime's operators that have a CPU kernel → their attributes and the number of their inputs; None where a
+    release cannot be asked."""
+    if not hasattr(state, "get_all_operator_schema"):
+        return None
+    schemas = {schema.name: schema for schema in state.get_all_operator_schema() if schema.domain == MICROSOFT}
+    return {
+        name: {"attributes": sorted(schemas[name].attributes), "inputs": len(schemas[name].inputs)}
+        for name in sorted(kernels(MICROSOFT) & set(schemas))
+    }
+
+
+def kernels(domain):
+    """The operators of `domain` that have a CPU kernel."""
+    defined = state.get_all_opkernel_def()
+    return {kernel.op_name for kernel in defined if kernel.provider == CPU and kernel.domain == domain}
+
+
+def main(folder, sets):
+    """Answers the named sets of questions."""
+    questions = json.loads((folder / "questions.json").read_text())
+    print(
+        json.dumps(
+            {
+                "version": onnxruntime.__version__,
+                "operators": operators(),
+                "standard": sorted(kernels("")) if hasattr(state, "get_all_opkernel_def") else None,
+                "answers": {name: {each["name"]: answer(each, folder) for each in questions[name]} for name in sets},
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,240 @@
+"""The files that `release_probe.py` gives to a release of ONNX Runtime, and the right answers, computed with numpy.
+
+`write` fills a folder: models, inputs and right answers, and questions.json, which lists them in sets:
+versions (the highest IR version, opset and ORT format), attention (padded batches), precision (8-bit products).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from toolchain.targets import ort_format
+from toolchain.targets.releases import MICROSOFT, STANDARD
+
+VERSIONS, ATTENTION, PRECISION = "versions", "attention", "precision"
+IR_VERSIONS, OPSETS, ORT_FORMATS = range(7, 21), range(13, 41), range(4, 10)
+IR_VERSION, OPSET = 8, 15  # of every other file: old enough for every release
+SEED = 29
+
+BATCH, TOKENS, HEADS, SIZE = 3, 8, 2, 8
+WIDTH = HEADS * SIZE
+LENGTHS = (8, 5, 3)  # tokens of each sentence of a padded batch
+LOWEST = float(np.finfo(np.float32).min)
+EXACT_OPTION = ("session.x64quantprecision", "1")
+SMALL = 4  # makes weights of 6 bits, whose products saturate nowhere
+
+
+@dataclass(frozen=True)
+class Question:
+    """A model, its inputs, and the right outputs, which numpy computed."""
+
+    name: str
+    model: onnx.ModelProto
+    inputs: dict[str, np.ndarray]
+    outputs: dict[str, np.ndarray]
+
+
+def write(folder: Path) -> None:
+    """Writes every file and questions.json."""
+    sets: dict[str, list[dict[str, Any]]] = {
+        VERSIONS: list(_versions(folder)),
+        ATTENTION: [_save(folder, question) for question in attention()],
+        PRECISION: [],
+    }
+    for question in precision():
+        entry = _save(folder, question)
+        file = Path(entry["file"]).with_suffix(".ort").name
+        ort_format.save(folder / entry["file"], folder / file)
+        for path in (entry["file"], file):
+            for option in (None, EXACT_OPTION):
+                name = f"{question.name}, {Path(path).suffix}, {'with' if option else 'without'} the option"
+                sets[PRECISION].append({**entry, "name": name, "file": path, "option": option})
+    (folder / "questions.json").write_text(json.dumps(sets, indent=1))
+
+
+def _save(folder: Path, question: Question) -> dict[str, Any]:
+    stem = question.name.replace(", ", "-").replace(" ", "-")
+    onnx.save(question.model, folder / f"{stem}.onnx")
+    arrays = {**question.inputs, **{f"={name}": array for name, array in question.outputs.items()}}
+    np.savez(folder / f"{stem}.npz", **arrays)
+    return {"name": question.name, "file": f"{stem}.onnx", "arrays": f"{stem}.npz"}
+
+
+def _model(
+    nodes: list[onnx.NodeProto],
+    inputs: dict[str, np.ndarray],
+    outputs: dict[str, np.ndarray],
+    weights: dict[str, np.ndarray],
+    ir_version: int = IR_VERSION,
+    opset: int = OPSET,
+) -> onnx.ModelProto:
+    def declared(values: dict[str, np.ndarray]) -> list[onnx.ValueInfoProto]:
+        kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in values.items()}
+        return [helper.make_tensor_value_info(name, kinds[name], array.shape) for name, array in values.items()]
+
+    tensors = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "asked", declared(inputs), declared(outputs), tensors)
+    sets = [helper.make_opsetid(STANDARD, opset), helper.make_opsetid(MICROSOFT, 1)]
+    return helper.make_model(graph, opset_imports=sets, ir_version=ir_version)
+
+
+def _versions(folder: Path) -> Iterator[dict[str, Any]]:
+    """Identity, whose definition changed with many an opset: a release may take an opset whose kernels it lacks."""
+    one = {"x": np.ones(2, np.float32)}, {"y": np.ones(2, np.float32)}
+    nodes = [helper.make_node("Identity", ["x"], ["y"])]
+    for number in IR_VERSIONS:
+        yield _save(folder, Question(f"ir_version {number}", _model(nodes, *one, {}, ir_version=number), *one))
+    for number in OPSETS:
+        yield _save(folder, Question(f"opset {number}", _model(nodes, *one, {}, opset=number), *one))
+    entry = _save(folder, Question("ort_format", _model(nodes, *one, {}), *one))
+    ort_format.save(folder / entry["file"], folder / "written.ort")
+    for number in ORT_FORMATS:
+        (folder / f"ort_format-{number}.ort").write_bytes(_labelled(folder / "written.ort", number))
+        yield {**entry, "name": f"ort_format {number}", "file": f"ort_format-{number}.ort"}
+
+
+def _labelled(path: Path, number: int) -> bytes:
+    """The content of a file in ORT format, said to be of another version, 0 to 9."""
+    content = path.read_bytes()
+    table = ort_format.read_root(content)._tab
+    place = table.Indirect(table.Pos + table.Offset(4)) + 4  # the first slot is the version, behind its length
+    return content[:place] + str(number).encode("ascii") + content[place + 1 :]
+
+
+def attention() -> Iterator[Question]:
+    """Batches padded on the right and on the left, for every attention that variants have."""
+    for side in ("right", "left"):
+        mask = _mask(side)
+        for queries in (TOKENS, 1, 2):
+            yield from _multi_head(mask, queries, side)
+        for question in (_attention(mask), _qattention(mask, SMALL)):
+            yield replace(question, name=f"{question.name}: mask_index, {side}")
+
+
+def _multi_head(mask: np.ndarray, queries: int, side: str) -> Iterator[Question]:
+    """`queries` query tokens and TOKENS keys, under the mask and under the bias that says the same."""
+    random = np.random.default_rng(SEED)
+    query, key, value = (random.standard_normal((BATCH, TOKENS, WIDTH)).astype(np.float32) for _ in range(3))
+    feeds = {"query": query[:, :queries], "key": key, "value": value}
+    bias = np.tile(_bias(mask), (1, HEADS, queries, 1))
+    one = bias[1:2]  # the same for every sentence
+    padding = "key_padding_mask" if queries == TOKENS else "key_padding_mask longer than the query"
+    for trait, place, given, used in (
+        (padding, 4, mask, bias),
+        ("attention_bias", 5, bias, bias),
+        ("attention_bias of one head", 5, bias[:, :1], bias),
+        ("attention_bias of one sentence", 5, one, np.tile(one, (BATCH, 1, 1, 1))),
+    ):
+        names = ["query", "key", "value", "", "", ""]
+        names[place] = "given"
+        while not names[-1]:
+            names.pop()
+        node = helper.make_node("MultiHeadAttention", names, ["y"], domain=MICROSOFT, num_heads=HEADS)
+        inputs, outputs = {**feeds, "given": given}, {"y": _attend(feeds["query"], key, value, used)}
+        name = f"MultiHeadAttention: {trait}, {queries} of {TOKENS} tokens, {side}"
+        yield Question(name, _model([node], inputs, outputs, {}), inputs, outputs)
+
+
+def _attention(mask: np.ndarray) -> Question:
+    random = np.random.default_rng(SEED)
+    x = random.standard_normal((BATCH, TOKENS, WIDTH)).astype(np.float32)
+    weight = random.standard_normal((WIDTH, 3 * WIDTH)).astype(np.float32) / 4
+    inputs = {"x": x, "mask": mask}
+    outputs = {"y": _attend(*np.split(x @ weight, 3, axis=-1), _bias(mask))}
+    weights = {"weight": weight, "bias": np.zeros(3 * WIDTH, np.float32)}
+    node = helper.make_node("Attention", ["x", "weight", "bias", "mask"], ["y"], domain=MICROSOFT, num_heads=HEADS)
+    return Question("Attention", _model([node], inputs, outputs, weights), inputs, outputs)
+
+
+def _qattention(mask: np.ndarray, smaller: int = 1) -> Question:
+    """Its projections are products of `precision`, their weights so many times smaller."""
+    x, weight = _uint8(BATCH, TOKENS, WIDTH), _int8(WIDTH, 3 * WIDTH) // np.int8(smaller)
+    scale = np.float32(2**-6), np.float32(2**-10)  # powers of two: nothing is rounded
+    inputs = {"x": x, "mask": mask}
+    projected = (x.astype(np.int32) @ weight.astype(np.int32)).astype(np.float32) * scale[0] * scale[1]
+    outputs = {"y": _attend(*np.split(projected, 3, axis=-1), _bias(mask))}
+    weights = {
+        "weight": weight,
+        "bias": np.zeros(3 * WIDTH, np.float32),
+        "x_scale": scale[0],
+        "weight_scale": scale[1],
+        "x_zero": np.uint8(0),
+        "weight_zero": np.int8(0),
+    }
+    names = ["x", "weight", "bias", "x_scale", "weight_scale", "mask", "x_zero", "weight_zero"]
+    node = helper.make_node("QAttention", names, ["y"], domain=MICROSOFT, num_heads=HEADS)
+    return Question("QAttention", _model([node], inputs, outputs, weights), inputs, outputs)
+
+
+def _mask(side: str) -> np.ndarray:
+    """1 for a token, 0 for padding: [batch, tokens]."""
+    mask = np.array([[1] * length + [0] * (TOKENS - length) for length in LENGTHS], np.int32)
+    return mask if side == "right" else np.ascontiguousarray(mask[:, ::-1])
+
+
+def _bias(mask: np.ndarray) -> np.ndarray:
+    """0 for a token, the lowest float for padding: [batch, 1, 1, tokens]."""
+    return np.where(mask[:, None, None] > 0, np.float32(0), np.float32(LOWEST))
+
+
+def _attend(query: np.ndarray, key: np.ndarray, value: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """Scaled dot-product attention in HEADS heads, each [batch, tokens, width]."""
+
+    def heads(array: np.ndarray) -> np.ndarray:
+        return array.reshape(BATCH, -1, HEADS, SIZE).transpose(0, 2, 1, 3).astype(np.float64)
+
+    scores = heads(query) @ heads(key).swapaxes(2, 3) / np.sqrt(SIZE) + bias
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    result = weights / weights.sum(axis=-1, keepdims=True) @ heads(value)
+    return result.transpose(0, 2, 1, 3).reshape(query.shape).astype(np.float32)
+
+
+def precision() -> Iterator[Question]:
+    """Products of unsigned activations and signed weights; two neighbours need more than 16 bits in each of them."""
+    a, b = _uint8(BATCH, TOKENS, WIDTH), _int8(WIDTH, WIDTH)
+    product = a.astype(np.int32) @ b.astype(np.int32)
+    real = product.astype(np.float32)
+    floats = a.astype(np.float32)
+    floats[..., :2] = 0, 255  # the range that run-time scales are taken of: a scale of 1 and a zero point of 0
+    ranged = (floats.astype(np.int32) @ b.astype(np.int32)).astype(np.float32)
+    one = np.float32(1)
+    zeros = {"a_zero": np.uint8(0), "b_zero": np.int8(0)}
+    scales = {"a_scale": one, "b_scale": one}
+    yield _product("MatMulInteger", STANDARD, ["a", "b", "a_zero", "b_zero"], a, product, {"b": b, **zeros})
+    names = ["a", "b", "b_scale", "b_zero"]
+    yield _product("DynamicQuantizeMatMul", MICROSOFT, names, floats, ranged, {"b": b, **scales, **zeros})
+    names = ["a", "b", "a_scale", "b_scale", "a_zero", "b_zero"]
+    yield _product("MatMulIntegerToFloat", MICROSOFT, names, a, real, {"b": b, **scales, **zeros})
+    names = ["a", "a_scale", "a_zero", "b", "b_scale", "b_zero", "y_scale", "y_zero"]
+    step = np.float32(2**14)
+    rounded = np.clip(np.rint(real / step) + 128, 0, 255).astype(np.uint8)
+    ends = {"y_scale": step, "y_zero": np.uint8(128)}
+    yield _product("QLinearMatMul", STANDARD, names, a, rounded, {"b": b, **scales, **zeros, **ends})
+    yield _qattention(np.ones((BATCH, TOKENS), np.int32))
+
+
+def _product(
+    operator: str, domain: str, names: list[str], a: np.ndarray, y: np.ndarray, weights: dict[str, np.ndarray]
+) -> Question:
+    used = {name: array for name, array in weights.items() if name in names}
+    node = helper.make_node(operator, names, ["y"], domain=domain)
+    return Question(operator, _model([node], {"a": a}, {"y": y}, used), {"a": a}, {"y": y})
+
+
+def _uint8(*shape: int) -> np.ndarray:
+    return np.random.default_rng(SEED).integers(128, 256, shape, dtype=np.uint8)
+
+
+def _int8(*shape: int) -> np.ndarray:
+    """Of large magnitude; neighbours along the inner axis are of one sign."""
+    random = np.random.default_rng(SEED)
+    signs = np.repeat(random.choice([-1, 1], (shape[0] // 2, *shape[1:])), 2, axis=0)
+    return (random.integers(100, 128, shape) * signs).astype(np.int8)
