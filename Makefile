@@ -85,11 +85,11 @@ test-clients: $(VENV)/.installed-test ## install the clients that tests run bund
 	$(BIN)/python -c 'import sys, pathlib; from toolchain.targets import clients; print(clients.install(pathlib.Path(sys.argv[1])))' \
 		"$(EXPORTED)/.cache"
 	$(PYTHON) -m venv $(CLIENTS)/python
-	$(CLIENTS)/python/bin/pip install --disable-pip-version-check -q -c constraints.txt -r toolchain/bundled/requirements.txt
+	$(CLIENTS)/python/bin/pip install --disable-pip-version-check -q -c constraints.txt onnxruntime tokenizers numpy
 	$(PYTHON) -m venv $(CLIENTS)/openvino
 	$(CLIENTS)/openvino/bin/pip install --disable-pip-version-check -q -c constraints.txt openvino==2026.4.1 tokenizers numpy
 	$(PYTHON) -m venv $(CLIENTS)/texts
-	$(CLIENTS)/texts/bin/pip install --disable-pip-version-check -q -c constraints.txt -r toolchain/bundled/requirements_text.txt
+	$(CLIENTS)/texts/bin/pip install --disable-pip-version-check -q -c constraints.txt onnxruntime onnxruntime-extensions tokenizers numpy
 	$(PYTHON) -m venv $(CLIENTS)/triton
 	$(CLIENTS)/triton/bin/pip install --disable-pip-version-check -q "tritonclient[grpc]==2.73.0"
 	$(PYTHON) -m venv $(CLIENTS)/phone

@@ -1,12 +1,16 @@
 """Sessions: the same logits from both runtimes, and no run on another provider than asked."""
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 
 from toolchain import inputs
 from toolchain.backends import Place, open_session
+from toolchain.backends import ort as ort_backend
+from toolchain.backends.ort import EXACT_PRODUCTS, session_options
 from toolchain.errors import GraphError, ProviderError
 
 NAMES = ("input_ids", "attention_mask")
@@ -69,3 +73,91 @@ def test_a_file_that_is_no_model_is_an_error_in_words(tmp_path, content):
 def test_a_missing_file_is_an_error_in_words(tmp_path):
     with pytest.raises(GraphError, match="no model ONNX Runtime can load"):
         open_session(tmp_path, "onnx", Place("cpu", 1))
+
+
+# --- 8-bit products
+
+
+@pytest.fixture
+def saturating(monkeypatch):
+    """As on a processor without VNNI: a session needs the option. The kernels stay those of this processor."""
+    monkeypatch.setattr(ort_backend, "saturates", lambda exact=False: not exact)
+
+
+def product(options):
+    """What ONNX Runtime makes of U8 × S8 with every weight and activation at its limit, and the true integers."""
+    rng = np.random.default_rng(5)
+    weights = rng.choice([-127, 127], (64, 48)).astype(np.int8)
+    given = rng.choice([0, 255], (7, 64)).astype(np.uint8)
+    initializers = {"w": weights, "z": np.array(0, np.uint8), "wz": np.array(0, np.int8)}
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["a", "w", "z", "wz"], ["y"])],
+        "product",
+        [helper.make_tensor_value_info("a", TensorProto.UINT8, [7, 64])],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, [7, 48])],
+        [numpy_helper.from_array(array, name) for name, array in initializers.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"a": given})[0], given.astype(np.int32) @ weights.astype(np.int32)
+
+
+def test_products_of_a_session_are_exact_and_saturate_otherwise_only_where_the_probe_says_so():
+    found, true = product(session_options(1))
+    assert np.array_equal(found, true)
+    found, true = product(session_options(1, exact=False))
+    assert np.array_equal(found, true) != ort_backend.saturates()
+
+
+def test_the_option_is_set_where_products_saturate_and_nowhere_else(monkeypatch):
+    """Elsewhere it makes int8 slower."""
+    key, value = EXACT_PRODUCTS
+    for saturates in (False, True):
+        monkeypatch.setattr(ort_backend, "saturates", lambda exact=False, found=saturates: found)
+        options = session_options(1)
+        set_to = options.get_session_config_entry(key) if saturates else None
+        assert set_to == (value if saturates else None)
+        if not saturates:
+            with pytest.raises(RuntimeError):
+                options.get_session_config_entry(key)
+        with pytest.raises(RuntimeError):
+            session_options(1, exact=False).get_session_config_entry(key)
+
+
+def test_a_session_with_the_option_gives_the_same_answers_and_says_so(built_tiny, monkeypatch):
+    plain = open_session(built_tiny.path("onnx-int8"), "onnx", Place("cpu", 1))
+    before = plain.run(BATCH)
+    assert "option" not in plain.facts() or ort_backend.saturates()
+    monkeypatch.setattr(ort_backend, "saturates", lambda exact=False: not exact)
+    session = open_session(built_tiny.path("onnx-int8"), "onnx", Place("cpu", 1))
+    assert np.abs(session.run(BATCH) - before).max() < 1e-5
+    assert session.facts()["option"] == EXACT_PRODUCTS
+
+
+@pytest.mark.usefixtures("saturating")
+def test_layers_that_share_weights_are_loaded_with_the_option_too(tmp_path):
+    """ONNX Runtime 1.32 refuses to make weights unsigned that two products read."""
+    rng = np.random.default_rng(3)
+    initializers = {
+        "w": rng.integers(-127, 128, (8, 8)).astype(np.int8),
+        "s": np.full(8, 0.01, np.float32),
+        "z": np.zeros(8, np.int8),
+    }
+    nodes = [
+        helper.make_node("Cast", ["input_ids"], ["x"], to=TensorProto.FLOAT),
+        helper.make_node("DynamicQuantizeMatMul", ["x", "w", "s", "z"], ["h"], domain="com.microsoft"),
+        helper.make_node("DynamicQuantizeMatMul", ["h", "w", "s", "z"], ["logits"], domain="com.microsoft"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "shared",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 8])],
+        [numpy_helper.from_array(array, name) for name, array in initializers.items()],
+    )
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "model.onnx")
+    batch = {"input_ids": np.arange(16).reshape(2, 8)}
+    session = open_session(tmp_path, "onnx", Place("cpu", 1))
+    inexact = open_session(tmp_path, "onnx", Place("cpu", 1, exact=False))
+    assert np.abs(session.run(batch) - inexact.run(batch)).max() < 1e-5

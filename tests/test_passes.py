@@ -1,5 +1,7 @@
 """Each rewrite on its own: it applies where it should, leaves the rest alone, and changes no answer."""
 
+import dataclasses
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -16,7 +18,9 @@ from toolchain.inputs import pad
 from toolchain.passes.graph import constant, takes_first_token
 from toolchain.passes.int8 import LARGEST_OF_7_BITS, quantize_weight
 from toolchain.passes.quantize_blocks import BLOCK, TOP, pack, quantize_blocks
-from toolchain.passes.quantize_linear import headroom
+from toolchain.passes.quantize_linear import headroom, linear_nodes, weight_of
+from toolchain.passes.quantize_static import Activation
+from toolchain.passes.unsigned_weights import unsigned_weights
 
 ATTENTION = passes.Context(heads=4, width=32)
 NAMES = ("input_ids", "attention_mask")
@@ -233,7 +237,10 @@ def test_the_last_attention_asks_for_token_0_alone(std):
     assert counts["first-query"] == 1
     found = operators(model)
     assert (found["Attention"], found["MultiHeadAttention"]) == (1, 1)
-    query = next(node for node in model.graph if node.op_type == "MultiHeadAttention").inputs[0].producer()
+    heads = next(node for node in model.graph if node.op_type == "MultiHeadAttention")
+    assert (heads.inputs[3], heads.inputs[4]) == (None, None)  # a mask, which releases up to 1.20 read wrongly
+    assert heads.inputs[5].producer().op_type == "Expand"  # 1.17 refuses to broadcast it, 1.20 does so wrongly
+    query = heads.inputs[0].producer()
     assert query.inputs[0].producer().inputs[0].producer().op_type == "Gather"  # Add ← MatMul ← Gather
     assert not [name for name in model.graph.initializers if "Attention_1_qkv" in name]  # packed and unpacked is twice
 
@@ -573,3 +580,32 @@ def test_facts_count_every_byte_of_weights_by_part(built_tiny):
     assert sum(facts["bytes_by_part"].values()) == sum(facts["bytes_by_dtype"].values())
     assert facts["bytes_by_part"]["embeddings"] == (30522 + 512) * 32 * 4
     assert facts["opset"] == {"": 18}
+
+
+@pytest.mark.parametrize(
+    "name", ["quantize-linear", "quantize-linear-std", "quantize-linear-static", "quantize-linear-std-static"]
+)
+def test_unsigned_weights_change_no_answer(std, name):
+    """Saturating processors are exact with them, others as before."""
+    model, _ = passes.rewrite(std, ["fuse"] if "std" not in name else [], ATTENTION)
+    read = {str(node.inputs[0].name): Activation(0.05, 128) for node in linear_nodes(model)}
+    context = dataclasses.replace(ATTENTION, activations=read)
+    model, _ = passes.rewrite(model, [name], context)
+    batch = pad(ROWS, NAMES, 0)
+    before, room = answer(model, batch), headroom(model)
+    assert room < 1
+    products = [reader for node in model.graph if (reader := weight_of(node))]
+    assert unsigned_weights(model) == len(products)
+    stored = [reader.inputs[index].const_value.numpy() for reader, index in products]
+    assert {array.dtype for array in stored} == {np.dtype(np.uint8)}
+    assert unsigned_weights(model) == 0  # they are already
+    assert np.abs(answer(model, batch) - before).max() < 1e-5
+
+
+def test_two_attentions_share_one_bias(std):
+    """A layer each, with one query or all: what they make of the mask is made once for each kind."""
+    model, _ = passes.rewrite(std, ["fuse", "first-token", "first-query", "quantize-linear-int4"], ATTENTION)
+    biases = [node.inputs[5] for node in model.graph if node.op_type == "MultiHeadAttention"]
+    assert len(biases) == len(set(biases)) == 2  # all queries, one query
+    assert operators(model)["Expand"] == 2
+    assert len({node.inputs[0] for node in model.graph if node.op_type == "Expand"}) == 1

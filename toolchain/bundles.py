@@ -25,6 +25,8 @@ from toolchain.inputs import Encoder, pad
 from toolchain.names import parse_name
 from toolchain.passes.probabilities import add_probabilities
 from toolchain.targets import BUNDLED, DEMO, TARGETS, Target, dtype, mobile, served
+from toolchain.targets.releases import DEFAULT, ORDER
+from toolchain.targets.uses import oldest_release, read_needs
 from toolchain.tokenizing import proven, with_tokenizer
 from toolchain.variants import settings_of, step_name
 
@@ -109,6 +111,7 @@ def write(contents: Contents, folder: Path) -> dict[str, Any]:
         "max_length": manifest.max_length,
         "pad_id": encoder.pad_id,
         "tokenizer_in_graph": tokenizer or None,
+        "onnxruntime": max((model["onnxruntime"] for model in models), key=ORDER.index),
         "models": models,
         **({"ort_mobile": contents.release} if contents.release else {}),
     }
@@ -209,12 +212,26 @@ def _model(contents: Contents, artifact: Artifact, encoder: Encoder, folder: Pat
         "outputs": [dataclasses.asdict(spec) for spec in passes.specs(graph.graph.outputs)],
         "step": {"name": step_name(manifest.step), "settings": settings_of(manifest.step)},
         "int8_headroom": room,
+        "onnxruntime": contents.release or _oldest_release(manifest.variant, folder / place),
         "exact_on": ANYWHERE if room is None or room >= 1 else NEEDS_OPTION,
         "session_options": {} if room is None or room >= 1 else {SATURATING_X86: dict([EXACT_PRODUCTS])},
         "tolerance": TOLERANCES[parse_name(manifest.variant).scheme],
         "measured": contents.measured.get(manifest.id, "not measured"),
         **made,
     }
+
+
+def _oldest_release(variant: str, file: Path) -> str:
+    """The oldest release of ONNX Runtime that answers the file right, from the oldest on that bundles are tested with.
+
+    Raises `ShippingError` where no release is known to.
+    """
+    found = oldest_release(read_needs(file))
+    if found is None:
+        raise ShippingError(
+            f"No release of ONNX Runtime is known to answer {variant} right.", "Ship another variant, such as onnx-std."
+        )
+    return max(found, DEFAULT, key=ORDER.index)
 
 
 def _companions(contents: Contents, folder: Path, body: Mapping[str, Any], golden: Mapping[str, Any]) -> None:

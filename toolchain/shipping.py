@@ -104,8 +104,6 @@ def _publish(contents: Contents, output: Path, say: Say) -> dict[str, Any]:
         body = bundles.write(contents, scratch)
         if contents.release or contents.with_tokenizer:
             _compare(contents, body, scratch, say)
-        if contents.release:
-            _advise(body, say)
         if output.exists() and bundled.sealed(output)["id"] == body["id"]:
             say(f"{output}: the same already, unchanged")
             return body
@@ -158,18 +156,6 @@ def _compare_texts(file: Path, original: Session, encoder: Encoder, texts: Seque
     return largest <= TOLERANCE, f"largest |Δlogit| {largest:.2g} over {len(deltas)} texts, ≤ {TOLERANCE:g} allowed"
 
 
-def _advise(body: Mapping[str, Any], say: Say) -> None:
-    """Tells which variant phones and emulators with an old x86 processor need beside one that saturates there."""
-    there = {model["variant"] for model in body["models"]}
-    for model in body["models"]:
-        portable = str(dataclasses.replace(parse_name(model["variant"]), portable=True, static=False))
-        if (model["int8_headroom"] or 1) < 1 and portable not in there:
-            say(
-                f"{model['variant']}: its 8-bit products saturate on x86 phones and emulators without VNNI; for those "
-                f"ship {portable} beside it"
-            )
-
-
 def _check_output(output: Path) -> None:
     """Raises `ArtifactError` unless nothing is there or a bundle as it was written, which can be made again."""
     if not (output.exists() or output.is_symlink()):
@@ -182,7 +168,7 @@ def _check_output(output: Path) -> None:
     except NotADirectoryError as error:
         raise ArtifactError(f"{output} is a file.", mend) from error
     except bundled.Broken as error:
-        raise ArtifactError(f"{output} was changed since it was written: {error}.", mend) from error
+        raise ArtifactError(f"{output} was changed since it was written: {error.cause}.", mend) from error
 
 
 def _check_names(names: Sequence[str], target: Target) -> None:
@@ -253,8 +239,8 @@ def checked(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The bundle.json of a bundle that is whole and answers its golden sentences here, and how closely each variant
     does.
 
-    Raises `ShippingError` where there is no bundle, `VerdictError` where it is not what it was, `ProviderError` where
-    onnxruntime-extensions is missing for it.
+    Raises `ShippingError` where there is no bundle, `VerdictError` where it was modified or this runtime cannot compute
+    its answers, `ProviderError` where onnxruntime-extensions is missing for it.
     """
     try:
         body = bundled.sealed(folder)
@@ -274,11 +260,8 @@ def checked(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"The models of {folder} have the tokenizer in the graph, and {error.name} is not installed.",
             'Install it: pip install "toolchain[text]".',
         ) from error
-    except bundled.Broken as error:
-        raise VerdictError(
-            f"{folder} is not as it was made: {error}.",
-            "Do not use it; ship it again, or ask whom you have it from.",
-        ) from error
+    except bundled.Refused as error:
+        raise VerdictError(f"{folder}: {error.cause}.", f"{error.hint}.") from error
     return body, models
 
 

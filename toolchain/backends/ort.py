@@ -59,12 +59,12 @@ def saturates(*, exact: bool = False) -> bool:
     options = _plain_options(1)
     if exact:
         options.add_session_config_entry(*EXACT_PRODUCTS)
-    session = ort.InferenceSession(_extreme_product(), options, providers=[PROVIDERS["cpu"]])
+    session = ort.InferenceSession(extreme_product(), options, providers=[PROVIDERS["cpu"]])
     product = session.run(None, {"activations": np.full((1, _INNER), _ACTIVATION, np.uint8)})[0]
     return bool((product != _INNER * _ACTIVATION * _WEIGHT).any())
 
 
-def _extreme_product() -> bytes:
+def extreme_product() -> bytes:
     """An ONNX file of one MatMulInteger, uint8 [1, inner] × int8 [inner, 1], whose weights are all the largest."""
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper

@@ -70,13 +70,13 @@ _PYTHON = {
     "README.md": "README.python.md.j2",
     "verify.py": "verify.py",
     "classify.py": "classify.py",
-    "requirements.txt": "requirements.txt",
+    "requirements.txt": "requirements.txt.j2",
 }
-_MOBILE = {"README.md": "README.mobile.md.j2", "verify.py": "verify.py", "requirements.txt": "requirements.txt"}
+_MOBILE = {"README.md": "README.mobile.md.j2", "verify.py": "verify.py", "requirements.txt": "requirements.txt.j2"}
 _SERVER = {
     "README.md": "README.server.md.j2",
     "verify.py": "verify.py",
-    "requirements.txt": "requirements_text.txt",
+    "requirements.txt": "requirements_text.txt.j2",
     "inference-service.yaml": "inference-service.yaml.j2",
     REPOSITORY + "/{name}/config.pbtxt": "model.pbtxt.j2",
     REPOSITORY + "/{name}/labels.txt": "labels.txt.j2",
@@ -93,6 +93,7 @@ TARGETS = {
                 "verify.py": "verify.py",
                 "verify.mjs": "verify.mjs",
                 "golden.mjs": "golden.mjs",
+                "node.mjs": "node.mjs",
             },
             no_texts="no build of onnxruntime-web or onnxruntime-node has onnxruntime-extensions' operators, and "
             "transformers.js has the tokenizer",
@@ -102,13 +103,13 @@ TARGETS = {
             _by_name,
             frozenset({STANDARD, MICROSOFT}),
             _PYTHON,
-            {**_PYTHON, "classify.py": "classify_text.py", "requirements.txt": "requirements_text.txt"},
+            {**_PYTHON, "classify.py": "classify_text.py", "requirements.txt": "requirements_text.txt.j2"},
         ),
         Target(
             "other",
             _by_name,
             frozenset({STANDARD}),
-            {"README.md": "README.other.md.j2", "verify.py": "verify.py", "requirements.txt": "requirements.txt"},
+            {"README.md": "README.other.md.j2", "verify.py": "verify.py", "requirements.txt": "requirements.txt.j2"},
             no_texts="its operators are onnxruntime-extensions', which other runtimes do not have",
         ),
         Target(
@@ -129,7 +130,7 @@ TARGETS = {
             _by_name,
             frozenset({STANDARD, MICROSOFT}),
             _MOBILE,
-            {**_MOBILE, "requirements.txt": "requirements_text.txt"},
+            {**_MOBILE, "requirements.txt": "requirements_text.txt.j2"},
         ),
     )
 }
