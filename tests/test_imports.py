@@ -48,7 +48,7 @@ LAYERS = [
     ["losses", "scoring"],
     ["training", "activations"],
     ["pruning", "sensitivity", "trimming"],
-    ["steps"],
+    ["steps", "alternatives"],
     ["pipeline", "report"],
     ["runs", "search", "tuning", "doctor"],
     ["shipping", "finetuning"],

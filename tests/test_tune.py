@@ -11,7 +11,7 @@ from conftest import make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolchain import tuning
+from toolchain import pipeline, tuning
 from toolchain.cli.tune import Duration
 from toolchain.errors import PruningError, VerdictError
 from toolchain.scenarios import Protocol
@@ -23,13 +23,14 @@ from toolchain.tuning.candidates import (
     RATIOS,
     SPACE,
     Candidate,
+    as_baseline,
     every,
     first,
     hopeless,
     next_start,
 )
 from toolchain.tuning.study import Outcome, opened
-from toolchain.variants import lineage
+from toolchain.variants import Quantize, lineage
 
 
 def quiet(*_):
@@ -352,6 +353,43 @@ def test_what_fails_validation_may_pass_it_when_trained(tmp_path):
     assert len(world.asked) == len(set(world.asked))
 
 
+def test_where_int8_fails_validation_others_are_tried_and_pruned_alike(tmp_path):
+    class Undecided(World):
+        def __call__(self, candidate):
+            if len(self.asked) == 8:
+                raise KeyboardInterrupt
+            self.asked.append(candidate)
+            if candidate.scheme == "dynamic" and not candidate.keep_fp32:
+                raise VerdictError("It failed validation.", "Nothing was published.")
+            return self.outcome(candidate)
+
+    world = Undecided()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "study", world)
+    plain, *others = world.asked
+    assert plain == first("latency", 0, 0)
+    assert others[0] == replace(plain, scheme="static")
+    assert all(candidate.ratio and candidate.scheme == "static" for candidate in others[1:])
+
+
+def test_what_failed_validation_is_known_to_the_next_run(tmp_path):
+    def refuse(candidate):
+        raise VerdictError("It failed validation.", "Nothing was published.")
+
+    with opened(tmp_path / "study", "latency", 1.0, [], quiet) as study:
+        search(study, refuse, time.monotonic() + 0.3, quiet)
+        refused = set(study.refused)
+    with opened(tmp_path / "study", "latency", 1.0, [], quiet) as study:
+        assert study.refused == refused
+    assert first("latency", 0, 0) in refused
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput", "size"])
+def test_one_candidate_is_quantised_as_the_baseline(objective):
+    step = as_baseline(objective).steps(6)[-1]
+    assert step == Quantize()
+
+
 def test_durations():
     kind = Duration()
     assert [kind.convert(text, None, None) for text in ("90s", "20m", "1.5h")] == [90, 1200, 5400]
@@ -395,6 +433,37 @@ def test_the_command_line_builds_measures_and_says_which(at, say, folder):
     assert rows[found["best"]["variant"]]["artifact_id"] == found["best"]["artifact_id"]
 
 
+@pytest.fixture
+def int8_fails(monkeypatch):
+    """Validation says no to `onnx-int8`, and only to that."""
+
+    def judged(workspace, variant, *others):
+        report = judge(workspace, variant, *others)
+        return {**report, "passed": report["passed"] and variant.name != "onnx-int8"}
+
+    judge = pipeline._validate
+    monkeypatch.setattr(pipeline, "_validate", judged)
+
+
+def test_the_search_goes_on_where_int8_fails_validation(at, say, folder, int8_fails):
+    data = ("--train-data", "train.csv", "--data", "validation.csv")
+    arguments = ("--model", "./decided", "--exported", "undecided", *data, "--budget", "1s")
+    code, out, err = say("tune", *arguments, "--json")
+    assert code == 0, err
+    assert "onnx-int8 failed validation and was not published" in err
+    assert "speed-ups refer to onnx-fp32" in err
+    found = json.loads(out)
+    assert found["best"]["variant"] == "onnx-int8-static+tune"
+    assert {outcome["baseline"] for outcome in (found["best"], *found["front"])} == {"onnx-fp32"}
+    names = {row["variant"] for row in json.loads((folder / found["result"]).read_text())["rows"]}
+    assert names == {"torch-fp32", "onnx-fp32", *(outcome["variant"] for outcome in found["front"])}
+    assert not list((folder / "undecided" / "decided").glob("onnx-int8+tune*"))  # the same as onnx-int8
+    code, out, err = say("tune", *arguments)
+    assert code == 0, err
+    assert "going on from" in err
+    assert "× as fast as onnx-fp32" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -418,3 +487,14 @@ def test_nothing_that_keeps_the_accuracy_is_a_no(at, say, monkeypatch):
     assert code == 3
     assert "Nothing of" in err
     assert "the least any lost was" in err
+
+
+def test_nothing_that_passes_validation_is_a_no(at, say, monkeypatch):
+    def refuse(judge, candidate):
+        raise VerdictError("It failed validation.", "Nothing was published.")
+
+    monkeypatch.setattr("toolchain.tuning._Judge.outcome", refuse)
+    code, _, err = say("tune", "--model", "./decided", "--train-data", "train.csv", "--max-drop", 0.2, "--budget", "1s")
+    assert code == 3
+    assert re.search(r"Nothing of (\d+) candidates loses at most 0\.2 points; \1 failed validation\.", err)
+    assert "longer or on more rows" in err

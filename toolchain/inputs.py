@@ -100,10 +100,15 @@ def _embedded_split(split: str) -> str:
     return split
 
 
+def embedded_fits(labels: LabelSet) -> bool:
+    """Whether the embedded sentences have this model's labels."""
+    same = tuple(name.upper() for name in labels.names) == SST2_LABELS.names
+    return not labels.multi and len(labels.names) == 2 and (labels.generic or same)
+
+
 def _check_labels(labels: LabelSet, option: str) -> None:
     """Raises `DataError` unless the embedded sentences have this model's labels."""
-    same = tuple(name.upper() for name in labels.names) == SST2_LABELS.names
-    if labels.multi or len(labels.names) != 2 or not (labels.generic or same):
+    if not embedded_fits(labels):
         what = "any number of " if labels.multi else ""
         raise DataError(
             f"The embedded SST-2 has the labels {', '.join(SST2_LABELS.names)}; this model has "

@@ -178,6 +178,17 @@ def answers(logits: np.ndarray, multi: bool) -> list[int]:
     return [sum(1 << index for index, yes in enumerate(row) if yes) for row in (logits > 0).tolist()]
 
 
+def margins(logits: np.ndarray, multi: bool) -> np.ndarray:
+    """How much logits [batch, labels] must move to change the answer, [batch]: the largest logit less the second
+    largest; of a set, the smallest distance of a logit from 0."""
+    import numpy as np
+
+    if multi:
+        return np.asarray(np.abs(logits).min(axis=1))
+    ordered = np.sort(logits, axis=1)
+    return np.asarray(ordered[:, -1] - ordered[:, -2])
+
+
 def shares(logits: np.ndarray, multi: bool) -> np.ndarray:
     """Probability of every label, float64 [batch, labels]: they add up to 1, or each stands for itself in a set."""
     import numpy as np

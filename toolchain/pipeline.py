@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
-from toolchain import artifacts, checkpoints, hardware, inputs, origins, trimming, variants
+from toolchain import alternatives, artifacts, checkpoints, hardware, inputs, origins, trimming, variants
 from toolchain.artifacts import Artifact, Manifest
 from toolchain.backends import Place, open_session
 from toolchain.backends.lora import LoraSession
@@ -89,7 +89,7 @@ def examine(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step
         step = asked.get(variant.name, recorded or variant.step)
         if isinstance(step, Import):
             step = origins.pinned(workspace.source, step, recorded)
-        elif _learns(step) and not step.train:
+        elif variants.learns(step) and not step.train:
             step = dataclasses.replace(step, train=workspace.train.digest)
         reason = _why(step, artifact, planned.get(variant.parent or ""))
         if artifact and not reason:
@@ -101,13 +101,6 @@ def examine(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step
             reason, trouble = "it was changed after it was sealed", None
         planned[variant.name] = Planned(variant, step, reason, artifact, trouble)
     return list(planned.values())
-
-
-def _learns(step: Step) -> TypeGuard[Prune | Recover | Quantize]:
-    """Whether what comes of it depends on the training data."""
-    if isinstance(step, Quantize):
-        return bool(step.keep_fp32 or step.trim_vocab) or step.scheme == "static"
-    return isinstance(step, Recover) or (isinstance(step, Prune) and step.method != "mask")
 
 
 def _why(step: Step, artifact: Artifact | None, parent: Planned | None) -> str:
@@ -225,11 +218,23 @@ def _build(
             )
             report = _validate(workspace, item.variant, Artifact(scratch, manifest), origin)
             if not report["passed"]:
-                raise VerdictError(f"{name} failed validation and was not published: {sentence(report)}.", _KEPT)
+                raise _refusal(workspace, name, manifest, parent, report)
             _unchanged(workspace, item.step, parent)
             published = artifacts.publish(scratch, target, dataclasses.replace(manifest, validation=report))
         shutil.rmtree(resume, ignore_errors=True)
         return published
+
+
+def _refusal(
+    workspace: Workspace, name: str, manifest: Manifest, parent: Artifact | None, report: Mapping[str, Any]
+) -> VerdictError:
+    """The error for an artifact that failed validation; of a quantised one it says what to try instead."""
+    step, kept = manifest.step, "What was there before is unchanged."
+    if isinstance(step, Quantize) and parent:
+        layers = len(manifest.facts.get("sensitivity", [])) or None
+        found = alternatives.hint(workspace, name, step, parent, report, not hardware.exact_int8(), layers)
+        kept = f"{found} {kept}".strip()
+    return VerdictError(f"{name} failed validation and was not published: {sentence(dict(report))}.", kept)
 
 
 def _given_again(workspace: Workspace, item: Planned) -> None:
@@ -248,9 +253,6 @@ def _given_again(workspace: Workspace, item: Planned) -> None:
             "is given now.",
             "Build it by its own command with --trim-vocab CORPUS.",
         )
-
-
-_KEPT = "What was there before is unchanged."
 
 
 def _origin(workspace: Workspace, step: Step, parent: Artifact | None) -> tuple[Origin | None, Mapping[str, Any]]:

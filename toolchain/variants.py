@@ -10,7 +10,7 @@ import difflib
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from toolchain.errors import ArtifactError, UnknownVariantError
 from toolchain.names import VariantName, parse_name, shorter
@@ -137,6 +137,13 @@ STEP_TYPES: dict[str, type[Step]] = {
     "optimize": Optimize,
     "quantize": Quantize,
 }
+
+
+def learns(step: Step) -> TypeGuard[Prune | Recover | Quantize]:
+    """Whether what comes of it depends on the training data."""
+    if isinstance(step, Quantize):
+        return bool(step.keep_fp32 or step.trim_vocab) or step.scheme == "static"
+    return isinstance(step, Recover) or (isinstance(step, Prune) and step.method != "mask")
 
 
 def step_name(step: Step) -> str:

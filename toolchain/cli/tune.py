@@ -84,7 +84,7 @@ def tune(
     from toolchain.report.table import print_table
     from toolchain.scenarios import QUICK
     from toolchain.steps.compare import compare
-    from toolchain.tuning import BASELINE, EXACT, Request, sentence
+    from toolchain.tuning import EXACT, Request, sentence
     from toolchain.tuning import tune as search
 
     workspace = open_workspace(model, exported, slug, train)
@@ -92,7 +92,7 @@ def tune(
     last = runs.Request((), ("cpu",), protocol, data, train.columns)
     runs.asked(workspace, last, say)  # data that does not fit is told before the search
     best, front = search(workspace, Request(objective, max_drop, budget), say, bar)
-    names = dict.fromkeys(["torch-fp32", EXACT, BASELINE, *(outcome.variant for outcome in front)])
+    names = dict.fromkeys(["torch-fp32", EXACT, best.baseline, *(outcome.variant for outcome in front)])
     with bar("the front on validation data") as progress:
         result, journal = runs.measure(workspace, replace(last, names=tuple(names)), say, progress)
     path = runs.save(result, workspace.model, None)
@@ -102,7 +102,7 @@ def tune(
         found = {"best": asdict(best), "front": [asdict(outcome) for outcome in front], "result": str(path)}
         click.echo(json.dumps(found, indent=1))
     else:
-        print_table(compare([result], f"{BASELINE}@cpu"))
+        print_table(compare([result], f"{best.baseline}@cpu"))
         click.echo(f"\nchosen on held-out rows: {sentence(best)}")
         click.echo(workspace.path(best.variant))
     runs.judge(result)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from toolchain.inputs import Encoder, pad
-from toolchain.labels import answers
+from toolchain.labels import answers, margins
 from toolchain.rows import Text
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ def validate(
 
     ``exact`` passes with every |Δlogit| ≤ `TOLERANCE`, ``close`` with finite logits and no more sentences answered
     differently than `allowed_flips`, ``free``, which is another model, with finite logits. The report says which, with
-    the largest and mean |Δlogit| and the worst case.
+    the largest and mean |Δlogit| and the worst case; `flip_margins` holds the reference's margin (`labels.margins`) in
+    each sentence that flipped.
     """
     import numpy as np
 
@@ -83,15 +84,18 @@ def validate(
     for name, batch in grid(encoder, sentences):
         same = batch if ids is None else {**batch, "input_ids": ids[batch["input_ids"]]}
         grid_deltas[name] = _delta(contender.run(batch), reference.run(same))
-    deltas, flips = [], 0
+    deltas: list[float] = []
+    flip_margins: list[float] = []
     for row, its in zip(encoder.encode(sentences), original.encode(sentences), strict=True):
         got = contender.run(pad([row], encoder.names, encoder.pad_id))
         want = reference.run(pad([its], original.names, original.pad_id))
         deltas.append(_delta(got, want))
-        flips += answers(got, encoder.multi_label) != answers(want, encoder.multi_label)
+        if answers(got, encoder.multi_label) != answers(want, encoder.multi_label):
+            flip_margins.append(float(margins(want, encoder.multi_label)[0]))
     worst = max(grid_deltas, key=lambda name: grid_deltas[name])
     finite = bool(np.isfinite([*grid_deltas.values(), *deltas]).all())
     largest = max(grid_deltas[worst], *deltas)
+    flips = len(flip_margins)
     allowed = {"exact": largest <= TOLERANCE, "close": flips <= allowed_flips(len(deltas)), "free": True}
     passed = finite and allowed[agreement]
     return {
@@ -104,6 +108,7 @@ def validate(
         "mean_delta": _rounded(float(np.mean(deltas))),
         "sentences": len(deltas),
         "flips": flips,
+        "flip_margins": [_rounded(margin) for margin in flip_margins],
     }
 
 

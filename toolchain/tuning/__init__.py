@@ -23,7 +23,7 @@ from toolchain.passes.apply import layers_in
 from toolchain.pipeline import STEPS, Bar, Say, ensure, only_news
 from toolchain.scenarios import Protocol
 from toolchain.steps.bench import bench
-from toolchain.tuning.candidates import Candidate, Training, every, next_start
+from toolchain.tuning.candidates import Candidate, Training, as_baseline, every, next_start
 from toolchain.tuning.study import Outcome, Study, opened
 from toolchain.variants import Recover
 from toolchain.workspace import Workspace
@@ -54,23 +54,35 @@ def tune(workspace: Workspace, request: Request, say: Say, bar: Bar) -> tuple[Ou
     digest = workspace.train.digest  # a file that is not there is told before anything is built
     judge = _Judge.of(workspace, say, bar)
     built_by = ".".join(str(version) for _, version in STEPS.values())  # another graph is another speed
-    about = (judge.root.id, digest, built_by)
+    # Speed-ups over another baseline are other figures.
+    about = (judge.root.id, digest, built_by, judge.baseline.manifest.variant)
     path = workspace.cache / "tune" / f"{workspace.model}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     waiting = "another run is tuning this model, waiting"
     with opened(path, request.objective, request.max_drop, about, lambda: say(waiting)) as study:
         study.trained |= judge.trained(every(request.objective))
+        same = as_baseline(request.objective)
+        if judge.baseline.manifest.variant != BASELINE and same not in study.given_up:
+            study.give_up(study.begin(same), same, refused=True)
         if study.outcomes:
             say(f"going on from {len(study.outcomes)} trials of earlier runs")
         search(study, judge.outcome, time.monotonic() + request.budget_s, say)
         if study.best is None:
-            least = min(study.outcomes.values(), key=lambda outcome: outcome.drop, default=None)
-            what = f"; the least any lost was {least.drop:.2f}, {least.variant}" if least else ""
-            raise VerdictError(
-                f"Nothing of {len(study.outcomes)} candidates loses at most {request.max_drop:g} points{what}.",
-                "Allow a larger --max-drop or --budget; the same command goes on from here.",
-            )
+            raise _no_candidate(study)
         return study.best, study.front
+
+
+def _no_candidate(study: Study) -> VerdictError:
+    """The error where no candidate keeps the accuracy: how near the best came, and how many failed validation."""
+    least = min(study.outcomes.values(), key=lambda outcome: outcome.drop, default=None)
+    tried = len(study.outcomes) + len(study.refused)
+    cause = [f"Nothing of {tried} candidates loses at most {study.max_drop:g} points"]
+    cause += [f"the least any lost was {least.drop:.2f}, {least.variant}"] if least else []
+    cause += [f"{len(study.refused)} failed validation"] if study.refused else []
+    hint = ["Allow a larger --max-drop or --budget; the same command goes on from here."]
+    if study.refused:
+        hint.append("Of a model trained longer or on more rows, fewer fail validation.")
+    return VerdictError(f"{'; '.join(cause)}.", " ".join(hint))
 
 
 Measure = Callable[[Candidate], Outcome]
@@ -105,7 +117,7 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
             _tried(study, measure, trial, candidate, say)
         except (CheckpointError, PruningError, VerdictError) as error:  # it cannot be made of this model, or is no good
             say(f"given up: {error.cause}")
-            study.give_up(trial, candidate)
+            study.give_up(trial, candidate, refused=isinstance(error, VerdictError))
             if isinstance(error, PruningError):  # nor can what goes further
                 study.given_up |= {each for each in rest if each.cut_as_far_as(candidate)}
 
@@ -135,7 +147,7 @@ def _tried(study: Study, measure: Measure, trial: Trial, candidate: Candidate, s
             _measured(study, measure, first, plain, say)
         except VerdictError as error:
             say(f"given up: {error.cause}")
-            study.give_up(first, plain)  # too uncertain to be quantised, which training may mend
+            study.give_up(first, plain, refused=True)  # training may make its answers decided
     if plain == candidate:
         return
     if plain in study.settled:
@@ -154,14 +166,15 @@ def _measured(study: Study, measure: Measure, trial: Trial, candidate: Candidate
 def sentence(outcome: Outcome) -> str:
     """An outcome in words."""
     return (
-        f"{outcome.variant}: {outcome.drop:+.2f} points lost, {outcome.latency:.2f} × as fast as {BASELINE}, "
+        f"{outcome.variant}: {outcome.drop:+.2f} points lost, {outcome.latency:.2f} × as fast as {outcome.baseline}, "
         f"{outcome.throughput:.2f} × in batches, {outcome.size / 1e6:.1f} MB"
     )
 
 
 @dataclass(frozen=True)
 class _Judge:
-    """Builds candidates and measures each beside the baseline, on held-out rows."""
+    """Builds candidates and measures each beside the baseline, on held-out rows. The baseline is `onnx-int8`, or
+    `onnx-fp32` where that failed validation."""
 
     workspace: Workspace
     root: Manifest
@@ -176,8 +189,8 @@ class _Judge:
     @classmethod
     def of(cls, workspace: Workspace, say: Say, bar: Bar) -> _Judge:
         """Raises `DataError` for training data that does not fit the model."""
-        built = ensure(workspace, [EXACT, BASELINE], {}, say, bar)
-        root = built[checkpoints.ROOT_VARIANT]
+        built = ensure(workspace, [EXACT], {}, say, bar)
+        root, baseline = built[checkpoints.ROOT_VARIANT], built[EXACT]
         manifest = root.manifest
         data = workspace.train.load(root.label_set)
         _, rows = inputs.hold_out(data)
@@ -185,7 +198,11 @@ class _Judge:
         names = [spec.name for spec in manifest.inputs]
         encoder = Encoder.open(workspace.path(checkpoints.ROOT_VARIANT), names, manifest.max_length)
         layers = layers_in(workspace.path(checkpoints.ROOT_VARIANT))
-        judge = cls(workspace, manifest, layers, held, encoder, built[BASELINE], 0.0, say, bar)
+        try:
+            baseline = ensure(workspace, [BASELINE], {}, only_news(say), bar)[BASELINE]
+        except VerdictError as error:
+            say(f"{error.cause} The search goes on without it; speed-ups refer to {EXACT}.")
+        judge = cls(workspace, manifest, layers, held, encoder, baseline, 0.0, say, bar)
         return replace(judge, exact=_accuracy(judge._measured([built[EXACT]])[0]))
 
     def outcome(self, candidate: Candidate) -> Outcome:
@@ -203,6 +220,7 @@ class _Judge:
             throughput=_times(beside.batches, row.batches),
             size=artifact.manifest.size_bytes,
             training_s=trained.manifest.facts["recovery"]["seconds"] if trained else 0.0,
+            baseline=self.baseline.manifest.variant,
         )
 
     def trained(self, candidates: Iterable[Candidate]) -> set[Training]:

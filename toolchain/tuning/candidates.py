@@ -45,6 +45,11 @@ class Candidate:
         trimmed = ", vocabulary trimmed" if self.trimmed else ""
         return f"{pruned}, {self.scheme}, tables {self.embeddings}{kept}{trimmed}"
 
+    @property
+    def quantisation(self) -> tuple[str | int | bool, ...]:
+        """How it is quantised."""
+        return (self.scheme, self.embeddings, self.keep_fp32, self.trimmed)
+
     @functools.cached_property
     def kind(self) -> tuple[str | int | bool, ...]:
         """What must be the same for one candidate to say something of another."""
@@ -132,10 +137,23 @@ _SMALL: dict[str, Sequence[str | int | bool]] = {
 SPACE = {"latency": _FAST, "throughput": _FAST, "size": _SMALL}
 
 
-def first(objective: str, ratio: int, epochs: int) -> Candidate:
-    """What is tried at that ratio before anything else."""
-    values = {name: choices[0] for name, choices in SPACE[objective].items()}
-    return Candidate(**{**values, "ratio": ratio, "epochs": epochs if ratio else 0})  # type: ignore[arg-type]
+@functools.cache
+def _unpruned(objective: str) -> list[Candidate]:
+    """The candidates that are quantised only, those with the fewest layers in fp32 first."""
+    return sorted((each for each in every(objective) if not each.ratio), key=lambda each: each.keep_fp32)
+
+
+def as_baseline(objective: str) -> Candidate:
+    """The candidate that is quantised as `onnx-int8` is."""
+    return next(each for each in _unpruned(objective) if each.quantisation == Candidate().quantisation)
+
+
+def first(objective: str, ratio: int, epochs: int, given_up: Container[Candidate] = ()) -> Candidate:
+    """What is tried at that ratio before anything else. It is quantised as the first of the unpruned candidates that
+    was not `given_up`."""
+    unpruned = _unpruned(objective)
+    plain = next((each for each in unpruned if each not in given_up), unpruned[0])
+    return replace(plain, ratio=ratio, epochs=epochs if ratio else 0)
 
 
 def next_start(
@@ -158,7 +176,7 @@ def _climbed(
     low = 0
     for epochs in EPOCHS[1:]:
         high = len(RATIOS)
-        ladder = [first(objective, ratio, epochs) for ratio in RATIOS]
+        ladder = [first(objective, ratio, epochs, given_up) for ratio in RATIOS]
         if ladder[0].training not in over and ladder[0] not in given_up:
             return ladder[0]
         while high - low > 1:

@@ -26,7 +26,7 @@ SEED = 20
 @dataclass(frozen=True)
 class Outcome:
     """What came of a candidate on held-out rows: the `variant` that was measured and its artifact's id, accuracy points
-    lost, how many times as fast as `onnx-int8` at batch 1 and in batches, bytes, seconds that its training took."""
+    lost, how many times as fast as the `baseline` at batch 1 and in batches, bytes, seconds that its training took."""
 
     variant: str
     artifact_id: str
@@ -35,6 +35,7 @@ class Outcome:
     throughput: float
     size: int
     training_s: float = 0.0
+    baseline: str = "onnx-int8"
 
     def cost(self, objective: str) -> float:
         """What is made small."""
@@ -42,8 +43,8 @@ class Outcome:
 
 
 class Study:
-    """Trials of one objective so far, those of earlier runs among them: what was measured, what was given up, and what
-    is known to be `trained` already."""
+    """Trials of one objective so far, those of earlier runs among them: what was measured, what was given up, of that
+    what validation `refused`, and what is known to be `trained` already."""
 
     def __init__(self, study: optuna.Study, objective: str, max_drop: float) -> None:
         from optuna.samplers import TPESampler
@@ -52,6 +53,7 @@ class Study:
         self.objective, self.max_drop, self._study = objective, max_drop, study
         self.outcomes: dict[Candidate, Outcome] = {}
         self.given_up: set[Candidate] = set()
+        self.refused: set[Candidate] = set()
         self.trained: set[Training] = set()
         self._interrupted: list[Candidate] = []
         self._rest, self._weighed = list(every(objective)), 0
@@ -64,6 +66,7 @@ class Study:
                 self.outcomes[candidate] = Outcome(**trial.user_attrs["outcome"])
             elif candidate and trial.state == TrialState.PRUNED and trial.user_attrs.get("for_good"):
                 self.given_up.add(candidate)
+                self.refused |= {candidate} if trial.user_attrs.get("refused") else set()
         # By how many there are: the next run proposes something else.
         study.sampler = TPESampler(seed=SEED + len(study.trials))
 
@@ -152,14 +155,18 @@ class Study:
         self._study.tell(trial, outcome.cost(self.objective))
         self.outcomes[candidate] = outcome
 
-    def give_up(self, trial: Trial, candidate: Candidate, for_good: bool = True) -> None:
-        """Ends the trial as one that is not worth the time, and if `for_good` never will be."""
+    def give_up(self, trial: Trial, candidate: Candidate, for_good: bool = True, refused: bool = False) -> None:
+        """Ends the trial as one that is not worth the time, and if `for_good` never will be; `refused` says that it
+        failed validation."""
         from optuna.trial import TrialState
 
         trial.set_user_attr("for_good", for_good)
+        trial.set_user_attr("refused", refused)
         self._study.tell(trial, state=TrialState.PRUNED)
         if for_good:
             self.given_up.add(candidate)
+        if refused:
+            self.refused.add(candidate)
 
 
 @contextmanager
