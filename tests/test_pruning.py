@@ -17,6 +17,7 @@ from toolchain.backends import Place, layout, open_session
 from toolchain.backends.batches import Batch
 from toolchain.backends.layout import LayerShape
 from toolchain.backends.pytorch import load_model, save_weights
+from toolchain.checkpoints import OWN_WEIGHTS
 from toolchain.cli import main
 from toolchain.errors import ArtifactError, CheckpointError, DataError, PruningError
 from toolchain.inputs import Encoder, TrainingSource, hold_out, pad
@@ -142,7 +143,7 @@ def test_shapes_that_do_not_fit_are_refused(built_tiny, tmp_path, content):
 
 
 def test_weights_of_other_shapes_are_refused(pruned, tmp_path):
-    for name in ("config.json", "model.safetensors", layout.SHAPES):
+    for name in ("config.json", OWN_WEIGHTS, layout.SHAPES):
         (tmp_path / name).write_bytes((pruned.path("torch-pruned50") / name).read_bytes())
     (tmp_path / layout.SHAPES).write_text(json.dumps({"layers": [{"heads": 4, "ffn": 64}] * 2}))
     with pytest.raises(CheckpointError, match="cannot be loaded"):

@@ -11,6 +11,7 @@ from conftest import make_checkpoint
 from safetensors.torch import load_file, save_file
 
 from toolchain.backends import Place, bnb, open_session, pytorch, reduced
+from toolchain.checkpoints import weights_of
 from toolchain.cli import main
 from toolchain.errors import ArtifactError, CheckpointError, ProviderError, UnknownVariantError
 from toolchain.inputs import TrainingSource
@@ -64,7 +65,7 @@ def test_its_answers_are_near_those_of_fp32(built, name, largest):
 
 
 def test_int8_holds_integers_and_no_pickle(built):
-    tensors = load_file(built.path("torch-int8") / "model.safetensors")
+    tensors = load_file(weights_of(built.path("torch-int8")))
     precision = reduced.Precision.read(built.path("torch-int8"))
     assert "distilbert.transformer.layer.0.ffn.lin1" in precision.layers
     for layer in precision.layers:
@@ -117,9 +118,9 @@ def test_a_precision_that_does_not_fit_is_refused(built, tmp_path, content):
 def test_weights_of_another_shape_are_refused(built, tmp_path):
     for file in built.path("torch-int8").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(tmp_path / "model.safetensors")
+    tensors = load_file(weights_of(tmp_path))
     tensors["classifier.weight"] = tensors["classifier.weight"][:1].contiguous()
-    save_file(tensors, tmp_path / "model.safetensors")
+    save_file(tensors, weights_of(tmp_path))
     with pytest.raises(CheckpointError, match="do not fit"):
         pytorch.load_model(tmp_path)
 

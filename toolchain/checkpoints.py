@@ -21,6 +21,9 @@ REFERENCE = Path(__file__).parent / "reference" / "model"
 REFERENCE_SLUG = "reference"
 ROOT_VARIANT = "torch-fp32"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+# The weights of layers that transformers cannot make: of pruned and of int8 ones. Under its own name it would load them
+# all the same, and answer by random numbers or by integers without their scales.
+OWN_WEIGHTS = "toolchain.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -38,7 +41,14 @@ SHAPES = "layer_shapes.json"
 PRECISION = "precision.json"
 # Beside the config of a model that was trained here: on what and how.
 CARD = "training.json"
-_PATTERNS = ("config.json", SHAPES, "*.safetensors", WEIGHTS_INDEX, *TOKENIZER_FILES)
+# What a checkpoint's authors say of it, as the hub has it; its front matter may name the licence.
+MODEL_CARD, MODEL_CARD_LIMIT = "README.md", 1 << 20  # characters
+REFERENCE_LICENSE, NOT_STATED = "Apache-2.0", "not stated"
+_PATTERNS = ("config.json", SHAPES, "*.safetensors", WEIGHTS_INDEX, MODEL_CARD, *TOKENIZER_FILES)
+# A line of front matter. A YAML parser would follow aliases, which can grow without bound.
+_LICENSE_LINE = re.compile(
+    r"""^(license|license_name):[ \t]*(["']?)(\w[\w .+()-]{0,99}?)\2[ \t]*(?:#.*)?$""", re.M | re.A
+)
 
 
 @dataclass(frozen=True)
@@ -164,7 +174,7 @@ def adapter(source: Source) -> Path | None:
 
 
 def _whole(names: Set[str]) -> bool:
-    return WEIGHTS in names or WEIGHTS_INDEX in names
+    return not names.isdisjoint((WEIGHTS, OWN_WEIGHTS, WEIGHTS_INDEX))
 
 
 def _adapts(names: Set[str]) -> bool:
@@ -180,6 +190,19 @@ def _digest(folder: Path) -> str:
     names = ("config.json", SHAPES, WEIGHTS_INDEX, *weights, *TOKENIZER_FILES)
     parts = [f"{name} {artifacts.sha256(folder / name)}" for name in sorted(names) if (folder / name).is_file()]
     return "sha256:" + hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def license_of(folder: Path) -> str | None:
+    """The licence that the checkpoint's model card states; None where it states none, or a list of several."""
+    if folder == REFERENCE:
+        return REFERENCE_LICENSE
+    if not (folder / MODEL_CARD).is_file():
+        return None
+    with (folder / MODEL_CARD).open(encoding="utf-8-sig", errors="replace") as file:
+        front_matter = re.match(r"---[ \t]*\n(.*?)^---[ \t]*$", file.read(MODEL_CARD_LIMIT), re.S | re.M)
+    stated = {key: value for key, _, value in _LICENSE_LINE.findall(front_matter[1] if front_matter else "")}
+    name = stated.get("license")
+    return stated.get("license_name", name) if name == "other" else name
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -198,6 +221,12 @@ def config_of(folder: Path) -> dict[str, Any]:
     return config
 
 
+def weights_of(folder: Path) -> Path:
+    """The weights file of a model that is stored in one."""
+    own = folder / OWN_WEIGHTS
+    return own if own.is_file() else folder / WEIGHTS
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, sharded or not.
 
@@ -208,8 +237,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _tensors_by_file(folder: Path) -> dict[str, set[str]]:
     """Each weights file and the tensors an index says are in it: of a file without an index, none."""
-    if (folder / WEIGHTS).is_file():
-        return {WEIGHTS: set()}
+    if weights_of(folder).is_file():
+        return {weights_of(folder).name: set()}
     if (folder / WEIGHTS_INDEX).is_file():
         found: dict[str, set[str]] = {}
         try:

@@ -71,6 +71,6 @@ def inherited(manifest: Manifest) -> dict[str, Any]:
     """The facts that hold for everything made of an artifact."""
     return {
         name: manifest.facts[name]
-        for name in ("parameters", "multi_label", "pruning", "recovery")
+        for name in ("parameters", "multi_label", "license", "pruning", "recovery")
         if name in manifest.facts
     }

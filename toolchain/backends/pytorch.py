@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.backends import layout, reduced
-from toolchain.checkpoints import WEIGHTS
+from toolchain.checkpoints import OWN_WEIGHTS, SHAPES, WEIGHTS, weights_of
 from toolchain.errors import ArtifactError, CheckpointError, DeviceMemoryError, ProviderError
 
 if TYPE_CHECKING:
@@ -125,9 +125,9 @@ def _assembled(
     if shapes is not None:
         layout.reshape(model, shapes)
     if precision:
-        reduced.restore(model, load_file(folder / WEIGHTS), precision)
+        reduced.restore(model, load_file(weights_of(folder)), precision)
     else:
-        model.load_state_dict(load_file(folder / WEIGHTS))
+        model.load_state_dict(load_file(weights_of(folder)))
     return model, []
 
 
@@ -141,14 +141,16 @@ def check_finite(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
 
 
 def save_weights(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """The tensors as one safetensors file; `ArtifactError` where it cannot be written."""
+    """The tensors as one safetensors file, called `OWN_WEIGHTS` where the folder's layer shapes or precision are none
+    that transformers can make; `ArtifactError` where it cannot be written."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    precision = reduced.Precision.read(folder)
+    own = (folder / SHAPES).is_file() or (precision is not None and precision.layers)
+    stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"}
-        )
+        save_file(stored, folder / (OWN_WEIGHTS if own else WEIGHTS), metadata={"format": "pt"})
     except SafetensorError as error:  # so it names a full disk
         mend = "Free the space, or choose another place with --exported DIR."
         raise ArtifactError(f"{folder} cannot be written: {error}.", mend) from error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from toolchain.artifacts import TensorSpec
 from toolchain.backends import lora
 from toolchain.backends.pytorch import check_finite, describe, load_model
-from toolchain.checkpoints import CARD, SHAPES, has_tokenizer
+from toolchain.checkpoints import CARD, OWN_WEIGHTS, SHAPES, WEIGHTS, has_tokenizer, license_of
 from toolchain.errors import ArtifactError, CheckpointError
 from toolchain.jobs import Built, Job
 from toolchain.labels import MULTI
@@ -20,7 +20,7 @@ from toolchain.labels import MULTI
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VERSION = 1
+VERSION = 2
 
 
 def import_checkpoint(job: Job) -> Built:
@@ -47,35 +47,45 @@ def import_checkpoint(job: Job) -> Built:
     except SafetensorError as error:  # so it names a full disk
         mend = "Free the space, or choose another place with --exported DIR."
         raise ArtifactError(f"{job.folder} cannot be written: {error}.", mend) from error
+    names = _inputs(model, tokenizer)
+    # Stored, because the class's own default may name inputs that this model refuses.
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
     tokenizer.save_pretrained(job.folder)
     if (job.checkpoint / SHAPES).is_file():
         shutil.copyfile(job.checkpoint / SHAPES, job.folder / SHAPES)
+        (job.folder / WEIGHTS).rename(job.folder / OWN_WEIGHTS)
     if not (job.folder / "tokenizer.json").is_file():
         raise CheckpointError(
             f"The tokenizer of {job.checkpoint} has no fast form.", "Convert it to a tokenizer.json first."
         )
-    if not {"input_ids", "attention_mask"} <= set(tokenizer.model_input_names):
+    if not {"input_ids", "attention_mask"} <= set(names):
         raise CheckpointError("The tokenizer gives no input_ids with attention_mask.", "Correct its model_input_names.")
     if not 0 <= (model.config.pad_token_id or 0) < rows:
         raise CheckpointError(
             f"pad_token_id {model.config.pad_token_id} is no row of the embedding table.", "Correct it."
         )
-    names = model.config.id2label or {}
-    labels = tuple(str(names[index]) for index in range(model.config.num_labels))
+    id2label = model.config.id2label or {}
+    labels = tuple(str(id2label[index]) for index in range(model.config.num_labels))
     return Built(
         step=job.step,
-        inputs=tuple(
-            TensorSpec(name, "int64", ("batch_size", "sequence_length")) for name in _inputs(model, tokenizer)
-        ),
+        inputs=tuple(TensorSpec(name, "int64", ("batch_size", "sequence_length")) for name in names),
         outputs=(TensorSpec("logits", "float32", ("batch_size", len(labels))),),
         labels=labels,
         max_length=_max_length(model, tokenizer),
         facts={
             **describe(model, model.state_dict()),
             **({"multi_label": True} if model.config.problem_type == MULTI else {}),
+            **license_facts(job.checkpoint, job.base),
             **_trained_on(job.checkpoint),
         },
     )
+
+
+def license_facts(checkpoint: Path, base: Path | None) -> dict[str, str]:
+    """The licence; of an adapter, only one that its base states as well."""
+    stated = {license_of(folder) for folder in (checkpoint, base) if folder}
+    found = stated.pop() if len(stated) == 1 else None
+    return {"license": found} if found else {}
 
 
 def _trained_on(checkpoint: Path) -> dict[str, str]:

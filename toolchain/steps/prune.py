@@ -19,7 +19,7 @@ from toolchain.variants import Prune
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VERSION = 2
+VERSION = 3
 
 
 def prune(job: Job) -> Built:
@@ -39,9 +39,9 @@ def prune(job: Job) -> Built:
         job.progress(0, len(shapes_of(given.model)), "ranking heads and neurons")
         model = pruning.prune(given, step.ratio, step.method, price, _layers(job, given), step.layers)
     copy_companions(job.given, job.folder)
-    save_weights(model.state_dict(), job.folder)
     if step.method != "mask":
         write_shapes(model, job.folder)
+    save_weights(model.state_dict(), job.folder)
     check_stored(model, job.folder, given.names)
     facts = {**describe(model, model.state_dict()), "pruning": _facts(step, given.model, model, table)}
     return Built.like(job, facts)

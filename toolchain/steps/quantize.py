@@ -85,8 +85,8 @@ def _torch(job: Job, step: Quantize) -> Built:
     made, precision = reduced.reduce(model, step.scheme)
     tensors = reduced.tensors_of(made, precision)
     copy_companions(job.given, job.folder)
-    save_weights(tensors, job.folder)
     precision.write(job.folder)
+    save_weights(tensors, job.folder)
     check_stored(made, job.folder, [spec.name for spec in job.given.manifest.inputs])
     return Built.like(job, describe(model, tensors))
 

@@ -17,7 +17,7 @@ from toolchain.jobs import Built, Job
 from toolchain.training import Examples, Recipe, train
 from toolchain.variants import Recover, settings_of
 
-VERSION = 7
+VERSION = 8
 
 
 def recover(job: Job) -> Built:

@@ -67,12 +67,13 @@ def work(folder: Path) -> Work | None:
     None where there are no weights, or layers share them: then they are multiplied more often than they are stored.
     Raises `CheckpointError` for a file that cannot be read.
     """
-    if not (folder / checkpoints.WEIGHTS).is_file():
+    weights = checkpoints.weights_of(folder)
+    if not weights.is_file():
         return None
     kind = checkpoints.config_of(folder).get("model_type")
     if kind in SHARING:
         return None
-    shapes = _shapes(folder / checkpoints.WEIGHTS)
+    shapes = _shapes(weights)
     base = Counter[str]()
     for name, shape in shapes.items():
         base[name.partition(".")[0]] += math.prod(shape)
