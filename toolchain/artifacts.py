@@ -20,6 +20,7 @@ from toolchain.labels import LabelSet
 from toolchain.variants import Step, settings_of, step_from, step_name
 
 MANIFEST = "manifest.json"
+ONNX = "model.onnx"  # the graph of an ONNX variant
 SCHEMA = 1
 
 
@@ -159,7 +160,7 @@ class Artifact:
     @property
     def onnx_path(self) -> Path:
         """Where the graph of an ONNX variant lies."""
-        return self.path / "model.onnx"
+        return self.path / ONNX
 
     def verify(self) -> None:
         """Compares every file with the manifest; `TamperedError` names the first that differs or is not listed."""

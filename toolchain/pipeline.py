@@ -16,8 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolchain import alternatives, artifacts, checkpoints, hardware, inputs, origins, trimming, variants
-from toolchain.artifacts import Artifact, Manifest
+from toolchain import (
+    alternatives,
+    artifacts,
+    checkpoints,
+    hardware,
+    inputs,
+    onnx_metadata,
+    origins,
+    trimming,
+    variants,
+)
+from toolchain.artifacts import ONNX, Artifact, Manifest
 from toolchain.backends import Place, open_session
 from toolchain.backends.lora import LoraSession
 from toolchain.errors import ArtifactError, DataError, TamperedError, VerdictError
@@ -199,6 +209,8 @@ def _build(
                     corpus=workspace.corpus,
                 )
             )
+            if parent and item.variant.runtime == "onnx":
+                onnx_metadata.stamp(scratch / ONNX, built, version, workspace.model, name, parent.manifest.id)
             manifest = Manifest(
                 model=workspace.model,
                 variant=name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from toolchain.artifacts import copy_companions
+from toolchain.artifacts import ONNX, copy_companions
 from toolchain.backends.exporting import to_onnx
 from toolchain.backends.pytorch import load_model
 from toolchain.errors import GraphError
@@ -10,14 +10,14 @@ from toolchain.jobs import Built, Job
 from toolchain.passes import facts, read, specs
 from toolchain.variants import Export
 
-VERSION = 1
+VERSION = 2
 
 
 def export(job: Job) -> Built:
     """See `to_onnx`; raises `GraphError` where the graph does not take the model's inputs."""
     assert isinstance(job.step, Export)
     given = job.given
-    target = job.folder / "model.onnx"
+    target = job.folder / ONNX
     wanted = [spec.name for spec in given.manifest.inputs]
     to_onnx(load_model(given.path), target, job.step.opset, wanted)
     graph = read(target)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from toolchain.bundled.verify import TEXT
 from toolchain.errors import ShippingError
 from toolchain.inputs import Encoder
+from toolchain.onnx_metadata import PRODUCER
 from toolchain.passes.probabilities import add_probabilities
 from toolchain.tokenizing.byte_pairs import byte_pairs
 from toolchain.tokenizing.characters import WITHOUT
@@ -45,7 +46,12 @@ def token_model(encoder: Encoder, multiple: int = 1) -> ir.Model:
     for name, value in made.items():
         value.name, value.shape, value.dtype = name, ir.Shape(["texts", "tokens"]), ir.DataType.INT64
         graph.outputs.append(value)
-    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="toolchain")
+    model = ir.Model(
+        graph,
+        ir_version=IR_VERSION,
+        producer_name=PRODUCER,
+        doc_string="A tokenizer: texts to the ids of their tokens.",
+    )
     _put_first(graph, nodes)
     return model
 
