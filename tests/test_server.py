@@ -62,7 +62,8 @@ def ask(bundle, config, batch):
     for library in config.get("model_operations", {}).get("op_library_filename", []):
         assert library == LIBRARY
         options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
-    file = bundle / "repository" / config["name"] / "1" / "model.onnx"
+    name = config.get("default_model_filename", "model.onnx")
+    file = bundle / "repository" / config["name"] / "1" / name
     session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     given = {}
     known = {value.name: value for value in session.get_inputs()}

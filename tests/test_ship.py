@@ -28,6 +28,8 @@ from toolchain.shipping import Order
 from toolchain.targets import DTYPES, clients
 from toolchain.variants import Export
 
+MODEL = "model.onnx"  # the first model of a Python bundle
+
 
 def quiet(line):
     pass
@@ -345,7 +347,7 @@ def files_of(target):
     return ["bundle.json", "config.json", "golden.json", "tokenizer.json", "tokenizer_config.json", "README.md", target]
 
 
-@pytest.mark.parametrize("name", files_of("onnx-int8.onnx"))
+@pytest.mark.parametrize("name", files_of(MODEL))
 @pytest.mark.parametrize("where", ["first", "middle", "last"])
 def test_one_changed_byte_is_seen(bundle, name, where):
     content = bytearray((bundle / name).read_bytes())
@@ -357,7 +359,7 @@ def test_one_changed_byte_is_seen(bundle, name, where):
     assert bundled.main(bundle) == 3
 
 
-@pytest.mark.parametrize("name", files_of("onnx-int8.onnx"))
+@pytest.mark.parametrize("name", files_of(MODEL))
 def test_a_truncated_file_is_seen(bundle, name):
     content = (bundle / name).read_bytes()
     (bundle / name).write_bytes(content[: len(content) // 2])
@@ -398,7 +400,7 @@ def test_a_link_is_not_followed(bundle, what):
         entry = {"path": "sub/note", "bytes": 0, "sha256": sha256(outside / "note")}
         reseal(bundle, lambda body: body["files"].append(entry))
     else:
-        name = "onnx-int8.onnx" if what == "model" else what
+        name = MODEL if what == "model" else what
         (bundle / name).rename(outside)
         (bundle / name).symlink_to(outside)
     with pytest.raises(VerdictError, match="is a link"):
@@ -423,16 +425,16 @@ def test_a_bundle_json_that_lies_about_its_shape_is_refused(bundle, change):
 
 
 def test_weights_outside_the_file_are_not_loaded(bundle):
-    model = onnx.load(bundle / "onnx-int8.onnx")
+    model = onnx.load(bundle / MODEL)
     tensor = model.graph.initializer[0]
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="../secret")
-    onnx.save_model(model, bundle / "onnx-int8.onnx")
-    size, digest = (bundle / "onnx-int8.onnx").stat().st_size, sha256(bundle / "onnx-int8.onnx")
+    onnx.save_model(model, bundle / MODEL)
+    size, digest = (bundle / MODEL).stat().st_size, sha256(bundle / MODEL)
 
     def resize(body):
-        entry = next(entry for entry in body["files"] if entry["path"] == "onnx-int8.onnx")
+        entry = next(entry for entry in body["files"] if entry["path"] == MODEL)
         entry.update(bytes=size, sha256=digest)
 
     reseal(bundle, resize)

@@ -23,6 +23,7 @@ from toolchain.bundled.verify import BUNDLE, GOLDEN, SCHEMA, TEXT, canonical_id
 from toolchain.errors import ShippingError
 from toolchain.inputs import Encoder, pad
 from toolchain.names import parse_name
+from toolchain.onnx_metadata import license_of, set_license
 from toolchain.passes.probabilities import add_probabilities
 from toolchain.targets import BUNDLED, DEMO, TARGETS, Target, dtype, mobile, served
 from toolchain.targets.releases import DEFAULT, ORDER
@@ -32,6 +33,7 @@ from toolchain.variants import settings_of, step_name
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx_ir as ir
 
 # What a logit may differ elsewhere, in the worst and in the middle one of the golden sentences. Other kernels add in
 # another order: in fp32 that rounds; in int8 an activation now and then falls on the next of its 256 steps, which moves
@@ -95,7 +97,7 @@ def write(contents: Contents, folder: Path) -> dict[str, Any]:
     tokenizer: dict[str, Any] = {}
     if contents.with_tokenizer or contents.target.tokenizer:
         tokenizer = _tokenizer(contents, encoder, folder)
-    models = [_model(contents, artifact, encoder, folder) for artifact in contents.artifacts]
+    models = [_model(contents, index, encoder, folder) for index in range(len(contents.artifacts))]
     for name in (TOKENIZER, TOKENIZER_CONFIG):
         shutil.copyfile(first.path / name, folder / name)
     config = _config(contents)
@@ -179,22 +181,34 @@ def _placed(contents: Contents, artifact: Artifact, encoder: Encoder, file: Path
     file.parent.mkdir(parents=True, exist_ok=True)
     source = artifact.onnx_path
     with tempfile.TemporaryDirectory() as scratch:
-        if contents.with_tokenizer:
+        if graph := _changed(contents, artifact, encoder):
             source = Path(scratch) / file.name
-            passes.write(with_tokenizer(passes.read(artifact.onnx_path), encoder), source)
-        elif contents.target.tokenizer:
-            source = Path(scratch) / file.name
-            passes.write(add_probabilities(passes.read(artifact.onnx_path), encoder.multi_label), source)
+            set_license(graph, contents.origin.license)
+            passes.write(graph, source)
         if contents.release:
             return mobile.make(source, file, contents.release, artifact.onnx_path)
         shutil.copyfile(source, file)
     return {}
 
 
-def _model(contents: Contents, artifact: Artifact, encoder: Encoder, folder: Path) -> dict[str, Any]:
-    """Puts one variant into the `folder`; what bundle.json says of it."""
+def _changed(contents: Contents, artifact: Artifact, encoder: Encoder) -> ir.Model | None:
+    """The variant's graph, where the bundle's differs from the artifact's."""
+    import onnx_ir as ir
+
+    if contents.with_tokenizer:
+        return with_tokenizer(passes.read(artifact.onnx_path), encoder)
+    if contents.target.tokenizer:
+        return add_probabilities(passes.read(artifact.onnx_path), encoder.multi_label)
+    if contents.origin.license != license_of(artifact.manifest):
+        return ir.load(artifact.onnx_path)
+    return None
+
+
+def _model(contents: Contents, index: int, encoder: Encoder, folder: Path) -> dict[str, Any]:
+    """Puts one of the artifacts into the `folder`; what bundle.json says of it."""
+    artifact = contents.artifacts[index]
     manifest = artifact.manifest
-    place = contents.target.place(manifest.variant)
+    place = contents.target.path([each.manifest.variant for each in contents.artifacts], index)
     made = _placed(contents, artifact, encoder, folder / place)
     graph = passes.read(folder / place)
     known = passes.facts(graph)  # of the file, whatever an older release knew of it

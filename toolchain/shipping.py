@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain import bundles, hardware, inputs, passes, runs, variants
+from toolchain import bundles, hardware, inputs, onnx_metadata, passes, runs, variants
 from toolchain.artifacts import Artifact, Manifest, building, lock, replace
 from toolchain.backends import Place, Session, open_session
 from toolchain.bundled import verify as bundled
 from toolchain.bundles import Contents, Origin
+from toolchain.checkpoints import NOT_STATED, REFERENCE_LICENSE
 from toolchain.errors import ArtifactError, ProviderError, ShippingError, VerdictError
 from toolchain.inputs import Encoder, pad
 from toolchain.measurements import Measurement, ResultFile
@@ -30,11 +31,10 @@ if TYPE_CHECKING:
     import onnx
 
 SENTENCES, SEED = 16, 6
-NOT_STATED = "not stated"
 REFERENCE = Origin(
     name="reference",
     source={},
-    license="Apache-2.0",
+    license=REFERENCE_LICENSE,
     origin="DistilBERT fine-tuned by the toolchain's authors from sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0)",
     data="SST-2 (GLUE); the Stanford Sentiment Treebank is published for research with citation "
     "(Socher et al., EMNLP 2013)",
@@ -174,14 +174,13 @@ def _check_output(output: Path) -> None:
 def _check_names(names: Sequence[str], target: Target) -> None:
     """Raises `ShippingError`, before anything is built, for what is no ONNX file or would take another's place."""
     places: dict[str, str] = {}
-    for name in names:
+    for index, name in enumerate(names):
         if variants.get(name).runtime != "onnx":
             raise ShippingError(f"{name} is PyTorch's and no .onnx file.", "Ship an ONNX variant such as onnx-int8.")
-        other = places.setdefault(target.place(name), name)
+        place = target.path(names, index)
+        other = places.setdefault(place, name)
         if other != name:
-            raise ShippingError(
-                f"{other} and {name} would both be {target.place(name)}.", "Ship them in bundles of their own."
-            )
+            raise ShippingError(f"{other} and {name} would both be {place}.", "Ship them in bundles of their own.")
     if len(set(names)) < len(names):
         raise ShippingError("A variant is named twice.", "Name each once.")
 
@@ -208,7 +207,8 @@ def _origin(workspace: Workspace, manifest: Manifest, license_: str | None) -> O
         return dataclasses.replace(REFERENCE, source=source, license=license_ or REFERENCE.license)
     source = {key: Path(value).name if Path(value).is_absolute() else value for key, value in source.items()}
     what = "a local folder" if source["kind"] == "folder" else "the model hub"
-    return Origin(workspace.model, source, license_ or NOT_STATED, f"{source['ref']}, from {what}", NOT_STATED)
+    license_ = license_ or onnx_metadata.license_of(manifest)
+    return Origin(workspace.model, source, license_, f"{source['ref']}, from {what}", NOT_STATED)
 
 
 def _measured(run: ResultFile, row: Measurement) -> dict[str, Any]:

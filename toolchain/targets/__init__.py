@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,8 @@ DTYPES = {
 @dataclass(frozen=True)
 class Target:
     """`place` is the path a variant's file gets, `domains` are the operator sets its runtimes have, `files` what lies
-    beside the models: path in the bundle → file in `BUNDLED`; a ``.j2`` among them is rendered.
+    beside the models: path in the bundle → file in `BUNDLED`; a ``.j2`` among them is rendered. `first` is the path of
+    the first variant's file where it has one of its own.
 
     `text_files` lie there instead where the tokenizer is in the graph; where it cannot be, `no_texts` says why. A
     ``{name}`` in a path stands for each model's name: the file is rendered for each. `tokenizer` is the path of a graph
@@ -40,6 +41,11 @@ class Target:
     text_files: Mapping[str, str] = field(default_factory=dict)
     no_texts: str | None = None
     tokenizer: str | None = None
+    first: str | None = None
+
+    def path(self, variants: Sequence[str], index: int) -> str:
+        """The path of the file of one of the `variants` in a bundle of all of them."""
+        return self.first if self.first and index == 0 else self.place(variants[index])
 
 
 def dtype(variant: str) -> str | None:
@@ -64,6 +70,9 @@ def served(name: str) -> str:
 
 def _by_name(variant: str) -> str:
     return f"{variant}.onnx"
+
+
+_FIRST = "model.onnx"  # what optimum looks for in a folder
 
 
 _PYTHON = {
@@ -104,6 +113,7 @@ TARGETS = {
             frozenset({STANDARD, MICROSOFT}),
             _PYTHON,
             {**_PYTHON, "classify.py": "classify_text.py", "requirements.txt": "requirements_text.txt.j2"},
+            first=_FIRST,
         ),
         Target(
             "other",
@@ -111,6 +121,7 @@ TARGETS = {
             frozenset({STANDARD}),
             {"README.md": "README.other.md.j2", "verify.py": "verify.py", "requirements.txt": "requirements.txt.j2"},
             no_texts="its operators are onnxruntime-extensions', which other runtimes do not have",
+            first=_FIRST,
         ),
         Target(
             "server",
@@ -123,7 +134,8 @@ TARGETS = {
                 REPOSITORY + "/tokenizer/config.pbtxt": "tokenizer.pbtxt.j2",
             },
             _SERVER,
-            tokenizer=REPOSITORY + "/tokenizer/1/model.onnx",
+            # By a name of its own: optimum takes any model.onnx in the folder for the classifier.
+            tokenizer=REPOSITORY + "/tokenizer/1/tokenizer.onnx",
         ),
         Target(
             "mobile",

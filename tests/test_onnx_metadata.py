@@ -1,0 +1,151 @@
+"""What a lone .onnx file says of itself, in an artifact and wherever it is shipped."""
+
+import json
+
+import onnx
+import onnxruntime as ort
+import onnxruntime_extensions
+import pytest
+from conftest import make_checkpoint
+
+from toolchain import shipping
+from toolchain.artifacts import sha256
+from toolchain.checkpoints import MODEL_CARD, MODEL_CARD_LIMIT, REFERENCE, license_of
+from toolchain.pipeline import Workspace, ensure, no_bar
+from toolchain.shipping import Order
+from toolchain.steps import export, importing, optimize, quantize
+
+EXACT = '{"session.x64quantprecision": "1"}'
+
+
+def quiet(line):
+    pass
+
+
+def said(path):
+    """What ONNX Runtime reads in a file, our prefix left out."""
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
+    found = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).get_modelmeta()
+    assert found.producer_name == "toolchain"
+    assert all(key.startswith("toolchain.") for key in found.custom_metadata_map)
+    return {key.removeprefix("toolchain."): value for key, value in found.custom_metadata_map.items()}
+
+
+@pytest.mark.parametrize(
+    ("variant", "made_by", "options"),
+    [
+        ("onnx-std", f"export {export.VERSION}", "{}"),
+        ("onnx-fp32", f"optimize {optimize.VERSION}", "{}"),
+        ("onnx-int8", f"quantize {quantize.VERSION}", EXACT),
+    ],
+)
+def test_a_variant_says_what_it_is(built_tiny, variant, made_by, options):
+    artifact = built_tiny.load(variant)
+    assert said(artifact.onnx_path) == {
+        "labels": '["NEGATIVE", "POSITIVE"]',
+        "multi_label": "false",
+        "max_length": "512",
+        "model": "tiny",
+        "variant": variant,
+        "parent_id": artifact.manifest.parent_id,
+        "license": "not stated",
+        "tokenizer_sha256": sha256(artifact.path / "tokenizer.json"),
+        "session_options": options,
+    }
+    model = onnx.load(artifact.onnx_path)
+    assert model.producer_version == made_by
+    assert model.doc_string == f"Variant {variant} of the text classifier tiny."
+
+
+def test_a_file_that_never_saturates_needs_no_option(built_tiny):
+    artifact = ensure(built_tiny, ["onnx-int8-portable"], {}, quiet)["onnx-int8-portable"]
+    assert said(artifact.onnx_path)["session_options"] == "{}"
+
+
+def test_any_labels_and_a_licence(tmp_path):
+    labels = ["fröhlich", 'say "no"', "c"]
+    checkpoint = make_checkpoint(tmp_path / "three", labels, leaning=30)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "problem_type": "multi_label_classification"}))
+    (checkpoint / MODEL_CARD).write_text("---\nlicense: mit\n---\n")
+    workspace = Workspace.open(str(checkpoint), tmp_path / "exported")
+    artifact = ensure(workspace, ["onnx-fp32"], {}, quiet)["onnx-fp32"]
+    found = said(artifact.onnx_path)
+    assert (json.loads(found["labels"]), found["multi_label"], found["license"]) == (labels, "true", "mit")
+    body = shipping.ship(workspace, Order(("onnx-fp32",), "python"), tmp_path / "b", quiet, no_bar)
+    assert body["model"]["license"] == "mit"
+    assert sha256(tmp_path / "b" / "model.onnx") == sha256(artifact.onnx_path)
+
+
+SHIPPED = [
+    ("python", {}),
+    ("python", {"with_tokenizer": True}),
+    ("server", {}),
+    ("mobile", {"ort_mobile": "1.17"}),
+    ("mobile", {"with_tokenizer": True}),
+    ("web", {"demo": False}),
+]
+
+
+@pytest.mark.parametrize(("target", "how"), SHIPPED)
+def test_a_shipped_file_says_the_same_and_the_licence_it_is_shipped_under(built_tiny, tmp_path, target, how):
+    order = Order(("onnx-int8",), target, license="MIT", **how)
+    body = shipping.ship(built_tiny, order, tmp_path / "b", quiet, no_bar)
+    assert body["model"]["license"] == "MIT"
+    wanted = {**said(built_tiny.path("onnx-int8") / "model.onnx"), "license": "MIT"}
+    model = body["models"][0]
+    files = [model["file"], *([model["ort"]["file"]] if target == "mobile" else [])]
+    for file in files:
+        assert said(tmp_path / "b" / file) == wanted, file
+
+
+CARDS = {
+    "---\nlicense: mit\nlanguage: en\n---\n# Model": "mit",
+    "---\nlanguage: en\nlicense: 'apache-2.0'  # as its base\n---": "apache-2.0",
+    "---\r\nlicense: cc-by-4.0\r\n---\r\n": "cc-by-4.0",
+    "\ufeff---\nlicense: mit\n---\n": "mit",
+    "---\nlicense: other\nlicense_name: my licence 2.0\n---\n": "my licence 2.0",
+    "---\nlicense: other\n---\n": "other",
+    "---\nlicense:\n- mit\n- apache-2.0\n---\n": None,
+    "---\nlicense: &a [*a, *a]\n---\n": None,
+    "---\nlanguage: en\n---\nlicense: mit\n": None,
+    "---\nlicense: mit\n": None,
+    "license: mit\n": None,
+    f"---\nlicense: {'x' * 200}\n---\n": None,
+    f"---\n{'#' * MODEL_CARD_LIMIT}\nlicense: mit\n---\n": None,
+    "": None,
+}
+
+
+@pytest.mark.parametrize(("card", "licence"), CARDS.items(), ids=range(len(CARDS)))
+def test_a_licence_is_what_the_model_card_states(tmp_path, card, licence):
+    (tmp_path / MODEL_CARD).write_text(card, encoding="utf-8", newline="")
+    assert license_of(tmp_path) == licence
+
+
+def test_a_checkpoint_without_a_card_states_no_licence(tmp_path):
+    assert license_of(tmp_path) is None
+    (tmp_path / MODEL_CARD).mkdir()
+    assert license_of(tmp_path) is None
+    assert license_of(REFERENCE) == "Apache-2.0"
+
+
+def test_an_adapter_states_what_its_base_states_too(tmp_path):
+    for name, licence in (("base", "mit"), ("same", "mit"), ("other", "gpl-3.0")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / MODEL_CARD).write_text(f"---\nlicense: {licence}\n---\n")
+    (tmp_path / "none").mkdir()
+    found = {name: importing.license_facts(tmp_path / name, tmp_path / "base") for name in ("same", "other", "none")}
+    assert found == {"same": {"license": "mit"}, "other": {}, "none": {}}
+
+
+def test_no_place_is_in_a_file(built_tiny, tiny_checkpoint):
+    for variant in ("onnx-std", "onnx-int8"):
+        content = (built_tiny.path(variant) / "model.onnx").read_bytes()
+        for place in (tiny_checkpoint.parent, built_tiny.exported):
+            assert str(place).encode() not in content
+
+
+def test_the_reference_states_its_licence(reference):
+    assert said(reference.path("onnx-int8") / "model.onnx")["license"] == "Apache-2.0"
