@@ -36,6 +36,7 @@ def parts() -> dict[str, str]:
         "passes": _passes(),
         "pruning": _pruning(),
         "clients": _clients(),
+        "precision": _precision(),
         "saturation": _saturation(),
         "commands": _commands(),
     }
@@ -79,6 +80,10 @@ def _pruning() -> str:
 
 def _clients() -> str:
     return _text("\n".join(script("clients").summary(json.loads((STUDIES / "clients-reference.json").read_text()))))
+
+
+def _precision() -> str:
+    return _text("\n".join(script("precision").summary(json.loads((STUDIES / "precision-reference.json").read_text()))))
 
 
 def _saturation() -> str:

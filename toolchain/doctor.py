@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolchain import hardware
+from toolchain.backends.ort import EXACT_PRODUCTS
 
 LEAST_DISK = 5e9
 LEAST_MEMORY = 4e9
@@ -108,8 +109,8 @@ def _processor() -> list[Finding]:
     isa = processor["isa"]
     text = f"{processor['cpu']}, {hardware.cores()} cores, {', '.join(isa) or 'no known vector extension'}"
     if platform.machine().lower() in ("x86_64", "amd64") and not hardware.exact_int8():
-        what = f"{text}: no VNNI, so int8 is slower here, and full 8-bit weights saturate"
-        return [Finding("note", what, "toolchain quantize --isa portable")]
+        what = f"{text}: no VNNI, so int8 is slower here; other apps need {EXACT_PRODUCTS[0]} = {EXACT_PRODUCTS[1]}"
+        return [Finding("note", what, "Set that session option in them, or toolchain quantize --isa portable")]
     return [Finding("ok", text)]
 
 

@@ -1,0 +1,85 @@
+"""What the session option for exact 8-bit products costs on this processor.
+
+    python benchmarks/precision.py [--save-as NAME]
+
+Opens each variant twice, with `session.x64quantprecision` = 1 and without it, and asks both the same sentences in turns,
+one at a time and in batches of 32, on one thread. Writes benchmarks/studies/NAME.json.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import onnxruntime as ort
+from repeatability import write
+
+from toolchain import confidence, inputs
+from toolchain.backends.ort import EXACT_PRODUCTS, saturates, session_options
+from toolchain.inputs import Encoder, pad
+from toolchain.pipeline import Workspace, ensure
+from toolchain.report.progress import bar, say
+
+VARIANTS = ("onnx-int8", "onnx-int8-static", "onnx-std-int8")
+ROUNDS = 30
+SENTENCES = 64
+
+
+@click.command()
+@click.option("--exported", type=click.Path(path_type=Path), default=Path("exported"), show_default=True)
+@click.option("--save-as", default="precision-reference", show_default=True)
+def main(exported: Path, save_as: str) -> None:
+    """Builds, measures, prints, saves."""
+    built = ensure(Workspace.open("reference", exported), VARIANTS, {}, say)
+    texts = [str(text) for text in inputs.embedded().sample(SENTENCES, 1)]
+    rows = {}
+    for name in VARIANTS:
+        manifest = built[name].manifest
+        encoder = Encoder.open(built[name].path, [spec.name for spec in manifest.inputs], manifest.max_length)
+        ids = sorted(encoder.encode(texts), key=len)
+        batches = {
+            "batch 1": [pad([row], encoder.names, encoder.pad_id) for row in ids],
+            "batches of 32": [pad(ids[at : at + 32], encoder.names, encoder.pad_id) for at in range(0, len(ids), 32)],
+        }
+        with bar(name) as progress:
+            rows[name] = {kind: _time_ratio(built[name].onnx_path, asked, progress) for kind, asked in batches.items()}
+    body = {"option": EXACT_PRODUCTS, "saturates_without": saturates(), "rounds": ROUNDS, "rows": rows}
+    write(save_as, body)
+    for line in summary(body):
+        click.echo(line)
+
+
+def _time_ratio(file: Path, batches: list[Any], progress: Any) -> dict[str, float]:
+    """The time with the option over the time without it."""
+    sessions = []
+    for with_option in (True, False):
+        options = session_options(1, exact=False)
+        if with_option:
+            options.add_session_config_entry(*EXACT_PRODUCTS)
+        sessions.append(ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"]))
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(ROUNDS + 1):
+        progress(turn, ROUNDS + 1, "rounds")
+        for which in (0, 1) if turn % 2 else (1, 0):
+            started = time.perf_counter()
+            for batch in batches:
+                sessions[which].run(None, batch)
+            if turn:  # the first round warms up
+                times[which].append(time.perf_counter() - started)
+    return confidence.ratio(*times).to_json()
+
+
+def summary(body: dict[str, Any]) -> list[str]:
+    """The study in lines."""
+    state = "saturates" if body["saturates_without"] else "does not saturate"
+    lines = [f"{body['option'][0]} = {body['option'][1]}, on a processor that {state} without it: time with / without"]
+    for name, row in body["rows"].items():
+        figures = (f"{kind}: {its['value']:.2f} [{its['low']:.2f}, {its['high']:.2f}]" for kind, its in row.items())
+        lines.append(f"{name:17} {'   '.join(figures)}")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
