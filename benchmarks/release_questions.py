@@ -51,13 +51,19 @@ def write(folder: Path) -> None:
     }
     for question in precision():
         entry = _save(folder, question)
-        file = Path(entry["file"]).with_suffix(".ort").name
-        ort_format.save(folder / entry["file"], folder / file)
-        for path in (entry["file"], file):
+        for form, file in _forms(folder, entry["file"]).items():
             for option in (None, EXACT_OPTION):
-                name = f"{question.name}, {Path(path).suffix}, {'with' if option else 'without'} the option"
-                sets[PRECISION].append({**entry, "name": name, "file": path, "option": option})
+                name = f"{question.name}, {form}, {'with' if option else 'without'} the option"
+                sets[PRECISION].append({**entry, "name": name, "file": file, "option": option})
     (folder / "questions.json").write_text(json.dumps(sets, indent=1))
+
+
+def _forms(folder: Path, file: str) -> dict[str, str]:
+    """The ways an int8 product is shipped → their files: .onnx, and .ort with its weights as they are and unsigned."""
+    signed, unsigned = f"{file}.signed.ort", f"{file}.unsigned.ort"
+    ort_format.save_here(str(folder / file), str(folder / signed))
+    ort_format.save(folder / file, folder / unsigned)
+    return {".onnx": file, ".ort with signed weights": signed, ".ort with unsigned weights": unsigned}
 
 
 def _save(folder: Path, question: Question) -> dict[str, Any]:
@@ -213,11 +219,14 @@ def precision() -> Iterator[Question]:
     yield _product("DynamicQuantizeMatMul", MICROSOFT, names, floats, ranged, {"b": b, **scales, **zeros})
     names = ["a", "b", "a_scale", "b_scale", "a_zero", "b_zero"]
     yield _product("MatMulIntegerToFloat", MICROSOFT, names, a, real, {"b": b, **scales, **zeros})
-    names = ["a", "a_scale", "a_zero", "b", "b_scale", "b_zero", "y_scale", "y_zero"]
-    step = np.float32(2**14)
-    rounded = np.clip(np.rint(real / step) + 128, 0, 255).astype(np.uint8)
-    ends = {"y_scale": step, "y_zero": np.uint8(128)}
-    yield _product("QLinearMatMul", STANDARD, names, a, rounded, {"b": b, **scales, **zeros, **ends})
+    nodes = [
+        helper.make_node("QuantizeLinear", ["a", "a_scale", "a_zero"], ["codes"]),
+        helper.make_node("DequantizeLinear", ["codes", "a_scale", "a_zero"], ["a_again"]),
+        helper.make_node("DequantizeLinear", ["b", "b_scale", "b_zero"], ["b_again"]),
+        helper.make_node("MatMul", ["a_again", "b_again"], ["y"]),
+    ]
+    inputs, outputs = {"a": a.astype(np.float32)}, {"y": real}
+    yield Question("MatMul in QDQ", _model(nodes, inputs, outputs, {"b": b, **scales, **zeros}), inputs, outputs)
     yield _qattention(np.ones((BATCH, TOKENS), np.int32))
 
 
