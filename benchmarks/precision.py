@@ -2,8 +2,8 @@
 
     python benchmarks/precision.py [--save-as NAME]
 
-Opens each variant twice, with `session.x64quantprecision` = 1 and without it, and asks both the same sentences in turns,
-one at a time and in batches of 32, on one thread. Writes benchmarks/studies/NAME.json.
+Opens each variant twice, with `session.x64quantprecision` = 1 and without it, and asks both the same sentences in
+turns, one at a time and in batches of 32, on one thread. Writes benchmarks/studies/NAME.json.
 """
 
 from __future__ import annotations

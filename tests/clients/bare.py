@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 started = time.perf_counter()
+sys.dont_write_bytecode = True
 sys.path.insert(0, sys.argv[1])
 from classify import Classifier  # noqa: E402 (the clock runs)
 
