@@ -39,7 +39,7 @@ CORE = [
 LAYERS = [
     ["errors", "bundled"],
     CORE,
-    ["passes", "backends", "gpu_memory", "targets"],
+    ["passes", "backends", "gpu_memory", "onnx_metadata", "targets"],
     ["tokenizing"],
     ["bundles"],
     ["scenarios", "calibration", "child"],

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from toolchain import passes
 from toolchain.artifacts import Artifact, TensorSpec, list_files
 from toolchain.backends import Place
-from toolchain.backends.ort import EXACT_PRODUCTS, OrtSession, saturates
+from toolchain.backends.ort import OrtSession, saturates
 from toolchain.bundled.verify import BUNDLE, GOLDEN, SCHEMA, TEXT, canonical_id
 from toolchain.errors import ShippingError
 from toolchain.inputs import Encoder, pad
 from toolchain.names import parse_name
-from toolchain.onnx_metadata import license_of, set_license
+from toolchain.onnx_metadata import license_of, options_by_processor, set_properties
 from toolchain.passes.probabilities import add_probabilities
 from toolchain.targets import BUNDLED, DEMO, TARGETS, Target, dtype, mobile, served
 from toolchain.targets.releases import DEFAULT, ORDER
@@ -51,7 +51,6 @@ NEEDS_OPTION = (
     "x86-64 with VNNI or AMX (Intel from Cascade Lake and Ice Lake on, AMD from Zen 4 on), 64-bit ARM, and "
     "WebAssembly; on older x86-64 only with the session option below, without which its 8-bit products saturate"
 )
-SATURATING_X86 = "x86-64 without VNNI or AMX"
 ANYWHERE = "any processor"
 GOLDEN_BATCH = 8  # sentences of each padded batch
 TEXT_SPEC = TensorSpec(TEXT, "string", ("texts",))
@@ -183,7 +182,7 @@ def _placed(contents: Contents, artifact: Artifact, encoder: Encoder, file: Path
     with tempfile.TemporaryDirectory() as scratch:
         if graph := _changed(contents, artifact, encoder):
             source = Path(scratch) / file.name
-            set_license(graph, contents.origin.license)
+            set_properties(graph, {"license": contents.origin.license})
             passes.write(graph, source)
         if contents.release:
             return mobile.make(source, file, contents.release, artifact.onnx_path)
@@ -228,7 +227,7 @@ def _model(contents: Contents, index: int, encoder: Encoder, folder: Path) -> di
         "int8_headroom": room,
         "onnxruntime": contents.release or _oldest_release(manifest.variant, folder / place),
         "exact_on": ANYWHERE if room is None or room >= 1 else NEEDS_OPTION,
-        "session_options": {} if room is None or room >= 1 else {SATURATING_X86: dict([EXACT_PRODUCTS])},
+        "session_options": options_by_processor(room),
         "tolerance": TOLERANCES[parse_name(manifest.variant).scheme],
         "measured": contents.measured.get(manifest.id, "not measured"),
         **made,

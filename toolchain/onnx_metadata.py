@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolchain.artifacts import Manifest, sha256
+from toolchain.backends.ort import EXACT_PRODUCTS
 from toolchain.checkpoints import NOT_STATED
 from toolchain.jobs import Built
 from toolchain.variants import step_name
@@ -15,9 +17,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 PRODUCER = "toolchain"
-LICENSE = f"{PRODUCER}.license"
-# With this session option ONNX Runtime does not saturate int8 products on x86 without VNNI.
-EXACT_SESSION = {"session.x64quantprecision": "1"}
+SATURATING_X86 = "x86-64 without VNNI or AMX"
 
 
 def stamp(path: Path, built: Built, version: int, model: str, variant: str, parent_id: str) -> None:
@@ -30,7 +30,6 @@ def stamp(path: Path, built: Built, version: int, model: str, variant: str, pare
     proto = ir.load(path)
     proto.producer_name, proto.producer_version = PRODUCER, f"{step_name(built.step)} {version}"
     proto.doc_string = f"Variant {variant} of the text classifier {model}."
-    room = built.facts.get("int8_headroom")
     properties = {
         "labels": json.dumps(built.labels, ensure_ascii=False),
         "multi_label": json.dumps(bool(built.facts.get("multi_label"))),
@@ -40,17 +39,23 @@ def stamp(path: Path, built: Built, version: int, model: str, variant: str, pare
         "parent_id": parent_id,
         "license": license_of(built),
         "tokenizer_sha256": sha256(path.parent / "tokenizer.json"),
-        "session_options": json.dumps(EXACT_SESSION if room is not None and room < 1 else {}),
+        "session_options": json.dumps(options_by_processor(built.facts.get("int8_headroom"))),
     }
-    proto.metadata_props.update({f"{PRODUCER}.{name}": value for name, value in properties.items()})
+    set_properties(proto, properties)
     ir.save(proto, path)
+
+
+def set_properties(model: ir.Model, properties: Mapping[str, str]) -> None:
+    """Sets what the model says of itself, by name; what it says besides stays."""
+    model.metadata_props.update({f"{PRODUCER}.{name}": value for name, value in properties.items()})
+
+
+def options_by_processor(headroom: float | None) -> dict[str, dict[str, str]]:
+    """The processors on which a model of this int8 `headroom` is exact only with session options of ONNX Runtime, and
+    these options."""
+    return {} if headroom is None or headroom >= 1 else {SATURATING_X86: dict([EXACT_PRODUCTS])}
 
 
 def license_of(described: Built | Manifest) -> str:
     """The licence that the checkpoint states, in words where it states none."""
     return str(described.facts.get("license", NOT_STATED))
-
-
-def set_license(model: ir.Model, license_: str) -> None:
-    """States another licence in a file that `stamp` wrote."""
-    model.metadata_props[LICENSE] = license_
