@@ -79,9 +79,10 @@ ship: install ## bundles for browser and Node, Python, phones, and other runtime
 test: $(VENV)/.installed-test lint ## lint, types and all tests
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-# What `make test` skips without: npm packages by their lock file, and Pythons with nothing but a bundle's requirements.
+# What `make test` skips without: npm packages by their lock file, Pythons with nothing but a bundle's requirements, and
+# one of these for 64-bit ARM where qemu can run it.
 CLIENTS = $(EXPORTED)/.cache/test-clients
-test-clients: $(VENV)/.installed-test ## install the clients that tests run bundles in (npm, Pythons, OpenVINO, Triton)
+test-clients: $(VENV)/.installed-test ## install the clients that tests run bundles in (npm, Pythons, OpenVINO, Triton, ARM)
 	$(BIN)/python -c 'import sys, pathlib; from toolchain.targets import clients; print(clients.install(pathlib.Path(sys.argv[1])))' \
 		"$(EXPORTED)/.cache"
 	$(PYTHON) -m venv $(CLIENTS)/python
@@ -94,6 +95,7 @@ test-clients: $(VENV)/.installed-test ## install the clients that tests run bund
 	$(CLIENTS)/triton/bin/pip install --disable-pip-version-check -q "tritonclient[grpc]==2.73.0"
 	$(PYTHON) -m venv $(CLIENTS)/phone
 	$(CLIENTS)/phone/bin/pip install --disable-pip-version-check -q onnxruntime==1.17.3 'numpy<2' tokenizers==0.22.2
+	tests/clients/arm_root.sh $(CLIENTS)/arm $(CLIENTS)/python/bin/pip
 
 lint: $(VENV)/.installed-test ## lint and types
 	$(BIN)/ruff format --check .

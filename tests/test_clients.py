@@ -1,4 +1,5 @@
-"""Bundles in the clients they are for, over the whole validation set: Node, a bare Python, OpenVINO, a browser.
+"""Bundles in the clients they are for, over the whole validation set: Node, a bare Python, OpenVINO, a browser; and on
+processors that are emulated.
 
 `make test-clients` installs these; without one, its tests are skipped.
 """
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import threading
 
+import emulated
 import numpy as np
 import pytest
 from chromium import PROGRAM, Chromium
@@ -28,8 +30,9 @@ from toolchain.targets import clients
 
 CACHE = ROOT / "exported" / ".cache"
 MODULES = clients.installed(CACHE)
+CLIENTS = CACHE / "test-clients"
 PYTHON, OPENVINO, PHONE, TEXTS = (
-    CACHE / "test-clients" / name / "bin" / "python" for name in ("python", "openvino", "phone", "texts")
+    CLIENTS / name / "bin" / "python" for name in ("python", "openvino", "phone", "texts")
 )
 MOST_FLIPS = 5  # of 872: kernels round differently
 NODE = shutil.which("node")
@@ -42,6 +45,14 @@ needs_chromium = pytest.mark.skipif(
 needs_python = pytest.mark.skipif(not PYTHON.exists(), reason="needs `make test-clients`")
 needs_phone = pytest.mark.skipif(not PHONE.exists(), reason="needs `make test-clients`")
 needs_openvino = pytest.mark.skipif(not OPENVINO.exists(), reason="needs `make test-clients`")
+on_each_processor = pytest.mark.parametrize(
+    "processor",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(bool(reason), reason=reason))
+        for name in (emulated.AVX2, emulated.ARM)
+        for reason in [emulated.reason_to_skip(name, CLIENTS)]
+    ],
+)
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +228,47 @@ def test_that_release_answers_alike(bundles, asked, here, variant, scheme):
     found = json.loads(run(PHONE, script, bundles / "mobile" / f"{variant}.ort", asked / "tokens.json"))
     assert len(found["answers"]) == 872
     agree(found["answers"], here(variant), scheme)
+
+
+@pytest.fixture(scope="module")
+def short_bundles(reference, tmp_path_factory):
+    """Bundles without the over-long golden sentence: an emulated processor takes as long for it as for all others."""
+    folder = tmp_path_factory.mktemp("short-bundles")
+    if MODULES:
+        (folder / "node_modules").symlink_to(MODULES)
+    texts = {name: text for name, text in shipping.TEXTS.items() if name != "over-long text"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shipping, "TEXTS", texts)
+        for target, names in (
+            ("python", ("onnx-int8", "onnx-int8-portable")),
+            ("mobile", ("onnx-int8",)),
+            ("web", ("onnx-int8",)),
+        ):
+            shipping.ship(reference, Order(names, target, demo=False), folder / target, lambda line: None, no_bar)
+    return folder
+
+
+@on_each_processor
+def test_an_emulated_processor_saturates_as_its_model_does(short_bundles, processor):
+    code = "import sys; sys.path.append(sys.argv[1]); import verify; print(verify.saturates(), verify.saturates(exact=True))"
+    said = run(*emulated.python(processor, CLIENTS), "-I", "-B", "-c", code, short_bundles / "python")
+    assert said.split() == [str(processor == emulated.AVX2), "False"]
+
+
+@on_each_processor
+@pytest.mark.parametrize(
+    ("target", "files"), [("python", ["onnx-int8", "onnx-int8-portable"]), ("mobile", ["onnx-int8", "onnx-int8.ort"])]
+)
+def test_a_bundle_verifies_itself_on_other_processors(short_bundles, processor, target, files):
+    said = run(*emulated.python(processor, CLIENTS), "-I", short_bundles / target / "verify.py")
+    assert re.findall(r"^(.*): golden sentences answered", said, re.MULTILINE) == files
+
+
+@needs_node
+@pytest.mark.skipif(bool(emulated.reason_to_skip(emulated.AVX2, CLIENTS)), reason="needs qemu-x86_64")
+def test_the_bundle_proves_itself_on_node_with_avx2(short_bundles):
+    said = run(*emulated.program(emulated.AVX2, NODE), "verify.mjs", cwd=short_bundles / "web")
+    assert re.search(r"^onnx-int8: golden sentences answered", said, re.MULTILINE)
 
 
 @needs_openvino

@@ -1,0 +1,49 @@
+"""Programs on processors that this machine does not have, under qemu.
+
+qemu runs one program and passes its system calls on to this machine's kernel: the program reads this machine's files.
+`make test-clients` installs what runs: a bare Python for x86-64, and a root folder of Debian for 64-bit ARM.
+Answers are those of the processor's kernels; times mean nothing.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from pathlib import Path
+
+AVX2, ARM = "AVX2 without VNNI", "64-bit ARM"
+# A Haswell, less the features that qemu cannot emulate; the core that arm_root.sh describes.
+_EMULATORS = {
+    AVX2: ("qemu-x86_64", "-cpu", "Haswell-noTSX,-pcid,-x2apic,-tsc-deadline,-invpcid"),
+    ARM: ("qemu-aarch64", "-cpu", "neoverse-n1"),
+}
+
+
+def program(processor: str, *command: str | Path) -> list[str]:
+    """The command that runs `command`, a path and its arguments, on `processor`."""
+    return [*_EMULATORS[processor], *map(str, command)]
+
+
+def python(processor: str, clients: Path) -> list[str]:
+    """The command that runs Python with a bundle's requirements on `processor`.
+
+    Args:
+        processor: `AVX2` or `ARM`.
+        clients: the folder that `make test-clients` fills.
+    """
+    if processor == AVX2:
+        return program(AVX2, clients / "python" / "bin" / "python")
+    root = clients / "arm"
+    return [*_EMULATORS[ARM], "-L", str(root), str(root / "usr" / "bin" / "python3")]
+
+
+def reason_to_skip(processor: str, clients: Path) -> str:
+    """Why `python` does not run here; empty where it does."""
+    emulator = _EMULATORS[processor][0]
+    if shutil.which(emulator) is None:
+        return f"needs {emulator} (Debian: qemu-user)"
+    if processor == AVX2 and platform.machine() != "x86_64":
+        return "needs a Python for x86-64"
+    if not Path(python(processor, clients)[-1]).exists():
+        return "needs `make test-clients`" + (f" with {emulator}" if processor == ARM else "")
+    return ""
