@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,7 @@ from typing import Any
 from toolchain import passes
 from toolchain.backends.ort import add_extensions
 from toolchain.errors import ShippingError
-from toolchain.onnx_metadata import options_by_processor, set_properties
+from toolchain.onnx_metadata import set_properties
 from toolchain.passes.quantize_linear import headroom
 from toolchain.passes.unsigned_weights import unsigned_weights
 from toolchain.targets.releases import EXTENSIONS
@@ -34,7 +33,7 @@ def save(source: Path, target: Path) -> None:
         model = passes.read(source)
         if (headroom(model) or 1) < 1:
             unsigned_weights(model)
-            set_properties(model, {"session_options": json.dumps(options_by_processor(headroom(model)))})
+            set_properties(model, {"session_options": "{}"})
             source = Path(scratch) / source.name
             passes.write(model, source)
         command = [sys.executable, "-P", "-m", __spec__.name, str(source), str(target)]
