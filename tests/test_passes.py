@@ -16,9 +16,9 @@ from toolchain import passes
 from toolchain.errors import GraphError
 from toolchain.inputs import pad
 from toolchain.passes.graph import constant, takes_first_token
-from toolchain.passes.int8 import LARGEST_OF_7_BITS, quantize_weight
+from toolchain.passes.int8 import LARGEST_OF_7_BITS, quantize_weight, weight_of
 from toolchain.passes.quantize_blocks import BLOCK, TOP, pack, quantize_blocks
-from toolchain.passes.quantize_linear import headroom, linear_nodes, weight_of
+from toolchain.passes.quantize_linear import headroom, linear_nodes
 from toolchain.passes.quantize_static import Activation
 from toolchain.passes.unsigned_weights import unsigned_weights
 

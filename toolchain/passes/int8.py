@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 LARGEST = 127  # symmetric: -128 is left out, so that a weight and its negative are equally exact
 LARGEST_OF_7_BITS = 64  # two products with the largest activation, 2 × 255 × 64, are 16 bits
+INT8_PRODUCTS = ("DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QAttention")
 
 # The model and a value → the value in U8, its scale and its zero point; what computes them is appended to the nodes.
 Codes = Callable[["ir.Model", Any, "list[ir.Node]"], "list[ir.Value]"]
@@ -55,3 +56,14 @@ def run_time_codes(model: ir.Model, data: Any, new: list[ir.Node]) -> list[ir.Va
             value.name = f"{data.name}/{role}"
         new.append(node)
     return list(node.outputs)
+
+
+def weight_of(node: ir.Node) -> tuple[ir.Node, int] | None:
+    """Where the int8 weights of a product are read, as a node and the index of its input: by the product itself, or by
+    what dequantises them for it (QDQ); None for a node that is no such product."""
+    if node.op_type in INT8_PRODUCTS:
+        return node, 1
+    weight = node.inputs[1] if node.op_type == "MatMul" else None
+    before = weight.producer() if weight is not None else None
+    codes = before.inputs[0] if before is not None and before.op_type == "DequantizeLinear" else None
+    return (before, 0) if before is not None and codes is not None and codes.const_value is not None else None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.passes.attention import Attend, Product, merged
 from toolchain.passes.graph import adder, constant, replace, stored
-from toolchain.passes.int8 import LARGEST, run_time_codes, weight_codes
+from toolchain.passes.int8 import LARGEST, run_time_codes, weight_codes, weight_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 SATURATES = 32767
 ACTIVATION = 255
-INT8_PRODUCTS = ("DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QAttention")
 
 
 def quantize_linear(
@@ -107,17 +106,6 @@ def headroom(model: ir.Model) -> float | None:
             pair = np.sort(side, axis=0)[-2:].sum(axis=0)
             worst = max(worst, int(pair.max()))
     return round(SATURATES / (ACTIVATION * max(worst, 1)), 3) if found else None
-
-
-def weight_of(node: ir.Node) -> tuple[ir.Node, int] | None:
-    """Where the int8 weights of a product are read, as a node and the index of its input: by the product itself, or by
-    what dequantises them for it (QDQ); None for a node that is no such product."""
-    if node.op_type in INT8_PRODUCTS:
-        return node, 1
-    weight = node.inputs[1] if node.op_type == "MatMul" else None
-    before = weight.producer() if weight is not None else None
-    codes = before.inputs[0] if before is not None and before.op_type == "DequantizeLinear" else None
-    return (before, 0) if before is not None and codes is not None and codes.const_value is not None else None
 
 
 def _is_linear(node: ir.Node) -> bool:

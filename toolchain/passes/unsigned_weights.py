@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolchain.passes.graph import constant, stored
-from toolchain.passes.quantize_linear import weight_of
+from toolchain.passes.int8 import weight_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
