@@ -250,7 +250,10 @@ def short_bundles(reference, tmp_path_factory):
 
 @on_each_processor
 def test_an_emulated_processor_saturates_as_its_model_does(short_bundles, processor):
-    code = "import sys; sys.path.append(sys.argv[1]); import verify; print(verify.saturates(), verify.saturates(exact=True))"
+    code = (
+        "import sys; sys.path.append(sys.argv[1]); "
+        "import verify; print(verify.saturates(), verify.saturates(exact=True))"
+    )
     said = run(*emulated.python(processor, CLIENTS), "-I", "-B", "-c", code, short_bundles / "python")
     assert said.split() == [str(processor == emulated.AVX2), "False"]
 
