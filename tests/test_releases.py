@@ -1,7 +1,6 @@
 """The table of releases: what it says of files, whether releases say the same, and the script that makes it."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -9,7 +8,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper
-from readme_parts import ROOT, script
+from readme_parts import script
 from test_clients import PHONE, needs_phone
 
 from toolchain.targets.releases import (
@@ -257,10 +256,9 @@ def test_the_questions_of_8_bit_products_need_more_than_16_bits():
 
 @pytest.mark.slow
 @needs_phone
-def test_the_oldest_and_the_newest_release_say_what_the_table_says():
+def test_the_oldest_and_the_newest_release_say_what_the_table_says(releases):
     """A wheel of 1.17, and the ONNX Runtime installed here."""
-    command = [sys.executable, ROOT / "benchmarks" / "releases.py", "--check", PHONE, "--check", sys.executable]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("no differences from the table") == 2
-    assert done.stdout.startswith("1.17.")
+    done = CliRunner().invoke(releases.main, ["--check", str(PHONE), "--check", sys.executable])
+    assert done.exit_code == 0, done.output
+    assert done.output.count("no differences from the table") == 2
+    assert done.output.startswith("1.17.")
