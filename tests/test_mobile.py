@@ -25,6 +25,7 @@ from toolchain.targets import mobile, ort_format
 from toolchain.targets.releases import LATE, OPERATORS, ORDER, RELEASES, Use, newer, oldest
 from toolchain.variants import Export, Optimize
 
+PRODUCTS = (b"DynamicQuantizeMatMul", b"QAttention")
 NAMES = ("onnx-int8", "onnx-int8-portable", "onnx-fp32")
 OLD = "onnx-fp32+no-first-query"  # has Attention alone, which ONNX Runtime 1.16 reads
 FEED = {"input_ids": np.arange(1000, 1025)[None], "attention_mask": np.ones((1, 25), np.int64)}
@@ -420,18 +421,27 @@ def test_the_command_and_its_usage_errors(tiny, tmp_path):
     assert "--ort-mobile is of --target mobile" in other.stderr
 
 
-def test_a_variant_that_saturates_alone_is_told_which_to_add(built_tiny, phone, tmp_path):
-    said = []
-    ship(built_tiny, tmp_path / "b", "onnx-int8", say=said.append)
-    assert [line for line in said if "x86" in line and "ship onnx-int8-portable beside it" in line]
-    said.clear()
-    ship(built_tiny, tmp_path / "c", *NAMES, say=said.append)
-    assert not [line for line in said if "x86" in line]
+def test_weights_of_the_other_format_are_unsigned_where_they_could_saturate(phone):
+    """No session option reaches a file in ORT format."""
+    for name, signed in (("onnx-int8", False), ("onnx-int8-portable", True)):
+        content = ort_format.read_root((phone / f"{name}.ort").read_bytes()).Model().Graph()
+        kinds = {
+            content.Initializers(index).Name().decode(): content.Initializers(index).DataType()
+            for index in range(content.InitializersLength())
+        }
+        products = [node for node in map(content.Nodes, range(content.NodesLength())) if node.OpType() in PRODUCTS]
+        assert products
+        weights = {kinds[node.Inputs(1).decode()] for node in products}
+        assert weights == {TensorProto.INT8 if signed else TensorProto.UINT8}, name
+
+
+def test_a_phone_s_bundle_says_where_its_models_are_exact(phone):
     full, portable, plain = json.loads((phone / "bundle.json").read_text())["models"]
     assert "64-bit ARM" in full["exact_on"]
     assert portable["exact_on"] == plain["exact_on"] == "any processor"
-    assert "`onnx-int8` saturates" in (phone / "README.md").read_text()
-    assert "`onnx-int8-portable` saturates" not in (phone / "README.md").read_text()
+    readme = (phone / "README.md").read_text()
+    assert "The `.ort` files are exact on every processor" in readme
+    assert '`options.addConfigEntry("session.x64quantprecision", "1")`' in readme
 
 
 def test_the_checker_s_findings_are_in_the_bundle_in_words(phone):
@@ -485,7 +495,7 @@ def test_another_model_in_the_other_format_is_seen(bundle, change):
         (bundle / "onnx-int8.ort").write_bytes(content)
         entry = {"bytes": len(content), "sha256": sha256(bundle / "onnx-int8.ort")}
         reseal(bundle, lambda body: next(e for e in body["files"] if e["path"] == "onnx-int8.ort").update(entry))
-    with pytest.raises(VerdictError, match=r"onnx-int8\.ort (is .* from its recorded|does not run)|is not listed"):
+    with pytest.raises(VerdictError, match=r"onnx-int8\.ort(: the .* from the recorded logits| cannot be loaded)|is not listed"):
         shipping.verify(bundle)
 
 
