@@ -495,7 +495,8 @@ def test_another_model_in_the_other_format_is_seen(bundle, change):
         (bundle / "onnx-int8.ort").write_bytes(content)
         entry = {"bytes": len(content), "sha256": sha256(bundle / "onnx-int8.ort")}
         reseal(bundle, lambda body: next(e for e in body["files"] if e["path"] == "onnx-int8.ort").update(entry))
-    with pytest.raises(VerdictError, match=r"onnx-int8\.ort(: the .* from the recorded logits| cannot be loaded)|is not listed"):
+    reason = r"onnx-int8\.ort(: the .* from the recorded logits| cannot be loaded)|is not listed"
+    with pytest.raises(VerdictError, match=reason):
         shipping.verify(bundle)
 
 
