@@ -82,6 +82,7 @@ test: $(VENV)/.installed-test lint ## lint, types and all tests
 # What `make test` skips without: npm packages by their lock file, Pythons with nothing but a bundle's requirements, and
 # one of these for 64-bit ARM where qemu can run it.
 CLIENTS = $(EXPORTED)/.cache/test-clients
+SITE = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 test-clients: $(VENV)/.installed-test ## install the clients that tests run bundles in (npm, Pythons, OpenVINO, Triton, ARM)
 	$(BIN)/python -c 'import sys, pathlib; from toolchain.targets import clients; print(clients.install(pathlib.Path(sys.argv[1])))' \
 		"$(EXPORTED)/.cache"
@@ -96,6 +97,11 @@ test-clients: $(VENV)/.installed-test ## install the clients that tests run bund
 	$(PYTHON) -m venv $(CLIENTS)/phone
 	$(CLIENTS)/phone/bin/pip install --disable-pip-version-check -q onnxruntime==1.17.3 'numpy<2' tokenizers==0.22.2
 	tests/clients/arm_root.sh $(CLIENTS)/arm $(CLIENTS)/python/bin/pip
+# Transformers 5 with the dependencies that differ; PyTorch and the rest are those of .venv.
+	$(PYTHON) -m venv $(CLIENTS)/transformers5
+	$(BIN)/python $(SITE) > "$$($(CLIENTS)/transformers5/bin/python $(SITE))/venv.pth"
+	$(CLIENTS)/transformers5/bin/pip install --disable-pip-version-check -q --no-deps transformers==5.24.0 \
+		huggingface_hub==2.4.0 tokenizers==0.23.3 httpx2==2.16.2 httpcore2==2.16.2 truststore==0.10.5
 
 lint: $(VENV)/.installed-test ## lint and types
 	$(BIN)/ruff format --check .

@@ -26,6 +26,13 @@ STUDIES = ROOT / "benchmarks" / "studies"
 EXPORT_LOG = ROOT / "benchmarks" / "reports" / "make-export.txt"
 
 
+def snippet(client: str) -> str:
+    """The code the README has for a client."""
+    found = re.search(rf"<!-- client: {client} -->\n```\w+\n(.*?)```", README.read_text(), re.DOTALL)
+    assert found, f"the README has no code for {client}"
+    return found[1]
+
+
 def parts() -> dict[str, str]:
     """Marker → what stands between its lines."""
     return {

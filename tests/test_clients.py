@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from chromium import PROGRAM, Chromium
 from conftest import TESTS
-from readme_parts import README, ROOT
+from readme_parts import ROOT, snippet
 
 from toolchain import inputs, shipping
 from toolchain.backends import Place, open_session
@@ -287,11 +287,6 @@ def test_openvino_answers_alike(bundles, asked, here, variant, scheme):
 def test_the_openvino_code_of_the_readme_runs(bundles):
     block = re.search(r"```python\n(.*?)```", (bundles / "other" / "README.md").read_text(), re.DOTALL)[1]
     assert run(OPENVINO, "-c", block, cwd=bundles / "other").strip() == "POSITIVE"
-
-
-def snippet(client):
-    """The code the project's README has for a client."""
-    return re.search(rf"<!-- client: {client} -->\n```\w+\n(.*?)```", README.read_text(), re.DOTALL)[1]
 
 
 @needs_node

@@ -5,13 +5,14 @@
 
 import json
 import subprocess
+import sys
 
 import numpy as np
 import pytest
 import transformers
 from conftest import TESTS, import_job
 from optimum.onnxruntime import ORTModelForSequenceClassification
-from readme_parts import ROOT
+from readme_parts import ROOT, snippet
 from tiny_architectures import ARCHITECTURES
 from tiny_architectures import make as make_architecture
 
@@ -85,6 +86,14 @@ def test_a_pipeline_of_transformers_5_answers_as_the_reference_does(reference, t
     texts = list(inputs.embedded().sample(50, 7)) + TEXTS
     answers = in_transformers_5(reference.path("torch-fp32"), tmp_path, texts)
     alike(answers, expected(reference.load("torch-fp32"), "torch", texts))
+
+
+@pytest.mark.parametrize("client", ["transformers", "optimum"])
+def test_the_code_of_the_readme_runs(reference, client, tmp_path):
+    (tmp_path / "exported").symlink_to(reference.exported)
+    code = [sys.executable, "-c", snippet(client)]
+    done = subprocess.run(code, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "'POSITIVE'" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -146,7 +146,3 @@ def test_no_place_is_in_a_file(built_tiny, tiny_checkpoint):
         content = (built_tiny.path(variant) / "model.onnx").read_bytes()
         for place in (tiny_checkpoint.parent, built_tiny.exported):
             assert str(place).encode() not in content
-
-
-def test_the_reference_states_its_licence(reference):
-    assert said(reference.path("onnx-int8") / "model.onnx")["license"] == "Apache-2.0"

@@ -231,6 +231,8 @@ def test_the_reference_says_whose_it_is(reference, tmp_path):
     assert "all-MiniLM-L6-v2" in body["model"]["origin"]
     assert "SST-2" in body["model"]["data"]
     assert "Licence: Apache-2.0." in (tmp_path / "b" / "README.md").read_text()
+    stated = {entry.key: entry.value for entry in onnx.load(tmp_path / "b" / MODEL).metadata_props}
+    assert stated["toolchain.license"] == "Apache-2.0"
 
 
 def test_shipping_again_changes_nothing_and_a_change_replaces_it(tiny, tmp_path):
