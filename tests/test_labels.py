@@ -91,6 +91,17 @@ def test_shares_and_their_logarithms_belong_together(rows, multi):
             assert row[answer] == row.max()
 
 
+@given(st.lists(st.integers(-30, 30).filter(bool), min_size=3, max_size=3, unique=True), st.booleans())
+def test_the_margin_is_the_least_change_of_a_logit_that_changes_the_answer(row, multi):
+    def answers_after(change):
+        moved = [np.array([row]) + step * np.eye(3)[[label]] for label in range(3) for step in (-change, change)]
+        return {labels.answers(each, multi)[0] for each in moved}
+
+    (margin,) = labels.margins(np.array([row]), multi)
+    assert answers_after(margin - 0.1) == set(labels.answers(np.array([row]), multi))
+    assert len(answers_after(margin + 0.1)) > 1
+
+
 sets = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), min_size=1, max_size=30)
 
 

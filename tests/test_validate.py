@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from toolchain.backends import Place, open_session
-from toolchain.inputs import Encoder, embedded
+from toolchain.inputs import Encoder, embedded, pad
 from toolchain.steps.validate import LENGTHS, allowed_flips, grid, sentence, validate
 
 SENTENCES = embedded().texts[:50]
@@ -81,6 +81,9 @@ def test_fewer_bits_may_move_logits_but_not_answers(encoder, truth):
     turned = validate(Wrong(truth, lambda out, batch: out[:, ::-1]), truth, encoder, SENTENCES, "close")
     assert not turned["passed"]
     assert turned["flips"] == 50
+    logits = [truth.run(pad([row], encoder.names, encoder.pad_id))[0] for row in encoder.encode(SENTENCES)]
+    assert turned["flip_margins"] == pytest.approx([abs(one - other) for one, other in logits], rel=1e-2)
+    assert moved["flip_margins"] == []
 
 
 @settings(deadline=None, max_examples=50)

@@ -30,6 +30,7 @@ from toolchain import (
 from toolchain.artifacts import ONNX, Artifact, Manifest
 from toolchain.backends import Place, open_session
 from toolchain.backends.lora import LoraSession
+from toolchain.backends.ort import saturates
 from toolchain.errors import ArtifactError, DataError, TamperedError, VerdictError
 from toolchain.jobs import Built, Job, Progress
 from toolchain.origins import Origin
@@ -244,7 +245,7 @@ def _refusal(
     step, kept = manifest.step, "What was there before is unchanged."
     if isinstance(step, Quantize) and parent:
         layers = len(manifest.facts.get("sensitivity", [])) or None
-        found = alternatives.hint(workspace, name, step, parent, report, not hardware.exact_int8(), layers)
+        found = alternatives.hint(workspace, name, step, parent, report, saturates(exact=True), layers)
         kept = f"{found} {kept}".strip()
     return VerdictError(f"{name} failed validation and was not published: {sentence(dict(report))}.", kept)
 

@@ -128,7 +128,7 @@ def quantize(
       toolchain quantize --backend torch --scheme int8 --from torch-fp32 --from torch-pruned30
       toolchain quantize --backend bnb --scheme nf4
     """
-    from toolchain.hardware import exact_int8
+    from toolchain.backends.ort import saturates
     from toolchain.report.progress import bar, say
     from toolchain.search import fewest_kept
     from toolchain.trimming import corpus_of
@@ -137,7 +137,7 @@ def quantize(
     if isa != "vnni" and (backend, scheme or "dynamic") != ("ort", "dynamic"):
         raise click.BadParameter("Only --backend ort --scheme dynamic has weights of 7 bits.", param_hint="--isa")
     if isa == "auto":
-        isa = "vnni" if exact_int8() else "portable"
+        isa = "portable" if saturates() else "vnni"
         click.echo(f"isa auto: {isa} on this processor", err=True)
     layers = [keep_fp32, max_drop is not None, sensitivity]
     if backend != "ort" and any([embeddings, left_out, trim_vocab, *layers]):
