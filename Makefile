@@ -114,17 +114,19 @@ docs: install ## write the generated parts of the README anew
 report: docs ## write benchmarks/reports from the committed results, and the README's parts
 	$(BIN)/python benchmarks/report.py
 
-# Only folders that hold a manifest are artifacts; whatever else lies there is not ours to delete.
-BUILT = find "$(EXPORTED)" -mindepth 3 -maxdepth 3 -name manifest.json -printf '%h\0'
+# Only what the toolchain made: folders whose manifest has the id that seals it, work folders (`WORK` of
+# toolchain/publishing.py), caches. Whatever else lies there is not ours to delete.
+MADE = { \
+	find "$(EXPORTED)" -mindepth 3 -maxdepth 3 -name manifest.json \
+		-exec grep -qE '^ "id": "[0-9a-f]{64}",$$' {} \; -printf '%h\0'; \
+	find "$(EXPORTED)" -mindepth 2 -maxdepth 2 -type d -name '.*.toolchain-6f1d0b9c' -print0; \
+	find "$(EXPORTED)" -mindepth 2 -maxdepth 2 -type d -regextype posix-extended \
+		-regex '.*/\.cache/([0-9a-f]{12}|clients-[0-9a-f]{12}|test-clients)' -print0; }
 
 clean: ## delete built artifacts and caches, and say what that frees
 	@test -n "$(EXPORTED)" || { echo "EXPORTED is empty"; exit 1; }
-	@$(BUILT) | xargs -0 -r du -sch | sed 's/^/freeing /'
-	@$(BUILT) | xargs -0 -r rm -rf
-	@find "$(EXPORTED)" -mindepth 2 -maxdepth 2 -name '.*.lock' -delete
-	@find "$(EXPORTED)" -mindepth 2 -maxdepth 2 -type d -name '.*.training' -exec rm -rf {} +
-	@rm -rf "$(EXPORTED)/.cache"
-	@find "$(EXPORTED)" -mindepth 1 -maxdepth 1 -type d -empty -delete
+	@$(MADE) | xargs -0 -r du -sch | sed 's/^/freeing /'
+	@$(MADE) | xargs -0 -r sh -c 'rm -rf "$$@"; for folder; do rmdir "$${folder%/*}" 2>/dev/null; done; true' clean
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build toolchain.egg-info
 	find toolchain tests -name __pycache__ -type d -prune -exec rm -rf {} +
 

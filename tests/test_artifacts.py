@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from toolchain import artifacts
+from toolchain import artifacts, publishing
 from toolchain.artifacts import Manifest
 from toolchain.errors import ArtifactError, TamperedError
 from toolchain.variants import Export
@@ -37,7 +37,7 @@ def manifest_of(folder: Path, **changes) -> Manifest:
 @pytest.fixture
 def published(tmp_path):
     target = tmp_path / "onnx-std"
-    with artifacts.lock(target, pytest.fail), artifacts.building(target) as scratch:
+    with publishing.lock(target, pytest.fail), publishing.building(target) as scratch:
         (scratch / "model.onnx").write_bytes(b"weights")
         (scratch / "config.json").write_text("{}")
         return artifacts.publish(scratch, target, manifest_of(scratch))
@@ -48,7 +48,7 @@ def test_what_is_published_is_read_back_and_nothing_else_is_left(published, tmp_
     assert found == published
     assert found.manifest.size_bytes == 9
     found.verify()
-    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")) == ["onnx-std"]
+    assert [p.name for p in tmp_path.iterdir()] == ["onnx-std"]
 
 
 def test_the_id_follows_content_settings_version_and_parent_but_not_time(published):
@@ -146,24 +146,24 @@ def test_a_folder_that_was_not_built_here_is_not_touched(tmp_path):
 
 def test_a_failed_build_leaves_what_was_there(published):
     def build():
-        with artifacts.lock(published.path, pytest.fail), artifacts.building(published.path) as scratch:
+        with publishing.lock(published.path, pytest.fail), publishing.building(published.path) as scratch:
             (scratch / "model.onnx").write_bytes(b"half")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         build()
     artifacts.load(published.path).verify()
-    assert not list(published.path.parent.glob(".*.building"))
+    assert list(published.path.parent.iterdir()) == [published.path]
 
 
 def _build_and_die(target: Path, moment: str) -> None:
-    with artifacts.lock(target, lambda: None), artifacts.building(target) as scratch:
+    with publishing.lock(target, lambda: None), publishing.building(target) as scratch:
         (scratch / "model.onnx").write_bytes(b"new")
         manifest = manifest_of(scratch)
         if moment == "while building":
             os.kill(os.getpid(), signal.SIGKILL)
         (scratch / "manifest.json").write_text(manifest.to_json())
-        target.rename(artifacts._old(target))
+        target.rename(publishing._old(target))
         os.kill(os.getpid(), signal.SIGKILL)  # between the two renames
 
 
@@ -173,14 +173,14 @@ def test_a_killed_run_loses_nothing(published, moment):
     child.start()
     child.join(30)
     assert child.exitcode == -signal.SIGKILL
-    with artifacts.lock(published.path, pytest.fail):  # the dead run's lock is free, and the next run mends
+    with publishing.lock(published.path, pytest.fail):  # the dead run's lock is free, and the next run mends
         artifacts.load(published.path).verify()
         assert (published.path / "model.onnx").read_bytes() == b"weights"
-    assert not [p for p in published.path.parent.iterdir() if p.name.endswith((".old", ".building"))]
+    assert list(published.path.parent.iterdir()) == [published.path]
 
 
 def _hold(target: Path, held, release) -> None:
-    with artifacts.lock(target, lambda: None):
+    with publishing.lock(target, lambda: None):
         held.set()
         release.wait(30)
 
@@ -197,15 +197,104 @@ def test_two_runs_do_not_meet(published):
         said.append(time.monotonic())
         release.set()
 
-    with artifacts.lock(published.path, waiting):
+    with publishing.lock(published.path, waiting):
         assert len(said) == 1
     child.join(30)
+
+
+def looks_like_ours(folder: Path, name: str) -> list[Path]:
+    """A user's files and folders beside a target of that name."""
+    made = []
+    for other in (f".{name}.old", f".{name}.123.building", f".{name}.training", f".{name}.out.csv.parts"):
+        made.append(folder / other / "thesis.txt")
+        made[-1].parent.mkdir()
+    made += [folder / f".{name}.lock", folder / f".{name}.{publishing.WORK}.lock"]
+    for file in made:
+        file.write_text("mine")
+    return made
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_only_looks_like_ours_stays(tmp_path, there):
+    target = tmp_path / "a"
+    mine = looks_like_ours(tmp_path, "a")
+    for _ in range(2 if there else 1):
+        with publishing.lock(target, pytest.fail), publishing.building(target) as scratch:
+            (scratch / "model.onnx").write_bytes(b"weights")
+            artifacts.publish(scratch, target, manifest_of(scratch))
+    assert [file.read_text() for file in mine] == ["mine"] * len(mine)
+    assert len(list(tmp_path.iterdir())) == len(mine) + 1
+
+
+@pytest.mark.parametrize(("name", "other"), [("a", "a.v2"), ("run", "run.2"), ("*", "a"), ("[ab]", "b"), ("a", "a.1")])
+def test_a_lock_leaves_the_scratch_of_other_names_alone(tmp_path, name, other):
+    with publishing.lock(tmp_path / other, pytest.fail), publishing.building(tmp_path / other) as scratch:
+        (scratch / "model.onnx").write_bytes(b"weights")
+        for _ in range(2):
+            with publishing.lock(tmp_path / name, pytest.fail), publishing.building(tmp_path / name) as mine:
+                assert list(mine.iterdir()) == []
+                publishing.replace(mine, tmp_path / name)
+        artifacts.publish(scratch, tmp_path / other, manifest_of(scratch))
+    artifacts.load(tmp_path / other).verify()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, other])
+
+
+def test_what_a_user_puts_into_the_work_folder_stays(tmp_path):
+    work = publishing.work_folder(tmp_path / "a")
+    work.mkdir()
+    (work / "thesis.txt").write_text("mine")
+    with publishing.lock(tmp_path / "a", pytest.fail):
+        pass
+    assert [p.name for p in work.iterdir()] == ["thesis.txt"]
+
+
+def test_a_link_in_the_target_s_place_is_replaced_and_not_followed(tmp_path, published):
+    published.path.rename(tmp_path / "elsewhere")
+    published.path.symlink_to(tmp_path / "elsewhere")
+    with publishing.lock(published.path, pytest.fail), publishing.building(published.path) as scratch:
+        publishing.replace(scratch, published.path)
+    assert (tmp_path / "elsewhere" / "model.onnx").read_bytes() == b"weights"
+    assert not published.path.is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["elsewhere", "onnx-std"]
+
+
+def _count(target: Path, times: int) -> None:
+    for _ in range(times):
+        with publishing.lock(target, lambda: None):
+            value = int(target.read_text())
+            time.sleep(0.0005)
+            target.write_text(str(value + 1))
+
+
+def test_a_lock_that_is_deleted_when_it_ends_is_held_by_one(tmp_path):
+    target = tmp_path / "count"
+    target.write_text("0")
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=_count, args=(target, 40)) for _ in range(6)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+    assert [child.exitcode for child in children] == [0] * 6
+    assert target.read_text() == "240"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_the_current_folder_can_be_a_target(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for target in (Path("."), Path("..", "here")):
+        with publishing.lock(target, pytest.fail):
+            assert [p.name for p in tmp_path.iterdir() if p.name != "here"] == [f".here.{publishing.WORK}"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_without_permission_is_an_error_in_words(tmp_path):
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    with pytest.raises(ArtifactError, match="--exported DIR"), artifacts.lock(tmp_path / "m" / "onnx-std", pytest.fail):
+    with (
+        pytest.raises(ArtifactError, match="--exported DIR"),
+        publishing.lock(tmp_path / "m" / "onnx-std", pytest.fail),
+    ):
         pass
 
 
@@ -213,11 +302,15 @@ def test_a_place_that_cannot_be_written_is_an_error_in_words(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(ArtifactError, match=r"cannot be written.*--exported DIR"),
-        artifacts.lock(tmp_path / "file" / "m" / "onnx-std", pytest.fail),
+        publishing.lock(tmp_path / "file" / "m" / "onnx-std", pytest.fail),
     ):
         pass
 
 
 def test_a_full_disk_while_building_is_an_error_in_words(published):
-    with pytest.raises(ArtifactError, match="No space left"), artifacts.building(published.path):
+    with (
+        pytest.raises(ArtifactError, match="No space left"),
+        publishing.lock(published.path, pytest.fail),
+        publishing.building(published.path),
+    ):
         raise OSError(28, "No space left on device")

@@ -298,6 +298,34 @@ def test_a_run_is_taken_up_by_the_same_command_only(tmp_path):
         Journal.begin(file / "below", {})
 
 
+def test_two_runs_that_begin_in_one_second_have_a_journal_each(tmp_path):
+    file, head = tmp_path / "m-20260101T000000Z.journal", {"cells": ["a"]}
+    one, other = Journal.begin(file, head), Journal.begin(file, head)
+    for kept, cell in ((one, 0), (other, 0)):
+        kept.append({"cell": cell, "kind": "peak", "of": kept.path.name})
+    assert one.path == file
+    one.end()
+    assert journal.newest(tmp_path, "m") == other.path
+    assert [record["of"] for record in Journal.take_up(other.path, head).records] == [other.path.name]
+
+
+def test_taking_a_run_up_never_writes_its_records_anew(tmp_path, monkeypatch):
+    """A kill in between would lose them: only the torn line is cut off."""
+    file = tmp_path / "m-20260101T000000Z.journal"
+    Journal.begin(file, {"cells": ["a"]}).append({"cell": 0, "kind": "peak"})
+    whole = file.read_bytes()
+    with file.open("ab") as torn:
+        torn.write(b'{"cell": 0, "kind"')
+    inode = file.stat().st_ino
+    monkeypatch.setattr(os, "truncate", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        Journal.take_up(file, {"cells": ["a"]})
+    assert file.read_bytes().startswith(whole)
+    monkeypatch.undo()
+    assert len(Journal.take_up(file, {"cells": ["a"]}).records) == 1
+    assert (file.read_bytes(), file.stat().st_ino) == (whole, inode)
+
+
 def test_a_cell_without_an_artifact_keeps_its_reason(data, encoder):
     cells = [
         Cell("fake", "a", "fake", "cuda", None, "unavailable", "No GPU.", "Get one."),

@@ -4,7 +4,9 @@ import csv
 import json
 import re
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -15,6 +17,7 @@ from test_measurements import result
 from toolchain import scenarios
 from toolchain.cli import cli
 from toolchain.errors import VerdictError
+from toolchain.journal import Journal
 from toolchain.measurements import ResultFile
 from toolchain.steps import roofline
 from toolchain.variants import DEFAULT_CELLS
@@ -51,6 +54,7 @@ def test_version(say):
         ["bench", "--provider", "tpu"],
         ["bench", "--threads", "0"],
         ["bench", "--save-as", "../up"],
+        ["bench", "--force"],
         ["validate"],
         ["export", "--surprise"],
     ],
@@ -277,8 +281,92 @@ def test_a_run_that_measured_nothing_takes_no_name(at, say, tiny_checkpoint, mon
     kept = at / "benchmarks" / "results" / "kept.json"
     kept.parent.mkdir(parents=True)
     kept.write_text("{}")
-    assert say("bench", "--provider", "cuda", "--save-as", "kept", "--model", tiny_checkpoint)[0] == 1
+    command = ("bench", "--provider", "cuda", "--save-as", "kept", "--force", "--model", tiny_checkpoint)
+    assert say(*command)[0] == 1
     assert kept.read_text() == "{}"
+
+
+@pytest.fixture
+def bench_as(at, say, monkeypatch, tiny_checkpoint):
+    """Runs `bench --save-as kept` where `kept.json` holds a result; the measurement is taken from `meanwhile`."""
+    kept = at / "benchmarks" / "results" / "kept.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("older")
+
+    def run(*options, meanwhile=lambda: pytest.fail("it was measured")):
+        def measure(*arguments):
+            meanwhile()
+            return result(FP32, INT8), Journal.begin(at / "x.journal", {})
+
+        monkeypatch.setattr("toolchain.runs.measure", measure)
+        return *say("bench", "--save-as", "kept", "--model", tiny_checkpoint, *options), kept
+
+    return run
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_a_name_that_is_taken_is_refused_before_anything_is_measured(bench_as, options):
+    code, out, err, kept = bench_as(*options)
+    assert (code, out) == (1, "")
+    assert "benchmarks/results/kept.json exists. Give another name with --save-as, or replace it with --force." in err
+    assert kept.read_text() == "older"
+
+
+def test_force_replaces_what_the_name_holds(bench_as):
+    code, _, err, kept = bench_as("--force", meanwhile=lambda: None)
+    assert (code, "saved: benchmarks/results/kept.json" in err) == (0, True)
+    assert len(ResultFile.read(kept).rows) == 2
+
+
+def saved_locally(at, err):
+    (local,) = (at / "benchmarks" / "results" / "local").iterdir()
+    assert len(ResultFile.read(local).rows) == 2
+    assert f"saved: {local.relative_to(at)}\n" in err
+    assert f"This result is in {local.relative_to(at)}. Move it to a name that is free." in err.splitlines()[-1]
+    assert not list(at.glob("*.journal"))
+
+
+def test_a_name_that_is_taken_meanwhile_loses_no_result(at, bench_as):
+    kept = at / "benchmarks" / "results" / "kept.json"
+    kept.unlink()
+    code, out, err, _ = bench_as(meanwhile=lambda: kept.write_text("another run's"))
+    assert code == 1
+    assert "torch-fp32@cpu" in out
+    assert "Error: benchmarks/results/kept.json exists. " in err
+    assert kept.read_text() == "another run's"
+    saved_locally(at, err)
+
+
+def test_a_name_that_cannot_be_written_loses_no_result(at, bench_as):
+    kept = at / "benchmarks" / "results" / "kept.json"
+
+    def block():
+        kept.unlink()
+        kept.mkdir()
+
+    code, _, err, _ = bench_as("--force", meanwhile=block)
+    assert code == 1
+    assert "Error: benchmarks/results/kept.json cannot be written: Is a directory. " in err
+    saved_locally(at, err)
+
+
+def test_a_name_of_one_machine_of_a_cluster_is_refused_before_anything_is_measured(
+    at, say, tiny_checkpoint, monkeypatch
+):
+    nodes = [SimpleNamespace(machine={"id": name}) for name in ("0a", "0b")]
+    monkeypatch.setattr("toolchain.distributed.connected", lambda *_: nullcontext(SimpleNamespace(nodes=nodes)))
+    ran = [replace(result(FP32), machine={**result(FP32).machine, "id": name}) for name in ("0a", "0b")]
+    monkeypatch.setattr("toolchain.distributed.benching.measure", lambda *_: iter(ran))
+    command = ("bench", "--engine", "ray", "--save-as", "kept", "--model", tiny_checkpoint)
+    kept = at / "benchmarks" / "results"
+    kept.mkdir(parents=True)
+    (kept / "kept-0b.json").write_text("older")
+    code, out, err = say(*command)
+    assert (code, out) == (1, "")
+    assert "benchmarks/results/kept-0b.json exists. Give another name" in err
+    assert [path.name for path in kept.iterdir()] == ["kept-0b.json"]
+    assert say(*command, "--force")[0] == 0
+    assert [ResultFile.read(kept / f"kept-{name}.json").machine["id"] for name in ("0a", "0b")] == ["0a", "0b"]
 
 
 @pytest.fixture

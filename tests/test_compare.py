@@ -12,7 +12,7 @@ from toolchain.measurements import Accuracy, Measurement, ResultFile, Samples
 from toolchain.report.columns import columns
 from toolchain.report.markdown import to_markdown
 from toolchain.report.table import print_table
-from toolchain.runs import current_ids, judge, newest
+from toolchain.runs import current_ids, judge, newest, save_local
 from toolchain.steps.compare import compare
 
 RUN = {"threads": 2, "batch_size": 32}
@@ -160,6 +160,14 @@ def test_the_newest_result_of_the_model_is_found(tmp_path, monkeypatch):
     said = []
     assert newest("m", said.append).rows == (INT8,)
     assert "broken.json is no result file" in said[0]
+
+
+def test_runs_that_end_in_one_second_have_a_file_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = [save_local(result(FP32, run={"id": name}), "m") for name in "abc"]
+    assert [path.name for path in files] == [f"m-20260101T000000Z{number}.json" for number in ("", ".2", ".3")]
+    assert [ResultFile.read(path).run["id"] for path in files] == ["a", "b", "c"]
+    assert save_local(result(FP32), "m", "0123").name == "m-20260101T000000Z-0123.json"
 
 
 def test_a_run_is_judged_by_its_rows():

@@ -20,7 +20,7 @@ import pytest
 from conftest import run_toolchain
 
 import toolchain
-from toolchain import artifacts, distributed, inputs, predicting, runs, scenarios
+from toolchain import artifacts, distributed, inputs, predicting, publishing, runs, scenarios
 from toolchain.distributed import Cluster, Node, benching, connected, remote
 from toolchain.errors import ClusterError, DataError, TamperedError
 from toolchain.measurements import ResultFile
@@ -176,9 +176,22 @@ def test_a_file_that_arrives_changed_is_refused(model, tmp_path, monkeypatch):
 
 
 def test_what_a_killed_worker_left_goes_with_the_next(tmp_path, monkeypatch):
+    dead = 2**22 + 1
+    space = remote._process_space()
+    monkeypatch.setattr(platform, "node", lambda: "another-machine")
+    elsewhere = remote._process_space()
+    monkeypatch.undo()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    kept = [tmp_path / f"toolchain-{os.getpid()}-mine", tmp_path / "toolchain-my-notes"]
-    for folder in (*kept, tmp_path / f"toolchain-{2**22 + 1}-left"):
+    names = [
+        f"{publishing.WORK}-{space}-{os.getpid()}-mine",
+        f"{publishing.WORK}-{elsewhere}-{dead}-left",  # it may live there
+        f"{publishing.WORK}-{space}-{dead}-my-notes",
+        f"toolchain-{dead}-left",
+        "toolchain-2024-backup",
+        "toolchain-my-notes",
+    ]
+    kept = [tmp_path / name for name in names]
+    for folder in (*kept, tmp_path / f"{publishing.WORK}-{space}-{dead}-left"):
         folder.mkdir()
     with remote.scratch() as folder:
         assert sorted(tmp_path.iterdir()) == sorted([*kept, folder])
@@ -320,7 +333,7 @@ def test_an_interrupt_ends_the_cluster_too(tiny, tmp_path):
     assert command.returncode == 130
     assert started
     assert not psutil.wait_procs(started, timeout=10)[1]
-    assert (tmp_path / ".out.csv.parts").is_dir()
+    assert (publishing.work_folder(tmp_path / "out.csv") / "parts").is_dir()
 
 
 def test_a_cluster_that_dies_leaves_what_was_scored(model, small, tmp_path, monkeypatch):

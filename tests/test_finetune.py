@@ -12,7 +12,7 @@ import torch
 from conftest import make_checkpoint
 from safetensors.torch import load_file, save_file
 
-from toolchain import checkpoints, training
+from toolchain import checkpoints, publishing, training
 from toolchain.artifacts import sha256
 from toolchain.backends.pytorch import load_model
 
@@ -354,7 +354,7 @@ def test_a_loss_that_is_no_number_ends_it_and_keeps_what_was(make, headless, tic
     assert "The loss is nan at step 6" in err
     assert "lower learning rate" in err
     assert not folder.exists()
-    kept = tmp_path / ".out.training"
+    kept = publishing.work_folder(tmp_path / "out") / "training"
     assert str(kept) in err
     state = json.loads((kept / "state.json").read_text())
     assert (state["step"], len(state["held_out"])) == (6, 1)
@@ -436,12 +436,12 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(headless, ticket
     os.kill(run.pid, signal.SIGKILL)
     run.communicate(timeout=60)
     assert not (tmp_path / "out").exists()
-    assert (tmp_path / ".out.training" / "state.json").is_file()
+    assert (publishing.work_folder(tmp_path / "out") / "training" / "state.json").is_file()
     result, folder, again, _ = make(headless, tickets, "--epochs", "3")
     assert result == 0
     assert again["training"]["held_out_accuracy"] == card["training"]["held_out_accuracy"]
     assert sha256(folder / "model.safetensors") == sha256(whole / "model.safetensors")
-    assert not (tmp_path / ".out.training").exists()
+    assert not publishing.work_folder(tmp_path / "out").exists()
 
 
 def test_float16_is_scaled_and_resumes(make, headless, tickets, monkeypatch):

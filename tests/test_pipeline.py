@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import make_checkpoint
 
-from toolchain import pipeline, variants
+from toolchain import pipeline, publishing, variants
 from toolchain.artifacts import MANIFEST
 from toolchain.errors import ArtifactError, GraphError, TamperedError, UnknownVariantError, VerdictError
 from toolchain.pipeline import Workspace, ensure, plan, states, validate_variant
@@ -34,7 +34,7 @@ def digest(workspace):
     return {
         str(p.relative_to(workspace.exported)): p.read_bytes()
         for p in sorted(workspace.exported.rglob("*"))
-        if p.is_file() and not p.name.endswith(".lock")
+        if p.is_file()
     }
 
 
@@ -250,20 +250,20 @@ def test_a_run_stopped_in_the_middle_leaves_what_was_there_and_the_next_one_goes
         if line.startswith("onnx-std: building"):
             break
     scratch = tmp_path / "exported" / "tiny"
-    while not list(scratch.glob(".onnx-std.*.building")):
+    while not (publishing.work_folder(scratch / "onnx-std") / "building").exists():
         time.sleep(0.01)
     os.kill(run.pid, sent)
     rest = run.communicate(timeout=60)[1]
     if sent == signal.SIGINT:
         assert run.returncode == 130, rest
         assert "Interrupted" in rest
-        assert not list(scratch.glob(".*.building"))
+        assert not list(scratch.glob(".*"))
     assert not (scratch / "onnx-std").exists()
     workspace = Workspace.open(str(checkpoint), tmp_path / "exported")
     workspace.load("torch-fp32").verify()
     assert reasons(workspace, ["onnx-std"]) == {"torch-fp32": "", "onnx-std": "missing"}
     ensure(workspace, ["onnx-std"], {}, lambda line: None)
-    assert not list(scratch.glob(".*.building"))
+    assert not list(scratch.glob(".*"))
 
 
 def test_two_runs_at_once_build_once(tmp_path):
@@ -274,7 +274,7 @@ def test_two_runs_at_once_build_once(tmp_path):
     assert [run.returncode for run in runs] == [0, 0], said
     manifest = json.loads((tmp_path / "exported" / "tiny" / "onnx-std" / MANIFEST).read_text())
     assert manifest["validation"]["passed"]
-    assert not list((tmp_path / "exported" / "tiny").glob(".*.building"))
+    assert not list((tmp_path / "exported" / "tiny").glob(".*"))
     Workspace.open(str(checkpoint), tmp_path / "exported").load("onnx-std").verify()
 
 

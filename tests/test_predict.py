@@ -179,6 +179,23 @@ def test_an_output_that_exists_or_has_no_format_is_refused(model, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.csv", "out.csv"]
 
 
+def test_an_output_that_appears_meanwhile_is_not_replaced(model, tmp_path):
+    source, output = write_texts(tmp_path / "in.csv", ["good"]), tmp_path / "out.csv"
+
+    def engine(*arguments):
+        yield from predicting.here(*arguments)
+        output.write_text("mine")
+
+    with pytest.raises(ArtifactError, match=r"out\.csv exists"):
+        predict(model, Texts(str(source)), output, quiet, no_bar, engine)
+    assert output.read_text() == "mine"
+    output.unlink()
+    said = []
+    assert predict(model, Texts(str(source)), output, said.append, no_bar) == 1
+    assert "1 texts are scored already" in said[0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.csv", "out.csv"]
+
+
 class Breaking:
     """A session that is interrupted after so many batches, and counts those it answered."""
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolchain import losses, training
+from toolchain import losses, publishing, training
 from toolchain.backends import layout
 from toolchain.backends.batches import batch
 from toolchain.errors import DataError
@@ -245,7 +245,7 @@ def test_a_killed_recovery_is_taken_up_and_cleans_up(tiny, task, tmp_path):
             break
     os.kill(run.pid, signal.SIGKILL)
     run.communicate(timeout=60)
-    resume = tiny.path(".torch-pruned50-r3.training")
+    resume = publishing.work_folder(tiny.path("torch-pruned50-r3")) / "training"
     assert (resume / "state.json").is_file()
     assert not tiny.path("torch-pruned50-r3").exists()
     workspace = Workspace(tiny.exported, tiny.model, tiny.source, training_source(file))

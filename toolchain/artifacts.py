@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
-import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from toolchain import files, publishing
 from toolchain.errors import ArtifactError, TamperedError
 from toolchain.labels import LabelSet
 from toolchain.variants import Step, settings_of, step_from, step_name
@@ -228,90 +227,14 @@ def copy_companions(artifact: Artifact, folder: Path) -> None:
             shutil.copyfile(artifact.path / entry.path, folder / entry.path)
 
 
-@contextmanager
-def lock(target: Path, waiting: Callable[[], None], *, tidy: bool = False) -> Iterator[None]:
-    """Holds `target` for one process, having mended what a killed run left; `waiting` is called before it blocks.
-    `tidy` leaves no lock file beside what lies in somebody else's folder."""
-    from filelock import FileLock, Timeout
-
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        guard = FileLock(target.with_name(f".{target.name}.lock"))
-        try:
-            guard.acquire(timeout=0)
-        except Timeout:
-            waiting()
-            guard.acquire()
-    except OSError as error:
-        raise _unwritable(target.parent, error) from error
-    try:
-        _recover(target)
-        yield
-    finally:
-        if tidy:
-            Path(guard.lock_file).unlink(missing_ok=True)
-        guard.release()
-
-
-@contextmanager
-def building(target: Path) -> Iterator[Path]:
-    """A scratch folder beside `target` on the same file system, gone afterwards unless it was published."""
-    try:
-        scratch = target.with_name(f".{target.name}.{os.getpid()}.building")
-        scratch.mkdir()
-    except OSError as error:
-        raise _unwritable(target.parent, error) from error
-    try:
-        yield scratch
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
-            raise _unwritable(target.parent, error) from error
-        raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
 def publish(scratch: Path, target: Path, manifest: Manifest) -> Artifact:
-    """Writes the manifest last and renames the whole folder into place; under `lock`."""
+    """Writes the manifest last and renames the whole folder into place; under `publishing.lock`."""
     try:
         (scratch / MANIFEST).write_text(manifest.to_json())
     except OSError as error:
-        raise _unwritable(target.parent, error) from error
-    replace(scratch, target)
+        raise ArtifactError.unwritable(target.parent, error) from error
+    publishing.replace(scratch, target)
     return Artifact(target, manifest)
-
-
-def replace(scratch: Path, target: Path) -> None:
-    """Renames the folder into place, what was there being gone only when that is done; under `lock`."""
-    try:
-        old = _old(target)
-        if target.exists():
-            target.rename(old)
-        scratch.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        _recover(target)
-        raise _unwritable(target.parent, error) from error
-
-
-def _old(target: Path) -> Path:
-    return target.with_name(f".{target.name}.old")
-
-
-def _recover(target: Path) -> None:
-    """A run killed between two renames leaves the old folder aside: put it back; scratch folders go."""
-    old = _old(target)
-    if old.exists() and not target.exists():
-        old.rename(target)
-    for left in [old, *target.parent.glob(f".{target.name}.*.building")]:
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def _unwritable(folder: Path, error: OSError) -> ArtifactError:
-    return ArtifactError(
-        f"{folder} cannot be written: {error.strerror or error}.",
-        "Free the space or the permission, or choose another place with --exported DIR (for a bundle: --output DIR).",
-    )
 
 
 def gzip_bytes(artifact: Artifact, cache: Path) -> int:
@@ -326,6 +249,5 @@ def gzip_bytes(artifact: Artifact, cache: Path) -> int:
             while part := file.read(1 << 20):
                 size += len(packer.compress(part))
         size += len(packer.flush())
-    cache.mkdir(parents=True, exist_ok=True)
-    known.write_text(str(size))
+    files.write_whole(known, str(size))
     return size

@@ -20,6 +20,8 @@ ToolchainError                exit 1: a sentence with the cause, a sentence with
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class ToolchainError(Exception):
     """A failure the user can mend: `cause` says what is wrong, `mend` what to do; `exit_code` is the process's."""
@@ -53,6 +55,15 @@ class DataError(ToolchainError):
 
 class ArtifactError(ToolchainError):
     """An artifact folder that cannot be read, written or replaced."""
+
+    @classmethod
+    def unwritable(cls, folder: Path, error: OSError) -> ArtifactError:
+        """For a folder that the system does not let us write."""
+        return cls(
+            f"{folder} cannot be written: {error.strerror or error}.",
+            "Free the space or the permission, or choose another place with --exported DIR (for a bundle: "
+            "--output DIR).",
+        )
 
 
 class TamperedError(ArtifactError):
@@ -97,7 +108,12 @@ class ClusterError(ToolchainError):
 
 
 class ResultFileError(ToolchainError):
-    """A result file that is truncated, of another schema, or contradicts itself."""
+    """A result file that is truncated, of another schema, contradicts itself, or cannot be written."""
+
+    @classmethod
+    def unwritable(cls, path: Path, error: OSError) -> ResultFileError:
+        """For a file that the system does not let us write."""
+        return cls(f"{path} cannot be written: {error.strerror or error}.", "Free the space or the permission.")
 
 
 class VerdictError(ToolchainError):

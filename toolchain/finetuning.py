@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import toolchain
-from toolchain import artifacts, checkpoints, confidence, inputs, labels
+from toolchain import checkpoints, confidence, inputs, labels, publishing
 from toolchain.backends.batches import batches
 from toolchain.checkpoints import Source
 from toolchain.errors import ArtifactError, CheckpointError, DataError
@@ -83,12 +83,12 @@ def finetune(request: Request, say: Say, bar: Bar) -> dict[str, Any]:
     }
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     output = request.output
-    with artifacts.lock(output, lambda: say(f"{output}: another run is writing it, waiting"), tidy=True):
+    with publishing.lock(output, lambda: say(f"{output}: another run is writing it, waiting")):
         if done := _made(output, key):
             say(f"{output}: the same already, unchanged")
             return done
-        resume = output.with_name(f".{output.name}.training")
-        with artifacts.building(output) as scratch:
+        resume = publishing.work_folder(output) / "training"
+        with publishing.building(output) as scratch:
             start = scratch / "start"
             _begin(folder, start, label_set, keep, request.recipe.seed)
             encoder = _import(start, scratch, resume, request.max_length)
@@ -99,7 +99,7 @@ def finetune(request: Request, say: Say, bar: Bar) -> dict[str, Any]:
             judged = _judged(model, encoder, known or rows.only(inputs.hold_out(rows)[1]))
             card = {"toolchain": toolchain.__version__, "key": key, **about, "training": history, "judged": judged}
             (scratch / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            artifacts.replace(scratch, output)
+            publishing.replace(scratch, output)
         shutil.rmtree(resume, ignore_errors=True)
     return card
 

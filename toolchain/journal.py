@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from toolchain import files
 from toolchain.errors import ResultFileError
 
 SUFFIX = ".journal"
@@ -20,22 +22,20 @@ class Journal:
 
     @classmethod
     def begin(cls, path: Path, head: Mapping[str, Any]) -> Journal:
-        """A new run's; `ResultFileError` where it cannot be written."""
-        journal = cls(path, [])
+        """A new run's, at `path` or at a numbered name where that exists; `ResultFileError` where it cannot be
+        written."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            return cls(files.write_to_free(path, _line(head)), [])
         except OSError as error:
-            raise _unwritable(path, error) from error
-        journal.append(head)
-        return journal
+            raise ResultFileError.unwritable(path, error) from error
 
     @classmethod
     def take_up(cls, path: Path, head: Mapping[str, Any]) -> Journal:
         """An earlier run's, to go on with; `ResultFileError` unless it was begun with the same `head`."""
-        lines = path.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]  # a killed run may have left part of a line
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]  # a killed run may have left part of a line
         try:
-            found, *records = [json.loads(line) for line in whole]
+            found, *records = [json.loads(line) for line in whole.splitlines()]
             differs = [key for key in head if found.get(key) != json.loads(json.dumps(head[key]))]
             cells = range(len(head["cells"]))
             known = all(record["cell"] in cells and isinstance(record["kind"], str) for record in records)
@@ -48,16 +48,16 @@ class Journal:
             )
         if not known:
             raise ResultFileError(f"{path} is no interrupted run: it has a record of no cell.", "Delete it.")
-        path.write_text("".join(whole))
+        os.truncate(path, len(whole))
         return cls(path, records)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds a line; `ResultFileError` where it cannot be written."""
         try:
             with self.path.open("a") as file:
-                file.write(json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n")
+                file.write(_line(record))
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise ResultFileError.unwritable(self.path, error) from error
 
     def end(self) -> None:
         """The run is over and kept elsewhere."""
@@ -66,12 +66,12 @@ class Journal:
 
 def newest(folder: Path, model: str) -> Path:
     """The model's interrupted run in `folder`; `ResultFileError` where there is none."""
-    # After the model's name comes only a time.
+    # After the model's name comes only a time, with a number where two runs began in the same second.
     found = [path for path in folder.glob(f"*{SUFFIX}") if path.stem.rsplit("-", 1)[0] == model]
     if not found:
         raise ResultFileError(f"There is no interrupted run of {model} in {folder}.", "Leave --resume out.")
     return max(found, key=lambda path: path.stem)
 
 
-def _unwritable(path: Path, error: OSError) -> ResultFileError:
-    return ResultFileError(f"{path} cannot be written: {error.strerror or error}.", "Free the space or the permission.")
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n"

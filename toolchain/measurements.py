@@ -6,16 +6,15 @@ samples, or that lacks them, is refused.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from toolchain import files
 from toolchain.errors import ResultFileError
 
 SCHEMA = 2
@@ -267,25 +266,27 @@ class ResultFile:
     data: Mapping[str, Any]
     rows: tuple[Measurement, ...]
 
-    def write(self, path: Path) -> None:
-        """Writes the file whole or not at all, one row a line; `ResultFileError` where that cannot be done."""
+    def to_json(self) -> str:
+        """The file's text, one row a line."""
         head = {name: getattr(self, name) for name in ("created", "toolchain", "machine", "run", "data")}
         head["data"] = {name: value for name, value in self.data.items() if name != "labels"}
         text = json.dumps({"schema": SCHEMA, **head}, indent=1, allow_nan=False)[:-2]
         rows = ",\n".join(f"  {_line(row.to_json())}" for row in self.rows)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        return f'{text},\n "labels": {_line(self.data.get("labels", []))},\n "rows": [\n{rows}\n ]\n}}\n'
+
+    def write(self, path: Path, *, replace: bool = True) -> None:
+        """Writes the file whole or not at all.
+
+        Raises:
+            FileExistsError: `path` exists and `replace` is false.
+            ResultFileError: The file cannot be written.
+        """
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(
-                f'{text},\n "labels": {_line(self.data.get("labels", []))},\n "rows": [\n{rows}\n ]\n}}\n'
-            )
-            scratch.replace(path)
+            files.write_whole(path, self.to_json(), replace=replace)
+        except FileExistsError:
+            raise
         except OSError as error:
-            with contextlib.suppress(OSError):
-                scratch.unlink()
-            raise ResultFileError(
-                f"{path} cannot be written: {error.strerror or error}.", "Free the space or the permission."
-            ) from error
+            raise ResultFileError.unwritable(path, error) from error
 
     @classmethod
     def read(cls, path: Path) -> ResultFile:

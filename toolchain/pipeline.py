@@ -24,6 +24,7 @@ from toolchain import (
     inputs,
     onnx_metadata,
     origins,
+    publishing,
     trimming,
     variants,
 )
@@ -186,15 +187,15 @@ def _build(
 ) -> Artifact:
     name, target = item.variant.name, workspace.path(item.variant.name)
     parent = ready.get(item.variant.parent or "")
-    with artifacts.lock(target, lambda: say(f"{name}: another run is building it, waiting")):
+    with publishing.lock(target, lambda: say(f"{name}: another run is building it, waiting")):
         lies = workspace.load(name) if item.reason == "missing" else None
         if lies and lies.manifest.step == item.step and lies.manifest.parent_id == (parent and parent.manifest.id):
             return lies  # built by the run that was waited for
         origin, source = _origin(workspace, item.step, parent)
         run, version = STEPS[type(item.step)]
         _given_again(workspace, item)
-        resume = target.with_name(f".{name}.training")
-        with artifacts.building(target) as scratch:
+        resume = publishing.work_folder(target) / "training"
+        with publishing.building(target) as scratch:
             built = run(
                 Job(
                     step=item.step,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain import artifacts, hardware, shipping, variants
+from toolchain import artifacts, files, hardware, publishing, shipping, variants
 from toolchain.artifacts import Artifact
 from toolchain.backends import Place, open_session
 from toolchain.bundled.verify import BUNDLE, LOGITS, TEXT
@@ -156,15 +156,19 @@ def predict(model: Model, texts: Texts, output: Path | None, say: Say, bar: Bar,
         return count
     if output.suffix.lower() not in FORMATS:
         raise DataError(f"{output} ends in none of {', '.join(FORMATS)}.", "Name the output by one of them.")
-    with artifacts.lock(output, lambda: say(f"{output}: another run is writing it, waiting"), tidy=True):
+    with publishing.lock(output, lambda: say(f"{output}: another run is writing it, waiting")):
         if output.exists():
-            raise ArtifactError(f"{output} exists.", "Move it away, or name another file.")
+            raise _taken(output)
         return _kept(model, texts, output, say, bar, engine)
+
+
+def _taken(output: Path) -> ArtifactError:
+    return ArtifactError(f"{output} exists.", "Move it away, or name another file.")
 
 
 def _kept(model: Model, texts: Texts, output: Path, say: Say, bar: Bar, engine: Engine) -> int:
     """`predict` into a file, by way of parts."""
-    parts = output.with_name(f".{output.name}.parts")
+    parts = publishing.work_folder(output) / "parts"
     total = texts.count()
     done = _taken_up(parts, model, texts)
     if done:
@@ -180,7 +184,9 @@ def _kept(model: Model, texts: Texts, output: Path, say: Say, bar: Bar, engine: 
         with writer(whole, model.columns(texts)) as write:
             for part in sorted(parts.glob("[0-9]*")):
                 write([json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()])
-        whole.rename(output)
+        files.move_to_free(whole, output)
+    except FileExistsError as error:
+        raise _taken(output) from error
     except OSError as error:
         raise ArtifactError(f"{output} cannot be written: {error.strerror or error}.", "Free the space.") from error
     shutil.rmtree(parts, ignore_errors=True)
@@ -212,11 +218,9 @@ def _taken_up(parts: Path, model: Model, texts: Texts) -> int:
 
 def _keep(part: Path, rows: Sequence[Row]) -> None:
     """Writes a part whole or not at all."""
-    building = part.with_name(f".{part.name}")
     try:
         # \x85 and its like end a line for str.splitlines, and are escaped.
-        building.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        building.rename(part)
+        files.write_whole(part, "".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
         raise ArtifactError(
             f"{part.parent} cannot be written: {error.strerror or error}.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import secrets
 import statistics
 from collections import Counter
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import toolchain
-from toolchain import artifacts, checkpoints, hardware, inputs, journal, variants
+from toolchain import artifacts, checkpoints, files, hardware, inputs, journal, variants
 from toolchain.artifacts import Manifest
 from toolchain.cells import Cell
 from toolchain.errors import BenchError, DataError, ProviderError, PruningError, ResultFileError, ToolchainError
@@ -253,14 +254,46 @@ def judge(*results: ResultFile) -> None:
         raise BenchError(f"Nothing could be measured: {rows[0].reason}", rows[0].mend)
 
 
-def save(result: ResultFile, model: str, name: str | None, of_many: bool = False) -> Path:
-    """Writes the run under `benchmarks/results/`: local to this machine, or under a `name` to be committed; with the
-    machine's id where it is one `of_many`."""
+def named_path(name: str, machine_id: str | None = None) -> Path:
+    """Where a result to be committed lies; with the machine's id where several machines give one each."""
+    return RESULTS / (f"{name}-{machine_id}.json" if machine_id else f"{name}.json")
+
+
+def require_free(path: Path) -> None:
+    """Raises `ResultFileError` where the path exists."""
+    if os.path.lexists(path):
+        raise _taken(path)
+
+
+def _taken(path: Path) -> ResultFileError:
+    return ResultFileError(f"{path} exists.", "Give another name with --save-as, or replace it with --force.")
+
+
+def save_named(result: ResultFile, path: Path, *, force: bool) -> None:
+    """Writes the run to a `named_path`.
+
+    Raises:
+        ResultFileError: The path exists and `force` is false, or it cannot be written.
+    """
+    try:
+        result.write(path, replace=force)
+    except FileExistsError as error:
+        raise _taken(path) from error
+
+
+def save_local(result: ResultFile, model: str, machine_id: str | None = None) -> Path:
+    """Writes the run to a new file that is local to this machine, and returns its path.
+
+    Raises:
+        ResultFileError: The file cannot be written.
+    """
     stamp = result.created.replace(":", "").replace("-", "").removesuffix("+0000")
-    suffix = f"-{result.machine['id']}" if of_many else ""
-    path = RESULTS / f"{name}{suffix}.json" if name else LOCAL / f"{model}-{stamp}Z{suffix}.json"
-    result.write(path)
-    return path
+    suffix = f"-{machine_id}" if machine_id else ""
+    path = LOCAL / f"{model}-{stamp}Z{suffix}.json"
+    try:
+        return files.write_to_free(path, result.to_json())
+    except OSError as error:
+        raise ResultFileError.unwritable(path, error) from error
 
 
 def newest(model: str, say: Say) -> ResultFile:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain import bundles, hardware, inputs, onnx_metadata, passes, runs, variants
-from toolchain.artifacts import Artifact, Manifest, building, lock, replace
+from toolchain.artifacts import Artifact, Manifest
 from toolchain.backends import Place, Session, open_session
 from toolchain.bundled import verify as bundled
 from toolchain.bundles import Contents, Origin
@@ -19,6 +19,7 @@ from toolchain.inputs import Encoder, pad
 from toolchain.measurements import Measurement, ResultFile
 from toolchain.names import parse_name
 from toolchain.pipeline import Bar, Say, Workspace, ensure
+from toolchain.publishing import building, lock, replace
 from toolchain.steps.validate import SEED as VALIDATED_SEED
 from toolchain.steps.validate import SENTENCES as VALIDATED
 from toolchain.steps.validate import TEXTS, TOLERANCE, sentence, validate
@@ -94,7 +95,7 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
         order.with_tokenizer,
         order.ort_mobile if target is TARGETS["mobile"] else None,
     )
-    with lock(output, lambda: say(f"{output}: another run is writing it, waiting"), tidy=True):
+    with lock(output, lambda: say(f"{output}: another run is writing it, waiting")):
         _check_output(output)
         return _publish(contents, output, say)
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain import hardware
+from toolchain import files, hardware
 from toolchain.backends import mixed
 from toolchain.backends.batches import Batch, Targets, batch, batches
 from toolchain.backends.layout import matched_layers
@@ -275,8 +275,7 @@ class _Run:
         self.state.spent_s = self._before_s + time.monotonic() - self._started
         self.state.scale = self._scaler.get_scale() if self._scaler.is_enabled() else self.state.scale
         _write(self._folder / f"{self.state.step}.{WEIGHTS}", tensors)
-        (self._folder / f".{STATE}").write_text(json.dumps(asdict(self.state)))
-        os.replace(self._folder / f".{STATE}", self._folder / STATE)
+        files.write_whole(self._folder / STATE, json.dumps(asdict(self.state)))
         for old in self._folder.glob(f"*.{WEIGHTS}"):
             if old.name != f"{self.state.step}.{WEIGHTS}":
                 old.unlink()

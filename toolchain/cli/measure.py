@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from toolchain.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from toolchain.errors import ResultFileError
     from toolchain.measurements import ResultFile
     from toolchain.pipeline import Workspace
     from toolchain.runs import Request
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Most sentences of a batch.")
 @click.option("--by-length", is_flag=True, help="Latency at 16, 32, … 512 tokens as well.")
 @click.option("--save-as", metavar="NAME", help="Save under benchmarks/results/NAME.json, to be committed.")
+@click.option("--force", is_flag=True, help="Replace the result that --save-as names.")
 @click.option("--resume", is_flag=True, help="Go on with the interrupted run of the same command.")
 @engine_options
 @json_option
@@ -66,6 +69,7 @@ def bench(
     batch_size: int,
     by_length: bool,
     save_as: str | None,
+    force: bool,
     resume: bool,
     engine: str,
     address: str | None,
@@ -93,6 +97,8 @@ def bench(
         raise click.UsageError("--resume and --dry-run are for --engine local.")
     if save_as and Path(save_as).name != save_as:
         raise click.BadParameter("a name, not a path", param_hint="--save-as")
+    if force and not save_as:
+        raise click.UsageError("--force goes with --save-as.")
     protocol = replace(
         QUICK if quick else FULL,
         threads=threads or hardware.cores(),
@@ -103,31 +109,36 @@ def bench(
     )
     request = runs.Request(names, providers, protocol, data, columns, split, resume)
     workspace = open_workspace(model, exported, slug)
+    saving = _Saving(workspace.model, save_as, force)
+    if engine != RAY:
+        saving.require_free([None])
     if dry_run:
         for name, provider, what in runs.outlook(workspace, request):
             click.echo(f"{name}@{provider}: {what}")
         return
     if engine == RAY:
-        results = _bench_on_ray(workspace, request, threads, address, save_as)
+        results = _bench_on_ray(workspace, request, threads, address, saving)
     else:
-        results = [_bench_here(workspace, request, save_as)]
+        results = [_bench_here(workspace, request, saving)]
     show(rows_of(results, None, exported), "json" if as_json else "table")
     runs.judge(*results)
+    if saving.error:
+        raise saving.error
 
 
-def _bench_here(workspace: Workspace, request: Request, save_as: str | None) -> ResultFile:
+def _bench_here(workspace: Workspace, request: Request, saving: _Saving) -> ResultFile:
     from toolchain import runs
     from toolchain.report.progress import bar, say
 
     with bar("bench") as progress:
         result, journal = runs.measure(workspace, request, say, progress)
-    _save(workspace, result, save_as)
+    saving.save(result, None)
     journal.end()
     return result
 
 
 def _bench_on_ray(
-    workspace: Workspace, request: Request, threads: int | None, address: str | None, save_as: str | None
+    workspace: Workspace, request: Request, threads: int | None, address: str | None, saving: _Saving
 ) -> list[ResultFile]:
     from toolchain.distributed import connected
     from toolchain.distributed.benching import measure
@@ -135,16 +146,50 @@ def _bench_on_ray(
 
     results = []
     with connected(address, say) as cluster:
+        saving.require_free([node.machine["id"] for node in cluster.nodes])
         for result in measure(cluster, workspace, request, threads, say):
-            _save(workspace, result, save_as, of_many=True)
+            saving.save(result, result.machine["id"])
             results.append(result)
     return results
 
 
-def _save(workspace: Workspace, result: ResultFile, save_as: str | None, of_many: bool = False) -> None:
-    from toolchain import runs
-    from toolchain.report.progress import say
+@dataclass
+class _Saving:
+    """Where results go: to a `name` to be committed, or to a local file of the `model`.
 
-    measured = any(row.status == "ok" for row in result.rows)
-    # A name is for results to be committed: a run that measured nothing does not take it.
-    say(f"saved: {runs.save(result, workspace.model, save_as if measured else None, of_many)}")
+    Where several machines measure at once, each has a file of its own: the name and the machine's id.
+    """
+
+    model: str
+    name: str | None
+    force: bool
+    error: ResultFileError | None = None
+
+    def require_free(self, machine_ids: Iterable[str | None]) -> None:
+        """Raises `ResultFileError`, before anything is measured, where a result of this name would be replaced."""
+        from toolchain import runs
+
+        if self.name and not self.force:
+            for machine_id in machine_ids:
+                runs.require_free(runs.named_path(self.name, machine_id))
+
+    def save(self, result: ResultFile, machine_id: str | None) -> None:
+        """Writes the result and says where; where the name cannot be had, to a local file, and keeps the error."""
+        from toolchain import runs
+        from toolchain.errors import ResultFileError
+        from toolchain.report.progress import say
+
+        # A name is for results to be committed: a run that measured nothing does not take it.
+        if self.name and any(row.status == "ok" for row in result.rows):
+            path = runs.named_path(self.name, machine_id)
+            try:
+                runs.save_named(result, path, force=self.force)
+            except ResultFileError as error:
+                path = runs.save_local(result, self.model, machine_id)
+                self.error = ResultFileError(
+                    f"{error.cause} This result is in {path}.", "Move it to a name that is free."
+                )
+                say(error.cause)
+        else:
+            path = runs.save_local(result, self.model, machine_id)
+        say(f"saved: {path}")

@@ -95,7 +95,7 @@ def tune(
     names = dict.fromkeys(["torch-fp32", EXACT, best.baseline, *(outcome.variant for outcome in front)])
     with bar("the front on validation data") as progress:
         result, journal = runs.measure(workspace, replace(last, names=tuple(names)), say, progress)
-    path = runs.save(result, workspace.model, None)
+    path = runs.save_local(result, workspace.model)
     say(f"saved: {path}")
     journal.end()
     if as_json:

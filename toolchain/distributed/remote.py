@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain import hardware, runs, worker
+from toolchain import hardware, publishing, runs, worker
 from toolchain.cells import Cell
 from toolchain.checkpoints import Source
 from toolchain.inputs import Data
@@ -47,12 +50,20 @@ def scratch() -> Iterator[Path]:
     """A folder on this machine that goes with its use; those of processes that were killed go first."""
     import psutil
 
-    for left in Path(tempfile.gettempdir()).glob("toolchain-*-*"):
-        owner = left.name.split("-")[1]
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(left, ignore_errors=True)  # another's is not to be deleted
-    with tempfile.TemporaryDirectory(prefix=f"toolchain-{os.getpid()}-") as folder:
+    ours = f"{publishing.WORK}-{_process_space()}"
+    for left in Path(tempfile.gettempdir()).iterdir():
+        found = re.fullmatch(rf"{ours}-([0-9]+)-\w+", left.name)
+        if found and not psutil.pid_exists(int(found[1])):
+            shutil.rmtree(left, ignore_errors=True)  # another user's cannot be deleted
+    with tempfile.TemporaryDirectory(prefix=f"{ours}-{os.getpid()}-") as folder:
         yield Path(folder)
+
+
+def _process_space() -> str:
+    """Where a process id means one process: machines and containers that share a disk each count their own."""
+    namespace = Path("/proc/self/ns/pid")
+    number = namespace.stat().st_ino if namespace.exists() else 0
+    return hashlib.sha256(f"{platform.node()} {number}".encode()).hexdigest()[:8]
 
 
 @dataclass

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain import hardware
+from toolchain import files, hardware
 from toolchain.backends.layout import LayerShape, head_size, reshape, shapes_of
 from toolchain.errors import PruningError
 from toolchain.variants import CPU_PASSES, QUANTIZE_PASSES
@@ -104,11 +104,8 @@ def latency_table(model: PreTrainedModel, folder: Path, progress: Callable[[int,
     if file.is_file():
         return _read(file, what)
     table = _measure(model, encoder, progress)
-    folder.mkdir(parents=True, exist_ok=True)
     body = {"schema": SCHEMA, **what, **vars(table)}
-    scratch = file.with_suffix(".writing")
-    scratch.write_text(json.dumps(body, indent=1) + "\n")
-    scratch.replace(file)
+    files.write_whole(file, json.dumps(body, indent=1) + "\n")
     return table
 
 

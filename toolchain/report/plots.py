@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolchain import files
 from toolchain.errors import ResultFileError
 from toolchain.report import drawing
 from toolchain.report.canvas import STYLE
@@ -104,17 +104,10 @@ def save(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_bytes(content)
-        scratch.replace(path)
+        files.write_whole(path, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
-        raise ResultFileError(
-            f"{path} cannot be written: {error.strerror or error}.", "Free the space or the permission."
-        ) from error
+        raise ResultFileError.unwritable(path, error) from error
 
 
 @contextlib.contextmanager

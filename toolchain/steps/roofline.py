@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolchain import checkpoints, hardware, worker
+from toolchain import checkpoints, files, hardware, worker
 from toolchain.backends.layout import LAYOUTS, SHARING
 from toolchain.errors import BenchError, CheckpointError
 
@@ -175,10 +175,7 @@ def rates(cache: Path, threads: int, progress: Progress) -> Rates:
     for number, (runtime, wanted) in enumerate(precisions.items()):
         progress(number, len(precisions), f"calibration of {runtime}")
         found[runtime] = _measure(runtime, wanted, threads, SECONDS, MEBIBYTES)
-    cache.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(f".{os.getpid()}.writing")
-    scratch.write_text(json.dumps({**head, "rates": found}, indent=1) + "\n")
-    scratch.replace(file)
+    files.write_whole(file, json.dumps({**head, "rates": found}, indent=1) + "\n")
     return found
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
 from toolchain.errors import ShippingError
+from toolchain.publishing import building, lock, replace
 
 PACKAGES = Path(__file__).parent / "packages"
 LOCK = "package-lock.json"
@@ -47,19 +47,17 @@ def install(cache: Path) -> Path:
     if npm is None:
         raise ShippingError("The demo page is made of npm packages, and there is no npm here.", mend)
     target = folder(cache)
-    scratch = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    shutil.copytree(PACKAGES, scratch)
-    command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-    run = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
-    try:
-        if run.returncode:
-            said = [line for line in run.stderr.strip().splitlines() if "error" in line] or ["it does not say why"]
-            raise ShippingError(f"npm could not install {TRANSFORMERS}: {said[0]}.", mend)
-        shutil.rmtree(target, ignore_errors=True)
-        scratch.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with lock(target, lambda: None):
+        if modules := installed(cache):  # by the run that was waited for
+            return modules
+        with building(target) as scratch:
+            shutil.copytree(PACKAGES, scratch, dirs_exist_ok=True)
+            command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+            run = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
+            if run.returncode:
+                said = [line for line in run.stderr.strip().splitlines() if "error" in line] or ["it does not say why"]
+                raise ShippingError(f"npm could not install {TRANSFORMERS}: {said[0]}.", mend)
+            replace(scratch, target)
     return target / "node_modules"
 
 
