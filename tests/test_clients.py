@@ -45,13 +45,12 @@ needs_chromium = pytest.mark.skipif(
 needs_python = pytest.mark.skipif(not PYTHON.exists(), reason="needs `make test-clients`")
 needs_phone = pytest.mark.skipif(not PHONE.exists(), reason="needs `make test-clients`")
 needs_openvino = pytest.mark.skipif(not OPENVINO.exists(), reason="needs `make test-clients`")
+needs_avx2, needs_arm = (
+    pytest.mark.skipif(bool(reason), reason=reason)
+    for reason in (emulated.reason_to_skip(processor, CLIENTS) for processor in (emulated.AVX2, emulated.ARM))
+)
 on_each_processor = pytest.mark.parametrize(
-    "processor",
-    [
-        pytest.param(name, marks=pytest.mark.skipif(bool(reason), reason=reason))
-        for name in (emulated.AVX2, emulated.ARM)
-        for reason in [emulated.reason_to_skip(name, CLIENTS)]
-    ],
+    "processor", [pytest.param(emulated.AVX2, marks=needs_avx2), pytest.param(emulated.ARM, marks=needs_arm)]
 )
 
 
@@ -242,6 +241,7 @@ def short_bundles(reference, tmp_path_factory):
         for target, names in (
             ("python", ("onnx-int8", "onnx-int8-portable")),
             ("mobile", ("onnx-int8",)),
+            ("other", ("onnx-std-int8",)),
             ("web", ("onnx-int8",)),
         ):
             shipping.ship(reference, Order(names, target, demo=False), folder / target, lambda line: None, no_bar)
@@ -267,8 +267,16 @@ def test_a_bundle_verifies_itself_on_other_processors(short_bundles, processor, 
     assert re.findall(r"^(.*): golden sentences answered", said, re.MULTILINE) == files
 
 
+@needs_phone
+@needs_avx2
+@pytest.mark.parametrize(("target", "files"), [("mobile", 2), ("other", 1)])
+def test_the_oldest_release_is_exact_with_avx2(short_bundles, target, files):
+    said = run(*emulated.program(emulated.AVX2, PHONE), "-I", short_bundles / target / "verify.py")
+    assert said.count("golden sentences answered") == files
+
+
 @needs_node
-@pytest.mark.skipif(bool(emulated.reason_to_skip(emulated.AVX2, CLIENTS)), reason="needs qemu-x86_64")
+@needs_avx2
 def test_the_bundle_proves_itself_on_node_with_avx2(short_bundles):
     said = run(*emulated.program(emulated.AVX2, NODE), "verify.mjs", cwd=short_bundles / "web")
     assert re.search(r"^onnx-int8: golden sentences answered", said, re.MULTILINE)

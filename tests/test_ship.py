@@ -113,7 +113,8 @@ def test_text_in_probabilities_out(texts, built_tiny, tmp_path):
     readme = (texts / "README.md").read_text()
     assert "take `text`, any number of strings" in readme
     block = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
-    subprocess.run([sys.executable, "-c", block], cwd=texts, check=True, capture_output=True)
+    block = block.replace("/path/to/this/folder", str(texts))
+    subprocess.run([sys.executable, "-B", "-c", block], cwd=texts, check=True, capture_output=True)
     for command in (["verify.py"], ["classify.py", "café naïve"]):
         done = subprocess.run([sys.executable, *command], cwd=texts, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -417,7 +418,7 @@ def test_a_bundle_json_that_lies_about_its_shape_is_refused(bundle, change):
         reseal(
             bundle,
             {
-                "schema": lambda body: body.update(schema=2),
+                "schema": lambda body: body.update(schema=bundled.SCHEMA - 1),
                 "no models": lambda body: body.pop("models"),
                 "unlisted model": lambda body: body["models"][0].update(file="../model.onnx"),
             }[change],
