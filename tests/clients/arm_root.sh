@@ -12,7 +12,7 @@ for program in qemu-aarch64 apt-get dpkg-deb; do
     exit 0
   fi
 done
-# A root is made once for these two files.
+# A root is made once for each state of these two files.
 version=$(cat tests/clients/arm_root.sh constraints.txt | sha256sum)
 if [ "$(cat "$root/version" 2>/dev/null)" = "$version" ]; then
   exit 0
