@@ -456,6 +456,7 @@ def test_a_pruned_folder_can_be_brought_as_a_checkpoint_but_not_pruned_again(pru
     workspace = Workspace.open(str(pruned.path("torch-pruned50")), tmp_path, "mine", pruned.train)
     built = ensure(workspace, ["onnx-fp32"], {}, quiet)
     assert built["onnx-fp32"].manifest.validation["passed"]
+    assert (workspace.path("torch-fp32") / OWN_WEIGHTS).is_file()  # transformers would load it wrongly
     with pytest.raises(PruningError, match="already pruned"):
         ensure(workspace, ["torch-pruned30"], {}, quiet)
     assert not workspace.path("torch-pruned30").exists()
