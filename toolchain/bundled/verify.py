@@ -156,7 +156,7 @@ def check_runtime(body: Mapping[str, Any]) -> None:
         )
     models = _saturable(body)
     if models and saturates(exact=True):
-        raise Unfit(f"this runtime saturates 8-bit products, so {models[0]} answers wrongly here", _INSTEAD)
+        raise Unfit(f"this runtime saturates 8-bit products, so {models[0]} answers wrongly here", _SATURATION_HINT)
 
 
 def _saturable(body: Mapping[str, Any]) -> list[str]:
@@ -165,7 +165,7 @@ def _saturable(body: Mapping[str, Any]) -> list[str]:
     return [variant for variant, room in rooms.items() if room is not None and room < 1]
 
 
-_INSTEAD = "Install the newest onnxruntime, or use a -portable file, which is exact on every processor"
+_SATURATION_HINT = "Install the newest onnxruntime, or use a -portable file, which is exact on every processor"
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -228,7 +228,7 @@ def answers(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str, float,
             session = ort.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a class for every status
             if saturating:  # weights that layers share cannot be made unsigned
-                raise Unfit(f"{file} cannot be loaded on a processor that saturates: {error}", _INSTEAD) from error
+                raise Unfit(f"{file} cannot be loaded on a processor that saturates: {error}", _SATURATION_HINT) from error
             raise Broken(f"{file} cannot be loaded: {error}") from error
         deltas = _deltas(session, file, questions, wanted, inputs, pad_id)
         largest, median = max(deltas), sorted(deltas)[len(deltas) // 2]
