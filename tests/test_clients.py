@@ -132,7 +132,7 @@ def test_transformers_js_on_node_answers_alike(bundles, asked, here, dtype, vari
 def test_plain_onnxruntime_on_node_answers_alike(bundles, asked, here, variant):
     shutil.copy(TESTS / "clients" / "node.mjs", bundles)
     file = next(m for m in shipping.read(bundles / "web")["models"] if m["variant"] == variant)["file"]
-    found = json.loads(run(NODE, bundles / "node.mjs", bundles / "web" / file, asked / "tokens.json"))
+    found = json.loads(run(NODE, bundles / "node.mjs", bundles / "web", file, asked / "tokens.json"))
     agree(found["answers"], here(variant), "fp32" if variant == "onnx-fp32" else "int8")
 
 

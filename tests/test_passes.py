@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
 
 from toolchain import passes
+from toolchain.backends.ort import session_options
 from toolchain.errors import GraphError
 from toolchain.inputs import pad
 from toolchain.passes.graph import constant, takes_first_token
@@ -34,7 +35,7 @@ def std(built_tiny):
 
 def outputs(model, batch):
     proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
-    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(proto.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"])
     return session.run(None, batch)
 
 

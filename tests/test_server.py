@@ -16,6 +16,7 @@ from conftest import TESTS, make_checkpoint
 from readme_parts import ROOT
 
 from toolchain import inputs, shipping
+from toolchain.backends.ort import session_options
 from toolchain.bundled import verify as bundled
 from toolchain.errors import ArtifactError, VerdictError
 from toolchain.labels import shares
@@ -58,7 +59,7 @@ def read(bundle):
 
 def ask(bundle, config, batch):
     """What Triton would: the model's file for a batch of the declared types and shapes; tensors by name."""
-    options = ort.SessionOptions()
+    options = session_options(1)  # Triton cannot set the one for exact products: it takes -portable files on AVX2
     for library in config.get("model_operations", {}).get("op_library_filename", []):
         assert library == LIBRARY
         options.register_custom_ops_library(onnxruntime_extensions.get_library_path())

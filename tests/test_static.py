@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from toolchain import activations, inputs, passes
 from toolchain.activations import NOISE, SENTENCES, Seen, activation, calibrate, smoothing
+from toolchain.backends.ort import session_options
 from toolchain.errors import GraphError
 from toolchain.inputs import TrainingSource, pad
 from toolchain.passes.quantize_linear import weights_of
@@ -30,7 +31,8 @@ def quiet(line):
 
 
 def session(model):
-    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    content = ir.to_proto(model).SerializeToString()
+    return ort.InferenceSession(content, session_options(1), providers=["CPUExecutionProvider"])
 
 
 def answer(model, batch):

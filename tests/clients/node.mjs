@@ -1,9 +1,10 @@
-// Logits of tokens by onnxruntime-node alone: `node node.mjs MODEL.onnx TOKENS.json`.
+// Logits of tokens by onnxruntime-node alone: `node node.mjs BUNDLE MODEL.onnx TOKENS.json`.
 import { readFile } from "node:fs/promises";
 import ort from "onnxruntime-node";
 
-const [model, tokens] = process.argv.slice(2);
-const session = await ort.InferenceSession.create(model);
+const [bundle, model, tokens] = process.argv.slice(2);
+const { sessionOptions } = await import(`${bundle}/node.mjs`);
+const session = await ort.InferenceSession.create(`${bundle}/${model}`, await sessionOptions());
 const answers = [];
 for (const ids of JSON.parse(await readFile(tokens, "utf8"))) {
   const shape = [1, ids.length];

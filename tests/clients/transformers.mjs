@@ -5,7 +5,8 @@ import { env, pipeline } from "@huggingface/transformers";
 const [bundle, dtype, texts] = process.argv.slice(2);
 env.allowRemoteModels = false;
 const started = performance.now();
-const classify = await pipeline("text-classification", bundle, { dtype });
+const { sessionOptions } = await import(`${bundle}/node.mjs`);
+const classify = await pipeline("text-classification", bundle, { dtype, session_options: await sessionOptions() });
 const answers = [];
 const ms = [];
 for (const text of JSON.parse(await readFile(texts, "utf8"))) {

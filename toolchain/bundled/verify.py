@@ -228,7 +228,9 @@ def answers(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str, float,
             session = ort.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a class for every status
             if saturating:  # weights that layers share cannot be made unsigned
-                raise Unfit(f"{file} cannot be loaded on a processor that saturates: {error}", _SATURATION_HINT) from error
+                raise Unfit(
+                    f"{file} cannot be loaded on a processor that saturates: {error}", _SATURATION_HINT
+                ) from error
             raise Broken(f"{file} cannot be loaded: {error}") from error
         deltas = _deltas(session, file, questions, wanted, inputs, pad_id)
         largest, median = max(deltas), sorted(deltas)[len(deltas) // 2]
