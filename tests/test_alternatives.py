@@ -54,11 +54,15 @@ def commands(text):
     ],
 )
 def test_what_to_try_follows_the_flips(step, margins, saturates, expected):
-    assert alternatives(step, failed(margins), saturates, 32) == expected
+    assert alternatives(step, failed(margins), saturates, True, 32) == expected
+
+
+def test_static_scales_come_first_only_in_their_own_domain():
+    assert alternatives(DYNAMIC, failed(NEAR), False, False, 32) == [KEPT, STATIC]
 
 
 def test_answers_that_are_not_finite_suggest_nothing():
-    assert alternatives(DYNAMIC, failed(NEAR, finite=False), True, None) == []
+    assert alternatives(DYNAMIC, failed(NEAR, finite=False), True, True, None) == []
 
 
 def test_the_message_has_the_figures(built_tiny):
@@ -78,8 +82,8 @@ def test_the_message_has_the_figures(built_tiny):
 @pytest.mark.parametrize(
     ("name", "parent", "step", "built"),
     [
-        ("onnx-int8", "onnx-fp32", DYNAMIC, ["onnx-int8-portable", "onnx-int8-static", "onnx-int8"]),
-        ("onnx-std-int8+rough", "onnx-std", DYNAMIC, ["onnx-std-int8-portable+rough", "onnx-std-int8-static+rough"]),
+        ("onnx-int8", "onnx-fp32", DYNAMIC, ["onnx-int8-portable", "onnx-int8", "onnx-int8-static"]),
+        ("onnx-std-int8+rough", "onnx-std", DYNAMIC, ["onnx-std-int8-portable+rough", "onnx-std-int8+rough"]),
         ("onnx-int4", "onnx-fp32", Quantize(scheme="int4", embeddings="int8"), ["onnx-int8", "onnx-int4"]),
         (
             "onnx-int8-static+a",

@@ -20,7 +20,7 @@ from toolchain.workspace import Workspace
 
 UNDECIDED = 0.5  # logits: the second label is at least exp(-0.5), 61 %, as probable as the first
 NEARLY_ALL = 0.8  # share of the flips
-FINER = {"int4": "dynamic", "dynamic": "static"}  # the scheme of less rounding error
+OTHER_SCHEME = {"int4": "dynamic", "dynamic": "static"}  # what may have less rounding error
 
 
 def undecided_flips(report: Mapping[str, Any]) -> int:
@@ -33,30 +33,33 @@ def is_undecided(report: Mapping[str, Any]) -> bool:
     return bool(undecided_flips(report) >= NEARLY_ALL * report["flips"])
 
 
-def alternatives(step: Quantize, report: Mapping[str, Any], saturates: bool, layers: int | None) -> list[Quantize]:
+def alternatives(
+    step: Quantize, report: Mapping[str, Any], saturates: bool, same_domain: bool, layers: int | None
+) -> list[Quantize]:
     """The settings to try instead of `step`, whose validation gave `report`; the most promising first.
+
+    Where decided answers flip, some layers lose much: these stay in fp32 first. Where a model is undecided, a little
+    rounding error flips its answers, and static scales halve that error in sentences of their own domain (on the
+    reference, mean |Δlogit| 0.042 against 0.087); elsewhere they do not (0.0074 against 0.0062).
 
     Args:
         step: The quantisation that failed.
         report: The report of `steps.validate`.
         saturates: Whether this runtime saturates products of 8 bits, which weights of 7 bits avoid.
+        same_domain: Whether the training data has the domain of the sentences that validation asks.
         layers: How many linear layers the model has, where that is known.
-
-    Returns:
-        Where a model is undecided, a little rounding error flips its answers, and a finer scheme has less of it in
-        every layer. Where decided answers flip, some layers lose much: these stay in fp32 first.
     """
     if step.backend != "ort" or not (report["finite"] and report["flips"]):
         return []
     if step.passes is not None and "quantize-linear" not in step.passes:
         return []
     found = []
-    if step.scheme in FINER:
-        found.append(_with_scheme(step, FINER[step.scheme]))
+    if step.scheme in OTHER_SCHEME:
+        found.append(_with_scheme(step, OTHER_SCHEME[step.scheme]))
     kept = 2 * (step.keep_fp32 or 1)
     if layers is None or kept < layers:
         found.append(replace(step, keep_fp32=kept))
-    if not is_undecided(report):
+    if step.scheme == "dynamic" and not (is_undecided(report) and same_domain):
         found.reverse()
     if saturates and step.scheme == "dynamic" and not step.reduce_range:
         found.insert(0, replace(step, reduce_range=True))
@@ -81,7 +84,8 @@ def hint(
 ) -> str:
     """What the flips show and which commands to try, for the variant `name` that `step` was to make of `parent`; empty
     where there is nothing to suggest. See `alternatives`."""
-    found = alternatives(step, report, saturates, layers)
+    same_domain = workspace.train.file is None and inputs.embedded_fits(parent.label_set)
+    found = alternatives(step, report, saturates, same_domain, layers)
     if not found:
         return ""
     of = parent.manifest.variant
