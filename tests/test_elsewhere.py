@@ -18,6 +18,7 @@ from tiny_architectures import make as make_architecture
 
 from toolchain import inputs, shipping
 from toolchain.backends import Place, open_session
+from toolchain.backends.ort import session_options
 from toolchain.inputs import Encoder, pad
 from toolchain.labels import shares
 from toolchain.pipeline import ensure, no_bar
@@ -49,8 +50,8 @@ def answered(classify, texts=TEXTS):
 
 
 def in_optimum(folder):
-    """The pipeline of optimum's documentation; nothing but the folder is named."""
-    model = ORTModelForSequenceClassification.from_pretrained(folder)
+    """The pipeline of optimum's documentation, with the session options that exact products need on this processor."""
+    model = ORTModelForSequenceClassification.from_pretrained(folder, session_options=session_options(1))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     return transformers.pipeline("text-classification", model=model, tokenizer=tokenizer, top_k=None)
 
