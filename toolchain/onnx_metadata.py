@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from toolchain.artifacts import Manifest, sha256
 from toolchain.backends.ort import EXACT_PRODUCTS
 from toolchain.checkpoints import NOT_STATED
+from toolchain.errors import GraphError
 from toolchain.jobs import Built
 from toolchain.variants import step_name
 
@@ -26,8 +27,12 @@ def stamp(path: Path, built: Built, version: int, model: str, variant: str, pare
     The producer's version is the step and the step's `version`, not the release: the same work gives the same bytes.
     """
     import onnx_ir as ir
+    from google.protobuf.message import DecodeError
 
-    proto = ir.load(path)
+    try:
+        proto = ir.load(path)
+    except (DecodeError, ValueError) as error:
+        raise GraphError(f"{path} is no valid ONNX model: {error}.", "Build it again.") from error
     proto.producer_name, proto.producer_version = PRODUCER, f"{step_name(built.step)} {version}"
     proto.doc_string = f"Variant {variant} of the text classifier {model}."
     properties = {

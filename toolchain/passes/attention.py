@@ -40,7 +40,7 @@ def merged(model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]) 
     for value, role in zip(split.outputs, ROLES, strict=True):
         value.name = f"{name}/{role}"
     heads = multi_head(model, node, split.outputs)
-    return [*made, split, *heads], heads[-1].outputs[0]
+    return [*made, split, heads], heads.outputs[0]
 
 
 def apart(model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]) -> tuple[list[ir.Node], ir.Value]:
@@ -58,7 +58,7 @@ def apart(model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]) -
         parts.append(made[-1].outputs[0])
         parts[-1].name = f"{name}/{role}"
     heads = multi_head(model, node, parts)
-    return [*made, *heads], heads[-1].outputs[0]
+    return [*made, heads], heads.outputs[0]
 
 
 def whole(
@@ -86,8 +86,8 @@ def widths(node: ir.Node) -> list[int]:
     return list(node.attributes.get_ints("qkv_hidden_sizes", [array.shape[1] // len(ROLES)] * len(ROLES)))
 
 
-def multi_head(model: ir.Model, node: ir.Node, parts: Any, *, one_query: bool = False) -> list[ir.Node]:
-    """MultiHeadAttention of query, key and value, otherwise as the fused Attention `node`; the last node is it.
+def multi_head(model: ir.Model, node: ir.Node, parts: Any, *, one_query: bool = False) -> ir.Node:
+    """MultiHeadAttention of query, key and value, otherwise as the fused Attention `node`.
 
     `one_query`: the query is one token. The mask [batch, tokens] becomes an `attention_bias` [batch, heads, queries,
     tokens], 0 or the lowest float. A `key_padding_mask` would be shorter, but ONNX Runtime up to 1.20 reads it by the
@@ -97,44 +97,47 @@ def multi_head(model: ir.Model, node: ir.Node, parts: Any, *, one_query: bool = 
     import onnx_ir as ir
 
     name = str(node.inputs[1].name) if node.inputs[1] else ""
-    new: list[ir.Node] = []
-    bias = None if node.inputs[3] is None else _attention_bias(model, node.inputs[3], _heads(node), one_query, new)
+    mask = node.inputs[3]
+    bias = None if mask is None else _attention_bias(model, mask, node.attributes["num_heads"].as_int(), one_query)
     settings = [node.attributes[key] for key in ("num_heads", "scale") if key in node.attributes]
-    heads = ir.Node(DOMAIN, "MultiHeadAttention", [*parts, None, None, bias], settings, name=f"{name}/heads")
-    return [*new, heads]
+    return ir.Node(DOMAIN, "MultiHeadAttention", [*parts, None, None, bias], settings, name=f"{name}/heads")
 
 
-def _heads(node: ir.Node) -> int:
-    return int(node.attributes["num_heads"].as_int())
-
-
-def _attention_bias(model: ir.Model, mask: ir.Value, heads: int, one_query: bool, new: list[ir.Node]) -> ir.Value:
-    """The bias of a mask [batch, tokens]; what other attentions have made of the mask already is used again."""
+def _attention_bias(model: ir.Model, mask: ir.Value, heads: int, one_query: bool) -> ir.Value:
+    """The bias of a mask [batch, tokens], made right behind the mask; what another attention made of it already is used
+    again."""
     import numpy as np
     import onnx_ir as ir
 
     name = f"{mask.name}/bias"
+    which = f"{'one' if one_query else 'all'}_{heads}"
     made = {value.name: value for node in model.graph for value in node.outputs}
+    if f"{name}/{which}" in made:
+        return made[f"{name}/{which}"]
+    new: list[ir.Node] = []
     add = adder(name, new)
 
     def number(what: str, value: Any, kind: Any) -> ir.Value:
         return constant(model, f"{name}_{what}", np.array(value, kind))
 
     row = made.get(f"{name}/row")
+    behind = mask.producer() if row is None else row.producer()
     if row is None:
-        hidden = add("Sub", [number("one", 1, np.float32), add("Cast", [mask], "cast", to=ir.DataType.FLOAT)], "hidden")
-        lowest = number("lowest", np.finfo(np.float32).min, np.float32)
-        row = add("Unsqueeze", [add("Mul", [hidden, lowest], "bias"), number("axes", [1, 2], np.int64)], "row")
-    which = f"{'one' if one_query else 'all'}_{heads}"
-    if f"{name}/{which}" in made:
-        return made[f"{name}/{which}"]
+        shown = add("Cast", [mask], "shown", to=ir.DataType.BOOL)
+        zero, lowest = number("zero", 0, np.float32), number("lowest", np.finfo(np.float32).min, np.float32)
+        row = add("Unsqueeze", [add("Where", [shown, zero, lowest], "bias"), number("axes", [1, 2], np.int64)], "row")
     if one_query:
         shape = number(which, [1, heads, 1, 1], np.int64)
     else:
         tokens = add("Shape", [mask], f"{which}_tokens", start=1)
         one = number("ones", [1], np.int64)
         shape = add("Concat", [one, number(which, [heads], np.int64), tokens, one], f"{which}_shape", axis=0)
-    return add("Expand", [row, shape], which)
+    bias = add("Expand", [row, shape], which)
+    if behind is None:  # the mask is an input of the graph
+        model.graph.insert_before(model.graph[0], new)
+    else:
+        model.graph.insert_after(behind, new)
+    return bias
 
 
 def _settings(node: ir.Node) -> list[ir.Attr]:

@@ -56,4 +56,4 @@ def _narrow(model: ir.Model, node: ir.Node) -> None:
     for part, role in zip(split.outputs, ROLES[1:], strict=True):
         part.name = f"{name}/{role}"
     heads = multi_head(model, node, [asked, *split.outputs], one_query=True)
-    replace(model, node, node, [*new, split, *heads], heads[-1].outputs[0])
+    replace(model, node, node, [*new, split, heads], heads.outputs[0])
