@@ -180,7 +180,7 @@ def _placed(contents: Contents, artifact: Artifact, encoder: Encoder, file: Path
     file.parent.mkdir(parents=True, exist_ok=True)
     source = artifact.onnx_path
     with tempfile.TemporaryDirectory() as scratch:
-        if graph := _changed(contents, artifact, encoder):
+        if graph := _graph_of_bundle(contents, artifact, encoder):
             source = Path(scratch) / file.name
             set_properties(graph, {"license": contents.origin.license})
             passes.write(graph, source)
@@ -190,7 +190,7 @@ def _placed(contents: Contents, artifact: Artifact, encoder: Encoder, file: Path
     return {}
 
 
-def _changed(contents: Contents, artifact: Artifact, encoder: Encoder) -> ir.Model | None:
+def _graph_of_bundle(contents: Contents, artifact: Artifact, encoder: Encoder) -> ir.Model | None:
     """The variant's graph, where the bundle's differs from the artifact's."""
     import onnx_ir as ir
 
