@@ -1,4 +1,4 @@
-"""Folders and bundles in transformers' pipeline and in optimum, without a line of this package.
+"""Transformers' pipeline and optimum load folders and bundles; they import nothing of this package.
 
 `make test-clients` installs transformers 5, for which there is no optimum; without it, its tests are skipped.
 """
@@ -37,7 +37,7 @@ def quiet(*_):
 
 
 def expected(artifact, runtime, texts=TEXTS):
-    """Probabilities of every label of our own session, text by text."""
+    """The label probabilities that this package computes, one text at a time."""
     manifest = artifact.manifest
     encoder = Encoder.open(artifact.path, [spec.name for spec in manifest.inputs], manifest.max_length)
     session = open_session(artifact.path, runtime, Place("cpu", 1))

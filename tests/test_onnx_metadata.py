@@ -22,7 +22,7 @@ def quiet(line):
     pass
 
 
-def said(path):
+def read_properties(path):
     """What ONNX Runtime reads in a file, our prefix left out."""
     options = ort.SessionOptions()
     options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
@@ -42,7 +42,7 @@ def said(path):
 )
 def test_a_variant_says_what_it_is(built_tiny, variant, made_by, options):
     artifact = built_tiny.load(variant)
-    assert said(artifact.onnx_path) == {
+    assert read_properties(artifact.onnx_path) == {
         "labels": '["NEGATIVE", "POSITIVE"]',
         "multi_label": "false",
         "max_length": "512",
@@ -60,7 +60,7 @@ def test_a_variant_says_what_it_is(built_tiny, variant, made_by, options):
 
 def test_a_file_that_never_saturates_needs_no_option(built_tiny):
     artifact = ensure(built_tiny, ["onnx-int8-portable"], {}, quiet)["onnx-int8-portable"]
-    assert said(artifact.onnx_path)["session_options"] == "{}"
+    assert read_properties(artifact.onnx_path)["session_options"] == "{}"
 
 
 def test_any_labels_and_a_licence(tmp_path):
@@ -71,7 +71,7 @@ def test_any_labels_and_a_licence(tmp_path):
     (checkpoint / MODEL_CARD).write_text("---\nlicense: mit\n---\n")
     workspace = Workspace.open(str(checkpoint), tmp_path / "exported")
     artifact = ensure(workspace, ["onnx-fp32"], {}, quiet)["onnx-fp32"]
-    found = said(artifact.onnx_path)
+    found = read_properties(artifact.onnx_path)
     assert (json.loads(found["labels"]), found["multi_label"], found["license"]) == (labels, "true", "mit")
     body = shipping.ship(workspace, Order(("onnx-fp32",), "python"), tmp_path / "b", quiet, no_bar)
     assert body["model"]["license"] == "mit"
@@ -93,12 +93,12 @@ def test_a_shipped_file_says_the_same_and_the_licence_it_is_shipped_under(built_
     order = Order(("onnx-int8",), target, license="MIT", **how)
     body = shipping.ship(built_tiny, order, tmp_path / "b", quiet, no_bar)
     assert body["model"]["license"] == "MIT"
-    wanted = {**said(built_tiny.path("onnx-int8") / "model.onnx"), "license": "MIT"}
+    wanted = {**read_properties(built_tiny.path("onnx-int8") / "model.onnx"), "license": "MIT"}
     model = body["models"][0]
     assert json.loads(wanted["session_options"]) == model["session_options"]
-    assert said(tmp_path / "b" / model["file"]) == wanted
+    assert read_properties(tmp_path / "b" / model["file"]) == wanted
     if target == "mobile":  # its weights are unsigned in ORT format
-        assert said(tmp_path / "b" / model["ort"]["file"]) == {**wanted, "session_options": "{}"}
+        assert read_properties(tmp_path / "b" / model["ort"]["file"]) == {**wanted, "session_options": "{}"}
 
 
 CARDS = {

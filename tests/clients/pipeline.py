@@ -1,4 +1,4 @@
-"""Probabilities that a pipeline of the transformers installed here gives: pipeline.py FOLDER TEXTS.json."""
+"""Prints the label probabilities that the installed transformers computes: pipeline.py FOLDER TEXTS.json."""
 
 import json
 import sys
