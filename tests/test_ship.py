@@ -529,6 +529,23 @@ def test_a_runtime_that_saturates_is_told_so_and_what_to_do(bundle, built_tiny, 
     make(built_tiny, tmp_path / "fp32", "onnx-fp32")  # nothing in it can saturate
 
 
+@pytest.mark.parametrize(
+    ("variant", "words"),
+    [("onnx-int8", "on a processor that saturates"), ("onnx-fp32", "model.onnx cannot be loaded: ")],
+)
+def test_saturation_explains_a_model_that_cannot_be_loaded_only_where_its_products_saturate(
+    built_tiny, tmp_path, monkeypatch, capsys, variant, words
+):
+    made = tmp_path / "b"
+    make(built_tiny, made, variant)
+    (made / MODEL).write_bytes(b"not a graph")
+    entry = {"bytes": (made / MODEL).stat().st_size, "sha256": sha256(made / MODEL)}
+    reseal(made, lambda body: next(e for e in body["files"] if e["path"] == MODEL).update(entry))
+    monkeypatch.setattr(bundled, "saturates", lambda exact=False: not exact)  # the option mends it, as without VNNI
+    assert bundled.main(made) == 3
+    assert words in capsys.readouterr().err
+
+
 def test_every_client_asks_the_same_product_whether_its_processor_saturates():
     files = TESTS.parent / "toolchain" / "bundled"
     for name in ("verify.py", "classify.py", "classify_text.py", "node.mjs"):

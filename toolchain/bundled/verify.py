@@ -196,7 +196,7 @@ def answers(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str, float,
             for name, logits in golden["logits"].items()
         }
         models = [
-            (name, file, recorded.get(m["variant"], ()), m["tolerance"], [t["name"] for t in m["inputs"]])
+            (m["variant"], name, file, recorded.get(m["variant"], ()), m["tolerance"], [t["name"] for t in m["inputs"]])
             for m in body["models"]
             for name, file in files_of(m)
         ]
@@ -221,13 +221,13 @@ def answers(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str, float,
         options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
     if in_graph and "file" in in_graph:
         _check_tokenizer(folder / in_graph["file"], options, rows)
-    for name, file, wanted, tolerance, inputs in models:
+    for variant, name, file, wanted, tolerance, inputs in models:
         if len(wanted) != len(questions):
             raise Broken(f"{GOLDEN} does not hold the answers of {name}")
         try:
             session = ort.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a class for every status
-            if saturating:  # weights that layers share cannot be made unsigned
+            if saturating and variant in _saturable(body):  # weights that layers share cannot be made unsigned
                 raise Unfit(
                     f"{file} cannot be loaded on a processor that saturates: {error}", _SATURATION_HINT
                 ) from error
