@@ -16,7 +16,7 @@ SHIP ?= onnx-int8
 # FULL=1: about 60 s a cell instead of 20.
 FULL ?=
 
-# NEEDED is `runtime_set` of toolchain/hardware.py, for when there is no Python to ask yet.
+# NEEDED is `runtime_set` of toolchain/system/hardware.py, for when there is no Python to ask yet.
 ASK = nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2>/dev/null
 NEEDED = $(shell $(ASK) | awk -F , \
 	'/^[0-9]/ {if ($$1 + 0 < 580 || $$2 + 0 < 7.5) old = 1; else new = 1} END {print old ? "cuda12" : new ? "gpu" : "cpu"}')
@@ -26,7 +26,7 @@ override RUNTIME := $(or $(RUNTIME),$(INSTALLED),$(NEEDED))
 $(if $(filter cpu gpu cuda12,$(RUNTIME)),,$(error RUNTIME is cpu, gpu or cuda12, not $(RUNTIME)))
 ANEW := $(or $(ASKED),$(filter-out $(INSTALLED),$(RUNTIME)))
 EXTRAS = $(if $(filter cpu,$(RUNTIME)),cpu,gpu),bnb
-CONSTRAINTS = $(if $(filter cpu,$(RUNTIME)),constraints.txt,constraints-$(RUNTIME).txt)
+CONSTRAINTS = constraints/$(RUNTIME).txt
 
 BIN = $(VENV)/bin
 TOOLCHAIN = $(BIN)/toolchain
@@ -84,14 +84,14 @@ test: $(VENV)/.installed-test lint ## lint, types and all tests
 CLIENTS = $(EXPORTED)/.cache/test-clients
 SITE = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 test-clients: $(VENV)/.installed-test ## install the clients that tests run bundles in (npm, Pythons, OpenVINO, Triton, ARM)
-	$(BIN)/python -c 'import sys, pathlib; from toolchain.targets import clients; print(clients.install(pathlib.Path(sys.argv[1])))' \
+	$(BIN)/python -c 'import sys, pathlib; from toolchain.ship.targets import clients; print(clients.install(pathlib.Path(sys.argv[1])))' \
 		"$(EXPORTED)/.cache"
 	$(PYTHON) -m venv $(CLIENTS)/python
-	$(CLIENTS)/python/bin/pip install --disable-pip-version-check -q -c constraints.txt onnxruntime tokenizers numpy
+	$(CLIENTS)/python/bin/pip install --disable-pip-version-check -q -c constraints/cpu.txt onnxruntime tokenizers numpy
 	$(PYTHON) -m venv $(CLIENTS)/openvino
-	$(CLIENTS)/openvino/bin/pip install --disable-pip-version-check -q -c constraints.txt openvino==2026.4.1 tokenizers numpy
+	$(CLIENTS)/openvino/bin/pip install --disable-pip-version-check -q -c constraints/cpu.txt openvino==2026.4.1 tokenizers numpy
 	$(PYTHON) -m venv $(CLIENTS)/texts
-	$(CLIENTS)/texts/bin/pip install --disable-pip-version-check -q -c constraints.txt onnxruntime onnxruntime-extensions tokenizers numpy
+	$(CLIENTS)/texts/bin/pip install --disable-pip-version-check -q -c constraints/cpu.txt onnxruntime onnxruntime-extensions tokenizers numpy
 	$(PYTHON) -m venv $(CLIENTS)/triton
 	$(CLIENTS)/triton/bin/pip install --disable-pip-version-check -q "tritonclient[grpc]==2.73.0"
 	$(PYTHON) -m venv $(CLIENTS)/phone
@@ -115,7 +115,7 @@ report: docs ## write benchmarks/reports from the committed results, and the REA
 	$(BIN)/python benchmarks/report.py
 
 # Only what the toolchain made: folders whose manifest has the id that seals it, work folders (`WORK` of
-# toolchain/publishing.py), caches. Whatever else lies there is not ours to delete.
+# toolchain/artifacts/publishing.py), caches. Whatever else lies there is not ours to delete.
 MADE = { \
 	find "$(EXPORTED)" -mindepth 3 -maxdepth 3 -name manifest.json \
 		-exec grep -qE '^ "id": "[0-9a-f]{64}",$$' {} \; -printf '%h\0'; \

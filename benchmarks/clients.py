@@ -24,12 +24,16 @@ from typing import Any
 
 import click
 
-from toolchain import confidence, hardware, inputs, shipping
-from toolchain.measurements import Samples
-from toolchain.pipeline import Workspace, no_bar
-from toolchain.report.progress import bar, say
-from toolchain.shipping import Order
-from toolchain.targets import clients
+from toolchain.build.workspace import Workspace
+from toolchain.cli.progress import bar, say
+from toolchain.data import inputs
+from toolchain.progress import no_bar
+from toolchain.results import statistics
+from toolchain.results.measurements import Samples
+from toolchain.ship import shipping
+from toolchain.ship.shipping import Order
+from toolchain.ship.targets import clients
+from toolchain.system import hardware
 
 ROOT = Path(__file__).parent.parent
 STUDY = ROOT / "benchmarks" / "studies" / "clients-reference.json"
@@ -72,7 +76,7 @@ def row(rounds: list[dict[str, Any]], right: list[str]) -> dict[str, Any]:
     samples = Samples.ones([[round(1000 * ms) for ms in each["ms"]] for each in rounds])
     return {
         "latency_ms": samples.milliseconds(),
-        "p50_interval_ms": confidence.median_interval(samples),
+        "p50_interval_ms": statistics.median_interval(samples),
         "first_answer_ms": sorted(round(each["first_ms"], 1) for each in rounds),
         "sentences": len(right),
         "flips": sum(a != b for a, b in zip(rounds[0]["answers"], right, strict=True)),

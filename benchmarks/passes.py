@@ -27,20 +27,20 @@ import numpy as np
 import onnx_ir as ir
 import peers
 
-from toolchain import artifacts
-from toolchain.artifacts import Artifact
-from toolchain.cells import Cell
-from toolchain.measurements import Measurement, ResultFile
+from toolchain.artifacts import store
+from toolchain.artifacts.store import Artifact
+from toolchain.artifacts.variants import CPU_PASSES, Quantize
+from toolchain.bench.cells import Cell
+from toolchain.build.pipeline import ensure
+from toolchain.build.steps.quantize import linear_passes
+from toolchain.cli.progress import bar, say
 from toolchain.passes import PASSES, read, rewrite, write
-from toolchain.passes.apply import context_of
 from toolchain.passes.attention import whole
 from toolchain.passes.fuse import APART_ON_CPU, fuse
 from toolchain.passes.int8 import run_time_codes
+from toolchain.passes.model_shape import context_of
 from toolchain.passes.quantize_linear import fused, quantize_linear
-from toolchain.pipeline import ensure
-from toolchain.report.progress import bar, say
-from toolchain.steps.quantize import linear_passes
-from toolchain.variants import CPU_PASSES, Quantize
+from toolchain.results.measurements import Measurement, ResultFile
 
 FP32, INT8 = "onnx-fp32", "onnx-int8"
 SKIP_LAYER_NORM = ("skip_layer_norm", "bias_skip_layer_norm")
@@ -137,7 +137,7 @@ def build(contender: Contender, std: Artifact, scratch: Path) -> Artifact:
     """The contender's graph, config and tokenizer beside it."""
     folder = scratch / contender.name
     folder.mkdir()
-    artifacts.copy_companions(std, folder)
+    store.copy_companions(std, folder)
     model, _ = rewrite(read(std.onnx_path), contender.passes, context_of(std.path))
     target = folder / std.onnx_path.name
     write(model, target)

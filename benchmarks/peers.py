@@ -28,21 +28,25 @@ import click
 import neural_compressor_peer
 import openvino_peer
 
-from toolchain import artifacts, checkpoints, confidence, hardware, inputs
-from toolchain.artifacts import Artifact
+from toolchain.artifacts import store
+from toolchain.artifacts.names import parse_name
+from toolchain.artifacts.store import Artifact
+from toolchain.artifacts.variants import is_variant
 from toolchain.backends import BACKENDS, Backend
-from toolchain.cells import Cell
-from toolchain.measurements import Measurement, ResultFile, Samples
-from toolchain.names import parse_name
-from toolchain.pipeline import ensure
-from toolchain.report.progress import bar, say
-from toolchain.report.table import print_table
-from toolchain.runs import result_of
-from toolchain.scenarios import FULL, QUICK
-from toolchain.steps.bench import Progress, bench
-from toolchain.steps.compare import compare
-from toolchain.variants import is_variant
-from toolchain.workspace import Workspace
+from toolchain.bench.cells import Cell
+from toolchain.bench.run import result_of
+from toolchain.bench.runner import Progress, bench
+from toolchain.bench.scenarios import FULL, QUICK
+from toolchain.build.pipeline import ensure
+from toolchain.build.workspace import Workspace
+from toolchain.cli.progress import bar, say
+from toolchain.compare.report.table import print_table
+from toolchain.compare.rows import compare
+from toolchain.data import inputs
+from toolchain.models import checkpoints
+from toolchain.results import statistics
+from toolchain.results.measurements import Measurement, ResultFile, Samples
+from toolchain.system import hardware
 
 OURS = ("torch-fp32", "torch-bf16", "torch-int8", "onnx-fp32", "onnx-int8", "onnx-int8-static")
 PEER = "optimum-cli-int8"
@@ -112,7 +116,7 @@ def by_neural_compressor(std: Artifact, scratch: Path, tokens: Path) -> dict[str
         folder.mkdir()
         script = (neural_compressor_peer.__file__, scratch / "exported" / "model.onnx", tokens)
         _run(python, *script, folder / "model.onnx", approach, at=scratch)  # where it leaves a log of its tuning
-        artifacts.copy_companions(std, folder)
+        store.copy_companions(std, folder)
         found[folder.name] = as_artifact(std, folder.name, folder, "Neural Compressor")
     return found
 
@@ -125,7 +129,7 @@ def by_openvino(std: Artifact, scratch: Path, tokens: Path) -> dict[str, Artifac
     plain, quantized = scratch / "openvino-fp32", scratch / "openvino-int8"
     for folder in (plain, quantized):
         folder.mkdir()
-        artifacts.copy_companions(std, folder)
+        store.copy_companions(std, folder)
     shutil.copyfile(std.onnx_path, plain / "model.onnx")
     _run(python, openvino_peer.__file__, std.onnx_path, tokens, quantized / "model.xml")
     return {folder.name: as_artifact(std, folder.name, folder, "OpenVINO") for folder in (plain, quantized)}
@@ -149,13 +153,13 @@ def _run(*command: str | Path, at: Path | None = None) -> None:
 
 def as_artifact(parent: Artifact, name: str, folder: Path, maker: str) -> Artifact:
     """What somebody made of `parent`, for the benchmark to open."""
-    files = artifacts.list_files(folder)
+    files = store.list_files(folder)
     return Artifact(folder, replace(parent.manifest, variant=name, files=files, facts={"made_by": maker}))
 
 
 def ratio(ours: Samples, peer: Samples) -> str:
     """Peer's time / ours, round by round, with its 95 % interval; above 1, ours is faster."""
-    found = confidence.ratio(peer.spent_each(), ours.spent_each())
+    found = statistics.ratio(peer.spent_each(), ours.spent_each())
     return f"{found.value:.2f}× [{found.low:.2f}, {found.high:.2f}]"
 
 
@@ -193,7 +197,7 @@ def against_others(result: ResultFile, name: str) -> list[str]:
             answers = list(zip(ours.predictions, row.predictions, labels, strict=True))
             lost = sum(mine != label == theirs for mine, theirs, label in answers)
             won = sum(mine == label != theirs for mine, theirs, label in answers)
-            accuracy += f" (p = {confidence.mcnemar(lost, won):.2f})"
+            accuracy += f" (p = {statistics.mcnemar(lost, won):.2f})"
         lines.append(f"  over {row.variant:28} batch 1: {single}   batches of {size}: {batched}   {accuracy}")
     return lines
 

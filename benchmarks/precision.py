@@ -16,11 +16,13 @@ import click
 import onnxruntime as ort
 from repeatability import write
 
-from toolchain import confidence, inputs
 from toolchain.backends.ort import EXACT_PRODUCTS, saturates, session_options
-from toolchain.inputs import Encoder, pad
-from toolchain.pipeline import Workspace, ensure
-from toolchain.report.progress import bar, say
+from toolchain.build.pipeline import ensure
+from toolchain.build.workspace import Workspace
+from toolchain.cli.progress import bar, say
+from toolchain.data import inputs
+from toolchain.data.inputs import Encoder, pad
+from toolchain.results import statistics
 
 VARIANTS = ("onnx-int8", "onnx-int8-static", "onnx-std-int8")
 ROUNDS = 30
@@ -68,7 +70,7 @@ def _time_ratio(file: Path, batches: list[Any], progress: Any) -> dict[str, floa
                 sessions[which].run(None, batch)
             if turn:  # the first round warms up
                 times[which].append(time.perf_counter() - started)
-    return confidence.ratio(*times).to_json()
+    return statistics.ratio(*times).to_json()
 
 
 def summary(body: dict[str, Any]) -> list[str]:

@@ -22,18 +22,21 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from toolchain import hardware, inputs, pruning
-from toolchain.backends.batches import Batch, batches
-from toolchain.backends.layout import keep
+from toolchain import pruning
+from toolchain.artifacts.variants import Prune, Recover
 from toolchain.backends.pytorch import load_model
-from toolchain.pipeline import Workspace, ensure
+from toolchain.build.pipeline import ensure
+from toolchain.build.steps.prune import price_of
+from toolchain.build.workspace import Workspace
+from toolchain.cli.progress import bar, say
+from toolchain.data import inputs
+from toolchain.models.architectures import keep
 from toolchain.pruning.costs import EncoderSizes
 from toolchain.pruning.selection import select
 from toolchain.pruning.subject import Subject, subject
-from toolchain.report.progress import bar, say
-from toolchain.steps.prune import price_of
-from toolchain.training import accuracy
-from toolchain.variants import Prune, Recover
+from toolchain.system import hardware
+from toolchain.training.batches import Batch, batches
+from toolchain.training.loop import accuracy
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.72, 0.85, 0.9)
 RECOVERED = (0.5, 0.72, 0.85)

@@ -16,8 +16,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from toolchain.targets import ort_format
-from toolchain.targets.releases import MICROSOFT, STANDARD
+from toolchain.ship.targets import ort_format
+from toolchain.ship.targets.releases import MICROSOFT, STANDARD
 
 VERSIONS, ATTENTION, PRECISION = "versions", "attention", "precision"
 IR_VERSIONS, OPSETS, ORT_FORMATS = range(7, 21), range(13, 41), range(4, 10)

@@ -4,7 +4,7 @@
     python benchmarks/releases.py --check PYTHON [--check PYTHON ...]
 
 Installs the newest wheel of every minor release from 1.15 on, each in an environment of its own, and asks it the
-questions of release_questions.py. Writes toolchain/targets/releases.json. With --check, asks the ONNX Runtime of each
+questions of release_questions.py. Writes toolchain/ship/targets/releases.json. With --check, asks the runtime of each
 PYTHON instead, installs nothing, and compares the answers with the table: exit 3 where they differ.
 
 Where this processor does not saturate, the questions about 8-bit products are asked under `qemu-x86_64 -cpu Haswell`
@@ -27,9 +27,9 @@ import click
 import release_questions as questions
 from onnx import defs
 
-from toolchain import hardware
-from toolchain.report.progress import bar
-from toolchain.targets.releases import REFUSED, RIGHT, STATES, TABLE
+from toolchain.cli.progress import bar
+from toolchain.ship.targets.releases import REFUSED, RIGHT, STATES, TABLE
+from toolchain.system import hardware
 
 FIRST = 15  # of 1.x: the oldest that --ort-mobile names
 PROBE = Path(__file__).with_name("release_probe.py")

@@ -17,15 +17,18 @@ from typing import Any
 
 import click
 
-from toolchain import confidence, hardware, inputs
-from toolchain.cells import Cell
-from toolchain.confidence import Ratio
-from toolchain.measurements import Measurement, ResultFile
-from toolchain.pipeline import Workspace, ensure
-from toolchain.report.progress import bar, say
-from toolchain.scenarios import QUICK
-from toolchain.steps.bench import bench
-from toolchain.steps.compare import Row, compare
+from toolchain.bench.cells import Cell
+from toolchain.bench.runner import bench
+from toolchain.bench.scenarios import QUICK
+from toolchain.build.pipeline import ensure
+from toolchain.build.workspace import Workspace
+from toolchain.cli.progress import bar, say
+from toolchain.compare.rows import Row, compare
+from toolchain.data import inputs
+from toolchain.results import statistics
+from toolchain.results.measurements import Measurement, ResultFile
+from toolchain.results.statistics import Ratio
+from toolchain.system import hardware
 
 STUDIES = Path(__file__).parent / "studies"
 VARIANT = "onnx-int8"
@@ -44,8 +47,8 @@ def of_pair(one: Measurement, other: Measurement) -> dict[str, Any]:
     if not (one.latency and other.latency and one.batches and other.batches):
         raise click.ClickException(f"{one.cell} or {other.cell} was not measured: {one.reason} {other.reason}")
     found = {
-        "single-stream": confidence.ratio(one.latency.medians(), other.latency.medians()),
-        "offline": confidence.ratio(one.batches.spent_each(), other.batches.spent_each()),
+        "single-stream": statistics.ratio(one.latency.medians(), other.latency.medians()),
+        "offline": statistics.ratio(one.batches.spent_each(), other.batches.spent_each()),
     }
     return {name: {**ratio.to_json(), "different": bool(ratio.differs)} for name, ratio in found.items()}
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from toolchain.measurements import ResultFile
-from toolchain.report.html import to_html
-from toolchain.report.plots import save
-from toolchain.steps.compare import compare
+from toolchain.compare.report.html import to_html
+from toolchain.compare.report.plots import save
+from toolchain.compare.rows import compare
+from toolchain.results.measurements import ResultFile
 
 BENCHMARKS = Path(__file__).parent
 REPORTS = BENCHMARKS / "reports"

@@ -19,12 +19,14 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from toolchain import hardware, inputs
 from toolchain.backends import Place, open_session
-from toolchain.inputs import Encoder, pad
+from toolchain.build.pipeline import ensure
+from toolchain.build.workspace import Workspace
+from toolchain.cli.progress import bar, say
+from toolchain.data import inputs
+from toolchain.data.inputs import Encoder, pad
 from toolchain.passes import headroom, read
-from toolchain.pipeline import Workspace, ensure
-from toolchain.report.progress import bar, say
+from toolchain.system import hardware
 
 STUDY = Path(__file__).parent / "studies" / "saturation-reference.json"
 VARIANTS = ("onnx-std-int8", "onnx-std-int8-portable")

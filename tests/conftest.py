@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from toolchain import artifacts, checkpoints
-from toolchain.artifacts import Artifact, Manifest, TensorSpec
+from toolchain.artifacts import store
+from toolchain.artifacts.store import Artifact, Manifest, TensorSpec
+from toolchain.artifacts.variants import Import
+from toolchain.build.job import Job
+from toolchain.build.pipeline import ensure
+from toolchain.build.workspace import Workspace
 from toolchain.cli import main
-from toolchain.inputs import TrainingSource
-from toolchain.jobs import Job
-from toolchain.pipeline import Workspace, ensure
-from toolchain.variants import Import
+from toolchain.data.inputs import TrainingSource
+from toolchain.models import checkpoints
 
 TESTS = Path(__file__).parent
 # Children of the benchmark import the fake backend from here; nothing may ask a hub.
@@ -131,7 +133,7 @@ def fake(tmp_path: Path) -> Callable[..., Artifact]:
             parent_id=None,
             step=Import(),
             step_version=1,
-            files=artifacts.list_files(folder),
+            files=store.list_files(folder),
             inputs=tensors,
             outputs=(),
             labels=("NEGATIVE", "POSITIVE"),

@@ -14,9 +14,9 @@ from types import ModuleType
 import click
 
 from toolchain.cli import cli
-from toolchain.measurements import ResultFile
-from toolchain.report.table import print_table
-from toolchain.steps.compare import compare
+from toolchain.compare.report.table import print_table
+from toolchain.compare.rows import compare
+from toolchain.results.measurements import ResultFile
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -6,11 +6,11 @@ import pytest
 from test_compare import NO_GPU, RUN, measured
 from test_measurements import result
 
-from toolchain import inputs
-from toolchain.inputs import Data
-from toolchain.measurements import Accuracy, Measurement, Samples
-from toolchain.report.html import to_html
-from toolchain.steps.compare import compare
+from toolchain.compare.report.html import to_html
+from toolchain.compare.rows import compare
+from toolchain.data import inputs
+from toolchain.data.inputs import Data
+from toolchain.results.measurements import Accuracy, Measurement, Samples
 
 LABELS = [0, 1, 0, 1, 1, 0, 1, 0]
 # By variant: milliseconds, which answers are wrong.

@@ -6,11 +6,12 @@ import shutil
 import pytest
 from conftest import make_checkpoint
 
-from toolchain import adapters, checkpoints, origins
-from toolchain.checkpoints import Source
+from toolchain.artifacts.variants import Import
+from toolchain.build.pipeline import ensure, plan, validate_variant
+from toolchain.build.workspace import Workspace
 from toolchain.errors import CheckpointError
-from toolchain.pipeline import Workspace, ensure, plan, validate_variant
-from toolchain.variants import Import
+from toolchain.models import adapters, checkpoints, sources
+from toolchain.models.checkpoints import Source
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -172,14 +173,14 @@ def test_a_hub_base_is_pinned_by_its_commit(copies, monkeypatch):
         asked.append((ref, revision))
         return "c0ffee", frozenset({"config.json", "model.safetensors"})
 
-    monkeypatch.setattr("toolchain.hub.look", look)
-    monkeypatch.setattr("toolchain.hub.download", lambda ref, revision, patterns: base)
+    monkeypatch.setattr("toolchain.models.hub.look", look)
+    monkeypatch.setattr("toolchain.models.hub.download", lambda ref, revision, patterns: base)
     source = Source("folder", str(adapter))
-    step = origins.pinned(source, Import(), None)
+    step = sources.pinned(source, Import(), None)
     assert (step.base, asked) == ("somebody/some-base@c0ffee", [("somebody/some-base", "v1")])
-    assert origins.pinned(source, step, step) == step  # asks nobody again
+    assert sources.pinned(source, step, step) == step  # asks nobody again
     assert len(asked) == 1
-    origin = origins.fetched(source, step)
+    origin = sources.fetched(source, step)
     assert (origin.folder, origin.base) == (adapter, base)
 
 

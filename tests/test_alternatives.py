@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 from conftest import make_checkpoint
 
-from toolchain.alternatives import alternatives, hint
-from toolchain.inputs import TrainingSource
-from toolchain.rows import Texts
-from toolchain.tables import Columns
-from toolchain.variants import Quantize
+from toolchain.artifacts.variants import Quantize
+from toolchain.build.alternatives import alternatives, hint
+from toolchain.data.datasets import Columns
+from toolchain.data.files import Texts
+from toolchain.data.inputs import TrainingSource
 
 DYNAMIC = Quantize()
 STATIC, KEPT, PORTABLE = Quantize(scheme="static"), Quantize(keep_fp32=2), Quantize(reduce_range=True)

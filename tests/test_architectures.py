@@ -12,17 +12,22 @@ import torch
 import transformers
 from tiny_architectures import ARCHITECTURES, PLAIN, PRUNABLE, TYPED, make
 
-from toolchain import inputs, passes, shipping
-from toolchain.backends import Place, layout, open_session
+from toolchain import passes
+from toolchain.artifacts.variants import Quantize, Recover
+from toolchain.backends import Place, open_session
 from toolchain.backends.pytorch import load_model
-from toolchain.cells import Cell
+from toolchain.bench.cells import Cell
+from toolchain.bench.runner import bench
+from toolchain.bench.scenarios import Protocol
+from toolchain.build.pipeline import ensure
+from toolchain.build.workspace import Workspace
+from toolchain.data import inputs
+from toolchain.data.inputs import Encoder, TrainingSource, pad
 from toolchain.errors import CheckpointError, PruningError
-from toolchain.inputs import Encoder, TrainingSource, pad
-from toolchain.pipeline import Workspace, ensure, no_bar
-from toolchain.scenarios import Protocol
-from toolchain.shipping import Order
-from toolchain.steps.bench import bench
-from toolchain.variants import Quantize, Recover
+from toolchain.models import architectures
+from toolchain.progress import no_bar
+from toolchain.ship import shipping
+from toolchain.ship.shipping import Order
 
 TEXTS = ["a film", "an unflinchingly bleak and desperate story of nobody at all", "good"]
 FAST = Protocol(passes=1, min_s=0.05, pass_s=10, starts=1, threads=1, batch_size=8)
@@ -191,7 +196,7 @@ def bundles(workspace, tmp_path_factory):
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_bundle_answers_as_transformers_does(bundles, workspace, kind):
     """By its own tokenizer.json and reader, in a padded batch."""
-    from toolchain.bundled.classify import Classifier
+    from toolchain.ship.bundle_files.classify import Classifier
 
     folder = bundles(kind)
     for target in ("python", "web", "other", "mobile"):
@@ -253,8 +258,8 @@ def test_what_is_pruned_is_smaller_everywhere_and_reloads(pruned, kind):
         assert opened.load(f"onnx-pruned50{suffix}-int8").manifest.facts["rewrites"]["quantize-linear"] > 0
     # Two processes could read it: what lies there gives the recovered model's shape and finite answers.
     model = load_model(opened.path("torch-pruned50-r1"))
-    assert [shape.heads for shape in layout.shapes_of(model)] == facts["pruning"]["heads"]
-    assert [shape.ffn for shape in layout.shapes_of(model)] == facts["pruning"]["ffn"]
+    assert [shape.heads for shape in architectures.shapes_of(model)] == facts["pruning"]["heads"]
+    assert [shape.ffn for shape in architectures.shapes_of(model)] == facts["pruning"]["ffn"]
     assert sum(p.numel() for p in model.parameters()) == facts["parameters"]
 
 
@@ -262,8 +267,12 @@ def test_what_is_pruned_is_smaller_everywhere_and_reloads(pruned, kind):
 @pytest.mark.parametrize(("heads", "neurons"), [((0, 2), range(0, 64, 2)), ((), range(10)), ((1,), ()), ((), ())])
 def test_what_is_cut_is_what_a_gate_of_zero_would_silence(workspace, kind, heads, neurons):
     gated, cut = (load_model(workspace(kind).path("torch-fp32")) for _ in range(2))
-    names, layer, size = layout.layout_of(gated), layout.layers_of(gated)[0], layout.head_size(gated)
-    shape = layout.shapes_of(gated)[0]
+    names, layer, size = (
+        architectures.layout_of(gated),
+        architectures.layers_of(gated)[0],
+        architectures.head_size(gated),
+    )
+    shape = architectures.shapes_of(gated)[0]
     with torch.no_grad():
         for head in set(range(shape.heads)) - set(heads):
             layer.get_submodule(names.output).weight[:, head * size : (head + 1) * size] = 0
@@ -273,7 +282,7 @@ def test_what_is_cut_is_what_a_gate_of_zero_would_silence(workspace, kind, heads
             if not kept:  # the whole sub-block goes: what enters it is what leaves it
                 layer.get_submodule(end).bias.zero_()
                 layer.set_submodule(norm, torch.nn.Identity())
-    layout.keep(cut, 0, heads, neurons)
+    architectures.keep(cut, 0, heads, neurons)
     ids = [[2, 40, 3], [2, *range(20, 43), 3], [2]]
     for left in (False, True):
         arrays = pad(ids, ARCHITECTURES[kind].inputs, gated.config.pad_token_id, left)

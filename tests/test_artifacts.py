@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from toolchain import artifacts, publishing
-from toolchain.artifacts import Manifest
+from toolchain.artifacts import publishing, store
+from toolchain.artifacts.store import Manifest
+from toolchain.artifacts.variants import Export
 from toolchain.errors import ArtifactError, TamperedError
-from toolchain.variants import Export
 
 
 def manifest_of(folder: Path, **changes) -> Manifest:
@@ -25,8 +25,8 @@ def manifest_of(folder: Path, **changes) -> Manifest:
         "parent_id": "ab" * 32,
         "step": Export(18),
         "step_version": 1,
-        "files": artifacts.list_files(folder),
-        "inputs": (artifacts.TensorSpec("input_ids", "int64", ("batch", 7)),),
+        "files": store.list_files(folder),
+        "inputs": (store.TensorSpec("input_ids", "int64", ("batch", 7)),),
         "outputs": (),
         "labels": ("NO", "YES"),
         "max_length": 512,
@@ -40,11 +40,11 @@ def published(tmp_path):
     with publishing.lock(target, pytest.fail), publishing.building(target) as scratch:
         (scratch / "model.onnx").write_bytes(b"weights")
         (scratch / "config.json").write_text("{}")
-        return artifacts.publish(scratch, target, manifest_of(scratch))
+        return store.publish(scratch, target, manifest_of(scratch))
 
 
 def test_what_is_published_is_read_back_and_nothing_else_is_left(published, tmp_path):
-    found = artifacts.load(tmp_path / "onnx-std")
+    found = store.load(tmp_path / "onnx-std")
     assert found == published
     assert found.manifest.size_bytes == 9
     found.verify()
@@ -90,7 +90,7 @@ def test_a_file_that_was_added_is_seen_and_not_passed_on(published, tmp_path):
     with pytest.raises(TamperedError, match=r"evil.py is not in its manifest"):
         published.verify()
     (tmp_path / "next").mkdir()
-    artifacts.copy_companions(published, tmp_path / "next")
+    store.copy_companions(published, tmp_path / "next")
     assert [p.name for p in (tmp_path / "next").iterdir()] == ["config.json"]
 
 
@@ -100,22 +100,22 @@ def test_a_manifest_changed_by_hand_does_not_add_up(published):
     body["step"]["settings"]["opset"] = 17
     file.write_text(json.dumps(body))
     with pytest.raises(TamperedError, match=rf"{published.path}.*does not add up.*Delete the folder"):
-        artifacts.load(published.path)
+        store.load(published.path)
 
 
 @pytest.mark.parametrize("path", ["../../etc/passwd", "/etc/passwd", "a/../../b"])
 def test_a_manifest_that_leaves_its_folder_is_refused(published, path):
-    entry = artifacts.FileEntry(path, 1, "0")
+    entry = store.FileEntry(path, 1, "0")
     (published.path / "manifest.json").write_text(manifest_of(published.path, files=(entry,)).to_json())
     with pytest.raises(ArtifactError, match="leaves the folder"):
-        artifacts.load(published.path)
+        store.load(published.path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema": 99}', '{"schema": 1, "id": 3}'])
 def test_a_broken_manifest_is_an_error_in_words(published, text):
     (published.path / "manifest.json").write_text(text)
     with pytest.raises(ArtifactError, match="cannot be read"):
-        artifacts.load(published.path)
+        store.load(published.path)
 
 
 @pytest.mark.parametrize(
@@ -133,15 +133,15 @@ def test_a_manifest_with_values_of_another_kind_is_an_error_in_words(published, 
     file = published.path / "manifest.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(ArtifactError):
-        artifacts.load(published.path)
+        store.load(published.path)
 
 
 def test_a_folder_that_was_not_built_here_is_not_touched(tmp_path):
     (tmp_path / "onnx-std").mkdir()
     (tmp_path / "onnx-std" / "thesis.txt").write_text("mine")
     with pytest.raises(ArtifactError, match="move it away"):
-        artifacts.load(tmp_path / "onnx-std")
-    assert artifacts.load(tmp_path / "onnx-fp32") is None
+        store.load(tmp_path / "onnx-std")
+    assert store.load(tmp_path / "onnx-fp32") is None
 
 
 def test_a_failed_build_leaves_what_was_there(published):
@@ -152,7 +152,7 @@ def test_a_failed_build_leaves_what_was_there(published):
 
     with pytest.raises(RuntimeError):
         build()
-    artifacts.load(published.path).verify()
+    store.load(published.path).verify()
     assert list(published.path.parent.iterdir()) == [published.path]
 
 
@@ -174,7 +174,7 @@ def test_a_killed_run_loses_nothing(published, moment):
     child.join(30)
     assert child.exitcode == -signal.SIGKILL
     with publishing.lock(published.path, pytest.fail):  # the dead run's lock is free, and the next run mends
-        artifacts.load(published.path).verify()
+        store.load(published.path).verify()
         assert (published.path / "model.onnx").read_bytes() == b"weights"
     assert list(published.path.parent.iterdir()) == [published.path]
 
@@ -221,7 +221,7 @@ def test_what_only_looks_like_ours_stays(tmp_path, there):
     for _ in range(2 if there else 1):
         with publishing.lock(target, pytest.fail), publishing.building(target) as scratch:
             (scratch / "model.onnx").write_bytes(b"weights")
-            artifacts.publish(scratch, target, manifest_of(scratch))
+            store.publish(scratch, target, manifest_of(scratch))
     assert [file.read_text() for file in mine] == ["mine"] * len(mine)
     assert len(list(tmp_path.iterdir())) == len(mine) + 1
 
@@ -234,8 +234,8 @@ def test_a_lock_leaves_the_scratch_of_other_names_alone(tmp_path, name, other):
             with publishing.lock(tmp_path / name, pytest.fail), publishing.building(tmp_path / name) as mine:
                 assert list(mine.iterdir()) == []
                 publishing.replace(mine, tmp_path / name)
-        artifacts.publish(scratch, tmp_path / other, manifest_of(scratch))
-    artifacts.load(tmp_path / other).verify()
+        store.publish(scratch, tmp_path / other, manifest_of(scratch))
+    store.load(tmp_path / other).verify()
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, other])
 
 

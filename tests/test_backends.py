@@ -7,10 +7,10 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from toolchain import inputs
 from toolchain.backends import Place, open_session
 from toolchain.backends import ort as ort_backend
 from toolchain.backends.ort import EXACT_PRODUCTS, session_options
+from toolchain.data import inputs
 from toolchain.errors import GraphError, ProviderError
 
 NAMES = ("input_ids", "attention_mask")

@@ -11,19 +11,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolchain import backends, inputs, journal, runs, scenarios
+from toolchain import backends
 from toolchain.backends import Backend, Place
-from toolchain.cells import Cell
+from toolchain.bench import journal, roofline, scenarios
+from toolchain.bench import run as bench_run
+from toolchain.bench import runner as bench_module
+from toolchain.bench.cells import Cell
+from toolchain.bench.journal import Journal
+from toolchain.bench.process import Worker
+from toolchain.bench.runner import bench
+from toolchain.bench.scenarios import Protocol
+from toolchain.compare.report.columns import notes
+from toolchain.compare.rows import compare
+from toolchain.data import inputs
+from toolchain.data.inputs import Data, Encoder
 from toolchain.errors import BenchError, ResultFileError
-from toolchain.inputs import Data, Encoder
-from toolchain.journal import Journal
-from toolchain.report.columns import notes
-from toolchain.scenarios import Protocol
-from toolchain.steps import bench as bench_module
-from toolchain.steps import roofline
-from toolchain.steps.bench import bench
-from toolchain.steps.compare import compare
-from toolchain.worker import Worker
 
 FAKE = {"fake": Backend("fake_backend:FakeSession", ("json",))}
 TEXTS = tuple(f"sentence number {i} {'word ' * (i % 7)}" for i in range(80))
@@ -106,7 +108,7 @@ def test_a_row_says_what_the_option_for_exact_products_costs(run):
     assert found["time"]["low"] <= found["time"]["value"] <= found["time"]["high"]
     assert "exactness" not in rows["portable"].facts
     assert "exactness" not in rows["elsewhere"].facts
-    result = runs.result_of(list(rows.values()), {}, Data("fake", TEXTS, (0,) * len(TEXTS)), 512)
+    result = bench_run.result_of(list(rows.values()), {}, Data("fake", TEXTS, (0,) * len(TEXTS)), 512)
     line = next(line for line in notes(compare([result])) if "saturates" in line)
     assert re.fullmatch(
         r"saturable@cpu: this processor saturates 8-bit products unless an\.option = 1, which is set; "
@@ -231,7 +233,7 @@ def test_ten_per_cent_slower_is_found_with_an_interval_that_excludes_no_differen
     told = {"torch-fp32": {"us": 2000}, "slower": {"us": 2200}}
     cells = [Cell("fake", n, "fake", "cpu", fake(n, **does)) for n, does in told.items()]
     rows, how = bench(cells, data, encoder, FAST, lambda *_: None, FAKE)
-    slower = compare([runs.result_of(rows, how, data, 512)])[1]
+    slower = compare([bench_run.result_of(rows, how, data, 512)])[1]
     assert slower.speedup.differs
     assert slower.speedup.low <= slower.speedup.value <= slower.speedup.high < 1
     assert slower.throughput_gain.high < 1
@@ -373,8 +375,8 @@ def test_the_working_directory_cannot_stand_in_for_a_library(fake, encoder, tmp_
 def test_the_real_chain_on_the_tiny_checkpoint(built_tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(roofline, "SECONDS", 0.02)
-    request = runs.Request(("torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"), ("cpu",), FAST)
-    result, kept = runs.measure(built_tiny, request, lambda line: None, lambda *_: None)
+    request = run.Request(("torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"), ("cpu",), FAST)
+    result, kept = bench_run.measure(built_tiny, request, lambda line: None, lambda *_: None)
     assert kept.path.is_file()
     kept.end()
     assert not list(tmp_path.rglob("*.journal"))
@@ -390,7 +392,7 @@ def test_the_real_chain_on_the_tiny_checkpoint(built_tiny, tmp_path, monkeypatch
     assert rows["torch-fp32"].facts["roofline"]["macs"] > rows["onnx-fp32"].facts["roofline"]["macs"] > 0
     assert all(0 < row.facts["roofline"]["share"] < 1 for row in rows.values())
     assert result.machine["versions"]["onnxruntime"]
-    runs.judge(result)
+    bench_run.judge(result)
 
 
 def test_a_runtime_that_is_not_installed_makes_its_cells_unavailable_and_no_others(fake, data, encoder):
@@ -402,7 +404,7 @@ def test_a_runtime_that_is_not_installed_makes_its_cells_unavailable_and_no_othe
 
 
 def test_cells_are_planned_from_the_table():
-    assert runs.planned((), ()) == [
+    assert bench_run.planned((), ()) == [
         ("torch-fp32", "cpu"),
         ("torch-bf16", "cpu"),
         ("torch-int8", "cpu"),
@@ -416,13 +418,13 @@ def test_cells_are_planned_from_the_table():
         *((f"onnx-pruned{ratio}-int8", "cpu") for ratio in (30, 40, 50)),
         *((name, "cuda") for name in ("torch-fp32", "torch-fp16", "bnb-int8", "bnb-nf4", "onnx-fp32", "onnx-fp16")),
     ]
-    assert runs.planned(("onnx-fp32",), ("cuda",)) == [("onnx-fp32", "cuda")]
+    assert bench_run.planned(("onnx-fp32",), ("cuda",)) == [("onnx-fp32", "cuda")]
     with pytest.raises(BenchError, match=r"onnx-int8 is not measured on cuda. It is measured on cpu"):
-        runs.planned(("onnx-int8",), ("cuda",))
+        bench_run.planned(("onnx-int8",), ("cuda",))
 
 
 def test_every_runtime_of_the_table_has_a_backend():
-    from toolchain import variants
+    from toolchain.artifacts import variants
 
     assert {variants.get(name).runtime for cells in variants.DEFAULT_CELLS.values() for name in cells} <= set(
         backends.BACKENDS

@@ -6,11 +6,12 @@ import shutil
 import pytest
 from conftest import import_job
 
-from toolchain import checkpoints
 from toolchain.backends.pytorch import load_model
-from toolchain.checkpoints import Source, check, fetch, resolve
+from toolchain.build.pipeline import ensure
+from toolchain.build.workspace import Workspace
 from toolchain.errors import CheckpointError, HubError
-from toolchain.pipeline import Workspace, ensure
+from toolchain.models import checkpoints
+from toolchain.models.checkpoints import Source, check, fetch, resolve
 
 
 @pytest.fixture
@@ -288,7 +289,7 @@ def test_a_config_that_makes_no_model_is_refused_in_words(checkpoint, change):
     ],
 )
 def test_a_tokenizer_that_does_not_fit_is_refused_in_words(checkpoint, tmp_path, name, change, says):
-    from toolchain.steps.importing import import_checkpoint
+    from toolchain.build.steps.importing import import_checkpoint
 
     file = checkpoint / name
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
@@ -301,7 +302,7 @@ def test_positions_are_counted_as_the_model_counts_them(tmp_path):
     """RoBERTa's table of 514 rows holds 512 positions: the first is the one after the padding's."""
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
-    from toolchain.steps.importing import _max_length
+    from toolchain.build.steps.importing import _max_length
 
     config = RobertaConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=50

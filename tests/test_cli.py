@@ -14,13 +14,12 @@ from conftest import make_checkpoint, run_toolchain
 from test_compare import FP32, INT8, RUN, measured
 from test_measurements import result
 
-from toolchain import scenarios
+from toolchain.artifacts.variants import DEFAULT_CELLS
+from toolchain.bench import roofline, scenarios
+from toolchain.bench.journal import Journal
 from toolchain.cli import cli
 from toolchain.errors import VerdictError
-from toolchain.journal import Journal
-from toolchain.measurements import ResultFile
-from toolchain.steps import roofline
-from toolchain.variants import DEFAULT_CELLS
+from toolchain.results.measurements import ResultFile
 
 
 @pytest.fixture
@@ -107,7 +106,7 @@ def test_a_bug_is_a_sentence_too(at, say, monkeypatch):
     def bug(*_):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("toolchain.pipeline.Workspace.open", bug)
+    monkeypatch.setattr("toolchain.build.pipeline.Workspace.open", bug)
     code, _, err = say("variants")
     assert (code, err) == (1, "Error: unexpected ZeroDivisionError: a bug Run again with --debug to see where.\n")
 
@@ -116,7 +115,7 @@ def test_an_interrupt_is_130(at, say, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("toolchain.pipeline.Workspace.open", stop)
+    monkeypatch.setattr("toolchain.build.pipeline.Workspace.open", stop)
     code, _, err = say("variants")
     assert code == 130
     assert "Interrupted" in err
@@ -129,14 +128,14 @@ def test_an_interrupt_that_a_library_turned_into_its_own_error_is_130(at, say, m
         except KeyboardInterrupt:
             raise ImportError("initialization failed") from None
 
-    monkeypatch.setattr("toolchain.pipeline.Workspace.open", stop)
+    monkeypatch.setattr("toolchain.build.pipeline.Workspace.open", stop)
     code, _, err = say("variants")
     assert (code, err) == (130, "Interrupted: nothing is half-written.\n")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(at, say, tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr("toolchain.hardware.gpus", lambda: ([], ""))
+    monkeypatch.setattr("toolchain.system.hardware.gpus", lambda: ([], ""))
     code, out, _ = say("export", "--model", tiny_checkpoint, "--opset", 17, "--dry-run")
     assert code == 0
     assert "onnx-std: build (missing); opset=17" in out
@@ -157,7 +156,7 @@ def test_a_place_that_cannot_be_written(at, say, tiny_checkpoint):
 def test_validation_that_says_no_is_exit_3(at, say, tiny, monkeypatch):
     wanted = {"passed": False, "agreement": "exact", "finite": True, "grid_largest_delta": {"one": 1.0}}
     wanted |= {"worst_case": "one", "largest_delta": 1.0, "mean_delta": 1.0, "sentences": 2, "flips": 1}
-    monkeypatch.setattr("toolchain.pipeline.validate", lambda *_: wanted)
+    monkeypatch.setattr("toolchain.build.pipeline.validate", lambda *_: wanted)
     code, out, err = say("validate", "onnx-fp32", "--model", "tiny", "--exported", tiny.exported)
     assert code == 3
     assert "NOT valid" in out
@@ -178,7 +177,7 @@ def test_a_tampered_artifact_is_exit_1_with_the_mend(at, say, tiny):
 
 
 def test_bench_with_cuda_and_no_device_has_rows_with_reason_and_mend(at, say, tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr("toolchain.hardware.gpus", lambda: ([], ""))
+    monkeypatch.setattr("toolchain.system.hardware.gpus", lambda: ([], ""))
     code, out, err = say("bench", "--provider", "cuda", "--quick", "--model", tiny_checkpoint)
     assert code == 1
     assert "Nothing could be measured: No NVIDIA GPU" in err
@@ -231,13 +230,13 @@ def test_doctor_finds_and_mends(at, say, monkeypatch):
     assert code == 0
     assert re.search(r"ok +torch 2", out)
     versions = {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}
-    monkeypatch.setattr("toolchain.hardware.versions", lambda: versions)
+    monkeypatch.setattr("toolchain.system.hardware.versions", lambda: versions)
     code, out, _ = say("doctor", "--json")
     assert code == 1
     problem = [finding for finding in json.loads(out) if finding["level"] == "problem"]
     assert "both installed" in problem[0]["what"]
     assert "pip uninstall -y onnxruntime onnxruntime-gpu" in problem[0]["mend"]
-    monkeypatch.setattr("toolchain.hardware.versions", dict)
+    monkeypatch.setattr("toolchain.system.hardware.versions", dict)
     assert "no ONNX Runtime is installed" in say("doctor")[1]
 
 
@@ -262,7 +261,7 @@ def test_debug_keeps_the_exit_code(at, say, monkeypatch):
     def verdict(*_):
         raise VerdictError("No.", "Do better.")
 
-    monkeypatch.setattr("toolchain.pipeline.Workspace.open", verdict)
+    monkeypatch.setattr("toolchain.build.pipeline.Workspace.open", verdict)
     code, _, err = say("validate", "onnx-int8", "--debug")
     assert code == 3
     assert "Traceback" in err
@@ -277,7 +276,7 @@ def test_a_terminal_that_cannot_show_a_sign_still_gets_the_figures(at):
 
 
 def test_a_run_that_measured_nothing_takes_no_name(at, say, tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr("toolchain.hardware.gpus", lambda: ([], ""))
+    monkeypatch.setattr("toolchain.system.hardware.gpus", lambda: ([], ""))
     kept = at / "benchmarks" / "results" / "kept.json"
     kept.parent.mkdir(parents=True)
     kept.write_text("{}")
@@ -298,7 +297,7 @@ def bench_as(at, say, monkeypatch, tiny_checkpoint):
             meanwhile()
             return result(FP32, INT8), Journal.begin(at / "x.journal", {})
 
-        monkeypatch.setattr("toolchain.runs.measure", measure)
+        monkeypatch.setattr("toolchain.bench.run.measure", measure)
         return *say("bench", "--save-as", "kept", "--model", tiny_checkpoint, *options), kept
 
     return run

@@ -20,13 +20,14 @@ from chromium import PROGRAM, Chromium
 from conftest import TESTS
 from readme_parts import ROOT, snippet
 
-from toolchain import inputs, shipping
 from toolchain.backends import Place, open_session
-from toolchain.bundles import TOLERANCES
-from toolchain.inputs import Encoder, pad
-from toolchain.pipeline import no_bar
-from toolchain.shipping import Order
-from toolchain.targets import clients
+from toolchain.data import inputs
+from toolchain.data.inputs import Encoder, pad
+from toolchain.progress import no_bar
+from toolchain.ship import shipping
+from toolchain.ship.bundles import TOLERANCES
+from toolchain.ship.shipping import Order
+from toolchain.ship.targets import clients
 
 CACHE = ROOT / "exported" / ".cache"
 MODULES = clients.installed(CACHE)

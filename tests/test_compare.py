@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from test_measurements import result, row
 
+from toolchain.bench.run import current_ids, judge, newest, save_local
+from toolchain.compare.report.columns import columns
+from toolchain.compare.report.markdown import to_markdown
+from toolchain.compare.report.table import print_table
+from toolchain.compare.rows import compare
 from toolchain.errors import BenchError, ResultFileError
-from toolchain.measurements import Accuracy, Measurement, ResultFile, Samples
-from toolchain.report.columns import columns
-from toolchain.report.markdown import to_markdown
-from toolchain.report.table import print_table
-from toolchain.runs import current_ids, judge, newest, save_local
-from toolchain.steps.compare import compare
+from toolchain.results.measurements import Accuracy, Measurement, ResultFile, Samples
 
 RUN = {"threads": 2, "batch_size": 32}
 

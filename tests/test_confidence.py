@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from test_compare import FP32, INT8, RUN, measured, of
 from test_measurements import result
 
-from toolchain import confidence
-from toolchain.confidence import ratio
+from toolchain.bench.noise import Noise
+from toolchain.compare.report.columns import notes
+from toolchain.compare.rows import arrange, compare
 from toolchain.errors import ResultFileError
-from toolchain.measurements import Samples
-from toolchain.noise import Noise
-from toolchain.report.columns import notes
-from toolchain.steps.compare import arrange, compare
+from toolchain.results import statistics
+from toolchain.results.measurements import Samples
+from toolchain.results.statistics import ratio
 
 POSITIVE = st.floats(1e-3, 1e6)
 
@@ -39,7 +39,7 @@ def test_a_ratio_lies_in_its_interval_and_turns_over_with_its_sides(pairs):
     one, other = zip(*pairs, strict=True)
     found, turned = ratio(one, other), ratio(other, one)
     assert found.value == pytest.approx(1 / turned.value)
-    if len(pairs) < confidence.FEWEST_ROUNDS:
+    if len(pairs) < statistics.FEWEST_ROUNDS:
         assert found.differs is None
     else:
         assert found.low <= found.value * (1 + 1e-9)
@@ -48,7 +48,7 @@ def test_a_ratio_lies_in_its_interval_and_turns_over_with_its_sides(pairs):
 
 def test_the_same_times_are_no_difference():
     times = [1.0, 2.0, 3.0, 1.5, 2.5, 3.5]
-    assert ratio(times, times) == confidence.Ratio(1.0, 1.0, 1.0)
+    assert ratio(times, times) == statistics.Ratio(1.0, 1.0, 1.0)
     assert ratio(times, times).differs is False
 
 
@@ -56,27 +56,27 @@ def test_the_interval_of_a_median_covers_it():
     rng, covered = np.random.default_rng(1), 0
     for _ in range(100):
         rounds = [[max(1, round(v)) for v in rng.lognormal(7, 0.3, 60)] for _ in range(8)]
-        low, high = confidence.median_interval(Samples.ones(rounds))
+        low, high = statistics.median_interval(Samples.ones(rounds))
         covered += low <= math.exp(7) / 1000 <= high
     assert covered >= 88
-    assert confidence.median_interval(Samples.ones([[1], [2]])) is None
+    assert statistics.median_interval(Samples.ones([[1], [2]])) is None
 
 
 def test_published_values():
-    low, high = confidence.wilson(81, 263)  # Newcombe 1998, table I
+    low, high = statistics.wilson(81, 263)  # Newcombe 1998, table I
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
-    assert confidence.mcnemar(0, 0) == 1
-    assert confidence.mcnemar(5, 15) == pytest.approx(0.0414, abs=1e-4)  # two sides of a coin thrown 20 times
+    assert statistics.mcnemar(0, 0) == 1
+    assert statistics.mcnemar(5, 15) == pytest.approx(0.0414, abs=1e-4)  # two sides of a coin thrown 20 times
 
 
 def test_macro_f1_counts_every_label_alike():
-    assert confidence.macro_f1(confidence.by_label([0, 0, 0, 1], [0, 0, 0, 1], False)) == 1
-    assert confidence.macro_f1(confidence.by_label([0, 0, 0, 0], [0, 0, 0, 1], False)) == pytest.approx((6 / 7 + 0) / 2)
+    assert statistics.macro_f1(statistics.by_label([0, 0, 0, 1], [0, 0, 0, 1], False)) == 1
+    assert statistics.macro_f1(statistics.by_label([0, 0, 0, 0], [0, 0, 0, 1], False)) == pytest.approx((6 / 7 + 0) / 2)
 
 
 def test_calibration_error_is_what_confidence_has_over_accuracy():
-    assert confidence.calibration_error([[1.0, 0.0]] * 4, [0, 0, 0, 0], False) == 0
-    assert confidence.calibration_error([[0.2, 0.8]] * 4, [0, 0, 0, 1], False) == pytest.approx(0.55)
+    assert statistics.calibration_error([[1.0, 0.0]] * 4, [0, 0, 0, 0], False) == 0
+    assert statistics.calibration_error([[0.2, 0.8]] * 4, [0, 0, 0, 1], False) == pytest.approx(0.55)
 
 
 LABELS = [0, 1] * 50

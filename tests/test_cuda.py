@@ -9,20 +9,22 @@ import pynvml
 import pytest
 import torch
 
-from toolchain import gpu_memory, hardware, inputs, runs
 from toolchain.backends import Backend, Place, open_session
 from toolchain.backends.ort import OrtSession
 from toolchain.backends.pytorch import TorchSession, _served, device, roomy
-from toolchain.cells import Cell
+from toolchain.bench import gpu_memory, run
+from toolchain.bench import runner as bench_module
+from toolchain.bench.cells import Cell
+from toolchain.bench.runner import bench
+from toolchain.bench.scenarios import Protocol
+from toolchain.build.pipeline import ensure
 from toolchain.cli import main
+from toolchain.compare.report.columns import columns, notes
+from toolchain.compare.rows import compare
+from toolchain.data import inputs
+from toolchain.data.inputs import Data, Encoder
 from toolchain.errors import BenchError, DeviceMemoryError, ProviderError
-from toolchain.inputs import Data, Encoder
-from toolchain.pipeline import ensure
-from toolchain.report.columns import columns, notes
-from toolchain.scenarios import Protocol
-from toolchain.steps import bench as bench_module
-from toolchain.steps.bench import bench
-from toolchain.steps.compare import compare
+from toolchain.system import hardware
 
 BATCH = inputs.pad([[101, 2023, 102], [101, 102]], ("input_ids", "attention_mask"), 0)
 T4 = {"name": "Tesla T4", "memory_bytes": 16 << 30, "compute_capability": "7.5"}
@@ -248,7 +250,7 @@ def measured(fake, monkeypatch):
     def measure(**behaviours):
         cells = [Cell("fake", n, "fake", "cuda", fake(n, **does)) for n, does in behaviours.items()]
         rows, how = bench(cells, data, encoder, protocol, lambda *_: None, FAKE)
-        return runs.result_of(rows, how, data, 512)
+        return run.result_of(rows, how, data, 512)
 
     return measure
 
@@ -262,7 +264,7 @@ def test_a_cuda_row_has_the_time_on_the_device_beside_the_whole(measured, tmp_pa
     assert row.facts["session"]["device_order"] == "PCI_BUS_ID"
     assert run.run["device_id"] == 1
     run.write(tmp_path / "run.json")
-    assert runs.ResultFile.read(tmp_path / "run.json") == run
+    assert run.ResultFile.read(tmp_path / "run.json") == run
     shown = compare([run])
     assert "on device p50 ms" in [header for header, _ in columns(shown)]
     assert any(line.startswith("On device:") for line in notes(shown))
@@ -295,12 +297,12 @@ def test_gpu_memory_has_its_column_and_its_method(measured):
 
 def test_cells_that_fall_back_are_planned_only_where_that_is_allowed():
     with pytest.raises(BenchError, match="onnx-int8 is not measured on cuda") as error:
-        runs.planned(("onnx-int8",), ("cuda",))
+        run.planned(("onnx-int8",), ("cuda",))
     assert "--allow-fallback" in error.value.mend
-    assert runs.planned(("onnx-int8",), ("cuda",), allow_fallback=True) == [("onnx-int8", "cuda")]
-    assert runs.planned(("onnx-int8",), (), allow_fallback=True) == [("onnx-int8", "cpu")]
+    assert run.planned(("onnx-int8",), ("cuda",), allow_fallback=True) == [("onnx-int8", "cuda")]
+    assert run.planned(("onnx-int8",), (), allow_fallback=True) == [("onnx-int8", "cpu")]
     with pytest.raises(BenchError, match="torch-int8 is not measured on cuda"):
-        runs.planned(("torch-int8",), ("cuda",), allow_fallback=True)
+        run.planned(("torch-int8",), ("cuda",), allow_fallback=True)
 
 
 def test_a_wrong_device_id_is_told_with_what_there_is(monkeypatch, tmp_path, tiny_checkpoint, capsys):

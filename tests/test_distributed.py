@@ -20,14 +20,18 @@ import pytest
 from conftest import run_toolchain
 
 import toolchain
-from toolchain import artifacts, distributed, inputs, predicting, publishing, runs, scenarios
+from toolchain import distributed
+from toolchain import predict as predicting
+from toolchain.artifacts import publishing, store
+from toolchain.bench import run, scenarios
+from toolchain.bench.scenarios import Protocol
+from toolchain.data import inputs
+from toolchain.data.files import Texts
 from toolchain.distributed import Cluster, Node, benching, connected, remote
 from toolchain.errors import ClusterError, DataError, TamperedError
-from toolchain.measurements import ResultFile
-from toolchain.pipeline import no_bar
-from toolchain.predicting import lying_in, of_variant, predict
-from toolchain.rows import Texts
-from toolchain.scenarios import Protocol
+from toolchain.predict import lying_in, of_variant, predict
+from toolchain.progress import no_bar
+from toolchain.results.measurements import ResultFile
 
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster as Nodes  # noqa: E402 - only where there is Ray
@@ -250,7 +254,7 @@ def fabricated(name, gpus=0):
 
 
 def test_cells_go_where_their_hardware_is(built_tiny):
-    cells = runs.prepared(built_tiny, runs.Request(("torch-fp32",), (), FAST), None, quiet)[1]
+    cells = run.prepared(built_tiny, run.Request(("torch-fp32",), (), FAST), None, quiet)[1]
     said = []
     nodes = benching.distinct([fabricated("a1"), fabricated("b1", gpus=1), fabricated("a2")], said.append)
     assert [node.id for node in nodes] == ["a1", "b1"]
@@ -365,4 +369,4 @@ def test_a_cluster_that_dies_leaves_what_was_scored(model, small, tmp_path, monk
 def test_an_artifact_knows_its_files(built_tiny):
     found = built_tiny.load("onnx-int8")
     assert sorted(found.files) == sorted(p.name for p in found.path.iterdir())
-    assert artifacts.MANIFEST in found.files
+    assert store.MANIFEST in found.files

@@ -6,7 +6,8 @@ import sys
 import pynvml
 import pytest
 
-from toolchain import doctor, hardware
+from toolchain import doctor
+from toolchain.system import hardware
 
 T4 = {"name": "Tesla T4", "memory_bytes": 2**34, "compute_capability": "7.5"}
 PASCAL = {"name": "NVIDIA GeForce GTX 1050 Ti", "memory_bytes": 2**32, "compute_capability": "6.1"}
@@ -19,9 +20,9 @@ def examined(monkeypatch, tmp_path):
     """The findings on a machine with these GPUs, driver and versions, packages built for `cuda`."""
 
     def examine(devices, driver, versions, cuda):
-        monkeypatch.setattr("toolchain.hardware.gpus", lambda: (devices, driver))
-        monkeypatch.setattr("toolchain.hardware.versions", lambda: versions)
-        monkeypatch.setattr("toolchain.hardware.built_for_cuda", lambda _: cuda)
+        monkeypatch.setattr("toolchain.system.hardware.gpus", lambda: (devices, driver))
+        monkeypatch.setattr("toolchain.system.hardware.versions", lambda: versions)
+        monkeypatch.setattr("toolchain.system.hardware.built_for_cuda", lambda _: cuda)
         return doctor.examine(tmp_path)
 
     return examine
@@ -35,10 +36,10 @@ def notes(findings):
 @pytest.mark.parametrize(
     ("devices", "driver", "line"),
     [
-        ([], "", "pip install -c constraints.txt -e '.[cpu,bnb]'"),
-        ([T4], "580.65.06", "pip install -c constraints-gpu.txt -e '.[gpu,bnb]'"),
-        ([T4], "535.183.01", "pip install -c constraints-cuda12.txt -e '.[gpu,bnb]'"),
-        ([PASCAL], "580.65.06", "pip install -c constraints-cuda12.txt -e '.[gpu,bnb]'"),
+        ([], "", "pip install -c constraints/cpu.txt -e '.[cpu,bnb]'"),
+        ([T4], "580.65.06", "pip install -c constraints/gpu.txt -e '.[gpu,bnb]'"),
+        ([T4], "535.183.01", "pip install -c constraints/cuda12.txt -e '.[gpu,bnb]'"),
+        ([PASCAL], "580.65.06", "pip install -c constraints/cuda12.txt -e '.[gpu,bnb]'"),
     ],
 )
 def test_two_runtimes_or_none_are_mended_with_this_machines_set(examined, devices, driver, line):
@@ -58,15 +59,15 @@ def test_a_source_tree_that_is_not_installed_is_told(examined, monkeypatch):
     monkeypatch.setattr("importlib.metadata.requires", none_of)
     problem = next(f for f in examined([], "", CPU_STACK, None) if f.level == "problem")
     assert problem.what == "toolchain runs from its source tree and is not installed"
-    assert problem.mend == "pip install -c constraints.txt -e '.[cpu,bnb]'"
+    assert problem.mend == "pip install -c constraints/cpu.txt -e '.[cpu,bnb]'"
 
 
 def test_a_gpu_is_named_with_its_set(examined):
     whats = [f.what for f in examined([T4], "580.65.06", GPU_STACK, "13.0") if f.level == "ok"]
     assert "Tesla T4, 16 GiB, compute capability 7.5, driver 580.65.06" in whats
-    assert "constraints-gpu.txt is the set for this driver and GPU" in whats
+    assert "constraints/gpu.txt is the set for this driver and GPU" in whats
     whats = [f.what for f in examined([T4, PASCAL], "580.65.06", GPU_STACK, "12.6") if f.level == "ok"]
-    assert "constraints-cuda12.txt is the set for this driver and GPU" in whats
+    assert "constraints/cuda12.txt is the set for this driver and GPU" in whats
 
 
 def test_what_fits_is_not_noted(examined):
@@ -104,7 +105,7 @@ def test_bitsandbytes_is_found_or_missed(examined):
     assert "bitsandbytes 0.50.2" in [f.what for f in examined([], "", CPU_STACK, None) if f.level == "ok"]
     without = {name: version for name, version in GPU_STACK.items() if name != "bitsandbytes"}
     assert notes(examined([T4], "580.65.06", without, "13.0")) == [
-        ("bitsandbytes is missing: no variant bnb-*", "pip install -c constraints-gpu.txt -e '.[gpu,bnb]'")
+        ("bitsandbytes is missing: no variant bnb-*", "pip install -c constraints/gpu.txt -e '.[gpu,bnb]'")
     ]
 
 
@@ -141,7 +142,7 @@ def test_a_gpu_that_tells_half_does_not_stop_doctor(monkeypatch, tmp_path):
     assert hardware.gpus() == ([T4, {**T4, "memory_bytes": 0, "compute_capability": ""}], "580.65.06")
     whats = [f.what for f in doctor.examine(tmp_path)]
     assert "Tesla T4, unknown memory, compute capability unknown, driver 580.65.06" in whats
-    assert "constraints-cuda12.txt is the set for this driver and GPU" in whats
+    assert "constraints/cuda12.txt is the set for this driver and GPU" in whats
 
     def fails(*_):
         raise pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN)
@@ -190,7 +191,7 @@ def test_a_missing_package_was_built_for_no_cuda(monkeypatch):
 )
 def test_a_processor_that_saturates_is_told_what_to_build(monkeypatch, machine, isa, exact):
     monkeypatch.setattr("platform.machine", lambda: machine)
-    monkeypatch.setattr("toolchain.hardware.processor", lambda: {"cpu": "a processor", "isa": isa})
+    monkeypatch.setattr("toolchain.system.hardware.processor", lambda: {"cpu": "a processor", "isa": isa})
     assert hardware.exact_int8() is exact
     found = doctor._processor()[0]
     assert found.level == ("ok" if exact else "note")

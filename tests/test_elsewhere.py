@@ -16,15 +16,17 @@ from readme_parts import ROOT, snippet
 from tiny_architectures import ARCHITECTURES
 from tiny_architectures import make as make_architecture
 
-from toolchain import inputs, shipping
+from toolchain.artifacts.variants import Prune
 from toolchain.backends import Place, open_session
 from toolchain.backends.ort import session_options
-from toolchain.inputs import Encoder, pad
-from toolchain.labels import shares
-from toolchain.pipeline import ensure, no_bar
-from toolchain.shipping import Order
-from toolchain.steps.importing import import_checkpoint
-from toolchain.variants import Prune
+from toolchain.build.pipeline import ensure
+from toolchain.build.steps.importing import import_checkpoint
+from toolchain.data import inputs
+from toolchain.data.inputs import Encoder, pad
+from toolchain.data.labels import shares
+from toolchain.progress import no_bar
+from toolchain.ship import shipping
+from toolchain.ship.shipping import Order
 
 TRANSFORMERS_5 = ROOT / "exported" / ".cache" / "test-clients" / "transformers5" / "bin" / "python"
 TEXTS = ["a charming and often affecting journey .", "a waste of two hours .", "Café naïve, isn't it? 50%", ""]

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from toolchain import files
+from toolchain.system import files
 
 
 def no_links(*arguments):

@@ -12,9 +12,11 @@ import torch
 from conftest import make_checkpoint
 from safetensors.torch import load_file, save_file
 
-from toolchain import checkpoints, publishing, training
-from toolchain.artifacts import sha256
+from toolchain.artifacts import publishing
+from toolchain.artifacts.store import sha256
 from toolchain.backends.pytorch import load_model
+from toolchain.models import checkpoints
+from toolchain.training import loop
 
 WORDS = {
     "billing": "I was charged twice on the invoice and want a refund of the payment",
@@ -142,7 +144,7 @@ def test_the_same_training_gives_the_same_bytes(make, headless, tickets):
 
 def test_dropout_is_on_while_it_learns_and_off_when_it_is_judged(make, headless, tickets, monkeypatch):
     modes = []
-    learn, accuracy = training._Run.learn, training.accuracy
+    learn, accuracy = loop._Run.learn, loop.accuracy
 
     def watched(model, rows):
         modes.append(("judged", model.training))
@@ -155,8 +157,8 @@ def test_dropout_is_on_while_it_learns_and_off_when_it_is_judged(make, headless,
         finally:
             handle.remove()
 
-    monkeypatch.setattr(training, "accuracy", watched)
-    monkeypatch.setattr(training._Run, "learn", learning)
+    monkeypatch.setattr(loop, "accuracy", watched)
+    monkeypatch.setattr(loop._Run, "learn", learning)
     assert make(headless, tickets, "--epochs", "1")[0] == 0
     assert set(modes) == {("judged", False), ("learns", True)}
 
@@ -342,13 +344,11 @@ def test_a_teacher_of_another_architecture_is_asked_what_it_takes(make, headless
 
 
 def test_a_loss_that_is_no_number_ends_it_and_keeps_what_was(make, headless, tickets, monkeypatch, tmp_path):
-    import toolchain.losses
+    from toolchain.training import losses
 
     count = iter(range(-1, 100))  # the first are the held-out rows
-    whole = toolchain.losses.task_loss
-    monkeypatch.setattr(
-        toolchain.losses, "task_loss", lambda *a: whole(*a) * (float("nan") if next(count) == 6 else 1.0)
-    )
+    whole = losses.task_loss
+    monkeypatch.setattr(losses, "task_loss", lambda *a: whole(*a) * (float("nan") if next(count) == 6 else 1.0))
     code, folder, _, err = make(headless, tickets, "--epochs", "3")
     assert code == 1
     assert "The loss is nan at step 6" in err
@@ -425,7 +425,7 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(headless, ticket
     arguments = ["finetune", "--base", headless, "--train-data", tickets, "--epochs", "3", "--lr", "2e-3"]
     arguments += ["--output", tmp_path / "out"]
     code = (
-        "import sys, time, toolchain.training as t; from toolchain.cli import main; "
+        "import sys, time, toolchain.training.loop as t; from toolchain.cli import main; "
         "t.SAVE_EVERY_S = 0; learn = t._Run.learn; "
         "t._Run.learn = lambda run, part: (time.sleep(0.3), learn(run, part))[1]; sys.exit(main(sys.argv[1:]))"
     )
@@ -445,7 +445,7 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(headless, ticket
 
 
 def test_float16_is_scaled_and_resumes(make, headless, tickets, monkeypatch):
-    monkeypatch.setattr(training.mixed, "precision", lambda device: torch.float16)
+    monkeypatch.setattr(loop.mixed, "precision", lambda device: torch.float16)
     code, _, card, err = make(headless, tickets, "--epochs", "8")
     assert code == 0, err
     assert card["training"]["precision"] == "float16"

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_measurements import result, row
 
+from toolchain.compare.limits import Limits, choose, require
+from toolchain.compare.regressions import parse_share, regressions, require_none
+from toolchain.compare.report.flat import COLUMNS, to_csv
+from toolchain.compare.report.verdict import choice_json, choice_lines, regression_json, regression_lines
+from toolchain.compare.rows import compare
 from toolchain.errors import ResultFileError, VerdictError
-from toolchain.measurements import Accuracy, Measurement, Samples
-from toolchain.report.flat import COLUMNS, to_csv
-from toolchain.report.verdict import choice_json, choice_lines, regression_json, regression_lines
-from toolchain.steps.compare import compare
-from toolchain.steps.gate import Limits, choose, require
-from toolchain.steps.regression import parse_share, regressions, require_none
+from toolchain.results.measurements import Accuracy, Measurement, Samples
 
 RUN = {"threads": 2, "batch_size": 32}
 LABELS = [1] * 100

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from toolchain import hardware
+from toolchain.system import hardware
 
 ROOT = Path(__file__).parent.parent
 PIN = next(
-    line for line in (ROOT / "constraints-gpu.txt").read_text().splitlines() if line.startswith("onnxruntime-gpu==")
+    line for line in (ROOT / "constraints/gpu.txt").read_text().splitlines() if line.startswith("onnxruntime-gpu==")
 )
 
 

@@ -12,77 +12,27 @@ import toolchain
 ROOT = Path(toolchain.__file__).parent
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnx_ir", "optimum", "datasets", "numpy", "pandas", "rich"}
 HEAVY |= {"matplotlib", "jinja2", "scipy", "optuna", "peft", "ray"}
-CORE = [
-    "names",
-    "variants",
-    "artifacts",
-    "hub",
-    "pickles",
-    "adapters",
-    "checkpoints",
-    "origins",
-    "measurements",
-    "inputs",
-    "labels",
-    "tables",
-    "hardware",
-    "jobs",
-    "confidence",
-    "journal",
-    "noise",
-    "quiet",
-    "rows",
-    "files",
-    "publishing",
-    "wordpiece",
-    "workspace",
+# A room imports from floors below its own, and never from a room beside it.
+FLOORS = [
+    {"errors", "progress"},
+    {"system"},
+    {"results"},
+    {"data"},
+    {"artifacts"},
+    {"models", "passes"},
+    {"backends", "exporters"},
+    {"training"},
+    {"pruning", "quantization"},
+    {"build"},
+    {"bench", "compare", "finetune"},
+    {"ship", "tuning"},
+    {"predict", "doctor"},
+    {"distributed"},
+    {"cli"},
+    {"reference", "__main__"},
 ]
-# Each layer may import from those below it; a room of several modules is one name.
-LAYERS = [
-    ["errors", "bundled"],
-    CORE,
-    ["passes", "backends", "gpu_memory", "onnx_metadata", "targets"],
-    ["tokenizing"],
-    ["bundles"],
-    ["scenarios", "calibration", "child"],
-    ["worker"],
-    ["cells"],
-    ["losses", "scoring"],
-    ["training", "activations"],
-    ["pruning", "sensitivity", "trimming"],
-    ["steps", "alternatives"],
-    ["pipeline", "report"],
-    ["runs", "search", "tuning", "doctor"],
-    ["shipping", "finetuning"],
-    ["predicting"],
-    ["distributed"],
-    ["cli", "reference"],
-]
-WITHIN = {
-    "names": 0,
-    "labels": 0,
-    "variants": 1,
-    "artifacts": 2,
-    "hardware": 1,
-    "hub": 0,
-    "pickles": 0,
-    "adapters": 1,
-    "checkpoints": 3,
-    "origins": 4,
-    "files": 0,
-    "publishing": 0,
-    "measurements": 1,
-    "rows": 0,
-    "tables": 1,
-    "inputs": 2,
-    "jobs": 4,
-    "confidence": 2,
-    "journal": 1,
-    "noise": 0,
-    "quiet": 0,
-    "wordpiece": 4,
-    "workspace": 4,
-}
+FLOOR_OF = {room_name: floor for floor, rooms in enumerate(FLOORS) for room_name in rooms}
+CORE = {"system", "results", "data", "artifacts"}
 
 
 def modules():
@@ -118,29 +68,22 @@ def imports(path, *, typing_too):
             yield from ((f"{node.module}.{alias.name}", id(node) in top) for alias in node.names)
 
 
-def level(name):
-    return next((i for i, layer in enumerate(LAYERS) if name in layer), None)
-
-
-@pytest.mark.parametrize("module", sorted(m for m in modules() if room(m) not in ("", "__init__", "__main__")))
+@pytest.mark.parametrize("module", sorted(m for m in modules() if room(m) != "__init__"))
 def test_imports_run_one_way(module):
-    mine = level(room(module))
-    assert mine is not None, f"{module} is in no layer"
     for imported, _ in imports(modules()[module], typing_too=False):
         other = room(imported) if imported.startswith("toolchain.") else ""
-        if not other or level(other) is None:
-            continue
-        if other == room(module):
-            continue
-        assert level(other) <= mine, f"{module} imports {imported}, which stands above it"
-        if level(other) == mine and room(module) in WITHIN:
-            assert WITHIN[other] < WITHIN[room(module)], f"{module} and {imported} stand side by side"
+        if other in FLOOR_OF and other != room(module):
+            assert FLOOR_OF[other] < FLOOR_OF[room(module)], f"{module} imports {imported}, which is not below it"
 
 
-@pytest.mark.parametrize("room_name", ["steps", "backends", "passes"])
+def test_every_folder_and_file_is_a_room_with_a_floor():
+    assert {room(module) for module in modules()} - {"__init__"} == set(FLOOR_OF)
+
+
+@pytest.mark.parametrize("room_name", ["build.steps", "backends", "passes"])
 def test_neighbours_in_a_room_do_not_call_each_other(room_name):
     allowed = {
-        "passes.apply",
+        "passes.model_shape",
         "passes.quantize_embedding",
         "passes.quantize_blocks",
         "passes.quantize_static",
@@ -148,23 +91,23 @@ def test_neighbours_in_a_room_do_not_call_each_other(room_name):
         "backends.__init__",
     }
     allowed |= {"backends.bnb", "backends.lora"}  # PyTorch sessions with another loader
-    parts = {f"toolchain.backends.{name}" for name in ("layout", "modules", "reduced")}  # no session of its own
+    parts = {f"toolchain.backends.{name}" for name in ("reduced",)}  # no session of its own
     parts |= {f"toolchain.passes.{name}" for name in ("graph", "int8", "attention")}  # no pass of its own
     for module, path in modules().items():
-        if room(module) != room_name or module.removeprefix("toolchain.") in allowed:
+        if not module.startswith(f"toolchain.{room_name}.") or module.removeprefix("toolchain.") in allowed:
             continue
         for imported, _ in imports(path, typing_too=False):
             if imported not in parts and not any(imported.startswith(f"{part}.") for part in parts):
                 assert not imported.startswith(f"toolchain.{room_name}."), f"{module} imports {imported}"
 
 
-RUNNERS = {"toolchain.bundled.classify", "toolchain.bundled.classify_text"}
+RUNNERS = {"toolchain.ship.bundle_files.classify", "toolchain.ship.bundle_files.classify_text"}
 
 
 # Module classes must be defined with torch at hand; functions import this file where they need it.
 # The runners of bundles are an app's code, read by people who have numpy at hand.
 @pytest.mark.parametrize(
-    "module", sorted(set(modules()) - {"toolchain.backends.modules", "toolchain.losses", *RUNNERS})
+    "module", sorted(set(modules()) - {"toolchain.models.skipped_blocks", "toolchain.training.losses", *RUNNERS})
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(module):
     for imported, at_top in imports(modules()[module], typing_too=False):

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolchain import checkpoints, inputs
+from toolchain.data import inputs
+from toolchain.data.datasets import Columns
+from toolchain.data.inputs import Encoder, TrainingSource, load, pad
+from toolchain.data.labels import LabelSet
 from toolchain.errors import DataError
-from toolchain.inputs import Encoder, TrainingSource, load, pad
-from toolchain.labels import LabelSet
-from toolchain.tables import Columns
+from toolchain.models import checkpoints
 
 LABELS = LabelSet(("NEGATIVE", "POSITIVE"))
 

@@ -11,10 +11,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from toolchain import hardware
 from toolchain.doctor import SETS
+from toolchain.system import hardware
 
-ROOT = Path(hardware.__file__).parent.parent
+ROOT = Path(hardware.__file__).parent.parent.parent
 MACHINES = [
     ([], "", "cpu"),
     ([], "580.65.06", "cpu"),
@@ -52,8 +52,9 @@ def make(tmp_path):
     commands.mkdir()
     for name in ("awk", "cat", "rm", "sed", "xargs"):
         (commands / name).symlink_to(shutil.which(name))
-    for path in (ROOT / "Makefile", ROOT / "setup.cfg", ROOT / "pyproject.toml", *ROOT.glob("constraints*.txt")):
+    for path in (ROOT / "Makefile", ROOT / "setup.cfg", ROOT / "pyproject.toml"):
         shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "constraints", tmp_path / "constraints")
     program = shutil.which("make")
 
     def run(*arguments, answer=None, code=0, check=True):
@@ -140,7 +141,7 @@ def test_without_a_runtime_an_environment_keeps_its_own(environment, tmp_path):
     later = (tmp_path / ".venv" / ".installed").stat().st_mtime + 1  # a clock's tick may be longer than an installation
     os.utime(tmp_path / "setup.cfg", (later, later))
     (installed,) = environment()
-    assert "-c constraints-cuda12.txt" in installed
+    assert "-c constraints/cuda12.txt" in installed
 
 
 def test_a_named_runtime_mends_and_what_broke_off_starts_again(environment, tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toolchain.errors import ResultFileError
-from toolchain.measurements import MAX_SAMPLES, Accuracy, Measurement, ResultFile, Samples
+from toolchain.results.measurements import MAX_SAMPLES, Accuracy, Measurement, ResultFile, Samples
 
 rounds = st.lists(st.lists(st.integers(1, 10**7), max_size=700), min_size=1, max_size=8).filter(lambda r: any(r))
 

@@ -14,16 +14,18 @@ from conftest import run_toolchain
 from onnx import TensorProto, helper
 from test_ship import lies_there, make, reseal
 
-from toolchain import inputs, shipping
-from toolchain.artifacts import MANIFEST, list_files, sha256
+from toolchain.artifacts.store import MANIFEST, list_files, sha256
+from toolchain.artifacts.variants import Export, Optimize
 from toolchain.backends import Place, open_session
-from toolchain.bundled import verify as bundled
+from toolchain.build.pipeline import ensure
+from toolchain.build.workspace import Workspace
+from toolchain.data import inputs
+from toolchain.data.inputs import Encoder, pad
 from toolchain.errors import ArtifactError, ShippingError, VerdictError
-from toolchain.inputs import Encoder, pad
-from toolchain.pipeline import Workspace, ensure
-from toolchain.targets import mobile, ort_format
-from toolchain.targets.releases import LATE, OPERATORS, ORDER, RELEASES, Use, newer, oldest
-from toolchain.variants import Export, Optimize
+from toolchain.ship import shipping
+from toolchain.ship.bundle_files import verify as bundled
+from toolchain.ship.targets import mobile, ort_format
+from toolchain.ship.targets.releases import LATE, OPERATORS, ORDER, RELEASES, Use, newer, oldest
 
 PRODUCTS = (b"DynamicQuantizeMatMul", b"QAttention")
 NAMES = ("onnx-int8", "onnx-int8-portable", "onnx-fp32")

@@ -8,12 +8,14 @@ import onnxruntime_extensions
 import pytest
 from conftest import make_checkpoint
 
-from toolchain import shipping
-from toolchain.artifacts import sha256
-from toolchain.checkpoints import MODEL_CARD, MODEL_CARD_LIMIT, REFERENCE, license_of
-from toolchain.pipeline import Workspace, ensure, no_bar
-from toolchain.shipping import Order
-from toolchain.steps import export, importing, optimize, quantize
+from toolchain.artifacts.store import sha256
+from toolchain.build.pipeline import ensure
+from toolchain.build.steps import export, importing, optimize, quantize
+from toolchain.build.workspace import Workspace
+from toolchain.models.checkpoints import MODEL_CARD, MODEL_CARD_LIMIT, REFERENCE, license_of
+from toolchain.progress import no_bar
+from toolchain.ship import shipping
+from toolchain.ship.shipping import Order
 
 EXACT = '{"x86-64 without VNNI or AMX": {"session.x64quantprecision": "1"}}'
 

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from conftest import make_checkpoint
 
-from toolchain import pipeline, publishing, variants
-from toolchain.artifacts import MANIFEST
+from toolchain.artifacts import publishing, variants
+from toolchain.artifacts.store import MANIFEST
+from toolchain.artifacts.variants import Export, Import, Optimize, Prune, Quantize
+from toolchain.build import pipeline
+from toolchain.build.pipeline import ensure, plan, states, validate_variant
+from toolchain.build.workspace import Workspace
 from toolchain.errors import ArtifactError, GraphError, TamperedError, UnknownVariantError, VerdictError
-from toolchain.pipeline import Workspace, ensure, plan, states, validate_variant
-from toolchain.variants import Export, Import, Optimize, Prune, Quantize
 
 ALL = tuple(variant.name for variant in variants.lineage("onnx-int8"))
 

@@ -15,14 +15,16 @@ from conftest import run_toolchain
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from toolchain import inputs, predicting, shipping
+from toolchain import predict as predicting
 from toolchain.backends import Place, open_session
+from toolchain.data import inputs
+from toolchain.data.files import Texts, writer
+from toolchain.data.inputs import LONG, Encoder, pad
 from toolchain.errors import ArtifactError, DataError, UnknownVariantError, VerdictError
-from toolchain.inputs import LONG, Encoder, pad
-from toolchain.pipeline import no_bar
-from toolchain.predicting import PART, of_bundle, of_variant, predict
-from toolchain.rows import Texts, writer
-from toolchain.shipping import Order
+from toolchain.predict import PART, of_bundle, of_variant, predict
+from toolchain.progress import no_bar
+from toolchain.ship import shipping
+from toolchain.ship.shipping import Order
 
 HOSTILE = [
     "",

@@ -12,25 +12,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from toolchain import hardware, pruning
-from toolchain.backends import Place, layout, open_session
-from toolchain.backends.batches import Batch
-from toolchain.backends.layout import LayerShape
+from toolchain import pruning
+from toolchain.artifacts.variants import Export, Optimize, Prune, Quantize
+from toolchain.backends import Place, open_session
 from toolchain.backends.pytorch import load_model, save_weights
-from toolchain.checkpoints import OWN_WEIGHTS
+from toolchain.build.pipeline import ensure
+from toolchain.build.workspace import Workspace
 from toolchain.cli import main
+from toolchain.data.inputs import Encoder, TrainingSource, hold_out, pad
 from toolchain.errors import ArtifactError, CheckpointError, DataError, PruningError
-from toolchain.inputs import Encoder, TrainingSource, hold_out, pad
-from toolchain.pipeline import Workspace, ensure
+from toolchain.models import architectures
+from toolchain.models.architectures import LayerShape
+from toolchain.models.checkpoints import OWN_WEIGHTS
 from toolchain.pruning.costs import EncoderSizes as Sizes
 from toolchain.pruning.costs import LatencyTable, latency_table
 from toolchain.pruning.depth import dispensable
 from toolchain.pruning.importance import Importance, LayerImportance, fisher, magnitude
+from toolchain.pruning.least_squares import cut_and_fit
 from toolchain.pruning.selection import Kept, rearrange, select
 from toolchain.pruning.subject import subject
-from toolchain.pruning.tuning import cut_and_fit
-from toolchain.search import largest_ratio
-from toolchain.variants import Export, Optimize, Prune, Quantize
+from toolchain.system import hardware
+from toolchain.training.batches import Batch
+from toolchain.tuning.settings import largest_ratio
 
 NAMES = ("input_ids", "attention_mask")
 ROWS = [[101, 2023, 102], [101, *range(2000, 2023), 102], [101]]
@@ -95,7 +98,7 @@ def logits(model, left=False):
 def test_what_is_cut_is_what_a_gate_of_zero_would_silence(built_tiny, tmp_path, kind, heads, neurons):
     model = load_model(built_tiny.path("torch-fp32")) if kind == "distilbert" else bert()
     gated, cut = copy.deepcopy(model), copy.deepcopy(model)
-    names, layer = layout.layout_of(model), layout.layers_of(gated)[0]
+    names, layer = architectures.layout_of(model), architectures.layers_of(gated)[0]
     with torch.no_grad():
         out, down = layer.get_submodule(names.output).weight, layer.get_submodule(names.down).weight
         for head in set(range(4)) - set(heads):
@@ -110,15 +113,15 @@ def test_what_is_cut_is_what_a_gate_of_zero_would_silence(built_tiny, tmp_path, 
             if not units:
                 layer.get_submodule(last).bias[:] = 0
                 layer.get_submodule(norm).forward = lambda states: states
-    layout.keep(cut, 0, heads, neurons)
+    architectures.keep(cut, 0, heads, neurons)
     for left in (False, True):
         assert torch.allclose(logits(cut, left), logits(gated, left), atol=1e-5)
-    assert layout.shapes_of(cut) == [LayerShape(len(heads), len(neurons)), LayerShape(4, 64)]
+    assert architectures.shapes_of(cut) == [LayerShape(len(heads), len(neurons)), LayerShape(4, 64)]
     assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in model.parameters())
     # and it reloads
     cut.config.save_pretrained(tmp_path)
     save_weights(cut.state_dict(), tmp_path)
-    layout.write_shapes(cut, tmp_path)
+    architectures.write_shapes(cut, tmp_path)
     assert torch.equal(logits(load_model(tmp_path)), logits(cut))
 
 
@@ -137,15 +140,15 @@ def test_what_is_cut_is_what_a_gate_of_zero_would_silence(built_tiny, tmp_path, 
 def test_shapes_that_do_not_fit_are_refused(built_tiny, tmp_path, content):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((built_tiny.path("torch-fp32") / name).read_bytes())
-    (tmp_path / layout.SHAPES).write_text(content)
+    (tmp_path / architectures.SHAPES).write_text(content)
     with pytest.raises(CheckpointError):
         load_model(tmp_path)
 
 
 def test_weights_of_other_shapes_are_refused(pruned, tmp_path):
-    for name in ("config.json", OWN_WEIGHTS, layout.SHAPES):
+    for name in ("config.json", OWN_WEIGHTS, architectures.SHAPES):
         (tmp_path / name).write_bytes((pruned.path("torch-pruned50") / name).read_bytes())
-    (tmp_path / layout.SHAPES).write_text(json.dumps({"layers": [{"heads": 4, "ffn": 64}] * 2}))
+    (tmp_path / architectures.SHAPES).write_text(json.dumps({"layers": [{"heads": 4, "ffn": 64}] * 2}))
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_model(tmp_path)
 
@@ -155,10 +158,10 @@ def test_an_architecture_that_shares_layers_or_is_unknown_is_refused():
 
     small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 50}
     with pytest.raises(PruningError, match="shares one layer's weights"):
-        layout.layout_of(AlbertForSequenceClassification(AlbertConfig(embedding_size=8, **small)))
+        architectures.layout_of(AlbertForSequenceClassification(AlbertConfig(embedding_size=8, **small)))
     other = XLNetForSequenceClassification(XLNetConfig(vocab_size=50, d_model=16, n_layer=1, n_head=2, d_inner=16))
     with pytest.raises(PruningError, match="does not know where XLNet"):
-        layout.layout_of(other)
+        architectures.layout_of(other)
 
 
 # --- choosing
@@ -168,13 +171,13 @@ def test_fisher_is_the_mean_square_of_every_sentences_own_gradient(given_tiny):
     """Against the definition: one sentence at a time, a gate nudged by a finite difference."""
     model, batch = given_tiny.model, given_tiny.ranking[0]
     found = fisher(model, [batch])[1].heads.alone
-    names = layout.layout_of(model)
-    weight = layout.layers_of(model)[1].get_submodule(names.output).weight
+    names = architectures.layout_of(model)
+    weight = architectures.layers_of(model)[1].get_submodule(names.output).weight
     for head in range(4):
         losses = []
         for sign in (1, -1):
             nudged = copy.deepcopy(model).double()
-            twin = layout.layers_of(nudged)[1].get_submodule(names.output).weight
+            twin = architectures.layers_of(nudged)[1].get_submodule(names.output).weight
             with torch.no_grad():
                 twin[:, head * 8 : head * 8 + 8] *= 1 + sign * 1e-4
                 out = nudged(**batch.inputs).logits
@@ -242,7 +245,7 @@ def test_the_layers_that_go_are_those_without_which_the_loss_is_least(given_tiny
             parameter *= 1 if parameter.dim() == 1 else 8  # layers that do something
 
     def without(gone):
-        layers = layout.layers_of(model)
+        layers = architectures.layers_of(model)
         hooks = [layers[index].register_forward_hook(lambda module, args, _: (args[0],)) for index in gone]
         try:
             with torch.no_grad():
@@ -269,7 +272,7 @@ def test_the_layers_that_go_are_those_without_which_the_loss_is_least(given_tiny
 def test_the_norm_before_a_sub_block_that_is_gone_stands_in_for_its_own(built_tiny, kind):
     """Exactly where the sub-block did nothing but scale and shift."""
     model = load_model(built_tiny.path("torch-fp32")) if kind == "distilbert" else bert()
-    names, layer = layout.layout_of(model), layout.layers_of(model)[1]
+    names, layer = architectures.layout_of(model), architectures.layers_of(model)[1]
     with torch.no_grad():
         for path, norm in ((names.output, names.attention_norm), (names.down, names.output_norm)):
             layer.get_submodule(path).weight.zero_()
@@ -287,8 +290,8 @@ def test_the_norm_before_a_sub_block_that_is_gone_stands_in_for_its_own(built_ti
     every = [Kept(tuple(range(4)), tuple(range(64)))]
     fitted, plain = copy.deepcopy(model), copy.deepcopy(model)
     cut_and_fit(model, fitted, [*every, Kept((), ())], given_rows, quiet)
-    layout.keep(plain, 1, (), ())
-    assert layout.shapes_of(fitted)[1].empty
+    architectures.keep(plain, 1, (), ())
+    assert architectures.shapes_of(fitted)[1].empty
     want, found, without = (m(**given_rows[0].inputs).logits for m in (model, fitted, plain))
     assert (found - want).abs().max() < 0.25 * (without - want).abs().max()
 
@@ -329,7 +332,7 @@ def test_rearranging_keeps_the_number_and_never_costs_more(seed, count):
 
 def test_magnitude_ranks_by_the_weights_alone(given_tiny):
     model = copy.deepcopy(given_tiny.model)
-    names, layer = layout.layout_of(model), layout.layers_of(model)[0]
+    names, layer = architectures.layout_of(model), architectures.layers_of(model)[0]
     with torch.no_grad():
         layer.get_submodule(names.down).weight[:, 5] = 0
         layer.get_submodule(names.up).weight[5] = 0
@@ -345,8 +348,8 @@ def test_fitting_brings_the_answers_closer_to_the_unpruned_models(given_tiny):
     kept = select(given_tiny.importances("fisher"), 0.4, SIZES, by_parameters)
     plain = copy.deepcopy(model)
     for index, k in enumerate(kept):
-        layout.keep(plain, index, k.heads, k.neurons)
-    assert layout.shapes_of(plain) == layout.shapes_of(fitted)
+        architectures.keep(plain, index, k.heads, k.neurons)
+    assert architectures.shapes_of(plain) == architectures.shapes_of(fitted)
 
     def far(other):
         with torch.inference_mode():
@@ -359,10 +362,10 @@ def test_fitting_brings_the_answers_closer_to_the_unpruned_models(given_tiny):
 
 def test_a_mask_makes_nothing_smaller(given_tiny):
     masked = pruning.mask(given_tiny.model, 0.5)
-    assert layout.shapes_of(masked) == layout.shapes_of(given_tiny.model)
-    names = layout.layout_of(masked)
+    assert architectures.shapes_of(masked) == architectures.shapes_of(given_tiny.model)
+    names = architectures.layout_of(masked)
     for path in (names.query, names.up):
-        weight = layout.layers_of(masked)[0].get_submodule(path).weight
+        weight = architectures.layers_of(masked)[0].get_submodule(path).weight
         assert float((weight.abs().sum(1) == 0).float().mean()) == 0.5
     assert not (given_tiny.model.distilbert.transformer.layer[0].ffn.lin1.weight == 0).any()
 
@@ -465,7 +468,7 @@ def test_a_pruned_folder_can_be_brought_as_a_checkpoint_but_not_pruned_again(pru
 def test_a_rebuild_without_its_training_data_is_refused(pruned, tmp_path, monkeypatch):
     import shutil
 
-    from toolchain import pipeline
+    from toolchain.build import pipeline
 
     shutil.copytree(pruned.exported, tmp_path / "exported")
     workspace = Workspace(tmp_path / "exported", pruned.model, pruned.source)
@@ -504,7 +507,7 @@ def test_a_price_between_two_counts_lies_between_theirs():
 
 
 def test_the_largest_ratio_is_searched_on_held_out_rows(tiny, sentences):
-    from toolchain.pipeline import no_bar
+    from toolchain.progress import no_bar
 
     workspace = Workspace(tiny.exported, tiny.model, tiny.source, sentences)
     said = []
@@ -517,7 +520,7 @@ def test_the_largest_ratio_is_searched_on_held_out_rows(tiny, sentences):
 
 @given(st.integers(20, 400))
 def test_held_out_rows_are_never_trained_on(count):
-    from toolchain.inputs import Data
+    from toolchain.data.inputs import Data
 
     data = Data("d", tuple(f"w{'x ' * (i % 30)}" for i in range(count)), tuple(i % 2 for i in range(count)))
     trained, held = hold_out(data)
@@ -527,7 +530,7 @@ def test_held_out_rows_are_never_trained_on(count):
 
 
 def test_too_few_rows_are_refused(tmp_path):
-    from toolchain.inputs import Data
+    from toolchain.data.inputs import Data
 
     with pytest.raises(DataError, match="3 rows: too few"):
         hold_out(Data("d", ("a", "b", "c"), (0, 1, 0)))
@@ -587,7 +590,7 @@ def test_pruning_from_the_command_line(tiny, sentences, tmp_path):
 
 
 def test_a_stored_model_that_answers_otherwise_is_an_error(tiny, sentences, monkeypatch):
-    from toolchain.steps import prune
+    from toolchain.build.steps import prune
 
     def lossy(tensors, folder):
         save_weights({**tensors, "classifier.bias": tensors["classifier.bias"] + 1}, folder)

@@ -10,14 +10,15 @@ import torch
 from conftest import make_checkpoint
 from safetensors.torch import load_file, save_file
 
+from toolchain.artifacts.variants import Quantize, child
 from toolchain.backends import Place, bnb, open_session, pytorch, reduced
-from toolchain.checkpoints import weights_of
+from toolchain.build.pipeline import ensure
+from toolchain.build.steps import validate
+from toolchain.build.workspace import Workspace
 from toolchain.cli import main
+from toolchain.data.inputs import TrainingSource
 from toolchain.errors import ArtifactError, CheckpointError, ProviderError, UnknownVariantError
-from toolchain.inputs import TrainingSource
-from toolchain.pipeline import Workspace, ensure
-from toolchain.steps import validate
-from toolchain.variants import Quantize, child
+from toolchain.models.checkpoints import weights_of
 
 BATCH = {"input_ids": np.arange(1, 51).reshape(2, 25), "attention_mask": np.ones((2, 25), np.int64)}
 TORCH, BNB = ("torch-int8", "torch-bf16", "torch-fp16"), ("bnb-int8", "bnb-nf4", "bnb-fp4")
@@ -174,7 +175,7 @@ def test_a_gpu_that_bitsandbytes_was_not_built_for_is_named(built, monkeypatch):
 
 
 def test_a_stored_model_that_answers_otherwise_is_an_error(built, tmp_path, monkeypatch):
-    from toolchain.steps import quantize
+    from toolchain.build.steps import quantize
 
     def lossy(tensors, folder):
         pytorch.save_weights({**tensors, "classifier.bias": tensors["classifier.bias"] + 1}, folder)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from toolchain import inputs
 from toolchain.backends import Place, open_session
-from toolchain.inputs import Encoder, pad
+from toolchain.data import inputs
+from toolchain.data.inputs import Encoder, pad
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from readme_parts import script
 from test_clients import PHONE, needs_phone
 
-from toolchain.targets.releases import (
+from toolchain.ship.targets.releases import (
     ANSWERS,
     ORDER,
     RIGHT,
@@ -23,7 +23,7 @@ from toolchain.targets.releases import (
     oldest,
     oldest_reading,
 )
-from toolchain.targets.uses import attention_kinds, oldest_release, read_needs
+from toolchain.ship.targets.uses import attention_kinds, oldest_release, read_needs
 
 LONGER = "key_padding_mask longer than the query"
 HEADS, WIDTH = 4, 32

@@ -11,11 +11,11 @@ from rich_rows import hostile, html, rich
 from test_compare import measured
 from test_measurements import result
 
+from toolchain.compare.report.columns import columns, notes
+from toolchain.compare.report.plots import figures, save
+from toolchain.compare.rows import compare
 from toolchain.errors import ResultFileError
-from toolchain.measurements import Measurement, ResultFile
-from toolchain.report.columns import columns, notes
-from toolchain.report.plots import figures, save
-from toolchain.steps.compare import compare
+from toolchain.results.measurements import Measurement, ResultFile
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from toolchain import artifacts, calibration, checkpoints, hardware, passes
-from toolchain.backends import layout
-from toolchain.backends.layout import LayerShape
+from toolchain import passes
+from toolchain.artifacts import store
 from toolchain.backends.pytorch import load_model, save_weights
+from toolchain.bench import machine_probe, roofline
+from toolchain.bench.roofline import Work, floor_ms, weight_bytes, work
 from toolchain.errors import BenchError, CheckpointError
+from toolchain.models import architectures, checkpoints
+from toolchain.models.architectures import LayerShape
 from toolchain.pruning.costs import TOKENS, EncoderSizes
-from toolchain.steps import roofline
-from toolchain.steps.roofline import Work, floor_ms, weight_bytes, work
+from toolchain.system import hardware
 
 LENGTHS = (1, 7, 25)
 
@@ -52,7 +54,7 @@ def test_work_is_what_pytorch_computes(model, request):
 def test_work_of_a_pruned_model(built_tiny, tmp_path, shapes):
     source = built_tiny.path("torch-fp32")
     loaded = load_model(source)
-    layout.reshape(loaded, [LayerShape(*shape) for shape in shapes])
+    architectures.reshape(loaded, [LayerShape(*shape) for shape in shapes])
     save_weights(loaded.state_dict(), tmp_path)
     shutil.copyfile(source / "config.json", tmp_path / "config.json")
     found = work(tmp_path)
@@ -96,7 +98,7 @@ def test_reading_the_first_token_alone_computes_less(model, request):
 def test_what_comes_behind_the_last_attention_may_span_layers(built_tiny, tmp_path):
     source = built_tiny.path("torch-fp32")
     loaded = load_model(source)
-    layout.reshape(loaded, [LayerShape(2, 8), LayerShape(0, 24)])
+    architectures.reshape(loaded, [LayerShape(2, 8), LayerShape(0, 24)])
     save_weights(loaded.state_dict(), tmp_path)
     shutil.copyfile(source / "config.json", tmp_path / "config.json")
     width, head = 32, 8
@@ -118,9 +120,9 @@ def test_any_encoder(tmp_path, kind):
     found = work(tmp_path)
     for tokens in LENGTHS:
         real = counted(model, tokens)
-        attention = real["activations"] if kind in layout.LAYOUTS else 0
+        attention = real["activations"] if kind in architectures.LAYOUTS else 0
         assert found.macs(tokens) == real["weights"] + attention
-    assert (sum(found.attention_widths) > 0) == (kind in layout.LAYOUTS)
+    assert (sum(found.attention_widths) > 0) == (kind in architectures.LAYOUTS)
 
 
 def test_an_unknown_layout_has_its_linear_layers(built_tiny, tmp_path):
@@ -155,7 +157,7 @@ def test_bytes_of_weights_leave_the_tables_out(built_tiny):
     found = work(built_tiny.path("torch-fp32"))
     parameters = found.linear_parameters + found.head_parameters
     for variant, each in (("torch-fp32", 4), ("onnx-fp32", 4), ("onnx-int8", 1)):
-        size = weight_bytes(artifacts.load(built_tiny.path(variant)).manifest.facts)
+        size = weight_bytes(store.load(built_tiny.path(variant)).manifest.facts)
         assert each * parameters < size < each * parameters + 20_000  # biases, norms, scales
     assert weight_bytes({}) is None
     assert weight_bytes({"bytes_by_part": {"encoder": 1}}) is None
@@ -306,7 +308,7 @@ def test_a_calibration_that_fails_says_why(monkeypatch, tmp_path):
 
 
 def test_the_int8_ceiling_is_of_the_operator_our_files_use():
-    kinds = passes.facts(calibration.graph("int8", 2))
+    kinds = passes.facts(machine_probe.graph("int8", 2))
     assert kinds["operators"] == {"DynamicQuantizeMatMul": 2, "Gather": 1}
-    assert kinds["bytes_by_dtype"]["int8"] == 2 * calibration.WIDTH * (calibration.WIDTH + 1)  # with zero points
-    assert passes.facts(calibration.graph("fp32", 1))["operators"] == {"Gather": 1, "MatMul": 1}
+    assert kinds["bytes_by_dtype"]["int8"] == 2 * machine_probe.WIDTH * (machine_probe.WIDTH + 1)  # with zero points
+    assert passes.facts(machine_probe.graph("fp32", 1))["operators"] == {"Gather": 1, "MatMul": 1}

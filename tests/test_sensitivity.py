@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from toolchain import passes, sensitivity
-from toolchain.artifacts import Artifact
+from toolchain import passes
+from toolchain.artifacts.store import Artifact
+from toolchain.artifacts.variants import Quantize
+from toolchain.build.pipeline import ensure
+from toolchain.data.inputs import TrainingSource
 from toolchain.errors import GraphError
-from toolchain.inputs import TrainingSource
-from toolchain.pipeline import ensure
-from toolchain.sensitivity import Layer, Subject, fewest_kept, rank
-from toolchain.variants import Quantize
+from toolchain.quantization import sensitivity
+from toolchain.quantization.sensitivity import Layer, Subject, fewest_kept, rank
 
 
 def still(done, total, what):

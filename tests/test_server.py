@@ -15,14 +15,16 @@ import yaml
 from conftest import TESTS, make_checkpoint
 from readme_parts import ROOT
 
-from toolchain import inputs, shipping
 from toolchain.backends.ort import session_options
-from toolchain.bundled import verify as bundled
+from toolchain.build.workspace import Workspace
+from toolchain.data import inputs
+from toolchain.data.labels import shares
 from toolchain.errors import ArtifactError, VerdictError
-from toolchain.labels import shares
-from toolchain.pipeline import Workspace, no_bar
-from toolchain.shipping import Order
-from toolchain.targets import served
+from toolchain.progress import no_bar
+from toolchain.ship import shipping
+from toolchain.ship.bundle_files import verify as bundled
+from toolchain.ship.shipping import Order
+from toolchain.ship.targets import served
 
 PYTHON = ROOT / "exported" / ".cache" / "test-clients" / "triton" / "bin" / "python"
 TYPES = {"TYPE_INT64": np.int64, "TYPE_FP32": np.float32, "TYPE_STRING": object}
@@ -202,7 +204,8 @@ def test_a_bundle_checks_its_tokenizer(bundle, tmp_path):
     copy = shutil.copytree(bundle, tmp_path / "copy")
     body = json.loads((copy / "bundle.json").read_text())
     # Another tokenizer in its place, well listed: it answers otherwise.
-    from toolchain import passes, tokenizing
+    from toolchain import passes
+    from toolchain.ship import tokenizer_graph
 
     tokenizer = json.loads((copy / "tokenizer.json").read_text())
     tokenizer["normalizer"]["lowercase"] = False
@@ -211,8 +214,8 @@ def test_a_bundle_checks_its_tokenizer(bundle, tmp_path):
     shutil.copy(copy / "config.json", tmp_path / "other")
     encoder = inputs.Encoder.open(tmp_path / "other", ("input_ids", "attention_mask"), 512)
     file = copy / body["tokenizer_in_graph"]["file"]
-    passes.write(tokenizing.token_model(encoder, 16), file)
-    from toolchain.artifacts import sha256
+    passes.write(tokenizer_graph.token_model(encoder, 16), file)
+    from toolchain.artifacts.store import sha256
 
     for entry in body["files"]:
         if entry["path"] == body["tokenizer_in_graph"]["file"]:

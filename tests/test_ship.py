@@ -15,18 +15,22 @@ import pytest
 from conftest import TESTS, make_checkpoint, run_toolchain
 from readme_parts import ROOT
 
-from toolchain import artifacts, bundles, runs, shipping
-from toolchain.artifacts import sha256
+from toolchain.artifacts import store
+from toolchain.artifacts.store import sha256
+from toolchain.artifacts.variants import Export
 from toolchain.backends.ort import extreme_product
-from toolchain.bundled import verify as bundled
-from toolchain.bundles import TOLERANCES
+from toolchain.bench import run
+from toolchain.build.pipeline import ensure
+from toolchain.build.workspace import Workspace
+from toolchain.data.inputs import pad
 from toolchain.errors import ArtifactError, ProviderError, ShippingError, UnknownVariantError, VerdictError
-from toolchain.inputs import pad
-from toolchain.measurements import ResultFile
-from toolchain.pipeline import Workspace, ensure, no_bar
-from toolchain.shipping import Order
-from toolchain.targets import DTYPES, clients
-from toolchain.variants import Export
+from toolchain.progress import no_bar
+from toolchain.results.measurements import ResultFile
+from toolchain.ship import bundles, shipping
+from toolchain.ship.bundle_files import verify as bundled
+from toolchain.ship.bundles import TOLERANCES
+from toolchain.ship.shipping import Order
+from toolchain.ship.targets import DTYPES, clients
 
 MODEL = "model.onnx"  # the first model of a Python bundle
 
@@ -199,9 +203,9 @@ def test_what_was_measured_stands_in_the_bundle_with_its_hardware(tiny, tmp_path
     committed = ResultFile.read(ROOT / "benchmarks" / "results" / "reference-xeon-2cores.json")
     row = next(row for row in committed.rows if row.variant == "onnx-int8")
     mine = dataclasses.replace(row, artifact_id=tiny.load("onnx-int8").manifest.id)
-    runs.LOCAL.mkdir(parents=True)
+    run.LOCAL.mkdir(parents=True)
     older = dataclasses.replace(committed, rows=(dataclasses.replace(mine, throughput_per_s=None),), created="2020")
-    dataclasses.replace(committed, rows=(mine,)).write(runs.LOCAL / "a.json")
+    dataclasses.replace(committed, rows=(mine,)).write(run.LOCAL / "a.json")
     assert older.created < committed.created
     body = make(tiny, tmp_path / "b", "onnx-int8", "onnx-fp32", license="MIT")
     found, nothing = (model["measured"] for model in body["models"])
@@ -219,11 +223,11 @@ def test_the_newest_run_that_cites_an_artifact_counts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     committed = ResultFile.read(ROOT / "benchmarks" / "results" / "reference-xeon-2cores.json")
     row = committed.rows[0]
-    runs.LOCAL.mkdir(parents=True)
+    run.LOCAL.mkdir(parents=True)
     for name, created in (("a", "2026-01-02T00:00:00+00:00"), ("b", "2026-01-01T00:00:00+00:00")):
-        dataclasses.replace(committed, rows=(row,), created=created).write(runs.LOCAL / f"{name}.json")
-    assert runs.cited([row.artifact_id, "nothing"], quiet)[row.artifact_id][0].created.startswith("2026-01-02")
-    assert set(runs.cited([row.artifact_id, "nothing"], quiet)) == {row.artifact_id}
+        dataclasses.replace(committed, rows=(row,), created=created).write(run.LOCAL / f"{name}.json")
+    assert run.cited([row.artifact_id, "nothing"], quiet)[row.artifact_id][0].created.startswith("2026-01-02")
+    assert set(run.cited([row.artifact_id, "nothing"], quiet)) == {row.artifact_id}
 
 
 def test_the_reference_says_whose_it_is(reference, tmp_path):
@@ -342,7 +346,7 @@ def test_a_stale_variant_is_built_anew_before_it_is_shipped(tiny, tmp_path):
 def test_a_tampered_variant_is_not_shipped(tiny, tmp_path):
     with (tiny.path("onnx-int8") / "model.onnx").open("r+b") as file:
         file.write(b"\0")
-    with pytest.raises(artifacts.TamperedError):
+    with pytest.raises(store.TamperedError):
         make(tiny, tmp_path / "b", "onnx-int8")
 
 
@@ -547,7 +551,7 @@ def test_saturation_explains_a_model_that_cannot_be_loaded_only_where_its_produc
 
 
 def test_every_client_asks_the_same_product_whether_its_processor_saturates():
-    files = TESTS.parent / "toolchain" / "bundled"
+    files = TESTS.parent / "toolchain" / "ship" / "bundle_files"
     for name in ("verify.py", "classify.py", "classify_text.py", "node.mjs"):
         lines = re.findall(r'^ {2,4}"([A-Za-z0-9+/=]{60,})"', (files / name).read_text(), re.MULTILINE)
         assert base64.b64decode("".join(lines)) == extreme_product(), name
@@ -633,7 +637,7 @@ def test_the_policy_of_the_page_admits_its_one_inline_script():
     import base64
     import hashlib
 
-    page = (ROOT / "toolchain" / "bundled" / "index.html").read_text()
+    page = (ROOT / "toolchain" / "ship" / "bundle_files" / "index.html").read_text()
     inline = re.findall(r"<script[^>]*>([^<]+)</script>", page)
     assert len(inline) == 1
     digest = base64.b64encode(hashlib.sha256(inline[0].encode()).digest()).decode()
@@ -671,5 +675,5 @@ def test_a_checkpoint_of_many_labels_is_shipped_and_asked(tmp_path):
 
 
 def test_files_that_go_into_bundles_need_nothing_of_this_package():
-    for path in (TESTS.parent / "toolchain" / "bundled").glob("*.py"):
+    for path in (TESTS.parent / "toolchain" / "ship" / "bundle_files").glob("*.py"):
         assert "toolchain" not in re.sub(r'""".*?"""', "", path.read_text(), flags=re.DOTALL), path

@@ -11,15 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from toolchain import activations, inputs, passes
-from toolchain.activations import NOISE, SENTENCES, Seen, activation, calibrate, smoothing
+from toolchain import passes
+from toolchain.artifacts.variants import Quantize
 from toolchain.backends.ort import session_options
+from toolchain.build.pipeline import ensure
+from toolchain.data import inputs
+from toolchain.data.inputs import TrainingSource, pad
 from toolchain.errors import GraphError
-from toolchain.inputs import TrainingSource, pad
 from toolchain.passes.quantize_linear import weights_of
 from toolchain.passes.quantize_static import SMOOTHED, Activation
-from toolchain.pipeline import ensure
-from toolchain.variants import Quantize
+from toolchain.quantization import calibration
+from toolchain.quantization.calibration import NOISE, SENTENCES, Seen, activation, calibrate, smoothing
 
 ATTENTION = passes.Context(heads=4, width=32)
 NAMES = ("input_ids", "attention_mask")
@@ -160,11 +162,11 @@ def test_a_channel_far_larger_than_the_rest_is_smoothed_and_others_are_not():
     how = activation(seen_of(outlier), weight)
     plain = Activation.over(float(outlier.min()), float(outlier.max()))
     assert how.smooth.argmax() == 3
-    before, after = (activations._noise(one, outlier, weight) for one in (plain, how))
+    before, after = (calibration._noise(one, outlier, weight) for one in (plain, how))
     assert after < NOISE < before
 
 
-@given(arrays, st.sampled_from(activations.STRENGTHS))
+@given(arrays, st.sampled_from(calibration.STRENGTHS))
 def test_factors_are_positive_and_1_where_there_is_nothing_to_smooth(values, strength):
     largest = np.abs(values)
     factors = smoothing(largest, np.ones_like(largest), strength)
@@ -177,12 +179,12 @@ def test_factors_are_positive_and_1_where_there_is_nothing_to_smooth(values, str
 def test_calibration_sees_each_sentence_alone_and_none_that_is_held_out(built_tiny, monkeypatch):
     asked = []
 
-    class Recording(activations.OrtSession):
+    class Recording(calibration.OrtSession):
         def outputs(self, batch):
             asked.append(batch["input_ids"])
             return super().outputs(batch)
 
-    monkeypatch.setattr(activations, "OrtSession", Recording)
+    monkeypatch.setattr(calibration, "OrtSession", Recording)
     artifact = built_tiny.load("onnx-fp32")
     first = calibrate(artifact, TrainingSource())
     assert len(asked) == SENTENCES
@@ -214,12 +216,12 @@ def test_static_variants_are_built_by_name_and_know_their_training_data(tiny):
 
 
 def test_without_smoothing_scales_are_of_the_values_as_they_are(tiny, monkeypatch):
-    monkeypatch.setattr(activations, "NOISE", 0.0)  # smooth everything
+    monkeypatch.setattr(calibration, "NOISE", 0.0)  # smooth everything
     asked = {"onnx-int8-static+rough": Quantize(scheme="static", passes=("quantize-linear",))}
     built = ensure(tiny, ["onnx-int8-static", *asked], asked, quiet)
     assert built["onnx-int8-static"].manifest.facts["rewrites"]["smooth"] > 0
     assert "smooth" not in built["onnx-int8-static+rough"].manifest.facts["rewrites"]
-    monkeypatch.setattr(activations, "NOISE", np.inf)
+    monkeypatch.setattr(calibration, "NOISE", np.inf)
     plain = calibrate(tiny.load("onnx-fp32"), tiny.train)
     stored = graph(tiny, "onnx-int8-static+rough").graph.initializers
     scales = {name: float(stored[f"{name}/scale"].const_value.numpy()) for name in plain}

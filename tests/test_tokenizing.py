@@ -10,12 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
-from toolchain import checkpoints, inputs, passes, tokenizing
-from toolchain.artifacts import sha256
+from toolchain import passes
+from toolchain.artifacts.store import sha256
+from toolchain.data import inputs
+from toolchain.data.inputs import Encoder
 from toolchain.errors import GraphError, ProviderError, ShippingError
-from toolchain.inputs import Encoder
-from toolchain.tokenizing import characters, hard, proven, wordpiece
-from toolchain.tokenizing.session import TextSession
+from toolchain.models import checkpoints
+from toolchain.ship import tokenizer_graph
+from toolchain.ship.tokenizer_graph import characters, hard, proven, wordpiece
+from toolchain.ship.tokenizer_graph.session import TextSession
 
 WORDS = [str(text) for text in inputs.embedded().texts]
 NAMES = ("input_ids", "attention_mask")
@@ -50,7 +53,7 @@ def reference_encoder():
 def graph(reference_encoder, tmp_path_factory):
     """The reference's tokenizer as a session."""
     file = tmp_path_factory.mktemp("graph") / "tokenizer.onnx"
-    passes.write(tokenizing.token_model(reference_encoder), file)
+    passes.write(tokenizer_graph.token_model(reference_encoder), file)
     return TextSession(file, 1)
 
 
@@ -99,7 +102,7 @@ def test_nul_and_what_stands_for_something_in_the_graph(graph, reference_encoder
 
 def test_arrays_are_those_a_model_takes(tmp_path):
     encoder = encoder_of(tiny.wordpiece(WORDS), tmp_path / "t", 32, (*NAMES, "token_type_ids"), 0)
-    passes.write(tokenizing.token_model(encoder, 8), tmp_path / "t.onnx")
+    passes.write(tokenizer_graph.token_model(encoder, 8), tmp_path / "t.onnx")
     arrays = TextSession(tmp_path / "t.onnx", 1).run(["a film", "a much longer text than the other one is", ""])
     assert set(arrays) == {*NAMES, "token_type_ids"}
     wanted = inputs.pad(encoder.encode(["a film", "a much longer text than the other one is", ""]), encoder.names, 0)
@@ -116,7 +119,7 @@ def test_arrays_are_those_a_model_takes(tmp_path):
 
 def test_the_same_tokenizer_is_the_same_file(reference_encoder, tmp_path):
     for name in ("one", "two"):
-        passes.write(tokenizing.token_model(reference_encoder), tmp_path / name)
+        passes.write(tokenizer_graph.token_model(reference_encoder), tmp_path / name)
     assert sha256(tmp_path / "one") == sha256(tmp_path / "two")
 
 
@@ -221,12 +224,12 @@ def test_marks_are_the_longest_tokens_first(reference_encoder):
 @pytest.mark.parametrize("multi", [False, True])
 def test_text_in_probabilities_out(reference, tmp_path, multi):
     from toolchain.backends import Place, open_session
-    from toolchain.labels import shares
+    from toolchain.data.labels import shares
 
     artifact = reference.load("onnx-int8")
     encoder = Encoder.open(artifact.path, NAMES, artifact.manifest.max_length)
     object.__setattr__(encoder, "multi_label", multi)
-    passes.write(tokenizing.with_tokenizer(passes.read(artifact.onnx_path), encoder), tmp_path / "text.onnx")
+    passes.write(tokenizer_graph.with_tokenizer(passes.read(artifact.onnx_path), encoder), tmp_path / "text.onnx")
     session = open_session(artifact.path, "onnx", Place("cpu", 1))
     logits = session.run(inputs.pad(encoder.encode(WORDS[:20]), NAMES, 0))
     found = TextSession(tmp_path / "text.onnx", 1).run(WORDS[:20])
@@ -236,7 +239,7 @@ def test_text_in_probabilities_out(reference, tmp_path, multi):
 
 
 def test_without_the_library_it_is_named(reference_encoder, tmp_path, monkeypatch):
-    passes.write(tokenizing.token_model(reference_encoder), tmp_path / "t.onnx")
+    passes.write(tokenizer_graph.token_model(reference_encoder), tmp_path / "t.onnx")
     real = builtins.__import__
 
     def without(name, *rest, **more):

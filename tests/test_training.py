@@ -12,17 +12,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolchain import losses, publishing, training
-from toolchain.backends import layout
-from toolchain.backends.batches import batch
+from toolchain.artifacts import publishing
+from toolchain.artifacts.variants import Prune, Recover
+from toolchain.build.pipeline import ensure
+from toolchain.build.steps.recover import Augmented, _mask_token
+from toolchain.build.workspace import Workspace
+from toolchain.data.inputs import Encoder
+from toolchain.data.labels import LabelSet
 from toolchain.errors import DataError
-from toolchain.inputs import Encoder
-from toolchain.labels import LabelSet
-from toolchain.pipeline import Workspace, ensure
+from toolchain.models import architectures
 from toolchain.pruning.subject import subject
-from toolchain.steps.recover import Augmented, _mask_token
-from toolchain.training import Examples, Recipe, train
-from toolchain.variants import Prune, Recover
+from toolchain.training import loop, losses
+from toolchain.training.batches import batch
+from toolchain.training.loop import Examples, Recipe, train
 
 RECIPE = Recipe(epochs=2, learning_rate=2e-3, batch_size=8)
 
@@ -43,7 +45,7 @@ def task(built_tiny, tmp_path_factory):
 
 
 def training_source(file):
-    from toolchain.inputs import TrainingSource
+    from toolchain.data.inputs import TrainingSource
 
     return TrainingSource(str(file))
 
@@ -97,7 +99,7 @@ def test_a_stopped_run_ends_with_the_same_weights_to_the_bit(task, tmp_path, mon
     history = train(
         (whole, copy.deepcopy(teacher)), (rows, held_out), encoder, RECIPE, (tmp_path / "whole", "k"), quiet
     )
-    monkeypatch.setattr(training, "SAVE_EVERY_S", 0)  # every step is saved
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)  # every step is saved
 
     def stop(done, total, what):
         if what.startswith("epoch") and done == at:
@@ -130,7 +132,7 @@ def test_a_run_of_another_key_starts_anew(task, tmp_path):
 def test_training_stops_when_it_brings_nothing(task, tmp_path, monkeypatch):
     teacher, rows, held_out, encoder, _ = task
     scores = iter([0.9, 0.5, 0.4, 0.8, 0.8])
-    monkeypatch.setattr(training, "accuracy", lambda *_: next(scores))
+    monkeypatch.setattr(loop, "accuracy", lambda *_: next(scores))
     student = weakened(teacher)
     before = weights(student)
     recipe = Recipe(epochs=4, learning_rate=2e-3, batch_size=8, task=0.5)  # labels count: accuracy decides
@@ -144,7 +146,7 @@ def test_what_only_follows_its_teacher_is_judged_by_the_loss(task, tmp_path, mon
     """Accuracy wavers while the rate is high, and would throw away what is learnt after it."""
     teacher, rows, held_out, encoder, _ = task
     scores = iter([0.9, 0.5, 0.4, 0.3])
-    monkeypatch.setattr(training, "accuracy", lambda *_: next(scores))
+    monkeypatch.setattr(loop, "accuracy", lambda *_: next(scores))
     recipe = Recipe(epochs=3, learning_rate=2e-3, batch_size=8)
     models = (weakened(teacher), copy.deepcopy(teacher))
     history = train(models, (rows, held_out), encoder, recipe, (tmp_path, "k"), quiet)
@@ -164,11 +166,11 @@ def test_a_loss_that_is_not_finite_ends_it_in_words(task, tmp_path):
 
 def test_every_row_comes_once_an_epoch_and_epochs_differ(task):
     rows = task[1]
-    first, second = (training._order(rows, RECIPE, epoch) for epoch in (0, 1))
+    first, second = (loop._order(rows, RECIPE, epoch) for epoch in (0, 1))
     for order in (first, second):
         assert sorted(row for part in order for row in part) == list(range(100))
     assert first != second
-    assert first == training._order(rows, RECIPE, 0)
+    assert first == loop._order(rows, RECIPE, 0)
 
 
 @settings(max_examples=50, deadline=None)
@@ -234,7 +236,7 @@ def test_a_killed_recovery_is_taken_up_and_cleans_up(tiny, task, tmp_path):
     arguments = ["prune", "--ratio", "0.5", "--recover", "3", "--model", "tiny", "--exported", str(tiny.exported)]
     arguments += ["--train-data", str(file)]
     code = (
-        "import sys, time, toolchain.training as t; from toolchain.cli import main; "
+        "import sys, time, toolchain.training.loop as t; from toolchain.cli import main; "
         "t.SAVE_EVERY_S = 0; learn = t._Run.learn; "
         "t._Run.learn = lambda run, part: (time.sleep(0.3), learn(run, part))[1]; sys.exit(main(sys.argv[1:]))"
     )
@@ -274,9 +276,9 @@ def test_embeddings_of_tokens_that_no_row_has_stay_as_they_are(task, tmp_path):
 def test_states_behind_layers_that_are_gone_are_matched_to_those_behind_the_last_of_these(task):
     """The layer before them stands in their place."""
     model = copy.deepcopy(task[0])
-    assert layout.matched_layers(model) == [1, 2]
-    layout.keep(model, 1, (), ())
-    assert layout.matched_layers(model) == [2]
+    assert architectures.matched_layers(model) == [1, 2]
+    architectures.keep(model, 1, (), ())
+    assert architectures.matched_layers(model) == [2]
 
 
 def test_padding_does_not_count_as_distance(task):

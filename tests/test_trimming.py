@@ -17,25 +17,27 @@ from test_compare import measured
 from test_measurements import result
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from toolchain import checkpoints, inputs, passes, wordpiece
+from toolchain import passes
+from toolchain.artifacts.variants import Quantize
 from toolchain.backends import Backend, Place, open_session
-from toolchain.cells import Cell
+from toolchain.bench import runner as bench_module
+from toolchain.bench.cells import Cell
+from toolchain.bench.runner import bench
+from toolchain.bench.scenarios import Protocol
+from toolchain.build.pipeline import ensure, validate_variant
+from toolchain.build.trimming import corpus_of, judged_by
+from toolchain.build.workspace import Workspace
 from toolchain.cli import cli
+from toolchain.compare.report.columns import notes
+from toolchain.compare.rows import compare
+from toolchain.data import inputs
+from toolchain.data.files import Texts
+from toolchain.data.inputs import Encoder, TrainingSource, pad
+from toolchain.data.labels import LabelSet
 from toolchain.errors import CheckpointError, DataError, GraphError, ShippingError, VerdictError
-from toolchain.inputs import Encoder, TrainingSource, pad
-from toolchain.labels import LabelSet
+from toolchain.models import checkpoints, vocabulary
 from toolchain.passes import Context
-from toolchain.pipeline import ensure, validate_variant
-from toolchain.report.columns import notes
-from toolchain.rows import Texts
-from toolchain.scenarios import Protocol
-from toolchain.shipping import Order, ship
-from toolchain.steps import bench as bench_module
-from toolchain.steps.bench import bench
-from toolchain.steps.compare import compare
-from toolchain.trimming import corpus_of, judged_by
-from toolchain.variants import Quantize
-from toolchain.workspace import Workspace
+from toolchain.ship.shipping import Order, ship
 
 TRIMMED = {"onnx-int8+trim": Quantize(trim_vocab="train")}
 NAMES = ("input_ids", "attention_mask")
@@ -58,8 +60,8 @@ def trimmed(tmp_path_factory):
     for name in ("config.json", *checkpoints.TOKENIZER_FILES):
         if (checkpoints.REFERENCE / name).is_file():
             shutil.copyfile(checkpoints.REFERENCE / name, folder / name)
-    kept = wordpiece.kept_tokens(reference(), CORPUS)
-    wordpiece.trim(folder, kept)
+    kept = vocabulary.kept_tokens(reference(), CORPUS)
+    vocabulary.trim(folder, kept)
     return Encoder.open(folder, NAMES, 512), kept
 
 
@@ -120,8 +122,8 @@ def test_no_vocabulary_loses_a_word_it_could_spell(tmp_path_factory, data):
     (folder / "config.json").write_text('{"pad_token_id": null}')
     word = data.draw(st.text("abc", min_size=1, max_size=12))
     corpus = data.draw(st.lists(st.text("abc", min_size=1, max_size=8), min_size=1, max_size=3))
-    kept = wordpiece.kept_tokens(Encoder.open(folder, NAMES, 512), corpus)
-    wordpiece.trim(folder, kept)
+    kept = vocabulary.kept_tokens(Encoder.open(folder, NAMES, 512), corpus)
+    vocabulary.trim(folder, kept)
     after = Encoder.open(folder, NAMES, 512).tokenizer
     before = tokenizer.encode(word).tokens
     assert "[UNK]" not in after.encode(word).tokens
@@ -134,7 +136,7 @@ def test_a_token_that_its_letters_cannot_spell_stays(tmp_path):
     vocabulary = {token: number for number, token in enumerate(names)}
     Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text("{}")
-    kept = wordpiece.kept_tokens(Encoder.open(tmp_path, NAMES, 512), ["a"])
+    kept = vocabulary.kept_tokens(Encoder.open(tmp_path, NAMES, 512), ["a"])
     assert [names[i] for i in kept] == ["[UNK]", "a", "##b", "az", "##ab", "#", "###"]
 
 
@@ -169,13 +171,13 @@ def test_other_post_processors_companions_and_added_tokens_are_renumbered(tmp_pa
     (tmp_path / "added_tokens.json").write_text('{"covfefe": 30522}')
     (tmp_path / "config.json").write_text('{"pad_token_id": 0, "eos_token_id": [102], "bos_token_id": null}')
     encoder = Encoder.open(tmp_path, NAMES, 512)
-    kept = wordpiece.kept_tokens(encoder, CORPUS)
-    wordpiece.trim(tmp_path, kept)
+    kept = vocabulary.kept_tokens(encoder, CORPUS)
+    vocabulary.trim(tmp_path, kept)
     after = Encoder.open(tmp_path, NAMES, 512)
     assert tokens(after, "a covfefe journey") == ["[CLS]", "a", "covfefe", "journey", "[SEP]"]
-    vocabulary = after.tokenizer.get_vocab()
+    words = after.tokenizer.get_vocab()
     ids = after.encode(["a"])[0]
-    assert ids == [vocabulary["[CLS]"], vocabulary["a"], vocabulary["[SEP]"]]
+    assert ids == [words["[CLS]"], words["a"], words["[SEP]"]]
     assert json.loads((tmp_path / "added_tokens.json").read_text()) == {"covfefe": len(kept) - 1}
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["eos_token_id"] == [vocabulary["[SEP]"]]
@@ -188,7 +190,7 @@ def test_other_tokenizers_are_refused_by_name(tmp_path, model, said):
     Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=f"The tokenizer is {said}, and only a WordPiece"):
-        wordpiece.kept_tokens(Encoder.open(tmp_path, NAMES, 512), ["a"])
+        vocabulary.kept_tokens(Encoder.open(tmp_path, NAMES, 512), ["a"])
 
 
 def test_files_that_contradict_each_other_are_refused(tmp_path, trimmed):
@@ -197,15 +199,15 @@ def test_files_that_contradict_each_other_are_refused(tmp_path, trimmed):
     config = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text())
     config["added_tokens_decoder"]["99999"] = {"content": "[X]"}
     (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(config))
-    kept = wordpiece.kept_tokens(Encoder.open(tmp_path / "t", NAMES, 512), CORPUS)
+    kept = vocabulary.kept_tokens(Encoder.open(tmp_path / "t", NAMES, 512), CORPUS)
     with pytest.raises(CheckpointError, match="do not agree with each other"):
-        wordpiece.trim(tmp_path / "t", kept)
+        vocabulary.trim(tmp_path / "t", kept)
 
 
 @pytest.mark.parametrize("texts", [[], [""], [" ", "\t"], ["[CLS] [SEP]"]])
 def test_a_corpus_without_words_is_refused(texts):
     with pytest.raises(DataError, match="no words"):
-        wordpiece.kept_tokens(reference(), texts)
+        vocabulary.kept_tokens(reference(), texts)
 
 
 def test_a_corpus_that_is_no_file_is_refused(tmp_path):

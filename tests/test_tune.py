@@ -11,10 +11,12 @@ from conftest import make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolchain import pipeline, tuning
+from toolchain import tuning
+from toolchain.artifacts.variants import Quantize, lineage
+from toolchain.bench.scenarios import Protocol
+from toolchain.build import pipeline
 from toolchain.cli.tune import Duration
 from toolchain.errors import PruningError, VerdictError
-from toolchain.scenarios import Protocol
 from toolchain.tuning import _in_time, _start, search
 from toolchain.tuning.candidates import (
     DEPTHS,
@@ -30,7 +32,6 @@ from toolchain.tuning.candidates import (
     next_start,
 )
 from toolchain.tuning.study import Outcome, opened
-from toolchain.variants import Quantize, lineage
 
 
 def quiet(*_):
@@ -416,8 +417,8 @@ def at(folder, monkeypatch):
     monkeypatch.chdir(folder)
     short = Protocol(passes=1, min_s=0.1, pass_s=5.0, starts=1, threads=1)
     monkeypatch.setattr(tuning, "PROTOCOL", short)
-    monkeypatch.setattr("toolchain.scenarios.QUICK", short)
-    monkeypatch.setattr("toolchain.steps.roofline.rates", lambda *_: {})
+    monkeypatch.setattr("toolchain.bench.scenarios.QUICK", short)
+    monkeypatch.setattr("toolchain.bench.roofline.rates", lambda *_: {})
 
 
 def test_the_command_line_builds_measures_and_says_which(at, say, folder):

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from toolchain.backends import Place, open_session
-from toolchain.inputs import Encoder, embedded, pad
-from toolchain.steps.validate import LENGTHS, allowed_flips, grid, sentence, validate
+from toolchain.build.steps.validate import LENGTHS, allowed_flips, grid, sentence, validate
+from toolchain.data.inputs import Encoder, embedded, pad
 
 SENTENCES = embedded().texts[:50]
 

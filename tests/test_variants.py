@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolchain import names as grammar
-from toolchain import variants
+from toolchain.artifacts import names as grammar
+from toolchain.artifacts import variants
+from toolchain.artifacts.names import VariantName, parse_name
+from toolchain.artifacts.variants import Export, Import, Optimize, Prune, Quantize, Recover
 from toolchain.errors import ArtifactError, UnknownVariantError
-from toolchain.names import VariantName, parse_name
-from toolchain.variants import Export, Import, Optimize, Prune, Quantize, Recover
 
 pruned = st.builds(
     dict, pruned=st.integers(1, 99), recovered=st.integers(0, 12), method=st.sampled_from(grammar.METHODS)

@@ -7,7 +7,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from toolchain import inputs
+from toolchain.data import inputs
 
 NARROW = {
     "hidden_size": 32,

@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolchain import hardware
 from toolchain.backends.ort import EXACT_PRODUCTS
+from toolchain.system import hardware
 
 LEAST_DISK = 5e9
 LEAST_MEMORY = 4e9
 # Runtime set → its constraints and extras.
 SETS = {
-    "cpu": ("constraints.txt", "cpu,bnb"),
-    "gpu": ("constraints-gpu.txt", "gpu,bnb"),
-    "cuda12": ("constraints-cuda12.txt", "gpu,bnb"),
+    "cpu": ("constraints/cpu.txt", "cpu,bnb"),
+    "gpu": ("constraints/gpu.txt", "gpu,bnb"),
+    "cuda12": ("constraints/cuda12.txt", "gpu,bnb"),
 }
 
 

@@ -13,7 +13,7 @@ for program in qemu-aarch64 apt-get dpkg-deb; do
   fi
 done
 # A root is made once for each state of these two files.
-version=$(cat tests/clients/arm_root.sh constraints.txt | sha256sum)
+version=$(cat tests/clients/arm_root.sh constraints/cpu.txt | sha256sum)
 if [ "$(cat "$root/version" 2>/dev/null)" = "$version" ]; then
   exit 0
 fi
@@ -37,7 +37,7 @@ for package in "$scratch"/archives/*.deb; do
   dpkg-deb -x "$package" "$new"
 done
 python=$(basename "$(readlink "$new/usr/bin/python3")")
-"$pip" install --disable-pip-version-check -q -c constraints.txt onnxruntime tokenizers numpy \
+"$pip" install --disable-pip-version-check -q -c constraints/cpu.txt onnxruntime tokenizers numpy \
   --only-binary=:all: --implementation cp --python-version "${python#python}" \
   --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 --platform manylinux_2_17_aarch64 \
   --platform manylinux2014_aarch64 --target "$new/usr/local/lib/$python/dist-packages"

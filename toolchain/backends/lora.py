@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain import adapters
 from toolchain.backends import Place
 from toolchain.backends.pytorch import TorchSession, check_finite, quiet
-from toolchain.checkpoints import check_config, config_of
 from toolchain.errors import CheckpointError
+from toolchain.models import adapters
+from toolchain.models.checkpoints import check_config, config_of
 
 if TYPE_CHECKING:
     import torch

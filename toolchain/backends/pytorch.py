@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.backends import layout, reduced
-from toolchain.checkpoints import OWN_WEIGHTS, SHAPES, WEIGHTS, weights_of
+from toolchain.backends import reduced
 from toolchain.errors import ArtifactError, CheckpointError, DeviceMemoryError, ProviderError
+from toolchain.models import architectures
+from toolchain.models.checkpoints import OWN_WEIGHTS, SHAPES, WEIGHTS, weights_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +26,7 @@ def load_model(folder: Path) -> PreTrainedModel:
     """The sequence classifier in `folder`, in eval mode, in fp32 or as it was quantised; `CheckpointError` where the
     weights do not fit."""
     quiet()
-    shapes, precision = layout.read_shapes(folder), reduced.Precision.read(folder)
+    shapes, precision = architectures.read_shapes(folder), reduced.Precision.read(folder)
     try:
         model, missing = _dense(folder) if shapes is None and not precision else _assembled(folder, shapes, precision)
     except CheckpointError:
@@ -113,7 +114,7 @@ def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreT
 
 
 def _assembled(
-    folder: Path, shapes: Sequence[layout.LayerShape] | None, precision: reduced.Precision | None
+    folder: Path, shapes: Sequence[architectures.LayerShape] | None, precision: reduced.Precision | None
 ) -> tuple[PreTrainedModel, list[str]]:
     """A model of the config's shape, each layer cut to its own, and then its weights: every one of them, no other."""
     import torch
@@ -123,7 +124,7 @@ def _assembled(
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     if shapes is not None:
-        layout.reshape(model, shapes)
+        architectures.reshape(model, shapes)
     if precision:
         reduced.restore(model, load_file(weights_of(folder)), precision)
     else:

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.checkpoints import PRECISION
 from toolchain.errors import CheckpointError, GraphError
+from toolchain.models.checkpoints import PRECISION
 
 if TYPE_CHECKING:
     import torch

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from toolchain.artifacts.variants import CPU_PASSES, CUDA_PASSES
 from toolchain.cli.options import (
     dry_run_option,
     model_options,
@@ -15,19 +16,18 @@ from toolchain.cli.options import (
     open_workspace,
     training_options,
 )
-from toolchain.variants import CPU_PASSES, CUDA_PASSES
 
 if TYPE_CHECKING:
-    from toolchain.inputs import TrainingSource
-    from toolchain.variants import Step
-    from toolchain.workspace import Workspace
+    from toolchain.artifacts.variants import Step
+    from toolchain.build.workspace import Workspace
+    from toolchain.data.inputs import TrainingSource
 
 
 def build(workspace: Workspace, asked: dict[str, Step], dry_run: bool) -> None:
     """Builds what is asked for, or says what that would be; prints where it lies."""
-    from toolchain.pipeline import ensure, plan
-    from toolchain.report.progress import bar, say
-    from toolchain.variants import settings_of
+    from toolchain.artifacts.variants import settings_of
+    from toolchain.build.pipeline import ensure, plan
+    from toolchain.cli.progress import bar, say
 
     if dry_run:
         for item in plan(workspace, asked, asked):
@@ -95,7 +95,7 @@ def export(
       toolchain export --optimize cuda
       toolchain export --no-pass residual-sum --name plain-add
     """
-    from toolchain.variants import Export, Import, Optimize, child
+    from toolchain.artifacts.variants import Export, Import, Optimize, child
 
     step = None if provider == "none" else Optimize.for_provider(provider)
     if left_out:
@@ -171,9 +171,9 @@ def prune(
       toolchain prune --ratio 0.65 --layers 4 --recover 2
       toolchain prune --max-drop 1.0
     """
-    from toolchain.report.progress import bar, say
-    from toolchain.search import largest_ratio
-    from toolchain.variants import Prune, Recover, child
+    from toolchain.artifacts.variants import Prune, Recover, child
+    from toolchain.cli.progress import bar, say
+    from toolchain.tuning.settings import largest_ratio
 
     if bool(ratios) == (max_drop is not None):
         raise click.UsageError("Name the share to remove with --ratio, or the accuracy to keep with --max-drop.")

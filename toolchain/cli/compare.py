@@ -13,10 +13,10 @@ import click
 from toolchain.cli.options import json_option, model_options, open_workspace
 
 if TYPE_CHECKING:
-    from toolchain.measurements import ResultFile
-    from toolchain.steps.compare import Row
-    from toolchain.steps.gate import Verdict
-    from toolchain.steps.regression import Regressions
+    from toolchain.compare.limits import Verdict
+    from toolchain.compare.regressions import Regressions
+    from toolchain.compare.rows import Row
+    from toolchain.results.measurements import ResultFile
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,7 +28,7 @@ def _finite(_: click.Context, __: click.Parameter, value: float | None) -> float
 
 
 def _share(_: click.Context, __: click.Parameter, value: str) -> float:
-    from toolchain.steps.regression import parse_share
+    from toolchain.compare.regressions import parse_share
 
     try:
         return parse_share(value)
@@ -121,17 +121,17 @@ def compare(
       toolchain compare new.json --against old.json --max-regression 5%
       toolchain compare --format html > report.html
     """
-    from toolchain import runs
-    from toolchain.measurements import ResultFile
-    from toolchain.report.progress import say
-    from toolchain.steps.compare import arrange
-    from toolchain.steps.gate import Limits, choose, require
-    from toolchain.steps.regression import regressions, require_none
+    from toolchain.bench import run
+    from toolchain.cli.progress import say
+    from toolchain.compare.limits import Limits, choose, require
+    from toolchain.compare.regressions import regressions, require_none
+    from toolchain.compare.rows import arrange
+    from toolchain.results.measurements import ResultFile
 
     if results:
         files = [ResultFile.read(path) for path in results]
     else:
-        files = [runs.newest(open_workspace(model, exported, slug).model, say)]
+        files = [run.newest(open_workspace(model, exported, slug).model, say)]
 
     def taken(of: Sequence[ResultFile]) -> list[Row]:
         return arrange(rows_of(of, baseline, exported), order, patterns, provider)
@@ -141,9 +141,9 @@ def compare(
     verdict = choose(rows, limits) if limits != Limits() else None
     found = None
     if against:
-        found = regressions(rows, taken([runs.older(against, files)]), max_regression)
+        found = regressions(rows, taken([run.older(against, files)]), max_regression)
     if plots:
-        from toolchain.report.plots import save
+        from toolchain.compare.report.plots import save
 
         for path in save(rows, plots):
             say(f"saved: {path}")
@@ -156,15 +156,15 @@ def compare(
 
 def rows_of(files: Sequence[ResultFile], baseline: str | None, exported: Path) -> list[Row]:
     """The comparison of the runs, by what lies under `exported` now."""
-    from toolchain import runs
-    from toolchain.steps.compare import compare as comparison
+    from toolchain.bench import run
+    from toolchain.compare.rows import compare as comparison
 
-    return comparison(files, baseline, runs.current_ids(exported, [row for file in files for row in file.rows]))
+    return comparison(files, baseline, run.current_ids(exported, [row for file in files for row in file.rows]))
 
 
 def show(rows: Sequence[Row], form: str, verdict: Verdict | None = None, found: Regressions | None = None) -> None:
     """Rows to standard output in that form; verdicts with them where the form has room, else to standard error."""
-    from toolchain.report import verdict as verdicts
+    from toolchain.compare.report import verdict as verdicts
 
     lines = [*(verdicts.choice_lines(verdict) if verdict else [])]
     lines += verdicts.regression_lines(found) if found else []
@@ -177,19 +177,19 @@ def show(rows: Sequence[Row], form: str, verdict: Verdict | None = None, found: 
         click.echo(json.dumps(body, indent=1, allow_nan=False))
         return
     if form == "csv":
-        from toolchain.report.flat import to_csv
+        from toolchain.compare.report.flat import to_csv
 
         click.echo(to_csv(rows), nl=False)
     elif form == "html":
-        from toolchain.report.html import to_html
+        from toolchain.compare.report.html import to_html
 
         click.echo(to_html(rows), nl=False)
     elif form == "markdown":
-        from toolchain.report.markdown import to_markdown
+        from toolchain.compare.report.markdown import to_markdown
 
         click.echo(to_markdown(rows), nl=False)
     else:
-        from toolchain.report.table import print_table
+        from toolchain.compare.report.table import print_table
 
         print_table(rows)
     for line in lines:

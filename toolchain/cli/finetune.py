@@ -11,7 +11,7 @@ import click
 from toolchain.cli.options import DATA, debug_option, json_option, training_options
 
 if TYPE_CHECKING:
-    from toolchain.inputs import TrainingSource
+    from toolchain.data.inputs import TrainingSource
 
 
 @click.command()
@@ -67,10 +67,10 @@ def finetune(
       toolchain finetune --train-data glue/sst2 --output sst2
       toolchain finetune --train-data pairs.jsonl --text-column a --text-pair-column b --output pairs
     """
-    from toolchain.finetuning import SHARED, Request, sentence
-    from toolchain.finetuning import finetune as make
-    from toolchain.report.progress import bar, say
-    from toolchain.training import Recipe
+    from toolchain.cli.progress import bar, say
+    from toolchain.finetune import SHARED, Request, sentence
+    from toolchain.finetune import finetune as make
+    from toolchain.training.loop import Recipe
 
     recipe = Recipe(
         epochs,

@@ -13,7 +13,7 @@ from toolchain.cli.options import debug_option, json_option, model_options, open
 from toolchain.errors import ToolchainError, VerdictError
 
 if TYPE_CHECKING:
-    from toolchain.inputs import TrainingSource
+    from toolchain.data.inputs import TrainingSource
 
 
 @click.command()
@@ -37,9 +37,9 @@ def validate(
     Example:
       toolchain validate onnx-int8
     """
-    from toolchain.pipeline import validate_variant
-    from toolchain.report.progress import say
-    from toolchain.steps.validate import sentence
+    from toolchain.build.pipeline import validate_variant
+    from toolchain.build.steps.validate import sentence
+    from toolchain.cli.progress import say
 
     workspace = open_workspace(model, exported, slug, train)
     report = validate_variant(workspace, variant, say)
@@ -63,8 +63,8 @@ def variants(model: str, exported: Path, slug: str | None, as_json: bool) -> Non
     Example:
       toolchain variants --model ./my-checkpoint
     """
-    from toolchain.pipeline import states
-    from toolchain.variants import settings_of, step_name
+    from toolchain.artifacts.variants import settings_of, step_name
+    from toolchain.build.pipeline import states
 
     rows: list[dict[str, Any]] = []
     for variant, artifact, state in states(open_workspace(model, exported, slug)):

@@ -21,11 +21,11 @@ from toolchain.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from toolchain.bench.run import Request
+    from toolchain.build.workspace import Workspace
+    from toolchain.data.datasets import Columns
     from toolchain.errors import ResultFileError
-    from toolchain.measurements import ResultFile
-    from toolchain.pipeline import Workspace
-    from toolchain.runs import Request
-    from toolchain.tables import Columns
+    from toolchain.results.measurements import ResultFile
 
 
 @click.command()
@@ -90,8 +90,9 @@ def bench(
       toolchain bench --data reviews.csv --text-column review
       toolchain bench --quick --engine ray --address auto
     """
-    from toolchain import hardware, runs
-    from toolchain.scenarios import FULL, QUICK
+    from toolchain.bench import run
+    from toolchain.bench.scenarios import FULL, QUICK
+    from toolchain.system import hardware
 
     if engine == RAY and (resume or dry_run):
         raise click.UsageError("--resume and --dry-run are for --engine local.")
@@ -107,13 +108,13 @@ def bench(
         device_id=device_id,
         allow_fallback=allow_fallback,
     )
-    request = runs.Request(names, providers, protocol, data, columns, split, resume)
+    request = run.Request(names, providers, protocol, data, columns, split, resume)
     workspace = open_workspace(model, exported, slug)
     saving = _Saving(workspace.model, save_as, force)
     if engine != RAY:
         saving.require_free([None])
     if dry_run:
-        for name, provider, what in runs.outlook(workspace, request):
+        for name, provider, what in run.outlook(workspace, request):
             click.echo(f"{name}@{provider}: {what}")
         return
     if engine == RAY:
@@ -121,17 +122,17 @@ def bench(
     else:
         results = [_bench_here(workspace, request, saving)]
     show(rows_of(results, None, exported), "json" if as_json else "table")
-    runs.judge(*results)
+    run.judge(*results)
     if saving.error:
         raise saving.error
 
 
 def _bench_here(workspace: Workspace, request: Request, saving: _Saving) -> ResultFile:
-    from toolchain import runs
-    from toolchain.report.progress import bar, say
+    from toolchain.bench import run
+    from toolchain.cli.progress import bar, say
 
     with bar("bench") as progress:
-        result, journal = runs.measure(workspace, request, say, progress)
+        result, journal = run.measure(workspace, request, say, progress)
     saving.save(result, None)
     journal.end()
     return result
@@ -140,9 +141,9 @@ def _bench_here(workspace: Workspace, request: Request, saving: _Saving) -> Resu
 def _bench_on_ray(
     workspace: Workspace, request: Request, threads: int | None, address: str | None, saving: _Saving
 ) -> list[ResultFile]:
+    from toolchain.cli.progress import say
     from toolchain.distributed import connected
     from toolchain.distributed.benching import measure
-    from toolchain.report.progress import say
 
     results = []
     with connected(address, say) as cluster:
@@ -167,29 +168,29 @@ class _Saving:
 
     def require_free(self, machine_ids: Iterable[str | None]) -> None:
         """Raises `ResultFileError`, before anything is measured, where a result of this name would be replaced."""
-        from toolchain import runs
+        from toolchain.bench import run
 
         if self.name and not self.force:
             for machine_id in machine_ids:
-                runs.require_free(runs.named_path(self.name, machine_id))
+                run.require_free(run.named_path(self.name, machine_id))
 
     def save(self, result: ResultFile, machine_id: str | None) -> None:
         """Writes the result and says where; where the name cannot be had, to a local file, and keeps the error."""
-        from toolchain import runs
+        from toolchain.bench import run
+        from toolchain.cli.progress import say
         from toolchain.errors import ResultFileError
-        from toolchain.report.progress import say
 
         # A name is for results to be committed: a run that measured nothing does not take it.
         if self.name and any(row.status == "ok" for row in result.rows):
-            path = runs.named_path(self.name, machine_id)
+            path = run.named_path(self.name, machine_id)
             try:
-                runs.save_named(result, path, force=self.force)
+                run.save_named(result, path, force=self.force)
             except ResultFileError as error:
-                path = runs.save_local(result, self.model, machine_id)
+                path = run.save_local(result, self.model, machine_id)
                 self.error = ResultFileError(
                     f"{error.cause} This result is in {path}.", "Move it to a name that is free."
                 )
                 say(error.cause)
         else:
-            path = runs.save_local(result, self.model, machine_id)
+            path = run.save_local(result, self.model, machine_id)
         say(f"saved: {path}")

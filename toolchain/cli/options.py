@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from toolchain.names import LABEL
+from toolchain.artifacts.names import LABEL
 
 if TYPE_CHECKING:
-    from toolchain.inputs import TrainingSource
-    from toolchain.pipeline import Workspace
-    from toolchain.rows import Texts
+    from toolchain.build.workspace import Workspace
+    from toolchain.data.files import Texts
+    from toolchain.data.inputs import TrainingSource
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -119,7 +119,7 @@ def open_workspace(
 ) -> Workspace:
     """The folder and source that `model_options` name; `train` is what `training_options` give, `corpus` the texts a
     vocabulary is trimmed to."""
-    from toolchain.pipeline import Workspace
+    from toolchain.build.workspace import Workspace
 
     return Workspace.open(model, exported, slug, train, corpus)
 
@@ -132,7 +132,7 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def with_source(train_data: str | None, **others: Any) -> Any:
-        from toolchain.inputs import TrainingSource
+        from toolchain.data.inputs import TrainingSource
 
         return command(train=TrainingSource(train_data, others.pop("columns"), others.pop("split")), **others)
 
@@ -151,7 +151,7 @@ def _columns_options(command: Callable[..., Any], usual: str) -> Callable[..., A
 
     @functools.wraps(command)
     def with_columns(text_column: str | None, pair_column: str | None, label_column: str, **others: Any) -> Any:
-        from toolchain.tables import Columns
+        from toolchain.data.datasets import Columns
 
         return command(columns=Columns(text_column, label_column, pair_column), **others)
 

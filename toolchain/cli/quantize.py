@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from toolchain.artifacts.variants import QUANTIZE_PASSES, QUANTIZED
 from toolchain.cli.build import build
 from toolchain.cli.options import (
     dry_run_option,
@@ -21,12 +22,11 @@ from toolchain.cli.options import (
     open_workspace,
     training_options,
 )
-from toolchain.variants import QUANTIZE_PASSES, QUANTIZED
 
 if TYPE_CHECKING:
-    from toolchain.inputs import TrainingSource
-    from toolchain.variants import Quantize, Step
-    from toolchain.workspace import Workspace
+    from toolchain.artifacts.variants import Quantize, Step
+    from toolchain.build.workspace import Workspace
+    from toolchain.data.inputs import TrainingSource
 
 
 @click.command()
@@ -128,11 +128,11 @@ def quantize(
       toolchain quantize --backend torch --scheme int8 --from torch-fp32 --from torch-pruned30
       toolchain quantize --backend bnb --scheme nf4
     """
+    from toolchain.artifacts.variants import Optimize, Quantize, child
     from toolchain.backends.ort import saturates
-    from toolchain.report.progress import bar, say
-    from toolchain.search import fewest_kept
-    from toolchain.trimming import corpus_of
-    from toolchain.variants import Optimize, Quantize, child
+    from toolchain.build.trimming import corpus_of
+    from toolchain.cli.progress import bar, say
+    from toolchain.tuning.settings import fewest_kept
 
     if isa != "vnni" and (backend, scheme or "dynamic") != ("ort", "dynamic"):
         raise click.BadParameter("Only --backend ort --scheme dynamic has weights of 7 bits.", param_hint="--isa")
@@ -194,9 +194,9 @@ def _left(scheme: str, left_out: tuple[str, ...]) -> tuple[str, ...]:
 
 def _sensitivity(workspace: Workspace, parents: Iterable[str], step: Quantize, as_json: bool) -> None:
     """Prints what every linear layer of every parent loses."""
-    from toolchain.report.progress import bar, say
-    from toolchain.search import sensitive
-    from toolchain.sensitivity import SENTENCES, rank
+    from toolchain.cli.progress import bar, say
+    from toolchain.quantization.sensitivity import SENTENCES, rank
+    from toolchain.tuning.settings import sensitive
 
     found = {}
     for parent in parents:

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from toolchain.cli.options import RAY, debug_option, engine_options, json_option, model_options, open_workspace
-from toolchain.targets.releases import DEFAULT, ORDER, RELEASES
+from toolchain.ship.targets.releases import DEFAULT, ORDER, RELEASES
 
 
 @click.command()
@@ -72,9 +72,9 @@ def ship(
       toolchain ship onnx-int8 onnx-int8-portable --target mobile --ort-mobile 1.20
       toolchain ship onnx-std onnx-std-int8 --target other
     """
-    from toolchain.report.progress import bar, say
-    from toolchain.shipping import Order, default_output
-    from toolchain.shipping import ship as make
+    from toolchain.cli.progress import bar, say
+    from toolchain.ship.shipping import Order, default_output
+    from toolchain.ship.shipping import ship as make
 
     if ort_mobile and target != "mobile":
         raise click.UsageError(f"--ort-mobile is of --target mobile, not of --target {target}.")
@@ -99,7 +99,7 @@ def verify(bundle: Path, as_json: bool) -> None:
     Example:
       toolchain verify exported/reference/bundle-python
     """
-    from toolchain.shipping import verify as check
+    from toolchain.ship.shipping import verify as check
 
     report = check(bundle)
     if as_json:
@@ -148,12 +148,12 @@ def predict(
       toolchain predict exported/reference/bundle-python reviews.txt
       toolchain predict onnx-int8 reviews.csv --output scored.parquet --engine ray --address auto
     """
-    from toolchain.bundled.verify import BUNDLE
+    from toolchain.cli.progress import bar, say
+    from toolchain.data.files import Texts
     from toolchain.distributed import connected
-    from toolchain.predicting import here, of_bundle, of_variant
-    from toolchain.predicting import predict as score
-    from toolchain.report.progress import bar, say
-    from toolchain.rows import Texts
+    from toolchain.predict import here, of_bundle, of_variant
+    from toolchain.predict import predict as score
+    from toolchain.ship.bundle_files.verify import BUNDLE
 
     with ExitStack() as stack:
         score_on = stack.enter_context(connected(address, say)).scored if engine == RAY else here

@@ -13,7 +13,7 @@ import click
 from toolchain.cli.options import DATA, json_option, model_options, open_workspace, training_options
 
 if TYPE_CHECKING:
-    from toolchain.inputs import TrainingSource
+    from toolchain.data.inputs import TrainingSource
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -79,23 +79,24 @@ def tune(
       toolchain tune --max-drop 2 --objective size --budget 1h
       toolchain tune --model ./my-checkpoint --train-data train.csv --data validation.csv
     """
-    from toolchain import hardware, runs
-    from toolchain.report.progress import bar, say
-    from toolchain.report.table import print_table
-    from toolchain.scenarios import QUICK
-    from toolchain.steps.compare import compare
+    from toolchain.bench import run
+    from toolchain.bench.scenarios import QUICK
+    from toolchain.cli.progress import bar, say
+    from toolchain.compare.report.table import print_table
+    from toolchain.compare.rows import compare
+    from toolchain.system import hardware
     from toolchain.tuning import EXACT, Request, sentence
     from toolchain.tuning import tune as search
 
     workspace = open_workspace(model, exported, slug, train)
     protocol = replace(QUICK, threads=hardware.cores())
-    last = runs.Request((), ("cpu",), protocol, data, train.columns)
-    runs.asked(workspace, last, say)  # data that does not fit is told before the search
+    last = run.Request((), ("cpu",), protocol, data, train.columns)
+    run.asked(workspace, last, say)  # data that does not fit is told before the search
     best, front = search(workspace, Request(objective, max_drop, budget), say, bar)
     names = dict.fromkeys(["torch-fp32", EXACT, best.baseline, *(outcome.variant for outcome in front)])
     with bar("the front on validation data") as progress:
-        result, journal = runs.measure(workspace, replace(last, names=tuple(names)), say, progress)
-    path = runs.save_local(result, workspace.model)
+        result, journal = run.measure(workspace, replace(last, names=tuple(names)), say, progress)
+    path = run.save_local(result, workspace.model)
     say(f"saved: {path}")
     journal.end()
     if as_json:
@@ -105,4 +106,4 @@ def tune(
         print_table(compare([result], f"{best.baseline}@cpu"))
         click.echo(f"\nchosen on held-out rows: {sentence(best)}")
         click.echo(workspace.path(best.variant))
-    runs.judge(result)
+    run.judge(result)

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import toolchain
+from toolchain.bench.process import Child
+from toolchain.data.files import STDIN, Row, Texts
 from toolchain.errors import ClusterError
-from toolchain.pipeline import Say
-from toolchain.predicting import Model
-from toolchain.rows import STDIN, Row, Texts
-from toolchain.worker import Child
+from toolchain.predict import Model
+from toolchain.progress import Say
 
 CONNECT_TIMEOUT_S = 60.0
 LOST_S = 15  # a cluster whose head does not answer for so long is lost

@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from toolchain import checkpoints, runs
-from toolchain.cells import Cell, unmeasured
+from toolchain.bench import run
+from toolchain.bench.cells import Cell, unmeasured
+from toolchain.build.workspace import Workspace
+from toolchain.data.inputs import Data
 from toolchain.distributed import Cluster, Node
 from toolchain.errors import BenchError
-from toolchain.inputs import Data
-from toolchain.measurements import ResultFile
-from toolchain.pipeline import Say, Workspace
+from toolchain.models import checkpoints
+from toolchain.progress import Say
+from toolchain.results.measurements import ResultFile
 
 NO_CUDA = ("No node of the cluster has an NVIDIA GPU.", "Add one that has; `ray status` counts what Ray knows of.")
 
@@ -24,7 +26,7 @@ class Plan:
     """What is to be measured: which cells, on which sentences, how; with so many `threads`, or each node's own."""
 
     workspace: Workspace
-    request: runs.Request
+    request: run.Request
     cells: Sequence[Cell]
     data: Data
     threads: int | None
@@ -49,12 +51,12 @@ class Plan:
 
 
 def measure(
-    cluster: Cluster, workspace: Workspace, request: runs.Request, threads: int | None, say: Say
+    cluster: Cluster, workspace: Workspace, request: run.Request, threads: int | None, say: Say
 ) -> Iterator[ResultFile]:
     """Builds what is missing here and measures it there; the result of each machine when it has one, by rows that say
-    why where it failed. Raises as `runs.measure`."""
+    why where it failed. Raises as `run.measure`."""
     nodes = distinct(cluster.nodes, say)
-    data, cells = runs.prepared(workspace, request, None if any(node.gpus for node in nodes) else NO_CUDA, say)
+    data, cells = run.prepared(workspace, request, None if any(node.gpus for node in nodes) else NO_CUDA, say)
     plan = Plan(workspace, request, cells, data, threads)
     yield from on(cluster, plan, shares(nodes, cells), say)
 
@@ -108,4 +110,4 @@ def _failed(plan: Plan, node: Node, cells: Sequence[Cell], error: BenchError) ->
     root = plan.workspace.load(checkpoints.ROOT_VARIANT)
     assert root is not None
     how = asdict(plan.request.protocol)
-    return replace(runs.result_of(rows, how, plan.data, root.manifest.max_length), machine=node.machine)
+    return replace(run.result_of(rows, how, plan.data, root.manifest.max_length), machine=node.machine)

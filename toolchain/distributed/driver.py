@@ -1,4 +1,4 @@
-"""The process that talks to the cluster, told by JSON lines what to do; see `toolchain.child.serve`."""
+"""The process that talks to the cluster, told by JSON lines what to do; see `toolchain.bench.worker.serve`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolchain import hardware
-from toolchain.child import serve
+from toolchain.bench.worker import serve
+from toolchain.data.files import Texts
 from toolchain.distributed import GO_ON, remote
 from toolchain.distributed.remote import Scorer, Stored
 from toolchain.errors import ClusterError, ToolchainError
-from toolchain.predicting import windows
-from toolchain.rows import Texts
+from toolchain.predict import windows
+from toolchain.system import hardware
 
 REACH_TIMEOUT_S = 5.0
 LOOK_TIMEOUT_S = 60.0
@@ -205,7 +205,8 @@ def _nodes(mine: Mapping[str, str]) -> list[dict[str, Any]]:
         import platform
 
         try:
-            from toolchain import __version__, hardware
+            from toolchain import __version__
+            from toolchain.system import hardware
 
             release, machine = __version__, hardware.machine()
         except ImportError as error:

@@ -16,16 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain import hardware, publishing, runs, worker
-from toolchain.cells import Cell
-from toolchain.checkpoints import Source
-from toolchain.inputs import Data
-from toolchain.labels import LabelSet
-from toolchain.measurements import ResultFile
-from toolchain.predicting import Model, Opened, lying_in, scored
-from toolchain.rows import Texts
-from toolchain.scenarios import Protocol
-from toolchain.workspace import Workspace
+from toolchain.artifacts import publishing
+from toolchain.bench import process, run
+from toolchain.bench.cells import Cell
+from toolchain.bench.scenarios import Protocol
+from toolchain.build.workspace import Workspace
+from toolchain.data.files import Texts
+from toolchain.data.inputs import Data
+from toolchain.data.labels import LabelSet
+from toolchain.models.checkpoints import Source
+from toolchain.predict import Model, Opened, lying_in, scored
+from toolchain.results.measurements import ResultFile
+from toolchain.system import hardware
 
 if TYPE_CHECKING:
     import pyarrow
@@ -79,7 +81,7 @@ class Scorer:
 
     @functools.cached_property
     def _loaded(self) -> tuple[Model, Opened]:
-        os.environ.update(worker.environment(self.threads))
+        os.environ.update(process.environment(self.threads))
         with scratch() as folder:
             unpack(self.stored, folder)
             model = lying_in(folder, lambda line: None)
@@ -105,8 +107,8 @@ def measure(order: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], files:
         unpack(files, workspace.path(""))
         here = [_cell(workspace, cell) for cell in cells]
         protocol = Protocol(**{**order["protocol"], "threads": order["threads"] or hardware.cores()})
-        result, _ = runs.measured(
-            workspace, runs.Request((), (), protocol), here, _data(order["data"]), lambda line: None, lambda *_: None
+        result, _ = run.measured(
+            workspace, run.Request((), (), protocol), here, _data(order["data"]), lambda line: None, lambda *_: None
         )
         return result
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.artifacts import TensorSpec
+from toolchain.artifacts.store import TensorSpec
 from toolchain.errors import GraphError
 from toolchain.passes.attention import whole
 from toolchain.passes.first_query import first_query

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from toolchain.quiet import quiet
+from toolchain.system.quiet import quiet
 
 if TYPE_CHECKING:
     import onnx_ir as ir

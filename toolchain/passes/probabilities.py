@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolchain.bundled.verify import LOGITS
-
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+# Names of the outputs of every graph that is shipped.
+LOGITS = "logits"
 PROBABILITIES = "probabilities"
 
 

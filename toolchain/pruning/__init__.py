@@ -9,13 +9,13 @@ import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from toolchain.backends.layout import layers_of, layout_of
 from toolchain.errors import PruningError
+from toolchain.models.architectures import layers_of, layout_of
 from toolchain.pruning.costs import EncoderSizes
+from toolchain.pruning.least_squares import cut_and_fit
 from toolchain.pruning.selection import Price, select
 from toolchain.pruning.subject import Subject
-from toolchain.pruning.tuning import cut_and_fit
-from toolchain.training import accuracy
+from toolchain.training.loop import accuracy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain import files, hardware
-from toolchain.backends.layout import LayerShape, head_size, reshape, shapes_of
+from toolchain.artifacts.variants import CPU_PASSES, QUANTIZE_PASSES
 from toolchain.errors import PruningError
-from toolchain.variants import CPU_PASSES, QUANTIZE_PASSES
+from toolchain.models.architectures import LayerShape, head_size, reshape, shapes_of
+from toolchain.system import files, hardware
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -163,8 +163,8 @@ def _session(model: PreTrainedModel, shapes: Sequence[LayerShape], folder: Path)
 
     from toolchain import passes
     from toolchain.backends import Place
-    from toolchain.backends.exporting import to_onnx
     from toolchain.backends.ort import OrtSession
+    from toolchain.exporters.optimum_exporter import to_onnx
 
     settings = {**model.config.to_dict(), "vocab_size": 128}
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)

@@ -6,9 +6,9 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from toolchain.backends.batches import Batch, task_loss
-from toolchain.backends.layout import keep, layers_of
 from toolchain.errors import PruningError
+from toolchain.models.architectures import keep, layers_of
+from toolchain.training.batches import Batch, task_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from toolchain.backends.batches import Batch, task_loss
-from toolchain.backends.layout import head_size, layers_of, layout_of
 from toolchain.errors import DataError
+from toolchain.models.architectures import head_size, layers_of, layout_of
+from toolchain.training.batches import Batch, task_loss
 
 if TYPE_CHECKING:
     import torch

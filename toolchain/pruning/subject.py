@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolchain import inputs
-from toolchain.artifacts import Artifact
-from toolchain.backends import layout
-from toolchain.backends.batches import Batch, batches
+from toolchain.artifacts.store import Artifact
 from toolchain.backends.pytorch import load_model
+from toolchain.data import inputs
+from toolchain.data.inputs import Data, TrainingSource
+from toolchain.data.labels import LabelSet
 from toolchain.errors import PruningError
-from toolchain.inputs import Data, TrainingSource
-from toolchain.labels import LabelSet
+from toolchain.models import architectures
 from toolchain.pruning.depth import dispensable
 from toolchain.pruning.importance import LayerImportance, fisher, magnitude
+from toolchain.training.batches import Batch, batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,12 +41,12 @@ class Subject:
     @functools.cached_property
     def model(self) -> PreTrainedModel:
         """The unpruned model. Raises `PruningError` where it is pruned already or cannot be."""
-        if (self.folder / layout.SHAPES).is_file():
+        if (self.folder / architectures.SHAPES).is_file():
             raise PruningError(
                 f"The model in {self.folder} is already pruned.", "Prune the model it was made from, at a higher ratio."
             )
         model = load_model(self.folder)
-        layout.layout_of(model)
+        architectures.layout_of(model)
         return model
 
     @functools.cached_property

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from toolchain import checkpoints
-from toolchain.finetuning import Request, finetune, sentence
-from toolchain.inputs import TrainingSource
-from toolchain.labels import SST2_LABELS
-from toolchain.report.progress import bar, say
-from toolchain.training import Recipe
+from toolchain.cli.progress import bar, say
+from toolchain.data.inputs import TrainingSource
+from toolchain.data.labels import SST2_LABELS
+from toolchain.finetune import Request, finetune, sentence
+from toolchain.models import checkpoints
+from toolchain.training.loop import Recipe
 
 if TYPE_CHECKING:
     import torch

@@ -12,21 +12,25 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from toolchain import checkpoints, confidence, hardware, inputs
-from toolchain.artifacts import Artifact, Manifest
-from toolchain.cells import Cell
+from toolchain.artifacts.names import parse_name
+from toolchain.artifacts.store import Artifact, Manifest
+from toolchain.artifacts.variants import Recover
+from toolchain.bench.cells import Cell
+from toolchain.bench.runner import bench
+from toolchain.bench.scenarios import Protocol
+from toolchain.build.pipeline import STEPS, ensure, only_news
+from toolchain.build.workspace import Workspace
+from toolchain.data import inputs
+from toolchain.data.inputs import Data, Encoder
 from toolchain.errors import BenchError, CheckpointError, PruningError, VerdictError
-from toolchain.inputs import Data, Encoder
-from toolchain.measurements import Measurement, Samples
-from toolchain.names import parse_name
-from toolchain.passes.apply import layers_in
-from toolchain.pipeline import STEPS, Bar, Say, ensure, only_news
-from toolchain.scenarios import Protocol
-from toolchain.steps.bench import bench
+from toolchain.models import checkpoints
+from toolchain.passes.model_shape import layers_in
+from toolchain.progress import Bar, Say
+from toolchain.results import statistics
+from toolchain.results.measurements import Measurement, Samples
+from toolchain.system import hardware
 from toolchain.tuning.candidates import Candidate, Training, as_baseline, every, next_start
 from toolchain.tuning.study import Outcome, Study, opened
-from toolchain.variants import Recover
-from toolchain.workspace import Workspace
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -255,4 +259,4 @@ def _accuracy(row: Measurement) -> float:
 def _times(slower: Samples | None, faster: Samples | None) -> float:
     assert slower is not None  # every row was measured
     assert faster is not None
-    return round(confidence.ratio(slower.spent_each(), faster.spent_each()).value, 4)
+    return round(statistics.ratio(slower.spent_each(), faster.spent_each()).value, 4)

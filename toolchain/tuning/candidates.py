@@ -8,8 +8,8 @@ import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from toolchain.trimming import TRAIN
-from toolchain.variants import Export, Optimize, Prune, Quantize, Recover, Step, child
+from toolchain.artifacts.variants import Export, Optimize, Prune, Quantize, Recover, Step, child
+from toolchain.build.trimming import TRAIN
 
 LABEL = "tune"
 OBJECTIVES = ("latency", "throughput", "size")

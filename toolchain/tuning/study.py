@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolchain.publishing import lock
+from toolchain.artifacts.publishing import lock
 from toolchain.tuning.candidates import OTHERWISE, SPACE, Candidate, Training, every, worthwhile
 
 if TYPE_CHECKING:

@@ -1,0 +1,192 @@
+"""A cell under measurement: what its processes told, turn by turn, and the row that comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from toolchain import errors
+from toolchain.artifacts.store import Artifact, Manifest
+from toolchain.bench.noise import Noise
+from toolchain.bench.process import Worker
+from toolchain.bench.scenarios import LENGTHS, OFFLINE, SINGLE, Protocol, of_length
+from toolchain.data.inputs import Data, Encoder
+from toolchain.errors import BenchError, ProviderError, ToolchainError
+from toolchain.results.measurements import Accuracy, Measurement, Samples
+from toolchain.results.statistics import ratio
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A variant on a provider: its artifact, or why there is none to measure (`status`, `reason`, `mend`); and its
+    `encoder`, where that is not the run's."""
+
+    model: str
+    variant: str
+    runtime: str
+    provider: str
+    artifact: Artifact | None
+    status: str = "ok"
+    reason: str = ""
+    mend: str = ""
+    encoder: Encoder | None = None
+
+    @property
+    def name(self) -> str:
+        """``variant@provider``."""
+        return f"{self.variant}@{self.provider}"
+
+    def reading_as(self, root: Manifest) -> Cell:
+        """The cell with an encoder of its own, where its tokenizer is not that of the imported checkpoint `root`."""
+        if self.artifact is None or self.artifact.manifest.tokenizer == root.tokenizer:
+            return self
+        names = [spec.name for spec in root.inputs]
+        return replace(self, encoder=Encoder.open(self.artifact.path, names, root.max_length))
+
+
+@dataclass
+class Running:
+    """A cell under measurement: what it told so far, and the process it tells it from, if one is up."""
+
+    cell: Cell
+    artifact: Artifact
+    worker: Worker | None = None
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    turns: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    peaks: list[dict[str, Any]] = field(default_factory=list)
+    exactness: dict[str, list[int]] = field(default_factory=dict)
+    failure: ToolchainError | None = None
+    noise: Noise = field(default_factory=Noise)
+
+    def take(self, record: Mapping[str, Any]) -> None:
+        """Adds what was told, now or in an interrupted run."""
+        kind, reply = record["kind"], record["reply"]
+        if kind == "start":
+            self.starts.append(reply)
+        elif kind == "peak":
+            self.peaks.append(reply)
+        elif kind == "exactness":
+            self.exactness = dict(reply)
+        elif kind == "failure":
+            self.failure = getattr(errors, reply["type"])(reply["cause"], reply["mend"])
+        else:
+            self.turns.setdefault(kind, {})[record["turn"]] = reply
+
+    @property
+    def needs_option(self) -> bool:
+        """Whether this processor computes its 8-bit products exactly only with a session option."""
+        option = self.starts and self.starts[0]["facts"].get("option")
+        return bool(option) and self.artifact.manifest.facts.get("int8_headroom", 1) < 1
+
+    @property
+    def sentence_s(self) -> float:
+        """Seconds a sentence takes, by the first estimate."""
+        return float(self.starts[0]["sentence_s"]) if self.starts else 0.0
+
+
+def measurement(item: Running, data: Data, protocol: Protocol) -> Measurement:
+    """The row of a cell: measured, or why it failed."""
+    if item.failure:
+        return unmeasured(item.cell, item.failure)
+    manifest, first = item.artifact.manifest, item.starts[0]
+    singles, batches = _in_order(item, SINGLE), _in_order(item, OFFLINE)
+    latency = Samples.ones([_flat(reply["us"]) for reply in singles])
+    before = [_flat([reply["tokenizing_us"]]) for reply in singles]
+    with_tokenizing = Samples.ones(
+        [[a + b for a, b in zip(_flat(r["us"]), extra, strict=True)] for r, extra in zip(singles, before, strict=True)]
+    )
+    offline = Samples.of([_flat(r["us"]) for r in batches], [r["sizes"] * len(r["us"]) for r in batches])
+    resident = Samples.ones([r["resident_us"] for r in singles]) if singles[0]["resident_us"] else None
+    cold, load = (Samples.ones([[start[key]] for start in item.starts]) for key in ("cold_start_us", "load_us"))
+    answers, in_batches = _answers(singles), _answers(batches)
+    chances = {i: tuple(p) for r in singles for i, p in zip(r["answered"], _flat(r["probabilities"]), strict=True)}
+    count = len(data.labels)
+    single, batched = _accuracy(answers, data, 1), _accuracy(in_batches, data, protocol.batch_size)
+    by_length = {
+        n: Samples.ones([_flat(reply["us"]) for reply in _in_order(item, of_length(n))])
+        for n in LENGTHS
+        if of_length(n) in item.turns
+    }
+    return Measurement(
+        model=item.cell.model,
+        variant=item.cell.variant,
+        provider=item.cell.provider,
+        artifact_id=manifest.id,
+        status="ok",
+        accuracy=single or batched,
+        accuracy_batched=batched,
+        latency_ms=latency.milliseconds(),
+        with_tokenizing_ms=with_tokenizing.milliseconds(),
+        resident_ms=resident.milliseconds() if resident else {},
+        cold_start_ms=cold.milliseconds(),
+        load_ms=load.milliseconds(),
+        throughput_per_s=offline.per_second(),
+        memory_bytes={**first["memory"], **_largest(item.peaks)},
+        size_bytes={"total": manifest.size_bytes, "parts": manifest.facts.get("bytes_by_part", {})},
+        facts={
+            "session": first["facts"],
+            "rewrites": manifest.facts.get("rewrites"),
+            **{name: manifest.facts[name] for name in ("pruning", "vocabulary") if name in manifest.facts},
+            **_exactness(item),
+        },
+        noise=item.noise.shares(),
+        latency=latency,
+        with_tokenizing=with_tokenizing,
+        batches=offline,
+        resident=resident,
+        cold_start=cold,
+        load=load,
+        by_length=by_length,
+        predictions=tuple((answers if single else in_batches)[i] for i in range(count)),
+        probabilities=tuple(chances.get(i) for i in range(count)),
+        batch_changed=sum(in_batches[i] != answer for i, answer in answers.items()),
+    )
+
+
+def _exactness(item: Running) -> dict[str, Any]:
+    """The session option that this processor needs for exact 8-bit products, and the time with it over the time
+    without it; nothing where it needs none."""
+    if not item.exactness:
+        return {}
+    found = ratio(item.exactness["exact"], item.exactness["saturating"])
+    return {"exactness": {"option": item.starts[0]["facts"]["option"], "time": found.to_json()}}
+
+
+def _in_order(item: Running, kind: str) -> list[dict[str, Any]]:
+    return [reply for _, reply in sorted(item.turns[kind].items())]
+
+
+def _flat(rows: Sequence[Sequence[Any]]) -> list[Any]:
+    return [value for row in rows for value in row]
+
+
+def _answers(replies: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+    """Sentence → label."""
+    return {i: a for r in replies for i, a in zip(r["answered"], _flat(r["answers"]), strict=True)}
+
+
+def _largest(peaks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The peaks of all processes of a cell: the largest of the host's and of the GPU's."""
+    found: dict[str, Any] = {"peak": max(peak["peak"] for peak in peaks)}
+    on_gpu = [peak["gpu"] for peak in peaks if "gpu" in peak]
+    if on_gpu:
+        found["gpu"] = max(on_gpu, key=lambda gpu: int(gpu["peak"]))
+    return found
+
+
+def _accuracy(answers: Mapping[int, int], data: Data, batch_size: int) -> Accuracy | None:
+    """None where not every sentence was asked."""
+    if len(answers) < len(data.labels):
+        return None
+    correct = sum(answers[i] == label for i, label in enumerate(data.labels))
+    return Accuracy(correct, len(data.labels), batch_size)
+
+
+def unmeasured(cell: Cell, error: ToolchainError | None = None) -> Measurement:
+    """The row of a cell that has no figures, by what it failed with, or by the cell's own reason."""
+    error = error or BenchError(cell.reason, cell.mend)
+    missing = isinstance(error, ProviderError) or cell.status == "unavailable"
+    artifact_id = cell.artifact.manifest.id if cell.artifact else None
+    status = "unavailable" if missing else "failed"
+    return Measurement(cell.model, cell.variant, cell.provider, artifact_id, status, error.cause, error.mend)

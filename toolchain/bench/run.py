@@ -1,0 +1,349 @@
+"""One benchmark run: which cells, their artifacts, the measurement, and the result file it is kept in."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import secrets
+import statistics
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import toolchain
+from toolchain.artifacts import store, variants
+from toolchain.artifacts.names import parse_name
+from toolchain.artifacts.store import Manifest
+from toolchain.bench import journal, roofline
+from toolchain.bench.cells import Cell
+from toolchain.bench.journal import Journal
+from toolchain.bench.runner import Progress, bench
+from toolchain.bench.scenarios import Protocol
+from toolchain.build.pipeline import ensure, only_news, plan
+from toolchain.build.workspace import Workspace
+from toolchain.data import inputs
+from toolchain.data.datasets import USUAL, Columns
+from toolchain.data.inputs import Data, TrainingSource
+from toolchain.errors import BenchError, DataError, ProviderError, PruningError, ResultFileError, ToolchainError
+from toolchain.models import checkpoints
+from toolchain.progress import Say
+from toolchain.results.measurements import Measurement, ResultFile
+from toolchain.system import files, hardware
+
+RESULTS = Path("benchmarks/results")
+LOCAL = RESULTS / "local"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure: `names` and `providers` (empty: every default cell), on which data, how; with `resume`, what an
+    interrupted run of the same left."""
+
+    names: tuple[str, ...]
+    providers: tuple[str, ...]
+    protocol: Protocol
+    data: str | None = None
+    columns: Columns = USUAL
+    split: str | None = None
+    resume: bool = False
+
+
+def planned(names: Sequence[str], providers: Sequence[str], allow_fallback: bool = False) -> list[tuple[str, str]]:
+    """The (variant, provider) pairs asked for; `BenchError` for a pair that cannot exist or a request for none.
+
+    Without names, the default cells of the providers. ONNX Runtime falls back to the CPU for what another provider has
+    no kernel for: with `allow_fallback`, a provider that was named takes every ONNX variant.
+    """
+    wanted = tuple(provider for provider in variants.PROVIDERS if provider in (providers or variants.PROVIDERS))
+    if not names:
+        return [(name, provider) for provider in wanted for name in variants.DEFAULT_CELLS[provider]]
+    pairs = []
+    for variant in [variants.get(name) for name in dict.fromkeys(names)]:
+        serve = set(variant.providers)
+        if allow_fallback and variant.runtime == "onnx":
+            serve |= set(providers)
+        if not serve & set(wanted):
+            where, named = " and ".join(variant.providers), ", ".join(wanted)
+            fallback = " With --allow-fallback it is measured as it falls back." if variant.runtime == "onnx" else ""
+            raise BenchError(f"{variant.name} is not measured on {named}.", f"It is measured on {where}.{fallback}")
+        pairs += [(variant.name, provider) for provider in wanted if provider in serve]
+    return sorted(pairs, key=lambda pair: wanted.index(pair[1]))
+
+
+def outlook(workspace: Workspace, request: Request) -> list[tuple[str, str, str]]:
+    """For a dry run: (variant, provider, what stands between it and its measurement), in order."""
+    no_cuda = hardware.missing_cuda(request.protocol.device_id)
+    rows = []
+    for name, provider in planned(request.names, request.providers, request.protocol.allow_fallback):
+        if provider == "cuda" and no_cuda:
+            rows.append((name, provider, f"unavailable: {no_cuda[0]}"))
+            continue
+        todo = [f"{p.variant.name} ({p.reason})" for p in plan(workspace, [name], {}) if p.reason]
+        rows.append((name, provider, f"build {', '.join(todo)}, then measure" if todo else "measure"))
+    return rows
+
+
+def measure(workspace: Workspace, request: Request, say: Say, progress: Progress) -> tuple[ResultFile, Journal]:
+    """Builds what is missing and measures every planned cell; one that cannot be is a row that says why. The journal is
+    to be ended once the result is kept.
+
+    Raises `DataError` before anything is measured, and what the import raises, since nothing goes without it.
+    """
+    data, cells = prepared(workspace, request, hardware.missing_cuda(request.protocol.device_id), say)
+    return measured(workspace, request, cells, data, say, progress)
+
+
+def prepared(
+    workspace: Workspace, request: Request, no_cuda: tuple[str, str] | None, say: Say
+) -> tuple[Data, list[Cell]]:
+    """The sentences to ask, and the planned cells with their artifacts or why there is none; those on CUDA are not
+    built where `no_cuda` has a reason and a mend."""
+    pairs = planned(request.names, request.providers, request.protocol.allow_fallback)
+    _, data = asked(workspace, request, say)
+    return data, [_cell(workspace, name, provider, request, no_cuda, say) for name, provider in pairs]
+
+
+def measured(
+    workspace: Workspace, request: Request, cells: Sequence[Cell], data: Data, say: Say, progress: Progress
+) -> tuple[ResultFile, Journal]:
+    """`measure`, of cells and sentences that are there."""
+    imported = workspace.load(checkpoints.ROOT_VARIANT)
+    assert imported is not None
+    root = imported.manifest
+    encoder = inputs.Encoder.open(imported.path, [spec.name for spec in root.inputs], root.max_length)
+    cells = [cell.reading_as(root) for cell in cells]
+    kept = _journal(workspace, request, cells, data)
+    # Before anything is timed.
+    sizes = _gzip_sizes(workspace, cells, progress)
+    on_cpu = any(cell.artifact and cell.provider == "cpu" for cell in cells)
+    rates = roofline.rates(workspace.cache, request.protocol.threads, progress) if on_cpu else {}
+    try:
+        rows, how = bench(cells, data, encoder, request.protocol, progress, journal=kept)
+    except KeyboardInterrupt:
+        say(f"kept: {kept.path}; the same command with --resume goes on from there")
+        raise
+    lengths = _lengths(encoder, data)
+    rows = [
+        replace(
+            row,
+            size_bytes={**row.size_bytes, **sizes.get(row.artifact_id, {})},
+            facts={**row.facts, **_floor(workspace, row, rates, _lengths(cell.encoder, data) or lengths)},
+        )
+        if row.status == "ok"
+        else row
+        for cell, row in zip(cells, rows, strict=True)
+    ]
+    return result_of(rows, {**how, **({"rates": rates} if rates else {})}, data, root.max_length), kept
+
+
+def asked(workspace: Workspace, request: Request, say: Say) -> tuple[Manifest, Data]:
+    """The imported checkpoint's manifest and the sentences to evaluate on; raises `DataError` where they do not fit."""
+    root = ensure(workspace, [checkpoints.ROOT_VARIANT], {}, say)[checkpoints.ROOT_VARIANT]
+    split, learnt = request.split, root.manifest.facts.get("trained_on")
+    if request.data and not split and TrainingSource(request.data, request.columns).digest == learnt:
+        say(f"{request.data}: the model was trained on it, so only the rows held out then are asked")
+        split = inputs.HELD_OUT_SPLIT
+    return root.manifest, inputs.load(request.data, root.label_set, request.columns, split)
+
+
+def _lengths(encoder: inputs.Encoder | None, data: Data) -> list[int]:
+    """Tokens of each sentence; none without an encoder."""
+    return [len(ids) for ids in encoder.encode(data.texts)] if encoder else []
+
+
+def _floor(
+    workspace: Workspace, row: Measurement, rates: Mapping[str, Mapping[str, float]], lengths: Sequence[int]
+) -> dict[str, Any]:
+    """What the median sentence computes and reads at the least, the milliseconds that takes at the machine's `rates`,
+    and the share of the row's p50 that this is; nothing where it cannot be said."""
+    artifact, name = workspace.load(row.variant), parse_name(row.variant)
+    if row.provider != "cpu" or artifact is None:
+        return {}
+    lineage = [workspace.load(variant.name) for variant in workspace.lineage(row.variant)]
+    torch = [a for a in lineage if a and _is_torch_fp32(a.manifest.variant)]
+    found = roofline.work(torch[-1].path) if torch else None
+    size = roofline.weight_bytes(artifact.manifest.facts)
+    if found is None or size is None:
+        return {}
+    made = Counter[str]()
+    for each in lineage:
+        made.update((each.manifest.facts.get("rewrites") if each else None) or {})
+    macs = [found.macs(tokens, made["first-token"] > 0, made["first-query"] > 0) for tokens in lengths]
+    floors = [roofline.floor_ms(each, size, rates.get(name.runtime, {}), name.scheme) for each in macs]
+    least = statistics.median(floor for floor in floors if floor is not None) if floors[0] is not None else None
+    facts: dict[str, Any] = {"macs": round(statistics.median(macs)), "weight_bytes": size}
+    if least is not None:
+        facts |= {"floor_ms": round(least, 4), "share": round(least / row.latency_ms["p50"], 4)}
+    return {"roofline": facts}
+
+
+def _is_torch_fp32(name: str) -> bool:
+    found = parse_name(name)
+    return (found.runtime, found.scheme) == ("torch", "fp32")
+
+
+def _journal(workspace: Workspace, request: Request, cells: Sequence[Cell], data: Data) -> Journal:
+    head = {
+        "toolchain": toolchain.__version__,
+        "machine": hardware.machine()["id"],
+        "data": data.sha256,
+        "protocol": asdict(request.protocol),
+        "cells": [[cell.name, cell.artifact.manifest.id if cell.artifact else None] for cell in cells],
+    }
+    if request.resume:
+        return Journal.take_up(journal.newest(LOCAL, workspace.model), head)
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+    return Journal.begin(LOCAL / f"{workspace.model}-{stamp}{journal.SUFFIX}", head)
+
+
+def _gzip_sizes(workspace: Workspace, cells: Sequence[Cell], progress: Progress) -> dict[str | None, dict[str, int]]:
+    """Artifact id → its size as a download; every processor at once, before anything is timed."""
+    found = {cell.artifact.manifest.id: cell.artifact for cell in cells if cell.artifact}
+    sizes: dict[str | None, dict[str, int]] = {}
+    with ThreadPoolExecutor() as pool:
+        folder = workspace.cache / "gzip"
+        for artifact, size in zip(found, pool.map(lambda a: store.gzip_bytes(a, folder), found.values()), strict=True):
+            sizes[artifact] = {"gzip": size}
+            progress(len(sizes), len(found), "compressing, for the size of a download")
+    return sizes
+
+
+def result_of(rows: Sequence[Measurement], how: Mapping[str, Any], data: Data, max_length: int) -> ResultFile:
+    """What `bench` gave as the run of this machine, now."""
+    return ResultFile(
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        toolchain=toolchain.__version__,
+        machine=hardware.machine(),
+        run={"id": secrets.token_hex(8), **how},
+        data={
+            "name": data.name,
+            "rows": len(data.labels),
+            "sha256": data.sha256,
+            "max_length": max_length,
+            "labels": list(data.labels),
+            "label_names": list(data.label_set.names),
+            "multi_label": data.label_set.multi,
+        },
+        rows=tuple(rows),
+    )
+
+
+def _cell(
+    workspace: Workspace, name: str, provider: str, request: Request, no_cuda: tuple[str, str] | None, say: Say
+) -> Cell:
+    cell = Cell(workspace.model, name, variants.get(name).runtime, provider, None)
+    if provider == "cuda" and no_cuda:
+        return replace(cell, status="unavailable", reason=no_cuda[0], mend=no_cuda[1])
+    try:
+        return replace(cell, artifact=ensure(workspace, [name], {}, only_news(say))[name])
+    except (DataError, ProviderError, PruningError) as error:
+        # A default cell that this model or machine does not have: nobody asked for it by name.
+        return replace(cell, status="failed" if request.names else "unavailable", reason=error.cause, mend=error.mend)
+    except ToolchainError as error:
+        return replace(cell, status="failed", reason=error.cause, mend=error.mend)
+
+
+def judge(*results: ResultFile) -> None:
+    """Raises `BenchError` where a planned cell failed, or nothing could be measured at all."""
+    rows = [row for result in results for row in result.rows]
+    failed = [row for row in rows if row.status == "failed"]
+    if failed:
+        what = "; ".join(f"{row.cell}: {row.reason}" for row in failed)
+        raise BenchError(f"{len(failed)} of {len(rows)} cells failed: {what}", failed[0].mend)
+    if not any(row.status == "ok" for row in rows):
+        raise BenchError(f"Nothing could be measured: {rows[0].reason}", rows[0].mend)
+
+
+def named_path(name: str, machine_id: str | None = None) -> Path:
+    """Where a result to be committed lies; with the machine's id where several machines give one each."""
+    return RESULTS / (f"{name}-{machine_id}.json" if machine_id else f"{name}.json")
+
+
+def require_free(path: Path) -> None:
+    """Raises `ResultFileError` where the path exists."""
+    if os.path.lexists(path):
+        raise _taken(path)
+
+
+def _taken(path: Path) -> ResultFileError:
+    return ResultFileError(f"{path} exists.", "Give another name with --save-as, or replace it with --force.")
+
+
+def save_named(result: ResultFile, path: Path, *, force: bool) -> None:
+    """Writes the run to a `named_path`.
+
+    Raises:
+        ResultFileError: The path exists and `force` is false, or it cannot be written.
+    """
+    try:
+        result.write(path, replace=force)
+    except FileExistsError as error:
+        raise _taken(path) from error
+
+
+def save_local(result: ResultFile, model: str, machine_id: str | None = None) -> Path:
+    """Writes the run to a new file that is local to this machine, and returns its path.
+
+    Raises:
+        ResultFileError: The file cannot be written.
+    """
+    stamp = result.created.replace(":", "").replace("-", "").removesuffix("+0000")
+    suffix = f"-{machine_id}" if machine_id else ""
+    path = LOCAL / f"{model}-{stamp}Z{suffix}.json"
+    try:
+        return files.write_to_free(path, result.to_json())
+    except OSError as error:
+        raise ResultFileError.unwritable(path, error) from error
+
+
+def newest(model: str, say: Say) -> ResultFile:
+    """The model's newest run among all result files here; `BenchError` where there is none."""
+    mine = [run for run in _readable(say) if any(row.model == model for row in run.rows)]
+    if not mine:
+        raise BenchError(f"There is no result of {model} under {RESULTS}.", "`toolchain bench` measures it.")
+    return max(mine, key=lambda run: run.created)
+
+
+def cited(ids: Collection[str], say: Say) -> dict[str, tuple[ResultFile, Measurement]]:
+    """Artifact id → the newest run here that measured it, and its row; what was never measured is left out."""
+    found: dict[str, tuple[ResultFile, Measurement]] = {}
+    for run in sorted(_readable(say), key=lambda run: run.created):
+        for row in run.rows:
+            if row.status == "ok" and row.artifact_id in ids:
+                found[str(row.artifact_id)] = run, row
+    return found
+
+
+def _readable(say: Say) -> Iterator[ResultFile]:
+    for path in [*sorted(RESULTS.glob("*.json")), *sorted(LOCAL.glob("*.json"))]:
+        try:
+            yield ResultFile.read(path)
+        except ResultFileError as error:
+            say(f"passed over: {error}")  # it may be another model's; what is shown names its run
+
+
+def older(path: Path, files: Sequence[ResultFile]) -> ResultFile:
+    """The run that others are held against; `BenchError` where it is one of them, which nothing could be worse than."""
+    found = ResultFile.read(path)
+    if any(file.run.get("id") == found.run.get("id") and file.created == found.created for file in files):
+        raise BenchError(
+            f"{path} is the run itself.", "Name the newer result file: `toolchain compare NEW --against OLD`."
+        )
+    return found
+
+
+def current_ids(exported: Path, rows: Sequence[Any]) -> dict[tuple[str, str], str]:
+    """(model, variant) → id of the artifact that lies under `exported` now, for the rows' models."""
+    found = {}
+    for model, variant in {(row.model, row.variant) for row in rows}:
+        folder = exported / model / variant
+        try:
+            artifact = store.load(folder)
+        except ToolchainError:
+            continue
+        if artifact:
+            found[model, variant] = artifact.manifest.id
+    return found

@@ -1,0 +1,251 @@
+"""The process a cell is measured in: one session, told by JSON lines what to do.
+
+It answers on what was its standard output; whatever libraries print there goes to standard error, which the parent
+keeps and quotes where this process dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import importlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolchain import errors
+from toolchain.backends import Place, session_class
+from toolchain.bench import gpu_memory
+from toolchain.data import labels
+from toolchain.data.inputs import Encoder, Tokens, pad
+from toolchain.results.measurements import PROBABILITY
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MOST_REPEATS = 50  # of the same sentences in one turn
+
+
+def _reset_peak() -> str:
+    """Forgets the peak of loading where the system can; says how the peak is then read."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return "peak resident set since the process started"
+    return "VmHWM reset after load"
+
+
+def _peak() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import psutil
+
+    info = psutil.Process().memory_info()
+    return int(getattr(info, "peak_wset", info.rss))
+
+
+class _Child:
+    """One session and the sentences it is asked about."""
+
+    def __init__(self, first: Mapping[str, Any]) -> None:
+        self._place = Place(**first["place"])
+        self._folder = Path(first["folder"])
+        self._metering_s = 0.0
+        memory: dict[str, Any] = {"bare": self._uss()}
+        for module in first["imports"]:
+            _import(module)
+        kind = session_class(first["session"])
+        told = first["tokenizer"]
+        self._encoder = Encoder.open(Path(told["folder"]), told["names"], told["max_length"])
+        memory["imports"] = self._uss()
+        with self._metering():
+            self._gpu = gpu_memory.meter(self._place.device_id) if self._place.provider == "cuda" else None
+        started = time.perf_counter_ns()
+        self._session = kind(self._folder, self._place)
+        load_us = _since(started)
+        memory |= {"load": self._uss(), "method": _reset_peak()}
+        with self._metering():
+            self._gpu_load = self._gpu.read() if self._gpu else 0
+        self._texts, self._ids = [first["text"]], self._encoder.encode([first["text"]])
+        answer = self._session.run(self._arrays([0]))
+        self._answers(answer)
+        self.ready = {
+            "load_us": load_us,
+            "facts": self._session.facts(),
+            "memory": memory,
+            "metering_us": round(self._metering_s * 1e6),
+        }
+
+    def data(self, texts: list[str], lengths: list[int]) -> dict[str, Any]:
+        """The sentences, referred to by index from now on; behind them a made one of each of `lengths` tokens."""
+        self._texts = texts
+        self._ids = self._encoder.encode(texts)
+        tokens = [token for ids in self._ids for token in ids[1:-1]] or self._ids[0]
+        first, last = self._ids[0][0], self._ids[0][-1]
+        for length in lengths:
+            filling = (tokens * (length // len(tokens) + 1))[: max(0, length - 2)]
+            self._ids.append(Tokens([first, *filling, last][:length]))
+        return {}
+
+    def run(
+        self,
+        batches: list[list[int]],
+        warmup: int,
+        repeats: int = 1,
+        min_s: float = 0.0,
+        tokenizing: bool = False,
+        resident: bool = False,
+    ) -> dict[str, Any]:
+        """Runs all the batches after `warmup` untimed ones, `repeats` times or, where that is 0, until `min_s` seconds
+        are over: microseconds of each, and the answers with the probabilities of the labels. With `tokenizing`, each is
+        a sentence and what comes before the session is timed as well; with `resident`, each is also run once with batch
+        and logits left on the device."""
+        for batch in batches[:warmup]:
+            self._session.run(self._arrays(batch))
+        found: dict[str, Any] = {"us": [], "tokenizing_us": [], "resident_us": []}
+        outputs: list[np.ndarray] = []
+        gc.collect()
+        gc.disable()
+        try:
+            until = time.perf_counter() + min_s
+            while len(found["us"]) < (repeats or 1) or (
+                not repeats and time.perf_counter() < until and len(found["us"]) < MOST_REPEATS
+            ):
+                times, before = [], []
+                for batch in batches:
+                    began = time.perf_counter_ns()
+                    arrays = self._from_text(batch) if tokenizing else self._arrays(batch)
+                    started = time.perf_counter_ns()
+                    logits = self._session.run(arrays)
+                    times.append(_since(started))
+                    before.append((started - began) // 1000)
+                    if not found["us"]:
+                        outputs.append(logits)
+                found["us"].append(times)
+                found["tokenizing_us"] += before if tokenizing else []
+            for batch in batches if resident else ():
+                again = self._session.resident(self._arrays(batch))
+                again()
+                started = time.perf_counter_ns()
+                again()
+                found["resident_us"].append(_since(started))
+        finally:
+            gc.enable()
+        if self._gpu:
+            self._gpu.read()
+        return {**found, **self._answers(*outputs)}
+
+    def exactness(self, batches: list[list[int]], rounds: int) -> dict[str, Any]:
+        """Runs all batches `rounds` times with exact 8-bit products and as often with saturating ones, in turns after
+        an untimed round: microseconds of each round of either."""
+        inexact = type(self._session)(self._folder, dataclasses.replace(self._place, exact=False))
+        sessions = {"exact": self._session, "saturating": inexact}
+        found: dict[str, list[int]] = {name: [] for name in sessions}
+        arrays = [self._arrays(batch) for batch in batches]
+        for turn in range(rounds + 1):
+            for name in sorted(sessions, reverse=turn % 2 == 1):
+                started = time.perf_counter_ns()
+                for batch in arrays:
+                    sessions[name].run(batch)
+                if turn:
+                    found[name].append(_since(started))
+        inexact.close()
+        return found
+
+    def _arrays(self, batch: list[int]) -> dict[str, np.ndarray]:
+        return pad([self._ids[i] for i in batch], self._encoder.names, self._encoder.pad_id)
+
+    def _from_text(self, batch: list[int]) -> dict[str, np.ndarray]:
+        ids = self._encoder.encode([self._texts[i] for i in batch])
+        return pad(ids, self._encoder.names, self._encoder.pad_id)
+
+    def _answers(self, *outputs: np.ndarray) -> dict[str, Any]:
+        """The answers and the probabilities of each batch's logits; `BenchError` where a logit is no number."""
+        import numpy as np
+
+        multi = self._encoder.multi_label
+        found: dict[str, Any] = {"answers": [], "probabilities": []}
+        for logits in outputs:
+            if not np.isfinite(logits).all():
+                raise errors.BenchError(
+                    "It answered with what is no number.", "`toolchain validate` shows which input."
+                )
+            found["answers"].append(labels.answers(logits, multi))
+            whole = np.rint(labels.shares(logits, multi) * PROBABILITY)
+            found["probabilities"].append([[int(p) for p in row] for row in whole])
+        return found
+
+    @contextlib.contextmanager
+    def _metering(self) -> Iterator[None]:
+        """The time this takes is no part of a cold start."""
+        started = time.perf_counter()
+        yield
+        self._metering_s += time.perf_counter() - started
+
+    def _uss(self) -> int:
+        """Memory that would be freed if this process ended."""
+        with self._metering():
+            import psutil
+
+            return int(psutil.Process().memory_full_info().uss)
+
+    def peak(self) -> dict[str, Any]:
+        """The peaks since the session was loaded: of the host's memory, and of the GPU's where there is one."""
+        found: dict[str, Any] = {"peak": _peak()}
+        if self._gpu:
+            self._gpu.read()
+            found["gpu"] = {"load": self._gpu_load, "peak": self._gpu.peak, "method": self._gpu.method}
+            allocated = gpu_memory.allocator_peak(self._place.device_id)
+            if allocated is not None:
+                found["gpu"]["allocator_peak"] = allocated
+        return found
+
+
+def _import(module: str) -> None:
+    """Raises `ProviderError` where it is not installed, or not for this machine."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError) as error:
+        raise errors.ProviderError(
+            f"{module} cannot be imported: {error}.", "`toolchain doctor` says what to install."
+        ) from error
+
+
+def _since(started_ns: int) -> int:
+    """Whole microseconds since then, at least one."""
+    return max(1, round((time.perf_counter_ns() - started_ns) / 1000))
+
+
+def serve(begin: Callable[[dict[str, Any]], Any]) -> None:
+    """Answers messages until standard input ends: the first makes what serves, whose `ready` is the answer; each later
+    one names a method of it with ``do``."""
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    child: Any = None
+    for line in sys.stdin:
+        message = json.loads(line)
+        try:
+            if child is None:
+                child = begin(message)
+                reply = child.ready
+            else:
+                reply = getattr(child, message.pop("do"))(**message)
+        except errors.ToolchainError as error:
+            reply = {"error": {"type": type(error).__name__, "cause": error.cause, "mend": error.mend}}
+        except Exception as error:
+            traceback.print_exc()
+            reply = {"error": {"type": "BenchError", "cause": f"{type(error).__name__}: {error}", "mend": ""}}
+        channel.write(json.dumps(reply) + "\n")
+        channel.flush()
+
+
+if __name__ == "__main__":
+    serve(_Child)

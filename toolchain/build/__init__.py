@@ -1,0 +1,1 @@
+"""Building artifacts: one model's folder, the pipeline, and the steps it runs."""

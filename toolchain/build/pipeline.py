@@ -1,0 +1,329 @@
+"""From a model and the names of variants to artifacts: skip what is fresh, build what is not, validate, seal.
+
+A variant is fresh when it was built by this release's step from its parent as it lies there. What a command asks for
+explicitly is also built again when its settings differ; ancestors keep the settings they were built with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolchain.artifacts import publishing, store, variants
+from toolchain.artifacts.store import ONNX, Artifact, Manifest
+from toolchain.artifacts.variants import Export, Import, Optimize, Prune, Quantize, Recover, Step, Variant
+from toolchain.backends import Place, open_session
+from toolchain.backends.lora import LoraSession
+from toolchain.backends.ort import saturates
+from toolchain.build import alternatives, onnx_metadata, trimming
+from toolchain.build.job import Built, Job
+from toolchain.build.steps import export, importing, optimize, prune, quantize, recover
+from toolchain.build.steps.validate import SEED, SENTENCES, sentence, validate
+from toolchain.build.workspace import Workspace
+from toolchain.data import inputs
+from toolchain.errors import ArtifactError, DataError, TamperedError, VerdictError
+from toolchain.models import checkpoints, sources
+from toolchain.models.sources import Origin
+from toolchain.progress import Bar, Progress, Say, no_bar
+from toolchain.system import hardware
+
+# Step config → the function that does it and the version whose results it gives.
+STEPS: dict[type, tuple[Callable[[Job], Built], int]] = {
+    Import: (importing.import_checkpoint, importing.VERSION),
+    Prune: (prune.prune, prune.VERSION),
+    Recover: (recover.recover, recover.VERSION),
+    Export: (export.export, export.VERSION),
+    Optimize: (optimize.optimize, optimize.VERSION),
+    Quantize: (quantize.quantize, quantize.VERSION),
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is to be done for one variant: `reason` is why it is built, empty where it is fresh.
+
+    `artifact` is what lies there now, `trouble` what makes it unusable.
+    """
+
+    variant: Variant
+    step: Step
+    reason: str
+    artifact: Artifact | None
+    trouble: ArtifactError | None = None
+
+
+def plan(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step]) -> list[Planned]:
+    """The named variants and their ancestors, parents first, each with what is to be done and why.
+
+    `asked` holds the settings the user gave, by variant. Raises `TamperedError` for an artifact whose files or manifest
+    changed, unless it is asked for and so built again; `ArtifactError` for a folder that is none.
+    """
+    planned = examine(workspace, names, asked)
+    for item in planned:
+        if item.trouble:
+            raise item.trouble
+    return planned
+
+
+def examine(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step]) -> list[Planned]:
+    """`plan`, with what is wrong of each beside it instead of raised."""
+    wanted = {variant.name: variant for name in names for variant in workspace.lineage(name, asked)}
+    planned: dict[str, Planned] = {}
+    for variant in wanted.values():
+        artifact, trouble = None, None
+        try:
+            artifact = workspace.load(variant.name)
+        except ArtifactError as error:
+            trouble = error
+        recorded = artifact.manifest.step if artifact else None
+        step = asked.get(variant.name, recorded or variant.step)
+        if isinstance(step, Import):
+            step = sources.pinned(workspace.source, step, recorded)
+        elif variants.learns(step) and not step.train:
+            step = dataclasses.replace(step, train=workspace.train.digest)
+        reason = _why(step, artifact, planned.get(variant.parent or ""))
+        if artifact and not reason:
+            try:
+                artifact.verify()
+            except TamperedError as error:
+                trouble = error
+        if isinstance(trouble, TamperedError) and variant.name in asked:
+            reason, trouble = "it was changed after it was sealed", None
+        planned[variant.name] = Planned(variant, step, reason, artifact, trouble)
+    return list(planned.values())
+
+
+def _why(step: Step, artifact: Artifact | None, parent: Planned | None) -> str:
+    """Why the variant must be built, in a few words; empty where it is fresh."""
+    if artifact is None:
+        return "missing"
+    manifest = artifact.manifest
+    if manifest.step != step:
+        old, new = variants.settings_of(manifest.step), variants.settings_of(step)
+        keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        changed = ", ".join(f"{key} {old.get(key)} → {new.get(key)}" for key in keys)
+        return "the checkpoint changed" if isinstance(step, Import) else f"other settings: {changed}"
+    if manifest.step_version != STEPS[type(step)][1]:
+        return "this release builds it differently"
+    if parent and parent.reason:
+        return f"{parent.variant.name} is built anew"
+    if parent and parent.artifact and parent.artifact.manifest.id != manifest.parent_id:
+        return f"{parent.variant.name} changed"
+    return ""
+
+
+def ensure(
+    workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step], say: Say, bar: Bar = no_bar
+) -> dict[str, Artifact]:
+    """Builds what `plan` says and returns every artifact of the plan by name; `say` is told what happens, and a step
+    that takes long shows its progress in a `bar`.
+
+    Each artifact is validated before it is published. Raises `VerdictError` where validation says no: nothing is
+    published then, and what was there stays.
+    """
+    ready: dict[str, Artifact] = {}
+    for item in plan(workspace, names, asked):
+        name = item.variant.name
+        if item.artifact and not item.reason:
+            say(f"{name}: fresh, skipped")
+            ready[name] = item.artifact
+            continue
+        say(f"{name}: building ({item.reason})")
+        started = time.monotonic()
+        with bar(name) as progress:
+            ready[name] = _build(workspace, item, ready, say, progress)
+        report = ready[name].manifest.validation
+        size = ready[name].manifest.size_bytes / 1e6
+        verb = "replaced" if item.artifact else "built"
+        say(f"{name}: {verb} in {time.monotonic() - started:.1f} s, {size:.1f} MB; valid: {sentence(dict(report))}")
+        for line in _news(item.step, ready[name].manifest.facts):
+            say(f"{name}: {line}")
+    return ready
+
+
+def only_news(say: Say) -> Say:
+    """`say` without what is fresh: for a command that comes by the same ancestors again and again."""
+
+    def filtered(line: str) -> None:
+        if not line.endswith("skipped"):
+            say(line)
+
+    return filtered
+
+
+def _news(step: Step, facts: Mapping[str, Any]) -> list[str]:
+    """What a step did beyond building a file."""
+    if isinstance(step, Prune):
+        return [prune.sentence(facts["pruning"])]
+    if isinstance(step, Quantize):
+        return [trimming.sentence(facts["vocabulary"])] if step.trim_vocab else []
+    return [recover.sentence(facts["recovery"])] if isinstance(step, Recover) else []
+
+
+def _build(
+    workspace: Workspace, item: Planned, ready: Mapping[str, Artifact], say: Say, progress: Progress
+) -> Artifact:
+    name, target = item.variant.name, workspace.path(item.variant.name)
+    parent = ready.get(item.variant.parent or "")
+    with publishing.lock(target, lambda: say(f"{name}: another run is building it, waiting")):
+        lies = workspace.load(name) if item.reason == "missing" else None
+        if lies and lies.manifest.step == item.step and lies.manifest.parent_id == (parent and parent.manifest.id):
+            return lies  # built by the run that was waited for
+        origin, source = _origin(workspace, item.step, parent)
+        run, version = STEPS[type(item.step)]
+        _given_again(workspace, item)
+        resume = publishing.work_folder(target) / "training"
+        with publishing.building(target) as scratch:
+            built = run(
+                Job(
+                    step=item.step,
+                    parent=parent,
+                    checkpoint=origin.folder if origin else None,
+                    base=origin.base if origin else None,
+                    folder=scratch,
+                    root=ready.get(checkpoints.ROOT_VARIANT),
+                    train=workspace.train,
+                    cache=workspace.cache,
+                    resume=resume,
+                    progress=progress,
+                    corpus=workspace.corpus,
+                )
+            )
+            if parent and item.variant.runtime == "onnx":
+                onnx_metadata.stamp(scratch / ONNX, built, version, workspace.model, name, parent.manifest.id)
+            manifest = Manifest(
+                model=workspace.model,
+                variant=name,
+                source=source,
+                parent=parent.manifest.variant if parent else None,
+                parent_id=parent.manifest.id if parent else None,
+                step=built.step,
+                step_version=version,
+                files=store.list_files(scratch),
+                inputs=built.inputs,
+                outputs=built.outputs,
+                labels=built.labels,
+                max_length=built.max_length,
+                facts=built.facts,
+                environment={"versions": hardware.versions()},
+                created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            )
+            report = _validate(workspace, item.variant, Artifact(scratch, manifest), origin)
+            if not report["passed"]:
+                raise _refusal(workspace, name, manifest, parent, report)
+            _unchanged(workspace, item.step, parent)
+            published = store.publish(scratch, target, dataclasses.replace(manifest, validation=report))
+        shutil.rmtree(resume, ignore_errors=True)
+        return published
+
+
+def _refusal(
+    workspace: Workspace, name: str, manifest: Manifest, parent: Artifact | None, report: Mapping[str, Any]
+) -> VerdictError:
+    """The error for an artifact that failed validation; of a quantised one it says what to try instead."""
+    step, kept = manifest.step, "What was there before is unchanged."
+    if isinstance(step, Quantize) and parent:
+        layers = len(manifest.facts.get("sensitivity", [])) or None
+        found = alternatives.hint(workspace, name, step, parent, report, saturates(exact=True), layers)
+        kept = f"{found} {kept}".strip()
+    return VerdictError(f"{name} failed validation and was not published: {sentence(dict(report))}.", kept)
+
+
+def _given_again(workspace: Workspace, item: Planned) -> None:
+    """Raises `DataError` where a step was made with other training data or another corpus than is given now."""
+    wanted = getattr(item.step, "train", "")
+    if wanted and wanted != workspace.train.digest:
+        raise DataError(
+            f"{item.variant.name} must be built anew and was made with the training data {wanted.split(':')[0]}, "
+            f"not with {workspace.train.digest.split(':')[0]}.",
+            "Build it by its own command with --train-data FILE, or without for the embedded sentences.",
+        )
+    corpus = getattr(item.step, "trim_vocab", None)
+    if corpus not in (None, trimming.TRAIN) and corpus != (workspace.corpus and workspace.corpus.digest):
+        raise DataError(
+            f"{item.variant.name} must be built anew and was trimmed to the corpus {corpus.split(':')[0]}, not to what "
+            "is given now.",
+            "Build it by its own command with --trim-vocab CORPUS.",
+        )
+
+
+def _origin(workspace: Workspace, step: Step, parent: Artifact | None) -> tuple[Origin | None, Mapping[str, Any]]:
+    """The checkpoint's files, for an import; and the source as the manifest states it."""
+    if parent:
+        return None, parent.manifest.source
+    assert isinstance(step, Import)
+    source = dataclasses.replace(workspace.source, revision=step.revision)
+    return sources.fetched(workspace.source, step), source.recorded()
+
+
+def _unchanged(workspace: Workspace, step: Step, parent: Artifact | None) -> None:
+    """Raises `ArtifactError` where what was built from is no longer what it was when the build began."""
+    if parent:
+        now = store.load(parent.path)
+        same = now is not None and now.manifest.id == parent.manifest.id
+        name = parent.manifest.variant
+    else:
+        assert isinstance(step, Import)
+        same = sources.fetched(workspace.source, step).step == step
+        name = "The checkpoint"
+    if not same:
+        raise ArtifactError(f"{name} was replaced while something was built from it.", "Run the command again.")
+
+
+def validate_variant(workspace: Workspace, name: str, say: Say) -> dict[str, Any]:
+    """Validates a variant as it lies there, building what is missing first; the report of `steps.validate`."""
+    artifact = ensure(workspace, [name], {}, say)[name]
+    origin = None
+    if artifact.manifest.parent is None:
+        origin, _ = _origin(workspace, artifact.manifest.step, None)
+    return _validate(workspace, workspace.lineage(name)[-1], artifact, origin)
+
+
+def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, origin: Origin | None) -> dict[str, Any]:
+    """Against the nearest PyTorch ancestor; the import itself against the checkpoint it was made from."""
+    reference = origin.folder if origin else _torch_ancestor(workspace, variant)
+    manifest, place = artifact.manifest, Place("cpu", hardware.cores())
+    names = [spec.name for spec in manifest.inputs]
+    encoder = inputs.Encoder.open(artifact.path, names, manifest.max_length)
+    data, other = inputs.embedded(), None
+    if getattr(manifest.step, "trim_vocab", None):
+        # Sentences of another domain than its own have tokens it was told to do without.
+        data = trimming.judged_by(workspace.train, artifact)
+        other = inputs.Encoder.open(reference, names, manifest.max_length)
+    sentences = data.sample(SENTENCES, SEED)
+    contender = open_session(artifact.path, variant.runtime, place)
+    adapted = origin.base if origin else None
+    original = LoraSession(reference, adapted, place) if adapted else open_session(reference, "torch", place)
+    try:
+        return validate(contender, original, encoder, sentences, variant.agreement, other)
+    finally:
+        contender.close()
+        original.close()
+
+
+def _torch_ancestor(workspace: Workspace, variant: Variant) -> Path:
+    assert variant.parent is not None
+    ancestors = [v for v in workspace.lineage(variant.parent) if v.runtime == "torch"]
+    return workspace.path(ancestors[-1].name)
+
+
+def states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, str]]:
+    """Every variant that is made by default or lies there, its artifact if there is one, and its state: built, missing,
+    or what is wrong."""
+    names = [name for cells in variants.DEFAULT_CELLS.values() for name in cells]
+    names += sorted(folder.name for folder in (workspace.exported / workspace.model).glob("[!.]*") if folder.is_dir())
+    found = []
+    for item in examine(workspace, [name for name in names if variants.is_variant(name)], {}):
+        state = "built"
+        if item.trouble:
+            state = f"{'tampered' if isinstance(item.trouble, TamperedError) else 'unusable'}: {item.trouble.cause}"
+        elif item.reason:
+            state = item.reason if item.artifact is None else f"stale: {item.reason}"
+        found.append((item.variant, item.artifact, state))
+    return found

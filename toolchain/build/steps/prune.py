@@ -1,0 +1,105 @@
+"""Prune: heads and FFN neurons cut out of the PyTorch model, so that everything made of it gets smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from toolchain import pruning
+from toolchain.artifacts.store import copy_companions
+from toolchain.artifacts.variants import Prune
+from toolchain.backends.pytorch import check_stored, describe, save_weights
+from toolchain.build.job import Built, Job
+from toolchain.models.architectures import shapes_of, write_shapes
+from toolchain.pruning.costs import TOKENS, EncoderSizes, LatencyTable, latency_table
+from toolchain.pruning.selection import Price
+from toolchain.pruning.subject import Subject, subject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+VERSION = 3
+
+
+def prune(job: Job) -> Built:
+    """Prunes the parent by the step's method and stores weights, config and the shape of every layer.
+
+    Raises `PruningError` for a model that is pruned already or cannot be, `DataError` for training data that cannot
+    rank it, `ArtifactError` where what was stored does not answer as what was pruned.
+    """
+    step = job.step
+    assert isinstance(step, Prune)
+    given = subject(job.given, job.train, step.sentences, step.seed)
+    table = None
+    if step.method == "mask":
+        model = pruning.mask(given.model, step.ratio)
+    else:
+        price, table = price_of(given, step.cost, job.cache, job.progress)
+        job.progress(0, len(shapes_of(given.model)), "ranking heads and neurons")
+        model = pruning.prune(given, step.ratio, step.method, price, _layers(job, given), step.layers)
+    copy_companions(job.given, job.folder)
+    if step.method != "mask":
+        write_shapes(model, job.folder)
+    save_weights(model.state_dict(), job.folder)
+    check_stored(model, job.folder, given.names)
+    facts = {**describe(model, model.state_dict()), "pruning": _facts(step, given.model, model, table)}
+    return Built.like(job, facts)
+
+
+def price_of(
+    given: Subject, cost: str, cache: Any, progress: Callable[[int, int, str], None]
+) -> tuple[Price, LatencyTable | None]:
+    """What importance is weighed against: parameters, or the latency table of this machine."""
+    if cost == "latency":
+        table = latency_table(given.model, cache, progress)
+        return table.price, table
+    encoder = EncoderSizes.of(given.model)
+    return encoder.of_units, None
+
+
+def _layers(job: Job, given: Subject) -> Callable[[int], None]:
+    total = len(shapes_of(given.model))
+    return lambda layer: job.progress(layer, total, "fitting layer by layer")
+
+
+def _facts(step: Prune, before: PreTrainedModel, after: PreTrainedModel, table: LatencyTable | None) -> dict[str, Any]:
+    """What the ratio came to: what is left of every layer, parameters, multiply-accumulates, predicted speed-up."""
+    old, new = EncoderSizes.of(before), EncoderSizes.of(after)
+    if table:
+        predicted, by = table.sentence_ms(old.shapes) / table.sentence_ms(new.shapes), "latency table"
+    else:
+        predicted, by = old.multiply_accumulates / new.multiply_accumulates, "multiply-accumulates"
+    zeros = sum(int((p == 0).sum()) for p in after.parameters()) - sum(int((p == 0).sum()) for p in before.parameters())
+    return {
+        "method": step.method,
+        "ratio": step.ratio,
+        "achieved": round(1 - new.parameters / old.parameters, 4),
+        "zeroed": round(max(0, zeros) / old.parameters, 4),
+        "heads": [shape.heads for shape in new.shapes],
+        "ffn": [shape.ffn for shape in new.shapes],
+        "encoder_parameters": {"before": old.parameters, "after": new.parameters},
+        "macs_per_sentence": {
+            "tokens": TOKENS,
+            "before": old.multiply_accumulates,
+            "after": new.multiply_accumulates,
+        },
+        "predicted_speedup": {"value": round(predicted, 3), "by": by},
+        **({"latency_table": asdict(table)} if table else {}),
+    }
+
+
+def sentence(facts: dict[str, Any]) -> str:
+    """What was pruned, in one sentence."""
+    if facts["method"] == "mask":
+        return (
+            f"{facts['zeroed']:.1%} of the encoder's linear parameters are zero and none is removed: "
+            "a mask makes nothing smaller or faster"
+        )
+    millions = [facts["encoder_parameters"][key] / 1e6 for key in ("before", "after")]
+    return (
+        f"{facts['achieved']:.1%} of the encoder's linear parameters removed "
+        f"({millions[0]:.1f} → {millions[1]:.1f} M); "
+        f"heads {' '.join(map(str, facts['heads']))}, FFN {' '.join(map(str, facts['ffn']))}; "
+        f"predicted {facts['predicted_speedup']['value']:.2f}× by {facts['predicted_speedup']['by']}"
+    )

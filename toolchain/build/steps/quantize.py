@@ -1,0 +1,103 @@
+"""Quantize: fewer bits in weights and arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from toolchain.artifacts.names import parse_name
+from toolchain.artifacts.store import Artifact, copy_companions
+from toolchain.artifacts.variants import QUANTIZE_PASSES, Quantize
+from toolchain.backends import bnb, reduced
+from toolchain.backends.pytorch import check_stored, describe, load_model, save_weights
+from toolchain.build import trimming
+from toolchain.build.job import Built, Job
+from toolchain.build.rewriting import rewrite_into
+from toolchain.data.inputs import TrainingSource
+from toolchain.errors import GraphError
+from toolchain.models.checkpoints import WEIGHTS
+from toolchain.passes.quantize_static import Activation
+from toolchain.quantization.calibration import calibrate
+from toolchain.quantization.sensitivity import Subject, rank
+
+VERSION = 5
+
+
+def quantize(job: Job) -> Built:
+    """Quantises the parent by the step's backend and scheme.
+
+    Raises `GraphError` where there is nothing to quantise, `ArtifactError` where what was stored does not answer as
+    what was quantised.
+    """
+    step = job.step
+    assert isinstance(step, Quantize)
+    return {"ort": _ort, "torch": _torch, "bnb": _bnb}[step.backend](job, step)
+
+
+def _ort(job: Job, step: Quantize) -> Built:
+    standard = parse_name(job.given.manifest.variant).std
+    linear = linear_passes(step, standard)
+    tables = step.embeddings or ("int4" if step.scheme == "int4" else "int8")
+    if standard and tables == "int4":
+        raise GraphError("There is no standard operator for tables of 4 bits.", "Leave --embeddings out.")
+    embedding = [f"quantize-embedding{'-int4' if tables == 'int4' else ''}"] if _has(step, "quantize-embedding") else []
+    activations = activations_of(job.given, step, job.train) if linear else {}
+    ranked = rank(Subject.of(job.given, linear, job.train, activations), job.progress) if step.keep_fp32 else []
+    keep = [layer.name for layer in ranked[: step.keep_fp32]]
+    tokens = trimming.kept(job, step) if step.trim_vocab else []
+    passes = [*(["trim-vocabulary"] if tokens else []), *linear, *embedding]
+    built = rewrite_into(job, passes, keep, activations, tokens)
+    # Tables alone are no quantised model, unless it is what was asked for.
+    if not any(built.facts["rewrites"][name] for name in (linear or embedding)[-1:]):
+        what = "linear layer" if linear else "embedding table"
+        raise GraphError(
+            f"{job.given.manifest.variant} has no {what} left to quantise.", "Quantise the variant it was made from."
+        )
+    facts = dict(built.facts)
+    if ranked:
+        facts |= {"kept_fp32": keep, "sensitivity": [dataclasses.asdict(layer) for layer in ranked]}
+    if tokens:
+        facts |= trimming.trim(job, tokens, embedding, facts)
+    return dataclasses.replace(built, facts=facts)
+
+
+def linear_passes(step: Quantize, standard: bool) -> tuple[str, ...]:
+    """The passes that quantise linear layers, last the one that does, none where the step leaves these as they are; a
+    graph of standard operators keeps to them."""
+    *before, last, _ = QUANTIZE_PASSES[step.scheme]
+    if not _has(step, last):
+        return ()
+    form = {"int4": "-int4", "static": "-static"}.get(step.scheme, "-portable" if step.reduce_range else "")
+    std = "-std" if standard and step.scheme != "int4" else ""
+    return *(name for name in before if _has(step, name)), f"{last}{std}{form}"
+
+
+def _has(step: Quantize, name: str) -> bool:
+    return step.passes is None or name in step.passes
+
+
+def activations_of(artifact: Artifact, step: Quantize, train: TrainingSource) -> dict[str, Activation]:
+    """What a static scheme must know of the fp32 graph; nothing for another."""
+    return calibrate(artifact, train, _has(step, "smooth")) if step.scheme == "static" else {}
+
+
+def _torch(job: Job, step: Quantize) -> Built:
+    model = load_model(job.given.path)
+    made, precision = reduced.reduce(model, step.scheme)
+    tensors = reduced.tensors_of(made, precision)
+    copy_companions(job.given, job.folder)
+    precision.write(job.folder)
+    save_weights(tensors, job.folder)
+    check_stored(made, job.folder, [spec.name for spec in job.given.manifest.inputs])
+    return Built.like(job, describe(model, tensors))
+
+
+def _bnb(job: Job, step: Quantize) -> Built:
+    from safetensors.torch import load_file
+
+    copy_companions(job.given, job.folder)
+    model = bnb.quantized(job.given.path, step.scheme)
+    # Before the first answer: bitsandbytes rearranges 4-bit weights then, and stores them wrong.
+    model.save_pretrained(job.folder, max_shard_size="100GB")
+    facts = describe(model, load_file(job.folder / WEIGHTS))
+    del facts["parameters"]  # packed: two or four in one
+    return Built.like(job, facts)

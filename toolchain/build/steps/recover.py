@@ -1,0 +1,119 @@
+"""Recover: a pruned model trained to answer as the unpruned one does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolchain.artifacts.store import copy_companions
+from toolchain.artifacts.variants import Recover, settings_of
+from toolchain.backends.pytorch import describe, load_model, save_weights
+from toolchain.build.job import Built, Job
+from toolchain.data import inputs
+from toolchain.data.inputs import Data
+from toolchain.errors import ArtifactError
+from toolchain.training.loop import Examples, Recipe, train
+
+VERSION = 8
+
+
+def recover(job: Job) -> Built:
+    """Distils the model's own unpruned self into the parent, on all rows but those held out and on pairs of them.
+
+    What is needed to go on after a kill lies in the job's `resume` folder until the
+    artifact is published. Raises `DataError` for training data that cannot be used.
+    """
+    step = job.step
+    assert isinstance(step, Recover)
+    if job.root is None:
+        raise ArtifactError("Recovery needs the unpruned model as its teacher.")
+    manifest = job.given.manifest
+    data = job.train.load(job.given.label_set)
+    encoder = inputs.Encoder.open(job.given.path, [spec.name for spec in manifest.inputs], manifest.max_length)
+    job.progress(0, 1, "reading the training data")
+    trained, held_out = inputs.hold_out(data)
+    rows = _examples(data, trained, encoder)
+    # The more of a model is gone, the more it has to learn again, and the less an example costs.
+    # Rows that are pairs themselves are not joined to pairs of pairs.
+    pairs = 0 if data.paired else round(step.pairs * manifest.facts["pruning"]["achieved"] * len(rows.ids))
+    mask = _mask_token(job.given.path, encoder)
+    augmented = Augmented(rows.ids, rows.labels, pairs, mask, step.masked, step.seed, encoder.max_length)
+    model, teacher = load_model(job.given.path), load_model(job.root.path)
+    recipe = Recipe(step.epochs, step.learning_rate, step.batch_size, step.seed)
+    sealed = {"parent": manifest.id, "teacher": job.root.manifest.id, "step": settings_of(step), "version": VERSION}
+    key = hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
+    judged = _examples(data, held_out, encoder)
+    history = train((model, teacher), (augmented, judged), encoder, recipe, (job.resume, key), job.progress)
+    copy_companions(job.given, job.folder)
+    save_weights(model.state_dict(), job.folder)
+    recovery = {
+        **history,
+        "pairs": pairs,
+        "masked": step.masked if mask is not None else 0.0,
+        "teacher": job.root.manifest.id,
+    }
+    return Built.like(job, {**describe(model, model.state_dict()), "recovery": recovery})
+
+
+def _examples(data: Data, rows: list[int], encoder: inputs.Encoder) -> Examples:
+    chosen = data.only(rows)
+    return Examples(encoder.encode(chosen.texts), chosen.targets)
+
+
+@dataclass(frozen=True)
+class Augmented(Examples):
+    """Rows as they are, and in each epoch so many new random `pairs` of them, joined, in which `mask` replaces the
+    `share` of the tokens.
+
+    A teacher was trained on these rows and answers nearly all with certainty, which hides what else it knows; its
+    answers to disturbed and longer ones say more. After Jiao et al. 2020, "TinyBERT", which augments for this reason.
+    A pair has the second row's label and at most `longest` tokens. Without a mask token, pairs are joined as they are.
+    """
+
+    pairs: int
+    mask: int | None
+    share: float
+    seed: int
+    longest: int
+
+    def of_epoch(self, epoch: int) -> Examples:
+        """The rows and the pairs of that epoch."""
+        rng = random.Random(f"{self.seed} {epoch}")
+
+        def masked(ids: list[int]) -> list[int]:
+            return [token if self.mask is None or rng.random() >= self.share else self.mask for token in ids]
+
+        count = len(self.ids)
+        drawn = [(rng.randrange(count), rng.randrange(count)) for _ in range(self.pairs)]
+        # The first token and the last are the tokenizer's own.
+        joined = [
+            [one[0], *masked([*one[1:-1], *other[1:-1]][: self.longest - 2]), other[-1]]
+            for one, other in ((self.ids[first], self.ids[second]) for first, second in drawn)
+        ]
+        labels = [*self.labels, *(self.labels[second] for _, second in drawn)]
+        return Examples([*self.ids, *joined], labels)
+
+
+def _mask_token(folder: Path, encoder: inputs.Encoder) -> int | None:
+    """The id of the tokenizer's mask token; None where it has none."""
+    file = folder / "tokenizer_config.json"
+    token = json.loads(file.read_text()).get("mask_token") if file.is_file() else None
+    if isinstance(token, dict):
+        token = token.get("content")
+    found: int | None = encoder.tokenizer.token_to_id(token) if isinstance(token, str) else None
+    return found
+
+
+def sentence(facts: dict[str, object]) -> str:
+    """How the recovery went, in one sentence."""
+    held = facts["held_out_accuracy"]
+    assert isinstance(held, list)
+    course = " → ".join(f"{value:.2%}" for value in held)
+    return (
+        f"accuracy on {facts['held_out_rows']} held-out rows {course}, "
+        f"the least loss there after epoch {facts['best_epoch']}; "
+        f"{facts['steps']} steps in {facts['precision']} on {facts['device']}"
+    )

@@ -1,0 +1,1 @@
+"""Comparing results: rows against a baseline, limits, regressions, and reports."""

@@ -1,0 +1,177 @@
+"""What the plots of a comparison share: style, colours and shapes, axes, labels that keep out of each other's way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from toolchain.compare.rows import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# On paper; a page gives each of these colours its own, by theme.
+INK, PAPER = "#1b1f24", "#fefefe"
+# By runtime: Okabe and Ito's palette, and a shape for whom colours say little.
+LOOKS = {"torch": ("#0072b2", "o"), "onnx": ("#d55e00", "s"), "bnb": ("#009e73", "^")}
+OTHER = ("#cc79a7", "D")
+LINES = ("-", "--")
+WIDTH_IN = 9.5
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana"],
+    "font.size": 8.5,
+    "figure.dpi": 72,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.facecolor": "none",
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": INK,
+    "grid.alpha": 0.14,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.markersize": 4,
+    "lines.linewidth": 1.2,
+}
+Box = tuple[float, float, float, float]
+
+
+def look(row: Row) -> tuple[str, str]:
+    """Colour and shape, by runtime."""
+    return LOOKS.get(row.measurement.variant.split("-")[0], OTHER)
+
+
+def canvas(heights: Sequence[float], columns: int = 1, **shared: Any) -> tuple[Figure, Any]:
+    """A figure and its axes, [panel][column], the panels as high as said, in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH_IN, sum(heights) + 0.7), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(heights), columns, squeeze=False, height_ratios=list(heights), **shared)
+    for axes in grid.flat:
+        axes.tick_params(labelbottom=True)
+    return figure, grid
+
+
+def axis_of(axis: Any, values: Sequence[float], ticks: Sequence[float] | None = None) -> None:
+    """Makes an axis logarithmic where the values span more than three times their least; numbers as one writes them."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+    if max(values) > 3 * min(values):
+        getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if ticks is not None:
+        axis.set_major_locator(FixedLocator(list(ticks)))
+
+
+def legend(figure: Figure, rows: Sequence[Row], others: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Above the panels: the runtimes that occur, and `others` by the style of their line or mark."""
+    from matplotlib.lines import Line2D
+
+    names = dict.fromkeys(row.measurement.variant.split("-")[0] for row in rows)
+    known = {name: LOOKS[name] for name in names if name in LOOKS}
+    if len(known) < len(names):
+        known["other"] = OTHER
+    handles = [Line2D([], [], color=c, marker=m, linestyle="", markersize=6, label=n) for n, (c, m) in known.items()]
+    handles += [Line2D([], [], color=INK, label=name, **style) for name, style in (others or {}).items()]
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, handletextpad=0.5)
+
+
+def place(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
+    """Writes a label beside each (x, y, text), where it meets no other label and no point if that can be had."""
+    axes.figure.draw_without_rendering()
+    frame = axes.get_window_extent()
+    limits = (frame.x0, frame.y0, frame.x1, frame.y1)
+    at = [axes.transData.transform(point[:2]) for point in points]
+    taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in at]
+    for index in sorted(range(len(points)), key=lambda i: (at[i][0], at[i][1])):
+        probe = _note(axes, points[index])
+        size = probe.get_window_extent()
+        probe.remove()
+        tried = [(_cost(box, taken, limits) + radius, box, radius) for box, radius in _around(at[index], size)]
+        _, box, radius = min(tried, key=lambda found: found[0])
+        taken.append(box)
+        # Held and tied at the side that is towards the point.
+        side = 0.0 if box[0] >= at[index][0] else 1.0 if box[2] <= at[index][0] else 0.5
+        offset = (box[0] + side * size.width - at[index][0], (box[1] + box[3]) / 2 - at[index][1])
+        _note(axes, points[index], offset, side, radius > NEAR)
+
+
+NEAR = 9.0
+LINE_HEIGHT = 10.0
+RADII = (NEAR, 18.0, 30.0, 44.0, 60.0, 80.0, 104.0)
+
+
+def _note(
+    axes: Any,
+    point: tuple[float, float, str],
+    offset: tuple[float, float] = (0, 0),
+    side: float = 0.0,
+    tied: bool = False,
+) -> Any:
+    """The text with its left (0), middle or right side (1) at `offset` from the point; `tied` to it by a line."""
+    line = {"arrowstyle": "-", "color": INK, "alpha": 0.45, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
+    given: dict[str, Any] = {"arrowprops": {**line, "relpos": (side, 0.5)}} if tied else {}
+    under = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
+    at: dict[str, Any] = {"ha": ("left", "center", "right")[round(2 * side)], "va": "center"}
+    note = axes.annotate(
+        point[2], point[:2], offset, textcoords="offset points", fontsize=7.5, bbox=under, zorder=4, **at, **given
+    )
+    note.set_in_layout(False)
+    return note
+
+
+def _around(at: Sequence[float], size: Any) -> list[tuple[Box, float]]:
+    """Boxes of that size about a point, the nearest first, with their distance."""
+    found = []
+    for radius in RADII:
+        for turn in (1, 7, 3, 5, 2, 6, 0, 4):
+            dx, dy = radius * math.cos(turn * math.pi / 4), radius * math.sin(turn * math.pi / 4)
+            left = at[0] + dx - (0.5 - 0.5 * (dx > 1) + 0.5 * (dx < -1)) * size.width
+            bottom = at[1] + dy - size.height / 2
+            found.append(((left, bottom, left + size.width, bottom + size.height), radius))
+    return found
+
+
+def _cost(box: Box, taken: Sequence[Box], limits: Box) -> float:
+    """What speaks against a box: what it meets, and whether it leaves the axes."""
+    met = sum(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
+    inside = box[0] >= limits[0] and box[1] >= limits[1] and box[2] <= limits[2] and box[3] <= limits[3]
+    return 1000.0 * met + (0 if inside else 5000.0)
+
+
+def place_at_end(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
+    """Writes a label right of each (x, y, text), one under the other where they would meet."""
+    axes.figure.draw_without_rendering()
+    at = [axes.transData.transform(point[:2]) for point in points]
+    order = sorted(range(len(points)), key=lambda index: at[index][1])
+    heights = [at[index][1] for index in order]
+    for _ in range(100):
+        for below in range(len(heights) - 1):
+            missing = LINE_HEIGHT - (heights[below + 1] - heights[below])
+            if missing > 0:
+                heights[below] -= missing / 2
+                heights[below + 1] += missing / 2
+    above = max(0.0, heights[-1] - axes.get_window_extent().y1)
+    edge = max(x for x, _ in at)
+    for index, height in zip(order, heights, strict=True):
+        x, y = at[index]
+        _note(axes, points[index], (edge - x + 20, height - above - y), tied=True)

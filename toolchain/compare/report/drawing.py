@@ -1,0 +1,247 @@
+"""What each plot of a comparison draws, panel under panel, and its content in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from toolchain.compare.report.canvas import INK, LINES, PAPER, axis_of, canvas, legend, look, place, place_at_end
+from toolchain.compare.report.columns import over_unpruned
+from toolchain.compare.report.panels import Panel, printable
+from toolchain.compare.rows import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FAINT = 0.4
+DASHED: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "alpha": 0.6}
+RING: dict[str, Any] = {"marker": "o", "linestyle": "", "markerfacecolor": "none", "markersize": 11}
+
+
+def accuracy_latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
+    """A point a row with its intervals, and the front of each panel."""
+    shown = _with(panels, lambda row: row.measurement.accuracy and latency_ms(row))
+    if not shown:
+        return None
+    figure, grid = canvas([_tall(panel) for panel in shown], sharex=True, sharey=True)
+    for (axes,), panel in zip(grid, shown, strict=True):
+        axes.set_title(panel.title)
+        front = [(latency_ms(row), _percent(row)) for row in _front(panel)]
+        axes.step(*zip(*front, strict=True), where="post", color=INK, **DASHED)
+        for row in panel.rows:
+            _point(axes, row)
+        axes.set_ylabel("accuracy, %")
+        axis_of(axes.xaxis, [latency_ms(row) for part in shown for row in part.rows])
+    means = any("p50" not in row.measurement.latency_ms for panel in shown for row in panel.rows)
+    grid[-1][0].set_xlabel("latency at batch 1, ms" + ("; hollow: mean, published" if means else ", median"))
+    legend(
+        figure, [row for panel in shown for row in panel.rows], {"no other is better in both": DASHED, "baseline": RING}
+    )
+    for (axes,), panel in zip(grid, shown, strict=True):
+        place(axes, [(latency_ms(row), _percent(row), panel.label(row)) for row in panel.rows])
+    said = (
+        f"{panel.title}: {len(panel.rows)} variants; no other is both faster and more accurate than "
+        + ", ".join(f"{panel.label(row)} ({_percent(row):.2f} % at {latency_ms(row):.2f} ms)" for row in _front(panel))
+        for panel in shown
+    )
+    return figure, _sentences(said)
+
+
+def latency_ms(row: Row) -> float:
+    """The median, or the mean where somebody published no more; 0 where there is neither."""
+    figures = row.measurement.latency_ms
+    return figures.get("p50") or figures.get("mean") or 0.0
+
+
+def _percent(row: Row) -> float:
+    return 100 * row.measurement.accuracy.value if row.measurement.accuracy else 0.0
+
+
+def _front(panel: Panel) -> list[Row]:
+    """From the fastest on, each row that is more accurate than all that are faster."""
+    front: list[Row] = []
+    for row in sorted(panel.rows, key=lambda row: (latency_ms(row), -_percent(row))):
+        if not front or _percent(row) > _percent(front[-1]):
+            front.append(row)
+    return front
+
+
+def _point(axes: Any, row: Row) -> None:
+    x, y, (colour, marker) = latency_ms(row), _percent(row), look(row)
+    if row.quality:
+        axes.vlines(x, 100 * row.quality.low, 100 * row.quality.high, color=colour, alpha=FAINT, linewidth=1)
+    if row.latency_interval:
+        axes.hlines(y, *row.latency_interval, color=colour, alpha=0.8, linewidth=1)
+    face = colour if "p50" in row.measurement.latency_ms else PAPER
+    axes.plot(x, y, marker, color=colour, markerfacecolor=face, markersize=6, zorder=3)
+    if row.measurement is row.baseline:
+        axes.plot(x, y, color=INK, **RING)
+
+
+def size_memory(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
+    """Bars of what was measured of the two: megabytes on disk, megabytes at the peak."""
+    kinds: dict[str, Callable[[Row], float | None]] = {
+        "size, MB": lambda row: row.measurement.size_bytes.get("total"),
+        "peak memory, MB": lambda row: row.measurement.memory_bytes.get("peak"),
+        "peak on the GPU, MB": lambda row: row.measurement.memory_bytes.get("gpu", {}).get("peak"),
+    }
+    kinds = {name: of for name, of in kinds.items() if any(of(row) for panel in panels for row in panel.rows)}
+    shown = _with(panels, lambda row: any(of(row) for of in kinds.values()))
+    if not shown:
+        return None
+    figure, grid = canvas([_height(panel) for panel in shown], len(kinds), sharex="col", sharey="row")
+    said = []
+    for line, panel in zip(grid, shown, strict=True):
+        _rows(line[0], panel)
+        for axes, (name, of) in zip(line, kinds.items(), strict=True):
+            found = [(at, row, (of(row) or 0) / 1e6) for at, row in enumerate(panel.rows) if of(row)]
+            for at, row, value in found:
+                axes.barh(at, value, color=look(row)[0], height=0.62)
+                axes.annotate(f"{value:.1f}" if value < 100 else f"{value:.0f}", (value, at), (3, 0), **_BESIDE)
+            if not found:
+                axes.annotate("not known", (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", alpha=0.7)
+            axes.margins(x=0.12)
+            axes.grid(visible=False, axis="y")
+            axes.tick_params(axis="y", length=0)
+            axes.set_xlabel(name)
+            said.append(f"{panel.title}: {name}: {_ends(panel, [(row, value) for _, row, value in found])}")
+    legend(figure, [row for panel in shown for row in panel.rows])
+    return figure, _sentences(said)
+
+
+_BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 7.5}
+
+
+def latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
+    """A box a row, of the times that were kept."""
+    import numpy as np
+
+    shown = _with(panels, lambda row: row.measurement.latency)
+    if not shown:
+        return None
+    figure, grid = canvas([_height(panel) for panel in shown], sharex=True)
+    said, ends = [], []
+    for (axes,), panel in zip(grid, shown, strict=True):
+        _rows(axes, panel)
+        for at, row in enumerate(panel.rows):
+            times = row.measurement.latency.values() if row.measurement.latency else []
+            low, left, middle, right, high, last = np.percentile(times, [5, 25, 50, 75, 95, 99]) / 1000
+            colour = look(row)[0]
+            axes.hlines(at, low, high, color=colour, linewidth=1.2)
+            axes.barh(at, right - left, left=left, color=colour, height=0.62)
+            axes.vlines(middle, at - 0.31, at + 0.31, color=PAPER, linewidth=1.6)
+            axes.plot(last, at, "x", color=colour, markersize=4.5)
+            ends += [low, last]
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        said.append(f"{panel.title}: median {_ends(panel, [(row, latency_ms(row)) for row in panel.rows], ' ms')}")
+    axis_of(grid[-1][0].xaxis, ends)
+    grid[-1][0].set_xlabel("latency at batch 1, ms")
+    legend(figure, [row for panel in shown for row in panel.rows])
+    return figure, _sentences(said)
+
+
+def latency_by_length(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
+    """A line a row, over the lengths it was asked."""
+    shown = _with(panels, lambda row: row.measurement.by_length)
+    if not shown:
+        return None
+    figure, grid = canvas([max(3.6, 0.17 * len(panel.rows) + 1.2) for panel in shown], sharex=True)
+    said, named = [], []
+    for (axes,), panel in zip(grid, shown, strict=True):
+        axes.set_title(panel.title)
+        ends: list[tuple[Row, int, float]] = []
+        every: list[float] = []
+        for row in panel.rows:
+            found = {n: s.milliseconds()["p50"] for n, s in sorted(row.measurement.by_length.items())}
+            colour, marker = look(row)
+            axes.plot(
+                list(found), list(found.values()), marker + LINES[row.measurement.provider == "cuda"], color=colour
+            )
+            ends.append((row, max(found), found[max(found)]))
+            every += found.values()
+        tokens = sorted({n for row in panel.rows for n in row.measurement.by_length})
+        axis_of(axes.xaxis, tokens, ticks=tokens)
+        axis_of(axes.yaxis, every)
+        axes.set_ylabel("median, ms")
+        axes.set_xlim(right=tokens[-1] * max(2.0, tokens[-1] / tokens[0]) ** 0.3)
+        named.append((axes, [(x, y, panel.label(row)) for row, x, y in ends]))
+        longest = [(row, y) for row, x, y in ends if x == tokens[-1]]
+        said.append(f"{panel.title}: at {tokens[-1]} tokens {_ends(panel, longest, ' ms')}")
+    grid[-1][0].set_xlabel("tokens")
+    legend(figure, [row for panel in shown for row in panel.rows])
+    for axes, points in named:
+        place_at_end(axes, points)
+    return figure, _sentences(said)
+
+
+def pruning_speedup(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
+    """A point a pruned row whose speed-up was both predicted and measured."""
+    rows = [row for panel in panels for row in panel.rows]
+    shown = _with(panels, lambda row: _predicted(row) and over_unpruned(row, rows))
+    if not shown:
+        return None
+    figure, grid = canvas([_tall(panel) for panel in shown], sharex=True, sharey=True)
+    said, named = [], []
+    for (axes,), panel in zip(grid, shown, strict=True):
+        axes.set_title(panel.title)
+        points = []
+        for row in panel.rows:
+            found, predicted, (colour, marker) = over_unpruned(row, rows), _predicted(row), look(row)
+            assert found is not None
+            ratio = found[1]
+            if ratio.low and ratio.high:
+                axes.vlines(predicted, ratio.low, ratio.high, color=colour, alpha=FAINT, linewidth=1)
+            axes.plot(predicted, ratio.value, marker, color=colour, markersize=6, zorder=3)
+            points.append((predicted, ratio.value, panel.label(row)))
+        axes.axline((1, 1), slope=1, color=INK, **DASHED)
+        axes.margins(0.12)
+        axes.set_ylabel("measured, times faster")
+        named.append((axes, points))
+        each = (f"{name} predicted {x:.2f}×, measured {y:.2f}×" for x, y, name in points)
+        said.append(f"{panel.title}: {'; '.join(each)}")
+    grid[-1][0].set_xlabel("predicted, times faster")
+    legend(figure, [row for panel in shown for row in panel.rows], {"as predicted": DASHED})
+    for axes, points in named:
+        place(axes, points)
+    return figure, _sentences(said)
+
+
+def _predicted(row: Row) -> float:
+    """0 where nothing was."""
+    found = row.measurement.facts.get("pruning", {}).get("predicted_speedup", {}).get("value", 0)
+    return float(found) if isinstance(found, int | float) else 0.0
+
+
+def _with(panels: Sequence[Panel], holds: Callable[[Row], Any]) -> list[Panel]:
+    """The panels with only the rows for which it holds; those without any are left out."""
+    kept = [Panel(panel.title, tuple(row for row in panel.rows if holds(row))) for panel in panels]
+    return [panel for panel in kept if panel.rows]
+
+
+def _tall(panel: Panel) -> float:
+    """Room for labels among points."""
+    return min(4.6, 2.4 + 0.2 * len(panel.rows))
+
+
+def _height(panel: Panel) -> float:
+    return 0.21 * len(panel.rows) + 0.7
+
+
+def _rows(axes: Any, panel: Panel) -> None:
+    """A line of the axes for each row, the first on top."""
+    axes.set_title(panel.title)
+    axes.set_yticks(range(len(panel.rows)), [panel.label(row) for row in panel.rows])
+    axes.set_ylim(len(panel.rows) - 0.4, -0.6)
+
+
+def _ends(panel: Panel, found: Sequence[tuple[Row, float]], unit: str = "") -> str:
+    """The row with the least and the one with the most."""
+    if not found:
+        return "not measured"
+    (first, least), (last, most) = min(found, key=lambda pair: pair[1]), max(found, key=lambda pair: pair[1])
+    return f"{least:.2f}{unit} ({panel.label(first)}) to {most:.2f}{unit} ({panel.label(last)})"
+
+
+def _sentences(said: Any) -> str:
+    return printable(". ".join(said) + ".", 4000)

@@ -1,0 +1,98 @@
+"""The comparison as CSV: one line a row, for a spreadsheet or a data frame."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from toolchain.compare.rows import Row
+
+# What a spreadsheet takes for the start of a formula.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+# Names carry units; shares are from 0 to 1, points are per cent of accuracy, ratios are better above 1.
+COLUMNS: dict[str, Callable[[Row], Any]] = {
+    "model": lambda row: row.measurement.model,
+    "cell": lambda row: row.measurement.cell,
+    "variant": lambda row: row.measurement.variant,
+    "provider": lambda row: row.measurement.provider,
+    "artifact_id": lambda row: row.measurement.artifact_id,
+    "machine": lambda row: row.run.machine["id"],
+    "cpu": lambda row: row.run.machine["cpu"],
+    "gpus": lambda row: "; ".join(str(gpu["name"]) for gpu in row.run.machine["gpu"]),
+    "threads": lambda row: row.run.run.get("threads"),
+    "batch_size": lambda row: row.run.run.get("batch_size"),
+    "created": lambda row: row.run.created,
+    "data": lambda row: row.run.data["name"],
+    "data_sha256": lambda row: row.run.data["sha256"],
+    "sentences": lambda row: row.run.data["rows"],
+    "status": lambda row: row.measurement.status,
+    "reason": lambda row: row.measurement.reason,
+    "mend": lambda row: row.measurement.mend,
+    "baseline": lambda row: row.baseline and row.baseline.cell,
+    "accuracy": lambda row: row.measurement.accuracy and row.measurement.accuracy.value,
+    "accuracy_low": lambda row: row.quality and row.quality.low,
+    "accuracy_high": lambda row: row.quality and row.quality.high,
+    "accuracy_points": lambda row: row.accuracy_points,
+    "lost": lambda row: row.quality and row.quality.lost,
+    "won": lambda row: row.quality and row.quality.won,
+    "mcnemar_p": lambda row: row.quality and row.quality.p,
+    "macro_f1": lambda row: row.quality and row.quality.macro_f1,
+    "balanced_accuracy": lambda row: row.quality and row.quality.balanced_accuracy,
+    "calibration_error": lambda row: row.quality and row.quality.calibration_error,
+    "probability_shift_largest": lambda row: row.quality and row.quality.largest_shift,
+    "probability_shift_mean": lambda row: row.quality and row.quality.mean_shift,
+    "batch_changed": lambda row: row.measurement.batch_changed,
+    "latency_p50_ms": lambda row: row.measurement.latency_ms.get("p50"),
+    "latency_p50_low_ms": lambda row: row.latency_interval and row.latency_interval[0],
+    "latency_p50_high_ms": lambda row: row.latency_interval and row.latency_interval[1],
+    "latency_p90_ms": lambda row: row.measurement.latency_ms.get("p90"),
+    "latency_p95_ms": lambda row: row.measurement.latency_ms.get("p95"),
+    "latency_p99_ms": lambda row: row.measurement.latency_ms.get("p99"),
+    "latency_mean_ms": lambda row: row.measurement.latency_ms.get("mean"),
+    "with_tokenizing_p50_ms": lambda row: row.measurement.with_tokenizing_ms.get("p50"),
+    "resident_p50_ms": lambda row: row.measurement.resident_ms.get("p50"),
+    "cold_start_p50_ms": lambda row: row.measurement.cold_start_ms.get("p50"),
+    "load_p50_ms": lambda row: row.measurement.load_ms.get("p50"),
+    "speedup": lambda row: row.speedup and row.speedup.value,
+    "speedup_low": lambda row: row.speedup and row.speedup.low,
+    "speedup_high": lambda row: row.speedup and row.speedup.high,
+    "throughput_per_s": lambda row: row.measurement.throughput_per_s,
+    "throughput_gain": lambda row: row.throughput_gain and row.throughput_gain.value,
+    "throughput_gain_low": lambda row: row.throughput_gain and row.throughput_gain.low,
+    "throughput_gain_high": lambda row: row.throughput_gain and row.throughput_gain.high,
+    "peak_memory_bytes": lambda row: row.measurement.memory_bytes.get("peak"),
+    "gpu_peak_memory_bytes": lambda row: row.measurement.memory_bytes.get("gpu", {}).get("peak"),
+    "memory_reduction": lambda row: row.memory_reduction,
+    "size_bytes": lambda row: row.measurement.size_bytes.get("total"),
+    "gzip_bytes": lambda row: row.measurement.size_bytes.get("gzip"),
+    "size_reduction": lambda row: row.size_reduction,
+    "pareto": lambda row: row.pareto,
+    "noisy": lambda row: row.noisy,
+    "stale": lambda row: row.stale,
+}
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """A line of names and one a row, after RFC 4180; empty is unknown. New columns come last, names stay.
+
+    A text that a spreadsheet would take for a formula has an apostrophe before it.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    for row in rows:
+        writer.writerow([_cell(figure(row)) for figure in COLUMNS.values()])
+    return text.getvalue()
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return f"'{value}" if value.startswith(_FORMULA) else value
+    return f"{value:.10g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,109 @@
+"""The comparison as one HTML file that asks nobody for anything: tables, plots, what flipped, how it was measured."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from toolchain.compare.report import canvas, origin, plots, sections
+from toolchain.compare.report.columns import FRONT, measured, notes, title
+from toolchain.compare.report.flips import Texts, flips, shared
+from toolchain.compare.report.panels import panels
+from toolchain.compare.rows import Row
+from toolchain.results.statistics import CONFIDENCE, FEWEST_ROUNDS
+
+TEMPLATE, SCRIPT = "report.html.j2", "report.js"
+# What a plot draws in a colour, the page colours by its theme.
+THEMED = {
+    canvas.INK: "currentColor",
+    canvas.PAPER: "var(--paper)",
+    canvas.OTHER[0]: "var(--other)",
+    **{colour: f"var(--{runtime})" for runtime, (colour, _) in canvas.LOOKS.items()},
+}
+_SVG, _LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
+
+
+def to_html(rows: Sequence[Row]) -> str:
+    """The whole page, the same bytes for the same rows; whatever a result file says is text in it."""
+    import jinja2
+
+    here = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(here),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = (here / SCRIPT).read_text()
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # A browser runs the one script that has this digest, and no other.
+    page = environment.get_template(TEMPLATE).render(script=script, script_sha256=allowed, **_content(rows))
+    return page.encode(errors="replace").decode()
+
+
+def _content(rows: Sequence[Row]) -> dict[str, Any]:
+    shown = measured(rows)
+    runs = list({id(row.run): row.run for row in rows}.values())
+    texts, compared = Texts(), sections.comparison(shown) if shown else None
+    facts = [origin.protocol(runs), origin.versions(runs), origin.rates(runs)]
+    methods = dict.fromkeys(str(m) for row in shown if (m := row.measurement.memory_bytes.get("method")))
+    return {
+        "models": list(dict.fromkeys(row.measurement.model for row in rows)),
+        "lines": title(rows),
+        "best": [(panel.title, found) for panel in panels(shown) if (found := sections.best(panel))],
+        "comparison": compared,
+        "marks": sections.marks(compared) if compared else [],
+        # Of what is marked by a word here.
+        "notes": [line for line in notes(shown) if not line.startswith(FRONT)] if shown else [],
+        "plots": [
+            (name, plot, inline(plots.svg(plot, name), name, plot.alt)) for name, plot in plots.figures(rows).items()
+        ],
+        "stages": sections.stages(shown) if shown else None,
+        "quality": sections.quality(shown) if shown else None,
+        "flips": flips(shown, texts),
+        "shared": shared(shown, texts),
+        "missing": sections.missing(rows),
+        "facts": [table for table in facts if table],
+        "roofline": sections.roofline(shown),
+        "memory": list(methods),
+        "here": not shown or any(row.measurement.status == "ok" for row in shown),
+        "confidence": f"{CONFIDENCE:.0%}".replace("%", " %"),
+        "fewest_rounds": FEWEST_ROUNDS,
+    }
+
+
+def inline(svg: str, name: str, alt: str) -> Any:
+    """An SVG as part of a page: its colours the page's, its ids unique there, its content said in words, no address."""
+    from xml.etree import ElementTree
+
+    import markupsafe
+
+    root = ElementTree.fromstring(svg)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag in (f"{_SVG}metadata", f"{_SVG}style") or not child.tag.startswith(_SVG):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(_SVG)
+        given = {key.removeprefix(_LINK): value for key, value in element.attrib.items()}
+        element.attrib.clear()
+        element.attrib.update({key: _themed(key, value, name) for key, value in given.items()})
+    for size in ("width", "height", "version"):
+        root.attrib.pop(size, None)
+    root.attrib |= {"role": "img", "aria-label": alt}
+    return markupsafe.Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def _themed(key: str, value: str, name: str) -> str:
+    if key == "id":
+        return f"{name}-{value}"
+    if key == "href":
+        return value.replace("#", f"#{name}-")
+    if key in ("style", "fill", "stroke"):
+        for drawn, themed in THEMED.items():
+            value = value.replace(drawn, themed)
+    return value.replace("url(#", f"url(#{name}-")

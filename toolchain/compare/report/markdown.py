@@ -1,0 +1,26 @@
+"""The comparison as Markdown, for a README or an issue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from toolchain.compare.report.columns import columns, measured, notes, title
+from toolchain.compare.rows import Row
+
+
+def to_markdown(rows: Sequence[Row]) -> str:
+    """Title, table and notes; a bar inside a cell is escaped."""
+    shown = measured(rows)
+    parts = ["\n".join(title(rows))]
+    if shown:
+        chosen = columns(shown)
+        lines = [_line([header for header, _ in chosen]), _line(["---"] + ["---:"] * (len(chosen) - 1))]
+        lines += [_line([text(row) for _, text in chosen]) for row in shown]
+        parts.append("\n".join(lines))
+    if remarks := notes(rows):
+        parts.append("\n".join(f"* {line}" for line in remarks))
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -1,0 +1,78 @@
+"""How the runs of a comparison were made, with what, on machines that can do what: a column a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from toolchain.compare.report.columns import NOTHING
+from toolchain.compare.report.sections import Entry, Table, entry
+from toolchain.results.measurements import ResultFile
+
+PROTOCOL = {
+    "passes": "passes over the sentences, at least",
+    "min_s": "seconds a cell and scenario, at least",
+    "turn_s": "seconds a cell and turn, about",
+    "pass_s": "seconds for one pass of the slowest cell, at most",
+    "starts": "processes a cell",
+    "rounds": "rounds",
+    "threads": "threads",
+    "batch_size": "sentences in a batch",
+    "single_sentences": "sentences asked at batch 1",
+    "by_length": "asked at given lengths too",
+    "seed": "seed",
+    "device_id": "GPU",
+    "allow_fallback": "sessions may fall back to the CPU",
+    "taken_up": "taken up after an interruption",
+    "seconds": "seconds in all",
+    "load_1m": "load of the machine",
+    "steal_share": "share of the processor the host took",
+}
+
+
+def protocol(runs: Sequence[ResultFile]) -> Table | None:
+    """Every number and choice of a run."""
+    found = [{name: _said(value) for name, value in run.run.items() if isinstance(value, int | float)} for run in runs]
+    names = [*PROTOCOL, *sorted({name for of in found for name in of} - set(PROTOCOL))]
+    ordered = [{PROTOCOL.get(name, name): of[name] for name in names if name in of} for of in found]
+    return _by_run("Runs", "setting", runs, ordered)
+
+
+def versions(runs: Sequence[ResultFile]) -> Table | None:
+    """What was installed; the toolchain itself first."""
+    found = [{"toolchain": run.toolchain, **_dict(run.machine.get("versions"))} for run in runs]
+    return _by_run("Versions", "package", runs, found)
+
+
+def rates(runs: Sequence[ResultFile]) -> Table | None:
+    """What the machine can do, as each runtime was seen to do it: a figure a line."""
+    found = [
+        {
+            f"{runtime}, {name}": _said(value)
+            for runtime, of in _dict(run.run.get("rates")).items()
+            for name, value in _dict(of).items()
+        }
+        for run in runs
+    ]
+    return _by_run("Rates the machine reached", "rate", runs, found)
+
+
+def _by_run(caption: str, first: str, runs: Sequence[ResultFile], found: Sequence[Mapping[str, Any]]) -> Table | None:
+    """A line for each name that is in any of what was `found`, a column for each run."""
+    headers = [f"{run.machine['cpu'] or _gpus(run)}, {run.created[:10]}" for run in runs]
+    # In the order of the run that has most.
+    names = dict.fromkeys(name for of in sorted(found, key=len, reverse=True) for name in of)
+    lines = [[Entry(name), *(entry(str(of.get(name, NOTHING))) for of in found)] for name in names]
+    return Table(caption, [first, *headers], lines, sortable=False) if lines else None
+
+
+def _gpus(run: ResultFile) -> str:
+    return ", ".join(str(gpu["name"]) for gpu in run.machine["gpu"])
+
+
+def _said(value: Any) -> str:
+    return ("no", "yes")[value] if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

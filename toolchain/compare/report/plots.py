@@ -1,0 +1,121 @@
+"""The comparison as plots: figures for the HTML report, or SVG and PNG files."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolchain.compare.report import drawing
+from toolchain.compare.report.canvas import STYLE
+from toolchain.compare.report.columns import measured
+from toolchain.compare.report.panels import Panel, panels
+from toolchain.compare.rows import Row
+from toolchain.errors import ResultFileError
+from toolchain.system import files
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PIXELS_PER_INCH = 160
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawing with its heading, what it shows and how to read it, and its content in words."""
+
+    figure: Figure
+    title: str
+    caption: str
+    alt: str
+
+
+Drawing = tuple["Figure", str]
+# Name → heading, caption, and what draws it: None where there is nothing to show.
+PLOTS: dict[str, tuple[str, str, Callable[[Sequence[Panel]], Drawing | None]]] = {
+    "accuracy-latency": (
+        "Accuracy against latency",
+        "Up and to the left is better. Bars are 95 % intervals: of accuracy over the sentences asked, of the median "
+        "over rounds. What lies on the dashed line is beaten in neither by any other; a ring marks the baseline.",
+        drawing.accuracy_latency,
+    ),
+    "size-memory": (
+        "Size and memory",
+        "Shorter is better. Size is of the files, memory the peak of the process while it answered.",
+        drawing.size_memory,
+    ),
+    "latency": (
+        "Distribution of latency",
+        "At batch 1, each sentence at its own length. The box holds the middle half of the times and is parted at the "
+        "median, the whiskers reach from the 5th to the 95th percentile, the cross is the 99th.",
+        drawing.latency,
+    ),
+    "latency-by-length": (
+        "Latency by length",
+        "Median at batch 1 over the tokens of a sentence, special tokens included.",
+        drawing.latency_by_length,
+    ),
+    "pruning-speedup": (
+        "Predicted and measured speed-up of pruning",
+        "At batch 1 against the same variant unpruned, of the same run. On the line the prediction holds; below it, "
+        "less was gained than predicted. Bars are 95 % intervals over rounds.",
+        drawing.pruning_speedup,
+    ),
+}
+
+
+def figures(rows: Sequence[Row]) -> dict[str, Plot]:
+    """Every plot that has something to show, by name; one panel for each model, machine, data and number of threads."""
+    shown = panels(measured(rows))
+    found = {}
+    with _style():
+        for name, (title, caption, draw) in PLOTS.items():
+            if drawn := draw(shown):
+                found[name] = Plot(drawn[0], title, caption, drawn[1])
+    return found
+
+
+def svg(plot: Plot, name: str, background: str = "none") -> str:
+    """The plot as SVG, the same bytes for the same rows; its text stays text."""
+    out = io.StringIO()
+    with _style(name):
+        plot.figure.savefig(out, format="svg", facecolor=background, metadata={"Date": None})
+    return out.getvalue()
+
+
+def save(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Writes NAME.svg and NAME.png of every plot, on white, each whole or not at all; `ResultFileError` where that
+    cannot be done."""
+    written = []
+    for name, plot in figures(rows).items():
+        image = io.BytesIO()
+        with _style(name):
+            plot.figure.savefig(
+                image, format="png", dpi=PIXELS_PER_INCH, facecolor="white", metadata={"Software": None}
+            )
+        for ending, content in (("svg", svg(plot, name, "white").encode()), ("png", image.getvalue())):
+            _write(folder / f"{name}.{ending}", content)
+            written.append(folder / f"{name}.{ending}")
+    return written
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        files.write_whole(path, content)
+    except OSError as error:
+        raise ResultFileError.unwritable(path, error) from error
+
+
+@contextlib.contextmanager
+def _style(salt: str = "") -> Iterator[None]:
+    import matplotlib as mpl
+
+    settings: Any = {**STYLE, "svg.hashsalt": salt}
+    with mpl.rc_context(settings), warnings.catch_warnings():
+        # A name may have letters that the PNG's font has not; the SVG leaves them to the reader's fonts.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        yield

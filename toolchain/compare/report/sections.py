@@ -1,0 +1,241 @@
+"""What the HTML report says, as plain tables and lists; how it looks is the template's affair."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from toolchain.compare.report.columns import NOTHING, columns, host
+from toolchain.compare.report.panels import Panel
+from toolchain.compare.rows import Row
+
+_LEADING_NUMBER = re.compile(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?(?![\w.])")
+CELL = "cell"
+WHY = {
+    "baseline": "Ratios are against this row.",
+    "Pareto": "No row beside it is better in accuracy, latency and size.",
+    "noisy": "Its times are not to be relied on",
+    "stale": "The artifact has been built anew since.",
+    "reported": "Published figures, not measured here.",
+    "fallback": "Part of it ran elsewhere than on the provider.",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a table holds in one place, the number it is sorted by (None: by its text), and marks with their meaning."""
+
+    text: str
+    key: float | None = None
+    marks: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """`caption` says what it is; the column `head` names the rows; a `numeric` column is sorted by number."""
+
+    caption: str
+    headers: list[str]
+    rows: list[list[Entry]]
+    head: int = 0
+    sortable: bool = True
+
+    @property
+    def numeric(self) -> list[bool]:
+        """By column: whether every entry that says something starts with a number."""
+        return [
+            self.sortable and all(e.key is not None or e.text == NOTHING for e in column)
+            for column in zip(*self.rows, strict=True)
+        ]
+
+
+def entry(text: str, marks: tuple[tuple[str, str], ...] = ()) -> Entry:
+    """Sorted by the number it starts with, if it does."""
+    number = _LEADING_NUMBER.match(text)
+    return Entry(text, float(number[0]) if number else None, marks)
+
+
+def comparison(rows: Sequence[Row]) -> Table:
+    """The same columns as on a terminal; what stands in brackets after a cell there is a mark here."""
+    chosen = columns(rows)
+    headers = [header for header, _ in chosen]
+    lines = []
+    for row in rows:
+        texts = [text(row) for _, text in chosen]
+        lines.append([_cell(row, text) if h == CELL else entry(text) for h, text in zip(headers, texts, strict=True)])
+    return Table("Every variant on its provider; ratios in brackets, above 1 is better", headers, lines, _head(headers))
+
+
+def _head(headers: Sequence[str]) -> int:
+    return headers.index(CELL) if CELL in headers else 0
+
+
+def _cell(row: Row, text: str) -> Entry:
+    name = row.measurement.cell
+    if not text.startswith(name):
+        return Entry(text)
+    holds = {
+        "baseline": row.measurement is row.baseline,
+        "Pareto": row.pareto,
+        "noisy": bool(row.noisy),
+        "stale": row.stale,
+        "reported": row.measurement.status == "reported",
+    }
+    marks = [mark for mark, true in holds.items() if true]
+    marks += [mark for mark in re.findall(r"\[(\w+)", text.removeprefix(name)) if mark not in marks]
+    why = {**WHY, "noisy": f"{WHY['noisy']}: {row.noisy}."}
+    return Entry(name, marks=tuple((mark, why.get(mark, "")) for mark in marks))
+
+
+def marks(table: Table) -> list[tuple[str, str]]:
+    """Every mark that occurs and its meaning; where that differs between rows, the rows it holds for."""
+    cells: dict[tuple[str, str], list[str]] = {}
+    for row in table.rows:
+        for mark in row[table.head].marks:
+            cells.setdefault(mark, []).append(row[table.head].text)
+    return [
+        (mark, meaning if meaning == WHY.get(mark) else f"{', '.join(named)}: {meaning}")
+        for (mark, meaning), named in cells.items()
+    ]
+
+
+def quality(rows: Sequence[Row]) -> Table | None:
+    """What answers say beyond their accuracy; a column nobody has an entry in is left out."""
+    figures: dict[str, Callable[[Any], str]] = {
+        "accuracy, 95 % interval": lambda q: f"{q.low:.2%} to {q.high:.2%}",
+        "macro-F1": lambda q: _or(q.macro_f1, ".4f"),
+        "balanced accuracy": lambda q: _or(q.balanced_accuracy, ".4f"),
+        "lost": lambda q: _or(q.lost),
+        "won": lambda q: _or(q.won),
+        "McNemar p": lambda q: _or(q.p, ".2g"),
+        "largest shift": lambda q: _or(q.largest_shift, ".4f"),
+        "mean shift": lambda q: _or(q.mean_shift, ".4f"),
+        "calibration error": lambda q: _or(q.calibration_error, ".4f"),
+        "changed in a batch": lambda q: _or(q.batch_changed),
+    }
+    judged = [row for row in rows if row.quality]
+    figures = {name: of for name, of in figures.items() if any(of(row.quality) != NOTHING for row in judged)}
+    shown = [(name, _of_quality(of)) for name, of in figures.items()]
+    return _of_rows("What the answers say beyond their accuracy", rows, judged, shown)
+
+
+def stages(rows: Sequence[Row]) -> Table | None:
+    """What the comparison has no room for: intervals, tails, tokenising, starts, memory by stage, a download's size."""
+
+    def milliseconds(name: str, quantile: str, form: str = ".2f") -> Callable[[Row], str]:
+        return lambda row: _or(getattr(row.measurement, name).get(quantile), form)
+
+    def megabytes(name: str, part: str) -> Callable[[Row], str]:
+        return lambda row: _or(_scaled(getattr(row.measurement, name).get(part)), ".1f")
+
+    figures: list[tuple[str, Callable[[Row], str]]] = [
+        ("p50 ms, 95 % interval", lambda row: _interval(row.latency_interval)),
+        (
+            "times faster, 95 % interval",
+            lambda row: _interval((row.speedup.low, row.speedup.high) if row.speedup else None),
+        ),
+        ("p90 ms", milliseconds("latency_ms", "p90")),
+        ("p99 ms", milliseconds("latency_ms", "p99")),
+        ("p50 ms with tokenising", milliseconds("with_tokenizing_ms", "p50")),
+        ("load ms", milliseconds("load_ms", "p50", ".0f")),
+        ("bare process MB", megabytes("memory_bytes", "bare")),
+        ("after imports MB", megabytes("memory_bytes", "imports")),
+        ("after load MB", megabytes("memory_bytes", "load")),
+        ("gzip MB", megabytes("size_bytes", "gzip")),
+    ]
+    measured = [row for row in rows if row.measurement.status == "ok"]
+    figures = [(name, text) for name, text in figures if any(text(row) != NOTHING for row in measured)]
+    return _of_rows("Intervals, tails, starts, memory by stage, and the size of a download", rows, measured, figures)
+
+
+def _interval(bounds: Sequence[float | None] | None) -> str:
+    if not bounds or None in bounds:
+        return NOTHING
+    return " to ".join(f"{value:.2f}" for value in bounds)
+
+
+def _scaled(count: int | None) -> float | None:
+    return None if count is None else count / 1e6
+
+
+def _of_quality(figure: Callable[[Any], str]) -> Callable[[Row], str]:
+    return lambda row: figure(row.quality)
+
+
+def _of_rows(
+    caption: str, rows: Sequence[Row], some: Sequence[Row], shown: Sequence[tuple[str, Callable[[Row], str]]]
+) -> Table | None:
+    """A table of some of the rows, which are named as in the comparison of all: model, machine, cell."""
+    before = [(header, text) for header, text in columns(rows) if header in ("model", "machine")]
+    named: list[tuple[str, Callable[[Row], str]]] = [*before, (CELL, lambda row: row.measurement.cell)]
+    lines = [[Entry(text(row)) for _, text in named] + [entry(text(row)) for _, text in shown] for row in some]
+    return Table(caption, [header for header, _ in (*named, *shown)], lines, len(before)) if lines else None
+
+
+def _or(value: float | None, form: str = "") -> str:
+    return NOTHING if value is None else format(value, form)
+
+
+def best(panel: Panel) -> list[tuple[str, str, list[str]]]:
+    """Of what was measured in a panel: in what, which row is best, its figure there and its accuracy."""
+    wanted: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
+        ("accuracy", "most accurate", _wrong),
+        ("p50 ms", "fastest at batch 1", lambda row: row.measurement.latency_ms.get("p50")),
+        ("sentences/s", "most sentences a second", lambda row: -(row.measurement.throughput_per_s or 0)),
+        ("size MB", "smallest", lambda row: row.measurement.size_bytes.get("total")),
+        ("peak MB", "least memory", lambda row: row.measurement.memory_bytes.get("peak")),
+    )
+    # Of rows that are equally good the fastest.
+    rows = sorted(panel.rows, key=lambda row: row.measurement.latency_ms.get("p50", 0.0))
+    found = []
+    for column, what, figure in wanted:
+        text = next((text for header, text in columns(panel.rows) if header.startswith(column)), None)
+        known = [row for row in rows if row.measurement.status == "ok" and figure(row)]
+        if len(known) > 1 and text:
+            row = min(known, key=lambda row: figure(row) or 0.0)
+            value, _, ratio = text(row).partition(" ")
+            said = f"{value} {column.removeprefix('p50 ').split()[-1]} {ratio}" if column != "accuracy" else text(row)
+            accurate = row.measurement.accuracy if column != "accuracy" else None
+            found.append((what, panel.label(row), [said, *([f"{accurate.value:.2%} right"] if accurate else [])]))
+    return found
+
+
+def _wrong(row: Row) -> float | None:
+    return -row.measurement.accuracy.value if row.measurement.accuracy else None
+
+
+def missing(rows: Sequence[Row]) -> Table | None:
+    """The rows without figures: why, and what mends it; a line for all that lack them for the same reason."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        m = row.measurement
+        if m.status not in ("ok", "reported"):
+            found.setdefault((m.model, host(row), m.status, m.reason, m.mend), []).append(m.cell)
+    lines = [[Entry(", ".join(cells)), *map(Entry, why)] for why, cells in found.items()]
+    return (
+        Table("Why, and what mends it", [CELL, "model", "machine", "status", "reason", "mend"], lines)
+        if lines
+        else None
+    )
+
+
+def roofline(rows: Sequence[Row]) -> Table | None:
+    """How near to what the machine allows a row is."""
+
+    def of(name: str, by: float, form: str) -> Callable[[Row], str]:
+        def text(row: Row) -> str:
+            value = row.measurement.facts["roofline"].get(name)
+            return format(value * by, form) if isinstance(value, int | float) else NOTHING
+
+        return text
+
+    shown = [
+        ("multiply-accumulates, M", of("macs", 1e-6, ".1f")),
+        ("weights, MB", of("weight_bytes", 1e-6, ".1f")),
+        ("floor, ms", of("floor_ms", 1, ".3f")),
+        ("floor's share of p50, %", of("share", 100, ".0f")),
+    ]
+    some = [row for row in rows if isinstance(row.measurement.facts.get("roofline"), dict)]
+    return _of_rows("Against the least time the machine allows", rows, some, shown)

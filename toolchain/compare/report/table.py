@@ -1,0 +1,33 @@
+"""The comparison on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from toolchain.compare.report.columns import columns, measured, notes, title
+from toolchain.compare.rows import Row
+
+_PIPED_WIDTH = 400  # a file has no width; a table takes what it needs of this
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """Prints title, table and notes to standard output."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_PIPED_WIDTH)
+    for line in title(rows):
+        console.print(line, style="bold", markup=False, soft_wrap=True)
+    shown = measured(rows)
+    if shown:
+        table = Table(box=box.SIMPLE_HEAD)
+        for index, (header, _) in enumerate(columns(shown)):
+            table.add_column(header, justify="left" if index == 0 else "right", overflow="fold")
+        for row in shown:
+            table.add_row(*(text(row) for _, text in columns(shown)))
+        console.print(table, markup=False)
+    for line in notes(rows):
+        console.print(line, markup=False, soft_wrap=True)

@@ -1,0 +1,166 @@
+"""The verdicts of a comparison, as lines of text and for JSON: which row to take, and what got worse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from toolchain.compare.limits import Verdict, chance
+from toolchain.compare.regressions import Change, Pair, Regressions
+from toolchain.compare.rows import Row
+
+# Figure → its name here, how its cost is called, the unit it is shown in and what one of that is.
+_SHOWN = {
+    "latency_p50_ms": ("p50", "latency", "ms", 1.0),
+    "throughput_per_s": ("sentences/s", "time a sentence", "", 1.0),
+    "peak_memory_bytes": ("peak", "peak memory", "MB", 1e6),
+    "size_bytes": ("size", "size", "MB", 1e6),
+    "accuracy": ("accuracy", "wrong answers", "%", 0.01),
+}
+
+
+def choice_lines(verdict: Verdict) -> list[str]:
+    """The winner with its figures and what speaks against them, the other rows within the limits, the Pareto front, and
+    the nearest misses with the limits they break."""
+    lines = [f"Winner: {_figures(verdict.winner)}" if verdict.winner else "Winner: none; no row is within the limits."]
+    if len(verdict.passed) > 1:
+        lines.append(f"Also within the limits: {_names(verdict.passed[1:])}")
+    if verdict.front:
+        outside = [row for row in verdict.front if row not in verdict.passed]
+        which = "all of them" if len(outside) == len(verdict.front) else _names(outside)
+        remark = f"; outside the limits: {which}" if outside else ""
+        lines.append(f"Pareto front of accuracy, p50 and size: {_names(verdict.front)}{remark}")
+    if verdict.misses:
+        lines.append("Nearest misses:")
+    for miss in verdict.misses:
+        lines += [f"  {_name(miss.row)}: {'; '.join(map(str, miss.broken))}"]
+    return lines
+
+
+def choice_json(verdict: Verdict) -> dict[str, Any]:
+    """`choice_lines` for JSON; a limit that is not set and a figure that is unknown are null."""
+    misses = [
+        {
+            **_identity(miss.row),
+            "broken": [
+                {"limit": b.limit, "allowed": b.allowed, "value": b.value, "remark": b.remark, "text": str(b)}
+                for b in miss.broken
+            ],
+        }
+        for miss in verdict.misses
+    ]
+    return {
+        "limits": asdict(verdict.limits),
+        "winner": _identity(verdict.winner) if verdict.winner else None,
+        "passed": [_identity(row) for row in verdict.passed],
+        "front": [_identity(row) for row in verdict.front],
+        "misses": misses,
+    }
+
+
+def _identity(row: Row) -> dict[str, Any]:
+    found = row.measurement
+    marks = {"noisy": row.noisy, "stale": row.stale}
+    return {"model": found.model, "cell": found.cell, "artifact_id": found.artifact_id, **marks}
+
+
+def _name(row: Row) -> str:
+    return row.measurement.cell + _marks(row)
+
+
+def _names(rows: Sequence[Row]) -> str:
+    return ", ".join(map(_name, rows))
+
+
+def _marks(row: Row) -> str:
+    noisy = f" [noisy: {row.noisy}]" if row.noisy else ""
+    return noisy + (" [stale: the artifact has been built anew since]" if row.stale else "")
+
+
+def _figures(row: Row) -> str:
+    found = row.measurement
+    parts = [f"{name} {found.latency_ms[name]:.2f} ms" for name in ("p50", "p95") if name in found.latency_ms]
+    if found.accuracy:
+        points = [] if row.accuracy_points is None else [f"{row.accuracy_points:+.2f} points"]
+        note = ", ".join([*points, *filter(None, [chance(row)])])
+        parts.append(f"accuracy {found.accuracy.value:.2%}" + (f" ({note})" if note else ""))
+    for name, count in (("size", found.size_bytes.get("total")), ("peak memory", found.memory_bytes.get("peak"))):
+        if count is not None:
+            parts.append(f"{name} {count / 1e6:.1f} MB")
+    return f"{found.cell}: {', '.join(parts)}{_marks(row)}"
+
+
+def regression_lines(found: Regressions) -> list[str]:
+    """A table of all changes, one line for each that regressed, for each lost row and each cell that was not compared,
+    and how to read them."""
+    limit = f"{found.limit * 100:g}%"
+    compared = f"{len(found.pairs)} cells of the old run, {len(found.found)} lost or worse by more than {limit}:"
+    lines = [compared, *_table(found.pairs)]
+    for pair in found.pairs:
+        cell = pair.old.measurement.cell
+        if pair.lost:
+            lines.append(f"{cell} was measured before and is now {pair.lost}")
+        noisy = "".join(
+            f" [{which} run noisy: {row.noisy}]"
+            for which, row in (("old", pair.old), ("new", pair.new))
+            if row and row.noisy
+        )
+        lines += [f"{cell}: {_sentence(change)}{noisy}" for change in pair.changes if change.regressed]
+    lines += [f"{cell} is not compared: {why}." for _, cell, why in found.apart]
+    remark = "Changes are in what a figure costs: + is more, ! more than the limit allows, ~ may be none."
+    return [
+        *lines,
+        f"{remark} Times are relative to the baseline of each run, so that a machine's drift is not in them.",
+    ]
+
+
+def regression_json(found: Regressions) -> dict[str, Any]:
+    """`regression_lines` for JSON: changes are shares of the old cost, unknown figures null."""
+    pairs = [
+        {
+            "model": pair.old.measurement.model,
+            "cell": pair.old.measurement.cell,
+            "regressed": pair.regressed,
+            "lost": pair.lost,
+            "changes": [asdict(change) for change in pair.changes],
+        }
+        for pair in found.pairs
+    ]
+    apart = [{"model": model, "cell": cell, "reason": why} for model, cell, why in found.apart]
+    return {"max_regression": found.limit, "regressed": len(found.found), "pairs": pairs, "not_compared": apart}
+
+
+def _table(pairs: Sequence[Pair]) -> list[str]:
+    """The changes of every pair that has some, in columns."""
+    rows = [["cell", *(cost for _, cost, _, _ in _SHOWN.values())]]
+    for pair in pairs:
+        if pair.changes:
+            by_figure = {change.figure: _change(change) for change in pair.changes}
+            rows.append([pair.old.measurement.cell, *(by_figure.get(name, "–") for name in _SHOWN)])
+    if len(rows) == 1:
+        return []
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(rest, widths[1:], strict=True))])
+        for first, *rest in rows
+    ]
+
+
+def _change(change: Change) -> str:
+    if change.worse is None:
+        return "unknown!"
+    return f"{change.worse:+.1%}{'!' if change.regressed else '~' if change.may_be_none else ' '}"
+
+
+def _sentence(change: Change) -> str:
+    name, cost, unit, one = _SHOWN[change.figure]
+    gap = "" if unit in ("", "%") else " "
+    old = f"{change.old / one:.2f}"
+    if change.new is None or change.worse is None:
+        return f"{name} {old}{gap}{unit} before, {change.remark}"
+    bounds = ""
+    if change.low is not None and change.high is not None:
+        bounds = f" (95 % interval {change.low:+.1%} to {change.high:+.1%})"
+    remark = f", {change.remark}" if change.remark else ""
+    return f"{name} {old} → {change.new / one:.2f}{gap}{unit}, {cost} {change.worse:+.1%}{bounds}{remark}"

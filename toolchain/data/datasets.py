@@ -1,0 +1,161 @@
+"""Labelled texts out of a file or of a data set of the hub: a column of texts or two of pairs, and one of labels.
+
+A data set is named as the hub does, ``user/name`` or ``user/name:config``; ``glue/sst2`` is ``nyu-mll/glue:sst2``.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolchain.data.files import FORMATS, Table, Text, kind_of, named, text_columns, text_of
+from toolchain.data.labels import Column, Value
+from toolchain.errors import DataError
+
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
+_GLUE = "glue/"
+_INTEGRAL = (int, float)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of columns: of texts (None: `sentence` or `text`), of labels, and of second texts where rows are pairs."""
+
+    text: str | None = None
+    label: str = "label"
+    pair: str | None = None
+
+
+USUAL = Columns()
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Texts or pairs of texts, and what the label column says of each."""
+
+    name: str
+    texts: tuple[Text, ...]
+    column: Column
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Digest of texts, labels and the classes they index."""
+        body = [self.texts, list(self.column.values), self.column.classes]
+        return hashlib.sha256(json.dumps(body).encode()).hexdigest()
+
+
+def read(spec: str, columns: Columns, split: str | None, usual: str) -> Labelled:
+    """The table that `spec` names, a file or a data set of the hub; of that the `split`, else the `usual` one.
+
+    Raises `DataError` for what is not there, cannot be read, lacks a column, or has no rows.
+    """
+    path = file_of(spec)
+    if path is None:
+        return of_hub(spec, columns, split or usual)
+    if split:
+        raise DataError(f"{spec} is a file, which has no split {split!r}.", "Leave --split out, or say held-out.")
+    return of_file(path, path.name, columns)
+
+
+def file_of(spec: str) -> Path | None:
+    """The file that `spec` names, None for a data set of the hub; `DataError` for neither."""
+    path = Path(spec)
+    if path.is_file():
+        return path
+    if kind_of(spec) in FORMATS or path.exists() or not _HUB.fullmatch(spec):
+        raise DataError(
+            f"There is no file {spec}.",
+            "Pass a CSV, TSV, JSON lines or Parquet file with a text and a label column, or a data set of the hub such "
+            "as glue/sst2.",
+        )
+    return None
+
+
+def of_file(path: Path, name: str, columns: Columns, classes: Sequence[str] = ()) -> Labelled:
+    """The table in a file; its labels index the `classes` where there are any."""
+    table, names = Table(str(path)), list[str]()
+
+    def choose(header: Sequence[str]) -> list[str]:
+        names.extend(text_columns(header, columns.text, columns.pair, table.file))
+        names.append(named(header, columns.label, table.file, "--label-column"))
+        return names
+
+    return _labelled(name, table, names, table.read(choose), classes)
+
+
+def of_hub(spec: str, columns: Columns, split: str) -> Labelled:
+    """A split of a data set of the hub, or of what is cached of it; its classes are those it states."""
+    data = _downloaded(spec, split)
+    header = list(data.column_names)
+    where = f"{spec}, split {split}"
+    names = text_columns(header, columns.text, columns.pair, where)
+    names.append(named(header, columns.label, where, "--label-column"))
+    feature = data.features[columns.label]
+    classes = tuple(getattr(getattr(feature, "feature", feature), "names", None) or ())
+    rows = (tuple(row[name] for name in names) for row in data.select_columns(list(dict.fromkeys(names))))
+    return _labelled(spec, Table(where), names, rows, classes)
+
+
+def _downloaded(spec: str, split: str) -> Any:
+    import datasets
+
+    path, _, config = spec.partition(":")
+    if path.startswith(_GLUE):
+        path, config = "nyu-mll/glue", path.removeprefix(_GLUE)
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(path, config or None, split=split)
+    except Exception as error:  # the hub, its client and every reader behind it raise errors of their own
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"{spec}, split {split}, cannot be had: {said.rstrip('.')}.",
+            "Check its name, config (user/name:config) and --split; without a network only what was downloaded before "
+            "is there: else pass a file.",
+        ) from error
+
+
+def _labelled(
+    name: str, table: Table, names: Sequence[str], rows: Iterable[tuple[Any, ...]], classes: Sequence[str]
+) -> Labelled:
+    texts: list[Text] = []
+    values: list[Value] = []
+    first = ""
+    for number, row in enumerate(rows, start=1):
+        texts.append(text_of(row[:-1], names[:-1], number, table))
+        kind = _kind(row[-1])
+        first = first or kind
+        if kind != first:
+            raise table.wrong(number, f"its label is {kind}, and the rows before have {first}", "Make them alike.")
+        values.append(_value(row[-1], number, table))
+    if not texts:
+        raise DataError(f"{table.file} has no rows.", "Pass at least one row.")
+    return Labelled(name, tuple(texts), Column(values, table.file, tuple(classes)))
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, _INTEGRAL):
+        return "a number"
+    return "text" if isinstance(value, str) else "a list" if isinstance(value, list | tuple) else "nothing"
+
+
+def _value(value: Any, number: int, table: Table) -> Value:
+    """The label as text: whole numbers without a point, lists as tuples of labels."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, _INTEGRAL) and value == value // 1:
+        return str(int(value))
+    if isinstance(value, list | tuple):
+        members = [_value(member, number, table) for member in value]
+        if all(isinstance(member, str) for member in members):
+            return tuple(member.strip() for member in members if isinstance(member, str))
+    raise table.wrong(number, f"its label is {value!r}", "Give each row a name, a whole number, or a list of these.")

@@ -1,0 +1,1 @@
+"""Exporters: a PyTorch model in memory to one ONNX file."""

@@ -1,0 +1,118 @@
+"""A LoRA adapter as PEFT saves it: whether it is one, what it may say, and which base it names.
+
+Its settings are read one by one: what is not known to be plain LoRA is refused rather than left out of the merge.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from toolchain.errors import CheckpointError
+from toolchain.models import pickles
+from toolchain.models.hub import HUB_ID
+
+SETTINGS, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+FILES = (SETTINGS, WEIGHTS)
+# What a merge follows.
+MERGED = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "bias",
+    "use_rslora",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_dora",
+    "lora_bias",
+)
+# What is checked by itself, matters in training only, or only together with a setting that is refused.
+_PASSED_OVER = (
+    "base_model_name_or_path",
+    "revision",
+    "peft_type",
+    "task_type",
+    "peft_version",
+    "inference_mode",
+    "lora_dropout",
+    "init_lora_weights",
+    "megatron_core",
+    "qalora_group_size",
+)
+# Ways to begin that leave the base as it is; the others train on a changed one.
+_BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
+NAME_BASE = "Name it: `toolchain export --model … --base FOLDER|ID`."
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """What `adapter_config.json` says, every setting checked. Raises `CheckpointError` for what is no plain LoRA of a
+    sequence classifier, or would run code."""
+    said = _read(folder)
+    if said.get("auto_mapping") or said.get("auto_map"):
+        raise CheckpointError(
+            f"The adapter {folder} names code of its own to be loaded with (auto_mapping).",
+            "Save it with task_type='SEQ_CLS' and of a model that transformers has.",
+        )
+    if said.get("peft_type") != "LORA":
+        raise CheckpointError(
+            f"The adapter {folder} is of the kind {said.get('peft_type')}, not LORA.",
+            "Merge it where it was trained and pass the whole model.",
+        )
+    if said.get("task_type") != "SEQ_CLS":
+        raise CheckpointError(
+            f"The adapter {folder} is for the task {said.get('task_type')}, not SEQ_CLS.",
+            "Pass an adapter of a sequence classifier.",
+        )
+    known = (*MERGED, *_PASSED_OVER)
+    if strange := sorted(key for key, value in said.items() if key not in known and value):
+        raise CheckpointError(
+            f"The adapter {folder} sets {', '.join(strange)}, which is not merged here.",
+            "Merge it where it was trained and pass the whole model.",
+        )
+    beginning = said.get("init_lora_weights")
+    if not isinstance(beginning, bool | str | None) or beginning not in _BEGINNINGS:
+        raise CheckpointError(
+            f"The adapter {folder} was trained on a base that init_lora_weights={beginning!r} had changed.",
+            "Save it as plain LoRA: save_pretrained(DIR, path_initial_model_for_weight_conversion=START).",
+        )
+    return said
+
+
+def check(folder: Path) -> None:
+    """Raises `CheckpointError` unless the settings are those of plain LoRA and the weights safetensors."""
+    settings(folder)
+    if (folder / WEIGHTS).is_file():
+        return
+    if (folder / PICKLED).is_file():
+        raise pickles.adapter_refusal(folder / PICKLED, folder / WEIGHTS)
+    raise CheckpointError(f"The adapter {folder} has no {WEIGHTS}.", "Pass the folder PEFT's `save_pretrained` wrote.")
+
+
+def base(folder: Path) -> tuple[str, str | None]:
+    """The hub id of the base the adapter names, and its revision.
+
+    A path is never followed, since whoever made the adapter chose it: `CheckpointError` asks for the base instead.
+    """
+    said = settings(folder)
+    name, revision = said.get("base_model_name_or_path"), said.get("revision")
+    if not isinstance(name, str) or not HUB_ID.fullmatch(name):
+        named = f"names a place as its base ({name})" if name else "does not name its base"
+        raise CheckpointError(f"The adapter {folder} {named}.", NAME_BASE)
+    return name, revision if isinstance(revision, str) else None
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    file = folder / SETTINGS
+    try:
+        said = json.loads(file.read_text())
+        if not isinstance(said, dict):
+            raise ValueError("not a JSON object")
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}.", "Save the adapter again.") from error
+    return said

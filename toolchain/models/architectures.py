@@ -1,0 +1,231 @@
+"""Where an encoder keeps its heads and FFN neurons, and a layer of another shape in its place.
+
+`LAYOUTS` is the one place that knows an architecture's names; a new one is a line there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolchain.errors import CheckpointError, PruningError
+from toolchain.models.checkpoints import SHAPES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Paths of modules: `layers` from the model, the rest from a layer.
+
+    `attention` is the module whose head counts are `counts` (heads, width); it answers with a tuple. `output` ends the
+    attention sub-block, `down` the feed-forward one; the norms come after each residual addition.
+    """
+
+    layers: str
+    attention: str
+    query: str
+    key: str
+    value: str
+    output: str
+    attention_norm: str
+    up: str
+    down: str
+    output_norm: str
+    counts: tuple[str, str]
+
+
+_BERT = Layout(
+    layers="bert.encoder.layer",
+    attention="attention.self",
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
+    output="attention.output.dense",
+    attention_norm="attention.output.LayerNorm",
+    up="intermediate.dense",
+    down="output.dense",
+    output_norm="output.LayerNorm",
+    counts=("num_attention_heads", "all_head_size"),
+)
+LAYOUTS = {
+    "distilbert": Layout(
+        layers="distilbert.transformer.layer",
+        attention="attention",
+        query="attention.q_lin",
+        key="attention.k_lin",
+        value="attention.v_lin",
+        output="attention.out_lin",
+        attention_norm="sa_layer_norm",
+        up="ffn.lin1",
+        down="ffn.lin2",
+        output_norm="output_layer_norm",
+        counts=("n_heads", "dim"),
+    ),
+    "bert": _BERT,
+    "roberta": replace(_BERT, layers="roberta.encoder.layer"),
+    "electra": replace(_BERT, layers="electra.encoder.layer"),
+}
+SHARING = {"albert"}  # layers that are stored once and used by all
+# Architectures whose layers have no heads and neurons that could go apart from the rest, and why.
+WHOLE = {
+    "albert": "shares one layer's weights among all layers: none can be pruned apart",
+    "deberta-v2": "projects positions by the same weights as words: a head takes part in two attentions",
+    "mobilebert": "has bottlenecks around its layers and stacks feed-forward parts in them",
+}
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Attention heads and FFN neurons of one layer; none of either means that this sub-block is gone."""
+
+    heads: int
+    ffn: int
+
+    @property
+    def empty(self) -> bool:
+        """Whether the layer hands on what it is given."""
+        return not self.heads and not self.ffn
+
+
+def layout_of(model: PreTrainedModel) -> Layout:
+    """The layout of the model's architecture; `PruningError` where it is unknown or cannot be cut."""
+    kind = model.config.model_type
+    if kind in WHOLE:
+        raise PruningError(
+            f"{type(model).__name__} {WHOLE[kind]}.",
+            f"Quantise it instead; pruning takes: {', '.join(LAYOUTS)}.",
+        )
+    if kind not in LAYOUTS:
+        raise PruningError(
+            f"Pruning does not know where {type(model).__name__} keeps its heads and neurons.",
+            f"It takes: {', '.join(LAYOUTS)}.",
+        )
+    return LAYOUTS[kind]
+
+
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The encoder's layers, first to last."""
+    stack: Any = model.get_submodule(layout_of(model).layers)
+    return list(stack)
+
+
+def head_size(model: PreTrainedModel) -> int:
+    """The width of one head, which pruning leaves as it is."""
+    return int(model.config.hidden_size // model.config.num_attention_heads)
+
+
+def shapes_of(model: PreTrainedModel) -> list[LayerShape]:
+    """The shape of every layer as it is now."""
+    layout, size = layout_of(model), head_size(model)
+    shapes = []
+    for layer in layers_of(model):
+        output, down = layer.get_submodule(layout.output), layer.get_submodule(layout.down)
+        shapes.append(LayerShape(getattr(output, "in_features", 0) // size, getattr(down, "in_features", 0)))
+    return shapes
+
+
+def matched_layers(model: PreTrainedModel) -> list[int]:
+    """How many layers lie before each of the states that a pruned model has in common with the unpruned one: behind
+    layers that are gone, the last of which left its place to the one before it."""
+    shapes = shapes_of(model)
+    return [count for count in range(1, len(shapes) + 1) if count == len(shapes) or not shapes[count].empty]
+
+
+def keep(model: PreTrainedModel, index: int, heads: Sequence[int], neurons: Sequence[int]) -> None:
+    """Leaves only these heads and FFN neurons of layer `index`: the matrices get smaller, in place.
+
+    A sub-block of which nothing is left goes whole, its norm too: what enters it passes on.
+    """
+    import torch
+
+    from toolchain.models.skipped_blocks import Absent, Skipped
+
+    layout, size = layout_of(model), head_size(model)
+    layer = layers_of(model)[index]
+    columns = torch.tensor([head * size + i for head in heads for i in range(size)], dtype=torch.long)
+    chosen = torch.tensor(list(neurons), dtype=torch.long)
+    output: Any = layer.get_submodule(layout.output)
+    down: Any = layer.get_submodule(layout.down)
+    if len(heads):
+        attention = layer.get_submodule(layout.attention)
+        for path in (layout.query, layout.key, layout.value):
+            _replace(layer, path, _linear(layer.get_submodule(path), rows=columns))
+        _replace(layer, layout.output, _linear(output, columns=columns))
+        for name, value in zip(layout.counts, (len(heads), len(heads) * size), strict=True):
+            setattr(attention, name, value)
+    else:
+        inner = layout.output.removeprefix(f"{layout.attention}.")
+        if inner == layout.output:  # the attention module does not hold its own output
+            _replace(layer, layout.attention, Skipped())
+            _replace(layer, layout.output, Absent())
+        else:
+            _replace(layer, layout.attention, Skipped(inner, Absent()))
+        _replace(layer, layout.attention_norm, torch.nn.Identity())
+    if len(neurons):
+        _replace(layer, layout.up, _linear(layer.get_submodule(layout.up), rows=chosen))
+        _replace(layer, layout.down, _linear(down, columns=chosen))
+    else:
+        _replace(layer, layout.up, torch.nn.Identity())
+        _replace(layer, layout.down, Absent())
+        _replace(layer, layout.output_norm, torch.nn.Identity())
+
+
+def reshape(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> None:
+    """Gives every layer its shape, whatever its weights: what a pruned model's weights are loaded into.
+
+    Raises `CheckpointError` where the model has fewer layers, heads or neurons than that.
+    """
+    had = shapes_of(model)
+    fits = len(had) == len(shapes)
+    if not fits or any(new.heads > old.heads or new.ffn > old.ffn for new, old in zip(shapes, had, strict=True)):
+        raise CheckpointError(f"{SHAPES} does not fit the model's config.", "Prune the model again.")
+    for index, shape in enumerate(shapes):
+        keep(model, index, range(shape.heads), range(shape.ffn))
+
+
+def write_shapes(model: PreTrainedModel, folder: Path) -> None:
+    """Puts `SHAPES` beside the model's config."""
+    body = {"layers": [asdict(shape) for shape in shapes_of(model)]}
+    (folder / SHAPES).write_text(json.dumps(body, indent=1) + "\n")
+
+
+def read_shapes(folder: Path) -> list[LayerShape] | None:
+    """The shapes stored in `folder`, None where the model is as its config says; `CheckpointError` for another file."""
+    file = folder / SHAPES
+    if not file.is_file():
+        return None
+    try:
+        shapes = [LayerShape(**entry) for entry in json.loads(file.read_text())["layers"]]
+        if not all(type(n) is int and n >= 0 for shape in shapes for n in (shape.heads, shape.ffn)):
+            raise ValueError("heads and FFN neurons must be counts")
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}.", "Prune the model again.") from error
+    return shapes
+
+
+def _linear(old: nn.Module, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None) -> nn.Linear:
+    """A linear layer of the chosen outputs (`rows`) or inputs (`columns`) of `old`."""
+    import torch
+
+    assert isinstance(old, torch.nn.Linear)
+    weight, bias = old.weight.detach(), old.bias.detach()
+    if rows is not None:
+        weight, bias = weight[rows], bias[rows]
+    if columns is not None:
+        weight = weight[:, columns]
+    new = torch.nn.Linear(weight.shape[1], weight.shape[0])
+    new.weight = torch.nn.Parameter(weight.clone())
+    new.bias = torch.nn.Parameter(bias.clone())
+    return new
+
+
+def _replace(layer: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(layer.get_submodule(parent), name, module)

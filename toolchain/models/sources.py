@@ -1,0 +1,80 @@
+"""Which exact files an import stands for, and where they lie: the checkpoint's and, of an adapter, its base's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from toolchain.artifacts.variants import Import, Step
+from toolchain.errors import CheckpointError, HubError
+from toolchain.models import adapters, checkpoints
+from toolchain.models.checkpoints import Source
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The folder of a checkpoint that was checked, the folder of its `base` if it is an adapter, and the import that
+    says exactly which files these are."""
+
+    folder: Path
+    base: Path | None
+    step: Import
+
+
+def pinned(source: Source, asked: Import, recorded: Step | None) -> Import:
+    """The import with the revisions it stands for now.
+
+    A hub model stays at the revision it was imported at until another is asked for; a folder that has gone, too.
+    """
+    known = recorded if isinstance(recorded, Import) else None
+    gone = source.kind == "folder" and not Path(source.ref).is_dir()
+    kept = source.kind == "hub" and known is not None and asked.revision in (None, known.revision)
+    if known and (gone or kept):
+        revision = known.revision
+    else:
+        named = asked.revision if source.kind == "hub" or asked != recorded else None
+        revision = checkpoints.pin(source, named).revision
+    known = known if known and known.revision == revision else None
+    if gone or (known and not source.base):
+        return known or Import(revision)  # what an adapter names is as fixed as the adapter
+    base = _base(replace(source, revision=revision), known.base if known else None)
+    return Import(revision, base)
+
+
+def fetched(source: Source, step: Import) -> Origin:
+    """The files of an import, downloaded if need be and checked."""
+    folder, found = checkpoints.fetch(source, step.revision if source.kind == "hub" else None)
+    if step.base is None:
+        return Origin(folder, None, Import(found.revision))
+    name, _, commit = step.base.rpartition("@")
+    origin = checkpoints.locate(source.base) if source.base else Source("hub", name)
+    base, exact = checkpoints.fetch(origin, commit if origin.kind == "hub" else None, head=False)
+    return Origin(folder, base, Import(found.revision, _said(exact)))
+
+
+def _base(source: Source, known: str | None) -> str | None:
+    """The base of the adapter at this exact revision, as in `Import`; None for a whole model. `known` is what it was
+    imported on."""
+    if known and (known.startswith(f"{source.base}@") or _gone(source.base)):
+        return known
+    folder = checkpoints.adapter(source)
+    if folder and source.base:
+        return _said(checkpoints.pin(checkpoints.locate(source.base), head=False))
+    if source.base:
+        mend = "Leave --base out, or give this model a name of its own: --as NAME."
+        raise CheckpointError(f"{source.ref} is a whole model and no adapter.", mend)
+    if folder is None:
+        return None
+    name, revision = adapters.base(folder)
+    try:
+        return _said(checkpoints.pin(Source("hub", name), revision, head=False))
+    except HubError as error:
+        raise HubError(f"The adapter's base: {error.cause}", f"{error.mend} {adapters.NAME_BASE}") from error
+
+
+def _gone(base: str) -> bool:
+    return Path(base).is_absolute() and not Path(base).is_dir()
+
+
+def _said(base: Source) -> str:
+    return f"{base.ref}@{base.revision}" if base.kind == "hub" else str(base.revision)

@@ -1,0 +1,163 @@
+"""A tokenizer's vocabulary cut down to the tokens a corpus needs, its ids renumbered in every file that states them.
+
+WordPiece only (Schuster and Nakajima 2012; the greedy longest match of BERT): a word whose token went is split into
+pieces that stay, and one whose pieces all stay is split as before, since taking pieces away makes no match longer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from toolchain.data.files import Text
+from toolchain.data.inputs import Encoder
+from toolchain.errors import CheckpointError, DataError
+
+WORDPIECE = "WordPiece"
+TEXTS = 1000  # tokenised at once
+
+# Tokenizers state their ids as whole numbers in JSON: of a token, and of lists such as eos_token_id's.
+Renumbered = Mapping[int, int]
+
+
+def kept_tokens(encoder: Encoder, texts: Iterable[Text]) -> list[int]:
+    """The ids that `texts` need, in order, and those without which a text could no longer be tokenised: special and
+    added tokens, every piece of one character, and what these cannot spell.
+
+    Of characters that have pieces of their own, no word becomes unknown. Raises `CheckpointError` for a tokenizer other
+    than WordPiece, `DataError` for texts that have no words.
+    """
+    tokenizer = _read(encoder.folder / "tokenizer.json")
+    always = _always(encoder.folder, tokenizer)
+    used: set[int] = set()
+    rest = iter(texts)
+    while some := list(itertools.islice(rest, TEXTS)):
+        used.update(itertools.chain.from_iterable(encoder.encode(some)))
+    if not used - _stated(encoder.folder, tokenizer):
+        raise DataError("The corpus has no words.", "Pass texts such as the model will be given.")
+    return sorted(used | always)
+
+
+def trim(folder: Path, kept: Sequence[int]) -> None:
+    """Rewrites the tokenizer and the config in `folder`: token `kept[i]` becomes token i, every other is gone.
+
+    Raises `CheckpointError` where the files do not agree with each other.
+    """
+    numbers = {old: new for new, old in enumerate(kept)}
+    tokenizer = _read(folder / "tokenizer.json")
+    vocabulary = {token: numbers[i] for token, i in tokenizer["model"]["vocab"].items() if i in numbers}
+    try:
+        tokenizer["model"]["vocab"] = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
+        for token in tokenizer["added_tokens"]:
+            token["id"] = vocabulary[token["content"]] = numbers[token["id"]]
+        tokenizer["post_processor"] = _post_processor(tokenizer.get("post_processor"), numbers)
+        if tokenizer.get("padding"):
+            tokenizer["padding"]["pad_id"] = numbers[tokenizer["padding"]["pad_id"]]
+        _write(folder / "tokenizer.json", tokenizer)
+        _companions(folder, kept, numbers)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise _contradiction(folder, f"{type(error).__name__}: {error}") from error
+    found = Encoder.open(folder, (), 1).tokenizer.get_vocab()
+    if found != vocabulary:
+        raise _contradiction(folder, f"{len(found)} tokens instead of {len(vocabulary)}")
+
+
+def _always(folder: Path, tokenizer: Mapping[str, Any]) -> set[int]:
+    """Ids that stay whatever the corpus is."""
+    model = tokenizer["model"]
+    vocabulary: dict[str, int] = model["vocab"]
+    prefix = model.get("continuing_subword_prefix") or ""
+    stay = _stated(folder, tokenizer)
+    for token, number in vocabulary.items():
+        spellings = [(token[0], *(prefix + c for c in token[1:]))] if token else []
+        if prefix and token.startswith(prefix) and token != prefix:
+            spellings.append(tuple(prefix + c for c in token.removeprefix(prefix)))
+        single = any(spelling == (token,) for spelling in spellings)
+        if single or not all(piece in vocabulary for spelling in spellings for piece in spelling):
+            stay.add(number)
+    return stay
+
+
+def _stated(folder: Path, tokenizer: Mapping[str, Any]) -> set[int]:
+    """Ids that some file names for what they do: special and added tokens, [UNK], padding."""
+    model = tokenizer["model"]
+    if model.get("type") != WORDPIECE:
+        raise CheckpointError(
+            f"The tokenizer is {model.get('type') or 'of no stated kind'}, and only a {WORDPIECE} vocabulary can be "
+            "trimmed, whose words are split into the longest pieces there are; by BPE's merges or Unigram's scores a "
+            "token that goes changes how other words are split.",
+            "Leave --trim-vocab out.",
+        )
+    found = {token["id"] for token in tokenizer["added_tokens"]} | {model["vocab"][model["unk_token"]]}
+    known = found | set(model["vocab"].values())
+    for value in _token_ids(_read(folder / "config.json")).values():
+        found.update(i for i in (value if isinstance(value, list) else [value]) if i in known)
+    return found
+
+
+def _token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key.endswith("_token_id") and value is not None}
+
+
+def _post_processor(part: Any, numbers: Renumbered) -> Any:
+    """The part of tokenizer.json that puts special tokens around a text."""
+    if part is None:
+        return None
+    kind = part["type"]
+    if kind == "Sequence":
+        return {**part, "processors": [_post_processor(each, numbers) for each in part["processors"]]}
+    if kind == "TemplateProcessing":
+        special = {
+            name: {**token, "ids": [numbers[i] for i in token["ids"]]} for name, token in part["special_tokens"].items()
+        }
+        return {**part, "special_tokens": special}
+    if kind in ("BertProcessing", "RobertaProcessing"):
+        return {**part, **{name: [part[name][0], numbers[part[name][1]]] for name in ("sep", "cls")}}
+    if kind == "ByteLevel":
+        return part
+    raise ValueError(f"a post-processor of the unknown kind {kind}")
+
+
+def _companions(folder: Path, kept: Sequence[int], numbers: Renumbered) -> None:
+    """Every other file that states ids."""
+    config = _read(folder / "config.json")
+    for key, value in _token_ids(config).items():
+        config[key] = [numbers[i] for i in value] if isinstance(value, list) else numbers[value]
+    _write(folder / "config.json", {**config, "vocab_size": len(kept)}, indent=2)
+    if (file := folder / "tokenizer_config.json").is_file():
+        body, key = _read(file), "added_tokens_decoder"
+        if key in body:
+            body[key] = {str(numbers[int(number)]): token for number, token in body[key].items()}
+        _write(file, body, indent=2)
+    if (file := folder / "added_tokens.json").is_file():
+        _write(file, {token: numbers[number] for token, number in _read(file).items()}, indent=2)
+    lines = folder / "vocab.txt"
+    if lines.is_file():  # a token a line, its id the line's number
+        tokens = lines.read_text(encoding="utf-8").split("\n")
+        lines.write_text("".join(f"{tokens[i]}\n" for i in kept if i < len(tokens)), encoding="utf-8", newline="\n")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(body, dict):
+            raise ValueError("it is no JSON object")
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.", "Import the model again.") from error
+    return body
+
+
+def _write(path: Path, body: Mapping[str, Any], indent: int | None = None) -> None:
+    separators = (",", ":") if indent is None else None
+    text = json.dumps(body, ensure_ascii=False, indent=indent, separators=separators)
+    path.write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+def _contradiction(folder: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"The tokenizer's files in {folder} do not agree with each other: {what}.",
+        "Save the tokenizer anew with tokenizer.save_pretrained(DIR), and import the model again.",
+    )

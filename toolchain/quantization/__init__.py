@@ -1,0 +1,1 @@
+"""Quantisation: activation scales from data, and the sensitivity of each layer."""

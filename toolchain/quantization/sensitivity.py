@@ -1,0 +1,140 @@
+"""Which layers lose by fewer bits: each quantised alone, and how far the answers move, on rows held out of train."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from toolchain.artifacts.store import Artifact
+from toolchain.backends import Place
+from toolchain.backends.ort import OrtSession
+from toolchain.data import inputs
+from toolchain.data.inputs import Data, Encoder, TrainingSource, pad
+from toolchain.data.labels import answers, log_shares
+from toolchain.errors import GraphError
+from toolchain.passes import read, rewrite, write
+from toolchain.passes.model_shape import context_of
+from toolchain.passes.quantize_linear import layers_of
+from toolchain.passes.quantize_static import Activation
+from toolchain.progress import Progress
+from toolchain.system import hardware
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SENTENCES = 300  # that rank the layers; all held-out rows judge how many are kept
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer quantised while the others stay fp32: mean Kullback-Leibler divergence of the answers from the
+    fp32 graph's, in nats, and how many of `SENTENCES` are answered otherwise."""
+
+    name: str
+    divergence: float
+    flips: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An fp32 graph in `artifact`, the passes that quantise its linear layers (and the `activations` these need), and
+    held-out rows to judge it by."""
+
+    artifact: Artifact
+    passes: tuple[str, ...]
+    activations: Mapping[str, Activation]
+    encoder: Encoder
+    rows: Sequence[Sequence[int]]
+    labels: Sequence[int]
+
+    @classmethod
+    def of(
+        cls,
+        artifact: Artifact,
+        passes: tuple[str, ...],
+        train: TrainingSource,
+        activations: Mapping[str, Activation] = MappingProxyType({}),
+    ) -> Subject:
+        """Raises `DataError` for training data that does not fit the model."""
+        manifest = artifact.manifest
+        data: Data = train.load(artifact.label_set)
+        held = data.only(inputs.hold_out(data)[1])
+        encoder = Encoder.open(artifact.path, [spec.name for spec in manifest.inputs], manifest.max_length)
+        return cls(artifact, passes, activations, encoder, encoder.encode(held.texts), held.labels)
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of what would be quantised, in the graph's order."""
+        return layers_of(read(self.artifact.onnx_path))
+
+    @contextmanager
+    def session(self, keep: Sequence[str]) -> Iterator[OrtSession]:
+        """The graph with all linear layers quantised but those in `keep`."""
+        context = replace(context_of(self.artifact.path), keep=frozenset(keep), activations=self.activations)
+        with tempfile.TemporaryDirectory() as folder:
+            graph, _ = rewrite(read(self.artifact.onnx_path), self.passes, context)
+            write(graph, Path(folder) / "model.onnx")
+            opened = OrtSession(Path(folder), Place("cpu", hardware.cores()))
+            try:
+                yield opened
+            finally:
+                opened.close()
+
+    def logits(self, session: OrtSession, count: int) -> np.ndarray:
+        """Logits [row, label] of the first `count` rows, asked one by one."""
+        import numpy as np
+
+        batches = (pad([row], self.encoder.names, self.encoder.pad_id) for row in self.rows[:count])
+        return np.concatenate([session.run(batch) for batch in batches])
+
+
+def rank(subject: Subject, progress: Progress) -> list[Layer]:
+    """Every linear layer, the one that moves the answers most first. Raises `GraphError` where there is none."""
+    import numpy as np
+
+    names = subject.layers
+    if not names:
+        raise GraphError(
+            f"{subject.artifact.manifest.variant} has no linear layer left to quantise.",
+            "Name the variant it was made from.",
+        )
+    with subject.session(names) as session:
+        exact = subject.logits(session, SENTENCES)
+    multi = subject.encoder.multi_label
+    before, first = log_shares(exact, multi), answers(exact, multi)
+    found = []
+    for done, name in enumerate(names):
+        progress(done, len(names), f"quantising {name} alone")
+        with subject.session([other for other in names if other != name]) as session:
+            logits = subject.logits(session, SENTENCES)
+        divergence = float((np.exp(before) * (before - log_shares(logits, multi))).sum(axis=1).mean())
+        flips = sum(one != other for one, other in zip(first, answers(logits, multi), strict=True))
+        found.append(Layer(name, float(f"{max(divergence, 0.0):.3g}"), flips))
+    return sorted(found, key=lambda layer: (-layer.divergence, layer.name))
+
+
+def fewest_kept(subject: Subject, max_drop: float, progress: Progress) -> tuple[int, list[tuple[int, float]]]:
+    """How many of the most sensitive layers must stay fp32 for the accuracy on the held-out rows to drop by no more
+    than `max_drop` points, by bisection; also every number tried with its drop."""
+    ranked = [layer.name for layer in rank(subject, progress)]
+    with subject.session(ranked) as session:
+        before = _right(subject, session)
+    tried: dict[int, float] = {}
+    low, high = -1, len(ranked)  # all kept is the fp32 graph itself
+    while high - low > 1:
+        middle = (low + high) // 2
+        progress(len(tried), len(ranked).bit_length() + 1, f"{middle} layers in fp32")
+        with subject.session(ranked[:middle]) as session:
+            tried[middle] = 100 * (before - _right(subject, session))
+        low, high = (low, middle) if tried[middle] <= max_drop else (middle, high)
+    return high, sorted(tried.items())
+
+
+def _right(subject: Subject, session: OrtSession) -> float:
+    given = answers(subject.logits(session, len(subject.rows)), subject.encoder.multi_label)
+    return sum(one == other for one, other in zip(given, subject.labels, strict=True)) / len(given)

@@ -1,0 +1,1 @@
+"""Shipping: bundles for apps, and how a bundle proves itself."""

@@ -1,0 +1,313 @@
+"""Ship: variants of a model to a folder an app can use; and verify: whether such a folder is what it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolchain import passes
+from toolchain.artifacts import variants
+from toolchain.artifacts.names import parse_name
+from toolchain.artifacts.publishing import building, lock, replace
+from toolchain.artifacts.store import Artifact, Manifest
+from toolchain.backends import Place, Session, open_session
+from toolchain.bench import run
+from toolchain.build import onnx_metadata
+from toolchain.build.pipeline import ensure
+from toolchain.build.steps.validate import SEED as VALIDATED_SEED
+from toolchain.build.steps.validate import SENTENCES as VALIDATED
+from toolchain.build.steps.validate import TEXTS, TOLERANCE, sentence, validate
+from toolchain.build.workspace import Workspace
+from toolchain.data import inputs
+from toolchain.data.inputs import Encoder, pad
+from toolchain.errors import ArtifactError, ProviderError, ShippingError, VerdictError
+from toolchain.models.checkpoints import NOT_STATED, REFERENCE_LICENSE
+from toolchain.progress import Bar, Say
+from toolchain.results.measurements import Measurement, ResultFile
+from toolchain.ship import bundles
+from toolchain.ship.bundle_files import verify as bundled
+from toolchain.ship.bundles import Contents, Origin
+from toolchain.ship.targets import TARGETS, Target, clients
+from toolchain.ship.targets.releases import DEFAULT
+from toolchain.ship.tokenizer_graph.characters import WITHOUT
+from toolchain.ship.tokenizer_graph.session import TextSession
+from toolchain.system import hardware
+
+if TYPE_CHECKING:
+    import onnx
+
+SENTENCES, SEED = 16, 6
+REFERENCE = Origin(
+    name="reference",
+    source={},
+    license=REFERENCE_LICENSE,
+    origin="DistilBERT fine-tuned by the toolchain's authors from sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0)",
+    data="SST-2 (GLUE); the Stanford Sentiment Treebank is published for research with citation "
+    "(Socher et al., EMNLP 2013)",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What to ship: `variants` in this order, for which `target`, under which `license` where the model's own is not
+    known here; with the web target's `demo` page or without, `with_tokenizer` in the graph or beside it, and for phones
+    with which release of ONNX Runtime, one of `RELEASES`."""
+
+    variants: tuple[str, ...]
+    target: str
+    license: str | None = None
+    demo: bool = True
+    with_tokenizer: bool = False
+    ort_mobile: str = DEFAULT
+
+
+def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -> dict[str, Any]:
+    """Writes the bundle to `output`, building what is missing or stale, and returns its bundle.json.
+
+    It is checked like a bundle from elsewhere before it is renamed into place. Raises `ShippingError` for variants the
+    target cannot take, `VerdictError` for one that failed validation, `ArtifactError` where `output` holds anything
+    but an unchanged bundle.
+    """
+    target = TARGETS[order.target]
+    _check_names(order.variants, target)
+    if order.with_tokenizer and target.no_texts:
+        raise ShippingError(
+            f"A bundle for {target.name} cannot have the tokenizer in the graph: {target.no_texts}.",
+            WITHOUT,
+        )
+    built = ensure(workspace, order.variants, {}, say, bar)
+    chosen = [built[name] for name in order.variants]
+    for artifact in chosen:
+        _check(artifact, target)
+        if artifact.manifest.tokenizer != chosen[0].manifest.tokenizer:
+            raise ShippingError(
+                f"{order.variants[0]} and {artifact.manifest.variant} have tokenizers of their own, and a bundle has "
+                "room for one.",
+                "Ship them in bundles of their own.",
+            )
+    found: dict[str, Path] = {}
+    if target is TARGETS["web"] and order.demo:
+        modules = clients.install(workspace.exported / ".cache")
+        found = {path: modules / file for path, file in clients.BROWSER.items()}
+    measured = run.cited([artifact.manifest.id for artifact in chosen], say)
+    contents = Contents(
+        target,
+        chosen,
+        _origin(workspace, chosen[0].manifest, order.license),
+        [*TEXTS.values(), *map(str, inputs.embedded().sample(SENTENCES, SEED))],
+        {artifact_id: _measured(*found_in) for artifact_id, found_in in measured.items()},
+        found,
+        order.with_tokenizer,
+        order.ort_mobile if target is TARGETS["mobile"] else None,
+    )
+    with lock(output, lambda: say(f"{output}: another run is writing it, waiting")):
+        _check_output(output)
+        return _publish(contents, output, say)
+
+
+def _publish(contents: Contents, output: Path, say: Say) -> dict[str, Any]:
+    with building(output) as scratch:
+        body = bundles.write(contents, scratch)
+        if contents.release or contents.with_tokenizer:
+            _compare(contents, body, scratch, say)
+        if output.exists() and bundled.sealed(output)["id"] == body["id"]:
+            say(f"{output}: the same already, unchanged")
+            return body
+        verify(scratch)
+        replace(scratch, output)
+    say(f"{output}: written and verified, {sum(entry['bytes'] for entry in body['files']) / 1e6:.1f} MB")
+    return body
+
+
+def _compare(contents: Contents, body: Mapping[str, Any], folder: Path, say: Say) -> None:
+    """Asks every file that is not its artifact's what a variant is asked when it is validated: it must answer as the
+    artifact it was made from does here.
+
+    Raises `VerdictError` where it does not.
+    """
+    sentences = list(map(str, inputs.embedded().sample(VALIDATED, VALIDATED_SEED)))
+    place = Place("cpu", hardware.cores())
+    for artifact, model in zip(contents.artifacts, body["models"], strict=True):
+        names = [spec.name for spec in artifact.manifest.inputs]
+        encoder = Encoder.open(artifact.path, names, artifact.manifest.max_length)
+        original = open_session(artifact.path, "onnx", place)
+        for name, file in bundled.files_of(model):
+            if contents.with_tokenizer:
+                passed, told = _compare_texts(folder / file, original, encoder, sentences)
+            else:
+                asked = open_session(folder / file, "onnx", place)
+                report = validate(asked, original, encoder, sentences, "exact")
+                passed, told = report["passed"], sentence(report)
+                asked.close()
+            if not passed:
+                raise VerdictError(
+                    f"{file} does not answer as {model['variant']} does: {told}.",
+                    "Ship the variant for the newest --ort-mobile, or ship another variant.",
+                )
+            say(f"{name}: {told}")
+        original.close()
+
+
+def _compare_texts(file: Path, original: Session, encoder: Encoder, texts: Sequence[str]) -> tuple[bool, str]:
+    """Whether a graph with the tokenizer in it answers every text as the `original` answers its tokens; the figures."""
+    import numpy as np
+
+    session = TextSession(file, hardware.cores())
+    deltas = []
+    for text, row in zip(texts, encoder.encode(texts), strict=True):
+        wanted = original.run(pad([row], encoder.names, encoder.pad_id))
+        deltas.append(float(np.abs(session.run([text])[bundled.LOGITS] - wanted).max()))
+    session.close()
+    largest = max(deltas)
+    return largest <= TOLERANCE, f"largest |Δlogit| {largest:.2g} over {len(deltas)} texts, ≤ {TOLERANCE:g} allowed"
+
+
+def _check_output(output: Path) -> None:
+    """Raises `ArtifactError` unless nothing is there or a bundle as it was written, which can be made again."""
+    if not (output.exists() or output.is_symlink()):
+        return
+    mend = "Move it away, or name another folder with --output."
+    try:
+        bundled.sealed(output)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{output} exists and is no bundle.", mend) from error
+    except NotADirectoryError as error:
+        raise ArtifactError(f"{output} is a file.", mend) from error
+    except bundled.Broken as error:
+        raise ArtifactError(f"{output} was changed since it was written: {error.cause}.", mend) from error
+
+
+def _check_names(names: Sequence[str], target: Target) -> None:
+    """Raises `ShippingError`, before anything is built, for what is no ONNX file or would take another's place."""
+    places: dict[str, str] = {}
+    for index, name in enumerate(names):
+        if variants.get(name).runtime != "onnx":
+            raise ShippingError(f"{name} is PyTorch's and no .onnx file.", "Ship an ONNX variant such as onnx-int8.")
+        place = target.path(names, index)
+        other = places.setdefault(place, name)
+        if other != name:
+            raise ShippingError(f"{other} and {name} would both be {place}.", "Ship them in bundles of their own.")
+    if len(set(names)) < len(names):
+        raise ShippingError("A variant is named twice.", "Name each once.")
+
+
+def _check(artifact: Artifact, target: Target) -> None:
+    """Raises `VerdictError` for an artifact that failed validation, `ShippingError` for operators the target lacks."""
+    name = artifact.manifest.variant
+    if artifact.manifest.validation.get("passed") is not True:
+        raise VerdictError(f"{name} did not pass validation.", f"`toolchain validate {name}` shows why.")
+    graph = passes.read(artifact.onnx_path)
+    lacking = sorted({node.op_type for node in graph.graph.all_nodes() if node.domain not in target.domains})
+    if lacking:
+        instead = "onnx-std-int8" if parse_name(name).scheme == "int8" else "onnx-std"
+        raise ShippingError(
+            f"{name} uses {', '.join(lacking)}, which only ONNX Runtime has.",
+            f"Ship a variant of standard operators such as {instead}.",
+        )
+
+
+def _origin(workspace: Workspace, manifest: Manifest, license_: str | None) -> Origin:
+    """Whose the model is; a local folder is named without its place."""
+    source = {key: str(value) for key, value in manifest.source.items()}
+    if source["kind"] == "embedded":
+        return dataclasses.replace(REFERENCE, source=source, license=license_ or REFERENCE.license)
+    source = {key: Path(value).name if Path(value).is_absolute() else value for key, value in source.items()}
+    what = "a local folder" if source["kind"] == "folder" else "the model hub"
+    license_ = license_ or onnx_metadata.license_of(manifest)
+    return Origin(workspace.model, source, license_, f"{source['ref']}, from {what}", NOT_STATED)
+
+
+def _measured(run: ResultFile, row: Measurement) -> dict[str, Any]:
+    """What a run says of an artifact, with its hardware."""
+    machine = run.machine
+    return {
+        "provider": row.provider,
+        "cpu": machine["cpu"],
+        "isa": machine["isa"],
+        "gpu": [gpu["name"] for gpu in machine["gpu"]],
+        "threads": run.run.get("threads"),
+        "created": run.created,
+        "data": run.data["name"],
+        "accuracy": row.accuracy and {"value": row.accuracy.value, "count": row.accuracy.count},
+        "latency_ms": {name: row.latency_ms[name] for name in ("p50", "p95")} if row.latency_ms else None,
+        "sentences_per_s": row.throughput_per_s,
+    }
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Whether the bundle is whole and answers its golden sentences here: {id, files, models: {variant: …}}; raises as
+    `checked`."""
+    body, models = checked(folder)
+    return {"id": body["id"], "target": body.get("target"), "files": len(body["files"]), "models": models}
+
+
+def checked(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The bundle.json of a bundle that is whole and answers its golden sentences here, and how closely each variant
+    does.
+
+    Raises `ShippingError` where there is no bundle, `VerdictError` where it was modified or this runtime cannot compute
+    its answers, `ProviderError` where onnxruntime-extensions is missing for it.
+    """
+    try:
+        body = bundled.sealed(folder)
+        apart = (body.get("tokenizer_in_graph") or {}).get("file")
+        for file in [model["file"] for model in body["models"]] + ([apart] if apart else []):
+            _check_single(folder / file)
+        models = {
+            variant: {"largest_delta": largest, "tolerance": tolerance}
+            for variant, largest, tolerance in bundled.answers(folder, body)
+        }
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ShippingError(
+            f"{folder} is no bundle: it holds no {bundled.BUNDLE}.", "Name a folder `toolchain ship` wrote."
+        ) from error
+    except ImportError as error:
+        raise ProviderError(
+            f"The models of {folder} have the tokenizer in the graph, and {error.name} is not installed.",
+            'Install it: pip install "toolchain[text]".',
+        ) from error
+    except bundled.Refused as error:
+        raise VerdictError(f"{folder}: {error.cause}.", f"{error.hint}.") from error
+    return body, models
+
+
+def _check_single(path: Path) -> None:
+    """Raises `Broken` for a model whose tensors lie in other files, which a loader would follow anywhere."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        tensors = list(external_tensors(onnx.load(str(path), load_external_data=False).graph))
+    except (DecodeError, ValueError, OSError) as error:
+        raise bundled.Broken(f"{path.name} is no ONNX file") from error
+    if tensors:
+        raise bundled.Broken(f"{path.name} keeps {tensors[0]} outside of itself")
+
+
+def external_tensors(graph: onnx.GraphProto) -> Iterator[str]:
+    """Names of a graph's tensors that lie in other files, those of its subgraphs among them."""
+    from onnx import TensorProto
+
+    attributes = [attribute for node in graph.node for attribute in node.attribute]
+    tensors = [
+        *graph.initializer,
+        *(t for a in attributes for t in ([a.t] if a.HasField("t") else []) + list(a.tensors)),
+    ]
+    yield from (tensor.name for tensor in tensors if tensor.data_location == TensorProto.EXTERNAL)
+    for attribute in attributes:
+        for part in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+            yield from external_tensors(part)
+
+
+def default_output(workspace: Workspace, target: str) -> Path:
+    """Where a bundle goes unless told otherwise."""
+    return workspace.exported / workspace.model / f"bundle-{target}"
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The bundle.json of a folder that is one, without checking it; None for anything else."""
+    file = folder / bundled.BUNDLE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -1,0 +1,67 @@
+"""The npm packages that read a bundle in a browser and in Node, pinned by a lock file and installed once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+from toolchain.artifacts.publishing import building, lock, replace
+from toolchain.errors import ShippingError
+
+PACKAGES = Path(__file__).parent / "packages"
+LOCK = "package-lock.json"
+TRANSFORMERS, RUNTIME = "@huggingface/transformers", "onnxruntime-web"
+# Path in a bundle → file under node_modules. One build of the runtime: WebAssembly with SIMD, without WebGPU.
+BROWSER = {
+    "demo/transformers.min.js": f"{TRANSFORMERS}/dist/transformers.web.min.js",
+    "demo/transformers.LICENSE": f"{TRANSFORMERS}/LICENSE",
+    "demo/ort.wasm.min.mjs": f"{RUNTIME}/dist/ort.wasm.min.mjs",
+    "demo/ort-wasm-simd-threaded.mjs": f"{RUNTIME}/dist/ort-wasm-simd-threaded.mjs",
+    "demo/ort-wasm-simd-threaded.wasm": f"{RUNTIME}/dist/ort-wasm-simd-threaded.wasm",
+}
+
+
+def folder(cache: Path) -> Path:
+    """Where the packages of this lock file lie below `cache`; they may not be there."""
+    return cache / f"clients-{hashlib.sha256((PACKAGES / LOCK).read_bytes()).hexdigest()[:12]}"
+
+
+def installed(cache: Path) -> Path | None:
+    """node_modules of the packages, None where they are not installed."""
+    modules = folder(cache) / "node_modules"
+    return modules if (modules / ".package-lock.json").is_file() else None
+
+
+def install(cache: Path) -> Path:
+    """node_modules of the packages, installed by ``npm ci`` unless they are; no script of theirs is run.
+
+    Raises `ShippingError` where there is no npm or it fails.
+    """
+    if modules := installed(cache):
+        return modules
+    npm = shutil.which("npm")
+    mend = "Install Node.js 20 or newer with npm, or leave the page out: --no-demo."
+    if npm is None:
+        raise ShippingError("The demo page is made of npm packages, and there is no npm here.", mend)
+    target = folder(cache)
+    with lock(target, lambda: None):
+        if modules := installed(cache):  # by the run that was waited for
+            return modules
+        with building(target) as scratch:
+            shutil.copytree(PACKAGES, scratch, dirs_exist_ok=True)
+            command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+            run = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
+            if run.returncode:
+                said = [line for line in run.stderr.strip().splitlines() if "error" in line] or ["it does not say why"]
+                raise ShippingError(f"npm could not install {TRANSFORMERS}: {said[0]}.", mend)
+            replace(scratch, target)
+    return target / "node_modules"
+
+
+def version(package: str) -> str:
+    """The version of a package in the lock file."""
+    lock = json.loads((PACKAGES / LOCK).read_text())
+    return str(lock["packages"][f"node_modules/{package}"]["version"])

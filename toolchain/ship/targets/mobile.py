@@ -1,0 +1,258 @@
+"""Models for phones: a file that an older ONNX Runtime reads, the same in ORT format, what a reduced build needs, and
+what ONNX Runtime's checker says of the phones' accelerators."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolchain.artifacts.variants import Export
+from toolchain.errors import ShippingError
+from toolchain.ship.targets import ort_format
+from toolchain.ship.targets.releases import MICROSOFT, MICROSOFT_OPSET, RELEASES, STANDARD, Use, newer, oldest_reading
+from toolchain.ship.targets.uses import oldest_release, read_needs
+from toolchain.system.quiet import quiet
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+CONFIGURATIONS = {"required_operators.config": False, "required_operators_and_types.config": True}
+# Tensor type → the IR version it came with (the versioning section of ONNX's specification).
+IR_OF_TYPE = {
+    **dict.fromkeys(("FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ"), 9),
+    **dict.fromkeys(("INT4", "UINT4"), 10),
+    "FLOAT4E2M1": 11,
+    "FLOAT8E8M0": 12,
+    **dict.fromkeys(("INT2", "UINT2"), 13),
+}
+_COREML = {
+    "CoreML, neural network": "coreml_supported_neuralnetwork_ops.md",
+    "CoreML, ML program": "coreml_supported_mlprogram_ops.md",
+}
+
+
+def make(source: Path, target: Path, release: str, core: Path) -> dict[str, Any]:
+    """The model `source` as the .onnx file `target` that `release` reads, and beside it in ORT format; what bundle.json
+    says of them. `core` is the same model without a tokenizer: what accelerators may take.
+
+    Raises `ShippingError` where the release lacks something that cannot be had otherwise.
+    """
+    import onnxruntime as ort
+
+    lower(source, target, release)
+    file = target.with_suffix(".ort")
+    ort_format.save(target, file)
+    needs = read_needs(target), read_needs(file)
+    version = needs[1].ort_format
+    if version > RELEASES[release].ort_format:
+        raise ShippingError(
+            f"ONNX Runtime {release} reads version {RELEASES[release].ort_format} of the ORT format, and the one "
+            f"installed here writes version {version}.",
+            f"Ship for --ort-mobile {oldest_reading(ort_format=version)} or newer.",
+        )
+    first = oldest_release(*needs)
+    _check_uses(needs[0].uses | needs[1].uses, target.stem, release, first)
+    return {
+        "ort": {
+            "file": file.name,
+            "bytes": file.stat().st_size,
+            "format": version,
+            "optimization_level": ort_format.LEVEL,
+            "saved_by": ort.__version__,
+        },
+        "oldest_release": first,
+        "providers": providers(core),
+    }
+
+
+def _check_uses(uses: Collection[Use], name: str, release: str, first: str | None) -> None:
+    """Raises `ShippingError` for what `release` lacks or answers wrongly; `first` is the oldest that will do."""
+    newer_uses = newer(release, uses)
+    lacking = [use for use in newer_uses if not use.question]
+    faults = [use for use in newer_uses if use.question]
+    hint = (f"Ship it for --ort-mobile {first} or newer, or ship" if first else "Ship") + (
+        f" a variant of standard operators, of opset {Export.opset}, such as onnx-std."
+    )
+    if lacking:
+        raise ShippingError(
+            f"{name} uses {', '.join(map(str, lacking))}, which ONNX Runtime {release} lacks.",
+            hint,
+        )
+    if faults:
+        raise ShippingError(
+            f"{name} uses {', '.join(map(str, faults))}, and ONNX Runtime {release} gives wrong answers to padded "
+            "batches of it or refuses them.",
+            hint,
+        )
+
+
+def lower(source: Path, target: Path, release: str) -> None:
+    """Copies the .onnx file, its IR version and operator sets brought down to what `release` reads; a file that it
+    reads already is the same in every byte.
+
+    Raises `ShippingError` for tensor types and operators that came later and cannot be had otherwise.
+    """
+    import onnx
+    import onnx_ir as ir
+
+    limit = RELEASES[release]
+    model = onnx.load(source)
+    _check_types(ir.from_proto(model), target.stem, release)
+    used = {STANDARD, *(node.domain for node in _nodes(model))}
+    # A release refuses a set that is too new for it, whether a node uses it or not.
+    unused = [entry for entry in model.opset_import if entry.domain not in used]
+    opset = {entry.domain: entry.version for entry in model.opset_import if entry.domain in used}
+    if opset.get(MICROSOFT, MICROSOFT_OPSET) > MICROSOFT_OPSET:
+        raise ShippingError(
+            f"{target.stem} is of opset {opset[MICROSOFT]} of {MICROSOFT}, and ONNX Runtime {release} has "
+            f"{MICROSOFT_OPSET}.",
+            "Build it again.",
+        )
+    newer_set = opset.get(STANDARD, 0) > limit.opset
+    if model.ir_version <= limit.ir_version and not newer_set and not unused:
+        shutil.copyfile(source, target)
+        return
+    for entry in unused:
+        model.opset_import.remove(entry)
+    if newer_set:
+        model = _of_opset(model, limit.opset, target.stem, release)
+    model.ir_version = min(model.ir_version, limit.ir_version)
+    onnx.save(model, target)
+
+
+def _check_types(model: ir.Model, name: str, release: str) -> None:
+    limit = RELEASES[release].ir_version
+    tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    new = {tensor.dtype.name for tensor in tensors if tensor and IR_OF_TYPE.get(tensor.dtype.name, 0) > limit}
+    if new:
+        needed = max(IR_OF_TYPE[each] for each in new)
+        raise ShippingError(
+            f"{name} holds {', '.join(sorted(new))}, which need IR version {needed}; ONNX Runtime {release} reads up "
+            f"to {limit}.",
+            f"Ship it for --ort-mobile {oldest_reading(needed)} or newer, or another variant such as onnx-int8.",
+        )
+
+
+def _of_opset(model: onnx.ModelProto, opset: int, name: str, release: str) -> onnx.ModelProto:
+    """The model in a lower `opset` of standard operators. What is new since then is written out as its specification
+    writes it in other operators, what has another meaning is converted by onnx, and the rest means the same.
+
+    Raises `ShippingError` where either is not to be had.
+    """
+    from onnx import checker, inliner, version_converter
+
+    cause: Exception | None = None
+    stuck = _new(model, opset)
+    try:
+        if stuck:
+            names = [(STANDARD, operator) for operator in stuck]
+            model = inliner.inline_selected_functions(model, names, inline_schema_functions=True)
+            stuck = _new(model, opset)
+        # One opset at a time: onnx converts none in which an operator of the model only lost a type.
+        for version in range(_opset(model).version - 1, opset - 1, -1) if not stuck else ():
+            if stuck := _changed(model, version):
+                model = version_converter.convert_version(model, version)
+                checker.check_model(model)  # some conversions leave attributes that the lower opset does not know
+                stuck = []
+            else:
+                _opset(model).version = version
+    except (RuntimeError, checker.ValidationError) as error:  # what onnx's C++ raises
+        cause = error
+    if stuck:
+        raise ShippingError(
+            f"{name} uses {', '.join(stuck)} of a newer operator set than {opset}, the last that ONNX Runtime "
+            f"{release} reads, and onnx cannot convert that.",
+            f"Export it with `toolchain export --opset {min(opset, Export.opset)}`, or ship for a newer --ort-mobile.",
+        ) from cause
+    return model
+
+
+def _opset(model: onnx.ModelProto) -> onnx.OperatorSetIdProto:
+    """Of standard operators."""
+    found: onnx.OperatorSetIdProto = next(entry for entry in model.opset_import if entry.domain == STANDARD)
+    return found
+
+
+def _nodes(model: onnx.ModelProto) -> Iterator[ir.Node]:
+    """All of them, those in the branches of an If and in the bodies of loops among them."""
+    import onnx_ir as ir
+
+    return iter(ir.from_proto(model).graph.all_nodes())
+
+
+def _standard(model: onnx.ModelProto) -> list[str]:
+    return sorted({node.op_type for node in _nodes(model) if node.domain == STANDARD})
+
+
+def _new(model: onnx.ModelProto, opset: int) -> list[str]:
+    """Standard operators of the model that `opset` has not."""
+    from onnx import defs
+
+    return [operator for operator in _standard(model) if not defs.has(operator, opset)]
+
+
+def _changed(model: onnx.ModelProto, opset: int) -> list[str]:
+    """Standard operators of the model that take, give or are told something else in `opset`; that they know fewer types
+    there is found where the file is loaded."""
+    from onnx import defs
+
+    def signature(operator: str, version: int) -> Any:
+        schema = defs.get_schema(operator, version, STANDARD)
+        values = [[(value.name, value.option) for value in side] for side in (schema.inputs, schema.outputs)]
+        told = {n: (a.type, a.required, a.default_value.SerializeToString()) for n, a in schema.attributes.items()}
+        return values, told
+
+    return [
+        operator
+        for operator in _standard(model)
+        if signature(operator, _opset(model).version) != signature(operator, opset)
+    ]
+
+
+def configure(models: Sequence[Path]) -> None:
+    """Writes beside the `models`, which are in ORT format, what a reduced build of ONNX Runtime needs for them: the
+    operators, and those with the types they are given."""
+    from onnxruntime.tools.ort_format_model import create_config_from_models
+
+    folder = models[0].parent
+    for name, with_types in CONFIGURATIONS.items():
+        with quiet():
+            create_config_from_models(models, folder / name, with_types)
+        lines = (folder / name).read_text(encoding="utf-8").replace(f"{folder}/", "")
+        (folder / name).write_text(lines, encoding="utf-8")
+
+
+def providers(path: Path) -> list[dict[str, Any]]:
+    """What the checker of the ONNX Runtime installed here says of the phones' accelerators: for each, with the inputs'
+    shapes as they are and fixed, how many nodes it would take in how many partitions, and whether to try it.
+
+    It knows operators and shapes; nothing is run. XNNPACK, which works on the CPU, it does not judge.
+    """
+    from onnxruntime.tools.mobile_helpers import usability_checker as checker
+    from onnxruntime.tools.onnx_model_utils import ModelProtoWithShapeInfo, optimize_model
+
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        basic = Path(folder) / path.name
+        optimize_model(path, basic, use_external_initializers=True)
+        model = ModelProtoWithShapeInfo(basic).model_with_shape_info
+        found = []
+        for fixed in (False, True):
+            parts = {"NNAPI": checker.check_nnapi_partitions(model, not fixed)} | {
+                name: checker.check_coreml_partitions(model, not fixed, file) for name, file in _COREML.items()
+            }
+            found += [
+                {
+                    "provider": name,
+                    "fixed_shapes": fixed,
+                    "nodes": part.num_nodes,
+                    "taken": part.num_supported_nodes,
+                    "partitions": part.num_partitions,
+                    "worth_trying": part.suitability().name.lower(),
+                }
+                for name, part in parts.items()
+            ]
+    return found

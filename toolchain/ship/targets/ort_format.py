@@ -1,0 +1,186 @@
+"""ONNX Runtime's own file format: written by it, the same bytes every time, and read for what it holds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from toolchain import passes
+from toolchain.backends.ort import add_extensions
+from toolchain.build.onnx_metadata import set_properties
+from toolchain.errors import ShippingError
+from toolchain.passes.quantize_linear import headroom
+from toolchain.passes.unsigned_weights import unsigned_weights
+from toolchain.ship.targets.releases import EXTENSIONS
+
+# Fusions into operators of the CPU provider, which are the same on every processor; one level up, layouts are chosen
+# for the processor the file is written on.
+LEVEL = "extended"
+
+
+def save(source: Path, target: Path) -> None:
+    """The .onnx file `source` optimised and saved as `target` in ORT format, exact on every processor.
+
+    Int8 weights that could saturate are stored unsigned: no session option reaches a file in ORT format. Saving runs in
+    a process of its own, since ONNX Runtime names in the file the domains of every library of operators that its
+    process has loaded. Raises `ShippingError` where ONNX Runtime cannot run it on the CPU.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        model = passes.read(source)
+        if (headroom(model) or 1) < 1:
+            unsigned_weights(model)
+            set_properties(model, {"session_options": "{}"})
+            source = Path(scratch) / source.name
+            passes.write(model, source)
+        command = [sys.executable, "-P", "-m", __spec__.name, str(source), str(target)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        said = run.stderr.strip().splitlines() or ["it does not say why"]
+        raise ShippingError(
+            f"{source.name} cannot be saved in ORT format: {said[-1]}.", "Ship a variant for the CPU such as onnx-int8."
+        )
+    target.write_bytes(_in_order(target.read_bytes()))
+
+
+def save_here(source: str, target: str, level: str = LEVEL, sizes: Mapping[str, int] | None = None) -> None:
+    """The same in this process, and in the order that ONNX Runtime writes.
+
+    `level` is that of its optimiser; `sizes` fix free dimensions of the inputs, by name.
+    """
+    import onnx
+    import onnxruntime as ort
+    from onnxruntime.tools.onnx_model_utils import get_optimization_level
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    if EXTENSIONS in {entry.domain for entry in onnx.load(source, load_external_data=False).opset_import}:
+        add_extensions(options)
+    options.graph_optimization_level = get_optimization_level(level)
+    for name, size in (sizes or {}).items():
+        options.add_free_dimension_override_by_name(name, size)
+    options.optimized_model_filepath = target
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    # Signed 8 bits, which ARM multiplies as they are; else they would be made unsigned for x86.
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
+    ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def _parts() -> Any:
+    """The classes of the format's schema, which the tools put on the path when they are imported."""
+    import onnxruntime.tools.ort_format_model  # noqa: F401
+    from ort_flatbuffers_py import fbs
+
+    return fbs
+
+
+def read_root(content: bytes) -> Any:
+    """The root table of a file in ORT format."""
+    return _parts().InferenceSession.InferenceSession.GetRootAsInferenceSession(content, 0)
+
+
+def _in_order(content: bytes) -> bytes:
+    """The same file with its table of kernels' types sorted.
+
+    ONNX Runtime writes that table, the last thing in a file that is built from its end, in the order of a hash table
+    whose seed is another in every process; what stands behind it, the model, is the same each time and stays as it is.
+    """
+    import flatbuffers
+
+    session = read_root(content)
+    model = session.Model()._tab
+    table = model.Pos - int.from_bytes(content[model.Pos : model.Pos + 4], "little", signed=True)
+    rest = content[min(model.Pos, table) :]
+    builder = flatbuffers.Builder(len(rest))
+    builder.Bytes[:] = rest
+    builder.head = type(builder.head)(0)
+    builder.minalign = 8
+    resolver = _resolver(builder, session.KernelTypeStrResolver())
+    version = builder.CreateString(session.OrtVersion().decode())
+    part = _parts().InferenceSession
+    part.Start(builder)
+    part.AddOrtVersion(builder, version)
+    part.AddModel(builder, len(content) - model.Pos)
+    part.AddKernelTypeStrResolver(builder, resolver)
+    builder.Finish(part.End(builder), file_identifier=content[4:8])
+    return bytes(builder.Output())
+
+
+def _resolver(builder: Any, given: Any) -> int:
+    """Operators → names of their types → the inputs and outputs that are of the type, each sorted, as they were
+    `given`; its offset."""
+    fbs = _parts()
+    operators = []
+    for operator in _sorted(given.OpKernelTypeStrArgs, given.OpKernelTypeStrArgsLength(), lambda o: o.OpId()):
+        types = []
+        names = _sorted(operator.KernelTypeStrArgs, operator.KernelTypeStrArgsLength(), lambda n: n.KernelTypeStr())
+        for name in names:
+            places = []
+            for place in _sorted(name.Args, name.ArgsLength(), lambda p: (p.ArgType(), p.Index())):
+                fbs.ArgTypeAndIndex.Start(builder)
+                fbs.ArgTypeAndIndex.AddArgType(builder, place.ArgType())
+                fbs.ArgTypeAndIndex.AddIndex(builder, place.Index())
+                places.append(fbs.ArgTypeAndIndex.End(builder))
+            its_name, its_places = builder.CreateString(name.KernelTypeStr().decode()), _vector(builder, places)
+            fbs.KernelTypeStrArgsEntry.Start(builder)
+            fbs.KernelTypeStrArgsEntry.AddKernelTypeStr(builder, its_name)
+            fbs.KernelTypeStrArgsEntry.AddArgs(builder, its_places)
+            types.append(fbs.KernelTypeStrArgsEntry.End(builder))
+        its_id, its_types = builder.CreateString(operator.OpId().decode()), _vector(builder, types)
+        fbs.OpIdKernelTypeStrArgsEntry.Start(builder)
+        fbs.OpIdKernelTypeStrArgsEntry.AddOpId(builder, its_id)
+        fbs.OpIdKernelTypeStrArgsEntry.AddKernelTypeStrArgs(builder, its_types)
+        operators.append(fbs.OpIdKernelTypeStrArgsEntry.End(builder))
+    all_of_them = _vector(builder, operators)
+    fbs.KernelTypeStrResolver.Start(builder)
+    fbs.KernelTypeStrResolver.AddOpKernelTypeStrArgs(builder, all_of_them)
+    end: int = fbs.KernelTypeStrResolver.End(builder)
+    return end
+
+
+def _sorted(get: Any, length: int, key: Any) -> list[Any]:
+    return sorted((get(index) for index in range(length)), key=key)
+
+
+def _vector(builder: Any, offsets: list[int]) -> int:
+    builder.StartVector(4, len(offsets), 4)
+    for offset in reversed(offsets):
+        builder.PrependUOffsetTRelative(offset)
+    end: int = builder.EndVector()
+    return end
+
+
+def shapes(graph: Any) -> dict[str, list[int | str | None]]:
+    """Value → its dimensions: numbers, names, or not known. Values of unknown rank are left out."""
+    fbs = _parts()
+    found = {}
+    for value in (graph.NodeArgs(index) for index in range(graph.NodeArgsLength())):
+        kind = value.Type()
+        if kind is None or kind.ValueType() != fbs.TypeInfoValue.TypeInfoValue.tensor_type:
+            continue
+        tensor = fbs.TensorTypeAndShape.TensorTypeAndShape()
+        tensor.Init(kind.Value().Bytes, kind.Value().Pos)
+        if tensor.Shape() is not None:
+            dimensions = map(tensor.Shape().Dim, range(tensor.Shape().DimLength()))
+            found[value.Name().decode()] = [_size(each.Value()) for each in dimensions]
+    return found
+
+
+def _size(value: Any) -> int | str | None:
+    kinds = _parts().DimensionValueType.DimensionValueType
+    if value is None or value.DimType() == kinds.UNKNOWN:
+        return None
+    return int(value.DimValue()) if value.DimType() == kinds.VALUE else str(value.DimParam().decode())
+
+
+def version(path: Path) -> int:
+    """Of the ORT format a file is written in."""
+    return int(read_root(path.read_bytes()).OrtVersion())
+
+
+if __name__ == "__main__":
+    save_here(sys.argv[1], sys.argv[2])

@@ -1,0 +1,56 @@
+"""GPT-2's and RoBERTa's tokenizer as a graph: byte-level BPE (Radford et al. 2019), by onnxruntime-extensions.
+
+The operator reads a text up to its first NUL character, which the checkpoint's tokenizer has a token for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from toolchain.errors import ShippingError
+from toolchain.ship.targets.releases import EXTENSIONS
+from toolchain.ship.tokenizer_graph.characters import WITHOUT
+from toolchain.ship.tokenizer_graph.nodes import Nodes
+from toolchain.ship.tokenizer_graph.rows import Ragged
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+# Unicode's White_Space, which RE2's \s is a part of.
+WHITE = r"[\t-\r \x{85}\x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000}]*"
+
+
+def byte_pairs(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
+    """The pieces of every text, without the special tokens around it.
+
+    Raises `ShippingError` for byte pairs whose texts are split otherwise than GPT-2's.
+    """
+    body = json.loads(tokenizer.to_str())
+    kind = (body.get("pre_tokenizer") or {}).get("type")
+    if kind != "ByteLevel" or body.get("normalizer") or body["pre_tokenizer"].get("add_prefix_space"):
+        raise ShippingError(
+            "The tokenizer is BPE with a normaliser, a space put before texts, or words of its own; "
+            "onnxruntime-extensions has GPT-2's.",
+            WITHOUT,
+        )
+    added = tokenizer.get_added_tokens_decoder()
+    for token in added.values():
+        pattern = re.escape(token.content)
+        if token.lstrip or token.rstrip:  # the space beside it goes with it
+            around = f"{WHITE if token.lstrip else ''}{pattern}{WHITE if token.rstrip else ''}"
+            texts = nodes.replace(texts, around, token.content)
+    ids, mask = nodes.several(
+        "HfJsonTokenizer",
+        2,
+        texts,
+        domain=EXTENSIONS,
+        tokenizer_config=json.dumps({"tokenizer_class": "GPT2Tokenizer"}),
+        tokenizer_vocab=tokenizer.to_str(),
+    )
+    counts = nodes.add("ReduceSum", mask, nodes.numbers([1]), keepdims=0)
+    count, width = (nodes.add("Gather", nodes.add("Shape", ids), nodes.numbers(axis)) for axis in (0, 1))
+    begins = nodes.add("Mul", nodes.add("Range", nodes.numbers(0), count, nodes.numbers(1)), width)
+    flat = nodes.add("Reshape", ids, nodes.numbers([-1]))
+    return Ragged(flat, begins, nodes.add("Add", begins, counts))

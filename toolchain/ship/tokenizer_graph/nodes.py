@@ -1,0 +1,75 @@
+"""Nodes of a graph that works on texts: onnxruntime-extensions' operators, and constants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from toolchain.ship.targets.releases import EXTENSIONS, ML
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+# The first operator set that has StringSplit. ONNX Runtime reads it from 1.17 on.
+OPSET = {"": 20, EXTENSIONS: 1, ML: 2}
+
+
+class Nodes:
+    """Nodes in the order they are added, and the constants they read."""
+
+    def __init__(self) -> None:
+        from onnx_ir import tape
+
+        self.tape = tape.Tape()
+        self._constants: dict[tuple[str, ...], ir.Value] = {}
+
+    def texts(self, *values: str) -> ir.Value:
+        """A constant of texts [values]."""
+        import onnx_ir as ir
+
+        key = ("texts", *values)
+        if key not in self._constants:
+            tensor = ir.StringTensor([value.encode() for value in values], shape=ir.Shape([len(values)]))
+            self._constants[key] = self.tape.initializer(tensor, f"tokenizer_texts_{len(self._constants)}")
+        return self._constants[key]
+
+    def numbers(self, value: int | Sequence[int]) -> ir.Value:
+        """A constant of int64: a scalar, or [values]."""
+        import numpy as np
+
+        return self._constant(np.array(value, np.int64))
+
+    def truth(self, value: bool) -> ir.Value:
+        """A constant of one truth value [1]."""
+        import numpy as np
+
+        return self._constant(np.array([value]))
+
+    def _constant(self, array: np.ndarray) -> ir.Value:
+        import onnx_ir as ir
+
+        key = (array.dtype.name, str(array.shape), *map(str, array.ravel()))
+        if key not in self._constants:
+            self._constants[key] = self.tape.initializer(ir.tensor(array), f"tokenizer_{len(self._constants)}")
+        return self._constants[key]
+
+    def add(self, operator: str, *inputs: ir.Value, domain: str = "", **attributes: Any) -> ir.Value:
+        """A node of one output."""
+        return self.tape.op(operator, inputs, attributes, domain=domain)
+
+    def several(self, operator: str, count: int, *inputs: ir.Value, domain: str = "", **attributes: Any) -> Any:
+        """A node of `count` outputs."""
+        return self.tape.op_multi_out(operator, inputs, attributes, num_outputs=count, domain=domain)
+
+    def replace(self, texts: ir.Value, pattern: str, by: str) -> ir.Value:
+        """Every match of a regular expression (RE2's syntax) in `texts` [n] replaced."""
+        found = [self.texts(pattern), self.texts(by)]
+        return self.add("StringRegexReplace", texts, *found, domain=EXTENSIONS, global_replace=1)
+
+    def zeros_like(self, values: ir.Value) -> ir.Value:
+        """int64 zeros of the shape of `values`."""
+        import numpy as np
+        import onnx_ir as ir
+
+        return self.add("ConstantOfShape", self.add("Shape", values), value=ir.tensor(np.zeros(1, np.int64)))

@@ -1,0 +1,1 @@
+"""This machine, its files, and the log lines of other libraries."""

@@ -1,0 +1,1 @@
+"""Training: the one loop, its losses, its batches and its arithmetic."""

@@ -1,0 +1,322 @@
+"""The one training loop: length-grouped batches, mixed precision where the hardware has it, resumable at any moment.
+
+A run's folder holds what is needed to go on: the weights, the optimiser's moments and the best weights so far as
+safetensors, the rest as JSON. A step depends on its number and the recipe alone, so a resumed run ends with the same
+weights as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolchain.data.inputs import Encoder
+from toolchain.errors import DataError
+from toolchain.models.architectures import matched_layers
+from toolchain.system import files, hardware
+from toolchain.training import mixed_precision
+from toolchain.training.batches import Batch, Targets, batch, batches
+from toolchain.training.scoring import BATCH, accuracy
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+GROUP = 50  # batches whose rows are sorted by length together
+SAVE_EVERY_S = 30.0
+WIDTHS = 8  # a batch's width is a multiple of it: oneDNN compiles its kernels anew for every shape
+STATE, WEIGHTS, BEST = "state.json", "weights.safetensors", "best.safetensors"
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """AdamW, for embeddings sparse Adam, with a linear schedule: `learning_rate` is its peak, `warmup` the share of
+    steps that lead up to it.
+
+    `task`, `states` and `temperature` as `losses.Weights` has them; `patience` is how many epochs that are no better on
+    held-out rows end the training. `dropout` as the model's config has it: a teacher's answers leave nothing to
+    regularise against.
+    """
+
+    epochs: int
+    learning_rate: float
+    batch_size: int = 32
+    seed: int = 20
+    warmup: float = 0.06
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    temperature: float = 2.0
+    states: float = 1.0
+    patience: int = 2
+    task: float = 0.0
+    dropout: bool = False
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Token ids and targets of the same rows."""
+
+    ids: Sequence[Sequence[int]]
+    labels: Targets
+
+    def of_epoch(self, epoch: int) -> Examples:
+        """What is learned from in that epoch, as many rows in each: these, in every one."""
+        return self
+
+    def batches(self, encoder: Encoder) -> list[Batch]:
+        """All rows, shortest first, in batches for scoring."""
+        return batches(self.ids, self.labels, encoder, BATCH)
+
+
+@dataclass
+class _State:
+    """Where a run stands; `key` says which run it is. Before the first step and after every epoch, `held_out` has the
+    accuracy and `losses` the loss; `best` is the index of the best of them."""
+
+    key: str
+    step: int = 0
+    spent_s: float = 0.0
+    held_out: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    best: int = 0
+    scale: float = 65536.0  # of float16 gradients, PyTorch's first
+
+
+def train(
+    models: tuple[PreTrainedModel, PreTrainedModel | None],
+    rows: tuple[Examples, Examples],
+    encoder: Encoder,
+    recipe: Recipe,
+    resume: tuple[Path, str],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Trains the first of `models` in place, on the first of `rows`, to answer as these say and as the second, its
+    teacher, does, and leaves it with the weights that were best on the second of `rows`, which are held out: by
+    accuracy where labels count, else by the loss, which wavers less.
+
+    Only parameters that require a gradient are trained. `resume` is a folder and a key: a run of the same key there is
+    taken up where it stopped. Returns what is to be told of it. Raises `DataError` where the loss is no longer finite;
+    the folder then holds the state before that step.
+    """
+    (model, teacher), (train_on, held_out) = models, rows
+    folder, key = resume
+    folder.mkdir(parents=True, exist_ok=True)
+    now = train_on.of_epoch(0)
+    run = _Run((model, teacher), recipe, math.ceil(len(now.ids) / recipe.batch_size), folder, key)
+    judged = held_out.batches(encoder)
+    if not run.state.step:
+        run.judge(judged)
+    while not run.over:
+        epoch = len(run.state.held_out) - 1  # a run killed between an epoch's last step and its score owes the score
+        now = train_on.of_epoch(epoch)
+        for chosen in _order(now, recipe, epoch)[run.state.step - epoch * run.steps :]:
+            loss = run.learn(batch(chosen, now.ids, now.labels, encoder, WIDTHS))
+            progress(run.state.step, run.total, f"epoch {epoch + 1} of {recipe.epochs}, loss {loss:.4f}")
+        run.judge(judged)
+        run.save()
+    run.finish()
+    return {
+        **asdict(recipe),
+        "rows": len(now.ids),
+        "steps": run.state.step,
+        "best_epoch": run.state.best,
+        "held_out_accuracy": [round(value, 4) for value in run.state.held_out],
+        "held_out_loss": [round(value, 4) for value in run.state.losses],
+        "held_out_rows": len(held_out.ids),
+        "device": run.device.type,
+        "precision": str(run.precision).removeprefix("torch."),
+        "seconds": round(run.state.spent_s, 1),
+    }
+
+
+def _order(rows: Examples, recipe: Recipe, epoch: int) -> list[list[int]]:
+    """The epoch's batches: shuffled, but rows of like length together, so that little is padded."""
+    rng = random.Random(f"{recipe.seed} {epoch}")
+    shuffled = rng.sample(range(len(rows.ids)), len(rows.ids))
+    size, found = recipe.batch_size, []
+    for start in range(0, len(shuffled), GROUP * size):
+        group = sorted(shuffled[start : start + GROUP * size], key=lambda i: len(rows.ids[i]))
+        found += [group[i : i + size] for i in range(0, len(group), size)]
+    rng.shuffle(found)
+    return found
+
+
+class _Run:
+    """A model under training: its optimiser, its teacher, and where it stands."""
+
+    def __init__(
+        self, models: tuple[PreTrainedModel, PreTrainedModel | None], recipe: Recipe, steps: int, folder: Path, key: str
+    ) -> None:
+        import torch
+
+        from toolchain.training.losses import Weights
+
+        # The order of a sum depends on how many threads share it: the same, whatever this process did before.
+        torch.set_num_threads(hardware.cores())
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.precision = mixed_precision.precision(self.device)
+        self.steps, self.total = steps, steps * recipe.epochs
+        (model, teacher), self._recipe, self._folder = models, recipe, folder
+        matched = tuple(matched_layers(model)) if recipe.states else ()
+        self._weights = Weights(recipe.task, recipe.states, recipe.temperature, matched)
+        self._model = model.to(self.device)  # type: ignore[arg-type]
+        self._teacher = teacher and teacher.to(self.device, self.precision).eval()  # type: ignore[arg-type]
+        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        tables = set()
+        for name, module in model.named_modules():
+            # DeBERTa's relative positions are a matrix that is multiplied, not looked up.
+            if isinstance(module, torch.nn.Embedding) and not name.endswith("rel_embeddings"):
+                # A batch has a few hundred of many thousand rows: stepping all of them is a fifth of the time.
+                module.sparse = True
+                tables.add(f"{name}.weight")
+        self._dense = [p for name, p in self._trained.items() if name not in tables]
+        adamw = torch.optim.AdamW(self._dense, weight_decay=recipe.weight_decay, fused=True)
+        lazy = torch.optim.SparseAdam([p for name, p in self._trained.items() if name in tables])
+        self._optimizers = (adamw, lazy)
+        self._optimizer_of = {name: lazy if name in tables else adamw for name in self._trained}
+        self._started = self._saved = time.monotonic()
+        self.state = self._restored(key) or _State(key)
+        self._before_s = self.state.spent_s
+        # What float16 cannot hold of a gradient is scaled up first.
+        halved = self.precision == torch.float16
+        self._scaler = torch.amp.GradScaler(self.device.type, init_scale=self.state.scale, enabled=halved)
+
+    @property
+    def over(self) -> bool:
+        """Every epoch was run, or the last ones brought nothing."""
+        epochs = len(self.state.held_out) - 1
+        return epochs >= self._recipe.epochs or epochs - self.state.best >= self._recipe.patience
+
+    def learn(self, part: Batch) -> float:
+        """One step; the loss it started from."""
+        import torch
+
+        recipe, step = self._recipe, self.state.step
+        rising = (step + 1) / max(1.0, recipe.warmup * self.total)
+        rate = recipe.learning_rate * min(rising, (self.total - step) / self.total)
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            optimizer.param_groups[0]["lr"] = rate
+        if recipe.dropout:
+            torch.manual_seed(recipe.seed * self.total + step)  # by the step: a resumed run drops the same
+        self._model.train(recipe.dropout)
+        found = self._loss(part)
+        self._model.eval()
+        if not torch.isfinite(found):
+            self.save()
+            raise DataError(
+                f"The loss is {float(found.detach())} at step {step}: the training left what numbers can hold. What it "
+                f"had until then is kept in {self._folder}.",
+                "Check the checkpoint for NaN; a lower learning rate may help.",
+            )
+        self._scaler.scale(found).backward()
+        for optimizer in self._optimizers:
+            self._scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(self._dense, recipe.clip)
+        for optimizer in self._optimizers:
+            self._scaler.step(optimizer)
+        self._scaler.update()
+        self.state.step += 1
+        if time.monotonic() - self._saved > SAVE_EVERY_S:
+            self.save()
+        return float(found.detach())
+
+    def _loss(self, part: Batch) -> torch.Tensor:
+        import torch
+
+        from toolchain.training.losses import loss
+
+        inputs = {name: tensor.to(self.device) for name, tensor in part.inputs.items()}
+        states = self._recipe.states > 0
+        with mixed_precision.attention(self.device):
+            with torch.no_grad():
+                wanted = self._teacher and self._teacher(**self._asked(inputs), output_hidden_states=states)
+            with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+                given = self._model(**inputs, output_hidden_states=states)
+        return loss(given, wanted, inputs, part.labels.to(self.device), self._weights)
+
+    def judge(self, rows: list[Batch]) -> None:
+        """Scores the weights as they are, and keeps them where none were better."""
+        import torch
+
+        self.state.held_out.append(accuracy(self._model, rows))
+        with torch.no_grad():
+            total = sum(float(self._loss(part)) * len(part.labels) for part in rows)
+        self.state.losses.append(total / sum(len(part.labels) for part in rows))
+        scores = self.state.held_out if self._recipe.task else [-value for value in self.state.losses]
+        if scores[-1] >= scores[self.state.best] or len(scores) == 1:
+            self.state.best = len(scores) - 1
+            _write(self._folder / f"{self.state.best}.{BEST}", dict(self._trained))
+
+    def _asked(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those of the inputs that the teacher takes, which may be of another architecture."""
+        assert self._teacher is not None
+        taken = inspect.signature(self._teacher.forward).parameters
+        return {name: tensor for name, tensor in inputs.items() if name in taken}
+
+    def save(self) -> None:
+        """What a later run goes on from; the state last, which makes the rest valid."""
+        import torch
+
+        tensors: dict[str, torch.Tensor] = dict(self._trained)
+        for name, parameter in self._trained.items():
+            moments = self._optimizer_of[name].state.get(parameter, {})
+            tensors |= {f"{name}|{key}": torch.as_tensor(value) for key, value in moments.items()}
+        self.state.spent_s = self._before_s + time.monotonic() - self._started
+        self.state.scale = self._scaler.get_scale() if self._scaler.is_enabled() else self.state.scale
+        _write(self._folder / f"{self.state.step}.{WEIGHTS}", tensors)
+        files.write_whole(self._folder / STATE, json.dumps(asdict(self.state)))
+        for old in self._folder.glob(f"*.{WEIGHTS}"):
+            if old.name != f"{self.state.step}.{WEIGHTS}":
+                old.unlink()
+        self._saved = time.monotonic()
+
+    def _restored(self, key: str) -> _State | None:
+        """The state of an earlier run of this key, its weights and moments put back."""
+        import torch
+        from safetensors.torch import load_file
+
+        file = self._folder / STATE
+        if not file.is_file() or json.loads(file.read_text())["key"] != key:
+            return None
+        state = _State(**json.loads(file.read_text()))
+        tensors = load_file(self._folder / f"{state.step}.{WEIGHTS}", device=str(self.device))
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                parameter.copy_(tensors.pop(name))
+        for name, value in tensors.items():
+            parameter_name, moment = name.rsplit("|", 1)
+            state_of = self._optimizer_of[parameter_name].state[self._trained[parameter_name]]
+            # `SparseAdam` counts its steps with a plain number, `AdamW` with a tensor of floats.
+            state_of[moment] = value if value.is_floating_point() else int(value)
+        return state
+
+    def finish(self) -> None:
+        """Leaves the model with its best weights, on the host."""
+        import torch
+        from safetensors.torch import load_file
+
+        tensors = load_file(self._folder / f"{self.state.best}.{BEST}")
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                parameter.copy_(tensors[name])
+        self._model.to("cpu")
+
+
+def _write(path: Path, tensors: dict[str, Any]) -> None:
+    """Writes them whole or not at all."""
+    from safetensors.torch import save_file
+
+    scratch = path.with_name(f".{path.name}")
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, scratch)
+    os.replace(scratch, path)

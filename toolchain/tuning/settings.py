@@ -1,0 +1,45 @@
+"""Choosing settings by what they cost in accuracy, on rows held out of the training data."""
+
+from __future__ import annotations
+
+from toolchain import pruning
+from toolchain.artifacts.names import parse_name
+from toolchain.artifacts.variants import Prune, Quantize
+from toolchain.build.pipeline import ensure
+from toolchain.build.steps.prune import price_of
+from toolchain.build.steps.quantize import activations_of, linear_passes
+from toolchain.build.workspace import Workspace
+from toolchain.models import checkpoints
+from toolchain.progress import Bar, Say
+from toolchain.pruning.subject import subject
+from toolchain.quantization import sensitivity
+
+
+def fewest_kept(workspace: Workspace, parent: str, step: Quantize, max_drop: float, say: Say, bar: Bar) -> int:
+    """How many layers of `parent` must stay fp32; see `sensitivity.fewest_kept`."""
+    subject = sensitive(workspace, parent, step, say, bar)
+    with bar("quantize") as progress:
+        kept, tried = sensitivity.fewest_kept(subject, max_drop, progress)
+    for each, drop in tried:
+        say(f"{each} layers in fp32: {drop:+.2f} points lost on held-out rows")
+    return kept
+
+
+def sensitive(workspace: Workspace, parent: str, step: Quantize, say: Say, bar: Bar) -> sensitivity.Subject:
+    """`parent`, built if need be, about to be quantised by `step`."""
+    built = ensure(workspace, [parent], {}, say, bar)[parent]
+    passes = linear_passes(step, parse_name(parent).std)
+    return sensitivity.Subject.of(built, passes, workspace.train, activations_of(built, step, workspace.train))
+
+
+def largest_ratio(workspace: Workspace, step: Prune, max_drop: float, say: Say, bar: Bar) -> float:
+    """The largest ratio at which `step`'s method loses at most `max_drop` points on rows held out of the training data;
+    see `pruning.largest_ratio`."""
+    root = ensure(workspace, [checkpoints.ROOT_VARIANT], {}, say, bar)[checkpoints.ROOT_VARIANT]
+    given = subject(root, workspace.train, step.sentences, step.seed)
+    with bar("prune") as progress:
+        price, _ = price_of(given, step.cost, workspace.cache, progress)
+        ratio, tried = pruning.largest_ratio(given, step.method, price, max_drop, progress, step.layers)
+    for each, drop in tried:
+        say(f"ratio {each:.2f}: {drop:+.2f} points lost on held-out rows")
+    return ratio
