@@ -17,14 +17,19 @@ from types import FrameType
 import click
 
 from toolchain import __version__
-from toolchain.cli.build import export, prune
+from toolchain.cli.bench import bench
 from toolchain.cli.compare import compare
+from toolchain.cli.doctor import doctor
+from toolchain.cli.export import export
 from toolchain.cli.finetune import finetune
-from toolchain.cli.look import doctor, validate, variants
-from toolchain.cli.measure import bench
+from toolchain.cli.predict import predict
+from toolchain.cli.prune import prune
 from toolchain.cli.quantize import quantize
-from toolchain.cli.ship import predict, ship, verify
+from toolchain.cli.ship import ship
 from toolchain.cli.tune import tune
+from toolchain.cli.validate import validate
+from toolchain.cli.variants import variants
+from toolchain.cli.verify import verify
 from toolchain.errors import ToolchainError
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from toolchain.artifacts.variants import QUANTIZE_PASSES, QUANTIZED
-from toolchain.cli.build import build
+from toolchain.cli.building import build
 from toolchain.cli.options import (
     dry_run_option,
     json_option,

@@ -1,4 +1,4 @@
-"""Commands that build in PyTorch and ONNX: export, prune; quantize is in a file of its own."""
+"""Prune: a smaller PyTorch model."""
 
 from __future__ import annotations
 
@@ -7,110 +7,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from toolchain.artifacts.variants import CPU_PASSES, CUDA_PASSES
 from toolchain.cli.options import (
     dry_run_option,
     model_options,
     name_option,
-    no_pass_option,
     open_workspace,
     training_options,
 )
 
 if TYPE_CHECKING:
     from toolchain.artifacts.variants import Step
-    from toolchain.build.workspace import Workspace
     from toolchain.data.inputs import TrainingSource
-
-
-def build(workspace: Workspace, asked: dict[str, Step], dry_run: bool) -> None:
-    """Builds what is asked for, or says what that would be; prints where it lies."""
-    from toolchain.artifacts.variants import settings_of
-    from toolchain.build.pipeline import ensure, plan
-    from toolchain.cli.progress import bar, say
-
-    if dry_run:
-        for item in plan(workspace, asked, asked):
-            settings = ", ".join(f"{key}={value}" for key, value in settings_of(item.step).items())
-            click.echo(
-                f"{item.variant.name}: {f'build ({item.reason})' if item.reason else 'skip (fresh)'}; {settings}"
-            )
-        return
-    built = ensure(workspace, asked, asked, say, bar)
-    for name in asked:
-        click.echo(built[name].path)
-
-
-@click.command()
-@click.option("--revision", help="Branch, tag or commit of a hub model.")
-@click.option(
-    "--base",
-    metavar="FOLDER|ID",
-    help="What a LoRA adapter is merged into; kept for later commands.  [default: the hub model it names]",
-)
-@click.option("--opset", type=click.IntRange(17, 20), default=18, show_default=True, help="ONNX operator set.")
-@click.option(
-    "--optimize",
-    "provider",
-    type=click.Choice(["cpu", "cuda", "none"]),
-    default="cpu",
-    show_default=True,
-    help="Rewrite the graph for this execution provider as well: onnx-fp32 for cpu, onnx-fp16 for cuda.",
-)
-@click.option(
-    "--from",
-    "parents",
-    multiple=True,
-    default=["torch-fp32"],
-    show_default=True,
-    metavar="VARIANT",
-    help="The PyTorch variant that is exported; may repeat.",
-)
-@no_pass_option([*CPU_PASSES, *CUDA_PASSES], "Leave this rewrite out of the optimised graph")
-@name_option
-@dry_run_option
-@model_options
-def export(
-    model: str,
-    exported: Path,
-    slug: str | None,
-    revision: str | None,
-    base: str | None,
-    opset: int,
-    provider: str,
-    parents: tuple[str, ...],
-    left_out: tuple[str, ...],
-    label: str,
-    dry_run: bool,
-) -> None:
-    """Export a checkpoint to ONNX: torch-fp32, onnx-std, and onnx-fp32 optimised for the CPU.
-
-    Each is validated against PyTorch before it is published; what is fresh is skipped.
-
-    \b
-    Examples:
-      toolchain export --model ./my-checkpoint
-      toolchain export --model ./my-adapter --base ./its-base
-      toolchain export --from torch-pruned50
-      toolchain export --optimize cuda
-      toolchain export --no-pass residual-sum --name plain-add
-    """
-    from toolchain.artifacts.variants import Export, Import, Optimize, child
-
-    step = None if provider == "none" else Optimize.for_provider(provider)
-    if left_out:
-        if step is None or not set(left_out) <= set(step.passes):
-            has = f"{provider} has {', '.join(step.passes)}" if step else "nothing is rewritten"
-            raise click.BadParameter(f"with --optimize {provider}, {has}.", param_hint="--no-pass")
-        step = Optimize(provider, tuple(name for name in step.passes if name not in left_out))
-    asked: dict[str, Step] = {"torch-fp32": Import(revision)}
-    for parent in parents:
-        std = child(parent, Export(opset), "" if step else label).name
-        asked[std] = Export(opset)
-        if step:
-            asked[child(std, step, label).name] = step
-    workspace = open_workspace(model, exported, slug)
-    build(workspace.on(base) if base else workspace, asked, dry_run)
+from toolchain.cli.building import build
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""The command that measures: bench."""
+"""Bench: every cell measured, and the comparison printed."""
 
 from __future__ import annotations
 

@@ -1,0 +1,29 @@
+"""Building from the command line: shared by export, prune and quantize."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from toolchain.artifacts.variants import Step
+    from toolchain.build.workspace import Workspace
+
+
+def build(workspace: Workspace, asked: dict[str, Step], dry_run: bool) -> None:
+    """Builds what is asked for, or says what that would be; prints where it lies."""
+    from toolchain.artifacts.variants import settings_of
+    from toolchain.build.pipeline import ensure, plan
+    from toolchain.cli.progress import bar, say
+
+    if dry_run:
+        for item in plan(workspace, asked, asked):
+            settings = ", ".join(f"{key}={value}" for key, value in settings_of(item.step).items())
+            click.echo(
+                f"{item.variant.name}: {f'build ({item.reason})' if item.reason else 'skip (fresh)'}; {settings}"
+            )
+        return
+    built = ensure(workspace, asked, asked, say, bar)
+    for name in asked:
+        click.echo(built[name].path)

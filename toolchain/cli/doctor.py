@@ -1,0 +1,48 @@
+"""Doctor: problems of this machine and installation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from toolchain.cli.options import debug_option, json_option
+from toolchain.errors import ToolchainError
+
+if TYPE_CHECKING:
+    pass
+
+
+@click.command()
+@click.option(
+    "--exported",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("exported"),
+    help="Where artifacts lie.",
+)
+@json_option
+@debug_option
+def doctor(exported: Path, as_json: bool) -> None:
+    """Look at this machine and installation; each finding with the line that mends it. Exit 1 if something is broken.
+
+    \b
+    Example:
+      toolchain doctor
+    """
+    from toolchain.doctor import examine
+
+    findings = examine(exported)
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            mend = f"\n{'':9}→ {finding.mend}" if finding.mend else ""
+            click.echo(f"{finding.level:8} {finding.what}{mend}")
+    problems = [finding for finding in findings if finding.level == "problem"]
+    if problems:
+        raise ToolchainError(
+            f"{len(problems)} of {len(findings)} findings stop the toolchain from working.", problems[0].mend
+        )

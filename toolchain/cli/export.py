@@ -1,0 +1,93 @@
+"""Export: a checkpoint to ONNX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from toolchain.artifacts.variants import CPU_PASSES, CUDA_PASSES
+from toolchain.cli.options import (
+    dry_run_option,
+    model_options,
+    name_option,
+    no_pass_option,
+    open_workspace,
+)
+
+if TYPE_CHECKING:
+    from toolchain.artifacts.variants import Step
+from toolchain.cli.building import build
+
+
+@click.command()
+@click.option("--revision", help="Branch, tag or commit of a hub model.")
+@click.option(
+    "--base",
+    metavar="FOLDER|ID",
+    help="What a LoRA adapter is merged into; kept for later commands.  [default: the hub model it names]",
+)
+@click.option("--opset", type=click.IntRange(17, 20), default=18, show_default=True, help="ONNX operator set.")
+@click.option(
+    "--optimize",
+    "provider",
+    type=click.Choice(["cpu", "cuda", "none"]),
+    default="cpu",
+    show_default=True,
+    help="Rewrite the graph for this execution provider as well: onnx-fp32 for cpu, onnx-fp16 for cuda.",
+)
+@click.option(
+    "--from",
+    "parents",
+    multiple=True,
+    default=["torch-fp32"],
+    show_default=True,
+    metavar="VARIANT",
+    help="The PyTorch variant that is exported; may repeat.",
+)
+@no_pass_option([*CPU_PASSES, *CUDA_PASSES], "Leave this rewrite out of the optimised graph")
+@name_option
+@dry_run_option
+@model_options
+def export(
+    model: str,
+    exported: Path,
+    slug: str | None,
+    revision: str | None,
+    base: str | None,
+    opset: int,
+    provider: str,
+    parents: tuple[str, ...],
+    left_out: tuple[str, ...],
+    label: str,
+    dry_run: bool,
+) -> None:
+    """Export a checkpoint to ONNX: torch-fp32, onnx-std, and onnx-fp32 optimised for the CPU.
+
+    Each is validated against PyTorch before it is published; what is fresh is skipped.
+
+    \b
+    Examples:
+      toolchain export --model ./my-checkpoint
+      toolchain export --model ./my-adapter --base ./its-base
+      toolchain export --from torch-pruned50
+      toolchain export --optimize cuda
+      toolchain export --no-pass residual-sum --name plain-add
+    """
+    from toolchain.artifacts.variants import Export, Import, Optimize, child
+
+    step = None if provider == "none" else Optimize.for_provider(provider)
+    if left_out:
+        if step is None or not set(left_out) <= set(step.passes):
+            has = f"{provider} has {', '.join(step.passes)}" if step else "nothing is rewritten"
+            raise click.BadParameter(f"with --optimize {provider}, {has}.", param_hint="--no-pass")
+        step = Optimize(provider, tuple(name for name in step.passes if name not in left_out))
+    asked: dict[str, Step] = {"torch-fp32": Import(revision)}
+    for parent in parents:
+        std = child(parent, Export(opset), "" if step else label).name
+        asked[std] = Export(opset)
+        if step:
+            asked[child(std, step, label).name] = step
+    workspace = open_workspace(model, exported, slug)
+    build(workspace.on(base) if base else workspace, asked, dry_run)

@@ -1,0 +1,52 @@
+"""Validate: an artifact's answers compared with PyTorch's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from toolchain.cli.options import json_option, model_options, open_workspace, training_options
+from toolchain.errors import VerdictError
+
+if TYPE_CHECKING:
+    from toolchain.data.inputs import TrainingSource
+
+
+@click.command()
+@click.argument("variant")
+@training_options
+@json_option
+@model_options
+def validate(
+    model: str,
+    exported: Path,
+    slug: str | None,
+    variant: str,
+    train: TrainingSource,
+    as_json: bool,
+) -> None:
+    """Compare VARIANT's answers with PyTorch's over lengths, batches, paddings and odd texts; exit 3 if it fails.
+
+    What is missing or stale is built first. A trimmed vocabulary is asked sentences of its training data's domain.
+
+    \b
+    Example:
+      toolchain validate onnx-int8
+    """
+    from toolchain.build.pipeline import validate_variant
+    from toolchain.build.steps.validate import sentence
+    from toolchain.cli.progress import say
+
+    workspace = open_workspace(model, exported, slug, train)
+    report = validate_variant(workspace, variant, say)
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+    else:
+        for name, delta in report["grid_largest_delta"].items():
+            click.echo(f"{name:36} |Δlogit| {'not finite' if delta is None else f'{delta:.2g}'}")
+        click.echo(f"{variant}: {'valid' if report['passed'] else 'NOT valid'}: {sentence(report)}")
+    if not report["passed"]:
+        raise VerdictError(f"{variant} does not answer as PyTorch does.", "Build it again, or do not use it.")

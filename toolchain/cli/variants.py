@@ -1,0 +1,50 @@
+"""Variants: the variants of a model and their state."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from toolchain.cli.options import json_option, model_options, open_workspace
+
+if TYPE_CHECKING:
+    pass
+
+
+@click.command()
+@json_option
+@model_options
+def variants(model: str, exported: Path, slug: str | None, as_json: bool) -> None:
+    """List every variant: what it is made from, how, and whether it is built, stale or missing.
+
+    \b
+    Example:
+      toolchain variants --model ./my-checkpoint
+    """
+    from toolchain.artifacts.variants import settings_of, step_name
+    from toolchain.build.pipeline import states
+
+    rows: list[dict[str, Any]] = []
+    for variant, artifact, state in states(open_workspace(model, exported, slug)):
+        step = artifact.manifest.step if artifact else variant.step
+        rows.append(
+            {
+                "variant": variant.name,
+                "parent": variant.parent,
+                "step": step_name(step),
+                "settings": settings_of(step),
+                "state": state,
+                "size_bytes": artifact.manifest.size_bytes if artifact else None,
+                "id": artifact.manifest.id if artifact else None,
+            }
+        )
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        size = f"{row['size_bytes'] / 1e6:.1f} MB" if row["size_bytes"] else "–"
+        made = f"{row['step']} of {row['parent']}" if row["parent"] else str(row["step"])
+        click.echo(f"{row['variant']:12} {made:24} {size:>9}  {row['state']}")
