@@ -109,7 +109,7 @@ lint: $(VENV)/.installed-test ## lint and types
 	$(BIN)/mypy
 
 docs: install ## write the generated parts of the README anew
-	$(BIN)/python tests/readme_parts.py
+	$(BIN)/python docs/readme_parts.py
 
 report: docs ## write benchmarks/reports from the committed results, and the README's parts
 	$(BIN)/python benchmarks/report.py

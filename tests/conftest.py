@@ -23,6 +23,8 @@ from toolchain.data.inputs import TrainingSource
 from toolchain.models import checkpoints
 
 TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+sys.path.append(str(ROOT / "docs"))  # the scripts that write generated parts of documents
 # Children of the benchmark import the fake backend from here; nothing may ask a hub.
 os.environ["PYTHONPATH"] = str(TESTS)
 os.environ["HF_HUB_OFFLINE"] = "1"

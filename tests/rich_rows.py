@@ -3,8 +3,7 @@
 import dataclasses
 
 import pytest
-from test_compare import NO_GPU, RUN, measured
-from test_measurements import result
+from sample_results import NO_GPU, RUN, measured, result
 
 from toolchain.compare.report.html import to_html
 from toolchain.compare.rows import compare

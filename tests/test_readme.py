@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_checkpoint
-from readme_parts import README, ROOT, filled
+from conftest import ROOT, make_checkpoint
+from readme_parts import README, filled
 
 from toolchain.artifacts import publishing
 from toolchain.ship.targets import clients

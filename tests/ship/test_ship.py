@@ -12,8 +12,7 @@ import sys
 import numpy as np
 import onnx
 import pytest
-from conftest import TESTS, make_checkpoint, run_toolchain
-from readme_parts import ROOT
+from conftest import ROOT, TESTS, make_checkpoint, run_toolchain
 
 from toolchain.artifacts import store
 from toolchain.artifacts.store import sha256

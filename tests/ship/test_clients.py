@@ -17,8 +17,8 @@ import emulated
 import numpy as np
 import pytest
 from chromium import PROGRAM, Chromium
-from conftest import TESTS
-from readme_parts import ROOT, snippet
+from conftest import ROOT, TESTS
+from readme_parts import snippet
 
 from toolchain.backends import Place, open_session
 from toolchain.data import inputs

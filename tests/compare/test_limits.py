@@ -10,7 +10,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_measurements import result, row
+from sample_results import result, row
 
 from toolchain.compare.limits import Limits, choose, require
 from toolchain.compare.regressions import parse_share, regressions, require_none

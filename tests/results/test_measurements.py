@@ -7,15 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sample_results import result, row, samples_of
 
 from toolchain.errors import ResultFileError
-from toolchain.results.measurements import MAX_SAMPLES, Accuracy, Measurement, ResultFile, Samples
+from toolchain.results.measurements import MAX_SAMPLES, Measurement, ResultFile, Samples
 
 rounds = st.lists(st.lists(st.integers(1, 10**7), max_size=700), min_size=1, max_size=8).filter(lambda r: any(r))
-
-
-def samples_of(times):
-    return Samples.of(times, [[1] * len(row) for row in times])
 
 
 @given(rounds)
@@ -24,8 +21,8 @@ def test_thinning_is_even_keeps_rounds_and_the_true_count(times):
     assert samples.count == sum(map(len, times))
     assert len(samples.values()) == min(samples.count, MAX_SAMPLES)
     assert len(samples.rounds) == len(times)
-    for kept, row in zip(samples.rounds, times, strict=True):
-        remaining = iter(row)
+    for kept, timed in zip(samples.rounds, times, strict=True):
+        remaining = iter(timed)
         assert all(value in remaining for value in kept)  # a subsequence
         share = MAX_SAMPLES / samples.count if samples.count > MAX_SAMPLES else 1
         assert abs(len(kept) - share * len(row)) <= 1
@@ -50,34 +47,6 @@ def test_quantiles_are_those_of_numpy(times):
 
 def test_throughput_is_sentences_over_time():
     assert Samples.of([[1000, 3000]], [[32, 8]]).per_second() == 10_000
-
-
-def row(**changes):
-    latency, batches = samples_of([[900, 1000], [1100]]), Samples.of([[5000]], [[32]])
-    values = {
-        "model": "m",
-        "variant": "onnx-int8",
-        "provider": "cpu",
-        "artifact_id": "ab",
-        "status": "ok",
-        "accuracy": Accuracy(9, 10, 1),
-        "latency_ms": latency.milliseconds(),
-        "throughput_per_s": batches.per_second(),
-        "memory_bytes": {"peak": 10},
-        "size_bytes": {"total": 5},
-        "latency": latency,
-        "batches": batches,
-        "predictions": (0, 1),
-    }
-    return Measurement(**{**values, **changes})
-
-
-def result(*rows, **changes):
-    machine = {"id": "x", "cpu": "c", "cores": 2, "gpu": [], "ram_gib": 1, "isa": []}
-    count = next((r.accuracy.count for r in rows if r.accuracy), 10)
-    data = {"name": "d", "rows": count, "sha256": "0"}
-    values = {"created": "2026-01-01T00:00:00+00:00", "toolchain": "0", "machine": machine, "run": {}, "data": data}
-    return ResultFile(**{**values, **changes}, rows=rows)
 
 
 def test_a_result_file_is_read_back_as_it_was_written(tmp_path):

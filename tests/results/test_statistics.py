@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_compare import FP32, INT8, RUN, measured, of
-from test_measurements import result
+from sample_results import FP32, INT8, RUN, measured, of, result
 
 from toolchain.bench.noise import Noise
 from toolchain.compare.report.columns import notes

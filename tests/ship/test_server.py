@@ -12,8 +12,7 @@ import onnxruntime as ort
 import onnxruntime_extensions
 import pytest
 import yaml
-from conftest import TESTS, make_checkpoint
-from readme_parts import ROOT
+from conftest import ROOT, TESTS, make_checkpoint
 
 from toolchain.backends.ort import session_options
 from toolchain.build.workspace import Workspace

@@ -10,9 +10,9 @@ import sys
 import numpy as np
 import pytest
 import transformers
-from conftest import TESTS, import_job
+from conftest import ROOT, TESTS, import_job
 from optimum.onnxruntime import ORTModelForSequenceClassification
-from readme_parts import ROOT, snippet
+from readme_parts import snippet
 from tiny_architectures import ARCHITECTURES
 from tiny_architectures import make as make_architecture
 

@@ -13,8 +13,7 @@ from conftest import make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
-from test_compare import measured
-from test_measurements import result
+from sample_results import measured, result
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from toolchain import passes

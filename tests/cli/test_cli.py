@@ -11,8 +11,7 @@ from types import SimpleNamespace
 import click
 import pytest
 from conftest import make_checkpoint, run_toolchain
-from test_compare import FP32, INT8, RUN, measured
-from test_measurements import result
+from sample_results import FP32, INT8, RUN, measured, result
 
 from toolchain.artifacts.variants import DEFAULT_CELLS
 from toolchain.bench import roofline, scenarios

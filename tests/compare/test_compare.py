@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_measurements import result, row
+from sample_results import FP32, INT8, NO_GPU, RUN, measured, of, result, row
 
 from toolchain.bench.run import current_ids, judge, newest, save_local
 from toolchain.compare.report.columns import columns
@@ -13,35 +13,7 @@ from toolchain.compare.report.markdown import to_markdown
 from toolchain.compare.report.table import print_table
 from toolchain.compare.rows import compare
 from toolchain.errors import BenchError, ResultFileError
-from toolchain.results.measurements import Accuracy, Measurement, ResultFile, Samples
-
-RUN = {"threads": 2, "batch_size": 32}
-
-
-def measured(variant, ms, provider="cpu", correct=90, **changes):
-    latency = Samples.of([[round(ms * 1000)]], [[1]])
-    batches = Samples.of([[round(ms * 32000)]], [[32]])
-    figures = {
-        "variant": variant,
-        "provider": provider,
-        "accuracy": Accuracy(correct, 100, 1),
-        "latency": latency,
-        "latency_ms": latency.milliseconds(),
-        "batches": batches,
-        "throughput_per_s": batches.per_second(),
-        "memory_bytes": {"peak": round(ms * 1e8)},
-        "size_bytes": {"total": round(ms * 1e7)},
-        "artifact_id": f"id of {variant}",
-    }
-    return row(**{**figures, **changes})
-
-
-FP32, INT8 = measured("torch-fp32", 8), measured("onnx-int8", 1, correct=89)
-NO_GPU = Measurement("m", "onnx-fp32", "cuda", None, "unavailable", "No GPU answers.", "Get one.")
-
-
-def of(rows, cell):
-    return next(r for r in rows if r.measurement.cell == cell)
+from toolchain.results.measurements import Accuracy, Measurement, ResultFile
 
 
 def test_every_ratio_is_against_the_baseline_and_above_one_is_better():
@@ -204,7 +176,7 @@ def test_committed_result_files_can_be_read():
         assert ResultFile.read(file).rows
 
 
-SEED_STUDY = sorted((Path(__file__).parent.parent / "benchmarks" / "results").glob("seed-study-*.json"))
+SEED_STUDY = sorted((Path(__file__).parent.parent.parent / "benchmarks" / "results").glob("seed-study-*.json"))
 
 
 def test_the_published_table_stands_there_as_it_was_printed():

@@ -8,8 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from conftest import TESTS
 from rich_rows import hostile, html, rich
-from test_compare import measured
-from test_measurements import result
+from sample_results import measured, result
 
 from toolchain.compare.report.columns import columns, notes
 from toolchain.compare.report.plots import figures, save

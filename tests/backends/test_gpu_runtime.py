@@ -9,7 +9,7 @@ import pytest
 
 from toolchain.system import hardware
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PIN = next(
     line for line in (ROOT / "constraints/gpu.txt").read_text().splitlines() if line.startswith("onnxruntime-gpu==")
 )
