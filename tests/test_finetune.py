@@ -445,7 +445,7 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(headless, ticket
 
 
 def test_float16_is_scaled_and_resumes(make, headless, tickets, monkeypatch):
-    monkeypatch.setattr(loop.mixed, "precision", lambda device: torch.float16)
+    monkeypatch.setattr(loop.mixed_precision, "precision", lambda device: torch.float16)
     code, _, card, err = make(headless, tickets, "--epochs", "8")
     assert code == 0, err
     assert card["training"]["precision"] == "float16"

@@ -24,6 +24,7 @@ from toolchain.compare.rows import compare
 from toolchain.data import inputs
 from toolchain.data.inputs import Data, Encoder
 from toolchain.errors import BenchError, DeviceMemoryError, ProviderError
+from toolchain.results.measurements import ResultFile
 from toolchain.system import hardware
 
 BATCH = inputs.pad([[101, 2023, 102], [101, 102]], ("input_ids", "attention_mask"), 0)
@@ -264,7 +265,7 @@ def test_a_cuda_row_has_the_time_on_the_device_beside_the_whole(measured, tmp_pa
     assert row.facts["session"]["device_order"] == "PCI_BUS_ID"
     assert run.run["device_id"] == 1
     run.write(tmp_path / "run.json")
-    assert run.ResultFile.read(tmp_path / "run.json") == run
+    assert ResultFile.read(tmp_path / "run.json") == run
     shown = compare([run])
     assert "on device p50 ms" in [header for header, _ in columns(shown)]
     assert any(line.startswith("On device:") for line in notes(shown))

@@ -375,7 +375,7 @@ def test_the_working_directory_cannot_stand_in_for_a_library(fake, encoder, tmp_
 def test_the_real_chain_on_the_tiny_checkpoint(built_tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(roofline, "SECONDS", 0.02)
-    request = run.Request(("torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"), ("cpu",), FAST)
+    request = bench_run.Request(("torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"), ("cpu",), FAST)
     result, kept = bench_run.measure(built_tiny, request, lambda line: None, lambda *_: None)
     assert kept.path.is_file()
     kept.end()

@@ -132,8 +132,8 @@ def test_no_vocabulary_loses_a_word_it_could_spell(tmp_path_factory, data):
 
 def test_a_token_that_its_letters_cannot_spell_stays(tmp_path):
     names = ["[UNK]", "a", "##b", "ab", "az", "##ab", "##bb", "#", "###"]
-    vocabulary = {token: number for number, token in enumerate(names)}
-    Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    ids = {token: number for number, token in enumerate(names)}
+    Tokenizer(models.WordPiece(ids, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text("{}")
     kept = vocabulary.kept_tokens(Encoder.open(tmp_path, NAMES, 512), ["a"])
     assert [names[i] for i in kept] == ["[UNK]", "a", "##b", "az", "##ab", "#", "###"]
@@ -179,7 +179,7 @@ def test_other_post_processors_companions_and_added_tokens_are_renumbered(tmp_pa
     assert ids == [words["[CLS]"], words["a"], words["[SEP]"]]
     assert json.loads((tmp_path / "added_tokens.json").read_text()) == {"covfefe": len(kept) - 1}
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["eos_token_id"] == [vocabulary["[SEP]"]]
+    assert config["eos_token_id"] == [words["[SEP]"]]
 
 
 @pytest.mark.parametrize(
