@@ -1,4 +1,4 @@
-"""Doctor: what this machine has, what of it stands in the way, and the line that mends each."""
+"""The checks of `toolchain doctor`: each reports a part of this machine and how to fix its problems."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from toolchain.system import hardware
 
 LEAST_DISK = 5e9
 LEAST_MEMORY = 4e9
-# Runtime set → its constraints and extras.
+# Runtime set → its constraints file and its pip extras.
 SETS = {
     "cpu": ("constraints/cpu.txt", "cpu,bnb"),
     "gpu": ("constraints/gpu.txt", "gpu,bnb"),
@@ -25,7 +25,13 @@ SETS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """`level` is ok, note (works, but) or problem (does not work); `mend` is a line to type or do."""
+    """The result of one check.
+
+    Attributes:
+        level: ``ok``, ``note`` (it works with a limitation) or ``problem`` (it does not work).
+        what: A description of the checked part.
+        mend: A command or an instruction that fixes it; empty if there is nothing to fix.
+    """
 
     level: str
     what: str
@@ -33,7 +39,11 @@ class Finding:
 
 
 def examine(exported: Path) -> list[Finding]:
-    """Everything looked at, in order."""
+    """Runs all checks and returns their findings in order.
+
+    Args:
+        exported: The folder whose file system must have enough free space. It need not exist.
+    """
     checks: list[Callable[[], list[Finding]]] = [
         _python,
         _requirements,
@@ -154,7 +164,7 @@ def _gpu() -> list[Finding]:
 
 
 def _unfit(runtime: str) -> Iterator[str]:
-    """What is installed and cannot use the GPU that needs the set `runtime`."""
+    """Yields a sentence for each installed package that cannot use the GPU, which needs the set `runtime`."""
     versions = hardware.versions()
     if "onnxruntime" in versions and "onnxruntime-gpu" not in versions:
         yield f"onnxruntime {versions['onnxruntime']} cannot use the GPU: onnxruntime-gpu can"

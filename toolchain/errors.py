@@ -1,21 +1,21 @@
-"""Everything that can go wrong in words a user can act on.
+"""The errors that the toolchain reports to its user.
 
-ToolchainError                exit 1: a sentence with the cause, a sentence with the mend
+ToolchainError                exit 1: one sentence states the cause, one sentence states the fix
 ├── UnknownVariantError       no such variant for this model ("did you mean …")
-├── CheckpointError           the checkpoint cannot be read, or is not a classifier
-│   └── HubError              the model hub did not give it
-├── DataError                 sentences or labels that cannot be used
-├── ArtifactError             a folder under exported/ that cannot be read, written or replaced
-│   └── TamperedError         files that no longer match their manifest
-├── PruningError              a model that cannot be pruned so, or so far
-├── GraphError                an ONNX file that is none, or a rewrite that does not apply to it
-├── ProviderError             an execution provider that cannot serve here, or did not
-├── DeviceMemoryError         a device without room for the model or a batch
-├── ShippingError             a bundle that cannot be made of these variants, or not there
+├── CheckpointError           the checkpoint is unreadable, or is not a classifier
+│   └── HubError              the model hub is unreachable, or refuses the model
+├── DataError                 the sentences or labels are unusable
+├── ArtifactError             a folder under exported/ cannot be read, written or replaced
+│   └── TamperedError         the files no longer match their manifest
+├── PruningError              the model cannot be pruned with this method, or by this ratio
+├── GraphError                the file is no valid ONNX file, or a pass does not apply to it
+├── ProviderError             the execution provider is unavailable, or the session ran on another one
+├── DeviceMemoryError         the device has too little memory for the model or a batch
+├── ShippingError             these variants give no bundle, or the bundle cannot be written there
 ├── BenchError                nothing could be measured
-├── ClusterError              a Ray cluster that is not there, dies, or has a node of another release
-├── ResultFileError           a result file that cannot be read or written
-└── VerdictError              exit 3: everything ran, and the answer is no
+├── ClusterError              the Ray cluster is unreachable, was lost, or has a node with another release
+├── ResultFileError           the result file cannot be read or written
+└── VerdictError              exit 3: the check completed, and its answer is no
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from pathlib import Path
 
 
 class ToolchainError(Exception):
-    """A failure the user can mend: `cause` says what is wrong, `mend` what to do; `exit_code` is the process's."""
+    """A failure that the user can fix.
+
+    Attributes:
+        cause: A sentence that states the problem.
+        mend: A sentence that states the fix; empty if there is none.
+        exit_code: Exit code of the process.
+    """
 
     exit_code = 1
 
@@ -38,7 +44,7 @@ class ToolchainError(Exception):
 
 
 class UnknownVariantError(ToolchainError):
-    """No variant of that name."""
+    """The model has no variant of this name."""
 
 
 class CheckpointError(ToolchainError):
@@ -46,19 +52,19 @@ class CheckpointError(ToolchainError):
 
 
 class HubError(CheckpointError):
-    """The model hub could not be reached or refused."""
+    """The model hub is unreachable, or refuses the model."""
 
 
 class DataError(ToolchainError):
-    """Evaluation data without the columns, labels or rows it needs."""
+    """The data lacks columns, labels or rows, or has unusable ones."""
 
 
 class ArtifactError(ToolchainError):
-    """An artifact folder that cannot be read, written or replaced."""
+    """An artifact folder cannot be read, written or replaced."""
 
     @classmethod
     def unwritable(cls, folder: Path, error: OSError) -> ArtifactError:
-        """For a folder that the system does not let us write."""
+        """Returns the error for a folder that the operating system refuses to write."""
         return cls(
             f"{folder} cannot be written: {error.strerror or error}.",
             "Free the space or the permission, or choose another place with --exported DIR (for a bundle: "
@@ -67,27 +73,27 @@ class ArtifactError(ToolchainError):
 
 
 class TamperedError(ArtifactError):
-    """An artifact whose bytes are not those its manifest was sealed with."""
+    """The files of an artifact do not match the digests in its manifest."""
 
 
 class PruningError(ToolchainError):
-    """A model that cannot be pruned: its layout, the ratio, or what it was ranked by does not allow it."""
+    """The model cannot be pruned: its layout, the ratio or the latency table does not allow it."""
 
 
 class GraphError(ToolchainError):
-    """An ONNX graph that cannot be read, or that a rewrite's precondition does not hold for."""
+    """An ONNX graph cannot be read, or does not meet the precondition of a pass."""
 
 
 class ProviderError(ToolchainError):
-    """An execution provider that is not there, or a session that runs on another one than asked."""
+    """An execution provider is unavailable, or a session runs on another provider than requested."""
 
 
 class DeviceMemoryError(ToolchainError):
-    """A device without room for what was asked of it."""
+    """A device has too little memory for the model or a batch."""
 
     @classmethod
     def asked(cls, size_bytes: int | None) -> DeviceMemoryError:
-        """For an allocation of so many bytes; None where the runtime does not say how many."""
+        """Returns the error for a failed allocation of `size_bytes`; None if the runtime does not report the size."""
         what = "what" if size_bytes is None else f"the {size_bytes / 2**20:,.0f} MiB"
         return cls(
             f"The device has no room for {what} it was asked for.",
@@ -96,27 +102,27 @@ class DeviceMemoryError(ToolchainError):
 
 
 class ShippingError(ToolchainError):
-    """A bundle that cannot be made of these variants, for this target, or in this place."""
+    """A bundle cannot be built from these variants, for this target, or in this folder."""
 
 
 class BenchError(ToolchainError):
-    """A measurement that could not be made."""
+    """Nothing could be measured."""
 
 
 class ClusterError(ToolchainError):
-    """A Ray cluster that cannot be reached, was lost, or has a node that cannot take part."""
+    """A Ray cluster is unreachable, was lost, or has an unusable node."""
 
 
 class ResultFileError(ToolchainError):
-    """A result file that is truncated, of another schema, contradicts itself, or cannot be written."""
+    """A result file is truncated, has another schema, contradicts itself, or cannot be written."""
 
     @classmethod
     def unwritable(cls, path: Path, error: OSError) -> ResultFileError:
-        """For a file that the system does not let us write."""
+        """Returns the error for a file that the operating system refuses to write."""
         return cls(f"{path} cannot be written: {error.strerror or error}.", "Free the space or the permission.")
 
 
 class VerdictError(ToolchainError):
-    """A check that ran to its end and said no."""
+    """A check completed, and its answer is no."""
 
     exit_code = 3

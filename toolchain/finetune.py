@@ -1,4 +1,4 @@
-"""Fine-tune: a base model and labelled texts to a checkpoint folder that every command takes with `--model`."""
+"""Fine-tuning: trains a base model on labelled texts and writes a checkpoint folder for the option `--model`."""
 
 from __future__ import annotations
 
@@ -33,16 +33,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CARD = checkpoints.CARD
-SHARED = 0.5  # of the loss is the teacher's, where there is one
+SHARED = 0.5  # weight of the labels, and of the teacher's logits, if there is a teacher
 _MEND = "Move it away, or name another folder with --output."
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is trained: a `base` (folder, hub id or `reference`) on `train`; `labels` are those of a new head, in order,
-    where they are not the base's or the data's own; `max_length` the most tokens of a text that are learnt from. What
-    comes of it is judged once on `data` (None: the embedded validation set where that is what was trained on, else the
-    rows held out).
+    """Inputs of a fine-tuning run.
+
+    Attributes:
+        base: The model to train: a folder, a hub id or `reference`.
+        train: Training data.
+        recipe: Settings of the training.
+        output: The checkpoint folder to write.
+        revision: Hub revision of `base`.
+        teacher: A classifier whose logits the model learns from as well; None without a teacher.
+        labels: Labels of a new head, in order; if empty, the labels of the base or the data.
+        multi_label: Whether a text can have any number of labels.
+        max_length: Largest number of tokens of a text to train on.
+        data: Rows that score the trained model once. None means the embedded validation set if the embedded data train
+            the model, else the held-out rows.
     """
 
     base: str
@@ -58,11 +68,14 @@ class Request:
 
 
 def finetune(request: Request, say: Say, bar: Bar) -> dict[str, Any]:
-    """Trains the checkpoint, writes it to the request's output and returns what its card says.
+    """Trains a checkpoint, writes it to the request's output and returns its card.
 
-    A run that was stopped is taken up where it was. Raises `CheckpointError` for a base or teacher that does not do,
-    `DataError` for training data that does not, `ArtifactError` where the output exists and is not what would be
-    written.
+    A stopped run continues where it stopped.
+
+    Raises:
+        CheckpointError: The base or the teacher is not usable.
+        DataError: The training data are not usable.
+        ArtifactError: The output exists and does not come from an equal request.
     """
     base = checkpoints.locate(request.base)
     folder, base = checkpoints.fetch(base, request.revision, head=False)
@@ -108,7 +121,7 @@ def finetune(request: Request, say: Say, bar: Bar) -> dict[str, Any]:
 
 
 def _check_texts(table: Labelled) -> None:
-    """Raises `DataError` where a text is empty: there is nothing to learn from it."""
+    """Raises `DataError` if a text is empty, since a model cannot learn from it."""
     empty = [
         number
         for number, text in enumerate(table.texts, start=1)
@@ -122,7 +135,7 @@ def _check_texts(table: Labelled) -> None:
 
 
 def _label_set(folder: Path) -> LabelSet | None:
-    """What a base that is a classifier already answers with; None for one that has no head."""
+    """Returns the labels of a base that is a classifier; None for a base without a head."""
     config = checkpoints.config_of(folder)
     if not any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or []):
         return None
@@ -130,14 +143,14 @@ def _label_set(folder: Path) -> LabelSet | None:
 
 
 def _labels(request: Request, table: Labelled, given: LabelSet | None) -> tuple[LabelSet, bool]:
-    """What the model is to answer with, and whether the base's head answers so already: it goes on being trained.
+    """Returns the model's labels, and whether the training continues with the base's head.
 
-    A base that knows none of the data's labels gets a new head; of one that knows some the others may be misspelt, so
-    that is left to the user. Raises `DataError`.
+    A base that has none of the data's labels gets a new head. If it has only some, the others may be misspelt. The
+    function then raises `DataError`, and the user decides.
     """
     found = labels.label_set(table.column, request.labels, request.multi_label)
     if request.labels or given is None:
-        found.indices(table.column)  # a label that was not named is told before anything is built
+        found.indices(table.column)  # reports an unknown label before anything is built
         return found, found == given
     try:
         given.indices(table.column)
@@ -154,7 +167,7 @@ def _labels(request: Request, table: Labelled, given: LabelSet | None) -> tuple[
 
 
 def _counted(rows: Data, kept: LabelSet | None) -> str:
-    """How many texts have which label."""
+    """Returns a one-line summary with the number of texts of each label."""
     names = rows.label_set.names
     if rows.label_set.multi:
         counts = Counter(
@@ -169,7 +182,7 @@ def _counted(rows: Data, kept: LabelSet | None) -> str:
 
 
 def _teacher(name: str | None, label_set: LabelSet) -> tuple[Path, Source] | None:
-    """The teacher's folder; `CheckpointError` where it answers with other labels."""
+    """Returns the teacher's folder and source; raises `CheckpointError` if its labels differ from `label_set`."""
     if name is None:
         return None
     folder, source = checkpoints.fetch(checkpoints.locate(name))
@@ -184,7 +197,7 @@ def _teacher(name: str | None, label_set: LabelSet) -> tuple[Path, Source] | Non
 
 
 def _made(output: Path, key: str) -> dict[str, Any] | None:
-    """The card of an output that is what would be written, None where nothing is there; `ArtifactError` else."""
+    """Returns the card of an output with this key, or None without output; raises `ArtifactError` for another key."""
     if not (output.exists() or output.is_symlink()):
         return None
     try:
@@ -197,7 +210,7 @@ def _made(output: Path, key: str) -> dict[str, Any] | None:
 
 
 def _begin(folder: Path, start: Path, label_set: LabelSet, keep: bool, seed: int) -> None:
-    """Writes the base with the head it is to have, and its tokenizer, to `start`."""
+    """Writes the base with its kept or new head, and its tokenizer, to `start`."""
     import torch
 
     from toolchain.backends.pytorch import load_base
@@ -211,7 +224,7 @@ def _begin(folder: Path, start: Path, label_set: LabelSet, keep: bool, seed: int
 
 
 def _import(start: Path, scratch: Path, resume: Path, max_length: int | None) -> Encoder:
-    """What an import makes of `start`, in `scratch`, all its checks done; and its encoder, for texts so long."""
+    """Imports `start` into `scratch` with all checks; returns its encoder for texts of at most `max_length` tokens."""
     job = Job(Import(), None, start, scratch, None, TrainingSource(), resume, resume, lambda *_: None)
     built = import_checkpoint(job)
     if max_length and max_length > built.max_length:
@@ -229,7 +242,7 @@ def _trained(
     resume: tuple[Path, str],
     bar: Bar,
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """Trains what lies in `scratch` and puts the trained weights in its place; the model and its history."""
+    """Trains the model in `scratch` and stores its new weights there; returns the model and its history."""
     from toolchain.backends.pytorch import check_stored, load_model, save_weights
 
     model = load_model(scratch)
@@ -245,7 +258,7 @@ def _trained(
 
 
 def _same_tokens(folder: Path, encoder: Encoder) -> PreTrainedModel:
-    """The teacher; `CheckpointError` where its tokens are others than the student's, which it is asked in."""
+    """Returns the teacher; raises `CheckpointError` if its vocabulary differs: it gets the student's token ids."""
     from toolchain.backends.pytorch import load_model
 
     its = Encoder.open(folder, encoder.names, encoder.max_length)
@@ -257,8 +270,10 @@ def _same_tokens(folder: Path, encoder: Encoder) -> PreTrainedModel:
 
 
 def _judged(model: PreTrainedModel, encoder: Encoder, data: Data) -> dict[str, Any]:
-    """How the model answers `data`: rows, accuracy, balanced accuracy and macro-F1; of sets of labels, all of a set
-    must be right for the accuracy."""
+    """Returns rows, accuracy, balanced accuracy and macro-F1 of the model on `data`.
+
+    In the accuracy, a multi-label row counts only if all its labels are correct.
+    """
     multi = data.label_set.multi
     given = [0] * len(data.labels)
     for row, answer in answers(model, batches(encoder.encode(data.texts), data.targets, encoder, BATCH), multi):
@@ -278,7 +293,7 @@ def _judged(model: PreTrainedModel, encoder: Encoder, data: Data) -> dict[str, A
 
 
 def sentence(card: Mapping[str, Any]) -> str:
-    """How the training went and how its model answers, in a sentence."""
+    """Returns a summary of the training and of the model's scores."""
     history, found = card["training"], card["judged"]
     course = " → ".join(f"{value:.2%}" for value in history["held_out_accuracy"])
     return (

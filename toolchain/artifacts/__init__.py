@@ -1,1 +1,1 @@
-"""Artifacts: the names and table of variants, the sealed folders, and how one is published."""
+"""Artifacts: variant names, the rules that derive variants, artifact folders with manifests, and their publication."""

@@ -1,9 +1,11 @@
-"""How variants are called.
+"""Names of variants.
 
-Name grammar: ``<runtime>[-std][-prunedNN[-rE][-magnitude|-mask]][-<scheme>][-portable|-static][+<label>]``: NN is the
-pruning ratio in per cent, E the epochs of recovery; ``-fp32`` is dropped as soon as another tag stands, and
-``parse_name(str(name)) == name``. A label tells a variant of other settings from the one of the same tags; what is made
-of it has the same one, or adds to it with a hyphen.
+Name grammar: ``<runtime>[-std][-prunedNN[-rE][-magnitude|-mask]][-<scheme>][-portable|-static][+<label>]``. NN is the
+pruning ratio in per cent, and E is the number of recovery epochs. A name with another tag omits ``-fp32``. Always
+``parse_name(str(name)) == name``.
+
+A label distinguishes variants that have the same tags and different settings. Variants built from a labelled variant
+keep its label, or extend it with a hyphen.
 """
 
 from __future__ import annotations
@@ -22,7 +24,19 @@ LABEL = r"[a-z0-9]+(?:-[a-z0-9]+)*"
 
 @dataclass(frozen=True)
 class VariantName:
-    """A variant's name in its parts; `pruned` is the ratio in per cent, 0 where nothing was pruned."""
+    """The parts of a variant's name; ``str`` joins them.
+
+    Attributes:
+        runtime: One of `RUNTIMES`.
+        std: Whether the ONNX graph has standard operators only.
+        pruned: Pruning ratio in per cent; 0 for an unpruned model.
+        recovered: Epochs of recovery; 0 for none.
+        method: Pruning method, one of `METHODS`.
+        scheme: One of `SCHEMES`.
+        portable: Whether the int8 weights have 7 bits, which no processor saturates.
+        static: Whether the int8 activation scales are fixed.
+        label: Label after ``+``; empty for none.
+    """
 
     runtime: str
     std: bool = False
@@ -56,7 +70,11 @@ _NAME = re.compile(
 
 
 def parse_name(text: str) -> VariantName:
-    """A name into its parts; `UnknownVariantError` unless it is the one spelling `str` gives."""
+    """Splits a name into its parts.
+
+    Raises:
+        UnknownVariantError: The text is not a name, or is not the spelling that ``str`` gives.
+    """
     match = _NAME.fullmatch(text)
     if match:
         name = VariantName(
@@ -76,11 +94,14 @@ def parse_name(text: str) -> VariantName:
 
 
 def shorter(label: str) -> list[str]:
-    """A label and what it adds to, down to none: ``a-b`` is made from what is called so, else ``a``, else no label."""
+    """Returns the label, the labels that it extends, and the empty label, longest first.
+
+    They are the possible labels of a parent. For ``a-b`` these are ``a-b``, ``a`` and the empty label.
+    """
     parts = label.split("-")
     return ["-".join(parts[:count]) for count in range(len(parts), 0, -1)] + [""]
 
 
 def unpruned(name: str) -> str:
-    """The name of the same variant of the model before it was pruned."""
+    """Returns the name of the same variant of the unpruned model, without a label."""
     return str(dataclasses.replace(parse_name(name), pruned=0, recovered=0, method=METHODS[0], label=""))

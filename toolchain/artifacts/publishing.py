@@ -1,4 +1,4 @@
-"""Building a folder or file under a lock, in a hidden folder beside its place, and renaming it there when whole."""
+"""Atomic publication: a folder or file is built under a lock, in a hidden folder, and then renamed into place."""
 
 from __future__ import annotations
 
@@ -15,24 +15,32 @@ from toolchain.errors import ArtifactError
 if TYPE_CHECKING:
     from filelock import FileLock
 
-# Ends or begins the names of our folders among a user's; the random digits tell them from any the user has.
+# Part of the name of every hidden folder made here. The random digits prevent a clash with the user's folders.
 WORK = "toolchain-6f1d0b9c"
 
 
 def work_folder(target: Path) -> Path:
-    """The hidden folder beside `target` that holds all a run needs while it writes `target`; to be used under `lock`.
+    """Returns the hidden folder beside `target` that holds all files of a run that builds `target`.
 
-    Nobody else makes this name. It is computed and never searched for, so a name that only looks like it is left alone.
+    Use it only under `lock`. The name is unique to this project. The code computes the name and never searches for it,
+    so it never touches a folder with a similar name.
     """
-    target = Path(os.path.abspath(target))  # `.` has no name
+    target = Path(os.path.abspath(target))  # the path `.` has no name
     return target.with_name(f".{target.name}.{WORK}")
 
 
 @contextmanager
 def lock(target: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Holds `target` for one process and repairs what a killed run left; calls `waiting` before it blocks.
+    """Locks `target` for one process, and repairs the folders that a killed run left.
 
-    Nothing is left beside `target` but what a later run can go on from.
+    On exit, only files that a later run can resume from stay beside `target`.
+
+    Args:
+        target: The folder or file to build.
+        waiting: Called once before the function waits for another process.
+
+    Raises:
+        ArtifactError: The operating system refuses to write there.
     """
     work = work_folder(target)
     try:
@@ -43,15 +51,16 @@ def lock(target: Path, waiting: Callable[[], None]) -> Iterator[None]:
         _recover(target)
         yield
     finally:
-        # Deleted while it is held: a process that opened this file before sees that it has no name and opens another.
+        # Delete the file before the lock's release. A process that opened it earlier then sees that the file has no
+        # name, and opens a new one.
         Path(guard.lock_file).unlink(missing_ok=True)
-        with suppress(OSError):  # not empty: a training or scored texts to go on from, or another run's new lock
+        with suppress(OSError):  # not empty: it holds a state to resume from, or another run's new lock
             work.rmdir()
         guard.release()
 
 
 def _acquire(work: Path, waiting: Callable[[], None]) -> FileLock:
-    """Locks the work folder, making it where it is missing."""
+    """Locks the work folder, and creates it if it is missing."""
     from filelock import FileLock, Timeout
 
     guard = FileLock(work / "lock")
@@ -65,7 +74,7 @@ def _acquire(work: Path, waiting: Callable[[], None]) -> FileLock:
             waiting()
             timeout = -1  # no limit
         except (FileNotFoundError, FileExistsError):
-            # A run that ends deletes the folder, perhaps between these lines: try again.
+            # Another run deletes the folder when it ends, possibly between these lines. Try again.
             retries -= 1
             if not retries:
                 raise
@@ -73,7 +82,13 @@ def _acquire(work: Path, waiting: Callable[[], None]) -> FileLock:
 
 @contextmanager
 def building(target: Path) -> Iterator[Path]:
-    """A scratch folder on the file system of `target`, gone afterwards unless it was published; under `lock`."""
+    """Yields a new scratch folder on the file system of `target`, and deletes it on exit unless `replace` moved it.
+
+    Use it only under `lock`.
+
+    Raises:
+        ArtifactError: The operating system refuses to write there, also inside the ``with`` block.
+    """
     scratch = work_folder(target) / "building"
     try:
         scratch.mkdir()
@@ -90,7 +105,11 @@ def building(target: Path) -> Iterator[Path]:
 
 
 def replace(scratch: Path, target: Path) -> None:
-    """Renames the folder into place, what was there being gone only when that is done; under `lock`."""
+    """Renames the scratch folder to `target`, then deletes the previous `target`. Use it only under `lock`.
+
+    Raises:
+        ArtifactError: The operating system refuses to rename. The previous `target` is then back in place.
+    """
     old = _old(target)
     try:
         if target.exists():
@@ -107,7 +126,7 @@ def _old(target: Path) -> Path:
 
 
 def _recover(target: Path) -> None:
-    """Puts back what a run that was killed between two renames had set aside, and deletes its scratch folder."""
+    """Restores the previous `target` if a run was killed between its two renames; deletes the run's scratch folder."""
     old = _old(target)
     if os.path.lexists(old) and not os.path.lexists(target):
         old.rename(target)
@@ -116,7 +135,7 @@ def _recover(target: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Deletes a folder, or the link to one, as far as that is possible."""
+    """Deletes a folder or a link to a folder, and ignores files that it cannot delete."""
     if path.is_symlink():
         path.unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""An artifact: a folder whose manifest says what is in it and how it came about, sealed once and published whole."""
+"""Artifacts: folders with a manifest of their files, their step and their parent, published in one rename."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of an artifact: path relative to the folder, bytes, sha256 in hex."""
+    """One file of an artifact: its path relative to the folder, its size in bytes, its sha256 in hex."""
 
     path: str
     bytes: int
@@ -35,7 +35,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output: name, element type, shape with names for the dynamic axes."""
+    """An input or output of a model: its name, its element type, and its shape with names for the dynamic axes."""
 
     name: str
     dtype: str
@@ -44,8 +44,26 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artifact is. `id` covers what was done (step, its version, parent) and what came of it (files, inputs,
-    outputs, labels); time, place and environment stay outside, so that the same work gives the same id."""
+    """The description of an artifact: its origin, its content and its validation.
+
+    Attributes:
+        model: Name of the model's folder.
+        variant: Name of the variant.
+        source: Source of the checkpoint: ``kind``, ``ref``, ``revision`` and possibly ``base``.
+        parent: Name of the parent variant; None for an import.
+        parent_id: `id` of the parent's manifest; None for an import.
+        step: Step that built the artifact.
+        step_version: Version of that step's function.
+        files: All files except the manifest.
+        inputs: Inputs of the model, in order.
+        outputs: Outputs of the model.
+        labels: Names of the labels, by index.
+        max_length: Largest number of tokens of an input.
+        facts: Other properties, as the step reports them.
+        validation: Report of `steps.validate`.
+        environment: Versions of the libraries that built it.
+        created: UTC time in ISO 8601.
+    """
 
     model: str
     variant: str
@@ -66,7 +84,10 @@ class Manifest:
 
     @property
     def id(self) -> str:
-        """sha256 over the canonical JSON of what is sealed."""
+        """Returns the sha256 in hex of step, step version, parent id, files, inputs, outputs, labels and `max_length`.
+
+        It does not cover time, place and environment. So the same work gives the same id.
+        """
         sealed = {
             "inputs": [dataclasses.asdict(t) for t in self.inputs],
             "outputs": [dataclasses.asdict(t) for t in self.outputs],
@@ -82,16 +103,16 @@ class Manifest:
 
     @property
     def size_bytes(self) -> int:
-        """Every file that ships; the manifest itself is not counted."""
+        """Returns the total size of all files except the manifest."""
         return sum(f.bytes for f in self.files)
 
     @property
     def tokenizer(self) -> str | None:
-        """sha256 of its tokenizer, which tells one vocabulary from another; None where there is none."""
+        """Returns the sha256 of the tokenizer, which identifies the vocabulary; None without a tokenizer."""
         return next((entry.sha256 for entry in self.files if entry.path == "tokenizer.json"), None)
 
     def to_json(self) -> str:
-        """The manifest as it is stored."""
+        """Returns the manifest in the form of its file."""
         body = dataclasses.asdict(self)
         body["step"] = {
             "name": step_name(self.step),
@@ -104,7 +125,13 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Reads `to_json`; `ValueError` or `KeyError` for a text that is none, `TamperedError` where the id lies."""
+        """Reads the output of `to_json`.
+
+        Raises:
+            ValueError: The text is not JSON, or not a manifest. `KeyError` and `TypeError` have the same meaning.
+            TamperedError: The manifest does not match its id.
+            ArtifactError: This release does not know the step or its settings.
+        """
         body: dict[str, Any] = json.loads(text)
         if body["schema"] != SCHEMA:
             raise ValueError(f"schema {body['schema']} instead of {SCHEMA}")
@@ -142,28 +169,32 @@ def _entry(kind: type[FileEntry] | type[TensorSpec], values: dict[str, Any]) -> 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A published folder and what its manifest says."""
+    """An artifact's folder and its manifest."""
 
     path: Path
     manifest: Manifest
 
     @property
     def label_set(self) -> LabelSet:
-        """What it answers with."""
+        """Returns the labels of the model's answers."""
         return LabelSet(self.manifest.labels, bool(self.manifest.facts.get("multi_label")))
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The paths of all it consists of, the manifest among them."""
+        """Returns the relative paths of all files, including the manifest."""
         return (*(entry.path for entry in self.manifest.files), MANIFEST)
 
     @property
     def onnx_path(self) -> Path:
-        """Where the graph of an ONNX variant lies."""
+        """Returns the path of an ONNX variant's graph."""
         return self.path / ONNX
 
     def verify(self) -> None:
-        """Compares every file with the manifest; `TamperedError` names the first that differs or is not listed."""
+        """Compares every file with the manifest.
+
+        Raises:
+            TamperedError: A file is missing, differs, or is not in the manifest. The error names the first one.
+        """
         for entry in self.manifest.files:
             path = self.path / entry.path
             if not path.is_file():
@@ -178,7 +209,7 @@ class Artifact:
         listed = {entry.path for entry in self.manifest.files}
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path).as_posix()
-            # Hidden files are the file manager's, not the artifact's.
+            # File managers write hidden files, which do not belong to the artifact.
             if path.is_file() and name not in listed and name != MANIFEST and not path.name.startswith("."):
                 raise self._tampered(f"{name} is not in its manifest")
 
@@ -190,19 +221,24 @@ class Artifact:
 
 
 def sha256(path: Path) -> str:
-    """The file's sha256 in hex."""
+    """Returns the file's sha256 in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def list_files(folder: Path) -> tuple[FileEntry, ...]:
-    """Every file under `folder` but the manifest, sorted by path."""
+    """Returns every file under `folder` except the manifest, sorted by path."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     return tuple(FileEntry(p.relative_to(folder).as_posix(), p.stat().st_size, sha256(p)) for p in paths)
 
 
 def load(path: Path) -> Artifact | None:
-    """The artifact at `path`, None where there is none; `ArtifactError` for a folder that is something else."""
+    """Returns the artifact at `path`, or None if nothing exists there. It does not check the files; see `verify`.
+
+    Raises:
+        TamperedError: The manifest does not match its id.
+        ArtifactError: The path exists without a readable manifest.
+    """
     file = path / MANIFEST
     if not file.is_file():
         if path.exists():
@@ -222,14 +258,18 @@ def load(path: Path) -> Artifact | None:
 
 
 def copy_companions(artifact: Artifact, folder: Path) -> None:
-    """Copies config and tokenizer: every file of the artifact's manifest but weights and graph."""
+    """Copies config and tokenizer: every file in the artifact's manifest except weights and graph."""
     for entry in artifact.manifest.files:
         if not entry.path.endswith((".safetensors", ".onnx")):
             shutil.copyfile(artifact.path / entry.path, folder / entry.path)
 
 
 def publish(scratch: Path, target: Path, manifest: Manifest) -> Artifact:
-    """Writes the manifest last and renames the whole folder into place; under `publishing.lock`."""
+    """Writes the manifest into `scratch` and renames that folder to `target`. Use it only under `publishing.lock`.
+
+    Raises:
+        ArtifactError: The operating system refuses to write there.
+    """
     try:
         (scratch / MANIFEST).write_text(manifest.to_json())
     except OSError as error:
@@ -239,7 +279,10 @@ def publish(scratch: Path, target: Path, manifest: Manifest) -> Artifact:
 
 
 def gzip_bytes(artifact: Artifact, cache: Path) -> int:
-    """The bytes of all its files, each compressed by gzip at its default level; remembered by id in `cache`."""
+    """Returns the total size in bytes of the artifact's files after gzip, one by one, at the default level.
+
+    The folder `cache` keeps the result by the artifact's id.
+    """
     known = cache / artifact.manifest.id
     with suppress(OSError, ValueError):
         return int(known.read_text())

@@ -1,6 +1,6 @@
-"""What can be built: a variant is one step applied to one parent, and its name says both.
+"""Variants and steps: a variant is one step applied to one parent, and its name determines both.
 
-A new kind of artifact is a step config here, a line in `_derived`, and its function in `steps/`.
+A new kind of artifact needs a step class here, a line in `_derived`, and a function in `steps/`.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from toolchain.artifacts.names import VariantName, parse_name, shorter
 from toolchain.errors import ArtifactError, UnknownVariantError
 
 PROVIDERS = ("cpu", "cuda")
-# Backend → the schemes it quantises to, the first by default, each with the tag of the variant's name. ONNX Runtime's
-# fp16 is a graph for other kernels, by `Optimize`.
+# Backend → its quantisation schemes, the default first → the tag in the variant's name. On ONNX Runtime, `Optimize`
+# makes fp16, because that graph is for other kernels.
 QUANTIZED = {
     "ort": {"dynamic": "int8", "static": "int8", "int4": "int4", "fp16": "fp16"},
     "torch": {"int8": "int8", "bf16": "bf16", "fp16": "fp16"},
     "bnb": {"int8": "int8", "nf4": "nf4", "fp4": "fp4"},
 }
 
-# Rewrites `Optimize` applies by default, in order.
+# Passes that `Optimize` applies by default, in order.
 CPU_PASSES = ("fuse", "residual-sum", "first-token", "first-query")
 CUDA_PASSES = ("fuse-cuda", "half")
-# Rewrites `Quantize` applies on ONNX Runtime by scheme, in order; the last two have a form for each scheme.
+# Passes that `Quantize` applies on ONNX Runtime, by scheme and in order. The last two have several forms, such as
+# ``quantize-linear-int4``; the step chooses the form.
 QUANTIZE_PASSES = {
     "dynamic": ("padding", "quantize-linear", "quantize-embedding"),
     "static": ("smooth", "quantize-linear", "quantize-embedding"),
@@ -37,9 +38,11 @@ QUANTIZE_PASSES = {
 
 @dataclass(frozen=True)
 class Import:
-    """Checkpoint to fp32 safetensors. `revision`: the hub's commit, or a digest of the files; None: the newest.
+    """Converts a checkpoint to fp32 safetensors.
 
-    `base`: of a LoRA adapter, what it is merged into, ``ID@COMMIT`` of the hub or a digest.
+    Attributes:
+        revision: The hub's commit, or a digest of the files; None for the newest.
+        base: For a LoRA adapter, the base to merge it into: ``ID@COMMIT`` of the hub, or a digest. None otherwise.
     """
 
     revision: str | None = None
@@ -48,12 +51,16 @@ class Import:
 
 @dataclass(frozen=True)
 class Prune:
-    """Heads and FFN neurons removed until `ratio` of the encoder's linear parameters is gone.
+    """Removes heads and FFN neurons until `ratio` of the encoder's linear parameters is removed.
 
-    `method`: what is unimportant, by ``fisher`` information or ``magnitude``; ``mask`` zeroes rows and removes nothing.
-    `cost`: what is paid for importance, ``parameters`` or this machine's ``latency``. `layers`: how many stay, None for
-    all; the others go first and whole. `train` is the training data's digest (empty: what the workspace has), of which
-    `sentences` rank and tune.
+    Attributes:
+        ratio: Minimum share of the encoder's linear parameters to remove.
+        method: Importance measure, ``fisher`` or ``magnitude``. ``mask`` sets rows to zero instead and removes nothing.
+        cost: Cost that the selection weighs importance against: ``parameters``, or ``latency`` on this machine.
+        layers: Number of layers to keep; the step first removes the others completely. None removes none in advance.
+        train: Digest of the training data; if empty, the workspace's training data.
+        sentences: Number of training sentences that rank the units and fit the remaining weights.
+        seed: Random seed that chooses these sentences.
     """
 
     ratio: float
@@ -67,10 +74,18 @@ class Prune:
 
 @dataclass(frozen=True)
 class Recover:
-    """A pruned model trained for `epochs` to answer as the unpruned one does; `train` as for `Prune`.
+    """Trains a pruned model on the unpruned model's logits.
 
-    It learns from the rows and from pairs of them, new ones in each epoch, `pairs` a row times the share of parameters
-    that is gone, in which the share `masked` of the tokens is hidden.
+    The training rows are the original rows and random pairs of them. Each epoch draws new pairs.
+
+    Attributes:
+        epochs: Largest number of epochs.
+        train: Digest of the training data, as in `Prune`.
+        learning_rate: Peak learning rate.
+        batch_size: Rows of a training step.
+        pairs: Pairs per row and epoch, multiplied by the share of parameters that pruning removed.
+        masked: Share of a pair's tokens that the mask token replaces.
+        seed: Random seed of pairs, masks and row order.
     """
 
     epochs: int
@@ -84,37 +99,46 @@ class Recover:
 
 @dataclass(frozen=True)
 class Export:
-    """PyTorch to ONNX, standard operators of one `opset`."""
+    """Exports a PyTorch model to ONNX with standard operators of one `opset`."""
 
     opset: int = 18
 
 
 @dataclass(frozen=True)
 class Optimize:
-    """Standard ONNX to the graph that is fast on one execution `provider`, by the named `passes` in order."""
+    """Rewrites a standard ONNX graph for speed on one execution `provider`, by `passes` in order."""
 
     provider: str = "cpu"
     passes: tuple[str, ...] = CPU_PASSES
 
     @classmethod
     def for_provider(cls, provider: str) -> Optimize:
-        """With the provider's own passes."""
+        """Returns the step with the default passes of the provider, ``cpu`` or ``cuda``."""
         return cls(provider, {"cpu": CPU_PASSES, "cuda": CUDA_PASSES}[provider])
 
 
 @dataclass(frozen=True)
 class Quantize:
-    """Fewer bits, by `backend` and its `scheme`.
+    """Quantises a model to fewer bits, by the `scheme` of a `backend`.
 
-    ``ort`` ``dynamic`` is U8 activations, scaled at run time, × S8 weights, scaled per channel; ``static`` the same
-    with scales fixed beforehand, on training data, `train` as for `Prune`; ``int4`` is weights in blocks of 4 bits, for
-    size; ``torch`` ``int8`` the same in PyTorch, ``bf16`` and ``fp16`` half precision; ``bnb`` is
-    bitsandbytes: ``int8`` LLM.int8(), ``nf4`` and ``fp4`` 4-bit blocks. For ``ort``: `reduce_range` is weights of 7
-    bits, whose products no processor saturates; `embeddings` the bits of the tables where these are not the scheme's
-    own, ``int8`` or ``int4``; `keep_fp32` how many of the linear layers that lose most stay as they are, chosen on
-    training data, `train` as for `Prune`; `passes` those of its `QUANTIZE_PASSES` that are applied, None for all;
-    `trim_vocab` the texts whose tokens stay in the vocabulary, ``train`` or the digest of a file
-    (`rows.Texts.digest`), where the others go.
+    Schemes of ``ort`` (ONNX Runtime):
+
+    * ``dynamic``: U8 activations with scales computed at run time, times S8 weights with scales per channel.
+    * ``static``: the same products, with activation scales from calibration on training data.
+    * ``int4``: weights in blocks of 4 bits, for size.
+
+    Schemes of ``torch``: ``int8`` computes the products of ``dynamic`` in PyTorch; ``bf16`` and ``fp16`` are half
+    precision. Schemes of ``bnb`` (bitsandbytes): ``int8`` is LLM.int8(); ``nf4`` and ``fp4`` are blocks of 4 bits.
+
+    Attributes:
+        backend: ``ort``, ``torch`` or ``bnb``. The attributes below `scheme` apply to ``ort`` only.
+        scheme: A scheme of the backend.
+        reduce_range: True for weights of 7 bits, whose products no processor saturates.
+        embeddings: Type of the embedding tables, ``int8`` or ``int4``; None for the default of the scheme.
+        keep_fp32: Number of linear layers that stay fp32. Training data selects the most sensitive layers.
+        train: Digest of the training data, as in `Prune`; None where the step uses none.
+        passes: The passes of `QUANTIZE_PASSES` to apply; None for all.
+        trim_vocab: Corpus whose tokens stay in the vocabulary: ``train``, or `Texts.digest` of a file. None keeps all.
     """
 
     backend: str = "ort"
@@ -140,19 +164,19 @@ STEP_TYPES: dict[str, type[Step]] = {
 
 
 def learns(step: Step) -> TypeGuard[Prune | Recover | Quantize]:
-    """Whether what comes of it depends on the training data."""
+    """Returns whether the result of the step depends on training data."""
     if isinstance(step, Quantize):
         return bool(step.keep_fp32 or step.trim_vocab) or step.scheme == "static"
     return isinstance(step, Recover) or (isinstance(step, Prune) and step.method != "mask")
 
 
 def step_name(step: Step) -> str:
-    """The verb of a step: ``export`` for an `Export`."""
+    """Returns the name of the step in manifests and commands, such as ``export`` for an `Export`."""
     return next(name for name, kind in STEP_TYPES.items() if isinstance(step, kind))
 
 
 def settings_of(step: Step) -> dict[str, Any]:
-    """The step's settings as JSON values; what a step does not have is None and left out."""
+    """Returns the step's settings as JSON values, without those that are None."""
     return {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in dataclasses.asdict(step).items()
@@ -161,7 +185,15 @@ def settings_of(step: Step) -> dict[str, Any]:
 
 
 def step_from(name: str, settings: Mapping[str, Any]) -> Step:
-    """The step a manifest recorded; `ArtifactError` where this release knows no such step or setting."""
+    """Returns the step that a manifest recorded.
+
+    Args:
+        name: Name of the step, as from `step_name`.
+        settings: Settings of the step, as from `settings_of`.
+
+    Raises:
+        ArtifactError: This release does not know the step or one of its settings.
+    """
     try:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
         return STEP_TYPES[name](**values)
@@ -174,7 +206,7 @@ def step_from(name: str, settings: Mapping[str, Any]) -> Step:
 
 @dataclass(frozen=True)
 class Variant:
-    """`step` applied to `parent` gives `name`, which can run on `providers`."""
+    """A variant: `step` applied to `parent` gives `name`, which runs on `providers`; `parent` is None for an import."""
 
     name: str
     parent: str | None
@@ -183,13 +215,17 @@ class Variant:
 
     @property
     def runtime(self) -> str:
-        """``torch`` or ``onnx``: which backend opens it."""
+        """Returns the runtime that opens the variant: ``torch``, ``bnb`` or ``onnx``."""
         return parse_name(self.name).runtime
 
     @property
     def agreement(self) -> str:
-        """How its answers must agree with the PyTorch model it came from: ``exact`` to fp32 rounding, ``close`` in
-        fewer bits, or ``free`` where the step makes another model of it."""
+        """Returns how closely its logits must match the PyTorch model that it derives from.
+
+        Returns:
+            ``exact`` (equal to fp32 rounding), ``close`` (few flips, for fewer bits), or ``free`` (no limit, because
+            pruning and recovery make another model).
+        """
         if isinstance(self.step, Prune | Recover):
             return "free"
         return "exact" if parse_name(self.name).scheme == "fp32" else "close"
@@ -197,7 +233,7 @@ class Variant:
 
 DEFAULT_RATIOS = (0.3, 0.4, 0.5)
 _PRUNED = tuple(VariantName("torch", pruned=round(100 * ratio)) for ratio in DEFAULT_RATIOS)
-# What is built and measured where nothing is named.
+# Variants that commands build and measure by default, by provider.
 DEFAULT_CELLS: dict[str, tuple[str, ...]] = {
     "cpu": (
         "torch-fp32",
@@ -217,7 +253,11 @@ DEFAULT_CELLS: dict[str, tuple[str, ...]] = {
 
 
 def get(name: str) -> Variant:
-    """The variant of that name; `UnknownVariantError` with the nearest names otherwise."""
+    """Returns the variant of that name.
+
+    Raises:
+        UnknownVariantError: No variant has this name. The error suggests similar names.
+    """
     try:
         variant = _derived(parse_name(name))
     except UnknownVariantError:
@@ -232,7 +272,7 @@ def get(name: str) -> Variant:
 
 
 def is_variant(name: str) -> bool:
-    """Whether `get` knows it."""
+    """Returns whether a variant of that name exists."""
     try:
         return _derived(parse_name(name)) is not None
     except UnknownVariantError:
@@ -240,15 +280,15 @@ def is_variant(name: str) -> bool:
 
 
 def _derived(name: VariantName) -> Variant | None:
-    """The step that makes a variant and what it takes, by the last tag of its name; None where nothing makes it."""
+    """Returns the variant with its default step and parent, which its tags determine; None where no step builds it."""
     other = functools.partial(dataclasses.replace, name, label="")
     parent: VariantName
     step: Step
     providers: tuple[str, ...] = PROVIDERS
     if name.recovered and name.method == "mask":
-        return None  # training would fill the zeros
+        return None  # training would overwrite the zeros of a mask
     if (name.portable or name.static) and (name.runtime, name.scheme) != ("onnx", "int8"):
-        return None  # only ONNX Runtime's int8 has weights of fewer bits, or fixed scales, to choose
+        return None  # only ONNX Runtime's int8 offers 7-bit weights and fixed activation scales
     if name.portable and name.static:
         return None
     if name.runtime == "torch" and not name.std and name.scheme == "fp32":
@@ -280,8 +320,10 @@ def _derived(name: VariantName) -> Variant | None:
 
 
 def lineage(name: str) -> list[Variant]:
-    """The variant's ancestors from the root on, itself last; of a label, those it has unless its manifest says
-    otherwise."""
+    """Returns the variant's ancestors from the root on, and the variant itself last.
+
+    The ancestors of a labelled variant are unlabelled here. `Workspace.lineage` returns the recorded ones.
+    """
     chain = [get(name)]
     while chain[0].parent is not None:
         chain.insert(0, get(chain[0].parent))
@@ -289,8 +331,16 @@ def lineage(name: str) -> list[Variant]:
 
 
 def child(parent: str, step: Step, label: str = "") -> Variant:
-    """The variant that `step` makes of `parent`, under a `label` or its parent's; `UnknownVariantError` where it makes
-    none of it."""
+    """Returns the variant that `step` builds from `parent`.
+
+    Args:
+        parent: Name of the parent.
+        step: The step to apply.
+        label: Label of the variant; if empty, the label of the parent.
+
+    Raises:
+        UnknownVariantError: The step cannot build from this parent, or `label` does not extend the parent's label.
+    """
     get(parent)
     of = parse_name(parent)
     if of.label and label and of.label not in shorter(label):

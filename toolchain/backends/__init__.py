@@ -1,4 +1,4 @@
-"""One `Session` for every runtime: the same batch in, the same logits out, under the same clock."""
+"""One `Session` interface for all runtimes: each session takes the same batches and returns logits of one format."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Backend:
-    """Where a runtime's session is, as ``module:class``, and what it imports when opened: a memory figure tells these
-    imports from the model."""
+    """The session class of a runtime.
+
+    Attributes:
+        session: Path of the class as ``module:class``.
+        imports: Modules that the session imports. A benchmark imports them first, so that it can measure their memory
+            separately from the model's memory.
+    """
 
     session: str
     imports: tuple[str, ...]
 
 
 _TORCH = ("torch", "transformers.models.auto.modeling_auto")
-# By the runtime tag of a variant's name; imported when needed.
+# Runtime tag of a variant's name → backend. The module of a session class is imported only when it is needed.
 BACKENDS = {
     "torch": Backend("toolchain.backends.pytorch:TorchSession", _TORCH),
     "bnb": Backend(
@@ -34,11 +39,16 @@ BACKENDS = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a session runs: on an execution `provider` (``cpu`` or ``cuda``), with so many `threads` on the host.
+    """The execution provider and the options of a session.
 
-    `device_id` is the GPU's number as `nvidia-smi` counts. With `allow_fallback`, what has no kernel on the provider
-    may run on the CPU; the session's facts say so then. Without `exact`, 8-bit products may saturate, where the
-    processor does so by default.
+    Attributes:
+        provider: ``cpu`` or ``cuda``.
+        threads: Number of threads on the host.
+        device_id: Number of the GPU in the order of `nvidia-smi`.
+        allow_fallback: Whether operators without a kernel on the provider may run on the CPU. The session's facts
+            report such a fallback.
+        exact: Whether 8-bit products must not saturate. If false, they may saturate on processors that do so by
+            default.
     """
 
     provider: str = "cpu"
@@ -49,36 +59,57 @@ class Place:
 
 
 class Session(Protocol):
-    """A loaded model in one place.
+    """A model that is loaded on one execution provider; create it as ``Class(folder, place)``.
 
-    Built as ``Class(folder, place)``; raises `ProviderError` where the provider cannot serve, and never runs on another
-    one than asked unless the place allows it. A device without room is a `DeviceMemoryError`, here and in `run`.
+    A session never runs on another provider, unless the place allows a fallback.
+
+    Raises:
+        ProviderError: The provider is unavailable.
+        DeviceMemoryError: The device has too little memory, at creation or in `run`.
     """
 
     def __init__(self, folder: Path, place: Place) -> None: ...
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
-        """int64 arrays [batch, sequence] on the host → float32 logits [batch, labels] on the host."""
+        """Returns the logits of one batch.
+
+        Args:
+            batch: Input name → int64 array [batch, sequence] on the host.
+
+        Returns:
+            float32 array [batch, labels] on the host.
+        """
 
     def resident(self, batch: dict[str, np.ndarray]) -> Callable[[], object]:
-        """`run` without its copies, to be called again and again: the batch lies on the device, the logits stay there,
-        and a call returns when they are computed."""
+        """Copies the batch to the device and returns a function that runs the model on it without further copies.
+
+        The function may be called repeatedly. It returns after the computation, and the logits stay on the device.
+        """
 
     def facts(self) -> dict[str, Any]:
-        """The provider it really runs on, and what else a row should say about the session."""
+        """Returns the provider that the session actually uses, and other facts for the row of a comparison."""
 
     def close(self) -> None:
-        """Frees the model."""
+        """Releases the model."""
 
 
 def session_class(path: str) -> type[Session]:
-    """The class at ``module:name``."""
+    """Imports and returns the session class at the path ``module:name``."""
     module, name = path.split(":")
     found: type[Session] = getattr(importlib.import_module(module), name)
     return found
 
 
 def open_session(folder: Path, runtime: str, place: Place) -> Session:
-    """Loads the artifact in `folder`, or the ``.onnx`` or ``.ort`` file it names, by the runtime tag of its variant's
-    name."""
+    """Loads a model and returns its session.
+
+    Args:
+        folder: Folder of the artifact, or path of a ``.onnx`` or ``.ort`` file.
+        runtime: Runtime tag of the variant's name, a key of `BACKENDS`.
+        place: Provider and options of the session.
+
+    Raises:
+        ProviderError: The provider is unavailable.
+        DeviceMemoryError: The device has too little memory.
+    """
     return session_class(BACKENDS[runtime].session)(folder, place)

@@ -1,4 +1,4 @@
-"""bitsandbytes through transformers: 8- and 4-bit weights that save memory; on a CPU they cost time."""
+"""The bitsandbytes backend, through transformers: 8-bit and 4-bit weights, which save memory but are slow on a CPU."""
 
 from __future__ import annotations
 
@@ -14,14 +14,24 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-INT8_CAPABILITY = (7, 5)  # LLM.int8() needs the integer tensor cores that came with Turing
+INT8_CAPABILITY = (7, 5)  # LLM.int8() needs integer tensor cores, which GPUs have since Turing
 BF16_CAPABILITY = (8, 0)
-BLOCK = 64  # weights that share a scale
+BLOCK = 64  # number of weights that share a scale
 
 
 def quantized(folder: Path, scheme: str) -> PreTrainedModel:
-    """The fp32 model in `folder`, on the CPU, its encoder's linear layers in ``int8``, ``nf4`` or ``fp4``; the head
-    stays as it is. Raises `ProviderError` where bitsandbytes is missing or has no kernel for the model's widths."""
+    """Loads the fp32 model in `folder` on the CPU and quantises the linear layers of its encoder.
+
+    The classification head stays unquantised.
+
+    Args:
+        folder: Folder of the fp32 model.
+        scheme: ``int8``, ``nf4`` or ``fp4``.
+
+    Raises:
+        ProviderError: bitsandbytes is missing, or a layer's width is not a multiple of the 4-bit block.
+        CheckpointError: bitsandbytes cannot load the model.
+    """
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -43,7 +53,16 @@ def quantized(folder: Path, scheme: str) -> PreTrainedModel:
 
 
 def load(folder: Path, where: torch.device, **more: Any) -> PreTrainedModel:
-    """The model in `folder` on that device, computing in the type that is fast there."""
+    """Loads the model in `folder` on the device `where`, with the compute type from `compute_dtype`.
+
+    Args:
+        folder: Folder of the model.
+        where: Target device.
+        **more: Further arguments of transformers' `from_pretrained`.
+
+    Raises:
+        CheckpointError: transformers or bitsandbytes cannot load the model.
+    """
     from transformers import AutoModelForSequenceClassification
 
     quiet()
@@ -69,7 +88,7 @@ def load(folder: Path, where: torch.device, **more: Any) -> PreTrainedModel:
 
 
 def compute_dtype(where: torch.device) -> torch.dtype:
-    """fp32 on a CPU; on a GPU bf16 where it has tensor cores for it, else fp16 (T4, Pascal)."""
+    """Returns fp32 for a CPU, bf16 for a GPU with bf16 tensor cores, and fp16 for other GPUs (T4, Pascal)."""
     import torch
 
     if where.type == "cpu":
@@ -79,23 +98,23 @@ def compute_dtype(where: torch.device) -> torch.dtype:
 
 def _need() -> None:
     """Raises `ProviderError` where bitsandbytes cannot be imported."""
-    # A line for every product it casts, and one for a kernel that only a hub has.
+    # bitsandbytes logs a line for every product that it casts, and one for a kernel that only the hub has.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401
-    except Exception as error:  # a library for another machine fails while it is loaded
+    except Exception as error:  # a binary for another machine can raise any error during the import
         raise ProviderError(
             f"bitsandbytes cannot be used: {error}.", 'Install it with `pip install -e ".[bnb]"`.'
         ) from error
 
 
 def _head(model: PreTrainedModel) -> list[str]:
-    """The names of the modules outside the encoder."""
+    """Returns the names of the modules outside the encoder."""
     return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
 
 def _check_blocks(model: PreTrainedModel) -> None:
-    """Raises `ProviderError` for a layer whose rows are not whole blocks of 4-bit weights."""
+    """Raises `ProviderError` if a layer's input width is not a multiple of `BLOCK`, the 4-bit block."""
     import torch
 
     encoder = model.get_submodule(model.base_model_prefix)
@@ -109,7 +128,7 @@ def _check_blocks(model: PreTrainedModel) -> None:
 
 
 def _outline(folder: Path) -> PreTrainedModel:
-    """The model of the config in `folder`, without weights."""
+    """Returns the model that the config in `folder` describes, without weights."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -120,14 +139,14 @@ def _outline(folder: Path) -> PreTrainedModel:
 
 
 def _has_kernels() -> bool:
-    """Whether bitsandbytes found its library for this CUDA; it stands a mock in its place and fails when asked."""
+    """Returns whether bitsandbytes has a library for this CUDA version; without one it uses a mock that fails later."""
     from bitsandbytes import cextension
 
     return not isinstance(cextension.lib, cextension.ErrorHandlerMockBNBNativeLibrary)
 
 
 class BnbSession(TorchSession):
-    """A `Session` on bitsandbytes."""
+    """A `Session` that runs on bitsandbytes."""
 
     def _load(self, folder: Path) -> PreTrainedModel:
         import torch
@@ -147,7 +166,7 @@ class BnbSession(TorchSession):
         return load(folder, where)
 
     def facts(self) -> dict[str, Any]:
-        """As of PyTorch, with the type it computes in; on a CPU, what the row is good for."""
+        """Returns the facts of `TorchSession` with the compute type as precision; on a CPU also a note on speed."""
         found = {**super().facts(), "precision": str(compute_dtype(self._device)).removeprefix("torch.")}
         return {**found, "note": "memory, not speed"} if self._device.type == "cpu" else found
 

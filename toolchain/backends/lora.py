@@ -1,5 +1,7 @@
-"""LoRA adapters through PEFT: put on their base, and merged into it. What does not fit is refused, where PEFT would
-leave it out or make it up."""
+"""LoRA adapters through PEFT: applies an adapter to its base, or merges it into the base.
+
+If tensors do not match, this module raises an error. PEFT would skip unknown tensors and initialise missing ones.
+"""
 
 from __future__ import annotations
 
@@ -19,22 +21,34 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
 
-_PREFIX = "base_model.model."  # of every name in an adapter's file
+_PREFIX = "base_model.model."  # start of every tensor name in an adapter's weights file
 
 
 def merged(adapter: Path, base: Path) -> PreTrainedModel:
-    """The fp32 classifier that answers as the adapter on its base does, in eval mode; `CheckpointError` where they do
-    not fit."""
+    """Merges the adapter into its base and returns the fp32 classifier in eval mode.
+
+    Args:
+        adapter: Folder of the adapter.
+        base: Folder of the base.
+
+    Raises:
+        CheckpointError: The adapter does not match the base; see `unmerged`.
+    """
     model: PreTrainedModel = unmerged(adapter, base).merge_and_unload(safe_merge=True)
     model.eval()
     return model
 
 
 def unmerged(adapter: Path, base: Path) -> PeftModel:
-    """The adapter on its fp32 base as PEFT runs it, in eval mode.
+    """Applies the adapter to its fp32 base without a merge, and returns PEFT's model in eval mode.
 
-    Raises `CheckpointError` unless every tensor of the adapter has its place in the base, every place its tensor, and
-    each weight of the classifier comes from one of the two.
+    Args:
+        adapter: Folder of the adapter.
+        base: Folder of the base.
+
+    Raises:
+        CheckpointError: A tensor of the adapter has no matching parameter, or an adapter parameter has no tensor. Or
+            neither the adapter nor the base has a weight of the classifier. Or PEFT is missing.
     """
     from safetensors.torch import load_file
 
@@ -66,7 +80,7 @@ _MEND = "Name the base it was trained on: `toolchain export --model … --base F
 
 
 class LoraSession(TorchSession):
-    """A `Session` of an adapter on its base, not merged."""
+    """A `Session` that runs an adapter on its base without merging them."""
 
     def __init__(self, adapter: Path, base: Path, place: Place) -> None:
         self._base = base
@@ -75,26 +89,29 @@ class LoraSession(TorchSession):
     def _load(self, folder: Path) -> PreTrainedModel:
         model = unmerged(folder, self._base)
         model.to(self._device)
-        return model  # type: ignore[return-value]  # answers as one
+        return model  # type: ignore[return-value]  # a PeftModel has the same call interface
 
 
 def _need() -> None:
     """Raises `CheckpointError` where PEFT cannot be imported."""
     import logging
 
-    # PEFT loads bitsandbytes if it is there, which writes of a kernel that only a hub has.
+    # PEFT imports bitsandbytes if it is installed, and bitsandbytes logs a line about a kernel that only the hub has.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft  # noqa: F401
-    except Exception as error:  # what it loads itself may be of another release
+    except Exception as error:  # an incompatible release of a dependency can raise any error
         raise CheckpointError(
             f"A LoRA adapter needs PEFT, which cannot be used: {error}.", 'Install it with `pip install -e ".[lora]"`.'
         ) from error
 
 
 def _config(adapter: Path, base: Path, tensors: Mapping[str, torch.Tensor]) -> PretrainedConfig:
-    """The base's config with as many classes as the adapter's head, named by the config beside the adapter, else by
-    the base's where it has as many, else LABEL_0, LABEL_1, …"""
+    """Returns the base's config with the number of classes of the adapter's head.
+
+    The class names come from the config in the adapter's folder. Without it they come from the base's config if it has
+    the same number of classes, else they are LABEL_0, LABEL_1, …
+    """
     from transformers import AutoConfig
 
     config: PretrainedConfig = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
@@ -118,7 +135,7 @@ def _config(adapter: Path, base: Path, tensors: Mapping[str, torch.Tensor]) -> P
 
 
 def _sized_by_classes(config: PretrainedConfig) -> list[str]:
-    """The weights whose first axis is the number of classes."""
+    """Returns the names of the weights whose shape depends on the number of classes, which is their first axis."""
     import copy
 
     import torch
@@ -135,7 +152,7 @@ def _sized_by_classes(config: PretrainedConfig) -> list[str]:
 
 
 def _on_base(base: Path, config: PretrainedConfig) -> tuple[PreTrainedModel, list[str]]:
-    """The base as a classifier of that config, and the weights it does not have, or has for other classes."""
+    """Loads the base as a classifier with `config`; returns it and the names of its missing or mismatched weights."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -162,8 +179,7 @@ def _wrapped(model: PreTrainedModel, said: Mapping[str, Any]) -> PeftModel:
 
 
 def _fill(wrapped: PeftModel, tensors: Mapping[str, torch.Tensor], complaint: str) -> None:
-    """Puts the adapter's tensors into their places; `CheckpointError` unless each has one, of its shape, and none is
-    left over."""
+    """Loads the adapter's tensors into the model; raises `CheckpointError` unless names and shapes match one to one."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     places = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
@@ -175,7 +191,7 @@ def _fill(wrapped: PeftModel, tensors: Mapping[str, torch.Tensor], complaint: st
 
 
 def _said_twice(name: str, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the tensor is there under its proper name, too: with biases trained, PEFT saves those of the head so."""
+    """Returns whether another name holds an equal tensor; with trained biases PEFT saves the head's biases twice."""
     proper = tensors.get(name.replace(".modules_to_save.", "."))
     return proper is not None and bool((proper == tensors[name]).all())
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime under its default options: what an app that loads the file will see."""
+"""The ONNX Runtime backend, with default options, so that results match an app that loads the same file."""
 
 from __future__ import annotations
 
@@ -18,21 +18,27 @@ if TYPE_CHECKING:
     from toolchain.backends import Place
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_SILENT = 3  # errors only: what ONNX Runtime warns of is checked here and raised
-# x86 without VNNI adds two U8 × S8 products in 16 bits, which saturates. With this session option ONNX Runtime makes
-# the weights unsigned, whose products are exact there. On other processors it only makes int8 slower.
+_SILENT = 3  # log errors only: this module checks for the conditions behind the warnings and raises errors
+# x86 without VNNI adds two U8 × S8 products in 16 bits, which saturates. With this session option ONNX Runtime converts
+# the weights to unsigned, and their products are exact. On other processors the option only makes int8 slower.
 EXACT_PRODUCTS = ("session.x64quantprecision", "1")
-# What works on shapes and masks, a few integers: ONNX Runtime itself keeps these on the CPU beside a CUDA graph.
+# Operators that compute shapes and masks. ONNX Runtime itself places them on the CPU beside a CUDA graph, because they
+# process only a few integers.
 SHAPE_OPERATORS = {
     *("Shape", "Size", "Gather", "Unsqueeze", "Squeeze", "Slice", "Concat", "Cast", "Range", "ConstantOfShape"),
     *("Constant", "Equal", "Where", "Expand", "Reshape", "Add", "Sub", "Mul", "Div"),
 }
-_INNER, _ACTIVATION, _WEIGHT = 4, 255, 127  # of the product that shows whether a processor saturates
+_INNER, _ACTIVATION, _WEIGHT = 4, 255, 127  # width and values of the product in `extreme_product`
 _ROOM = re.compile(r"(?:requested buffer of size|Available memory of \d+ is smaller than requested bytes of) (\d+)")
 
 
 def session_options(threads: int, *, exact: bool = True) -> Any:
-    """The options of every session: `threads`, no log, and, with `exact`, int8 products that do not saturate."""
+    """Returns the options of a session.
+
+    Args:
+        threads: Number of threads within an operator.
+        exact: Whether int8 products must not saturate.
+    """
     options = _plain_options(threads)
     if exact and saturates():
         options.add_session_config_entry(*EXACT_PRODUCTS)
@@ -51,8 +57,11 @@ def _plain_options(threads: int) -> Any:
 
 @functools.cache
 def saturates(*, exact: bool = False) -> bool:
-    """Whether ONNX Runtime saturates int8 products on this processor, by default or even with `EXACT_PRODUCTS`; one
-    product is computed to see it."""
+    """Returns whether ONNX Runtime saturates int8 products on this processor; computes one product to test it.
+
+    Args:
+        exact: Whether to test with the session option `EXACT_PRODUCTS` instead of the default options.
+    """
     import numpy as np
     import onnxruntime as ort
 
@@ -65,7 +74,7 @@ def saturates(*, exact: bool = False) -> bool:
 
 
 def extreme_product() -> bytes:
-    """An ONNX file of one MatMulInteger, uint8 [1, inner] × int8 [inner, 1], whose weights are all the largest."""
+    """Returns an ONNX file with one MatMulInteger, uint8 [1, inner] × int8 [inner, 1]; every weight is the maximum."""
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
 
@@ -87,8 +96,11 @@ def extreme_product() -> bytes:
 
 
 def _loadable(path: Path, exact: bool) -> str | bytes:
-    """What a session is made of: the file, or, where its products would saturate and layers share weights, which ONNX
-    Runtime then refuses, the model with unsigned weights."""
+    """Returns the path of the model file, or the content of the model with unsigned weights.
+
+    ONNX Runtime refuses `EXACT_PRODUCTS` for layers that share weights. If such products would saturate, this function
+    converts the weights itself.
+    """
     if not exact or path.suffix != ".onnx" or not saturates():
         return str(path)
     import onnx_ir as ir
@@ -105,7 +117,7 @@ def _loadable(path: Path, exact: bool) -> str | bytes:
 
 
 class OrtSession:
-    """A `Session` on ONNX Runtime."""
+    """A `Session` that runs on ONNX Runtime."""
 
     def __init__(self, folder: Path, place: Place) -> None:
         import onnxruntime as ort
@@ -120,14 +132,14 @@ class OrtSession:
             )
         self._place = place
         options = session_options(place.threads, exact=place.exact)
-        # Which provider each node was given: recorded while the session is made, at no cost to its runs.
+        # Records the provider of each node. This happens while the session is created, so runs are not slower.
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         device: dict[str, str] = {}
         if place.provider == "cuda":
             device = {"device_id": str(place.device_id)}
             if hasattr(ort, "preload_dlls"):
-                ort.preload_dlls()  # CUDA and cuDNN as pip installs them lie where no loader looks
-        # A bundle's files have other names, and phones a format of their own.
+                ort.preload_dlls()  # pip installs CUDA and cuDNN in folders that the system's loader does not search
+        # The files of a bundle have other names, and phones use the format .ort.
         path = folder if folder.suffix in (".onnx", ".ort") else folder / "model.onnx"
         try:
             self._session = ort.InferenceSession(_loadable(path, place.exact), options, providers=[(wanted, device)])
@@ -140,14 +152,14 @@ class OrtSession:
             raise GraphError(f"{path} is no model ONNX Runtime can load: {error}.", "Build it again.") from error
         self._output = self._session.get_outputs()[0].name
         self._check_provider(wanted)
-        # A session that fell back whole, where that is allowed, has nothing on the GPU to bind to.
+        # With an allowed fallback, all nodes may run on the CPU; then there is no GPU memory to bind to.
         self._on_host = self._session.get_providers()[0] == PROVIDERS["cpu"]
 
     def _check_provider(self, wanted: str) -> None:
-        """Raises `ProviderError` where the session, or a part of it that counts, runs elsewhere than asked.
+        """Raises `ProviderError` if the session, or a node outside `SHAPE_OPERATORS`, runs on another provider.
 
-        A provider that cannot start is dropped with a log line, and the session runs on the CPU; a node without a
-        kernel on the provider runs on the CPU without a word.
+        ONNX Runtime drops a provider that cannot start, logs one line and runs the session on the CPU. It runs a node
+        without a kernel on the provider on the CPU and logs nothing.
         """
         if self._place.allow_fallback:
             return
@@ -166,7 +178,7 @@ class OrtSession:
             )
 
     def _assigned(self) -> dict[str, Counter[str]]:
-        """Provider → operator type → nodes. Empty where this ONNX Runtime does not record it."""
+        """Returns provider → operator type → number of nodes; empty if this ONNX Runtime does not record it."""
         found: dict[str, Counter[str]] = {}
         if hasattr(self._session, "get_provider_graph_assignment_info"):
             for part in self._session.get_provider_graph_assignment_info():
@@ -174,12 +186,12 @@ class OrtSession:
         return found
 
     def _elsewhere(self, wanted: str) -> Counter[str]:
-        """Operator type → nodes that count and are on another provider."""
+        """Returns operator type → number of nodes on another provider, without `SHAPE_OPERATORS`."""
         away = [kinds for name, kinds in self._assigned().items() if name != wanted]
         return Counter({k: n for kinds in away for k, n in kinds.items() if k not in SHAPE_OPERATORS})
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
-        """See `Session.run`. On a GPU through I/O binding, so that one copy goes each way."""
+        """See `Session.run`; on a GPU it uses I/O binding, so that there is one copy in each direction."""
         with _telling(batch):
             if self._on_host:
                 logits: np.ndarray = self._session.run(None, batch)[0]
@@ -190,7 +202,7 @@ class OrtSession:
         return logits
 
     def outputs(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Every output of the graph by its name, for a batch as `run` takes it."""
+        """Returns every output of the graph by name, for the same batches as `run`."""
         names = [output.name for output in self._session.get_outputs()]
         with _telling(batch):
             return dict(zip(names, self._session.run(names, batch), strict=True))
@@ -206,7 +218,7 @@ class OrtSession:
         return answer
 
     def _bound(self, batch: dict[str, np.ndarray]) -> Any:
-        """An I/O binding with the batch on the session's device and the logits to be left there."""
+        """Returns an I/O binding that holds the batch on the session's device and leaves the logits there."""
         import onnxruntime as ort
 
         where = ("cpu", 0) if self._on_host else (self._place.provider, self._place.device_id)
@@ -217,8 +229,11 @@ class OrtSession:
         return binding
 
     def facts(self) -> dict[str, Any]:
-        """Provider in use, threads, and how many nodes each provider was given; with a fallback, what it is; `option`,
-        where this processor needs one for exact 8-bit products."""
+        """Returns the provider in use, the threads, and the number of nodes on each provider.
+
+        `fallback` describes a fallback if there is one. `option` is the session option that this processor needs for
+        exact 8-bit products.
+        """
         wanted, got = PROVIDERS[self._place.provider], self._session.get_providers()[0]
         nodes = {name: kinds.total() for name, kinds in self._assigned().items()}
         found: dict[str, Any] = {"provider": got, "threads": self._place.threads, "nodes": nodes}
@@ -238,7 +253,7 @@ class OrtSession:
 
 @contextmanager
 def _telling(batch: dict[str, np.ndarray]) -> Iterator[None]:
-    """Raises `GraphError`, or `DeviceMemoryError`, for what ONNX Runtime raises of a batch."""
+    """Turns the errors of ONNX Runtime for a batch into `GraphError` or `DeviceMemoryError`."""
     try:
         yield
     except failures() as error:
@@ -248,7 +263,11 @@ def _telling(batch: dict[str, np.ndarray]) -> Iterator[None]:
 
 
 def add_extensions(options: Any) -> None:
-    """Gives a session the operators of onnxruntime-extensions; `ProviderError` where that is not installed."""
+    """Adds the operators of onnxruntime-extensions to the session options `options`.
+
+    Raises:
+        ProviderError: onnxruntime-extensions is not installed.
+    """
     try:
         import onnxruntime_extensions as extensions
     except ImportError as error:
@@ -260,7 +279,7 @@ def add_extensions(options: Any) -> None:
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises for a file, a batch or a device that does not do."""
+    """Returns the exception classes that ONNX Runtime raises for an unusable file, batch or device."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     return (
@@ -274,7 +293,7 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 def _check_room(error: Exception) -> None:
-    """Raises `DeviceMemoryError` where the failure is one of memory."""
+    """Raises `DeviceMemoryError` if the device ran out of memory."""
     asked = _ROOM.search(str(error))
     if asked or "out of memory" in str(error):
         raise DeviceMemoryError.asked(int(asked[1]) if asked else None) from error

@@ -1,4 +1,4 @@
-"""PyTorch, eager, with scaled-dot-product attention: the baseline every other row is compared with."""
+"""The PyTorch backend: eager mode with scaled-dot-product attention, the baseline of comparisons."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """The sequence classifier in `folder`, in eval mode, in fp32 or as it was quantised; `CheckpointError` where the
-    weights do not fit."""
+    """Loads the sequence classifier in `folder` in eval mode, in fp32 or in its quantised precision.
+
+    Raises:
+        CheckpointError: The weights do not match the config, or transformers cannot load the model.
+    """
     quiet()
     shapes, precision = architectures.read_shapes(folder), reduced.Precision.read(folder)
     try:
@@ -56,7 +59,7 @@ def _dense(folder: Path) -> tuple[PreTrainedModel, list[str]]:
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
-        ignore_mismatched_sizes=True,  # so that they are told
+        ignore_mismatched_sizes=True,  # so that `info` lists them and the error below can name one
         output_loading_info=True,
     )
     model, info = loaded
@@ -70,10 +73,17 @@ def _dense(folder: Path) -> tuple[PreTrainedModel, list[str]]:
 
 
 def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreTrainedModel:
-    """The model in `folder` in fp32 as a sequence classifier of these labels; `task` is its `problem_type`.
+    """Loads the model in `folder` as an fp32 sequence classifier that can be trained; returns it in eval mode.
 
-    With `keep` its own head is one for them, else it gets a new one, drawn by PyTorch's generator. Raises
-    `CheckpointError` where anything but the head has no weights or does not fit.
+    Args:
+        folder: Folder of the base.
+        names: Names of the labels, by index.
+        task: `problem_type` of the classifier.
+        keep: Whether to keep the stored head. If false, PyTorch's random generator initialises a new head.
+
+    Raises:
+        CheckpointError: transformers cannot load the base. Or the encoder, or a head to keep, has missing or mismatched
+            weights.
     """
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -99,14 +109,14 @@ def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreT
     mismatched = (entry if isinstance(entry, str) else entry[0] for entry in found["mismatched_keys"])
     lacking = [*found["missing_keys"], *mismatched]
     head = {name for name in model.state_dict() if not name.startswith(f"{model.base_model_prefix}.")}
-    # BERT's pooler is part of what reads the encoder's states; a language model is saved without it.
+    # BERT's pooler may be missing: language models are saved without it, and it belongs to the head by function.
     inside = [name for name in lacking if name not in head and ".pooler." not in f".{name}"]
     if inside or (keep and lacking):
         named = ", ".join(sorted(inside or lacking)[:4])
         raise CheckpointError(f"{folder} has no weights that fit {named}.", "Check config.json against the weights.")
     if not keep:
         own = {model, *getattr(model, model.base_model_prefix).modules()}
-        for module in model.modules():  # in order, so that the same seed draws the same head
+        for module in model.modules():  # a fixed order, so that the same seed gives the same head
             if module not in own:
                 model._init_weights(module)
     fresh: PreTrainedModel = model.eval()
@@ -116,7 +126,7 @@ def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreT
 def _assembled(
     folder: Path, shapes: Sequence[architectures.LayerShape] | None, precision: reduced.Precision | None
 ) -> tuple[PreTrainedModel, list[str]]:
-    """A model of the config's shape, each layer cut to its own, and then its weights: every one of them, no other."""
+    """Builds the model from its config, reduces each layer to its stored shape and loads exactly its weights."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -133,7 +143,15 @@ def _assembled(
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Raises `CheckpointError` where a tensor of what lies in `folder` holds what is no number, or infinity."""
+    """Checks that no tensor contains NaN or infinity.
+
+    Args:
+        tensors: Tensor name → tensor.
+        folder: Folder of the checkpoint, for the error message.
+
+    Raises:
+        CheckpointError: A tensor contains NaN or infinity.
+    """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise CheckpointError(
@@ -142,8 +160,14 @@ def check_finite(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
 
 
 def save_weights(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """The tensors as one safetensors file, called `OWN_WEIGHTS` where the folder's layer shapes or precision are none
-    that transformers can make; `ArtifactError` where it cannot be written."""
+    """Writes the tensors to one safetensors file in `folder`.
+
+    The file name is `OWN_WEIGHTS` for a pruned or int8 model, which transformers cannot build. Otherwise it is
+    `WEIGHTS`.
+
+    Raises:
+        ArtifactError: The file cannot be written.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -152,13 +176,21 @@ def save_weights(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
         save_file(stored, folder / (OWN_WEIGHTS if own else WEIGHTS), metadata={"format": "pt"})
-    except SafetensorError as error:  # so it names a full disk
+    except SafetensorError as error:  # safetensors raises this on a full disk
         mend = "Free the space, or choose another place with --exported DIR."
         raise ArtifactError(f"{folder} cannot be written: {error}.", mend) from error
 
 
 def describe(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """The facts of a PyTorch variant: architecture, parameters, bytes of its stored `tensors` by dtype and by part."""
+    """Returns facts of a PyTorch variant for its manifest.
+
+    Args:
+        model: The model of the variant.
+        tensors: The tensors that the variant stores, by name.
+
+    Returns:
+        The architecture, the number of parameters, and the bytes of `tensors` by dtype and by part.
+    """
     base = model.base_model_prefix
     by_part, by_dtype = {"embeddings": 0, "encoder": 0, "head": 0}, Counter[str]()
     for name, tensor in tensors.items():
@@ -176,7 +208,16 @@ def describe(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dic
 
 
 def check_stored(model: PreTrainedModel, folder: Path, names: Sequence[str]) -> None:
-    """Raises `ArtifactError` unless what lies in `folder` gives the same logits as `model` to the bit."""
+    """Checks that the model stored in `folder` gives bit-identical logits to `model`.
+
+    Args:
+        model: The model in memory.
+        folder: Folder of the stored model.
+        names: Names of the model's inputs.
+
+    Raises:
+        ArtifactError: The logits differ.
+    """
     import torch
 
     ids = torch.tensor([[(7 * token) % model.config.vocab_size for token in range(25)]])
@@ -189,7 +230,11 @@ def check_stored(model: PreTrainedModel, folder: Path, names: Sequence[str]) -> 
 
 
 def device(place: Place) -> torch.device:
-    """The device of a place; `ProviderError` where there is none, or this PyTorch has no kernels for it."""
+    """Returns the PyTorch device of a place.
+
+    Raises:
+        ProviderError: PyTorch finds no CUDA device, or has no kernels for it.
+    """
     import torch
 
     if place.provider == "cpu":
@@ -210,8 +255,10 @@ def device(place: Place) -> torch.device:
 
 
 def _served(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
-    """Whether kernels built for these architectures run there: ``sm_86`` does on its own major version from its minor
-    version on, ``compute_90`` on everything newer."""
+    """Returns whether kernels for these architectures run on a GPU with this compute capability.
+
+    ``sm_86`` runs on GPUs with major version 8 and minor version 6 or higher. ``compute_90`` runs on 9.0 and higher.
+    """
     for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(built_for)):
         major, minor = divmod(int(number), 10)
         if capability >= (major, minor) and (kind == "compute" or capability[0] == major):
@@ -221,7 +268,7 @@ def _served(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
 
 @contextmanager
 def roomy(where: torch.device) -> Iterator[None]:
-    """Turns PyTorch's own failure to allocate into `DeviceMemoryError`, with the size it was asked for."""
+    """Turns PyTorch's out-of-memory error into `DeviceMemoryError` with the requested size."""
     import torch
 
     try:
@@ -235,7 +282,7 @@ def roomy(where: torch.device) -> Iterator[None]:
 
 
 def quiet() -> None:
-    """Keeps transformers' bars and warnings out of what a command prints."""
+    """Disables the progress bars and warnings of transformers, so that a command does not print them."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -243,7 +290,7 @@ def quiet() -> None:
 
 
 class TorchSession:
-    """A `Session` on PyTorch."""
+    """A `Session` that runs on PyTorch."""
 
     def __init__(self, folder: Path, place: Place) -> None:
         import torch
@@ -256,7 +303,7 @@ class TorchSession:
         self._folder = folder
 
     def _load(self, folder: Path) -> PreTrainedModel:
-        """The model, on the session's device."""
+        """Loads the model on the session's device."""
         model = load_model(folder)
         model.to(self._device)  # type: ignore[arg-type]
         return model
@@ -290,7 +337,7 @@ class TorchSession:
         return {name: torch.from_numpy(array).to(self._device) for name, array in batch.items()}
 
     def facts(self) -> dict[str, Any]:
-        """Device, attention implementation, threads, precision, and whose int8 kernels run."""
+        """Returns the device, attention implementation, threads and precision; for int8 also the kernel engine."""
         import torch
 
         precision = reduced.Precision.read(self._folder)

@@ -1,7 +1,7 @@
-"""PyTorch models in fewer bits: half precision, and int8 linear layers whose activations are scaled at run time.
+"""Quantised PyTorch models: half precision, or int8 linear layers whose activations are scaled at run time.
 
-Stored without pickle: integers, scales, zero points and biases are tensors of the weights file, and `PRECISION` beside
-it says how they are to be read.
+The models are stored without pickle. The weights file holds integers, scales, zero points and biases as tensors; the
+file `PRECISION` in the same folder states the scheme and the int8 layers.
 """
 
 from __future__ import annotations
@@ -29,14 +29,23 @@ HALVES = {"bf16": "bfloat16", "fp16": "float16"}
 
 @dataclass(frozen=True)
 class Precision:
-    """How the weights beside it are held: `scheme` is ``bf16``, ``fp16`` or ``int8``; `layers` are the int8 ones."""
+    """The storage format of a model's weights.
+
+    Attributes:
+        scheme: ``bf16``, ``fp16`` or ``int8``.
+        layers: Module names of the int8 layers.
+    """
 
     scheme: str
     layers: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, folder: Path) -> Precision | None:
-        """What `folder` says of its weights, None where they are fp32; `CheckpointError` for another file."""
+        """Reads the file `PRECISION` in `folder`; returns None if there is none, because the weights are fp32.
+
+        Raises:
+            CheckpointError: The file is unreadable or has another format.
+        """
         file = folder / PRECISION
         if not file.is_file():
             return None
@@ -50,15 +59,22 @@ class Precision:
         return found
 
     def write(self, folder: Path) -> None:
-        """Puts `PRECISION` into the folder."""
+        """Writes the file `PRECISION` into the folder."""
         (folder / PRECISION).write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
 def reduce(model: PreTrainedModel, scheme: str) -> tuple[PreTrainedModel, Precision]:
-    """A copy of the fp32 `model` in `scheme`.
+    """Returns a quantised copy of an fp32 model, and its precision.
 
-    ``int8`` is `torch.ao.quantization.quantize_dynamic` of every linear layer, weights symmetric per output channel.
-    Raises `GraphError` where there is no linear layer.
+    For ``int8``, `torch.ao.quantization.quantize_dynamic` quantises every linear layer, with symmetric weights per
+    output channel.
+
+    Args:
+        model: The fp32 model.
+        scheme: ``bf16``, ``fp16`` or ``int8``.
+
+    Raises:
+        GraphError: The scheme is ``int8`` and the model has no linear layer.
     """
     import torch
 
@@ -75,7 +91,7 @@ def reduce(model: PreTrainedModel, scheme: str) -> tuple[PreTrainedModel, Precis
 
 
 def tensors_of(made: PreTrainedModel, precision: Precision) -> dict[str, torch.Tensor]:
-    """What is stored of a reduced model: its weights by name, an int8 layer's in `PARTS`."""
+    """Returns the tensors to store for a quantised model, by name; an int8 layer has one tensor for each of `PARTS`."""
     packed = tuple(f"{name}." for name in precision.layers)
     tensors = {name: tensor for name, tensor in made.state_dict().items() if not (packed and name.startswith(packed))}
     for name in precision.layers:
@@ -87,7 +103,16 @@ def tensors_of(made: PreTrainedModel, precision: Precision) -> dict[str, torch.T
 
 
 def restore(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], precision: Precision) -> None:
-    """Gives an fp32 model of the right shape the stored weights, in place; `CheckpointError` where they do not fit."""
+    """Loads the stored weights of a quantised model into an fp32 model of the same shape, in place.
+
+    Args:
+        model: The fp32 model; its weights are replaced.
+        tensors: The stored tensors by name, as `tensors_of` returns them.
+        precision: Scheme and int8 layers of the stored tensors.
+
+    Raises:
+        CheckpointError: The tensors do not match the model.
+    """
     import torch
 
     if precision.scheme in HALVES:
@@ -111,7 +136,7 @@ def restore(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], precisi
 
 
 def _dynamic(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bias: torch.Tensor) -> torch.nn.Module:
-    """A dynamically quantised linear layer of stored parts."""
+    """Builds a dynamically quantised linear layer from its stored parts."""
     import torch
     from torch.ao.nn.quantized.dynamic import Linear
 
@@ -124,7 +149,7 @@ def _dynamic(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bi
 
 @contextlib.contextmanager
 def _no_notice() -> Iterator[None]:
-    """PyTorch announces that its quantised tensors will go one day: nothing that the reader of a command can mend."""
+    """Hides PyTorch's deprecation warning about quantised tensors, because a user of the command cannot fix it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.quantize_per_tensor, torch.quantize_per_channel")
         yield

@@ -1,1 +1,1 @@
-"""Building artifacts: one model's folder, the pipeline, and the steps it runs."""
+"""Builds of artifacts: the workspace of one model, the pipeline, and the steps that it runs."""

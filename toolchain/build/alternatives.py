@@ -1,4 +1,4 @@
-"""Alternatives to a quantisation that failed validation: which settings to try first, and the commands that do so."""
+"""Alternatives to a quantisation that failed validation: settings to try, and the commands that build them."""
 
 from __future__ import annotations
 
@@ -19,36 +19,37 @@ from toolchain.data.datasets import USUAL
 from toolchain.data.inputs import TrainingSource
 from toolchain.data.labels import LabelSet
 
-UNDECIDED = 0.5  # logits: the second label is at least exp(-0.5), 61 %, as probable as the first
+UNDECIDED = 0.5  # logits; the second label is then at least exp(-0.5) = 61 % as probable as the first
 NEARLY_ALL = 0.8  # share of the flips
-OTHER_SCHEME = {"int4": "dynamic", "dynamic": "static"}  # what may have less rounding error
+OTHER_SCHEME = {"int4": "dynamic", "dynamic": "static"}  # scheme → a scheme that may have less rounding error
 
 
 def undecided_flips(report: Mapping[str, Any]) -> int:
-    """In how many of the sentences that flipped the PyTorch model itself hardly prefers its answer."""
+    """Returns the number of flips for which the PyTorch model's margin is at most `UNDECIDED`."""
     return sum(margin <= UNDECIDED for margin in report["flip_margins"])
 
 
 def is_undecided(report: Mapping[str, Any]) -> bool:
-    """Whether nearly all flips are of sentences that the PyTorch model is undecided on."""
+    """Returns whether the PyTorch model is undecided in nearly all sentences that flip; see `undecided_flips`."""
     return bool(undecided_flips(report) >= NEARLY_ALL * report["flips"])
 
 
 def alternatives(
     step: Quantize, report: Mapping[str, Any], saturates: bool, same_domain: bool, layers: int | None
 ) -> list[Quantize]:
-    """The settings to try instead of `step`, whose validation gave `report`; the most promising first.
+    """Returns the settings to try instead of `step`, most promising first; empty if there is nothing to suggest.
 
-    Where decided answers flip, some layers lose much: these stay in fp32 first. Where a model is undecided, a little
-    rounding error flips its answers, and static scales halve that error in sentences of their own domain (on the
-    reference, mean |Δlogit| 0.042 against 0.087); elsewhere they do not (0.0074 against 0.0062).
+    If decided answers flip, some layers have a large rounding error. The first suggestion then keeps more layers in
+    fp32. If the model is undecided, a small rounding error flips its answers. Static scales halve that error on
+    sentences of their domain: on the reference model, the mean |Δlogit| is 0.042 instead of 0.087. On other sentences
+    they do not reduce it (0.0074 instead of 0.0062).
 
     Args:
         step: The quantisation that failed.
         report: The report of `steps.validate`.
-        saturates: Whether this runtime saturates products of 8 bits, which weights of 7 bits avoid.
-        same_domain: Whether the training data has the domain of the sentences that validation asks.
-        layers: How many linear layers the model has, where that is known.
+        saturates: Whether this runtime saturates products of 8 bits. Weights of 7 bits avoid that.
+        same_domain: Whether the training data has the same domain as the validation sentences.
+        layers: Number of linear layers of the model; None if unknown.
     """
     if step.backend != "ort" or not (report["finite"] and report["flips"]):
         return []
@@ -68,7 +69,7 @@ def alternatives(
 
 
 def _with_scheme(step: Quantize, scheme: str) -> Quantize:
-    """The same by another scheme, without the rewrites that the step leaves out."""
+    """Returns the step with another scheme; the new step also leaves out the passes that `step` leaves out."""
     left_out = set(QUANTIZE_PASSES[step.scheme]) - set(step.passes or QUANTIZE_PASSES[step.scheme])
     passes = tuple(name for name in QUANTIZE_PASSES[scheme] if name not in left_out)
     return replace(step, scheme=scheme, reduce_range=None, passes=None if passes == QUANTIZE_PASSES[scheme] else passes)
@@ -83,8 +84,17 @@ def hint(
     saturates: bool,
     layers: int | None,
 ) -> str:
-    """What the flips show and which commands to try, for the variant `name` that `step` was to make of `parent`; empty
-    where there is nothing to suggest. See `alternatives`."""
+    """Returns a text that explains the flips and lists the commands to try; empty if there is nothing to suggest.
+
+    Args:
+        workspace: The model's workspace.
+        name: Name of the variant that failed.
+        step: The quantisation that failed.
+        parent: Artifact of the variant's parent.
+        report: As in `alternatives`.
+        saturates: As in `alternatives`.
+        layers: As in `alternatives`.
+    """
     same_domain = workspace.train.file is None and inputs.embedded_fits(parent.label_set)
     found = alternatives(step, report, saturates, same_domain, layers)
     if not found:
@@ -98,7 +108,7 @@ def hint(
 
 
 def _evidence(report: Mapping[str, Any]) -> str:
-    """What the margins of the flips show."""
+    """Returns sentences that explain the margins of the flips."""
     flips, near = report["flips"], undecided_flips(report)
     if is_undecided(report):
         return (
@@ -112,8 +122,16 @@ def _evidence(report: Mapping[str, Any]) -> str:
 
 
 def command(workspace: Workspace, parent: str, label: str, step: Quantize, labels: LabelSet) -> str:
-    """The command line that builds `step` of `parent` in the workspace, under `label`, of a model with these `labels`;
-    FILE stands for training data that it needs and the workspace lacks."""
+    """Returns the command line that quantises `parent` by `step`.
+
+    Args:
+        workspace: The model's workspace.
+        parent: Name of the parent variant.
+        label: Label of the new variant; empty for none.
+        step: The quantisation.
+        labels: The model's labels. If the embedded sentences have other labels and the workspace names no training
+            data, the command contains the placeholder ``FILE``.
+    """
     found = ["toolchain", "quantize"]
     found += ["--model", workspace.model] if workspace.model != "reference" else []
     found += ["--exported", str(workspace.exported)] if workspace.exported != Path("exported") else []
@@ -133,7 +151,7 @@ def command(workspace: Workspace, parent: str, label: str, step: Quantize, label
 
 
 def _training_options(train: TrainingSource, labels: LabelSet) -> Sequence[str]:
-    """The options that name the training data."""
+    """Returns the options that name the training data."""
     needed = None if inputs.embedded_fits(labels) else "FILE"
     named = {
         "--train-data": train.file or needed,

@@ -1,4 +1,4 @@
-"""What the pipeline gives a step, and what the step gives back."""
+"""The interface between pipeline and steps: the job of a step, and its result."""
 
 from __future__ import annotations
 
@@ -17,13 +17,20 @@ from toolchain.progress import Progress
 
 @dataclass(frozen=True)
 class Job:
-    """What a step is given: its settings, the `parent` (None for an import), the `checkpoint`'s folder for an import,
-    and the scratch `folder` it fills.
+    """The input of a step.
 
-    `root` is the artifact the model was imported to. Of training data there is `train`; `cache` is this machine's
-    folder for what is measured once; `resume` a folder that outlives a killed run, and is deleted once the artifact is
-    published. `progress` is told (done, total, what is being done). `corpus` are the texts a vocabulary is trimmed to,
-    where they are not the training data; `base` is the folder of what an adapter, the checkpoint, is merged into.
+    Attributes:
+        step: The step with its settings.
+        parent: The parent's artifact; None for an import.
+        checkpoint: Folder of the checkpoint for an import; None otherwise.
+        folder: The scratch folder that the step fills.
+        root: The imported model's artifact; None for an import.
+        train: Training data.
+        cache: This machine's folder for results that it computes once.
+        resume: Folder that stays after a killed run. The pipeline deletes it after publication.
+        progress: Called with units done, units in all, and the current work.
+        corpus: Texts that vocabulary trimming uses; None for the training data.
+        base: Folder of the base if the checkpoint is an adapter; None otherwise.
     """
 
     step: Step
@@ -40,7 +47,11 @@ class Job:
 
     @property
     def given(self) -> Artifact:
-        """The parent of a step that has one."""
+        """Returns the parent.
+
+        Raises:
+            ArtifactError: The step has no parent.
+        """
         if self.parent is None:
             raise ArtifactError(f"{step_name(self.step)} needs a parent.")
         return self.parent
@@ -48,7 +59,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Built:
-    """What a step gives back: the effective settings ("auto" resolved), and what the manifest says of the result."""
+    """The result of a step: the step with its effective settings, and the other values for the manifest."""
 
     step: Step
     inputs: tuple[TensorSpec, ...]
@@ -59,15 +70,20 @@ class Built:
 
     @classmethod
     def like(cls, job: Job, facts: Mapping[str, Any], **changed: Any) -> Built:
-        """A result with the parent's inputs, outputs, labels and length, where they are not `changed`, and the facts
-        of the parent that are about the model and not about its file."""
+        """Returns a result with the parent's inputs, outputs, labels and length.
+
+        Args:
+            job: The job of the step.
+            facts: Facts about the result. The facts of `inherited` are added, unless `facts` has the same name.
+            changed: Values that replace those of the parent.
+        """
         manifest = job.given.manifest
         same = {name: getattr(manifest, name) for name in ("inputs", "outputs", "labels", "max_length")}
         return cls(step=job.step, facts={**inherited(manifest), **facts}, **{**same, **changed})
 
 
 def inherited(manifest: Manifest) -> dict[str, Any]:
-    """The facts that hold for everything made of an artifact."""
+    """Returns the facts of an artifact that also hold for the variants built from it."""
     return {
         name: manifest.facts[name]
         for name in ("parameters", "multi_label", "license", "pruning", "recovery")

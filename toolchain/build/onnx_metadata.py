@@ -1,4 +1,4 @@
-"""What an .onnx file says about itself when it lies alone: `metadata_props`, producer and doc string."""
+"""Metadata inside an .onnx file: `metadata_props`, producer and doc string, for a file without its manifest."""
 
 from __future__ import annotations
 
@@ -22,9 +22,20 @@ SATURATING_X86 = "x86-64 without VNNI or AMX"
 
 
 def stamp(path: Path, built: Built, version: int, model: str, variant: str, parent_id: str) -> None:
-    """Writes into the file at `path` what it is; its tokenizer lies beside it.
+    """Writes metadata into an ONNX file.
 
-    The producer's version is the step and the step's `version`, not the release: the same work gives the same bytes.
+    The producer version is the step's name and `version`, not the release. So the same work gives the same bytes.
+
+    Args:
+        path: The ONNX file, with its tokenizer.json in the same folder.
+        built: Result of the step.
+        version: Version of the step's function.
+        model: Name of the model's folder.
+        variant: Name of the variant.
+        parent_id: `Manifest.id` of the parent.
+
+    Raises:
+        GraphError: The file is no valid ONNX model.
     """
     import onnx_ir as ir
     from google.protobuf.message import DecodeError
@@ -51,16 +62,22 @@ def stamp(path: Path, built: Built, version: int, model: str, variant: str, pare
 
 
 def set_properties(model: ir.Model, properties: Mapping[str, str]) -> None:
-    """Sets what the model says of itself, by name; what it says besides stays."""
+    """Sets entries of `metadata_props`, each with the prefix ``toolchain.``; keeps all other entries."""
     model.metadata_props.update({f"{PRODUCER}.{name}": value for name, value in properties.items()})
 
 
 def options_by_processor(headroom: float | None) -> dict[str, dict[str, str]]:
-    """The processors on which a model of this int8 `headroom` is exact only with session options of ONNX Runtime, and
-    these options."""
+    """Returns the session options of ONNX Runtime without which an int8 model is not exact, by kind of processor.
+
+    Args:
+        headroom: Result of `quantize_linear.headroom`; None without int8 products.
+
+    Returns:
+        Option names and values by kind of processor; empty if the model is exact everywhere.
+    """
     return {} if headroom is None or headroom >= 1 else {SATURATING_X86: dict([EXACT_PRODUCTS])}
 
 
 def license_of(described: Built | Manifest) -> str:
-    """The licence that the checkpoint states, in words where it states none."""
+    """Returns the licence that the checkpoint states, or ``not stated``."""
     return str(described.facts.get("license", NOT_STATED))

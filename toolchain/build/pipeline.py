@@ -1,7 +1,7 @@
-"""From a model and the names of variants to artifacts: skip what is fresh, build what is not, validate, seal.
+"""The pipeline: it builds the artifacts of named variants, validates and publishes them, and skips fresh ones.
 
-A variant is fresh when it was built by this release's step from its parent as it lies there. What a command asks for
-explicitly is also built again when its settings differ; ancestors keep the settings they were built with.
+An artifact is fresh if this release's version of its step built it from the current artifact of its parent. The
+variants that a command names must also have the requested settings. Their ancestors keep their recorded settings.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from toolchain.models.sources import Origin
 from toolchain.progress import Bar, Progress, Say, no_bar
 from toolchain.system import hardware
 
-# Step config → the function that does it and the version whose results it gives.
+# Step class → the step's function, and the version of its results.
 STEPS: dict[type, tuple[Callable[[Job], Built], int]] = {
     Import: (importing.import_checkpoint, importing.VERSION),
     Prune: (prune.prune, prune.VERSION),
@@ -46,9 +46,14 @@ STEPS: dict[type, tuple[Callable[[Job], Built], int]] = {
 
 @dataclass(frozen=True)
 class Planned:
-    """What is to be done for one variant: `reason` is why it is built, empty where it is fresh.
+    """The plan for one variant.
 
-    `artifact` is what lies there now, `trouble` what makes it unusable.
+    Attributes:
+        variant: The variant.
+        step: The step with its effective settings.
+        reason: Why the pipeline builds the variant; empty if it is fresh.
+        artifact: The existing artifact; None if there is no readable one.
+        trouble: Error that makes the existing folder unusable; None otherwise.
     """
 
     variant: Variant
@@ -59,10 +64,17 @@ class Planned:
 
 
 def plan(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step]) -> list[Planned]:
-    """The named variants and their ancestors, parents first, each with what is to be done and why.
+    """Returns the plan for the named variants and their ancestors, parents first.
 
-    `asked` holds the settings the user gave, by variant. Raises `TamperedError` for an artifact whose files or manifest
-    changed, unless it is asked for and so built again; `ArtifactError` for a folder that is none.
+    Args:
+        workspace: The model's workspace.
+        names: Names of the variants.
+        asked: Steps with the user's settings, by variant name.
+
+    Raises:
+        TamperedError: The files or the manifest of a fresh artifact changed. A variant in `asked` raises no such error:
+            the pipeline builds it again.
+        ArtifactError: A variant's folder exists and is not an artifact.
     """
     planned = examine(workspace, names, asked)
     for item in planned:
@@ -72,7 +84,7 @@ def plan(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step]) 
 
 
 def examine(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step]) -> list[Planned]:
-    """`plan`, with what is wrong of each beside it instead of raised."""
+    """Returns the same as `plan`, but stores the error of a variant in `trouble` instead of raising it."""
     wanted = {variant.name: variant for name in names for variant in workspace.lineage(name, asked)}
     planned: dict[str, Planned] = {}
     for variant in wanted.values():
@@ -100,7 +112,7 @@ def examine(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step
 
 
 def _why(step: Step, artifact: Artifact | None, parent: Planned | None) -> str:
-    """Why the variant must be built, in a few words; empty where it is fresh."""
+    """Returns the reason to build the variant, in a few words; empty if it is fresh."""
     if artifact is None:
         return "missing"
     manifest = artifact.manifest
@@ -121,11 +133,19 @@ def _why(step: Step, artifact: Artifact | None, parent: Planned | None) -> str:
 def ensure(
     workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step], say: Say, bar: Bar = no_bar
 ) -> dict[str, Artifact]:
-    """Builds what `plan` says and returns every artifact of the plan by name; `say` is told what happens, and a step
-    that takes long shows its progress in a `bar`.
+    """Builds the variants that are not fresh, and returns every artifact of `plan` by name.
 
-    Each artifact is validated before it is published. Raises `VerdictError` where validation says no: nothing is
-    published then, and what was there stays.
+    Args:
+        workspace: The model's workspace.
+        names: Names of the variants.
+        asked: Steps with the user's settings, by variant name.
+        say: Called with a line of text for each event.
+        bar: Opens a progress bar for each build.
+
+    Raises:
+        VerdictError: A new artifact fails validation. It is not published, and the previous artifact stays.
+        ArtifactError: `plan` raises it, or a parent or checkpoint changed during the build.
+        DataError: A rebuild needs other training data, or another corpus, than the workspace has.
     """
     ready: dict[str, Artifact] = {}
     for item in plan(workspace, names, asked):
@@ -148,7 +168,7 @@ def ensure(
 
 
 def only_news(say: Say) -> Say:
-    """`say` without what is fresh: for a command that comes by the same ancestors again and again."""
+    """Returns `say` without the lines about fresh artifacts, for commands that visit the same ancestors many times."""
 
     def filtered(line: str) -> None:
         if not line.endswith("skipped"):
@@ -158,7 +178,7 @@ def only_news(say: Say) -> Say:
 
 
 def _news(step: Step, facts: Mapping[str, Any]) -> list[str]:
-    """What a step did beyond building a file."""
+    """Returns summaries of pruning, recovery and vocabulary trimming; empty for other steps."""
     if isinstance(step, Prune):
         return [prune.sentence(facts["pruning"])]
     if isinstance(step, Quantize):
@@ -174,7 +194,7 @@ def _build(
     with publishing.lock(target, lambda: say(f"{name}: another run is building it, waiting")):
         lies = workspace.load(name) if item.reason == "missing" else None
         if lies and lies.manifest.step == item.step and lies.manifest.parent_id == (parent and parent.manifest.id):
-            return lies  # built by the run that was waited for
+            return lies  # another process built it while this process waited for the lock
         origin, source = _origin(workspace, item.step, parent)
         run, version = STEPS[type(item.step)]
         _given_again(workspace, item)
@@ -226,7 +246,7 @@ def _build(
 def _refusal(
     workspace: Workspace, name: str, manifest: Manifest, parent: Artifact | None, report: Mapping[str, Any]
 ) -> VerdictError:
-    """The error for an artifact that failed validation; of a quantised one it says what to try instead."""
+    """Returns the error for an artifact that failed validation, with alternatives if it is quantised."""
     step, kept = manifest.step, "What was there before is unchanged."
     if isinstance(step, Quantize) and parent:
         layers = len(manifest.facts.get("sensitivity", [])) or None
@@ -236,7 +256,7 @@ def _refusal(
 
 
 def _given_again(workspace: Workspace, item: Planned) -> None:
-    """Raises `DataError` where a step was made with other training data or another corpus than is given now."""
+    """Raises `DataError` if the step's training data or corpus differs from those of the workspace."""
     wanted = getattr(item.step, "train", "")
     if wanted and wanted != workspace.train.digest:
         raise DataError(
@@ -254,7 +274,7 @@ def _given_again(workspace: Workspace, item: Planned) -> None:
 
 
 def _origin(workspace: Workspace, step: Step, parent: Artifact | None) -> tuple[Origin | None, Mapping[str, Any]]:
-    """The checkpoint's files, for an import; and the source as the manifest states it."""
+    """Returns the checkpoint's files for an import, else None, and the source in the form of a manifest."""
     if parent:
         return None, parent.manifest.source
     assert isinstance(step, Import)
@@ -263,7 +283,7 @@ def _origin(workspace: Workspace, step: Step, parent: Artifact | None) -> tuple[
 
 
 def _unchanged(workspace: Workspace, step: Step, parent: Artifact | None) -> None:
-    """Raises `ArtifactError` where what was built from is no longer what it was when the build began."""
+    """Raises `ArtifactError` if the parent, or an import's checkpoint, changed since the build began."""
     if parent:
         now = store.load(parent.path)
         same = now is not None and now.manifest.id == parent.manifest.id
@@ -277,7 +297,7 @@ def _unchanged(workspace: Workspace, step: Step, parent: Artifact | None) -> Non
 
 
 def validate_variant(workspace: Workspace, name: str, say: Say) -> dict[str, Any]:
-    """Validates a variant as it lies there, building what is missing first; the report of `steps.validate`."""
+    """Validates a variant and returns the report of `steps.validate`; first builds it if it is not fresh."""
     artifact = ensure(workspace, [name], {}, say)[name]
     origin = None
     if artifact.manifest.parent is None:
@@ -286,14 +306,14 @@ def validate_variant(workspace: Workspace, name: str, say: Say) -> dict[str, Any
 
 
 def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, origin: Origin | None) -> dict[str, Any]:
-    """Against the nearest PyTorch ancestor; the import itself against the checkpoint it was made from."""
+    """Compares an artifact with its nearest PyTorch ancestor, or an import with its checkpoint."""
     reference = origin.folder if origin else _torch_ancestor(workspace, variant)
     manifest, place = artifact.manifest, Place("cpu", hardware.cores())
     names = [spec.name for spec in manifest.inputs]
     encoder = inputs.Encoder.open(artifact.path, names, manifest.max_length)
     data, other = inputs.embedded(), None
     if getattr(manifest.step, "trim_vocab", None):
-        # Sentences of another domain than its own have tokens it was told to do without.
+        # Sentences of another domain contain tokens that trimming removed.
         data = trimming.judged_by(workspace.train, artifact)
         other = inputs.Encoder.open(reference, names, manifest.max_length)
     sentences = data.sample(SENTENCES, SEED)
@@ -314,8 +334,12 @@ def _torch_ancestor(workspace: Workspace, variant: Variant) -> Path:
 
 
 def states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, str]]:
-    """Every variant that is made by default or lies there, its artifact if there is one, and its state: built, missing,
-    or what is wrong."""
+    """Returns the state of all default variants, all variants with a folder, and their ancestors.
+
+    Returns:
+        Each variant with its artifact, None if there is none, and its state: ``built``, ``missing``, or a text that
+        begins with ``stale``, ``tampered`` or ``unusable`` and contains the reason.
+    """
     names = [name for cells in variants.DEFAULT_CELLS.values() for name in cells]
     names += sorted(folder.name for folder in (workspace.exported / workspace.model).glob("[!.]*") if folder.is_dir())
     found = []

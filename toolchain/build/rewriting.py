@@ -1,4 +1,4 @@
-"""One graph rewritten into another artifact: the work that every ONNX step does around its passes."""
+"""The common work of all steps that rewrite an ONNX graph with passes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,20 @@ def rewrite_into(
     activations: Mapping[str, Activation] = MappingProxyType({}),
     tokens: Sequence[int] = (),
 ) -> Built:
-    """The parent's graph rewritten by `passes` into the job's folder, config and tokenizer beside it; `keep`,
-    `activations` and `tokens` as a `Context` has them.
+    """Rewrites the parent's graph, and writes it with config and tokenizer into the job's folder.
 
-    The counts each pass made stand in the facts. Raises `GraphError` for a file that is no ONNX model.
+    Args:
+        job: The job of the step.
+        passes: Names of the passes, in order.
+        keep: As in `Context`.
+        activations: As in `Context`.
+        tokens: As in `Context`.
+
+    Returns:
+        The result. Its fact ``rewrites`` holds the number of times each pass applied.
+
+    Raises:
+        GraphError: The parent's file is no ONNX model, or a pass cannot rewrite it.
     """
     given = job.given
     known = context_of(given.path)

@@ -1,4 +1,4 @@
-"""A vocabulary and its table of words cut down to what a corpus needs; what that saves, and what it costs elsewhere."""
+"""Vocabulary trimming during quantisation: its corpus, the bytes that it saves, and its effect on held-out rows."""
 
 from __future__ import annotations
 
@@ -23,13 +23,18 @@ from toolchain.passes.model_shape import context_of, word_width
 from toolchain.progress import Progress
 from toolchain.system import hardware
 
-TRAIN = "train"  # the corpus that is the training data without the rows held out
+TRAIN = "train"  # value of the corpus that means the training data without its held-out rows
 
 
 def corpus_of(spec: str | None, column: str | None) -> Texts | None:
-    """The texts that `--trim-vocab` names, `column` being the one of a table; None for ``train`` and for no corpus.
+    """Returns the texts that `--trim-vocab` names; None for ``train`` and for no corpus.
 
-    Raises `DataError` where there is no such file.
+    Args:
+        spec: Value of `--trim-vocab`; None for no trimming.
+        column: Column of the texts; ignored for a file of plain lines.
+
+    Raises:
+        DataError: The file does not exist.
     """
     if spec is None or spec == TRAIN:
         return None
@@ -39,7 +44,7 @@ def corpus_of(spec: str | None, column: str | None) -> Texts | None:
 
 
 def kept(job: Job, step: Quantize) -> list[int]:
-    """The ids of the parent's tokens that the step's corpus needs; see `vocabulary.kept_tokens`."""
+    """Returns the ids of the parent's tokens to keep for the step's corpus; see `vocabulary.kept_tokens`."""
     if step.trim_vocab != TRAIN:
         assert job.corpus is not None
         return vocabulary.kept_tokens(_encoder(job.given.path, job.given.manifest), job.corpus.read())
@@ -49,11 +54,19 @@ def kept(job: Job, step: Quantize) -> list[int]:
 
 
 def trim(job: Job, tokens: Sequence[int], embedding: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Trims the tokenizer beside the graph in the job's folder, which is trimmed already, to `tokens`; the facts.
+    """Trims the tokenizer in the job's folder, whose graph is already trimmed, and measures the effect.
 
-    `embedding` are the passes that quantised the tables, `facts` what is known of the graph. ``vocabulary`` says how
-    many tokens were kept of how many, how many bytes that saves, and what rows held out of the training data are
-    answered by the fp32 parent with all its tokens and by what was built: all rows, and those with a token that went.
+    Args:
+        job: The job of the step.
+        tokens: Ids of the tokens to keep.
+        embedding: Names of the passes that quantised the embedding tables.
+        facts: Facts about the trimmed graph.
+
+    Returns:
+        Facts for the manifest: ``vocabulary``, and ``parameters`` if `facts` has it. ``vocabulary`` holds the number of
+        tokens kept, the original number and the bytes saved. It also compares the fp32 parent, with all its tokens,
+        and the new model on held-out rows. ``held_out`` covers all these rows, ``out_of_domain`` covers those with a
+        removed token.
     """
     given = job.given
     before = _bytes(job.folder)
@@ -74,8 +87,16 @@ def trim(job: Job, tokens: Sequence[int], embedding: Sequence[str], facts: Mappi
 
 
 def judged_by(train: TrainingSource, artifact: Artifact) -> Data:
-    """Sentences of a trimmed artifact's domain: the rows held out of the training data it was made with, and for the
-    embedded data its validation set, no phrase of which it was trimmed to. `DataError` where other data is given now.
+    """Returns sentences of a trimmed artifact's domain: the held-out rows of its training data.
+
+    For the embedded data it returns the validation set instead, whose phrases are not in the training rows.
+
+    Args:
+        train: The workspace's training data.
+        artifact: The trimmed artifact.
+
+    Raises:
+        DataError: The step of the artifact used other training data than `train`.
     """
     manifest = artifact.manifest
     made_with = getattr(manifest.step, "train", None) or ""
@@ -96,12 +117,12 @@ def _encoder(folder: Path, manifest: Manifest) -> Encoder:
 
 
 def _bytes(folder: Path) -> int:
-    """Of the files that are no graph."""
+    """Returns the total size of the folder's files except the graph."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".onnx")
 
 
 def _judged(job: Job, old: Encoder, tokens: frozenset[int]) -> dict[str, Any]:
-    """``held_out`` and ``out_of_domain``: rows, right before and after, answers that changed."""
+    """Returns ``held_out`` and ``out_of_domain``: counts of rows, correct answers before and after, and flips."""
     data: Data = job.train.load(job.given.label_set)
     held = data.only(inputs.hold_out(data)[1])
     new = _encoder(job.folder, job.given.manifest)
@@ -123,7 +144,7 @@ def _judged(job: Job, old: Encoder, tokens: frozenset[int]) -> dict[str, Any]:
 
 
 def _answers(folder: Path, encoder: Encoder, rows: Sequence[Sequence[int]], progress: Progress, what: str) -> list[int]:
-    """The label of every row, asked one by one: in fewer bits an answer can depend on the rest of its batch."""
+    """Returns the answer to each row at batch 1, because quantised answers can depend on other rows of a batch."""
     session = OrtSession(folder, Place("cpu", hardware.cores()))
     found: list[int] = []
     try:
@@ -136,7 +157,7 @@ def _answers(folder: Path, encoder: Encoder, rows: Sequence[Sequence[int]], prog
 
 
 def sentence(facts: Mapping[str, Any]) -> str:
-    """The vocabulary's facts in a sentence."""
+    """Returns a one-line summary of the fact ``vocabulary``."""
 
     def said(part: Mapping[str, int]) -> str:
         if not part["rows"]:

@@ -1,4 +1,4 @@
-"""One model's folder, where the model comes from, and what lies there."""
+"""The workspace of one model: its folder of artifacts, its source and its data."""
 
 from __future__ import annotations
 
@@ -20,8 +20,15 @@ from toolchain.system import hardware
 
 @dataclass(frozen=True)
 class Workspace:
-    """One model's folder under `exported`, where the model comes from, the sentences it is trained on, and the `corpus`
-    a vocabulary is trimmed to where it is not these."""
+    """The folder of one model under `exported`, with the model's source and data.
+
+    Attributes:
+        exported: The folder of all models.
+        model: Name of the model's folder.
+        source: Source of the checkpoint.
+        train: Training data.
+        corpus: Texts that vocabulary trimming uses; None for the training data.
+    """
 
     exported: Path
     model: str
@@ -38,34 +45,49 @@ class Workspace:
         train: TrainingSource | None = None,
         corpus: Texts | None = None,
     ) -> Workspace:
-        """See `checkpoints.resolve`."""
+        """Opens the workspace that `model` names; `checkpoints.resolve` explains the arguments and errors."""
         name, source = checkpoints.resolve(model, exported, slug)
         return cls(exported, name, source, train or TrainingSource(), corpus)
 
     def on(self, base: str) -> Workspace:
-        """The same with `base` for the adapter that the model is; `CheckpointError` where there is none such."""
+        """Returns the same workspace with another base for the adapter.
+
+        Args:
+            base: Value of `--base`.
+
+        Raises:
+            CheckpointError: `base` names no source.
+        """
         found = checkpoints.locate(base)
         return dataclasses.replace(self, source=dataclasses.replace(self.source, base=found.ref))
 
     def path(self, variant: str) -> Path:
-        """Where a variant lies."""
+        """Returns the folder of a variant, which may not exist."""
         return self.exported / self.model / variant
 
     @property
     def cache(self) -> Path:
-        """What is measured once on this machine and holds for every model."""
+        """Returns the folder of results that this machine computes once; all models share it."""
         return self.exported / ".cache" / str(hardware.machine()["id"])
 
     def load(self, variant: str) -> Artifact | None:
-        """The variant as it lies there, whatever its state."""
+        """Returns the existing artifact of a variant, fresh or not; see `store.load` for the errors."""
         return store.load(self.path(variant))
 
     def lineage(self, name: str, asked: Container[str] = ()) -> list[Variant]:
-        """The variant's ancestors from the root on, itself last.
+        """Returns the variant's ancestors from the root on, and the variant itself last.
 
-        The parent of a labelled variant is the one it was built from, else the one of its label, or of what that adds
-        to, that is `asked` for, lies there or is the graph of one that does, else the one without. Raises
-        `UnknownVariantError` for a label of which nothing is known.
+        The parent of a labelled variant is the parent in its manifest, if there is one. Otherwise the method tries the
+        label and the labels that it extends, longest first. It takes the first known variant, else the unlabelled one.
+        A variant is known in one of three cases: `asked` contains it, it is built, or it is an exported or optimised
+        graph of a known variant with the same label.
+
+        Args:
+            name: Name of the variant.
+            asked: Names of the variants that the command builds.
+
+        Raises:
+            UnknownVariantError: No variant has this name, or the labelled variant is not known.
         """
         variant = variants.get(name)
         label = parse_name(name).label
@@ -81,7 +103,7 @@ class Workspace:
         return [*(self.lineage(variant.parent, asked) if variant.parent else []), variant]
 
     def _known(self, name: str, asked: Container[str]) -> bool:
-        """Whether it is asked for, lies there, or is the graph, which needs no settings, of one that is known."""
+        """Returns whether a variant is known; see `lineage`. A graph counts because it needs no settings."""
         if not variants.is_variant(name):
             return False
         if name in asked or self._recorded_parent(name) is not None:
@@ -94,5 +116,5 @@ class Workspace:
         try:
             artifact = self.load(name)
         except ArtifactError:
-            return None  # what is wrong with it is told by whoever loads it
+            return None  # the code that uses the artifact reports the error
         return artifact.manifest.parent if artifact else None

@@ -1,1 +1,1 @@
-"""Exporters: a PyTorch model in memory to one ONNX file."""
+"""Exporters, which convert a PyTorch model in memory to one ONNX file."""

@@ -1,4 +1,4 @@
-"""A PyTorch model in memory to one ONNX file, by optimum's configuration of its architecture."""
+"""Conversion of a PyTorch model in memory to one ONNX file, with optimum's export configuration."""
 
 from __future__ import annotations
 
@@ -19,15 +19,23 @@ AXES = {0: "batch_size", 1: "sequence_length"}
 
 
 def to_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence[str]) -> None:
-    """Writes `target`, whose folder must hold nothing else: inputs of these `names`, dynamic batch and sequence.
+    """Exports a model to an ONNX file with dynamic batch size and sequence length.
 
-    Raises `CheckpointError` for an architecture optimum cannot export, `GraphError` for a model over one file's 2 GB.
+    Args:
+        model: The model to export.
+        target: Path of the ONNX file. Its folder must be empty.
+        opset: Version of the ONNX operator set.
+        names: Names of the graph's inputs.
+
+    Raises:
+        CheckpointError: optimum cannot export the architecture.
+        GraphError: The model exceeds 2 GB, the limit of one ONNX file.
     """
     from optimum.exporters.onnx.convert import export
     from optimum.exporters.tasks import TasksManager
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing speaks of constants that stay constant here
+        warnings.simplefilter("ignore")  # tracing warns about values that become constants; they are constant here
         logging.getLogger("optimum").setLevel(logging.ERROR)
         try:
             constructor = TasksManager.get_exporter_config_constructor(
@@ -46,7 +54,7 @@ def to_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence[st
 
 
 def _drop_absent(path: Path) -> None:
-    """Takes the additions of a single zero out of the file: what stands where pruning took a sub-block away adds it."""
+    """Removes additions of a scalar zero from the file; `skipped_blocks.Absent` of a pruned model produces them."""
     import onnx_ir as ir
 
     model = ir.load(path)
@@ -71,7 +79,7 @@ def _is_nothing(value: ir.Value) -> bool:
 
 
 def _taking(config: Any, names: Sequence[str]) -> Any:
-    """The configuration with these inputs: by itself it asks every BERT for token types, tokenizer and table or not."""
+    """Replaces the inputs of the export configuration, since optimum always adds token_type_ids for BERT."""
     kind = type(config)
     config.__class__ = type(kind.__name__, (kind,), {"inputs": property(lambda self: dict.fromkeys(names, AXES))})
     return config

@@ -1,1 +1,1 @@
-"""Checkpoints: where one comes from, whether it is safe to read, and how its architecture is laid out."""
+"""Checkpoints: their sources, the safety checks before reading them, and the module paths of their architectures."""

@@ -1,6 +1,6 @@
-"""A LoRA adapter as PEFT saves it: whether it is one, what it may say, and which base it names.
+"""Checks of a LoRA adapter in PEFT's format: its settings, its weights file and the base it names.
 
-Its settings are read one by one: what is not known to be plain LoRA is refused rather than left out of the merge.
+The merge supports plain LoRA only. An unknown setting raises an error, because ignoring it would give a wrong merge.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from toolchain.models.hub import HUB_ID
 
 SETTINGS, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FILES = (SETTINGS, WEIGHTS)
-# What a merge follows.
+# The settings that the merge passes to PEFT.
 MERGED = (
     "r",
     "lora_alpha",
@@ -32,7 +32,8 @@ MERGED = (
     "use_dora",
     "lora_bias",
 )
-# What is checked by itself, matters in training only, or only together with a setting that is refused.
+# Settings that the merge can ignore: other code checks them, or only training uses them, or they need a setting that
+# is refused.
 _PASSED_OVER = (
     "base_model_name_or_path",
     "revision",
@@ -45,14 +46,18 @@ _PASSED_OVER = (
     "megatron_core",
     "qalora_group_size",
 )
-# Ways to begin that leave the base as it is; the others train on a changed one.
+# Values of `init_lora_weights` that leave the base unchanged. With other values PEFT changes the base before training.
 _BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
 NAME_BASE = "Name it: `toolchain export --model … --base FOLDER|ID`."
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    """What `adapter_config.json` says, every setting checked. Raises `CheckpointError` for what is no plain LoRA of a
-    sequence classifier, or would run code."""
+    """Returns the settings in `adapter_config.json` after checking each of them.
+
+    Raises:
+        CheckpointError: The file is unreadable, or names code to run. Or the adapter is not plain LoRA for a sequence
+            classifier.
+    """
     said = _read(folder)
     if said.get("auto_mapping") or said.get("auto_map"):
         raise CheckpointError(
@@ -85,7 +90,11 @@ def settings(folder: Path) -> dict[str, Any]:
 
 
 def check(folder: Path) -> None:
-    """Raises `CheckpointError` unless the settings are those of plain LoRA and the weights safetensors."""
+    """Checks that the adapter is plain LoRA with safetensors weights.
+
+    Raises:
+        CheckpointError: The settings or the weights file do not meet this condition.
+    """
     settings(folder)
     if (folder / WEIGHTS).is_file():
         return
@@ -95,9 +104,12 @@ def check(folder: Path) -> None:
 
 
 def base(folder: Path) -> tuple[str, str | None]:
-    """The hub id of the base the adapter names, and its revision.
+    """Returns the hub id of the base that the adapter names, and its revision or None.
 
-    A path is never followed, since whoever made the adapter chose it: `CheckpointError` asks for the base instead.
+    The function never follows a path in the settings, because the adapter's author chose it.
+
+    Raises:
+        CheckpointError: The adapter names a path or no base. The message asks the user to name the base.
     """
     said = settings(folder)
     name, revision = said.get("base_model_name_or_path"), said.get("revision")

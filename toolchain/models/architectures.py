@@ -1,6 +1,6 @@
-"""Where an encoder keeps its heads and FFN neurons, and a layer of another shape in its place.
+"""The module paths of attention heads and FFN neurons in each architecture, and the removal of heads and neurons.
 
-`LAYOUTS` is the one place that knows an architecture's names; a new one is a line there.
+Only `LAYOUTS` contains an architecture's module names. Add an entry there to support another architecture.
 """
 
 from __future__ import annotations
@@ -22,10 +22,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """Paths of modules: `layers` from the model, the rest from a layer.
+    """The module paths of an architecture: `layers` starts at the model, every other path starts at a layer.
 
-    `attention` is the module whose head counts are `counts` (heads, width); it answers with a tuple. `output` ends the
-    attention sub-block, `down` the feed-forward one; the norms come after each residual addition.
+    Attributes:
+        layers: The list of encoder layers.
+        attention: The attention module, which returns a tuple.
+        query: Linear layer of the queries.
+        key: Linear layer of the keys.
+        value: Linear layer of the values.
+        output: Last linear layer of the attention sub-block.
+        attention_norm: LayerNorm after the residual addition of the attention sub-block.
+        up: First linear layer of the feed-forward sub-block.
+        down: Last linear layer of the feed-forward sub-block.
+        output_norm: LayerNorm after the residual addition of the feed-forward sub-block.
+        counts: Names of two attributes of `attention`: the number of heads and their total width.
     """
 
     layers: str
@@ -72,8 +82,8 @@ LAYOUTS = {
     "roberta": replace(_BERT, layers="roberta.encoder.layer"),
     "electra": replace(_BERT, layers="electra.encoder.layer"),
 }
-SHARING = {"albert"}  # layers that are stored once and used by all
-# Architectures whose layers have no heads and neurons that could go apart from the rest, and why.
+SHARING = {"albert"}  # architectures that store one layer and run it several times
+# Architectures whose heads and neurons cannot be removed separately, and the reason for the error message.
 WHOLE = {
     "albert": "shares one layer's weights among all layers: none can be pruned apart",
     "deberta-v2": "projects positions by the same weights as words: a head takes part in two attentions",
@@ -83,19 +93,23 @@ WHOLE = {
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Attention heads and FFN neurons of one layer; none of either means that this sub-block is gone."""
+    """The numbers of attention heads and FFN neurons of one layer; 0 means that pruning removed the sub-block."""
 
     heads: int
     ffn: int
 
     @property
     def empty(self) -> bool:
-        """Whether the layer hands on what it is given."""
+        """Whether the layer returns its input unchanged."""
         return not self.heads and not self.ffn
 
 
 def layout_of(model: PreTrainedModel) -> Layout:
-    """The layout of the model's architecture; `PruningError` where it is unknown or cannot be cut."""
+    """Returns the layout of the model's architecture.
+
+    Raises:
+        PruningError: The architecture is unknown or cannot be pruned.
+    """
     kind = model.config.model_type
     if kind in WHOLE:
         raise PruningError(
@@ -111,18 +125,18 @@ def layout_of(model: PreTrainedModel) -> Layout:
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
-    """The encoder's layers, first to last."""
+    """Returns the encoder's layers, first to last."""
     stack: Any = model.get_submodule(layout_of(model).layers)
     return list(stack)
 
 
 def head_size(model: PreTrainedModel) -> int:
-    """The width of one head, which pruning leaves as it is."""
+    """Returns the width of one attention head; pruning does not change it."""
     return int(model.config.hidden_size // model.config.num_attention_heads)
 
 
 def shapes_of(model: PreTrainedModel) -> list[LayerShape]:
-    """The shape of every layer as it is now."""
+    """Returns the current shape of every layer, first to last."""
     layout, size = layout_of(model), head_size(model)
     shapes = []
     for layer in layers_of(model):
@@ -132,16 +146,25 @@ def shapes_of(model: PreTrainedModel) -> list[LayerShape]:
 
 
 def matched_layers(model: PreTrainedModel) -> list[int]:
-    """How many layers lie before each of the states that a pruned model has in common with the unpruned one: behind
-    layers that are gone, the last of which left its place to the one before it."""
+    """Returns the indices of the hidden states that the pruned model and the unpruned model have in common.
+
+    Index i is the state after i layers. An index is missing if the next layer is empty, because the LayerNorm before a
+    removed layer is refitted to the output of that layer.
+    """
     shapes = shapes_of(model)
     return [count for count in range(1, len(shapes) + 1) if count == len(shapes) or not shapes[count].empty]
 
 
 def keep(model: PreTrainedModel, index: int, heads: Sequence[int], neurons: Sequence[int]) -> None:
-    """Leaves only these heads and FFN neurons of layer `index`: the matrices get smaller, in place.
+    """Removes all other heads and FFN neurons of one layer; the model changes in place.
 
-    A sub-block of which nothing is left goes whole, its norm too: what enters it passes on.
+    If no head or no neuron stays, the function replaces that sub-block and its LayerNorm by the identity.
+
+    Args:
+        model: A model of an architecture in `LAYOUTS`.
+        index: Index of the layer.
+        heads: Indices of the heads that stay.
+        neurons: Indices of the FFN neurons that stay.
     """
     import torch
 
@@ -178,9 +201,12 @@ def keep(model: PreTrainedModel, index: int, heads: Sequence[int], neurons: Sequ
 
 
 def reshape(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> None:
-    """Gives every layer its shape, whatever its weights: what a pruned model's weights are loaded into.
+    """Gives every layer its stored shape, so that the weights of a pruned model can be loaded; works in place.
 
-    Raises `CheckpointError` where the model has fewer layers, heads or neurons than that.
+    The weights that stay are arbitrary, because loading replaces them.
+
+    Raises:
+        CheckpointError: The number of layers differs, or a layer of the model has fewer heads or neurons.
     """
     had = shapes_of(model)
     fits = len(had) == len(shapes)
@@ -191,13 +217,17 @@ def reshape(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> None:
 
 
 def write_shapes(model: PreTrainedModel, folder: Path) -> None:
-    """Puts `SHAPES` beside the model's config."""
+    """Writes the shapes of the model's layers to the file `SHAPES` in `folder`."""
     body = {"layers": [asdict(shape) for shape in shapes_of(model)]}
     (folder / SHAPES).write_text(json.dumps(body, indent=1) + "\n")
 
 
 def read_shapes(folder: Path) -> list[LayerShape] | None:
-    """The shapes stored in `folder`, None where the model is as its config says; `CheckpointError` for another file."""
+    """Returns the layer shapes stored in `folder`; None if it has no file `SHAPES`, since the model is unpruned.
+
+    Raises:
+        CheckpointError: The file is unreadable or has another format.
+    """
     file = folder / SHAPES
     if not file.is_file():
         return None
@@ -211,7 +241,7 @@ def read_shapes(folder: Path) -> list[LayerShape] | None:
 
 
 def _linear(old: nn.Module, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None) -> nn.Linear:
-    """A linear layer of the chosen outputs (`rows`) or inputs (`columns`) of `old`."""
+    """Returns a copy of the linear layer `old` with only the chosen outputs (`rows`) or inputs (`columns`)."""
     import torch
 
     assert isinstance(old, torch.nn.Linear)

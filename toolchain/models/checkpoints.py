@@ -1,6 +1,7 @@
-"""Where a model comes from: the embedded reference, a folder, or the hub; and whether it is safe to read.
+"""Checkpoint sources (the embedded reference model, a folder, or the hub) and the checks before reading a checkpoint.
 
-Nothing here runs code of the checkpoint's: weights are safetensors, never pickle, and remote code is never trusted.
+This module never runs code from a checkpoint. It reads weights as safetensors, never as pickle, and never trusts remote
+code.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ REFERENCE = Path(__file__).parent.parent / "reference" / "model"
 REFERENCE_SLUG = "reference"
 ROOT_VARIANT = "torch-fp32"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-# The weights of layers that transformers cannot make: of pruned and of int8 ones. Under its own name it would load them
-# all the same, and answer by random numbers or by integers without their scales.
+# File name for weights of layers that transformers cannot build: pruned layers and int8 layers. Under the standard name
+# transformers would load them without an error, and use random weights or integers without scales.
 OWN_WEIGHTS = "toolchain.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -36,17 +37,17 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-# Beside the config of a pruned model: heads and FFN neurons of each layer.
+# In the folder of a pruned model: the numbers of heads and FFN neurons of each layer.
 SHAPES = "layer_shapes.json"
-# Beside the config of a quantised PyTorch model: how its weights are held.
+# In the folder of a quantised PyTorch model: the storage format of its weights.
 PRECISION = "precision.json"
-# Beside the config of a model that was trained here: on what and how.
+# In the folder of a model that the toolchain trained: the training data and settings.
 CARD = "training.json"
-# What a checkpoint's authors say of it, as the hub has it; its front matter may name the licence.
+# The hub's model card. Its front matter may name the licence.
 MODEL_CARD, MODEL_CARD_LIMIT = "README.md", 1 << 20  # characters
 REFERENCE_LICENSE, NOT_STATED = "Apache-2.0", "not stated"
 _PATTERNS = ("config.json", SHAPES, "*.safetensors", WEIGHTS_INDEX, MODEL_CARD, *TOKENIZER_FILES)
-# A line of front matter. A YAML parser would follow aliases, which can grow without bound.
+# Matches a licence line of the front matter. No YAML parser, because YAML aliases can expand without bound.
 _LICENSE_LINE = re.compile(
     r"""^(license|license_name):[ \t]*(["']?)(\w[\w .+()-]{0,99}?)\2[ \t]*(?:#.*)?$""", re.M | re.A
 )
@@ -54,9 +55,14 @@ _LICENSE_LINE = re.compile(
 
 @dataclass(frozen=True)
 class Source:
-    """`kind` is embedded, folder or hub; `ref` the folder's absolute path or the hub id; `revision` as in `Import`.
+    """The source of a checkpoint.
 
-    `base` is what was given as an adapter's base, as `locate` takes it; empty: the one the adapter names.
+    Attributes:
+        kind: ``embedded``, ``folder`` or ``hub``.
+        ref: Absolute path of the folder, or the hub id.
+        revision: Exact revision, as in `Import`.
+        base: Base of an adapter as the user named it, in the form that `locate` accepts. If empty, the adapter's
+            settings name the base.
     """
 
     kind: str
@@ -65,19 +71,26 @@ class Source:
     base: str = ""
 
     def same_origin(self, other: Source) -> bool:
-        """Whether both name the same place, at whatever revision and on whatever base."""
+        """Returns whether both sources have the same kind and the same folder or hub id; ignores revision and base."""
         return (self.kind, self.ref) == (other.kind, other.ref)
 
     def recorded(self) -> dict[str, Any]:
-        """As a manifest states it: a base only where one was given."""
+        """Returns the source as a manifest stores it, without `base` if it is empty."""
         return {key: value for key, value in asdict(self).items() if key != "base" or value}
 
 
 def resolve(model: str, exported: Path, slug: str | None = None) -> tuple[str, Source]:
-    """What `--model` names: (folder name under `exported`, source).
+    """Returns the folder name under `exported` and the source for the value of `--model`.
 
-    Tried in order: ``reference``, an existing folder, a model already under `exported`, a hub id. Raises
-    `CheckpointError` where nothing fits, or where the folder name already belongs to another source.
+    The function tries in this order: ``reference``, an existing folder, a model under `exported`, a hub id.
+
+    Args:
+        model: Value of `--model`.
+        exported: The folder of all built models.
+        slug: Value of `--as`; None to derive the folder name from `model`.
+
+    Raises:
+        CheckpointError: No source matches, the folder name is invalid, or it belongs to another source.
     """
     source = locate(model, exported)
     slug = slug or (
@@ -99,9 +112,16 @@ def resolve(model: str, exported: Path, slug: str | None = None) -> tuple[str, S
 
 
 def locate(model: str, exported: Path | None = None) -> Source:
-    """The source `model` names, in the order of `resolve`; without `exported` no name of a model built there counts.
+    """Returns the source that `model` names; tries the kinds of source in the order of `resolve`.
 
-    Nothing is read or asked yet: `pin` and `fetch` do, of a base to train on with `head=False`.
+    The function does not check the checkpoint and does not contact the hub; `pin` and `fetch` do.
+
+    Args:
+        model: Value of `--model` or `--base`.
+        exported: The folder of all built models; None to skip the names of models in it.
+
+    Raises:
+        CheckpointError: No source matches.
     """
     path = Path(model)
     if len(model) > 255 or "\0" in model:
@@ -131,10 +151,18 @@ def _owner(folder: Path) -> Source | None:
 
 
 def pin(source: Source, revision: str | None = None, *, head: bool = True) -> Source:
-    """The source with the exact revision it stands for now: the hub's commit, or a digest of the files.
+    """Returns the source with its exact current revision: the hub's commit, or a digest of the files.
 
-    Downloads nothing. Raises `HubError` where the hub cannot be asked and nothing is cached, `CheckpointError` for what
-    is no classifier (`head`: see `check`).
+    The function downloads nothing.
+
+    Args:
+        source: The source to resolve.
+        revision: Branch, tag or commit on the hub; None for the newest.
+        head: Whether a folder must hold a classifier; see `check`.
+
+    Raises:
+        HubError: The hub refuses the model, or is unreachable and the cache has no copy.
+        CheckpointError: The checkpoint is unusable, or `revision` is set for a folder.
     """
     if source.kind == "hub":
         commit, names = hub.look(source.ref, revision)
@@ -150,9 +178,16 @@ def pin(source: Source, revision: str | None = None, *, head: bool = True) -> So
 
 
 def fetch(source: Source, revision: str | None = None, *, head: bool = True) -> tuple[Path, Source]:
-    """The checkpoint's folder, downloaded if need be and checked, and the source with its exact revision.
+    """Downloads the checkpoint if necessary, checks it, and returns its folder and its exact source.
 
-    `head=False` is for a base to train on, whose folder need not be a classifier: see `check`.
+    Args:
+        source: The source to fetch.
+        revision: Branch, tag or commit on the hub; None for the newest.
+        head: Whether the checkpoint must be a classifier; False for a base to train on. See `check`.
+
+    Raises:
+        HubError: The hub refuses the model, or is unreachable and the cache has no copy.
+        CheckpointError: The checkpoint is unusable, or `revision` is set for a folder.
     """
     if source.kind != "hub":
         return _folder(source), pin(source, revision, head=head)
@@ -164,8 +199,10 @@ def fetch(source: Source, revision: str | None = None, *, head: bool = True) -> 
 
 
 def adapter(source: Source) -> Path | None:
-    """A folder with an adapter's settings, None where the source is a whole model; of the hub, nothing else is
-    downloaded."""
+    """Returns a folder with the adapter's settings, or None if the source is a model and not an adapter.
+
+    From the hub, the function downloads only the settings file.
+    """
     if source.kind != "hub":
         folder = _folder(source)
         return folder if _adapts({path.name for path in folder.iterdir()}) else None
@@ -194,7 +231,7 @@ def _digest(folder: Path) -> str:
 
 
 def license_of(folder: Path) -> str | None:
-    """The licence that the checkpoint's model card states; None where it states none, or a list of several."""
+    """Returns the licence in the checkpoint's model card; None if the card states no licence, or a list of licences."""
     if folder == REFERENCE:
         return REFERENCE_LICENSE
     if not (folder / MODEL_CARD).is_file():
@@ -207,7 +244,11 @@ def license_of(folder: Path) -> str | None:
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """The folder's config.json; `CheckpointError` where it is missing or no JSON object."""
+    """Returns the content of the folder's config.json.
+
+    Raises:
+        CheckpointError: The file is missing or is no JSON object.
+    """
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text())
@@ -223,21 +264,22 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def weights_of(folder: Path) -> Path:
-    """The weights file of a model that is stored in one."""
+    """Returns the path of the weights file for a model with one weights file."""
     own = folder / OWN_WEIGHTS
     return own if own.is_file() else folder / WEIGHTS
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, sharded or not.
+    """Returns the paths of a checkpoint's safetensors files: one file, or all shards.
 
-    Raises `CheckpointError` where there are none, or an index names one outside the folder.
+    Raises:
+        CheckpointError: There is no such file, or the index is unreadable, empty or names a file outside the folder.
     """
     return [folder / name for name in sorted(_tensors_by_file(folder))]
 
 
 def _tensors_by_file(folder: Path) -> dict[str, set[str]]:
-    """Each weights file and the tensors an index says are in it: of a file without an index, none."""
+    """Maps each weights file to its tensor names in the index; to an empty set if there is no index."""
     if weights_of(folder).is_file():
         return {weights_of(folder).name: set()}
     if (folder / WEIGHTS_INDEX).is_file():
@@ -258,8 +300,16 @@ def _tensors_by_file(folder: Path) -> dict[str, set[str]]:
 
 
 def check(folder: Path, *, head: bool = True) -> None:
-    """Raises `CheckpointError` unless the folder is a model with readable safetensors and a tokenizer, in full
-    precision; and, where a trained `head` is asked for, a sequence classifier or the adapter of one."""
+    """Checks that the folder holds an unquantised model with readable safetensors and a tokenizer, or an adapter.
+
+    Args:
+        folder: Folder of the checkpoint.
+        head: Whether the checkpoint must be a sequence classifier or an adapter of one. If False, a model without a
+            classification head passes, and an adapter fails.
+
+    Raises:
+        CheckpointError: The checkpoint does not meet these conditions.
+    """
     if (folder / adapters.SETTINGS).is_file():
         _check_adapter(folder, head)
         return
@@ -292,7 +342,7 @@ def _check_adapter(folder: Path, head: bool) -> None:
 
 
 def _tensors(file: Path) -> set[str]:
-    """The names of the tensors in a safetensors file; `CheckpointError` where it cannot be read."""
+    """Returns the names of the tensors in a safetensors file; raises `CheckpointError` if it is unreadable."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -307,12 +357,16 @@ def _tensors(file: Path) -> set[str]:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a tokenizer's own files lie there."""
+    """Returns whether the folder has a tokenizer or vocabulary file; settings files alone do not count."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES if name not in TOKENIZER_FILES[1:4])
 
 
 def check_config(folder: Path, config: dict[str, Any]) -> None:
-    """Raises `CheckpointError` unless the config is that of a classifier."""
+    """Checks that `config`, the content of the folder's config.json, describes a sequence classifier with labels.
+
+    Raises:
+        CheckpointError: The model has no classification head, or its labels are unusable.
+    """
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list):
         architectures = [architectures]
@@ -325,8 +379,16 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def label_set(folder: Path, config: dict[str, Any]) -> LabelSet:
-    """What the classifier in `folder` with this `config` answers with; `CheckpointError` where the config does not say,
-    or it answers with a number."""
+    """Returns the labels of the classifier with this `config`.
+
+    Args:
+        folder: Folder of the classifier, for error messages.
+        config: Content of config.json.
+
+    Raises:
+        CheckpointError: The config lacks distinct class names, or the model has fewer than two classes. Or its task is
+            neither single-label nor multi-label classification.
+    """
     labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     names = list(labels.values()) if isinstance(labels, dict) else []
     whole = isinstance(labels, dict) and set(labels) == {str(index) for index in range(len(labels))}

@@ -1,6 +1,6 @@
-"""The model hub: what a revision stands for, its files, and its refusals in words.
+"""Access to the model hub: it resolves a revision, downloads files, and explains the hub's errors to the user.
 
-A token is huggingface_hub's own affair (HF_TOKEN, or what `hf auth login` stored): nothing here reads or shows it.
+The library huggingface_hub handles the access token (from HF_TOKEN or `hf auth login`). This module never reads it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,31 @@ T = TypeVar("T")
 
 
 def look(ref: str, revision: str | None) -> tuple[str, frozenset[str]]:
-    """The commit that the revision stands for now and the names of its files; what was downloaded of it where the hub
-    cannot be reached. Raises `HubError`."""
+    """Returns the commit of a revision and the names of the files in it.
+
+    If the hub is unreachable, both come from the local download cache.
+
+    Args:
+        ref: Hub id of the model.
+        revision: Branch, tag or commit; None for the default branch.
+
+    Raises:
+        HubError: The hub refuses the model, or is unreachable and the cache has no copy.
+    """
     return _asked(ref, revision, lambda: _look(ref, revision))
 
 
 def download(ref: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """The snapshot's folder, named by its commit, with the files at the top that match. Raises `HubError`."""
+    """Downloads the matching files and returns their folder, whose name is the commit.
+
+    Args:
+        ref: Hub id of the model.
+        revision: Branch, tag or commit; None for the default branch.
+        patterns: File name patterns. Files in subfolders never match.
+
+    Raises:
+        HubError: The hub refuses the model, or is unreachable and the cache has no copy.
+    """
     import huggingface_hub
 
     def get() -> Path:
@@ -50,7 +68,7 @@ def _look(ref: str, revision: str | None) -> tuple[str, frozenset[str]]:
 
 
 def _asked(ref: str, revision: str | None, question: Callable[[], T]) -> T:
-    """The answer to `question`; whatever the hub raises as a `HubError` in words."""
+    """Calls `question` and returns its result; turns every error of the hub into a `HubError` with advice."""
     from huggingface_hub import errors as hub
 
     mend = f"Check the id, or download it elsewhere and pass the folder: --model PATH (hub id tried: {ref})."

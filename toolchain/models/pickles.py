@@ -1,5 +1,8 @@
-"""Weights that are only there as pickle, which can run code when it is read: refused, with the command that converts
-them where they are trusted."""
+"""Errors for weights that exist only as pickle.
+
+Reading a pickle can run code, so the toolchain refuses it. Each error contains a command that converts the weights to
+safetensors; the user runs it on a machine where the model is trusted.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from pathlib import Path
 from toolchain.errors import CheckpointError
 
 _SUFFIXES = (".bin", ".pt", ".pth")
-# What training leaves beside the weights.
+# Files that a training run saves beside the weights.
 _NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth")
 _LOADERS = "from transformers import AutoConfig as C, AutoModelForSequenceClassification as M, AutoTokenizer as T"
 _CAUSE = "holds its weights only as pickle ({}), which can run code when it is read."
@@ -19,13 +22,19 @@ _MEND = "On a machine where it is trusted, convert it and pass what comes of it:
 
 
 def among(names: Iterable[str]) -> list[str]:
-    """The names that are those of pickled weights, sorted: a `pytorch_model.bin` before others."""
+    """Returns the file names of pickled weights, sorted, with names like `pytorch_model.bin` first."""
     found = [name for name in names if name.endswith(_SUFFIXES) and name not in _NO_WEIGHTS]
     return sorted(found, key=lambda name: (not name.startswith("pytorch_model"), name))
 
 
 def refusal(where: str, name: str, revision: str | None = None) -> CheckpointError:
-    """The error for a model whose weights are `name` and no safetensors; `where` is its folder or hub id."""
+    """Returns the error for a model that has pickled weights and no safetensors.
+
+    Args:
+        where: Folder or hub id of the model.
+        name: File name of the pickled weights.
+        revision: Hub revision for the conversion command.
+    """
     target = f"{where if Path(where).is_dir() else where.rsplit('/', 1)[-1]}-safetensors"
     place = _text(where) + (f", revision={_text(revision)}" if revision else "")
     if name.startswith("pytorch_model") or not Path(where).is_dir():
@@ -39,7 +48,7 @@ def refusal(where: str, name: str, revision: str | None = None) -> CheckpointErr
 
 
 def adapter_refusal(pickled: Path, safe: Path) -> CheckpointError:
-    """The error for an adapter whose weights are `pickled` and should be `safe`."""
+    """Returns the error for an adapter with the weights file `pickled`; its command converts it to the file `safe`."""
     code = f"import torch; from safetensors.torch import save_file; save_file({_load(pickled)}, {_text(str(safe))})"
     return CheckpointError(f"{pickled.parent} {_CAUSE.format(pickled.name)}", _MEND.format(shlex.quote(code)))
 
@@ -49,5 +58,5 @@ def _load(file: Path) -> str:
 
 
 def _text(value: str) -> str:
-    """As a literal in double quotes, so that the shell's single ones hold the whole."""
+    """Returns a Python literal in double quotes, because the shell command has single quotes around the code."""
     return json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,7 @@
-"""What stands in a layer where pruning took a whole sub-block away. Imports torch: import it where it is used."""
+"""Modules that replace a sub-block of a layer after pruning has removed it.
+
+This module imports torch, so import it inside the functions that use it.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,20 @@ from torch import nn
 
 
 class Absent(nn.Module):
-    """In the place of a sub-block's last layer: adds nothing to the residual, whatever it is given."""
+    """A replacement for the last linear layer of a sub-block: it adds zero to the residual for every input."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """A zero that is broadcast."""
+        """Returns a scalar zero, which the residual addition broadcasts."""
         return torch.zeros((), dtype=hidden.dtype, device=hidden.device)
 
 
 class Skipped(nn.Module):
-    """An attention without heads: hands its input on, through `output` where the attention held that itself."""
+    """A replacement for an attention module without heads: it returns its input.
+
+    Args:
+        name: Name of the submodule `output`; empty if there is none.
+        output: A submodule that processes the input first, where the attention module contained its output layer.
+    """
 
     def __init__(self, name: str = "", output: nn.Module | None = None) -> None:
         super().__init__()
@@ -24,6 +32,6 @@ class Skipped(nn.Module):
             self.add_module(name, output)
 
     def forward(self, *args: torch.Tensor, **named: torch.Tensor) -> tuple[torch.Tensor]:
-        """The tuple an attention answers with; DistilBERT passes its input as ``query``."""
+        """Returns a tuple of one tensor, as attention modules do; DistilBERT passes its input as ``query``."""
         hidden = args[0] if args else named["query"]
         return (self.get_submodule(self._output)(hidden) if self._output else hidden,)

@@ -1,4 +1,4 @@
-"""Which exact files an import stands for, and where they lie: the checkpoint's and, of an adapter, its base's."""
+"""The exact files of an import: it resolves revisions and fetches the checkpoint and, for an adapter, its base."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ from toolchain.models.checkpoints import Source
 
 @dataclass(frozen=True)
 class Origin:
-    """The folder of a checkpoint that was checked, the folder of its `base` if it is an adapter, and the import that
-    says exactly which files these are."""
+    """The checked files of an import.
+
+    Attributes:
+        folder: Folder of the checkpoint.
+        base: Folder of the base if the checkpoint is an adapter, else None.
+        step: The import with the exact revisions of both.
+    """
 
     folder: Path
     base: Path | None
@@ -22,9 +27,19 @@ class Origin:
 
 
 def pinned(source: Source, asked: Import, recorded: Step | None) -> Import:
-    """The import with the revisions it stands for now.
+    """Returns the import with exact revisions of the checkpoint and its base.
 
-    A hub model stays at the revision it was imported at until another is asked for; a folder that has gone, too.
+    The recorded revision stays valid for a folder that no longer exists. It also stays valid for a hub model, unless
+    the user requests another revision.
+
+    Args:
+        source: Source of the checkpoint.
+        asked: The requested import.
+        recorded: The step of the last import; None if there was none.
+
+    Raises:
+        HubError: The hub cannot resolve a revision.
+        CheckpointError: The checkpoint or its base is unusable.
     """
     known = recorded if isinstance(recorded, Import) else None
     gone = source.kind == "folder" and not Path(source.ref).is_dir()
@@ -36,13 +51,13 @@ def pinned(source: Source, asked: Import, recorded: Step | None) -> Import:
         revision = checkpoints.pin(source, named).revision
     known = known if known and known.revision == revision else None
     if gone or (known and not source.base):
-        return known or Import(revision)  # what an adapter names is as fixed as the adapter
+        return known or Import(revision)  # the same adapter files always name the same base
     base = _base(replace(source, revision=revision), known.base if known else None)
     return Import(revision, base)
 
 
 def fetched(source: Source, step: Import) -> Origin:
-    """The files of an import, downloaded if need be and checked."""
+    """Downloads the files of an import if necessary, and checks them."""
     folder, found = checkpoints.fetch(source, step.revision if source.kind == "hub" else None)
     if step.base is None:
         return Origin(folder, None, Import(found.revision))
@@ -53,8 +68,7 @@ def fetched(source: Source, step: Import) -> Origin:
 
 
 def _base(source: Source, known: str | None) -> str | None:
-    """The base of the adapter at this exact revision, as in `Import`; None for a whole model. `known` is what it was
-    imported on."""
+    """Returns the exact base of an adapter, as in `Import`, or None for a model; `known` is the recorded base."""
     if known and (known.startswith(f"{source.base}@") or _gone(source.base)):
         return known
     folder = checkpoints.adapter(source)

@@ -1,7 +1,8 @@
-"""A tokenizer's vocabulary cut down to the tokens a corpus needs, its ids renumbered in every file that states them.
+"""Vocabulary trimming: removes the tokens that a corpus does not need and renumbers the ids in every tokenizer file.
 
-WordPiece only (Schuster and Nakajima 2012; the greedy longest match of BERT): a word whose token went is split into
-pieces that stay, and one whose pieces all stay is split as before, since taking pieces away makes no match longer.
+It supports WordPiece only (Schuster and Nakajima 2012), which BERT applies as a greedy longest match. A word whose
+token is removed splits into shorter pieces. A word whose pieces all stay splits as before, because a smaller
+vocabulary has no longer match.
 """
 
 from __future__ import annotations
@@ -17,18 +18,26 @@ from toolchain.data.inputs import Encoder
 from toolchain.errors import CheckpointError, DataError
 
 WORDPIECE = "WordPiece"
-TEXTS = 1000  # tokenised at once
+TEXTS = 1000  # number of texts tokenised at once
 
-# Tokenizers state their ids as whole numbers in JSON: of a token, and of lists such as eos_token_id's.
+# Old token id → new token id.
 Renumbered = Mapping[int, int]
 
 
 def kept_tokens(encoder: Encoder, texts: Iterable[Text]) -> list[int]:
-    """The ids that `texts` need, in order, and those without which a text could no longer be tokenised: special and
-    added tokens, every piece of one character, and what these cannot spell.
+    """Returns the ids of the tokens to keep, in ascending order.
 
-    Of characters that have pieces of their own, no word becomes unknown. Raises `CheckpointError` for a tokenizer other
-    than WordPiece, `DataError` for texts that have no words.
+    These are the tokens of `texts`, the special and added tokens, and every piece of one character. A token that pieces
+    of one character cannot spell also stays. So a word stays tokenisable if the vocabulary has a piece for each of its
+    characters.
+
+    Args:
+        encoder: The tokenizer, with its folder.
+        texts: The corpus.
+
+    Raises:
+        CheckpointError: The tokenizer is unreadable or not WordPiece.
+        DataError: The texts contain no words.
     """
     tokenizer = _read(encoder.folder / "tokenizer.json")
     always = _always(encoder.folder, tokenizer)
@@ -42,9 +51,14 @@ def kept_tokens(encoder: Encoder, texts: Iterable[Text]) -> list[int]:
 
 
 def trim(folder: Path, kept: Sequence[int]) -> None:
-    """Rewrites the tokenizer and the config in `folder`: token `kept[i]` becomes token i, every other is gone.
+    """Rewrites the tokenizer files and the config in `folder` for a smaller vocabulary.
 
-    Raises `CheckpointError` where the files do not agree with each other.
+    Args:
+        folder: Folder of the tokenizer and the config.
+        kept: Ids of the tokens to keep; `kept[i]` gets the new id i. All other tokens are removed.
+
+    Raises:
+        CheckpointError: A file is unreadable, or the files contradict each other.
     """
     numbers = {old: new for new, old in enumerate(kept)}
     tokenizer = _read(folder / "tokenizer.json")
@@ -66,7 +80,7 @@ def trim(folder: Path, kept: Sequence[int]) -> None:
 
 
 def _always(folder: Path, tokenizer: Mapping[str, Any]) -> set[int]:
-    """Ids that stay whatever the corpus is."""
+    """Returns the ids that stay for every corpus."""
     model = tokenizer["model"]
     vocabulary: dict[str, int] = model["vocab"]
     prefix = model.get("continuing_subword_prefix") or ""
@@ -82,7 +96,10 @@ def _always(folder: Path, tokenizer: Mapping[str, Any]) -> set[int]:
 
 
 def _stated(folder: Path, tokenizer: Mapping[str, Any]) -> set[int]:
-    """Ids that some file names for what they do: special and added tokens, [UNK], padding."""
+    """Returns the ids of tokens with a special role: special and added tokens, [UNK], padding.
+
+    Raises `CheckpointError` if the tokenizer is not WordPiece.
+    """
     model = tokenizer["model"]
     if model.get("type") != WORDPIECE:
         raise CheckpointError(
@@ -103,7 +120,7 @@ def _token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _post_processor(part: Any, numbers: Renumbered) -> Any:
-    """The part of tokenizer.json that puts special tokens around a text."""
+    """Returns the `post_processor` of tokenizer.json, which adds special tokens to a text, with renumbered ids."""
     if part is None:
         return None
     kind = part["type"]
@@ -122,7 +139,7 @@ def _post_processor(part: Any, numbers: Renumbered) -> Any:
 
 
 def _companions(folder: Path, kept: Sequence[int], numbers: Renumbered) -> None:
-    """Every other file that states ids."""
+    """Renumbers the ids in the config and in every tokenizer file except tokenizer.json."""
     config = _read(folder / "config.json")
     for key, value in _token_ids(config).items():
         config[key] = [numbers[i] for i in value] if isinstance(value, list) else numbers[value]
@@ -135,7 +152,7 @@ def _companions(folder: Path, kept: Sequence[int], numbers: Renumbered) -> None:
     if (file := folder / "added_tokens.json").is_file():
         _write(file, {token: numbers[number] for token, number in _read(file).items()}, indent=2)
     lines = folder / "vocab.txt"
-    if lines.is_file():  # a token a line, its id the line's number
+    if lines.is_file():  # each line holds one token, and the line number, from 0, is its id
         tokens = lines.read_text(encoding="utf-8").split("\n")
         lines.write_text("".join(f"{tokens[i]}\n" for i in kept if i < len(tokens)), encoding="utf-8", newline="\n")
 

@@ -1,7 +1,8 @@
-"""Graph rewrites on ONNX, one small file each, applied by name in order.
+"""Rewrites of ONNX graphs (passes), one small file each, applied by name in order.
 
-A pass takes the model and what is known of it, changes the model in place (or returns another) and says how
-often it applied. Where its pattern is not there it applies zero times; a graph it cannot keep correct it leaves alone.
+A pass takes the model and a `Context`. It changes the model in place, or returns another one, and counts its
+applications. A pass that does not find its pattern counts zero. It skips a graph that it cannot
+rewrite correctly, or raises `GraphError`.
 """
 
 from __future__ import annotations
@@ -40,10 +41,15 @@ LOOK_UPS = ("Gather", "GatherBlockQuantized")
 
 @dataclass(frozen=True)
 class Context:
-    """Heads and width of the encoder, which ONNX Runtime's fusions cannot always tell from the graph; the linear layers
-    to `keep` in fp32, by the names `quantize_linear.layers_of` gives them; how the `activations` that the others read
-    are quantised, by the value's name, where that is fixed beforehand; and the ids of the `tokens` that stay where the
-    vocabulary is trimmed, in order."""
+    """Facts about the model that the passes need and cannot always read from the graph.
+
+    Attributes:
+        heads: Attention heads of the encoder. ONNX Runtime's fusions cannot always find them in the graph.
+        width: Width of the encoder. ONNX Runtime's fusions cannot always find it in the graph.
+        keep: Linear layers that stay fp32, named as by `quantize_linear.layers_of`.
+        activations: Fixed quantisation of the inputs of linear layers, by the value's name.
+        tokens: Token ids that stay in a trimmed vocabulary, ascending.
+    """
 
     heads: int
     width: int
@@ -56,7 +62,7 @@ Pass = Callable[["ir.Model", Context], "tuple[ir.Model, int]"]
 
 PASSES: dict[str, Pass] = {
     "fuse": fuse,
-    "fuse-cuda": partial(fuse, apart=()),  # CUDA's kernels of the fused forms are the fast ones
+    "fuse-cuda": partial(fuse, apart=()),  # CUDA has fast kernels for every fused operator
     "half": half,
     "residual-sum": residual_sum,
     "first-token": first_token,
@@ -81,7 +87,11 @@ PASSES: dict[str, Pass] = {
 
 
 def rewrite(model: ir.Model, names: Sequence[str], context: Context) -> tuple[ir.Model, dict[str, int]]:
-    """Applies the named passes in order and tidies up; the counts say how often each applied."""
+    """Applies the named passes in order, then removes unused nodes and opsets.
+
+    Returns:
+        The rewritten model, and the number of times each pass applied, by its name.
+    """
     from onnx_ir.passes import common
 
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -89,15 +99,18 @@ def rewrite(model: ir.Model, names: Sequence[str], context: Context) -> tuple[ir
     for name in names:
         model, counts[name] = PASSES[name](model, context)
     common.RemoveUnusedNodesPass()(model)
-    model.opset_imports.setdefault(MS_DOMAIN, 1)  # of the nodes that passes made, if they made any
+    model.opset_imports.setdefault(MS_DOMAIN, 1)  # passes may have added nodes of this domain
     common.RemoveUnusedOpsetsPass()(model)
-    common.NameFixPass()(model)  # what is named after weights that several layers share
+    common.NameFixPass()(model)  # layers that share weights produce equal names
     return model, counts
 
 
 def _unalias(model: ir.Model) -> None:
-    """Readers of an Identity of a weight read the weight: the exporter stores equal weights once and names the others
-    so, which hides from every pass that they are stored."""
+    """Replaces every Identity of a weight by the weight.
+
+    The exporter stores equal weights once and makes the duplicates Identity nodes. Passes would not recognise these
+    as stored weights.
+    """
     for node in [node for node in model.graph if node.op_type == "Identity"]:
         weight, alias = node.inputs[0], node.outputs[0]
         if weight is not None and weight.is_initializer() and not alias.is_graph_output():
@@ -106,7 +119,11 @@ def _unalias(model: ir.Model) -> None:
 
 
 def read(path: Path) -> ir.Model:
-    """Loads and checks a single-file ONNX model; `GraphError` where it is none."""
+    """Loads and checks a single-file ONNX model.
+
+    Raises:
+        GraphError: The file is missing, is no valid ONNX model, or has no nodes.
+    """
     import onnx
     import onnx_ir as ir
     from google.protobuf.message import DecodeError
@@ -124,19 +141,19 @@ def read(path: Path) -> ir.Model:
 
 
 def write(model: ir.Model, path: Path) -> None:
-    """Saves the model in one file, its tensors inside."""
+    """Saves the model and its tensors in one file."""
     import onnx_ir as ir
 
     ir.save(model, path)
 
 
 def specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
-    """Inputs or outputs of a graph as a manifest states them."""
+    """Returns the inputs or outputs of a graph in the form of a manifest."""
     import onnx_ir as ir
 
     found = []
     for value in values:
-        text = value.dtype == ir.DataType.STRING  # which numpy calls an object
+        text = value.dtype == ir.DataType.STRING  # numpy's name for this type is "object"
         kind = "string" if text else value.dtype.numpy().name if value.dtype else ""
         shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape or ())
         found.append(TensorSpec(value.name or "", kind, shape))
@@ -144,8 +161,12 @@ def specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
 
 
 def facts(model: ir.Model) -> dict[str, Any]:
-    """Bytes by dtype and by part (embeddings, encoder, head), opset, IR version, operator counts, and the `headroom` of
-    int8 products."""
+    """Returns facts about the graph for a manifest.
+
+    Returns:
+        Bytes of the weights by dtype and by part (embeddings, encoder, head), opset versions, IR version, and operator
+        counts. `int8_headroom` is the result of `headroom`, and is absent where the graph has no int8 product.
+    """
     nodes = list(model.graph)
     last_norm = max((i for i, n in enumerate(nodes) if n.op_type == "LayerNormalization"), default=-1)
     position = {inner: index for index, node in enumerate(nodes) for inner in (node, *_inside(node))}
@@ -172,7 +193,7 @@ def facts(model: ir.Model) -> dict[str, Any]:
 
 
 def _inside(node: ir.Node) -> Iterator[ir.Node]:
-    """The nodes in the branches of an If and the bodies of loops."""
+    """Yields the nodes in the branches of an If and the bodies of loops."""
     import onnx_ir as ir
 
     for attribute in node.attributes.values():

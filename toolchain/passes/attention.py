@@ -1,7 +1,7 @@
-"""What a fused Attention becomes where its projections are quantised.
+"""Replacements of a fused Attention whose projections are quantised.
 
-A product for query, key and value and MultiHeadAttention, or one QAttention, which is both: it writes the projections
-where its own products read them, and needs neither a Split nor a transposition.
+One form has products for query, key and value, then MultiHeadAttention. The other form is one QAttention, which does
+both. QAttention writes the projections where its own products read them, so it needs no Split and no transposition.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 DOMAIN = "com.microsoft"
-ROLES = ("query", "key", "value")  # of the projections, in the order they are fused in
-SETTINGS = ("num_heads", "scale", "mask_filter_value")  # that all attentions have
+ROLES = ("query", "key", "value")  # the order in which the fused weight holds the projections
+SETTINGS = ("num_heads", "scale", "mask_filter_value")  # attributes that Attention and QAttention share
 
-# The model, a linear layer's input, its weight's name, the weight [inner, outer], and the bias → the nodes of the
-# product, the last of which gives the layer's output.
+# Arguments: the model, the input of a linear layer, its weight's name, its weight [inner, outer], and its bias.
+# Result: the nodes of the product. The last node gives the layer's output.
 Product = Callable[["ir.Model", Any, str, "np.ndarray", "ir.Value | None"], "list[ir.Node]"]
-# The model, the Attention, and a `Product` of this model → the nodes in the Attention's place and its result.
+# Arguments: the model, the Attention, and a `Product` with the model already bound.
+# Result: the nodes that replace the Attention, and their output.
 Attend = Callable[["ir.Model", "ir.Node", "Callable[..., list[ir.Node]]"], "tuple[list[ir.Node], ir.Value]"]
 
 
 def merged(model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]) -> tuple[list[ir.Node], ir.Value]:
-    """One product for query, key and value, split, and MultiHeadAttention; an `Attend`."""
+    """Builds one product for query, key and value, a Split, and MultiHeadAttention; an `Attend`."""
     import numpy as np
     import onnx_ir as ir
 
@@ -44,7 +45,7 @@ def merged(model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]) 
 
 
 def apart(model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]) -> tuple[list[ir.Node], ir.Value]:
-    """A product each for query, key and value, and MultiHeadAttention; an `Attend`."""
+    """Builds one product each for query, key and value, and MultiHeadAttention; an `Attend`."""
     import numpy as np
 
     data, weight, bias, _ = node.inputs[:4]
@@ -64,8 +65,14 @@ def apart(model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]) -
 def whole(
     model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]], *, codes: Codes, largest: int = LARGEST
 ) -> tuple[list[ir.Node], ir.Value]:
-    """QAttention of what `codes` makes of its input, with no weight over `largest`; an `Attend`. It takes query, key
-    and value of one width; others are `merged`."""
+    """Builds one QAttention; an `Attend`.
+
+    QAttention needs query, key and value of equal width. With different widths, this function calls `merged`.
+
+    Args:
+        codes: Quantises the input of the Attention.
+        largest: Largest absolute value of an int8 weight.
+    """
     import onnx_ir as ir
 
     if len(set(widths(node))) > 1:
@@ -81,18 +88,22 @@ def whole(
 
 
 def widths(node: ir.Node) -> list[int]:
-    """Of query, key and value of a fused Attention."""
+    """Returns the widths of query, key and value of a fused Attention."""
     array = stored(node.inputs[1])
     return list(node.attributes.get_ints("qkv_hidden_sizes", [array.shape[1] // len(ROLES)] * len(ROLES)))
 
 
 def multi_head(model: ir.Model, node: ir.Node, parts: Any, *, one_query: bool = False) -> ir.Node:
-    """MultiHeadAttention of query, key and value, otherwise as the fused Attention `node`.
+    """Builds a MultiHeadAttention with the mask, `num_heads` and `scale` of the fused Attention `node`.
 
-    `one_query`: the query is one token. The mask [batch, tokens] becomes an `attention_bias` [batch, heads, queries,
-    tokens], 0 or the lowest float. A `key_padding_mask` would be shorter, but ONNX Runtime up to 1.20 reads it by the
-    number of queries, and its WebGPU provider has none. The bias is expanded because 1.17 refuses to broadcast it and
-    1.20 broadcasts it wrongly.
+    The mask [batch, tokens] becomes an `attention_bias` [batch, heads, queries, tokens], 0 or the lowest float. A
+    `key_padding_mask` would be shorter. But ONNX Runtime up to 1.20 reads it by the number of queries, and its WebGPU
+    provider does not support it. The bias is expanded because ONNX Runtime 1.17 refuses to broadcast it and 1.20
+    broadcasts it wrongly.
+
+    Args:
+        parts: The values of query, key and value.
+        one_query: Whether the query is one token.
     """
     import onnx_ir as ir
 
@@ -104,8 +115,7 @@ def multi_head(model: ir.Model, node: ir.Node, parts: Any, *, one_query: bool = 
 
 
 def _attention_bias(model: ir.Model, mask: ir.Value, heads: int, one_query: bool) -> ir.Value:
-    """The bias of a mask [batch, tokens], made right behind the mask; what another attention made of it already is used
-    again."""
+    """Adds the bias of a mask [batch, tokens] after the mask's producer, or reuses the bias of another attention."""
     import numpy as np
     import onnx_ir as ir
 

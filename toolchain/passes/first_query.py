@@ -1,4 +1,4 @@
-"""The classifier reads the first token only: the last attention asks for that token alone, of all of them."""
+"""Computes the last attention for the first token only, because the classifier reads no other token."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 
 def first_query(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
-    """A fused Attention of whose result only token 0 is read → the query of that token, key and value of all, and
-    MultiHeadAttention under the same mask; counts the attentions.
+    """Rewrites each fused Attention whose readers use token 0 only; counts the attentions.
 
-    Exact: what a token gathers is decided by its own query. The pass `first-token` is what brings the reading of one
-    token up to the attention. Weights that other layers share stay as they are: they would be stored twice.
+    The new nodes are the query of token 0, key and value of all tokens, and MultiHeadAttention under the same mask.
+    The rewrite is exact, because a token's attention output depends on no other token's query. Run the pass
+    `first-token` before: it moves the Gather of token 0 up to the attention. Attentions that share their weight with
+    other layers stay unchanged, because the rewrite would store that weight twice.
     """
     count = 0
     for node in [node for node in model.graph if node.op_type == "Attention" and node.domain == DOMAIN]:

@@ -1,4 +1,4 @@
-"""The classifier reads the first token only: compute the last layer's token-wise part for that token alone."""
+"""Computes the token-wise part of the last layer for the first token only: the classifier reads no other token."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ if TYPE_CHECKING:
 
     from toolchain.passes import Context
 
-# Operators that treat every token by itself, on any number of leading axes.
+# Operators that compute each token from that token alone, with any number of leading axes.
 TOKEN_WISE = {"Add", "Sub", "Sum", "MatMul", "LayerNormalization", "Gelu", "FastGelu", "Relu", "Tanh"}
-# What a token-wise stretch may start from: nodes known to give [batch, sequence, width].
+# Operators that may give the input of the token-wise nodes: their output is [batch, sequence, width].
 BOUNDARY = {"Attention", "MultiHeadAttention", "LayerNormalization"}
 
 
 def first_token(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     """Moves the `Gather` of token 0 up through token-wise nodes to the last attention; counts the nodes it passed.
 
-    Exact: each of those nodes gives token 0 from token 0 alone. Applies only where every use of the moved values
-    ends in that Gather and everything they start from is known to be [batch, sequence, width].
+    The rewrite is exact, because each of these nodes computes token 0 from token 0 alone. It applies only under two
+    conditions: every use of the moved values ends in that Gather, and the token-wise nodes start from values known to
+    be [batch, sequence, width].
     """
     passed = 0
     for gather in [node for node in model.graph if takes_first_token(node)]:
@@ -36,7 +37,7 @@ def first_token(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
 
 
 def _region(model: ir.Model, gather: ir.Node) -> list[ir.Node]:
-    """The token-wise nodes above `gather` whose results nobody else reads, nearest first."""
+    """Returns the token-wise nodes before `gather` whose results have no other reader, nearest first."""
     region = [gather]
     for node in reversed(list(model.graph)):
         readers = {reader for out in node.outputs for reader in out.consumers()}
@@ -62,7 +63,7 @@ def _move(model: ir.Model, gather: ir.Node, region: list[ir.Node], starts: list[
         first = ir.node("Gather", [start, gather.inputs[1]], {"axis": 1}, name=f"{start.name}/first_token")
         first.outputs[0].name = f"{start.name}/first_token"
         producer = start.producer()
-        assert producer is not None  # a boundary node, checked by the caller
+        assert producer is not None  # the caller checked that it is a boundary node
         model.graph.insert_after(producer, first)
         for node in region:
             for index, value in enumerate(node.inputs):
@@ -72,6 +73,6 @@ def _move(model: ir.Model, gather: ir.Node, region: list[ir.Node], starts: list[
         for out in node.outputs:
             out.shape = None
     data = gather.inputs[0]
-    assert data is not None  # a Gather has its data
+    assert data is not None  # every Gather has a data input
     gather.outputs[0].replace_all_uses_with(data, replace_graph_outputs=True)
     model.graph.remove(gather, safe=True)

@@ -1,4 +1,4 @@
-"""ONNX Runtime's own transformer fusions, those of them that pay on an execution provider."""
+"""Applies the transformer fusions of ONNX Runtime that are faster on an execution provider."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ if TYPE_CHECKING:
 
     from toolchain.passes import Context
 
-DOMAIN = "com.microsoft"  # of the fused operators
-# What stays apart on the CPU, by the names of `FusionOptions`: Skip- and embedding LayerNormalization, whose kernels
-# there are scalar, and BiasGelu, which would take the bias that belongs inside the quantised matmul.
+DOMAIN = "com.microsoft"  # domain of the fused operators
+# Fusions that are off on the CPU, by their names in `FusionOptions`. The CPU kernels of skip- and embedding
+# LayerNormalization are scalar. BiasGelu would take the bias that belongs inside the quantised matmul.
 APART_ON_CPU = ("embed_layer_norm", "skip_layer_norm", "bias_skip_layer_norm", "bias_gelu")
 
 
 def fuse(model: ir.Model, context: Context, *, apart: Collection[str] = APART_ON_CPU) -> tuple[ir.Model, int]:
-    """Attention → one node, erf-Gelu → Gelu, and whatever else is not to stay `apart`; counts the fused nodes.
+    """Fuses attention into one node, erf-Gelu into Gelu, and other patterns; counts the fused nodes.
 
-    The mask stays the raw [batch, sequence]: by default it counts tokens from the left, which is wrong for sentences
-    padded on the left.
+    The mask stays the raw [batch, sequence]. By default the fusion counts a sentence's tokens from the left instead,
+    which is wrong for sentences padded on the left.
+
+    Args:
+        apart: Fusions that stay off, by their names in `FusionOptions` without `enable_`.
     """
     import onnx_ir as ir
     from onnx_ir.passes import common
@@ -38,18 +41,18 @@ def fuse(model: ir.Model, context: Context, *, apart: Collection[str] = APART_ON
         fused = BertOnnxModel(ir.to_proto(model), context.heads, context.width)
         fused.optimize(options, add_dynamic_axes=False)
     result = ir.from_proto(fused.model)
-    result.graph.opset_imports.setdefault(DOMAIN, 1)  # for whoever infers shapes next
-    result.graph.sort()  # fused nodes were appended at the end
-    # Layers that share query, key and value, as ALBERT's, were given a copy each of the three packed together.
+    result.graph.opset_imports.setdefault(DOMAIN, 1)  # shape inference needs it
+    result.graph.sort()  # the fusion appends its nodes at the end
+    # The fusion packs query, key and value anew for each layer, even where layers share them (ALBERT).
     common.DeduplicateHashedInitializersPass()(result)
     return result, sum(node.domain == DOMAIN for node in result.graph)
 
 
 def _residual_last(model: ir.Model) -> None:
-    """What attention and projections read goes behind what they give in the addition before a LayerNormalization.
+    """In each addition before a LayerNormalization, moves the residual to second place.
 
-    The fusion looks for attention's result in the first addend that is itself an Add, and ALBERT's first layer has the
-    projected embeddings there.
+    The residual is the addend with more readers. The fusion looks for attention's result in the first addend that is
+    itself an Add. In ALBERT's first layer that addend is the projected embeddings.
     """
     for norm in model.graph:
         add = norm.inputs[0].producer() if norm.op_type == "LayerNormalization" and norm.inputs[0] else None
@@ -58,7 +61,7 @@ def _residual_last(model: ir.Model) -> None:
         first, second = add.inputs
         if first is None or second is None:
             continue
-        # Of embeddings, which are looked up, the fusion takes the first for the words'.
+        # Looked-up embeddings keep their order, because the fusion treats the first as word embeddings.
         made = [value.producer() for value in (first, second)]
         if not all(node is not None and node.op_type == "Add" for node in made):
             continue

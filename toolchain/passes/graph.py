@@ -1,4 +1,4 @@
-"""Weights of a graph, nodes in the place of others, and what a node is."""
+"""Helpers for the passes: read and store weights, add and replace nodes, recognise nodes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 
 def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    """An initializer of the graph: a new one, or that of this name where layers that share a weight want it again."""
+    """Returns an initializer of the graph with this array.
+
+    Layers that share a weight store it once: an initializer of this name with an equal array is reused. If its array
+    differs, the new initializer's name ends in `_other`.
+    """
     import numpy as np
     import onnx_ir as ir
 
@@ -22,7 +26,7 @@ def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
         found = stored(there)
         if found.dtype == array.dtype and np.array_equal(found, array):
             return there
-        return constant(model, f"{name}_other", array)  # read both ways, upright and transposed
+        return constant(model, f"{name}_other", array)  # two layers read one weight, one of them transposed
     tensor = ir.tensor(np.asarray(array, order="C"), name=name)
     value = ir.val(name, dtype=tensor.dtype, shape=array.shape, const_value=tensor)
     model.graph.register_initializer(value)
@@ -30,7 +34,11 @@ def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
 
 
 def stored(weight: ir.Value | None) -> np.ndarray:
-    """The array of a weight; `GraphError` where there is none."""
+    """Returns the array of a weight.
+
+    Raises:
+        GraphError: The weight is missing or is computed in the graph.
+    """
     if weight is None or weight.const_value is None:
         raise GraphError("The weights of a layer are computed, not stored.", "Fold constants when exporting.")
     array: np.ndarray = weight.const_value.numpy()
@@ -38,13 +46,17 @@ def stored(weight: ir.Value | None) -> np.ndarray:
 
 
 def negated(model: ir.Model, weight: ir.Value | None) -> ir.Value:
-    """An initializer that is the weight's negative; `GraphError` where none is stored."""
+    """Returns an initializer that holds the weight's negative.
+
+    Raises:
+        GraphError: The weight is missing or is computed in the graph.
+    """
     array = stored(weight)
     return constant(model, f"{weight.name if weight else ''}/negated", -array)
 
 
 def replace(model: ir.Model, first: ir.Node, last: ir.Node, new: list[ir.Node], result: ir.Value) -> None:
-    """Puts `new` after `last`; readers of `last` read `result`; `first` to `last` go."""
+    """Inserts `new` after `last`, moves the readers of `last` to `result`, and removes `first` and `last`."""
     old = last.outputs[0]
     name = old.name
     model.graph.insert_after(last, new)
@@ -54,8 +66,10 @@ def replace(model: ir.Model, first: ir.Node, last: ir.Node, new: list[ir.Node], 
 
 
 def adder(name: str, new: list[ir.Node]) -> Callable[..., ir.Value]:
-    """A function that makes a node of one output, both called `name`/`what`, appends it to `new` and gives the output:
-    `add(operator, inputs, what, **attributes)`."""
+    """Returns a function that adds a node with one output to `new` and returns that output.
+
+    Call it as `add(operator, inputs, what, **attributes)`. The node and its output are both named `name`/`what`.
+    """
     import onnx_ir as ir
 
     def add(operator: str, inputs: Sequence[ir.Value | None], what: str, **attributes: int) -> ir.Value:
@@ -68,7 +82,7 @@ def adder(name: str, new: list[ir.Node]) -> Callable[..., ir.Value]:
 
 
 def takes_first_token(node: ir.Node) -> bool:
-    """Whether the node is a Gather of token 0 of [batch, sequence, width]."""
+    """Returns whether the node is a Gather of token 0 from [batch, sequence, width]."""
     if node.op_type != "Gather" or node.inputs[1] is None or node.inputs[1].const_value is None:
         return False
     index = node.inputs[1].const_value.numpy()

@@ -1,4 +1,4 @@
-"""Weights and arithmetic in fp16, by ONNX Runtime's own conversion."""
+"""Converts weights and arithmetic to fp16 with ONNX Runtime's own conversion."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 
 
 def half(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
-    """fp32 → fp16 wherever CUDA has a kernel for it, logits back in fp32; counts the converted weights."""
+    """Converts fp32 to fp16 wherever CUDA has a kernel for it; counts the converted weights.
+
+    The graph's inputs and outputs keep their types, so the logits stay fp32.
+    """
     import onnx_ir as ir
     from onnxruntime.transformers.float16 import convert_float_to_float16
 

@@ -1,7 +1,7 @@
 """Weights and activations in int8: S8 weights per output channel × U8 activations.
 
-x86 without VNNI adds two products of 8 bits in 16, which is too little for U8 × S8: it saturates, and the model answers
-wrongly without a word. Weights of 7 bits fit (ONNX Runtime calls it reduce_range).
+x86 without VNNI adds two 8-bit products in 16 bits. U8 × S8 products can exceed 16 bits: the sum saturates, and the
+model's outputs are wrong without an error. Weights of 7 bits avoid this (ONNX Runtime calls it reduce_range).
 """
 
 from __future__ import annotations
@@ -15,17 +15,22 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-LARGEST = 127  # symmetric: -128 is left out, so that a weight and its negative are equally exact
-LARGEST_OF_7_BITS = 64  # two products with the largest activation, 2 × 255 × 64, are 16 bits
+LARGEST = 127  # symmetric: without -128, a weight and its negative are equally exact
+LARGEST_OF_7_BITS = 64  # two products with the largest activation, 2 × 255 × 64, fit in 16 bits
 INT8_PRODUCTS = ("DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QAttention")
 
-# The model and a value → the value in U8, its scale and its zero point; what computes them is appended to the nodes.
+# Arguments: the model, a value, and a list that receives the nodes that compute the result.
+# Result: the value in U8, its scale and its zero point.
 Codes = Callable[["ir.Model", Any, "list[ir.Node]"], "list[ir.Value]"]
 
 
 def quantize_weight(weight: np.ndarray, axis: int, most: int = LARGEST) -> tuple[np.ndarray, np.ndarray]:
-    """Symmetric int8 of a 2-D array with one float32 scale per index of `axis`: weight ≈ int8 × scale, |int8| ≤
-    `most`."""
+    """Quantises a 2-D array to symmetric int8 with one float32 scale per index of `axis`.
+
+    Returns:
+        The int8 array, with absolute values of at most `most`, and the scales [length of `axis`]: weight ≈ int8 ×
+        scale.
+    """
     import numpy as np
 
     largest = np.abs(weight).max(axis=1 - axis, keepdims=True)
@@ -34,7 +39,7 @@ def quantize_weight(weight: np.ndarray, axis: int, most: int = LARGEST) -> tuple
 
 
 def weight_codes(model: ir.Model, name: str, array: np.ndarray, most: int = LARGEST) -> list[ir.Value]:
-    """A weight [inner, outer] as initializers: int8, scales [outer] and zero points [outer], which are 0."""
+    """Stores a weight [inner, outer] as initializers: int8, scales [outer] and zero points [outer], which are 0."""
     import numpy as np
 
     weight, scale = quantize_weight(array, 1, most)
@@ -46,7 +51,7 @@ def weight_codes(model: ir.Model, name: str, array: np.ndarray, most: int = LARG
 
 
 def run_time_codes(model: ir.Model, data: Any, new: list[ir.Node]) -> list[ir.Value]:
-    """By the range of `data` at run time, once for all that read it; `Codes`."""
+    """Quantises `data` by its range at run time, with one node for all its readers; a `Codes`."""
     import onnx_ir as ir
 
     node = next((node for node in data.consumers() if node.op_type == "DynamicQuantizeLinear"), None)
@@ -59,8 +64,12 @@ def run_time_codes(model: ir.Model, data: Any, new: list[ir.Node]) -> list[ir.Va
 
 
 def weight_of(node: ir.Node) -> tuple[ir.Node, int] | None:
-    """Where the int8 weights of a product are read, as a node and the index of its input: by the product itself, or by
-    what dequantises them for it (QDQ); None for a node that is no such product."""
+    """Finds the input that holds the int8 weights of a product.
+
+    Returns:
+        A node and the index of its input. The node is the product itself, or the DequantizeLinear before it (QDQ). None
+        if `node` is no int8 product.
+    """
     if node.op_type in INT8_PRODUCTS:
         return node, 1
     weight = node.inputs[1] if node.op_type == "MatMul" else None

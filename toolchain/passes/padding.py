@@ -1,7 +1,7 @@
-"""Padding that moves no scale: a padded token computes what the first token of its sentence does.
+"""Padding that changes no scale: every padding token gets the embedding of its sentence's first token.
 
-Int8 activations with scales of run time are scaled by the range of all tokens, padded ones too: one token of padding
-would round every answer anew. No attention looks at a padded token, so it may be anything.
+Int8 scales computed at run time come from the range of all tokens, padding included. One padding token would change the
+rounding of every output. Attention masks padding, so its embedding may have any value.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ if TYPE_CHECKING:
 IDS, MASK = "input_ids", "attention_mask"
 SHAPE = "Shape"
 FUSED = {"Attention", "MultiHeadAttention"}
-RELATIVE = "GatherElements"  # scores by how far apart two tokens are
-MIXES = {"Attention", "MatMul", "Gemm", "Einsum", "Softmax"}  # what no token's embedding comes from
+RELATIVE = "GatherElements"  # looks up attention scores by the distance between two tokens
+MIXES = {"Attention", "MatMul", "Gemm", "Einsum", "Softmax"}  # do not occur before the embeddings' LayerNormalization
 
 
 def padding(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
-    """Embeddings [batch, sequence, width] of padded tokens → those of token 0; counts the values replaced.
+    """Replaces the embeddings of padding tokens by the embedding of token 0; counts the values replaced.
 
-    Exact for token 0, on whichever side the padding is. Applies where that is what the classifier reads, every
-    attention is masked, and the embeddings end in a LayerNormalization; not where attention knows more of a token's
-    place than its embedding does (DeBERTa's), since a padded token would not stay what the first is.
+    The replaced value is [batch, sequence, width]. The rewrite is exact for token 0, with padding on either side. It
+    applies if the classifier reads token 0, every attention is masked, and the embeddings end in a LayerNormalization.
+
+    It does not apply where attention uses relative positions (DeBERTa). There a padding token would not compute the
+    same values as token 0.
     """
     inputs = {value.name: value for value in model.graph.inputs}
     ids, mask = inputs.get(IDS), inputs.get(MASK)
@@ -42,8 +44,11 @@ def padding(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
 
 
 def _above(node: ir.Node, stop: Collection[str] = ()) -> tuple[set[ir.Node], set[ir.Value]]:
-    """The nodes whose results, not shapes alone, have a part in what `node` reads, none from an operator in `stop`
-    upwards, and the values that these and `node` read."""
+    """Returns the nodes before `node`, and the values that they and `node` read.
+
+    The search does not pass operators in `stop`, nor Shape, whose result depends on no token. `node` itself is not
+    among the nodes.
+    """
     nodes: set[ir.Node] = set()
     values: set[ir.Value] = set()
     waiting = [node]
@@ -58,15 +63,17 @@ def _above(node: ir.Node, stop: Collection[str] = ()) -> tuple[set[ir.Node], set
 
 
 def _masked(model: ir.Model, mask: ir.Value) -> bool:
-    """Whether there is attention, and all of it is told of the mask and nothing else of tokens, without a product
-    between."""
+    """Returns whether the graph has attention, and every attention node takes the mask and no relative positions.
+
+    Only inputs that reach the attention node without an operator of `MIXES` in between count.
+    """
     attentions = [n for n in model.graph if n.op_type == "Softmax" or (n.op_type in FUSED and n.domain == DOMAIN)]
     told = [_above(node, MIXES) for node in attentions]
     return bool(told) and all(mask in vs and RELATIVE not in {n.op_type for n in nodes} for nodes, vs in told)
 
 
 def _mixed(node: ir.Node) -> bool:
-    """Whether other tokens had a part in what it gives."""
+    """Returns whether the result of `node` may depend on several tokens."""
     return any(each.op_type in MIXES for each in _above(node)[0])
 
 

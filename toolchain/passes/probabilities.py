@@ -1,4 +1,4 @@
-"""Probabilities beside the logits, for those who ask a graph and no code of ours."""
+"""Probabilities as a second output, for apps that run the graph without this project's code."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# Names of the outputs of every graph that is shipped.
+# Output names of every shipped graph.
 LOGITS = "logits"
 PROBABILITIES = "probabilities"
 
 
 def add_probabilities(model: ir.Model, multi_label: bool) -> ir.Model:
-    """The graph's one output is called `LOGITS` and has `PROBABILITIES` after it, float32 [batch, labels]: a softmax
-    over the labels, or each for itself where a text can have several."""
+    """Renames the graph's one output to `LOGITS` and adds the output `PROBABILITIES`, float32 [batch, labels].
+
+    Args:
+        multi_label: Whether a text can have several labels. Then the probabilities are a sigmoid of each logit.
+            Otherwise they are a softmax over the labels.
+    """
     import onnx_ir as ir
 
     logits = model.graph.outputs[0]

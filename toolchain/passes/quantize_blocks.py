@@ -1,7 +1,7 @@
-"""Weights in 4 bits, in blocks with a scale and a zero point each: the smallest files; products are not faster.
+"""Weights in 4 bits, in blocks with one scale and one zero point each: the smallest files, but no faster products.
 
-ONNX Runtime's operators: MatMulNBits for linear layers, which takes activations in 8 bits, and GatherBlockQuantized for
-embedding tables.
+The module uses two operators of ONNX Runtime: MatMulNBits for linear layers, which quantises activations to 8 bits, and
+GatherBlockQuantized for embedding tables.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 BITS, TOP = 4, 15
-BLOCK = 32  # weights that share a scale
-INT8_ACTIVATIONS = 4  # the operator's accuracy_level
-# How much of a block's range is kept, tried in this order: a little less range is a finer step for all but the ends.
+BLOCK = 32  # number of weights that share a scale
+INT8_ACTIVATIONS = 4  # value of the operator's accuracy_level
+# Fractions of a block's range to keep, in the order of trial. A smaller range has finer steps but clips its ends.
 KEPT = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
 def quantize_blocks(weight: np.ndarray, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A 2-D float array by rows in blocks: (codes 0 to 15 as uint8 [rows, blocks × block], one float32 scale and one
-    zero point a block), weight ≈ (code − zero point) × scale; of the ranges in `KEPT` the one with the least squared
-    error.
+    """Quantises a 2-D float array in blocks along its rows.
 
-    Rows whose length is no multiple of `block` are filled up with codes for zero.
+    Each block gets the range of `KEPT` with the least squared error. Rows whose length is no multiple of `block` are
+    padded with codes for zero.
+
+    Returns:
+        Codes from 0 to 15 as uint8 [rows, blocks × block], float32 scales [rows, blocks], and uint8 zero points
+        [rows, blocks]: weight ≈ (code − zero point) × scale.
     """
     import numpy as np
 
@@ -35,7 +38,7 @@ def quantize_blocks(weight: np.ndarray, block: int = BLOCK) -> tuple[np.ndarray,
     filled = np.zeros((rows, -(-columns // block) * block), np.float32)
     filled[:, :columns] = weight
     blocks = filled.reshape(rows, -1, block)
-    # Zero has a code, or what fills up and what was pruned would not stay zero.
+    # The range includes 0, so that padding and pruned weights stay exactly 0.
     low, high = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
     best = np.full(low.shape, np.inf, np.float32)
     codes = np.zeros(blocks.shape, np.uint8)
@@ -52,7 +55,7 @@ def quantize_blocks(weight: np.ndarray, block: int = BLOCK) -> tuple[np.ndarray,
 
 
 def pack(codes: np.ndarray) -> np.ndarray:
-    """Two codes a byte along the last axis, the first in the low half; an odd one out is filled up with 0."""
+    """Packs two codes into a byte along the last axis, the first in the low half; an odd length is padded with 0."""
     import numpy as np
 
     if codes.shape[-1] % 2:
@@ -62,7 +65,7 @@ def pack(codes: np.ndarray) -> np.ndarray:
 
 
 def blocks(model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Value | None) -> list[ir.Node]:
-    """MatMulNBits with the bias inside; a `attention.Product`."""
+    """Builds MatMulNBits with the bias inside; an `attention.Product`."""
     import onnx_ir as ir
 
     inner, outer = array.shape
@@ -82,8 +85,10 @@ def blocks(model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Va
 
 
 def by_block(model: ir.Model, name: str, array: np.ndarray, rows: Any) -> list[ir.Node]:
-    """GatherBlockQuantized; a `quantize_embedding.LookUp`. A table of rows that are no whole number of blocks is looked
-    up by row."""
+    """Builds GatherBlockQuantized; a `quantize_embedding.LookUp`.
+
+    If the width of the table is no multiple of `BLOCK`, this function calls `by_row`.
+    """
     import numpy as np
     import onnx_ir as ir
 
@@ -93,7 +98,7 @@ def by_block(model: ir.Model, name: str, array: np.ndarray, rows: Any) -> list[i
     inputs = [
         constant(model, f"{name}_int4", pack(codes)),
         rows,
-        constant(model, f"{name}_scale", scales.astype(np.float16)),  # half the bytes, and fine enough for 15 steps
+        constant(model, f"{name}_scale", scales.astype(np.float16)),  # fp16 is precise enough for 15 steps
         constant(model, f"{name}_zero_point", pack(zeros)),
     ]
     how = {"bits": BITS, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}

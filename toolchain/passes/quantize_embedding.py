@@ -1,4 +1,4 @@
-"""Embedding tables in fewer bits: most of a small model's bytes, and a look-up costs nothing more."""
+"""Embedding tables in fewer bits: they are most of a small model's bytes, and look-ups stay as fast."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
     from toolchain.passes import Context
 
-# The model, the table's name, the table [rows, width], and the rows asked for → the nodes of the look-up, the last of
-# which gives the rows in fp32.
+# Arguments: the model, the table's name, the table [rows, width], and the row indices.
+# Result: the nodes of the look-up. The last node gives the rows in fp32.
 LookUp = Callable[["ir.Model", str, "np.ndarray", Any], "list[ir.Node]"]
 
 
 def quantize_embedding(model: ir.Model, context: Context, look_up: LookUp) -> tuple[ir.Model, int]:
-    """Gather from a constant 2-D fp32 table → look-ups by `look_up`; counts the tables."""
+    """Replaces each Gather from a constant 2-D fp32 table by the nodes of `look_up`; counts the tables."""
     import onnx_ir as ir
 
     count = 0
@@ -43,7 +43,7 @@ def quantize_embedding(model: ir.Model, context: Context, look_up: LookUp) -> tu
 
 
 def by_row(model: ir.Model, name: str, array: np.ndarray, rows: Any) -> list[ir.Node]:
-    """Gather of int8 rows × Gather of one scale a row, standard operators; a `LookUp`."""
+    """Builds a Gather of int8 rows × a Gather of one scale per row, in standard operators; a `LookUp`."""
     import onnx_ir as ir
 
     int8, scale = quantize_weight(array, axis=0)

@@ -23,12 +23,12 @@ ACTIVATION = 255
 def quantize_linear(
     model: ir.Model, context: Context, product: Product, attend: Attend = merged
 ) -> tuple[ir.Model, int]:
-    """MatMul and Gemm with constant weights, and the projections of fused Attention → products by `product`; what
-    becomes of the Attention itself says `attend`.
+    """Replaces linear layers by products that `product` builds; counts the layers quantised.
 
-    Products of two activations stay fp32: they hold no weights, so fewer bits would cost accuracy and bring nothing.
-    The last layer, whose result is the logits, stays fp32 too: it is a few hundred weights. Counts the layers
-    quantised.
+    Linear layers are MatMul and Gemm with constant weights, and the projections of a fused Attention. `attend` builds
+    the replacement of the Attention. Products of two activations stay fp32: they hold no weights, so fewer bits
+    would cost accuracy and save nothing. The last layer, whose result is the logits, stays fp32: it has only a few
+    hundred weights. Layers in `context.keep` stay fp32 too.
     """
     count = 0
     layer = partial(product, model)
@@ -45,17 +45,21 @@ def quantize_linear(
 
 
 def layers_of(model: ir.Model) -> list[str]:
-    """Names of the layers that `quantize_linear` takes, in the graph's order."""
+    """Returns the names of the layers that `quantize_linear` can quantise, in the graph's order."""
     return [layer_name(node) for node in linear_nodes(model)]
 
 
 def layer_name(node: ir.Node) -> str:
-    """Where the layer stood in PyTorch; of fused projections, which they are."""
+    """Returns the layer's path in PyTorch; for fused projections, the name of the Attention node."""
     return (node.name or "").strip("/").removesuffix("/MatMul").removesuffix("/Gemm")
 
 
 def weights_of(model: ir.Model) -> dict[str, np.ndarray]:
-    """What the layers read, by its name → the weights [inner, outer] of all that read it, side by side."""
+    """Returns the weights of the linear layers by the name of the value they read.
+
+    Returns:
+        For each value, the weights [inner, outer] of all layers that read it, concatenated along `outer`.
+    """
     import numpy as np
 
     found: dict[str, list[np.ndarray]] = {}
@@ -67,7 +71,7 @@ def weights_of(model: ir.Model) -> dict[str, np.ndarray]:
 
 
 def sharing(model: ir.Model) -> set[str]:
-    """Names of values that layers read whose weights other values are multiplied by as well."""
+    """Returns the names of the values whose layers share a weight with layers that read another value."""
     readers: dict[str, set[str]] = {}
     for node in linear_nodes(model):
         readers.setdefault(str(node.inputs[1].name), set()).add(str(node.inputs[0].name))  # type: ignore[union-attr]
@@ -75,7 +79,7 @@ def sharing(model: ir.Model) -> set[str]:
 
 
 def linear_nodes(model: ir.Model) -> list[ir.Node]:
-    """The layers themselves, before they are quantised."""
+    """Returns the linear layers that `quantize_linear` can quantise, in the graph's order."""
 
     def taken(node: ir.Node) -> bool:
         if node.op_type == "Attention":
@@ -86,11 +90,11 @@ def linear_nodes(model: ir.Model) -> list[ir.Node]:
 
 
 def headroom(model: ir.Model) -> float | None:
-    """How far the int8 products are from saturating 16 bits where a processor adds two of them there: the limit over
-    the worst pair of weights with the largest activation. At least 1: they never do. None where there is no int8
-    product.
+    """Returns the margin of the int8 products before 16-bit saturation; None where there is no int8 product.
 
-    Any two weights of an output may meet; which do is the kernel's choice.
+    Some processors add two int8 products in 16 bits. The margin is the 16-bit limit over the sum of the worst pair:
+    the two largest weights of equal sign in one output, times the largest activation. With at least 1, products never
+    saturate. The pair is the worst possible one, because the kernel decides which two weights of an output it pairs.
     """
     import numpy as np
 
@@ -117,7 +121,7 @@ def _is_linear(node: ir.Node) -> bool:
 
 
 def _linear(model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]) -> None:
-    """MatMul with the Add of its bias where it is the only reader, or Gemm."""
+    """Quantises a Gemm, or a MatMul together with the Add of its bias if that Add is its only reader."""
     data, weight = node.inputs[0], node.inputs[1]
     array = stored(weight)
     bias, last = (node.inputs[2] if len(node.inputs) > 2 else None), node
@@ -135,7 +139,11 @@ def _linear(model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]])
 def fused(
     model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Value | None, *, largest: int = LARGEST
 ) -> list[ir.Node]:
-    """ONNX Runtime's one operator for all of it, DynamicQuantizeMatMul, with no weight over `largest`; a `Product`."""
+    """Builds one DynamicQuantizeMatMul of ONNX Runtime with the bias inside; a `Product`.
+
+    Args:
+        largest: Largest absolute value of an int8 weight.
+    """
     import onnx_ir as ir
 
     inputs = [data, *weight_codes(model, name, array, largest), *([bias] if bias is not None else [])]
@@ -147,7 +155,13 @@ def fused(
 def standard(
     model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Value | None, *, largest: int = LARGEST
 ) -> list[ir.Node]:
-    """Standard operators: DynamicQuantizeLinear, once for all that read the same, and MatMulInteger; a `Product`."""
+    """Builds standard operators, DynamicQuantizeLinear and MatMulInteger; a `Product`.
+
+    Layers that read the same value share one DynamicQuantizeLinear.
+
+    Args:
+        largest: Largest absolute value of an int8 weight.
+    """
     import numpy as np
     import onnx_ir as ir
 
@@ -156,8 +170,8 @@ def standard(
 
     uint8, its_scale, zero_point = run_time_codes(model, data, new)
     weight, scale, _ = weight_codes(model, name, array, largest)
-    # Optional, but where ONNX Runtime makes the weights unsigned, releases up to 1.29 abort without it, and 1.32
-    # refuses one that nodes share.
+    # This input is optional. But where ONNX Runtime makes the weights unsigned, releases up to 1.29 abort without it,
+    # and 1.32 refuses one that several nodes share.
     its_zero_point = constant(model, f"{name}_zero", np.array(0, np.int8))
     integers = add("MatMulInteger", [uint8, weight, zero_point, its_zero_point], "sum")
     cast = add("Cast", [integers], "cast", to=ir.DataType.FLOAT)

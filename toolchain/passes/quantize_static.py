@@ -1,8 +1,9 @@
-"""Linear layers in int8 with scales fixed beforehand: U8 activations by what calibration saw × S8 weights per channel.
+"""Linear layers in int8 with fixed scales: U8 activations scaled by calibration × S8 weights scaled per channel.
 
-A few channels far larger than the rest leave these no steps of the 256. SmoothQuant (Xiao et al. 2022) divides every
-channel by a factor and multiplies the weights it meets by the same. Its place is a `Mul` of its own here: folded into
-the LayerNormalization before it, as the paper has it, it would change the residual, which reads the same values.
+A few channels far larger than the rest leave the rest almost none of the 256 steps. SmoothQuant (Xiao et al. 2022)
+divides each channel by a factor and multiplies the weights of that channel by the same factor. The paper folds the
+division into the LayerNormalization before it. Here the division is a separate `Mul`, because the residual reads the
+same values and would change.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ if TYPE_CHECKING:
     from toolchain.passes import Context
 
 TOP = 255
-SMOOTHED = "/smoothed"  # what the name of a smoothed value ends with
+SMOOTHED = "/smoothed"  # suffix of a smoothed value's name
 
 
 @dataclass(frozen=True, eq=False)
 class Activation:
-    """How what goes into linear layers is quantised: value ≈ (code − `zero_point`) × `scale` × `smooth`, with codes of
-    0 to 255; `smooth` is one factor a channel [width], or None."""
+    """Quantisation of an input of linear layers: value ≈ (code − `zero_point`) × `scale` × `smooth`.
+
+    Codes are 0 to 255. `smooth` is one factor per channel [width], or None.
+    """
 
     scale: float
     zero_point: int
@@ -39,7 +42,7 @@ class Activation:
 
     @classmethod
     def over(cls, low: float, high: float, smooth: np.ndarray | None = None) -> Activation:
-        """Codes for the whole range and for zero, which what is padded or pruned must keep."""
+        """Returns the quantisation whose codes cover `low` to `high` and 0: padding and pruned values stay 0."""
         import numpy as np
 
         low, high = min(low, 0.0), max(high, 0.0)
@@ -47,7 +50,10 @@ class Activation:
         return cls(scale, min(TOP, round(-low / scale)), smooth)
 
     def rounded(self, values: np.ndarray) -> np.ndarray:
-        """What is left of values […, width] divided by `smooth`, still divided by it."""
+        """Quantises and dequantises values […, width] that are already divided by `smooth`.
+
+        The result is not multiplied by `smooth`.
+        """
         import numpy as np
 
         codes = np.clip(np.rint(values / self.scale) + self.zero_point, 0, TOP)
@@ -56,13 +62,15 @@ class Activation:
 
 
 Activations = Mapping[str, Activation]  # by the value's name
-# An `attention.Product` that is told how the values read are quantised.
+# An `attention.Product` with one more argument in front: the quantisation of the values that layers read.
 StaticProduct = Callable[[Activations, "ir.Model", Any, str, "np.ndarray", "ir.Value | None"], "list[ir.Node]"]
 
 
 def smooth(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
-    """Puts a `Mul` by 1 / `smooth` before the layers that have such factors, and these into their weights; exact but
-    for rounding. Counts the values divided."""
+    """Divides the inputs of layers by their `smooth` factors and multiplies the weights by them; counts the inputs.
+
+    The division is a `Mul` by 1 / `smooth` before the layers. The rewrite is exact apart from rounding.
+    """
     import onnx_ir as ir
 
     count = 0
@@ -76,7 +84,7 @@ def smooth(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
         model.graph.insert_before(readers[0], divided)
         for node in readers:
             weight = node.inputs[1]
-            assert weight is not None  # a linear layer has weights
+            assert weight is not None  # every linear layer has a weight
             array = stored(weight)
             array = array * (factors if node.attributes.get_int("transB", 0) else factors[:, None])
             node.replace_input_with(0, divided.outputs[0])
@@ -88,8 +96,14 @@ def smooth(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
 def quantize_static(
     model: ir.Model, context: Context, product: StaticProduct, attend: Attend | None = None
 ) -> tuple[ir.Model, int]:
-    """`quantize_linear` with `context.activations`; an Attention becomes one QAttention unless `attend` has it
-    otherwise. Raises `GraphError` for a layer whose input was not calibrated."""
+    """Runs `quantize_linear` with the fixed scales of `context.activations`; counts the layers quantised.
+
+    Args:
+        attend: Builds the replacement of an Attention; None builds one QAttention.
+
+    Raises:
+        GraphError: The input of a layer has no calibrated scale.
+    """
     lacking = sorted(set(_readers(model, context)) - _calibrated(context.activations))
     if lacking:
         raise GraphError(f"{lacking[0]} was not calibrated.", "Calibrate the graph that is quantised.")
@@ -102,7 +116,7 @@ def _calibrated(activations: Activations) -> set[str]:
 
 
 def _readers(model: ir.Model, context: Context) -> dict[str, list[ir.Node]]:
-    """Value → the linear layers that read it, but those kept in fp32."""
+    """Returns the linear layers that read each value, by its name, without the layers kept in fp32."""
     found: dict[str, list[ir.Node]] = {}
     for node in linear_nodes(model):
         if layer_name(node) not in context.keep and node.inputs[0] is not None:
@@ -111,7 +125,10 @@ def _readers(model: ir.Model, context: Context) -> dict[str, list[ir.Node]]:
 
 
 def fixed_codes(activations: Activations, model: ir.Model, data: Any, new: list[ir.Node]) -> list[ir.Value]:
-    """As calibrated, once for all that read `data`; `int8.Codes` when told the `activations`."""
+    """Quantises `data` with its calibrated scale, with one node for all its readers.
+
+    With `activations` bound, this is an `int8.Codes`.
+    """
     import numpy as np
     import onnx_ir as ir
 
@@ -135,7 +152,7 @@ def fused(
     array: np.ndarray,
     bias: ir.Value | None,
 ) -> list[ir.Node]:
-    """ONNX Runtime's MatMulIntegerToFloat with the bias inside; a `StaticProduct`."""
+    """Builds ONNX Runtime's MatMulIntegerToFloat with the bias inside; a `StaticProduct`."""
     import onnx_ir as ir
 
     new: list[ir.Node] = []
@@ -155,10 +172,10 @@ def standard(
     array: np.ndarray,
     bias: ir.Value | None,
 ) -> list[ir.Node]:
-    """QDQ, which runtimes make int8 products of: MatMul of what is quantised and dequantised again; a `StaticProduct`.
+    """Builds QDQ, a MatMul of dequantised values that runtimes turn into an int8 product; a `StaticProduct`.
 
-    The bias is added by a `Sub` of its negative: of MatMul and Add in two dimensions ONNX Runtime makes a Gemm, which
-    it then runs in fp32 and dequantises the weights for at every answer.
+    A `Sub` of the negated bias adds the bias. In two dimensions ONNX Runtime turns MatMul and Add into a Gemm. It then
+    runs that Gemm in fp32 and dequantises the weights at every inference.
     """
     new: list[ir.Node] = []
     add = adder(name, new)

@@ -1,4 +1,4 @@
-"""The residual addition before a LayerNormalization in a form that no runtime fuses with it."""
+"""Writes the residual addition before a LayerNormalization in a form that no runtime fuses with it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ if TYPE_CHECKING:
 
 
 def residual_sum(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
-    """Add → LayerNormalization becomes Sub → LayerNormalization where both addends are computed, the weights of one of
-    them negated; exact. Where no weights decide an addend's sign, it becomes Sum → LayerNormalization.
+    """Turns the Add before a LayerNormalization into a Sub, or else into a Sum; counts the additions.
 
-    Wherever ONNX Runtime knows both shapes, as in an app that fixes the dimensions, it makes SkipLayerNormalization of
-    Add + LayerNormalization when it loads a file under default options; on its CPU provider that kernel is several
-    times slower than the two it replaces. Sub and Sum are not matched. Sum runs on one thread, Sub on all, as Add does.
+    The pass takes an Add only if both addends are computed. Sub needs an addend whose weights can be negated, which is
+    exact. Sum replaces Add where no weights decide an addend's sign.
+
+    At load, ONNX Runtime's default options fuse Add + LayerNormalization into SkipLayerNormalization. They do so where
+    both shapes are known, for example in an app that fixes the dimensions. On the CPU provider that kernel is several
+    times slower than the two it replaces. The fusion does not match Sub and Sum. Sum runs on one thread; Sub runs on
+    all threads, as Add does.
     """
     count = 0
     for node in list(model.graph):
@@ -29,7 +32,7 @@ def residual_sum(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
             continue
         first, second = add.inputs
         for kept, other in ((first, second), (second, first)):
-            assert other is not None  # as asked above
+            assert other is not None  # checked above
             signs = _signs(other)
             if signs:
                 for linear, index in signs:
@@ -45,8 +48,7 @@ def residual_sum(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
 
 
 def _signs(value: ir.Value) -> list[tuple[ir.Node, int]]:
-    """The nodes and which of their inputs, all stored, to negate so that nothing but this value is negated; empty where
-    there are none such."""
+    """Returns the stored inputs to negate, as (node, input index), so that only `value` is negated; empty if none."""
     node = value.producer()
     if node is None or node.domain != "" or len(value.uses()) != 1 or value.is_graph_output():
         return []

@@ -1,4 +1,4 @@
-"""The table of words without the rows of tokens that the tokenizer no longer has."""
+"""Removes the rows of the word embedding table whose tokens the tokenizer no longer has."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ IDS = "input_ids"
 
 
 def trim_vocabulary(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
-    """Gather from a table [tokens, width] by the graph's ids → from its rows `context.tokens`, in their order.
+    """Reduces the table [tokens, width] that the ids look up to its rows `context.tokens`, in their order.
 
-    Raises `GraphError` where the ids are used for anything else, which would still mean the old ones, or where the
-    table has no row for a token.
+    Raises:
+        GraphError: The graph uses the ids for anything but one look-up and their shape, another node reads the table,
+            or the table has no row for a token. Other uses of the ids would still expect the old ids.
     """
     import onnx_ir as ir
 

@@ -1,4 +1,4 @@
-"""Int8 weights as U8, for runtimes that saturate U8 × S8 products and cannot be told otherwise."""
+"""Converts int8 weights to U8, for runtimes that saturate U8 × S8 products and have no option against it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 OFFSET = 128
-# Product, or what dequantises its weights → its input that is the weights' zero point.
+# Operator (a product, or the DequantizeLinear of its weights) → index of the input that is the weights' zero point.
 ZERO_POINTS = {
     "DynamicQuantizeMatMul": 3,
     "MatMulInteger": 3,
@@ -22,10 +22,10 @@ ZERO_POINTS = {
 
 
 def unsigned_weights(model: ir.Model) -> int:
-    """Adds 128 to the int8 weights of every product and to their zero points; returns how many products it changed.
+    """Adds 128 to the int8 weights and zero points of every product; returns the number of products changed.
 
-    Exact: the products are of differences from the zero points, which stay the same. U8 × U8 products do not saturate
-    on any processor. On x86 with VNNI they take longer than U8 × S8, on ARM they do not.
+    The rewrite is exact: products use the differences between weights and zero points, and these stay the same. U8 ×
+    U8 products saturate on no processor. On x86 with VNNI they are slower than U8 × S8; on ARM they are as fast.
     """
     import numpy as np
     from onnx_ir.passes import common
@@ -47,12 +47,12 @@ def unsigned_weights(model: ir.Model) -> int:
             unsigned = (values.astype(np.int16) + OFFSET).astype(np.uint8)
             reader.replace_input_with(at, constant(model, name, unsigned))
         count += 1
-    common.RemoveUnusedNodesPass()(model)  # the signed weights
+    common.RemoveUnusedNodesPass()(model)  # removes the signed weights
     return count
 
 
 def shares_int8_weights(model: ir.Model) -> bool:
-    """Whether products share int8 weights, as ALBERT's layers do."""
+    """Returns whether several products share int8 weights, as in ALBERT."""
     readers = [found for node in model.graph if (found := weight_of(node))]
     weights = [reader.inputs[index] for reader, index in readers]
     return len(set(weights)) < len(weights)

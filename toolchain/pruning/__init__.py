@@ -1,6 +1,6 @@
-"""Structured pruning: the heads and FFN neurons that matter least are cut out of the matrices, and the rest is fitted.
+"""Structured pruning: removes the least important heads and FFN neurons, then refits the remaining weights.
 
-`prune` composes the parts: importance (and depth) → selection → cut and fit.
+`prune` composes the parts: importance (and depth) → selection → removal and fit.
 """
 
 from __future__ import annotations
@@ -31,11 +31,19 @@ def prune(
     progress: Callable[[int], None],
     layers: int | None = None,
 ) -> PreTrainedModel:
-    """The subject's model with at least `ratio` of its encoder's linear parameters removed, and all but so many
-    `layers`, fitted, not trained.
+    """Returns a pruned copy of the subject's model, fitted by least squares and not trained.
 
-    `price` is what importance is weighed against; `progress` is told of every layer done. Raises `PruningError` where
-    so much cannot go, `DataError` where the gradients are not finite.
+    Args:
+        subject: The model to prune, with its training sentences.
+        ratio: Minimum share of the encoder's linear parameters to remove.
+        method: Importance measure, ``fisher`` or ``magnitude``.
+        price: Cost of a sub-block with a given number of heads or neurons. The selection weighs importance against it.
+        progress: Called with the number of finished layers.
+        layers: Number of layers to keep; the others are removed before the selection. None removes none in advance.
+
+    Raises:
+        PruningError: The model cannot lose this share of its parameters, or does not have this many layers.
+        DataError: A gradient is not finite.
     """
     emptied = subject.dispensable(layers) if layers is not None else []
     kept = select(subject.importances(method), ratio, EncoderSizes.of(subject.model), price, emptied)
@@ -45,9 +53,10 @@ def prune(
 
 
 def mask(model: PreTrainedModel, ratio: float) -> PreTrainedModel:
-    """The model with the `ratio` of weakest rows (L2) of every linear layer of the encoder set to zero, biases kept.
+    """Returns a copy in which every linear layer of the encoder has its `ratio` of weakest rows (L2 norm) set to zero.
 
-    `torch.nn.utils.prune.ln_structured` made permanent: nothing gets smaller, and nothing gets faster.
+    Biases stay unchanged. The function applies `torch.nn.utils.prune.ln_structured` permanently. The model gets neither
+    smaller nor faster.
     """
     from torch.nn.utils import prune as masks
 
@@ -68,10 +77,23 @@ def largest_ratio(
     progress: Callable[[int, int, str], None],
     layers: int | None = None,
 ) -> tuple[float, list[tuple[float, float]]]:
-    """The largest of `SEARCHED` ratios whose accuracy on the held-out rows drops by at most `max_drop` points.
+    """Finds the largest ratio of `SEARCHED` whose accuracy drop on the held-out rows is at most `max_drop` points.
 
-    Found by bisection, which takes a larger ratio to be no better than a smaller one; no training. Also returns every
-    ratio tried with its drop. Raises `PruningError` where none keeps the accuracy.
+    The search is a bisection: it assumes that a larger ratio is never more accurate. It does not train.
+
+    Args:
+        subject: The model to prune, with its training sentences.
+        method: As in `prune`.
+        price: As in `prune`.
+        max_drop: Largest allowed accuracy drop, in percentage points.
+        progress: Called with the number of ratios measured, an upper bound on it and a text.
+        layers: As in `prune`.
+
+    Returns:
+        The ratio, and every measured ratio with its drop, in ascending order of ratio.
+
+    Raises:
+        PruningError: No ratio keeps the accuracy.
     """
     before = accuracy(subject.model, subject.held_out)
     tried: dict[float, float] = {}
@@ -84,7 +106,7 @@ def largest_ratio(
         try:
             model = prune(subject, ratio, method, price, lambda layer: None, layers)
         except PruningError:
-            high = middle  # more than this model has
+            high = middle  # the model cannot lose this share
             continue
         tried[ratio] = 100 * (before - accuracy(model, subject.held_out))
         low, high = (middle, high) if tried[ratio] <= max_drop else (low, middle)

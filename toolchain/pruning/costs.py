@@ -1,4 +1,4 @@
-"""What heads and FFN neurons cost: parameters, multiply-accumulates, or milliseconds of this machine."""
+"""Costs of heads and FFN neurons: parameters, multiply-accumulates, or measured milliseconds on this machine."""
 
 from __future__ import annotations
 
@@ -21,16 +21,22 @@ from toolchain.system import files, hardware
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TOKENS = 25  # a sentence of the validation set, on average
+TOKENS = 25  # average length of a sentence of the validation set
 ROUNDS, ANSWERS = 16, 30
-APART_S = 0.05  # ONNX Runtime's threads spin for some 20 ms after an answer, and would take the next session's cores
+APART_S = 0.05  # ONNX Runtime's threads spin for about 20 ms after a run and would take the next session's cores
 SCHEMA = 2
 PASSES = (*CPU_PASSES, *QUANTIZE_PASSES["dynamic"])
 
 
 @dataclass(frozen=True)
 class EncoderSizes:
-    """The sizes all layers of a model share: `width` of the states, of one head, and each layer's shape."""
+    """Sizes of an encoder's layers.
+
+    Attributes:
+        width: Width of the hidden states, equal in all layers.
+        head: Width of one head, equal in all layers.
+        shapes: Numbers of heads and FFN neurons of each layer.
+    """
 
     width: int
     head: int
@@ -38,37 +44,57 @@ class EncoderSizes:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> EncoderSizes:
-        """The model's encoder as it is now."""
+        """Reads the current sizes of the model's encoder."""
         return cls(model.config.hidden_size, head_size(model), tuple(shapes_of(model)))
 
     def of_units(self, kind: str, count: int) -> int:
-        """Linear parameters, biases included, of a sub-block of so many heads or neurons."""
+        """Returns the number of linear parameters, biases included, of a sub-block of one layer.
+
+        Args:
+            kind: ``heads`` or ``neurons``.
+            count: Number of heads or neurons. With 0 the sub-block has no parameters.
+        """
         each = self.head * (4 * self.width + 3) if kind == "heads" else 2 * self.width + 1
         return count * each + (self.width if count else 0)
 
     @property
     def parameters(self) -> int:
-        """Of all linear layers of the encoder."""
+        """Returns the number of parameters of all linear layers of the encoder."""
         return sum(self.of_units("heads", s.heads) + self.of_units("neurons", s.ffn) for s in self.shapes)
 
     @property
     def multiply_accumulates(self) -> int:
-        """Of the encoder for one sentence of `TOKENS` tokens: its linear layers and attention's own products."""
+        """Returns the encoder's multiply-accumulates for one sentence of `TOKENS` tokens.
+
+        The number covers the linear layers and the two matrix products of attention.
+        """
         linear = sum(s.heads * 4 * self.width * self.head + s.ffn * 2 * self.width for s in self.shapes)
         return TOKENS * linear + sum(s.heads * 2 * TOKENS**2 * self.head for s in self.shapes)
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Milliseconds of an int8 sentence in ONNX Runtime at batch 1: `base_ms` for what pruning does not touch, and what
-    a layer adds by its number of heads and of FFN neurons."""
+    """Latency of the int8 model in ONNX Runtime for one sentence at batch 1, in milliseconds.
+
+    Attributes:
+        base_ms: Time of the parts that pruning does not change.
+        heads_ms: Time that one layer adds, by its number of heads.
+        neurons_ms: Time that one layer adds, by its number of FFN neurons.
+    """
 
     base_ms: float
     heads_ms: dict[int, float]
     neurons_ms: dict[int, float]
 
     def price(self, kind: str, count: int) -> float:
-        """Milliseconds a layer spends on that many, between measured counts on a straight line."""
+        """Returns the milliseconds that one layer spends on `count` heads or neurons.
+
+        The method interpolates linearly between measured counts.
+
+        Args:
+            kind: ``heads`` or ``neurons``.
+            count: Number of heads or neurons.
+        """
         import numpy as np
 
         table = self.heads_ms if kind == "heads" else self.neurons_ms
@@ -76,17 +102,24 @@ class LatencyTable:
         return float(np.interp(count, counts, [table[n] for n in counts]))
 
     def sentence_ms(self, shapes: Sequence[LayerShape]) -> float:
-        """What a model of these layers is predicted to take."""
+        """Returns the predicted milliseconds per sentence of a model with these layers."""
         layers = sum(self.price("heads", shape.heads) + self.price("neurons", shape.ffn) for shape in shapes)
         return self.base_ms + layers
 
 
 def latency_table(model: PreTrainedModel, folder: Path, progress: Callable[[int, int, str], None]) -> LatencyTable:
-    """The model's latency table of this machine, from `folder` or else measured and kept there.
+    """Returns the model's latency table for this machine; reads it from `folder`, or measures it and writes it there.
 
-    Random models of the same widths, every layer alike, go through export and int8 as any model does and answer the
-    same sentence in rounds of random order. Raises `PruningError` for a table of another machine, or one that cannot
-    be read.
+    The measurement uses random models of the same widths, in which all layers have the same shape. They go through the
+    usual export and int8 quantisation. All models run the same sentence, in rounds of random order.
+
+    Args:
+        model: The unpruned model.
+        folder: Folder of the stored tables.
+        progress: Called with the number of finished parts, their total and a text.
+
+    Raises:
+        PruningError: The stored table cannot be read, or belongs to another machine, model or runtime.
     """
     encoder = EncoderSizes.of(model)
     what = {
@@ -128,7 +161,7 @@ def _read(file: Path, what: dict[str, Any]) -> LatencyTable:
 
 
 def _measure(model: PreTrainedModel, encoder: EncoderSizes, progress: Callable[[int, int, str], None]) -> LatencyTable:
-    """Medians over rounds of models whose layers are all alike; what a count adds is the difference to none."""
+    """Measures medians over rounds; a count adds, per layer, the difference to the model without those units."""
     heads, neurons, layers = encoder.shapes[0].heads, encoder.shapes[0].ffn, len(encoder.shapes)
     some_heads = sorted({0, 1, heads, *(round(heads * share) for share in (0.25, 0.5, 0.75))})
     some_neurons = sorted(
@@ -157,7 +190,7 @@ def _measure(model: PreTrainedModel, encoder: EncoderSizes, progress: Callable[[
 
 
 def _session(model: PreTrainedModel, shapes: Sequence[LayerShape], folder: Path) -> Any:
-    """An int8 session of a random model of these shapes, with a small vocabulary: look-ups cost nothing."""
+    """Returns an int8 session of a random model of these shapes, and its input names."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -166,6 +199,7 @@ def _session(model: PreTrainedModel, shapes: Sequence[LayerShape], folder: Path)
     from toolchain.backends.ort import OrtSession
     from toolchain.exporters.optimum_exporter import to_onnx
 
+    # A small vocabulary is enough, since embedding look-ups cost almost no time.
     settings = {**model.config.to_dict(), "vocab_size": 128}
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(0)
@@ -180,7 +214,7 @@ def _session(model: PreTrainedModel, shapes: Sequence[LayerShape], folder: Path)
 
 
 def _time(session: Any) -> float:
-    """Median milliseconds of an answer in one round."""
+    """Returns the median milliseconds per run in one round."""
     import numpy as np
 
     opened, names = session

@@ -1,4 +1,4 @@
-"""Which layers of an encoder can go whole, found by leaving them out."""
+"""Choice of the encoder layers to remove, by the loss without them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,19 @@ SENTENCES = 512
 
 
 def dispensable(model: PreTrainedModel, layers: int, batches: Sequence[Batch]) -> list[int]:
-    """The layers that go so that so many `layers` stay, ascending: one after the other the one without which the loss
-    on the first `SENTENCES` sentences of `batches` is least, nothing fitted. The first layer stays.
+    """Returns the indices of the layers to remove so that `layers` layers remain, in ascending order.
 
-    What gradients say of each layer apart does not add up: any one of the last may go, but hardly all. Raises
-    `PruningError` where the model has fewer layers.
+    The function repeatedly removes the layer whose absence raises the loss on `batches` least. It does not refit the
+    remaining weights. The first layer always stays. Gradients of single layers do not add up: the model can lose any
+    one of its last layers, but hardly all of them.
+
+    Args:
+        model: The unpruned model.
+        layers: Number of layers to keep.
+        batches: Training sentences; the function uses the first `SENTENCES`, up to the end of their batch.
+
+    Raises:
+        PruningError: `layers` is below 1 or above the model's number of layers.
     """
     count = len(layers_of(model))
     if not 1 <= layers <= count:

@@ -1,4 +1,4 @@
-"""How much each attention head and each FFN neuron matters, from gradients or from the weights alone."""
+"""Importance of each attention head and each FFN neuron, from gradients or from the weights alone."""
 
 from __future__ import annotations
 
@@ -18,31 +18,41 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Importance:
-    """Of one layer's heads or neurons: what removing a set of units costs is the sum of `moment` [units, units] over
-    the set's rows and columns, so that the diagonal is each unit's own importance."""
+    """Importance of one layer's heads or neurons.
+
+    Attributes:
+        moment: Matrix [units, units]. Its sum over the rows and columns of a set of units is the cost of removing the
+            set. The diagonal holds each unit's own importance.
+    """
 
     moment: torch.Tensor
 
     @property
     def alone(self) -> torch.Tensor:
-        """[units]: what each costs if it alone is removed."""
+        """Returns the cost of removing each unit alone, [units]."""
         return self.moment.diagonal()
 
 
 @dataclass(frozen=True)
 class LayerImportance:
-    """A layer's heads and FFN neurons."""
+    """Importance of one layer's heads and FFN neurons."""
 
     heads: Importance
     neurons: Importance
 
 
 def fisher(model: PreTrainedModel, batches: Sequence[Batch]) -> list[LayerImportance]:
-    """Empirical Fisher information of a gate on every head's and every neuron's output, one [units, units] a sub-block.
+    """Returns the empirical Fisher information of a gate on the output of every head and every neuron.
 
-    The gates multiply what enters the sub-block's last linear layer, one gate a sentence, so that one backward pass
-    gives every sentence's own gradient. Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers".
-    Raises `DataError` where a gradient is not finite.
+    Each sub-block gets one matrix [units, units]. The gates multiply the input of the sub-block's last linear layer.
+    Each sentence has its own gates, so one backward pass gives the gradient of every sentence. The method is that of
+    Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers".
+
+    Returns:
+        One `LayerImportance` for each layer, first to last.
+
+    Raises:
+        DataError: A gradient is not finite.
     """
     import torch
 
@@ -69,7 +79,7 @@ def fisher(model: PreTrainedModel, batches: Sequence[Batch]) -> list[LayerImport
     count = 0
     try:
         for parameter in needed:
-            parameter.requires_grad_(False)  # only the gates' gradients are wanted
+            parameter.requires_grad_(False)  # only the gates need gradients
         for batch in batches:
             rows[0] = len(batch.labels)
             gates.clear()
@@ -100,7 +110,10 @@ def fisher(model: PreTrainedModel, batches: Sequence[Batch]) -> list[LayerImport
 
 
 def magnitude(model: PreTrainedModel) -> list[LayerImportance]:
-    """Squared L2 norm of the weights that go with each head and neuron; a diagonal, since norms know no pairs."""
+    """Returns the squared L2 norm of the weights of each head and each neuron.
+
+    The matrices are diagonal, since norms do not measure how two units interact.
+    """
     import torch
 
     layout, size = layout_of(model), head_size(model)

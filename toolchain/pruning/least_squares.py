@@ -1,4 +1,4 @@
-"""What is left after pruning, fitted to what the unpruned model computed: least squares, no training."""
+"""Least-squares fit of the remaining weights to the states of the unpruned model, without training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-RIDGE = 1e-2  # of the Gram matrix's mean diagonal: directions that the sentences hardly show stay as they were
+RIDGE = 1e-2  # share of the Gram matrix's mean diagonal: keeps weights for directions that the sentences rarely use
 
 
 def cut_and_fit(
@@ -24,25 +24,34 @@ def cut_and_fit(
     batches: Sequence[Batch],
     progress: Callable[[int], None],
 ) -> None:
-    """Cuts `model` to `kept`, layer by layer, and fits each sub-block's last linear layer to the dense model's sums.
+    """Removes all units of `model` that are not in `kept`, layer by layer, and refits each sub-block.
 
-    Both models are run side by side: the output of attention and of the feed-forward part is fitted by ridge regression
-    on what is left of its inputs so that, with the residual that reaches it in the pruned model, it gives the dense
-    model's sum before the normalisation. The solution is folded into weights and bias. After Kwon et al. 2022's mask
-    tuning, with a matrix in the mask's place. Where a sub-block is gone, the norm before it is fitted to give what the
-    dense model's norm behind it gives, channel by channel. `progress` is told of every layer done.
+    Both models run side by side. Ridge regression on the remaining inputs refits the last linear layer of attention and
+    of the feed-forward part. The target is the dense model's sum of residual and output, before the LayerNorm. The
+    fitted sum contains the residual of the pruned model. The solution is added to the weights and the bias. This
+    follows the mask tuning of Kwon et al. 2022, with a matrix in place of the mask.
+
+    When a sub-block keeps no unit, its LayerNorm is removed. The preceding LayerNorm is refitted, channel by channel,
+    to match the output of the removed one in the dense model.
+
+    Args:
+        dense: The unpruned model.
+        model: A copy of the unpruned model, changed in place.
+        kept: The heads and neurons to keep, one entry for each layer.
+        batches: The sentences for the fit.
+        progress: Called with the number of finished layers.
     """
     layout = layout_of(dense)
     dense_states, arguments = _entering(dense, batches)
     states = dense_states
     norms = (layout.attention_norm, layout.output_norm)
-    before: Any = None  # the last norm that is left; the first layer has one of its own
+    before: Any = None  # the last remaining LayerNorm; the first layer keeps a head and so has one
     for index in range(len(kept)):
         original, layer = layers_of(dense)[index], layers_of(model)[index]
         keep(model, index, kept[index].heads, kept[index].neurons)
         targets = _entering_modules(original, norms, dense_states, arguments)
         parts = zip((layout.output, layout.down), norms, (kept[index].heads, kept[index].neurons), strict=True)
-        entering = True  # what enters the layer is what `before` gives
+        entering = True  # `before` produces the layer's input, so a refit of it also changes `states`
         for path, norm, units in parts:
             if units:
                 _fit(layer, path, norm, states, arguments, targets[norm])
@@ -62,14 +71,14 @@ Arguments = list[tuple[tuple[Any, ...], dict[str, Any], "torch.Tensor"]]
 
 
 def _entering(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[States, Arguments]:
-    """What enters the first layer: states [batch, sequence, width]; the other arguments, and which tokens are real."""
+    """Returns the first layer's states [batch, sequence, width], and its other arguments with a mask of real tokens."""
     import torch
 
     states: States = []
     arguments: Arguments = []
 
     class _Enough(Exception):
-        """Ends the forward pass where everything wanted is known."""
+        """Ends the forward pass once the first layer's inputs are recorded."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         rest = dict(named)
@@ -101,7 +110,7 @@ def _run(layer: nn.Module, states: States, arguments: Arguments) -> States:
 
 def _answer(layer: nn.Module, states: torch.Tensor, args: tuple[Any, ...], named: dict[str, Any]) -> torch.Tensor:
     answer = layer(states, *args, **named)
-    # DistilBERT puts its attention's weights before the states, BERT after them.
+    # DistilBERT returns its attention weights before the states, BERT after them.
     parts = answer if isinstance(answer, tuple) else (answer,)
     found: torch.Tensor = next(part for part in parts if part is not None and part.shape == states.shape)
     return found
@@ -110,7 +119,7 @@ def _answer(layer: nn.Module, states: torch.Tensor, args: tuple[Any, ...], named
 def _entering_modules(
     layer: nn.Module, paths: Sequence[str], states: States, arguments: Arguments
 ) -> dict[str, States]:
-    """What enters each named module of the layer, one tensor [tokens, width] a batch, padding left out."""
+    """Returns the inputs of each named module, one tensor [tokens, width] for each batch, without padding."""
     found: dict[str, States] = {path: [] for path in paths}
     real: list[torch.Tensor] = []
 
@@ -139,8 +148,10 @@ def _through(module: nn.Module, values: States) -> States:
 
 
 def _stand_in(norm: Any, given: States, wanted: States) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fits scale and shift of the `norm` whose result is `given` [tokens, width] so that it comes nearest to `wanted`,
-    in least squares, channel by channel; both as they changed."""
+    """Refits scale and shift of `norm` by least squares, channel by channel, and returns the changes of both.
+
+    `given` [tokens, width] is the output of `norm` before the fit, and `wanted` is the target.
+    """
     import torch
 
     x, y = torch.cat(given), torch.cat(wanted)
@@ -155,7 +166,7 @@ def _stand_in(norm: Any, given: States, wanted: States) -> tuple[torch.Tensor, t
 
 
 def _fit(layer: nn.Module, path: str, norm: str, states: States, arguments: Arguments, targets: States) -> None:
-    """Ridge regression of the change that the linear layer at `path` needs for its sum to reach `targets`."""
+    """Changes the linear layer at `path` by ridge regression so that the sum before `norm` approaches `targets`."""
     import torch
 
     module: Any = layer.get_submodule(path)
@@ -169,7 +180,7 @@ def _fit(layer: nn.Module, path: str, norm: str, states: States, arguments: Argu
         gram += (given.T @ given).double()
         moment += (given.T @ (target - now[norm][number])).double()
     ridge = torch.full((width + 1,), RIDGE * float(gram.diagonal()[:-1].mean()), dtype=torch.float64)
-    ridge[-1] = 0  # the bias is free
+    ridge[-1] = 0  # no penalty on the bias
     change = torch.linalg.solve(gram + torch.diag(ridge), moment).float()
     with torch.no_grad():
         module.bias += change[-1]

@@ -1,4 +1,4 @@
-"""Which heads and FFN neurons go: the least importance for what is saved, chosen over all layers at once."""
+"""Selection of heads and FFN neurons to remove, over all layers at once: least importance lost per cost saved."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from toolchain.errors import PruningError
 from toolchain.pruning.costs import EncoderSizes
 from toolchain.pruning.importance import Importance, LayerImportance
 
-BLOCK = 32  # FFN neurons go by blocks: kernels work on whole vectors
+BLOCK = 32  # neurons removed together: kernels work on full vectors
 MOST_SWAPS = 2000
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The heads and neurons of one layer that stay, in ascending order."""
+    """Indices of the heads and neurons that one layer keeps, in ascending order."""
 
     heads: tuple[int, ...]
     neurons: tuple[int, ...]
@@ -27,18 +27,18 @@ Price = Callable[[str, int], float]
 
 @dataclass(frozen=True)
 class _Group:
-    """One sub-block's units, least important first, with the counts it may keep."""
+    """Units of one sub-block, least important first, with the counts it may keep."""
 
     layer: int
     kind: str
     order: list[int]
-    counts: list[int]  # descending from all, to none but for the first layer's heads
+    counts: list[int]  # descending from all units to 0, or to 1 for the first layer's heads
     lost: list[float]  # importance lost at each count
 
 
 @dataclass(frozen=True)
 class _Step:
-    """From one count of a group to a lower one on its lower convex hull."""
+    """Reduction of a group from one count to a lower one, along its lower convex hull."""
 
     group: int
     to: int
@@ -52,14 +52,28 @@ def select(
     price: Price,
     emptied: Collection[int] = (),
 ) -> list[Kept]:
-    """The units every layer keeps, none in `emptied` ones, so that at least `ratio` of the encoder's linear parameters
-    goes for the least importance.
+    """Selects the units that every layer keeps, with the least importance lost.
 
-    Every group (a layer's heads, a layer's neurons in blocks) is cut along the lower convex hull of importance over
-    `price`, and all groups' cuts are taken in order of importance per price: the Lagrangian solution of the knapsack.
-    The first layer keeps a head: without any the model could not read a sentence, and there is no layer before it whose
-    norm could stand in for its own. Then within each group, as many units are chosen again with the pairs' interaction
-    counted. Raises `PruningError` where that much cannot go.
+    A group is one layer's heads, or one layer's neurons in blocks. Each group loses units along the lower convex hull
+    of importance over `price`. The function takes these reductions of all groups in order of importance per price. This
+    is the Lagrangian solution of the knapsack problem.
+
+    Then it selects the same number of units in each group again, now with the interactions of pairs. The first layer
+    keeps at least one head. Without any head the model cannot read a sentence. No earlier layer has a LayerNorm that
+    could replace the first layer's.
+
+    Args:
+        importances: One entry for each layer.
+        ratio: Minimum share of the encoder's linear parameters to remove.
+        encoder: Sizes of the unpruned encoder.
+        price: Cost of a sub-block by its kind, ``heads`` or ``neurons``, and its number of units.
+        emptied: Indices of layers that keep no unit.
+
+    Returns:
+        One entry for each layer.
+
+    Raises:
+        PruningError: The encoder cannot lose this share of its parameters.
     """
     groups = _groups(importances)
     chosen = _cut(groups, ratio * encoder.parameters, encoder, price, emptied)
@@ -87,7 +101,7 @@ def _groups(importances: Sequence[LayerImportance]) -> list[_Group]:
             least = 1 if (layer, kind) == (0, "heads") else 0
             counts = sorted({total, *range(least, total, block)}, reverse=True)
             sums = [0.0, *alone[order].cumsum(0).tolist()]
-            # A sub-block that goes whole takes what its units do together with it.
+            # A fully removed sub-block also loses the joint effect of its units.
             sums[-1] = max(sums[-1], float(units.moment.sum()))
             groups.append(_Group(layer, kind, order, counts, [sums[total - count] for count in counts]))
     return groups
@@ -96,8 +110,7 @@ def _groups(importances: Sequence[LayerImportance]) -> list[_Group]:
 def _cut(
     groups: Sequence[_Group], wanted: float, encoder: EncoderSizes, price: Price, emptied: Collection[int]
 ) -> list[int] | None:
-    """The count each group keeps, none in `emptied` layers, once at least `wanted` parameters are gone; None where that
-    cannot be."""
+    """Returns each group's count, 0 in `emptied` layers; None if the groups cannot lose `wanted` parameters."""
     steps = sorted(
         (
             step
@@ -119,7 +132,7 @@ def _cut(
 
 
 def _hull(index: int, group: _Group, price: Price) -> list[_Step]:
-    """The group's cuts along its lower convex hull: each loses more importance per price saved than the one before."""
+    """Returns the reductions along the lower convex hull, in ascending order of importance lost per price saved."""
     points = [
         (price(group.kind, group.counts[0]) - price(group.kind, count), lost, count)
         for count, lost in zip(group.counts, group.lost, strict=True)
@@ -127,7 +140,7 @@ def _hull(index: int, group: _Group, price: Price) -> list[_Step]:
     hull: list[tuple[float, float, int]] = []
     for saved, lost, count in points:
         if hull and saved <= hull[-1][0]:
-            continue  # as dear as a larger one: a measured price need not fall with every unit
+            continue  # saves no more than a larger count: measured prices may not fall with each unit
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) > _slope(hull[-1], (saved, lost)):
             hull.pop()
         hull.append((saved, lost, count))
@@ -139,9 +152,17 @@ def _slope(before: tuple[float, ...], after: tuple[float, ...]) -> float:
 
 
 def rearrange(importance: Importance, kept: Sequence[int]) -> tuple[int, ...]:
-    """As many units as `kept`, chosen so that what is removed costs least together; ascending.
+    """Selects as many units as `kept` has, so that the removed units have the least joint importance.
 
-    Swaps the pair that lowers the removed units' joint loss most, until none does: Kwon et al.'s mask rearrangement.
+    Each round swaps the removed and the kept unit whose swap lowers the joint importance most. The function stops when
+    no swap lowers it, or after `MOST_SWAPS` rounds. This is the mask rearrangement of Kwon et al. 2022.
+
+    Args:
+        importance: Importance of the group's units.
+        kept: Indices of the units to start from.
+
+    Returns:
+        Indices of the selected units, in ascending order.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""A model about to be pruned, and the training sentences that rank its parts, tune what is left and judge it."""
+"""A model to prune, with the sentences that rank its units, fit the remaining weights and measure its accuracy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,20 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Subject:
-    """What decides everything computed here, so that several ratios in one process share it; see `subject`."""
+    """The inputs of pruning, with cached results that all ratios tried in one process share.
+
+    Use the function `subject` to get the shared instance.
+
+    Attributes:
+        folder: Folder of the unpruned model.
+        artifact_id: Id of that model's artifact.
+        names: Names of the model's inputs.
+        labels: Names of the model's labels, in order.
+        max_length: Largest number of tokens of a sentence.
+        source: Training data.
+        sentences: Largest number of training sentences that rank and fit.
+        seed: Random seed that chooses these sentences.
+    """
 
     folder: Path
     artifact_id: str
@@ -40,7 +53,11 @@ class Subject:
 
     @functools.cached_property
     def model(self) -> PreTrainedModel:
-        """The unpruned model. Raises `PruningError` where it is pruned already or cannot be."""
+        """Loads the unpruned model.
+
+        Raises:
+            PruningError: The model is already pruned, or pruning does not support its architecture.
+        """
         if (self.folder / architectures.SHAPES).is_file():
             raise PruningError(
                 f"The model in {self.folder} is already pruned.", "Prune the model it was made from, at a higher ratio."
@@ -51,7 +68,7 @@ class Subject:
 
     @functools.cached_property
     def encoder(self) -> inputs.Encoder:
-        """Text to token ids."""
+        """Opens the encoder, which turns texts into token ids."""
         return inputs.Encoder.open(self.folder, self.names, self.max_length)
 
     @functools.cached_property
@@ -60,14 +77,14 @@ class Subject:
 
     @functools.cached_property
     def ranking(self) -> list[Batch]:
-        """The sentences that rank and tune; none of them held out."""
+        """Returns the sentences that rank the units and fit the weights; none of them is held out."""
         rows, _ = inputs.hold_out(self._data)
         shuffled = random.Random(self.seed).sample(rows, len(rows))
         return self._batches(inputs.sentence_rows(self._data, shuffled, min(self.sentences, len(shuffled))))
 
     @functools.cached_property
     def held_out(self) -> list[Batch]:
-        """The sentences that choices are made on."""
+        """Returns the held-out rows, on which choices are made."""
         return self._batches(inputs.hold_out(self._data)[1])
 
     def _batches(self, rows: list[int]) -> list[Batch]:
@@ -79,11 +96,11 @@ class Subject:
         return fisher(self.model, self.ranking)
 
     def dispensable(self, layers: int) -> list[int]:
-        """The layers that go so that so many stay; see `depth.dispensable`."""
+        """Returns the indices of the layers to remove so that `layers` remain; see `depth.dispensable`."""
         return dispensable(self.model, layers, self.ranking)
 
     def importances(self, method: str) -> list[LayerImportance]:
-        """Of every layer, by ``fisher`` or ``magnitude``."""
+        """Returns the importance of every layer's units, measured by ``fisher`` or ``magnitude``."""
         return self._fisher if method == "fisher" else magnitude(self.model)
 
 
@@ -93,7 +110,10 @@ def _shared(subject: Subject) -> Subject:
 
 
 def subject(artifact: Artifact, source: TrainingSource, sentences: int, seed: int) -> Subject:
-    """The artifact as a subject; the same one again while nothing else was asked for."""
+    """Returns the artifact as a `Subject`.
+
+    Repeated calls with equal arguments return the same instance, until a call has other arguments.
+    """
     manifest = artifact.manifest
     names = tuple(spec.name for spec in manifest.inputs)
     found = Subject(artifact.path, manifest.id, names, manifest.labels, manifest.max_length, source, sentences, seed)

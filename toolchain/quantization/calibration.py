@@ -1,8 +1,10 @@
-"""What goes into the linear layers, seen on training sentences, and how it is quantised once and for all.
+"""Calibration: chooses the fixed quantisation of the linear layers' inputs from training sentences.
 
-The range is the whole one seen: percentiles and the range of least squared error, tried on the reference, moved answers
-of held-out rows no less. Channels are smoothed where the layer's product would be wrong by much, with the migration
-strength that makes it least wrong; elsewhere it would cost a `Mul` for little.
+The range covers every value seen. Percentile ranges and the range of least squared error were tried on the reference
+model. Neither reduced the change of the outputs on held-out rows.
+
+Channels are smoothed where the error of the layer's product is large, with the migration strength of least error.
+Elsewhere smoothing would cost a `Mul` for little gain.
 """
 
 from __future__ import annotations
@@ -29,16 +31,17 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 SENTENCES = 300
-TOKENS = 4  # of each sentence, spread evenly, on whose products errors are computed
-STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # α of SmoothQuant: how much of the difficulty goes over to the weights
-# The noise of a product (see `_noise`) that is worth a `Mul` to lessen. On the reference this takes the ten values that
-# move answers most, alone; smoothing all 25 moves answers hardly less and costs twice as much.
+TOKENS = 4  # tokens of each sentence, spread evenly, that measure the error of the products
+STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # α of SmoothQuant: the share of the difficulty that moves to the weights
+# The least noise of a product (see `_noise`) that justifies a `Mul`. On the reference model it selects the ten inputs
+# whose quantisation alone changes the outputs most. Smoothing all 25 inputs reduces that change hardly further and
+# costs twice as much.
 NOISE = 4e-3
 
 
 @dataclass
 class Seen:
-    """Of one value: the least and the largest of every channel [width], and some tokens of it [tokens, width]."""
+    """Statistics of one value: minimum and maximum of each channel [width], and sampled tokens [tokens, width]."""
 
     low: np.ndarray
     high: np.ndarray
@@ -46,22 +49,33 @@ class Seen:
 
 
 def calibrate(artifact: Artifact, train: TrainingSource, smooth: bool = True) -> dict[str, Activation]:
-    """How what each linear layer of an fp32 graph reads is quantised, by the value's name; smoothed where it pays, if
-    the pass `smooth` will be there to do it.
+    """Chooses the quantisation of each linear layer's input in an fp32 graph.
 
-    Seen are `SENTENCES` rows of sentence length of the training data, none of them held out. Raises `DataError` for
-    training data that does not fit the model.
+    Calibration runs on `SENTENCES` training rows, none of them held out. They are of sentence length where the data
+    has enough such rows.
+
+    Args:
+        smooth: Whether inputs may be smoothed, where that lessens the error enough. The pass `smooth` must then run.
+
+    Returns:
+        The quantisation by the name of the value that the layers read.
+
+    Raises:
+        DataError: The training data does not fit the model.
     """
     graph = read(artifact.onnx_path)
-    # Each of several values that share a weight would need another copy of it to be smoothed.
+    # If several values share a weight, smoothing would need a copy of the weight for each value.
     weights, shared = weights_of(graph), sharing(graph)
     observed = _observe(artifact, list(weights), train)
     return {name: activation(seen, weights[name], smooth and name not in shared) for name, seen in observed.items()}
 
 
 def activation(seen: Seen, weight: np.ndarray, smooth: bool = True) -> Activation:
-    """The quantisation of a value that is multiplied by `weight` [width, outputs]; smoothed where it pays, if it may be
-    (`smooth`)."""
+    """Chooses the quantisation of a value that is multiplied by `weight` [width, outputs].
+
+    Args:
+        smooth: Whether the value may be smoothed, where that lessens the error enough.
+    """
     import numpy as np
 
     plain = Activation.over(float(seen.low.min()), float(seen.high.max()))
@@ -75,9 +89,15 @@ def activation(seen: Seen, weight: np.ndarray, smooth: bool = True) -> Activatio
 
 
 def smoothing(largest: np.ndarray, weights: np.ndarray, strength: float) -> np.ndarray:
-    """SmoothQuant's factor of every channel [width]: its `largest` magnitude to the power of `strength` over that of
-    its `weights` to the power of 1 − `strength`; of geometric mean 1, and 1 for a channel that is always 0 or has no
-    weights."""
+    """Returns SmoothQuant's factor of every channel [width], largest^strength / weights^(1 − strength).
+
+    The factors are scaled to a geometric mean of 1. A channel that is always 0, or whose weights are all 0, gets 1.
+
+    Args:
+        largest: Largest absolute value of each channel [width].
+        weights: Largest absolute weight of each channel [width].
+        strength: Migration strength α, 0 to 1.
+    """
     import numpy as np
 
     live = (largest > 0) & (weights > 0)
@@ -89,10 +109,10 @@ def smoothing(largest: np.ndarray, weights: np.ndarray, strength: float) -> np.n
 
 
 def _noise(how: Activation, tokens: np.ndarray, weight: np.ndarray) -> float:
-    """The squared error of each output of the quantised product over that output's variance, averaged over the outputs.
+    """Returns each output's squared error over its variance, averaged over the outputs of the quantised product.
 
-    Not over all of the product: one output far larger than the rest would hide what becomes of these, and these are
-    what the next LayerNormalization brings up again.
+    Error and variance of the entire product would hide the small outputs behind one far larger output. The next
+    LayerNormalization enlarges the small outputs again.
     """
     import numpy as np
 
@@ -105,7 +125,7 @@ def _noise(how: Activation, tokens: np.ndarray, weight: np.ndarray) -> float:
 
 
 def _observe(artifact: Artifact, names: list[str], train: TrainingSource) -> dict[str, Seen]:
-    """What ONNX Runtime computes for the named values of the artifact's graph."""
+    """Runs ONNX Runtime on training sentences and collects statistics of the named values."""
     import numpy as np
 
     manifest = artifact.manifest
@@ -130,7 +150,7 @@ def _observe(artifact: Artifact, names: list[str], train: TrainingSource) -> dic
 def _values(
     artifact: Artifact, names: list[str], encoder: Encoder, rows: Sequence[Sequence[int]]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The named values for every row, which is asked alone: padding is nothing to calibrate on."""
+    """Yields the named values for each row; every batch is one row, so that no padding enters calibration."""
     graph = read(artifact.onnx_path)
     _show(graph, names)
     with tempfile.TemporaryDirectory() as folder:

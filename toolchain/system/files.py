@@ -1,4 +1,4 @@
-"""Files written whole: a reader sees the old content or the new, never a part of it."""
+"""Atomic file writes: a reader sees the old content or the new content, never a part of it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ def write_whole(path: Path, content: str | bytes, *, replace: bool = True) -> No
     """Writes a temporary file beside `path`, flushes it to the disk and renames it to `path`.
 
     Args:
-        path: Where to write. Folders that are missing are made.
-        content: The whole file; text is stored as UTF-8.
+        path: Path of the file. The function creates missing folders.
+        content: Content of the file; text is encoded as UTF-8.
         replace: Whether an existing file may be replaced.
 
     Raises:
         FileExistsError: `path` exists and `replace` is false.
         OSError: The file cannot be written.
     """
-    with suppress(FileExistsError):  # a file in the folder's place fails below
+    with suppress(FileExistsError):  # if the parent is a file, opening the temporary file fails below
         path.parent.mkdir(parents=True)
-    # A random name: no other file, a user's or another run's, has it.
+    # A random name avoids a collision with a user's file and with a parallel run.
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with scratch.open("xb") as file:
@@ -34,15 +34,17 @@ def write_whole(path: Path, content: str | bytes, *, replace: bool = True) -> No
         else:
             move_to_free(scratch, path)
     finally:
-        with suppress(OSError):  # the write has an error of its own to tell
+        with suppress(OSError):  # an error here must not hide the error of the write
             scratch.unlink()
 
 
 def write_to_free(path: Path, content: str | bytes) -> Path:
-    """Writes a new file whole, to `path` or, where that exists, to the same name with `.2`, `.3`, … before its ending.
+    """Writes a new file atomically and never replaces an existing one.
+
+    If `path` exists, the function inserts `.2`, `.3`, … before the suffix until the name is free.
 
     Returns:
-        The path of the new file; no file that exists is replaced.
+        The path of the new file.
 
     Raises:
         OSError: The file cannot be written.
@@ -59,7 +61,7 @@ def write_to_free(path: Path, content: str | bytes) -> Path:
 
 
 def move_to_free(source: Path, path: Path) -> None:
-    """Renames the file `source` to `path` on the same file system, whole and never over another file.
+    """Renames the file `source` to `path` on the same file system, atomically, and never replaces an existing file.
 
     Raises:
         FileExistsError: `path` exists.
@@ -69,7 +71,7 @@ def move_to_free(source: Path, path: Path) -> None:
         os.link(source, path)
     except FileExistsError:
         raise
-    except OSError:  # a file system without hard links: an empty file holds the name until the whole one is there
+    except OSError:  # a file system without hard links: an empty file reserves the name until the rename
         path.open("xb").close()
         try:
             os.replace(source, path)

@@ -1,4 +1,4 @@
-"""What this machine is: processor, instruction sets, cores, memory, GPUs, and the versions that run on it."""
+"""Facts about this machine: processor, instruction sets, cores, memory, GPUs, and versions of installed packages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# The distributions whose versions a figure depends on.
+# The packages whose versions affect measurements.
 STACK = (
     "torch",
     "transformers",
@@ -30,7 +30,7 @@ STACK = (
     "datasets",
     "numpy",
 )
-# What decides which int8 and bf16 kernels run.
+# The processor flags that determine which int8 and bf16 kernels run.
 ISA_FLAGS = (
     "avx2",
     "avx_vnni",
@@ -43,15 +43,16 @@ ISA_FLAGS = (
     "asimddp",
     "i8mm",
 )
-# Below either, CUDA 13 does not run; the Makefile says the same.
+# CUDA 13 needs at least this driver version and this compute capability. The Makefile has the same values.
 CUDA_13_DRIVER = (580,)
 CUDA_13_CAPABILITY = (7, 5)
-# The file in which a package says what CUDA it was built for, and under which name; it can be read without the package.
+# Package → the file that states its CUDA version, and the variable in it. Reading the file needs no import of the
+# package.
 BUILDS = {"torch": ("version.py", "cuda"), "onnxruntime": ("capi/build_and_package_info.py", "cuda_version")}
 
 
 def versions() -> dict[str, str]:
-    """The installed versions of `STACK`, and Python's."""
+    """Returns the version of Python and of each installed package in `STACK`."""
     found = {"python": platform.python_version()}
     for name in STACK:
         try:
@@ -62,7 +63,7 @@ def versions() -> dict[str, str]:
 
 
 def cores() -> int:
-    """Physical cores this process may use."""
+    """Returns the number of physical cores that this process may use."""
     import psutil
 
     physical = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
@@ -72,7 +73,7 @@ def cores() -> int:
 
 @functools.cache
 def processor() -> dict[str, Any]:
-    """The processor's name and those of `ISA_FLAGS` it has."""
+    """Returns the processor's name as ``cpu`` and its flags among `ISA_FLAGS` as ``isa``."""
     import cpuinfo
 
     info = cpuinfo.get_cpu_info()
@@ -84,15 +85,19 @@ def processor() -> dict[str, Any]:
 
 
 def exact_int8() -> bool:
-    """Whether this processor adds products of 8 bits without saturating: ARM does, x86 with VNNI or AMX."""
+    """Returns whether this processor adds 8-bit products without saturation: ARM, or x86 with VNNI or AMX."""
     return platform.machine().lower() in ("aarch64", "arm64") or any(
         flag in processor()["isa"] for flag in ("avx_vnni", "avx512_vnni", "amx_int8")
     )
 
 
 def gpus() -> tuple[list[dict[str, Any]], str]:
-    """The NVIDIA GPUs by NVML, and the driver's version; empty where no driver answers, and what one GPU does not tell
-    is 0 or empty."""
+    """Returns the NVIDIA GPUs and the driver's version, as NVML reports them.
+
+    Returns:
+        A dict of name, memory in bytes and compute capability for each GPU, and the driver's version. Both are empty if
+        no driver responds. If a GPU does not report its memory or compute capability, the value is 0 or empty.
+    """
     import pynvml
 
     def ask(question: Callable[..., Any], *about: Any, otherwise: Any = None) -> Any:
@@ -109,7 +114,7 @@ def gpus() -> tuple[list[dict[str, Any]], str]:
     found = []
     for index in range(ask(pynvml.nvmlDeviceGetCount, otherwise=0)):
         handle = ask(pynvml.nvmlDeviceGetHandleByIndex, index)
-        if handle is None:  # lost, or another user's
+        if handle is None:  # the GPU is lost, or belongs to another user
             continue
         memory = ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
         capability = ask(pynvml.nvmlDeviceGetCudaComputeCapability, handle, otherwise=())
@@ -126,8 +131,12 @@ def gpus() -> tuple[list[dict[str, Any]], str]:
 
 
 def runtime_set(devices: Sequence[dict[str, Any]], driver: str) -> str:
-    """What `make install RUNTIME=` has to be for these GPUs and driver, cpu, gpu or cuda12; a version that was not told
-    counts as old."""
+    """Returns the value for `make install RUNTIME=`: ``cpu``, ``gpu`` or ``cuda12``.
+
+    Args:
+        devices: The GPUs, as `gpus` returns them.
+        driver: Version of the driver. An unknown version counts as old, and so does an unknown compute capability.
+    """
 
     def release(text: str) -> tuple[int, ...]:
         return tuple(map(int, re.findall(r"\d+", text)))
@@ -139,8 +148,14 @@ def runtime_set(devices: Sequence[dict[str, Any]], driver: str) -> str:
 
 
 def built_for_cuda(package: str) -> str | None:
-    """The CUDA version that the installed package of `BUILDS` was built for; None for a CPU build and where it is
-    missing or does not say."""
+    """Returns the CUDA version of an installed package's build.
+
+    Args:
+        package: A key of `BUILDS`.
+
+    Returns:
+        The version, or None if the package is a CPU build, is missing, or does not state a version.
+    """
     file, name = BUILDS[package]
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
@@ -151,7 +166,7 @@ def built_for_cuda(package: str) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """The machine as a result file names it; `id` is equal for equal hardware."""
+    """Returns the description of this machine for a result file; equal hardware has an equal ``id``."""
     import psutil
 
     devices, driver = gpus()
@@ -168,7 +183,11 @@ def machine() -> dict[str, Any]:
 
 
 def missing_cuda(device_id: int = 0) -> tuple[str, str] | None:
-    """Why that GPU cannot be used here, as (reason, mend); None where it answers."""
+    """Returns the reason why the GPU is unavailable and an instruction to fix it, or None if it is available.
+
+    Args:
+        device_id: Number of the GPU.
+    """
     devices, _ = gpus()
     if not devices:
         return (

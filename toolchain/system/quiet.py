@@ -1,4 +1,4 @@
-"""Other libraries' log lines, kept from the user where what they say is checked here."""
+"""A context manager that hides log messages of other libraries, for conditions that the toolchain checks itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within it nothing up to a warning is logged."""
+    """Disables log messages up to level WARNING inside the block."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

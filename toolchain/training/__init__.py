@@ -1,1 +1,1 @@
-"""Training: the one loop, its losses, its batches and its arithmetic."""
+"""Training: the training loop, its losses, its batches and its numeric precision."""

@@ -1,4 +1,4 @@
-"""Sentences as tensors, sorted by length into batches that waste little on padding."""
+"""Batches of sentences as tensors, sorted by length to reduce padding."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ if TYPE_CHECKING:
     import torch
 
 
-Targets = Sequence[int] | Sequence[Sequence[float]]  # as `inputs.Data.targets` gives them
+Targets = Sequence[int] | Sequence[Sequence[float]]  # the type of `inputs.Data.targets`
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`inputs`: int64 [batch, sequence] by name; `labels`: int64 [batch], or of sets of labels float32 [batch, labels];
-    `rows`: which rows of the data these are."""
+    """One batch of rows as tensors.
+
+    Attributes:
+        inputs: The model's inputs by name, int64 [batch, sequence].
+        labels: int64 [batch], or float32 [batch, labels] for a multi-label model.
+        rows: Indices of these rows in the data.
+    """
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
@@ -26,7 +31,7 @@ class Batch:
 
 
 def batches(ids: Sequence[Sequence[int]], labels: Targets, encoder: Encoder, size: int) -> list[Batch]:
-    """All rows in batches of `size`, shortest first."""
+    """Returns all rows in batches of `size`, shortest rows first."""
     order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
     return [batch(order[i : i + size], ids, labels, encoder) for i in range(0, len(order), size)]
 
@@ -34,7 +39,11 @@ def batches(ids: Sequence[Sequence[int]], labels: Targets, encoder: Encoder, siz
 def batch(
     rows: Sequence[int], ids: Sequence[Sequence[int]], labels: Targets, encoder: Encoder, multiple: int = 1
 ) -> Batch:
-    """These rows as one batch, as wide as its longest row or the next `multiple`, within what the model takes."""
+    """Returns these rows as one batch.
+
+    Its width is the length of the longest row, rounded up to a multiple of `multiple`. The width never exceeds the
+    encoder's `max_length`.
+    """
     import torch
 
     chosen = [ids[row] for row in rows]
@@ -45,7 +54,15 @@ def batch(
 
 
 def task_loss(logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-    """Cross-entropy of `logits` [batch, labels] with a batch's labels; of sets, summed over the labels of each."""
+    """Returns the cross-entropy of `logits` [batch, labels] with a batch's labels.
+
+    For a multi-label model it is the binary cross-entropy, summed over the labels of each row.
+
+    Args:
+        logits: The model's logits, [batch, labels].
+        labels: As in `Batch.labels`.
+        reduction: ``mean`` or ``sum`` over the rows.
+    """
     from torch.nn import functional
 
     if labels.dim() == 1:
@@ -55,7 +72,7 @@ def task_loss(logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean
 
 
 def right(logits: torch.Tensor, labels: torch.Tensor) -> int:
-    """How many rows are answered as a batch's labels say; a set counts where all of it is right."""
+    """Counts the rows with a correct prediction; a multi-label row counts only if all its labels are correct."""
     if labels.dim() == 1:
         return int((logits.argmax(1) == labels).sum())
     return int(((logits > 0) == labels.bool()).all(1).sum())

@@ -1,8 +1,8 @@
-"""The one training loop: length-grouped batches, mixed precision where the hardware has it, resumable at any moment.
+"""The training loop: length-grouped batches, mixed precision if the hardware supports it, resumable at any moment.
 
-A run's folder holds what is needed to go on: the weights, the optimiser's moments and the best weights so far as
-safetensors, the rest as JSON. A step depends on its number and the recipe alone, so a resumed run ends with the same
-weights as one that was never stopped.
+A run's folder holds everything needed to resume. The weights, the optimisers' moments and the best weights so far are
+safetensors files, the rest is JSON. A step depends only on its number and the recipe. So a resumed run ends with the
+same weights as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-GROUP = 50  # batches whose rows are sorted by length together
+GROUP = 50  # number of batches whose rows are sorted by length together
 SAVE_EVERY_S = 30.0
-WIDTHS = 8  # a batch's width is a multiple of it: oneDNN compiles its kernels anew for every shape
+WIDTHS = 8  # batch widths are multiples of this number: oneDNN compiles its kernels again for every new shape
 STATE, WEIGHTS, BEST = "state.json", "weights.safetensors", "best.safetensors"
 
 Progress = Callable[[int, int, str], None]
@@ -40,12 +40,23 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW, for embeddings sparse Adam, with a linear schedule: `learning_rate` is its peak, `warmup` the share of
-    steps that lead up to it.
+    """Settings of a training run, with a linear learning rate schedule.
 
-    `task`, `states` and `temperature` as `losses.Weights` has them; `patience` is how many epochs that are no better on
-    held-out rows end the training. `dropout` as the model's config has it: a teacher's answers leave nothing to
-    regularise against.
+    Sparse Adam trains the embeddings, and AdamW trains all other parameters.
+
+    Attributes:
+        epochs: Largest number of epochs.
+        learning_rate: Peak learning rate.
+        batch_size: Rows of a step.
+        seed: Random seed of row order and dropout.
+        warmup: Share of the steps in which the learning rate rises to its peak.
+        weight_decay: Weight decay of AdamW.
+        clip: Largest norm of the gradients of all parameters except embeddings.
+        temperature: As in `losses.Weights`.
+        states: As in `losses.Weights`.
+        patience: Training ends this many epochs after the best epoch on the held-out rows.
+        task: As in `losses.Weights`.
+        dropout: Whether to apply the dropout of the model's config. A teacher makes regularisation unnecessary.
     """
 
     epochs: int
@@ -70,18 +81,24 @@ class Examples:
     labels: Targets
 
     def of_epoch(self, epoch: int) -> Examples:
-        """What is learned from in that epoch, as many rows in each: these, in every one."""
+        """Returns the rows to train on in that epoch; here the same rows in every epoch.
+
+        A subclass may return other rows, but the same number in every epoch.
+        """
         return self
 
     def batches(self, encoder: Encoder) -> list[Batch]:
-        """All rows, shortest first, in batches for scoring."""
+        """Returns all rows in batches for scoring, shortest rows first."""
         return batches(self.ids, self.labels, encoder, BATCH)
 
 
 @dataclass
 class _State:
-    """Where a run stands; `key` says which run it is. Before the first step and after every epoch, `held_out` has the
-    accuracy and `losses` the loss; `best` is the index of the best of them."""
+    """Progress of the run that `key` identifies.
+
+    `held_out` and `losses` hold accuracy and loss on the held-out rows, before the first step and after every epoch.
+    `best` is the index of the best score.
+    """
 
     key: str
     step: int = 0
@@ -89,7 +106,7 @@ class _State:
     held_out: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     best: int = 0
-    scale: float = 65536.0  # of float16 gradients, PyTorch's first
+    scale: float = 65536.0  # scale of float16 gradients; PyTorch starts with this value
 
 
 def train(
@@ -100,13 +117,24 @@ def train(
     resume: tuple[Path, str],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Trains the first of `models` in place, on the first of `rows`, to answer as these say and as the second, its
-    teacher, does, and leaves it with the weights that were best on the second of `rows`, which are held out: by
-    accuracy where labels count, else by the loss, which wavers less.
+    """Trains a model in place and leaves it with the weights that score best on the held-out rows.
 
-    Only parameters that require a gradient are trained. `resume` is a folder and a key: a run of the same key there is
-    taken up where it stopped. Returns what is to be told of it. Raises `DataError` where the loss is no longer finite;
-    the folder then holds the state before that step.
+    If the labels are part of the loss, the score is the accuracy. Otherwise it is the loss, which fluctuates less. The
+    function trains only parameters that require a gradient.
+
+    Args:
+        models: The model to train, and its teacher; None without a teacher.
+        rows: The training rows, and the held-out rows.
+        encoder: The model's encoder.
+        recipe: Settings of the run.
+        resume: A folder and a key. A run with the same key in that folder continues where it stopped.
+        progress: Called with the number of finished steps, their total and a text.
+
+    Returns:
+        The recipe, with the run's steps, scores, device, precision and duration.
+
+    Raises:
+        DataError: The loss is not finite. The folder then holds the state before that step.
     """
     (model, teacher), (train_on, held_out) = models, rows
     folder, key = resume
@@ -117,7 +145,8 @@ def train(
     if not run.state.step:
         run.judge(judged)
     while not run.over:
-        epoch = len(run.state.held_out) - 1  # a run killed between an epoch's last step and its score owes the score
+        # The epoch comes from the scores: a run killed after an epoch's last step must still score that epoch.
+        epoch = len(run.state.held_out) - 1
         now = train_on.of_epoch(epoch)
         for chosen in _order(now, recipe, epoch)[run.state.step - epoch * run.steps :]:
             loss = run.learn(batch(chosen, now.ids, now.labels, encoder, WIDTHS))
@@ -140,7 +169,7 @@ def train(
 
 
 def _order(rows: Examples, recipe: Recipe, epoch: int) -> list[list[int]]:
-    """The epoch's batches: shuffled, but rows of like length together, so that little is padded."""
+    """Returns the epoch's batches in random order; each holds rows of similar length, which reduces padding."""
     rng = random.Random(f"{recipe.seed} {epoch}")
     shuffled = rng.sample(range(len(rows.ids)), len(rows.ids))
     size, found = recipe.batch_size, []
@@ -152,7 +181,7 @@ def _order(rows: Examples, recipe: Recipe, epoch: int) -> list[list[int]]:
 
 
 class _Run:
-    """A model under training: its optimiser, its teacher, and where it stands."""
+    """A model under training, with its optimisers, its teacher and its progress."""
 
     def __init__(
         self, models: tuple[PreTrainedModel, PreTrainedModel | None], recipe: Recipe, steps: int, folder: Path, key: str
@@ -161,7 +190,7 @@ class _Run:
 
         from toolchain.training.losses import Weights
 
-        # The order of a sum depends on how many threads share it: the same, whatever this process did before.
+        # The order of a sum depends on the number of threads, and earlier code may have changed that number.
         torch.set_num_threads(hardware.cores())
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = mixed_precision.precision(self.device)
@@ -174,9 +203,9 @@ class _Run:
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         tables = set()
         for name, module in model.named_modules():
-            # DeBERTa's relative positions are a matrix that is multiplied, not looked up.
+            # DeBERTa multiplies its matrix of relative positions instead of looking rows up.
             if isinstance(module, torch.nn.Embedding) and not name.endswith("rel_embeddings"):
-                # A batch has a few hundred of many thousand rows: stepping all of them is a fifth of the time.
+                # A batch uses a few hundred of many thousand rows: updating all of them takes a fifth of the time.
                 module.sparse = True
                 tables.add(f"{name}.weight")
         self._dense = [p for name, p in self._trained.items() if name not in tables]
@@ -187,18 +216,18 @@ class _Run:
         self._started = self._saved = time.monotonic()
         self.state = self._restored(key) or _State(key)
         self._before_s = self.state.spent_s
-        # What float16 cannot hold of a gradient is scaled up first.
+        # Some gradients are too small for float16, so the scaler enlarges them first.
         halved = self.precision == torch.float16
         self._scaler = torch.amp.GradScaler(self.device.type, init_scale=self.state.scale, enabled=halved)
 
     @property
     def over(self) -> bool:
-        """Every epoch was run, or the last ones brought nothing."""
+        """Returns whether all epochs are finished, or the best epoch is `patience` epochs ago."""
         epochs = len(self.state.held_out) - 1
         return epochs >= self._recipe.epochs or epochs - self.state.best >= self._recipe.patience
 
     def learn(self, part: Batch) -> float:
-        """One step; the loss it started from."""
+        """Runs one training step and returns the loss before it."""
         import torch
 
         recipe, step = self._recipe, self.state.step
@@ -208,7 +237,7 @@ class _Run:
             optimizer.zero_grad(set_to_none=True)
             optimizer.param_groups[0]["lr"] = rate
         if recipe.dropout:
-            torch.manual_seed(recipe.seed * self.total + step)  # by the step: a resumed run drops the same
+            torch.manual_seed(recipe.seed * self.total + step)  # a resumed run drops the same units
         self._model.train(recipe.dropout)
         found = self._loss(part)
         self._model.eval()
@@ -246,7 +275,7 @@ class _Run:
         return loss(given, wanted, inputs, part.labels.to(self.device), self._weights)
 
     def judge(self, rows: list[Batch]) -> None:
-        """Scores the weights as they are, and keeps them where none were better."""
+        """Scores the current weights and stores them if no earlier weights have a better score."""
         import torch
 
         self.state.held_out.append(accuracy(self._model, rows))
@@ -259,13 +288,13 @@ class _Run:
             _write(self._folder / f"{self.state.best}.{BEST}", dict(self._trained))
 
     def _asked(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Those of the inputs that the teacher takes, which may be of another architecture."""
+        """Returns the inputs that the teacher accepts, since it may have another architecture."""
         assert self._teacher is not None
         taken = inspect.signature(self._teacher.forward).parameters
         return {name: tensor for name, tensor in inputs.items() if name in taken}
 
     def save(self) -> None:
-        """What a later run goes on from; the state last, which makes the rest valid."""
+        """Writes the files to resume from; the state file comes last, since it makes the others valid."""
         import torch
 
         tensors: dict[str, torch.Tensor] = dict(self._trained)
@@ -282,7 +311,7 @@ class _Run:
         self._saved = time.monotonic()
 
     def _restored(self, key: str) -> _State | None:
-        """The state of an earlier run of this key, its weights and moments put back."""
+        """Returns the state of an earlier run with this key and restores its weights and moments; None without one."""
         import torch
         from safetensors.torch import load_file
 
@@ -297,12 +326,12 @@ class _Run:
         for name, value in tensors.items():
             parameter_name, moment = name.rsplit("|", 1)
             state_of = self._optimizer_of[parameter_name].state[self._trained[parameter_name]]
-            # `SparseAdam` counts its steps with a plain number, `AdamW` with a tensor of floats.
+            # `SparseAdam` stores its step count as an integer, `AdamW` as a float tensor.
             state_of[moment] = value if value.is_floating_point() else int(value)
         return state
 
     def finish(self) -> None:
-        """Leaves the model with its best weights, on the host."""
+        """Loads the best weights into the model and moves it to the CPU."""
         import torch
         from safetensors.torch import load_file
 
@@ -314,7 +343,7 @@ class _Run:
 
 
 def _write(path: Path, tensors: dict[str, Any]) -> None:
-    """Writes them whole or not at all."""
+    """Writes the tensors to a scratch file and renames it, so that `path` never holds a partial file."""
     from safetensors.torch import save_file
 
     scratch = path.with_name(f".{path.name}")

@@ -1,5 +1,7 @@
-"""What a training step makes smaller: distance from the labels, and from what a teacher answers. Imports torch: import
-it where it is used."""
+"""Losses of a training step: distance from the labels, and from a teacher's logits and hidden states.
+
+The module imports torch, so other modules import it inside functions.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,14 @@ from toolchain.training.batches import task_loss
 
 @dataclass(frozen=True)
 class Weights:
-    """How much counts what: `task` the labels against the teacher's answers, 0 to 1, and `states` the teacher's hidden
-    states beside both, those of the layers `matched`. `temperature` softens teacher and student alike."""
+    """Weights of the terms of the loss.
+
+    Attributes:
+        task: Weight of the labels, 0 to 1. The teacher's logits have the weight 1 - `task`.
+        states: Weight of the teacher's hidden states, added to the two other terms.
+        temperature: Divisor of the logits of teacher and student.
+        matched: Indices of the compared entries of `hidden_states`.
+    """
 
     task: float
     states: float
@@ -26,10 +34,17 @@ class Weights:
 def loss(
     given: Any, wanted: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor, weigh: Weights
 ) -> torch.Tensor:
-    """Of a model's outputs, `given`, for a batch and its `labels`; `wanted` are its teacher's, None without one.
+    """Returns the loss of a model's outputs for one batch.
 
-    Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"; Sun et al. 2019, "Patient Knowledge
-    Distillation", for the states.
+    The term of the logits follows Hinton et al. 2015, "Distilling the Knowledge in a Neural Network". The term of the
+    states follows Sun et al. 2019, "Patient Knowledge Distillation".
+
+    Args:
+        given: Outputs of the model under training.
+        wanted: Outputs of its teacher; None without a teacher.
+        inputs: The model's inputs by name, with ``attention_mask`` if hidden states count.
+        labels: As in `Batch.labels`.
+        weigh: Weights of the terms.
     """
     found = weigh.task * task_loss(given.logits.float(), labels) if weigh.task else given.logits.new_zeros(())
     if weigh.task < 1:
@@ -40,10 +55,10 @@ def loss(
 
 
 def _answers(mine: torch.Tensor, its: torch.Tensor, temperature: float, multi: bool) -> torch.Tensor:
-    """The Kullback-Leibler divergence of the softened answers; of sets, summed over the labels."""
+    """Returns the Kullback-Leibler divergence of the softened predictions, summed over labels if `multi`."""
     mine, its = mine.float() / temperature, its.float() / temperature
     if multi:
-        # Each label is an answer of its own: yes or no.
+        # Each label is a separate yes-or-no prediction.
         mine, its = (functional.logsigmoid(torch.cat([x, -x], dim=-1)) for x in (mine, its))
     else:
         mine, its = (functional.log_softmax(x, dim=-1) for x in (mine, its))
@@ -51,9 +66,11 @@ def _answers(mine: torch.Tensor, its: torch.Tensor, temperature: float, multi: b
 
 
 def _states(given: Any, wanted: Any, real: torch.Tensor, matched: tuple[int, ...]) -> torch.Tensor:
-    """The squared difference of the hidden states relative to the teacher's variance: those behind the layers
-    `matched` at the tokens that are `real` [batch, sequence], and once more the first token's last one, which the head
-    reads."""
+    """Returns the squared difference of the matched hidden states, relative to the teacher's variance.
+
+    The mean over the matched states covers only `real` tokens [batch, sequence]. The last state of the first token
+    counts once more, since the classification head reads it.
+    """
 
     def apart(mine: torch.Tensor, its: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         squared = (mine.float() - its.float()).square().mean(-1)

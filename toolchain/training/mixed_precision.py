@@ -1,4 +1,4 @@
-"""The arithmetic of a training step: how precise, and by which kernels of attention."""
+"""Numeric precision of a training step, and its attention kernel."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ if TYPE_CHECKING:
 
 
 def precision(device: torch.device) -> torch.dtype:
-    """bfloat16 where it is fast, else float16 on GPUs that multiply it faster, else float32: emulated half precision is
-    slower than none."""
+    """Returns the precision in which `device` trains fastest.
+
+    This is bfloat16 if the hardware supports it, else float16 on GPUs that multiply it faster, else float32. Emulated
+    half precision is slower than float32.
+    """
     import torch
 
     if device.type == "cuda":
@@ -26,15 +29,18 @@ def precision(device: torch.device) -> torch.dtype:
 
 @contextmanager
 def attention(device: torch.device) -> Iterator[None]:
-    """PyTorch's fused attention is half of a training step on a CPU; its own parts are faster backwards there, and more
-    so where they stay in the precision they are given."""
+    """Replaces fused attention with PyTorch's math kernel on a CPU; changes nothing on other devices.
+
+    On a CPU, fused attention takes half of a training step. The backward pass of the math kernel is faster there. It is
+    faster still if the intermediate results stay in the precision of the inputs.
+    """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     if device.type != "cpu":
         yield
         return
-    settings = torch.backends.cuda  # by its name; the CPU's math kernel goes by it too
+    settings = torch.backends.cuda  # despite its name, the setting also applies to the CPU's math kernel
     before = settings.fp16_bf16_reduction_math_sdp_allowed()
     settings.allow_fp16_bf16_reduction_math_sdp(True)
     try:

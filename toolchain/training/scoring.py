@@ -1,4 +1,4 @@
-"""What a PyTorch model answers to rows in batches, on its device and in its own precision."""
+"""Predictions of a PyTorch model for batches of rows, on the model's device and in its precision."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-BATCH = 64  # rows at once where nothing is learnt
+BATCH = 64  # rows in a batch without training
 
 
 def accuracy(model: PreTrainedModel, rows: list[Batch]) -> float:
-    """Share of right answers."""
+    """Returns the share of rows with a correct prediction."""
     found = sum(right(logits, part.labels) for part, logits in _logits(model, rows))
     return found / sum(len(part.labels) for part in rows)
 
 
 def answers(model: PreTrainedModel, rows: list[Batch], multi: bool) -> Iterator[tuple[int, int]]:
-    """The answer to every row, as `toolchain.data.labels` has them: (row, answer)."""
+    """Yields (row, answer) for every row, with the answer encoded as by `toolchain.data.labels.answers`."""
     for part, logits in _logits(model, rows):
         yield from zip(part.rows, labels.answers(logits.float().numpy(), multi), strict=True)
 

@@ -1,8 +1,8 @@
-"""Searching the fastest or the smallest artifact that keeps the accuracy, on this machine, by building and measuring.
+"""Search for the fastest or the smallest artifact that keeps the accuracy, by building and measuring on this machine.
 
-What costs nothing is tried first: a candidate that others prove worse is not built; one that is built is measured
-before it is trained, since training changes neither speed nor size, and not trained where it could not win. Choices are
-made on rows held out of the training data.
+The search avoids costly work. It does not build a candidate that earlier results prove worse. It measures a candidate
+before training it, since training changes neither speed nor size. It does not train a candidate that cannot win. All
+choices are made on held-out rows.
 """
 
 from __future__ import annotations
@@ -36,13 +36,19 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 EXACT, BASELINE = "onnx-fp32", "onnx-int8"
-PROTOCOL = Protocol(passes=1, min_s=3.0, pass_s=20.0, starts=4, threads=1)  # one process may be a lucky one
-PROPOSALS = 4  # of the sampler in a row that are not worth a try, until one that is comes from here
+PROTOCOL = Protocol(passes=1, min_s=3.0, pass_s=20.0, starts=4, threads=1)  # a single start may be fast by chance
+PROPOSALS = 4  # after this many useless proposals of the sampler in a row, the search chooses a candidate itself
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is looked for: the best `objective` that loses at most `max_drop` points, within `budget_s` seconds."""
+    """Goal of a search.
+
+    Attributes:
+        objective: One of `candidates.OBJECTIVES`.
+        max_drop: Largest allowed accuracy drop, in percentage points.
+        budget_s: Time for the search, in seconds.
+    """
 
     objective: str
     max_drop: float
@@ -50,15 +56,21 @@ class Request:
 
 
 def tune(workspace: Workspace, request: Request, say: Say, bar: Bar) -> tuple[Outcome, list[Outcome]]:
-    """The best artifact that keeps the accuracy and the Pareto front of all that were measured, of this run and of
-    earlier ones with the same objective and drop. A trial that is under way when the time is over is finished.
+    """Searches for the best artifact that keeps the accuracy.
 
-    Raises `VerdictError` where nothing that was tried keeps the accuracy.
+    The search continues from earlier runs with the same objective and allowed drop. A trial that is running at the end
+    of the budget still finishes.
+
+    Returns:
+        The best outcome that keeps the accuracy, and the Pareto front of all outcomes, earlier runs included.
+
+    Raises:
+        VerdictError: No measured candidate keeps the accuracy.
     """
-    digest = workspace.train.digest  # a file that is not there is told before anything is built
+    digest = workspace.train.digest  # reports a missing file before anything is built
     judge = _Judge.of(workspace, say, bar)
-    built_by = ".".join(str(version) for _, version in STEPS.values())  # another graph is another speed
-    # Speed-ups over another baseline are other figures.
+    built_by = ".".join(str(version) for _, version in STEPS.values())  # a new version may change the speed
+    # Speed-ups over different baselines are not comparable.
     about = (judge.root.id, digest, built_by, judge.baseline.manifest.variant)
     path = workspace.cache / "tune" / f"{workspace.model}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +89,7 @@ def tune(workspace: Workspace, request: Request, say: Say, bar: Bar) -> tuple[Ou
 
 
 def _no_candidate(study: Study) -> VerdictError:
-    """The error where no candidate keeps the accuracy: how near the best came, and how many failed validation."""
+    """Returns the error if no candidate keeps the accuracy, with the smallest drop and the failed validations."""
     least = min(study.outcomes.values(), key=lambda outcome: outcome.drop, default=None)
     tried = len(study.outcomes) + len(study.refused)
     cause = [f"Nothing of {tried} candidates loses at most {study.max_drop:g} points"]
@@ -93,8 +105,14 @@ Measure = Callable[[Candidate], Outcome]
 
 
 def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
-    """Trials until the clock shows `deadline` or nothing is left that could be better; `measure` builds a candidate and
-    says what came of it."""
+    """Runs trials until `deadline`, or until no remaining candidate can be better.
+
+    Args:
+        study: The trials so far, which the function extends.
+        measure: Builds and measures a candidate.
+        deadline: End of the search, as a value of `time.monotonic`.
+        say: Called with each message to the user.
+    """
     idle = 0
     while time.monotonic() < deadline:
         rest = study.rest
@@ -105,13 +123,13 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
         if not fitting:
             say("no time is left to train what could be better; the same command goes on")
             return
-        # A training takes as long as many ways to quantise what it leaves.
+        # One training takes as long as many quantisations, so finished trainings are quantised again first.
         start = study.paid_for(fitting) or _start(study, rest)
         if start in rest and start not in fitting:
             start = study.at_hand(fitting)
         trial, candidate = study.ask(fitting[0] if idle >= PROPOSALS else start)
         if candidate not in fitting:
-            # What was only proposed may still tell, untrained, whether training it is worth the time.
+            # A proposal stays possible: its untrained result may later show whether training is worth the time.
             study.give_up(trial, candidate, for_good=candidate == start)
             idle += 1
             continue
@@ -119,15 +137,15 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
         say(f"trial {trial.number}: {candidate}")
         try:
             _tried(study, measure, trial, candidate, say)
-        except (CheckpointError, PruningError, VerdictError) as error:  # it cannot be made of this model, or is no good
+        except (CheckpointError, PruningError, VerdictError) as error:  # not possible for this model, or failed
             say(f"given up: {error.cause}")
             study.give_up(trial, candidate, refused=isinstance(error, VerdictError))
-            if isinstance(error, PruningError):  # nor can what goes further
+            if isinstance(error, PruningError):  # more pruning is not possible either
                 study.given_up |= {each for each in rest if each.cut_as_far_as(candidate)}
 
 
 def _start(study: Study, rest: Sequence[Candidate]) -> Candidate | None:
-    """The ladder's next, or what is trained like it and quantised as may still keep the accuracy."""
+    """Returns the next candidate of `next_start`, or one with its training that may still keep the accuracy."""
     start = next_start(study.objective, study.over, study.given_up, study.max_drop)
     if start is None or start in rest:
         return start
@@ -136,14 +154,14 @@ def _start(study: Study, rest: Sequence[Candidate]) -> Candidate | None:
 
 
 def _in_time(study: Study, candidates: Sequence[Candidate], left_s: float) -> list[Candidate]:
-    """Those whose training is there already or would end in that time, by the slowest so far."""
+    """Returns the candidates whose training exists, or ends within `left_s` seconds at the slowest speed so far."""
     spent = [outcome.training_s / each.epochs for each, outcome in study.outcomes.items() if outcome.training_s]
     there = study.trained | {each.training for each in study.outcomes}
     return [each for each in candidates if not spent or each.training in there or max(spent) * each.epochs <= left_s]
 
 
 def _tried(study: Study, measure: Measure, trial: Trial, candidate: Candidate, say: Say) -> None:
-    """Measures the candidate without training first, and trained where it could win."""
+    """Measures the candidate without training first, and then with training if it can win."""
     plain = candidate.untrained
     if plain not in study.outcomes and plain not in study.given_up:
         first = trial if plain == candidate else study.begin(plain)
@@ -151,7 +169,7 @@ def _tried(study: Study, measure: Measure, trial: Trial, candidate: Candidate, s
             _measured(study, measure, first, plain, say)
         except VerdictError as error:
             say(f"given up: {error.cause}")
-            study.give_up(first, plain, refused=True)  # training may make its answers decided
+            study.give_up(first, plain, refused=True)  # training may widen its margins enough to pass
     if plain == candidate:
         return
     if plain in study.settled:
@@ -168,7 +186,7 @@ def _measured(study: Study, measure: Measure, trial: Trial, candidate: Candidate
 
 
 def sentence(outcome: Outcome) -> str:
-    """An outcome in words."""
+    """Returns a one-line summary of an outcome."""
     return (
         f"{outcome.variant}: {outcome.drop:+.2f} points lost, {outcome.latency:.2f} × as fast as {outcome.baseline}, "
         f"{outcome.throughput:.2f} × in batches, {outcome.size / 1e6:.1f} MB"
@@ -177,8 +195,10 @@ def sentence(outcome: Outcome) -> str:
 
 @dataclass(frozen=True)
 class _Judge:
-    """Builds candidates and measures each beside the baseline, on held-out rows. The baseline is `onnx-int8`, or
-    `onnx-fp32` where that failed validation."""
+    """Builds candidates and measures each next to the baseline, on held-out rows.
+
+    The baseline is `onnx-int8`, or `onnx-fp32` if `onnx-int8` failed validation.
+    """
 
     workspace: Workspace
     root: Manifest
@@ -192,7 +212,11 @@ class _Judge:
 
     @classmethod
     def of(cls, workspace: Workspace, say: Say, bar: Bar) -> _Judge:
-        """Raises `DataError` for training data that does not fit the model."""
+        """Builds the baseline and measures the accuracy of `onnx-fp32`.
+
+        Raises:
+            DataError: The training data do not fit the model.
+        """
         built = ensure(workspace, [EXACT], {}, say, bar)
         root, baseline = built[checkpoints.ROOT_VARIANT], built[EXACT]
         manifest = root.manifest
@@ -210,7 +234,7 @@ class _Judge:
         return replace(judge, exact=_accuracy(judge._measured([built[EXACT]])[0]))
 
     def outcome(self, candidate: Candidate) -> Outcome:
-        """Builds what is missing of the candidate and measures it."""
+        """Builds the missing variants of the candidate and measures it."""
         chain = candidate.chain(self.layers)
         name = list(chain)[-1]
         artifact = ensure(self.workspace, [name], chain, only_news(self.say), self.bar)[name]
@@ -228,7 +252,7 @@ class _Judge:
         )
 
     def trained(self, candidates: Iterable[Candidate]) -> set[Training]:
-        """The trainings among them that an earlier run has done."""
+        """Returns the trainings of these candidates that an earlier run has finished."""
         one_of_each = {each.training: each for each in candidates if each.epochs}
         return {training for training, each in one_of_each.items() if self._trained(each)}
 
@@ -252,11 +276,11 @@ class _Judge:
 
 
 def _accuracy(row: Measurement) -> float:
-    assert row.accuracy is not None  # every held-out row is asked
+    assert row.accuracy is not None  # the benchmark runs every held-out row
     return row.accuracy.value
 
 
 def _times(slower: Samples | None, faster: Samples | None) -> float:
-    assert slower is not None  # every row was measured
+    assert slower is not None  # the benchmark measured every cell
     assert faster is not None
     return round(statistics.ratio(slower.spent_each(), faster.spent_each()).value, 4)

@@ -1,4 +1,4 @@
-"""What tuning may try: settings of pruning, recovery and quantisation, and what one outcome says of others."""
+"""Candidates of tuning: their settings, and rules that skip candidates because of known outcomes."""
 
 from __future__ import annotations
 
@@ -13,21 +13,30 @@ from toolchain.build.trimming import TRAIN
 
 LABEL = "tune"
 OBJECTIVES = ("latency", "throughput", "size")
-DEPTHS = (67, 50, 100)  # per cent of the layers that stay
+DEPTHS = (67, 50, 100)  # per cent of the layers to keep
 RATIOS = (0, 30, 40, 50, 60, 64, 67, 70, 73, 76, 80, 84, 88, 92)
 EPOCHS = (0, 1, 4)
 KEPT = (0, 1, 2, 4)
-OUTWEIGHS = 10  # points of ratio
-OTHERWISE = 0.3  # points of accuracy that another quantisation may bring
+OUTWEIGHS = 10  # percentage points of ratio; see `hopeless`
+OTHERWISE = 0.3  # points of accuracy that another quantisation may recover
 
-Training = tuple[int, str, int, int]  # ratio, cost, depth, epochs: what those share that need to be trained but once
+Training = tuple[int, str, int, int]  # ratio, cost, depth, epochs: equal values need one training
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """`ratio` per cent of the encoder pruned at a `cost`, `epochs` of recovery, then int8 or int4 by `scheme`, tables
-    by `embeddings`, `keep_fp32` linear layers left out, the vocabulary `trimmed` to that of the training data; of the
-    encoder's layers `depth` per cent stay."""
+    """Settings of pruning, recovery and quantisation that tuning can try.
+
+    Attributes:
+        ratio: Per cent of the encoder's linear parameters to prune; 0 for no pruning.
+        cost: Cost that pruning weighs importance against, ``parameters`` or ``latency``.
+        epochs: Epochs of recovery; 0 for no training.
+        scheme: Quantisation scheme: ``dynamic`` and ``static`` give int8, ``int4`` gives int4.
+        embeddings: Type of the embedding tables, ``int8`` or ``int4``.
+        keep_fp32: Number of linear layers that stay fp32.
+        trimmed: Whether to drop tokens that do not occur in the training data.
+        depth: Per cent of the encoder's layers to keep.
+    """
 
     ratio: int = 0
     cost: str = "parameters"
@@ -47,34 +56,34 @@ class Candidate:
 
     @property
     def quantisation(self) -> tuple[str | int | bool, ...]:
-        """How it is quantised."""
+        """Returns the settings of the quantisation."""
         return (self.scheme, self.embeddings, self.keep_fp32, self.trimmed)
 
     @functools.cached_property
     def kind(self) -> tuple[str | int | bool, ...]:
-        """What must be the same for one candidate to say something of another."""
+        """Returns the settings in which two candidates must agree before `hopeless` compares their other settings."""
         return (self.depth, self.cost, self.scheme, self.embeddings, self.trimmed)
 
     @property
     def training(self) -> Training:
-        """What it shares with those that are only quantised otherwise."""
+        """Returns the settings that it shares with candidates that differ only in quantisation."""
         return (self.ratio, self.cost, self.depth, self.epochs)
 
     def cut_as_far_as(self, other: Candidate) -> bool:
-        """Whether at least as much is pruned, in the same way."""
+        """Returns whether this candidate prunes at least as much as `other`, with the same depth and cost."""
         return (self.depth, self.cost) == (other.depth, other.cost) and self.ratio >= other.ratio
 
     @property
     def untrained(self) -> Candidate:
-        """The same without recovery: as fast and as large."""
+        """Returns the same candidate without recovery, which has the same speed and size."""
         return replace(self, epochs=0)
 
     def layers(self, of: int) -> int | None:
-        """How many stay `of` so many; None for all."""
+        """Returns how many of the encoder's `of` layers to keep; None means all."""
         return max(1, round(of * self.depth / 100)) if self.depth < 100 else None
 
     def steps(self, layers: int) -> list[Step]:
-        """From the imported checkpoint on, whose encoder has so many `layers`."""
+        """Returns the build steps after the import, for an encoder with `layers` layers."""
         pruning = Prune(self.ratio / 100, cost=self.cost, layers=self.layers(layers))
         found: list[Step] = [pruning] if self.ratio else []
         if self.ratio and self.epochs:
@@ -90,8 +99,13 @@ class Candidate:
         return [*found, Export(), Optimize.for_provider("cpu"), last]
 
     def chain(self, layers: int) -> dict[str, Step]:
-        """Variant → the step that makes it, in order, for a model of so many `layers`; the last is the candidate.
-        Labels say what names do not: the same settings, the same name."""
+        """Returns the labelled variants in build order, each with the step that builds it.
+
+        The last variant is the candidate. Labels hold the settings that names omit, so equal settings give equal names.
+
+        Args:
+            layers: Number of layers of the model's encoder.
+        """
         kept = self.layers(layers)
         structure = "-".join(
             [LABEL, *(["latency"] if self.cost == "latency" else []), *([f"{kept}layers"] if kept else [])]
@@ -115,7 +129,7 @@ class Candidate:
         return found
 
 
-# What each objective lets tuning vary; the rest stays as the first value.
+# The choices for each setting, by objective. Unpruned candidates use the first depth and the first cost.
 _FAST: dict[str, Sequence[str | int | bool]] = {
     "ratio": RATIOS,
     "depth": DEPTHS,
@@ -128,7 +142,7 @@ _FAST: dict[str, Sequence[str | int | bool]] = {
 }
 _SMALL: dict[str, Sequence[str | int | bool]] = {
     **_FAST,
-    "depth": (100, 67),  # layers less make a model faster, and no smaller than neurons less
+    "depth": (100, 67),  # fewer layers make a model faster, but not smaller than fewer neurons do
     "cost": ("parameters",),
     "scheme": ("int4", "dynamic", "static"),
     "embeddings": ("int4", "int8"),
@@ -139,18 +153,20 @@ SPACE = {"latency": _FAST, "throughput": _FAST, "size": _SMALL}
 
 @functools.cache
 def _unpruned(objective: str) -> list[Candidate]:
-    """The candidates that are quantised only, those with the fewest layers in fp32 first."""
+    """Returns the candidates without pruning, those with the fewest fp32 layers first."""
     return sorted((each for each in every(objective) if not each.ratio), key=lambda each: each.keep_fp32)
 
 
 def as_baseline(objective: str) -> Candidate:
-    """The candidate that is quantised as `onnx-int8` is."""
+    """Returns the unpruned candidate with the quantisation of `onnx-int8`."""
     return next(each for each in _unpruned(objective) if each.quantisation == Candidate().quantisation)
 
 
 def first(objective: str, ratio: int, epochs: int, given_up: Container[Candidate] = ()) -> Candidate:
-    """What is tried at that ratio before anything else. It is quantised as the first of the unpruned candidates that
-    was not `given_up`."""
+    """Returns the candidate to try first at that ratio.
+
+    Its quantisation is that of the first unpruned candidate that is not in `given_up`.
+    """
     unpruned = _unpruned(objective)
     plain = next((each for each in unpruned if each not in given_up), unpruned[0])
     return replace(plain, ratio=ratio, epochs=epochs if ratio else 0)
@@ -159,13 +175,22 @@ def first(objective: str, ratio: int, epochs: int, given_up: Container[Candidate
 def next_start(
     objective: str, over: Mapping[Training, float], given_up: Container[Candidate], allowed: float
 ) -> Candidate | None:
-    """What is tried before sampling: the largest ratio that keeps the accuracy, with one epoch by bisection, then with
-    more from there upwards, since these bring a step or two and cost more each; None when that is known. `over` says of
-    what was trained how many points more it loses than the `allowed`, quantised as it loses least; what was `given_up`
-    does not keep the accuracy.
+    """Returns the next candidate to try before sampling, in a search for the largest ratio that keeps the accuracy.
 
-    Longer training was seen to halve what is lost: what loses up to twice the allowed with one epoch is trained longer
-    before the ratio that needs no more than one is bracketed.
+    The search bisects the ratios with one epoch of training. From that result it climbs one ratio at a time with more
+    epochs. More epochs cost more time for each ratio, and gain only a ratio or two.
+
+    In experiments, longer training halved the accuracy drop. So a ratio with up to twice the allowed drop after one
+    epoch gets longer training before the bisection ends.
+
+    Args:
+        objective: One of `OBJECTIVES`.
+        over: Excess accuracy drop of each training in points above `allowed`, for its best quantisation.
+        given_up: Candidates that count as not keeping the accuracy.
+        allowed: Largest allowed accuracy drop, in percentage points.
+
+    Returns:
+        The candidate, or None if the largest ratio is known.
     """
     return _climbed(objective, over, given_up, allowed) or _climbed(objective, over, given_up, 0.0)
 
@@ -194,11 +219,17 @@ def _climbed(
 
 
 def hopeless(objective: str, candidate: Candidate, known: Mapping[Candidate, bool]) -> bool:
-    """Whether what is known of others says that the candidate need not be built.
+    """Returns whether the known outcomes make it unnecessary to build the candidate.
 
-    More pruning is faster and smaller and loses more; more training loses less; more in fp32 is slower, larger and
-    loses less. By `OUTWEIGHS` more pruning, with no more layers, is faster than any other way to weigh, quantise and
-    exclude.
+    The function assumes that more pruning makes a model faster, smaller and less accurate. More training makes it more
+    accurate. More fp32 layers make it slower, larger and more accurate. With `OUTWEIGHS` points more pruning and no
+    more layers, a model is faster for any cost, quantisation and number of fp32 layers. This last rule does not apply
+    to the objective ``size``.
+
+    Args:
+        objective: One of `OBJECTIVES`.
+        candidate: The candidate to check.
+        known: For each measured candidate, whether it keeps the accuracy.
     """
     if candidate in known:
         return True
@@ -215,7 +246,7 @@ def hopeless(objective: str, candidate: Candidate, known: Mapping[Candidate, boo
 
 @functools.cache
 def every(objective: str) -> tuple[Candidate, ...]:
-    """All that an objective lets tuning try; of what is not pruned, one for all costs, depths and epochs."""
+    """Returns all candidates of an objective; unpruned ones have a single choice of cost, depth and epochs."""
     names, choices = zip(*SPACE[objective].items(), strict=True)
     found = (Candidate(**dict(zip(names, values, strict=True))) for values in itertools.product(*choices))
     plain = {name: choices[names.index(name)][0] for name in ("depth", "cost")}
@@ -225,5 +256,5 @@ def every(objective: str) -> tuple[Candidate, ...]:
 def worthwhile(
     among: Iterable[Candidate], objective: str, known: Mapping[Candidate, bool], given_up: Container[Candidate]
 ) -> list[Candidate]:
-    """Those that may still be better than what is known."""
+    """Returns the candidates that may still be better than the known outcomes."""
     return [each for each in among if each not in given_up and not hopeless(objective, each, known)]

@@ -1,4 +1,4 @@
-"""Choosing settings by what they cost in accuracy, on rows held out of the training data."""
+"""Choice of settings by their accuracy drop on rows held out of the training data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from toolchain.quantization import sensitivity
 
 
 def fewest_kept(workspace: Workspace, parent: str, step: Quantize, max_drop: float, say: Say, bar: Bar) -> int:
-    """How many layers of `parent` must stay fp32; see `sensitivity.fewest_kept`."""
+    """Finds the smallest number of layers of `parent` that must stay fp32; see `sensitivity.fewest_kept`."""
     subject = sensitive(workspace, parent, step, say, bar)
     with bar("quantize") as progress:
         kept, tried = sensitivity.fewest_kept(subject, max_drop, progress)
@@ -26,15 +26,17 @@ def fewest_kept(workspace: Workspace, parent: str, step: Quantize, max_drop: flo
 
 
 def sensitive(workspace: Workspace, parent: str, step: Quantize, say: Say, bar: Bar) -> sensitivity.Subject:
-    """`parent`, built if need be, about to be quantised by `step`."""
+    """Returns `parent` as input of the sensitivity analysis for `step`; builds it if it is missing."""
     built = ensure(workspace, [parent], {}, say, bar)[parent]
     passes = linear_passes(step, parse_name(parent).std)
     return sensitivity.Subject.of(built, passes, workspace.train, activations_of(built, step, workspace.train))
 
 
 def largest_ratio(workspace: Workspace, step: Prune, max_drop: float, say: Say, bar: Bar) -> float:
-    """The largest ratio at which `step`'s method loses at most `max_drop` points on rows held out of the training data;
-    see `pruning.largest_ratio`."""
+    """Finds the largest ratio at which the method of `step` loses at most `max_drop` points on held-out rows.
+
+    See `pruning.largest_ratio`.
+    """
     root = ensure(workspace, [checkpoints.ROOT_VARIANT], {}, say, bar)[checkpoints.ROOT_VARIANT]
     given = subject(root, workspace.train, step.sentences, step.seed)
     with bar("prune") as progress:

@@ -1,4 +1,4 @@
-"""The trials of a search, kept in a file by Optuna, whose sampler proposes what to try next."""
+"""Trials of a search: Optuna stores them in a file, and its sampler proposes the next candidates."""
 
 from __future__ import annotations
 
@@ -25,8 +25,18 @@ SEED = 20
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a candidate on held-out rows: the `variant` that was measured and its artifact's id, accuracy points
-    lost, how many times as fast as the `baseline` at batch 1 and in batches, bytes, seconds that its training took."""
+    """Measurements of one candidate on held-out rows.
+
+    Attributes:
+        variant: Name of the measured variant.
+        artifact_id: Id of its artifact.
+        drop: Accuracy drop below `onnx-fp32`, in percentage points.
+        latency: Speed-up over `baseline` at batch 1.
+        throughput: Speed-up over `baseline` in batches.
+        size: Size in bytes.
+        training_s: Duration of its training, in seconds; 0 without training.
+        baseline: Name of the variant that the speed-ups refer to.
+    """
 
     variant: str
     artifact_id: str
@@ -38,13 +48,19 @@ class Outcome:
     baseline: str = "onnx-int8"
 
     def cost(self, objective: str) -> float:
-        """What is made small."""
+        """Returns the value to minimise: the inverse speed-up, or the size in megabytes."""
         return {"latency": 1 / self.latency, "throughput": 1 / self.throughput, "size": self.size / 1e6}[objective]
 
 
 class Study:
-    """Trials of one objective so far, those of earlier runs among them: what was measured, what was given up, of that
-    what validation `refused`, and what is known to be `trained` already."""
+    """Trials of one objective so far, earlier runs included.
+
+    Attributes:
+        outcomes: The measured candidates with their outcomes.
+        given_up: Candidates that the search does not try again.
+        refused: Candidates that failed validation.
+        trained: Trainings that an earlier run has finished.
+    """
 
     def __init__(self, study: optuna.Study, objective: str, max_drop: float) -> None:
         from optuna.samplers import TPESampler
@@ -67,18 +83,20 @@ class Study:
             elif candidate and trial.state == TrialState.PRUNED and trial.user_attrs.get("for_good"):
                 self.given_up.add(candidate)
                 self.refused |= {candidate} if trial.user_attrs.get("refused") else set()
-        # By how many there are: the next run proposes something else.
+        # The seed depends on the number of trials, so the next run gets different proposals.
         study.sampler = TPESampler(seed=SEED + len(study.trials))
 
     @property
     def known(self) -> dict[Candidate, bool]:
-        """Whether what was measured keeps the accuracy."""
+        """Returns for each measured candidate whether it keeps the accuracy."""
         return {candidate: self.keeps(outcome) for candidate, outcome in self.outcomes.items()}
 
     @property
     def over(self) -> dict[Training, float]:
-        """How many points more than allowed each training loses, quantised as it loses least; not above 0 keeps the
-        accuracy."""
+        """Returns the excess accuracy drop of each training, in points above the limit.
+
+        The value is that of the training's best quantisation. A value of at most 0 keeps the accuracy.
+        """
         least: dict[Training, float] = {}
         for candidate, outcome in self.outcomes.items():
             excess = outcome.drop - self.max_drop
@@ -87,8 +105,8 @@ class Study:
 
     @property
     def rest(self) -> list[Candidate]:
-        """All that may still be better than what is known."""
-        # One outcome rules out what it does, whatever comes after it: only new ones are looked at.
+        """Returns all candidates that may still be better than the known outcomes."""
+        # A candidate that one outcome rules out stays ruled out, so only new outcomes are compared.
         known = self.known
         new = dict(itertools.islice(known.items(), self._weighed, None))
         self._rest, self._weighed = worthwhile(self._rest, self.objective, new, self.given_up), len(known)
@@ -98,25 +116,28 @@ class Study:
 
     @property
     def settled(self) -> set[Candidate]:
-        """What was measured untrained and needs no training: it keeps the accuracy as it is, or is no better than the
-        best however well it is trained."""
+        """Returns the candidates that were measured untrained and need no training.
+
+        Either they keep the accuracy without training, or their cost is at least that of the best outcome. Training
+        does not change the cost.
+        """
         best = self.best.cost(self.objective) if self.best else math.inf
         plain = ((each, outcome) for each, outcome in self.outcomes.items() if not each.epochs)
         return {each for each, found in plain if self.keeps(found) or found.cost(self.objective) >= best}
 
     def keeps(self, outcome: Outcome) -> bool:
-        """Whether it loses no more than allowed."""
+        """Returns whether the accuracy drop is within the limit."""
         return outcome.drop <= self.max_drop
 
     @property
     def best(self) -> Outcome | None:
-        """The best that keeps the accuracy."""
+        """Returns the outcome of least cost that keeps the accuracy, or None."""
         kept = [outcome for outcome in self.outcomes.values() if self.keeps(outcome)]
         return min(kept, key=lambda outcome: outcome.cost(self.objective), default=None)
 
     @property
     def front(self) -> list[Outcome]:
-        """The outcomes that no other betters in both accuracy and objective, the most accurate first."""
+        """Returns the Pareto front of accuracy and objective, the most accurate outcome first."""
         found: list[Outcome] = []
         for outcome in sorted(self.outcomes.values(), key=lambda o: (o.drop, o.cost(self.objective))):
             if not found or outcome.cost(self.objective) < found[-1].cost(self.objective):
@@ -124,24 +145,26 @@ class Study:
         return found
 
     def paid_for(self, among: Iterable[Candidate]) -> Candidate | None:
-        """Of these one whose training is there already and nearly kept the accuracy, the least that is missing first:
-        another way to quantise that costs a minute."""
+        """Returns the candidate whose finished training misses the accuracy limit by the least, or None.
+
+        The training must miss the limit by at most `OTHERWISE` points. Another quantisation of it takes about a minute.
+        """
         near = {training: excess for training, excess in self.over.items() if 0 < excess <= OTHERWISE}
         found = [each for each in among if each.epochs and each.training in near]
         return min(found, key=lambda each: (near[each.training], each.keep_fp32), default=None)
 
     def at_hand(self, among: Iterable[Candidate]) -> Candidate | None:
-        """Of these one that an earlier run has trained, the most pruned first."""
+        """Returns the most pruned candidate that an earlier run has trained, or None."""
         found = [each for each in among if each.epochs and each.training in self.trained]
         return max(found, key=lambda each: (each.ratio, -each.keep_fp32), default=None)
 
     def ask(self, start: Candidate | None) -> tuple[Trial, Candidate]:
-        """The next trial: `start`, else what an interrupted run had begun, else what the sampler proposes."""
+        """Begins the next trial: `start`, else one that an interrupted run began, else a proposal of the sampler."""
         trial = self.begin(self._interrupted.pop(0) if self._interrupted and start is None else start)
         return trial, Candidate(**trial.params)
 
     def begin(self, candidate: Candidate | None) -> Trial:
-        """A trial of the candidate, or of what the sampler proposes."""
+        """Begins a trial of the candidate, or of the sampler's proposal if the candidate is None."""
         from optuna.distributions import CategoricalDistribution
 
         if candidate:
@@ -149,15 +172,21 @@ class Study:
         return self._study.ask({name: CategoricalDistribution(list(v)) for name, v in SPACE[self.objective].items()})
 
     def tell(self, trial: Trial, candidate: Candidate, outcome: Outcome) -> None:
-        """Ends the trial with what was measured."""
+        """Ends the trial with the measured outcome."""
         trial.set_user_attr("outcome", asdict(outcome))
         trial.set_constraint("points too many", outcome.drop - self.max_drop)
         self._study.tell(trial, outcome.cost(self.objective))
         self.outcomes[candidate] = outcome
 
     def give_up(self, trial: Trial, candidate: Candidate, for_good: bool = True, refused: bool = False) -> None:
-        """Ends the trial as one that is not worth the time, and if `for_good` never will be; `refused` says that it
-        failed validation."""
+        """Ends the trial without an outcome.
+
+        Args:
+            trial: The trial to end.
+            candidate: Its candidate.
+            for_good: Whether no later trial may try the candidate.
+            refused: Whether the candidate failed validation.
+        """
         from optuna.trial import TrialState
 
         trial.set_user_attr("for_good", for_good)
@@ -173,8 +202,15 @@ class Study:
 def opened(
     path: Path, objective: str, max_drop: float, about: Sequence[str], waiting: Callable[[], None]
 ) -> Iterator[Study]:
-    """The study of that objective and drop in the file at `path`; `about` tells models, training data and
-    releases apart. For one process at a time; `waiting` is called before it blocks."""
+    """Opens the study of an objective and an allowed drop; locks its file for one process at a time.
+
+    Args:
+        path: File that holds the trials.
+        objective: One of `candidates.OBJECTIVES`.
+        max_drop: Largest allowed accuracy drop, in percentage points.
+        about: Values that distinguish models, training data, step versions and baselines.
+        waiting: Called before the function waits for the lock.
+    """
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -182,7 +218,7 @@ def opened(
     optuna.logging.set_verbosity(logging.ERROR)
     with lock(path, waiting):
         storage = JournalStorage(JournalFileBackend(str(path)))
-        # Optuna takes no other choices in a study once begun.
+        # Optuna accepts no new choices in an existing study, so the name contains their hash.
         space = hashlib.sha256(json.dumps(SPACE[objective]).encode()).hexdigest()[:8]
         name = "/".join([objective, f"{max_drop:g}", *about, space])
         yield Study(optuna.create_study(storage=storage, study_name=name, load_if_exists=True), objective, max_drop)

@@ -1,1 +1,1 @@
-"""The steps: one verb a file. Each takes a `Job` and fills its folder, or measures, or compares; none calls another."""
+"""The steps, one per file: each takes a `Job` and fills its folder. `validate` compares two models. No step calls another."""

@@ -1,4 +1,4 @@
-"""Export: the PyTorch model in memory to one ONNX file of standard operators."""
+"""Export: converts the PyTorch model to one ONNX file with standard operators."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ VERSION = 2
 
 
 def export(job: Job) -> Built:
-    """See `to_onnx`; raises `GraphError` where the graph does not take the model's inputs."""
+    """Exports the parent to ONNX; see `to_onnx`.
+
+    Raises:
+        GraphError: The inputs of the graph differ from those of the model.
+    """
     assert isinstance(job.step, Export)
     given = job.given
     target = job.folder / ONNX

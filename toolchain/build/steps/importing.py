@@ -1,5 +1,4 @@
-"""Import: a checkpoint from anywhere, or an adapter merged into its base, to fp32 safetensors, config and tokenizer in
-one folder."""
+"""Import: converts a checkpoint, or an adapter and its base, to one folder of fp32 safetensors, config and tokenizer."""
 
 from __future__ import annotations
 
@@ -24,9 +23,13 @@ VERSION = 2
 
 
 def import_checkpoint(job: Job) -> Built:
-    """Loads the checkpoint in fp32 and saves it anew, so that its size is honest and its layout known.
+    """Loads the checkpoint in fp32 and saves it again, so that every import has the same dtype and layout.
 
-    Raises `CheckpointError` where weights, head or tokenizer are missing or do not fit.
+    If the checkpoint is an adapter, the step merges it into its base first.
+
+    Raises:
+        CheckpointError: Weights, head or tokenizer are missing, or do not fit together.
+        ArtifactError: The operating system refuses to write the weights.
     """
     from safetensors import SafetensorError
 
@@ -41,14 +44,14 @@ def import_checkpoint(job: Job) -> Built:
             f"The tokenizer has {len(tokenizer)} tokens, the embedding table {rows} rows.",
             "Pass the tokenizer the model was trained with.",
         )
-    # One file whatever the size: every later step reads exactly one.
+    # One file for any size, because every later step reads exactly one.
     try:
         model.save_pretrained(job.folder, safe_serialization=True, max_shard_size="1TB")
-    except SafetensorError as error:  # so it names a full disk
+    except SafetensorError as error:  # safetensors raises this for a full disk
         mend = "Free the space, or choose another place with --exported DIR."
         raise ArtifactError(f"{job.folder} cannot be written: {error}.", mend) from error
     names = _inputs(model, tokenizer)
-    # Stored, because the class's own default may name inputs that this model refuses.
+    # Stored because the default of the tokenizer class may name inputs that this model does not accept.
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
     tokenizer.save_pretrained(job.folder)
     if (job.checkpoint / SHAPES).is_file():
@@ -82,17 +85,22 @@ def import_checkpoint(job: Job) -> Built:
 
 
 def license_facts(checkpoint: Path, base: Path | None) -> dict[str, str]:
-    """The licence; of an adapter, only one that its base states as well."""
+    """Returns the licence as the fact ``license``, or no fact if there is none.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        base: Folder of an adapter's base; None otherwise. Adapter and base must state the same licence.
+    """
     stated = {license_of(folder) for folder in (checkpoint, base) if folder}
     found = stated.pop() if len(stated) == 1 else None
     return {"license": found} if found else {}
 
 
 def _trained_on(checkpoint: Path) -> dict[str, str]:
-    """The training data's digest where `finetune` made the checkpoint, so that nothing is judged by what it learnt."""
+    """Returns the digest of the training data if `finetune` made the checkpoint; later checks exclude that data."""
     try:
         found = json.loads((checkpoint / CARD).read_text(encoding="utf-8"))["train"]
-    except (OSError, ValueError, LookupError, TypeError):  # none, or somebody else's
+    except (OSError, ValueError, LookupError, TypeError):  # no such file, or a file of another tool
         return {}
     return {"trained_on": found} if isinstance(found, str) else {}
 
@@ -102,7 +110,7 @@ def _tokenizer(folder: Any) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # tokenizers and transformers raise whatever their parsers do
+    except Exception as error:  # tokenizers and transformers pass on the errors of their parsers
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"The tokenizer in {folder} cannot be loaded: {cause}", "Save it beside the model again."
@@ -110,9 +118,10 @@ def _tokenizer(folder: Any) -> Any:
 
 
 def _inputs(model: PreTrainedModel, tokenizer: Any) -> list[str]:
-    """What the tokenizer offers and the model takes, in the model's order; token types only where there are several.
+    """Returns the names of the inputs that the tokenizer gives and the model accepts, in the model's order.
 
-    DeBERTa-v2 has no table of them and RoBERTa one of one row, whatever their tokenizers offer.
+    It omits token types if the model has fewer than two. DeBERTa-v2 has no table of token types, and RoBERTa's table
+    has one row, but their tokenizers may still give token types.
     """
     offered = set(tokenizer.model_input_names)
     if getattr(model.config, "type_vocab_size", 2) < 2:
@@ -121,11 +130,11 @@ def _inputs(model: PreTrainedModel, tokenizer: Any) -> list[str]:
 
 
 def _max_length(model: PreTrainedModel, tokenizer: Any) -> int:
-    """Tokens the tokenizer allows and the position table holds; 512 where neither says."""
+    """Returns the smaller limit of tokenizer and position table, in tokens; 512 if neither has a limit."""
     limits = [tokenizer.model_max_length]
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and hasattr(module, "num_embeddings"):
-            # RoBERTa counts positions from the one after the padding's.
+            # RoBERTa's first position is the one after the padding's position.
             limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
     if not all(isinstance(limit, int | float) and limit > 2 for limit in limits):
         raise CheckpointError(f"The longest text of {limits} tokens holds no word.", "Correct model_max_length.")

@@ -1,4 +1,4 @@
-"""Optimize: the exported graph rewritten for one execution provider; the same numbers, faster."""
+"""Optimize: rewrites the exported graph for speed on one execution provider; the weights stay the same."""
 
 from __future__ import annotations
 

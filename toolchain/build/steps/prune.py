@@ -1,4 +1,4 @@
-"""Prune: heads and FFN neurons cut out of the PyTorch model, so that everything made of it gets smaller."""
+"""Prune: removes heads and FFN neurons from the PyTorch model, so that all variants built from it are smaller."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ VERSION = 3
 
 
 def prune(job: Job) -> Built:
-    """Prunes the parent by the step's method and stores weights, config and the shape of every layer.
+    """Prunes the parent by the step's method, and stores weights, config and the shape of every layer.
 
-    Raises `PruningError` for a model that is pruned already or cannot be, `DataError` for training data that cannot
-    rank it, `ArtifactError` where what was stored does not answer as what was pruned.
+    Raises:
+        PruningError: The model is already pruned, or its architecture or the ratio is not possible.
+        DataError: The training data cannot rank the units of the model.
+        ArtifactError: The stored model gives other logits than the pruned model.
     """
     step = job.step
     assert isinstance(step, Prune)
@@ -50,7 +52,17 @@ def prune(job: Job) -> Built:
 def price_of(
     given: Subject, cost: str, cache: Any, progress: Callable[[int, int, str], None]
 ) -> tuple[Price, LatencyTable | None]:
-    """What importance is weighed against: parameters, or the latency table of this machine."""
+    """Returns the cost function that the selection weighs importance against.
+
+    Args:
+        given: The model to prune.
+        cost: ``parameters``, or ``latency`` on this machine.
+        cache: Folder of this machine's latency tables.
+        progress: Called with units done, units in all, and the current work.
+
+    Returns:
+        The cost function, and its latency table; None for ``parameters``.
+    """
     if cost == "latency":
         table = latency_table(given.model, cache, progress)
         return table.price, table
@@ -64,7 +76,7 @@ def _layers(job: Job, given: Subject) -> Callable[[int], None]:
 
 
 def _facts(step: Prune, before: PreTrainedModel, after: PreTrainedModel, table: LatencyTable | None) -> dict[str, Any]:
-    """What the ratio came to: what is left of every layer, parameters, multiply-accumulates, predicted speed-up."""
+    """Returns the pruning facts: each layer's shape, parameters, multiply-accumulates and predicted speed-up."""
     old, new = EncoderSizes.of(before), EncoderSizes.of(after)
     if table:
         predicted, by = table.sentence_ms(old.shapes) / table.sentence_ms(new.shapes), "latency table"
@@ -90,7 +102,7 @@ def _facts(step: Prune, before: PreTrainedModel, after: PreTrainedModel, table: 
 
 
 def sentence(facts: dict[str, Any]) -> str:
-    """What was pruned, in one sentence."""
+    """Returns a one-line summary of the pruning facts."""
     if facts["method"] == "mask":
         return (
             f"{facts['zeroed']:.1%} of the encoder's linear parameters are zero and none is removed: "

@@ -1,4 +1,4 @@
-"""Quantize: fewer bits in weights and arithmetic."""
+"""Quantize: reduces the bits of weights and arithmetic."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ VERSION = 5
 def quantize(job: Job) -> Built:
     """Quantises the parent by the step's backend and scheme.
 
-    Raises `GraphError` where there is nothing to quantise, `ArtifactError` where what was stored does not answer as
-    what was quantised.
+    Raises:
+        GraphError: The parent has nothing to quantise, or no standard operator exists for 4-bit tables.
+        ArtifactError: The stored model gives other logits than the quantised model.
     """
     step = job.step
     assert isinstance(step, Quantize)
@@ -46,7 +47,7 @@ def _ort(job: Job, step: Quantize) -> Built:
     tokens = trimming.kept(job, step) if step.trim_vocab else []
     passes = [*(["trim-vocabulary"] if tokens else []), *linear, *embedding]
     built = rewrite_into(job, passes, keep, activations, tokens)
-    # Tables alone are no quantised model, unless it is what was asked for.
+    # A model with only quantised tables counts as quantised only if the step leaves linear layers out.
     if not any(built.facts["rewrites"][name] for name in (linear or embedding)[-1:]):
         what = "linear layer" if linear else "embedding table"
         raise GraphError(
@@ -61,8 +62,15 @@ def _ort(job: Job, step: Quantize) -> Built:
 
 
 def linear_passes(step: Quantize, standard: bool) -> tuple[str, ...]:
-    """The passes that quantise linear layers, last the one that does, none where the step leaves these as they are; a
-    graph of standard operators keeps to them."""
+    """Returns the passes that quantise linear layers, in order; the last one does the quantisation itself.
+
+    Args:
+        step: The quantisation.
+        standard: Whether the graph has standard operators only, which the passes then keep.
+
+    Returns:
+        Names of the passes; empty if the step leaves linear layers out.
+    """
     *before, last, _ = QUANTIZE_PASSES[step.scheme]
     if not _has(step, last):
         return ()
@@ -76,7 +84,7 @@ def _has(step: Quantize, name: str) -> bool:
 
 
 def activations_of(artifact: Artifact, step: Quantize, train: TrainingSource) -> dict[str, Activation]:
-    """What a static scheme must know of the fp32 graph; nothing for another."""
+    """Calibrates a static scheme on training data and returns the result of `calibrate`; empty for other schemes."""
     return calibrate(artifact, train, _has(step, "smooth")) if step.scheme == "static" else {}
 
 
@@ -96,8 +104,8 @@ def _bnb(job: Job, step: Quantize) -> Built:
 
     copy_companions(job.given, job.folder)
     model = bnb.quantized(job.given.path, step.scheme)
-    # Before the first answer: bitsandbytes rearranges 4-bit weights then, and stores them wrong.
+    # Save before the first forward pass: it rearranges bitsandbytes' 4-bit weights, and saving is then wrong.
     model.save_pretrained(job.folder, max_shard_size="100GB")
     facts = describe(model, load_file(job.folder / WEIGHTS))
-    del facts["parameters"]  # packed: two or four in one
+    del facts["parameters"]  # wrong count: one stored element holds two or four weights
     return Built.like(job, facts)

@@ -1,4 +1,4 @@
-"""Recover: a pruned model trained to answer as the unpruned one does."""
+"""Recover: trains a pruned model on the unpruned model's logits."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ VERSION = 8
 
 
 def recover(job: Job) -> Built:
-    """Distils the model's own unpruned self into the parent, on all rows but those held out and on pairs of them.
+    """Distils the unpruned model into the parent, on the training rows without the held-out ones and on pairs of them.
 
-    What is needed to go on after a kill lies in the job's `resume` folder until the
-    artifact is published. Raises `DataError` for training data that cannot be used.
+    The job's `resume` folder holds the state to resume from after a kill, until publication.
+
+    Raises:
+        DataError: The training data is unusable, or the loss is not finite.
+        ArtifactError: The job has no unpruned model.
     """
     step = job.step
     assert isinstance(step, Recover)
@@ -36,8 +39,8 @@ def recover(job: Job) -> Built:
     job.progress(0, 1, "reading the training data")
     trained, held_out = inputs.hold_out(data)
     rows = _examples(data, trained, encoder)
-    # The more of a model is gone, the more it has to learn again, and the less an example costs.
-    # Rows that are pairs themselves are not joined to pairs of pairs.
+    # A model that lost more parameters has more to learn again, and needs less time per example.
+    # If rows are already pairs of texts, the step joins no pairs of rows.
     pairs = 0 if data.paired else round(step.pairs * manifest.facts["pruning"]["achieved"] * len(rows.ids))
     mask = _mask_token(job.given.path, encoder)
     augmented = Augmented(rows.ids, rows.labels, pairs, mask, step.masked, step.seed, encoder.max_length)
@@ -65,12 +68,17 @@ def _examples(data: Data, rows: list[int], encoder: inputs.Encoder) -> Examples:
 
 @dataclass(frozen=True)
 class Augmented(Examples):
-    """Rows as they are, and in each epoch so many new random `pairs` of them, joined, in which `mask` replaces the
-    `share` of the tokens.
+    """The original rows, and new random pairs of rows in each epoch, with masked tokens.
 
-    A teacher was trained on these rows and answers nearly all with certainty, which hides what else it knows; its
-    answers to disturbed and longer ones say more. After Jiao et al. 2020, "TinyBERT", which augments for this reason.
-    A pair has the second row's label and at most `longest` tokens. Without a mask token, pairs are joined as they are.
+    The teacher learned from these rows, so its logits for nearly all of them are certain. Its logits for disturbed and
+    longer texts contain more information. Jiao et al. 2020, "TinyBERT", augment their data for the same reason.
+
+    Attributes:
+        pairs: Number of pairs in each epoch. A pair joins two rows and has the label of the second.
+        mask: Id of the mask token; None for pairs without masked tokens.
+        share: Share of a pair's tokens that the mask token replaces.
+        seed: Random seed of pairs and masks.
+        longest: Largest number of tokens of a pair.
     """
 
     pairs: int
@@ -80,7 +88,7 @@ class Augmented(Examples):
     longest: int
 
     def of_epoch(self, epoch: int) -> Examples:
-        """The rows and the pairs of that epoch."""
+        """Returns the original rows and the pairs of that epoch."""
         rng = random.Random(f"{self.seed} {epoch}")
 
         def masked(ids: list[int]) -> list[int]:
@@ -88,7 +96,7 @@ class Augmented(Examples):
 
         count = len(self.ids)
         drawn = [(rng.randrange(count), rng.randrange(count)) for _ in range(self.pairs)]
-        # The first token and the last are the tokenizer's own.
+        # The first and the last token are special tokens of the tokenizer, which stay unmasked.
         joined = [
             [one[0], *masked([*one[1:-1], *other[1:-1]][: self.longest - 2]), other[-1]]
             for one, other in ((self.ids[first], self.ids[second]) for first, second in drawn)
@@ -98,7 +106,7 @@ class Augmented(Examples):
 
 
 def _mask_token(folder: Path, encoder: inputs.Encoder) -> int | None:
-    """The id of the tokenizer's mask token; None where it has none."""
+    """Returns the id of the tokenizer's mask token; None if it has none."""
     file = folder / "tokenizer_config.json"
     token = json.loads(file.read_text()).get("mask_token") if file.is_file() else None
     if isinstance(token, dict):
@@ -108,7 +116,7 @@ def _mask_token(folder: Path, encoder: inputs.Encoder) -> int | None:
 
 
 def sentence(facts: dict[str, object]) -> str:
-    """How the recovery went, in one sentence."""
+    """Returns a one-line summary of the recovery facts."""
     held = facts["held_out_accuracy"]
     assert isinstance(held, list)
     course = " → ".join(f"{value:.2%}" for value in held)

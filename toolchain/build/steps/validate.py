@@ -1,4 +1,4 @@
-"""Validate: does an artifact answer as the PyTorch model it came from, over everything an app may feed it?"""
+"""Validate: compares an artifact's logits with its PyTorch model's, over all kinds of input that an app may send."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     from toolchain.backends import Session
 
-TOLERANCE = 1e-4  # largest |Δlogit| of an fp32 variant: rounding in another order, no more
-MAX_FLIPS = 0.02  # share of sentences whose answer may change in fewer bits
-CONFIDENCE = 0.95  # that more change than that, before an artifact is refused for it
+TOLERANCE = 1e-4  # largest |Δlogit| allowed for an fp32 variant: rounding in another order, no more
+MAX_FLIPS = 0.02  # share of all sentences that may flip in a variant with fewer bits
+CONFIDENCE = 0.95  # required confidence that more flip, before validation refuses the artifact
 SENTENCES = 200
 SEED = 20
 LENGTHS = (1, 2, 3, 8, 25, 64, 128, 512)
@@ -30,7 +30,14 @@ TEXTS = {
 
 
 def grid(encoder: Encoder, sentences: Sequence[Text]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Named batches: one token to the longest, batch 1, 2 and 7, mixed lengths padded on either side, odd texts."""
+    """Yields named batches of many shapes: 1 token up to the model's limit, batches of 1, 2 and 7, and unusual texts.
+
+    Batches of mixed lengths occur with padding on the right and on the left.
+
+    Args:
+        encoder: Encoder of the model.
+        sentences: Real sentences; three of them are in the batches of 7 texts.
+    """
     rng = random.Random(SEED)
     vocabulary = encoder.tokenizer.get_vocab_size()
 
@@ -66,15 +73,23 @@ def validate(
     agreement: str,
     original: Encoder | None = None,
 ) -> dict[str, Any]:
-    """Compares two sessions over `grid` and over `sentences` one by one; `agreement` as `Variant` states it.
+    """Compares the logits of two sessions on `grid` and, one by one, on `sentences`.
 
-    `encoder` is the contender's, `original` the reference's where that has another vocabulary: then the grid asks both
-    for the same tokens by their own ids, and the sentences are tokenised by each its own.
+    All logits must be finite. ``exact`` also needs every |Δlogit| ≤ `TOLERANCE`. ``close`` also needs at most
+    `allowed_flips` flips. ``free`` needs nothing else, because it is another model.
 
-    ``exact`` passes with every |Δlogit| ≤ `TOLERANCE`, ``close`` with finite logits and no more sentences answered
-    differently than `allowed_flips`, ``free``, which is another model, with finite logits. The report says which, with
-    the largest and mean |Δlogit| and the worst case; `flip_margins` holds the reference's margin (`labels.margins`) in
-    each sentence that flipped.
+    Args:
+        contender: Session of the artifact.
+        reference: Session of the PyTorch model.
+        encoder: Encoder of the artifact.
+        sentences: Sentences to count flips on.
+        agreement: As in `Variant.agreement`.
+        original: Encoder of the reference if its vocabulary differs. Both models then get the same tokens of `grid`
+            under their own ids, and each encoder tokenises the sentences.
+
+    Returns:
+        The report: verdict, largest and mean |Δlogit|, worst case of the grid and number of flips. `flip_margins` holds
+        the reference's margin (`labels.margins`) in each sentence that flips.
     """
     import numpy as np
 
@@ -113,7 +128,7 @@ def validate(
 
 
 def _ids_in(original: Encoder, encoder: Encoder) -> np.ndarray:
-    """The id that token i of `encoder` has in `original`, int64 [tokens]."""
+    """Returns the ids in `original` of all tokens of `encoder`, by their id there, int64 [tokens]."""
     import numpy as np
 
     there, here = original.tokenizer.get_vocab(), encoder.tokenizer.get_vocab()
@@ -121,15 +136,20 @@ def _ids_in(original: Encoder, encoder: Encoder) -> np.ndarray:
 
 
 def allowed_flips(sentences: int) -> int:
-    """How many of so many answers may change: one more would show, at `CONFIDENCE`, that more than `MAX_FLIPS` of all
-    sentences do (exact binomial)."""
+    """Returns the largest number of flips that passes validation.
+
+    One more flip would show, with `CONFIDENCE`, that more than `MAX_FLIPS` of all sentences flip (exact binomial).
+
+    Args:
+        sentences: Number of sentences compared.
+    """
     from scipy import stats
 
     return int(stats.binom.ppf(CONFIDENCE, sentences, MAX_FLIPS))
 
 
 def _delta(got: np.ndarray, want: np.ndarray) -> float:
-    """Largest |Δlogit|; infinite where a shape differs or either is not finite, so that no comparison hides it."""
+    """Returns the largest |Δlogit|; infinite if the shapes differ or a logit is not finite, so that no check passes."""
     import numpy as np
 
     if got.shape != want.shape or not (np.isfinite(got).all() and np.isfinite(want).all()):
@@ -138,12 +158,12 @@ def _delta(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def _rounded(value: float) -> float | None:
-    """Three significant digits; None for what JSON has no number for."""
+    """Rounds to three significant digits; returns None for values that JSON cannot represent."""
     return float(f"{value:.3g}") if value < float("inf") else None
 
 
 def sentence(report: dict[str, Any]) -> str:
-    """The report in one sentence."""
+    """Returns a one-line summary of the report."""
     delta = "not finite" if not report["finite"] else f"{report['largest_delta']:.2g} (worst: {report['worst_case']})"
     flips = f"{report['flips']} of {report['sentences']} sentences flipped"
     allowed = {
