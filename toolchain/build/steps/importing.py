@@ -1,4 +1,4 @@
-"""Import: converts a checkpoint, or an adapter and its base, to one folder of fp32 safetensors, config and tokenizer."""
+"""Import: converts a checkpoint, or an adapter and its base, to a folder of fp32 safetensors, config and tokenizer."""
 
 from __future__ import annotations
 
