@@ -72,8 +72,8 @@ def plan(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step]) 
         asked: Steps with the user's settings, by variant name.
 
     Raises:
-        TamperedError: The files or the manifest of a fresh artifact changed. A variant in `asked` raises no such error:
-            the pipeline builds it again.
+        TamperedError: A manifest, or a file of a fresh artifact, changed. For a variant in `asked` the
+            pipeline builds it again and raises nothing.
         ArtifactError: A variant's folder exists and is not an artifact.
     """
     planned = examine(workspace, names, asked)
@@ -337,8 +337,8 @@ def states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, str]]:
     """Returns the state of all default variants, all variants with a folder, and their ancestors.
 
     Returns:
-        Each variant with its artifact, None if there is none, and its state: ``built``, ``missing``, or a text that
-        begins with ``stale``, ``tampered`` or ``unusable`` and contains the reason.
+        Each variant with its artifact, None if there is none, and its state. The state is ``built`` or ``missing``, or
+        begins with ``stale``, ``tampered`` or ``unusable``, followed by the reason.
     """
     names = [name for cells in variants.DEFAULT_CELLS.values() for name in cells]
     names += sorted(folder.name for folder in (workspace.exported / workspace.model).glob("[!.]*") if folder.is_dir())

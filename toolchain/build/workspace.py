@@ -79,8 +79,8 @@ class Workspace:
 
         The parent of a labelled variant is the parent in its manifest, if there is one. Otherwise the method tries the
         label and the labels that it extends, longest first. It takes the first known variant, else the unlabelled one.
-        A variant is known in one of three cases: `asked` contains it, it is built, or it is an exported or optimised
-        graph of a known variant with the same label.
+        A variant is known if `asked` contains it or if it is built. An exported or optimised graph is also known if its
+        parent with the same label is known.
 
         Args:
             name: Name of the variant.

@@ -1,7 +1,7 @@
-"""The command line: parse, build one request, call one function, print, exit.
+"""The command line: each command parses its options, calls one function, prints the result and exits.
 
-Exit codes: 0 yes, 1 it failed, 2 usage, 3 the verdict is no, 130 interrupted. Data goes to standard output, progress to
-standard error. Nothing heavy is imported before a command needs it.
+Exit codes: 0 success, 1 failure, 2 wrong usage, 3 a check completed and its answer is no, 130 interrupted. Data goes to
+standard output, and progress goes to standard error. Commands import large libraries only when they need them.
 """
 
 from __future__ import annotations
@@ -60,14 +60,17 @@ for command in (
     cli.add_command(command)
     for option in command.params:
         if isinstance(option, click.Option):
-            # After the option's name on the command line; click's own way goes by the Python parameter's.
+            # The variable has the name of the option. Click would use the name of the Python parameter.
             option.envvar = f"TOOLCHAIN_{command.name}_{option.opts[0].lstrip('-')}".upper().replace("-", "_")
 
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """The interrupts that arrived. Libraries written in C turn the KeyboardInterrupt that hits them during an import or
-    a callback into an error of their own; such a failure is still the user's interrupt and no bug."""
+    """Yields a list that receives the number of each interrupt signal.
+
+    During an import or a callback, C libraries convert KeyboardInterrupt to errors of other classes. The list shows
+    that the error comes from the user's interrupt and is not a bug.
+    """
     seen: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -75,7 +78,7 @@ def _interrupts() -> Iterator[list[int]]:
         signal.default_int_handler(number, frame)
 
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield seen  # ignored by whoever started this process, or somebody else's
+        yield seen  # the parent process ignores interrupts, or other code has its own handler
         return
     signal.signal(signal.SIGINT, note)
     try:
@@ -85,11 +88,15 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code; every failure ends here, in words."""
+    """Runs the command line and returns the exit code; prints every error as a message.
+
+    Args:
+        arguments: The arguments; None for those of the process.
+    """
     state = {"debug": False}
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal without × or Δ still gets the figures
+            stream.reconfigure(errors="backslashreplace")  # terminals without × or Δ must still show the numbers
     with _interrupts() as interrupts:
         try:
             code = cli.main(arguments, prog_name="toolchain", standalone_mode=False, obj=state)

@@ -1,4 +1,4 @@
-"""Building from the command line: shared by export, prune and quantize."""
+"""Builds from the command line, for export, prune and quantize."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ if TYPE_CHECKING:
 
 
 def build(workspace: Workspace, asked: dict[str, Step], dry_run: bool) -> None:
-    """Builds what is asked for, or says what that would be; prints where it lies."""
+    """Builds variants and prints their folders; for a dry run, prints the plan and builds nothing.
+
+    Args:
+        workspace: The model's workspace.
+        asked: Steps with the user's settings, by variant name.
+        dry_run: Whether to print the plan only.
+    """
     from toolchain.artifacts.variants import settings_of
     from toolchain.build.pipeline import ensure, plan
     from toolchain.cli.progress import bar, say

@@ -21,7 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def debug_option(command: F) -> F:
-    """--debug, told to `main` through the context's object."""
+    """Adds --debug, which `main` reads from the context's object."""
 
     def note(context: click.Context, _: click.Parameter, value: bool) -> None:
         if isinstance(context.obj, dict):
@@ -32,7 +32,7 @@ def debug_option(command: F) -> F:
 
 
 def model_options(command: F) -> F:
-    """What every command that works on a model takes."""
+    """Adds --model, --as, --exported and --debug, for every command that works on a model."""
     for option in (
         click.option(
             "--exported",
@@ -52,7 +52,7 @@ def model_options(command: F) -> F:
 
 
 def name_option(command: F) -> F:
-    """--name, for every command that builds a variant with settings of its own."""
+    """Adds --name, for every command that builds a variant with the user's settings."""
 
     def check(context: click.Context, parameter: click.Parameter, value: str | None) -> str:
         if value is not None and not re.fullmatch(LABEL, value):
@@ -64,18 +64,23 @@ def name_option(command: F) -> F:
 
 
 def no_pass_option(names: Sequence[str], of_what: str) -> Callable[[F], F]:
-    """--no-pass, for every command that rewrites a graph: of these `names`."""
+    """Returns a decorator that adds --no-pass, for every command that rewrites a graph.
+
+    Args:
+        names: Names of the passes that the option accepts.
+        of_what: First part of the help text.
+    """
     text = f"{of_what}; may repeat."
     return click.option("--no-pass", "left_out", type=click.Choice(names), multiple=True, help=text)
 
 
 def json_option(command: F) -> F:
-    """--json, for every command that prints a table."""
+    """Adds --json, for every command that prints a table."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")(command)
 
 
 def dry_run_option(command: F) -> F:
-    """--dry-run, for every command that builds."""
+    """Adds --dry-run, for every command that builds."""
     return click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")(command)
 
 
@@ -83,7 +88,7 @@ RAY = "ray"
 
 
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Where the work is done, for every command that more than one machine can share."""
+    """Adds --engine and --address, for every command whose work several machines can share."""
 
     @functools.wraps(command)
     def checked(engine: str, address: str | None, **others: Any) -> Any:
@@ -117,8 +122,15 @@ def open_workspace(
     train: TrainingSource | None = None,
     corpus: Texts | None = None,
 ) -> Workspace:
-    """The folder and source that `model_options` name; `train` is what `training_options` give, `corpus` the texts a
-    vocabulary is trimmed to."""
+    """Opens the workspace of a model.
+
+    Args:
+        model: Value of --model.
+        exported: Value of --exported.
+        slug: Value of --as.
+        train: Training data, as from `training_options`.
+        corpus: Texts that vocabulary trimming uses.
+    """
     from toolchain.build.workspace import Workspace
 
     return Workspace.open(model, exported, slug, train, corpus)
@@ -128,7 +140,10 @@ DATA = "CSV, TSV, JSON lines or Parquet file, or a data set of the hub such as g
 
 
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Where training sentences come from, for every command that trains, ranks or tunes; they come as `train`."""
+    """Adds the options for training data, for every command that trains, ranks or tunes.
+
+    The command receives them as `train`.
+    """
 
     @functools.wraps(command)
     def with_source(train_data: str | None, **others: Any) -> Any:
@@ -141,13 +156,13 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What is evaluated on; it comes as `data`, `columns` and `split`."""
+    """Adds the options for evaluation data. The command receives them as `data`, `columns` and `split`."""
     text = f"{DATA}, to evaluate on.  [default: the embedded SST-2]"
     return click.option("--data", metavar="DATA", help=text)(_columns_options(command, "validation"))
 
 
 def _columns_options(command: Callable[..., Any], usual: str) -> Callable[..., Any]:
-    """The columns of a data set, as `columns`, and its `split`."""
+    """Adds the options for columns and split. The command receives them as `columns` and `split`."""
 
     @functools.wraps(command)
     def with_columns(text_column: str | None, pair_column: str | None, label_column: str, **others: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Progress on standard error: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress on standard error: a bar on a terminal, and occasional plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ if TYPE_CHECKING:
 
 
 def say(line: str) -> None:
-    """A line of progress."""
+    """Prints a line of progress."""
     print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A callback for (done, total, what is being done now); shows nothing until it is called."""
+    """Yields a callback that shows the units done, the units in all, and the current work.
+
+    It shows nothing before its first call.
+    """
     if not sys.stderr.isatty():
         yield _plain(title)
         return
@@ -33,7 +36,7 @@ def bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
         tasks: dict[int, TaskID] = {}
 
         def update(done: int, total: int, what: str) -> None:
-            # Another total is another kind of work: the time left of one says nothing about the other's.
+            # Another total means another kind of work. A new task estimates its remaining time from the start.
             if total not in tasks:
                 for old in tasks.values():
                     view.remove_task(old)
@@ -45,7 +48,7 @@ def bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
 
 
 def _plain(title: str) -> Callable[[int, int, str], None]:
-    """A line whenever another tenth is done, and no more than one a second."""
+    """Returns a callback that prints a line for each new tenth of the work, and at most one line per second."""
     last = {"tenth": -1, "total": -1, "said": float("-inf")}
 
     def update(done: int, total: int, what: str) -> None:

@@ -1,1 +1,1 @@
-"""Texts and labels: the files and data sets they come from, and the token arrays a session takes."""
+"""Texts and labels: their files and data sets, and the token arrays that a session takes."""

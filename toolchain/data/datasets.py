@@ -1,6 +1,6 @@
-"""Labelled texts out of a file or of a data set of the hub: a column of texts or two of pairs, and one of labels.
+"""Reads labelled texts from a file or a hub data set: one or two columns of texts, and one column of labels.
 
-A data set is named as the hub does, ``user/name`` or ``user/name:config``; ``glue/sst2`` is ``nyu-mll/glue:sst2``.
+The name of a hub data set is ``user/name`` or ``user/name:config``. ``glue/sst2`` means ``nyu-mll/glue:sst2``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ _INTEGRAL = (int, float)
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of columns: of texts (None: `sentence` or `text`), of labels, and of second texts where rows are pairs."""
+    """Names of columns.
+
+    Attributes:
+        text: Column of the texts; None for ``sentence`` or ``text``.
+        label: Column of the labels.
+        pair: Column of the second texts if rows are pairs; None otherwise.
+    """
 
     text: str | None = None
     label: str = "label"
@@ -37,7 +43,7 @@ USUAL = Columns()
 
 @dataclass(frozen=True)
 class Labelled:
-    """Texts or pairs of texts, and what the label column says of each."""
+    """A table that was read: its name, its texts or pairs of texts, and its label column."""
 
     name: str
     texts: tuple[Text, ...]
@@ -45,15 +51,22 @@ class Labelled:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Digest of texts, labels and the classes they index."""
+        """Returns the sha256 in hex of the texts, the labels and the classes that the labels index."""
         body = [self.texts, list(self.column.values), self.column.classes]
         return hashlib.sha256(json.dumps(body).encode()).hexdigest()
 
 
 def read(spec: str, columns: Columns, split: str | None, usual: str) -> Labelled:
-    """The table that `spec` names, a file or a data set of the hub; of that the `split`, else the `usual` one.
+    """Reads a file or a split of a hub data set.
 
-    Raises `DataError` for what is not there, cannot be read, lacks a column, or has no rows.
+    Args:
+        spec: A file or a hub data set.
+        columns: The columns to read.
+        split: Split of a hub data set; None for `usual`.
+        usual: The default split.
+
+    Raises:
+        DataError: The table does not exist, is unreadable, lacks a column or has no rows, or `split` is set for a file.
     """
     path = file_of(spec)
     if path is None:
@@ -64,7 +77,11 @@ def read(spec: str, columns: Columns, split: str | None, usual: str) -> Labelled
 
 
 def file_of(spec: str) -> Path | None:
-    """The file that `spec` names, None for a data set of the hub; `DataError` for neither."""
+    """Returns the file that `spec` names, or None if `spec` has the form of a hub data set.
+
+    Raises:
+        DataError: `spec` is neither.
+    """
     path = Path(spec)
     if path.is_file():
         return path
@@ -78,7 +95,17 @@ def file_of(spec: str) -> Path | None:
 
 
 def of_file(path: Path, name: str, columns: Columns, classes: Sequence[str] = ()) -> Labelled:
-    """The table in a file; its labels index the `classes` where there are any."""
+    """Reads the table in a file.
+
+    Args:
+        path: The file.
+        name: Name of the data set.
+        columns: The columns to read.
+        classes: Names for the indices in the label column; empty for none.
+
+    Raises:
+        DataError: The file is unreadable, lacks a column or has no rows, or a row has no valid text or label.
+    """
     table, names = Table(str(path)), list[str]()
 
     def choose(header: Sequence[str]) -> list[str]:
@@ -90,7 +117,11 @@ def of_file(path: Path, name: str, columns: Columns, classes: Sequence[str] = ()
 
 
 def of_hub(spec: str, columns: Columns, split: str) -> Labelled:
-    """A split of a data set of the hub, or of what is cached of it; its classes are those it states."""
+    """Reads a split of a hub data set with its class names, from the hub or from the local cache.
+
+    Raises:
+        DataError: The split is unavailable, lacks a column or has no rows, or a row has no valid text or label.
+    """
     data = _downloaded(spec, split)
     header = list(data.column_names)
     where = f"{spec}, split {split}"
@@ -111,7 +142,7 @@ def _downloaded(spec: str, split: str) -> Any:
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(path, config or None, split=split)
-    except Exception as error:  # the hub, its client and every reader behind it raise errors of their own
+    except Exception as error:  # the hub's client and its many readers raise errors of many classes
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{spec}, split {split}, cannot be had: {said.rstrip('.')}.",
@@ -147,7 +178,7 @@ def _kind(value: Any) -> str:
 
 
 def _value(value: Any, number: int, table: Table) -> Value:
-    """The label as text: whole numbers without a point, lists as tuples of labels."""
+    """Returns the label as text: an integer without a decimal point, and a list as a tuple of labels."""
     if isinstance(value, str):
         return value
     if isinstance(value, bool):

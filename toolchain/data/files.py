@@ -1,4 +1,4 @@
-"""Texts out of a file and predictions into one, row by row: CSV, TSV, JSON lines, Parquet, plain lines."""
+"""Reads texts from files and writes predictions, row by row: CSV, TSV, JSON lines, Parquet, plain lines."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from typing import IO, Any
 
 from toolchain.errors import DataError
 
-# One text, or two that are asked together.
+# One text, or a pair of texts that the model takes together.
 Text = str | tuple[str, str]
 TEXT_COLUMNS = ("sentence", "text")
 STDIN = "-"
-FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")  # by a file's ending; of input, anything else is plain lines
-PARQUET_ROWS = 1000  # read and written at once
+FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")  # by file ending; an input file with another ending has plain lines
+PARQUET_ROWS = 1000  # number of rows read at once
 MOST_FIELD = 1 << 30  # characters of a CSV field; Python's own limit is 131,072
 
 Row = Mapping[str, Any]
-Choose = Callable[[Sequence[str]], Sequence[str]]  # a table's columns → those wanted; raises where they are not there
+Choose = Callable[[Sequence[str]], Sequence[str]]  # a table's columns → the columns to read; raises if one is missing
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,16 @@ class Table:
     file: str
 
     def read(self, choose: Choose) -> Iterator[tuple[Any, ...]]:
-        """The chosen columns of every row in order, holding a few at a time; None where a row lacks one.
+        """Yields the chosen columns of each row in order, with None for a missing value.
 
-        Raises `DataError` for a file that is not there, is not UTF-8, or is not what its ending says, by its row.
+        It holds only a few rows in memory.
+
+        Args:
+            choose: Returns the columns to read from the columns of the file.
+
+        Raises:
+            DataError: The file is missing, is not UTF-8, or does not have the format of its ending. The error names
+                the row where possible.
         """
         readers = {".csv": self._csv, ".tsv": self._csv, ".jsonl": self._jsonl, ".parquet": self._parquet}
         reader = readers.get(kind_of(self.file))
@@ -49,7 +56,7 @@ class Table:
 
     def _csv(self, choose: Choose) -> Iterator[tuple[Any, ...]]:
         csv.field_size_limit(MOST_FIELD)
-        # Tab-separated values have no quoting (IANA, GLUE): a stray quote must not swallow the rows that follow.
+        # Tab-separated values have no quoting (IANA, GLUE). With quoting, a single quote would join the next rows.
         tab: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
         dialect = tab if kind_of(self.file) == ".tsv" else {"strict": True}
         with open_text(self.file, "utf-8-sig", "") as stream:
@@ -107,24 +114,36 @@ class Table:
             raise DataError(f"{self.file} cannot be read: {error}.", "Write it again as Parquet.") from error
 
     def wrong(self, number: int, what: str, mend: str = "Correct the row.") -> DataError:
-        """The error that a row, counted from 1, is."""
+        """Returns an error about one row.
+
+        Args:
+            number: Number of the row, from 1.
+            what: The fault.
+            mend: Advice to the user.
+        """
         return DataError(f"{self.file}, row {number}: {what}.", mend)
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Where texts are: a file's name, or ``-`` for plain lines on standard input; `column` names the texts, else it is
-    `sentence` or `text`, and `pair` that of second texts, where each row has two."""
+    """A source of texts.
+
+    Attributes:
+        file: Name of a file; ``-`` for plain lines on standard input.
+        column: Column of the texts; None for ``sentence`` or ``text``.
+        pair: Column of the second texts if rows are pairs; None otherwise.
+    """
 
     file: str
     column: str | None = None
     pair: str | None = None
 
     def read(self) -> Iterator[Text]:
-        """Every text or pair in order, holding a few at a time.
+        """Yields every text or pair in order, with only a few in memory.
 
-        Raises `DataError` for a file that is not there, is not UTF-8, lacks the column, or holds something that is no
-        text, which it names by its row.
+        Raises:
+            DataError: The file is missing, is not UTF-8, lacks the column, or has a value that is not a text. The error
+                names the row.
         """
         if self.file == STDIN or kind_of(self.file) not in FORMATS:
             yield from self._lines()
@@ -140,8 +159,11 @@ class Texts:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of the file's bytes, in hex; empty for standard input, which can be read once. `DataError` for a file that
-        cannot be read."""
+        """Returns the sha256 in hex of the file's bytes; empty for standard input, which can be read only once.
+
+        Raises:
+            DataError: The file is unreadable.
+        """
         if self.file == STDIN:
             return ""
         with readable(self.file), open(self.file, "rb") as file:
@@ -149,17 +171,19 @@ class Texts:
 
     @property
     def columns(self) -> list[str]:
-        """The columns that were named."""
+        """Returns the columns that the user named."""
         return [name for name in (self.column, self.pair) if name]
 
     @property
     def digest(self) -> str:
-        """Name, sha256 of the bytes and the columns where any was named: the same text for the same texts."""
+        """Returns a text that identifies the texts: file name, sha256 of the bytes, and the columns the user named."""
         return ":".join([Path(self.file).name, self.sha256, *self.columns])
 
     def count(self) -> int | None:
-        """How many texts `read` gives, found by reading them: what is wrong with one is told before any is scored. None
-        for standard input, which can be read once."""
+        """Returns the number of texts, or None for standard input, which can be read only once.
+
+        It reads all texts, so that a faulty row raises its error before any text is scored.
+        """
         return None if self.file == STDIN else sum(1 for _ in self.read())
 
     def _lines(self) -> Iterator[str]:
@@ -169,7 +193,7 @@ class Texts:
             )
         with readable(self.file):
             stream: AbstractContextManager[IO[str]] = (
-                nullcontext(_utf8(sys.stdin))  # not ours to close
+                nullcontext(_utf8(sys.stdin))  # must stay open
                 if self.file == STDIN
                 else open(self.file, encoding="utf-8", newline="\n")  # noqa: SIM115 (closed by the with below)
             )
@@ -179,14 +203,23 @@ class Texts:
 
 
 def kind_of(file: str) -> str:
-    """The ending that says what a file is, without that of its compression."""
+    """Returns the file's ending in lower case, without ``.gz``, such as ``.csv``."""
     name = file.lower()
     return Path(name.removesuffix(".gz")).suffix
 
 
 def text_columns(names: Sequence[str], text: str | None, pair: str | None, file: str) -> list[str]:
-    """The column of texts, `sentence` or `text` where it is not named, and that of second texts where it is; raises
-    `DataError` where `names` lack it."""
+    """Returns the column of texts, followed by the column of second texts if `pair` is set.
+
+    Args:
+        names: Columns of the file.
+        text: Column of the texts; None for ``sentence`` or ``text``.
+        pair: Column of the second texts; None without pairs.
+        file: Name of the file, for error messages.
+
+    Raises:
+        DataError: The file lacks a column.
+    """
     if text is None and not any(name in names for name in TEXT_COLUMNS):
         what = f"no column {' or '.join(map(repr, TEXT_COLUMNS))}"
         raise DataError(f"{file} has {what}; it has {_listed(names)}.", "Name it with --text-column.")
@@ -196,7 +229,17 @@ def text_columns(names: Sequence[str], text: str | None, pair: str | None, file:
 
 
 def text_of(values: Sequence[Any], names: Sequence[str], number: int, table: Table) -> Text:
-    """The text of a row, or its pair of texts, by the columns `names`; `DataError` where one is none."""
+    """Returns the text of a row, or its pair of texts.
+
+    Args:
+        values: One or two values of the row.
+        names: Columns of the values.
+        number: Number of the row, from 1.
+        table: The file, for error messages.
+
+    Raises:
+        DataError: A value is not a text.
+    """
     for name, value in zip(names, values, strict=True):
         if not isinstance(value, str):
             raise table.wrong(number, f"no text in {name!r}")
@@ -204,7 +247,17 @@ def text_of(values: Sequence[Any], names: Sequence[str], number: int, table: Tab
 
 
 def named(names: Sequence[str], asked: str, file: str, option: str) -> str:
-    """`asked`, which `option` names; `DataError` where `names` lack it."""
+    """Returns the column `asked`.
+
+    Args:
+        names: Columns of the file.
+        asked: The column that must exist.
+        file: Name of the file, for error messages.
+        option: The command-line option that names the column, for error messages.
+
+    Raises:
+        DataError: The file lacks the column.
+    """
     if asked not in names:
         raise DataError(f"{file} has no column {asked!r}; it has {_listed(names)}.", f"Name it with {option}.")
     return asked
@@ -216,7 +269,7 @@ def _listed(names: Sequence[str]) -> str:
 
 @contextmanager
 def readable(file: str) -> Iterator[None]:
-    """Raises `DataError` for what the system or the decoder says of a file."""
+    """Converts errors of the operating system, the UTF-8 decoder and gzip to `DataError`."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -230,14 +283,14 @@ def readable(file: str) -> Iterator[None]:
 
 
 def open_text(file: str, encoding: str, newline: str) -> IO[str]:
-    """A text file, decompressed where it is gzipped."""
+    """Opens a text file, and decompresses it if its name ends in ``.gz``."""
     if file.lower().endswith(".gz"):
         return gzip.open(file, "rt", encoding=encoding, newline=newline)
     return open(file, encoding=encoding, newline=newline)
 
 
 def _utf8(stream: Any) -> Any:
-    """Standard input as UTF-8 whatever the locale says."""
+    """Sets the stream to UTF-8, independent of the locale."""
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(encoding="utf-8", errors="strict")
     return stream
@@ -245,7 +298,12 @@ def _utf8(stream: Any) -> Any:
 
 @contextmanager
 def writer(path: Path | None, columns: Sequence[str]) -> Iterator[Callable[[Sequence[Row]], None]]:
-    """Takes rows a few at a time into a file, in the format of its ending; JSON lines to standard output for None."""
+    """Yields a function that appends rows to a file, in the format of the file's ending.
+
+    Args:
+        path: The file; None for JSON lines on standard output.
+        columns: Columns of the file. In Parquet, columns that begin with ``score_`` are float32 and others are text.
+    """
     kind = path.suffix.lower() if path else ".jsonl"
     with ExitStack() as stack:
         if kind == ".parquet":
@@ -258,7 +316,7 @@ def writer(path: Path | None, columns: Sequence[str]) -> Iterator[Callable[[Sequ
                 stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 stream.flush()
         else:
-            # In TSV a tab or line break inside a text has no place: Python writes it quoted, as spreadsheets do.
+            # TSV has no form for a tab or line break inside a text. Python quotes these texts, as spreadsheets do.
             table = csv.DictWriter(stream, columns, delimiter="\t" if kind == ".tsv" else ",", lineterminator="\n")
             table.writeheader()
 

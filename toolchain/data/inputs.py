@@ -1,4 +1,4 @@
-"""Sentences with labels, and the token arrays a session is given."""
+"""Sentences with labels, and the token arrays that a session takes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,20 @@ HELD_OUT_SPLIT, TRAIN_SPLIT, VALIDATION_SPLIT = "held-out", "train", "validation
 SENTENCE_WORDS = 12
 TOKEN_TYPES = "token_type_ids"
 FEWEST = 20
-LONG = 64  # characters a token, beyond which a text is looked at from its start
-SPLIT_SEED = 20  # one for all: what was held out once is never trained on
+LONG = 64  # characters per token of the limit; `Encoder` tokenises only the start of longer texts
+SPLIT_SEED = 20  # the same for all runs, so that no run trains on the held-out rows of another
 
 
 @dataclass(frozen=True)
 class Data:
-    """Texts, or pairs of texts, and the answer to each by a model with these `label_set`; `sha256` over texts and
-    answers tells one data set from another."""
+    """Texts or pairs of texts, with the correct answers of a model.
+
+    Attributes:
+        name: Name of the data set.
+        texts: The text of each row.
+        labels: The answer to each row, as in `LabelSet.indices`.
+        label_set: Labels of the model.
+    """
 
     name: str
     texts: tuple[Text, ...]
@@ -42,45 +48,55 @@ class Data:
 
     @property
     def sha256(self) -> str:
-        """Digest of texts and labels in order."""
+        """Returns the sha256 in hex of texts and labels in order, which identifies the data set."""
         return hashlib.sha256(json.dumps([self.texts, self.labels]).encode()).hexdigest()
 
     @property
     def paired(self) -> bool:
-        """Whether each row has two texts."""
+        """Returns whether each row has two texts."""
         return bool(self.texts) and not isinstance(self.texts[0], str)
 
     @property
     def targets(self) -> list[int] | list[list[float]]:
-        """The labels as a loss takes them; see `LabelSet.targets`."""
+        """Returns the labels as targets of a loss; see `LabelSet.targets`."""
         return self.label_set.targets(self.labels)
 
     def only(self, rows: Sequence[int]) -> Data:
-        """These of the rows, in that order."""
+        """Returns the data with the given rows only, in the given order."""
         texts, labels = tuple(self.texts[row] for row in rows), tuple(self.labels[row] for row in rows)
         return Data(self.name, texts, labels, self.label_set)
 
     def sample(self, count: int, seed: int) -> tuple[Text, ...]:
-        """`count` texts drawn without replacement (all of them where there are fewer)."""
+        """Returns `count` random texts without replacement, or all texts if there are fewer."""
         return tuple(random.Random(seed).sample(self.texts, min(count, len(self.texts))))
 
 
 def labelled(found: Labelled, labels: LabelSet) -> Data:
-    """A table that was read, for a model with these `labels`; raises `DataError` where it has others."""
+    """Converts a table to the data of a model with these `labels`.
+
+    Raises:
+        DataError: The table has a label that the model does not have.
+    """
     return Data(found.name, found.texts, labels.indices(found.column), labels)
 
 
 def embedded(split: str = VALIDATION_SPLIT) -> Data:
-    """The embedded SST-2, split ``train`` or ``validation``."""
+    """Returns a split of the embedded SST-2, ``train`` or ``validation``."""
     return labelled(datasets.of_file(SST2 / f"{split}.tsv.gz", "sst2", USUAL), SST2_LABELS)
 
 
 def load(spec: str | None, labels: LabelSet, columns: Columns = USUAL, split: str | None = None) -> Data:
-    """What `--data` names, for a model with these `labels`; the embedded SST-2 where it is None.
+    """Returns the data that `--data` names.
 
-    A file, or a data set of the hub, of which it is the split named (``validation`` by default); ``held-out`` is what
-    training with the same name leaves out. Raises `DataError` for what cannot be read, lacks a column, is empty, or has
-    labels the model does not.
+    Args:
+        spec: A file or a hub data set; None for the embedded SST-2.
+        labels: Labels of the model.
+        columns: Columns of the file or data set.
+        split: Split of a data set; None for ``validation``. For ``held-out`` the function returns the held-out rows of
+            the training data with the same `spec`.
+
+    Raises:
+        DataError: The data is unreadable, lacks a column or is empty, or the model does not have its labels.
     """
     if split == HELD_OUT_SPLIT:
         data = TrainingSource(spec, columns).load(labels)
@@ -101,13 +117,13 @@ def _embedded_split(split: str) -> str:
 
 
 def embedded_fits(labels: LabelSet) -> bool:
-    """Whether the embedded sentences have this model's labels."""
+    """Returns whether the embedded sentences fit the model: one of two labels, with SST-2's names or default names."""
     same = tuple(name.upper() for name in labels.names) == SST2_LABELS.names
     return not labels.multi and len(labels.names) == 2 and (labels.generic or same)
 
 
 def _check_labels(labels: LabelSet, option: str) -> None:
-    """Raises `DataError` unless the embedded sentences have this model's labels."""
+    """Raises `DataError` unless the embedded sentences fit the model's labels."""
     if not embedded_fits(labels):
         what = "any number of " if labels.multi else ""
         raise DataError(
@@ -119,8 +135,13 @@ def _check_labels(labels: LabelSet, option: str) -> None:
 
 @dataclass(frozen=True)
 class TrainingSource:
-    """Where training sentences come from: a `file` or a data set of the hub with its columns and split, or the embedded
-    SST-2 where there is none."""
+    """The source of training sentences.
+
+    Attributes:
+        file: A file or a hub data set; None for the embedded SST-2.
+        columns: Columns of the file or data set.
+        split: Split of a data set; None for ``train``.
+    """
 
     file: str | None = None
     columns: Columns = USUAL
@@ -128,8 +149,10 @@ class TrainingSource:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Name, sha256 of the bytes (of the hub's data, of what was read) and the columns that were named: the same
-        text for the same sentences."""
+        """Returns a text that identifies the sentences: name, sha256, and the names of columns and split.
+
+        The sha256 covers the bytes of the file, or the texts and labels of a hub data set.
+        """
         path = SST2 / "train.tsv.gz" if self.file is None else datasets.file_of(self.file)
         name = "sst2" if self.file is None else self.file if path is None else path.name
         if path is None:
@@ -141,7 +164,11 @@ class TrainingSource:
         return ":".join([name, found, *named, *filter(None, (self.columns.pair, self.split))])
 
     def read(self) -> Labelled:
-        """The sentences with what their column says of them; raises `DataError` for what cannot be read."""
+        """Reads the sentences with their label column.
+
+        Raises:
+            DataError: As in `datasets.read`, or the embedded SST-2 does not have the split.
+        """
         if self.file is None:
             split = _embedded_split(self.split or TRAIN_SPLIT)
             return datasets.of_file(SST2 / f"{split}.tsv.gz", "sst2", USUAL, SST2_LABELS.names)
@@ -153,17 +180,27 @@ class TrainingSource:
         return datasets.read(self.file, self.columns, self.split, TRAIN_SPLIT)
 
     def load(self, labels: LabelSet) -> Data:
-        """The sentences, for a model with these `labels`; raises `DataError` as `inputs.load` does."""
+        """Returns the sentences as the data of a model with these `labels`.
+
+        Raises:
+            DataError: As in `inputs.load`.
+        """
         if self.file is None:
             _check_labels(labels, "--train-data")
         return labelled(self.read(), labels)
 
 
 def hold_out(data: Data) -> tuple[list[int], list[int]]:
-    """The rows of training data in two parts, in seeded random order: what trains, and what choices are made on.
+    """Splits training data into rows to train on and held-out rows.
 
-    `HELD_OUT` rows, a tenth where there are few, are held out; of sentence length (`SENTENCE_WORDS`) where there are
-    enough of these, since phrases say little about sentences. Raises `DataError` for fewer than `FEWEST` rows.
+    The held-out rows number `HELD_OUT`, or a tenth of the rows if that is less. They have at least `SENTENCE_WORDS`
+    words if enough rows have that length, because results on phrases predict little about sentences.
+
+    Returns:
+        The indices of the training rows and of the held-out rows, both in seeded random order.
+
+    Raises:
+        DataError: The data has fewer than `FEWEST` rows.
     """
     count = len(data.labels)
     if count < FEWEST:
@@ -176,7 +213,10 @@ def hold_out(data: Data) -> tuple[list[int], list[int]]:
 
 
 def sentence_rows(data: Data, rows: Sequence[int], wanted: int) -> list[int]:
-    """The first `wanted` of `rows` that are of sentence length, or simply the first where these are too few."""
+    """Returns the first `wanted` of `rows` with at least `SENTENCE_WORDS` words.
+
+    If fewer than 2 × `wanted` rows have that length, it returns the first `wanted` rows of any length.
+    """
     long = [row for row in rows if _words(data.texts[row]) >= SENTENCE_WORDS]
     return list(long if len(long) >= 2 * wanted else rows)[:wanted]
 
@@ -186,16 +226,27 @@ def _words(text: Text) -> int:
 
 
 class Tokens(list[int]):
-    """The token ids of a text or pair; `types` says of each which of two texts it is of (0 or 1), where there are two
-    and the tokenizer tells."""
+    """The token ids of a text or pair.
+
+    Attributes:
+        types: The text, 0 or 1, that each token belongs to; empty if the tokenizer gives only zeros.
+    """
 
     types: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Text to token ids as the checkpoint's tokenizer, which lies in `folder`, gives them; what the graph wants, and
-    whether it answers with a set of labels (`multi_label`)."""
+    """Converts texts to token ids with a checkpoint's tokenizer.
+
+    Attributes:
+        folder: Folder of the tokenizer.
+        tokenizer: The tokenizer, without padding, with truncation to `max_length`.
+        names: Names of the model's inputs.
+        pad_id: Token id for padding.
+        max_length: Largest number of tokens of a text or pair.
+        multi_label: Whether the model answers with sets of labels.
+    """
 
     folder: Path
     tokenizer: Any
@@ -206,7 +257,16 @@ class Encoder:
 
     @classmethod
     def open(cls, folder: Path, names: Sequence[str], max_length: int) -> Encoder:
-        """Reads an artifact's tokenizer.json, whose padding is switched off and truncation set to `max_length`."""
+        """Reads tokenizer.json and config.json of an artifact.
+
+        Args:
+            folder: Folder of the artifact.
+            names: Names of the model's inputs.
+            max_length: Number of tokens to truncate to.
+
+        Raises:
+            CheckpointError: tokenizer.json is unreadable.
+        """
         from tokenizers import Tokenizer
 
         try:
@@ -222,7 +282,10 @@ class Encoder:
         return cls(folder, tokenizer, tuple(names), pad, max_length, multi)
 
     def encode(self, texts: Sequence[Text]) -> list[Tokens]:
-        """Token ids with special tokens, one list a text or pair, which is cut off at its longer end."""
+        """Returns the token ids of each text or pair, with special tokens.
+
+        Truncation shortens the longer text of a pair first.
+        """
         starts = [self._start(text) if isinstance(text, str) else tuple(map(self._start, text)) for text in texts]
         found = []
         for encoding in self.tokenizer.encode_batch(starts):
@@ -232,10 +295,10 @@ class Encoder:
         return found
 
     def _start(self, text: str) -> str:
-        """As much of the text as decides its first `max_length` tokens: all of it, unless it is a book.
+        """Returns a start of the text that has the same first `max_length` tokens; the complete text if it is short.
 
-        Tokenizers split a text whole before they cut it off, at hundreds of bytes a token. What stands before a word
-        does not depend on what comes after, so a start of twice as many tokens as are kept has the same first ones.
+        A tokenizer tokenises the complete text before it truncates, and needs hundreds of bytes per token. The tokens
+        before a word do not depend on later words. So a start of more than 2 × `max_length` tokens is sufficient.
         """
         size = LONG * self.max_length
         while size < len(text):
@@ -251,8 +314,19 @@ class Encoder:
 def pad(
     ids: Sequence[Sequence[int]], names: Sequence[str], pad_id: int, left: bool = False, width: int = 0
 ) -> dict[str, np.ndarray]:
-    """One batch as int64 arrays [batch, longest or `width`]: ids padded on one side, the mask, token types where asked
-    for, which are those of the rows that have any."""
+    """Pads token ids to one batch.
+
+    Args:
+        ids: Token ids of each row. Rows of type `Tokens` may also have token types.
+        names: Names of the arrays to return.
+        pad_id: Token id for padding.
+        left: Whether to pad on the left instead of the right.
+        width: Smallest width of the arrays; a longer row widens them.
+
+    Returns:
+        Arrays by name, int64 [batch, width]: ids, attention mask and, if in `names`, token types. Rows without token
+        types have zeros.
+    """
     import numpy as np
 
     width = max(width, *(len(row) for row in ids))

@@ -1,4 +1,4 @@
-"""What a classifier answers with: one label of several, or a set of them; and how a data set's column says so."""
+"""Labels: a classifier's answers (one label, or a set of labels), and the label columns of data sets."""
 
 from __future__ import annotations
 
@@ -12,51 +12,70 @@ if TYPE_CHECKING:
     import numpy as np
 
 SINGLE, MULTI = "single_label_classification", "multi_label_classification"  # as `problem_type` in a model's config
-SEPARATOR = "|"  # between the labels of a text, in a column of plain text
-MOST = 100  # more different labels than these are no classes but some other column
+SEPARATOR = "|"  # separates the labels of a text in a column of plain text
+MOST = 100  # a column with more different labels is probably not the label column
 
-# What a column says of a row, as text: one label, or those of a set. An answer is a label's index, or for a set the
-# whole number whose bits are set at the indices of its labels.
+# The entry of a row in a label column, as text: one label, or a set of labels. An answer is the index of a label. For a
+# set it is the integer whose bits are set at the indices of its labels.
 Value = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of labels: a value a row, where it is from, and the `classes` it indexes where the data set names
-    them."""
+    """A column of labels.
+
+    Attributes:
+        values: The value of each row.
+        where: Source of the column, for error messages.
+        classes: The data set's names for the indices in `values`; empty if it gives none.
+    """
 
     values: Sequence[Value]
     where: str
     classes: tuple[str, ...] = ()
 
     def wrong(self, number: int, what: str, mend: str) -> DataError:
-        """The error that a row, counted from 1, is."""
+        """Returns an error about one row.
+
+        Args:
+            number: Number of the row, from 1.
+            what: The fault.
+            mend: Advice to the user.
+        """
         return DataError(f"{self.where}, row {number}: {what}.", mend)
 
 
 @dataclass(frozen=True)
 class LabelSet:
-    """The names of a model's labels by index, and whether it answers with any number of them (`multi`) or with one."""
+    """The labels of a model.
+
+    Attributes:
+        names: Names of the labels, by index.
+        multi: Whether an answer is a set of any number of labels instead of one label.
+    """
 
     names: tuple[str, ...]
     multi: bool = False
 
     @property
     def generic(self) -> bool:
-        """Whether the names say nothing: those a model has that was never given any."""
+        """Returns whether all names are the default names: LABEL_0, LABEL_1 and so on."""
         return all(name == f"LABEL_{index}" for index, name in enumerate(self.names))
 
     def named(self, answer: int) -> str:
-        """An answer in words."""
+        """Returns the label names of an answer; `SEPARATOR` separates the names of a set."""
         if not self.multi:
             return self.names[answer]
         return SEPARATOR.join(name for index, name in enumerate(self.names) if answer >> index & 1)
 
     def indices(self, column: Column) -> tuple[int, ...]:
-        """The answers that the column states: all of it names, or all of it indices, decided once.
+        """Returns the answers in a column.
 
-        Names fit in any case where that is not ambiguous. Raises `DataError` for a label that the model does not have,
-        and where names and indices could both be meant.
+        A column holds either names or indices in all rows. Names match in upper or lower case, unless that is
+        ambiguous.
+
+        Raises:
+            DataError: The model does not have a label of the column, or all values are both names and indices.
         """
         sets: list[Sequence[str]] = [
             _members(value, number, column, self.multi) for number, value in enumerate(column.values, start=1)
@@ -76,13 +95,13 @@ class LabelSet:
         return tuple(answers)
 
     def targets(self, answers: Sequence[int]) -> list[int] | list[list[float]]:
-        """The answers as a loss takes them: indices, or for sets a row of zeros and ones."""
+        """Converts answers to targets of a loss: label indices [rows], or zeros and ones [rows, labels] for sets."""
         if not self.multi:
             return list(answers)
         return [[float(answer >> index & 1) for index in range(len(self.names))] for answer in answers]
 
     def _known(self, found: Sequence[str], where: str) -> Mapping[str, int]:
-        """What the values are read by: the names where all are names, else what more of them are."""
+        """Returns value → index: by names if all values are names, else by the reading that fits more values."""
         names = self._by_name(found)
         by_index = {str(index): index for index in range(len(self.names))}
         if not all(value in names for value in found):
@@ -96,8 +115,11 @@ class LabelSet:
         return names
 
     def _by_class(self, sets: Sequence[Sequence[str]], column: Column) -> tuple[list[Sequence[str]], Mapping[str, int]]:
-        """The sets by the data set's own names for its indices, and what these are to the model: the labels of the
-        same names, in whatever order; the same indices where the model's have no names. Never a guess."""
+        """Returns the sets with class names in place of indices, and the model's index of each name.
+
+        Names of data set and model must match, in any order. If the model has default names and as many labels, the
+        indices stay as they are. The method never guesses.
+        """
         classes = column.classes
         if self.generic and len(classes) == len(self.names):
             return list(sets), {str(index): index for index in range(len(classes))}
@@ -112,7 +134,7 @@ class LabelSet:
         return [[by_index.get(value, value) for value in members] for members in sets], known
 
     def _by_name(self, found: Sequence[str]) -> dict[str, int]:
-        """Label name → index, as written; in any case where that is not ambiguous."""
+        """Returns label name → index; matches upper and lower case, unless the model's names differ only in case."""
         exact = {label: index for index, label in enumerate(self.names)}
         folded = {label.casefold(): index for label, index in exact.items()}
         if len(folded) < len(self.names):
@@ -132,10 +154,18 @@ SST2_LABELS = LabelSet(("NEGATIVE", "POSITIVE"))
 
 
 def label_set(column: Column, names: Sequence[str], multi: bool) -> LabelSet:
-    """The labels that a new model for this column has: `names` where any are given; else the data set's own; else those
-    that occur, in alphabetical order, and for whole numbers from 0 on LABEL_0, LABEL_1, ….
+    """Returns the labels of a new model for a column.
 
-    Raises `DataError` for fewer than two labels or more than `MOST`.
+    The names are `names`, else the classes of the data set, else the values of the column in alphabetical order. If
+    the values are the integers from 0 on, the names are LABEL_0, LABEL_1 and so on.
+
+    Args:
+        column: The label column.
+        names: Names of the labels; empty to derive them.
+        multi: Whether answers are sets. A column with lists always has sets.
+
+    Raises:
+        DataError: There are fewer than two labels, or more than `MOST`.
     """
     multi = multi or any(isinstance(value, tuple) for value in column.values)
     members = [_members(value, number, column, multi) for number, value in enumerate(column.values, start=1)]
@@ -159,7 +189,7 @@ def label_set(column: Column, names: Sequence[str], multi: bool) -> LabelSet:
 
 
 def _members(value: Value, number: int, column: Column, multi: bool) -> tuple[str, ...]:
-    """The labels of a row."""
+    """Returns the labels of a row; raises `DataError` for a list if the model answers with one label."""
     if isinstance(value, tuple):
         if not multi:
             raise column.wrong(
@@ -172,15 +202,20 @@ def _members(value: Value, number: int, column: Column, multi: bool) -> tuple[st
 
 
 def answers(logits: np.ndarray, multi: bool) -> list[int]:
-    """What logits [batch, labels] say: the index of the largest; of a set, the labels more likely than not, as bits."""
+    """Returns the answer to each row of logits [batch, labels].
+
+    An answer is the index of the largest logit. For `multi` it is a set, as bits: the labels with a logit above 0.
+    """
     if not multi:
         return [int(index) for index in logits.argmax(axis=1)]
     return [sum(1 << index for index, yes in enumerate(row) if yes) for row in (logits > 0).tolist()]
 
 
 def margins(logits: np.ndarray, multi: bool) -> np.ndarray:
-    """How much logits [batch, labels] must move to change the answer, [batch]: the largest logit less the second
-    largest; of a set, the smallest distance of a logit from 0."""
+    """Returns the margin of each row of logits [batch, labels], as an array [batch].
+
+    The margin is the largest logit minus the second largest. For `multi` it is the smallest distance of a logit from 0.
+    """
     import numpy as np
 
     if multi:
@@ -190,7 +225,7 @@ def margins(logits: np.ndarray, multi: bool) -> np.ndarray:
 
 
 def shares(logits: np.ndarray, multi: bool) -> np.ndarray:
-    """Probability of every label, float64 [batch, labels]: they add up to 1, or each stands for itself in a set."""
+    """Returns the probability of each label, float64 [batch, labels]: softmax, or for `multi` the sigmoid."""
     import numpy as np
 
     exact = logits.astype(np.float64)
@@ -201,7 +236,11 @@ def shares(logits: np.ndarray, multi: bool) -> np.ndarray:
 
 
 def log_shares(logits: np.ndarray, multi: bool) -> np.ndarray:
-    """Logarithms of the probabilities of all outcomes: of the labels; of a set, of each label's yes and then no."""
+    """Returns the log-probabilities of all outcomes, float64.
+
+    These are the labels, [batch, labels]. For `multi` these are all labels present, then all labels absent,
+    [batch, 2 × labels].
+    """
     import numpy as np
 
     exact = logits.astype(np.float64)

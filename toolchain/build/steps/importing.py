@@ -97,10 +97,10 @@ def license_facts(checkpoint: Path, base: Path | None) -> dict[str, str]:
 
 
 def _trained_on(checkpoint: Path) -> dict[str, str]:
-    """Returns the digest of the training data if `finetune` made the checkpoint; later checks exclude that data."""
+    """Returns the training data's digest if `finetune` made the checkpoint, so that no benchmark runs on that data."""
     try:
         found = json.loads((checkpoint / CARD).read_text(encoding="utf-8"))["train"]
-    except (OSError, ValueError, LookupError, TypeError):  # no such file, or a file of another tool
+    except (OSError, ValueError, LookupError, TypeError):  # the file is missing, or another tool wrote it
         return {}
     return {"trained_on": found} if isinstance(found, str) else {}
 

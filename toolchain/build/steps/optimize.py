@@ -1,4 +1,4 @@
-"""Optimize: rewrites the exported graph for speed on one execution provider; the weights stay the same."""
+"""Optimize: rewrites the exported graph for speed on one execution provider; fp32 logits change only by rounding."""
 
 from __future__ import annotations
 

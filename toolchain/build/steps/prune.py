@@ -26,7 +26,7 @@ def prune(job: Job) -> Built:
     """Prunes the parent by the step's method, and stores weights, config and the shape of every layer.
 
     Raises:
-        PruningError: The model is already pruned, or its architecture or the ratio is not possible.
+        PruningError: The model is already pruned, its architecture is not supported, or it cannot lose that share.
         DataError: The training data cannot rank the units of the model.
         ArtifactError: The stored model gives other logits than the pruned model.
     """

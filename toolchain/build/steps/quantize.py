@@ -62,7 +62,7 @@ def _ort(job: Job, step: Quantize) -> Built:
 
 
 def linear_passes(step: Quantize, standard: bool) -> tuple[str, ...]:
-    """Returns the passes that quantise linear layers, in order; the last one does the quantisation itself.
+    """Returns the passes that quantise linear layers, in order; only the last one quantises.
 
     Args:
         step: The quantisation.
@@ -104,7 +104,7 @@ def _bnb(job: Job, step: Quantize) -> Built:
 
     copy_companions(job.given, job.folder)
     model = bnb.quantized(job.given.path, step.scheme)
-    # Save before the first forward pass: it rearranges bitsandbytes' 4-bit weights, and saving is then wrong.
+    # The first forward pass rearranges bitsandbytes' 4-bit weights, and a save after it writes wrong weights.
     model.save_pretrained(job.folder, max_shard_size="100GB")
     facts = describe(model, load_file(job.folder / WEIGHTS))
     del facts["parameters"]  # wrong count: one stored element holds two or four weights

@@ -128,7 +128,7 @@ def validate(
 
 
 def _ids_in(original: Encoder, encoder: Encoder) -> np.ndarray:
-    """Returns the ids in `original` of all tokens of `encoder`, by their id there, int64 [tokens]."""
+    """Returns an array, int64 [tokens], that maps each token id of `encoder` to the token's id in `original`."""
     import numpy as np
 
     there, here = original.tokenizer.get_vocab(), encoder.tokenizer.get_vocab()
