@@ -1,1 +1,1 @@
-"""The steps, one per file: each fills the folder of a `Job`; `validate` compares two models. No step calls another."""
+"""The build steps, one a file: each takes a `Job` and fills its folder. No step calls another."""
