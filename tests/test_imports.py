@@ -159,4 +159,4 @@ def test_help_loads_nothing_heavy(arguments):
 
 def test_files_can_be_read_in_one_sitting():
     for module, path in modules().items():
-        assert len(path.read_text().splitlines()) <= 350, module
+        assert len(path.read_text().splitlines()) <= 450, module

@@ -25,7 +25,7 @@ def test_thinning_is_even_keeps_rounds_and_the_true_count(times):
         remaining = iter(timed)
         assert all(value in remaining for value in kept)  # a subsequence
         share = MAX_SAMPLES / samples.count if samples.count > MAX_SAMPLES else 1
-        assert abs(len(kept) - share * len(row)) <= 1
+        assert abs(len(kept) - share * len(timed)) <= 1
 
 
 def test_thinning_does_not_lose_the_same_sentences_of_every_repetition():
