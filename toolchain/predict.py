@@ -1,7 +1,7 @@
-"""Predict: label and probabilities for every text of a file, in order, in constant memory, resumable.
+"""Prediction of the label and the probabilities of every text of a file, in order and in constant memory.
 
-With an output file, what is scored is kept in parts beside it until the file is whole; the same command takes an
-interrupted run up again.
+For an output file, the run stores finished rows as parts in a work folder beside it. It writes the output file at the
+end. After an interruption, the same command resumes the run.
 """
 
 from __future__ import annotations
@@ -34,15 +34,24 @@ from toolchain.system import files, hardware
 if TYPE_CHECKING:
     import numpy as np
 
-PART = 2000  # texts scored, kept and shown at once
-PLAIN = 32  # texts scored at once where they are typed or piped, and wanted soon
+PART = 2000  # texts per part, if rows go to a file
+PLAIN = 32  # texts per window, if rows go to standard output: small, so that rows appear soon
 BATCH = 32
 
 
 @dataclass(frozen=True)
 class Model:
-    """Where a model lies, which runtime opens it, what it answers; `id` tells it from every other. `files` are those of
-    its folder, the one that lists them among them. With `texts`, its graph has the tokenizer in it."""
+    """A model file with its tokenizer and labels.
+
+    Attributes:
+        path: Path that the runtime opens.
+        runtime: Name of the runtime.
+        id: Unique id: a variant's manifest id, or a bundle's id with the name of the variant.
+        labels: Names of the labels, by index.
+        encoder: The tokenizer.
+        files: Files of the folder by their relative paths, with the manifest or bundle.json.
+        texts: Whether the graph contains the tokenizer.
+    """
 
     path: Path
     runtime: str
@@ -54,26 +63,27 @@ class Model:
 
     @property
     def folder(self) -> Path:
-        """Of the variant or bundle."""
+        """Returns the folder of the variant or bundle."""
         return self.encoder.folder
 
     def columns(self, texts: Texts) -> list[str]:
-        """Of the predictions: the text or texts, the label, and every label's probability."""
+        """Returns the column names of the predictions: the text or texts, the label, and each label's probability."""
         which = ["text", "text_pair"] if texts.pair else ["text"]
         return [*which, "prediction", *(f"score_{label}" for label in self.labels)]
 
     @property
     def label_set(self) -> LabelSet:
-        """What it answers with."""
+        """Returns the labels of the model."""
         return LabelSet(self.labels, self.encoder.multi_label)
 
 
-# Gives the rows of so many texts at a time, in order, after so many that are done: (model, texts, done, window).
+# Called as (model, texts, done, window): skips the first `done` texts, and yields the rows of `window` texts at a time,
+# in order.
 Engine = Callable[[Model, Texts, int, int], Iterator[list[Row]]]
 
 
 def of_variant(workspace: Workspace, name: str, say: Say, bar: Bar) -> Model:
-    """A variant, built if it is missing or stale."""
+    """Returns the model of a variant; builds the variant if it is missing or stale."""
     return _of_artifact(ensure(workspace, [name], {}, say, bar)[name])
 
 
@@ -85,7 +95,13 @@ def _of_artifact(artifact: Artifact) -> Model:
 
 
 def of_bundle(folder: Path, say: Say) -> Model:
-    """A bundle's first model; raises as `shipping.checked` does where it is not what it was."""
+    """Returns the first model of a bundle, after the checks of `shipping.checked`.
+
+    Raises:
+        ShippingError: The folder holds no bundle.
+        VerdictError: The bundle was modified, or this runtime cannot compute its recorded logits.
+        ProviderError: The bundle needs onnxruntime-extensions, which is not installed.
+    """
     body, _ = shipping.checked(folder)
     first = body["models"][0]
     if len(body["models"]) > 1:
@@ -98,7 +114,7 @@ def of_bundle(folder: Path, say: Say) -> Model:
 
 
 class Opened:
-    """A model that is loaded, with so many `threads`: texts and their tokens in, logits out."""
+    """A loaded model that runs on the CPU with a number of threads and returns logits."""
 
     def __init__(self, model: Model, threads: int) -> None:
         self._encoder = model.encoder
@@ -106,7 +122,15 @@ class Opened:
         self._session = None if model.texts else open_session(model.path, model.runtime, Place("cpu", threads))
 
     def logits(self, texts: Sequence[Text], rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """float32 [texts, labels]; `rows` are the tokens of the texts."""
+        """Returns the logits of the texts, float32 [texts, labels].
+
+        Args:
+            texts: The texts, for a graph that contains the tokenizer.
+            rows: Token ids of each text, for all other models.
+
+        Raises:
+            DataError: The graph contains the tokenizer and a text is a pair.
+        """
         if self._graph:
             if not all(isinstance(text, str) for text in texts):
                 raise DataError(
@@ -118,7 +142,7 @@ class Opened:
         return self._session.run(pad(rows, self._encoder.names, self._encoder.pad_id))
 
     def close(self) -> None:
-        """Frees the model."""
+        """Releases the model."""
         if self._graph:
             self._graph.close()
         if self._session:
@@ -126,8 +150,14 @@ class Opened:
 
 
 def lying_in(folder: Path, say: Say) -> Model:
-    """What a variant's or a bundle's folder holds, wherever it lies; raises `TamperedError` or `VerdictError` where it
-    is not what it was."""
+    """Returns the model in the folder of a variant or of a bundle, after a check of its files.
+
+    Raises:
+        ArtifactError: The folder holds neither an artifact nor a bundle.
+        TamperedError: The files of the variant do not match their digests.
+        VerdictError: The bundle was modified, or this runtime cannot compute its recorded logits.
+        ProviderError: The bundle needs onnxruntime-extensions, which is not installed.
+    """
     if (folder / BUNDLE).exists():
         return of_bundle(folder, say)
     artifact = store.load(folder)
@@ -138,7 +168,7 @@ def lying_in(folder: Path, say: Say) -> Model:
 
 
 def here(model: Model, texts: Texts, done: int, window: int) -> Iterator[list[Row]]:
-    """The engine of this process alone."""
+    """Yields the rows of each window, computed in this process: the default `Engine`."""
     opened = Opened(model, hardware.cores())
     for taken in windows(texts, done, window):
         yield scored(opened, model, texts, taken)
@@ -146,10 +176,18 @@ def here(model: Model, texts: Texts, done: int, window: int) -> Iterator[list[Ro
 
 
 def predict(model: Model, texts: Texts, output: Path | None, say: Say, bar: Bar, engine: Engine = here) -> int:
-    """Scores every text; rows to `output` or standard output, in order. How many there were.
+    """Scores every text and writes the rows in order. Rows that are done before an error stay for the next run.
 
-    Raises `DataError` for texts that cannot be read or an output of an unknown kind, `ArtifactError` where it exists or
-    cannot be written; what was scored until then is kept for the next try.
+    Args:
+        output: Output file; None for standard output.
+        engine: Function that computes the rows.
+
+    Returns:
+        Number of texts.
+
+    Raises:
+        DataError: The texts are unreadable, or the suffix of `output` is not in `FORMATS`.
+        ArtifactError: `output` exists or cannot be written.
     """
     if output is None:
         texts.count()
@@ -172,7 +210,7 @@ def _taken(output: Path) -> ArtifactError:
 
 
 def _kept(model: Model, texts: Texts, output: Path, say: Say, bar: Bar, engine: Engine) -> int:
-    """`predict` into a file, by way of parts."""
+    """Scores the texts part by part, then joins the parts into the output file."""
     parts = publishing.work_folder(output) / "parts"
     total = texts.count()
     done = _taken_up(parts, model, texts)
@@ -199,12 +237,12 @@ def _kept(model: Model, texts: Texts, output: Path, say: Say, bar: Bar, engine: 
 
 
 def _taken_up(parts: Path, model: Model, texts: Texts) -> int:
-    """How many texts an earlier run of the same scored; what another left is thrown away."""
+    """Returns the number of texts that an interrupted equal run scored; deletes the parts of other runs."""
     about = {"model": model.id, "texts": texts.sha256, "column": texts.column, "pair": texts.pair}
     state = parts / "run.json"
     try:
         same = texts.file != STDIN and json.loads(state.read_text()) == about
-    except (OSError, ValueError):  # none, or one that was being written when its run was killed
+    except (OSError, ValueError):  # missing, or incomplete because its run was killed
         same = False
     if same:
         scored = sorted(parts.glob("[0-9]*"))
@@ -222,9 +260,9 @@ def _taken_up(parts: Path, model: Model, texts: Texts) -> int:
 
 
 def _keep(part: Path, rows: Sequence[Row]) -> None:
-    """Writes a part whole or not at all."""
+    """Writes a part atomically."""
     try:
-        # \x85 and its like end a line for str.splitlines, and are escaped.
+        # str.splitlines also splits at characters such as \x85. json.dumps escapes them.
         files.write_whole(part, "".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
         raise ArtifactError(
@@ -234,14 +272,14 @@ def _keep(part: Path, rows: Sequence[Row]) -> None:
 
 
 def windows(texts: Texts, done: int, window: int) -> Iterator[list[Text]]:
-    """So many texts at a time, in order, after so many that are done."""
+    """Yields lists of at most `window` texts, in order, without the first `done` texts."""
     rest = itertools.islice(texts.read(), done, None)
     while taken := list(itertools.islice(rest, window)):
         yield taken
 
 
 def scored(opened: Opened, model: Model, texts: Texts, taken: Sequence[Text]) -> list[Row]:
-    """The rows of a window, in order; batches are made of texts of like length."""
+    """Returns the rows of the texts of one window, in order; each batch holds texts of similar length."""
     columns, label_set = model.columns(texts), model.label_set
     encoded = model.encoder.encode(taken)
     scores: list[tuple[int, Sequence[float]]] = [(0, ())] * len(encoded)

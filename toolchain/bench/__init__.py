@@ -1,1 +1,1 @@
-"""Benchmarks: every cell in processes of its own, asked the same sentences in the same rounds."""
+"""Benchmarks: each cell runs in its own processes, and all cells answer the same sentences in interleaved rounds."""

@@ -1,4 +1,4 @@
-"""A cell under measurement: what its processes told, turn by turn, and the row that comes of it."""
+"""A cell under measurement: the replies of its processes, turn by turn, and the row that they give."""
 
 from __future__ import annotations
 
@@ -19,8 +19,19 @@ from toolchain.results.statistics import ratio
 
 @dataclass(frozen=True)
 class Cell:
-    """A variant on a provider: its artifact, or why there is none to measure (`status`, `reason`, `mend`); and its
-    `encoder`, where that is not the run's."""
+    """A variant on an execution provider.
+
+    Attributes:
+        model: Name of the model.
+        variant: Name of the variant.
+        runtime: Runtime tag of the variant, such as ``onnx``.
+        provider: The execution provider.
+        artifact: Artifact of the variant; None if there is none to measure.
+        status: ``ok``, ``failed`` or ``unavailable``.
+        reason: Why there is no artifact; empty otherwise.
+        mend: Hint how to fix that; may be empty.
+        encoder: Encoder of the cell; None if the cell uses the encoder of the run.
+    """
 
     model: str
     variant: str
@@ -34,11 +45,15 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """``variant@provider``."""
+        """Returns ``variant@provider``."""
         return f"{self.variant}@{self.provider}"
 
     def reading_as(self, root: Manifest) -> Cell:
-        """The cell with an encoder of its own, where its tokenizer is not that of the imported checkpoint `root`."""
+        """Returns the cell with its own encoder if its tokenizer differs from the imported checkpoint's tokenizer.
+
+        Args:
+            root: Manifest of the imported checkpoint.
+        """
         if self.artifact is None or self.artifact.manifest.tokenizer == root.tokenizer:
             return self
         names = [spec.name for spec in root.inputs]
@@ -47,7 +62,19 @@ class Cell:
 
 @dataclass
 class Running:
-    """A cell under measurement: what it told so far, and the process it tells it from, if one is up."""
+    """A cell under measurement.
+
+    Attributes:
+        cell: The cell.
+        artifact: Artifact of the cell.
+        worker: The running process; None if there is none.
+        starts: Reply of each process to its start.
+        turns: Kind of turn → round → reply.
+        peaks: Memory peaks of each process that has ended.
+        exactness: Microseconds of each round with exact and with saturating 8-bit products; may be empty.
+        failure: The error that ended the measurement of the cell; None if there is none.
+        noise: Processor time that the host and other processes used during the cell's turns.
+    """
 
     cell: Cell
     artifact: Artifact
@@ -60,7 +87,11 @@ class Running:
     noise: Noise = field(default_factory=Noise)
 
     def take(self, record: Mapping[str, Any]) -> None:
-        """Adds what was told, now or in an interrupted run."""
+        """Adds a record of this run or of the interrupted run that it resumes.
+
+        Args:
+            record: The values ``kind``, ``turn`` and ``reply``, as in the journal.
+        """
         kind, reply = record["kind"], record["reply"]
         if kind == "start":
             self.starts.append(reply)
@@ -75,18 +106,18 @@ class Running:
 
     @property
     def needs_option(self) -> bool:
-        """Whether this processor computes its 8-bit products exactly only with a session option."""
+        """Returns whether the cell's 8-bit products are exact on this processor only with a session option."""
         option = self.starts and self.starts[0]["facts"].get("option")
         return bool(option) and self.artifact.manifest.facts.get("int8_headroom", 1) < 1
 
     @property
     def sentence_s(self) -> float:
-        """Seconds a sentence takes, by the first estimate."""
+        """Returns the mean seconds per sentence in the first process's warm-up; 0 before any start."""
         return float(self.starts[0]["sentence_s"]) if self.starts else 0.0
 
 
 def measurement(item: Running, data: Data, protocol: Protocol) -> Measurement:
-    """The row of a cell: measured, or why it failed."""
+    """Returns the row of a cell: its figures, or the reason why it failed."""
     if item.failure:
         return unmeasured(item.cell, item.failure)
     manifest, first = item.artifact.manifest, item.starts[0]
@@ -145,8 +176,10 @@ def measurement(item: Running, data: Data, protocol: Protocol) -> Measurement:
 
 
 def _exactness(item: Running) -> dict[str, Any]:
-    """The session option that this processor needs for exact 8-bit products, and the time with it over the time
-    without it; nothing where it needs none."""
+    """Returns the session option for exact 8-bit products and the ratio time with it / time without it.
+
+    The result is empty if the ratio was not measured, because the processor needs no option.
+    """
     if not item.exactness:
         return {}
     found = ratio(item.exactness["exact"], item.exactness["saturating"])
@@ -162,12 +195,12 @@ def _flat(rows: Sequence[Sequence[Any]]) -> list[Any]:
 
 
 def _answers(replies: Sequence[Mapping[str, Any]]) -> dict[int, int]:
-    """Sentence → label."""
+    """Returns the predicted label of each sentence: index of the sentence → label."""
     return {i: a for r in replies for i, a in zip(r["answered"], _flat(r["answers"]), strict=True)}
 
 
 def _largest(peaks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The peaks of all processes of a cell: the largest of the host's and of the GPU's."""
+    """Returns the largest host peak and the largest GPU peak over all processes of a cell."""
     found: dict[str, Any] = {"peak": max(peak["peak"] for peak in peaks)}
     on_gpu = [peak["gpu"] for peak in peaks if "gpu" in peak]
     if on_gpu:
@@ -176,7 +209,7 @@ def _largest(peaks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _accuracy(answers: Mapping[int, int], data: Data, batch_size: int) -> Accuracy | None:
-    """None where not every sentence was asked."""
+    """Returns the accuracy; None if the answers do not cover all sentences."""
     if len(answers) < len(data.labels):
         return None
     correct = sum(answers[i] == label for i, label in enumerate(data.labels))
@@ -184,7 +217,13 @@ def _accuracy(answers: Mapping[int, int], data: Data, batch_size: int) -> Accura
 
 
 def unmeasured(cell: Cell, error: ToolchainError | None = None) -> Measurement:
-    """The row of a cell that has no figures, by what it failed with, or by the cell's own reason."""
+    """Returns the row of a cell without figures.
+
+    Args:
+        cell: The cell.
+        error: The error of the measurement; None takes the reason of the cell. The row's status is ``unavailable``
+            for a `ProviderError` or an unavailable cell, and ``failed`` otherwise.
+    """
     error = error or BenchError(cell.reason, cell.mend)
     missing = isinstance(error, ProviderError) or cell.status == "unavailable"
     artifact_id = cell.artifact.manifest.id if cell.artifact else None

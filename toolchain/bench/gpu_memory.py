@@ -1,4 +1,4 @@
-"""How much of a GPU's memory this process holds, by NVML: the same measure for every runtime."""
+"""GPU memory of this process, measured with NVML, so that all runtimes use the same method."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ PROCESS, DIFFERENCE = "NVML, this process", "NVML, the device's difference since
 
 
 class GpuMemory:
-    """A meter of one GPU, made before anything is loaded there.
+    """A meter of this process's memory on one GPU; create it before the process loads anything there.
 
-    Where a container hides processes from NVML, what the whole device holds more than when the meter was made stands in
-    for the process's share, and `method` says so: other users of the GPU count then, cells measured beside it too.
+    A container may hide processes from NVML. The meter then reports the increase of the device's used memory since its
+    creation. This increase includes other users of the GPU, such as other cells.
+
+    Attributes:
+        method: The method of the last reading, `PROCESS` or `DIFFERENCE`.
+        peak: The largest reading so far, in bytes.
     """
 
     def __init__(self, device_id: int) -> None:
@@ -25,8 +29,10 @@ class GpuMemory:
         self.peak = 0
 
     def read(self) -> int:
-        """Bytes held now; `peak` is the largest so far. Runtimes keep what they once took, so a reading after the work
-        has its peak."""
+        """Returns the used bytes and updates `peak`.
+
+        Runtimes keep the memory that they once allocated, so a reading after the work includes its peak.
+        """
         import pynvml
 
         mine = [
@@ -46,7 +52,11 @@ class GpuMemory:
 
 
 def meter(device_id: int) -> GpuMemory | None:
-    """A meter of the GPU that CUDA counts as `device_id` in bus order; None where NVML does not answer."""
+    """Returns a meter of a GPU, or None if NVML does not work.
+
+    Args:
+        device_id: Number of the GPU for CUDA, in the order of the PCI bus.
+    """
     import pynvml
 
     try:
@@ -56,7 +66,11 @@ def meter(device_id: int) -> GpuMemory | None:
 
 
 def allocator_peak(device_id: int) -> int | None:
-    """The peak of PyTorch's own allocator there, in bytes; None where this process does not use PyTorch on a GPU."""
+    """Returns the peak of PyTorch's allocator in bytes, or None if this process does not use PyTorch on a GPU.
+
+    Args:
+        device_id: Number of the GPU for CUDA.
+    """
     import sys
 
     torch = sys.modules.get("torch")
@@ -66,7 +80,10 @@ def allocator_peak(device_id: int) -> int | None:
 
 
 def _handle(device_id: int) -> Any:
-    """NVML counts all GPUs, CUDA those that `CUDA_VISIBLE_DEVICES` leaves: by number or by name."""
+    """Returns NVML's handle of a GPU, given its number for CUDA.
+
+    NVML numbers all GPUs. CUDA numbers only the GPUs in `CUDA_VISIBLE_DEVICES`, which lists numbers or UUIDs.
+    """
     import pynvml
 
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]

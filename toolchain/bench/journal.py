@@ -1,4 +1,4 @@
-"""A benchmark run as it goes: every turn is written when it is over, so that an interrupted run can be taken up."""
+"""The journal of a benchmark run: it stores each result when it is known, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -15,15 +15,27 @@ SUFFIX = ".journal"
 
 
 class Journal:
-    """A file of JSON lines, its head first; `records` are those an earlier run left."""
+    """A file of JSON lines; the first line is the head.
+
+    Attributes:
+        path: Path of the file.
+        records: Records of the interrupted run; empty for a new run.
+    """
 
     def __init__(self, path: Path, records: list[dict[str, Any]]) -> None:
         self.path, self.records = path, records
 
     @classmethod
     def begin(cls, path: Path, head: Mapping[str, Any]) -> Journal:
-        """A new run's, at `path` or at a numbered name where that exists; `ResultFileError` where it cannot be
-        written."""
+        """Creates the journal of a new run.
+
+        Args:
+            path: Path of the file. If it exists, the new file's name gets a number.
+            head: The settings that identify the run.
+
+        Raises:
+            ResultFileError: The file cannot be written.
+        """
         try:
             return cls(files.write_to_free(path, _line(head)), [])
         except OSError as error:
@@ -31,9 +43,17 @@ class Journal:
 
     @classmethod
     def take_up(cls, path: Path, head: Mapping[str, Any]) -> Journal:
-        """An earlier run's, to go on with; `ResultFileError` unless it was begun with the same `head`."""
+        """Opens the journal of an interrupted run to resume it, and removes an incomplete last line.
+
+        Args:
+            path: Path of the file.
+            head: The settings that identify the run.
+
+        Raises:
+            ResultFileError: The run has another head, or the file is not a valid journal.
+        """
         content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]  # a killed run may have left part of a line
+        whole = content[: content.rfind(b"\n") + 1]  # a killed run may leave an incomplete last line
         try:
             found, *records = [json.loads(line) for line in whole.splitlines()]
             differs = [key for key in head if found.get(key) != json.loads(json.dumps(head[key]))]
@@ -52,7 +72,11 @@ class Journal:
         return cls(path, records)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Adds a line; `ResultFileError` where it cannot be written."""
+        """Appends one record.
+
+        Raises:
+            ResultFileError: The file cannot be written.
+        """
         try:
             with self.path.open("a") as file:
                 file.write(_line(record))
@@ -60,13 +84,17 @@ class Journal:
             raise ResultFileError.unwritable(self.path, error) from error
 
     def end(self) -> None:
-        """The run is over and kept elsewhere."""
+        """Deletes the journal; call it after the result file is written."""
         self.path.unlink(missing_ok=True)
 
 
 def newest(folder: Path, model: str) -> Path:
-    """The model's interrupted run in `folder`; `ResultFileError` where there is none."""
-    # After the model's name comes only a time, with a number where two runs began in the same second.
+    """Returns the path of the model's newest journal in `folder`.
+
+    Raises:
+        ResultFileError: There is none.
+    """
+    # A file name has only a time after the model's name, and a number if two runs began in the same second.
     found = [path for path in folder.glob(f"*{SUFFIX}") if path.stem.rsplit("-", 1)[0] == model]
     if not found:
         raise ResultFileError(f"There is no interrupted run of {model} in {folder}.", "Leave --resume out.")

@@ -1,7 +1,7 @@
-"""What one runtime can do on this machine at most, measured in a process of its own: a line of JSON on its output.
+"""The machine probe: it measures the highest rates of one runtime on this machine and prints them as a line of JSON.
 
-A stack of square linear layers, together larger than the L2 caches, answers tall batches and single rows through the
-operators and the call that answer sentences.
+It runs in a separate process. A stack of square linear layers, together larger than the L2 caches, computes large
+batches and single rows. It uses the same operators and the same session call as models do for sentences.
 """
 
 from __future__ import annotations
@@ -18,21 +18,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-WIDTH = 2048  # of a layer: its operator's own costs vanish beside its weights
-TALL = (128, 1024)  # rows at which arithmetic is what takes the time; which is faster differs by kernel
-PASSES, LEAST = 2, 3  # over all measures, and answers in each: a neighbour's burst is not there both times
-APART_S = 0.05  # a runtime's threads spin for some 20 ms after an answer, and would take the next stack's cores
+WIDTH = 2048  # width of a layer; at this width, an operator's fixed cost is small beside the cost of its weights
+TALL = (128, 1024)  # batch sizes at which arithmetic takes most of the time; the faster one depends on the kernel
+# Passes over all measures, and minimum answers in each measure. A short load by another process affects only one pass.
+PASSES, LEAST = 2, 3
+APART_S = 0.05  # a runtime's threads spin for about 20 ms after an answer and would slow the next stack
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
 Answer = Callable[[], object]
 
 
 def measure(runtime: str, precisions: Sequence[str], threads: int, seconds: float, mebibytes: int) -> dict[str, float]:
-    """``<precision>_gmacs``: 10⁹ multiply-accumulates a second of tall products; ``<precision>_gb_s``: 10⁹ bytes of
-    weights a second at one row.
+    """Measures the highest rates of a runtime; each comes from the fastest answer, because it must be a ceiling.
 
-    Each is of the fastest answer, not of the median one: it is a ceiling. A measure takes about `seconds` a pass and
-    height, on stacks of about so many `mebibytes` of weights.
+    Args:
+        runtime: ``torch`` or ``onnx``.
+        precisions: ``fp32``, ``int8`` or, with PyTorch only, ``bf16``.
+        threads: Number of threads.
+        seconds: Seconds for each pass, precision and batch size.
+        mebibytes: Approximate size of the weights of each stack, in MiB.
+
+    Returns:
+        ``<precision>_gmacs``: 10⁹ multiply-accumulates per second in large batches. ``<precision>_gb_s``: 10⁹ bytes
+        of weights per second with one row.
     """
     build = {"torch": _torch, "onnx": _onnx}[runtime]
     layers = {p: max(1, (mebibytes << 20) // (WEIGHT_BYTES[p] * WIDTH**2)) for p in precisions}
@@ -54,7 +62,7 @@ def measure(runtime: str, precisions: Sequence[str], threads: int, seconds: floa
 
 
 def _fastest(answer: Answer, seconds: float) -> float:
-    """Seconds of the fastest answer, after one that is not counted."""
+    """Returns the seconds of the fastest answer, after one untimed answer."""
     answer()
     spent: list[float] = []
     until = time.perf_counter() + seconds
@@ -66,7 +74,7 @@ def _fastest(answer: Answer, seconds: float) -> float:
 
 
 def _torch(precision: str, layers: int, threads: int) -> Callable[[int], Answer]:
-    """Rows → the call of PyTorch that answers so many."""
+    """Returns a function: number of rows → the PyTorch call that computes a batch of this size."""
     import torch
 
     from toolchain.backends import reduced
@@ -89,7 +97,7 @@ def _torch(precision: str, layers: int, threads: int) -> Callable[[int], Answer]
 
 
 def _onnx(precision: str, layers: int, threads: int) -> Callable[[int], Answer]:
-    """Rows → the call of ONNX Runtime that answers so many."""
+    """Returns a function: number of rows → the ONNX Runtime call that computes a batch of this size."""
     import numpy as np
 
     from toolchain import passes
@@ -107,7 +115,15 @@ def _onnx(precision: str, layers: int, threads: int) -> Callable[[int], Answer]:
 
 
 def graph(precision: str, layers: int) -> ir.Model:
-    """``rows`` [rows, WIDTH] through all the layers, of which the first row is read, as a head does."""
+    """Returns a graph of linear layers that outputs only the first row of the last layer, as a classifier head does.
+
+    Args:
+        precision: ``fp32`` or ``int8``.
+        layers: Number of layers.
+
+    Returns:
+        A model with the float input ``rows`` [rows, WIDTH] and the output ``row`` [WIDTH].
+    """
     import numpy as np
     import onnx_ir as ir
     from onnx import TensorProto, helper, numpy_helper
@@ -132,7 +148,7 @@ def graph(precision: str, layers: int) -> ir.Model:
 
 
 def main() -> None:
-    """Takes the arguments of `measure`, the precisions joined by commas."""
+    """Prints the rates; the command line holds the arguments of `measure` in order, with comma-separated precisions."""
     runtime, precisions, threads, seconds, mebibytes = sys.argv[1:]
     print(json.dumps(measure(runtime, precisions.split(","), int(threads), float(seconds), int(mebibytes))))
 

@@ -1,4 +1,4 @@
-"""What else a machine did while a cell was measured: a share of its processor time, by the system's own counters."""
+"""Processor time that the host and other processes used during a measurement, from the system's counters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Noise:
-    """Adds up over the times it is told to watch."""
+    """Sums of processor time over all `watch` contexts."""
 
     def __init__(self) -> None:
         self._total = self._stolen = self._others = 0.0
@@ -17,12 +17,16 @@ class Noise:
 
     @contextmanager
     def watch(self, processes: Sequence[int]) -> Iterator[None]:
-        """While this lasts, all processor time but that of `processes` is noise."""
+        """Adds the processor times during the context.
+
+        Args:
+            processes: Ids of the measured processes. Their time and this process's time do not count as noise.
+        """
         before, mine = _system(), _own(processes)
         yield
         spent = {name: value - before[name] for name, value in _system().items()}
         idle = spent.get("idle", 0.0) + spent.get("iowait", 0.0)
-        # Linux counts the time of guests twice, once as theirs and once as the user's.
+        # Linux counts the time of virtual guests twice: as guest time and as user time.
         total = sum(spent.values()) - spent.get("guest", 0.0) - spent.get("guest_nice", 0.0)
         self._total += total
         self._stolen += spent.get("steal", 0.0)
@@ -31,7 +35,12 @@ class Noise:
             self._load.append(os.getloadavg()[0])
 
     def shares(self) -> dict[str, float]:
-        """The share that the host took, the share that other processes had, and the mean load."""
+        """Returns the noise; empty before the first `watch`.
+
+        Returns:
+            ``steal_share``, the share of processor time that the host took; ``others_share``, the share of other
+            processes; and ``load_1m``, the mean 1-minute load average, if the system has one.
+        """
         if not self._total:
             return {}
         found = {"steal_share": self._stolen / self._total, "others_share": self._others / self._total}
@@ -47,7 +56,7 @@ def _system() -> dict[str, float]:
 
 
 def _own(processes: Sequence[int]) -> float:
-    """User and system seconds of these processes and of this one; those that have ended count no more."""
+    """Returns the user and system seconds of these processes and of this process; ended processes count as 0."""
     import psutil
 
     spent = 0.0

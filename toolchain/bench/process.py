@@ -1,6 +1,6 @@
-"""Processes that answer questions, one for each cell: the parent's handle. `toolchain.bench.worker` runs in the child.
+"""The parent's handle on a child process that answers messages; `toolchain.bench.worker` runs in the child.
 
-JSON a line each way, no pickle.
+Each message and each answer is one line of JSON. Pickle is not used.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ from toolchain.backends import Place
 from toolchain.data.files import Text
 from toolchain.data.inputs import Encoder
 
-_TAIL = 400  # characters of standard error that a failed row quotes
+_TAIL = 400  # a failed row quotes this number of characters from the end of standard error
 
 
 class Child:
-    """A fresh process of a module that calls `toolchain.bench.worker.serve`. Close it, or use its owner as a context.
+    """A fresh process of a module that calls `toolchain.bench.worker.serve`.
 
-    Where it has something to end itself, `end_s` is how long that may take once it is interrupted; a terminal's
-    interrupt is then for its parent alone.
+    The owner must call `close`.
+
+    Attributes:
+        end_s: Seconds that the child may take to end after an interrupt; 0 kills it at once. If it is above 0, the
+            child has its own session, so that an interrupt in the terminal reaches only the parent.
     """
 
     end_s = 0.0
@@ -41,7 +44,7 @@ class Child:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the child
         self._replies: queue.Queue[tuple[str, float] | None] = queue.Queue()
         self._started = time.perf_counter()
-        # -P: a file of the working directory must not stand in for a library.
+        # -P: a file in the working directory must not replace a library.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", module],
             stdin=subprocess.PIPE,
@@ -56,14 +59,20 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Of the child."""
+        """Returns the process id of the child."""
         return self._process.pid
 
     def ask(self, message: Mapping[str, Any], timeout_s: float | None) -> dict[str, Any]:
-        """Sends one message and waits for its answer.
+        """Sends one message and returns the answer.
 
-        Raises what the child raised where that was a `ToolchainError`, else `BenchError` with what the child said last:
-        it failed, crashed, was killed, or did not answer within `timeout_s` (None: it is waited for).
+        Args:
+            message: The message.
+            timeout_s: Seconds to wait for the answer; None waits without limit.
+
+        Raises:
+            ToolchainError: The child raised this error.
+            BenchError: The child raised another error, ended, crashed, was killed or did not answer in time. If the
+                child ended, the error quotes the end of its standard error. Subclasses may raise another class.
         """
         assert self._process.stdin is not None
         try:
@@ -87,9 +96,9 @@ class Child:
         return reply
 
     def close(self) -> None:
-        """Ends the child, by force where it does not end by itself."""
+        """Ends the child: interrupts it and waits up to `end_s` seconds, then kills it if it still runs."""
         if self._process.poll() is None and self.end_s and self._process.stdin is not None:
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # it is ended by force below
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # the next statement kills the child
                 self._process.stdin.close()
                 self._process.send_signal(signal.SIGINT)
                 self._process.wait(self.end_s)
@@ -98,7 +107,7 @@ class Child:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._errors):
             if stream is not None and not stream.closed:
-                with contextlib.suppress(BrokenPipeError):  # a dead child's; there is nothing more to say to it
+                with contextlib.suppress(BrokenPipeError):  # closing flushes unsent data, but the child has ended
                     stream.close()
 
     def _listen(self) -> None:
@@ -121,12 +130,21 @@ class Child:
         return self._lost(f"Its process {how}." + (f" It said: {said}" if said else ""))
 
     def _lost(self, what: str) -> errors.ToolchainError:
-        """The error that a child without an answer is."""
+        """Returns the error for a child that gives no answer."""
         return errors.BenchError(what)
 
 
 class Worker(Child):
-    """A fresh process with one loaded session."""
+    """A fresh process with one session, which `load` loads.
+
+    Args:
+        session: Path of the session class as ``module:class``.
+        folder: Folder of the artifact.
+        place: The place of the session.
+        encoder: Encoder of the cell.
+        text: Text for the first answer.
+        imports: Modules that the child imports before it loads the session.
+    """
 
     def __init__(
         self, session: str, folder: Path, place: Place, encoder: Encoder, text: Text, imports: Sequence[str] = ()
@@ -143,22 +161,34 @@ class Worker(Child):
         }
 
     def load(self, timeout_s: float) -> dict[str, Any]:
-        """Loads the session and answers one text: the session's facts, the memory of each stage, microseconds from file
-        to session (`load_us`) and from the start of the process to the answer (`cold_start_us`)."""
+        """Loads the session and answers one text.
+
+        Args:
+            timeout_s: Seconds to wait for the answer.
+
+        Returns:
+            The session's ``facts``, the ``memory`` after each stage in bytes, ``load_us`` and ``cold_start_us``.
+            ``load_us`` is the microseconds that the session takes to load. ``cold_start_us`` is the microseconds from
+            the start of the process to the answer.
+        """
         reply = self.ask(self._first, timeout_s)
-        # What it spent on reading its own memory is not part of a start.
+        # The child also measures its memory. That time is not part of a cold start.
         reply["cold_start_us"] = round((self._arrived - self._started) * 1e6) - reply.pop("metering_us")
         return reply
 
 
 def environment(threads: int) -> dict[str, str]:
-    """What a measured process has set beside what this one has."""
+    """Returns the environment variables that a measured process has in addition to those of its parent.
+
+    Args:
+        threads: Number of threads of the numeric libraries.
+    """
     count = str(threads)
     return {
         "OMP_NUM_THREADS": count,
         "MKL_NUM_THREADS": count,
         "OPENBLAS_NUM_THREADS": count,
         "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",  # a measured process asks nobody for anything
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # a GPU's number is the same for CUDA, NVML and nvidia-smi
+        "HF_HUB_OFFLINE": "1",  # network access would disturb the measurement
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # CUDA, NVML and nvidia-smi then number the GPUs in the same way
     }

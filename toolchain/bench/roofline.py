@@ -1,7 +1,7 @@
-"""The least a sentence can take on this machine: what a model computes and reads, and how fast a runtime does either.
+"""Floors: the minimum time of a sentence on this machine, from the model's work and the runtime's highest rates.
 
-A floor is the larger of two times: all multiply-accumulates at the measured rate of large products, and all weights
-read once at the measured rate of single rows.
+A floor is the larger of two times. The first is the time of all multiply-accumulates at the measured rate of large
+batches. The second is the time to read all weights once at the measured rate of single rows.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from toolchain.models.architectures import LAYOUTS, SHARING
 from toolchain.system import files, hardware
 
 SCHEMA = 1
-SECONDS, MEBIBYTES = 0.15, 32  # of a measure, and of the weights it reads; see `calibration.measure`
+SECONDS, MEBIBYTES = 0.15, 32  # arguments of `machine_probe.measure`
 TIMEOUT_S = 300.0
-BF16 = {"avx512_bf16", "amx_bf16"}  # without either, PyTorch's bf16 has no kernel whose rate would be a ceiling
-# What is looked up and not multiplied, by the name of its module.
+BF16 = {"avx512_bf16", "amx_bf16"}  # without these, PyTorch has no fast bf16 kernel, so its rate is not a ceiling
+# Names of embedding modules: a model looks up their weights and does not multiply them.
 _TABLE = re.compile(r"(.*_)?embed(ding|dings)?|embed_(tokens|positions)|wte|wpe|shared|relative_attention_bias")
 
 Rates = dict[str, dict[str, float]]
@@ -36,12 +36,16 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Work:
-    """What one sentence asks of a model.
+    """The work of a model for one sentence.
 
-    `linear_parameters` are multiplied with every token, `head_parameters` with one; `attention_widths` are those of
-    attention's own products, of each layer that has them, none where that is not known. Of the linear parameters,
-    `behind` come after the last attention and `asking` make its query: the passes ``first-token`` and ``first-query``
-    multiply them with one token only.
+    Attributes:
+        linear_parameters: Number of parameters that the model multiplies with every token.
+        attention_widths: Width of the attention products in each layer with attention; empty for an unknown layout.
+        head_parameters: Number of parameters that the model multiplies with one token only.
+        behind: Number of linear parameters after the last attention. After the pass ``first-token``, the model
+            multiplies them with one token only.
+        asking: Number of linear parameters of the last query. After the pass ``first-query``, the model multiplies
+            them with one token only.
     """
 
     linear_parameters: int
@@ -51,8 +55,13 @@ class Work:
     asking: int = 0
 
     def macs(self, tokens: int, first_token: bool = False, first_query: bool = False) -> int:
-        """Multiply-accumulates of one sentence of so many tokens; `first_token` and `first_query`: of a graph that the
-        pass applied to."""
+        """Returns the number of multiply-accumulates for one sentence.
+
+        Args:
+            tokens: Number of tokens of the sentence.
+            first_token: Whether the pass ``first-token`` changed the graph.
+            first_query: Whether the pass ``first-query`` changed the graph.
+        """
         linear = self.linear_parameters * tokens
         attention = 2 * tokens**2 * sum(self.attention_widths)
         if first_token:
@@ -64,10 +73,14 @@ class Work:
 
 
 def work(folder: Path) -> Work | None:
-    """The work of the unquantised PyTorch model in `folder`, by the header of its weights; no tensor is read.
+    """Returns the work of the unquantised PyTorch model in `folder`; it reads only the header of the weights file.
 
-    None where there are no weights, or layers share them: then they are multiplied more often than they are stored.
-    Raises `CheckpointError` for a file that cannot be read.
+    Returns:
+        The work; None if there are no weights or layers share weights. Shared weights are multiplied more often than
+        they are stored, so their number does not give the work.
+
+    Raises:
+        CheckpointError: The weights file cannot be read.
     """
     weights = checkpoints.weights_of(folder)
     if not weights.is_file():
@@ -79,7 +92,7 @@ def work(folder: Path) -> Work | None:
     base = Counter[str]()
     for name, shape in shapes.items():
         base[name.partition(".")[0]] += math.prod(shape)
-    encoder = max(base, key=lambda name: base[name], default="")  # the table of words alone outweighs any head
+    encoder = max(base, key=lambda name: base[name], default="")  # the word embeddings alone are larger than any head
     matrices = {
         name.removesuffix(".weight"): shape
         for name, shape in shapes.items()
@@ -108,8 +121,7 @@ def _shapes(file: Path) -> dict[str, list[int]]:
 
 
 def _queries(kind: str, matrices: Mapping[str, Sequence[int]]) -> list[Sequence[int]]:
-    """Shapes of the weights that make the queries, of each layer that has attention left; none for an unknown
-    layout."""
+    """Returns the shape of the query weights of each layer that has attention; empty for an unknown layout."""
     if kind not in LAYOUTS:
         return []
     query = re.compile(rf"{re.escape(LAYOUTS[kind].layers)}\.(\d+)\.{re.escape(LAYOUTS[kind].query)}")
@@ -118,7 +130,10 @@ def _queries(kind: str, matrices: Mapping[str, Sequence[int]]) -> list[Sequence[
 
 
 def _behind(kind: str, sizes: Mapping[str, int]) -> int:
-    """Parameters of the linear layers after the last attention, whichever layer has that; 0 for an unknown layout."""
+    """Returns the number of linear parameters after the last attention; 0 for an unknown layout.
+
+    The last attention may not be in the last layer, because pruning can remove the attention of a layer.
+    """
     if kind not in LAYOUTS:
         return 0
     layout = LAYOUTS[kind]
@@ -133,8 +148,16 @@ def _behind(kind: str, sizes: Mapping[str, int]) -> int:
 
 
 def weight_bytes(facts: Mapping[str, object]) -> int | None:
-    """The bytes of weights a sentence must read, by an artifact's facts: encoder and head, and no table, of which it
-    looks up a few rows; None where the facts do not tell."""
+    """Returns the bytes of weights that a model must read for each sentence: encoder and head.
+
+    Embedding tables do not count, because a sentence reads only a few of their rows.
+
+    Args:
+        facts: Facts of the artifact.
+
+    Returns:
+        The number of bytes; None if the facts do not contain it.
+    """
     parts = facts.get("bytes_by_part")
     if not isinstance(parts, Mapping) or not {"encoder", "head"} <= set(parts):
         return None
@@ -142,11 +165,19 @@ def weight_bytes(facts: Mapping[str, object]) -> int | None:
 
 
 def floor_ms(macs: float, weight_bytes: float, rates: Mapping[str, float], precision: str) -> float | None:
-    """Milliseconds under which no answer of so many multiply-accumulates and bytes of weights can be, by one runtime's
-    `rates`; None where that has no measured rate for the precision.
+    """Returns the floor of one answer, in milliseconds.
 
-    All multiply-accumulates are taken at the precision's rate, attention's fp32 products in an int8 model too, and both
-    rates are of the best case: a real floor is higher.
+    The real minimum is higher, because both rates are best cases. The floor also uses the precision's rate for all
+    multiply-accumulates, although attention in an int8 model computes in fp32.
+
+    Args:
+        macs: Number of multiply-accumulates.
+        weight_bytes: Bytes of weights that the model reads.
+        rates: Rates of the runtime; see `rates`.
+        precision: Precision of the weights, such as ``int8``.
+
+    Returns:
+        The floor; None if the runtime has no measured rate for the precision.
     """
     if f"{precision}_gmacs" not in rates:
         return None
@@ -154,17 +185,27 @@ def floor_ms(macs: float, weight_bytes: float, rates: Mapping[str, float], preci
 
 
 def rates(cache: Path, threads: int, progress: Progress) -> Rates:
-    """Runtime → ``<precision>_gmacs`` (10⁹ multiply-accumulates a second) and ``<precision>_gb_s`` (10⁹ bytes of
-    weights a second), of this machine with so many threads, from `cache` or else measured and kept there.
+    """Returns the highest rates of each runtime on this machine, from the cache or from a new measurement.
 
-    They are ceilings: of the fastest of several answers each. Kept figures that cannot be, or that are of other
-    versions or cores, are measured anew. Raises `BenchError` where a runtime cannot be measured.
+    The function measures again if the cached rates are invalid or come from other package versions or cores. Each
+    rate is a ceiling: it comes from the fastest of several answers.
+
+    Args:
+        cache: Folder of the cache.
+        threads: Number of threads.
+        progress: Callback with the number of measured runtimes, the number of all runtimes, and a text.
+
+    Returns:
+        Runtime → rates, as `machine_probe.measure` returns them.
+
+    Raises:
+        BenchError: A runtime cannot be measured.
     """
     versions = hardware.versions()
     head = {
         "schema": SCHEMA,
         "threads": threads,
-        "cores": hardware.cores(),  # kernels are chosen by it: one core less can be another rate of one thread
+        "cores": hardware.cores(),  # runtimes choose kernels by it, so it affects the rate of one thread too
         "torch": versions.get("torch"),
         "onnxruntime": versions.get("onnxruntime") or versions.get("onnxruntime-gpu"),
     }
@@ -182,7 +223,7 @@ def rates(cache: Path, threads: int, progress: Progress) -> Rates:
 
 
 def _read(file: Path, head: Mapping[str, object], precisions: Mapping[str, Sequence[str]]) -> Rates | None:
-    """The rates the file holds; None unless it is of the same `head` and they are all there and can be."""
+    """Returns the rates in the file; None if its head differs, or if a rate is missing or not a positive number."""
     try:
         body = json.loads(file.read_text())
         found: Rates = body.pop("rates")
@@ -197,7 +238,7 @@ def _read(file: Path, head: Mapping[str, object], precisions: Mapping[str, Seque
 
 
 def _measure(runtime: str, precisions: Sequence[str], threads: int, seconds: float, mebibytes: int) -> dict[str, float]:
-    """One runtime's rates, from a fresh process under the thread budget of a cell's; see `calibration.measure`."""
+    """Measures a runtime's rates in a fresh process with the environment of a cell; see `machine_probe.measure`."""
     arguments = [runtime, ",".join(precisions), str(threads), str(seconds), str(mebibytes)]
     try:
         done = subprocess.run(
@@ -215,6 +256,6 @@ def _measure(runtime: str, precisions: Sequence[str], threads: int, seconds: flo
         raise BenchError(
             f"The calibration of {runtime} failed and said: {said}.", "`toolchain doctor` says what is missing."
         )
-    # Libraries may print before it does.
+    # Libraries may print lines before the rates.
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found

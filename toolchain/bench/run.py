@@ -1,4 +1,4 @@
-"""One benchmark run: which cells, their artifacts, the measurement, and the result file it is kept in."""
+"""One benchmark run: the choice of cells, their artifacts, the measurement and the result file."""
 
 from __future__ import annotations
 
@@ -39,8 +39,17 @@ LOCAL = RESULTS / "local"
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure: `names` and `providers` (empty: every default cell), on which data, how; with `resume`, what an
-    interrupted run of the same left."""
+    """The request for a benchmark.
+
+    Attributes:
+        names: Names of variants; empty measures the default cells.
+        providers: Execution providers; empty allows all.
+        protocol: The settings of the benchmark.
+        data: A file or a hub data set; None for the embedded SST-2.
+        columns: Columns of the file or data set.
+        split: Split of the data set; None for ``validation``.
+        resume: Whether to resume the interrupted run of the same request.
+    """
 
     names: tuple[str, ...]
     providers: tuple[str, ...]
@@ -52,10 +61,17 @@ class Request:
 
 
 def planned(names: Sequence[str], providers: Sequence[str], allow_fallback: bool = False) -> list[tuple[str, str]]:
-    """The (variant, provider) pairs asked for; `BenchError` for a pair that cannot exist or a request for none.
+    """Returns the (variant, provider) pairs of a request, grouped by provider.
 
-    Without names, the default cells of the providers. ONNX Runtime falls back to the CPU for what another provider has
-    no kernel for: with `allow_fallback`, a provider that was named takes every ONNX variant.
+    Args:
+        names: Names of variants; empty returns the default cells of the providers.
+        providers: Execution providers; empty allows all.
+        allow_fallback: Whether the named providers also take all named ONNX variants. ONNX Runtime runs operators
+            without a kernel on the provider on the CPU.
+
+    Raises:
+        BenchError: A named variant runs on none of the providers.
+        UnknownVariantError: There is no variant of a given name.
     """
     wanted = tuple(provider for provider in variants.PROVIDERS if provider in (providers or variants.PROVIDERS))
     if not names:
@@ -74,7 +90,11 @@ def planned(names: Sequence[str], providers: Sequence[str], allow_fallback: bool
 
 
 def outlook(workspace: Workspace, request: Request) -> list[tuple[str, str, str]]:
-    """For a dry run: (variant, provider, what stands between it and its measurement), in order."""
+    """Returns (variant, provider, next steps) of each planned cell, for a dry run.
+
+    The text of the next steps is ``measure``, preceded by the variants to build, or the reason why the cell is
+    unavailable.
+    """
     no_cuda = hardware.missing_cuda(request.protocol.device_id)
     rows = []
     for name, provider in planned(request.names, request.providers, request.protocol.allow_fallback):
@@ -87,10 +107,16 @@ def outlook(workspace: Workspace, request: Request) -> list[tuple[str, str, str]
 
 
 def measure(workspace: Workspace, request: Request, say: Say, progress: Progress) -> tuple[ResultFile, Journal]:
-    """Builds what is missing and measures every planned cell; one that cannot be is a row that says why. The journal is
-    to be ended once the result is kept.
+    """Builds the missing artifacts and measures every planned cell.
 
-    Raises `DataError` before anything is measured, and what the import raises, since nothing goes without it.
+    The row of a cell that cannot be built or measured states the reason.
+
+    Returns:
+        The result, and the journal. The caller must end the journal after it has written the result file.
+
+    Raises:
+        DataError: The data cannot be used. No cell is measured then.
+        ToolchainError: The import of the checkpoint failed, and every cell needs it.
     """
     data, cells = prepared(workspace, request, hardware.missing_cuda(request.protocol.device_id), say)
     return measured(workspace, request, cells, data, say, progress)
@@ -99,8 +125,17 @@ def measure(workspace: Workspace, request: Request, say: Say, progress: Progress
 def prepared(
     workspace: Workspace, request: Request, no_cuda: tuple[str, str] | None, say: Say
 ) -> tuple[Data, list[Cell]]:
-    """The sentences to ask, and the planned cells with their artifacts or why there is none; those on CUDA are not
-    built where `no_cuda` has a reason and a mend."""
+    """Returns the sentences and the planned cells, after building the missing artifacts.
+
+    Args:
+        workspace: The workspace of the model.
+        request: The request.
+        no_cuda: Why CUDA is unavailable and how to fix this, or None. If it is unavailable, CUDA cells are not built.
+        say: Prints a message.
+
+    Returns:
+        The sentences, and the cells, each with its artifact or with the reason why it has none.
+    """
     pairs = planned(request.names, request.providers, request.protocol.allow_fallback)
     _, data = asked(workspace, request, say)
     return data, [_cell(workspace, name, provider, request, no_cuda, say) for name, provider in pairs]
@@ -109,7 +144,11 @@ def prepared(
 def measured(
     workspace: Workspace, request: Request, cells: Sequence[Cell], data: Data, say: Say, progress: Progress
 ) -> tuple[ResultFile, Journal]:
-    """`measure`, of cells and sentences that are there."""
+    """Measures prepared cells; see `measure` for the result.
+
+    Raises:
+        KeyboardInterrupt: The user interrupts the measurement. The journal remains, so that the run can resume.
+    """
     imported = workspace.load(checkpoints.ROOT_VARIANT)
     assert imported is not None
     root = imported.manifest
@@ -140,7 +179,13 @@ def measured(
 
 
 def asked(workspace: Workspace, request: Request, say: Say) -> tuple[Manifest, Data]:
-    """The imported checkpoint's manifest and the sentences to evaluate on; raises `DataError` where they do not fit."""
+    """Returns the imported checkpoint's manifest and the sentences of the evaluation.
+
+    If the data is the model's training data and the request names no split, the sentences are the held-out rows.
+
+    Raises:
+        DataError: The data cannot be used with this model.
+    """
     root = ensure(workspace, [checkpoints.ROOT_VARIANT], {}, say)[checkpoints.ROOT_VARIANT]
     split, learnt = request.split, root.manifest.facts.get("trained_on")
     if request.data and not split and TrainingSource(request.data, request.columns).digest == learnt:
@@ -150,15 +195,18 @@ def asked(workspace: Workspace, request: Request, say: Say) -> tuple[Manifest, D
 
 
 def _lengths(encoder: inputs.Encoder | None, data: Data) -> list[int]:
-    """Tokens of each sentence; none without an encoder."""
+    """Returns the number of tokens of each sentence; empty without an encoder."""
     return [len(ids) for ids in encoder.encode(data.texts)] if encoder else []
 
 
 def _floor(
     workspace: Workspace, row: Measurement, rates: Mapping[str, Mapping[str, float]], lengths: Sequence[int]
 ) -> dict[str, Any]:
-    """What the median sentence computes and reads at the least, the milliseconds that takes at the machine's `rates`,
-    and the share of the row's p50 that this is; nothing where it cannot be said."""
+    """Returns the fact ``roofline``; empty for a row that is not on the CPU or whose work is unknown.
+
+    The fact holds the median multiply-accumulates over sentences and the bytes of weights. With known rates, it also
+    holds the median floor in milliseconds and the floor's share of the row's p50.
+    """
     artifact, name = workspace.load(row.variant), parse_name(row.variant)
     if row.provider != "cpu" or artifact is None:
         return {}
@@ -200,7 +248,7 @@ def _journal(workspace: Workspace, request: Request, cells: Sequence[Cell], data
 
 
 def _gzip_sizes(workspace: Workspace, cells: Sequence[Cell], progress: Progress) -> dict[str | None, dict[str, int]]:
-    """Artifact id → its size as a download; every processor at once, before anything is timed."""
+    """Returns artifact id → its gzip size, computed in parallel threads; run it before any timing starts."""
     found = {cell.artifact.manifest.id: cell.artifact for cell in cells if cell.artifact}
     sizes: dict[str | None, dict[str, int]] = {}
     with ThreadPoolExecutor() as pool:
@@ -212,7 +260,14 @@ def _gzip_sizes(workspace: Workspace, cells: Sequence[Cell], progress: Progress)
 
 
 def result_of(rows: Sequence[Measurement], how: Mapping[str, Any], data: Data, max_length: int) -> ResultFile:
-    """What `bench` gave as the run of this machine, now."""
+    """Returns the result file of a run that has just ended on this machine.
+
+    Args:
+        rows: Rows of all cells.
+        how: Facts of the run.
+        data: The sentences and their labels.
+        max_length: Maximum number of tokens of a sentence.
+    """
     return ResultFile(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         toolchain=toolchain.__version__,
@@ -240,14 +295,18 @@ def _cell(
     try:
         return replace(cell, artifact=ensure(workspace, [name], {}, only_news(say))[name])
     except (DataError, ProviderError, PruningError) as error:
-        # A default cell that this model or machine does not have: nobody asked for it by name.
+        # The model or machine may lack a default cell. This is a failure only if the request names the variant.
         return replace(cell, status="failed" if request.names else "unavailable", reason=error.cause, mend=error.mend)
     except ToolchainError as error:
         return replace(cell, status="failed", reason=error.cause, mend=error.mend)
 
 
 def judge(*results: ResultFile) -> None:
-    """Raises `BenchError` where a planned cell failed, or nothing could be measured at all."""
+    """Requires successful measurements.
+
+    Raises:
+        BenchError: A planned cell failed, or no cell was measured.
+    """
     rows = [row for result in results for row in result.rows]
     failed = [row for row in rows if row.status == "failed"]
     if failed:
@@ -258,12 +317,21 @@ def judge(*results: ResultFile) -> None:
 
 
 def named_path(name: str, machine_id: str | None = None) -> Path:
-    """Where a result to be committed lies; with the machine's id where several machines give one each."""
+    """Returns the path of a named result file, which a repository can hold.
+
+    Args:
+        name: Name of the result.
+        machine_id: Id of the machine if several machines give one result each; None otherwise.
+    """
     return RESULTS / (f"{name}-{machine_id}.json" if machine_id else f"{name}.json")
 
 
 def require_free(path: Path) -> None:
-    """Raises `ResultFileError` where the path exists."""
+    """Requires that the path does not exist.
+
+    Raises:
+        ResultFileError: The path exists.
+    """
     if os.path.lexists(path):
         raise _taken(path)
 
@@ -273,7 +341,7 @@ def _taken(path: Path) -> ResultFileError:
 
 
 def save_named(result: ResultFile, path: Path, *, force: bool) -> None:
-    """Writes the run to a `named_path`.
+    """Writes the result to a `named_path`.
 
     Raises:
         ResultFileError: The path exists and `force` is false, or it cannot be written.
@@ -285,7 +353,7 @@ def save_named(result: ResultFile, path: Path, *, force: bool) -> None:
 
 
 def save_local(result: ResultFile, model: str, machine_id: str | None = None) -> Path:
-    """Writes the run to a new file that is local to this machine, and returns its path.
+    """Writes the result to a new file in `LOCAL` and returns its path.
 
     Raises:
         ResultFileError: The file cannot be written.
@@ -300,7 +368,11 @@ def save_local(result: ResultFile, model: str, machine_id: str | None = None) ->
 
 
 def newest(model: str, say: Say) -> ResultFile:
-    """The model's newest run among all result files here; `BenchError` where there is none."""
+    """Returns the newest run of the model among all named and local result files.
+
+    Raises:
+        BenchError: There is none.
+    """
     mine = [run for run in _readable(say) if any(row.model == model for row in run.rows)]
     if not mine:
         raise BenchError(f"There is no result of {model} under {RESULTS}.", "`toolchain bench` measures it.")
@@ -308,7 +380,7 @@ def newest(model: str, say: Say) -> ResultFile:
 
 
 def cited(ids: Collection[str], say: Say) -> dict[str, tuple[ResultFile, Measurement]]:
-    """Artifact id → the newest run here that measured it, and its row; what was never measured is left out."""
+    """Returns artifact id → the newest run that measured it, and its row; unmeasured artifacts are absent."""
     found: dict[str, tuple[ResultFile, Measurement]] = {}
     for run in sorted(_readable(say), key=lambda run: run.created):
         for row in run.rows:
@@ -322,11 +394,19 @@ def _readable(say: Say) -> Iterator[ResultFile]:
         try:
             yield ResultFile.read(path)
         except ResultFileError as error:
-            say(f"passed over: {error}")  # it may be another model's; what is shown names its run
+            say(f"passed over: {error}")  # not an error, because the file may belong to another model
 
 
 def older(path: Path, files: Sequence[ResultFile]) -> ResultFile:
-    """The run that others are held against; `BenchError` where it is one of them, which nothing could be worse than."""
+    """Returns the old run of a regression check.
+
+    Args:
+        path: Result file of the old run.
+        files: The new runs.
+
+    Raises:
+        BenchError: The old run is one of the new runs, so the check could never fail.
+    """
     found = ResultFile.read(path)
     if any(file.run.get("id") == found.run.get("id") and file.created == found.created for file in files):
         raise BenchError(
@@ -336,7 +416,12 @@ def older(path: Path, files: Sequence[ResultFile]) -> ResultFile:
 
 
 def current_ids(exported: Path, rows: Sequence[Any]) -> dict[tuple[str, str], str]:
-    """(model, variant) → id of the artifact that lies under `exported` now, for the rows' models."""
+    """Returns (model, variant) → id of the current artifact, for the models and variants of the rows.
+
+    Args:
+        exported: The export folder.
+        rows: Rows with a model and a variant. Variants without a readable artifact are absent from the result.
+    """
     found = {}
     for model, variant in {(row.model, row.variant) for row in rows}:
         folder = exported / model / variant

@@ -1,4 +1,4 @@
-"""Bench: every cell in processes of its own, asked the same sentences in the same rounds, in random order."""
+"""The benchmark loop: all cells answer the same sentences in interleaved rounds, in random order within a round."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from toolchain.data.inputs import Data, Encoder
 from toolchain.errors import ToolchainError
 from toolchain.results.measurements import Measurement
 
-# ONNX Runtime's and OpenMP's threads spin up to some 20 ms after their last job; the next cell waits that out.
+# The threads of ONNX Runtime and OpenMP spin for about 20 ms after their last job, so the next cell waits longer.
 SETTLE_S = 0.05
 LOAD_TIMEOUT_S = 300.0
 TURN_TIMEOUT_S = 120.0
-CALIBRATION = 12  # sentences every new process answers first: warm-up, and what the rounds are sized by
+CALIBRATION = 12  # sentences of the warm-up of each new process; their times determine the size of the rounds
 EXACTNESS_ROUNDS = 20
 SPARE_TIME = 1.1
-SPARE_SHARE = 0.1  # of the machine's memory is left alone
+SPARE_SHARE = 0.1  # share of the machine's memory that must stay free
 
 
 Progress = Callable[[int, int, str], None]
@@ -41,14 +41,23 @@ def bench(
     backends: Mapping[str, Backend] = BACKENDS,
     journal: Journal | None = None,
 ) -> tuple[list[Measurement], dict[str, Any]]:
-    """Measures the cells that have an artifact; a row for every cell, in the order given, and how it was done.
+    """Measures the cells that have an artifact.
 
-    All are asked the same texts in the same batches, each by its own tokens; `encoder` makes those of the cells that
-    have none of their own, and its lengths make the batches.
+    All cells answer the same texts in the same batches, and each cell uses its own tokenizer. If a cell cannot be
+    loaded, crashes, hangs or is killed, its row states the failure, and the benchmark continues with the next cell.
 
-    A cell that cannot be loaded, crashes, hangs or is killed becomes a row that says so; the others go on. `backends`
-    maps a runtime to what serves it. Each turn goes to the `journal` when it is over, and what that holds of an
-    interrupted run is not done again.
+    Args:
+        cells: The cells.
+        data: The sentences and their labels.
+        encoder: Encoder of the cells that have no encoder. Its token counts also determine the batches.
+        protocol: The settings of the measurement.
+        progress: Callback with the number of finished steps, the number of all steps, and a text. The steps are the
+            loads of the cells first, and then the turns.
+        backends: Runtime → its backend.
+        journal: Receives each turn's result. The benchmark does not repeat turns that the journal already contains.
+
+    Returns:
+        One row for each cell in the order of `cells`, and the facts of the run.
     """
     run = _Bench(cells, data, encoder, protocol, progress, backends, journal)
     try:
@@ -62,7 +71,7 @@ def bench(
 
 
 class _Bench:
-    """One run."""
+    """One benchmark run."""
 
     def __init__(
         self,
@@ -86,7 +95,7 @@ class _Bench:
             self.running[record["cell"]].take(record)
 
     def measure(self) -> None:
-        """All rounds of all cells."""
+        """Measures all rounds of all cells."""
         for count, (index, item) in enumerate(self.running.items()):
             self._progress(count, len(self.running), f"loading {item.cell.name}")
             if not item.starts and not item.failure:
@@ -96,7 +105,7 @@ class _Bench:
         batches = scenarios.offline_batches(list(map(len, self._ids)), self._protocol.batch_size)
         done, total = 0, self._protocol.rounds * (2 + len(self._lengths)) * len(self.running)
         for turn in range(self._protocol.rounds):
-            # By the turn: an interrupted run goes on in the order it would have had.
+            # The seed contains the round, so a resumed run keeps the order of the original run.
             rng = random.Random(f"{self._protocol.seed} {turn}")
             if self._protocol.starts_anew(turn):
                 for index in self._shuffled(rng):
@@ -118,7 +127,7 @@ class _Bench:
         return iter(rng.sample(sorted(self.running), len(self.running)))
 
     def _guarded(self, index: int, action: Callable[..., None], *about: Any) -> None:
-        """Whatever a cell fails with is its own failure."""
+        """Runs an action of a cell that has not failed, and records a `ToolchainError` as the failure of this cell."""
         item = self.running[index]
         if item.failure is not None:
             return
@@ -138,7 +147,7 @@ class _Bench:
             self._journal.append(record)
 
     def _start(self, index: int, item: Running) -> None:
-        """A fresh process, in place of the one that is up."""
+        """Replaces the cell's process by a fresh one, and records its start and its time per sentence."""
         self._stop(index, item)
         self._make_room(item)
         item.worker = self._open(item)
@@ -151,7 +160,7 @@ class _Bench:
         self._keep(index, "start", {**ready, "sentence_s": statistics.mean(reply["us"][0]) / 1e6})
 
     def _open(self, item: Running) -> Worker:
-        """A fresh process for a cell."""
+        """Returns a fresh process for the cell; it has not loaded the session yet."""
         backend = self._backends[item.cell.runtime]
         place = self._protocol.place(item.cell.provider)
         text = self._data.texts[self._order[0]]
@@ -159,7 +168,7 @@ class _Bench:
         return Worker(backend.session, item.artifact.path, place, encoder, text, backend.imports)
 
     def _stop(self, index: int, item: Running) -> None:
-        """Asks for the peaks of the process that is up, and ends it."""
+        """Records the memory peaks of the cell's process, if there is one, and ends the process."""
         if item.worker:
             peak = item.worker.ask({"do": "peak"}, TURN_TIMEOUT_S)
             item.worker.close()
@@ -167,8 +176,11 @@ class _Bench:
             self._keep(index, "peak", peak)
 
     def _time_exactness(self, index: int, item: Running) -> None:
-        """Where the processor needs an option for exact 8-bit products, times them against saturating ones, in a
-        process of its own: a second session would count as memory of the cell."""
+        """Times exact 8-bit products against saturating products, if the processor needs an option for exact ones.
+
+        The comparison needs a second session. It runs in a separate process, so that this session does not count as
+        memory of the cell.
+        """
         if item.exactness or not item.needs_option:
             return
         worker = self._open(item)
@@ -182,7 +194,7 @@ class _Bench:
             worker.close()
 
     def _make_room(self, item: Running) -> None:
-        """Ends other processes, which start again at their next turn, until this one's model fits in memory."""
+        """Ends processes of cells until the next model fits in memory; they start again at their next turn."""
         import psutil
 
         memory = psutil.virtual_memory
@@ -203,7 +215,8 @@ class _Bench:
             "do": "run",
             "batches": work.batches,
             "warmup": 2,
-            # Every sentence equally often: as often as the first round had time for, and that with some to spare.
+            # All rounds repeat their sentences equally often. The first round sets this number: with 0, the worker
+            # repeats the sentences until `min_s` is over. `SPARE_TIME` adds a reserve for faster later rounds.
             "repeats": len(earlier[min(earlier)]["us"]) if earlier else 0,
             "min_s": work.min_s * SPARE_TIME,
             "tokenizing": single,
@@ -221,7 +234,7 @@ class _Bench:
         self._keep(index, work.kind, reply, turn)
 
     def how(self) -> dict[str, Any]:
-        """What a reader must know of the run beside its protocol."""
+        """Returns the facts of the run that its protocol does not contain."""
         return {
             "single_sentences": len(self._singles),
             "seconds": round(time.monotonic() - self._started, 1),
@@ -229,6 +242,6 @@ class _Bench:
         }
 
     def row(self, index: int) -> Measurement:
-        """The cell's row, of all it told."""
+        """Returns the row of the cell with this index."""
         item = self.running.get(index)
         return measurement(item, self._data, self._protocol) if item else unmeasured(self._cells[index])

@@ -1,7 +1,7 @@
-"""What is asked, how often, and in which rounds: the scenarios of MLPerf Inference, for text classifiers.
+"""Sentences, repetitions and rounds of a benchmark: the scenarios of MLPerf Inference, for text classifiers.
 
-``single-stream`` asks one sentence at a time, every one equally often, each at its own length; ``offline`` has them all
-at hand and sends them in batches sorted by length; ``cold-start`` is from the start of a process to its first answer.
+``single-stream`` sends one sentence at a time, all equally often, each at its own length. ``offline`` sends all
+sentences in batches, sorted by length. ``cold-start`` is the time from the start of a process to its first answer.
 """
 
 from __future__ import annotations
@@ -13,22 +13,30 @@ from dataclasses import dataclass
 from toolchain.backends import Place
 
 SINGLE, OFFLINE = "single-stream", "offline"
-SLICES = 8  # the set is spread over this many rounds; a pass is over when each had its turn
-MOST_SENTENCES = 2000  # at batch 1; a larger set is sampled
+SLICES = 8  # number of rounds in one pass over the sentences
+MOST_SENTENCES = 2000  # limit at batch 1; a random sample replaces a larger set
 FEWEST_SENTENCES = 100
-TOKENS_A_SENTENCE = 64  # the token budget of a batch, padding included, is this times its size
+TOKENS_A_SENTENCE = 64  # the token budget of a batch is this number times the batch size; padding counts
 LENGTHS = (16, 32, 64, 128, 256, 512)
-LENGTH_SHARE = 0.1  # of a scenario's time, for each length
+LENGTH_SHARE = 0.1  # time for each length, as a share of a scenario's time
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How much and how: each of the two scenarios asks every sentence at least `passes` times and lasts at least
-    `min_s` seconds a cell; a cell is measured in `starts` processes one after another, each of them a cold start.
+    """The settings of a benchmark.
 
-    `pass_s` caps one batch-1 pass of the slowest cell: a larger set is sampled, the same sentences for all. With
-    `by_length`, latency is also taken at each of `LENGTHS` tokens. CUDA cells run on the GPU `device_id`;
-    `allow_fallback` measures a session that runs on the CPU in part, as what it is.
+    Attributes:
+        passes: Each of the two scenarios measures every sentence at least this number of times.
+        min_s: Minimum seconds of each scenario for each cell.
+        pass_s: Maximum seconds of one batch-1 pass of the slowest cell. If the set is too large for it, all cells
+            answer the same random sample, which has at least `FEWEST_SENTENCES` sentences.
+        starts: Number of successive processes of a cell; each one gives a cold start.
+        threads: Number of threads on the host.
+        batch_size: Maximum number of sentences in a batch.
+        by_length: Whether latency is also measured at each of `LENGTHS` tokens.
+        seed: Seed of the random orders and samples.
+        device_id: Number of the GPU for CUDA cells.
+        allow_fallback: Whether a session may run partly on the CPU; its row reports this.
     """
 
     passes: int
@@ -44,27 +52,33 @@ class Protocol:
 
     @property
     def rounds(self) -> int:
-        """How often each cell has its turn."""
+        """Returns the number of rounds."""
         return SLICES * self.passes
 
     def place(self, provider: str) -> Place:
-        """Where a cell on that provider runs."""
+        """Returns the place in which a cell on the provider runs."""
         return Place(provider, self.threads, self.device_id, self.allow_fallback)
 
     def starts_anew(self, turn: int) -> bool:
-        """Whether every cell gets a fresh process before this round."""
+        """Returns whether every cell gets a fresh process before round `turn`, counted from 0."""
         each = -(-self.rounds // self.starts)
         return turn > 0 and turn % each == 0
 
 
-# About 20 and 60 seconds a cell.
+# They take about 20 and 60 seconds for each cell.
 QUICK = Protocol(passes=1, min_s=5.0, pass_s=40.0, starts=4, threads=1)
 FULL = Protocol(passes=3, min_s=20.0, pass_s=60.0, starts=6, threads=1)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One cell's part of a round: batches of sentences by index, again and again for at least `min_s` seconds."""
+    """One cell's turn in a round.
+
+    Attributes:
+        kind: The scenario, or the result of `of_length`.
+        batches: Indices of the sentences of each batch.
+        min_s: Minimum seconds; the cell repeats the batches until then.
+    """
 
     kind: str
     batches: list[list[int]]
@@ -72,13 +86,19 @@ class Turn:
 
 
 def of_length(tokens: int) -> str:
-    """The kind of a turn of one sentence of so many tokens."""
+    """Returns the kind of a turn with one sentence of `tokens` tokens."""
     return f"{tokens} tokens"
 
 
 def choose(count: int, slowest_s: float, protocol: Protocol) -> list[int]:
-    """The sentences asked at batch 1, in seeded order: all `count`, or as many as the slowest cell, at `slowest_s`
-    seconds each, can answer in time."""
+    """Returns the indices of the sentences measured at batch 1, in a random order that the seed fixes.
+
+    Args:
+        count: Number of sentences in the data.
+        slowest_s: Seconds per sentence of the slowest cell; 0 if unknown. The slowest cell must be able to answer the
+            chosen sentences in `protocol.pass_s` seconds, unless they are as few as `FEWEST_SENTENCES`.
+        protocol: The settings of the benchmark.
+    """
     limit = min(count, MOST_SENTENCES)
     if slowest_s:
         limit = min(limit, max(FEWEST_SENTENCES, int(protocol.pass_s / slowest_s)))
@@ -86,11 +106,18 @@ def choose(count: int, slowest_s: float, protocol: Protocol) -> list[int]:
 
 
 def offline_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """All sentences in batches, shortest first: at most `size` of them, and no more tokens than the budget allows."""
+    """Returns batches of sentence indices, shortest sentences first.
+
+    A batch with several sentences has at most `size` * `TOKENS_A_SENTENCE` tokens, padding included.
+
+    Args:
+        lengths: Number of tokens of each sentence.
+        size: Maximum number of sentences in a batch.
+    """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         fits = batches and len(batches[-1]) < size
-        # Sorted, so the newest is the longest and all are padded to it.
+        # The sentences are sorted, so the new one is the longest, and the batch is padded to its length.
         if fits and (len(batches[-1]) + 1) * lengths[index] <= size * TOKENS_A_SENTENCE:
             batches[-1].append(index)
         else:
@@ -101,7 +128,15 @@ def offline_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
 def turns(
     turn: int, sentences: Sequence[int], batches: Sequence[list[int]], lengths: Sequence[int], protocol: Protocol
 ) -> list[Turn]:
-    """What every cell is asked in that round; sentences of these `lengths` lie behind those of the set."""
+    """Returns the turns of every cell in one round, without empty ones.
+
+    Args:
+        turn: Number of the round, from 0.
+        sentences: Indices of the sentences measured at batch 1.
+        batches: All batches of the offline scenario.
+        lengths: Token counts of the synthetic sentences. Their indices follow the indices of the data's sentences.
+        protocol: The settings of the benchmark.
+    """
     part, min_s = turn % SLICES, protocol.min_s / protocol.rounds
     found = [
         Turn(SINGLE, [[i] for i in sentences[part::SLICES]], min_s),

@@ -1,7 +1,7 @@
-"""The process a cell is measured in: one session, told by JSON lines what to do.
+"""The child process that measures a cell: it loads one session and obeys messages, one line of JSON each.
 
-It answers on what was its standard output; whatever libraries print there goes to standard error, which the parent
-keeps and quotes where this process dies.
+Answers go to the original standard output. Other text for standard output, such as prints of libraries, goes to
+standard error. The parent stores standard error and quotes it if this process dies.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from toolchain.results.measurements import PROBABILITY
 if TYPE_CHECKING:
     import numpy as np
 
-MOST_REPEATS = 50  # of the same sentences in one turn
+MOST_REPEATS = 50  # maximum repetitions of the same sentences in one turn that has no fixed number of them
 
 
 def _reset_peak() -> str:
-    """Forgets the peak of loading where the system can; says how the peak is then read."""
+    """Resets the peak memory if the system can do so, and returns the method of the later reading."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -53,7 +53,7 @@ def _peak() -> int:
 
 
 class _Child:
-    """One session and the sentences it is asked about."""
+    """One session and the sentences that it answers; the public methods answer the parent's messages."""
 
     def __init__(self, first: Mapping[str, Any]) -> None:
         self._place = Place(**first["place"])
@@ -85,7 +85,13 @@ class _Child:
         }
 
     def data(self, texts: list[str], lengths: list[int]) -> dict[str, Any]:
-        """The sentences, referred to by index from now on; behind them a made one of each of `lengths` tokens."""
+        """Stores the sentences that later messages refer to by index, and returns an empty answer.
+
+        Args:
+            texts: The texts.
+            lengths: Token counts of synthetic sentences. The method appends one sentence for each, with tokens of the
+                texts.
+        """
         self._texts = texts
         self._ids = self._encoder.encode(texts)
         tokens = [token for ids in self._ids for token in ids[1:-1]] or self._ids[0]
@@ -104,10 +110,21 @@ class _Child:
         tokenizing: bool = False,
         resident: bool = False,
     ) -> dict[str, Any]:
-        """Runs all the batches after `warmup` untimed ones, `repeats` times or, where that is 0, until `min_s` seconds
-        are over: microseconds of each, and the answers with the probabilities of the labels. With `tokenizing`, each is
-        a sentence and what comes before the session is timed as well; with `resident`, each is also run once with batch
-        and logits left on the device."""
+        """Runs all batches and measures their times.
+
+        Args:
+            batches: Indices of the sentences of each batch.
+            warmup: Number of batches, from the first, that run once before the timing starts.
+            repeats: Number of repetitions of all batches; 0 repeats them until `min_s` seconds are over.
+            min_s: Minimum seconds if `repeats` is 0; the method stops earlier after `MOST_REPEATS` repetitions.
+            tokenizing: Whether to tokenise each batch from its text and to time this too.
+            resident: Whether to time each batch once more with batch and logits on the device.
+
+        Returns:
+            ``us``, the microseconds of each batch by repetition; ``tokenizing_us``, the microseconds before the
+            session by repetition and batch; and ``resident_us``, one figure for each batch. ``answers`` and
+            ``probabilities`` come from the first repetition, by batch.
+        """
         for batch in batches[:warmup]:
             self._session.run(self._arrays(batch))
         found: dict[str, Any] = {"us": [], "tokenizing_us": [], "resident_us": []}
@@ -144,8 +161,15 @@ class _Child:
         return {**found, **self._answers(*outputs)}
 
     def exactness(self, batches: list[list[int]], rounds: int) -> dict[str, Any]:
-        """Runs all batches `rounds` times with exact 8-bit products and as often with saturating ones, in turns after
-        an untimed round: microseconds of each round of either."""
+        """Times exact against saturating 8-bit products in alternating rounds, after one untimed round.
+
+        Args:
+            batches: Indices of the sentences of each batch.
+            rounds: Number of timed rounds of each kind. A round runs all batches.
+
+        Returns:
+            ``exact`` and ``saturating``: microseconds of each round.
+        """
         inexact = type(self._session)(self._folder, dataclasses.replace(self._place, exact=False))
         sessions = {"exact": self._session, "saturating": inexact}
         found: dict[str, list[int]] = {name: [] for name in sessions}
@@ -168,7 +192,7 @@ class _Child:
         return pad(ids, self._encoder.names, self._encoder.pad_id)
 
     def _answers(self, *outputs: np.ndarray) -> dict[str, Any]:
-        """The answers and the probabilities of each batch's logits; `BenchError` where a logit is no number."""
+        """Returns answers and probabilities of each batch's logits; raises `BenchError` if a logit is not finite."""
         import numpy as np
 
         multi = self._encoder.multi_label
@@ -185,20 +209,23 @@ class _Child:
 
     @contextlib.contextmanager
     def _metering(self) -> Iterator[None]:
-        """The time this takes is no part of a cold start."""
+        """Adds the time of this context to the metering time, which the parent subtracts from the cold start."""
         started = time.perf_counter()
         yield
         self._metering_s += time.perf_counter() - started
 
     def _uss(self) -> int:
-        """Memory that would be freed if this process ended."""
+        """Returns the unique set size in bytes: the memory that the system would free if this process ended."""
         with self._metering():
             import psutil
 
             return int(psutil.Process().memory_full_info().uss)
 
     def peak(self) -> dict[str, Any]:
-        """The peaks since the session was loaded: of the host's memory, and of the GPU's where there is one."""
+        """Returns the peak host memory in bytes and, on a GPU, its memory after loading and its peak.
+
+        The host peak is since loading if the system can reset it, and otherwise since the start of the process.
+        """
         found: dict[str, Any] = {"peak": _peak()}
         if self._gpu:
             self._gpu.read()
@@ -210,7 +237,7 @@ class _Child:
 
 
 def _import(module: str) -> None:
-    """Raises `ProviderError` where it is not installed, or not for this machine."""
+    """Imports a module; raises `ProviderError` if it is not installed or does not work on this machine."""
     try:
         importlib.import_module(module)
     except (ImportError, OSError) as error:
@@ -220,13 +247,19 @@ def _import(module: str) -> None:
 
 
 def _since(started_ns: int) -> int:
-    """Whole microseconds since then, at least one."""
+    """Returns the whole microseconds since `started_ns`, at least 1."""
     return max(1, round((time.perf_counter_ns() - started_ns) / 1000))
 
 
 def serve(begin: Callable[[dict[str, Any]], Any]) -> None:
-    """Answers messages until standard input ends: the first makes what serves, whose `ready` is the answer; each later
-    one names a method of it with ``do``."""
+    """Answers messages until standard input ends.
+
+    The first message creates the serving object, and its attribute `ready` is the answer. Each later message calls one
+    method of this object: ``do`` names the method, and the rest of the message is its arguments.
+
+    Args:
+        begin: Creates the serving object from the first message.
+    """
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     child: Any = None

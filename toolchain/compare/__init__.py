@@ -1,1 +1,1 @@
-"""Comparing results: rows against a baseline, limits, regressions, and reports."""
+"""Comparison of results: rows against a baseline, limits, regressions and reports."""

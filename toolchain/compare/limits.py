@@ -1,4 +1,4 @@
-"""Gate: which measured rows are within the limits, which of them to take, and what the others break."""
+"""Limits on measured rows: they select the rows within the limits, the winner and the nearest misses."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from toolchain.results.statistics import CONFIDENCE
 if TYPE_CHECKING:
     from toolchain.compare.rows import Row
 
-NEAREST = 3  # how many misses are worth naming
-_TOLERANCE = 1e-9  # 90 % and 89 % are a point apart, and a little more in binary
+NEAREST = 3  # number of misses in a verdict
+_TOLERANCE = 1e-9  # in binary arithmetic, 90 % minus 89 % is a little more than one point
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a row may have at most; None limits nothing.
+    """Upper limits on the figures of a row; None sets no limit.
 
-    `max_drop` is in percentage points of accuracy below the row's baseline, `max_p95_ms` the latency at batch 1. A
-    megabyte is 10^6 bytes: of the artifact, and of the process at its peak (host memory, on a GPU as well).
+    Attributes:
+        max_drop: Accuracy drop below the row's baseline, in percentage points.
+        max_p95_ms: 95th percentile of the latency at batch 1, in milliseconds.
+        max_size_mb: Size of the artifact, in units of 10^6 bytes.
+        max_memory_mb: Peak memory of the process on the host, in units of 10^6 bytes. This is host memory for cells
+            on a GPU too.
     """
 
     max_drop: float | None = None
@@ -39,7 +43,7 @@ def _megabytes(count: int | None) -> float | None:
     return None if count is None else count / 1e6
 
 
-# Limit → what it limits, the unit, and the figure in it.
+# Limit → name of the limited figure, its unit, and the function that returns it in this unit.
 _FIGURES: Mapping[str, tuple[str, str, Callable[[Row], float | None]]] = {
     "max_drop": ("accuracy drop", "points", _drop),
     "max_p95_ms": ("p95", "ms", lambda row: row.measurement.latency_ms.get("p95")),
@@ -50,9 +54,13 @@ _FIGURES: Mapping[str, tuple[str, str, Callable[[Row], float | None]]] = {
 
 @dataclass(frozen=True)
 class Broken:
-    """A limit, by its name in `Limits`, that a row breaks or cannot be shown to keep: then `value` is None.
+    """A limit that a row exceeds, or that cannot be checked because the figure is unknown.
 
-    Both figures are in the limit's unit; `remark` is what else bears on it.
+    Attributes:
+        limit: Name of the limit in `Limits`.
+        allowed: The limit, in its unit.
+        value: The row's figure in the same unit; None if it is unknown.
+        remark: Further information about the figure, such as a test of significance; may be empty.
     """
 
     limit: str
@@ -62,7 +70,7 @@ class Broken:
 
     @property
     def excess(self) -> float:
-        """How far over, as a share of the limit (of 1 where that is 0); infinite for an unknown figure."""
+        """Returns the excess as a share of the limit (of 1 if the limit is 0); infinite for an unknown figure."""
         return math.inf if self.value is None else (self.value - self.allowed) / (self.allowed or 1.0)
 
     def __str__(self) -> str:
@@ -78,7 +86,7 @@ class Broken:
 
 @dataclass(frozen=True)
 class Miss:
-    """A measured row outside the limits, and those it breaks."""
+    """A measured row outside the limits, with the limits that it breaks."""
 
     row: Row
     broken: tuple[Broken, ...]
@@ -86,8 +94,15 @@ class Miss:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the limits leave: the `winner` and all that `passed`, fastest first; the Pareto `front` of all measured
-    rows, within the limits or not, fastest first; the `misses` that come nearest, nearest first."""
+    """The result of checking rows against limits.
+
+    Attributes:
+        limits: The limits.
+        winner: The best row within the limits; None if there is none.
+        passed: All rows within the limits, fastest first.
+        front: Pareto front of all measured rows, within the limits or not, fastest first.
+        misses: At most `NEAREST` rows outside the limits, nearest first.
+    """
 
     limits: Limits
     winner: Row | None
@@ -97,13 +112,16 @@ class Verdict:
 
 
 def choose(rows: Sequence[Row], limits: Limits) -> Verdict:
-    """Judges the measured rows; one whose figure is unknown does not pass that figure's limit.
+    """Checks the measured rows against the limits and chooses the winner.
 
-    The winner is the passing row of the lowest median latency: the limits already say what accuracy, tail, size and
-    memory may cost, and what is left to gain is speed. Of equally fast rows it is the smaller, then the more accurate,
-    then the first by name. Nearest are the misses that break the fewest limits, then those least over them, in sum of
-    shares. Raises `ResultFileError` for measured rows of several machines or data sets, whose times and drops say
-    nothing of each other.
+    An unknown figure does not pass its limit. The winner is the passing row with the lowest median latency, because
+    the limits already bound accuracy drop, p95, size and memory. Among equally fast rows, the smallest wins, then the
+    most accurate, then the first by name. The nearest misses break the fewest limits. Among these, the misses with the
+    smallest sum of excess shares come first.
+
+    Raises:
+        ResultFileError: The measured rows come from several machines or data sets, so their times and accuracy drops
+            are not comparable.
     """
     measured = sorted((row for row in rows if row.measurement.status == "ok"), key=_preference)
     if len({(row.run.machine["id"], row.run.data["sha256"]) for row in measured}) > 1:
@@ -132,7 +150,7 @@ def _broken(row: Row, limits: Limits) -> tuple[Broken, ...]:
         if allowed is None:
             continue
         value = _FIGURES[name][2](row)
-        # Asked this way round, a limit that is no number is kept by nothing.
+        # The comparison is negated so that no figure passes a limit that is not a number (NaN).
         if value is None or not value - allowed <= _TOLERANCE:
             found.append(Broken(name, allowed, value, _remark(row, name, value)))
     return tuple(found)
@@ -147,8 +165,14 @@ def _remark(row: Row, limit: str, value: float | None) -> str:
 
 
 def chance(row: Row) -> str:
-    """Whether the row's difference in accuracy from its baseline may be chance: by McNemar's test where the answers are
-    there, else by the interval of its accuracy; empty for no difference, or where nothing can be said."""
+    """Returns a remark on whether the row's accuracy differs from the baseline's accuracy by chance.
+
+    McNemar's test decides if the answers are known. Otherwise the interval of the row's accuracy decides.
+
+    Returns:
+        The remark; empty if the accuracies are equal or unknown. It is also empty if the answers are unknown and the
+        interval excludes the baseline's accuracy.
+    """
     quality, base = row.quality, row.baseline and row.baseline.accuracy
     if not quality or not base or not row.accuracy_points:
         return ""
@@ -160,7 +184,11 @@ def chance(row: Row) -> str:
 
 
 def require(verdict: Verdict) -> None:
-    """Raises `VerdictError` where no row passed."""
+    """Requires a winner.
+
+    Raises:
+        VerdictError: No row is within the limits, or there is no measured row.
+    """
     if verdict.winner:
         return
     if not verdict.misses:

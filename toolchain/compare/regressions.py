@@ -1,8 +1,8 @@
-"""Regression: what got worse from an old run to a new one of the same machine and data, pair by pair.
+"""Regressions from an old run to a new run on the same machine and data, cell by cell.
 
-Every figure counts as a cost (time, bytes, wrong answers) and its change as a share of the old cost. Two runs are not
-interleaved, and a machine drifts between them: times are therefore compared as shares of each run's own baseline. What
-slows every row alike cannot be seen so, and a baseline that itself got faster makes all others look slower.
+Every figure is a cost: time, bytes or wrong answers. A change is a share of the old cost. The rounds of two runs are
+not interleaved, and the speed of a machine drifts between runs. Times are therefore relative to the baseline of each
+run. This hides a slowdown that affects all rows equally. If the baseline becomes faster, all other rows look slower.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ if TYPE_CHECKING:
     from toolchain.compare.rows import Row
     from toolchain.results.measurements import Measurement
 
-_TOLERANCE = 1e-9  # 105 bytes are 5 % more than 100, and a little more in binary
+_TOLERANCE = 1e-9  # in binary arithmetic, 105 bytes are a little more than 5 % above 100 bytes
 
 
 def parse_share(text: str) -> float:
-    """``5%`` and ``5`` as 0.05; `ValueError` for what is no percentage from 0 to 100, and for a bare number between 0
-    and 1, which may be meant as a share."""
+    """Returns a percentage as a share: 0.05 for ``5%`` and for ``5``.
+
+    Raises:
+        ValueError: The text is not a percentage from 0 to 100. A number between 0 and 1 without the sign also raises
+            it, because the user may mean a share.
+    """
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(%?)", text.strip())
     percent = float(found[1]) if found else math.inf
     if not found or percent > 100:
@@ -38,9 +42,19 @@ def parse_share(text: str) -> float:
 
 @dataclass(frozen=True)
 class Change:
-    """One figure of a pair, old and new. `worse` is what it costs more, as a share of the old cost, below 0 less, from
-    `low` to `high` at 95 % where there are rounds enough; `may_be_none` where that, or McNemar's test, leaves open
-    whether anything changed. None is unknown."""
+    """The change of one figure of a pair; None marks an unknown value.
+
+    Attributes:
+        figure: Name of the figure.
+        old: The old figure.
+        new: The new figure.
+        regressed: Whether the figure got worse by more than the limit.
+        worse: Increase of the cost as a share of the old cost; negative is better.
+        low: Lower bound of the 95 % interval of `worse`; None if there are too few rounds.
+        high: Upper bound of the 95 % interval of `worse`; None if there are too few rounds.
+        may_be_none: Whether the interval or McNemar's test does not exclude zero change.
+        remark: Further information about the change; may be empty.
+    """
 
     figure: str
     old: float
@@ -55,8 +69,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Pair:
-    """A row of the old run and the same cell's of the new one: with its changes, or with how it was `lost`, that is
-    which status it has instead or that it is missing."""
+    """A row of the old run and the row of the same cell in the new run.
+
+    Attributes:
+        old: Row of the old run.
+        new: Row of the new run; None if it is missing.
+        changes: Changes of the figures; empty for a lost row.
+        lost: Status and reason of a new row without figures, or ``missing``; empty for a measured row.
+    """
 
     old: Row
     new: Row | None
@@ -65,13 +85,19 @@ class Pair:
 
     @property
     def regressed(self) -> bool:
-        """Whether the row was lost or any of its figures got worse."""
+        """Returns whether the row was lost or any of its figures regressed."""
         return bool(self.lost) or any(change.regressed for change in self.changes)
 
 
 @dataclass(frozen=True)
 class Regressions:
-    """All that was compared under the `limit`, and the cells `apart`: model, cell, and why they were not."""
+    """The result of comparing two runs.
+
+    Attributes:
+        limit: Largest tolerated increase of a cost, as a share.
+        pairs: The compared pairs and the lost rows.
+        apart: Model, cell and reason of each cell that is not compared.
+    """
 
     limit: float
     pairs: tuple[Pair, ...]
@@ -79,12 +105,12 @@ class Regressions:
 
     @property
     def found(self) -> tuple[Pair, ...]:
-        """The pairs that got worse."""
+        """Returns the pairs that regressed."""
         return tuple(pair for pair in self.pairs if pair.regressed)
 
 
 class _Key(NamedTuple):
-    """What two rows must have in common to be compared; `_APART` says what differs, from the machine on."""
+    """Settings that two comparable rows share; `_APART` names a difference in each field from `machine` on."""
 
     model: str
     cell: str
@@ -106,19 +132,27 @@ def _key(row: Row) -> _Key:
 
 
 def regressions(new: Sequence[Row], old: Sequence[Row], limit: float) -> Regressions:
-    """Compares every row that was measured in `old` with the newest of the same model, cell, machine, data, threads and
-    batch size in `new`; `limit` is a share, 0.05 for 5 %.
+    """Compares each measured old row with the newest new row of the same settings.
 
-    * Latency (p50) and throughput regress where they cost more than the limit, and the interval of that excludes no
-      change; without an interval, for too few rounds, the limit alone decides. They are taken relative to the baseline
-      where both rows have the same, else as they are. A baseline's own times are shown and not judged.
-    * Peak memory and size regress by the limit alone.
-    * Accuracy regresses where wrong answers (one, where the old row has none) grew by more than the limit, and by
-      McNemar's test that is no chance; without the answers, the limit alone decides.
-    * A figure that the new row lacks has regressed, one that the old row lacks is not compared.
-    * A row that is failed, unavailable or missing now has regressed.
+    The settings are model, cell, machine, data, threads, batch size and, for CUDA, the GPU.
 
-    Raises `ResultFileError` where no pair can be compared.
+    * Latency (p50) and throughput regress if their cost grows by more than the limit and the interval excludes zero
+      change. With too few rounds there is no interval, and the limit alone decides.
+    * Times are relative to the baseline if both rows have the same baseline. Otherwise they are absolute. A baseline's
+      own times are reported but never regress.
+    * Peak memory and size regress if they grow by more than the limit.
+    * Accuracy regresses if the number of wrong answers grows by more than the limit and McNemar's test is significant.
+      An old number of 0 counts as 1. If the answers are unknown, the limit alone decides.
+    * A figure that only the old row has regresses. A figure that the old row lacks is not compared.
+    * A row regresses if the new row is failed, unavailable or missing.
+
+    Args:
+        new: Rows of the new run.
+        old: Rows of the old run.
+        limit: Largest tolerated increase of a cost, as a share: 0.05 for 5 %.
+
+    Raises:
+        ResultFileError: No pair can be compared.
     """
     measured = [row for row in old if row.measurement.status == "ok"]
     before, now = ({_key(row): row for row in sorted(rows, key=lambda r: r.run.created)} for rows in (measured, new))
@@ -168,7 +202,7 @@ _FIGURES: Mapping[str, Callable[[Measurement], float | None]] = {
     "size_bytes": lambda found: found.size_bytes.get("total"),
     "accuracy": lambda found: found.accuracy.value if found.accuracy else None,
 }
-# Of times: the row's gain over its baseline, and the time of every round.
+# Time figure → the row's gain over its baseline, and the time of each round.
 _TIMES: Mapping[str, tuple[Callable[[Row], Ratio | None], Callable[[Measurement], list[float]]]] = {
     "latency_p50_ms": (lambda row: row.speedup, lambda found: found.latency.medians() if found.latency else []),
     "throughput_per_s": (
@@ -179,7 +213,7 @@ _TIMES: Mapping[str, tuple[Callable[[Row], Ratio | None], Callable[[Measurement]
 
 
 class _Cost(NamedTuple):
-    """New cost over old, whether that may be no change, what bears on it, and whether it is judged at all."""
+    """New cost / old cost, whether the ratio may be 1, a remark, and whether the cost can regress (`judged`)."""
 
     ratio: Ratio
     may_be_none: bool = False
@@ -215,8 +249,11 @@ def _alone(rounds: Sequence[float]) -> Ratio:
 
 
 def _quotient(one: Ratio, other: Ratio) -> Ratio:
-    """Of two that were measured apart: the distances of their bounds add up as squares, in logarithms. After Zou and
-    Donner 2008, "Construction of confidence limits about effect measures: a general approach"."""
+    """Returns the quotient of two ratios from separate runs, with its interval.
+
+    On the logarithmic scale, each bound's squared distance is the sum of the squared distances of the two ratios'
+    bounds. See Zou and Donner 2008, "Construction of confidence limits about effect measures: a general approach".
+    """
     value = one.value / other.value
     if one.low is None or one.high is None or other.low is None or other.high is None:
         return Ratio(value)
@@ -236,7 +273,11 @@ def _errors(old: Row, new: Row) -> _Cost:
 
 
 def require_none(found: Regressions) -> None:
-    """Raises `VerdictError` where a pair got worse."""
+    """Requires that no pair regressed.
+
+    Raises:
+        VerdictError: A pair regressed.
+    """
     if not found.found:
         return
     cells = []

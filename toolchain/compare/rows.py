@@ -1,4 +1,4 @@
-"""Compare: rows of any number of runs side by side, each against the baseline of its own run."""
+"""Rows of one or more runs side by side, each with ratios to the baseline of its own run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from toolchain.results.measurements import PROBABILITY, Measurement, ResultFile,
 from toolchain.results.statistics import Ratio
 
 BASELINE = "torch-fp32"
-# A row is noisy above any of these: the host took the processor, others used it, or the median's interval is wide.
+# Above any of these limits, a row is noisy. They limit the processor time that the host takes, the processor time
+# that other processes use, and the half-width of the median's interval as a share of the median.
 STEAL_SHARE = 0.02
 OTHERS_SHARE = 0.05
 INTERVAL_SHARE = 0.10
@@ -22,13 +23,22 @@ INTERVAL_SHARE = 0.10
 
 @dataclass(frozen=True)
 class Quality:
-    """What a row's answers say beyond its accuracy.
+    """Scores of a row's answers beyond its accuracy; None marks an unknown score.
 
-    `low` and `high` are Wilson's 95 % interval of the accuracy; `macro_f1` and `balanced_accuracy` give every label
-    the same weight; `calibration_error` is the expected one. `lost` answers
-    were right in the baseline and are wrong here, `won` the reverse, `p` is McNemar's; the probability of a label moved
-    by `largest_shift` at most and `mean_shift` on average. Of the sentences asked at batch 1, `batch_changed` are
-    answered otherwise beside others in a batch. What cannot be said is None.
+    Attributes:
+        low: Lower bound of Wilson's 95 % interval of the accuracy.
+        high: Upper bound of Wilson's 95 % interval of the accuracy.
+        macro_f1: Mean F1 score over labels; every label has the same weight.
+        balanced_accuracy: Mean recall over labels; every label has the same weight. For a multi-label model, the mean
+            includes the recall of each label's absence.
+        calibration_error: Expected calibration error of the probabilities.
+        lost: Number of sentences that the baseline answers correctly and this row answers wrongly.
+        won: Number of sentences that the baseline answers wrongly and this row answers correctly.
+        p: p-value of McNemar's test on `lost` and `won`.
+        largest_shift: Maximum over sentences of the shift from the baseline. A sentence's shift is the largest
+            difference of a label's probability.
+        mean_shift: Mean of the same shift over sentences.
+        batch_changed: Number of sentences measured at batch 1 whose answer is different in a batch.
     """
 
     low: float
@@ -46,8 +56,15 @@ class Quality:
 
 @dataclass(frozen=True)
 class Row:
-    """A measurement, the run it belongs to, its baseline (None where that run has none), whether the artifact it
-    measured has been replaced since, and whether no row beside it is better in accuracy, latency and size."""
+    """One row of a comparison.
+
+    Attributes:
+        measurement: The measurement of the cell.
+        run: The run that contains the measurement.
+        baseline: Measurement of the baseline in the same run; None if the run has none.
+        stale: Whether a newer artifact has replaced the measured artifact.
+        pareto: Whether the row is on the Pareto front of accuracy, latency and size.
+    """
 
     measurement: Measurement
     run: ResultFile
@@ -57,25 +74,33 @@ class Row:
 
     @property
     def accuracy_points(self) -> float | None:
-        """Percentage points above the baseline."""
+        """Returns the accuracy minus the baseline's accuracy, in percentage points; None if either is unknown."""
         mine, base = self.measurement.accuracy, self.baseline and self.baseline.accuracy
         return (mine.value - base.value) * 100 if mine and base else None
 
     @functools.cached_property
     def speedup(self) -> Ratio | None:
-        """The baseline's latency at batch 1 over this one's, by the medians of the rounds; of published figures, by
-        what was published."""
+        """Returns baseline latency / row latency at batch 1.
+
+        The ratio uses the medians of the rounds. If the rounds cannot be paired, it uses the two p50 figures.
+        """
         return self._paired(lambda m: m.latency, Samples.medians) or self._plain(lambda m: m.latency_ms.get("p50"))
 
     @functools.cached_property
     def throughput_gain(self) -> Ratio | None:
-        """Sentences a second over the baseline's, round by round."""
+        """Returns row throughput / baseline throughput.
+
+        The ratio uses the rounds. If the rounds cannot be paired, it uses the two sentences-per-second figures.
+        """
         paired = self._paired(lambda m: m.batches, Samples.spent_each)
         return paired or self._plain(lambda m: m.throughput_per_s and 1 / m.throughput_per_s)
 
     @property
     def memory_reduction(self) -> float | None:
-        """Baseline peak memory / peak memory: more is smaller. None for published figures: what they count differs."""
+        """Returns baseline peak memory / row peak memory; above 1 is smaller.
+
+        None for published figures, because their sources measure memory in different ways.
+        """
         if self.measurement.status == "reported":
             return None
         found = self._plain(lambda m: m.memory_bytes.get("peak"))
@@ -83,19 +108,19 @@ class Row:
 
     @property
     def size_reduction(self) -> float | None:
-        """Baseline bytes / bytes: more is smaller."""
+        """Returns baseline size / row size; above 1 is smaller."""
         found = self._plain(lambda m: m.size_bytes.get("total"))
         return found.value if found else None
 
     @functools.cached_property
     def latency_interval(self) -> tuple[float, float] | None:
-        """95 % interval of the median at batch 1, in milliseconds."""
+        """Returns the 95 % interval of the median latency at batch 1, in milliseconds."""
         samples = self.measurement.latency
         return statistics.median_interval(samples) if samples else None
 
     @property
     def noisy(self) -> str:
-        """Why the row's times are not to be relied on; empty where nothing speaks against them."""
+        """Returns the reasons why the row's times are unreliable; empty if there are none."""
         noise, bounds, p50 = self.measurement.noise, self.latency_interval, self.measurement.latency_ms.get("p50")
         found = []
         if (share := noise.get("steal_share", 0.0)) > STEAL_SHARE:
@@ -108,7 +133,7 @@ class Row:
 
     @functools.cached_property
     def quality(self) -> Quality | None:
-        """See `Quality`; None for a row without an accuracy that was measured."""
+        """Returns the scores of the answers; None if the row has no measured accuracy."""
         mine, labels = self.measurement, self.run.data.get("labels")
         if mine.accuracy is None or mine.status != "ok":
             return None
@@ -141,7 +166,12 @@ class Row:
         )
 
     def changed(self, kind: str) -> list[int]:
-        """The sentences whose answer turned wrong (``lost``) or right (``won``) against the baseline."""
+        """Returns the indices of the sentences that only one of the row and its baseline answers correctly.
+
+        Args:
+            kind: ``lost`` for sentences that only the baseline answers correctly, ``won`` for sentences that only this
+                row answers correctly.
+        """
         labels = self.run.data.get("labels")
         if not labels or not self.baseline:
             return []
@@ -154,7 +184,7 @@ class Row:
     def _paired(
         self, samples: Callable[[Measurement], Samples | None], figure: Callable[[Samples], list[float]]
     ) -> Ratio | None:
-        """By the figure of each round, which both have of the same sentences; None where they have not."""
+        """Returns the ratio of the two rows' figures, paired by round; None if their rounds cannot be paired."""
         mine, base = samples(self.measurement), self.baseline and samples(self.baseline)
         if not mine or not base or len(mine.rounds) != len(base.rounds):
             return None
@@ -165,7 +195,7 @@ class Row:
         return Ratio(base / mine) if mine and base else None
 
     def to_json(self) -> dict[str, Any]:
-        """The row with its ratios, intervals and marks, without samples and answers."""
+        """Returns the row with its ratios, intervals and marks, without samples, predictions and probabilities."""
         body = self.measurement.to_json()
         for name in ("samples", "predictions", "probabilities"):
             body.pop(name, None)
@@ -189,7 +219,7 @@ class Row:
 
 
 def _shifts(mine: Measurement, base: Measurement) -> list[float]:
-    """For every sentence both were asked at batch 1, how far the probability of a label moved, at most."""
+    """Returns the largest probability difference over labels, for each sentence that both rows measured at batch 1."""
     pairs = zip(mine.probabilities, base.probabilities, strict=False)
     return [max(abs(a - b) for a, b in zip(p, q, strict=True)) / PROBABILITY for p, q in pairs if p and q]
 
@@ -197,10 +227,19 @@ def _shifts(mine: Measurement, base: Measurement) -> list[float]:
 def compare(
     runs: Sequence[ResultFile], baseline: str | None = None, current: Mapping[tuple[str, str], str] | None = None
 ) -> list[Row]:
-    """One row a (model, cell, machine, artifact, data, threads, batch size), the newest of each; measured rows first.
+    """Returns the newest row of each combination of settings, rows with figures first.
 
-    `baseline` is a variant or a cell; by default torch-fp32 on the CPU, else on the row's own provider. `current` maps
-    (model, variant) to the artifact id that lies there now. Raises `ResultFileError` where no row is such a baseline.
+    A combination consists of model, cell, machine, artifact, data, threads and batch size.
+
+    Args:
+        runs: The result files.
+        baseline: A variant or a cell. If None, the baseline is torch-fp32 on the CPU, or else on the row's own
+            provider.
+        current: (model, variant) → id of the artifact that is now in the export folder. Rows of other artifacts are
+            stale.
+
+    Raises:
+        ResultFileError: There are no rows, or no row has the given baseline.
     """
     newest: dict[tuple[Any, ...], Row] = {}
     for run in sorted(runs, key=lambda r: r.created):
@@ -221,12 +260,12 @@ def compare(
 
 
 def marked(rows: Sequence[Row]) -> list[Row]:
-    """The rows with the Pareto mark as it is among them."""
+    """Returns copies of the rows, each with its Pareto mark among these rows."""
     return [replace(row, pareto=_on_front(row, rows)) for row in rows]
 
 
 def _baseline(measurement: Measurement, run: ResultFile, asked: str | None) -> Measurement | None:
-    """The baseline of the same run and model: the first of the candidates that was measured."""
+    """Returns the first candidate for a baseline that has a row of the same run, model and status."""
     if measurement.status not in ("ok", "reported"):
         return None
     provider = measurement.provider
@@ -236,8 +275,11 @@ def _baseline(measurement: Measurement, run: ResultFile, asked: str | None) -> M
 
 
 def _on_front(row: Row, rows: Sequence[Row]) -> bool:
-    """Whether no other measured row of its model, machine and data is as good in accuracy, latency and size and better
-    in one."""
+    """Returns whether no other row dominates this row.
+
+    A row dominates another row of the same model, machine and data if it is nowhere worse and somewhere better. The
+    criteria are accuracy, latency and size.
+    """
     mine = _merits(row)
     if mine is None:
         return False
@@ -252,7 +294,7 @@ def _on_front(row: Row, rows: Sequence[Row]) -> bool:
 
 
 def _merits(row: Row) -> tuple[float, float, float] | None:
-    """Accuracy, speed and smallness, more is better; None where one was not measured."""
+    """Returns accuracy, negative p50 and negative size, so that more is better; None if one was not measured."""
     found = row.measurement
     p50, size = found.latency_ms.get("p50"), found.size_bytes.get("total")
     if found.status != "ok" or not found.accuracy or not p50 or not size:
@@ -260,7 +302,7 @@ def _merits(row: Row) -> tuple[float, float, float] | None:
     return found.accuracy.value, -p50, -float(size)
 
 
-# What `arrange` sorts by, best first; a row without the figure comes last.
+# Order → its sort key: the smallest key is best. Rows without the figure come last.
 ORDERS: dict[str, Callable[[Row], float | None]] = {
     "accuracy": lambda row: -row.measurement.accuracy.value if row.measurement.accuracy else None,
     "latency": lambda row: row.measurement.latency_ms.get("p50"),
@@ -271,8 +313,17 @@ ORDERS: dict[str, Callable[[Row], float | None]] = {
 
 
 def arrange(rows: Sequence[Row], order: str | None, patterns: Sequence[str], provider: str | None = None) -> list[Row]:
-    """The rows on that `provider` whose cell or variant fits one of the `patterns` (``onnx-*``; all where there are
-    none), sorted by one of `ORDERS` and marked anew; `ResultFileError` where none fits."""
+    """Returns the matching rows in order, with new Pareto marks.
+
+    Args:
+        rows: The rows to select from.
+        order: A key of `ORDERS`; None keeps the given order.
+        patterns: Shell patterns for cells or variants, such as ``onnx-*``; empty matches all rows.
+        provider: Provider of the rows; None matches all providers.
+
+    Raises:
+        ResultFileError: No row matches.
+    """
 
     def fits(found: Measurement) -> bool:
         named = any(fnmatch.fnmatchcase(name, p) for p in patterns for name in (found.cell, found.variant))

@@ -1,7 +1,7 @@
-"""More than one machine, by Ray: this process's end of the line. `driver` is the process that talks to the cluster.
+"""Work on a cluster of machines with Ray. This module starts a child process, `driver`, that talks to the cluster.
 
-It is a process of its own because Ray's libraries end theirs where a cluster is lost, print to its standard output and
-handle its signals.
+Ray needs a child process because its libraries end their process if the cluster is lost, print to standard output and
+handle signals.
 """
 
 from __future__ import annotations
@@ -23,14 +23,21 @@ from toolchain.predict import Model
 from toolchain.progress import Say
 
 CONNECT_TIMEOUT_S = 60.0
-LOST_S = 15  # a cluster whose head does not answer for so long is lost
+LOST_S = 15  # the cluster counts as lost if its head does not answer for this time
 GO_ON = "Start the cluster again; of a run with --output the same command goes on where it was."
 
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster: Ray's `id`, its `host` name, the CPUs and GPUs it gives; `machine` as `hardware` has
-    it."""
+    """A machine of the cluster.
+
+    Attributes:
+        id: Ray's id of the node.
+        host: Host name.
+        cpus: Number of CPUs that the node offers to Ray.
+        gpus: Number of GPUs that the node offers to Ray.
+        machine: Description of the hardware; see `hardware.machine`.
+    """
 
     id: str
     host: str
@@ -40,7 +47,7 @@ class Node:
 
 
 class _Driver(Child):
-    end_s = 20.0  # a cluster of this machine's own is stopped in this time
+    end_s = 20.0  # time to stop a cluster that the driver started
 
     def __init__(self) -> None:
         variables = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_gcs_rpc_server_reconnect_timeout_s": str(LOST_S)}
@@ -51,18 +58,25 @@ class _Driver(Child):
 
 
 class Cluster:
-    """A Ray cluster that this process uses, by way of another."""
+    """A connection to a Ray cluster through the driver process."""
 
     def __init__(self, driver: Child, nodes: list[Node], say: Say) -> None:
         self._driver, self.nodes, self._say = driver, nodes, say
 
     def ask(self, do: str, **about: Any) -> dict[str, Any]:
-        """The answer of a method of `driver.Driver`."""
+        """Calls a method of `driver.Driver` and returns its answer.
+
+        Args:
+            do: Name of the method.
+            **about: Arguments of the method.
+        """
         return self._driver.ask({"do": do, **about}, None)
 
     def scored(self, model: Model, texts: Texts, done: int, window: int) -> Iterator[list[Row]]:
-        """`predicting.here`, on the cluster. Standard input is read to its end first: a window that is lost is read
-        again."""
+        """Yields the rows of each window, computed on the cluster: a `predict.Engine`.
+
+        The function first copies all of standard input to a file, because Ray reads a lost window again.
+        """
         with tempfile.TemporaryDirectory() as scratch:
             if texts.file == STDIN:
                 kept = Path(scratch) / "texts"
@@ -80,11 +94,15 @@ class Cluster:
 
 @contextmanager
 def connected(address: str | None, say: Say) -> Iterator[Cluster]:
-    """The cluster at `address` (``auto``: the one this machine is part of), or one of this machine's own that lasts as
-    long as this does.
+    """Yields a connection to a cluster, and closes it on exit.
 
-    Raises `ClusterError` where Ray is not installed, there is no such cluster, or one of its nodes has another release
-    of the toolchain or another Python.
+    Args:
+        address: ``HOST:PORT`` of the cluster's head; ``auto`` for the cluster of this machine; None to start a cluster
+            on this machine, which stops on exit.
+
+    Raises:
+        ClusterError: Ray is not installed, the cluster does not answer, it offers no CPU, or one of its nodes has
+            another version of the toolchain or of Python.
     """
     if importlib.util.find_spec("ray") is None:
         raise ClusterError("Ray is not installed.", 'Install it with `pip install "toolchain[ray]"`.')

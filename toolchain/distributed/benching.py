@@ -1,4 +1,4 @@
-"""A benchmark on the machines of a cluster: each measures its share as one run of its own; a result file a machine."""
+"""A benchmark on the machines of a cluster: each machine measures its cells as one run with its own result file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,15 @@ NO_CUDA = ("No node of the cluster has an NVIDIA GPU.", "Add one that has; `ray 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured: which cells, on which sentences, how; with so many `threads`, or each node's own."""
+    """The plan of a benchmark on a cluster.
+
+    Attributes:
+        workspace: Folder of the artifacts.
+        request: The request, with the protocol.
+        cells: All cells of the benchmark.
+        data: Sentences to measure on.
+        threads: Number of threads; None for all cores of each node.
+    """
 
     workspace: Workspace
     request: run.Request
@@ -32,7 +40,7 @@ class Plan:
     threads: int | None
 
     def message(self) -> dict[str, Any]:
-        """As `remote.Order` takes it, with the folders and names of all files that are needed."""
+        """Returns the plan as JSON data for `Driver.bench`, with the paths of all files that the nodes need."""
         found: dict[str, list[str]] = {}
         for name in [checkpoints.ROOT_VARIANT, *(cell.variant for cell in self.cells if cell.artifact)]:
             for variant in self.workspace.lineage(name):
@@ -53,8 +61,18 @@ class Plan:
 def measure(
     cluster: Cluster, workspace: Workspace, request: run.Request, threads: int | None, say: Say
 ) -> Iterator[ResultFile]:
-    """Builds what is missing here and measures it there; the result of each machine when it has one, by rows that say
-    why where it failed. Raises as `run.measure`."""
+    """Builds the missing variants here, measures the cells on the cluster, and yields each machine's result file.
+
+    Result files arrive in the order in which the machines finish. If a machine fails, each row of its result file
+    states the reason.
+
+    Args:
+        threads: Number of threads; None for all cores of each node.
+
+    Raises:
+        DataError: The data is unreadable.
+        ToolchainError: The checkpoint cannot be imported.
+    """
     nodes = distinct(cluster.nodes, say)
     data, cells = run.prepared(workspace, request, None if any(node.gpus for node in nodes) else NO_CUDA, say)
     plan = Plan(workspace, request, cells, data, threads)
@@ -62,7 +80,7 @@ def measure(
 
 
 def distinct(nodes: Sequence[Node], say: Say) -> list[Node]:
-    """One node of each kind of machine: what is equal would give the same rows again."""
+    """Returns one node of each kind of hardware, since nodes with equal hardware give equal rows."""
     found: dict[str, Node] = {}
     for node in nodes:
         first = found.setdefault(node.machine["id"], node)
@@ -72,15 +90,18 @@ def distinct(nodes: Sequence[Node], say: Say) -> list[Node]:
 
 
 def shares(nodes: Sequence[Node], cells: Sequence[Cell]) -> list[tuple[Node, list[Cell]]]:
-    """What each node measures: cells on CUDA where it has a GPU, or to say so where none has; those on the CPU
-    everywhere, so that every machine has its own ratios."""
+    """Returns each node with the cells that it measures; leaves out nodes without a cell.
+
+    Every node measures the CPU cells, so that each result file has its own baseline. Nodes with a GPU measure the CUDA
+    cells. If no node has a GPU, every node gets the CUDA cells, and their rows report the missing GPU.
+    """
     with_gpu = any(node.gpus for node in nodes)
     found = [(node, [c for c in cells if c.provider == "cpu" or node.gpus or not with_gpu]) for node in nodes]
     return [(node, share) for node, share in found if share]
 
 
 def on(cluster: Cluster, plan: Plan, planned: Sequence[tuple[Node, Sequence[Cell]]], say: Say) -> Iterator[ResultFile]:
-    """Measures each node's cells there, all nodes at once."""
+    """Measures the cells of all nodes at the same time, and yields a result file when a node is done or fails."""
     by_id = {node.id: (node, cells) for node, cells in planned}
     for node, cells in planned:
         say(f"{node.host}: measuring {len(cells)} cells as soon as its {node.cpus} CPUs are free")
@@ -99,13 +120,13 @@ def on(cluster: Cluster, plan: Plan, planned: Sequence[tuple[Node, Sequence[Cell
 
 
 def _told(cell: Cell) -> dict[str, Any]:
-    """The cell without what lies on this machine."""
+    """Returns the cell as JSON data, with a flag in place of the artifact and without the encoder."""
     there = {name: value for name, value in vars(cell).items() if name not in ("artifact", "encoder")}
     return {**there, "artifact": cell.artifact is not None}
 
 
 def _failed(plan: Plan, node: Node, cells: Sequence[Cell], error: BenchError) -> ResultFile:
-    """A run of which nothing came."""
+    """Returns the result file of a failed run: every row has the reason and no figures."""
     rows = [unmeasured(cell, error if cell.artifact else None) for cell in cells]
     root = plan.workspace.load(checkpoints.ROOT_VARIANT)
     assert root is not None

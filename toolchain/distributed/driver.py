@@ -1,4 +1,4 @@
-"""The process that talks to the cluster, told by JSON lines what to do; see `toolchain.bench.worker.serve`."""
+"""The process that talks to the cluster. It receives requests as JSON lines; see `toolchain.bench.worker.serve`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from toolchain.system import hardware
 
 REACH_TIMEOUT_S = 5.0
 LOOK_TIMEOUT_S = 60.0
-MOST_THREADS = 4  # of a worker: more of them are better used by another one
+MOST_THREADS = 4  # largest number of threads of a worker; further cores serve more workers, which is faster
 
 
 class Driver:
-    """A connection to a cluster; `ready` tells of its nodes."""
+    """A connection to a cluster; its methods are the requests. `ready` is the first answer: the nodes."""
 
     def __init__(self, message: Mapping[str, Any]) -> None:
         with _in_words():
@@ -41,28 +41,43 @@ class Driver:
     def score(
         self, folder: str, files: Sequence[str], texts: Mapping[str, Any], done: int, window: int
     ) -> dict[str, Any]:
-        """Begins to score so many texts at a time, after so many that are done, with the model whose `files` lie in
-        `folder`."""
+        """Starts to score texts; `rows` returns the results.
+
+        Args:
+            folder: Folder of the model.
+            files: Files of the model, by their paths in the folder.
+            texts: Fields of a `Texts`.
+            done: Number of texts to skip.
+            window: Number of texts per window.
+
+        Returns:
+            The number of ``workers`` and the ``threads`` of each worker.
+        """
         workers = self._workers()
         with _in_words():
             self._rows = _rows(workers, stored(Path(folder), files), Texts(**texts), done, window)
         return dict(zip(("workers", "threads"), workers, strict=True))
 
     def _workers(self) -> tuple[int, int]:
-        """How many, and the threads of each: every worker the same, so as many as the smallest node has CPUs for."""
+        """Returns the number of workers and their threads, which fit the CPUs of the smallest node."""
         cpus = [node["cpus"] for node in self._nodes]
         threads = min(MOST_THREADS, *cpus)
         return sum(count // threads for count in cpus), threads
 
     def rows(self) -> dict[str, Any]:
-        """The rows of the next window; none at the end."""
+        """Returns the ``rows`` of the next window; an empty list at the end."""
         with _in_words():
             return {"rows": json.loads(next(self._rows, "[]"))}
 
     def bench(
         self, order: Mapping[str, Any], shares: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]
     ) -> dict[str, Any]:
-        """Begins to measure on every node its cells, as soon as all of the node is free."""
+        """Starts the benchmark on every node; each node starts when all its CPUs and GPUs are free.
+
+        Args:
+            order: The plan, from `benching.Plan.message`.
+            shares: Ids of the nodes with the cells of each node.
+        """
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -71,7 +86,7 @@ class Driver:
         with _in_words():
             files = stored(Path(order["folder"]), order["files"])
             for name, cells in shares:
-                # The node's processors and GPUs, all of them: nothing else of Ray's runs there meanwhile.
+                # The task reserves all CPUs and GPUs of the node, so no other Ray task disturbs the measurement.
                 task = ray.remote(max_retries=0, max_calls=1)(remote.measure).options(
                     num_cpus=nodes[name]["cpus"],
                     num_gpus=nodes[name]["gpus"],
@@ -81,7 +96,11 @@ class Driver:
         return {}
 
     def measured(self, folder: str) -> dict[str, Any]:
-        """The next node that is done and the result file that is written to `folder`, or why there is none."""
+        """Waits for the next node and writes its result file to `folder`.
+
+        Returns:
+            The id of the ``node``, and the path of the ``file``. If the node failed: ``cause`` and ``mend``.
+        """
         import ray
 
         with _in_words():
@@ -97,17 +116,17 @@ class Driver:
 
 
 def stored(folder: Path, files: Sequence[str]) -> Stored:
-    """Puts the files into the cluster's object store."""
+    """Copies the files into the cluster's object store and returns their references by path."""
     import ray
 
     return {name: ray.put((folder / name).read_bytes()) for name in files}
 
 
 def _rows(workers: tuple[int, int], model: Stored, texts: Texts, done: int, window: int) -> Iterator[str]:
-    """The rows of every window as JSON, in order, a few windows held at a time.
+    """Yields the rows of every window as JSON, in order, with only a few windows in memory.
 
-    Read in order by a task on this machine, which alone need have the file; scored by a pool of actors. Ray does again
-    what is lost with one of either, and goes on with the actors that are left.
+    A task on this machine reads the texts, so only this machine needs the file. A pool of actors scores them. If the
+    task or an actor dies, Ray repeats its work and continues with the remaining actors.
     """
     import ray
     from ray.data import ActorPoolStrategy, DataContext, Datasource, read_datasource
@@ -115,7 +134,7 @@ def _rows(workers: tuple[int, int], model: Stored, texts: Texts, done: int, wind
     from ray.data.datasource import ReadTask
 
     class Windows(Datasource):
-        """One block of one row a window."""
+        """A data source with one block of one row for each window."""
 
         def estimate_inmemory_data_size(self) -> None:
             return None
@@ -128,7 +147,7 @@ def _rows(workers: tuple[int, int], model: Stored, texts: Texts, done: int, wind
     context.execution_options.preserve_order = True
     context.enable_progress_bars = context.print_on_execution_start = False
     context.raise_original_map_exception = True
-    context.target_max_block_size = 1  # byte: blocks are not joined to larger ones
+    context.target_max_block_size = 1  # one byte, so that Ray does not join blocks
     count, threads = workers
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     read = read_datasource(Windows(), override_num_blocks=1, num_cpus=0, label_selector=here)
@@ -152,7 +171,7 @@ def _blocks(texts: Texts, done: int, window: int) -> Iterator[Any]:
 
 
 def _connect(address: str | None) -> None:
-    """To the cluster at `address`, or one that is started for this process and ends with it."""
+    """Connects to the cluster at `address`; for None, starts a cluster that ends with this process."""
     import ray
 
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
@@ -173,7 +192,7 @@ def _connect(address: str | None) -> None:
 
 
 def _reach(address: str) -> None:
-    """Raises `ClusterError` for an address nobody listens at, which Ray would try for minutes."""
+    """Raises `ClusterError` for an address that does not accept connections; Ray would retry it for minutes."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
@@ -197,7 +216,14 @@ def _no_cluster(address: str, why: str) -> ClusterError:
 
 
 def _nodes(mine: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Every node that lives; `ClusterError` for one whose toolchain or Python is another than `mine`."""
+    """Returns all live nodes.
+
+    Args:
+        mine: Versions of the toolchain and of Python on this machine, by name.
+
+    Raises:
+        ClusterError: A node has other versions, or does not answer.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -240,7 +266,7 @@ def _nodes(mine: Mapping[str, str]) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _in_words() -> Iterator[None]:
-    """What was raised on another machine as what it is, and what Ray raises as a `ClusterError`."""
+    """Re-raises a `ToolchainError` of another machine as itself, and Ray's own errors as `ClusterError`."""
     from ray.exceptions import RayError, RayTaskError
 
     try:
@@ -248,7 +274,7 @@ def _in_words() -> Iterator[None]:
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None:
-            # Ray's own error poses as the one it carries.
+            # A RayTaskError is also an instance of the class of the error that it wraps.
             if isinstance(cause, ToolchainError) and not isinstance(cause, RayTaskError):
                 raise cause from None
             cause = cause.cause if isinstance(cause, RayTaskError) else cause.__cause__
@@ -259,7 +285,7 @@ def _in_words() -> Iterator[None]:
 
 
 def main() -> None:
-    """Serves until nothing more is asked or it is interrupted, then leaves the cluster."""
+    """Serves requests until standard input ends or an interrupt arrives, then disconnects from the cluster."""
     with contextlib.suppress(KeyboardInterrupt):
         serve(Driver)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

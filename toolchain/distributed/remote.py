@@ -1,4 +1,4 @@
-"""What runs on the machines of a cluster. Nothing here needs a file system that they share with the driver."""
+"""The code that runs on the nodes of a cluster. It needs no file system shared with the driver."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from toolchain.system import hardware
 if TYPE_CHECKING:
     import pyarrow
 
-# A folder's files in the object store: path within it → reference to its bytes.
+# The files of a folder in the object store: path in the folder → reference to the file's bytes.
 Stored = Mapping[str, Any]
 
 
 def unpack(stored: Stored, folder: Path) -> None:
-    """Writes the files into a folder of this machine."""
+    """Writes the files from the object store into a folder on this machine."""
     import ray
 
     for name, reference in stored.items():
@@ -49,20 +49,20 @@ def unpack(stored: Stored, folder: Path) -> None:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder on this machine that goes with its use; those of processes that were killed go first."""
+    """Yields a temporary folder and deletes it on exit; first deletes the folders that killed processes left."""
     import psutil
 
     ours = f"{publishing.WORK}-{_process_space()}"
     for left in Path(tempfile.gettempdir()).iterdir():
         found = re.fullmatch(rf"{ours}-([0-9]+)-\w+", left.name)
         if found and not psutil.pid_exists(int(found[1])):
-            shutil.rmtree(left, ignore_errors=True)  # another user's cannot be deleted
+            shutil.rmtree(left, ignore_errors=True)  # the system refuses to delete another user's folder
     with tempfile.TemporaryDirectory(prefix=f"{ours}-{os.getpid()}-") as folder:
         yield Path(folder)
 
 
 def _process_space() -> str:
-    """Where a process id means one process: machines and containers that share a disk each count their own."""
+    """Returns an id of this machine and container: process ids are unique only inside one, but a disk may be shared."""
     namespace = Path("/proc/self/ns/pid")
     number = namespace.stat().st_ino if namespace.exists() else 0
     return hashlib.sha256(f"{platform.node()} {number}".encode()).hexdigest()[:8]
@@ -70,9 +70,15 @@ def _process_space() -> str:
 
 @dataclass
 class Scorer:
-    """An actor that loads the model once, with so many `threads`, and scores windows of the `texts`.
+    """An actor that loads the model once and scores windows of texts.
 
-    The model's files lie on this machine only while it is loaded, and are checked by their digests before.
+    On the first call, it writes the model's files to this machine, checks their digests, loads the model and deletes
+    the files.
+
+    Attributes:
+        stored: The model's files in the object store.
+        texts: Source of the texts, for the column names.
+        threads: Number of threads.
     """
 
     stored: Stored
@@ -88,7 +94,16 @@ class Scorer:
             return model, Opened(model, self.threads)
 
     def __call__(self, windows: pyarrow.Table) -> pyarrow.Table:
-        """One row a window, texts in, rows out, as JSON: any text has a place in it."""
+        """Returns the rows of each window.
+
+        Windows and rows are JSON, because JSON can represent every text.
+
+        Args:
+            windows: Table with the column ``texts``: one window in each row.
+
+        Returns:
+            Table with the column ``rows``, one row for each window.
+        """
         import pyarrow
 
         model, opened = self._loaded
@@ -97,10 +112,19 @@ class Scorer:
 
 
 def measure(order: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], files: Stored) -> ResultFile:
-    """One benchmark run on this machine, of what `benching.Plan.message` says; its artifacts lie here until it ends and
-    are checked by their digests before.
+    """Runs the benchmark on this machine, with artifacts in a temporary folder.
 
-    Raises `TamperedError` where one is not what it was, and what the measurement raises.
+    Args:
+        order: The plan, from `benching.Plan.message`, without ``folder`` and ``files``.
+        cells: The cells of this node.
+        files: Files of the artifacts in the object store.
+
+    Returns:
+        The result file.
+
+    Raises:
+        TamperedError: The files of an artifact do not match their digests.
+        ToolchainError: The measurement fails.
     """
     with scratch() as folder, contextlib.chdir(folder):
         workspace = Workspace(Path("exported"), order["model"], Source(**order["source"]))

@@ -1,1 +1,1 @@
-"""Shipping: bundles for apps, and how a bundle proves itself."""
+"""Bundles for apps, and their checks."""

@@ -1,7 +1,7 @@
-"""A bundle: a folder an app is given, which needs nothing of this package and can prove itself.
+"""The writer of bundles: folders for an app that need nothing of this package and contain their own check.
 
-`bundle.json` says what it is and lists every file with its sha256; `golden.json` holds sentences with the tokens and
-logits they had here. Its id is the sha256 over everything in bundle.json, files included.
+`bundle.json` describes the bundle and lists every file with its sha256. `golden.json` holds the golden sentences with
+their token ids and reference logits. The bundle's id is the sha256 of the content of bundle.json without the id.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-# What a logit may differ elsewhere, in the worst and in the middle one of the golden sentences. Other kernels add in
-# another order: in fp32 that rounds; in int8 an activation now and then falls on the next of its 256 steps, which moves
-# a few sentences and leaves most alone. Where products saturate, most are moved. In int4 a runtime may take activations
-# in 8 bits or in 32.
+# Limits on the largest and the median difference from the recorded logits on other machines. Other kernels add in
+# another order. In fp32 this changes the rounding. In int8 an activation sometimes rounds to the next of its 256 steps,
+# which changes the logits of a few sentences only; saturated products change most sentences. In int4 a runtime may
+# compute with activations of 8 or of 32 bits.
 TOLERANCES = {
     "fp32": {"largest": 1e-3, "median": 1e-4},
     "fp16": {"largest": 5e-2, "median": 5e-2},
@@ -46,21 +46,29 @@ TOLERANCES = {
     "int4": {"largest": 0.5, "median": 0.1},
 }
 TOKENIZER, TOKENIZER_CONFIG, CONFIG = "tokenizer.json", "tokenizer_config.json", "config.json"
-# Where a model is exact, in words.
+# Processors on which a model is exact, as text for bundle.json.
 NEEDS_OPTION = (
     "x86-64 with VNNI or AMX (Intel from Cascade Lake and Ice Lake on, AMD from Zen 4 on), 64-bit ARM, and "
     "WebAssembly; on older x86-64 only with the session option below, without which its 8-bit products saturate"
 )
 ANYWHERE = "any processor"
-GOLDEN_BATCH = 8  # sentences of each padded batch
+GOLDEN_BATCH = 8  # sentences in each padded batch
 TEXT_SPEC = TensorSpec(TEXT, "string", ("texts",))
-MULTIPLE = 16  # tokens: what a tokenizer of its own pads to, since a server batches only what is equally wide
+# A tokenizer graph pads to a multiple of this number of tokens, since a server batches only inputs of equal width.
+MULTIPLE = 16
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Whose the model is: its name, where it came from, licence and provenance, in words; `data` what it was
-    fine-tuned on."""
+    """The name, licence and provenance of a model.
+
+    Attributes:
+        name: Name of the model.
+        source: Source of the checkpoint, as in its manifest.
+        license: Licence of the model.
+        origin: Provenance, as a text for readers.
+        data: Data of the fine-tuning, as a text for readers.
+    """
 
     name: str
     source: Mapping[str, str]
@@ -71,9 +79,18 @@ class Origin:
 
 @dataclass(frozen=True)
 class Contents:
-    """What is to be shipped: the variants' artifacts, what was `measured` of each by artifact id, the golden sentences,
-    the files of the demo page's clients by their path in the bundle (none: no page), whether the models are given
-    texts, and the `release` of ONNX Runtime that a phone has (none: no phone)."""
+    """The content of a bundle.
+
+    Attributes:
+        target: The target.
+        artifacts: Artifacts of the variants, in order.
+        origin: Name, licence and provenance of the model.
+        sentences: The golden sentences.
+        measured: Benchmark figures by artifact id.
+        clients: JavaScript files for the demo page, by their path in the bundle; empty for no page.
+        with_tokenizer: Whether each graph contains the tokenizer and takes texts.
+        release: Release of ONNX Runtime on the phones; None for all targets except phones.
+    """
 
     target: Target
     artifacts: Sequence[Artifact]
@@ -86,9 +103,11 @@ class Contents:
 
 
 def write(contents: Contents, folder: Path) -> dict[str, Any]:
-    """Fills the empty `folder` and returns the body of its bundle.json, which is written last.
+    """Writes the bundle into an empty folder and returns the content of bundle.json, the last file to be written.
 
-    Raises `ShippingError` for a model that the phone's release cannot read.
+    Raises:
+        ShippingError: The tokenizer does not work as a graph, this runtime saturates int8 products, or no release of
+            ONNX Runtime (for phones: not the phone's release) can run a model correctly.
     """
     first = contents.artifacts[0]
     manifest = first.manifest
@@ -126,8 +145,11 @@ def write(contents: Contents, folder: Path) -> dict[str, Any]:
 
 
 def _tokenizer(contents: Contents, encoder: Encoder, folder: Path) -> dict[str, Any]:
-    """Compares the tokenizer in a graph with the checkpoint's, and writes it where the target has it as a graph of its
-    own; what bundle.json says of it."""
+    """Compares the tokenizer graph with the checkpoint's tokenizer; writes it for a target with a separate graph.
+
+    Returns:
+        The entry ``tokenizer_in_graph`` of bundle.json.
+    """
     if contents.with_tokenizer:
         return {"texts_compared": proven.compare(encoder, contents.sentences)}
     path = contents.target.tokenizer or ""
@@ -137,7 +159,7 @@ def _tokenizer(contents: Contents, encoder: Encoder, folder: Path) -> dict[str, 
 
 
 def _config(contents: Contents) -> dict[str, Any]:
-    """The model's config with its labels, without the place it was saved at; transformers.js is told its dtype."""
+    """Returns config.json without the path of the checkpoint; for the web target with the dtype for transformers.js."""
     config: dict[str, Any] = json.loads((contents.artifacts[0].path / CONFIG).read_text())
     config.pop("_name_or_path", None)
     if contents.target is TARGETS["web"]:
@@ -146,9 +168,10 @@ def _config(contents: Contents) -> dict[str, Any]:
 
 
 def _golden(contents: Contents, encoder: Encoder) -> dict[str, Any]:
-    """Sentences and padded batches of them, their tokens, and the logits of each variant in exact arithmetic.
+    """Returns the golden sentences and padded batches, their token ids, and the exact logits of each variant.
 
-    Raises `ShippingError` where this runtime saturates the products of a variant whatever it is told.
+    Raises:
+        ShippingError: This runtime saturates the int8 products of a variant even with the session option.
     """
     rows = encoder.encode(contents.sentences)
     short = [index for index, row in enumerate(rows) if len(row) < encoder.max_length][:GOLDEN_BATCH]
@@ -176,7 +199,7 @@ def _rounded(logits: np.ndarray) -> list[list[float]]:
 
 
 def _placed(contents: Contents, artifact: Artifact, encoder: Encoder, file: Path) -> dict[str, Any]:
-    """Writes the variant's file; what bundle.json says of it besides, for phones."""
+    """Writes the file of a variant; returns the extra entries of bundle.json for phones, else an empty dictionary."""
     file.parent.mkdir(parents=True, exist_ok=True)
     source = artifact.onnx_path
     with tempfile.TemporaryDirectory() as scratch:
@@ -191,7 +214,7 @@ def _placed(contents: Contents, artifact: Artifact, encoder: Encoder, file: Path
 
 
 def _graph_of_bundle(contents: Contents, artifact: Artifact, encoder: Encoder) -> ir.Model | None:
-    """The variant's graph, where the bundle's differs from the artifact's."""
+    """Returns the graph for the bundle, or None if the bundle can hold the artifact's own file."""
     import onnx_ir as ir
 
     if contents.with_tokenizer:
@@ -204,13 +227,13 @@ def _graph_of_bundle(contents: Contents, artifact: Artifact, encoder: Encoder) -
 
 
 def _model(contents: Contents, index: int, encoder: Encoder, folder: Path) -> dict[str, Any]:
-    """Puts one of the artifacts into the `folder`; what bundle.json says of it."""
+    """Writes the model file of one artifact and returns its entry in bundle.json."""
     artifact = contents.artifacts[index]
     manifest = artifact.manifest
     place = contents.target.path([each.manifest.variant for each in contents.artifacts], index)
     made = _placed(contents, artifact, encoder, folder / place)
     graph = passes.read(folder / place)
-    known = passes.facts(graph)  # of the file, whatever an older release knew of it
+    known = passes.facts(graph)  # not from the manifest: an older release may have recorded fewer facts
     room = known.get("int8_headroom")
     return {
         "variant": manifest.variant,
@@ -235,9 +258,12 @@ def _model(contents: Contents, index: int, encoder: Encoder, folder: Path) -> di
 
 
 def _oldest_release(variant: str, file: Path) -> str:
-    """The oldest release of ONNX Runtime that answers the file right, from the oldest on that bundles are tested with.
+    """Returns the oldest release of ONNX Runtime that runs the file correctly, but none older than `DEFAULT`.
 
-    Raises `ShippingError` where no release is known to.
+    Bundles are not tested with releases before `DEFAULT`.
+
+    Raises:
+        ShippingError: No known release runs the file correctly.
     """
     found = oldest_release(read_needs(file))
     if found is None:
@@ -248,7 +274,7 @@ def _oldest_release(variant: str, file: Path) -> str:
 
 
 def _companions(contents: Contents, folder: Path, body: Mapping[str, Any], golden: Mapping[str, Any]) -> None:
-    """README, checks, runner, and the demo page with its clients."""
+    """Writes the README, the check, the other files of the target, and the demo page with its JavaScript files."""
     import jinja2
 
     environment = jinja2.Environment(

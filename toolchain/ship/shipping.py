@@ -1,4 +1,4 @@
-"""Ship: variants of a model to a folder an app can use; and verify: whether such a folder is what it was."""
+"""The commands `ship`, which writes variants of a model to a bundle, and `verify`, which checks a bundle."""
 
 from __future__ import annotations
 
@@ -52,9 +52,16 @@ REFERENCE = Origin(
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """What to ship: `variants` in this order, for which `target`, under which `license` where the model's own is not
-    known here; with the web target's `demo` page or without, `with_tokenizer` in the graph or beside it, and for phones
-    with which release of ONNX Runtime, one of `RELEASES`."""
+    """The options of `ship`.
+
+    Attributes:
+        variants: Names of the variants, in the order of the bundle.
+        target: Name of the target.
+        license: Licence for the bundle; None for the licence that the model states.
+        demo: Whether a web bundle has a demo page.
+        with_tokenizer: Whether each graph contains the tokenizer.
+        ort_mobile: Release of ONNX Runtime on the phones, one of `RELEASES`; only for the mobile target.
+    """
 
     variants: tuple[str, ...]
     target: str
@@ -65,11 +72,20 @@ class Order:
 
 
 def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -> dict[str, Any]:
-    """Writes the bundle to `output`, building what is missing or stale, and returns its bundle.json.
+    """Builds the missing or stale variants, writes the bundle and returns its bundle.json.
 
-    It is checked like a bundle from elsewhere before it is renamed into place. Raises `ShippingError` for variants the
-    target cannot take, `VerdictError` for one that failed validation, `ArtifactError` where `output` holds anything
-    but an unchanged bundle.
+    `verify` checks the new bundle in a scratch folder before it is renamed to `output`. An equal bundle that exists
+    already stays as it is.
+
+    Args:
+        order: The options.
+        output: Folder of the bundle.
+
+    Raises:
+        ShippingError: The target cannot run a variant, or the variants have different tokenizers.
+        VerdictError: A variant failed its validation, or its file in the bundle differs from the artifact.
+        ArtifactError: `output` exists and is not an unmodified bundle.
+        ProviderError: onnxruntime-extensions is missing.
     """
     target = TARGETS[order.target]
     _check_names(order.variants, target)
@@ -123,10 +139,10 @@ def _publish(contents: Contents, output: Path, say: Say) -> dict[str, Any]:
 
 
 def _compare(contents: Contents, body: Mapping[str, Any], folder: Path, say: Say) -> None:
-    """Asks every file that is not its artifact's what a variant is asked when it is validated: it must answer as the
-    artifact it was made from does here.
+    """Compares every model file with its artifact on the validation sentences, on this machine.
 
-    Raises `VerdictError` where it does not.
+    Raises:
+        VerdictError: The logits of a file differ from those of its artifact.
     """
     sentences = list(map(str, inputs.embedded().sample(VALIDATED, VALIDATED_SEED)))
     place = Place("cpu", hardware.cores())
@@ -152,7 +168,11 @@ def _compare(contents: Contents, body: Mapping[str, Any], folder: Path, say: Say
 
 
 def _compare_texts(file: Path, original: Session, encoder: Encoder, texts: Sequence[str]) -> tuple[bool, str]:
-    """Whether a graph with the tokenizer in it answers every text as the `original` answers its tokens; the figures."""
+    """Compares a graph that contains the tokenizer with the original model on each text.
+
+    Returns:
+        Whether the largest difference of a logit is within `TOLERANCE`, and a summary with the figures.
+    """
     import numpy as np
 
     session = TextSession(file, hardware.cores())
@@ -166,7 +186,7 @@ def _compare_texts(file: Path, original: Session, encoder: Encoder, texts: Seque
 
 
 def _check_output(output: Path) -> None:
-    """Raises `ArtifactError` unless nothing is there or a bundle as it was written, which can be made again."""
+    """Raises `ArtifactError` unless `output` is free or an unmodified bundle, which `ship` can build again."""
     if not (output.exists() or output.is_symlink()):
         return
     mend = "Move it away, or name another folder with --output."
@@ -181,7 +201,7 @@ def _check_output(output: Path) -> None:
 
 
 def _check_names(names: Sequence[str], target: Target) -> None:
-    """Raises `ShippingError`, before anything is built, for what is no ONNX file or would take another's place."""
+    """Raises `ShippingError` for a PyTorch variant or two variants with one path. Called before any build."""
     places: dict[str, str] = {}
     for index, name in enumerate(names):
         if variants.get(name).runtime != "onnx":
@@ -195,7 +215,12 @@ def _check_names(names: Sequence[str], target: Target) -> None:
 
 
 def _check(artifact: Artifact, target: Target) -> None:
-    """Raises `VerdictError` for an artifact that failed validation, `ShippingError` for operators the target lacks."""
+    """Checks an artifact before it is shipped.
+
+    Raises:
+        VerdictError: The artifact did not pass its validation.
+        ShippingError: The graph has operators that the target lacks.
+    """
     name = artifact.manifest.variant
     if artifact.manifest.validation.get("passed") is not True:
         raise VerdictError(f"{name} did not pass validation.", f"`toolchain validate {name}` shows why.")
@@ -210,7 +235,7 @@ def _check(artifact: Artifact, target: Target) -> None:
 
 
 def _origin(workspace: Workspace, manifest: Manifest, license_: str | None) -> Origin:
-    """Whose the model is; a local folder is named without its place."""
+    """Returns the origin of the model, with only the last part of the path of a local folder."""
     source = {key: str(value) for key, value in manifest.source.items()}
     if source["kind"] == "embedded":
         return dataclasses.replace(REFERENCE, source=source, license=license_ or REFERENCE.license)
@@ -221,7 +246,7 @@ def _origin(workspace: Workspace, manifest: Manifest, license_: str | None) -> O
 
 
 def _measured(run: ResultFile, row: Measurement) -> dict[str, Any]:
-    """What a run says of an artifact, with its hardware."""
+    """Returns the figures of a benchmark row with the hardware of its run."""
     machine = run.machine
     return {
         "provider": row.provider,
@@ -238,18 +263,27 @@ def _measured(run: ResultFile, row: Measurement) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Whether the bundle is whole and answers its golden sentences here: {id, files, models: {variant: …}}; raises as
-    `checked`."""
+    """Checks that a bundle is unmodified and computes its reference logits here.
+
+    Returns:
+        ``id``, ``target``, the number of ``files``, and ``models``: by model file the ``largest_delta`` from the
+        reference logits and its ``tolerance``.
+
+    Raises:
+        ShippingError: The folder holds no bundle.
+        VerdictError: The bundle was modified, or this runtime cannot compute its reference logits.
+        ProviderError: The bundle needs onnxruntime-extensions, which is not installed.
+    """
     body, models = checked(folder)
     return {"id": body["id"], "target": body.get("target"), "files": len(body["files"]), "models": models}
 
 
 def checked(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The bundle.json of a bundle that is whole and answers its golden sentences here, and how closely each variant
-    does.
+    """Checks a bundle as `verify` does, and raises the same errors.
 
-    Raises `ShippingError` where there is no bundle, `VerdictError` where it was modified or this runtime cannot compute
-    its answers, `ProviderError` where onnxruntime-extensions is missing for it.
+    Returns:
+        The content of bundle.json, and by model file the ``largest_delta`` from the reference logits with its
+        ``tolerance``.
     """
     try:
         body = bundled.sealed(folder)
@@ -275,7 +309,7 @@ def checked(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _check_single(path: Path) -> None:
-    """Raises `Broken` for a model whose tensors lie in other files, which a loader would follow anywhere."""
+    """Raises `Broken` for a model with tensors in other files: a loader would open any path that the model names."""
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -288,7 +322,7 @@ def _check_single(path: Path) -> None:
 
 
 def external_tensors(graph: onnx.GraphProto) -> Iterator[str]:
-    """Names of a graph's tensors that lie in other files, those of its subgraphs among them."""
+    """Yields the names of the tensors that a graph or its subgraphs store in other files."""
     from onnx import TensorProto
 
     attributes = [attribute for node in graph.node for attribute in node.attribute]
@@ -303,11 +337,11 @@ def external_tensors(graph: onnx.GraphProto) -> Iterator[str]:
 
 
 def default_output(workspace: Workspace, target: str) -> Path:
-    """Where a bundle goes unless told otherwise."""
+    """Returns the default folder of a bundle for a target."""
     return workspace.exported / workspace.model / f"bundle-{target}"
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The bundle.json of a folder that is one, without checking it; None for anything else."""
+    """Returns the content of bundle.json without any check; None if the folder holds no bundle."""
     file = folder / bundled.BUNDLE
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -1,1 +1,1 @@
-"""How a comparison looks: the columns once, then a terminal's table, Markdown or JSON."""
+"""Reports of a comparison: terminal table, Markdown, CSV, HTML and plots."""

@@ -1,4 +1,4 @@
-"""What the plots of a comparison share: style, colours and shapes, axes, labels that keep out of each other's way."""
+"""Common parts of the plots of a comparison: style, colours, marker shapes, axes, and labels that do not overlap."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from toolchain.compare.rows import Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# On paper; a page gives each of these colours its own, by theme.
+# Colours for files; the HTML page replaces each of these colours by one of its theme.
 INK, PAPER = "#1b1f24", "#fefefe"
-# By runtime: Okabe and Ito's palette, and a shape for whom colours say little.
+# Runtime → colour from Okabe and Ito's palette, and a marker shape for readers who cannot distinguish the colours.
 LOOKS = {"torch": ("#0072b2", "o"), "onnx": ("#d55e00", "s"), "bnb": ("#009e73", "^")}
 OTHER = ("#cc79a7", "D")
 LINES = ("-", "--")
@@ -52,12 +52,18 @@ Box = tuple[float, float, float, float]
 
 
 def look(row: Row) -> tuple[str, str]:
-    """Colour and shape, by runtime."""
+    """Returns colour and marker shape of the row's runtime."""
     return LOOKS.get(row.measurement.variant.split("-")[0], OTHER)
 
 
 def canvas(heights: Sequence[float], columns: int = 1, **shared: Any) -> tuple[Figure, Any]:
-    """A figure and its axes, [panel][column], the panels as high as said, in inches."""
+    """Returns a figure and its axes as an array [panel, column].
+
+    Args:
+        heights: Height of each panel, in inches.
+        columns: Number of columns.
+        shared: Further arguments of `Figure.subplots`, such as `sharex`.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -70,7 +76,15 @@ def canvas(heights: Sequence[float], columns: int = 1, **shared: Any) -> tuple[F
 
 
 def axis_of(axis: Any, values: Sequence[float], ticks: Sequence[float] | None = None) -> None:
-    """Makes an axis logarithmic where the values span more than three times their least; numbers as one writes them."""
+    """Makes an axis logarithmic if the largest value exceeds three times the smallest value.
+
+    The labels of a logarithmic axis are plain numbers.
+
+    Args:
+        axis: The x or y axis.
+        values: The values on the axis.
+        ticks: Positions of the ticks; None leaves the choice to Matplotlib.
+    """
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     if max(values) > 3 * min(values):
@@ -83,7 +97,13 @@ def axis_of(axis: Any, values: Sequence[float], ticks: Sequence[float] | None = 
 
 
 def legend(figure: Figure, rows: Sequence[Row], others: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-    """Above the panels: the runtimes that occur, and `others` by the style of their line or mark."""
+    """Draws a legend above the panels.
+
+    Args:
+        figure: The figure.
+        rows: Rows whose runtimes the legend names.
+        others: Further names → style of their line or marker.
+    """
     from matplotlib.lines import Line2D
 
     names = dict.fromkeys(row.measurement.variant.split("-")[0] for row in rows)
@@ -96,7 +116,12 @@ def legend(figure: Figure, rows: Sequence[Row], others: Mapping[str, Mapping[str
 
 
 def place(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Writes a label beside each (x, y, text), where it meets no other label and no point if that can be had."""
+    """Writes a label near each point, away from other labels and points if there is space.
+
+    Args:
+        axes: The axes.
+        points: x and y in the units of the axes, and the text, for each point.
+    """
     axes.figure.draw_without_rendering()
     frame = axes.get_window_extent()
     limits = (frame.x0, frame.y0, frame.x1, frame.y1)
@@ -109,7 +134,7 @@ def place(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
         tried = [(_cost(box, taken, limits) + radius, box, radius) for box, radius in _around(at[index], size)]
         _, box, radius = min(tried, key=lambda found: found[0])
         taken.append(box)
-        # Held and tied at the side that is towards the point.
+        # The side of the label that is nearest to the point fixes its position and holds the connecting line.
         side = 0.0 if box[0] >= at[index][0] else 1.0 if box[2] <= at[index][0] else 0.5
         offset = (box[0] + side * size.width - at[index][0], (box[1] + box[3]) / 2 - at[index][1])
         _note(axes, points[index], offset, side, radius > NEAR)
@@ -127,7 +152,10 @@ def _note(
     side: float = 0.0,
     tied: bool = False,
 ) -> Any:
-    """The text with its left (0), middle or right side (1) at `offset` from the point; `tied` to it by a line."""
+    """Writes the text with its left side (0), centre (0.5) or right side (1) at `offset` from the point.
+
+    If `tied` is true, a line connects the text to the point.
+    """
     line = {"arrowstyle": "-", "color": INK, "alpha": 0.45, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
     given: dict[str, Any] = {"arrowprops": {**line, "relpos": (side, 0.5)}} if tied else {}
     under = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
@@ -140,7 +168,7 @@ def _note(
 
 
 def _around(at: Sequence[float], size: Any) -> list[tuple[Box, float]]:
-    """Boxes of that size about a point, the nearest first, with their distance."""
+    """Returns boxes of the given size around a point with their distances, nearest first."""
     found = []
     for radius in RADII:
         for turn in (1, 7, 3, 5, 2, 6, 0, 4):
@@ -152,14 +180,19 @@ def _around(at: Sequence[float], size: Any) -> list[tuple[Box, float]]:
 
 
 def _cost(box: Box, taken: Sequence[Box], limits: Box) -> float:
-    """What speaks against a box: what it meets, and whether it leaves the axes."""
+    """Returns a penalty for each overlap of the box with occupied boxes, and for leaving the axes."""
     met = sum(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
     inside = box[0] >= limits[0] and box[1] >= limits[1] and box[2] <= limits[2] and box[3] <= limits[3]
     return 1000.0 * met + (0 if inside else 5000.0)
 
 
 def place_at_end(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Writes a label right of each (x, y, text), one under the other where they would meet."""
+    """Writes the labels in a column to the right of all points, moved apart vertically so that they do not overlap.
+
+    Args:
+        axes: The axes.
+        points: x and y in the units of the axes, and the text, for each point.
+    """
     axes.figure.draw_without_rendering()
     at = [axes.transData.transform(point[:2]) for point in points]
     order = sorted(range(len(points)), key=lambda index: at[index][1])

@@ -1,4 +1,4 @@
-"""The comparison's columns, and the sentences around them, whatever they are printed as."""
+"""Columns, title lines and notes of a comparison, shared by all report formats."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from toolchain.results.statistics import Ratio
 
 NOTHING = "–"
 FRONT = "◆"
-FIGURES = ("ok", "reported")  # the statuses of rows that have some
+FIGURES = ("ok", "reported")  # statuses of rows that have figures
 
 
 def _with(row: Row, value: str, note: str | None) -> str:
-    """A figure and its ratio; the baseline's own row needs none."""
+    """Returns a figure with its note in brackets; the baseline's own row has no note."""
     return f"{value} ({note})" if note and row.measurement is not row.baseline else value
 
 
 def _times(ratio: Ratio | float | None) -> str | None:
-    """A ratio to read; one that may as well be 1 is called so."""
+    """Returns a ratio as text, or ``no difference`` if its interval includes 1."""
     if isinstance(ratio, Ratio):
         if ratio.differs is False:
             return "no difference"
@@ -37,7 +37,7 @@ def _accuracy(row: Row) -> str:
 
 
 def _p50(row: Row) -> str:
-    """The median; the mean, and called so, where somebody else published no more."""
+    """Returns the median, or the mean with the word ``mean`` if a published row has no median."""
     figures = row.measurement.latency_ms
     if "p50" in figures:
         return _with(row, f"{figures['p50']:.2f}", _times(row.speedup))
@@ -87,8 +87,11 @@ def _cell(row: Row) -> str:
 
 
 def _session(row: Row, fact: str) -> str:
-    """What the session said of itself: as ``fallback``, what ran elsewhere than on the cell's provider; as ``note``,
-    what the row is good for. Empty where it said nothing."""
+    """Returns a fact of the session as text; empty if the session does not state it.
+
+    The fact ``fallback`` describes the part that runs on another provider. The fact ``note`` states the purpose of the
+    variant, such as ``memory, not speed``.
+    """
     return str(row.measurement.facts.get("session", {}).get(fact, ""))
 
 
@@ -108,17 +111,21 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("size MB (smaller)", _size),
     ("cold start ms", _cold_start),
 )
-# Columns that are left out where no row has the figure.
+# The comparison omits these columns if no row has the figure.
 OPTIONAL = (_resident, _gpu_memory, _cold_start)
 
 
 def measured(rows: Sequence[Row]) -> list[Row]:
-    """The rows that have figures."""
+    """Returns the rows that have figures, measured or published."""
     return [row for row in rows if row.measurement.status in FIGURES]
 
 
 def columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
-    """`COLUMNS`, the optional ones where a row has such figures; before them what differs: model, machine."""
+    """Returns the (header, text function) pairs of the columns that a comparison of the rows shows.
+
+    A column of `OPTIONAL` appears only if a row has its figure. If the rows have several models or machines, columns
+    for these come first.
+    """
     extra: list[tuple[str, Callable[[Row], str]]] = []
     if len({row.measurement.model for row in rows}) > 1:
         extra.append(("model", lambda row: row.measurement.model))
@@ -130,12 +137,12 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
 
 
 def _several(rows: Sequence[Row]) -> bool:
-    """Whether the rows are of more than one machine."""
+    """Returns whether the rows come from more than one machine."""
     return len({row.run.machine["id"] for row in rows}) > 1
 
 
 def _named(row: Row, rows: Sequence[Row]) -> str:
-    """The row's cell, with its machine where there are others."""
+    """Returns the row's cell, with its machine if the rows come from several machines."""
     return f"{row.measurement.cell} on {_machine(row)}" if _several(rows) else row.measurement.cell
 
 
@@ -148,13 +155,13 @@ def _machine(row: Row) -> str:
 
 
 def host(row: Row) -> str:
-    """Processor and cores; 0 stands for what a published table does not say."""
+    """Returns the processor and its cores; a number of 0 cores is unknown, so the text omits it."""
     machine = row.run.machine
     return ", ".join([machine["cpu"], *([f"{machine['cores']} cores"] if machine["cores"] else [])])
 
 
 def title(rows: Sequence[Row]) -> list[str]:
-    """What is compared, on what, with what: a line a run."""
+    """Returns one line for each run: model, hardware, threads, data and date."""
     lines = []
     for run in dict.fromkeys(id(row.run) for row in rows):
         row = next(row for row in rows if id(row.run) == run)
@@ -171,7 +178,10 @@ def title(rows: Sequence[Row]) -> list[str]:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """What a reader needs to read the figures, and every row that has none with its reason and mend."""
+    """Returns the notes below a comparison.
+
+    The notes explain the figures and marks. They also name each row without figures, with its reason and hint.
+    """
     baselines = list(dict.fromkeys(row.baseline.cell for row in rows if row.baseline))
     lines = []
     if baselines:
@@ -209,7 +219,7 @@ def _exactness(row: Row) -> str:
 
 
 def _by_text(found: Sequence[tuple[str, str]]) -> list[str]:
-    """A line for each text, after all the cells it holds for."""
+    """Returns one line for each text; the line starts with all cells that share the text."""
     cells: dict[str, dict[str, None]] = {}
     for cell, text in found:
         cells.setdefault(text, {})[cell] = None
@@ -217,7 +227,7 @@ def _by_text(found: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _gpu_notes(rows: Sequence[Row]) -> list[str]:
-    """How the columns of a GPU came about."""
+    """Returns notes on how the figures of a GPU are measured."""
     lines = []
     if any(row.measurement.resident_ms for row in rows):
         lines.append("On device: batch and logits stay on the GPU; p50 and p95 have their copies in them.")
@@ -226,7 +236,7 @@ def _gpu_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _reported(rows: Sequence[Row]) -> list[str]:
-    """Where published figures come from, how they were taken, and what is odd about any."""
+    """Returns notes on the source and method of published figures, and the remarks on single rows."""
     found = [row for row in rows if row.measurement.status == "reported"]
     lines = list(
         dict.fromkeys(
@@ -240,8 +250,10 @@ def _reported(rows: Sequence[Row]) -> list[str]:
 
 
 def _pruned(rows: Sequence[Row]) -> list[str]:
-    """For all rows of one pruning a line: what was removed, what that was predicted to bring, and what it brought each
-    row over the same variant unpruned, in one run."""
+    """Returns one line for each pruning in a run: the pruning facts and the measured speed-up of each pruned row.
+
+    The baseline of these speed-ups is the same variant without pruning, in the same run.
+    """
     found: dict[tuple[int, str], list[Row]] = {}
     for row in measured(rows):
         if "pruning" in row.measurement.facts:
@@ -256,14 +268,14 @@ def _pruned(rows: Sequence[Row]) -> list[str]:
 
 
 def _trimmed(rows: Sequence[Row]) -> list[str]:
-    """Which vocabularies are not whole, and what texts of other words cost."""
+    """Returns one line for each cell with a trimmed vocabulary."""
     found = [(row.measurement.cell, row.measurement.facts.get("vocabulary")) for row in measured(rows)]
-    # Of the variant, whatever machine it is measured on.
+    # The vocabulary belongs to the variant, so rows of several machines give the same line.
     return list(dict.fromkeys(f"{cell}: {trimming.sentence(facts)}" for cell, facts in found if facts))
 
 
 def _by_length(rows: Sequence[Row]) -> list[str]:
-    """Median milliseconds at each length that was asked, of rows where it was."""
+    """Returns one line for each row with measured lengths: the median milliseconds at each length."""
     lines = []
     for row in rows:
         found = {n: samples.milliseconds()["p50"] for n, samples in row.measurement.by_length.items()}
@@ -274,8 +286,15 @@ def _by_length(rows: Sequence[Row]) -> list[str]:
 
 
 def over_unpruned(row: Row, rows: Sequence[Row]) -> tuple[str, Ratio] | None:
-    """The same variant unpruned, of the same run and provider, and how many times faster than it a pruned row is at
-    batch 1; None where that was not measured, or the name does not tell which it is."""
+    """Returns the variant without pruning, and the speed-up of a pruned row over it at batch 1.
+
+    Args:
+        row: The pruned row.
+        rows: All rows. The unpruned row must have the same run, model and provider.
+
+    Returns:
+        Name of the unpruned variant and the speed-up; None if the unpruned variant was not measured or is unknown.
+    """
     try:
         same = unpruned(row.measurement.variant)
     except UnknownVariantError:
@@ -288,7 +307,7 @@ def over_unpruned(row: Row, rows: Sequence[Row]) -> tuple[str, Ratio] | None:
 
 
 def _method(row: Row) -> str:
-    """How the row's latency, accuracy and throughput came about."""
+    """Returns a note on how latency, accuracy and throughput of the row's run are measured."""
     how, count = row.run.run, row.run.data["rows"]
     asked, score = how.get("single_sentences", count), row.measurement.accuracy
     batch = score.batch_size if score else 1

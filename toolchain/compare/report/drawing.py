@@ -1,4 +1,4 @@
-"""What each plot of a comparison draws, panel under panel, and its content in words."""
+"""Functions that draw the plots of a comparison, one panel below another, and describe them in words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ RING: dict[str, Any] = {"marker": "o", "linestyle": "", "markerfacecolor": "none
 
 
 def accuracy_latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
-    """A point a row with its intervals, and the front of each panel."""
+    """Draws one point with intervals for each row, and the front of each panel.
+
+    Returns:
+        The figure and its description; None if no row has both figures.
+    """
     shown = _with(panels, lambda row: row.measurement.accuracy and latency_ms(row))
     if not shown:
         return None
@@ -48,7 +52,7 @@ def accuracy_latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
 
 
 def latency_ms(row: Row) -> float:
-    """The median, or the mean where somebody published no more; 0 where there is neither."""
+    """Returns the median latency at batch 1, or the mean if there is no median; 0 if there is neither."""
     figures = row.measurement.latency_ms
     return figures.get("p50") or figures.get("mean") or 0.0
 
@@ -58,7 +62,7 @@ def _percent(row: Row) -> float:
 
 
 def _front(panel: Panel) -> list[Row]:
-    """From the fastest on, each row that is more accurate than all that are faster."""
+    """Returns the rows that are more accurate than all faster rows, fastest first."""
     front: list[Row] = []
     for row in sorted(panel.rows, key=lambda row: (latency_ms(row), -_percent(row))):
         if not front or _percent(row) > _percent(front[-1]):
@@ -79,7 +83,11 @@ def _point(axes: Any, row: Row) -> None:
 
 
 def size_memory(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
-    """Bars of what was measured of the two: megabytes on disk, megabytes at the peak."""
+    """Draws one bar for each row and known figure: size, peak host memory and peak GPU memory, in MB (10^6 bytes).
+
+    Returns:
+        The figure and its description; None if no row has any of the figures.
+    """
     kinds: dict[str, Callable[[Row], float | None]] = {
         "size, MB": lambda row: row.measurement.size_bytes.get("total"),
         "peak memory, MB": lambda row: row.measurement.memory_bytes.get("peak"),
@@ -113,7 +121,11 @@ _BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fonts
 
 
 def latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
-    """A box a row, of the times that were kept."""
+    """Draws one box for each row from the stored times at batch 1.
+
+    Returns:
+        The figure and its description; None if no row has stored times.
+    """
     import numpy as np
 
     shown = _with(panels, lambda row: row.measurement.latency)
@@ -142,7 +154,11 @@ def latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
 
 
 def latency_by_length(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
-    """A line a row, over the lengths it was asked."""
+    """Draws one line for each row: the median latency over the measured lengths.
+
+    Returns:
+        The figure and its description; None if no row has measured lengths.
+    """
     shown = _with(panels, lambda row: row.measurement.by_length)
     if not shown:
         return None
@@ -176,7 +192,11 @@ def latency_by_length(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
 
 
 def pruning_speedup(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
-    """A point a pruned row whose speed-up was both predicted and measured."""
+    """Draws one point for each pruned row that has both a predicted and a measured speed-up.
+
+    Returns:
+        The figure and its description; None if no row has both.
+    """
     rows = [row for panel in panels for row in panel.rows]
     shown = _with(panels, lambda row: _predicted(row) and over_unpruned(row, rows))
     if not shown:
@@ -208,19 +228,19 @@ def pruning_speedup(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
 
 
 def _predicted(row: Row) -> float:
-    """0 where nothing was."""
+    """Returns the predicted speed-up of the row's pruning; 0 if there is no prediction."""
     found = row.measurement.facts.get("pruning", {}).get("predicted_speedup", {}).get("value", 0)
     return float(found) if isinstance(found, int | float) else 0.0
 
 
 def _with(panels: Sequence[Panel], holds: Callable[[Row], Any]) -> list[Panel]:
-    """The panels with only the rows for which it holds; those without any are left out."""
+    """Returns the panels with only the rows for which `holds` is true, without empty panels."""
     kept = [Panel(panel.title, tuple(row for row in panel.rows if holds(row))) for panel in panels]
     return [panel for panel in kept if panel.rows]
 
 
 def _tall(panel: Panel) -> float:
-    """Room for labels among points."""
+    """Returns the height in inches of a panel with labelled points."""
     return min(4.6, 2.4 + 0.2 * len(panel.rows))
 
 
@@ -229,14 +249,14 @@ def _height(panel: Panel) -> float:
 
 
 def _rows(axes: Any, panel: Panel) -> None:
-    """A line of the axes for each row, the first on top."""
+    """Gives each row one line of the axes, the first row at the top."""
     axes.set_title(panel.title)
     axes.set_yticks(range(len(panel.rows)), [panel.label(row) for row in panel.rows])
     axes.set_ylim(len(panel.rows) - 0.4, -0.6)
 
 
 def _ends(panel: Panel, found: Sequence[tuple[Row, float]], unit: str = "") -> str:
-    """The row with the least and the one with the most."""
+    """Returns a text with the smallest and the largest value and their rows."""
     if not found:
         return "not measured"
     (first, least), (last, most) = min(found, key=lambda pair: pair[1]), max(found, key=lambda pair: pair[1])

@@ -1,4 +1,4 @@
-"""The comparison as CSV: one line a row, for a spreadsheet or a data frame."""
+"""The comparison as CSV for a spreadsheet or a data frame: one line for each row."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 from toolchain.compare.rows import Row
 
-# What a spreadsheet takes for the start of a formula.
+# A spreadsheet reads a text with one of these first characters as a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
-# Names carry units; shares are from 0 to 1, points are per cent of accuracy, ratios are better above 1.
+# Names contain the units. Shares are from 0 to 1, points are percentage points, ratios are better above 1.
 COLUMNS: dict[str, Callable[[Row], Any]] = {
     "model": lambda row: row.measurement.model,
     "cell": lambda row: row.measurement.cell,
@@ -76,9 +76,10 @@ COLUMNS: dict[str, Callable[[Row], Any]] = {
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """A line of names and one a row, after RFC 4180; empty is unknown. New columns come last, names stay.
+    """Returns a header line and one line for each row as CSV (RFC 4180); an empty field is unknown.
 
-    A text that a spreadsheet would take for a formula has an apostrophe before it.
+    An apostrophe precedes each text that a spreadsheet would read as a formula. Later releases keep the column names
+    and add new columns at the end.
     """
     text = io.StringIO(newline="")
     writer = csv.writer(text)

@@ -1,4 +1,4 @@
-"""Which sentences a variant answers otherwise than its baseline, in words where they are at hand."""
+"""Sentences that only one of a row and its baseline answers correctly, with their texts if these are available."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from toolchain.data.files import Text
 from toolchain.data.labels import SEPARATOR, LabelSet
 from toolchain.results.measurements import Measurement, ResultFile
 
-MOST = 100  # sentences shown of a list
+MOST = 100  # maximum number of sentences shown in a list
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """A row of the data, from 1: its text (empty where only the number is known) and its label."""
+    """A row of the data.
+
+    Attributes:
+        number: Number of the row in the data; the first row is 1.
+        text: Text of the row; empty if it is unknown.
+        label: Name of the correct label.
+    """
 
     number: int
     text: str
@@ -26,7 +32,12 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Sentences:
-    """The first `MOST` of so many."""
+    """A list of sentences, cut to the first `MOST`.
+
+    Attributes:
+        count: Number of sentences before the cut.
+        shown: The first `MOST` sentences.
+    """
 
     count: int
     shown: list[Sentence]
@@ -34,7 +45,15 @@ class Sentences:
 
 @dataclass(frozen=True)
 class Flip:
-    """What a cell lost and won against its baseline; `where` names model and machine."""
+    """The differences between the answers of a cell and of its baseline.
+
+    Attributes:
+        cell: The cell.
+        baseline: Cell of the baseline.
+        where: Model and machine.
+        lost: Sentences that only the baseline answers correctly.
+        won: Sentences that only the cell answers correctly.
+    """
 
     cell: str
     baseline: str
@@ -45,7 +64,14 @@ class Flip:
 
 @dataclass(frozen=True)
 class Shared:
-    """What the baseline of a run has right and all `others` of its cells have wrong."""
+    """The sentences that the baseline answers correctly and all other rows of the run answer wrongly.
+
+    Attributes:
+        baseline: Cell of the baseline.
+        where: Model and machine.
+        others: Number of other rows.
+        lost: The sentences.
+    """
 
     baseline: str
     where: str
@@ -54,18 +80,26 @@ class Shared:
 
 
 class Texts:
-    """The sentences of the data that comes with the toolchain, read when first asked for; other data has numbers."""
+    """Texts of sentences by row number.
+
+    The texts are known only for the data set that comes with the toolchain. The class reads it at the first use.
+    """
 
     def __init__(self) -> None:
         self._known: inputs.Data | None = None
 
     def named(self, run: ResultFile, rows: Sequence[int]) -> Sentences:
-        """These rows of the run's data."""
+        """Returns the sentences of the given rows; the texts are empty if the run used other data.
+
+        Args:
+            run: The run, with its data's digest and labels.
+            rows: Indices into the run's data, from 0.
+        """
         if rows and self._known is None:
             self._known = inputs.embedded()
         known = self._known if self._known and self._known.sha256 == run.data["sha256"] else None
         labels = run.data["labels"] if rows else ()
-        names = run.data.get("label_names")  # older runs have none
+        names = run.data.get("label_names")  # result files of older releases do not have this key
         label_set = LabelSet(tuple(names), bool(run.data.get("multi_label"))) if names else known and known.label_set
         shown = [
             Sentence(
@@ -83,7 +117,7 @@ def _text(text: Text) -> str:
 
 
 def flips(rows: Sequence[Row], texts: Texts) -> list[Flip]:
-    """One for each row whose answers and whose baseline's are known."""
+    """Returns one `Flip` for each row whose answers are known, and its baseline's answers too."""
     return [
         Flip(
             row.measurement.cell,
@@ -98,7 +132,7 @@ def flips(rows: Sequence[Row], texts: Texts) -> list[Flip]:
 
 
 def shared(rows: Sequence[Row], texts: Texts) -> list[Shared]:
-    """One for each run and baseline with more than one other row."""
+    """Returns one `Shared` for each run and baseline with more than one other row."""
     groups: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
         if _judged(row):

@@ -1,4 +1,4 @@
-"""The comparison as one HTML file that asks nobody for anything: tables, plots, what flipped, how it was measured."""
+"""The comparison as one HTML file that loads nothing from elsewhere: tables, plots, flips and measurement settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from toolchain.compare.rows import Row
 from toolchain.results.statistics import CONFIDENCE, FEWEST_ROUNDS
 
 TEMPLATE, SCRIPT = "report.html.j2", "report.js"
-# What a plot draws in a colour, the page colours by its theme.
+# Colour in a plot → the colour of the page's theme that replaces it.
 THEMED = {
     canvas.INK: "currentColor",
     canvas.PAPER: "var(--paper)",
@@ -27,7 +27,10 @@ _SVG, _LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
 
 def to_html(rows: Sequence[Row]) -> str:
-    """The whole page, the same bytes for the same rows; whatever a result file says is text in it."""
+    """Returns the HTML page; the same rows give the same bytes.
+
+    The template escapes all text from result files, so that none of it acts as markup.
+    """
     import jinja2
 
     here = Path(__file__).parent
@@ -40,7 +43,7 @@ def to_html(rows: Sequence[Row]) -> str:
     )
     script = (here / SCRIPT).read_text()
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # A browser runs the one script that has this digest, and no other.
+    # The page's security policy holds this digest, so a browser runs this script and no other script.
     page = environment.get_template(TEMPLATE).render(script=script, script_sha256=allowed, **_content(rows))
     return page.encode(errors="replace").decode()
 
@@ -57,7 +60,7 @@ def _content(rows: Sequence[Row]) -> dict[str, Any]:
         "best": [(panel.title, found) for panel in panels(shown) if (found := sections.best(panel))],
         "comparison": compared,
         "marks": sections.marks(compared) if compared else [],
-        # Of what is marked by a word here.
+        # The page marks the Pareto front with a word and explains it there, so the note on the symbol is not needed.
         "notes": [line for line in notes(shown) if not line.startswith(FRONT)] if shown else [],
         "plots": [
             (name, plot, inline(plots.svg(plot, name), name, plot.alt)) for name, plot in plots.figures(rows).items()
@@ -77,7 +80,15 @@ def _content(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def inline(svg: str, name: str, alt: str) -> Any:
-    """An SVG as part of a page: its colours the page's, its ids unique there, its content said in words, no address."""
+    """Returns an SVG as markup for a page, without metadata, style elements and namespaces.
+
+    The function replaces colours by the page's theme colours and makes ids unique in the page.
+
+    Args:
+        svg: The SVG document.
+        name: Prefix of the ids.
+        alt: Description of the image for screen readers.
+    """
     from xml.etree import ElementTree
 
     import markupsafe

@@ -1,4 +1,4 @@
-"""The comparison as Markdown, for a README or an issue."""
+"""The comparison as Markdown, for a README or an issue thread."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from toolchain.compare.rows import Row
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
-    """Title, table and notes; a bar inside a cell is escaped."""
+    """Returns title, table and notes as Markdown; vertical bars inside table cells are escaped."""
     shown = measured(rows)
     parts = ["\n".join(title(rows))]
     if shown:

@@ -1,4 +1,4 @@
-"""How the runs of a comparison were made, with what, on machines that can do what: a column a run."""
+"""Settings, package versions and measured machine rates of the runs of a comparison, in one column for each run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PROTOCOL = {
 
 
 def protocol(runs: Sequence[ResultFile]) -> Table | None:
-    """Every number and choice of a run."""
+    """Returns the table of all numeric and yes/no settings of the runs; None if there are none."""
     found = [{name: _said(value) for name, value in run.run.items() if isinstance(value, int | float)} for run in runs]
     names = [*PROTOCOL, *sorted({name for of in found for name in of} - set(PROTOCOL))]
     ordered = [{PROTOCOL.get(name, name): of[name] for name in names if name in of} for of in found]
@@ -39,13 +39,13 @@ def protocol(runs: Sequence[ResultFile]) -> Table | None:
 
 
 def versions(runs: Sequence[ResultFile]) -> Table | None:
-    """What was installed; the toolchain itself first."""
+    """Returns the table of package versions of the runs."""
     found = [{"toolchain": run.toolchain, **_dict(run.machine.get("versions"))} for run in runs]
     return _by_run("Versions", "package", runs, found)
 
 
 def rates(runs: Sequence[ResultFile]) -> Table | None:
-    """What the machine can do, as each runtime was seen to do it: a figure a line."""
+    """Returns the table of the highest rates that each runtime reached on the machine; None if there are none."""
     found = [
         {
             f"{runtime}, {name}": _said(value)
@@ -58,9 +58,9 @@ def rates(runs: Sequence[ResultFile]) -> Table | None:
 
 
 def _by_run(caption: str, first: str, runs: Sequence[ResultFile], found: Sequence[Mapping[str, Any]]) -> Table | None:
-    """A line for each name that is in any of what was `found`, a column for each run."""
+    """Returns a table with one line for each name in any run's values and one column for each run."""
     headers = [f"{run.machine['cpu'] or _gpus(run)}, {run.created[:10]}" for run in runs]
-    # In the order of the run that has most.
+    # The run with the most names determines the order.
     names = dict.fromkeys(name for of in sorted(found, key=len, reverse=True) for name in of)
     lines = [[Entry(name), *(entry(str(of.get(name, NOTHING))) for of in found)] for name in names]
     return Table(caption, [first, *headers], lines, sortable=False) if lines else None

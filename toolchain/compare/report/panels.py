@@ -1,4 +1,4 @@
-"""Rows by where they were measured: one panel of a plot, one part of a report."""
+"""Rows grouped by model, machine, data and threads: one panel of a plot, one section of a report."""
 
 from __future__ import annotations
 
@@ -9,24 +9,29 @@ from typing import Any
 from toolchain.compare.report.columns import host
 from toolchain.compare.rows import Row
 
-LONGEST = 40  # letters of a name in a plot
+LONGEST = 40  # maximum number of characters of a name in a plot
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Rows of one model on one machine, asked the same data with as many threads; `title` says which these are."""
+    """The rows of one model, machine, data set and number of threads.
+
+    Attributes:
+        title: Names model, hardware, threads and data.
+        rows: The rows.
+    """
 
     title: str
     rows: tuple[Row, ...]
 
     def label(self, row: Row) -> str:
-        """The variant, and its provider where rows have several."""
+        """Returns the row's variant, or its cell if the panel has several providers."""
         found = row.measurement
         return printable(found.cell if len({r.measurement.provider for r in self.rows}) > 1 else found.variant)
 
 
 def panels(rows: Sequence[Row]) -> list[Panel]:
-    """The rows in panels, in the order in which they first stand there."""
+    """Returns the rows grouped in panels, in the order of each panel's first row."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         where = (row.measurement.model, row.run.machine["id"], row.run.data["sha256"], str(row.run.run.get("threads")))
@@ -44,6 +49,11 @@ def _title(rows: Sequence[Row]) -> str:
 
 
 def printable(text: str, longest: int = LONGEST) -> str:
-    """The text as a plot can hold it: no control characters, which XML has no place for, and not too long."""
+    """Returns the text without control characters, which XML forbids, and cut to a maximum length.
+
+    Args:
+        text: The text.
+        longest: Maximum number of characters. If the text is longer, its last character becomes an ellipsis.
+    """
     clean = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
     return clean if len(clean) <= longest else f"{clean[: longest - 1]}…"

@@ -1,4 +1,4 @@
-"""The comparison as plots: figures for the HTML report, or SVG and PNG files."""
+"""The comparison as plots, for the HTML report or as SVG and PNG files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,14 @@ PIXELS_PER_INCH = 160
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing with its heading, what it shows and how to read it, and its content in words."""
+    """A plot with its texts.
+
+    Attributes:
+        figure: The figure.
+        title: The heading.
+        caption: Explains the plot and how to read it.
+        alt: The content in words, for screen readers.
+    """
 
     figure: Figure
     title: str
@@ -35,7 +42,7 @@ class Plot:
 
 
 Drawing = tuple["Figure", str]
-# Name → heading, caption, and what draws it: None where there is nothing to show.
+# Name → heading, caption, and the function that draws the plot; it returns None if there is no data.
 PLOTS: dict[str, tuple[str, str, Callable[[Sequence[Panel]], Drawing | None]]] = {
     "accuracy-latency": (
         "Accuracy against latency",
@@ -69,7 +76,7 @@ PLOTS: dict[str, tuple[str, str, Callable[[Sequence[Panel]], Drawing | None]]] =
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Plot]:
-    """Every plot that has something to show, by name; one panel for each model, machine, data and number of threads."""
+    """Returns the plots that have data, by name; each has one panel for each model, machine, data and thread count."""
     shown = panels(measured(rows))
     found = {}
     with _style():
@@ -80,7 +87,13 @@ def figures(rows: Sequence[Row]) -> dict[str, Plot]:
 
 
 def svg(plot: Plot, name: str, background: str = "none") -> str:
-    """The plot as SVG, the same bytes for the same rows; its text stays text."""
+    """Returns the plot as SVG with its text as text; the same rows give the same bytes.
+
+    Args:
+        plot: The plot.
+        name: Salt of the ids, so that the ids are reproducible.
+        background: Colour of the background; ``none`` is transparent.
+    """
     out = io.StringIO()
     with _style(name):
         plot.figure.savefig(out, format="svg", facecolor=background, metadata={"Date": None})
@@ -88,8 +101,13 @@ def svg(plot: Plot, name: str, background: str = "none") -> str:
 
 
 def save(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Writes NAME.svg and NAME.png of every plot, on white, each whole or not at all; `ResultFileError` where that
-    cannot be done."""
+    """Writes NAME.svg and NAME.png of each plot on a white background and returns their paths.
+
+    Each file is written atomically.
+
+    Raises:
+        ResultFileError: A file cannot be written.
+    """
     written = []
     for name, plot in figures(rows).items():
         image = io.BytesIO()
@@ -116,6 +134,6 @@ def _style(salt: str = "") -> Iterator[None]:
 
     settings: Any = {**STYLE, "svg.hashsalt": salt}
     with mpl.rc_context(settings), warnings.catch_warnings():
-        # A name may have letters that the PNG's font has not; the SVG leaves them to the reader's fonts.
+        # The PNG's font may lack letters of a name. The SVG is not affected: it uses the reader's fonts.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         yield

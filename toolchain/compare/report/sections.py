@@ -1,4 +1,4 @@
-"""What the HTML report says, as plain tables and lists; how it looks is the template's affair."""
+"""Content of the HTML report as plain tables and lists; the template defines their appearance."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ WHY = {
 
 @dataclass(frozen=True)
 class Entry:
-    """What a table holds in one place, the number it is sorted by (None: by its text), and marks with their meaning."""
+    """One entry of a table.
+
+    Attributes:
+        text: The displayed text.
+        key: Number that the entry is sorted by; None sorts it by its text.
+        marks: Each mark with its meaning.
+    """
 
     text: str
     key: float | None = None
@@ -34,7 +40,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """`caption` says what it is; the column `head` names the rows; a `numeric` column is sorted by number."""
+    """A table of the report.
+
+    Attributes:
+        caption: The caption.
+        headers: Header of each column.
+        rows: Entries, row by row.
+        head: Index of the column that names the rows.
+        sortable: Whether a reader can sort the table.
+    """
 
     caption: str
     headers: list[str]
@@ -44,7 +58,10 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """By column: whether every entry that says something starts with a number."""
+        """Returns, for each column, whether the page sorts it by number.
+
+        In a numeric column of a sortable table, every non-empty entry starts with a number.
+        """
         return [
             self.sortable and all(e.key is not None or e.text == NOTHING for e in column)
             for column in zip(*self.rows, strict=True)
@@ -52,13 +69,13 @@ class Table:
 
 
 def entry(text: str, marks: tuple[tuple[str, str], ...] = ()) -> Entry:
-    """Sorted by the number it starts with, if it does."""
+    """Returns an entry whose key is the number at the start of the text; None if there is no number."""
     number = _LEADING_NUMBER.match(text)
     return Entry(text, float(number[0]) if number else None, marks)
 
 
 def comparison(rows: Sequence[Row]) -> Table:
-    """The same columns as on a terminal; what stands in brackets after a cell there is a mark here."""
+    """Returns a table with the columns of the terminal table; the cells' bracketed words become marks."""
     chosen = columns(rows)
     headers = [header for header, _ in chosen]
     lines = []
@@ -90,7 +107,10 @@ def _cell(row: Row, text: str) -> Entry:
 
 
 def marks(table: Table) -> list[tuple[str, str]]:
-    """Every mark that occurs and its meaning; where that differs between rows, the rows it holds for."""
+    """Returns each mark in the table with its meaning.
+
+    If the meaning is not the general one of `WHY`, it starts with the cells that it applies to.
+    """
     cells: dict[tuple[str, str], list[str]] = {}
     for row in table.rows:
         for mark in row[table.head].marks:
@@ -102,7 +122,7 @@ def marks(table: Table) -> list[tuple[str, str]]:
 
 
 def quality(rows: Sequence[Row]) -> Table | None:
-    """What answers say beyond their accuracy; a column nobody has an entry in is left out."""
+    """Returns the table of scores beyond accuracy, without empty columns; None if no row has scores."""
     figures: dict[str, Callable[[Any], str]] = {
         "accuracy, 95 % interval": lambda q: f"{q.low:.2%} to {q.high:.2%}",
         "macro-F1": lambda q: _or(q.macro_f1, ".4f"),
@@ -122,7 +142,10 @@ def quality(rows: Sequence[Row]) -> Table | None:
 
 
 def stages(rows: Sequence[Row]) -> Table | None:
-    """What the comparison has no room for: intervals, tails, tokenising, starts, memory by stage, a download's size."""
+    """Returns the table of further figures, without empty columns; None if there is no measured row.
+
+    The figures are intervals, tail latencies, latency with tokenising, load time, memory by stage and gzip size.
+    """
 
     def milliseconds(name: str, quantile: str, form: str = ".2f") -> Callable[[Row], str]:
         return lambda row: _or(getattr(row.measurement, name).get(quantile), form)
@@ -167,7 +190,10 @@ def _of_quality(figure: Callable[[Any], str]) -> Callable[[Row], str]:
 def _of_rows(
     caption: str, rows: Sequence[Row], some: Sequence[Row], shown: Sequence[tuple[str, Callable[[Row], str]]]
 ) -> Table | None:
-    """A table of some of the rows, which are named as in the comparison of all: model, machine, cell."""
+    """Returns a table of some of the rows; None if there are none.
+
+    The first columns name model, machine and cell, as in the comparison of all rows.
+    """
     before = [(header, text) for header, text in columns(rows) if header in ("model", "machine")]
     named: list[tuple[str, Callable[[Row], str]]] = [*before, (CELL, lambda row: row.measurement.cell)]
     lines = [[Entry(text(row)) for _, text in named] + [entry(text(row)) for _, text in shown] for row in some]
@@ -179,7 +205,12 @@ def _or(value: float | None, form: str = "") -> str:
 
 
 def best(panel: Panel) -> list[tuple[str, str, list[str]]]:
-    """Of what was measured in a panel: in what, which row is best, its figure there and its accuracy."""
+    """Returns the best measured row of a panel for each figure that at least two rows have.
+
+    Returns:
+        Category, label of the best row, and a list with its figure and, for a figure other than accuracy, its
+        accuracy.
+    """
     wanted: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
         ("accuracy", "most accurate", _wrong),
         ("p50 ms", "fastest at batch 1", lambda row: row.measurement.latency_ms.get("p50")),
@@ -187,7 +218,7 @@ def best(panel: Panel) -> list[tuple[str, str, list[str]]]:
         ("size MB", "smallest", lambda row: row.measurement.size_bytes.get("total")),
         ("peak MB", "least memory", lambda row: row.measurement.memory_bytes.get("peak")),
     )
-    # Of rows that are equally good the fastest.
+    # `min` takes the first of equally good rows, so this order prefers the fastest one.
     rows = sorted(panel.rows, key=lambda row: row.measurement.latency_ms.get("p50", 0.0))
     found = []
     for column, what, figure in wanted:
@@ -207,7 +238,10 @@ def _wrong(row: Row) -> float | None:
 
 
 def missing(rows: Sequence[Row]) -> Table | None:
-    """The rows without figures: why, and what mends it; a line for all that lack them for the same reason."""
+    """Returns the table of rows without figures, with reasons and hints; None if all rows have figures.
+
+    Cells of the same model, machine, status, reason and hint share one line.
+    """
     found: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
         m = row.measurement
@@ -222,7 +256,7 @@ def missing(rows: Sequence[Row]) -> Table | None:
 
 
 def roofline(rows: Sequence[Row]) -> Table | None:
-    """How near to what the machine allows a row is."""
+    """Returns the table of each row's work, its floor and the floor's share of p50; None if no row has these facts."""
 
     def of(name: str, by: float, form: str) -> Callable[[Row], str]:
         def text(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""The comparison on a terminal."""
+"""The comparison as a terminal table."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from toolchain.compare.report.columns import columns, measured, notes, title
 from toolchain.compare.rows import Row
 
-_PIPED_WIDTH = 400  # a file has no width; a table takes what it needs of this
+_PIPED_WIDTH = 400  # characters; a file or a pipe has no width, and a table uses only the part that it needs
 
 
 def print_table(rows: Sequence[Row]) -> None:
-    """Prints title, table and notes to standard output."""
+    """Prints title lines, table and notes to standard output."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

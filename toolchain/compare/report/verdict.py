@@ -1,4 +1,4 @@
-"""The verdicts of a comparison, as lines of text and for JSON: which row to take, and what got worse."""
+"""The verdicts of a comparison as lines of text and as JSON: the winner within limits, and the regressions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from toolchain.compare.limits import Verdict, chance
 from toolchain.compare.regressions import Change, Pair, Regressions
 from toolchain.compare.rows import Row
 
-# Figure → its name here, how its cost is called, the unit it is shown in and what one of that is.
+# Figure → its displayed name, the name of its cost, its displayed unit, and the value of one displayed unit.
 _SHOWN = {
     "latency_p50_ms": ("p50", "latency", "ms", 1.0),
     "throughput_per_s": ("sentences/s", "time a sentence", "", 1.0),
@@ -21,8 +21,11 @@ _SHOWN = {
 
 
 def choice_lines(verdict: Verdict) -> list[str]:
-    """The winner with its figures and what speaks against them, the other rows within the limits, the Pareto front, and
-    the nearest misses with the limits they break."""
+    """Returns the verdict as lines of text.
+
+    The lines name the winner with its figures and marks, the other rows within the limits, and the Pareto front. The
+    last lines name the nearest misses with their broken limits.
+    """
     lines = [f"Winner: {_figures(verdict.winner)}" if verdict.winner else "Winner: none; no row is within the limits."]
     if len(verdict.passed) > 1:
         lines.append(f"Also within the limits: {_names(verdict.passed[1:])}")
@@ -39,7 +42,7 @@ def choice_lines(verdict: Verdict) -> list[str]:
 
 
 def choice_json(verdict: Verdict) -> dict[str, Any]:
-    """`choice_lines` for JSON; a limit that is not set and a figure that is unknown are null."""
+    """Returns the verdict for JSON; unset limits and unknown figures are null."""
     misses = [
         {
             **_identity(miss.row),
@@ -92,8 +95,11 @@ def _figures(row: Row) -> str:
 
 
 def regression_lines(found: Regressions) -> list[str]:
-    """A table of all changes, one line for each that regressed, for each lost row and each cell that was not compared,
-    and how to read them."""
+    """Returns the regressions as lines of text.
+
+    A table shows all changes. After it, one line describes each lost row, each regressed figure and each cell that is
+    not compared. The last line explains the table.
+    """
     limit = f"{found.limit * 100:g}%"
     compared = f"{len(found.pairs)} cells of the old run, {len(found.found)} lost or worse by more than {limit}:"
     lines = [compared, *_table(found.pairs)]
@@ -116,7 +122,7 @@ def regression_lines(found: Regressions) -> list[str]:
 
 
 def regression_json(found: Regressions) -> dict[str, Any]:
-    """`regression_lines` for JSON: changes are shares of the old cost, unknown figures null."""
+    """Returns the regressions for JSON; changes are shares of the old cost, and unknown figures are null."""
     pairs = [
         {
             "model": pair.old.measurement.model,
@@ -132,7 +138,7 @@ def regression_json(found: Regressions) -> dict[str, Any]:
 
 
 def _table(pairs: Sequence[Pair]) -> list[str]:
-    """The changes of every pair that has some, in columns."""
+    """Returns an aligned table of the changes, one line for each pair with changes."""
     rows = [["cell", *(cost for _, cost, _, _ in _SHOWN.values())]]
     for pair in pairs:
         if pair.changes:

@@ -1,4 +1,4 @@
-"""Where a bundle goes: which operators are there, how its files are called, and what lies beside the models."""
+"""The targets of bundles: the operators that each can run, the paths of the models, and the other files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from toolchain.errors import ShippingError
 from toolchain.ship.targets.releases import MICROSOFT, STANDARD
 
 BUNDLED = Path(__file__).parent.parent / "bundle_files"
-REPOSITORY = "repository"  # of models, as Triton reads it
-# Scheme of a variant → how transformers.js calls it (dtype), and what it looks for.
+REPOSITORY = "repository"  # folder in the layout of a Triton model repository
+# Scheme of a variant → its dtype in transformers.js, and the file that transformers.js loads for this dtype.
 DTYPES = {
     "fp32": ("fp32", "onnx/model.onnx"),
     "int8": ("q8", "onnx/model_quantized.onnx"),
@@ -24,14 +24,21 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Target:
-    """`place` is the path a variant's file gets, `domains` are the operator sets its runtimes have, `files` what lies
-    beside the models: path in the bundle → file in `BUNDLED`; a ``.j2`` among them is rendered. `first` is the path of
-    the first variant's file where it has one of its own.
+    """A kind of app that a bundle is for.
 
-    `text_files` lie there instead where the tokenizer is in the graph; where it cannot be, `no_texts` says why. A
-    ``{name}`` in a path stands for each model's name: the file is rendered for each. `tokenizer` is the path of a graph
-    that makes tokens of texts, for a target whose models take tokens and whose users send texts; such models answer
-    with probabilities as well.
+    The files beside the models are a mapping from the path in the bundle to a file in `BUNDLED`. A ``.j2`` file is
+    rendered. A path with ``{name}`` gives one file for each model.
+
+    Attributes:
+        name: Name of the target.
+        place: Function from the name of a variant to the path of its model file.
+        domains: Domains of the operators that the target's runtimes have.
+        files: Files beside the models.
+        text_files: Files beside the models if the graphs contain the tokenizer.
+        no_texts: Reason why the graphs cannot contain the tokenizer; None if they can.
+        tokenizer: Path of a separate tokenizer graph, for a target whose models take token ids and whose users send
+            texts. The models then have the probabilities as a second output. None for no such graph.
+        first: Path of the first model file if it differs from `place`.
     """
 
     name: str
@@ -44,12 +51,17 @@ class Target:
     first: str | None = None
 
     def path(self, variants: Sequence[str], index: int) -> str:
-        """The path of the file of one of the `variants` in a bundle of all of them."""
+        """Returns the path of a model file in a bundle.
+
+        Args:
+            variants: Names of all variants of the bundle, in order.
+            index: Index of the variant.
+        """
         return self.first if self.first and index == 0 else self.place(variants[index])
 
 
 def dtype(variant: str) -> str | None:
-    """What transformers.js calls the variant's scheme; None where it has no name for it."""
+    """Returns the dtype of a variant in transformers.js; None if transformers.js has no such dtype."""
     return DTYPES.get(parse_name(variant).scheme, (None, ""))[0]
 
 
@@ -64,7 +76,7 @@ def _for_transformers_js(variant: str) -> str:
 
 
 def served(name: str) -> str:
-    """What a server calls a model of that name, which goes into addresses: RFC 1123's labels."""
+    """Returns the name of a model on a server: a label of RFC 1123, since the name is part of URLs."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -72,7 +84,7 @@ def _by_name(variant: str) -> str:
     return f"{variant}.onnx"
 
 
-_FIRST = "model.onnx"  # what optimum looks for in a folder
+_FIRST = "model.onnx"  # the file name that optimum loads from a folder
 
 
 _PYTHON = {
@@ -134,7 +146,7 @@ TARGETS = {
                 REPOSITORY + "/tokenizer/config.pbtxt": "tokenizer.pbtxt.j2",
             },
             _SERVER,
-            # By a name of its own: optimum takes any model.onnx in the folder for the classifier.
+            # Not named model.onnx: optimum takes any model.onnx in the folder for the classifier.
             tokenizer=REPOSITORY + "/tokenizer/1/tokenizer.onnx",
         ),
         Target(
@@ -146,5 +158,5 @@ TARGETS = {
         ),
     )
 }
-# The page to try a web bundle in, and what it needs beside the clients' own files.
+# The demo page of a web bundle and its script and style; `clients` provides its libraries.
 DEMO = {"index.html": "index.html", "demo/page.mjs": "page.mjs", "demo/page.css": "page.css"}

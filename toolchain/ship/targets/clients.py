@@ -1,4 +1,4 @@
-"""The npm packages that read a bundle in a browser and in Node, pinned by a lock file and installed once."""
+"""The npm packages that run a bundle in a browser and in Node, pinned by a lock file and installed once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from toolchain.errors import ShippingError
 PACKAGES = Path(__file__).parent / "packages"
 LOCK = "package-lock.json"
 TRANSFORMERS, RUNTIME = "@huggingface/transformers", "onnxruntime-web"
-# Path in a bundle → file under node_modules. One build of the runtime: WebAssembly with SIMD, without WebGPU.
+# Path in a bundle → file under node_modules. The runtime is the build for WebAssembly with SIMD, without WebGPU.
 BROWSER = {
     "demo/transformers.min.js": f"{TRANSFORMERS}/dist/transformers.web.min.js",
     "demo/transformers.LICENSE": f"{TRANSFORMERS}/LICENSE",
@@ -25,20 +25,23 @@ BROWSER = {
 
 
 def folder(cache: Path) -> Path:
-    """Where the packages of this lock file lie below `cache`; they may not be there."""
+    """Returns the folder for the packages of this lock file below `cache`; it may not exist."""
     return cache / f"clients-{hashlib.sha256((PACKAGES / LOCK).read_bytes()).hexdigest()[:12]}"
 
 
 def installed(cache: Path) -> Path | None:
-    """node_modules of the packages, None where they are not installed."""
+    """Returns the node_modules folder of the packages; None if they are not installed."""
     modules = folder(cache) / "node_modules"
     return modules if (modules / ".package-lock.json").is_file() else None
 
 
 def install(cache: Path) -> Path:
-    """node_modules of the packages, installed by ``npm ci`` unless they are; no script of theirs is run.
+    """Installs the packages with ``npm ci`` if necessary, and returns their node_modules folder.
 
-    Raises `ShippingError` where there is no npm or it fails.
+    npm runs no install script of a package.
+
+    Raises:
+        ShippingError: npm is missing or fails.
     """
     if modules := installed(cache):
         return modules
@@ -48,7 +51,7 @@ def install(cache: Path) -> Path:
         raise ShippingError("The demo page is made of npm packages, and there is no npm here.", mend)
     target = folder(cache)
     with lock(target, lambda: None):
-        if modules := installed(cache):  # by the run that was waited for
+        if modules := installed(cache):  # the run that held the lock installed them
             return modules
         with building(target) as scratch:
             shutil.copytree(PACKAGES, scratch, dirs_exist_ok=True)
@@ -62,6 +65,6 @@ def install(cache: Path) -> Path:
 
 
 def version(package: str) -> str:
-    """The version of a package in the lock file."""
+    """Returns the version of a package in the lock file."""
     lock = json.loads((PACKAGES / LOCK).read_text())
     return str(lock["packages"][f"node_modules/{package}"]["version"])

@@ -1,5 +1,8 @@
-"""Models for phones: a file that an older ONNX Runtime reads, the same in ORT format, what a reduced build needs, and
-what ONNX Runtime's checker says of the phones' accelerators."""
+"""Models for phones.
+
+The module writes an .onnx file for an older ONNX Runtime, the same model in ORT format, and the configuration of a
+reduced build of ONNX Runtime. It also reports the result of ONNX Runtime's checker for the phones' accelerators.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 CONFIGURATIONS = {"required_operators.config": False, "required_operators_and_types.config": True}
-# Tensor type → the IR version it came with (the versioning section of ONNX's specification).
+# Tensor type → the IR version that introduced it (the versioning section of ONNX's specification).
 IR_OF_TYPE = {
     **dict.fromkeys(("FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ"), 9),
     **dict.fromkeys(("INT4", "UINT4"), 10),
@@ -36,10 +39,19 @@ _COREML = {
 
 
 def make(source: Path, target: Path, release: str, core: Path) -> dict[str, Any]:
-    """The model `source` as the .onnx file `target` that `release` reads, and beside it in ORT format; what bundle.json
-    says of them. `core` is the same model without a tokenizer: what accelerators may take.
+    """Writes the model as an .onnx file for an older release, and beside it a file in ORT format.
 
-    Raises `ShippingError` where the release lacks something that cannot be had otherwise.
+    Args:
+        source: The .onnx file of the model.
+        target: The .onnx file to write. The other file has the suffix ``.ort``.
+        release: Release of ONNX Runtime that must run both files.
+        core: The same model without a tokenizer, for the checker of accelerators.
+
+    Returns:
+        The entries ``ort``, ``oldest_release`` and ``providers`` of bundle.json.
+
+    Raises:
+        ShippingError: The release lacks a part of the model that cannot be converted, or computes it incorrectly.
     """
     import onnxruntime as ort
 
@@ -70,7 +82,11 @@ def make(source: Path, target: Path, release: str, core: Path) -> dict[str, Any]
 
 
 def _check_uses(uses: Collection[Use], name: str, release: str, first: str | None) -> None:
-    """Raises `ShippingError` for what `release` lacks or answers wrongly; `first` is the oldest that will do."""
+    """Raises `ShippingError` for operators that `release` lacks or computes incorrectly.
+
+    Args:
+        first: The oldest release that runs the model correctly; None if there is none.
+    """
     newer_uses = newer(release, uses)
     lacking = [use for use in newer_uses if not use.question]
     faults = [use for use in newer_uses if use.question]
@@ -91,10 +107,12 @@ def _check_uses(uses: Collection[Use], name: str, release: str, first: str | Non
 
 
 def lower(source: Path, target: Path, release: str) -> None:
-    """Copies the .onnx file, its IR version and operator sets brought down to what `release` reads; a file that it
-    reads already is the same in every byte.
+    """Copies the .onnx file, with the IR version and the operator sets lowered to the limits of `release`.
 
-    Raises `ShippingError` for tensor types and operators that came later and cannot be had otherwise.
+    If the release can read the file already, the copy is equal in every byte.
+
+    Raises:
+        ShippingError: The release lacks a tensor type, or an operator that cannot be converted.
     """
     import onnx
     import onnx_ir as ir
@@ -103,7 +121,7 @@ def lower(source: Path, target: Path, release: str) -> None:
     model = onnx.load(source)
     _check_types(ir.from_proto(model), target.stem, release)
     used = {STANDARD, *(node.domain for node in _nodes(model))}
-    # A release refuses a set that is too new for it, whether a node uses it or not.
+    # A release refuses an operator set that is too new, even if no node uses the set.
     unused = [entry for entry in model.opset_import if entry.domain not in used]
     opset = {entry.domain: entry.version for entry in model.opset_import if entry.domain in used}
     if opset.get(MICROSOFT, MICROSOFT_OPSET) > MICROSOFT_OPSET:
@@ -138,10 +156,13 @@ def _check_types(model: ir.Model, name: str, release: str) -> None:
 
 
 def _of_opset(model: onnx.ModelProto, opset: int, name: str, release: str) -> onnx.ModelProto:
-    """The model in a lower `opset` of standard operators. What is new since then is written out as its specification
-    writes it in other operators, what has another meaning is converted by onnx, and the rest means the same.
+    """Returns the model in a lower opset of standard operators.
 
-    Raises `ShippingError` where either is not to be had.
+    An operator that the lower opset lacks is replaced by its definition in other operators, from its specification.
+    onnx converts an operator with another signature. All other operators have the same meaning in both opsets.
+
+    Raises:
+        ShippingError: An operator has no such definition, or onnx cannot convert it.
     """
     from onnx import checker, inliner, version_converter
 
@@ -152,15 +173,15 @@ def _of_opset(model: onnx.ModelProto, opset: int, name: str, release: str) -> on
             names = [(STANDARD, operator) for operator in stuck]
             model = inliner.inline_selected_functions(model, names, inline_schema_functions=True)
             stuck = _new(model, opset)
-        # One opset at a time: onnx converts none in which an operator of the model only lost a type.
+        # One opset at a time: onnx refuses an opset in which an operator of the model only lost a type.
         for version in range(_opset(model).version - 1, opset - 1, -1) if not stuck else ():
             if stuck := _changed(model, version):
                 model = version_converter.convert_version(model, version)
-                checker.check_model(model)  # some conversions leave attributes that the lower opset does not know
+                checker.check_model(model)  # some conversions keep attributes that the lower opset lacks
                 stuck = []
             else:
                 _opset(model).version = version
-    except (RuntimeError, checker.ValidationError) as error:  # what onnx's C++ raises
+    except (RuntimeError, checker.ValidationError) as error:  # the errors of onnx's C++ code
         cause = error
     if stuck:
         raise ShippingError(
@@ -172,13 +193,13 @@ def _of_opset(model: onnx.ModelProto, opset: int, name: str, release: str) -> on
 
 
 def _opset(model: onnx.ModelProto) -> onnx.OperatorSetIdProto:
-    """Of standard operators."""
+    """Returns the model's entry for the opset of standard operators."""
     found: onnx.OperatorSetIdProto = next(entry for entry in model.opset_import if entry.domain == STANDARD)
     return found
 
 
 def _nodes(model: onnx.ModelProto) -> Iterator[ir.Node]:
-    """All of them, those in the branches of an If and in the bodies of loops among them."""
+    """Iterates over all nodes, with the nodes in the branches of an If and in the bodies of loops."""
     import onnx_ir as ir
 
     return iter(ir.from_proto(model).graph.all_nodes())
@@ -189,15 +210,17 @@ def _standard(model: onnx.ModelProto) -> list[str]:
 
 
 def _new(model: onnx.ModelProto, opset: int) -> list[str]:
-    """Standard operators of the model that `opset` has not."""
+    """Returns the standard operators of the model that `opset` lacks."""
     from onnx import defs
 
     return [operator for operator in _standard(model) if not defs.has(operator, opset)]
 
 
 def _changed(model: onnx.ModelProto, opset: int) -> list[str]:
-    """Standard operators of the model that take, give or are told something else in `opset`; that they know fewer types
-    there is found where the file is loaded."""
+    """Returns the standard operators of the model with other inputs, outputs or attributes in `opset`.
+
+    It ignores types: if `opset` has fewer types for an operator, the error appears when the file is loaded.
+    """
     from onnx import defs
 
     def signature(operator: str, version: int) -> Any:
@@ -214,8 +237,13 @@ def _changed(model: onnx.ModelProto, opset: int) -> list[str]:
 
 
 def configure(models: Sequence[Path]) -> None:
-    """Writes beside the `models`, which are in ORT format, what a reduced build of ONNX Runtime needs for them: the
-    operators, and those with the types they are given."""
+    """Writes the configurations of a reduced build of ONNX Runtime beside the models.
+
+    One file lists the operators. The other lists the operators with the types of their inputs and outputs.
+
+    Args:
+        models: Files in ORT format, all in one folder.
+    """
     from onnxruntime.tools.ort_format_model import create_config_from_models
 
     folder = models[0].parent
@@ -227,10 +255,14 @@ def configure(models: Sequence[Path]) -> None:
 
 
 def providers(path: Path) -> list[dict[str, Any]]:
-    """What the checker of the ONNX Runtime installed here says of the phones' accelerators: for each, with the inputs'
-    shapes as they are and fixed, how many nodes it would take in how many partitions, and whether to try it.
+    """Runs the accelerator checker of the installed ONNX Runtime on a model.
 
-    It knows operators and shapes; nothing is run. XNNPACK, which works on the CPU, it does not judge.
+    The checker compares operators and shapes, and does not run the model. It does not check XNNPACK, which runs on the
+    CPU.
+
+    Returns:
+        For each accelerator, once with dynamic and once with fixed shapes: the number of nodes, the number of nodes
+        that the accelerator would take, the number of partitions, and whether the accelerator is worth trying.
     """
     from onnxruntime.tools.mobile_helpers import usability_checker as checker
     from onnxruntime.tools.onnx_model_utils import ModelProtoWithShapeInfo, optimize_model

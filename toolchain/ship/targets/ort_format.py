@@ -1,4 +1,4 @@
-"""ONNX Runtime's own file format: written by it, the same bytes every time, and read for what it holds."""
+"""Files in ONNX Runtime's own format: a writer whose bytes are reproducible, and a reader of their content."""
 
 from __future__ import annotations
 
@@ -17,17 +17,24 @@ from toolchain.passes.quantize_linear import headroom
 from toolchain.passes.unsigned_weights import unsigned_weights
 from toolchain.ship.targets.releases import EXTENSIONS
 
-# Fusions into operators of the CPU provider, which are the same on every processor; one level up, layouts are chosen
-# for the processor the file is written on.
+# Fusions into operators of the CPU provider, which are equal on every processor. The next higher level chooses layouts
+# for the processor that writes the file.
 LEVEL = "extended"
 
 
 def save(source: Path, target: Path) -> None:
-    """The .onnx file `source` optimised and saved as `target` in ORT format, exact on every processor.
+    """Optimises an .onnx file and saves it in ORT format, exact on every processor.
 
-    Int8 weights that could saturate are stored unsigned: no session option reaches a file in ORT format. Saving runs in
-    a process of its own, since ONNX Runtime names in the file the domains of every library of operators that its
-    process has loaded. Raises `ShippingError` where ONNX Runtime cannot run it on the CPU.
+    Int8 weights whose products could saturate are stored unsigned, because session options do not affect a file in ORT
+    format. A separate process saves the file: ONNX Runtime writes the domains of all operator libraries of its process
+    into the file.
+
+    Args:
+        source: The .onnx file.
+        target: The file to write.
+
+    Raises:
+        ShippingError: ONNX Runtime cannot run the model on the CPU.
     """
     with tempfile.TemporaryDirectory() as scratch:
         model = passes.read(source)
@@ -47,9 +54,13 @@ def save(source: Path, target: Path) -> None:
 
 
 def save_here(source: str, target: str, level: str = LEVEL, sizes: Mapping[str, int] | None = None) -> None:
-    """The same in this process, and in the order that ONNX Runtime writes.
+    """Saves an .onnx file in ORT format from this process, without the steps that make the bytes reproducible.
 
-    `level` is that of its optimiser; `sizes` fix free dimensions of the inputs, by name.
+    Args:
+        source: The .onnx file.
+        target: The file to write.
+        level: Level of ONNX Runtime's optimiser.
+        sizes: Fixed sizes for free dimensions of the inputs, by name.
     """
     import onnx
     import onnxruntime as ort
@@ -65,13 +76,13 @@ def save_here(source: str, target: str, level: str = LEVEL, sizes: Mapping[str, 
         options.add_free_dimension_override_by_name(name, size)
     options.optimized_model_filepath = target
     options.add_session_config_entry("session.save_model_format", "ORT")
-    # Signed 8 bits, which ARM multiplies as they are; else they would be made unsigned for x86.
+    # Keeps signed int8, which ARM multiplies directly; by default ONNX Runtime converts to uint8 for x86.
     options.add_session_config_entry("session.qdqisint8allowed", "1")
     ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def _parts() -> Any:
-    """The classes of the format's schema, which the tools put on the path when they are imported."""
+    """Returns the classes of the format's schema; the import of ONNX Runtime's tools adds them to the path."""
     import onnxruntime.tools.ort_format_model  # noqa: F401
     from ort_flatbuffers_py import fbs
 
@@ -79,15 +90,15 @@ def _parts() -> Any:
 
 
 def read_root(content: bytes) -> Any:
-    """The root table of a file in ORT format."""
+    """Returns the root table of a file in ORT format."""
     return _parts().InferenceSession.InferenceSession.GetRootAsInferenceSession(content, 0)
 
 
 def _in_order(content: bytes) -> bytes:
-    """The same file with its table of kernels' types sorted.
+    """Returns the file with a sorted table of kernel types, so that equal models give equal bytes.
 
-    ONNX Runtime writes that table, the last thing in a file that is built from its end, in the order of a hash table
-    whose seed is another in every process; what stands behind it, the model, is the same each time and stays as it is.
+    ONNX Runtime writes this table in the order of a hash table, whose seed differs in every process. A flatbuffer grows
+    from its end, and this table is written last. The model stands behind it, is always equal, and stays unchanged.
     """
     import flatbuffers
 
@@ -111,8 +122,11 @@ def _in_order(content: bytes) -> bytes:
 
 
 def _resolver(builder: Any, given: Any) -> int:
-    """Operators → names of their types → the inputs and outputs that are of the type, each sorted, as they were
-    `given`; its offset."""
+    """Writes a sorted copy of the table `given`: operator → name of a type → its inputs and outputs.
+
+    Returns:
+        The offset of the copy.
+    """
     fbs = _parts()
     operators = []
     for operator in _sorted(given.OpKernelTypeStrArgs, given.OpKernelTypeStrArgsLength(), lambda o: o.OpId()):
@@ -155,7 +169,10 @@ def _vector(builder: Any, offsets: list[int]) -> int:
 
 
 def shapes(graph: Any) -> dict[str, list[int | str | None]]:
-    """Value → its dimensions: numbers, names, or not known. Values of unknown rank are left out."""
+    """Returns the dimensions of each value by its name; leaves out values of unknown rank.
+
+    A dimension is a number, a name, or None if it is unknown.
+    """
     fbs = _parts()
     found = {}
     for value in (graph.NodeArgs(index) for index in range(graph.NodeArgsLength())):
@@ -178,7 +195,7 @@ def _size(value: Any) -> int | str | None:
 
 
 def version(path: Path) -> int:
-    """Of the ORT format a file is written in."""
+    """Returns the version of the ORT format of a file."""
     return int(read_root(path.read_bytes()).OrtVersion())
 
 

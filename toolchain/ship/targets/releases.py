@@ -1,7 +1,7 @@
-"""What releases of ONNX Runtime read, have, and answer right, as `benchmarks/releases.py` measured it.
+"""A table of ONNX Runtime's releases: the formats that each reads, its operators, and its computation errors.
 
-The table is releases.json: the script asked a wheel of every release for x86-64 Linux, in its newest patch. The .ort
-files that it gave them were saved by the newest release.
+`benchmarks/releases.py` measured the table, releases.json, with the x86-64 Linux wheel of each release's newest patch.
+The newest release saved the .ort files of the measurement.
 """
 
 from __future__ import annotations
@@ -13,16 +13,22 @@ from pathlib import Path
 from typing import Any
 
 STANDARD, MICROSOFT, ML, EXTENSIONS = "", "com.microsoft", "ai.onnx.ml", "ai.onnx.contrib"
-MICROSOFT_OPSET = 1  # the only one there is
+MICROSOFT_OPSET = 1  # the only version
 DEFAULT = "1.17"
 TABLE = Path(__file__).with_name("releases.json")
-RIGHT, REFUSED, WRONG = STATES = ("right", "refused", "wrong")  # of a release's answers, the worst last
+RIGHT, REFUSED, WRONG = STATES = ("right", "refused", "wrong")  # results for a kind of attention, the worst last
 
 
 @dataclass(frozen=True)
 class Release:
-    """The patch that was asked, and the highest IR version, opset of standard operators, and version of the ORT format
-    that the release reads."""
+    """The limits of a release of ONNX Runtime.
+
+    Attributes:
+        version: Version of the measured patch.
+        ir_version: Highest IR version that the release reads.
+        opset: Highest opset of standard operators that the release reads.
+        ort_format: Highest version of the ORT format that the release reads.
+    """
 
     version: str
     ir_version: int
@@ -35,33 +41,45 @@ _table: dict[str, dict[str, Any]] = json.loads(TABLE.read_text(encoding="utf-8")
 RELEASES = {name: Release(**limits) for name, limits in _table["releases"].items()}
 ORDER = list(RELEASES)
 
-# Standard operators whose kernels came after their opset was read: an .onnx file is helped out by their definition, one
-# in ORT format is not. What has no kernel to this day is written in other operators when that is saved.
+# Standard operator → the first release with a CPU kernel, for operators whose opset an earlier release reads. Without a
+# kernel, ONNX Runtime expands the operator's definition in an .onnx file, but not in a file in ORT format. An operator
+# without a kernel in any release is expanded when ONNX Runtime saves the file.
 LATE: dict[str, str] = _table["late"]
 
-# ONNX Runtime's operators that variants use or that its optimiser makes of them on the CPU → release → the attributes
-# and inputs that came with it, the operator itself with the first; all have CPU kernels from there on. 1.16 stands for
-# itself and for releases before it, which have no way to be asked.
+# Operator of ONNX Runtime → release → the attributes and inputs that this release added. The first release added the
+# operator itself, with a CPU kernel. Variants use these operators, or ONNX Runtime's optimiser creates them on the CPU.
+# 1.16 also stands for earlier releases, which cannot be queried.
 OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     operator: {release: tuple(names) for release, names in by_release.items()}
     for operator, by_release in _table["operators"].items()
 }
 
-# A kind of attention, such as ``MultiHeadAttention: attention_bias`` → release → one of STATES, the answer to padded
+# Kind of attention, such as ``MultiHeadAttention: attention_bias`` → release → one of STATES: the result for padded
 # batches from that release on.
 ANSWERS: dict[str, dict[str, str]] = _table["answers"]
 
 
 def answer_of(release: str, question: str) -> str:
-    """How `release` answers one of `ANSWERS`: one of STATES."""
+    """Returns one of `STATES`: the result of a release for a kind of attention.
+
+    Args:
+        release: Name of the release.
+        question: A key of `ANSWERS`.
+    """
     until = ORDER[: ORDER.index(release) + 1]
     return next(ANSWERS[question][each] for each in reversed(until) if each in ANSWERS[question])
 
 
 @dataclass(frozen=True, order=True)
 class Use:
-    """That a graph has an operator of `domain`: with an attribute or an input (``input 4``) given, or as a kind of
-    attention that `ANSWERS` has (``attention_bias``)."""
+    """A feature of ONNX Runtime that a graph uses.
+
+    Attributes:
+        domain: Domain of the operator.
+        operator: Name of the operator.
+        what: Name of an attribute, an input such as ``input 4``, or a kind of attention in `ANSWERS` such as
+            ``attention_bias``; empty for the operator itself.
+    """
 
     domain: str
     operator: str
@@ -69,18 +87,21 @@ class Use:
 
     @property
     def question(self) -> str | None:
-        """The one of `ANSWERS` that is about this use; None for an operator, an attribute or an input."""
+        """Returns the key of `ANSWERS` for a kind of attention; None for an operator, an attribute or an input."""
         key = f"{self.operator}: {self.what}"
         return key if self.domain == MICROSOFT and key in ANSWERS else None
 
     @property
     def since(self) -> str | None:
-        """The first release that has it, or from which on all answer it right; None where none is known to. Standard
-        operators are their opset's affair, but for late kernels."""
+        """Returns the first release that supports the feature; None if no known release does.
+
+        For a kind of attention, this and all later releases compute it correctly. Every release counts as the first for
+        a standard operator, unless its kernel is in `LATE`, because the opset limits these operators.
+        """
         if self.question:
             faulty = [release for release in ORDER if answer_of(release, self.question) != RIGHT]
             return next(iter(ORDER[ORDER.index(faulty[-1]) + 1 :] if faulty else ORDER), None)
-        if self.domain in (ML, EXTENSIONS):  # older than all of these, and a library's of its own
+        if self.domain in (ML, EXTENSIONS):  # ML predates these releases; EXTENSIONS is a separate library
             return ORDER[0]
         if self.domain == STANDARD:
             return ORDER[0] if self.what else LATE.get(self.operator, ORDER[0])
@@ -95,14 +116,20 @@ class Use:
 
 
 def newer(release: str, uses: Iterable[Use]) -> list[Use]:
-    """Those of `uses` that `release` lacks; of an operator it lacks, no attribute as well."""
+    """Returns the uses that `release` does not support; for a missing operator, only the operator itself."""
     lacking = [use for use in sorted(set(uses)) if use.since is None or ORDER.index(use.since) > ORDER.index(release)]
     whole = {(use.domain, use.operator) for use in lacking if not use.what}
     return [use for use in lacking if not use.what or (use.domain, use.operator) not in whole]
 
 
 def oldest_reading(ir_version: int = 0, opset: int = 0, ort_format: int = 0) -> str | None:
-    """The first release that reads files of that IR version, standard opset and version of the ORT format."""
+    """Returns the first release that reads files with these versions; None if no known release does.
+
+    Args:
+        ir_version: IR version of the file.
+        opset: Opset of standard operators.
+        ort_format: Version of the ORT format.
+    """
     limits = (ir_version, opset, ort_format)
     return next(
         (
@@ -115,6 +142,6 @@ def oldest_reading(ir_version: int = 0, opset: int = 0, ort_format: int = 0) -> 
 
 
 def oldest(uses: Iterable[Use]) -> str | None:
-    """The first release that has all of them; None where there is none."""
+    """Returns the first release that supports all uses; None if no known release does."""
     since = [use.since for use in uses]
     return None if None in since else max((each for each in since if each), key=ORDER.index, default=ORDER[0])

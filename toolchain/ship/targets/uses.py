@@ -1,4 +1,4 @@
-"""What a file has, and so which releases of ONNX Runtime read it, run it, and answer padded batches of it right."""
+"""The features that a model file uses, and the oldest release of ONNX Runtime that computes it correctly."""
 
 from __future__ import annotations
 
@@ -16,16 +16,23 @@ from toolchain.ship.targets.releases import MICROSOFT, ORDER, STANDARD, Use, old
 if TYPE_CHECKING:
     import onnx
 
-Shape = Sequence[int | str | None]  # a dimension is a number, a name, or not known
-MASK_INDEX = {"Attention": 3, "QAttention": 5}  # its place among the inputs
-# The free dimensions of a file's inputs are given these sizes, so that ONNX Runtime can infer every shape. A prime is
-# no other size by chance: not one, and no number of heads.
+Shape = Sequence[int | str | None]  # a dimension is a number, a name, or None if it is unknown
+MASK_INDEX = {"Attention": 3, "QAttention": 5}  # operator → index of the input
+# Sizes for the free dimensions of a file's inputs, so that ONNX Runtime can infer every shape. Primes, because they are
+# unlikely to equal another size by chance, such as 1 or a number of heads.
 SIZES = (11, 13, 17, 19, 23, 29)
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a file needs: an .onnx file has an IR version and an opset, one in ORT format the version of that."""
+    """The requirements of a model file.
+
+    Attributes:
+        uses: Features that the file uses.
+        ir_version: IR version of an .onnx file; 0 for ORT format.
+        opset: Opset of standard operators of an .onnx file; 0 for ORT format.
+        ort_format: Version of the ORT format; 0 for an .onnx file.
+    """
 
     uses: frozenset[Use]
     ir_version: int = 0
@@ -33,21 +40,25 @@ class Needs:
     ort_format: int = 0
 
     def oldest(self) -> str | None:
-        """The first release that meets all of them; None where none does."""
+        """Returns the first release that meets all requirements; None if no known release does."""
         reading = oldest_reading(self.ir_version, self.opset, self.ort_format)
         having = oldest(self.uses)
         return max(reading, having, key=ORDER.index) if reading and having else None
 
 
 def oldest_release(*needs: Needs) -> str | None:
-    """The first release of ONNX Runtime that reads and runs all of the files on a CPU, and from which on every release
-    answers padded batches of them right; None where none is known to."""
+    """Returns the first release of ONNX Runtime that runs all files on a CPU; None if no known release does.
+
+    From this release on, every release computes padded batches correctly.
+    """
     found = [each.oldest() for each in needs]
     return None if None in found else max((each for each in found if each), key=ORDER.index, default=ORDER[0])
 
 
 def read_needs(path: Path) -> Needs:
-    """What an .onnx file, or one in ORT format, needs. Its shapes are inferred by the ONNX Runtime installed here.
+    """Returns the requirements of an .onnx file or of a file in ORT format.
+
+    The installed ONNX Runtime infers the shapes of an .onnx file.
 
     Raises:
         GraphError: ONNX Runtime cannot load the file here.
@@ -63,7 +74,7 @@ def read_needs(path: Path) -> Needs:
 
 
 def _uses(model: onnx.ModelProto) -> Iterator[Use]:
-    """Operators, attributes and inputs that are given."""
+    """Yields the operators of an .onnx file, with their attributes and their inputs that are present."""
     import onnx_ir as ir
 
     for node in ir.from_proto(model).graph.all_nodes():
@@ -72,7 +83,7 @@ def _uses(model: onnx.ModelProto) -> Iterator[Use]:
 
 
 def _attentions(path: Path, model: onnx.ModelProto) -> set[Use]:
-    """Kinds of attention in an .onnx file, which need not say the shape of each value: a file in ORT format does."""
+    """Returns the kinds of attention in an .onnx file; saves it in ORT format first, because that has all shapes."""
     free = [dim.dim_param for each in model.graph.input for dim in each.type.tensor_type.shape.dim if dim.dim_param]
     sizes = dict(zip(dict.fromkeys(free), SIZES, strict=False))
     with tempfile.TemporaryDirectory() as folder:
@@ -85,8 +96,10 @@ def _attentions(path: Path, model: onnx.ModelProto) -> set[Use]:
 
 
 def _stored_uses(content: bytes) -> Iterator[Use]:
-    """Operators, attributes, inputs that are given and kinds of attention of a file in ORT format; attributes that were
-    left to their default stand in it as well."""
+    """Yields the operators, attributes, present inputs and kinds of attention of a file in ORT format.
+
+    Such a file also contains the attributes with default values.
+    """
     return _graph_uses(ort_format.read_root(content).Model().Graph())
 
 
@@ -109,10 +122,12 @@ def _graph_uses(graph: Any) -> Iterator[Use]:
 
 
 def attention_kinds(operator: str, shapes: Mapping[int, Shape], heads: int) -> Iterator[str]:
-    """The kinds of attention that `releases.ANSWERS` tells apart.
+    """Yields the kinds of attention of a node, as in the keys of `releases.ANSWERS`.
 
     Args:
-        shapes: of the inputs that are given, by their place; empty where the rank is not known.
+        operator: Name of the operator.
+        shapes: Shapes of the inputs that are present, by index; an empty shape for an unknown rank.
+        heads: Number of heads.
     """
     if MASK_INDEX.get(operator, -1) in shapes:
         yield "mask_index"
@@ -132,6 +147,6 @@ def attention_kinds(operator: str, shapes: Mapping[int, Shape], heads: int) -> I
 
 
 def _tokens(shape: Shape) -> int | str | None:
-    """[batch, tokens, width], [batch, tokens, heads, 3, size] and the like, or [batch, heads, tokens, size]."""
+    """Returns the tokens of a shape [batch, heads, tokens, size], or [batch, tokens, ...] with any other rank."""
     place = 2 if len(shape) == 4 else 1
     return shape[place] if len(shape) > place else None

@@ -1,7 +1,6 @@
-"""A checkpoint's tokenizer as part of an ONNX graph, by onnxruntime-extensions: text in, probabilities out.
+"""A checkpoint's tokenizer as part of an ONNX graph, with operators of onnxruntime-extensions.
 
-Nothing is believed: `proven` compares what the graph makes of hard texts with the checkpoint's tokenizer, token by
-token, before a graph is given away.
+Before a graph is shipped, `proven` compares its tokens with those of the checkpoint's tokenizer on difficult texts.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 IR_VERSION = 8
-# Of the operators whose meaning changed from opset 18 to 20; every other one only takes more types since.
+# Operators whose meaning changed from opset 18 to 20. The other operators only gained types.
 CHANGED = {"DFT", "GridSample", "AffineGrid"}
 
 Pieces = Callable[[Nodes, "ir.Value", Any], Ragged]
-# By what tokenizer.json calls the model.
+# By the type of the model in tokenizer.json.
 PIECES: Mapping[str, Pieces] = {
     "WordPiece": word_pieces,
     "BPE": byte_pairs,
@@ -37,8 +36,15 @@ PIECES: Mapping[str, Pieces] = {
 
 
 def token_model(encoder: Encoder, multiple: int = 1) -> ir.Model:
-    """A graph from `TEXT` [texts] to the arrays the model takes, each int64 [texts, tokens], a multiple of `multiple`
-    wide."""
+    """Returns a graph from `TEXT` [texts] to the model's inputs, each int64 [texts, tokens].
+
+    Args:
+        encoder: The checkpoint's tokenizer.
+        multiple: The width of the inputs is a multiple of this number, or the encoder's `max_length`.
+
+    Raises:
+        ShippingError: The graph cannot express the tokenizer.
+    """
     import onnx_ir as ir
 
     text, nodes, made = _tokenized(encoder, multiple)
@@ -57,8 +63,18 @@ def token_model(encoder: Encoder, multiple: int = 1) -> ir.Model:
 
 
 def with_tokenizer(model: ir.Model, encoder: Encoder) -> ir.Model:
-    """The model, which answers token ids with logits, from `TEXT` [texts] to logits and probabilities,
-    float32 [texts, labels]; changed in place."""
+    """Puts the tokenizer before a model, in place: from `TEXT` [texts] to logits and probabilities.
+
+    Args:
+        model: A model from token ids to logits.
+        encoder: The checkpoint's tokenizer.
+
+    Returns:
+        The same model; both outputs are float32 [texts, labels].
+
+    Raises:
+        ShippingError: The graph cannot express the tokenizer, or the model's opset is too old.
+    """
     graph = model.graph
     if graph.opset_imports[""] < OPSET[""]:
         changed = sorted({node.op_type for node in graph.all_nodes() if node.domain == ""} & CHANGED)
@@ -91,7 +107,7 @@ def _tokenized(encoder: Encoder, multiple: int) -> tuple[ir.Value, Nodes, dict[s
 
 
 def _frame(encoder: Encoder, multiple: int) -> Frame:
-    """What the tokenizer puts around a text, which is what it makes of one that it does not of the bare text."""
+    """Returns the special tokens around a text: a text's tokens with special tokens, minus those without."""
     tokenizer = encoder.tokenizer
     whole, bare = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
     before = next((i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare), None)
@@ -102,7 +118,7 @@ def _frame(encoder: Encoder, multiple: int) -> Frame:
 
 
 def _put_first(graph: ir.Graph, nodes: Nodes) -> None:
-    """The nodes before all others, under names of their own."""
+    """Inserts the tokenizer's nodes before all other nodes of the graph, and gives them unique names."""
     tape = nodes.tape
     for index, node in enumerate(tape.nodes):
         node.name = f"tokenizer/{index}/{node.op_type}"

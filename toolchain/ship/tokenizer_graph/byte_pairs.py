@@ -1,6 +1,6 @@
 """GPT-2's and RoBERTa's tokenizer as a graph: byte-level BPE (Radford et al. 2019), by onnxruntime-extensions.
 
-The operator reads a text up to its first NUL character, which the checkpoint's tokenizer has a token for.
+The operator reads a text only up to its first NUL character. The checkpoint's tokenizer has a token for NUL.
 """
 
 from __future__ import annotations
@@ -18,14 +18,20 @@ from toolchain.ship.tokenizer_graph.rows import Ragged
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# Unicode's White_Space, which RE2's \s is a part of.
+# Unicode's White_Space; RE2's \s matches only a part of it.
 WHITE = r"[\t-\r \x{85}\x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000}]*"
 
 
 def byte_pairs(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
-    """The pieces of every text, without the special tokens around it.
+    """Adds the nodes that split texts into tokens, without the special tokens around a text.
 
-    Raises `ShippingError` for byte pairs whose texts are split otherwise than GPT-2's.
+    Args:
+        nodes: Nodes to extend.
+        texts: The texts, string [texts].
+        tokenizer: The checkpoint's tokenizer.
+
+    Raises:
+        ShippingError: The tokenizer splits texts differently from GPT-2's.
     """
     body = json.loads(tokenizer.to_str())
     kind = (body.get("pre_tokenizer") or {}).get("type")
@@ -38,7 +44,7 @@ def byte_pairs(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
     added = tokenizer.get_added_tokens_decoder()
     for token in added.values():
         pattern = re.escape(token.content)
-        if token.lstrip or token.rstrip:  # the space beside it goes with it
+        if token.lstrip or token.rstrip:  # the tokenizer drops the white space beside this token
             around = f"{WHITE if token.lstrip else ''}{pattern}{WHITE if token.rstrip else ''}"
             texts = nodes.replace(texts, around, token.content)
     ids, mask = nodes.several(

@@ -1,4 +1,4 @@
-"""What a tokenizer's normaliser and pre-tokeniser make of each character of Unicode, found by asking them."""
+"""The effect of a tokenizer's normaliser and pre-tokeniser on each character of Unicode, found by running them."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ from typing import Any
 
 from toolchain.errors import ShippingError
 
-SURROGATES = range(0xD800, 0xE000)  # no characters, and in no UTF-8
-BLOCK = 256  # characters asked about at once, most of which are treated alike
-LEFT, RIGHT = "a", "b"  # what a character is put between; these stay as they are in every tokenizer
+SURROGATES = range(0xD800, 0xE000)  # not characters, and not valid in UTF-8
+BLOCK = 256  # characters per call; the tokenizer treats most blocks uniformly
+LEFT, RIGHT = "a", "b"  # letters around a tested character; no tokenizer changes them
 DELETED, SPACE = "", " "
 WITHOUT = "Ship without --with-tokenizer."
 
 
 def spaced(character: str) -> str:
-    """What stands for a character that is a word of its own."""
+    """Returns the replacement of a character that is a separate word."""
     return f" {character} "
 
 
 @functools.lru_cache(maxsize=1)
 def changes(definition: str) -> Mapping[str, str]:
-    """Every character that does not stay as it is → what stands in its place, where a space ends a word; `definition`
-    is the tokenizer's JSON.
+    """Returns the replacement of every character that the tokenizer changes; a space in it ends a word.
 
-    Raises `ShippingError` for a tokenizer that does more than treat one character after the other.
+    Args:
+        definition: The tokenizer's JSON.
+
+    Raises:
+        ShippingError: The tokenizer does not treat each character independently.
     """
     from tokenizers import Tokenizer
 
@@ -51,7 +54,7 @@ def changes(definition: str) -> Mapping[str, str]:
 
 
 def runs(characters: Sequence[str]) -> list[tuple[int, int]]:
-    """Code points in order → first and last of each run without a gap."""
+    """Returns the first and last code point of each run of consecutive characters."""
     points = sorted(map(ord, characters))
     groups = itertools.groupby(enumerate(points), lambda pair: pair[1] - pair[0])
     found = [[point for _, point in group] for _, group in groups]
@@ -83,7 +86,11 @@ def _became(tokenizer: Any, framed: str) -> str:
 
 
 def by_kind(changed: Mapping[str, str]) -> dict[str, list[str]]:
-    """The characters that are deleted, that become a space, and that become words of their own."""
+    """Returns three lists: ``deleted`` characters, those that become a ``space``, and separate ``words``.
+
+    Args:
+        changed: Replacements by character, from `changes`.
+    """
     return {
         "deleted": [c for c, became in changed.items() if became == DELETED],
         "space": [c for c, became in changed.items() if became == SPACE],

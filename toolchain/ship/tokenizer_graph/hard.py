@@ -1,4 +1,4 @@
-"""Texts that tokenizers disagree on."""
+"""Difficult texts, which tokenizers often split differently."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 SEED, MIXED = 9, 600
-PER_TEXT = 48  # characters of Unicode asked about in one text
+PER_TEXT = 48  # characters of Unicode in one text
 CONTROLS = (*range(1, 32), *range(127, 160))
 REPEATED = {
     "a": (99, 100, 101, 199, 200, 201, 1000),
@@ -26,8 +26,11 @@ REPEATED = {
 
 @functools.cache
 def texts() -> tuple[str, ...]:
-    """Those written down in ``hard.json``, control characters, words and texts that are too long, mixtures of all these
-    with any characters, and every character of Unicode but NUL."""
+    """Returns all difficult texts.
+
+    They are the texts of ``hard.json``, control characters, words and texts of excessive length, random mixtures of
+    these with other characters, and every assigned character of Unicode except NUL.
+    """
     written: dict[str, list[str]] = json.loads(Path(__file__).with_name("hard.json").read_text(encoding="utf-8"))
     found = list(itertools.chain.from_iterable(written.values()))
     found += [f"a{chr(point)}b {chr(point)} c" for point in CONTROLS]
@@ -53,5 +56,5 @@ def _every(known: Sequence[str]) -> Iterator[str]:
 
 
 def _assigned(character: str) -> bool:
-    """Whether Python's Unicode has it: neither free, nor private, nor half of a pair."""
+    """Returns whether Python's Unicode has the character: not unassigned, private use or a surrogate."""
     return unicodedata.category(character) not in ("Cn", "Co", "Cs")

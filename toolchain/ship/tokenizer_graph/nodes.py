@@ -1,4 +1,4 @@
-"""Nodes of a graph that works on texts: onnxruntime-extensions' operators, and constants."""
+"""A builder of graphs that process texts, with operators of onnxruntime-extensions and constants."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-# The first operator set that has StringSplit. ONNX Runtime reads it from 1.17 on.
+# Opset 20 is the first with StringSplit. ONNX Runtime reads it from 1.17 on.
 OPSET = {"": 20, EXTENSIONS: 1, ML: 2}
 
 
 class Nodes:
-    """Nodes in the order they are added, and the constants they read."""
+    """The nodes of a graph in the order of their addition, and the constants that they read."""
 
     def __init__(self) -> None:
         from onnx_ir import tape
@@ -25,7 +25,7 @@ class Nodes:
         self._constants: dict[tuple[str, ...], ir.Value] = {}
 
     def texts(self, *values: str) -> ir.Value:
-        """A constant of texts [values]."""
+        """Returns a constant of texts, string [values]."""
         import onnx_ir as ir
 
         key = ("texts", *values)
@@ -35,13 +35,13 @@ class Nodes:
         return self._constants[key]
 
     def numbers(self, value: int | Sequence[int]) -> ir.Value:
-        """A constant of int64: a scalar, or [values]."""
+        """Returns a constant of int64: a scalar for a number, [values] for a sequence."""
         import numpy as np
 
         return self._constant(np.array(value, np.int64))
 
     def truth(self, value: bool) -> ir.Value:
-        """A constant of one truth value [1]."""
+        """Returns a constant of one truth value, bool [1]."""
         import numpy as np
 
         return self._constant(np.array([value]))
@@ -55,20 +55,20 @@ class Nodes:
         return self._constants[key]
 
     def add(self, operator: str, *inputs: ir.Value, domain: str = "", **attributes: Any) -> ir.Value:
-        """A node of one output."""
+        """Adds a node with one output and returns the output."""
         return self.tape.op(operator, inputs, attributes, domain=domain)
 
     def several(self, operator: str, count: int, *inputs: ir.Value, domain: str = "", **attributes: Any) -> Any:
-        """A node of `count` outputs."""
+        """Adds a node with `count` outputs and returns the outputs."""
         return self.tape.op_multi_out(operator, inputs, attributes, num_outputs=count, domain=domain)
 
     def replace(self, texts: ir.Value, pattern: str, by: str) -> ir.Value:
-        """Every match of a regular expression (RE2's syntax) in `texts` [n] replaced."""
+        """Adds a node that replaces every match of a regular expression (RE2's syntax) in `texts`, string [n]."""
         found = [self.texts(pattern), self.texts(by)]
         return self.add("StringRegexReplace", texts, *found, domain=EXTENSIONS, global_replace=1)
 
     def zeros_like(self, values: ir.Value) -> ir.Value:
-        """int64 zeros of the shape of `values`."""
+        """Adds nodes that compute int64 zeros in the shape of `values`."""
         import numpy as np
         import onnx_ir as ir
 

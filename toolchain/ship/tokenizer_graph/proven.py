@@ -1,4 +1,4 @@
-"""Whether a tokenizer in a graph splits hard texts as the checkpoint's own does."""
+"""Comparison of a tokenizer graph with the checkpoint's tokenizer on difficult texts."""
 
 from __future__ import annotations
 
@@ -15,14 +15,23 @@ from toolchain.ship.tokenizer_graph.hard import texts as hard_texts
 from toolchain.ship.tokenizer_graph.session import TextSession
 
 BATCH = 32
-SHOWN = 3  # texts that differ, in an error
+SHOWN = 3  # differing texts that an error quotes
 
 
 def compare(encoder: Encoder, texts: Sequence[str], file: Path | None = None, multiple: int = 1) -> int:
-    """How many texts were compared, the hard ones and these `texts`: a graph that makes the model's arrays of texts
-    splits each as `encoder` does. It is left in `file` where one is named.
+    """Builds the tokenizer graph and compares its tokens with the checkpoint's on difficult texts and `texts`.
 
-    Raises `ShippingError` for a tokenizer the graph cannot express, or splits any of them otherwise.
+    Args:
+        encoder: The checkpoint's tokenizer.
+        texts: Additional texts.
+        file: Path to write the graph to; None to discard it.
+        multiple: The width of the model's inputs is a multiple of this number, or `max_length`.
+
+    Returns:
+        Number of compared texts.
+
+    Raises:
+        ShippingError: The graph cannot express the tokenizer, or it splits a text differently.
     """
     with tempfile.TemporaryDirectory() as scratch:
         place = file or Path(scratch) / "tokenizer.onnx"
@@ -51,7 +60,7 @@ def _compared(encoder: Encoder, asked: Sequence[str], file: Path) -> int:
 
 
 def _told(encoder: Encoder, text: str, wanted: Sequence[int], found: Sequence[int]) -> str:
-    """The text, and both splits from the first token that differs."""
+    """Returns a summary of the text with both splits around the first token that differs."""
     both = [[encoder.tokenizer.id_to_token(token) or f"id {token}" for token in ids] for ids in (wanted, found)]
     first = next((i for i, pair in enumerate(zip(*both, strict=False)) if pair[0] != pair[1]), min(map(len, both)))
     start = max(0, first - 1)

@@ -1,4 +1,4 @@
-"""Tokens of several texts one after another → the arrays a model takes, padded to the longest."""
+"""The nodes that convert the concatenated tokens of several texts to a model's inputs, padded to the longest text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ragged:
-    """`ids` [tokens] of all texts, of which text i has those from `begins[i]` up to, without, `ends[i]` [texts]."""
+    """The tokens of several texts.
+
+    Attributes:
+        ids: Concatenated token ids of all texts, int64 [tokens].
+        begins: Index of each text's first token, int64 [texts].
+        ends: Index after each text's last token, int64 [texts].
+    """
 
     ids: ir.Value
     begins: ir.Value
@@ -24,8 +30,15 @@ class Ragged:
 
 @dataclass(frozen=True)
 class Frame:
-    """What is put around the tokens of a text, with what it is padded, to how many tokens it is cut off, these
-    included; the width of a batch is a multiple of `multiple`."""
+    """The special tokens, padding and truncation of a text.
+
+    Attributes:
+        before: Special tokens before the text.
+        after: Special tokens after the text.
+        pad_id: Token id for padding.
+        max_length: Largest number of tokens of a text, with the special tokens.
+        multiple: The width of a batch is a multiple of this number, or `max_length`.
+    """
 
     before: Sequence[int]
     after: Sequence[int]
@@ -35,7 +48,17 @@ class Frame:
 
 
 def arrays(nodes: Nodes, tokens: Ragged, frame: Frame, names: Sequence[str]) -> dict[str, ir.Value]:
-    """int64 [texts, width] by the names the model has for them."""
+    """Adds the nodes that compute the model's inputs.
+
+    Args:
+        nodes: Nodes to extend.
+        tokens: Tokens of all texts.
+        frame: Special tokens, padding and truncation.
+        names: Names of the model's inputs.
+
+    Returns:
+        The inputs by name, each int64 [texts, width].
+    """
     before, around = len(frame.before), len(frame.before) + len(frame.after)
     room = nodes.numbers([frame.max_length - around])
     counts = nodes.add("Min", nodes.add("Sub", tokens.ends, tokens.begins), room)
@@ -47,10 +70,10 @@ def arrays(nodes: Nodes, tokens: Ragged, frame: Frame, names: Sequence[str]) -> 
         widest = nodes.add("Min", widest, nodes.numbers(frame.max_length))
     counts = nodes.add("Unsqueeze", counts, nodes.numbers([1]))
     position = nodes.add("Range", nodes.numbers(0), widest, nodes.numbers(1))
-    place = nodes.add("Sub", position, nodes.numbers([before]))  # of a token within its text
+    place = nodes.add("Sub", position, nodes.numbers([before]))  # index of a token in its text
     inside = nodes.add("And", nodes.add("GreaterOrEqual", place, nodes.numbers([0])), nodes.add("Less", place, counts))
     where = nodes.add("Add", nodes.add("Unsqueeze", tokens.begins, nodes.numbers([1])), place)
-    # Whatever is no token of the text reads the padding that is put behind the last token of all.
+    # Positions outside the text read the padding token, which is appended to the tokens of all texts.
     count = nodes.add("Shape", tokens.ids)
     padded = nodes.add("Concat", tokens.ids, nodes.numbers([frame.pad_id]), axis=0)
     found = nodes.add("Gather", padded, nodes.add("Where", inside, where, count))

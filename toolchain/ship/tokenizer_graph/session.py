@@ -1,4 +1,4 @@
-"""ONNX Runtime with onnxruntime-extensions: graphs that take texts."""
+"""A session of ONNX Runtime with onnxruntime-extensions, for graphs that take texts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
 
 class TextSession:
-    """A loaded ``.onnx`` file with one input, texts, on the CPU.
+    """A session on the CPU for an ``.onnx`` file whose only input is texts.
 
-    Raises `ProviderError` where onnxruntime-extensions is not installed, `GraphError` for a file it cannot load.
+    Raises:
+        ProviderError: onnxruntime-extensions is not installed.
+        GraphError: ONNX Runtime cannot load the file.
     """
 
     def __init__(self, file: Path, threads: int) -> None:
@@ -31,7 +33,11 @@ class TextSession:
         self._input = self._session.get_inputs()[0].name
 
     def run(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Every output by its name, for some texts."""
+        """Runs the graph on texts and returns every output by its name.
+
+        Raises:
+            GraphError: ONNX Runtime fails on the texts.
+        """
         import numpy as np
 
         names = [output.name for output in self._session.get_outputs()]
@@ -42,5 +48,5 @@ class TextSession:
         return dict(zip(names, found, strict=True))
 
     def close(self) -> None:
-        """Frees the model."""
+        """Releases the model."""
         del self._session

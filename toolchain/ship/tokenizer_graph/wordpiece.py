@@ -1,8 +1,9 @@
-"""BERT's tokenizer as a graph: characters, words, the longest pieces of each (WordPiece, Schuster and Nakajima 2012).
+"""BERT's tokenizer as a graph: it maps characters, splits words, and finds the longest pieces of each word.
 
-Of onnxruntime-extensions, only what is right is used. Its `BertTokenizer` takes one text, and accents apart in its own
-way; its `WordpieceTokenizer` leaves the first pieces of a word that has an unknown one, and is asked word by word here,
-so that they can be dropped. Characters are treated by tables, which the checkpoint's own tokenizer was asked for.
+The algorithm is WordPiece (Schuster and Nakajima 2012). The graph uses only those operators of onnxruntime-extensions
+that compute correctly. `BertTokenizer` takes a single text and treats accents differently from the checkpoint.
+`WordpieceTokenizer` keeps the first pieces of a word with an unknown piece; the graph runs it on separate words and
+drops these pieces. Tables map the characters; `characters` computes them with the checkpoint's own tokenizer.
 """
 
 from __future__ import annotations
@@ -21,16 +22,22 @@ from toolchain.ship.tokenizer_graph.rows import Ragged
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# Control characters that stand for something on the way. Tokenizers that delete control characters lose none by it.
+# Control characters with a meaning inside the graph. The tokenizer deletes these characters, so no token is lost.
 NUL, DROPPED, ROW_END = "\x00", "\x01", "\x02"
 MARKS = [chr(point) for point in (*range(3, 9), 11, 12, *range(14, 32))]
-LONG_RUN = 64  # characters: a run of so many is cheaper in a regular expression than in a table
+LONG_RUN = 64  # characters; from this length on, a run is cheaper in a regular expression than in a table
 
 
 def word_pieces(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
-    """The pieces of every text, without the special tokens around it.
+    """Adds the nodes that split texts into tokens, without the special tokens around a text.
 
-    Raises `ShippingError` for a tokenizer whose normaliser or added tokens the graph cannot express.
+    Args:
+        nodes: Nodes to extend.
+        texts: The texts, string [texts].
+        tokenizer: The checkpoint's tokenizer.
+
+    Raises:
+        ShippingError: The graph cannot express the tokenizer's normaliser or its added tokens.
     """
     definition = tokenizer.to_str()
     model, changed = json.loads(definition)["model"], changes(definition)
@@ -45,8 +52,13 @@ def word_pieces(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
 
 
 def _marks(tokenizer: Any, changed: Mapping[str, str]) -> dict[str, str]:
-    """Added tokens, the longest first, with a control character for each: they are found in a text before it is
-    normalised."""
+    """Returns a control character for each added token, the longest token first.
+
+    The control character replaces the token in a text before normalisation.
+
+    Raises:
+        ShippingError: The tokenizer keeps control characters, or the graph cannot express its added tokens.
+    """
     kept = [mark for mark in (NUL, DROPPED, ROW_END, *MARKS) if changed.get(mark) != DELETED]
     if kept:
         raise ShippingError(
@@ -67,8 +79,8 @@ def _marks(tokenizer: Any, changed: Mapping[str, str]) -> dict[str, str]:
 
 
 def _words(nodes: Nodes, texts: ir.Value, changed: Mapping[str, str], marks: Mapping[str, str]) -> ir.Value:
-    """All words of all texts [words]; each text is followed by `ROW_END`."""
-    # In ONNX Runtime's own operator first: to the extensions, NUL ends a text.
+    """Adds the nodes that split texts into words, string [words]; `ROW_END` follows the words of each text."""
+    # ONNX Runtime's own operator removes NUL first, because NUL ends a text for onnxruntime-extensions.
     parts = nodes.several("StringSplit", 2, texts, delimiter=NUL)[0]
     texts = nodes.add("StringJoin", parts, nodes.texts(DROPPED), nodes.numbers([1]), domain=EXTENSIONS)
     texts = nodes.replace(texts, _class([ROW_END, *MARKS]), DROPPED)
@@ -78,7 +90,7 @@ def _words(nodes: Nodes, texts: ir.Value, changed: Mapping[str, str], marks: Map
     kinds = by_kind(changed)
     for kind, by in (("deleted", ""), ("space", " "), ("words", r" \1 ")):
         long = [run for run in runs(kinds[kind]) if run[1] - run[0] >= LONG_RUN]
-        apart = [c for c in kinds[kind] if c in "\t\n"]  # which the table below is written with
+        apart = [c for c in kinds[kind] if c in "\t\n"]  # separators in the table of `_mapped`
         if long or apart:
             texts = nodes.replace(texts, f"({_class(apart, long)})", by)
         for first, last in long:
@@ -91,7 +103,7 @@ def _words(nodes: Nodes, texts: ir.Value, changed: Mapping[str, str], marks: Map
 
 
 def _mapped(nodes: Nodes, texts: ir.Value, table: Mapping[str, str], marks: Mapping[str, str]) -> ir.Value:
-    """Every character by the table, and the words of all texts."""
+    """Adds the nodes that map every character with the table and split the result into words."""
     own = {mark: spaced(mark) for mark in (*marks.values(), ROW_END)}
     rows = {**{c: became or DROPPED for c, became in table.items() if c not in (NUL, ROW_END, *MARKS)}, **own}
     each = nodes.texts("((?s:.))")
@@ -106,7 +118,7 @@ def _mapped(nodes: Nodes, texts: ir.Value, table: Mapping[str, str], marks: Mapp
 
 
 def _longest_pieces(nodes: Nodes, words: ir.Value, model: Mapping[str, Any], vocabulary: Mapping[str, int]) -> ir.Value:
-    """Ids of the pieces of all words [pieces]; -1 stands for the end of a text."""
+    """Adds the nodes that split words into pieces; returns their ids, int64 [pieces], with -1 after each text."""
     unknown = vocabulary[model["unk_token"]]
     tokens, _, begins, ends = nodes.several(
         "WordpieceTokenizer",
@@ -128,7 +140,7 @@ def _longest_pieces(nodes: Nodes, words: ir.Value, model: Mapping[str, Any], voc
         values_int64s=list(numbers.values()),
         default_int64=unknown,
     )
-    # A word with an unknown piece is unknown: of it only the last, which says so, is kept.
+    # A word with an unknown piece is unknown. Only its last piece stays, which is the unknown token.
     last = nodes.add("Sub", ends, nodes.numbers([1]))
     is_unknown = nodes.add("Equal", nodes.add("Gather", ids, last), nodes.numbers([unknown]))
     first = nodes.add("Where", is_unknown, last, begins)
@@ -141,6 +153,6 @@ def _longest_pieces(nodes: Nodes, words: ir.Value, model: Mapping[str, Any], voc
 
 
 def _class(single: Sequence[str], found: Sequence[tuple[int, int]] = ()) -> str:
-    """A regular expression for one character of those."""
+    """Returns a regular expression that matches one of the characters or a character in one of the ranges."""
     ranges = [*runs(single), *found]
     return "[" + "".join(rf"\x{{{first:X}}}-\x{{{last:X}}}" for first, last in ranges) + "]"
