@@ -159,4 +159,8 @@ def test_help_loads_nothing_heavy(arguments):
 
 def test_files_can_be_read_in_one_sitting():
     for module, path in modules().items():
-        assert len(path.read_text().splitlines()) <= 450, module
+        text = path.read_text()
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, documented) and ast.get_docstring(node)]
+        docstrings = sum(node.body[0].end_lineno - node.body[0].lineno + 1 for node in nodes)
+        assert len(text.splitlines()) - docstrings <= 350, module

@@ -80,7 +80,7 @@ def json_option(command: F) -> F:
 
 
 def dry_run_option(command: F) -> F:
-    """Adds --dry-run, for every command that builds."""
+    """Adds the option --dry-run to a command that builds artifacts."""
     return click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")(command)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from toolchain.cli.options import json_option, model_options, open_workspace
+from toolchain.ship.targets import TARGETS
 from toolchain.ship.targets.releases import DEFAULT, ORDER, RELEASES
 
 
@@ -15,7 +16,7 @@ from toolchain.ship.targets.releases import DEFAULT, ORDER, RELEASES
 @click.argument("variants", nargs=-1, required=True, metavar="VARIANT...")
 @click.option(
     "--target",
-    type=click.Choice(["web", "python", "mobile", "server", "other"]),
+    type=click.Choice(list(TARGETS)),
     required=True,
     help="web: browser and Node, by transformers.js. python: onnxruntime and tokenizers. mobile: ONNX Runtime on "
     "Android and iOS. server: Triton and KServe. other: any ONNX runtime.",

@@ -15,8 +15,8 @@ SINGLE, MULTI = "single_label_classification", "multi_label_classification"  # a
 SEPARATOR = "|"  # separates the labels of a text in a column of plain text
 MOST = 100  # a column with more different labels is probably not the label column
 
-# The entry of a row in a label column, as text: one label, or a set of labels. An answer is the index of a label. For a
-# set it is the integer whose bits are set at the indices of its labels.
+# The text in one row of a label column: one label, or a set of labels.
+# An answer is a number: the index of the label, or, for a set, the integer with one bit set for each label's index.
 Value = str | tuple[str, ...]
 
 

@@ -1,4 +1,4 @@
-"""The exact files of an import: it resolves revisions and fetches the checkpoint and, for an adapter, its base."""
+"""Finds the exact files of an import: resolves its revision, and fetches the checkpoint and the base of an adapter."""
 
 from __future__ import annotations
 

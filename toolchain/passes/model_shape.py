@@ -15,7 +15,7 @@ def context_of(folder: Path) -> Context:
 
 
 def layers_in(folder: Path) -> int:
-    """Returns the number of layers of the encoder."""
+    """Returns the number of layers in the encoder."""
     return int(_config(folder).num_hidden_layers)
 
 

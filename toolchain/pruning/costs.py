@@ -214,7 +214,7 @@ def _session(model: PreTrainedModel, shapes: Sequence[LayerShape], folder: Path)
 
 
 def _time(session: Any) -> float:
-    """Returns the median milliseconds per run in one round."""
+    """Runs the session for one round and returns the median time of a run in milliseconds."""
     import numpy as np
 
     opened, names = session

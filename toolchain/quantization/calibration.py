@@ -89,7 +89,7 @@ def activation(seen: Seen, weight: np.ndarray, smooth: bool = True) -> Activatio
 
 
 def smoothing(largest: np.ndarray, weights: np.ndarray, strength: float) -> np.ndarray:
-    """Returns SmoothQuant's factor of every channel [width], largest^strength / weights^(1 − strength).
+    """Returns the SmoothQuant factors [width], one for each channel: largest^strength / weights^(1 − strength).
 
     The factors are scaled to a geometric mean of 1. A channel that is always 0, or whose weights are all 0, gets 1.
 

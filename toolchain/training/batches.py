@@ -72,7 +72,7 @@ def task_loss(logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean
 
 
 def right(logits: torch.Tensor, labels: torch.Tensor) -> int:
-    """Counts the rows with a correct prediction; a multi-label row counts only if all its labels are correct."""
+    """Counts the rows with a correct prediction. A row with several labels counts only if all of them are correct."""
     if labels.dim() == 1:
         return int((logits.argmax(1) == labels).sum())
     return int(((logits > 0) == labels.bool()).all(1).sum())

@@ -246,7 +246,7 @@ def hopeless(objective: str, candidate: Candidate, known: Mapping[Candidate, boo
 
 @functools.cache
 def every(objective: str) -> tuple[Candidate, ...]:
-    """Returns all candidates of an objective; unpruned ones have a single choice of cost, depth and epochs."""
+    """Returns every candidate of an objective. Cost, depth and epochs vary only for pruned candidates."""
     names, choices = zip(*SPACE[objective].items(), strict=True)
     found = (Candidate(**dict(zip(names, values, strict=True))) for values in itertools.product(*choices))
     plain = {name: choices[names.index(name)][0] for name in ("depth", "cost")}

@@ -23,7 +23,7 @@ VERSION = 2
 
 
 def import_checkpoint(job: Job) -> Built:
-    """Loads the checkpoint in fp32 and saves it again, so that every import has the same dtype and layout.
+    """Loads the checkpoint and saves it in fp32, so that all imported models have the same dtype and layout.
 
     If the checkpoint is an adapter, the step merges it into its base first.
 
@@ -97,7 +97,10 @@ def license_facts(checkpoint: Path, base: Path | None) -> dict[str, str]:
 
 
 def _trained_on(checkpoint: Path) -> dict[str, str]:
-    """Returns the training data's digest if `finetune` made the checkpoint, so that no benchmark runs on that data."""
+    """Returns the digest of the training data if `finetune` made the checkpoint.
+
+    A benchmark on the same data then uses only its held-out rows.
+    """
     try:
         found = json.loads((checkpoint / CARD).read_text(encoding="utf-8"))["train"]
     except (OSError, ValueError, LookupError, TypeError):  # the file is missing, or another tool wrote it
