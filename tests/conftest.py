@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -82,11 +82,13 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def built_tiny(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """Every variant of the tiny checkpoint, built once; not to be changed."""
+def built_tiny(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    """The default variants of the tiny checkpoint, built once; a test that adds a variant takes `tiny` instead."""
     workspace = Workspace.open(str(tiny_checkpoint), tmp_path_factory.mktemp("exported"))
     ensure(workspace, ["onnx-int8"], {}, lambda line: None)
-    return workspace
+    built = set(workspace.path(".").glob("*/manifest.json"))
+    yield workspace
+    assert set(workspace.path(".").glob("*/manifest.json")) == built, "a test added a variant to `built_tiny`"
 
 
 @pytest.fixture

@@ -166,8 +166,8 @@ def test_a_web_bundle_has_the_layout_transformers_js_reads(shipped):
     assert not (shipped / "web" / "index.html").exists()
 
 
-def test_a_file_says_where_it_is_exact(shipped, built_tiny, tmp_path):
-    body = make(built_tiny, tmp_path / "b", "onnx-int8", "onnx-int8-portable", "onnx-fp32")
+def test_a_file_says_where_it_is_exact(shipped, tiny, tmp_path):
+    body = make(tiny, tmp_path / "b", "onnx-int8", "onnx-int8-portable", "onnx-fp32")
     full, portable, plain = body["models"]
     assert full["int8_headroom"] < 1 <= portable["int8_headroom"]
     assert "VNNI" in full["exact_on"]
