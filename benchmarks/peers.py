@@ -29,7 +29,7 @@ import neural_compressor_peer
 import openvino_peer
 
 from toolchain.artifacts import store
-from toolchain.artifacts.names import parse_name
+from toolchain.artifacts.names import VariantName
 from toolchain.artifacts.store import Artifact
 from toolchain.artifacts.variants import is_variant
 from toolchain.backends import BACKENDS, Backend
@@ -178,8 +178,8 @@ def summary(result: ResultFile) -> list[str]:
 
 
 def _is_quantised(name: str) -> bool:
-    parsed = parse_name(name)
-    return parsed.runtime == "onnx" and parsed.scheme != "fp32"
+    parts = VariantName(name).parts
+    return parts.runtime == "onnx" and parts.scheme != "fp32"
 
 
 def against_others(result: ResultFile, name: str) -> list[str]:

@@ -1,6 +1,7 @@
 """The errors that the toolchain reports to its user.
 
 ToolchainError                exit 1: one sentence states the cause, one sentence states the fix
+├── SettingsError             exit 2: the settings of a step exclude each other
 ├── UnknownVariantError       no such variant for this model ("did you mean …")
 ├── CheckpointError           the checkpoint is unreadable, or is not a classifier
 │   └── HubError              the model hub is unreachable, or refuses the model
@@ -41,6 +42,12 @@ class ToolchainError(Exception):
 
     def __str__(self) -> str:
         return f"{self.cause} {self.mend}".strip()
+
+
+class SettingsError(ToolchainError):
+    """A step has a setting without a valid value, or two settings that exclude each other."""
+
+    exit_code = 2
 
 
 class UnknownVariantError(ToolchainError):

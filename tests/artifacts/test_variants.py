@@ -6,15 +6,15 @@ from hypothesis import strategies as st
 
 from toolchain.artifacts import names as grammar
 from toolchain.artifacts import variants
-from toolchain.artifacts.names import VariantName, parse_name
+from toolchain.artifacts.names import Parts, VariantName
 from toolchain.artifacts.variants import Export, Import, Optimize, Prune, Quantize, Recover
-from toolchain.errors import ArtifactError, UnknownVariantError
+from toolchain.errors import ArtifactError, SettingsError, UnknownVariantError
 
 pruned = st.builds(
     dict, pruned=st.integers(1, 99), recovered=st.integers(0, 12), method=st.sampled_from(grammar.METHODS)
 )
 names = st.builds(
-    lambda runtime, std, tags, scheme, portable, static, label: VariantName(
+    lambda runtime, std, tags, scheme, portable, static, label: Parts(
         runtime, std, scheme=scheme, portable=portable, static=static, label=label, **tags
     ),
     st.sampled_from(grammar.RUNTIMES),
@@ -29,8 +29,8 @@ names = st.builds(
 
 @given(names)
 def test_a_name_is_read_back_as_it_was_written(name):
-    assert parse_name(str(name)) == name
-    assert str(parse_name(str(name))) == str(name)
+    assert VariantName(str(name)).parts == name
+    assert VariantName(name) == str(name)
 
 
 @given(names, names)
@@ -43,7 +43,7 @@ def test_two_variants_never_share_a_name(one, other):
 )
 def test_only_one_spelling_is_a_name(text):
     with pytest.raises(UnknownVariantError):
-        parse_name(text)
+        VariantName(text)
 
 
 def test_every_default_cell_can_be_derived_and_runs_where_it_is_measured():
@@ -94,11 +94,9 @@ def test_child_finds_the_variant_a_step_makes():
     assert not variants.is_variant("onnx-int8-portable-static")
     assert not variants.is_variant("onnx-int4-static")
     with pytest.raises(
-        UnknownVariantError, match=r"Nothing is made from onnx-int8 by quantize. It takes an fp32 graph"
+        UnknownVariantError, match=r"No variant is built from onnx-int8 by quantize. It takes an fp32 graph"
     ):
         variants.child("onnx-int8", Quantize())
-    with pytest.raises(UnknownVariantError):  # PyTorch's int8 has no weights of 7 bits
-        variants.child("torch-fp32", Quantize("torch", "int8", True))
     with pytest.raises(UnknownVariantError, match="what is pruned already is pruned further from there"):
         variants.child("torch-pruned30", Prune(0.5))
     with pytest.raises(UnknownVariantError, match="It takes a pruned PyTorch variant"):
@@ -107,12 +105,54 @@ def test_child_finds_the_variant_a_step_makes():
         variants.child("torch-pruned30-mask", Recover(1))
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (Quantize, {"scheme": "nf4"}),
+        (Quantize, {"scheme": "fp16"}),  # `Optimize` builds it
+        (Quantize, {"backend": "torch", "scheme": "dynamic"}),
+        (Quantize, {"backend": "torch", "scheme": "int8", "reduce_range": True}),
+        (Quantize, {"scheme": "int4", "reduce_range": True}),
+        (Quantize, {"scheme": "static", "reduce_range": True}),
+        (Quantize, {"backend": "bnb", "scheme": "nf4", "embeddings": "int8"}),
+        (Quantize, {"backend": "torch", "scheme": "int8", "keep_fp32": 1}),
+        (Quantize, {"backend": "torch", "scheme": "int8", "trim_vocab": "train"}),
+        (Quantize, {"passes": ("smooth", "quantize-linear")}),
+        (Quantize, {"passes": ()}),
+        (Quantize, {"passes": ("quantize-linear",), "embeddings": "int4"}),
+        (Quantize, {"passes": ("quantize-embedding",), "keep_fp32": 1}),
+        (Quantize, {"passes": ("quantize-embedding",), "reduce_range": True}),
+        (Quantize, {"scheme": "static", "passes": ("quantize-embedding",)}),
+        (Prune, {"ratio": 0.0}),
+        (Prune, {"ratio": 1.0}),
+        (Prune, {"ratio": 0.333}),
+        (Prune, {"ratio": float("nan")}),
+        (Prune, {"ratio": 0.5, "method": "mask", "layers": 3}),
+        (Prune, {"ratio": 0.5, "method": "mask", "cost": "latency"}),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(kind, settings):
+    with pytest.raises(SettingsError):
+        kind(**settings)
+    with pytest.raises(ArtifactError):
+        variants.step_from(kind.__name__.lower(), settings)
+
+
+def test_passes_without_some_of_them():
+    assert Quantize.passes_without("dynamic", []) is None
+    assert Quantize.passes_without("dynamic", ["padding"]) == ("quantize-linear", "quantize-embedding")
+    assert Quantize.passes_without("static", ["quantize-linear"]) == ("quantize-embedding",)  # `smooth` prepares it
+    assert Quantize.passes_without("int4", ["quantize-linear", "quantize-embedding"]) == ()
+    with pytest.raises(SettingsError, match="quantize-linear, quantize-embedding"):
+        Quantize.passes_without("int4", ["padding"])
+
+
 def test_a_label_goes_with_what_is_made_of_it():
     assert variants.child("onnx-fp32", Quantize(), "small").name == "onnx-int8+small"
     assert variants.child("torch-fp32", Prune(0.5), "fast").name == "torch-pruned50+fast"
     made = variants.child("onnx-std-pruned50+fast", Optimize())
     assert (made.name, made.parent) == ("onnx-pruned50+fast", "onnx-std-pruned50+fast")
-    with pytest.raises(UnknownVariantError, match="called fast as well"):
+    with pytest.raises(UnknownVariantError, match="starts with fast"):
         variants.child("onnx-std-pruned50+fast", Optimize(), "other")
     for name in ("torch-fp32+mine", "onnx-int8+", "onnx-int8+A", "onnx-int8+a+b", "onnx-int8+-a", "onnx-int8+a--b"):
         assert not variants.is_variant(name)
@@ -120,9 +160,9 @@ def test_a_label_goes_with_what_is_made_of_it():
 
 
 def test_the_unpruned_counterpart():
-    assert grammar.unpruned("onnx-pruned50-int8+fast") == "onnx-int8"
-    assert grammar.unpruned("onnx-pruned50-r1-magnitude-int8") == "onnx-int8"
-    assert grammar.unpruned("torch-pruned30") == "torch-fp32"
+    assert VariantName("onnx-pruned50-int8+fast").unpruned == "onnx-int8"
+    assert VariantName("onnx-pruned50-r1-magnitude-int8").unpruned == "onnx-int8"
+    assert VariantName("torch-pruned30").unpruned == "torch-fp32"
 
 
 @pytest.mark.parametrize(

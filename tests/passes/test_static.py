@@ -211,7 +211,7 @@ def test_static_variants_are_built_by_name_and_know_their_training_data(tiny):
     assert careful.facts["rewrites"]["quantize-linear-static"] == 8
     assert len(careful.facts["kept_fp32"]) == 2
     said = []
-    ensure(tiny, ["onnx-int8-static"], {}, said.append)
+    ensure(tiny, ["onnx-int8-static"], {}, lambda event: said.append(str(event)))
     assert "onnx-int8-static: fresh, skipped" in said
 
 

@@ -511,11 +511,11 @@ def test_the_largest_ratio_is_searched_on_held_out_rows(tiny, sentences):
 
     workspace = Workspace(tiny.exported, tiny.model, tiny.source, sentences)
     said = []
-    ratio = largest_ratio(workspace, Prune(0.5), 100.0, said.append, no_bar)
+    ratio = largest_ratio(workspace, Prune(0.5), 100.0, lambda event: said.append(str(event)), no_bar)
     assert ratio in pruning.SEARCHED
     assert any("points lost on held-out rows" in line for line in said)
     with pytest.raises(PruningError, match="Even the smallest ratio"):
-        largest_ratio(workspace, Prune(0.5), -200.0, said.append, no_bar)
+        largest_ratio(workspace, Prune(0.5), -200.0, lambda event: said.append(str(event)), no_bar)
 
 
 @given(st.integers(20, 400))
@@ -544,17 +544,17 @@ def test_too_few_rows_are_refused(tmp_path):
     [
         ((), 2, "--ratio"),
         (("--ratio", "0.3", "--max-drop", "1"), 2, "--max-drop"),
-        (("--ratio", "0"), 2, "no ratio"),
-        (("--ratio", "1"), 2, "no ratio"),
-        (("--ratio", "-0.5"), 2, "no ratio"),
+        (("--ratio", "0"), 2, "is not 0.01 to 0.99"),
+        (("--ratio", "1"), 2, "is not 0.01 to 0.99"),
+        (("--ratio", "-0.5"), 2, "is not 0.01 to 0.99"),
         (("--ratio", "0.333"), 2, "whole per cents"),
-        (("--ratio", "nan"), 2, "no ratio"),
+        (("--ratio", "nan"), 2, "is not 0.01 to 0.99"),
         (("--ratio", "0.3", "--method", "mask", "--recover", "1"), 2, "removes nothing"),
-        (("--ratio", "0.3", "--method", "mask", "--layers", "1"), 2, "removes nothing"),
+        (("--ratio", "0.3", "--method", "mask", "--layers", "1"), 2, "neither --layers"),
         (("--ratio", "0.3", "--layers", "0"), 2, "--layers"),
         (("--ratio", "0.3", "--layers", "3"), 1, "the model has 2. Keep 1 to 2"),
         (("--ratio", "0.3", "--from", "torch-pruned30"), 1, "pruned already"),
-        (("--ratio", "0.3", "--from", "onnx-fp32"), 1, "Nothing is made from onnx-fp32"),
+        (("--ratio", "0.3", "--from", "onnx-fp32"), 1, "No variant is built from onnx-fp32"),
         (("--ratio", "0.3", "--train-data", "no-such.csv"), 1, "There is no file no-such.csv"),
         (("--ratio", "0.99", "--train-data", "train.csv"), 1, "nothing of the encoder would be left"),
     ],

@@ -65,7 +65,7 @@ def test_the_most_sensitive_stay_fp32(tiny, subject):
     assert len(manifest.facts["sensitivity"]) == 10
     assert manifest.step.train == tiny.train.digest  # other training data would choose other layers
     said = []
-    ensure(tiny, ["onnx-int8+careful"], asked, said.append)
+    ensure(tiny, ["onnx-int8+careful"], asked, lambda event: said.append(str(event)))
     assert "onnx-int8+careful: fresh, skipped" in said
     left = passes.read(tiny.path("onnx-int8+careful") / "model.onnx")
     assert len([n for n in left.graph if n.op_type in ("MatMul", "Attention")]) == 2

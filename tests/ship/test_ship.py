@@ -243,7 +243,7 @@ def test_shipping_again_changes_nothing_and_a_change_replaces_it(tiny, tmp_path)
     said = []
     first = make(tiny, tmp_path / "b", "onnx-int8")
     before = (tmp_path / "b").stat().st_ino
-    assert make(tiny, tmp_path / "b", "onnx-int8", say=said.append)["id"] == first["id"]
+    assert make(tiny, tmp_path / "b", "onnx-int8", say=lambda event: said.append(str(event)))["id"] == first["id"]
     assert f"{tmp_path / 'b'}: the same already, unchanged" in said
     assert (tmp_path / "b").stat().st_ino == before
     assert make(tiny, tmp_path / "b", "onnx-fp32")["id"] != first["id"]
@@ -336,7 +336,7 @@ def test_a_variant_that_failed_validation_is_not_shipped(tiny, tmp_path):
 def test_a_stale_variant_is_built_anew_before_it_is_shipped(tiny, tmp_path):
     ensure(tiny, ["onnx-std"], {"onnx-std": Export(17)}, quiet)
     said = []
-    body = make(tiny, tmp_path / "b", "onnx-fp32", say=said.append)
+    body = make(tiny, tmp_path / "b", "onnx-fp32", say=lambda event: said.append(str(event)))
     assert "onnx-fp32: building (onnx-std changed)" in said
     assert body["models"][0]["artifact_id"] == tiny.load("onnx-fp32").manifest.id
     assert body["models"][0]["opset"][""] == 17

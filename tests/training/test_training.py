@@ -253,7 +253,7 @@ def test_a_killed_recovery_is_taken_up_and_cleans_up(tiny, task, tmp_path):
     workspace = Workspace(tiny.exported, tiny.model, tiny.source, training_source(file))
     asked = {"torch-pruned50": Prune(0.5), "torch-pruned50-r3": Recover(3)}
     said = []
-    built = ensure(workspace, asked, asked, said.append)["torch-pruned50-r3"]
+    built = ensure(workspace, asked, asked, lambda event: said.append(str(event)))["torch-pruned50-r3"]
     assert not resume.exists()
     assert built.manifest.facts["recovery"]["masked"] == 0.2
     assert built.manifest.facts["recovery"]["teacher"] == tiny.load("torch-fp32").manifest.id

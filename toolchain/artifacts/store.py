@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from toolchain.artifacts import publishing
+from toolchain.artifacts.names import VariantName
 from toolchain.artifacts.variants import Step, settings_of, step_from, step_name
 from toolchain.data.labels import LabelSet
 from toolchain.errors import ArtifactError, TamperedError
@@ -66,9 +67,9 @@ class Manifest:
     """
 
     model: str
-    variant: str
+    variant: VariantName
     source: Mapping[str, Any]
-    parent: str | None
+    parent: VariantName | None
     parent_id: str | None
     step: Step
     step_version: int
@@ -131,6 +132,7 @@ class Manifest:
             ValueError: The text is not JSON, or not a manifest. `KeyError` and `TypeError` have the same meaning.
             TamperedError: The manifest does not match its id.
             ArtifactError: This release does not know the step or its settings.
+            UnknownVariantError: This release does not know the variant or its parent.
         """
         body: dict[str, Any] = json.loads(text)
         if body["schema"] != SCHEMA:
@@ -149,7 +151,8 @@ class Manifest:
         if not (body["files"] and body["inputs"] and body["labels"] and isinstance(body["max_length"], int)):
             raise ValueError("it names no files, inputs, labels or length")
         manifest = cls(
-            parent=parent["variant"],
+            variant=VariantName(body.pop("variant")),
+            parent=VariantName(parent["variant"]) if parent["id"] else None,
             parent_id=parent["id"],
             step_version=step["version"],
             step=step_from(step["name"], step["settings"]),

@@ -1,19 +1,18 @@
 """Variants and steps: a variant is one step applied to one parent, and its name determines both.
 
-A new kind of artifact needs a step class here, a line in `_derived`, and a function in `steps/`.
+A new kind of artifact needs a step class here, a row in `_KINDS`, and a function in `steps/`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from toolchain.artifacts.names import VariantName, parse_name, shorter
-from toolchain.errors import ArtifactError, UnknownVariantError
+from toolchain.artifacts.names import METHODS, Parts, VariantName, shorter
+from toolchain.errors import ArtifactError, SettingsError, UnknownVariantError
 
 PROVIDERS = ("cpu", "cuda")
 # Backend → its quantisation schemes, the default first → the tag in the variant's name. On ONNX Runtime, `Optimize`
@@ -61,6 +60,9 @@ class Prune:
         train: Digest of the training data; if empty, the workspace's training data.
         sentences: Number of training sentences that rank the units and fit the remaining weights.
         seed: Random seed that chooses these sentences.
+
+    Raises:
+        SettingsError: The ratio is not 0.01 to 0.99 in steps of 0.01, or a setting does not apply to the method.
     """
 
     ratio: float
@@ -70,6 +72,14 @@ class Prune:
     train: str = ""
     sentences: int = 2000
     seed: int = 20
+
+    def __post_init__(self) -> None:
+        if not 0.01 <= self.ratio <= 0.99 or abs(100 * self.ratio - round(100 * self.ratio)) > 1e-9:
+            raise SettingsError(
+                f"--ratio {self.ratio:g} is not 0.01 to 0.99 in whole per cents.", "Give one such as 0.5."
+            )
+        if self.method == "mask" and (self.layers or self.cost != "parameters"):
+            raise SettingsError("--method mask removes nothing.", "It takes --ratio, and neither --layers nor --cost.")
 
 
 @dataclass(frozen=True)
@@ -139,6 +149,9 @@ class Quantize:
         train: Digest of the training data, as in `Prune`; None where the step uses none.
         passes: The passes of `QUANTIZE_PASSES` to apply; None for all.
         trim_vocab: Corpus whose tokens stay in the vocabulary: ``train``, or `Texts.digest` of a file. None keeps all.
+
+    Raises:
+        SettingsError: The backend has no such scheme, or two settings exclude each other.
     """
 
     backend: str = "ort"
@@ -149,6 +162,59 @@ class Quantize:
     train: str | None = None
     passes: tuple[str, ...] | None = None
     trim_vocab: str | None = None
+
+    def __post_init__(self) -> None:
+        schemes = [name for name in QUANTIZED[self.backend] if (self.backend, name) != ("ort", "fp16")]
+        if self.scheme not in schemes:
+            raise SettingsError(
+                f"--backend {self.backend} has no scheme {self.scheme}.", f"It has {', '.join(schemes)}."
+            )
+        if self.reduce_range and (self.backend, self.scheme) != ("ort", "dynamic"):
+            raise SettingsError(
+                "Only --backend ort --scheme dynamic has weights of 7 bits.", "Leave --isa portable out."
+            )
+        only_ort = (self.embeddings, self.keep_fp32, self.passes, self.trim_vocab)
+        if self.backend != "ort" and any(setting is not None for setting in only_ort):
+            raise SettingsError(
+                f"--backend {self.backend} has only --scheme.",
+                "Leave out --embeddings, --keep-fp32, --max-drop, --sensitivity, --no-pass and --trim-vocab.",
+            )
+        if self.passes is not None:
+            self._check_passes(self.passes)
+
+    def _check_passes(self, passes: tuple[str, ...]) -> None:
+        allowed = QUANTIZE_PASSES[self.scheme]
+        if not set(passes) <= set(allowed):
+            raise SettingsError(f"--scheme {self.scheme} has no such pass.", f"It has {', '.join(allowed)}.")
+        if "quantize-linear" not in passes and (
+            not passes or self.scheme == "static" or self.reduce_range or self.keep_fp32
+        ):
+            raise SettingsError(
+                "Without the pass quantize-linear, only embedding tables are quantised.",
+                "Leave every other option out, except --embeddings.",
+            )
+        if "quantize-embedding" not in passes and self.embeddings:
+            raise SettingsError(
+                "Without the pass quantize-embedding, no embedding table is quantised.", "Leave --embeddings out."
+            )
+
+    @staticmethod
+    def passes_without(scheme: str, omitted: Collection[str]) -> tuple[str, ...] | None:
+        """Returns the value of `passes` that omits some passes of the scheme of ONNX Runtime; None if it omits none.
+
+        The passes before ``quantize-linear`` prepare it, so they are omitted with it.
+
+        Raises:
+            SettingsError: The scheme has no such pass.
+        """
+        if not omitted:
+            return None
+        passes = QUANTIZE_PASSES.get(scheme, ())
+        if not set(omitted) <= set(passes):
+            raise SettingsError(f"--scheme {scheme} has no such pass.", f"It has {', '.join(passes) or 'none'}.")
+        if "quantize-linear" in omitted:
+            passes = passes[passes.index("quantize-linear") :]
+        return tuple(name for name in passes if name not in omitted)
 
 
 Step = Import | Prune | Recover | Export | Optimize | Quantize
@@ -197,7 +263,7 @@ def step_from(name: str, settings: Mapping[str, Any]) -> Step:
     try:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
         return STEP_TYPES[name](**values)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, SettingsError) as error:
         raise ArtifactError(
             f"A manifest records the step {name!r} with settings {dict(settings)}, which this release does not know.",
             "Use the release that built it, or delete the folder and build it again.",
@@ -208,15 +274,15 @@ def step_from(name: str, settings: Mapping[str, Any]) -> Step:
 class Variant:
     """A variant: `step` applied to `parent` gives `name`, which runs on `providers`; `parent` is None for an import."""
 
-    name: str
-    parent: str | None
+    name: VariantName
+    parent: VariantName | None
     step: Step
     providers: tuple[str, ...] = ("cpu",)
 
     @property
     def runtime(self) -> str:
         """Returns the runtime that opens the variant: ``torch``, ``bnb`` or ``onnx``."""
-        return parse_name(self.name).runtime
+        return self.name.parts.runtime
 
     @property
     def agreement(self) -> str:
@@ -228,28 +294,123 @@ class Variant:
         """
         if isinstance(self.step, Prune | Recover):
             return "free"
-        return "exact" if parse_name(self.name).scheme == "fp32" else "close"
+        return "exact" if self.name.parts.scheme == "fp32" else "close"
 
 
 DEFAULT_RATIOS = (0.3, 0.4, 0.5)
-_PRUNED = tuple(VariantName("torch", pruned=round(100 * ratio)) for ratio in DEFAULT_RATIOS)
+_PRUNED = tuple(VariantName(f"torch-pruned{round(100 * ratio)}") for ratio in DEFAULT_RATIOS)
 # Variants that commands build and measure by default, by provider.
 DEFAULT_CELLS: dict[str, tuple[str, ...]] = {
     "cpu": (
         "torch-fp32",
         "torch-bf16",
         "torch-int8",
-        *map(str, _PRUNED),
-        *(str(dataclasses.replace(name, scheme="int8")) for name in _PRUNED),
+        *_PRUNED,
+        *(name.with_parts(scheme="int8") for name in _PRUNED),
         "bnb-int8",
         "bnb-nf4",
         "onnx-std",
         "onnx-fp32",
         "onnx-int8",
-        *(str(dataclasses.replace(name, runtime="onnx", scheme="int8")) for name in _PRUNED),
+        *(name.with_parts(runtime="onnx", scheme="int8") for name in _PRUNED),
     ),
     "cuda": ("torch-fp32", "torch-fp16", "bnb-int8", "bnb-nf4", "onnx-fp32", "onnx-fp16"),
 }
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A row of the table of variants: which names it describes, and how their variants are built.
+
+    Attributes:
+        runtime: Runtime of the names.
+        schemes: Schemes of the names.
+        tags: Parts that the names must have, beside runtime and scheme.
+        optional: Parts that the names may have.
+        parent: Changed parts of the parent's name; None where there is no parent.
+        step: The default step of a name's parts.
+        providers: Execution providers that run the variants.
+    """
+
+    runtime: str
+    schemes: tuple[str, ...]
+    tags: frozenset[str]
+    optional: frozenset[str]
+    parent: Mapping[str, Any] | None
+    step: Callable[[Parts], Step]
+    providers: tuple[str, ...] = PROVIDERS
+
+    def describes(self, parts: Parts) -> bool:
+        """Returns whether the names of this kind have such parts."""
+        tags = {tag for tag in _TAGS if getattr(parts, tag)}
+        runs_here = parts.runtime == self.runtime and parts.scheme in self.schemes
+        return runs_here and self.tags <= tags <= self.tags | self.optional
+
+
+_TAGS = ("std", "pruned", "recovered", "portable", "static")
+_NONE: frozenset[str] = frozenset()
+_ANY_MODEL = frozenset({"pruned", "recovered"})
+_FP32 = ("fp32",)
+_KINDS = (
+    _Kind("torch", _FP32, _NONE, _NONE, None, lambda _: Import()),
+    _Kind(
+        "torch",
+        _FP32,
+        frozenset({"pruned"}),
+        _NONE,
+        {"pruned": 0, "method": METHODS[0]},
+        lambda parts: Prune(parts.pruned / 100, parts.method),
+    ),
+    _Kind("torch", _FP32, _ANY_MODEL, _NONE, {"recovered": 0}, lambda parts: Recover(parts.recovered)),
+    _Kind("torch", ("int8",), _NONE, _ANY_MODEL, {"scheme": "fp32"}, lambda _: Quantize("torch", "int8"), ("cpu",)),
+    _Kind(
+        "torch",
+        ("bf16", "fp16"),
+        _NONE,
+        _ANY_MODEL,
+        {"scheme": "fp32"},
+        lambda parts: Quantize("torch", parts.scheme),
+    ),
+    _Kind(
+        "bnb",
+        tuple(QUANTIZED["bnb"]),
+        _NONE,
+        _NONE,
+        {"runtime": "torch", "scheme": "fp32"},
+        lambda parts: Quantize("bnb", parts.scheme),
+    ),
+    _Kind("onnx", _FP32, frozenset({"std"}), _ANY_MODEL, {"runtime": "torch", "std": False}, lambda _: Export()),
+    _Kind("onnx", _FP32, _NONE, _ANY_MODEL, {"std": True}, lambda _: Optimize.for_provider("cpu")),
+    _Kind(
+        "onnx",
+        ("fp16",),
+        _NONE,
+        _ANY_MODEL,
+        {"std": True, "scheme": "fp32"},
+        lambda _: Optimize.for_provider("cuda"),
+        ("cuda",),
+    ),
+    _Kind("onnx", ("int8",), _NONE, _ANY_MODEL | {"std"}, {"scheme": "fp32"}, lambda _: Quantize(), ("cpu",)),
+    _Kind(
+        "onnx",
+        ("int8",),
+        frozenset({"portable"}),
+        _ANY_MODEL | {"std"},
+        {"scheme": "fp32", "portable": False},
+        lambda _: Quantize(reduce_range=True),
+        ("cpu",),
+    ),
+    _Kind(
+        "onnx",
+        ("int8",),
+        frozenset({"static"}),
+        _ANY_MODEL | {"std"},
+        {"scheme": "fp32", "static": False},
+        lambda _: Quantize(scheme="static"),
+        ("cpu",),
+    ),
+    _Kind("onnx", ("int4",), _NONE, _ANY_MODEL, {"scheme": "fp32"}, lambda _: Quantize(scheme="int4"), ("cpu",)),
+)
 
 
 def get(name: str) -> Variant:
@@ -259,64 +420,34 @@ def get(name: str) -> Variant:
         UnknownVariantError: No variant has this name. The error suggests similar names.
     """
     try:
-        variant = _derived(parse_name(name))
+        variant = _variant(VariantName(name))
     except UnknownVariantError:
         variant = None
     if variant:
         return variant
-    known = [variant.name for default in DEFAULT_CELLS["cpu"] for variant in lineage(default)]
-    known = list(dict.fromkeys(known))
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(known)}."
+    names = list(dict.fromkeys(variant.name for default in DEFAULT_CELLS["cpu"] for variant in lineage(default)))
+    near = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(names)}."
     raise UnknownVariantError(f"There is no variant {name!r}.", hint)
 
 
 def is_variant(name: str) -> bool:
     """Returns whether a variant of that name exists."""
     try:
-        return _derived(parse_name(name)) is not None
+        return _variant(VariantName(name)) is not None
     except UnknownVariantError:
         return False
 
 
-def _derived(name: VariantName) -> Variant | None:
-    """Returns the variant with its default step and parent, which its tags determine; None where no step builds it."""
-    other = functools.partial(dataclasses.replace, name, label="")
-    parent: VariantName
-    step: Step
-    providers: tuple[str, ...] = PROVIDERS
-    if name.recovered and name.method == "mask":
+def _variant(name: VariantName) -> Variant | None:
+    """Returns the variant with its default step and parent, which its parts determine; None where no step builds it."""
+    kind = next((kind for kind in _KINDS if kind.describes(name.parts)), None)
+    if kind is None or (name.parts.label and kind.parent is None):
+        return None
+    if name.parts.recovered and name.parts.method == "mask":
         return None  # training would overwrite the zeros of a mask
-    if (name.portable or name.static) and (name.runtime, name.scheme) != ("onnx", "int8"):
-        return None  # only ONNX Runtime's int8 offers 7-bit weights and fixed activation scales
-    if name.portable and name.static:
-        return None
-    if name.runtime == "torch" and not name.std and name.scheme == "fp32":
-        if not name.pruned:
-            return None if name.label else Variant(str(name), None, Import(), PROVIDERS)
-        if name.recovered:
-            parent, step = other(recovered=0), Recover(name.recovered)
-        else:
-            parent, step = VariantName("torch"), Prune(name.pruned / 100, name.method)
-    elif name.runtime == "torch" and name.scheme in QUANTIZED["torch"] and not name.std:
-        parent, step = other(scheme="fp32"), Quantize("torch", name.scheme)
-        providers = ("cpu",) if name.scheme == "int8" else PROVIDERS
-    elif name.runtime == "bnb" and name.scheme in QUANTIZED["bnb"] and not (name.std or name.pruned):
-        parent, step = VariantName("torch"), Quantize("bnb", name.scheme)
-    elif name.runtime == "onnx" and name.scheme == "int8":
-        parent, providers = other(scheme="fp32", portable=False, static=False), ("cpu",)
-        step = Quantize(scheme="static") if name.static else Quantize(reduce_range=name.portable or None)
-    elif name.runtime == "onnx" and name.scheme == "int4" and not name.std:
-        parent, step, providers = other(scheme="fp32"), Quantize(scheme="int4"), ("cpu",)
-    elif name.runtime == "onnx" and name.scheme == "fp32" and name.std:
-        parent, step = other(runtime="torch", std=False), Export()
-    elif name.runtime == "onnx" and name.scheme == "fp32":
-        parent, step = other(std=True), Optimize.for_provider("cpu")
-    elif name.runtime == "onnx" and name.scheme == "fp16" and not name.std:
-        parent, step, providers = other(std=True, scheme="fp32"), Optimize.for_provider("cuda"), ("cuda",)
-    else:
-        return None
-    return Variant(str(name), str(parent), step, providers)
+    parent = None if kind.parent is None else name.with_parts(label="", **kind.parent)
+    return Variant(name, parent, kind.step(name.parts), kind.providers)
 
 
 def lineage(name: str) -> list[Variant]:
@@ -341,33 +472,41 @@ def child(parent: str, step: Step, label: str = "") -> Variant:
     Raises:
         UnknownVariantError: The step cannot build from this parent, or `label` does not extend the parent's label.
     """
-    get(parent)
-    of = parse_name(parent)
-    if of.label and label and of.label not in shorter(label):
+    of = get(parent).name
+    if of.parts.label and label and of.parts.label not in shorter(label):
         raise UnknownVariantError(
-            f"What is made of {parent} is called {of.label} as well.",
-            f"Leave the name out, or say {of.label} or {of.label}-{label}.",
+            f"The label of a variant built from {parent} starts with {of.parts.label}.",
+            f"Leave --name out, or give {of.parts.label} or {of.parts.label}-{label}.",
         )
-    name = {
-        Prune: lambda s: dataclasses.replace(of, pruned=round(100 * s.ratio), method=s.method, recovered=0),
-        Recover: lambda s: dataclasses.replace(of, recovered=s.epochs),
-        Export: lambda s: dataclasses.replace(of, runtime="onnx", std=True),
-        Optimize: lambda s: dataclasses.replace(of, std=False, scheme="fp16" if s.provider == "cuda" else "fp32"),
-        Quantize: lambda s: dataclasses.replace(
-            of,
-            runtime=_RUNTIME[s.backend],
-            scheme=QUANTIZED[s.backend].get(s.scheme, ""),
-            portable=bool(s.reduce_range),
-            static=s.scheme == "static",
-        ),
-    }[type(step)](step)
-    variant = _derived(dataclasses.replace(name, label=label or of.label))
-    plain = str(dataclasses.replace(of, label=""))
-    if variant is None or variant.parent != plain or not isinstance(variant.step, type(step)):
+    name = of.with_parts(**_changed_parts(step), label=label or of.parts.label)
+    variant = _variant(name)
+    if variant is None or variant.parent != of.with_parts(label="") or not isinstance(variant.step, type(step)):
         raise UnknownVariantError(
-            f"Nothing is made from {parent} by {step_name(step)}.", f"It takes {_TAKES[type(step)]}."
+            f"No variant is built from {parent} by {step_name(step)}.", f"It takes {_TAKES[type(step)]}."
         )
-    return dataclasses.replace(variant, parent=parent)
+    return dataclasses.replace(variant, parent=of)
+
+
+def _changed_parts(step: Step) -> dict[str, Any]:
+    """Returns the parts of a name that the step changes."""
+    match step:
+        case Prune():
+            return {"pruned": round(100 * step.ratio), "method": step.method, "recovered": 0}
+        case Recover():
+            return {"recovered": step.epochs}
+        case Export():
+            return {"runtime": "onnx", "std": True}
+        case Optimize():
+            return {"std": False, "scheme": "fp16" if step.provider == "cuda" else "fp32"}
+        case Quantize():
+            return {
+                "runtime": _RUNTIME[step.backend],
+                "scheme": QUANTIZED[step.backend][step.scheme],
+                "portable": bool(step.reduce_range),
+                "static": step.scheme == "static",
+            }
+        case Import():
+            return {}
 
 
 _RUNTIME = {"ort": "onnx", "torch": "torch", "bnb": "bnb"}

@@ -15,14 +15,13 @@ from typing import Any
 
 import toolchain
 from toolchain.artifacts import store, variants
-from toolchain.artifacts.names import parse_name
 from toolchain.artifacts.store import Manifest
 from toolchain.bench import journal, roofline
 from toolchain.bench.cells import Cell
 from toolchain.bench.journal import Journal
 from toolchain.bench.runner import Progress, bench
 from toolchain.bench.scenarios import Protocol
-from toolchain.build.pipeline import ensure, only_news, plan
+from toolchain.build.pipeline import ensure, plan, without_fresh
 from toolchain.build.workspace import Workspace
 from toolchain.data import inputs
 from toolchain.data.datasets import USUAL, Columns
@@ -207,11 +206,11 @@ def _floor(
     The fact holds the median multiply-accumulates over sentences and the bytes of weights. With known rates, it also
     holds the median floor in milliseconds and the floor's share of the row's p50.
     """
-    artifact, name = workspace.load(row.variant), parse_name(row.variant)
+    artifact = workspace.load(row.variant)
     if row.provider != "cpu" or artifact is None:
         return {}
     lineage = [workspace.load(variant.name) for variant in workspace.lineage(row.variant)]
-    torch = [a for a in lineage if a and _is_torch_fp32(a.manifest.variant)]
+    torch = [a for a in lineage if a and a.manifest.variant.parts.is_torch_fp32]
     found = roofline.work(torch[-1].path) if torch else None
     size = roofline.weight_bytes(artifact.manifest.facts)
     if found is None or size is None:
@@ -220,17 +219,13 @@ def _floor(
     for each in lineage:
         made.update((each.manifest.facts.get("rewrites") if each else None) or {})
     macs = [found.macs(tokens, made["first-token"] > 0, made["first-query"] > 0) for tokens in lengths]
-    floors = [roofline.floor_ms(each, size, rates.get(name.runtime, {}), name.scheme) for each in macs]
+    parts = artifact.manifest.variant.parts
+    floors = [roofline.floor_ms(each, size, rates.get(parts.runtime, {}), parts.scheme) for each in macs]
     least = statistics.median(floor for floor in floors if floor is not None) if floors[0] is not None else None
     facts: dict[str, Any] = {"macs": round(statistics.median(macs)), "weight_bytes": size}
     if least is not None:
         facts |= {"floor_ms": round(least, 4), "share": round(least / row.latency_ms["p50"], 4)}
     return {"roofline": facts}
-
-
-def _is_torch_fp32(name: str) -> bool:
-    found = parse_name(name)
-    return (found.runtime, found.scheme) == ("torch", "fp32")
 
 
 def _journal(workspace: Workspace, request: Request, cells: Sequence[Cell], data: Data) -> Journal:
@@ -293,7 +288,7 @@ def _cell(
     if provider == "cuda" and no_cuda:
         return replace(cell, status="unavailable", reason=no_cuda[0], mend=no_cuda[1])
     try:
-        return replace(cell, artifact=ensure(workspace, [name], {}, only_news(say))[name])
+        return replace(cell, artifact=ensure(workspace, [name], {}, without_fresh(say))[name])
     except (DataError, ProviderError, PruningError) as error:
         # The model or machine may lack a default cell. This is a failure only if the request names the variant.
         return replace(cell, status="failed" if request.names else "unavailable", reason=error.cause, mend=error.mend)

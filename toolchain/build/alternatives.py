@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.artifacts import variants
-from toolchain.artifacts.names import parse_name
+from toolchain.artifacts.names import VariantName
 from toolchain.artifacts.store import Artifact
 from toolchain.artifacts.variants import QUANTIZE_PASSES, Quantize
 from toolchain.build.trimming import TRAIN
@@ -77,7 +77,7 @@ def _with_scheme(step: Quantize, scheme: str) -> Quantize:
 
 def hint(
     workspace: Workspace,
-    name: str,
+    name: VariantName,
     step: Quantize,
     parent: Artifact,
     report: Mapping[str, Any],
@@ -100,7 +100,7 @@ def hint(
     if not found:
         return ""
     of = parent.manifest.variant
-    commands = [f"`{command(workspace, of, parse_name(name).label, each, parent.label_set)}`" for each in found]
+    commands = [f"`{command(workspace, of, name.parts.label, each, parent.label_set)}`" for each in found]
     said = [_evidence(report)]
     if saturates and found[0].reduce_range:
         said.append("This runtime also saturates products of 8 bits, which weights of 7 bits avoid.")
@@ -121,7 +121,7 @@ def _evidence(report: Mapping[str, Any]) -> str:
     )
 
 
-def command(workspace: Workspace, parent: str, label: str, step: Quantize, labels: LabelSet) -> str:
+def command(workspace: Workspace, parent: VariantName, label: str, step: Quantize, labels: LabelSet) -> str:
     """Returns the command line that quantises `parent` by `step`.
 
     Args:
@@ -146,7 +146,7 @@ def command(workspace: Workspace, parent: str, label: str, step: Quantize, label
         found += ["--trim-vocab", workspace.corpus.file if workspace.corpus else TRAIN]
     if variants.learns(step):
         found += _training_options(workspace.train, labels)
-    found += ["--name", label] if label and label != parse_name(parent).label else []
+    found += ["--name", label] if label and label != parent.parts.label else []
     return shlex.join(found)
 
 

@@ -34,7 +34,7 @@ from toolchain.progress import Bar, Progress, Say, no_bar
 from toolchain.system import hardware
 
 # Step class → the step's function, and the version of its results.
-STEPS: dict[type, tuple[Callable[[Job], Built], int]] = {
+STEPS: dict[type[Step], tuple[Callable[[Job[Any]], Built], int]] = {
     Import: (importing.import_checkpoint, importing.VERSION),
     Prune: (prune.prune, prune.VERSION),
     Recover: (recover.recover, recover.VERSION),
@@ -99,7 +99,7 @@ def examine(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step
             step = sources.pinned(workspace.source, step, recorded)
         elif variants.learns(step) and not step.train:
             step = dataclasses.replace(step, train=workspace.train.digest)
-        reason = _why(step, artifact, planned.get(variant.parent or ""))
+        reason = _reason_to_build(step, artifact, planned.get(variant.parent or ""))
         if artifact and not reason:
             try:
                 artifact.verify()
@@ -111,7 +111,7 @@ def examine(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step
     return list(planned.values())
 
 
-def _why(step: Step, artifact: Artifact | None, parent: Planned | None) -> str:
+def _reason_to_build(step: Step, artifact: Artifact | None, parent: Planned | None) -> str:
     """Returns the reason to build the variant, in a few words; empty if it is fresh."""
     if artifact is None:
         return "missing"
@@ -151,39 +151,52 @@ def ensure(
     for item in plan(workspace, names, asked):
         name = item.variant.name
         if item.artifact and not item.reason:
-            say(f"{name}: fresh, skipped")
+            say(Fresh(name))
             ready[name] = item.artifact
             continue
         say(f"{name}: building ({item.reason})")
         started = time.monotonic()
         with bar(name) as progress:
             ready[name] = _build(workspace, item, ready, say, progress)
-        report = ready[name].manifest.validation
-        size = ready[name].manifest.size_bytes / 1e6
+        manifest = ready[name].manifest
         verb = "replaced" if item.artifact else "built"
-        say(f"{name}: {verb} in {time.monotonic() - started:.1f} s, {size:.1f} MB; valid: {sentence(dict(report))}")
-        for line in _news(item.step, ready[name].manifest.facts):
-            say(f"{name}: {line}")
+        say(
+            f"{name}: {verb} in {time.monotonic() - started:.1f} s, {manifest.size_bytes / 1e6:.1f} MB; "
+            f"valid: {sentence(dict(manifest.validation))}"
+        )
+        if summary := _step_summary(item.step, manifest.facts):
+            say(f"{name}: {summary}")
     return ready
 
 
-def only_news(say: Say) -> Say:
-    """Returns `say` without the lines about fresh artifacts, for commands that visit the same ancestors many times."""
+@dataclass(frozen=True)
+class Fresh:
+    """The event that the pipeline skips a variant, because its artifact is fresh."""
 
-    def filtered(line: str) -> None:
-        if not line.endswith("skipped"):
-            say(line)
+    variant: str
+
+    def __str__(self) -> str:
+        return f"{self.variant}: fresh, skipped"
+
+
+def without_fresh(say: Say) -> Say:
+    """Returns `say` without `Fresh` events, for commands that visit the same ancestors many times."""
+
+    def filtered(event: object) -> None:
+        if not isinstance(event, Fresh):
+            say(event)
 
     return filtered
 
 
-def _news(step: Step, facts: Mapping[str, Any]) -> list[str]:
-    """Returns summaries of pruning, recovery and vocabulary trimming; empty for other steps."""
+def _step_summary(step: Step, facts: Mapping[str, Any]) -> str:
+    """Returns a summary of pruning, recovery or vocabulary trimming; empty for other steps."""
     if isinstance(step, Prune):
-        return [prune.sentence(facts["pruning"])]
-    if isinstance(step, Quantize):
-        return [trimming.sentence(facts["vocabulary"])] if step.trim_vocab else []
-    return [recover.sentence(facts["recovery"])] if isinstance(step, Recover) else []
+        return prune.sentence(facts["pruning"])
+    if isinstance(step, Recover):
+        return recover.sentence(facts["recovery"])
+    trimmed = isinstance(step, Quantize) and step.trim_vocab
+    return trimming.sentence(facts["vocabulary"]) if trimmed else ""
 
 
 def _build(
@@ -197,7 +210,7 @@ def _build(
             return lies  # another process built it while this process waited for the lock
         origin, source = _origin(workspace, item.step, parent)
         run, version = STEPS[type(item.step)]
-        _given_again(workspace, item)
+        _require_same_data(workspace, item)
         resume = publishing.work_folder(target) / "training"
         with publishing.building(target) as scratch:
             built = run(
@@ -237,7 +250,7 @@ def _build(
             report = _validate(workspace, item.variant, Artifact(scratch, manifest), origin)
             if not report["passed"]:
                 raise _refusal(workspace, name, manifest, parent, report)
-            _unchanged(workspace, item.step, parent)
+            _require_parent_unchanged(workspace, item.step, parent)
             published = store.publish(scratch, target, dataclasses.replace(manifest, validation=report))
         shutil.rmtree(resume, ignore_errors=True)
         return published
@@ -250,49 +263,46 @@ def _refusal(
     step, kept = manifest.step, "What was there before is unchanged."
     if isinstance(step, Quantize) and parent:
         layers = len(manifest.facts.get("sensitivity", [])) or None
-        found = alternatives.hint(workspace, name, step, parent, report, saturates(exact=True), layers)
+        found = alternatives.hint(workspace, manifest.variant, step, parent, report, saturates(exact=True), layers)
         kept = f"{found} {kept}".strip()
     return VerdictError(f"{name} failed validation and was not published: {sentence(dict(report))}.", kept)
 
 
-def _given_again(workspace: Workspace, item: Planned) -> None:
+def _require_same_data(workspace: Workspace, item: Planned) -> None:
     """Raises `DataError` if the step's training data or corpus differs from those of the workspace."""
-    wanted = getattr(item.step, "train", "")
-    if wanted and wanted != workspace.train.digest:
+    name, step = item.variant.name, item.step
+    if variants.learns(step) and step.train and step.train != workspace.train.digest:
         raise DataError(
-            f"{item.variant.name} must be built anew and was made with the training data {wanted.split(':')[0]}, "
-            f"not with {workspace.train.digest.split(':')[0]}.",
+            f"{name} must be built again with its training data {inputs.name_in(step.train)}, and this command has "
+            f"{inputs.name_in(workspace.train.digest)}.",
             "Build it by its own command with --train-data FILE, or without for the embedded sentences.",
         )
-    corpus = getattr(item.step, "trim_vocab", None)
-    if corpus not in (None, trimming.TRAIN) and corpus != (workspace.corpus and workspace.corpus.digest):
+    corpus = step.trim_vocab if isinstance(step, Quantize) else None
+    if corpus and corpus != trimming.TRAIN and corpus != (workspace.corpus and workspace.corpus.digest):
         raise DataError(
-            f"{item.variant.name} must be built anew and was trimmed to the corpus {corpus.split(':')[0]}, not to what "
-            "is given now.",
+            f"{name} must be built again with its corpus {inputs.name_in(corpus)}, which this command does not name.",
             "Build it by its own command with --trim-vocab CORPUS.",
         )
 
 
 def _origin(workspace: Workspace, step: Step, parent: Artifact | None) -> tuple[Origin | None, Mapping[str, Any]]:
     """Returns the checkpoint's files for an import, else None, and the source in the form of a manifest."""
-    if parent:
-        return None, parent.manifest.source
-    assert isinstance(step, Import)
-    source = dataclasses.replace(workspace.source, revision=step.revision)
-    return sources.fetched(workspace.source, step), source.recorded()
+    if isinstance(step, Import):
+        source = dataclasses.replace(workspace.source, revision=step.revision)
+        return sources.fetched(workspace.source, step), source.recorded()
+    return None, parent.manifest.source if parent else {}
 
 
-def _unchanged(workspace: Workspace, step: Step, parent: Artifact | None) -> None:
+def _require_parent_unchanged(workspace: Workspace, step: Step, parent: Artifact | None) -> None:
     """Raises `ArtifactError` if the parent, or an import's checkpoint, changed since the build began."""
-    if parent:
+    if isinstance(step, Import):
+        changed, name = sources.fetched(workspace.source, step).step != step, "The checkpoint"
+    elif parent:
         now = store.load(parent.path)
-        same = now is not None and now.manifest.id == parent.manifest.id
-        name = parent.manifest.variant
+        changed, name = now is None or now.manifest.id != parent.manifest.id, parent.manifest.variant
     else:
-        assert isinstance(step, Import)
-        same = sources.fetched(workspace.source, step).step == step
-        name = "The checkpoint"
-    if not same:
+        return
+    if changed:
         raise ArtifactError(f"{name} was replaced while something was built from it.", "Run the command again.")
 
 
@@ -328,9 +338,9 @@ def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, origin
 
 
 def _torch_ancestor(workspace: Workspace, variant: Variant) -> Path:
-    assert variant.parent is not None
-    ancestors = [v for v in workspace.lineage(variant.parent) if v.runtime == "torch"]
-    return workspace.path(ancestors[-1].name)
+    """Returns the folder of the nearest PyTorch ancestor."""
+    ancestors = workspace.lineage(variant.parent) if variant.parent else []
+    return workspace.path([ancestor.name for ancestor in ancestors if ancestor.runtime == "torch"][-1])
 
 
 def states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, str]]:

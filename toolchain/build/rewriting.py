@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from toolchain.artifacts.store import copy_companions
+from toolchain.artifacts.variants import Step
 from toolchain.build.job import Built, Job
 from toolchain.passes import facts, read, rewrite, write
 from toolchain.passes.model_shape import context_of
@@ -14,7 +15,7 @@ from toolchain.passes.quantize_static import Activation
 
 
 def rewrite_into(
-    job: Job,
+    job: Job[Step],
     passes: Sequence[str],
     keep: Collection[str] = (),
     activations: Mapping[str, Activation] = MappingProxyType({}),

@@ -43,17 +43,18 @@ def corpus_of(spec: str | None, column: str | None) -> Texts | None:
     return Texts(spec, column if Path(spec).suffix.lower() in FORMATS else None)
 
 
-def kept(job: Job, step: Quantize) -> list[int]:
+def tokens_to_keep(job: Job[Quantize]) -> list[int]:
     """Returns the ids of the parent's tokens to keep for the step's corpus; see `vocabulary.kept_tokens`."""
-    if step.trim_vocab != TRAIN:
-        assert job.corpus is not None
+    if job.corpus and job.step.trim_vocab != TRAIN:
         return vocabulary.kept_tokens(_encoder(job.given.path, job.given.manifest), job.corpus.read())
     data = job.train.load(job.given.label_set)
     texts = data.only(inputs.hold_out(data)[0]).texts
     return vocabulary.kept_tokens(_encoder(job.given.path, job.given.manifest), texts)
 
 
-def trim(job: Job, tokens: Sequence[int], embedding: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
+def trim(
+    job: Job[Quantize], tokens: Sequence[int], embedding: Sequence[str], facts: Mapping[str, Any]
+) -> dict[str, Any]:
     """Trims the tokenizer in the job's folder, whose graph is already trimmed, and measures the effect.
 
     Args:
@@ -104,8 +105,8 @@ def judged_by(train: TrainingSource, artifact: Artifact) -> Data:
         return inputs.embedded()
     if made_with != train.digest:
         raise DataError(
-            f"{manifest.variant} is validated on rows held out of {made_with.split(':')[0]}, and "
-            f"{train.digest.split(':')[0]} is given now.",
+            f"{manifest.variant} is validated on rows held out of {inputs.name_in(made_with)}, and "
+            f"{inputs.name_in(train.digest)} is given now.",
             "Name that file with --train-data.",
         )
     data = train.load(artifact.label_set)
@@ -121,7 +122,7 @@ def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".onnx")
 
 
-def _judged(job: Job, old: Encoder, tokens: frozenset[int]) -> dict[str, Any]:
+def _judged(job: Job[Quantize], old: Encoder, tokens: frozenset[int]) -> dict[str, Any]:
     """Returns ``held_out`` and ``out_of_domain``: counts of rows, correct answers before and after, and flips."""
     data: Data = job.train.load(job.given.label_set)
     held = data.only(inputs.hold_out(data)[1])

@@ -59,7 +59,7 @@ def export(
     opset: int,
     provider: str,
     parents: tuple[str, ...],
-    left_out: tuple[str, ...],
+    omitted: tuple[str, ...],
     label: str,
     dry_run: bool,
 ) -> None:
@@ -78,11 +78,11 @@ def export(
     from toolchain.artifacts.variants import Export, Import, Optimize, child
 
     step = None if provider == "none" else Optimize.for_provider(provider)
-    if left_out:
-        if step is None or not set(left_out) <= set(step.passes):
+    if omitted:
+        if step is None or not set(omitted) <= set(step.passes):
             has = f"{provider} has {', '.join(step.passes)}" if step else "nothing is rewritten"
             raise click.BadParameter(f"with --optimize {provider}, {has}.", param_hint="--no-pass")
-        step = Optimize(provider, tuple(name for name in step.passes if name not in left_out))
+        step = Optimize(provider, tuple(name for name in step.passes if name not in omitted))
     asked: dict[str, Step] = {"torch-fp32": Import(revision)}
     for parent in parents:
         std = child(parent, Export(opset), "" if step else label).name

@@ -71,7 +71,7 @@ def no_pass_option(names: Sequence[str], of_what: str) -> Callable[[F], F]:
         of_what: First part of the help text.
     """
     text = f"{of_what}; may repeat."
-    return click.option("--no-pass", "left_out", type=click.Choice(names), multiple=True, help=text)
+    return click.option("--no-pass", "omitted", type=click.Choice(names), multiple=True, help=text)
 
 
 def json_option(command: F) -> F:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,24 +86,20 @@ def prune(
 
     if bool(ratios) == (max_drop is not None):
         raise click.UsageError("Name the share to remove with --ratio, or the accuracy to keep with --max-drop.")
-    for ratio in ratios:
-        if not 0.01 <= ratio <= 0.99 or abs(100 * ratio - round(100 * ratio)) > 1e-9:
-            raise click.BadParameter(
-                f"{ratio:g} is no ratio from 0.01 to 0.99 in whole per cents", param_hint="--ratio"
-            )
-    if method == "mask" and (epochs or layers or cost != "parameters" or max_drop is not None):
-        raise click.UsageError("--method mask removes nothing: it takes a --ratio and none of the other options.")
+    if method == "mask" and (epochs or max_drop is not None):
+        raise click.UsageError("--method mask removes nothing: leave out --recover and --max-drop.")
     if max_drop is not None and (epochs or dry_run):
-        raise click.UsageError("--max-drop searches by building, without training: leave out --recover and --dry-run.")
+        raise click.UsageError("--max-drop builds without training: leave out --recover and --dry-run.")
+    prunings = [Prune(ratio, method, cost, layers) for ratio in ratios or [0.5]]
+    children = [child(parent, pruning, label) for pruning in prunings]  # refuses a wrong parent before the search
     workspace = open_workspace(model, exported, slug, train)
-    child(parent, Prune(0.5, method, cost, layers))  # a parent that cannot be pruned is told before anything is built
     if max_drop is not None:
-        ratios = (largest_ratio(workspace, Prune(0.5, method, cost, layers), max_drop, say, bar),)
-    asked: dict[str, Step] = {}
-    for ratio in ratios:
-        step = Prune(round(ratio, 2), method, cost, layers)
-        name = child(parent, step, label).name
-        asked[name] = step
+        ratio = largest_ratio(workspace, prunings[0], max_drop, say, bar)
+        prunings = [replace(prunings[0], ratio=round(ratio, 2))]
+        children = [child(parent, prunings[0], label)]
+    steps: dict[str, Step] = {}
+    for pruning, variant in zip(prunings, children, strict=True):
+        steps[variant.name] = pruning
         if epochs:
-            asked[child(name, Recover(epochs)).name] = Recover(epochs)
-    build(workspace, asked, dry_run)
+            steps[child(variant.name, Recover(epochs)).name] = Recover(epochs)
+    build(workspace, steps, dry_run)

@@ -96,7 +96,7 @@ def quantize(
     keep_fp32: int | None,
     max_drop: float | None,
     sensitivity: bool,
-    left_out: tuple[str, ...],
+    omitted: tuple[str, ...],
     trim_vocab: str | None,
     train: TrainingSource,
     label: str,
@@ -134,66 +134,51 @@ def quantize(
     from toolchain.cli.progress import bar, say
     from toolchain.tuning.settings import fewest_kept
 
-    if isa != "vnni" and (backend, scheme or "dynamic") != ("ort", "dynamic"):
-        raise click.BadParameter("Only --backend ort --scheme dynamic has weights of 7 bits.", param_hint="--isa")
+    if sum([keep_fp32 is not None, max_drop is not None, sensitivity]) > 1:
+        raise click.UsageError("--keep-fp32, --max-drop and --sensitivity exclude each other.")
+    if sensitivity and trim_vocab:
+        raise click.UsageError("--sensitivity compares linear layers, and --trim-vocab changes none.")
+    if max_drop is not None and dry_run:
+        raise click.UsageError("--max-drop builds to find its answer: leave out --dry-run.")
+    if as_json and not sensitivity:
+        raise click.UsageError("--json prints the table of --sensitivity: give both.")
     if isa == "auto":
         isa = "portable" if saturates() else "vnni"
         click.echo(f"isa auto: {isa} on this processor", err=True)
-    layers = [keep_fp32, max_drop is not None, sensitivity]
-    if backend != "ort" and any([embeddings, left_out, trim_vocab, *layers]):
-        raise click.UsageError(
-            "--embeddings, --no-pass, --trim-vocab, --keep-fp32, --max-drop and --sensitivity are for --backend ort."
-        )
-    if sum(map(bool, layers)) > 1 or (dry_run and max_drop is not None):
-        raise click.UsageError("Of --keep-fp32, --max-drop and --sensitivity name one; --max-drop has no --dry-run.")
-    if sensitivity and trim_vocab:
-        raise click.UsageError("--sensitivity is about linear layers, and --trim-vocab changes none.")
-    without = {name for name in ("quantize-linear", "quantize-embedding") if name in left_out}
-    if "quantize-linear" in without and any([len(without) > 1, isa != "vnni", scheme == "static", *layers]):
-        raise click.BadParameter("Without quantize-linear only --embeddings is left to choose.", param_hint="--no-pass")
-    if "quantize-embedding" in without and embeddings:
-        raise click.BadParameter("Without quantize-embedding there are no bits of tables.", param_hint="--embeddings")
-    if as_json and not sensitivity:
-        raise click.UsageError("--json is for --sensitivity.")
-    schemes = list(QUANTIZED[backend])
-    if scheme is not None and scheme not in schemes:
-        raise click.BadParameter(f"--backend {backend} has {', '.join(schemes)}.", param_hint="--scheme")
+    scheme = scheme or next(iter(QUANTIZED[backend]))
     if (backend, scheme) == ("ort", "fp16"):
-        if any([embeddings, left_out, trim_vocab, *layers]):
-            raise click.UsageError("--scheme fp16 is half precision throughout: it takes no other option of ort's.")
+        if isa != "vnni" or any([embeddings, omitted, trim_vocab, keep_fp32, max_drop is not None, sensitivity]):
+            raise click.UsageError("--scheme fp16 takes no other option: the whole graph is half precision.")
         half = Optimize.for_provider("cuda")
         workspace = open_workspace(model, exported, slug)
         build(workspace, {child(parent, half, label).name: half for parent in parents or ("onnx-std",)}, dry_run)
         return
-    seven_bits = True if isa == "portable" else None
     corpus = corpus_of(trim_vocab, train.columns.text)
-    step = Quantize(backend, scheme or schemes[0], seven_bits, embeddings, keep_fp32)
-    trimmed = corpus.digest if corpus else trim_vocab
-    step = replace(step, trim_vocab=trimmed, passes=_left(step.scheme, left_out) if left_out else None)
-    chosen = parents or (("onnx-fp32",) if backend == "ort" else ("torch-fp32",))
-    names = {parent: child(parent, step, label).name for parent in chosen}
+    step = Quantize(
+        backend,
+        scheme,
+        reduce_range=True if isa == "portable" else None,
+        embeddings=embeddings,
+        keep_fp32=1 if sensitivity or max_drop is not None else keep_fp32,  # 1 has the rules of any number
+        passes=Quantize.passes_without(scheme, omitted),
+        trim_vocab=corpus.digest if corpus else trim_vocab,
+    )
+    usual = "onnx-fp32" if backend == "ort" else "torch-fp32"
+    names = {parent: child(parent, step, label).name for parent in parents or (usual,)}
     workspace = open_workspace(model, exported, slug, train, corpus)
     if sensitivity:
-        _sensitivity(workspace, names, step, as_json)
+        _print_sensitivity(workspace, names, step, as_json)
         return
-    asked: dict[str, Step] = {}
-    for parent, name in names.items():
-        fewest = fewest_kept(workspace, parent, step, max_drop, say, bar) if max_drop is not None else keep_fp32
-        asked[name] = replace(step, keep_fp32=fewest or None)
-    build(workspace, asked, dry_run)
+    steps: dict[str, Step] = dict.fromkeys(names.values(), step)
+    if max_drop is not None:
+        for parent, name in names.items():
+            fewest = fewest_kept(workspace, parent, step, max_drop, say, bar)
+            steps[name] = replace(step, keep_fp32=fewest or None)
+    build(workspace, steps, dry_run)
 
 
-def _left(scheme: str, left_out: tuple[str, ...]) -> tuple[str, ...]:
-    """The scheme's passes without those: where linear layers stay, only what is about tables."""
-    every = QUANTIZE_PASSES[scheme]
-    if not set(left_out) <= set(every):
-        raise click.BadParameter(f"--scheme {scheme} has {', '.join(every)}.", param_hint="--no-pass")
-    left = tuple(name for name in every if name not in left_out)
-    return left if "quantize-linear" in left else left[-1:]
-
-
-def _sensitivity(workspace: Workspace, parents: Iterable[str], step: Quantize, as_json: bool) -> None:
-    """Prints what every linear layer of every parent loses."""
+def _print_sensitivity(workspace: Workspace, parents: Iterable[str], step: Quantize, as_json: bool) -> None:
+    """Prints the loss of each linear layer of each parent."""
     from toolchain.cli.progress import bar, say
     from toolchain.quantization.sensitivity import SENTENCES, rank
     from toolchain.tuning.settings import sensitive

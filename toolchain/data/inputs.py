@@ -133,6 +133,11 @@ def _check_labels(labels: LabelSet, option: str) -> None:
         )
 
 
+def name_in(digest: str) -> str:
+    """Returns the name at the start of a `TrainingSource.digest` or `Texts.digest`, for messages."""
+    return digest.partition(":")[0]
+
+
 @dataclass(frozen=True)
 class TrainingSource:
     """The source of training sentences.

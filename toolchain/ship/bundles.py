@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain import passes
-from toolchain.artifacts.names import parse_name
 from toolchain.artifacts.store import Artifact, TensorSpec, list_files
 from toolchain.artifacts.variants import settings_of, step_name
 from toolchain.backends import Place
@@ -251,7 +250,7 @@ def _model(contents: Contents, index: int, encoder: Encoder, folder: Path) -> di
         "onnxruntime": contents.release or _oldest_release(manifest.variant, folder / place),
         "exact_on": ANYWHERE if room is None or room >= 1 else NEEDS_OPTION,
         "session_options": options_by_processor(room),
-        "tolerance": TOLERANCES[parse_name(manifest.variant).scheme],
+        "tolerance": TOLERANCES[manifest.variant.parts.scheme],
         "measured": contents.measured.get(manifest.id, "not measured"),
         **made,
     }

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain import passes
 from toolchain.artifacts import variants
-from toolchain.artifacts.names import parse_name
 from toolchain.artifacts.publishing import building, lock, replace
 from toolchain.artifacts.store import Artifact, Manifest
 from toolchain.backends import Place, Session, open_session
@@ -203,10 +202,11 @@ def _check_output(output: Path) -> None:
 def _check_names(names: Sequence[str], target: Target) -> None:
     """Raises `ShippingError` for a PyTorch variant or two variants with one path. Called before any build."""
     places: dict[str, str] = {}
+    chosen = [variants.get(name) for name in names]
     for index, name in enumerate(names):
-        if variants.get(name).runtime != "onnx":
+        if chosen[index].runtime != "onnx":
             raise ShippingError(f"{name} is PyTorch's and no .onnx file.", "Ship an ONNX variant such as onnx-int8.")
-        place = target.path(names, index)
+        place = target.path([variant.name for variant in chosen], index)
         other = places.setdefault(place, name)
         if other != name:
             raise ShippingError(f"{other} and {name} would both be {place}.", "Ship them in bundles of their own.")
@@ -227,7 +227,7 @@ def _check(artifact: Artifact, target: Target) -> None:
     graph = passes.read(artifact.onnx_path)
     lacking = sorted({node.op_type for node in graph.graph.all_nodes() if node.domain not in target.domains})
     if lacking:
-        instead = "onnx-std-int8" if parse_name(name).scheme == "int8" else "onnx-std"
+        instead = "onnx-std-int8" if name.parts.scheme == "int8" else "onnx-std"
         raise ShippingError(
             f"{name} uses {', '.join(lacking)}, which only ONNX Runtime has.",
             f"Ship a variant of standard operators such as {instead}.",

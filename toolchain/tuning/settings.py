@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from toolchain import pruning
-from toolchain.artifacts.names import parse_name
 from toolchain.artifacts.variants import Prune, Quantize
 from toolchain.build.pipeline import ensure
 from toolchain.build.steps.prune import price_of
@@ -28,7 +27,7 @@ def fewest_kept(workspace: Workspace, parent: str, step: Quantize, max_drop: flo
 def sensitive(workspace: Workspace, parent: str, step: Quantize, say: Say, bar: Bar) -> sensitivity.Subject:
     """Returns `parent` as input of the sensitivity analysis for `step`; builds it if it is missing."""
     built = ensure(workspace, [parent], {}, say, bar)[parent]
-    passes = linear_passes(step, parse_name(parent).std)
+    passes = linear_passes(step, built.manifest.variant.parts.std)
     return sensitivity.Subject.of(built, passes, workspace.train, activations_of(built, step, workspace.train))
 
 

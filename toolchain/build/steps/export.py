@@ -13,13 +13,12 @@ from toolchain.passes import facts, read, specs
 VERSION = 2
 
 
-def export(job: Job) -> Built:
+def export(job: Job[Export]) -> Built:
     """Exports the parent to ONNX; see `to_onnx`.
 
     Raises:
         GraphError: The inputs of the graph differ from those of the model.
     """
-    assert isinstance(job.step, Export)
     given = job.given
     target = job.folder / ONNX
     wanted = [spec.name for spec in given.manifest.inputs]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.artifacts.store import TensorSpec
+from toolchain.artifacts.variants import Import
 from toolchain.backends import lora
 from toolchain.backends.pytorch import check_finite, describe, load_model
 from toolchain.build.job import Built, Job
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 VERSION = 2
 
 
-def import_checkpoint(job: Job) -> Built:
+def import_checkpoint(job: Job[Import]) -> Built:
     """Loads the checkpoint and saves it in fp32, so that all imported models have the same dtype and layout.
 
     If the checkpoint is an adapter, the step merges it into its base first.

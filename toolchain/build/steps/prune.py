@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 VERSION = 3
 
 
-def prune(job: Job) -> Built:
+def prune(job: Job[Prune]) -> Built:
     """Prunes the parent by the step's method, and stores weights, config and the shape of every layer.
 
     Raises:
@@ -31,7 +31,6 @@ def prune(job: Job) -> Built:
         ArtifactError: The stored model gives other logits than the pruned model.
     """
     step = job.step
-    assert isinstance(step, Prune)
     given = subject(job.given, job.train, step.sentences, step.seed)
     table = None
     if step.method == "mask":
@@ -70,7 +69,7 @@ def price_of(
     return encoder.of_units, None
 
 
-def _layers(job: Job, given: Subject) -> Callable[[int], None]:
+def _layers(job: Job[Prune], given: Subject) -> Callable[[int], None]:
     total = len(shapes_of(given.model))
     return lambda layer: job.progress(layer, total, "fitting layer by layer")
 

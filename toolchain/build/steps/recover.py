@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from toolchain.artifacts.store import copy_companions
 from toolchain.artifacts.variants import Recover, settings_of
@@ -20,7 +22,7 @@ from toolchain.training.loop import Examples, Recipe, train
 VERSION = 8
 
 
-def recover(job: Job) -> Built:
+def recover(job: Job[Recover]) -> Built:
     """Distils the unpruned model into the parent, on the training rows without the held-out ones and on pairs of them.
 
     The job's `resume` folder holds the state to resume from after a kill, until publication.
@@ -30,7 +32,6 @@ def recover(job: Job) -> Built:
         ArtifactError: The job has no unpruned model.
     """
     step = job.step
-    assert isinstance(step, Recover)
     if job.root is None:
         raise ArtifactError("Recovery needs the unpruned model as its teacher.")
     manifest = job.given.manifest
@@ -115,11 +116,9 @@ def _mask_token(folder: Path, encoder: inputs.Encoder) -> int | None:
     return found
 
 
-def sentence(facts: dict[str, object]) -> str:
+def sentence(facts: Mapping[str, Any]) -> str:
     """Returns a one-line summary of the recovery facts."""
-    held = facts["held_out_accuracy"]
-    assert isinstance(held, list)
-    course = " → ".join(f"{value:.2%}" for value in held)
+    course = " → ".join(f"{value:.2%}" for value in facts["held_out_accuracy"])
     return (
         f"accuracy on {facts['held_out_rows']} held-out rows {course}, "
         f"the least loss there after epoch {facts['best_epoch']}; "

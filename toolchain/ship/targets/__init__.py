@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from toolchain.artifacts.names import parse_name
+from toolchain.artifacts.names import VariantName
 from toolchain.errors import ShippingError
 from toolchain.ship.targets.releases import MICROSOFT, STANDARD
 
@@ -42,7 +42,7 @@ class Target:
     """
 
     name: str
-    place: Callable[[str], str]
+    place: Callable[[VariantName], str]
     domains: frozenset[str]
     files: Mapping[str, str]
     text_files: Mapping[str, str] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Target:
     tokenizer: str | None = None
     first: str | None = None
 
-    def path(self, variants: Sequence[str], index: int) -> str:
+    def path(self, variants: Sequence[VariantName], index: int) -> str:
         """Returns the path of a model file in a bundle.
 
         Args:
@@ -60,13 +60,13 @@ class Target:
         return self.first if self.first and index == 0 else self.place(variants[index])
 
 
-def dtype(variant: str) -> str | None:
+def dtype(variant: VariantName) -> str | None:
     """Returns the dtype of a variant in transformers.js; None if transformers.js has no such dtype."""
-    return DTYPES.get(parse_name(variant).scheme, (None, ""))[0]
+    return DTYPES.get(variant.parts.scheme, (None, ""))[0]
 
 
-def _for_transformers_js(variant: str) -> str:
-    scheme = parse_name(variant).scheme
+def _for_transformers_js(variant: VariantName) -> str:
+    scheme = variant.parts.scheme
     if scheme not in DTYPES:
         raise ShippingError(
             f"transformers.js has no name for {variant}.",
