@@ -349,7 +349,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(copies, tmp_path, d
     workspace = Workspace.open(str(adapter), tmp_path / "exported").on(str(base))
     with pytest.raises(CheckpointError, match=says) as error:
         ensure(workspace, ["torch-fp32"], {}, lambda line: None)
-    assert error.value.mend
+    assert error.value.hint
     assert not workspace.path("torch-fp32").exists()
 
 

@@ -71,7 +71,7 @@ def _asked(ref: str, revision: str | None, question: Callable[[], T]) -> T:
     """Calls `question` and returns its result; turns every error of the hub into a `HubError` with advice."""
     from huggingface_hub import errors as hub
 
-    mend = f"Check the id, or download it elsewhere and pass the folder: --model PATH (hub id tried: {ref})."
+    hint = f"Check the id, or download it elsewhere and pass the folder: --model PATH (hub id tried: {ref})."
     log_in = "Log in with `hf auth login`, or set HF_TOKEN to a token that may read it."
     try:
         return question()
@@ -80,15 +80,15 @@ def _asked(ref: str, revision: str | None, question: Callable[[], T]) -> T:
             f"{ref} is gated on the hub.", "Accept its terms there and log in with `hf auth login`."
         ) from error
     except hub.RevisionNotFoundError as error:
-        mend = "Leave --revision out or name a branch, tag or commit."
-        raise HubError(f"{ref} has no revision {revision!r}.", mend) from error
+        hint = "Leave --revision out or name a branch, tag or commit."
+        raise HubError(f"{ref} has no revision {revision!r}.", hint) from error
     except hub.RepositoryNotFoundError as error:
         cause = f"The hub has no model {ref}, or it is private and no token is set that may read it."
-        raise HubError(cause, f"{log_in} {mend}") from error
+        raise HubError(cause, f"{log_in} {hint}") from error
     except hub.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         if status in (401, 403):
             raise HubError(f"The hub refuses to give {ref} to this login (HTTP {status}).", log_in) from error
-        raise HubError(f"{ref} is no folder here, and the model hub could not give it.", mend) from error
+        raise HubError(f"{ref} is no folder here, and the model hub could not give it.", hint) from error
     except (hub.LocalEntryNotFoundError, hub.HFValidationError, OSError, UnicodeError) as error:
-        raise HubError(f"{ref} is no folder here, and the model hub could not give it.", mend) from error
+        raise HubError(f"{ref} is no folder here, and the model hub could not give it.", hint) from error

@@ -75,15 +75,15 @@ def _base(source: Source, known: str | None) -> str | None:
     if folder and source.base:
         return _said(checkpoints.pin(checkpoints.locate(source.base), head=False))
     if source.base:
-        mend = "Leave --base out, or give this model a name of its own: --as NAME."
-        raise CheckpointError(f"{source.ref} is a whole model and no adapter.", mend)
+        hint = "Leave --base out, or give this model a name of its own: --as NAME."
+        raise CheckpointError(f"{source.ref} is a whole model and no adapter.", hint)
     if folder is None:
         return None
     name, revision = adapters.base(folder)
     try:
         return _said(checkpoints.pin(Source("hub", name), revision, head=False))
     except HubError as error:
-        raise HubError(f"The adapter's base: {error.cause}", f"{error.mend} {adapters.NAME_BASE}") from error
+        raise HubError(f"The adapter's base: {error.cause}", f"{error.hint} {adapters.NAME_BASE}") from error
 
 
 def _gone(base: str) -> bool:

@@ -143,7 +143,7 @@ def latency_table(model: PreTrainedModel, folder: Path, progress: Callable[[int,
 
 
 def _read(file: Path, what: dict[str, Any]) -> LatencyTable:
-    mend = f"Delete {file} to measure this machine."
+    hint = f"Delete {file} to measure this machine."
     try:
         body = json.loads(file.read_text())
         if body["schema"] != SCHEMA:
@@ -152,11 +152,11 @@ def _read(file: Path, what: dict[str, Any]) -> LatencyTable:
         heads, neurons = ({int(n): float(ms) for n, ms in body[key].items()} for key in ("heads_ms", "neurons_ms"))
         table = LatencyTable(float(body["base_ms"]), heads, neurons)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PruningError(f"{file} is no latency table: {error}.", mend) from error
+        raise PruningError(f"{file} is no latency table: {error}.", hint) from error
     if found["machine"] != what["machine"]:
-        raise PruningError(f"{file} was measured on another machine ({found['machine']}).", mend)
+        raise PruningError(f"{file} was measured on another machine ({found['machine']}).", hint)
     if found != what:
-        raise PruningError(f"{file} is of another model or runtime than it is named for.", mend)
+        raise PruningError(f"{file} is of another model or runtime than it is named for.", hint)
     return table
 
 
