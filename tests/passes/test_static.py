@@ -141,10 +141,10 @@ arrays = hnp.arrays(np.float32, st.integers(1, 20), elements=st.floats(-100, 100
 
 @given(arrays)
 def test_what_is_in_range_is_within_a_step_and_zero_is_exact(values):
-    how = Activation.over(float(values.min()), float(values.max()))
+    how = Activation.from_range(float(values.min()), float(values.max()))
     assert 0 <= how.zero_point <= 255
-    assert (how.rounded(np.zeros(3, np.float32)) == 0).all()
-    assert (np.abs(how.rounded(values) - values) <= how.scale * 1.01).all()
+    assert (how.fake_quantize(np.zeros(3, np.float32)) == 0).all()
+    assert (np.abs(how.fake_quantize(values) - values) <= how.scale * 1.01).all()
 
 
 def seen_of(tokens):
@@ -160,7 +160,7 @@ def test_a_channel_far_larger_than_the_rest_is_smoothed_and_others_are_not():
     outlier[:, 3] *= 200
     weight[3] /= 200
     how = activation(seen_of(outlier), weight)
-    plain = Activation.over(float(outlier.min()), float(outlier.max()))
+    plain = Activation.from_range(float(outlier.min()), float(outlier.max()))
     assert how.smooth.argmax() == 3
     before, after = (calibration._noise(one, outlier, weight) for one in (plain, how))
     assert after < NOISE < before

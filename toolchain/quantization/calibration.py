@@ -22,7 +22,7 @@ from toolchain.data import inputs
 from toolchain.data.inputs import Encoder, TrainingSource, pad
 from toolchain.passes import read, write
 from toolchain.passes.int8 import quantize_weight
-from toolchain.passes.quantize_linear import sharing, weights_of
+from toolchain.passes.quantize_linear import inputs_with_shared_weights, weights_of
 from toolchain.passes.quantize_static import Activation
 from toolchain.system import hardware
 
@@ -65,7 +65,7 @@ def calibrate(artifact: Artifact, train: TrainingSource, smooth: bool = True) ->
     """
     graph = read(artifact.onnx_path)
     # If several values share a weight, smoothing would need a copy of the weight for each value.
-    weights, shared = weights_of(graph), sharing(graph)
+    weights, shared = weights_of(graph), inputs_with_shared_weights(graph)
     observed = _observe(artifact, list(weights), train)
     return {name: activation(seen, weights[name], smooth and name not in shared) for name, seen in observed.items()}
 
@@ -78,12 +78,12 @@ def activation(seen: Seen, weight: np.ndarray, smooth: bool = True) -> Activatio
     """
     import numpy as np
 
-    plain = Activation.over(float(seen.low.min()), float(seen.high.max()))
+    plain = Activation.from_range(float(seen.low.min()), float(seen.high.max()))
     tried = [(_noise(plain, seen.tokens, weight), plain)]
     largest = np.maximum(-seen.low, seen.high)
     for strength in STRENGTHS if smooth and tried[0][0] >= NOISE else ():
         factors = smoothing(largest, np.abs(weight).max(axis=1), strength)
-        one = Activation.over(float((seen.low / factors).min()), float((seen.high / factors).max()), factors)
+        one = Activation.from_range(float((seen.low / factors).min()), float((seen.high / factors).max()), factors)
         tried.append((_noise(one, seen.tokens, weight), one))
     return min(tried, key=lambda found: found[0])[1]
 
@@ -119,7 +119,7 @@ def _noise(how: Activation, tokens: np.ndarray, weight: np.ndarray) -> float:
     factors = np.ones(len(weight), np.float32) if how.smooth is None else how.smooth
     codes, scales = quantize_weight(weight * factors[:, None], 1)
     exact = tokens @ weight
-    error = how.rounded(tokens / factors) @ (codes * scales) - exact
+    error = how.fake_quantize(tokens / factors) @ (codes * scales) - exact
     varying = exact.var(axis=0) > 0
     return float(((error**2).mean(axis=0)[varying] / exact.var(axis=0)[varying]).mean()) if varying.any() else 0.0
 
