@@ -21,7 +21,7 @@ from toolchain.data.inputs import Encoder
 from toolchain.data.labels import LabelSet
 from toolchain.errors import DataError
 from toolchain.models import architectures
-from toolchain.pruning.subject import subject
+from toolchain.pruning.setup import shared_setup
 from toolchain.training import loop, losses
 from toolchain.training.batches import batch
 from toolchain.training.loop import Examples, Recipe, train
@@ -37,7 +37,7 @@ def task(built_tiny, tmp_path_factory):
     rows = [f"{' '.join(words[(i * k) % 8] for k in range(1, 4 + i % 9))},{i % 2}" for i in range(120)]
     file.write_text("sentence,label\n" + "\n".join(rows) + "\n")
     source = training_source(file)
-    given = subject(built_tiny.load("torch-fp32"), source, 100, 20)
+    given = shared_setup(built_tiny.load("torch-fp32"), source, 100, 20)
     data = source.load(LabelSet(("NEGATIVE", "POSITIVE")))
     ids = given.encoder.encode(data.texts)
     labels = list(data.labels)

@@ -25,8 +25,8 @@ RANGE_FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 def quantize_blocks(weight: np.ndarray, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Quantises a 2-D float array in blocks along its rows.
 
-    Each block gets the range of `RANGE_FRACTIONS` with the least squared error. Rows whose length is no multiple of `block` are
-    padded with codes for zero.
+    Each block gets the range of `RANGE_FRACTIONS` with the least squared error. Rows whose length is no multiple of
+    `block` are padded with codes for zero.
 
     Returns:
         Codes from 0 to 15 as uint8 [rows, blocks × block], float32 scales [rows, blocks], and uint8 zero points

@@ -11,7 +11,7 @@ from toolchain.build.steps.quantize import activations_of, linear_passes
 from toolchain.build.workspace import Workspace
 from toolchain.models import checkpoints
 from toolchain.progress import Bar, Say
-from toolchain.pruning.subject import subject
+from toolchain.pruning.setup import shared_setup
 from toolchain.quantization import sensitivity
 
 
@@ -38,7 +38,7 @@ def largest_ratio(workspace: Workspace, step: Prune, max_drop: float, say: Say, 
     See `pruning.largest_ratio`.
     """
     root = ensure(workspace, [checkpoints.ROOT_VARIANT], {}, say, bar)[checkpoints.ROOT_VARIANT]
-    given = subject(root, workspace.train, step.sentences, step.seed)
+    given = shared_setup(root, workspace.train, step.sentences, step.seed)
     with bar("prune") as progress:
         price, _ = price_of(given, step.cost, workspace.cache, progress)
         ratio, tried = pruning.largest_ratio(given, step.method, price, max_drop, progress, step.layers)
