@@ -166,11 +166,11 @@ def test_a_loss_that_is_not_finite_ends_it_in_words(task, tmp_path):
 
 def test_every_row_comes_once_an_epoch_and_epochs_differ(task):
     rows = task[1]
-    first, second = (loop._order(rows, RECIPE, epoch) for epoch in (0, 1))
+    first, second = (loop._shuffle_batches(rows, RECIPE, epoch) for epoch in (0, 1))
     for order in (first, second):
         assert sorted(row for part in order for row in part) == list(range(100))
     assert first != second
-    assert first == loop._order(rows, RECIPE, 0)
+    assert first == loop._shuffle_batches(rows, RECIPE, 0)
 
 
 @settings(max_examples=50, deadline=None)
