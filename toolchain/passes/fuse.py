@@ -27,7 +27,7 @@ def fuse(
     which is wrong for sentences padded on the left.
 
     Args:
-        apart: Fusions that stay off, by their names in `FusionOptions` without `enable_`.
+        disabled_fusions: Fusions that stay off, by their names in `FusionOptions` without `enable_`.
     """
     import onnx_ir as ir
     from onnx_ir.passes import common

@@ -72,8 +72,8 @@ def _logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float
 def _state_loss(outputs: Any, teacher_outputs: Any, mask: torch.Tensor, matched: tuple[int, ...]) -> torch.Tensor:
     """Returns the squared difference of the matched hidden states, relative to the teacher's variance.
 
-    The mean over the matched states covers only the real tokens in `mask` [batch, sequence]. The last state of the first token
-    counts once more, since the classification head reads it.
+    The mean over the matched states covers only the real tokens in `mask` [batch, sequence]. The last state of the
+    first token counts once more, since the classification head reads it.
     """
 
     def difference(student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
