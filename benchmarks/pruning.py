@@ -30,7 +30,7 @@ from toolchain.build.steps.prune import price_of
 from toolchain.build.workspace import Workspace
 from toolchain.cli.progress import bar, say
 from toolchain.data import inputs
-from toolchain.models.architectures import keep
+from toolchain.models.architectures import keep_units
 from toolchain.pruning.costs import EncoderSizes
 from toolchain.pruning.selection import select
 from toolchain.pruning.setup import PruningSetup, shared_setup
@@ -54,7 +54,7 @@ def pruned(given: PruningSetup, method: str, ratio: float) -> Any:
         return pruning.prune(given, ratio, method, price, lambda layer: None)
     model = copy.deepcopy(given.model)
     for index, kept in enumerate(select(given.importances("fisher"), ratio, EncoderSizes.from_model(model), price)):
-        keep(model, index, kept.heads, kept.neurons)
+        keep_units(model, index, kept.heads, kept.neurons)
     return model
 
 

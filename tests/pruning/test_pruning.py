@@ -113,7 +113,7 @@ def test_what_is_cut_is_what_a_gate_of_zero_would_silence(built_tiny, tmp_path, 
             if not units:
                 layer.get_submodule(last).bias[:] = 0
                 layer.get_submodule(norm).forward = lambda states: states
-    architectures.keep(cut, 0, heads, neurons)
+    architectures.keep_units(cut, 0, heads, neurons)
     for left in (False, True):
         assert torch.allclose(logits(cut, left), logits(gated, left), atol=1e-5)
     assert architectures.shapes_of(cut) == [LayerShape(len(heads), len(neurons)), LayerShape(4, 64)]
@@ -290,8 +290,8 @@ def test_the_norm_before_a_sub_block_that_is_gone_stands_in_for_its_own(built_ti
     every = [KeptUnits(tuple(range(4)), tuple(range(64)))]
     fitted, plain = copy.deepcopy(model), copy.deepcopy(model)
     cut_and_fit(model, fitted, [*every, KeptUnits((), ())], given_rows, quiet)
-    architectures.keep(plain, 1, (), ())
-    assert architectures.shapes_of(fitted)[1].empty
+    architectures.keep_units(plain, 1, (), ())
+    assert architectures.shapes_of(fitted)[1].is_empty
     want, found, without = (m(**given_rows[0].inputs).logits for m in (model, fitted, plain))
     assert (found - want).abs().max() < 0.25 * (without - want).abs().max()
 
@@ -348,7 +348,7 @@ def test_fitting_brings_the_answers_closer_to_the_unpruned_models(given_tiny):
     kept = select(given_tiny.importances("fisher"), 0.4, SIZES, by_parameters)
     plain = copy.deepcopy(model)
     for index, k in enumerate(kept):
-        architectures.keep(plain, index, k.heads, k.neurons)
+        architectures.keep_units(plain, index, k.heads, k.neurons)
     assert architectures.shapes_of(plain) == architectures.shapes_of(fitted)
 
     def far(other):

@@ -277,7 +277,7 @@ def test_states_behind_layers_that_are_gone_are_matched_to_those_behind_the_last
     """The layer before them stands in their place."""
     model = copy.deepcopy(task[0])
     assert architectures.matched_layers(model) == [1, 2]
-    architectures.keep(model, 1, (), ())
+    architectures.keep_units(model, 1, (), ())
     assert architectures.matched_layers(model) == [2]
 
 

@@ -29,7 +29,7 @@ from toolchain.build.workspace import Workspace
 from toolchain.data import inputs
 from toolchain.errors import ArtifactError, DataError, TamperedError, VerdictError
 from toolchain.models import checkpoints, sources
-from toolchain.models.sources import Origin
+from toolchain.models.sources import ImportFiles
 from toolchain.progress import Bar, Progress, Say, no_bar
 from toolchain.system import hardware
 
@@ -96,7 +96,7 @@ def examine(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step
         recorded = artifact.manifest.step if artifact else None
         step = asked.get(variant.name, recorded or variant.step)
         if isinstance(step, Import):
-            step = sources.pinned(workspace.source, step, recorded)
+            step = sources.pin_revisions(workspace.source, step, recorded)
         elif variants.learns(step) and not step.train:
             step = dataclasses.replace(step, train=workspace.train.digest)
         reason = _why(step, artifact, planned.get(variant.parent or ""))
@@ -273,13 +273,13 @@ def _given_again(workspace: Workspace, item: Planned) -> None:
         )
 
 
-def _origin(workspace: Workspace, step: Step, parent: Artifact | None) -> tuple[Origin | None, Mapping[str, Any]]:
+def _origin(workspace: Workspace, step: Step, parent: Artifact | None) -> tuple[ImportFiles | None, Mapping[str, Any]]:
     """Returns the checkpoint's files for an import, else None, and the source in the form of a manifest."""
     if parent:
         return None, parent.manifest.source
     assert isinstance(step, Import)
     source = dataclasses.replace(workspace.source, revision=step.revision)
-    return sources.fetched(workspace.source, step), source.recorded()
+    return sources.fetch_files(workspace.source, step), source.to_manifest()
 
 
 def _unchanged(workspace: Workspace, step: Step, parent: Artifact | None) -> None:
@@ -290,7 +290,7 @@ def _unchanged(workspace: Workspace, step: Step, parent: Artifact | None) -> Non
         name = parent.manifest.variant
     else:
         assert isinstance(step, Import)
-        same = sources.fetched(workspace.source, step).step == step
+        same = sources.fetch_files(workspace.source, step).step == step
         name = "The checkpoint"
     if not same:
         raise ArtifactError(f"{name} was replaced while something was built from it.", "Run the command again.")
@@ -305,7 +305,7 @@ def validate_variant(workspace: Workspace, name: str, say: Say) -> dict[str, Any
     return _validate(workspace, workspace.lineage(name)[-1], artifact, origin)
 
 
-def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, origin: Origin | None) -> dict[str, Any]:
+def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, origin: ImportFiles | None) -> dict[str, Any]:
     """Compares an artifact with its nearest PyTorch ancestor, or an import with its checkpoint."""
     reference = origin.folder if origin else _torch_ancestor(workspace, variant)
     manifest, place = artifact.manifest, Place("cpu", hardware.cores())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from toolchain.errors import PruningError
-from toolchain.models.architectures import keep, layers_of
+from toolchain.models.architectures import keep_units, layers_of
 from toolchain.training.batches import Batch, task_loss
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def _loss_without(model: PreTrainedModel, removed: Sequence[int], batches: Seque
 
     shallow_model = copy.deepcopy(model)
     for index in removed:
-        keep(shallow_model, index, (), ())
+        keep_units(shallow_model, index, (), ())
     total_loss, count = 0.0, 0
     with torch.no_grad():
         for batch in batches:

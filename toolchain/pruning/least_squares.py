@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from toolchain.models.architectures import keep, layers_of, layout_of
+from toolchain.models.architectures import keep_units, layers_of, layout_of
 from toolchain.pruning.selection import KeptUnits
 from toolchain.training.batches import Batch
 
@@ -48,7 +48,7 @@ def cut_and_fit(
     last_norm: Any = None  # the last remaining LayerNorm; the first layer keeps a head and so has one
     for index in range(len(kept_units)):
         original, layer = layers_of(dense)[index], layers_of(model)[index]
-        keep(model, index, kept_units[index].heads, kept_units[index].neurons)
+        keep_units(model, index, kept_units[index].heads, kept_units[index].neurons)
         targets = _record_module_inputs(original, norms, dense_states, arguments)
         parts = zip(
             (layout.output, layout.down), norms, (kept_units[index].heads, kept_units[index].neurons), strict=True
