@@ -35,11 +35,11 @@ from toolchain.build.pipeline import ensure
 from toolchain.build.steps.quantize import linear_passes
 from toolchain.cli.progress import bar, say
 from toolchain.passes import PASSES, read, rewrite, write
-from toolchain.passes.attention import whole
-from toolchain.passes.fuse import APART_ON_CPU, fuse
+from toolchain.passes.attention import build_qattention
+from toolchain.passes.fuse import CPU_DISABLED_FUSIONS, fuse
 from toolchain.passes.int8 import run_time_codes
 from toolchain.passes.model_shape import context_of
-from toolchain.passes.quantize_linear import fused, quantize_linear
+from toolchain.passes.quantize_linear import build_fused_product, quantize_linear
 from toolchain.results.measurements import Measurement, ResultFile
 
 FP32, INT8 = "onnx-fp32", "onnx-int8"
@@ -48,7 +48,7 @@ SKIP_LAYER_NORM = ("skip_layer_norm", "bias_skip_layer_norm")
 
 def bias_apart(model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Value | None) -> list[ir.Node]:
     """The toolchain's product with an Add of the bias behind it; an `attention.Product`."""
-    product = fused(model, data, name, array, None)
+    product = build_fused_product(model, data, name, array, None)
     if bias is None:
         return product
     add = ir.node("Add", [product[-1].outputs[0], bias], name=f"{name}/biased")
@@ -57,7 +57,7 @@ def bias_apart(model: ir.Model, data: Any, name: str, array: np.ndarray, bias: i
 
 
 def _fusing(*names: str) -> Callable[..., tuple[ir.Model, int]]:
-    return partial(fuse, apart=tuple(name for name in APART_ON_CPU if name not in names))
+    return partial(fuse, disabled_fusions=tuple(name for name in CPU_DISABLED_FUSIONS if name not in names))
 
 
 # Passes that stand in for one of the toolchain's.
@@ -65,11 +65,11 @@ OTHERS = {
     "fuse-skip-layer-norm": _fusing(*SKIP_LAYER_NORM),
     "fuse-bias-gelu": _fusing("bias_gelu"),
     "fuse-embed-layer-norm": _fusing("embed_layer_norm"),
-    "fuse-not-attention": partial(fuse, apart=(*APART_ON_CPU, "attention")),
+    "fuse-not-attention": partial(fuse, disabled_fusions=(*CPU_DISABLED_FUSIONS, "attention")),
     "quantize-linear-bias-apart": partial(
-        quantize_linear, product=bias_apart, attend=partial(whole, codes=run_time_codes)
+        quantize_linear, product=bias_apart, attend=partial(build_qattention, codes=run_time_codes)
     ),
-    "quantize-linear-merged": partial(quantize_linear, product=fused),
+    "quantize-linear-merged": partial(quantize_linear, product=build_fused_product),
 }
 
 

@@ -30,10 +30,10 @@ from toolchain.build.steps.prune import price_of
 from toolchain.build.workspace import Workspace
 from toolchain.cli.progress import bar, say
 from toolchain.data import inputs
-from toolchain.models.architectures import keep
+from toolchain.models.architectures import keep_units
 from toolchain.pruning.costs import EncoderSizes
 from toolchain.pruning.selection import select
-from toolchain.pruning.subject import Subject, subject
+from toolchain.pruning.setup import PruningSetup, shared_setup
 from toolchain.system import hardware
 from toolchain.training.batches import Batch, batches
 from toolchain.training.loop import accuracy
@@ -45,7 +45,7 @@ METHODS = (FISHER, NOT_FITTED, "magnitude", "mask")
 STUDIES = Path(__file__).parent / "studies"
 
 
-def pruned(given: Subject, method: str, ratio: float) -> Any:
+def pruned(given: PruningSetup, method: str, ratio: float) -> Any:
     """The model at `ratio`, in memory."""
     if method == "mask":
         return pruning.mask(given.model, ratio)
@@ -53,15 +53,15 @@ def pruned(given: Subject, method: str, ratio: float) -> Any:
     if method != NOT_FITTED:
         return pruning.prune(given, ratio, method, price, lambda layer: None)
     model = copy.deepcopy(given.model)
-    for index, kept in enumerate(select(given.importances("fisher"), ratio, EncoderSizes.of(model), price)):
-        keep(model, index, kept.heads, kept.neurons)
+    for index, kept in enumerate(select(given.importances("fisher"), ratio, EncoderSizes.from_model(model), price)):
+        keep_units(model, index, kept.heads, kept.neurons)
     return model
 
 
 def measure(model: Any, validation: list[Batch], method: str, ratio: float, seconds: float, dense: int) -> dict:
     """One row: `removed` is the share of the encoder's linear parameters that is really gone."""
     right = round(accuracy(model.eval(), validation) * sum(len(part.rows) for part in validation))
-    removed = 1 - EncoderSizes.of(model).parameters / dense
+    removed = 1 - EncoderSizes.from_model(model).parameters / dense
     return {"method": method, "ratio": ratio, "removed": round(removed, 4), "right": right, "seconds": round(seconds)}
 
 
@@ -69,10 +69,10 @@ def study(workspace: Workspace) -> dict[str, Any]:
     """Everything that is measured, as it is stored."""
     root = ensure(workspace, ["torch-fp32"], {}, say)["torch-fp32"]
     step = Prune(RATIOS[0])
-    given = subject(root, workspace.train, step.sentences, step.seed)
+    given = shared_setup(root, workspace.train, step.sentences, step.seed)
     data = inputs.load(None, root.label_set)
     validation = batches(given.encoder.encode(data.texts), data.labels, given.encoder, 64)
-    dense = EncoderSizes.of(given.model).parameters
+    dense = EncoderSizes.from_model(given.model).parameters
     rows = [measure(given.model, validation, "unpruned", 0.0, 0, dense)]
     given.importances("fisher")  # once for all ratios: not part of any one's seconds
     with bar("pruning") as progress:  # closed before a recovery shows its own

@@ -29,7 +29,7 @@ def examined(monkeypatch, tmp_path):
 
 
 def notes(findings):
-    """What and mend of the notes about GPUs and what is to run on them."""
+    """The part and the hint of each note about GPUs and the packages that use them."""
     return [(f.what, f.mend) for f in findings if f.level == "note" and ("GPU" in f.what or "bits" in f.what)]
 
 
@@ -78,10 +78,10 @@ def test_what_fits_is_not_noted(examined):
 
 @pytest.mark.parametrize(("driver", "runtime"), [("580.65.06", "gpu"), ("535.183.01", "cuda12")])
 def test_packages_for_the_cpu_on_a_machine_with_a_gpu(examined, driver, runtime):
-    mend = f"make install RUNTIME={runtime}"
+    hint = f"make install RUNTIME={runtime}"
     assert notes(examined([T4], driver, CPU_STACK, None)) == [
-        ("onnxruntime 1.32.0 cannot use the GPU: onnxruntime-gpu can", mend),
-        ("torch 2.13.0+cpu cannot use the GPU: it was built without CUDA", mend),
+        ("onnxruntime 1.32.0 cannot use the GPU: onnxruntime-gpu can", hint),
+        ("torch 2.13.0+cpu cannot use the GPU: it was built without CUDA", hint),
     ]
 
 
@@ -93,12 +93,12 @@ def test_packages_too_new_for_the_gpu(examined):
 
 
 def test_packages_for_a_gpu_where_none_answers(examined):
-    ((what, mend),) = notes(examined([], "", GPU_STACK, "13.0"))
+    ((what, hint),) = notes(examined([], "", GPU_STACK, "13.0"))
     assert "onnxruntime-gpu is installed" in what
-    assert "make install RUNTIME=cpu" in mend
-    ((what, mend),) = notes(examined([], "", CPU_STACK, None))
+    assert "make install RUNTIME=cpu" in hint
+    ((what, hint),) = notes(examined([], "", CPU_STACK, None))
     assert "@cuda are listed as unavailable" in what
-    assert mend == "Nothing to mend for CPU work."
+    assert hint == "No fix is necessary to work on the CPU."
 
 
 def test_bitsandbytes_is_found_or_missed(examined):

@@ -151,9 +151,9 @@ def _gpu() -> list[Finding]:
     if runtime == "cpu":
         none = "no NVIDIA GPU answers: cells @cuda are listed as unavailable"
         if "onnxruntime-gpu" in hardware.versions():
-            mend = "Install the NVIDIA driver; on a machine without a GPU: make install RUNTIME=cpu"
-            return [Finding("note", f"{none}, though onnxruntime-gpu is installed", mend)]
-        return [Finding("note", none, "Nothing to mend for CPU work.")]
+            hint = "Install the NVIDIA driver; on a machine without a GPU: make install RUNTIME=cpu"
+            return [Finding("note", f"{none}, though onnxruntime-gpu is installed", hint)]
+        return [Finding("note", none, "No fix is necessary to work on the CPU.")]
     found = []
     for gpu in devices:
         memory = f"{gpu['memory_bytes'] / 2**30:.0f} GiB" if gpu["memory_bytes"] else "unknown memory"

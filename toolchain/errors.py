@@ -29,19 +29,19 @@ class ToolchainError(Exception):
 
     Attributes:
         cause: A sentence that states the problem.
-        mend: A sentence that states the fix; empty if there is none.
+        hint: A sentence that states the fix; empty if there is none.
         exit_code: Exit code of the process.
     """
 
     exit_code = 1
 
-    def __init__(self, cause: str, mend: str = "") -> None:
-        super().__init__(cause, mend)
+    def __init__(self, cause: str, hint: str = "") -> None:
+        super().__init__(cause, hint)
         self.cause = cause
-        self.mend = mend
+        self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.cause} {self.mend}".strip()
+        return f"{self.cause} {self.hint}".strip()
 
 
 class SettingsError(ToolchainError):

@@ -80,7 +80,7 @@ def test_a_tampered_file_is_named(published, change, says):
     with pytest.raises(TamperedError, match=says) as error:
         published.verify()
     assert "model.onnx" in error.value.cause
-    assert str(published.path) in error.value.mend
+    assert str(published.path) in error.value.hint
 
 
 def test_a_file_that_was_added_is_seen_and_not_passed_on(published, tmp_path):

@@ -299,7 +299,7 @@ def test_gpu_memory_has_its_column_and_its_method(measured):
 def test_cells_that_fall_back_are_planned_only_where_that_is_allowed():
     with pytest.raises(BenchError, match="onnx-int8 is not measured on cuda") as error:
         run.planned(("onnx-int8",), ("cuda",))
-    assert "--allow-fallback" in error.value.mend
+    assert "--allow-fallback" in error.value.hint
     assert run.planned(("onnx-int8",), ("cuda",), allow_fallback=True) == [("onnx-int8", "cuda")]
     assert run.planned(("onnx-int8",), (), allow_fallback=True) == [("onnx-int8", "cpu")]
     with pytest.raises(BenchError, match="torch-int8 is not measured on cuda"):

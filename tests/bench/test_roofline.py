@@ -47,7 +47,7 @@ def test_work_is_what_pytorch_computes(model, request):
     folder = request.getfixturevalue(model).path("torch-fp32")
     found, loaded = work(folder), load_model(folder)
     assert [found.macs(n) for n in LENGTHS] == [counted(loaded, n).total() for n in LENGTHS]
-    assert found.macs(TOKENS) - found.head_parameters == EncoderSizes.of(loaded).multiply_accumulates
+    assert found.macs(TOKENS) - found.head_parameters == EncoderSizes.from_model(loaded).multiply_accumulates
 
 
 @pytest.mark.parametrize("shapes", [[(3, 40), (1, 8)], [(0, 8), (2, 0)], [(1, 0), (0, 24)], [(2, 8), (0, 0)]])
@@ -59,7 +59,7 @@ def test_work_of_a_pruned_model(built_tiny, tmp_path, shapes):
     shutil.copyfile(source / "config.json", tmp_path / "config.json")
     found = work(tmp_path)
     assert found.macs(TOKENS) == counted(loaded, TOKENS).total()
-    assert found.macs(TOKENS) - found.head_parameters == EncoderSizes.of(loaded).multiply_accumulates
+    assert found.macs(TOKENS) - found.head_parameters == EncoderSizes.from_model(loaded).multiply_accumulates
 
 
 def in_graph(path, tokens):

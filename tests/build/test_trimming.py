@@ -57,7 +57,7 @@ def trimmed(tmp_path_factory):
     for name in ("config.json", *checkpoints.TOKENIZER_FILES):
         if (checkpoints.REFERENCE / name).is_file():
             shutil.copyfile(checkpoints.REFERENCE / name, folder / name)
-    kept = vocabulary.kept_tokens(reference(), CORPUS)
+    kept = vocabulary.tokens_to_keep(reference(), CORPUS)
     vocabulary.trim(folder, kept)
     return Encoder.open(folder, NAMES, 512), kept
 
@@ -119,7 +119,7 @@ def test_no_vocabulary_loses_a_word_it_could_spell(tmp_path_factory, data):
     (folder / "config.json").write_text('{"pad_token_id": null}')
     word = data.draw(st.text("abc", min_size=1, max_size=12))
     corpus = data.draw(st.lists(st.text("abc", min_size=1, max_size=8), min_size=1, max_size=3))
-    kept = vocabulary.kept_tokens(Encoder.open(folder, NAMES, 512), corpus)
+    kept = vocabulary.tokens_to_keep(Encoder.open(folder, NAMES, 512), corpus)
     vocabulary.trim(folder, kept)
     after = Encoder.open(folder, NAMES, 512).tokenizer
     before = tokenizer.encode(word).tokens
@@ -133,7 +133,7 @@ def test_a_token_that_its_letters_cannot_spell_stays(tmp_path):
     ids = {token: number for number, token in enumerate(names)}
     Tokenizer(models.WordPiece(ids, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text("{}")
-    kept = vocabulary.kept_tokens(Encoder.open(tmp_path, NAMES, 512), ["a"])
+    kept = vocabulary.tokens_to_keep(Encoder.open(tmp_path, NAMES, 512), ["a"])
     assert [names[i] for i in kept] == ["[UNK]", "a", "##b", "az", "##ab", "#", "###"]
 
 
@@ -168,7 +168,7 @@ def test_other_post_processors_companions_and_added_tokens_are_renumbered(tmp_pa
     (tmp_path / "added_tokens.json").write_text('{"covfefe": 30522}')
     (tmp_path / "config.json").write_text('{"pad_token_id": 0, "eos_token_id": [102], "bos_token_id": null}')
     encoder = Encoder.open(tmp_path, NAMES, 512)
-    kept = vocabulary.kept_tokens(encoder, CORPUS)
+    kept = vocabulary.tokens_to_keep(encoder, CORPUS)
     vocabulary.trim(tmp_path, kept)
     after = Encoder.open(tmp_path, NAMES, 512)
     assert tokens(after, "a covfefe journey") == ["[CLS]", "a", "covfefe", "journey", "[SEP]"]
@@ -187,7 +187,7 @@ def test_other_tokenizers_are_refused_by_name(tmp_path, model, said):
     Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=f"The tokenizer is {said}, and only a WordPiece"):
-        vocabulary.kept_tokens(Encoder.open(tmp_path, NAMES, 512), ["a"])
+        vocabulary.tokens_to_keep(Encoder.open(tmp_path, NAMES, 512), ["a"])
 
 
 def test_files_that_contradict_each_other_are_refused(tmp_path, trimmed):
@@ -196,7 +196,7 @@ def test_files_that_contradict_each_other_are_refused(tmp_path, trimmed):
     config = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text())
     config["added_tokens_decoder"]["99999"] = {"content": "[X]"}
     (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(config))
-    kept = vocabulary.kept_tokens(Encoder.open(tmp_path / "t", NAMES, 512), CORPUS)
+    kept = vocabulary.tokens_to_keep(Encoder.open(tmp_path / "t", NAMES, 512), CORPUS)
     with pytest.raises(CheckpointError, match="do not agree with each other"):
         vocabulary.trim(tmp_path / "t", kept)
 
@@ -204,7 +204,7 @@ def test_files_that_contradict_each_other_are_refused(tmp_path, trimmed):
 @pytest.mark.parametrize("texts", [[], [""], [" ", "\t"], ["[CLS] [SEP]"]])
 def test_a_corpus_without_words_is_refused(texts):
     with pytest.raises(DataError, match="no words"):
-        vocabulary.kept_tokens(reference(), texts)
+        vocabulary.tokens_to_keep(reference(), texts)
 
 
 def test_a_corpus_that_is_no_file_is_refused(tmp_path):

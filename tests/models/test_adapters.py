@@ -173,14 +173,14 @@ def test_a_hub_base_is_pinned_by_its_commit(copies, monkeypatch):
         asked.append((ref, revision))
         return "c0ffee", frozenset({"config.json", "model.safetensors"})
 
-    monkeypatch.setattr("toolchain.models.hub.look", look)
+    monkeypatch.setattr("toolchain.models.hub.read_revision", look)
     monkeypatch.setattr("toolchain.models.hub.download", lambda ref, revision, patterns: base)
     source = Source("folder", str(adapter))
-    step = sources.pinned(source, Import(), None)
+    step = sources.pin_revisions(source, Import(), None)
     assert (step.base, asked) == ("somebody/some-base@c0ffee", [("somebody/some-base", "v1")])
-    assert sources.pinned(source, step, step) == step  # asks nobody again
+    assert sources.pin_revisions(source, step, step) == step  # asks nobody again
     assert len(asked) == 1
-    origin = sources.fetched(source, step)
+    origin = sources.fetch_files(source, step)
     assert (origin.folder, origin.base) == (adapter, base)
 
 
@@ -349,7 +349,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(copies, tmp_path, d
     workspace = Workspace.open(str(adapter), tmp_path / "exported").on(str(base))
     with pytest.raises(CheckpointError, match=says) as error:
         ensure(workspace, ["torch-fp32"], {}, lambda line: None)
-    assert error.value.mend
+    assert error.value.hint
     assert not workspace.path("torch-fp32").exists()
 
 

@@ -282,7 +282,7 @@ def test_what_is_cut_is_what_a_gate_of_zero_would_silence(workspace, kind, heads
             if not kept:  # the whole sub-block goes: what enters it is what leaves it
                 layer.get_submodule(end).bias.zero_()
                 layer.set_submodule(norm, torch.nn.Identity())
-    architectures.keep(cut, 0, heads, neurons)
+    architectures.keep_units(cut, 0, heads, neurons)
     ids = [[2, 40, 3], [2, *range(20, 43), 3], [2]]
     for left in (False, True):
         arrays = pad(ids, ARCHITECTURES[kind].inputs, gated.config.pad_token_id, left)

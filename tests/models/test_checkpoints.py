@@ -243,7 +243,7 @@ def test_a_bad_checkpoint_is_refused_in_words(checkpoint, damage, says):
     damage(checkpoint)
     with pytest.raises(CheckpointError, match=says) as error:
         check(checkpoint)
-    assert error.value.mend
+    assert error.value.hint
 
 
 def test_a_head_that_was_never_trained_is_refused(checkpoint):
@@ -371,7 +371,7 @@ def test_the_command_that_converts_a_pickle_does(checkpoint, tmp_path):
     torch.save(weights, checkpoint / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="only as pickle") as error:
         check(checkpoint)
-    command = error.value.mend[error.value.mend.index("python -c ") :].replace("python", sys.executable, 1)
+    command = error.value.hint[error.value.hint.index("python -c ") :].replace("python", sys.executable, 1)
     subprocess.run(["bash", "-c", command], check=True, capture_output=True, cwd=tmp_path)
     converted = checkpoint.with_name(f"{checkpoint.name}-safetensors")
     check(converted)

@@ -26,11 +26,11 @@ from toolchain.models.architectures import LayerShape
 from toolchain.models.checkpoints import OWN_WEIGHTS
 from toolchain.pruning.costs import EncoderSizes as Sizes
 from toolchain.pruning.costs import LatencyTable, latency_table
-from toolchain.pruning.depth import dispensable
+from toolchain.pruning.depth import dispensable_layers
 from toolchain.pruning.importance import Importance, LayerImportance, fisher, magnitude
 from toolchain.pruning.least_squares import cut_and_fit
-from toolchain.pruning.selection import Kept, rearrange, select
-from toolchain.pruning.subject import subject
+from toolchain.pruning.selection import KeptUnits, rearrange, select
+from toolchain.pruning.setup import shared_setup
 from toolchain.system import hardware
 from toolchain.training.batches import Batch
 from toolchain.tuning.settings import largest_ratio
@@ -45,7 +45,7 @@ def quiet(*_):
 
 
 def by_parameters(kind, count):
-    return SIZES.of_units(kind, count)
+    return SIZES.unit_parameters(kind, count)
 
 
 def bert():
@@ -70,7 +70,7 @@ def sentences(tmp_path_factory):
 
 @pytest.fixture
 def given_tiny(built_tiny, sentences):
-    return subject(built_tiny.load("torch-fp32"), sentences, 40, 20)
+    return shared_setup(built_tiny.load("torch-fp32"), sentences, 40, 20)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_what_is_cut_is_what_a_gate_of_zero_would_silence(built_tiny, tmp_path, 
             if not units:
                 layer.get_submodule(last).bias[:] = 0
                 layer.get_submodule(norm).forward = lambda states: states
-    architectures.keep(cut, 0, heads, neurons)
+    architectures.keep_units(cut, 0, heads, neurons)
     for left in (False, True):
         assert torch.allclose(logits(cut, left), logits(gated, left), atol=1e-5)
     assert architectures.shapes_of(cut) == [LayerShape(len(heads), len(neurons)), LayerShape(4, 64)]
@@ -170,7 +170,7 @@ def test_an_architecture_that_shares_layers_or_is_unknown_is_refused():
 def test_fisher_is_the_mean_square_of_every_sentences_own_gradient(given_tiny):
     """Against the definition: one sentence at a time, a gate nudged by a finite difference."""
     model, batch = given_tiny.model, given_tiny.ranking[0]
-    found = fisher(model, [batch])[1].heads.alone
+    found = fisher(model, [batch])[1].heads.unit_costs
     names = architectures.layout_of(model)
     weight = architectures.layers_of(model)[1].get_submodule(names.output).weight
     for head in range(4):
@@ -211,7 +211,7 @@ def test_at_least_the_ratio_goes_and_what_goes_matters_least(percent, seed):
         assert len(k.neurons) % 32 == 0
         for units, chosen in ((layer.heads, k.heads), (layer.neurons, k.neurons)):
             gone = [i for i in range(len(units.moment)) if i not in chosen]
-            assert max(units.alone[gone], default=0) <= min(units.alone[list(chosen)], default=np.inf)
+            assert max(units.unit_costs[gone], default=0) <= min(units.unit_costs[list(chosen)], default=np.inf)
 
 
 def test_layers_that_matter_less_lose_more():
@@ -261,11 +261,11 @@ def test_the_layers_that_go_are_those_without_which_the_loss_is_least(given_tiny
     gone = []
     for layers in (3, 2, 1):
         gone.append(min({1, 2, 3} - set(gone), key=lambda index: without([*gone, index])))
-        assert dispensable(model, layers, given_tiny.ranking) == sorted(gone)
-    assert dispensable(model, 4, given_tiny.ranking) == []
+        assert dispensable_layers(model, layers, given_tiny.ranking) == sorted(gone)
+    assert dispensable_layers(model, 4, given_tiny.ranking) == []
     for layers in (0, 5):
         with pytest.raises(PruningError, match="Keep 1 to 4"):
-            dispensable(model, layers, given_tiny.ranking)
+            dispensable_layers(model, layers, given_tiny.ranking)
 
 
 @pytest.mark.parametrize("kind", ["distilbert", "bert"])
@@ -287,11 +287,11 @@ def test_the_norm_before_a_sub_block_that_is_gone_stands_in_for_its_own(built_ti
             list(range(16)),
         )
     ]
-    every = [Kept(tuple(range(4)), tuple(range(64)))]
+    every = [KeptUnits(tuple(range(4)), tuple(range(64)))]
     fitted, plain = copy.deepcopy(model), copy.deepcopy(model)
-    cut_and_fit(model, fitted, [*every, Kept((), ())], given_rows, quiet)
-    architectures.keep(plain, 1, (), ())
-    assert architectures.shapes_of(fitted)[1].empty
+    cut_and_fit(model, fitted, [*every, KeptUnits((), ())], given_rows, quiet)
+    architectures.keep_units(plain, 1, (), ())
+    assert architectures.shapes_of(fitted)[1].is_empty
     want, found, without = (m(**given_rows[0].inputs).logits for m in (model, fitted, plain))
     assert (found - want).abs().max() < 0.25 * (without - want).abs().max()
 
@@ -323,7 +323,7 @@ def test_rearranging_keeps_the_number_and_never_costs_more(seed, count):
         gone = torch.tensor([float(i not in kept) for i in range(8)], dtype=torch.float64)
         return float(gone @ units.moment @ gone)
 
-    before = units.alone.argsort(stable=True).tolist()[8 - count :]
+    before = units.unit_costs.argsort(stable=True).tolist()[8 - count :]
     after = rearrange(units, before)
     assert len(after) == count
     assert list(after) == sorted(after)
@@ -336,7 +336,7 @@ def test_magnitude_ranks_by_the_weights_alone(given_tiny):
     with torch.no_grad():
         layer.get_submodule(names.down).weight[:, 5] = 0
         layer.get_submodule(names.up).weight[5] = 0
-    assert int(magnitude(model)[0].neurons.alone.argmin()) == 5
+    assert int(magnitude(model)[0].neurons.unit_costs.argmin()) == 5
 
 
 # --- fitting
@@ -348,7 +348,7 @@ def test_fitting_brings_the_answers_closer_to_the_unpruned_models(given_tiny):
     kept = select(given_tiny.importances("fisher"), 0.4, SIZES, by_parameters)
     plain = copy.deepcopy(model)
     for index, k in enumerate(kept):
-        architectures.keep(plain, index, k.heads, k.neurons)
+        architectures.keep_units(plain, index, k.heads, k.neurons)
     assert architectures.shapes_of(plain) == architectures.shapes_of(fitted)
 
     def far(other):
@@ -512,7 +512,7 @@ def test_the_largest_ratio_is_searched_on_held_out_rows(tiny, sentences):
     workspace = Workspace(tiny.exported, tiny.model, tiny.source, sentences)
     said = []
     ratio = largest_ratio(workspace, Prune(0.5), 100.0, lambda event: said.append(str(event)), no_bar)
-    assert ratio in pruning.SEARCHED
+    assert ratio in pruning.SEARCH_RATIOS
     assert any("points lost on held-out rows" in line for line in said)
     with pytest.raises(PruningError, match="Even the smallest ratio"):
         largest_ratio(workspace, Prune(0.5), -200.0, lambda event: said.append(str(event)), no_bar)

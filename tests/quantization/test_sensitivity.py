@@ -16,7 +16,7 @@ from toolchain.build.pipeline import ensure
 from toolchain.data.inputs import TrainingSource
 from toolchain.errors import GraphError
 from toolchain.quantization import sensitivity
-from toolchain.quantization.sensitivity import Layer, Subject, fewest_kept, rank
+from toolchain.quantization.sensitivity import Layer, SensitivitySetup, fewest_fp32_layers, rank
 
 
 def still(done, total, what):
@@ -29,7 +29,7 @@ def quiet(line):
 
 @pytest.fixture(scope="module")
 def subject(built_tiny):
-    return Subject.of(built_tiny.load("onnx-fp32"), ("quantize-linear",), TrainingSource())
+    return SensitivitySetup.load(built_tiny.load("onnx-fp32"), ("quantize-linear",), TrainingSource())
 
 
 def test_every_layer_is_ranked_by_what_it_does_alone(subject):
@@ -53,7 +53,7 @@ def test_a_layer_with_outliers_is_found(built_tiny, tmp_path):
     weight.CopyFrom(numpy_helper.from_array(array, weight.name))
     onnx.save(model, tmp_path / "outliers" / "model.onnx")
     artifact = Artifact(tmp_path / "outliers", built_tiny.load("onnx-fp32").manifest)
-    ranked = rank(Subject.of(artifact, ("quantize-linear",), TrainingSource()), still)
+    ranked = rank(SensitivitySetup.load(artifact, ("quantize-linear",), TrainingSource()), still)
     assert ranked[0].name == "distilbert/transformer/layer.0/ffn/lin2"
 
 
@@ -73,7 +73,7 @@ def test_the_most_sensitive_stay_fp32(tiny, subject):
 
 def test_no_layer_left_is_told(built_tiny):
     with pytest.raises(GraphError, match="no linear layer left"):
-        rank(Subject.of(built_tiny.load("onnx-int8"), ("quantize-linear",), TrainingSource()), still)
+        rank(SensitivitySetup.load(built_tiny.load("onnx-int8"), ("quantize-linear",), TrainingSource()), still)
 
 
 @given(st.integers(1, 30), st.data())
@@ -97,9 +97,9 @@ def test_the_fewest_that_keep_the_accuracy_are_found(count, data):
     with context as patch:
         patch.setattr(sensitivity, "rank", lambda *_: [Layer(str(i), 1.0, 0) for i in range(count)])
         patch.setattr(
-            sensitivity, "_right", lambda subject, _: 1 - (drops[subject.kept] if subject.kept < count else 0) / 100
+            sensitivity, "_accuracy", lambda subject, _: 1 - (drops[subject.kept] if subject.kept < count else 0) / 100
         )
-        kept, tried = fewest_kept(fake, allowed, still)
+        kept, tried = fewest_fp32_layers(fake, allowed, still)
     want = next((n for n in range(count) if 100 * (1 - (1 - drops[n] / 100)) <= allowed), count)
     assert kept == want
     assert len(tried) <= count.bit_length() + 1

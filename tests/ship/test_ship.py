@@ -609,7 +609,7 @@ def test_the_page_needs_npm_and_says_so(built_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ShippingError, match="there is no npm here") as caught:
         clients.install(tmp_path)
-    assert "--no-demo" in caught.value.mend
+    assert "--no-demo" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
 

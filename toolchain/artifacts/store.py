@@ -254,7 +254,7 @@ def load(path: Path) -> Artifact | None:
             if parts.is_absolute() or ".." in parts.parts:
                 raise ValueError(f"the path {entry.path!r} leaves the folder")
     except TamperedError as error:
-        raise TamperedError(f"{file}: {error.cause}", error.mend) from error
+        raise TamperedError(f"{file}: {error.cause}", error.hint) from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise ArtifactError(f"{file} cannot be read: {error}.", f"Delete {path} and build it again.") from error
     return Artifact(path, manifest)

@@ -177,8 +177,8 @@ def save_weights(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     try:
         save_file(stored, folder / (OWN_WEIGHTS if own else WEIGHTS), metadata={"format": "pt"})
     except SafetensorError as error:  # safetensors raises this on a full disk
-        mend = "Free the space, or choose another place with --exported DIR."
-        raise ArtifactError(f"{folder} cannot be written: {error}.", mend) from error
+        hint = "Free the space, or choose another place with --exported DIR."
+        raise ArtifactError(f"{folder} cannot be written: {error}.", hint) from error
 
 
 def describe(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Cell:
         artifact: Artifact of the variant; None if there is none to measure.
         status: ``ok``, ``failed`` or ``unavailable``.
         reason: Why there is no artifact; empty otherwise.
-        mend: Hint how to fix that; may be empty.
+        hint: Instruction that fixes this; may be empty.
         encoder: Encoder of the cell; None if the cell uses the encoder of the run.
     """
 
@@ -40,7 +40,7 @@ class Cell:
     artifact: Artifact | None
     status: str = "ok"
     reason: str = ""
-    mend: str = ""
+    hint: str = ""
     encoder: Encoder | None = None
 
     @property
@@ -224,8 +224,8 @@ def unmeasured(cell: Cell, error: ToolchainError | None = None) -> Measurement:
         error: The error of the measurement; None takes the reason of the cell. The row's status is ``unavailable``
             for a `ProviderError` or an unavailable cell, and ``failed`` otherwise.
     """
-    error = error or BenchError(cell.reason, cell.mend)
+    error = error or BenchError(cell.reason, cell.hint)
     missing = isinstance(error, ProviderError) or cell.status == "unavailable"
     artifact_id = cell.artifact.manifest.id if cell.artifact else None
     status = "unavailable" if missing else "failed"
-    return Measurement(cell.model, cell.variant, cell.provider, artifact_id, status, error.cause, error.mend)
+    return Measurement(cell.model, cell.variant, cell.provider, artifact_id, status, error.cause, error.hint)

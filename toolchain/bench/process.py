@@ -92,7 +92,7 @@ class Child:
         reply: dict[str, Any] = json.loads(line)
         if failure := reply.get("error"):
             kind = getattr(errors, failure["type"], errors.BenchError)
-            raise kind(failure["cause"], failure["mend"])
+            raise kind(failure["cause"], failure["hint"])
         return reply
 
     def close(self) -> None:

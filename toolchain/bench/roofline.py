@@ -20,7 +20,7 @@ from pathlib import Path
 from toolchain.bench import process
 from toolchain.errors import BenchError, CheckpointError
 from toolchain.models import checkpoints
-from toolchain.models.architectures import LAYOUTS, SHARING
+from toolchain.models.architectures import LAYER_SHARING, LAYOUTS
 from toolchain.system import files, hardware
 
 SCHEMA = 1
@@ -86,7 +86,7 @@ def work(folder: Path) -> Work | None:
     if not weights.is_file():
         return None
     kind = checkpoints.config_of(folder).get("model_type")
-    if kind in SHARING:
+    if kind in LAYER_SHARING:
         return None
     shapes = _shapes(weights)
     base = Counter[str]()

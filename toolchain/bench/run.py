@@ -286,14 +286,14 @@ def _cell(
 ) -> Cell:
     cell = Cell(workspace.model, name, variants.get(name).runtime, provider, None)
     if provider == "cuda" and no_cuda:
-        return replace(cell, status="unavailable", reason=no_cuda[0], mend=no_cuda[1])
+        return replace(cell, status="unavailable", reason=no_cuda[0], hint=no_cuda[1])
     try:
         return replace(cell, artifact=ensure(workspace, [name], {}, without_fresh(say))[name])
     except (DataError, ProviderError, PruningError) as error:
         # The model or machine may lack a default cell. This is a failure only if the request names the variant.
-        return replace(cell, status="failed" if request.names else "unavailable", reason=error.cause, mend=error.mend)
+        return replace(cell, status="failed" if request.names else "unavailable", reason=error.cause, hint=error.hint)
     except ToolchainError as error:
-        return replace(cell, status="failed", reason=error.cause, mend=error.mend)
+        return replace(cell, status="failed", reason=error.cause, hint=error.hint)
 
 
 def judge(*results: ResultFile) -> None:

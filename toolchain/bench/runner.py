@@ -137,7 +137,7 @@ class _Bench:
             if item.worker:
                 item.worker.close()
                 item.worker = None
-            reply = {"type": type(error).__name__, "cause": error.cause, "mend": error.mend}
+            reply = {"type": type(error).__name__, "cause": error.cause, "mend": error.hint}
             self._keep(index, "failure", reply)
 
     def _keep(self, index: int, kind: str, reply: Mapping[str, Any], turn: int | None = None) -> None:

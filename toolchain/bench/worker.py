@@ -272,10 +272,10 @@ def serve(begin: Callable[[dict[str, Any]], Any]) -> None:
             else:
                 reply = getattr(child, message.pop("do"))(**message)
         except errors.ToolchainError as error:
-            reply = {"error": {"type": type(error).__name__, "cause": error.cause, "mend": error.mend}}
+            reply = {"error": {"type": type(error).__name__, "cause": error.cause, "hint": error.hint}}
         except Exception as error:
             traceback.print_exc()
-            reply = {"error": {"type": "BenchError", "cause": f"{type(error).__name__}: {error}", "mend": ""}}
+            reply = {"error": {"type": "BenchError", "cause": f"{type(error).__name__}: {error}", "hint": ""}}
         channel.write(json.dumps(reply) + "\n")
         channel.flush()
 

@@ -29,7 +29,7 @@ from toolchain.build.workspace import Workspace
 from toolchain.data import inputs
 from toolchain.errors import ArtifactError, DataError, TamperedError, VerdictError
 from toolchain.models import checkpoints, sources
-from toolchain.models.sources import Origin
+from toolchain.models.sources import ImportFiles
 from toolchain.progress import Bar, Progress, Say, no_bar
 from toolchain.system import hardware
 
@@ -96,7 +96,7 @@ def examine(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step
         recorded = artifact.manifest.step if artifact else None
         step = asked.get(variant.name, recorded or variant.step)
         if isinstance(step, Import):
-            step = sources.pinned(workspace.source, step, recorded)
+            step = sources.pin_revisions(workspace.source, step, recorded)
         elif variants.learns(step) and not step.train:
             step = dataclasses.replace(step, train=workspace.train.digest)
         reason = _reason_to_build(step, artifact, planned.get(variant.parent or ""))
@@ -285,18 +285,18 @@ def _require_same_data(workspace: Workspace, item: Planned) -> None:
         )
 
 
-def _origin(workspace: Workspace, step: Step, parent: Artifact | None) -> tuple[Origin | None, Mapping[str, Any]]:
+def _origin(workspace: Workspace, step: Step, parent: Artifact | None) -> tuple[ImportFiles | None, Mapping[str, Any]]:
     """Returns the checkpoint's files for an import, else None, and the source in the form of a manifest."""
     if isinstance(step, Import):
         source = dataclasses.replace(workspace.source, revision=step.revision)
-        return sources.fetched(workspace.source, step), source.recorded()
+        return sources.fetch_files(workspace.source, step), source.to_manifest()
     return None, parent.manifest.source if parent else {}
 
 
 def _require_parent_unchanged(workspace: Workspace, step: Step, parent: Artifact | None) -> None:
     """Raises `ArtifactError` if the parent, or an import's checkpoint, changed since the build began."""
     if isinstance(step, Import):
-        changed, name = sources.fetched(workspace.source, step).step != step, "The checkpoint"
+        changed, name = sources.fetch_files(workspace.source, step).step != step, "The checkpoint"
     elif parent:
         now = store.load(parent.path)
         changed, name = now is None or now.manifest.id != parent.manifest.id, parent.manifest.variant
@@ -315,7 +315,7 @@ def validate_variant(workspace: Workspace, name: str, say: Say) -> dict[str, Any
     return _validate(workspace, workspace.lineage(name)[-1], artifact, origin)
 
 
-def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, origin: Origin | None) -> dict[str, Any]:
+def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, origin: ImportFiles | None) -> dict[str, Any]:
     """Compares an artifact with its nearest PyTorch ancestor, or an import with its checkpoint."""
     reference = origin.folder if origin else _torch_ancestor(workspace, variant)
     manifest, place = artifact.manifest, Place("cpu", hardware.cores())

@@ -44,12 +44,12 @@ def corpus_of(spec: str | None, column: str | None) -> Texts | None:
 
 
 def tokens_to_keep(job: Job[Quantize]) -> list[int]:
-    """Returns the ids of the parent's tokens to keep for the step's corpus; see `vocabulary.kept_tokens`."""
+    """Returns the ids of the parent's tokens to keep for the step's corpus; see `vocabulary.tokens_to_keep`."""
     if job.corpus and job.step.trim_vocab != TRAIN:
-        return vocabulary.kept_tokens(_encoder(job.given.path, job.given.manifest), job.corpus.read())
+        return vocabulary.tokens_to_keep(_encoder(job.given.path, job.given.manifest), job.corpus.read())
     data = job.train.load(job.given.label_set)
     texts = data.only(inputs.hold_out(data)[0]).texts
-    return vocabulary.kept_tokens(_encoder(job.given.path, job.given.manifest), texts)
+    return vocabulary.tokens_to_keep(_encoder(job.given.path, job.given.manifest), texts)
 
 
 def trim(

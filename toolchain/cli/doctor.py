@@ -39,8 +39,8 @@ def doctor(exported: Path, as_json: bool) -> None:
         click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
     else:
         for finding in findings:
-            mend = f"\n{'':9}→ {finding.mend}" if finding.mend else ""
-            click.echo(f"{finding.level:8} {finding.what}{mend}")
+            hint = f"\n{'':9}→ {finding.mend}" if finding.mend else ""
+            click.echo(f"{finding.level:8} {finding.what}{hint}")
     problems = [finding for finding in findings if finding.level == "problem"]
     if problems:
         raise ToolchainError(

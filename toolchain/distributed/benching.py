@@ -113,7 +113,7 @@ def on(cluster: Cluster, plan: Plan, planned: Sequence[tuple[Node, Sequence[Cell
             node, cells = by_id[told["node"]]
             if "cause" in told:
                 say(f"{node.host}: failed")
-                yield _failed(plan, node, cells, BenchError(f"On the node {node.host}: {told['cause']}", told["mend"]))
+                yield _failed(plan, node, cells, BenchError(f"On the node {node.host}: {told['cause']}", told["hint"]))
             else:
                 say(f"{node.host}: measured")
                 yield ResultFile.read(Path(told["file"]))

@@ -99,7 +99,7 @@ class Driver:
         """Waits for the next node and writes its result file to `folder`.
 
         Returns:
-            The id of the ``node``, and the path of the ``file``. If the node failed: ``cause`` and ``mend``.
+            The id of the ``node``, and the path of the ``file``. If the node failed: ``cause`` and ``hint``.
         """
         import ray
 
@@ -111,7 +111,7 @@ class Driver:
             with _in_words():
                 ray.get(done[0]).write(path)
         except ToolchainError as error:
-            return {"node": node, "cause": error.cause, "mend": error.mend}
+            return {"node": node, "cause": error.cause, "hint": error.hint}
         return {"node": node, "file": str(path)}
 
 

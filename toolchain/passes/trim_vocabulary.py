@@ -28,9 +28,9 @@ def trim_vocabulary(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     table = users[0].inputs[0] if len(users) == 1 and users[0].op_type == "Gather" else None
     tensor = table.const_value if table is not None else None
     if table is None or tensor is None or tensor.shape.rank() != 2 or len(table.consumers()) != 1:
-        found = ", ".join(sorted(node.op_type for node in users)) or "nothing"
+        operators = ", ".join(sorted(node.op_type for node in users)) or "nothing"
         raise GraphError(
-            f"Only a graph that uses token ids to look up one table can be trimmed; this one has them in {found}.",
+            f"Only a graph that uses token ids to look up one table can be trimmed; this one has them in {operators}.",
             "Leave --trim-vocab out.",
         )
     array = tensor.numpy()

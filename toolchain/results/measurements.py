@@ -353,8 +353,8 @@ class ResultFile:
             raise ResultFileError(f"There is no result file {path}.", "`toolchain bench` writes one.") from error
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
             what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-            mend = "Delete or move it, and measure again with `toolchain bench`."
-            raise ResultFileError(f"{path} is no result file: {what}.", mend) from error
+            hint = "Delete or move it, and measure again with `toolchain bench`."
+            raise ResultFileError(f"{path} is no result file: {what}.", hint) from error
 
     def check(self) -> None:
         """Checks the fields that a comparison needs.

@@ -188,15 +188,15 @@ def _check_output(output: Path) -> None:
     """Raises `ArtifactError` unless `output` is free or an unmodified bundle, which `ship` can build again."""
     if not (output.exists() or output.is_symlink()):
         return
-    mend = "Move it away, or name another folder with --output."
+    hint = "Move it away, or name another folder with --output."
     try:
         bundled.sealed(output)
     except FileNotFoundError as error:
-        raise ArtifactError(f"{output} exists and is no bundle.", mend) from error
+        raise ArtifactError(f"{output} exists and is no bundle.", hint) from error
     except NotADirectoryError as error:
-        raise ArtifactError(f"{output} is a file.", mend) from error
+        raise ArtifactError(f"{output} is a file.", hint) from error
     except bundled.Broken as error:
-        raise ArtifactError(f"{output} was changed since it was written: {error.cause}.", mend) from error
+        raise ArtifactError(f"{output} was changed since it was written: {error.cause}.", hint) from error
 
 
 def _check_names(names: Sequence[str], target: Target) -> None:

@@ -49,8 +49,8 @@ def import_checkpoint(job: Job[Import]) -> Built:
     try:
         model.save_pretrained(job.folder, safe_serialization=True, max_shard_size="1TB")
     except SafetensorError as error:  # safetensors raises this for a full disk
-        mend = "Free the space, or choose another place with --exported DIR."
-        raise ArtifactError(f"{job.folder} cannot be written: {error}.", mend) from error
+        hint = "Free the space, or choose another place with --exported DIR."
+        raise ArtifactError(f"{job.folder} cannot be written: {error}.", hint) from error
     names = _inputs(model, tokenizer)
     # Stored because the default of the tokenizer class may name inputs that this model does not accept.
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names

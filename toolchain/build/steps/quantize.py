@@ -16,7 +16,7 @@ from toolchain.errors import GraphError
 from toolchain.models.checkpoints import WEIGHTS
 from toolchain.passes.quantize_static import Activation
 from toolchain.quantization.calibration import calibrate
-from toolchain.quantization.sensitivity import Subject, rank
+from toolchain.quantization.sensitivity import SensitivitySetup, rank
 
 VERSION = 5
 
@@ -40,7 +40,9 @@ def _ort(job: Job[Quantize]) -> Built:
         raise GraphError("There is no standard operator for tables of 4 bits.", "Leave --embeddings out.")
     embedding = [f"quantize-embedding{'-int4' if tables == 'int4' else ''}"] if _has(step, "quantize-embedding") else []
     activations = activations_of(job.given, step, job.train) if linear else {}
-    ranked = rank(Subject.of(job.given, linear, job.train, activations), job.progress) if step.keep_fp32 else []
+    ranked = (
+        rank(SensitivitySetup.load(job.given, linear, job.train, activations), job.progress) if step.keep_fp32 else []
+    )
     keep = [layer.name for layer in ranked[: step.keep_fp32]]
     tokens = trimming.tokens_to_keep(job) if step.trim_vocab else []
     passes = [*(["trim-vocabulary"] if tokens else []), *linear, *embedding]

@@ -46,9 +46,9 @@ def install(cache: Path) -> Path:
     if modules := installed(cache):
         return modules
     npm = shutil.which("npm")
-    mend = "Install Node.js 20 or newer with npm, or leave the page out: --no-demo."
+    hint = "Install Node.js 20 or newer with npm, or leave the page out: --no-demo."
     if npm is None:
-        raise ShippingError("The demo page is made of npm packages, and there is no npm here.", mend)
+        raise ShippingError("The demo page is made of npm packages, and there is no npm here.", hint)
     target = folder(cache)
     with lock(target, lambda: None):
         if modules := installed(cache):  # the run that held the lock installed them
@@ -59,7 +59,7 @@ def install(cache: Path) -> Path:
             run = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
             if run.returncode:
                 said = [line for line in run.stderr.strip().splitlines() if "error" in line] or ["it does not say why"]
-                raise ShippingError(f"npm could not install {TRANSFORMERS}: {said[0]}.", mend)
+                raise ShippingError(f"npm could not install {TRANSFORMERS}: {said[0]}.", hint)
             replace(scratch, target)
     return target / "node_modules"
 
