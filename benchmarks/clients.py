@@ -88,7 +88,7 @@ def row(rounds: list[dict[str, Any]], right: list[str]) -> dict[str, Any]:
 @click.option("--exported", type=click.Path(path_type=Path), default=ROOT / "exported", show_default=True)
 def main(rounds: int, exported: Path) -> None:
     """Measures every client."""
-    modules = clients.installed(CACHE)
+    modules = clients.find_modules(CACHE)
     if modules is None or not PYTHON.exists():
         raise click.ClickException("Run `make test-clients` first.")
     workspace = Workspace.open("reference", exported)

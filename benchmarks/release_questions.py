@@ -61,7 +61,7 @@ def write(folder: Path) -> None:
 def _forms(folder: Path, file: str) -> dict[str, str]:
     """The ways an int8 product is shipped → their files: .onnx, and .ort with its weights as they are and unsigned."""
     signed, unsigned = f"{file}.signed.ort", f"{file}.unsigned.ort"
-    ort_format.save_here(str(folder / file), str(folder / signed))
+    ort_format.save_in_process(str(folder / file), str(folder / signed))
     ort_format.save(folder / file, folder / unsigned)
     return {".onnx": file, ".ort with signed weights": signed, ".ort with unsigned weights": unsigned}
 
