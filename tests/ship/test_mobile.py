@@ -430,7 +430,7 @@ def test_the_command_and_its_usage_errors(tiny, tmp_path):
         assert all(f"'{release}'" in unknown.stderr for release in RELEASES), unknown.stderr
     other = run_toolchain("ship", "onnx-fp32", "--target", "web", "--ort-mobile", "1.17", *where, cwd=tmp_path)
     assert other.returncode == 2
-    assert "--ort-mobile is of --target mobile" in other.stderr
+    assert "--ort-mobile needs --target mobile" in other.stderr
 
 
 def test_weights_of_the_other_format_are_unsigned_where_they_could_saturate(phone):
