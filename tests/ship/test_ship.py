@@ -244,7 +244,7 @@ def test_shipping_again_changes_nothing_and_a_change_replaces_it(tiny, tmp_path)
     first = make(tiny, tmp_path / "b", "onnx-int8")
     before = (tmp_path / "b").stat().st_ino
     assert make(tiny, tmp_path / "b", "onnx-int8", say=lambda event: said.append(str(event)))["id"] == first["id"]
-    assert f"{tmp_path / 'b'}: the same already, unchanged" in said
+    assert f"{tmp_path / 'b'}: an equal bundle exists, unchanged" in said
     assert (tmp_path / "b").stat().st_ino == before
     assert make(tiny, tmp_path / "b", "onnx-fp32")["id"] != first["id"]
     assert shipping.verify(tmp_path / "b")["models"].keys() == {"onnx-fp32"}
@@ -307,7 +307,7 @@ def test_what_is_no_onnx_file_is_not_shipped(built_tiny, tmp_path, names):
 
 
 def test_two_variants_of_one_dtype_are_two_web_bundles(built_tiny, tmp_path):
-    with pytest.raises(ShippingError, match=re.escape("would both be onnx/model_quantized.onnx")):
+    with pytest.raises(ShippingError, match=re.escape("would both have the path onnx/model_quantized.onnx")):
         make(built_tiny, tmp_path / "b", "onnx-int8", "onnx-int8-portable", target="web")
 
 
@@ -320,7 +320,7 @@ def test_an_unknown_variant_is_told(built_tiny, tmp_path):
 def test_operators_a_target_lacks_are_named_with_what_to_ship(built_tiny, tmp_path, name):
     with pytest.raises(ShippingError, match=r"(DynamicQuantizeMatMul|Gelu).*onnx-std") as caught:
         make(built_tiny, tmp_path / "b", name, target="other")
-    assert "which only ONNX Runtime has" in str(caught.value)
+    assert "operators that only ONNX Runtime has" in str(caught.value)
     assert not (tmp_path / "b").exists()
 
 
@@ -392,7 +392,7 @@ def test_a_path_that_leaves_the_bundle_is_not_followed(bundle, path):
     secret.write_text("")
     entry = {"path": path, "bytes": 0, "sha256": sha256(secret)}
     reseal(bundle, lambda body: body["files"].append(entry))
-    with pytest.raises(VerdictError, match="leaves the folder"):
+    with pytest.raises(VerdictError, match="is outside the folder"):
         shipping.verify(bundle)
 
 
@@ -444,7 +444,7 @@ def test_weights_outside_the_file_are_not_loaded(bundle):
         entry.update(bytes=size, sha256=digest)
 
     reseal(bundle, resize)
-    with pytest.raises(VerdictError, match="outside of itself"):
+    with pytest.raises(VerdictError, match="stores the tensor"):
         shipping.verify(bundle)
 
 
@@ -484,7 +484,7 @@ def test_answers_that_are_not_the_recorded_ones_are_seen(bundle, change):
 @pytest.mark.parametrize("left", [False, True])
 def test_golden_batches_are_padded_as_the_toolchain_pads(left):
     rows, names = [[1, 2, 3], [4], [5, 6]], ("input_ids", "attention_mask", "token_type_ids")
-    mine = bundled.padded(rows, "left" if left else "right", 9)
+    mine = bundled.pad_rows(rows, "left" if left else "right", 9)
     for name, array in pad(rows, names, 9, left).items():
         assert np.array_equal(np.array(mine[name]), array)
 
@@ -524,9 +524,9 @@ def test_a_runtime_that_saturates_is_told_so_and_what_to_do(bundle, built_tiny, 
     monkeypatch.setattr(bundled, "saturates", lambda exact=False: True)
     with pytest.raises(VerdictError, match="this runtime saturates 8-bit products") as caught:
         shipping.verify(bundle)
-    assert "use a -portable file" in str(caught.value)
+    assert "use a -portable model" in str(caught.value)
     monkeypatch.setattr(bundles, "saturates", lambda exact=False: True)
-    with pytest.raises(ShippingError, match="recorded answers of onnx-int8 would be wrong"):
+    with pytest.raises(ShippingError, match="recorded logits of onnx-int8 would be wrong"):
         make(built_tiny, tmp_path / "b", "onnx-int8")
     assert not (tmp_path / "b").exists()
     make(built_tiny, tmp_path / "fp32", "onnx-fp32")  # nothing in it can saturate
@@ -578,7 +578,7 @@ def test_no_file_of_a_bundle_stands_in_for_a_library(bundle, command, library):
 
 def test_no_bundle_is_a_failure_and_not_a_verdict(tmp_path):
     for place in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(ShippingError, match="is no bundle"):
+        with pytest.raises(ShippingError, match="is not a bundle"):
             shipping.verify(place)
     assert bundled.main(tmp_path) == 1
 
@@ -607,7 +607,7 @@ def test_the_commands_and_their_exit_codes(tiny, tmp_path):
 
 def test_the_page_needs_npm_and_says_so(built_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(ShippingError, match="there is no npm here") as caught:
+    with pytest.raises(ShippingError, match="npm is not installed") as caught:
         clients.install(tmp_path)
     assert "--no-demo" in caught.value.hint
     assert list(tmp_path.iterdir()) == []

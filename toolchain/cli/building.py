@@ -1,4 +1,4 @@
-"""Builds from the command line, for export, prune and quantize."""
+"""The build that export, prune and quantize share."""
 
 from __future__ import annotations
 

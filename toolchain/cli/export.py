@@ -26,16 +26,16 @@ from toolchain.cli.building import build
 @click.option(
     "--base",
     metavar="FOLDER|ID",
-    help="What a LoRA adapter is merged into; kept for later commands.  [default: the hub model it names]",
+    help="Base model of a LoRA adapter. Later commands remember it.  [default: the hub model that the adapter names]",
 )
-@click.option("--opset", type=click.IntRange(17, 20), default=18, show_default=True, help="ONNX operator set.")
+@click.option("--opset", type=click.IntRange(17, 20), default=18, show_default=True, help="ONNX opset.")
 @click.option(
     "--optimize",
     "provider",
     type=click.Choice(["cpu", "cuda", "none"]),
     default="cpu",
     show_default=True,
-    help="Rewrite the graph for this execution provider as well: onnx-fp32 for cpu, onnx-fp16 for cuda.",
+    help="Also optimise the graph for this execution provider: onnx-fp32 for cpu, onnx-fp16 for cuda.",
 )
 @click.option(
     "--from",
@@ -44,9 +44,9 @@ from toolchain.cli.building import build
     default=["torch-fp32"],
     show_default=True,
     metavar="VARIANT",
-    help="The PyTorch variant that is exported; may repeat.",
+    help="PyTorch variant to export. Can be repeated.",
 )
-@no_pass_option([*CPU_PASSES, *CUDA_PASSES], "Leave this rewrite out of the optimised graph")
+@no_pass_option([*CPU_PASSES, *CUDA_PASSES], "Omit this pass from the optimised graph")
 @name_option
 @dry_run_option
 @model_options
@@ -65,7 +65,7 @@ def export(
 ) -> None:
     """Export a checkpoint to ONNX: torch-fp32, onnx-std, and onnx-fp32 optimised for the CPU.
 
-    Each is validated against PyTorch before it is published; what is fresh is skipped.
+    The command validates each variant against PyTorch before it publishes it. It skips fresh variants.
 
     \b
     Examples:
@@ -80,8 +80,8 @@ def export(
     step = None if provider == "none" else Optimize.for_provider(provider)
     if omitted:
         if step is None or not set(omitted) <= set(step.passes):
-            has = f"{provider} has {', '.join(step.passes)}" if step else "nothing is rewritten"
-            raise click.BadParameter(f"with --optimize {provider}, {has}.", param_hint="--no-pass")
+            passes = f"the passes are {', '.join(step.passes)}" if step else "there are no passes"
+            raise click.BadParameter(f"with --optimize {provider}, {passes}.", param_hint="--no-pass")
         step = Optimize(provider, tuple(name for name in step.passes if name not in omitted))
     asked: dict[str, Step] = {"torch-fp32": Import(revision)}
     for parent in parents:

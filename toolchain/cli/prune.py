@@ -23,30 +23,48 @@ from toolchain.cli.building import build
 
 
 @click.command()
-@click.option("--ratio", "ratios", type=float, multiple=True, help="Share to remove, 0.01 to 0.99; may repeat.")
+@click.option(
+    "--ratio",
+    "ratios",
+    type=float,
+    multiple=True,
+    help="Share of the encoder's linear parameters to remove, 0.01 to 0.99. Can be repeated.",
+)
 @click.option(
     "--max-drop",
     type=click.FloatRange(0),
     metavar="POINTS",
-    help="Instead: the largest ratio that loses at most this accuracy on held-out rows.",
+    help="Instead of --ratio: search the largest ratio with at most this accuracy drop on held-out rows.",
 )
 @click.option(
     "--method",
     type=click.Choice(["fisher", "magnitude", "mask"]),
     default="fisher",
     show_default=True,
-    help="What is unimportant: by gradients or by weights. mask: rows are zeroed, nothing gets smaller.",
+    help="How importance is measured: fisher by gradients, magnitude by weights. mask only sets the weakest "
+    "rows to zero, so the model gets neither smaller nor faster.",
 )
 @click.option(
     "--cost",
     type=click.Choice(["parameters", "latency"]),
     default="parameters",
     show_default=True,
-    help="What importance is weighed against; latency is measured on this machine once.",
+    help="Cost that pruning reduces: parameters, or latency, which is measured once on this machine.",
 )
-@click.option("--layers", type=click.IntRange(1), metavar="N", help="So many layers stay; the others go first, whole.")
-@click.option("--recover", "epochs", type=click.IntRange(1, 99), metavar="EPOCHS", help="Then train for so long.")
-@click.option("--from", "parent", default="torch-fp32", show_default=True, metavar="VARIANT", help="What is pruned.")
+@click.option(
+    "--layers",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Keep N layers. Remove the other layers completely, then prune the rest.",
+)
+@click.option(
+    "--recover",
+    "epochs",
+    type=click.IntRange(1, 99),
+    metavar="EPOCHS",
+    help="Then train the pruned model for at most EPOCHS epochs.",
+)
+@click.option("--from", "parent", default="torch-fp32", show_default=True, metavar="VARIANT", help="Variant to prune.")
 @training_options
 @name_option
 @dry_run_option
@@ -68,10 +86,10 @@ def prune(
 ) -> None:
     """Remove attention heads and FFN neurons from the PyTorch model: torch-fp32 becomes torch-pruned50.
 
-    The ratio is the share of the encoder's linear parameters that goes; every layer keeps what matters. Needs no
-    training: what is left is fitted to the unpruned model's sums. --recover trains it to answer as the unpruned model
-    does (torch-pruned50-r1); stopped, it goes on where it was when the same command is given again. One sentence at a
-    time, a layer costs more by being there than by its width: --layers and --recover make the fastest models.
+    Pruning removes the least important heads and neurons. It needs no training: a least-squares fit adjusts the
+    remaining weights to the unpruned model. --recover then trains the pruned model on the unpruned model's logits
+    (torch-pruned50-r1). If you interrupt the training, the same command continues it. At batch 1, depth costs more than
+    width: --layers with --recover gives the fastest models.
 
     \b
     Examples:
@@ -85,11 +103,13 @@ def prune(
     from toolchain.tuning.settings import largest_ratio
 
     if bool(ratios) == (max_drop is not None):
-        raise click.UsageError("Name the share to remove with --ratio, or the accuracy to keep with --max-drop.")
+        raise click.UsageError("Give either --ratio or --max-drop.")
     if method == "mask" and (epochs or max_drop is not None):
-        raise click.UsageError("--method mask removes nothing: leave out --recover and --max-drop.")
+        raise click.UsageError("--method mask removes nothing: it cannot be used with --max-drop or --recover.")
     if max_drop is not None and (epochs or dry_run):
-        raise click.UsageError("--max-drop builds without training: leave out --recover and --dry-run.")
+        raise click.UsageError(
+            "--max-drop builds pruned models without training: it cannot be used with --recover or --dry-run."
+        )
     prunings = [Prune(ratio, method, cost, layers) for ratio in ratios or [0.5]]
     children = [child(parent, pruning, label) for pruning in prunings]  # refuses a wrong parent before the search
     workspace = open_workspace(model, exported, slug, train)

@@ -1,4 +1,4 @@
-"""The command that takes bits away: quantize."""
+"""Quantize: a variant with fewer bits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option(
-    "--backend", type=click.Choice(list(QUANTIZED)), default="ort", show_default=True, help="Whose quantisation it is."
+    "--backend", type=click.Choice(list(QUANTIZED)), default="ort", show_default=True, help="Library that quantises."
 )
 @click.option(
     "--scheme",
@@ -44,40 +44,40 @@ if TYPE_CHECKING:
     type=click.Choice(["vnni", "portable", "auto"]),
     default="vnni",
     show_default=True,
-    help="ort: which processors it must be exact on. vnni: x86 with VNNI or AMX, ARM, WebAssembly. portable: all, with "
-    "weights of 7 bits (onnx-int8-portable). auto: this one.",
+    help="ort: processors on which the variant is exact. vnni: x86 with VNNI or AMX, ARM, WebAssembly. portable: all "
+    "processors, with weights of 7 bits (onnx-int8-portable). auto: this processor.",
 )
 @click.option(
     "--embeddings",
     type=click.Choice(["int8", "int4"]),
-    help="ort: bits of the embedding tables.  [default: the scheme's]",
+    help="ort: bits of the embedding tables.  [default: the scheme's bits]",
 )
 @click.option(
     "--from",
     "parents",
     multiple=True,
     metavar="VARIANT",
-    help="What is quantised; may repeat.  [default: onnx-fp32 for ort (onnx-std for fp16), else torch-fp32]",
+    help="Variant to quantise. Can be repeated.  [default: onnx-fp32 for ort (onnx-std for fp16), else torch-fp32]",
 )
 @click.option(
     "--keep-fp32",
     type=click.IntRange(1),
     metavar="N",
-    help="ort: leave the N linear layers in fp32 that lose most, by held-out rows of the training data.",
+    help="ort: keep the N most sensitive linear layers in fp32. Held-out rows of the training data rank them.",
 )
 @click.option(
     "--max-drop",
     type=click.FloatRange(0),
     metavar="POINTS",
-    help="Instead: as few in fp32 as lose at most this accuracy on these rows.",
+    help="Instead of --keep-fp32: keep as few layers in fp32 as this accuracy drop allows on the held-out rows.",
 )
-@click.option("--sensitivity", is_flag=True, help="Only show what each linear layer loses, the most sensitive first.")
-@no_pass_option(sorted(set(chain(*QUANTIZE_PASSES.values()))), "ort: leave this rewrite out")
+@click.option("--sensitivity", is_flag=True, help="Only show the sensitivity of each linear layer, the highest first.")
+@no_pass_option(sorted(set(chain(*QUANTIZE_PASSES.values()))), "ort: omit this pass")
 @click.option(
     "--trim-vocab",
     metavar="CORPUS",
-    help="ort: leave out of vocabulary and table the tokens that CORPUS, a file of texts, has no use for; `train`: the "
-    "training data. --text-column is its column as well.",
+    help="ort: drop tokens that do not occur in CORPUS, a file of texts, from vocabulary and embedding table. `train` "
+    "means the training data. --text-column names the column of texts.",
 )
 @training_options
 @name_option
@@ -103,12 +103,12 @@ def quantize(
     as_json: bool,
     dry_run: bool,
 ) -> None:
-    """Quantise a variant: onnx-fp32 becomes onnx-int8, torch-fp32 torch-int8 or bnb-nf4.
+    """Quantise a variant: onnx-fp32 becomes onnx-int8; torch-fp32 becomes torch-int8 or bnb-nf4.
 
-    ort and torch int8 scale activations at run time, but for ort's static: that fixes scales on training sentences, so
-    that an answer does not depend on its batch. bnb is bitsandbytes, which saves memory and, on a CPU, no time.
-    Validated before it is published: it is refused where 200 sentences show that more than 2 % are answered differently
-    from the PyTorch model it was made from.
+    int8 chooses activation scales at run time. Only ort's static scheme fixes them on training sentences, so that the
+    logits of a sentence do not depend on the other sentences of its batch. bnb is bitsandbytes: it saves memory, but no
+    time on a CPU. The command validates each variant before it publishes it. It refuses a variant if 200 sentences show
+    that more than 2 % of all sentences flip against the PyTorch model.
 
     \b
     Examples:
@@ -135,20 +135,20 @@ def quantize(
     from toolchain.tuning.settings import fewest_kept
 
     if sum([keep_fp32 is not None, max_drop is not None, sensitivity]) > 1:
-        raise click.UsageError("--keep-fp32, --max-drop and --sensitivity exclude each other.")
+        raise click.UsageError("Give only one of --keep-fp32, --max-drop and --sensitivity.")
     if sensitivity and trim_vocab:
-        raise click.UsageError("--sensitivity compares linear layers, and --trim-vocab changes none.")
+        raise click.UsageError("--sensitivity measures linear layers, and --trim-vocab does not change them.")
     if max_drop is not None and dry_run:
-        raise click.UsageError("--max-drop builds to find its answer: leave out --dry-run.")
+        raise click.UsageError("--max-drop cannot be used with --dry-run.")
     if as_json and not sensitivity:
-        raise click.UsageError("--json prints the table of --sensitivity: give both.")
+        raise click.UsageError("--json needs --sensitivity.")
     if isa == "auto":
         isa = "portable" if saturates() else "vnni"
         click.echo(f"isa auto: {isa} on this processor", err=True)
     scheme = scheme or next(iter(QUANTIZED[backend]))
     if (backend, scheme) == ("ort", "fp16"):
         if isa != "vnni" or any([embeddings, omitted, trim_vocab, keep_fp32, max_drop is not None, sensitivity]):
-            raise click.UsageError("--scheme fp16 takes no other option: the whole graph is half precision.")
+            raise click.UsageError("--scheme fp16 takes no other option of --backend ort.")
         half = Optimize.for_provider("cuda")
         workspace = open_workspace(model, exported, slug)
         build(workspace, {child(parent, half, label).name: half for parent in parents or ("onnx-std",)}, dry_run)
@@ -178,7 +178,7 @@ def quantize(
 
 
 def _print_sensitivity(workspace: Workspace, parents: Iterable[str], step: Quantize, as_json: bool) -> None:
-    """Prints the loss of each linear layer of each parent."""
+    """Prints the sensitivity of each linear layer of each parent."""
     from toolchain.cli.progress import bar, say
     from toolchain.quantization.sensitivity import SENTENCES, rank
     from toolchain.tuning.settings import sensitive
@@ -194,6 +194,6 @@ def _print_sensitivity(workspace: Workspace, parents: Iterable[str], step: Quant
         )
         return
     for parent, layers in found.items():
-        click.echo(f"{parent}: each layer quantised alone, {SENTENCES} held-out rows of the training data")
+        click.echo(f"{parent}: each layer quantised separately, {SENTENCES} held-out rows of the training data")
         for layer in layers:
-            click.echo(f"{layer.name:48} divergence {layer.divergence:8.2g} nats   {layer.flips:3} answered otherwise")
+            click.echo(f"{layer.name:48} divergence {layer.divergence:8.2g} nats   {layer.flips:3} flips")

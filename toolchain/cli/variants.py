@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @json_option
 @model_options
 def variants(model: str, exported: Path, slug: str | None, as_json: bool) -> None:
-    """List every variant: what it is made from, how, and whether it is built, stale or missing.
+    """List every variant with its parent, its step and its state: built, stale or missing.
 
     \b
     Example:
