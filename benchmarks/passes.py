@@ -33,8 +33,8 @@ import onnx_ir as ir
 import peers
 
 from toolchain.artifacts import store
+from toolchain.artifacts.steps import CPU_PASSES, Quantize
 from toolchain.artifacts.store import Artifact
-from toolchain.artifacts.variants import CPU_PASSES, Quantize
 from toolchain.bench.cells import Cell
 from toolchain.build.pipeline import ensure
 from toolchain.build.steps.quantize import linear_passes

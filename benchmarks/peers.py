@@ -45,7 +45,7 @@ from toolchain.build.workspace import Workspace
 from toolchain.cli.progress import bar, say
 from toolchain.compare.report.table import print_table
 from toolchain.compare.rows import compare
-from toolchain.data import inputs
+from toolchain.data import encoding, inputs
 from toolchain.models import checkpoints
 from toolchain.results import statistics
 from toolchain.results.measurements import Measurement, ResultFile, Samples
@@ -85,9 +85,9 @@ def open_shape(shape: str, exported: Path, scratch: Path) -> Workspace:
     return Workspace.open(str(base_shape(scratch / "checkpoint")), scratch / "artifacts", f"{shape}-shape")
 
 
-def encoder_of(root: Artifact) -> inputs.Encoder:
+def encoder_of(root: Artifact) -> encoding.Encoder:
     """Returns the encoder from sentences to the inputs of the model of `root`."""
-    return inputs.Encoder.open(root.path, [spec.name for spec in root.manifest.inputs], root.manifest.max_length)
+    return encoding.Encoder.open(root.path, [spec.name for spec in root.manifest.inputs], root.manifest.max_length)
 
 
 def measure_all(cells: Sequence[Cell], root: Artifact, full: bool, progress: Progress, **options: Any) -> ResultFile:

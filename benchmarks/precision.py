@@ -21,7 +21,7 @@ from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
 from toolchain.cli.progress import bar, say
 from toolchain.data import inputs
-from toolchain.data.inputs import Encoder, pad
+from toolchain.data.encoding import Encoder, pad
 from toolchain.results import statistics
 
 VARIANTS = ("onnx-int8", "onnx-int8-static", "onnx-std-int8")

@@ -23,7 +23,7 @@ from rich.table import Table
 from scipy import stats
 
 from toolchain import pruning
-from toolchain.artifacts.variants import Prune, Recover
+from toolchain.artifacts.steps import Prune, Recover
 from toolchain.backends.pytorch import load_model
 from toolchain.build.pipeline import ensure
 from toolchain.build.steps.prune import price_of

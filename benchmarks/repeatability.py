@@ -25,7 +25,7 @@ from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
 from toolchain.cli.progress import bar, say
 from toolchain.compare.rows import Row, compare
-from toolchain.data import inputs
+from toolchain.data import encoding, inputs
 from toolchain.results import statistics
 from toolchain.results.measurements import Measurement, ResultFile
 from toolchain.results.statistics import Ratio
@@ -67,7 +67,7 @@ def pairs(count: int, save_as: str) -> None:
     workspace = Workspace.open("reference", Path("exported"))
     built = ensure(workspace, [VARIANT], {}, say)
     root = built["torch-fp32"]
-    encoder = inputs.Encoder.open(root.path, [s.name for s in root.manifest.inputs], root.manifest.max_length)
+    encoder = encoding.Encoder.open(root.path, [s.name for s in root.manifest.inputs], root.manifest.max_length)
     data = inputs.load(None, root.label_set)
     cells = [Cell("reference", f"{VARIANT}#{i}", "onnx", "cpu", built[VARIANT]) for i in range(2 * count)]
     with bar("pairs") as progress:

@@ -24,7 +24,7 @@ from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
 from toolchain.cli.progress import bar, say
 from toolchain.data import inputs
-from toolchain.data.inputs import Encoder, pad
+from toolchain.data.encoding import Encoder, pad
 from toolchain.passes import headroom, read
 from toolchain.system import hardware
 

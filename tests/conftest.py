@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from toolchain.artifacts import store
-from toolchain.artifacts.store import Artifact, Manifest, TensorSpec
-from toolchain.artifacts.variants import Import
+from toolchain.artifacts.manifest import Manifest, TensorSpec
+from toolchain.artifacts.steps import Import
+from toolchain.artifacts.store import Artifact
 from toolchain.build.job import Job
 from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace

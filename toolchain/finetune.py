@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import toolchain
 from toolchain.artifacts import publishing
-from toolchain.artifacts.variants import Import
+from toolchain.artifacts.steps import Import
 from toolchain.build.job import Job
 from toolchain.build.steps.importing import import_checkpoint
 from toolchain.data import inputs, labels
 from toolchain.data.datasets import Labelled
-from toolchain.data.inputs import Data, Encoder, TrainingSource
+from toolchain.data.encoding import Encoder
+from toolchain.data.inputs import Data, TrainingSource
 from toolchain.data.labels import MULTI, SINGLE, LabelSet
 from toolchain.errors import ArtifactError, CheckpointError, DataError
 from toolchain.models import checkpoints

@@ -20,8 +20,8 @@ from toolchain.backends import Place, open_session
 from toolchain.bench.scenarios import offline_batches
 from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
+from toolchain.data.encoding import Encoder, pad
 from toolchain.data.files import FORMATS, STDIN, Row, Text, Texts, writer
-from toolchain.data.inputs import Encoder, pad
 from toolchain.data.labels import LabelSet, answers, shares
 from toolchain.errors import ArtifactError, DataError
 from toolchain.passes.probabilities import LOGITS

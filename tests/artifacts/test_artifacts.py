@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from toolchain.artifacts import publishing, store
-from toolchain.artifacts.store import Manifest
-from toolchain.artifacts.variants import Export
+from toolchain.artifacts import manifest, publishing, store
+from toolchain.artifacts.manifest import Manifest
+from toolchain.artifacts.steps import Export
 from toolchain.errors import ArtifactError, TamperedError
 
 
@@ -26,7 +26,7 @@ def manifest_of(folder: Path, **changes) -> Manifest:
         "step": Export(18),
         "step_version": 1,
         "files": store.list_files(folder),
-        "inputs": (store.TensorSpec("input_ids", "int64", ("batch", 7)),),
+        "inputs": (manifest.TensorSpec("input_ids", "int64", ("batch", 7)),),
         "outputs": (),
         "labels": ("NO", "YES"),
         "max_length": 512,
@@ -105,7 +105,7 @@ def test_a_manifest_changed_by_hand_does_not_add_up(published):
 
 @pytest.mark.parametrize("path", ["../../etc/passwd", "/etc/passwd", "a/../../b"])
 def test_a_manifest_that_leaves_its_folder_is_refused(published, path):
-    entry = store.FileEntry(path, 1, "0")
+    entry = manifest.FileEntry(path, 1, "0")
     (published.path / "manifest.json").write_text(manifest_of(published.path, files=(entry,)).to_json())
     with pytest.raises(ArtifactError, match="leaves the folder"):
         store.load(published.path)

@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 from toolchain.artifacts import names as grammar
 from toolchain.artifacts import variants
 from toolchain.artifacts.names import Parts, VariantName
-from toolchain.artifacts.variants import Export, Import, Optimize, Prune, Quantize, Recover
+from toolchain.artifacts.steps import (
+    Export,
+    Import,
+    Optimize,
+    Prune,
+    Quantize,
+    Recover,
+    settings_of,
+    step_from,
+    step_name,
+)
 from toolchain.errors import ArtifactError, SettingsError, UnknownVariantError
 
 pruned = st.builds(
@@ -135,7 +145,7 @@ def test_settings_that_exclude_each_other_are_refused(kind, settings):
     with pytest.raises(SettingsError):
         kind(**settings)
     with pytest.raises(ArtifactError):
-        variants.step_from(kind.__name__.lower(), settings)
+        step_from(kind.__name__.lower(), settings)
 
 
 def test_passes_without_some_of_them():
@@ -179,16 +189,16 @@ def test_the_unpruned_counterpart():
     ],
 )
 def test_a_step_survives_its_manifest(step):
-    assert variants.step_from(variants.step_name(step), variants.settings_of(step)) == step
+    assert step_from(step_name(step), settings_of(step)) == step
 
 
 def test_a_setting_a_step_does_not_have_is_not_in_its_manifest():
-    assert variants.settings_of(Quantize()) == {"backend": "ort", "scheme": "dynamic"}
-    assert variants.settings_of(Quantize(reduce_range=True))["reduce_range"] is True
+    assert settings_of(Quantize()) == {"backend": "ort", "scheme": "dynamic"}
+    assert settings_of(Quantize(reduce_range=True))["reduce_range"] is True
 
 
 def test_a_step_of_another_release_is_refused_in_words():
     with pytest.raises(ArtifactError, match="does not know"):
-        variants.step_from("export", {"flavour": 1})
+        step_from("export", {"flavour": 1})
     with pytest.raises(ArtifactError, match="does not know"):
-        variants.step_from("distil", {})
+        step_from("distil", {})

@@ -21,13 +21,14 @@ from toolchain.build.pipeline import ensure
 from toolchain.cli import main
 from toolchain.compare.report.columns import columns, notes
 from toolchain.compare.rows import compare
-from toolchain.data import inputs
-from toolchain.data.inputs import Data, Encoder
+from toolchain.data import encoding, inputs
+from toolchain.data.encoding import Encoder
+from toolchain.data.inputs import Data
 from toolchain.errors import BenchError, DeviceMemoryError, ProviderError
 from toolchain.results.measurements import ResultFile
 from toolchain.system import hardware
 
-BATCH = inputs.pad([[101, 2023, 102], [101, 102]], ("input_ids", "attention_mask"), 0)
+BATCH = encoding.pad([[101, 2023, 102], [101, 102]], ("input_ids", "attention_mask"), 0)
 T4 = {"name": "Tesla T4", "memory_bytes": 16 << 30, "compute_capability": "7.5"}
 FAKE = {"fake": Backend("fake_backend:FakeSession", ("json",))}
 

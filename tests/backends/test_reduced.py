@@ -10,7 +10,8 @@ import torch
 from conftest import make_checkpoint
 from safetensors.torch import load_file, save_file
 
-from toolchain.artifacts.variants import Quantize, child
+from toolchain.artifacts.steps import Quantize
+from toolchain.artifacts.variants import child
 from toolchain.backends import Place, bnb, open_session, pytorch, reduced
 from toolchain.build.pipeline import ensure
 from toolchain.build.steps import validate

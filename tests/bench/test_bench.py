@@ -24,7 +24,8 @@ from toolchain.bench.scenarios import Protocol
 from toolchain.compare.report.columns import notes
 from toolchain.compare.rows import compare
 from toolchain.data import inputs
-from toolchain.data.inputs import Data, Encoder
+from toolchain.data.encoding import Encoder
+from toolchain.data.inputs import Data
 from toolchain.errors import BenchError, ResultFileError
 
 FAKE = {"fake": Backend("fake_backend:FakeSession", ("json",))}

@@ -8,7 +8,7 @@ import pytest
 from conftest import make_checkpoint
 
 from toolchain.artifacts.names import VariantName
-from toolchain.artifacts.variants import Quantize
+from toolchain.artifacts.steps import Quantize
 from toolchain.build.alternatives import alternatives, hint
 from toolchain.data.datasets import Columns
 from toolchain.data.files import Texts

@@ -13,8 +13,8 @@ import pytest
 from conftest import make_checkpoint
 
 from toolchain.artifacts import publishing, variants
-from toolchain.artifacts.store import MANIFEST
-from toolchain.artifacts.variants import Export, Import, Optimize, Prune, Quantize
+from toolchain.artifacts.manifest import MANIFEST
+from toolchain.artifacts.steps import Export, Import, Optimize, Prune, Quantize
 from toolchain.build import pipeline
 from toolchain.build.pipeline import ensure, plan, states, validate_variant
 from toolchain.build.workspace import Workspace

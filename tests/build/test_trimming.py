@@ -16,7 +16,7 @@ from sample_results import measured, result
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from toolchain import passes
-from toolchain.artifacts.variants import Quantize
+from toolchain.artifacts.steps import Quantize
 from toolchain.backends import Backend, Place, open_session
 from toolchain.bench import runner as bench_module
 from toolchain.bench.cells import Cell
@@ -28,8 +28,9 @@ from toolchain.build.workspace import Workspace
 from toolchain.compare.report.columns import notes
 from toolchain.compare.rows import compare
 from toolchain.data import inputs
+from toolchain.data.encoding import Encoder, pad
 from toolchain.data.files import Texts
-from toolchain.data.inputs import Encoder, TrainingSource, pad
+from toolchain.data.inputs import TrainingSource
 from toolchain.data.labels import LabelSet
 from toolchain.errors import CheckpointError, DataError, GraphError, ShippingError, VerdictError
 from toolchain.models import checkpoints, vocabulary

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from toolchain.data import inputs
 from toolchain.data.datasets import Columns
-from toolchain.data.inputs import Encoder, TrainingSource, load, pad
+from toolchain.data.encoding import Encoder, pad
+from toolchain.data.inputs import TrainingSource, load
 from toolchain.data.labels import LabelSet
 from toolchain.errors import DataError
 from toolchain.models import checkpoints

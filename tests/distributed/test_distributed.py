@@ -22,7 +22,7 @@ from conftest import run_toolchain
 import toolchain
 from toolchain import distributed
 from toolchain import predict as predicting
-from toolchain.artifacts import publishing, store
+from toolchain.artifacts import manifest, publishing
 from toolchain.bench import run, scenarios
 from toolchain.bench.scenarios import Protocol
 from toolchain.data import inputs
@@ -369,4 +369,4 @@ def test_a_cluster_that_dies_leaves_what_was_scored(model, small, tmp_path, monk
 def test_an_artifact_knows_its_files(built_tiny):
     found = built_tiny.load("onnx-int8")
     assert sorted(found.files) == sorted(p.name for p in found.path.iterdir())
-    assert store.MANIFEST in found.files
+    assert manifest.MANIFEST in found.files

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import make_checkpoint
 
-from toolchain.artifacts.variants import Import
+from toolchain.artifacts.steps import Import
 from toolchain.build.pipeline import ensure, plan, validate_variant
 from toolchain.build.workspace import Workspace
 from toolchain.errors import CheckpointError

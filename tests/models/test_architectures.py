@@ -13,7 +13,7 @@ import transformers
 from tiny_architectures import ARCHITECTURES, PLAIN, PRUNABLE, TYPED, make
 
 from toolchain import passes
-from toolchain.artifacts.variants import Quantize, Recover
+from toolchain.artifacts.steps import Quantize, Recover
 from toolchain.backends import Place, open_session
 from toolchain.backends.pytorch import load_model
 from toolchain.bench.cells import Cell
@@ -22,7 +22,8 @@ from toolchain.bench.scenarios import Protocol
 from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
 from toolchain.data import inputs
-from toolchain.data.inputs import Encoder, TrainingSource, pad
+from toolchain.data.encoding import Encoder, pad
+from toolchain.data.inputs import TrainingSource
 from toolchain.errors import CheckpointError, PruningError
 from toolchain.models import architectures
 from toolchain.progress import no_bar

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from toolchain import passes
 from toolchain.backends.ort import session_options
-from toolchain.data.inputs import pad
+from toolchain.data.encoding import pad
 from toolchain.errors import GraphError
 from toolchain.passes.graph import constant, takes_first_token
 from toolchain.passes.int8 import LARGEST_OF_7_BITS, quantize_weight, weight_of

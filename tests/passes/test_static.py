@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from toolchain import passes
-from toolchain.artifacts.variants import Quantize
+from toolchain.artifacts.steps import Quantize
 from toolchain.backends.ort import session_options
 from toolchain.build.pipeline import ensure
-from toolchain.data import inputs
-from toolchain.data.inputs import TrainingSource, pad
+from toolchain.data import encoding, inputs
+from toolchain.data.encoding import pad
+from toolchain.data.inputs import TrainingSource
 from toolchain.errors import GraphError
 from toolchain.passes.quantize_linear import weights_of
 from toolchain.passes.quantize_static import SMOOTHED, Activation
@@ -197,7 +198,7 @@ def test_calibration_sees_each_sentence_alone_and_none_that_is_held_out(built_ti
     assert len(asked) == SENTENCES
     assert {ids.shape[0] for ids in asked} == {1}
     data = inputs.embedded("train")
-    encoder = inputs.Encoder.open(artifact.path, NAMES, artifact.manifest.max_length)
+    encoder = encoding.Encoder.open(artifact.path, NAMES, artifact.manifest.max_length)
     held = {tuple(row) for row in encoder.encode([data.texts[row] for row in inputs.hold_out(data)[1]])}
     assert not held & {tuple(ids[0]) for ids in asked}
     again = calibrate(artifact, TrainingSource())

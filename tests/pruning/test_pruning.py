@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from toolchain import pruning
-from toolchain.artifacts.variants import Export, Optimize, Prune, Quantize
+from toolchain.artifacts.steps import Export, Optimize, Prune, Quantize
 from toolchain.backends import Place, open_session
 from toolchain.backends.pytorch import load_model, save_weights
 from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
 from toolchain.cli import main
-from toolchain.data.inputs import Encoder, TrainingSource, hold_out, pad
+from toolchain.data.encoding import Encoder, pad
+from toolchain.data.inputs import TrainingSource, hold_out
 from toolchain.errors import ArtifactError, CheckpointError, DataError, PruningError
 from toolchain.models import architectures
 from toolchain.models.architectures import LayerShape

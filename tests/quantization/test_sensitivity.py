@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from toolchain import passes
+from toolchain.artifacts.steps import Quantize
 from toolchain.artifacts.store import Artifact
-from toolchain.artifacts.variants import Quantize
 from toolchain.build.pipeline import ensure
 from toolchain.data.inputs import TrainingSource
 from toolchain.errors import GraphError

@@ -22,7 +22,7 @@ from readme_parts import snippet
 
 from toolchain.backends import Place, open_session
 from toolchain.data import inputs
-from toolchain.data.inputs import Encoder, pad
+from toolchain.data.encoding import Encoder, pad
 from toolchain.progress import no_bar
 from toolchain.ship import shipping
 from toolchain.ship.bundles import TOLERANCES

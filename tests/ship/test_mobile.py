@@ -14,13 +14,14 @@ from conftest import run_toolchain
 from onnx import TensorProto, helper
 from test_ship import lies_there, make, reseal
 
-from toolchain.artifacts.store import MANIFEST, list_files, sha256
-from toolchain.artifacts.variants import Export, Optimize
+from toolchain.artifacts.manifest import MANIFEST
+from toolchain.artifacts.steps import Export, Optimize
+from toolchain.artifacts.store import list_files, sha256
 from toolchain.backends import Place, open_session
 from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
 from toolchain.data import inputs
-from toolchain.data.inputs import Encoder, pad
+from toolchain.data.encoding import Encoder, pad
 from toolchain.errors import ArtifactError, ShippingError, VerdictError
 from toolchain.ship import shipping
 from toolchain.ship.bundle_files import verify as bundled

@@ -16,7 +16,7 @@ from conftest import ROOT, TESTS, make_checkpoint
 
 from toolchain.backends.ort import session_options
 from toolchain.build.workspace import Workspace
-from toolchain.data import inputs
+from toolchain.data import encoding
 from toolchain.data.labels import shares
 from toolchain.errors import ArtifactError, VerdictError
 from toolchain.progress import no_bar
@@ -171,8 +171,8 @@ def test_any_number_of_labels(tmp_path):
     make(workspace, tmp_path / "b", "onnx-fp32", license="MIT")
     configs = read(tmp_path / "b")
     assert {tuple(spec["dims"]) for spec in configs["onnx-fp32"]["output"]} == {("7",)}
-    encoder = inputs.Encoder.open(tmp_path / "b", ("input_ids", "attention_mask"), 512)
-    batch = inputs.pad(encoder.encode(["a film", "another"]), encoder.names, 0)
+    encoder = encoding.Encoder.open(tmp_path / "b", ("input_ids", "attention_mask"), 512)
+    batch = encoding.pad(encoder.encode(["a film", "another"]), encoder.names, 0)
     found = ask(tmp_path / "b", configs["onnx-fp32"], batch)
     assert np.allclose(found["probabilities"], shares(found["logits"], True), atol=1e-6)
 
@@ -211,7 +211,7 @@ def test_a_bundle_checks_its_tokenizer(bundle, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
     shutil.copy(copy / "config.json", tmp_path / "other")
-    encoder = inputs.Encoder.open(tmp_path / "other", ("input_ids", "attention_mask"), 512)
+    encoder = encoding.Encoder.open(tmp_path / "other", ("input_ids", "attention_mask"), 512)
     file = copy / body["tokenizer_in_graph"]["file"]
     passes.write(tokenizer_graph.token_model(encoder, 16), file)
     from toolchain.artifacts.store import sha256

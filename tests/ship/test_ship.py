@@ -15,13 +15,13 @@ import pytest
 from conftest import ROOT, TESTS, make_checkpoint, run_toolchain
 
 from toolchain.artifacts import store
+from toolchain.artifacts.steps import Export
 from toolchain.artifacts.store import sha256
-from toolchain.artifacts.variants import Export
 from toolchain.backends.ort import extreme_product
 from toolchain.bench import run
 from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
-from toolchain.data.inputs import pad
+from toolchain.data.encoding import pad
 from toolchain.errors import ArtifactError, ProviderError, ShippingError, UnknownVariantError, VerdictError
 from toolchain.progress import no_bar
 from toolchain.results.measurements import ResultFile

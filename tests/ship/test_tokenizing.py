@@ -12,8 +12,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from toolchain import passes
 from toolchain.artifacts.store import sha256
-from toolchain.data import inputs
-from toolchain.data.inputs import Encoder
+from toolchain.data import encoding, inputs
+from toolchain.data.encoding import Encoder
 from toolchain.errors import GraphError, ProviderError, ShippingError
 from toolchain.models import checkpoints
 from toolchain.ship import tokenizer_graph
@@ -105,7 +105,7 @@ def test_arrays_are_those_a_model_takes(tmp_path):
     passes.write(tokenizer_graph.token_model(encoder, 8), tmp_path / "t.onnx")
     arrays = TextSession(tmp_path / "t.onnx", 1).run(["a film", "a much longer text than the other one is", ""])
     assert set(arrays) == {*NAMES, "token_type_ids"}
-    wanted = inputs.pad(encoder.encode(["a film", "a much longer text than the other one is", ""]), encoder.names, 0)
+    wanted = encoding.pad(encoder.encode(["a film", "a much longer text than the other one is", ""]), encoder.names, 0)
     width = wanted["input_ids"].shape[1]
     for name, array in arrays.items():
         assert array.dtype == np.int64
@@ -231,7 +231,7 @@ def test_text_in_probabilities_out(reference, tmp_path, multi):
     object.__setattr__(encoder, "multi_label", multi)
     passes.write(tokenizer_graph.with_tokenizer(passes.read(artifact.onnx_path), encoder), tmp_path / "text.onnx")
     session = open_session(artifact.path, "onnx", Place("cpu", 1))
-    logits = session.run(inputs.pad(encoder.encode(WORDS[:20]), NAMES, 0))
+    logits = session.run(encoding.pad(encoder.encode(WORDS[:20]), NAMES, 0))
     found = TextSession(tmp_path / "text.onnx", 1).run(WORDS[:20])
     assert list(found) == ["logits", "probabilities"]
     assert np.abs(found["logits"] - logits).max() < 1e-5

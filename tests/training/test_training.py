@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolchain.artifacts import publishing
-from toolchain.artifacts.variants import Prune, Recover
+from toolchain.artifacts.steps import Prune, Recover
 from toolchain.build.pipeline import ensure
 from toolchain.build.steps.recover import Augmented, _mask_token
 from toolchain.build.workspace import Workspace
-from toolchain.data.inputs import Encoder
+from toolchain.data.encoding import Encoder
 from toolchain.data.labels import LabelSet
 from toolchain.errors import DataError
 from toolchain.models import architectures

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolchain import tuning
-from toolchain.artifacts.variants import Quantize, lineage
+from toolchain.artifacts.steps import Quantize
+from toolchain.artifacts.variants import lineage
 from toolchain.bench.scenarios import Protocol
 from toolchain.build import pipeline
 from toolchain.cli.tune import Duration

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from toolchain import errors
-from toolchain.artifacts.store import Artifact, Manifest
+from toolchain.artifacts.manifest import Manifest
+from toolchain.artifacts.store import Artifact
 from toolchain.bench.noise import Noise
 from toolchain.bench.process import Worker
 from toolchain.bench.scenarios import LENGTHS, OFFLINE, SINGLE, Protocol, of_length
-from toolchain.data.inputs import Data, Encoder
+from toolchain.data.encoding import Encoder
+from toolchain.data.inputs import Data
 from toolchain.errors import BenchError, ProviderError, ToolchainError
 from toolchain.results.measurements import Accuracy, Measurement, Samples
 from toolchain.results.statistics import ratio

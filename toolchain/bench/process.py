@@ -22,8 +22,8 @@ from typing import Any
 
 from toolchain import errors
 from toolchain.backends import Place
+from toolchain.data.encoding import Encoder
 from toolchain.data.files import Text
-from toolchain.data.inputs import Encoder
 
 _TAIL = 400  # a failed row quotes this number of characters from the end of standard error
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import toolchain
 from toolchain.artifacts import store, variants
-from toolchain.artifacts.store import Manifest
+from toolchain.artifacts.manifest import Manifest
+from toolchain.artifacts.steps import PROVIDERS
 from toolchain.bench import journal, roofline
 from toolchain.bench.cells import Cell
 from toolchain.bench.journal import Journal
@@ -23,7 +24,7 @@ from toolchain.bench.runner import Progress, bench
 from toolchain.bench.scenarios import Protocol
 from toolchain.build.pipeline import ensure, plan, without_fresh
 from toolchain.build.workspace import Workspace
-from toolchain.data import inputs
+from toolchain.data import encoding, inputs
 from toolchain.data.datasets import USUAL, Columns
 from toolchain.data.inputs import Data, TrainingSource
 from toolchain.errors import BenchError, DataError, ProviderError, PruningError, ResultFileError, ToolchainError
@@ -72,7 +73,7 @@ def planned(names: Sequence[str], providers: Sequence[str], allow_fallback: bool
         BenchError: A named variant runs on none of the providers.
         UnknownVariantError: There is no variant of a given name.
     """
-    wanted = tuple(provider for provider in variants.PROVIDERS if provider in (providers or variants.PROVIDERS))
+    wanted = tuple(provider for provider in PROVIDERS if provider in (providers or PROVIDERS))
     if not names:
         return [(name, provider) for provider in wanted for name in variants.DEFAULT_CELLS[provider]]
     pairs = []
@@ -151,7 +152,7 @@ def measured(
     imported = workspace.load(checkpoints.ROOT_VARIANT)
     assert imported is not None
     root = imported.manifest
-    encoder = inputs.Encoder.open(imported.path, [spec.name for spec in root.inputs], root.max_length)
+    encoder = encoding.Encoder.open(imported.path, [spec.name for spec in root.inputs], root.max_length)
     cells = [cell.reading_as(root) for cell in cells]
     kept = _journal(workspace, request, cells, data)
     # Before anything is timed.
@@ -193,7 +194,7 @@ def asked(workspace: Workspace, request: Request, say: Say) -> tuple[Manifest, D
     return root.manifest, inputs.load(request.data, root.label_set, request.columns, split)
 
 
-def _lengths(encoder: inputs.Encoder | None, data: Data) -> list[int]:
+def _lengths(encoder: encoding.Encoder | None, data: Data) -> list[int]:
     """Returns the number of tokens of each sentence; empty without an encoder."""
     return [len(ids) for ids in encoder.encode(data.texts)] if encoder else []
 

@@ -15,7 +15,8 @@ from toolchain.bench.cells import Cell, Running, measurement, unmeasured
 from toolchain.bench.journal import Journal
 from toolchain.bench.process import Worker
 from toolchain.bench.scenarios import LENGTHS, OFFLINE, SINGLE, Protocol, Turn
-from toolchain.data.inputs import Data, Encoder
+from toolchain.data.encoding import Encoder
+from toolchain.data.inputs import Data
 from toolchain.errors import ToolchainError
 from toolchain.results.measurements import Measurement
 

@@ -23,7 +23,7 @@ from toolchain import errors
 from toolchain.backends import Place, session_class
 from toolchain.bench import gpu_memory
 from toolchain.data import labels
-from toolchain.data.inputs import Encoder, Tokens, pad
+from toolchain.data.encoding import Encoder, Tokens, pad
 from toolchain.results.measurements import PROBABILITY
 
 if TYPE_CHECKING:

@@ -8,10 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from toolchain.artifacts import variants
 from toolchain.artifacts.names import VariantName
+from toolchain.artifacts.steps import QUANTIZE_PASSES, Quantize, learns
 from toolchain.artifacts.store import Artifact
-from toolchain.artifacts.variants import QUANTIZE_PASSES, Quantize
 from toolchain.build.trimming import TRAIN
 from toolchain.build.workspace import Workspace
 from toolchain.data import inputs
@@ -144,7 +143,7 @@ def command(workspace: Workspace, parent: VariantName, label: str, step: Quantiz
         found += ["--no-pass", name] if step.passes is not None and name not in step.passes else []
     if step.trim_vocab:
         found += ["--trim-vocab", workspace.corpus.file if workspace.corpus else TRAIN]
-    if variants.learns(step):
+    if learns(step):
         found += _training_options(workspace.train, labels)
     found += ["--name", label] if label and label != parent.parts.label else []
     return shlex.join(found)

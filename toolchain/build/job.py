@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from toolchain.artifacts.store import Artifact, Manifest, TensorSpec
-from toolchain.artifacts.variants import Step, step_name
+from toolchain.artifacts.manifest import Manifest, TensorSpec
+from toolchain.artifacts.steps import Step, step_name
+from toolchain.artifacts.store import Artifact
 from toolchain.data.files import Texts
 from toolchain.data.inputs import TrainingSource
 from toolchain.errors import ArtifactError

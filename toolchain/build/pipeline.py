@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.artifacts import publishing, store, variants
-from toolchain.artifacts.store import ONNX, Artifact, Manifest
-from toolchain.artifacts.variants import Export, Import, Optimize, Prune, Quantize, Recover, Step, Variant
+from toolchain.artifacts.manifest import Manifest
+from toolchain.artifacts.steps import Export, Import, Optimize, Prune, Quantize, Recover, Step, learns, settings_of
+from toolchain.artifacts.store import ONNX, Artifact
+from toolchain.artifacts.variants import Variant
 from toolchain.backends import Place, open_session
 from toolchain.backends.lora import LoraSession
 from toolchain.backends.ort import saturates
@@ -26,7 +28,7 @@ from toolchain.build.job import Built, Job
 from toolchain.build.steps import export, importing, optimize, prune, quantize, recover
 from toolchain.build.steps.validate import SEED, SENTENCES, sentence, validate
 from toolchain.build.workspace import Workspace
-from toolchain.data import inputs
+from toolchain.data import encoding, inputs
 from toolchain.errors import ArtifactError, DataError, TamperedError, VerdictError
 from toolchain.models import checkpoints, sources
 from toolchain.models.sources import ImportFiles
@@ -97,7 +99,7 @@ def examine(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step
         step = asked.get(variant.name, recorded or variant.step)
         if isinstance(step, Import):
             step = sources.pin_revisions(workspace.source, step, recorded)
-        elif variants.learns(step) and not step.train:
+        elif learns(step) and not step.train:
             step = dataclasses.replace(step, train=workspace.train.digest)
         reason = _reason_to_build(step, artifact, planned.get(variant.parent or ""))
         if artifact and not reason:
@@ -117,7 +119,7 @@ def _reason_to_build(step: Step, artifact: Artifact | None, parent: Planned | No
         return "missing"
     manifest = artifact.manifest
     if manifest.step != step:
-        old, new = variants.settings_of(manifest.step), variants.settings_of(step)
+        old, new = settings_of(manifest.step), settings_of(step)
         keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         changed = ", ".join(f"{key} {old.get(key)} → {new.get(key)}" for key in keys)
         return "the checkpoint changed" if isinstance(step, Import) else f"other settings: {changed}"
@@ -271,7 +273,7 @@ def _refusal(
 def _require_same_data(workspace: Workspace, item: Planned) -> None:
     """Raises `DataError` if the step's training data or corpus differs from those of the workspace."""
     name, step = item.variant.name, item.step
-    if variants.learns(step) and step.train and step.train != workspace.train.digest:
+    if learns(step) and step.train and step.train != workspace.train.digest:
         raise DataError(
             f"{name} must be built again with its training data {inputs.name_in(step.train)}, and this command has "
             f"{inputs.name_in(workspace.train.digest)}.",
@@ -320,12 +322,12 @@ def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, origin
     reference = origin.folder if origin else _torch_ancestor(workspace, variant)
     manifest, place = artifact.manifest, Place("cpu", hardware.cores())
     names = [spec.name for spec in manifest.inputs]
-    encoder = inputs.Encoder.open(artifact.path, names, manifest.max_length)
+    encoder = encoding.Encoder.open(artifact.path, names, manifest.max_length)
     data, other = inputs.embedded(), None
     if getattr(manifest.step, "trim_vocab", None):
         # Sentences of another domain contain tokens that trimming removed.
         data = trimming.judged_by(workspace.train, artifact)
-        other = inputs.Encoder.open(reference, names, manifest.max_length)
+        other = encoding.Encoder.open(reference, names, manifest.max_length)
     sentences = data.sample(SENTENCES, SEED)
     contender = open_session(artifact.path, variant.runtime, place)
     adapted = origin.base if origin else None

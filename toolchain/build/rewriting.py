@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
+from toolchain.artifacts.steps import Step
 from toolchain.artifacts.store import copy_companions
-from toolchain.artifacts.variants import Step
 from toolchain.build.job import Built, Job
 from toolchain.passes import facts, read, rewrite, write
 from toolchain.passes.model_shape import context_of

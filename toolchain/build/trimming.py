@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolchain.artifacts.store import Artifact, Manifest
-from toolchain.artifacts.variants import Quantize
+from toolchain.artifacts.manifest import Manifest
+from toolchain.artifacts.steps import Quantize
+from toolchain.artifacts.store import Artifact
 from toolchain.backends import Place
 from toolchain.backends.ort import OrtSession
 from toolchain.build.job import Job
 from toolchain.data import inputs
+from toolchain.data.encoding import Encoder, pad
 from toolchain.data.files import FORMATS, Texts
-from toolchain.data.inputs import Data, Encoder, TrainingSource, pad
+from toolchain.data.inputs import Data, TrainingSource
 from toolchain.data.labels import answers
 from toolchain.errors import DataError
 from toolchain.models import vocabulary

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from toolchain.artifacts import store, variants
 from toolchain.artifacts.names import VariantName, shorter
+from toolchain.artifacts.steps import Export, Optimize
 from toolchain.artifacts.store import Artifact
-from toolchain.artifacts.variants import Export, Optimize, Variant
+from toolchain.artifacts.variants import Variant
 from toolchain.data.files import Texts
 from toolchain.data.inputs import TrainingSource
 from toolchain.errors import ArtifactError, UnknownVariantError

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from toolchain.artifacts.variants import CPU_PASSES, CUDA_PASSES
+from toolchain.artifacts.steps import CPU_PASSES, CUDA_PASSES
 from toolchain.cli.options import (
     dry_run_option,
     model_options,
@@ -17,7 +17,7 @@ from toolchain.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from toolchain.artifacts.variants import Step
+    from toolchain.artifacts.steps import Step
 from toolchain.cli.building import build
 
 
@@ -75,7 +75,8 @@ def export(
       toolchain export --optimize cuda
       toolchain export --no-pass residual-sum --name plain-add
     """
-    from toolchain.artifacts.variants import Export, Import, Optimize, child
+    from toolchain.artifacts.steps import Export, Import, Optimize
+    from toolchain.artifacts.variants import child
 
     step = None if provider == "none" else Optimize.for_provider(provider)
     if omitted:

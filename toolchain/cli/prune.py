@@ -17,7 +17,7 @@ from toolchain.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from toolchain.artifacts.variants import Step
+    from toolchain.artifacts.steps import Step
     from toolchain.data.inputs import TrainingSource
 from toolchain.cli.building import build
 
@@ -98,7 +98,8 @@ def prune(
       toolchain prune --ratio 0.65 --layers 4 --recover 2
       toolchain prune --max-drop 1.0
     """
-    from toolchain.artifacts.variants import Prune, Recover, child
+    from toolchain.artifacts.steps import Prune, Recover
+    from toolchain.artifacts.variants import child
     from toolchain.cli.progress import bar, say
     from toolchain.tuning.settings import largest_ratio
 

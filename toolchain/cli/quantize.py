@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from toolchain.artifacts.variants import QUANTIZE_PASSES, QUANTIZED
+from toolchain.artifacts.steps import QUANTIZE_PASSES, QUANTIZED
 from toolchain.cli.building import build
 from toolchain.cli.options import (
     dry_run_option,
@@ -24,7 +24,7 @@ from toolchain.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from toolchain.artifacts.variants import Quantize, Step
+    from toolchain.artifacts.steps import Quantize, Step
     from toolchain.build.workspace import Workspace
     from toolchain.data.inputs import TrainingSource
 
@@ -128,7 +128,8 @@ def quantize(
       toolchain quantize --backend torch --scheme int8 --from torch-fp32 --from torch-pruned30
       toolchain quantize --backend bnb --scheme nf4
     """
-    from toolchain.artifacts.variants import Optimize, Quantize, child
+    from toolchain.artifacts.steps import Optimize, Quantize
+    from toolchain.artifacts.variants import child
     from toolchain.backends.ort import saturates
     from toolchain.build.trimming import corpus_of
     from toolchain.cli.progress import bar, say

@@ -24,7 +24,7 @@ def variants(model: str, exported: Path, slug: str | None, as_json: bool) -> Non
     Example:
       toolchain variants --model ./my-checkpoint
     """
-    from toolchain.artifacts.variants import settings_of, step_name
+    from toolchain.artifacts.steps import settings_of, step_name
     from toolchain.build.pipeline import states
 
     rows: list[dict[str, Any]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from toolchain.artifacts.variants import Import, Step
+from toolchain.artifacts.steps import Import, Step
 from toolchain.errors import CheckpointError, HubError
 from toolchain.models import adapters, checkpoints
 from toolchain.models.checkpoints import Source

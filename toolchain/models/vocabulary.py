@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from toolchain.data.encoding import Encoder
 from toolchain.data.files import Text
-from toolchain.data.inputs import Encoder
 from toolchain.errors import CheckpointError, DataError
 
 WORDPIECE = "WordPiece"

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.artifacts.store import TensorSpec
+from toolchain.artifacts.manifest import TensorSpec
 from toolchain.errors import GraphError
 from toolchain.passes.attention import build_qattention
 from toolchain.passes.first_query import first_query

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.artifacts.variants import CPU_PASSES, QUANTIZE_PASSES
+from toolchain.artifacts.steps import CPU_PASSES, QUANTIZE_PASSES
 from toolchain.errors import PruningError
 from toolchain.models.architectures import LayerShape, head_size, reshape, shapes_of
 from toolchain.system import files, hardware

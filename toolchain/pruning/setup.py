@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from toolchain.artifacts.store import Artifact
 from toolchain.backends.pytorch import load_model
-from toolchain.data import inputs
+from toolchain.data import encoding, inputs
 from toolchain.data.inputs import Data, TrainingSource
 from toolchain.data.labels import LabelSet
 from toolchain.errors import PruningError
@@ -67,9 +67,9 @@ class PruningSetup:
         return model
 
     @functools.cached_property
-    def encoder(self) -> inputs.Encoder:
+    def encoder(self) -> encoding.Encoder:
         """Opens the encoder, which turns texts into token ids."""
-        return inputs.Encoder.open(self.folder, self.names, self.max_length)
+        return encoding.Encoder.open(self.folder, self.names, self.max_length)
 
     @functools.cached_property
     def _data(self) -> Data:

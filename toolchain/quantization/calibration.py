@@ -19,7 +19,8 @@ from toolchain.artifacts.store import Artifact
 from toolchain.backends import Place
 from toolchain.backends.ort import OrtSession
 from toolchain.data import inputs
-from toolchain.data.inputs import Encoder, TrainingSource, pad
+from toolchain.data.encoding import Encoder, pad
+from toolchain.data.inputs import TrainingSource
 from toolchain.passes import read, write
 from toolchain.passes.int8 import quantize_weight
 from toolchain.passes.quantize_linear import inputs_with_shared_weights, weights_of

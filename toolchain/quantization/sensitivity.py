@@ -14,7 +14,8 @@ from toolchain.artifacts.store import Artifact
 from toolchain.backends import Place
 from toolchain.backends.ort import OrtSession
 from toolchain.data import inputs
-from toolchain.data.inputs import Data, Encoder, TrainingSource, pad
+from toolchain.data.encoding import Encoder, pad
+from toolchain.data.inputs import Data, TrainingSource
 from toolchain.data.labels import answers, log_shares
 from toolchain.errors import GraphError
 from toolchain.passes import read, rewrite, write

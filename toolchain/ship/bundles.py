@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain import passes
-from toolchain.artifacts.store import Artifact, TensorSpec, list_files
-from toolchain.artifacts.variants import settings_of, step_name
+from toolchain.artifacts.manifest import TensorSpec
+from toolchain.artifacts.steps import settings_of, step_name
+from toolchain.artifacts.store import Artifact, list_files
 from toolchain.backends import Place
 from toolchain.backends.ort import OrtSession, saturates
 from toolchain.build.onnx_metadata import license_of, options_by_processor, set_properties
-from toolchain.data.inputs import Encoder, pad
+from toolchain.data.encoding import Encoder, pad
 from toolchain.errors import ShippingError
 from toolchain.passes.probabilities import add_probabilities
 from toolchain.ship.bundle_files.verify import BUNDLE, GOLDEN, SCHEMA, TEXT, canonical_id

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain import passes
 from toolchain.artifacts import variants
+from toolchain.artifacts.manifest import Manifest
 from toolchain.artifacts.publishing import building, lock, replace
-from toolchain.artifacts.store import Artifact, Manifest
+from toolchain.artifacts.store import Artifact
 from toolchain.backends import Place, Session, open_session
 from toolchain.bench import run
 from toolchain.build import onnx_metadata
@@ -21,7 +22,7 @@ from toolchain.build.steps.validate import SENTENCES as VALIDATION_SENTENCES
 from toolchain.build.steps.validate import TEXTS, TOLERANCE, sentence, validate
 from toolchain.build.workspace import Workspace
 from toolchain.data import inputs
-from toolchain.data.inputs import Encoder, pad
+from toolchain.data.encoding import Encoder, pad
 from toolchain.errors import ArtifactError, ProviderError, ShippingError, VerdictError
 from toolchain.models.checkpoints import NOT_STATED, REFERENCE_LICENSE
 from toolchain.progress import Bar, Say

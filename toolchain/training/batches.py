@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from toolchain.data.inputs import Encoder, pad
+from toolchain.data.encoding import Encoder, pad
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.data.inputs import Encoder
+from toolchain.data.encoding import Encoder
 from toolchain.errors import DataError
 from toolchain.models.architectures import matched_layers
 from toolchain.system import files, hardware

@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from toolchain.artifacts.store import Artifact, Manifest
-from toolchain.artifacts.variants import Recover
+from toolchain.artifacts.manifest import Manifest
+from toolchain.artifacts.steps import Recover
+from toolchain.artifacts.store import Artifact
 from toolchain.bench.cells import Cell
 from toolchain.bench.runner import bench
 from toolchain.bench.scenarios import Protocol
 from toolchain.build.pipeline import STEPS, ensure, without_fresh
 from toolchain.build.workspace import Workspace
 from toolchain.data import inputs
-from toolchain.data.inputs import Data, Encoder
+from toolchain.data.encoding import Encoder
+from toolchain.data.inputs import Data
 from toolchain.errors import BenchError, CheckpointError, PruningError, VerdictError
 from toolchain.models import checkpoints
 from toolchain.passes.model_shape import layers_in

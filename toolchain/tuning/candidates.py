@@ -8,7 +8,8 @@ import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from toolchain.artifacts.variants import Export, Optimize, Prune, Quantize, Recover, Step, child
+from toolchain.artifacts.steps import Export, Optimize, Prune, Quantize, Recover, Step
+from toolchain.artifacts.variants import child
 from toolchain.build.trimming import TRAIN
 
 LABEL = "tune"

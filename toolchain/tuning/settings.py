@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from toolchain import pruning
-from toolchain.artifacts.variants import Prune, Quantize
+from toolchain.artifacts.steps import Prune, Quantize
 from toolchain.build.pipeline import ensure
 from toolchain.build.steps.prune import price_of
 from toolchain.build.steps.quantize import activations_of, linear_passes

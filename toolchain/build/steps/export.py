@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from toolchain.artifacts.steps import Export
 from toolchain.artifacts.store import ONNX, copy_companions
-from toolchain.artifacts.variants import Export
 from toolchain.backends.pytorch import load_model
 from toolchain.build.job import Built, Job
 from toolchain.errors import GraphError

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.artifacts.store import TensorSpec
-from toolchain.artifacts.variants import Import
+from toolchain.artifacts.manifest import TensorSpec
+from toolchain.artifacts.steps import Import
 from toolchain.backends import lora
 from toolchain.backends.pytorch import check_finite, describe, load_model
 from toolchain.build.job import Built, Job

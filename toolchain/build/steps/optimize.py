@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from toolchain.artifacts.variants import Optimize
+from toolchain.artifacts.steps import Optimize
 from toolchain.build.job import Built, Job
 from toolchain.build.rewriting import rewrite_into
 

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from toolchain import pruning
+from toolchain.artifacts.steps import Prune
 from toolchain.artifacts.store import copy_companions
-from toolchain.artifacts.variants import Prune
 from toolchain.backends.pytorch import check_stored, describe, save_weights
 from toolchain.build.job import Built, Job
 from toolchain.models.architectures import shapes_of, write_shapes

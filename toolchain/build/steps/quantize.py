@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from toolchain.artifacts.steps import QUANTIZE_PASSES, Quantize
 from toolchain.artifacts.store import Artifact, copy_companions
-from toolchain.artifacts.variants import QUANTIZE_PASSES, Quantize
 from toolchain.backends import bnb, reduced
 from toolchain.backends.pytorch import check_stored, describe, load_model, save_weights
 from toolchain.build import trimming

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from toolchain.artifacts.steps import Recover, settings_of
 from toolchain.artifacts.store import copy_companions
-from toolchain.artifacts.variants import Recover, settings_of
 from toolchain.backends.pytorch import describe, load_model, save_weights
 from toolchain.build.job import Built, Job
-from toolchain.data import inputs
+from toolchain.data import encoding, inputs
 from toolchain.data.inputs import Data
 from toolchain.errors import ArtifactError
 from toolchain.training.loop import Examples, Recipe, train
@@ -36,7 +36,7 @@ def recover(job: Job[Recover]) -> Built:
         raise ArtifactError("Recovery needs the unpruned model as its teacher.")
     manifest = job.given.manifest
     data = job.train.load(job.given.label_set)
-    encoder = inputs.Encoder.open(job.given.path, [spec.name for spec in manifest.inputs], manifest.max_length)
+    encoder = encoding.Encoder.open(job.given.path, [spec.name for spec in manifest.inputs], manifest.max_length)
     job.progress(0, 1, "reading the training data")
     trained, held_out = inputs.hold_out(data)
     rows = _examples(data, trained, encoder)
@@ -62,7 +62,7 @@ def recover(job: Job[Recover]) -> Built:
     return Built.like(job, {**describe(model, model.state_dict()), "recovery": recovery})
 
 
-def _examples(data: Data, rows: list[int], encoder: inputs.Encoder) -> Examples:
+def _examples(data: Data, rows: list[int], encoder: encoding.Encoder) -> Examples:
     chosen = data.only(rows)
     return Examples(encoder.encode(chosen.texts), chosen.targets)
 
@@ -106,7 +106,7 @@ class Augmented(Examples):
         return Examples([*self.ids, *joined], labels)
 
 
-def _mask_token(folder: Path, encoder: inputs.Encoder) -> int | None:
+def _mask_token(folder: Path, encoder: encoding.Encoder) -> int | None:
     """Returns the id of the tokenizer's mask token; None if it has none."""
     file = folder / "tokenizer_config.json"
     token = json.loads(file.read_text()).get("mask_token") if file.is_file() else None

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.artifacts.variants import Export
+from toolchain.artifacts.steps import Export
 from toolchain.errors import ShippingError
 from toolchain.ship.targets import ort_format
 from toolchain.ship.targets.releases import (

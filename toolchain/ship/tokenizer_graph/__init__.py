@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from toolchain.build.onnx_metadata import PRODUCER
-from toolchain.data.inputs import Encoder
+from toolchain.data.encoding import Encoder
 from toolchain.errors import ShippingError
 from toolchain.passes.probabilities import add_probabilities
 from toolchain.ship.bundle_files.verify import TEXT

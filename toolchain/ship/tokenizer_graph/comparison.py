@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from toolchain import passes
-from toolchain.data.inputs import Encoder
+from toolchain.data.encoding import Encoder
 from toolchain.errors import ShippingError
 from toolchain.ship.tokenizer_graph import token_model
 from toolchain.ship.tokenizer_graph.characters import SHIP_WITHOUT_HINT

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from toolchain.data.inputs import TOKEN_TYPES
+from toolchain.data.encoding import TOKEN_TYPES
 from toolchain.ship.tokenizer_graph.nodes import Nodes
 
 if TYPE_CHECKING:
