@@ -314,3 +314,9 @@ def test_a_full_disk_while_building_is_an_error_in_words(published):
         publishing.building(published.path),
     ):
         raise OSError(28, "No space left on device")
+
+
+def test_the_ids_of_the_current_artifacts(built_tiny):
+    name = built_tiny.model
+    found = store.current_ids(built_tiny.exported, [(name, "onnx-fp32"), ("gone", "onnx-fp32")])
+    assert found == {(name, "onnx-fp32"): built_tiny.load("onnx-fp32").manifest.id}

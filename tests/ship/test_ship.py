@@ -18,12 +18,12 @@ from toolchain.artifacts import store
 from toolchain.artifacts.steps import Export
 from toolchain.artifacts.store import sha256
 from toolchain.backends.ort import extreme_product
-from toolchain.bench import run
 from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
 from toolchain.data.encoding import pad
 from toolchain.errors import ArtifactError, ProviderError, ShippingError, UnknownVariantError, VerdictError
 from toolchain.progress import no_bar
+from toolchain.results.folder import ResultsFolder
 from toolchain.results.measurements import ResultFile
 from toolchain.ship import bundles, shipping
 from toolchain.ship.bundle_files import verify as bundled
@@ -197,16 +197,16 @@ def test_no_place_of_this_machine_is_in_a_bundle(shipped, tiny_checkpoint, built
     assert body["model"]["license"] == "not stated"
 
 
-def test_what_was_measured_stands_in_the_bundle_with_its_hardware(tiny, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_what_was_measured_stands_in_the_bundle_with_its_hardware(tiny, tmp_path):
     committed = ResultFile.read(ROOT / "benchmarks" / "results" / "reference-xeon-2cores.json")
     row = next(row for row in committed.rows if row.variant == "onnx-int8")
     mine = dataclasses.replace(row, artifact_id=tiny.load("onnx-int8").manifest.id)
-    run.LOCAL.mkdir(parents=True)
+    results = ResultsFolder(tmp_path / "results")
+    results.local.mkdir(parents=True)
     older = dataclasses.replace(committed, rows=(dataclasses.replace(mine, throughput_per_s=None),), created="2020")
-    dataclasses.replace(committed, rows=(mine,)).write(run.LOCAL / "a.json")
+    dataclasses.replace(committed, rows=(mine,)).write(results.local / "a.json")
     assert older.created < committed.created
-    body = make(tiny, tmp_path / "b", "onnx-int8", "onnx-fp32", license="MIT")
+    body = make(tiny, tmp_path / "b", "onnx-int8", "onnx-fp32", license="MIT", results=results)
     found, nothing = (model["measured"] for model in body["models"])
     assert nothing == "not measured"
     assert found["accuracy"] == {"value": row.accuracy.value, "count": 872}
@@ -216,17 +216,6 @@ def test_what_was_measured_stands_in_the_bundle_with_its_hardware(tiny, tmp_path
     readme = (tmp_path / "b" / "README.md").read_text()
     assert committed.machine["cpu"] in readme
     assert "| onnx-fp32 | `onnx-fp32.onnx` |" in readme
-
-
-def test_the_newest_run_that_cites_an_artifact_counts(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    committed = ResultFile.read(ROOT / "benchmarks" / "results" / "reference-xeon-2cores.json")
-    row = committed.rows[0]
-    run.LOCAL.mkdir(parents=True)
-    for name, created in (("a", "2026-01-02T00:00:00+00:00"), ("b", "2026-01-01T00:00:00+00:00")):
-        dataclasses.replace(committed, rows=(row,), created=created).write(run.LOCAL / f"{name}.json")
-    assert run.cited([row.artifact_id, "nothing"], quiet)[row.artifact_id][0].created.startswith("2026-01-02")
-    assert set(run.cited([row.artifact_id, "nothing"], quiet)) == {row.artifact_id}
 
 
 def test_the_reference_says_whose_it_is(reference, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import zlib
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -127,6 +128,21 @@ def publish(scratch: Path, target: Path, manifest: Manifest) -> Artifact:
         raise ArtifactError.unwritable(target.parent, error) from error
     publishing.replace(scratch, target)
     return Artifact(target, manifest)
+
+
+def current_ids(exported: Path, names: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Returns (model, variant) → id of the current artifact; variants without a readable artifact are absent.
+
+    Args:
+        exported: The folder of all models.
+        names: Models and variants.
+    """
+    ids = {}
+    for model, variant in names:
+        with suppress(ArtifactError):
+            if artifact := load(exported / model / variant):
+                ids[model, variant] = artifact.manifest.id
+    return ids
 
 
 def gzip_bytes(artifact: Artifact, cache: Path) -> int:

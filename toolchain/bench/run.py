@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import os
 import secrets
 import statistics
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import toolchain
@@ -27,14 +25,12 @@ from toolchain.build.workspace import Workspace
 from toolchain.data import encoding, inputs
 from toolchain.data.datasets import USUAL, Columns
 from toolchain.data.inputs import Data, TrainingSource
-from toolchain.errors import BenchError, DataError, ProviderError, PruningError, ResultFileError, ToolchainError
+from toolchain.errors import BenchError, DataError, ProviderError, PruningError, ToolchainError
 from toolchain.models import checkpoints
 from toolchain.progress import Say
+from toolchain.results.folder import DEFAULT_FOLDER, ResultsFolder
 from toolchain.results.measurements import Measurement, ResultFile
-from toolchain.system import files, hardware
-
-RESULTS = Path("benchmarks/results")
-LOCAL = RESULTS / "local"
+from toolchain.system import hardware
 
 
 @dataclass(frozen=True)
@@ -49,6 +45,7 @@ class Request:
         columns: Columns of the file or data set.
         split: Split of the data set; None for ``validation``.
         resume: Whether to resume the interrupted run of the same request.
+        results: The folder of the run's journal.
     """
 
     names: tuple[str, ...]
@@ -58,6 +55,7 @@ class Request:
     columns: Columns = USUAL
     split: str | None = None
     resume: bool = False
+    results: ResultsFolder = DEFAULT_FOLDER
 
 
 def planned(names: Sequence[str], providers: Sequence[str], allow_fallback: bool = False) -> list[tuple[str, str]]:
@@ -238,9 +236,9 @@ def _journal(workspace: Workspace, request: Request, cells: Sequence[Cell], data
         "cells": [[cell.name, cell.artifact.manifest.id if cell.artifact else None] for cell in cells],
     }
     if request.resume:
-        return Journal.take_up(journal.newest(LOCAL, workspace.model), head)
+        return Journal.take_up(journal.newest(request.results.local, workspace.model), head)
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
-    return Journal.begin(LOCAL / f"{workspace.model}-{stamp}{journal.SUFFIX}", head)
+    return Journal.begin(request.results.local / f"{workspace.model}-{stamp}{journal.SUFFIX}", head)
 
 
 def _gzip_sizes(workspace: Workspace, cells: Sequence[Cell], progress: Progress) -> dict[str | None, dict[str, int]]:
@@ -295,136 +293,3 @@ def _cell(
         return replace(cell, status="failed" if request.names else "unavailable", reason=error.cause, hint=error.hint)
     except ToolchainError as error:
         return replace(cell, status="failed", reason=error.cause, hint=error.hint)
-
-
-def judge(*results: ResultFile) -> None:
-    """Requires successful measurements.
-
-    Raises:
-        BenchError: A planned cell failed, or no cell was measured.
-    """
-    rows = [row for result in results for row in result.rows]
-    failed = [row for row in rows if row.status == "failed"]
-    if failed:
-        what = "; ".join(f"{row.cell}: {row.reason}" for row in failed)
-        raise BenchError(f"{len(failed)} of {len(rows)} cells failed: {what}", failed[0].mend)
-    if not any(row.status == "ok" for row in rows):
-        raise BenchError(f"Nothing could be measured: {rows[0].reason}", rows[0].mend)
-
-
-def named_path(name: str, machine_id: str | None = None) -> Path:
-    """Returns the path of a named result file, which a repository can hold.
-
-    Args:
-        name: Name of the result.
-        machine_id: Id of the machine if several machines give one result each; None otherwise.
-    """
-    return RESULTS / (f"{name}-{machine_id}.json" if machine_id else f"{name}.json")
-
-
-def require_free(path: Path) -> None:
-    """Requires that the path does not exist.
-
-    Raises:
-        ResultFileError: The path exists.
-    """
-    if os.path.lexists(path):
-        raise _taken(path)
-
-
-def _taken(path: Path) -> ResultFileError:
-    return ResultFileError(f"{path} exists.", "Give another name with --save-as, or replace it with --force.")
-
-
-def save_named(result: ResultFile, path: Path, *, force: bool) -> None:
-    """Writes the result to a `named_path`.
-
-    Raises:
-        ResultFileError: The path exists and `force` is false, or it cannot be written.
-    """
-    try:
-        result.write(path, replace=force)
-    except FileExistsError as error:
-        raise _taken(path) from error
-
-
-def save_local(result: ResultFile, model: str, machine_id: str | None = None) -> Path:
-    """Writes the result to a new file in `LOCAL` and returns its path.
-
-    Raises:
-        ResultFileError: The file cannot be written.
-    """
-    stamp = result.created.replace(":", "").replace("-", "").removesuffix("+0000")
-    suffix = f"-{machine_id}" if machine_id else ""
-    path = LOCAL / f"{model}-{stamp}Z{suffix}.json"
-    try:
-        return files.write_to_free(path, result.to_json())
-    except OSError as error:
-        raise ResultFileError.unwritable(path, error) from error
-
-
-def newest(model: str, say: Say) -> ResultFile:
-    """Returns the newest run of the model among all named and local result files.
-
-    Raises:
-        BenchError: There is none.
-    """
-    mine = [run for run in _readable(say) if any(row.model == model for row in run.rows)]
-    if not mine:
-        raise BenchError(f"There is no result of {model} under {RESULTS}.", "`toolchain bench` measures it.")
-    return max(mine, key=lambda run: run.created)
-
-
-def cited(ids: Collection[str], say: Say) -> dict[str, tuple[ResultFile, Measurement]]:
-    """Returns artifact id → the newest run that measured it, and its row; unmeasured artifacts are absent."""
-    found: dict[str, tuple[ResultFile, Measurement]] = {}
-    for run in sorted(_readable(say), key=lambda run: run.created):
-        for row in run.rows:
-            if row.status == "ok" and row.artifact_id in ids:
-                found[str(row.artifact_id)] = run, row
-    return found
-
-
-def _readable(say: Say) -> Iterator[ResultFile]:
-    for path in [*sorted(RESULTS.glob("*.json")), *sorted(LOCAL.glob("*.json"))]:
-        try:
-            yield ResultFile.read(path)
-        except ResultFileError as error:
-            say(f"passed over: {error}")  # not an error, because the file may belong to another model
-
-
-def older(path: Path, files: Sequence[ResultFile]) -> ResultFile:
-    """Returns the old run of a regression check.
-
-    Args:
-        path: Result file of the old run.
-        files: The new runs.
-
-    Raises:
-        BenchError: The old run is one of the new runs, so the check could never fail.
-    """
-    found = ResultFile.read(path)
-    if any(file.run.get("id") == found.run.get("id") and file.created == found.created for file in files):
-        raise BenchError(
-            f"{path} is the run itself.", "Name the newer result file: `toolchain compare NEW --against OLD`."
-        )
-    return found
-
-
-def current_ids(exported: Path, rows: Sequence[Any]) -> dict[tuple[str, str], str]:
-    """Returns (model, variant) → id of the current artifact, for the models and variants of the rows.
-
-    Args:
-        exported: The export folder.
-        rows: Rows with a model and a variant. Variants without a readable artifact are absent from the result.
-    """
-    found = {}
-    for model, variant in {(row.model, row.variant) for row in rows}:
-        folder = exported / model / variant
-        try:
-            artifact = store.load(folder)
-        except ToolchainError:
-            continue
-        if artifact:
-            found[model, variant] = artifact.manifest.id
-    return found

@@ -18,6 +18,7 @@ from toolchain.cli.options import (
     json_option,
     model_options,
     open_workspace,
+    results_option,
 )
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from toolchain.build.workspace import Workspace
     from toolchain.data.datasets import Columns
     from toolchain.errors import ResultFileError
+    from toolchain.results.folder import ResultsFolder
     from toolchain.results.measurements import ResultFile
 
 
@@ -58,12 +60,13 @@ if TYPE_CHECKING:
     help="Largest number of sentences in a batch.",
 )
 @click.option("--by-length", is_flag=True, help="Also measure latency at 16, 32, … 512 tokens.")
-@click.option("--save-as", metavar="NAME", help="Save the result as benchmarks/results/NAME.json, to commit it.")
+@click.option("--save-as", metavar="NAME", help="Save the result as NAME.json in --results, to commit it.")
 @click.option("--force", is_flag=True, help="Replace an existing result of --save-as.")
 @click.option("--resume", is_flag=True, help="Continue the interrupted run of the same command.")
 @engine_options
 @json_option
 @dry_run_option
+@results_option
 @model_options
 def bench(
     model: str,
@@ -85,6 +88,7 @@ def bench(
     resume: bool,
     engine: str,
     address: str | None,
+    folder: Path,
     as_json: bool,
     dry_run: bool,
 ) -> None:
@@ -104,6 +108,7 @@ def bench(
     """
     from toolchain.bench import run
     from toolchain.bench.scenarios import FULL, QUICK
+    from toolchain.results.folder import ResultsFolder, require_measured
     from toolchain.system import hardware
 
     if engine == RAY and (resume or dry_run):
@@ -120,9 +125,10 @@ def bench(
         device_id=device_id,
         allow_fallback=allow_fallback,
     )
-    request = run.Request(names, providers, protocol, data, columns, split, resume)
+    results = ResultsFolder(folder)
+    request = run.Request(names, providers, protocol, data, columns, split, resume, results)
     workspace = open_workspace(model, exported, slug)
-    saving = _Saving(workspace.model, save_as, force)
+    saving = _Saving(results, workspace.model, save_as, force)
     if engine != RAY:
         saving.require_free([None])
     if dry_run:
@@ -130,11 +136,11 @@ def bench(
             click.echo(f"{name}@{provider}: {what}")
         return
     if engine == RAY:
-        results = _bench_on_ray(workspace, request, threads, address, saving)
+        runs = _bench_on_ray(workspace, request, threads, address, saving)
     else:
-        results = [_bench_here(workspace, request, saving)]
-    show(rows_of(results, None, exported), "json" if as_json else "table")
-    run.judge(*results)
+        runs = [_bench_here(workspace, request, saving)]
+    show(rows_of(runs, None, exported), "json" if as_json else "table")
+    require_measured(*runs)
     if saving.error:
         raise saving.error
 
@@ -173,6 +179,7 @@ class _Saving:
     If several machines measure, each machine has its own file: the name and the machine's id.
     """
 
+    folder: ResultsFolder
     model: str
     name: str | None
     force: bool
@@ -180,27 +187,27 @@ class _Saving:
 
     def require_free(self, machine_ids: Iterable[str | None]) -> None:
         """Raises `ResultFileError` before the measurement if the name is taken and --force is not given."""
-        from toolchain.bench import run
+        from toolchain.results.folder import require_free
 
         if self.name and not self.force:
             for machine_id in machine_ids:
-                run.require_free(run.named_path(self.name, machine_id))
+                require_free(self.folder.named_path(self.name, machine_id))
 
     def save(self, result: ResultFile, machine_id: str | None) -> None:
         """Writes the result and prints its path; if the name is unusable, writes a local file and keeps the error."""
-        from toolchain.bench import run
         from toolchain.cli.progress import say
         from toolchain.errors import ResultFileError
+        from toolchain.results.folder import save_named
 
         # A run that measured nothing does not use the name: nobody commits it.
         if self.name and any(row.status == "ok" for row in result.rows):
-            path = run.named_path(self.name, machine_id)
+            path = self.folder.named_path(self.name, machine_id)
             try:
-                run.save_named(result, path, force=self.force)
+                save_named(result, path, force=self.force)
             except ResultFileError as error:
-                path = run.save_local(result, self.model, machine_id)
+                path = self.folder.save_local(result, self.model, machine_id)
                 self.error = ResultFileError(f"{error.cause} This result is in {path}.", "Rename it to a free name.")
                 say(error.cause)
         else:
-            path = run.save_local(result, self.model, machine_id)
+            path = self.folder.save_local(result, self.model, machine_id)
         say(f"saved: {path}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from toolchain.cli.options import json_option, model_options, open_workspace
+from toolchain.cli.options import json_option, model_options, open_workspace, results_option
 
 if TYPE_CHECKING:
     from toolchain.compare.limits import Verdict
@@ -103,6 +103,7 @@ def gate_options(command: F) -> F:
     help="Folder to save plots to, as PNG and SVG.",
 )
 @json_option
+@results_option
 @model_options
 def compare(
     results: tuple[Path, ...],
@@ -121,6 +122,7 @@ def compare(
     max_regression: float,
     form: str,
     plots: Path | None,
+    folder: Path,
     as_json: bool,
 ) -> None:
     """Compare result files in one table with a row for each cell; without RESULTS, show the model's newest run.
@@ -136,17 +138,17 @@ def compare(
       toolchain compare new.json --against old.json --max-regression 5%
       toolchain compare --format html > report.html
     """
-    from toolchain.bench import run
     from toolchain.cli.progress import say
     from toolchain.compare.limits import Limits, choose, require
     from toolchain.compare.regressions import regressions, require_none
     from toolchain.compare.rows import arrange
+    from toolchain.results.folder import ResultsFolder, read_older
     from toolchain.results.measurements import ResultFile
 
     if results:
         files = [ResultFile.read(path) for path in results]
     else:
-        files = [run.newest(open_workspace(model, exported, slug).model, say)]
+        files = [ResultsFolder(folder).newest(open_workspace(model, exported, slug).model, say)]
 
     def taken(of: Sequence[ResultFile]) -> list[Row]:
         return arrange(rows_of(of, baseline, exported), order, patterns, provider)
@@ -156,7 +158,7 @@ def compare(
     verdict = choose(rows, limits) if limits != Limits() else None
     found = None
     if against:
-        found = regressions(rows, taken([run.older(against, files)]), max_regression)
+        found = regressions(rows, taken([read_older(against, files)]), max_regression)
     if plots:
         from toolchain.compare.report.plots import save
 
@@ -177,10 +179,11 @@ def rows_of(files: Sequence[ResultFile], baseline: str | None, exported: Path) -
         baseline: Value of --baseline.
         exported: Folder of the artifacts.
     """
-    from toolchain.bench import run
+    from toolchain.artifacts.store import current_ids
     from toolchain.compare.rows import compare as comparison
 
-    return comparison(files, baseline, run.current_ids(exported, [row for file in files for row in file.rows]))
+    names = {(row.model, row.variant) for file in files for row in file.rows}
+    return comparison(files, baseline, current_ids(exported, names))
 
 
 def show(rows: Sequence[Row], form: str, verdict: Verdict | None = None, found: Regressions | None = None) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from toolchain.artifacts.names import LABEL
+from toolchain.results.folder import DEFAULT_FOLDER
 
 if TYPE_CHECKING:
     from toolchain.build.workspace import Workspace
@@ -57,6 +58,18 @@ def model_options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+def results_option(command: F) -> F:
+    """Adds --results, for every command that reads or writes result files. The command receives it as `folder`."""
+    return click.option(
+        "--results",
+        "folder",
+        type=click.Path(file_okay=False, path_type=Path),
+        default=DEFAULT_FOLDER.path,
+        show_default=True,
+        help="Folder of the result files.",
+    )(command)
 
 
 def name_option(command: F) -> F:

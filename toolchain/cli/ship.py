@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from toolchain.cli.options import json_option, model_options, open_workspace
+from toolchain.cli.options import json_option, model_options, open_workspace, results_option
 from toolchain.ship.targets import TARGETS
 from toolchain.ship.targets.releases import DEFAULT, ORDER, RELEASES
 
@@ -47,6 +47,7 @@ from toolchain.ship.targets.releases import DEFAULT, ORDER, RELEASES
 )
 @click.option("--license", "license_", metavar="TEXT", help="Licence of the bundle.  [default: the model's licence]")
 @json_option
+@results_option
 @model_options
 def ship(
     model: str,
@@ -59,6 +60,7 @@ def ship(
     demo: bool,
     with_tokenizer: bool,
     license_: str | None,
+    folder: Path,
     as_json: bool,
 ) -> None:
     """Write VARIANT... to a bundle: a folder that an app loads without this toolchain, and that can check itself.
@@ -75,6 +77,7 @@ def ship(
       toolchain ship onnx-std onnx-std-int8 --target other
     """
     from toolchain.cli.progress import bar, say
+    from toolchain.results.folder import ResultsFolder
     from toolchain.ship.shipping import Order, default_output
     from toolchain.ship.shipping import ship as make
 
@@ -82,6 +85,6 @@ def ship(
         raise click.UsageError(f"--ort-mobile needs --target mobile, not --target {target}.")
     workspace = open_workspace(model, exported, slug)
     place = output or default_output(workspace, target)
-    order = Order(variants, target, license_, demo, with_tokenizer, ort_mobile or DEFAULT)
+    order = Order(variants, target, license_, demo, with_tokenizer, ort_mobile or DEFAULT, ResultsFolder(folder))
     body = make(workspace, order, place, say, bar)
     click.echo(json.dumps(body, indent=1) if as_json else place)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from toolchain.cli.options import DATA, json_option, model_options, open_workspace, training_options
+from toolchain.cli.options import DATA, json_option, model_options, open_workspace, results_option, training_options
 
 if TYPE_CHECKING:
     from toolchain.data.inputs import TrainingSource
@@ -59,6 +59,7 @@ class Duration(click.ParamType):
 @click.option("--data", metavar="DATA", help=f"Data for the final measurement: {DATA}.  [default: the embedded SST-2]")
 @training_options
 @json_option
+@results_option
 @model_options
 def tune(
     model: str,
@@ -69,6 +70,7 @@ def tune(
     budget: float,
     data: str | None,
     train: TrainingSource,
+    folder: Path,
     as_json: bool,
 ) -> None:
     """Search for the fastest or smallest ONNX artifact that keeps the accuracy; builds and measures on this machine.
@@ -88,19 +90,21 @@ def tune(
     from toolchain.cli.progress import bar, say
     from toolchain.compare.report.table import print_table
     from toolchain.compare.rows import compare
+    from toolchain.results.folder import ResultsFolder, require_measured
     from toolchain.system import hardware
     from toolchain.tuning import EXACT, Request, sentence
     from toolchain.tuning import tune as search
 
     workspace = open_workspace(model, exported, slug, train)
     protocol = replace(QUICK, threads=hardware.cores())
-    last = run.Request((), ("cpu",), protocol, data, train.columns)
+    results = ResultsFolder(folder)
+    last = run.Request((), ("cpu",), protocol, data, train.columns, results=results)
     run.asked(workspace, last, say)  # reports unsuitable data before the search
     best, front = search(workspace, Request(objective, max_drop, budget), say, bar)
     names = dict.fromkeys(["torch-fp32", EXACT, best.baseline, *(outcome.variant for outcome in front)])
     with bar("the front on validation data") as progress:
         result, journal = run.measure(workspace, replace(last, names=tuple(names)), say, progress)
-    path = run.save_local(result, workspace.model)
+    path = results.save_local(result, workspace.model)
     say(f"saved: {path}")
     journal.end()
     if as_json:
@@ -110,4 +114,4 @@ def tune(
         print_table(compare([result], f"{best.baseline}@cpu"))
         click.echo(f"\nbest on held-out rows: {sentence(best)}")
         click.echo(workspace.path(best.variant))
-    run.judge(result)
+    require_measured(result)

@@ -26,6 +26,7 @@ from toolchain.data.inputs import Data
 from toolchain.data.labels import LabelSet
 from toolchain.models.checkpoints import Source
 from toolchain.predict import Model, Opened, lying_in, scored
+from toolchain.results.folder import ResultsFolder
 from toolchain.results.measurements import ResultFile
 from toolchain.system import hardware
 
@@ -126,14 +127,13 @@ def measure(order: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], files:
         TamperedError: The files of an artifact do not match their digests.
         ToolchainError: The measurement fails.
     """
-    with scratch() as folder, contextlib.chdir(folder):
-        workspace = Workspace(Path("exported"), order["model"], Source(**order["source"]))
+    with scratch() as folder:
+        workspace = Workspace(folder / "exported", order["model"], Source(**order["source"]))
         unpack(files, workspace.path(""))
         here = [_cell(workspace, cell) for cell in cells]
         protocol = Protocol(**{**order["protocol"], "threads": order["threads"] or hardware.cores()})
-        result, _ = run.measured(
-            workspace, run.Request((), (), protocol), here, _data(order["data"]), lambda line: None, lambda *_: None
-        )
+        request = run.Request((), (), protocol, results=ResultsFolder(folder / "results"))
+        result, _ = run.measured(workspace, request, here, _data(order["data"]), lambda line: None, lambda *_: None)
         return result
 
 

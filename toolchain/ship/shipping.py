@@ -14,7 +14,6 @@ from toolchain.artifacts.manifest import Manifest
 from toolchain.artifacts.publishing import building, lock, replace
 from toolchain.artifacts.store import Artifact
 from toolchain.backends import Place, Session, open_session
-from toolchain.bench import run
 from toolchain.build import onnx_metadata
 from toolchain.build.pipeline import ensure
 from toolchain.build.steps.validate import SEED as VALIDATION_SEED
@@ -26,6 +25,7 @@ from toolchain.data.encoding import Encoder, pad
 from toolchain.errors import ArtifactError, ProviderError, ShippingError, VerdictError
 from toolchain.models.checkpoints import NOT_STATED, REFERENCE_LICENSE
 from toolchain.progress import Bar, Say
+from toolchain.results.folder import DEFAULT_FOLDER, ResultsFolder
 from toolchain.results.measurements import Measurement, ResultFile
 from toolchain.ship import bundles
 from toolchain.ship.bundle_files import verify as bundle_verifier
@@ -61,6 +61,7 @@ class Order:
         demo: Whether a web bundle has a demo page.
         with_tokenizer: Whether each graph contains the tokenizer.
         ort_mobile: Release of ONNX Runtime on the phones, one of `RELEASES`; used by the mobile target only.
+        results: The result files whose figures the bundle cites.
     """
 
     variants: tuple[str, ...]
@@ -69,6 +70,7 @@ class Order:
     demo: bool = True
     with_tokenizer: bool = False
     ort_mobile: str = DEFAULT
+    results: ResultsFolder = DEFAULT_FOLDER
 
 
 def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -> dict[str, Any]:
@@ -108,7 +110,7 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
     if target is TARGETS["web"] and order.demo:
         modules = clients.install(workspace.exported / ".cache")
         page_files = {path: modules / file for path, file in clients.BROWSER_FILES.items()}
-    measurements = run.cited([artifact.manifest.id for artifact in artifacts], say)
+    measurements = order.results.measurements_of([artifact.manifest.id for artifact in artifacts], say)
     contents = Contents(
         target,
         artifacts,
