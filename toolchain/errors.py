@@ -92,11 +92,11 @@ class DeviceMemoryError(ToolchainError):
     """A device has too little memory for the model or a batch."""
 
     @classmethod
-    def asked(cls, size_bytes: int | None) -> DeviceMemoryError:
+    def failed_allocation(cls, size_bytes: int | None) -> DeviceMemoryError:
         """Returns the error for a failed allocation of `size_bytes`; None if the runtime does not report the size."""
-        what = "what" if size_bytes is None else f"the {size_bytes / 2**20:,.0f} MiB"
+        memory = "what" if size_bytes is None else f"the {size_bytes / 2**20:,.0f} MiB"
         return cls(
-            f"The device has no room for {what} it was asked for.",
+            f"The device has no room for {memory} it was asked for.",
             "Free the device, measure fewer variants at once with --variant, or take a smaller model.",
         )
 

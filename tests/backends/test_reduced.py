@@ -190,5 +190,5 @@ def test_a_stored_model_that_answers_otherwise_is_an_error(built, tmp_path, monk
 def test_layers_that_are_no_whole_blocks_are_refused_before_anything_is_packed(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "narrow", width=32)
     with pytest.raises(ProviderError, match="blocks of 64, and the model has layers of width 32"):
-        bnb.quantized(checkpoint, "nf4")
-    assert bnb.quantized(checkpoint, "int8") is not None
+        bnb.quantize_model(checkpoint, "nf4")
+    assert bnb.quantize_model(checkpoint, "int8") is not None

@@ -96,8 +96,8 @@ def test_merged_it_answers_as_peft_does_unmerged(pair, tmp_path, settings):
         AutoModelForSequenceClassification.from_pretrained(pair[1], num_labels=3), adapter
     ).eval()
     expected = answers(by_peft)
-    assert torch.allclose(answers(lora.unmerged(adapter, pair[1])), expected, atol=1e-6)
-    assert torch.allclose(answers(lora.merged(adapter, pair[1])), expected, atol=1e-5)
+    assert torch.allclose(answers(lora.load_unmerged(adapter, pair[1])), expected, atol=1e-6)
+    assert torch.allclose(answers(lora.load_merged(adapter, pair[1])), expected, atol=1e-5)
     with by_peft.disable_adapter():
         assert not torch.allclose(answers(by_peft), expected, atol=1e-2)
 
@@ -188,25 +188,25 @@ def test_labels_come_from_beside_the_adapter_else_from_a_base_with_as_many(copie
     from toolchain.backends import lora
 
     adapter, base = copies
-    assert lora.merged(adapter, base).config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    assert lora.load_merged(adapter, base).config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
     names = {"0": "bad", "1": "so-so", "2": "good"}
     edit(base, "config.json", id2label=names)
-    assert list(lora.merged(adapter, base).config.id2label.values()) == ["bad", "so-so", "good"]
+    assert list(lora.load_merged(adapter, base).config.id2label.values()) == ["bad", "so-so", "good"]
     (adapter / "config.json").write_text(json.dumps({"id2label": {"0": "a", "1": "b", "2": "c"}, "dim": 5}))
-    assert list(lora.merged(adapter, base).config.id2label.values()) == ["a", "b", "c"]
+    assert list(lora.load_merged(adapter, base).config.id2label.values()) == ["a", "b", "c"]
     (adapter / "config.json").write_text(json.dumps({"id2label": {"0": "a", "1": "b"}}))
     with pytest.raises(CheckpointError, match="names 2 classes, and the head has 3"):
-        lora.merged(adapter, base)
+        lora.load_merged(adapter, base)
     (adapter / "config.json").write_text(json.dumps({"id2label": {"0": "a", "1": "b", "2": "b"}}))
     with pytest.raises(CheckpointError, match="id2label"):
-        lora.merged(adapter, base)
+        lora.load_merged(adapter, base)
 
 
 def test_a_base_with_a_head_for_other_classes_gets_the_adapters(tiny_checkpoint, tmp_path):
     from toolchain.backends import lora
 
     adapter = make_adapter(tmp_path / "adapter", make_base(tmp_path / "base"))
-    assert answers(lora.merged(adapter, tiny_checkpoint)).shape == (2, 3)
+    assert answers(lora.load_merged(adapter, tiny_checkpoint)).shape == (2, 3)
 
 
 def test_weights_that_neither_has_are_not_made_up(tmp_path):
@@ -219,10 +219,10 @@ def test_weights_that_neither_has_are_not_made_up(tmp_path):
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
     BertModel(BertConfig(**shape)).save_pretrained(base)
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["query"], modules_to_save=None)
-    assert answers(lora.merged(adapter, base)).shape == (2, 3)
+    assert answers(lora.load_merged(adapter, base)).shape == (2, 3)
     AutoModel.from_pretrained(base, add_pooling_layer=False).save_pretrained(base)
     with pytest.raises(CheckpointError, match=r"for bert.pooler.dense.bias.*modules_to_save=\['bert.pooler.dense'\]"):
-        lora.merged(adapter, base)
+        lora.load_merged(adapter, base)
 
 
 def half(adapter, base):
@@ -358,7 +358,7 @@ def test_weights_of_half_precision_are_merged_in_full(copies):
 
     adapter, base = copies
     half(adapter, base)
-    model = lora.merged(adapter, base)
+    model = lora.load_merged(adapter, base)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
@@ -369,4 +369,4 @@ def test_without_peft_the_error_names_the_extra(pair, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(CheckpointError, match=r'pip install -e "\.\[lora\]"'):
-        lora.merged(*pair)
+        lora.load_merged(*pair)
