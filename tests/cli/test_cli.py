@@ -352,7 +352,7 @@ def test_a_name_of_one_machine_of_a_cluster_is_refused_before_anything_is_measur
     at, say, tiny_checkpoint, monkeypatch
 ):
     nodes = [SimpleNamespace(machine={"id": name}) for name in ("0a", "0b")]
-    monkeypatch.setattr("toolchain.distributed.connected", lambda *_: nullcontext(SimpleNamespace(nodes=nodes)))
+    monkeypatch.setattr("toolchain.distributed.connect", lambda *_: nullcontext(SimpleNamespace(nodes=nodes)))
     ran = [replace(result(FP32), machine={**result(FP32).machine, "id": name}) for name in ("0a", "0b")]
     monkeypatch.setattr("toolchain.distributed.benching.measure", lambda *_: iter(ran))
     command = ("bench", "--engine", "ray", "--save-as", "kept", "--model", tiny_checkpoint)
