@@ -69,7 +69,7 @@ def _requirements() -> list[Finding]:
     try:
         requirement_texts = importlib.metadata.requires("toolchain") or []
     except importlib.metadata.PackageNotFoundError:
-        return [Finding("problem", "toolchain runs from its source tree and is not installed", _reinstall_command())]
+        return [Finding("problem", "toolchain runs from its source folder and is not installed", _reinstall_command())]
     for text in requirement_texts:
         requirement = Requirement(text)
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
@@ -119,8 +119,9 @@ def _processor() -> list[Finding]:
     isa = processor["isa"]
     text = f"{processor['cpu']}, {hardware.cores()} cores, {', '.join(isa) or 'no known vector extension'}"
     if platform.machine().lower() in ("x86_64", "amd64") and not hardware.exact_int8():
-        what = f"{text}: no VNNI, so int8 is slower here; other apps need {EXACT_PRODUCTS[0]} = {EXACT_PRODUCTS[1]}"
-        return [Finding("note", what, "Set that session option in them, or toolchain quantize --isa portable")]
+        option = " = ".join(EXACT_PRODUCTS)
+        what = f"{text}: no VNNI, so int8 is slower; other apps need the session option {option}"
+        return [Finding("note", what, "Set this option in other apps, or run `toolchain quantize --isa portable`.")]
     return [Finding("ok", text)]
 
 
@@ -139,9 +140,9 @@ def _disk(exported: Path) -> list[Finding]:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    text = f"{free / 1e9:.1f} GB free where {exported} lies"
+    text = f"{free / 1e9:.1f} GB free on the disk of {exported}"
     if free < MIN_DISK_BYTES:
-        return [Finding("note", text, "make clean, or --exported on another disk")]
+        return [Finding("note", text, "Run `make clean`, or choose another disk with --exported DIR.")]
     return [Finding("ok", text)]
 
 
@@ -149,17 +150,17 @@ def _gpu() -> list[Finding]:
     devices, driver = hardware.gpus()
     runtime = hardware.runtime_set(devices, driver)
     if runtime == "cpu":
-        no_gpu = "no NVIDIA GPU answers: cells @cuda are listed as unavailable"
+        no_gpu = "no NVIDIA GPU answers, so cells @cuda are unavailable"
         if "onnxruntime-gpu" in hardware.versions():
-            hint = "Install the NVIDIA driver; on a machine without a GPU: make install RUNTIME=cpu"
-            return [Finding("note", f"{no_gpu}, though onnxruntime-gpu is installed", hint)]
+            hint = "Install the NVIDIA driver. On a machine without a GPU, run `make install RUNTIME=cpu`."
+            return [Finding("note", f"{no_gpu}, but onnxruntime-gpu is installed", hint)]
         return [Finding("note", no_gpu, "No fix is necessary to work on the CPU.")]
     findings = []
     for gpu in devices:
         memory = f"{gpu['memory_bytes'] / 2**30:.0f} GiB" if gpu["memory_bytes"] else "unknown memory"
         capability = f"compute capability {gpu['compute_capability'] or 'unknown'}"
         findings.append(Finding("ok", f"{gpu['name']}, {memory}, {capability}, driver {driver or 'unknown'}"))
-    findings.append(Finding("ok", f"{SETS[runtime][0]} is the set for this driver and GPU"))
+    findings.append(Finding("ok", f"{SETS[runtime][0]} is the constraints file for this driver and GPU"))
     return findings + [
         Finding("note", problem, f"make install RUNTIME={runtime}") for problem in _gpu_problems(runtime)
     ]
@@ -169,7 +170,7 @@ def _gpu_problems(runtime: str) -> Iterator[str]:
     """Yields a sentence for each installed package that cannot use the GPU, which needs the set `runtime`."""
     versions = hardware.versions()
     if "onnxruntime" in versions and "onnxruntime-gpu" not in versions:
-        yield f"onnxruntime {versions['onnxruntime']} cannot use the GPU: onnxruntime-gpu can"
+        yield f"onnxruntime {versions['onnxruntime']} cannot use the GPU; onnxruntime-gpu can"
     for name, package in (("torch", "torch"), ("onnxruntime-gpu", "onnxruntime")):
         cuda = hardware.built_for_cuda(package) if name in versions else ""
         if cuda is None and name == "torch":

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 CARD = checkpoints.CARD
 LABEL_WEIGHT = 0.5  # weight of the labels, and of the teacher's logits, if there is a teacher
-_HINT = "Move it away, or name another folder with --output."
+_HINT = "Move it away, or choose another folder with --output."
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ def finetune(request: FinetuneRequest, say: Say, bar: Bar) -> dict[str, Any]:
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     output = request.output
-    with publishing.lock(output, lambda: say(f"{output}: another run is writing it, waiting")):
+    with publishing.lock(output, lambda: say(f"{output}: waiting, because another run is writing it")):
         if finished_card := _finished_card(output, key):
-            say(f"{output}: the same already, unchanged")
+            say(f"{output}: already finished with the same settings, unchanged")
             return finished_card
         resume = publishing.work_folder(output) / "training"
         with publishing.building(output) as scratch:
@@ -130,7 +130,7 @@ def _check_texts(table: Labelled) -> None:
     if empty:
         raise DataError(
             f"{table.column.where}: {len(empty)} rows have an empty text, the first is row {empty[0]}.",
-            "Fill them or take them out.",
+            "Add the texts, or remove the rows.",
         )
 
 
@@ -158,7 +158,7 @@ def _choose_labels(request: FinetuneRequest, table: Labelled, base_labels: Label
         shared_names = {name.casefold() for name in base_labels.names} & {name.casefold() for name in label_set.names}
         if shared_names or (label_set.generic and not base_labels.generic):
             raise DataError(
-                f"{request.base} answers with {', '.join(base_labels.names)}; {table.column.where} has "
+                f"{request.base} has the labels {', '.join(base_labels.names)}, but {table.column.where} has "
                 f"{', '.join(label_set.names)}.",
                 f"Correct the data, or name the labels of a new head: --labels {','.join(label_set.names)}",
             ) from None
@@ -176,8 +176,8 @@ def _count_summary(rows: Data, kept_labels: LabelSet | None) -> str:
     else:
         counts = Counter(names[answer] for answer in rows.labels)
     counts_text = ", ".join(f"{index} {name} ({counts[name]})" for index, name in enumerate(names))
-    kind = "any number of labels a text" if rows.label_set.multi else "one label a text"
-    head = "the base's head is trained further" if kept_labels else "a new head"
+    kind = "any number of labels per text" if rows.label_set.multi else "one label per text"
+    head = "training continues with the base's head" if kept_labels else "a new head"
     return f"{rows.name}: {len(rows.labels)} rows, {kind}: {counts_text}; {head}"
 
 
@@ -189,9 +189,9 @@ def _fetch_teacher(name: str | None, label_set: LabelSet) -> tuple[Path, Source]
     teacher_labels = checkpoints.label_set(folder, checkpoints.config_of(folder))
     if teacher_labels != label_set:
         raise CheckpointError(
-            f"The teacher {name} answers with {', '.join(teacher_labels.names)}, the model is to answer with "
+            f"The teacher {name} has the labels {', '.join(teacher_labels.names)}, but the model has "
             f"{', '.join(label_set.names)}.",
-            "Use a teacher of the same labels in the same order; --labels states them.",
+            "Use a teacher with the same labels in the same order, or set the labels with --labels.",
         )
     return folder, source
 
@@ -205,8 +205,8 @@ def _finished_card(output: Path, key: str) -> dict[str, Any] | None:
         if card["key"] == key:
             return card
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{output} exists and was not written by finetune.", _HINT) from error
-    raise ArtifactError(f"{output} exists and was trained otherwise.", _HINT)
+        raise ArtifactError(f"{output} exists, and `toolchain finetune` did not write it.", _HINT) from error
+    raise ArtifactError(f"{output} exists, and was trained with other settings.", _HINT)
 
 
 def _write_start(folder: Path, start: Path, label_set: LabelSet, keep: bool, seed: int) -> None:
@@ -229,7 +229,7 @@ def _import(start: Path, scratch: Path, resume: Path, max_length: int | None) ->
     imported = import_checkpoint(job)
     if max_length and max_length > imported.max_length:
         raise DataError(
-            f"The base takes {imported.max_length} tokens at most, not {max_length}.", "Choose a smaller --max-length."
+            f"The base takes at most {imported.max_length} tokens, not {max_length}.", "Choose a smaller --max-length."
         )
     return Encoder.open(scratch, [spec.name for spec in imported.inputs], max_length or imported.max_length)
 
@@ -264,7 +264,7 @@ def _load_teacher(folder: Path, encoder: Encoder) -> PreTrainedModel:
     teacher_encoder = Encoder.open(folder, encoder.names, encoder.max_length)
     if teacher_encoder.tokenizer.get_vocab() != encoder.tokenizer.get_vocab():
         raise CheckpointError(
-            "The teacher's tokens are others than the base's.", "Use a teacher with the base's vocabulary."
+            "The teacher has another vocabulary than the base.", "Use a teacher with the base's vocabulary."
         )
     return load_model(folder)
 

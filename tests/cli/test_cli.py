@@ -80,7 +80,7 @@ def test_an_unknown_variant_is_told_the_nearest(at, say, tiny_checkpoint):
         (["bench", "--variant", "onnx-int8", "--provider", "cuda"], "It is measured on cpu"),
         (["compare", "nowhere.json"], "There is no result file"),
         (["compare"], "no result of reference"),
-        (["export", "--revision", "v1"], "--revision is for models of the hub"),
+        (["export", "--revision", "v1"], "--revision is for hub models only"),
     ],
 )
 def test_what_is_found_out_late_is_one_sentence_and_exit_1(at, say, arguments, says):

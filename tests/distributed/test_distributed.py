@@ -123,7 +123,7 @@ def test_the_same_rows_in_the_same_order(built_tiny, cluster, small, tmp_path, m
     monkeypatch.setattr(cluster, "_say", said.append)
     assert predict(model, Texts("in.jsonl"), tmp_path / "out.csv", said.append, no_bar, cluster.score) == 156
     assert (tmp_path / "out.csv").read_bytes() == alone(model, texts, tmp_path / "alone.csv")
-    assert said == ["nodes: 2, workers: 2, threads of each: 1"]
+    assert said == ["nodes: 2, workers: 2, threads per worker: 1"]
 
 
 def test_a_worker_that_is_killed_costs_its_window_only(model, cluster, small, tmp_path):
@@ -204,13 +204,13 @@ def test_what_a_killed_worker_left_goes_with_the_next(tmp_path, monkeypatch):
 
 def test_a_node_of_another_release_is_refused(address, monkeypatch):
     monkeypatch.setattr(toolchain, "__version__", "9.9")
-    with pytest.raises(ClusterError, match=r"toolchain is 0\.1\.0, here it is 9\.9\. Install the same"):
+    with pytest.raises(ClusterError, match=r"toolchain 0\.1\.0, but this machine has 9\.9\. Install this version"):
         connect(address, quiet).__enter__()
 
 
 def test_a_node_of_another_python_is_refused(address, monkeypatch):
     monkeypatch.setattr(platform, "python_version", lambda: "3.99.0")
-    with pytest.raises(ClusterError, match=r"Python is 3\.\d+\.\d+, here it is 3\.99\.0"):
+    with pytest.raises(ClusterError, match=r"Python 3\.\d+\.\d+, but this machine has 3\.99\.0"):
         connect(address, quiet).__enter__()
 
 
@@ -235,7 +235,7 @@ def test_an_address_without_the_engine_is_usage(say):
 @pytest.mark.parametrize("place", ["127.0.0.1:1", "nowhere.invalid:6379", "ray://127.0.0.1:1", "6379"])
 def test_a_cluster_that_is_not_there_is_told_in_seconds(place):
     started = time.monotonic()
-    with pytest.raises(ClusterError, match=r"There is no cluster at|is no address of a cluster's head"):
+    with pytest.raises(ClusterError, match=r"There is no cluster at|is not the address of a cluster's head"):
         connect(place, quiet).__enter__()
     assert time.monotonic() - started < 20
 
@@ -258,7 +258,7 @@ def test_cells_go_where_their_hardware_is(built_tiny):
     said = []
     nodes = benching.distinct_nodes([fabricated("a1"), fabricated("b1", gpus=1), fabricated("a2")], said.append)
     assert [node.id for node in nodes] == ["a1", "b1"]
-    assert said == ["host-a2 (a2): the same hardware as host-a1 (a1), left out"]
+    assert said == ["host-a2 (a2): skipped, because host-a1 (a1) has the same hardware"]
     placed = {node.id: [cell.name for cell in share] for node, share in benching.assign_cells(nodes, cells)}
     assert placed == {"a1": ["torch-fp32@cpu"], "b1": ["torch-fp32@cpu", "torch-fp32@cuda"]}
     on_gpu = [cell for cell in cells if cell.provider == "cuda"]

@@ -79,7 +79,7 @@ def load(folder: Path, device: torch.device, **options: Any) -> PreTrainedModel:
         )
     except Exception as error:  # a config can make transformers fail in any way
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{folder} cannot be loaded by bitsandbytes: {cause}", "Build it again.") from error
+        raise CheckpointError(f"bitsandbytes cannot load {folder}: {cause}", "Build the variant again.") from error
     parts: list[Any] = [module for module in model.modules() if hasattr(module, "compute_dtype")]
     for part in parts:
         part.compute_dtype = dtype
@@ -104,7 +104,7 @@ def _require_bitsandbytes() -> None:
         import bitsandbytes  # noqa: F401
     except Exception as error:  # a binary for another machine can raise any error during the import
         raise ProviderError(
-            f"bitsandbytes cannot be used: {error}.", 'Install it with `pip install -e ".[bnb]"`.'
+            f"bitsandbytes cannot be imported: {error}.", 'Install it with `pip install -e ".[bnb]"`.'
         ) from error
 
 
@@ -121,8 +121,8 @@ def _check_blocks(model: PreTrainedModel) -> None:
     widths = {part.in_features for part in encoder.modules() if isinstance(part, torch.nn.Linear)}
     if odd_widths := sorted(width for width in widths if width % BLOCK):
         raise ProviderError(
-            f"bitsandbytes packs 4-bit weights in blocks of {BLOCK}, and the model has layers of width "
-            f"{', '.join(map(str, odd_widths))}.",
+            f"bitsandbytes quantises 4-bit weights in blocks of {BLOCK}, and these layer widths are not multiples of "
+            f"{BLOCK}: {', '.join(map(str, odd_widths))}.",
             "Quantise to int8 instead.",
         )
 
@@ -155,13 +155,13 @@ class BnbSession(TorchSession):
         device = self._device
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < INT8_CAPABILITY and _is_int8(folder):
             raise ProviderError(
-                f"{torch.cuda.get_device_name(device)} lacks what LLM.int8() needs: compute capability 7.5.",
-                "Measure bnb-nf4 there.",
+                f"{torch.cuda.get_device_name(device)} is too old for LLM.int8(), which needs compute capability 7.5.",
+                "Measure bnb-nf4 on this GPU.",
             )
         if device.type == "cuda" and not _has_kernels():
             raise ProviderError(
                 f"bitsandbytes has no kernels for CUDA {torch.version.cuda} on this machine.",
-                "Install a release built for it; `python -m bitsandbytes` says what it looked for.",
+                "Install a release for this CUDA version; `python -m bitsandbytes` shows the missing library.",
             )
         return load(folder, device)
 

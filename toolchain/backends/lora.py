@@ -64,7 +64,7 @@ def load_unmerged(adapter: Path, base: Path) -> PeftModel:
         raise
     except Exception as error:  # settings or a config can make either library fail in any way
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"The adapter {adapter} cannot be put on {base}: {cause}", _HINT) from error
+        raise CheckpointError(f"The adapter {adapter} cannot be applied to {base}: {cause}", _HINT) from error
     _load_tensors(peft_model, tensors, f"The adapter {adapter} does not fit the base {base}")
     if missing_names := [name for name in untrained_names if _PREFIX + name not in tensors]:
         raise CheckpointError(
@@ -76,7 +76,7 @@ def load_unmerged(adapter: Path, base: Path) -> PeftModel:
     return peft_model
 
 
-_HINT = "Name the base it was trained on: `toolchain export --model … --base FOLDER|ID`."
+_HINT = "Name the base that the adapter was trained on: `toolchain export --model … --base FOLDER|ID`."
 
 
 class LoraSession(TorchSession):
@@ -102,7 +102,8 @@ def _require_peft() -> None:
         import peft  # noqa: F401
     except Exception as error:  # an incompatible release of a dependency can raise any error
         raise CheckpointError(
-            f"A LoRA adapter needs PEFT, which cannot be used: {error}.", 'Install it with `pip install -e ".[lora]"`.'
+            f"A LoRA adapter needs PEFT, which cannot be imported: {error}.",
+            'Install it with `pip install -e ".[lora]"`.',
         ) from error
 
 
@@ -125,7 +126,7 @@ def _build_config(adapter: Path, base: Path, tensors: Mapping[str, torch.Tensor]
     check_config(adapter, {"architectures": ["ForSequenceClassification"], "id2label": labels, "problem_type": task})
     if len(labels) != count:
         raise CheckpointError(
-            f"{adapter / 'config.json'} names {len(labels)} classes, and the head has {count}.",
+            f"{adapter / 'config.json'} names {len(labels)} classes, but the head has {count}.",
             "Correct id2label, or remove the file.",
         )
     config.id2label = {int(index): name for index, name in labels.items()}
@@ -183,15 +184,15 @@ def _load_tensors(peft_model: PeftModel, tensors: Mapping[str, torch.Tensor], pr
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     parameters = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    _require_empty(f"{problem}: it has no place for", tensors.keys() - parameters.keys())
-    _require_empty(f"{problem}: the adapter has nothing for", parameters.keys() - tensors.keys())
+    _require_empty(f"{problem}: the base has no parameters for", tensors.keys() - parameters.keys())
+    _require_empty(f"{problem}: the adapter has no tensors for", parameters.keys() - tensors.keys())
     _require_empty(
-        f"{problem}: of another shape is",
+        f"{problem}: these tensors have other shapes:",
         [name for name in parameters if parameters[name].shape != tensors[name].shape],
     )
     result: Any = set_peft_model_state_dict(peft_model, dict(tensors))
     _require_empty(
-        f"{problem}: PEFT left out", [name for name in result.unexpected_keys if not _is_duplicate(name, tensors)]
+        f"{problem}: PEFT did not load", [name for name in result.unexpected_keys if not _is_duplicate(name, tensors)]
     )
 
 

@@ -128,8 +128,8 @@ class OrtSession:
         provider = PROVIDERS[place.provider]
         if provider not in ort.get_available_providers():
             raise ProviderError(
-                f"This ONNX Runtime {ort.__version__} has no {provider}.",
-                "Install onnxruntime-gpu in place of onnxruntime (never both: they share one import folder): "
+                f"ONNX Runtime {ort.__version__} is installed without {provider}.",
+                "Install onnxruntime-gpu instead of onnxruntime (never both, because they share one folder): "
                 "`make install RUNTIME=gpu`, or RUNTIME=cuda12 for an older GPU or driver.",
             )
         self._place = place
@@ -149,11 +149,11 @@ class OrtSession:
             )
         except state.NotImplemented as error:
             raise GraphError(
-                f"ONNX Runtime has no kernel for an operator of {path}: {error}.", "Build it again."
+                f"ONNX Runtime has no kernel for an operator of {path}: {error}.", "Build the variant again."
             ) from error
         except failures() as error:
             _check_memory(error)
-            raise GraphError(f"{path} is no model ONNX Runtime can load: {error}.", "Build it again.") from error
+            raise GraphError(f"ONNX Runtime cannot load {path}: {error}.", "Build the variant again.") from error
         self._output = self._session.get_outputs()[0].name
         self._check_provider(provider)
         # With an allowed fallback, all nodes may run on the CPU; then there is no GPU memory to bind to.
@@ -170,7 +170,7 @@ class OrtSession:
         providers = self._session.get_providers()
         if providers[0] != provider:
             raise ProviderError(
-                f"ONNX Runtime was asked for {provider} and fell back to {', '.join(providers)}.",
+                f"ONNX Runtime could not start {provider} and uses {', '.join(providers)} instead.",
                 "Install the CUDA and cuDNN it was built for (`toolchain doctor` names the set), or leave "
                 "--provider cuda out.",
             )
@@ -264,7 +264,9 @@ def _translate_errors(batch: dict[str, np.ndarray]) -> Iterator[None]:
     except failures() as error:
         _check_memory(error)
         shape = " × ".join(map(str, batch["input_ids"].shape))
-        raise GraphError(f"The graph fails on a batch of {shape} tokens: {error}.", "Build it again.") from error
+        raise GraphError(
+            f"The graph fails on a batch of {shape} tokens: {error}.", "Build the variant again."
+        ) from error
 
 
 def add_extensions(options: Any) -> None:

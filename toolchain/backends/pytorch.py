@@ -44,7 +44,7 @@ def load_model(folder: Path) -> PreTrainedModel:
     if missing:
         listed_names = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "")
         raise CheckpointError(
-            f"{folder} has no weights for {listed_names}: its head was never trained.",
+            f"{folder} has no weights for {listed_names}, so its head is untrained.",
             "Pass a fine-tuned sequence classifier.",
         )
     model.eval()
@@ -68,8 +68,8 @@ def _load_dense(folder: Path) -> tuple[PreTrainedModel, list[str]]:
     for name in info["mismatched_keys"]:
         shape = " × ".join(map(str, model.state_dict()[name].shape))
         raise CheckpointError(
-            f"{folder} cannot be loaded: by its config.json {name} is {shape}, and the weights have another shape.",
-            "Correct config.json (id2label says how many classes there are), or save the model again.",
+            f"{folder} cannot be loaded: {name} is {shape} in config.json, but the stored weights have another shape.",
+            "Correct config.json (id2label states the classes), or save the model again.",
         )
     return model, sorted(info["missing_keys"])
 
@@ -107,7 +107,9 @@ def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreT
         )
     except Exception as error:  # a config can make transformers fail in any way
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{folder} is no base to train: {cause}", "Pass an encoder and its weights.") from error
+        raise CheckpointError(
+            f"{folder} cannot be trained: {cause}", "Pass the folder of an encoder with its weights."
+        ) from error
     mismatched = (entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"])
     missing_names = [*info["missing_keys"], *mismatched]
     head = {name for name in model.state_dict() if not name.startswith(f"{model.base_model_prefix}.")}
@@ -116,7 +118,7 @@ def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreT
     if encoder_names or (keep and missing_names):
         listed_names = ", ".join(sorted(encoder_names or missing_names)[:4])
         raise CheckpointError(
-            f"{folder} has no weights that fit {listed_names}.", "Check config.json against the weights."
+            f"{folder} has no weights of the right shape for {listed_names}.", "Check config.json against the weights."
         )
     if not keep:
         kept_modules = {model, *getattr(model, model.base_model_prefix).modules()}
@@ -159,7 +161,7 @@ def check_finite(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise CheckpointError(
-                f"{folder}: {name} holds NaN or infinity.", "Pass a checkpoint from before the training diverged."
+                f"{folder}: {name} contains NaN or infinity.", "Pass a checkpoint from before the training diverged."
             )
 
 
@@ -230,7 +232,7 @@ def check_stored(model: PreTrainedModel, folder: Path, names: Sequence[str]) -> 
     stored_model = load_model(folder)
     with torch.inference_mode():
         if not torch.equal(stored_model(**batch).logits, model.eval()(**batch).logits):
-            raise ArtifactError("The model does not answer as before once it is stored and loaded.")
+            raise ArtifactError("The model gives other logits after it is stored and loaded.")
 
 
 def device(place: Place) -> torch.device:
@@ -245,8 +247,8 @@ def device(place: Place) -> torch.device:
         return torch.device("cpu")
     cuda = torch.version.cuda
     if not torch.cuda.is_available():
-        build = f"built for CUDA {cuda} and finds no device" if cuda else "a CPU build"
-        raise ProviderError(f"PyTorch {torch.__version__} is {build}.", "Install a CUDA build that fits the driver.")
+        build = f"built for CUDA {cuda} but finds no GPU" if cuda else "a CPU build"
+        raise ProviderError(f"PyTorch {torch.__version__} is {build}.", "Install a CUDA build for this driver.")
     gpu = torch.device("cuda", place.device_id)
     capability = torch.cuda.get_device_capability(gpu)
     if not _has_kernels(capability, torch.cuda.get_arch_list()):

@@ -55,7 +55,7 @@ class Precision:
             if precision.scheme not in (*HALF_TYPES, "int8") or not all(
                 isinstance(name, str) for name in precision.layers
             ):
-                raise ValueError(f"no scheme {precision.scheme!r} of layers by name")
+                raise ValueError(f"scheme {precision.scheme!r} is unknown, or a layer is no name")
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}.", HINT) from error
         return precision
@@ -86,7 +86,7 @@ def reduce(model: PreTrainedModel, scheme: str) -> tuple[PreTrainedModel, Precis
 
     layer_names = sorted(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
     if not layer_names:
-        raise GraphError("The model has no linear layer left to quantise.", "Quantise the one it was made from.")
+        raise GraphError("The model has no linear layer left to quantise.", "Quantise its parent.")
     with _hide_deprecation():
         quantized_model = quantize_dynamic(model, {torch.nn.Linear: per_channel_dynamic_qconfig}, dtype=torch.qint8)
     return quantized_model, Precision(scheme, tuple(layer_names))
@@ -127,13 +127,13 @@ def restore(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], precisi
             weight, scales, zeros, bias = (remaining.pop(f"{name}.{part}") for part in PARTS)
             module = model.get_submodule(name)
         except (KeyError, AttributeError) as error:
-            raise CheckpointError(f"{PRECISION} names a layer {name!r} that is not there.", HINT) from error
+            raise CheckpointError(f"{PRECISION} names a missing layer {name!r}.", HINT) from error
         if not isinstance(module, torch.nn.Linear) or weight.shape != module.weight.shape or weight.dtype != torch.int8:
-            raise CheckpointError(f"The stored weights of {name} do not fit the model.", HINT)
+            raise CheckpointError(f"The stored weights of {name} do not match the model.", HINT)
         layers[name] = _build_dynamic_layer(weight, scales, zeros, bias)
     replaced_names = {f"{name}.{part}" for name in layers for part in ("weight", "bias")}
     if set(remaining) != set(model.state_dict()) - replaced_names:
-        raise CheckpointError("The stored weights are not those of the model.", HINT)
+        raise CheckpointError("The stored weights belong to another model.", HINT)
     model.load_state_dict(remaining, strict=False)
     for name, layer in layers.items():
         model.set_submodule(name, layer)

@@ -24,7 +24,7 @@ from toolchain.progress import Say
 
 CONNECT_TIMEOUT_S = 60.0
 LOST_AFTER_S = 15  # the cluster counts as lost if its head does not answer for this time
-RESUME_HINT = "Start the cluster again; of a run with --output the same command goes on where it was."
+RESUME_HINT = "Start the cluster again. The same command with --output continues where it stopped."
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Cluster:
             reply = self.ask(
                 "score", folder=str(model.folder), files=model.files, texts=text_fields, done=done, window=window
             )
-            self._say(f"nodes: {len(self.nodes)}, workers: {reply['workers']}, threads of each: {reply['threads']}")
+            self._say(f"nodes: {len(self.nodes)}, workers: {reply['workers']}, threads per worker: {reply['threads']}")
             while rows := self.ask("rows")["rows"]:
                 yield rows
 

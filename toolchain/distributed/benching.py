@@ -18,7 +18,10 @@ from toolchain.models import checkpoints
 from toolchain.progress import Say
 from toolchain.results.measurements import ResultFile
 
-NO_CUDA = ("No node of the cluster has an NVIDIA GPU.", "Add one that has; `ray status` counts what Ray knows of.")
+NO_CUDA = (
+    "No node of the cluster has an NVIDIA GPU.",
+    "Add a node with a GPU; `ray status` shows the GPUs of the cluster.",
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def distinct_nodes(nodes: Sequence[Node], say: Say) -> list[Node]:
     for node in nodes:
         first = nodes_by_machine.setdefault(node.machine["id"], node)
         if first is not node:
-            say(f"{node.host} ({node.id[:8]}): the same hardware as {first.host} ({first.id[:8]}), left out")
+            say(f"{node.host} ({node.id[:8]}): skipped, because {first.host} ({first.id[:8]}) has the same hardware")
     return list(nodes_by_machine.values())
 
 

@@ -32,7 +32,7 @@ class Driver:
             _connect(message["address"])
             nodes = [node for node in _live_nodes(message["versions"]) if node["cpus"]]
         if not nodes:
-            raise ClusterError("The cluster gives no CPU.", "Add a node that does: `ray start --address ADDR`.")
+            raise ClusterError("The cluster offers no CPU.", "Add a node with CPUs: `ray start --address ADDR`.")
         self._nodes = nodes
         self._rows: Iterator[str] = iter(())
         self._measuring: dict[Any, str] = {}
@@ -186,7 +186,8 @@ def _connect(address: str | None) -> None:
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise ClusterError(
-                f"The cluster at {address} is not for this one: {reason}", "Use its versions."
+                f"The cluster at {address} refuses this version: {reason}",
+                "Install the cluster's versions of Ray and Python.",
             ) from error
     import ray.data
 
@@ -200,7 +201,7 @@ def _require_reachable(address: str) -> None:
     host, _, port = address.rpartition(":")
     if "://" in address or not (host and port.isdigit()):
         raise ClusterError(
-            f"{address!r} is no address of a cluster's head.",
+            f"{address!r} is not the address of a cluster's head.",
             "Run the command on a node of the cluster, with `auto` or the HOST:PORT that `ray start --head` printed.",
         )
     try:
@@ -213,7 +214,7 @@ def _unreachable_error(address: str, message: str) -> ClusterError:
     reason = " ".join(message.split())
     return ClusterError(
         f"There is no cluster at {address}: {reason}",
-        "`ray start --head` starts one and prints its address; without --address this machine alone is used.",
+        "`ray start --head` starts a cluster and prints its address. Without --address only this machine works.",
     )
 
 
@@ -254,12 +255,13 @@ def _live_nodes(versions: Mapping[str, str]) -> list[dict[str, Any]]:
             facts = ray.get(reference, timeout=LOOK_TIMEOUT_S)
         except ray.exceptions.GetTimeoutError as error:
             raise ClusterError(
-                f"The node {host} does not answer.", "Mend it, or take it out of the cluster."
+                f"The node {host} does not answer.", "Repair the node, or remove it from the cluster."
             ) from error
         for name, version in versions.items():
             if facts[name] != version:
                 raise ClusterError(
-                    f"On the node {host} {name} is {facts[name]}, here it is {version}.", "Install the same there."
+                    f"The node {host} has {name} {facts[name]}, but this machine has {version}.",
+                    "Install this version on the node.",
                 )
         cpus, gpus = (int(node["Resources"].get(name, 0)) for name in ("CPU", "GPU"))
         nodes.append({"id": node["NodeID"], "host": host, "cpus": cpus, "gpus": gpus, "machine": facts["machine"]})

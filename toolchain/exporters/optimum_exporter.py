@@ -43,7 +43,8 @@ def to_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence[st
             )
         except (KeyError, ValueError) as error:
             raise CheckpointError(
-                f"{type(model).__name__} cannot be exported to ONNX by optimum: {error}.", "Use another architecture."
+                f"{type(model).__name__} cannot be exported to ONNX by optimum: {error}.",
+                "Use a model of another architecture.",
             ) from error
         export(model, _with_inputs(constructor(model.config), names), target, opset=opset, do_constant_folding=True)
     if extra_files := sorted(p.name for p in target.parent.iterdir() if p != target):

@@ -106,7 +106,9 @@ def quantize_static(
     """
     uncalibrated_inputs = sorted(set(_layers_by_input(model, context)) - _calibrated_names(context.activations))
     if uncalibrated_inputs:
-        raise GraphError(f"{uncalibrated_inputs[0]} was not calibrated.", "Calibrate the graph that is quantised.")
+        raise GraphError(
+            f"{uncalibrated_inputs[0]} has no calibrated scale.", "Calibrate on the same graph that you quantise."
+        )
     attend = attend or partial(build_qattention, codes=partial(fixed_codes, context.activations))
     return quantize_linear(model, context, partial(product, context.activations), attend)
 

@@ -192,7 +192,7 @@ def missing_cuda(device_id: int = 0) -> tuple[str, str] | None:
     if not devices:
         return (
             "No NVIDIA GPU answers on this machine.",
-            "Run the same command on a machine with one and its driver; `toolchain doctor` shows what is found.",
+            "Run the same command on a machine with a GPU and its driver. `toolchain doctor` lists the GPUs.",
         )
     if device_id >= len(devices):
         device_list = ", ".join(f"{index} {gpu['name']}" for index, gpu in enumerate(devices))

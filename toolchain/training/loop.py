@@ -244,9 +244,9 @@ class _Run:
         if not torch.isfinite(loss):
             self.save()
             raise DataError(
-                f"The loss is {float(loss.detach())} at step {step}: the training left what numbers can hold. What it "
-                f"had until then is kept in {self._folder}.",
-                "Check the checkpoint for NaN; a lower learning rate may help.",
+                f"The training diverged: the loss is {float(loss.detach())} at step {step}. "
+                f"{self._folder} contains the weights before this step.",
+                "Check the checkpoint for NaN, or try a lower learning rate.",
             )
         self._scaler.scale(loss).backward()
         for optimizer in self._optimizers:
