@@ -98,7 +98,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 def _require_bitsandbytes() -> None:
     """Raises `ProviderError` where bitsandbytes cannot be imported."""
-    # bitsandbytes logs a line for every product that it casts, and one for a kernel that only the hub has.
+    # bitsandbytes logs a line for every product that it casts, and a line for a kernel that exists only on the hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401

@@ -96,7 +96,7 @@ def _require_peft() -> None:
     """Raises `CheckpointError` where PEFT cannot be imported."""
     import logging
 
-    # PEFT imports bitsandbytes if it is installed, and bitsandbytes logs a line about a kernel that only the hub has.
+    # PEFT imports bitsandbytes if it is installed. bitsandbytes logs a line about a kernel that exists only on the hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft  # noqa: F401

@@ -113,7 +113,7 @@ def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreT
     mismatched = (entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"])
     missing_names = [*info["missing_keys"], *mismatched]
     head = {name for name in model.state_dict() if not name.startswith(f"{model.base_model_prefix}.")}
-    # BERT's pooler may be missing: language models are saved without it, and it belongs to the head by function.
+    # BERT's pooler may be missing, because language models are saved without it. It works as a part of the head.
     encoder_names = [name for name in missing_names if name not in head and ".pooler." not in f".{name}"]
     if encoder_names or (keep and missing_names):
         listed_names = ", ".join(sorted(encoder_names or missing_names)[:4])

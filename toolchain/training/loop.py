@@ -205,7 +205,7 @@ class _Run:
         for name, module in model.named_modules():
             # DeBERTa multiplies its matrix of relative positions instead of looking rows up.
             if isinstance(module, torch.nn.Embedding) and not name.endswith("rel_embeddings"):
-                # A batch uses a few hundred of many thousand rows: updating all of them takes a fifth of the time.
+                # A batch uses a few hundred of many thousand rows, and an update of all rows takes a fifth of the time.
                 module.sparse = True
                 tables.add(f"{name}.weight")
         self._dense_parameters = [p for name, p in self._parameters.items() if name not in tables]
