@@ -99,12 +99,12 @@ class DeviceMemoryError(ToolchainError):
     """A device has too little memory for the model or a batch."""
 
     @classmethod
-    def asked(cls, size_bytes: int | None) -> DeviceMemoryError:
+    def failed_allocation(cls, size_bytes: int | None) -> DeviceMemoryError:
         """Returns the error for a failed allocation of `size_bytes`; None if the runtime does not report the size."""
-        what = "what" if size_bytes is None else f"the {size_bytes / 2**20:,.0f} MiB"
+        memory = "memory" if size_bytes is None else f"memory for the requested {size_bytes / 2**20:,.0f} MiB"
         return cls(
-            f"The device has no room for {what} it was asked for.",
-            "Free the device, measure fewer variants at once with --variant, or take a smaller model.",
+            f"The device has too little {memory}.",
+            "Free memory on the device, measure fewer variants at once with --variant, or use a smaller model.",
         )
 
 

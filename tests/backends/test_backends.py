@@ -53,7 +53,9 @@ def test_a_fallback_that_only_a_log_line_tells_of_is_an_error(built_tiny, monkey
         return real(path, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(ort, "InferenceSession", lying)
-    with pytest.raises(ProviderError, match="asked for CUDAExecutionProvider and fell back to CPUExecutionProvider"):
+    with pytest.raises(
+        ProviderError, match="could not start CUDAExecutionProvider and uses CPUExecutionProvider instead"
+    ):
         open_session(built_tiny.path("onnx-fp32"), "onnx", Place("cuda", 1))
 
 

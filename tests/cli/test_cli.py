@@ -80,7 +80,7 @@ def test_an_unknown_variant_is_told_the_nearest(at, say, tiny_checkpoint):
         (["bench", "--variant", "onnx-int8", "--provider", "cuda"], "It is measured on cpu"),
         (["compare", "nowhere.json"], "There is no result file"),
         (["compare"], "no result of reference"),
-        (["export", "--revision", "v1"], "--revision is for models of the hub"),
+        (["export", "--revision", "v1"], "--revision is for hub models only"),
     ],
 )
 def test_what_is_found_out_late_is_one_sentence_and_exit_1(at, say, arguments, says):
@@ -355,7 +355,7 @@ def test_a_name_of_one_machine_of_a_cluster_is_refused_before_anything_is_measur
     at, say, tiny_checkpoint, monkeypatch
 ):
     nodes = [SimpleNamespace(machine={"id": name}) for name in ("0a", "0b")]
-    monkeypatch.setattr("toolchain.distributed.connected", lambda *_: nullcontext(SimpleNamespace(nodes=nodes)))
+    monkeypatch.setattr("toolchain.distributed.connect", lambda *_: nullcontext(SimpleNamespace(nodes=nodes)))
     ran = [replace(result(FP32), machine={**result(FP32).machine, "id": name}) for name in ("0a", "0b")]
     monkeypatch.setattr("toolchain.distributed.benching.measure", lambda *_: iter(ran))
     command = ("bench", "--engine", "ray", "--save-as", "kept", "--model", tiny_checkpoint)

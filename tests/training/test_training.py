@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_finite_ends_it_in_words(task, tmp_path):
     broken = copy.deepcopy(teacher)
     with torch.no_grad():
         broken.classifier.bias[0] = float("nan")
-    with pytest.raises(DataError, match="The loss is nan at step 0"):
+    with pytest.raises(DataError, match="the loss is nan at step 0"):
         train((weakened(teacher), broken), (rows, held_out), encoder, RECIPE, (tmp_path, "k"), quiet)
 
 

@@ -160,11 +160,11 @@ def _bench_on_ray(
     workspace: Workspace, request: Request, threads: int | None, address: str | None, saving: _Saving
 ) -> list[ResultFile]:
     from toolchain.cli.progress import say
-    from toolchain.distributed import connected
+    from toolchain.distributed import connect
     from toolchain.distributed.benching import measure
 
     results = []
-    with connected(address, say) as cluster:
+    with connect(address, say) as cluster:
         saving.require_free([node.machine["id"] for node in cluster.nodes])
         for result in measure(cluster, workspace, request, threads, say):
             saving.save(result, result.machine["id"])

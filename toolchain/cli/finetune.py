@@ -89,7 +89,7 @@ def finetune(
       toolchain finetune --train-data pairs.jsonl --text-column a --text-pair-column b --output pairs
     """
     from toolchain.cli.progress import bar, say
-    from toolchain.finetune import SHARED, Request, sentence
+    from toolchain.finetune import LABEL_WEIGHT, FinetuneRequest, summary
     from toolchain.finetune import finetune as make
     from toolchain.training.loop import Recipe
 
@@ -100,12 +100,14 @@ def finetune(
         seed,
         states=0.0,
         patience=epochs,
-        task=SHARED if teacher else 1.0,
+        task=LABEL_WEIGHT if teacher else 1.0,
         dropout=True,
     )
     names = tuple(name.strip() for name in labels.split(",")) if labels else ()
     if len(set(names)) < len(names) or not all(names):
         raise click.BadParameter("give different names, separated by commas", param_hint="--labels")
-    card = make(Request(base, train, recipe, output, revision, teacher, names, multi_label, max_length, data), say, bar)
-    say(sentence(card))
+    card = make(
+        FinetuneRequest(base, train, recipe, output, revision, teacher, names, multi_label, max_length, data), say, bar
+    )
+    say(summary(card))
     click.echo(json.dumps(card, indent=1, ensure_ascii=False) if as_json else output)

@@ -50,13 +50,13 @@ def predict(
     """
     from toolchain.cli.progress import bar, say
     from toolchain.data.files import Texts
-    from toolchain.distributed import connected
+    from toolchain.distributed import connect
     from toolchain.predict import here, of_bundle, of_variant
     from toolchain.predict import predict as score
     from toolchain.ship.bundle_files.verify import BUNDLE
 
     with ExitStack() as stack:
-        score_on = stack.enter_context(connected(address, say)).scored if engine == RAY else here
+        score_on = stack.enter_context(connect(address, say)).score if engine == RAY else here
         if "/" in what or (Path(what) / BUNDLE).exists():
             found = of_bundle(Path(what), say)
         else:

@@ -43,12 +43,14 @@ def to_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence[st
             )
         except (KeyError, ValueError) as error:
             raise CheckpointError(
-                f"{type(model).__name__} cannot be exported to ONNX by optimum: {error}.", "Use another architecture."
+                f"{type(model).__name__} cannot be exported to ONNX by optimum: {error}.",
+                "Use a model of another architecture.",
             ) from error
         export(model, _with_inputs(constructor(model.config), names), target, opset=opset, do_constant_folding=True)
     if extra_files := sorted(p.name for p in target.parent.iterdir() if p != target):
         raise GraphError(
-            f"The model is too large for one ONNX file (2 GB): the exporter also wrote {', '.join(extra_files)}."
+            f"The model is too large for one ONNX file (2 GB): the exporter also wrote {', '.join(extra_files)}.",
+            "Use a smaller model.",
         )
     _remove_zero_additions(target)
 

@@ -48,7 +48,7 @@ _IGNORED = (
 )
 # Values of `init_lora_weights` that leave the base unchanged. With other values PEFT changes the base before training.
 _INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
-NAME_BASE = "Name it: `toolchain export --model … --base FOLDER|ID`."
+NAME_BASE = "Name the base: `toolchain export --model … --base FOLDER|ID`."
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -61,12 +61,12 @@ def settings(folder: Path) -> dict[str, Any]:
     config = _read(folder)
     if config.get("auto_mapping") or config.get("auto_map"):
         raise CheckpointError(
-            f"The adapter {folder} names code of its own to be loaded with (auto_mapping).",
-            "Save it with task_type='SEQ_CLS' and of a model that transformers has.",
+            f"The adapter {folder} needs its own code to load (auto_mapping).",
+            "Train it on a model that transformers contains, and save it with task_type='SEQ_CLS'.",
         )
     if config.get("peft_type") != "LORA":
         raise CheckpointError(
-            f"The adapter {folder} is of the kind {config.get('peft_type')}, not LORA.",
+            f"The adapter {folder} has the type {config.get('peft_type')}, not LORA.",
             "Merge it where it was trained and pass the whole model.",
         )
     if config.get("task_type") != "SEQ_CLS":
@@ -77,13 +77,13 @@ def settings(folder: Path) -> dict[str, Any]:
     known_names = (*MERGED, *_IGNORED)
     if unknown_names := sorted(key for key, value in config.items() if key not in known_names and value):
         raise CheckpointError(
-            f"The adapter {folder} sets {', '.join(unknown_names)}, which is not merged here.",
+            f"The adapter {folder} uses settings that the merge does not support: {', '.join(unknown_names)}.",
             "Merge it where it was trained and pass the whole model.",
         )
     initialisation = config.get("init_lora_weights")
     if not isinstance(initialisation, bool | str | None) or initialisation not in _INITIALISATIONS:
         raise CheckpointError(
-            f"The adapter {folder} was trained on a base that init_lora_weights={initialisation!r} had changed.",
+            f"The adapter {folder} was trained on a changed base: init_lora_weights={initialisation!r} changed it.",
             "Save it as plain LoRA: save_pretrained(DIR, path_initial_model_for_weight_conversion=START).",
         )
     return config
@@ -100,7 +100,9 @@ def check(folder: Path) -> None:
         return
     if (folder / PICKLED).is_file():
         raise pickles.adapter_pickle_error(folder / PICKLED, folder / WEIGHTS)
-    raise CheckpointError(f"The adapter {folder} has no {WEIGHTS}.", "Pass the folder PEFT's `save_pretrained` wrote.")
+    raise CheckpointError(
+        f"The adapter {folder} has no {WEIGHTS}.", "Pass the folder that PEFT's `save_pretrained` wrote."
+    )
 
 
 def base(folder: Path) -> tuple[str, str | None]:
@@ -114,7 +116,7 @@ def base(folder: Path) -> tuple[str, str | None]:
     config = settings(folder)
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(name, str) or not HUB_ID.fullmatch(name):
-        problem = f"names a place as its base ({name})" if name else "does not name its base"
+        problem = f"names a path as its base ({name})" if name else "does not name its base"
         raise CheckpointError(f"The adapter {folder} {problem}.", NAME_BASE)
     return name, revision if isinstance(revision, str) else None
 
@@ -124,7 +126,7 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text())
         if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
+            raise ValueError("it is not a JSON object")
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}.", "Save the adapter again.") from error
     return config

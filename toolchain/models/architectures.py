@@ -85,9 +85,9 @@ LAYOUTS = {
 LAYER_SHARING = {"albert"}  # architectures that store one layer and run it several times
 # Architectures whose heads and neurons cannot be removed separately, and the reason for the error message.
 UNPRUNABLE = {
-    "albert": "shares one layer's weights among all layers: none can be pruned apart",
-    "deberta-v2": "projects positions by the same weights as words: a head takes part in two attentions",
-    "mobilebert": "has bottlenecks around its layers and stacks feed-forward parts in them",
+    "albert": "uses the same weights in all layers, so no layer can be pruned separately",
+    "deberta-v2": "uses the same weights for positions and words, so no head can be removed separately",
+    "mobilebert": "has bottleneck layers and several feed-forward parts in each layer",
 }
 
 
@@ -114,12 +114,12 @@ def layout_of(model: PreTrainedModel) -> Layout:
     if kind in UNPRUNABLE:
         raise PruningError(
             f"{type(model).__name__} {UNPRUNABLE[kind]}.",
-            f"Quantise it instead; pruning takes: {', '.join(LAYOUTS)}.",
+            f"Quantise it instead. Pruning supports {', '.join(LAYOUTS)}.",
         )
     if kind not in LAYOUTS:
         raise PruningError(
-            f"Pruning does not know where {type(model).__name__} keeps its heads and neurons.",
-            f"It takes: {', '.join(LAYOUTS)}.",
+            f"Pruning does not support {type(model).__name__}.",
+            f"It supports {', '.join(LAYOUTS)}.",
         )
     return LAYOUTS[kind]
 
@@ -236,7 +236,7 @@ def read_shapes(folder: Path) -> list[LayerShape] | None:
     try:
         shapes = [LayerShape(**entry) for entry in json.loads(file.read_text())["layers"]]
         if not all(type(n) is int and n >= 0 for shape in shapes for n in (shape.heads, shape.ffn)):
-            raise ValueError("heads and FFN neurons must be counts")
+            raise ValueError("a number of heads or neurons is no integer from 0")
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}.", "Prune the model again.") from error
     return shapes

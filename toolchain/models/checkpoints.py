@@ -100,13 +100,13 @@ def resolve(model: str, exported: Path, slug: str | None = None) -> tuple[str, S
         raise CheckpointError(f"{slug!r} cannot name a folder.", "Use lower-case letters, digits, '.', '_' and '-'.")
     if slug == REFERENCE_SLUG and source.kind != "embedded":
         raise CheckpointError(
-            f"{slug!r} is the embedded model's name.", "Give this model a name of its own: --as NAME."
+            f"{slug!r} is the name of the embedded model.", "Choose another name for this model: --as NAME."
         )
     owner = _owner(exported / slug)
     if owner and not owner.same_origin(source):
         raise CheckpointError(
             f"{exported / slug} belongs to {owner.ref}, not to {source.ref}.",
-            "Give this model a name of its own: --as NAME.",
+            "Choose another name for this model: --as NAME.",
         )
     return slug, replace(source, base=owner.base) if owner else source
 
@@ -171,7 +171,7 @@ def pin(source: Source, revision: str | None = None, *, head: bool = True) -> So
             raise pickles.pickle_error(source.ref, pickle_names[0], revision)
         return replace(source, revision=commit)
     if revision:
-        raise CheckpointError("--revision is for models of the hub.", "Leave it out for a folder.")
+        raise CheckpointError("--revision is for hub models only.", "Run the command without --revision.")
     folder = _folder(source)
     check(folder, head=head)
     return replace(source, revision=_digest(folder))
@@ -253,12 +253,14 @@ def config_of(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text())
         if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
+            raise ValueError("it has another type")
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} has no config.json.", "Pass the folder `save_pretrained` wrote.") from error
+        raise CheckpointError(
+            f"{folder} has no config.json.", "Pass the folder that `save_pretrained` wrote."
+        ) from error
     except (ValueError, OSError) as error:
         raise CheckpointError(
-            f"{file} is no JSON object: {error}.", "Save the model again with `save_pretrained`."
+            f"{file} does not contain a JSON object: {error}.", "Save the model again with `save_pretrained`."
         ) from error
     return config
 
@@ -298,7 +300,7 @@ def _tensors_by_file(folder: Path) -> dict[str, set[str]]:
         return tensors_by_file
     if pickle_names := pickles.pickled_weights(path.name for path in folder.iterdir()):
         raise pickles.pickle_error(str(folder), pickle_names[0])
-    raise CheckpointError(f"{folder} has no {WEIGHTS}.", "Pass the folder `save_pretrained` wrote.")
+    raise CheckpointError(f"{folder} has no {WEIGHTS}.", "Pass the folder that `save_pretrained` wrote.")
 
 
 def check(folder: Path, *, head: bool = True) -> None:
@@ -317,13 +319,13 @@ def check(folder: Path, *, head: bool = True) -> None:
         return
     config = config_of(folder)
     if "quantization_config" in config:
-        raise CheckpointError(f"{folder} is quantised already.", "Pass the checkpoint it was quantised from.")
+        raise CheckpointError(f"{folder} is already quantised.", "Pass the unquantised checkpoint.")
     if head:
         check_config(folder, config)
     for name, expected in sorted(_tensors_by_file(folder).items()):
         if missing_names := sorted(expected - _tensor_names(folder / name)):
             raise CheckpointError(
-                f"The weights file {folder / name} lacks {missing_names[0]}, which {WEIGHTS_INDEX} says is in it.",
+                f"The weights file {folder / name} lacks {missing_names[0]}, which {WEIGHTS_INDEX} lists for it.",
                 "Download the checkpoint again.",
             )
     if not has_tokenizer(folder):
@@ -335,10 +337,11 @@ def check(folder: Path, *, head: bool = True) -> None:
 def _check_adapter(folder: Path, head: bool) -> None:
     if _has_weights({path.name for path in folder.iterdir()}):
         raise CheckpointError(
-            f"{folder} holds a whole model and an adapter ({adapters.SETTINGS}).", "Pass a folder with one of them."
+            f"{folder} contains both a model and an adapter ({adapters.SETTINGS}).",
+            "Pass a folder with only one of them.",
         )
     if not head:
-        raise CheckpointError(f"{folder} is a LoRA adapter, not a base.", "Pass the base itself.")
+        raise CheckpointError(f"{folder} is a LoRA adapter, not a base.", "Pass the adapter's base instead.")
     adapters.check(folder)
     _tensor_names(folder / adapters.WEIGHTS)
 
@@ -354,7 +357,7 @@ def _tensor_names(file: Path) -> set[str]:
         raise CheckpointError(f"The weights file {file} is missing.", "Download the checkpoint again.") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{file} is truncated or no safetensors file ({error}).", "Download the checkpoint again."
+            f"{file} is truncated, or is not a safetensors file ({error}).", "Download the checkpoint again."
         ) from error
 
 
@@ -373,9 +376,10 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
     if not isinstance(architectures, list):
         architectures = [architectures]
     if not any(str(name).endswith("ForSequenceClassification") for name in architectures):
-        description = ", ".join(map(str, architectures)) or "of no stated architecture"
+        description = ", ".join(map(str, architectures)) or "not stated"
         raise CheckpointError(
-            f"{folder} is {description}: it has no classification head.", "Fine-tune it as a sequence classifier first."
+            f"{folder} has no classification head: its architecture is {description}.",
+            "Fine-tune it as a sequence classifier first.",
         )
     label_set(folder, config)
 
@@ -396,13 +400,13 @@ def label_set(folder: Path, config: dict[str, Any]) -> LabelSet:
     is_numbered = isinstance(labels, dict) and set(labels) == {str(index) for index in range(len(labels))}
     if not (is_numbered and all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names)):
         raise CheckpointError(
-            f"{folder}: id2label does not give each class from 0 on a name of its own.", "Correct it in config.json."
+            f"{folder}: id2label does not have a different name for each class from 0.", "Correct it in config.json."
         )
     task = config.get("problem_type") or SINGLE
     if task not in (SINGLE, MULTI) or len(names) < 2:
         raise CheckpointError(
-            f"{folder} answers with {'one number' if len(names) < 2 or task == 'regression' else task}, "
-            "not with labels of several.",
-            "Pass a classifier: regression has no labels to compare.",
+            f"{folder} is no classifier: its task is "
+            f"{'regression' if len(names) < 2 or task == 'regression' else task}.",
+            "Pass a classifier with at least two labels.",
         )
     return LabelSet(tuple(labels[str(index)] for index in range(len(names))), task == MULTI)

@@ -71,24 +71,24 @@ def _call_hub(ref: str, revision: str | None, request: Callable[[], T]) -> T:
     """Calls `request` and returns its result; turns every error of the hub into a `HubError` with advice."""
     from huggingface_hub import errors as hub
 
-    hint = f"Check the id, or download it elsewhere and pass the folder: --model PATH (hub id tried: {ref})."
-    log_in = "Log in with `hf auth login`, or set HF_TOKEN to a token that may read it."
+    hint = f"Check the hub id {ref}, or download the model elsewhere and pass its folder: --model PATH."
+    log_in = "Log in with `hf auth login`, or set HF_TOKEN to a token with access."
     try:
         return request()
     except hub.GatedRepoError as error:
         raise HubError(
-            f"{ref} is gated on the hub.", "Accept its terms there and log in with `hf auth login`."
+            f"The model {ref} is gated on the hub.", "Accept its terms on the hub, and log in with `hf auth login`."
         ) from error
     except hub.RevisionNotFoundError as error:
-        hint = "Leave --revision out or name a branch, tag or commit."
+        hint = "Name a branch, tag or commit, or run the command without --revision."
         raise HubError(f"{ref} has no revision {revision!r}.", hint) from error
     except hub.RepositoryNotFoundError as error:
-        cause = f"The hub has no model {ref}, or it is private and no token is set that may read it."
+        cause = f"The hub has no model {ref}, or the model is private and no token gives access."
         raise HubError(cause, f"{log_in} {hint}") from error
     except hub.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         if status in (401, 403):
-            raise HubError(f"The hub refuses to give {ref} to this login (HTTP {status}).", log_in) from error
-        raise HubError(f"{ref} is no folder here, and the model hub could not give it.", hint) from error
+            raise HubError(f"The hub refuses this login access to {ref} (HTTP {status}).", log_in) from error
+        raise HubError(f"{ref} is not a folder, and its download from the hub failed.", hint) from error
     except (hub.LocalEntryNotFoundError, hub.HFValidationError, OSError, UnicodeError) as error:
-        raise HubError(f"{ref} is no folder here, and the model hub could not give it.", hint) from error
+        raise HubError(f"{ref} is not a folder, and its download from the hub failed.", hint) from error

@@ -17,8 +17,8 @@ _SUFFIXES = (".bin", ".pt", ".pth")
 # Files that a training run saves beside the weights.
 _NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth")
 _LOADERS = "from transformers import AutoConfig as C, AutoModelForSequenceClassification as M, AutoTokenizer as T"
-_CAUSE = "holds its weights only as pickle ({}), which can run code when it is read."
-_HINT = "On a machine where it is trusted, convert it and pass what comes of it: python -c {}"
+_CAUSE = "has its weights only as pickle ({}), and reading a pickle can run code."
+_HINT = "Convert the weights on a machine where you trust them, and pass the result: python -c {}"
 
 
 def pickled_weights(names: Iterable[str]) -> list[str]:

@@ -77,15 +77,17 @@ def _pin_base(source: Source, last_base: str | None) -> str | None:
     if folder and source.base:
         return _exact_name(checkpoints.pin(checkpoints.locate(source.base), head=False))
     if source.base:
-        hint = "Leave --base out, or give this model a name of its own: --as NAME."
-        raise CheckpointError(f"{source.ref} is a whole model and no adapter.", hint)
+        hint = "Run the command without --base, or choose another name for this model: --as NAME."
+        raise CheckpointError(f"{source.ref} is a model, not an adapter.", hint)
     if folder is None:
         return None
     name, revision = adapters.base(folder)
     try:
         return _exact_name(checkpoints.pin(Source("hub", name), revision, head=False))
     except HubError as error:
-        raise HubError(f"The adapter's base: {error.cause}", f"{error.hint} {adapters.NAME_BASE}") from error
+        raise HubError(
+            f"The base of the adapter is unavailable. {error.cause}", f"{error.hint} {adapters.NAME_BASE}"
+        ) from error
 
 
 def _is_missing_folder(base: str) -> bool:

@@ -46,7 +46,7 @@ def tokens_to_keep(encoder: Encoder, texts: Iterable[Text]) -> list[int]:
     while chunk := list(itertools.islice(remaining_texts, TEXTS)):
         used_ids.update(itertools.chain.from_iterable(encoder.encode(chunk)))
     if not used_ids - _special_ids(encoder.folder, tokenizer):
-        raise DataError("The corpus has no words.", "Pass texts such as the model will be given.")
+        raise DataError("The corpus has no words.", "Pass texts like those that the model will classify.")
     return sorted(used_ids | required_ids)
 
 
@@ -103,10 +103,9 @@ def _special_ids(folder: Path, tokenizer: Mapping[str, Any]) -> set[int]:
     model = tokenizer["model"]
     if model.get("type") != WORDPIECE:
         raise CheckpointError(
-            f"The tokenizer is {model.get('type') or 'of no stated kind'}, and only a {WORDPIECE} vocabulary can be "
-            "trimmed, whose words are split into the longest pieces there are; by BPE's merges or Unigram's scores a "
-            "token that goes changes how other words are split.",
-            "Leave --trim-vocab out.",
+            f"Only {WORDPIECE} vocabularies can be trimmed, and the type of this tokenizer is "
+            f"{model.get('type') or 'not stated'}. In other types a removed token changes how other words are split.",
+            "Run the command without --trim-vocab.",
         )
     ids = {token["id"] for token in tokenizer["added_tokens"]} | {model["vocab"][model["unk_token"]]}
     known_ids = ids | set(model["vocab"].values())
@@ -138,7 +137,7 @@ def _renumber_post_processor(part: Any, new_ids: NewIds) -> Any:
         return {**part, **{name: [part[name][0], new_ids[part[name][1]]] for name in ("sep", "cls")}}
     if kind == "ByteLevel":
         return part
-    raise ValueError(f"a post-processor of the unknown kind {kind}")
+    raise ValueError(f"the post-processor has the unknown type {kind}")
 
 
 def _renumber_other_files(folder: Path, kept_ids: Sequence[int], new_ids: NewIds) -> None:
@@ -166,7 +165,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(body, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.", "Import the model again.") from error
     return body
@@ -180,6 +179,6 @@ def _write(path: Path, body: Mapping[str, Any], indent: int | None = None) -> No
 
 def _contradiction_error(folder: Path, problem: str) -> CheckpointError:
     return CheckpointError(
-        f"The tokenizer's files in {folder} do not agree with each other: {problem}.",
-        "Save the tokenizer anew with tokenizer.save_pretrained(DIR), and import the model again.",
+        f"The tokenizer files in {folder} contradict each other: {problem}.",
+        "Save the tokenizer again with tokenizer.save_pretrained(DIR), and import the model again.",
     )

@@ -135,11 +135,11 @@ def read(path: Path) -> ir.Model:
     try:
         proto = onnx.load(str(path), load_external_data=False)
         if not proto.graph.node:
-            raise ValueError("it has no nodes")
+            raise ValueError("its graph has no nodes")
         onnx.checker.check_model(proto)
         model = ir.from_proto(proto)
     except (DecodeError, onnx.checker.ValidationError, ValueError, OSError) as error:
-        raise GraphError(f"{path} is no valid ONNX model: {error}.", "Build it again.") from error
+        raise GraphError(f"{path} is not a valid ONNX model: {error}.", "Build the variant again.") from error
     _unalias(model)
     return model
 

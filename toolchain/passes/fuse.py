@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from toolchain.system.quiet import quiet
+from toolchain.system.quiet import hide_logs
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -39,7 +39,7 @@ def fuse(
     for name in disabled_fusions:
         setattr(options, f"enable_{name}", False)
     _move_residual_last(model)
-    with quiet():
+    with hide_logs():
         fused = BertOnnxModel(ir.to_proto(model), context.heads, context.width)
         fused.optimize(options, add_dynamic_axes=False)
     result = ir.from_proto(fused.model)

@@ -40,7 +40,10 @@ def array_of(weight: ir.Value | None) -> np.ndarray:
         GraphError: The weight is missing or is computed in the graph.
     """
     if weight is None or weight.const_value is None:
-        raise GraphError("The weights of a layer are computed, not stored.", "Fold constants when exporting.")
+        raise GraphError(
+            "The graph computes the weights of a layer, and a pass needs stored weights.",
+            "Export with constant folding.",
+        )
     array: np.ndarray = weight.const_value.numpy()
     return array
 

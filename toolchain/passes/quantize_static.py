@@ -1,9 +1,9 @@
 """Linear layers in int8 with fixed scales: U8 activations scaled by calibration × S8 weights scaled per channel.
 
-A few channels far larger than the rest leave the rest almost none of the 256 steps. SmoothQuant (Xiao et al. 2022)
-divides each channel by a factor and multiplies the weights of that channel by the same factor. The paper folds the
-division into the LayerNormalization before it. Here the division is a separate `Mul`, because the residual reads the
-same values and would change.
+All channels share one scale. If a few channels are far larger than the others, the others use almost none of the 256
+steps. SmoothQuant (Xiao et al. 2022) divides each channel by a factor and multiplies the weights of that channel by the
+same factor. The paper folds the division into the LayerNormalization before it. Here the division is a separate `Mul`,
+because the residual reads the same values and would change.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def quantize_static(
     """
     uncalibrated_inputs = sorted(set(_layers_by_input(model, context)) - _calibrated_names(context.activations))
     if uncalibrated_inputs:
-        raise GraphError(f"{uncalibrated_inputs[0]} was not calibrated.", "Calibrate the graph that is quantised.")
+        raise GraphError(
+            f"{uncalibrated_inputs[0]} has no calibrated scale.", "Calibrate on the same graph that you quantise."
+        )
     attend = attend or partial(build_qattention, codes=partial(fixed_codes, context.activations))
     return quantize_linear(model, context, partial(product, context.activations), attend)
 

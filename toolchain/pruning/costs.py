@@ -143,20 +143,20 @@ def latency_table(model: PreTrainedModel, folder: Path, progress: Callable[[int,
 
 
 def _read_table(file: Path, settings: dict[str, Any]) -> LatencyTable:
-    hint = f"Delete {file} to measure this machine."
+    hint = f"Delete {file} to measure again on this machine."
     try:
         body = json.loads(file.read_text())
         if body["schema"] != SCHEMA:
-            raise ValueError(f"schema {body['schema']} instead of {SCHEMA}")
+            raise ValueError(f"it has schema {body['schema']} instead of {SCHEMA}")
         stored_settings = {key: body[key] for key in settings}
         heads, neurons = ({int(n): float(ms) for n, ms in body[key].items()} for key in ("heads_ms", "neurons_ms"))
         table = LatencyTable(float(body["base_ms"]), heads, neurons)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PruningError(f"{file} is no latency table: {error}.", hint) from error
+        raise PruningError(f"{file} is not a valid latency table: {error}.", hint) from error
     if stored_settings["machine"] != settings["machine"]:
         raise PruningError(f"{file} was measured on another machine ({stored_settings['machine']}).", hint)
     if stored_settings != settings:
-        raise PruningError(f"{file} is of another model or runtime than it is named for.", hint)
+        raise PruningError(f"{file} was measured with another model or runtime than its name says.", hint)
     return table
 
 
@@ -172,11 +172,11 @@ def _measure(model: PreTrainedModel, encoder: EncoderSizes, progress: Callable[[
     with tempfile.TemporaryDirectory() as scratch:
         sessions = {}
         for number, (kind, count) in enumerate(points):
-            progress(number, len(points), f"latency table: {count} {kind}")
+            progress(number, len(points), f"building the latency table: {count} {kind}")
             shape = LayerShape(count, neurons) if kind == "heads" else LayerShape(heads, count)
             sessions[kind, count] = _open_session(model, [shape] * layers, Path(scratch) / f"{kind}-{count}")
         for number in range(ROUNDS):
-            progress(number, ROUNDS, "latency table: rounds")
+            progress(number, ROUNDS, "measuring the latency table")
             for point in random.Random(number).sample(points, len(points)):
                 times[point].append(_median_run_ms(sessions[point]))
     medians = {point: statistics.median(values) for point, values in times.items()}

@@ -33,7 +33,7 @@ def dispensable_layers(model: PreTrainedModel, layers: int, batches: Sequence[Ba
     """
     count = len(layers_of(model))
     if not 1 <= layers <= count:
-        raise PruningError(f"{layers} layers cannot stay: the model has {count}.", f"Keep 1 to {count}.")
+        raise PruningError(f"{layers} layers cannot be kept: the model has {count}.", f"Keep 1 to {count} layers.")
     removed: list[int] = []
     while count - len(removed) > layers:
         candidates = (index for index in range(1, count) if index not in removed)

@@ -98,8 +98,8 @@ def fisher(model: PreTrainedModel, batches: Sequence[Batch]) -> list[LayerImport
             parameter.requires_grad_(True)
     if not all(torch.isfinite(moment).all() for moment in moments.values()):
         raise DataError(
-            "The gradients of the training sentences are not finite, so nothing can be ranked by them.",
-            "Check the checkpoint for NaN or infinite weights, and the training data's labels.",
+            "The gradients of the training sentences are not finite, so they cannot rank heads and neurons.",
+            "Check the checkpoint for NaN or infinite weights, and check the labels of the training data.",
         )
     return [
         LayerImportance(

@@ -80,8 +80,8 @@ def select(
     if counts is None:
         highest_ratio = 1 - encoder.unit_parameters("heads", 1) / encoder.parameters
         raise PruningError(
-            f"At a ratio of {ratio:g} nothing of the encoder would be left.",
-            f"One attention head must stay: the highest ratio of this model is {int(100 * highest_ratio) / 100:g}.",
+            f"A ratio of {ratio:g} would remove the entire encoder.",
+            f"One attention head must stay, so the highest ratio of this model is {int(100 * highest_ratio) / 100:g}.",
         )
     kept_units: dict[tuple[int, str], tuple[int, ...]] = {}
     for group, count in zip(groups, counts, strict=True):

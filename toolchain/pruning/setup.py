@@ -60,7 +60,7 @@ class PruningSetup:
         """
         if (self.folder / architectures.SHAPES).is_file():
             raise PruningError(
-                f"The model in {self.folder} is already pruned.", "Prune the model it was made from, at a higher ratio."
+                f"The model in {self.folder} is already pruned.", "Prune its unpruned parent at a higher ratio."
             )
         model = load_model(self.folder)
         architectures.layout_of(model)

@@ -123,7 +123,7 @@ def rank(setup: SensitivitySetup, progress: Progress) -> list[Layer]:
     if not names:
         raise GraphError(
             f"{setup.artifact.manifest.variant} has no linear layer left to quantise.",
-            "Name the variant it was made from.",
+            "Name its parent.",
         )
     with setup.session(names) as session:
         fp32_logits = setup.logits(session, SENTENCES)
@@ -131,7 +131,7 @@ def rank(setup: SensitivitySetup, progress: Progress) -> list[Layer]:
     fp32_log_shares, fp32_answers = log_shares(fp32_logits, multi), answers(fp32_logits, multi)
     layers = []
     for count, name in enumerate(names):
-        progress(count, len(names), f"quantising {name} alone")
+        progress(count, len(names), f"quantising only {name}")
         with setup.session([fp32_answer for fp32_answer in names if fp32_answer != name]) as session:
             logits = setup.logits(session, SENTENCES)
         divergence = float((np.exp(fp32_log_shares) * (fp32_log_shares - log_shares(logits, multi))).sum(axis=1).mean())

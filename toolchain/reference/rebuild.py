@@ -17,7 +17,7 @@ import click
 from toolchain.cli.progress import bar, say
 from toolchain.data.inputs import TrainingSource
 from toolchain.data.labels import SST2_LABELS
-from toolchain.finetune import Request, finetune, sentence
+from toolchain.finetune import FinetuneRequest, finetune, summary
 from toolchain.models import checkpoints
 from toolchain.training.loop import Recipe
 
@@ -96,8 +96,10 @@ def rebuild(model: Path, output: Path, epochs: int) -> None:
         for name in checkpoints.TOKENIZER_FILES:
             if (model / name).is_file():
                 shutil.copyfile(model / name, base / name)
-        card = finetune(Request(str(base), TrainingSource(), recipe, output, labels=SST2_LABELS.names), say, bar)
-    say(sentence(card))
+        card = finetune(
+            FinetuneRequest(str(base), TrainingSource(), recipe, output, labels=SST2_LABELS.names), say, bar
+        )
+    say(summary(card))
 
 
 if __name__ == "__main__":

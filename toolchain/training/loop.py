@@ -205,7 +205,7 @@ class _Run:
         for name, module in model.named_modules():
             # DeBERTa multiplies its matrix of relative positions instead of looking rows up.
             if isinstance(module, torch.nn.Embedding) and not name.endswith("rel_embeddings"):
-                # A batch uses a few hundred of many thousand rows: updating all of them takes a fifth of the time.
+                # A batch uses a few hundred of many thousand rows, and an update of all rows takes a fifth of the time.
                 module.sparse = True
                 tables.add(f"{name}.weight")
         self._dense_parameters = [p for name, p in self._parameters.items() if name not in tables]
@@ -244,9 +244,9 @@ class _Run:
         if not torch.isfinite(loss):
             self.save()
             raise DataError(
-                f"The loss is {float(loss.detach())} at step {step}: the training left what numbers can hold. What it "
-                f"had until then is kept in {self._folder}.",
-                "Check the checkpoint for NaN; a lower learning rate may help.",
+                f"The training diverged: the loss is {float(loss.detach())} at step {step}. "
+                f"{self._folder} contains the weights before this step.",
+                "Check the checkpoint for NaN, or try a lower learning rate.",
             )
         self._scaler.scale(loss).backward()
         for optimizer in self._optimizers:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-BATCH = 64  # rows in a batch without training
+BATCH = 64  # rows of a scoring batch
 
 
 def accuracy(model: PreTrainedModel, rows: list[Batch]) -> float:

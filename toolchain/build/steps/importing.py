@@ -36,7 +36,7 @@ def import_checkpoint(job: Job[Import]) -> Built:
 
     if job.checkpoint is None:
         raise CheckpointError("An import needs a checkpoint's folder.")
-    model = lora.merged(job.checkpoint, job.base) if job.base else load_model(job.checkpoint)
+    model = lora.load_merged(job.checkpoint, job.base) if job.base else load_model(job.checkpoint)
     check_finite(model.state_dict(), job.checkpoint)
     tokenizer = _tokenizer(job.checkpoint if job.base is None or has_tokenizer(job.checkpoint) else job.base)
     rows = int(model.config.vocab_size)

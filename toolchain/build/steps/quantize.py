@@ -103,7 +103,7 @@ def _bnb(job: Job[Quantize]) -> Built:
     from safetensors.torch import load_file
 
     copy_companions(job.given, job.folder)
-    model = bnb.quantized(job.given.path, job.step.scheme)
+    model = bnb.quantize_model(job.given.path, job.step.scheme)
     # The first forward pass rearranges bitsandbytes' 4-bit weights, and a save after it writes wrong weights.
     model.save_pretrained(job.folder, max_shard_size="100GB")
     facts = describe(model, load_file(job.folder / WEIGHTS))

@@ -25,7 +25,7 @@ from toolchain.ship.targets.releases import (
     oldest_reading_release,
 )
 from toolchain.ship.targets.uses import oldest_release, read_needs
-from toolchain.system.quiet import quiet
+from toolchain.system.quiet import hide_logs
 
 if TYPE_CHECKING:
     import onnx
@@ -261,7 +261,7 @@ def configure(models: Sequence[Path]) -> None:
 
     folder = models[0].parent
     for name, with_types in CONFIGURATIONS.items():
-        with quiet():
+        with hide_logs():
             create_config_from_models(models, folder / name, with_types)
         lines = (folder / name).read_text(encoding="utf-8").replace(f"{folder}/", "")
         (folder / name).write_text(lines, encoding="utf-8")
@@ -280,7 +280,7 @@ def providers(path: Path) -> list[dict[str, Any]]:
     from onnxruntime.tools.mobile_helpers import usability_checker as checker
     from onnxruntime.tools.onnx_model_utils import ModelProtoWithShapeInfo, optimize_model
 
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    with tempfile.TemporaryDirectory() as folder, hide_logs():
         basic = Path(folder) / path.name
         optimize_model(path, basic, use_external_initializers=True)
         model = ModelProtoWithShapeInfo(basic).model_with_shape_info
