@@ -53,8 +53,10 @@ def prune_model(pruning_subject: Subject, method: str, ratio: float) -> Any:
     if method != NOT_FITTED:
         return pruning.prune(pruning_subject, ratio, method, price, lambda layer: None)
     model = copy.deepcopy(pruning_subject.model)
-    for index, kept in enumerate(select(pruning_subject.importances("fisher"), ratio, EncoderSizes.of(model), price)):
-        keep(model, index, kept.heads, kept.neurons)
+    for index, selection in enumerate(
+        select(pruning_subject.importances("fisher"), ratio, EncoderSizes.of(model), price)
+    ):
+        keep(model, index, selection.heads, selection.neurons)
     return model
 
 
@@ -83,8 +85,8 @@ def study(workspace: Workspace) -> dict[str, Any]:
             rows.append(measure(model, validation, method, ratio, time.monotonic() - started, dense))
     for ratio in RECOVERED:
         name = f"torch-pruned{round(100 * ratio)}"
-        asked = {name: Prune(ratio), f"{name}-r1": Recover(1)}
-        artifact = ensure(workspace, [f"{name}-r1"], asked, say, bar)[f"{name}-r1"]
+        steps = {name: Prune(ratio), f"{name}-r1": Recover(1)}
+        artifact = ensure(workspace, [f"{name}-r1"], steps, say, bar)[f"{name}-r1"]
         seconds = artifact.manifest.facts["recovery"]["seconds"]
         rows.append(measure(load_model(artifact.path), validation, RECOVERY, ratio, seconds, dense))
     return {

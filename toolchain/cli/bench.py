@@ -192,7 +192,7 @@ class _Saving:
         from toolchain.cli.progress import say
         from toolchain.errors import ResultFileError
 
-        # A run that measured nothing does not use the name: nobody commits it.
+        # A run that measured nothing is not worth a commit, so it does not use the name.
         if self.name and any(row.status == "ok" for row in result.rows):
             path = run.named_path(self.name, machine_id)
             try:
