@@ -196,7 +196,7 @@ def _flips(one: Measurement, other: Measurement) -> int:
 
 @click.command()
 @click.option("--shape", type=click.Choice(["reference", "base"]), default="reference", show_default=True)
-@click.option("--full", is_flag=True, help="About 60 s a cell instead of 20.")
+@click.option("--full", is_flag=True, help="Measure each cell for about 60 s instead of 20 s.")
 @click.option("--save-as", help="[default: passes-SHAPE]")
 def main(shape: str, full: bool, save_as: str | None) -> None:
     """Builds the graphs, measures them, saves the result file and prints the ratios."""
