@@ -129,7 +129,7 @@ def contenders() -> list[Contender]:
     ]
     replacements = (
         ("merged", "one product, Split and MultiHeadAttention for QAttention"),
-        ("bias-apart", "bias behind the quantised product"),
+        ("bias-apart", "Add of the bias after the quantised product"),
     )
     for name, change in replacements:
         graph = _replace_pass("quantize-linear", f"quantize-linear-{name}", passes=all_passes)
@@ -196,7 +196,7 @@ def _flips(one: Measurement, other: Measurement) -> int:
 
 @click.command()
 @click.option("--shape", type=click.Choice(["reference", "base"]), default="reference", show_default=True)
-@click.option("--full", is_flag=True, help="About 60 s a cell instead of 20.")
+@click.option("--full", is_flag=True, help="Measure each cell for about 60 s instead of 20 s.")
 @click.option("--save-as", help="[default: passes-SHAPE]")
 def main(shape: str, full: bool, save_as: str | None) -> None:
     """Builds the graphs, measures them, saves the result file and prints the ratios."""
@@ -204,14 +204,14 @@ def main(shape: str, full: bool, save_as: str | None) -> None:
     with tempfile.TemporaryDirectory() as folder, bar("passes") as progress:
         scratch = Path(folder)
         workspace = peers.open_shape(shape, scratch / "exported", scratch)
-        built = ensure(workspace, (FP32, INT8), {}, say)
-        graphs = {name: built[name] for name in (FP32, INT8)}
+        artifacts = ensure(workspace, (FP32, INT8), {}, say)
+        graphs = {name: artifacts[name] for name in (FP32, INT8)}
         entries = contenders()
         for done, each in enumerate(entries):
             progress(done, len(entries), f"building {each.name}")
-            graphs[each.name] = build(each, built["onnx-std"], scratch)
+            graphs[each.name] = build(each, artifacts["onnx-std"], scratch)
         cells = [Cell(workspace.model, name, "onnx", "cpu", artifact) for name, artifact in graphs.items()]
-        result = peers.measure_all(cells, built["torch-fp32"], full, progress)
+        result = peers.measure_all(cells, artifacts["torch-fp32"], full, progress)
     result.write(peers.STUDIES / f"{save_as or f'passes-{shape}'}.json")
     for line in summary(result):
         click.echo(line)

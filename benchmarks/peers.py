@@ -240,12 +240,12 @@ def main(shape: str, exported: Path, variants: tuple[str, ...], full: bool, save
         scratch = Path(folder)
         workspace = open_shape(shape, exported, scratch)
         names = (*OURS, *variants)
-        built = ensure(workspace, names, {}, say)
-        root, std = built["torch-fp32"], built["onnx-std"]
+        artifacts = ensure(workspace, names, {}, say)
+        root, std = artifacts["torch-fp32"], artifacts["onnx-std"]
         train = inputs.embedded("train")
-        chosen = inputs.sentence_rows(train, inputs.hold_out(train)[0], CALIBRATION)
+        row_indices = inputs.sentence_rows(train, inputs.hold_out(train)[0], CALIBRATION)
         tokens = scratch / "tokens.json"
-        tokens.write_text(json.dumps(encoder_of(root).encode([train.texts[row] for row in chosen])))
+        tokens.write_text(json.dumps(encoder_of(root).encode([train.texts[row] for row in row_indices])))
         peers = (
             build_with_optimum(root, scratch)
             | build_with_neural_compressor(std, scratch, tokens)
@@ -253,7 +253,7 @@ def main(shape: str, exported: Path, variants: tuple[str, ...], full: bool, save
         )
         cells = [
             Cell(workspace.model, name, RUNTIMES.get(name.split("-")[0], "onnx"), "cpu", artifact)
-            for name, artifact in {**{name: built[name] for name in names}, **peers}.items()
+            for name, artifact in {**{name: artifacts[name] for name in names}, **peers}.items()
         ]
         cells = [cell.reading_as(root.manifest) if cell.variant in variants else cell for cell in cells]
         backends = {**BACKENDS, "openvino": Backend("openvino_peer:OpenVinoSession", ())}

@@ -34,20 +34,22 @@ SENTENCES = 64
 @click.option("--save-as", default="precision-reference", show_default=True)
 def main(exported: Path, save_as: str) -> None:
     """Builds the variants, measures them, saves the study and prints it."""
-    built = ensure(Workspace.open("reference", exported), VARIANTS, {}, say)
+    artifacts = ensure(Workspace.open("reference", exported), VARIANTS, {}, say)
     texts = [str(text) for text in inputs.embedded().sample(SENTENCES, 1)]
     rows = {}
     for name in VARIANTS:
-        manifest = built[name].manifest
-        encoder = Encoder.open(built[name].path, [spec.name for spec in manifest.inputs], manifest.max_length)
+        manifest = artifacts[name].manifest
+        encoder = Encoder.open(artifacts[name].path, [spec.name for spec in manifest.inputs], manifest.max_length)
         ids = sorted(encoder.encode(texts), key=len)
         batches = {
             "batch 1": [pad([row], encoder.names, encoder.pad_id) for row in ids],
-            "batches of 32": [pad(ids[at : at + 32], encoder.names, encoder.pad_id) for at in range(0, len(ids), 32)],
+            "batches of 32": [
+                pad(ids[start : start + 32], encoder.names, encoder.pad_id) for start in range(0, len(ids), 32)
+            ],
         }
         with bar(name) as progress:
             rows[name] = {
-                kind: _time_ratio(built[name].onnx_path, arrays, progress) for kind, arrays in batches.items()
+                kind: _time_ratio(artifacts[name].onnx_path, arrays, progress) for kind, arrays in batches.items()
             }
     body = {"option": EXACT_PRODUCTS, "saturates_without": saturates(), "rounds": ROUNDS, "rows": rows}
     write(save_as, body)

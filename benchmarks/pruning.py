@@ -83,8 +83,8 @@ def study(workspace: Workspace) -> dict[str, Any]:
             rows.append(measure(model, validation, method, ratio, time.monotonic() - started, dense))
     for ratio in RECOVERED:
         name = f"torch-pruned{round(100 * ratio)}"
-        asked = {name: Prune(ratio), f"{name}-r1": Recover(1)}
-        artifact = ensure(workspace, [f"{name}-r1"], asked, say, bar)[f"{name}-r1"]
+        steps = {name: Prune(ratio), f"{name}-r1": Recover(1)}
+        artifact = ensure(workspace, [f"{name}-r1"], steps, say, bar)[f"{name}-r1"]
         seconds = artifact.manifest.facts["recovery"]["seconds"]
         rows.append(measure(load_model(artifact.path), validation, RECOVERY, ratio, seconds, dense))
     return {

@@ -95,13 +95,13 @@ def _model(
 
 def _versions(folder: Path) -> Iterator[dict[str, Any]]:
     """Yields questions with Identity; many opsets changed it, and a release may lack the kernel of an opset."""
-    one = {"x": np.ones(2, np.float32)}, {"y": np.ones(2, np.float32)}
+    arrays = {"x": np.ones(2, np.float32)}, {"y": np.ones(2, np.float32)}
     nodes = [helper.make_node("Identity", ["x"], ["y"])]
     for number in IR_VERSIONS:
-        yield _save(folder, Question(f"ir_version {number}", _model(nodes, *one, {}, ir_version=number), *one))
+        yield _save(folder, Question(f"ir_version {number}", _model(nodes, *arrays, {}, ir_version=number), *arrays))
     for number in OPSETS:
-        yield _save(folder, Question(f"opset {number}", _model(nodes, *one, {}, opset=number), *one))
-    entry = _save(folder, Question("ort_format", _model(nodes, *one, {}), *one))
+        yield _save(folder, Question(f"opset {number}", _model(nodes, *arrays, {}, opset=number), *arrays))
+    entry = _save(folder, Question("ort_format", _model(nodes, *arrays, {}), *arrays))
     ort_format.save(folder / entry["file"], folder / "written.ort")
     for number in ORT_FORMATS:
         (folder / f"ort_format-{number}.ort").write_bytes(_set_version(folder / "written.ort", number))
@@ -132,13 +132,13 @@ def _multi_head(mask: np.ndarray, queries: int, side: str) -> Iterator[Question]
     query, key, value = (random.standard_normal((BATCH, TOKENS, WIDTH)).astype(np.float32) for _ in range(3))
     feeds = {"query": query[:, :queries], "key": key, "value": value}
     bias = np.tile(_bias(mask), (1, HEADS, queries, 1))
-    one = bias[1:2]  # the same for every sentence
+    shared_bias = bias[1:2]  # the same for every sentence
     padding = "key_padding_mask" if queries == TOKENS else "key_padding_mask longer than the query"
     for trait, position, mask_input, bias_used in (
         (padding, 4, mask, bias),
         ("attention_bias", 5, bias, bias),
         ("attention_bias of one head", 5, bias[:, :1], bias),
-        ("attention_bias of one sentence", 5, one, np.tile(one, (BATCH, 1, 1, 1))),
+        ("attention_bias of one sentence", 5, shared_bias, np.tile(shared_bias, (BATCH, 1, 1, 1))),
     ):
         names = ["query", "key", "value", "", "", ""]
         names[position] = "mask"
@@ -215,9 +215,9 @@ def precision() -> Iterator[Question]:
     floats = a.astype(np.float32)
     floats[..., :2] = 0, 255  # with this range, ONNX Runtime computes a scale of 1 and a zero point of 0
     scaled_product = (floats.astype(np.int32) @ b.astype(np.int32)).astype(np.float32)
-    one = np.float32(1)
+    constant = np.float32(1)
     zeros = {"a_zero": np.uint8(0), "b_zero": np.int8(0)}
-    scales = {"a_scale": one, "b_scale": one}
+    scales = {"a_scale": constant, "b_scale": constant}
     yield _product("MatMulInteger", STANDARD, ["a", "b", "a_zero", "b_zero"], a, product, {"b": b, **zeros})
     names = ["a", "b", "b_scale", "b_zero"]
     yield _product("DynamicQuantizeMatMul", MICROSOFT, names, floats, scaled_product, {"b": b, **scales, **zeros})

@@ -63,8 +63,8 @@ Facts = dict[str, Any]  # facts about a release: kind → name → fact, as retu
 def newest_patches() -> dict[str, str]:
     """Returns the newest patch of each minor release from 1.15 on that pip finds for this Python."""
     command = [sys.executable, "-m", "pip", "index", "versions", "onnxruntime", "--disable-pip-version-check"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    versions = {tuple(map(int, version)) for version in re.findall(r"\b(\d+)\.(\d+)\.(\d+)\b", listed)}
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    versions = {tuple(map(int, version)) for version in re.findall(r"\b(\d+)\.(\d+)\.(\d+)\b", listing)}
     newest = {f"{major}.{minor}": f"{major}.{minor}.{patch}" for major, minor, patch in sorted(versions)}
     return {release: version for release, version in newest.items() if int(release.split(".")[1]) >= FIRST_MINOR}
 
@@ -106,17 +106,17 @@ def _probe(prefix: Sequence[str], python: Path, folder: Path, *sets: str) -> dic
 def facts(probed: Mapping[str, Any]) -> Facts:
     """Converts the answers of a release to the facts of the table."""
     answers = probed["answers"]
-    read: dict[str, int] = {}
+    versions_read: dict[str, int] = {}
     for name, state in answers[questions.VERSIONS].items():
         kind, number = name.split()
-        read[kind] = max(read.get(kind, 0), int(number) if state == RIGHT else 0)
+        versions_read[kind] = max(versions_read.get(kind, 0), int(number) if state == RIGHT else 0)
     padded: dict[str, str] = {}
     for name, state in answers[questions.ATTENTION].items():
         kind = name.split(", ")[0]
         padded[kind] = max(padded.get(kind, state), state, key=STATES.index)
     return {
         "version": probed["version"],
-        "read": read,
+        "read": versions_read,
         "operators": probed["operators"]
         and {
             name: sorted([*operator["attributes"], *(f"input {index}" for index in range(operator["inputs"]))])
@@ -167,20 +167,20 @@ def table(facts_by_release: Mapping[str, Facts]) -> dict[str, Any]:
 
 def _operator(name: str, facts_by_release: Mapping[str, Facts]) -> dict[str, list[str]]:
     """Returns the attributes and inputs that each release added; the first release added the operator."""
-    known: set[str] | None = None
+    known_traits: set[str] | None = None
     additions = {}
     for release, each in facts_by_release.items():
         if each["operators"] is None:
             continue
         names = each["operators"].get(name)
-        if names is None and known is None:
+        if names is None and known_traits is None:
             continue
-        if names is None or (known or set()) - set(names):
+        if names is None or (known_traits or set()) - set(names):
             raise click.ClickException(f"{release} removed a part of {name}. The table cannot express this.")
-        if known is None or set(names) - known:
-            additions[release] = sorted(set(names) - (known or set()))
-        known = set(names)
-    if known is None:
+        if known_traits is None or set(names) - known_traits:
+            additions[release] = sorted(set(names) - (known_traits or set()))
+        known_traits = set(names)
+    if known_traits is None:
         raise click.ClickException(f"No release has a CPU kernel of {name}.")
     return additions
 
@@ -212,9 +212,9 @@ def _changes(states: Mapping[str, str]) -> dict[str, str]:
     return changes
 
 
-def differences(body: Mapping[str, Any], found: Facts) -> list[str]:
+def differences(body: Mapping[str, Any], release_facts: Facts) -> list[str]:
     """Returns a line for each fact of a release that differs from the table."""
-    release = ".".join(found["version"].split(".")[:2])
+    release = ".".join(release_facts["version"].split(".")[:2])
     order = list(body["releases"])
     if release not in order:
         return [f"{release} is not in the table"]
@@ -225,18 +225,18 @@ def differences(body: Mapping[str, Any], found: Facts) -> list[str]:
         for name, by_release in body["operators"].items()
     }
     expected |= {"kernel " + name: first in releases for name, first in body["late"].items()}
-    actual = {"read " + kind: number for kind, number in found["read"].items()}
-    actual |= {"operator " + name: found["operators"].get(name) for name in body["operators"]}
-    actual |= {"kernel " + name: name in found["standard"] for name in body["late"]}
+    actual = {"read " + kind: number for kind, number in release_facts["read"].items()}
+    actual |= {"operator " + name: release_facts["operators"].get(name) for name in body["operators"]}
+    actual |= {"kernel " + name: name in release_facts["standard"] for name in body["late"]}
     for kind in ("answers", "precision"):
-        if found[kind]:  # empty if the questions did not run
-            actual |= {f"{kind} {name}": state for name, state in found[kind].items()}
+        if release_facts[kind]:  # empty if the questions did not run
+            actual |= {f"{kind} {name}": state for name, state in release_facts[kind].items()}
             expected |= {
                 f"{kind} {name}": next(by_release[each] for each in reversed(releases) if each in by_release)
                 for name, by_release in body[kind].items()
             }
     return [
-        f"{name}: the table says {expected.get(name)}, {found['version']} says {actual.get(name)}"
+        f"{name}: the table says {expected.get(name)}, {release_facts['version']} says {actual.get(name)}"
         for name in sorted(expected.keys() | actual.keys())
         if expected.get(name) != actual.get(name)
     ]
@@ -285,13 +285,15 @@ def main(pythons: tuple[Path, ...]) -> None:
         body = json.loads(TABLE.read_text(encoding="utf-8"))
         differs = False
         for python in pythons:
-            found = ask(python, folder)
-            lines = differences(body, found)
+            release_facts = ask(python, folder)
+            lines = differences(body, release_facts)
             differs = differs or bool(lines)
             note = (
-                "" if found["precision"] else "; 8-bit products not tested: qemu-x86_64 is missing (Debian: qemu-user)"
+                ""
+                if release_facts["precision"]
+                else "; 8-bit products not tested: qemu-x86_64 is missing (Debian: qemu-user)"
             )
-            click.echo(f"{found['version']}: {len(lines) or 'no'} differences from the table{note}")
+            click.echo(f"{release_facts['version']}: {len(lines) or 'no'} differences from the table{note}")
             for line in lines:
                 click.echo(f"  {line}")
     sys.exit(3 if differs else 0)

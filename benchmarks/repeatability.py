@@ -65,11 +65,11 @@ def main() -> None:
 def pairs(count: int, save_as: str) -> None:
     """Measures pairs of equal files and counts the pairs that differ."""
     workspace = Workspace.open("reference", Path("exported"))
-    built = ensure(workspace, [VARIANT], {}, say)
-    root = built["torch-fp32"]
+    artifacts = ensure(workspace, [VARIANT], {}, say)
+    root = artifacts["torch-fp32"]
     encoder = encoding.Encoder.open(root.path, [s.name for s in root.manifest.inputs], root.manifest.max_length)
     data = inputs.load(None, root.label_set)
-    cells = [Cell("reference", f"{VARIANT}#{i}", "onnx", "cpu", built[VARIANT]) for i in range(2 * count)]
+    cells = [Cell("reference", f"{VARIANT}#{i}", "onnx", "cpu", artifacts[VARIANT]) for i in range(2 * count)]
     with bar("pairs") as progress:
         rows, run_settings = bench(cells, data, encoder, replace(QUICK, threads=hardware.cores()), progress)
     entries = [compare_pair(one, other) for one, other in zip(rows[::2], rows[1::2], strict=True)]

@@ -54,10 +54,10 @@ class MatMulInteger(OpRun):
 def main(exported: Path) -> None:
     """Builds the variants, computes both logits, saves the study and prints it."""
     workspace, data = Workspace.open("reference", exported), inputs.embedded()
-    built = ensure(workspace, VARIANTS, {}, say)
+    artifacts = ensure(workspace, VARIANTS, {}, say)
     rows = {}
     for name in VARIANTS:
-        path, manifest = built[name].path, built[name].manifest
+        path, manifest = artifacts[name].path, artifacts[name].manifest
         encoder = Encoder.open(path, [spec.name for spec in manifest.inputs], manifest.max_length)
         batches = [pad([row], encoder.names, encoder.pad_id) for row in encoder.encode(data.texts)]
         session = open_session(path, "onnx", Place("cpu", hardware.cores()))

@@ -175,7 +175,7 @@ def _by_words(words):
     ("build", "said"),
     [
         (tiny.unigram, "no tokenizer of type Unigram"),
-        (_by_words, "no tokenizer of the kind WordLevel"),
+        (_by_words, "no tokenizer of type WordLevel"),
         (_marked, "added tok"),
         (_uncleaned, "keeps control characters"),
         (_inside_words, "its added token 'the'"),

@@ -199,7 +199,7 @@ class _Saving:
         from toolchain.errors import ResultFileError
         from toolchain.results.folder import save_named
 
-        # A run that measured nothing does not use the name: nobody commits it.
+        # A run that measured nothing is not worth a commit, so it does not use the name.
         if self.name and any(row.status == "ok" for row in result.rows):
             path = self.folder.named_path(self.name, machine_id)
             try:

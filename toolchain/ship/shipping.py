@@ -96,8 +96,8 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
             f"A bundle for {target.name} cannot have the tokenizer in the graph: {target.no_tokenizer_reason}.",
             SHIP_WITHOUT_HINT,
         )
-    built = ensure(workspace, order.variants, {}, say, bar)
-    artifacts = [built[name] for name in order.variants]
+    artifacts_by_name = ensure(workspace, order.variants, {}, say, bar)
+    artifacts = [artifacts_by_name[name] for name in order.variants]
     for artifact in artifacts:
         _check_artifact(artifact, target)
         if artifact.manifest.tokenizer != artifacts[0].manifest.tokenizer:

@@ -9,8 +9,8 @@ import sys
 
 if __name__ == "__main__":
     # Python searches the script's folder for libraries first. A file of the bundle must not replace a library.
-    _here = os.path.dirname(os.path.abspath(__file__))
-    sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != _here]
+    _script_folder = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != _script_folder]
 
 import base64
 import json

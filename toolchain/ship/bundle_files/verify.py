@@ -16,8 +16,8 @@ import sys
 
 if __name__ == "__main__":
     # Python searches the script's folder for libraries first. A file of the bundle must not replace a library.
-    _here = os.path.dirname(os.path.abspath(__file__))
-    sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != _here]
+    _script_folder = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != _script_folder]
 
 import base64
 import hashlib
@@ -95,9 +95,11 @@ def read_bundle(folder: Path) -> dict[str, Any]:
         body: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if body["schema"] != SCHEMA:
             raise InvalidBundleError(f"{BUNDLE} has schema {body['schema']}, but this program reads schema {SCHEMA}")
-        listed = {str(entry["path"]): (int(entry["bytes"]), str(entry["sha256"])) for entry in body["files"]}
-        named = [file for model in body["models"] for _, file in model_files(model)]
-        named += [str(tokenizer_file)] if (tokenizer_file := (body.get("tokenizer_in_graph") or {}).get("file")) else []
+        entries = {str(entry["path"]): (int(entry["bytes"]), str(entry["sha256"])) for entry in body["files"]}
+        required = [file for model in body["models"] for _, file in model_files(model)]
+        required += (
+            [str(tokenizer_file)] if (tokenizer_file := (body.get("tokenizer_in_graph") or {}).get("file")) else []
+        )
         _parse_release(body["onnxruntime"])
         _saturable_models(body)
     except FileNotFoundError:
@@ -106,18 +108,18 @@ def read_bundle(folder: Path) -> dict[str, Any]:
         raise InvalidBundleError(f"{BUNDLE} cannot be read: {error!r}") from error
     if canonical_id(body) != body.get("id"):
         raise InvalidBundleError(f"the content of {BUNDLE} does not match its id")
-    for path in listed:
+    for path in entries:
         parts = PurePosixPath(path)
         if not path or parts.is_absolute() or ".." in parts.parts or "\\" in path or ":" in path or "\0" in path:
             raise InvalidBundleError(f"the path {path!r} is outside the folder")
-    missing = [path for path in (*named, GOLDEN, "tokenizer.json", "config.json") if path not in listed]
+    missing = [path for path in (*required, GOLDEN, "tokenizer.json", "config.json") if path not in entries]
     if missing:
         raise InvalidBundleError(f"{missing[0]} is not listed in {BUNDLE}")
-    for path, (size, digest) in listed.items():
+    for path, (size, digest) in entries.items():
         _check_file(folder, path, size, digest)
     for entry in sorted(folder.rglob("*")):
         name = entry.relative_to(folder).as_posix()
-        if name not in listed and name != BUNDLE and (entry.is_symlink() or not entry.is_dir()):
+        if name not in entries and name != BUNDLE and (entry.is_symlink() or not entry.is_dir()):
             raise InvalidBundleError(f"{name} is not listed in {BUNDLE}")
     return body
 

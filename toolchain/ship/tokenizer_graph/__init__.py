@@ -110,13 +110,12 @@ def _frame(encoder: Encoder, multiple: int) -> Frame:
     """Returns the special tokens around a text; encodes a text with and without them to find them."""
     tokenizer = encoder.tokenizer
     ids, text = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
-    before = next((i for i in range(len(ids)) if text and ids[i : i + len(text)] == text), None)
-    if before is None:
+    start = next((i for i in range(len(ids)) if text and ids[i : i + len(text)] == text), None)
+    if start is None:
         raise ShippingError(
             "The tokenizer changes the tokens of a text when it adds special tokens.", SHIP_WITHOUT_HINT
         )
-    after = ids[before + len(text) :]
-    return Frame(ids[:before], after, encoder.pad_id, encoder.max_length, multiple)
+    return Frame(ids[:start], ids[start + len(text) :], encoder.pad_id, encoder.max_length, multiple)
 
 
 def _insert_before_model(graph: ir.Graph, nodes: Nodes) -> None:

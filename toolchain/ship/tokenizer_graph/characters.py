@@ -1,4 +1,4 @@
-"""Tables of how a tokenizer's normaliser and pre-tokeniser change each Unicode character; it runs them to find out."""
+"""Tables of the changes that a tokenizer's normaliser and pre-tokeniser make to each Unicode character."""
 
 from __future__ import annotations
 

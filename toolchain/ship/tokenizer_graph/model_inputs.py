@@ -33,15 +33,15 @@ class Frame:
     """The special tokens, padding and truncation of a text.
 
     Attributes:
-        before: Special tokens before the text.
-        after: Special tokens after the text.
+        prefix: Special tokens before the text.
+        suffix: Special tokens after the text.
         pad_id: Token id for padding.
         max_length: Largest number of tokens of a text, with the special tokens.
         multiple: The width of a batch is rounded up to a multiple of this number, at most to `max_length`.
     """
 
-    before: Sequence[int]
-    after: Sequence[int]
+    prefix: Sequence[int]
+    suffix: Sequence[int]
     pad_id: int
     max_length: int
     multiple: int = 1
@@ -59,7 +59,7 @@ def add_model_inputs(nodes: Nodes, tokens: Ragged, frame: Frame, names: Sequence
     Returns:
         The inputs by name, each int64 [texts, width].
     """
-    before, special_count = len(frame.before), len(frame.before) + len(frame.after)
+    special_count = len(frame.prefix) + len(frame.suffix)
     limit = nodes.numbers([frame.max_length - special_count])
     counts = nodes.add("Min", nodes.add("Sub", tokens.ends, tokens.begins), limit)
     width = nodes.add("Add", nodes.add("ReduceMax", counts, keepdims=0), nodes.numbers(special_count))
@@ -70,19 +70,19 @@ def add_model_inputs(nodes: Nodes, tokens: Ragged, frame: Frame, names: Sequence
         width = nodes.add("Min", width, nodes.numbers(frame.max_length))
     counts = nodes.add("Unsqueeze", counts, nodes.numbers([1]))
     position = nodes.add("Range", nodes.numbers(0), width, nodes.numbers(1))
-    index = nodes.add("Sub", position, nodes.numbers([before]))  # index of a token in its text
+    index = nodes.add("Sub", position, nodes.numbers([len(frame.prefix)]))  # index of a token in its text
     is_text = nodes.add("And", nodes.add("GreaterOrEqual", index, nodes.numbers([0])), nodes.add("Less", index, counts))
     source = nodes.add("Add", nodes.add("Unsqueeze", tokens.begins, nodes.numbers([1])), index)
     # Positions outside the text read the padding token, which is appended to the tokens of all texts.
     count = nodes.add("Shape", tokens.ids)
     padded = nodes.add("Concat", tokens.ids, nodes.numbers([frame.pad_id]), axis=0)
     ids = nodes.add("Gather", padded, nodes.add("Where", is_text, source, count))
-    for offset, token in enumerate(frame.before):
+    for offset, token in enumerate(frame.prefix):
         ids = nodes.add("Where", nodes.add("Equal", position, nodes.numbers([offset])), nodes.numbers([token]), ids)
-    for offset, token in enumerate(frame.after):
+    for offset, token in enumerate(frame.suffix):
         is_special = nodes.add("Equal", index, nodes.add("Add", counts, nodes.numbers([offset])))
         ids = nodes.add("Where", is_special, nodes.numbers([token]), ids)
-    is_token = nodes.add("Less", index, nodes.add("Add", counts, nodes.numbers([len(frame.after)])))
+    is_token = nodes.add("Less", index, nodes.add("Add", counts, nodes.numbers([len(frame.suffix)])))
     mask = nodes.add("Cast", is_token, to=7)  # INT64
     inputs = {"input_ids": ids, "attention_mask": mask}
     if TOKEN_TYPES in names:

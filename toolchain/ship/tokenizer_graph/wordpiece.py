@@ -116,8 +116,8 @@ def _add_character_map(nodes: Nodes, texts: ir.Value, table: Mapping[str, str], 
     """Adds the nodes that map every character with the table and split the result into words."""
     rows = {c: new or DROPPED for c, new in table.items() if c not in (NUL, ROW_END, *MARKS)}
     rows |= {mark: surround_with_spaces(mark) for mark in (*marks.values(), ROW_END)}
-    each = nodes.texts("((?s:.))")
-    characters = nodes.add_with_outputs("StringRegexSplitWithOffsets", 4, texts, each, each, domain=EXTENSIONS)[0]
+    pattern = nodes.texts("((?s:.))")
+    characters = nodes.add_with_outputs("StringRegexSplitWithOffsets", 4, texts, pattern, pattern, domain=EXTENSIONS)[0]
     lines = "\n".join(f"{character}\t{new}" for character, new in sorted(rows.items()))
     mapped = nodes.add("StringMapping", characters, domain=EXTENSIONS, map=lines)
     joined = nodes.add("StringJoin", mapped, nodes.texts(""), nodes.numbers([0]), domain=EXTENSIONS)
