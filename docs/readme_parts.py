@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
 import json
 import re
 import sys
@@ -14,7 +12,7 @@ from types import ModuleType
 
 from toolchain.cli import cli
 from toolchain.compare.report.columns import columns
-from toolchain.compare.report.table import print_table
+from toolchain.compare.report.markdown import to_markdown
 from toolchain.compare.rows import Row, compare
 from toolchain.results.measurements import Measurement, ResultFile
 
@@ -46,7 +44,7 @@ def parts() -> dict[str, str]:
         "make bench, gpu": _bench(BENCH_GPU),
         "make help": _targets(),
         "make variables": _variables(),
-        "peers": _study("peers"),
+        "peers": _peers(),
         "passes": _study("passes"),
         "pruning": _text(script("pruning").table(json.loads(_file("pruning").read_text()))),
         "schemes": _schemes(),
@@ -73,10 +71,7 @@ def _export_log() -> str:
 
 
 def _bench(path: Path) -> str:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        print_table(compare([ResultFile.read(path)]))
-    return _text("\n".join(line.rstrip() for line in out.getvalue().splitlines()))
+    return to_markdown(compare([ResultFile.read(path)])).strip()
 
 
 def _few_rows(path: Path) -> str:
@@ -115,6 +110,24 @@ def _study(name: str) -> str:
     return _text("\n".join(script(name).summary(study)))
 
 
+def _peers() -> str:
+    """A table for each of this toolchain's artifacts: its speed-up over every other cell."""
+    peers, study = script("peers"), ResultFile.read(_file("peers"))
+    size = study.run["batch_size"]
+    header = ["over", "batch 1", f"batches of {size}", "accuracy", "against", "p"]
+    line = re.compile(
+        rf"  over (\S+) +batch 1: (.*\])   batches of {size}: (.*\])   accuracy (\S+) against (\S+) \(p = (.*)\)"
+    )
+    tables: list[tuple[str, list[list[str]]]] = []
+    for text in peers.summary(study):
+        if match := line.fullmatch(text):
+            name, *figures = match.groups()
+            tables[-1][1].append([f"`{name}`", *figures])
+        else:
+            tables.append((text, []))
+    return "\n\n".join(f"`{title}`:\n\n{_table(header, rows)}" for title, rows in tables)
+
+
 def _schemes() -> str:
     """What each scheme of `quantize` makes of the reference, trimmed vocabularies included."""
     schemes, smallest = (ResultFile.read(_file(name)) for name in ("schemes", "smallest"))
@@ -144,7 +157,7 @@ def _schemes() -> str:
     vocabulary = rows["onnx-int8+trimmed"].facts["vocabulary"]
     note = (
         f"Trimming keeps {vocabulary['kept']:,} of the {vocabulary['of']:,} tokens. "
-        f"The data has {schemes.data['rows']} sentences. *Flips* are against `onnx-fp32`."
+        f"Of {schemes.data['rows']} sentences, *flips* are those whose label differs from that of `onnx-fp32`."
     )
     return f"{_table(['variant', 'MB', 'accuracy', 'flips', 'differ in a batch'], body)}\n\n{note}"
 
