@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import run_toolchain
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -325,14 +324,14 @@ def test_an_unknown_variant_is_no_bundle_either(built_tiny):
         of_variant(built_tiny, "nowhere", quiet, no_bar)
 
 
-def test_the_command(tiny, tmp_path):
+def test_the_command(tiny, tmp_path, say, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     write_texts(tmp_path / "in.csv", ["good", "bad"], column="review")
     where = ("--model", tiny.model, "--exported", tiny.exported)
     arguments = ("predict", "torch-fp32", "in.csv", "--text-column", "review", *where)
-    done = run_toolchain(*arguments, "--output", "out.parquet", cwd=tmp_path)
-    assert (done.returncode, done.stdout.strip()) == (0, "out.parquet"), done.stderr
-    assert "2 texts scored" in done.stderr
+    code, out, err = say(*arguments, "--output", "out.parquet")
+    assert (code, out.strip()) == (0, "out.parquet"), err
+    assert "2 texts scored" in err
     assert [row["text"] for row in read_scores(tmp_path / "out.parquet")] == ["good", "bad"]
-    assert run_toolchain(*arguments, "--output", "out.parquet", cwd=tmp_path).returncode == 1
-    plain = run_toolchain(*arguments, cwd=tmp_path)
-    assert [json.loads(line)["text"] for line in plain.stdout.splitlines()] == ["good", "bad"]
+    assert say(*arguments, "--output", "out.parquet")[0] == 1
+    assert [json.loads(line)["text"] for line in say(*arguments)[1].splitlines()] == ["good", "bad"]

@@ -94,6 +94,7 @@ def test_what_is_found_out_late_is_one_sentence_and_exit_1(at, say, arguments, s
 
 
 def test_debug_shows_the_traceback(at):
+    """In processes, as a user starts them: the exit code of `main` is the exit code of the process."""
     quiet = run_toolchain("export", "--model", "./nowhere", cwd=at)
     loud = run_toolchain("export", "--model", "./nowhere", "--debug", cwd=at)
     assert "Traceback" not in quiet.stderr
@@ -423,45 +424,74 @@ def test_resuming_what_never_began_is_an_error_in_words(at, say, tiny_checkpoint
     assert (code, "There is no interrupted run of tiny" in err) == (1, True)
 
 
-def test_rewrites_and_tables_are_chosen_and_what_they_do_not_go_with_is_told(tiny, tmp_path):
-    where = ("--model", tiny.model, "--exported", tiny.exported)
-    done = run_toolchain("export", "--no-pass", "first-token", "--name", "whole", *where, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def where(at, tiny):
+    """The options that name the tiny model's folder."""
+    return "--model", tiny.model, "--exported", tiny.exported
+
+
+def test_a_pass_is_left_out_of_an_export(say, tiny, where):
+    code, _, err = say("export", "--no-pass", "first-token", "--name", "whole", *where)
+    assert code == 0, err
     assert tiny.load("onnx-fp32+whole").manifest.step.passes == ("fuse", "residual-sum", "first-query")
     assert tiny.load("onnx-fp32").manifest.step.passes == ("fuse", "residual-sum", "first-token", "first-query")
-    plan = run_toolchain("quantize", "--embeddings", "int4", "--name", "small", "--dry-run", *where, cwd=tmp_path)
-    assert "onnx-int8+small: build (missing); backend=ort, scheme=dynamic, embeddings=int4" in plan.stdout
-    bare = ("--no-pass", "quantize-embedding", "--name", "fp32-tables")
-    done = run_toolchain("quantize", *bare, *where, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    made = tiny.load("onnx-int8+fp32-tables").manifest
-    assert made.step.passes == ("padding", "quantize-linear")
-    assert list(made.facts["rewrites"]) == ["padding", "quantize-linear"]
-    assert (
-        "onnx-int8+fp32-tables: skip (fresh)"
-        in run_toolchain("quantize", *bare, "--dry-run", *where, cwd=tmp_path).stdout
-    )
-    for scheme, without, left in (
-        ("dynamic", "padding", ["quantize-linear", "quantize-embedding"]),
-        ("dynamic", "quantize-linear", ["quantize-embedding"]),
-        ("static", "smooth", ["quantize-linear", "quantize-embedding"]),
-        ("int4", "quantize-embedding", ["quantize-linear"]),
-    ):
-        asked = ("quantize", "--scheme", scheme, "--no-pass", without, "--name", "less")
-        plan = run_toolchain(*asked, "--dry-run", *where, cwd=tmp_path)
-        assert f"passes={left}" in plan.stdout, plan.stderr
-    plan = run_toolchain("quantize", "--scheme", "fp16", "--dry-run", *where, cwd=tmp_path)
-    assert "onnx-fp16: build (missing); provider=cuda, passes=['fuse-cuda', 'half']" in plan.stdout
-    refused = run_toolchain("quantize", "--scheme", "fp16", "--keep-fp32", "1", *where, cwd=tmp_path)
-    assert refused.returncode == 2
-    assert "takes no other option" in refused.stderr
-    plan = run_toolchain("quantize", "--isa", "portable", "--dry-run", *where, cwd=tmp_path)
-    assert "onnx-int8-portable: build (missing); backend=ort, scheme=dynamic, reduce_range=True" in plan.stdout
-    plan = run_toolchain("quantize", "--scheme", "static", "--dry-run", *where, cwd=tmp_path)
-    assert "onnx-int8-static: build (missing); backend=ort, scheme=static, train=sst2:" in plan.stdout
-    plan = run_toolchain("quantize", "--isa", "auto", "--dry-run", *where, cwd=tmp_path)
-    assert re.search(r"^isa auto: (vnni|portable) on this processor$", plan.stderr, re.MULTILINE)
-    for arguments in (
+
+
+def test_a_pass_is_left_out_of_a_quantisation(say, tiny, where):
+    command = ("quantize", "--no-pass", "quantize-embedding", "--name", "fp32-tables", *where)
+    code, _, err = say(*command)
+    assert code == 0, err
+    manifest = tiny.load("onnx-int8+fp32-tables").manifest
+    assert manifest.step.passes == ("padding", "quantize-linear")
+    assert list(manifest.facts["rewrites"]) == ["padding", "quantize-linear"]
+    assert "onnx-int8+fp32-tables: skip (fresh)" in say(*command, "--dry-run")[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "planned"),
+    [
+        (
+            ("--embeddings", "int4", "--name", "small"),
+            "onnx-int8+small: build (missing); backend=ort, scheme=dynamic, embeddings=int4",
+        ),
+        (
+            ("--scheme", "dynamic", "--no-pass", "padding", "--name", "less"),
+            "passes=['quantize-linear', 'quantize-embedding']",
+        ),
+        (("--scheme", "dynamic", "--no-pass", "quantize-linear", "--name", "less"), "passes=['quantize-embedding']"),
+        (
+            ("--scheme", "static", "--no-pass", "smooth", "--name", "less"),
+            "passes=['quantize-linear', 'quantize-embedding']",
+        ),
+        (("--scheme", "int4", "--no-pass", "quantize-embedding", "--name", "less"), "passes=['quantize-linear']"),
+        (("--scheme", "fp16"), "onnx-fp16: build (missing); provider=cuda, passes=['fuse-cuda', 'half']"),
+        (
+            ("--isa", "portable"),
+            "onnx-int8-portable: build (missing); backend=ort, scheme=dynamic, reduce_range=True",
+        ),
+        (("--scheme", "static"), "onnx-int8-static: build (missing); backend=ort, scheme=static, train=sst2:"),
+    ],
+)
+def test_a_quantisation_is_planned_with_its_options(say, where, options, planned):
+    code, out, err = say("quantize", *options, "--dry-run", *where)
+    assert code == 0, err
+    assert planned in out
+
+
+def test_isa_auto_names_its_choice(say, where):
+    err = say("quantize", "--isa", "auto", "--dry-run", *where)[2]
+    assert re.search(r"^isa auto: (vnni|portable) on this processor$", err, re.MULTILINE)
+
+
+def test_fp16_takes_no_other_option(say, where):
+    code, _, err = say("quantize", "--scheme", "fp16", "--keep-fp32", "1", *where)
+    assert code == 2
+    assert "takes no other option" in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
         ("export", "--no-pass", "half"),
         ("export", "--optimize", "none", "--no-pass", "fuse"),
         ("export", "--name", "Not Good"),
@@ -477,5 +507,7 @@ def test_rewrites_and_tables_are_chosen_and_what_they_do_not_go_with_is_told(tin
         ("quantize", "--no-pass", "quantize-linear", "--no-pass", "quantize-embedding"),
         ("quantize", "--no-pass", "quantize-linear", "--keep-fp32", "1"),
         ("quantize", "--no-pass", "quantize-linear", "--isa", "portable"),
-    ):
-        assert run_toolchain(*arguments, *where, cwd=tmp_path).returncode == 2, arguments
+    ],
+)
+def test_options_that_exclude_each_other_are_a_usage_error(say, where, arguments):
+    assert say(*arguments, *where)[0] == 2

@@ -310,13 +310,14 @@ def test_each_machine_is_a_run_of_its_own_and_one_that_dies_is_rows_that_say_so(
     assert "of the same run; above 1 is better" in out
 
 
-def test_the_command_starts_a_cluster_of_its_own_and_ends_it(tiny, tmp_path):
+def test_the_command_starts_a_cluster_of_its_own_and_ends_it(tiny, tmp_path, say, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "in.txt").write_text("good\nbad\n")
     arguments = ("predict", "onnx-int8", "in.txt", "--model", tiny.model, "--exported", tiny.exported)
     done = run_toolchain(*arguments, "--engine", "ray", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [line.split(":")[0] for line in done.stderr.splitlines() if "skipped" not in line] == ["nodes"]
-    assert done.stdout == run_toolchain(*arguments, cwd=tmp_path).stdout
+    assert done.stdout == say(*arguments)[1]
 
 
 def test_an_interrupt_ends_the_cluster_too(tiny, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_checkpoint, run_toolchain
+from conftest import make_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -577,15 +577,15 @@ def test_a_model_of_other_labels_needs_training_data_of_its_own(tmp_path, capsys
     assert not (tmp_path / "exported" / "three" / "torch-pruned50").exists()
 
 
-def test_pruning_from_the_command_line(tiny, sentences, tmp_path):
+def test_pruning_from_the_command_line(tiny, sentences, tmp_path, say, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     common = ("--model", "tiny", "--exported", tiny.exported, "--train-data", sentences.file)
-    run = run_toolchain("prune", "--ratio", 0.3, "--ratio", "0.5", *common, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == [str(tiny.path(name)) for name in ("torch-pruned30", "torch-pruned50")]
-    assert "of the encoder's linear parameters removed" in run.stderr
-    assert "predicted" in run.stderr
-    again = run_toolchain("prune", "--ratio", 0.3, "--ratio", "0.5", *common, cwd=tmp_path)
-    assert again.stderr.count("fresh, skipped") == 3
+    code, out, err = say("prune", "--ratio", 0.3, "--ratio", "0.5", *common)
+    assert code == 0, err
+    assert out.split() == [str(tiny.path(name)) for name in ("torch-pruned30", "torch-pruned50")]
+    assert "of the encoder's linear parameters removed" in err
+    assert "predicted" in err
+    assert say("prune", "--ratio", 0.3, "--ratio", "0.5", *common)[2].count("fresh, skipped") == 3
 
 
 def test_a_stored_model_that_answers_otherwise_is_an_error(tiny, sentences, monkeypatch):

@@ -269,12 +269,12 @@ def mask_by_key_padding(artifact):
     (artifact.path / MANIFEST).write_text(manifest.to_json())
 
 
-def test_a_release_that_answers_the_graph_s_padded_batches_wrongly_is_refused(tiny, tmp_path):
+def test_a_release_that_answers_the_graph_s_padded_batches_wrongly_is_refused(tiny, tmp_path, say):
     mask_by_key_padding(tiny.load("onnx-fp32"))
     where = ("--model", tiny.model, "--exported", tiny.exported, "--output", tmp_path / "b")
-    done = run_toolchain("ship", "onnx-fp32", "--target", "mobile", "--ort-mobile", "1.20", *where, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.splitlines()[-1] == (
+    code, out, err = say("ship", "onnx-fp32", "--target", "mobile", "--ort-mobile", "1.20", *where)
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1] == (
         "Error: onnx-fp32 uses MultiHeadAttention with key_padding_mask longer than the query (correct from 1.21 on). "
         "ONNX Runtime 1.20 refuses padded batches of it, or computes them incorrectly. Ship it for --ort-mobile 1.21 "
         "or newer, or ship a variant with standard operators of opset 18, such as onnx-std."
@@ -418,20 +418,20 @@ def test_what_is_pytorch_s_is_not_shipped(built_tiny, tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_and_its_usage_errors(tiny, tmp_path):
+def test_the_command_and_its_usage_errors(tiny, say):
     where = ("--model", tiny.model, "--exported", tiny.exported)
-    done = run_toolchain("ship", "onnx-fp32", "--target", "mobile", "--ort-mobile", "1.20", *where, cwd=tmp_path)
     place = tiny.exported / tiny.model / "bundle-mobile"
-    assert (done.returncode, done.stdout.strip()) == (0, str(place)), done.stderr
-    assert "onnx-fp32.ort: largest |Δlogit| 0 " in done.stderr
-    assert "onnx-fp32.ort: largest" in run_toolchain("verify", place, cwd=tmp_path).stdout
+    code, out, err = say("ship", "onnx-fp32", "--target", "mobile", "--ort-mobile", "1.20", *where)
+    assert (code, out.strip()) == (0, str(place)), err
+    assert "onnx-fp32.ort: largest |Δlogit| 0 " in err
+    assert "onnx-fp32.ort: largest" in say("verify", place)[1]
     for wrong in ("1.14", "1.17.3", "new", ""):
-        unknown = run_toolchain("ship", "onnx-fp32", "--target", "mobile", "--ort-mobile", wrong, *where, cwd=tmp_path)
-        assert unknown.returncode == 2
-        assert all(f"'{release}'" in unknown.stderr for release in RELEASES), unknown.stderr
-    other = run_toolchain("ship", "onnx-fp32", "--target", "web", "--ort-mobile", "1.17", *where, cwd=tmp_path)
-    assert other.returncode == 2
-    assert "--ort-mobile needs --target mobile" in other.stderr
+        code, _, err = say("ship", "onnx-fp32", "--target", "mobile", "--ort-mobile", wrong, *where)
+        assert code == 2
+        assert all(f"'{release}'" in err for release in RELEASES), err
+    code, _, err = say("ship", "onnx-fp32", "--target", "web", "--ort-mobile", "1.17", *where)
+    assert code == 2
+    assert "--ort-mobile needs --target mobile" in err
 
 
 def test_weights_of_the_other_format_are_unsigned_where_they_could_saturate(phone):
