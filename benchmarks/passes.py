@@ -45,7 +45,8 @@ from toolchain.passes.fuse import CPU_DISABLED_FUSIONS, fuse
 from toolchain.passes.int8 import run_time_codes
 from toolchain.passes.model_shape import context_of
 from toolchain.passes.quantize_linear import build_fused_product, quantize_linear
-from toolchain.results.measurements import Measurement, ResultFile
+from toolchain.results.measurements import Measurement
+from toolchain.results.result_file import ResultFile
 
 FP32, INT8 = "onnx-fp32", "onnx-int8"
 SKIP_LAYER_NORM = ("skip_layer_norm", "bias_skip_layer_norm")

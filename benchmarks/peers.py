@@ -48,7 +48,8 @@ from toolchain.compare.rows import compare
 from toolchain.data import encoding, inputs
 from toolchain.models import checkpoints
 from toolchain.results import statistics
-from toolchain.results.measurements import Measurement, ResultFile, Samples
+from toolchain.results.measurements import Measurement, Samples
+from toolchain.results.result_file import ResultFile
 from toolchain.system import hardware
 
 OURS = ("torch-fp32", "torch-bf16", "torch-int8", "onnx-fp32", "onnx-int8", "onnx-int8-static")

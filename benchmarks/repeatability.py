@@ -27,7 +27,8 @@ from toolchain.cli.progress import bar, say
 from toolchain.compare.rows import Row, compare
 from toolchain.data import encoding, inputs
 from toolchain.results import statistics
-from toolchain.results.measurements import Measurement, ResultFile
+from toolchain.results.measurements import Measurement
+from toolchain.results.result_file import ResultFile
 from toolchain.results.statistics import Ratio
 from toolchain.system import hardware
 

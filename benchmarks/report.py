@@ -12,7 +12,7 @@ from pathlib import Path
 from toolchain.compare.report.html import to_html
 from toolchain.compare.report.plots import save
 from toolchain.compare.rows import compare
-from toolchain.results.measurements import ResultFile
+from toolchain.results.result_file import ResultFile
 
 BENCHMARKS = Path(__file__).parent
 REPORTS = BENCHMARKS / "reports"

@@ -14,7 +14,8 @@ from toolchain.cli import cli
 from toolchain.compare.report.columns import columns
 from toolchain.compare.report.markdown import to_markdown
 from toolchain.compare.rows import Row, compare
-from toolchain.results.measurements import Measurement, ResultFile
+from toolchain.results.measurements import Measurement
+from toolchain.results.result_file import ResultFile
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -25,7 +25,7 @@ from toolchain.data import encoding, inputs
 from toolchain.data.encoding import Encoder
 from toolchain.data.inputs import Data
 from toolchain.errors import BenchError, DeviceMemoryError, ProviderError
-from toolchain.results.measurements import ResultFile
+from toolchain.results.result_file import ResultFile
 from toolchain.system import hardware
 
 BATCH = encoding.pad([[101, 2023, 102], [101, 102]], ("input_ids", "attention_mask"), 0)

@@ -18,7 +18,7 @@ from toolchain.bench import roofline, scenarios
 from toolchain.bench.journal import Journal
 from toolchain.cli import cli
 from toolchain.errors import VerdictError
-from toolchain.results.measurements import ResultFile
+from toolchain.results.result_file import ResultFile
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from toolchain.compare.report.markdown import to_markdown
 from toolchain.compare.report.table import print_table
 from toolchain.compare.rows import compare
 from toolchain.errors import ResultFileError
-from toolchain.results.measurements import Accuracy, ResultFile
+from toolchain.results.measurements import Accuracy
+from toolchain.results.result_file import ResultFile
 
 
 def test_every_ratio_is_against_the_baseline_and_above_one_is_better():

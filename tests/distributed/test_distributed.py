@@ -31,7 +31,7 @@ from toolchain.distributed import Cluster, Node, benching, connect, remote
 from toolchain.errors import ClusterError, DataError, TamperedError
 from toolchain.predict import lying_in, of_variant, predict
 from toolchain.progress import no_bar
-from toolchain.results.measurements import ResultFile
+from toolchain.results.result_file import ResultFile
 
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster as Nodes  # noqa: E402 - only where there is Ray

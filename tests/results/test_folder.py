@@ -8,7 +8,8 @@ from sample_results import FP32, INT8, NO_GPU, result
 
 from toolchain.errors import BenchError
 from toolchain.results.folder import ResultsFolder, read_older, require_measured
-from toolchain.results.measurements import Measurement, ResultFile
+from toolchain.results.measurements import Measurement
+from toolchain.results.result_file import ResultFile
 
 
 def test_the_newest_result_of_the_model_is_found(tmp_path):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from sample_results import result, row, samples_of
 
 from toolchain.errors import ResultFileError
-from toolchain.results.measurements import MAX_SAMPLES, Measurement, ResultFile, Samples
+from toolchain.results.measurements import MAX_SAMPLES, Measurement, Samples
+from toolchain.results.result_file import ResultFile
 
 rounds = st.lists(st.lists(st.integers(1, 10**7), max_size=700), min_size=1, max_size=8).filter(lambda r: any(r))
 

@@ -24,7 +24,7 @@ from toolchain.data.encoding import pad
 from toolchain.errors import ArtifactError, ProviderError, ShippingError, UnknownVariantError, VerdictError
 from toolchain.progress import no_bar
 from toolchain.results.folder import ResultsFolder
-from toolchain.results.measurements import ResultFile
+from toolchain.results.result_file import ResultFile
 from toolchain.ship import bundles, shipping
 from toolchain.ship.bundle_files import verify as bundled
 from toolchain.ship.bundles import TOLERANCES

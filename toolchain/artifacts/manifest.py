@@ -7,16 +7,19 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import PurePosixPath
+from typing import Any, Literal
 
 from toolchain.artifacts.names import VariantName
 from toolchain.artifacts.steps import Step, settings_of, step_from, step_name
 from toolchain.errors import TamperedError
+from toolchain.system.decoding import decode, strict
 
 MANIFEST = "manifest.json"
-SCHEMA = 1
+SCHEMA = 1  # as in `_Stored`
 
 
+@strict
 @dataclass(frozen=True)
 class FileEntry:
     """One file of an artifact: its path relative to the folder, its size in bytes, its sha256 in hex."""
@@ -25,7 +28,13 @@ class FileEntry:
     bytes: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        parts = PurePosixPath(self.path)
+        if parts.is_absolute() or ".." in parts.parts:
+            raise ValueError(f"the path {self.path!r} leaves the folder")
 
+
+@strict
 @dataclass(frozen=True)
 class TensorSpec:
     """An input or output of a model: its name, its element type, and its shape with names for the dynamic axes."""
@@ -121,42 +130,81 @@ class Manifest:
         """Reads the output of `to_json`.
 
         Raises:
-            ValueError: The text is not JSON, or not a manifest. `KeyError` and `TypeError` have the same meaning.
+            ValueError: The text is not JSON, or not a manifest.
             TamperedError: The manifest does not match its id.
             ArtifactError: This release does not know the step or its settings.
             UnknownVariantError: This release does not know the variant or its parent.
         """
-        body: dict[str, Any] = json.loads(text)
-        if body["schema"] != SCHEMA:
-            raise ValueError(f"schema {body['schema']} instead of {SCHEMA}")
-        step = body.pop("step")
-        parent = body.pop("parent") or {"variant": None, "id": None}
-        said = body.pop("id")
-        del body["schema"]
-        for key, kind in (("files", FileEntry), ("inputs", TensorSpec), ("outputs", TensorSpec)):
-            body[key] = tuple(_entry(kind, values) for values in body[key])
-        source = body["source"]
-        if set(source) - {"base"} != {"kind", "ref", "revision"} or not all(
-            isinstance(v, str) for v in source.values()
-        ):
-            raise ValueError("its source is of another kind")
-        if not (body["files"] and body["inputs"] and body["labels"] and isinstance(body["max_length"], int)):
-            raise ValueError("it names no files, inputs, labels or length")
+        stored = decode(_Stored, text)
         manifest = cls(
-            variant=VariantName(body.pop("variant")),
-            parent=VariantName(parent["variant"]) if parent["id"] else None,
-            parent_id=parent["id"],
-            step_version=step["version"],
-            step=step_from(step["name"], step["settings"]),
-            labels=tuple(body.pop("labels")),
-            **body,
+            model=stored.model,
+            variant=VariantName(stored.variant),
+            source={key: value for key, value in dataclasses.asdict(stored.source).items() if value is not None},
+            parent=VariantName(stored.parent.variant) if stored.parent else None,
+            parent_id=stored.parent.id if stored.parent else None,
+            step=step_from(stored.step.name, stored.step.settings),
+            step_version=stored.step.version,
+            files=stored.files,
+            inputs=stored.inputs,
+            outputs=stored.outputs,
+            labels=stored.labels,
+            max_length=stored.max_length,
+            facts=stored.facts,
+            validation=stored.validation,
+            environment=stored.environment,
+            created=stored.created,
         )
-        if manifest.id != said:
-            raise TamperedError("The manifest does not add up to its own id.", "Delete the folder and build it again.")
+        if manifest.id != stored.id:
+            raise TamperedError("The manifest does not match its own id.", "Delete the folder and build it again.")
         return manifest
 
 
-def _entry(kind: type[FileEntry] | type[TensorSpec], values: dict[str, Any]) -> FileEntry | TensorSpec:
-    if "shape" in values:
-        values = {**values, "shape": tuple(values["shape"])}
-    return kind(**values)
+@strict
+@dataclass(frozen=True)
+class _StoredStep:
+    name: str
+    version: int
+    settings: dict[str, Any]
+
+
+@strict
+@dataclass(frozen=True)
+class _StoredParent:
+    variant: str
+    id: str
+
+
+@strict
+@dataclass(frozen=True)
+class _StoredSource:
+    kind: str
+    ref: str
+    revision: str
+    base: str | None = None
+
+
+@strict
+@dataclass(frozen=True)
+class _Stored:
+    """The form of a manifest in its file."""
+
+    schema: Literal[1]
+    id: str
+    model: str
+    variant: str
+    source: _StoredSource
+    step: _StoredStep
+    parent: _StoredParent | None
+    files: tuple[FileEntry, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    labels: tuple[str, ...]
+    max_length: int
+    facts: dict[str, Any] = field(default_factory=dict)
+    validation: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    created: str = ""
+
+    def __post_init__(self) -> None:
+        if not (self.files and self.inputs and self.labels):
+            raise ValueError("it names no files, inputs or labels")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from toolchain.errors import ArtifactError, SettingsError
+from toolchain.system.decoding import convert, strict
 
 PROVIDERS = ("cpu", "cuda")
 # Backend → its quantisation schemes, the default first → the tag in the variant's name. On ONNX Runtime, `Optimize`
@@ -33,6 +34,7 @@ QUANTIZE_PASSES = {
 }
 
 
+@strict
 @dataclass(frozen=True)
 class Import:
     """Converts a checkpoint to fp32 safetensors.
@@ -46,6 +48,7 @@ class Import:
     base: str | None = None
 
 
+@strict
 @dataclass(frozen=True)
 class Prune:
     """Removes heads and FFN neurons until `ratio` of the encoder's linear parameters is removed.
@@ -80,6 +83,7 @@ class Prune:
             raise SettingsError("--method mask removes nothing.", "It takes --ratio, and neither --layers nor --cost.")
 
 
+@strict
 @dataclass(frozen=True)
 class Recover:
     """Trains a pruned model on the unpruned model's logits.
@@ -105,6 +109,7 @@ class Recover:
     seed: int = 20
 
 
+@strict
 @dataclass(frozen=True)
 class Export:
     """Exports a PyTorch model to ONNX with standard operators of one `opset`."""
@@ -112,6 +117,7 @@ class Export:
     opset: int = 18
 
 
+@strict
 @dataclass(frozen=True)
 class Optimize:
     """Rewrites a standard ONNX graph for speed on one execution `provider`, by `passes` in order."""
@@ -125,6 +131,7 @@ class Optimize:
         return cls(provider, {"cpu": CPU_PASSES, "cuda": CUDA_PASSES}[provider])
 
 
+@strict
 @dataclass(frozen=True)
 class Quantize:
     """Quantises a model to fewer bits, by the `scheme` of a `backend`.
@@ -259,9 +266,8 @@ def step_from(name: str, settings: Mapping[str, Any]) -> Step:
         ArtifactError: This release does not know the step or one of its settings.
     """
     try:
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-        return STEP_TYPES[name](**values)
-    except (KeyError, TypeError, SettingsError) as error:
+        return convert(STEP_TYPES[name], settings)
+    except (KeyError, ValueError, SettingsError) as error:
         raise ArtifactError(
             f"A manifest records the step {name!r} with settings {dict(settings)}, which this release does not know.",
             "Use the release that built it, or delete the folder and build it again.",

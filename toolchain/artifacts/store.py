@@ -8,12 +8,12 @@ import zlib
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from toolchain.artifacts import publishing
 from toolchain.artifacts.manifest import MANIFEST, FileEntry, Manifest
 from toolchain.data.labels import LabelSet
-from toolchain.errors import ArtifactError, TamperedError
+from toolchain.errors import ArtifactError, TamperedError, UnknownVariantError
 from toolchain.system import files
 
 ONNX = "model.onnx"  # the graph of an ONNX variant
@@ -98,13 +98,9 @@ def load(path: Path) -> Artifact | None:
         return None
     try:
         manifest = Manifest.from_json(file.read_text())
-        for entry in manifest.files:
-            parts = PurePosixPath(entry.path)
-            if parts.is_absolute() or ".." in parts.parts:
-                raise ValueError(f"the path {entry.path!r} leaves the folder")
     except TamperedError as error:
         raise TamperedError(f"{file}: {error.cause}", error.hint) from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
+    except (ValueError, UnknownVariantError, OSError) as error:
         raise ArtifactError(f"{file} cannot be read: {error}.", f"Delete {path} and build it again.") from error
     return Artifact(path, manifest)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import CheckpointError, GraphError
 from toolchain.models.checkpoints import PRECISION
+from toolchain.system.decoding import decode, strict
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,7 @@ HINT = "Quantise the model again."
 HALF_TYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
+@strict
 @dataclass(frozen=True)
 class Precision:
     """The storage format of a model's weights.
@@ -39,6 +41,10 @@ class Precision:
     scheme: str
     layers: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.scheme not in (*HALF_TYPES, "int8"):
+            raise ValueError(f"the scheme {self.scheme!r} is unknown")
+
     @classmethod
     def read(cls, folder: Path) -> Precision | None:
         """Reads the file `PRECISION` in `folder`; returns None if there is none, because the weights are fp32.
@@ -50,15 +56,9 @@ class Precision:
         if not file.is_file():
             return None
         try:
-            body = json.loads(file.read_text())
-            precision = cls(body["scheme"], tuple(body["layers"]))
-            if precision.scheme not in (*HALF_TYPES, "int8") or not all(
-                isinstance(name, str) for name in precision.layers
-            ):
-                raise ValueError(f"scheme {precision.scheme!r} is unknown, or a layer is no name")
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            return decode(cls, file.read_bytes())
+        except (ValueError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}.", HINT) from error
-        return precision
 
     def write(self, folder: Path) -> None:
         """Writes the file `PRECISION` into the folder."""

@@ -29,7 +29,8 @@ from toolchain.errors import BenchError, DataError, ProviderError, PruningError,
 from toolchain.models import checkpoints
 from toolchain.progress import Say
 from toolchain.results.folder import DEFAULT_FOLDER, ResultsFolder
-from toolchain.results.measurements import Measurement, ResultFile
+from toolchain.results.measurements import Measurement
+from toolchain.results.result_file import ResultFile
 from toolchain.system import hardware
 
 

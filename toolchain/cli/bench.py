@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from toolchain.data.datasets import Columns
     from toolchain.errors import ResultFileError
     from toolchain.results.folder import ResultsFolder
-    from toolchain.results.measurements import ResultFile
+    from toolchain.results.result_file import ResultFile
 
 
 @click.command()

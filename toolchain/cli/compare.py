@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from toolchain.compare.limits import Verdict
     from toolchain.compare.regressions import Regressions
     from toolchain.compare.rows import Row
-    from toolchain.results.measurements import ResultFile
+    from toolchain.results.result_file import ResultFile
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -143,7 +143,7 @@ def compare(
     from toolchain.compare.regressions import regressions, require_none
     from toolchain.compare.rows import arrange
     from toolchain.results.folder import ResultsFolder, read_older
-    from toolchain.results.measurements import ResultFile
+    from toolchain.results.result_file import ResultFile
 
     if results:
         files = [ResultFile.read(path) for path in results]

@@ -16,7 +16,7 @@ from toolchain.distributed import Cluster, Node
 from toolchain.errors import BenchError
 from toolchain.models import checkpoints
 from toolchain.progress import Say
-from toolchain.results.measurements import ResultFile
+from toolchain.results.result_file import ResultFile
 
 NO_CUDA = (
     "No node of the cluster has an NVIDIA GPU.",

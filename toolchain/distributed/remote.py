@@ -27,7 +27,7 @@ from toolchain.data.labels import LabelSet
 from toolchain.models.checkpoints import Source
 from toolchain.predict import Model, Opened, lying_in, scored
 from toolchain.results.folder import ResultsFolder
-from toolchain.results.measurements import ResultFile
+from toolchain.results.result_file import ResultFile
 from toolchain.system import hardware
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import CheckpointError, PruningError
 from toolchain.models.checkpoints import SHAPES
+from toolchain.system.decoding import decode, strict
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +92,7 @@ UNPRUNABLE = {
 }
 
 
+@strict
 @dataclass(frozen=True)
 class LayerShape:
     """The numbers of attention heads and FFN neurons of one layer; 0 means that pruning removed the sub-block."""
@@ -98,10 +100,20 @@ class LayerShape:
     heads: int
     ffn: int
 
+    def __post_init__(self) -> None:
+        if self.heads < 0 or self.ffn < 0:
+            raise ValueError("a number of heads or neurons is negative")
+
     @property
     def is_empty(self) -> bool:
         """Whether the layer returns its input unchanged."""
         return not self.heads and not self.ffn
+
+
+@strict
+@dataclass(frozen=True)
+class _StoredShapes:
+    layers: tuple[LayerShape, ...]
 
 
 def layout_of(model: PreTrainedModel) -> Layout:
@@ -234,12 +246,9 @@ def read_shapes(folder: Path) -> list[LayerShape] | None:
     if not file.is_file():
         return None
     try:
-        shapes = [LayerShape(**entry) for entry in json.loads(file.read_text())["layers"]]
-        if not all(type(n) is int and n >= 0 for shape in shapes for n in (shape.heads, shape.ffn)):
-            raise ValueError("a number of heads or neurons is no integer from 0")
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        return list(decode(_StoredShapes, file.read_bytes()).layers)
+    except (ValueError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}.", "Prune the model again.") from error
-    return shapes
 
 
 def _slice_linear(layer: nn.Module, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None) -> nn.Linear:

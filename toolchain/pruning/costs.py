@@ -9,14 +9,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from toolchain.artifacts.steps import CPU_PASSES, QUANTIZE_PASSES
 from toolchain.errors import PruningError
 from toolchain.models.architectures import LayerShape, head_size, reshape, shapes_of
 from toolchain.system import files, hardware
+from toolchain.system.decoding import decode, strict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 TOKENS = 25  # average length of a sentence of the validation set
 ROUNDS, RUNS = 16, 30
 PAUSE_S = 0.05  # ONNX Runtime's threads spin for about 20 ms after a run and would take the next session's cores
-SCHEMA = 2
+SCHEMA = 2  # as in `_StoredTable`
 PASSES = (*CPU_PASSES, *QUANTIZE_PASSES["dynamic"])
 
 
@@ -145,19 +146,33 @@ def latency_table(model: PreTrainedModel, folder: Path, progress: Callable[[int,
 def _read_table(file: Path, settings: dict[str, Any]) -> LatencyTable:
     hint = f"Delete {file} to measure again on this machine."
     try:
-        body = json.loads(file.read_text())
-        if body["schema"] != SCHEMA:
-            raise ValueError(f"it has schema {body['schema']} instead of {SCHEMA}")
-        stored_settings = {key: body[key] for key in settings}
-        heads, neurons = ({int(n): float(ms) for n, ms in body[key].items()} for key in ("heads_ms", "neurons_ms"))
-        table = LatencyTable(float(body["base_ms"]), heads, neurons)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        stored = decode(_StoredTable, file.read_bytes())
+    except (ValueError, OSError) as error:
         raise PruningError(f"{file} is not a valid latency table: {error}.", hint) from error
-    if stored_settings["machine"] != settings["machine"]:
-        raise PruningError(f"{file} was measured on another machine ({stored_settings['machine']}).", hint)
-    if stored_settings != settings:
+    if stored.machine != settings["machine"]:
+        raise PruningError(f"{file} was measured on another machine ({stored.machine}).", hint)
+    if {key: value for key, value in asdict(stored).items() if key in settings} != settings:
         raise PruningError(f"{file} was measured with another model or runtime than its name says.", hint)
-    return table
+    return LatencyTable(stored.base_ms, stored.heads_ms, stored.neurons_ms)
+
+
+@strict
+@dataclass(frozen=True)
+class _StoredTable:
+    """The form of a `LatencyTable` in its file, with the settings of its measurement."""
+
+    schema: Literal[2]
+    machine: str
+    threads: int
+    onnxruntime: str | None
+    passes: list[str]
+    model_type: str
+    width: int
+    head: int
+    layers: list[dict[str, int]]
+    base_ms: float
+    heads_ms: dict[int, float]
+    neurons_ms: dict[int, float]
 
 
 def _measure(model: PreTrainedModel, encoder: EncoderSizes, progress: Callable[[int, int, str], None]) -> LatencyTable:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from toolchain.errors import BenchError, ResultFileError
 from toolchain.progress import Say
-from toolchain.results.measurements import Measurement, ResultFile
+from toolchain.results.measurements import Measurement
+from toolchain.results.result_file import ResultFile
 from toolchain.system import files
 
 

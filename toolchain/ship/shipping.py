@@ -26,7 +26,8 @@ from toolchain.errors import ArtifactError, ProviderError, ShippingError, Verdic
 from toolchain.models.checkpoints import NOT_STATED, REFERENCE_LICENSE
 from toolchain.progress import Bar, Say
 from toolchain.results.folder import DEFAULT_FOLDER, ResultsFolder
-from toolchain.results.measurements import Measurement, ResultFile
+from toolchain.results.measurements import Measurement
+from toolchain.results.result_file import ResultFile
 from toolchain.ship import bundles
 from toolchain.ship.bundle_files import verify as bundle_verifier
 from toolchain.ship.bundles import Contents, Provenance
