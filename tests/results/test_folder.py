@@ -24,7 +24,7 @@ def test_the_newest_result_of_the_model_is_found(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     said = []
     assert folder.newest("m", said.append).rows == (INT8,)
-    assert "broken.json is no result file" in said[0]
+    assert "broken.json is not a valid result file" in said[0]
 
 
 def test_runs_that_end_in_one_second_have_a_file_each(tmp_path):
