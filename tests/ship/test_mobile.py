@@ -165,7 +165,7 @@ def test_shipping_again_changes_nothing(tiny, tmp_path):
     ship(tiny, tmp_path / "b", "onnx-int8")
     before = (tmp_path / "b").stat().st_ino
     ship(tiny, tmp_path / "b", "onnx-int8", say=lambda event: said.append(str(event)))
-    assert said[-1].endswith("the same already, unchanged")
+    assert said[-1].endswith("an equal bundle exists, unchanged")
     assert (tmp_path / "b").stat().st_ino == before
 
 
