@@ -77,7 +77,7 @@ ship: install ## bundles for browser and Node, Python, phones, and other runtime
 	$(TOOLCHAIN) ship onnx-std onnx-std-int8 --target other $(CHOICE)
 
 test: $(VENV)/.installed-test lint ## lint, types and all tests
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 # What `make test` skips without: npm packages by their lock file, Pythons with nothing but a bundle's requirements, and
 # one of these for 64-bit ARM where qemu can run it.

@@ -8,12 +8,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from conftest import SHORT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from toolchain import backends
 from toolchain.backends import Backend, Place
-from toolchain.bench import journal, roofline, scenarios
+from toolchain.bench import journal, scenarios
 from toolchain.bench import run as bench_run
 from toolchain.bench import runner as bench_module
 from toolchain.bench.cells import Cell
@@ -372,10 +373,11 @@ def test_the_working_directory_cannot_stand_in_for_a_library(fake, encoder, tmp_
         worker.close()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("short_bench")
 def test_the_real_chain_on_the_tiny_checkpoint(built_tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(roofline, "SECONDS", 0.02)
-    request = bench_run.Request(("torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"), ("cpu",), FAST)
+    request = bench_run.Request(("torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"), ("cpu",), SHORT)
     result, kept = bench_run.measure(built_tiny, request, lambda line: None, lambda *_: None)
     assert kept.path.is_file()
     kept.end()

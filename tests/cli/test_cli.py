@@ -14,7 +14,6 @@ from conftest import make_checkpoint, run_toolchain
 from sample_results import FP32, INT8, RUN, measured, result
 
 from toolchain.artifacts.variants import DEFAULT_CELLS
-from toolchain.bench import roofline, scenarios
 from toolchain.bench.journal import Journal
 from toolchain.cli import cli
 from toolchain.errors import VerdictError
@@ -187,10 +186,10 @@ def test_bench_with_cuda_and_no_device_has_rows_with_reason_and_mend(at, say, ti
     assert {row.status for row in ResultFile.read(file).rows} == {"unavailable"}  # written before it says no
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("short_bench")
 def test_the_whole_chain_from_the_command_line(at, say, tmp_path_factory, monkeypatch):
     few = ("torch-fp32", "torch-pruned50", "onnx-std", "onnx-fp32", "onnx-int8")
-    monkeypatch.setattr(scenarios, "QUICK", replace(scenarios.QUICK, min_s=0.5, starts=2))
-    monkeypatch.setattr(roofline, "SECONDS", 0.02)
     monkeypatch.setitem(DEFAULT_CELLS, "cpu", few)
     checkpoint = make_checkpoint(tmp_path_factory.mktemp("c") / "mine", ("bad", "good"))
     table = at / "reviews.csv"

@@ -23,7 +23,7 @@ import toolchain
 from toolchain import distributed
 from toolchain import predict as predicting
 from toolchain.artifacts import publishing, store
-from toolchain.bench import run, scenarios
+from toolchain.bench import run
 from toolchain.bench.scenarios import Protocol
 from toolchain.data import inputs
 from toolchain.data.files import Texts
@@ -267,11 +267,10 @@ def test_cells_go_where_their_hardware_is(built_tiny):
 
 
 def test_each_machine_is_a_run_of_its_own_and_one_that_dies_is_rows_that_say_so(
-    tiny, cluster, tmp_path, monkeypatch, say
+    tiny, cluster, tmp_path, monkeypatch, say, short_bench
 ):
     """The command, on two machines of which one is killed as soon as both measure."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(scenarios, "QUICK", FAST)
     machines = [replace(node, machine={**node.machine, "id": node.id[:12]}) for node in cluster.nodes]
     there = Cluster(cluster._driver, machines, quiet)
     monkeypatch.setattr(distributed, "connected", lambda address, say: nullcontext(there))
