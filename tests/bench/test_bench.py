@@ -118,21 +118,23 @@ def test_a_row_says_what_the_option_for_exact_products_costs(run):
     )
 
 
-@pytest.mark.parametrize(
-    ("behaviour", "says"),
-    [
-        ({"exit": 7}, "ended with exit code 7. It said:.*last words"),
-        ({"signal": "SIGSEGV"}, "crashed with SIGSEGV"),
-        ({"signal": "SIGKILL"}, "was killed"),
-        ({"raise": "no such kernel"}, "RuntimeError: no such kernel"),
-    ],
-)
+DEATHS = {
+    "exits": ({"exit": 7}, "ended with exit code 7. It said:.*last words"),
+    "crashes": ({"signal": "SIGSEGV"}, "crashed with SIGSEGV"),
+    "is-killed": ({"signal": "SIGKILL"}, "was killed"),
+    "raises": ({"raise": "no such kernel"}, "RuntimeError: no such kernel"),
+}
+
+
 @pytest.mark.parametrize("after", [0, 60])
-def test_a_cell_that_dies_is_a_row_that_says_so_and_the_others_go_on(run, behaviour, says, after):
-    rows, _ = run(good={}, bad={**behaviour, "after": after}, best={})
-    assert [row.status for row in rows.values()] == ["ok", "failed", "ok"]
-    assert rows["bad"].latency_ms == {}
-    assert re.search(says, rows["bad"].reason), rows["bad"].reason
+def test_a_cell_that_dies_is_a_row_that_says_so_and_the_others_go_on(run, after):
+    """Four cells die in four ways in one run, before and after cells that do not."""
+    dying = {name: {**behaviour, "after": after} for name, (behaviour, _) in DEATHS.items()}
+    rows, _ = run(good={}, **dying, best={})
+    assert [row.status for row in rows.values()] == ["ok", *["failed"] * len(DEATHS), "ok"]
+    for name, (_, reason) in DEATHS.items():
+        assert rows[name].latency_ms == {}
+        assert re.search(reason, rows[name].reason), rows[name].reason
 
 
 def test_a_cell_that_hangs_is_stopped(run, monkeypatch):

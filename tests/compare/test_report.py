@@ -161,20 +161,23 @@ def test_committed_result_files_are_reported(names):
     assert ("The clock covers" in text) == ("reference-xeon-2cores" in names)
 
 
-def test_the_same_rows_are_the_same_bytes(tmp_path, page):
+@pytest.fixture(scope="module")
+def plots(tmp_path_factory):
+    """The paths of the plots of `rich`, in a folder that `save` made."""
+    return save(compare([rich()]), tmp_path_factory.mktemp("plots") / "new" / "folder")
+
+
+def test_the_same_rows_are_the_same_bytes(tmp_path, page, plots):
     assert html(rich()) == page
-    for folder in ("one", "other"):
-        save(compare([rich()]), tmp_path / folder)
-    for path in (tmp_path / "one").iterdir():
-        assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
+    for one, other in zip(plots, save(compare([rich()]), tmp_path), strict=True):
+        assert one.read_bytes() == other.read_bytes()
 
 
-def test_plots_are_saved_as_svg_and_png(tmp_path):
+def test_plots_are_saved_as_svg_and_png(plots):
     names = ["accuracy-latency", "size-memory", "latency", "latency-by-length", "pruning-speedup"]
-    written = save(compare([rich()]), tmp_path / "new" / "folder")
-    assert [path.name for path in written] == [f"{n}.{e}" for n in names for e in ("svg", "png")]
-    assert sorted(written) == sorted((tmp_path / "new" / "folder").iterdir())
-    for path in written:
+    assert [path.name for path in plots] == [f"{n}.{e}" for n in names for e in ("svg", "png")]
+    assert sorted(plots) == sorted(plots[0].parent.iterdir())
+    for path in plots:
         assert path.read_bytes()[:5] in (b"<?xml", b"\x89PNG\r")
 
 
