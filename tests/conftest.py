@@ -52,10 +52,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the longest files first, and makes each file a group, so that one worker builds its fixtures.
 
     A file that sets `GROUPED_BY` has a group for each value of that parameter. `--dist loadgroup` reads the groups.
+    A test of the reference is slow, since its fixture exports a model of 23 million parameters.
     """
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
-    for item in items if "PYTEST_XDIST_WORKER" in os.environ else ():
+    for item in items:
+        if "reference" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            continue
         group = item.path.relative_to(TESTS).as_posix()
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         value = parameters.get(getattr(item.module, "GROUPED_BY", None), "")

@@ -62,6 +62,7 @@ def answers_of_a_new_process(built):
     return json.loads(run.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUANTISED)
 def test_a_new_process_gives_the_same_logits_to_the_bit(built, answers_of_a_new_process, name):
     assert answers_of_a_new_process[name] == answer(built, name).tobytes().hex()

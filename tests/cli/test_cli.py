@@ -402,6 +402,7 @@ def test_a_run_is_held_against_an_older_one(two_runs, say):
     assert (code, "regressions" in json.loads(out)) == (3, True)
 
 
+@pytest.mark.slow
 def test_a_comparison_as_csv_as_a_page_and_as_plots(two_runs, say):
     code, out, _ = say("compare", "old.json", "--format", "csv", "--sort", "latency", "--max-drop", "5")
     assert (code, [row["cell"] for row in csv.DictReader(out.splitlines())]) == (0, ["onnx-int8@cpu", "torch-fp32@cpu"])

@@ -157,6 +157,7 @@ def test_the_ids_that_lie_there_now(built_tiny):
     assert found == {(name, "onnx-fp32"): built_tiny.load("onnx-fp32").manifest.id}
 
 
+@pytest.mark.slow
 def test_committed_result_files_can_be_read():
     from conftest import TESTS
 
