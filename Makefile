@@ -34,7 +34,7 @@ PIP = $(BIN)/pip install --disable-pip-version-check -q $(if $(TORCH_INDEX),--ex
 CHOICE = --model "$(MODEL)" --exported "$(EXPORTED)"
 
 .DEFAULT_GOAL := help
-.PHONY: help install anew export bench compare ship test test-clients lint docs docs-serve report clean distclean
+.PHONY: help install anew export bench compare ship test test-fast test-clients lint docs docs-serve report clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -76,8 +76,14 @@ ship: install ## bundles for browser and Node, Python, phones, and other runtime
 	$(TOOLCHAIN) ship $(SHIP) --target mobile $(CHOICE)
 	$(TOOLCHAIN) ship onnx-std onnx-std-int8 --target other $(CHOICE)
 
+# Each worker runs groups of tests as a whole; tests/conftest.py makes the groups and puts the longest first.
+PARALLEL = -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+
 test: $(VENV)/.installed-test lint ## lint, types and all tests
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest $(PARALLEL)
+
+test-fast: $(VENV)/.installed-test lint ## lint, types and all tests that are not marked slow
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 # What `make test` skips without: npm packages by their lock file, Pythons with nothing but a bundle's requirements, and
 # one of these for 64-bit ARM where qemu can run it.

@@ -7,15 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from toolchain.artifacts import store
 from toolchain.artifacts.manifest import Manifest, TensorSpec
 from toolchain.artifacts.steps import Import
 from toolchain.artifacts.store import Artifact
+from toolchain.bench import roofline, scenarios
+from toolchain.bench.scenarios import Protocol
 from toolchain.build.job import Job
 from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
@@ -24,6 +27,7 @@ from toolchain.data.inputs import TrainingSource
 from toolchain.models import checkpoints
 
 DEFAULT_VARIANTS = ["torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"]  # the last one's lineage
+SHORT = Protocol(passes=1, min_s=0.1, pass_s=5.0, starts=1, threads=1)
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 sys.path.append(str(ROOT / "docs"))  # the scripts that write generated parts of documents
@@ -32,17 +36,36 @@ os.environ["PYTHONPATH"] = str(TESTS)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+# These files take minutes, so they start first. A long file that starts last keeps one worker busy alone.
+LONGEST = ("test_docs.py", "test_clients.py", "test_architectures.py", "test_distributed.py", "test_ship.py")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """One processor for each of several workers, and for what it starts: threads that wait for each other spin."""
+    """Gives each worker one processor, children included: threads that wait for each other on few processors spin."""
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if worker and hasattr(os, "sched_setaffinity"):
         processors = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {processors[int(worker.removeprefix("gw")) % len(processors)]})
 
 
+@pytest.hookimpl(tryfirst=True)  # before the hook of xdist, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest first, so that the other workers do not wait for it."""
-    items.sort(key=lambda item: item.path.name != "test_docs.py")
+    """Puts the longest files first, and makes each file a group, so that one worker builds its fixtures.
+
+    A file that sets `GROUPED_BY` has a group for each value of that parameter. `--dist loadgroup` reads the groups.
+    A test of the reference is slow, since its fixture exports a model of 23 million parameters.
+    """
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+    for item in items:
+        if "reference" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            continue
+        group = item.path.relative_to(TESTS).as_posix()
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        value = parameters.get(getattr(item.module, "GROUPED_BY", None), "")
+        item.add_marker(pytest.mark.xdist_group(f"{group} {value}".strip()))
 
 
 def make_checkpoint(
@@ -77,16 +100,36 @@ def make_checkpoint(
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def working_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs all tests in an empty folder: `ship` and `compare` read the result files of the working directory."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("working-directory"))
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this run share."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(shared: Path) -> Path:
     """The tiny checkpoint; not to be changed."""
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+    folder = shared / "checkpoint" / "tiny"
+    with FileLock(shared / "checkpoint.lock"):
+        return folder if folder.exists() else make_checkpoint(folder)
 
 
 @pytest.fixture(scope="session")
-def built_tiny(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+def built_tiny(tiny_checkpoint: Path, shared: Path) -> Workspace:
     """A workspace of the tiny checkpoint that all tests share: a test may add variants, but change none."""
-    workspace = Workspace.open(str(tiny_checkpoint), tmp_path_factory.mktemp("exported"))
+    workspace = Workspace.open(str(tiny_checkpoint), shared / "tiny")
     ensure(workspace, DEFAULT_VARIANTS[-1:], {}, lambda line: None)
     return workspace
 
@@ -101,9 +144,9 @@ def tiny(built_tiny: Workspace, tmp_path: Path) -> Workspace:
 
 
 @pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """Every variant of the embedded reference, built once; not to be changed."""
-    workspace = Workspace.open("reference", tmp_path_factory.mktemp("exported"))
+def reference(shared: Path) -> Workspace:
+    """The embedded reference's workspace that all tests share: a test may add variants, but change none."""
+    workspace = Workspace.open("reference", shared / "reference")
     ensure(workspace, ["onnx-int8"], {}, lambda line: None)
     return workspace
 
@@ -118,6 +161,14 @@ def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
         return code, out, err
 
     return run
+
+
+@pytest.fixture
+def short_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes `bench --quick` take seconds: one process a cell, short rounds, and a machine probe of small layers."""
+    monkeypatch.setattr(scenarios, "QUICK", SHORT)
+    monkeypatch.setattr(roofline, "SECONDS", 0.02)
+    monkeypatch.setattr(roofline, "MEBIBYTES", 4)
 
 
 @pytest.fixture

@@ -89,7 +89,8 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-def test_a_base_without_a_head_learns_the_labels_of_the_data(make, headless, tickets, say, tmp_path):
+@pytest.mark.usefixtures("short_bench")
+def test_a_base_without_a_head_learns_the_labels_of_the_data(make, headless, tickets, say, tmp_path, monkeypatch):
     code, folder, card, err = make(headless, tickets, "--epochs", "8")
     assert code == 0, err
     assert card["labels"] == ["billing", "delivery", "technical"]
@@ -108,7 +109,7 @@ def test_a_base_without_a_head_learns_the_labels_of_the_data(make, headless, tic
     code, _, err = say("export", "--model", folder, "--exported", exported)
     assert code == 0, err
     options = ["--data", tickets, "--variant", "onnx-fp32", "--quick", "--model", folder, "--exported", exported]
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     code, out, err = say("bench", *options, "--json")
     assert code == 0, err
     assert "only the rows held out then are asked" in err
@@ -202,7 +203,8 @@ def test_named_labels_are_a_new_head_in_their_order(make, tiny_checkpoint, tmp_p
     assert checkpoints.label_set(folder, checkpoints.config_of(folder)).names == ("no", "yes", "maybe")
 
 
-def test_sets_of_labels_from_the_file_to_the_prediction(make, headless, tmp_path, say):
+@pytest.mark.usefixtures("short_bench")
+def test_sets_of_labels_from_the_file_to_the_prediction(make, headless, tmp_path, say, monkeypatch):
     both = {**WORDS, "billing|technical": f"{WORDS['billing']} {WORDS['technical']}"}
     rows = sentences(160, both)
     file = write(
@@ -226,7 +228,7 @@ def test_sets_of_labels_from_the_file_to_the_prediction(make, headless, tmp_path
     for row in found:
         chances = {name: row[f"score_{name}"] for name in WORDS}
         assert row["prediction"] == "|".join(name for name in WORDS if chances[name] > 0.5)
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     options = ["--data", file, "--variant", "torch-fp32", "--quick"]
     code, out, err = say("bench", *options, "--model", folder, "--exported", exported, "--json")
     assert code == 0, err

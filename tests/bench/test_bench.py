@@ -8,12 +8,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from conftest import SHORT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from toolchain import backends
 from toolchain.backends import Backend, Place
-from toolchain.bench import journal, roofline, scenarios
+from toolchain.bench import journal, scenarios
 from toolchain.bench import run as bench_run
 from toolchain.bench import runner as bench_module
 from toolchain.bench.cells import Cell
@@ -91,6 +92,7 @@ def test_a_row_has_all_four_figures_and_the_raw_samples(run, fake):
     assert row.batch_changed == 0
 
 
+@pytest.mark.slow
 def test_a_cell_has_its_own_process_the_thread_budget_and_no_hub(run):
     rows, _ = run(one={}, other={})
     facts = [row.facts["session"] for row in rows.values()]
@@ -98,6 +100,7 @@ def test_a_cell_has_its_own_process_the_thread_budget_and_no_hub(run):
     assert {(f["threads"], f["omp"], f["hub"]) for f in facts} == {(1, "1", "1")}
 
 
+@pytest.mark.slow
 def test_a_row_says_what_the_option_for_exact_products_costs(run):
     rows, _ = run(
         saturable={"us": 2000, "headroom": 0.5, "option_time": 2.0},
@@ -119,23 +122,27 @@ def test_a_row_says_what_the_option_for_exact_products_costs(run):
     )
 
 
-@pytest.mark.parametrize(
-    ("behaviour", "says"),
-    [
-        ({"exit": 7}, "ended with exit code 7. It said:.*last words"),
-        ({"signal": "SIGSEGV"}, "crashed with SIGSEGV"),
-        ({"signal": "SIGKILL"}, "was killed"),
-        ({"raise": "no such kernel"}, "RuntimeError: no such kernel"),
-    ],
-)
+DEATHS = {
+    "exits": ({"exit": 7}, "ended with exit code 7. It said:.*last words"),
+    "crashes": ({"signal": "SIGSEGV"}, "crashed with SIGSEGV"),
+    "is-killed": ({"signal": "SIGKILL"}, "was killed"),
+    "raises": ({"raise": "no such kernel"}, "RuntimeError: no such kernel"),
+}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 60])
-def test_a_cell_that_dies_is_a_row_that_says_so_and_the_others_go_on(run, behaviour, says, after):
-    rows, _ = run(good={}, bad={**behaviour, "after": after}, best={})
-    assert [row.status for row in rows.values()] == ["ok", "failed", "ok"]
-    assert rows["bad"].latency_ms == {}
-    assert re.search(says, rows["bad"].reason), rows["bad"].reason
+def test_a_cell_that_dies_is_a_row_that_says_so_and_the_others_go_on(run, after):
+    """Four cells die in four ways in one run, before and after cells that do not."""
+    dying = {name: {**behaviour, "after": after} for name, (behaviour, _) in DEATHS.items()}
+    rows, _ = run(good={}, **dying, best={})
+    assert [row.status for row in rows.values()] == ["ok", *["failed"] * len(DEATHS), "ok"]
+    for name, (_, reason) in DEATHS.items():
+        assert rows[name].latency_ms == {}
+        assert re.search(reason, rows[name].reason), rows[name].reason
 
 
+@pytest.mark.slow
 def test_a_cell_that_hangs_is_stopped(run, monkeypatch):
     monkeypatch.setattr(bench_module, "TURN_TIMEOUT_S", 0.5)
     started = time.monotonic()
@@ -152,18 +159,21 @@ def test_a_provider_that_refuses_is_unavailable_not_failed(run):
     assert (row.status, row.reason, row.mend) == ("unavailable", "This provider is not here.", "Use another one.")
 
 
+@pytest.mark.slow
 def test_what_is_slower_is_measured_slower(run):
     rows, _ = run(fast={"us": 400}, slow={"us": 800})
     assert 1.5 < rows["slow"].latency_ms["p50"] / rows["fast"].latency_ms["p50"] < 2.5
     assert 1.5 < rows["fast"].throughput_per_s / rows["slow"].throughput_per_s < 2.5
 
 
+@pytest.mark.slow
 def test_a_leak_is_seen_in_the_memory(run):
     rows, _ = run(tight={}, leaky={"leak": 100_000})
     runs_made = 100  # at least this many in a quick run
     assert rows["leaky"].memory_bytes["peak"] - rows["tight"].memory_bytes["peak"] > 100_000 * runs_made
 
 
+@pytest.mark.slow
 def test_rounds_are_interleaved_and_every_cell_gets_the_same_work(fake, data, encoder, monkeypatch):
     turns = []
     real = bench_module._Bench._turn
@@ -213,24 +223,28 @@ def test_accuracy_is_over_the_whole_set_even_where_batch_1_was_sampled(run, monk
     assert sum(p is not None for p in rows["good"].probabilities) == 16
 
 
+@pytest.mark.slow
 def test_latency_at_each_length_is_taken_where_asked_for(run):
     rows, _ = run(replace(FAST, by_length=True), good={})
     assert list(rows["good"].by_length) == list(scenarios.LENGTHS)
     assert all(len(samples.rounds) == 8 for samples in rows["good"].by_length.values())
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_no_number_is_a_failure(run):
     rows, _ = run(good={}, bad={"nan_after": 100})
     assert rows["good"].status == "ok"
     assert (rows["bad"].status, "no number" in rows["bad"].reason) == ("failed", True)
 
 
+@pytest.mark.slow
 def test_an_answer_that_depends_on_its_batch_is_counted(run):
     rows, _ = run(steady={}, moody={"moody": True})
     assert rows["steady"].batch_changed == 0
     assert rows["moody"].batch_changed == 80
 
 
+@pytest.mark.slow
 def test_ten_per_cent_slower_is_found_with_an_interval_that_excludes_no_difference(fake, data, encoder):
     told = {"torch-fp32": {"us": 2000}, "slower": {"us": 2200}}
     cells = [Cell("fake", n, "fake", "cpu", fake(n, **does)) for n, does in told.items()]
@@ -241,6 +255,7 @@ def test_ten_per_cent_slower_is_found_with_an_interval_that_excludes_no_differen
     assert slower.throughput_gain.high < 1
 
 
+@pytest.mark.slow
 def test_where_memory_is_short_processes_make_room_and_start_again(run, monkeypatch):
     import psutil
 
@@ -254,6 +269,7 @@ class Stopped(KeyboardInterrupt):
     pass
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_was(fake, data, encoder, tmp_path, monkeypatch):
     cells = [Cell("fake", n, "fake", "cpu", fake(n)) for n in ("a", "b")]
     head = {"cells": ["a@cpu", "b@cpu"], "protocol": "p"}
@@ -374,10 +390,11 @@ def test_the_working_directory_cannot_stand_in_for_a_library(fake, encoder, tmp_
         worker.close()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("short_bench")
 def test_the_real_chain_on_the_tiny_checkpoint(built_tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(roofline, "SECONDS", 0.02)
-    request = bench_run.Request(("torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"), ("cpu",), FAST)
+    request = bench_run.Request(("torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"), ("cpu",), SHORT)
     result, kept = bench_run.measure(built_tiny, request, lambda line: None, lambda *_: None)
     assert kept.path.is_file()
     kept.end()

@@ -42,7 +42,7 @@ def counted(model, tokens):
     return found
 
 
-@pytest.mark.parametrize("model", ["built_tiny", "reference"])
+@pytest.mark.parametrize("model", ["built_tiny", pytest.param("reference", marks=pytest.mark.slow)])
 def test_work_is_what_pytorch_computes(model, request):
     folder = request.getfixturevalue(model).path("torch-fp32")
     found, loaded = work(folder), load_model(folder)
@@ -81,7 +81,7 @@ def in_graph(path, tokens):
     )
 
 
-@pytest.mark.parametrize("model", ["built_tiny", "reference"])
+@pytest.mark.parametrize("model", ["built_tiny", pytest.param("reference", marks=pytest.mark.slow)])
 def test_reading_the_first_token_alone_computes_less(model, request):
     workspace = request.getfixturevalue(model)
     found = work(workspace.path("torch-fp32"))
@@ -288,6 +288,7 @@ def test_a_failed_calibration_leaves_no_file(measured, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_calibration(tmp_path):
     for runtime in ("torch", "onnx"):
         found = roofline._measure(runtime, ["int8"], 1, 0.001, 1)

@@ -127,6 +127,7 @@ def test_a_model_of_other_labels_needs_data_of_its_own(built_tiny, fake):
     assert "--train-data" not in of(("NEGATIVE", "POSITIVE"))
 
 
+@pytest.mark.slow
 def test_an_undecided_model_is_refused_with_what_to_try(say, tmp_path):
     """Of 40 labels, a random model's best two are often near each other: validation's own flips say so."""
     make_checkpoint(tmp_path / "undecided", labels=[f"L{index}" for index in range(40)])

@@ -65,6 +65,7 @@ def test_a_file_that_never_saturates_needs_no_option(built_tiny):
     assert read_properties(artifact.onnx_path)["session_options"] == "{}"
 
 
+@pytest.mark.slow
 def test_any_labels_and_a_licence(tmp_path):
     labels = ["fröhlich", 'say "no"', "c"]
     checkpoint = make_checkpoint(tmp_path / "three", labels, leaning=30)
@@ -90,6 +91,7 @@ SHIPPED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "how"), SHIPPED)
 def test_a_shipped_file_says_the_same_and_the_licence_it_is_shipped_under(built_tiny, tmp_path, target, how):
     order = Order(("onnx-int8",), target, license="MIT", **how)

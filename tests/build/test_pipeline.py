@@ -59,6 +59,7 @@ def test_a_second_run_skips_and_says_so(tiny):
     assert digest(tiny) == before
 
 
+@pytest.mark.slow
 def test_the_same_work_gives_the_same_ids(built_tiny, tiny_checkpoint, tmp_path):
     again = Workspace.open(str(tiny_checkpoint), tmp_path / "exported")
     ensure(again, ALL, {}, lambda line: None)
@@ -89,6 +90,7 @@ def test_what_is_built_says_where_it_comes_from(built_tiny):
     assert manifests["onnx-int8"].size_bytes < manifests["onnx-fp32"].size_bytes / 2
 
 
+@pytest.mark.slow
 def test_other_settings_replace_and_make_descendants_stale(tiny):
     asked = {"onnx-std": Export(17)}
     assert reasons(tiny, ["onnx-std"], asked) == {"torch-fp32": "", "onnx-std": "other settings: opset 18 → 17"}
@@ -105,6 +107,7 @@ def test_other_settings_replace_and_make_descendants_stale(tiny):
     assert tiny.load("onnx-fp32").manifest.facts["opset"][""] == 17
 
 
+@pytest.mark.slow
 def test_a_changed_checkpoint_is_imported_anew(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "tiny", seed=1)
     workspace = Workspace.open(str(checkpoint), tmp_path / "exported")
@@ -113,6 +116,7 @@ def test_a_changed_checkpoint_is_imported_anew(tmp_path):
     assert reasons(workspace, ["torch-fp32"]) == {"torch-fp32": "the checkpoint changed"}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_went_away_is_not_needed_any_more(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "tiny")
     workspace = Workspace.open(str(checkpoint), tmp_path / "exported")
@@ -167,6 +171,7 @@ def test_a_manifest_edited_by_hand_is_refused_and_mended_by_asking_for_it(tiny):
     assert tiny.load("onnx-fp32").manifest.labels == ("NEGATIVE", "POSITIVE")
 
 
+@pytest.mark.slow
 def test_a_parent_replaced_while_its_child_is_built_stops_the_child(tiny, monkeypatch):
     function, version = pipeline.STEPS[Quantize]
 
@@ -248,6 +253,7 @@ def test_validate_looks_at_what_lies_there(tiny):
     assert report["largest_delta"] > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_stopped_in_the_middle_leaves_what_was_there_and_the_next_one_goes_on(tmp_path, sent):
     checkpoint = make_checkpoint(tmp_path / "tiny")
@@ -273,6 +279,7 @@ def test_a_run_stopped_in_the_middle_leaves_what_was_there_and_the_next_one_goes
     assert not list(scratch.glob(".*"))
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_build_once(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "tiny")
     command = [sys.executable, "-m", "toolchain", "export", "--model", str(checkpoint), "--optimize", "none"]
@@ -285,6 +292,7 @@ def test_two_runs_at_once_build_once(tmp_path):
     Workspace.open(str(checkpoint), tmp_path / "exported").load("onnx-std").verify()
 
 
+@pytest.mark.slow
 def test_labels_of_any_number_come_along(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "three", ("bad", "so so", "good"), seed=5)
     workspace = Workspace.open(str(checkpoint), tmp_path / "exported")
@@ -311,6 +319,7 @@ def test_a_label_lies_beside_the_variant_of_the_same_tags(tiny):
     assert found["onnx-fp32+fused"] == found["onnx-fp32"] == "built"
 
 
+@pytest.mark.slow
 def test_tables_of_other_bits_than_the_layers(tmp_path):
     workspace = Workspace.open(str(make_checkpoint(tmp_path / "decided", leaning=30)), tmp_path / "exported")
     asked = {"onnx-int8+small": Quantize(embeddings="int4"), "onnx-int4": Quantize(scheme="int4")}
@@ -322,6 +331,7 @@ def test_tables_of_other_bits_than_the_layers(tmp_path):
         ensure(workspace, ["onnx-std-int8"], {"onnx-std-int8": Quantize(embeddings="int4")}, quiet)
 
 
+@pytest.mark.slow
 def test_weights_of_the_passes_that_are_asked_for_are_quantised(tmp_path):
     workspace = Workspace.open(str(make_checkpoint(tmp_path / "decided", leaning=30)), tmp_path / "exported")
     asked = {
@@ -337,6 +347,7 @@ def test_weights_of_the_passes_that_are_asked_for_are_quantised(tmp_path):
         ensure(workspace, asked, asked, quiet)
 
 
+@pytest.mark.slow
 def test_a_label_follows_its_lineage(tiny):
     opset = {"onnx-std+old": Export(17)}
     ensure(tiny, ["onnx-std+old"], opset, quiet)
@@ -349,6 +360,7 @@ def test_a_label_follows_its_lineage(tiny):
     assert tiny.load("onnx-fp32").manifest.parent == "onnx-std"
 
 
+@pytest.mark.slow
 def test_the_graph_of_what_has_a_label_needs_no_asking(tiny):
     pruned = {"torch-pruned50+mine": Prune(0.5, cost="latency")}
     before = ensure(tiny, pruned, pruned, quiet)["torch-pruned50+mine"]

@@ -105,6 +105,7 @@ def test_nothing_becomes_unknown_and_what_was_kept_is_split_alike(trimmed, text,
             assert pieces == [token for token, of in zip(new.tokens, new.word_ids, strict=True) if of == word]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(st.data())
 def test_no_vocabulary_loses_a_word_it_could_spell(tmp_path_factory, data):

@@ -96,6 +96,7 @@ def test_only_what_is_hardly_chance_is_refused(sentences):
     assert most >= int(0.02 * sentences)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flips", [3, 4])
 def test_the_limit_is_what_shows_more_than_two_per_cent(encoder, truth, flips):
     seen = []

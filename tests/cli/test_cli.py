@@ -14,7 +14,6 @@ from conftest import make_checkpoint, run_toolchain
 from sample_results import FP32, INT8, RUN, measured, result
 
 from toolchain.artifacts.variants import DEFAULT_CELLS
-from toolchain.bench import roofline, scenarios
 from toolchain.bench.journal import Journal
 from toolchain.cli import cli
 from toolchain.errors import VerdictError
@@ -190,10 +189,10 @@ def test_bench_with_cuda_and_no_device_has_rows_with_reason_and_mend(at, say, ti
     assert {row.status for row in ResultFile.read(file).rows} == {"unavailable"}  # written before it says no
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("short_bench")
 def test_the_whole_chain_from_the_command_line(at, say, tmp_path_factory, monkeypatch):
     few = ("torch-fp32", "torch-pruned50", "onnx-std", "onnx-fp32", "onnx-int8")
-    monkeypatch.setattr(scenarios, "QUICK", replace(scenarios.QUICK, min_s=0.5, starts=2))
-    monkeypatch.setattr(roofline, "SECONDS", 0.02)
     monkeypatch.setitem(DEFAULT_CELLS, "cpu", few)
     checkpoint = make_checkpoint(tmp_path_factory.mktemp("c") / "mine", ("bad", "good"))
     table = at / "reviews.csv"
@@ -406,6 +405,7 @@ def test_a_run_is_held_against_an_older_one(two_runs, say):
     assert (code, "regressions" in json.loads(out)) == (3, True)
 
 
+@pytest.mark.slow
 def test_a_comparison_as_csv_as_a_page_and_as_plots(two_runs, say):
     code, out, _ = say("compare", "old.json", "--format", "csv", "--sort", "latency", "--max-drop", "5")
     assert (code, [row["cell"] for row in csv.DictReader(out.splitlines())]) == (0, ["onnx-int8@cpu", "torch-fp32@cpu"])

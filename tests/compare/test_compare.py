@@ -119,6 +119,7 @@ def test_nothing_to_compare_is_an_error_in_words():
         compare([result()])
 
 
+@pytest.mark.slow
 def test_committed_result_files_can_be_read():
     from conftest import TESTS
 

@@ -468,6 +468,7 @@ def test_the_newest_of_several_rows_is_the_one_compared():
         assert not regressions(rows, rows_of(FP32, INT8), 0.05).found
 
 
+@pytest.mark.slow
 @given(variants, st.sampled_from([0, 0.01, 0.5]))
 def test_a_run_against_itself_has_no_regression(made, limit):
     measurements = [
@@ -481,6 +482,7 @@ def test_a_run_against_itself_has_no_regression(made, limit):
     json.dumps(regression_json(found), allow_nan=False)
 
 
+@pytest.mark.slow
 def test_two_runs_of_the_same_are_hardly_ever_a_regression():
     """Even without any tolerance, an interval at 95 % is wrong on one side in 2.5 % of the cases."""
     found = []

@@ -91,6 +91,7 @@ def test_what_flipped_in_words(page):
     assert "Won row 8, NEGATIVE sentence <b>8</b>" in text
 
 
+@pytest.mark.slow
 def test_sentences_of_other_data_are_numbers():
     data = {**rich().data, "name": "reviews", "sha256": "another"}
     text = Page(html(rich(data=data))).text
@@ -129,6 +130,7 @@ def test_every_plot_is_told_in_words(page):
     assert "torch-pruned50 predicted 2.00×, measured 1.60×" in said[4]
 
 
+@pytest.mark.slow
 def test_whatever_a_result_file_says_is_text():
     text = html(hostile())
     text.encode()
@@ -153,6 +155,7 @@ def committed(*names):
     return [ResultFile.read(TESTS.parent / "benchmarks" / "results" / f"{name}.json") for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names", [["seed-study-t4"], ["seed-study-xeon", "seed-study-gtx1050ti", "reference-xeon-2cores"]]
 )
@@ -162,20 +165,25 @@ def test_committed_result_files_are_reported(names):
     assert ("The clock covers" in text) == ("reference-xeon-2cores" in names)
 
 
-def test_the_same_rows_are_the_same_bytes(tmp_path, page):
+@pytest.fixture(scope="module")
+def plots(tmp_path_factory):
+    """The paths of the plots of `rich`, in a folder that `save` made."""
+    return save(compare([rich()]), tmp_path_factory.mktemp("plots") / "new" / "folder")
+
+
+@pytest.mark.slow
+def test_the_same_rows_are_the_same_bytes(tmp_path, page, plots):
     assert html(rich()) == page
-    for folder in ("one", "other"):
-        save(compare([rich()]), tmp_path / folder)
-    for path in (tmp_path / "one").iterdir():
-        assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
+    for one, other in zip(plots, save(compare([rich()]), tmp_path), strict=True):
+        assert one.read_bytes() == other.read_bytes()
 
 
-def test_plots_are_saved_as_svg_and_png(tmp_path):
+@pytest.mark.slow
+def test_plots_are_saved_as_svg_and_png(plots):
     names = ["accuracy-latency", "size-memory", "latency", "latency-by-length", "pruning-speedup"]
-    written = save(compare([rich()]), tmp_path / "new" / "folder")
-    assert [path.name for path in written] == [f"{n}.{e}" for n in names for e in ("svg", "png")]
-    assert sorted(written) == sorted((tmp_path / "new" / "folder").iterdir())
-    for path in written:
+    assert [path.name for path in plots] == [f"{n}.{e}" for n in names for e in ("svg", "png")]
+    assert sorted(plots) == sorted(plots[0].parent.iterdir())
+    for path in plots:
         assert path.read_bytes()[:5] in (b"<?xml", b"\x89PNG\r")
 
 
@@ -183,6 +191,7 @@ def test_a_plot_with_nothing_to_show_is_left_out():
     assert list(figures(compare([result(measured("torch-fp32", 8))]))) == ["accuracy-latency", "size-memory", "latency"]
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_an_error_in_words(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ResultFileError, match=r"cannot be written: Not a directory\. Free the space or"):
@@ -202,6 +211,7 @@ def test_what_is_said_of_a_row_names_its_machine_where_there_are_others():
     assert len(set(two)) == len(two)
 
 
+@pytest.mark.slow
 def test_machines_have_panels_of_their_own():
     other = {**result().machine, "id": "y", "cpu": "other"}
     drawn = figures(compare([rich(), rich(machine=other)]))["latency"].figure.axes
@@ -210,6 +220,7 @@ def test_machines_have_panels_of_their_own():
     ]
 
 
+@pytest.mark.slow
 def test_labels_keep_out_of_each_others_way():
     from matplotlib.text import Text  # an annotation's own extent has its line in it
 
@@ -222,6 +233,7 @@ def test_labels_keep_out_of_each_others_way():
     assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
 
 
+@pytest.mark.slow
 def test_what_the_comparison_has_no_room_for_has_a_table():
     text = Page(html(ResultFile.read(TESTS.parent / "benchmarks" / "results" / "reference-xeon-2cores.json"))).text
     for header in ("times faster, 95 % interval", "p50 ms with tokenising", "load ms", "after load MB", "gzip MB"):

@@ -23,7 +23,7 @@ import toolchain
 from toolchain import distributed
 from toolchain import predict as predicting
 from toolchain.artifacts import manifest, publishing
-from toolchain.bench import run, scenarios
+from toolchain.bench import run
 from toolchain.bench.scenarios import Protocol
 from toolchain.data import inputs
 from toolchain.data.files import Texts
@@ -114,6 +114,7 @@ def processes(what):
     return [p for p in psutil.process_iter(["cmdline"]) if what in " ".join(p.info["cmdline"] or ())]
 
 
+@pytest.mark.slow
 def test_the_same_rows_in_the_same_order(built_tiny, cluster, small, tmp_path, monkeypatch):
     """Of PyTorch; the other tests are of ONNX Runtime."""
     monkeypatch.chdir(tmp_path)
@@ -126,6 +127,7 @@ def test_the_same_rows_in_the_same_order(built_tiny, cluster, small, tmp_path, m
     assert said == ["nodes: 2, workers: 2, threads per worker: 1"]
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_costs_its_window_only(model, cluster, small, tmp_path):
     texts = write(tmp_path / "in.jsonl", [f"film {i}" for i in range(60 * WINDOW)])
     killed = []
@@ -143,6 +145,7 @@ def test_a_worker_that_is_killed_costs_its_window_only(model, cluster, small, tm
     assert (tmp_path / "out.csv").read_bytes() == alone(model, texts, tmp_path / "alone.csv")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_taken_up_by_either_engine(model, cluster, small, tmp_path):
     texts = write(tmp_path / "in.jsonl", [f"film {i}" for i in range(5 * WINDOW)])
 
@@ -160,6 +163,7 @@ def test_an_interrupted_run_is_taken_up_by_either_engine(model, cluster, small, 
     assert (tmp_path / "out.csv").read_bytes() == alone(model, texts, tmp_path / "alone.csv")
 
 
+@pytest.mark.slow
 def test_what_fails_there_is_told_in_its_own_words(model, cluster, small, tmp_path):
     texts = write(tmp_path / "in.jsonl", ["good"])
     rows = cluster.score(model, replace(texts, column="review"), 0, WINDOW)
@@ -202,12 +206,14 @@ def test_what_a_killed_worker_left_goes_with_the_next(tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 
+@pytest.mark.slow
 def test_a_node_of_another_release_is_refused(address, monkeypatch):
     monkeypatch.setattr(toolchain, "__version__", "9.9")
     with pytest.raises(ClusterError, match=r"toolchain 0\.1\.0, but this machine has 9\.9\. Install this version"):
         connect(address, quiet).__enter__()
 
 
+@pytest.mark.slow
 def test_a_node_of_another_python_is_refused(address, monkeypatch):
     monkeypatch.setattr(platform, "python_version", lambda: "3.99.0")
     with pytest.raises(ClusterError, match=r"Python 3\.\d+\.\d+, but this machine has 3\.99\.0"):
@@ -232,6 +238,7 @@ def test_an_address_without_the_engine_is_usage(say):
     assert say("bench", "--engine", "ray", "--resume")[0] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["127.0.0.1:1", "nowhere.invalid:6379", "ray://127.0.0.1:1", "6379"])
 def test_a_cluster_that_is_not_there_is_told_in_seconds(place):
     started = time.monotonic()
@@ -240,6 +247,7 @@ def test_a_cluster_that_is_not_there_is_told_in_seconds(place):
     assert time.monotonic() - started < 20
 
 
+@pytest.mark.slow
 def test_what_listens_and_is_no_cluster_is_given_up(monkeypatch):
     monkeypatch.setattr(distributed, "CONNECT_TIMEOUT_S", 5.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -266,12 +274,12 @@ def test_cells_go_where_their_hardware_is(built_tiny):
     assert [node.id for node, _ in benching.assign_cells(nodes[:1], on_gpu)] == ["a1"]
 
 
+@pytest.mark.slow
 def test_each_machine_is_a_run_of_its_own_and_one_that_dies_is_rows_that_say_so(
-    tiny, cluster, tmp_path, monkeypatch, say
+    tiny, cluster, tmp_path, monkeypatch, say, short_bench
 ):
     """The command, on two machines of which one is killed as soon as both measure."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(scenarios, "QUICK", FAST)
     machines = [replace(node, machine={**node.machine, "id": node.id[:12]}) for node in cluster.nodes]
     there = Cluster(cluster._driver, machines, quiet)
     monkeypatch.setattr(distributed, "connect", lambda address, say: nullcontext(there))
@@ -310,6 +318,7 @@ def test_each_machine_is_a_run_of_its_own_and_one_that_dies_is_rows_that_say_so(
     assert "of the same run; above 1 is better" in out
 
 
+@pytest.mark.slow
 def test_the_command_starts_a_cluster_of_its_own_and_ends_it(tiny, tmp_path, say, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.txt").write_text("good\nbad\n")
@@ -320,8 +329,9 @@ def test_the_command_starts_a_cluster_of_its_own_and_ends_it(tiny, tmp_path, say
     assert done.stdout == say(*arguments)[1]
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_the_cluster_too(tiny, tmp_path):
-    write(tmp_path / "in.jsonl", [f"film {i} " + "of many words " * 30 for i in range(20 * predicting.PART)])
+    write(tmp_path / "in.jsonl", [f"film {i} " + "of many words " * 30 for i in range(8 * predicting.PART)])
     arguments = ("predict", "onnx-int8", "in.jsonl", "--output", "out.csv", "--engine", "ray")
     where = ("--model", tiny.model, "--exported", str(tiny.exported))
     command = subprocess.Popen(
@@ -341,6 +351,7 @@ def test_an_interrupt_ends_the_cluster_too(tiny, tmp_path):
     assert (publishing.work_folder(tmp_path / "out.csv") / "parts").is_dir()
 
 
+@pytest.mark.slow
 def test_a_cluster_that_dies_leaves_what_was_scored(model, small, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "LOST_AFTER_S", 2)
     texts = write(tmp_path / "in.jsonl", [f"film {i}" for i in range(100 * WINDOW)])

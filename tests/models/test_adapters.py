@@ -75,6 +75,7 @@ def answers(model):
         return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -102,6 +103,7 @@ def test_merged_it_answers_as_peft_does_unmerged(pair, tmp_path, settings):
         assert not torch.allclose(answers(by_peft), expected, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_it_is_imported_on_the_base_that_was_given_and_kept_until_either_changes(copies, tmp_path):
     adapter, base = copies
     workspace = Workspace.open(str(adapter), tmp_path / "exported").on(str(base))
@@ -184,6 +186,7 @@ def test_a_hub_base_is_pinned_by_its_commit(copies, monkeypatch):
     assert (origin.folder, origin.base) == (adapter, base)
 
 
+@pytest.mark.slow
 def test_labels_come_from_beside_the_adapter_else_from_a_base_with_as_many(copies, tmp_path):
     from toolchain.backends import lora
 

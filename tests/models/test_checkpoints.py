@@ -358,6 +358,7 @@ def test_a_base_is_named_as_a_model_is(checkpoint, built_tiny):
         checkpoints.locate("./nowhere")
 
 
+@pytest.mark.slow
 def test_the_command_that_converts_a_pickle_does(checkpoint, tmp_path):
     """Run as the message has it, by a shell, on a checkpoint that is trusted: this one."""
     import subprocess
@@ -392,6 +393,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(checkpoint, tmp_path):
     assert not (tmp_path / "exported" / checkpoint.name / "torch-fp32").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_and_shards_are_imported_in_full(checkpoint, tmp_path, dtype):
     import torch

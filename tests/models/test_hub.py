@@ -12,6 +12,8 @@ TOKEN = "hf_" + "Sentinel" * 4
 COMMITS = {"main": "1" * 40, "v1": "2" * 40, "1" * 40: "1" * 40, "2" * 40: "2" * 40}
 OPEN, PRIVATE, FORBIDDEN, PICKLED = "someone/tiny", "someone/private", "someone/forbidden", "someone/pickled"
 
+pytestmark = pytest.mark.slow
+
 
 class _Hub(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"

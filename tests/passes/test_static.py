@@ -184,6 +184,7 @@ def test_factors_are_positive_and_1_where_there_is_nothing_to_smooth(values, str
     assert (factors[largest == 0] == 1).all()
 
 
+@pytest.mark.slow
 def test_calibration_sees_each_sentence_alone_and_none_that_is_held_out(built_tiny, monkeypatch):
     asked = []
 
@@ -207,6 +208,7 @@ def test_calibration_sees_each_sentence_alone_and_none_that_is_held_out(built_ti
     }
 
 
+@pytest.mark.slow
 def test_static_variants_are_built_by_name_and_know_their_training_data(tiny):
     asked = {"onnx-int8-static+careful": Quantize(scheme="static", keep_fp32=2)}
     built = ensure(tiny, ["onnx-int8-static", "onnx-std-int8-static", *asked], asked, quiet)
@@ -223,6 +225,7 @@ def test_static_variants_are_built_by_name_and_know_their_training_data(tiny):
     assert "onnx-int8-static: fresh, skipped" in said
 
 
+@pytest.mark.slow
 def test_without_smoothing_scales_are_of_the_values_as_they_are(tiny, monkeypatch):
     monkeypatch.setattr(calibration, "NOISE", 0.0)  # smooth everything
     asked = {"onnx-int8-static+rough": Quantize(scheme="static", passes=("quantize-linear",))}

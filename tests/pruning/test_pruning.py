@@ -407,6 +407,7 @@ def test_its_initialisers_are_smaller(pruned):
         assert elements(dense) - elements(f"onnx-pruned50{suffix}") == removed
 
 
+@pytest.mark.slow
 def test_a_new_process_gives_the_same_logits(pruned, tmp_path):
     code = (
         "import sys, json; from pathlib import Path; import numpy as np\n"
@@ -425,12 +426,14 @@ def test_a_new_process_gives_the_same_logits(pruned, tmp_path):
     assert np.abs(np.array(json.loads(run.stdout)) - here).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_the_same_work_gives_the_same_id(pruned, tmp_path):
     again = Workspace(tmp_path, pruned.model, pruned.source, pruned.train)
     ensure(again, ["torch-pruned50"], {}, quiet)
     assert again.load("torch-pruned50").manifest.id == pruned.load("torch-pruned50").manifest.id
 
 
+@pytest.mark.slow
 def test_a_model_of_fewer_layers_goes_all_the_way(pruned):
     asked = {"torch-pruned50+shallow": Prune(0.5, layers=1)}
     std = "onnx-std-pruned50+shallow"
@@ -446,6 +449,7 @@ def test_a_model_of_fewer_layers_goes_all_the_way(pruned):
     assert (operators["LayerNormalization"], operators["Sub"]) == (3, 3)  # nothing is left of the other layer
 
 
+@pytest.mark.slow
 def test_a_mask_is_an_artifact_that_says_it_removed_nothing(tiny):
     built = ensure(tiny, ["torch-pruned50-mask"], {}, quiet)["torch-pruned50-mask"]
     facts = built.manifest.facts["pruning"]
@@ -454,6 +458,7 @@ def test_a_mask_is_an_artifact_that_says_it_removed_nothing(tiny):
     assert built.manifest.size_bytes == pytest.approx(tiny.load("torch-fp32").manifest.size_bytes, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_pruned_folder_can_be_brought_as_a_checkpoint_but_not_pruned_again(pruned, tmp_path):
     workspace = Workspace.open(str(pruned.path("torch-pruned50")), tmp_path, "mine", pruned.train)
     built = ensure(workspace, ["onnx-fp32"], {}, quiet)
@@ -481,6 +486,7 @@ def test_a_rebuild_without_its_training_data_is_refused(pruned, tmp_path, monkey
 # --- costs and search
 
 
+@pytest.mark.slow
 def test_a_latency_table_is_measured_once_and_only_for_this_machine(given_tiny, tmp_path, monkeypatch):
     first = latency_table(given_tiny.model, tmp_path, quiet)
     assert set(first.heads_ms) >= {0, 1, 4}
@@ -577,6 +583,7 @@ def test_a_model_of_other_labels_needs_training_data_of_its_own(tmp_path, capsys
     assert not (tmp_path / "exported" / "three" / "torch-pruned50").exists()
 
 
+@pytest.mark.slow
 def test_pruning_from_the_command_line(tiny, sentences, tmp_path, say, monkeypatch):
     monkeypatch.chdir(tmp_path)
     common = ("--model", "tiny", "--exported", tiny.exported, "--train-data", sentences.file)

@@ -42,6 +42,7 @@ def test_every_layer_is_ranked_by_what_it_does_alone(subject):
     assert rank(subject, still) == ranked
 
 
+@pytest.mark.slow
 def test_a_layer_with_outliers_is_found(built_tiny, tmp_path):
     """One weight of a column 3,000 times the others leaves these no bits."""
     shutil.copytree(built_tiny.path("onnx-fp32"), tmp_path / "outliers")
@@ -57,6 +58,7 @@ def test_a_layer_with_outliers_is_found(built_tiny, tmp_path):
     assert ranked[0].name == "distilbert/transformer/layer.0/ffn/lin2"
 
 
+@pytest.mark.slow
 def test_the_most_sensitive_stay_fp32(tiny, subject):
     asked = {"onnx-int8+careful": Quantize(keep_fp32=2)}
     manifest = ensure(tiny, asked, asked, quiet)["onnx-int8+careful"].manifest
@@ -71,6 +73,7 @@ def test_the_most_sensitive_stay_fp32(tiny, subject):
     assert len([n for n in left.graph if n.op_type in ("MatMul", "Attention")]) == 2
 
 
+@pytest.mark.slow
 def test_no_layer_left_is_told(built_tiny):
     with pytest.raises(GraphError, match="no linear layer left"):
         rank(SensitivitySetup.load(built_tiny.load("onnx-int8"), ("quantize-linear",), TrainingSource()), still)

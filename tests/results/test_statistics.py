@@ -22,6 +22,7 @@ from toolchain.results.statistics import ratio
 POSITIVE = st.floats(1e-3, 1e6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [8, 24])
 def test_of_a_thousand_equal_pairs_three_to_seven_per_cent_are_called_different(rounds):
     rng = np.random.default_rng(20)
@@ -51,6 +52,7 @@ def test_the_same_times_are_no_difference():
     assert ratio(times, times).differs is False
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_median_covers_it():
     rng, covered = np.random.default_rng(1), 0
     for _ in range(100):

@@ -7,14 +7,13 @@ import time
 from dataclasses import replace
 
 import pytest
-from conftest import make_checkpoint
+from conftest import SHORT, make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolchain import tuning
 from toolchain.artifacts.steps import Quantize
 from toolchain.artifacts.variants import lineage
-from toolchain.bench.scenarios import Protocol
 from toolchain.build import pipeline
 from toolchain.cli.tune import Duration
 from toolchain.errors import PruningError, VerdictError
@@ -413,12 +412,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def at(folder, monkeypatch):
-    """There, and with little to measure."""
+def at(folder, monkeypatch, short_bench):
+    """The working directory is `folder`, and measurements are short."""
     monkeypatch.chdir(folder)
-    short = Protocol(passes=1, min_s=0.1, pass_s=5.0, starts=1, threads=1)
-    monkeypatch.setattr(tuning, "PROTOCOL", short)
-    monkeypatch.setattr("toolchain.bench.scenarios.QUICK", short)
+    monkeypatch.setattr(tuning, "PROTOCOL", SHORT)
     monkeypatch.setattr("toolchain.bench.roofline.rates", lambda *_: {})
 
 
