@@ -227,7 +227,7 @@ def test_without_ray_the_extra_is_named(say, tiny, monkeypatch):
     for command in (("predict", "onnx-int8"), ("bench",)):
         code, out, err = say(*command, "--engine", "ray", *where)
         assert (code, out) == (1, "")
-        assert 'Ray is not installed. Install it with `pip install "toolchain[ray]"`.' in err
+        assert "Ray is not installed. Install it with `pip install 'ray[data]" in err
 
 
 def test_an_address_without_the_engine_is_usage(say):

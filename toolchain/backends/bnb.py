@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.backends.pytorch import TorchSession, silence_transformers
 from toolchain.errors import CheckpointError, ProviderError
+from toolchain.system.extras import install_hint
 
 if TYPE_CHECKING:
     import torch
@@ -103,9 +104,7 @@ def _require_bitsandbytes() -> None:
     try:
         import bitsandbytes  # noqa: F401
     except Exception as error:  # a binary for another machine can raise any error during the import
-        raise ProviderError(
-            f"bitsandbytes cannot be imported: {error}.", 'Install it with `pip install -e ".[bnb]"`.'
-        ) from error
+        raise ProviderError(f"bitsandbytes cannot be imported: {error}.", install_hint("bnb")) from error
 
 
 def _head_names(model: PreTrainedModel) -> list[str]:

@@ -15,6 +15,7 @@ from toolchain.backends.pytorch import TorchSession, check_finite, silence_trans
 from toolchain.errors import CheckpointError
 from toolchain.models import adapters
 from toolchain.models.checkpoints import check_config, config_of
+from toolchain.system.extras import install_hint
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +104,7 @@ def _require_peft() -> None:
     except Exception as error:  # an incompatible release of a dependency can raise any error
         raise CheckpointError(
             f"A LoRA adapter needs PEFT, which cannot be imported: {error}.",
-            'Install it with `pip install -e ".[lora]"`.',
+            install_hint("lora"),
         ) from error
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import DeviceMemoryError, GraphError, ProviderError
+from toolchain.system.extras import install_hint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -280,7 +281,7 @@ def add_extensions(options: Any) -> None:
     except ImportError as error:
         raise ProviderError(
             "A tokenizer in the graph needs onnxruntime-extensions, which is not installed.",
-            'Install it: pip install "toolchain[text]".',
+            install_hint("text"),
         ) from error
     options.register_custom_ops_library(extensions.get_library_path())
 

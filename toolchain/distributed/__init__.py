@@ -21,6 +21,7 @@ from toolchain.data.files import STDIN, Row, Texts
 from toolchain.errors import ClusterError
 from toolchain.predict import Model
 from toolchain.progress import Say
+from toolchain.system.extras import install_hint
 
 CONNECT_TIMEOUT_S = 60.0
 LOST_AFTER_S = 15  # the cluster counts as lost if its head does not answer for this time
@@ -105,7 +106,7 @@ def connect(address: str | None, say: Say) -> Iterator[Cluster]:
             another version of the toolchain or of Python.
     """
     if importlib.util.find_spec("ray") is None:
-        raise ClusterError("Ray is not installed.", 'Install it with `pip install "toolchain[ray]"`.')
+        raise ClusterError("Ray is not installed.", install_hint("ray"))
     driver = _Driver()
     try:
         versions = {"toolchain": toolchain.__version__, "Python": platform.python_version()}

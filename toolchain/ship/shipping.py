@@ -36,6 +36,7 @@ from toolchain.ship.targets.releases import DEFAULT
 from toolchain.ship.tokenizer_graph.characters import SHIP_WITHOUT_HINT
 from toolchain.ship.tokenizer_graph.session import TextSession
 from toolchain.system import hardware
+from toolchain.system.extras import install_hint
 
 if TYPE_CHECKING:
     import onnx
@@ -312,7 +313,7 @@ def check_bundle(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except ImportError as error:
         raise ProviderError(
             f"The models of {folder} contain the tokenizer, which needs {error.name}. It is not installed.",
-            'Install it: pip install "toolchain[text]".',
+            install_hint("text"),
         ) from error
     except bundle_verifier.BundleError as error:
         raise VerdictError(f"{folder}: {error.cause}.", f"{error.hint}.") from error
