@@ -16,7 +16,7 @@ from toolchain.errors import TamperedError
 from toolchain.system.decoding import decode, strict
 
 MANIFEST = "manifest.json"
-SCHEMA = 1  # as in `_Stored`
+SCHEMA = 1
 
 
 @strict

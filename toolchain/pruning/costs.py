@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 TOKENS = 25  # average length of a sentence of the validation set
 ROUNDS, RUNS = 16, 30
 PAUSE_S = 0.05  # ONNX Runtime's threads spin for about 20 ms after a run and would take the next session's cores
-SCHEMA = 2  # as in `_StoredTable`
+SCHEMA = 2
 PASSES = (*CPU_PASSES, *QUANTIZE_PASSES["dynamic"])
 
 
