@@ -76,8 +76,8 @@ ship: install ## bundles for browser and Node, Python, phones, and other runtime
 	$(TOOLCHAIN) ship $(SHIP) --target mobile $(CHOICE)
 	$(TOOLCHAIN) ship onnx-std onnx-std-int8 --target other $(CHOICE)
 
-# Each worker runs groups of tests as a whole; tests/conftest.py makes the groups and puts the longest first.
-PARALLEL = -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+# A worker runs whole files, so it builds their fixtures once; tests/conftest.py puts the longest files first.
+PARALLEL = -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.installed-test lint ## lint, types and all tests
 	$(BIN)/python -m pytest $(PARALLEL)

@@ -48,24 +48,13 @@ def pytest_configure(config: pytest.Config) -> None:
         os.sched_setaffinity(0, {processors[int(worker.removeprefix("gw")) % len(processors)]})
 
 
-@pytest.hookimpl(tryfirst=True)  # before the hook of xdist, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the longest files first, and makes each file a group, so that one worker builds its fixtures.
-
-    A file that sets `GROUPED_BY` has a group for each value of that parameter. `--dist loadgroup` reads the groups.
-    A test of the reference is slow, since its fixture exports a model of 23 million parameters.
-    """
+    """Puts the longest files first. Marks tests of the reference as slow, since its fixture exports a real model."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
     for item in items:
         if "reference" in item.fixturenames:
             item.add_marker(pytest.mark.slow)
-        if "PYTEST_XDIST_WORKER" not in os.environ:
-            continue
-        group = item.path.relative_to(TESTS).as_posix()
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        value = parameters.get(getattr(item.module, "GROUPED_BY", None), "")
-        item.add_marker(pytest.mark.xdist_group(f"{group} {value}".strip()))
 
 
 def make_checkpoint(

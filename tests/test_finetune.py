@@ -89,6 +89,7 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_bench")
 def test_a_base_without_a_head_learns_the_labels_of_the_data(make, headless, tickets, say, tmp_path, monkeypatch):
     code, folder, card, err = make(headless, tickets, "--epochs", "8")
@@ -135,6 +136,7 @@ def test_the_same_again_does_nothing_and_something_else_is_not_written_over(make
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
 
 
+@pytest.mark.slow
 def test_the_same_training_gives_the_same_bytes(make, headless, tickets):
     _, one, _, _ = make(headless, tickets, "--epochs", "1", output="one")
     _, two, _, _ = make(headless, tickets, "--epochs", "1", output="two")
@@ -203,6 +205,7 @@ def test_named_labels_are_a_new_head_in_their_order(make, tiny_checkpoint, tmp_p
     assert checkpoints.label_set(folder, checkpoints.config_of(folder)).names == ("no", "yes", "maybe")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_bench")
 def test_sets_of_labels_from_the_file_to_the_prediction(make, headless, tmp_path, say, monkeypatch):
     both = {**WORDS, "billing|technical": f"{WORDS['billing']} {WORDS['technical']}"}
@@ -250,6 +253,7 @@ def test_sets_of_labels_from_the_file_to_the_prediction(make, headless, tmp_path
     assert run.stdout.split("\t")[0] == found[3]["prediction"]
 
 
+@pytest.mark.slow
 def test_pairs_of_texts(make, headless, tmp_path, say):
     """The label is whether both texts are of the same kind, which neither says alone."""
     rows = [
@@ -280,6 +284,7 @@ def test_pairs_of_texts(make, headless, tmp_path, say):
     assert manifest["facts"]["recovery"]["pairs"] == 0
 
 
+@pytest.mark.slow
 def test_a_teacher_is_learnt_from(make, headless, tickets, tmp_path):
     code, teacher, _, _ = make(headless, tickets, "--epochs", "8", output="teacher")
     assert code == 0
@@ -317,6 +322,7 @@ def test_a_teacher_of_other_labels_or_tokens_is_refused(make, headless, tickets,
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_architecture_is_asked_what_it_takes(make, headless, tickets, tmp_path):
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -345,6 +351,7 @@ def test_a_teacher_of_another_architecture_is_asked_what_it_takes(make, headless
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_ends_it_and_keeps_what_was(make, headless, tickets, monkeypatch, tmp_path):
     from toolchain.training import losses
 
@@ -422,6 +429,7 @@ def _without(folder, copy, *names):
     return copy
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(headless, tickets, tmp_path, make):
     _, whole, card, _ = make(headless, tickets, "--epochs", "3", output="whole")
     arguments = ["finetune", "--base", headless, "--train-data", tickets, "--epochs", "3", "--lr", "2e-3"]
@@ -446,6 +454,7 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(headless, ticket
     assert not publishing.work_folder(tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_float16_is_scaled_and_resumes(make, headless, tickets, monkeypatch):
     monkeypatch.setattr(loop.mixed_precision, "precision", lambda device: torch.float16)
     code, _, card, err = make(headless, tickets, "--epochs", "8")

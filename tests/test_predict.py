@@ -264,6 +264,7 @@ def test_a_run_of_something_else_is_not_taken_up(built_tiny, model, tmp_path, mo
     assert said == []
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(model, tmp_path):
     peaks = []
     for count in (2 * PART, 8 * PART):

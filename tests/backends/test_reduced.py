@@ -69,12 +69,14 @@ def test_a_new_process_gives_the_same_logits_to_the_bit(built, answers_of_a_new_
     assert answers_of_a_new_process[name] == answer(built, name).tobytes().hex()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "largest"), [("torch-int8", 1.0), ("torch-bf16", 0.2), ("torch-fp16", 0.02)])
 def test_its_answers_are_near_those_of_fp32(built, name, largest):
     delta = np.abs(answer(built, name) - answer(built, "torch-fp32")).max()
     assert 0 < delta < largest
 
 
+@pytest.mark.slow
 def test_int8_holds_integers_and_no_pickle(built):
     tensors = load_file(weights_of(built.path("torch-int8")))
     precision = reduced.Precision.read(built.path("torch-int8"))
@@ -88,6 +90,7 @@ def test_int8_holds_integers_and_no_pickle(built):
     assert built.load("torch-int8").manifest.facts["bytes_by_part"]["encoder"] < 0.5 * dense
 
 
+@pytest.mark.slow
 def test_a_session_says_in_what_it_computes(built):
     session = open_session(built.path("torch-int8"), "torch", Place("cpu", 1))
     assert session.facts()["precision"] == "int8"
@@ -96,6 +99,7 @@ def test_a_session_says_in_what_it_computes(built):
     assert session.facts()["note"] == "memory, not speed"
 
 
+@pytest.mark.slow
 def test_int8_is_what_pytorch_makes_of_it(built):
     from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 
@@ -106,6 +110,7 @@ def test_int8_is_what_pytorch_makes_of_it(built):
         assert torch.equal(made(**batch).logits, torch.from_numpy(answer(built, "torch-int8")))
 
 
+@pytest.mark.slow
 def test_bitsandbytes_leaves_the_head_alone(built):
     for name in BNB:
         tensors = load_file(built.path(name) / "model.safetensors")
@@ -113,6 +118,7 @@ def test_bitsandbytes_leaves_the_head_alone(built):
         assert tensors["distilbert.transformer.layer.0.ffn.lin1.weight"].dtype in (torch.int8, torch.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content",
     ["{", "{}", '{"scheme": "int4", "layers": []}', '{"scheme": "int8", "layers": [7]}',
@@ -126,6 +132,7 @@ def test_a_precision_that_does_not_fit_is_refused(built, tmp_path, content):
         pytorch.load_model(tmp_path)
 
 
+@pytest.mark.slow
 def test_weights_of_another_shape_are_refused(built, tmp_path):
     for file in built.path("torch-int8").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -159,12 +166,14 @@ def test_a_scheme_of_another_backend_is_a_usage_error(tiny, capsys):
     assert "int8, nf4, fp4" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_bitsandbytes_the_mend_is_named(built, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ProviderError, match="bitsandbytes cannot be imported"):
         open_session(built.path("bnb-nf4"), "bnb", Place("cpu", 1))
 
 
+@pytest.mark.slow
 def test_a_gpu_too_old_for_int8_is_named(built, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (6, 1))
@@ -174,6 +183,7 @@ def test_a_gpu_too_old_for_int8_is_named(built, monkeypatch):
     assert bnb.compute_dtype(torch.device("cuda")) == torch.float16
 
 
+@pytest.mark.slow
 def test_a_gpu_that_bitsandbytes_was_not_built_for_is_named(built, monkeypatch):
     from bitsandbytes import cextension
 
@@ -184,6 +194,7 @@ def test_a_gpu_that_bitsandbytes_was_not_built_for_is_named(built, monkeypatch):
         bnb.BnbSession(built.path("bnb-nf4"), Place("cuda", 1))
 
 
+@pytest.mark.slow
 def test_a_stored_model_that_answers_otherwise_is_an_error(built, tmp_path, monkeypatch):
     from toolchain.build.steps import quantize
 

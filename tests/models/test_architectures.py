@@ -32,7 +32,6 @@ from toolchain.ship.shipping import Order
 
 TEXTS = ["a film", "an unflinchingly bleak and desperate story of nobody at all", "good"]
 FAST = Protocol(passes=1, min_s=0.05, pass_s=10, starts=1, threads=1, batch_size=8)
-GROUPED_BY = "kind"  # one worker builds all artifacts of a kind; see conftest.py
 
 pytestmark = pytest.mark.slow
 

@@ -88,6 +88,7 @@ def test_what_stays_fp32_is_not_smoothed(built_tiny):
     assert passes.rewrite(model, ["smooth"], kept)[1] == {"smooth": 9}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [False, True])
 def test_attention_is_one_operator_and_the_last_query_has_an_input_of_its_own(built_tiny, calibrated, left):
     batch = pad(ROWS, NAMES, 0, left)
@@ -104,6 +105,7 @@ def test_attention_is_one_operator_and_the_last_query_has_an_input_of_its_own(bu
     assert np.abs(answer(model, batch) - want).max() < 0.1 * np.abs(want).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [False, True])
 def test_standard_operators_are_qdq_that_onnx_runtime_makes_int8_products_of(built_tiny, calibrated, left, tmp_path):
     batch = pad(ROWS, NAMES, 0, left)
@@ -124,6 +126,7 @@ def test_standard_operators_are_qdq_that_onnx_runtime_makes_int8_products_of(bui
     assert "DequantizeLinear" not in loaded
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_batch_mates(built_tiny, calibrated):
     """As they do where the scale is that of the whole batch."""
     row, quiet_mate, loud_mate = [101, 2023, 2003, 102], [101, 102], [101, 30000, 29999, 102]

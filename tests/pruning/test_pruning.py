@@ -146,6 +146,7 @@ def test_shapes_that_do_not_fit_are_refused(built_tiny, tmp_path, content):
         load_model(tmp_path)
 
 
+@pytest.mark.slow
 def test_weights_of_other_shapes_are_refused(pruned, tmp_path):
     for name in ("config.json", OWN_WEIGHTS, architectures.SHAPES):
         (tmp_path / name).write_bytes((pruned.path("torch-pruned50") / name).read_bytes())
@@ -372,6 +373,7 @@ def test_a_mask_makes_nothing_smaller(given_tiny):
 # --- the artifacts
 
 
+@pytest.mark.slow
 def test_the_chain_of_a_pruned_model(pruned):
     dense, cut = (pruned.load(name).manifest for name in ("torch-fp32", "torch-pruned50"))
     facts = cut.facts["pruning"]
@@ -392,6 +394,7 @@ def test_the_chain_of_a_pruned_model(pruned):
     assert sizes["onnx-pruned50-int8"] < 0.75 * sizes["onnx-int8"]  # biases and norms of so small a model weigh much
 
 
+@pytest.mark.slow
 def test_its_initialisers_are_smaller(pruned):
     import onnx
 
@@ -469,6 +472,7 @@ def test_a_pruned_folder_can_be_brought_as_a_checkpoint_but_not_pruned_again(pru
     assert not workspace.path("torch-pruned30").exists()
 
 
+@pytest.mark.slow
 def test_a_rebuild_without_its_training_data_is_refused(pruned, tmp_path, monkeypatch):
     import shutil
 

@@ -75,6 +75,7 @@ def alike(answers, wanted):
         assert found == pytest.approx(known, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["torch-fp32", "torch-bf16"])
 def test_a_pipeline_answers_as_the_variant_does(built_tiny, variant):
     artifact = ensure(built_tiny, [variant], {}, quiet)[variant]
@@ -110,6 +111,7 @@ def test_the_tokenizer_of_every_architecture_gives_what_the_model_takes(tmp_path
     assert set(answered(classify, TEXTS[:1])[0]) == {"NEGATIVE", "POSITIVE"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["onnx-std", "onnx-fp32", "onnx-int8", "onnx-std-int8"])
 def test_optimum_answers_as_the_variant_does(built_tiny, variant):
     artifact = ensure(built_tiny, [variant], {}, quiet)[variant]
@@ -127,6 +129,7 @@ BUNDLES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "variants"), BUNDLES)
 def test_optimum_finds_the_first_model_of_a_bundle(built_tiny, tmp_path, target, variants):
     shipping.ship(built_tiny, Order(variants, target, demo=False), tmp_path / "b", quiet, no_bar)
@@ -145,6 +148,7 @@ def not_transformers(built_tiny):
     return ensure(built_tiny, ["torch-int8", "torch-pruned50+depth"], asked, quiet)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["torch-int8", "torch-pruned50+depth"])
 def test_what_transformers_cannot_make_is_not_loaded_wrongly(not_transformers, variant):
     folder = not_transformers[variant].path
@@ -152,6 +156,7 @@ def test_what_transformers_cannot_make_is_not_loaded_wrongly(not_transformers, v
         transformers.AutoModelForSequenceClassification.from_pretrained(folder)
 
 
+@pytest.mark.slow
 @needs_transformers_5
 @pytest.mark.parametrize("variant", ["torch-int8", "torch-pruned50+depth"])
 def test_nor_by_transformers_5(not_transformers, tmp_path, variant):

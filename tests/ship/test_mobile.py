@@ -82,6 +82,7 @@ def one_node(node, *, domain="", opset=18, ir_version=8, weights=()):
     return helper.make_model(graph, opset_imports=sets, ir_version=ir_version)
 
 
+@pytest.mark.slow
 def test_both_formats_and_what_a_reduced_build_needs_are_there(phone, built_tiny):
     body = json.loads((phone / "bundle.json").read_text())
     assert body["ort_mobile"] == "1.17"
@@ -101,6 +102,7 @@ def test_both_formats_and_what_a_reduced_build_needs_are_there(phone, built_tiny
     assert '"int8_t"' not in plain
 
 
+@pytest.mark.slow
 def test_both_formats_are_verified_here_and_without_this_package(phone):
     report = shipping.verify(phone)
     assert set(report["models"]) == {*NAMES, *(f"{name}.ort" for name in NAMES)}
@@ -112,6 +114,7 @@ def test_both_formats_are_verified_here_and_without_this_package(phone):
     assert "onnx-int8-portable.ort: golden" in alone.stdout
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes(phone, built_tiny, tmp_path):
     """In another process as well: ONNX Runtime by itself writes a table in an order of its own every time."""
     where = ("--model", built_tiny.model, "--exported", built_tiny.exported)
@@ -121,6 +124,7 @@ def test_the_same_input_gives_the_same_bytes(phone, built_tiny, tmp_path):
     assert one == two
 
 
+@pytest.mark.slow
 def test_operators_this_process_has_loaded_leave_no_trace(phone, built_tiny, tmp_path):
     import onnxruntime
     import onnxruntime_extensions
@@ -133,6 +137,7 @@ def test_operators_this_process_has_loaded_leave_no_trace(phone, built_tiny, tmp
     assert (tmp_path / "onnx-fp32.ort").read_bytes() == (phone / "onnx-fp32.ort").read_bytes()
 
 
+@pytest.mark.slow
 def test_texts_in_both_formats(built_tiny, tmp_path):
     body = ship(built_tiny, tmp_path / "b", "onnx-int8", with_tokenizer=True)
     assert body["models"][0]["oldest_release"] == "1.17"  # whose opset has StringSplit
@@ -148,6 +153,7 @@ def test_texts_in_both_formats(built_tiny, tmp_path):
         ship(built_tiny, tmp_path / "old", "onnx-int8", with_tokenizer=True, ort_mobile="1.16")
 
 
+@pytest.mark.slow
 def test_the_order_of_a_table_is_all_that_is_changed(phone, tmp_path, monkeypatch):
     content = (phone / "onnx-int8.ort").read_bytes()
     forwards = ort_format._sort_entries
@@ -160,6 +166,7 @@ def test_the_order_of_a_table_is_all_that_is_changed(phone, tmp_path, monkeypatc
     assert (answer(tmp_path / "model.ort") == answer(phone / "onnx-int8.ort")).all()
 
 
+@pytest.mark.slow
 def test_shipping_again_changes_nothing(tiny, tmp_path):
     said = []
     ship(tiny, tmp_path / "b", "onnx-int8")
@@ -169,6 +176,7 @@ def test_shipping_again_changes_nothing(tiny, tmp_path):
     assert (tmp_path / "b").stat().st_ino == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", ["1.16", "1.18"])
 @pytest.mark.parametrize("name", ["onnx-std", OLD])
 def test_an_operator_set_is_brought_down(of_opset_20, tmp_path, name, release):
@@ -250,6 +258,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "release"), REFUSED)
 def test_a_variant_that_needs_a_later_release_is_refused(built_tiny, tmp_path, name, release):
     with pytest.raises(ShippingError, match=REFUSED[name, release]):
@@ -269,6 +278,7 @@ def mask_by_key_padding(artifact):
     (artifact.path / MANIFEST).write_text(manifest.to_json())
 
 
+@pytest.mark.slow
 def test_a_release_that_answers_the_graph_s_padded_batches_wrongly_is_refused(tiny, tmp_path, say):
     mask_by_key_padding(tiny.load("onnx-fp32"))
     where = ("--model", tiny.model, "--exported", tiny.exported, "--output", tmp_path / "b")
@@ -284,6 +294,7 @@ def test_a_release_that_answers_the_graph_s_padded_batches_wrongly_is_refused(ti
     assert model["oldest_release"] == "1.21"
 
 
+@pytest.mark.slow
 def test_a_new_operator_beside_onnx_runtime_s_own_is_refused(of_opset_20, tmp_path):
     """onnx knows no types behind a quantised matmul, so it cannot write the Gelu there in other operators."""
     with pytest.raises(ShippingError, match=r"onnx-int8 uses Gelu of a newer opset than 19.*--opset 18"):
@@ -291,6 +302,7 @@ def test_a_new_operator_beside_onnx_runtime_s_own_is_refused(of_opset_20, tmp_pa
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_a_release_that_reads_the_operator_set_and_lacks_a_kernel_is_refused(of_opset_20, tmp_path):
     """ONNX Runtime 1.17 runs Gelu of an .onnx file by its definition, and in ORT format not at all."""
     with pytest.raises(ShippingError, match=r"onnx-std uses Gelu \(from 1\.18 on\), which ONNX Runtime 1\.17 lacks"):
@@ -298,6 +310,7 @@ def test_a_release_that_reads_the_operator_set_and_lacks_a_kernel_is_refused(of_
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_operators_in_4_bits_need_the_releases_that_have_them(tmp_path):
     sizes = {"K": 32, "N": 2, "bits": 4, "block_size": 32}
     weight = helper.make_tensor("w", TensorProto.UINT8, [2, 1, 16], bytes(32), raw=True)
@@ -382,6 +395,7 @@ def test_the_limits_are_those_of_the_runtime_installed_here(tmp_path):
     assert not reads(opset=limit.opset + 1)
 
 
+@pytest.mark.slow
 def test_what_cannot_run_on_a_cpu_is_refused(tmp_path):
     node = helper.make_node("BiasSoftmax", ["x", "x"], ["y"], domain="com.microsoft", axis=0, is_inner_broadcast=0)
     onnx.save(one_node(node, domain="com.microsoft"), tmp_path / "model.onnx")
@@ -389,6 +403,7 @@ def test_what_cannot_run_on_a_cpu_is_refused(tmp_path):
         ort_format.save(tmp_path / "model.onnx", tmp_path / "model.ort")
 
 
+@pytest.mark.slow
 def test_answers_that_changed_on_the_way_are_a_verdict(tiny, tmp_path, monkeypatch):
     def bend(source, target, release):
         model = onnx.load(source)
@@ -418,6 +433,7 @@ def test_what_is_pytorch_s_is_not_shipped(built_tiny, tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_command_and_its_usage_errors(tiny, say):
     where = ("--model", tiny.model, "--exported", tiny.exported)
     place = tiny.exported / tiny.model / "bundle-mobile"
@@ -434,6 +450,7 @@ def test_the_command_and_its_usage_errors(tiny, say):
     assert "--ort-mobile needs --target mobile" in err
 
 
+@pytest.mark.slow
 def test_weights_of_the_other_format_are_unsigned_where_they_could_saturate(phone):
     """No session option reaches a file in ORT format."""
     for name, signed in (("onnx-int8", False), ("onnx-int8-portable", True)):
@@ -448,6 +465,7 @@ def test_weights_of_the_other_format_are_unsigned_where_they_could_saturate(phon
         assert weights == {TensorProto.INT8 if signed else TensorProto.UINT8}, name
 
 
+@pytest.mark.slow
 def test_a_phone_s_bundle_says_where_its_models_are_exact(phone):
     full, portable, plain = json.loads((phone / "bundle.json").read_text())["models"]
     assert "64-bit ARM" in full["exact_on"]
@@ -457,6 +475,7 @@ def test_a_phone_s_bundle_says_where_its_models_are_exact(phone):
     assert '`options.addConfigEntry("session.x64quantprecision", "1")`' in readme
 
 
+@pytest.mark.slow
 def test_the_checker_s_findings_are_in_the_bundle_in_words(phone):
     readme = (phone / "README.md").read_text()
     assert "nothing was measured on a phone" in readme
@@ -474,6 +493,7 @@ def test_the_checker_s_findings_are_in_the_bundle_in_words(phone):
             assert f"| {' | '.join(row)} | {part['partitions']} | {part['worth_trying']} |" in readme
 
 
+@pytest.mark.slow
 def test_the_code_of_the_readme_names_what_is_there(phone):
     readme = (phone / "README.md").read_text()
     body = json.loads((phone / "bundle.json").read_text())
@@ -489,6 +509,7 @@ def test_the_code_of_the_readme_names_what_is_there(phone):
     assert "onnxruntime-android:1.17.+" in readme
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["first", "middle", "last"])
 def test_one_changed_byte_of_the_other_format_is_seen(bundle, where):
     content = bytearray((bundle / "onnx-int8.ort").read_bytes())
@@ -499,6 +520,7 @@ def test_one_changed_byte_of_the_other_format_is_seen(bundle, where):
     assert bundled.main(bundle) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["another model", "no model", "unlisted"])
 def test_another_model_in_the_other_format_is_seen(bundle, change):
     if change == "unlisted":

@@ -100,6 +100,7 @@ def wanted(bundle, variant):
     return np.array(json.loads((bundle / "golden.json").read_text())["logits"][variant], np.float32)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_triton_reads_what_the_bundle_says(bundle):
     configs = read(bundle)
@@ -121,6 +122,7 @@ def test_triton_reads_what_the_bundle_says(bundle):
     assert (bundle / "repository" / "onnx-int8" / "labels.txt").read_text() == "NEGATIVE\nPOSITIVE\n"
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("variant", ["onnx-int8", "onnx-fp32"])
 @pytest.mark.parametrize("size", [1, 3, 32])
@@ -142,6 +144,7 @@ def test_an_ensemble_gives_the_golden_answers_step_by_step(bundle, variant, size
         assert np.allclose(tensors["probabilities"], shares(tensors["logits"], False), atol=1e-6)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_tokens_are_as_wide_as_those_of_other_requests(bundle):
     config = read(bundle)["tokenizer"]
@@ -152,6 +155,7 @@ def test_tokens_are_as_wide_as_those_of_other_requests(bundle):
     assert widths == {16, 32, 512}
 
 
+@pytest.mark.slow
 @needs_triton
 def test_a_model_that_takes_texts_is_one_model(whole):
     configs = read(whole)
@@ -162,6 +166,7 @@ def test_a_model_that_takes_texts_is_one_model(whole):
     assert np.allclose(found["probabilities"].sum(axis=1), 1, atol=1e-6)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_any_number_of_labels(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "many", labels=[f"label {i}" for i in range(7)], leaning=3.0)
@@ -177,6 +182,7 @@ def test_any_number_of_labels(tmp_path):
     assert np.allclose(found["probabilities"], shares(found["logits"], True), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_kserve_is_told_where_it_lies(bundle):
     service = yaml.safe_load((bundle / "inference-service.yaml").read_text())
     assert (service["apiVersion"], service["kind"]) == ("serving.kserve.io/v1beta1", "InferenceService")
@@ -191,12 +197,14 @@ def test_names_go_into_addresses(name, label):
     assert served_name(name) == label
 
 
+@pytest.mark.slow
 def test_the_readme_names_what_is_asked(bundle, whole):
     assert "localhost:8000/v2/models/onnx-int8_text/infer" in (bundle / "README.md").read_text()
     assert "localhost:8000/v2/models/onnx-int8/infer" in (whole / "README.md").read_text()
     assert LIBRARY in (whole / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_bundle_checks_its_tokenizer(bundle, tmp_path):
     report = shipping.verify(bundle)
     assert set(report["models"]) == {"onnx-int8", "onnx-fp32"}
@@ -225,6 +233,7 @@ def test_a_bundle_checks_its_tokenizer(bundle, tmp_path):
         shipping.verify(copy)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_does_not_load_is_a_broken_bundle(bundle, tmp_path):
     copy = shutil.copytree(bundle, tmp_path / "copy")
     body = json.loads((copy / "bundle.json").read_text())

@@ -104,6 +104,7 @@ def texts(built_tiny, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_text_in_probabilities_out(texts, built_tiny, tmp_path, say):
     report = shipping.verify(texts)
     body = json.loads((texts / "bundle.json").read_text())
@@ -129,6 +130,7 @@ def test_text_in_probabilities_out(texts, built_tiny, tmp_path, say):
     assert by_bundle[1] == by_variant[1]
 
 
+@pytest.mark.slow
 def test_pairs_are_for_models_that_take_tokens(texts, tmp_path, say):
     (tmp_path / "pairs.csv").write_text("a,b\none,two\n")
     command = ("predict", texts, tmp_path / "pairs.csv", "--text-column", "a", "--text-pair-column", "b")
@@ -145,6 +147,7 @@ def test_where_there_are_no_such_operators_the_tokenizer_stays_beside_the_graph(
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_a_text_bundle_without_the_library_says_what_to_install(texts, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime_extensions", None)
     with pytest.raises(ProviderError, match=r"toolchain\[text\]"):
@@ -318,6 +321,7 @@ def test_a_variant_that_failed_validation_is_not_shipped(tiny, tmp_path):
         make(tiny, tmp_path / "b", "onnx-int8")
 
 
+@pytest.mark.slow
 def test_a_stale_variant_is_built_anew_before_it_is_shipped(tiny, tmp_path):
     ensure(tiny, ["onnx-std"], {"onnx-std": Export(17)}, quiet)
     said = []
@@ -648,6 +652,7 @@ def test_every_dtype_is_of_a_scheme_with_a_tolerance():
     assert set(DTYPES) <= set(TOLERANCES)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_many_labels_is_shipped_and_asked(tmp_path):
     labels = [f"label {i}" for i in range(7)]
     make_checkpoint(tmp_path / "many", labels, leaning=30)

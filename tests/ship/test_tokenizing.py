@@ -62,12 +62,14 @@ def split(session, texts):
     return [ids[mask == 1].tolist() for ids, mask in zip(arrays["input_ids"], arrays["attention_mask"], strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [tiny.wordpiece, cased, tiny.byte_level, robertas])
 def test_every_hard_text_is_split_alike(build, tmp_path):
     encoder = encoder_of(build(WORDS), tmp_path / "tokenizer", pad_id=1)
     assert comparison.compare(encoder, WORDS[:100], tmp_path / "tokenizer.onnx") == len(difficult_texts.texts()) + 100
 
 
+@pytest.mark.slow
 def test_every_hard_text_is_split_as_by_the_references_tokenizer(reference_encoder, tmp_path):
     compared = comparison.compare(reference_encoder, WORDS, tmp_path / "tokenizer.onnx")
     assert compared == len(difficult_texts.texts()) + 872
@@ -100,6 +102,7 @@ def test_nul_and_what_stands_for_something_in_the_graph(graph, reference_encoder
     assert split(graph, [text, "behind"]) == [list(row) for row in reference_encoder.encode([text, "behind"])]
 
 
+@pytest.mark.slow
 def test_arrays_are_those_a_model_takes(tmp_path):
     encoder = encoder_of(tiny.wordpiece(WORDS), tmp_path / "t", 32, (*NAMES, "token_type_ids"), 0)
     passes.write(tokenizer_graph.token_model(encoder, 8), tmp_path / "t.onnx")
@@ -117,6 +120,7 @@ def test_arrays_are_those_a_model_takes(tmp_path):
     assert arrays["input_ids"].tolist() == [list(encoder.encode(["word " * 50])[0])]
 
 
+@pytest.mark.slow
 def test_the_same_tokenizer_is_the_same_file(reference_encoder, tmp_path):
     for name in ("one", "two"):
         passes.write(tokenizer_graph.token_model(reference_encoder), tmp_path / name)
@@ -171,6 +175,7 @@ def _by_words(words):
     return tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "said"),
     [
@@ -192,6 +197,7 @@ def test_a_tokenizer_the_graph_cannot_express_is_refused(build, said, tmp_path):
     assert said in str(refusal.value)
 
 
+@pytest.mark.slow
 def test_a_graph_that_splits_otherwise_is_refused_with_the_texts(reference_encoder, tmp_path, monkeypatch):
     real = characters.changes
     monkeypatch.setattr(wordpiece, "changes", lambda spec: {c: b for c, b in real(spec).items() if c != "é"})

@@ -230,6 +230,7 @@ def test_a_tokenizer_without_a_mask_masks_nothing(task, tmp_path, config, found)
     assert _mask_token(tmp_path, task[3]) == found
 
 
+@pytest.mark.slow
 def test_a_killed_recovery_is_taken_up_and_cleans_up(tiny, task, tmp_path):
     """The command line, killed by the system in the middle of training."""
     file = task[4]

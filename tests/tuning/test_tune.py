@@ -419,6 +419,7 @@ def at(folder, monkeypatch, short_bench):
     monkeypatch.setattr("toolchain.bench.roofline.rates", lambda *_: {})
 
 
+@pytest.mark.slow
 def test_the_command_line_builds_measures_and_says_which(at, say, folder):
     arguments = ("--model", "./decided", "--train-data", "train.csv", "--data", "validation.csv", "--budget", "1s")
     code, out, err = say("tune", *arguments, "--json")
@@ -444,6 +445,7 @@ def int8_fails(monkeypatch):
     monkeypatch.setattr(pipeline, "_validate", judged)
 
 
+@pytest.mark.slow
 def test_the_search_goes_on_where_int8_fails_validation(at, say, folder, int8_fails):
     data = ("--train-data", "train.csv", "--data", "validation.csv")
     arguments = ("--model", "./decided", "--exported", "undecided", *data, "--budget", "1s")
@@ -479,6 +481,7 @@ def test_wrong_input_is_told_before_anything_is_searched(at, say, monkeypatch, a
     assert said in err
 
 
+@pytest.mark.slow
 def test_nothing_that_keeps_the_accuracy_is_a_no(at, say, monkeypatch):
     bad = World(slope=9).outcome(Candidate(90))
     monkeypatch.setattr("toolchain.tuning._Judge.outcome", lambda judge, candidate: bad)
@@ -488,6 +491,7 @@ def test_nothing_that_keeps_the_accuracy_is_a_no(at, say, monkeypatch):
     assert "the least any lost was" in err
 
 
+@pytest.mark.slow
 def test_nothing_that_passes_validation_is_a_no(at, say, monkeypatch):
     def refuse(judge, candidate):
         raise VerdictError("It failed validation.", "Nothing was published.")
