@@ -37,7 +37,7 @@ from toolchain.artifacts.store import Artifact
 from toolchain.artifacts.variants import is_variant
 from toolchain.backends import BACKENDS, Backend
 from toolchain.bench.cells import Cell
-from toolchain.bench.run import result_of
+from toolchain.bench.run import make_result
 from toolchain.bench.runner import Progress, bench
 from toolchain.bench.scenarios import FULL, QUICK
 from toolchain.build.pipeline import ensure
@@ -96,7 +96,7 @@ def measure_all(cells: Sequence[Cell], root: Artifact, full: bool, progress: Pro
     data = inputs.load(None, root.label_set)
     protocol = replace(FULL if full else QUICK, threads=hardware.cores())
     rows, run_settings = bench(cells, data, encoder_of(root), protocol, progress, **options)
-    return result_of(rows, run_settings, data, root.manifest.max_length)
+    return make_result(rows, run_settings, data, root.manifest.max_length)
 
 
 def build_with_optimum(parent: Artifact, scratch: Path) -> dict[str, Artifact]:
@@ -256,7 +256,7 @@ def main(shape: str, exported: Path, variants: tuple[str, ...], full: bool, save
             Cell(workspace.model, name, RUNTIMES.get(name.split("-")[0], "onnx"), "cpu", artifact)
             for name, artifact in {**{name: artifacts[name] for name in names}, **peers}.items()
         ]
-        cells = [cell.reading_as(root.manifest) if cell.variant in variants else cell for cell in cells]
+        cells = [cell.with_own_encoder(root.manifest) if cell.variant in variants else cell for cell in cells]
         backends = {**BACKENDS, "openvino": Backend("openvino_peer:OpenVinoSession", ())}
         os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # worker processes import `openvino_peer` from here
         result = measure_all(cells, root, full, progress, backends=backends)

@@ -258,7 +258,7 @@ def measured(fake, monkeypatch):
     def measure(**behaviours):
         cells = [Cell("fake", n, "fake", "cuda", fake(n, **does)) for n, does in behaviours.items()]
         rows, how = bench(cells, data, encoder, protocol, lambda *_: None, FAKE)
-        return run.result_of(rows, how, data, 512)
+        return run.make_result(rows, how, data, 512)
 
     return measure
 
@@ -305,12 +305,12 @@ def test_gpu_memory_has_its_column_and_its_method(measured):
 
 def test_cells_that_fall_back_are_planned_only_where_that_is_allowed():
     with pytest.raises(BenchError, match="onnx-int8 is not measured on cuda") as error:
-        run.planned(("onnx-int8",), ("cuda",))
+        run.planned_pairs(("onnx-int8",), ("cuda",))
     assert "--allow-fallback" in error.value.hint
-    assert run.planned(("onnx-int8",), ("cuda",), allow_fallback=True) == [("onnx-int8", "cuda")]
-    assert run.planned(("onnx-int8",), (), allow_fallback=True) == [("onnx-int8", "cpu")]
+    assert run.planned_pairs(("onnx-int8",), ("cuda",), allow_fallback=True) == [("onnx-int8", "cuda")]
+    assert run.planned_pairs(("onnx-int8",), (), allow_fallback=True) == [("onnx-int8", "cpu")]
     with pytest.raises(BenchError, match="torch-int8 is not measured on cuda"):
-        run.planned(("torch-int8",), ("cuda",), allow_fallback=True)
+        run.planned_pairs(("torch-int8",), ("cuda",), allow_fallback=True)
 
 
 def test_a_wrong_device_id_is_told_with_what_there_is(monkeypatch, tmp_path, tiny_checkpoint, capsys):

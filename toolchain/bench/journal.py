@@ -44,7 +44,7 @@ class Journal:
             raise ResultFileError.unwritable(path, error) from error
 
     @classmethod
-    def take_up(cls, path: Path, head: Mapping[str, Any]) -> Journal:
+    def resume(cls, path: Path, head: Mapping[str, Any]) -> Journal:
         """Opens the journal of an interrupted run to resume it, and removes an incomplete last line.
 
         Args:
@@ -62,17 +62,17 @@ class Journal:
             records = [decode(_Record, line) for line in lines]
         except ValueError as error:
             raise ResultFileError(
-                f"{path} is not a valid journal: {error}.", "Delete it, and leave --resume out."
+                f"{path} is not a valid journal: {error}.", "Delete it, and omit --resume."
             ) from error
         changed = [key for key in head if old_head.get(key) != json.loads(json.dumps(head[key]))]
         if changed:
             raise ResultFileError(
                 f"The interrupted run {path} had another value of {' and '.join(changed)}.",
-                "Give the same options as that run, or leave --resume out.",
+                "Use the same options as in that run, or omit --resume.",
             )
         if any(record.cell >= len(head["cells"]) for record in records):
             raise ResultFileError(
-                f"{path} is not a valid journal: a record has an unknown cell.", "Delete it, and leave --resume out."
+                f"{path} is not a valid journal: a record has an unknown cell.", "Delete it, and omit --resume."
             )
         os.truncate(path, len(complete))
         return cls(path, [asdict(record) for record in records])
@@ -109,17 +109,17 @@ class _Record:
             raise ValueError("a cell has a negative number")
 
 
-def newest(folder: Path, model: str) -> Path:
+def find_newest(folder: Path, model: str) -> Path:
     """Returns the path of the model's newest journal in `folder`.
 
     Raises:
         ResultFileError: There is none.
     """
     # A file name has only a time after the model's name, and a number if two runs began in the same second.
-    found = [path for path in folder.glob(f"*{SUFFIX}") if path.stem.rsplit("-", 1)[0] == model]
-    if not found:
-        raise ResultFileError(f"There is no interrupted run of {model} in {folder}.", "Leave --resume out.")
-    return max(found, key=lambda path: path.stem)
+    paths = [path for path in folder.glob(f"*{SUFFIX}") if path.stem.rsplit("-", 1)[0] == model]
+    if not paths:
+        raise ResultFileError(f"There is no interrupted run of {model} in {folder}.", "Omit --resume.")
+    return max(paths, key=lambda path: path.stem)
 
 
 def _line(record: Mapping[str, Any]) -> str:

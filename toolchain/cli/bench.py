@@ -132,7 +132,7 @@ def bench(
     if engine != RAY:
         saving.require_free([None])
     if dry_run:
-        for name, provider, what in run.outlook(workspace, request):
+        for name, provider, what in run.preview(workspace, request):
             click.echo(f"{name}@{provider}: {what}")
         return
     if engine == RAY:

@@ -99,7 +99,7 @@ def tune(
     protocol = replace(QUICK, threads=hardware.cores())
     results = ResultsFolder(folder)
     last = run.Request((), ("cpu",), protocol, data, train.columns, results=results)
-    run.asked(workspace, last, say)  # reports unsuitable data before the search
+    run.evaluation_data(workspace, last, say)  # reports unsuitable data before the search
     best, front = search(workspace, Request(objective, max_drop, budget), say, bar)
     names = dict.fromkeys(["torch-fp32", EXACT, best.baseline, *(outcome.variant for outcome in front)])
     with bar("the front on validation data") as progress:

@@ -54,8 +54,8 @@ class _Driver(Child):
         variables = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_gcs_rpc_server_reconnect_timeout_s": str(LOST_AFTER_S)}
         super().__init__("toolchain.distributed.driver", variables)
 
-    def _lost(self, what: str) -> ClusterError:
-        return ClusterError(f"The cluster was lost. {what}", RESUME_HINT)
+    def _make_error(self, cause: str) -> ClusterError:
+        return ClusterError(f"The cluster was lost. {cause}", RESUME_HINT)
 
 
 class Cluster:

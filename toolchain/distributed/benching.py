@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.bench import run
-from toolchain.bench.cells import Cell, unmeasured
+from toolchain.bench.cells import Cell, make_row_without_figures
 from toolchain.build.workspace import Workspace
 from toolchain.data.inputs import Data
 from toolchain.distributed import Cluster, Node
@@ -77,7 +77,7 @@ def measure(
         ToolchainError: The checkpoint cannot be imported.
     """
     nodes = distinct_nodes(cluster.nodes, say)
-    data, cells = run.prepared(workspace, request, None if any(node.gpus for node in nodes) else NO_CUDA, say)
+    data, cells = run.prepare_cells(workspace, request, None if any(node.gpus for node in nodes) else NO_CUDA, say)
     plan = Plan(workspace, request, cells, data, threads)
     yield from run_plan(cluster, plan, assign_cells(nodes, cells), say)
 
@@ -134,8 +134,8 @@ def _cell_to_json(cell: Cell) -> dict[str, Any]:
 
 def _failed_result(plan: Plan, node: Node, cells: Sequence[Cell], error: BenchError) -> ResultFile:
     """Returns the result file of a failed run: every row has the reason and no figures."""
-    rows = [unmeasured(cell, error if cell.artifact else None) for cell in cells]
+    rows = [make_row_without_figures(cell, error if cell.artifact else None) for cell in cells]
     root = plan.workspace.load(checkpoints.ROOT_VARIANT)
     assert root is not None
     protocol = asdict(plan.request.protocol)
-    return replace(run.result_of(rows, protocol, plan.data, root.manifest.max_length), machine=node.machine)
+    return replace(run.make_result(rows, protocol, plan.data, root.manifest.max_length), machine=node.machine)

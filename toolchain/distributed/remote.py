@@ -135,7 +135,7 @@ def measure(plan: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], files: 
         local_cells = [_load_cell(workspace, cell) for cell in cells]
         protocol = Protocol(**{**plan["protocol"], "threads": plan["threads"] or hardware.cores()})
         request = run.Request((), (), protocol, results=ResultsFolder(folder / "results"))
-        result, _ = run.measured(
+        result, _ = run.measure_cells(
             workspace, request, local_cells, _to_data(plan["data"]), lambda line: None, lambda *_: None
         )
         return result

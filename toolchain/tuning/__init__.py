@@ -270,7 +270,7 @@ class _Judge:
                 artifact.manifest.variant.parts.runtime,
                 "cpu",
                 artifact,
-            ).reading_as(self.root)
+            ).with_own_encoder(self.root)
             for artifact in artifacts
         ]
         protocol = replace(PROTOCOL, threads=hardware.cores())
