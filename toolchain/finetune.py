@@ -105,7 +105,7 @@ def finetune(request: FinetuneRequest, say: Say, bar: Bar) -> dict[str, Any]:
             say(f"{output}: already finished with the same settings, unchanged")
             return finished_card
         resume = publishing.work_folder(output) / "training"
-        with publishing.building(output) as scratch:
+        with publishing.scratch_folder(output) as scratch:
             start = scratch / "start"
             _write_start(folder, start, label_set, keep, request.recipe.seed)
             encoder = _import(start, scratch, resume, request.max_length)

@@ -14,8 +14,8 @@ from toolchain.artifacts.steps import (
     Prune,
     Quantize,
     Recover,
+    decode_step,
     settings_of,
-    step_from,
     step_name,
 )
 from toolchain.errors import ArtifactError, SettingsError, UnknownVariantError
@@ -70,7 +70,7 @@ def test_a_variant_is_made_from_its_parent_by_its_step_or_by_nothing(name):
     except UnknownVariantError:
         return
     if variant.parent is not None:
-        assert variants.child(variant.parent, variant.step, name.label) == variant
+        assert variants.derive_variant(variant.parent, variant.step, name.label) == variant
     assert next(v.name for v in variants.lineage(variant.name)) == "torch-fp32"
 
 
@@ -94,25 +94,25 @@ def test_an_unknown_variant_is_told_the_nearest():
 
 
 def test_child_finds_the_variant_a_step_makes():
-    assert variants.child("onnx-fp32", Quantize()).name == "onnx-int8"
-    assert variants.child("onnx-std", Optimize()).name == "onnx-fp32"
-    assert variants.child("torch-fp32", Prune(0.3, "magnitude")).name == "torch-pruned30-magnitude"
-    assert variants.child("onnx-std", Quantize()).name == "onnx-std-int8"
-    assert variants.child("onnx-pruned50", Quantize(reduce_range=True)).name == "onnx-pruned50-int8-portable"
-    assert variants.child("onnx-pruned50", Quantize(scheme="static")).name == "onnx-pruned50-int8-static"
-    assert variants.child("onnx-std", Quantize(scheme="static")).name == "onnx-std-int8-static"
+    assert variants.derive_variant("onnx-fp32", Quantize()).name == "onnx-int8"
+    assert variants.derive_variant("onnx-std", Optimize()).name == "onnx-fp32"
+    assert variants.derive_variant("torch-fp32", Prune(0.3, "magnitude")).name == "torch-pruned30-magnitude"
+    assert variants.derive_variant("onnx-std", Quantize()).name == "onnx-std-int8"
+    assert variants.derive_variant("onnx-pruned50", Quantize(reduce_range=True)).name == "onnx-pruned50-int8-portable"
+    assert variants.derive_variant("onnx-pruned50", Quantize(scheme="static")).name == "onnx-pruned50-int8-static"
+    assert variants.derive_variant("onnx-std", Quantize(scheme="static")).name == "onnx-std-int8-static"
     assert not variants.is_variant("onnx-int8-portable-static")
     assert not variants.is_variant("onnx-int4-static")
     with pytest.raises(
         UnknownVariantError, match=r"No variant is built from onnx-int8 by quantize. It takes an fp32 graph"
     ):
-        variants.child("onnx-int8", Quantize())
+        variants.derive_variant("onnx-int8", Quantize())
     with pytest.raises(UnknownVariantError, match="what is pruned already is pruned further from there"):
-        variants.child("torch-pruned30", Prune(0.5))
+        variants.derive_variant("torch-pruned30", Prune(0.5))
     with pytest.raises(UnknownVariantError, match="It takes a pruned PyTorch variant"):
-        variants.child("torch-fp32", Recover(1))
+        variants.derive_variant("torch-fp32", Recover(1))
     with pytest.raises(UnknownVariantError):  # training would fill the zeros
-        variants.child("torch-pruned30-mask", Recover(1))
+        variants.derive_variant("torch-pruned30-mask", Recover(1))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_settings_that_exclude_each_other_are_refused(kind, settings):
     with pytest.raises(SettingsError):
         kind(**settings)
     with pytest.raises(ArtifactError):
-        step_from(kind.__name__.lower(), settings)
+        decode_step(kind.__name__.lower(), settings)
 
 
 def test_passes_without_some_of_them():
@@ -158,21 +158,21 @@ def test_passes_without_some_of_them():
 
 
 def test_a_label_goes_with_what_is_made_of_it():
-    assert variants.child("onnx-fp32", Quantize(), "small").name == "onnx-int8+small"
-    assert variants.child("torch-fp32", Prune(0.5), "fast").name == "torch-pruned50+fast"
-    made = variants.child("onnx-std-pruned50+fast", Optimize())
+    assert variants.derive_variant("onnx-fp32", Quantize(), "small").name == "onnx-int8+small"
+    assert variants.derive_variant("torch-fp32", Prune(0.5), "fast").name == "torch-pruned50+fast"
+    made = variants.derive_variant("onnx-std-pruned50+fast", Optimize())
     assert (made.name, made.parent) == ("onnx-pruned50+fast", "onnx-std-pruned50+fast")
     with pytest.raises(UnknownVariantError, match="starts with fast"):
-        variants.child("onnx-std-pruned50+fast", Optimize(), "other")
+        variants.derive_variant("onnx-std-pruned50+fast", Optimize(), "other")
     for name in ("torch-fp32+mine", "onnx-int8+", "onnx-int8+A", "onnx-int8+a+b", "onnx-int8+-a", "onnx-int8+a--b"):
         assert not variants.is_variant(name)
     assert variants.get("onnx-int8+small").runtime == "onnx"
 
 
 def test_the_unpruned_counterpart():
-    assert VariantName("onnx-pruned50-int8+fast").unpruned == "onnx-int8"
-    assert VariantName("onnx-pruned50-r1-magnitude-int8").unpruned == "onnx-int8"
-    assert VariantName("torch-pruned30").unpruned == "torch-fp32"
+    assert VariantName("onnx-pruned50-int8+fast").unpruned_name == "onnx-int8"
+    assert VariantName("onnx-pruned50-r1-magnitude-int8").unpruned_name == "onnx-int8"
+    assert VariantName("torch-pruned30").unpruned_name == "torch-fp32"
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_the_unpruned_counterpart():
     ],
 )
 def test_a_step_survives_its_manifest(step):
-    assert step_from(step_name(step), settings_of(step)) == step
+    assert decode_step(step_name(step), settings_of(step)) == step
 
 
 def test_a_setting_a_step_does_not_have_is_not_in_its_manifest():
@@ -199,6 +199,6 @@ def test_a_setting_a_step_does_not_have_is_not_in_its_manifest():
 
 def test_a_step_of_another_release_is_refused_in_words():
     with pytest.raises(ArtifactError, match="does not know"):
-        step_from("export", {"flavour": 1})
+        decode_step("export", {"flavour": 1})
     with pytest.raises(ArtifactError, match="does not know"):
-        step_from("distil", {})
+        decode_step("distil", {})

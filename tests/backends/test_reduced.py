@@ -11,7 +11,7 @@ from conftest import make_checkpoint
 from safetensors.torch import load_file, save_file
 
 from toolchain.artifacts.steps import Quantize
-from toolchain.artifacts.variants import child
+from toolchain.artifacts.variants import derive_variant
 from toolchain.backends import Place, bnb, open_session, pytorch, reduced
 from toolchain.build.pipeline import ensure
 from toolchain.build.steps import validate
@@ -157,7 +157,7 @@ def test_weights_of_another_shape_are_refused(built, tmp_path):
 )
 def test_what_cannot_be_quantised_is_told_what_can(parent, backend, scheme):
     with pytest.raises(UnknownVariantError, match="It takes"):
-        child(parent, Quantize(backend, scheme))
+        derive_variant(parent, Quantize(backend, scheme))
 
 
 def test_a_scheme_of_another_backend_is_a_usage_error(tiny, capsys):

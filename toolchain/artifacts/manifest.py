@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from toolchain.artifacts.names import VariantName
-from toolchain.artifacts.steps import Step, settings_of, step_from, step_name
+from toolchain.artifacts.steps import Step, decode_step, settings_of, step_name
 from toolchain.errors import TamperedError
 from toolchain.system.decoding import decode, strict
 
@@ -90,7 +90,7 @@ class Manifest:
 
         It does not cover time, place and environment. So the same work gives the same id.
         """
-        sealed = {
+        content = {
             "inputs": [dataclasses.asdict(t) for t in self.inputs],
             "outputs": [dataclasses.asdict(t) for t in self.outputs],
             "labels": self.labels,
@@ -101,7 +101,7 @@ class Manifest:
             "step": step_name(self.step),
             "version": self.step_version,
         }
-        return hashlib.sha256(json.dumps(sealed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @property
     def size_bytes(self) -> int:
@@ -135,33 +135,33 @@ class Manifest:
             ArtifactError: This release does not know the step or its settings.
             UnknownVariantError: This release does not know the variant or its parent.
         """
-        stored = decode(_Stored, text)
+        record = decode(_ManifestRecord, text)
         manifest = cls(
-            model=stored.model,
-            variant=VariantName(stored.variant),
-            source={key: value for key, value in dataclasses.asdict(stored.source).items() if value is not None},
-            parent=VariantName(stored.parent.variant) if stored.parent else None,
-            parent_id=stored.parent.id if stored.parent else None,
-            step=step_from(stored.step.name, stored.step.settings),
-            step_version=stored.step.version,
-            files=stored.files,
-            inputs=stored.inputs,
-            outputs=stored.outputs,
-            labels=stored.labels,
-            max_length=stored.max_length,
-            facts=stored.facts,
-            validation=stored.validation,
-            environment=stored.environment,
-            created=stored.created,
+            model=record.model,
+            variant=VariantName(record.variant),
+            source={key: value for key, value in dataclasses.asdict(record.source).items() if value is not None},
+            parent=VariantName(record.parent.variant) if record.parent else None,
+            parent_id=record.parent.id if record.parent else None,
+            step=decode_step(record.step.name, record.step.settings),
+            step_version=record.step.version,
+            files=record.files,
+            inputs=record.inputs,
+            outputs=record.outputs,
+            labels=record.labels,
+            max_length=record.max_length,
+            facts=record.facts,
+            validation=record.validation,
+            environment=record.environment,
+            created=record.created,
         )
-        if manifest.id != stored.id:
+        if manifest.id != record.id:
             raise TamperedError("The manifest does not match its own id.", "Delete the folder and build it again.")
         return manifest
 
 
 @strict
 @dataclass(frozen=True)
-class _StoredStep:
+class _StepRecord:
     name: str
     version: int
     settings: dict[str, Any]
@@ -169,14 +169,14 @@ class _StoredStep:
 
 @strict
 @dataclass(frozen=True)
-class _StoredParent:
+class _ParentRecord:
     variant: str
     id: str
 
 
 @strict
 @dataclass(frozen=True)
-class _StoredSource:
+class _SourceRecord:
     kind: str
     ref: str
     revision: str
@@ -185,16 +185,16 @@ class _StoredSource:
 
 @strict
 @dataclass(frozen=True)
-class _Stored:
+class _ManifestRecord:
     """The form of a manifest in its file."""
 
     schema: Literal[1]
     id: str
     model: str
     variant: str
-    source: _StoredSource
-    step: _StoredStep
-    parent: _StoredParent | None
+    source: _SourceRecord
+    step: _StepRecord
+    parent: _ParentRecord | None
     files: tuple[FileEntry, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]

@@ -94,7 +94,7 @@ class VariantName(str):
         return VariantName(dataclasses.replace(self.parts, **changes))
 
     @property
-    def unpruned(self) -> VariantName:
+    def unpruned_name(self) -> VariantName:
         """Returns the name of the same variant of the unpruned model, without a label."""
         return self.with_parts(pruned=0, recovered=0, method=METHODS[0], label="")
 
@@ -118,7 +118,7 @@ def _parse(text: str) -> Parts:
     raise UnknownVariantError(f"{text!r} is no variant name.", "`toolchain variants` lists them.")
 
 
-def shorter(label: str) -> list[str]:
+def label_prefixes(label: str) -> list[str]:
     """Returns the label, the labels that it extends, and the empty label, longest first.
 
     They are the possible labels of a parent. For ``a-b`` these are ``a-b``, ``a`` and the empty label.

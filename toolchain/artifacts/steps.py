@@ -178,8 +178,8 @@ class Quantize:
             raise SettingsError(
                 "Only --backend ort --scheme dynamic has weights of 7 bits.", "Leave --isa portable out."
             )
-        only_ort = (self.embeddings, self.keep_fp32, self.passes, self.trim_vocab)
-        if self.backend != "ort" and any(setting is not None for setting in only_ort):
+        ort_settings = (self.embeddings, self.keep_fp32, self.passes, self.trim_vocab)
+        if self.backend != "ort" and any(setting is not None for setting in ort_settings):
             raise SettingsError(
                 f"--backend {self.backend} has only --scheme.",
                 "Leave out --embeddings, --keep-fp32, --max-drop, --sensitivity, --no-pass and --trim-vocab.",
@@ -188,9 +188,9 @@ class Quantize:
             self._check_passes(self.passes)
 
     def _check_passes(self, passes: tuple[str, ...]) -> None:
-        allowed = QUANTIZE_PASSES[self.scheme]
-        if not set(passes) <= set(allowed):
-            raise SettingsError(f"--scheme {self.scheme} has no such pass.", f"It has {', '.join(allowed)}.")
+        scheme_passes = QUANTIZE_PASSES[self.scheme]
+        if not set(passes) <= set(scheme_passes):
+            raise SettingsError(f"--scheme {self.scheme} has no such pass.", f"It has {', '.join(scheme_passes)}.")
         if "quantize-linear" not in passes and (
             not passes or self.scheme == "static" or self.reduce_range or self.keep_fp32
         ):
@@ -204,7 +204,7 @@ class Quantize:
             )
 
     @staticmethod
-    def passes_without(scheme: str, omitted: Collection[str]) -> tuple[str, ...] | None:
+    def passes_without(scheme: str, omitted_passes: Collection[str]) -> tuple[str, ...] | None:
         """Returns the value of `passes` that omits some passes of the scheme of ONNX Runtime; None if it omits none.
 
         The passes before ``quantize-linear`` prepare it, so they are omitted with it.
@@ -212,14 +212,14 @@ class Quantize:
         Raises:
             SettingsError: The scheme has no such pass.
         """
-        if not omitted:
+        if not omitted_passes:
             return None
         passes = QUANTIZE_PASSES.get(scheme, ())
-        if not set(omitted) <= set(passes):
+        if not set(omitted_passes) <= set(passes):
             raise SettingsError(f"--scheme {scheme} has no such pass.", f"It has {', '.join(passes) or 'none'}.")
-        if "quantize-linear" in omitted:
+        if "quantize-linear" in omitted_passes:
             passes = passes[passes.index("quantize-linear") :]
-        return tuple(name for name in passes if name not in omitted)
+        return tuple(name for name in passes if name not in omitted_passes)
 
 
 Step = Import | Prune | Recover | Export | Optimize | Quantize
@@ -234,7 +234,7 @@ STEP_TYPES: dict[str, type[Step]] = {
 }
 
 
-def learns(step: Step) -> TypeGuard[Prune | Recover | Quantize]:
+def uses_training_data(step: Step) -> TypeGuard[Prune | Recover | Quantize]:
     """Returns whether the result of the step depends on training data."""
     if isinstance(step, Quantize):
         return bool(step.keep_fp32 or step.trim_vocab) or step.scheme == "static"
@@ -255,7 +255,7 @@ def settings_of(step: Step) -> dict[str, Any]:
     }
 
 
-def step_from(name: str, settings: Mapping[str, Any]) -> Step:
+def decode_step(name: str, settings: Mapping[str, Any]) -> Step:
     """Returns the step that a manifest recorded.
 
     Args:

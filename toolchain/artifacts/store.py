@@ -50,24 +50,24 @@ class Artifact:
         for entry in self.manifest.files:
             path = self.path / entry.path
             if not path.is_file():
-                what = "is missing"
+                fault = "is missing"
             elif path.stat().st_size != entry.bytes:
-                what = f"has {path.stat().st_size} bytes instead of {entry.bytes}"
+                fault = f"has {path.stat().st_size} bytes instead of {entry.bytes}"
             elif sha256(path) != entry.sha256:
-                what = "has another sha256 than its manifest says"
+                fault = "has another sha256 than its manifest says"
             else:
                 continue
-            raise self._tampered(f"{entry.path} {what}")
-        listed = {entry.path for entry in self.manifest.files}
+            raise self._tampered_error(f"{entry.path} {fault}")
+        recorded_paths = {entry.path for entry in self.manifest.files}
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path).as_posix()
             # File managers write hidden files, which do not belong to the artifact.
-            if path.is_file() and name not in listed and name != MANIFEST and not path.name.startswith("."):
-                raise self._tampered(f"{name} is not in its manifest")
+            if path.is_file() and name not in recorded_paths and name != MANIFEST and not path.name.startswith("."):
+                raise self._tampered_error(f"{name} is not in its manifest")
 
-    def _tampered(self, what: str) -> TamperedError:
+    def _tampered_error(self, fault: str) -> TamperedError:
         return TamperedError(
-            f"{self.path}: {what}.",
+            f"{self.path}: {fault}.",
             f"Delete the folder {self.path} (or move it away) and run the command again: it is built anew.",
         )
 
@@ -146,15 +146,15 @@ def gzip_bytes(artifact: Artifact, cache: Path) -> int:
 
     The folder `cache` keeps the result by the artifact's id.
     """
-    known = cache / artifact.manifest.id
+    cache_file = cache / artifact.manifest.id
     with suppress(OSError, ValueError):
-        return int(known.read_text())
+        return int(cache_file.read_text())
     size = 0
     for entry in artifact.manifest.files:
         packer = zlib.compressobj(6, zlib.DEFLATED, 31)
         with (artifact.path / entry.path).open("rb") as file:
-            while part := file.read(1 << 20):
-                size += len(packer.compress(part))
+            while chunk := file.read(1 << 20):
+                size += len(packer.compress(chunk))
         size += len(packer.flush())
-    files.write_whole(known, str(size))
+    files.write_whole(cache_file, str(size))
     return size

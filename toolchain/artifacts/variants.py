@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from toolchain.artifacts.names import METHODS, Parts, VariantName, shorter
+from toolchain.artifacts.names import METHODS, Parts, VariantName, label_prefixes
 from toolchain.artifacts.steps import (
     PROVIDERS,
     QUANTIZED,
@@ -55,21 +55,21 @@ class Variant:
 
 
 DEFAULT_RATIOS = (0.3, 0.4, 0.5)
-_PRUNED = tuple(VariantName(f"torch-pruned{round(100 * ratio)}") for ratio in DEFAULT_RATIOS)
+_PRUNED_NAMES = tuple(VariantName(f"torch-pruned{round(100 * ratio)}") for ratio in DEFAULT_RATIOS)
 # Variants that commands build and measure by default, by provider.
 DEFAULT_CELLS: dict[str, tuple[str, ...]] = {
     "cpu": (
         "torch-fp32",
         "torch-bf16",
         "torch-int8",
-        *_PRUNED,
-        *(name.with_parts(scheme="int8") for name in _PRUNED),
+        *_PRUNED_NAMES,
+        *(name.with_parts(scheme="int8") for name in _PRUNED_NAMES),
         "bnb-int8",
         "bnb-nf4",
         "onnx-std",
         "onnx-fp32",
         "onnx-int8",
-        *(name.with_parts(runtime="onnx", scheme="int8") for name in _PRUNED),
+        *(name.with_parts(runtime="onnx", scheme="int8") for name in _PRUNED_NAMES),
     ),
     "cuda": ("torch-fp32", "torch-fp16", "bnb-int8", "bnb-nf4", "onnx-fp32", "onnx-fp16"),
 }
@@ -100,59 +100,63 @@ class _Kind:
     def describes(self, parts: Parts) -> bool:
         """Returns whether the names of this kind have such parts."""
         tags = {tag for tag in _TAGS if getattr(parts, tag)}
-        runs_here = parts.runtime == self.runtime and parts.scheme in self.schemes
-        return runs_here and self.tags <= tags <= self.tags | self.optional
+        same_runtime = parts.runtime == self.runtime and parts.scheme in self.schemes
+        return same_runtime and self.tags <= tags <= self.tags | self.optional
 
 
 _TAGS = ("std", "pruned", "recovered", "portable", "static")
-_NONE: frozenset[str] = frozenset()
-_ANY_MODEL = frozenset({"pruned", "recovered"})
-_FP32 = ("fp32",)
+_NO_TAGS: frozenset[str] = frozenset()
+_PRUNING_TAGS = frozenset({"pruned", "recovered"})
+_FP32_SCHEMES = ("fp32",)
 _KINDS = (
-    _Kind("torch", _FP32, _NONE, _NONE, None, lambda _: Import()),
+    _Kind("torch", _FP32_SCHEMES, _NO_TAGS, _NO_TAGS, None, lambda _: Import()),
     _Kind(
         "torch",
-        _FP32,
+        _FP32_SCHEMES,
         frozenset({"pruned"}),
-        _NONE,
+        _NO_TAGS,
         {"pruned": 0, "method": METHODS[0]},
         lambda parts: Prune(parts.pruned / 100, parts.method),
     ),
-    _Kind("torch", _FP32, _ANY_MODEL, _NONE, {"recovered": 0}, lambda parts: Recover(parts.recovered)),
-    _Kind("torch", ("int8",), _NONE, _ANY_MODEL, {"scheme": "fp32"}, lambda _: Quantize("torch", "int8"), ("cpu",)),
+    _Kind("torch", _FP32_SCHEMES, _PRUNING_TAGS, _NO_TAGS, {"recovered": 0}, lambda parts: Recover(parts.recovered)),
+    _Kind(
+        "torch", ("int8",), _NO_TAGS, _PRUNING_TAGS, {"scheme": "fp32"}, lambda _: Quantize("torch", "int8"), ("cpu",)
+    ),
     _Kind(
         "torch",
         ("bf16", "fp16"),
-        _NONE,
-        _ANY_MODEL,
+        _NO_TAGS,
+        _PRUNING_TAGS,
         {"scheme": "fp32"},
         lambda parts: Quantize("torch", parts.scheme),
     ),
     _Kind(
         "bnb",
         tuple(QUANTIZED["bnb"]),
-        _NONE,
-        _NONE,
+        _NO_TAGS,
+        _NO_TAGS,
         {"runtime": "torch", "scheme": "fp32"},
         lambda parts: Quantize("bnb", parts.scheme),
     ),
-    _Kind("onnx", _FP32, frozenset({"std"}), _ANY_MODEL, {"runtime": "torch", "std": False}, lambda _: Export()),
-    _Kind("onnx", _FP32, _NONE, _ANY_MODEL, {"std": True}, lambda _: Optimize.for_provider("cpu")),
+    _Kind(
+        "onnx", _FP32_SCHEMES, frozenset({"std"}), _PRUNING_TAGS, {"runtime": "torch", "std": False}, lambda _: Export()
+    ),
+    _Kind("onnx", _FP32_SCHEMES, _NO_TAGS, _PRUNING_TAGS, {"std": True}, lambda _: Optimize.for_provider("cpu")),
     _Kind(
         "onnx",
         ("fp16",),
-        _NONE,
-        _ANY_MODEL,
+        _NO_TAGS,
+        _PRUNING_TAGS,
         {"std": True, "scheme": "fp32"},
         lambda _: Optimize.for_provider("cuda"),
         ("cuda",),
     ),
-    _Kind("onnx", ("int8",), _NONE, _ANY_MODEL | {"std"}, {"scheme": "fp32"}, lambda _: Quantize(), ("cpu",)),
+    _Kind("onnx", ("int8",), _NO_TAGS, _PRUNING_TAGS | {"std"}, {"scheme": "fp32"}, lambda _: Quantize(), ("cpu",)),
     _Kind(
         "onnx",
         ("int8",),
         frozenset({"portable"}),
-        _ANY_MODEL | {"std"},
+        _PRUNING_TAGS | {"std"},
         {"scheme": "fp32", "portable": False},
         lambda _: Quantize(reduce_range=True),
         ("cpu",),
@@ -161,12 +165,12 @@ _KINDS = (
         "onnx",
         ("int8",),
         frozenset({"static"}),
-        _ANY_MODEL | {"std"},
+        _PRUNING_TAGS | {"std"},
         {"scheme": "fp32", "static": False},
         lambda _: Quantize(scheme="static"),
         ("cpu",),
     ),
-    _Kind("onnx", ("int4",), _NONE, _ANY_MODEL, {"scheme": "fp32"}, lambda _: Quantize(scheme="int4"), ("cpu",)),
+    _Kind("onnx", ("int4",), _NO_TAGS, _PRUNING_TAGS, {"scheme": "fp32"}, lambda _: Quantize(scheme="int4"), ("cpu",)),
 )
 
 
@@ -177,26 +181,26 @@ def get(name: str) -> Variant:
         UnknownVariantError: No variant has this name. The error suggests similar names.
     """
     try:
-        variant = _variant(VariantName(name))
+        variant = _find_variant(VariantName(name))
     except UnknownVariantError:
         variant = None
     if variant:
         return variant
     names = list(dict.fromkeys(variant.name for default in DEFAULT_CELLS["cpu"] for variant in lineage(default)))
-    near = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(names)}."
+    similar_names = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(similar_names)}?" if similar_names else f"There are: {', '.join(names)}."
     raise UnknownVariantError(f"There is no variant {name!r}.", hint)
 
 
 def is_variant(name: str) -> bool:
     """Returns whether a variant of that name exists."""
     try:
-        return _variant(VariantName(name)) is not None
+        return _find_variant(VariantName(name)) is not None
     except UnknownVariantError:
         return False
 
 
-def _variant(name: VariantName) -> Variant | None:
+def _find_variant(name: VariantName) -> Variant | None:
     """Returns the variant with its default step and parent, which its parts determine; None where no step builds it."""
     kind = next((kind for kind in _KINDS if kind.describes(name.parts)), None)
     if kind is None or (name.parts.label and kind.parent is None):
@@ -218,7 +222,7 @@ def lineage(name: str) -> list[Variant]:
     return chain
 
 
-def child(parent: str, step: Step, label: str = "") -> Variant:
+def derive_variant(parent: str, step: Step, label: str = "") -> Variant:
     """Returns the variant that `step` builds from `parent`.
 
     Args:
@@ -229,19 +233,23 @@ def child(parent: str, step: Step, label: str = "") -> Variant:
     Raises:
         UnknownVariantError: The step cannot build from this parent, or `label` does not extend the parent's label.
     """
-    of = get(parent).name
-    if of.parts.label and label and of.parts.label not in shorter(label):
+    parent_name = get(parent).name
+    if parent_name.parts.label and label and parent_name.parts.label not in label_prefixes(label):
         raise UnknownVariantError(
-            f"The label of a variant built from {parent} starts with {of.parts.label}.",
-            f"Leave --name out, or give {of.parts.label} or {of.parts.label}-{label}.",
+            f"The label of a variant built from {parent} starts with {parent_name.parts.label}.",
+            f"Leave --name out, or give {parent_name.parts.label} or {parent_name.parts.label}-{label}.",
         )
-    name = of.with_parts(**_changed_parts(step), label=label or of.parts.label)
-    variant = _variant(name)
-    if variant is None or variant.parent != of.with_parts(label="") or not isinstance(variant.step, type(step)):
+    name = parent_name.with_parts(**_changed_parts(step), label=label or parent_name.parts.label)
+    variant = _find_variant(name)
+    if (
+        variant is None
+        or variant.parent != parent_name.with_parts(label="")
+        or not isinstance(variant.step, type(step))
+    ):
         raise UnknownVariantError(
-            f"No variant is built from {parent} by {step_name(step)}.", f"It takes {_TAKES[type(step)]}."
+            f"No variant is built from {parent} by {step_name(step)}.", f"It takes {_PARENT_DESCRIPTIONS[type(step)]}."
         )
-    return dataclasses.replace(variant, parent=of)
+    return dataclasses.replace(variant, parent=parent_name)
 
 
 def _changed_parts(step: Step) -> dict[str, Any]:
@@ -257,7 +265,7 @@ def _changed_parts(step: Step) -> dict[str, Any]:
             return {"std": False, "scheme": "fp16" if step.provider == "cuda" else "fp32"}
         case Quantize():
             return {
-                "runtime": _RUNTIME[step.backend],
+                "runtime": _BACKEND_RUNTIMES[step.backend],
                 "scheme": QUANTIZED[step.backend][step.scheme],
                 "portable": bool(step.reduce_range),
                 "static": step.scheme == "static",
@@ -266,8 +274,8 @@ def _changed_parts(step: Step) -> dict[str, Any]:
             return {}
 
 
-_RUNTIME = {"ort": "onnx", "torch": "torch", "bnb": "bnb"}
-_TAKES = {
+_BACKEND_RUNTIMES = {"ort": "onnx", "torch": "torch", "bnb": "bnb"}
+_PARENT_DESCRIPTIONS = {
     Prune: "torch-fp32: what is pruned already is pruned further from there, at a higher ratio",
     Recover: "a pruned PyTorch variant such as torch-pruned50",
     Export: "a PyTorch variant such as torch-fp32",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.artifacts.names import VariantName
-from toolchain.artifacts.steps import QUANTIZE_PASSES, Quantize, learns
+from toolchain.artifacts.steps import QUANTIZE_PASSES, Quantize, uses_training_data
 from toolchain.artifacts.store import Artifact
 from toolchain.build.trimming import TRAIN
 from toolchain.build.workspace import Workspace
@@ -143,7 +143,7 @@ def command(workspace: Workspace, parent: VariantName, label: str, step: Quantiz
         found += ["--no-pass", name] if step.passes is not None and name not in step.passes else []
     if step.trim_vocab:
         found += ["--trim-vocab", workspace.corpus.file if workspace.corpus else TRAIN]
-    if learns(step):
+    if uses_training_data(step):
         found += _training_options(workspace.train, labels)
     found += ["--name", label] if label and label != parent.parts.label else []
     return shlex.join(found)

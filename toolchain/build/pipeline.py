@@ -17,7 +17,17 @@ from typing import Any
 
 from toolchain.artifacts import publishing, store, variants
 from toolchain.artifacts.manifest import Manifest
-from toolchain.artifacts.steps import Export, Import, Optimize, Prune, Quantize, Recover, Step, learns, settings_of
+from toolchain.artifacts.steps import (
+    Export,
+    Import,
+    Optimize,
+    Prune,
+    Quantize,
+    Recover,
+    Step,
+    settings_of,
+    uses_training_data,
+)
 from toolchain.artifacts.store import ONNX, Artifact
 from toolchain.artifacts.variants import Variant
 from toolchain.backends import Place, open_session
@@ -99,7 +109,7 @@ def examine(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step
         step = asked.get(variant.name, recorded or variant.step)
         if isinstance(step, Import):
             step = sources.pin_revisions(workspace.source, step, recorded)
-        elif learns(step) and not step.train:
+        elif uses_training_data(step) and not step.train:
             step = dataclasses.replace(step, train=workspace.train.digest)
         reason = _reason_to_build(step, artifact, planned.get(variant.parent or ""))
         if artifact and not reason:
@@ -214,7 +224,7 @@ def _build(
         run, version = STEPS[type(item.step)]
         _require_same_data(workspace, item)
         resume = publishing.work_folder(target) / "training"
-        with publishing.building(target) as scratch:
+        with publishing.scratch_folder(target) as scratch:
             built = run(
                 Job(
                     step=item.step,
@@ -273,7 +283,7 @@ def _refusal(
 def _require_same_data(workspace: Workspace, item: Planned) -> None:
     """Raises `DataError` if the step's training data or corpus differs from those of the workspace."""
     name, step = item.variant.name, item.step
-    if learns(step) and step.train and step.train != workspace.train.digest:
+    if uses_training_data(step) and step.train and step.train != workspace.train.digest:
         raise DataError(
             f"{name} must be built again with its training data {inputs.name_in(step.train)}, and this command has "
             f"{inputs.name_in(workspace.train.digest)}.",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from toolchain.artifacts import store, variants
-from toolchain.artifacts.names import VariantName, shorter
+from toolchain.artifacts.names import VariantName, label_prefixes
 from toolchain.artifacts.steps import Export, Optimize
 from toolchain.artifacts.store import Artifact
 from toolchain.artifacts.variants import Variant
@@ -98,7 +98,7 @@ class Workspace:
                 raise UnknownVariantError(f"{name} was never built.", "--name gives what is built a label.")
             assert variant.parent is not None
             if parent is None:
-                labelled = (variant.parent.with_parts(label=each) for each in shorter(label) if each)
+                labelled = (variant.parent.with_parts(label=each) for each in label_prefixes(label) if each)
                 parent = next((name for name in labelled if self._known(name, asked)), variant.parent)
             variant = dataclasses.replace(variant, parent=parent)
         return [*(self.lineage(variant.parent, asked) if variant.parent else []), variant]

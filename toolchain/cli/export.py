@@ -76,7 +76,7 @@ def export(
       toolchain export --no-pass residual-sum --name plain-add
     """
     from toolchain.artifacts.steps import Export, Import, Optimize
-    from toolchain.artifacts.variants import child
+    from toolchain.artifacts.variants import derive_variant
 
     step = None if provider == "none" else Optimize.for_provider(provider)
     if omitted:
@@ -86,9 +86,9 @@ def export(
         step = Optimize(provider, tuple(name for name in step.passes if name not in omitted))
     asked: dict[str, Step] = {"torch-fp32": Import(revision)}
     for parent in parents:
-        std = child(parent, Export(opset), "" if step else label).name
+        std = derive_variant(parent, Export(opset), "" if step else label).name
         asked[std] = Export(opset)
         if step:
-            asked[child(std, step, label).name] = step
+            asked[derive_variant(std, step, label).name] = step
     workspace = open_workspace(model, exported, slug)
     build(workspace.on(base) if base else workspace, asked, dry_run)

@@ -99,7 +99,7 @@ def prune(
       toolchain prune --max-drop 1.0
     """
     from toolchain.artifacts.steps import Prune, Recover
-    from toolchain.artifacts.variants import child
+    from toolchain.artifacts.variants import derive_variant
     from toolchain.cli.progress import bar, say
     from toolchain.tuning.settings import largest_ratio
 
@@ -112,15 +112,16 @@ def prune(
             "--max-drop builds pruned models without training: it cannot be used with --recover or --dry-run."
         )
     prunings = [Prune(ratio, method, cost, layers) for ratio in ratios or [0.5]]
-    children = [child(parent, pruning, label) for pruning in prunings]  # refuses a wrong parent before the search
+    # Before the search, so that a wrong parent fails at once.
+    children = [derive_variant(parent, pruning, label) for pruning in prunings]
     workspace = open_workspace(model, exported, slug, train)
     if max_drop is not None:
         ratio = largest_ratio(workspace, prunings[0], max_drop, say, bar)
         prunings = [replace(prunings[0], ratio=round(ratio, 2))]
-        children = [child(parent, prunings[0], label)]
+        children = [derive_variant(parent, prunings[0], label)]
     steps: dict[str, Step] = {}
     for pruning, variant in zip(prunings, children, strict=True):
         steps[variant.name] = pruning
         if epochs:
-            steps[child(variant.name, Recover(epochs)).name] = Recover(epochs)
+            steps[derive_variant(variant.name, Recover(epochs)).name] = Recover(epochs)
     build(workspace, steps, dry_run)

@@ -129,7 +129,7 @@ def quantize(
       toolchain quantize --backend bnb --scheme nf4
     """
     from toolchain.artifacts.steps import Optimize, Quantize
-    from toolchain.artifacts.variants import child
+    from toolchain.artifacts.variants import derive_variant
     from toolchain.backends.ort import saturates
     from toolchain.build.trimming import corpus_of
     from toolchain.cli.progress import bar, say
@@ -152,7 +152,9 @@ def quantize(
             raise click.UsageError("--scheme fp16 takes no other option of --backend ort.")
         half = Optimize.for_provider("cuda")
         workspace = open_workspace(model, exported, slug)
-        build(workspace, {child(parent, half, label).name: half for parent in parents or ("onnx-std",)}, dry_run)
+        build(
+            workspace, {derive_variant(parent, half, label).name: half for parent in parents or ("onnx-std",)}, dry_run
+        )
         return
     corpus = corpus_of(trim_vocab, train.columns.text)
     step = Quantize(
@@ -165,7 +167,7 @@ def quantize(
         trim_vocab=corpus.digest if corpus else trim_vocab,
     )
     usual = "onnx-fp32" if backend == "ort" else "torch-fp32"
-    names = {parent: child(parent, step, label).name for parent in parents or (usual,)}
+    names = {parent: derive_variant(parent, step, label).name for parent in parents or (usual,)}
     workspace = open_workspace(model, exported, slug, train, corpus)
     if sensitivity:
         _print_sensitivity(workspace, names, step, as_json)

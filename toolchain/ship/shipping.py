@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from toolchain import passes
 from toolchain.artifacts import variants
 from toolchain.artifacts.manifest import Manifest
-from toolchain.artifacts.publishing import building, lock, replace
+from toolchain.artifacts.publishing import lock, replace, scratch_folder
 from toolchain.artifacts.store import Artifact
 from toolchain.backends import Place, Session, open_session
 from toolchain.build import onnx_metadata
@@ -129,7 +129,7 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
 
 
 def _publish(contents: Contents, output: Path, say: Say) -> dict[str, Any]:
-    with building(output) as scratch:
+    with scratch_folder(output) as scratch:
         body = bundles.write(contents, scratch)
         if contents.release or contents.with_tokenizer:
             _compare(contents, body, scratch, say)

@@ -296,7 +296,7 @@ def over_unpruned(row: Row, rows: Sequence[Row]) -> tuple[str, Ratio] | None:
         Name of the unpruned variant and the speed-up; None if the unpruned variant was not measured or is unknown.
     """
     try:
-        same = VariantName(row.measurement.variant).unpruned
+        same = VariantName(row.measurement.variant).unpruned_name
     except UnknownVariantError:
         return None
     wanted = (row.measurement.model, f"{same}@{row.measurement.provider}")

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from toolchain.artifacts.publishing import building, lock, replace
+from toolchain.artifacts.publishing import lock, replace, scratch_folder
 from toolchain.errors import ShippingError
 
 PACKAGES = Path(__file__).parent / "packages"
@@ -53,7 +53,7 @@ def install(cache: Path) -> Path:
     with lock(target, lambda: None):
         if modules := find_modules(cache):  # the run that held the lock installed them
             return modules
-        with building(target) as scratch:
+        with scratch_folder(target) as scratch:
             shutil.copytree(PACKAGES, scratch, dirs_exist_ok=True)
             command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
             run = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
