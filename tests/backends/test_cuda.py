@@ -128,7 +128,7 @@ def test_a_whole_session_that_fell_back_says_so_where_that_is_allowed(built_tiny
         ort, "InferenceSession", lambda path, options, providers: REAL_SESSION(path, options, ["CPUExecutionProvider"])
     )
     monkeypatch.setattr(ort, "preload_dlls", lambda: None, raising=False)
-    with pytest.raises(ProviderError, match="fell back to CPUExecutionProvider"):
+    with pytest.raises(ProviderError, match="uses CPUExecutionProvider instead"):
         OrtSession(built_tiny.path("onnx-fp32"), Place("cuda", 1))
     session = OrtSession(built_tiny.path("onnx-fp32"), Place("cuda", 1, allow_fallback=True))
     assert session.facts()["fallback"] == "runs on CPUExecutionProvider, not on CUDAExecutionProvider"

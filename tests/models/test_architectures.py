@@ -297,9 +297,9 @@ def test_what_is_cut_is_what_a_gate_of_zero_would_silence(workspace, kind, heads
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("albert", "AlbertForSequenceClassification shares one layer's weights"),
-        ("deberta-v2", "DebertaV2ForSequenceClassification projects positions by the same weights"),
-        ("mobilebert", "MobileBertForSequenceClassification has bottlenecks"),
+        ("albert", "AlbertForSequenceClassification uses the same weights in all layers"),
+        ("deberta-v2", "DebertaV2ForSequenceClassification uses the same weights for positions and words"),
+        ("mobilebert", "MobileBertForSequenceClassification has bottleneck layers"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused_by_name(workspace, kind, says):

@@ -388,7 +388,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(checkpoint, tmp_path):
     weights = load_file(checkpoint / "model.safetensors")
     weights["classifier.bias"][0] = float("nan")
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"classifier.bias holds NaN or infinity"):
+    with pytest.raises(CheckpointError, match=r"classifier.bias contains NaN or infinity"):
         ensure(Workspace.open(str(checkpoint), tmp_path / "exported"), ["torch-fp32"], {}, lambda line: None)
     assert not (tmp_path / "exported" / checkpoint.name / "torch-fp32").exists()
 
