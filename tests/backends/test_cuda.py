@@ -56,7 +56,10 @@ class SessionOnHost:
             return SimpleNamespace(ep_name=provider, get_nodes=lambda: [SimpleNamespace(op_type=k) for k in kinds])
 
         operators = [node.op_type for p in self._real.get_provider_graph_assignment_info() for node in p.get_nodes()]
-        return [assignment("CUDAExecutionProvider", operators), assignment("CPUExecutionProvider", [*self.cpu_operators, "Shape", "Slice"])]
+        return [
+            assignment("CUDAExecutionProvider", operators),
+            assignment("CPUExecutionProvider", [*self.cpu_operators, "Shape", "Slice"]),
+        ]
 
     def io_binding(self):
         binding, devices = self._real.io_binding(), self.devices
