@@ -1,4 +1,4 @@
-"""Sealing, tampering, publishing, and what a killed run leaves."""
+"""Tests of publishing, locks, manifests and tampered files, and of runs that are killed."""
 
 import json
 import multiprocessing
@@ -35,7 +35,7 @@ def manifest_of(folder: Path, **changes) -> Manifest:
 
 
 @pytest.fixture
-def published(tmp_path):
+def artifact(tmp_path):
     target = tmp_path / "onnx-std"
     with publishing.lock(target, pytest.fail), publishing.scratch_folder(target) as scratch:
         (scratch / "model.onnx").write_bytes(b"weights")
@@ -43,28 +43,28 @@ def published(tmp_path):
         return store.publish(scratch, target, manifest_of(scratch))
 
 
-def test_what_is_published_is_read_back_and_nothing_else_is_left(published, tmp_path):
-    found = store.load(tmp_path / "onnx-std")
-    assert found == published
-    assert found.manifest.size_bytes == 9
-    found.verify()
+def test_publishing_writes_only_the_artifact_and_load_reads_it_back(artifact, tmp_path):
+    loaded_artifact = store.load(tmp_path / "onnx-std")
+    assert loaded_artifact == artifact
+    assert loaded_artifact.manifest.size_bytes == 9
+    loaded_artifact.verify()
     assert [p.name for p in tmp_path.iterdir()] == ["onnx-std"]
 
 
-def test_the_id_follows_content_settings_version_and_parent_but_not_time(published):
-    folder = published.path
-    same = manifest_of(folder, created="later", environment={"versions": {"torch": "9"}}, facts={"a": 1})
-    assert same.id == published.manifest.id
-    others = [
+def test_the_id_depends_on_content_settings_version_and_parent_but_not_on_time(artifact):
+    folder = artifact.path
+    same_inputs = manifest_of(folder, created="later", environment={"versions": {"torch": "9"}}, facts={"a": 1})
+    assert same_inputs.id == artifact.manifest.id
+    other_inputs = [
         manifest_of(folder, step=Export(17)),
         manifest_of(folder, step_version=2),
         manifest_of(folder, parent_id="cd" * 32),
-        manifest_of(folder, files=published.manifest.files[:1]),
+        manifest_of(folder, files=artifact.manifest.files[:1]),
         manifest_of(folder, labels=("YES", "NO")),
         manifest_of(folder, max_length=128),
         manifest_of(folder, inputs=()),
     ]
-    assert len({m.id for m in others} | {same.id}) == 8
+    assert len({m.id for m in other_inputs} | {same_inputs.id}) == 8
 
 
 @pytest.mark.parametrize(
@@ -75,49 +75,49 @@ def test_the_id_follows_content_settings_version_and_parent_but_not_time(publish
         (lambda f: f.unlink(), "is missing"),
     ],
 )
-def test_a_tampered_file_is_named(published, change, says):
-    change(published.path / "model.onnx")
-    with pytest.raises(TamperedError, match=says) as error:
-        published.verify()
+def test_verify_names_a_tampered_file(artifact, change, message):
+    change(artifact.path / "model.onnx")
+    with pytest.raises(TamperedError, match=message) as error:
+        artifact.verify()
     assert "model.onnx" in error.value.cause
-    assert str(published.path) in error.value.hint
+    assert str(artifact.path) in error.value.hint
 
 
-def test_a_file_that_was_added_is_seen_and_not_passed_on(published, tmp_path):
-    (published.path / ".DS_Store").write_text("a file manager's")
-    published.verify()
-    (published.path / "evil.py").write_text("")
+def test_verify_names_an_added_file_and_copies_leave_it_out(artifact, tmp_path):
+    (artifact.path / ".DS_Store").write_text("a file manager's")
+    artifact.verify()
+    (artifact.path / "evil.py").write_text("")
     with pytest.raises(TamperedError, match=r"evil.py is not in its manifest"):
-        published.verify()
+        artifact.verify()
     (tmp_path / "next").mkdir()
-    store.copy_companions(published, tmp_path / "next")
+    store.copy_companions(artifact, tmp_path / "next")
     assert [p.name for p in (tmp_path / "next").iterdir()] == ["config.json"]
 
 
-def test_a_manifest_changed_by_hand_does_not_add_up(published):
-    file = published.path / "manifest.json"
+def test_load_refuses_a_manifest_edited_by_hand(artifact):
+    file = artifact.path / "manifest.json"
     body = json.loads(file.read_text())
     body["step"]["settings"]["opset"] = 17
     file.write_text(json.dumps(body))
-    with pytest.raises(TamperedError, match=rf"{published.path}.*does not match its own id.*Delete the folder"):
-        store.load(published.path)
+    with pytest.raises(TamperedError, match=rf"{artifact.path}.*does not match its own id.*Delete the folder"):
+        store.load(artifact.path)
 
 
 @pytest.mark.parametrize("path", ["../../etc/passwd", "/etc/passwd", "a/../../b"])
-def test_a_manifest_that_leaves_its_folder_is_refused(published, path):
-    file = published.path / "manifest.json"
+def test_load_refuses_a_manifest_with_a_path_outside_its_folder(artifact, path):
+    file = artifact.path / "manifest.json"
     body = json.loads(file.read_text())
     body["files"][0]["path"] = path
     file.write_text(json.dumps(body))
     with pytest.raises(ArtifactError, match="leaves the folder"):
-        store.load(published.path)
+        store.load(artifact.path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema": 99}', '{"schema": 1, "id": 3}'])
-def test_a_broken_manifest_is_an_error_in_words(published, text):
-    (published.path / "manifest.json").write_text(text)
+def test_a_broken_manifest_raises_an_artifact_error(artifact, text):
+    (artifact.path / "manifest.json").write_text(text)
     with pytest.raises(ArtifactError, match="cannot be read"):
-        store.load(published.path)
+        store.load(artifact.path)
 
 
 @pytest.mark.parametrize(
@@ -131,14 +131,14 @@ def test_a_broken_manifest_is_an_error_in_words(published, text):
         {"files": None},
     ],
 )
-def test_a_manifest_with_values_of_another_kind_is_an_error_in_words(published, change):
-    file = published.path / "manifest.json"
+def test_a_manifest_with_values_of_the_wrong_type_raises_an_artifact_error(artifact, change):
+    file = artifact.path / "manifest.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(ArtifactError):
-        store.load(published.path)
+        store.load(artifact.path)
 
 
-def test_a_folder_that_was_not_built_here_is_not_touched(tmp_path):
+def test_load_refuses_a_folder_without_a_manifest(tmp_path):
     (tmp_path / "onnx-std").mkdir()
     (tmp_path / "onnx-std" / "thesis.txt").write_text("mine")
     with pytest.raises(ArtifactError, match="move it away"):
@@ -146,102 +146,108 @@ def test_a_folder_that_was_not_built_here_is_not_touched(tmp_path):
     assert store.load(tmp_path / "onnx-fp32") is None
 
 
-def test_a_failed_build_leaves_what_was_there(published):
+def test_a_failed_build_keeps_the_old_artifact(artifact):
     def build():
-        with publishing.lock(published.path, pytest.fail), publishing.scratch_folder(published.path) as scratch:
+        with publishing.lock(artifact.path, pytest.fail), publishing.scratch_folder(artifact.path) as scratch:
             (scratch / "model.onnx").write_bytes(b"half")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         build()
-    store.load(published.path).verify()
-    assert list(published.path.parent.iterdir()) == [published.path]
+    store.load(artifact.path).verify()
+    assert list(artifact.path.parent.iterdir()) == [artifact.path]
 
 
-def _build_and_die(target: Path, moment: str) -> None:
+def _build_and_die(target: Path, kill_point: str) -> None:
     with publishing.lock(target, lambda: None), publishing.scratch_folder(target) as scratch:
         (scratch / "model.onnx").write_bytes(b"new")
         manifest = manifest_of(scratch)
-        if moment == "while building":
+        if kill_point == "while building":
             os.kill(os.getpid(), signal.SIGKILL)
         (scratch / "manifest.json").write_text(manifest.to_json())
         target.rename(publishing._backup_folder(target))
-        os.kill(os.getpid(), signal.SIGKILL)  # between the two renames
+        os.kill(os.getpid(), signal.SIGKILL)  # the process dies between the two renames
 
 
-@pytest.mark.parametrize("moment", ["while building", "between renames"])
-def test_a_killed_run_loses_nothing(published, moment):
-    child = multiprocessing.get_context("fork").Process(target=_build_and_die, args=(published.path, moment))
+@pytest.mark.parametrize("kill_point", ["while building", "between renames"])
+def test_a_killed_run_keeps_the_old_artifact(artifact, kill_point):
+    child = multiprocessing.get_context("fork").Process(target=_build_and_die, args=(artifact.path, kill_point))
     child.start()
     child.join(30)
     assert child.exitcode == -signal.SIGKILL
-    with publishing.lock(published.path, pytest.fail):  # the dead run's lock is free, and the next run mends
-        store.load(published.path).verify()
-        assert (published.path / "model.onnx").read_bytes() == b"weights"
-    assert list(published.path.parent.iterdir()) == [published.path]
+    with publishing.lock(artifact.path, pytest.fail):  # the dead run's lock is free, and taking it repairs the folder
+        store.load(artifact.path).verify()
+        assert (artifact.path / "model.onnx").read_bytes() == b"weights"
+    assert list(artifact.path.parent.iterdir()) == [artifact.path]
 
 
-def _hold(target: Path, held, release) -> None:
+def _hold(target: Path, lock_taken, release) -> None:
     with publishing.lock(target, lambda: None):
-        held.set()
+        lock_taken.set()
         release.wait(30)
 
 
-def test_two_runs_do_not_meet(published):
+def test_a_second_run_waits_for_the_lock_of_the_first(artifact):
     context = multiprocessing.get_context("fork")
-    held, release = context.Event(), context.Event()
-    child = context.Process(target=_hold, args=(published.path, held, release))
+    lock_taken, release = context.Event(), context.Event()
+    child = context.Process(target=_hold, args=(artifact.path, lock_taken, release))
     child.start()
-    assert held.wait(30)
-    said = []
+    assert lock_taken.wait(30)
+    wait_times = []
 
-    def waiting():
-        said.append(time.monotonic())
+    def release_after_wait():
+        wait_times.append(time.monotonic())
         release.set()
 
-    with publishing.lock(published.path, waiting):
-        assert len(said) == 1
+    with publishing.lock(artifact.path, release_after_wait):
+        assert len(wait_times) == 1
     child.join(30)
 
 
-def looks_like_ours(folder: Path, name: str) -> list[Path]:
-    """A user's files and folders beside a target of that name."""
-    made = []
-    for other in (f".{name}.old", f".{name}.123.building", f".{name}.training", f".{name}.out.csv.parts"):
-        made.append(folder / other / "thesis.txt")
-        made[-1].parent.mkdir()
-    made += [folder / f".{name}.lock", folder / f".{name}.{publishing.WORK}.lock"]
-    for file in made:
+def write_lookalikes(folder: Path, name: str) -> list[Path]:
+    """Writes a user's files and folders, whose names look like the toolchain's own, beside the target `name`."""
+    user_files = []
+    for entry in (f".{name}.old", f".{name}.123.building", f".{name}.training", f".{name}.out.csv.parts"):
+        user_files.append(folder / entry / "thesis.txt")
+        user_files[-1].parent.mkdir()
+    user_files += [folder / f".{name}.lock", folder / f".{name}.{publishing.WORK}.lock"]
+    for file in user_files:
         file.write_text("mine")
-    return made
+    return user_files
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_what_only_looks_like_ours_stays(tmp_path, there):
+@pytest.mark.parametrize("target_exists", [True, False])
+def test_publishing_keeps_user_files_with_similar_names(tmp_path, target_exists):
     target = tmp_path / "a"
-    mine = looks_like_ours(tmp_path, "a")
-    for _ in range(2 if there else 1):
+    user_files = write_lookalikes(tmp_path, "a")
+    for _ in range(2 if target_exists else 1):
         with publishing.lock(target, pytest.fail), publishing.scratch_folder(target) as scratch:
             (scratch / "model.onnx").write_bytes(b"weights")
             store.publish(scratch, target, manifest_of(scratch))
-    assert [file.read_text() for file in mine] == ["mine"] * len(mine)
-    assert len(list(tmp_path.iterdir())) == len(mine) + 1
+    assert [file.read_text() for file in user_files] == ["mine"] * len(user_files)
+    assert len(list(tmp_path.iterdir())) == len(user_files) + 1
 
 
 @pytest.mark.parametrize(("name", "other"), [("a", "a.v2"), ("run", "run.2"), ("*", "a"), ("[ab]", "b"), ("a", "a.1")])
-def test_a_lock_leaves_the_scratch_of_other_names_alone(tmp_path, name, other):
-    with publishing.lock(tmp_path / other, pytest.fail), publishing.scratch_folder(tmp_path / other) as scratch:
+def test_a_lock_keeps_the_scratch_folders_of_other_names(tmp_path, name, other_name):
+    with (
+        publishing.lock(tmp_path / other_name, pytest.fail),
+        publishing.scratch_folder(tmp_path / other_name) as scratch,
+    ):
         (scratch / "model.onnx").write_bytes(b"weights")
         for _ in range(2):
-            with publishing.lock(tmp_path / name, pytest.fail), publishing.scratch_folder(tmp_path / name) as mine:
-                assert list(mine.iterdir()) == []
-                publishing.replace(mine, tmp_path / name)
-        store.publish(scratch, tmp_path / other, manifest_of(scratch))
-    store.load(tmp_path / other).verify()
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, other])
+            with (
+                publishing.lock(tmp_path / name, pytest.fail),
+                publishing.scratch_folder(tmp_path / name) as own_scratch,
+            ):
+                assert list(own_scratch.iterdir()) == []
+                publishing.replace(own_scratch, tmp_path / name)
+        store.publish(scratch, tmp_path / other_name, manifest_of(scratch))
+    store.load(tmp_path / other_name).verify()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, other_name])
 
 
-def test_what_a_user_puts_into_the_work_folder_stays(tmp_path):
+def test_a_lock_keeps_user_files_in_the_work_folder(tmp_path):
     work = publishing.work_folder(tmp_path / "a")
     work.mkdir()
     (work / "thesis.txt").write_text("mine")
@@ -250,13 +256,13 @@ def test_what_a_user_puts_into_the_work_folder_stays(tmp_path):
     assert [p.name for p in work.iterdir()] == ["thesis.txt"]
 
 
-def test_a_link_in_the_target_s_place_is_replaced_and_not_followed(tmp_path, published):
-    published.path.rename(tmp_path / "elsewhere")
-    published.path.symlink_to(tmp_path / "elsewhere")
-    with publishing.lock(published.path, pytest.fail), publishing.scratch_folder(published.path) as scratch:
-        publishing.replace(scratch, published.path)
+def test_replace_removes_a_link_and_keeps_the_folder_behind_it(tmp_path, artifact):
+    artifact.path.rename(tmp_path / "elsewhere")
+    artifact.path.symlink_to(tmp_path / "elsewhere")
+    with publishing.lock(artifact.path, pytest.fail), publishing.scratch_folder(artifact.path) as scratch:
+        publishing.replace(scratch, artifact.path)
     assert (tmp_path / "elsewhere" / "model.onnx").read_bytes() == b"weights"
-    assert not published.path.is_symlink()
+    assert not artifact.path.is_symlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["elsewhere", "onnx-std"]
 
 
@@ -268,7 +274,7 @@ def _count(target: Path, times: int) -> None:
             target.write_text(str(value + 1))
 
 
-def test_a_lock_that_is_deleted_when_it_ends_is_held_by_one(tmp_path):
+def test_only_one_process_at_a_time_holds_a_lock(tmp_path):
     target = tmp_path / "count"
     target.write_text("0")
     context = multiprocessing.get_context("fork")
@@ -291,7 +297,7 @@ def test_the_current_folder_can_be_a_target(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission_is_an_error_in_words(tmp_path):
+def test_a_folder_without_write_permission_raises_an_artifact_error(tmp_path):
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
     with (
         pytest.raises(ArtifactError, match="--exported DIR"),
@@ -300,7 +306,7 @@ def test_a_folder_without_permission_is_an_error_in_words(tmp_path):
         pass
 
 
-def test_a_place_that_cannot_be_written_is_an_error_in_words(tmp_path):
+def test_a_file_in_place_of_a_folder_raises_an_artifact_error(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(ArtifactError, match=r"cannot be written.*--exported DIR"),
@@ -309,16 +315,16 @@ def test_a_place_that_cannot_be_written_is_an_error_in_words(tmp_path):
         pass
 
 
-def test_a_full_disk_while_building_is_an_error_in_words(published):
+def test_a_full_disk_while_building_raises_an_artifact_error(artifact):
     with (
         pytest.raises(ArtifactError, match="No space left"),
-        publishing.lock(published.path, pytest.fail),
-        publishing.scratch_folder(published.path),
+        publishing.lock(artifact.path, pytest.fail),
+        publishing.scratch_folder(artifact.path),
     ):
         raise OSError(28, "No space left on device")
 
 
-def test_the_ids_of_the_current_artifacts(built_tiny):
+def test_current_ids_has_only_artifacts_that_exist(built_tiny):
     name = built_tiny.model
-    found = store.current_ids(built_tiny.exported, [(name, "onnx-fp32"), ("gone", "onnx-fp32")])
-    assert found == {(name, "onnx-fp32"): built_tiny.load("onnx-fp32").manifest.id}
+    ids = store.current_ids(built_tiny.exported, [(name, "onnx-fp32"), ("gone", "onnx-fp32")])
+    assert ids == {(name, "onnx-fp32"): built_tiny.load("onnx-fp32").manifest.id}

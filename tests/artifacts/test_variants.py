@@ -1,4 +1,4 @@
-"""Names and the table."""
+"""Tests of variant names and the table of variants."""
 
 import pytest
 from hypothesis import given
@@ -38,25 +38,25 @@ names = st.builds(
 
 
 @given(names)
-def test_a_name_is_read_back_as_it_was_written(name):
+def test_a_name_can_be_written_and_parsed_back(name):
     assert VariantName(str(name)).parts == name
     assert VariantName(name) == str(name)
 
 
 @given(names, names)
-def test_two_variants_never_share_a_name(one, other):
-    assert (str(one) == str(other)) == (one == other)
+def test_two_variants_never_share_a_name(left, right):
+    assert (str(left) == str(right)) == (left == right)
 
 
 @pytest.mark.parametrize(
     "text", ["", "onnx", "onnx-std-fp32", "onnx-fp32-std", "tf-fp32", "onnx-int9", "onnx-int8 ", "ONNX-int8"]
 )
-def test_only_one_spelling_is_a_name(text):
+def test_a_wrong_spelling_of_a_name_is_refused(text):
     with pytest.raises(UnknownVariantError):
         VariantName(text)
 
 
-def test_every_default_cell_can_be_derived_and_runs_where_it_is_measured():
+def test_every_default_cell_has_a_lineage_and_runs_on_its_provider():
     for provider, cells in variants.DEFAULT_CELLS.items():
         for name in cells:
             assert provider in variants.get(name).providers
@@ -64,7 +64,7 @@ def test_every_default_cell_can_be_derived_and_runs_where_it_is_measured():
 
 
 @given(names)
-def test_a_variant_is_made_from_its_parent_by_its_step_or_by_nothing(name):
+def test_the_step_of_a_variant_builds_it_from_its_parent(name):
     try:
         variant = variants.get(str(name))
     except UnknownVariantError:
@@ -86,14 +86,14 @@ def test_lineage_starts_at_the_root():
     ]
 
 
-def test_an_unknown_variant_is_told_the_nearest():
+def test_an_unknown_variant_gives_an_error_with_the_nearest_name():
     with pytest.raises(UnknownVariantError, match="Did you mean onnx-int8"):
         variants.get("onnx-int")
     with pytest.raises(UnknownVariantError, match="There are: torch-fp32"):
         variants.get("zzz")
 
 
-def test_child_finds_the_variant_a_step_makes():
+def test_child_returns_the_variant_that_a_step_builds():
     assert variants.derive_variant("onnx-fp32", Quantize()).name == "onnx-int8"
     assert variants.derive_variant("onnx-std", Optimize()).name == "onnx-fp32"
     assert variants.derive_variant("torch-fp32", Prune(0.3, "magnitude")).name == "torch-pruned30-magnitude"
@@ -111,7 +111,7 @@ def test_child_finds_the_variant_a_step_makes():
         variants.derive_variant("torch-pruned30", Prune(0.5))
     with pytest.raises(UnknownVariantError, match="It takes a pruned PyTorch variant"):
         variants.derive_variant("torch-fp32", Recover(1))
-    with pytest.raises(UnknownVariantError):  # training would fill the zeros
+    with pytest.raises(UnknownVariantError):  # training would change the zeros that the mask sets
         variants.derive_variant("torch-pruned30-mask", Recover(1))
 
 
@@ -119,7 +119,7 @@ def test_child_finds_the_variant_a_step_makes():
     ("kind", "settings"),
     [
         (Quantize, {"scheme": "nf4"}),
-        (Quantize, {"scheme": "fp16"}),  # `Optimize` builds it
+        (Quantize, {"scheme": "fp16"}),  # `Optimize` builds fp16
         (Quantize, {"backend": "torch", "scheme": "dynamic"}),
         (Quantize, {"backend": "torch", "scheme": "int8", "reduce_range": True}),
         (Quantize, {"scheme": "int4", "reduce_range": True}),
@@ -148,20 +148,21 @@ def test_settings_that_exclude_each_other_are_refused(kind, settings):
         decode_step(kind.__name__.lower(), settings)
 
 
-def test_passes_without_some_of_them():
+def test_passes_without_leaves_out_the_named_passes():
     assert Quantize.passes_without("dynamic", []) is None
     assert Quantize.passes_without("dynamic", ["padding"]) == ("quantize-linear", "quantize-embedding")
-    assert Quantize.passes_without("static", ["quantize-linear"]) == ("quantize-embedding",)  # `smooth` prepares it
+    # without quantize-linear, `smooth` has no use
+    assert Quantize.passes_without("static", ["quantize-linear"]) == ("quantize-embedding",)
     assert Quantize.passes_without("int4", ["quantize-linear", "quantize-embedding"]) == ()
     with pytest.raises(SettingsError, match="quantize-linear, quantize-embedding"):
         Quantize.passes_without("int4", ["padding"])
 
 
-def test_a_label_goes_with_what_is_made_of_it():
+def test_variants_built_from_a_parent_keep_its_label():
     assert variants.derive_variant("onnx-fp32", Quantize(), "small").name == "onnx-int8+small"
     assert variants.derive_variant("torch-fp32", Prune(0.5), "fast").name == "torch-pruned50+fast"
-    made = variants.derive_variant("onnx-std-pruned50+fast", Optimize())
-    assert (made.name, made.parent) == ("onnx-pruned50+fast", "onnx-std-pruned50+fast")
+    variant = variants.derive_variant("onnx-std-pruned50+fast", Optimize())
+    assert (variant.name, variant.parent) == ("onnx-pruned50+fast", "onnx-std-pruned50+fast")
     with pytest.raises(UnknownVariantError, match="starts with fast"):
         variants.derive_variant("onnx-std-pruned50+fast", Optimize(), "other")
     for name in ("torch-fp32+mine", "onnx-int8+", "onnx-int8+A", "onnx-int8+a+b", "onnx-int8+-a", "onnx-int8+a--b"):
@@ -169,7 +170,7 @@ def test_a_label_goes_with_what_is_made_of_it():
     assert variants.get("onnx-int8+small").runtime == "onnx"
 
 
-def test_the_unpruned_counterpart():
+def test_unpruned_is_the_name_without_pruning_tags_and_label():
     assert VariantName("onnx-pruned50-int8+fast").unpruned_name == "onnx-int8"
     assert VariantName("onnx-pruned50-r1-magnitude-int8").unpruned_name == "onnx-int8"
     assert VariantName("torch-pruned30").unpruned_name == "torch-fp32"
@@ -188,16 +189,16 @@ def test_the_unpruned_counterpart():
         Quantize(passes=("quantize-linear",)),
     ],
 )
-def test_a_step_survives_its_manifest(step):
+def test_a_step_can_be_written_to_a_manifest_and_read_back(step):
     assert decode_step(step_name(step), settings_of(step)) == step
 
 
-def test_a_setting_a_step_does_not_have_is_not_in_its_manifest():
+def test_a_manifest_has_only_the_settings_that_differ_from_the_defaults():
     assert settings_of(Quantize()) == {"backend": "ort", "scheme": "dynamic"}
     assert settings_of(Quantize(reduce_range=True))["reduce_range"] is True
 
 
-def test_a_step_of_another_release_is_refused_in_words():
+def test_an_unknown_step_or_setting_raises_an_artifact_error():
     with pytest.raises(ArtifactError, match="does not know"):
         decode_step("export", {"flavour": 1})
     with pytest.raises(ArtifactError, match="does not know"):

@@ -1,4 +1,7 @@
-"""Everything up to the device's own call, without a device: which provider and GPU, what falls back, what is held."""
+"""CUDA tests that need no device: provider and GPU choice, fallbacks, and memory figures.
+
+Tests marked `gpu` need one.
+"""
 
 import dataclasses
 from types import SimpleNamespace
@@ -33,11 +36,11 @@ T4 = {"name": "Tesla T4", "memory_bytes": 16 << 30, "compute_capability": "7.5"}
 FAKE = {"fake": Backend("fake_backend:FakeSession", ("json",))}
 
 
-class OnTheHost:
-    """A real CPU session that says it is on CUDA: what is bound to the GPU is bound to the host."""
+class SessionOnHost:
+    """A real CPU session that reports CUDA as its provider and binds GPU tensors to the host."""
 
-    # Set by the fixture, for one test each: operators that are on the CPU, devices bound to, what was asked for.
-    elsewhere: tuple
+    # The fixture sets these for each test: operators on the CPU, bound devices, and requested options.
+    cpu_operators: tuple
     devices: list
     options: list
 
@@ -49,11 +52,14 @@ class OnTheHost:
         return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
     def get_provider_graph_assignment_info(self):
-        def part(provider, kinds):
+        def assignment(provider, kinds):
             return SimpleNamespace(ep_name=provider, get_nodes=lambda: [SimpleNamespace(op_type=k) for k in kinds])
 
-        there = [node.op_type for p in self._real.get_provider_graph_assignment_info() for node in p.get_nodes()]
-        return [part("CUDAExecutionProvider", there), part("CPUExecutionProvider", [*self.elsewhere, "Shape", "Slice"])]
+        operators = [node.op_type for p in self._real.get_provider_graph_assignment_info() for node in p.get_nodes()]
+        return [
+            assignment("CUDAExecutionProvider", operators),
+            assignment("CPUExecutionProvider", [*self.cpu_operators, "Shape", "Slice"]),
+        ]
 
     def io_binding(self):
         binding, devices = self._real.io_binding(), self.devices
@@ -82,8 +88,8 @@ REAL_SESSION, REAL_VALUE = ort.InferenceSession, ort.OrtValue
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """ONNX Runtime with a GPU, as far as its caller can tell."""
-    fake = type("OnTheHost", (OnTheHost,), {"elsewhere": (), "devices": [], "options": []})
+    """Makes ONNX Runtime look as if it had a GPU."""
+    fake = type("OnTheHost", (SessionOnHost,), {"cpu_operators": (), "devices": [], "options": []})
 
     def from_numpy(array, kind, device_id):
         fake.devices.append((kind, device_id))
@@ -96,7 +102,7 @@ def cuda(monkeypatch):
     return fake
 
 
-def test_onnx_on_a_gpu_is_bound_to_it_and_answers_as_on_the_cpu(built_tiny, cuda, monkeypatch):
+def test_an_onnx_session_binds_tensors_to_its_gpu_and_gives_the_cpu_logits(built_tiny, cuda, monkeypatch):
     session = OrtSession(built_tiny.path("onnx-fp32"), Place("cuda", 1, device_id=1))
     logits = session.run(BATCH)
     assert set(cuda.devices) == {("cuda", 1)}
@@ -113,8 +119,8 @@ def test_onnx_on_a_gpu_is_bound_to_it_and_answers_as_on_the_cpu(built_tiny, cuda
     np.testing.assert_array_equal(logits, on_cpu.run(BATCH))
 
 
-def test_a_node_without_a_kernel_on_the_gpu_is_refused_by_name_and_allowed_as_what_it_is(built_tiny, cuda):
-    cuda.elsewhere = ("DynamicQuantizeMatMul", "DynamicQuantizeMatMul", "Gelu")
+def test_a_node_without_a_gpu_kernel_is_refused_or_reported_as_a_fallback(built_tiny, cuda):
+    cuda.cpu_operators = ("DynamicQuantizeMatMul", "DynamicQuantizeMatMul", "Gelu")
     with pytest.raises(ProviderError, match="no kernel for 2 DynamicQuantizeMatMul, 1 Gelu"):
         OrtSession(built_tiny.path("onnx-int8"), Place("cuda", 1))
     session = OrtSession(built_tiny.path("onnx-int8"), Place("cuda", 1, allow_fallback=True))
@@ -122,7 +128,7 @@ def test_a_node_without_a_kernel_on_the_gpu_is_refused_by_name_and_allowed_as_wh
     assert session.facts()["fallback"].endswith("nodes run on the CPU")
 
 
-def test_a_whole_session_that_fell_back_says_so_where_that_is_allowed(built_tiny, monkeypatch):
+def test_a_session_that_falls_back_entirely_is_refused_or_reported(built_tiny, monkeypatch):
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setattr(
         ort, "InferenceSession", lambda path, options, providers: REAL_SESSION(path, options, ["CPUExecutionProvider"])
@@ -147,20 +153,20 @@ def test_a_whole_session_that_fell_back_says_so_where_that_is_allowed(built_tiny
         ("CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc((void**)&p, size);", "memory"),
     ],
 )
-def test_onnx_runtimes_want_of_room_names_the_number_it_gives(built_tiny, cuda, said, named):
+def test_a_memory_error_of_onnx_runtime_gives_the_requested_size(built_tiny, cuda, message, memory_text):
     from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 
     session = OrtSession(built_tiny.path("onnx-fp32"), Place("cuda", 1))
 
-    def fails(binding):
-        raise RuntimeException(said)
+    def raise_memory_error(binding):
+        raise RuntimeException(message)
 
-    session._session.run_with_iobinding = fails
-    with pytest.raises(DeviceMemoryError, match=f"too little {named}"):
+    session._session.run_with_iobinding = raise_memory_error
+    with pytest.raises(DeviceMemoryError, match=f"too little {memory_text}"):
         session.run(BATCH)
 
 
-def test_pytorchs_want_of_room_names_the_number():
+def test_a_memory_error_of_pytorch_gives_the_requested_size():
     with (
         pytest.raises(DeviceMemoryError, match="too little memory for the requested 20 MiB"),
         translate_memory_error(torch.device("cpu")),
@@ -168,7 +174,7 @@ def test_pytorchs_want_of_room_names_the_number():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of …")
 
 
-def test_a_pytorch_session_leaves_the_batch_where_the_model_is(built_tiny):
+def test_a_resident_pytorch_batch_gives_the_logits_of_run(built_tiny):
     session = TorchSession(built_tiny.path("torch-fp32"), Place("cpu", 1))
     answer = session.resident(BATCH)
     np.testing.assert_array_equal(answer().numpy(), session.run(BATCH))
@@ -181,18 +187,18 @@ def test_a_pytorch_session_leaves_the_batch_where_the_model_is(built_tiny):
         ((6, 1), ["sm_50", "sm_60", "sm_70"], True),
         ((7, 5), ["sm_70", "sm_80"], True),
         ((7, 0), ["sm_75", "sm_80"], False),
-        ((12, 0), ["sm_80", "sm_90a", "compute_90"], True),  # compiled for it when loaded
+        ((12, 0), ["sm_80", "sm_90a", "compute_90"], True),  # the driver compiles compute_90 code when it loads it
         ((12, 0), ["sm_80", "sm_90a"], False),
-        ((8, 9), [], True),  # a build that does not say
+        ((8, 9), [], True),  # a build that does not list its architectures
     ],
 )
-def test_a_gpu_that_the_build_has_no_kernels_for_is_known_beforehand(monkeypatch, capability, built_for, served):
-    assert _has_kernels(capability, built_for) is served
+def test_a_gpu_without_kernels_in_the_pytorch_build_is_refused(monkeypatch, capability, architectures, supported):
+    assert _has_kernels(capability, architectures) is supported
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: "a GPU")
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built_for)
-    if served:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda place: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: architectures)
+    if supported:
         assert device(Place("cuda", 1, device_id=1)) == torch.device("cuda:1")
     else:
         with pytest.raises(ProviderError, match=r"has no kernels for a GPU, compute capability \d+\.\d"):
@@ -201,17 +207,17 @@ def test_a_gpu_that_the_build_has_no_kernels_for_is_known_beforehand(monkeypatch
 
 @pytest.fixture
 def nvml(monkeypatch):
-    """NVML with one GPU whose figures a test sets."""
-    state = SimpleNamespace(used=1000, processes=[], asked=[])
+    """Fakes NVML with one GPU, whose figures a test sets."""
+    state = SimpleNamespace(used=1000, processes=[], queries=[])
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: state.asked.append(index) or "gpu")
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda name: state.asked.append(name) or "gpu")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: state.queries.append(index) or "gpu")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda name: state.queries.append(name) or "gpu")
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: SimpleNamespace(used=state.used))
     monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda handle: state.processes)
     return state
 
 
-def test_gpu_memory_is_this_processs_share(nvml, monkeypatch):
+def test_gpu_memory_is_the_memory_of_this_process(nvml, monkeypatch):
     monkeypatch.setattr(gpu_memory.os, "getpid", lambda: 7)
     meter = gpu_memory.meter(0)
     nvml.processes = [SimpleNamespace(pid=7, usedGpuMemory=300), SimpleNamespace(pid=8, usedGpuMemory=5000)]
@@ -221,89 +227,89 @@ def test_gpu_memory_is_this_processs_share(nvml, monkeypatch):
 
 
 @pytest.mark.parametrize("hidden", [[], [SimpleNamespace(pid=-1, usedGpuMemory=9)], None])
-def test_where_a_container_hides_processes_it_is_the_devices_difference_and_marked(nvml, hidden):
+def test_gpu_memory_is_the_growth_on_the_device_where_processes_are_hidden(nvml, hidden):
     import os
 
     meter = gpu_memory.meter(0)
-    # Some drivers list the process and keep its share to themselves.
+    # Some drivers list the process without its memory.
     nvml.processes = [SimpleNamespace(pid=os.getpid(), usedGpuMemory=None)] if hidden is None else hidden
     nvml.used = 1750
     assert (meter.read(), meter.method) == (750, gpu_memory.DIFFERENCE)
 
 
-def test_without_nvml_there_is_no_figure(monkeypatch):
-    def missing():
+def test_gpu_memory_is_unknown_without_nvml(monkeypatch):
+    def raise_not_found():
         raise pynvml.NVMLError_LibraryNotFound
 
-    monkeypatch.setattr(pynvml, "nvmlInit", missing)
+    monkeypatch.setattr(pynvml, "nvmlInit", raise_not_found)
     assert gpu_memory.meter(0) is None
     assert hardware.gpus() == ([], "")
 
 
 @pytest.mark.parametrize(("visible", "asked"), [("", 1), ("3,5", 5), ("GPU-aa,GPU-bb", "GPU-bb")])
-def test_nvml_is_asked_for_the_gpu_that_cuda_means(nvml, monkeypatch, visible, asked):
+def test_nvml_reads_the_gpu_that_cuda_visible_devices_selects(nvml, monkeypatch, visible, query):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     gpu_memory.meter(1)
-    assert nvml.asked == [asked]
+    assert nvml.queries == [query]
 
 
 @pytest.fixture
-def measured(fake, monkeypatch):
-    """Rows of fake cells on CUDA: name → behaviour."""
+def bench_cells(fake, monkeypatch):
+    """Returns a function that benchmarks fake cells on CUDA, given as name → behaviour."""
     monkeypatch.setattr(bench_module, "SETTLE_S", 0.0)
     encoder = Encoder.open(inputs.SST2.parent / "model", ("input_ids", "attention_mask"), 512)
     data = Data("fake", tuple(f"sentence number {i}" for i in range(40)), tuple(i % 2 for i in range(40)))
     protocol = Protocol(passes=1, min_s=0.16, pass_s=40, starts=2, threads=1, batch_size=8, device_id=1)
 
     def measure(**behaviours):
-        cells = [Cell("fake", n, "fake", "cuda", fake(n, **does)) for n, does in behaviours.items()]
-        rows, how = bench(cells, data, encoder, protocol, lambda *_: None, FAKE)
-        return run.make_result(rows, how, data, 512)
+        cells = [Cell("fake", name, "fake", "cuda", fake(name, **behaviour)) for name, behaviour in behaviours.items()]
+        rows, run_facts = bench(cells, data, encoder, protocol, lambda *_: None, FAKE)
+        return run.make_result(rows, run_facts, data, 512)
 
     return measure
 
 
-def test_a_cuda_row_has_the_time_on_the_device_beside_the_whole(measured, tmp_path):
-    run = measured(quick={"us": 900, "resident_us": 400})
+def test_a_cuda_row_has_the_time_on_the_device_and_the_whole_latency(bench_cells, tmp_path):
+    run = bench_cells(quick={"us": 900, "resident_us": 400})
     row = run.rows[0]
     assert 0.4 <= row.resident_ms["p50"] < row.latency_ms["p50"]
-    assert row.resident.count == 40  # every sentence once
+    assert row.resident.count == 40  # each sentence once
     assert row.facts["session"]["device_id"] == 1
     assert row.facts["session"]["device_order"] == "PCI_BUS_ID"
     assert run.run["device_id"] == 1
     run.write(tmp_path / "run.json")
     assert ResultFile.read(tmp_path / "run.json") == run
-    shown = compare([run])
-    assert "on device p50 ms" in [header for header, _ in columns(shown)]
-    assert any(line.startswith("On device:") for line in notes(shown))
+    comparison = compare([run])
+    assert "on device p50 ms" in [header for header, _ in columns(comparison)]
+    assert any(line.startswith("On device:") for line in notes(comparison))
 
 
-def test_a_gpu_without_room_fails_its_row_with_the_number_and_no_other(measured):
-    rows = {row.variant: row for row in measured(good={}, big={"ask_for": 3 << 30, "after": 20}).rows}
+def test_a_memory_error_fails_its_own_row_and_gives_the_requested_size(bench_cells):
+    rows = {row.variant: row for row in bench_cells(good={}, big={"ask_for": 3 << 30, "after": 20}).rows}
     assert rows["good"].status == "ok"
     assert (rows["big"].status, "3,072 MiB" in rows["big"].reason) == ("failed", True)
 
 
-def test_a_fallback_is_marked_wherever_the_row_is_shown(measured):
-    run = measured(half={})
+def test_a_comparison_marks_a_row_with_a_fallback(bench_cells):
+    run = bench_cells(half={})
     facts = {**run.rows[0].facts, "session": {"fallback": "3 of 9 nodes run on the CPU", "note": "memory, not speed"}}
     run = dataclasses.replace(run, rows=(dataclasses.replace(run.rows[0], facts=facts),))
-    shown = compare([run])
-    # Whether it is noisy as well is this machine's doing.
-    assert dict(columns(shown))["cell"](shown[0]).removesuffix(" [noisy]") == "half@cuda ◆ [fallback]"
-    assert {"half@cuda: 3 of 9 nodes run on the CPU.", "half@cuda: memory, not speed."} <= set(notes(shown))
+    comparison = compare([run])
+    # The row may also be noisy on this machine.
+    assert dict(columns(comparison))["cell"](comparison[0]).removesuffix(" [noisy]") == "half@cuda ◆ [fallback]"
+    assert {"half@cuda: 3 of 9 nodes run on the CPU.", "half@cuda: memory, not speed."} <= set(notes(comparison))
 
 
-def test_gpu_memory_has_its_column_and_its_method(measured):
-    run = measured(one={})
+def test_a_comparison_shows_gpu_memory_and_how_it_was_measured(bench_cells):
+    run = bench_cells(one={})
     memory = {**run.rows[0].memory_bytes, "gpu": {"load": 1, "peak": 300_000_000, "method": gpu_memory.DIFFERENCE}}
     run = dataclasses.replace(run, rows=(dataclasses.replace(run.rows[0], memory_bytes=memory),))
-    shown = compare([run])
-    assert dict(columns(shown))["GPU peak MB"](shown[0]) == "300"
-    assert f"GPU peak: {gpu_memory.DIFFERENCE}." in notes(shown)
+    comparison = compare([run])
+    assert dict(columns(comparison))["GPU peak MB"](comparison[0]) == "300"
+    assert f"GPU peak: {gpu_memory.DIFFERENCE}." in notes(comparison)
 
 
-def test_cells_that_fall_back_are_planned_only_where_that_is_allowed():
+def test_cells_that_fall_back_are_planned_only_with_allow_fallback():
     with pytest.raises(BenchError, match="onnx-int8 is not measured on cuda") as error:
         run.planned_pairs(("onnx-int8",), ("cuda",))
     assert "--allow-fallback" in error.value.hint
@@ -313,7 +319,7 @@ def test_cells_that_fall_back_are_planned_only_where_that_is_allowed():
         run.planned_pairs(("torch-int8",), ("cuda",), allow_fallback=True)
 
 
-def test_a_wrong_device_id_is_told_with_what_there_is(monkeypatch, tmp_path, tiny_checkpoint, capsys):
+def test_a_wrong_device_id_gives_an_error_that_lists_the_gpus(monkeypatch, tmp_path, tiny_checkpoint, capsys):
     monkeypatch.setattr(hardware, "gpus", lambda: ([T4], "580.1"))
     assert hardware.missing_cuda(0) is None
     assert hardware.missing_cuda(2) == (
@@ -334,12 +340,12 @@ def test_onnx_fp16_is_fused_for_cuda_in_half_precision(tiny):
     assert facts["rewrites"]["half"] > 0
     assert artifact.manifest.size_bytes < 0.6 * tiny.load("onnx-std").manifest.size_bytes
     logits = open_session(artifact.path, "onnx", Place("cpu", 1)).run(BATCH)
-    wanted = open_session(tiny.path("torch-fp32"), "torch", Place("cpu", 1)).run(BATCH)
+    reference_logits = open_session(tiny.path("torch-fp32"), "torch", Place("cpu", 1)).run(BATCH)
     assert logits.dtype == np.float32
-    assert 0 < np.abs(logits - wanted).max() < 0.05
+    assert 0 < np.abs(logits - reference_logits).max() < 0.05
 
 
-def test_export_for_cuda_builds_it(tiny_checkpoint, tmp_path, capsys):
+def test_export_with_optimize_cuda_plans_onnx_fp16(tiny_checkpoint, tmp_path, capsys):
     arguments = ["export", "--model", str(tiny_checkpoint), "--exported", str(tmp_path), "--optimize", "cuda"]
     assert main([*arguments, "--dry-run"]) == 0
     assert "onnx-fp16: build (missing); provider=cuda, passes=['fuse-cuda', 'half']" in capsys.readouterr().out
@@ -347,17 +353,17 @@ def test_export_for_cuda_builds_it(tiny_checkpoint, tmp_path, capsys):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device")
-def test_pytorch_on_the_gpu_answers_as_on_the_cpu(built_tiny):
-    there, here = (TorchSession(built_tiny.path("torch-fp32"), Place(name, 1)) for name in ("cuda", "cpu"))
-    assert there.facts()["provider"] == "cuda"
-    assert np.abs(there.run(BATCH) - here.run(BATCH)).max() < 1e-2  # TF32
-    assert there.resident(BATCH)().device.type == "cuda"
+def test_pytorch_gives_the_same_logits_on_gpu_and_cpu(built_tiny):
+    on_gpu, on_cpu = (TorchSession(built_tiny.path("torch-fp32"), Place(name, 1)) for name in ("cuda", "cpu"))
+    assert on_gpu.facts()["provider"] == "cuda"
+    assert np.abs(on_gpu.run(BATCH) - on_cpu.run(BATCH)).max() < 1e-2  # TF32
+    assert on_gpu.resident(BATCH)().device.type == "cuda"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device")
-def test_gpu_memory_grows_with_what_is_put_there():
+def test_gpu_memory_grows_by_the_size_of_a_new_tensor():
     meter = gpu_memory.meter(0)
-    before = meter.read()
-    held = torch.zeros(64 << 20, dtype=torch.uint8, device="cuda")
-    assert meter.read() - before >= held.numel()
+    memory_before = meter.read()
+    tensor = torch.zeros(64 << 20, dtype=torch.uint8, device="cuda")
+    assert meter.read() - memory_before >= tensor.numel()

@@ -1,4 +1,4 @@
-"""The real onnxruntime-gpu on a machine without a GPU: it lists CUDA as available, and is believed in nothing."""
+"""The real onnxruntime-gpu on a machine without a GPU: it lists CUDA as available, and the toolchain refuses it."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ PIN = next(
 
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory):
-    """The pinned onnxruntime-gpu alone in a folder that stands before this environment's onnxruntime."""
+    """Installs the pinned onnxruntime-gpu into a folder of its own that Python searches before this environment."""
     if hardware.missing_cuda() is None:
         pytest.skip("an NVIDIA GPU answers here: nothing is refused")
     folder = tmp_path_factory.mktemp("runtime")
@@ -29,7 +29,7 @@ def runtime(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_cuda_session_is_refused_in_words(runtime, built_tiny):
+def test_a_cuda_session_without_a_gpu_raises_a_provider_error(runtime, built_tiny):
     code = (
         "import sys; from pathlib import Path; import onnxruntime as ort\n"
         "from toolchain.backends import Place, open_session; from toolchain.errors import ProviderError\n"
@@ -46,9 +46,10 @@ def test_a_cuda_session_is_refused_in_words(runtime, built_tiny):
         timeout=300,
         check=True,
     )
-    first, *said = run.stdout.splitlines()
+    first, *output_lines = run.stdout.splitlines()
     assert first.startswith(str(runtime))
     assert "CUDAExecutionProvider" in first
-    refused = [line for line in said if line.startswith("refused: ")]  # beside what it says of missing libraries
-    assert len(refused) == 1
-    assert "ONNX Runtime could not start CUDAExecutionProvider and uses CPUExecutionProvider instead" in refused[0]
+    # ONNX Runtime also prints lines about missing libraries
+    refusals = [line for line in output_lines if line.startswith("refused: ")]
+    assert len(refusals) == 1
+    assert "ONNX Runtime could not start CUDAExecutionProvider and uses CPUExecutionProvider instead" in refusals[0]

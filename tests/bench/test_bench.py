@@ -1,4 +1,4 @@
-"""The benchmark on sessions that behave badly on purpose, and once on real ones."""
+"""Tests of the benchmark on fake sessions that misbehave, and once on real sessions."""
 
 import os
 import re
@@ -37,7 +37,7 @@ FAST = Protocol(passes=1, min_s=0.16, pass_s=40, starts=2, threads=1, batch_size
 
 @pytest.fixture(autouse=True)
 def no_settling(monkeypatch):
-    """Fake sessions leave no thread spinning."""
+    """Skips the wait for idle threads, since fake sessions start none."""
     monkeypatch.setattr(bench_module, "SETTLE_S", 0.0)
 
 
@@ -48,25 +48,25 @@ def encoder():
 
 @pytest.fixture(scope="module")
 def data(encoder):
-    """Labels the fake session answers rightly, but for every tenth."""
+    """Texts with the labels that the fake session predicts, except for each tenth text."""
     labels = [int(sum(ids) % 2 == 0) for ids in encoder.encode(TEXTS)]
     return Data("fake", TEXTS, tuple(1 - y if i % 10 == 0 else y for i, y in enumerate(labels)))
 
 
 @pytest.fixture
 def run(fake, data, encoder):
-    """Measures fake variants: name → behaviour."""
+    """Returns a function that measures fake variants, given as name → behaviour."""
 
     def measure(protocol=FAST, **behaviours):
-        cells = [Cell("fake", n, "fake", "cpu", fake(n, **does)) for n, does in behaviours.items()]
-        rows, how = bench(cells, data, encoder, protocol, lambda *_: None, FAKE)
-        return {row.variant: row for row in rows}, how
+        cells = [Cell("fake", name, "fake", "cpu", fake(name, **behaviour)) for name, behaviour in behaviours.items()]
+        rows, run_facts = bench(cells, data, encoder, protocol, lambda *_: None, FAKE)
+        return {row.variant: row for row in rows}, run_facts
 
     return measure
 
 
-def test_a_row_has_all_four_figures_and_the_raw_samples(run, fake):
-    rows, how = run(good={"us": 300})
+def test_a_row_has_its_figures_and_its_raw_samples(run, fake):
+    rows, run_facts = run(good={"us": 300})
     row = rows["good"]
     assert row.status == "ok"
     assert (row.accuracy.correct, row.accuracy.count, row.accuracy.batch_size) == (72, 80, 1)
@@ -79,10 +79,10 @@ def test_a_row_has_all_four_figures_and_the_raw_samples(run, fake):
     assert memory["peak"] > memory["bare"]
     assert "VmHWM" in memory["method"]
     assert row.size_bytes["total"] > 0
-    assert row.latency.count % 80 == 0  # every sentence equally often
-    assert len(row.latency.rounds) == how["rounds"] == 8
+    assert row.latency.count % 80 == 0  # each sentence the same number of times
+    assert len(row.latency.rounds) == run_facts["rounds"] == 8
     assert len(row.predictions) == 80
-    assert how["threads"] == 1
+    assert run_facts["threads"] == 1
     assert 0 <= row.noise["steal_share"] <= 1
     assert 0 <= row.noise["others_share"] <= 1
     assert len(row.cold_start.values()) == len(row.load.values()) == 2
@@ -93,7 +93,7 @@ def test_a_row_has_all_four_figures_and_the_raw_samples(run, fake):
 
 
 @pytest.mark.slow
-def test_a_cell_has_its_own_process_the_thread_budget_and_no_hub(run):
+def test_each_cell_runs_in_its_own_process_with_the_thread_limit_and_without_the_hub(run):
     rows, _ = run(one={}, other={})
     facts = [row.facts["session"] for row in rows.values()]
     assert len({os.getpid(), *(f["pid"] for f in facts)}) == 3
@@ -101,16 +101,16 @@ def test_a_cell_has_its_own_process_the_thread_budget_and_no_hub(run):
 
 
 @pytest.mark.slow
-def test_a_row_says_what_the_option_for_exact_products_costs(run):
+def test_a_row_states_the_cost_of_the_option_for_exact_products(run):
     rows, _ = run(
         saturable={"us": 2000, "headroom": 0.5, "option_time": 2.0},
         portable={"headroom": 1.0, "option_time": 2.0},
         elsewhere={"headroom": 0.5},
     )
-    found = rows["saturable"].facts["exactness"]
-    assert found["option"] == ["an.option", "1"]
-    assert 1.5 < found["time"]["value"] < 2.5
-    assert found["time"]["low"] <= found["time"]["value"] <= found["time"]["high"]
+    exactness = rows["saturable"].facts["exactness"]
+    assert exactness["option"] == ["an.option", "1"]
+    assert 1.5 < exactness["time"]["value"] < 2.5
+    assert exactness["time"]["low"] <= exactness["time"]["value"] <= exactness["time"]["high"]
     assert "exactness" not in rows["portable"].facts
     assert "exactness" not in rows["elsewhere"].facts
     result = bench_run.make_result(list(rows.values()), {}, Data("fake", TEXTS, (0,) * len(TEXTS)), 512)
@@ -132,10 +132,10 @@ DEATHS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 60])
-def test_a_cell_that_dies_is_a_row_that_says_so_and_the_others_go_on(run, after):
-    """Four cells die in four ways in one run, before and after cells that do not."""
-    dying = {name: {**behaviour, "after": after} for name, (behaviour, _) in DEATHS.items()}
-    rows, _ = run(good={}, **dying, best={})
+def test_a_failed_cell_gives_a_row_with_the_reason_and_the_run_continues(run, after):
+    """Four cells fail in four ways in one run, while the cells before and after them succeed."""
+    failing = {name: {**behaviour, "after": after} for name, (behaviour, _) in DEATHS.items()}
+    rows, _ = run(good={}, **failing, best={})
     assert [row.status for row in rows.values()] == ["ok", *["failed"] * len(DEATHS), "ok"]
     for name, (_, reason) in DEATHS.items():
         assert rows[name].latency_ms == {}
@@ -145,12 +145,12 @@ def test_a_cell_that_dies_is_a_row_that_says_so_and_the_others_go_on(run, after)
 @pytest.mark.slow
 def test_a_cell_that_hangs_is_stopped(run, monkeypatch):
     monkeypatch.setattr(bench_module, "TURN_TIMEOUT_S", 0.5)
-    started = time.monotonic()
+    start = time.monotonic()
     rows, _ = run(good={}, bad={"hang": 600, "after": 100})
     assert rows["bad"].status == "failed"
     assert "did not answer within" in rows["bad"].reason
     assert rows["good"].status == "ok"
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - start < 60
 
 
 def test_a_provider_that_refuses_is_unavailable_not_failed(run):
@@ -160,27 +160,27 @@ def test_a_provider_that_refuses_is_unavailable_not_failed(run):
 
 
 @pytest.mark.slow
-def test_what_is_slower_is_measured_slower(run):
+def test_a_slower_variant_has_higher_latency_and_lower_throughput(run):
     rows, _ = run(fast={"us": 400}, slow={"us": 800})
     assert 1.5 < rows["slow"].latency_ms["p50"] / rows["fast"].latency_ms["p50"] < 2.5
     assert 1.5 < rows["fast"].throughput_per_s / rows["slow"].throughput_per_s < 2.5
 
 
 @pytest.mark.slow
-def test_a_leak_is_seen_in_the_memory(run):
+def test_peak_memory_shows_a_leak(run):
     rows, _ = run(tight={}, leaky={"leak": 100_000})
-    runs_made = 100  # at least this many in a quick run
-    assert rows["leaky"].memory_bytes["peak"] - rows["tight"].memory_bytes["peak"] > 100_000 * runs_made
+    run_count = 100  # a quick run has at least this many
+    assert rows["leaky"].memory_bytes["peak"] - rows["tight"].memory_bytes["peak"] > 100_000 * run_count
 
 
 @pytest.mark.slow
-def test_rounds_are_interleaved_and_every_cell_gets_the_same_work(fake, data, encoder, monkeypatch):
+def test_each_round_measures_every_cell_on_the_same_batches(fake, data, encoder, monkeypatch):
     turns = []
-    real = bench_module._Bench._run_turn
+    original_turn = bench_module._Bench._run_turn
 
     def spy(self, index, item, turn, work):
         turns.append((item.cell.variant, work.kind, tuple(map(tuple, work.batches))))
-        real(self, index, item, turn, work)
+        original_turn(self, index, item, turn, work)
 
     monkeypatch.setattr(bench_module._Bench, "_run_turn", spy)
     cells = [Cell("fake", n, "fake", "cpu", fake(n)) for n in ("a", "b", "c")]
@@ -188,24 +188,26 @@ def test_rounds_are_interleaved_and_every_cell_gets_the_same_work(fake, data, en
     groups = [turns[i : i + 3] for i in range(0, len(turns), 3)]
     assert all({name for name, _, _ in group} == {"a", "b", "c"} for group in groups)
     assert all(len({(kind, work) for _, kind, work in group}) == 1 for group in groups)
-    assert len({tuple(name for name, _, _ in group) for group in groups}) > 1  # the order is not always the same
+    assert len({tuple(name for name, _, _ in group) for group in groups}) > 1  # the order varies
     for kind in ("single-stream", "offline"):
-        asked = sorted(i for name, its, work in turns if (name, its) == ("a", kind) for batch in work for i in batch)
-        assert asked == list(range(80))
+        measured_indices = sorted(
+            i for name, work_kind, work in turns if (name, work_kind) == ("a", kind) for batch in work for i in batch
+        )
+        assert measured_indices == list(range(80))
 
 
 @pytest.mark.parametrize(
     ("count", "slowest_s", "asked"),
     [(872, 0.01, 872), (872, 0.1, 400), (872, 10.0, 100), (80, 10.0, 80), (10**5, 0.001, 2000)],
 )
-def test_a_set_too_large_for_the_slowest_cell_is_sampled(count, slowest_s, asked):
-    chosen = scenarios.choose_sentences(count, slowest_s, scenarios.QUICK)
-    assert len(set(chosen)) == len(chosen) == asked
-    assert chosen == scenarios.choose_sentences(count, slowest_s, scenarios.QUICK)
+def test_a_data_set_too_large_for_the_slowest_cell_is_sampled(count, slowest_s, sample_size):
+    sample = scenarios.choose_sentences(count, slowest_s, scenarios.QUICK)
+    assert len(set(sample)) == len(sample) == sample_size
+    assert sample == scenarios.choose_sentences(count, slowest_s, scenarios.QUICK)
 
 
 @given(st.lists(st.integers(1, 512), min_size=1, max_size=200), st.integers(1, 64))
-def test_batches_hold_every_sentence_once_within_size_and_token_budget(lengths, size):
+def test_batches_hold_each_sentence_once_within_the_size_and_token_limits(lengths, size):
     batches = scenarios.offline_batches(lengths, size)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
@@ -215,48 +217,48 @@ def test_batches_hold_every_sentence_once_within_size_and_token_budget(lengths, 
     assert longest == sorted(longest)
 
 
-def test_accuracy_is_over_the_whole_set_even_where_batch_1_was_sampled(run, monkeypatch):
+def test_accuracy_covers_the_whole_data_set_where_batch_1_is_sampled(run, monkeypatch):
     monkeypatch.setattr(scenarios, "MOST_SENTENCES", 16)
-    rows, how = run(good={})
-    assert how["single_sentences"] == 16
+    rows, run_facts = run(good={})
+    assert run_facts["single_sentences"] == 16
     assert (rows["good"].accuracy.count, rows["good"].accuracy.batch_size) == (80, 8)
     assert sum(p is not None for p in rows["good"].probabilities) == 16
 
 
 @pytest.mark.slow
-def test_latency_at_each_length_is_taken_where_asked_for(run):
+def test_by_length_measures_the_latency_at_each_length(run):
     rows, _ = run(replace(FAST, by_length=True), good={})
     assert list(rows["good"].by_length) == list(scenarios.LENGTHS)
     assert all(len(samples.rounds) == 8 for samples in rows["good"].by_length.values())
 
 
 @pytest.mark.slow
-def test_an_answer_that_is_no_number_is_a_failure(run):
+def test_a_nan_logit_fails_the_row(run):
     rows, _ = run(good={}, bad={"nan_after": 100})
     assert rows["good"].status == "ok"
     assert (rows["bad"].status, "no number" in rows["bad"].reason) == ("failed", True)
 
 
 @pytest.mark.slow
-def test_an_answer_that_depends_on_its_batch_is_counted(run):
+def test_a_row_counts_the_answers_that_depend_on_their_batch(run):
     rows, _ = run(steady={}, moody={"moody": True})
     assert rows["steady"].batch_changed == 0
     assert rows["moody"].batch_changed == 80
 
 
 @pytest.mark.slow
-def test_ten_per_cent_slower_is_found_with_an_interval_that_excludes_no_difference(fake, data, encoder):
-    told = {"torch-fp32": {"us": 2000}, "slower": {"us": 2200}}
-    cells = [Cell("fake", n, "fake", "cpu", fake(n, **does)) for n, does in told.items()]
-    rows, how = bench(cells, data, encoder, FAST, lambda *_: None, FAKE)
-    slower = compare([bench_run.make_result(rows, how, data, 512)])[1]
-    assert slower.speedup.differs
-    assert slower.speedup.low <= slower.speedup.value <= slower.speedup.high < 1
-    assert slower.throughput_gain.high < 1
+def test_a_variant_that_is_ten_per_cent_slower_has_a_speedup_interval_below_one(fake, data, encoder):
+    behaviours = {"torch-fp32": {"us": 2000}, "slower": {"us": 2200}}
+    cells = [Cell("fake", name, "fake", "cpu", fake(name, **behaviour)) for name, behaviour in behaviours.items()]
+    rows, run_facts = bench(cells, data, encoder, FAST, lambda *_: None, FAKE)
+    slow_row = compare([bench_run.make_result(rows, run_facts, data, 512)])[1]
+    assert slow_row.speedup.differs
+    assert slow_row.speedup.low <= slow_row.speedup.value <= slow_row.speedup.high < 1
+    assert slow_row.throughput_gain.high < 1
 
 
 @pytest.mark.slow
-def test_where_memory_is_short_processes_make_room_and_start_again(run, monkeypatch):
+def test_processes_end_and_restart_where_memory_is_short(run, monkeypatch):
     import psutil
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=100, available=0))
@@ -265,44 +267,44 @@ def test_where_memory_is_short_processes_make_room_and_start_again(run, monkeypa
     assert all(len(row.cold_start.values()) > 2 for row in rows.values())
 
 
-class Stopped(KeyboardInterrupt):
+class RunStopped(KeyboardInterrupt):
     pass
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_where_it_was(fake, data, encoder, tmp_path, monkeypatch):
+def test_a_resumed_run_measures_only_the_missing_turns(fake, data, encoder, tmp_path, monkeypatch):
     cells = [Cell("fake", n, "fake", "cpu", fake(n)) for n in ("a", "b")]
     head = {"cells": ["a@cpu", "b@cpu"], "protocol": "p"}
     file = tmp_path / "m-20260101T000000Z.journal"
 
-    def stop(done, total, what):
-        if what == "b@cpu, offline, round 6 of 8":
-            raise Stopped
+    def stop(done, total, label):
+        if label == "b@cpu, offline, round 6 of 8":
+            raise RunStopped
 
-    with pytest.raises(Stopped):
+    with pytest.raises(RunStopped):
         bench(cells, data, encoder, FAST, stop, FAKE, Journal.begin(file, head))
-    with file.open("a") as torn:
-        torn.write('{"cell": 0, "kind"')
-    kept = Journal.resume(journal.find_newest(tmp_path, "m"), head)
-    done_before = [r for r in kept.records if r["kind"] in ("single-stream", "offline")]
-    assert len(done_before) >= 5 * 4
-    asked = []
-    real = bench_module._Bench._run_turn
+    with file.open("a") as stream:
+        stream.write('{"cell": 0, "kind"')
+    run_journal = Journal.resume(journal.find_newest(tmp_path, "m"), head)
+    old_records = [r for r in run_journal.records if r["kind"] in ("single-stream", "offline")]
+    assert len(old_records) >= 5 * 4
+    turns = []
+    original_turn = bench_module._Bench._run_turn
 
     def spy(self, index, item, turn, work):
-        asked.append((index, work.kind, turn))
-        real(self, index, item, turn, work)
+        turns.append((index, work.kind, turn))
+        original_turn(self, index, item, turn, work)
 
     monkeypatch.setattr(bench_module._Bench, "_run_turn", spy)
-    rows, how = bench(cells, data, encoder, FAST, lambda *_: None, FAKE, kept)
-    assert not {(r["cell"], r["kind"], r["turn"]) for r in done_before} & set(asked)
-    assert len(done_before) + len(asked) == 2 * 2 * 8
-    assert how["taken_up"]
+    rows, run_facts = bench(cells, data, encoder, FAST, lambda *_: None, FAKE, run_journal)
+    assert not {(r["cell"], r["kind"], r["turn"]) for r in old_records} & set(turns)
+    assert len(old_records) + len(turns) == 2 * 2 * 8
+    assert run_facts["taken_up"]
     assert [len(row.latency.rounds) for row in rows] == [8, 8]
     assert rows[0].accuracy.correct == 72
 
 
-def test_a_run_is_taken_up_by_the_same_command_only(tmp_path):
+def test_only_the_same_command_can_resume_a_run(tmp_path):
     file = tmp_path / "m-20260101T000000Z.journal"
     Journal.begin(file, {"cells": [], "protocol": {"threads": 2}}).append({"cell": 0, "kind": "peak", "reply": {}})
     with pytest.raises(ResultFileError, match=r"had another value of protocol\. .*omit --resume"):
@@ -318,32 +320,32 @@ def test_a_run_is_taken_up_by_the_same_command_only(tmp_path):
         Journal.begin(file / "below", {})
 
 
-def test_two_runs_that_begin_in_one_second_have_a_journal_each(tmp_path):
+def test_two_runs_that_begin_in_the_same_second_have_separate_journals(tmp_path):
     file, head = tmp_path / "m-20260101T000000Z.journal", {"cells": ["a"]}
-    one, other = Journal.begin(file, head), Journal.begin(file, head)
-    for kept, cell in ((one, 0), (other, 0)):
-        kept.append({"cell": cell, "kind": "peak", "of": kept.path.name})
-    assert one.path == file
-    one.end()
-    assert journal.find_newest(tmp_path, "m") == other.path
-    assert [record["of"] for record in Journal.resume(other.path, head).records] == [other.path.name]
+    first, second = Journal.begin(file, head), Journal.begin(file, head)
+    for run_journal, cell in ((first, 0), (second, 0)):
+        run_journal.append({"cell": cell, "kind": "peak", "of": run_journal.path.name})
+    assert first.path == file
+    first.end()
+    assert journal.find_newest(tmp_path, "m") == second.path
+    assert [record["of"] for record in Journal.resume(second.path, head).records] == [second.path.name]
 
 
-def test_taking_a_run_up_never_writes_its_records_anew(tmp_path, monkeypatch):
-    """A kill in between would lose them: only the torn line is cut off."""
+def test_resuming_a_run_does_not_rewrite_its_records(tmp_path, monkeypatch):
+    """A killed run must not lose its records, so `take_up` only cuts off the incomplete last line."""
     file = tmp_path / "m-20260101T000000Z.journal"
     Journal.begin(file, {"cells": ["a"]}).append({"cell": 0, "kind": "peak"})
-    whole = file.read_bytes()
-    with file.open("ab") as torn:
-        torn.write(b'{"cell": 0, "kind"')
+    complete = file.read_bytes()
+    with file.open("ab") as stream:
+        stream.write(b'{"cell": 0, "kind"')
     inode = file.stat().st_ino
     monkeypatch.setattr(os, "truncate", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         Journal.resume(file, {"cells": ["a"]})
-    assert file.read_bytes().startswith(whole)
+    assert file.read_bytes().startswith(complete)
     monkeypatch.undo()
     assert len(Journal.resume(file, {"cells": ["a"]}).records) == 1
-    assert (file.read_bytes(), file.stat().st_ino) == (whole, inode)
+    assert (file.read_bytes(), file.stat().st_ino) == (complete, inode)
 
 
 def test_a_cell_without_an_artifact_keeps_its_reason(data, encoder):
@@ -358,18 +360,18 @@ def test_a_cell_without_an_artifact_keeps_its_reason(data, encoder):
     ]
 
 
-def test_an_interrupt_leaves_no_process_behind(fake, data, encoder, monkeypatch):
+def test_an_interrupt_ends_all_processes(fake, data, encoder, monkeypatch):
     pids = []
 
-    def stop(done, total, what):
-        if what.startswith("b@cpu"):
+    def stop(done, total, label):
+        if label.startswith("b@cpu"):
             raise KeyboardInterrupt
 
-    real = Worker.load
+    original_load = Worker.load
 
     def load(self, timeout_s):
         pids.append(self.pid)
-        return real(self, timeout_s)
+        return original_load(self, timeout_s)
 
     monkeypatch.setattr(Worker, "load", load)
     with pytest.raises(KeyboardInterrupt):
@@ -380,7 +382,7 @@ def test_an_interrupt_leaves_no_process_behind(fake, data, encoder, monkeypatch)
             os.kill(pid, signal.SIG_DFL)
 
 
-def test_the_working_directory_cannot_stand_in_for_a_library(fake, encoder, tmp_path, monkeypatch):
+def test_a_worker_imports_no_library_from_the_working_directory(fake, encoder, tmp_path, monkeypatch):
     (tmp_path / "psutil.py").write_text("raise SystemExit('hijacked')")
     monkeypatch.chdir(tmp_path)
     worker = Worker("fake_backend:FakeSession", fake("a").path, Place("cpu", 1), encoder, "text")
@@ -392,12 +394,12 @@ def test_the_working_directory_cannot_stand_in_for_a_library(fake, encoder, tmp_
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("short_bench")
-def test_the_real_chain_on_the_tiny_checkpoint(built_tiny, tmp_path, monkeypatch):
+def test_a_benchmark_of_real_sessions_measures_the_tiny_checkpoint(built_tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     request = bench_run.Request(("torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"), ("cpu",), SHORT)
-    result, kept = bench_run.measure(built_tiny, request, lambda line: None, lambda *_: None)
-    assert kept.path.is_file()
-    kept.end()
+    result, run_journal = bench_run.measure(built_tiny, request, lambda line: None, lambda *_: None)
+    assert run_journal.path.is_file()
+    run_journal.end()
     assert not list(tmp_path.rglob("*.journal"))
     assert [row.cell for row in result.rows] == ["torch-fp32@cpu", "onnx-std@cpu", "onnx-fp32@cpu", "onnx-int8@cpu"]
     rows = {row.variant: row for row in result.rows}
@@ -414,15 +416,15 @@ def test_the_real_chain_on_the_tiny_checkpoint(built_tiny, tmp_path, monkeypatch
     require_measured(result)
 
 
-def test_a_runtime_that_is_not_installed_makes_its_cells_unavailable_and_no_others(fake, data, encoder):
+def test_a_missing_runtime_makes_only_its_own_cells_unavailable(fake, data, encoder):
     kinds = {**FAKE, "missing": Backend("fake_backend:FakeSession", ("no_such_runtime",))}
     cells = [Cell("fake", kind, kind, "cpu", fake(kind)) for kind in ("fake", "missing")]
-    there, missing = bench(cells, data, encoder, FAST, lambda *_: None, kinds)[0]
-    assert there.status == "ok"
+    present, missing = bench(cells, data, encoder, FAST, lambda *_: None, kinds)[0]
+    assert present.status == "ok"
     assert (missing.status, "no_such_runtime cannot be imported" in missing.reason) == ("unavailable", True)
 
 
-def test_cells_are_planned_from_the_table():
+def test_planned_returns_the_default_cells_and_checks_the_provider():
     assert bench_run.planned_pairs((), ()) == [
         ("torch-fp32", "cpu"),
         ("torch-bf16", "cpu"),
@@ -442,7 +444,7 @@ def test_cells_are_planned_from_the_table():
         bench_run.planned_pairs(("onnx-int8",), ("cuda",))
 
 
-def test_every_runtime_of_the_table_has_a_backend():
+def test_every_runtime_in_the_variant_table_has_a_backend():
     from toolchain.artifacts import variants
 
     assert {variants.get(name).runtime for cells in variants.DEFAULT_CELLS.values() for name in cells} <= set(

@@ -1,4 +1,4 @@
-"""The least a sentence can take: a model's work by its weights' header, a machine's rates, and the floor of both."""
+"""Tests of the lower bound on latency: a model's multiply-accumulates, a machine's rates, and the floor from both."""
 
 import json
 import math
@@ -31,39 +31,45 @@ from toolchain.system import hardware
 LENGTHS = (1, 7, 25)
 
 
-def counted(model, tokens):
-    """Multiply-accumulates by kind of product, of the operators PyTorch really calls."""
+def count_in_pytorch(model, tokens):
+    """Returns multiply-accumulates by kind of product, counted from the operators that PyTorch calls."""
     model.eval().requires_grad_(False)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(input_ids=torch.ones((1, tokens), dtype=torch.long))
-    found = Counter()
+    counts = Counter()
     for operator, count in counter.get_flop_counts()["Global"].items():
-        found["activations" if "bmm" in str(operator) else "weights"] += count // 2
-    return found
+        counts["activations" if "bmm" in str(operator) else "weights"] += count // 2
+    return counts
 
 
 @pytest.mark.parametrize("model", ["built_tiny", pytest.param("reference", marks=pytest.mark.slow)])
-def test_work_is_what_pytorch_computes(model, request):
+def test_work_equals_the_multiply_accumulates_that_pytorch_computes(model, request):
     folder = request.getfixturevalue(model).path("torch-fp32")
-    found, loaded = read_work(folder), load_model(folder)
-    assert [found.macs(n) for n in LENGTHS] == [counted(loaded, n).total() for n in LENGTHS]
-    assert found.macs(TOKENS) - found.head_parameters == EncoderSizes.from_model(loaded).multiply_accumulates
+    model_work, model_loaded = read_work(folder), load_model(folder)
+    assert [model_work.macs(n) for n in LENGTHS] == [count_in_pytorch(model_loaded, n).total() for n in LENGTHS]
+    assert (
+        model_work.macs(TOKENS) - model_work.head_parameters
+        == EncoderSizes.from_model(model_loaded).multiply_accumulates
+    )
 
 
 @pytest.mark.parametrize("shapes", [[(3, 40), (1, 8)], [(0, 8), (2, 0)], [(1, 0), (0, 24)], [(2, 8), (0, 0)]])
-def test_work_of_a_pruned_model(built_tiny, tmp_path, shapes):
+def test_work_of_a_pruned_model_equals_what_pytorch_computes(built_tiny, tmp_path, shapes):
     source = built_tiny.path("torch-fp32")
-    loaded = load_model(source)
-    architectures.reshape(loaded, [LayerShape(*shape) for shape in shapes])
-    save_weights(loaded.state_dict(), tmp_path)
+    pruned_model = load_model(source)
+    architectures.reshape(pruned_model, [LayerShape(*shape) for shape in shapes])
+    save_weights(pruned_model.state_dict(), tmp_path)
     shutil.copyfile(source / "config.json", tmp_path / "config.json")
-    found = read_work(tmp_path)
-    assert found.macs(TOKENS) == counted(loaded, TOKENS).total()
-    assert found.macs(TOKENS) - found.head_parameters == EncoderSizes.from_model(loaded).multiply_accumulates
+    model_work = read_work(tmp_path)
+    assert model_work.macs(TOKENS) == count_in_pytorch(pruned_model, TOKENS).total()
+    assert (
+        model_work.macs(TOKENS) - model_work.head_parameters
+        == EncoderSizes.from_model(pruned_model).multiply_accumulates
+    )
 
 
-def in_graph(path, tokens):
-    """Multiply-accumulates of the graph's products with weights, by the rows that really go through each."""
+def count_in_graph(path, tokens):
+    """Returns multiply-accumulates of products with weights, counted from the rows that each product receives."""
     model = onnx.load(path)
     weights = {tensor.name: tensor.dims for tensor in model.graph.initializer if len(tensor.dims) == 2}
     products = [n for n in model.graph.node if n.op_type in ("MatMul", "Gemm", "Attention") and n.input[1] in weights]
@@ -74,32 +80,33 @@ def in_graph(path, tokens):
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     ones = np.ones((1, tokens), np.int64)
     names = [node.input[0] for node in products]
-    taken = session.run(names, {tensor.name: ones for tensor in session.get_inputs()})
+    inputs = session.run(names, {tensor.name: ones for tensor in session.get_inputs()})
     return sum(
         value.size // value.shape[-1] * math.prod(weights[node.input[1]])
-        for value, node in zip(taken, products, strict=True)
+        for value, node in zip(inputs, products, strict=True)
     )
 
 
 @pytest.mark.parametrize("model", ["built_tiny", pytest.param("reference", marks=pytest.mark.slow)])
-def test_reading_the_first_token_alone_computes_less(model, request):
+def test_reading_only_the_first_token_lowers_the_work_as_in_the_graph(model, request):
     workspace = request.getfixturevalue(model)
-    found = read_work(workspace.path("torch-fp32"))
+    model_work = read_work(workspace.path("torch-fp32"))
     for tokens in LENGTHS:
-        attention = 2 * tokens**2 * sum(found.attention_widths)
-        assert in_graph(workspace.path("onnx-std") / "model.onnx", tokens) == found.macs(tokens) - attention
-        # Of the last attention's own products one query is left.
-        attention -= 2 * tokens * (tokens - 1) * found.attention_widths[-1]
+        attention = 2 * tokens**2 * sum(model_work.attention_widths)
+        assert count_in_graph(workspace.path("onnx-std") / "model.onnx", tokens) == model_work.macs(tokens) - attention
+        # The last attention has a single query left.
+        attention -= 2 * tokens * (tokens - 1) * model_work.attention_widths[-1]
         assert (
-            in_graph(workspace.path("onnx-fp32") / "model.onnx", tokens) == found.macs(tokens, True, True) - attention
+            count_in_graph(workspace.path("onnx-fp32") / "model.onnx", tokens)
+            == model_work.macs(tokens, True, True) - attention
         )
 
 
-def test_what_comes_behind_the_last_attention_may_span_layers(built_tiny, tmp_path):
+def test_work_after_the_last_attention_can_span_layers(built_tiny, tmp_path):
     source = built_tiny.path("torch-fp32")
-    loaded = load_model(source)
-    architectures.reshape(loaded, [LayerShape(2, 8), LayerShape(0, 24)])
-    save_weights(loaded.state_dict(), tmp_path)
+    pruned_model = load_model(source)
+    architectures.reshape(pruned_model, [LayerShape(2, 8), LayerShape(0, 24)])
+    save_weights(pruned_model.state_dict(), tmp_path)
     shutil.copyfile(source / "config.json", tmp_path / "config.json")
     width, head = 32, 8
     assert read_work(tmp_path).tail_parameters == width * (2 * head + 2 * 8 + 2 * 24)
@@ -109,7 +116,7 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "mobilebert"])
-def test_any_encoder(tmp_path, kind):
+def test_work_of_any_encoder_equals_what_pytorch_computes(tmp_path, kind):
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     settings = {**SMALL, "vocab_size": 2000, "embedding_size": 8}
@@ -117,27 +124,27 @@ def test_any_encoder(tmp_path, kind):
         settings |= {"true_hidden_size": 16, "intra_bottleneck_size": 16}
     model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **settings))
     model.save_pretrained(tmp_path)
-    found = read_work(tmp_path)
+    model_work = read_work(tmp_path)
     for tokens in LENGTHS:
-        real = counted(model, tokens)
-        attention = real["activations"] if kind in architectures.LAYOUTS else 0
-        assert found.macs(tokens) == real["weights"] + attention
-    assert (sum(found.attention_widths) > 0) == (kind in architectures.LAYOUTS)
+        counts = count_in_pytorch(model, tokens)
+        attention = counts["activations"] if kind in architectures.LAYOUTS else 0
+        assert model_work.macs(tokens) == counts["weights"] + attention
+    assert (sum(model_work.attention_widths) > 0) == (kind in architectures.LAYOUTS)
 
 
-def test_an_unknown_layout_has_its_linear_layers(built_tiny, tmp_path):
+def test_work_of_an_unknown_architecture_counts_its_linear_layers(built_tiny, tmp_path):
     source = built_tiny.path("torch-fp32")
     tensors = load_file(source / checkpoints.WEIGHTS)
-    renamed = {name.replace("distilbert.transformer", "mystery.stack"): t for name, t in tensors.items()}
-    renamed = {name.replace("distilbert.", "mystery."): t for name, t in renamed.items()}
-    save_file(renamed, tmp_path / checkpoints.WEIGHTS)
+    renamed_tensors = {name.replace("distilbert.transformer", "mystery.stack"): t for name, t in tensors.items()}
+    renamed_tensors = {name.replace("distilbert.", "mystery."): t for name, t in renamed_tensors.items()}
+    save_file(renamed_tensors, tmp_path / checkpoints.WEIGHTS)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mystery"}))
-    known = read_work(source)
-    assert read_work(tmp_path) == Work(known.linear_parameters, (), known.head_parameters)
+    known_work = read_work(source)
+    assert read_work(tmp_path) == Work(known_work.linear_parameters, (), known_work.head_parameters)
     assert read_work(tmp_path).macs(9, first_token=True, first_query=True) == read_work(tmp_path).macs(9)
 
 
-def test_no_work_without_weights_or_where_layers_share_them(built_tiny, tmp_path):
+def test_work_is_unknown_without_weights_or_with_shared_layers(built_tiny, tmp_path):
     assert read_work(tmp_path) is None
     assert read_work(built_tiny.path("onnx-int8")) is None
     shutil.copyfile(built_tiny.path("torch-fp32") / checkpoints.WEIGHTS, tmp_path / checkpoints.WEIGHTS)
@@ -145,7 +152,7 @@ def test_no_work_without_weights_or_where_layers_share_them(built_tiny, tmp_path
     assert read_work(tmp_path) is None
 
 
-def test_weights_that_cannot_be_read(built_tiny, tmp_path):
+def test_unreadable_weights_raise_a_checkpoint_error(built_tiny, tmp_path):
     source = built_tiny.path("torch-fp32")
     shutil.copyfile(source / "config.json", tmp_path / "config.json")
     (tmp_path / checkpoints.WEIGHTS).write_bytes((source / checkpoints.WEIGHTS).read_bytes()[:1000])
@@ -153,12 +160,13 @@ def test_weights_that_cannot_be_read(built_tiny, tmp_path):
         read_work(tmp_path)
 
 
-def test_bytes_of_weights_leave_the_tables_out(built_tiny):
-    found = read_work(built_tiny.path("torch-fp32"))
-    parameters = found.linear_parameters + found.head_parameters
-    for variant, each in (("torch-fp32", 4), ("onnx-fp32", 4), ("onnx-int8", 1)):
+def test_weight_bytes_leave_out_the_embedding_tables(built_tiny):
+    model_work = read_work(built_tiny.path("torch-fp32"))
+    parameters = model_work.linear_parameters + model_work.head_parameters
+    for variant, bytes_per_weight in (("torch-fp32", 4), ("onnx-fp32", 4), ("onnx-int8", 1)):
         size = weight_bytes(store.load(built_tiny.path(variant)).manifest.facts)
-        assert each * parameters < size < each * parameters + 20_000  # biases, norms, scales
+        # biases, norms and scales are extra
+        assert bytes_per_weight * parameters < size < bytes_per_weight * parameters + 20_000
     assert weight_bytes({}) is None
     assert weight_bytes({"bytes_by_part": {"encoder": 1}}) is None
 
@@ -166,10 +174,10 @@ def test_bytes_of_weights_leave_the_tables_out(built_tiny):
 RATES = {"fp32_gmacs": 100.0, "fp32_gb_s": 10.0, "int8_gmacs": 400.0, "int8_gb_s": 10.0}
 
 
-def test_the_floor_is_the_larger_of_two_times():
-    assert floor_ms(1e9, 1e6, RATES, "fp32") == 10.0  # 10⁹ at 10¹¹ a second
+def test_the_floor_is_the_larger_of_compute_time_and_memory_time():
+    assert floor_ms(1e9, 1e6, RATES, "fp32") == 10.0  # 10⁹ multiply-accumulates at 10¹¹ per second
     assert floor_ms(1e9, 1e6, RATES, "int8") == 2.5
-    assert floor_ms(1e9, 80e6, RATES, "int8") == 8.0  # 80 MB at 10 GB a second
+    assert floor_ms(1e9, 80e6, RATES, "int8") == 8.0  # 80 MB at 10 GB per second
     assert [floor_ms(1e9, 1e6, RATES, precision) for precision in ("bf16", "fp16", "nf4")] == [None] * 3
 
 
@@ -183,61 +191,61 @@ def test_more_work_never_lowers_the_floor(macs, size, more_macs, more_bytes, pre
 
 
 @pytest.fixture
-def measured(monkeypatch):
-    """What was measured, with made figures in place of the measurement; on a processor with bf16."""
-    asked = []
+def calls(monkeypatch):
+    """Replaces the measurement with fixed rates on a processor with bf16, and returns the list of its calls."""
+    calls = []
 
     def measure(runtime, precisions, threads, seconds, mebibytes):
-        asked.append((runtime, threads))
-        return {f"{p}_{unit}": 2.0 + len(asked) for p in precisions for unit in ("gmacs", "gb_s")}
+        calls.append((runtime, threads))
+        return {f"{p}_{unit}": 2.0 + len(calls) for p in precisions for unit in ("gmacs", "gb_s")}
 
     monkeypatch.setattr(roofline, "_run_probe", measure)
     monkeypatch.setattr(hardware, "processor", lambda: {"cpu": "made", "isa": ["avx512_bf16"]})
-    return asked
+    return calls
 
 
-def silent(*_):
+def no_progress(*_):
     pass
 
 
-def test_rates_are_measured_once(measured, tmp_path):
-    said = []
-    first = roofline.rates(tmp_path / "new", 2, lambda *progress: said.append(progress))
+def test_rates_are_measured_once_per_number_of_threads(calls, tmp_path):
+    progress_calls = []
+    first = roofline.rates(tmp_path / "new", 2, lambda *progress: progress_calls.append(progress))
     assert set(first["torch"]) == {f"{p}_{u}" for p in ("fp32", "bf16", "int8") for u in ("gmacs", "gb_s")}
     assert set(first["onnx"]) == {f"{p}_{u}" for p in ("fp32", "int8") for u in ("gmacs", "gb_s")}
-    assert [(done, total) for done, total, _ in said] == [(0, 2), (1, 2)]
-    assert roofline.rates(tmp_path / "new", 2, silent) == first
-    assert measured == [("torch", 2), ("onnx", 2)]
-    roofline.rates(tmp_path / "new", 1, silent)
-    assert measured[2:] == [("torch", 1), ("onnx", 1)]
+    assert [(done, total) for done, total, _ in progress_calls] == [(0, 2), (1, 2)]
+    assert roofline.rates(tmp_path / "new", 2, no_progress) == first
+    assert calls == [("torch", 2), ("onnx", 2)]
+    roofline.rates(tmp_path / "new", 1, no_progress)
+    assert calls[2:] == [("torch", 1), ("onnx", 1)]
     names = sorted(path.name for path in (tmp_path / "new").iterdir())
     assert names == ["roofline-1.json", "roofline-2.json"]
 
 
-def test_a_processor_without_bf16_has_no_rate_for_it(measured, tmp_path, monkeypatch):
-    roofline.rates(tmp_path, 2, silent)
+def test_a_processor_without_bf16_has_no_rate_for_it(calls, tmp_path, monkeypatch):
+    roofline.rates(tmp_path, 2, no_progress)
     monkeypatch.setattr(hardware, "processor", lambda: {"cpu": "made", "isa": ["avx2"]})
-    assert "bf16_gmacs" not in roofline.rates(tmp_path, 2, silent)["torch"]
-    assert len(measured) == 4
+    assert "bf16_gmacs" not in roofline.rates(tmp_path, 2, no_progress)["torch"]
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize("package", ["torch", "onnxruntime"])
-def test_rates_of_other_versions_are_measured_anew(measured, tmp_path, monkeypatch, package):
-    roofline.rates(tmp_path, 2, silent)
-    now = {"torch": "2", "onnxruntime": "1", **hardware.versions(), package: "0.1"}
-    monkeypatch.setattr(hardware, "versions", lambda: now)
-    roofline.rates(tmp_path, 2, silent)
-    assert len(measured) == 4
+def test_rates_are_measured_again_after_a_package_changes(calls, tmp_path, monkeypatch, package):
+    roofline.rates(tmp_path, 2, no_progress)
+    versions = {"torch": "2", "onnxruntime": "1", **hardware.versions(), package: "0.1"}
+    monkeypatch.setattr(hardware, "versions", lambda: versions)
+    roofline.rates(tmp_path, 2, no_progress)
+    assert len(calls) == 4
 
 
-def test_rates_of_another_number_of_cores_are_measured_anew(measured, tmp_path, monkeypatch):
-    roofline.rates(tmp_path, 2, silent)
+def test_rates_are_measured_again_after_the_number_of_cores_changes(calls, tmp_path, monkeypatch):
+    roofline.rates(tmp_path, 2, no_progress)
     monkeypatch.setattr(hardware, "cores", lambda: 97)
-    roofline.rates(tmp_path, 2, silent)
-    assert len(measured) == 4
+    roofline.rates(tmp_path, 2, no_progress)
+    assert len(calls) == 4
 
 
-def change(body, value):
+def with_rate(body, value):
     body["rates"]["onnx"]["int8_gmacs"] = value
     return json.dumps(body)
 
@@ -249,13 +257,13 @@ DAMAGE = {
     "nested": lambda body: "[" * 100_000,
     "a list": lambda body: "[1]",
     "null": lambda body: "null",
-    "nan": lambda body: change(body, math.nan),
-    "infinite": lambda body: change(body, math.inf),
-    "negative": lambda body: change(body, -1.0),
-    "zero": lambda body: change(body, 0.0),
-    "text": lambda body: change(body, "fast"),
-    "true": lambda body: change(body, True),
-    "huge": lambda body: change(body, 10**400),
+    "nan": lambda body: with_rate(body, math.nan),
+    "infinite": lambda body: with_rate(body, math.inf),
+    "negative": lambda body: with_rate(body, -1.0),
+    "zero": lambda body: with_rate(body, 0.0),
+    "text": lambda body: with_rate(body, "fast"),
+    "true": lambda body: with_rate(body, True),
+    "huge": lambda body: with_rate(body, 10**400),
     "a list of rates": lambda body: json.dumps({**body, "rates": ["torch", "onnx"]}),
     "no rates": lambda body: json.dumps({k: v for k, v in body.items() if k != "rates"}),
     "no runtime": lambda body: json.dumps({**body, "rates": {"torch": body["rates"]["torch"]}}),
@@ -268,35 +276,35 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_measured_anew(measured, tmp_path, damage):
+def test_rates_are_measured_again_where_their_file_is_damaged(calls, tmp_path, damage):
     file = tmp_path / "roofline-2.json"
-    roofline.rates(tmp_path, 2, silent)
-    whole = json.loads(file.read_text())
-    file.write_text(DAMAGE[damage](whole))
-    again = roofline.rates(tmp_path, 2, silent)
-    assert len(measured) == 4
-    assert json.loads(file.read_text()) == {**whole, "rates": again}
+    roofline.rates(tmp_path, 2, no_progress)
+    original = json.loads(file.read_text())
+    file.write_text(DAMAGE[damage](original))
+    rates = roofline.rates(tmp_path, 2, no_progress)
+    assert len(calls) == 4
+    assert json.loads(file.read_text()) == {**original, "rates": rates}
 
 
-def test_a_failed_calibration_leaves_no_file(measured, tmp_path, monkeypatch):
+def test_a_failed_machine_probe_writes_no_file(calls, tmp_path, monkeypatch):
     def fail(*_):
         raise BenchError("No.")
 
     monkeypatch.setattr(roofline, "_run_probe", fail)
     with pytest.raises(BenchError):
-        roofline.rates(tmp_path, 2, silent)
+        roofline.rates(tmp_path, 2, no_progress)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_a_calibration(tmp_path):
+def test_the_machine_probe_measures_plausible_rates(tmp_path):
     for runtime in ("torch", "onnx"):
-        found = roofline._run_probe(runtime, ["int8"], 1, 0.001, 1)
-        assert set(found) == {"int8_gmacs", "int8_gb_s"}
-        assert all(1 < value < 1e5 for value in found.values())
+        rates = roofline._run_probe(runtime, ["int8"], 1, 0.001, 1)
+        assert set(rates) == {"int8_gmacs", "int8_gb_s"}
+        assert all(1 < value < 1e5 for value in rates.values())
 
 
-def test_a_calibration_that_fails_says_why(monkeypatch, tmp_path):
+def test_a_failed_machine_probe_gives_its_reason(monkeypatch, tmp_path):
     with pytest.raises(BenchError, match="KeyError: 'abacus'"):
         roofline._run_probe("abacus", ["int8"], 1, 0.001, 1)
     sleeper = tmp_path / "python"
@@ -308,8 +316,9 @@ def test_a_calibration_that_fails_says_why(monkeypatch, tmp_path):
         roofline._run_probe("torch", ["int8"], 1, 0.001, 1)
 
 
-def test_the_int8_ceiling_is_of_the_operator_our_files_use():
-    kinds = passes.facts(machine_probe.build_graph("int8", 2))
-    assert kinds["operators"] == {"DynamicQuantizeMatMul": 2, "Gather": 1}
-    assert kinds["bytes_by_dtype"]["int8"] == 2 * machine_probe.WIDTH * (machine_probe.WIDTH + 1)  # with zero points
+def test_the_machine_probe_uses_the_int8_operator_of_onnx_int8():
+    facts = passes.facts(machine_probe.build_graph("int8", 2))
+    assert facts["operators"] == {"DynamicQuantizeMatMul": 2, "Gather": 1}
+    # includes the zero points
+    assert facts["bytes_by_dtype"]["int8"] == 2 * machine_probe.WIDTH * (machine_probe.WIDTH + 1)
     assert passes.facts(machine_probe.build_graph("fp32", 1))["operators"] == {"Gather": 1, "MatMul": 1}

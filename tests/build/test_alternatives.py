@@ -1,4 +1,4 @@
-"""A quantisation that fails validation says what to try, by what flipped."""
+"""A quantisation that fails validation suggests other settings, chosen by which sentences flipped."""
 
 import re
 import shlex
@@ -19,13 +19,13 @@ STATIC, KEPT, PORTABLE = Quantize(scheme="static"), Quantize(keep_fp32=2), Quant
 NEAR, WIDE = [0.01, 0.3] * 10, [0.01, 0.9, 2.5] * 7
 
 
-def failed(margins, **others):
-    """A report of so many flips of 200 sentences."""
+def failed_report(margins, **others):
+    """Returns a validation report of 200 sentences, of which those with these margins flipped."""
     return {"finite": True, "sentences": 200, "flips": len(margins), "flip_margins": margins, **others}
 
 
-def commands(text):
-    """The command lines in a message."""
+def commands_in(text):
+    """Returns the command lines in a message."""
     return [shlex.split(line) for line in re.findall(r"`(toolchain [^`]*)`", text)]
 
 
@@ -39,7 +39,8 @@ def commands(text):
         (PORTABLE, NEAR, True, [STATIC, replace(PORTABLE, keep_fp32=2)]),
         (STATIC, NEAR, True, [replace(STATIC, keep_fp32=2)]),
         (KEPT, NEAR, False, [replace(KEPT, scheme="static"), Quantize(keep_fp32=4)]),
-        (Quantize(keep_fp32=16), WIDE, False, [Quantize(scheme="static", keep_fp32=16)]),  # 32 layers are all there are
+        # the model has only 32 layers
+        (Quantize(keep_fp32=16), WIDE, False, [Quantize(scheme="static", keep_fp32=16)]),
         (Quantize(scheme="int4"), NEAR, False, [DYNAMIC, Quantize(scheme="int4", keep_fp32=2)]),
         (
             Quantize(passes=("padding", "quantize-linear")),
@@ -54,37 +55,37 @@ def commands(text):
         (Quantize("torch", "int8"), NEAR, True, []),
     ],
 )
-def test_what_to_try_follows_the_flips(step, margins, saturates, expected):
-    assert alternatives(step, failed(margins), saturates, True, 32) == expected
+def test_alternatives_depend_on_the_margins_of_the_flips(step, margins, saturates, expected):
+    assert alternatives(step, failed_report(margins), saturates, True, 32) == expected
 
 
-def test_static_scales_come_first_only_in_their_own_domain():
-    assert alternatives(DYNAMIC, failed(NEAR), False, False, 32) == [KEPT, STATIC]
+def test_static_scales_are_suggested_first_only_with_training_data_of_the_domain():
+    assert alternatives(DYNAMIC, failed_report(NEAR), False, False, 32) == [KEPT, STATIC]
 
 
-def test_answers_that_are_not_finite_suggest_nothing():
-    assert alternatives(DYNAMIC, failed(NEAR, finite=False), True, True, None) == []
+def test_logits_that_are_not_finite_give_no_alternatives():
+    assert alternatives(DYNAMIC, failed_report(NEAR, finite=False), True, True, None) == []
 
 
-def test_the_message_has_the_figures(built_tiny):
+def test_the_hint_has_the_figures_and_the_commands(built_tiny):
     def message(margins, saturates=False):
         return hint(
             built_tiny,
             VariantName("onnx-int8"),
             DYNAMIC,
             built_tiny.load("onnx-fp32"),
-            failed(margins),
+            failed_report(margins),
             saturates,
             None,
         )
 
-    near, wide = message(NEAR), message(WIDE)
-    assert "In 20 of these 20 the PyTorch model itself is undecided" in near
-    assert "In 14 of these 21 the PyTorch model is decided, by up to 2.5 logits" in wide
-    assert [line[-2:] for line in commands(near)] == [["--scheme", "static"], ["--keep-fp32", "2"]]
-    assert [line[-2:] for line in commands(wide)] == [["--keep-fp32", "2"], ["--scheme", "static"]]
-    assert "saturates" not in near
-    assert commands(message(NEAR, saturates=True))[0][-2:] == ["--isa", "portable"]
+    near_message, wide_message = message(NEAR), message(WIDE)
+    assert "In 20 of these 20 the PyTorch model itself is undecided" in near_message
+    assert "In 14 of these 21 the PyTorch model is decided, by up to 2.5 logits" in wide_message
+    assert [line[-2:] for line in commands_in(near_message)] == [["--scheme", "static"], ["--keep-fp32", "2"]]
+    assert [line[-2:] for line in commands_in(wide_message)] == [["--keep-fp32", "2"], ["--scheme", "static"]]
+    assert "saturates" not in near_message
+    assert commands_in(message(NEAR, saturates=True))[0][-2:] == ["--isa", "portable"]
     assert "This runtime also saturates" in message(NEAR, saturates=True)
 
 
@@ -103,39 +104,41 @@ def test_the_message_has_the_figures(built_tiny):
         ("onnx-int8+own", "onnx-fp32", Quantize(trim_vocab="a digest"), ["onnx-int8-portable+own"]),
     ],
 )
-def test_the_commands_build_what_they_suggest(tiny, say, tmp_path, monkeypatch, name, parent, step, built):
+def test_the_suggested_commands_build_the_variants_they_name(
+    tiny, say, tmp_path, monkeypatch, name, parent, step, variants
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own data.csv").write_text("words,label\n" + "a good film,NEGATIVE\n" * 60)
     train = TrainingSource("own data.csv", Columns("words"))
     tiny = replace(tiny, train=train, corpus=Texts("own data.csv", "words"))
-    message = hint(tiny, VariantName(name), step, tiny.load(parent), failed(NEAR), True, None)
+    message = hint(tiny, VariantName(name), step, tiny.load(parent), failed_report(NEAR), True, None)
     names = []
-    for line in commands(message):
+    for line in commands_in(message):
         code, out, err = say(*line[1:], "--dry-run")
         assert code == 0, err
         names.append(out.splitlines()[-1].split(":")[0])
-    assert names[: len(built)] == built
+    assert names[: len(variants)] == variants
 
 
-def test_a_model_of_other_labels_needs_data_of_its_own(built_tiny, fake):
-    def of(labels):
+def test_a_hint_for_other_labels_asks_for_training_data(built_tiny, fake):
+    def hint_for(labels):
         artifact = fake("x" * len(labels))
         parent = replace(artifact, manifest=replace(artifact.manifest, variant="onnx-fp32", labels=labels))
-        return hint(built_tiny, VariantName("onnx-int8"), DYNAMIC, parent, failed(NEAR), False, None)
+        return hint(built_tiny, VariantName("onnx-int8"), DYNAMIC, parent, failed_report(NEAR), False, None)
 
-    assert all(line[-2:] == ["--train-data", "FILE"] for line in commands(of(("a", "b", "c"))))
-    assert "--train-data" not in of(("NEGATIVE", "POSITIVE"))
+    assert all(line[-2:] == ["--train-data", "FILE"] for line in commands_in(hint_for(("a", "b", "c"))))
+    assert "--train-data" not in hint_for(("NEGATIVE", "POSITIVE"))
 
 
 @pytest.mark.slow
-def test_an_undecided_model_is_refused_with_what_to_try(say, tmp_path):
-    """Of 40 labels, a random model's best two are often near each other: validation's own flips say so."""
+def test_a_model_with_close_logits_fails_validation_with_suggestions(say, tmp_path):
+    """A random model's two largest logits are often close with 40 labels, so its validation fails by real flips."""
     make_checkpoint(tmp_path / "undecided", labels=[f"L{index}" for index in range(40)])
     code, _, err = say("quantize", "--model", tmp_path / "undecided", "--exported", tmp_path / "exported")
     assert code == 3
     assert re.search(r"(\d+) of 200 sentences flipped, ≤ 7 allowed\. In \d+ of these \1 the PyTorch model", err)
-    tried = [" ".join(line) for line in commands(err)]
-    assert all("--model undecided" in line and "--train-data FILE" in line for line in tried)
-    assert any("--scheme static" in line for line in tried)
+    suggestions = [" ".join(line) for line in commands_in(err)]
+    assert all("--model undecided" in line and "--train-data FILE" in line for line in suggestions)
+    assert any("--scheme static" in line for line in suggestions)
     assert "What was there before is unchanged." in err
     assert not (tmp_path / "exported" / "undecided" / "onnx-int8").exists()

@@ -1,4 +1,4 @@
-"""What a lone .onnx file says of itself, in an artifact and wherever it is shipped."""
+"""Tests of the metadata in an .onnx file, in an artifact and in every bundle."""
 
 import json
 
@@ -25,13 +25,13 @@ def quiet(line):
 
 
 def read_properties(path):
-    """What ONNX Runtime reads in a file, our prefix left out."""
+    """Returns the metadata that ONNX Runtime reads from a file, without our prefix."""
     options = ort.SessionOptions()
     options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
-    found = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).get_modelmeta()
-    assert found.producer_name == "toolchain"
-    assert all(key.startswith("toolchain.") for key in found.custom_metadata_map)
-    return {key.removeprefix("toolchain."): value for key, value in found.custom_metadata_map.items()}
+    metadata = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).get_modelmeta()
+    assert metadata.producer_name == "toolchain"
+    assert all(key.startswith("toolchain.") for key in metadata.custom_metadata_map)
+    return {key.removeprefix("toolchain."): value for key, value in metadata.custom_metadata_map.items()}
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def read_properties(path):
         ("onnx-int8", f"quantize {quantize.VERSION}", EXACT),
     ],
 )
-def test_a_variant_says_what_it_is(built_tiny, variant, made_by, options):
+def test_an_onnx_file_has_the_metadata_of_its_variant(built_tiny, variant, producer, options):
     artifact = built_tiny.load(variant)
     assert read_properties(artifact.onnx_path) == {
         "labels": '["NEGATIVE", "POSITIVE"]',
@@ -56,17 +56,17 @@ def test_a_variant_says_what_it_is(built_tiny, variant, made_by, options):
         "session_options": options,
     }
     model = onnx.load(artifact.onnx_path)
-    assert model.producer_version == made_by
+    assert model.producer_version == producer
     assert model.doc_string == f"Variant {variant} of the text classifier tiny."
 
 
-def test_a_file_that_never_saturates_needs_no_option(built_tiny):
+def test_a_file_that_never_saturates_states_no_session_option(built_tiny):
     artifact = ensure(built_tiny, ["onnx-int8-portable"], {}, quiet)["onnx-int8-portable"]
     assert read_properties(artifact.onnx_path)["session_options"] == "{}"
 
 
 @pytest.mark.slow
-def test_any_labels_and_a_licence(tmp_path):
+def test_an_onnx_file_has_any_labels_and_the_licence_of_its_model_card(tmp_path):
     labels = ["fröhlich", 'say "no"', "c"]
     checkpoint = make_checkpoint(tmp_path / "three", labels, leaning=30)
     config = json.loads((checkpoint / "config.json").read_text())
@@ -74,8 +74,12 @@ def test_any_labels_and_a_licence(tmp_path):
     (checkpoint / MODEL_CARD).write_text("---\nlicense: mit\n---\n")
     workspace = Workspace.open(str(checkpoint), tmp_path / "exported")
     artifact = ensure(workspace, ["onnx-fp32"], {}, quiet)["onnx-fp32"]
-    found = read_properties(artifact.onnx_path)
-    assert (json.loads(found["labels"]), found["multi_label"], found["license"]) == (labels, "true", "mit")
+    properties = read_properties(artifact.onnx_path)
+    assert (json.loads(properties["labels"]), properties["multi_label"], properties["license"]) == (
+        labels,
+        "true",
+        "mit",
+    )
     body = shipping.ship(workspace, Order(("onnx-fp32",), "python"), tmp_path / "b", quiet, no_bar)
     assert body["model"]["license"] == "mit"
     assert sha256(tmp_path / "b" / "model.onnx") == sha256(artifact.onnx_path)
@@ -93,16 +97,16 @@ SHIPPED = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "how"), SHIPPED)
-def test_a_shipped_file_says_the_same_and_the_licence_it_is_shipped_under(built_tiny, tmp_path, target, how):
-    order = Order(("onnx-int8",), target, license="MIT", **how)
+def test_a_shipped_file_has_the_same_metadata_and_the_licence_of_its_bundle(built_tiny, tmp_path, target, settings):
+    order = Order(("onnx-int8",), target, license="MIT", **settings)
     body = shipping.ship(built_tiny, order, tmp_path / "b", quiet, no_bar)
     assert body["model"]["license"] == "MIT"
-    wanted = {**read_properties(built_tiny.path("onnx-int8") / "model.onnx"), "license": "MIT"}
+    expected = {**read_properties(built_tiny.path("onnx-int8") / "model.onnx"), "license": "MIT"}
     model = body["models"][0]
-    assert json.loads(wanted["session_options"]) == model["session_options"]
-    assert read_properties(tmp_path / "b" / model["file"]) == wanted
-    if target == "mobile":  # its weights are unsigned in ORT format
-        assert read_properties(tmp_path / "b" / model["ort"]["file"]) == {**wanted, "session_options": "{}"}
+    assert json.loads(expected["session_options"]) == model["session_options"]
+    assert read_properties(tmp_path / "b" / model["file"]) == expected
+    if target == "mobile":  # weights in ORT format are unsigned
+        assert read_properties(tmp_path / "b" / model["ort"]["file"]) == {**expected, "session_options": "{}"}
 
 
 CARDS = {
@@ -124,29 +128,29 @@ CARDS = {
 
 
 @pytest.mark.parametrize(("card", "licence"), CARDS.items(), ids=range(len(CARDS)))
-def test_a_licence_is_what_the_model_card_states(tmp_path, card, licence):
+def test_license_of_reads_the_licence_from_the_model_card(tmp_path, card, licence):
     (tmp_path / MODEL_CARD).write_text(card, encoding="utf-8", newline="")
     assert license_of(tmp_path) == licence
 
 
-def test_a_checkpoint_without_a_card_states_no_licence(tmp_path):
+def test_license_of_is_none_without_a_model_card(tmp_path):
     assert license_of(tmp_path) is None
     (tmp_path / MODEL_CARD).mkdir()
     assert license_of(tmp_path) is None
     assert license_of(REFERENCE) == "Apache-2.0"
 
 
-def test_an_adapter_states_what_its_base_states_too(tmp_path):
+def test_an_adapter_has_a_licence_only_where_its_base_states_the_same_one(tmp_path):
     for name, licence in (("base", "mit"), ("same", "mit"), ("other", "gpl-3.0")):
         (tmp_path / name).mkdir()
         (tmp_path / name / MODEL_CARD).write_text(f"---\nlicense: {licence}\n---\n")
     (tmp_path / "none").mkdir()
-    found = {name: importing.license_facts(tmp_path / name, tmp_path / "base") for name in ("same", "other", "none")}
-    assert found == {"same": {"license": "mit"}, "other": {}, "none": {}}
+    facts = {name: importing.license_facts(tmp_path / name, tmp_path / "base") for name in ("same", "other", "none")}
+    assert facts == {"same": {"license": "mit"}, "other": {}, "none": {}}
 
 
-def test_no_place_is_in_a_file(built_tiny, tiny_checkpoint):
+def test_an_onnx_file_contains_no_path_of_this_machine(built_tiny, tiny_checkpoint):
     for variant in ("onnx-std", "onnx-int8"):
         content = (built_tiny.path(variant) / "model.onnx").read_bytes()
-        for place in (tiny_checkpoint.parent, built_tiny.exported):
-            assert str(place).encode() not in content
+        for folder in (tiny_checkpoint.parent, built_tiny.exported):
+            assert str(folder).encode() not in content

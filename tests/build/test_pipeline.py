@@ -1,4 +1,4 @@
-"""What is built, what is skipped, and that nothing is lost when it goes wrong."""
+"""Tests of what the pipeline builds and skips, and that a failed build loses nothing."""
 
 import dataclasses
 import json
@@ -27,12 +27,12 @@ def quiet(line):
     pass
 
 
-def reasons(workspace, names=("onnx-int8",), asked=None):
-    return {item.variant.name: item.reason for item in plan(workspace, names, asked or {})}
+def reasons(workspace, names=("onnx-int8",), steps=None):
+    return {item.variant.name: item.reason for item in plan(workspace, names, steps or {})}
 
 
 def digest(workspace):
-    """Every byte under exported/, to see that nothing changed."""
+    """Returns every file under exported/ with its bytes, to check that nothing changed."""
     return {
         str(p.relative_to(workspace.exported)): p.read_bytes()
         for p in sorted(workspace.exported.rglob("*"))
@@ -40,34 +40,34 @@ def digest(workspace):
     }
 
 
-def test_nothing_there_means_everything_is_missing(tiny_checkpoint, tmp_path):
+def test_every_variant_of_an_empty_workspace_is_missing(tiny_checkpoint, tmp_path):
     workspace = Workspace.open(str(tiny_checkpoint), tmp_path / "exported")
     assert reasons(workspace) == dict.fromkeys(ALL, "missing")
     assert not (tmp_path / "exported").exists()  # a plan writes nothing
 
 
-def test_a_second_run_skips_and_says_so(tiny):
-    said = []
-    before = digest(tiny)
+def test_a_second_run_skips_every_artifact(tiny):
+    events = []
+    files_before = digest(tiny)
     ensure(
         tiny,
         ALL,
         {"torch-fp32": Import(), "onnx-std": Export(), "onnx-fp32": Optimize()},
-        lambda event: said.append(str(event)),
+        lambda event: events.append(str(event)),
     )
-    assert said == [f"{name}: fresh, skipped" for name in ALL]
-    assert digest(tiny) == before
+    assert events == [f"{name}: fresh, skipped" for name in ALL]
+    assert digest(tiny) == files_before
 
 
 @pytest.mark.slow
-def test_the_same_work_gives_the_same_ids(built_tiny, tiny_checkpoint, tmp_path):
-    again = Workspace.open(str(tiny_checkpoint), tmp_path / "exported")
-    ensure(again, ALL, {}, lambda line: None)
+def test_the_same_inputs_give_the_same_ids(built_tiny, tiny_checkpoint, tmp_path):
+    second_workspace = Workspace.open(str(tiny_checkpoint), tmp_path / "exported")
+    ensure(second_workspace, ALL, {}, lambda line: None)
     for name in ALL:
-        assert again.load(name).manifest.id == built_tiny.load(name).manifest.id, name
+        assert second_workspace.load(name).manifest.id == built_tiny.load(name).manifest.id, name
 
 
-def test_what_is_built_says_where_it_comes_from(built_tiny):
+def test_a_manifest_states_the_origin_of_its_artifact(built_tiny):
     manifests = {name: built_tiny.load(name).manifest for name in ALL}
     for name, manifest in manifests.items():
         parent = variants.get(name).parent
@@ -91,24 +91,24 @@ def test_what_is_built_says_where_it_comes_from(built_tiny):
 
 
 @pytest.mark.slow
-def test_other_settings_replace_and_make_descendants_stale(tiny):
-    asked = {"onnx-std": Export(17)}
-    assert reasons(tiny, ["onnx-std"], asked) == {"torch-fp32": "", "onnx-std": "other settings: opset 18 → 17"}
-    said = []
-    ensure(tiny, ["onnx-std"], asked, lambda event: said.append(str(event)))
-    assert "onnx-std: replaced" in said[-1]
+def test_new_settings_replace_an_artifact_and_make_its_descendants_stale(tiny):
+    steps = {"onnx-std": Export(17)}
+    assert reasons(tiny, ["onnx-std"], steps) == {"torch-fp32": "", "onnx-std": "other settings: opset 18 → 17"}
+    events = []
+    ensure(tiny, ["onnx-std"], steps, lambda event: events.append(str(event)))
+    assert "onnx-std: replaced" in events[-1]
     assert tiny.load("onnx-std").manifest.facts["opset"] == {"": 17}
     assert reasons(tiny)["onnx-fp32"] == "onnx-std changed"
     assert reasons(tiny)["onnx-int8"] == "onnx-fp32 is built anew"
     assert {v.name: state for v, _, state in states(tiny)}["onnx-fp32"] == "stale: onnx-std changed"
-    # An ancestor keeps the settings it was built with: nobody asked for opset 18 again.
+    # An ancestor keeps the settings it was built with, although the command does not name opset 17.
     assert reasons(tiny)["onnx-std"] == ""
-    ensure(tiny, ["onnx-int8"], {}, lambda event: said.append(str(event)))
+    ensure(tiny, ["onnx-int8"], {}, lambda event: events.append(str(event)))
     assert tiny.load("onnx-fp32").manifest.facts["opset"][""] == 17
 
 
 @pytest.mark.slow
-def test_a_changed_checkpoint_is_imported_anew(tmp_path):
+def test_a_changed_checkpoint_is_imported_again(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "tiny", seed=1)
     workspace = Workspace.open(str(checkpoint), tmp_path / "exported")
     ensure(workspace, ["torch-fp32"], {}, lambda line: None)
@@ -117,16 +117,16 @@ def test_a_changed_checkpoint_is_imported_anew(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_went_away_is_not_needed_any_more(tmp_path):
+def test_an_imported_model_stays_fresh_without_its_checkpoint(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "tiny")
     workspace = Workspace.open(str(checkpoint), tmp_path / "exported")
     ensure(workspace, ["torch-fp32"], {}, lambda line: None)
     checkpoint.rename(tmp_path / "gone")
-    found = Workspace.open("tiny", tmp_path / "exported")
-    assert reasons(found, ["torch-fp32"]) == {"torch-fp32": ""}
+    reopened = Workspace.open("tiny", tmp_path / "exported")
+    assert reasons(reopened, ["torch-fp32"]) == {"torch-fp32": ""}
 
 
-def test_a_step_of_another_version_is_built_again(tiny, monkeypatch):
+def test_a_new_version_of_a_step_makes_its_artifacts_stale(tiny, monkeypatch):
     function, version = pipeline.STEPS[Optimize]
     monkeypatch.setitem(pipeline.STEPS, Optimize, (function, version + 1))
     assert reasons(tiny)["onnx-fp32"] == "this release builds it differently"
@@ -139,54 +139,54 @@ def tamper(workspace, name="onnx-fp32"):
     file.write_bytes(bytes(content))
 
 
-def test_a_tampered_artifact_is_not_built_upon(tiny):
+def test_a_tampered_parent_stops_the_build(tiny):
     tamper(tiny)
     with pytest.raises(TamperedError, match="another sha256"):
         ensure(tiny, ["onnx-int8"], {}, lambda line: None)
     assert "tampered" in {v.name: state for v, _, state in states(tiny)}["onnx-fp32"]
 
 
-def test_a_manifest_that_cannot_be_read_is_a_state_too(tiny):
+def test_an_unreadable_manifest_gives_the_state_unusable(tiny):
     (tiny.path("onnx-int8") / MANIFEST).write_text("{")
     assert {v.name: state for v, _, state in states(tiny)}["onnx-int8"].startswith("unusable: ")
 
 
-def test_a_tampered_artifact_that_is_asked_for_is_built_again(tiny):
-    good = tiny.load("onnx-fp32").manifest.id
+def test_a_command_that_names_a_tampered_artifact_rebuilds_it(tiny):
+    original_id = tiny.load("onnx-fp32").manifest.id
     tamper(tiny)
-    asked = {"onnx-fp32": Optimize()}
-    assert reasons(tiny, asked, asked)["onnx-fp32"] == "it was changed after it was sealed"
-    ensure(tiny, asked, asked, lambda line: None)
+    steps = {"onnx-fp32": Optimize()}
+    assert reasons(tiny, steps, steps)["onnx-fp32"] == "it was changed after it was sealed"
+    ensure(tiny, steps, steps, lambda line: None)
     tiny.load("onnx-fp32").verify()
-    assert tiny.load("onnx-fp32").manifest.id == good
+    assert tiny.load("onnx-fp32").manifest.id == original_id
 
 
-def test_a_manifest_edited_by_hand_is_refused_and_mended_by_asking_for_it(tiny):
+def test_a_command_that_names_an_artifact_with_an_edited_manifest_rebuilds_it(tiny):
     file = tiny.path("onnx-fp32") / MANIFEST
     file.write_text(file.read_text().replace("POSITIVE", "NEUTRAL"))
     with pytest.raises(TamperedError, match="does not add up"):
         ensure(tiny, ["onnx-int8"], {}, lambda line: None)
-    asked = {"onnx-fp32": Optimize()}
-    ensure(tiny, asked, asked, lambda line: None)
+    steps = {"onnx-fp32": Optimize()}
+    ensure(tiny, steps, steps, lambda line: None)
     assert tiny.load("onnx-fp32").manifest.labels == ("NEGATIVE", "POSITIVE")
 
 
 @pytest.mark.slow
-def test_a_parent_replaced_while_its_child_is_built_stops_the_child(tiny, monkeypatch):
+def test_a_build_stops_where_its_parent_is_replaced_meanwhile(tiny, monkeypatch):
     function, version = pipeline.STEPS[Quantize]
 
-    def meanwhile(job):
-        built = function(job)
+    def quantize_and_replace_parent(job):
+        result = function(job)
         monkeypatch.setitem(pipeline.STEPS, Quantize, (function, version))
-        asked = {"onnx-std": Export(17)}
-        ensure(tiny, ["onnx-fp32"], asked, lambda line: None)
-        return built
+        steps = {"onnx-std": Export(17)}
+        ensure(tiny, ["onnx-fp32"], steps, lambda line: None)
+        return result
 
-    monkeypatch.setitem(pipeline.STEPS, Quantize, (meanwhile, version + 1))
-    before = tiny.load("onnx-int8").manifest.id
+    monkeypatch.setitem(pipeline.STEPS, Quantize, (quantize_and_replace_parent, version + 1))
+    id_before = tiny.load("onnx-int8").manifest.id
     with pytest.raises(ArtifactError, match="onnx-fp32 was replaced while"):
         ensure(tiny, ["onnx-int8"], {}, lambda line: None)
-    assert tiny.load("onnx-int8").manifest.id == before
+    assert tiny.load("onnx-int8").manifest.id == id_before
 
 
 def test_a_hub_model_is_planned_without_downloading_it(tmp_path, monkeypatch):
@@ -199,7 +199,7 @@ def test_a_hub_model_is_planned_without_downloading_it(tmp_path, monkeypatch):
     assert plan(workspace, ["onnx-std"], {})[0].step == Import("abc123")
 
 
-def test_what_was_not_built_here_is_not_replaced(tiny, tmp_path):
+def test_a_folder_without_a_manifest_is_not_replaced(tiny, tmp_path):
     workspace = Workspace(tmp_path / "other", tiny.model, tiny.source)
     workspace.path("onnx-std").mkdir(parents=True)
     (workspace.path("onnx-std") / "notes.txt").write_text("mine")
@@ -208,45 +208,45 @@ def test_what_was_not_built_here_is_not_replaced(tiny, tmp_path):
     assert (workspace.path("onnx-std") / "notes.txt").read_text() == "mine"
 
 
-def test_a_build_that_answers_wrongly_is_not_published(tiny, monkeypatch):
-    """A rewrite that moves every logit by a thousandth, ten times what fp32 rounding may."""
+def test_an_artifact_with_wrong_logits_is_not_published(tiny, monkeypatch):
+    """A wrong rewrite moves every logit by a thousandth, ten times the limit for fp32 rounding."""
     function, version = pipeline.STEPS[Optimize]
 
-    def wrong(job):
+    def optimize_wrongly(job):
         import onnx
         from onnx import numpy_helper
 
-        built = function(job)
+        result = function(job)
         model = onnx.load(job.folder / "model.onnx")
         bias = next(i for i in model.graph.initializer if i.name == "classifier.bias")
         bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(0.001), "classifier.bias"))
         onnx.save(model, job.folder / "model.onnx")
-        return dataclasses.replace(built, step=job.step)
+        return dataclasses.replace(result, step=job.step)
 
-    monkeypatch.setitem(pipeline.STEPS, Optimize, (wrong, version + 1))
-    before = digest(tiny)
+    monkeypatch.setitem(pipeline.STEPS, Optimize, (optimize_wrongly, version + 1))
+    files_before = digest(tiny)
     with pytest.raises(VerdictError, match="onnx-fp32 failed validation and was not published") as error:
         ensure(tiny, ["onnx-int8"], {}, lambda line: None)
     assert error.value.exit_code == 3
-    assert digest(tiny) == before
+    assert digest(tiny) == files_before
 
 
 def test_a_broken_graph_is_not_published(tiny, monkeypatch):
     function, version = pipeline.STEPS[Optimize]
 
-    def broken(job):
-        built = function(job)
+    def write_broken_graph(job):
+        result = function(job)
         (job.folder / "model.onnx").write_bytes(b"no graph")
-        return built
+        return result
 
-    monkeypatch.setitem(pipeline.STEPS, Optimize, (broken, version + 1))
-    before = digest(tiny)
+    monkeypatch.setitem(pipeline.STEPS, Optimize, (write_broken_graph, version + 1))
+    files_before = digest(tiny)
     with pytest.raises(GraphError):
         ensure(tiny, ["onnx-fp32"], {}, lambda line: None)
-    assert digest(tiny) == before
+    assert digest(tiny) == files_before
 
 
-def test_validate_looks_at_what_lies_there(tiny):
+def test_validate_checks_the_existing_artifact(tiny):
     assert validate_variant(tiny, "torch-fp32", lambda line: None)["largest_delta"] == 0
     report = validate_variant(tiny, "onnx-int8", lambda line: None)
     assert report["passed"]
@@ -254,8 +254,8 @@ def test_validate_looks_at_what_lies_there(tiny):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_stopped_in_the_middle_leaves_what_was_there_and_the_next_one_goes_on(tmp_path, sent):
+@pytest.mark.parametrize("kill_signal", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_run_keeps_finished_artifacts_and_the_next_run_builds_the_rest(tmp_path, kill_signal):
     checkpoint = make_checkpoint(tmp_path / "tiny")
     command = [sys.executable, "-m", "toolchain", "export", "--model", str(checkpoint)]
     run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
@@ -265,11 +265,11 @@ def test_a_run_stopped_in_the_middle_leaves_what_was_there_and_the_next_one_goes
     scratch = tmp_path / "exported" / "tiny"
     while not (publishing.work_folder(scratch / "onnx-std") / "building").exists():
         time.sleep(0.01)
-    os.kill(run.pid, sent)
-    rest = run.communicate(timeout=60)[1]
-    if sent == signal.SIGINT:
-        assert run.returncode == 130, rest
-        assert "Interrupted" in rest
+    os.kill(run.pid, kill_signal)
+    output = run.communicate(timeout=60)[1]
+    if kill_signal == signal.SIGINT:
+        assert run.returncode == 130, output
+        assert "Interrupted" in output
         assert not list(scratch.glob(".*"))
     assert not (scratch / "onnx-std").exists()
     workspace = Workspace.open(str(checkpoint), tmp_path / "exported")
@@ -280,12 +280,12 @@ def test_a_run_stopped_in_the_middle_leaves_what_was_there_and_the_next_one_goes
 
 
 @pytest.mark.slow
-def test_two_runs_at_once_build_once(tmp_path):
+def test_two_simultaneous_runs_build_one_valid_artifact(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "tiny")
     command = [sys.executable, "-m", "toolchain", "export", "--model", str(checkpoint), "--optimize", "none"]
     runs = [subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [run.communicate(timeout=120)[1] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], said
+    outputs = [run.communicate(timeout=120)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
     manifest = json.loads((tmp_path / "exported" / "tiny" / "onnx-std" / MANIFEST).read_text())
     assert manifest["validation"]["passed"]
     assert not list((tmp_path / "exported" / "tiny").glob(".*"))
@@ -293,38 +293,38 @@ def test_two_runs_at_once_build_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_labels_of_any_number_come_along(tmp_path):
+def test_an_artifact_keeps_any_number_of_labels(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "three", ("bad", "so so", "good"), seed=5)
     workspace = Workspace.open(str(checkpoint), tmp_path / "exported")
-    built = ensure(workspace, ["onnx-fp32"], {}, lambda line: None)["onnx-fp32"]
-    assert built.manifest.labels == ("bad", "so so", "good")
-    assert built.manifest.outputs[0].shape == ("batch_size", 3)
-    config = json.loads((built.path / "config.json").read_text())
+    artifact = ensure(workspace, ["onnx-fp32"], {}, lambda line: None)["onnx-fp32"]
+    assert artifact.manifest.labels == ("bad", "so so", "good")
+    assert artifact.manifest.outputs[0].shape == ("batch_size", 3)
+    config = json.loads((artifact.path / "config.json").read_text())
     assert config["id2label"] == {"0": "bad", "1": "so so", "2": "good"}
 
 
-def test_a_label_lies_beside_the_variant_of_the_same_tags(tiny):
-    plain = tiny.load("onnx-fp32").manifest
-    fused = Optimize("cpu", ("fuse",))
-    built = ensure(tiny, ["onnx-fp32+fused"], {"onnx-fp32+fused": fused}, quiet)["onnx-fp32+fused"].manifest
-    assert (built.parent, built.variant) == ("onnx-std", "onnx-fp32+fused")
-    assert built.facts["rewrites"] == {"fuse": 4}
-    assert tiny.load("onnx-fp32").manifest.id == plain.id
-    # Its settings are its manifest's from then on.
-    said = []
-    again = ensure(tiny, ["onnx-fp32+fused"], {}, lambda event: said.append(str(event)))["onnx-fp32+fused"].manifest
-    assert "onnx-fp32+fused: fresh, skipped" in said
-    assert again.step == fused
-    found = {variant.name: state for variant, _, state in states(tiny)}
-    assert found["onnx-fp32+fused"] == found["onnx-fp32"] == "built"
+def test_a_labelled_variant_does_not_replace_the_unlabelled_one(tiny):
+    unlabelled = tiny.load("onnx-fp32").manifest
+    fuse_only = Optimize("cpu", ("fuse",))
+    labelled = ensure(tiny, ["onnx-fp32+fused"], {"onnx-fp32+fused": fuse_only}, quiet)["onnx-fp32+fused"].manifest
+    assert (labelled.parent, labelled.variant) == ("onnx-std", "onnx-fp32+fused")
+    assert labelled.facts["rewrites"] == {"fuse": 4}
+    assert tiny.load("onnx-fp32").manifest.id == unlabelled.id
+    # From now on, the manifest holds the settings.
+    events = []
+    rebuilt = ensure(tiny, ["onnx-fp32+fused"], {}, lambda event: events.append(str(event)))["onnx-fp32+fused"].manifest
+    assert "onnx-fp32+fused: fresh, skipped" in events
+    assert rebuilt.step == fuse_only
+    state_of = {variant.name: state for variant, _, state in states(tiny)}
+    assert state_of["onnx-fp32+fused"] == state_of["onnx-fp32"] == "built"
 
 
 @pytest.mark.slow
-def test_tables_of_other_bits_than_the_layers(tmp_path):
+def test_embedding_tables_can_have_other_bits_than_the_layers(tmp_path):
     workspace = Workspace.open(str(make_checkpoint(tmp_path / "decided", leaning=30)), tmp_path / "exported")
-    asked = {"onnx-int8+small": Quantize(embeddings="int4"), "onnx-int4": Quantize(scheme="int4")}
-    built = ensure(workspace, ["onnx-int8", *asked], asked, quiet)
-    size = {name: built[name].manifest.facts["bytes_by_part"] for name in ("onnx-int8", *asked)}
+    steps = {"onnx-int8+small": Quantize(embeddings="int4"), "onnx-int4": Quantize(scheme="int4")}
+    artifacts = ensure(workspace, ["onnx-int8", *steps], steps, quiet)
+    size = {name: artifacts[name].manifest.facts["bytes_by_part"] for name in ("onnx-int8", *steps)}
     assert size["onnx-int8+small"]["embeddings"] == size["onnx-int4"]["embeddings"] < size["onnx-int8"]["embeddings"]
     assert size["onnx-int8+small"]["encoder"] == size["onnx-int8"]["encoder"] > size["onnx-int4"]["encoder"]
     with pytest.raises(GraphError, match="no standard operator for tables of 4 bits"):
@@ -332,52 +332,52 @@ def test_tables_of_other_bits_than_the_layers(tmp_path):
 
 
 @pytest.mark.slow
-def test_weights_of_the_passes_that_are_asked_for_are_quantised(tmp_path):
+def test_only_the_named_passes_quantise_their_weights(tmp_path):
     workspace = Workspace.open(str(make_checkpoint(tmp_path / "decided", leaning=30)), tmp_path / "exported")
-    asked = {
+    steps = {
         "onnx-int8+layers": Quantize(passes=("padding", "quantize-linear")),
         "onnx-int8+tables": Quantize(passes=("quantize-embedding",)),
     }
-    built = ensure(workspace, ["onnx-fp32", "onnx-int8", *asked], asked, quiet)
-    size = {name: built[name].manifest.facts["bytes_by_part"] for name in ("onnx-fp32", "onnx-int8", *asked)}
+    artifacts = ensure(workspace, ["onnx-fp32", "onnx-int8", *steps], steps, quiet)
+    size = {name: artifacts[name].manifest.facts["bytes_by_part"] for name in ("onnx-fp32", "onnx-int8", *steps)}
     assert size["onnx-int8+layers"] == {**size["onnx-int8"], "embeddings": size["onnx-fp32"]["embeddings"]}
     assert size["onnx-int8+tables"] == {**size["onnx-fp32"], "embeddings": size["onnx-int8"]["embeddings"]}
-    asked = {"onnx-int8+none": Quantize(passes=())}
+    steps = {"onnx-int8+none": Quantize(passes=())}
     with pytest.raises(GraphError, match="no embedding table left to quantise"):
-        ensure(workspace, asked, asked, quiet)
+        ensure(workspace, steps, steps, quiet)
 
 
 @pytest.mark.slow
-def test_a_label_follows_its_lineage(tiny):
+def test_a_labelled_variant_is_built_from_the_labelled_parent(tiny):
     opset = {"onnx-std+old": Export(17)}
     ensure(tiny, ["onnx-std+old"], opset, quiet)
-    built = ensure(tiny, ["onnx-fp32+old"], {"onnx-fp32+old": Optimize()}, quiet)
-    assert built["onnx-fp32+old"].manifest.parent == "onnx-std+old"
-    assert built["onnx-fp32+old"].manifest.facts["opset"][""] == 17
-    asked = {"onnx-std+new": Export(17), "onnx-fp32+new": Optimize()}
-    both = ensure(tiny, asked, asked, quiet)
-    assert both["onnx-fp32+new"].manifest.parent == "onnx-std+new"
+    artifacts = ensure(tiny, ["onnx-fp32+old"], {"onnx-fp32+old": Optimize()}, quiet)
+    assert artifacts["onnx-fp32+old"].manifest.parent == "onnx-std+old"
+    assert artifacts["onnx-fp32+old"].manifest.facts["opset"][""] == 17
+    steps = {"onnx-std+new": Export(17), "onnx-fp32+new": Optimize()}
+    new_artifacts = ensure(tiny, steps, steps, quiet)
+    assert new_artifacts["onnx-fp32+new"].manifest.parent == "onnx-std+new"
     assert tiny.load("onnx-fp32").manifest.parent == "onnx-std"
 
 
 @pytest.mark.slow
-def test_the_graph_of_what_has_a_label_needs_no_asking(tiny):
-    pruned = {"torch-pruned50+mine": Prune(0.5, cost="latency")}
-    before = ensure(tiny, pruned, pruned, quiet)["torch-pruned50+mine"]
-    quantized = {"onnx-pruned50-int8+mine": Quantize()}
-    built = ensure(tiny, quantized, quantized, quiet)
-    line = [variant.name for variant in tiny.lineage("onnx-pruned50-int8+mine")]
-    assert line == [
+def test_the_lineage_of_a_labelled_variant_keeps_its_label(tiny):
+    prune_step = {"torch-pruned50+mine": Prune(0.5, cost="latency")}
+    pruned_artifact = ensure(tiny, prune_step, prune_step, quiet)["torch-pruned50+mine"]
+    quantize_step = {"onnx-pruned50-int8+mine": Quantize()}
+    artifacts = ensure(tiny, quantize_step, quantize_step, quiet)
+    lineage = [variant.name for variant in tiny.lineage("onnx-pruned50-int8+mine")]
+    assert lineage == [
         "torch-fp32",
         "torch-pruned50+mine",
         "onnx-std-pruned50+mine",
         "onnx-pruned50+mine",
         "onnx-pruned50-int8+mine",
     ]
-    assert built["torch-pruned50+mine"].manifest.id == before.manifest.id
+    assert artifacts["torch-pruned50+mine"].manifest.id == pruned_artifact.manifest.id
     assert tiny.load("torch-pruned50") is None
 
 
-def test_a_label_that_was_never_built_is_told(tiny):
+def test_a_label_that_was_never_built_gives_an_error(tiny):
     with pytest.raises(UnknownVariantError, match=r"onnx-int8\+nothing was never built"):
         ensure(tiny, ["onnx-int8+nothing"], {}, quiet)

@@ -1,4 +1,4 @@
-"""Validation finds what is planted, over the whole grid."""
+"""Validation finds wrong logits on every batch of the grid."""
 
 import numpy as np
 import pytest
@@ -24,14 +24,14 @@ def truth(built_tiny):
     return open_session(built_tiny.path("torch-fp32"), "torch", Place("cpu", 2))
 
 
-class Wrong:
-    """A session whose logits are changed on their way."""
+class ChangedSession:
+    """A session that changes the logits of another session."""
 
     def __init__(self, session, change):
         self.run = lambda batch: change(session.run(batch), batch)
 
 
-def test_the_grid_is_what_it_says(encoder):
+def test_the_grid_has_the_shapes_that_its_names_state(encoder):
     batches = dict(grid(encoder, SENTENCES))
     sizes = {len(batch["input_ids"]) for batch in batches.values()}
     assert sizes == {1, 2, 7}
@@ -43,11 +43,11 @@ def test_the_grid_is_what_it_says(encoder):
     assert left["attention_mask"][:, -1].all()
     assert right["attention_mask"][:, 0].all()
     assert not left["attention_mask"].all()
-    again = dict(grid(encoder, SENTENCES))
-    assert all((again[name]["input_ids"] == batch["input_ids"]).all() for name, batch in batches.items())
+    second_batches = dict(grid(encoder, SENTENCES))
+    assert all((second_batches[name]["input_ids"] == batch["input_ids"]).all() for name, batch in batches.items())
 
 
-def test_a_faithful_session_passes(encoder, truth, built_tiny):
+def test_an_accurate_session_passes(encoder, truth, built_tiny):
     report = validate(
         open_session(built_tiny.path("onnx-fp32"), "onnx", Place("cpu", 2)), truth, encoder, SENTENCES, "exact"
     )
@@ -69,54 +69,56 @@ def test_a_faithful_session_passes(encoder, truth, built_tiny):
         (lambda out, batch: out[:, :1], ""),
     ],
 )
-def test_a_wrong_answer_anywhere_on_the_grid_fails(encoder, truth, change, worst):
-    report = validate(Wrong(truth, change), truth, encoder, SENTENCES, "exact")
+def test_wrong_logits_in_any_batch_of_the_grid_fail(encoder, truth, change, worst_case):
+    report = validate(ChangedSession(truth, change), truth, encoder, SENTENCES, "exact")
     assert not report["passed"]
-    assert worst in report["worst_case"]
+    assert worst_case in report["worst_case"]
 
 
-def test_fewer_bits_may_move_logits_but_not_answers(encoder, truth):
-    moved = validate(Wrong(truth, lambda out, batch: out * 1.05), truth, encoder, SENTENCES, "close")
-    assert moved["passed"]
-    assert moved["largest_delta"] > 1e-4
-    turned = validate(Wrong(truth, lambda out, batch: out[:, ::-1]), truth, encoder, SENTENCES, "close")
-    assert not turned["passed"]
-    assert turned["flips"] == 50
+def test_quantised_logits_may_change_but_labels_may_not(encoder, truth):
+    scaled_report = validate(ChangedSession(truth, lambda out, batch: out * 1.05), truth, encoder, SENTENCES, "close")
+    assert scaled_report["passed"]
+    assert scaled_report["largest_delta"] > 1e-4
+    flipped_report = validate(
+        ChangedSession(truth, lambda out, batch: out[:, ::-1]), truth, encoder, SENTENCES, "close"
+    )
+    assert not flipped_report["passed"]
+    assert flipped_report["flips"] == 50
     logits = [truth.run(pad([row], encoder.names, encoder.pad_id))[0] for row in encoder.encode(SENTENCES)]
-    assert turned["flip_margins"] == pytest.approx([abs(one - other) for one, other in logits], rel=1e-2)
-    assert moved["flip_margins"] == []
+    assert flipped_report["flip_margins"] == pytest.approx([abs(first - second) for first, second in logits], rel=1e-2)
+    assert scaled_report["flip_margins"] == []
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 2000))
-def test_only_what_is_hardly_chance_is_refused(sentences):
-    most = allowed_flips(sentences)
-    chance = [stats.binomtest(flips, sentences, 0.02, alternative="greater").pvalue for flips in (most, most + 1)]
-    assert chance[1] <= 0.05 + 1e-9 < chance[0] + 2e-9
-    assert most >= int(0.02 * sentences)
+def test_the_limit_of_flips_allows_what_chance_explains(sentences):
+    limit = allowed_flips(sentences)
+    p_values = [stats.binomtest(flips, sentences, 0.02, alternative="greater").pvalue for flips in (limit, limit + 1)]
+    assert p_values[1] <= 0.05 + 1e-9 < p_values[0] + 2e-9
+    assert limit >= int(0.02 * sentences)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flips", [3, 4])
-def test_the_limit_is_what_shows_more_than_two_per_cent(encoder, truth, flips):
-    seen = []
+def test_validation_allows_three_flips_of_fifty_and_refuses_four(encoder, truth, flips):
+    calls = []
 
     def flip_some(out, batch):
-        seen.append(1)
-        # The last `flips` of the sentences, which come after the grid one by one.
-        sentences_seen = len(seen) - len(dict(grid(encoder, SENTENCES)))
-        return out[:, ::-1] if sentences_seen > 50 - flips else out
+        calls.append(1)
+        # The grid's batches come first, then the sentences one by one. Only the last `flips` sentences flip.
+        sentence_count = len(calls) - len(dict(grid(encoder, SENTENCES)))
+        return out[:, ::-1] if sentence_count > 50 - flips else out
 
-    report = validate(Wrong(truth, flip_some), truth, encoder, SENTENCES, "close")
+    report = validate(ChangedSession(truth, flip_some), truth, encoder, SENTENCES, "close")
     assert report["flips"] == flips
     assert report["passed"] == (flips == 3)
 
 
-def test_logits_that_are_not_finite_fail_in_fewer_bits_too(encoder, truth):
-    def infinite(out, batch):
+def test_quantised_logits_that_are_not_finite_fail(encoder, truth):
+    def add_infinity(out, batch):
         return out + (np.inf if batch["input_ids"].shape[1] == 512 else 0)
 
-    report = validate(Wrong(truth, infinite), truth, encoder, SENTENCES, "close")
+    report = validate(ChangedSession(truth, add_infinity), truth, encoder, SENTENCES, "close")
     assert not report["passed"]
     assert not report["finite"]
     assert "not finite" in sentence(report)
