@@ -304,12 +304,12 @@ def test_gpu_memory_has_its_column_and_its_method(measured):
 
 
 def test_cells_that_fall_back_are_planned_only_where_that_is_allowed():
-    with pytest.raises(BenchError, match="onnx-int8 is not measured on cuda") as error:
+    with pytest.raises(BenchError, match="onnx-int8 does not run on cuda") as error:
         run.planned_pairs(("onnx-int8",), ("cuda",))
     assert "--allow-fallback" in error.value.hint
     assert run.planned_pairs(("onnx-int8",), ("cuda",), allow_fallback=True) == [("onnx-int8", "cuda")]
     assert run.planned_pairs(("onnx-int8",), (), allow_fallback=True) == [("onnx-int8", "cpu")]
-    with pytest.raises(BenchError, match="torch-int8 is not measured on cuda"):
+    with pytest.raises(BenchError, match="torch-int8 does not run on cuda"):
         run.planned_pairs(("torch-int8",), ("cuda",), allow_fallback=True)
 
 

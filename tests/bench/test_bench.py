@@ -310,7 +310,7 @@ def test_a_run_is_taken_up_by_the_same_command_only(tmp_path):
     with pytest.raises(ResultFileError, match="a record has an unknown cell"):
         Journal.resume(file, {"cells": [], "protocol": {"threads": 2}})
     file.write_text("[1]\n")
-    with pytest.raises(ResultFileError, match="is no interrupted run"):
+    with pytest.raises(ResultFileError, match="is not a valid journal"):
         Journal.resume(file, {"cells": []})
     with pytest.raises(ResultFileError, match="no interrupted run of other"):
         journal.find_newest(tmp_path, "other")
