@@ -74,7 +74,7 @@ def run_page(folder: Path, dtype: str, texts: str) -> dict[str, Any]:
 
 def client_row(rounds: list[dict[str, Any]], python_labels: list[str]) -> dict[str, Any]:
     """Returns the figures of a client; flips are counted against `python_labels`, the labels in Python."""
-    samples = Samples.ones([[round(1000 * ms) for ms in each["ms"]] for each in rounds])
+    samples = Samples.from_single([[round(1000 * ms) for ms in each["ms"]] for each in rounds])
     return {
         "latency_ms": samples.milliseconds(),
         "p50_interval_ms": statistics.median_interval(samples),

@@ -180,7 +180,7 @@ def make_artifact(parent: Artifact, name: str, folder: Path, maker: str) -> Arti
 
 def ratio(ours: Samples, peer: Samples) -> str:
     """Returns the peer's time divided by our time with its 95 % interval over rounds; above 1, ours is faster."""
-    speedup = statistics.ratio(peer.spent_each(), ours.spent_each())
+    speedup = statistics.ratio(peer.sentence_times(), ours.sentence_times())
     return f"{speedup.value:.2f}× [{speedup.low:.2f}, {speedup.high:.2f}]"
 
 

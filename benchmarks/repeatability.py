@@ -50,7 +50,7 @@ def compare_pair(one: Measurement, other: Measurement) -> dict[str, Any]:
         raise click.ClickException(f"{one.cell} or {other.cell} was not measured: {one.reason} {other.reason}")
     ratios = {
         "single-stream": statistics.ratio(one.latency.medians(), other.latency.medians()),
-        "offline": statistics.ratio(one.batches.spent_each(), other.batches.spent_each()),
+        "offline": statistics.ratio(one.batches.sentence_times(), other.batches.sentence_times()),
     }
     return {name: {**ratio.to_json(), "different": bool(ratio.differs)} for name, ratio in ratios.items()}
 

@@ -24,7 +24,7 @@ HOSTILE = '<script>alert(\'x\')</script>" onload="alert(1)" $\\frac{}$ --> \x00\
 
 
 def rounds(ms):
-    return Samples.ones([[round(ms * 1000 * (1 + (7 * r + s) % 5 / 50)) for s in range(4)] for r in range(8)])
+    return Samples.from_single([[round(ms * 1000 * (1 + (7 * r + s) % 5 / 50)) for s in range(4)] for r in range(8)])
 
 
 def rich_row(variant, ms, wrong, **changes):

@@ -5,11 +5,11 @@ from toolchain.results.result_file import ResultFile
 
 
 def samples_of(times):
-    return Samples.of(times, [[1] * len(row) for row in times])
+    return Samples.from_rounds(times, [[1] * len(row) for row in times])
 
 
 def row(**changes):
-    latency, batches = samples_of([[900, 1000], [1100]]), Samples.of([[5000]], [[32]])
+    latency, batches = samples_of([[900, 1000], [1100]]), Samples.from_rounds([[5000]], [[32]])
     values = {
         "model": "m",
         "variant": "onnx-int8",
@@ -40,8 +40,8 @@ RUN = {"threads": 2, "batch_size": 32}
 
 
 def measured(variant, ms, provider="cpu", correct=90, **changes):
-    latency = Samples.of([[round(ms * 1000)]], [[1]])
-    batches = Samples.of([[round(ms * 32000)]], [[32]])
+    latency = Samples.from_rounds([[round(ms * 1000)]], [[1]])
+    batches = Samples.from_rounds([[round(ms * 32000)]], [[32]])
     figures = {
         "variant": variant,
         "provider": provider,

@@ -279,7 +279,7 @@ def _score(model: PreTrainedModel, encoder: Encoder, data: Data) -> dict[str, An
     predictions = [0] * len(data.labels)
     for row, answer in answers(model, batches(encoder.encode(data.texts), data.targets, encoder, BATCH), multi):
         predictions[row] = answer
-    counts = statistics.by_label(predictions, data.labels, multi)
+    counts = statistics.count_by_label(predictions, data.labels, multi)
     correct = sum(prediction == label for prediction, label in zip(predictions, data.labels, strict=True))
     figures = {
         "accuracy": correct / len(predictions),

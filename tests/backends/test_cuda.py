@@ -310,12 +310,12 @@ def test_a_comparison_shows_gpu_memory_and_how_it_was_measured(bench_cells):
 
 
 def test_cells_that_fall_back_are_planned_only_with_allow_fallback():
-    with pytest.raises(BenchError, match="onnx-int8 is not measured on cuda") as error:
+    with pytest.raises(BenchError, match="onnx-int8 does not run on cuda") as error:
         run.planned_pairs(("onnx-int8",), ("cuda",))
     assert "--allow-fallback" in error.value.hint
     assert run.planned_pairs(("onnx-int8",), ("cuda",), allow_fallback=True) == [("onnx-int8", "cuda")]
     assert run.planned_pairs(("onnx-int8",), (), allow_fallback=True) == [("onnx-int8", "cpu")]
-    with pytest.raises(BenchError, match="torch-int8 is not measured on cuda"):
+    with pytest.raises(BenchError, match="torch-int8 does not run on cuda"):
         run.planned_pairs(("torch-int8",), ("cuda",), allow_fallback=True)
 
 

@@ -312,7 +312,7 @@ def test_only_the_same_command_can_resume_a_run(tmp_path):
     with pytest.raises(ResultFileError, match="a record has an unknown cell"):
         Journal.resume(file, {"cells": [], "protocol": {"threads": 2}})
     file.write_text("[1]\n")
-    with pytest.raises(ResultFileError, match="is no interrupted run"):
+    with pytest.raises(ResultFileError, match="is not a valid journal"):
         Journal.resume(file, {"cells": []})
     with pytest.raises(ResultFileError, match="no interrupted run of other"):
         journal.find_newest(tmp_path, "other")

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sample_results import result, row
 
-from toolchain.compare.limits import Limits, choose, require
-from toolchain.compare.regressions import parse_share, regressions, require_none
+from toolchain.compare.limits import Limits, check_limits, require_winner
+from toolchain.compare.regressions import find_regressions, parse_share, require_no_regressions
 from toolchain.compare.report.flat import COLUMNS, to_csv
 from toolchain.compare.report.verdict import choice_json, choice_lines, regression_json, regression_lines
 from toolchain.compare.rows import compare
@@ -32,8 +32,8 @@ def answers(wrong):
 def timed(variant, ms, wrong=range(10), provider="cpu", **changes):
     """A row of these medians a round, in milliseconds; a sentence in a batch takes as long as one alone."""
     medians = [ms] if isinstance(ms, int | float) else ms
-    latency = Samples.ones([[round(value * 1000)] for value in medians])
-    batches = Samples.of([[round(value * 32000)] for value in medians], [[32]] * len(medians))
+    latency = Samples.from_single([[round(value * 1000)] for value in medians])
+    batches = Samples.from_rounds([[round(value * 32000)] for value in medians], [[32]] * len(medians))
     figures = {
         "variant": variant,
         "provider": provider,
@@ -75,20 +75,20 @@ PUBLISHED = Measurement("m", "torch-fp16", "cpu", None, "reported", accuracy=Acc
 
 def test_the_fastest_row_within_the_limits_wins():
     rows = rows_of(FP32, INT8, sized("onnx-fp32", 3, 25), sized("torch-int8", 2, 40))
-    verdict = choose(rows, Limits(max_drop=0.5, max_p95_ms=5, max_size_mb=30))
+    verdict = check_limits(rows, Limits(max_drop=0.5, max_p95_ms=5, max_size_mb=30))
     assert verdict.winner.measurement.cell == "onnx-fp32@cpu"
     assert cells(verdict.passed) == ["onnx-fp32@cpu"]
-    require(verdict)
+    require_winner(verdict)
 
 
 def test_the_baseline_itself_may_win():
-    verdict = choose(rows_of(FP32, INT8), Limits(max_drop=0))
+    verdict = check_limits(rows_of(FP32, INT8), Limits(max_drop=0))
     assert verdict.winner.measurement is FP32
 
 
 def test_a_figure_equal_to_its_limit_passes():
     limits = Limits(max_drop=1.0, max_p95_ms=1.0, max_size_mb=20, max_memory_mb=100)
-    assert choose(rows_of(FP32, INT8), limits).winner.measurement is INT8
+    assert check_limits(rows_of(FP32, INT8), limits).winner.measurement is INT8
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_figure_equal_to_its_limit_passes():
 )
 def test_a_miss_says_figure_limit_and_by_how_much(limits, says):
     rows = [r for r in rows_of(FP32, INT8) if r.measurement is INT8]
-    verdict = choose(rows, limits)
+    verdict = check_limits(rows, limits)
     assert verdict.winner is None
     assert [str(broken) for broken in verdict.misses[0].broken] == [says]
 
@@ -122,52 +122,52 @@ def test_a_miss_says_figure_limit_and_by_how_much(limits, says):
     ],
 )
 def test_an_unknown_figure_does_not_pass(changes, limits, says):
-    verdict = choose(rows_of(timed("onnx-int8", 1, **changes)), limits)
+    verdict = check_limits(rows_of(timed("onnx-int8", 1, **changes)), limits)
     assert not verdict.passed
     assert str(verdict.misses[0].broken[0]) == says
 
 
 def test_a_row_without_an_accuracy_says_so():
     rows = rows_of(FP32, timed("onnx-int8", 1, accuracy=None, predictions=()))
-    miss = choose(rows, Limits(max_drop=100)).misses[0]
+    miss = check_limits(rows, Limits(max_drop=100)).misses[0]
     assert "it or its baseline has no accuracy" in str(miss.broken[0])
 
 
 def test_an_unknown_figure_is_no_obstacle_where_nothing_limits_it():
-    assert choose(rows_of(timed("onnx-int8", 1, memory_bytes={})), Limits(max_p95_ms=5)).winner
+    assert check_limits(rows_of(timed("onnx-int8", 1, memory_bytes={})), Limits(max_p95_ms=5)).winner
 
 
 def test_ties_go_to_the_smaller_then_the_more_accurate_then_the_first_by_name():
     small, large = sized("onnx-b", 1, 10), sized("onnx-a", 1, 20)
-    assert choose(rows_of(large, small), Limits(max_p95_ms=5)).winner.measurement is small
+    assert check_limits(rows_of(large, small), Limits(max_p95_ms=5)).winner.measurement is small
     better, worse = timed("onnx-b", 1, range(5)), timed("onnx-a", 1)
-    assert choose(rows_of(worse, better), Limits(max_p95_ms=5)).winner.measurement is better
+    assert check_limits(rows_of(worse, better), Limits(max_p95_ms=5)).winner.measurement is better
     one, other = timed("onnx-b", 1), timed("onnx-a", 1)
-    assert choose(rows_of(one, other), Limits(max_p95_ms=5)).winner.measurement is other
+    assert check_limits(rows_of(one, other), Limits(max_p95_ms=5)).winner.measurement is other
 
 
 def test_the_nearest_misses_break_the_fewest_limits_and_those_least():
     both = sized("f", 5.01, 30.1)
     rows = rows_of(sized("a", 9, 90), sized("b", 9, 10), sized("c", 6, 10), sized("d", 4, 33), sized("e", 5, 31), both)
-    verdict = choose(rows, Limits(max_p95_ms=5, max_size_mb=30))
+    verdict = check_limits(rows, Limits(max_p95_ms=5, max_size_mb=30))
     assert cells(miss.row for miss in verdict.misses) == ["e@cpu", "d@cpu", "c@cpu"]
     assert len(verdict.misses[0].broken) == 1
 
 
 def test_an_unknown_figure_is_further_than_any_known_one():
     rows = rows_of(sized("a", 9, 99), timed("b", 1, size_bytes={}))
-    assert cells(m.row for m in choose(rows, Limits(max_size_mb=1)).misses) == ["a@cpu", "b@cpu"]
+    assert cells(m.row for m in check_limits(rows, Limits(max_size_mb=1)).misses) == ["a@cpu", "b@cpu"]
 
 
 def test_only_measured_rows_are_judged():
     rows = rows_of(FP32, FAILED, ABSENT) + rows_of(PUBLISHED)
-    verdict = choose(rows, Limits(max_p95_ms=1))
+    verdict = check_limits(rows, Limits(max_p95_ms=1))
     assert cells(miss.row for miss in verdict.misses) == ["torch-fp32@cpu"]
 
 
 def test_the_front_is_that_of_the_table_within_the_limits_or_not():
     rows = rows_of(FP32, INT8, timed("onnx-slow", 9, range(20)))
-    verdict = choose(rows, Limits(max_drop=0))
+    verdict = check_limits(rows, Limits(max_drop=0))
     assert cells(verdict.front) == ["onnx-int8@cpu", "torch-fp32@cpu"]
     assert (
         "Pareto front of accuracy, p50 and size: onnx-int8@cpu, torch-fp32@cpu; outside the limits: onnx-int8@cpu"
@@ -178,39 +178,39 @@ def test_the_front_is_that_of_the_table_within_the_limits_or_not():
 def test_rows_of_several_machines_are_not_judged_together():
     elsewhere = dict(result().machine, id="y")
     with pytest.raises(ResultFileError, match="of one machine and one data set"):
-        choose(rows_of(FP32) + rows_of(FP32, machine=elsewhere), Limits(max_p95_ms=9))
+        check_limits(rows_of(FP32) + rows_of(FP32, machine=elsewhere), Limits(max_p95_ms=9))
 
 
 def test_nothing_within_the_limits_is_the_answer_no():
-    verdict = choose(rows_of(FP32, INT8), Limits(max_p95_ms=0.5))
+    verdict = check_limits(rows_of(FP32, INT8), Limits(max_p95_ms=0.5))
     with pytest.raises(
         VerdictError, match=r"No row is within the limits. The nearest is onnx-int8@cpu: p95 1.00 ms"
     ) as no:
-        require(verdict)
+        require_winner(verdict)
     assert no.value.exit_code == 3
     assert no.value.hint
     assert choice_lines(verdict)[0] == "Winner: none; no row is within the limits."
     assert choice_json(verdict)["winner"] is None
     with pytest.raises(VerdictError, match="No row to judge was measured"):
-        require(choose(rows_of(FAILED), Limits()))
+        require_winner(check_limits(rows_of(FAILED), Limits()))
 
 
 def test_the_interval_says_what_may_be_chance_where_no_answers_are_kept():
     rows = rows_of(FP32, timed("onnx-int8", 1, range(12), predictions=()))
-    broken = choose(rows, Limits(max_drop=1)).misses[0].broken[0]
+    broken = check_limits(rows, Limits(max_drop=1)).misses[0].broken[0]
     assert broken.remark.startswith("its interval, 80.")
     assert broken.remark.endswith("has the baseline's in it: may be chance")
     sure = rows_of(FP32, timed("onnx-int8", 1, range(60)))
-    assert "McNemar p 1.8e-15" in choose(sure, Limits(max_drop=1)).misses[0].broken[0].remark
-    assert "chance" not in choose(sure, Limits(max_drop=1)).misses[0].broken[0].remark
+    assert "McNemar p 1.8e-15" in check_limits(sure, Limits(max_drop=1)).misses[0].broken[0].remark
+    assert "chance" not in check_limits(sure, Limits(max_drop=1)).misses[0].broken[0].remark
     far = rows_of(FP32, timed("onnx-int8", 1, range(60), predictions=()))
-    assert choose(far, Limits(max_drop=1)).misses[0].broken[0].remark == ""
+    assert check_limits(far, Limits(max_drop=1)).misses[0].broken[0].remark == ""
 
 
 def test_a_noisy_or_stale_winner_is_called_so():
     noisy = timed("onnx-int8", 1, noise={"steal_share": 0.2})
     rows = compare([result(FP32, noisy, run=RUN)], None, {("m", "onnx-int8"): "another"})
-    verdict = choose(rows, Limits(max_p95_ms=5))
+    verdict = check_limits(rows, Limits(max_p95_ms=5))
     line = choice_lines(verdict)[0]
     assert line.startswith(
         "Winner: onnx-int8@cpu: p50 1.00 ms, p95 1.00 ms, accuracy 90.00% (+0.00 points), size 20.0 MB"
@@ -221,7 +221,7 @@ def test_a_noisy_or_stale_winner_is_called_so():
 
 
 def test_the_text_names_winner_others_and_misses():
-    lines = choice_lines(choose(rows_of(FP32, INT8, timed("onnx-fp32", 4)), Limits(max_p95_ms=5)))
+    lines = choice_lines(check_limits(rows_of(FP32, INT8, timed("onnx-fp32", 4)), Limits(max_p95_ms=5)))
     assert "accuracy 89.00% (-1.00 points, McNemar p 1: may be chance)" in lines[0]
     assert lines[1] == "Also within the limits: onnx-fp32@cpu"
     assert lines[-2:] == ["Nearest misses:", "  torch-fp32@cpu: p95 8.00 ms, limit 5: over by 3 (60.0%)"]
@@ -238,7 +238,7 @@ def judge(made, bound):
         timed(f"v{i}", ms, range(wrong), size_bytes={} if size is None else {"total": size * 10**6})
         for i, (ms, wrong, size) in enumerate(made)
     ]
-    return choose(rows_of(FP32, *measurements), Limits(*bound))
+    return check_limits(rows_of(FP32, *measurements), Limits(*bound))
 
 
 @given(variants, bounds, st.integers(0, 2), st.integers(0, 30))
@@ -262,7 +262,7 @@ def change(found, figure, cell="onnx-int8@cpu"):
 
 
 def against(old, new, limit=0.05, **changes):
-    return regressions(rows_of(*new, created=NEWER, **changes), rows_of(*old), limit)
+    return find_regressions(rows_of(*new, created=NEWER, **changes), rows_of(*old), limit)
 
 
 def wobbly(ms, share=0.01, seed=0, rounds=24):
@@ -301,17 +301,17 @@ def test_a_slower_cell_is_a_regression():
     with pytest.raises(
         VerdictError, match=r"1 of 2 cells are lost or worse by more than 5%: onnx-int8@cpu \(latency_p50_ms"
     ) as no:
-        require_none(found)
+        require_no_regressions(found)
     assert no.value.exit_code == 3
-    require_none(against(old, new, 0.25))
-    require_none(against(new, old))
+    require_no_regressions(against(old, new, 0.25))
+    require_no_regressions(against(new, old))
 
 
 def test_a_machine_that_is_slower_for_all_rows_is_no_regression():
     old = [timed("torch-fp32", wobbly(8)), timed("onnx-int8", wobbly(1))]
     new = [timed("torch-fp32", wobbly(12)), timed("onnx-int8", wobbly(1.5))]
     found = against(old, new)
-    require_none(found)
+    require_no_regressions(found)
     assert change(found, "latency_p50_ms").worse == pytest.approx(0, abs=0.01)
     own = change(found, "latency_p50_ms", "torch-fp32@cpu")
     assert own.worse == pytest.approx(0.5, abs=0.01)
@@ -324,7 +324,7 @@ def test_without_a_common_baseline_times_are_compared_as_they_are():
     assert slower.regressed
     assert slower.worse == pytest.approx(0.2, abs=0.02)
     assert slower.remark.startswith("no common baseline")
-    assert found.apart == (("m", "torch-fp32@cpu", "not measured in the old run"),)
+    assert found.not_compared == (("m", "torch-fp32@cpu", "not measured in the old run"),)
 
 
 def test_a_change_that_may_be_none_is_no_regression_however_large():
@@ -340,7 +340,7 @@ def test_a_change_that_may_be_none_is_no_regression_however_large():
 def test_the_interval_of_a_change_is_as_wide_as_those_of_both_runs_together():
     old = rows_of(timed("torch-fp32", wobbly(8, 0.05)), timed("onnx-int8", wobbly(1, 0.05, 1)))
     new = rows_of(timed("torch-fp32", wobbly(8, 0.1, 2)), timed("onnx-int8", wobbly(1, 0.1, 3)), created=NEWER)
-    found = change(regressions(new, old, 0.05), "latency_p50_ms")
+    found = change(find_regressions(new, old, 0.05), "latency_p50_ms")
     was, now = old[1].speedup, new[1].speedup
     worse = was.value / now.value
     down = math.hypot(math.log(was.value / was.low), math.log(now.high / now.value))
@@ -366,7 +366,7 @@ def test_bytes_regress_above_the_limit_alone(figure, name):
         found = against([old], [timed("onnx-int8", 1, **{figure: {name: count}})])
         assert change(found, column).regressed is regressed
         assert change(found, column).worse == pytest.approx(count / 100 - 1)
-    assert against([timed("onnx-int8", 1, **{figure: {name: 0}})], [old]).found
+    assert against([timed("onnx-int8", 1, **{figure: {name: 0}})], [old]).regressed_pairs
 
 
 def test_a_figure_that_is_unknown_now_has_regressed_and_one_that_was_unknown_is_not_compared():
@@ -393,7 +393,7 @@ def test_accuracy_regresses_by_more_wrong_answers_that_are_no_chance():
 
 def test_accuracy_without_answers_is_left_to_the_limit():
     for options in ({"predictions": ()}, {}):
-        found = regressions(
+        found = find_regressions(
             rows_of(timed("onnx-int8", 1, range(12), **options), labels=False, created=NEWER),
             rows_of(timed("onnx-int8", 1, range(10), **options), labels=False),
             0.05,
@@ -418,16 +418,16 @@ def test_a_first_wrong_answer_counts_as_that_many_times_one():
 )
 def test_a_row_that_was_measured_and_is_not_any_more_has_regressed(new, lost):
     found = against([FP32, INT8], new)
-    assert [(pair.old.measurement.cell, pair.lost) for pair in found.found] == [("onnx-int8@cpu", lost)]
+    assert [(pair.old.measurement.cell, pair.lost) for pair in found.regressed_pairs] == [("onnx-int8@cpu", lost)]
     with pytest.raises(VerdictError, match=rf"onnx-int8@cpu \({lost.partition(':')[0]}\)"):
-        require_none(found)
+        require_no_regressions(found)
     assert f"onnx-int8@cpu was measured before and is now {lost}" in regression_lines(found)
 
 
 def test_what_was_not_measured_before_cannot_regress():
     found = against([FP32, FAILED], [FP32, FAILED, ABSENT])
-    assert not found.found
-    assert not found.apart
+    assert not found.regressed_pairs
+    assert not found.not_compared
 
 
 @pytest.mark.parametrize(
@@ -444,28 +444,28 @@ def test_runs_of_another_machine_data_or_manner_are_not_compared(changes, why):
         against([FP32], [FP32], **changes)
     assert cause.value.hint
     both = rows_of(INT8, created=NEWER) + rows_of(FP32, created=NEWER, **changes)
-    found = regressions(both, rows_of(FP32, INT8), 0.05)
-    assert found.apart == (("m", "torch-fp32@cpu", why),)
+    found = find_regressions(both, rows_of(FP32, INT8), 0.05)
+    assert found.not_compared == (("m", "torch-fp32@cpu", why),)
     assert f"torch-fp32@cpu is not compared: {why}." in regression_lines(found)
 
 
 def test_another_gpu_is_another_device_for_its_own_rows_alone():
     gpu = timed("torch-fp32", 4, provider="cuda")
     found = against([FP32, gpu], [FP32, gpu], run={**RUN, "device_id": 1})
-    assert found.apart == (("m", "torch-fp32@cuda", "another GPU"),)
+    assert found.not_compared == (("m", "torch-fp32@cuda", "another GPU"),)
 
 
 def test_runs_that_share_nothing_are_an_error_in_words():
     for old in ([FP32], [FAILED], []):
         with pytest.raises(ResultFileError, match="share no measured cell"):
-            regressions(rows_of(INT8), rows_of(*old) if old else [], 0.05)
+            find_regressions(rows_of(INT8), rows_of(*old) if old else [], 0.05)
 
 
 def test_the_newest_of_several_rows_is_the_one_compared():
     older = rows_of(FP32, timed("onnx-int8", 5, range(11)), created="2026-01-15T00:00:00+00:00")
     new = rows_of(FP32, INT8, created=NEWER)
     for rows in (older + new, new + older):
-        assert not regressions(rows, rows_of(FP32, INT8), 0.05).found
+        assert not find_regressions(rows, rows_of(FP32, INT8), 0.05).regressed_pairs
 
 
 @pytest.mark.slow
@@ -476,9 +476,9 @@ def test_a_run_against_itself_has_no_regression(made, limit):
         for i, (ms, wrong, size) in enumerate(made)
     ]
     rows = rows_of(FP32, *measurements, FAILED)
-    found = regressions(rows, rows, limit)
+    found = find_regressions(rows, rows, limit)
     assert len(found.pairs) == len(made) + 1
-    require_none(found)
+    require_no_regressions(found)
     json.dumps(regression_json(found), allow_nan=False)
 
 

@@ -109,22 +109,22 @@ sets = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), min_size=1, max
 @given(sets)
 def test_figures_of_sets_are_those_of_their_labels_one_by_one(pairs):
     mine, its = zip(*pairs, strict=True)
-    counts = statistics.by_label(mine, its, True)
+    counts = statistics.count_by_label(mine, its, True)
     singles = []
     for at in range(3):
         yes, wanted = [a >> at & 1 for a in mine], [a >> at & 1 for a in its]
         if any(yes) or any(wanted):
-            singles.append(statistics.by_label(yes, wanted, False)[-1])
-    assert [(c["right"], c["asked"], c["answered"]) for c in counts] == [
-        (c["right"], c["asked"], c["answered"]) for c in singles
+            singles.append(statistics.count_by_label(yes, wanted, False)[-1])
+    assert [(c["correct"], c["labelled"], c["predicted"]) for c in counts] == [
+        (c["correct"], c["labelled"], c["predicted"]) for c in singles
     ]
 
 
 def test_balanced_accuracy_gives_every_label_the_same_weight():
-    counts = statistics.by_label([0, 0, 0, 0], [0, 0, 0, 1], False)
+    counts = statistics.count_by_label([0, 0, 0, 0], [0, 0, 0, 1], False)
     assert statistics.balanced_accuracy(counts, False) == pytest.approx(0.5)
     # Label 0: recall 1/2 of 2, absence right in 1 of 2. Label 1: recall 1, absence 3/3.
-    counts = statistics.by_label([0b01, 0b01, 0b00, 0b10], [0b01, 0b00, 0b01, 0b10], True)
+    counts = statistics.count_by_label([0b01, 0b01, 0b00, 0b10], [0b01, 0b00, 0b01, 0b10], True)
     assert statistics.balanced_accuracy(counts, True) == pytest.approx((1 / 2 + 1 / 2 + 1 + 1) / 4)
     assert statistics.balanced_accuracy([], True) is statistics.macro_f1([]) is None
 

@@ -7,7 +7,7 @@ from conftest import ROOT
 from sample_results import FP32, INT8, NO_GPU, result
 
 from toolchain.errors import BenchError
-from toolchain.results.folder import ResultsFolder, read_older, require_measured
+from toolchain.results.folder import ResultsFolder, read_old_run, require_measured
 from toolchain.results.measurements import Measurement
 from toolchain.results.result_file import ResultFile
 
@@ -15,15 +15,15 @@ from toolchain.results.result_file import ResultFile
 def test_the_newest_result_of_the_model_is_found(tmp_path):
     folder = ResultsFolder(tmp_path)
     with pytest.raises(BenchError, match="no result of m"):
-        folder.newest("m", pytest.fail)
+        folder.read_newest("m", pytest.fail)
     result(FP32, created="2026-01-01T00:00:00+00:00").write(tmp_path / "old.json")
     result(INT8, created="2026-01-02T00:00:00+00:00").write(folder.local / "new.json")
-    assert folder.newest("m", pytest.fail).rows == (INT8,)
+    assert folder.read_newest("m", pytest.fail).rows == (INT8,)
     with pytest.raises(BenchError, match="no result of other"):
-        folder.newest("other", pytest.fail)
+        folder.read_newest("other", pytest.fail)
     (tmp_path / "broken.json").write_text("{")
     said = []
-    assert folder.newest("m", said.append).rows == (INT8,)
+    assert folder.read_newest("m", said.append).rows == (INT8,)
     assert "broken.json is not a valid result file" in said[0]
 
 
@@ -61,5 +61,5 @@ def test_the_newest_run_that_measured_an_artifact_counts(tmp_path):
 def test_an_old_run_is_not_compared_with_itself(tmp_path):
     result(FP32, run={"id": "a"}).write(tmp_path / "a.json")
     with pytest.raises(BenchError, match="is the run itself"):
-        read_older(tmp_path / "a.json", [result(FP32, run={"id": "a"})])
-    assert read_older(tmp_path / "a.json", [result(FP32, run={"id": "b"})]).run["id"] == "a"
+        read_old_run(tmp_path / "a.json", [result(FP32, run={"id": "a"})])
+    assert read_old_run(tmp_path / "a.json", [result(FP32, run={"id": "b"})]).run["id"] == "a"

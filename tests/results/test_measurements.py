@@ -47,7 +47,7 @@ def test_quantiles_are_those_of_numpy(times):
 
 
 def test_throughput_is_sentences_over_time():
-    assert Samples.of([[1000, 3000]], [[32, 8]]).per_second() == 10_000
+    assert Samples.from_rounds([[1000, 3000]], [[32, 8]]).per_second() == 10_000
 
 
 def test_a_result_file_is_read_back_as_it_was_written(tmp_path):

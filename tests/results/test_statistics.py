@@ -57,10 +57,10 @@ def test_the_interval_of_a_median_covers_it():
     rng, covered = np.random.default_rng(1), 0
     for _ in range(100):
         rounds = [[max(1, round(v)) for v in rng.lognormal(7, 0.3, 60)] for _ in range(8)]
-        low, high = statistics.median_interval(Samples.ones(rounds))
+        low, high = statistics.median_interval(Samples.from_single(rounds))
         covered += low <= math.exp(7) / 1000 <= high
     assert covered >= 88
-    assert statistics.median_interval(Samples.ones([[1], [2]])) is None
+    assert statistics.median_interval(Samples.from_single([[1], [2]])) is None
 
 
 def test_published_values():
@@ -71,8 +71,10 @@ def test_published_values():
 
 
 def test_macro_f1_counts_every_label_alike():
-    assert statistics.macro_f1(statistics.by_label([0, 0, 0, 1], [0, 0, 0, 1], False)) == 1
-    assert statistics.macro_f1(statistics.by_label([0, 0, 0, 0], [0, 0, 0, 1], False)) == pytest.approx((6 / 7 + 0) / 2)
+    assert statistics.macro_f1(statistics.count_by_label([0, 0, 0, 1], [0, 0, 0, 1], False)) == 1
+    assert statistics.macro_f1(statistics.count_by_label([0, 0, 0, 0], [0, 0, 0, 1], False)) == pytest.approx(
+        (6 / 7 + 0) / 2
+    )
 
 
 def test_calibration_error_is_what_confidence_has_over_accuracy():
@@ -132,7 +134,7 @@ def test_what_disturbs_a_row_is_named():
     disturbed = measured("onnx-int8", 5, noise={"steal_share": 0.05, "others_share": 0.2, "load_1m": 3.0})
     row = of(compare([result(FP32, disturbed, run=RUN)]), "onnx-int8@cpu")
     assert row.noisy == "the host took 5% of the processor, other processes had 20% of it"
-    wide = Samples.ones([[1000], [1000], [1000], [9000], [9000], [9000], [5000]])
+    wide = Samples.from_single([[1000], [1000], [1000], [9000], [9000], [9000], [5000]])
     row = compare([result(measured("torch-fp32", 5, latency=wide, latency_ms=wide.milliseconds()), run=RUN)])[0]
     assert "the median's interval is" in row.noisy
 
@@ -147,6 +149,6 @@ def test_what_others_do_is_noise_and_what_a_cell_does_is_not():
 
 
 def test_latency_by_length_is_told():
-    by_length = {16: Samples.ones([[1500], [1700]]), 512: Samples.ones([[40_000]])}
+    by_length = {16: Samples.from_single([[1500], [1700]]), 512: Samples.from_single([[40_000]])}
     said = notes(compare([result(measured("onnx-int8", 5, by_length=by_length), run=RUN)]))
     assert "onnx-int8@cpu, p50 ms by length: 16 tokens 1.60, 512 tokens 40.00." in said

@@ -124,17 +124,19 @@ def make_row(item: Running, data: Data, protocol: Protocol) -> Measurement:
         return make_row_without_figures(item.cell, item.failure)
     manifest, first = item.artifact.manifest, item.starts[0]
     singles, batches = _sort_replies(item, SINGLE), _sort_replies(item, OFFLINE)
-    latency = Samples.ones([_flatten(reply["us"]) for reply in singles])
+    latency = Samples.from_single([_flatten(reply["us"]) for reply in singles])
     tokenizing_us = [_flatten([reply["tokenizing_us"]]) for reply in singles]
-    with_tokenizing = Samples.ones(
+    with_tokenizing = Samples.from_single(
         [
             [us + extra for us, extra in zip(_flatten(r["us"]), extra_us, strict=True)]
             for r, extra_us in zip(singles, tokenizing_us, strict=True)
         ]
     )
-    offline = Samples.of([_flatten(r["us"]) for r in batches], [r["sizes"] * len(r["us"]) for r in batches])
-    resident = Samples.ones([r["resident_us"] for r in singles]) if singles[0]["resident_us"] else None
-    cold_start, load = (Samples.ones([[start[key]] for start in item.starts]) for key in ("cold_start_us", "load_us"))
+    offline = Samples.from_rounds([_flatten(r["us"]) for r in batches], [r["sizes"] * len(r["us"]) for r in batches])
+    resident = Samples.from_single([r["resident_us"] for r in singles]) if singles[0]["resident_us"] else None
+    cold_start, load = (
+        Samples.from_single([[start[key]] for start in item.starts]) for key in ("cold_start_us", "load_us")
+    )
     single_answers, batched_answers = _collect_answers(singles), _collect_answers(batches)
     probabilities = {
         i: tuple(p) for r in singles for i, p in zip(r["answered"], _flatten(r["probabilities"]), strict=True)
@@ -143,7 +145,7 @@ def make_row(item: Running, data: Data, protocol: Protocol) -> Measurement:
     single_accuracy = _accuracy(single_answers, data, 1)
     batched_accuracy = _accuracy(batched_answers, data, protocol.batch_size)
     by_length = {
-        n: Samples.ones([_flatten(reply["us"]) for reply in _sort_replies(item, length_kind(n))])
+        n: Samples.from_single([_flatten(reply["us"]) for reply in _sort_replies(item, length_kind(n))])
         for n in LENGTHS
         if length_kind(n) in item.turns
     }

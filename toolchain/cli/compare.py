@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _finite(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
+def _require_finite(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):  # `FloatRange` accepts nan and inf
         raise click.BadParameter("must be a finite number")
     return value
 
 
-def _share(_: click.Context, __: click.Parameter, value: str) -> float:
+def _parse_share(_: click.Context, __: click.Parameter, value: str) -> float:
     from toolchain.compare.regressions import parse_share
 
     try:
@@ -42,7 +42,7 @@ def gate_options(command: F) -> F:
     for option in (
         click.option(
             "--max-regression",
-            callback=_share,
+            callback=_parse_share,
             default="5%",
             show_default=True,
             help="Largest share by which a figure may be worse than in the older run.",
@@ -53,15 +53,17 @@ def gate_options(command: F) -> F:
             metavar="OLD",
             help="Compare with this older run; exit code 3 if a cell is worse.",
         ),
-        click.option("--max-memory-mb", type=number, callback=_finite, metavar="MB", help="Highest peak memory."),
-        click.option("--max-size-mb", type=number, callback=_finite, metavar="MB", help="Largest artifact."),
         click.option(
-            "--max-p95-ms", type=number, callback=_finite, metavar="MS", help="Highest p95 latency at batch 1."
+            "--max-memory-mb", type=number, callback=_require_finite, metavar="MB", help="Highest peak memory."
+        ),
+        click.option("--max-size-mb", type=number, callback=_require_finite, metavar="MB", help="Largest artifact."),
+        click.option(
+            "--max-p95-ms", type=number, callback=_require_finite, metavar="MS", help="Highest p95 latency at batch 1."
         ),
         click.option(
             "--max-drop",
             type=number,
-            callback=_finite,
+            callback=_require_finite,
             metavar="POINTS",
             help="Largest accuracy drop. Exit code 3 if no row keeps all limits.",
         ),
@@ -139,36 +141,36 @@ def compare(
       toolchain compare --format html > report.html
     """
     from toolchain.cli.progress import say
-    from toolchain.compare.limits import Limits, choose, require
-    from toolchain.compare.regressions import regressions, require_none
+    from toolchain.compare.limits import Limits, check_limits, require_winner
+    from toolchain.compare.regressions import find_regressions, require_no_regressions
     from toolchain.compare.rows import arrange
-    from toolchain.results.folder import ResultsFolder, read_older
+    from toolchain.results.folder import ResultsFolder, read_old_run
     from toolchain.results.result_file import ResultFile
 
     if results:
         files = [ResultFile.read(path) for path in results]
     else:
-        files = [ResultsFolder(folder).newest(open_workspace(model, exported, slug).model, say)]
+        files = [ResultsFolder(folder).read_newest(open_workspace(model, exported, slug).model, say)]
 
-    def taken(of: Sequence[ResultFile]) -> list[Row]:
-        return arrange(rows_of(of, baseline, exported), order, patterns, provider)
+    def load_rows(runs: Sequence[ResultFile]) -> list[Row]:
+        return arrange(rows_of(runs, baseline, exported), order, patterns, provider)
 
-    rows = taken(files)
+    rows = load_rows(files)
     limits = Limits(max_drop, max_p95_ms, max_size_mb, max_memory_mb)
-    verdict = choose(rows, limits) if limits != Limits() else None
-    found = None
+    verdict = check_limits(rows, limits) if limits != Limits() else None
+    result = None
     if against:
-        found = regressions(rows, taken([read_older(against, files)]), max_regression)
+        result = find_regressions(rows, load_rows([read_old_run(against, files)]), max_regression)
     if plots:
         from toolchain.compare.report.plots import save
 
         for path in save(rows, plots):
             say(f"saved: {path}")
-    show(rows, "json" if as_json else form, verdict, found)
+    show(rows, "json" if as_json else form, verdict, result)
     if verdict:
-        require(verdict)
-    if found:
-        require_none(found)
+        require_winner(verdict)
+    if result:
+        require_no_regressions(result)
 
 
 def rows_of(files: Sequence[ResultFile], baseline: str | None, exported: Path) -> list[Row]:
@@ -186,18 +188,20 @@ def rows_of(files: Sequence[ResultFile], baseline: str | None, exported: Path) -
     return comparison(files, baseline, current_ids(exported, names))
 
 
-def show(rows: Sequence[Row], form: str, verdict: Verdict | None = None, found: Regressions | None = None) -> None:
+def show(
+    rows: Sequence[Row], form: str, verdict: Verdict | None = None, regressions: Regressions | None = None
+) -> None:
     """Prints rows in a format; prints verdicts with them, or on standard error if the format is CSV or HTML."""
     from toolchain.compare.report import verdict as verdicts
 
     lines = [*(verdicts.choice_lines(verdict) if verdict else [])]
-    lines += verdicts.regression_lines(found) if found else []
+    lines += verdicts.regression_lines(regressions) if regressions else []
     if form == "json":
         body: Any = [row.to_json() for row in rows]
-        if verdict or found:
+        if verdict or regressions:
             body = {"rows": body}
             body |= {"verdict": verdicts.choice_json(verdict)} if verdict else {}
-            body |= {"regressions": verdicts.regression_json(found)} if found else {}
+            body |= {"regressions": verdicts.regression_json(regressions)} if regressions else {}
         click.echo(json.dumps(body, indent=1, allow_nan=False))
         return
     if form == "csv":

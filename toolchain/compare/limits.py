@@ -53,7 +53,7 @@ _FIGURES: Mapping[str, tuple[str, str, Callable[[Row], float | None]]] = {
 
 
 @dataclass(frozen=True)
-class Broken:
+class BrokenLimit:
     """A limit that a row exceeds, or that cannot be checked because the figure is unknown.
 
     Attributes:
@@ -74,13 +74,13 @@ class Broken:
         return math.inf if self.value is None else (self.value - self.allowed) / (self.allowed or 1.0)
 
     def __str__(self) -> str:
-        what, unit, _ = _FIGURES[self.limit]
+        figure, unit, _ = _FIGURES[self.limit]
         if self.value is None:
-            text = f"{what} unknown, limit {self.allowed:g} {unit}"
+            text = f"{figure} unknown, limit {self.allowed:g} {unit}"
         else:
             share = f" ({self.excess:.1%})" if self.allowed else ""
-            by = self.value - self.allowed
-            text = f"{what} {self.value:.2f} {unit}, limit {self.allowed:g}: over by {by:.3g}{share}"
+            difference = self.value - self.allowed
+            text = f"{figure} {self.value:.2f} {unit}, limit {self.allowed:g}: above it by {difference:.3g}{share}"
         return f"{text}; {self.remark}" if self.remark else text
 
 
@@ -89,7 +89,7 @@ class Miss:
     """A measured row outside the limits, with the limits that it breaks."""
 
     row: Row
-    broken: tuple[Broken, ...]
+    broken: tuple[BrokenLimit, ...]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Verdict:
     misses: tuple[Miss, ...]
 
 
-def choose(rows: Sequence[Row], limits: Limits) -> Verdict:
+def check_limits(rows: Sequence[Row], limits: Limits) -> Verdict:
     """Checks the measured rows against the limits and chooses the winner.
 
     An unknown figure does not pass its limit. The winner is the passing row with the lowest median latency, because
@@ -123,48 +123,48 @@ def choose(rows: Sequence[Row], limits: Limits) -> Verdict:
         ResultFileError: The measured rows come from several machines or data sets, so their times and accuracy drops
             are not comparable.
     """
-    measured = sorted((row for row in rows if row.measurement.status == "ok"), key=_preference)
-    if len({(row.run.machine["id"], row.run.data["sha256"]) for row in measured}) > 1:
+    measured_rows = sorted((row for row in rows if row.measurement.status == "ok"), key=_sort_key)
+    if len({(row.run.machine["id"], row.run.data["sha256"]) for row in measured_rows}) > 1:
         raise ResultFileError(
-            "Limits are judged among rows of one machine and one data set, these are of several.",
-            "Give the result files of one machine on the same data.",
+            "Limits apply to rows of one machine and one data set, but these rows come from several.",
+            "Name the result files of one machine and one data set.",
         )
-    judged = [(row, _broken(row, limits)) for row in measured]
-    passed = tuple(row for row, broken in judged if not broken)
-    missed = [Miss(row, broken) for row, broken in judged if broken]
-    missed.sort(key=lambda miss: (len(miss.broken), sum(limit.excess for limit in miss.broken)))
-    front = tuple(row for row in measured if row.pareto)
-    return Verdict(limits, passed[0] if passed else None, passed, front, tuple(missed[:NEAREST]))
+    checked = [(row, _broken_limits(row, limits)) for row in measured_rows]
+    passed = tuple(row for row, broken in checked if not broken)
+    misses = [Miss(row, broken) for row, broken in checked if broken]
+    misses.sort(key=lambda miss: (len(miss.broken), sum(limit.excess for limit in miss.broken)))
+    front = tuple(row for row in measured_rows if row.pareto)
+    return Verdict(limits, passed[0] if passed else None, passed, front, tuple(misses[:NEAREST]))
 
 
-def _preference(row: Row) -> tuple[float, float, float, str, str]:
-    found = row.measurement
-    size = found.size_bytes.get("total", math.inf)
-    accuracy = found.accuracy.value if found.accuracy else -math.inf
-    return found.latency_ms.get("p50", math.inf), size, -accuracy, found.cell, found.model
+def _sort_key(row: Row) -> tuple[float, float, float, str, str]:
+    measurement = row.measurement
+    size = measurement.size_bytes.get("total", math.inf)
+    accuracy = measurement.accuracy.value if measurement.accuracy else -math.inf
+    return measurement.latency_ms.get("p50", math.inf), size, -accuracy, measurement.cell, measurement.model
 
 
-def _broken(row: Row, limits: Limits) -> tuple[Broken, ...]:
-    found = []
+def _broken_limits(row: Row, limits: Limits) -> tuple[BrokenLimit, ...]:
+    broken = []
     for name, allowed in asdict(limits).items():
         if allowed is None:
             continue
         value = _FIGURES[name][2](row)
         # The comparison is negated so that no figure passes a limit that is not a number (NaN).
         if value is None or not value - allowed <= _TOLERANCE:
-            found.append(Broken(name, allowed, value, _remark(row, name, value)))
-    return tuple(found)
+            broken.append(BrokenLimit(name, allowed, value, _limit_remark(row, name, value)))
+    return tuple(broken)
 
 
-def _remark(row: Row, limit: str, value: float | None) -> str:
+def _limit_remark(row: Row, limit: str, value: float | None) -> str:
     if limit != "max_drop":
         return ""
     if value is None:
-        return "its run has no baseline" if row.baseline is None else "it or its baseline has no accuracy"
-    return chance(row)
+        return "the run has no baseline" if row.baseline is None else "the row or its baseline has no accuracy"
+    return chance_remark(row)
 
 
-def chance(row: Row) -> str:
+def chance_remark(row: Row) -> str:
     """Returns a remark on whether the row's accuracy differs from the baseline's accuracy by chance.
 
     McNemar's test decides if the answers are known. Otherwise the interval of the row's accuracy decides.
@@ -179,11 +179,11 @@ def chance(row: Row) -> str:
     if quality.p is not None:
         return f"McNemar p {quality.p:.2g}" + (": may be chance" if quality.p >= 1 - CONFIDENCE else "")
     if quality.low <= base.value <= quality.high:
-        return f"its interval, {quality.low:.2%} to {quality.high:.2%}, has the baseline's in it: may be chance"
+        return f"the interval {quality.low:.2%} to {quality.high:.2%} includes the baseline's accuracy: may be chance"
     return ""
 
 
-def require(verdict: Verdict) -> None:
+def require_winner(verdict: Verdict) -> None:
     """Requires a winner.
 
     Raises:
@@ -192,10 +192,10 @@ def require(verdict: Verdict) -> None:
     if verdict.winner:
         return
     if not verdict.misses:
-        raise VerdictError("No row to judge was measured.", "`toolchain bench` measures some.")
+        raise VerdictError("There is no measured row to check.", "Measure cells with `toolchain bench`.")
     nearest = verdict.misses[0]
     broken = "; ".join(map(str, nearest.broken))
     raise VerdictError(
         f"No row is within the limits. The nearest is {nearest.row.measurement.cell}: {broken}.",
-        "Loosen a limit, or measure other variants; `toolchain variants` lists them.",
+        "Raise a limit, or measure other variants; `toolchain variants` lists them.",
     )

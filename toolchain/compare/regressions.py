@@ -31,12 +31,12 @@ def parse_share(text: str) -> float:
         ValueError: The text is not a percentage from 0 to 100. A number between 0 and 1 without the sign also raises
             it, because the user may mean a share.
     """
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(%?)", text.strip())
-    percent = float(found[1]) if found else math.inf
-    if not found or percent > 100:
-        raise ValueError(f"{text!r} is no percentage from 0 to 100, such as 5%")
-    if not found[2] and 0 < percent < 1:
-        raise ValueError(f"{text!r} may mean {percent:.0%} or {percent:g}%: write the sign")
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(%?)", text.strip())
+    percent = float(match[1]) if match else math.inf
+    if not match or percent > 100:
+        raise ValueError(f"{text!r} is not a percentage from 0 to 100, such as 5%")
+    if not match[2] and 0 < percent < 1:
+        raise ValueError(f"{text!r} may mean {percent:.0%} or {percent:g}%; write the % sign")
     return percent / 100
 
 
@@ -96,21 +96,21 @@ class Regressions:
     Attributes:
         limit: Largest tolerated increase of a cost, as a share.
         pairs: The compared pairs and the lost rows.
-        apart: Model, cell and reason of each cell that is not compared.
+        not_compared: Model, cell and reason of each cell that is not compared.
     """
 
     limit: float
     pairs: tuple[Pair, ...]
-    apart: tuple[tuple[str, str, str], ...]
+    not_compared: tuple[tuple[str, str, str], ...]
 
     @property
-    def found(self) -> tuple[Pair, ...]:
+    def regressed_pairs(self) -> tuple[Pair, ...]:
         """Returns the pairs that regressed."""
         return tuple(pair for pair in self.pairs if pair.regressed)
 
 
 class _Key(NamedTuple):
-    """Settings that two comparable rows share; `_APART` names a difference in each field from `machine` on."""
+    """Settings that two comparable rows share; `_DIFFERENCES` names a difference in each field from `machine` on."""
 
     model: str
     cell: str
@@ -121,17 +121,17 @@ class _Key(NamedTuple):
     device: int | None
 
 
-_APART = ("another machine", "other data", "another number of threads", "another batch size", "another GPU")
+_DIFFERENCES = ("another machine", "other data", "another number of threads", "another batch size", "another GPU")
 
 
-def _key(row: Row) -> _Key:
-    run, found = row.run, row.measurement
-    gpu = run.run.get("device_id", 0) if found.provider == "cuda" else None
-    how = run.run.get("threads"), run.run.get("batch_size"), gpu
-    return _Key(found.model, found.cell, run.machine["id"], run.data["sha256"], *how)
+def _comparison_key(row: Row) -> _Key:
+    run, measurement = row.run, row.measurement
+    gpu = run.run.get("device_id", 0) if measurement.provider == "cuda" else None
+    settings = run.run.get("threads"), run.run.get("batch_size"), gpu
+    return _Key(measurement.model, measurement.cell, run.machine["id"], run.data["sha256"], *settings)
 
 
-def regressions(new: Sequence[Row], old: Sequence[Row], limit: float) -> Regressions:
+def find_regressions(new: Sequence[Row], old: Sequence[Row], limit: float) -> Regressions:
     """Compares each measured old row with the newest new row of the same settings.
 
     The settings are model, cell, machine, data, threads, batch size and, for CUDA, the GPU.
@@ -154,45 +154,52 @@ def regressions(new: Sequence[Row], old: Sequence[Row], limit: float) -> Regress
     Raises:
         ResultFileError: No pair can be compared.
     """
-    measured = [row for row in old if row.measurement.status == "ok"]
-    before, now = ({_key(row): row for row in sorted(rows, key=lambda r: r.run.created)} for rows in (measured, new))
-    pairs, apart = [], []
-    for key, row in before.items():
-        like = [other for other in now if other[:2] == key[:2]]
-        if key in now:
-            pairs.append(_pair(row, now[key], limit))
-        elif like:
-            differ = zip(_APART, key[2:], like[-1][2:], strict=True)
-            apart.append((*key[:2], ", ".join(words for words, its, mine in differ if its != mine)))
+    measured_rows = [row for row in old if row.measurement.status == "ok"]
+    old_by_key, new_by_key = (
+        {_comparison_key(row): row for row in sorted(rows, key=lambda r: r.run.created)}
+        for rows in (measured_rows, new)
+    )
+    pairs, not_compared = [], []
+    for key, row in old_by_key.items():
+        similar = [new_key for new_key in new_by_key if new_key[:2] == key[:2]]
+        if key in new_by_key:
+            pairs.append(_make_pair(row, new_by_key[key], limit))
+        elif similar:
+            settings = zip(_DIFFERENCES, key[2:], similar[-1][2:], strict=True)
+            differences = [text for text, old_value, new_value in settings if old_value != new_value]
+            not_compared.append((*key[:2], ", ".join(differences)))
         else:
             pairs.append(Pair(row, None, lost="missing"))
     if not any(pair.new for pair in pairs):
-        why = "; ".join(dict.fromkeys(reason for *_, reason in apart)) or "they share no measured cell"
-        hint = "Measure both on one machine, the same data and threads, with `toolchain bench`."
-        raise ResultFileError(f"The two runs cannot be compared: {why}.", hint)
-    known = {key[:2] for key in before}
-    added = [key for key, row in now.items() if key[:2] not in known and row.measurement.status == "ok"]
-    apart += [(*key[:2], "not measured in the old run") for key in added]
-    return Regressions(limit, tuple(pairs), tuple(apart))
+        reasons = (
+            "; ".join(dict.fromkeys(reason for *_, reason in not_compared))
+            or "the runs have no measured cell in common"
+        )
+        hint = "Measure both with `toolchain bench` on one machine, with the same data and number of threads."
+        raise ResultFileError(f"The two runs cannot be compared: {reasons}.", hint)
+    old_cells = {key[:2] for key in old_by_key}
+    added = [key for key, row in new_by_key.items() if key[:2] not in old_cells and row.measurement.status == "ok"]
+    not_compared += [(*key[:2], "not measured in the old run") for key in added]
+    return Regressions(limit, tuple(pairs), tuple(not_compared))
 
 
-def _pair(old: Row, new: Row, limit: float) -> Pair:
-    found = new.measurement
-    if found.status != "ok":
-        return Pair(old, new, lost=f"{found.status}: {found.reason}".removesuffix(": "))
-    figures = {name: was for name, read in _FIGURES.items() if (was := read(old.measurement)) is not None}
-    return Pair(old, new, tuple(_change(name, was, old, new, limit) for name, was in figures.items()))
+def _make_pair(old: Row, new: Row, limit: float) -> Pair:
+    new_measurement = new.measurement
+    if new_measurement.status != "ok":
+        return Pair(old, new, lost=f"{new_measurement.status}: {new_measurement.reason}".removesuffix(": "))
+    figures = {name: old_value for name, read in _FIGURES.items() if (old_value := read(old.measurement)) is not None}
+    return Pair(old, new, tuple(_make_change(name, old_value, old, new, limit) for name, old_value in figures.items()))
 
 
-def _change(figure: str, was: float, old: Row, new: Row, limit: float) -> Change:
-    now = _FIGURES[figure](new.measurement)
-    if now is None:
-        return Change(figure, was, None, True, remark="unknown now")
-    cost, may_be_none, remark, judged = _cost(figure, old, new)
+def _make_change(figure: str, old_value: float, old: Row, new: Row, limit: float) -> Change:
+    new_value = _FIGURES[figure](new.measurement)
+    if new_value is None:
+        return Change(figure, old_value, None, True, remark="unknown in the new run")
+    cost, may_be_none, remark, can_regress = _figure_cost(figure, old, new)
     low, high = (None if bound is None else bound - 1 for bound in (cost.low, cost.high))
     worse = cost.value - 1
-    regressed = judged and not may_be_none and worse - limit > _TOLERANCE
-    return Change(figure, was, now, regressed, worse, low, high, may_be_none, remark)
+    regressed = can_regress and not may_be_none and worse - limit > _TOLERANCE
+    return Change(figure, old_value, new_value, regressed, worse, low, high, may_be_none, remark)
 
 
 _FIGURES: Mapping[str, Callable[[Measurement], float | None]] = {
@@ -207,64 +214,68 @@ _TIMES: Mapping[str, tuple[Callable[[Row], Ratio | None], Callable[[Measurement]
     "latency_p50_ms": (lambda row: row.speedup, lambda found: found.latency.medians() if found.latency else []),
     "throughput_per_s": (
         lambda row: row.throughput_gain,
-        lambda found: found.batches.spent_each() if found.batches else [],
+        lambda found: found.batches.sentence_times() if found.batches else [],
     ),
 }
 
 
 class _Cost(NamedTuple):
-    """New cost / old cost, whether the ratio may be 1, a remark, and whether the cost can regress (`judged`)."""
+    """New cost / old cost, whether the ratio may be 1, a remark, and whether the cost can regress."""
 
     ratio: Ratio
     may_be_none: bool = False
     remark: str = ""
-    judged: bool = True
+    can_regress: bool = True
 
 
-def _cost(figure: str, old: Row, new: Row) -> _Cost:
+def _figure_cost(figure: str, old: Row, new: Row) -> _Cost:
     if figure in _TIMES:
-        return _time(*_TIMES[figure], old, new)
+        return _time_cost(*_TIMES[figure], old, new)
     if figure == "accuracy":
-        return _errors(old, new)
-    was, now = (max(_FIGURES[figure](row.measurement) or 0, 1) for row in (old, new))
-    return _Cost(Ratio(now / was))
+        return _error_cost(old, new)
+    old_value, new_value = (max(_FIGURES[figure](row.measurement) or 0, 1) for row in (old, new))
+    return _Cost(Ratio(new_value / old_value))
 
 
-def _time(
+def _time_cost(
     gain: Callable[[Row], Ratio | None], rounds: Callable[[Measurement], list[float]], old: Row, new: Row
 ) -> _Cost:
-    was, now = gain(old), gain(new)
-    same = old.baseline and new.baseline and old.baseline.cell == new.baseline.cell
-    its_own = old.measurement is old.baseline and new.measurement is new.baseline
-    if same and was and now and not its_own:
-        cost, remark = _quotient(was, now), f"against {old.baseline.cell} of each run" if old.baseline else ""
+    old_gain, new_gain = gain(old), gain(new)
+    same_baseline = old.baseline and new.baseline and old.baseline.cell == new.baseline.cell
+    is_baseline = old.measurement is old.baseline and new.measurement is new.baseline
+    if same_baseline and old_gain and new_gain and not is_baseline:
+        cost, remark = _quotient(old_gain, new_gain), f"against {old.baseline.cell} of each run" if old.baseline else ""
     else:
-        cost = _quotient(*(_alone(rounds(row.measurement)) for row in (new, old)))
-        remark = "the baseline: not judged" if its_own else "no common baseline: the machine's drift is in it"
-    return _Cost(cost, cost.differs is False, remark, not its_own)
+        cost = _quotient(*(_as_ratio(rounds(row.measurement)) for row in (new, old)))
+        remark = (
+            "the baseline: not compared"
+            if is_baseline
+            else "no common baseline, so this includes the drift of the machine"
+        )
+    return _Cost(cost, cost.differs is False, remark, not is_baseline)
 
 
-def _alone(rounds: Sequence[float]) -> Ratio:
+def _as_ratio(rounds: Sequence[float]) -> Ratio:
     return statistics.ratio(rounds, [1.0] * len(rounds))
 
 
-def _quotient(one: Ratio, other: Ratio) -> Ratio:
+def _quotient(numerator: Ratio, denominator: Ratio) -> Ratio:
     """Returns the quotient of two ratios from separate runs, with its interval.
 
     On the logarithmic scale, each bound's squared distance is the sum of the squared distances of the two ratios'
     bounds. See Zou and Donner 2008, "Construction of confidence limits about effect measures: a general approach".
     """
-    value = one.value / other.value
-    if one.low is None or one.high is None or other.low is None or other.high is None:
+    value = numerator.value / denominator.value
+    if numerator.low is None or numerator.high is None or denominator.low is None or denominator.high is None:
         return Ratio(value)
-    down = math.hypot(math.log(one.value / one.low), math.log(other.high / other.value))
-    up = math.hypot(math.log(one.high / one.value), math.log(other.value / other.low))
+    down = math.hypot(math.log(numerator.value / numerator.low), math.log(denominator.high / denominator.value))
+    up = math.hypot(math.log(numerator.high / numerator.value), math.log(denominator.value / denominator.low))
     return Ratio(value, value * math.exp(-down), value * math.exp(up))
 
 
-def _errors(old: Row, new: Row) -> _Cost:
-    was, now = (row.measurement.accuracy for row in (old, new))
-    wrong = [score.count - score.correct if score else 0 for score in (was, now)]
+def _error_cost(old: Row, new: Row) -> _Cost:
+    old_score, new_score = (row.measurement.accuracy for row in (old, new))
+    wrong = [score.count - score.correct if score else 0 for score in (old_score, new_score)]
     cost = Ratio(1 + (wrong[1] - wrong[0]) / max(wrong[0], 1))
     quality = replace(new, baseline=old.measurement).quality
     if quality is None or quality.p is None or wrong[0] == wrong[1]:
@@ -272,18 +283,18 @@ def _errors(old: Row, new: Row) -> _Cost:
     return _Cost(cost, quality.p >= 1 - CONFIDENCE, f"McNemar p {quality.p:.2g}")
 
 
-def require_none(found: Regressions) -> None:
+def require_no_regressions(result: Regressions) -> None:
     """Requires that no pair regressed.
 
     Raises:
         VerdictError: A pair regressed.
     """
-    if not found.found:
+    if not result.regressed_pairs:
         return
     cells = []
-    for pair in found.found:
-        what = pair.lost.partition(":")[0] or ", ".join(change.figure for change in pair.changes if change.regressed)
-        cells.append(f"{pair.old.measurement.cell} ({what})")
-    which = f"{len(cells)} of {len(found.pairs)} cells are lost or worse by more than {found.limit * 100:g}%"
-    hint = "Look at what changed; if it is meant, compare against a newer run."
-    raise VerdictError(f"{which}: {'; '.join(cells)}.", hint)
+    for pair in result.regressed_pairs:
+        figures = pair.lost.partition(":")[0] or ", ".join(change.figure for change in pair.changes if change.regressed)
+        cells.append(f"{pair.old.measurement.cell} ({figures})")
+    cause = f"{len(cells)} of {len(result.pairs)} cells are lost or worse by more than {result.limit * 100:g}%"
+    hint = "Find the change that caused this. If the change is intended, compare with a newer run."
+    raise VerdictError(f"{cause}: {'; '.join(cells)}.", hint)

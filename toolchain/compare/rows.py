@@ -76,8 +76,8 @@ class Row:
     @property
     def accuracy_points(self) -> float | None:
         """Returns the accuracy minus the baseline's accuracy, in percentage points; None if either is unknown."""
-        mine, base = self.measurement.accuracy, self.baseline and self.baseline.accuracy
-        return (mine.value - base.value) * 100 if mine and base else None
+        own, baseline = self.measurement.accuracy, self.baseline and self.baseline.accuracy
+        return (own.value - baseline.value) * 100 if own and baseline else None
 
     @functools.cached_property
     def speedup(self) -> Ratio | None:
@@ -85,7 +85,9 @@ class Row:
 
         The ratio uses the medians of the rounds. If the rounds cannot be paired, it uses the two p50 figures.
         """
-        return self._paired(lambda m: m.latency, Samples.medians) or self._plain(lambda m: m.latency_ms.get("p50"))
+        return self._paired_ratio(lambda m: m.latency, Samples.medians) or self._figure_ratio(
+            lambda m: m.latency_ms.get("p50")
+        )
 
     @functools.cached_property
     def throughput_gain(self) -> Ratio | None:
@@ -93,8 +95,8 @@ class Row:
 
         The ratio uses the rounds. If the rounds cannot be paired, it uses the two sentences-per-second figures.
         """
-        paired = self._paired(lambda m: m.batches, Samples.spent_each)
-        return paired or self._plain(lambda m: m.throughput_per_s and 1 / m.throughput_per_s)
+        paired = self._paired_ratio(lambda m: m.batches, Samples.sentence_times)
+        return paired or self._figure_ratio(lambda m: m.throughput_per_s and 1 / m.throughput_per_s)
 
     @property
     def memory_reduction(self) -> float | None:
@@ -104,14 +106,14 @@ class Row:
         """
         if self.measurement.status == "reported":
             return None
-        found = self._plain(lambda m: m.memory_bytes.get("peak"))
-        return found.value if found else None
+        ratio = self._figure_ratio(lambda m: m.memory_bytes.get("peak"))
+        return ratio.value if ratio else None
 
     @property
     def size_reduction(self) -> float | None:
         """Returns baseline size / row size; above 1 is smaller."""
-        found = self._plain(lambda m: m.size_bytes.get("total"))
-        return found.value if found else None
+        ratio = self._figure_ratio(lambda m: m.size_bytes.get("total"))
+        return ratio.value if ratio else None
 
     @functools.cached_property
     def latency_interval(self) -> tuple[float, float] | None:
@@ -123,42 +125,42 @@ class Row:
     def noisy(self) -> str:
         """Returns the reasons why the row's times are unreliable; empty if there are none."""
         noise, bounds, p50 = self.measurement.noise, self.latency_interval, self.measurement.latency_ms.get("p50")
-        found = []
+        reasons = []
         if (share := noise.get("steal_share", 0.0)) > STEAL_SHARE:
-            found.append(f"the host took {share:.0%} of the processor")
+            reasons.append(f"the host took {share:.0%} of the processor")
         if (share := noise.get("others_share", 0.0)) > OTHERS_SHARE:
-            found.append(f"other processes had {share:.0%} of it")
+            reasons.append(f"other processes used {share:.0%} of the processor")
         if bounds and p50 and (bounds[1] - bounds[0]) / 2 > INTERVAL_SHARE * p50:
-            found.append(f"the median's interval is {bounds[0]:.2f} to {bounds[1]:.2f} ms")
-        return ", ".join(found)
+            reasons.append(f"the median's interval is {bounds[0]:.2f} to {bounds[1]:.2f} ms")
+        return ", ".join(reasons)
 
     @functools.cached_property
     def quality(self) -> Quality | None:
         """Returns the scores of the answers; None if the row has no measured accuracy."""
-        mine, labels = self.measurement, self.run.data.get("labels")
-        if mine.accuracy is None or mine.status != "ok":
+        measurement, labels = self.measurement, self.run.data.get("labels")
+        if measurement.accuracy is None or measurement.status != "ok":
             return None
-        low, high = statistics.wilson(mine.accuracy.correct, mine.accuracy.count)
-        found = Quality(low, high, batch_changed=mine.batch_changed)
-        if not labels or not mine.predictions:
-            return found
+        low, high = statistics.wilson(measurement.accuracy.correct, measurement.accuracy.count)
+        quality = Quality(low, high, batch_changed=measurement.batch_changed)
+        if not labels or not measurement.predictions:
+            return quality
         multi = bool(self.run.data.get("multi_label"))
-        counts = statistics.by_label(mine.predictions, labels, multi)
-        asked = [(p, label) for p, label in zip(mine.probabilities, labels, strict=False) if p is not None]
-        sure = [[value / PROBABILITY for value in p] for p, _ in asked]
-        error = statistics.calibration_error(sure, [label for _, label in asked], multi) if asked else None
-        found = replace(
-            found,
+        counts = statistics.count_by_label(measurement.predictions, labels, multi)
+        scored = [(p, label) for p, label in zip(measurement.probabilities, labels, strict=False) if p is not None]
+        confidences = [[value / PROBABILITY for value in p] for p, _ in scored]
+        error = statistics.calibration_error(confidences, [label for _, label in scored], multi) if scored else None
+        quality = replace(
+            quality,
             macro_f1=statistics.macro_f1(counts),
             balanced_accuracy=statistics.balanced_accuracy(counts, multi),
             calibration_error=error,
         )
         if not self.baseline or not self.baseline.predictions:
-            return found
-        shifts = _shifts(mine, self.baseline)
-        lost, won = (len(self.changed(kind)) for kind in ("lost", "won"))
+            return quality
+        shifts = _probability_shifts(measurement, self.baseline)
+        lost, won = (len(self.changed_sentences(kind)) for kind in ("lost", "won"))
         return replace(
-            found,
+            quality,
             lost=lost,
             won=won,
             p=statistics.mcnemar(lost, won),
@@ -166,7 +168,7 @@ class Row:
             mean_shift=sum(shifts) / len(shifts) if shifts else None,
         )
 
-    def changed(self, kind: str) -> list[int]:
+    def changed_sentences(self, kind: str) -> list[int]:
         """Returns the indices of the sentences that only one of the row and its baseline answers correctly.
 
         Args:
@@ -177,23 +179,29 @@ class Row:
         if not labels or not self.baseline:
             return []
         rows = zip(self.measurement.predictions, self.baseline.predictions, labels, strict=False)
-        judged = [(mine == label, its == label) for mine, its, label in rows]
+        outcomes = [
+            (prediction == label, baseline_prediction == label) for prediction, baseline_prediction, label in rows
+        ]
         return [
-            index for index, pair in enumerate(judged) if pair == ((False, True) if kind == "lost" else (True, False))
+            index for index, pair in enumerate(outcomes) if pair == ((False, True) if kind == "lost" else (True, False))
         ]
 
-    def _paired(
+    def _paired_ratio(
         self, samples: Callable[[Measurement], Samples | None], figure: Callable[[Samples], list[float]]
     ) -> Ratio | None:
         """Returns the ratio of the two rows' figures, paired by round; None if their rounds cannot be paired."""
-        mine, base = samples(self.measurement), self.baseline and samples(self.baseline)
-        if not mine or not base or len(mine.rounds) != len(base.rounds):
+        own_samples, baseline_samples = samples(self.measurement), self.baseline and samples(self.baseline)
+        if not own_samples or not baseline_samples or len(own_samples.rounds) != len(baseline_samples.rounds):
             return None
-        return Ratio(1.0) if self.measurement is self.baseline else statistics.ratio(figure(base), figure(mine))
+        return (
+            Ratio(1.0)
+            if self.measurement is self.baseline
+            else statistics.ratio(figure(baseline_samples), figure(own_samples))
+        )
 
-    def _plain(self, figure: Callable[[Measurement], float | None]) -> Ratio | None:
-        mine, base = figure(self.measurement), self.baseline and figure(self.baseline)
-        return Ratio(base / mine) if mine and base else None
+    def _figure_ratio(self, figure: Callable[[Measurement], float | None]) -> Ratio | None:
+        own_value, baseline_value = figure(self.measurement), self.baseline and figure(self.baseline)
+        return Ratio(baseline_value / own_value) if own_value and baseline_value else None
 
     def to_json(self) -> dict[str, Any]:
         """Returns the row with its ratios, intervals and marks, without samples, predictions and probabilities."""
@@ -203,7 +211,7 @@ class Row:
         if self.measurement.by_length:
             body["by_length"] = {n: samples.milliseconds() for n, samples in self.measurement.by_length.items()}
         ratios: dict[str, Any] = {
-            name: found.to_json() for name in ("speedup", "throughput_gain") if (found := getattr(self, name))
+            name: ratio.to_json() for name in ("speedup", "throughput_gain") if (ratio := getattr(self, name))
         }
         names = ("accuracy_points", "memory_reduction", "size_reduction")
         ratios |= {name: round(value, 4) for name in names if (value := getattr(self, name)) is not None}
@@ -219,9 +227,9 @@ class Row:
         return {**body, "machine": machine, "baseline": baseline, **ratios, **marks}
 
 
-def _shifts(mine: Measurement, base: Measurement) -> list[float]:
+def _probability_shifts(measurement: Measurement, baseline: Measurement) -> list[float]:
     """Returns the largest probability difference over labels, for each sentence that both rows measured at batch 1."""
-    pairs = zip(mine.probabilities, base.probabilities, strict=False)
+    pairs = zip(measurement.probabilities, baseline.probabilities, strict=False)
     return [max(abs(a - b) for a, b in zip(p, q, strict=True)) / PROBABILITY for p, q in pairs if p and q]
 
 
@@ -245,62 +253,69 @@ def compare(
     newest: dict[tuple[Any, ...], Row] = {}
     for run in sorted(runs, key=lambda r: r.created):
         for measurement in run.rows:
-            how = (run.data["sha256"], run.run.get("threads"), run.run.get("batch_size"))
-            key = (measurement.model, measurement.cell, run.machine["id"], measurement.artifact_id, *how)
-            lies = (current or {}).get((measurement.model, measurement.variant))
-            stale = bool(measurement.artifact_id and lies and lies != measurement.artifact_id)
+            settings = (run.data["sha256"], run.run.get("threads"), run.run.get("batch_size"))
+            key = (measurement.model, measurement.cell, run.machine["id"], measurement.artifact_id, *settings)
+            current_id = (current or {}).get((measurement.model, measurement.variant))
+            stale = bool(measurement.artifact_id and current_id and current_id != measurement.artifact_id)
             newest.pop(key, None)
             newest[key] = Row(measurement, run, _baseline(measurement, run, baseline), stale)
     rows = sorted(newest.values(), key=lambda row: row.measurement.status not in ("ok", "reported"))
     if not rows:
-        raise ResultFileError("There are no rows to compare.", "`toolchain bench` measures some.")
+        raise ResultFileError("There are no rows to compare.", "Measure cells with `toolchain bench`.")
     if baseline and not any(row.baseline for row in rows):
         cells = ", ".join(dict.fromkeys(row.measurement.cell for row in rows if row.measurement.status == "ok"))
-        raise ResultFileError(f"No row is the baseline {baseline!r}.", f"Measured are: {cells or 'none'}.")
-    return marked(rows)
+        raise ResultFileError(f"No row is the baseline {baseline!r}.", f"The measured cells are: {cells or 'none'}.")
+    return mark_front(rows)
 
 
-def marked(rows: Sequence[Row]) -> list[Row]:
+def mark_front(rows: Sequence[Row]) -> list[Row]:
     """Returns copies of the rows, each with its Pareto mark among these rows."""
-    return [replace(row, pareto=_on_front(row, rows)) for row in rows]
+    return [replace(row, pareto=_is_on_front(row, rows)) for row in rows]
 
 
-def _baseline(measurement: Measurement, run: ResultFile, asked: str | None) -> Measurement | None:
+def _baseline(measurement: Measurement, run: ResultFile, requested: str | None) -> Measurement | None:
     """Returns the first candidate for a baseline that has a row of the same run, model and status."""
     if measurement.status not in ("ok", "reported"):
         return None
     provider = measurement.provider
-    wanted = [asked, f"{asked}@{provider}", f"{asked}@cpu"] if asked else [f"{BASELINE}@cpu", f"{BASELINE}@{provider}"]
+    candidates = (
+        [requested, f"{requested}@{provider}", f"{requested}@cpu"]
+        if requested
+        else [f"{BASELINE}@cpu", f"{BASELINE}@{provider}"]
+    )
     rows = {row.cell: row for row in run.rows if row.model == measurement.model and row.status == measurement.status}
-    return next((rows[cell] for cell in wanted if cell in rows), None)
+    return next((rows[cell] for cell in candidates if cell in rows), None)
 
 
-def _on_front(row: Row, rows: Sequence[Row]) -> bool:
+def _is_on_front(row: Row, rows: Sequence[Row]) -> bool:
     """Returns whether no other row dominates this row.
 
     A row dominates another row of the same model, machine and data if it is nowhere worse and somewhere better. The
     criteria are accuracy, latency and size.
     """
-    mine = _merits(row)
-    if mine is None:
+    own_figures = _pareto_figures(row)
+    if own_figures is None:
         return False
-    where = (row.measurement.model, row.run.machine["id"], row.run.data["sha256"])
+    group = (row.measurement.model, row.run.machine["id"], row.run.data["sha256"])
     for other in rows:
-        its = _merits(other)
-        if its is None or (other.measurement.model, other.run.machine["id"], other.run.data["sha256"]) != where:
+        other_figures = _pareto_figures(other)
+        if (
+            other_figures is None
+            or (other.measurement.model, other.run.machine["id"], other.run.data["sha256"]) != group
+        ):
             continue
-        if its != mine and all(a >= b for a, b in zip(its, mine, strict=True)):
+        if other_figures != own_figures and all(a >= b for a, b in zip(other_figures, own_figures, strict=True)):
             return False
     return True
 
 
-def _merits(row: Row) -> tuple[float, float, float] | None:
+def _pareto_figures(row: Row) -> tuple[float, float, float] | None:
     """Returns accuracy, negative p50 and negative size, so that more is better; None if one was not measured."""
-    found = row.measurement
-    p50, size = found.latency_ms.get("p50"), found.size_bytes.get("total")
-    if found.status != "ok" or not found.accuracy or not p50 or not size:
+    measurement = row.measurement
+    p50, size = measurement.latency_ms.get("p50"), measurement.size_bytes.get("total")
+    if measurement.status != "ok" or not measurement.accuracy or not p50 or not size:
         return None
-    return found.accuracy.value, -p50, -float(size)
+    return measurement.accuracy.value, -p50, -float(size)
 
 
 # Order → its sort key: the smallest key is best. Rows without the figure come last.
@@ -326,16 +341,17 @@ def arrange(rows: Sequence[Row], order: str | None, patterns: Sequence[str], pro
         ResultFileError: No row matches.
     """
 
-    def fits(found: Measurement) -> bool:
-        named = any(fnmatch.fnmatchcase(name, p) for p in patterns for name in (found.cell, found.variant))
-        return (named or not patterns) and provider in (None, found.provider)
+    def matches(row: Row) -> bool:
+        names = (row.measurement.cell, row.measurement.variant)
+        has_pattern = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in names)
+        return (has_pattern or not patterns) and provider in (None, row.measurement.provider)
 
-    found = [row for row in rows if fits(row.measurement)]
-    if not found:
+    selected = [row for row in rows if matches(row)]
+    if not selected:
         cells = ", ".join(dict.fromkeys(row.measurement.cell for row in rows))
-        wanted = ", ".join([*patterns, *([f"*@{provider}"] if provider else [])])
-        raise ResultFileError(f"No row fits {wanted}.", f"There are: {cells}.")
+        criteria = ", ".join([*patterns, *([f"*@{provider}"] if provider else [])])
+        raise ResultFileError(f"No row matches {criteria}.", f"The cells are: {cells}.")
     if order:
         figure = ORDERS[order]
-        found.sort(key=lambda row: (figure(row) is None, figure(row) or 0.0))
-    return marked(found)
+        selected.sort(key=lambda row: (figure(row) is None, figure(row) or 0.0))
+    return mark_front(selected)

@@ -52,13 +52,13 @@ class ResultsFolder:
         except OSError as error:
             raise ResultFileError.unwritable(path, error) from error
 
-    def newest(self, model: str, say: Say) -> ResultFile:
+    def read_newest(self, model: str, say: Say) -> ResultFile:
         """Returns the newest run of the model.
 
         Raises:
             BenchError: There is none.
         """
-        runs = [run for run in self._readable(say) if any(row.model == model for row in run.rows)]
+        runs = [run for run in self._read_all(say) if any(row.model == model for row in run.rows)]
         if not runs:
             raise BenchError(f"There is no result of {model} under {self.path}.", "`toolchain bench` measures it.")
         return max(runs, key=lambda run: run.created)
@@ -66,13 +66,13 @@ class ResultsFolder:
     def measurements_of(self, ids: Collection[str], say: Say) -> dict[str, tuple[ResultFile, Measurement]]:
         """Returns artifact id → the newest run that measured it, and its row; unmeasured artifacts are absent."""
         newest: dict[str, tuple[ResultFile, Measurement]] = {}
-        for run in sorted(self._readable(say), key=lambda run: run.created):
+        for run in sorted(self._read_all(say), key=lambda run: run.created):
             for row in run.rows:
                 if row.status == "ok" and row.artifact_id in ids:
                     newest[str(row.artifact_id)] = run, row
         return newest
 
-    def _readable(self, say: Say) -> Iterator[ResultFile]:
+    def _read_all(self, say: Say) -> Iterator[ResultFile]:
         for path in [*sorted(self.path.glob("*.json")), *sorted(self.local.glob("*.json"))]:
             try:
                 yield ResultFile.read(path)
@@ -90,10 +90,10 @@ def require_free(path: Path) -> None:
         ResultFileError: The path exists.
     """
     if os.path.lexists(path):
-        raise _exists(path)
+        raise _name_taken(path)
 
 
-def _exists(path: Path) -> ResultFileError:
+def _name_taken(path: Path) -> ResultFileError:
     return ResultFileError(f"{path} exists.", "Give another name with --save-as, or replace it with --force.")
 
 
@@ -106,21 +106,21 @@ def save_named(result: ResultFile, path: Path, *, force: bool) -> None:
     try:
         result.write(path, replace=force)
     except FileExistsError as error:
-        raise _exists(path) from error
+        raise _name_taken(path) from error
 
 
-def read_older(path: Path, newer: Sequence[ResultFile]) -> ResultFile:
+def read_old_run(path: Path, new_runs: Sequence[ResultFile]) -> ResultFile:
     """Reads the old run of a regression check.
 
     Args:
         path: Result file of the old run.
-        newer: The new runs.
+        new_runs: The new runs.
 
     Raises:
         BenchError: The old run is one of the new runs, so the check could never fail.
     """
     old = ResultFile.read(path)
-    if any(run.run.get("id") == old.run.get("id") and run.created == old.created for run in newer):
+    if any(run.run.get("id") == old.run.get("id") and run.created == old.created for run in new_runs):
         raise BenchError(
             f"{path} is the run itself.", "Name the newer result file: `toolchain compare NEW --against OLD`."
         )

@@ -39,7 +39,7 @@ class Samples:
     count: int
 
     @classmethod
-    def of(cls, rounds: list[list[int]], sentences: list[list[int]]) -> Samples:
+    def from_rounds(cls, rounds: list[list[int]], sentences: list[list[int]]) -> Samples:
         """Returns the samples, reduced to `MAX_SAMPLES` by a random choice of the same share of every round.
 
         The seed depends only on the number of samples. Every n-th sample would be a biased choice: it would keep the
@@ -50,29 +50,29 @@ class Samples:
             sentences: Number of sentences of each time, by round.
         """
         count = sum(map(len, rounds))
-        most = min(count, MAX_SAMPLES)
+        limit = min(count, MAX_SAMPLES)
         rng = random.Random(count)
         times: list[tuple[int, ...]] = []
         sizes: list[tuple[int, ...]] = []
-        seen = 0
-        for row, taken in zip(rounds, sentences, strict=True):
-            quota = (seen + len(row)) * most // count - seen * most // count
+        offset = 0
+        for row, counts in zip(rounds, sentences, strict=True):
+            quota = (offset + len(row)) * limit // count - offset * limit // count
             chosen = sorted(rng.sample(range(len(row)), quota))
             times.append(tuple(row[i] for i in chosen))
-            sizes.append(tuple(taken[i] for i in chosen))
-            seen += len(row)
+            sizes.append(tuple(counts[i] for i in chosen))
+            offset += len(row)
         return cls(tuple(times), tuple(sizes), count)
 
     @classmethod
-    def ones(cls, rounds: list[list[int]]) -> Samples:
-        """Returns the samples of times that belong to one sentence each; see `of`."""
-        return cls.of(rounds, [[1] * len(row) for row in rounds])
+    def from_single(cls, rounds: list[list[int]]) -> Samples:
+        """Returns the samples of times that belong to one sentence each; see `from_rounds`."""
+        return cls.from_rounds(rounds, [[1] * len(row) for row in rounds])
 
     def medians(self) -> list[float]:
         """Returns the median of each round, in microseconds."""
         return [_quantile(sorted(row), 0.5) for row in self.rounds]
 
-    def spent_each(self) -> list[float]:
+    def sentence_times(self) -> list[float]:
         """Returns the mean time per sentence of each round, in microseconds."""
         return [sum(us) / sum(count) for us, count in zip(self.rounds, self.sentences, strict=True)]
 
@@ -93,10 +93,10 @@ class Samples:
 
 
 def _quantile(ordered: list[int], q: float) -> float:
-    at = (len(ordered) - 1) * q
-    low = int(at)
+    position = (len(ordered) - 1) * q
+    low = int(position)
     high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
 @dataclass(frozen=True)

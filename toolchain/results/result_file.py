@@ -115,8 +115,8 @@ class ResultFile:
             if not all(0 <= a < (1 << n if self.data.get("multi_label") else n) for a, n in pairs):
                 raise ValueError(f"{row.cell} has a prediction without a probability")
             if labels and row.predictions and row.accuracy:
-                right = sum(mine == its for mine, its in zip(row.predictions, labels, strict=True))
-                if right != row.accuracy.correct:
+                correct = sum(prediction == label for prediction, label in zip(row.predictions, labels, strict=True))
+                if correct != row.accuracy.correct:
                     raise ValueError(f"{row.cell}: accuracy does not follow from its predictions")
 
 

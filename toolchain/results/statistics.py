@@ -69,18 +69,18 @@ def _bounds(values: tuple[float, ...]) -> tuple[float, float]:
     import numpy as np
     from scipy import stats
 
-    found = stats.bootstrap(
+    result = stats.bootstrap(
         (np.array(values),),
         np.mean,
-        confidence_level=_expanded(len(values)),
+        confidence_level=_expand_level(len(values)),
         n_resamples=RESAMPLES,
         method="percentile",
         rng=_SEED,
     )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def _expanded(count: int) -> float:
+def _expand_level(count: int) -> float:
     """Returns the level at which a percentile interval over `count` values has the coverage `CONFIDENCE`.
 
     A plain percentile interval has Gaussian bounds and is too narrow by the square root of n / (n - 1). The correction
@@ -88,8 +88,8 @@ def _expanded(count: int) -> float:
     """
     from scipy import stats
 
-    wide = math.sqrt(count / (count - 1)) * stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
-    return float(1 - 2 * stats.norm.sf(wide))
+    width = math.sqrt(count / (count - 1)) * stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
+    return float(1 - 2 * stats.norm.sf(width))
 
 
 def median_interval(samples: Samples) -> tuple[float, float] | None:
@@ -107,32 +107,32 @@ def _median_bounds(rounds: tuple[tuple[int, ...], ...]) -> tuple[float, float]:
     for index, row in enumerate(rounds):
         table[index, : len(row)] = row
 
-    def median(drawn: np.ndarray, axis: int = -1) -> Any:
-        chosen = table[np.moveaxis(drawn, axis, -1).astype(int)]
+    def median(indices: np.ndarray, axis: int = -1) -> Any:
+        chosen = table[np.moveaxis(indices, axis, -1).astype(int)]
         return np.nanmedian(chosen.reshape(*chosen.shape[:-2], -1), axis=-1)
 
-    found = stats.bootstrap(
+    interval = stats.bootstrap(
         (np.arange(len(rounds)),),
         median,
-        confidence_level=_expanded(len(rounds)),
+        confidence_level=_expand_level(len(rounds)),
         n_resamples=RESAMPLES // 4,
         method="percentile",
         rng=_SEED,
     ).confidence_interval
-    return float(found.low) / 1000, float(found.high) / 1000
+    return float(interval.low) / 1000, float(interval.high) / 1000
 
 
-def wilson(right: int, asked: int) -> tuple[float, float]:
+def wilson(correct: int, count: int) -> tuple[float, float]:
     """Returns Wilson's confidence interval of the share of correct predictions.
 
     Args:
-        right: Number of correct predictions.
-        asked: Number of sentences.
+        correct: Number of correct predictions.
+        count: Number of sentences.
     """
     from scipy import stats
 
-    found = stats.binomtest(right, asked).proportion_ci(CONFIDENCE, method="wilson")
-    return float(found.low), float(found.high)
+    interval = stats.binomtest(correct, count).proportion_ci(CONFIDENCE, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def mcnemar(lost: int, won: int) -> float:
@@ -149,7 +149,7 @@ def mcnemar(lost: int, won: int) -> float:
     return float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
 
-def by_label(predictions: Sequence[int], labels: Sequence[int], multi: bool) -> list[dict[str, int]]:
+def count_by_label(predictions: Sequence[int], labels: Sequence[int], multi: bool) -> list[dict[str, int]]:
     """Counts correct and wrong rows for every label that occurs in the data or in the predictions.
 
     Args:
@@ -158,46 +158,54 @@ def by_label(predictions: Sequence[int], labels: Sequence[int], multi: bool) -> 
         multi: Whether predictions and labels are sets.
 
     Returns:
-        One dict for each label. ``asked`` counts the rows with the label in the data, and ``answered`` the rows with
-        the predicted label. ``right`` counts the rows with both, and ``neither`` the rows with none of them.
+        One dict for each label. ``labelled`` counts the rows with the label in the data, and ``predicted`` the rows
+        with the predicted label. ``correct`` counts the rows with both, and ``neither`` the rows with none of them.
     """
     pairs = list(zip(predictions, labels, strict=True))
     if multi:
         bits = max((answer.bit_length() for pair in pairs for answer in pair), default=0)
-        judged = [[(bool(mine >> at & 1), bool(its >> at & 1)) for mine, its in pairs] for at in range(bits)]
+        outcomes = [
+            [(bool(prediction >> bit & 1), bool(label >> bit & 1)) for prediction, label in pairs]
+            for bit in range(bits)
+        ]
     else:
         occurring = sorted({*predictions, *labels})
-        judged = [[(mine == label, its == label) for mine, its in pairs] for label in occurring]
+        outcomes = [[(prediction == value, label == value) for prediction, label in pairs] for value in occurring]
     return [
         {
-            "right": sum(mine and its for mine, its in rows),
-            "asked": sum(its for _, its in rows),
-            "answered": sum(mine for mine, _ in rows),
-            "neither": sum(not (mine or its) for mine, its in rows),
+            "correct": sum(prediction and label for prediction, label in rows),
+            "labelled": sum(label for _, label in rows),
+            "predicted": sum(prediction for prediction, _ in rows),
+            "neither": sum(not (prediction or label) for prediction, label in rows),
         }
-        for rows in judged
-        if any(mine or its for mine, its in rows)
+        for rows in outcomes
+        if any(prediction or label for prediction, label in rows)
     ]
 
 
 def macro_f1(counts: Sequence[Mapping[str, int]]) -> float | None:
-    """Returns the mean F1 over labels, from the counts of `by_label`; None if no label occurs."""
-    scores = [2 * each["right"] / (each["asked"] + each["answered"]) for each in counts]
+    """Returns the mean F1 over labels, from the counts of `count_by_label`; None if no label occurs."""
+    scores = [2 * count["correct"] / (count["labelled"] + count["predicted"]) for count in counts]
     return sum(scores) / len(scores) if scores else None
 
 
 def balanced_accuracy(counts: Sequence[Mapping[str, int]], multi: bool) -> float | None:
-    """Returns the mean recall over the labels in the data, from the counts of `by_label`; None if there is no label.
+    """Returns the mean recall over the labels in the data; None if there is no label.
 
     Args:
-        counts: Result of `by_label`.
+        counts: Result of `count_by_label`.
         multi: Whether the labels are sets. If true, the mean also includes the recall of each label's absence.
     """
-    recalls = [each["right"] / each["asked"] for each in counts if each["asked"]]
+    recalls = [
+        label_counts["correct"] / label_counts["labelled"] for label_counts in counts if label_counts["labelled"]
+    ]
     if multi:
         # A label's absence is correct in the rows of ``neither``; it is wrong in rows with only the predicted label.
-        absent = [(each["neither"], each["neither"] + each["answered"] - each["right"]) for each in counts]
-        recalls += [right / count for right, count in absent if count]
+        absent = [
+            (label_counts["neither"], label_counts["neither"] + label_counts["predicted"] - label_counts["correct"])
+            for label_counts in counts
+        ]
+        recalls += [correct / count for correct, count in absent if count]
     return sum(recalls) / len(recalls) if recalls else None
 
 
@@ -213,10 +221,10 @@ def calibration_error(probabilities: Sequence[Sequence[float]], labels: Sequence
     count = 0
     for row, label in zip(probabilities, labels, strict=True):
         if multi:
-            judged = [(max(p, 1 - p), (p > 0.5) == bool(label >> at & 1)) for at, p in enumerate(row)]
+            outcomes = [(max(p, 1 - p), (p > 0.5) == bool(label >> index & 1)) for index, p in enumerate(row)]
         else:
-            judged = [(max(row), row[label] == max(row))]
-        for sure, is_right in judged:
-            bins[min(BINS - 1, int(sure * BINS))].append((sure, is_right))
+            outcomes = [(max(row), row[label] == max(row))]
+        for confidence, is_correct in outcomes:
+            bins[min(BINS - 1, int(confidence * BINS))].append((confidence, is_correct))
             count += 1
     return sum(abs(sum(c for c, _ in part) - sum(r for _, r in part)) for part in bins) / count

@@ -290,4 +290,4 @@ def _accuracy(row: Measurement) -> float:
 def _times(slower: Samples | None, faster: Samples | None) -> float:
     assert slower is not None  # the benchmark measured every cell
     assert faster is not None
-    return round(statistics.ratio(slower.spent_each(), faster.spent_each()).value, 4)
+    return round(statistics.ratio(slower.sentence_times(), faster.sentence_times()).value, 4)

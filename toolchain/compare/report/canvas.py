@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 # Colours for files; the HTML page replaces each of these colours by one of its theme.
 INK, PAPER = "#1b1f24", "#fefefe"
 # Runtime → colour from Okabe and Ito's palette, and a marker shape for readers who cannot distinguish the colours.
-LOOKS = {"torch": ("#0072b2", "o"), "onnx": ("#d55e00", "s"), "bnb": ("#009e73", "^")}
-OTHER = ("#cc79a7", "D")
+RUNTIME_STYLES = {"torch": ("#0072b2", "o"), "onnx": ("#d55e00", "s"), "bnb": ("#009e73", "^")}
+OTHER_STYLE = ("#cc79a7", "D")
 LINES = ("-", "--")
 WIDTH_IN = 9.5
 STYLE: dict[str, Any] = {
@@ -51,9 +51,9 @@ STYLE: dict[str, Any] = {
 Box = tuple[float, float, float, float]
 
 
-def look(row: Row) -> tuple[str, str]:
+def runtime_style(row: Row) -> tuple[str, str]:
     """Returns colour and marker shape of the row's runtime."""
-    return LOOKS.get(row.measurement.variant.split("-")[0], OTHER)
+    return RUNTIME_STYLES.get(row.measurement.variant.split("-")[0], OTHER_STYLE)
 
 
 def canvas(heights: Sequence[float], columns: int = 1, **shared: Any) -> tuple[Figure, Any]:
@@ -107,15 +107,15 @@ def legend(figure: Figure, rows: Sequence[Row], others: Mapping[str, Mapping[str
     from matplotlib.lines import Line2D
 
     names = dict.fromkeys(row.measurement.variant.split("-")[0] for row in rows)
-    known = {name: LOOKS[name] for name in names if name in LOOKS}
-    if len(known) < len(names):
-        known["other"] = OTHER
-    handles = [Line2D([], [], color=c, marker=m, linestyle="", markersize=6, label=n) for n, (c, m) in known.items()]
+    styles = {name: RUNTIME_STYLES[name] for name in names if name in RUNTIME_STYLES}
+    if len(styles) < len(names):
+        styles["other"] = OTHER_STYLE
+    handles = [Line2D([], [], color=c, marker=m, linestyle="", markersize=6, label=n) for n, (c, m) in styles.items()]
     handles += [Line2D([], [], color=INK, label=name, **style) for name, style in (others or {}).items()]
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, handletextpad=0.5)
 
 
-def place(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
+def place_labels(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
     """Writes a label near each point, away from other labels and points if there is space.
 
     Args:
@@ -125,19 +125,22 @@ def place(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
     axes.figure.draw_without_rendering()
     frame = axes.get_window_extent()
     limits = (frame.x0, frame.y0, frame.x1, frame.y1)
-    at = [axes.transData.transform(point[:2]) for point in points]
-    taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in at]
-    for index in sorted(range(len(points)), key=lambda i: (at[i][0], at[i][1])):
-        probe = _note(axes, points[index])
+    positions = [axes.transData.transform(point[:2]) for point in points]
+    occupied: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in positions]
+    for index in sorted(range(len(points)), key=lambda i: (positions[i][0], positions[i][1])):
+        probe = _write_label(axes, points[index])
         size = probe.get_window_extent()
         probe.remove()
-        tried = [(_cost(box, taken, limits) + radius, box, radius) for box, radius in _around(at[index], size)]
-        _, box, radius = min(tried, key=lambda found: found[0])
-        taken.append(box)
+        options = [
+            (_overlap_penalty(box, occupied, limits) + radius, box, radius)
+            for box, radius in _boxes_around(positions[index], size)
+        ]
+        _, box, radius = min(options, key=lambda option: option[0])
+        occupied.append(box)
         # The side of the label that is nearest to the point fixes its position and holds the connecting line.
-        side = 0.0 if box[0] >= at[index][0] else 1.0 if box[2] <= at[index][0] else 0.5
-        offset = (box[0] + side * size.width - at[index][0], (box[1] + box[3]) / 2 - at[index][1])
-        _note(axes, points[index], offset, side, radius > NEAR)
+        side = 0.0 if box[0] >= positions[index][0] else 1.0 if box[2] <= positions[index][0] else 0.5
+        offset = (box[0] + side * size.width - positions[index][0], (box[1] + box[3]) / 2 - positions[index][1])
+        _write_label(axes, points[index], offset, side, radius > NEAR)
 
 
 NEAR = 9.0
@@ -145,48 +148,56 @@ LINE_HEIGHT = 10.0
 RADII = (NEAR, 18.0, 30.0, 44.0, 60.0, 80.0, 104.0)
 
 
-def _note(
+def _write_label(
     axes: Any,
     point: tuple[float, float, str],
     offset: tuple[float, float] = (0, 0),
     side: float = 0.0,
-    tied: bool = False,
+    with_line: bool = False,
 ) -> Any:
     """Writes the text with its left side (0), centre (0.5) or right side (1) at `offset` from the point.
 
-    If `tied` is true, a line connects the text to the point.
+    If `with_line` is true, a line connects the text to the point.
     """
     line = {"arrowstyle": "-", "color": INK, "alpha": 0.45, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
-    given: dict[str, Any] = {"arrowprops": {**line, "relpos": (side, 0.5)}} if tied else {}
-    under = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
-    at: dict[str, Any] = {"ha": ("left", "center", "right")[round(2 * side)], "va": "center"}
+    arrow: dict[str, Any] = {"arrowprops": {**line, "relpos": (side, 0.5)}} if with_line else {}
+    background = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
+    alignment: dict[str, Any] = {"ha": ("left", "center", "right")[round(2 * side)], "va": "center"}
     note = axes.annotate(
-        point[2], point[:2], offset, textcoords="offset points", fontsize=7.5, bbox=under, zorder=4, **at, **given
+        point[2],
+        point[:2],
+        offset,
+        textcoords="offset points",
+        fontsize=7.5,
+        bbox=background,
+        zorder=4,
+        **alignment,
+        **arrow,
     )
     note.set_in_layout(False)
     return note
 
 
-def _around(at: Sequence[float], size: Any) -> list[tuple[Box, float]]:
+def _boxes_around(position: Sequence[float], size: Any) -> list[tuple[Box, float]]:
     """Returns boxes of the given size around a point with their distances, nearest first."""
-    found = []
+    boxes = []
     for radius in RADII:
         for turn in (1, 7, 3, 5, 2, 6, 0, 4):
             dx, dy = radius * math.cos(turn * math.pi / 4), radius * math.sin(turn * math.pi / 4)
-            left = at[0] + dx - (0.5 - 0.5 * (dx > 1) + 0.5 * (dx < -1)) * size.width
-            bottom = at[1] + dy - size.height / 2
-            found.append(((left, bottom, left + size.width, bottom + size.height), radius))
-    return found
+            left = position[0] + dx - (0.5 - 0.5 * (dx > 1) + 0.5 * (dx < -1)) * size.width
+            bottom = position[1] + dy - size.height / 2
+            boxes.append(((left, bottom, left + size.width, bottom + size.height), radius))
+    return boxes
 
 
-def _cost(box: Box, taken: Sequence[Box], limits: Box) -> float:
+def _overlap_penalty(box: Box, occupied: Sequence[Box], limits: Box) -> float:
     """Returns a penalty for each overlap of the box with occupied boxes, and for leaving the axes."""
-    met = sum(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
+    overlaps = sum(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in occupied)
     inside = box[0] >= limits[0] and box[1] >= limits[1] and box[2] <= limits[2] and box[3] <= limits[3]
-    return 1000.0 * met + (0 if inside else 5000.0)
+    return 1000.0 * overlaps + (0 if inside else 5000.0)
 
 
-def place_at_end(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
+def place_labels_at_end(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
     """Writes the labels in a column to the right of all points, moved apart vertically so that they do not overlap.
 
     Args:
@@ -194,17 +205,17 @@ def place_at_end(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
         points: x and y in the units of the axes, and the text, for each point.
     """
     axes.figure.draw_without_rendering()
-    at = [axes.transData.transform(point[:2]) for point in points]
-    order = sorted(range(len(points)), key=lambda index: at[index][1])
-    heights = [at[index][1] for index in order]
+    positions = [axes.transData.transform(point[:2]) for point in points]
+    order = sorted(range(len(points)), key=lambda index: positions[index][1])
+    heights = [positions[index][1] for index in order]
     for _ in range(100):
         for below in range(len(heights) - 1):
-            missing = LINE_HEIGHT - (heights[below + 1] - heights[below])
-            if missing > 0:
-                heights[below] -= missing / 2
-                heights[below + 1] += missing / 2
-    above = max(0.0, heights[-1] - axes.get_window_extent().y1)
-    edge = max(x for x, _ in at)
+            overlap = LINE_HEIGHT - (heights[below + 1] - heights[below])
+            if overlap > 0:
+                heights[below] -= overlap / 2
+                heights[below + 1] += overlap / 2
+    overflow = max(0.0, heights[-1] - axes.get_window_extent().y1)
+    edge = max(x for x, _ in positions)
     for index, height in zip(order, heights, strict=True):
-        x, y = at[index]
-        _note(axes, points[index], (edge - x + 20, height - above - y), tied=True)
+        x, y = positions[index]
+        _write_label(axes, points[index], (edge - x + 20, height - overflow - y), with_line=True)

@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from toolchain.compare.report.canvas import INK, LINES, PAPER, axis_of, canvas, legend, look, place, place_at_end
-from toolchain.compare.report.columns import over_unpruned
+from toolchain.compare.report.canvas import (
+    INK,
+    LINES,
+    PAPER,
+    axis_of,
+    canvas,
+    legend,
+    place_labels,
+    place_labels_at_end,
+    runtime_style,
+)
+from toolchain.compare.report.columns import speedup_over_unpruned
 from toolchain.compare.report.panels import Panel, printable
 from toolchain.compare.rows import Row
 
@@ -24,16 +34,16 @@ def accuracy_latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
     Returns:
         The figure and its description; None if no row has both figures.
     """
-    shown = _with(panels, lambda row: row.measurement.accuracy and latency_ms(row))
+    shown = _select_rows(panels, lambda row: row.measurement.accuracy and latency_ms(row))
     if not shown:
         return None
-    figure, grid = canvas([_tall(panel) for panel in shown], sharex=True, sharey=True)
+    figure, grid = canvas([_point_panel_height(panel) for panel in shown], sharex=True, sharey=True)
     for (axes,), panel in zip(grid, shown, strict=True):
         axes.set_title(panel.title)
-        front = [(latency_ms(row), _percent(row)) for row in _front(panel)]
+        front = [(latency_ms(row), _accuracy_percent(row)) for row in _accuracy_front(panel)]
         axes.step(*zip(*front, strict=True), where="post", color=INK, **DASHED)
         for row in panel.rows:
-            _point(axes, row)
+            _draw_point(axes, row)
         axes.set_ylabel("accuracy, %")
         axis_of(axes.xaxis, [latency_ms(row) for part in shown for row in part.rows])
     means = any("p50" not in row.measurement.latency_ms for panel in shown for row in panel.rows)
@@ -42,13 +52,16 @@ def accuracy_latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
         figure, [row for panel in shown for row in panel.rows], {"no other is better in both": DASHED, "baseline": RING}
     )
     for (axes,), panel in zip(grid, shown, strict=True):
-        place(axes, [(latency_ms(row), _percent(row), panel.label(row)) for row in panel.rows])
-    said = (
+        place_labels(axes, [(latency_ms(row), _accuracy_percent(row), panel.label(row)) for row in panel.rows])
+    descriptions = (
         f"{panel.title}: {len(panel.rows)} variants; no other is both faster and more accurate than "
-        + ", ".join(f"{panel.label(row)} ({_percent(row):.2f} % at {latency_ms(row):.2f} ms)" for row in _front(panel))
+        + ", ".join(
+            f"{panel.label(row)} ({_accuracy_percent(row):.2f} % at {latency_ms(row):.2f} ms)"
+            for row in _accuracy_front(panel)
+        )
         for panel in shown
     )
-    return figure, _sentences(said)
+    return figure, _join_descriptions(descriptions)
 
 
 def latency_ms(row: Row) -> float:
@@ -57,21 +70,21 @@ def latency_ms(row: Row) -> float:
     return figures.get("p50") or figures.get("mean") or 0.0
 
 
-def _percent(row: Row) -> float:
+def _accuracy_percent(row: Row) -> float:
     return 100 * row.measurement.accuracy.value if row.measurement.accuracy else 0.0
 
 
-def _front(panel: Panel) -> list[Row]:
+def _accuracy_front(panel: Panel) -> list[Row]:
     """Returns the rows that are more accurate than all faster rows, fastest first."""
     front: list[Row] = []
-    for row in sorted(panel.rows, key=lambda row: (latency_ms(row), -_percent(row))):
-        if not front or _percent(row) > _percent(front[-1]):
+    for row in sorted(panel.rows, key=lambda row: (latency_ms(row), -_accuracy_percent(row))):
+        if not front or _accuracy_percent(row) > _accuracy_percent(front[-1]):
             front.append(row)
     return front
 
 
-def _point(axes: Any, row: Row) -> None:
-    x, y, (colour, marker) = latency_ms(row), _percent(row), look(row)
+def _draw_point(axes: Any, row: Row) -> None:
+    x, y, (colour, marker) = latency_ms(row), _accuracy_percent(row), runtime_style(row)
     if row.quality:
         axes.vlines(x, 100 * row.quality.low, 100 * row.quality.high, color=colour, alpha=FAINT, linewidth=1)
     if row.latency_interval:
@@ -93,31 +106,43 @@ def size_memory(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
         "peak memory, MB": lambda row: row.measurement.memory_bytes.get("peak"),
         "peak on the GPU, MB": lambda row: row.measurement.memory_bytes.get("gpu", {}).get("peak"),
     }
-    kinds = {name: of for name, of in kinds.items() if any(of(row) for panel in panels for row in panel.rows)}
-    shown = _with(panels, lambda row: any(of(row) for of in kinds.values()))
+    kinds = {
+        name: figure_of
+        for name, figure_of in kinds.items()
+        if any(figure_of(row) for panel in panels for row in panel.rows)
+    }
+    shown = _select_rows(panels, lambda row: any(figure_of(row) for figure_of in kinds.values()))
     if not shown:
         return None
-    figure, grid = canvas([_height(panel) for panel in shown], len(kinds), sharex="col", sharey="row")
-    said = []
+    figure, grid = canvas([_row_panel_height(panel) for panel in shown], len(kinds), sharex="col", sharey="row")
+    descriptions = []
     for line, panel in zip(grid, shown, strict=True):
-        _rows(line[0], panel)
-        for axes, (name, of) in zip(line, kinds.items(), strict=True):
-            found = [(at, row, (of(row) or 0) / 1e6) for at, row in enumerate(panel.rows) if of(row)]
-            for at, row, value in found:
-                axes.barh(at, value, color=look(row)[0], height=0.62)
-                axes.annotate(f"{value:.1f}" if value < 100 else f"{value:.0f}", (value, at), (3, 0), **_BESIDE)
-            if not found:
+        _label_rows(line[0], panel)
+        for axes, (name, figure_of) in zip(line, kinds.items(), strict=True):
+            bars = [
+                (position, row, (figure_of(row) or 0) / 1e6)
+                for position, row in enumerate(panel.rows)
+                if figure_of(row)
+            ]
+            for position, row, value in bars:
+                axes.barh(position, value, color=runtime_style(row)[0], height=0.62)
+                axes.annotate(
+                    f"{value:.1f}" if value < 100 else f"{value:.0f}", (value, position), (3, 0), **_LABEL_STYLE
+                )
+            if not bars:
                 axes.annotate("not known", (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", alpha=0.7)
             axes.margins(x=0.12)
             axes.grid(visible=False, axis="y")
             axes.tick_params(axis="y", length=0)
             axes.set_xlabel(name)
-            said.append(f"{panel.title}: {name}: {_ends(panel, [(row, value) for _, row, value in found])}")
+            descriptions.append(
+                f"{panel.title}: {name}: {_range_text(panel, [(row, value) for _, row, value in bars])}"
+            )
     legend(figure, [row for panel in shown for row in panel.rows])
-    return figure, _sentences(said)
+    return figure, _join_descriptions(descriptions)
 
 
-_BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 7.5}
+_LABEL_STYLE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 7.5}
 
 
 def latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
@@ -128,29 +153,31 @@ def latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
     """
     import numpy as np
 
-    shown = _with(panels, lambda row: row.measurement.latency)
+    shown = _select_rows(panels, lambda row: row.measurement.latency)
     if not shown:
         return None
-    figure, grid = canvas([_height(panel) for panel in shown], sharex=True)
-    said, ends = [], []
+    figure, grid = canvas([_row_panel_height(panel) for panel in shown], sharex=True)
+    descriptions, ends = [], []
     for (axes,), panel in zip(grid, shown, strict=True):
-        _rows(axes, panel)
-        for at, row in enumerate(panel.rows):
+        _label_rows(axes, panel)
+        for position, row in enumerate(panel.rows):
             times = row.measurement.latency.values() if row.measurement.latency else []
             low, left, middle, right, high, last = np.percentile(times, [5, 25, 50, 75, 95, 99]) / 1000
-            colour = look(row)[0]
-            axes.hlines(at, low, high, color=colour, linewidth=1.2)
-            axes.barh(at, right - left, left=left, color=colour, height=0.62)
-            axes.vlines(middle, at - 0.31, at + 0.31, color=PAPER, linewidth=1.6)
-            axes.plot(last, at, "x", color=colour, markersize=4.5)
+            colour = runtime_style(row)[0]
+            axes.hlines(position, low, high, color=colour, linewidth=1.2)
+            axes.barh(position, right - left, left=left, color=colour, height=0.62)
+            axes.vlines(middle, position - 0.31, position + 0.31, color=PAPER, linewidth=1.6)
+            axes.plot(last, position, "x", color=colour, markersize=4.5)
             ends += [low, last]
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
-        said.append(f"{panel.title}: median {_ends(panel, [(row, latency_ms(row)) for row in panel.rows], ' ms')}")
+        descriptions.append(
+            f"{panel.title}: median {_range_text(panel, [(row, latency_ms(row)) for row in panel.rows], ' ms')}"
+        )
     axis_of(grid[-1][0].xaxis, ends)
     grid[-1][0].set_xlabel("latency at batch 1, ms")
     legend(figure, [row for panel in shown for row in panel.rows])
-    return figure, _sentences(said)
+    return figure, _join_descriptions(descriptions)
 
 
 def latency_by_length(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
@@ -159,36 +186,36 @@ def latency_by_length(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
     Returns:
         The figure and its description; None if no row has measured lengths.
     """
-    shown = _with(panels, lambda row: row.measurement.by_length)
+    shown = _select_rows(panels, lambda row: row.measurement.by_length)
     if not shown:
         return None
     figure, grid = canvas([max(3.6, 0.17 * len(panel.rows) + 1.2) for panel in shown], sharex=True)
-    said, named = [], []
+    descriptions, labels = [], []
     for (axes,), panel in zip(grid, shown, strict=True):
         axes.set_title(panel.title)
         ends: list[tuple[Row, int, float]] = []
-        every: list[float] = []
+        all_medians: list[float] = []
         for row in panel.rows:
-            found = {n: s.milliseconds()["p50"] for n, s in sorted(row.measurement.by_length.items())}
-            colour, marker = look(row)
+            medians = {n: s.milliseconds()["p50"] for n, s in sorted(row.measurement.by_length.items())}
+            colour, marker = runtime_style(row)
             axes.plot(
-                list(found), list(found.values()), marker + LINES[row.measurement.provider == "cuda"], color=colour
+                list(medians), list(medians.values()), marker + LINES[row.measurement.provider == "cuda"], color=colour
             )
-            ends.append((row, max(found), found[max(found)]))
-            every += found.values()
+            ends.append((row, max(medians), medians[max(medians)]))
+            all_medians += medians.values()
         tokens = sorted({n for row in panel.rows for n in row.measurement.by_length})
         axis_of(axes.xaxis, tokens, ticks=tokens)
-        axis_of(axes.yaxis, every)
+        axis_of(axes.yaxis, all_medians)
         axes.set_ylabel("median, ms")
         axes.set_xlim(right=tokens[-1] * max(2.0, tokens[-1] / tokens[0]) ** 0.3)
-        named.append((axes, [(x, y, panel.label(row)) for row, x, y in ends]))
+        labels.append((axes, [(x, y, panel.label(row)) for row, x, y in ends]))
         longest = [(row, y) for row, x, y in ends if x == tokens[-1]]
-        said.append(f"{panel.title}: at {tokens[-1]} tokens {_ends(panel, longest, ' ms')}")
+        descriptions.append(f"{panel.title}: at {tokens[-1]} tokens {_range_text(panel, longest, ' ms')}")
     grid[-1][0].set_xlabel("tokens")
     legend(figure, [row for panel in shown for row in panel.rows])
-    for axes, points in named:
-        place_at_end(axes, points)
-    return figure, _sentences(said)
+    for axes, points in labels:
+        place_labels_at_end(axes, points)
+    return figure, _join_descriptions(descriptions)
 
 
 def pruning_speedup(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
@@ -198,18 +225,22 @@ def pruning_speedup(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
         The figure and its description; None if no row has both.
     """
     rows = [row for panel in panels for row in panel.rows]
-    shown = _with(panels, lambda row: _predicted(row) and over_unpruned(row, rows))
+    shown = _select_rows(panels, lambda row: _predicted_speedup(row) and speedup_over_unpruned(row, rows))
     if not shown:
         return None
-    figure, grid = canvas([_tall(panel) for panel in shown], sharex=True, sharey=True)
-    said, named = [], []
+    figure, grid = canvas([_point_panel_height(panel) for panel in shown], sharex=True, sharey=True)
+    descriptions, labels = [], []
     for (axes,), panel in zip(grid, shown, strict=True):
         axes.set_title(panel.title)
         points = []
         for row in panel.rows:
-            found, predicted, (colour, marker) = over_unpruned(row, rows), _predicted(row), look(row)
-            assert found is not None
-            ratio = found[1]
+            speedup, predicted, (colour, marker) = (
+                speedup_over_unpruned(row, rows),
+                _predicted_speedup(row),
+                runtime_style(row),
+            )
+            assert speedup is not None
+            ratio = speedup[1]
             if ratio.low and ratio.high:
                 axes.vlines(predicted, ratio.low, ratio.high, color=colour, alpha=FAINT, linewidth=1)
             axes.plot(predicted, ratio.value, marker, color=colour, markersize=6, zorder=3)
@@ -217,51 +248,51 @@ def pruning_speedup(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
         axes.axline((1, 1), slope=1, color=INK, **DASHED)
         axes.margins(0.12)
         axes.set_ylabel("measured, times faster")
-        named.append((axes, points))
-        each = (f"{name} predicted {x:.2f}×, measured {y:.2f}×" for x, y, name in points)
-        said.append(f"{panel.title}: {'; '.join(each)}")
+        labels.append((axes, points))
+        texts = (f"{name} predicted {x:.2f}×, measured {y:.2f}×" for x, y, name in points)
+        descriptions.append(f"{panel.title}: {'; '.join(texts)}")
     grid[-1][0].set_xlabel("predicted, times faster")
     legend(figure, [row for panel in shown for row in panel.rows], {"as predicted": DASHED})
-    for axes, points in named:
-        place(axes, points)
-    return figure, _sentences(said)
+    for axes, points in labels:
+        place_labels(axes, points)
+    return figure, _join_descriptions(descriptions)
 
 
-def _predicted(row: Row) -> float:
+def _predicted_speedup(row: Row) -> float:
     """Returns the predicted speed-up of the row's pruning; 0 if there is no prediction."""
-    found = row.measurement.facts.get("pruning", {}).get("predicted_speedup", {}).get("value", 0)
-    return float(found) if isinstance(found, int | float) else 0.0
+    value = row.measurement.facts.get("pruning", {}).get("predicted_speedup", {}).get("value", 0)
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
-def _with(panels: Sequence[Panel], holds: Callable[[Row], Any]) -> list[Panel]:
-    """Returns the panels with only the rows for which `holds` is true, without empty panels."""
-    kept = [Panel(panel.title, tuple(row for row in panel.rows if holds(row))) for panel in panels]
-    return [panel for panel in kept if panel.rows]
+def _select_rows(panels: Sequence[Panel], condition: Callable[[Row], Any]) -> list[Panel]:
+    """Returns the panels with only the rows for which `condition` is true, without empty panels."""
+    selected = [Panel(panel.title, tuple(row for row in panel.rows if condition(row))) for panel in panels]
+    return [panel for panel in selected if panel.rows]
 
 
-def _tall(panel: Panel) -> float:
+def _point_panel_height(panel: Panel) -> float:
     """Returns the height in inches of a panel with labelled points."""
     return min(4.6, 2.4 + 0.2 * len(panel.rows))
 
 
-def _height(panel: Panel) -> float:
+def _row_panel_height(panel: Panel) -> float:
     return 0.21 * len(panel.rows) + 0.7
 
 
-def _rows(axes: Any, panel: Panel) -> None:
+def _label_rows(axes: Any, panel: Panel) -> None:
     """Gives each row one line of the axes, the first row at the top."""
     axes.set_title(panel.title)
     axes.set_yticks(range(len(panel.rows)), [panel.label(row) for row in panel.rows])
     axes.set_ylim(len(panel.rows) - 0.4, -0.6)
 
 
-def _ends(panel: Panel, found: Sequence[tuple[Row, float]], unit: str = "") -> str:
+def _range_text(panel: Panel, values: Sequence[tuple[Row, float]], unit: str = "") -> str:
     """Returns a text with the smallest and the largest value and their rows."""
-    if not found:
+    if not values:
         return "not measured"
-    (first, least), (last, most) = min(found, key=lambda pair: pair[1]), max(found, key=lambda pair: pair[1])
-    return f"{least:.2f}{unit} ({panel.label(first)}) to {most:.2f}{unit} ({panel.label(last)})"
+    (first_row, least), (last_row, most) = min(values, key=lambda pair: pair[1]), max(values, key=lambda pair: pair[1])
+    return f"{least:.2f}{unit} ({panel.label(first_row)}) to {most:.2f}{unit} ({panel.label(last_row)})"
 
 
-def _sentences(said: Any) -> str:
-    return printable(". ".join(said) + ".", 4000)
+def _join_descriptions(descriptions: Any) -> str:
+    return printable(". ".join(descriptions) + ".", 4000)

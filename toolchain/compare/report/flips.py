@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from toolchain.compare.report.columns import host
+from toolchain.compare.report.columns import host_name
 from toolchain.compare.rows import Row
 from toolchain.data import inputs
 from toolchain.data.files import Text
@@ -51,31 +51,31 @@ class Flip:
     Attributes:
         cell: The cell.
         baseline: Cell of the baseline.
-        where: Model and machine.
+        place: Model and machine.
         lost: Sentences that only the baseline answers correctly.
         won: Sentences that only the cell answers correctly.
     """
 
     cell: str
     baseline: str
-    where: str
+    place: str
     lost: Sentences
     won: Sentences
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedLoss:
     """The sentences that the baseline answers correctly and all other rows of the run answer wrongly.
 
     Attributes:
         baseline: Cell of the baseline.
-        where: Model and machine.
+        place: Model and machine.
         others: Number of other rows.
         lost: The sentences.
     """
 
     baseline: str
-    where: str
+    place: str
     others: int
     lost: Sentences
 
@@ -87,25 +87,25 @@ class Texts:
     """
 
     def __init__(self) -> None:
-        self._known: inputs.Data | None = None
+        self._embedded: inputs.Data | None = None
 
-    def named(self, run: ResultFile, rows: Sequence[int]) -> Sentences:
+    def sentences(self, run: ResultFile, rows: Sequence[int]) -> Sentences:
         """Returns the sentences of the given rows; the texts are empty if the run used other data.
 
         Args:
             run: The run, with its data's digest and labels.
             rows: Indices into the run's data, from 0.
         """
-        if rows and self._known is None:
-            self._known = inputs.embedded()
-        known = self._known if self._known and self._known.sha256 == run.data["sha256"] else None
+        if rows and self._embedded is None:
+            self._embedded = inputs.embedded()
+        data = self._embedded if self._embedded and self._embedded.sha256 == run.data["sha256"] else None
         labels = run.data["labels"] if rows else ()
         names = run.data.get("label_names")  # result files of older releases do not have this key
-        label_set = LabelSet(tuple(names), bool(run.data.get("multi_label"))) if names else known and known.label_set
+        label_set = LabelSet(tuple(names), bool(run.data.get("multi_label"))) if names else data and data.label_set
         shown = [
             Sentence(
                 row + 1,
-                _text(known.texts[row]) if known else "",
+                _text(data.texts[row]) if data else "",
                 label_set.named(labels[row]) if label_set else f"label {labels[row]}",
             )
             for row in rows[:MOST]
@@ -123,33 +123,37 @@ def flips(rows: Sequence[Row], texts: Texts) -> list[Flip]:
         Flip(
             row.measurement.cell,
             row.baseline.cell,
-            _where(row),
-            texts.named(row.run, row.changed("lost")),
-            texts.named(row.run, row.changed("won")),
+            _model_and_machine(row),
+            texts.sentences(row.run, row.changed_sentences("lost")),
+            texts.sentences(row.run, row.changed_sentences("won")),
         )
         for row in rows
-        if _judged(row) and row.baseline
+        if _has_flips(row) and row.baseline
     ]
 
 
-def shared(rows: Sequence[Row], texts: Texts) -> list[Shared]:
-    """Returns one `Shared` for each run and baseline with more than one other row."""
+def shared_losses(rows: Sequence[Row], texts: Texts) -> list[SharedLoss]:
+    """Returns one `SharedLoss` for each run and baseline with more than one other row."""
     groups: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
-        if _judged(row):
+        if _has_flips(row):
             groups.setdefault((id(row.run), id(row.baseline)), []).append(row)
-    found = []
+    losses = []
     for group in groups.values():
-        base, common = group[0].baseline, set.intersection(*(set(row.changed("lost")) for row in group))
+        base, common = group[0].baseline, set.intersection(*(set(row.changed_sentences("lost")) for row in group))
         if len(group) > 1 and base:
-            found.append(Shared(base.cell, _where(group[0]), len(group), texts.named(group[0].run, sorted(common))))
-    return found
+            losses.append(
+                SharedLoss(
+                    base.cell, _model_and_machine(group[0]), len(group), texts.sentences(group[0].run, sorted(common))
+                )
+            )
+    return losses
 
 
-def _judged(row: Row) -> bool:
+def _has_flips(row: Row) -> bool:
     base: Measurement | None = row.baseline
     return bool(row.quality and row.quality.lost is not None and row.measurement is not base)
 
 
-def _where(row: Row) -> str:
-    return f"{row.measurement.model} on {host(row)}"
+def _model_and_machine(row: Row) -> str:
+    return f"{row.measurement.model} on {host_name(row)}"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.compare.report import canvas, origin, plots, sections
-from toolchain.compare.report.columns import FRONT, measured, notes, title
-from toolchain.compare.report.flips import Texts, flips, shared
+from toolchain.compare.report.columns import FRONT, notes, rows_with_figures, title
+from toolchain.compare.report.flips import Texts, flips, shared_losses
 from toolchain.compare.report.panels import panels
 from toolchain.compare.rows import Row
 from toolchain.results.statistics import CONFIDENCE, FEWEST_ROUNDS
@@ -20,8 +20,8 @@ TEMPLATE, SCRIPT = "report.html.j2", "report.js"
 THEMED = {
     canvas.INK: "currentColor",
     canvas.PAPER: "var(--paper)",
-    canvas.OTHER[0]: "var(--other)",
-    **{colour: f"var(--{runtime})" for runtime, (colour, _) in canvas.LOOKS.items()},
+    canvas.OTHER_STYLE[0]: "var(--other)",
+    **{colour: f"var(--{runtime})" for runtime, (colour, _) in canvas.RUNTIME_STYLES.items()},
 }
 _SVG, _LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
@@ -33,15 +33,15 @@ def to_html(rows: Sequence[Row]) -> str:
     """
     import jinja2
 
-    here = Path(__file__).parent
+    folder = Path(__file__).parent
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(here),
+        loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    script = (here / SCRIPT).read_text()
+    script = (folder / SCRIPT).read_text()
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # The page's security policy holds this digest, so a browser runs this script and no other script.
     page = environment.get_template(TEMPLATE).render(script=script, script_sha256=allowed, **_content(rows))
@@ -49,7 +49,7 @@ def to_html(rows: Sequence[Row]) -> str:
 
 
 def _content(rows: Sequence[Row]) -> dict[str, Any]:
-    shown = measured(rows)
+    shown = rows_with_figures(rows)
     runs = list({id(row.run): row.run for row in rows}.values())
     texts, compared = Texts(), sections.comparison(shown) if shown else None
     facts = [origin.protocol(runs), origin.versions(runs), origin.rates(runs)]
@@ -57,7 +57,7 @@ def _content(rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "models": list(dict.fromkeys(row.measurement.model for row in rows)),
         "lines": title(rows),
-        "best": [(panel.title, found) for panel in panels(shown) if (found := sections.best(panel))],
+        "best": [(panel.title, panel_best) for panel in panels(shown) if (panel_best := sections.best_rows(panel))],
         "comparison": compared,
         "marks": sections.marks(compared) if compared else [],
         # The page marks the Pareto front with a word and explains it there, so the note on the symbol is not needed.
@@ -68,8 +68,8 @@ def _content(rows: Sequence[Row]) -> dict[str, Any]:
         "stages": sections.stages(shown) if shown else None,
         "quality": sections.quality(shown) if shown else None,
         "flips": flips(shown, texts),
-        "shared": shared(shown, texts),
-        "missing": sections.missing(rows),
+        "shared": shared_losses(shown, texts),
+        "missing": sections.rows_without_figures(rows),
         "facts": [table for table in facts if table],
         "roofline": sections.roofline(shown),
         "memory": list(methods),
@@ -100,21 +100,21 @@ def inline(svg: str, name: str, alt: str) -> Any:
                 parent.remove(child)
     for element in root.iter():
         element.tag = element.tag.removeprefix(_SVG)
-        given = {key.removeprefix(_LINK): value for key, value in element.attrib.items()}
+        attributes = {key.removeprefix(_LINK): value for key, value in element.attrib.items()}
         element.attrib.clear()
-        element.attrib.update({key: _themed(key, value, name) for key, value in given.items()})
+        element.attrib.update({key: _apply_theme(key, value, name) for key, value in attributes.items()})
     for size in ("width", "height", "version"):
         root.attrib.pop(size, None)
     root.attrib |= {"role": "img", "aria-label": alt}
     return markupsafe.Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
-def _themed(key: str, value: str, name: str) -> str:
+def _apply_theme(key: str, value: str, name: str) -> str:
     if key == "id":
         return f"{name}-{value}"
     if key == "href":
         return value.replace("#", f"#{name}-")
     if key in ("style", "fill", "stroke"):
-        for drawn, themed in THEMED.items():
-            value = value.replace(drawn, themed)
+        for colour, themed in THEMED.items():
+            value = value.replace(colour, themed)
     return value.replace("url(#", f"url(#{name}-")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from toolchain.compare.report.columns import columns, measured, notes, title
+from toolchain.compare.report.columns import columns, notes, rows_with_figures, title
 from toolchain.compare.rows import Row
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
     """Returns title, table and notes as Markdown; vertical bars inside table cells are escaped."""
-    shown = measured(rows)
+    shown = rows_with_figures(rows)
     parts = ["\n".join(title(rows))]
     if shown:
         chosen = columns(shown)

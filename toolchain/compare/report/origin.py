@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from toolchain.compare.report.columns import NOTHING
-from toolchain.compare.report.sections import Entry, Table, entry
+from toolchain.compare.report.sections import Entry, Table, make_entry
 from toolchain.results.result_file import ResultFile
 
 PROTOCOL = {
@@ -32,47 +32,51 @@ PROTOCOL = {
 
 def protocol(runs: Sequence[ResultFile]) -> Table | None:
     """Returns the table of all numeric and yes/no settings of the runs; None if there are none."""
-    found = [{name: _said(value) for name, value in run.run.items() if isinstance(value, int | float)} for run in runs]
-    names = [*PROTOCOL, *sorted({name for of in found for name in of} - set(PROTOCOL))]
-    ordered = [{PROTOCOL.get(name, name): of[name] for name in names if name in of} for of in found]
-    return _by_run("Runs", "setting", runs, ordered)
+    settings = [
+        {name: _value_text(value) for name, value in run.run.items() if isinstance(value, int | float)} for run in runs
+    ]
+    names = [*PROTOCOL, *sorted({name for values in settings for name in values} - set(PROTOCOL))]
+    ordered = [{PROTOCOL.get(name, name): values[name] for name in names if name in values} for values in settings]
+    return _run_table("Runs", "setting", runs, ordered)
 
 
 def versions(runs: Sequence[ResultFile]) -> Table | None:
     """Returns the table of package versions of the runs."""
-    found = [{"toolchain": run.toolchain, **_dict(run.machine.get("versions"))} for run in runs]
-    return _by_run("Versions", "package", runs, found)
+    packages = [{"toolchain": run.toolchain, **_as_dict(run.machine.get("versions"))} for run in runs]
+    return _run_table("Versions", "package", runs, packages)
 
 
 def rates(runs: Sequence[ResultFile]) -> Table | None:
     """Returns the table of the highest rates that each runtime reached on the machine; None if there are none."""
-    found = [
+    run_rates = [
         {
-            f"{runtime}, {name}": _said(value)
-            for runtime, of in _dict(run.run.get("rates")).items()
-            for name, value in _dict(of).items()
+            f"{runtime}, {name}": _value_text(value)
+            for runtime, values in _as_dict(run.run.get("rates")).items()
+            for name, value in _as_dict(values).items()
         }
         for run in runs
     ]
-    return _by_run("Rates the machine reached", "rate", runs, found)
+    return _run_table("Rates the machine reached", "rate", runs, run_rates)
 
 
-def _by_run(caption: str, first: str, runs: Sequence[ResultFile], found: Sequence[Mapping[str, Any]]) -> Table | None:
+def _run_table(
+    caption: str, first: str, runs: Sequence[ResultFile], columns: Sequence[Mapping[str, Any]]
+) -> Table | None:
     """Returns a table with one line for each name in any run's values and one column for each run."""
-    headers = [f"{run.machine['cpu'] or _gpus(run)}, {run.created[:10]}" for run in runs]
+    headers = [f"{run.machine['cpu'] or _gpu_names(run)}, {run.created[:10]}" for run in runs]
     # The run with the most names determines the order.
-    names = dict.fromkeys(name for of in sorted(found, key=len, reverse=True) for name in of)
-    lines = [[Entry(name), *(entry(str(of.get(name, NOTHING))) for of in found)] for name in names]
+    names = dict.fromkeys(name for values in sorted(columns, key=len, reverse=True) for name in values)
+    lines = [[Entry(name), *(make_entry(str(values.get(name, NOTHING))) for values in columns)] for name in names]
     return Table(caption, [first, *headers], lines, sortable=False) if lines else None
 
 
-def _gpus(run: ResultFile) -> str:
+def _gpu_names(run: ResultFile) -> str:
     return ", ".join(str(gpu["name"]) for gpu in run.machine["gpu"])
 
 
-def _said(value: Any) -> str:
+def _value_text(value: Any) -> str:
     return ("no", "yes")[value] if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _dict(value: Any) -> dict[str, Any]:
+def _as_dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}

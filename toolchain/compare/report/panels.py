@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from toolchain.compare.report.columns import host
+from toolchain.compare.report.columns import host_name
 from toolchain.compare.rows import Row
 
 LONGEST = 40  # maximum number of characters of a name in a plot
@@ -26,17 +26,19 @@ class Panel:
 
     def label(self, row: Row) -> str:
         """Returns the row's variant, or its cell if the panel has several providers."""
-        found = row.measurement
-        return printable(found.cell if len({r.measurement.provider for r in self.rows}) > 1 else found.variant)
+        measurement = row.measurement
+        return printable(
+            measurement.cell if len({r.measurement.provider for r in self.rows}) > 1 else measurement.variant
+        )
 
 
 def panels(rows: Sequence[Row]) -> list[Panel]:
     """Returns the rows grouped in panels, in the order of each panel's first row."""
-    found: dict[tuple[Any, ...], list[Row]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        where = (row.measurement.model, row.run.machine["id"], row.run.data["sha256"], str(row.run.run.get("threads")))
-        found.setdefault(where, []).append(row)
-    return [Panel(_title(part), tuple(part)) for part in found.values()]
+        key = (row.measurement.model, row.run.machine["id"], row.run.data["sha256"], str(row.run.run.get("threads")))
+        groups.setdefault(key, []).append(row)
+    return [Panel(_title(part), tuple(part)) for part in groups.values()]
 
 
 def _title(rows: Sequence[Row]) -> str:
@@ -44,8 +46,8 @@ def _title(rows: Sequence[Row]) -> str:
     gpus = [gpu["name"] for gpu in row.run.machine["gpu"]]
     on_gpu = any(row.measurement.provider == "cuda" for row in rows)
     threads = [f"{row.run.run['threads']} threads"] if "threads" in row.run.run else []
-    where = ", ".join(filter(None, [host(row), *(gpus if on_gpu else []), *threads]))
-    return printable(f"{row.measurement.model} on {where}; {row.run.data['name']}", 110)
+    hardware = ", ".join(filter(None, [host_name(row), *(gpus if on_gpu else []), *threads]))
+    return printable(f"{row.measurement.model} on {hardware}; {row.run.data['name']}", 110)
 
 
 def printable(text: str, longest: int = LONGEST) -> str:

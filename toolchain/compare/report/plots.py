@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.compare.report import drawing
 from toolchain.compare.report.canvas import STYLE
-from toolchain.compare.report.columns import measured
+from toolchain.compare.report.columns import rows_with_figures
 from toolchain.compare.report.panels import Panel, panels
 from toolchain.compare.rows import Row
 from toolchain.errors import ResultFileError
@@ -77,13 +77,13 @@ PLOTS: dict[str, tuple[str, str, Callable[[Sequence[Panel]], Drawing | None]]] =
 
 def figures(rows: Sequence[Row]) -> dict[str, Plot]:
     """Returns the plots that have data, by name; each has one panel for each model, machine, data and thread count."""
-    shown = panels(measured(rows))
-    found = {}
+    shown = panels(rows_with_figures(rows))
+    plots = {}
     with _style():
         for name, (title, caption, draw) in PLOTS.items():
             if drawn := draw(shown):
-                found[name] = Plot(drawn[0], title, caption, drawn[1])
-    return found
+                plots[name] = Plot(drawn[0], title, caption, drawn[1])
+    return plots
 
 
 def svg(plot: Plot, name: str, background: str = "none") -> str:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from toolchain.compare.report.columns import NOTHING, columns, host
+from toolchain.compare.report.columns import NOTHING, columns, host_name
 from toolchain.compare.report.panels import Panel
 from toolchain.compare.rows import Row
 
 _LEADING_NUMBER = re.compile(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?(?![\w.])")
 CELL = "cell"
-WHY = {
+MEANINGS = {
     "baseline": "Ratios are against this row.",
     "Pareto": "No row beside it is better in accuracy, latency and size.",
     "noisy": "Its times are not to be relied on",
@@ -68,7 +68,7 @@ class Table:
         ]
 
 
-def entry(text: str, marks: tuple[tuple[str, str], ...] = ()) -> Entry:
+def make_entry(text: str, marks: tuple[tuple[str, str], ...] = ()) -> Entry:
     """Returns an entry whose key is the number at the start of the text; None if there is no number."""
     number = _LEADING_NUMBER.match(text)
     return Entry(text, float(number[0]) if number else None, marks)
@@ -81,7 +81,9 @@ def comparison(rows: Sequence[Row]) -> Table:
     lines = []
     for row in rows:
         texts = [text(row) for _, text in chosen]
-        lines.append([_cell(row, text) if h == CELL else entry(text) for h, text in zip(headers, texts, strict=True)])
+        lines.append(
+            [_cell(row, text) if h == CELL else make_entry(text) for h, text in zip(headers, texts, strict=True)]
+        )
     return Table("Every variant on its provider; ratios in brackets, above 1 is better", headers, lines, _head(headers))
 
 
@@ -93,31 +95,31 @@ def _cell(row: Row, text: str) -> Entry:
     name = row.measurement.cell
     if not text.startswith(name):
         return Entry(text)
-    holds = {
+    conditions = {
         "baseline": row.measurement is row.baseline,
         "Pareto": row.pareto,
         "noisy": bool(row.noisy),
         "stale": row.stale,
         "reported": row.measurement.status == "reported",
     }
-    marks = [mark for mark, true in holds.items() if true]
+    marks = [mark for mark, holds in conditions.items() if holds]
     marks += [mark for mark in re.findall(r"\[(\w+)", text.removeprefix(name)) if mark not in marks]
-    why = {**WHY, "noisy": f"{WHY['noisy']}: {row.noisy}."}
-    return Entry(name, marks=tuple((mark, why.get(mark, "")) for mark in marks))
+    meanings = {**MEANINGS, "noisy": f"{MEANINGS['noisy']}: {row.noisy}."}
+    return Entry(name, marks=tuple((mark, meanings.get(mark, "")) for mark in marks))
 
 
 def marks(table: Table) -> list[tuple[str, str]]:
     """Returns each mark in the table with its meaning.
 
-    If the meaning is not the general one of `WHY`, it starts with the cells that it applies to.
+    If the meaning is not the general one of `MEANINGS`, it starts with the cells that it applies to.
     """
     cells: dict[tuple[str, str], list[str]] = {}
     for row in table.rows:
         for mark in row[table.head].marks:
             cells.setdefault(mark, []).append(row[table.head].text)
     return [
-        (mark, meaning if meaning == WHY.get(mark) else f"{', '.join(named)}: {meaning}")
-        for (mark, meaning), named in cells.items()
+        (mark, meaning if meaning == MEANINGS.get(mark) else f"{', '.join(names)}: {meaning}")
+        for (mark, meaning), names in cells.items()
     ]
 
 
@@ -125,20 +127,24 @@ def quality(rows: Sequence[Row]) -> Table | None:
     """Returns the table of scores beyond accuracy, without empty columns; None if no row has scores."""
     figures: dict[str, Callable[[Any], str]] = {
         "accuracy, 95 % interval": lambda q: f"{q.low:.2%} to {q.high:.2%}",
-        "macro-F1": lambda q: _or(q.macro_f1, ".4f"),
-        "balanced accuracy": lambda q: _or(q.balanced_accuracy, ".4f"),
-        "lost": lambda q: _or(q.lost),
-        "won": lambda q: _or(q.won),
-        "McNemar p": lambda q: _or(q.p, ".2g"),
-        "largest shift": lambda q: _or(q.largest_shift, ".4f"),
-        "mean shift": lambda q: _or(q.mean_shift, ".4f"),
-        "calibration error": lambda q: _or(q.calibration_error, ".4f"),
-        "changed in a batch": lambda q: _or(q.batch_changed),
+        "macro-F1": lambda q: _figure_text(q.macro_f1, ".4f"),
+        "balanced accuracy": lambda q: _figure_text(q.balanced_accuracy, ".4f"),
+        "lost": lambda q: _figure_text(q.lost),
+        "won": lambda q: _figure_text(q.won),
+        "McNemar p": lambda q: _figure_text(q.p, ".2g"),
+        "largest shift": lambda q: _figure_text(q.largest_shift, ".4f"),
+        "mean shift": lambda q: _figure_text(q.mean_shift, ".4f"),
+        "calibration error": lambda q: _figure_text(q.calibration_error, ".4f"),
+        "changed in a batch": lambda q: _figure_text(q.batch_changed),
     }
-    judged = [row for row in rows if row.quality]
-    figures = {name: of for name, of in figures.items() if any(of(row.quality) != NOTHING for row in judged)}
-    shown = [(name, _of_quality(of)) for name, of in figures.items()]
-    return _of_rows("What the answers say beyond their accuracy", rows, judged, shown)
+    scored = [row for row in rows if row.quality]
+    figures = {
+        name: figure_of
+        for name, figure_of in figures.items()
+        if any(figure_of(row.quality) != NOTHING for row in scored)
+    }
+    shown = [(name, _quality_text(figure_of)) for name, figure_of in figures.items()]
+    return _row_table("What the answers say beyond their accuracy", rows, scored, shown)
 
 
 def stages(rows: Sequence[Row]) -> Table | None:
@@ -148,10 +154,10 @@ def stages(rows: Sequence[Row]) -> Table | None:
     """
 
     def milliseconds(name: str, quantile: str, form: str = ".2f") -> Callable[[Row], str]:
-        return lambda row: _or(getattr(row.measurement, name).get(quantile), form)
+        return lambda row: _figure_text(getattr(row.measurement, name).get(quantile), form)
 
     def megabytes(name: str, part: str) -> Callable[[Row], str]:
-        return lambda row: _or(_scaled(getattr(row.measurement, name).get(part)), ".1f")
+        return lambda row: _figure_text(_megabytes(getattr(row.measurement, name).get(part)), ".1f")
 
     figures: list[tuple[str, Callable[[Row], str]]] = [
         ("p50 ms, 95 % interval", lambda row: _interval(row.latency_interval)),
@@ -170,7 +176,7 @@ def stages(rows: Sequence[Row]) -> Table | None:
     ]
     measured = [row for row in rows if row.measurement.status == "ok"]
     figures = [(name, text) for name, text in figures if any(text(row) != NOTHING for row in measured)]
-    return _of_rows("Intervals, tails, starts, memory by stage, and the size of a download", rows, measured, figures)
+    return _row_table("Intervals, tails, starts, memory by stage, and the size of a download", rows, measured, figures)
 
 
 def _interval(bounds: Sequence[float | None] | None) -> str:
@@ -179,32 +185,36 @@ def _interval(bounds: Sequence[float | None] | None) -> str:
     return " to ".join(f"{value:.2f}" for value in bounds)
 
 
-def _scaled(count: int | None) -> float | None:
+def _megabytes(count: int | None) -> float | None:
     return None if count is None else count / 1e6
 
 
-def _of_quality(figure: Callable[[Any], str]) -> Callable[[Row], str]:
+def _quality_text(figure: Callable[[Any], str]) -> Callable[[Row], str]:
     return lambda row: figure(row.quality)
 
 
-def _of_rows(
-    caption: str, rows: Sequence[Row], some: Sequence[Row], shown: Sequence[tuple[str, Callable[[Row], str]]]
+def _row_table(
+    caption: str, rows: Sequence[Row], chosen: Sequence[Row], shown: Sequence[tuple[str, Callable[[Row], str]]]
 ) -> Table | None:
     """Returns a table of some of the rows; None if there are none.
 
     The first columns name model, machine and cell, as in the comparison of all rows.
     """
-    before = [(header, text) for header, text in columns(rows) if header in ("model", "machine")]
-    named: list[tuple[str, Callable[[Row], str]]] = [*before, (CELL, lambda row: row.measurement.cell)]
-    lines = [[Entry(text(row)) for _, text in named] + [entry(text(row)) for _, text in shown] for row in some]
-    return Table(caption, [header for header, _ in (*named, *shown)], lines, len(before)) if lines else None
+    group_columns = [(header, text) for header, text in columns(rows) if header in ("model", "machine")]
+    name_columns: list[tuple[str, Callable[[Row], str]]] = [*group_columns, (CELL, lambda row: row.measurement.cell)]
+    lines = [
+        [Entry(text(row)) for _, text in name_columns] + [make_entry(text(row)) for _, text in shown] for row in chosen
+    ]
+    return (
+        Table(caption, [header for header, _ in (*name_columns, *shown)], lines, len(group_columns)) if lines else None
+    )
 
 
-def _or(value: float | None, form: str = "") -> str:
+def _figure_text(value: float | None, form: str = "") -> str:
     return NOTHING if value is None else format(value, form)
 
 
-def best(panel: Panel) -> list[tuple[str, str, list[str]]]:
+def best_rows(panel: Panel) -> list[tuple[str, str, list[str]]]:
     """Returns the best measured row of a panel for each figure that at least two rows have.
 
     Returns:
@@ -212,7 +222,7 @@ def best(panel: Panel) -> list[tuple[str, str, list[str]]]:
         accuracy.
     """
     wanted: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
-        ("accuracy", "most accurate", _wrong),
+        ("accuracy", "most accurate", _negative_accuracy),
         ("p50 ms", "fastest at batch 1", lambda row: row.measurement.latency_ms.get("p50")),
         ("sentences/s", "most sentences a second", lambda row: -(row.measurement.throughput_per_s or 0)),
         ("size MB", "smallest", lambda row: row.measurement.size_bytes.get("total")),
@@ -233,21 +243,21 @@ def best(panel: Panel) -> list[tuple[str, str, list[str]]]:
     return found
 
 
-def _wrong(row: Row) -> float | None:
+def _negative_accuracy(row: Row) -> float | None:
     return -row.measurement.accuracy.value if row.measurement.accuracy else None
 
 
-def missing(rows: Sequence[Row]) -> Table | None:
+def rows_without_figures(rows: Sequence[Row]) -> Table | None:
     """Returns the table of rows without figures, with reasons and hints; None if all rows have figures.
 
     Cells of the same model, machine, status, reason and hint share one line.
     """
-    found: dict[tuple[str, ...], list[str]] = {}
+    groups: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
         m = row.measurement
         if m.status not in ("ok", "reported"):
-            found.setdefault((m.model, host(row), m.status, m.reason, m.mend), []).append(m.cell)
-    lines = [[Entry(", ".join(cells)), *map(Entry, why)] for why, cells in found.items()]
+            groups.setdefault((m.model, host_name(row), m.status, m.reason, m.mend), []).append(m.cell)
+    lines = [[Entry(", ".join(cells)), *map(Entry, reason)] for reason, cells in groups.items()]
     return (
         Table("Why, and what mends it", [CELL, "model", "machine", "status", "reason", "mend"], lines)
         if lines
@@ -271,5 +281,5 @@ def roofline(rows: Sequence[Row]) -> Table | None:
         ("floor, ms", of("floor_ms", 1, ".3f")),
         ("floor's share of p50, %", of("share", 100, ".0f")),
     ]
-    some = [row for row in rows if isinstance(row.measurement.facts.get("roofline"), dict)]
-    return _of_rows("Against the least time the machine allows", rows, some, shown)
+    rows_with_work = [row for row in rows if isinstance(row.measurement.facts.get("roofline"), dict)]
+    return _row_table("Against the least time the machine allows", rows, rows_with_work, shown)

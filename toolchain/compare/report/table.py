@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from toolchain.compare.report.columns import columns, measured, notes, title
+from toolchain.compare.report.columns import columns, notes, rows_with_figures, title
 from toolchain.compare.rows import Row
 
 _PIPED_WIDTH = 400  # characters; a file or a pipe has no width, and a table uses only the part that it needs
@@ -21,7 +21,7 @@ def print_table(rows: Sequence[Row]) -> None:
         console = Console(highlight=False, width=_PIPED_WIDTH)
     for line in title(rows):
         console.print(line, style="bold", markup=False, soft_wrap=True)
-    shown = measured(rows)
+    shown = rows_with_figures(rows)
     if shown:
         table = Table(box=box.SIMPLE_HEAD)
         for index, (header, _) in enumerate(columns(shown)):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from toolchain.compare.limits import Verdict, chance
+from toolchain.compare.limits import Verdict, chance_remark
 from toolchain.compare.regressions import Change, Pair, Regressions
 from toolchain.compare.rows import Row
 
@@ -31,8 +31,8 @@ def choice_lines(verdict: Verdict) -> list[str]:
         lines.append(f"Also within the limits: {_names(verdict.passed[1:])}")
     if verdict.front:
         outside = [row for row in verdict.front if row not in verdict.passed]
-        which = "all of them" if len(outside) == len(verdict.front) else _names(outside)
-        remark = f"; outside the limits: {which}" if outside else ""
+        outside_names = "all of them" if len(outside) == len(verdict.front) else _names(outside)
+        remark = f"; outside the limits: {outside_names}" if outside else ""
         lines.append(f"Pareto front of accuracy, p50 and size: {_names(verdict.front)}{remark}")
     if verdict.misses:
         lines.append("Nearest misses:")
@@ -63,9 +63,9 @@ def choice_json(verdict: Verdict) -> dict[str, Any]:
 
 
 def _identity(row: Row) -> dict[str, Any]:
-    found = row.measurement
+    measurement = row.measurement
     marks = {"noisy": row.noisy, "stale": row.stale}
-    return {"model": found.model, "cell": found.cell, "artifact_id": found.artifact_id, **marks}
+    return {"model": measurement.model, "cell": measurement.cell, "artifact_id": measurement.artifact_id, **marks}
 
 
 def _name(row: Row) -> str:
@@ -82,38 +82,45 @@ def _marks(row: Row) -> str:
 
 
 def _figures(row: Row) -> str:
-    found = row.measurement
-    parts = [f"{name} {found.latency_ms[name]:.2f} ms" for name in ("p50", "p95") if name in found.latency_ms]
-    if found.accuracy:
+    measurement = row.measurement
+    parts = [
+        f"{name} {measurement.latency_ms[name]:.2f} ms" for name in ("p50", "p95") if name in measurement.latency_ms
+    ]
+    if measurement.accuracy:
         points = [] if row.accuracy_points is None else [f"{row.accuracy_points:+.2f} points"]
-        note = ", ".join([*points, *filter(None, [chance(row)])])
-        parts.append(f"accuracy {found.accuracy.value:.2%}" + (f" ({note})" if note else ""))
-    for name, count in (("size", found.size_bytes.get("total")), ("peak memory", found.memory_bytes.get("peak"))):
+        note = ", ".join([*points, *filter(None, [chance_remark(row)])])
+        parts.append(f"accuracy {measurement.accuracy.value:.2%}" + (f" ({note})" if note else ""))
+    for name, count in (
+        ("size", measurement.size_bytes.get("total")),
+        ("peak memory", measurement.memory_bytes.get("peak")),
+    ):
         if count is not None:
             parts.append(f"{name} {count / 1e6:.1f} MB")
-    return f"{found.cell}: {', '.join(parts)}{_marks(row)}"
+    return f"{measurement.cell}: {', '.join(parts)}{_marks(row)}"
 
 
-def regression_lines(found: Regressions) -> list[str]:
+def regression_lines(result: Regressions) -> list[str]:
     """Returns the regressions as lines of text.
 
     A table shows all changes. After it, one line describes each lost row, each regressed figure and each cell that is
     not compared. The last line explains the table.
     """
-    limit = f"{found.limit * 100:g}%"
-    compared = f"{len(found.pairs)} cells of the old run, {len(found.found)} lost or worse by more than {limit}:"
-    lines = [compared, *_table(found.pairs)]
-    for pair in found.pairs:
+    limit = f"{result.limit * 100:g}%"
+    compared = (
+        f"{len(result.pairs)} cells of the old run, {len(result.regressed_pairs)} lost or worse by more than {limit}:"
+    )
+    lines = [compared, *_table(result.pairs)]
+    for pair in result.pairs:
         cell = pair.old.measurement.cell
         if pair.lost:
             lines.append(f"{cell} was measured before and is now {pair.lost}")
         noisy = "".join(
-            f" [{which} run noisy: {row.noisy}]"
-            for which, row in (("old", pair.old), ("new", pair.new))
+            f" [{name} run noisy: {row.noisy}]"
+            for name, row in (("old", pair.old), ("new", pair.new))
             if row and row.noisy
         )
-        lines += [f"{cell}: {_sentence(change)}{noisy}" for change in pair.changes if change.regressed]
-    lines += [f"{cell} is not compared: {why}." for _, cell, why in found.apart]
+        lines += [f"{cell}: {_change_summary(change)}{noisy}" for change in pair.changes if change.regressed]
+    lines += [f"{cell} is not compared: {reason}." for _, cell, reason in result.not_compared]
     remark = "Changes are in what a figure costs: + is more, ! more than the limit allows, ~ may be none."
     return [
         *lines,
@@ -121,7 +128,7 @@ def regression_lines(found: Regressions) -> list[str]:
     ]
 
 
-def regression_json(found: Regressions) -> dict[str, Any]:
+def regression_json(result: Regressions) -> dict[str, Any]:
     """Returns the regressions for JSON; changes are shares of the old cost, and unknown figures are null."""
     pairs = [
         {
@@ -131,10 +138,15 @@ def regression_json(found: Regressions) -> dict[str, Any]:
             "lost": pair.lost,
             "changes": [asdict(change) for change in pair.changes],
         }
-        for pair in found.pairs
+        for pair in result.pairs
     ]
-    apart = [{"model": model, "cell": cell, "reason": why} for model, cell, why in found.apart]
-    return {"max_regression": found.limit, "regressed": len(found.found), "pairs": pairs, "not_compared": apart}
+    not_compared = [{"model": model, "cell": cell, "reason": reason} for model, cell, reason in result.not_compared]
+    return {
+        "max_regression": result.limit,
+        "regressed": len(result.regressed_pairs),
+        "pairs": pairs,
+        "not_compared": not_compared,
+    }
 
 
 def _table(pairs: Sequence[Pair]) -> list[str]:
@@ -142,7 +154,7 @@ def _table(pairs: Sequence[Pair]) -> list[str]:
     rows = [["cell", *(cost for _, cost, _, _ in _SHOWN.values())]]
     for pair in pairs:
         if pair.changes:
-            by_figure = {change.figure: _change(change) for change in pair.changes}
+            by_figure = {change.figure: _change_text(change) for change in pair.changes}
             rows.append([pair.old.measurement.cell, *(by_figure.get(name, "–") for name in _SHOWN)])
     if len(rows) == 1:
         return []
@@ -153,20 +165,20 @@ def _table(pairs: Sequence[Pair]) -> list[str]:
     ]
 
 
-def _change(change: Change) -> str:
+def _change_text(change: Change) -> str:
     if change.worse is None:
         return "unknown!"
     return f"{change.worse:+.1%}{'!' if change.regressed else '~' if change.may_be_none else ' '}"
 
 
-def _sentence(change: Change) -> str:
-    name, cost, unit, one = _SHOWN[change.figure]
+def _change_summary(change: Change) -> str:
+    name, cost, unit, scale = _SHOWN[change.figure]
     gap = "" if unit in ("", "%") else " "
-    old = f"{change.old / one:.2f}"
+    old = f"{change.old / scale:.2f}"
     if change.new is None or change.worse is None:
         return f"{name} {old}{gap}{unit} before, {change.remark}"
     bounds = ""
     if change.low is not None and change.high is not None:
         bounds = f" (95 % interval {change.low:+.1%} to {change.high:+.1%})"
     remark = f", {change.remark}" if change.remark else ""
-    return f"{name} {old} → {change.new / one:.2f}{gap}{unit}, {cost} {change.worse:+.1%}{bounds}{remark}"
+    return f"{name} {old} → {change.new / scale:.2f}{gap}{unit}, {cost} {change.worse:+.1%}{bounds}{remark}"
