@@ -412,7 +412,7 @@ def test_a_base_that_is_none(make, headless, tickets, tmp_path):
     assert "embeddings.word_embeddings.weight" in refused(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 1000}))
-    assert "The tokenizer has 30522 tokens, the embedding table 1000 rows" in refused(folder)
+    assert "The tokenizer has 30522 tokens, but the embedding table has 1000 rows" in refused(folder)
 
 
 def _without(folder, copy, *names):

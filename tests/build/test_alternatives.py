@@ -79,8 +79,8 @@ def test_the_message_has_the_figures(built_tiny):
         )
 
     near, wide = message(NEAR), message(WIDE)
-    assert "In 20 of these 20 the PyTorch model itself is undecided" in near
-    assert "In 14 of these 21 the PyTorch model is decided, by up to 2.5 logits" in wide
+    assert "In 20 of these 20 sentences the PyTorch model itself is undecided" in near
+    assert "In 14 of these 21 sentences the PyTorch model is decided: its margin is up to 2.5 logits" in wide
     assert [line[-2:] for line in commands(near)] == [["--scheme", "static"], ["--keep-fp32", "2"]]
     assert [line[-2:] for line in commands(wide)] == [["--keep-fp32", "2"], ["--scheme", "static"]]
     assert "saturates" not in near
@@ -137,5 +137,5 @@ def test_an_undecided_model_is_refused_with_what_to_try(say, tmp_path):
     tried = [" ".join(line) for line in commands(err)]
     assert all("--model undecided" in line and "--train-data FILE" in line for line in tried)
     assert any("--scheme static" in line for line in tried)
-    assert "What was there before is unchanged." in err
+    assert "The previous artifact is unchanged." in err
     assert not (tmp_path / "exported" / "undecided" / "onnx-int8").exists()

@@ -16,7 +16,7 @@ from toolchain.artifacts import publishing, variants
 from toolchain.artifacts.manifest import MANIFEST
 from toolchain.artifacts.steps import Export, Import, Optimize, Prune, Quantize
 from toolchain.build import pipeline
-from toolchain.build.pipeline import ensure, plan, states, validate_variant
+from toolchain.build.pipeline import ensure, list_states, plan, validate_variant
 from toolchain.build.workspace import Workspace
 from toolchain.errors import ArtifactError, GraphError, TamperedError, UnknownVariantError, VerdictError
 
@@ -99,8 +99,8 @@ def test_other_settings_replace_and_make_descendants_stale(tiny):
     assert "onnx-std: replaced" in said[-1]
     assert tiny.load("onnx-std").manifest.facts["opset"] == {"": 17}
     assert reasons(tiny)["onnx-fp32"] == "onnx-std changed"
-    assert reasons(tiny)["onnx-int8"] == "onnx-fp32 is built anew"
-    assert {v.name: state for v, _, state in states(tiny)}["onnx-fp32"] == "stale: onnx-std changed"
+    assert reasons(tiny)["onnx-int8"] == "onnx-fp32 is built again"
+    assert {v.name: state for v, _, state in list_states(tiny)}["onnx-fp32"] == "stale: onnx-std changed"
     # An ancestor keeps the settings it was built with: nobody asked for opset 18 again.
     assert reasons(tiny)["onnx-std"] == ""
     ensure(tiny, ["onnx-int8"], {}, lambda event: said.append(str(event)))
@@ -143,19 +143,19 @@ def test_a_tampered_artifact_is_not_built_upon(tiny):
     tamper(tiny)
     with pytest.raises(TamperedError, match="another sha256"):
         ensure(tiny, ["onnx-int8"], {}, lambda line: None)
-    assert "tampered" in {v.name: state for v, _, state in states(tiny)}["onnx-fp32"]
+    assert "tampered" in {v.name: state for v, _, state in list_states(tiny)}["onnx-fp32"]
 
 
 def test_a_manifest_that_cannot_be_read_is_a_state_too(tiny):
     (tiny.path("onnx-int8") / MANIFEST).write_text("{")
-    assert {v.name: state for v, _, state in states(tiny)}["onnx-int8"].startswith("unusable: ")
+    assert {v.name: state for v, _, state in list_states(tiny)}["onnx-int8"].startswith("unusable: ")
 
 
 def test_a_tampered_artifact_that_is_asked_for_is_built_again(tiny):
     good = tiny.load("onnx-fp32").manifest.id
     tamper(tiny)
     asked = {"onnx-fp32": Optimize()}
-    assert reasons(tiny, asked, asked)["onnx-fp32"] == "it was changed after it was sealed"
+    assert reasons(tiny, asked, asked)["onnx-fp32"] == "its files were modified after the build"
     ensure(tiny, asked, asked, lambda line: None)
     tiny.load("onnx-fp32").verify()
     assert tiny.load("onnx-fp32").manifest.id == good
@@ -184,7 +184,7 @@ def test_a_parent_replaced_while_its_child_is_built_stops_the_child(tiny, monkey
 
     monkeypatch.setitem(pipeline.STEPS, Quantize, (meanwhile, version + 1))
     before = tiny.load("onnx-int8").manifest.id
-    with pytest.raises(ArtifactError, match="onnx-fp32 was replaced while"):
+    with pytest.raises(ArtifactError, match="onnx-fp32 changed during a build"):
         ensure(tiny, ["onnx-int8"], {}, lambda line: None)
     assert tiny.load("onnx-int8").manifest.id == before
 
@@ -315,7 +315,7 @@ def test_a_label_lies_beside_the_variant_of_the_same_tags(tiny):
     again = ensure(tiny, ["onnx-fp32+fused"], {}, lambda event: said.append(str(event)))["onnx-fp32+fused"].manifest
     assert "onnx-fp32+fused: fresh, skipped" in said
     assert again.step == fused
-    found = {variant.name: state for variant, _, state in states(tiny)}
+    found = {variant.name: state for variant, _, state in list_states(tiny)}
     assert found["onnx-fp32+fused"] == found["onnx-fp32"] == "built"
 
 
@@ -327,7 +327,7 @@ def test_tables_of_other_bits_than_the_layers(tmp_path):
     size = {name: built[name].manifest.facts["bytes_by_part"] for name in ("onnx-int8", *asked)}
     assert size["onnx-int8+small"]["embeddings"] == size["onnx-int4"]["embeddings"] < size["onnx-int8"]["embeddings"]
     assert size["onnx-int8+small"]["encoder"] == size["onnx-int8"]["encoder"] > size["onnx-int4"]["encoder"]
-    with pytest.raises(GraphError, match="no standard operator for tables of 4 bits"):
+    with pytest.raises(GraphError, match="no standard operator for embedding tables of 4 bits"):
         ensure(workspace, ["onnx-std-int8"], {"onnx-std-int8": Quantize(embeddings="int4")}, quiet)
 
 
@@ -379,5 +379,5 @@ def test_the_graph_of_what_has_a_label_needs_no_asking(tiny):
 
 
 def test_a_label_that_was_never_built_is_told(tiny):
-    with pytest.raises(UnknownVariantError, match=r"onnx-int8\+nothing was never built"):
+    with pytest.raises(UnknownVariantError, match=r"onnx-int8\+nothing is not built"):
         ensure(tiny, ["onnx-int8+nothing"], {}, quiet)

@@ -23,7 +23,7 @@ from toolchain.bench.cells import Cell
 from toolchain.bench.runner import bench
 from toolchain.bench.scenarios import Protocol
 from toolchain.build.pipeline import ensure, validate_variant
-from toolchain.build.trimming import corpus_of, judged_by
+from toolchain.build.trimming import corpus_of, validation_data
 from toolchain.build.workspace import Workspace
 from toolchain.compare.report.columns import notes
 from toolchain.compare.rows import compare
@@ -359,12 +359,12 @@ def test_validate_asks_each_by_its_own_tokens_and_knows_its_rows(built):
     workspace, _ = built
     assert validate_variant(workspace, "onnx-int8+trim", quiet)["passed"]
     artifact = workspace.load("onnx-int8+trim")
-    assert len(judged_by(workspace.train, artifact).texts) == ROWS // 10
+    assert len(validation_data(workspace.train, artifact).texts) == ROWS // 10
     step = replace(artifact.manifest.step, train=TrainingSource().digest)
     unseen = replace(artifact, manifest=replace(artifact.manifest, step=step))
-    assert judged_by(workspace.train, unseen) == inputs.embedded()
+    assert validation_data(workspace.train, unseen) == inputs.embedded()
     other = Workspace(workspace.exported, workspace.model, workspace.source)
-    with pytest.raises(DataError, match=r"validated on rows held out of train\.tsv, and sst2 is given now"):
+    with pytest.raises(DataError, match=r"needs the held-out rows of train\.tsv .*has sst2"):
         validate_variant(other, "onnx-int8+trim", quiet)
 
 
@@ -383,7 +383,7 @@ def test_a_file_is_a_corpus_and_another_is_not_taken_for_it(built, tmp_path):
     for other in (None, Texts(str(words))):
         changed = Workspace(copy.exported, copy.model, copy.source, copy.train, other)
         assert ensure(changed, ["onnx-int8+words"], {}, quiet)["onnx-int8+words"].manifest == manifest
-        with pytest.raises(DataError, match=r"trimmed to the corpus words\.txt, not to what is given now"):
+        with pytest.raises(DataError, match=r"Its corpus is words\.txt"):
             ensure(changed, forced, forced, quiet)
 
 
@@ -429,7 +429,7 @@ def test_a_comparison_says_which_vocabulary_is_not_whole():
     lines = [line for line in notes(compare([rows])) if "tokens kept" in line]
     assert lines == [
         "onnx-int8+small@cpu: 5,000 of 30,522 tokens kept, 9.0 MB saved; against the fp32 parent, held-out rows: 40, "
-        "accuracy 90.00% → 87.50%, 3 answered otherwise; of these, with a token that went: none"
+        "accuracy 90.00% → 87.50%, 3 flips; of these, rows with a dropped token: none"
     ]
 
 

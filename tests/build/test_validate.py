@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from toolchain.backends import Place, open_session
-from toolchain.build.steps.validate import LENGTHS, allowed_flips, grid, sentence, validate
+from toolchain.build.steps.validate import LENGTHS, allowed_flips, grid, validate, validation_summary
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.inputs import embedded
 
@@ -54,7 +54,7 @@ def test_a_faithful_session_passes(encoder, truth, built_tiny):
     assert report["passed"]
     assert 0 < report["largest_delta"] < 1e-4
     assert report["flips"] == 0
-    assert "≤ 0.0001 allowed" in sentence(report)
+    assert "≤ 0.0001 allowed" in validation_summary(report)
 
 
 @pytest.mark.parametrize(
@@ -119,4 +119,4 @@ def test_logits_that_are_not_finite_fail_in_fewer_bits_too(encoder, truth):
     report = validate(Wrong(truth, infinite), truth, encoder, SENTENCES, "close")
     assert not report["passed"]
     assert not report["finite"]
-    assert "not finite" in sentence(report)
+    assert "not finite" in validation_summary(report)

@@ -18,7 +18,7 @@ from toolchain.build import onnx_metadata
 from toolchain.build.pipeline import ensure
 from toolchain.build.steps.validate import SEED as VALIDATION_SEED
 from toolchain.build.steps.validate import SENTENCES as VALIDATION_SENTENCES
-from toolchain.build.steps.validate import TEXTS, TOLERANCE, sentence, validate
+from toolchain.build.steps.validate import TEXTS, TOLERANCE, validate, validation_summary
 from toolchain.build.workspace import Workspace
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder, pad
@@ -159,7 +159,7 @@ def _compare(contents: Contents, body: Mapping[str, Any], folder: Path, say: Say
             else:
                 session = open_session(folder / file, "onnx", place)
                 report = validate(session, original, encoder, sentences, "exact")
-                passed, summary = report["passed"], sentence(report)
+                passed, summary = report["passed"], validation_summary(report)
                 session.close()
             if not passed:
                 raise VerdictError(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from toolchain.artifacts.names import VariantName
 from toolchain.build import trimming
-from toolchain.build.steps.prune import sentence
+from toolchain.build.steps.prune import pruning_summary
 from toolchain.compare.rows import Row
 from toolchain.errors import UnknownVariantError
 from toolchain.results.statistics import Ratio
@@ -257,7 +257,7 @@ def _pruned(rows: Sequence[Row]) -> list[str]:
     found: dict[tuple[int, str], list[Row]] = {}
     for row in measured(rows):
         if "pruning" in row.measurement.facts:
-            found.setdefault((id(row.run), sentence(row.measurement.facts["pruning"])), []).append(row)
+            found.setdefault((id(row.run), pruning_summary(row.measurement.facts["pruning"])), []).append(row)
     lines = []
     for (_, text), pruned in found.items():
         gains = [(_named(row, rows), over_unpruned(row, rows)) for row in pruned]
@@ -271,7 +271,7 @@ def _trimmed(rows: Sequence[Row]) -> list[str]:
     """Returns one line for each cell with a trimmed vocabulary."""
     found = [(row.measurement.cell, row.measurement.facts.get("vocabulary")) for row in measured(rows)]
     # The vocabulary belongs to the variant, so rows of several machines give the same line.
-    return list(dict.fromkeys(f"{cell}: {trimming.sentence(facts)}" for cell, facts in found if facts))
+    return list(dict.fromkeys(f"{cell}: {trimming.trimming_summary(facts)}" for cell, facts in found if facts))
 
 
 def _by_length(rows: Sequence[Row]) -> list[str]:
