@@ -264,7 +264,7 @@ ROWS = 3000
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """The first rows of the embedded training data: what trims a vocabulary far."""
-    data = inputs.embedded("train")
+    data = inputs.load_embedded("train")
     file = tmp_path_factory.mktemp("train") / "train.tsv"
     lines = [f"{text}\t{label}\n" for text, label in zip(data.texts[:ROWS], data.labels[:ROWS], strict=True)]
     file.write_text("sentence\tlabel\n" + "".join(lines))
@@ -334,7 +334,7 @@ def test_it_answers_as_the_untrimmed_one_where_all_tokens_stayed(built):
     first, second = Encoder.open(whole, NAMES, 512), Encoder.open(small, NAMES, 512)
     sessions = [open_session(folder, "onnx", Place("cpu", 1)) for folder in (whole, small)]
     same = 0
-    for text in inputs.embedded().texts[:60]:
+    for text in inputs.load_embedded().texts[:60]:
         rows = [encoder.encode([text]) for encoder in (first, second)]
         if tokens(first, text) != tokens(second, text):
             continue
@@ -362,16 +362,16 @@ def test_validate_asks_each_by_its_own_tokens_and_knows_its_rows(built):
     assert len(validation_data(workspace.train, artifact).texts) == ROWS // 10
     step = replace(artifact.manifest.step, train=TrainingSource().digest)
     unseen = replace(artifact, manifest=replace(artifact.manifest, step=step))
-    assert validation_data(workspace.train, unseen) == inputs.embedded()
+    assert validation_data(workspace.train, unseen) == inputs.load_embedded()
     other = Workspace(workspace.exported, workspace.model, workspace.source)
-    with pytest.raises(DataError, match=r"needs the held-out rows of train\.tsv .*has sst2"):
+    with pytest.raises(DataError, match=r"needs held-out rows of train\.tsv .*has sst2"):
         validate_variant(other, "onnx-int8+trim", quiet)
 
 
 def test_a_file_is_a_corpus_and_another_is_not_taken_for_it(built, tmp_path):
     workspace, _ = built
     words = tmp_path / "words.txt"
-    words.write_text("\n".join(inputs.embedded("train").texts[:ROWS]))
+    words.write_text("\n".join(inputs.load_embedded("train").texts[:ROWS]))
     corpus = Texts(str(words))
     asked = {"onnx-int8+words": Quantize(trim_vocab=corpus.digest)}
     copy = Workspace(tmp_path / "exported", workspace.model, workspace.source, workspace.train, corpus)
@@ -408,7 +408,7 @@ def test_every_cell_is_asked_the_same_texts_by_its_own_tokens(fake, trimmed, mon
     """The fake session answers 1 for an even sum of ids, which tells one vocabulary's from another's."""
     monkeypatch.setattr(bench_module, "SETTLE_S", 0.0)
     encoder, _ = trimmed
-    data = inputs.embedded().only(range(30))
+    data = inputs.load_embedded().select(range(30))
     cells = [
         Cell("fake", "whole", "fake", "cpu", fake("whole")),
         Cell("fake", "trimmed", "fake", "cpu", fake("trimmed"), encoder=encoder),

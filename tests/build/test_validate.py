@@ -9,9 +9,9 @@ from scipy import stats
 from toolchain.backends import Place, open_session
 from toolchain.build.steps.validate import LENGTHS, allowed_flips, grid, validate, validation_summary
 from toolchain.data.encoding import Encoder, pad
-from toolchain.data.inputs import embedded
+from toolchain.data.inputs import load_embedded
 
-SENTENCES = embedded().texts[:50]
+SENTENCES = load_embedded().texts[:50]
 
 
 @pytest.fixture(scope="module")

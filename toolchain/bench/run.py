@@ -23,7 +23,7 @@ from toolchain.bench.scenarios import Protocol
 from toolchain.build.pipeline import ensure, plan, skip_fresh_events
 from toolchain.build.workspace import Workspace
 from toolchain.data import encoding, inputs
-from toolchain.data.datasets import USUAL, Columns
+from toolchain.data.datasets import DEFAULT_COLUMNS, Columns
 from toolchain.data.inputs import Data, TrainingSource
 from toolchain.errors import BenchError, DataError, ProviderError, PruningError, ToolchainError
 from toolchain.models import checkpoints
@@ -53,7 +53,7 @@ class Request:
     providers: tuple[str, ...]
     protocol: Protocol
     data: str | None = None
-    columns: Columns = USUAL
+    columns: Columns = DEFAULT_COLUMNS
     split: str | None = None
     resume: bool = False
     results: ResultsFolder = DEFAULT_FOLDER
@@ -279,7 +279,7 @@ def result_of(rows: Sequence[Measurement], how: Mapping[str, Any], data: Data, m
             "max_length": max_length,
             "labels": list(data.labels),
             "label_names": list(data.label_set.names),
-            "multi_label": data.label_set.multi,
+            "multi_label": data.label_set.multi_label,
         },
         rows=tuple(rows),
     )

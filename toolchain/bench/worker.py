@@ -203,7 +203,7 @@ class _Child:
                     "It answered with what is no number.", "`toolchain validate` shows which input."
                 )
             found["answers"].append(labels.answers(logits, multi))
-            whole = np.rint(labels.shares(logits, multi) * PROBABILITY)
+            whole = np.rint(labels.label_probabilities(logits, multi) * PROBABILITY)
             found["probabilities"].append([[int(p) for p in row] for row in whole])
         return found
 

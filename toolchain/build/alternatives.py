@@ -14,7 +14,7 @@ from toolchain.artifacts.store import Artifact
 from toolchain.build.trimming import TRAIN
 from toolchain.build.workspace import Workspace
 from toolchain.data import inputs
-from toolchain.data.datasets import USUAL
+from toolchain.data.datasets import DEFAULT_COLUMNS
 from toolchain.data.inputs import TrainingSource
 from toolchain.data.labels import LabelSet
 
@@ -96,7 +96,7 @@ def hint(
         runtime_saturates: As in `alternatives`.
         layers: As in `alternatives`.
     """
-    same_domain = workspace.train.file is None and inputs.embedded_fits(parent.label_set)
+    same_domain = workspace.train.file is None and inputs.fits_embedded_data(parent.label_set)
     suggestions = alternatives(step, report, runtime_saturates, same_domain, layers)
     if not suggestions:
         return ""
@@ -157,12 +157,12 @@ def command(workspace: Workspace, parent: VariantName, label: str, step: Quantiz
 
 def _training_options(train: TrainingSource, labels: LabelSet) -> Sequence[str]:
     """Returns the options that name the training data."""
-    placeholder = None if inputs.embedded_fits(labels) else "FILE"
+    placeholder = None if inputs.fits_embedded_data(labels) else "FILE"
     values_by_option = {
         "--train-data": train.file or placeholder,
         "--text-column": train.columns.text,
         "--text-pair-column": train.columns.pair,
-        "--label-column": train.columns.label if train.columns.label != USUAL.label else None,
+        "--label-column": train.columns.label if train.columns.label != DEFAULT_COLUMNS.label else None,
         "--split": train.split,
     }
     return [part for option, value in values_by_option.items() if value for part in (option, value)]

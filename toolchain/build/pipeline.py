@@ -291,14 +291,14 @@ def _require_same_data(workspace: Workspace, item: VariantPlan) -> None:
     name, step = item.variant.name, item.step
     if uses_training_data(step) and step.train and step.train != workspace.train.digest:
         raise DataError(
-            f"{name} must be built again. Its training data is {inputs.name_in(step.train)}; this command has "
-            f"{inputs.name_in(workspace.train.digest)}.",
+            f"{name} must be built again. Its training data is {inputs.data_name(step.train)}; this command has "
+            f"{inputs.data_name(workspace.train.digest)}.",
             "Build it with its own command and --train-data FILE. Leave --train-data out for the embedded SST-2.",
         )
     corpus = step.trim_vocab if isinstance(step, Quantize) else None
     if corpus and corpus != trimming.TRAIN and corpus != (workspace.corpus and workspace.corpus.digest):
         raise DataError(
-            f"{name} must be built again. Its corpus is {inputs.name_in(corpus)}, which this command does not name.",
+            f"{name} must be built again. Its corpus is {inputs.data_name(corpus)}, which this command does not name.",
             "Build it with its own command and --trim-vocab CORPUS.",
         )
 
@@ -344,7 +344,7 @@ def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, origin
     manifest, place = artifact.manifest, Place("cpu", hardware.cores())
     names = [spec.name for spec in manifest.inputs]
     encoder = encoding.Encoder.open(artifact.path, names, manifest.max_length)
-    data, reference_encoder = inputs.embedded(), None
+    data, reference_encoder = inputs.load_embedded(), None
     if getattr(manifest.step, "trim_vocab", None):
         # Sentences of another domain contain tokens that trimming removed.
         data = trimming.validation_data(workspace.train, artifact)

@@ -52,7 +52,7 @@ def tokens_to_keep(job: Job[Quantize]) -> list[int]:
             _encoder(job.parent_artifact.path, job.parent_artifact.manifest), job.corpus.read()
         )
     data = job.train.load(job.parent_artifact.label_set)
-    texts = data.only(inputs.hold_out(data)[0]).texts
+    texts = data.select(inputs.hold_out(data)[0]).texts
     return vocabulary.tokens_to_keep(_encoder(job.parent_artifact.path, job.parent_artifact.manifest), texts)
 
 
@@ -107,15 +107,15 @@ def validation_data(train: TrainingSource, artifact: Artifact) -> Data:
     manifest = artifact.manifest
     training_digest = getattr(manifest.step, "train", None) or ""
     if training_digest == TrainingSource().digest:
-        return inputs.embedded()
+        return inputs.load_embedded()
     if training_digest != train.digest:
         raise DataError(
-            f"{manifest.variant} needs the held-out rows of {inputs.name_in(training_digest)} for its validation, but this "
-            f"command has {inputs.name_in(train.digest)}.",
+            f"The validation of {manifest.variant} needs held-out rows of {inputs.data_name(training_digest)}, but "
+            f"this command has {inputs.data_name(train.digest)}.",
             "Name that data with --train-data.",
         )
     data = train.load(artifact.label_set)
-    return data.only(inputs.hold_out(data)[1])
+    return data.select(inputs.hold_out(data)[1])
 
 
 def _encoder(folder: Path, manifest: Manifest) -> Encoder:
@@ -130,7 +130,7 @@ def _companion_bytes(folder: Path) -> int:
 def _compare_held_out(job: Job[Quantize], parent_encoder: Encoder, tokens: frozenset[int]) -> dict[str, Any]:
     """Returns ``held_out`` and ``out_of_domain``: counts of rows, correct answers before and after, and flips."""
     data: Data = job.train.load(job.parent_artifact.label_set)
-    held_out = data.only(inputs.hold_out(data)[1])
+    held_out = data.select(inputs.hold_out(data)[1])
     trimmed_encoder = _encoder(job.folder, job.parent_artifact.manifest)
     parent_tokens = parent_encoder.encode(held_out.texts)
     parent_answers = _compute_answers(

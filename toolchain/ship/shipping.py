@@ -116,7 +116,7 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
         target,
         artifacts,
         _provenance(workspace, artifacts[0].manifest, order.license),
-        [*TEXTS.values(), *map(str, inputs.embedded().sample(SENTENCES, SEED))],
+        [*TEXTS.values(), *map(str, inputs.load_embedded().sample(SENTENCES, SEED))],
         {artifact_id: _measurement_entry(*row) for artifact_id, row in measurements.items()},
         page_files,
         order.with_tokenizer,
@@ -147,7 +147,7 @@ def _compare(contents: Contents, body: Mapping[str, Any], folder: Path, say: Say
     Raises:
         VerdictError: The logits of a file differ from the logits of its artifact.
     """
-    sentences = list(map(str, inputs.embedded().sample(VALIDATION_SENTENCES, VALIDATION_SEED)))
+    sentences = list(map(str, inputs.load_embedded().sample(VALIDATION_SENTENCES, VALIDATION_SEED)))
     place = Place("cpu", hardware.cores())
     for artifact, model in zip(contents.artifacts, body["models"], strict=True):
         names = [spec.name for spec in artifact.manifest.inputs]

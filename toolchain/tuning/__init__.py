@@ -223,7 +223,7 @@ class _Judge:
         manifest = root.manifest
         data = workspace.train.load(root.label_set)
         _, rows = inputs.hold_out(data)
-        held = data.only(rows)
+        held = data.select(rows)
         names = [spec.name for spec in manifest.inputs]
         encoder = Encoder.open(workspace.path(checkpoints.ROOT_VARIANT), names, manifest.max_length)
         layers = layers_in(workspace.path(checkpoints.ROOT_VARIANT))

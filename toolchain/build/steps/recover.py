@@ -44,7 +44,7 @@ def recover(job: Job[Recover]) -> StepResult:
     train_examples = _examples(data, train_rows, encoder)
     # A model that lost more parameters has more to learn again, and needs less time per example.
     # If rows are already pairs of texts, the step joins no pairs of rows.
-    pairs = 0 if data.paired else round(step.pairs * manifest.facts["pruning"]["achieved"] * len(train_examples.ids))
+    pairs = 0 if data.has_pairs else round(step.pairs * manifest.facts["pruning"]["achieved"] * len(train_examples.ids))
     mask = _mask_token(job.parent_artifact.path, encoder)
     augmented_examples = AugmentedExamples(
         train_examples.ids, train_examples.labels, pairs, mask, step.masked, step.seed, encoder.max_length
@@ -69,7 +69,7 @@ def recover(job: Job[Recover]) -> StepResult:
 
 
 def _examples(data: Data, rows: list[int], encoder: encoding.Encoder) -> Examples:
-    selection = data.only(rows)
+    selection = data.select(rows)
     return Examples(encoder.encode(selection.texts), selection.targets)
 
 

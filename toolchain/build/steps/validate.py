@@ -44,8 +44,8 @@ def grid(encoder: Encoder, sentences: Sequence[Text]) -> Iterator[tuple[str, dic
     def ids(length: int) -> list[int]:
         return [rng.randrange(vocabulary) for _ in range(length)]
 
-    def batch(rows: Sequence[Sequence[int]], left: bool = False) -> dict[str, np.ndarray]:
-        return pad(rows, encoder.names, encoder.pad_id, left)
+    def batch(rows: Sequence[Sequence[int]], left_padding: bool = False) -> dict[str, np.ndarray]:
+        return pad(rows, encoder.names, encoder.pad_id, left_padding)
 
     lengths = sorted({min(length, encoder.max_length) for length in (*LENGTHS, encoder.max_length)})
     for length in lengths:
@@ -54,15 +54,15 @@ def grid(encoder: Encoder, sentences: Sequence[Text]) -> Iterator[tuple[str, dic
         yield f"{size} × 25 tokens", batch([ids(min(25, encoder.max_length)) for _ in range(size)])
         mixed_rows = [ids(length) for length in rng.sample(lengths, min(size, len(lengths)))]
         yield f"{size} mixed lengths, right padding", batch(mixed_rows)
-        yield f"{size} mixed lengths, left padding", batch(mixed_rows, left=True)
+        yield f"{size} mixed lengths, left padding", batch(mixed_rows, left_padding=True)
     for name, text in TEXTS.items():
         yield name, batch(encoder.encode([text]))
     text_rows = encoder.encode([*TEXTS.values(), *sentences[:3]])
     yield "7 texts, right padding", batch(text_rows)
-    yield "7 texts, left padding", batch(text_rows, left=True)
+    yield "7 texts, left padding", batch(text_rows, left_padding=True)
     pairs = encoder.encode([(TEXTS["accents"], TEXTS["emoji"]), (TEXTS["emoji"], TEXTS["over-long text"])])
     yield "2 pairs of texts, right padding", batch(pairs)
-    yield "2 pairs of texts, left padding", batch(pairs, left=True)
+    yield "2 pairs of texts, left padding", batch(pairs, left_padding=True)
 
 
 def validate(
