@@ -93,7 +93,7 @@ def main(rounds: int, exported: Path) -> None:
     if modules is None or not PYTHON.exists():
         raise click.ClickException("Run `make test-clients` first.")
     workspace = Workspace.open("reference", exported)
-    texts = list(inputs.embedded().texts)
+    texts = list(inputs.load_embedded().texts)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "node_modules").symlink_to(modules)

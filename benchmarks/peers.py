@@ -243,7 +243,7 @@ def main(shape: str, exported: Path, variants: tuple[str, ...], full: bool, save
         names = (*OURS, *variants)
         artifacts = ensure(workspace, names, {}, say)
         root, std = artifacts["torch-fp32"], artifacts["onnx-std"]
-        train = inputs.embedded("train")
+        train = inputs.load_embedded("train")
         row_indices = inputs.sentence_rows(train, inputs.hold_out(train)[0], CALIBRATION)
         tokens = scratch / "tokens.json"
         tokens.write_text(json.dumps(encoder_of(root).encode([train.texts[row] for row in row_indices])))

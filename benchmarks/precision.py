@@ -35,7 +35,7 @@ SENTENCES = 64
 def main(exported: Path, save_as: str) -> None:
     """Builds the variants, measures them, saves the study and prints it."""
     artifacts = ensure(Workspace.open("reference", exported), VARIANTS, {}, say)
-    texts = [str(text) for text in inputs.embedded().sample(SENTENCES, 1)]
+    texts = [str(text) for text in inputs.load_embedded().sample(SENTENCES, 1)]
     rows = {}
     for name in VARIANTS:
         manifest = artifacts[name].manifest

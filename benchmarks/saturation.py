@@ -53,7 +53,7 @@ class MatMulInteger(OpRun):
 @click.option("--exported", type=click.Path(path_type=Path), default=Path("exported"), show_default=True)
 def main(exported: Path) -> None:
     """Builds the variants, computes both logits, saves the study and prints it."""
-    workspace, data = Workspace.open("reference", exported), inputs.embedded()
+    workspace, data = Workspace.open("reference", exported), inputs.load_embedded()
     artifacts = ensure(workspace, VARIANTS, {}, say)
     rows = {}
     for name in VARIANTS:

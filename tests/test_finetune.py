@@ -184,7 +184,7 @@ def test_a_classifier_of_the_same_labels_goes_on_with_its_head(make, tiny_checkp
         (["positive", "posititve"], [], "has the labels NEGATIVE, POSITIVE, but .* has posititve, positive.*--labels"),
         (["0", "1", "2"], [], "has LABEL_0, LABEL_1, LABEL_2.*--labels"),
         (["a", "b"], ["--labels", "a,c"], "row 2: the label 'b' is not one of the model's"),
-        (["a", "a"], [], "one label only"),
+        (["a", "a"], [], "only one label"),
     ],
 )
 def test_labels_are_never_guessed(make, tiny_checkpoint, tmp_path, labels, options, says):
@@ -419,7 +419,7 @@ def test_a_base_that_is_none(make, headless, tickets, tmp_path):
     assert "embeddings.word_embeddings.weight" in refused(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 1000}))
-    assert "The tokenizer has 30522 tokens, the embedding table 1000 rows" in refused(folder)
+    assert "The tokenizer has 30522 tokens, but the embedding table has 1000 rows" in refused(folder)
 
 
 def _without(folder, copy, *names):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from toolchain import predict as predicting
 from toolchain.backends import Place, open_session
 from toolchain.data import inputs
-from toolchain.data.encoding import LONG, Encoder, pad
+from toolchain.data.encoding import CHARACTERS_PER_TOKEN, Encoder, pad
 from toolchain.data.files import Texts, writer
 from toolchain.errors import ArtifactError, DataError, UnknownVariantError, VerdictError
 from toolchain.predict import PART, of_bundle, of_variant, predict
@@ -83,7 +83,7 @@ def expected(model, texts):
 @pytest.mark.parametrize("into", [".csv", ".tsv", ".jsonl", ".parquet"])
 @pytest.mark.parametrize("out_of", [".csv", ".jsonl", ".parquet"])
 def test_every_text_is_scored_in_order(model, tmp_path, out_of, into):
-    texts = [*HOSTILE, *inputs.embedded().sample(40, 3)]
+    texts = [*HOSTILE, *inputs.load_embedded().sample(40, 3)]
     source, target = write_texts(tmp_path / f"in{out_of}", texts), tmp_path / f"out{into}"
     assert predict(model, Texts(str(source)), target, quiet, no_bar) == len(texts)
     rows = read_scores(target)
@@ -131,14 +131,14 @@ def broken(folder, what):
         return file, r"no column 'sentence' or 'text'; it has 'review'"
     if what == "parquet numbers":
         pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), file)
-        return file, "row 1: no text in 'text'"
+        return file, "row 1: the column 'text' holds no text"
     if what == "parquet null":
         pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), file)
-        return file, "row 2: no text in 'text'"
+        return file, "row 2: the column 'text' holds no text"
     content, said = {
         "parquet not one": (b"PAR1 nothing", "cannot be read"),
-        "jsonl array": (b"[1]\n", "row 1: no JSON object"),
-        "jsonl broken": (b'{"text": "a"}\n{"text": \n', r"row 2: no JSON"),
+        "jsonl array": (b"[1]\n", "row 1: it is not a JSON object"),
+        "jsonl broken": (b'{"text": "a"}\n{"text": \n', r"row 2: it is not JSON"),
         "jsonl number": (b'{"text": 5}\n', "row 1: no text"),
         "csv fields": (b"text,label\ngood,1\nbad\n", "row 2: 1 fields instead of 2"),
         "csv quote": (b'text,label\n"good,1\n', "line 2"),
@@ -301,7 +301,7 @@ def test_a_books_first_tokens_are_those_of_its_start(model, seed):
         weights = [rng.random() for _ in PIECES]
         text = "".join(rng.choices(PIECES, weights, k=rng.choice([10, 300, 3000])))
         assert encoder.encode([text]) == [encoder.tokenizer.encode(text).ids]
-        assert len(text) < LONG * 16 or len(encoder._start(text)) <= len(text)
+        assert len(text) < CHARACTERS_PER_TOKEN * 16 or len(encoder._cut_text(text)) <= len(text)
     finally:
         encoder.tokenizer.enable_truncation(model.encoder.max_length)
 

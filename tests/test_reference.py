@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def answers(reference):
     """Variant → logits of every validation sentence, one by one."""
-    data = inputs.embedded()
+    data = inputs.load_embedded()
     manifest = reference.load("torch-fp32").manifest
     names = [spec.name for spec in manifest.inputs]
     encoder = Encoder.open(reference.path("torch-fp32"), names, manifest.max_length)

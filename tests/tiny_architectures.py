@@ -160,7 +160,7 @@ def make(folder, kind, **changed):
     """A random classifier with all its weights random, biases and norms too, and answers decided enough for int8."""
     it = ARCHITECTURES[kind]
     labels = {"id2label": {0: "NEGATIVE", 1: "POSITIVE"}, "label2id": {"NEGATIVE": 0, "POSITIVE": 1}}
-    trained = it.tokenizer(inputs.embedded().texts)
+    trained = it.tokenizer(inputs.load_embedded().texts)
     tokenizer = getattr(transformers, f"{it.stem}TokenizerFast")(tokenizer_object=trained, model_max_length=128)
     config = getattr(transformers, f"{it.stem}Config")(
         vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **{**labels, **it.config, **changed}

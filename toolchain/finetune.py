@@ -17,7 +17,7 @@ from toolchain.artifacts.steps import Import
 from toolchain.build.job import Job
 from toolchain.build.steps.importing import import_checkpoint
 from toolchain.data import inputs, labels
-from toolchain.data.datasets import Labelled
+from toolchain.data.datasets import LabelledTable
 from toolchain.data.encoding import Encoder
 from toolchain.data.inputs import Data, TrainingSource
 from toolchain.data.labels import MULTI, SINGLE, LabelSet
@@ -84,7 +84,7 @@ def finetune(request: FinetuneRequest, say: Say, bar: Bar) -> dict[str, Any]:
     _check_texts(table)
     base_labels = _base_labels(folder)
     label_set, keep = _choose_labels(request, table, base_labels)
-    rows = inputs.labelled(table, label_set)
+    rows = inputs.data_from_table(table, label_set)
     say(_count_summary(rows, base_labels if keep else None))
     embedded = request.train.file is None
     scoring_data = inputs.load(request.data, label_set, request.train.columns) if request.data or embedded else None
@@ -93,7 +93,7 @@ def finetune(request: FinetuneRequest, say: Say, bar: Bar) -> dict[str, Any]:
         "base": {**asdict(base), "ref": Path(base.ref).name if base.kind == "folder" else base.ref},
         "train": request.train.digest,
         "labels": list(label_set.names),
-        "multi_label": label_set.multi,
+        "multi_label": label_set.multi_label,
         "max_length": request.max_length,
         "teacher": teacher[1].revision if teacher else None,
         "recipe": asdict(request.recipe),
@@ -113,7 +113,7 @@ def finetune(request: FinetuneRequest, say: Say, bar: Bar) -> dict[str, Any]:
             model, history = _train_model(
                 scratch, encoder, rows, (teacher and teacher[0], request.recipe), (resume, key), bar
             )
-            scores = _score(model, encoder, scoring_data or rows.only(inputs.hold_out(rows)[1]))
+            scores = _score(model, encoder, scoring_data or rows.select(inputs.hold_out(rows)[1]))
             card = {"toolchain": toolchain.__version__, "key": key, **settings, "training": history, "judged": scores}
             (scratch / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             publishing.replace(scratch, output)
@@ -121,7 +121,7 @@ def finetune(request: FinetuneRequest, say: Say, bar: Bar) -> dict[str, Any]:
     return card
 
 
-def _check_texts(table: Labelled) -> None:
+def _check_texts(table: LabelledTable) -> None:
     """Raises `DataError` if a text is empty, since a model cannot learn from it."""
     empty = [
         number
@@ -130,7 +130,7 @@ def _check_texts(table: Labelled) -> None:
     ]
     if empty:
         raise DataError(
-            f"{table.column.where}: {len(empty)} rows have an empty text, the first is row {empty[0]}.",
+            f"{table.column.source}: {len(empty)} rows have an empty text, the first is row {empty[0]}.",
             "Add the texts, or remove the rows.",
         )
 
@@ -143,7 +143,9 @@ def _base_labels(folder: Path) -> LabelSet | None:
     return checkpoints.label_set(folder, config)
 
 
-def _choose_labels(request: FinetuneRequest, table: Labelled, base_labels: LabelSet | None) -> tuple[LabelSet, bool]:
+def _choose_labels(
+    request: FinetuneRequest, table: LabelledTable, base_labels: LabelSet | None
+) -> tuple[LabelSet, bool]:
     """Returns the model's labels, and whether the training continues with the base's head.
 
     A base that has none of the data's labels gets a new head. If it has only some, the others may be misspelt. The
@@ -157,9 +159,9 @@ def _choose_labels(request: FinetuneRequest, table: Labelled, base_labels: Label
         base_labels.indices(table.column)
     except DataError:
         shared_names = {name.casefold() for name in base_labels.names} & {name.casefold() for name in label_set.names}
-        if shared_names or (label_set.generic and not base_labels.generic):
+        if shared_names or (label_set.has_default_names and not base_labels.has_default_names):
             raise DataError(
-                f"{request.base} has the labels {', '.join(base_labels.names)}, but {table.column.where} has "
+                f"{request.base} has the labels {', '.join(base_labels.names)}, but {table.column.source} has "
                 f"{', '.join(label_set.names)}.",
                 f"Correct the data, or name the labels of a new head: --labels {','.join(label_set.names)}",
             ) from None
@@ -170,14 +172,14 @@ def _choose_labels(request: FinetuneRequest, table: Labelled, base_labels: Label
 def _count_summary(rows: Data, kept_labels: LabelSet | None) -> str:
     """Returns a one-line summary with the number of texts of each label."""
     names = rows.label_set.names
-    if rows.label_set.multi:
+    if rows.label_set.multi_label:
         counts = Counter(
-            name for answer in rows.labels for name in rows.label_set.named(answer).split(labels.SEPARATOR)
+            name for answer in rows.labels for name in rows.label_set.format_answer(answer).split(labels.SEPARATOR)
         )
     else:
         counts = Counter(names[answer] for answer in rows.labels)
     counts_text = ", ".join(f"{index} {name} ({counts[name]})" for index, name in enumerate(names))
-    kind = "any number of labels per text" if rows.label_set.multi else "one label per text"
+    kind = "any number of labels per text" if rows.label_set.multi_label else "one label per text"
     head = "training continues with the base's head" if kept_labels else "a new head"
     return f"{rows.name}: {len(rows.labels)} rows, {kind}: {counts_text}; {head}"
 
@@ -217,7 +219,7 @@ def _write_start(folder: Path, start: Path, label_set: LabelSet, keep: bool, see
     from toolchain.backends.pytorch import load_base
 
     torch.manual_seed(seed)
-    model = load_base(folder, label_set.names, MULTI if label_set.multi else SINGLE, keep)
+    model = load_base(folder, label_set.names, MULTI if label_set.multi_label else SINGLE, keep)
     model.save_pretrained(start, safe_serialization=True, max_shard_size="1TB")
     for name in checkpoints.TOKENIZER_FILES:
         if (folder / name).is_file():
@@ -248,7 +250,7 @@ def _train_model(
 
     model = load_model(scratch)
     teacher = _load_teacher(teacher_and_recipe[0], encoder) if teacher_and_recipe[0] else None
-    training_rows, held_out = (rows.only(part) for part in inputs.hold_out(rows))
+    training_rows, held_out = (rows.select(part) for part in inputs.hold_out(rows))
     with bar("finetune") as progress:
         progress(0, 1, "reading the training data")
         examples = tuple(Examples(encoder.encode(part.texts), part.targets) for part in (training_rows, held_out))
@@ -275,7 +277,7 @@ def _score(model: PreTrainedModel, encoder: Encoder, data: Data) -> dict[str, An
 
     In the accuracy, a multi-label row counts only if all its labels are correct.
     """
-    multi = data.label_set.multi
+    multi = data.label_set.multi_label
     predictions = [0] * len(data.labels)
     for row, answer in answers(model, batches(encoder.encode(data.texts), data.targets, encoder, BATCH), multi):
         predictions[row] = answer

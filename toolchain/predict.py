@@ -21,8 +21,8 @@ from toolchain.bench.scenarios import offline_batches
 from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
 from toolchain.data.encoding import Encoder, pad
-from toolchain.data.files import FORMATS, STDIN, Row, Text, Texts, writer
-from toolchain.data.labels import LabelSet, answers, shares
+from toolchain.data.files import FORMATS, STDIN, Row, Text, Texts, open_writer
+from toolchain.data.labels import LabelSet, answers, label_probabilities
 from toolchain.errors import ArtifactError, DataError
 from toolchain.passes.probabilities import LOGITS
 from toolchain.progress import Bar, Say
@@ -192,7 +192,7 @@ def predict(model: Model, texts: Texts, output: Path | None, say: Say, bar: Bar,
     if output is None:
         texts.count()
         count = 0
-        with writer(None, model.columns(texts)) as write:
+        with open_writer(None, model.columns(texts)) as write:
             for rows in engine(model, texts, 0, PLAIN):
                 write(rows)
                 count += len(rows)
@@ -224,7 +224,7 @@ def _kept(model: Model, texts: Texts, output: Path, say: Say, bar: Bar, engine: 
                 progress(done, total, "scoring")
     whole = parts / f"whole{output.suffix}"
     try:
-        with writer(whole, model.columns(texts)) as write:
+        with open_writer(whole, model.columns(texts)) as write:
             for part in sorted(parts.glob("[0-9]*")):
                 write([json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()])
         files.move_to_free(whole, output)
@@ -285,11 +285,13 @@ def scored(opened: Opened, model: Model, texts: Texts, taken: Sequence[Text]) ->
     scores: list[tuple[int, Sequence[float]]] = [(0, ())] * len(encoded)
     for batch in offline_batches([len(row) for row in encoded], BATCH):
         logits = opened.logits([taken[i] for i in batch], [encoded[i] for i in batch])
-        given = zip(answers(logits, label_set.multi), shares(logits, label_set.multi), strict=True)
+        given = zip(
+            answers(logits, label_set.multi_label), label_probabilities(logits, label_set.multi_label), strict=True
+        )
         for i, answer in zip(batch, given, strict=True):
             scores[i] = answer
     return [
-        _row(columns, text, label_set.named(answer), chances)
+        _row(columns, text, label_set.format_answer(answer), chances)
         for text, (answer, chances) in zip(taken, scores, strict=True)
     ]
 

@@ -80,8 +80,8 @@ def test_the_hint_has_the_figures_and_the_commands(built_tiny):
         )
 
     near_message, wide_message = message(NEAR), message(WIDE)
-    assert "In 20 of these 20 the PyTorch model itself is undecided" in near_message
-    assert "In 14 of these 21 the PyTorch model is decided, by up to 2.5 logits" in wide_message
+    assert "In 20 of these 20 sentences the PyTorch model itself is undecided" in near_message
+    assert "In 14 of these 21 sentences the PyTorch model is decided: its margin is up to 2.5 logits" in wide_message
     assert [line[-2:] for line in commands_in(near_message)] == [["--scheme", "static"], ["--keep-fp32", "2"]]
     assert [line[-2:] for line in commands_in(wide_message)] == [["--keep-fp32", "2"], ["--scheme", "static"]]
     assert "saturates" not in near_message
@@ -140,5 +140,5 @@ def test_a_model_with_close_logits_fails_validation_with_suggestions(say, tmp_pa
     suggestions = [" ".join(line) for line in commands_in(err)]
     assert all("--model undecided" in line and "--train-data FILE" in line for line in suggestions)
     assert any("--scheme static" in line for line in suggestions)
-    assert "What was there before is unchanged." in err
+    assert "The previous artifact is unchanged." in err
     assert not (tmp_path / "exported" / "undecided" / "onnx-int8").exists()

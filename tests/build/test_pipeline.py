@@ -16,7 +16,7 @@ from toolchain.artifacts import publishing, variants
 from toolchain.artifacts.manifest import MANIFEST
 from toolchain.artifacts.steps import Export, Import, Optimize, Prune, Quantize
 from toolchain.build import pipeline
-from toolchain.build.pipeline import ensure, plan, states, validate_variant
+from toolchain.build.pipeline import ensure, list_states, plan, validate_variant
 from toolchain.build.workspace import Workspace
 from toolchain.errors import ArtifactError, GraphError, TamperedError, UnknownVariantError, VerdictError
 
@@ -99,8 +99,8 @@ def test_new_settings_replace_an_artifact_and_make_its_descendants_stale(tiny):
     assert "onnx-std: replaced" in events[-1]
     assert tiny.load("onnx-std").manifest.facts["opset"] == {"": 17}
     assert reasons(tiny)["onnx-fp32"] == "onnx-std changed"
-    assert reasons(tiny)["onnx-int8"] == "onnx-fp32 is built anew"
-    assert {v.name: state for v, _, state in states(tiny)}["onnx-fp32"] == "stale: onnx-std changed"
+    assert reasons(tiny)["onnx-int8"] == "onnx-fp32 is built again"
+    assert {v.name: state for v, _, state in list_states(tiny)}["onnx-fp32"] == "stale: onnx-std changed"
     # An ancestor keeps the settings it was built with, although the command does not name opset 17.
     assert reasons(tiny)["onnx-std"] == ""
     ensure(tiny, ["onnx-int8"], {}, lambda event: events.append(str(event)))
@@ -143,19 +143,19 @@ def test_a_tampered_parent_stops_the_build(tiny):
     tamper(tiny)
     with pytest.raises(TamperedError, match="another sha256"):
         ensure(tiny, ["onnx-int8"], {}, lambda line: None)
-    assert "tampered" in {v.name: state for v, _, state in states(tiny)}["onnx-fp32"]
+    assert "tampered" in {v.name: state for v, _, state in list_states(tiny)}["onnx-fp32"]
 
 
 def test_an_unreadable_manifest_gives_the_state_unusable(tiny):
     (tiny.path("onnx-int8") / MANIFEST).write_text("{")
-    assert {v.name: state for v, _, state in states(tiny)}["onnx-int8"].startswith("unusable: ")
+    assert {v.name: state for v, _, state in list_states(tiny)}["onnx-int8"].startswith("unusable: ")
 
 
 def test_a_command_that_names_a_tampered_artifact_rebuilds_it(tiny):
     original_id = tiny.load("onnx-fp32").manifest.id
     tamper(tiny)
     steps = {"onnx-fp32": Optimize()}
-    assert reasons(tiny, steps, steps)["onnx-fp32"] == "it was changed after it was sealed"
+    assert reasons(tiny, steps, steps)["onnx-fp32"] == "its files were modified after the build"
     ensure(tiny, steps, steps, lambda line: None)
     tiny.load("onnx-fp32").verify()
     assert tiny.load("onnx-fp32").manifest.id == original_id
@@ -184,7 +184,7 @@ def test_a_build_stops_where_its_parent_is_replaced_meanwhile(tiny, monkeypatch)
 
     monkeypatch.setitem(pipeline.STEPS, Quantize, (quantize_and_replace_parent, version + 1))
     id_before = tiny.load("onnx-int8").manifest.id
-    with pytest.raises(ArtifactError, match="onnx-fp32 was replaced while"):
+    with pytest.raises(ArtifactError, match="onnx-fp32 changed during a build"):
         ensure(tiny, ["onnx-int8"], {}, lambda line: None)
     assert tiny.load("onnx-int8").manifest.id == id_before
 
@@ -315,7 +315,7 @@ def test_a_labelled_variant_does_not_replace_the_unlabelled_one(tiny):
     rebuilt = ensure(tiny, ["onnx-fp32+fused"], {}, lambda event: events.append(str(event)))["onnx-fp32+fused"].manifest
     assert "onnx-fp32+fused: fresh, skipped" in events
     assert rebuilt.step == fuse_only
-    state_of = {variant.name: state for variant, _, state in states(tiny)}
+    state_of = {variant.name: state for variant, _, state in list_states(tiny)}
     assert state_of["onnx-fp32+fused"] == state_of["onnx-fp32"] == "built"
 
 
@@ -327,7 +327,7 @@ def test_embedding_tables_can_have_other_bits_than_the_layers(tmp_path):
     size = {name: artifacts[name].manifest.facts["bytes_by_part"] for name in ("onnx-int8", *steps)}
     assert size["onnx-int8+small"]["embeddings"] == size["onnx-int4"]["embeddings"] < size["onnx-int8"]["embeddings"]
     assert size["onnx-int8+small"]["encoder"] == size["onnx-int8"]["encoder"] > size["onnx-int4"]["encoder"]
-    with pytest.raises(GraphError, match="no standard operator for tables of 4 bits"):
+    with pytest.raises(GraphError, match="no standard operator for embedding tables of 4 bits"):
         ensure(workspace, ["onnx-std-int8"], {"onnx-std-int8": Quantize(embeddings="int4")}, quiet)
 
 
@@ -379,5 +379,5 @@ def test_the_lineage_of_a_labelled_variant_keeps_its_label(tiny):
 
 
 def test_a_label_that_was_never_built_gives_an_error(tiny):
-    with pytest.raises(UnknownVariantError, match=r"onnx-int8\+nothing was never built"):
+    with pytest.raises(UnknownVariantError, match=r"onnx-int8\+nothing is not built"):
         ensure(tiny, ["onnx-int8+nothing"], {}, quiet)

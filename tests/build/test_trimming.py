@@ -23,7 +23,7 @@ from toolchain.bench.cells import Cell
 from toolchain.bench.runner import bench
 from toolchain.bench.scenarios import Protocol
 from toolchain.build.pipeline import ensure, validate_variant
-from toolchain.build.trimming import corpus_of, judged_by
+from toolchain.build.trimming import corpus_of, validation_data
 from toolchain.build.workspace import Workspace
 from toolchain.compare.report.columns import notes
 from toolchain.compare.rows import compare
@@ -273,7 +273,7 @@ ROWS = 3000
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """The first rows of the embedded training data; they use a small part of the vocabulary."""
-    data = inputs.embedded("train")
+    data = inputs.load_embedded("train")
     file = tmp_path_factory.mktemp("train") / "train.tsv"
     lines = [f"{text}\t{label}\n" for text, label in zip(data.texts[:ROWS], data.labels[:ROWS], strict=True)]
     file.write_text("sentence\tlabel\n" + "".join(lines))
@@ -350,7 +350,7 @@ def test_a_trimmed_variant_gives_the_same_logits_where_all_tokens_are_kept(trimm
     full_encoder, trimmed_encoder = Encoder.open(full_folder, NAMES, 512), Encoder.open(trimmed_folder, NAMES, 512)
     sessions = [open_session(folder, "onnx", Place("cpu", 1)) for folder in (full_folder, trimmed_folder)]
     same_count = 0
-    for text in inputs.embedded().texts[:60]:
+    for text in inputs.load_embedded().texts[:60]:
         rows = [encoder.encode([text]) for encoder in (full_encoder, trimmed_encoder)]
         if tokens_of(full_encoder, text) != tokens_of(trimmed_encoder, text):
             continue
@@ -379,19 +379,19 @@ def test_validate_uses_each_tokenizer_and_the_held_out_rows_of_the_build(trimmed
     workspace, _ = trimmed_workspace
     assert validate_variant(workspace, "onnx-int8+trim", quiet)["passed"]
     artifact = workspace.load("onnx-int8+trim")
-    assert len(judged_by(workspace.train, artifact).texts) == ROWS // 10
+    assert len(validation_data(workspace.train, artifact).texts) == ROWS // 10
     step = replace(artifact.manifest.step, train=TrainingSource().digest)
     other_artifact = replace(artifact, manifest=replace(artifact.manifest, step=step))
-    assert judged_by(workspace.train, other_artifact) == inputs.embedded()
+    assert validation_data(workspace.train, other_artifact) == inputs.load_embedded()
     other_workspace = Workspace(workspace.exported, workspace.model, workspace.source)
-    with pytest.raises(DataError, match=r"validated on rows held out of train\.tsv, and sst2 is given now"):
+    with pytest.raises(DataError, match=r"needs held-out rows of train\.tsv .*has sst2"):
         validate_variant(other_workspace, "onnx-int8+trim", quiet)
 
 
 def test_a_rebuild_refuses_another_corpus_file(trimmed_workspace, tmp_path):
     workspace, _ = trimmed_workspace
     words = tmp_path / "words.txt"
-    words.write_text("\n".join(inputs.embedded("train").texts[:ROWS]))
+    words.write_text("\n".join(inputs.load_embedded("train").texts[:ROWS]))
     corpus = Texts(str(words))
     steps = {"onnx-int8+words": Quantize(trim_vocab=corpus.digest)}
     copy = Workspace(tmp_path / "exported", workspace.model, workspace.source, workspace.train, corpus)
@@ -403,7 +403,7 @@ def test_a_rebuild_refuses_another_corpus_file(trimmed_workspace, tmp_path):
     for other_corpus in (None, Texts(str(words))):
         changed_workspace = Workspace(copy.exported, copy.model, copy.source, copy.train, other_corpus)
         assert ensure(changed_workspace, ["onnx-int8+words"], {}, quiet)["onnx-int8+words"].manifest == manifest
-        with pytest.raises(DataError, match=r"trimmed to the corpus words\.txt, not to what is given now"):
+        with pytest.raises(DataError, match=r"Its corpus is words\.txt"):
             ensure(changed_workspace, new_steps, new_steps, quiet)
 
 
@@ -428,7 +428,7 @@ def test_a_benchmark_tokenises_the_texts_with_the_tokenizer_of_each_cell(fake, t
     """The fake session answers 1 for an even sum of ids, so the two vocabularies give different answers."""
     monkeypatch.setattr(bench_module, "SETTLE_S", 0.0)
     encoder, _ = trimmed
-    data = inputs.embedded().only(range(30))
+    data = inputs.load_embedded().select(range(30))
     cells = [
         Cell("fake", "whole", "fake", "cpu", fake("whole")),
         Cell("fake", "trimmed", "fake", "cpu", fake("trimmed"), encoder=encoder),
@@ -449,7 +449,7 @@ def test_a_comparison_has_a_note_on_each_trimmed_vocabulary():
     lines = [line for line in notes(compare([rows])) if "tokens kept" in line]
     assert lines == [
         "onnx-int8+small@cpu: 5,000 of 30,522 tokens kept, 9.0 MB saved; against the fp32 parent, held-out rows: 40, "
-        "accuracy 90.00% → 87.50%, 3 answered otherwise; of these, with a token that went: none"
+        "accuracy 90.00% → 87.50%, 3 flips; of these, rows with a dropped token: none"
     ]
 
 

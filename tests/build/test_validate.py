@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from toolchain.backends import Place, open_session
-from toolchain.build.steps.validate import LENGTHS, allowed_flips, grid, sentence, validate
+from toolchain.build.steps.validate import LENGTHS, allowed_flips, grid, validate, validation_summary
 from toolchain.data.encoding import Encoder, pad
-from toolchain.data.inputs import embedded
+from toolchain.data.inputs import load_embedded
 
-SENTENCES = embedded().texts[:50]
+SENTENCES = load_embedded().texts[:50]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_an_accurate_session_passes(encoder, truth, built_tiny):
     assert report["passed"]
     assert 0 < report["largest_delta"] < 1e-4
     assert report["flips"] == 0
-    assert "≤ 0.0001 allowed" in sentence(report)
+    assert "≤ 0.0001 allowed" in validation_summary(report)
 
 
 @pytest.mark.parametrize(
@@ -121,4 +121,4 @@ def test_quantised_logits_that_are_not_finite_fail(encoder, truth):
     report = validate(ChangedSession(truth, add_infinity), truth, encoder, SENTENCES, "close")
     assert not report["passed"]
     assert not report["finite"]
-    assert "not finite" in sentence(report)
+    assert "not finite" in validation_summary(report)

@@ -205,7 +205,7 @@ def test_the_whole_chain_from_the_command_line(at, say, tmp_path_factory, monkey
     assert say("quantize", "--backend", "ort", *model)[0] == 0
     code, out, err = say("bench", "--quick", *model)
     assert code == 1
-    assert "this model has bad, good. Pass data of its own: --data FILE" in err
+    assert "this model has bad, good. Pass data with the model's labels: --data FILE" in err
     columns = ("--data", table, "--text-column", "review", "--label-column", "stars")
     code, out, err = say("bench", "--quick", "--provider", "cpu", "--save-as", "mine", *columns, *model)
     assert (code, err.count("saved: benchmarks/results/mine.json")) == (0, 1)

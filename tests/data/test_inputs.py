@@ -29,10 +29,10 @@ def table(tmp_path):
 
 
 def test_the_embedded_set_is_sst2():
-    data = inputs.embedded()
+    data = inputs.load_embedded()
     assert (len(data.texts), sum(data.labels)) == (872, 444)
     assert data.texts[0] == "it 's a charming and often affecting journey ."
-    assert len(inputs.embedded("train").texts) == 67349
+    assert len(inputs.load_embedded("train").texts) == 67349
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_label_column_is_read_as_names_or_as_indices_never_both(table, labels,
 
 
 def test_labels_that_could_be_either_are_not_guessed(table):
-    with pytest.raises(DataError, match="names of the model's labels and indices as well"):
+    with pytest.raises(DataError, match="both names and indices of the model's labels"):
         load(table("sentence,label\na,1\nb,2\n"), LabelSet(("1", "2", "3")))
 
 
@@ -154,7 +154,7 @@ def test_tokens_are_those_of_transformers():
 
     encoder = Encoder.open(checkpoints.REFERENCE, ("input_ids", "attention_mask"), 512)
     tokenizer = AutoTokenizer.from_pretrained(checkpoints.REFERENCE)
-    texts = ["", "Hello, World!", "café naïve 🎬 \u200b", "word " * 1000, *inputs.embedded().texts[:50]]
+    texts = ["", "Hello, World!", "café naïve 🎬 \u200b", "word " * 1000, *inputs.load_embedded().texts[:50]]
     assert encoder.encode(texts) == tokenizer(texts, truncation=True, max_length=512)["input_ids"]
 
 
@@ -185,8 +185,8 @@ def test_other_formats_of_the_same_rows(tmp_path, kind):
         ("a.jsonl", '{"text": "a", "label": 0.5}\n', "row 1: its label is 0.5"),
         ("a.jsonl", '{"text": "a", "label": NaN}\n', "row 1: its label is nan"),
         ("a.jsonl", '{"text": "a", "label": [[1]]}\n', r"row 1: its label is \[\[1\]\]"),
-        ("a.jsonl", '{"text": null, "label": 1}\n', "row 1: no text in 'text'"),
-        ("a.jsonl", "[1]\n", "row 1: no JSON object"),
+        ("a.jsonl", '{"text": null, "label": 1}\n', "row 1: the column 'text' holds no text"),
+        ("a.jsonl", "[1]\n", "row 1: it is not a JSON object"),
         ("a.csv", "text,label,text\na,1,b\n", "2 columns 'text'.*Rename or remove one"),
         ("a.csv", "text,label,label\na,1,0\n", "2 columns 'label'"),
         ("a.parquet", "PAR1", "cannot be read"),
@@ -208,7 +208,7 @@ def test_pairs_are_read_and_tokenised_as_transformers_does(table):
 
     data = load(table("a,b,label\nis it?,it is,1\nhe ran,he sat,0\n"), LABELS, Columns("a", "label", "b"))
     assert data.texts == (("is it?", "it is"), ("he ran", "he sat"))
-    assert data.paired
+    assert data.has_pairs
     names = ("input_ids", "attention_mask", "token_type_ids")
     encoder = Encoder.open(checkpoints.REFERENCE, names, 16)
     pairs = [*data.texts, ("a long text " * 20, "short"), ("short", "a long text " * 20), ("", "")]
@@ -268,7 +268,7 @@ def test_data_sets_of_the_hub(hub):
     assert source.digest == TrainingSource("glue/sst2").digest != TrainingSource("glue/sst2", split="validation").digest
     with pytest.raises(DataError, match=r"has the labels negative, positive; the model has a, b, c"):
         load("glue/sst2", LabelSet(("a", "b", "c")))
-    with pytest.raises(DataError, match=r"split test, cannot be had.*--split"):
+    with pytest.raises(DataError, match=r"split test, cannot be loaded.*--split"):
         load("glue/sst2", LABELS, split="test")
     with pytest.raises(DataError, match=r"no column 'text'.*--text-column"):
         load("glue/sst2", LABELS, Columns("text"))

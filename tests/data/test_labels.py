@@ -31,14 +31,14 @@ def test_a_data_set_with_other_labels_is_refused_with_both():
 
 
 def test_sets_of_labels_are_bits():
-    tags = LabelSet(("toxic", "insult", "threat"), multi=True)
+    tags = LabelSet(("toxic", "insult", "threat"), multi_label=True)
     assert tags.indices(column("toxic|threat", "", " insult ", "threat | threat")) == (0b101, 0, 0b010, 0b100)
     assert tags.indices(column(("0", "2"), (), ("1",))) == (0b101, 0, 0b010)
     assert tags.targets((0b101, 0)) == [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
-    assert [tags.named(answer) for answer in (0b101, 0)] == ["toxic|threat", ""]
+    assert [tags.format_answer(answer) for answer in (0b101, 0)] == ["toxic|threat", ""]
     with pytest.raises(DataError, match="row 2: the label 'rude' is not one of the model's"):
         tags.indices(column("toxic", "toxic|rude"))
-    with pytest.raises(DataError, match="row 1: several labels in a list, and the model answers with one"):
+    with pytest.raises(DataError, match="row 1: its label is a list, but the model answers with one label"):
         NLI.indices(column(("neutral", "entailment")))
 
 
@@ -49,8 +49,8 @@ def test_sets_of_labels_are_bits():
         (("0", "2", "1"), (), False, LabelSet(("LABEL_0", "LABEL_1", "LABEL_2"))),
         (("1", "2"), (), False, LabelSet(("1", "2"))),
         (("b", "a"), ("b", "a", "c"), False, LabelSet(("b", "a", "c"))),
-        (("x|y", "x"), (), True, LabelSet(("x", "y"), multi=True)),
-        ((("x", "y"), ()), (), False, LabelSet(("x", "y"), multi=True)),
+        (("x|y", "x"), (), True, LabelSet(("x", "y"), multi_label=True)),
+        ((("x", "y"), ()), (), False, LabelSet(("x", "y"), multi_label=True)),
     ],
 )
 def test_a_new_head_has_the_datas_labels(values, names, multi, found):
@@ -64,7 +64,7 @@ def test_a_new_head_has_the_classes_a_data_set_states_even_those_no_row_has():
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        (("a", "a"), r"one label only \('a'\)"),
+        (("a", "a"), r"only one label \('a'\)"),
         (tuple(str(i) for i in range(1, 102)), "101 different labels.*--label-column"),
     ],
 )
@@ -79,7 +79,7 @@ logits = st.lists(st.lists(st.floats(-30, 30), min_size=3, max_size=3), min_size
 @given(logits, st.booleans())
 def test_shares_and_their_logarithms_belong_together(rows, multi):
     array = np.array(rows, np.float32)
-    shares, logs = labels.shares(array, multi), labels.log_shares(array, multi)
+    shares, logs = labels.label_probabilities(array, multi), labels.outcome_log_probabilities(array, multi)
     assert np.allclose(np.exp(logs[:, :3]), shares, atol=1e-9)
     if multi:
         assert np.allclose(np.exp(logs[:, :3]) + np.exp(logs[:, 3:]), 1)

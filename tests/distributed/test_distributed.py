@@ -119,7 +119,7 @@ def test_the_same_rows_in_the_same_order(built_tiny, cluster, small, tmp_path, m
     """Of PyTorch; the other tests are of ONNX Runtime."""
     monkeypatch.chdir(tmp_path)
     model = of_variant(built_tiny, "torch-fp32", quiet, no_bar)
-    texts = write(tmp_path / "in.jsonl", [*HOSTILE, *inputs.embedded().sample(150, 3)])
+    texts = write(tmp_path / "in.jsonl", [*HOSTILE, *inputs.load_embedded().sample(150, 3)])
     said = []
     monkeypatch.setattr(cluster, "_say", said.append)
     assert predict(model, Texts("in.jsonl"), tmp_path / "out.csv", said.append, no_bar, cluster.score) == 156

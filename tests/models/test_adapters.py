@@ -106,7 +106,7 @@ def test_merged_it_answers_as_peft_does_unmerged(pair, tmp_path, settings):
 @pytest.mark.slow
 def test_it_is_imported_on_the_base_that_was_given_and_kept_until_either_changes(copies, tmp_path):
     adapter, base = copies
-    workspace = Workspace.open(str(adapter), tmp_path / "exported").on(str(base))
+    workspace = Workspace.open(str(adapter), tmp_path / "exported").with_base(str(base))
     manifest = ensure(workspace, ["torch-fp32"], {}, lambda line: None)["torch-fp32"].manifest
     assert manifest.source == {
         "kind": "folder",
@@ -159,7 +159,7 @@ def test_what_would_be_built_says_of_which_base(copies, tmp_path, say):
 
 
 def test_a_base_is_for_adapters(tiny_checkpoint, pair, tmp_path):
-    workspace = Workspace.open(str(tiny_checkpoint), tmp_path).on(str(pair[1]))
+    workspace = Workspace.open(str(tiny_checkpoint), tmp_path).with_base(str(pair[1]))
     with pytest.raises(CheckpointError, match=r"is a model, not an adapter. Run the command without --base"):
         plan(workspace, ["torch-fp32"], {})
     with pytest.raises(CheckpointError, match="is a LoRA adapter, not a base"):
@@ -349,7 +349,7 @@ def model_beside(adapter, base):
 def test_what_does_not_fit_is_refused_and_nothing_is_written(copies, tmp_path, damage, says):
     adapter, base = copies
     damage(adapter, base)
-    workspace = Workspace.open(str(adapter), tmp_path / "exported").on(str(base))
+    workspace = Workspace.open(str(adapter), tmp_path / "exported").with_base(str(base))
     with pytest.raises(CheckpointError, match=says) as error:
         ensure(workspace, ["torch-fp32"], {}, lambda line: None)
     assert error.value.hint

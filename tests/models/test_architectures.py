@@ -334,7 +334,7 @@ def test_they_are_measured(workspace, kind):
         for name, runtime in (("torch-fp32", "torch"), ("onnx-int8", "onnx"))
     ]
     encoder = Encoder.open(opened.path("torch-fp32"), ARCHITECTURES[kind].inputs, 128)
-    data = inputs.embedded().only(range(24))
+    data = inputs.load_embedded().select(range(24))
     measured, _ = bench(cells, data, encoder, FAST, quiet)
     assert [row.status for row in measured] == ["ok", "ok"]
     assert [row.accuracy.count for row in measured] == [24, 24]

@@ -283,9 +283,9 @@ def test_a_config_that_makes_no_model_is_refused_in_words(checkpoint, change):
 @pytest.mark.parametrize(
     ("name", "change", "says"),
     [
-        ("config.json", {"pad_token_id": -1}, "is no row of the embedding table"),
-        ("tokenizer_config.json", {"model_max_length": 0}, "holds no word"),
-        ("tokenizer_config.json", {"model_max_length": "512"}, "holds no word"),
+        ("config.json", {"pad_token_id": -1}, "has no row for the pad_token_id"),
+        ("tokenizer_config.json", {"model_max_length": 0}, "leave no room for a word"),
+        ("tokenizer_config.json", {"model_max_length": "512"}, "leave no room for a word"),
     ],
 )
 def test_a_tokenizer_that_does_not_fit_is_refused_in_words(checkpoint, tmp_path, name, change, says):

@@ -201,7 +201,7 @@ def test_calibration_sees_each_sentence_alone_and_none_that_is_held_out(built_ti
     first = calibrate(artifact, TrainingSource())
     assert len(asked) == SENTENCES
     assert {ids.shape[0] for ids in asked} == {1}
-    data = inputs.embedded("train")
+    data = inputs.load_embedded("train")
     encoder = encoding.Encoder.open(artifact.path, NAMES, artifact.manifest.max_length)
     held = {tuple(row) for row in encoder.encode([data.texts[row] for row in inputs.hold_out(data)[1]])}
     assert not held & {tuple(ids[0]) for ids in asked}

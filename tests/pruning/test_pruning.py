@@ -583,7 +583,7 @@ def test_a_model_of_other_labels_needs_training_data_of_its_own(tmp_path, capsys
     monkeypatch.chdir(tmp_path)
     make_checkpoint(tmp_path / "three", ("bad", "so so", "good"))
     assert main(["prune", "--ratio", "0.5", "--model", "./three"]) == 1
-    assert "Pass data of its own: --train-data FILE" in capsys.readouterr().err
+    assert "Pass data with the model's labels: --train-data FILE" in capsys.readouterr().err
     assert not (tmp_path / "exported" / "three" / "torch-pruned50").exists()
 
 

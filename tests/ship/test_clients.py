@@ -79,7 +79,7 @@ def bundles(reference, tmp_path_factory):
 def asked(tmp_path_factory, reference):
     """The validation set as files clients can read: texts, and tokens."""
     folder = tmp_path_factory.mktemp("asked")
-    data, manifest = inputs.embedded(), reference.load("onnx-int8").manifest
+    data, manifest = inputs.load_embedded(), reference.load("onnx-int8").manifest
     encoder = Encoder.open(reference.path("onnx-int8"), ["input_ids", "attention_mask"], manifest.max_length)
     (folder / "texts.json").write_text(json.dumps(data.texts))
     (folder / "tokens.json").write_text(json.dumps(encoder.encode(data.texts)))
@@ -326,7 +326,7 @@ def test_the_project_readme_runs_in_openvino(exported):
 
 def test_standard_operators_cost_few_answers(here):
     """Against its own fp32 graph."""
-    labels = np.array(inputs.embedded().labels)
+    labels = np.array(inputs.load_embedded().labels)
     right = {v: int((here(v).argmax(1) == labels).sum()) for v in ("onnx-std", "onnx-std-int8", "onnx-int8-portable")}
     assert right["onnx-std"] == 789
     assert min(right.values()) >= 789 - 9  # a point

@@ -23,7 +23,7 @@ from toolchain.build.pipeline import ensure
 from toolchain.build.steps.importing import import_checkpoint
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder, pad
-from toolchain.data.labels import shares
+from toolchain.data.labels import label_probabilities
 from toolchain.progress import no_bar
 from toolchain.ship import shipping
 from toolchain.ship.shipping import Order
@@ -44,7 +44,9 @@ def expected(artifact, runtime, texts=TEXTS):
     encoder = Encoder.open(artifact.path, [spec.name for spec in manifest.inputs], manifest.max_length)
     session = open_session(artifact.path, runtime, Place("cpu", 1))
     logits = [session.run(pad([row], encoder.names, encoder.pad_id))[0] for row in encoder.encode(texts)]
-    return [dict(zip(manifest.labels, row, strict=True)) for row in shares(np.array(logits), False).tolist()]
+    return [
+        dict(zip(manifest.labels, row, strict=True)) for row in label_probabilities(np.array(logits), False).tolist()
+    ]
 
 
 def answered(classify, texts=TEXTS):
@@ -87,7 +89,7 @@ def test_a_pipeline_answers_as_the_variant_does(built_tiny, variant):
 
 @needs_transformers_5
 def test_a_pipeline_of_transformers_5_answers_as_the_reference_does(reference, tmp_path):
-    texts = list(inputs.embedded().sample(50, 7)) + TEXTS
+    texts = list(inputs.load_embedded().sample(50, 7)) + TEXTS
     answers = in_transformers_5(reference.path("torch-fp32"), tmp_path, texts)
     alike(answers, expected(reference.load("torch-fp32"), "torch", texts))
 

@@ -544,7 +544,7 @@ def test_all_872_sentences_are_answered_alike_in_either_format(reference, tmp_pa
     plain, phones = (
         open_session(tmp_path / "b" / f"{name}.{kind}", "onnx", Place("cpu", 1)) for kind in ("onnx", "ort")
     )
-    batches = [pad([row], encoder.names, encoder.pad_id) for row in encoder.encode(inputs.embedded().texts)]
+    batches = [pad([row], encoder.names, encoder.pad_id) for row in encoder.encode(inputs.load_embedded().texts)]
     assert len(batches) == 872
     deltas = [float(np.abs(plain.run(batch) - phones.run(batch)).max()) for batch in batches]
     assert max(deltas) < 1e-5, sorted(deltas)[-5:]

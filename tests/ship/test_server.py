@@ -17,7 +17,7 @@ from conftest import ROOT, TESTS, make_checkpoint
 from toolchain.backends.ort import session_options
 from toolchain.build.workspace import Workspace
 from toolchain.data import encoding
-from toolchain.data.labels import shares
+from toolchain.data.labels import label_probabilities
 from toolchain.errors import ArtifactError, VerdictError
 from toolchain.progress import no_bar
 from toolchain.ship import shipping
@@ -141,7 +141,7 @@ def test_an_ensemble_gives_the_golden_answers_step_by_step(bundle, variant, size
             check(tensors[spec["name"]], spec)
         expected = wanted(bundle, variant)[start : start + size]
         assert np.abs(tensors["logits"] - expected).max() < (1e-3 if variant == "onnx-fp32" else 0.5)
-        assert np.allclose(tensors["probabilities"], shares(tensors["logits"], False), atol=1e-6)
+        assert np.allclose(tensors["probabilities"], label_probabilities(tensors["logits"], False), atol=1e-6)
 
 
 @pytest.mark.slow
@@ -179,7 +179,7 @@ def test_any_number_of_labels(tmp_path):
     encoder = encoding.Encoder.open(tmp_path / "b", ("input_ids", "attention_mask"), 512)
     batch = encoding.pad(encoder.encode(["a film", "another"]), encoder.names, 0)
     found = ask(tmp_path / "b", configs["onnx-fp32"], batch)
-    assert np.allclose(found["probabilities"], shares(found["logits"], True), atol=1e-6)
+    assert np.allclose(found["probabilities"], label_probabilities(found["logits"], True), atol=1e-6)
 
 
 @pytest.mark.slow

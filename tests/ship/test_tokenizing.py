@@ -20,7 +20,7 @@ from toolchain.ship import tokenizer_graph
 from toolchain.ship.tokenizer_graph import characters, comparison, difficult_texts, wordpiece
 from toolchain.ship.tokenizer_graph.session import TextSession
 
-WORDS = [str(text) for text in inputs.embedded().texts]
+WORDS = [str(text) for text in inputs.load_embedded().texts]
 NAMES = ("input_ids", "attention_mask")
 
 
@@ -230,7 +230,7 @@ def test_marks_are_the_longest_tokens_first(reference_encoder):
 @pytest.mark.parametrize("multi", [False, True])
 def test_text_in_probabilities_out(reference, tmp_path, multi):
     from toolchain.backends import Place, open_session
-    from toolchain.data.labels import shares
+    from toolchain.data.labels import label_probabilities
 
     artifact = reference.load("onnx-int8")
     encoder = Encoder.open(artifact.path, NAMES, artifact.manifest.max_length)
@@ -241,7 +241,7 @@ def test_text_in_probabilities_out(reference, tmp_path, multi):
     found = TextSession(tmp_path / "text.onnx", 1).run(WORDS[:20])
     assert list(found) == ["logits", "probabilities"]
     assert np.abs(found["logits"] - logits).max() < 1e-5
-    assert np.allclose(found["probabilities"], shares(found["logits"], multi), atol=1e-6)
+    assert np.allclose(found["probabilities"], label_probabilities(found["logits"], multi), atol=1e-6)
 
 
 def test_without_the_library_it_is_named(reference_encoder, tmp_path, monkeypatch):

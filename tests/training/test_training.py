@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from toolchain.artifacts import publishing
 from toolchain.artifacts.steps import Prune, Recover
 from toolchain.build.pipeline import ensure
-from toolchain.build.steps.recover import Augmented, _mask_token
+from toolchain.build.steps.recover import AugmentedExamples, _mask_token
 from toolchain.build.workspace import Workspace
 from toolchain.data.encoding import Encoder
 from toolchain.data.labels import LabelSet
@@ -180,7 +180,7 @@ def test_every_row_comes_once_an_epoch_and_epochs_differ(task):
     st.floats(0, 1),
 )
 def test_rows_come_as_they_are_and_again_in_masked_pairs(ids, pairs, share):
-    rows = Augmented(ids, list(range(len(ids))), pairs, -1, share, 20, 24)
+    rows = AugmentedExamples(ids, list(range(len(ids))), pairs, -1, share, 20, 24)
     more = rows.of_epoch(0)
     assert more.ids[: len(ids)] == ids
     assert more.labels[: len(ids)] == rows.labels
@@ -200,7 +200,7 @@ def test_rows_come_as_they_are_and_again_in_masked_pairs(ids, pairs, share):
 
 
 def test_every_epoch_has_other_pairs():
-    rows = Augmented([[1, at, 2] for at in range(10, 90)], [0, 1] * 40, 50, -1, 0.2, 20, 24)
+    rows = AugmentedExamples([[1, at, 2] for at in range(10, 90)], [0, 1] * 40, 50, -1, 0.2, 20, 24)
     first, second = rows.of_epoch(0), rows.of_epoch(1)
     assert first.ids[:80] == second.ids[:80] == rows.ids
     assert first.ids[80:] != second.ids[80:]
@@ -210,7 +210,7 @@ def test_every_epoch_has_other_pairs():
 
 
 def test_the_share_of_masked_tokens_is_the_one_asked_for():
-    more = Augmented([[5] * 102] * 100, [0] * 100, 50, -1, 0.15, 20, 512).of_epoch(0)
+    more = AugmentedExamples([[5] * 102] * 100, [0] * 100, 50, -1, 0.15, 20, 512).of_epoch(0)
     assert 0.14 < sum(row.count(-1) for row in more.ids) / 10_000 < 0.16
 
 

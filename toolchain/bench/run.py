@@ -20,10 +20,10 @@ from toolchain.bench.cells import Cell
 from toolchain.bench.journal import Journal
 from toolchain.bench.runner import Progress, bench
 from toolchain.bench.scenarios import Protocol
-from toolchain.build.pipeline import ensure, plan, without_fresh
+from toolchain.build.pipeline import ensure, plan, skip_fresh_events
 from toolchain.build.workspace import Workspace
 from toolchain.data import encoding, inputs
-from toolchain.data.datasets import USUAL, Columns
+from toolchain.data.datasets import DEFAULT_COLUMNS, Columns
 from toolchain.data.inputs import Data, TrainingSource
 from toolchain.errors import BenchError, DataError, ProviderError, PruningError, ToolchainError
 from toolchain.models import checkpoints
@@ -53,7 +53,7 @@ class Request:
     providers: tuple[str, ...]
     protocol: Protocol
     data: str | None = None
-    columns: Columns = USUAL
+    columns: Columns = DEFAULT_COLUMNS
     split: str | None = None
     resume: bool = False
     results: ResultsFolder = DEFAULT_FOLDER
@@ -120,8 +120,12 @@ def measure(workspace: Workspace, request: Request, say: Say, progress: Progress
         The result, and the journal. The caller must end the journal after it has written the result file.
 
     Raises:
+        BenchError: A named variant runs on none of the providers, or the machine probe fails.
+        UnknownVariantError: There is no variant of a given name.
         DataError: The data cannot be used. No cell is measured then.
+        ResultFileError: The journal cannot be written, or does not belong to this request when `resume` is set.
         ToolchainError: The import of the checkpoint failed, and every cell needs it.
+        KeyboardInterrupt: The user interrupts the measurement. The journal remains, so that the run can resume.
     """
     data, cells = prepare_cells(workspace, request, hardware.missing_cuda(request.protocol.device_id), say)
     return measure_cells(workspace, request, cells, data, say, progress)
@@ -291,7 +295,7 @@ def make_result(rows: Sequence[Measurement], run_facts: Mapping[str, Any], data:
             "max_length": max_length,
             "labels": list(data.labels),
             "label_names": list(data.label_set.names),
-            "multi_label": data.label_set.multi,
+            "multi_label": data.label_set.multi_label,
         },
         rows=tuple(rows),
     )
@@ -304,7 +308,7 @@ def _make_cell(
     if provider == "cuda" and no_cuda:
         return replace(cell, status="unavailable", reason=no_cuda[0], hint=no_cuda[1])
     try:
-        return replace(cell, artifact=ensure(workspace, [name], {}, without_fresh(say))[name])
+        return replace(cell, artifact=ensure(workspace, [name], {}, skip_fresh_events(say))[name])
     except (DataError, ProviderError, PruningError) as error:
         # The model or machine may lack a default cell. This is a failure only if the request names the variant.
         return replace(cell, status="failed" if request.names else "unavailable", reason=error.cause, hint=error.hint)

@@ -203,7 +203,7 @@ class _Child:
                     "The model returned a logit that is not a number.", "`toolchain validate` shows the input."
                 )
             result["answers"].append(labels.answers(logits, multi_label))
-            integers = np.rint(labels.shares(logits, multi_label) * PROBABILITY)
+            integers = np.rint(labels.label_probabilities(logits, multi_label) * PROBABILITY)
             result["probabilities"].append([[int(p) for p in row] for row in integers])
         return result
 

@@ -14,27 +14,29 @@ from toolchain.artifacts.store import Artifact
 from toolchain.build.trimming import TRAIN
 from toolchain.build.workspace import Workspace
 from toolchain.data import inputs
-from toolchain.data.datasets import USUAL
+from toolchain.data.datasets import DEFAULT_COLUMNS
 from toolchain.data.inputs import TrainingSource
 from toolchain.data.labels import LabelSet
 
-UNDECIDED = 0.5  # logits; the second label is then at least exp(-0.5) = 61 % as probable as the first
-NEARLY_ALL = 0.8  # share of the flips
-OTHER_SCHEME = {"int4": "dynamic", "dynamic": "static"}  # scheme → a scheme that may have less rounding error
+# Logits. The second most probable label is then at least exp(-0.5) = 61 % as probable as the first. In a multi-label
+# model, the label nearest to the threshold then has a probability of 38 % to 62 %.
+UNDECIDED_MARGIN = 0.5
+UNDECIDED_SHARE = 0.8  # share of the flips
+ALTERNATIVE_SCHEMES = {"int4": "dynamic", "dynamic": "static"}  # scheme → a scheme that may have less rounding error
 
 
-def undecided_flips(report: Mapping[str, Any]) -> int:
-    """Returns the number of flips for which the PyTorch model's margin is at most `UNDECIDED`."""
-    return sum(margin <= UNDECIDED for margin in report["flip_margins"])
+def count_undecided_flips(report: Mapping[str, Any]) -> int:
+    """Returns the number of flips for which the PyTorch model's margin is at most `UNDECIDED_MARGIN`."""
+    return sum(margin <= UNDECIDED_MARGIN for margin in report["flip_margins"])
 
 
 def is_undecided(report: Mapping[str, Any]) -> bool:
-    """Returns whether the PyTorch model is undecided in nearly all sentences that flip; see `undecided_flips`."""
-    return bool(undecided_flips(report) >= NEARLY_ALL * report["flips"])
+    """Returns whether the PyTorch model is undecided in nearly all sentences that flip; see `count_undecided_flips`."""
+    return bool(count_undecided_flips(report) >= UNDECIDED_SHARE * report["flips"])
 
 
 def alternatives(
-    step: Quantize, report: Mapping[str, Any], saturates: bool, same_domain: bool, layers: int | None
+    step: Quantize, report: Mapping[str, Any], runtime_saturates: bool, same_domain: bool, layers: int | None
 ) -> list[Quantize]:
     """Returns the settings to try instead of `step`, most promising first; empty if there is nothing to suggest.
 
@@ -46,7 +48,7 @@ def alternatives(
     Args:
         step: The quantisation that failed.
         report: The report of `steps.validate`.
-        saturates: Whether this runtime saturates products of 8 bits. Weights of 7 bits avoid that.
+        runtime_saturates: Whether this runtime saturates products of 8 bits. Weights of 7 bits avoid that.
         same_domain: Whether the training data has the same domain as the validation sentences.
         layers: Number of linear layers of the model; None if unknown.
     """
@@ -54,23 +56,23 @@ def alternatives(
         return []
     if step.passes is not None and "quantize-linear" not in step.passes:
         return []
-    found = []
-    if step.scheme in OTHER_SCHEME:
-        found.append(_with_scheme(step, OTHER_SCHEME[step.scheme]))
-    kept = 2 * (step.keep_fp32 or 1)
-    if layers is None or kept < layers:
-        found.append(replace(step, keep_fp32=kept))
+    suggestions = []
+    if step.scheme in ALTERNATIVE_SCHEMES:
+        suggestions.append(_with_scheme(step, ALTERNATIVE_SCHEMES[step.scheme]))
+    fp32_layers = 2 * (step.keep_fp32 or 1)
+    if layers is None or fp32_layers < layers:
+        suggestions.append(replace(step, keep_fp32=fp32_layers))
     if step.scheme == "dynamic" and not (is_undecided(report) and same_domain):
-        found.reverse()
-    if saturates and step.scheme == "dynamic" and not step.reduce_range:
-        found.insert(0, replace(step, reduce_range=True))
-    return found
+        suggestions.reverse()
+    if runtime_saturates and step.scheme == "dynamic" and not step.reduce_range:
+        suggestions.insert(0, replace(step, reduce_range=True))
+    return suggestions
 
 
 def _with_scheme(step: Quantize, scheme: str) -> Quantize:
     """Returns the step with another scheme; the new step also leaves out the passes that `step` leaves out."""
-    left_out = set(QUANTIZE_PASSES[step.scheme]) - set(step.passes or QUANTIZE_PASSES[step.scheme])
-    passes = tuple(name for name in QUANTIZE_PASSES[scheme] if name not in left_out)
+    omitted_passes = set(QUANTIZE_PASSES[step.scheme]) - set(step.passes or QUANTIZE_PASSES[step.scheme])
+    passes = tuple(name for name in QUANTIZE_PASSES[scheme] if name not in omitted_passes)
     return replace(step, scheme=scheme, reduce_range=None, passes=None if passes == QUANTIZE_PASSES[scheme] else passes)
 
 
@@ -80,7 +82,7 @@ def hint(
     step: Quantize,
     parent: Artifact,
     report: Mapping[str, Any],
-    saturates: bool,
+    runtime_saturates: bool,
     layers: int | None,
 ) -> str:
     """Returns a text that explains the flips and lists the commands to try; empty if there is nothing to suggest.
@@ -91,32 +93,36 @@ def hint(
         step: The quantisation that failed.
         parent: Artifact of the variant's parent.
         report: As in `alternatives`.
-        saturates: As in `alternatives`.
+        runtime_saturates: As in `alternatives`.
         layers: As in `alternatives`.
     """
-    same_domain = workspace.train.file is None and inputs.embedded_fits(parent.label_set)
-    found = alternatives(step, report, saturates, same_domain, layers)
-    if not found:
+    same_domain = workspace.train.file is None and inputs.fits_embedded_data(parent.label_set)
+    suggestions = alternatives(step, report, runtime_saturates, same_domain, layers)
+    if not suggestions:
         return ""
-    of = parent.manifest.variant
-    commands = [f"`{command(workspace, of, name.parts.label, each, parent.label_set)}`" for each in found]
-    said = [_evidence(report)]
-    if saturates and found[0].reduce_range:
-        said.append("This runtime also saturates products of 8 bits, which weights of 7 bits avoid.")
-    return " ".join([*said, f"Try {', then '.join(commands)}."])
+    parent_name = parent.manifest.variant
+    commands = [
+        f"`{command(workspace, parent_name, name.parts.label, suggestion, parent.label_set)}`"
+        for suggestion in suggestions
+    ]
+    parts = [_explain_flips(report)]
+    if runtime_saturates and suggestions[0].reduce_range:
+        parts.append("This runtime also saturates products of 8 bits. Weights of 7 bits avoid that.")
+    return " ".join([*parts, f"Try {', then '.join(commands)}."])
 
 
-def _evidence(report: Mapping[str, Any]) -> str:
+def _explain_flips(report: Mapping[str, Any]) -> str:
     """Returns sentences that explain the margins of the flips."""
-    flips, near = report["flips"], undecided_flips(report)
+    flips, undecided = report["flips"], count_undecided_flips(report)
     if is_undecided(report):
         return (
-            f"In {near} of these {flips} the PyTorch model itself is undecided: a logit that is {UNDECIDED:g} higher "
-            "or lower changes its answer. Less rounding error flips fewer; longer training or more rows make it decide."
+            f"In {undecided} of these {flips} sentences the PyTorch model itself is undecided: a change of "
+            f"{UNDECIDED_MARGIN:g} in a logit changes its answer. A smaller rounding error flips fewer of them. Longer "
+            "training or more training rows make the model decide."
         )
     return (
-        f"In {flips - near} of these {flips} the PyTorch model is decided, by up to {max(report['flip_margins']):.2g} "
-        "logits: some layers lose much, and --sensitivity shows which."
+        f"In {flips - undecided} of these {flips} sentences the PyTorch model is decided: its margin is up to "
+        f"{max(report['flip_margins']):.2g} logits. Some layers have a large rounding error; --sensitivity shows which."
     )
 
 
@@ -131,32 +137,32 @@ def command(workspace: Workspace, parent: VariantName, label: str, step: Quantiz
         labels: The model's labels. If the embedded sentences have other labels and the workspace names no training
             data, the command contains the placeholder ``FILE``.
     """
-    found = ["toolchain", "quantize"]
-    found += ["--model", workspace.model] if workspace.model != "reference" else []
-    found += ["--exported", str(workspace.exported)] if workspace.exported != Path("exported") else []
-    found += ["--from", parent] if parent != "onnx-fp32" else []
-    found += ["--scheme", step.scheme] if step.scheme != "dynamic" else []
-    found += ["--isa", "portable"] if step.reduce_range else []
-    found += ["--embeddings", step.embeddings] if step.embeddings else []
-    found += ["--keep-fp32", str(step.keep_fp32)] if step.keep_fp32 else []
+    arguments = ["toolchain", "quantize"]
+    arguments += ["--model", workspace.model] if workspace.model != "reference" else []
+    arguments += ["--exported", str(workspace.exported)] if workspace.exported != Path("exported") else []
+    arguments += ["--from", parent] if parent != "onnx-fp32" else []
+    arguments += ["--scheme", step.scheme] if step.scheme != "dynamic" else []
+    arguments += ["--isa", "portable"] if step.reduce_range else []
+    arguments += ["--embeddings", step.embeddings] if step.embeddings else []
+    arguments += ["--keep-fp32", str(step.keep_fp32)] if step.keep_fp32 else []
     for name in QUANTIZE_PASSES[step.scheme]:
-        found += ["--no-pass", name] if step.passes is not None and name not in step.passes else []
+        arguments += ["--no-pass", name] if step.passes is not None and name not in step.passes else []
     if step.trim_vocab:
-        found += ["--trim-vocab", workspace.corpus.file if workspace.corpus else TRAIN]
+        arguments += ["--trim-vocab", workspace.corpus.file if workspace.corpus else TRAIN]
     if uses_training_data(step):
-        found += _training_options(workspace.train, labels)
-    found += ["--name", label] if label and label != parent.parts.label else []
-    return shlex.join(found)
+        arguments += _training_options(workspace.train, labels)
+    arguments += ["--name", label] if label and label != parent.parts.label else []
+    return shlex.join(arguments)
 
 
 def _training_options(train: TrainingSource, labels: LabelSet) -> Sequence[str]:
     """Returns the options that name the training data."""
-    needed = None if inputs.embedded_fits(labels) else "FILE"
-    named = {
-        "--train-data": train.file or needed,
+    placeholder = None if inputs.fits_embedded_data(labels) else "FILE"
+    values_by_option = {
+        "--train-data": train.file or placeholder,
         "--text-column": train.columns.text,
         "--text-pair-column": train.columns.pair,
-        "--label-column": train.columns.label if train.columns.label != USUAL.label else None,
+        "--label-column": train.columns.label if train.columns.label != DEFAULT_COLUMNS.label else None,
         "--split": train.split,
     }
-    return [part for option, value in named.items() if value for part in (option, value)]
+    return [part for option, value in values_by_option.items() if value for part in (option, value)]

@@ -49,7 +49,7 @@ class Job(Generic[StepT]):
     base: Path | None = None
 
     @property
-    def given(self) -> Artifact:
+    def parent_artifact(self) -> Artifact:
         """Returns the parent.
 
         Raises:
@@ -61,7 +61,7 @@ class Job(Generic[StepT]):
 
 
 @dataclass(frozen=True)
-class Built:
+class StepResult:
     """The result of a step: the step with its effective settings, and the other values for the manifest."""
 
     step: Step
@@ -72,20 +72,20 @@ class Built:
     facts: Mapping[str, Any]
 
     @classmethod
-    def like(cls, job: Job[Step], facts: Mapping[str, Any], **changed: Any) -> Built:
+    def from_parent(cls, job: Job[Step], facts: Mapping[str, Any], **changes: Any) -> StepResult:
         """Returns a result with the parent's inputs, outputs, labels and length.
 
         Args:
             job: The job of the step.
-            facts: Facts about the result. The facts of `inherited` are added, unless `facts` has the same name.
-            changed: Values that replace those of the parent.
+            facts: Facts about the result. The facts of `inherited_facts` are added, unless `facts` has the same name.
+            changes: Values that replace those of the parent.
         """
-        manifest = job.given.manifest
-        same = {name: getattr(manifest, name) for name in ("inputs", "outputs", "labels", "max_length")}
-        return cls(step=job.step, facts={**inherited(manifest), **facts}, **{**same, **changed})
+        manifest = job.parent_artifact.manifest
+        parent_values = {name: getattr(manifest, name) for name in ("inputs", "outputs", "labels", "max_length")}
+        return cls(step=job.step, facts={**inherited_facts(manifest), **facts}, **{**parent_values, **changes})
 
 
-def inherited(manifest: Manifest) -> dict[str, Any]:
+def inherited_facts(manifest: Manifest) -> dict[str, Any]:
     """Returns the facts of an artifact that also hold for the variants built from it."""
     return {
         name: manifest.facts[name]

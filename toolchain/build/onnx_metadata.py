@@ -11,7 +11,7 @@ from toolchain.artifacts.manifest import Manifest
 from toolchain.artifacts.steps import step_name
 from toolchain.artifacts.store import sha256
 from toolchain.backends.ort import EXACT_PRODUCTS
-from toolchain.build.job import Built
+from toolchain.build.job import StepResult
 from toolchain.errors import GraphError
 from toolchain.models.checkpoints import NOT_STATED
 
@@ -22,7 +22,7 @@ PRODUCER = "toolchain"
 SATURATING_X86 = "x86-64 without VNNI or AMX"
 
 
-def stamp(path: Path, built: Built, version: int, model: str, variant: str, parent_id: str) -> None:
+def write_metadata(path: Path, built: StepResult, version: int, model: str, variant: str, parent_id: str) -> None:
     """Writes metadata into an ONNX file.
 
     The producer version is the step's name and `version`, not the release. So the same work gives the same bytes.
@@ -79,6 +79,6 @@ def options_by_processor(headroom: float | None) -> dict[str, dict[str, str]]:
     return {} if headroom is None or headroom >= 1 else {SATURATING_X86: dict([EXACT_PRODUCTS])}
 
 
-def license_of(described: Built | Manifest) -> str:
+def license_of(description: StepResult | Manifest) -> str:
     """Returns the licence that the checkpoint states, or ``not stated``."""
-    return str(described.facts.get("license", NOT_STATED))
+    return str(description.facts.get("license", NOT_STATED))

@@ -34,9 +34,9 @@ from toolchain.backends import Place, open_session
 from toolchain.backends.lora import LoraSession
 from toolchain.backends.ort import saturates
 from toolchain.build import alternatives, onnx_metadata, trimming
-from toolchain.build.job import Built, Job
+from toolchain.build.job import Job, StepResult
 from toolchain.build.steps import export, importing, optimize, prune, quantize, recover
-from toolchain.build.steps.validate import SEED, SENTENCES, sentence, validate
+from toolchain.build.steps.validate import SEED, SENTENCES, validate, validation_summary
 from toolchain.build.workspace import Workspace
 from toolchain.data import encoding, inputs
 from toolchain.errors import ArtifactError, DataError, TamperedError, VerdictError
@@ -46,7 +46,7 @@ from toolchain.progress import Bar, Progress, Say, no_bar
 from toolchain.system import hardware
 
 # Step class → the step's function, and the version of its results.
-STEPS: dict[type[Step], tuple[Callable[[Job[Any]], Built], int]] = {
+STEPS: dict[type[Step], tuple[Callable[[Job[Any]], StepResult], int]] = {
     Import: (importing.import_checkpoint, importing.VERSION),
     Prune: (prune.prune, prune.VERSION),
     Recover: (recover.recover, recover.VERSION),
@@ -57,7 +57,7 @@ STEPS: dict[type[Step], tuple[Callable[[Job[Any]], Built], int]] = {
 
 
 @dataclass(frozen=True)
-class Planned:
+class VariantPlan:
     """The plan for one variant.
 
     Attributes:
@@ -65,65 +65,67 @@ class Planned:
         step: The step with its effective settings.
         reason: Why the pipeline builds the variant; empty if it is fresh.
         artifact: The existing artifact; None if there is no readable one.
-        trouble: Error that makes the existing folder unusable; None otherwise.
+        folder_error: Error that makes the existing folder unusable; None otherwise.
     """
 
     variant: Variant
     step: Step
     reason: str
     artifact: Artifact | None
-    trouble: ArtifactError | None = None
+    folder_error: ArtifactError | None = None
 
 
-def plan(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step]) -> list[Planned]:
+def plan(workspace: Workspace, names: Iterable[str], requested_steps: Mapping[str, Step]) -> list[VariantPlan]:
     """Returns the plan for the named variants and their ancestors, parents first.
 
     Args:
         workspace: The model's workspace.
         names: Names of the variants.
-        asked: Steps with the user's settings, by variant name.
+        requested_steps: Steps with the user's settings, by variant name.
 
     Raises:
-        TamperedError: A manifest, or a file of a fresh artifact, changed. For a variant in `asked` the
+        TamperedError: A manifest, or a file of a fresh artifact, changed. For a variant in `requested_steps` the
             pipeline builds it again and raises nothing.
         ArtifactError: A variant's folder exists and is not an artifact.
     """
-    planned = examine(workspace, names, asked)
-    for item in planned:
-        if item.trouble:
-            raise item.trouble
-    return planned
+    plans = inspect_variants(workspace, names, requested_steps)
+    for item in plans:
+        if item.folder_error:
+            raise item.folder_error
+    return plans
 
 
-def examine(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step]) -> list[Planned]:
-    """Returns the same as `plan`, but stores the error of a variant in `trouble` instead of raising it."""
-    wanted = {variant.name: variant for name in names for variant in workspace.lineage(name, asked)}
-    planned: dict[str, Planned] = {}
-    for variant in wanted.values():
-        artifact, trouble = None, None
+def inspect_variants(
+    workspace: Workspace, names: Iterable[str], requested_steps: Mapping[str, Step]
+) -> list[VariantPlan]:
+    """Returns the same as `plan`, but stores the error of a variant in `folder_error` instead of raising it."""
+    lineage_variants = {variant.name: variant for name in names for variant in workspace.lineage(name, requested_steps)}
+    plans: dict[str, VariantPlan] = {}
+    for variant in lineage_variants.values():
+        artifact, folder_error = None, None
         try:
             artifact = workspace.load(variant.name)
         except ArtifactError as error:
-            trouble = error
-        recorded = artifact.manifest.step if artifact else None
-        step = asked.get(variant.name, recorded or variant.step)
+            folder_error = error
+        recorded_step = artifact.manifest.step if artifact else None
+        step = requested_steps.get(variant.name, recorded_step or variant.step)
         if isinstance(step, Import):
-            step = sources.pin_revisions(workspace.source, step, recorded)
+            step = sources.pin_revisions(workspace.source, step, recorded_step)
         elif uses_training_data(step) and not step.train:
             step = dataclasses.replace(step, train=workspace.train.digest)
-        reason = _reason_to_build(step, artifact, planned.get(variant.parent or ""))
+        reason = _reason_to_build(step, artifact, plans.get(variant.parent or ""))
         if artifact and not reason:
             try:
                 artifact.verify()
             except TamperedError as error:
-                trouble = error
-        if isinstance(trouble, TamperedError) and variant.name in asked:
-            reason, trouble = "it was changed after it was sealed", None
-        planned[variant.name] = Planned(variant, step, reason, artifact, trouble)
-    return list(planned.values())
+                folder_error = error
+        if isinstance(folder_error, TamperedError) and variant.name in requested_steps:
+            reason, folder_error = "its files were modified after the build", None
+        plans[variant.name] = VariantPlan(variant, step, reason, artifact, folder_error)
+    return list(plans.values())
 
 
-def _reason_to_build(step: Step, artifact: Artifact | None, parent: Planned | None) -> str:
+def _reason_to_build(step: Step, artifact: Artifact | None, parent: VariantPlan | None) -> str:
     """Returns the reason to build the variant, in a few words; empty if it is fresh."""
     if artifact is None:
         return "missing"
@@ -131,26 +133,26 @@ def _reason_to_build(step: Step, artifact: Artifact | None, parent: Planned | No
     if manifest.step != step:
         old, new = settings_of(manifest.step), settings_of(step)
         keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-        changed = ", ".join(f"{key} {old.get(key)} → {new.get(key)}" for key in keys)
-        return "the checkpoint changed" if isinstance(step, Import) else f"other settings: {changed}"
+        changes = ", ".join(f"{key} {old.get(key)} → {new.get(key)}" for key in keys)
+        return "the checkpoint changed" if isinstance(step, Import) else f"other settings: {changes}"
     if manifest.step_version != STEPS[type(step)][1]:
         return "this release builds it differently"
     if parent and parent.reason:
-        return f"{parent.variant.name} is built anew"
+        return f"{parent.variant.name} is built again"
     if parent and parent.artifact and parent.artifact.manifest.id != manifest.parent_id:
         return f"{parent.variant.name} changed"
     return ""
 
 
 def ensure(
-    workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step], say: Say, bar: Bar = no_bar
+    workspace: Workspace, names: Iterable[str], requested_steps: Mapping[str, Step], say: Say, bar: Bar = no_bar
 ) -> dict[str, Artifact]:
     """Builds the variants that are not fresh, and returns every artifact of `plan` by name.
 
     Args:
         workspace: The model's workspace.
         names: Names of the variants.
-        asked: Steps with the user's settings, by variant name.
+        requested_steps: Steps with the user's settings, by variant name.
         say: Called with a line of text for each event.
         bar: Opens a progress bar for each build.
 
@@ -159,30 +161,30 @@ def ensure(
         ArtifactError: `plan` raises it, or a parent or checkpoint changed during the build.
         DataError: A rebuild needs other training data, or another corpus, than the workspace has.
     """
-    ready: dict[str, Artifact] = {}
-    for item in plan(workspace, names, asked):
+    artifacts: dict[str, Artifact] = {}
+    for item in plan(workspace, names, requested_steps):
         name = item.variant.name
         if item.artifact and not item.reason:
-            say(Fresh(name))
-            ready[name] = item.artifact
+            say(FreshVariant(name))
+            artifacts[name] = item.artifact
             continue
         say(f"{name}: building ({item.reason})")
-        started = time.monotonic()
+        start = time.monotonic()
         with bar(name) as progress:
-            ready[name] = _build(workspace, item, ready, say, progress)
-        manifest = ready[name].manifest
+            artifacts[name] = _build(workspace, item, artifacts, say, progress)
+        manifest = artifacts[name].manifest
         verb = "replaced" if item.artifact else "built"
         say(
-            f"{name}: {verb} in {time.monotonic() - started:.1f} s, {manifest.size_bytes / 1e6:.1f} MB; "
-            f"valid: {sentence(dict(manifest.validation))}"
+            f"{name}: {verb} in {time.monotonic() - start:.1f} s, {manifest.size_bytes / 1e6:.1f} MB; "
+            f"valid: {validation_summary(dict(manifest.validation))}"
         )
         if summary := _step_summary(item.step, manifest.facts):
             say(f"{name}: {summary}")
-    return ready
+    return artifacts
 
 
 @dataclass(frozen=True)
-class Fresh:
+class FreshVariant:
     """The event that the pipeline skips a variant, because its artifact is fresh."""
 
     variant: str
@@ -191,48 +193,52 @@ class Fresh:
         return f"{self.variant}: fresh, skipped"
 
 
-def without_fresh(say: Say) -> Say:
-    """Returns `say` without `Fresh` events, for commands that visit the same ancestors many times."""
+def skip_fresh_events(say: Say) -> Say:
+    """Returns `say` without `FreshVariant` events, for commands that visit the same ancestors many times."""
 
-    def filtered(event: object) -> None:
-        if not isinstance(event, Fresh):
+    def say_unless_fresh(event: object) -> None:
+        if not isinstance(event, FreshVariant):
             say(event)
 
-    return filtered
+    return say_unless_fresh
 
 
 def _step_summary(step: Step, facts: Mapping[str, Any]) -> str:
     """Returns a summary of pruning, recovery or vocabulary trimming; empty for other steps."""
     if isinstance(step, Prune):
-        return prune.sentence(facts["pruning"])
+        return prune.pruning_summary(facts["pruning"])
     if isinstance(step, Recover):
-        return recover.sentence(facts["recovery"])
-    trimmed = isinstance(step, Quantize) and step.trim_vocab
-    return trimming.sentence(facts["vocabulary"]) if trimmed else ""
+        return recover.recovery_summary(facts["recovery"])
+    is_trimmed = isinstance(step, Quantize) and step.trim_vocab
+    return trimming.trimming_summary(facts["vocabulary"]) if is_trimmed else ""
 
 
 def _build(
-    workspace: Workspace, item: Planned, ready: Mapping[str, Artifact], say: Say, progress: Progress
+    workspace: Workspace, item: VariantPlan, artifacts: Mapping[str, Artifact], say: Say, progress: Progress
 ) -> Artifact:
     name, target = item.variant.name, workspace.path(item.variant.name)
-    parent = ready.get(item.variant.parent or "")
+    parent = artifacts.get(item.variant.parent or "")
     with publishing.lock(target, lambda: say(f"{name}: another run is building it, waiting")):
-        lies = workspace.load(name) if item.reason == "missing" else None
-        if lies and lies.manifest.step == item.step and lies.manifest.parent_id == (parent and parent.manifest.id):
-            return lies  # another process built it while this process waited for the lock
-        origin, source = _origin(workspace, item.step, parent)
+        concurrent_artifact = workspace.load(name) if item.reason == "missing" else None
+        if (
+            concurrent_artifact
+            and concurrent_artifact.manifest.step == item.step
+            and concurrent_artifact.manifest.parent_id == (parent and parent.manifest.id)
+        ):
+            return concurrent_artifact  # another process built it while this process waited for the lock
+        origin, source = _find_origin(workspace, item.step, parent)
         run, version = STEPS[type(item.step)]
         _require_same_data(workspace, item)
         resume = publishing.work_folder(target) / "training"
         with publishing.scratch_folder(target) as scratch:
-            built = run(
+            result = run(
                 Job(
                     step=item.step,
                     parent=parent,
                     checkpoint=origin.folder if origin else None,
                     base=origin.base if origin else None,
                     folder=scratch,
-                    root=ready.get(checkpoints.ROOT_VARIANT),
+                    root=artifacts.get(checkpoints.ROOT_VARIANT),
                     train=workspace.train,
                     cache=workspace.cache,
                     resume=resume,
@@ -241,63 +247,65 @@ def _build(
                 )
             )
             if parent and item.variant.runtime == "onnx":
-                onnx_metadata.stamp(scratch / ONNX, built, version, workspace.model, name, parent.manifest.id)
+                onnx_metadata.write_metadata(scratch / ONNX, result, version, workspace.model, name, parent.manifest.id)
             manifest = Manifest(
                 model=workspace.model,
                 variant=name,
                 source=source,
                 parent=parent.manifest.variant if parent else None,
                 parent_id=parent.manifest.id if parent else None,
-                step=built.step,
+                step=result.step,
                 step_version=version,
                 files=store.list_files(scratch),
-                inputs=built.inputs,
-                outputs=built.outputs,
-                labels=built.labels,
-                max_length=built.max_length,
-                facts=built.facts,
+                inputs=result.inputs,
+                outputs=result.outputs,
+                labels=result.labels,
+                max_length=result.max_length,
+                facts=result.facts,
                 environment={"versions": hardware.versions()},
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             )
             report = _validate(workspace, item.variant, Artifact(scratch, manifest), origin)
             if not report["passed"]:
-                raise _refusal(workspace, name, manifest, parent, report)
+                raise _validation_error(workspace, name, manifest, parent, report)
             _require_parent_unchanged(workspace, item.step, parent)
-            published = store.publish(scratch, target, dataclasses.replace(manifest, validation=report))
+            artifact = store.publish(scratch, target, dataclasses.replace(manifest, validation=report))
         shutil.rmtree(resume, ignore_errors=True)
-        return published
+        return artifact
 
 
-def _refusal(
+def _validation_error(
     workspace: Workspace, name: str, manifest: Manifest, parent: Artifact | None, report: Mapping[str, Any]
 ) -> VerdictError:
     """Returns the error for an artifact that failed validation, with alternatives if it is quantised."""
-    step, kept = manifest.step, "What was there before is unchanged."
+    step, advice = manifest.step, "The previous artifact is unchanged."
     if isinstance(step, Quantize) and parent:
         layers = len(manifest.facts.get("sensitivity", [])) or None
-        found = alternatives.hint(workspace, manifest.variant, step, parent, report, saturates(exact=True), layers)
-        kept = f"{found} {kept}".strip()
-    return VerdictError(f"{name} failed validation and was not published: {sentence(dict(report))}.", kept)
+        suggestion = alternatives.hint(workspace, manifest.variant, step, parent, report, saturates(exact=True), layers)
+        advice = f"{suggestion} {advice}".strip()
+    return VerdictError(f"{name} failed validation and was not published: {validation_summary(dict(report))}.", advice)
 
 
-def _require_same_data(workspace: Workspace, item: Planned) -> None:
+def _require_same_data(workspace: Workspace, item: VariantPlan) -> None:
     """Raises `DataError` if the step's training data or corpus differs from those of the workspace."""
     name, step = item.variant.name, item.step
     if uses_training_data(step) and step.train and step.train != workspace.train.digest:
         raise DataError(
-            f"{name} must be built again with its training data {inputs.name_in(step.train)}, and this command has "
-            f"{inputs.name_in(workspace.train.digest)}.",
-            "Build it by its own command with --train-data FILE, or without for the embedded sentences.",
+            f"{name} must be built again. Its training data is {inputs.data_name(step.train)}; this command has "
+            f"{inputs.data_name(workspace.train.digest)}.",
+            "Build it with its own command and --train-data FILE. Leave --train-data out for the embedded SST-2.",
         )
     corpus = step.trim_vocab if isinstance(step, Quantize) else None
     if corpus and corpus != trimming.TRAIN and corpus != (workspace.corpus and workspace.corpus.digest):
         raise DataError(
-            f"{name} must be built again with its corpus {inputs.name_in(corpus)}, which this command does not name.",
-            "Build it by its own command with --trim-vocab CORPUS.",
+            f"{name} must be built again. Its corpus is {inputs.data_name(corpus)}, which this command does not name.",
+            "Build it with its own command and --trim-vocab CORPUS.",
         )
 
 
-def _origin(workspace: Workspace, step: Step, parent: Artifact | None) -> tuple[ImportFiles | None, Mapping[str, Any]]:
+def _find_origin(
+    workspace: Workspace, step: Step, parent: Artifact | None
+) -> tuple[ImportFiles | None, Mapping[str, Any]]:
     """Returns the checkpoint's files for an import, else None, and the source in the form of a manifest."""
     if isinstance(step, Import):
         source = dataclasses.replace(workspace.source, revision=step.revision)
@@ -308,14 +316,17 @@ def _origin(workspace: Workspace, step: Step, parent: Artifact | None) -> tuple[
 def _require_parent_unchanged(workspace: Workspace, step: Step, parent: Artifact | None) -> None:
     """Raises `ArtifactError` if the parent, or an import's checkpoint, changed since the build began."""
     if isinstance(step, Import):
-        changed, name = sources.fetch_files(workspace.source, step).step != step, "The checkpoint"
+        is_changed, name = sources.fetch_files(workspace.source, step).step != step, "The checkpoint"
     elif parent:
-        now = store.load(parent.path)
-        changed, name = now is None or now.manifest.id != parent.manifest.id, parent.manifest.variant
+        current_parent = store.load(parent.path)
+        is_changed, name = (
+            current_parent is None or current_parent.manifest.id != parent.manifest.id,
+            parent.manifest.variant,
+        )
     else:
         return
-    if changed:
-        raise ArtifactError(f"{name} was replaced while something was built from it.", "Run the command again.")
+    if is_changed:
+        raise ArtifactError(f"{name} changed during a build that reads it.", "Run the command again.")
 
 
 def validate_variant(workspace: Workspace, name: str, say: Say) -> dict[str, Any]:
@@ -323,30 +334,34 @@ def validate_variant(workspace: Workspace, name: str, say: Say) -> dict[str, Any
     artifact = ensure(workspace, [name], {}, say)[name]
     origin = None
     if artifact.manifest.parent is None:
-        origin, _ = _origin(workspace, artifact.manifest.step, None)
+        origin, _ = _find_origin(workspace, artifact.manifest.step, None)
     return _validate(workspace, workspace.lineage(name)[-1], artifact, origin)
 
 
 def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, origin: ImportFiles | None) -> dict[str, Any]:
     """Compares an artifact with its nearest PyTorch ancestor, or an import with its checkpoint."""
-    reference = origin.folder if origin else _torch_ancestor(workspace, variant)
+    reference_folder = origin.folder if origin else _torch_ancestor(workspace, variant)
     manifest, place = artifact.manifest, Place("cpu", hardware.cores())
     names = [spec.name for spec in manifest.inputs]
     encoder = encoding.Encoder.open(artifact.path, names, manifest.max_length)
-    data, other = inputs.embedded(), None
+    data, reference_encoder = inputs.load_embedded(), None
     if getattr(manifest.step, "trim_vocab", None):
         # Sentences of another domain contain tokens that trimming removed.
-        data = trimming.judged_by(workspace.train, artifact)
-        other = encoding.Encoder.open(reference, names, manifest.max_length)
+        data = trimming.validation_data(workspace.train, artifact)
+        reference_encoder = encoding.Encoder.open(reference_folder, names, manifest.max_length)
     sentences = data.sample(SENTENCES, SEED)
     contender = open_session(artifact.path, variant.runtime, place)
-    adapted = origin.base if origin else None
-    original = LoraSession(reference, adapted, place) if adapted else open_session(reference, "torch", place)
+    adapter_base = origin.base if origin else None
+    reference_session = (
+        LoraSession(reference_folder, adapter_base, place)
+        if adapter_base
+        else open_session(reference_folder, "torch", place)
+    )
     try:
-        return validate(contender, original, encoder, sentences, variant.agreement, other)
+        return validate(contender, reference_session, encoder, sentences, variant.agreement, reference_encoder)
     finally:
         contender.close()
-        original.close()
+        reference_session.close()
 
 
 def _torch_ancestor(workspace: Workspace, variant: Variant) -> Path:
@@ -355,7 +370,7 @@ def _torch_ancestor(workspace: Workspace, variant: Variant) -> Path:
     return workspace.path([ancestor.name for ancestor in ancestors if ancestor.runtime == "torch"][-1])
 
 
-def states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, str]]:
+def list_states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, str]]:
     """Returns the state of all default variants, all variants with a folder, and their ancestors.
 
     Returns:
@@ -364,12 +379,13 @@ def states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, str]]:
     """
     names = [name for cells in variants.DEFAULT_CELLS.values() for name in cells]
     names += sorted(folder.name for folder in (workspace.exported / workspace.model).glob("[!.]*") if folder.is_dir())
-    found = []
-    for item in examine(workspace, [name for name in names if variants.is_variant(name)], {}):
+    rows = []
+    for item in inspect_variants(workspace, [name for name in names if variants.is_variant(name)], {}):
         state = "built"
-        if item.trouble:
-            state = f"{'tampered' if isinstance(item.trouble, TamperedError) else 'unusable'}: {item.trouble.cause}"
+        if item.folder_error:
+            kind = "tampered" if isinstance(item.folder_error, TamperedError) else "unusable"
+            state = f"{kind}: {item.folder_error.cause}"
         elif item.reason:
             state = item.reason if item.artifact is None else f"stale: {item.reason}"
-        found.append((item.variant, item.artifact, state))
-    return found
+        rows.append((item.variant, item.artifact, state))
+    return rows

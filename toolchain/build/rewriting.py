@@ -8,19 +8,19 @@ from types import MappingProxyType
 
 from toolchain.artifacts.steps import Step
 from toolchain.artifacts.store import copy_companions
-from toolchain.build.job import Built, Job
+from toolchain.build.job import Job, StepResult
 from toolchain.passes import facts, read, rewrite, write
 from toolchain.passes.model_shape import context_of
 from toolchain.passes.quantize_static import Activation
 
 
-def rewrite_into(
+def rewrite_parent_graph(
     job: Job[Step],
     passes: Sequence[str],
     keep: Collection[str] = (),
     activations: Mapping[str, Activation] = MappingProxyType({}),
     tokens: Sequence[int] = (),
-) -> Built:
+) -> StepResult:
     """Rewrites the parent's graph, and writes it with config and tokenizer into the job's folder.
 
     Args:
@@ -36,10 +36,10 @@ def rewrite_into(
     Raises:
         GraphError: The parent's file is no ONNX model, or a pass cannot rewrite it.
     """
-    given = job.given
-    known = context_of(given.path)
-    context = replace(known, keep=frozenset(keep), activations=activations, tokens=tuple(tokens))
-    graph, counts = rewrite(read(given.onnx_path), passes, context)
-    write(graph, job.folder / given.onnx_path.name)
-    copy_companions(given, job.folder)
-    return Built.like(job, {**facts(graph), "rewrites": counts})
+    parent = job.parent_artifact
+    parent_context = context_of(parent.path)
+    context = replace(parent_context, keep=frozenset(keep), activations=activations, tokens=tuple(tokens))
+    graph, counts = rewrite(read(parent.onnx_path), passes, context)
+    write(graph, job.folder / parent.onnx_path.name)
+    copy_companions(parent, job.folder)
+    return StepResult.from_parent(job, {**facts(graph), "rewrites": counts})

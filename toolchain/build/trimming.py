@@ -48,10 +48,12 @@ def corpus_of(spec: str | None, column: str | None) -> Texts | None:
 def tokens_to_keep(job: Job[Quantize]) -> list[int]:
     """Returns the ids of the parent's tokens to keep for the step's corpus; see `vocabulary.tokens_to_keep`."""
     if job.corpus and job.step.trim_vocab != TRAIN:
-        return vocabulary.tokens_to_keep(_encoder(job.given.path, job.given.manifest), job.corpus.read())
-    data = job.train.load(job.given.label_set)
-    texts = data.only(inputs.hold_out(data)[0]).texts
-    return vocabulary.tokens_to_keep(_encoder(job.given.path, job.given.manifest), texts)
+        return vocabulary.tokens_to_keep(
+            _encoder(job.parent_artifact.path, job.parent_artifact.manifest), job.corpus.read()
+        )
+    data = job.train.load(job.parent_artifact.label_set)
+    texts = data.select(inputs.hold_out(data)[0]).texts
+    return vocabulary.tokens_to_keep(_encoder(job.parent_artifact.path, job.parent_artifact.manifest), texts)
 
 
 def trim(
@@ -71,28 +73,29 @@ def trim(
         and the new model on held-out rows. ``held_out`` covers all these rows, ``out_of_domain`` covers those with a
         removed token.
     """
-    given = job.given
-    before = _bytes(job.folder)
+    parent = job.parent_artifact
+    bytes_before = _companion_bytes(job.folder)
     vocabulary.trim(job.folder, tokens)
-    whole, _ = rewrite(read(given.onnx_path), embedding, context_of(given.path))
-    tables = facts_of(whole)["bytes_by_part"]["embeddings"] - facts["bytes_by_part"]["embeddings"]
-    old = _encoder(given.path, given.manifest)
-    count = old.tokenizer.get_vocab_size()
-    found: dict[str, Any] = {
+    full_graph, _ = rewrite(read(parent.onnx_path), embedding, context_of(parent.path))
+    table_bytes_saved = facts_of(full_graph)["bytes_by_part"]["embeddings"] - facts["bytes_by_part"]["embeddings"]
+    parent_encoder = _encoder(parent.path, parent.manifest)
+    count = parent_encoder.tokenizer.get_vocab_size()
+    vocabulary_facts: dict[str, Any] = {
         "kept": len(tokens),
         "of": count,
-        "bytes_saved": tables + before - _bytes(job.folder),
-        **_judged(job, old, frozenset(tokens)),
+        "bytes_saved": table_bytes_saved + bytes_before - _companion_bytes(job.folder),
+        **_compare_held_out(job, parent_encoder, frozenset(tokens)),
     }
-    gone = (count - len(tokens)) * word_width(given.path)
-    known = {"parameters": facts["parameters"] - gone} if "parameters" in facts else {}
-    return {**known, "vocabulary": found}
+    removed_parameters = (count - len(tokens)) * word_width(parent.path)
+    parameter_facts = {"parameters": facts["parameters"] - removed_parameters} if "parameters" in facts else {}
+    return {**parameter_facts, "vocabulary": vocabulary_facts}
 
 
-def judged_by(train: TrainingSource, artifact: Artifact) -> Data:
+def validation_data(train: TrainingSource, artifact: Artifact) -> Data:
     """Returns sentences of a trimmed artifact's domain: the held-out rows of its training data.
 
-    For the embedded data it returns the validation set instead, whose phrases are not in the training rows.
+    For the embedded SST-2 it returns the validation set instead. The held-out rows of SST-2 share their sentences with
+    other training rows, so nearly all their tokens stay in the vocabulary.
 
     Args:
         train: The workspace's training data.
@@ -102,74 +105,80 @@ def judged_by(train: TrainingSource, artifact: Artifact) -> Data:
         DataError: The step of the artifact used other training data than `train`.
     """
     manifest = artifact.manifest
-    made_with = getattr(manifest.step, "train", None) or ""
-    if made_with == TrainingSource().digest:
-        return inputs.embedded()
-    if made_with != train.digest:
+    training_digest = getattr(manifest.step, "train", None) or ""
+    if training_digest == TrainingSource().digest:
+        return inputs.load_embedded()
+    if training_digest != train.digest:
         raise DataError(
-            f"{manifest.variant} is validated on rows held out of {inputs.name_in(made_with)}, and "
-            f"{inputs.name_in(train.digest)} is given now.",
-            "Name that file with --train-data.",
+            f"The validation of {manifest.variant} needs held-out rows of {inputs.data_name(training_digest)}, but "
+            f"this command has {inputs.data_name(train.digest)}.",
+            "Name that data with --train-data.",
         )
     data = train.load(artifact.label_set)
-    return data.only(inputs.hold_out(data)[1])
+    return data.select(inputs.hold_out(data)[1])
 
 
 def _encoder(folder: Path, manifest: Manifest) -> Encoder:
     return Encoder.open(folder, [spec.name for spec in manifest.inputs], manifest.max_length)
 
 
-def _bytes(folder: Path) -> int:
+def _companion_bytes(folder: Path) -> int:
     """Returns the total size of the folder's files except the graph."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".onnx")
 
 
-def _judged(job: Job[Quantize], old: Encoder, tokens: frozenset[int]) -> dict[str, Any]:
+def _compare_held_out(job: Job[Quantize], parent_encoder: Encoder, tokens: frozenset[int]) -> dict[str, Any]:
     """Returns ``held_out`` and ``out_of_domain``: counts of rows, correct answers before and after, and flips."""
-    data: Data = job.train.load(job.given.label_set)
-    held = data.only(inputs.hold_out(data)[1])
-    new = _encoder(job.folder, job.given.manifest)
-    rows = old.encode(held.texts)
-    first = _answers(job.given.path, old, rows, job.progress, "asking the parent")
-    second = _answers(job.folder, new, new.encode(held.texts), job.progress, "asking with fewer tokens")
-    everything = range(len(rows))
-    beyond = [row for row in everything if not tokens.issuperset(rows[row])]
+    data: Data = job.train.load(job.parent_artifact.label_set)
+    held_out = data.select(inputs.hold_out(data)[1])
+    trimmed_encoder = _encoder(job.folder, job.parent_artifact.manifest)
+    parent_tokens = parent_encoder.encode(held_out.texts)
+    parent_answers = _compute_answers(
+        job.parent_artifact.path, parent_encoder, parent_tokens, job.progress, "running the parent"
+    )
+    trimmed_answers = _compute_answers(
+        job.folder, trimmed_encoder, trimmed_encoder.encode(held_out.texts), job.progress, "running the trimmed model"
+    )
+    all_rows = range(len(parent_tokens))
+    out_of_domain_rows = [row for row in all_rows if not tokens.issuperset(parent_tokens[row])]
 
-    def counted(chosen: Sequence[int]) -> dict[str, int]:
+    def count_answers(rows: Sequence[int]) -> dict[str, int]:
         return {
-            "rows": len(chosen),
-            "right_before": sum(first[row] == held.labels[row] for row in chosen),
-            "right_after": sum(second[row] == held.labels[row] for row in chosen),
-            "flips": sum(first[row] != second[row] for row in chosen),
+            "rows": len(rows),
+            "right_before": sum(parent_answers[row] == held_out.labels[row] for row in rows),
+            "right_after": sum(trimmed_answers[row] == held_out.labels[row] for row in rows),
+            "flips": sum(parent_answers[row] != trimmed_answers[row] for row in rows),
         }
 
-    return {"held_out": counted(everything), "out_of_domain": counted(beyond)}
+    return {"held_out": count_answers(all_rows), "out_of_domain": count_answers(out_of_domain_rows)}
 
 
-def _answers(folder: Path, encoder: Encoder, rows: Sequence[Sequence[int]], progress: Progress, what: str) -> list[int]:
+def _compute_answers(
+    folder: Path, encoder: Encoder, rows: Sequence[Sequence[int]], progress: Progress, activity: str
+) -> list[int]:
     """Returns the answer to each row at batch 1, because quantised answers can depend on other rows of a batch."""
     session = OrtSession(folder, Place("cpu", hardware.cores()))
-    found: list[int] = []
+    row_answers: list[int] = []
     try:
-        for done, row in enumerate(rows):
-            progress(done, len(rows), what)
-            found += answers(session.run(pad([row], encoder.names, encoder.pad_id)), encoder.multi_label)
+        for count, row in enumerate(rows):
+            progress(count, len(rows), activity)
+            row_answers += answers(session.run(pad([row], encoder.names, encoder.pad_id)), encoder.multi_label)
     finally:
         session.close()
-    return found
+    return row_answers
 
 
-def sentence(facts: Mapping[str, Any]) -> str:
+def trimming_summary(facts: Mapping[str, Any]) -> str:
     """Returns a one-line summary of the fact ``vocabulary``."""
 
-    def said(part: Mapping[str, int]) -> str:
-        if not part["rows"]:
+    def format_counts(counts: Mapping[str, int]) -> str:
+        if not counts["rows"]:
             return "none"
-        before, after = (part[key] / part["rows"] for key in ("right_before", "right_after"))
-        return f"{part['rows']}, accuracy {before:.2%} → {after:.2%}, {part['flips']} answered otherwise"
+        accuracy_before, accuracy_after = (counts[key] / counts["rows"] for key in ("right_before", "right_after"))
+        return f"{counts['rows']}, accuracy {accuracy_before:.2%} → {accuracy_after:.2%}, {counts['flips']} flips"
 
     return (
         f"{facts['kept']:,} of {facts['of']:,} tokens kept, {facts['bytes_saved'] / 1e6:.1f} MB saved; against the "
-        f"fp32 parent, held-out rows: {said(facts['held_out'])}; of these, with a token that went: "
-        f"{said(facts['out_of_domain'])}"
+        f"fp32 parent, held-out rows: {format_counts(facts['held_out'])}; of these, rows with a dropped token: "
+        f"{format_counts(facts['out_of_domain'])}"
     )

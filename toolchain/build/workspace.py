@@ -42,15 +42,15 @@ class Workspace:
         cls,
         model: str,
         exported: Path,
-        slug: str | None = None,
+        folder_name: str | None = None,
         train: TrainingSource | None = None,
         corpus: Texts | None = None,
     ) -> Workspace:
         """Opens the workspace that `model` names; `checkpoints.resolve` explains the arguments and errors."""
-        name, source = checkpoints.resolve(model, exported, slug)
+        name, source = checkpoints.resolve(model, exported, folder_name)
         return cls(exported, name, source, train or TrainingSource(), corpus)
 
-    def on(self, base: str) -> Workspace:
+    def with_base(self, base: str) -> Workspace:
         """Returns the same workspace with another base for the adapter.
 
         Args:
@@ -59,8 +59,8 @@ class Workspace:
         Raises:
             CheckpointError: `base` names no source.
         """
-        found = checkpoints.locate(base)
-        return dataclasses.replace(self, source=dataclasses.replace(self.source, base=found.ref))
+        base_source = checkpoints.locate(base)
+        return dataclasses.replace(self, source=dataclasses.replace(self.source, base=base_source.ref))
 
     def path(self, variant: str) -> Path:
         """Returns the folder of a variant, which may not exist."""
@@ -75,17 +75,17 @@ class Workspace:
         """Returns the existing artifact of a variant, fresh or not; see `store.load` for the errors."""
         return store.load(self.path(variant))
 
-    def lineage(self, name: str, asked: Container[str] = ()) -> list[Variant]:
+    def lineage(self, name: str, requested_names: Container[str] = ()) -> list[Variant]:
         """Returns the variant's ancestors from the root on, and the variant itself last.
 
         The parent of a labelled variant is the parent in its manifest, if there is one. Otherwise the method tries the
         label and the labels that it extends, longest first. It takes the first known variant, else the unlabelled one.
-        A variant is known if `asked` contains it or if it is built. An exported or optimised graph is also known if its
-        parent with the same label is known.
+        A variant is known if it is built or if `requested_names` contains it. An exported or optimised graph is also
+        known if its parent with the same label is known.
 
         Args:
             name: Name of the variant.
-            asked: Names of the variants that the command builds.
+            requested_names: Names of the variants that the command builds.
 
         Raises:
             UnknownVariantError: No variant has this name, or the labelled variant is not known.
@@ -94,26 +94,26 @@ class Workspace:
         label = variant.name.parts.label
         if label:
             parent = self._recorded_parent(name)
-            if not self._known(name, asked):
-                raise UnknownVariantError(f"{name} was never built.", "--name gives what is built a label.")
+            if not self._is_known(name, requested_names):
+                raise UnknownVariantError(f"{name} is not built.", f"Build it with --name {label}.")
             assert variant.parent is not None
             if parent is None:
-                labelled = (variant.parent.with_parts(label=each) for each in label_prefixes(label) if each)
-                parent = next((name for name in labelled if self._known(name, asked)), variant.parent)
+                candidates = (variant.parent.with_parts(label=prefix) for prefix in label_prefixes(label) if prefix)
+                parent = next((name for name in candidates if self._is_known(name, requested_names)), variant.parent)
             variant = dataclasses.replace(variant, parent=parent)
-        return [*(self.lineage(variant.parent, asked) if variant.parent else []), variant]
+        return [*(self.lineage(variant.parent, requested_names) if variant.parent else []), variant]
 
-    def _known(self, name: str, asked: Container[str]) -> bool:
+    def _is_known(self, name: str, requested_names: Container[str]) -> bool:
         """Returns whether a variant is known; see `lineage`. A graph counts because it needs no settings."""
         if not variants.is_variant(name):
             return False
-        if name in asked or self._recorded_parent(name) is not None:
+        if name in requested_names or self._recorded_parent(name) is not None:
             return True
         variant = variants.get(name)
         label = variant.name.parts.label
         if not label or variant.parent is None or not isinstance(variant.step, Export | Optimize):
             return False
-        return self._known(variant.parent.with_parts(label=label), asked)
+        return self._is_known(variant.parent.with_parts(label=label), requested_names)
 
     def _recorded_parent(self, name: str) -> VariantName | None:
         try:

@@ -91,4 +91,4 @@ def export(
         if step:
             asked[derive_variant(std, step, label).name] = step
     workspace = open_workspace(model, exported, slug)
-    build(workspace.on(base) if base else workspace, asked, dry_run)
+    build(workspace.with_base(base) if base else workspace, asked, dry_run)

@@ -38,7 +38,7 @@ def validate(
       toolchain validate onnx-int8
     """
     from toolchain.build.pipeline import validate_variant
-    from toolchain.build.steps.validate import sentence
+    from toolchain.build.steps.validate import validation_summary
     from toolchain.cli.progress import say
 
     workspace = open_workspace(model, exported, slug, train)
@@ -48,6 +48,6 @@ def validate(
     else:
         for name, delta in report["grid_largest_delta"].items():
             click.echo(f"{name:36} |Δlogit| {'not finite' if delta is None else f'{delta:.2g}'}")
-        click.echo(f"{variant}: {'PASSED' if report['passed'] else 'FAILED'}: {sentence(report)}")
+        click.echo(f"{variant}: {'PASSED' if report['passed'] else 'FAILED'}: {validation_summary(report)}")
     if not report["passed"]:
         raise VerdictError(f"The logits of {variant} differ from PyTorch's.", "Build it again, or do not use it.")

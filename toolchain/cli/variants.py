@@ -25,10 +25,10 @@ def variants(model: str, exported: Path, slug: str | None, as_json: bool) -> Non
       toolchain variants --model ./my-checkpoint
     """
     from toolchain.artifacts.steps import settings_of, step_name
-    from toolchain.build.pipeline import states
+    from toolchain.build.pipeline import list_states
 
     rows: list[dict[str, Any]] = []
-    for variant, artifact, state in states(open_workspace(model, exported, slug)):
+    for variant, artifact, state in list_states(open_workspace(model, exported, slug)):
         step = artifact.manifest.step if artifact else variant.step
         rows.append(
             {

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolchain.data.files import FORMATS, Table, Text, kind_of, named, text_columns, text_of
+from toolchain.data.files import FORMATS, Table, Text, kind_of, require_column, text_columns, text_of
 from toolchain.data.labels import Column, Value
 from toolchain.errors import DataError
 
@@ -38,11 +38,11 @@ class Columns:
     pair: str | None = None
 
 
-USUAL = Columns()
+DEFAULT_COLUMNS = Columns()
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledTable:
     """A table that was read: its name, its texts or pairs of texts, and its label column."""
 
     name: str
@@ -56,27 +56,29 @@ class Labelled:
         return hashlib.sha256(json.dumps(body).encode()).hexdigest()
 
 
-def read(spec: str, columns: Columns, split: str | None, usual: str) -> Labelled:
+def read(spec: str, columns: Columns, split: str | None, default_split: str) -> LabelledTable:
     """Reads a file or a split of a hub data set.
 
     Args:
         spec: A file or a hub data set.
         columns: The columns to read.
-        split: Split of a hub data set; None for `usual`.
-        usual: The default split.
+        split: Split of a hub data set; None for `default_split`.
+        default_split: The default split.
 
     Raises:
         DataError: The table does not exist, is unreadable, lacks a column or has no rows, or `split` is set for a file.
     """
-    path = file_of(spec)
+    path = find_file(spec)
     if path is None:
-        return of_hub(spec, columns, split or usual)
+        return read_hub(spec, columns, split or default_split)
     if split:
-        raise DataError(f"{spec} is a file, which has no split {split!r}.", "Leave --split out, or say held-out.")
-    return of_file(path, path.name, columns)
+        raise DataError(
+            f"{spec} is a file, which has no split {split!r}.", "Leave --split out, or use --split held-out."
+        )
+    return read_file(path, path.name, columns)
 
 
-def file_of(spec: str) -> Path | None:
+def find_file(spec: str) -> Path | None:
     """Returns the file that `spec` names, or None if `spec` has the form of a hub data set.
 
     Raises:
@@ -88,13 +90,13 @@ def file_of(spec: str) -> Path | None:
     if kind_of(spec) in FORMATS or path.exists() or not _HUB.fullmatch(spec):
         raise DataError(
             f"There is no file {spec}.",
-            "Pass a CSV, TSV, JSON lines or Parquet file with a text and a label column, or a data set of the hub such "
-            "as glue/sst2.",
+            "Pass a CSV, TSV, JSON lines or Parquet file with a text and a label column, or a hub dataset such as "
+            "glue/sst2.",
         )
     return None
 
 
-def of_file(path: Path, name: str, columns: Columns, classes: Sequence[str] = ()) -> Labelled:
+def read_file(path: Path, name: str, columns: Columns, classes: Sequence[str] = ()) -> LabelledTable:
     """Reads the table in a file.
 
     Args:
@@ -110,30 +112,30 @@ def of_file(path: Path, name: str, columns: Columns, classes: Sequence[str] = ()
 
     def choose(header: Sequence[str]) -> list[str]:
         names.extend(text_columns(header, columns.text, columns.pair, table.file))
-        names.append(named(header, columns.label, table.file, "--label-column"))
+        names.append(require_column(header, columns.label, table.file, "--label-column"))
         return names
 
-    return _labelled(name, table, names, table.read(choose), classes)
+    return _collect_rows(name, table, names, table.read(choose), classes)
 
 
-def of_hub(spec: str, columns: Columns, split: str) -> Labelled:
+def read_hub(spec: str, columns: Columns, split: str) -> LabelledTable:
     """Reads a split of a hub data set with its class names, from the hub or from the local cache.
 
     Raises:
         DataError: The split is unavailable, lacks a column or has no rows, or a row has no valid text or label.
     """
-    data = _downloaded(spec, split)
+    data = _download(spec, split)
     header = list(data.column_names)
-    where = f"{spec}, split {split}"
-    names = text_columns(header, columns.text, columns.pair, where)
-    names.append(named(header, columns.label, where, "--label-column"))
+    source = f"{spec}, split {split}"
+    names = text_columns(header, columns.text, columns.pair, source)
+    names.append(require_column(header, columns.label, source, "--label-column"))
     feature = data.features[columns.label]
     classes = tuple(getattr(getattr(feature, "feature", feature), "names", None) or ())
     rows = (tuple(row[name] for name in names) for row in data.select_columns(list(dict.fromkeys(names))))
-    return _labelled(spec, Table(where), names, rows, classes)
+    return _collect_rows(spec, Table(source), names, rows, classes)
 
 
-def _downloaded(spec: str, split: str) -> Any:
+def _download(spec: str, split: str) -> Any:
     import datasets
 
     path, _, config = spec.partition(":")
@@ -143,33 +145,33 @@ def _downloaded(spec: str, split: str) -> Any:
     try:
         return datasets.load_dataset(path, config or None, split=split)
     except Exception as error:  # the hub's client and its many readers raise errors of many classes
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"{spec}, split {split}, cannot be had: {said.rstrip('.')}.",
-            "Check its name, config (user/name:config) and --split; without a network only what was downloaded before "
-            "is there: else pass a file.",
+            f"{spec}, split {split}, cannot be loaded: {cause.rstrip('.')}.",
+            "Check its name, config (user/name:config) and --split. Without a network, use a dataset in the local cache, "
+            "or pass a file.",
         ) from error
 
 
-def _labelled(
+def _collect_rows(
     name: str, table: Table, names: Sequence[str], rows: Iterable[tuple[Any, ...]], classes: Sequence[str]
-) -> Labelled:
+) -> LabelledTable:
     texts: list[Text] = []
     values: list[Value] = []
-    first = ""
+    first_kind = ""
     for number, row in enumerate(rows, start=1):
         texts.append(text_of(row[:-1], names[:-1], number, table))
-        kind = _kind(row[-1])
-        first = first or kind
-        if kind != first:
-            raise table.wrong(number, f"its label is {kind}, and the rows before have {first}", "Make them alike.")
-        values.append(_value(row[-1], number, table))
+        kind = _label_kind(row[-1])
+        first_kind = first_kind or kind
+        if kind != first_kind:
+            raise table.row_error(number, f"its label is {kind}, but earlier rows have {first_kind}", "Use one kind.")
+        values.append(_label_value(row[-1], number, table))
     if not texts:
         raise DataError(f"{table.file} has no rows.", "Pass at least one row.")
-    return Labelled(name, tuple(texts), Column(values, table.file, tuple(classes)))
+    return LabelledTable(name, tuple(texts), Column(values, table.file, tuple(classes)))
 
 
-def _kind(value: Any) -> str:
+def _label_kind(value: Any) -> str:
     if isinstance(value, bool):
         return "true or false"
     if isinstance(value, _INTEGRAL):
@@ -177,7 +179,7 @@ def _kind(value: Any) -> str:
     return "text" if isinstance(value, str) else "a list" if isinstance(value, list | tuple) else "nothing"
 
 
-def _value(value: Any, number: int, table: Table) -> Value:
+def _label_value(value: Any, number: int, table: Table) -> Value:
     """Returns the label as text: an integer without a decimal point, and a list as a tuple of labels."""
     if isinstance(value, str):
         return value
@@ -186,7 +188,9 @@ def _value(value: Any, number: int, table: Table) -> Value:
     if isinstance(value, _INTEGRAL) and value == value // 1:
         return str(int(value))
     if isinstance(value, list | tuple):
-        members = [_value(member, number, table) for member in value]
+        members = [_label_value(member, number, table) for member in value]
         if all(isinstance(member, str) for member in members):
             return tuple(member.strip() for member in members if isinstance(member, str))
-    raise table.wrong(number, f"its label is {value!r}", "Give each row a name, a whole number, or a list of these.")
+    raise table.row_error(
+        number, f"its label is {value!r}", "Give each row a name, a whole number, or a list of these."
+    )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 TOKEN_TYPES = "token_type_ids"
-LONG = 64  # characters per token of the limit; `Encoder` tokenises only the start of longer texts
+CHARACTERS_PER_TOKEN = 64  # characters per token of the limit; `Encoder` tokenises only the start of longer texts
 
 
 class Tokens(list[int]):
@@ -80,33 +80,37 @@ class Encoder:
 
         Truncation shortens the longer text of a pair first.
         """
-        starts = [self._start(text) if isinstance(text, str) else tuple(map(self._start, text)) for text in texts]
-        found = []
-        for encoding in self.tokenizer.encode_batch(starts):
-            found.append(row := Tokens(encoding.ids))
+        cut_texts = [
+            self._cut_text(text) if isinstance(text, str) else tuple(map(self._cut_text, text)) for text in texts
+        ]
+        rows = []
+        for encoding in self.tokenizer.encode_batch(cut_texts):
+            rows.append(row := Tokens(encoding.ids))
             if any(encoding.type_ids):
                 row.types = encoding.type_ids
-        return found
+        return rows
 
-    def _start(self, text: str) -> str:
+    def _cut_text(self, text: str) -> str:
         """Returns a start of the text that has the same first `max_length` tokens; the complete text if it is short.
 
         A tokenizer tokenises the complete text before it truncates, and needs hundreds of bytes per token. The tokens
         before a word do not depend on later words. So a start of more than 2 × `max_length` tokens is sufficient.
         """
-        size = LONG * self.max_length
+        size = CHARACTERS_PER_TOKEN * self.max_length
         while size < len(text):
-            space = max(text.rfind(" ", size - LONG, size), text.rfind("\n", size - LONG, size))
-            start = text[: space if space > 0 else size]
-            encoding = self.tokenizer.encode(start)
+            space = max(
+                text.rfind(" ", size - CHARACTERS_PER_TOKEN, size), text.rfind("\n", size - CHARACTERS_PER_TOKEN, size)
+            )
+            cut_text = text[: space if space > 0 else size]
+            encoding = self.tokenizer.encode(cut_text)
             if len(encoding.overflowing) > 1:
-                return start
+                return cut_text
             size *= 4
         return text
 
 
 def pad(
-    ids: Sequence[Sequence[int]], names: Sequence[str], pad_id: int, left: bool = False, width: int = 0
+    ids: Sequence[Sequence[int]], names: Sequence[str], pad_id: int, left_padding: bool = False, width: int = 0
 ) -> dict[str, np.ndarray]:
     """Pads token ids to one batch.
 
@@ -114,7 +118,7 @@ def pad(
         ids: Token ids of each row. Rows of type `Tokens` may also have token types.
         names: Names of the arrays to return.
         pad_id: Token id for padding.
-        left: Whether to pad on the left instead of the right.
+        left_padding: Whether to pad on the left instead of the right.
         width: Smallest width of the arrays; a longer row widens them.
 
     Returns:
@@ -127,9 +131,9 @@ def pad(
     arrays = {name: np.zeros((len(ids), width), np.int64) for name in names}
     arrays["input_ids"][:] = pad_id
     for index, row in enumerate(ids):
-        where = slice(width - len(row), width) if left else slice(0, len(row))
-        arrays["input_ids"][index, where] = row
-        arrays["attention_mask"][index, where] = 1
+        span = slice(width - len(row), width) if left_padding else slice(0, len(row))
+        arrays["input_ids"][index, span] = row
+        arrays["attention_mask"][index, span] = 1
         if isinstance(row, Tokens) and row.types and TOKEN_TYPES in arrays:
-            arrays[TOKEN_TYPES][index, where] = row.types
+            arrays[TOKEN_TYPES][index, span] = row.types
     return arrays

@@ -23,10 +23,12 @@ TEXT_COLUMNS = ("sentence", "text")
 STDIN = "-"
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")  # by file ending; an input file with another ending has plain lines
 PARQUET_ROWS = 1000  # number of rows read at once
-MOST_FIELD = 1 << 30  # characters of a CSV field; Python's own limit is 131,072
+MAX_FIELD_CHARACTERS = 1 << 30  # characters of a CSV field; Python's own limit is 131,072
 
 Row = Mapping[str, Any]
-Choose = Callable[[Sequence[str]], Sequence[str]]  # a table's columns → the columns to read; raises if one is missing
+ChooseColumns = Callable[
+    [Sequence[str]], Sequence[str]
+]  # a table's columns → the columns to read; raises if one is missing
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Table:
 
     file: str
 
-    def read(self, choose: Choose) -> Iterator[tuple[Any, ...]]:
+    def read(self, choose: ChooseColumns) -> Iterator[tuple[Any, ...]]:
         """Yields the chosen columns of each row in order, with None for a missing value.
 
         It holds only a few rows in memory.
@@ -50,41 +52,41 @@ class Table:
         readers = {".csv": self._csv, ".tsv": self._csv, ".jsonl": self._jsonl, ".parquet": self._parquet}
         reader = readers.get(kind_of(self.file))
         if reader is None:
-            raise DataError(f"{self.file} is none of {', '.join(FORMATS)}.", "Convert it to one of them.")
-        with readable(self.file):
+            raise DataError(f"The ending of {self.file} is none of {', '.join(FORMATS)}.", "Convert it to one of them.")
+        with convert_read_errors(self.file):
             yield from reader(choose)
 
-    def _csv(self, choose: Choose) -> Iterator[tuple[Any, ...]]:
-        csv.field_size_limit(MOST_FIELD)
+    def _csv(self, choose: ChooseColumns) -> Iterator[tuple[Any, ...]]:
+        csv.field_size_limit(MAX_FIELD_CHARACTERS)
         # Tab-separated values have no quoting (IANA, GLUE). With quoting, a single quote would join the next rows.
-        tab: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-        dialect = tab if kind_of(self.file) == ".tsv" else {"strict": True}
+        tsv_dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        dialect = tsv_dialect if kind_of(self.file) == ".tsv" else {"strict": True}
         with open_text(self.file, "utf-8-sig", "") as stream:
             rows = csv.reader(stream, **dialect)
             try:
                 header = next(rows, [])
-                at = [self._once(header, name) for name in choose(header)]
+                indices = [self._column_index(header, name) for name in choose(header)]
                 for number, row in enumerate(rows, start=1):
                     if not row:  # a blank line
                         continue
                     if len(row) != len(header):
-                        what = f"{len(row)} fields instead of {len(header)}"
-                        raise self.wrong(number, what, "Quote texts that hold commas or line breaks.")
-                    yield tuple(row[i] for i in at)
+                        fault = f"{len(row)} fields instead of {len(header)}"
+                        raise self.row_error(number, fault, "Quote texts that contain commas or line breaks.")
+                    yield tuple(row[i] for i in indices)
             except csv.Error as error:
                 raise DataError(
-                    f"{self.file}, line {rows.line_num}: {error}.", "Quote texts that hold commas."
+                    f"{self.file}, line {rows.line_num}: {error}.", "Quote texts that contain commas."
                 ) from error
 
-    def _once(self, header: Sequence[str], name: str) -> int:
+    def _column_index(self, header: Sequence[str], name: str) -> int:
         if header.count(name) > 1:
             raise DataError(
-                f"{self.file} has {header.count(name)} columns {name!r}, and which is meant cannot be told.",
+                f"{self.file} has {header.count(name)} columns {name!r}.",
                 "Rename or remove one.",
             )
         return header.index(name)
 
-    def _jsonl(self, choose: Choose) -> Iterator[tuple[Any, ...]]:
+    def _jsonl(self, choose: ChooseColumns) -> Iterator[tuple[Any, ...]]:
         names: Sequence[str] | None = None
         with open_text(self.file, "utf-8", "\n") as stream:
             for number, line in enumerate(stream, start=1):
@@ -93,35 +95,35 @@ class Table:
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise self.wrong(number, f"no JSON ({error})") from error
+                    raise self.row_error(number, f"it is not JSON ({error})") from error
                 if not isinstance(row, dict):
-                    raise self.wrong(number, "no JSON object")
+                    raise self.row_error(number, "it is not a JSON object")
                 names = choose(list(row)) if names is None else names
                 yield tuple(row.get(name) for name in names)
 
-    def _parquet(self, choose: Choose) -> Iterator[tuple[Any, ...]]:
+    def _parquet(self, choose: ChooseColumns) -> Iterator[tuple[Any, ...]]:
         import pyarrow
         import pyarrow.parquet
 
         try:
             with pyarrow.parquet.ParquetFile(self.file) as file:
                 header = file.schema_arrow.names
-                at = [self._once(header, name) for name in choose(header)]
-                names = [header[i] for i in at]
+                indices = [self._column_index(header, name) for name in choose(header)]
+                names = [header[i] for i in indices]
                 for batch in file.iter_batches(PARQUET_ROWS, columns=list(dict.fromkeys(names))):
                     yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
         except pyarrow.ArrowException as error:
             raise DataError(f"{self.file} cannot be read: {error}.", "Write it again as Parquet.") from error
 
-    def wrong(self, number: int, what: str, hint: str = "Correct the row.") -> DataError:
+    def row_error(self, number: int, fault: str, hint: str = "Correct the row.") -> DataError:
         """Returns an error about one row.
 
         Args:
             number: Number of the row, from 1.
-            what: The fault.
+            fault: The fault.
             hint: Advice to the user.
         """
-        return DataError(f"{self.file}, row {number}: {what}.", hint)
+        return DataError(f"{self.file}, row {number}: {fault}.", hint)
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ class Texts:
         """
         if self.file == STDIN:
             return ""
-        with readable(self.file), open(self.file, "rb") as file:
+        with convert_read_errors(self.file), open(self.file, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     @property
@@ -189,11 +191,11 @@ class Texts:
     def _lines(self) -> Iterator[str]:
         if self.columns:
             raise DataError(
-                f"{self.file} is read as plain lines, which have no columns.", "Leave out the options that name any."
+                f"{self.file} has plain lines, which have no columns.", "Leave out the options that name columns."
             )
-        with readable(self.file):
+        with convert_read_errors(self.file):
             stream: AbstractContextManager[IO[str]] = (
-                nullcontext(_utf8(sys.stdin))  # must stay open
+                nullcontext(_set_utf8(sys.stdin))  # must stay open
                 if self.file == STDIN
                 else open(self.file, encoding="utf-8", newline="\n")  # noqa: SIM115 (closed by the with below)
             )
@@ -221,11 +223,11 @@ def text_columns(names: Sequence[str], text: str | None, pair: str | None, file:
         DataError: The file lacks a column.
     """
     if text is None and not any(name in names for name in TEXT_COLUMNS):
-        what = f"no column {' or '.join(map(repr, TEXT_COLUMNS))}"
-        raise DataError(f"{file} has {what}; it has {_listed(names)}.", "Name it with --text-column.")
+        fault = f"no column {' or '.join(map(repr, TEXT_COLUMNS))}"
+        raise DataError(f"{file} has {fault}; it has {_format_names(names)}.", "Name its column with --text-column.")
     text = text or next(name for name in TEXT_COLUMNS if name in names)
-    first = named(names, text, file, "--text-column")
-    return [first, named(names, pair, file, "--text-pair-column")] if pair else [first]
+    text_column = require_column(names, text, file, "--text-column")
+    return [text_column, require_column(names, pair, file, "--text-pair-column")] if pair else [text_column]
 
 
 def text_of(values: Sequence[Any], names: Sequence[str], number: int, table: Table) -> Text:
@@ -242,44 +244,46 @@ def text_of(values: Sequence[Any], names: Sequence[str], number: int, table: Tab
     """
     for name, value in zip(names, values, strict=True):
         if not isinstance(value, str):
-            raise table.wrong(number, f"no text in {name!r}")
+            raise table.row_error(number, f"the column {name!r} holds no text")
     return values[0] if len(values) == 1 else (values[0], values[1])
 
 
-def named(names: Sequence[str], asked: str, file: str, option: str) -> str:
-    """Returns the column `asked`.
+def require_column(names: Sequence[str], column: str, file: str, option: str) -> str:
+    """Returns the column `column`.
 
     Args:
         names: Columns of the file.
-        asked: The column that must exist.
+        column: The column that must exist.
         file: Name of the file, for error messages.
         option: The command-line option that names the column, for error messages.
 
     Raises:
         DataError: The file lacks the column.
     """
-    if asked not in names:
-        raise DataError(f"{file} has no column {asked!r}; it has {_listed(names)}.", f"Name it with {option}.")
-    return asked
+    if column not in names:
+        raise DataError(
+            f"{file} has no column {column!r}; it has {_format_names(names)}.", f"Name one of these with {option}."
+        )
+    return column
 
 
-def _listed(names: Sequence[str]) -> str:
+def _format_names(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names)) or "none"
 
 
 @contextmanager
-def readable(file: str) -> Iterator[None]:
+def convert_read_errors(file: str) -> Iterator[None]:
     """Converts errors of the operating system, the UTF-8 decoder and gzip to `DataError`."""
     try:
         yield
     except UnicodeDecodeError as error:
         raise DataError(
             f"{file} is not UTF-8: {error.reason} at byte {error.start}.",
-            f"Save it as UTF-8; from Latin-1: iconv -f LATIN1 -t UTF-8 {file} > NEW.",
+            f"Save it as UTF-8. A command for Latin-1: iconv -f LATIN1 -t UTF-8 {file} > NEW.",
         ) from error
     except (OSError, EOFError, zlib.error) as error:
-        said = getattr(error, "strerror", None) or error
-        raise DataError(f"{file} cannot be read: {said}.", "Name a readable file.") from error
+        cause = getattr(error, "strerror", None) or error
+        raise DataError(f"{file} cannot be read: {cause}.", "Pass a readable file.") from error
 
 
 def open_text(file: str, encoding: str, newline: str) -> IO[str]:
@@ -289,7 +293,7 @@ def open_text(file: str, encoding: str, newline: str) -> IO[str]:
     return open(file, encoding=encoding, newline=newline)
 
 
-def _utf8(stream: Any) -> Any:
+def _set_utf8(stream: Any) -> Any:
     """Sets the stream to UTF-8, independent of the locale."""
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(encoding="utf-8", errors="strict")
@@ -297,7 +301,7 @@ def _utf8(stream: Any) -> Any:
 
 
 @contextmanager
-def writer(path: Path | None, columns: Sequence[str]) -> Iterator[Callable[[Sequence[Row]], None]]:
+def open_writer(path: Path | None, columns: Sequence[str]) -> Iterator[Callable[[Sequence[Row]], None]]:
     """Yields a function that appends rows to a file, in the format of the file's ending.
 
     Args:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolchain.data import datasets
-from toolchain.data.datasets import USUAL, Columns, Labelled
+from toolchain.data.datasets import DEFAULT_COLUMNS, Columns, LabelledTable
 from toolchain.data.files import Text
 from toolchain.data.labels import SST2_LABELS, LabelSet
 from toolchain.errors import DataError
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     pass
 
 SST2 = Path(__file__).parent.parent / "reference" / "sst2"
-HELD_OUT = 2000
+MAX_HELD_OUT_ROWS = 2000
 HELD_OUT_SPLIT, TRAIN_SPLIT, VALIDATION_SPLIT = "held-out", "train", "validation"
 SENTENCE_WORDS = 12
-FEWEST = 20
+MIN_ROWS = 20
 SPLIT_SEED = 20  # the same for all runs, so that no run trains on the held-out rows of another
 
 
@@ -50,7 +50,7 @@ class Data:
         return hashlib.sha256(json.dumps([self.texts, self.labels]).encode()).hexdigest()
 
     @property
-    def paired(self) -> bool:
+    def has_pairs(self) -> bool:
         """Returns whether each row has two texts."""
         return bool(self.texts) and not isinstance(self.texts[0], str)
 
@@ -59,7 +59,7 @@ class Data:
         """Returns the labels as targets of a loss; see `LabelSet.targets`."""
         return self.label_set.targets(self.labels)
 
-    def only(self, rows: Sequence[int]) -> Data:
+    def select(self, rows: Sequence[int]) -> Data:
         """Returns the data with the given rows only, in the given order."""
         texts, labels = tuple(self.texts[row] for row in rows), tuple(self.labels[row] for row in rows)
         return Data(self.name, texts, labels, self.label_set)
@@ -69,21 +69,21 @@ class Data:
         return tuple(random.Random(seed).sample(self.texts, min(count, len(self.texts))))
 
 
-def labelled(found: Labelled, labels: LabelSet) -> Data:
+def data_from_table(table: LabelledTable, labels: LabelSet) -> Data:
     """Converts a table to the data of a model with these `labels`.
 
     Raises:
         DataError: The table has a label that the model does not have.
     """
-    return Data(found.name, found.texts, labels.indices(found.column), labels)
+    return Data(table.name, table.texts, labels.indices(table.column), labels)
 
 
-def embedded(split: str = VALIDATION_SPLIT) -> Data:
+def load_embedded(split: str = VALIDATION_SPLIT) -> Data:
     """Returns a split of the embedded SST-2, ``train`` or ``validation``."""
-    return labelled(datasets.of_file(SST2 / f"{split}.tsv.gz", "sst2", USUAL), SST2_LABELS)
+    return data_from_table(datasets.read_file(SST2 / f"{split}.tsv.gz", "sst2", DEFAULT_COLUMNS), SST2_LABELS)
 
 
-def load(spec: str | None, labels: LabelSet, columns: Columns = USUAL, split: str | None = None) -> Data:
+def load(spec: str | None, labels: LabelSet, columns: Columns = DEFAULT_COLUMNS, split: str | None = None) -> Data:
     """Returns the data that `--data` names.
 
     Args:
@@ -98,11 +98,11 @@ def load(spec: str | None, labels: LabelSet, columns: Columns = USUAL, split: st
     """
     if split == HELD_OUT_SPLIT:
         data = TrainingSource(spec, columns).load(labels)
-        return data.only(hold_out(data)[1])
+        return data.select(hold_out(data)[1])
     if spec is None:
         _check_labels(labels, "--data")
-        return embedded(_embedded_split(split or VALIDATION_SPLIT))
-    return labelled(datasets.read(spec, columns, split, VALIDATION_SPLIT), labels)
+        return load_embedded(_embedded_split(split or VALIDATION_SPLIT))
+    return data_from_table(datasets.read(spec, columns, split, VALIDATION_SPLIT), labels)
 
 
 def _embedded_split(split: str) -> str:
@@ -114,24 +114,24 @@ def _embedded_split(split: str) -> str:
     return split
 
 
-def embedded_fits(labels: LabelSet) -> bool:
+def fits_embedded_data(labels: LabelSet) -> bool:
     """Returns whether the embedded sentences fit the model: one of two labels, with SST-2's names or default names."""
-    same = tuple(name.upper() for name in labels.names) == SST2_LABELS.names
-    return not labels.multi and len(labels.names) == 2 and (labels.generic or same)
+    has_sst2_names = tuple(name.upper() for name in labels.names) == SST2_LABELS.names
+    return not labels.multi_label and len(labels.names) == 2 and (labels.has_default_names or has_sst2_names)
 
 
 def _check_labels(labels: LabelSet, option: str) -> None:
     """Raises `DataError` unless the embedded sentences fit the model's labels."""
-    if not embedded_fits(labels):
-        what = "any number of " if labels.multi else ""
+    if not fits_embedded_data(labels):
+        quantity = "any number of " if labels.multi_label else ""
         raise DataError(
             f"The embedded SST-2 has the labels {', '.join(SST2_LABELS.names)}; this model has "
-            f"{what}{', '.join(labels.names)}.",
-            f"Pass data of its own: {option} FILE.",
+            f"{quantity}{', '.join(labels.names)}.",
+            f"Pass data with the model's labels: {option} FILE.",
         )
 
 
-def name_in(digest: str) -> str:
+def data_name(digest: str) -> str:
     """Returns the name at the start of a `TrainingSource.digest` or `Texts.digest`, for messages."""
     return digest.partition(":")[0]
 
@@ -147,7 +147,7 @@ class TrainingSource:
     """
 
     file: str | None = None
-    columns: Columns = USUAL
+    columns: Columns = DEFAULT_COLUMNS
     split: str | None = None
 
     @functools.cached_property
@@ -156,17 +156,17 @@ class TrainingSource:
 
         The sha256 covers the bytes of the file, or the texts and labels of a hub data set.
         """
-        path = SST2 / "train.tsv.gz" if self.file is None else datasets.file_of(self.file)
+        path = SST2 / "train.tsv.gz" if self.file is None else datasets.find_file(self.file)
         name = "sst2" if self.file is None else self.file if path is None else path.name
         if path is None:
-            found = self.read().sha256
+            content_digest = self.read().sha256
         else:
             with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-        named = [self.columns.text or "", self.columns.label] if self.file else []
-        return ":".join([name, found, *named, *filter(None, (self.columns.pair, self.split))])
+                content_digest = hashlib.file_digest(file, "sha256").hexdigest()
+        column_names = [self.columns.text or "", self.columns.label] if self.file else []
+        return ":".join([name, content_digest, *column_names, *filter(None, (self.columns.pair, self.split))])
 
-    def read(self) -> Labelled:
+    def read(self) -> LabelledTable:
         """Reads the sentences with their label column.
 
         Raises:
@@ -174,11 +174,11 @@ class TrainingSource:
         """
         if self.file is None:
             split = _embedded_split(self.split or TRAIN_SPLIT)
-            return datasets.of_file(SST2 / f"{split}.tsv.gz", "sst2", USUAL, SST2_LABELS.names)
+            return datasets.read_file(SST2 / f"{split}.tsv.gz", "sst2", DEFAULT_COLUMNS, SST2_LABELS.names)
         return self._table
 
     @functools.cached_property
-    def _table(self) -> Labelled:
+    def _table(self) -> LabelledTable:
         assert self.file is not None
         return datasets.read(self.file, self.columns, self.split, TRAIN_SPLIT)
 
@@ -190,39 +190,41 @@ class TrainingSource:
         """
         if self.file is None:
             _check_labels(labels, "--train-data")
-        return labelled(self.read(), labels)
+        return data_from_table(self.read(), labels)
 
 
 def hold_out(data: Data) -> tuple[list[int], list[int]]:
     """Splits training data into rows to train on and held-out rows.
 
-    The held-out rows number `HELD_OUT`, or a tenth of the rows if that is less. They have at least `SENTENCE_WORDS`
-    words if enough rows have that length, because results on phrases predict little about sentences.
+    A tenth of the rows is held out, at most `MAX_HELD_OUT_ROWS`. Held-out rows have at least `SENTENCE_WORDS` words if
+    enough rows have that length, because results on phrases predict little about sentences.
 
     Returns:
         The indices of the training rows and of the held-out rows, both in seeded random order.
 
     Raises:
-        DataError: The data has fewer than `FEWEST` rows.
+        DataError: The data has fewer than `MIN_ROWS` rows.
     """
     count = len(data.labels)
-    if count < FEWEST:
-        raise DataError(f"{data.name} has {count} rows: too few to train on.", f"Pass at least {FEWEST}.")
+    if count < MIN_ROWS:
+        raise DataError(
+            f"{data.name} has {count} rows, which are too few for training.", f"Pass at least {MIN_ROWS} rows."
+        )
     order = random.Random(SPLIT_SEED).sample(range(count), count)
-    wanted = min(HELD_OUT, count // 10)
-    held = sentence_rows(data, order, wanted)
-    taken = set(held)
-    return [row for row in order if row not in taken], held
+    held_out_count = min(MAX_HELD_OUT_ROWS, count // 10)
+    held_out_rows = sentence_rows(data, order, held_out_count)
+    held_out_set = set(held_out_rows)
+    return [row for row in order if row not in held_out_set], held_out_rows
 
 
-def sentence_rows(data: Data, rows: Sequence[int], wanted: int) -> list[int]:
-    """Returns the first `wanted` of `rows` with at least `SENTENCE_WORDS` words.
+def sentence_rows(data: Data, rows: Sequence[int], count: int) -> list[int]:
+    """Returns the first `count` of `rows` with at least `SENTENCE_WORDS` words.
 
-    If fewer than 2 × `wanted` rows have that length, it returns the first `wanted` rows of any length.
+    If fewer than 2 × `count` rows have that length, it returns the first `count` rows of any length.
     """
-    long = [row for row in rows if _words(data.texts[row]) >= SENTENCE_WORDS]
-    return list(long if len(long) >= 2 * wanted else rows)[:wanted]
+    long_rows = [row for row in rows if _count_words(data.texts[row]) >= SENTENCE_WORDS]
+    return list(long_rows if len(long_rows) >= 2 * count else rows)[:count]
 
 
-def _words(text: Text) -> int:
+def _count_words(text: Text) -> int:
     return len((text if isinstance(text, str) else " ".join(text)).split())

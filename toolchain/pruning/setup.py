@@ -88,7 +88,7 @@ class PruningSetup:
         return self._batches(inputs.hold_out(self._data)[1])
 
     def _batches(self, rows: list[int]) -> list[Batch]:
-        data = self._data.only(rows)
+        data = self._data.select(rows)
         return batches(self.encoder.encode(data.texts), data.targets, self.encoder, BATCH)
 
     @functools.cached_property

@@ -16,7 +16,7 @@ from toolchain.backends.ort import OrtSession
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.inputs import Data, TrainingSource
-from toolchain.data.labels import answers, log_shares
+from toolchain.data.labels import answers, outcome_log_probabilities
 from toolchain.errors import GraphError
 from toolchain.passes import read, rewrite, write
 from toolchain.passes.model_shape import context_of
@@ -81,7 +81,7 @@ class SensitivitySetup:
         """
         manifest = artifact.manifest
         data: Data = train.load(artifact.label_set)
-        held_out = data.only(inputs.hold_out(data)[1])
+        held_out = data.select(inputs.hold_out(data)[1])
         encoder = Encoder.open(artifact.path, [spec.name for spec in manifest.inputs], manifest.max_length)
         return cls(artifact, passes, activations, encoder, encoder.encode(held_out.texts), held_out.labels)
 
@@ -128,13 +128,15 @@ def rank(setup: SensitivitySetup, progress: Progress) -> list[Layer]:
     with setup.session(names) as session:
         fp32_logits = setup.logits(session, SENTENCES)
     multi = setup.encoder.multi_label
-    fp32_log_shares, fp32_answers = log_shares(fp32_logits, multi), answers(fp32_logits, multi)
+    fp32_log_shares, fp32_answers = outcome_log_probabilities(fp32_logits, multi), answers(fp32_logits, multi)
     layers = []
     for count, name in enumerate(names):
         progress(count, len(names), f"quantising only {name}")
         with setup.session([fp32_answer for fp32_answer in names if fp32_answer != name]) as session:
             logits = setup.logits(session, SENTENCES)
-        divergence = float((np.exp(fp32_log_shares) * (fp32_log_shares - log_shares(logits, multi))).sum(axis=1).mean())
+        divergence = float(
+            (np.exp(fp32_log_shares) * (fp32_log_shares - outcome_log_probabilities(logits, multi))).sum(axis=1).mean()
+        )
         flips = sum(
             answer != fp32_answer for answer, fp32_answer in zip(fp32_answers, answers(logits, multi), strict=True)
         )

@@ -18,7 +18,7 @@ from toolchain.build import onnx_metadata
 from toolchain.build.pipeline import ensure
 from toolchain.build.steps.validate import SEED as VALIDATION_SEED
 from toolchain.build.steps.validate import SENTENCES as VALIDATION_SENTENCES
-from toolchain.build.steps.validate import TEXTS, TOLERANCE, sentence, validate
+from toolchain.build.steps.validate import TEXTS, TOLERANCE, validate, validation_summary
 from toolchain.build.workspace import Workspace
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder, pad
@@ -117,7 +117,7 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
         target,
         artifacts,
         _provenance(workspace, artifacts[0].manifest, order.license),
-        [*TEXTS.values(), *map(str, inputs.embedded().sample(SENTENCES, SEED))],
+        [*TEXTS.values(), *map(str, inputs.load_embedded().sample(SENTENCES, SEED))],
         {artifact_id: _measurement_entry(*row) for artifact_id, row in measurements.items()},
         page_files,
         order.with_tokenizer,
@@ -148,7 +148,7 @@ def _compare(contents: Contents, body: Mapping[str, Any], folder: Path, say: Say
     Raises:
         VerdictError: The logits of a file differ from the logits of its artifact.
     """
-    sentences = list(map(str, inputs.embedded().sample(VALIDATION_SENTENCES, VALIDATION_SEED)))
+    sentences = list(map(str, inputs.load_embedded().sample(VALIDATION_SENTENCES, VALIDATION_SEED)))
     place = Place("cpu", hardware.cores())
     for artifact, model in zip(contents.artifacts, body["models"], strict=True):
         names = [spec.name for spec in artifact.manifest.inputs]
@@ -160,7 +160,7 @@ def _compare(contents: Contents, body: Mapping[str, Any], folder: Path, say: Say
             else:
                 session = open_session(folder / file, "onnx", place)
                 report = validate(session, original, encoder, sentences, "exact")
-                passed, summary = report["passed"], sentence(report)
+                passed, summary = report["passed"], validation_summary(report)
                 session.close()
             if not passed:
                 raise VerdictError(

@@ -18,7 +18,7 @@ from toolchain.artifacts.store import Artifact
 from toolchain.bench.cells import Cell
 from toolchain.bench.runner import bench
 from toolchain.bench.scenarios import Protocol
-from toolchain.build.pipeline import STEPS, ensure, without_fresh
+from toolchain.build.pipeline import STEPS, ensure, skip_fresh_events
 from toolchain.build.workspace import Workspace
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder
@@ -223,12 +223,12 @@ class _Judge:
         manifest = root.manifest
         data = workspace.train.load(root.label_set)
         _, rows = inputs.hold_out(data)
-        held = data.only(rows)
+        held = data.select(rows)
         names = [spec.name for spec in manifest.inputs]
         encoder = Encoder.open(workspace.path(checkpoints.ROOT_VARIANT), names, manifest.max_length)
         layers = layers_in(workspace.path(checkpoints.ROOT_VARIANT))
         try:
-            baseline = ensure(workspace, [BASELINE], {}, without_fresh(say), bar)[BASELINE]
+            baseline = ensure(workspace, [BASELINE], {}, skip_fresh_events(say), bar)[BASELINE]
         except VerdictError as error:
             say(f"{error.cause} The search goes on without it; speed-ups refer to {EXACT}.")
         judge = cls(workspace, manifest, layers, held, encoder, baseline, 0.0, say, bar)
@@ -238,7 +238,7 @@ class _Judge:
         """Builds the missing variants of the candidate and measures it."""
         chain = candidate.chain(self.layers)
         name = list(chain)[-1]
-        artifact = ensure(self.workspace, [name], chain, without_fresh(self.say), self.bar)[name]
+        artifact = ensure(self.workspace, [name], chain, skip_fresh_events(self.say), self.bar)[name]
         beside, row = self._measured([self.baseline, artifact])
         trained = self._trained(candidate)
         return Outcome(

@@ -12,7 +12,7 @@ from toolchain.artifacts.manifest import TensorSpec
 from toolchain.artifacts.steps import Import
 from toolchain.backends import lora
 from toolchain.backends.pytorch import check_finite, describe, load_model
-from toolchain.build.job import Built, Job
+from toolchain.build.job import Job, StepResult
 from toolchain.data.labels import MULTI
 from toolchain.errors import ArtifactError, CheckpointError
 from toolchain.models.checkpoints import CARD, OWN_WEIGHTS, SHAPES, WEIGHTS, has_tokenizer, license_of
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 VERSION = 2
 
 
-def import_checkpoint(job: Job[Import]) -> Built:
+def import_checkpoint(job: Job[Import]) -> StepResult:
     """Loads the checkpoint and saves it in fp32, so that all imported models have the same dtype and layout.
 
     If the checkpoint is an adapter, the step merges it into its base first.
@@ -38,20 +38,20 @@ def import_checkpoint(job: Job[Import]) -> Built:
         raise CheckpointError("An import needs a checkpoint's folder.")
     model = lora.load_merged(job.checkpoint, job.base) if job.base else load_model(job.checkpoint)
     check_finite(model.state_dict(), job.checkpoint)
-    tokenizer = _tokenizer(job.checkpoint if job.base is None or has_tokenizer(job.checkpoint) else job.base)
+    tokenizer = _load_tokenizer(job.checkpoint if job.base is None or has_tokenizer(job.checkpoint) else job.base)
     rows = int(model.config.vocab_size)
     if len(tokenizer) > rows:
         raise CheckpointError(
-            f"The tokenizer has {len(tokenizer)} tokens, the embedding table {rows} rows.",
-            "Pass the tokenizer the model was trained with.",
+            f"The tokenizer has {len(tokenizer)} tokens, but the embedding table has {rows} rows.",
+            "Pass the tokenizer of the model's training.",
         )
     # One file for any size, because every later step reads exactly one.
     try:
         model.save_pretrained(job.folder, safe_serialization=True, max_shard_size="1TB")
     except SafetensorError as error:  # safetensors raises this for a full disk
-        hint = "Free the space, or choose another place with --exported DIR."
+        hint = "Free space, or choose another folder with --exported DIR."
         raise ArtifactError(f"{job.folder} cannot be written: {error}.", hint) from error
-    names = _inputs(model, tokenizer)
+    names = _input_names(model, tokenizer)
     # Stored because the default of the tokenizer class may name inputs that this model does not accept.
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
     tokenizer.save_pretrained(job.folder)
@@ -60,17 +60,19 @@ def import_checkpoint(job: Job[Import]) -> Built:
         (job.folder / WEIGHTS).rename(job.folder / OWN_WEIGHTS)
     if not (job.folder / "tokenizer.json").is_file():
         raise CheckpointError(
-            f"The tokenizer of {job.checkpoint} has no fast form.", "Convert it to a tokenizer.json first."
+            f"The tokenizer of {job.checkpoint} has no tokenizer.json.", "Convert it to a fast tokenizer first."
         )
     if not {"input_ids", "attention_mask"} <= set(names):
-        raise CheckpointError("The tokenizer gives no input_ids with attention_mask.", "Correct its model_input_names.")
+        raise CheckpointError(
+            "The tokenizer does not give both input_ids and attention_mask.", "Correct its model_input_names."
+        )
     if not 0 <= (model.config.pad_token_id or 0) < rows:
         raise CheckpointError(
-            f"pad_token_id {model.config.pad_token_id} is no row of the embedding table.", "Correct it."
+            f"The embedding table has no row for the pad_token_id {model.config.pad_token_id}.", "Correct config.json."
         )
     id2label = model.config.id2label or {}
     labels = tuple(str(id2label[index]) for index in range(model.config.num_labels))
-    return Built(
+    return StepResult(
         step=job.step,
         inputs=tuple(TensorSpec(name, "int64", ("batch_size", "sequence_length")) for name in names),
         outputs=(TensorSpec("logits", "float32", ("batch_size", len(labels))),),
@@ -80,7 +82,7 @@ def import_checkpoint(job: Job[Import]) -> Built:
             **describe(model, model.state_dict()),
             **({"multi_label": True} if model.config.problem_type == MULTI else {}),
             **license_facts(job.checkpoint, job.base),
-            **_trained_on(job.checkpoint),
+            **_training_data_facts(job.checkpoint),
         },
     )
 
@@ -92,24 +94,24 @@ def license_facts(checkpoint: Path, base: Path | None) -> dict[str, str]:
         checkpoint: Folder of the checkpoint.
         base: Folder of an adapter's base; None otherwise. Adapter and base must state the same licence.
     """
-    stated = {license_of(folder) for folder in (checkpoint, base) if folder}
-    found = stated.pop() if len(stated) == 1 else None
-    return {"license": found} if found else {}
+    licenses = {license_of(folder) for folder in (checkpoint, base) if folder}
+    license_name = licenses.pop() if len(licenses) == 1 else None
+    return {"license": license_name} if license_name else {}
 
 
-def _trained_on(checkpoint: Path) -> dict[str, str]:
+def _training_data_facts(checkpoint: Path) -> dict[str, str]:
     """Returns the digest of the training data if `finetune` made the checkpoint.
 
     A benchmark on the same data then uses only its held-out rows.
     """
     try:
-        found = json.loads((checkpoint / CARD).read_text(encoding="utf-8"))["train"]
+        digest = json.loads((checkpoint / CARD).read_text(encoding="utf-8"))["train"]
     except (OSError, ValueError, LookupError, TypeError):  # the file is missing, or another tool wrote it
         return {}
-    return {"trained_on": found} if isinstance(found, str) else {}
+    return {"trained_on": digest} if isinstance(digest, str) else {}
 
 
-def _tokenizer(folder: Any) -> Any:
+def _load_tokenizer(folder: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
@@ -117,20 +119,20 @@ def _tokenizer(folder: Any) -> Any:
     except Exception as error:  # tokenizers and transformers pass on the errors of their parsers
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"The tokenizer in {folder} cannot be loaded: {cause}", "Save it beside the model again."
+            f"The tokenizer in {folder} cannot be loaded: {cause}", "Save the tokenizer beside the model again."
         ) from error
 
 
-def _inputs(model: PreTrainedModel, tokenizer: Any) -> list[str]:
+def _input_names(model: PreTrainedModel, tokenizer: Any) -> list[str]:
     """Returns the names of the inputs that the tokenizer gives and the model accepts, in the model's order.
 
     It omits token types if the model has fewer than two. DeBERTa-v2 has no table of token types, and RoBERTa's table
     has one row, but their tokenizers may still give token types.
     """
-    offered = set(tokenizer.model_input_names)
+    tokenizer_inputs = set(tokenizer.model_input_names)
     if getattr(model.config, "type_vocab_size", 2) < 2:
-        offered.discard("token_type_ids")
-    return [name for name in inspect.signature(model.forward).parameters if name in offered]
+        tokenizer_inputs.discard("token_type_ids")
+    return [name for name in inspect.signature(model.forward).parameters if name in tokenizer_inputs]
 
 
 def _max_length(model: PreTrainedModel, tokenizer: Any) -> int:
@@ -141,5 +143,5 @@ def _max_length(model: PreTrainedModel, tokenizer: Any) -> int:
             # RoBERTa's first position is the one after the padding's position.
             limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
     if not all(isinstance(limit, int | float) and limit > 2 for limit in limits):
-        raise CheckpointError(f"The longest text of {limits} tokens holds no word.", "Correct model_max_length.")
+        raise CheckpointError(f"The length limits {limits} leave no room for a word.", "Correct model_max_length.")
     return int(min(limits)) if min(limits) < 1e6 else 512

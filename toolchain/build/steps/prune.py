@@ -10,7 +10,7 @@ from toolchain import pruning
 from toolchain.artifacts.steps import Prune
 from toolchain.artifacts.store import copy_companions
 from toolchain.backends.pytorch import check_stored, describe, save_weights
-from toolchain.build.job import Built, Job
+from toolchain.build.job import Job, StepResult
 from toolchain.models.architectures import shapes_of, write_shapes
 from toolchain.pruning.costs import TOKENS, EncoderSizes, LatencyTable, latency_table
 from toolchain.pruning.selection import Price
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 VERSION = 3
 
 
-def prune(job: Job[Prune]) -> Built:
+def prune(job: Job[Prune]) -> StepResult:
     """Prunes the parent by the step's method, and stores weights, config and the shape of every layer.
 
     Raises:
@@ -31,30 +31,30 @@ def prune(job: Job[Prune]) -> Built:
         ArtifactError: The stored model gives other logits than the pruned model.
     """
     step = job.step
-    given = shared_setup(job.given, job.train, step.sentences, step.seed)
+    setup = shared_setup(job.parent_artifact, job.train, step.sentences, step.seed)
     table = None
     if step.method == "mask":
-        model = pruning.mask(given.model, step.ratio)
+        model = pruning.mask(setup.model, step.ratio)
     else:
-        price, table = price_of(given, step.cost, job.cache, job.progress)
-        job.progress(0, len(shapes_of(given.model)), "ranking heads and neurons")
-        model = pruning.prune(given, step.ratio, step.method, price, _layers(job, given), step.layers)
-    copy_companions(job.given, job.folder)
+        price, table = price_of(setup, step.cost, job.cache, job.progress)
+        job.progress(0, len(shapes_of(setup.model)), "ranking heads and neurons")
+        model = pruning.prune(setup, step.ratio, step.method, price, _layer_progress(job, setup), step.layers)
+    copy_companions(job.parent_artifact, job.folder)
     if step.method != "mask":
         write_shapes(model, job.folder)
     save_weights(model.state_dict(), job.folder)
-    check_stored(model, job.folder, given.names)
-    facts = {**describe(model, model.state_dict()), "pruning": _facts(step, given.model, model, table)}
-    return Built.like(job, facts)
+    check_stored(model, job.folder, setup.names)
+    facts = {**describe(model, model.state_dict()), "pruning": _pruning_facts(step, setup.model, model, table)}
+    return StepResult.from_parent(job, facts)
 
 
 def price_of(
-    given: PruningSetup, cost: str, cache: Any, progress: Callable[[int, int, str], None]
+    setup: PruningSetup, cost: str, cache: Any, progress: Callable[[int, int, str], None]
 ) -> tuple[Price, LatencyTable | None]:
     """Returns the cost function that the selection weighs importance against.
 
     Args:
-        given: The model to prune.
+        setup: The model to prune.
         cost: ``parameters``, or ``latency`` on this machine.
         cache: Folder of this machine's latency tables.
         progress: Called with units done, units in all, and the current work.
@@ -63,49 +63,53 @@ def price_of(
         The cost function, and its latency table; None for ``parameters``.
     """
     if cost == "latency":
-        table = latency_table(given.model, cache, progress)
+        table = latency_table(setup.model, cache, progress)
         return table.price, table
-    encoder = EncoderSizes.from_model(given.model)
+    encoder = EncoderSizes.from_model(setup.model)
     return encoder.unit_parameters, None
 
 
-def _layers(job: Job[Prune], given: PruningSetup) -> Callable[[int], None]:
-    total = len(shapes_of(given.model))
+def _layer_progress(job: Job[Prune], setup: PruningSetup) -> Callable[[int], None]:
+    total = len(shapes_of(setup.model))
     return lambda layer: job.progress(layer, total, "fitting layer by layer")
 
 
-def _facts(step: Prune, before: PreTrainedModel, after: PreTrainedModel, table: LatencyTable | None) -> dict[str, Any]:
+def _pruning_facts(
+    step: Prune, old_model: PreTrainedModel, new_model: PreTrainedModel, table: LatencyTable | None
+) -> dict[str, Any]:
     """Returns the pruning facts: each layer's shape, parameters, multiply-accumulates and predicted speed-up."""
-    old, new = EncoderSizes.from_model(before), EncoderSizes.from_model(after)
+    old_sizes, new_sizes = EncoderSizes.from_model(old_model), EncoderSizes.from_model(new_model)
     if table:
-        predicted, by = table.sentence_ms(old.shapes) / table.sentence_ms(new.shapes), "latency table"
+        speedup, predictor = table.sentence_ms(old_sizes.shapes) / table.sentence_ms(new_sizes.shapes), "latency table"
     else:
-        predicted, by = old.multiply_accumulates / new.multiply_accumulates, "multiply-accumulates"
-    zeros = sum(int((p == 0).sum()) for p in after.parameters()) - sum(int((p == 0).sum()) for p in before.parameters())
+        speedup, predictor = old_sizes.multiply_accumulates / new_sizes.multiply_accumulates, "multiply-accumulates"
+    zeros = sum(int((p == 0).sum()) for p in new_model.parameters()) - sum(
+        int((p == 0).sum()) for p in old_model.parameters()
+    )
     return {
         "method": step.method,
         "ratio": step.ratio,
-        "achieved": round(1 - new.parameters / old.parameters, 4),
-        "zeroed": round(max(0, zeros) / old.parameters, 4),
-        "heads": [shape.heads for shape in new.shapes],
-        "ffn": [shape.ffn for shape in new.shapes],
-        "encoder_parameters": {"before": old.parameters, "after": new.parameters},
+        "achieved": round(1 - new_sizes.parameters / old_sizes.parameters, 4),
+        "zeroed": round(max(0, zeros) / old_sizes.parameters, 4),
+        "heads": [shape.heads for shape in new_sizes.shapes],
+        "ffn": [shape.ffn for shape in new_sizes.shapes],
+        "encoder_parameters": {"before": old_sizes.parameters, "after": new_sizes.parameters},
         "macs_per_sentence": {
             "tokens": TOKENS,
-            "before": old.multiply_accumulates,
-            "after": new.multiply_accumulates,
+            "before": old_sizes.multiply_accumulates,
+            "after": new_sizes.multiply_accumulates,
         },
-        "predicted_speedup": {"value": round(predicted, 3), "by": by},
+        "predicted_speedup": {"value": round(speedup, 3), "by": predictor},
         **({"latency_table": asdict(table)} if table else {}),
     }
 
 
-def sentence(facts: dict[str, Any]) -> str:
+def pruning_summary(facts: dict[str, Any]) -> str:
     """Returns a one-line summary of the pruning facts."""
     if facts["method"] == "mask":
         return (
             f"{facts['zeroed']:.1%} of the encoder's linear parameters are zero and none is removed: "
-            "a mask makes nothing smaller or faster"
+            "a mask makes the model neither smaller nor faster"
         )
     millions = [facts["encoder_parameters"][key] / 1e6 for key in ("before", "after")]
     return (

@@ -9,8 +9,8 @@ from toolchain.artifacts.store import Artifact, copy_companions
 from toolchain.backends import bnb, reduced
 from toolchain.backends.pytorch import check_stored, describe, load_model, save_weights
 from toolchain.build import trimming
-from toolchain.build.job import Built, Job
-from toolchain.build.rewriting import rewrite_into
+from toolchain.build.job import Job, StepResult
+from toolchain.build.rewriting import rewrite_parent_graph
 from toolchain.data.inputs import TrainingSource
 from toolchain.errors import GraphError
 from toolchain.models.checkpoints import WEIGHTS
@@ -21,91 +21,98 @@ from toolchain.quantization.sensitivity import SensitivitySetup, rank
 VERSION = 5
 
 
-def quantize(job: Job[Quantize]) -> Built:
+def quantize(job: Job[Quantize]) -> StepResult:
     """Quantises the parent by the step's backend and scheme.
 
     Raises:
         GraphError: The parent has nothing to quantise, or no standard operator exists for 4-bit tables.
         ArtifactError: The stored model gives other logits than the quantised model.
     """
-    return {"ort": _ort, "torch": _torch, "bnb": _bnb}[job.step.backend](job)
+    return {"ort": _quantize_ort, "torch": _quantize_torch, "bnb": _quantize_bnb}[job.step.backend](job)
 
 
-def _ort(job: Job[Quantize]) -> Built:
+def _quantize_ort(job: Job[Quantize]) -> StepResult:
     step = job.step
-    standard = job.given.manifest.variant.parts.std
-    linear = linear_passes(step, standard)
+    is_standard = job.parent_artifact.manifest.variant.parts.std
+    linear = linear_passes(step, is_standard)
     tables = step.embeddings or ("int4" if step.scheme == "int4" else "int8")
-    if standard and tables == "int4":
-        raise GraphError("There is no standard operator for tables of 4 bits.", "Leave --embeddings out.")
-    embedding = [f"quantize-embedding{'-int4' if tables == 'int4' else ''}"] if _has(step, "quantize-embedding") else []
-    activations = activations_of(job.given, step, job.train) if linear else {}
-    ranked = (
-        rank(SensitivitySetup.load(job.given, linear, job.train, activations), job.progress) if step.keep_fp32 else []
+    if is_standard and tables == "int4":
+        raise GraphError("There is no standard operator for embedding tables of 4 bits.", "Leave --embeddings out.")
+    embedding = (
+        [f"quantize-embedding{'-int4' if tables == 'int4' else ''}"]
+        if _applies_pass(step, "quantize-embedding")
+        else []
     )
-    keep = [layer.name for layer in ranked[: step.keep_fp32]]
+    activations = activations_of(job.parent_artifact, step, job.train) if linear else {}
+    sensitivities = (
+        rank(SensitivitySetup.load(job.parent_artifact, linear, job.train, activations), job.progress)
+        if step.keep_fp32
+        else []
+    )
+    fp32_layers = [layer.name for layer in sensitivities[: step.keep_fp32]]
     tokens = trimming.tokens_to_keep(job) if step.trim_vocab else []
     passes = [*(["trim-vocabulary"] if tokens else []), *linear, *embedding]
-    built = rewrite_into(job, passes, keep, activations, tokens)
+    built = rewrite_parent_graph(job, passes, fp32_layers, activations, tokens)
     # A model with only quantised tables counts as quantised only if the step leaves linear layers out.
     if not any(built.facts["rewrites"][name] for name in (linear or embedding)[-1:]):
-        what = "linear layer" if linear else "embedding table"
+        layer_kind = "linear layer" if linear else "embedding table"
         raise GraphError(
-            f"{job.given.manifest.variant} has no {what} left to quantise.", "Quantise the variant it was made from."
+            f"{job.parent_artifact.manifest.variant} has no {layer_kind} left to quantise.",
+            "Quantise its parent instead.",
         )
     facts = dict(built.facts)
-    if ranked:
-        facts |= {"kept_fp32": keep, "sensitivity": [dataclasses.asdict(layer) for layer in ranked]}
+    if sensitivities:
+        facts |= {"kept_fp32": fp32_layers, "sensitivity": [dataclasses.asdict(layer) for layer in sensitivities]}
     if tokens:
         facts |= trimming.trim(job, tokens, embedding, facts)
     return dataclasses.replace(built, facts=facts)
 
 
-def linear_passes(step: Quantize, standard: bool) -> tuple[str, ...]:
+def linear_passes(step: Quantize, is_standard: bool) -> tuple[str, ...]:
     """Returns the passes that quantise linear layers, in order; only the last one quantises.
 
     Args:
         step: The quantisation.
-        standard: Whether the graph has standard operators only, which the passes then keep.
+        is_standard: Whether the graph has standard operators only, which the passes then keep.
 
     Returns:
         Names of the passes; empty if the step leaves linear layers out.
     """
-    *before, last, _ = QUANTIZE_PASSES[step.scheme]
-    if not _has(step, last):
+    *preparations, linear_pass, _ = QUANTIZE_PASSES[step.scheme]
+    if not _applies_pass(step, linear_pass):
         return ()
     form = {"int4": "-int4", "static": "-static"}.get(step.scheme, "-portable" if step.reduce_range else "")
-    std = "-std" if standard and step.scheme != "int4" else ""
-    return *(name for name in before if _has(step, name)), f"{last}{std}{form}"
+    std = "-std" if is_standard and step.scheme != "int4" else ""
+    return *(name for name in preparations if _applies_pass(step, name)), f"{linear_pass}{std}{form}"
 
 
-def _has(step: Quantize, name: str) -> bool:
+def _applies_pass(step: Quantize, name: str) -> bool:
     return step.passes is None or name in step.passes
 
 
 def activations_of(artifact: Artifact, step: Quantize, train: TrainingSource) -> dict[str, Activation]:
     """Calibrates a static scheme on training data and returns the result of `calibrate`; empty for other schemes."""
-    return calibrate(artifact, train, _has(step, "smooth")) if step.scheme == "static" else {}
+    return calibrate(artifact, train, _applies_pass(step, "smooth")) if step.scheme == "static" else {}
 
 
-def _torch(job: Job[Quantize]) -> Built:
-    model = load_model(job.given.path)
-    made, precision = reduced.reduce(model, job.step.scheme)
-    tensors = reduced.tensors_of(made, precision)
-    copy_companions(job.given, job.folder)
+def _quantize_torch(job: Job[Quantize]) -> StepResult:
+    model = load_model(job.parent_artifact.path)
+    reduced_model, precision = reduced.reduce(model, job.step.scheme)
+    tensors = reduced.tensors_of(reduced_model, precision)
+    copy_companions(job.parent_artifact, job.folder)
     precision.write(job.folder)
     save_weights(tensors, job.folder)
-    check_stored(made, job.folder, [spec.name for spec in job.given.manifest.inputs])
-    return Built.like(job, describe(model, tensors))
+    check_stored(reduced_model, job.folder, [spec.name for spec in job.parent_artifact.manifest.inputs])
+    return StepResult.from_parent(job, describe(model, tensors))
 
 
-def _bnb(job: Job[Quantize]) -> Built:
+def _quantize_bnb(job: Job[Quantize]) -> StepResult:
     from safetensors.torch import load_file
 
-    copy_companions(job.given, job.folder)
-    model = bnb.quantize_model(job.given.path, job.step.scheme)
+    copy_companions(job.parent_artifact, job.folder)
+    model = bnb.quantize_model(job.parent_artifact.path, job.step.scheme)
     # The first forward pass rearranges bitsandbytes' 4-bit weights, and a save after it writes wrong weights.
     model.save_pretrained(job.folder, max_shard_size="100GB")
     facts = describe(model, load_file(job.folder / WEIGHTS))
     del facts["parameters"]  # wrong count: one stored element holds two or four weights
-    return Built.like(job, facts)
+    return StepResult.from_parent(job, facts)

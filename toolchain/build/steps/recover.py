@@ -13,7 +13,7 @@ from typing import Any
 from toolchain.artifacts.steps import Recover, settings_of
 from toolchain.artifacts.store import copy_companions
 from toolchain.backends.pytorch import describe, load_model, save_weights
-from toolchain.build.job import Built, Job
+from toolchain.build.job import Job, StepResult
 from toolchain.data import encoding, inputs
 from toolchain.data.inputs import Data
 from toolchain.errors import ArtifactError
@@ -22,7 +22,7 @@ from toolchain.training.loop import Examples, Recipe, train
 VERSION = 8
 
 
-def recover(job: Job[Recover]) -> Built:
+def recover(job: Job[Recover]) -> StepResult:
     """Distils the unpruned model into the parent, on the training rows without the held-out ones and on pairs of them.
 
     The job's `resume` folder holds the state to resume from after a kill, until publication.
@@ -34,24 +34,30 @@ def recover(job: Job[Recover]) -> Built:
     step = job.step
     if job.root is None:
         raise ArtifactError("Recovery needs the unpruned model as its teacher.")
-    manifest = job.given.manifest
-    data = job.train.load(job.given.label_set)
-    encoder = encoding.Encoder.open(job.given.path, [spec.name for spec in manifest.inputs], manifest.max_length)
+    manifest = job.parent_artifact.manifest
+    data = job.train.load(job.parent_artifact.label_set)
+    encoder = encoding.Encoder.open(
+        job.parent_artifact.path, [spec.name for spec in manifest.inputs], manifest.max_length
+    )
     job.progress(0, 1, "reading the training data")
-    trained, held_out = inputs.hold_out(data)
-    rows = _examples(data, trained, encoder)
+    train_rows, held_out_rows = inputs.hold_out(data)
+    train_examples = _examples(data, train_rows, encoder)
     # A model that lost more parameters has more to learn again, and needs less time per example.
     # If rows are already pairs of texts, the step joins no pairs of rows.
-    pairs = 0 if data.paired else round(step.pairs * manifest.facts["pruning"]["achieved"] * len(rows.ids))
-    mask = _mask_token(job.given.path, encoder)
-    augmented = Augmented(rows.ids, rows.labels, pairs, mask, step.masked, step.seed, encoder.max_length)
-    model, teacher = load_model(job.given.path), load_model(job.root.path)
+    pairs = 0 if data.has_pairs else round(step.pairs * manifest.facts["pruning"]["achieved"] * len(train_examples.ids))
+    mask = _mask_token(job.parent_artifact.path, encoder)
+    augmented_examples = AugmentedExamples(
+        train_examples.ids, train_examples.labels, pairs, mask, step.masked, step.seed, encoder.max_length
+    )
+    model, teacher = load_model(job.parent_artifact.path), load_model(job.root.path)
     recipe = Recipe(step.epochs, step.learning_rate, step.batch_size, step.seed)
-    sealed = {"parent": manifest.id, "teacher": job.root.manifest.id, "step": settings_of(step), "version": VERSION}
-    key = hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
-    judged = _examples(data, held_out, encoder)
-    history = train((model, teacher), (augmented, judged), encoder, recipe, (job.resume, key), job.progress)
-    copy_companions(job.given, job.folder)
+    key_fields = {"parent": manifest.id, "teacher": job.root.manifest.id, "step": settings_of(step), "version": VERSION}
+    key = hashlib.sha256(json.dumps(key_fields, sort_keys=True).encode()).hexdigest()
+    held_out_examples = _examples(data, held_out_rows, encoder)
+    history = train(
+        (model, teacher), (augmented_examples, held_out_examples), encoder, recipe, (job.resume, key), job.progress
+    )
+    copy_companions(job.parent_artifact, job.folder)
     save_weights(model.state_dict(), job.folder)
     recovery = {
         **history,
@@ -59,16 +65,16 @@ def recover(job: Job[Recover]) -> Built:
         "masked": step.masked if mask is not None else 0.0,
         "teacher": job.root.manifest.id,
     }
-    return Built.like(job, {**describe(model, model.state_dict()), "recovery": recovery})
+    return StepResult.from_parent(job, {**describe(model, model.state_dict()), "recovery": recovery})
 
 
 def _examples(data: Data, rows: list[int], encoder: encoding.Encoder) -> Examples:
-    chosen = data.only(rows)
-    return Examples(encoder.encode(chosen.texts), chosen.targets)
+    selection = data.select(rows)
+    return Examples(encoder.encode(selection.texts), selection.targets)
 
 
 @dataclass(frozen=True)
-class Augmented(Examples):
+class AugmentedExamples(Examples):
     """The original rows, and new random pairs of rows in each epoch, with masked tokens.
 
     The teacher learned from these rows, so its logits for nearly all of them are certain. Its logits for disturbed and
@@ -77,33 +83,33 @@ class Augmented(Examples):
     Attributes:
         pairs: Number of pairs in each epoch. A pair joins two rows and has the label of the second.
         mask: Id of the mask token; None for pairs without masked tokens.
-        share: Share of a pair's tokens that the mask token replaces.
+        mask_share: Share of a pair's tokens that the mask token replaces.
         seed: Random seed of pairs and masks.
-        longest: Largest number of tokens of a pair.
+        max_length: Largest number of tokens of a pair.
     """
 
     pairs: int
     mask: int | None
-    share: float
+    mask_share: float
     seed: int
-    longest: int
+    max_length: int
 
     def of_epoch(self, epoch: int) -> Examples:
         """Returns the original rows and the pairs of that epoch."""
         rng = random.Random(f"{self.seed} {epoch}")
 
-        def masked(ids: list[int]) -> list[int]:
-            return [token if self.mask is None or rng.random() >= self.share else self.mask for token in ids]
+        def mask_tokens(ids: list[int]) -> list[int]:
+            return [token if self.mask is None or rng.random() >= self.mask_share else self.mask for token in ids]
 
         count = len(self.ids)
-        drawn = [(rng.randrange(count), rng.randrange(count)) for _ in range(self.pairs)]
+        row_pairs = [(rng.randrange(count), rng.randrange(count)) for _ in range(self.pairs)]
         # The first and the last token are special tokens of the tokenizer, which stay unmasked.
-        joined = [
-            [one[0], *masked([*one[1:-1], *other[1:-1]][: self.longest - 2]), other[-1]]
-            for one, other in ((self.ids[first], self.ids[second]) for first, second in drawn)
+        pair_ids = [
+            [first_ids[0], *mask_tokens([*first_ids[1:-1], *second_ids[1:-1]][: self.max_length - 2]), second_ids[-1]]
+            for first_ids, second_ids in ((self.ids[first], self.ids[second]) for first, second in row_pairs)
         ]
-        labels = [*self.labels, *(self.labels[second] for _, second in drawn)]
-        return Examples([*self.ids, *joined], labels)
+        labels = [*self.labels, *(self.labels[second] for _, second in row_pairs)]
+        return Examples([*self.ids, *pair_ids], labels)
 
 
 def _mask_token(folder: Path, encoder: encoding.Encoder) -> int | None:
@@ -112,15 +118,15 @@ def _mask_token(folder: Path, encoder: encoding.Encoder) -> int | None:
     token = json.loads(file.read_text()).get("mask_token") if file.is_file() else None
     if isinstance(token, dict):
         token = token.get("content")
-    found: int | None = encoder.tokenizer.token_to_id(token) if isinstance(token, str) else None
-    return found
+    token_id: int | None = encoder.tokenizer.token_to_id(token) if isinstance(token, str) else None
+    return token_id
 
 
-def sentence(facts: Mapping[str, Any]) -> str:
+def recovery_summary(facts: Mapping[str, Any]) -> str:
     """Returns a one-line summary of the recovery facts."""
-    course = " → ".join(f"{value:.2%}" for value in facts["held_out_accuracy"])
+    accuracies = " → ".join(f"{value:.2%}" for value in facts["held_out_accuracy"])
     return (
-        f"accuracy on {facts['held_out_rows']} held-out rows {course}, "
-        f"the least loss there after epoch {facts['best_epoch']}; "
+        f"accuracy on {facts['held_out_rows']} held-out rows {accuracies}, "
+        f"lowest loss on them after epoch {facts['best_epoch']}; "
         f"{facts['steps']} steps in {facts['precision']} on {facts['device']}"
     )

@@ -44,25 +44,25 @@ def grid(encoder: Encoder, sentences: Sequence[Text]) -> Iterator[tuple[str, dic
     def ids(length: int) -> list[int]:
         return [rng.randrange(vocabulary) for _ in range(length)]
 
-    def batch(rows: Sequence[Sequence[int]], left: bool = False) -> dict[str, np.ndarray]:
-        return pad(rows, encoder.names, encoder.pad_id, left)
+    def batch(rows: Sequence[Sequence[int]], left_padding: bool = False) -> dict[str, np.ndarray]:
+        return pad(rows, encoder.names, encoder.pad_id, left_padding)
 
     lengths = sorted({min(length, encoder.max_length) for length in (*LENGTHS, encoder.max_length)})
     for length in lengths:
         yield f"1 × {length} tokens", batch([ids(length)])
     for size in (2, 7):
         yield f"{size} × 25 tokens", batch([ids(min(25, encoder.max_length)) for _ in range(size)])
-        mixed = [ids(length) for length in rng.sample(lengths, min(size, len(lengths)))]
-        yield f"{size} mixed lengths, right padding", batch(mixed)
-        yield f"{size} mixed lengths, left padding", batch(mixed, left=True)
+        mixed_rows = [ids(length) for length in rng.sample(lengths, min(size, len(lengths)))]
+        yield f"{size} mixed lengths, right padding", batch(mixed_rows)
+        yield f"{size} mixed lengths, left padding", batch(mixed_rows, left_padding=True)
     for name, text in TEXTS.items():
         yield name, batch(encoder.encode([text]))
-    real = encoder.encode([*TEXTS.values(), *sentences[:3]])
-    yield "7 texts, right padding", batch(real)
-    yield "7 texts, left padding", batch(real, left=True)
+    text_rows = encoder.encode([*TEXTS.values(), *sentences[:3]])
+    yield "7 texts, right padding", batch(text_rows)
+    yield "7 texts, left padding", batch(text_rows, left_padding=True)
     pairs = encoder.encode([(TEXTS["accents"], TEXTS["emoji"]), (TEXTS["emoji"], TEXTS["over-long text"])])
     yield "2 pairs of texts, right padding", batch(pairs)
-    yield "2 pairs of texts, left padding", batch(pairs, left=True)
+    yield "2 pairs of texts, left padding", batch(pairs, left_padding=True)
 
 
 def validate(
@@ -71,7 +71,7 @@ def validate(
     encoder: Encoder,
     sentences: Sequence[Text],
     agreement: str,
-    original: Encoder | None = None,
+    reference_encoder: Encoder | None = None,
 ) -> dict[str, Any]:
     """Compares the logits of two sessions on `grid` and, one by one, on `sentences`.
 
@@ -84,8 +84,8 @@ def validate(
         encoder: Encoder of the artifact.
         sentences: Sentences to count flips on.
         agreement: As in `Variant.agreement`.
-        original: Encoder of the reference if its vocabulary differs. Both models then get the same tokens of `grid`
-            under their own ids, and each encoder tokenises the sentences.
+        reference_encoder: Encoder of the reference if its vocabulary differs. Both models then get the same tokens of
+            `grid` under their own ids, and each encoder tokenises the sentences.
 
     Returns:
         The report: verdict, largest and mean |Δlogit|, worst case of the grid and number of flips. `flip_margins` holds
@@ -93,46 +93,48 @@ def validate(
     """
     import numpy as np
 
-    original = original or encoder
-    ids = _ids_in(original, encoder) if original is not encoder else None
+    reference_encoder = reference_encoder or encoder
+    reference_ids = _map_token_ids(reference_encoder, encoder) if reference_encoder is not encoder else None
     grid_deltas = {}
     for name, batch in grid(encoder, sentences):
-        same = batch if ids is None else {**batch, "input_ids": ids[batch["input_ids"]]}
-        grid_deltas[name] = _delta(contender.run(batch), reference.run(same))
+        reference_batch = batch if reference_ids is None else {**batch, "input_ids": reference_ids[batch["input_ids"]]}
+        grid_deltas[name] = _max_delta(contender.run(batch), reference.run(reference_batch))
     deltas: list[float] = []
     flip_margins: list[float] = []
-    for row, its in zip(encoder.encode(sentences), original.encode(sentences), strict=True):
-        got = contender.run(pad([row], encoder.names, encoder.pad_id))
-        want = reference.run(pad([its], original.names, original.pad_id))
-        deltas.append(_delta(got, want))
-        if answers(got, encoder.multi_label) != answers(want, encoder.multi_label):
-            flip_margins.append(float(margins(want, encoder.multi_label)[0]))
-    worst = max(grid_deltas, key=lambda name: grid_deltas[name])
-    finite = bool(np.isfinite([*grid_deltas.values(), *deltas]).all())
-    largest = max(grid_deltas[worst], *deltas)
+    for row, reference_row in zip(encoder.encode(sentences), reference_encoder.encode(sentences), strict=True):
+        logits = contender.run(pad([row], encoder.names, encoder.pad_id))
+        reference_logits = reference.run(pad([reference_row], reference_encoder.names, reference_encoder.pad_id))
+        deltas.append(_max_delta(logits, reference_logits))
+        if answers(logits, encoder.multi_label) != answers(reference_logits, encoder.multi_label):
+            flip_margins.append(float(margins(reference_logits, encoder.multi_label)[0]))
+    worst_case = max(grid_deltas, key=lambda name: grid_deltas[name])
+    is_finite = bool(np.isfinite([*grid_deltas.values(), *deltas]).all())
+    largest_delta = max(grid_deltas[worst_case], *deltas)
     flips = len(flip_margins)
-    allowed = {"exact": largest <= TOLERANCE, "close": flips <= allowed_flips(len(deltas)), "free": True}
-    passed = finite and allowed[agreement]
+    agreement_checks = {"exact": largest_delta <= TOLERANCE, "close": flips <= allowed_flips(len(deltas)), "free": True}
+    is_valid = is_finite and agreement_checks[agreement]
     return {
-        "passed": bool(passed),
+        "passed": bool(is_valid),
         "agreement": agreement,
-        "finite": finite,
-        "grid_largest_delta": {name: _rounded(delta) for name, delta in grid_deltas.items()},
-        "worst_case": worst,
-        "largest_delta": _rounded(largest),
-        "mean_delta": _rounded(float(np.mean(deltas))),
+        "finite": is_finite,
+        "grid_largest_delta": {name: _round_to_json(delta) for name, delta in grid_deltas.items()},
+        "worst_case": worst_case,
+        "largest_delta": _round_to_json(largest_delta),
+        "mean_delta": _round_to_json(float(np.mean(deltas))),
         "sentences": len(deltas),
         "flips": flips,
-        "flip_margins": [_rounded(margin) for margin in flip_margins],
+        "flip_margins": [_round_to_json(margin) for margin in flip_margins],
     }
 
 
-def _ids_in(original: Encoder, encoder: Encoder) -> np.ndarray:
-    """Returns an array, int64 [tokens], that maps each token id of `encoder` to the token's id in `original`."""
+def _map_token_ids(reference_encoder: Encoder, encoder: Encoder) -> np.ndarray:
+    """Returns an array, int64 [tokens], that maps each token id of `encoder` to its id in `reference_encoder`."""
     import numpy as np
 
-    there, here = original.tokenizer.get_vocab(), encoder.tokenizer.get_vocab()
-    return np.array([there[token] for token in sorted(here, key=lambda token: here[token])], np.int64)
+    reference_vocabulary, vocabulary = reference_encoder.tokenizer.get_vocab(), encoder.tokenizer.get_vocab()
+    return np.array(
+        [reference_vocabulary[token] for token in sorted(vocabulary, key=lambda token: vocabulary[token])], np.int64
+    )
 
 
 def allowed_flips(sentences: int) -> int:
@@ -148,27 +150,29 @@ def allowed_flips(sentences: int) -> int:
     return int(stats.binom.ppf(CONFIDENCE, sentences, MAX_FLIPS))
 
 
-def _delta(got: np.ndarray, want: np.ndarray) -> float:
+def _max_delta(logits: np.ndarray, reference_logits: np.ndarray) -> float:
     """Returns the largest |Δlogit|; infinite if the shapes differ or a logit is not finite, so that no check passes."""
     import numpy as np
 
-    if got.shape != want.shape or not (np.isfinite(got).all() and np.isfinite(want).all()):
+    if logits.shape != reference_logits.shape or not (
+        np.isfinite(logits).all() and np.isfinite(reference_logits).all()
+    ):
         return float("inf")
-    return float(np.abs(got - want).max())
+    return float(np.abs(logits - reference_logits).max())
 
 
-def _rounded(value: float) -> float | None:
+def _round_to_json(value: float) -> float | None:
     """Rounds to three significant digits; returns None for values that JSON cannot represent."""
     return float(f"{value:.3g}") if value < float("inf") else None
 
 
-def sentence(report: dict[str, Any]) -> str:
+def validation_summary(report: dict[str, Any]) -> str:
     """Returns a one-line summary of the report."""
     delta = "not finite" if not report["finite"] else f"{report['largest_delta']:.2g} (worst: {report['worst_case']})"
     flips = f"{report['flips']} of {report['sentences']} sentences flipped"
-    allowed = {
+    limits = {
         "exact": f"≤ {TOLERANCE:g} allowed",
         "close": f"≤ {allowed_flips(report['sentences'])} allowed",
-        "free": "another model: finite answers required",
+        "free": "no limit, because it is another model",
     }[report["agreement"]]
-    return f"largest |Δlogit| {delta}, {flips}, {allowed}"
+    return f"largest |Δlogit| {delta}, {flips}, {limits}"

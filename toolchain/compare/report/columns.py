@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from toolchain.artifacts.names import VariantName
 from toolchain.build import trimming
-from toolchain.build.steps.prune import sentence
+from toolchain.build.steps.prune import pruning_summary
 from toolchain.compare.rows import Row
 from toolchain.errors import UnknownVariantError
 from toolchain.results.statistics import Ratio
@@ -265,7 +265,7 @@ def _pruning_notes(rows: Sequence[Row]) -> list[str]:
     groups: dict[tuple[int, str], list[Row]] = {}
     for row in rows_with_figures(rows):
         if "pruning" in row.measurement.facts:
-            groups.setdefault((id(row.run), sentence(row.measurement.facts["pruning"])), []).append(row)
+            groups.setdefault((id(row.run), pruning_summary(row.measurement.facts["pruning"])), []).append(row)
     lines = []
     for (_, text), pruned in groups.items():
         gains = [(_cell_name(row, rows), speedup_over_unpruned(row, rows)) for row in pruned]
@@ -279,7 +279,7 @@ def _vocabulary_notes(rows: Sequence[Row]) -> list[str]:
     """Returns one line for each cell with a trimmed vocabulary."""
     facts_by_cell = [(row.measurement.cell, row.measurement.facts.get("vocabulary")) for row in rows_with_figures(rows)]
     # The vocabulary belongs to the variant, so rows of several machines give the same line.
-    return list(dict.fromkeys(f"{cell}: {trimming.sentence(facts)}" for cell, facts in facts_by_cell if facts))
+    return list(dict.fromkeys(f"{cell}: {trimming.trimming_summary(facts)}" for cell, facts in facts_by_cell if facts))
 
 
 def _length_notes(rows: Sequence[Row]) -> list[str]:

@@ -97,7 +97,7 @@ class Texts:
             rows: Indices into the run's data, from 0.
         """
         if rows and self._embedded is None:
-            self._embedded = inputs.embedded()
+            self._embedded = inputs.load_embedded()
         data = self._embedded if self._embedded and self._embedded.sha256 == run.data["sha256"] else None
         labels = run.data["labels"] if rows else ()
         names = run.data.get("label_names")  # result files of older releases do not have this key
@@ -106,7 +106,7 @@ class Texts:
             Sentence(
                 row + 1,
                 _text(data.texts[row]) if data else "",
-                label_set.named(labels[row]) if label_set else f"label {labels[row]}",
+                label_set.format_answer(labels[row]) if label_set else f"label {labels[row]}",
             )
             for row in rows[:MOST]
         ]
