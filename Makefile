@@ -6,7 +6,7 @@ EXPORTED ?= exported
 # cpu; gpu (CUDA 13); or cuda12, for an NVIDIA driver older than 580 or a GPU below compute capability 7.5. Without it a
 # .venv keeps what it has, and a new one gets what the machine needs; `make install RUNTIME=...` always installs anew.
 RUNTIME ?=
-# An index to add for PyTorch, where the default one gives the wrong build; see the README.
+# An index to add for PyTorch, where the default one gives the wrong build; see docs/how-to/install.md.
 TORCH_INDEX ?=
 # Per cents that `make export` prunes; empty for none. TRAIN_DATA: a CSV to rank by, where SST-2 does not fit.
 PRUNE ?= 30 40 50
@@ -34,7 +34,7 @@ PIP = $(BIN)/pip install --disable-pip-version-check -q $(if $(TORCH_INDEX),--ex
 CHOICE = --model "$(MODEL)" --exported "$(EXPORTED)"
 
 .DEFAULT_GOAL := help
-.PHONY: help install anew export bench compare ship test test-fast test-clients lint docs report clean distclean
+.PHONY: help install anew export bench compare ship test test-fast test-clients lint docs docs-serve report clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -114,11 +114,20 @@ lint: $(VENV)/.installed-test ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-docs: install ## write the generated parts of the README anew
-	$(BIN)/python docs/readme_parts.py
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) -e ".[$(EXTRAS),docs]"
+	@touch $@
 
-report: docs ## write benchmarks/reports from the committed results, and the README's parts
+docs: $(VENV)/.installed-docs ## write the generated parts of README and docs/ anew, and build the site into site/
+	$(BIN)/python docs/readme_parts.py
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.installed-docs ## show the site at http://localhost:8000, rebuilt on every change
+	$(BIN)/mkdocs serve
+
+report: install ## write benchmarks/reports from the committed results, then run `make docs`
 	$(BIN)/python benchmarks/report.py
+	$(MAKE) docs
 
 # Only what the toolchain made: folders whose manifest has the id that seals it, work folders (`WORK` of
 # toolchain/artifacts/publishing.py), caches. Whatever else lies there is not ours to delete.
@@ -133,7 +142,7 @@ clean: ## delete built artifacts and caches, and say what that frees
 	@test -n "$(EXPORTED)" || { echo "EXPORTED is empty"; exit 1; }
 	@$(MADE) | xargs -0 -r du -sch | sed 's/^/freeing /'
 	@$(MADE) | xargs -0 -r sh -c 'rm -rf "$$@"; for folder; do rmdir "$${folder%/*}" 2>/dev/null; done; true' clean
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build toolchain.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build site toolchain.egg-info
 	find toolchain tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and delete .venv as well

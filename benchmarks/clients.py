@@ -1,10 +1,11 @@
-"""How fast bundles answer where they land: a bare Python, Node, a browser; and how large they are.
+"""Measures the latency of bundles in a bare Python, in Node and in a browser, and the sizes of their files.
 
     make test-clients
     python benchmarks/clients.py
 
-Each client scores the same validation sentences, one at a time, tokenising included, in rounds of random order; every
-round is a process, or a page, of its own. Writes benchmarks/studies/clients-reference.json.
+Each client classifies the same validation sentences, one at a time; the time includes tokenising. The order of the
+clients is random in each round. Every round starts a new process or opens a new page. The script writes
+benchmarks/studies/clients-reference.json.
 """
 
 from __future__ import annotations
@@ -47,15 +48,15 @@ sys.path.insert(0, str(ROOT / "tests"))
 from chromium import Chromium  # noqa: E402 (the tests' driver)
 
 
-def by_process(*command: str | Path) -> dict[str, Any]:
-    """What a client printed."""
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+def run_process(*command: str | Path) -> dict[str, Any]:
+    """Runs a client as a process and returns the JSON that it prints."""
+    process = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+    output: dict[str, Any] = json.loads(process.stdout)
+    return output
 
 
-def by_page(folder: Path, dtype: str, texts: str) -> dict[str, Any]:
-    """What a fresh browser says of the bundle's page, served from this machine."""
+def run_page(folder: Path, dtype: str, texts: str) -> dict[str, Any]:
+    """Serves a web bundle from this machine, runs the client in a new browser and returns its result."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *arguments: Any) -> None:
@@ -66,20 +67,20 @@ def by_page(folder: Path, dtype: str, texts: str) -> dict[str, Any]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with Chromium(Path(profile)) as browser:
             browser.open(f"http://127.0.0.1:{server.server_port}/")
-            found: dict[str, Any] = browser.run(f"({(SCRIPTS / 'page.js').read_text()})('{dtype}', {texts})")
+            output: dict[str, Any] = browser.run(f"({(SCRIPTS / 'page.js').read_text()})('{dtype}', {texts})")
         server.shutdown()
-    return found
+    return output
 
 
-def row(rounds: list[dict[str, Any]], right: list[str]) -> dict[str, Any]:
-    """One client's figures; `right` are the labels of the same variant in Python."""
+def client_row(rounds: list[dict[str, Any]], python_labels: list[str]) -> dict[str, Any]:
+    """Returns the figures of a client; flips are counted against `python_labels`, the labels in Python."""
     samples = Samples.ones([[round(1000 * ms) for ms in each["ms"]] for each in rounds])
     return {
         "latency_ms": samples.milliseconds(),
         "p50_interval_ms": statistics.median_interval(samples),
         "first_answer_ms": sorted(round(each["first_ms"], 1) for each in rounds),
-        "sentences": len(right),
-        "flips": sum(a != b for a, b in zip(rounds[0]["answers"], right, strict=True)),
+        "sentences": len(python_labels),
+        "flips": sum(a != b for a, b in zip(rounds[0]["answers"], python_labels, strict=True)),
     }
 
 
@@ -87,8 +88,8 @@ def row(rounds: list[dict[str, Any]], right: list[str]) -> dict[str, Any]:
 @click.option("--rounds", default=6, show_default=True)
 @click.option("--exported", type=click.Path(path_type=Path), default=ROOT / "exported", show_default=True)
 def main(rounds: int, exported: Path) -> None:
-    """Measures every client."""
-    modules = clients.installed(CACHE)
+    """Ships the bundles, measures every client, saves the study and prints it."""
+    modules = clients.find_modules(CACHE)
     if modules is None or not PYTHON.exists():
         raise click.ClickException("Run `make test-clients` first.")
     workspace = Workspace.open("reference", exported)
@@ -102,22 +103,25 @@ def main(rounds: int, exported: Path) -> None:
         for target, names in (("web", tuple(VARIANTS)), ("python", tuple(VARIANTS)), ("other", ("onnx-std-int8",))):
             body = shipping.ship(workspace, Order(names, target), folder / target, say, no_bar)
             sizes[target] = {entry["path"]: entry["bytes"] for entry in body["files"]}
-        ways: dict[str, Callable[[], dict[str, Any]]] = {}
+        commands: dict[str, Callable[[], dict[str, Any]]] = {}
         for variant, dtype in VARIANTS.items():
-            ways[f"{variant}, Python"] = functools.partial(
-                by_process, PYTHON, SCRIPTS / "bare.py", folder / "python", variant, folder / "texts.json"
+            commands[f"{variant}, Python"] = functools.partial(
+                run_process, PYTHON, SCRIPTS / "bare.py", folder / "python", variant, folder / "texts.json"
             )
-            ways[f"{variant}, Node"] = functools.partial(
-                by_process, "node", folder / "transformers.mjs", folder / "web", dtype, folder / "texts.json"
+            commands[f"{variant}, Node"] = functools.partial(
+                run_process, "node", folder / "transformers.mjs", folder / "web", dtype, folder / "texts.json"
             )
-            ways[f"{variant}, browser"] = functools.partial(by_page, folder / "web", dtype, json.dumps(texts))
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
-        order = [name for turn in range(rounds) for name in random.Random(SEED + turn).sample(list(ways), len(ways))]
+            commands[f"{variant}, browser"] = functools.partial(run_page, folder / "web", dtype, json.dumps(texts))
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+        order = [
+            name for turn in range(rounds) for name in random.Random(SEED + turn).sample(list(commands), len(commands))
+        ]
         with bar("clients") as progress:
             for done, name in enumerate(order):
                 progress(done, len(order), name)
-                found[name].append(ways[name]())
-    rows = {name: row(each, found[f"{name.split(',')[0]}, Python"][0]["answers"]) for name, each in found.items()}
+                results[name].append(commands[name]())
+    python_labels = {variant: results[f"{variant}, Python"][0]["answers"] for variant in VARIANTS}
+    rows = {name: client_row(each, python_labels[name.split(",")[0]]) for name, each in results.items()}
     packages = {name: clients.version(name) for name in (clients.TRANSFORMERS, clients.RUNTIME, "onnxruntime-node")}
     body = {"schema": 1, "machine": hardware.machine(), "packages": packages, "rounds": rounds, "rows": rows}
     STUDY.write_text(json.dumps({**body, "size_bytes": sizes}, indent=1) + "\n")
@@ -126,12 +130,12 @@ def main(rounds: int, exported: Path) -> None:
 
 
 def summary(body: dict[str, Any]) -> list[str]:
-    """The study in lines."""
+    """Returns the study as lines of a table."""
     lines = [f"{'':20} {'p50 ms':>8} {'p95 ms':>8} {'first answer ms':>16} {'flips':>6}"]
-    for name, found in body["rows"].items():
-        first = found["first_answer_ms"][len(found["first_answer_ms"]) // 2]
-        p50, p95 = found["latency_ms"]["p50"], found["latency_ms"]["p95"]
-        lines.append(f"{name:20} {p50:8.2f} {p95:8.2f} {first:16.0f} {found['flips']:6}")
+    for name, row in body["rows"].items():
+        first = row["first_answer_ms"][len(row["first_answer_ms"]) // 2]
+        p50, p95 = row["latency_ms"]["p50"], row["latency_ms"]["p95"]
+        lines.append(f"{name:20} {p50:8.2f} {p95:8.2f} {first:16.0f} {row['flips']:6}")
     return lines
 
 

@@ -1,10 +1,11 @@
-"""Neural Compressor as a peer: its int8 for ONNX Runtime, dynamic and static.
+"""Builds int8 models with Neural Compressor, dynamic or static, as a peer for ONNX Runtime.
 
     python neural_compressor_peer.py MODEL.onnx TOKENS.json OUT.onnx dynamic|static
 
-makes the int8 model, in an environment that has `PACKAGES`: post-training quantisation by its own defaults, which take
-the model for a transformer and fuse it first. Static is calibrated on the given sentences, with SmoothQuant, and leaves
-the products' results in fp32, as its DistilBERT example does: by its bare defaults accuracy drops by several points.
+The script needs an environment with `PACKAGES`. It uses Neural Compressor's defaults, which treat the model as a
+transformer and fuse it first. Static quantisation is calibrated on the sentences of TOKENS.json. It uses SmoothQuant
+and keeps the results of products in fp32, as in Neural Compressor's DistilBERT example. With the defaults, accuracy
+drops by several points.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# The last of the 2.x line, which has the whole of its ONNX Runtime side; its file is opened by ours. It needs six and
-# transformers without asking for them, and an ONNX and ONNX Runtime of its time.
+# The last 2.x release, because 2.x supports ONNX Runtime completely. It needs ONNX and ONNX Runtime of the same age.
+# It also needs six and transformers, which it does not declare. The toolchain's ONNX Runtime runs the resulting file.
 PACKAGES = (
     "neural-compressor==2.6",
     "onnx==1.16.2",
@@ -29,13 +30,15 @@ PACKAGES = (
 RECIPES = {
     "optypes_to_exclude_output_quant": ["MatMul", "Gemm", "Attention", "FusedGemm"],
     "smooth_quant": True,
-    "smooth_quant_args": {"alpha": 0.5},  # its default, without which nothing is smoothed
+    "smooth_quant_args": {"alpha": 0.5},  # the default value, but SmoothQuant does nothing if it is absent
 }
 
 
 class Sentences:
-    """Calibration data as it reads them: one sentence at a time with a label, which is not asked for. All are padded
-    to one length, since its SmoothQuant takes no others."""
+    """Calibration data in the form that Neural Compressor reads: one sentence at a time, with an unused label.
+
+    All sentences are padded to one length, because SmoothQuant needs it.
+    """
 
     batch_size = 1
 
@@ -54,7 +57,7 @@ class Sentences:
 
 
 def main(model: str, tokens: str, out: str, approach: str) -> None:
-    """Calibrates, quantises, saves."""
+    """Quantises the model and saves it."""
     from neural_compressor import PostTrainingQuantConfig, quantization
 
     rows = json.loads(Path(tokens).read_text())
@@ -62,7 +65,7 @@ def main(model: str, tokens: str, out: str, approach: str) -> None:
     config = PostTrainingQuantConfig(approach=approach, recipes=recipes, calibration_sampling_size=[len(rows)])
     quantized = quantization.fit(model, config, calib_dataloader=Sentences(rows))
     if quantized is None:
-        sys.exit(f"Neural Compressor made no {approach} model of {model}.")
+        sys.exit(f"Neural Compressor could not quantise {model} ({approach}).")
     quantized.save(out)
 
 

@@ -1,9 +1,9 @@
-"""OpenVINO as a peer: its int8 by NNCF, and a session for the benchmark.
+"""OpenVINO as a peer: a session for the benchmark, and a script that builds an int8 model with NNCF.
 
     python openvino_peer.py MODEL.onnx TOKENS.json OUT.xml
 
-makes the int8 model, in an environment that has `PACKAGES`: post-training quantisation with SmoothQuant, as NNCF
-does it for transformers, calibrated on the given sentences.
+The script needs an environment with `PACKAGES`. NNCF quantises the model after training, with its settings for
+transformers, which use SmoothQuant. It calibrates on the sentences of TOKENS.json.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("openvino==2026.4.1", "nncf==3.4.0")
-SITE = "OPENVINO_SITE"  # where the packages of the scratch environment lie
+SITE = "OPENVINO_SITE"  # environment variable: the package folder of the scratch environment
 
 
 class OpenVinoSession:
-    """A `Session` on OpenVINO's CPU plugin, with its own defaults but the threads."""
+    """A `Session` on OpenVINO's CPU plugin, with default settings except the threads and the latency hint."""
 
     def __init__(self, folder: Path, place: Any) -> None:
-        sys.path.append(os.environ[SITE])  # after this environment's own: only what it lacks comes from there
+        sys.path.append(os.environ[SITE])  # at the end, so that packages of this environment come first
         import openvino
 
         file = next(path for name in ("model.xml", "model.onnx") if (path := folder / name).is_file())
@@ -41,7 +41,7 @@ class OpenVinoSession:
         return lambda: self._request.infer(batch)
 
     def facts(self) -> dict[str, Any]:
-        """Threads, and the precision it chose to compute in."""
+        """Returns provider, threads and OpenVINO's precision."""
         precision = self._model.get_property("INFERENCE_PRECISION_HINT")
         return {"provider": "OpenVINO CPU", "threads": self._threads, "precision": str(precision)}
 
@@ -51,7 +51,7 @@ class OpenVinoSession:
 
 
 def main(model: str, tokens: str, out: str) -> None:
-    """Calibrates, quantises, saves."""
+    """Quantises the model and saves it."""
     import nncf
     import numpy as np
     import openvino

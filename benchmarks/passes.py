@@ -1,16 +1,21 @@
-"""What each rewrite brings: the graph with all of them against the graph without one, or with another in its place.
+"""Measures what each pass saves: the graph with all passes against a graph without one, or with another pass instead.
 
     python benchmarks/passes.py [--shape reference|base] [--full] [--save-as NAME]
 
-Every graph is made of the same `onnx-std`, by the passes of `toolchain` and by a few that stand here only, because they
-are what the toolchain decided against: fusions of ONNX Runtime that it leaves out, biases outside the quantised
-products, attention in its parts, ONNX Runtime's `quantize_dynamic`. `onnx-fp32` and `onnx-int8` are built as always,
-validated; the others are as good as the answers they give, which are counted. All are measured interleaved in one run,
-under ONNX Runtime's default session options and with symbolic shapes: at load it fuses on top what it can. Without
-known shapes that is not SkipLayerNormalization, so `residual-sum`, which keeps it out where an app fixes the
-dimensions, can bring nothing here; the row with the fused operator shows what it keeps out. A ratio is the time without
-(or instead) over the time of the graph with, and its 95 % interval over rounds; above 1 the rewrite makes it faster.
-The result file goes to benchmarks/studies/.
+Every graph is built from the same `onnx-std`, with the passes of `toolchain` and a few passes of this script. The
+script's passes are alternatives that the toolchain does not use: fusions of ONNX Runtime that it leaves out, biases
+outside the quantised products, attention in separate operators, and ONNX Runtime's `quantize_dynamic`.
+
+`onnx-fp32` and `onnx-int8` are built and validated as usual. The other graphs are not validated; the script counts
+their flips. All graphs are measured interleaved in one run, with ONNX Runtime's default session options and symbolic
+shapes.
+
+ONNX Runtime fuses more operators when it loads a graph, but it needs known shapes for SkipLayerNormalization. The pass
+`residual-sum` prevents this fusion in apps that fix the shapes, so it cannot save time here. The row
+with SkipLayerNormalization shows the cost of this fusion.
+
+A ratio is the time without the pass (or with the alternative) divided by the time with the pass, with its 95 % interval
+over rounds. Above 1, the pass makes the graph faster. The result file goes to benchmarks/studies/.
 """
 
 from __future__ import annotations
@@ -28,27 +33,28 @@ import onnx_ir as ir
 import peers
 
 from toolchain.artifacts import store
+from toolchain.artifacts.steps import CPU_PASSES, Quantize
 from toolchain.artifacts.store import Artifact
-from toolchain.artifacts.variants import CPU_PASSES, Quantize
 from toolchain.bench.cells import Cell
 from toolchain.build.pipeline import ensure
 from toolchain.build.steps.quantize import linear_passes
 from toolchain.cli.progress import bar, say
 from toolchain.passes import PASSES, read, rewrite, write
-from toolchain.passes.attention import whole
-from toolchain.passes.fuse import APART_ON_CPU, fuse
+from toolchain.passes.attention import build_qattention
+from toolchain.passes.fuse import CPU_DISABLED_FUSIONS, fuse
 from toolchain.passes.int8 import run_time_codes
 from toolchain.passes.model_shape import context_of
-from toolchain.passes.quantize_linear import fused, quantize_linear
-from toolchain.results.measurements import Measurement, ResultFile
+from toolchain.passes.quantize_linear import build_fused_product, quantize_linear
+from toolchain.results.measurements import Measurement
+from toolchain.results.result_file import ResultFile
 
 FP32, INT8 = "onnx-fp32", "onnx-int8"
 SKIP_LAYER_NORM = ("skip_layer_norm", "bias_skip_layer_norm")
 
 
-def bias_apart(model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Value | None) -> list[ir.Node]:
-    """The toolchain's product with an Add of the bias behind it; an `attention.Product`."""
-    product = fused(model, data, name, array, None)
+def add_bias_after(model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Value | None) -> list[ir.Node]:
+    """Returns the toolchain's quantised product followed by an Add of the bias; an `attention.Product`."""
+    product = build_fused_product(model, data, name, array, None)
     if bias is None:
         return product
     add = ir.node("Add", [product[-1].outputs[0], bias], name=f"{name}/biased")
@@ -56,27 +62,34 @@ def bias_apart(model: ir.Model, data: Any, name: str, array: np.ndarray, bias: i
     return [*product, add]
 
 
-def _fusing(*names: str) -> Callable[..., tuple[ir.Model, int]]:
-    return partial(fuse, apart=tuple(name for name in APART_ON_CPU if name not in names))
+def _fuse_also(*names: str) -> Callable[..., tuple[ir.Model, int]]:
+    return partial(fuse, disabled_fusions=tuple(name for name in CPU_DISABLED_FUSIONS if name not in names))
 
 
-# Passes that stand in for one of the toolchain's.
-OTHERS = {
-    "fuse-skip-layer-norm": _fusing(*SKIP_LAYER_NORM),
-    "fuse-bias-gelu": _fusing("bias_gelu"),
-    "fuse-embed-layer-norm": _fusing("embed_layer_norm"),
-    "fuse-not-attention": partial(fuse, apart=(*APART_ON_CPU, "attention")),
+# Passes that replace a pass of the toolchain.
+EXPERIMENTAL_PASSES = {
+    "fuse-skip-layer-norm": _fuse_also(*SKIP_LAYER_NORM),
+    "fuse-bias-gelu": _fuse_also("bias_gelu"),
+    "fuse-embed-layer-norm": _fuse_also("embed_layer_norm"),
+    "fuse-not-attention": partial(fuse, disabled_fusions=(*CPU_DISABLED_FUSIONS, "attention")),
     "quantize-linear-bias-apart": partial(
-        quantize_linear, product=bias_apart, attend=partial(whole, codes=run_time_codes)
+        quantize_linear, product=add_bias_after, attend=partial(build_qattention, codes=run_time_codes)
     ),
-    "quantize-linear-merged": partial(quantize_linear, product=fused),
+    "quantize-linear-merged": partial(quantize_linear, product=build_fused_product),
 }
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A graph made by `passes` of onnx-std, and by ONNX Runtime's `quantize_dynamic` with these options where there are
-    any; it is compared with the graph `against`. `change` says what it has that the other has not."""
+    """A graph that is compared with another graph.
+
+    Attributes:
+        name: Name of the graph.
+        change: The difference from the other graph, for readers.
+        passes: Passes that build the graph from onnx-std.
+        against: Name of the other graph.
+        dynamic: Options of ONNX Runtime's `quantize_dynamic`, which runs after the passes; None to omit it.
+    """
 
     name: str
     change: str
@@ -85,56 +98,65 @@ class Contender:
     dynamic: dict[str, Any] | None = None
 
 
-def _instead(name: str, *others: str, of: Sequence[str] = CPU_PASSES) -> tuple[str, ...]:
-    """The passes with others in the place of one, or none."""
-    return tuple(new for each in of for new in (others if each == name else (each,)))
+def _replace_pass(name: str, *replacements: str, passes: Sequence[str] = CPU_PASSES) -> tuple[str, ...]:
+    """Returns `passes` with `replacements` instead of the pass `name`."""
+    return tuple(new for each in passes for new in (replacements if each == name else (each,)))
 
 
 def contenders() -> list[Contender]:
-    """Everything that is compared with `onnx-fp32` and `onnx-int8`, or with another of these."""
-    fp32 = [(f"no-{name}", f"without {name}", _instead(name)) for name in CPU_PASSES]
+    """Returns all graphs that are compared with `onnx-fp32`, with `onnx-int8` or with each other."""
+    fp32 = [(f"no-{name}", f"without {name}", _replace_pass(name)) for name in CPU_PASSES]
     fp32 += [
         (
             "skip-layer-norm",
             "SkipLayerNormalization for Sub + LayerNormalization",
-            _instead("fuse", "fuse-skip-layer-norm"),
+            _replace_pass("fuse", "fuse-skip-layer-norm"),
         ),
-        ("bias-gelu", "BiasGelu for Gelu", _instead("fuse", "fuse-bias-gelu")),
-        ("embed-layer-norm", "EmbedLayerNormalization for its parts", _instead("fuse", "fuse-embed-layer-norm")),
-        ("attention-in-parts", "attention in its parts, three projections", _instead("fuse", "fuse-not-attention")),
+        ("bias-gelu", "BiasGelu for Gelu", _replace_pass("fuse", "fuse-bias-gelu")),
+        ("embed-layer-norm", "EmbedLayerNormalization for its parts", _replace_pass("fuse", "fuse-embed-layer-norm")),
+        (
+            "attention-in-parts",
+            "attention in separate operators, three projections",
+            _replace_pass("fuse", "fuse-not-attention"),
+        ),
     ]
-    found = [Contender(f"{FP32}+{name}", change, passes, FP32) for name, change, passes in fp32]
+    entries = [Contender(f"{FP32}+{name}", change, passes, FP32) for name, change, passes in fp32]
     quantized = (*linear_passes(Quantize(), standard=False), "quantize-embedding")
-    found += [Contender(f"{INT8}+{name}", change, (*passes, *quantized), INT8) for name, change, passes in fp32]
-    every = (*CPU_PASSES, *quantized)
-    found += [Contender(f"{INT8}+no-{name}", f"without {name}", _instead(name, of=every), INT8) for name in quantized]
-    others = (
+    entries += [Contender(f"{INT8}+{name}", change, (*passes, *quantized), INT8) for name, change, passes in fp32]
+    all_passes = (*CPU_PASSES, *quantized)
+    entries += [
+        Contender(f"{INT8}+no-{name}", f"without {name}", _replace_pass(name, passes=all_passes), INT8)
+        for name in quantized
+    ]
+    replacements = (
         ("merged", "one product, Split and MultiHeadAttention for QAttention"),
-        ("bias-apart", "bias behind the quantised product"),
+        ("bias-apart", "Add of the bias after the quantised product"),
     )
-    for name, change in others:
-        graph = _instead("quantize-linear", f"quantize-linear-{name}", of=every)
-        found.append(Contender(f"{INT8}+{name}", change, graph, INT8))
-    # As optimum-cli gives them for VNNI. DefaultTensorType: fused operators' results have no type in the file.
+    for name, change in replacements:
+        graph = _replace_pass("quantize-linear", f"quantize-linear-{name}", passes=all_passes)
+        entries.append(Contender(f"{INT8}+{name}", change, graph, INT8))
+    # optimum-cli uses these options for VNNI. DefaultTensorType: the file has no types for results of fused operators.
     types = {"weight_type": "QInt8", "DefaultTensorType": 1}
-    found.append(Contender(f"{INT8}+quantize-dynamic", "quantize_dynamic for these passes", CPU_PASSES, INT8, types))
-    parts = _instead("fuse", "fuse-not-attention")
+    entries.append(Contender(f"{INT8}+quantize-dynamic", "quantize_dynamic for these passes", CPU_PASSES, INT8, types))
+    parts = _replace_pass("fuse", "fuse-not-attention")
     name = f"{INT8}+quantize-dynamic-in-parts"
-    found.append(Contender(name, "the same, attention in its parts", parts, INT8, {**types, "MatMulConstBOnly": True}))
-    found.append(
+    entries.append(
+        Contender(name, "the same, attention in separate operators", parts, INT8, {**types, "MatMulConstBOnly": True})
+    )
+    entries.append(
         Contender(
             f"{INT8}+products-of-activations",
-            "that, and QKᵀ and PV in int8",
+            "the same, with QKᵀ and PV in int8",
             parts,
             name,
             {**types, "MatMulConstBOnly": False},
         )
     )
-    return found
+    return entries
 
 
 def build(contender: Contender, std: Artifact, scratch: Path) -> Artifact:
-    """The contender's graph, config and tokenizer beside it."""
+    """Builds the contender's graph and copies config and tokenizer beside it."""
     folder = scratch / contender.name
     folder.mkdir()
     store.copy_companions(std, folder)
@@ -143,7 +165,7 @@ def build(contender: Contender, std: Artifact, scratch: Path) -> Artifact:
     write(model, target)
     if contender.dynamic is not None:
         _quantize_dynamic(target, **contender.dynamic)
-    return peers.as_artifact(std, contender.name, folder, "benchmarks/passes.py")
+    return peers.make_artifact(std, contender.name, folder, "benchmarks/passes.py")
 
 
 def _quantize_dynamic(path: Path, weight_type: str, **extra: Any) -> None:
@@ -153,18 +175,19 @@ def _quantize_dynamic(path: Path, weight_type: str, **extra: Any) -> None:
 
 
 def summary(result: ResultFile) -> list[str]:
-    """A line for each contender."""
+    """Returns a line for each contender."""
     rows = {row.variant: row for row in result.rows}
     size = result.run["batch_size"]
     width = max(len(each.change) for each in contenders())
-    lines = [f"{'':10} {'':{width}} {'batch 1':22} {f'batches of {size}':22} answered otherwise"]
+    lines = [f"{'':10} {'':{width}} {'batch 1':22} {f'batches of {size}':22} flips"]
     for each in contenders():
         other, base = rows[each.name], rows[each.against]
-        single, batched = (
-            peers.ratio(mine, theirs) for mine, theirs in zip(peers.measured(base), peers.measured(other), strict=True)
+        latency, throughput = (
+            peers.ratio(own, other)
+            for own, other in zip(peers.require_samples(base), peers.require_samples(other), strict=True)
         )
         graph, flips = each.name.split("+")[0], f"{_flips(base, other):3} of {len(base.predictions)}"
-        lines.append(f"{graph:10} {each.change:{width}} {single:22} {batched:22} {flips}")
+        lines.append(f"{graph:10} {each.change:{width}} {latency:22} {throughput:22} {flips}")
     return lines
 
 
@@ -174,22 +197,22 @@ def _flips(one: Measurement, other: Measurement) -> int:
 
 @click.command()
 @click.option("--shape", type=click.Choice(["reference", "base"]), default="reference", show_default=True)
-@click.option("--full", is_flag=True, help="About 60 s a cell instead of 20.")
+@click.option("--full", is_flag=True, help="Measure each cell for about 60 s instead of 20 s.")
 @click.option("--save-as", help="[default: passes-SHAPE]")
 def main(shape: str, full: bool, save_as: str | None) -> None:
-    """Builds, measures, prints, saves."""
-    PASSES.update(OTHERS)
+    """Builds the graphs, measures them, saves the result file and prints the ratios."""
+    PASSES.update(EXPERIMENTAL_PASSES)
     with tempfile.TemporaryDirectory() as folder, bar("passes") as progress:
         scratch = Path(folder)
         workspace = peers.open_shape(shape, scratch / "exported", scratch)
-        built = ensure(workspace, (FP32, INT8), {}, say)
-        graphs = {name: built[name] for name in (FP32, INT8)}
-        asked = contenders()
-        for done, each in enumerate(asked):
-            progress(done, len(asked), f"building {each.name}")
-            graphs[each.name] = build(each, built["onnx-std"], scratch)
+        artifacts = ensure(workspace, (FP32, INT8), {}, say)
+        graphs = {name: artifacts[name] for name in (FP32, INT8)}
+        entries = contenders()
+        for done, each in enumerate(entries):
+            progress(done, len(entries), f"building {each.name}")
+            graphs[each.name] = build(each, artifacts["onnx-std"], scratch)
         cells = [Cell(workspace.model, name, "onnx", "cpu", artifact) for name, artifact in graphs.items()]
-        result = peers.measure_all(cells, built["torch-fp32"], full, progress)
+        result = peers.measure_all(cells, artifacts["torch-fp32"], full, progress)
     result.write(peers.STUDIES / f"{save_as or f'passes-{shape}'}.json")
     for line in summary(result):
         click.echo(line)

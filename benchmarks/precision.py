@@ -1,9 +1,9 @@
-"""What the session option for exact 8-bit products costs on this processor.
+"""Measures the cost of the session option for exact 8-bit products on this processor.
 
     python benchmarks/precision.py [--save-as NAME]
 
-Opens each variant twice, with `session.x64quantprecision` = 1 and without it, and asks both the same sentences in
-turns, one at a time and in batches of 32, on one thread. Writes benchmarks/studies/NAME.json.
+The script opens each variant twice: with `session.x64quantprecision` = 1 and without it. It runs both on the same
+sentences in turns, one at a time and in batches of 32, on one thread. It writes benchmarks/studies/NAME.json.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
 from toolchain.cli.progress import bar, say
 from toolchain.data import inputs
-from toolchain.data.inputs import Encoder, pad
+from toolchain.data.encoding import Encoder, pad
 from toolchain.results import statistics
 
 VARIANTS = ("onnx-int8", "onnx-int8-static", "onnx-std-int8")
@@ -33,20 +33,24 @@ SENTENCES = 64
 @click.option("--exported", type=click.Path(path_type=Path), default=Path("exported"), show_default=True)
 @click.option("--save-as", default="precision-reference", show_default=True)
 def main(exported: Path, save_as: str) -> None:
-    """Builds, measures, prints, saves."""
-    built = ensure(Workspace.open("reference", exported), VARIANTS, {}, say)
+    """Builds the variants, measures them, saves the study and prints it."""
+    artifacts = ensure(Workspace.open("reference", exported), VARIANTS, {}, say)
     texts = [str(text) for text in inputs.embedded().sample(SENTENCES, 1)]
     rows = {}
     for name in VARIANTS:
-        manifest = built[name].manifest
-        encoder = Encoder.open(built[name].path, [spec.name for spec in manifest.inputs], manifest.max_length)
+        manifest = artifacts[name].manifest
+        encoder = Encoder.open(artifacts[name].path, [spec.name for spec in manifest.inputs], manifest.max_length)
         ids = sorted(encoder.encode(texts), key=len)
         batches = {
             "batch 1": [pad([row], encoder.names, encoder.pad_id) for row in ids],
-            "batches of 32": [pad(ids[at : at + 32], encoder.names, encoder.pad_id) for at in range(0, len(ids), 32)],
+            "batches of 32": [
+                pad(ids[start : start + 32], encoder.names, encoder.pad_id) for start in range(0, len(ids), 32)
+            ],
         }
         with bar(name) as progress:
-            rows[name] = {kind: _time_ratio(built[name].onnx_path, asked, progress) for kind, asked in batches.items()}
+            rows[name] = {
+                kind: _time_ratio(artifacts[name].onnx_path, arrays, progress) for kind, arrays in batches.items()
+            }
     body = {"option": EXACT_PRODUCTS, "saturates_without": saturates(), "rounds": ROUNDS, "rows": rows}
     write(save_as, body)
     for line in summary(body):
@@ -54,7 +58,7 @@ def main(exported: Path, save_as: str) -> None:
 
 
 def _time_ratio(file: Path, batches: list[Any], progress: Any) -> dict[str, float]:
-    """The time with the option over the time without it."""
+    """Returns the time with the option divided by the time without it."""
     sessions = []
     for with_option in (True, False):
         options = session_options(1, exact=False)
@@ -64,21 +68,21 @@ def _time_ratio(file: Path, batches: list[Any], progress: Any) -> dict[str, floa
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(ROUNDS + 1):
         progress(turn, ROUNDS + 1, "rounds")
-        for which in (0, 1) if turn % 2 else (1, 0):
+        for index in (0, 1) if turn % 2 else (1, 0):
             started = time.perf_counter()
             for batch in batches:
-                sessions[which].run(None, batch)
+                sessions[index].run(None, batch)
             if turn:  # the first round warms up
-                times[which].append(time.perf_counter() - started)
+                times[index].append(time.perf_counter() - started)
     return statistics.ratio(*times).to_json()
 
 
 def summary(body: dict[str, Any]) -> list[str]:
-    """The study in lines."""
+    """Returns the study as lines of a table."""
     state = "saturates" if body["saturates_without"] else "does not saturate"
-    lines = [f"{body['option'][0]} = {body['option'][1]}, on a processor that {state} without it: time with / without"]
+    lines = [f"time with {body['option'][0]} = {body['option'][1]} / time without; without it, this processor {state}"]
     for name, row in body["rows"].items():
-        figures = (f"{kind}: {its['value']:.2f} [{its['low']:.2f}, {its['high']:.2f}]" for kind, its in row.items())
+        figures = (f"{kind}: {each['value']:.2f} [{each['low']:.2f}, {each['high']:.2f}]" for kind, each in row.items())
         lines.append(f"{name:17} {'   '.join(figures)}")
     return lines
 

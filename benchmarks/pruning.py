@@ -1,10 +1,10 @@
-"""Accuracy against the share of parameters removed, for every way of pruning and for training after it.
+"""Measures accuracy against the pruning ratio for every pruning method, and after training.
 
     python benchmarks/pruning.py [--model reference] [--exported exported] [--save-as NAME]
 
-Prunes the model at each of `RATIOS` by every method, and by `fisher` without the fit that follows it; at `RECOVERED`
-the artifacts of `toolchain prune --recover 1` are built and measured too. Accuracy is that of the PyTorch models on the
-whole validation set. Writes NAME.json and NAME.svg to benchmarks/studies/ and prints the table.
+The script prunes the model at each of `RATIOS` by every method, and by `fisher` without the least-squares fit. At
+`RECOVERED` it also measures the artifacts of `toolchain prune --recover 1`. It measures the PyTorch models on the whole
+validation set. It writes NAME.json and NAME.svg to benchmarks/studies/ and prints the table.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from rich.table import Table
 from scipy import stats
 
 from toolchain import pruning
-from toolchain.artifacts.variants import Prune, Recover
+from toolchain.artifacts.steps import Prune, Recover
 from toolchain.backends.pytorch import load_model
 from toolchain.build.pipeline import ensure
 from toolchain.build.steps.prune import price_of
 from toolchain.build.workspace import Workspace
 from toolchain.cli.progress import bar, say
 from toolchain.data import inputs
-from toolchain.models.architectures import keep
+from toolchain.models.architectures import keep_units
 from toolchain.pruning.costs import EncoderSizes
 from toolchain.pruning.selection import select
-from toolchain.pruning.subject import Subject, subject
+from toolchain.pruning.setup import PruningSetup, shared_setup
 from toolchain.system import hardware
 from toolchain.training.batches import Batch, batches
 from toolchain.training.loop import accuracy
@@ -45,46 +45,46 @@ METHODS = (FISHER, NOT_FITTED, "magnitude", "mask")
 STUDIES = Path(__file__).parent / "studies"
 
 
-def pruned(given: Subject, method: str, ratio: float) -> Any:
-    """The model at `ratio`, in memory."""
+def prune_model(setup: PruningSetup, method: str, ratio: float) -> Any:
+    """Returns the pruned model, in memory."""
     if method == "mask":
-        return pruning.mask(given.model, ratio)
-    price, _ = price_of(given, "parameters", None, lambda done, total, what: None)
+        return pruning.mask(setup.model, ratio)
+    price, _ = price_of(setup, "parameters", None, lambda done, total, what: None)
     if method != NOT_FITTED:
-        return pruning.prune(given, ratio, method, price, lambda layer: None)
-    model = copy.deepcopy(given.model)
-    for index, kept in enumerate(select(given.importances("fisher"), ratio, EncoderSizes.of(model), price)):
-        keep(model, index, kept.heads, kept.neurons)
+        return pruning.prune(setup, ratio, method, price, lambda layer: None)
+    model = copy.deepcopy(setup.model)
+    for index, kept in enumerate(select(setup.importances("fisher"), ratio, EncoderSizes.from_model(model), price)):
+        keep_units(model, index, kept.heads, kept.neurons)
     return model
 
 
 def measure(model: Any, validation: list[Batch], method: str, ratio: float, seconds: float, dense: int) -> dict:
-    """One row: `removed` is the share of the encoder's linear parameters that is really gone."""
-    right = round(accuracy(model.eval(), validation) * sum(len(part.rows) for part in validation))
-    removed = 1 - EncoderSizes.of(model).parameters / dense
-    return {"method": method, "ratio": ratio, "removed": round(removed, 4), "right": right, "seconds": round(seconds)}
+    """Returns a row; `removed` is the share of the encoder's linear parameters that were removed, not zeroed."""
+    correct = round(accuracy(model.eval(), validation) * sum(len(part.rows) for part in validation))
+    removed = 1 - EncoderSizes.from_model(model).parameters / dense
+    return {"method": method, "ratio": ratio, "removed": round(removed, 4), "right": correct, "seconds": round(seconds)}
 
 
 def study(workspace: Workspace) -> dict[str, Any]:
-    """Everything that is measured, as it is stored."""
+    """Prunes, measures and returns the content of the study."""
     root = ensure(workspace, ["torch-fp32"], {}, say)["torch-fp32"]
     step = Prune(RATIOS[0])
-    given = subject(root, workspace.train, step.sentences, step.seed)
+    setup = shared_setup(root, workspace.train, step.sentences, step.seed)
     data = inputs.load(None, root.label_set)
-    validation = batches(given.encoder.encode(data.texts), data.labels, given.encoder, 64)
-    dense = EncoderSizes.of(given.model).parameters
-    rows = [measure(given.model, validation, "unpruned", 0.0, 0, dense)]
-    given.importances("fisher")  # once for all ratios: not part of any one's seconds
-    with bar("pruning") as progress:  # closed before a recovery shows its own
+    validation = batches(setup.encoder.encode(data.texts), data.labels, setup.encoder, 64)
+    dense = EncoderSizes.from_model(setup.model).parameters
+    rows = [measure(setup.model, validation, "unpruned", 0.0, 0, dense)]
+    setup.importances("fisher")  # computed once for all ratios, so its time belongs to no row
+    with bar("pruning") as progress:  # closed before recovery shows its own bar
         for number, (method, ratio) in enumerate((m, r) for m in METHODS for r in RATIOS):
             progress(number, len(METHODS) * len(RATIOS), f"{method} at {ratio:.0%}")
             started = time.monotonic()
-            model = pruned(given, method, ratio)
+            model = prune_model(setup, method, ratio)
             rows.append(measure(model, validation, method, ratio, time.monotonic() - started, dense))
     for ratio in RECOVERED:
         name = f"torch-pruned{round(100 * ratio)}"
-        asked = {name: Prune(ratio), f"{name}-r1": Recover(1)}
-        artifact = ensure(workspace, [f"{name}-r1"], asked, say, bar)[f"{name}-r1"]
+        steps = {name: Prune(ratio), f"{name}-r1": Recover(1)}
+        artifact = ensure(workspace, [f"{name}-r1"], steps, say, bar)[f"{name}-r1"]
         seconds = artifact.manifest.facts["recovery"]["seconds"]
         rows.append(measure(load_model(artifact.path), validation, RECOVERY, ratio, seconds, dense))
     return {
@@ -99,32 +99,35 @@ def study(workspace: Workspace) -> dict[str, Any]:
 
 
 def table(body: dict[str, Any]) -> str:
-    """A line for each ratio, a column for each method: accuracy, and points against the unpruned model."""
+    """Returns a table of accuracies and their differences from the unpruned model in percentage points.
+
+    It has a line for each ratio and a column for each method.
+    """
     total, unpruned = body["data"]["sentences"], body["rows"][0]["right"]
-    shown = Table(title=f"unpruned: {unpruned / total:.2%} of {total} sentences", title_justify="left", box=box.SIMPLE)
+    view = Table(title=f"unpruned: {unpruned / total:.2%} of {total} sentences", title_justify="left", box=box.SIMPLE)
     columns = (*METHODS, RECOVERY)
     for column in ("ratio", *columns):
-        shown.add_column(column, justify="right", no_wrap=True)
-    found = {(row["method"], row["ratio"]): row["right"] for row in body["rows"]}
-    for ratio in sorted({ratio for _, ratio in found if ratio}):
-        cells = [found.get((method, ratio)) for method in columns]
+        view.add_column(column, justify="right", no_wrap=True)
+    counts = {(row["method"], row["ratio"]): row["right"] for row in body["rows"]}
+    for ratio in sorted({ratio for _, ratio in counts if ratio}):
+        cells = [counts.get((method, ratio)) for method in columns]
         texts = ["" if n is None else f"{n / total:.2%} ({100 * (n - unpruned) / total:+.2f})" for n in cells]
-        shown.add_row(f"{ratio:.0%}", *texts)
-    out = io.StringIO()
-    Console(file=out, width=120).print(shown)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+        view.add_row(f"{ratio:.0%}", *texts)
+    buffer = io.StringIO()
+    Console(file=buffer, width=120).print(view)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
 
 def plot(body: dict[str, Any], path: Path) -> None:
-    """Accuracy over ratio, a line for each method; the band is the unpruned model's 95 % Wilson interval."""
+    """Plots accuracy over ratio with a line for each method; the band is the unpruned model's 95 % Wilson interval."""
     import matplotlib as mpl
     from matplotlib import pyplot
 
     total, unpruned = body["data"]["sentences"], body["rows"][0]["right"]
     mpl.rcParams.update({"svg.hashsalt": "pruning", "svg.fonttype": "none", "font.family": "sans-serif"})
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    sure = stats.binomtest(unpruned, total).proportion_ci(method="wilson")
-    axes.axhspan(100 * sure.low, 100 * sure.high, color="0.92", label="unpruned, 95 % interval")
+    interval = stats.binomtest(unpruned, total).proportion_ci(method="wilson")
+    axes.axhspan(100 * interval.low, 100 * interval.high, color="0.92", label="unpruned, 95 % interval")
     axes.axhline(100 * unpruned / total, color="0.6", linewidth=1)
     for method, style in zip((*METHODS, RECOVERY), ("o-", "o:", "s--", "x-", "*"), strict=True):
         rows = [row for row in body["rows"] if row["method"] == method]
@@ -143,7 +146,7 @@ def plot(body: dict[str, Any], path: Path) -> None:
 @click.option("--exported", type=click.Path(path_type=Path), default=Path("exported"), show_default=True)
 @click.option("--save-as", default="pruning-reference", show_default=True)
 def main(model: str, exported: Path, save_as: str) -> None:
-    """Measures, saves, draws, prints."""
+    """Measures all methods, saves the study and the plot, and prints the table."""
     body = study(Workspace.open(model, exported))
     (STUDIES / f"{save_as}.json").write_text(json.dumps(body, indent=1) + "\n")
     plot(body, STUDIES / f"{save_as}.svg")

@@ -1,8 +1,8 @@
-"""Asks the ONNX Runtime of the Python that runs this what `release_questions.py` wrote; prints the answers as JSON.
+"""Runs the questions of `release_questions.py` with the installed ONNX Runtime and prints the answers as JSON.
 
     path/to/python benchmarks/release_probe.py FOLDER [SET...]
 
-Started by `releases.py` in an environment of the release's own: it needs onnxruntime and numpy and nothing else.
+`releases.py` starts this script in an environment for one release. The script needs only onnxruntime and numpy.
 """
 
 import json
@@ -19,7 +19,7 @@ ABSOLUTE, RELATIVE = 1e-4, 1e-4
 
 
 def open_session(path, option=None):
-    """A session on the CPU; `option` is a key and value of its configuration."""
+    """Opens a session on the CPU; `option` is a key and a value of its configuration."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
@@ -29,20 +29,22 @@ def open_session(path, option=None):
 
 
 def answer(question, folder):
-    """``right``, ``wrong``, or ``refused`` where the release does not load or run the file."""
+    """Returns ``right``, ``wrong``, or ``refused`` if the release does not load or run the file."""
     arrays = dict(np.load(folder / question["arrays"]))
     expected = {name[1:]: arrays.pop(name) for name in list(arrays) if name.startswith("=")}
     try:
         outputs = open_session(folder / question["file"], question.get("option")).run(list(expected), arrays)
     except Exception:  # onnxruntime raises a class for every status
         return "refused"
-    near = (np.allclose(a, b, RELATIVE, ABSOLUTE) for a, b in zip(outputs, expected.values()))  # noqa: B905 (shapes)
-    return "right" if all(near) else "wrong"
+    matches = (np.allclose(a, b, RELATIVE, ABSOLUTE) for a, b in zip(outputs, expected.values()))  # noqa: B905 (shapes)
+    return "right" if all(matches) else "wrong"
 
 
 def operators():
-    """ONNX Runtime's operators that have a CPU kernel → their attributes and the number of their inputs; None where a
-    release cannot be asked."""
+    """Returns the attributes and the number of inputs of ONNX Runtime's operators with a CPU kernel.
+
+    Returns None if the release has no functions to list them.
+    """
     if not hasattr(state, "get_all_operator_schema"):
         return None
     schemas = {schema.name: schema for schema in state.get_all_operator_schema() if schema.domain == MICROSOFT}
@@ -53,13 +55,13 @@ def operators():
 
 
 def kernels(domain):
-    """The operators of `domain` that have a CPU kernel."""
+    """Returns the operators of `domain` that have a CPU kernel."""
     defined = state.get_all_opkernel_def()
     return {kernel.op_name for kernel in defined if kernel.provider == CPU and kernel.domain == domain}
 
 
 def main(folder, sets):
-    """Answers the named sets of questions."""
+    """Answers the sets of questions and prints the result."""
     questions = json.loads((folder / "questions.json").read_text())
     print(
         json.dumps(

@@ -1,7 +1,8 @@
-"""The files that `release_probe.py` gives to a release of ONNX Runtime, and the right answers, computed with numpy.
+"""The questions that `release_probe.py` runs with a release of ONNX Runtime, and the right answers, by numpy.
 
-`write` fills a folder: models, inputs and right answers, and questions.json, which lists them in sets:
-versions (the highest IR version, opset and ORT format), attention (padded batches), precision (8-bit products).
+A question is a model file with inputs and expected outputs. `write` writes the files, and questions.json, which lists
+them in three sets: versions (the highest IR version, opset and ORT format), attention (padded batches), and precision
+(8-bit products).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from toolchain.ship.targets.releases import MICROSOFT, STANDARD
 
 VERSIONS, ATTENTION, PRECISION = "versions", "attention", "precision"
 IR_VERSIONS, OPSETS, ORT_FORMATS = range(7, 21), range(13, 41), range(4, 10)
-IR_VERSION, OPSET = 8, 15  # of every other file: old enough for every release
+IR_VERSION, OPSET = 8, 15  # of all other files: every release reads these
 SEED = 29
 
 BATCH, TOKENS, HEADS, SIZE = 3, 8, 2, 8
@@ -29,12 +30,12 @@ WIDTH = HEADS * SIZE
 LENGTHS = (8, 5, 3)  # tokens of each sentence of a padded batch
 LOWEST = float(np.finfo(np.float32).min)
 EXACT_OPTION = ("session.x64quantprecision", "1")
-SMALL = 4  # makes weights of 6 bits, whose products saturate nowhere
+SMALL = 4  # a divisor for weights; it leaves 6 bits, so that no product saturates
 
 
 @dataclass(frozen=True)
 class Question:
-    """A model, its inputs, and the right outputs, which numpy computed."""
+    """A model, its inputs, and the expected outputs, which numpy computes."""
 
     name: str
     model: onnx.ModelProto
@@ -43,7 +44,7 @@ class Question:
 
 
 def write(folder: Path) -> None:
-    """Writes every file and questions.json."""
+    """Writes the files of all questions, and questions.json."""
     sets: dict[str, list[dict[str, Any]]] = {
         VERSIONS: list(_versions(folder)),
         ATTENTION: [_save(folder, question) for question in attention()],
@@ -59,9 +60,9 @@ def write(folder: Path) -> None:
 
 
 def _forms(folder: Path, file: str) -> dict[str, str]:
-    """The ways an int8 product is shipped → their files: .onnx, and .ort with its weights as they are and unsigned."""
+    """Writes a model in both ORT forms, with signed and with unsigned weights; returns the file name of each form."""
     signed, unsigned = f"{file}.signed.ort", f"{file}.unsigned.ort"
-    ort_format.save_here(str(folder / file), str(folder / signed))
+    ort_format.save_in_process(str(folder / file), str(folder / signed))
     ort_format.save(folder / file, folder / unsigned)
     return {".onnx": file, ".ort with signed weights": signed, ".ort with unsigned weights": unsigned}
 
@@ -82,41 +83,41 @@ def _model(
     ir_version: int = IR_VERSION,
     opset: int = OPSET,
 ) -> onnx.ModelProto:
-    def declared(values: dict[str, np.ndarray]) -> list[onnx.ValueInfoProto]:
+    def value_infos(values: dict[str, np.ndarray]) -> list[onnx.ValueInfoProto]:
         kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in values.items()}
         return [helper.make_tensor_value_info(name, kinds[name], array.shape) for name, array in values.items()]
 
     tensors = [numpy_helper.from_array(array, name) for name, array in weights.items()]
-    graph = helper.make_graph(nodes, "asked", declared(inputs), declared(outputs), tensors)
+    graph = helper.make_graph(nodes, "question", value_infos(inputs), value_infos(outputs), tensors)
     sets = [helper.make_opsetid(STANDARD, opset), helper.make_opsetid(MICROSOFT, 1)]
     return helper.make_model(graph, opset_imports=sets, ir_version=ir_version)
 
 
 def _versions(folder: Path) -> Iterator[dict[str, Any]]:
-    """Identity, whose definition changed with many an opset: a release may take an opset whose kernels it lacks."""
-    one = {"x": np.ones(2, np.float32)}, {"y": np.ones(2, np.float32)}
+    """Yields questions with Identity; many opsets changed it, and a release may lack the kernel of an opset."""
+    arrays = {"x": np.ones(2, np.float32)}, {"y": np.ones(2, np.float32)}
     nodes = [helper.make_node("Identity", ["x"], ["y"])]
     for number in IR_VERSIONS:
-        yield _save(folder, Question(f"ir_version {number}", _model(nodes, *one, {}, ir_version=number), *one))
+        yield _save(folder, Question(f"ir_version {number}", _model(nodes, *arrays, {}, ir_version=number), *arrays))
     for number in OPSETS:
-        yield _save(folder, Question(f"opset {number}", _model(nodes, *one, {}, opset=number), *one))
-    entry = _save(folder, Question("ort_format", _model(nodes, *one, {}), *one))
+        yield _save(folder, Question(f"opset {number}", _model(nodes, *arrays, {}, opset=number), *arrays))
+    entry = _save(folder, Question("ort_format", _model(nodes, *arrays, {}), *arrays))
     ort_format.save(folder / entry["file"], folder / "written.ort")
     for number in ORT_FORMATS:
-        (folder / f"ort_format-{number}.ort").write_bytes(_labelled(folder / "written.ort", number))
+        (folder / f"ort_format-{number}.ort").write_bytes(_set_version(folder / "written.ort", number))
         yield {**entry, "name": f"ort_format {number}", "file": f"ort_format-{number}.ort"}
 
 
-def _labelled(path: Path, number: int) -> bytes:
-    """The content of a file in ORT format, said to be of another version, 0 to 9."""
+def _set_version(path: Path, number: int) -> bytes:
+    """Returns the content of a file in ORT format with another version number, 0 to 9."""
     content = path.read_bytes()
     table = ort_format.read_root(content)._tab
-    place = table.Indirect(table.Pos + table.Offset(4)) + 4  # the first slot is the version, behind its length
-    return content[:place] + str(number).encode("ascii") + content[place + 1 :]
+    offset = table.Indirect(table.Pos + table.Offset(4)) + 4  # slot 4 is the version; 4 bytes of length precede it
+    return content[:offset] + str(number).encode("ascii") + content[offset + 1 :]
 
 
 def attention() -> Iterator[Question]:
-    """Batches padded on the right and on the left, for every attention that variants have."""
+    """Yields questions with batches padded on the right and on the left, for every kind of attention in variants."""
     for side in ("right", "left"):
         mask = _mask(side)
         for queries in (TOKENS, 1, 2):
@@ -126,25 +127,25 @@ def attention() -> Iterator[Question]:
 
 
 def _multi_head(mask: np.ndarray, queries: int, side: str) -> Iterator[Question]:
-    """`queries` query tokens and TOKENS keys, under the mask and under the bias that says the same."""
+    """Yields questions with `queries` query tokens and `TOKENS` keys, masked by a mask or by an equivalent bias."""
     random = np.random.default_rng(SEED)
     query, key, value = (random.standard_normal((BATCH, TOKENS, WIDTH)).astype(np.float32) for _ in range(3))
     feeds = {"query": query[:, :queries], "key": key, "value": value}
     bias = np.tile(_bias(mask), (1, HEADS, queries, 1))
-    one = bias[1:2]  # the same for every sentence
+    shared_bias = bias[1:2]  # the same for every sentence
     padding = "key_padding_mask" if queries == TOKENS else "key_padding_mask longer than the query"
-    for trait, place, given, used in (
+    for trait, position, mask_input, bias_used in (
         (padding, 4, mask, bias),
         ("attention_bias", 5, bias, bias),
         ("attention_bias of one head", 5, bias[:, :1], bias),
-        ("attention_bias of one sentence", 5, one, np.tile(one, (BATCH, 1, 1, 1))),
+        ("attention_bias of one sentence", 5, shared_bias, np.tile(shared_bias, (BATCH, 1, 1, 1))),
     ):
         names = ["query", "key", "value", "", "", ""]
-        names[place] = "given"
+        names[position] = "mask"
         while not names[-1]:
             names.pop()
         node = helper.make_node("MultiHeadAttention", names, ["y"], domain=MICROSOFT, num_heads=HEADS)
-        inputs, outputs = {**feeds, "given": given}, {"y": _attend(feeds["query"], key, value, used)}
+        inputs, outputs = {**feeds, "mask": mask_input}, {"y": _attend(feeds["query"], key, value, bias_used)}
         name = f"MultiHeadAttention: {trait}, {queries} of {TOKENS} tokens, {side}"
         yield Question(name, _model([node], inputs, outputs, {}), inputs, outputs)
 
@@ -161,7 +162,7 @@ def _attention(mask: np.ndarray) -> Question:
 
 
 def _qattention(mask: np.ndarray, smaller: int = 1) -> Question:
-    """Its projections are products of `precision`, their weights so many times smaller."""
+    """Returns a question with QAttention; `smaller` divides the weights."""
     x, weight = _uint8(BATCH, TOKENS, WIDTH), _int8(WIDTH, 3 * WIDTH) // np.int8(smaller)
     scale = np.float32(2**-6), np.float32(2**-10)  # powers of two: nothing is rounded
     inputs = {"x": x, "mask": mask}
@@ -181,18 +182,18 @@ def _qattention(mask: np.ndarray, smaller: int = 1) -> Question:
 
 
 def _mask(side: str) -> np.ndarray:
-    """1 for a token, 0 for padding: [batch, tokens]."""
+    """Returns a mask, int32 [batch, tokens]: 1 for a token, 0 for padding."""
     mask = np.array([[1] * length + [0] * (TOKENS - length) for length in LENGTHS], np.int32)
     return mask if side == "right" else np.ascontiguousarray(mask[:, ::-1])
 
 
 def _bias(mask: np.ndarray) -> np.ndarray:
-    """0 for a token, the lowest float for padding: [batch, 1, 1, tokens]."""
+    """Returns an attention bias, float32 [batch, 1, 1, tokens]: 0 for a token, the lowest float for padding."""
     return np.where(mask[:, None, None] > 0, np.float32(0), np.float32(LOWEST))
 
 
 def _attend(query: np.ndarray, key: np.ndarray, value: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """Scaled dot-product attention in HEADS heads, each [batch, tokens, width]."""
+    """Returns scaled dot-product attention with `HEADS` heads; query, key and value are [batch, tokens, width]."""
 
     def heads(array: np.ndarray) -> np.ndarray:
         return array.reshape(BATCH, -1, HEADS, SIZE).transpose(0, 2, 1, 3).astype(np.float64)
@@ -204,28 +205,31 @@ def _attend(query: np.ndarray, key: np.ndarray, value: np.ndarray, bias: np.ndar
 
 
 def precision() -> Iterator[Question]:
-    """Products of unsigned activations and signed weights; two neighbours need more than 16 bits in each of them."""
+    """Yields questions with products of unsigned activations and signed weights.
+
+    In each question, sums of two neighbouring products need more than 16 bits.
+    """
     a, b = _uint8(BATCH, TOKENS, WIDTH), _int8(WIDTH, WIDTH)
     product = a.astype(np.int32) @ b.astype(np.int32)
-    real = product.astype(np.float32)
+    float_product = product.astype(np.float32)
     floats = a.astype(np.float32)
-    floats[..., :2] = 0, 255  # the range that run-time scales are taken of: a scale of 1 and a zero point of 0
-    ranged = (floats.astype(np.int32) @ b.astype(np.int32)).astype(np.float32)
-    one = np.float32(1)
+    floats[..., :2] = 0, 255  # with this range, ONNX Runtime computes a scale of 1 and a zero point of 0
+    scaled_product = (floats.astype(np.int32) @ b.astype(np.int32)).astype(np.float32)
+    constant = np.float32(1)
     zeros = {"a_zero": np.uint8(0), "b_zero": np.int8(0)}
-    scales = {"a_scale": one, "b_scale": one}
+    scales = {"a_scale": constant, "b_scale": constant}
     yield _product("MatMulInteger", STANDARD, ["a", "b", "a_zero", "b_zero"], a, product, {"b": b, **zeros})
     names = ["a", "b", "b_scale", "b_zero"]
-    yield _product("DynamicQuantizeMatMul", MICROSOFT, names, floats, ranged, {"b": b, **scales, **zeros})
+    yield _product("DynamicQuantizeMatMul", MICROSOFT, names, floats, scaled_product, {"b": b, **scales, **zeros})
     names = ["a", "b", "a_scale", "b_scale", "a_zero", "b_zero"]
-    yield _product("MatMulIntegerToFloat", MICROSOFT, names, a, real, {"b": b, **scales, **zeros})
+    yield _product("MatMulIntegerToFloat", MICROSOFT, names, a, float_product, {"b": b, **scales, **zeros})
     nodes = [
         helper.make_node("QuantizeLinear", ["a", "a_scale", "a_zero"], ["codes"]),
         helper.make_node("DequantizeLinear", ["codes", "a_scale", "a_zero"], ["a_again"]),
         helper.make_node("DequantizeLinear", ["b", "b_scale", "b_zero"], ["b_again"]),
         helper.make_node("MatMul", ["a_again", "b_again"], ["y"]),
     ]
-    inputs, outputs = {"a": a.astype(np.float32)}, {"y": real}
+    inputs, outputs = {"a": a.astype(np.float32)}, {"y": float_product}
     yield Question("MatMul in QDQ", _model(nodes, inputs, outputs, {"b": b, **scales, **zeros}), inputs, outputs)
     yield _qattention(np.ones((BATCH, TOKENS), np.int32))
 
@@ -233,9 +237,9 @@ def precision() -> Iterator[Question]:
 def _product(
     operator: str, domain: str, names: list[str], a: np.ndarray, y: np.ndarray, weights: dict[str, np.ndarray]
 ) -> Question:
-    used = {name: array for name, array in weights.items() if name in names}
+    constants = {name: array for name, array in weights.items() if name in names}
     node = helper.make_node(operator, names, ["y"], domain=domain)
-    return Question(operator, _model([node], {"a": a}, {"y": y}, used), {"a": a}, {"y": y})
+    return Question(operator, _model([node], {"a": a}, {"y": y}, constants), {"a": a}, {"y": y})
 
 
 def _uint8(*shape: int) -> np.ndarray:
@@ -243,7 +247,7 @@ def _uint8(*shape: int) -> np.ndarray:
 
 
 def _int8(*shape: int) -> np.ndarray:
-    """Of large magnitude; neighbours along the inner axis are of one sign."""
+    """Returns int8 values of large magnitude; neighbours along the inner axis have the same sign."""
     random = np.random.default_rng(SEED)
     signs = np.repeat(random.choice([-1, 1], (shape[0] // 2, *shape[1:])), 2, axis=0)
     return (random.integers(100, 128, shape) * signs).astype(np.int8)

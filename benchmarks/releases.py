@@ -1,14 +1,14 @@
-"""What every release of ONNX Runtime reads, has and answers: the table that `ship` and `verify` go by.
+"""Measures the table of ONNX Runtime releases that `ship` uses: formats, operators and computation errors.
 
     python benchmarks/releases.py
     python benchmarks/releases.py --check PYTHON [--check PYTHON ...]
 
-Installs the newest wheel of every minor release from 1.15 on, each in an environment of its own, and asks it the
-questions of release_questions.py. Writes toolchain/ship/targets/releases.json. With --check, asks the runtime of each
-PYTHON instead, installs nothing, and compares the answers with the table: exit 3 where they differ.
+The script installs the newest wheel of every minor release from 1.15 on, each in a separate environment. It runs the
+questions of release_questions.py there and writes toolchain/ship/targets/releases.json. With --check, it installs
+nothing: it runs the questions in each PYTHON and compares the answers with the table. Exit code 3: an answer differs.
 
-Where this processor does not saturate, the questions about 8-bit products are asked under `qemu-x86_64 -cpu Haswell`
-(Debian: qemu-user).
+If this processor does not saturate 8-bit products, the questions about them run under `qemu-x86_64 -cpu Haswell`
+(Debian package: qemu-user).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from toolchain.cli.progress import bar
 from toolchain.ship.targets.releases import REFUSED, RIGHT, STATES, TABLE
 from toolchain.system import hardware
 
-FIRST = 15  # of 1.x: the oldest that --ort-mobile names
+FIRST_MINOR = 15  # 1.15 is the oldest release that --ort-mobile accepts
 PROBE = Path(__file__).with_name("release_probe.py")
 SATURATING = ("qemu-x86_64", "-cpu", "Haswell")
-# ONNX Runtime's operators that variants use or that its optimiser makes of them on the CPU.
+# ONNX Runtime's operators in variants, and operators that its optimiser creates from them on the CPU.
 OPERATORS = (
     "Attention",
     "BiasGelu",
@@ -57,70 +57,70 @@ OPERATORS = (
     "QuickGelu",
     "SkipLayerNormalization",
 )
-Facts = dict[str, Any]  # of one release: kind → name → fact, as `facts` gives them
+Facts = dict[str, Any]  # facts about a release: kind → name → fact, as returned by `facts`
 
 
 def newest_patches() -> dict[str, str]:
-    """Minor release → its newest patch, of all that pip finds for this Python, from 1.15 on."""
+    """Returns the newest patch of each minor release from 1.15 on that pip finds for this Python."""
     command = [sys.executable, "-m", "pip", "index", "versions", "onnxruntime", "--disable-pip-version-check"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {tuple(map(int, version)) for version in re.findall(r"\b(\d+)\.(\d+)\.(\d+)\b", listed)}
-    newest = {f"{major}.{minor}": f"{major}.{minor}.{patch}" for major, minor, patch in sorted(found)}
-    return {release: version for release, version in newest.items() if int(release.split(".")[1]) >= FIRST}
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    versions = {tuple(map(int, version)) for version in re.findall(r"\b(\d+)\.(\d+)\.(\d+)\b", listing)}
+    newest = {f"{major}.{minor}": f"{major}.{minor}.{patch}" for major, minor, patch in sorted(versions)}
+    return {release: version for release, version in newest.items() if int(release.split(".")[1]) >= FIRST_MINOR}
 
 
 def install(version: str, folder: Path) -> Path:
-    """The Python of a new environment with that ONNX Runtime."""
+    """Creates an environment with this version of ONNX Runtime and returns its Python."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"
-    # Wheels up to 1.18 are built for the first numpy.
+    # Wheels up to 1.18 need numpy 1.
     packages = [f"onnxruntime=={version}", "numpy<2"]
     subprocess.run([python, "-m", "pip", "install", "--disable-pip-version-check", "-q", *packages], check=True)
     return python
 
 
-def asked_by() -> list[str] | None:
-    """What starts a Python where 8-bit products saturate; None where nothing does."""
+def emulator_command() -> list[str] | None:
+    """Returns the command prefix that runs a Python with saturating 8-bit products; None if there is none."""
     if not hardware.exact_int8():
         return []
     return list(SATURATING) if shutil.which(SATURATING[0]) else None
 
 
 def ask(python: Path, folder: Path) -> Facts:
-    """Puts the questions in `folder` to the ONNX Runtime of that Python."""
+    """Runs the questions in `folder` with the ONNX Runtime of a Python and returns the facts."""
     answers = _probe([], python, folder, questions.VERSIONS, questions.ATTENTION)
-    emulator = asked_by()
+    emulator = emulator_command()
     if emulator is not None:
         answers["answers"] |= _probe(emulator, python, folder, questions.PRECISION)["answers"]
     return facts(answers)
 
 
-def _probe(before: Sequence[str], python: Path, folder: Path, *sets: str) -> dict[str, Any]:
-    done = subprocess.run([*before, python, "-I", PROBE, folder, *sets], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise click.ClickException(f"{python} cannot be asked: {done.stderr.strip().splitlines()[-1]}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+def _probe(prefix: Sequence[str], python: Path, folder: Path, *sets: str) -> dict[str, Any]:
+    process = subprocess.run([*prefix, python, "-I", PROBE, folder, *sets], capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise click.ClickException(f"{python} cannot run the questions: {process.stderr.strip().splitlines()[-1]}")
+    answers: dict[str, Any] = json.loads(process.stdout)
+    return answers
 
 
 def facts(probed: Mapping[str, Any]) -> Facts:
-    """What a release answered, in the words of the table."""
+    """Converts the answers of a release to the facts of the table."""
     answers = probed["answers"]
-    read: dict[str, int] = {}
+    versions_read: dict[str, int] = {}
     for name, state in answers[questions.VERSIONS].items():
         kind, number = name.split()
-        read[kind] = max(read.get(kind, 0), int(number) if state == RIGHT else 0)
+        versions_read[kind] = max(versions_read.get(kind, 0), int(number) if state == RIGHT else 0)
     padded: dict[str, str] = {}
     for name, state in answers[questions.ATTENTION].items():
-        about = name.split(", ")[0]
-        padded[about] = max(padded.get(about, state), state, key=STATES.index)
+        kind = name.split(", ")[0]
+        padded[kind] = max(padded.get(kind, state), state, key=STATES.index)
     return {
         "version": probed["version"],
-        "read": read,
+        "read": versions_read,
         "operators": probed["operators"]
         and {
-            name: sorted([*found["attributes"], *(f"input {index}" for index in range(found["inputs"]))])
-            for name, found in probed["operators"].items()
+            name: sorted([*operator["attributes"], *(f"input {index}" for index in range(operator["inputs"]))])
+            for name, operator in probed["operators"].items()
         },
         "standard": probed["standard"],
         "answers": padded,
@@ -129,134 +129,139 @@ def facts(probed: Mapping[str, Any]) -> Facts:
 
 
 def _precision(answers: Mapping[str, str]) -> dict[str, str]:
-    """Operator and format → exact, exact with the option, saturates, or refused."""
-    found = {}
+    """Returns for each operator and format: exact, exact with the option, saturates, or refused."""
+    results = {}
     for name in sorted({name.rsplit(", ", 1)[0] for name in answers}):
-        without, given = (answers[f"{name}, {way} the option"] for way in ("without", "with"))
-        if REFUSED in (without, given):
-            found[name] = REFUSED
-        elif without == RIGHT:
-            found[name] = "exact"
+        plain, with_option = (answers[f"{name}, {way} the option"] for way in ("without", "with"))
+        if REFUSED in (plain, with_option):
+            results[name] = REFUSED
+        elif plain == RIGHT:
+            results[name] = "exact"
         else:
-            found[name] = "exact with the option" if given == RIGHT else "saturates"
-    return found
+            results[name] = "exact with the option" if with_option == RIGHT else "saturates"
+    return results
 
 
-def table(asked: Mapping[str, Facts]) -> dict[str, Any]:
-    """The table of all releases, oldest first: what a release reads, and from which release on the rest holds."""
-    order = list(asked)
-    precise = [release for release in order if asked[release]["precision"]]
-    if len(precise) < len(order):
-        raise click.ClickException("No processor here saturates. Install qemu-x86_64 (Debian: qemu-user).")
-    newest = asked[order[-1]]
+def table(facts_by_release: Mapping[str, Facts]) -> dict[str, Any]:
+    """Returns the table of all releases, oldest first.
+
+    For formats, the table has the limits of each release. For other facts, it names the release that changed them.
+    """
+    order = list(facts_by_release)
+    with_precision = [release for release in order if facts_by_release[release]["precision"]]
+    if len(with_precision) < len(order):
+        raise click.ClickException(
+            "This processor does not saturate 8-bit products. Install qemu-x86_64 (Debian package: qemu-user)."
+        )
+    newest = facts_by_release[order[-1]]
     return {
-        "releases": {r: {"version": asked[r]["version"], **asked[r]["read"]} for r in order},
-        "operators": {name: _operator(name, asked) for name in OPERATORS},
-        "late": _late(asked),
+        "releases": {r: {"version": facts_by_release[r]["version"], **facts_by_release[r]["read"]} for r in order},
+        "operators": {name: _operator(name, facts_by_release) for name in OPERATORS},
+        "late": _first_kernels(facts_by_release),
         **{
-            kind: {name: _changes({r: asked[r][kind][name] for r in order}) for name in sorted(newest[kind])}
+            kind: {name: _changes({r: facts_by_release[r][kind][name] for r in order}) for name in sorted(newest[kind])}
             for kind in ("answers", "precision")
         },
     }
 
 
-def _operator(name: str, asked: Mapping[str, Facts]) -> dict[str, list[str]]:
-    """Release → attributes and inputs that came with it; the operator with the first."""
-    known: set[str] | None = None
-    found = {}
-    for release, each in asked.items():
+def _operator(name: str, facts_by_release: Mapping[str, Facts]) -> dict[str, list[str]]:
+    """Returns the attributes and inputs that each release added; the first release added the operator."""
+    known_traits: set[str] | None = None
+    additions = {}
+    for release, each in facts_by_release.items():
         if each["operators"] is None:
             continue
-        has = each["operators"].get(name)
-        if has is None and known is None:
+        names = each["operators"].get(name)
+        if names is None and known_traits is None:
             continue
-        if has is None or (known or set()) - set(has):
-            raise click.ClickException(f"{release} lost something of {name}, which the table cannot say.")
-        if known is None or set(has) - known:
-            found[release] = sorted(set(has) - (known or set()))
-        known = set(has)
-    if known is None:
+        if names is None or (known_traits or set()) - set(names):
+            raise click.ClickException(f"{release} removed a part of {name}. The table cannot express this.")
+        if known_traits is None or set(names) - known_traits:
+            additions[release] = sorted(set(names) - (known_traits or set()))
+        known_traits = set(names)
+    if known_traits is None:
         raise click.ClickException(f"No release has a CPU kernel of {name}.")
-    return found
+    return additions
 
 
-def _late(asked: Mapping[str, Facts]) -> dict[str, str]:
-    """Standard operators that a release read before it had a CPU kernel → the first that has."""
+def _first_kernels(facts_by_release: Mapping[str, Facts]) -> dict[str, str]:
+    """Returns the first release with a CPU kernel, for standard operators that an earlier release reads."""
     first: dict[str, int] = {}
     for schema in defs.get_all_schemas_with_history():
         if not schema.domain:
             first[schema.name] = min(first.get(schema.name, schema.since_version), schema.since_version)
-    kernels = {release: each for release, each in asked.items() if each["standard"] is not None}
-    late = {}
+    kernels = {release: each for release, each in facts_by_release.items() if each["standard"] is not None}
+    first_kernels = {}
     for name, opset in sorted(first.items()):
-        reading = [release for release, each in kernels.items() if each["read"]["opset"] >= opset]
-        having = [release for release in reading if name in asked[release]["standard"]]
-        if having and having != reading:
-            if having != reading[-len(having) :]:
-                raise click.ClickException(f"A release lost {name}, which the table cannot say.")
-            late[name] = having[0]
-    return late
+        readers = [release for release, each in kernels.items() if each["read"]["opset"] >= opset]
+        runners = [release for release in readers if name in facts_by_release[release]["standard"]]
+        if runners and runners != readers:
+            if runners != readers[-len(runners) :]:
+                raise click.ClickException(f"A release removed {name}. The table cannot express this.")
+            first_kernels[name] = runners[0]
+    return first_kernels
 
 
 def _changes(states: Mapping[str, str]) -> dict[str, str]:
-    """Release → its state, where it differs from the release before."""
-    found: dict[str, str] = {}
+    """Returns the state of each release that differs from the state of the release before."""
+    changes: dict[str, str] = {}
     for release, state in states.items():
-        if not found or state != list(found.values())[-1]:
-            found[release] = state
-    return found
+        if not changes or state != list(changes.values())[-1]:
+            changes[release] = state
+    return changes
 
 
-def differences(body: Mapping[str, Any], found: Facts) -> list[str]:
-    """Where a release answers otherwise than the table says; a line each."""
-    release = ".".join(found["version"].split(".")[:2])
+def differences(body: Mapping[str, Any], release_facts: Facts) -> list[str]:
+    """Returns a line for each fact of a release that differs from the table."""
+    release = ".".join(release_facts["version"].split(".")[:2])
     order = list(body["releases"])
     if release not in order:
         return [f"{release} is not in the table"]
-    until = order[: order.index(release) + 1]
-    stated = {"read " + kind: number for kind, number in body["releases"][release].items() if kind != "version"}
-    stated |= {
-        "operator " + name: sorted(what for each in until for what in by_release.get(each, ())) or None
+    releases = order[: order.index(release) + 1]
+    expected = {"read " + kind: number for kind, number in body["releases"][release].items() if kind != "version"}
+    expected |= {
+        "operator " + name: sorted(trait for each in releases for trait in by_release.get(each, ())) or None
         for name, by_release in body["operators"].items()
     }
-    stated |= {"kernel " + name: first in until for name, first in body["late"].items()}
-    seen = {"read " + kind: number for kind, number in found["read"].items()}
-    seen |= {"operator " + name: found["operators"].get(name) for name in body["operators"]}
-    seen |= {"kernel " + name: name in found["standard"] for name in body["late"]}
+    expected |= {"kernel " + name: first in releases for name, first in body["late"].items()}
+    actual = {"read " + kind: number for kind, number in release_facts["read"].items()}
+    actual |= {"operator " + name: release_facts["operators"].get(name) for name in body["operators"]}
+    actual |= {"kernel " + name: name in release_facts["standard"] for name in body["late"]}
     for kind in ("answers", "precision"):
-        if found[kind]:  # else not asked
-            seen |= {f"{kind} {name}": state for name, state in found[kind].items()}
-            stated |= {
-                f"{kind} {name}": next(by_release[each] for each in reversed(until) if each in by_release)
+        if release_facts[kind]:  # empty if the questions did not run
+            actual |= {f"{kind} {name}": state for name, state in release_facts[kind].items()}
+            expected |= {
+                f"{kind} {name}": next(by_release[each] for each in reversed(releases) if each in by_release)
                 for name, by_release in body[kind].items()
             }
     return [
-        f"{name}: the table says {stated.get(name)}, {found['version']} says {seen.get(name)}"
-        for name in sorted(stated.keys() | seen.keys())
-        if stated.get(name) != seen.get(name)
+        f"{name}: the table says {expected.get(name)}, {release_facts['version']} says {actual.get(name)}"
+        for name in sorted(expected.keys() | actual.keys())
+        if expected.get(name) != actual.get(name)
     ]
 
 
 def write(body: Mapping[str, Any]) -> None:
-    """The table as JSON, a line for every release, operator and question."""
-    rooms = []
+    """Writes the table as JSON with a line for each release, operator and question."""
+    sections = []
     for name, entries in body.items():
         lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(entry)}" for key, entry in entries.items())
-        rooms.append(f" {json.dumps(name)}: {{\n{lines}\n }}")
-    TABLE.write_text("{\n" + ",\n".join(rooms) + "\n}\n", encoding="utf-8")
+        sections.append(f" {json.dumps(name)}: {{\n{lines}\n }}")
+    TABLE.write_text("{\n" + ",\n".join(sections) + "\n}\n", encoding="utf-8")
 
 
 def build(folder: Path) -> None:
-    """Asks every release and writes the table."""
-    asked = {}
+    """Installs every release, runs the questions and writes the table."""
+    facts_by_release = {}
     with bar("releases") as progress:
         versions = newest_patches()
         for done, (release, version) in enumerate(versions.items()):
             progress(done, len(versions), version)
             environment = folder / version
-            asked[release] = ask(install(version, environment), folder)
+            facts_by_release[release] = ask(install(version, environment), folder)
             shutil.rmtree(environment)
-    write(table(asked))
+    write(table(facts_by_release))
     click.echo(TABLE)
 
 
@@ -267,7 +272,7 @@ def build(folder: Path) -> None:
     multiple=True,
     metavar="PYTHON",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Compare the ONNX Runtime of PYTHON with the table; can be given again.",
+    help="Compare the ONNX Runtime of PYTHON with the table. Can be repeated.",
 )
 def main(pythons: tuple[Path, ...]) -> None:
     """Write the table of releases, or compare releases with it."""
@@ -278,16 +283,20 @@ def main(pythons: tuple[Path, ...]) -> None:
             build(folder)
             return
         body = json.loads(TABLE.read_text(encoding="utf-8"))
-        wrong = False
+        differs = False
         for python in pythons:
-            found = ask(python, folder)
-            lines = differences(body, found)
-            wrong = wrong or bool(lines)
-            told = "" if found["precision"] else "; 8-bit products not asked: no qemu-x86_64 (Debian: qemu-user)"
-            click.echo(f"{found['version']}: {len(lines) or 'no'} differences from the table{told}")
+            release_facts = ask(python, folder)
+            lines = differences(body, release_facts)
+            differs = differs or bool(lines)
+            note = (
+                ""
+                if release_facts["precision"]
+                else "; 8-bit products not tested: qemu-x86_64 is missing (Debian: qemu-user)"
+            )
+            click.echo(f"{release_facts['version']}: {len(lines) or 'no'} differences from the table{note}")
             for line in lines:
                 click.echo(f"  {line}")
-    sys.exit(3 if wrong else 0)
+    sys.exit(3 if differs else 0)
 
 
 if __name__ == "__main__":

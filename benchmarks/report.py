@@ -1,8 +1,8 @@
-"""The committed results as a page and as plots.
+"""Writes the committed result file as an HTML page and as plots.
 
     python benchmarks/report.py
 
-Writes reports/reference.html, and the plots of this repository's own machine under reports/reference/.
+The page is reports/reference.html. The plots go to reports/reference/.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from toolchain.compare.report.html import to_html
 from toolchain.compare.report.plots import save
 from toolchain.compare.rows import compare
-from toolchain.results.measurements import ResultFile
+from toolchain.results.result_file import ResultFile
 
 BENCHMARKS = Path(__file__).parent
 REPORTS = BENCHMARKS / "reports"
@@ -20,7 +20,7 @@ RESULT = BENCHMARKS / "results" / "reference-xeon-2cores.json"
 
 
 def main() -> None:
-    """Reads, writes, says what it wrote."""
+    """Writes the page and the plots, and prints their paths."""
     rows = compare([ResultFile.read(RESULT)])
     page = REPORTS / "reference.html"
     page.write_text(to_html(rows))

@@ -1,10 +1,10 @@
-"""What int8 answers on x86 without VNNI, computed: neighbouring U8 × S8 products added in 16 bits and clipped.
+"""Computes the logits of int8 variants on x86 without VNNI, where the sum of two U8 × S8 products saturates in 16 bits.
 
     python benchmarks/saturation.py
 
-Runs the graphs of standard operators over the validation set twice, in ONNX Runtime on this machine, which must add
-exactly, and in onnx's reference evaluator with a MatMulInteger that saturates as vpmaddubsw does. Writes
-benchmarks/studies/saturation-reference.json.
+The script runs graphs of standard operators twice over the validation set. ONNX Runtime computes the exact logits; this
+machine must not saturate. onnx's reference evaluator computes the saturated logits, with a MatMulInteger that saturates
+like the instruction vpmaddubsw. The script writes benchmarks/studies/saturation-reference.json.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
 from toolchain.cli.progress import bar, say
 from toolchain.data import inputs
-from toolchain.data.inputs import Encoder, pad
+from toolchain.data.encoding import Encoder, pad
 from toolchain.passes import headroom, read
 from toolchain.system import hardware
 
@@ -34,7 +34,7 @@ LOW, HIGH = -32768, 32767
 
 
 class MatMulInteger(OpRun):
-    """With each two neighbouring products added in 16 bits."""
+    """A MatMulInteger that adds pairs of neighbouring products in 16 bits with saturation."""
 
     def _run(
         self, a: np.ndarray, b: np.ndarray, a_zero_point: np.ndarray, b_zero_point: np.ndarray
@@ -52,12 +52,12 @@ class MatMulInteger(OpRun):
 @click.command()
 @click.option("--exported", type=click.Path(path_type=Path), default=Path("exported"), show_default=True)
 def main(exported: Path) -> None:
-    """Builds, computes, prints, saves."""
+    """Builds the variants, computes both logits, saves the study and prints it."""
     workspace, data = Workspace.open("reference", exported), inputs.embedded()
-    built = ensure(workspace, VARIANTS, {}, say)
+    artifacts = ensure(workspace, VARIANTS, {}, say)
     rows = {}
     for name in VARIANTS:
-        path, manifest = built[name].path, built[name].manifest
+        path, manifest = artifacts[name].path, artifacts[name].manifest
         encoder = Encoder.open(path, [spec.name for spec in manifest.inputs], manifest.max_length)
         batches = [pad([row], encoder.names, encoder.pad_id) for row in encoder.encode(data.texts)]
         session = open_session(path, "onnx", Place("cpu", hardware.cores()))
@@ -69,14 +69,14 @@ def main(exported: Path) -> None:
                 progress(done, len(batches), "sentences")
                 saturated.append(evaluator.run(None, batch)[0])
         deltas = np.abs(np.concatenate(saturated) - exact).max(axis=1)
-        answers = np.concatenate(saturated).argmax(axis=1)
+        predictions = [logits.argmax(axis=1) for logits in (exact, np.concatenate(saturated))]
         rows[name] = {
             "headroom": headroom(read(path / "model.onnx")),
             "largest_delta": round(float(deltas.max()), 4),
             "median_delta": float(f"{np.median(deltas):.2g}"),
-            "flips": int((answers != exact.argmax(axis=1)).sum()),
-            "correct": [int((got == np.array(data.labels)).sum()) for got in (exact.argmax(axis=1), answers)],
-            "count": len(answers),
+            "flips": int((predictions[0] != predictions[1]).sum()),
+            "correct": [int((labels == np.array(data.labels)).sum()) for labels in predictions],
+            "count": len(data.labels),
         }
     body = {"schema": 1, "machine": hardware.machine(), "rows": rows}
     STUDY.write_text(json.dumps(body, indent=1) + "\n")
@@ -85,7 +85,7 @@ def main(exported: Path) -> None:
 
 
 def summary(body: dict[str, Any]) -> list[str]:
-    """The study in lines."""
+    """Returns the study as lines of a table."""
     lines = [
         f"{'':24} {'headroom':>8} {'median |Δlogit|':>16} {'largest':>8} {'flips':>6}   accuracy, exact and saturating"
     ]

@@ -1,50 +1,57 @@
-"""The parts of the README that are generated: run as a script, it writes them; a test checks that they are current."""
+"""The generated parts of README and docs/: run as a script, it writes them; a test checks that they are current."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-import click
-
 from toolchain.cli import cli
-from toolchain.compare.report.table import print_table
-from toolchain.compare.rows import compare
-from toolchain.results.measurements import ResultFile
+from toolchain.compare.report.columns import columns
+from toolchain.compare.report.markdown import to_markdown
+from toolchain.compare.rows import Row, compare
+from toolchain.results.measurements import Measurement
+from toolchain.results.result_file import ResultFile
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BENCH = ROOT / "benchmarks" / "results" / "reference-xeon-2cores.json"
 BENCH_GPU = BENCH.with_name("reference-h100.json")
 STUDIES = ROOT / "benchmarks" / "studies"
 EXPORT_LOG = ROOT / "benchmarks" / "reports" / "make-export.txt"
+FEW = ("torch-fp32", "torch-int8", "onnx-fp32", "onnx-int8", "onnx-pruned30-int8", "onnx-pruned50-int8")
+FEW_COLUMNS = ("cell", "accuracy", "p50", "sentences/s", "peak", "size")
+MARKED = re.compile(r"(<!-- begin: (.+?) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
 
 
 def snippet(client: str) -> str:
-    """The code the README has for a client."""
-    found = re.search(rf"<!-- client: {client} -->\n```\w+\n(.*?)```", README.read_text(), re.DOTALL)
-    assert found, f"the README has no code for {client}"
-    return found[1]
+    """The code that the pages have for a client."""
+    pattern = re.compile(rf"<!-- client: {client} -->\n```\w+\n(.*?)```", re.DOTALL)
+    found = [match[1] for page in PAGES for match in pattern.finditer(page.read_text())]
+    assert len(found) == 1, f"{len(found)} pages have code for {client}"
+    return found[0]
 
 
 def parts() -> dict[str, str]:
     """Marker → what stands between its lines."""
     return {
-        "make export": _text(EXPORT_LOG.read_text()),
+        "make export": _export_log(),
         "make bench": _bench(BENCH),
+        "make bench, few rows": _few_rows(BENCH),
         "make bench, gpu": _bench(BENCH_GPU),
+        "make help": _targets(),
+        "make variables": _variables(),
         "peers": _peers(),
-        "passes": _passes(),
-        "pruning": _pruning(),
-        "clients": _clients(),
-        "precision": _precision(),
-        "saturation": _saturation(),
+        "passes": _study("passes"),
+        "pruning": _text(script("pruning").table(json.loads(_file("pruning").read_text()))),
+        "schemes": _schemes(),
+        "clients": _study("clients"),
+        "precision": _study("precision"),
+        "saturation": _study("saturation"),
         "commands": _commands(),
     }
 
@@ -53,11 +60,31 @@ def _text(content: str) -> str:
     return f"```text\n{content.rstrip()}\n```"
 
 
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
+    rule = ["---"] + ["---:" if numbers else "---"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+
+
+def _export_log() -> str:
+    """The lines of `make export` that say when a variant of `FEW` was built."""
+    lines = EXPORT_LOG.read_text().splitlines()
+    return _text("\n".join(line for line in lines if line.split(": built in ")[0] in FEW))
+
+
 def _bench(path: Path) -> str:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        print_table(compare([ResultFile.read(path)]))
-    return _text("\n".join(line.rstrip() for line in out.getvalue().splitlines()))
+    return to_markdown(compare([ResultFile.read(path)])).strip()
+
+
+def _few_rows(path: Path) -> str:
+    """A table of the rows `FEW`, with the machine above it."""
+    rows = compare([ResultFile.read(path)])
+    by_cell: dict[str, Row] = {row.measurement.cell: row for row in rows}
+    chosen = [by_cell[f"{variant}@cpu"] for variant in FEW]
+    shown = [(header, text) for header, text in columns(rows) if header.split(" ")[0] in FEW_COLUMNS]
+    run, machine = rows[0].run, rows[0].run.machine
+    title = f"{machine['cpu']}, {machine['cores']} cores, {run.data['rows']} sentences of {run.data['name']}:"
+    body = [[f"`{row.measurement.variant}`", *(text(row) for _, text in shown[1:])] for row in chosen]
+    return f"{title}\n\n{_table(['variant', *(header for header, _ in shown[1:])], body)}"
 
 
 def script(name: str) -> ModuleType:
@@ -73,50 +100,93 @@ def script(name: str) -> ModuleType:
     return module
 
 
+def _file(study: str) -> Path:
+    return STUDIES / f"{study}-reference.json"
+
+
+def _study(name: str) -> str:
+    """The summary of a study, as its script prints it."""
+    path = _file(name)
+    study = ResultFile.read(path) if name in ("peers", "passes") else json.loads(path.read_text())
+    return _text("\n".join(script(name).summary(study)))
+
+
 def _peers() -> str:
-    return _text("\n".join(script("peers").summary(ResultFile.read(STUDIES / "peers-reference.json"))))
-
-
-def _passes() -> str:
-    return _text("\n".join(script("passes").summary(ResultFile.read(STUDIES / "passes-reference.json"))))
-
-
-def _pruning() -> str:
-    return _text(script("pruning").table(json.loads((STUDIES / "pruning-reference.json").read_text())))
-
-
-def _clients() -> str:
-    return _text("\n".join(script("clients").summary(json.loads((STUDIES / "clients-reference.json").read_text()))))
-
-
-def _precision() -> str:
-    return _text("\n".join(script("precision").summary(json.loads((STUDIES / "precision-reference.json").read_text()))))
-
-
-def _saturation() -> str:
-    return _text(
-        "\n".join(script("saturation").summary(json.loads((STUDIES / "saturation-reference.json").read_text())))
+    """A table for each of this toolchain's artifacts: its speed-up over every other cell."""
+    peers, study = script("peers"), ResultFile.read(_file("peers"))
+    size = study.run["batch_size"]
+    header = ["over", "batch 1", f"batches of {size}", "accuracy", "against", "p"]
+    line = re.compile(
+        rf"  over (\S+) +batch 1: (.*\])   batches of {size}: (.*\])   accuracy (\S+) against (\S+) \(p = (.*)\)"
     )
+    tables: list[tuple[str, list[list[str]]]] = []
+    for text in peers.summary(study):
+        if match := line.fullmatch(text):
+            name, *figures = match.groups()
+            tables[-1][1].append([f"`{name}`", *figures])
+        else:
+            tables.append((text, []))
+    return "\n\n".join(f"`{title}`:\n\n{_table(header, rows)}" for title, rows in tables)
+
+
+def _schemes() -> str:
+    """What each scheme of `quantize` makes of the reference, trimmed vocabularies included."""
+    schemes, smallest = (ResultFile.read(_file(name)) for name in ("schemes", "smallest"))
+    rows = {row.variant: row for row in schemes.rows}
+    smaller = {row.variant: row for row in smallest.rows if row.provider == "cpu"}
+    lines: list[tuple[str, Measurement, Measurement]] = [
+        ("`onnx-fp32`", rows["onnx-fp32"], rows["onnx-fp32"]),
+        ("`onnx-int8`", rows["onnx-int8"], rows["onnx-fp32"]),
+        ("`onnx-int8-static`", rows["onnx-int8-static"], rows["onnx-fp32"]),
+        ("`onnx-int8`, trimmed", rows["onnx-int8+trimmed"], rows["onnx-fp32"]),
+        ("`onnx-int8`, 4-bit tables", rows["onnx-int8+small"], rows["onnx-fp32"]),
+        ("`onnx-int8`, 4-bit tables, trimmed", rows["onnx-int8+small-trimmed"], rows["onnx-fp32"]),
+        ("`onnx-int4`", rows["onnx-int4"], rows["onnx-fp32"]),
+        ("`onnx-int4`, trimmed", rows["onnx-int4+trimmed"], rows["onnx-fp32"]),
+        ("`onnx-pruned40-r1-int4`, trimmed", smaller["onnx-pruned40-r1-int4"], smaller["onnx-fp32"]),
+    ]
+    body = [
+        [
+            name,
+            f"{row.size_bytes['total'] / 1e6:.1f}",
+            f"{row.accuracy.value:.2%}" if row.accuracy else "–",
+            str(sum(a != b for a, b in zip(row.predictions, base.predictions, strict=True))),
+            str(row.batch_changed),
+        ]
+        for name, row, base in lines
+    ]
+    vocabulary = rows["onnx-int8+trimmed"].facts["vocabulary"]
+    note = (
+        f"Trimming keeps {vocabulary['kept']:,} of the {vocabulary['of']:,} tokens. "
+        f"Of {schemes.data['rows']} sentences, *flips* are those whose label differs from that of `onnx-fp32`."
+    )
+    return f"{_table(['variant', 'MB', 'accuracy', 'flips', 'differ in a batch'], body)}\n\n{note}"
 
 
 def _commands() -> str:
-    sections = []
-    # Under the group's context, as on the command line: it decides what the help option is called.
-    group = click.Context(cli, info_name="toolchain", max_content_width=100, **cli.context_settings)
-    for name, command in cli.commands.items():
-        context = click.Context(command, info_name=name, parent=group)
-        sections.append(f"### {name}\n\n" + _text(command.get_help(context)))
-    return "\n\n".join(sections)
+    rows = [[f"`{name}`", command.get_short_help_str(200)] for name, command in cli.commands.items()]
+    return _table(["command", "does"], rows, numbers=False)
 
 
-def filled(text: str) -> str:
-    """The README with every generated part written anew."""
-    for marker, content in parts().items():
-        pattern = re.compile(rf"(<!-- begin: {marker} -->\n).*?(<!-- end: {marker} -->)", re.DOTALL)
-        text, count = pattern.subn(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
-        assert count == 1, marker
-    return text
+def _targets() -> str:
+    found = re.findall(r"^([a-z-]+):.*?## (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    return _table(["target", "does"], [[f"`make {name}`", text] for name, text in found], numbers=False)
+
+
+def _variables() -> str:
+    found = re.findall(r"^([A-Z_]+) \?=(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    rows = [[f"`{name}`", f"`{value.strip()}`" if value.strip() else "empty"] for name, value in found]
+    return _table(["variable", "default"], rows, numbers=False)
+
+
+def filled(text: str, contents: dict[str, str]) -> str:
+    """The text of a page with every generated part written anew."""
+    return MARKED.sub(lambda match: f"{match[1]}{contents[match[2]]}\n{match[3]}", text)
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text()))
+    made = parts()
+    for page in PAGES:
+        if (new := filled(page.read_text(), made)) != page.read_text():
+            page.write_text(new)
+            print(f"written: {page.relative_to(ROOT)}")

@@ -14,8 +14,9 @@ import pytest
 from filelock import FileLock
 
 from toolchain.artifacts import store
-from toolchain.artifacts.store import Artifact, Manifest, TensorSpec
-from toolchain.artifacts.variants import Import
+from toolchain.artifacts.manifest import Manifest, TensorSpec
+from toolchain.artifacts.steps import Import
+from toolchain.artifacts.store import Artifact
 from toolchain.bench import roofline, scenarios
 from toolchain.bench.scenarios import Protocol
 from toolchain.build.job import Job
@@ -36,7 +37,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 # These files take minutes, so they start first. A long file that starts last keeps one worker busy alone.
-LONGEST = ("test_readme.py", "test_clients.py", "test_architectures.py", "test_distributed.py", "test_ship.py")
+LONGEST = ("test_docs.py", "test_clients.py", "test_architectures.py", "test_distributed.py", "test_ship.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:

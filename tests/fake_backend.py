@@ -40,7 +40,7 @@ class FakeSession:
             if "hang" in does:
                 time.sleep(does["hang"])
             if "ask_for" in does:
-                raise DeviceMemoryError.asked(does["ask_for"])
+                raise DeviceMemoryError.failed_allocation(does["ask_for"])
             if "raise" in does:
                 raise RuntimeError(does["raise"])
         if "leak" in does:

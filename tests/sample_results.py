@@ -1,6 +1,7 @@
 """Result files and rows with made-up figures, for tests of whatever reads them."""
 
-from toolchain.results.measurements import Accuracy, Measurement, ResultFile, Samples
+from toolchain.results.measurements import Accuracy, Measurement, Samples
+from toolchain.results.result_file import ResultFile
 
 
 def samples_of(times):

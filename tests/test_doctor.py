@@ -29,7 +29,7 @@ def examined(monkeypatch, tmp_path):
 
 
 def notes(findings):
-    """What and mend of the notes about GPUs and what is to run on them."""
+    """The part and the hint of each note about GPUs and the packages that use them."""
     return [(f.what, f.mend) for f in findings if f.level == "note" and ("GPU" in f.what or "bits" in f.what)]
 
 
@@ -58,16 +58,16 @@ def test_a_source_tree_that_is_not_installed_is_told(examined, monkeypatch):
 
     monkeypatch.setattr("importlib.metadata.requires", none_of)
     problem = next(f for f in examined([], "", CPU_STACK, None) if f.level == "problem")
-    assert problem.what == "toolchain runs from its source tree and is not installed"
+    assert problem.what == "toolchain runs from its source folder and is not installed"
     assert problem.mend == "pip install -c constraints/cpu.txt -e '.[cpu,bnb]'"
 
 
 def test_a_gpu_is_named_with_its_set(examined):
     whats = [f.what for f in examined([T4], "580.65.06", GPU_STACK, "13.0") if f.level == "ok"]
     assert "Tesla T4, 16 GiB, compute capability 7.5, driver 580.65.06" in whats
-    assert "constraints/gpu.txt is the set for this driver and GPU" in whats
+    assert "constraints/gpu.txt is the constraints file for this driver and GPU" in whats
     whats = [f.what for f in examined([T4, PASCAL], "580.65.06", GPU_STACK, "12.6") if f.level == "ok"]
-    assert "constraints/cuda12.txt is the set for this driver and GPU" in whats
+    assert "constraints/cuda12.txt is the constraints file for this driver and GPU" in whats
 
 
 def test_what_fits_is_not_noted(examined):
@@ -78,10 +78,10 @@ def test_what_fits_is_not_noted(examined):
 
 @pytest.mark.parametrize(("driver", "runtime"), [("580.65.06", "gpu"), ("535.183.01", "cuda12")])
 def test_packages_for_the_cpu_on_a_machine_with_a_gpu(examined, driver, runtime):
-    mend = f"make install RUNTIME={runtime}"
+    hint = f"make install RUNTIME={runtime}"
     assert notes(examined([T4], driver, CPU_STACK, None)) == [
-        ("onnxruntime 1.32.0 cannot use the GPU: onnxruntime-gpu can", mend),
-        ("torch 2.13.0+cpu cannot use the GPU: it was built without CUDA", mend),
+        ("onnxruntime 1.32.0 cannot use the GPU; onnxruntime-gpu can", hint),
+        ("torch 2.13.0+cpu cannot use the GPU: it was built without CUDA", hint),
     ]
 
 
@@ -93,12 +93,12 @@ def test_packages_too_new_for_the_gpu(examined):
 
 
 def test_packages_for_a_gpu_where_none_answers(examined):
-    ((what, mend),) = notes(examined([], "", GPU_STACK, "13.0"))
+    ((what, hint),) = notes(examined([], "", GPU_STACK, "13.0"))
     assert "onnxruntime-gpu is installed" in what
-    assert "make install RUNTIME=cpu" in mend
-    ((what, mend),) = notes(examined([], "", CPU_STACK, None))
-    assert "@cuda are listed as unavailable" in what
-    assert mend == "Nothing to mend for CPU work."
+    assert "make install RUNTIME=cpu" in hint
+    ((what, hint),) = notes(examined([], "", CPU_STACK, None))
+    assert "@cuda are unavailable" in what
+    assert hint == "No fix is necessary to work on the CPU."
 
 
 def test_bitsandbytes_is_found_or_missed(examined):
@@ -142,7 +142,7 @@ def test_a_gpu_that_tells_half_does_not_stop_doctor(monkeypatch, tmp_path):
     assert hardware.gpus() == ([T4, {**T4, "memory_bytes": 0, "compute_capability": ""}], "580.65.06")
     whats = [f.what for f in doctor.examine(tmp_path)]
     assert "Tesla T4, unknown memory, compute capability unknown, driver 580.65.06" in whats
-    assert "constraints/cuda12.txt is the set for this driver and GPU" in whats
+    assert "constraints/cuda12.txt is the constraints file for this driver and GPU" in whats
 
     def fails(*_):
         raise pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN)

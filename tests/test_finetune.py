@@ -95,7 +95,7 @@ def test_a_base_without_a_head_learns_the_labels_of_the_data(make, headless, tic
     code, folder, card, err = make(headless, tickets, "--epochs", "8")
     assert code == 0, err
     assert card["labels"] == ["billing", "delivery", "technical"]
-    assert "120 rows, one label a text: 0 billing (40), 1 delivery (40), 2 technical (40); a new head" in err
+    assert "120 rows, one label per text: 0 billing (40), 1 delivery (40), 2 technical (40); a new head" in err
     history = card["training"]
     assert (history["rows"], history["held_out_rows"]) == (108, 12)
     assert history["held_out_accuracy"][history["best_epoch"]] == max(history["held_out_accuracy"]) > 0.8
@@ -128,11 +128,11 @@ def test_the_same_again_does_nothing_and_something_else_is_not_written_over(make
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     code, _, _, err = make(tiny_checkpoint, tickets, "--epochs", "2")
     assert code == 1
-    assert "was trained otherwise" in err
+    assert "was trained with other settings" in err
     (tmp_path / "mine").mkdir()
     code, _, _, err = make(tiny_checkpoint, tickets, output="mine")
     assert code == 1
-    assert "was not written by finetune" in err
+    assert "`toolchain finetune` did not write it" in err
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
 
 
@@ -173,7 +173,7 @@ def test_a_classifier_of_the_same_labels_goes_on_with_its_head(make, tiny_checkp
     ]
     code, _, card, err = make(tiny_checkpoint, write(tmp_path / "a.csv", rows), "--epochs", "1")
     assert code == 0, err
-    assert "the base's head is trained further" in err
+    assert "training continues with the base's head" in err
     assert card["labels"] == ["NEGATIVE", "POSITIVE"]
     assert card["training"]["held_out_accuracy"]
 
@@ -181,7 +181,7 @@ def test_a_classifier_of_the_same_labels_goes_on_with_its_head(make, tiny_checkp
 @pytest.mark.parametrize(
     ("labels", "options", "says"),
     [
-        (["positive", "posititve"], [], "answers with NEGATIVE, POSITIVE; .* has posititve, positive.*--labels"),
+        (["positive", "posititve"], [], "has the labels NEGATIVE, POSITIVE, but .* has posititve, positive.*--labels"),
         (["0", "1", "2"], [], "has LABEL_0, LABEL_1, LABEL_2.*--labels"),
         (["a", "b"], ["--labels", "a,c"], "row 2: the label 'b' is not one of the model's"),
         (["a", "a"], [], "one label only"),
@@ -215,7 +215,7 @@ def test_sets_of_labels_from_the_file_to_the_prediction(make, headless, tmp_path
     )
     code, folder, card, err = make(headless, file, "--multi-label", "--epochs", "24")
     assert code == 0, err
-    assert "any number of labels a text: 0 billing (" in err
+    assert "any number of labels per text: 0 billing (" in err
     assert card["multi_label"]
     assert json.loads((folder / "config.json").read_text())["problem_type"] == "multi_label_classification"
     assert card["training"]["held_out_accuracy"][card["training"]["best_epoch"]] > 0.6
@@ -309,7 +309,7 @@ def test_a_teacher_is_learnt_from(make, headless, tickets, tmp_path):
 def test_a_teacher_of_other_labels_or_tokens_is_refused(make, headless, tickets, tmp_path, tiny_checkpoint):
     code, _, _, err = make(headless, tickets, "--teacher", tiny_checkpoint)
     assert code == 1
-    assert "answers with NEGATIVE, POSITIVE, the model is to answer with billing, delivery, technical" in err
+    assert "has the labels NEGATIVE, POSITIVE, but the model has billing, delivery, technical" in err
     teacher = make_checkpoint(tmp_path / "other", labels=tuple(WORDS))
     tokenizer = json.loads((teacher / "tokenizer.json").read_text())
     first, second = "##ing", "##ed"
@@ -318,7 +318,7 @@ def test_a_teacher_of_other_labels_or_tokens_is_refused(make, headless, tickets,
     (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
     code, folder, _, err = make(headless, tickets, "--teacher", teacher)
     assert code == 1
-    assert "tokens are others than the base's" in err
+    assert "has another vocabulary than the base" in err
     assert not folder.exists()
 
 
@@ -360,7 +360,7 @@ def test_a_loss_that_is_no_number_ends_it_and_keeps_what_was(make, headless, tic
     monkeypatch.setattr(losses, "task_loss", lambda *a: whole(*a) * (float("nan") if next(count) == 6 else 1.0))
     code, folder, _, err = make(headless, tickets, "--epochs", "3")
     assert code == 1
-    assert "The loss is nan at step 6" in err
+    assert "the loss is nan at step 6" in err
     assert "lower learning rate" in err
     assert not folder.exists()
     kept = publishing.work_folder(tmp_path / "out") / "training"
@@ -408,11 +408,11 @@ def test_a_base_that_is_none(make, headless, tickets, tmp_path):
         return err
 
     assert "has no tokenizer" in refused(_without(headless, tmp_path / "1", *checkpoints.TOKENIZER_FILES))
-    assert "takes 512 tokens at most, not 513" in refused(headless, "--max-length", "513")
+    assert "takes at most 512 tokens, not 513" in refused(headless, "--max-length", "513")
     folder = shutil.copytree(headless, tmp_path / "2")
     tensors = weights(folder)
     save_file({k: v for k, v in tensors.items() if "layer.1" not in k}, folder / "model.safetensors", {"format": "pt"})
-    assert "has no weights that fit distilbert.transformer.layer.1" in refused(folder)
+    assert "has no weights of the right shape for distilbert.transformer.layer.1" in refused(folder)
     folder = shutil.copytree(headless, tmp_path / "3")
     tensors["embeddings.word_embeddings.weight"] = tensors["embeddings.word_embeddings.weight"][:1000].clone()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from toolchain import predict as predicting
 from toolchain.backends import Place, open_session
 from toolchain.data import inputs
+from toolchain.data.encoding import LONG, Encoder, pad
 from toolchain.data.files import Texts, writer
-from toolchain.data.inputs import LONG, Encoder, pad
 from toolchain.errors import ArtifactError, DataError, UnknownVariantError, VerdictError
 from toolchain.predict import PART, of_bundle, of_variant, predict
 from toolchain.progress import no_bar

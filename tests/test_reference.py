@@ -5,7 +5,7 @@ import pytest
 
 from toolchain.backends import Place, open_session
 from toolchain.data import inputs
-from toolchain.data.inputs import Encoder, pad
+from toolchain.data.encoding import Encoder, pad
 
 pytestmark = pytest.mark.slow
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from toolchain.backends.ort import EXACT_PRODUCTS
 from toolchain.system import hardware
 
-LEAST_DISK = 5e9
-LEAST_MEMORY = 4e9
+MIN_DISK_BYTES = 5e9
+MIN_MEMORY_BYTES = 4e9
 # Runtime set → its constraints file and its pip extras.
 SETS = {
     "cpu": ("constraints/cpu.txt", "cpu,bnb"),
@@ -58,8 +58,8 @@ def examine(exported: Path) -> list[Finding]:
 
 
 def _python() -> list[Finding]:
-    where = sys.prefix if sys.prefix != sys.base_prefix else f"{sys.prefix} (no virtual environment)"
-    return [Finding("ok", f"Python {platform.python_version()} in {where}")]
+    location = sys.prefix if sys.prefix != sys.base_prefix else f"{sys.prefix} (no virtual environment)"
+    return [Finding("ok", f"Python {platform.python_version()} in {location}")]
 
 
 def _requirements() -> list[Finding]:
@@ -67,10 +67,10 @@ def _requirements() -> list[Finding]:
 
     findings = []
     try:
-        required = importlib.metadata.requires("toolchain") or []
+        requirement_texts = importlib.metadata.requires("toolchain") or []
     except importlib.metadata.PackageNotFoundError:
-        return [Finding("problem", "toolchain runs from its source tree and is not installed", _reinstall())]
-    for text in required:
+        return [Finding("problem", "toolchain runs from its source folder and is not installed", _reinstall_command())]
+    for text in requirement_texts:
         requirement = Requirement(text)
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -87,30 +87,30 @@ def _requirements() -> list[Finding]:
     return findings
 
 
-def _reinstall() -> str:
+def _reinstall_command() -> str:
     constraints, extras = SETS[hardware.runtime_set(*hardware.gpus())]
     return f"pip install -c {constraints} -e '.[{extras}]'"
 
 
 def _onnxruntimes() -> list[Finding]:
-    found = {name: v for name, v in hardware.versions().items() if name in ("onnxruntime", "onnxruntime-gpu")}
-    if len(found) == 2:
+    installed = {name: v for name, v in hardware.versions().items() if name in ("onnxruntime", "onnxruntime-gpu")}
+    if len(installed) == 2:
         return [
             Finding(
                 "problem",
                 "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files",
-                f"pip uninstall -y onnxruntime onnxruntime-gpu && {_reinstall()}",
+                f"pip uninstall -y onnxruntime onnxruntime-gpu && {_reinstall_command()}",
             )
         ]
-    if not found:
-        return [Finding("problem", "no ONNX Runtime is installed", _reinstall())]
-    return [Finding("ok", f"{name} {version}") for name, version in found.items()]
+    if not installed:
+        return [Finding("problem", "no ONNX Runtime is installed", _reinstall_command())]
+    return [Finding("ok", f"{name} {version}") for name, version in installed.items()]
 
 
 def _bitsandbytes() -> list[Finding]:
     version = hardware.versions().get("bitsandbytes")
     if version is None:
-        return [Finding("note", "bitsandbytes is missing: no variant bnb-*", _reinstall())]
+        return [Finding("note", "bitsandbytes is missing: no variant bnb-*", _reinstall_command())]
     return [Finding("ok", f"bitsandbytes {version}")]
 
 
@@ -119,8 +119,9 @@ def _processor() -> list[Finding]:
     isa = processor["isa"]
     text = f"{processor['cpu']}, {hardware.cores()} cores, {', '.join(isa) or 'no known vector extension'}"
     if platform.machine().lower() in ("x86_64", "amd64") and not hardware.exact_int8():
-        what = f"{text}: no VNNI, so int8 is slower here; other apps need {EXACT_PRODUCTS[0]} = {EXACT_PRODUCTS[1]}"
-        return [Finding("note", what, "Set that session option in them, or toolchain quantize --isa portable")]
+        option = " = ".join(EXACT_PRODUCTS)
+        what = f"{text}: no VNNI, so int8 is slower; other apps need the session option {option}"
+        return [Finding("note", what, "Set this option in other apps, or run `toolchain quantize --isa portable`.")]
     return [Finding("ok", text)]
 
 
@@ -129,19 +130,19 @@ def _memory() -> list[Finding]:
 
     memory = psutil.virtual_memory()
     text = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB memory free"
-    if memory.available < LEAST_MEMORY:
+    if memory.available < MIN_MEMORY_BYTES:
         return [Finding("note", text, "Close other programs, or measure fewer variants at once with --variant.")]
     return [Finding("ok", text)]
 
 
 def _disk(exported: Path) -> list[Finding]:
-    there = exported.resolve()
-    while not there.exists():
-        there = there.parent
-    free = shutil.disk_usage(there).free
-    text = f"{free / 1e9:.1f} GB free where {exported} lies"
-    if free < LEAST_DISK:
-        return [Finding("note", text, "make clean, or --exported on another disk")]
+    folder = exported.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    text = f"{free / 1e9:.1f} GB free on the disk of {exported}"
+    if free < MIN_DISK_BYTES:
+        return [Finding("note", text, "Run `make clean`, or choose another disk with --exported DIR.")]
     return [Finding("ok", text)]
 
 
@@ -149,25 +150,27 @@ def _gpu() -> list[Finding]:
     devices, driver = hardware.gpus()
     runtime = hardware.runtime_set(devices, driver)
     if runtime == "cpu":
-        none = "no NVIDIA GPU answers: cells @cuda are listed as unavailable"
+        no_gpu = "no NVIDIA GPU answers, so cells @cuda are unavailable"
         if "onnxruntime-gpu" in hardware.versions():
-            mend = "Install the NVIDIA driver; on a machine without a GPU: make install RUNTIME=cpu"
-            return [Finding("note", f"{none}, though onnxruntime-gpu is installed", mend)]
-        return [Finding("note", none, "Nothing to mend for CPU work.")]
-    found = []
+            hint = "Install the NVIDIA driver. On a machine without a GPU, run `make install RUNTIME=cpu`."
+            return [Finding("note", f"{no_gpu}, but onnxruntime-gpu is installed", hint)]
+        return [Finding("note", no_gpu, "No fix is necessary to work on the CPU.")]
+    findings = []
     for gpu in devices:
         memory = f"{gpu['memory_bytes'] / 2**30:.0f} GiB" if gpu["memory_bytes"] else "unknown memory"
         capability = f"compute capability {gpu['compute_capability'] or 'unknown'}"
-        found.append(Finding("ok", f"{gpu['name']}, {memory}, {capability}, driver {driver or 'unknown'}"))
-    found.append(Finding("ok", f"{SETS[runtime][0]} is the set for this driver and GPU"))
-    return found + [Finding("note", what, f"make install RUNTIME={runtime}") for what in _unfit(runtime)]
+        findings.append(Finding("ok", f"{gpu['name']}, {memory}, {capability}, driver {driver or 'unknown'}"))
+    findings.append(Finding("ok", f"{SETS[runtime][0]} is the constraints file for this driver and GPU"))
+    return findings + [
+        Finding("note", problem, f"make install RUNTIME={runtime}") for problem in _gpu_problems(runtime)
+    ]
 
 
-def _unfit(runtime: str) -> Iterator[str]:
+def _gpu_problems(runtime: str) -> Iterator[str]:
     """Yields a sentence for each installed package that cannot use the GPU, which needs the set `runtime`."""
     versions = hardware.versions()
     if "onnxruntime" in versions and "onnxruntime-gpu" not in versions:
-        yield f"onnxruntime {versions['onnxruntime']} cannot use the GPU: onnxruntime-gpu can"
+        yield f"onnxruntime {versions['onnxruntime']} cannot use the GPU; onnxruntime-gpu can"
     for name, package in (("torch", "torch"), ("onnxruntime-gpu", "onnxruntime")):
         cuda = hardware.built_for_cuda(package) if name in versions else ""
         if cuda is None and name == "torch":

@@ -1,6 +1,7 @@
 """The errors that the toolchain reports to its user.
 
 ToolchainError                exit 1: one sentence states the cause, one sentence states the fix
+├── SettingsError             exit 2: the settings of a step exclude each other
 ├── UnknownVariantError       no such variant for this model ("did you mean …")
 ├── CheckpointError           the checkpoint is unreadable, or is not a classifier
 │   └── HubError              the model hub is unreachable, or refuses the model
@@ -28,19 +29,25 @@ class ToolchainError(Exception):
 
     Attributes:
         cause: A sentence that states the problem.
-        mend: A sentence that states the fix; empty if there is none.
+        hint: A sentence that states the fix; empty if there is none.
         exit_code: Exit code of the process.
     """
 
     exit_code = 1
 
-    def __init__(self, cause: str, mend: str = "") -> None:
-        super().__init__(cause, mend)
+    def __init__(self, cause: str, hint: str = "") -> None:
+        super().__init__(cause, hint)
         self.cause = cause
-        self.mend = mend
+        self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.cause} {self.mend}".strip()
+        return f"{self.cause} {self.hint}".strip()
+
+
+class SettingsError(ToolchainError):
+    """A step has a setting without a valid value, or two settings that exclude each other."""
+
+    exit_code = 2
 
 
 class UnknownVariantError(ToolchainError):
@@ -92,12 +99,12 @@ class DeviceMemoryError(ToolchainError):
     """A device has too little memory for the model or a batch."""
 
     @classmethod
-    def asked(cls, size_bytes: int | None) -> DeviceMemoryError:
+    def failed_allocation(cls, size_bytes: int | None) -> DeviceMemoryError:
         """Returns the error for a failed allocation of `size_bytes`; None if the runtime does not report the size."""
-        what = "what" if size_bytes is None else f"the {size_bytes / 2**20:,.0f} MiB"
+        memory = "memory" if size_bytes is None else f"memory for the requested {size_bytes / 2**20:,.0f} MiB"
         return cls(
-            f"The device has no room for {what} it was asked for.",
-            "Free the device, measure fewer variants at once with --variant, or take a smaller model.",
+            f"The device has too little {memory}.",
+            "Free memory on the device, measure fewer variants at once with --variant, or use a smaller model.",
         )
 
 

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import toolchain
 from toolchain.artifacts import publishing
-from toolchain.artifacts.variants import Import
+from toolchain.artifacts.steps import Import
 from toolchain.build.job import Job
 from toolchain.build.steps.importing import import_checkpoint
 from toolchain.data import inputs, labels
 from toolchain.data.datasets import Labelled
-from toolchain.data.inputs import Data, Encoder, TrainingSource
+from toolchain.data.encoding import Encoder
+from toolchain.data.inputs import Data, TrainingSource
 from toolchain.data.labels import MULTI, SINGLE, LabelSet
 from toolchain.errors import ArtifactError, CheckpointError, DataError
 from toolchain.models import checkpoints
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CARD = checkpoints.CARD
-SHARED = 0.5  # weight of the labels, and of the teacher's logits, if there is a teacher
-_MEND = "Move it away, or name another folder with --output."
+LABEL_WEIGHT = 0.5  # weight of the labels, and of the teacher's logits, if there is a teacher
+_HINT = "Move it away, or choose another folder with --output."
 
 
 @dataclass(frozen=True)
-class Request:
+class FinetuneRequest:
     """Inputs of a fine-tuning run.
 
     Attributes:
@@ -67,7 +68,7 @@ class Request:
     data: str | None = None
 
 
-def finetune(request: Request, say: Say, bar: Bar) -> dict[str, Any]:
+def finetune(request: FinetuneRequest, say: Say, bar: Bar) -> dict[str, Any]:
     """Trains a checkpoint, writes it to the request's output and returns its card.
 
     A stopped run continues where it stopped.
@@ -81,14 +82,14 @@ def finetune(request: Request, say: Say, bar: Bar) -> dict[str, Any]:
     folder, base = checkpoints.fetch(base, request.revision, head=False)
     table = request.train.read()
     _check_texts(table)
-    given = _label_set(folder)
-    label_set, keep = _labels(request, table, given)
+    base_labels = _base_labels(folder)
+    label_set, keep = _choose_labels(request, table, base_labels)
     rows = inputs.labelled(table, label_set)
-    say(_counted(rows, given if keep else None))
+    say(_count_summary(rows, base_labels if keep else None))
     embedded = request.train.file is None
-    known = inputs.load(request.data, label_set, request.train.columns) if request.data or embedded else None
-    teacher = _teacher(request.teacher, label_set)
-    about = {
+    scoring_data = inputs.load(request.data, label_set, request.train.columns) if request.data or embedded else None
+    teacher = _fetch_teacher(request.teacher, label_set)
+    settings = {
         "base": {**asdict(base), "ref": Path(base.ref).name if base.kind == "folder" else base.ref},
         "train": request.train.digest,
         "labels": list(label_set.names),
@@ -97,23 +98,23 @@ def finetune(request: Request, say: Say, bar: Bar) -> dict[str, Any]:
         "teacher": teacher[1].revision if teacher else None,
         "recipe": asdict(request.recipe),
     }
-    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     output = request.output
-    with publishing.lock(output, lambda: say(f"{output}: another run is writing it, waiting")):
-        if done := _made(output, key):
-            say(f"{output}: the same already, unchanged")
-            return done
+    with publishing.lock(output, lambda: say(f"{output}: waiting, because another run is writing it")):
+        if finished_card := _finished_card(output, key):
+            say(f"{output}: already finished with the same settings, unchanged")
+            return finished_card
         resume = publishing.work_folder(output) / "training"
-        with publishing.building(output) as scratch:
+        with publishing.scratch_folder(output) as scratch:
             start = scratch / "start"
-            _begin(folder, start, label_set, keep, request.recipe.seed)
+            _write_start(folder, start, label_set, keep, request.recipe.seed)
             encoder = _import(start, scratch, resume, request.max_length)
             shutil.rmtree(start)
-            model, history = _trained(
+            model, history = _train_model(
                 scratch, encoder, rows, (teacher and teacher[0], request.recipe), (resume, key), bar
             )
-            judged = _judged(model, encoder, known or rows.only(inputs.hold_out(rows)[1]))
-            card = {"toolchain": toolchain.__version__, "key": key, **about, "training": history, "judged": judged}
+            scores = _score(model, encoder, scoring_data or rows.only(inputs.hold_out(rows)[1]))
+            card = {"toolchain": toolchain.__version__, "key": key, **settings, "training": history, "judged": scores}
             (scratch / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             publishing.replace(scratch, output)
         shutil.rmtree(resume, ignore_errors=True)
@@ -130,11 +131,11 @@ def _check_texts(table: Labelled) -> None:
     if empty:
         raise DataError(
             f"{table.column.where}: {len(empty)} rows have an empty text, the first is row {empty[0]}.",
-            "Fill them or take them out.",
+            "Add the texts, or remove the rows.",
         )
 
 
-def _label_set(folder: Path) -> LabelSet | None:
+def _base_labels(folder: Path) -> LabelSet | None:
     """Returns the labels of a base that is a classifier; None for a base without a head."""
     config = checkpoints.config_of(folder)
     if not any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or []):
@@ -142,31 +143,31 @@ def _label_set(folder: Path) -> LabelSet | None:
     return checkpoints.label_set(folder, config)
 
 
-def _labels(request: Request, table: Labelled, given: LabelSet | None) -> tuple[LabelSet, bool]:
+def _choose_labels(request: FinetuneRequest, table: Labelled, base_labels: LabelSet | None) -> tuple[LabelSet, bool]:
     """Returns the model's labels, and whether the training continues with the base's head.
 
     A base that has none of the data's labels gets a new head. If it has only some, the others may be misspelt. The
     function then raises `DataError`, and the user decides.
     """
-    found = labels.label_set(table.column, request.labels, request.multi_label)
-    if request.labels or given is None:
-        found.indices(table.column)  # reports an unknown label before anything is built
-        return found, found == given
+    label_set = labels.label_set(table.column, request.labels, request.multi_label)
+    if request.labels or base_labels is None:
+        label_set.indices(table.column)  # reports an unknown label before anything is built
+        return label_set, label_set == base_labels
     try:
-        given.indices(table.column)
+        base_labels.indices(table.column)
     except DataError:
-        known = {name.casefold() for name in given.names} & {name.casefold() for name in found.names}
-        if known or (found.generic and not given.generic):
+        shared_names = {name.casefold() for name in base_labels.names} & {name.casefold() for name in label_set.names}
+        if shared_names or (label_set.generic and not base_labels.generic):
             raise DataError(
-                f"{request.base} answers with {', '.join(given.names)}; {table.column.where} has "
-                f"{', '.join(found.names)}.",
-                f"Correct the data, or name the labels of a new head: --labels {','.join(found.names)}",
+                f"{request.base} has the labels {', '.join(base_labels.names)}, but {table.column.where} has "
+                f"{', '.join(label_set.names)}.",
+                f"Correct the data, or name the labels of a new head: --labels {','.join(label_set.names)}",
             ) from None
-        return found, False
-    return given, True
+        return label_set, False
+    return base_labels, True
 
 
-def _counted(rows: Data, kept: LabelSet | None) -> str:
+def _count_summary(rows: Data, kept_labels: LabelSet | None) -> str:
     """Returns a one-line summary with the number of texts of each label."""
     names = rows.label_set.names
     if rows.label_set.multi:
@@ -175,28 +176,28 @@ def _counted(rows: Data, kept: LabelSet | None) -> str:
         )
     else:
         counts = Counter(names[answer] for answer in rows.labels)
-    told = ", ".join(f"{index} {name} ({counts[name]})" for index, name in enumerate(names))
-    kind = "any number of labels a text" if rows.label_set.multi else "one label a text"
-    head = "the base's head is trained further" if kept else "a new head"
-    return f"{rows.name}: {len(rows.labels)} rows, {kind}: {told}; {head}"
+    counts_text = ", ".join(f"{index} {name} ({counts[name]})" for index, name in enumerate(names))
+    kind = "any number of labels per text" if rows.label_set.multi else "one label per text"
+    head = "training continues with the base's head" if kept_labels else "a new head"
+    return f"{rows.name}: {len(rows.labels)} rows, {kind}: {counts_text}; {head}"
 
 
-def _teacher(name: str | None, label_set: LabelSet) -> tuple[Path, Source] | None:
+def _fetch_teacher(name: str | None, label_set: LabelSet) -> tuple[Path, Source] | None:
     """Returns the teacher's folder and source; raises `CheckpointError` if its labels differ from `label_set`."""
     if name is None:
         return None
     folder, source = checkpoints.fetch(checkpoints.locate(name))
-    its = checkpoints.label_set(folder, checkpoints.config_of(folder))
-    if its != label_set:
+    teacher_labels = checkpoints.label_set(folder, checkpoints.config_of(folder))
+    if teacher_labels != label_set:
         raise CheckpointError(
-            f"The teacher {name} answers with {', '.join(its.names)}, the model is to answer with "
+            f"The teacher {name} has the labels {', '.join(teacher_labels.names)}, but the model has "
             f"{', '.join(label_set.names)}.",
-            "Use a teacher of the same labels in the same order; --labels states them.",
+            "Use a teacher with the same labels in the same order, or set the labels with --labels.",
         )
     return folder, source
 
 
-def _made(output: Path, key: str) -> dict[str, Any] | None:
+def _finished_card(output: Path, key: str) -> dict[str, Any] | None:
     """Returns the card of an output with this key, or None without output; raises `ArtifactError` for another key."""
     if not (output.exists() or output.is_symlink()):
         return None
@@ -205,11 +206,11 @@ def _made(output: Path, key: str) -> dict[str, Any] | None:
         if card["key"] == key:
             return card
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{output} exists and was not written by finetune.", _MEND) from error
-    raise ArtifactError(f"{output} exists and was trained otherwise.", _MEND)
+        raise ArtifactError(f"{output} exists, and `toolchain finetune` did not write it.", _HINT) from error
+    raise ArtifactError(f"{output} exists, and was trained with other settings.", _HINT)
 
 
-def _begin(folder: Path, start: Path, label_set: LabelSet, keep: bool, seed: int) -> None:
+def _write_start(folder: Path, start: Path, label_set: LabelSet, keep: bool, seed: int) -> None:
     """Writes the base with its kept or new head, and its tokenizer, to `start`."""
     import torch
 
@@ -226,19 +227,19 @@ def _begin(folder: Path, start: Path, label_set: LabelSet, keep: bool, seed: int
 def _import(start: Path, scratch: Path, resume: Path, max_length: int | None) -> Encoder:
     """Imports `start` into `scratch` with all checks; returns its encoder for texts of at most `max_length` tokens."""
     job = Job(Import(), None, start, scratch, None, TrainingSource(), resume, resume, lambda *_: None)
-    built = import_checkpoint(job)
-    if max_length and max_length > built.max_length:
+    imported = import_checkpoint(job)
+    if max_length and max_length > imported.max_length:
         raise DataError(
-            f"The base takes {built.max_length} tokens at most, not {max_length}.", "Choose a smaller --max-length."
+            f"The base takes at most {imported.max_length} tokens, not {max_length}.", "Choose a smaller --max-length."
         )
-    return Encoder.open(scratch, [spec.name for spec in built.inputs], max_length or built.max_length)
+    return Encoder.open(scratch, [spec.name for spec in imported.inputs], max_length or imported.max_length)
 
 
-def _trained(
+def _train_model(
     scratch: Path,
     encoder: Encoder,
     rows: Data,
-    how: tuple[Path | None, Recipe],
+    teacher_and_recipe: tuple[Path | None, Recipe],
     resume: tuple[Path, str],
     bar: Bar,
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
@@ -246,59 +247,59 @@ def _trained(
     from toolchain.backends.pytorch import check_stored, load_model, save_weights
 
     model = load_model(scratch)
-    teacher = _same_tokens(how[0], encoder) if how[0] else None
-    trained, held_out = (rows.only(part) for part in inputs.hold_out(rows))
+    teacher = _load_teacher(teacher_and_recipe[0], encoder) if teacher_and_recipe[0] else None
+    training_rows, held_out = (rows.only(part) for part in inputs.hold_out(rows))
     with bar("finetune") as progress:
         progress(0, 1, "reading the training data")
-        both = tuple(Examples(encoder.encode(part.texts), part.targets) for part in (trained, held_out))
-        history = train((model, teacher), (both[0], both[1]), encoder, how[1], resume, progress)
+        examples = tuple(Examples(encoder.encode(part.texts), part.targets) for part in (training_rows, held_out))
+        history = train((model, teacher), (examples[0], examples[1]), encoder, teacher_and_recipe[1], resume, progress)
     save_weights(model.state_dict(), scratch)
     check_stored(model, scratch, encoder.names)
     return model, history
 
 
-def _same_tokens(folder: Path, encoder: Encoder) -> PreTrainedModel:
+def _load_teacher(folder: Path, encoder: Encoder) -> PreTrainedModel:
     """Returns the teacher; raises `CheckpointError` if its vocabulary differs: it gets the student's token ids."""
     from toolchain.backends.pytorch import load_model
 
-    its = Encoder.open(folder, encoder.names, encoder.max_length)
-    if its.tokenizer.get_vocab() != encoder.tokenizer.get_vocab():
+    teacher_encoder = Encoder.open(folder, encoder.names, encoder.max_length)
+    if teacher_encoder.tokenizer.get_vocab() != encoder.tokenizer.get_vocab():
         raise CheckpointError(
-            "The teacher's tokens are others than the base's.", "Use a teacher with the base's vocabulary."
+            "The teacher has another vocabulary than the base.", "Use a teacher with the base's vocabulary."
         )
     return load_model(folder)
 
 
-def _judged(model: PreTrainedModel, encoder: Encoder, data: Data) -> dict[str, Any]:
+def _score(model: PreTrainedModel, encoder: Encoder, data: Data) -> dict[str, Any]:
     """Returns rows, accuracy, balanced accuracy and macro-F1 of the model on `data`.
 
     In the accuracy, a multi-label row counts only if all its labels are correct.
     """
     multi = data.label_set.multi
-    given = [0] * len(data.labels)
+    predictions = [0] * len(data.labels)
     for row, answer in answers(model, batches(encoder.encode(data.texts), data.targets, encoder, BATCH), multi):
-        given[row] = answer
-    counts = statistics.by_label(given, data.labels, multi)
-    right = sum(one == other for one, other in zip(given, data.labels, strict=True))
+        predictions[row] = answer
+    counts = statistics.by_label(predictions, data.labels, multi)
+    correct = sum(prediction == label for prediction, label in zip(predictions, data.labels, strict=True))
     figures = {
-        "accuracy": right / len(given),
+        "accuracy": correct / len(predictions),
         "balanced_accuracy": statistics.balanced_accuracy(counts, multi),
         "macro_f1": statistics.macro_f1(counts),
     }
     return {
         "data": data.name,
-        "rows": len(given),
+        "rows": len(predictions),
         **{name: round(value, 4) for name, value in figures.items() if value is not None},
     }
 
 
-def sentence(card: Mapping[str, Any]) -> str:
+def summary(card: Mapping[str, Any]) -> str:
     """Returns a summary of the training and of the model's scores."""
-    history, found = card["training"], card["judged"]
-    course = " → ".join(f"{value:.2%}" for value in history["held_out_accuracy"])
+    history, scores = card["training"], card["judged"]
+    accuracies = " → ".join(f"{value:.2%}" for value in history["held_out_accuracy"])
     return (
-        f"accuracy on {history['held_out_rows']} held-out rows {course}, best after epoch {history['best_epoch']}; "
+        f"accuracy on {history['held_out_rows']} held-out rows {accuracies}, best after epoch {history['best_epoch']}; "
         f"{history['steps']} steps in {history['precision']} on {history['device']}, {history['seconds']:.0f} s. "
-        f"{found['data']}, {found['rows']} rows: accuracy {found['accuracy']:.2%}, balanced "
-        f"{found['balanced_accuracy']:.2%}, macro-F1 {found['macro_f1']:.4f}"
+        f"{scores['data']}, {scores['rows']} rows: accuracy {scores['accuracy']:.2%}, balanced "
+        f"{scores['balanced_accuracy']:.2%}, macro-F1 {scores['macro_f1']:.4f}"
     )

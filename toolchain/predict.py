@@ -20,8 +20,8 @@ from toolchain.backends import Place, open_session
 from toolchain.bench.scenarios import offline_batches
 from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
+from toolchain.data.encoding import Encoder, pad
 from toolchain.data.files import FORMATS, STDIN, Row, Text, Texts, writer
-from toolchain.data.inputs import Encoder, pad
 from toolchain.data.labels import LabelSet, answers, shares
 from toolchain.errors import ArtifactError, DataError
 from toolchain.passes.probabilities import LOGITS
@@ -95,14 +95,14 @@ def _of_artifact(artifact: Artifact) -> Model:
 
 
 def of_bundle(folder: Path, say: Say) -> Model:
-    """Returns the first model of a bundle, after the checks of `shipping.checked`.
+    """Returns the first model of a bundle, after the checks of `shipping.check_bundle`.
 
     Raises:
         ShippingError: The folder holds no bundle.
         VerdictError: The bundle was modified, or this runtime cannot compute its recorded logits.
         ProviderError: The bundle needs onnxruntime-extensions, which is not installed.
     """
-    body, _ = shipping.checked(folder)
+    body, _ = shipping.check_bundle(folder)
     first = body["models"][0]
     if len(body["models"]) > 1:
         say(f"{folder}: {first['variant']}, the first of {len(body['models'])}")

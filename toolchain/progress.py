@@ -1,4 +1,4 @@
-"""How a long command reports: a line of text, or a bar that moves."""
+"""The types by which a long command reports: events, each one line of text, and a progress bar."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager, contextmanager
 
 # (units done, units in all, the work under way)
 Progress = Callable[[int, int, str], None]
-Say = Callable[[str], None]
+# Called with each event. An event is a line of text, or a value whose `str` is such a line.
+Say = Callable[[object], None]
 Bar = Callable[[str], AbstractContextManager[Progress]]
 
 

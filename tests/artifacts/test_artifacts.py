@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from toolchain.artifacts import publishing, store
-from toolchain.artifacts.store import Manifest
-from toolchain.artifacts.variants import Export
+from toolchain.artifacts import manifest, publishing, store
+from toolchain.artifacts.manifest import Manifest
+from toolchain.artifacts.steps import Export
 from toolchain.errors import ArtifactError, TamperedError
 
 
@@ -26,7 +26,7 @@ def manifest_of(folder: Path, **changes) -> Manifest:
         "step": Export(18),
         "step_version": 1,
         "files": store.list_files(folder),
-        "inputs": (store.TensorSpec("input_ids", "int64", ("batch", 7)),),
+        "inputs": (manifest.TensorSpec("input_ids", "int64", ("batch", 7)),),
         "outputs": (),
         "labels": ("NO", "YES"),
         "max_length": 512,
@@ -37,7 +37,7 @@ def manifest_of(folder: Path, **changes) -> Manifest:
 @pytest.fixture
 def published(tmp_path):
     target = tmp_path / "onnx-std"
-    with publishing.lock(target, pytest.fail), publishing.building(target) as scratch:
+    with publishing.lock(target, pytest.fail), publishing.scratch_folder(target) as scratch:
         (scratch / "model.onnx").write_bytes(b"weights")
         (scratch / "config.json").write_text("{}")
         return store.publish(scratch, target, manifest_of(scratch))
@@ -80,7 +80,7 @@ def test_a_tampered_file_is_named(published, change, says):
     with pytest.raises(TamperedError, match=says) as error:
         published.verify()
     assert "model.onnx" in error.value.cause
-    assert str(published.path) in error.value.mend
+    assert str(published.path) in error.value.hint
 
 
 def test_a_file_that_was_added_is_seen_and_not_passed_on(published, tmp_path):
@@ -99,14 +99,16 @@ def test_a_manifest_changed_by_hand_does_not_add_up(published):
     body = json.loads(file.read_text())
     body["step"]["settings"]["opset"] = 17
     file.write_text(json.dumps(body))
-    with pytest.raises(TamperedError, match=rf"{published.path}.*does not add up.*Delete the folder"):
+    with pytest.raises(TamperedError, match=rf"{published.path}.*does not match its own id.*Delete the folder"):
         store.load(published.path)
 
 
 @pytest.mark.parametrize("path", ["../../etc/passwd", "/etc/passwd", "a/../../b"])
 def test_a_manifest_that_leaves_its_folder_is_refused(published, path):
-    entry = store.FileEntry(path, 1, "0")
-    (published.path / "manifest.json").write_text(manifest_of(published.path, files=(entry,)).to_json())
+    file = published.path / "manifest.json"
+    body = json.loads(file.read_text())
+    body["files"][0]["path"] = path
+    file.write_text(json.dumps(body))
     with pytest.raises(ArtifactError, match="leaves the folder"):
         store.load(published.path)
 
@@ -146,7 +148,7 @@ def test_a_folder_that_was_not_built_here_is_not_touched(tmp_path):
 
 def test_a_failed_build_leaves_what_was_there(published):
     def build():
-        with publishing.lock(published.path, pytest.fail), publishing.building(published.path) as scratch:
+        with publishing.lock(published.path, pytest.fail), publishing.scratch_folder(published.path) as scratch:
             (scratch / "model.onnx").write_bytes(b"half")
             raise RuntimeError
 
@@ -157,13 +159,13 @@ def test_a_failed_build_leaves_what_was_there(published):
 
 
 def _build_and_die(target: Path, moment: str) -> None:
-    with publishing.lock(target, lambda: None), publishing.building(target) as scratch:
+    with publishing.lock(target, lambda: None), publishing.scratch_folder(target) as scratch:
         (scratch / "model.onnx").write_bytes(b"new")
         manifest = manifest_of(scratch)
         if moment == "while building":
             os.kill(os.getpid(), signal.SIGKILL)
         (scratch / "manifest.json").write_text(manifest.to_json())
-        target.rename(publishing._old(target))
+        target.rename(publishing._backup_folder(target))
         os.kill(os.getpid(), signal.SIGKILL)  # between the two renames
 
 
@@ -219,7 +221,7 @@ def test_what_only_looks_like_ours_stays(tmp_path, there):
     target = tmp_path / "a"
     mine = looks_like_ours(tmp_path, "a")
     for _ in range(2 if there else 1):
-        with publishing.lock(target, pytest.fail), publishing.building(target) as scratch:
+        with publishing.lock(target, pytest.fail), publishing.scratch_folder(target) as scratch:
             (scratch / "model.onnx").write_bytes(b"weights")
             store.publish(scratch, target, manifest_of(scratch))
     assert [file.read_text() for file in mine] == ["mine"] * len(mine)
@@ -228,10 +230,10 @@ def test_what_only_looks_like_ours_stays(tmp_path, there):
 
 @pytest.mark.parametrize(("name", "other"), [("a", "a.v2"), ("run", "run.2"), ("*", "a"), ("[ab]", "b"), ("a", "a.1")])
 def test_a_lock_leaves_the_scratch_of_other_names_alone(tmp_path, name, other):
-    with publishing.lock(tmp_path / other, pytest.fail), publishing.building(tmp_path / other) as scratch:
+    with publishing.lock(tmp_path / other, pytest.fail), publishing.scratch_folder(tmp_path / other) as scratch:
         (scratch / "model.onnx").write_bytes(b"weights")
         for _ in range(2):
-            with publishing.lock(tmp_path / name, pytest.fail), publishing.building(tmp_path / name) as mine:
+            with publishing.lock(tmp_path / name, pytest.fail), publishing.scratch_folder(tmp_path / name) as mine:
                 assert list(mine.iterdir()) == []
                 publishing.replace(mine, tmp_path / name)
         store.publish(scratch, tmp_path / other, manifest_of(scratch))
@@ -251,7 +253,7 @@ def test_what_a_user_puts_into_the_work_folder_stays(tmp_path):
 def test_a_link_in_the_target_s_place_is_replaced_and_not_followed(tmp_path, published):
     published.path.rename(tmp_path / "elsewhere")
     published.path.symlink_to(tmp_path / "elsewhere")
-    with publishing.lock(published.path, pytest.fail), publishing.building(published.path) as scratch:
+    with publishing.lock(published.path, pytest.fail), publishing.scratch_folder(published.path) as scratch:
         publishing.replace(scratch, published.path)
     assert (tmp_path / "elsewhere" / "model.onnx").read_bytes() == b"weights"
     assert not published.path.is_symlink()
@@ -311,6 +313,12 @@ def test_a_full_disk_while_building_is_an_error_in_words(published):
     with (
         pytest.raises(ArtifactError, match="No space left"),
         publishing.lock(published.path, pytest.fail),
-        publishing.building(published.path),
+        publishing.scratch_folder(published.path),
     ):
         raise OSError(28, "No space left on device")
+
+
+def test_the_ids_of_the_current_artifacts(built_tiny):
+    name = built_tiny.model
+    found = store.current_ids(built_tiny.exported, [(name, "onnx-fp32"), ("gone", "onnx-fp32")])
+    assert found == {(name, "onnx-fp32"): built_tiny.load("onnx-fp32").manifest.id}

@@ -6,15 +6,25 @@ from hypothesis import strategies as st
 
 from toolchain.artifacts import names as grammar
 from toolchain.artifacts import variants
-from toolchain.artifacts.names import VariantName, parse_name
-from toolchain.artifacts.variants import Export, Import, Optimize, Prune, Quantize, Recover
-from toolchain.errors import ArtifactError, UnknownVariantError
+from toolchain.artifacts.names import Parts, VariantName
+from toolchain.artifacts.steps import (
+    Export,
+    Import,
+    Optimize,
+    Prune,
+    Quantize,
+    Recover,
+    decode_step,
+    settings_of,
+    step_name,
+)
+from toolchain.errors import ArtifactError, SettingsError, UnknownVariantError
 
 pruned = st.builds(
     dict, pruned=st.integers(1, 99), recovered=st.integers(0, 12), method=st.sampled_from(grammar.METHODS)
 )
 names = st.builds(
-    lambda runtime, std, tags, scheme, portable, static, label: VariantName(
+    lambda runtime, std, tags, scheme, portable, static, label: Parts(
         runtime, std, scheme=scheme, portable=portable, static=static, label=label, **tags
     ),
     st.sampled_from(grammar.RUNTIMES),
@@ -29,8 +39,8 @@ names = st.builds(
 
 @given(names)
 def test_a_name_is_read_back_as_it_was_written(name):
-    assert parse_name(str(name)) == name
-    assert str(parse_name(str(name))) == str(name)
+    assert VariantName(str(name)).parts == name
+    assert VariantName(name) == str(name)
 
 
 @given(names, names)
@@ -43,7 +53,7 @@ def test_two_variants_never_share_a_name(one, other):
 )
 def test_only_one_spelling_is_a_name(text):
     with pytest.raises(UnknownVariantError):
-        parse_name(text)
+        VariantName(text)
 
 
 def test_every_default_cell_can_be_derived_and_runs_where_it_is_measured():
@@ -60,7 +70,7 @@ def test_a_variant_is_made_from_its_parent_by_its_step_or_by_nothing(name):
     except UnknownVariantError:
         return
     if variant.parent is not None:
-        assert variants.child(variant.parent, variant.step, name.label) == variant
+        assert variants.derive_variant(variant.parent, variant.step, name.label) == variant
     assert next(v.name for v in variants.lineage(variant.name)) == "torch-fp32"
 
 
@@ -84,45 +94,85 @@ def test_an_unknown_variant_is_told_the_nearest():
 
 
 def test_child_finds_the_variant_a_step_makes():
-    assert variants.child("onnx-fp32", Quantize()).name == "onnx-int8"
-    assert variants.child("onnx-std", Optimize()).name == "onnx-fp32"
-    assert variants.child("torch-fp32", Prune(0.3, "magnitude")).name == "torch-pruned30-magnitude"
-    assert variants.child("onnx-std", Quantize()).name == "onnx-std-int8"
-    assert variants.child("onnx-pruned50", Quantize(reduce_range=True)).name == "onnx-pruned50-int8-portable"
-    assert variants.child("onnx-pruned50", Quantize(scheme="static")).name == "onnx-pruned50-int8-static"
-    assert variants.child("onnx-std", Quantize(scheme="static")).name == "onnx-std-int8-static"
+    assert variants.derive_variant("onnx-fp32", Quantize()).name == "onnx-int8"
+    assert variants.derive_variant("onnx-std", Optimize()).name == "onnx-fp32"
+    assert variants.derive_variant("torch-fp32", Prune(0.3, "magnitude")).name == "torch-pruned30-magnitude"
+    assert variants.derive_variant("onnx-std", Quantize()).name == "onnx-std-int8"
+    assert variants.derive_variant("onnx-pruned50", Quantize(reduce_range=True)).name == "onnx-pruned50-int8-portable"
+    assert variants.derive_variant("onnx-pruned50", Quantize(scheme="static")).name == "onnx-pruned50-int8-static"
+    assert variants.derive_variant("onnx-std", Quantize(scheme="static")).name == "onnx-std-int8-static"
     assert not variants.is_variant("onnx-int8-portable-static")
     assert not variants.is_variant("onnx-int4-static")
     with pytest.raises(
-        UnknownVariantError, match=r"Nothing is made from onnx-int8 by quantize. It takes an fp32 graph"
+        UnknownVariantError, match=r"No variant is built from onnx-int8 by quantize. It takes an fp32 graph"
     ):
-        variants.child("onnx-int8", Quantize())
-    with pytest.raises(UnknownVariantError):  # PyTorch's int8 has no weights of 7 bits
-        variants.child("torch-fp32", Quantize("torch", "int8", True))
+        variants.derive_variant("onnx-int8", Quantize())
     with pytest.raises(UnknownVariantError, match="what is pruned already is pruned further from there"):
-        variants.child("torch-pruned30", Prune(0.5))
+        variants.derive_variant("torch-pruned30", Prune(0.5))
     with pytest.raises(UnknownVariantError, match="It takes a pruned PyTorch variant"):
-        variants.child("torch-fp32", Recover(1))
+        variants.derive_variant("torch-fp32", Recover(1))
     with pytest.raises(UnknownVariantError):  # training would fill the zeros
-        variants.child("torch-pruned30-mask", Recover(1))
+        variants.derive_variant("torch-pruned30-mask", Recover(1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (Quantize, {"scheme": "nf4"}),
+        (Quantize, {"scheme": "fp16"}),  # `Optimize` builds it
+        (Quantize, {"backend": "torch", "scheme": "dynamic"}),
+        (Quantize, {"backend": "torch", "scheme": "int8", "reduce_range": True}),
+        (Quantize, {"scheme": "int4", "reduce_range": True}),
+        (Quantize, {"scheme": "static", "reduce_range": True}),
+        (Quantize, {"backend": "bnb", "scheme": "nf4", "embeddings": "int8"}),
+        (Quantize, {"backend": "torch", "scheme": "int8", "keep_fp32": 1}),
+        (Quantize, {"backend": "torch", "scheme": "int8", "trim_vocab": "train"}),
+        (Quantize, {"passes": ("smooth", "quantize-linear")}),
+        (Quantize, {"passes": ()}),
+        (Quantize, {"passes": ("quantize-linear",), "embeddings": "int4"}),
+        (Quantize, {"passes": ("quantize-embedding",), "keep_fp32": 1}),
+        (Quantize, {"passes": ("quantize-embedding",), "reduce_range": True}),
+        (Quantize, {"scheme": "static", "passes": ("quantize-embedding",)}),
+        (Prune, {"ratio": 0.0}),
+        (Prune, {"ratio": 1.0}),
+        (Prune, {"ratio": 0.333}),
+        (Prune, {"ratio": float("nan")}),
+        (Prune, {"ratio": 0.5, "method": "mask", "layers": 3}),
+        (Prune, {"ratio": 0.5, "method": "mask", "cost": "latency"}),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(kind, settings):
+    with pytest.raises(SettingsError):
+        kind(**settings)
+    with pytest.raises(ArtifactError):
+        decode_step(kind.__name__.lower(), settings)
+
+
+def test_passes_without_some_of_them():
+    assert Quantize.passes_without("dynamic", []) is None
+    assert Quantize.passes_without("dynamic", ["padding"]) == ("quantize-linear", "quantize-embedding")
+    assert Quantize.passes_without("static", ["quantize-linear"]) == ("quantize-embedding",)  # `smooth` prepares it
+    assert Quantize.passes_without("int4", ["quantize-linear", "quantize-embedding"]) == ()
+    with pytest.raises(SettingsError, match="quantize-linear, quantize-embedding"):
+        Quantize.passes_without("int4", ["padding"])
 
 
 def test_a_label_goes_with_what_is_made_of_it():
-    assert variants.child("onnx-fp32", Quantize(), "small").name == "onnx-int8+small"
-    assert variants.child("torch-fp32", Prune(0.5), "fast").name == "torch-pruned50+fast"
-    made = variants.child("onnx-std-pruned50+fast", Optimize())
+    assert variants.derive_variant("onnx-fp32", Quantize(), "small").name == "onnx-int8+small"
+    assert variants.derive_variant("torch-fp32", Prune(0.5), "fast").name == "torch-pruned50+fast"
+    made = variants.derive_variant("onnx-std-pruned50+fast", Optimize())
     assert (made.name, made.parent) == ("onnx-pruned50+fast", "onnx-std-pruned50+fast")
-    with pytest.raises(UnknownVariantError, match="called fast as well"):
-        variants.child("onnx-std-pruned50+fast", Optimize(), "other")
+    with pytest.raises(UnknownVariantError, match="starts with fast"):
+        variants.derive_variant("onnx-std-pruned50+fast", Optimize(), "other")
     for name in ("torch-fp32+mine", "onnx-int8+", "onnx-int8+A", "onnx-int8+a+b", "onnx-int8+-a", "onnx-int8+a--b"):
         assert not variants.is_variant(name)
     assert variants.get("onnx-int8+small").runtime == "onnx"
 
 
 def test_the_unpruned_counterpart():
-    assert grammar.unpruned("onnx-pruned50-int8+fast") == "onnx-int8"
-    assert grammar.unpruned("onnx-pruned50-r1-magnitude-int8") == "onnx-int8"
-    assert grammar.unpruned("torch-pruned30") == "torch-fp32"
+    assert VariantName("onnx-pruned50-int8+fast").unpruned_name == "onnx-int8"
+    assert VariantName("onnx-pruned50-r1-magnitude-int8").unpruned_name == "onnx-int8"
+    assert VariantName("torch-pruned30").unpruned_name == "torch-fp32"
 
 
 @pytest.mark.parametrize(
@@ -139,16 +189,16 @@ def test_the_unpruned_counterpart():
     ],
 )
 def test_a_step_survives_its_manifest(step):
-    assert variants.step_from(variants.step_name(step), variants.settings_of(step)) == step
+    assert decode_step(step_name(step), settings_of(step)) == step
 
 
 def test_a_setting_a_step_does_not_have_is_not_in_its_manifest():
-    assert variants.settings_of(Quantize()) == {"backend": "ort", "scheme": "dynamic"}
-    assert variants.settings_of(Quantize(reduce_range=True))["reduce_range"] is True
+    assert settings_of(Quantize()) == {"backend": "ort", "scheme": "dynamic"}
+    assert settings_of(Quantize(reduce_range=True))["reduce_range"] is True
 
 
 def test_a_step_of_another_release_is_refused_in_words():
     with pytest.raises(ArtifactError, match="does not know"):
-        variants.step_from("export", {"flavour": 1})
+        decode_step("export", {"flavour": 1})
     with pytest.raises(ArtifactError, match="does not know"):
-        variants.step_from("distil", {})
+        decode_step("distil", {})

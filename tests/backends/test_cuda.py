@@ -11,7 +11,7 @@ import torch
 
 from toolchain.backends import Backend, Place, open_session
 from toolchain.backends.ort import OrtSession
-from toolchain.backends.pytorch import TorchSession, _served, device, roomy
+from toolchain.backends.pytorch import TorchSession, _has_kernels, device, translate_memory_error
 from toolchain.bench import gpu_memory, run
 from toolchain.bench import runner as bench_module
 from toolchain.bench.cells import Cell
@@ -21,13 +21,14 @@ from toolchain.build.pipeline import ensure
 from toolchain.cli import main
 from toolchain.compare.report.columns import columns, notes
 from toolchain.compare.rows import compare
-from toolchain.data import inputs
-from toolchain.data.inputs import Data, Encoder
+from toolchain.data import encoding, inputs
+from toolchain.data.encoding import Encoder
+from toolchain.data.inputs import Data
 from toolchain.errors import BenchError, DeviceMemoryError, ProviderError
-from toolchain.results.measurements import ResultFile
+from toolchain.results.result_file import ResultFile
 from toolchain.system import hardware
 
-BATCH = inputs.pad([[101, 2023, 102], [101, 102]], ("input_ids", "attention_mask"), 0)
+BATCH = encoding.pad([[101, 2023, 102], [101, 102]], ("input_ids", "attention_mask"), 0)
 T4 = {"name": "Tesla T4", "memory_bytes": 16 << 30, "compute_capability": "7.5"}
 FAKE = {"fake": Backend("fake_backend:FakeSession", ("json",))}
 
@@ -138,9 +139,12 @@ def test_a_whole_session_that_fell_back_says_so_where_that_is_allowed(built_tiny
 @pytest.mark.parametrize(
     ("said", "named"),
     [
-        ("Failed to allocate memory for requested buffer of size 2147483648", "the 2,048 MiB"),
-        ("Available memory of 1048576 is smaller than requested bytes of 2147483648", "the 2,048 MiB"),
-        ("CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc((void**)&p, size);", "what"),
+        ("Failed to allocate memory for requested buffer of size 2147483648", "memory for the requested 2,048 MiB"),
+        (
+            "Available memory of 1048576 is smaller than requested bytes of 2147483648",
+            "memory for the requested 2,048 MiB",
+        ),
+        ("CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc((void**)&p, size);", "memory"),
     ],
 )
 def test_onnx_runtimes_want_of_room_names_the_number_it_gives(built_tiny, cuda, said, named):
@@ -152,12 +156,15 @@ def test_onnx_runtimes_want_of_room_names_the_number_it_gives(built_tiny, cuda, 
         raise RuntimeException(said)
 
     session._session.run_with_iobinding = fails
-    with pytest.raises(DeviceMemoryError, match=f"no room for {named} it was asked for"):
+    with pytest.raises(DeviceMemoryError, match=f"too little {named}"):
         session.run(BATCH)
 
 
 def test_pytorchs_want_of_room_names_the_number():
-    with pytest.raises(DeviceMemoryError, match="no room for the 20 MiB"), roomy(torch.device("cpu")):
+    with (
+        pytest.raises(DeviceMemoryError, match="too little memory for the requested 20 MiB"),
+        translate_memory_error(torch.device("cpu")),
+    ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of …")
 
 
@@ -180,7 +187,7 @@ def test_a_pytorch_session_leaves_the_batch_where_the_model_is(built_tiny):
     ],
 )
 def test_a_gpu_that_the_build_has_no_kernels_for_is_known_beforehand(monkeypatch, capability, built_for, served):
-    assert _served(capability, built_for) is served
+    assert _has_kernels(capability, built_for) is served
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: "a GPU")
@@ -251,7 +258,7 @@ def measured(fake, monkeypatch):
     def measure(**behaviours):
         cells = [Cell("fake", n, "fake", "cuda", fake(n, **does)) for n, does in behaviours.items()]
         rows, how = bench(cells, data, encoder, protocol, lambda *_: None, FAKE)
-        return run.result_of(rows, how, data, 512)
+        return run.make_result(rows, how, data, 512)
 
     return measure
 
@@ -298,12 +305,12 @@ def test_gpu_memory_has_its_column_and_its_method(measured):
 
 def test_cells_that_fall_back_are_planned_only_where_that_is_allowed():
     with pytest.raises(BenchError, match="onnx-int8 is not measured on cuda") as error:
-        run.planned(("onnx-int8",), ("cuda",))
-    assert "--allow-fallback" in error.value.mend
-    assert run.planned(("onnx-int8",), ("cuda",), allow_fallback=True) == [("onnx-int8", "cuda")]
-    assert run.planned(("onnx-int8",), (), allow_fallback=True) == [("onnx-int8", "cpu")]
+        run.planned_pairs(("onnx-int8",), ("cuda",))
+    assert "--allow-fallback" in error.value.hint
+    assert run.planned_pairs(("onnx-int8",), ("cuda",), allow_fallback=True) == [("onnx-int8", "cuda")]
+    assert run.planned_pairs(("onnx-int8",), (), allow_fallback=True) == [("onnx-int8", "cpu")]
     with pytest.raises(BenchError, match="torch-int8 is not measured on cuda"):
-        run.planned(("torch-int8",), ("cuda",), allow_fallback=True)
+        run.planned_pairs(("torch-int8",), ("cuda",), allow_fallback=True)
 
 
 def test_a_wrong_device_id_is_told_with_what_there_is(monkeypatch, tmp_path, tiny_checkpoint, capsys):

@@ -51,4 +51,4 @@ def test_a_cuda_session_is_refused_in_words(runtime, built_tiny):
     assert "CUDAExecutionProvider" in first
     refused = [line for line in said if line.startswith("refused: ")]  # beside what it says of missing libraries
     assert len(refused) == 1
-    assert "ONNX Runtime was asked for CUDAExecutionProvider and fell back to CPUExecutionProvider" in refused[0]
+    assert "ONNX Runtime could not start CUDAExecutionProvider and uses CPUExecutionProvider instead" in refused[0]

@@ -25,8 +25,10 @@ from toolchain.bench.scenarios import Protocol
 from toolchain.compare.report.columns import notes
 from toolchain.compare.rows import compare
 from toolchain.data import inputs
-from toolchain.data.inputs import Data, Encoder
+from toolchain.data.encoding import Encoder
+from toolchain.data.inputs import Data
 from toolchain.errors import BenchError, ResultFileError
+from toolchain.results.folder import require_measured
 
 FAKE = {"fake": Backend("fake_backend:FakeSession", ("json",))}
 TEXTS = tuple(f"sentence number {i} {'word ' * (i % 7)}" for i in range(80))
@@ -111,7 +113,7 @@ def test_a_row_says_what_the_option_for_exact_products_costs(run):
     assert found["time"]["low"] <= found["time"]["value"] <= found["time"]["high"]
     assert "exactness" not in rows["portable"].facts
     assert "exactness" not in rows["elsewhere"].facts
-    result = bench_run.result_of(list(rows.values()), {}, Data("fake", TEXTS, (0,) * len(TEXTS)), 512)
+    result = bench_run.make_result(list(rows.values()), {}, Data("fake", TEXTS, (0,) * len(TEXTS)), 512)
     line = next(line for line in notes(compare([result])) if "saturates" in line)
     assert re.fullmatch(
         r"saturable@cpu: this processor saturates 8-bit products unless an\.option = 1, which is set; "
@@ -174,13 +176,13 @@ def test_a_leak_is_seen_in_the_memory(run):
 @pytest.mark.slow
 def test_rounds_are_interleaved_and_every_cell_gets_the_same_work(fake, data, encoder, monkeypatch):
     turns = []
-    real = bench_module._Bench._turn
+    real = bench_module._Bench._run_turn
 
     def spy(self, index, item, turn, work):
         turns.append((item.cell.variant, work.kind, tuple(map(tuple, work.batches))))
         real(self, index, item, turn, work)
 
-    monkeypatch.setattr(bench_module._Bench, "_turn", spy)
+    monkeypatch.setattr(bench_module._Bench, "_run_turn", spy)
     cells = [Cell("fake", n, "fake", "cpu", fake(n)) for n in ("a", "b", "c")]
     bench(cells, data, encoder, FAST, lambda *_: None, FAKE)
     groups = [turns[i : i + 3] for i in range(0, len(turns), 3)]
@@ -197,9 +199,9 @@ def test_rounds_are_interleaved_and_every_cell_gets_the_same_work(fake, data, en
     [(872, 0.01, 872), (872, 0.1, 400), (872, 10.0, 100), (80, 10.0, 80), (10**5, 0.001, 2000)],
 )
 def test_a_set_too_large_for_the_slowest_cell_is_sampled(count, slowest_s, asked):
-    chosen = scenarios.choose(count, slowest_s, scenarios.QUICK)
+    chosen = scenarios.choose_sentences(count, slowest_s, scenarios.QUICK)
     assert len(set(chosen)) == len(chosen) == asked
-    assert chosen == scenarios.choose(count, slowest_s, scenarios.QUICK)
+    assert chosen == scenarios.choose_sentences(count, slowest_s, scenarios.QUICK)
 
 
 @given(st.lists(st.integers(1, 512), min_size=1, max_size=200), st.integers(1, 64))
@@ -247,7 +249,7 @@ def test_ten_per_cent_slower_is_found_with_an_interval_that_excludes_no_differen
     told = {"torch-fp32": {"us": 2000}, "slower": {"us": 2200}}
     cells = [Cell("fake", n, "fake", "cpu", fake(n, **does)) for n, does in told.items()]
     rows, how = bench(cells, data, encoder, FAST, lambda *_: None, FAKE)
-    slower = compare([bench_run.result_of(rows, how, data, 512)])[1]
+    slower = compare([bench_run.make_result(rows, how, data, 512)])[1]
     assert slower.speedup.differs
     assert slower.speedup.low <= slower.speedup.value <= slower.speedup.high < 1
     assert slower.throughput_gain.high < 1
@@ -281,17 +283,17 @@ def test_an_interrupted_run_goes_on_where_it_was(fake, data, encoder, tmp_path, 
         bench(cells, data, encoder, FAST, stop, FAKE, Journal.begin(file, head))
     with file.open("a") as torn:
         torn.write('{"cell": 0, "kind"')
-    kept = Journal.take_up(journal.newest(tmp_path, "m"), head)
+    kept = Journal.resume(journal.find_newest(tmp_path, "m"), head)
     done_before = [r for r in kept.records if r["kind"] in ("single-stream", "offline")]
     assert len(done_before) >= 5 * 4
     asked = []
-    real = bench_module._Bench._turn
+    real = bench_module._Bench._run_turn
 
     def spy(self, index, item, turn, work):
         asked.append((index, work.kind, turn))
         real(self, index, item, turn, work)
 
-    monkeypatch.setattr(bench_module._Bench, "_turn", spy)
+    monkeypatch.setattr(bench_module._Bench, "_run_turn", spy)
     rows, how = bench(cells, data, encoder, FAST, lambda *_: None, FAKE, kept)
     assert not {(r["cell"], r["kind"], r["turn"]) for r in done_before} & set(asked)
     assert len(done_before) + len(asked) == 2 * 2 * 8
@@ -303,15 +305,15 @@ def test_an_interrupted_run_goes_on_where_it_was(fake, data, encoder, tmp_path, 
 def test_a_run_is_taken_up_by_the_same_command_only(tmp_path):
     file = tmp_path / "m-20260101T000000Z.journal"
     Journal.begin(file, {"cells": [], "protocol": {"threads": 2}}).append({"cell": 0, "kind": "peak", "reply": {}})
-    with pytest.raises(ResultFileError, match=r"was of another protocol\. .*leave --resume out"):
-        Journal.take_up(file, {"cells": [], "protocol": {"threads": 1}})
-    with pytest.raises(ResultFileError, match="a record of no cell"):
-        Journal.take_up(file, {"cells": [], "protocol": {"threads": 2}})
+    with pytest.raises(ResultFileError, match=r"had another value of protocol\. .*omit --resume"):
+        Journal.resume(file, {"cells": [], "protocol": {"threads": 1}})
+    with pytest.raises(ResultFileError, match="a record has an unknown cell"):
+        Journal.resume(file, {"cells": [], "protocol": {"threads": 2}})
     file.write_text("[1]\n")
     with pytest.raises(ResultFileError, match="is no interrupted run"):
-        Journal.take_up(file, {"cells": []})
+        Journal.resume(file, {"cells": []})
     with pytest.raises(ResultFileError, match="no interrupted run of other"):
-        journal.newest(tmp_path, "other")
+        journal.find_newest(tmp_path, "other")
     with pytest.raises(ResultFileError, match="cannot be written"):
         Journal.begin(file / "below", {})
 
@@ -323,8 +325,8 @@ def test_two_runs_that_begin_in_one_second_have_a_journal_each(tmp_path):
         kept.append({"cell": cell, "kind": "peak", "of": kept.path.name})
     assert one.path == file
     one.end()
-    assert journal.newest(tmp_path, "m") == other.path
-    assert [record["of"] for record in Journal.take_up(other.path, head).records] == [other.path.name]
+    assert journal.find_newest(tmp_path, "m") == other.path
+    assert [record["of"] for record in Journal.resume(other.path, head).records] == [other.path.name]
 
 
 def test_taking_a_run_up_never_writes_its_records_anew(tmp_path, monkeypatch):
@@ -337,10 +339,10 @@ def test_taking_a_run_up_never_writes_its_records_anew(tmp_path, monkeypatch):
     inode = file.stat().st_ino
     monkeypatch.setattr(os, "truncate", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        Journal.take_up(file, {"cells": ["a"]})
+        Journal.resume(file, {"cells": ["a"]})
     assert file.read_bytes().startswith(whole)
     monkeypatch.undo()
-    assert len(Journal.take_up(file, {"cells": ["a"]}).records) == 1
+    assert len(Journal.resume(file, {"cells": ["a"]}).records) == 1
     assert (file.read_bytes(), file.stat().st_ino) == (whole, inode)
 
 
@@ -409,7 +411,7 @@ def test_the_real_chain_on_the_tiny_checkpoint(built_tiny, tmp_path, monkeypatch
     assert rows["torch-fp32"].facts["roofline"]["macs"] > rows["onnx-fp32"].facts["roofline"]["macs"] > 0
     assert all(0 < row.facts["roofline"]["share"] < 1 for row in rows.values())
     assert result.machine["versions"]["onnxruntime"]
-    bench_run.judge(result)
+    require_measured(result)
 
 
 def test_a_runtime_that_is_not_installed_makes_its_cells_unavailable_and_no_others(fake, data, encoder):
@@ -421,7 +423,7 @@ def test_a_runtime_that_is_not_installed_makes_its_cells_unavailable_and_no_othe
 
 
 def test_cells_are_planned_from_the_table():
-    assert bench_run.planned((), ()) == [
+    assert bench_run.planned_pairs((), ()) == [
         ("torch-fp32", "cpu"),
         ("torch-bf16", "cpu"),
         ("torch-int8", "cpu"),
@@ -435,9 +437,9 @@ def test_cells_are_planned_from_the_table():
         *((f"onnx-pruned{ratio}-int8", "cpu") for ratio in (30, 40, 50)),
         *((name, "cuda") for name in ("torch-fp32", "torch-fp16", "bnb-int8", "bnb-nf4", "onnx-fp32", "onnx-fp16")),
     ]
-    assert bench_run.planned(("onnx-fp32",), ("cuda",)) == [("onnx-fp32", "cuda")]
-    with pytest.raises(BenchError, match=r"onnx-int8 is not measured on cuda. It is measured on cpu"):
-        bench_run.planned(("onnx-int8",), ("cuda",))
+    assert bench_run.planned_pairs(("onnx-fp32",), ("cuda",)) == [("onnx-fp32", "cuda")]
+    with pytest.raises(BenchError, match=r"onnx-int8 does not run on cuda. It runs on cpu"):
+        bench_run.planned_pairs(("onnx-int8",), ("cuda",))
 
 
 def test_every_runtime_of_the_table_has_a_backend():

@@ -21,7 +21,7 @@ from toolchain import passes
 from toolchain.artifacts import store
 from toolchain.backends.pytorch import load_model, save_weights
 from toolchain.bench import machine_probe, roofline
-from toolchain.bench.roofline import Work, floor_ms, weight_bytes, work
+from toolchain.bench.roofline import Work, floor_ms, read_work, weight_bytes
 from toolchain.errors import BenchError, CheckpointError
 from toolchain.models import architectures, checkpoints
 from toolchain.models.architectures import LayerShape
@@ -45,9 +45,9 @@ def counted(model, tokens):
 @pytest.mark.parametrize("model", ["built_tiny", pytest.param("reference", marks=pytest.mark.slow)])
 def test_work_is_what_pytorch_computes(model, request):
     folder = request.getfixturevalue(model).path("torch-fp32")
-    found, loaded = work(folder), load_model(folder)
+    found, loaded = read_work(folder), load_model(folder)
     assert [found.macs(n) for n in LENGTHS] == [counted(loaded, n).total() for n in LENGTHS]
-    assert found.macs(TOKENS) - found.head_parameters == EncoderSizes.of(loaded).multiply_accumulates
+    assert found.macs(TOKENS) - found.head_parameters == EncoderSizes.from_model(loaded).multiply_accumulates
 
 
 @pytest.mark.parametrize("shapes", [[(3, 40), (1, 8)], [(0, 8), (2, 0)], [(1, 0), (0, 24)], [(2, 8), (0, 0)]])
@@ -57,9 +57,9 @@ def test_work_of_a_pruned_model(built_tiny, tmp_path, shapes):
     architectures.reshape(loaded, [LayerShape(*shape) for shape in shapes])
     save_weights(loaded.state_dict(), tmp_path)
     shutil.copyfile(source / "config.json", tmp_path / "config.json")
-    found = work(tmp_path)
+    found = read_work(tmp_path)
     assert found.macs(TOKENS) == counted(loaded, TOKENS).total()
-    assert found.macs(TOKENS) - found.head_parameters == EncoderSizes.of(loaded).multiply_accumulates
+    assert found.macs(TOKENS) - found.head_parameters == EncoderSizes.from_model(loaded).multiply_accumulates
 
 
 def in_graph(path, tokens):
@@ -84,7 +84,7 @@ def in_graph(path, tokens):
 @pytest.mark.parametrize("model", ["built_tiny", pytest.param("reference", marks=pytest.mark.slow)])
 def test_reading_the_first_token_alone_computes_less(model, request):
     workspace = request.getfixturevalue(model)
-    found = work(workspace.path("torch-fp32"))
+    found = read_work(workspace.path("torch-fp32"))
     for tokens in LENGTHS:
         attention = 2 * tokens**2 * sum(found.attention_widths)
         assert in_graph(workspace.path("onnx-std") / "model.onnx", tokens) == found.macs(tokens) - attention
@@ -102,7 +102,7 @@ def test_what_comes_behind_the_last_attention_may_span_layers(built_tiny, tmp_pa
     save_weights(loaded.state_dict(), tmp_path)
     shutil.copyfile(source / "config.json", tmp_path / "config.json")
     width, head = 32, 8
-    assert work(tmp_path).behind == width * (2 * head + 2 * 8 + 2 * 24)
+    assert read_work(tmp_path).tail_parameters == width * (2 * head + 2 * 8 + 2 * 24)
 
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -117,7 +117,7 @@ def test_any_encoder(tmp_path, kind):
         settings |= {"true_hidden_size": 16, "intra_bottleneck_size": 16}
     model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **settings))
     model.save_pretrained(tmp_path)
-    found = work(tmp_path)
+    found = read_work(tmp_path)
     for tokens in LENGTHS:
         real = counted(model, tokens)
         attention = real["activations"] if kind in architectures.LAYOUTS else 0
@@ -132,17 +132,17 @@ def test_an_unknown_layout_has_its_linear_layers(built_tiny, tmp_path):
     renamed = {name.replace("distilbert.", "mystery."): t for name, t in renamed.items()}
     save_file(renamed, tmp_path / checkpoints.WEIGHTS)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mystery"}))
-    known = work(source)
-    assert work(tmp_path) == Work(known.linear_parameters, (), known.head_parameters)
-    assert work(tmp_path).macs(9, first_token=True, first_query=True) == work(tmp_path).macs(9)
+    known = read_work(source)
+    assert read_work(tmp_path) == Work(known.linear_parameters, (), known.head_parameters)
+    assert read_work(tmp_path).macs(9, first_token=True, first_query=True) == read_work(tmp_path).macs(9)
 
 
 def test_no_work_without_weights_or_where_layers_share_them(built_tiny, tmp_path):
-    assert work(tmp_path) is None
-    assert work(built_tiny.path("onnx-int8")) is None
+    assert read_work(tmp_path) is None
+    assert read_work(built_tiny.path("onnx-int8")) is None
     shutil.copyfile(built_tiny.path("torch-fp32") / checkpoints.WEIGHTS, tmp_path / checkpoints.WEIGHTS)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "albert"}))
-    assert work(tmp_path) is None
+    assert read_work(tmp_path) is None
 
 
 def test_weights_that_cannot_be_read(built_tiny, tmp_path):
@@ -150,11 +150,11 @@ def test_weights_that_cannot_be_read(built_tiny, tmp_path):
     shutil.copyfile(source / "config.json", tmp_path / "config.json")
     (tmp_path / checkpoints.WEIGHTS).write_bytes((source / checkpoints.WEIGHTS).read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="cannot be read"):
-        work(tmp_path)
+        read_work(tmp_path)
 
 
 def test_bytes_of_weights_leave_the_tables_out(built_tiny):
-    found = work(built_tiny.path("torch-fp32"))
+    found = read_work(built_tiny.path("torch-fp32"))
     parameters = found.linear_parameters + found.head_parameters
     for variant, each in (("torch-fp32", 4), ("onnx-fp32", 4), ("onnx-int8", 1)):
         size = weight_bytes(store.load(built_tiny.path(variant)).manifest.facts)
@@ -191,7 +191,7 @@ def measured(monkeypatch):
         asked.append((runtime, threads))
         return {f"{p}_{unit}": 2.0 + len(asked) for p in precisions for unit in ("gmacs", "gb_s")}
 
-    monkeypatch.setattr(roofline, "_measure", measure)
+    monkeypatch.setattr(roofline, "_run_probe", measure)
     monkeypatch.setattr(hardware, "processor", lambda: {"cpu": "made", "isa": ["avx512_bf16"]})
     return asked
 
@@ -282,7 +282,7 @@ def test_a_failed_calibration_leaves_no_file(measured, tmp_path, monkeypatch):
     def fail(*_):
         raise BenchError("No.")
 
-    monkeypatch.setattr(roofline, "_measure", fail)
+    monkeypatch.setattr(roofline, "_run_probe", fail)
     with pytest.raises(BenchError):
         roofline.rates(tmp_path, 2, silent)
     assert list(tmp_path.iterdir()) == []
@@ -291,25 +291,25 @@ def test_a_failed_calibration_leaves_no_file(measured, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_calibration(tmp_path):
     for runtime in ("torch", "onnx"):
-        found = roofline._measure(runtime, ["int8"], 1, 0.001, 1)
+        found = roofline._run_probe(runtime, ["int8"], 1, 0.001, 1)
         assert set(found) == {"int8_gmacs", "int8_gb_s"}
         assert all(1 < value < 1e5 for value in found.values())
 
 
 def test_a_calibration_that_fails_says_why(monkeypatch, tmp_path):
     with pytest.raises(BenchError, match="KeyError: 'abacus'"):
-        roofline._measure("abacus", ["int8"], 1, 0.001, 1)
+        roofline._run_probe("abacus", ["int8"], 1, 0.001, 1)
     sleeper = tmp_path / "python"
     sleeper.write_text("#!/bin/sh\nexec sleep 60\n")
     sleeper.chmod(sleeper.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(roofline.sys, "executable", str(sleeper))
     monkeypatch.setattr(roofline, "TIMEOUT_S", 0.2)
     with pytest.raises(BenchError, match="did not end"):
-        roofline._measure("torch", ["int8"], 1, 0.001, 1)
+        roofline._run_probe("torch", ["int8"], 1, 0.001, 1)
 
 
 def test_the_int8_ceiling_is_of_the_operator_our_files_use():
-    kinds = passes.facts(machine_probe.graph("int8", 2))
+    kinds = passes.facts(machine_probe.build_graph("int8", 2))
     assert kinds["operators"] == {"DynamicQuantizeMatMul": 2, "Gather": 1}
     assert kinds["bytes_by_dtype"]["int8"] == 2 * machine_probe.WIDTH * (machine_probe.WIDTH + 1)  # with zero points
-    assert passes.facts(machine_probe.graph("fp32", 1))["operators"] == {"Gather": 1, "MatMul": 1}
+    assert passes.facts(machine_probe.build_graph("fp32", 1))["operators"] == {"Gather": 1, "MatMul": 1}

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 from conftest import make_checkpoint
 
-from toolchain.artifacts.variants import Quantize
+from toolchain.artifacts.names import VariantName
+from toolchain.artifacts.steps import Quantize
 from toolchain.build.alternatives import alternatives, hint
 from toolchain.data.datasets import Columns
 from toolchain.data.files import Texts
@@ -67,7 +68,15 @@ def test_answers_that_are_not_finite_suggest_nothing():
 
 def test_the_message_has_the_figures(built_tiny):
     def message(margins, saturates=False):
-        return hint(built_tiny, "onnx-int8", DYNAMIC, built_tiny.load("onnx-fp32"), failed(margins), saturates, None)
+        return hint(
+            built_tiny,
+            VariantName("onnx-int8"),
+            DYNAMIC,
+            built_tiny.load("onnx-fp32"),
+            failed(margins),
+            saturates,
+            None,
+        )
 
     near, wide = message(NEAR), message(WIDE)
     assert "In 20 of these 20 the PyTorch model itself is undecided" in near
@@ -99,7 +108,7 @@ def test_the_commands_build_what_they_suggest(tiny, say, tmp_path, monkeypatch, 
     (tmp_path / "own data.csv").write_text("words,label\n" + "a good film,NEGATIVE\n" * 60)
     train = TrainingSource("own data.csv", Columns("words"))
     tiny = replace(tiny, train=train, corpus=Texts("own data.csv", "words"))
-    message = hint(tiny, name, step, tiny.load(parent), failed(NEAR), True, None)
+    message = hint(tiny, VariantName(name), step, tiny.load(parent), failed(NEAR), True, None)
     names = []
     for line in commands(message):
         code, out, err = say(*line[1:], "--dry-run")
@@ -112,7 +121,7 @@ def test_a_model_of_other_labels_needs_data_of_its_own(built_tiny, fake):
     def of(labels):
         artifact = fake("x" * len(labels))
         parent = replace(artifact, manifest=replace(artifact.manifest, variant="onnx-fp32", labels=labels))
-        return hint(built_tiny, "onnx-int8", DYNAMIC, parent, failed(NEAR), False, None)
+        return hint(built_tiny, VariantName("onnx-int8"), DYNAMIC, parent, failed(NEAR), False, None)
 
     assert all(line[-2:] == ["--train-data", "FILE"] for line in commands(of(("a", "b", "c"))))
     assert "--train-data" not in of(("NEGATIVE", "POSITIVE"))

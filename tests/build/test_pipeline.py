@@ -13,8 +13,8 @@ import pytest
 from conftest import make_checkpoint
 
 from toolchain.artifacts import publishing, variants
-from toolchain.artifacts.store import MANIFEST
-from toolchain.artifacts.variants import Export, Import, Optimize, Prune, Quantize
+from toolchain.artifacts.manifest import MANIFEST
+from toolchain.artifacts.steps import Export, Import, Optimize, Prune, Quantize
 from toolchain.build import pipeline
 from toolchain.build.pipeline import ensure, plan, states, validate_variant
 from toolchain.build.workspace import Workspace
@@ -49,7 +49,12 @@ def test_nothing_there_means_everything_is_missing(tiny_checkpoint, tmp_path):
 def test_a_second_run_skips_and_says_so(tiny):
     said = []
     before = digest(tiny)
-    ensure(tiny, ALL, {"torch-fp32": Import(), "onnx-std": Export(), "onnx-fp32": Optimize()}, said.append)
+    ensure(
+        tiny,
+        ALL,
+        {"torch-fp32": Import(), "onnx-std": Export(), "onnx-fp32": Optimize()},
+        lambda event: said.append(str(event)),
+    )
     assert said == [f"{name}: fresh, skipped" for name in ALL]
     assert digest(tiny) == before
 
@@ -90,7 +95,7 @@ def test_other_settings_replace_and_make_descendants_stale(tiny):
     asked = {"onnx-std": Export(17)}
     assert reasons(tiny, ["onnx-std"], asked) == {"torch-fp32": "", "onnx-std": "other settings: opset 18 → 17"}
     said = []
-    ensure(tiny, ["onnx-std"], asked, said.append)
+    ensure(tiny, ["onnx-std"], asked, lambda event: said.append(str(event)))
     assert "onnx-std: replaced" in said[-1]
     assert tiny.load("onnx-std").manifest.facts["opset"] == {"": 17}
     assert reasons(tiny)["onnx-fp32"] == "onnx-std changed"
@@ -98,7 +103,7 @@ def test_other_settings_replace_and_make_descendants_stale(tiny):
     assert {v.name: state for v, _, state in states(tiny)}["onnx-fp32"] == "stale: onnx-std changed"
     # An ancestor keeps the settings it was built with: nobody asked for opset 18 again.
     assert reasons(tiny)["onnx-std"] == ""
-    ensure(tiny, ["onnx-int8"], {}, said.append)
+    ensure(tiny, ["onnx-int8"], {}, lambda event: said.append(str(event)))
     assert tiny.load("onnx-fp32").manifest.facts["opset"][""] == 17
 
 
@@ -307,7 +312,7 @@ def test_a_label_lies_beside_the_variant_of_the_same_tags(tiny):
     assert tiny.load("onnx-fp32").manifest.id == plain.id
     # Its settings are its manifest's from then on.
     said = []
-    again = ensure(tiny, ["onnx-fp32+fused"], {}, said.append)["onnx-fp32+fused"].manifest
+    again = ensure(tiny, ["onnx-fp32+fused"], {}, lambda event: said.append(str(event)))["onnx-fp32+fused"].manifest
     assert "onnx-fp32+fused: fresh, skipped" in said
     assert again.step == fused
     found = {variant.name: state for variant, _, state in states(tiny)}

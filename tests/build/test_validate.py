@@ -8,7 +8,8 @@ from scipy import stats
 
 from toolchain.backends import Place, open_session
 from toolchain.build.steps.validate import LENGTHS, allowed_flips, grid, sentence, validate
-from toolchain.data.inputs import Encoder, embedded, pad
+from toolchain.data.encoding import Encoder, pad
+from toolchain.data.inputs import embedded
 
 SENTENCES = embedded().texts[:50]
 

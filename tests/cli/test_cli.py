@@ -17,7 +17,7 @@ from toolchain.artifacts.variants import DEFAULT_CELLS
 from toolchain.bench.journal import Journal
 from toolchain.cli import cli
 from toolchain.errors import VerdictError
-from toolchain.results.measurements import ResultFile
+from toolchain.results.result_file import ResultFile
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_an_unknown_variant_is_told_the_nearest(at, say, tiny_checkpoint):
         (["bench", "--variant", "onnx-int8", "--provider", "cuda"], "It is measured on cpu"),
         (["compare", "nowhere.json"], "There is no result file"),
         (["compare"], "no result of reference"),
-        (["export", "--revision", "v1"], "--revision is for models of the hub"),
+        (["export", "--revision", "v1"], "--revision is for hub models only"),
     ],
 )
 def test_what_is_found_out_late_is_one_sentence_and_exit_1(at, say, arguments, says):
@@ -107,7 +107,10 @@ def test_a_bug_is_a_sentence_too(at, say, monkeypatch):
 
     monkeypatch.setattr("toolchain.build.pipeline.Workspace.open", bug)
     code, _, err = say("variants")
-    assert (code, err) == (1, "Error: unexpected ZeroDivisionError: a bug Run again with --debug to see where.\n")
+    assert (code, err) == (
+        1,
+        "Error: unexpected ZeroDivisionError: a bug Run the command with --debug to see the traceback.\n",
+    )
 
 
 def test_an_interrupt_is_130(at, say, monkeypatch):
@@ -129,7 +132,7 @@ def test_an_interrupt_that_a_library_turned_into_its_own_error_is_130(at, say, m
 
     monkeypatch.setattr("toolchain.build.pipeline.Workspace.open", stop)
     code, _, err = say("variants")
-    assert (code, err) == (130, "Interrupted: nothing is half-written.\n")
+    assert (code, err) == (130, "Interrupted. No file is incomplete.\n")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -158,8 +161,8 @@ def test_validation_that_says_no_is_exit_3(at, say, tiny, monkeypatch):
     monkeypatch.setattr("toolchain.build.pipeline.validate", lambda *_: wanted)
     code, out, err = say("validate", "onnx-fp32", "--model", "tiny", "--exported", tiny.exported)
     assert code == 3
-    assert "NOT valid" in out
-    assert "does not answer as PyTorch does" in err
+    assert "onnx-fp32: FAILED: " in out
+    assert "logits of onnx-fp32 differ from PyTorch's" in err
 
 
 def test_a_tampered_artifact_is_exit_1_with_the_mend(at, say, tiny):
@@ -320,7 +323,7 @@ def saved_locally(at, err):
     (local,) = (at / "benchmarks" / "results" / "local").iterdir()
     assert len(ResultFile.read(local).rows) == 2
     assert f"saved: {local.relative_to(at)}\n" in err
-    assert f"This result is in {local.relative_to(at)}. Move it to a name that is free." in err.splitlines()[-1]
+    assert f"This result is in {local.relative_to(at)}. Rename it to a free name." in err.splitlines()[-1]
     assert not list(at.glob("*.journal"))
 
 
@@ -352,7 +355,7 @@ def test_a_name_of_one_machine_of_a_cluster_is_refused_before_anything_is_measur
     at, say, tiny_checkpoint, monkeypatch
 ):
     nodes = [SimpleNamespace(machine={"id": name}) for name in ("0a", "0b")]
-    monkeypatch.setattr("toolchain.distributed.connected", lambda *_: nullcontext(SimpleNamespace(nodes=nodes)))
+    monkeypatch.setattr("toolchain.distributed.connect", lambda *_: nullcontext(SimpleNamespace(nodes=nodes)))
     ran = [replace(result(FP32), machine={**result(FP32).machine, "id": name}) for name in ("0a", "0b")]
     monkeypatch.setattr("toolchain.distributed.benching.measure", lambda *_: iter(ran))
     command = ("bench", "--engine", "ray", "--save-as", "kept", "--model", tiny_checkpoint)

@@ -5,15 +5,15 @@ import json
 from pathlib import Path
 
 import pytest
-from sample_results import FP32, INT8, NO_GPU, RUN, measured, of, result, row
+from sample_results import FP32, INT8, NO_GPU, RUN, measured, of, result
 
-from toolchain.bench.run import current_ids, judge, newest, save_local
 from toolchain.compare.report.columns import columns
 from toolchain.compare.report.markdown import to_markdown
 from toolchain.compare.report.table import print_table
 from toolchain.compare.rows import compare
-from toolchain.errors import BenchError, ResultFileError
-from toolchain.results.measurements import Accuracy, Measurement, ResultFile
+from toolchain.errors import ResultFileError
+from toolchain.results.measurements import Accuracy
+from toolchain.results.result_file import ResultFile
 
 
 def test_every_ratio_is_against_the_baseline_and_above_one_is_better():
@@ -117,44 +117,6 @@ def test_json_has_the_ratios_and_no_samples():
 def test_nothing_to_compare_is_an_error_in_words():
     with pytest.raises(ResultFileError, match="no rows"):
         compare([result()])
-
-
-def test_the_newest_result_of_the_model_is_found(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(BenchError, match="no result of m"):
-        newest("m", pytest.fail)
-    result(FP32, created="2026-01-01T00:00:00+00:00").write(tmp_path / "benchmarks/results/old.json")
-    result(INT8, created="2026-01-02T00:00:00+00:00").write(tmp_path / "benchmarks/results/local/new.json")
-    assert newest("m", pytest.fail).rows == (INT8,)
-    with pytest.raises(BenchError, match="no result of other"):
-        newest("other", pytest.fail)
-    (tmp_path / "benchmarks/results/broken.json").write_text("{")
-    said = []
-    assert newest("m", said.append).rows == (INT8,)
-    assert "broken.json is no result file" in said[0]
-
-
-def test_runs_that_end_in_one_second_have_a_file_each(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    files = [save_local(result(FP32, run={"id": name}), "m") for name in "abc"]
-    assert [path.name for path in files] == [f"m-20260101T000000Z{number}.json" for number in ("", ".2", ".3")]
-    assert [ResultFile.read(path).run["id"] for path in files] == ["a", "b", "c"]
-    assert save_local(result(FP32), "m", "0123").name == "m-20260101T000000Z-0123.json"
-
-
-def test_a_run_is_judged_by_its_rows():
-    judge(result(FP32, NO_GPU))
-    with pytest.raises(BenchError, match="Nothing could be measured: No GPU"):
-        judge(result(NO_GPU))
-    failed = Measurement("m", "onnx-int8", "cpu", None, "failed", "It crashed.", "Look.")
-    with pytest.raises(BenchError, match="1 of 2 cells failed: onnx-int8@cpu: It crashed"):
-        judge(result(FP32, failed))
-
-
-def test_the_ids_that_lie_there_now(built_tiny):
-    name = built_tiny.model
-    found = current_ids(built_tiny.exported, [row(model=name, variant="onnx-fp32"), row(model="gone")])
-    assert found == {(name, "onnx-fp32"): built_tiny.load("onnx-fp32").manifest.id}
 
 
 @pytest.mark.slow

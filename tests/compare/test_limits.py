@@ -188,7 +188,7 @@ def test_nothing_within_the_limits_is_the_answer_no():
     ) as no:
         require(verdict)
     assert no.value.exit_code == 3
-    assert no.value.mend
+    assert no.value.hint
     assert choice_lines(verdict)[0] == "Winner: none; no row is within the limits."
     assert choice_json(verdict)["winner"] is None
     with pytest.raises(VerdictError, match="No row to judge was measured"):
@@ -442,7 +442,7 @@ def test_what_was_not_measured_before_cannot_regress():
 def test_runs_of_another_machine_data_or_manner_are_not_compared(changes, why):
     with pytest.raises(ResultFileError, match=f"cannot be compared: {why}") as cause:
         against([FP32], [FP32], **changes)
-    assert cause.value.mend
+    assert cause.value.hint
     both = rows_of(INT8, created=NEWER) + rows_of(FP32, created=NEWER, **changes)
     found = regressions(both, rows_of(FP32, INT8), 0.05)
     assert found.apart == (("m", "torch-fp32@cpu", why),)

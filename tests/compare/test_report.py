@@ -14,7 +14,8 @@ from toolchain.compare.report.columns import columns, notes
 from toolchain.compare.report.plots import figures, save
 from toolchain.compare.rows import compare
 from toolchain.errors import ResultFileError
-from toolchain.results.measurements import Measurement, ResultFile
+from toolchain.results.measurements import Measurement
+from toolchain.results.result_file import ResultFile
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from toolchain.data import inputs
 from toolchain.data.datasets import Columns
-from toolchain.data.inputs import Encoder, TrainingSource, load, pad
+from toolchain.data.encoding import Encoder, pad
+from toolchain.data.inputs import TrainingSource, load
 from toolchain.data.labels import LabelSet
 from toolchain.errors import DataError
 from toolchain.models import checkpoints
@@ -119,7 +120,7 @@ def test_columns_can_be_named(table):
 def test_bad_data_is_an_error_in_words(table, text, says):
     with pytest.raises(DataError, match=says) as error:
         load(table(text), LABELS)
-    assert error.value.mend
+    assert error.value.hint
 
 
 def test_what_is_no_table_is_refused(table, tmp_path):
@@ -195,7 +196,7 @@ def test_other_formats_of_the_same_rows(tmp_path, kind):
 def test_bad_rows_of_other_formats(table, name, text, says):
     with pytest.raises(DataError, match=says) as error:
         load(table(text, name), LABELS)
-    assert error.value.mend
+    assert error.value.hint
 
 
 def test_columns_that_stand_twice_are_no_harm_where_nobody_asks_for_them(table):

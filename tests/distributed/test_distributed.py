@@ -22,16 +22,16 @@ from conftest import run_toolchain
 import toolchain
 from toolchain import distributed
 from toolchain import predict as predicting
-from toolchain.artifacts import publishing, store
+from toolchain.artifacts import manifest, publishing
 from toolchain.bench import run
 from toolchain.bench.scenarios import Protocol
 from toolchain.data import inputs
 from toolchain.data.files import Texts
-from toolchain.distributed import Cluster, Node, benching, connected, remote
+from toolchain.distributed import Cluster, Node, benching, connect, remote
 from toolchain.errors import ClusterError, DataError, TamperedError
 from toolchain.predict import lying_in, of_variant, predict
 from toolchain.progress import no_bar
-from toolchain.results.measurements import ResultFile
+from toolchain.results.result_file import ResultFile
 
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster as Nodes  # noqa: E402 - only where there is Ray
@@ -82,7 +82,7 @@ def address():
 
 @pytest.fixture(scope="module")
 def cluster(address):
-    with connected(address, quiet) as found:
+    with connect(address, quiet) as found:
         yield found
 
 
@@ -122,9 +122,9 @@ def test_the_same_rows_in_the_same_order(built_tiny, cluster, small, tmp_path, m
     texts = write(tmp_path / "in.jsonl", [*HOSTILE, *inputs.embedded().sample(150, 3)])
     said = []
     monkeypatch.setattr(cluster, "_say", said.append)
-    assert predict(model, Texts("in.jsonl"), tmp_path / "out.csv", said.append, no_bar, cluster.scored) == 156
+    assert predict(model, Texts("in.jsonl"), tmp_path / "out.csv", said.append, no_bar, cluster.score) == 156
     assert (tmp_path / "out.csv").read_bytes() == alone(model, texts, tmp_path / "alone.csv")
-    assert said == ["nodes: 2, workers: 2, threads of each: 1"]
+    assert said == ["nodes: 2, workers: 2, threads per worker: 1"]
 
 
 @pytest.mark.slow
@@ -133,7 +133,7 @@ def test_a_worker_that_is_killed_costs_its_window_only(model, cluster, small, tm
     killed = []
 
     def killing(*about):
-        for rows in cluster.scored(*about):
+        for rows in cluster.score(*about):
             if not killed:
                 victim = processes("ray::MapWorker(MapBatches(Scorer)")[0]
                 victim.kill()
@@ -150,7 +150,7 @@ def test_an_interrupted_run_is_taken_up_by_either_engine(model, cluster, small, 
     texts = write(tmp_path / "in.jsonl", [f"film {i}" for i in range(5 * WINDOW)])
 
     def interrupted(*about):
-        for count, rows in enumerate(cluster.scored(*about)):
+        for count, rows in enumerate(cluster.score(*about)):
             if count == 2:
                 raise KeyboardInterrupt
             yield rows
@@ -166,7 +166,7 @@ def test_an_interrupted_run_is_taken_up_by_either_engine(model, cluster, small, 
 @pytest.mark.slow
 def test_what_fails_there_is_told_in_its_own_words(model, cluster, small, tmp_path):
     texts = write(tmp_path / "in.jsonl", ["good"])
-    rows = cluster.scored(model, replace(texts, column="review"), 0, WINDOW)
+    rows = cluster.score(model, replace(texts, column="review"), 0, WINDOW)
     with pytest.raises(DataError, match=r"in\.jsonl has no column 'review'"):
         next(rows)
 
@@ -209,15 +209,15 @@ def test_what_a_killed_worker_left_goes_with_the_next(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_node_of_another_release_is_refused(address, monkeypatch):
     monkeypatch.setattr(toolchain, "__version__", "9.9")
-    with pytest.raises(ClusterError, match=r"toolchain is 0\.1\.0, here it is 9\.9\. Install the same"):
-        connected(address, quiet).__enter__()
+    with pytest.raises(ClusterError, match=r"toolchain 0\.1\.0, but this machine has 9\.9\. Install this version"):
+        connect(address, quiet).__enter__()
 
 
 @pytest.mark.slow
 def test_a_node_of_another_python_is_refused(address, monkeypatch):
     monkeypatch.setattr(platform, "python_version", lambda: "3.99.0")
-    with pytest.raises(ClusterError, match=r"Python is 3\.\d+\.\d+, here it is 3\.99\.0"):
-        connected(address, quiet).__enter__()
+    with pytest.raises(ClusterError, match=r"Python 3\.\d+\.\d+, but this machine has 3\.99\.0"):
+        connect(address, quiet).__enter__()
 
 
 def test_without_ray_the_extra_is_named(say, tiny, monkeypatch):
@@ -227,7 +227,7 @@ def test_without_ray_the_extra_is_named(say, tiny, monkeypatch):
     for command in (("predict", "onnx-int8"), ("bench",)):
         code, out, err = say(*command, "--engine", "ray", *where)
         assert (code, out) == (1, "")
-        assert 'Ray is not installed. Install it with `pip install "toolchain[ray]"`.' in err
+        assert "Ray is not installed. Install it with `pip install 'ray[data]" in err
 
 
 def test_an_address_without_the_engine_is_usage(say):
@@ -242,8 +242,8 @@ def test_an_address_without_the_engine_is_usage(say):
 @pytest.mark.parametrize("place", ["127.0.0.1:1", "nowhere.invalid:6379", "ray://127.0.0.1:1", "6379"])
 def test_a_cluster_that_is_not_there_is_told_in_seconds(place):
     started = time.monotonic()
-    with pytest.raises(ClusterError, match=r"There is no cluster at|is no address of a cluster's head"):
-        connected(place, quiet).__enter__()
+    with pytest.raises(ClusterError, match=r"There is no cluster at|is not the address of a cluster's head"):
+        connect(place, quiet).__enter__()
     assert time.monotonic() - started < 20
 
 
@@ -253,7 +253,7 @@ def test_what_listens_and_is_no_cluster_is_given_up(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         started = time.monotonic()
         with pytest.raises(ClusterError):
-            connected(f"127.0.0.1:{server.getsockname()[1]}", quiet).__enter__()
+            connect(f"127.0.0.1:{server.getsockname()[1]}", quiet).__enter__()
         assert time.monotonic() - started < 30
 
 
@@ -264,14 +264,14 @@ def fabricated(name, gpus=0):
 def test_cells_go_where_their_hardware_is(built_tiny):
     cells = run.prepared(built_tiny, run.Request(("torch-fp32",), (), FAST), None, quiet)[1]
     said = []
-    nodes = benching.distinct([fabricated("a1"), fabricated("b1", gpus=1), fabricated("a2")], said.append)
+    nodes = benching.distinct_nodes([fabricated("a1"), fabricated("b1", gpus=1), fabricated("a2")], said.append)
     assert [node.id for node in nodes] == ["a1", "b1"]
-    assert said == ["host-a2 (a2): the same hardware as host-a1 (a1), left out"]
-    placed = {node.id: [cell.name for cell in share] for node, share in benching.shares(nodes, cells)}
+    assert said == ["host-a2 (a2): skipped, because host-a1 (a1) has the same hardware"]
+    placed = {node.id: [cell.name for cell in share] for node, share in benching.assign_cells(nodes, cells)}
     assert placed == {"a1": ["torch-fp32@cpu"], "b1": ["torch-fp32@cpu", "torch-fp32@cuda"]}
     on_gpu = [cell for cell in cells if cell.provider == "cuda"]
-    assert [node.id for node, _ in benching.shares(nodes, on_gpu)] == ["b1"]
-    assert [node.id for node, _ in benching.shares(nodes[:1], on_gpu)] == ["a1"]
+    assert [node.id for node, _ in benching.assign_cells(nodes, on_gpu)] == ["b1"]
+    assert [node.id for node, _ in benching.assign_cells(nodes[:1], on_gpu)] == ["a1"]
 
 
 @pytest.mark.slow
@@ -282,11 +282,11 @@ def test_each_machine_is_a_run_of_its_own_and_one_that_dies_is_rows_that_say_so(
     monkeypatch.chdir(tmp_path)
     machines = [replace(node, machine={**node.machine, "id": node.id[:12]}) for node in cluster.nodes]
     there = Cluster(cluster._driver, machines, quiet)
-    monkeypatch.setattr(distributed, "connected", lambda address, say: nullcontext(there))
+    monkeypatch.setattr(distributed, "connect", lambda address, say: nullcontext(there))
     real = there.ask
 
     def killing(do, **about):
-        if do == "measured" and not killed:
+        if do == "next_result" and not killed:
             found = []
             while len(found) < 2:
                 time.sleep(0.2)
@@ -353,12 +353,12 @@ def test_an_interrupt_ends_the_cluster_too(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_a_cluster_that_dies_leaves_what_was_scored(model, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "LOST_S", 2)
+    monkeypatch.setattr(distributed, "LOST_AFTER_S", 2)
     texts = write(tmp_path / "in.jsonl", [f"film {i}" for i in range(100 * WINDOW)])
     nodes = start()
 
     def dying(*about):
-        for count, rows in enumerate(cluster.scored(*about)):
+        for count, rows in enumerate(cluster.score(*about)):
             if count == 3:
                 for process in nodes.head_node.all_processes["gcs_server"]:
                     os.kill(process.process.pid, signal.SIGKILL)
@@ -367,7 +367,7 @@ def test_a_cluster_that_dies_leaves_what_was_scored(model, small, tmp_path, monk
 
     try:
         started = time.monotonic()
-        with connected(nodes.address, quiet) as cluster, pytest.raises(ClusterError, match="the same command goes on"):
+        with connect(nodes.address, quiet) as cluster, pytest.raises(ClusterError, match="the same command goes on"):
             predict(model, texts, tmp_path / "out.csv", quiet, no_bar, dying)
         assert time.monotonic() - started < 90
     finally:
@@ -381,4 +381,4 @@ def test_a_cluster_that_dies_leaves_what_was_scored(model, small, tmp_path, monk
 def test_an_artifact_knows_its_files(built_tiny):
     found = built_tiny.load("onnx-int8")
     assert sorted(found.files) == sorted(p.name for p in found.path.iterdir())
-    assert store.MANIFEST in found.files
+    assert manifest.MANIFEST in found.files

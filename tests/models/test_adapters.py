@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import make_checkpoint
 
-from toolchain.artifacts.variants import Import
+from toolchain.artifacts.steps import Import
 from toolchain.build.pipeline import ensure, plan, validate_variant
 from toolchain.build.workspace import Workspace
 from toolchain.errors import CheckpointError
@@ -97,8 +97,8 @@ def test_merged_it_answers_as_peft_does_unmerged(pair, tmp_path, settings):
         AutoModelForSequenceClassification.from_pretrained(pair[1], num_labels=3), adapter
     ).eval()
     expected = answers(by_peft)
-    assert torch.allclose(answers(lora.unmerged(adapter, pair[1])), expected, atol=1e-6)
-    assert torch.allclose(answers(lora.merged(adapter, pair[1])), expected, atol=1e-5)
+    assert torch.allclose(answers(lora.load_unmerged(adapter, pair[1])), expected, atol=1e-6)
+    assert torch.allclose(answers(lora.load_merged(adapter, pair[1])), expected, atol=1e-5)
     with by_peft.disable_adapter():
         assert not torch.allclose(answers(by_peft), expected, atol=1e-2)
 
@@ -139,7 +139,7 @@ def test_a_place_that_the_adapter_names_is_never_followed(copies, tmp_path, say)
     edit(adapter, base_model_name_or_path=str(base))
     code, _, err = say("export", "--model", adapter, "--exported", tmp_path / "exported")
     assert code == 1
-    assert f"names a place as its base ({base})" in err
+    assert f"names a path as its base ({base})" in err
     assert "--base" in err
     edit(adapter, base_model_name_or_path=None)
     with pytest.raises(CheckpointError, match="does not name its base"):
@@ -160,7 +160,7 @@ def test_what_would_be_built_says_of_which_base(copies, tmp_path, say):
 
 def test_a_base_is_for_adapters(tiny_checkpoint, pair, tmp_path):
     workspace = Workspace.open(str(tiny_checkpoint), tmp_path).on(str(pair[1]))
-    with pytest.raises(CheckpointError, match=r"is a whole model and no adapter. Leave --base out"):
+    with pytest.raises(CheckpointError, match=r"is a model, not an adapter. Run the command without --base"):
         plan(workspace, ["torch-fp32"], {})
     with pytest.raises(CheckpointError, match="is a LoRA adapter, not a base"):
         checkpoints.pin(checkpoints.locate(str(pair[0])), head=False)
@@ -175,14 +175,14 @@ def test_a_hub_base_is_pinned_by_its_commit(copies, monkeypatch):
         asked.append((ref, revision))
         return "c0ffee", frozenset({"config.json", "model.safetensors"})
 
-    monkeypatch.setattr("toolchain.models.hub.look", look)
+    monkeypatch.setattr("toolchain.models.hub.read_revision", look)
     monkeypatch.setattr("toolchain.models.hub.download", lambda ref, revision, patterns: base)
     source = Source("folder", str(adapter))
-    step = sources.pinned(source, Import(), None)
+    step = sources.pin_revisions(source, Import(), None)
     assert (step.base, asked) == ("somebody/some-base@c0ffee", [("somebody/some-base", "v1")])
-    assert sources.pinned(source, step, step) == step  # asks nobody again
+    assert sources.pin_revisions(source, step, step) == step  # asks nobody again
     assert len(asked) == 1
-    origin = sources.fetched(source, step)
+    origin = sources.fetch_files(source, step)
     assert (origin.folder, origin.base) == (adapter, base)
 
 
@@ -191,25 +191,25 @@ def test_labels_come_from_beside_the_adapter_else_from_a_base_with_as_many(copie
     from toolchain.backends import lora
 
     adapter, base = copies
-    assert lora.merged(adapter, base).config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    assert lora.load_merged(adapter, base).config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
     names = {"0": "bad", "1": "so-so", "2": "good"}
     edit(base, "config.json", id2label=names)
-    assert list(lora.merged(adapter, base).config.id2label.values()) == ["bad", "so-so", "good"]
+    assert list(lora.load_merged(adapter, base).config.id2label.values()) == ["bad", "so-so", "good"]
     (adapter / "config.json").write_text(json.dumps({"id2label": {"0": "a", "1": "b", "2": "c"}, "dim": 5}))
-    assert list(lora.merged(adapter, base).config.id2label.values()) == ["a", "b", "c"]
+    assert list(lora.load_merged(adapter, base).config.id2label.values()) == ["a", "b", "c"]
     (adapter / "config.json").write_text(json.dumps({"id2label": {"0": "a", "1": "b"}}))
-    with pytest.raises(CheckpointError, match="names 2 classes, and the head has 3"):
-        lora.merged(adapter, base)
+    with pytest.raises(CheckpointError, match="names 2 classes, but the head has 3"):
+        lora.load_merged(adapter, base)
     (adapter / "config.json").write_text(json.dumps({"id2label": {"0": "a", "1": "b", "2": "b"}}))
     with pytest.raises(CheckpointError, match="id2label"):
-        lora.merged(adapter, base)
+        lora.load_merged(adapter, base)
 
 
 def test_a_base_with_a_head_for_other_classes_gets_the_adapters(tiny_checkpoint, tmp_path):
     from toolchain.backends import lora
 
     adapter = make_adapter(tmp_path / "adapter", make_base(tmp_path / "base"))
-    assert answers(lora.merged(adapter, tiny_checkpoint)).shape == (2, 3)
+    assert answers(lora.load_merged(adapter, tiny_checkpoint)).shape == (2, 3)
 
 
 def test_weights_that_neither_has_are_not_made_up(tmp_path):
@@ -222,10 +222,10 @@ def test_weights_that_neither_has_are_not_made_up(tmp_path):
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
     BertModel(BertConfig(**shape)).save_pretrained(base)
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["query"], modules_to_save=None)
-    assert answers(lora.merged(adapter, base)).shape == (2, 3)
+    assert answers(lora.load_merged(adapter, base)).shape == (2, 3)
     AutoModel.from_pretrained(base, add_pooling_layer=False).save_pretrained(base)
     with pytest.raises(CheckpointError, match=r"for bert.pooler.dense.bias.*modules_to_save=\['bert.pooler.dense'\]"):
-        lora.merged(adapter, base)
+        lora.load_merged(adapter, base)
 
 
 def half(adapter, base):
@@ -324,26 +324,26 @@ def model_beside(adapter, base):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (another_kind, "of the kind IA3, not LORA"),
+        (another_kind, "has the type IA3, not LORA"),
         (another_task, "for the task CAUSAL_LM"),
         (own_code, "auto_mapping"),
-        (megatron, "sets megatron_config, which is not merged here"),
+        (megatron, "settings that the merge does not support: megatron_config"),
         (of_a_changed_base, "init_lora_weights='pissa'"),
         (settings_of_no_kind, "cannot be read"),
-        (rank_of_no_kind, "cannot be put on"),
-        (rank_lies, "of another shape is .*lora_"),
+        (rank_of_no_kind, "cannot be applied to"),
+        (rank_lies, "these tensors have other shapes: .*lora_"),
         (pickled, "only as pickle"),
         (no_weights, "has no adapter_model.safetensors"),
         (cut_short, "truncated"),
-        (no_number, "classifier.bias holds NaN"),
-        (no_head, "has nothing for .*classifier"),
-        (a_tensor_too_many, "has no place for .*distilbert.more"),
-        (a_tensor_less, "has nothing for"),
-        (narrower_base, "of another shape is"),
-        (base_of_other_names, "cannot be put on|no place"),
-        (quantised_base, "quantised already"),
+        (no_number, "classifier.bias contains NaN"),
+        (no_head, "has no tensors for .*classifier"),
+        (a_tensor_too_many, "has no parameters for .*distilbert.more"),
+        (a_tensor_less, "has no tensors for"),
+        (narrower_base, "these tensors have other shapes"),
+        (base_of_other_names, "cannot be applied to|no parameters"),
+        (quantised_base, "already quantised"),
         (pickled_base, "only as pickle"),
-        (model_beside, "holds a whole model and an adapter"),
+        (model_beside, "contains both a model and an adapter"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_written(copies, tmp_path, damage, says):
@@ -352,7 +352,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(copies, tmp_path, d
     workspace = Workspace.open(str(adapter), tmp_path / "exported").on(str(base))
     with pytest.raises(CheckpointError, match=says) as error:
         ensure(workspace, ["torch-fp32"], {}, lambda line: None)
-    assert error.value.mend
+    assert error.value.hint
     assert not workspace.path("torch-fp32").exists()
 
 
@@ -361,7 +361,7 @@ def test_weights_of_half_precision_are_merged_in_full(copies):
 
     adapter, base = copies
     half(adapter, base)
-    model = lora.merged(adapter, base)
+    model = lora.load_merged(adapter, base)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
@@ -371,5 +371,5 @@ def test_without_peft_the_error_names_the_extra(pair, monkeypatch):
     from toolchain.backends import lora
 
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(CheckpointError, match=r'pip install -e "\.\[lora\]"'):
-        lora.merged(*pair)
+    with pytest.raises(CheckpointError, match="pip install 'peft>="):
+        lora.load_merged(*pair)

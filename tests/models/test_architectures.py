@@ -13,7 +13,7 @@ import transformers
 from tiny_architectures import ARCHITECTURES, PLAIN, PRUNABLE, TYPED, make
 
 from toolchain import passes
-from toolchain.artifacts.variants import Quantize, Recover
+from toolchain.artifacts.steps import Quantize, Recover
 from toolchain.backends import Place, open_session
 from toolchain.backends.pytorch import load_model
 from toolchain.bench.cells import Cell
@@ -22,7 +22,8 @@ from toolchain.bench.scenarios import Protocol
 from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
 from toolchain.data import inputs
-from toolchain.data.inputs import Encoder, TrainingSource, pad
+from toolchain.data.encoding import Encoder, pad
+from toolchain.data.inputs import TrainingSource
 from toolchain.errors import CheckpointError, PruningError
 from toolchain.models import architectures
 from toolchain.progress import no_bar
@@ -284,7 +285,7 @@ def test_what_is_cut_is_what_a_gate_of_zero_would_silence(workspace, kind, heads
             if not kept:  # the whole sub-block goes: what enters it is what leaves it
                 layer.get_submodule(end).bias.zero_()
                 layer.set_submodule(norm, torch.nn.Identity())
-    architectures.keep(cut, 0, heads, neurons)
+    architectures.keep_units(cut, 0, heads, neurons)
     ids = [[2, 40, 3], [2, *range(20, 43), 3], [2]]
     for left in (False, True):
         arrays = pad(ids, ARCHITECTURES[kind].inputs, gated.config.pad_token_id, left)
@@ -311,7 +312,7 @@ def test_what_cannot_be_pruned_is_refused_by_name(workspace, kind, says):
 
 @pytest.mark.parametrize(("kind", "names"), [("roberta", "BPE"), ("albert", "Unigram"), ("deberta-v2", "Unigram")])
 def test_only_wordpiece_is_trimmed(workspace, kind, names):
-    with pytest.raises(CheckpointError, match=f"The tokenizer is {names}, and only a WordPiece"):
+    with pytest.raises(CheckpointError, match=f"Only WordPiece .* the type of this tokenizer is {names}"):
         ensure(workspace(kind), ["onnx-int8+trim"], {"onnx-int8+trim": Quantize(trim_vocab="train")}, quiet)
 
 

@@ -107,11 +107,11 @@ def test_a_private_model_at_a_revision_comes_with_the_token_which_is_nowhere_aft
 @pytest.mark.parametrize(
     ("model", "options", "token", "says"),
     [
-        (PRIVATE, [], None, "private and no token is set that may read it"),
-        (PRIVATE, [], TOKEN[:-1] + "x", "private and no token is set that may read it"),
-        (FORBIDDEN, [], TOKEN, "refuses to give someone/forbidden to this login (HTTP 403)"),
+        (PRIVATE, [], None, "private and no token gives access"),
+        (PRIVATE, [], TOKEN[:-1] + "x", "private and no token gives access"),
+        (FORBIDDEN, [], TOKEN, "refuses this login access to someone/forbidden (HTTP 403)"),
         (OPEN, ["--revision", "v9"], TOKEN, "has no revision 'v9'"),
-        (PICKLED, [], TOKEN, "holds its weights only as pickle (pytorch_model.bin)"),
+        (PICKLED, [], TOKEN, "has its weights only as pickle (pytorch_model.bin)"),
     ],
 )
 def test_what_it_refuses_is_told_in_words_without_the_token(run, tmp_path, model, options, token, says):

@@ -14,11 +14,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from toolchain import passes
 from toolchain.backends.ort import session_options
-from toolchain.data.inputs import pad
+from toolchain.data.encoding import pad
 from toolchain.errors import GraphError
 from toolchain.passes.graph import constant, takes_first_token
 from toolchain.passes.int8 import LARGEST_OF_7_BITS, quantize_weight, weight_of
-from toolchain.passes.quantize_blocks import BLOCK, TOP, pack, quantize_blocks
+from toolchain.passes.quantize_blocks import BLOCK, MAX_CODE, pack, quantize_blocks
 from toolchain.passes.quantize_linear import headroom, linear_nodes
 from toolchain.passes.quantize_static import Activation
 from toolchain.passes.unsigned_weights import unsigned_weights
@@ -494,20 +494,20 @@ tables = hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 70))
 @given(tables)
 def test_4_bit_blocks_are_no_worse_than_plain_rounding_and_keep_zero(weight):
     codes, scales, zeros = quantize_blocks(weight)
-    assert codes.max(initial=0) <= TOP
-    assert zeros.max(initial=0) <= TOP
+    assert codes.max(initial=0) <= MAX_CODE
+    assert zeros.max(initial=0) <= MAX_CODE
     back = (codes.reshape(*scales.shape, BLOCK).astype(np.float32) - zeros[:, :, None]) * scales[:, :, None]
     filled = np.zeros_like(codes, np.float32)
     filled[:, : weight.shape[1]] = weight
     blocks = filled.reshape(back.shape)
     assert (back[blocks == 0] == 0).all()
     low, high = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
-    step = ((high - low) / TOP)[:, :, None].astype(np.float64)
+    step = ((high - low) / MAX_CODE)[:, :, None].astype(np.float64)
     # Rounding to the nearest of 16 values is at most half a step off; zero itself was rounded to a step.
     assert ((back - blocks) ** 2).sum() <= ((step * 1.001 + 1e-30) ** 2 * np.ones_like(blocks)).sum()
 
 
-@given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 3), st.integers(1, 9)), elements=st.integers(0, TOP)))
+@given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 3), st.integers(1, 9)), elements=st.integers(0, MAX_CODE)))
 def test_two_codes_are_a_byte(codes):
     packed = pack(codes)
     back = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(codes), -1)

@@ -12,16 +12,24 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from toolchain import passes
-from toolchain.artifacts.variants import Quantize
+from toolchain.artifacts.steps import Quantize
 from toolchain.backends.ort import session_options
 from toolchain.build.pipeline import ensure
-from toolchain.data import inputs
-from toolchain.data.inputs import TrainingSource, pad
+from toolchain.data import encoding, inputs
+from toolchain.data.encoding import pad
+from toolchain.data.inputs import TrainingSource
 from toolchain.errors import GraphError
 from toolchain.passes.quantize_linear import weights_of
 from toolchain.passes.quantize_static import SMOOTHED, Activation
 from toolchain.quantization import calibration
-from toolchain.quantization.calibration import NOISE, SENTENCES, Seen, activation, calibrate, smoothing
+from toolchain.quantization.calibration import (
+    NOISE,
+    SENTENCES,
+    ValueStatistics,
+    calibrate,
+    choose_activation,
+    smoothing_factors,
+)
 
 ATTENTION = passes.Context(heads=4, width=32)
 NAMES = ("input_ids", "attention_mask")
@@ -135,7 +143,7 @@ def test_answers_do_not_depend_on_batch_mates(built_tiny, calibrated):
 
 
 def test_a_layer_that_was_not_calibrated_is_told(built_tiny):
-    with pytest.raises(GraphError, match="was not calibrated"):
+    with pytest.raises(GraphError, match="has no calibrated scale"):
         passes.rewrite(graph(built_tiny, "onnx-fp32"), ["quantize-linear-static"], ATTENTION)
 
 
@@ -144,26 +152,26 @@ arrays = hnp.arrays(np.float32, st.integers(1, 20), elements=st.floats(-100, 100
 
 @given(arrays)
 def test_what_is_in_range_is_within_a_step_and_zero_is_exact(values):
-    how = Activation.over(float(values.min()), float(values.max()))
+    how = Activation.from_range(float(values.min()), float(values.max()))
     assert 0 <= how.zero_point <= 255
-    assert (how.rounded(np.zeros(3, np.float32)) == 0).all()
-    assert (np.abs(how.rounded(values) - values) <= how.scale * 1.01).all()
+    assert (how.fake_quantize(np.zeros(3, np.float32)) == 0).all()
+    assert (np.abs(how.fake_quantize(values) - values) <= how.scale * 1.01).all()
 
 
 def seen_of(tokens):
-    return Seen(tokens.min(axis=0), tokens.max(axis=0), tokens)
+    return ValueStatistics(tokens.min(axis=0), tokens.max(axis=0), tokens)
 
 
 def test_a_channel_far_larger_than_the_rest_is_smoothed_and_others_are_not():
     rng = np.random.default_rng(0)
     tokens, weight = rng.normal(size=(200, 32)).astype(np.float32), rng.normal(size=(32, 16)).astype(np.float32)
     even = seen_of(tokens)
-    assert activation(even, weight).smooth is None
+    assert choose_activation(even, weight).smooth is None
     outlier = tokens.copy()
     outlier[:, 3] *= 200
     weight[3] /= 200
-    how = activation(seen_of(outlier), weight)
-    plain = Activation.over(float(outlier.min()), float(outlier.max()))
+    how = choose_activation(seen_of(outlier), weight)
+    plain = Activation.from_range(float(outlier.min()), float(outlier.max()))
     assert how.smooth.argmax() == 3
     before, after = (calibration._noise(one, outlier, weight) for one in (plain, how))
     assert after < NOISE < before
@@ -172,7 +180,7 @@ def test_a_channel_far_larger_than_the_rest_is_smoothed_and_others_are_not():
 @given(arrays, st.sampled_from(calibration.STRENGTHS))
 def test_factors_are_positive_and_1_where_there_is_nothing_to_smooth(values, strength):
     largest = np.abs(values)
-    factors = smoothing(largest, np.ones_like(largest), strength)
+    factors = smoothing_factors(largest, np.ones_like(largest), strength)
     assert factors.dtype == np.float32
     assert (factors > 0).all()
     assert np.isfinite(factors).all()
@@ -194,7 +202,7 @@ def test_calibration_sees_each_sentence_alone_and_none_that_is_held_out(built_ti
     assert len(asked) == SENTENCES
     assert {ids.shape[0] for ids in asked} == {1}
     data = inputs.embedded("train")
-    encoder = inputs.Encoder.open(artifact.path, NAMES, artifact.manifest.max_length)
+    encoder = encoding.Encoder.open(artifact.path, NAMES, artifact.manifest.max_length)
     held = {tuple(row) for row in encoder.encode([data.texts[row] for row in inputs.hold_out(data)[1]])}
     assert not held & {tuple(ids[0]) for ids in asked}
     again = calibrate(artifact, TrainingSource())
@@ -216,7 +224,7 @@ def test_static_variants_are_built_by_name_and_know_their_training_data(tiny):
     assert careful.facts["rewrites"]["quantize-linear-static"] == 8
     assert len(careful.facts["kept_fp32"]) == 2
     said = []
-    ensure(tiny, ["onnx-int8-static"], {}, said.append)
+    ensure(tiny, ["onnx-int8-static"], {}, lambda event: said.append(str(event)))
     assert "onnx-int8-static: fresh, skipped" in said
 
 

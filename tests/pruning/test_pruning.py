@@ -13,24 +13,25 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from toolchain import pruning
-from toolchain.artifacts.variants import Export, Optimize, Prune, Quantize
+from toolchain.artifacts.steps import Export, Optimize, Prune, Quantize
 from toolchain.backends import Place, open_session
 from toolchain.backends.pytorch import load_model, save_weights
 from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
 from toolchain.cli import main
-from toolchain.data.inputs import Encoder, TrainingSource, hold_out, pad
+from toolchain.data.encoding import Encoder, pad
+from toolchain.data.inputs import TrainingSource, hold_out
 from toolchain.errors import ArtifactError, CheckpointError, DataError, PruningError
 from toolchain.models import architectures
 from toolchain.models.architectures import LayerShape
 from toolchain.models.checkpoints import OWN_WEIGHTS
 from toolchain.pruning.costs import EncoderSizes as Sizes
 from toolchain.pruning.costs import LatencyTable, latency_table
-from toolchain.pruning.depth import dispensable
+from toolchain.pruning.depth import dispensable_layers
 from toolchain.pruning.importance import Importance, LayerImportance, fisher, magnitude
 from toolchain.pruning.least_squares import cut_and_fit
-from toolchain.pruning.selection import Kept, rearrange, select
-from toolchain.pruning.subject import subject
+from toolchain.pruning.selection import KeptUnits, rearrange, select
+from toolchain.pruning.setup import shared_setup
 from toolchain.system import hardware
 from toolchain.training.batches import Batch
 from toolchain.tuning.settings import largest_ratio
@@ -45,7 +46,7 @@ def quiet(*_):
 
 
 def by_parameters(kind, count):
-    return SIZES.of_units(kind, count)
+    return SIZES.unit_parameters(kind, count)
 
 
 def bert():
@@ -70,7 +71,7 @@ def sentences(tmp_path_factory):
 
 @pytest.fixture
 def given_tiny(built_tiny, sentences):
-    return subject(built_tiny.load("torch-fp32"), sentences, 40, 20)
+    return shared_setup(built_tiny.load("torch-fp32"), sentences, 40, 20)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_what_is_cut_is_what_a_gate_of_zero_would_silence(built_tiny, tmp_path, 
             if not units:
                 layer.get_submodule(last).bias[:] = 0
                 layer.get_submodule(norm).forward = lambda states: states
-    architectures.keep(cut, 0, heads, neurons)
+    architectures.keep_units(cut, 0, heads, neurons)
     for left in (False, True):
         assert torch.allclose(logits(cut, left), logits(gated, left), atol=1e-5)
     assert architectures.shapes_of(cut) == [LayerShape(len(heads), len(neurons)), LayerShape(4, 64)]
@@ -158,10 +159,10 @@ def test_an_architecture_that_shares_layers_or_is_unknown_is_refused():
     from transformers import AlbertConfig, AlbertForSequenceClassification, XLNetConfig, XLNetForSequenceClassification
 
     small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 50}
-    with pytest.raises(PruningError, match="shares one layer's weights"):
+    with pytest.raises(PruningError, match="uses the same weights in all layers"):
         architectures.layout_of(AlbertForSequenceClassification(AlbertConfig(embedding_size=8, **small)))
     other = XLNetForSequenceClassification(XLNetConfig(vocab_size=50, d_model=16, n_layer=1, n_head=2, d_inner=16))
-    with pytest.raises(PruningError, match="does not know where XLNet"):
+    with pytest.raises(PruningError, match="does not support XLNet"):
         architectures.layout_of(other)
 
 
@@ -171,7 +172,7 @@ def test_an_architecture_that_shares_layers_or_is_unknown_is_refused():
 def test_fisher_is_the_mean_square_of_every_sentences_own_gradient(given_tiny):
     """Against the definition: one sentence at a time, a gate nudged by a finite difference."""
     model, batch = given_tiny.model, given_tiny.ranking[0]
-    found = fisher(model, [batch])[1].heads.alone
+    found = fisher(model, [batch])[1].heads.unit_costs
     names = architectures.layout_of(model)
     weight = architectures.layers_of(model)[1].get_submodule(names.output).weight
     for head in range(4):
@@ -212,7 +213,7 @@ def test_at_least_the_ratio_goes_and_what_goes_matters_least(percent, seed):
         assert len(k.neurons) % 32 == 0
         for units, chosen in ((layer.heads, k.heads), (layer.neurons, k.neurons)):
             gone = [i for i in range(len(units.moment)) if i not in chosen]
-            assert max(units.alone[gone], default=0) <= min(units.alone[list(chosen)], default=np.inf)
+            assert max(units.unit_costs[gone], default=0) <= min(units.unit_costs[list(chosen)], default=np.inf)
 
 
 def test_layers_that_matter_less_lose_more():
@@ -262,11 +263,11 @@ def test_the_layers_that_go_are_those_without_which_the_loss_is_least(given_tiny
     gone = []
     for layers in (3, 2, 1):
         gone.append(min({1, 2, 3} - set(gone), key=lambda index: without([*gone, index])))
-        assert dispensable(model, layers, given_tiny.ranking) == sorted(gone)
-    assert dispensable(model, 4, given_tiny.ranking) == []
+        assert dispensable_layers(model, layers, given_tiny.ranking) == sorted(gone)
+    assert dispensable_layers(model, 4, given_tiny.ranking) == []
     for layers in (0, 5):
-        with pytest.raises(PruningError, match="Keep 1 to 4"):
-            dispensable(model, layers, given_tiny.ranking)
+        with pytest.raises(PruningError, match="Keep 1 to 4 layers"):
+            dispensable_layers(model, layers, given_tiny.ranking)
 
 
 @pytest.mark.parametrize("kind", ["distilbert", "bert"])
@@ -288,19 +289,17 @@ def test_the_norm_before_a_sub_block_that_is_gone_stands_in_for_its_own(built_ti
             list(range(16)),
         )
     ]
-    every = [Kept(tuple(range(4)), tuple(range(64)))]
+    every = [KeptUnits(tuple(range(4)), tuple(range(64)))]
     fitted, plain = copy.deepcopy(model), copy.deepcopy(model)
-    cut_and_fit(model, fitted, [*every, Kept((), ())], given_rows, quiet)
-    architectures.keep(plain, 1, (), ())
-    assert architectures.shapes_of(fitted)[1].empty
+    cut_and_fit(model, fitted, [*every, KeptUnits((), ())], given_rows, quiet)
+    architectures.keep_units(plain, 1, (), ())
+    assert architectures.shapes_of(fitted)[1].is_empty
     want, found, without = (m(**given_rows[0].inputs).logits for m in (model, fitted, plain))
     assert (found - want).abs().max() < 0.25 * (without - want).abs().max()
 
 
 def test_so_much_that_nothing_is_left_is_refused():
-    with pytest.raises(
-        PruningError, match=r"nothing of the encoder would be left. .*highest ratio of this model is 0\."
-    ):
+    with pytest.raises(PruningError, match=r"would remove the entire encoder. .*highest ratio of this model is 0\."):
         select([diagonal([1.0] * 4, [1.0] * 64)] * 2, 0.99, SIZES, by_parameters)
 
 
@@ -324,7 +323,7 @@ def test_rearranging_keeps_the_number_and_never_costs_more(seed, count):
         gone = torch.tensor([float(i not in kept) for i in range(8)], dtype=torch.float64)
         return float(gone @ units.moment @ gone)
 
-    before = units.alone.argsort(stable=True).tolist()[8 - count :]
+    before = units.unit_costs.argsort(stable=True).tolist()[8 - count :]
     after = rearrange(units, before)
     assert len(after) == count
     assert list(after) == sorted(after)
@@ -337,7 +336,7 @@ def test_magnitude_ranks_by_the_weights_alone(given_tiny):
     with torch.no_grad():
         layer.get_submodule(names.down).weight[:, 5] = 0
         layer.get_submodule(names.up).weight[5] = 0
-    assert int(magnitude(model)[0].neurons.alone.argmin()) == 5
+    assert int(magnitude(model)[0].neurons.unit_costs.argmin()) == 5
 
 
 # --- fitting
@@ -349,7 +348,7 @@ def test_fitting_brings_the_answers_closer_to_the_unpruned_models(given_tiny):
     kept = select(given_tiny.importances("fisher"), 0.4, SIZES, by_parameters)
     plain = copy.deepcopy(model)
     for index, k in enumerate(kept):
-        architectures.keep(plain, index, k.heads, k.neurons)
+        architectures.keep_units(plain, index, k.heads, k.neurons)
     assert architectures.shapes_of(plain) == architectures.shapes_of(fitted)
 
     def far(other):
@@ -502,11 +501,11 @@ def test_a_latency_table_is_measured_once_and_only_for_this_machine(given_tiny, 
     file = next(tmp_path.glob("latency-*.json"))
     good = file.read_text()
     file.write_text(good.replace(hardware.machine()["id"], "another"))
-    with pytest.raises(PruningError, match=r"measured on another machine \(another\). Delete .* to measure this"):
+    with pytest.raises(PruningError, match=r"measured on another machine \(another\). Delete .* to measure again"):
         latency_table(given_tiny.model, tmp_path, quiet)
     assert "another" in file.read_text()  # left as it was
     file.write_text(good[:40])
-    with pytest.raises(PruningError, match="is no latency table"):
+    with pytest.raises(PruningError, match="is not a valid latency table"):
         latency_table(given_tiny.model, tmp_path, quiet)
 
 
@@ -521,11 +520,11 @@ def test_the_largest_ratio_is_searched_on_held_out_rows(tiny, sentences):
 
     workspace = Workspace(tiny.exported, tiny.model, tiny.source, sentences)
     said = []
-    ratio = largest_ratio(workspace, Prune(0.5), 100.0, said.append, no_bar)
-    assert ratio in pruning.SEARCHED
+    ratio = largest_ratio(workspace, Prune(0.5), 100.0, lambda event: said.append(str(event)), no_bar)
+    assert ratio in pruning.SEARCH_RATIOS
     assert any("points lost on held-out rows" in line for line in said)
     with pytest.raises(PruningError, match="Even the smallest ratio"):
-        largest_ratio(workspace, Prune(0.5), -200.0, said.append, no_bar)
+        largest_ratio(workspace, Prune(0.5), -200.0, lambda event: said.append(str(event)), no_bar)
 
 
 @given(st.integers(20, 400))
@@ -554,19 +553,19 @@ def test_too_few_rows_are_refused(tmp_path):
     [
         ((), 2, "--ratio"),
         (("--ratio", "0.3", "--max-drop", "1"), 2, "--max-drop"),
-        (("--ratio", "0"), 2, "no ratio"),
-        (("--ratio", "1"), 2, "no ratio"),
-        (("--ratio", "-0.5"), 2, "no ratio"),
+        (("--ratio", "0"), 2, "is not 0.01 to 0.99"),
+        (("--ratio", "1"), 2, "is not 0.01 to 0.99"),
+        (("--ratio", "-0.5"), 2, "is not 0.01 to 0.99"),
         (("--ratio", "0.333"), 2, "whole per cents"),
-        (("--ratio", "nan"), 2, "no ratio"),
+        (("--ratio", "nan"), 2, "is not 0.01 to 0.99"),
         (("--ratio", "0.3", "--method", "mask", "--recover", "1"), 2, "removes nothing"),
-        (("--ratio", "0.3", "--method", "mask", "--layers", "1"), 2, "removes nothing"),
+        (("--ratio", "0.3", "--method", "mask", "--layers", "1"), 2, "neither --layers"),
         (("--ratio", "0.3", "--layers", "0"), 2, "--layers"),
-        (("--ratio", "0.3", "--layers", "3"), 1, "the model has 2. Keep 1 to 2"),
+        (("--ratio", "0.3", "--layers", "3"), 1, "the model has 2. Keep 1 to 2 layers"),
         (("--ratio", "0.3", "--from", "torch-pruned30"), 1, "pruned already"),
-        (("--ratio", "0.3", "--from", "onnx-fp32"), 1, "Nothing is made from onnx-fp32"),
+        (("--ratio", "0.3", "--from", "onnx-fp32"), 1, "No variant is built from onnx-fp32"),
         (("--ratio", "0.3", "--train-data", "no-such.csv"), 1, "There is no file no-such.csv"),
-        (("--ratio", "0.99", "--train-data", "train.csv"), 1, "nothing of the encoder would be left"),
+        (("--ratio", "0.99", "--train-data", "train.csv"), 1, "would remove the entire encoder"),
     ],
 )
 def test_what_cannot_be_pruned_is_told_and_leaves_what_was_there(
@@ -608,7 +607,7 @@ def test_a_stored_model_that_answers_otherwise_is_an_error(tiny, sentences, monk
 
     monkeypatch.setattr(prune, "save_weights", lossy)
     workspace = Workspace(tiny.exported, tiny.model, tiny.source, sentences)
-    with pytest.raises(ArtifactError, match="does not answer as before"):
+    with pytest.raises(ArtifactError, match="gives other logits after it is stored"):
         ensure(workspace, ["torch-pruned50"], {}, quiet)
     assert not workspace.path("torch-pruned50").exists()
     assert load_file(workspace.path("torch-fp32") / "model.safetensors")

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from toolchain import passes
+from toolchain.artifacts.steps import Quantize
 from toolchain.artifacts.store import Artifact
-from toolchain.artifacts.variants import Quantize
 from toolchain.build.pipeline import ensure
 from toolchain.data.inputs import TrainingSource
 from toolchain.errors import GraphError
 from toolchain.quantization import sensitivity
-from toolchain.quantization.sensitivity import Layer, Subject, fewest_kept, rank
+from toolchain.quantization.sensitivity import Layer, SensitivitySetup, fewest_fp32_layers, rank
 
 
 def still(done, total, what):
@@ -29,7 +29,7 @@ def quiet(line):
 
 @pytest.fixture(scope="module")
 def subject(built_tiny):
-    return Subject.of(built_tiny.load("onnx-fp32"), ("quantize-linear",), TrainingSource())
+    return SensitivitySetup.load(built_tiny.load("onnx-fp32"), ("quantize-linear",), TrainingSource())
 
 
 def test_every_layer_is_ranked_by_what_it_does_alone(subject):
@@ -54,7 +54,7 @@ def test_a_layer_with_outliers_is_found(built_tiny, tmp_path):
     weight.CopyFrom(numpy_helper.from_array(array, weight.name))
     onnx.save(model, tmp_path / "outliers" / "model.onnx")
     artifact = Artifact(tmp_path / "outliers", built_tiny.load("onnx-fp32").manifest)
-    ranked = rank(Subject.of(artifact, ("quantize-linear",), TrainingSource()), still)
+    ranked = rank(SensitivitySetup.load(artifact, ("quantize-linear",), TrainingSource()), still)
     assert ranked[0].name == "distilbert/transformer/layer.0/ffn/lin2"
 
 
@@ -67,7 +67,7 @@ def test_the_most_sensitive_stay_fp32(tiny, subject):
     assert len(manifest.facts["sensitivity"]) == 10
     assert manifest.step.train == tiny.train.digest  # other training data would choose other layers
     said = []
-    ensure(tiny, ["onnx-int8+careful"], asked, said.append)
+    ensure(tiny, ["onnx-int8+careful"], asked, lambda event: said.append(str(event)))
     assert "onnx-int8+careful: fresh, skipped" in said
     left = passes.read(tiny.path("onnx-int8+careful") / "model.onnx")
     assert len([n for n in left.graph if n.op_type in ("MatMul", "Attention")]) == 2
@@ -76,7 +76,7 @@ def test_the_most_sensitive_stay_fp32(tiny, subject):
 @pytest.mark.slow
 def test_no_layer_left_is_told(built_tiny):
     with pytest.raises(GraphError, match="no linear layer left"):
-        rank(Subject.of(built_tiny.load("onnx-int8"), ("quantize-linear",), TrainingSource()), still)
+        rank(SensitivitySetup.load(built_tiny.load("onnx-int8"), ("quantize-linear",), TrainingSource()), still)
 
 
 @given(st.integers(1, 30), st.data())
@@ -100,9 +100,9 @@ def test_the_fewest_that_keep_the_accuracy_are_found(count, data):
     with context as patch:
         patch.setattr(sensitivity, "rank", lambda *_: [Layer(str(i), 1.0, 0) for i in range(count)])
         patch.setattr(
-            sensitivity, "_right", lambda subject, _: 1 - (drops[subject.kept] if subject.kept < count else 0) / 100
+            sensitivity, "_accuracy", lambda subject, _: 1 - (drops[subject.kept] if subject.kept < count else 0) / 100
         )
-        kept, tried = fewest_kept(fake, allowed, still)
+        kept, tried = fewest_fp32_layers(fake, allowed, still)
     want = next((n for n in range(count) if 100 * (1 - (1 - drops[n] / 100)) <= allowed), count)
     assert kept == want
     assert len(tried) <= count.bit_length() + 1

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from sample_results import result, row, samples_of
 
 from toolchain.errors import ResultFileError
-from toolchain.results.measurements import MAX_SAMPLES, Measurement, ResultFile, Samples
+from toolchain.results.measurements import MAX_SAMPLES, Measurement, Samples
+from toolchain.results.result_file import ResultFile
 
 rounds = st.lists(st.lists(st.integers(1, 10**7), max_size=700), min_size=1, max_size=8).filter(lambda r: any(r))
 
@@ -89,34 +90,41 @@ def change_samples(values):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda body: body.update(schema=3), "schema 3, this release reads 2"),
-        (lambda body: body.pop("rows"), "it lacks 'rows'"),
+        (lambda body: body.update(schema=3), "schema: Input should be 1 or 2"),
+        (lambda body: body.pop("rows"), "rows: Field required"),
         (lambda body: body.pop("machine"), "machine"),
-        (change_row(status="great"), "status 'great'"),
+        (change_row(status="great"), "rows.0.status: Input should be"),
         (change_row(cell="other@cpu"), "cell 'other@cpu'"),
         (change_row(latency_ms={"p50": 0.1}), "does not follow from its samples"),
         (change_row(throughput_per_s=10**6), "does not follow from its samples"),
-        (change_samples([[900, -5], [1100]]), "positive whole number"),
-        (change_samples([[900, 0.5], [1100]]), "positive whole number"),
-        (change_samples([["fast"]]), "positive whole number"),
-        (change_row(accuracy={"value": 1.1, "correct": 11, "count": 10, "batch_size": 1}), "11 right answers of 10"),
+        (change_samples([[900, -5], [1100]]), "is not positive"),
+        (change_samples([[900, 0.5], [1100]]), "valid integer"),
+        (change_samples([["fast"]]), "valid integer"),
+        (change_samples([[900], [1100]]), "numbers of times and of sentences differ"),
+        (
+            change_row(accuracy={"value": 1.1, "correct": 11, "count": 10, "batch_size": 1}),
+            "from 11 of 10",
+        ),
         (change_row(surprise=1), "surprise"),
         (change_row(samples={}), "lacks samples"),
         (change_row(accuracy=None), "lacks samples, accuracy"),
-        (change_row(accuracy={"value": 1.0, "correct": 9, "count": 10, "batch_size": 1}), "right answers"),
-        (change_row(accuracy={"value": 0.0, "correct": 0, "count": 0, "batch_size": 1}), "zero"),
-        (change_row(memory_bytes=None), "NoneType"),
-        (change_row(memory_bytes={"peak": "x"}), "another kind"),
+        (
+            change_row(accuracy={"value": 1.0, "correct": 9, "count": 10, "batch_size": 1}),
+            "from 9 of 10",
+        ),
+        (change_row(accuracy={"value": 0.0, "correct": 0, "count": 0, "batch_size": 1}), "0 predictions"),
+        (change_row(memory_bytes=None), "rows.0.memory_bytes: Input should be a"),
+        (change_row(memory_bytes={"peak": "x"}), "not a number of bytes"),
         (change_row(size_bytes={"total": -5}), "total is -5"),
-        (change_row(model=5), "another kind"),
-        (change_samples([]), "is no result file"),
-        (lambda body: body["machine"].pop("cpu"), "it lacks 'cpu'"),
+        (change_row(model=5), "rows.0.model: Input should be a valid string"),
+        (change_samples([]), "a round without a time"),
+        (lambda body: body["machine"].pop("cpu"), "machine.cpu is None"),
         (lambda body: body["machine"].update(gpu=["x"]), "without a name"),
         (lambda body: body["machine"].update(cores="two"), "machine.cores is 'two'"),
-        (lambda body: body.update(run=None), "another kind"),
-        (lambda body: body.update(data={}), "it lacks 'name'"),
-        (lambda body: body["data"].update(rows=11), "10 answers to 11 sentences"),
-        (lambda body: body["rows"].append(body["rows"][0]), "stands there twice"),
+        (lambda body: body.update(run=None), "run: Input should be"),
+        (lambda body: body.update(data={}), "data.name is None"),
+        (lambda body: body["data"].update(rows=11), "10 predictions for 11 sentences"),
+        (lambda body: body["rows"].append(body["rows"][0]), "two rows have the same cell"),
     ],
 )
 def test_a_file_that_contradicts_itself_is_refused(tmp_path, change, says):
@@ -131,7 +139,7 @@ def test_a_file_that_contradicts_itself_is_refused(tmp_path, change, says):
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema": 1, "rows": [NaN]}', "\x00"])
 def test_what_is_no_result_file_is_refused(tmp_path, text):
     (tmp_path / "r.json").write_text(text)
-    with pytest.raises(ResultFileError, match="is no result file"):
+    with pytest.raises(ResultFileError, match="is not a valid result file"):
         ResultFile.read(tmp_path / "r.json")
     with pytest.raises(ResultFileError, match="There is no result file"):
         ResultFile.read(tmp_path / "missing.json")

@@ -16,13 +16,13 @@ from readme_parts import snippet
 from tiny_architectures import ARCHITECTURES
 from tiny_architectures import make as make_architecture
 
-from toolchain.artifacts.variants import Prune
+from toolchain.artifacts.steps import Prune
 from toolchain.backends import Place, open_session
 from toolchain.backends.ort import session_options
 from toolchain.build.pipeline import ensure
 from toolchain.build.steps.importing import import_checkpoint
 from toolchain.data import inputs
-from toolchain.data.inputs import Encoder, pad
+from toolchain.data.encoding import Encoder, pad
 from toolchain.data.labels import shares
 from toolchain.progress import no_bar
 from toolchain.ship import shipping

@@ -12,16 +12,16 @@ from readme_parts import script
 from test_clients import PHONE, needs_phone
 
 from toolchain.ship.targets.releases import (
-    ANSWERS,
+    ATTENTION_STATES,
     ORDER,
     RIGHT,
     STATES,
     TABLE,
     Use,
-    answer_of,
-    newer,
-    oldest,
-    oldest_reading,
+    attention_state,
+    find_unsupported,
+    oldest_reading_release,
+    oldest_supporting_release,
 )
 from toolchain.ship.targets.uses import attention_kinds, oldest_release, read_needs
 
@@ -44,7 +44,7 @@ def attention(path, query, key, **given):
 
 
 def kinds_in(path):
-    return {use.what for use in read_needs(path).uses if use.question}
+    return {use.trait for use in read_needs(path).uses if use.attention_kind}
 
 
 FULL, ONE = ["batch", "tokens", WIDTH], ["batch", 1, WIDTH]
@@ -104,20 +104,20 @@ def test_a_bias_is_of_one_head_only_where_there_are_several():
 def test_every_kind_that_is_asked_about_is_read_from_some_file():
     """And the other way round: a kind without an answer would be taken for an attribute that no release has."""
     of_files = {f"MultiHeadAttention: {kind}" for _, kinds in FILES.values() for kind in kinds}
-    assert of_files | {"Attention: mask_index", "QAttention: mask_index"} == set(ANSWERS)
-    assert {state for by_release in ANSWERS.values() for state in by_release.values()} <= set(STATES)
+    assert of_files | {"Attention: mask_index", "QAttention: mask_index"} == set(ATTENTION_STATES)
+    assert {state for by_release in ATTENTION_STATES.values() for state in by_release.values()} <= set(STATES)
 
 
 def test_the_first_release_that_is_right(tmp_path):
     mask = read_needs(attention(tmp_path / "mask.onnx", ONE, FULL, mask=MASK))
     bias = read_needs(attention(tmp_path / "bias.onnx", ONE, FULL, bias=["batch", HEADS, 1, "tokens"]))
-    assert mask.oldest() == "1.21"
-    assert bias.oldest() == "1.16"
+    assert mask.oldest_release() == "1.21"
+    assert bias.oldest_release() == "1.16"
     assert oldest_release(mask, bias) == oldest_release(bias, mask) == "1.21"
     assert oldest_release() == ORDER[0]
-    (fault,) = newer("1.20", mask.uses)
+    (fault,) = find_unsupported("1.20", mask.uses)
     assert str(fault) == f"MultiHeadAttention with {LONGER} (right since 1.21)"
-    assert [answer_of(release, fault.question) for release in ("1.17", "1.20", "1.21", ORDER[-1])] == [
+    assert [attention_state(release, fault.attention_kind) for release in ("1.17", "1.20", "1.21", ORDER[-1])] == [
         "wrong",
         "wrong",
         RIGHT,
@@ -127,13 +127,13 @@ def test_the_first_release_that_is_right(tmp_path):
 
 def test_a_fault_that_comes_and_goes_counts_to_its_last_release(monkeypatch):
     use = Use("com.microsoft", "Attention", "mask_index")
-    assert use.since == ORDER[0]
-    monkeypatch.setitem(ANSWERS, "Attention: mask_index", {ORDER[0]: RIGHT, "1.19": "wrong", "1.20": RIGHT})
-    assert newer("1.17", [use]) == [use]
-    assert oldest([use]) == "1.20"
-    monkeypatch.setitem(ANSWERS, "Attention: mask_index", {ORDER[0]: RIGHT, ORDER[-1]: "refused"})
-    assert oldest([use]) is None
-    assert "right in no release known here" in str(use)
+    assert use.first_release == ORDER[0]
+    monkeypatch.setitem(ATTENTION_STATES, "Attention: mask_index", {ORDER[0]: RIGHT, "1.19": "wrong", "1.20": RIGHT})
+    assert find_unsupported("1.17", [use]) == [use]
+    assert oldest_supporting_release([use]) == "1.20"
+    monkeypatch.setitem(ATTENTION_STATES, "Attention: mask_index", {ORDER[0]: RIGHT, ORDER[-1]: "refused"})
+    assert oldest_supporting_release([use]) is None
+    assert "correct in no known release" in str(use)
 
 
 def test_the_ir_version_and_the_opset_count(tmp_path):
@@ -143,15 +143,15 @@ def test_the_ir_version_and_the_opset_count(tmp_path):
     for ir_version, opset, first in ((8, 18, "1.15"), (8, 20, "1.17"), (10, 18, "1.18"), (9, 22, "1.21")):
         sets = [helper.make_opsetid("", opset)]
         onnx.save(helper.make_model(graph, opset_imports=sets, ir_version=ir_version), tmp_path / "model.onnx")
-        assert read_needs(tmp_path / "model.onnx").oldest() == first
-    assert oldest_reading(ort_format=6) == "1.16"
-    assert oldest_reading(ir_version=99) is None
+        assert read_needs(tmp_path / "model.onnx").oldest_release() == first
+    assert oldest_reading_release(ort_format=6) == "1.16"
+    assert oldest_reading_release(ir_version=99) is None
 
 
 @pytest.mark.parametrize(("name", "first"), [("onnx-std", "1.15"), ("onnx-fp32", "1.16"), ("onnx-int8", "1.16")])
 def test_the_first_release_of_the_variants_of_today(built_tiny, name, first):
     """A graph that needs a later one is a change to know of."""
-    assert read_needs(built_tiny.path(name) / "model.onnx").oldest() == first
+    assert read_needs(built_tiny.path(name) / "model.onnx").oldest_release() == first
 
 
 # The script.
@@ -227,7 +227,7 @@ def test_the_table_is_made_of_answers(releases):
     assert body["late"]["Gelu"] == "1.20"
     lost = {release: stated(release) for release in few}
     lost["1.21"]["operators"]["Attention"].pop()
-    with pytest.raises(releases.click.ClickException, match=r"1\.21 lost something of Attention"):
+    with pytest.raises(releases.click.ClickException, match=r"1\.21 removed a part of Attention"):
         releases.table(lost)
 
 

@@ -15,16 +15,16 @@ import pytest
 from conftest import ROOT, TESTS, make_checkpoint
 
 from toolchain.artifacts import store
+from toolchain.artifacts.steps import Export
 from toolchain.artifacts.store import sha256
-from toolchain.artifacts.variants import Export
 from toolchain.backends.ort import extreme_product
-from toolchain.bench import run
 from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
-from toolchain.data.inputs import pad
+from toolchain.data.encoding import pad
 from toolchain.errors import ArtifactError, ProviderError, ShippingError, UnknownVariantError, VerdictError
 from toolchain.progress import no_bar
-from toolchain.results.measurements import ResultFile
+from toolchain.results.folder import ResultsFolder
+from toolchain.results.result_file import ResultFile
 from toolchain.ship import bundles, shipping
 from toolchain.ship.bundle_files import verify as bundled
 from toolchain.ship.bundles import TOLERANCES
@@ -196,16 +196,16 @@ def test_no_place_of_this_machine_is_in_a_bundle(shipped, tiny_checkpoint, built
     assert body["model"]["license"] == "not stated"
 
 
-def test_what_was_measured_stands_in_the_bundle_with_its_hardware(tiny, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_what_was_measured_stands_in_the_bundle_with_its_hardware(tiny, tmp_path):
     committed = ResultFile.read(ROOT / "benchmarks" / "results" / "reference-xeon-2cores.json")
     row = next(row for row in committed.rows if row.variant == "onnx-int8")
     mine = dataclasses.replace(row, artifact_id=tiny.load("onnx-int8").manifest.id)
-    run.LOCAL.mkdir(parents=True)
+    results = ResultsFolder(tmp_path / "results")
+    results.local.mkdir(parents=True)
     older = dataclasses.replace(committed, rows=(dataclasses.replace(mine, throughput_per_s=None),), created="2020")
-    dataclasses.replace(committed, rows=(mine,)).write(run.LOCAL / "a.json")
+    dataclasses.replace(committed, rows=(mine,)).write(results.local / "a.json")
     assert older.created < committed.created
-    body = make(tiny, tmp_path / "b", "onnx-int8", "onnx-fp32", license="MIT")
+    body = make(tiny, tmp_path / "b", "onnx-int8", "onnx-fp32", license="MIT", results=results)
     found, nothing = (model["measured"] for model in body["models"])
     assert nothing == "not measured"
     assert found["accuracy"] == {"value": row.accuracy.value, "count": 872}
@@ -215,17 +215,6 @@ def test_what_was_measured_stands_in_the_bundle_with_its_hardware(tiny, tmp_path
     readme = (tmp_path / "b" / "README.md").read_text()
     assert committed.machine["cpu"] in readme
     assert "| onnx-fp32 | `onnx-fp32.onnx` |" in readme
-
-
-def test_the_newest_run_that_cites_an_artifact_counts(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    committed = ResultFile.read(ROOT / "benchmarks" / "results" / "reference-xeon-2cores.json")
-    row = committed.rows[0]
-    run.LOCAL.mkdir(parents=True)
-    for name, created in (("a", "2026-01-02T00:00:00+00:00"), ("b", "2026-01-01T00:00:00+00:00")):
-        dataclasses.replace(committed, rows=(row,), created=created).write(run.LOCAL / f"{name}.json")
-    assert run.cited([row.artifact_id, "nothing"], quiet)[row.artifact_id][0].created.startswith("2026-01-02")
-    assert set(run.cited([row.artifact_id, "nothing"], quiet)) == {row.artifact_id}
 
 
 def test_the_reference_says_whose_it_is(reference, tmp_path):
@@ -242,8 +231,8 @@ def test_shipping_again_changes_nothing_and_a_change_replaces_it(tiny, tmp_path)
     said = []
     first = make(tiny, tmp_path / "b", "onnx-int8")
     before = (tmp_path / "b").stat().st_ino
-    assert make(tiny, tmp_path / "b", "onnx-int8", say=said.append)["id"] == first["id"]
-    assert f"{tmp_path / 'b'}: the same already, unchanged" in said
+    assert make(tiny, tmp_path / "b", "onnx-int8", say=lambda event: said.append(str(event)))["id"] == first["id"]
+    assert f"{tmp_path / 'b'}: an equal bundle exists, unchanged" in said
     assert (tmp_path / "b").stat().st_ino == before
     assert make(tiny, tmp_path / "b", "onnx-fp32")["id"] != first["id"]
     assert shipping.verify(tmp_path / "b")["models"].keys() == {"onnx-fp32"}
@@ -306,7 +295,7 @@ def test_what_is_no_onnx_file_is_not_shipped(built_tiny, tmp_path, names):
 
 
 def test_two_variants_of_one_dtype_are_two_web_bundles(built_tiny, tmp_path):
-    with pytest.raises(ShippingError, match=re.escape("would both be onnx/model_quantized.onnx")):
+    with pytest.raises(ShippingError, match=re.escape("would both have the path onnx/model_quantized.onnx")):
         make(built_tiny, tmp_path / "b", "onnx-int8", "onnx-int8-portable", target="web")
 
 
@@ -319,7 +308,7 @@ def test_an_unknown_variant_is_told(built_tiny, tmp_path):
 def test_operators_a_target_lacks_are_named_with_what_to_ship(built_tiny, tmp_path, name):
     with pytest.raises(ShippingError, match=r"(DynamicQuantizeMatMul|Gelu).*onnx-std") as caught:
         make(built_tiny, tmp_path / "b", name, target="other")
-    assert "which only ONNX Runtime has" in str(caught.value)
+    assert "operators that only ONNX Runtime has" in str(caught.value)
     assert not (tmp_path / "b").exists()
 
 
@@ -336,7 +325,7 @@ def test_a_variant_that_failed_validation_is_not_shipped(tiny, tmp_path):
 def test_a_stale_variant_is_built_anew_before_it_is_shipped(tiny, tmp_path):
     ensure(tiny, ["onnx-std"], {"onnx-std": Export(17)}, quiet)
     said = []
-    body = make(tiny, tmp_path / "b", "onnx-fp32", say=said.append)
+    body = make(tiny, tmp_path / "b", "onnx-fp32", say=lambda event: said.append(str(event)))
     assert "onnx-fp32: building (onnx-std changed)" in said
     assert body["models"][0]["artifact_id"] == tiny.load("onnx-fp32").manifest.id
     assert body["models"][0]["opset"][""] == 17
@@ -392,7 +381,7 @@ def test_a_path_that_leaves_the_bundle_is_not_followed(bundle, path):
     secret.write_text("")
     entry = {"path": path, "bytes": 0, "sha256": sha256(secret)}
     reseal(bundle, lambda body: body["files"].append(entry))
-    with pytest.raises(VerdictError, match="leaves the folder"):
+    with pytest.raises(VerdictError, match="is outside the folder"):
         shipping.verify(bundle)
 
 
@@ -444,7 +433,7 @@ def test_weights_outside_the_file_are_not_loaded(bundle):
         entry.update(bytes=size, sha256=digest)
 
     reseal(bundle, resize)
-    with pytest.raises(VerdictError, match="outside of itself"):
+    with pytest.raises(VerdictError, match="stores the tensor"):
         shipping.verify(bundle)
 
 
@@ -484,7 +473,7 @@ def test_answers_that_are_not_the_recorded_ones_are_seen(bundle, change):
 @pytest.mark.parametrize("left", [False, True])
 def test_golden_batches_are_padded_as_the_toolchain_pads(left):
     rows, names = [[1, 2, 3], [4], [5, 6]], ("input_ids", "attention_mask", "token_type_ids")
-    mine = bundled.padded(rows, "left" if left else "right", 9)
+    mine = bundled.pad_rows(rows, "left" if left else "right", 9)
     for name, array in pad(rows, names, 9, left).items():
         assert np.array_equal(np.array(mine[name]), array)
 
@@ -524,9 +513,9 @@ def test_a_runtime_that_saturates_is_told_so_and_what_to_do(bundle, built_tiny, 
     monkeypatch.setattr(bundled, "saturates", lambda exact=False: True)
     with pytest.raises(VerdictError, match="this runtime saturates 8-bit products") as caught:
         shipping.verify(bundle)
-    assert "use a -portable file" in str(caught.value)
+    assert "use a -portable model" in str(caught.value)
     monkeypatch.setattr(bundles, "saturates", lambda exact=False: True)
-    with pytest.raises(ShippingError, match="recorded answers of onnx-int8 would be wrong"):
+    with pytest.raises(ShippingError, match="recorded logits of onnx-int8 would be wrong"):
         make(built_tiny, tmp_path / "b", "onnx-int8")
     assert not (tmp_path / "b").exists()
     make(built_tiny, tmp_path / "fp32", "onnx-fp32")  # nothing in it can saturate
@@ -579,7 +568,7 @@ def test_no_file_of_a_bundle_stands_in_for_a_library(bundle, command):
 
 def test_no_bundle_is_a_failure_and_not_a_verdict(tmp_path):
     for place in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(ShippingError, match="is no bundle"):
+        with pytest.raises(ShippingError, match="is not a bundle"):
             shipping.verify(place)
     assert bundled.main(tmp_path) == 1
 
@@ -609,9 +598,9 @@ def test_the_commands_and_their_exit_codes(tiny, tmp_path, say, monkeypatch):
 
 def test_the_page_needs_npm_and_says_so(built_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(ShippingError, match="there is no npm here") as caught:
+    with pytest.raises(ShippingError, match="npm is not installed") as caught:
         clients.install(tmp_path)
-    assert "--no-demo" in caught.value.mend
+    assert "--no-demo" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,12 +12,12 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from toolchain import passes
 from toolchain.artifacts.store import sha256
-from toolchain.data import inputs
-from toolchain.data.inputs import Encoder
+from toolchain.data import encoding, inputs
+from toolchain.data.encoding import Encoder
 from toolchain.errors import GraphError, ProviderError, ShippingError
 from toolchain.models import checkpoints
 from toolchain.ship import tokenizer_graph
-from toolchain.ship.tokenizer_graph import characters, hard, proven, wordpiece
+from toolchain.ship.tokenizer_graph import characters, comparison, difficult_texts, wordpiece
 from toolchain.ship.tokenizer_graph.session import TextSession
 
 WORDS = [str(text) for text in inputs.embedded().texts]
@@ -66,17 +66,17 @@ def split(session, texts):
 @pytest.mark.parametrize("build", [tiny.wordpiece, cased, tiny.byte_level, robertas])
 def test_every_hard_text_is_split_alike(build, tmp_path):
     encoder = encoder_of(build(WORDS), tmp_path / "tokenizer", pad_id=1)
-    assert proven.compare(encoder, WORDS[:100], tmp_path / "tokenizer.onnx") == len(hard.texts()) + 100
+    assert comparison.compare(encoder, WORDS[:100], tmp_path / "tokenizer.onnx") == len(difficult_texts.texts()) + 100
 
 
 @pytest.mark.slow
 def test_every_hard_text_is_split_as_by_the_references_tokenizer(reference_encoder, tmp_path):
-    compared = proven.compare(reference_encoder, WORDS, tmp_path / "tokenizer.onnx")
-    assert compared == len(hard.texts()) + 872
+    compared = comparison.compare(reference_encoder, WORDS, tmp_path / "tokenizer.onnx")
+    assert compared == len(difficult_texts.texts()) + 872
 
 
 def test_hard_texts_have_what_tokenizers_disagree_on():
-    texts = hard.texts()
+    texts = difficult_texts.texts()
     assert len(texts) > 3000
     assert len(set("".join(texts))) > 140_000  # of Unicode's characters
     assert {"", "café naïve", "a" * 101, "[SEP][SEP]", "中" * 600, "a\x07b \x07 c"} <= set(texts)
@@ -108,7 +108,7 @@ def test_arrays_are_those_a_model_takes(tmp_path):
     passes.write(tokenizer_graph.token_model(encoder, 8), tmp_path / "t.onnx")
     arrays = TextSession(tmp_path / "t.onnx", 1).run(["a film", "a much longer text than the other one is", ""])
     assert set(arrays) == {*NAMES, "token_type_ids"}
-    wanted = inputs.pad(encoder.encode(["a film", "a much longer text than the other one is", ""]), encoder.names, 0)
+    wanted = encoding.pad(encoder.encode(["a film", "a much longer text than the other one is", ""]), encoder.names, 0)
     width = wanted["input_ids"].shape[1]
     for name, array in arrays.items():
         assert array.dtype == np.int64
@@ -179,21 +179,21 @@ def _by_words(words):
 @pytest.mark.parametrize(
     ("build", "said"),
     [
-        (tiny.unigram, "no tokenizer of the kind Unigram"),
-        (_by_words, "no tokenizer of the kind WordLevel"),
+        (tiny.unigram, "no tokenizer of type Unigram"),
+        (_by_words, "no tokenizer of type WordLevel"),
         (_marked, "added tok"),
         (_uncleaned, "keeps control characters"),
         (_inside_words, "its added token 'the'"),
-        (_prepending, "more than treat one character after the other"),
-        (_whole_texts, "more than treat one character after the other"),
-        (_metaspace, "BPE with a normaliser"),
-        (_spaced, "a space put before texts"),
+        (_prepending, "does not treat each character independently"),
+        (_whole_texts, "does not treat each character independently"),
+        (_metaspace, "kind of BPE"),
+        (_spaced, "a space added"),
     ],
 )
 def test_a_tokenizer_the_graph_cannot_express_is_refused(build, said, tmp_path):
     encoder = encoder_of(build(WORDS), tmp_path / "t")
     with pytest.raises(ShippingError, match="Ship without --with-tokenizer") as refusal:
-        proven.compare(encoder, (), tmp_path / "t.onnx")
+        comparison.compare(encoder, (), tmp_path / "t.onnx")
     assert said in str(refusal.value)
 
 
@@ -202,7 +202,7 @@ def test_a_graph_that_splits_otherwise_is_refused_with_the_texts(reference_encod
     real = characters.changes
     monkeypatch.setattr(wordpiece, "changes", lambda spec: {c: b for c, b in real(spec).items() if c != "é"})
     with pytest.raises(ShippingError) as refusal:
-        proven.compare(reference_encoder, (), tmp_path / "t.onnx")
+        comparison.compare(reference_encoder, (), tmp_path / "t.onnx")
     assert "splits" in str(refusal.value)
     assert "'café naïve', '[CLS] cafe" in str(refusal.value)
 
@@ -217,12 +217,12 @@ def test_runs_of_characters():
     assert characters.runs("acbz") == [(ord("a"), ord("c")), (ord("z"), ord("z"))]
     assert characters.runs("") == []
     changed = {"\x00": "", "\u00a0": " ", "!": " ! ", "É": "e"}
-    assert characters.by_kind(changed) == {"deleted": ["\x00"], "space": ["\u00a0"], "words": ["!"]}
+    assert characters.group_by_kind(changed) == {"deleted": ["\x00"], "space": ["\u00a0"], "words": ["!"]}
 
 
 def test_marks_are_the_longest_tokens_first(reference_encoder):
     changed = characters.changes(reference_encoder.tokenizer.to_str())
-    marks = wordpiece._marks(reference_encoder.tokenizer, changed)
+    marks = wordpiece._choose_marks(reference_encoder.tokenizer, changed)
     assert next(iter(marks)) == "[MASK]"
     assert len(set(marks.values())) == len(marks) == 5
 
@@ -237,7 +237,7 @@ def test_text_in_probabilities_out(reference, tmp_path, multi):
     object.__setattr__(encoder, "multi_label", multi)
     passes.write(tokenizer_graph.with_tokenizer(passes.read(artifact.onnx_path), encoder), tmp_path / "text.onnx")
     session = open_session(artifact.path, "onnx", Place("cpu", 1))
-    logits = session.run(inputs.pad(encoder.encode(WORDS[:20]), NAMES, 0))
+    logits = session.run(encoding.pad(encoder.encode(WORDS[:20]), NAMES, 0))
     found = TextSession(tmp_path / "text.onnx", 1).run(WORDS[:20])
     assert list(found) == ["logits", "probabilities"]
     assert np.abs(found["logits"] - logits).max() < 1e-5
@@ -260,5 +260,5 @@ def test_without_the_library_it_is_named(reference_encoder, tmp_path, monkeypatc
 
 def test_a_file_that_is_no_model_is_told(tmp_path):
     (tmp_path / "t.onnx").write_bytes(b"no model")
-    with pytest.raises(GraphError, match="no model ONNX Runtime can load"):
+    with pytest.raises(GraphError, match="ONNX Runtime cannot load the model"):
         TextSession(tmp_path / "t.onnx", 1)

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolchain.artifacts import publishing
-from toolchain.artifacts.variants import Prune, Recover
+from toolchain.artifacts.steps import Prune, Recover
 from toolchain.build.pipeline import ensure
 from toolchain.build.steps.recover import Augmented, _mask_token
 from toolchain.build.workspace import Workspace
-from toolchain.data.inputs import Encoder
+from toolchain.data.encoding import Encoder
 from toolchain.data.labels import LabelSet
 from toolchain.errors import DataError
 from toolchain.models import architectures
-from toolchain.pruning.subject import subject
+from toolchain.pruning.setup import shared_setup
 from toolchain.training import loop, losses
 from toolchain.training.batches import batch
 from toolchain.training.loop import Examples, Recipe, train
@@ -37,7 +37,7 @@ def task(built_tiny, tmp_path_factory):
     rows = [f"{' '.join(words[(i * k) % 8] for k in range(1, 4 + i % 9))},{i % 2}" for i in range(120)]
     file.write_text("sentence,label\n" + "\n".join(rows) + "\n")
     source = training_source(file)
-    given = subject(built_tiny.load("torch-fp32"), source, 100, 20)
+    given = shared_setup(built_tiny.load("torch-fp32"), source, 100, 20)
     data = source.load(LabelSet(("NEGATIVE", "POSITIVE")))
     ids = given.encoder.encode(data.texts)
     labels = list(data.labels)
@@ -160,17 +160,17 @@ def test_a_loss_that_is_not_finite_ends_it_in_words(task, tmp_path):
     broken = copy.deepcopy(teacher)
     with torch.no_grad():
         broken.classifier.bias[0] = float("nan")
-    with pytest.raises(DataError, match="The loss is nan at step 0"):
+    with pytest.raises(DataError, match="the loss is nan at step 0"):
         train((weakened(teacher), broken), (rows, held_out), encoder, RECIPE, (tmp_path, "k"), quiet)
 
 
 def test_every_row_comes_once_an_epoch_and_epochs_differ(task):
     rows = task[1]
-    first, second = (loop._order(rows, RECIPE, epoch) for epoch in (0, 1))
+    first, second = (loop._shuffle_batches(rows, RECIPE, epoch) for epoch in (0, 1))
     for order in (first, second):
         assert sorted(row for part in order for row in part) == list(range(100))
     assert first != second
-    assert first == loop._order(rows, RECIPE, 0)
+    assert first == loop._shuffle_batches(rows, RECIPE, 0)
 
 
 @settings(max_examples=50, deadline=None)
@@ -254,7 +254,7 @@ def test_a_killed_recovery_is_taken_up_and_cleans_up(tiny, task, tmp_path):
     workspace = Workspace(tiny.exported, tiny.model, tiny.source, training_source(file))
     asked = {"torch-pruned50": Prune(0.5), "torch-pruned50-r3": Recover(3)}
     said = []
-    built = ensure(workspace, asked, asked, said.append)["torch-pruned50-r3"]
+    built = ensure(workspace, asked, asked, lambda event: said.append(str(event)))["torch-pruned50-r3"]
     assert not resume.exists()
     assert built.manifest.facts["recovery"]["masked"] == 0.2
     assert built.manifest.facts["recovery"]["teacher"] == tiny.load("torch-fp32").manifest.id
@@ -278,7 +278,7 @@ def test_states_behind_layers_that_are_gone_are_matched_to_those_behind_the_last
     """The layer before them stands in their place."""
     model = copy.deepcopy(task[0])
     assert architectures.matched_layers(model) == [1, 2]
-    architectures.keep(model, 1, (), ())
+    architectures.keep_units(model, 1, (), ())
     assert architectures.matched_layers(model) == [2]
 
 

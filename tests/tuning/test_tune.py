@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolchain import tuning
-from toolchain.artifacts.variants import Quantize, lineage
+from toolchain.artifacts.steps import Quantize
+from toolchain.artifacts.variants import lineage
 from toolchain.build import pipeline
 from toolchain.cli.tune import Duration
 from toolchain.errors import PruningError, VerdictError
@@ -314,7 +315,7 @@ def test_a_shorter_training_takes_the_place_of_one_that_does_not_fit(tmp_path, m
             known[start.training] = world.outcome(start).drop - 1.0
         longest = 100 * sum(bool(epochs) for *_, epochs in known) + 150
         said = []
-        search(study, world, longest, said.append)
+        search(study, world, longest, lambda event: said.append(str(event)))
     trained = [candidate for candidate in world.asked if candidate.epochs]
     assert start is not None
     assert {candidate.epochs for candidate in trained} == {1}

@@ -1,8 +1,7 @@
 """Names of variants.
 
 Name grammar: ``<runtime>[-std][-prunedNN[-rE][-magnitude|-mask]][-<scheme>][-portable|-static][+<label>]``. NN is the
-pruning ratio in per cent, and E is the number of recovery epochs. A name with another tag omits ``-fp32``. Always
-``parse_name(str(name)) == name``.
+pruning ratio in per cent, and E is the number of recovery epochs. A name with another tag omits ``-fp32``.
 
 A label distinguishes variants that have the same tags and different settings. Variants built from a labelled variant
 keep its label, or extend it with a hyphen.
@@ -13,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from toolchain.errors import UnknownVariantError
 
@@ -23,7 +23,7 @@ LABEL = r"[a-z0-9]+(?:-[a-z0-9]+)*"
 
 
 @dataclass(frozen=True)
-class VariantName:
+class Parts:
     """The parts of a variant's name; ``str`` joins them.
 
     Attributes:
@@ -48,6 +48,11 @@ class VariantName:
     static: bool = False
     label: str = ""
 
+    @property
+    def is_torch_fp32(self) -> bool:
+        """Returns whether the variant is a PyTorch model in fp32, from which every other variant derives."""
+        return (self.runtime, self.scheme) == ("torch", "fp32")
+
     def __str__(self) -> str:
         tags = ["std"] if self.std else []
         if self.pruned:
@@ -69,15 +74,35 @@ _NAME = re.compile(
 )
 
 
-def parse_name(text: str) -> VariantName:
-    """Splits a name into its parts.
+class VariantName(str):
+    """A variant's name: a text that was checked against the grammar, with its `parts`.
 
     Raises:
-        UnknownVariantError: The text is not a name, or is not the spelling that ``str`` gives.
+        UnknownVariantError: The text is not a name, or is not the spelling that joins its parts.
     """
+
+    parts: Parts
+
+    def __new__(cls, text: str | Parts) -> VariantName:
+        """Parses a text, or joins parts."""
+        name = super().__new__(cls, text)
+        name.parts = text if isinstance(text, Parts) else text.parts if isinstance(text, VariantName) else _parse(text)
+        return name
+
+    def with_parts(self, **changes: Any) -> VariantName:
+        """Returns the name that has other values for some parts."""
+        return VariantName(dataclasses.replace(self.parts, **changes))
+
+    @property
+    def unpruned_name(self) -> VariantName:
+        """Returns the name of the same variant of the unpruned model, without a label."""
+        return self.with_parts(pruned=0, recovered=0, method=METHODS[0], label="")
+
+
+def _parse(text: str) -> Parts:
     match = _NAME.fullmatch(text)
     if match:
-        name = VariantName(
+        parts = Parts(
             match["runtime"],
             bool(match["std"]),
             int(match["pruned"] or 0),
@@ -88,20 +113,15 @@ def parse_name(text: str) -> VariantName:
             bool(match["static"]),
             match["label"] or "",
         )
-        if str(name) == text:
-            return name
+        if str(parts) == text:
+            return parts
     raise UnknownVariantError(f"{text!r} is no variant name.", "`toolchain variants` lists them.")
 
 
-def shorter(label: str) -> list[str]:
+def label_prefixes(label: str) -> list[str]:
     """Returns the label, the labels that it extends, and the empty label, longest first.
 
     They are the possible labels of a parent. For ``a-b`` these are ``a-b``, ``a`` and the empty label.
     """
     parts = label.split("-")
     return ["-".join(parts[:count]) for count in range(len(parts), 0, -1)] + [""]
-
-
-def unpruned(name: str) -> str:
-    """Returns the name of the same variant of the unpruned model, without a label."""
-    return str(dataclasses.replace(parse_name(name), pruned=0, recovered=0, method=METHODS[0], label=""))

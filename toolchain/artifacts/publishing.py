@@ -30,25 +30,25 @@ def work_folder(target: Path) -> Path:
 
 
 @contextmanager
-def lock(target: Path, waiting: Callable[[], None]) -> Iterator[None]:
+def lock(target: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """Locks `target` for one process, and repairs the folders that a killed run left.
 
     On exit, only files that a later run can resume from stay beside `target`.
 
     Args:
         target: The folder or file to build.
-        waiting: Called once before the function waits for another process.
+        on_wait: Called once before the function waits for another process.
 
     Raises:
         ArtifactError: The operating system refuses to write there.
     """
     work = work_folder(target)
     try:
-        guard = _acquire(work, waiting)
+        guard = _acquire(work, on_wait)
     except OSError as error:
         raise ArtifactError.unwritable(target.parent, error) from error
     try:
-        _recover(target)
+        _repair_folders(target)
         yield
     finally:
         # Delete the file before the lock's release. A process that opened it earlier then sees that the file has no
@@ -59,7 +59,7 @@ def lock(target: Path, waiting: Callable[[], None]) -> Iterator[None]:
         guard.release()
 
 
-def _acquire(work: Path, waiting: Callable[[], None]) -> FileLock:
+def _acquire(work: Path, on_wait: Callable[[], None]) -> FileLock:
     """Locks the work folder, and creates it if it is missing."""
     from filelock import FileLock, Timeout
 
@@ -71,7 +71,7 @@ def _acquire(work: Path, waiting: Callable[[], None]) -> FileLock:
             guard.acquire(timeout=timeout)
             return guard
         except Timeout:
-            waiting()
+            on_wait()
             timeout = -1  # no limit
         except (FileNotFoundError, FileExistsError):
             # Another run deletes the folder when it ends, possibly between these lines. Try again.
@@ -81,7 +81,7 @@ def _acquire(work: Path, waiting: Callable[[], None]) -> FileLock:
 
 
 @contextmanager
-def building(target: Path) -> Iterator[Path]:
+def scratch_folder(target: Path) -> Iterator[Path]:
     """Yields a new scratch folder on the file system of `target`, and deletes it on exit unless `replace` moved it.
 
     Use it only under `lock`.
@@ -101,7 +101,7 @@ def building(target: Path) -> Iterator[Path]:
             raise ArtifactError.unwritable(target.parent, error) from error
         raise
     finally:
-        _delete(scratch)
+        _delete_folder(scratch)
 
 
 def replace(scratch: Path, target: Path) -> None:
@@ -110,31 +110,31 @@ def replace(scratch: Path, target: Path) -> None:
     Raises:
         ArtifactError: The operating system refuses to rename. The previous `target` is then back in place.
     """
-    old = _old(target)
+    backup = _backup_folder(target)
     try:
         if target.exists():
-            target.rename(old)
+            target.rename(backup)
         scratch.rename(target)
     except OSError as error:
-        _recover(target)
+        _repair_folders(target)
         raise ArtifactError.unwritable(target.parent, error) from error
-    _delete(old)
+    _delete_folder(backup)
 
 
-def _old(target: Path) -> Path:
+def _backup_folder(target: Path) -> Path:
     return work_folder(target) / "old"
 
 
-def _recover(target: Path) -> None:
+def _repair_folders(target: Path) -> None:
     """Restores the previous `target` if a run was killed between its two renames; deletes the run's scratch folder."""
-    old = _old(target)
-    if os.path.lexists(old) and not os.path.lexists(target):
-        old.rename(target)
-    for left in (old, work_folder(target) / "building"):
-        _delete(left)
+    backup = _backup_folder(target)
+    if os.path.lexists(backup) and not os.path.lexists(target):
+        backup.rename(target)
+    for folder in (backup, work_folder(target) / "building"):
+        _delete_folder(folder)
 
 
-def _delete(path: Path) -> None:
+def _delete_folder(path: Path) -> None:
     """Deletes a folder or a link to a folder, and ignores files that it cannot delete."""
     if path.is_symlink():
         path.unlink(missing_ok=True)

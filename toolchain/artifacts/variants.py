@@ -1,222 +1,45 @@
-"""Variants and steps: a variant is one step applied to one parent, and its name determines both.
+"""Variants: a variant is one step applied to one parent, and its name determines both.
 
-A new kind of artifact needs a step class here, a line in `_derived`, and a function in `steps/`.
+A new kind of artifact needs a row in `_KINDS` here, and a step that builds it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
-from toolchain.artifacts.names import VariantName, parse_name, shorter
-from toolchain.errors import ArtifactError, UnknownVariantError
-
-PROVIDERS = ("cpu", "cuda")
-# Backend → its quantisation schemes, the default first → the tag in the variant's name. On ONNX Runtime, `Optimize`
-# makes fp16, because that graph is for other kernels.
-QUANTIZED = {
-    "ort": {"dynamic": "int8", "static": "int8", "int4": "int4", "fp16": "fp16"},
-    "torch": {"int8": "int8", "bf16": "bf16", "fp16": "fp16"},
-    "bnb": {"int8": "int8", "nf4": "nf4", "fp4": "fp4"},
-}
-
-# Passes that `Optimize` applies by default, in order.
-CPU_PASSES = ("fuse", "residual-sum", "first-token", "first-query")
-CUDA_PASSES = ("fuse-cuda", "half")
-# Passes that `Quantize` applies on ONNX Runtime, by scheme and in order. The last two have several forms, such as
-# ``quantize-linear-int4``; the step chooses the form.
-QUANTIZE_PASSES = {
-    "dynamic": ("padding", "quantize-linear", "quantize-embedding"),
-    "static": ("smooth", "quantize-linear", "quantize-embedding"),
-    "int4": ("quantize-linear", "quantize-embedding"),
-}
-
-
-@dataclass(frozen=True)
-class Import:
-    """Converts a checkpoint to fp32 safetensors.
-
-    Attributes:
-        revision: The hub's commit, or a digest of the files; None for the newest.
-        base: For a LoRA adapter, the base to merge it into: ``ID@COMMIT`` of the hub, or a digest. None otherwise.
-    """
-
-    revision: str | None = None
-    base: str | None = None
-
-
-@dataclass(frozen=True)
-class Prune:
-    """Removes heads and FFN neurons until `ratio` of the encoder's linear parameters is removed.
-
-    Attributes:
-        ratio: Minimum share of the encoder's linear parameters to remove.
-        method: Importance measure, ``fisher`` or ``magnitude``. ``mask`` sets rows to zero instead and removes nothing.
-        cost: Cost that the selection weighs importance against: ``parameters``, or ``latency`` on this machine.
-        layers: Number of layers to keep; the step first removes the others completely. None removes none in advance.
-        train: Digest of the training data; if empty, the workspace's training data.
-        sentences: Number of training sentences that rank the units and fit the remaining weights.
-        seed: Random seed that chooses these sentences.
-    """
-
-    ratio: float
-    method: str = "fisher"
-    cost: str = "parameters"
-    layers: int | None = None
-    train: str = ""
-    sentences: int = 2000
-    seed: int = 20
-
-
-@dataclass(frozen=True)
-class Recover:
-    """Trains a pruned model on the unpruned model's logits.
-
-    The training rows are the original rows and random pairs of them. Each epoch draws new pairs.
-
-    Attributes:
-        epochs: Largest number of epochs.
-        train: Digest of the training data, as in `Prune`.
-        learning_rate: Peak learning rate.
-        batch_size: Rows of a training step.
-        pairs: Pairs per row and epoch, multiplied by the share of parameters that pruning removed.
-        masked: Share of a pair's tokens that the mask token replaces.
-        seed: Random seed of pairs, masks and row order.
-    """
-
-    epochs: int
-    train: str = ""
-    learning_rate: float = 1e-4
-    batch_size: int = 64
-    pairs: float = 1.0
-    masked: float = 0.2
-    seed: int = 20
-
-
-@dataclass(frozen=True)
-class Export:
-    """Exports a PyTorch model to ONNX with standard operators of one `opset`."""
-
-    opset: int = 18
-
-
-@dataclass(frozen=True)
-class Optimize:
-    """Rewrites a standard ONNX graph for speed on one execution `provider`, by `passes` in order."""
-
-    provider: str = "cpu"
-    passes: tuple[str, ...] = CPU_PASSES
-
-    @classmethod
-    def for_provider(cls, provider: str) -> Optimize:
-        """Returns the step with the default passes of the provider, ``cpu`` or ``cuda``."""
-        return cls(provider, {"cpu": CPU_PASSES, "cuda": CUDA_PASSES}[provider])
-
-
-@dataclass(frozen=True)
-class Quantize:
-    """Quantises a model to fewer bits, by the `scheme` of a `backend`.
-
-    Schemes of ``ort`` (ONNX Runtime):
-
-    * ``dynamic``: U8 activations with scales computed at run time, times S8 weights with scales per channel.
-    * ``static``: the same products, with activation scales from calibration on training data.
-    * ``int4``: weights in blocks of 4 bits, for size.
-
-    Schemes of ``torch``: ``int8`` computes the products of ``dynamic`` in PyTorch; ``bf16`` and ``fp16`` are half
-    precision. Schemes of ``bnb`` (bitsandbytes): ``int8`` is LLM.int8(); ``nf4`` and ``fp4`` are blocks of 4 bits.
-
-    Attributes:
-        backend: ``ort``, ``torch`` or ``bnb``. The attributes below `scheme` apply to ``ort`` only.
-        scheme: A scheme of the backend.
-        reduce_range: True for weights of 7 bits, whose products no processor saturates.
-        embeddings: Type of the embedding tables, ``int8`` or ``int4``; None for the default of the scheme.
-        keep_fp32: Number of linear layers that stay fp32. Training data selects the most sensitive layers.
-        train: Digest of the training data, as in `Prune`; None where the step uses none.
-        passes: The passes of `QUANTIZE_PASSES` to apply; None for all.
-        trim_vocab: Corpus whose tokens stay in the vocabulary: ``train``, or `Texts.digest` of a file. None keeps all.
-    """
-
-    backend: str = "ort"
-    scheme: str = "dynamic"
-    reduce_range: bool | None = None
-    embeddings: str | None = None
-    keep_fp32: int | None = None
-    train: str | None = None
-    passes: tuple[str, ...] | None = None
-    trim_vocab: str | None = None
-
-
-Step = Import | Prune | Recover | Export | Optimize | Quantize
-
-STEP_TYPES: dict[str, type[Step]] = {
-    "import": Import,
-    "prune": Prune,
-    "recover": Recover,
-    "export": Export,
-    "optimize": Optimize,
-    "quantize": Quantize,
-}
-
-
-def learns(step: Step) -> TypeGuard[Prune | Recover | Quantize]:
-    """Returns whether the result of the step depends on training data."""
-    if isinstance(step, Quantize):
-        return bool(step.keep_fp32 or step.trim_vocab) or step.scheme == "static"
-    return isinstance(step, Recover) or (isinstance(step, Prune) and step.method != "mask")
-
-
-def step_name(step: Step) -> str:
-    """Returns the name of the step in manifests and commands, such as ``export`` for an `Export`."""
-    return next(name for name, kind in STEP_TYPES.items() if isinstance(step, kind))
-
-
-def settings_of(step: Step) -> dict[str, Any]:
-    """Returns the step's settings as JSON values, without those that are None."""
-    return {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in dataclasses.asdict(step).items()
-        if value is not None
-    }
-
-
-def step_from(name: str, settings: Mapping[str, Any]) -> Step:
-    """Returns the step that a manifest recorded.
-
-    Args:
-        name: Name of the step, as from `step_name`.
-        settings: Settings of the step, as from `settings_of`.
-
-    Raises:
-        ArtifactError: This release does not know the step or one of its settings.
-    """
-    try:
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-        return STEP_TYPES[name](**values)
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"A manifest records the step {name!r} with settings {dict(settings)}, which this release does not know.",
-            "Use the release that built it, or delete the folder and build it again.",
-        ) from error
+from toolchain.artifacts.names import METHODS, Parts, VariantName, label_prefixes
+from toolchain.artifacts.steps import (
+    PROVIDERS,
+    QUANTIZED,
+    Export,
+    Import,
+    Optimize,
+    Prune,
+    Quantize,
+    Recover,
+    Step,
+    step_name,
+)
+from toolchain.errors import UnknownVariantError
 
 
 @dataclass(frozen=True)
 class Variant:
     """A variant: `step` applied to `parent` gives `name`, which runs on `providers`; `parent` is None for an import."""
 
-    name: str
-    parent: str | None
+    name: VariantName
+    parent: VariantName | None
     step: Step
     providers: tuple[str, ...] = ("cpu",)
 
     @property
     def runtime(self) -> str:
         """Returns the runtime that opens the variant: ``torch``, ``bnb`` or ``onnx``."""
-        return parse_name(self.name).runtime
+        return self.name.parts.runtime
 
     @property
     def agreement(self) -> str:
@@ -228,28 +51,127 @@ class Variant:
         """
         if isinstance(self.step, Prune | Recover):
             return "free"
-        return "exact" if parse_name(self.name).scheme == "fp32" else "close"
+        return "exact" if self.name.parts.scheme == "fp32" else "close"
 
 
 DEFAULT_RATIOS = (0.3, 0.4, 0.5)
-_PRUNED = tuple(VariantName("torch", pruned=round(100 * ratio)) for ratio in DEFAULT_RATIOS)
+_PRUNED_NAMES = tuple(VariantName(f"torch-pruned{round(100 * ratio)}") for ratio in DEFAULT_RATIOS)
 # Variants that commands build and measure by default, by provider.
 DEFAULT_CELLS: dict[str, tuple[str, ...]] = {
     "cpu": (
         "torch-fp32",
         "torch-bf16",
         "torch-int8",
-        *map(str, _PRUNED),
-        *(str(dataclasses.replace(name, scheme="int8")) for name in _PRUNED),
+        *_PRUNED_NAMES,
+        *(name.with_parts(scheme="int8") for name in _PRUNED_NAMES),
         "bnb-int8",
         "bnb-nf4",
         "onnx-std",
         "onnx-fp32",
         "onnx-int8",
-        *(str(dataclasses.replace(name, runtime="onnx", scheme="int8")) for name in _PRUNED),
+        *(name.with_parts(runtime="onnx", scheme="int8") for name in _PRUNED_NAMES),
     ),
     "cuda": ("torch-fp32", "torch-fp16", "bnb-int8", "bnb-nf4", "onnx-fp32", "onnx-fp16"),
 }
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A row of the table of variants: which names it describes, and how their variants are built.
+
+    Attributes:
+        runtime: Runtime of the names.
+        schemes: Schemes of the names.
+        tags: Parts that the names must have, beside runtime and scheme.
+        optional: Parts that the names may have.
+        parent: Changed parts of the parent's name; None where there is no parent.
+        step: The default step of a name's parts.
+        providers: Execution providers that run the variants.
+    """
+
+    runtime: str
+    schemes: tuple[str, ...]
+    tags: frozenset[str]
+    optional: frozenset[str]
+    parent: Mapping[str, Any] | None
+    step: Callable[[Parts], Step]
+    providers: tuple[str, ...] = PROVIDERS
+
+    def describes(self, parts: Parts) -> bool:
+        """Returns whether the names of this kind have such parts."""
+        tags = {tag for tag in _TAGS if getattr(parts, tag)}
+        same_runtime = parts.runtime == self.runtime and parts.scheme in self.schemes
+        return same_runtime and self.tags <= tags <= self.tags | self.optional
+
+
+_TAGS = ("std", "pruned", "recovered", "portable", "static")
+_NO_TAGS: frozenset[str] = frozenset()
+_PRUNING_TAGS = frozenset({"pruned", "recovered"})
+_FP32_SCHEMES = ("fp32",)
+_KINDS = (
+    _Kind("torch", _FP32_SCHEMES, _NO_TAGS, _NO_TAGS, None, lambda _: Import()),
+    _Kind(
+        "torch",
+        _FP32_SCHEMES,
+        frozenset({"pruned"}),
+        _NO_TAGS,
+        {"pruned": 0, "method": METHODS[0]},
+        lambda parts: Prune(parts.pruned / 100, parts.method),
+    ),
+    _Kind("torch", _FP32_SCHEMES, _PRUNING_TAGS, _NO_TAGS, {"recovered": 0}, lambda parts: Recover(parts.recovered)),
+    _Kind(
+        "torch", ("int8",), _NO_TAGS, _PRUNING_TAGS, {"scheme": "fp32"}, lambda _: Quantize("torch", "int8"), ("cpu",)
+    ),
+    _Kind(
+        "torch",
+        ("bf16", "fp16"),
+        _NO_TAGS,
+        _PRUNING_TAGS,
+        {"scheme": "fp32"},
+        lambda parts: Quantize("torch", parts.scheme),
+    ),
+    _Kind(
+        "bnb",
+        tuple(QUANTIZED["bnb"]),
+        _NO_TAGS,
+        _NO_TAGS,
+        {"runtime": "torch", "scheme": "fp32"},
+        lambda parts: Quantize("bnb", parts.scheme),
+    ),
+    _Kind(
+        "onnx", _FP32_SCHEMES, frozenset({"std"}), _PRUNING_TAGS, {"runtime": "torch", "std": False}, lambda _: Export()
+    ),
+    _Kind("onnx", _FP32_SCHEMES, _NO_TAGS, _PRUNING_TAGS, {"std": True}, lambda _: Optimize.for_provider("cpu")),
+    _Kind(
+        "onnx",
+        ("fp16",),
+        _NO_TAGS,
+        _PRUNING_TAGS,
+        {"std": True, "scheme": "fp32"},
+        lambda _: Optimize.for_provider("cuda"),
+        ("cuda",),
+    ),
+    _Kind("onnx", ("int8",), _NO_TAGS, _PRUNING_TAGS | {"std"}, {"scheme": "fp32"}, lambda _: Quantize(), ("cpu",)),
+    _Kind(
+        "onnx",
+        ("int8",),
+        frozenset({"portable"}),
+        _PRUNING_TAGS | {"std"},
+        {"scheme": "fp32", "portable": False},
+        lambda _: Quantize(reduce_range=True),
+        ("cpu",),
+    ),
+    _Kind(
+        "onnx",
+        ("int8",),
+        frozenset({"static"}),
+        _PRUNING_TAGS | {"std"},
+        {"scheme": "fp32", "static": False},
+        lambda _: Quantize(scheme="static"),
+        ("cpu",),
+    ),
+    _Kind("onnx", ("int4",), _NO_TAGS, _PRUNING_TAGS, {"scheme": "fp32"}, lambda _: Quantize(scheme="int4"), ("cpu",)),
+)
 
 
 def get(name: str) -> Variant:
@@ -259,64 +181,34 @@ def get(name: str) -> Variant:
         UnknownVariantError: No variant has this name. The error suggests similar names.
     """
     try:
-        variant = _derived(parse_name(name))
+        variant = _find_variant(VariantName(name))
     except UnknownVariantError:
         variant = None
     if variant:
         return variant
-    known = [variant.name for default in DEFAULT_CELLS["cpu"] for variant in lineage(default)]
-    known = list(dict.fromkeys(known))
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(known)}."
+    names = list(dict.fromkeys(variant.name for default in DEFAULT_CELLS["cpu"] for variant in lineage(default)))
+    similar_names = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(similar_names)}?" if similar_names else f"There are: {', '.join(names)}."
     raise UnknownVariantError(f"There is no variant {name!r}.", hint)
 
 
 def is_variant(name: str) -> bool:
     """Returns whether a variant of that name exists."""
     try:
-        return _derived(parse_name(name)) is not None
+        return _find_variant(VariantName(name)) is not None
     except UnknownVariantError:
         return False
 
 
-def _derived(name: VariantName) -> Variant | None:
-    """Returns the variant with its default step and parent, which its tags determine; None where no step builds it."""
-    other = functools.partial(dataclasses.replace, name, label="")
-    parent: VariantName
-    step: Step
-    providers: tuple[str, ...] = PROVIDERS
-    if name.recovered and name.method == "mask":
+def _find_variant(name: VariantName) -> Variant | None:
+    """Returns the variant with its default step and parent, which its parts determine; None where no step builds it."""
+    kind = next((kind for kind in _KINDS if kind.describes(name.parts)), None)
+    if kind is None or (name.parts.label and kind.parent is None):
+        return None
+    if name.parts.recovered and name.parts.method == "mask":
         return None  # training would overwrite the zeros of a mask
-    if (name.portable or name.static) and (name.runtime, name.scheme) != ("onnx", "int8"):
-        return None  # only ONNX Runtime's int8 offers 7-bit weights and fixed activation scales
-    if name.portable and name.static:
-        return None
-    if name.runtime == "torch" and not name.std and name.scheme == "fp32":
-        if not name.pruned:
-            return None if name.label else Variant(str(name), None, Import(), PROVIDERS)
-        if name.recovered:
-            parent, step = other(recovered=0), Recover(name.recovered)
-        else:
-            parent, step = VariantName("torch"), Prune(name.pruned / 100, name.method)
-    elif name.runtime == "torch" and name.scheme in QUANTIZED["torch"] and not name.std:
-        parent, step = other(scheme="fp32"), Quantize("torch", name.scheme)
-        providers = ("cpu",) if name.scheme == "int8" else PROVIDERS
-    elif name.runtime == "bnb" and name.scheme in QUANTIZED["bnb"] and not (name.std or name.pruned):
-        parent, step = VariantName("torch"), Quantize("bnb", name.scheme)
-    elif name.runtime == "onnx" and name.scheme == "int8":
-        parent, providers = other(scheme="fp32", portable=False, static=False), ("cpu",)
-        step = Quantize(scheme="static") if name.static else Quantize(reduce_range=name.portable or None)
-    elif name.runtime == "onnx" and name.scheme == "int4" and not name.std:
-        parent, step, providers = other(scheme="fp32"), Quantize(scheme="int4"), ("cpu",)
-    elif name.runtime == "onnx" and name.scheme == "fp32" and name.std:
-        parent, step = other(runtime="torch", std=False), Export()
-    elif name.runtime == "onnx" and name.scheme == "fp32":
-        parent, step = other(std=True), Optimize.for_provider("cpu")
-    elif name.runtime == "onnx" and name.scheme == "fp16" and not name.std:
-        parent, step, providers = other(std=True, scheme="fp32"), Optimize.for_provider("cuda"), ("cuda",)
-    else:
-        return None
-    return Variant(str(name), str(parent), step, providers)
+    parent = None if kind.parent is None else name.with_parts(label="", **kind.parent)
+    return Variant(name, parent, kind.step(name.parts), kind.providers)
 
 
 def lineage(name: str) -> list[Variant]:
@@ -330,7 +222,7 @@ def lineage(name: str) -> list[Variant]:
     return chain
 
 
-def child(parent: str, step: Step, label: str = "") -> Variant:
+def derive_variant(parent: str, step: Step, label: str = "") -> Variant:
     """Returns the variant that `step` builds from `parent`.
 
     Args:
@@ -341,37 +233,49 @@ def child(parent: str, step: Step, label: str = "") -> Variant:
     Raises:
         UnknownVariantError: The step cannot build from this parent, or `label` does not extend the parent's label.
     """
-    get(parent)
-    of = parse_name(parent)
-    if of.label and label and of.label not in shorter(label):
+    parent_name = get(parent).name
+    if parent_name.parts.label and label and parent_name.parts.label not in label_prefixes(label):
         raise UnknownVariantError(
-            f"What is made of {parent} is called {of.label} as well.",
-            f"Leave the name out, or say {of.label} or {of.label}-{label}.",
+            f"The label of a variant built from {parent} starts with {parent_name.parts.label}.",
+            f"Leave --name out, or give {parent_name.parts.label} or {parent_name.parts.label}-{label}.",
         )
-    name = {
-        Prune: lambda s: dataclasses.replace(of, pruned=round(100 * s.ratio), method=s.method, recovered=0),
-        Recover: lambda s: dataclasses.replace(of, recovered=s.epochs),
-        Export: lambda s: dataclasses.replace(of, runtime="onnx", std=True),
-        Optimize: lambda s: dataclasses.replace(of, std=False, scheme="fp16" if s.provider == "cuda" else "fp32"),
-        Quantize: lambda s: dataclasses.replace(
-            of,
-            runtime=_RUNTIME[s.backend],
-            scheme=QUANTIZED[s.backend].get(s.scheme, ""),
-            portable=bool(s.reduce_range),
-            static=s.scheme == "static",
-        ),
-    }[type(step)](step)
-    variant = _derived(dataclasses.replace(name, label=label or of.label))
-    plain = str(dataclasses.replace(of, label=""))
-    if variant is None or variant.parent != plain or not isinstance(variant.step, type(step)):
+    name = parent_name.with_parts(**_changed_parts(step), label=label or parent_name.parts.label)
+    variant = _find_variant(name)
+    if (
+        variant is None
+        or variant.parent != parent_name.with_parts(label="")
+        or not isinstance(variant.step, type(step))
+    ):
         raise UnknownVariantError(
-            f"Nothing is made from {parent} by {step_name(step)}.", f"It takes {_TAKES[type(step)]}."
+            f"No variant is built from {parent} by {step_name(step)}.", f"It takes {_PARENT_DESCRIPTIONS[type(step)]}."
         )
-    return dataclasses.replace(variant, parent=parent)
+    return dataclasses.replace(variant, parent=parent_name)
 
 
-_RUNTIME = {"ort": "onnx", "torch": "torch", "bnb": "bnb"}
-_TAKES = {
+def _changed_parts(step: Step) -> dict[str, Any]:
+    """Returns the parts of a name that the step changes."""
+    match step:
+        case Prune():
+            return {"pruned": round(100 * step.ratio), "method": step.method, "recovered": 0}
+        case Recover():
+            return {"recovered": step.epochs}
+        case Export():
+            return {"runtime": "onnx", "std": True}
+        case Optimize():
+            return {"std": False, "scheme": "fp16" if step.provider == "cuda" else "fp32"}
+        case Quantize():
+            return {
+                "runtime": _BACKEND_RUNTIMES[step.backend],
+                "scheme": QUANTIZED[step.backend][step.scheme],
+                "portable": bool(step.reduce_range),
+                "static": step.scheme == "static",
+            }
+        case Import():
+            return {}
+
+
+_BACKEND_RUNTIMES = {"ort": "onnx", "torch": "torch", "bnb": "bnb"}
+_PARENT_DESCRIPTIONS = {
     Prune: "torch-fp32: what is pruned already is pruned further from there, at a higher ratio",
     Recover: "a pruned PyTorch variant such as torch-pruned50",
     Export: "a PyTorch variant such as torch-fp32",

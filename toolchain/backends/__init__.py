@@ -96,8 +96,8 @@ class Session(Protocol):
 def session_class(path: str) -> type[Session]:
     """Imports and returns the session class at the path ``module:name``."""
     module, name = path.split(":")
-    found: type[Session] = getattr(importlib.import_module(module), name)
-    return found
+    session_type: type[Session] = getattr(importlib.import_module(module), name)
+    return session_type
 
 
 def open_session(folder: Path, runtime: str, place: Place) -> Session:

@@ -7,8 +7,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.backends.pytorch import TorchSession, quiet
+from toolchain.backends.pytorch import TorchSession, silence_transformers
 from toolchain.errors import CheckpointError, ProviderError
+from toolchain.system.extras import install_hint
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,7 @@ BF16_CAPABILITY = (8, 0)
 BLOCK = 64  # number of weights that share a scale
 
 
-def quantized(folder: Path, scheme: str) -> PreTrainedModel:
+def quantize_model(folder: Path, scheme: str) -> PreTrainedModel:
     """Loads the fp32 model in `folder` on the CPU and quantises the linear layers of its encoder.
 
     The classification head stays unquantised.
@@ -35,51 +36,51 @@ def quantized(folder: Path, scheme: str) -> PreTrainedModel:
     import torch
     from transformers import BitsAndBytesConfig
 
-    _need()
+    _require_bitsandbytes()
     outline = _outline(folder)
-    skipped = _head(outline)
+    head_names = _head_names(outline)
     if scheme != "int8":
         _check_blocks(outline)
     if scheme == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=head_names)
     else:
         config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=scheme,
             bnb_4bit_compute_dtype=torch.float32,
-            llm_int8_skip_modules=skipped,
+            llm_int8_skip_modules=head_names,
         )
     return load(folder, torch.device("cpu"), quantization_config=config)
 
 
-def load(folder: Path, where: torch.device, **more: Any) -> PreTrainedModel:
-    """Loads the model in `folder` on the device `where`, with the compute type from `compute_dtype`.
+def load(folder: Path, device: torch.device, **options: Any) -> PreTrainedModel:
+    """Loads the model in `folder` on `device`, with the compute type from `compute_dtype`.
 
     Args:
         folder: Folder of the model.
-        where: Target device.
-        **more: Further arguments of transformers' `from_pretrained`.
+        device: Target device.
+        **options: Further arguments of transformers' `from_pretrained`.
 
     Raises:
         CheckpointError: transformers or bitsandbytes cannot load the model.
     """
     from transformers import AutoModelForSequenceClassification
 
-    quiet()
-    dtype = compute_dtype(where)
+    silence_transformers()
+    dtype = compute_dtype(device)
     try:
         model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
             folder,
             dtype=dtype,
-            device_map={"": where},
+            device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
-            **more,
+            **options,
         )
     except Exception as error:  # a config can make transformers fail in any way
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{folder} cannot be loaded by bitsandbytes: {cause}", "Build it again.") from error
+        raise CheckpointError(f"bitsandbytes cannot load {folder}: {cause}", "Build the variant again.") from error
     parts: list[Any] = [module for module in model.modules() if hasattr(module, "compute_dtype")]
     for part in parts:
         part.compute_dtype = dtype
@@ -87,28 +88,26 @@ def load(folder: Path, where: torch.device, **more: Any) -> PreTrainedModel:
     return model
 
 
-def compute_dtype(where: torch.device) -> torch.dtype:
+def compute_dtype(device: torch.device) -> torch.dtype:
     """Returns fp32 for a CPU, bf16 for a GPU with bf16 tensor cores, and fp16 for other GPUs (T4, Pascal)."""
     import torch
 
-    if where.type == "cpu":
+    if device.type == "cpu":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(where) >= BF16_CAPABILITY else torch.float16
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= BF16_CAPABILITY else torch.float16
 
 
-def _need() -> None:
+def _require_bitsandbytes() -> None:
     """Raises `ProviderError` where bitsandbytes cannot be imported."""
-    # bitsandbytes logs a line for every product that it casts, and one for a kernel that only the hub has.
+    # bitsandbytes logs a line for every product that it casts, and a line for a kernel that exists only on the hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401
     except Exception as error:  # a binary for another machine can raise any error during the import
-        raise ProviderError(
-            f"bitsandbytes cannot be used: {error}.", 'Install it with `pip install -e ".[bnb]"`.'
-        ) from error
+        raise ProviderError(f"bitsandbytes cannot be imported: {error}.", install_hint("bnb")) from error
 
 
-def _head(model: PreTrainedModel) -> list[str]:
+def _head_names(model: PreTrainedModel) -> list[str]:
     """Returns the names of the modules outside the encoder."""
     return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
@@ -119,10 +118,10 @@ def _check_blocks(model: PreTrainedModel) -> None:
 
     encoder = model.get_submodule(model.base_model_prefix)
     widths = {part.in_features for part in encoder.modules() if isinstance(part, torch.nn.Linear)}
-    if odd := sorted(width for width in widths if width % BLOCK):
+    if odd_widths := sorted(width for width in widths if width % BLOCK):
         raise ProviderError(
-            f"bitsandbytes packs 4-bit weights in blocks of {BLOCK}, and the model has layers of width "
-            f"{', '.join(map(str, odd))}.",
+            f"bitsandbytes quantises 4-bit weights in blocks of {BLOCK}, and these layer widths are not multiples of "
+            f"{BLOCK}: {', '.join(map(str, odd_widths))}.",
             "Quantise to int8 instead.",
         )
 
@@ -151,25 +150,25 @@ class BnbSession(TorchSession):
     def _load(self, folder: Path) -> PreTrainedModel:
         import torch
 
-        _need()
-        where = self._device
-        if where.type == "cuda" and torch.cuda.get_device_capability(where) < INT8_CAPABILITY and _int8(folder):
+        _require_bitsandbytes()
+        device = self._device
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < INT8_CAPABILITY and _is_int8(folder):
             raise ProviderError(
-                f"{torch.cuda.get_device_name(where)} lacks what LLM.int8() needs: compute capability 7.5.",
-                "Measure bnb-nf4 there.",
+                f"{torch.cuda.get_device_name(device)} is too old for LLM.int8(), which needs compute capability 7.5.",
+                "Measure bnb-nf4 on this GPU.",
             )
-        if where.type == "cuda" and not _has_kernels():
+        if device.type == "cuda" and not _has_kernels():
             raise ProviderError(
                 f"bitsandbytes has no kernels for CUDA {torch.version.cuda} on this machine.",
-                "Install a release built for it; `python -m bitsandbytes` says what it looked for.",
+                "Install a release for this CUDA version; `python -m bitsandbytes` shows the missing library.",
             )
-        return load(folder, where)
+        return load(folder, device)
 
     def facts(self) -> dict[str, Any]:
         """Returns the facts of `TorchSession` with the compute type as precision; on a CPU also a note on speed."""
-        found = {**super().facts(), "precision": str(compute_dtype(self._device)).removeprefix("torch.")}
-        return {**found, "note": "memory, not speed"} if self._device.type == "cpu" else found
+        facts = {**super().facts(), "precision": str(compute_dtype(self._device)).removeprefix("torch.")}
+        return {**facts, "note": "memory, not speed"} if self._device.type == "cpu" else facts
 
 
-def _int8(folder: Path) -> bool:
+def _is_int8(folder: Path) -> bool:
     return bool(json.loads((folder / "config.json").read_text())["quantization_config"].get("load_in_8bit"))

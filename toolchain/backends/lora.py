@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.backends import Place
-from toolchain.backends.pytorch import TorchSession, check_finite, quiet
+from toolchain.backends.pytorch import TorchSession, check_finite, silence_transformers
 from toolchain.errors import CheckpointError
 from toolchain.models import adapters
 from toolchain.models.checkpoints import check_config, config_of
+from toolchain.system.extras import install_hint
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _PREFIX = "base_model.model."  # start of every tensor name in an adapter's weights file
 
 
-def merged(adapter: Path, base: Path) -> PreTrainedModel:
+def load_merged(adapter: Path, base: Path) -> PreTrainedModel:
     """Merges the adapter into its base and returns the fp32 classifier in eval mode.
 
     Args:
@@ -32,14 +33,14 @@ def merged(adapter: Path, base: Path) -> PreTrainedModel:
         base: Folder of the base.
 
     Raises:
-        CheckpointError: The adapter does not match the base; see `unmerged`.
+        CheckpointError: The adapter does not match the base; see `load_unmerged`.
     """
-    model: PreTrainedModel = unmerged(adapter, base).merge_and_unload(safe_merge=True)
+    model: PreTrainedModel = load_unmerged(adapter, base).merge_and_unload(safe_merge=True)
     model.eval()
     return model
 
 
-def unmerged(adapter: Path, base: Path) -> PeftModel:
+def load_unmerged(adapter: Path, base: Path) -> PeftModel:
     """Applies the adapter to its fp32 base without a merge, and returns PEFT's model in eval mode.
 
     Args:
@@ -52,31 +53,31 @@ def unmerged(adapter: Path, base: Path) -> PeftModel:
     """
     from safetensors.torch import load_file
 
-    _need()
-    quiet()
-    said = adapters.settings(adapter)
+    _require_peft()
+    silence_transformers()
+    settings = adapters.settings(adapter)
     tensors = {name: tensor.float() for name, tensor in load_file(adapter / adapters.WEIGHTS).items()}
     check_finite(tensors, adapter)
     try:
-        model, untrained = _on_base(base, _config(adapter, base, tensors))
-        wrapped = _wrapped(model, said)
+        model, untrained_names = _load_base(base, _build_config(adapter, base, tensors))
+        peft_model = _apply_adapter(model, settings)
     except CheckpointError:
         raise
     except Exception as error:  # settings or a config can make either library fail in any way
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"The adapter {adapter} cannot be put on {base}: {cause}", _MEND) from error
-    _fill(wrapped, tensors, f"The adapter {adapter} does not fit the base {base}")
-    if lacking := [name for name in untrained if _PREFIX + name not in tensors]:
+        raise CheckpointError(f"The adapter {adapter} cannot be applied to {base}: {cause}", _HINT) from error
+    _load_tensors(peft_model, tensors, f"The adapter {adapter} does not fit the base {base}")
+    if missing_names := [name for name in untrained_names if _PREFIX + name not in tensors]:
         raise CheckpointError(
-            f"Neither the adapter {adapter} nor its base has weights for {_some(lacking)}: they were never saved.",
-            f"Train it with modules_to_save={sorted({name.rsplit('.', 1)[0] for name in lacking})}, or name a base "
-            "that has them: --base FOLDER|ID.",
+            f"Neither the adapter {adapter} nor its base contains the weights of {_list_some(missing_names)}.",
+            f"Train the adapter with modules_to_save={sorted({name.rsplit('.', 1)[0] for name in missing_names})}, or "
+            "name a base that contains them: --base FOLDER|ID.",
         )
-    wrapped.eval()
-    return wrapped
+    peft_model.eval()
+    return peft_model
 
 
-_MEND = "Name the base it was trained on: `toolchain export --model … --base FOLDER|ID`."
+_HINT = "Name the base that the adapter was trained on: `toolchain export --model … --base FOLDER|ID`."
 
 
 class LoraSession(TorchSession):
@@ -87,26 +88,27 @@ class LoraSession(TorchSession):
         super().__init__(adapter, place)
 
     def _load(self, folder: Path) -> PreTrainedModel:
-        model = unmerged(folder, self._base)
+        model = load_unmerged(folder, self._base)
         model.to(self._device)
         return model  # type: ignore[return-value]  # a PeftModel has the same call interface
 
 
-def _need() -> None:
+def _require_peft() -> None:
     """Raises `CheckpointError` where PEFT cannot be imported."""
     import logging
 
-    # PEFT imports bitsandbytes if it is installed, and bitsandbytes logs a line about a kernel that only the hub has.
+    # PEFT imports bitsandbytes if it is installed. bitsandbytes logs a line about a kernel that exists only on the hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft  # noqa: F401
     except Exception as error:  # an incompatible release of a dependency can raise any error
         raise CheckpointError(
-            f"A LoRA adapter needs PEFT, which cannot be used: {error}.", 'Install it with `pip install -e ".[lora]"`.'
+            f"A LoRA adapter needs PEFT, which cannot be imported: {error}.",
+            install_hint("lora"),
         ) from error
 
 
-def _config(adapter: Path, base: Path, tensors: Mapping[str, torch.Tensor]) -> PretrainedConfig:
+def _build_config(adapter: Path, base: Path, tensors: Mapping[str, torch.Tensor]) -> PretrainedConfig:
     """Returns the base's config with the number of classes of the adapter's head.
 
     The class names come from the config in the adapter's folder. Without it they come from the base's config if it has
@@ -115,17 +117,17 @@ def _config(adapter: Path, base: Path, tensors: Mapping[str, torch.Tensor]) -> P
     from transformers import AutoConfig
 
     config: PretrainedConfig = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
-    beside = config_of(adapter) if (adapter / "config.json").is_file() else {}
-    rows = [len(tensors[_PREFIX + name]) for name in _sized_by_classes(config) if _PREFIX + name in tensors]
+    adapter_config = config_of(adapter) if (adapter / "config.json").is_file() else {}
+    rows = [len(tensors[_PREFIX + name]) for name in _class_sized_weights(config) if _PREFIX + name in tensors]
     count = rows[0] if rows else config.num_labels
-    own = config.id2label or {}
-    names = own if len(own) == count else {index: f"LABEL_{index}" for index in range(count)}
-    labels = beside.get("id2label") or {str(index): name for index, name in names.items()}
-    task = beside.get("problem_type") or config.problem_type
+    base_names = config.id2label or {}
+    names = base_names if len(base_names) == count else {index: f"LABEL_{index}" for index in range(count)}
+    labels = adapter_config.get("id2label") or {str(index): name for index, name in names.items()}
+    task = adapter_config.get("problem_type") or config.problem_type
     check_config(adapter, {"architectures": ["ForSequenceClassification"], "id2label": labels, "problem_type": task})
     if len(labels) != count:
         raise CheckpointError(
-            f"{adapter / 'config.json'} names {len(labels)} classes, and the head has {count}.",
+            f"{adapter / 'config.json'} names {len(labels)} classes, but the head has {count}.",
             "Correct id2label, or remove the file.",
         )
     config.id2label = {int(index): name for index, name in labels.items()}
@@ -134,7 +136,7 @@ def _config(adapter: Path, base: Path, tensors: Mapping[str, torch.Tensor]) -> P
     return config
 
 
-def _sized_by_classes(config: PretrainedConfig) -> list[str]:
+def _class_sized_weights(config: PretrainedConfig) -> list[str]:
     """Returns the names of the weights whose shape depends on the number of classes, which is their first axis."""
     import copy
 
@@ -151,7 +153,7 @@ def _sized_by_classes(config: PretrainedConfig) -> list[str]:
     return [name for name, shape in shapes[0].items() if shape != shapes[1][name]]
 
 
-def _on_base(base: Path, config: PretrainedConfig) -> tuple[PreTrainedModel, list[str]]:
+def _load_base(base: Path, config: PretrainedConfig) -> tuple[PreTrainedModel, list[str]]:
     """Loads the base as a classifier with `config`; returns it and the names of its missing or mismatched weights."""
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -169,37 +171,42 @@ def _on_base(base: Path, config: PretrainedConfig) -> tuple[PreTrainedModel, lis
     return model, sorted({*info["missing_keys"], *info["mismatched_keys"]})
 
 
-def _wrapped(model: PreTrainedModel, said: Mapping[str, Any]) -> PeftModel:
+def _apply_adapter(model: PreTrainedModel, settings: Mapping[str, Any]) -> PeftModel:
     from peft import LoraConfig, get_peft_model
 
-    chosen = {key: said[key] for key in adapters.MERGED if said.get(key) is not None}
+    options = {key: settings[key] for key in adapters.MERGED if settings.get(key) is not None}
     with warnings.catch_warnings(action="ignore"):
-        wrapped: PeftModel = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", inference_mode=True, **chosen))
-    return wrapped
+        peft_model: PeftModel = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", inference_mode=True, **options))
+    return peft_model
 
 
-def _fill(wrapped: PeftModel, tensors: Mapping[str, torch.Tensor], complaint: str) -> None:
+def _load_tensors(peft_model: PeftModel, tensors: Mapping[str, torch.Tensor], problem: str) -> None:
     """Loads the adapter's tensors into the model; raises `CheckpointError` unless names and shapes match one to one."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    places = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    _none(f"{complaint}: it has no place for", tensors.keys() - places.keys())
-    _none(f"{complaint}: the adapter has nothing for", places.keys() - tensors.keys())
-    _none(f"{complaint}: of another shape is", [name for name in places if places[name].shape != tensors[name].shape])
-    loaded: Any = set_peft_model_state_dict(wrapped, dict(tensors))
-    _none(f"{complaint}: PEFT left out", [name for name in loaded.unexpected_keys if not _said_twice(name, tensors)])
+    parameters = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    _require_empty(f"{problem}: the base has no parameters for", tensors.keys() - parameters.keys())
+    _require_empty(f"{problem}: the adapter has no tensors for", parameters.keys() - tensors.keys())
+    _require_empty(
+        f"{problem}: these tensors have other shapes:",
+        [name for name in parameters if parameters[name].shape != tensors[name].shape],
+    )
+    result: Any = set_peft_model_state_dict(peft_model, dict(tensors))
+    _require_empty(
+        f"{problem}: PEFT did not load", [name for name in result.unexpected_keys if not _is_duplicate(name, tensors)]
+    )
 
 
-def _said_twice(name: str, tensors: Mapping[str, torch.Tensor]) -> bool:
+def _is_duplicate(name: str, tensors: Mapping[str, torch.Tensor]) -> bool:
     """Returns whether another name holds an equal tensor; with trained biases PEFT saves the head's biases twice."""
-    proper = tensors.get(name.replace(".modules_to_save.", "."))
-    return proper is not None and bool((proper == tensors[name]).all())
+    original = tensors.get(name.replace(".modules_to_save.", "."))
+    return original is not None and bool((original == tensors[name]).all())
 
 
-def _none(complaint: str, names: Iterable[str]) -> None:
+def _require_empty(problem: str, names: Iterable[str]) -> None:
     if names := sorted(names):
-        raise CheckpointError(f"{complaint} {_some(names)}.", _MEND)
+        raise CheckpointError(f"{problem} {_list_some(names)}.", _HINT)
 
 
-def _some(names: Sequence[str]) -> str:
+def _list_some(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (" …" if len(names) > 4 else "")

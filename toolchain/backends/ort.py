@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import DeviceMemoryError, GraphError, ProviderError
+from toolchain.system.extras import install_hint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from toolchain.backends import Place
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_SILENT = 3  # log errors only: this module checks for the conditions behind the warnings and raises errors
+_ERRORS_ONLY = 3  # log errors only: this module checks for the conditions behind the warnings and raises errors
 # x86 without VNNI adds two U8 × S8 products in 16 bits, which saturates. With this session option ONNX Runtime converts
 # the weights to unsigned, and their products are exact. On other processors the option only makes int8 slower.
 EXACT_PRODUCTS = ("session.x64quantprecision", "1")
@@ -29,7 +30,9 @@ SHAPE_OPERATORS = {
     *("Constant", "Equal", "Where", "Expand", "Reshape", "Add", "Sub", "Mul", "Div"),
 }
 _INNER, _ACTIVATION, _WEIGHT = 4, 255, 127  # width and values of the product in `extreme_product`
-_ROOM = re.compile(r"(?:requested buffer of size|Available memory of \d+ is smaller than requested bytes of) (\d+)")
+_MEMORY_SIZE = re.compile(
+    r"(?:requested buffer of size|Available memory of \d+ is smaller than requested bytes of) (\d+)"
+)
 
 
 def session_options(threads: int, *, exact: bool = True) -> Any:
@@ -51,7 +54,7 @@ def _plain_options(threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = _SILENT
+    options.log_severity_level = _ERRORS_ONLY
     return options
 
 
@@ -95,7 +98,7 @@ def extreme_product() -> bytes:
     return content
 
 
-def _loadable(path: Path, exact: bool) -> str | bytes:
+def _path_or_content(path: Path, exact: bool) -> str | bytes:
     """Returns the path of the model file, or the content of the model with unsigned weights.
 
     ONNX Runtime refuses `EXACT_PRODUCTS` for layers that share weights. If such products would saturate, this function
@@ -123,11 +126,11 @@ class OrtSession:
         import onnxruntime as ort
         from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-        wanted = PROVIDERS[place.provider]
-        if wanted not in ort.get_available_providers():
+        provider = PROVIDERS[place.provider]
+        if provider not in ort.get_available_providers():
             raise ProviderError(
-                f"This ONNX Runtime {ort.__version__} has no {wanted}.",
-                "Install onnxruntime-gpu in place of onnxruntime (never both: they share one import folder): "
+                f"ONNX Runtime {ort.__version__} is installed without {provider}.",
+                "Install onnxruntime-gpu instead of onnxruntime (never both, because they share one folder): "
                 "`make install RUNTIME=gpu`, or RUNTIME=cuda12 for an older GPU or driver.",
             )
         self._place = place
@@ -142,20 +145,22 @@ class OrtSession:
         # The files of a bundle have other names, and phones use the format .ort.
         path = folder if folder.suffix in (".onnx", ".ort") else folder / "model.onnx"
         try:
-            self._session = ort.InferenceSession(_loadable(path, place.exact), options, providers=[(wanted, device)])
+            self._session = ort.InferenceSession(
+                _path_or_content(path, place.exact), options, providers=[(provider, device)]
+            )
         except state.NotImplemented as error:
             raise GraphError(
-                f"ONNX Runtime has no kernel for an operator of {path}: {error}.", "Build it again."
+                f"ONNX Runtime has no kernel for an operator of {path}: {error}.", "Build the variant again."
             ) from error
         except failures() as error:
-            _check_room(error)
-            raise GraphError(f"{path} is no model ONNX Runtime can load: {error}.", "Build it again.") from error
+            _check_memory(error)
+            raise GraphError(f"ONNX Runtime cannot load {path}: {error}.", "Build the variant again.") from error
         self._output = self._session.get_outputs()[0].name
-        self._check_provider(wanted)
+        self._check_provider(provider)
         # With an allowed fallback, all nodes may run on the CPU; then there is no GPU memory to bind to.
         self._on_host = self._session.get_providers()[0] == PROVIDERS["cpu"]
 
-    def _check_provider(self, wanted: str) -> None:
+    def _check_provider(self, provider: str) -> None:
         """Raises `ProviderError` if the session, or a node outside `SHAPE_OPERATORS`, runs on another provider.
 
         ONNX Runtime drops a provider that cannot start, logs one line and runs the session on the CPU. It runs a node
@@ -163,40 +168,41 @@ class OrtSession:
         """
         if self._place.allow_fallback:
             return
-        got = self._session.get_providers()
-        if got[0] != wanted:
+        providers = self._session.get_providers()
+        if providers[0] != provider:
             raise ProviderError(
-                f"ONNX Runtime was asked for {wanted} and fell back to {', '.join(got)}.",
+                f"ONNX Runtime could not start {provider} and uses {', '.join(providers)} instead.",
                 "Install the CUDA and cuDNN it was built for (`toolchain doctor` names the set), or leave "
                 "--provider cuda out.",
             )
-        if away := self._elsewhere(wanted):
-            what = ", ".join(f"{count} {kind}" for kind, count in sorted(away.items()))
+        if misplaced := self._misplaced_nodes(provider):
+            operators = ", ".join(f"{count} {kind}" for kind, count in sorted(misplaced.items()))
             raise ProviderError(
-                f"{wanted} has no kernel for {what}: ONNX Runtime would run them on the CPU and copy to and fro.",
-                "Measure onnx-fp16 there, or with --allow-fallback this one as it is.",
+                f"{provider} has no kernel for {operators}. ONNX Runtime would run these operators on the CPU and copy "
+                "their data between CPU and GPU.",
+                "Measure onnx-fp16 on the GPU, or accept this with --allow-fallback.",
             )
 
-    def _assigned(self) -> dict[str, Counter[str]]:
+    def _count_nodes(self) -> dict[str, Counter[str]]:
         """Returns provider → operator type → number of nodes; empty if this ONNX Runtime does not record it."""
-        found: dict[str, Counter[str]] = {}
+        counts: dict[str, Counter[str]] = {}
         if hasattr(self._session, "get_provider_graph_assignment_info"):
             for part in self._session.get_provider_graph_assignment_info():
-                found.setdefault(part.ep_name, Counter()).update(node.op_type for node in part.get_nodes())
-        return found
+                counts.setdefault(part.ep_name, Counter()).update(node.op_type for node in part.get_nodes())
+        return counts
 
-    def _elsewhere(self, wanted: str) -> Counter[str]:
+    def _misplaced_nodes(self, provider: str) -> Counter[str]:
         """Returns operator type → number of nodes on another provider, without `SHAPE_OPERATORS`."""
-        away = [kinds for name, kinds in self._assigned().items() if name != wanted]
-        return Counter({k: n for kinds in away for k, n in kinds.items() if k not in SHAPE_OPERATORS})
+        other_counts = [kinds for name, kinds in self._count_nodes().items() if name != provider]
+        return Counter({k: n for kinds in other_counts for k, n in kinds.items() if k not in SHAPE_OPERATORS})
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         """See `Session.run`; on a GPU it uses I/O binding, so that there is one copy in each direction."""
-        with _telling(batch):
+        with _translate_errors(batch):
             if self._on_host:
                 logits: np.ndarray = self._session.run(None, batch)[0]
             else:
-                binding = self._bound(batch)
+                binding = self._bind(batch)
                 self._session.run_with_iobinding(binding)
                 logits = binding.copy_outputs_to_cpu()[0]
         return logits
@@ -204,28 +210,28 @@ class OrtSession:
     def outputs(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns every output of the graph by name, for the same batches as `run`."""
         names = [output.name for output in self._session.get_outputs()]
-        with _telling(batch):
+        with _translate_errors(batch):
             return dict(zip(names, self._session.run(names, batch), strict=True))
 
     def resident(self, batch: dict[str, np.ndarray]) -> Callable[[], object]:
         """See `Session.resident`."""
-        binding = self._bound(batch)
+        binding = self._bind(batch)
 
-        def answer() -> None:
+        def run_model() -> None:
             self._session.run_with_iobinding(binding)
             binding.synchronize_outputs()
 
-        return answer
+        return run_model
 
-    def _bound(self, batch: dict[str, np.ndarray]) -> Any:
+    def _bind(self, batch: dict[str, np.ndarray]) -> Any:
         """Returns an I/O binding that holds the batch on the session's device and leaves the logits there."""
         import onnxruntime as ort
 
-        where = ("cpu", 0) if self._on_host else (self._place.provider, self._place.device_id)
+        device = ("cpu", 0) if self._on_host else (self._place.provider, self._place.device_id)
         binding = self._session.io_binding()
         for name, array in batch.items():
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, *where))
-        binding.bind_output(self._output, *where)
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, *device))
+        binding.bind_output(self._output, *device)
         return binding
 
     def facts(self) -> dict[str, Any]:
@@ -234,17 +240,17 @@ class OrtSession:
         `fallback` describes a fallback if there is one. `option` is the session option that this processor needs for
         exact 8-bit products.
         """
-        wanted, got = PROVIDERS[self._place.provider], self._session.get_providers()[0]
-        nodes = {name: kinds.total() for name, kinds in self._assigned().items()}
-        found: dict[str, Any] = {"provider": got, "threads": self._place.threads, "nodes": nodes}
-        if got == PROVIDERS["cpu"] and self._place.exact and saturates():
-            found["option"] = EXACT_PRODUCTS
-        away = self._elsewhere(wanted).total()
-        if got != wanted:
-            found["fallback"] = f"runs on {got}, not on {wanted}"
-        elif away:
-            found["fallback"] = f"{away} of {sum(nodes.values())} nodes run on the CPU"
-        return found
+        provider, actual_provider = PROVIDERS[self._place.provider], self._session.get_providers()[0]
+        nodes = {name: kinds.total() for name, kinds in self._count_nodes().items()}
+        facts: dict[str, Any] = {"provider": actual_provider, "threads": self._place.threads, "nodes": nodes}
+        if actual_provider == PROVIDERS["cpu"] and self._place.exact and saturates():
+            facts["option"] = EXACT_PRODUCTS
+        misplaced_count = self._misplaced_nodes(provider).total()
+        if actual_provider != provider:
+            facts["fallback"] = f"runs on {actual_provider}, not on {provider}"
+        elif misplaced_count:
+            facts["fallback"] = f"{misplaced_count} of {sum(nodes.values())} nodes run on the CPU"
+        return facts
 
     def close(self) -> None:
         """See `Session.close`."""
@@ -252,14 +258,16 @@ class OrtSession:
 
 
 @contextmanager
-def _telling(batch: dict[str, np.ndarray]) -> Iterator[None]:
+def _translate_errors(batch: dict[str, np.ndarray]) -> Iterator[None]:
     """Turns the errors of ONNX Runtime for a batch into `GraphError` or `DeviceMemoryError`."""
     try:
         yield
     except failures() as error:
-        _check_room(error)
+        _check_memory(error)
         shape = " × ".join(map(str, batch["input_ids"].shape))
-        raise GraphError(f"The graph fails on a batch of {shape} tokens: {error}.", "Build it again.") from error
+        raise GraphError(
+            f"The graph fails on a batch of {shape} tokens: {error}.", "Build the variant again."
+        ) from error
 
 
 def add_extensions(options: Any) -> None:
@@ -273,7 +281,7 @@ def add_extensions(options: Any) -> None:
     except ImportError as error:
         raise ProviderError(
             "A tokenizer in the graph needs onnxruntime-extensions, which is not installed.",
-            'Install it: pip install "toolchain[text]".',
+            install_hint("text"),
         ) from error
     options.register_custom_ops_library(extensions.get_library_path())
 
@@ -292,8 +300,8 @@ def failures() -> tuple[type[Exception], ...]:
     )
 
 
-def _check_room(error: Exception) -> None:
+def _check_memory(error: Exception) -> None:
     """Raises `DeviceMemoryError` if the device ran out of memory."""
-    asked = _ROOM.search(str(error))
-    if asked or "out of memory" in str(error):
-        raise DeviceMemoryError.asked(int(asked[1]) if asked else None) from error
+    match = _MEMORY_SIZE.search(str(error))
+    if match or "out of memory" in str(error):
+        raise DeviceMemoryError.failed_allocation(int(match[1]) if match else None) from error

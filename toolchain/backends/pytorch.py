@@ -28,10 +28,12 @@ def load_model(folder: Path) -> PreTrainedModel:
     Raises:
         CheckpointError: The weights do not match the config, or transformers cannot load the model.
     """
-    quiet()
+    silence_transformers()
     shapes, precision = architectures.read_shapes(folder), reduced.Precision.read(folder)
     try:
-        model, missing = _dense(folder) if shapes is None and not precision else _assembled(folder, shapes, precision)
+        model, missing = (
+            _load_dense(folder) if shapes is None and not precision else _assemble(folder, shapes, precision)
+        )
     except CheckpointError:
         raise
     except Exception as error:  # a config can make transformers fail in any way
@@ -40,20 +42,20 @@ def load_model(folder: Path) -> PreTrainedModel:
             f"{folder} cannot be loaded: {cause}", "Check config.json against the weights."
         ) from error
     if missing:
-        named = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "")
+        listed_names = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "")
         raise CheckpointError(
-            f"{folder} has no weights for {named}: its head was never trained.",
+            f"{folder} has no weights for {listed_names}, so its head is untrained.",
             "Pass a fine-tuned sequence classifier.",
         )
     model.eval()
     return model
 
 
-def _dense(folder: Path) -> tuple[PreTrainedModel, list[str]]:
+def _load_dense(folder: Path) -> tuple[PreTrainedModel, list[str]]:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForSequenceClassification.from_pretrained(
+    result: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForSequenceClassification.from_pretrained(
         folder,
         dtype=torch.float32,
         use_safetensors=True,
@@ -62,12 +64,12 @@ def _dense(folder: Path) -> tuple[PreTrainedModel, list[str]]:
         ignore_mismatched_sizes=True,  # so that `info` lists them and the error below can name one
         output_loading_info=True,
     )
-    model, info = loaded
+    model, info = result
     for name in info["mismatched_keys"]:
         shape = " × ".join(map(str, model.state_dict()[name].shape))
         raise CheckpointError(
-            f"{folder} cannot be loaded: by its config.json {name} is {shape}, and the weights have another shape.",
-            "Correct config.json (id2label says how many classes there are), or save the model again.",
+            f"{folder} cannot be loaded: {name} is {shape} in config.json, but the stored weights have another shape.",
+            "Correct config.json (id2label states the classes), or save the model again.",
         )
     return model, sorted(info["missing_keys"])
 
@@ -88,9 +90,9 @@ def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreT
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    quiet()
+    silence_transformers()
     try:
-        model, found = AutoModelForSequenceClassification.from_pretrained(
+        model, info = AutoModelForSequenceClassification.from_pretrained(
             folder,
             num_labels=len(names),
             id2label=dict(enumerate(names)),
@@ -105,25 +107,29 @@ def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreT
         )
     except Exception as error:  # a config can make transformers fail in any way
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{folder} is no base to train: {cause}", "Pass an encoder and its weights.") from error
-    mismatched = (entry if isinstance(entry, str) else entry[0] for entry in found["mismatched_keys"])
-    lacking = [*found["missing_keys"], *mismatched]
+        raise CheckpointError(
+            f"{folder} cannot be trained: {cause}", "Pass the folder of an encoder with its weights."
+        ) from error
+    mismatched = (entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"])
+    missing_names = [*info["missing_keys"], *mismatched]
     head = {name for name in model.state_dict() if not name.startswith(f"{model.base_model_prefix}.")}
-    # BERT's pooler may be missing: language models are saved without it, and it belongs to the head by function.
-    inside = [name for name in lacking if name not in head and ".pooler." not in f".{name}"]
-    if inside or (keep and lacking):
-        named = ", ".join(sorted(inside or lacking)[:4])
-        raise CheckpointError(f"{folder} has no weights that fit {named}.", "Check config.json against the weights.")
+    # BERT's pooler may be missing, because language models are saved without it. It works as a part of the head.
+    encoder_names = [name for name in missing_names if name not in head and ".pooler." not in f".{name}"]
+    if encoder_names or (keep and missing_names):
+        listed_names = ", ".join(sorted(encoder_names or missing_names)[:4])
+        raise CheckpointError(
+            f"{folder} has no weights of the right shape for {listed_names}.", "Check config.json against the weights."
+        )
     if not keep:
-        own = {model, *getattr(model, model.base_model_prefix).modules()}
+        kept_modules = {model, *getattr(model, model.base_model_prefix).modules()}
         for module in model.modules():  # a fixed order, so that the same seed gives the same head
-            if module not in own:
+            if module not in kept_modules:
                 model._init_weights(module)
-    fresh: PreTrainedModel = model.eval()
-    return fresh
+    eval_model: PreTrainedModel = model.eval()
+    return eval_model
 
 
-def _assembled(
+def _assemble(
     folder: Path, shapes: Sequence[architectures.LayerShape] | None, precision: reduced.Precision | None
 ) -> tuple[PreTrainedModel, list[str]]:
     """Builds the model from its config, reduces each layer to its stored shape and loads exactly its weights."""
@@ -155,7 +161,7 @@ def check_finite(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise CheckpointError(
-                f"{folder}: {name} holds NaN or infinity.", "Pass a checkpoint from before the training diverged."
+                f"{folder}: {name} contains NaN or infinity.", "Pass a checkpoint from before the training diverged."
             )
 
 
@@ -172,13 +178,13 @@ def save_weights(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     from safetensors.torch import save_file
 
     precision = reduced.Precision.read(folder)
-    own = (folder / SHAPES).is_file() or (precision is not None and precision.layers)
-    stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    is_own_format = (folder / SHAPES).is_file() or (precision is not None and precision.layers)
+    contiguous_tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(stored, folder / (OWN_WEIGHTS if own else WEIGHTS), metadata={"format": "pt"})
+        save_file(contiguous_tensors, folder / (OWN_WEIGHTS if is_own_format else WEIGHTS), metadata={"format": "pt"})
     except SafetensorError as error:  # safetensors raises this on a full disk
-        mend = "Free the space, or choose another place with --exported DIR."
-        raise ArtifactError(f"{folder} cannot be written: {error}.", mend) from error
+        hint = "Free the space, or choose another place with --exported DIR."
+        raise ArtifactError(f"{folder} cannot be written: {error}.", hint) from error
 
 
 def describe(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -194,8 +200,8 @@ def describe(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dic
     base = model.base_model_prefix
     by_part, by_dtype = {"embeddings": 0, "encoder": 0, "head": 0}, Counter[str]()
     for name, tensor in tensors.items():
-        inside = name.startswith(f"{base}.")
-        part = ("embeddings" if ".embeddings." in name else "encoder") if inside else "head"
+        is_inside = name.startswith(f"{base}.")
+        part = ("embeddings" if ".embeddings." in name else "encoder") if is_inside else "head"
         size = tensor.numel() * tensor.element_size()
         by_part[part] += size
         by_dtype[str(tensor.dtype).removeprefix("torch.")] += size
@@ -221,12 +227,12 @@ def check_stored(model: PreTrainedModel, folder: Path, names: Sequence[str]) -> 
     import torch
 
     ids = torch.tensor([[(7 * token) % model.config.vocab_size for token in range(25)]])
-    filled = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    batch = {name: filled.get(name, torch.zeros_like(ids)) for name in names}
-    stored = load_model(folder)
+    values = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch = {name: values.get(name, torch.zeros_like(ids)) for name in names}
+    stored_model = load_model(folder)
     with torch.inference_mode():
-        if not torch.equal(stored(**batch).logits, model.eval()(**batch).logits):
-            raise ArtifactError("The model does not answer as before once it is stored and loaded.")
+        if not torch.equal(stored_model(**batch).logits, model.eval()(**batch).logits):
+            raise ArtifactError("The model gives other logits after it is stored and loaded.")
 
 
 def device(place: Place) -> torch.device:
@@ -241,47 +247,47 @@ def device(place: Place) -> torch.device:
         return torch.device("cpu")
     cuda = torch.version.cuda
     if not torch.cuda.is_available():
-        built = f"built for CUDA {cuda} and finds no device" if cuda else "a CPU build"
-        raise ProviderError(f"PyTorch {torch.__version__} is {built}.", "Install a CUDA build that fits the driver.")
-    found = torch.device("cuda", place.device_id)
-    capability = torch.cuda.get_device_capability(found)
-    if not _served(capability, torch.cuda.get_arch_list()):
+        build = f"built for CUDA {cuda} but finds no GPU" if cuda else "a CPU build"
+        raise ProviderError(f"PyTorch {torch.__version__} is {build}.", "Install a CUDA build for this driver.")
+    gpu = torch.device("cuda", place.device_id)
+    capability = torch.cuda.get_device_capability(gpu)
+    if not _has_kernels(capability, torch.cuda.get_arch_list()):
         raise ProviderError(
-            f"PyTorch {torch.__version__} has no kernels for {torch.cuda.get_device_name(found)}, "
+            f"PyTorch {torch.__version__} has no kernels for {torch.cuda.get_device_name(gpu)}, "
             f"compute capability {'.'.join(map(str, capability))}.",
             "Install the set for older GPUs: `make install RUNTIME=cuda12`.",
         )
-    return found
+    return gpu
 
 
-def _served(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
+def _has_kernels(capability: tuple[int, int], targets: Sequence[str]) -> bool:
     """Returns whether kernels for these architectures run on a GPU with this compute capability.
 
     ``sm_86`` runs on GPUs with major version 8 and minor version 6 or higher. ``compute_90`` runs on 9.0 and higher.
     """
-    for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(built_for)):
+    for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(targets)):
         major, minor = divmod(int(number), 10)
         if capability >= (major, minor) and (kind == "compute" or capability[0] == major):
             return True
-    return not built_for
+    return not targets
 
 
 @contextmanager
-def roomy(where: torch.device) -> Iterator[None]:
+def translate_memory_error(device: torch.device) -> Iterator[None]:
     """Turns PyTorch's out-of-memory error into `DeviceMemoryError` with the requested size."""
     import torch
 
     try:
         yield
     except torch.OutOfMemoryError as error:
-        asked = re.search(r"Tried to allocate ([\d.]+) (KiB|MiB|GiB|bytes)", str(error))
+        match = re.search(r"Tried to allocate ([\d.]+) (KiB|MiB|GiB|bytes)", str(error))
         units = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-        size = int(float(asked[1]) * units[asked[2]]) if asked else None
+        size = int(float(match[1]) * units[match[2]]) if match else None
         torch.cuda.empty_cache()
-        raise DeviceMemoryError.asked(size) from error
+        raise DeviceMemoryError.failed_allocation(size) from error
 
 
-def quiet() -> None:
+def silence_transformers() -> None:
     """Disables the progress bars and warnings of transformers, so that a command does not print them."""
     from transformers.utils import logging
 
@@ -297,7 +303,7 @@ class TorchSession:
 
         self._device = device(place)
         torch.set_num_threads(place.threads)
-        with roomy(self._device):
+        with translate_memory_error(self._device):
             self._model = self._load(folder)
         self._threads = place.threads
         self._folder = folder
@@ -312,26 +318,26 @@ class TorchSession:
         """See `Session.run`."""
         import torch
 
-        with torch.inference_mode(), roomy(self._device):
-            logits: np.ndarray = self._model(**self._put(batch)).logits.float().cpu().numpy()
+        with torch.inference_mode(), translate_memory_error(self._device):
+            logits: np.ndarray = self._model(**self._to_device(batch)).logits.float().cpu().numpy()
         return logits
 
     def resident(self, batch: dict[str, np.ndarray]) -> Callable[[], object]:
         """See `Session.resident`."""
         import torch
 
-        inputs = self._put(batch)
+        inputs = self._to_device(batch)
 
-        def answer() -> torch.Tensor:
-            with torch.inference_mode(), roomy(self._device):
+        def run_model() -> torch.Tensor:
+            with torch.inference_mode(), translate_memory_error(self._device):
                 logits: torch.Tensor = self._model(**inputs).logits
                 if self._device.type == "cuda":
                     torch.cuda.synchronize(self._device)
             return logits
 
-        return answer
+        return run_model
 
-    def _put(self, batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    def _to_device(self, batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
         import torch
 
         return {name: torch.from_numpy(array).to(self._device) for name, array in batch.items()}

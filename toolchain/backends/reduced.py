@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import CheckpointError, GraphError
 from toolchain.models.checkpoints import PRECISION
+from toolchain.system.decoding import decode, strict
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 PARTS = ("weight", "scales", "zero_points", "bias")
-MEND = "Quantise the model again."
-HALVES = {"bf16": "bfloat16", "fp16": "float16"}
+HINT = "Quantise the model again."
+HALF_TYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
+@strict
 @dataclass(frozen=True)
 class Precision:
     """The storage format of a model's weights.
@@ -39,6 +41,10 @@ class Precision:
     scheme: str
     layers: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.scheme not in (*HALF_TYPES, "int8"):
+            raise ValueError(f"the scheme {self.scheme!r} is unknown")
+
     @classmethod
     def read(cls, folder: Path) -> Precision | None:
         """Reads the file `PRECISION` in `folder`; returns None if there is none, because the weights are fp32.
@@ -50,13 +56,9 @@ class Precision:
         if not file.is_file():
             return None
         try:
-            body = json.loads(file.read_text())
-            found = cls(body["scheme"], tuple(body["layers"]))
-            if found.scheme not in (*HALVES, "int8") or not all(isinstance(name, str) for name in found.layers):
-                raise ValueError(f"no scheme {found.scheme!r} of layers by name")
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}.", MEND) from error
-        return found
+            return decode(cls, file.read_bytes())
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}.", HINT) from error
 
     def write(self, folder: Path) -> None:
         """Writes the file `PRECISION` into the folder."""
@@ -78,24 +80,26 @@ def reduce(model: PreTrainedModel, scheme: str) -> tuple[PreTrainedModel, Precis
     """
     import torch
 
-    if scheme in HALVES:
-        return copy.deepcopy(model).to(getattr(torch, HALVES[scheme])), Precision(scheme)
+    if scheme in HALF_TYPES:
+        return copy.deepcopy(model).to(getattr(torch, HALF_TYPES[scheme])), Precision(scheme)
     from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 
-    linear = sorted(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-    if not linear:
-        raise GraphError("The model has no linear layer left to quantise.", "Quantise the one it was made from.")
-    with _no_notice():
-        made = quantize_dynamic(model, {torch.nn.Linear: per_channel_dynamic_qconfig}, dtype=torch.qint8)
-    return made, Precision(scheme, tuple(linear))
+    layer_names = sorted(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    if not layer_names:
+        raise GraphError("The model has no linear layer left to quantise.", "Quantise its parent.")
+    with _hide_deprecation():
+        quantized_model = quantize_dynamic(model, {torch.nn.Linear: per_channel_dynamic_qconfig}, dtype=torch.qint8)
+    return quantized_model, Precision(scheme, tuple(layer_names))
 
 
-def tensors_of(made: PreTrainedModel, precision: Precision) -> dict[str, torch.Tensor]:
+def tensors_of(model: PreTrainedModel, precision: Precision) -> dict[str, torch.Tensor]:
     """Returns the tensors to store for a quantised model, by name; an int8 layer has one tensor for each of `PARTS`."""
-    packed = tuple(f"{name}." for name in precision.layers)
-    tensors = {name: tensor for name, tensor in made.state_dict().items() if not (packed and name.startswith(packed))}
+    prefixes = tuple(f"{name}." for name in precision.layers)
+    tensors = {
+        name: tensor for name, tensor in model.state_dict().items() if not (prefixes and name.startswith(prefixes))
+    }
     for name in precision.layers:
-        module: Any = made.get_submodule(name)
+        module: Any = model.get_submodule(name)
         weight, bias = module._packed_params._weight_bias()
         parts = weight.int_repr(), weight.q_per_channel_scales(), weight.q_per_channel_zero_points(), bias.detach()
         tensors |= {f"{name}.{part}": tensor for part, tensor in zip(PARTS, parts, strict=True)}
@@ -115,40 +119,42 @@ def restore(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], precisi
     """
     import torch
 
-    if precision.scheme in HALVES:
-        model.to(getattr(torch, HALVES[precision.scheme]))
-    left, layers = dict(tensors), {}
+    if precision.scheme in HALF_TYPES:
+        model.to(getattr(torch, HALF_TYPES[precision.scheme]))
+    remaining, layers = dict(tensors), {}
     for name in precision.layers:
         try:
-            weight, scales, zeros, bias = (left.pop(f"{name}.{part}") for part in PARTS)
-            old = model.get_submodule(name)
+            weight, scales, zeros, bias = (remaining.pop(f"{name}.{part}") for part in PARTS)
+            module = model.get_submodule(name)
         except (KeyError, AttributeError) as error:
-            raise CheckpointError(f"{PRECISION} names a layer {name!r} that is not there.", MEND) from error
-        if not isinstance(old, torch.nn.Linear) or weight.shape != old.weight.shape or weight.dtype != torch.int8:
-            raise CheckpointError(f"The stored weights of {name} do not fit the model.", MEND)
-        layers[name] = _dynamic(weight, scales, zeros, bias)
-    replaced = {f"{name}.{part}" for name in layers for part in ("weight", "bias")}
-    if set(left) != set(model.state_dict()) - replaced:
-        raise CheckpointError("The stored weights are not those of the model.", MEND)
-    model.load_state_dict(left, strict=False)
+            raise CheckpointError(f"{PRECISION} names a missing layer {name!r}.", HINT) from error
+        if not isinstance(module, torch.nn.Linear) or weight.shape != module.weight.shape or weight.dtype != torch.int8:
+            raise CheckpointError(f"The stored weights of {name} do not match the model.", HINT)
+        layers[name] = _build_dynamic_layer(weight, scales, zeros, bias)
+    replaced_names = {f"{name}.{part}" for name in layers for part in ("weight", "bias")}
+    if set(remaining) != set(model.state_dict()) - replaced_names:
+        raise CheckpointError("The stored weights belong to another model.", HINT)
+    model.load_state_dict(remaining, strict=False)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
 
 
-def _dynamic(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bias: torch.Tensor) -> torch.nn.Module:
+def _build_dynamic_layer(
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bias: torch.Tensor
+) -> torch.nn.Module:
     """Builds a dynamically quantised linear layer from its stored parts."""
     import torch
     from torch.ao.nn.quantized.dynamic import Linear
 
-    with _no_notice():
-        made: Any = Linear(weight.shape[1], weight.shape[0], bias_=True, dtype=torch.qint8)
-        made.set_weight_bias(torch._make_per_channel_quantized_tensor(weight, scales, zeros, 0), bias)
-    layer: torch.nn.Module = made
+    with _hide_deprecation():
+        quantized_layer: Any = Linear(weight.shape[1], weight.shape[0], bias_=True, dtype=torch.qint8)
+        quantized_layer.set_weight_bias(torch._make_per_channel_quantized_tensor(weight, scales, zeros, 0), bias)
+    layer: torch.nn.Module = quantized_layer
     return layer
 
 
 @contextlib.contextmanager
-def _no_notice() -> Iterator[None]:
+def _hide_deprecation() -> Iterator[None]:
     """Hides PyTorch's deprecation warning about quantised tensors, because a user of the command cannot fix it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.quantize_per_tensor, torch.quantize_per_channel")

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from toolchain import errors
-from toolchain.artifacts.store import Artifact, Manifest
+from toolchain.artifacts.manifest import Manifest
+from toolchain.artifacts.store import Artifact
 from toolchain.bench.noise import Noise
 from toolchain.bench.process import Worker
-from toolchain.bench.scenarios import LENGTHS, OFFLINE, SINGLE, Protocol, of_length
-from toolchain.data.inputs import Data, Encoder
+from toolchain.bench.scenarios import LENGTHS, OFFLINE, SINGLE, Protocol, length_kind
+from toolchain.data.encoding import Encoder
+from toolchain.data.inputs import Data
 from toolchain.errors import BenchError, ProviderError, ToolchainError
 from toolchain.results.measurements import Accuracy, Measurement, Samples
 from toolchain.results.statistics import ratio
@@ -29,7 +31,7 @@ class Cell:
         artifact: Artifact of the variant; None if there is none to measure.
         status: ``ok``, ``failed`` or ``unavailable``.
         reason: Why there is no artifact; empty otherwise.
-        mend: Hint how to fix that; may be empty.
+        hint: Instruction that fixes this; may be empty.
         encoder: Encoder of the cell; None if the cell uses the encoder of the run.
     """
 
@@ -40,7 +42,7 @@ class Cell:
     artifact: Artifact | None
     status: str = "ok"
     reason: str = ""
-    mend: str = ""
+    hint: str = ""
     encoder: Encoder | None = None
 
     @property
@@ -48,8 +50,8 @@ class Cell:
         """Returns ``variant@provider``."""
         return f"{self.variant}@{self.provider}"
 
-    def reading_as(self, root: Manifest) -> Cell:
-        """Returns the cell with its own encoder if its tokenizer differs from the imported checkpoint's tokenizer.
+    def with_own_encoder(self, root: Manifest) -> Cell:
+        """Returns the cell with a separate encoder if its tokenizer differs from the imported checkpoint's tokenizer.
 
         Args:
             root: Manifest of the imported checkpoint.
@@ -86,7 +88,7 @@ class Running:
     failure: ToolchainError | None = None
     noise: Noise = field(default_factory=Noise)
 
-    def take(self, record: Mapping[str, Any]) -> None:
+    def add_record(self, record: Mapping[str, Any]) -> None:
         """Adds a record of this run or of the interrupted run that it resumes.
 
         Args:
@@ -116,28 +118,34 @@ class Running:
         return float(self.starts[0]["sentence_s"]) if self.starts else 0.0
 
 
-def measurement(item: Running, data: Data, protocol: Protocol) -> Measurement:
+def make_row(item: Running, data: Data, protocol: Protocol) -> Measurement:
     """Returns the row of a cell: its figures, or the reason why it failed."""
     if item.failure:
-        return unmeasured(item.cell, item.failure)
+        return make_row_without_figures(item.cell, item.failure)
     manifest, first = item.artifact.manifest, item.starts[0]
-    singles, batches = _in_order(item, SINGLE), _in_order(item, OFFLINE)
-    latency = Samples.ones([_flat(reply["us"]) for reply in singles])
-    before = [_flat([reply["tokenizing_us"]]) for reply in singles]
+    singles, batches = _sort_replies(item, SINGLE), _sort_replies(item, OFFLINE)
+    latency = Samples.ones([_flatten(reply["us"]) for reply in singles])
+    tokenizing_us = [_flatten([reply["tokenizing_us"]]) for reply in singles]
     with_tokenizing = Samples.ones(
-        [[a + b for a, b in zip(_flat(r["us"]), extra, strict=True)] for r, extra in zip(singles, before, strict=True)]
+        [
+            [us + extra for us, extra in zip(_flatten(r["us"]), extra_us, strict=True)]
+            for r, extra_us in zip(singles, tokenizing_us, strict=True)
+        ]
     )
-    offline = Samples.of([_flat(r["us"]) for r in batches], [r["sizes"] * len(r["us"]) for r in batches])
+    offline = Samples.of([_flatten(r["us"]) for r in batches], [r["sizes"] * len(r["us"]) for r in batches])
     resident = Samples.ones([r["resident_us"] for r in singles]) if singles[0]["resident_us"] else None
-    cold, load = (Samples.ones([[start[key]] for start in item.starts]) for key in ("cold_start_us", "load_us"))
-    answers, in_batches = _answers(singles), _answers(batches)
-    chances = {i: tuple(p) for r in singles for i, p in zip(r["answered"], _flat(r["probabilities"]), strict=True)}
+    cold_start, load = (Samples.ones([[start[key]] for start in item.starts]) for key in ("cold_start_us", "load_us"))
+    single_answers, batched_answers = _collect_answers(singles), _collect_answers(batches)
+    probabilities = {
+        i: tuple(p) for r in singles for i, p in zip(r["answered"], _flatten(r["probabilities"]), strict=True)
+    }
     count = len(data.labels)
-    single, batched = _accuracy(answers, data, 1), _accuracy(in_batches, data, protocol.batch_size)
+    single_accuracy = _accuracy(single_answers, data, 1)
+    batched_accuracy = _accuracy(batched_answers, data, protocol.batch_size)
     by_length = {
-        n: Samples.ones([_flat(reply["us"]) for reply in _in_order(item, of_length(n))])
+        n: Samples.ones([_flatten(reply["us"]) for reply in _sort_replies(item, length_kind(n))])
         for n in LENGTHS
-        if of_length(n) in item.turns
+        if length_kind(n) in item.turns
     }
     return Measurement(
         model=item.cell.model,
@@ -145,67 +153,67 @@ def measurement(item: Running, data: Data, protocol: Protocol) -> Measurement:
         provider=item.cell.provider,
         artifact_id=manifest.id,
         status="ok",
-        accuracy=single or batched,
-        accuracy_batched=batched,
+        accuracy=single_accuracy or batched_accuracy,
+        accuracy_batched=batched_accuracy,
         latency_ms=latency.milliseconds(),
         with_tokenizing_ms=with_tokenizing.milliseconds(),
         resident_ms=resident.milliseconds() if resident else {},
-        cold_start_ms=cold.milliseconds(),
+        cold_start_ms=cold_start.milliseconds(),
         load_ms=load.milliseconds(),
         throughput_per_s=offline.per_second(),
-        memory_bytes={**first["memory"], **_largest(item.peaks)},
+        memory_bytes={**first["memory"], **_largest_peaks(item.peaks)},
         size_bytes={"total": manifest.size_bytes, "parts": manifest.facts.get("bytes_by_part", {})},
         facts={
             "session": first["facts"],
             "rewrites": manifest.facts.get("rewrites"),
             **{name: manifest.facts[name] for name in ("pruning", "vocabulary") if name in manifest.facts},
-            **_exactness(item),
+            **_exactness_fact(item),
         },
         noise=item.noise.shares(),
         latency=latency,
         with_tokenizing=with_tokenizing,
         batches=offline,
         resident=resident,
-        cold_start=cold,
+        cold_start=cold_start,
         load=load,
         by_length=by_length,
-        predictions=tuple((answers if single else in_batches)[i] for i in range(count)),
-        probabilities=tuple(chances.get(i) for i in range(count)),
-        batch_changed=sum(in_batches[i] != answer for i, answer in answers.items()),
+        predictions=tuple((single_answers if single_accuracy else batched_answers)[i] for i in range(count)),
+        probabilities=tuple(probabilities.get(i) for i in range(count)),
+        batch_changed=sum(batched_answers[i] != answer for i, answer in single_answers.items()),
     )
 
 
-def _exactness(item: Running) -> dict[str, Any]:
+def _exactness_fact(item: Running) -> dict[str, Any]:
     """Returns the session option for exact 8-bit products and the ratio time with it / time without it.
 
     The result is empty if the ratio was not measured, because the processor needs no option.
     """
     if not item.exactness:
         return {}
-    found = ratio(item.exactness["exact"], item.exactness["saturating"])
-    return {"exactness": {"option": item.starts[0]["facts"]["option"], "time": found.to_json()}}
+    time_ratio = ratio(item.exactness["exact"], item.exactness["saturating"])
+    return {"exactness": {"option": item.starts[0]["facts"]["option"], "time": time_ratio.to_json()}}
 
 
-def _in_order(item: Running, kind: str) -> list[dict[str, Any]]:
+def _sort_replies(item: Running, kind: str) -> list[dict[str, Any]]:
     return [reply for _, reply in sorted(item.turns[kind].items())]
 
 
-def _flat(rows: Sequence[Sequence[Any]]) -> list[Any]:
+def _flatten(rows: Sequence[Sequence[Any]]) -> list[Any]:
     return [value for row in rows for value in row]
 
 
-def _answers(replies: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+def _collect_answers(replies: Sequence[Mapping[str, Any]]) -> dict[int, int]:
     """Returns the predicted label of each sentence: index of the sentence → label."""
-    return {i: a for r in replies for i, a in zip(r["answered"], _flat(r["answers"]), strict=True)}
+    return {i: a for r in replies for i, a in zip(r["answered"], _flatten(r["answers"]), strict=True)}
 
 
-def _largest(peaks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _largest_peaks(peaks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the largest host peak and the largest GPU peak over all processes of a cell."""
-    found: dict[str, Any] = {"peak": max(peak["peak"] for peak in peaks)}
-    on_gpu = [peak["gpu"] for peak in peaks if "gpu" in peak]
-    if on_gpu:
-        found["gpu"] = max(on_gpu, key=lambda gpu: int(gpu["peak"]))
-    return found
+    largest: dict[str, Any] = {"peak": max(peak["peak"] for peak in peaks)}
+    gpu_peaks = [peak["gpu"] for peak in peaks if "gpu" in peak]
+    if gpu_peaks:
+        largest["gpu"] = max(gpu_peaks, key=lambda gpu: int(gpu["peak"]))
+    return largest
 
 
 def _accuracy(answers: Mapping[int, int], data: Data, batch_size: int) -> Accuracy | None:
@@ -216,7 +224,7 @@ def _accuracy(answers: Mapping[int, int], data: Data, batch_size: int) -> Accura
     return Accuracy(correct, len(data.labels), batch_size)
 
 
-def unmeasured(cell: Cell, error: ToolchainError | None = None) -> Measurement:
+def make_row_without_figures(cell: Cell, error: ToolchainError | None = None) -> Measurement:
     """Returns the row of a cell without figures.
 
     Args:
@@ -224,8 +232,8 @@ def unmeasured(cell: Cell, error: ToolchainError | None = None) -> Measurement:
         error: The error of the measurement; None takes the reason of the cell. The row's status is ``unavailable``
             for a `ProviderError` or an unavailable cell, and ``failed`` otherwise.
     """
-    error = error or BenchError(cell.reason, cell.mend)
+    error = error or BenchError(cell.reason, cell.hint)
     missing = isinstance(error, ProviderError) or cell.status == "unavailable"
     artifact_id = cell.artifact.manifest.id if cell.artifact else None
     status = "unavailable" if missing else "failed"
-    return Measurement(cell.model, cell.variant, cell.provider, artifact_id, status, error.cause, error.mend)
+    return Measurement(cell.model, cell.variant, cell.provider, artifact_id, status, error.cause, error.hint)

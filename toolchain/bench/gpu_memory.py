@@ -24,7 +24,7 @@ class GpuMemory:
 
         pynvml.nvmlInit()
         self._handle = _handle(device_id)
-        self._before = self._device()
+        self._used_at_start = self._read_used()
         self.method = DIFFERENCE
         self.peak = 0
 
@@ -35,17 +35,17 @@ class GpuMemory:
         """
         import pynvml
 
-        mine = [
+        process_bytes = [
             process.usedGpuMemory
             for process in pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
             if process.pid == os.getpid() and process.usedGpuMemory
         ]
-        self.method = PROCESS if mine else DIFFERENCE
-        held = sum(mine) if mine else max(0, self._device() - self._before)
-        self.peak = max(self.peak, held)
-        return held
+        self.method = PROCESS if process_bytes else DIFFERENCE
+        used_bytes = sum(process_bytes) if process_bytes else max(0, self._read_used() - self._used_at_start)
+        self.peak = max(self.peak, used_bytes)
+        return used_bytes
 
-    def _device(self) -> int:
+    def _read_used(self) -> int:
         import pynvml
 
         return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle).used)

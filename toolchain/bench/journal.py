@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from toolchain.errors import ResultFileError
 from toolchain.system import files
+from toolchain.system.decoding import decode, strict
 
 SUFFIX = ".journal"
 
@@ -42,7 +44,7 @@ class Journal:
             raise ResultFileError.unwritable(path, error) from error
 
     @classmethod
-    def take_up(cls, path: Path, head: Mapping[str, Any]) -> Journal:
+    def resume(cls, path: Path, head: Mapping[str, Any]) -> Journal:
         """Opens the journal of an interrupted run to resume it, and removes an incomplete last line.
 
         Args:
@@ -53,23 +55,27 @@ class Journal:
             ResultFileError: The run has another head, or the file is not a valid journal.
         """
         content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]  # a killed run may leave an incomplete last line
+        complete = content[: content.rfind(b"\n") + 1]  # a killed run may leave an incomplete last line
         try:
-            found, *records = [json.loads(line) for line in whole.splitlines()]
-            differs = [key for key in head if found.get(key) != json.loads(json.dumps(head[key]))]
-            cells = range(len(head["cells"]))
-            known = all(record["cell"] in cells and isinstance(record["kind"], str) for record in records)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ResultFileError(f"{path} is no interrupted run: {error}.", "Delete it and measure anew.") from error
-        if differs:
+            first, *lines = complete.splitlines()
+            old_head: dict[str, Any] = decode(dict[str, Any], first)
+            records = [decode(_Record, line) for line in lines]
+        except ValueError as error:
             raise ResultFileError(
-                f"The interrupted run {path} was of another {' and '.join(differs)}.",
-                "Give the options it was begun with, or leave --resume out.",
+                f"{path} is not a valid journal: {error}.", "Delete it, and omit --resume."
+            ) from error
+        changed = [key for key in head if old_head.get(key) != json.loads(json.dumps(head[key]))]
+        if changed:
+            raise ResultFileError(
+                f"The interrupted run {path} had another value of {' and '.join(changed)}.",
+                "Use the same options as in that run, or omit --resume.",
             )
-        if not known:
-            raise ResultFileError(f"{path} is no interrupted run: it has a record of no cell.", "Delete it.")
-        os.truncate(path, len(whole))
-        return cls(path, records)
+        if any(record.cell >= len(head["cells"]) for record in records):
+            raise ResultFileError(
+                f"{path} is not a valid journal: a record has an unknown cell.", "Delete it, and omit --resume."
+            )
+        os.truncate(path, len(complete))
+        return cls(path, [asdict(record) for record in records])
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Appends one record.
@@ -88,17 +94,32 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
-def newest(folder: Path, model: str) -> Path:
+@strict
+@dataclass(frozen=True)
+class _Record:
+    """A reply of a cell's process; see `cells.Running.take`."""
+
+    cell: int
+    kind: str
+    turn: int | None
+    reply: Any
+
+    def __post_init__(self) -> None:
+        if self.cell < 0:
+            raise ValueError("a cell has a negative number")
+
+
+def find_newest(folder: Path, model: str) -> Path:
     """Returns the path of the model's newest journal in `folder`.
 
     Raises:
         ResultFileError: There is none.
     """
     # A file name has only a time after the model's name, and a number if two runs began in the same second.
-    found = [path for path in folder.glob(f"*{SUFFIX}") if path.stem.rsplit("-", 1)[0] == model]
-    if not found:
-        raise ResultFileError(f"There is no interrupted run of {model} in {folder}.", "Leave --resume out.")
-    return max(found, key=lambda path: path.stem)
+    paths = [path for path in folder.glob(f"*{SUFFIX}") if path.stem.rsplit("-", 1)[0] == model]
+    if not paths:
+        raise ResultFileError(f"There is no interrupted run of {model} in {folder}.", "Omit --resume.")
+    return max(paths, key=lambda path: path.stem)
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 WIDTH = 2048  # width of a layer; at this width, an operator's fixed cost is small beside the cost of its weights
-TALL = (128, 1024)  # batch sizes at which arithmetic takes most of the time; the faster one depends on the kernel
+# Batch sizes at which arithmetic takes most of the time; the faster one depends on the kernel.
+LARGE_BATCHES = (128, 1024)
 # Passes over all measures, and minimum answers in each measure. A short load by another process affects only one pass.
-PASSES, LEAST = 2, 3
-APART_S = 0.05  # a runtime's threads spin for about 20 ms after an answer and would slow the next stack
+PASSES, MIN_ANSWERS = 2, 3
+SETTLE_S = 0.05  # a runtime's threads spin for about 20 ms after an answer and would slow the next stack
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
 Answer = Callable[[], object]
@@ -42,38 +43,38 @@ def measure(runtime: str, precisions: Sequence[str], threads: int, seconds: floa
         ``<precision>_gmacs``: 10⁹ multiply-accumulates per second in large batches. ``<precision>_gb_s``: 10⁹ bytes
         of weights per second with one row.
     """
-    build = {"torch": _torch, "onnx": _onnx}[runtime]
+    build = {"torch": _build_torch, "onnx": _build_onnx}[runtime]
     layers = {p: max(1, (mebibytes << 20) // (WEIGHT_BYTES[p] * WIDTH**2)) for p in precisions}
     answers: dict[tuple[str, int], Answer] = {}
     for precision in precisions:
-        at = build(precision, layers[precision], threads)
-        answers |= {(precision, rows): at(rows) for rows in (1, *TALL)}
-    spent = dict.fromkeys(answers, math.inf)
+        answer_for = build(precision, layers[precision], threads)
+        answers |= {(precision, rows): answer_for(rows) for rows in (1, *LARGE_BATCHES)}
+    fastest_s = dict.fromkeys(answers, math.inf)
     for _ in range(PASSES):
         for key, answer in answers.items():
-            time.sleep(APART_S)
-            spent[key] = min(spent[key], _fastest(answer, seconds))
-    found = {}
+            time.sleep(SETTLE_S)
+            fastest_s[key] = min(fastest_s[key], _time_fastest(answer, seconds))
+    rates = {}
     for precision in precisions:
         weights = layers[precision] * WIDTH**2
-        found[f"{precision}_gmacs"] = max(rows * weights / spent[precision, rows] for rows in TALL) / 1e9
-        found[f"{precision}_gb_s"] = WEIGHT_BYTES[precision] * weights / spent[precision, 1] / 1e9
-    return found
+        rates[f"{precision}_gmacs"] = max(rows * weights / fastest_s[precision, rows] for rows in LARGE_BATCHES) / 1e9
+        rates[f"{precision}_gb_s"] = WEIGHT_BYTES[precision] * weights / fastest_s[precision, 1] / 1e9
+    return rates
 
 
-def _fastest(answer: Answer, seconds: float) -> float:
+def _time_fastest(answer: Answer, seconds: float) -> float:
     """Returns the seconds of the fastest answer, after one untimed answer."""
     answer()
-    spent: list[float] = []
-    until = time.perf_counter() + seconds
-    while len(spent) < LEAST or time.perf_counter() < until:
+    times: list[float] = []
+    deadline = time.perf_counter() + seconds
+    while len(times) < MIN_ANSWERS or time.perf_counter() < deadline:
         started = time.perf_counter()
         answer()
-        spent.append(time.perf_counter() - started)
-    return min(spent)
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
-def _torch(precision: str, layers: int, threads: int) -> Callable[[int], Answer]:
+def _build_torch(precision: str, layers: int, threads: int) -> Callable[[int], Answer]:
     """Returns a function: number of rows → the PyTorch call that computes a batch of this size."""
     import torch
 
@@ -84,7 +85,7 @@ def _torch(precision: str, layers: int, threads: int) -> Callable[[int], Answer]
     if precision != "fp32":
         stack, _ = reduced.reduce(stack, precision)
 
-    def at(rows: int) -> Answer:
+    def make_answer(rows: int) -> Answer:
         batch = torch.rand(rows, WIDTH, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
 
         def answer() -> object:
@@ -93,10 +94,10 @@ def _torch(precision: str, layers: int, threads: int) -> Callable[[int], Answer]
 
         return answer
 
-    return at
+    return make_answer
 
 
-def _onnx(precision: str, layers: int, threads: int) -> Callable[[int], Answer]:
+def _build_onnx(precision: str, layers: int, threads: int) -> Callable[[int], Answer]:
     """Returns a function: number of rows → the ONNX Runtime call that computes a batch of this size."""
     import numpy as np
 
@@ -104,17 +105,17 @@ def _onnx(precision: str, layers: int, threads: int) -> Callable[[int], Answer]:
     from toolchain.backends import Place, open_session
 
     with tempfile.TemporaryDirectory() as scratch:
-        passes.write(graph(precision, layers), Path(scratch) / "model.onnx")
+        passes.write(build_graph(precision, layers), Path(scratch) / "model.onnx")
         session = open_session(Path(scratch), "onnx", Place("cpu", threads))
 
-    def at(rows: int) -> Answer:
+    def make_answer(rows: int) -> Answer:
         batch = {"rows": np.random.default_rng(0).random((rows, WIDTH), np.float32)}
         return lambda: session.run(batch)
 
-    return at
+    return make_answer
 
 
-def graph(precision: str, layers: int) -> ir.Model:
+def build_graph(precision: str, layers: int) -> ir.Model:
     """Returns a graph of linear layers that outputs only the first row of the last layer, as a classifier head does.
 
     Args:
@@ -131,16 +132,16 @@ def graph(precision: str, layers: int) -> ir.Model:
     from toolchain import passes
 
     rng = np.random.default_rng(0)
-    nodes, tensors, last = [], [numpy_helper.from_array(np.array(0, np.int64), "first")], "rows"
+    nodes, tensors, last_output = [], [numpy_helper.from_array(np.array(0, np.int64), "first")], "rows"
     for number in range(layers):
         weight = (rng.random((WIDTH, WIDTH), np.float32) - 0.5) * np.float32(2 / math.sqrt(WIDTH))
         tensors.append(numpy_helper.from_array(weight, f"weight_{number}"))
-        nodes.append(helper.make_node("MatMul", [last, f"weight_{number}"], [f"layer_{number}"]))
-        last = f"layer_{number}"
-    nodes.append(helper.make_node("Gather", [last, "first"], ["row"], axis=0))
-    taken = helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["rows", WIDTH])
-    given = helper.make_tensor_value_info("row", TensorProto.FLOAT, [WIDTH])
-    body = helper.make_graph(nodes, "layers", [taken], [given], tensors)
+        nodes.append(helper.make_node("MatMul", [last_output, f"weight_{number}"], [f"layer_{number}"]))
+        last_output = f"layer_{number}"
+    nodes.append(helper.make_node("Gather", [last_output, "first"], ["row"], axis=0))
+    graph_input = helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["rows", WIDTH])
+    graph_output = helper.make_tensor_value_info("row", TensorProto.FLOAT, [WIDTH])
+    body = helper.make_graph(nodes, "layers", [graph_input], [graph_output], tensors)
     model = ir.from_proto(helper.make_model(body, opset_imports=[helper.make_opsetid("", 18)], ir_version=8))
     if precision == "int8":
         model, _ = passes.rewrite(model, ["quantize-linear"], passes.Context(1, WIDTH))

@@ -12,8 +12,8 @@ class Noise:
     """Sums of processor time over all `watch` contexts."""
 
     def __init__(self) -> None:
-        self._total = self._stolen = self._others = 0.0
-        self._load: list[float] = []
+        self._total_s = self._stolen_s = self._others_s = 0.0
+        self._loads: list[float] = []
 
     @contextmanager
     def watch(self, processes: Sequence[int]) -> Iterator[None]:
@@ -22,17 +22,17 @@ class Noise:
         Args:
             processes: Ids of the measured processes. Their time and this process's time do not count as noise.
         """
-        before, mine = _system(), _own(processes)
+        system_before, own_before = _system_seconds(), _process_seconds(processes)
         yield
-        spent = {name: value - before[name] for name, value in _system().items()}
-        idle = spent.get("idle", 0.0) + spent.get("iowait", 0.0)
+        elapsed = {name: value - system_before[name] for name, value in _system_seconds().items()}
+        idle = elapsed.get("idle", 0.0) + elapsed.get("iowait", 0.0)
         # Linux counts the time of virtual guests twice: as guest time and as user time.
-        total = sum(spent.values()) - spent.get("guest", 0.0) - spent.get("guest_nice", 0.0)
-        self._total += total
-        self._stolen += spent.get("steal", 0.0)
-        self._others += total - idle - spent.get("steal", 0.0) - (_own(processes) - mine)
+        total = sum(elapsed.values()) - elapsed.get("guest", 0.0) - elapsed.get("guest_nice", 0.0)
+        self._total_s += total
+        self._stolen_s += elapsed.get("steal", 0.0)
+        self._others_s += total - idle - elapsed.get("steal", 0.0) - (_process_seconds(processes) - own_before)
         if hasattr(os, "getloadavg"):
-            self._load.append(os.getloadavg()[0])
+            self._loads.append(os.getloadavg()[0])
 
     def shares(self) -> dict[str, float]:
         """Returns the noise; empty before the first `watch`.
@@ -41,29 +41,29 @@ class Noise:
             ``steal_share``, the share of processor time that the host took; ``others_share``, the share of other
             processes; and ``load_1m``, the mean 1-minute load average, if the system has one.
         """
-        if not self._total:
+        if not self._total_s:
             return {}
-        found = {"steal_share": self._stolen / self._total, "others_share": self._others / self._total}
-        if self._load:
-            found["load_1m"] = sum(self._load) / len(self._load)
-        return {name: round(max(0.0, value), 4) for name, value in found.items()}
+        shares = {"steal_share": self._stolen_s / self._total_s, "others_share": self._others_s / self._total_s}
+        if self._loads:
+            shares["load_1m"] = sum(self._loads) / len(self._loads)
+        return {name: round(max(0.0, value), 4) for name, value in shares.items()}
 
 
-def _system() -> dict[str, float]:
+def _system_seconds() -> dict[str, float]:
     import psutil
 
     return dict(psutil.cpu_times()._asdict())
 
 
-def _own(processes: Sequence[int]) -> float:
+def _process_seconds(processes: Sequence[int]) -> float:
     """Returns the user and system seconds of these processes and of this process; ended processes count as 0."""
     import psutil
 
-    spent = 0.0
+    seconds = 0.0
     for pid in (*processes, os.getpid()):
         try:
             times: Any = psutil.Process(pid).cpu_times()
         except psutil.Error:
             continue
-        spent += times.user + times.system
-    return spent
+        seconds += times.user + times.system
+    return seconds

@@ -22,8 +22,8 @@ from typing import Any
 
 from toolchain import errors
 from toolchain.backends import Place
+from toolchain.data.encoding import Encoder
 from toolchain.data.files import Text
-from toolchain.data.inputs import Encoder
 
 _TAIL = 400  # a failed row quotes this number of characters from the end of standard error
 
@@ -43,7 +43,7 @@ class Child:
     def __init__(self, module: str, variables: Mapping[str, str]) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the child
         self._replies: queue.Queue[tuple[str, float] | None] = queue.Queue()
-        self._started = time.perf_counter()
+        self._started_at = time.perf_counter()
         # -P: a file in the working directory must not replace a library.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", module],
@@ -55,7 +55,7 @@ class Child:
             start_new_session=self.end_s > 0,
         )
         threading.Thread(target=self._listen, daemon=True).start()
-        self._arrived = self._started
+        self._answered_at = self._started_at
 
     @property
     def pid(self) -> int:
@@ -79,20 +79,20 @@ class Child:
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
         except OSError:
-            raise self._death() from None
+            raise self._make_exit_error() from None
         try:
             answer = self._replies.get(timeout=timeout_s)
         except queue.Empty:
             self._process.kill()
             self.close()
-            raise self._lost(f"It did not answer within {timeout_s:.0f} s and was stopped.") from None
+            raise self._make_error(f"It did not answer within {timeout_s:.0f} s and was stopped.") from None
         if answer is None:
-            raise self._death()
-        line, self._arrived = answer
+            raise self._make_exit_error()
+        line, self._answered_at = answer
         reply: dict[str, Any] = json.loads(line)
-        if failure := reply.get("error"):
-            kind = getattr(errors, failure["type"], errors.BenchError)
-            raise kind(failure["cause"], failure["mend"])
+        if error_facts := reply.get("error"):
+            error_class = getattr(errors, error_facts["type"], errors.BenchError)
+            raise error_class(error_facts["cause"], error_facts["hint"])
         return reply
 
     def close(self) -> None:
@@ -117,21 +117,21 @@ class Child:
                 self._replies.put((line, time.perf_counter()))
         self._replies.put(None)
 
-    def _death(self) -> errors.ToolchainError:
+    def _make_exit_error(self) -> errors.ToolchainError:
         code = self._process.wait()
         if code == -signal.SIGKILL:
-            how = "was killed (out of memory, most likely)"
+            ending = "was killed (out of memory, most likely)"
         elif code < 0:
-            how = f"crashed with {signal.Signals(-code).name}"
+            ending = f"crashed with {signal.Signals(-code).name}"
         else:
-            how = f"ended with exit code {code}"
+            ending = f"ended with exit code {code}"
         self._errors.seek(0)
-        said = " ".join(self._errors.read()[-_TAIL:].split())
-        return self._lost(f"Its process {how}." + (f" It said: {said}" if said else ""))
+        output = " ".join(self._errors.read()[-_TAIL:].split())
+        return self._make_error(f"Its process {ending}." + (f" Its last output: {output}" if output else ""))
 
-    def _lost(self, what: str) -> errors.ToolchainError:
+    def _make_error(self, cause: str) -> errors.ToolchainError:
         """Returns the error for a child that gives no answer."""
-        return errors.BenchError(what)
+        return errors.BenchError(cause)
 
 
 class Worker(Child):
@@ -151,7 +151,7 @@ class Worker(Child):
     ) -> None:
         super().__init__("toolchain.bench.worker", environment(place.threads))
         tokenizer = {"folder": str(encoder.folder), "names": encoder.names, "max_length": encoder.max_length}
-        self._first = {
+        self._load_message = {
             "session": session,
             "folder": str(folder),
             "place": asdict(place),
@@ -171,9 +171,9 @@ class Worker(Child):
             ``load_us`` is the microseconds that the session takes to load. ``cold_start_us`` is the microseconds from
             the start of the process to the answer.
         """
-        reply = self.ask(self._first, timeout_s)
+        reply = self.ask(self._load_message, timeout_s)
         # The child also measures its memory. That time is not part of a cold start.
-        reply["cold_start_us"] = round((self._arrived - self._started) * 1e6) - reply.pop("metering_us")
+        reply["cold_start_us"] = round((self._answered_at - self._started_at) * 1e6) - reply.pop("metering_us")
         return reply
 
 

@@ -20,15 +20,16 @@ from pathlib import Path
 from toolchain.bench import process
 from toolchain.errors import BenchError, CheckpointError
 from toolchain.models import checkpoints
-from toolchain.models.architectures import LAYOUTS, SHARING
+from toolchain.models.architectures import LAYER_SHARING, LAYOUTS
 from toolchain.system import files, hardware
 
 SCHEMA = 1
 SECONDS, MEBIBYTES = 0.15, 32  # arguments of `machine_probe.measure`
 TIMEOUT_S = 300.0
-BF16 = {"avx512_bf16", "amx_bf16"}  # without these, PyTorch has no fast bf16 kernel, so its rate is not a ceiling
+# Without these, PyTorch has no fast bf16 kernel, so its rate is not a ceiling.
+BF16_FEATURES = {"avx512_bf16", "amx_bf16"}
 # Names of embedding modules: a model looks up their weights and does not multiply them.
-_TABLE = re.compile(r"(.*_)?embed(ding|dings)?|embed_(tokens|positions)|wte|wpe|shared|relative_attention_bias")
+_EMBEDDING = re.compile(r"(.*_)?embed(ding|dings)?|embed_(tokens|positions)|wte|wpe|shared|relative_attention_bias")
 
 Rates = dict[str, dict[str, float]]
 Progress = Callable[[int, int, str], None]
@@ -42,17 +43,17 @@ class Work:
         linear_parameters: Number of parameters that the model multiplies with every token.
         attention_widths: Width of the attention products in each layer with attention; empty for an unknown layout.
         head_parameters: Number of parameters that the model multiplies with one token only.
-        behind: Number of linear parameters after the last attention. After the pass ``first-token``, the model
+        tail_parameters: Number of linear parameters after the last attention. After the pass ``first-token``, the
+            model multiplies them with one token only.
+        query_parameters: Number of linear parameters of the last query. After the pass ``first-query``, the model
             multiplies them with one token only.
-        asking: Number of linear parameters of the last query. After the pass ``first-query``, the model multiplies
-            them with one token only.
     """
 
     linear_parameters: int
     attention_widths: tuple[int, ...]
     head_parameters: int
-    behind: int = 0
-    asking: int = 0
+    tail_parameters: int = 0
+    query_parameters: int = 0
 
     def macs(self, tokens: int, first_token: bool = False, first_query: bool = False) -> int:
         """Returns the number of multiply-accumulates for one sentence.
@@ -65,14 +66,14 @@ class Work:
         linear = self.linear_parameters * tokens
         attention = 2 * tokens**2 * sum(self.attention_widths)
         if first_token:
-            linear -= self.behind * (tokens - 1)
+            linear -= self.tail_parameters * (tokens - 1)
         if first_query and self.attention_widths:
-            linear -= self.asking * (tokens - 1)
+            linear -= self.query_parameters * (tokens - 1)
             attention -= 2 * tokens * (tokens - 1) * self.attention_widths[-1]
         return linear + attention + self.head_parameters
 
 
-def work(folder: Path) -> Work | None:
+def read_work(folder: Path) -> Work | None:
     """Returns the work of the unquantised PyTorch model in `folder`; it reads only the header of the weights file.
 
     Returns:
@@ -86,27 +87,28 @@ def work(folder: Path) -> Work | None:
     if not weights.is_file():
         return None
     kind = checkpoints.config_of(folder).get("model_type")
-    if kind in SHARING:
+    if kind in LAYER_SHARING:
         return None
     shapes = _shapes(weights)
-    base = Counter[str]()
+    parameters_by_prefix = Counter[str]()
     for name, shape in shapes.items():
-        base[name.partition(".")[0]] += math.prod(shape)
-    encoder = max(base, key=lambda name: base[name], default="")  # the word embeddings alone are larger than any head
+        parameters_by_prefix[name.partition(".")[0]] += math.prod(shape)
+    # The encoder has the most parameters: its word embeddings alone are larger than any head.
+    encoder = max(parameters_by_prefix, key=lambda name: parameters_by_prefix[name], default="")
     matrices = {
         name.removesuffix(".weight"): shape
         for name, shape in shapes.items()
-        if name.endswith(".weight") and len(shape) == 2 and not _TABLE.fullmatch(name.split(".")[-2])
+        if name.endswith(".weight") and len(shape) == 2 and not _EMBEDDING.fullmatch(name.split(".")[-2])
     }
     head = {name for name in matrices if name.partition(".")[0] != encoder or "pooler" in name.split(".")}
     sizes = {name: math.prod(shape) for name, shape in matrices.items()}
-    queries = _queries(str(kind), matrices)
+    queries = _query_shapes(str(kind), matrices)
     return Work(
         linear_parameters=sum(size for name, size in sizes.items() if name not in head),
         attention_widths=tuple(shape[0] for shape in queries),
         head_parameters=sum(sizes[name] for name in head),
-        behind=_behind(str(kind), sizes),
-        asking=math.prod(queries[-1]) if queries else 0,
+        tail_parameters=_count_tail_parameters(str(kind), sizes),
+        query_parameters=math.prod(queries[-1]) if queries else 0,
     )
 
 
@@ -120,16 +122,16 @@ def _shapes(file: Path) -> dict[str, list[int]]:
         raise CheckpointError(f"{file} cannot be read: {error}.", "Delete its folder and build it again.") from error
 
 
-def _queries(kind: str, matrices: Mapping[str, Sequence[int]]) -> list[Sequence[int]]:
+def _query_shapes(kind: str, matrices: Mapping[str, Sequence[int]]) -> list[Sequence[int]]:
     """Returns the shape of the query weights of each layer that has attention; empty for an unknown layout."""
     if kind not in LAYOUTS:
         return []
     query = re.compile(rf"{re.escape(LAYOUTS[kind].layers)}\.(\d+)\.{re.escape(LAYOUTS[kind].query)}")
-    found = {int(match[1]): shape for name, shape in matrices.items() if (match := query.fullmatch(name))}
-    return [found[number] for number in sorted(found)]
+    shapes = {int(match[1]): shape for name, shape in matrices.items() if (match := query.fullmatch(name))}
+    return [shapes[number] for number in sorted(shapes)]
 
 
-def _behind(kind: str, sizes: Mapping[str, int]) -> int:
+def _count_tail_parameters(kind: str, sizes: Mapping[str, int]) -> int:
     """Returns the number of linear parameters after the last attention; 0 for an unknown layout.
 
     The last attention may not be in the last layer, because pruning can remove the attention of a layer.
@@ -138,13 +140,13 @@ def _behind(kind: str, sizes: Mapping[str, int]) -> int:
         return 0
     layout = LAYOUTS[kind]
     numbers = {int(match[1]) for name in sizes if (match := re.match(rf"{re.escape(layout.layers)}\.(\d+)\.", name))}
-    found = 0
+    total = 0
     for number in sorted(numbers, reverse=True):
         layer = f"{layout.layers}.{number}."
-        found += sum(sizes.get(layer + path, 0) for path in (layout.output, layout.up, layout.down))
+        total += sum(sizes.get(layer + path, 0) for path in (layout.output, layout.up, layout.down))
         if layer + layout.query in sizes:
             break
-    return found
+    return total
 
 
 def weight_bytes(facts: Mapping[str, object]) -> int | None:
@@ -209,39 +211,43 @@ def rates(cache: Path, threads: int, progress: Progress) -> Rates:
         "torch": versions.get("torch"),
         "onnxruntime": versions.get("onnxruntime") or versions.get("onnxruntime-gpu"),
     }
-    half = ["bf16"] if BF16 & set(hardware.processor()["isa"]) else []
-    precisions = {"torch": ["fp32", *half, "int8"], "onnx": ["fp32", "int8"]}
+    bf16 = ["bf16"] if BF16_FEATURES & set(hardware.processor()["isa"]) else []
+    precisions = {"torch": ["fp32", *bf16, "int8"], "onnx": ["fp32", "int8"]}
     file = cache / f"roofline-{threads}.json"
-    if known := _read(file, head, precisions):
-        return known
-    found = {}
-    for number, (runtime, wanted) in enumerate(precisions.items()):
-        progress(number, len(precisions), f"calibration of {runtime}")
-        found[runtime] = _measure(runtime, wanted, threads, SECONDS, MEBIBYTES)
-    files.write_whole(file, json.dumps({**head, "rates": found}, indent=1) + "\n")
-    return found
+    if cached := _read_cached(file, head, precisions):
+        return cached
+    measured_rates = {}
+    for number, (runtime, runtime_precisions) in enumerate(precisions.items()):
+        progress(number, len(precisions), f"machine probe of {runtime}")
+        measured_rates[runtime] = _run_probe(runtime, runtime_precisions, threads, SECONDS, MEBIBYTES)
+    files.write_whole(file, json.dumps({**head, "rates": measured_rates}, indent=1) + "\n")
+    return measured_rates
 
 
-def _read(file: Path, head: Mapping[str, object], precisions: Mapping[str, Sequence[str]]) -> Rates | None:
+def _read_cached(file: Path, head: Mapping[str, object], precisions: Mapping[str, Sequence[str]]) -> Rates | None:
     """Returns the rates in the file; None if its head differs, or if a rate is missing or not a positive number."""
     try:
         body = json.loads(file.read_text())
-        found: Rates = body.pop("rates")
-        for runtime, wanted in precisions.items():
-            if set(found[runtime]) != {f"{precision}_{unit}" for precision in wanted for unit in ("gmacs", "gb_s")}:
+        cached: Rates = body.pop("rates")
+        for runtime, runtime_precisions in precisions.items():
+            if set(cached[runtime]) != {
+                f"{precision}_{unit}" for precision in runtime_precisions for unit in ("gmacs", "gb_s")
+            }:
                 return None
-        values = [value for of_runtime in found.values() for value in of_runtime.values()]
+        values = [value for runtime_rates in cached.values() for value in runtime_rates.values()]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    whole = body == head and set(found) == set(precisions)
-    return found if whole and all(type(v) is float and 0 < v < math.inf for v in values) else None
+    is_complete = body == head and set(cached) == set(precisions)
+    return cached if is_complete and all(type(v) is float and 0 < v < math.inf for v in values) else None
 
 
-def _measure(runtime: str, precisions: Sequence[str], threads: int, seconds: float, mebibytes: int) -> dict[str, float]:
+def _run_probe(
+    runtime: str, precisions: Sequence[str], threads: int, seconds: float, mebibytes: int
+) -> dict[str, float]:
     """Measures a runtime's rates in a fresh process with the environment of a cell; see `machine_probe.measure`."""
     arguments = [runtime, ",".join(precisions), str(threads), str(seconds), str(mebibytes)]
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-P", "-m", "toolchain.bench.machine_probe", *arguments],
             env={**os.environ, **process.environment(threads)},
             capture_output=True,
@@ -250,12 +256,13 @@ def _measure(runtime: str, precisions: Sequence[str], threads: int, seconds: flo
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise BenchError(f"The calibration of {runtime} did not end within {TIMEOUT_S:.0f} s.") from error
-    if done.returncode != 0:
-        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise BenchError(f"The machine probe of {runtime} did not end within {TIMEOUT_S:.0f} s.") from error
+    if result.returncode != 0:
+        last_line = (result.stderr.strip().splitlines() or ["none"])[-1]
         raise BenchError(
-            f"The calibration of {runtime} failed and said: {said}.", "`toolchain doctor` says what is missing."
+            f"The machine probe of {runtime} failed. Its last output: {last_line}.",
+            "`toolchain doctor` lists missing packages.",
         )
     # Libraries may print lines before the rates.
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    rates: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
+    return rates

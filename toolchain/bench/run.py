@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import datetime
-import os
 import secrets
 import statistics
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import toolchain
 from toolchain.artifacts import store, variants
-from toolchain.artifacts.names import parse_name
-from toolchain.artifacts.store import Manifest
+from toolchain.artifacts.manifest import Manifest
+from toolchain.artifacts.steps import PROVIDERS
 from toolchain.bench import journal, roofline
 from toolchain.bench.cells import Cell
 from toolchain.bench.journal import Journal
 from toolchain.bench.runner import Progress, bench
 from toolchain.bench.scenarios import Protocol
-from toolchain.build.pipeline import ensure, only_news, plan
+from toolchain.build.pipeline import ensure, plan, without_fresh
 from toolchain.build.workspace import Workspace
-from toolchain.data import inputs
+from toolchain.data import encoding, inputs
 from toolchain.data.datasets import USUAL, Columns
 from toolchain.data.inputs import Data, TrainingSource
-from toolchain.errors import BenchError, DataError, ProviderError, PruningError, ResultFileError, ToolchainError
+from toolchain.errors import BenchError, DataError, ProviderError, PruningError, ToolchainError
 from toolchain.models import checkpoints
 from toolchain.progress import Say
-from toolchain.results.measurements import Measurement, ResultFile
-from toolchain.system import files, hardware
-
-RESULTS = Path("benchmarks/results")
-LOCAL = RESULTS / "local"
+from toolchain.results.folder import DEFAULT_FOLDER, ResultsFolder
+from toolchain.results.measurements import Measurement
+from toolchain.results.result_file import ResultFile
+from toolchain.system import hardware
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,7 @@ class Request:
         columns: Columns of the file or data set.
         split: Split of the data set; None for ``validation``.
         resume: Whether to resume the interrupted run of the same request.
+        results: The folder of the run's journal.
     """
 
     names: tuple[str, ...]
@@ -58,9 +56,12 @@ class Request:
     columns: Columns = USUAL
     split: str | None = None
     resume: bool = False
+    results: ResultsFolder = DEFAULT_FOLDER
 
 
-def planned(names: Sequence[str], providers: Sequence[str], allow_fallback: bool = False) -> list[tuple[str, str]]:
+def planned_pairs(
+    names: Sequence[str], providers: Sequence[str], allow_fallback: bool = False
+) -> list[tuple[str, str]]:
     """Returns the (variant, provider) pairs of a request, grouped by provider.
 
     Args:
@@ -73,23 +74,27 @@ def planned(names: Sequence[str], providers: Sequence[str], allow_fallback: bool
         BenchError: A named variant runs on none of the providers.
         UnknownVariantError: There is no variant of a given name.
     """
-    wanted = tuple(provider for provider in variants.PROVIDERS if provider in (providers or variants.PROVIDERS))
+    allowed_providers = tuple(provider for provider in PROVIDERS if provider in (providers or PROVIDERS))
     if not names:
-        return [(name, provider) for provider in wanted for name in variants.DEFAULT_CELLS[provider]]
+        return [(name, provider) for provider in allowed_providers for name in variants.DEFAULT_CELLS[provider]]
     pairs = []
     for variant in [variants.get(name) for name in dict.fromkeys(names)]:
-        serve = set(variant.providers)
+        usable = set(variant.providers)
         if allow_fallback and variant.runtime == "onnx":
-            serve |= set(providers)
-        if not serve & set(wanted):
-            where, named = " and ".join(variant.providers), ", ".join(wanted)
-            fallback = " With --allow-fallback it is measured as it falls back." if variant.runtime == "onnx" else ""
-            raise BenchError(f"{variant.name} is not measured on {named}.", f"It is measured on {where}.{fallback}")
-        pairs += [(variant.name, provider) for provider in wanted if provider in serve]
-    return sorted(pairs, key=lambda pair: wanted.index(pair[1]))
+            usable |= set(providers)
+        if not usable & set(allowed_providers):
+            supported, requested = " and ".join(variant.providers), ", ".join(allowed_providers)
+            fallback = (
+                " With --allow-fallback, the CPU runs the operators that the provider cannot run."
+                if variant.runtime == "onnx"
+                else ""
+            )
+            raise BenchError(f"{variant.name} does not run on {requested}.", f"It runs on {supported}.{fallback}")
+        pairs += [(variant.name, provider) for provider in allowed_providers if provider in usable]
+    return sorted(pairs, key=lambda pair: allowed_providers.index(pair[1]))
 
 
-def outlook(workspace: Workspace, request: Request) -> list[tuple[str, str, str]]:
+def preview(workspace: Workspace, request: Request) -> list[tuple[str, str, str]]:
     """Returns (variant, provider, next steps) of each planned cell, for a dry run.
 
     The text of the next steps is ``measure``, preceded by the variants to build, or the reason why the cell is
@@ -97,12 +102,12 @@ def outlook(workspace: Workspace, request: Request) -> list[tuple[str, str, str]
     """
     no_cuda = hardware.missing_cuda(request.protocol.device_id)
     rows = []
-    for name, provider in planned(request.names, request.providers, request.protocol.allow_fallback):
+    for name, provider in planned_pairs(request.names, request.providers, request.protocol.allow_fallback):
         if provider == "cuda" and no_cuda:
             rows.append((name, provider, f"unavailable: {no_cuda[0]}"))
             continue
-        todo = [f"{p.variant.name} ({p.reason})" for p in plan(workspace, [name], {}) if p.reason]
-        rows.append((name, provider, f"build {', '.join(todo)}, then measure" if todo else "measure"))
+        builds = [f"{item.variant.name} ({item.reason})" for item in plan(workspace, [name], {}) if item.reason]
+        rows.append((name, provider, f"build {', '.join(builds)}, then measure" if builds else "measure"))
     return rows
 
 
@@ -118,11 +123,11 @@ def measure(workspace: Workspace, request: Request, say: Say, progress: Progress
         DataError: The data cannot be used. No cell is measured then.
         ToolchainError: The import of the checkpoint failed, and every cell needs it.
     """
-    data, cells = prepared(workspace, request, hardware.missing_cuda(request.protocol.device_id), say)
-    return measured(workspace, request, cells, data, say, progress)
+    data, cells = prepare_cells(workspace, request, hardware.missing_cuda(request.protocol.device_id), say)
+    return measure_cells(workspace, request, cells, data, say, progress)
 
 
-def prepared(
+def prepare_cells(
     workspace: Workspace, request: Request, no_cuda: tuple[str, str] | None, say: Say
 ) -> tuple[Data, list[Cell]]:
     """Returns the sentences and the planned cells, after building the missing artifacts.
@@ -136,12 +141,12 @@ def prepared(
     Returns:
         The sentences, and the cells, each with its artifact or with the reason why it has none.
     """
-    pairs = planned(request.names, request.providers, request.protocol.allow_fallback)
-    _, data = asked(workspace, request, say)
-    return data, [_cell(workspace, name, provider, request, no_cuda, say) for name, provider in pairs]
+    pairs = planned_pairs(request.names, request.providers, request.protocol.allow_fallback)
+    _, data = evaluation_data(workspace, request, say)
+    return data, [_make_cell(workspace, name, provider, request, no_cuda, say) for name, provider in pairs]
 
 
-def measured(
+def measure_cells(
     workspace: Workspace, request: Request, cells: Sequence[Cell], data: Data, say: Say, progress: Progress
 ) -> tuple[ResultFile, Journal]:
     """Measures prepared cells; see `measure` for the result.
@@ -152,33 +157,36 @@ def measured(
     imported = workspace.load(checkpoints.ROOT_VARIANT)
     assert imported is not None
     root = imported.manifest
-    encoder = inputs.Encoder.open(imported.path, [spec.name for spec in root.inputs], root.max_length)
-    cells = [cell.reading_as(root) for cell in cells]
-    kept = _journal(workspace, request, cells, data)
-    # Before anything is timed.
+    encoder = encoding.Encoder.open(imported.path, [spec.name for spec in root.inputs], root.max_length)
+    cells = [cell.with_own_encoder(root) for cell in cells]
+    run_journal = _open_journal(workspace, request, cells, data)
+    # Compression would disturb the measurement, so it runs first.
     sizes = _gzip_sizes(workspace, cells, progress)
-    on_cpu = any(cell.artifact and cell.provider == "cpu" for cell in cells)
-    rates = roofline.rates(workspace.cache, request.protocol.threads, progress) if on_cpu else {}
+    has_cpu_cell = any(cell.artifact and cell.provider == "cpu" for cell in cells)
+    rates = roofline.rates(workspace.cache, request.protocol.threads, progress) if has_cpu_cell else {}
     try:
-        rows, how = bench(cells, data, encoder, request.protocol, progress, journal=kept)
+        rows, run_facts = bench(cells, data, encoder, request.protocol, progress, journal=run_journal)
     except KeyboardInterrupt:
-        say(f"kept: {kept.path}; the same command with --resume goes on from there")
+        say(f"interrupted: the results so far are in {run_journal.path}; the same command with --resume continues")
         raise
-    lengths = _lengths(encoder, data)
+    token_counts = _count_tokens(encoder, data)
     rows = [
         replace(
             row,
             size_bytes={**row.size_bytes, **sizes.get(row.artifact_id, {})},
-            facts={**row.facts, **_floor(workspace, row, rates, _lengths(cell.encoder, data) or lengths)},
+            facts={
+                **row.facts,
+                **_floor_fact(workspace, row, rates, _count_tokens(cell.encoder, data) or token_counts),
+            },
         )
         if row.status == "ok"
         else row
         for cell, row in zip(cells, rows, strict=True)
     ]
-    return result_of(rows, {**how, **({"rates": rates} if rates else {})}, data, root.max_length), kept
+    return make_result(rows, {**run_facts, **({"rates": rates} if rates else {})}, data, root.max_length), run_journal
 
 
-def asked(workspace: Workspace, request: Request, say: Say) -> tuple[Manifest, Data]:
+def evaluation_data(workspace: Workspace, request: Request, say: Say) -> tuple[Manifest, Data]:
     """Returns the imported checkpoint's manifest and the sentences of the evaluation.
 
     If the data is the model's training data and the request names no split, the sentences are the held-out rows.
@@ -187,53 +195,54 @@ def asked(workspace: Workspace, request: Request, say: Say) -> tuple[Manifest, D
         DataError: The data cannot be used with this model.
     """
     root = ensure(workspace, [checkpoints.ROOT_VARIANT], {}, say)[checkpoints.ROOT_VARIANT]
-    split, learnt = request.split, root.manifest.facts.get("trained_on")
-    if request.data and not split and TrainingSource(request.data, request.columns).digest == learnt:
-        say(f"{request.data}: the model was trained on it, so only the rows held out then are asked")
+    split, training_digest = request.split, root.manifest.facts.get("trained_on")
+    if request.data and not split and TrainingSource(request.data, request.columns).digest == training_digest:
+        say(f"{request.data} is the training data of the model, so only its held-out rows are measured")
         split = inputs.HELD_OUT_SPLIT
     return root.manifest, inputs.load(request.data, root.label_set, request.columns, split)
 
 
-def _lengths(encoder: inputs.Encoder | None, data: Data) -> list[int]:
+def _count_tokens(encoder: encoding.Encoder | None, data: Data) -> list[int]:
     """Returns the number of tokens of each sentence; empty without an encoder."""
     return [len(ids) for ids in encoder.encode(data.texts)] if encoder else []
 
 
-def _floor(
-    workspace: Workspace, row: Measurement, rates: Mapping[str, Mapping[str, float]], lengths: Sequence[int]
+def _floor_fact(
+    workspace: Workspace, row: Measurement, rates: Mapping[str, Mapping[str, float]], token_counts: Sequence[int]
 ) -> dict[str, Any]:
     """Returns the fact ``roofline``; empty for a row that is not on the CPU or whose work is unknown.
 
     The fact holds the median multiply-accumulates over sentences and the bytes of weights. With known rates, it also
     holds the median floor in milliseconds and the floor's share of the row's p50.
     """
-    artifact, name = workspace.load(row.variant), parse_name(row.variant)
+    artifact = workspace.load(row.variant)
     if row.provider != "cpu" or artifact is None:
         return {}
     lineage = [workspace.load(variant.name) for variant in workspace.lineage(row.variant)]
-    torch = [a for a in lineage if a and _is_torch_fp32(a.manifest.variant)]
-    found = roofline.work(torch[-1].path) if torch else None
-    size = roofline.weight_bytes(artifact.manifest.facts)
-    if found is None or size is None:
+    torch = [ancestor for ancestor in lineage if ancestor and ancestor.manifest.variant.parts.is_torch_fp32]
+    model_work = roofline.read_work(torch[-1].path) if torch else None
+    bytes_read = roofline.weight_bytes(artifact.manifest.facts)
+    if model_work is None or bytes_read is None:
         return {}
-    made = Counter[str]()
-    for each in lineage:
-        made.update((each.manifest.facts.get("rewrites") if each else None) or {})
-    macs = [found.macs(tokens, made["first-token"] > 0, made["first-query"] > 0) for tokens in lengths]
-    floors = [roofline.floor_ms(each, size, rates.get(name.runtime, {}), name.scheme) for each in macs]
-    least = statistics.median(floor for floor in floors if floor is not None) if floors[0] is not None else None
-    facts: dict[str, Any] = {"macs": round(statistics.median(macs)), "weight_bytes": size}
-    if least is not None:
-        facts |= {"floor_ms": round(least, 4), "share": round(least / row.latency_ms["p50"], 4)}
+    rewrites = Counter[str]()
+    for ancestor in lineage:
+        rewrites.update((ancestor.manifest.facts.get("rewrites") if ancestor else None) or {})
+    macs = [
+        model_work.macs(tokens, rewrites["first-token"] > 0, rewrites["first-query"] > 0) for tokens in token_counts
+    ]
+    parts = artifact.manifest.variant.parts
+    floors = [
+        roofline.floor_ms(sentence_macs, bytes_read, rates.get(parts.runtime, {}), parts.scheme)
+        for sentence_macs in macs
+    ]
+    median_floor = statistics.median(ms for ms in floors if ms is not None) if floors[0] is not None else None
+    facts: dict[str, Any] = {"macs": round(statistics.median(macs)), "weight_bytes": bytes_read}
+    if median_floor is not None:
+        facts |= {"floor_ms": round(median_floor, 4), "share": round(median_floor / row.latency_ms["p50"], 4)}
     return {"roofline": facts}
 
 
-def _is_torch_fp32(name: str) -> bool:
-    found = parse_name(name)
-    return (found.runtime, found.scheme) == ("torch", "fp32")
-
-
-def _journal(workspace: Workspace, request: Request, cells: Sequence[Cell], data: Data) -> Journal:
+def _open_journal(workspace: Workspace, request: Request, cells: Sequence[Cell], data: Data) -> Journal:
     head = {
         "toolchain": toolchain.__version__,
         "machine": hardware.machine()["id"],
@@ -242,29 +251,31 @@ def _journal(workspace: Workspace, request: Request, cells: Sequence[Cell], data
         "cells": [[cell.name, cell.artifact.manifest.id if cell.artifact else None] for cell in cells],
     }
     if request.resume:
-        return Journal.take_up(journal.newest(LOCAL, workspace.model), head)
+        return Journal.resume(journal.find_newest(request.results.local, workspace.model), head)
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
-    return Journal.begin(LOCAL / f"{workspace.model}-{stamp}{journal.SUFFIX}", head)
+    return Journal.begin(request.results.local / f"{workspace.model}-{stamp}{journal.SUFFIX}", head)
 
 
 def _gzip_sizes(workspace: Workspace, cells: Sequence[Cell], progress: Progress) -> dict[str | None, dict[str, int]]:
     """Returns artifact id → its gzip size, computed in parallel threads; run it before any timing starts."""
-    found = {cell.artifact.manifest.id: cell.artifact for cell in cells if cell.artifact}
+    artifacts = {cell.artifact.manifest.id: cell.artifact for cell in cells if cell.artifact}
     sizes: dict[str | None, dict[str, int]] = {}
     with ThreadPoolExecutor() as pool:
         folder = workspace.cache / "gzip"
-        for artifact, size in zip(found, pool.map(lambda a: store.gzip_bytes(a, folder), found.values()), strict=True):
-            sizes[artifact] = {"gzip": size}
-            progress(len(sizes), len(found), "compressing, for the size of a download")
+        for artifact_id, size in zip(
+            artifacts, pool.map(lambda artifact: store.gzip_bytes(artifact, folder), artifacts.values()), strict=True
+        ):
+            sizes[artifact_id] = {"gzip": size}
+            progress(len(sizes), len(artifacts), "compressing files to measure the download size")
     return sizes
 
 
-def result_of(rows: Sequence[Measurement], how: Mapping[str, Any], data: Data, max_length: int) -> ResultFile:
+def make_result(rows: Sequence[Measurement], run_facts: Mapping[str, Any], data: Data, max_length: int) -> ResultFile:
     """Returns the result file of a run that has just ended on this machine.
 
     Args:
         rows: Rows of all cells.
-        how: Facts of the run.
+        run_facts: Facts of the run.
         data: The sentences and their labels.
         max_length: Maximum number of tokens of a sentence.
     """
@@ -272,7 +283,7 @@ def result_of(rows: Sequence[Measurement], how: Mapping[str, Any], data: Data, m
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         toolchain=toolchain.__version__,
         machine=hardware.machine(),
-        run={"id": secrets.token_hex(8), **how},
+        run={"id": secrets.token_hex(8), **run_facts},
         data={
             "name": data.name,
             "rows": len(data.labels),
@@ -286,149 +297,16 @@ def result_of(rows: Sequence[Measurement], how: Mapping[str, Any], data: Data, m
     )
 
 
-def _cell(
+def _make_cell(
     workspace: Workspace, name: str, provider: str, request: Request, no_cuda: tuple[str, str] | None, say: Say
 ) -> Cell:
     cell = Cell(workspace.model, name, variants.get(name).runtime, provider, None)
     if provider == "cuda" and no_cuda:
-        return replace(cell, status="unavailable", reason=no_cuda[0], mend=no_cuda[1])
+        return replace(cell, status="unavailable", reason=no_cuda[0], hint=no_cuda[1])
     try:
-        return replace(cell, artifact=ensure(workspace, [name], {}, only_news(say))[name])
+        return replace(cell, artifact=ensure(workspace, [name], {}, without_fresh(say))[name])
     except (DataError, ProviderError, PruningError) as error:
         # The model or machine may lack a default cell. This is a failure only if the request names the variant.
-        return replace(cell, status="failed" if request.names else "unavailable", reason=error.cause, mend=error.mend)
+        return replace(cell, status="failed" if request.names else "unavailable", reason=error.cause, hint=error.hint)
     except ToolchainError as error:
-        return replace(cell, status="failed", reason=error.cause, mend=error.mend)
-
-
-def judge(*results: ResultFile) -> None:
-    """Requires successful measurements.
-
-    Raises:
-        BenchError: A planned cell failed, or no cell was measured.
-    """
-    rows = [row for result in results for row in result.rows]
-    failed = [row for row in rows if row.status == "failed"]
-    if failed:
-        what = "; ".join(f"{row.cell}: {row.reason}" for row in failed)
-        raise BenchError(f"{len(failed)} of {len(rows)} cells failed: {what}", failed[0].mend)
-    if not any(row.status == "ok" for row in rows):
-        raise BenchError(f"Nothing could be measured: {rows[0].reason}", rows[0].mend)
-
-
-def named_path(name: str, machine_id: str | None = None) -> Path:
-    """Returns the path of a named result file, which a repository can hold.
-
-    Args:
-        name: Name of the result.
-        machine_id: Id of the machine if several machines give one result each; None otherwise.
-    """
-    return RESULTS / (f"{name}-{machine_id}.json" if machine_id else f"{name}.json")
-
-
-def require_free(path: Path) -> None:
-    """Requires that the path does not exist.
-
-    Raises:
-        ResultFileError: The path exists.
-    """
-    if os.path.lexists(path):
-        raise _taken(path)
-
-
-def _taken(path: Path) -> ResultFileError:
-    return ResultFileError(f"{path} exists.", "Give another name with --save-as, or replace it with --force.")
-
-
-def save_named(result: ResultFile, path: Path, *, force: bool) -> None:
-    """Writes the result to a `named_path`.
-
-    Raises:
-        ResultFileError: The path exists and `force` is false, or it cannot be written.
-    """
-    try:
-        result.write(path, replace=force)
-    except FileExistsError as error:
-        raise _taken(path) from error
-
-
-def save_local(result: ResultFile, model: str, machine_id: str | None = None) -> Path:
-    """Writes the result to a new file in `LOCAL` and returns its path.
-
-    Raises:
-        ResultFileError: The file cannot be written.
-    """
-    stamp = result.created.replace(":", "").replace("-", "").removesuffix("+0000")
-    suffix = f"-{machine_id}" if machine_id else ""
-    path = LOCAL / f"{model}-{stamp}Z{suffix}.json"
-    try:
-        return files.write_to_free(path, result.to_json())
-    except OSError as error:
-        raise ResultFileError.unwritable(path, error) from error
-
-
-def newest(model: str, say: Say) -> ResultFile:
-    """Returns the newest run of the model among all named and local result files.
-
-    Raises:
-        BenchError: There is none.
-    """
-    mine = [run for run in _readable(say) if any(row.model == model for row in run.rows)]
-    if not mine:
-        raise BenchError(f"There is no result of {model} under {RESULTS}.", "`toolchain bench` measures it.")
-    return max(mine, key=lambda run: run.created)
-
-
-def cited(ids: Collection[str], say: Say) -> dict[str, tuple[ResultFile, Measurement]]:
-    """Returns artifact id → the newest run that measured it, and its row; unmeasured artifacts are absent."""
-    found: dict[str, tuple[ResultFile, Measurement]] = {}
-    for run in sorted(_readable(say), key=lambda run: run.created):
-        for row in run.rows:
-            if row.status == "ok" and row.artifact_id in ids:
-                found[str(row.artifact_id)] = run, row
-    return found
-
-
-def _readable(say: Say) -> Iterator[ResultFile]:
-    for path in [*sorted(RESULTS.glob("*.json")), *sorted(LOCAL.glob("*.json"))]:
-        try:
-            yield ResultFile.read(path)
-        except ResultFileError as error:
-            say(f"passed over: {error}")  # not an error, because the file may belong to another model
-
-
-def older(path: Path, files: Sequence[ResultFile]) -> ResultFile:
-    """Returns the old run of a regression check.
-
-    Args:
-        path: Result file of the old run.
-        files: The new runs.
-
-    Raises:
-        BenchError: The old run is one of the new runs, so the check could never fail.
-    """
-    found = ResultFile.read(path)
-    if any(file.run.get("id") == found.run.get("id") and file.created == found.created for file in files):
-        raise BenchError(
-            f"{path} is the run itself.", "Name the newer result file: `toolchain compare NEW --against OLD`."
-        )
-    return found
-
-
-def current_ids(exported: Path, rows: Sequence[Any]) -> dict[tuple[str, str], str]:
-    """Returns (model, variant) → id of the current artifact, for the models and variants of the rows.
-
-    Args:
-        exported: The export folder.
-        rows: Rows with a model and a variant. Variants without a readable artifact are absent from the result.
-    """
-    found = {}
-    for model, variant in {(row.model, row.variant) for row in rows}:
-        folder = exported / model / variant
-        try:
-            artifact = store.load(folder)
-        except ToolchainError:
-            continue
-        if artifact:
-            found[model, variant] = artifact.manifest.id
-    return found
+        return replace(cell, status="failed", reason=error.cause, hint=error.hint)

@@ -11,11 +11,12 @@ from typing import Any
 
 from toolchain.backends import BACKENDS, Backend
 from toolchain.bench import scenarios
-from toolchain.bench.cells import Cell, Running, measurement, unmeasured
+from toolchain.bench.cells import Cell, Running, make_row, make_row_without_figures
 from toolchain.bench.journal import Journal
 from toolchain.bench.process import Worker
 from toolchain.bench.scenarios import LENGTHS, OFFLINE, SINGLE, Protocol, Turn
-from toolchain.data.inputs import Data, Encoder
+from toolchain.data.encoding import Encoder
+from toolchain.data.inputs import Data
 from toolchain.errors import ToolchainError
 from toolchain.results.measurements import Measurement
 
@@ -23,7 +24,7 @@ from toolchain.results.measurements import Measurement
 SETTLE_S = 0.05
 LOAD_TIMEOUT_S = 300.0
 TURN_TIMEOUT_S = 120.0
-CALIBRATION = 12  # sentences of the warm-up of each new process; their times determine the size of the rounds
+WARM_UP_SENTENCES = 12  # sentences of the warm-up of each new process; their times determine the size of the rounds
 EXACTNESS_ROUNDS = 20
 SPARE_TIME = 1.1
 SPARE_SHARE = 0.1  # share of the machine's memory that must stay free
@@ -67,7 +68,7 @@ def bench(
             if item.worker:
                 item.worker.close()
     rows = [run.row(index) for index in range(len(cells))]
-    return rows, {**asdict(protocol), "rounds": protocol.rounds, **run.how()}
+    return rows, {**asdict(protocol), "rounds": protocol.rounds, **run.facts()}
 
 
 class _Bench:
@@ -92,74 +93,74 @@ class _Bench:
         self._singles: list[int] = []
         self.running = {i: Running(cell, cell.artifact) for i, cell in enumerate(cells) if cell.artifact}
         for record in journal.records if journal else ():
-            self.running[record["cell"]].take(record)
+            self.running[record["cell"]].add_record(record)
 
     def measure(self) -> None:
         """Measures all rounds of all cells."""
         for count, (index, item) in enumerate(self.running.items()):
             self._progress(count, len(self.running), f"loading {item.cell.name}")
             if not item.starts and not item.failure:
-                self._guarded(index, self._start)
+                self._run_action(index, self._start_process)
         slowest = max((item.sentence_s for item in self.running.values()), default=0.0)
-        self._singles = scenarios.choose(len(self._ids), slowest, self._protocol)
+        self._singles = scenarios.choose_sentences(len(self._ids), slowest, self._protocol)
         batches = scenarios.offline_batches(list(map(len, self._ids)), self._protocol.batch_size)
         done, total = 0, self._protocol.rounds * (2 + len(self._lengths)) * len(self.running)
         for turn in range(self._protocol.rounds):
             # The seed contains the round, so a resumed run keeps the order of the original run.
             rng = random.Random(f"{self._protocol.seed} {turn}")
-            if self._protocol.starts_anew(turn):
-                for index in self._shuffled(rng):
-                    if not any(turn in told for told in self.running[index].turns.values()):
-                        self._guarded(index, self._start)
+            if self._protocol.needs_fresh_process(turn):
+                for index in self._shuffle(rng):
+                    if not any(turn in replies for replies in self.running[index].turns.values()):
+                        self._run_action(index, self._start_process)
             for work in scenarios.turns(turn, self._singles, batches, self._lengths, self._protocol):
-                for index in self._shuffled(rng):
+                for index in self._shuffle(rng):
                     item = self.running[index]
                     if item.failure is None and turn not in item.turns.get(work.kind, {}):
-                        which = f"round {turn + 1} of {self._protocol.rounds}"
-                        self._progress(done, total, f"{item.cell.name}, {work.kind}, {which}")
-                        self._guarded(index, self._turn, turn, work)
+                        round_text = f"round {turn + 1} of {self._protocol.rounds}"
+                        self._progress(done, total, f"{item.cell.name}, {work.kind}, {round_text}")
+                        self._run_action(index, self._run_turn, turn, work)
                     done += 1
         for index in self.running:
-            self._guarded(index, self._stop)
-            self._guarded(index, self._time_exactness)
+            self._run_action(index, self._stop_process)
+            self._run_action(index, self._time_exactness)
 
-    def _shuffled(self, rng: random.Random) -> Iterator[int]:
+    def _shuffle(self, rng: random.Random) -> Iterator[int]:
         return iter(rng.sample(sorted(self.running), len(self.running)))
 
-    def _guarded(self, index: int, action: Callable[..., None], *about: Any) -> None:
+    def _run_action(self, index: int, action: Callable[..., None], *arguments: Any) -> None:
         """Runs an action of a cell that has not failed, and records a `ToolchainError` as the failure of this cell."""
         item = self.running[index]
         if item.failure is not None:
             return
         try:
-            action(index, item, *about)
+            action(index, item, *arguments)
         except ToolchainError as error:
             if item.worker:
                 item.worker.close()
                 item.worker = None
-            reply = {"type": type(error).__name__, "cause": error.cause, "mend": error.mend}
-            self._keep(index, "failure", reply)
+            reply = {"type": type(error).__name__, "cause": error.cause, "mend": error.hint}
+            self._record(index, "failure", reply)
 
-    def _keep(self, index: int, kind: str, reply: Mapping[str, Any], turn: int | None = None) -> None:
+    def _record(self, index: int, kind: str, reply: Mapping[str, Any], turn: int | None = None) -> None:
         record = {"cell": index, "kind": kind, "turn": turn, "reply": dict(reply)}
-        self.running[index].take(record)
+        self.running[index].add_record(record)
         if self._journal:
             self._journal.append(record)
 
-    def _start(self, index: int, item: Running) -> None:
+    def _start_process(self, index: int, item: Running) -> None:
         """Replaces the cell's process by a fresh one, and records its start and its time per sentence."""
-        self._stop(index, item)
-        self._make_room(item)
-        item.worker = self._open(item)
+        self._stop_process(index, item)
+        self._free_memory(item)
+        item.worker = self._open_worker(item)
         ready = item.worker.load(LOAD_TIMEOUT_S)
         item.worker.ask({"do": "data", "texts": self._data.texts, "lengths": self._lengths}, LOAD_TIMEOUT_S)
-        chosen = [[i] for i in self._order[:CALIBRATION]]
+        chosen = [[i] for i in self._order[:WARM_UP_SENTENCES]]
         message = {"do": "run", "batches": chosen, "warmup": len(chosen)}
         reply = item.worker.ask(message, LOAD_TIMEOUT_S)
         time.sleep(SETTLE_S)
-        self._keep(index, "start", {**ready, "sentence_s": statistics.mean(reply["us"][0]) / 1e6})
+        self._record(index, "start", {**ready, "sentence_s": statistics.mean(reply["us"][0]) / 1e6})
 
-    def _open(self, item: Running) -> Worker:
+    def _open_worker(self, item: Running) -> Worker:
         """Returns a fresh process for the cell; it has not loaded the session yet."""
         backend = self._backends[item.cell.runtime]
         place = self._protocol.place(item.cell.provider)
@@ -167,13 +168,13 @@ class _Bench:
         encoder = item.cell.encoder or self._encoder
         return Worker(backend.session, item.artifact.path, place, encoder, text, backend.imports)
 
-    def _stop(self, index: int, item: Running) -> None:
+    def _stop_process(self, index: int, item: Running) -> None:
         """Records the memory peaks of the cell's process, if there is one, and ends the process."""
         if item.worker:
             peak = item.worker.ask({"do": "peak"}, TURN_TIMEOUT_S)
             item.worker.close()
             item.worker = None
-            self._keep(index, "peak", peak)
+            self._record(index, "peak", peak)
 
     def _time_exactness(self, index: int, item: Running) -> None:
         """Times exact 8-bit products against saturating products, if the processor needs an option for exact ones.
@@ -183,41 +184,41 @@ class _Bench:
         """
         if item.exactness or not item.needs_option:
             return
-        worker = self._open(item)
+        worker = self._open_worker(item)
         try:
             worker.load(LOAD_TIMEOUT_S)
             worker.ask({"do": "data", "texts": self._data.texts, "lengths": []}, LOAD_TIMEOUT_S)
-            chosen = [[i] for i in self._order[:CALIBRATION]]
+            chosen = [[i] for i in self._order[:WARM_UP_SENTENCES]]
             message = {"do": "exactness", "batches": chosen, "rounds": EXACTNESS_ROUNDS}
-            self._keep(index, "exactness", worker.ask(message, TURN_TIMEOUT_S))
+            self._record(index, "exactness", worker.ask(message, TURN_TIMEOUT_S))
         finally:
             worker.close()
 
-    def _make_room(self, item: Running) -> None:
+    def _free_memory(self, item: Running) -> None:
         """Ends processes of cells until the next model fits in memory; they start again at their next turn."""
         import psutil
 
         memory = psutil.virtual_memory
-        known = [start["memory"]["load"] for start in item.starts]
-        needed = 2 * (max(known) if known else item.artifact.manifest.size_bytes)
+        load_sizes = [start["memory"]["load"] for start in item.starts]
+        needed = 2 * (max(load_sizes) if load_sizes else item.artifact.manifest.size_bytes)
         for index in self.running:
             if memory().available - needed >= SPARE_SHARE * memory().total:
                 return
-            self._guarded(index, self._stop)
+            self._run_action(index, self._stop_process)
 
-    def _turn(self, index: int, item: Running, turn: int, work: Turn) -> None:
+    def _run_turn(self, index: int, item: Running, turn: int, work: Turn) -> None:
         if item.worker is None:
-            self._start(index, item)
+            self._start_process(index, item)
         assert item.worker is not None
         single = work.kind == SINGLE
-        earlier = item.turns.get(work.kind, {})
+        earlier_replies = item.turns.get(work.kind, {})
         message = {
             "do": "run",
             "batches": work.batches,
             "warmup": 2,
             # All rounds repeat their sentences equally often. The first round sets this number: with 0, the worker
             # repeats the sentences until `min_s` is over. `SPARE_TIME` adds a reserve for faster later rounds.
-            "repeats": len(earlier[min(earlier)]["us"]) if earlier else 0,
+            "repeats": len(earlier_replies[min(earlier_replies)]["us"]) if earlier_replies else 0,
             "min_s": work.min_s * SPARE_TIME,
             "tokenizing": single,
             "resident": single and item.cell.provider != "cpu",
@@ -231,9 +232,9 @@ class _Bench:
         elif work.kind == OFFLINE:
             reply |= {"answered": [i for batch in work.batches for i in batch], "probabilities": []}
             reply["sizes"] = [len(batch) for batch in work.batches]
-        self._keep(index, work.kind, reply, turn)
+        self._record(index, work.kind, reply, turn)
 
-    def how(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """Returns the facts of the run that its protocol does not contain."""
         return {
             "single_sentences": len(self._singles),
@@ -244,4 +245,4 @@ class _Bench:
     def row(self, index: int) -> Measurement:
         """Returns the row of the cell with this index."""
         item = self.running.get(index)
-        return measurement(item, self._data, self._protocol) if item else unmeasured(self._cells[index])
+        return make_row(item, self._data, self._protocol) if item else make_row_without_figures(self._cells[index])

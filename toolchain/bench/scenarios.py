@@ -59,10 +59,10 @@ class Protocol:
         """Returns the place in which a cell on the provider runs."""
         return Place(provider, self.threads, self.device_id, self.allow_fallback)
 
-    def starts_anew(self, turn: int) -> bool:
+    def needs_fresh_process(self, turn: int) -> bool:
         """Returns whether every cell gets a fresh process before round `turn`, counted from 0."""
-        each = -(-self.rounds // self.starts)
-        return turn > 0 and turn % each == 0
+        rounds_per_process = -(-self.rounds // self.starts)
+        return turn > 0 and turn % rounds_per_process == 0
 
 
 # They take about 20 and 60 seconds for each cell.
@@ -75,7 +75,7 @@ class Turn:
     """One cell's turn in a round.
 
     Attributes:
-        kind: The scenario, or the result of `of_length`.
+        kind: The scenario, or the result of `length_kind`.
         batches: Indices of the sentences of each batch.
         min_s: Minimum seconds; the cell repeats the batches until then.
     """
@@ -85,12 +85,12 @@ class Turn:
     min_s: float
 
 
-def of_length(tokens: int) -> str:
+def length_kind(tokens: int) -> str:
     """Returns the kind of a turn with one sentence of `tokens` tokens."""
     return f"{tokens} tokens"
 
 
-def choose(count: int, slowest_s: float, protocol: Protocol) -> list[int]:
+def choose_sentences(count: int, slowest_s: float, protocol: Protocol) -> list[int]:
     """Returns the indices of the sentences measured at batch 1, in a random order that the seed fixes.
 
     Args:
@@ -116,9 +116,9 @@ def offline_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        fits = batches and len(batches[-1]) < size
+        has_room = batches and len(batches[-1]) < size
         # The sentences are sorted, so the new one is the longest, and the batch is padded to its length.
-        if fits and (len(batches[-1]) + 1) * lengths[index] <= size * TOKENS_A_SENTENCE:
+        if has_room and (len(batches[-1]) + 1) * lengths[index] <= size * TOKENS_A_SENTENCE:
             batches[-1].append(index)
         else:
             batches.append([index])
@@ -137,11 +137,11 @@ def turns(
         lengths: Token counts of the synthetic sentences. Their indices follow the indices of the data's sentences.
         protocol: The settings of the benchmark.
     """
-    part, min_s = turn % SLICES, protocol.min_s / protocol.rounds
-    found = [
-        Turn(SINGLE, [[i] for i in sentences[part::SLICES]], min_s),
-        Turn(OFFLINE, list(batches[part::SLICES]), min_s),
+    start, min_s = turn % SLICES, protocol.min_s / protocol.rounds
+    all_turns = [
+        Turn(SINGLE, [[i] for i in sentences[start::SLICES]], min_s),
+        Turn(OFFLINE, list(batches[start::SLICES]), min_s),
     ]
     count = sum(map(len, batches))
-    found += [Turn(of_length(n), [[count + i]], min_s * LENGTH_SHARE) for i, n in enumerate(lengths)]
-    return [each for each in found if each.batches]
+    all_turns += [Turn(length_kind(n), [[count + i]], min_s * LENGTH_SHARE) for i, n in enumerate(lengths)]
+    return [item for item in all_turns if item.batches]

@@ -23,7 +23,7 @@ from toolchain import errors
 from toolchain.backends import Place, session_class
 from toolchain.bench import gpu_memory
 from toolchain.data import labels
-from toolchain.data.inputs import Encoder, Tokens, pad
+from toolchain.data.encoding import Encoder, Tokens, pad
 from toolchain.results.measurements import PROBABILITY
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def _reset_peak() -> str:
     return "VmHWM reset after load"
 
 
-def _peak() -> int:
+def _peak_bytes() -> int:
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -59,24 +59,24 @@ class _Child:
         self._place = Place(**first["place"])
         self._folder = Path(first["folder"])
         self._metering_s = 0.0
-        memory: dict[str, Any] = {"bare": self._uss()}
+        memory: dict[str, Any] = {"bare": self._unique_bytes()}
         for module in first["imports"]:
-            _import(module)
-        kind = session_class(first["session"])
-        told = first["tokenizer"]
-        self._encoder = Encoder.open(Path(told["folder"]), told["names"], told["max_length"])
-        memory["imports"] = self._uss()
+            _import_module(module)
+        session_type = session_class(first["session"])
+        tokenizer = first["tokenizer"]
+        self._encoder = Encoder.open(Path(tokenizer["folder"]), tokenizer["names"], tokenizer["max_length"])
+        memory["imports"] = self._unique_bytes()
         with self._metering():
             self._gpu = gpu_memory.meter(self._place.device_id) if self._place.provider == "cuda" else None
-        started = time.perf_counter_ns()
-        self._session = kind(self._folder, self._place)
-        load_us = _since(started)
-        memory |= {"load": self._uss(), "method": _reset_peak()}
+        started_ns = time.perf_counter_ns()
+        self._session = session_type(self._folder, self._place)
+        load_us = _elapsed_us(started_ns)
+        memory |= {"load": self._unique_bytes(), "method": _reset_peak()}
         with self._metering():
             self._gpu_load = self._gpu.read() if self._gpu else 0
         self._texts, self._ids = [first["text"]], self._encoder.encode([first["text"]])
-        answer = self._session.run(self._arrays([0]))
-        self._answers(answer)
+        answer = self._session.run(self._pad_batch([0]))
+        self._check_and_decode(answer)
         self.ready = {
             "load_us": load_us,
             "facts": self._session.facts(),
@@ -97,8 +97,8 @@ class _Child:
         tokens = [token for ids in self._ids for token in ids[1:-1]] or self._ids[0]
         first, last = self._ids[0][0], self._ids[0][-1]
         for length in lengths:
-            filling = (tokens * (length // len(tokens) + 1))[: max(0, length - 2)]
-            self._ids.append(Tokens([first, *filling, last][:length]))
+            middle = (tokens * (length // len(tokens) + 1))[: max(0, length - 2)]
+            self._ids.append(Tokens([first, *middle, last][:length]))
         return {}
 
     def run(
@@ -126,39 +126,39 @@ class _Child:
             ``probabilities`` come from the first repetition, by batch.
         """
         for batch in batches[:warmup]:
-            self._session.run(self._arrays(batch))
-        found: dict[str, Any] = {"us": [], "tokenizing_us": [], "resident_us": []}
+            self._session.run(self._pad_batch(batch))
+        result: dict[str, Any] = {"us": [], "tokenizing_us": [], "resident_us": []}
         outputs: list[np.ndarray] = []
         gc.collect()
         gc.disable()
         try:
-            until = time.perf_counter() + min_s
-            while len(found["us"]) < (repeats or 1) or (
-                not repeats and time.perf_counter() < until and len(found["us"]) < MOST_REPEATS
+            deadline = time.perf_counter() + min_s
+            while len(result["us"]) < (repeats or 1) or (
+                not repeats and time.perf_counter() < deadline and len(result["us"]) < MOST_REPEATS
             ):
-                times, before = [], []
+                times, tokenizing_us = [], []
                 for batch in batches:
-                    began = time.perf_counter_ns()
-                    arrays = self._from_text(batch) if tokenizing else self._arrays(batch)
-                    started = time.perf_counter_ns()
+                    batch_started_ns = time.perf_counter_ns()
+                    arrays = self._encode_batch(batch) if tokenizing else self._pad_batch(batch)
+                    session_started_ns = time.perf_counter_ns()
                     logits = self._session.run(arrays)
-                    times.append(_since(started))
-                    before.append((started - began) // 1000)
-                    if not found["us"]:
+                    times.append(_elapsed_us(session_started_ns))
+                    tokenizing_us.append((session_started_ns - batch_started_ns) // 1000)
+                    if not result["us"]:
                         outputs.append(logits)
-                found["us"].append(times)
-                found["tokenizing_us"] += before if tokenizing else []
+                result["us"].append(times)
+                result["tokenizing_us"] += tokenizing_us if tokenizing else []
             for batch in batches if resident else ():
-                again = self._session.resident(self._arrays(batch))
-                again()
-                started = time.perf_counter_ns()
-                again()
-                found["resident_us"].append(_since(started))
+                resident_call = self._session.resident(self._pad_batch(batch))
+                resident_call()
+                session_started_ns = time.perf_counter_ns()
+                resident_call()
+                result["resident_us"].append(_elapsed_us(session_started_ns))
         finally:
             gc.enable()
         if self._gpu:
             self._gpu.read()
-        return {**found, **self._answers(*outputs)}
+        return {**result, **self._check_and_decode(*outputs)}
 
     def exactness(self, batches: list[list[int]], rounds: int) -> dict[str, Any]:
         """Times exact against saturating 8-bit products in alternating rounds, after one untimed round.
@@ -170,42 +170,42 @@ class _Child:
         Returns:
             ``exact`` and ``saturating``: microseconds of each round.
         """
-        inexact = type(self._session)(self._folder, dataclasses.replace(self._place, exact=False))
-        sessions = {"exact": self._session, "saturating": inexact}
-        found: dict[str, list[int]] = {name: [] for name in sessions}
-        arrays = [self._arrays(batch) for batch in batches]
+        saturating = type(self._session)(self._folder, dataclasses.replace(self._place, exact=False))
+        sessions = {"exact": self._session, "saturating": saturating}
+        times: dict[str, list[int]] = {name: [] for name in sessions}
+        arrays = [self._pad_batch(batch) for batch in batches]
         for turn in range(rounds + 1):
             for name in sorted(sessions, reverse=turn % 2 == 1):
-                started = time.perf_counter_ns()
+                started_ns = time.perf_counter_ns()
                 for batch in arrays:
                     sessions[name].run(batch)
                 if turn:
-                    found[name].append(_since(started))
-        inexact.close()
-        return found
+                    times[name].append(_elapsed_us(started_ns))
+        saturating.close()
+        return times
 
-    def _arrays(self, batch: list[int]) -> dict[str, np.ndarray]:
+    def _pad_batch(self, batch: list[int]) -> dict[str, np.ndarray]:
         return pad([self._ids[i] for i in batch], self._encoder.names, self._encoder.pad_id)
 
-    def _from_text(self, batch: list[int]) -> dict[str, np.ndarray]:
+    def _encode_batch(self, batch: list[int]) -> dict[str, np.ndarray]:
         ids = self._encoder.encode([self._texts[i] for i in batch])
         return pad(ids, self._encoder.names, self._encoder.pad_id)
 
-    def _answers(self, *outputs: np.ndarray) -> dict[str, Any]:
+    def _check_and_decode(self, *outputs: np.ndarray) -> dict[str, Any]:
         """Returns answers and probabilities of each batch's logits; raises `BenchError` if a logit is not finite."""
         import numpy as np
 
-        multi = self._encoder.multi_label
-        found: dict[str, Any] = {"answers": [], "probabilities": []}
+        multi_label = self._encoder.multi_label
+        result: dict[str, Any] = {"answers": [], "probabilities": []}
         for logits in outputs:
             if not np.isfinite(logits).all():
                 raise errors.BenchError(
-                    "It answered with what is no number.", "`toolchain validate` shows which input."
+                    "The model returned a logit that is not a number.", "`toolchain validate` shows the input."
                 )
-            found["answers"].append(labels.answers(logits, multi))
-            whole = np.rint(labels.shares(logits, multi) * PROBABILITY)
-            found["probabilities"].append([[int(p) for p in row] for row in whole])
-        return found
+            result["answers"].append(labels.answers(logits, multi_label))
+            integers = np.rint(labels.shares(logits, multi_label) * PROBABILITY)
+            result["probabilities"].append([[int(p) for p in row] for row in integers])
+        return result
 
     @contextlib.contextmanager
     def _metering(self) -> Iterator[None]:
@@ -214,7 +214,7 @@ class _Child:
         yield
         self._metering_s += time.perf_counter() - started
 
-    def _uss(self) -> int:
+    def _unique_bytes(self) -> int:
         """Returns the unique set size in bytes: the memory that the system would free if this process ended."""
         with self._metering():
             import psutil
@@ -226,39 +226,39 @@ class _Child:
 
         The host peak is since loading if the system can reset it, and otherwise since the start of the process.
         """
-        found: dict[str, Any] = {"peak": _peak()}
+        result: dict[str, Any] = {"peak": _peak_bytes()}
         if self._gpu:
             self._gpu.read()
-            found["gpu"] = {"load": self._gpu_load, "peak": self._gpu.peak, "method": self._gpu.method}
+            result["gpu"] = {"load": self._gpu_load, "peak": self._gpu.peak, "method": self._gpu.method}
             allocated = gpu_memory.allocator_peak(self._place.device_id)
             if allocated is not None:
-                found["gpu"]["allocator_peak"] = allocated
-        return found
+                result["gpu"]["allocator_peak"] = allocated
+        return result
 
 
-def _import(module: str) -> None:
+def _import_module(module: str) -> None:
     """Imports a module; raises `ProviderError` if it is not installed or does not work on this machine."""
     try:
         importlib.import_module(module)
     except (ImportError, OSError) as error:
         raise errors.ProviderError(
-            f"{module} cannot be imported: {error}.", "`toolchain doctor` says what to install."
+            f"{module} cannot be imported: {error}.", "`toolchain doctor` lists the packages to install."
         ) from error
 
 
-def _since(started_ns: int) -> int:
+def _elapsed_us(started_ns: int) -> int:
     """Returns the whole microseconds since `started_ns`, at least 1."""
     return max(1, round((time.perf_counter_ns() - started_ns) / 1000))
 
 
-def serve(begin: Callable[[dict[str, Any]], Any]) -> None:
+def serve(create: Callable[[dict[str, Any]], Any]) -> None:
     """Answers messages until standard input ends.
 
     The first message creates the serving object, and its attribute `ready` is the answer. Each later message calls one
     method of this object: ``do`` names the method, and the rest of the message is its arguments.
 
     Args:
-        begin: Creates the serving object from the first message.
+        create: Creates the serving object from the first message.
     """
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -267,15 +267,15 @@ def serve(begin: Callable[[dict[str, Any]], Any]) -> None:
         message = json.loads(line)
         try:
             if child is None:
-                child = begin(message)
+                child = create(message)
                 reply = child.ready
             else:
                 reply = getattr(child, message.pop("do"))(**message)
         except errors.ToolchainError as error:
-            reply = {"error": {"type": type(error).__name__, "cause": error.cause, "mend": error.mend}}
+            reply = {"error": {"type": type(error).__name__, "cause": error.cause, "hint": error.hint}}
         except Exception as error:
             traceback.print_exc()
-            reply = {"error": {"type": "BenchError", "cause": f"{type(error).__name__}: {error}", "mend": ""}}
+            reply = {"error": {"type": "BenchError", "cause": f"{type(error).__name__}: {error}", "hint": ""}}
         channel.write(json.dumps(reply) + "\n")
         channel.flush()
 

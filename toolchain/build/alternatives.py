@@ -8,10 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from toolchain.artifacts import variants
-from toolchain.artifacts.names import parse_name
+from toolchain.artifacts.names import VariantName
+from toolchain.artifacts.steps import QUANTIZE_PASSES, Quantize, uses_training_data
 from toolchain.artifacts.store import Artifact
-from toolchain.artifacts.variants import QUANTIZE_PASSES, Quantize
 from toolchain.build.trimming import TRAIN
 from toolchain.build.workspace import Workspace
 from toolchain.data import inputs
@@ -77,7 +76,7 @@ def _with_scheme(step: Quantize, scheme: str) -> Quantize:
 
 def hint(
     workspace: Workspace,
-    name: str,
+    name: VariantName,
     step: Quantize,
     parent: Artifact,
     report: Mapping[str, Any],
@@ -100,7 +99,7 @@ def hint(
     if not found:
         return ""
     of = parent.manifest.variant
-    commands = [f"`{command(workspace, of, parse_name(name).label, each, parent.label_set)}`" for each in found]
+    commands = [f"`{command(workspace, of, name.parts.label, each, parent.label_set)}`" for each in found]
     said = [_evidence(report)]
     if saturates and found[0].reduce_range:
         said.append("This runtime also saturates products of 8 bits, which weights of 7 bits avoid.")
@@ -121,7 +120,7 @@ def _evidence(report: Mapping[str, Any]) -> str:
     )
 
 
-def command(workspace: Workspace, parent: str, label: str, step: Quantize, labels: LabelSet) -> str:
+def command(workspace: Workspace, parent: VariantName, label: str, step: Quantize, labels: LabelSet) -> str:
     """Returns the command line that quantises `parent` by `step`.
 
     Args:
@@ -144,9 +143,9 @@ def command(workspace: Workspace, parent: str, label: str, step: Quantize, label
         found += ["--no-pass", name] if step.passes is not None and name not in step.passes else []
     if step.trim_vocab:
         found += ["--trim-vocab", workspace.corpus.file if workspace.corpus else TRAIN]
-    if variants.learns(step):
+    if uses_training_data(step):
         found += _training_options(workspace.train, labels)
-    found += ["--name", label] if label and label != parse_name(parent).label else []
+    found += ["--name", label] if label and label != parent.parts.label else []
     return shlex.join(found)
 
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from toolchain.artifacts.store import Artifact, Manifest, TensorSpec
-from toolchain.artifacts.variants import Step, step_name
+from toolchain.artifacts.manifest import Manifest, TensorSpec
+from toolchain.artifacts.steps import Step, step_name
+from toolchain.artifacts.store import Artifact
 from toolchain.data.files import Texts
 from toolchain.data.inputs import TrainingSource
 from toolchain.errors import ArtifactError
 from toolchain.progress import Progress
 
+StepT = TypeVar("StepT", bound=Step, covariant=True)
+
 
 @dataclass(frozen=True)
-class Job:
-    """The input of a step.
+class Job(Generic[StepT]):
+    """The input of a step of one class.
 
     Attributes:
         step: The step with its settings.
@@ -33,7 +36,7 @@ class Job:
         base: Folder of the base if the checkpoint is an adapter; None otherwise.
     """
 
-    step: Step
+    step: StepT
     parent: Artifact | None
     checkpoint: Path | None
     folder: Path
@@ -69,7 +72,7 @@ class Built:
     facts: Mapping[str, Any]
 
     @classmethod
-    def like(cls, job: Job, facts: Mapping[str, Any], **changed: Any) -> Built:
+    def like(cls, job: Job[Step], facts: Mapping[str, Any], **changed: Any) -> Built:
         """Returns a result with the parent's inputs, outputs, labels and length.
 
         Args:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolchain.artifacts.store import Manifest, sha256
-from toolchain.artifacts.variants import step_name
+from toolchain.artifacts.manifest import Manifest
+from toolchain.artifacts.steps import step_name
+from toolchain.artifacts.store import sha256
 from toolchain.backends.ort import EXACT_PRODUCTS
 from toolchain.build.job import Built
 from toolchain.errors import GraphError

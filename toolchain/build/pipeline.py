@@ -16,8 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.artifacts import publishing, store, variants
-from toolchain.artifacts.store import ONNX, Artifact, Manifest
-from toolchain.artifacts.variants import Export, Import, Optimize, Prune, Quantize, Recover, Step, Variant
+from toolchain.artifacts.manifest import Manifest
+from toolchain.artifacts.steps import (
+    Export,
+    Import,
+    Optimize,
+    Prune,
+    Quantize,
+    Recover,
+    Step,
+    settings_of,
+    uses_training_data,
+)
+from toolchain.artifacts.store import ONNX, Artifact
+from toolchain.artifacts.variants import Variant
 from toolchain.backends import Place, open_session
 from toolchain.backends.lora import LoraSession
 from toolchain.backends.ort import saturates
@@ -26,15 +38,15 @@ from toolchain.build.job import Built, Job
 from toolchain.build.steps import export, importing, optimize, prune, quantize, recover
 from toolchain.build.steps.validate import SEED, SENTENCES, sentence, validate
 from toolchain.build.workspace import Workspace
-from toolchain.data import inputs
+from toolchain.data import encoding, inputs
 from toolchain.errors import ArtifactError, DataError, TamperedError, VerdictError
 from toolchain.models import checkpoints, sources
-from toolchain.models.sources import Origin
+from toolchain.models.sources import ImportFiles
 from toolchain.progress import Bar, Progress, Say, no_bar
 from toolchain.system import hardware
 
 # Step class → the step's function, and the version of its results.
-STEPS: dict[type, tuple[Callable[[Job], Built], int]] = {
+STEPS: dict[type[Step], tuple[Callable[[Job[Any]], Built], int]] = {
     Import: (importing.import_checkpoint, importing.VERSION),
     Prune: (prune.prune, prune.VERSION),
     Recover: (recover.recover, recover.VERSION),
@@ -96,10 +108,10 @@ def examine(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step
         recorded = artifact.manifest.step if artifact else None
         step = asked.get(variant.name, recorded or variant.step)
         if isinstance(step, Import):
-            step = sources.pinned(workspace.source, step, recorded)
-        elif variants.learns(step) and not step.train:
+            step = sources.pin_revisions(workspace.source, step, recorded)
+        elif uses_training_data(step) and not step.train:
             step = dataclasses.replace(step, train=workspace.train.digest)
-        reason = _why(step, artifact, planned.get(variant.parent or ""))
+        reason = _reason_to_build(step, artifact, planned.get(variant.parent or ""))
         if artifact and not reason:
             try:
                 artifact.verify()
@@ -111,13 +123,13 @@ def examine(workspace: Workspace, names: Iterable[str], asked: Mapping[str, Step
     return list(planned.values())
 
 
-def _why(step: Step, artifact: Artifact | None, parent: Planned | None) -> str:
+def _reason_to_build(step: Step, artifact: Artifact | None, parent: Planned | None) -> str:
     """Returns the reason to build the variant, in a few words; empty if it is fresh."""
     if artifact is None:
         return "missing"
     manifest = artifact.manifest
     if manifest.step != step:
-        old, new = variants.settings_of(manifest.step), variants.settings_of(step)
+        old, new = settings_of(manifest.step), settings_of(step)
         keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         changed = ", ".join(f"{key} {old.get(key)} → {new.get(key)}" for key in keys)
         return "the checkpoint changed" if isinstance(step, Import) else f"other settings: {changed}"
@@ -151,39 +163,52 @@ def ensure(
     for item in plan(workspace, names, asked):
         name = item.variant.name
         if item.artifact and not item.reason:
-            say(f"{name}: fresh, skipped")
+            say(Fresh(name))
             ready[name] = item.artifact
             continue
         say(f"{name}: building ({item.reason})")
         started = time.monotonic()
         with bar(name) as progress:
             ready[name] = _build(workspace, item, ready, say, progress)
-        report = ready[name].manifest.validation
-        size = ready[name].manifest.size_bytes / 1e6
+        manifest = ready[name].manifest
         verb = "replaced" if item.artifact else "built"
-        say(f"{name}: {verb} in {time.monotonic() - started:.1f} s, {size:.1f} MB; valid: {sentence(dict(report))}")
-        for line in _news(item.step, ready[name].manifest.facts):
-            say(f"{name}: {line}")
+        say(
+            f"{name}: {verb} in {time.monotonic() - started:.1f} s, {manifest.size_bytes / 1e6:.1f} MB; "
+            f"valid: {sentence(dict(manifest.validation))}"
+        )
+        if summary := _step_summary(item.step, manifest.facts):
+            say(f"{name}: {summary}")
     return ready
 
 
-def only_news(say: Say) -> Say:
-    """Returns `say` without the lines about fresh artifacts, for commands that visit the same ancestors many times."""
+@dataclass(frozen=True)
+class Fresh:
+    """The event that the pipeline skips a variant, because its artifact is fresh."""
 
-    def filtered(line: str) -> None:
-        if not line.endswith("skipped"):
-            say(line)
+    variant: str
+
+    def __str__(self) -> str:
+        return f"{self.variant}: fresh, skipped"
+
+
+def without_fresh(say: Say) -> Say:
+    """Returns `say` without `Fresh` events, for commands that visit the same ancestors many times."""
+
+    def filtered(event: object) -> None:
+        if not isinstance(event, Fresh):
+            say(event)
 
     return filtered
 
 
-def _news(step: Step, facts: Mapping[str, Any]) -> list[str]:
-    """Returns summaries of pruning, recovery and vocabulary trimming; empty for other steps."""
+def _step_summary(step: Step, facts: Mapping[str, Any]) -> str:
+    """Returns a summary of pruning, recovery or vocabulary trimming; empty for other steps."""
     if isinstance(step, Prune):
-        return [prune.sentence(facts["pruning"])]
-    if isinstance(step, Quantize):
-        return [trimming.sentence(facts["vocabulary"])] if step.trim_vocab else []
-    return [recover.sentence(facts["recovery"])] if isinstance(step, Recover) else []
+        return prune.sentence(facts["pruning"])
+    if isinstance(step, Recover):
+        return recover.sentence(facts["recovery"])
+    trimmed = isinstance(step, Quantize) and step.trim_vocab
+    return trimming.sentence(facts["vocabulary"]) if trimmed else ""
 
 
 def _build(
@@ -197,9 +222,9 @@ def _build(
             return lies  # another process built it while this process waited for the lock
         origin, source = _origin(workspace, item.step, parent)
         run, version = STEPS[type(item.step)]
-        _given_again(workspace, item)
+        _require_same_data(workspace, item)
         resume = publishing.work_folder(target) / "training"
-        with publishing.building(target) as scratch:
+        with publishing.scratch_folder(target) as scratch:
             built = run(
                 Job(
                     step=item.step,
@@ -237,7 +262,7 @@ def _build(
             report = _validate(workspace, item.variant, Artifact(scratch, manifest), origin)
             if not report["passed"]:
                 raise _refusal(workspace, name, manifest, parent, report)
-            _unchanged(workspace, item.step, parent)
+            _require_parent_unchanged(workspace, item.step, parent)
             published = store.publish(scratch, target, dataclasses.replace(manifest, validation=report))
         shutil.rmtree(resume, ignore_errors=True)
         return published
@@ -250,49 +275,46 @@ def _refusal(
     step, kept = manifest.step, "What was there before is unchanged."
     if isinstance(step, Quantize) and parent:
         layers = len(manifest.facts.get("sensitivity", [])) or None
-        found = alternatives.hint(workspace, name, step, parent, report, saturates(exact=True), layers)
+        found = alternatives.hint(workspace, manifest.variant, step, parent, report, saturates(exact=True), layers)
         kept = f"{found} {kept}".strip()
     return VerdictError(f"{name} failed validation and was not published: {sentence(dict(report))}.", kept)
 
 
-def _given_again(workspace: Workspace, item: Planned) -> None:
+def _require_same_data(workspace: Workspace, item: Planned) -> None:
     """Raises `DataError` if the step's training data or corpus differs from those of the workspace."""
-    wanted = getattr(item.step, "train", "")
-    if wanted and wanted != workspace.train.digest:
+    name, step = item.variant.name, item.step
+    if uses_training_data(step) and step.train and step.train != workspace.train.digest:
         raise DataError(
-            f"{item.variant.name} must be built anew and was made with the training data {wanted.split(':')[0]}, "
-            f"not with {workspace.train.digest.split(':')[0]}.",
+            f"{name} must be built again with its training data {inputs.name_in(step.train)}, and this command has "
+            f"{inputs.name_in(workspace.train.digest)}.",
             "Build it by its own command with --train-data FILE, or without for the embedded sentences.",
         )
-    corpus = getattr(item.step, "trim_vocab", None)
-    if corpus not in (None, trimming.TRAIN) and corpus != (workspace.corpus and workspace.corpus.digest):
+    corpus = step.trim_vocab if isinstance(step, Quantize) else None
+    if corpus and corpus != trimming.TRAIN and corpus != (workspace.corpus and workspace.corpus.digest):
         raise DataError(
-            f"{item.variant.name} must be built anew and was trimmed to the corpus {corpus.split(':')[0]}, not to what "
-            "is given now.",
+            f"{name} must be built again with its corpus {inputs.name_in(corpus)}, which this command does not name.",
             "Build it by its own command with --trim-vocab CORPUS.",
         )
 
 
-def _origin(workspace: Workspace, step: Step, parent: Artifact | None) -> tuple[Origin | None, Mapping[str, Any]]:
+def _origin(workspace: Workspace, step: Step, parent: Artifact | None) -> tuple[ImportFiles | None, Mapping[str, Any]]:
     """Returns the checkpoint's files for an import, else None, and the source in the form of a manifest."""
-    if parent:
-        return None, parent.manifest.source
-    assert isinstance(step, Import)
-    source = dataclasses.replace(workspace.source, revision=step.revision)
-    return sources.fetched(workspace.source, step), source.recorded()
+    if isinstance(step, Import):
+        source = dataclasses.replace(workspace.source, revision=step.revision)
+        return sources.fetch_files(workspace.source, step), source.to_manifest()
+    return None, parent.manifest.source if parent else {}
 
 
-def _unchanged(workspace: Workspace, step: Step, parent: Artifact | None) -> None:
+def _require_parent_unchanged(workspace: Workspace, step: Step, parent: Artifact | None) -> None:
     """Raises `ArtifactError` if the parent, or an import's checkpoint, changed since the build began."""
-    if parent:
+    if isinstance(step, Import):
+        changed, name = sources.fetch_files(workspace.source, step).step != step, "The checkpoint"
+    elif parent:
         now = store.load(parent.path)
-        same = now is not None and now.manifest.id == parent.manifest.id
-        name = parent.manifest.variant
+        changed, name = now is None or now.manifest.id != parent.manifest.id, parent.manifest.variant
     else:
-        assert isinstance(step, Import)
-        same = sources.fetched(workspace.source, step).step == step
-        name = "The checkpoint"
-    if not same:
+        return
+    if changed:
         raise ArtifactError(f"{name} was replaced while something was built from it.", "Run the command again.")
 
 
@@ -305,17 +327,17 @@ def validate_variant(workspace: Workspace, name: str, say: Say) -> dict[str, Any
     return _validate(workspace, workspace.lineage(name)[-1], artifact, origin)
 
 
-def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, origin: Origin | None) -> dict[str, Any]:
+def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, origin: ImportFiles | None) -> dict[str, Any]:
     """Compares an artifact with its nearest PyTorch ancestor, or an import with its checkpoint."""
     reference = origin.folder if origin else _torch_ancestor(workspace, variant)
     manifest, place = artifact.manifest, Place("cpu", hardware.cores())
     names = [spec.name for spec in manifest.inputs]
-    encoder = inputs.Encoder.open(artifact.path, names, manifest.max_length)
+    encoder = encoding.Encoder.open(artifact.path, names, manifest.max_length)
     data, other = inputs.embedded(), None
     if getattr(manifest.step, "trim_vocab", None):
         # Sentences of another domain contain tokens that trimming removed.
         data = trimming.judged_by(workspace.train, artifact)
-        other = inputs.Encoder.open(reference, names, manifest.max_length)
+        other = encoding.Encoder.open(reference, names, manifest.max_length)
     sentences = data.sample(SENTENCES, SEED)
     contender = open_session(artifact.path, variant.runtime, place)
     adapted = origin.base if origin else None
@@ -328,9 +350,9 @@ def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, origin
 
 
 def _torch_ancestor(workspace: Workspace, variant: Variant) -> Path:
-    assert variant.parent is not None
-    ancestors = [v for v in workspace.lineage(variant.parent) if v.runtime == "torch"]
-    return workspace.path(ancestors[-1].name)
+    """Returns the folder of the nearest PyTorch ancestor."""
+    ancestors = workspace.lineage(variant.parent) if variant.parent else []
+    return workspace.path([ancestor.name for ancestor in ancestors if ancestor.runtime == "torch"][-1])
 
 
 def states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, str]]:

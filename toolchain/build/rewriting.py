@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
+from toolchain.artifacts.steps import Step
 from toolchain.artifacts.store import copy_companions
 from toolchain.build.job import Built, Job
 from toolchain.passes import facts, read, rewrite, write
@@ -14,7 +15,7 @@ from toolchain.passes.quantize_static import Activation
 
 
 def rewrite_into(
-    job: Job,
+    job: Job[Step],
     passes: Sequence[str],
     keep: Collection[str] = (),
     activations: Mapping[str, Activation] = MappingProxyType({}),

@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolchain.artifacts.store import Artifact, Manifest
-from toolchain.artifacts.variants import Quantize
+from toolchain.artifacts.manifest import Manifest
+from toolchain.artifacts.steps import Quantize
+from toolchain.artifacts.store import Artifact
 from toolchain.backends import Place
 from toolchain.backends.ort import OrtSession
 from toolchain.build.job import Job
 from toolchain.data import inputs
+from toolchain.data.encoding import Encoder, pad
 from toolchain.data.files import FORMATS, Texts
-from toolchain.data.inputs import Data, Encoder, TrainingSource, pad
+from toolchain.data.inputs import Data, TrainingSource
 from toolchain.data.labels import answers
 from toolchain.errors import DataError
 from toolchain.models import vocabulary
@@ -43,17 +45,18 @@ def corpus_of(spec: str | None, column: str | None) -> Texts | None:
     return Texts(spec, column if Path(spec).suffix.lower() in FORMATS else None)
 
 
-def kept(job: Job, step: Quantize) -> list[int]:
-    """Returns the ids of the parent's tokens to keep for the step's corpus; see `vocabulary.kept_tokens`."""
-    if step.trim_vocab != TRAIN:
-        assert job.corpus is not None
-        return vocabulary.kept_tokens(_encoder(job.given.path, job.given.manifest), job.corpus.read())
+def tokens_to_keep(job: Job[Quantize]) -> list[int]:
+    """Returns the ids of the parent's tokens to keep for the step's corpus; see `vocabulary.tokens_to_keep`."""
+    if job.corpus and job.step.trim_vocab != TRAIN:
+        return vocabulary.tokens_to_keep(_encoder(job.given.path, job.given.manifest), job.corpus.read())
     data = job.train.load(job.given.label_set)
     texts = data.only(inputs.hold_out(data)[0]).texts
-    return vocabulary.kept_tokens(_encoder(job.given.path, job.given.manifest), texts)
+    return vocabulary.tokens_to_keep(_encoder(job.given.path, job.given.manifest), texts)
 
 
-def trim(job: Job, tokens: Sequence[int], embedding: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
+def trim(
+    job: Job[Quantize], tokens: Sequence[int], embedding: Sequence[str], facts: Mapping[str, Any]
+) -> dict[str, Any]:
     """Trims the tokenizer in the job's folder, whose graph is already trimmed, and measures the effect.
 
     Args:
@@ -104,8 +107,8 @@ def judged_by(train: TrainingSource, artifact: Artifact) -> Data:
         return inputs.embedded()
     if made_with != train.digest:
         raise DataError(
-            f"{manifest.variant} is validated on rows held out of {made_with.split(':')[0]}, and "
-            f"{train.digest.split(':')[0]} is given now.",
+            f"{manifest.variant} is validated on rows held out of {inputs.name_in(made_with)}, and "
+            f"{inputs.name_in(train.digest)} is given now.",
             "Name that file with --train-data.",
         )
     data = train.load(artifact.label_set)
@@ -121,7 +124,7 @@ def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".onnx")
 
 
-def _judged(job: Job, old: Encoder, tokens: frozenset[int]) -> dict[str, Any]:
+def _judged(job: Job[Quantize], old: Encoder, tokens: frozenset[int]) -> dict[str, Any]:
     """Returns ``held_out`` and ``out_of_domain``: counts of rows, correct answers before and after, and flips."""
     data: Data = job.train.load(job.given.label_set)
     held = data.only(inputs.hold_out(data)[1])

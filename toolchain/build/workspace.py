@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from toolchain.artifacts import store, variants
-from toolchain.artifacts.names import parse_name, shorter
+from toolchain.artifacts.names import VariantName, label_prefixes
+from toolchain.artifacts.steps import Export, Optimize
 from toolchain.artifacts.store import Artifact
-from toolchain.artifacts.variants import Export, Optimize, Variant
+from toolchain.artifacts.variants import Variant
 from toolchain.data.files import Texts
 from toolchain.data.inputs import TrainingSource
 from toolchain.errors import ArtifactError, UnknownVariantError
@@ -90,14 +91,14 @@ class Workspace:
             UnknownVariantError: No variant has this name, or the labelled variant is not known.
         """
         variant = variants.get(name)
-        label = parse_name(name).label
+        label = variant.name.parts.label
         if label:
             parent = self._recorded_parent(name)
             if not self._known(name, asked):
                 raise UnknownVariantError(f"{name} was never built.", "--name gives what is built a label.")
             assert variant.parent is not None
             if parent is None:
-                labelled = (f"{variant.parent}+{each}" for each in shorter(label) if each)
+                labelled = (variant.parent.with_parts(label=each) for each in label_prefixes(label) if each)
                 parent = next((name for name in labelled if self._known(name, asked)), variant.parent)
             variant = dataclasses.replace(variant, parent=parent)
         return [*(self.lineage(variant.parent, asked) if variant.parent else []), variant]
@@ -108,11 +109,13 @@ class Workspace:
             return False
         if name in asked or self._recorded_parent(name) is not None:
             return True
-        variant, label = variants.get(name), parse_name(name).label
-        graph = isinstance(variant.step, (Export, Optimize))
-        return graph and label != "" and self._known(f"{variant.parent}+{label}", asked)
+        variant = variants.get(name)
+        label = variant.name.parts.label
+        if not label or variant.parent is None or not isinstance(variant.step, Export | Optimize):
+            return False
+        return self._known(variant.parent.with_parts(label=label), asked)
 
-    def _recorded_parent(self, name: str) -> str | None:
+    def _recorded_parent(self, name: str) -> VariantName | None:
         try:
             artifact = self.load(name)
         except ArtifactError:

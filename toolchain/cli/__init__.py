@@ -36,9 +36,9 @@ from toolchain.errors import ToolchainError
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
-    """Takes a fine-tuned text classifier to ONNX: prunes, exports, quantises, validates, measures, compares, ships.
+    """Convert a fine-tuned text classifier to ONNX: prune, export, quantise, validate, measure, compare and ship it.
 
-    Every option can be set in the environment: TOOLCHAIN_BENCH_THREADS=4 is `toolchain bench --threads 4`.
+    An environment variable can set each option: TOOLCHAIN_BENCH_THREADS=4 means `toolchain bench --threads 4`.
     """
 
 
@@ -114,11 +114,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if isinstance(error, ToolchainError):
                 click.echo(f"Error: {error}", err=True)
                 return error.exit_code
-            hint = "" if state["debug"] else " Run again with --debug to see where."
+            hint = "" if state["debug"] else " Run the command with --debug to see the traceback."
             click.echo(f"Error: unexpected {type(error).__name__}: {error}{hint}", err=True)
             return 1
 
 
 def _interrupted() -> int:
-    click.echo("Interrupted: nothing is half-written.", err=True)
+    click.echo("Interrupted. No file is incomplete.", err=True)
     return 130

@@ -1,4 +1,4 @@
-"""Bench: every cell measured, and the comparison printed."""
+"""Bench: measures every cell and prints the comparison."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from toolchain.cli.options import (
     json_option,
     model_options,
     open_workspace,
+    results_option,
 )
 
 if TYPE_CHECKING:
@@ -25,33 +26,47 @@ if TYPE_CHECKING:
     from toolchain.build.workspace import Workspace
     from toolchain.data.datasets import Columns
     from toolchain.errors import ResultFileError
-    from toolchain.results.measurements import ResultFile
+    from toolchain.results.folder import ResultsFolder
+    from toolchain.results.result_file import ResultFile
 
 
 @click.command()
 @click.option(
-    "--provider", "providers", multiple=True, type=click.Choice(["cpu", "cuda"]), help="Only these; may repeat."
+    "--provider",
+    "providers",
+    multiple=True,
+    type=click.Choice(["cpu", "cuda"]),
+    help="Measure only on this execution provider. Can be repeated.",
 )
-@click.option("--variant", "names", multiple=True, metavar="VARIANT", help="Only these; may repeat.")
-@click.option("--quick", is_flag=True, help="About 20 s a cell instead of 60.")
 @click.option(
-    "--device-id", type=click.IntRange(0), default=0, show_default=True, help="Which GPU, as nvidia-smi counts."
+    "--variant", "names", multiple=True, metavar="VARIANT", help="Measure only this variant. Can be repeated."
+)
+@click.option("--quick", is_flag=True, help="Measure each cell for about 20 s instead of 60 s.")
+@click.option(
+    "--device-id", type=click.IntRange(0), default=0, show_default=True, help="Number of the GPU, as in nvidia-smi."
 )
 @click.option(
     "--allow-fallback",
     is_flag=True,
-    help="Measure ONNX variants on a provider that leaves part of them to the CPU; the rows say so.",
+    help="Also measure an ONNX variant if the provider runs a part of it on the CPU. Its row is marked.",
 )
-@click.option("--threads", type=click.IntRange(1), help="Threads of every cell.  [default: physical cores]")
+@click.option("--threads", type=click.IntRange(1), help="Threads of each cell.  [default: physical cores]")
 @data_options
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Most sentences of a batch.")
-@click.option("--by-length", is_flag=True, help="Latency at 16, 32, … 512 tokens as well.")
-@click.option("--save-as", metavar="NAME", help="Save under benchmarks/results/NAME.json, to be committed.")
-@click.option("--force", is_flag=True, help="Replace the result that --save-as names.")
-@click.option("--resume", is_flag=True, help="Go on with the interrupted run of the same command.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Largest number of sentences in a batch.",
+)
+@click.option("--by-length", is_flag=True, help="Also measure latency at 16, 32, … 512 tokens.")
+@click.option("--save-as", metavar="NAME", help="Save the result as NAME.json in --results, to commit it.")
+@click.option("--force", is_flag=True, help="Replace an existing result of --save-as.")
+@click.option("--resume", is_flag=True, help="Continue the interrupted run of the same command.")
 @engine_options
 @json_option
 @dry_run_option
+@results_option
 @model_options
 def bench(
     model: str,
@@ -73,14 +88,15 @@ def bench(
     resume: bool,
     engine: str,
     address: str | None,
+    folder: Path,
     as_json: bool,
     dry_run: bool,
 ) -> None:
     """Measure accuracy, latency, throughput, memory and size of every variant, and compare them.
 
-    Each variant runs in processes of its own; rounds are interleaved in random order. What is missing is built first.
-    What cannot run here is listed with the reason. With --engine ray, every kind of machine of a Ray cluster measures
-    what it has the hardware for, and has a result file of its own.
+    The command builds missing variants first. Each variant runs in separate processes, and the rounds of all variants
+    are interleaved in random order. A variant that cannot run here is listed with the reason. With --engine ray, each
+    kind of machine in a Ray cluster measures the variants that its hardware supports, and has its own result file.
 
     \b
     Examples:
@@ -92,14 +108,15 @@ def bench(
     """
     from toolchain.bench import run
     from toolchain.bench.scenarios import FULL, QUICK
+    from toolchain.results.folder import ResultsFolder, require_measured
     from toolchain.system import hardware
 
     if engine == RAY and (resume or dry_run):
-        raise click.UsageError("--resume and --dry-run are for --engine local.")
+        raise click.UsageError("--resume and --dry-run need --engine local.")
     if save_as and Path(save_as).name != save_as:
-        raise click.BadParameter("a name, not a path", param_hint="--save-as")
+        raise click.BadParameter("give a name, not a path", param_hint="--save-as")
     if force and not save_as:
-        raise click.UsageError("--force goes with --save-as.")
+        raise click.UsageError("--force needs --save-as.")
     protocol = replace(
         QUICK if quick else FULL,
         threads=threads or hardware.cores(),
@@ -108,21 +125,22 @@ def bench(
         device_id=device_id,
         allow_fallback=allow_fallback,
     )
-    request = run.Request(names, providers, protocol, data, columns, split, resume)
+    results = ResultsFolder(folder)
+    request = run.Request(names, providers, protocol, data, columns, split, resume, results)
     workspace = open_workspace(model, exported, slug)
-    saving = _Saving(workspace.model, save_as, force)
+    saving = _Saving(results, workspace.model, save_as, force)
     if engine != RAY:
         saving.require_free([None])
     if dry_run:
-        for name, provider, what in run.outlook(workspace, request):
+        for name, provider, what in run.preview(workspace, request):
             click.echo(f"{name}@{provider}: {what}")
         return
     if engine == RAY:
-        results = _bench_on_ray(workspace, request, threads, address, saving)
+        runs = _bench_on_ray(workspace, request, threads, address, saving)
     else:
-        results = [_bench_here(workspace, request, saving)]
-    show(rows_of(results, None, exported), "json" if as_json else "table")
-    run.judge(*results)
+        runs = [_bench_here(workspace, request, saving)]
+    show(rows_of(runs, None, exported), "json" if as_json else "table")
+    require_measured(*runs)
     if saving.error:
         raise saving.error
 
@@ -142,11 +160,11 @@ def _bench_on_ray(
     workspace: Workspace, request: Request, threads: int | None, address: str | None, saving: _Saving
 ) -> list[ResultFile]:
     from toolchain.cli.progress import say
-    from toolchain.distributed import connected
+    from toolchain.distributed import connect
     from toolchain.distributed.benching import measure
 
     results = []
-    with connected(address, say) as cluster:
+    with connect(address, say) as cluster:
         saving.require_free([node.machine["id"] for node in cluster.nodes])
         for result in measure(cluster, workspace, request, threads, say):
             saving.save(result, result.machine["id"])
@@ -156,41 +174,40 @@ def _bench_on_ray(
 
 @dataclass
 class _Saving:
-    """Where results go: to a `name` to be committed, or to a local file of the `model`.
+    """Saves results under a `name` to commit, or in a local file of the `model`.
 
-    Where several machines measure at once, each has a file of its own: the name and the machine's id.
+    If several machines measure, each machine has its own file: the name and the machine's id.
     """
 
+    folder: ResultsFolder
     model: str
     name: str | None
     force: bool
     error: ResultFileError | None = None
 
     def require_free(self, machine_ids: Iterable[str | None]) -> None:
-        """Raises `ResultFileError`, before anything is measured, where a result of this name would be replaced."""
-        from toolchain.bench import run
+        """Raises `ResultFileError` before the measurement if the name is taken and --force is not given."""
+        from toolchain.results.folder import require_free
 
         if self.name and not self.force:
             for machine_id in machine_ids:
-                run.require_free(run.named_path(self.name, machine_id))
+                require_free(self.folder.named_path(self.name, machine_id))
 
     def save(self, result: ResultFile, machine_id: str | None) -> None:
-        """Writes the result and says where; where the name cannot be had, to a local file, and keeps the error."""
-        from toolchain.bench import run
+        """Writes the result and prints its path; if the name is unusable, writes a local file and keeps the error."""
         from toolchain.cli.progress import say
         from toolchain.errors import ResultFileError
+        from toolchain.results.folder import save_named
 
-        # A name is for results to be committed: a run that measured nothing does not take it.
+        # A run that measured nothing is not worth a commit, so it does not use the name.
         if self.name and any(row.status == "ok" for row in result.rows):
-            path = run.named_path(self.name, machine_id)
+            path = self.folder.named_path(self.name, machine_id)
             try:
-                run.save_named(result, path, force=self.force)
+                save_named(result, path, force=self.force)
             except ResultFileError as error:
-                path = run.save_local(result, self.model, machine_id)
-                self.error = ResultFileError(
-                    f"{error.cause} This result is in {path}.", "Move it to a name that is free."
-                )
+                path = self.folder.save_local(result, self.model, machine_id)
+                self.error = ResultFileError(f"{error.cause} This result is in {path}.", "Rename it to a free name.")
                 say(error.cause)
         else:
-            path = run.save_local(result, self.model, machine_id)
+            path = self.folder.save_local(result, self.model, machine_id)
         say(f"saved: {path}")

@@ -1,4 +1,4 @@
-"""Builds from the command line, for export, prune and quantize."""
+"""The build that export, prune and quantize share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from toolchain.artifacts.variants import Step
+    from toolchain.artifacts.steps import Step
     from toolchain.build.workspace import Workspace
 
 
@@ -19,7 +19,7 @@ def build(workspace: Workspace, asked: dict[str, Step], dry_run: bool) -> None:
         asked: Steps with the user's settings, by variant name.
         dry_run: Whether to print the plan only.
     """
-    from toolchain.artifacts.variants import settings_of
+    from toolchain.artifacts.steps import settings_of
     from toolchain.build.pipeline import ensure, plan
     from toolchain.cli.progress import bar, say
 

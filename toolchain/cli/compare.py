@@ -1,4 +1,4 @@
-"""What was measured, side by side: compare."""
+"""Compare: result files as a table."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from toolchain.cli.options import json_option, model_options, open_workspace
+from toolchain.cli.options import json_option, model_options, open_workspace, results_option
 
 if TYPE_CHECKING:
     from toolchain.compare.limits import Verdict
     from toolchain.compare.regressions import Regressions
     from toolchain.compare.rows import Row
-    from toolchain.results.measurements import ResultFile
+    from toolchain.results.result_file import ResultFile
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _finite(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
-    if value is not None and not math.isfinite(value):  # which `FloatRange` lets through
-        raise click.BadParameter("a finite number")
+    if value is not None and not math.isfinite(value):  # `FloatRange` accepts nan and inf
+        raise click.BadParameter("must be a finite number")
     return value
 
 
@@ -37,27 +37,33 @@ def _share(_: click.Context, __: click.Parameter, value: str) -> float:
 
 
 def gate_options(command: F) -> F:
-    """What a comparison is to be held against."""
+    """Adds the options for limits and for the comparison with an older run."""
     number = click.FloatRange(0)
     for option in (
         click.option(
-            "--max-regression", callback=_share, default="5%", show_default=True, help="What may get so much worse."
+            "--max-regression",
+            callback=_share,
+            default="5%",
+            show_default=True,
+            help="Largest share by which a figure may be worse than in the older run.",
         ),
         click.option(
             "--against",
             type=click.Path(path_type=Path),
             metavar="OLD",
-            help="Exit 3 where a cell is worse than in this older run.",
+            help="Compare with this older run; exit code 3 if a cell is worse.",
         ),
         click.option("--max-memory-mb", type=number, callback=_finite, metavar="MB", help="Highest peak memory."),
         click.option("--max-size-mb", type=number, callback=_finite, metavar="MB", help="Largest artifact."),
-        click.option("--max-p95-ms", type=number, callback=_finite, metavar="MS", help="Highest p95 at batch 1."),
+        click.option(
+            "--max-p95-ms", type=number, callback=_finite, metavar="MS", help="Highest p95 latency at batch 1."
+        ),
         click.option(
             "--max-drop",
             type=number,
             callback=_finite,
             metavar="POINTS",
-            help="Most accuracy lost; exit 3 where no row keeps all limits.",
+            help="Largest accuracy drop. Exit code 3 if no row keeps all limits.",
         ),
     ):
         command = option(command)
@@ -67,10 +73,19 @@ def gate_options(command: F) -> F:
 @click.command()
 @click.argument("results", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--baseline", metavar="CELL", help="Compare with this variant or cell.  [default: torch-fp32@cpu]")
-@click.option("--provider", type=click.Choice(["cpu", "cuda"]), help="Only rows of this one.")
-@click.option("--filter", "patterns", multiple=True, metavar="PATTERN", help="Only cells like `onnx-*`; may repeat.")
+@click.option("--provider", type=click.Choice(["cpu", "cuda"]), help="Show only rows of this execution provider.")
 @click.option(
-    "--sort", "order", type=click.Choice(["accuracy", "latency", "throughput", "memory", "size"]), help="Best first."
+    "--filter",
+    "patterns",
+    multiple=True,
+    metavar="PATTERN",
+    help="Show only cells that match, such as `onnx-*`. Can be repeated.",
+)
+@click.option(
+    "--sort",
+    "order",
+    type=click.Choice(["accuracy", "latency", "throughput", "memory", "size"]),
+    help="Sort by this figure, the best row first.",
 )
 @gate_options
 @click.option(
@@ -79,15 +94,16 @@ def gate_options(command: F) -> F:
     type=click.Choice(["table", "markdown", "csv", "json", "html"]),
     default="table",
     show_default=True,
-    help="Output.",
+    help="Format of the output.",
 )
 @click.option(
     "--plots",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Save the plots there, PNG and SVG.",
+    help="Folder to save plots to, as PNG and SVG.",
 )
 @json_option
+@results_option
 @model_options
 def compare(
     results: tuple[Path, ...],
@@ -106,12 +122,13 @@ def compare(
     max_regression: float,
     form: str,
     plots: Path | None,
+    folder: Path,
     as_json: bool,
 ) -> None:
-    """Show result files side by side, one row a cell; without RESULTS the model's newest run.
+    """Compare result files in one table with a row for each cell; without RESULTS, show the model's newest run.
 
-    With limits, it names the fastest row that keeps them all, and what the others break. With an older run, it finds
-    what got worse. Either answer may be no: exit code 3.
+    With limits, the command names the fastest row that keeps all limits, and the limits that other rows break. With an
+    older run, it names the figures that got worse. Exit code 3: no row keeps all limits, or a figure got worse.
 
     \b
     Examples:
@@ -121,17 +138,17 @@ def compare(
       toolchain compare new.json --against old.json --max-regression 5%
       toolchain compare --format html > report.html
     """
-    from toolchain.bench import run
     from toolchain.cli.progress import say
     from toolchain.compare.limits import Limits, choose, require
     from toolchain.compare.regressions import regressions, require_none
     from toolchain.compare.rows import arrange
-    from toolchain.results.measurements import ResultFile
+    from toolchain.results.folder import ResultsFolder, read_older
+    from toolchain.results.result_file import ResultFile
 
     if results:
         files = [ResultFile.read(path) for path in results]
     else:
-        files = [run.newest(open_workspace(model, exported, slug).model, say)]
+        files = [ResultsFolder(folder).newest(open_workspace(model, exported, slug).model, say)]
 
     def taken(of: Sequence[ResultFile]) -> list[Row]:
         return arrange(rows_of(of, baseline, exported), order, patterns, provider)
@@ -141,7 +158,7 @@ def compare(
     verdict = choose(rows, limits) if limits != Limits() else None
     found = None
     if against:
-        found = regressions(rows, taken([run.older(against, files)]), max_regression)
+        found = regressions(rows, taken([read_older(against, files)]), max_regression)
     if plots:
         from toolchain.compare.report.plots import save
 
@@ -155,15 +172,22 @@ def compare(
 
 
 def rows_of(files: Sequence[ResultFile], baseline: str | None, exported: Path) -> list[Row]:
-    """The comparison of the runs, by what lies under `exported` now."""
-    from toolchain.bench import run
+    """Returns the rows of the comparison; marks rows whose artifact in `exported` has changed.
+
+    Args:
+        files: The runs.
+        baseline: Value of --baseline.
+        exported: Folder of the artifacts.
+    """
+    from toolchain.artifacts.store import current_ids
     from toolchain.compare.rows import compare as comparison
 
-    return comparison(files, baseline, run.current_ids(exported, [row for file in files for row in file.rows]))
+    names = {(row.model, row.variant) for file in files for row in file.rows}
+    return comparison(files, baseline, current_ids(exported, names))
 
 
 def show(rows: Sequence[Row], form: str, verdict: Verdict | None = None, found: Regressions | None = None) -> None:
-    """Rows to standard output in that form; verdicts with them where the form has room, else to standard error."""
+    """Prints rows in a format; prints verdicts with them, or on standard error if the format is CSV or HTML."""
     from toolchain.compare.report import verdict as verdicts
 
     lines = [*(verdicts.choice_lines(verdict) if verdict else [])]

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     "--exported",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("exported"),
-    help="Where artifacts lie.",
+    help="Folder of the artifacts.",
 )
 @json_option
 @debug_option
 def doctor(exported: Path, as_json: bool) -> None:
-    """Look at this machine and installation; each finding with the line that mends it. Exit 1 if something is broken.
+    """Check this machine and this installation. Each finding names its fix. Exit code 1: something does not work.
 
     \b
     Example:
@@ -39,8 +39,8 @@ def doctor(exported: Path, as_json: bool) -> None:
         click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
     else:
         for finding in findings:
-            mend = f"\n{'':9}→ {finding.mend}" if finding.mend else ""
-            click.echo(f"{finding.level:8} {finding.what}{mend}")
+            hint = f"\n{'':9}→ {finding.mend}" if finding.mend else ""
+            click.echo(f"{finding.level:8} {finding.what}{hint}")
     problems = [finding for finding in findings if finding.level == "problem"]
     if problems:
         raise ToolchainError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from toolchain.artifacts.variants import CPU_PASSES, CUDA_PASSES
+from toolchain.artifacts.steps import CPU_PASSES, CUDA_PASSES
 from toolchain.cli.options import (
     dry_run_option,
     model_options,
@@ -17,7 +17,7 @@ from toolchain.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from toolchain.artifacts.variants import Step
+    from toolchain.artifacts.steps import Step
 from toolchain.cli.building import build
 
 
@@ -26,16 +26,16 @@ from toolchain.cli.building import build
 @click.option(
     "--base",
     metavar="FOLDER|ID",
-    help="What a LoRA adapter is merged into; kept for later commands.  [default: the hub model it names]",
+    help="Base model of a LoRA adapter. Later commands remember it.  [default: the hub model that the adapter names]",
 )
-@click.option("--opset", type=click.IntRange(17, 20), default=18, show_default=True, help="ONNX operator set.")
+@click.option("--opset", type=click.IntRange(17, 20), default=18, show_default=True, help="ONNX opset.")
 @click.option(
     "--optimize",
     "provider",
     type=click.Choice(["cpu", "cuda", "none"]),
     default="cpu",
     show_default=True,
-    help="Rewrite the graph for this execution provider as well: onnx-fp32 for cpu, onnx-fp16 for cuda.",
+    help="Also optimise the graph for this execution provider: onnx-fp32 for cpu, onnx-fp16 for cuda.",
 )
 @click.option(
     "--from",
@@ -44,9 +44,9 @@ from toolchain.cli.building import build
     default=["torch-fp32"],
     show_default=True,
     metavar="VARIANT",
-    help="The PyTorch variant that is exported; may repeat.",
+    help="PyTorch variant to export. Can be repeated.",
 )
-@no_pass_option([*CPU_PASSES, *CUDA_PASSES], "Leave this rewrite out of the optimised graph")
+@no_pass_option([*CPU_PASSES, *CUDA_PASSES], "Omit this pass from the optimised graph")
 @name_option
 @dry_run_option
 @model_options
@@ -59,13 +59,13 @@ def export(
     opset: int,
     provider: str,
     parents: tuple[str, ...],
-    left_out: tuple[str, ...],
+    omitted: tuple[str, ...],
     label: str,
     dry_run: bool,
 ) -> None:
     """Export a checkpoint to ONNX: torch-fp32, onnx-std, and onnx-fp32 optimised for the CPU.
 
-    Each is validated against PyTorch before it is published; what is fresh is skipped.
+    The command validates each variant against PyTorch before it publishes it. It skips fresh variants.
 
     \b
     Examples:
@@ -75,19 +75,20 @@ def export(
       toolchain export --optimize cuda
       toolchain export --no-pass residual-sum --name plain-add
     """
-    from toolchain.artifacts.variants import Export, Import, Optimize, child
+    from toolchain.artifacts.steps import Export, Import, Optimize
+    from toolchain.artifacts.variants import derive_variant
 
     step = None if provider == "none" else Optimize.for_provider(provider)
-    if left_out:
-        if step is None or not set(left_out) <= set(step.passes):
-            has = f"{provider} has {', '.join(step.passes)}" if step else "nothing is rewritten"
-            raise click.BadParameter(f"with --optimize {provider}, {has}.", param_hint="--no-pass")
-        step = Optimize(provider, tuple(name for name in step.passes if name not in left_out))
+    if omitted:
+        if step is None or not set(omitted) <= set(step.passes):
+            passes = f"the passes are {', '.join(step.passes)}" if step else "there are no passes"
+            raise click.BadParameter(f"with --optimize {provider}, {passes}.", param_hint="--no-pass")
+        step = Optimize(provider, tuple(name for name in step.passes if name not in omitted))
     asked: dict[str, Step] = {"torch-fp32": Import(revision)}
     for parent in parents:
-        std = child(parent, Export(opset), "" if step else label).name
+        std = derive_variant(parent, Export(opset), "" if step else label).name
         asked[std] = Export(opset)
         if step:
-            asked[child(std, step, label).name] = step
+            asked[derive_variant(std, step, label).name] = step
     workspace = open_workspace(model, exported, slug)
     build(workspace.on(base) if base else workspace, asked, dry_run)

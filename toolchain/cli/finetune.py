@@ -1,4 +1,4 @@
-"""The command that trains: finetune."""
+"""Finetune: trains a classifier."""
 
 from __future__ import annotations
 
@@ -19,25 +19,45 @@ if TYPE_CHECKING:
     "--base",
     default="distilbert/distilbert-base-uncased",
     show_default=True,
-    help="What is trained: `reference` (embedded), a folder, or a hub id; with a head or without.",
+    help="Model to train: `reference` (embedded), a folder, or a hub id, with or without a classification head.",
 )
 @click.option("--revision", help="Branch, tag or commit of a hub base.")
-@click.option("--epochs", type=click.IntRange(1, 99), default=3, show_default=True, help="Times through the data.")
+@click.option("--epochs", type=click.IntRange(1, 99), default=3, show_default=True, help="Number of epochs.")
 @click.option(
-    "--lr", "learning_rate", type=click.FloatRange(0, 1, min_open=True), default=5e-5, show_default=True, help="Peak."
+    "--lr",
+    "learning_rate",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=5e-5,
+    show_default=True,
+    help="Peak learning rate.",
 )
-@click.option("--batch-size", type=click.IntRange(1, 1024), default=32, show_default=True, help="Rows a step.")
 @click.option(
-    "--max-length", type=click.IntRange(8), metavar="TOKENS", help="Cut texts off.  [default: the base's most]"
+    "--batch-size", type=click.IntRange(1, 1024), default=32, show_default=True, help="Rows in a training step."
 )
-@click.option("--labels", metavar="A,B,…", help="Labels of a new head, in order.  [default: the base's or the data's]")
-@click.option("--multi-label", is_flag=True, help="A text has any number of labels, a|b in the column.")
-@click.option("--teacher", metavar="MODEL", help="Learn from this classifier's answers as well.")
-@click.option("--seed", type=click.IntRange(0), default=20, show_default=True, help="Of the head, order and dropout.")
-@click.option("--data", metavar="DATA", help=f"{DATA}, that it is judged on once.  [default: the rows held out]")
+@click.option(
+    "--max-length",
+    type=click.IntRange(8),
+    metavar="TOKENS",
+    help="Truncate longer texts.  [default: the base's maximum]",
+)
+@click.option(
+    "--labels", metavar="A,B,…", help="Labels of a new head, in order.  [default: the labels of the base or the data]"
+)
+@click.option("--multi-label", is_flag=True, help="A text has any number of labels, written a|b in the column.")
+@click.option("--teacher", metavar="MODEL", help="Also learn from the logits of this classifier.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=20,
+    show_default=True,
+    help="Random seed of the new head, the row order and dropout.",
+)
+@click.option(
+    "--data", metavar="DATA", help=f"Data to evaluate the checkpoint on once: {DATA}.  [default: the held-out rows]"
+)
 @training_options
 @click.option(
-    "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="The checkpoint's folder."
+    "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder of the new checkpoint."
 )
 @json_option
 @debug_option
@@ -57,9 +77,10 @@ def finetune(
     output: Path,
     as_json: bool,
 ) -> None:
-    """Train a classifier of your own: a base and labelled texts to a folder that every command takes with --model.
+    """Train a base model on your labelled texts. Every command takes the resulting folder with --model.
 
-    A tenth of the rows, 2000 at most, is held out and decides which epoch is kept. Stopped, the same command goes on.
+    The command holds out a tenth of the rows, at most 2000, and keeps the epoch that is best on them. If you interrupt
+    it, the same command continues.
 
     \b
     Examples:
@@ -68,7 +89,7 @@ def finetune(
       toolchain finetune --train-data pairs.jsonl --text-column a --text-pair-column b --output pairs
     """
     from toolchain.cli.progress import bar, say
-    from toolchain.finetune import SHARED, Request, sentence
+    from toolchain.finetune import LABEL_WEIGHT, FinetuneRequest, summary
     from toolchain.finetune import finetune as make
     from toolchain.training.loop import Recipe
 
@@ -79,12 +100,14 @@ def finetune(
         seed,
         states=0.0,
         patience=epochs,
-        task=SHARED if teacher else 1.0,
+        task=LABEL_WEIGHT if teacher else 1.0,
         dropout=True,
     )
     names = tuple(name.strip() for name in labels.split(",")) if labels else ()
     if len(set(names)) < len(names) or not all(names):
-        raise click.BadParameter("different names, separated by commas", param_hint="--labels")
-    card = make(Request(base, train, recipe, output, revision, teacher, names, multi_label, max_length, data), say, bar)
-    say(sentence(card))
+        raise click.BadParameter("give different names, separated by commas", param_hint="--labels")
+    card = make(
+        FinetuneRequest(base, train, recipe, output, revision, teacher, names, multi_label, max_length, data), say, bar
+    )
+    say(summary(card))
     click.echo(json.dumps(card, indent=1, ensure_ascii=False) if as_json else output)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from toolchain.artifacts.names import LABEL
+from toolchain.results.folder import DEFAULT_FOLDER
 
 if TYPE_CHECKING:
     from toolchain.build.workspace import Workspace
@@ -27,7 +28,7 @@ def debug_option(command: F) -> F:
         if isinstance(context.obj, dict):
             context.obj["debug"] = value
 
-    text = "Show the traceback of a failure."
+    text = "Show the traceback of an error."
     return click.option("--debug", is_flag=True, expose_value=False, callback=note, help=text)(command)
 
 
@@ -39,11 +40,19 @@ def model_options(command: F) -> F:
             type=click.Path(file_okay=False, path_type=Path),
             default=Path("exported"),
             show_default=True,
-            help="Where artifacts lie.",
+            help="Folder of the artifacts.",
         ),
-        click.option("--as", "slug", metavar="NAME", help="Name the model's folder there; by default its own name."),
         click.option(
-            "--model", default="reference", show_default=True, help="`reference` (embedded), a folder, or a hub id."
+            "--as",
+            "slug",
+            metavar="NAME",
+            help="Name of the model's folder under --exported.  [default: the model's own name]",
+        ),
+        click.option(
+            "--model",
+            default="reference",
+            show_default=True,
+            help="The model: `reference` (embedded), a folder, or a hub id.",
         ),
         debug_option,
     ):
@@ -51,15 +60,27 @@ def model_options(command: F) -> F:
     return command
 
 
+def results_option(command: F) -> F:
+    """Adds --results, for every command that reads or writes result files. The command receives it as `folder`."""
+    return click.option(
+        "--results",
+        "folder",
+        type=click.Path(file_okay=False, path_type=Path),
+        default=DEFAULT_FOLDER.path,
+        show_default=True,
+        help="Folder of the result files.",
+    )(command)
+
+
 def name_option(command: F) -> F:
     """Adds --name, for every command that builds a variant with the user's settings."""
 
     def check(context: click.Context, parameter: click.Parameter, value: str | None) -> str:
         if value is not None and not re.fullmatch(LABEL, value):
-            raise click.BadParameter("use small letters, digits and single hyphens.")
+            raise click.BadParameter("use lower-case letters, digits and single hyphens.")
         return value or ""
 
-    text = "A label for what is built, as in onnx-int8+LABEL; without it, the variant of that name is replaced."
+    text = "Label of the new variant, as in onnx-int8+LABEL. Without a label, it replaces the variant of the same name."
     return click.option("--name", "label", metavar="LABEL", callback=check, help=text)(command)
 
 
@@ -70,8 +91,8 @@ def no_pass_option(names: Sequence[str], of_what: str) -> Callable[[F], F]:
         names: Names of the passes that the option accepts.
         of_what: First part of the help text.
     """
-    text = f"{of_what}; may repeat."
-    return click.option("--no-pass", "left_out", type=click.Choice(names), multiple=True, help=text)
+    text = f"{of_what}. Can be repeated."
+    return click.option("--no-pass", "omitted", type=click.Choice(names), multiple=True, help=text)
 
 
 def json_option(command: F) -> F:
@@ -81,7 +102,7 @@ def json_option(command: F) -> F:
 
 def dry_run_option(command: F) -> F:
     """Adds the option --dry-run to a command that builds artifacts."""
-    return click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")(command)
+    return click.option("--dry-run", is_flag=True, help="Print what the command would do, and do nothing.")(command)
 
 
 RAY = "ray"
@@ -93,7 +114,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def checked(engine: str, address: str | None, **others: Any) -> Any:
         if address and engine != RAY:
-            raise click.UsageError("--address is a Ray cluster's: give --engine ray with it.")
+            raise click.UsageError("--address needs --engine ray.")
         return command(engine=engine, address=address, **others)
 
     options = [
@@ -102,12 +123,13 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["local", RAY]),
             default="local",
             show_default=True,
-            help="This machine, or a Ray cluster.",
+            help="Run on this machine, or on a Ray cluster.",
         ),
         click.option(
             "--address",
             metavar="HOST:PORT",
-            help="The cluster, as `ray start --head` prints it, or `auto`.  [default: one of this machine alone]",
+            help="Address of the cluster, as `ray start --head` prints it, or `auto`.  "
+            "[default: a new cluster on this machine]",
         ),
     ]
     for option in reversed(options):
@@ -136,7 +158,7 @@ def open_workspace(
     return Workspace.open(model, exported, slug, train, corpus)
 
 
-DATA = "CSV, TSV, JSON lines or Parquet file, or a data set of the hub such as glue/sst2"
+DATA = "a CSV, TSV, JSON lines or Parquet file, or a hub dataset such as glue/sst2"
 
 
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -151,13 +173,13 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
         return command(train=TrainingSource(train_data, others.pop("columns"), others.pop("split")), **others)
 
-    text = f"{DATA}, to rank and train on.  [default: the embedded SST-2]"
+    text = f"Training data: {DATA}.  [default: the embedded SST-2]"
     return click.option("--train-data", metavar="DATA", help=text)(_columns_options(with_source, "train"))
 
 
 def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options for evaluation data. The command receives them as `data`, `columns` and `split`."""
-    text = f"{DATA}, to evaluate on.  [default: the embedded SST-2]"
+    text = f"Evaluation data: {DATA}.  [default: the embedded SST-2]"
     return click.option("--data", metavar="DATA", help=text)(_columns_options(command, "validation"))
 
 
@@ -171,14 +193,14 @@ def _columns_options(command: Callable[..., Any], usual: str) -> Callable[..., A
         return command(columns=Columns(text_column, label_column, pair_column), **others)
 
     options = [
-        click.option("--text-column", help="Its column of texts.  [default: sentence or text]"),
-        click.option("--text-pair-column", "pair_column", help="Its column of second texts, where each row is a pair."),
-        click.option("--label-column", default="label", show_default=True, help="Its column of labels."),
+        click.option("--text-column", help="Column of texts in the data.  [default: sentence or text]"),
+        click.option("--text-pair-column", "pair_column", help="Column of second texts, if each row is a pair."),
+        click.option("--label-column", default="label", show_default=True, help="Column of labels in the data."),
         click.option(
             "--split",
-            help=f"Of a data set of the hub which part; held-out: what training leaves out.  [default: {usual}]"
+            help=f"Hub dataset split, or held-out for the rows that training leaves out.  [default: {usual}]"
             if usual == "validation"
-            else f"Of a data set of the hub which part.  [default: {usual}]",
+            else f"Hub dataset split.  [default: {usual}]",
         ),
     ]
     for option in reversed(options):

@@ -13,13 +13,13 @@ from toolchain.cli.options import RAY, engine_options, model_options, open_works
 @click.command()
 @click.argument("what", metavar="VARIANT|BUNDLE")
 @click.argument("file", default="-", metavar="[FILE]")
-@click.option("--text-column", help="The column of texts.  [default: sentence or text]")
-@click.option("--text-pair-column", "pair_column", help="The column of second texts, where each row is a pair.")
+@click.option("--text-column", help="Column of texts.  [default: sentence or text]")
+@click.option("--text-pair-column", "pair_column", help="Column of second texts, if each row is a pair.")
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="A .csv, .tsv, .jsonl or .parquet file.  [default: JSON lines on standard output]",
+    help="Output file: .csv, .tsv, .jsonl or .parquet.  [default: JSON lines on standard output]",
 )
 @engine_options
 @model_options
@@ -35,11 +35,11 @@ def predict(
     engine: str,
     address: str | None,
 ) -> None:
-    """Score the texts of FILE with a variant or a bundle: label and probabilities, in order.
+    """Predict labels and probabilities for the texts of FILE with a variant or a bundle, in the order of the texts.
 
-    FILE is CSV, TSV, JSON lines or Parquet by its ending, else one text a line; - is standard input. However long it
-    is, it takes no more memory. With --output, the same command goes on where an interrupted one was. With --engine
-    ray, every machine of a Ray cluster takes part; this one must be a node of it.
+    The ending of FILE names its format: CSV, TSV, JSON lines or Parquet; other files have one text in each line. -
+    means standard input. Memory does not grow with the length of FILE. With --output, the same command continues an
+    interrupted one. With --engine ray, all machines of a Ray cluster take part; this machine must be one of its nodes.
 
     \b
     Examples:
@@ -50,13 +50,13 @@ def predict(
     """
     from toolchain.cli.progress import bar, say
     from toolchain.data.files import Texts
-    from toolchain.distributed import connected
+    from toolchain.distributed import connect
     from toolchain.predict import here, of_bundle, of_variant
     from toolchain.predict import predict as score
     from toolchain.ship.bundle_files.verify import BUNDLE
 
     with ExitStack() as stack:
-        score_on = stack.enter_context(connected(address, say)).scored if engine == RAY else here
+        score_on = stack.enter_context(connect(address, say)).score if engine == RAY else here
         if "/" in what or (Path(what) / BUNDLE).exists():
             found = of_bundle(Path(what), say)
         else:

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 
-def say(line: str) -> None:
-    """Prints a line of progress."""
-    print(line, file=sys.stderr, flush=True)
+def say(event: object) -> None:
+    """Prints an event as one line."""
+    print(event, file=sys.stderr, flush=True)
 
 
 @contextmanager

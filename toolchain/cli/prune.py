@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,36 +17,54 @@ from toolchain.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from toolchain.artifacts.variants import Step
+    from toolchain.artifacts.steps import Step
     from toolchain.data.inputs import TrainingSource
 from toolchain.cli.building import build
 
 
 @click.command()
-@click.option("--ratio", "ratios", type=float, multiple=True, help="Share to remove, 0.01 to 0.99; may repeat.")
+@click.option(
+    "--ratio",
+    "ratios",
+    type=float,
+    multiple=True,
+    help="Share of the encoder's linear parameters to remove, 0.01 to 0.99. Can be repeated.",
+)
 @click.option(
     "--max-drop",
     type=click.FloatRange(0),
     metavar="POINTS",
-    help="Instead: the largest ratio that loses at most this accuracy on held-out rows.",
+    help="Instead of --ratio: search the largest ratio with at most this accuracy drop on held-out rows.",
 )
 @click.option(
     "--method",
     type=click.Choice(["fisher", "magnitude", "mask"]),
     default="fisher",
     show_default=True,
-    help="What is unimportant: by gradients or by weights. mask: rows are zeroed, nothing gets smaller.",
+    help="How importance is measured: fisher by gradients, magnitude by weights. mask only sets the weakest "
+    "rows to zero, so the model gets neither smaller nor faster.",
 )
 @click.option(
     "--cost",
     type=click.Choice(["parameters", "latency"]),
     default="parameters",
     show_default=True,
-    help="What importance is weighed against; latency is measured on this machine once.",
+    help="Cost that pruning reduces: parameters, or latency, which is measured once on this machine.",
 )
-@click.option("--layers", type=click.IntRange(1), metavar="N", help="So many layers stay; the others go first, whole.")
-@click.option("--recover", "epochs", type=click.IntRange(1, 99), metavar="EPOCHS", help="Then train for so long.")
-@click.option("--from", "parent", default="torch-fp32", show_default=True, metavar="VARIANT", help="What is pruned.")
+@click.option(
+    "--layers",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Keep N layers. Remove the other layers completely, then prune the rest.",
+)
+@click.option(
+    "--recover",
+    "epochs",
+    type=click.IntRange(1, 99),
+    metavar="EPOCHS",
+    help="Then train the pruned model for at most EPOCHS epochs.",
+)
+@click.option("--from", "parent", default="torch-fp32", show_default=True, metavar="VARIANT", help="Variant to prune.")
 @training_options
 @name_option
 @dry_run_option
@@ -67,10 +86,10 @@ def prune(
 ) -> None:
     """Remove attention heads and FFN neurons from the PyTorch model: torch-fp32 becomes torch-pruned50.
 
-    The ratio is the share of the encoder's linear parameters that goes; every layer keeps what matters. Needs no
-    training: what is left is fitted to the unpruned model's sums. --recover trains it to answer as the unpruned model
-    does (torch-pruned50-r1); stopped, it goes on where it was when the same command is given again. One sentence at a
-    time, a layer costs more by being there than by its width: --layers and --recover make the fastest models.
+    Pruning removes the least important heads and neurons. It needs no training: a least-squares fit adjusts the
+    remaining weights to the unpruned model. --recover then trains the pruned model on the unpruned model's logits
+    (torch-pruned50-r1). If you interrupt the training, the same command continues it. At batch 1, depth costs more than
+    width: --layers with --recover gives the fastest models.
 
     \b
     Examples:
@@ -79,30 +98,30 @@ def prune(
       toolchain prune --ratio 0.65 --layers 4 --recover 2
       toolchain prune --max-drop 1.0
     """
-    from toolchain.artifacts.variants import Prune, Recover, child
+    from toolchain.artifacts.steps import Prune, Recover
+    from toolchain.artifacts.variants import derive_variant
     from toolchain.cli.progress import bar, say
     from toolchain.tuning.settings import largest_ratio
 
     if bool(ratios) == (max_drop is not None):
-        raise click.UsageError("Name the share to remove with --ratio, or the accuracy to keep with --max-drop.")
-    for ratio in ratios:
-        if not 0.01 <= ratio <= 0.99 or abs(100 * ratio - round(100 * ratio)) > 1e-9:
-            raise click.BadParameter(
-                f"{ratio:g} is no ratio from 0.01 to 0.99 in whole per cents", param_hint="--ratio"
-            )
-    if method == "mask" and (epochs or layers or cost != "parameters" or max_drop is not None):
-        raise click.UsageError("--method mask removes nothing: it takes a --ratio and none of the other options.")
+        raise click.UsageError("Give either --ratio or --max-drop.")
+    if method == "mask" and (epochs or max_drop is not None):
+        raise click.UsageError("--method mask removes nothing: it cannot be used with --max-drop or --recover.")
     if max_drop is not None and (epochs or dry_run):
-        raise click.UsageError("--max-drop searches by building, without training: leave out --recover and --dry-run.")
+        raise click.UsageError(
+            "--max-drop builds pruned models without training: it cannot be used with --recover or --dry-run."
+        )
+    prunings = [Prune(ratio, method, cost, layers) for ratio in ratios or [0.5]]
+    # Before the search, so that a wrong parent fails at once.
+    children = [derive_variant(parent, pruning, label) for pruning in prunings]
     workspace = open_workspace(model, exported, slug, train)
-    child(parent, Prune(0.5, method, cost, layers))  # a parent that cannot be pruned is told before anything is built
     if max_drop is not None:
-        ratios = (largest_ratio(workspace, Prune(0.5, method, cost, layers), max_drop, say, bar),)
-    asked: dict[str, Step] = {}
-    for ratio in ratios:
-        step = Prune(round(ratio, 2), method, cost, layers)
-        name = child(parent, step, label).name
-        asked[name] = step
+        ratio = largest_ratio(workspace, prunings[0], max_drop, say, bar)
+        prunings = [replace(prunings[0], ratio=round(ratio, 2))]
+        children = [derive_variant(parent, prunings[0], label)]
+    steps: dict[str, Step] = {}
+    for pruning, variant in zip(prunings, children, strict=True):
+        steps[variant.name] = pruning
         if epochs:
-            asked[child(name, Recover(epochs)).name] = Recover(epochs)
-    build(workspace, asked, dry_run)
+            steps[derive_variant(variant.name, Recover(epochs)).name] = Recover(epochs)
+    build(workspace, steps, dry_run)

@@ -1,4 +1,4 @@
-"""The command that takes bits away: quantize."""
+"""Quantize: a variant with fewer bits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from toolchain.artifacts.variants import QUANTIZE_PASSES, QUANTIZED
+from toolchain.artifacts.steps import QUANTIZE_PASSES, QUANTIZED
 from toolchain.cli.building import build
 from toolchain.cli.options import (
     dry_run_option,
@@ -24,14 +24,14 @@ from toolchain.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from toolchain.artifacts.variants import Quantize, Step
+    from toolchain.artifacts.steps import Quantize, Step
     from toolchain.build.workspace import Workspace
     from toolchain.data.inputs import TrainingSource
 
 
 @click.command()
 @click.option(
-    "--backend", type=click.Choice(list(QUANTIZED)), default="ort", show_default=True, help="Whose quantisation it is."
+    "--backend", type=click.Choice(list(QUANTIZED)), default="ort", show_default=True, help="Library that quantises."
 )
 @click.option(
     "--scheme",
@@ -44,40 +44,40 @@ if TYPE_CHECKING:
     type=click.Choice(["vnni", "portable", "auto"]),
     default="vnni",
     show_default=True,
-    help="ort: which processors it must be exact on. vnni: x86 with VNNI or AMX, ARM, WebAssembly. portable: all, with "
-    "weights of 7 bits (onnx-int8-portable). auto: this one.",
+    help="ort: processors on which the variant is exact. vnni: x86 with VNNI or AMX, ARM, WebAssembly. portable: all "
+    "processors, with weights of 7 bits (onnx-int8-portable). auto: this processor.",
 )
 @click.option(
     "--embeddings",
     type=click.Choice(["int8", "int4"]),
-    help="ort: bits of the embedding tables.  [default: the scheme's]",
+    help="ort: bits of the embedding tables.  [default: the scheme's bits]",
 )
 @click.option(
     "--from",
     "parents",
     multiple=True,
     metavar="VARIANT",
-    help="What is quantised; may repeat.  [default: onnx-fp32 for ort (onnx-std for fp16), else torch-fp32]",
+    help="Variant to quantise. Can be repeated.  [default: onnx-fp32 for ort (onnx-std for fp16), else torch-fp32]",
 )
 @click.option(
     "--keep-fp32",
     type=click.IntRange(1),
     metavar="N",
-    help="ort: leave the N linear layers in fp32 that lose most, by held-out rows of the training data.",
+    help="ort: keep the N most sensitive linear layers in fp32. Held-out rows of the training data rank them.",
 )
 @click.option(
     "--max-drop",
     type=click.FloatRange(0),
     metavar="POINTS",
-    help="Instead: as few in fp32 as lose at most this accuracy on these rows.",
+    help="Instead of --keep-fp32: keep as few layers in fp32 as this accuracy drop allows on the held-out rows.",
 )
-@click.option("--sensitivity", is_flag=True, help="Only show what each linear layer loses, the most sensitive first.")
-@no_pass_option(sorted(set(chain(*QUANTIZE_PASSES.values()))), "ort: leave this rewrite out")
+@click.option("--sensitivity", is_flag=True, help="Only show the sensitivity of each linear layer, the highest first.")
+@no_pass_option(sorted(set(chain(*QUANTIZE_PASSES.values()))), "ort: omit this pass")
 @click.option(
     "--trim-vocab",
     metavar="CORPUS",
-    help="ort: leave out of vocabulary and table the tokens that CORPUS, a file of texts, has no use for; `train`: the "
-    "training data. --text-column is its column as well.",
+    help="ort: drop tokens that do not occur in CORPUS, a file of texts, from vocabulary and embedding table. `train` "
+    "means the training data. --text-column names the column of texts.",
 )
 @training_options
 @name_option
@@ -96,19 +96,19 @@ def quantize(
     keep_fp32: int | None,
     max_drop: float | None,
     sensitivity: bool,
-    left_out: tuple[str, ...],
+    omitted: tuple[str, ...],
     trim_vocab: str | None,
     train: TrainingSource,
     label: str,
     as_json: bool,
     dry_run: bool,
 ) -> None:
-    """Quantise a variant: onnx-fp32 becomes onnx-int8, torch-fp32 torch-int8 or bnb-nf4.
+    """Quantise a variant: onnx-fp32 becomes onnx-int8; torch-fp32 becomes torch-int8 or bnb-nf4.
 
-    ort and torch int8 scale activations at run time, but for ort's static: that fixes scales on training sentences, so
-    that an answer does not depend on its batch. bnb is bitsandbytes, which saves memory and, on a CPU, no time.
-    Validated before it is published: it is refused where 200 sentences show that more than 2 % are answered differently
-    from the PyTorch model it was made from.
+    int8 chooses activation scales at run time. Only ort's static scheme fixes them on training sentences, so that the
+    logits of a sentence do not depend on the other sentences of its batch. bnb is bitsandbytes: it saves memory, but no
+    time on a CPU. The command validates each variant before it publishes it. It refuses a variant if 200 sentences show
+    that more than 2 % of all sentences flip against the PyTorch model.
 
     \b
     Examples:
@@ -128,72 +128,60 @@ def quantize(
       toolchain quantize --backend torch --scheme int8 --from torch-fp32 --from torch-pruned30
       toolchain quantize --backend bnb --scheme nf4
     """
-    from toolchain.artifacts.variants import Optimize, Quantize, child
+    from toolchain.artifacts.steps import Optimize, Quantize
+    from toolchain.artifacts.variants import derive_variant
     from toolchain.backends.ort import saturates
     from toolchain.build.trimming import corpus_of
     from toolchain.cli.progress import bar, say
     from toolchain.tuning.settings import fewest_kept
 
-    if isa != "vnni" and (backend, scheme or "dynamic") != ("ort", "dynamic"):
-        raise click.BadParameter("Only --backend ort --scheme dynamic has weights of 7 bits.", param_hint="--isa")
+    if sum([keep_fp32 is not None, max_drop is not None, sensitivity]) > 1:
+        raise click.UsageError("Give only one of --keep-fp32, --max-drop and --sensitivity.")
+    if sensitivity and trim_vocab:
+        raise click.UsageError("--sensitivity measures linear layers, and --trim-vocab does not change them.")
+    if max_drop is not None and dry_run:
+        raise click.UsageError("--max-drop cannot be used with --dry-run.")
+    if as_json and not sensitivity:
+        raise click.UsageError("--json needs --sensitivity.")
     if isa == "auto":
         isa = "portable" if saturates() else "vnni"
         click.echo(f"isa auto: {isa} on this processor", err=True)
-    layers = [keep_fp32, max_drop is not None, sensitivity]
-    if backend != "ort" and any([embeddings, left_out, trim_vocab, *layers]):
-        raise click.UsageError(
-            "--embeddings, --no-pass, --trim-vocab, --keep-fp32, --max-drop and --sensitivity are for --backend ort."
-        )
-    if sum(map(bool, layers)) > 1 or (dry_run and max_drop is not None):
-        raise click.UsageError("Of --keep-fp32, --max-drop and --sensitivity name one; --max-drop has no --dry-run.")
-    if sensitivity and trim_vocab:
-        raise click.UsageError("--sensitivity is about linear layers, and --trim-vocab changes none.")
-    without = {name for name in ("quantize-linear", "quantize-embedding") if name in left_out}
-    if "quantize-linear" in without and any([len(without) > 1, isa != "vnni", scheme == "static", *layers]):
-        raise click.BadParameter("Without quantize-linear only --embeddings is left to choose.", param_hint="--no-pass")
-    if "quantize-embedding" in without and embeddings:
-        raise click.BadParameter("Without quantize-embedding there are no bits of tables.", param_hint="--embeddings")
-    if as_json and not sensitivity:
-        raise click.UsageError("--json is for --sensitivity.")
-    schemes = list(QUANTIZED[backend])
-    if scheme is not None and scheme not in schemes:
-        raise click.BadParameter(f"--backend {backend} has {', '.join(schemes)}.", param_hint="--scheme")
+    scheme = scheme or next(iter(QUANTIZED[backend]))
     if (backend, scheme) == ("ort", "fp16"):
-        if any([embeddings, left_out, trim_vocab, *layers]):
-            raise click.UsageError("--scheme fp16 is half precision throughout: it takes no other option of ort's.")
+        if isa != "vnni" or any([embeddings, omitted, trim_vocab, keep_fp32, max_drop is not None, sensitivity]):
+            raise click.UsageError("--scheme fp16 takes no other option of --backend ort.")
         half = Optimize.for_provider("cuda")
         workspace = open_workspace(model, exported, slug)
-        build(workspace, {child(parent, half, label).name: half for parent in parents or ("onnx-std",)}, dry_run)
+        build(
+            workspace, {derive_variant(parent, half, label).name: half for parent in parents or ("onnx-std",)}, dry_run
+        )
         return
-    seven_bits = True if isa == "portable" else None
     corpus = corpus_of(trim_vocab, train.columns.text)
-    step = Quantize(backend, scheme or schemes[0], seven_bits, embeddings, keep_fp32)
-    trimmed = corpus.digest if corpus else trim_vocab
-    step = replace(step, trim_vocab=trimmed, passes=_left(step.scheme, left_out) if left_out else None)
-    chosen = parents or (("onnx-fp32",) if backend == "ort" else ("torch-fp32",))
-    names = {parent: child(parent, step, label).name for parent in chosen}
+    step = Quantize(
+        backend,
+        scheme,
+        reduce_range=True if isa == "portable" else None,
+        embeddings=embeddings,
+        keep_fp32=1 if sensitivity or max_drop is not None else keep_fp32,  # 1 has the rules of any number
+        passes=Quantize.passes_without(scheme, omitted),
+        trim_vocab=corpus.digest if corpus else trim_vocab,
+    )
+    usual = "onnx-fp32" if backend == "ort" else "torch-fp32"
+    names = {parent: derive_variant(parent, step, label).name for parent in parents or (usual,)}
     workspace = open_workspace(model, exported, slug, train, corpus)
     if sensitivity:
-        _sensitivity(workspace, names, step, as_json)
+        _print_sensitivity(workspace, names, step, as_json)
         return
-    asked: dict[str, Step] = {}
-    for parent, name in names.items():
-        fewest = fewest_kept(workspace, parent, step, max_drop, say, bar) if max_drop is not None else keep_fp32
-        asked[name] = replace(step, keep_fp32=fewest or None)
-    build(workspace, asked, dry_run)
+    steps: dict[str, Step] = dict.fromkeys(names.values(), step)
+    if max_drop is not None:
+        for parent, name in names.items():
+            fewest = fewest_kept(workspace, parent, step, max_drop, say, bar)
+            steps[name] = replace(step, keep_fp32=fewest or None)
+    build(workspace, steps, dry_run)
 
 
-def _left(scheme: str, left_out: tuple[str, ...]) -> tuple[str, ...]:
-    """The scheme's passes without those: where linear layers stay, only what is about tables."""
-    every = QUANTIZE_PASSES[scheme]
-    if not set(left_out) <= set(every):
-        raise click.BadParameter(f"--scheme {scheme} has {', '.join(every)}.", param_hint="--no-pass")
-    left = tuple(name for name in every if name not in left_out)
-    return left if "quantize-linear" in left else left[-1:]
-
-
-def _sensitivity(workspace: Workspace, parents: Iterable[str], step: Quantize, as_json: bool) -> None:
-    """Prints what every linear layer of every parent loses."""
+def _print_sensitivity(workspace: Workspace, parents: Iterable[str], step: Quantize, as_json: bool) -> None:
+    """Prints the sensitivity of each linear layer of each parent."""
     from toolchain.cli.progress import bar, say
     from toolchain.quantization.sensitivity import SENTENCES, rank
     from toolchain.tuning.settings import sensitive
@@ -209,6 +197,6 @@ def _sensitivity(workspace: Workspace, parents: Iterable[str], step: Quantize, a
         )
         return
     for parent, layers in found.items():
-        click.echo(f"{parent}: each layer quantised alone, {SENTENCES} held-out rows of the training data")
+        click.echo(f"{parent}: each layer quantised separately, {SENTENCES} held-out rows of the training data")
         for layer in layers:
-            click.echo(f"{layer.name:48} divergence {layer.divergence:8.2g} nats   {layer.flips:3} answered otherwise")
+            click.echo(f"{layer.name:48} divergence {layer.divergence:8.2g} nats   {layer.flips:3} flips")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from toolchain.cli.options import json_option, model_options, open_workspace
+from toolchain.cli.options import json_option, model_options, open_workspace, results_option
 from toolchain.ship.targets import TARGETS
 from toolchain.ship.targets.releases import DEFAULT, ORDER, RELEASES
 
@@ -18,34 +18,36 @@ from toolchain.ship.targets.releases import DEFAULT, ORDER, RELEASES
     "--target",
     type=click.Choice(list(TARGETS)),
     required=True,
-    help="web: browser and Node, by transformers.js. python: onnxruntime and tokenizers. mobile: ONNX Runtime on "
-    "Android and iOS. server: Triton and KServe. other: any ONNX runtime.",
+    help="Kind of app. web: browser and Node, with transformers.js. python: onnxruntime and tokenizers. mobile: ONNX "
+    "Runtime on Android and iOS. server: Triton and KServe. other: any ONNX runtime.",
 )
 @click.option(
     "--ort-mobile",
     type=click.Choice(list(RELEASES)),
     metavar="RELEASE",
-    help=f"mobile: the oldest release of ONNX Runtime that must read the models, {ORDER[0]} to {ORDER[-1]}.  "
+    help=f"mobile: oldest release of ONNX Runtime that must run the models, {ORDER[0]} to {ORDER[-1]}.  "
     f"[default: {DEFAULT}]",
 )
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Where the bundle goes.  [default: bundle-TARGET beside the variants]",
+    help="Folder of the bundle.  [default: bundle-TARGET beside the variants]",
 )
 @click.option(
     "--demo/--no-demo",
     default=True,
-    help="web: a page to try it in, which needs npm once; or only the models.  [default: demo]",
+    help="web: whether the bundle has a demo page, which needs npm once.  [default: demo]",
 )
 @click.option(
     "--with-tokenizer",
     is_flag=True,
-    help="python, mobile, server: text in, probabilities out, by onnxruntime-extensions in the graph.",
+    help="python, mobile, server: put the tokenizer into the graph, with operators of onnxruntime-extensions. The "
+    "model then takes text and returns probabilities.",
 )
-@click.option("--license", "license_", metavar="TEXT", help="The model's licence, where it is not known here.")
+@click.option("--license", "license_", metavar="TEXT", help="Licence of the bundle.  [default: the model's licence]")
 @json_option
+@results_option
 @model_options
 def ship(
     model: str,
@@ -58,12 +60,14 @@ def ship(
     demo: bool,
     with_tokenizer: bool,
     license_: str | None,
+    folder: Path,
     as_json: bool,
 ) -> None:
-    """Make a bundle of VARIANT...: a folder an app loads without this toolchain, and that can check itself.
+    """Write VARIANT... to a bundle: a folder that an app loads without this toolchain, and that can check itself.
 
-    Models, tokenizer, labels, digests, golden sentences, where each file is exact, what was measured, a README with
-    code that runs. What is missing or stale is built first; an unchanged bundle in the same place is replaced.
+    A bundle has models, tokenizer, labels, checksums, golden sentences, the processors on which each model is exact,
+    benchmark figures, and a README with working code. The command builds missing and stale variants first. It replaces
+    an existing bundle in the output folder if nobody modified that bundle.
 
     \b
     Examples:
@@ -73,13 +77,14 @@ def ship(
       toolchain ship onnx-std onnx-std-int8 --target other
     """
     from toolchain.cli.progress import bar, say
+    from toolchain.results.folder import ResultsFolder
     from toolchain.ship.shipping import Order, default_output
     from toolchain.ship.shipping import ship as make
 
     if ort_mobile and target != "mobile":
-        raise click.UsageError(f"--ort-mobile is of --target mobile, not of --target {target}.")
+        raise click.UsageError(f"--ort-mobile needs --target mobile, not --target {target}.")
     workspace = open_workspace(model, exported, slug)
     place = output or default_output(workspace, target)
-    order = Order(variants, target, license_, demo, with_tokenizer, ort_mobile or DEFAULT)
+    order = Order(variants, target, license_, demo, with_tokenizer, ort_mobile or DEFAULT, ResultsFolder(folder))
     body = make(workspace, order, place, say, bar)
     click.echo(json.dumps(body, indent=1) if as_json else place)

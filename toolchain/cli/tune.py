@@ -1,4 +1,4 @@
-"""The command that searches: tune."""
+"""Tune: the search for the best artifact."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from toolchain.cli.options import DATA, json_option, model_options, open_workspace, training_options
+from toolchain.cli.options import DATA, json_option, model_options, open_workspace, results_option, training_options
 
 if TYPE_CHECKING:
     from toolchain.data.inputs import TrainingSource
@@ -19,7 +19,7 @@ _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
 class Duration(click.ParamType):
-    """``90s``, ``20m`` or ``2h``, in seconds."""
+    """A duration such as ``90s``, ``20m`` or ``2h``; its value is in seconds."""
 
     name = "duration"
 
@@ -29,7 +29,7 @@ class Duration(click.ParamType):
             return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", str(value))
         if not match or not float(match[1]):
-            self.fail(f"{value!r} is no duration such as 90s, 20m or 2h.", param, ctx)
+            self.fail(f"{value!r} is not a duration such as 90s, 20m or 2h.", param, ctx)
         return float(match[1]) * _UNITS[match[2]]
 
 
@@ -40,21 +40,26 @@ class Duration(click.ParamType):
     default=1.0,
     show_default=True,
     metavar="POINTS",
-    help="Most accuracy to lose against torch-fp32, on held-out rows of the training data.",
+    help="Largest accuracy drop against torch-fp32, on held-out rows of the training data.",
 )
 @click.option(
     "--objective",
     type=click.Choice(["latency", "throughput", "size"]),
     default="latency",
     show_default=True,
-    help="What is made the best of: one sentence at a time, batches, or bytes.",
+    help="What to improve: latency of one sentence, throughput of batches, or size in bytes.",
 )
 @click.option(
-    "--budget", type=Duration(), default="20m", show_default=True, help="Time to search; what is begun is finished."
+    "--budget",
+    type=Duration(),
+    default="20m",
+    show_default=True,
+    help="Time for the search. A trial that runs at the end still finishes.",
 )
-@click.option("--data", metavar="DATA", help=f"{DATA}, that the end is measured on.  [default: the embedded SST-2]")
+@click.option("--data", metavar="DATA", help=f"Data for the final measurement: {DATA}.  [default: the embedded SST-2]")
 @training_options
 @json_option
+@results_option
 @model_options
 def tune(
     model: str,
@@ -65,13 +70,14 @@ def tune(
     budget: float,
     data: str | None,
     train: TrainingSource,
+    folder: Path,
     as_json: bool,
 ) -> None:
-    """Search the fastest or smallest ONNX artifact that keeps the accuracy, by building and measuring on this machine.
+    """Search for the fastest or smallest ONNX artifact that keeps the accuracy; builds and measures on this machine.
 
-    Tries pruning ratios and what they are weighed by, training after it, 8 and 4 bits, and layers left in fp32. All
-    that is tried is kept as a variant labelled tune; stopped, the same command goes on. Choices are made on rows held
-    out of the training data; the best of every accuracy are measured on the validation set once, at the end.
+    The search tries pruning ratios and costs, training, 8 and 4 bits, and layers kept in fp32. Each trial stays as a
+    variant with the label tune. If you interrupt the search, the same command continues it. It chooses on held-out rows
+    of the training data. At the end, it measures the Pareto front once on the validation set.
 
     \b
     Examples:
@@ -84,19 +90,21 @@ def tune(
     from toolchain.cli.progress import bar, say
     from toolchain.compare.report.table import print_table
     from toolchain.compare.rows import compare
+    from toolchain.results.folder import ResultsFolder, require_measured
     from toolchain.system import hardware
     from toolchain.tuning import EXACT, Request, sentence
     from toolchain.tuning import tune as search
 
     workspace = open_workspace(model, exported, slug, train)
     protocol = replace(QUICK, threads=hardware.cores())
-    last = run.Request((), ("cpu",), protocol, data, train.columns)
-    run.asked(workspace, last, say)  # data that does not fit is told before the search
+    results = ResultsFolder(folder)
+    last = run.Request((), ("cpu",), protocol, data, train.columns, results=results)
+    run.evaluation_data(workspace, last, say)  # reports unsuitable data before the search
     best, front = search(workspace, Request(objective, max_drop, budget), say, bar)
     names = dict.fromkeys(["torch-fp32", EXACT, best.baseline, *(outcome.variant for outcome in front)])
     with bar("the front on validation data") as progress:
         result, journal = run.measure(workspace, replace(last, names=tuple(names)), say, progress)
-    path = run.save_local(result, workspace.model)
+    path = results.save_local(result, workspace.model)
     say(f"saved: {path}")
     journal.end()
     if as_json:
@@ -104,6 +112,6 @@ def tune(
         click.echo(json.dumps(found, indent=1))
     else:
         print_table(compare([result], f"{best.baseline}@cpu"))
-        click.echo(f"\nchosen on held-out rows: {sentence(best)}")
+        click.echo(f"\nbest on held-out rows: {sentence(best)}")
         click.echo(workspace.path(best.variant))
-    run.judge(result)
+    require_measured(result)

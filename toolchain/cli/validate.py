@@ -1,4 +1,4 @@
-"""Validate: an artifact's answers compared with PyTorch's."""
+"""Validate: an artifact's logits compared with PyTorch's."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ def validate(
     train: TrainingSource,
     as_json: bool,
 ) -> None:
-    """Compare VARIANT's answers with PyTorch's over lengths, batches, paddings and odd texts; exit 3 if it fails.
+    """Compare VARIANT's logits with PyTorch's; exit code 3 if validation fails.
 
-    What is missing or stale is built first. A trimmed vocabulary is asked sentences of its training data's domain.
+    The command compares many lengths, batches, paddings and difficult texts. It builds missing and stale variants
+    first. It validates a variant with a trimmed vocabulary on sentences like its training data.
 
     \b
     Example:
@@ -47,6 +48,6 @@ def validate(
     else:
         for name, delta in report["grid_largest_delta"].items():
             click.echo(f"{name:36} |Δlogit| {'not finite' if delta is None else f'{delta:.2g}'}")
-        click.echo(f"{variant}: {'valid' if report['passed'] else 'NOT valid'}: {sentence(report)}")
+        click.echo(f"{variant}: {'PASSED' if report['passed'] else 'FAILED'}: {sentence(report)}")
     if not report["passed"]:
-        raise VerdictError(f"{variant} does not answer as PyTorch does.", "Build it again, or do not use it.")
+        raise VerdictError(f"The logits of {variant} differ from PyTorch's.", "Build it again, or do not use it.")

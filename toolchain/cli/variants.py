@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 @json_option
 @model_options
 def variants(model: str, exported: Path, slug: str | None, as_json: bool) -> None:
-    """List every variant: what it is made from, how, and whether it is built, stale or missing.
+    """List every variant with its parent, its step and its state: built, stale or missing.
 
     \b
     Example:
       toolchain variants --model ./my-checkpoint
     """
-    from toolchain.artifacts.variants import settings_of, step_name
+    from toolchain.artifacts.steps import settings_of, step_name
     from toolchain.build.pipeline import states
 
     rows: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Verify: whether a bundle is unmodified and answers right here."""
+"""Verify: whether a bundle is unmodified and computes its recorded logits here."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from toolchain.cli.options import debug_option, json_option
 @json_option
 @debug_option
 def verify(bundle: Path, as_json: bool) -> None:
-    """Check that BUNDLE is what it was; exit 3 if not.
+    """Check that BUNDLE is unmodified; exit code 3 if it is not.
 
-    Every file's digest, then the golden sentences' tokens and logits, asked here. The bundle's own verify.py does the
-    same without this toolchain.
+    The command compares the sha256 of every file. Then it runs the models on the golden sentences, and compares tokens
+    and logits with the recorded ones. The bundle's own verify.py does the same without this toolchain.
 
     \b
     Example:
@@ -30,6 +30,6 @@ def verify(bundle: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report, indent=1))
         return
-    click.echo(f"{report['files']} files as listed, bundle {report['id'][:12]}")
-    for variant, found in report["models"].items():
-        click.echo(f"{variant}: largest |Δlogit| {found['largest_delta']:.2g}, ≤ {found['tolerance']:g} allowed")
+    click.echo(f"bundle {report['id'][:12]}: {report['files']} files are unmodified")
+    for variant, result in report["models"].items():
+        click.echo(f"{variant}: largest |Δlogit| {result['largest_delta']:.2g} (limit {result['tolerance']:g})")

@@ -168,8 +168,8 @@ def regressions(new: Sequence[Row], old: Sequence[Row], limit: float) -> Regress
             pairs.append(Pair(row, None, lost="missing"))
     if not any(pair.new for pair in pairs):
         why = "; ".join(dict.fromkeys(reason for *_, reason in apart)) or "they share no measured cell"
-        mend = "Measure both on one machine, the same data and threads, with `toolchain bench`."
-        raise ResultFileError(f"The two runs cannot be compared: {why}.", mend)
+        hint = "Measure both on one machine, the same data and threads, with `toolchain bench`."
+        raise ResultFileError(f"The two runs cannot be compared: {why}.", hint)
     known = {key[:2] for key in before}
     added = [key for key, row in now.items() if key[:2] not in known and row.measurement.status == "ok"]
     apart += [(*key[:2], "not measured in the old run") for key in added]
@@ -285,5 +285,5 @@ def require_none(found: Regressions) -> None:
         what = pair.lost.partition(":")[0] or ", ".join(change.figure for change in pair.changes if change.regressed)
         cells.append(f"{pair.old.measurement.cell} ({what})")
     which = f"{len(cells)} of {len(found.pairs)} cells are lost or worse by more than {found.limit * 100:g}%"
-    mend = "Look at what changed; if it is meant, compare against a newer run."
-    raise VerdictError(f"{which}: {'; '.join(cells)}.", mend)
+    hint = "Look at what changed; if it is meant, compare against a newer run."
+    raise VerdictError(f"{which}: {'; '.join(cells)}.", hint)

@@ -10,7 +10,8 @@ from typing import Any
 
 from toolchain.errors import ResultFileError
 from toolchain.results import statistics
-from toolchain.results.measurements import PROBABILITY, Measurement, ResultFile, Samples
+from toolchain.results.measurements import PROBABILITY, Measurement, Samples
+from toolchain.results.result_file import ResultFile
 from toolchain.results.statistics import Ratio
 
 BASELINE = "torch-fp32"

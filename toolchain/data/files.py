@@ -113,15 +113,15 @@ class Table:
         except pyarrow.ArrowException as error:
             raise DataError(f"{self.file} cannot be read: {error}.", "Write it again as Parquet.") from error
 
-    def wrong(self, number: int, what: str, mend: str = "Correct the row.") -> DataError:
+    def wrong(self, number: int, what: str, hint: str = "Correct the row.") -> DataError:
         """Returns an error about one row.
 
         Args:
             number: Number of the row, from 1.
             what: The fault.
-            mend: Advice to the user.
+            hint: Advice to the user.
         """
-        return DataError(f"{self.file}, row {number}: {what}.", mend)
+        return DataError(f"{self.file}, row {number}: {what}.", hint)
 
 
 @dataclass(frozen=True)

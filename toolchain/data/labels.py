@@ -34,15 +34,15 @@ class Column:
     where: str
     classes: tuple[str, ...] = ()
 
-    def wrong(self, number: int, what: str, mend: str) -> DataError:
+    def wrong(self, number: int, what: str, hint: str) -> DataError:
         """Returns an error about one row.
 
         Args:
             number: Number of the row, from 1.
             what: The fault.
-            mend: Advice to the user.
+            hint: Advice to the user.
         """
-        return DataError(f"{self.where}, row {number}: {what}.", mend)
+        return DataError(f"{self.where}, row {number}: {what}.", hint)
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ from toolchain.data.files import STDIN, Row, Texts
 from toolchain.errors import ClusterError
 from toolchain.predict import Model
 from toolchain.progress import Say
+from toolchain.system.extras import install_hint
 
 CONNECT_TIMEOUT_S = 60.0
-LOST_S = 15  # the cluster counts as lost if its head does not answer for this time
-GO_ON = "Start the cluster again; of a run with --output the same command goes on where it was."
+LOST_AFTER_S = 15  # the cluster counts as lost if its head does not answer for this time
+RESUME_HINT = "Start the cluster again. The same command with --output continues where it stopped."
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ class _Driver(Child):
     end_s = 20.0  # time to stop a cluster that the driver started
 
     def __init__(self) -> None:
-        variables = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_gcs_rpc_server_reconnect_timeout_s": str(LOST_S)}
+        variables = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_gcs_rpc_server_reconnect_timeout_s": str(LOST_AFTER_S)}
         super().__init__("toolchain.distributed.driver", variables)
 
-    def _lost(self, what: str) -> ClusterError:
-        return ClusterError(f"The cluster was lost. {what}", GO_ON)
+    def _make_error(self, cause: str) -> ClusterError:
+        return ClusterError(f"The cluster was lost. {cause}", RESUME_HINT)
 
 
 class Cluster:
@@ -63,37 +64,37 @@ class Cluster:
     def __init__(self, driver: Child, nodes: list[Node], say: Say) -> None:
         self._driver, self.nodes, self._say = driver, nodes, say
 
-    def ask(self, do: str, **about: Any) -> dict[str, Any]:
+    def ask(self, method: str, **arguments: Any) -> dict[str, Any]:
         """Calls a method of `driver.Driver` and returns its answer.
 
         Args:
-            do: Name of the method.
-            **about: Arguments of the method.
+            method: Name of the method.
+            **arguments: Arguments of the method.
         """
-        return self._driver.ask({"do": do, **about}, None)
+        return self._driver.ask({"do": method, **arguments}, None)
 
-    def scored(self, model: Model, texts: Texts, done: int, window: int) -> Iterator[list[Row]]:
+    def score(self, model: Model, texts: Texts, done: int, window: int) -> Iterator[list[Row]]:
         """Yields the rows of each window, computed on the cluster: a `predict.Engine`.
 
         The function first copies all of standard input to a file, because Ray reads a lost window again.
         """
         with tempfile.TemporaryDirectory() as scratch:
             if texts.file == STDIN:
-                kept = Path(scratch) / "texts"
-                with kept.open("w", encoding="utf-8", newline="") as lines:
+                text_file = Path(scratch) / "texts"
+                with text_file.open("w", encoding="utf-8", newline="") as lines:
                     lines.writelines(f"{text}\n" for text in texts.read())
-                texts = Texts(str(kept))
-            asked = {**asdict(texts), "file": str(Path(texts.file).resolve())}
-            begun = self.ask(
-                "score", folder=str(model.folder), files=model.files, texts=asked, done=done, window=window
+                texts = Texts(str(text_file))
+            text_fields = {**asdict(texts), "file": str(Path(texts.file).resolve())}
+            reply = self.ask(
+                "score", folder=str(model.folder), files=model.files, texts=text_fields, done=done, window=window
             )
-            self._say(f"nodes: {len(self.nodes)}, workers: {begun['workers']}, threads of each: {begun['threads']}")
+            self._say(f"nodes: {len(self.nodes)}, workers: {reply['workers']}, threads per worker: {reply['threads']}")
             while rows := self.ask("rows")["rows"]:
                 yield rows
 
 
 @contextmanager
-def connected(address: str | None, say: Say) -> Iterator[Cluster]:
+def connect(address: str | None, say: Say) -> Iterator[Cluster]:
     """Yields a connection to a cluster, and closes it on exit.
 
     Args:
@@ -105,11 +106,11 @@ def connected(address: str | None, say: Say) -> Iterator[Cluster]:
             another version of the toolchain or of Python.
     """
     if importlib.util.find_spec("ray") is None:
-        raise ClusterError("Ray is not installed.", 'Install it with `pip install "toolchain[ray]"`.')
+        raise ClusterError("Ray is not installed.", install_hint("ray"))
     driver = _Driver()
     try:
-        mine = {"toolchain": toolchain.__version__, "Python": platform.python_version()}
-        found = driver.ask({"address": address, "versions": mine}, CONNECT_TIMEOUT_S)
-        yield Cluster(driver, [Node(**node) for node in found["nodes"]], say)
+        versions = {"toolchain": toolchain.__version__, "Python": platform.python_version()}
+        reply = driver.ask({"address": address, "versions": versions}, CONNECT_TIMEOUT_S)
+        yield Cluster(driver, [Node(**node) for node in reply["nodes"]], say)
     finally:
         driver.close()

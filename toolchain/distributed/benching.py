@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.bench import run
-from toolchain.bench.cells import Cell, unmeasured
+from toolchain.bench.cells import Cell, make_row_without_figures
 from toolchain.build.workspace import Workspace
 from toolchain.data.inputs import Data
 from toolchain.distributed import Cluster, Node
 from toolchain.errors import BenchError
 from toolchain.models import checkpoints
 from toolchain.progress import Say
-from toolchain.results.measurements import ResultFile
+from toolchain.results.result_file import ResultFile
 
-NO_CUDA = ("No node of the cluster has an NVIDIA GPU.", "Add one that has; `ray status` counts what Ray knows of.")
+NO_CUDA = (
+    "No node of the cluster has an NVIDIA GPU.",
+    "Add a node with a GPU; `ray status` shows the GPUs of the cluster.",
+)
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,15 @@ class Plan:
 
     def message(self) -> dict[str, Any]:
         """Returns the plan as JSON data for `Driver.bench`, with the paths of all files that the nodes need."""
-        found: dict[str, list[str]] = {}
+        files_by_variant: dict[str, list[str]] = {}
         for name in [checkpoints.ROOT_VARIANT, *(cell.variant for cell in self.cells if cell.artifact)]:
             for variant in self.workspace.lineage(name):
                 artifact = self.workspace.load(variant.name)
                 assert artifact is not None
-                found[variant.name] = list(artifact.files)
+                files_by_variant[variant.name] = list(artifact.files)
         return {
             "folder": str(self.workspace.exported / self.workspace.model),
-            "files": [f"{variant}/{file}" for variant, files in found.items() for file in files],
+            "files": [f"{variant}/{file}" for variant, files in files_by_variant.items() for file in files],
             "model": self.workspace.model,
             "source": asdict(self.workspace.source),
             "data": {**vars(self.data), "label_set": asdict(self.data.label_set)},
@@ -73,62 +76,66 @@ def measure(
         DataError: The data is unreadable.
         ToolchainError: The checkpoint cannot be imported.
     """
-    nodes = distinct(cluster.nodes, say)
-    data, cells = run.prepared(workspace, request, None if any(node.gpus for node in nodes) else NO_CUDA, say)
+    nodes = distinct_nodes(cluster.nodes, say)
+    data, cells = run.prepare_cells(workspace, request, None if any(node.gpus for node in nodes) else NO_CUDA, say)
     plan = Plan(workspace, request, cells, data, threads)
-    yield from on(cluster, plan, shares(nodes, cells), say)
+    yield from run_plan(cluster, plan, assign_cells(nodes, cells), say)
 
 
-def distinct(nodes: Sequence[Node], say: Say) -> list[Node]:
+def distinct_nodes(nodes: Sequence[Node], say: Say) -> list[Node]:
     """Returns one node of each kind of hardware, since nodes with equal hardware give equal rows."""
-    found: dict[str, Node] = {}
+    nodes_by_machine: dict[str, Node] = {}
     for node in nodes:
-        first = found.setdefault(node.machine["id"], node)
+        first = nodes_by_machine.setdefault(node.machine["id"], node)
         if first is not node:
-            say(f"{node.host} ({node.id[:8]}): the same hardware as {first.host} ({first.id[:8]}), left out")
-    return list(found.values())
+            say(f"{node.host} ({node.id[:8]}): skipped, because {first.host} ({first.id[:8]}) has the same hardware")
+    return list(nodes_by_machine.values())
 
 
-def shares(nodes: Sequence[Node], cells: Sequence[Cell]) -> list[tuple[Node, list[Cell]]]:
+def assign_cells(nodes: Sequence[Node], cells: Sequence[Cell]) -> list[tuple[Node, list[Cell]]]:
     """Returns each node with the cells that it measures; leaves out nodes without a cell.
 
     Every node measures the CPU cells, so that each result file has its own baseline. Nodes with a GPU measure the CUDA
     cells. If no node has a GPU, every node gets the CUDA cells, and their rows report the missing GPU.
     """
     with_gpu = any(node.gpus for node in nodes)
-    found = [(node, [c for c in cells if c.provider == "cpu" or node.gpus or not with_gpu]) for node in nodes]
-    return [(node, share) for node, share in found if share]
+    assignments = [(node, [c for c in cells if c.provider == "cpu" or node.gpus or not with_gpu]) for node in nodes]
+    return [(node, assigned_cells) for node, assigned_cells in assignments if assigned_cells]
 
 
-def on(cluster: Cluster, plan: Plan, planned: Sequence[tuple[Node, Sequence[Cell]]], say: Say) -> Iterator[ResultFile]:
+def run_plan(
+    cluster: Cluster, plan: Plan, assignments: Sequence[tuple[Node, Sequence[Cell]]], say: Say
+) -> Iterator[ResultFile]:
     """Measures the cells of all nodes at the same time, and yields a result file when a node is done or fails."""
-    by_id = {node.id: (node, cells) for node, cells in planned}
-    for node, cells in planned:
+    by_id = {node.id: (node, cells) for node, cells in assignments}
+    for node, cells in assignments:
         say(f"{node.host}: measuring {len(cells)} cells as soon as its {node.cpus} CPUs are free")
-    asked = [[node.id, [_told(cell) for cell in cells]] for node, cells in planned]
-    cluster.ask("bench", order=plan.message(), shares=asked)
+    cells_as_json = [[node.id, [_cell_to_json(cell) for cell in cells]] for node, cells in assignments]
+    cluster.ask("bench", plan=plan.message(), shares=cells_as_json)
     with tempfile.TemporaryDirectory() as scratch:
-        for _ in planned:
-            told = cluster.ask("measured", folder=scratch)
-            node, cells = by_id[told["node"]]
-            if "cause" in told:
+        for _ in assignments:
+            reply = cluster.ask("next_result", folder=scratch)
+            node, cells = by_id[reply["node"]]
+            if "cause" in reply:
                 say(f"{node.host}: failed")
-                yield _failed(plan, node, cells, BenchError(f"On the node {node.host}: {told['cause']}", told["mend"]))
+                yield _failed_result(
+                    plan, node, cells, BenchError(f"On the node {node.host}: {reply['cause']}", reply["hint"])
+                )
             else:
                 say(f"{node.host}: measured")
-                yield ResultFile.read(Path(told["file"]))
+                yield ResultFile.read(Path(reply["file"]))
 
 
-def _told(cell: Cell) -> dict[str, Any]:
+def _cell_to_json(cell: Cell) -> dict[str, Any]:
     """Returns the cell as JSON data, with a flag in place of the artifact and without the encoder."""
-    there = {name: value for name, value in vars(cell).items() if name not in ("artifact", "encoder")}
-    return {**there, "artifact": cell.artifact is not None}
+    fields = {name: value for name, value in vars(cell).items() if name not in ("artifact", "encoder")}
+    return {**fields, "artifact": cell.artifact is not None}
 
 
-def _failed(plan: Plan, node: Node, cells: Sequence[Cell], error: BenchError) -> ResultFile:
+def _failed_result(plan: Plan, node: Node, cells: Sequence[Cell], error: BenchError) -> ResultFile:
     """Returns the result file of a failed run: every row has the reason and no figures."""
-    rows = [unmeasured(cell, error if cell.artifact else None) for cell in cells]
+    rows = [make_row_without_figures(cell, error if cell.artifact else None) for cell in cells]
     root = plan.workspace.load(checkpoints.ROOT_VARIANT)
     assert root is not None
-    how = asdict(plan.request.protocol)
-    return replace(run.result_of(rows, how, plan.data, root.manifest.max_length), machine=node.machine)
+    protocol = asdict(plan.request.protocol)
+    return replace(run.make_result(rows, protocol, plan.data, root.manifest.max_length), machine=node.machine)

@@ -13,8 +13,8 @@ from typing import Any
 
 from toolchain.bench.worker import serve
 from toolchain.data.files import Texts
-from toolchain.distributed import GO_ON, remote
-from toolchain.distributed.remote import Scorer, Stored
+from toolchain.distributed import RESUME_HINT, remote
+from toolchain.distributed.remote import Scorer, StoredFiles
 from toolchain.errors import ClusterError, ToolchainError
 from toolchain.predict import windows
 from toolchain.system import hardware
@@ -28,11 +28,11 @@ class Driver:
     """A connection to a cluster; its methods are the requests. `ready` is the first answer: the nodes."""
 
     def __init__(self, message: Mapping[str, Any]) -> None:
-        with _in_words():
+        with _translate_errors():
             _connect(message["address"])
-            nodes = [node for node in _nodes(message["versions"]) if node["cpus"]]
+            nodes = [node for node in _live_nodes(message["versions"]) if node["cpus"]]
         if not nodes:
-            raise ClusterError("The cluster gives no CPU.", "Add a node that does: `ray start --address ADDR`.")
+            raise ClusterError("The cluster offers no CPU.", "Add a node with CPUs: `ray start --address ADDR`.")
         self._nodes = nodes
         self._rows: Iterator[str] = iter(())
         self._measuring: dict[Any, str] = {}
@@ -53,12 +53,12 @@ class Driver:
         Returns:
             The number of ``workers`` and the ``threads`` of each worker.
         """
-        workers = self._workers()
-        with _in_words():
-            self._rows = _rows(workers, stored(Path(folder), files), Texts(**texts), done, window)
+        workers = self._count_workers()
+        with _translate_errors():
+            self._rows = _score_windows(workers, store_files(Path(folder), files), Texts(**texts), done, window)
         return dict(zip(("workers", "threads"), workers, strict=True))
 
-    def _workers(self) -> tuple[int, int]:
+    def _count_workers(self) -> tuple[int, int]:
         """Returns the number of workers and their threads, which fit the CPUs of the smallest node."""
         cpus = [node["cpus"] for node in self._nodes]
         threads = min(MOST_THREADS, *cpus)
@@ -66,25 +66,25 @@ class Driver:
 
     def rows(self) -> dict[str, Any]:
         """Returns the ``rows`` of the next window; an empty list at the end."""
-        with _in_words():
+        with _translate_errors():
             return {"rows": json.loads(next(self._rows, "[]"))}
 
     def bench(
-        self, order: Mapping[str, Any], shares: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]
+        self, plan: Mapping[str, Any], shares: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]
     ) -> dict[str, Any]:
         """Starts the benchmark on every node; each node starts when all its CPUs and GPUs are free.
 
         Args:
-            order: The plan, from `benching.Plan.message`.
+            plan: The plan, from `benching.Plan.message`.
             shares: Ids of the nodes with the cells of each node.
         """
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         nodes = {node["id"]: node for node in self._nodes}
-        about = {name: value for name, value in order.items() if name not in ("folder", "files")}
-        with _in_words():
-            files = stored(Path(order["folder"]), order["files"])
+        plan_fields = {name: value for name, value in plan.items() if name not in ("folder", "files")}
+        with _translate_errors():
+            files = store_files(Path(plan["folder"]), plan["files"])
             for name, cells in shares:
                 # The task reserves all CPUs and GPUs of the node, so no other Ray task disturbs the measurement.
                 task = ray.remote(max_retries=0, max_calls=1)(remote.measure).options(
@@ -92,37 +92,37 @@ class Driver:
                     num_gpus=nodes[name]["gpus"],
                     scheduling_strategy=NodeAffinitySchedulingStrategy(name, soft=False),
                 )
-                self._measuring[task.remote(about, cells, files)] = name
+                self._measuring[task.remote(plan_fields, cells, files)] = name
         return {}
 
-    def measured(self, folder: str) -> dict[str, Any]:
+    def next_result(self, folder: str) -> dict[str, Any]:
         """Waits for the next node and writes its result file to `folder`.
 
         Returns:
-            The id of the ``node``, and the path of the ``file``. If the node failed: ``cause`` and ``mend``.
+            The id of the ``node``, and the path of the ``file``. If the node failed: ``cause`` and ``hint``.
         """
         import ray
 
-        with _in_words():
+        with _translate_errors():
             done, _ = ray.wait(list(self._measuring))
         node = self._measuring.pop(done[0])
         path = Path(folder) / f"{node}.json"
         try:
-            with _in_words():
+            with _translate_errors():
                 ray.get(done[0]).write(path)
         except ToolchainError as error:
-            return {"node": node, "cause": error.cause, "mend": error.mend}
+            return {"node": node, "cause": error.cause, "hint": error.hint}
         return {"node": node, "file": str(path)}
 
 
-def stored(folder: Path, files: Sequence[str]) -> Stored:
+def store_files(folder: Path, files: Sequence[str]) -> StoredFiles:
     """Copies the files into the cluster's object store and returns their references by path."""
     import ray
 
     return {name: ray.put((folder / name).read_bytes()) for name in files}
 
 
-def _rows(workers: tuple[int, int], model: Stored, texts: Texts, done: int, window: int) -> Iterator[str]:
+def _score_windows(workers: tuple[int, int], model: StoredFiles, texts: Texts, done: int, window: int) -> Iterator[str]:
     """Yields the rows of every window as JSON, in order, with only a few windows in memory.
 
     A task on this machine reads the texts, so only this machine needs the file. A pool of actors scores them. If the
@@ -140,8 +140,8 @@ def _rows(workers: tuple[int, int], model: Stored, texts: Texts, done: int, wind
             return None
 
         def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
-            about = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-            return [ReadTask(lambda: _blocks(texts, done, window), about)]
+            metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+            return [ReadTask(lambda: _read_windows(texts, done, window), metadata)]
 
     context = DataContext.get_current()
     context.execution_options.preserve_order = True
@@ -149,9 +149,9 @@ def _rows(workers: tuple[int, int], model: Stored, texts: Texts, done: int, wind
     context.raise_original_map_exception = True
     context.target_max_block_size = 1  # one byte, so that Ray does not join blocks
     count, threads = workers
-    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    read = read_datasource(Windows(), override_num_blocks=1, num_cpus=0, label_selector=here)
-    scores = read.map_batches(
+    this_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    dataset = read_datasource(Windows(), override_num_blocks=1, num_cpus=0, label_selector=this_node)
+    scores = dataset.map_batches(
         Scorer,
         fn_constructor_args=(model, texts, threads),
         compute=ActorPoolStrategy(min_size=1, max_size=count, initial_size=count),
@@ -163,63 +163,66 @@ def _rows(workers: tuple[int, int], model: Stored, texts: Texts, done: int, wind
         yield from batch["rows"].to_pylist()
 
 
-def _blocks(texts: Texts, done: int, window: int) -> Iterator[Any]:
+def _read_windows(texts: Texts, done: int, window: int) -> Iterator[Any]:
     import pyarrow
 
-    for taken in windows(texts, done, window):
-        yield pyarrow.table({"texts": pyarrow.array([json.dumps(taken)], pyarrow.large_string())})
+    for window_texts in windows(texts, done, window):
+        yield pyarrow.table({"texts": pyarrow.array([json.dumps(window_texts)], pyarrow.large_string())})
 
 
 def _connect(address: str | None) -> None:
     """Connects to the cluster at `address`; for None, starts a cluster that ends with this process."""
     import ray
 
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    log_options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
-        ray.init(address="local", num_cpus=hardware.cores(), include_dashboard=False, **quiet)
+        ray.init(address="local", num_cpus=hardware.cores(), include_dashboard=False, **log_options)
     else:
-        _reach(address)
+        _require_reachable(address)
         try:
-            ray.init(address=address, **quiet)
+            ray.init(address=address, **log_options)
         except (ConnectionError, ValueError, OSError) as error:
-            raise _no_cluster(address, str(error)) from error
+            raise _unreachable_error(address, str(error)) from error
         except RuntimeError as error:
-            what = " ".join(str(error).split())
-            raise ClusterError(f"The cluster at {address} is not for this one: {what}", "Use its versions.") from error
+            reason = " ".join(str(error).split())
+            raise ClusterError(
+                f"The cluster at {address} refuses this version: {reason}",
+                "Install the cluster's versions of Ray and Python.",
+            ) from error
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def _reach(address: str) -> None:
+def _require_reachable(address: str) -> None:
     """Raises `ClusterError` for an address that does not accept connections; Ray would retry it for minutes."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
     if "://" in address or not (host and port.isdigit()):
         raise ClusterError(
-            f"{address!r} is no address of a cluster's head.",
+            f"{address!r} is not the address of a cluster's head.",
             "Run the command on a node of the cluster, with `auto` or the HOST:PORT that `ray start --head` printed.",
         )
     try:
         socket.create_connection((host, int(port)), REACH_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
-        raise _no_cluster(address, str(error)) from error
+        raise _unreachable_error(address, str(error)) from error
 
 
-def _no_cluster(address: str, why: str) -> ClusterError:
-    said = " ".join(why.split())
+def _unreachable_error(address: str, message: str) -> ClusterError:
+    reason = " ".join(message.split())
     return ClusterError(
-        f"There is no cluster at {address}: {said}",
-        "`ray start --head` starts one and prints its address; without --address this machine alone is used.",
+        f"There is no cluster at {address}: {reason}",
+        "`ray start --head` starts a cluster and prints its address. Without --address only this machine works.",
     )
 
 
-def _nodes(mine: Mapping[str, str]) -> list[dict[str, Any]]:
+def _live_nodes(versions: Mapping[str, str]) -> list[dict[str, Any]]:
     """Returns all live nodes.
 
     Args:
-        mine: Versions of the toolchain and of Python on this machine, by name.
+        versions: Versions of the toolchain and of Python on this machine, by name.
 
     Raises:
         ClusterError: A node has other versions, or does not answer.
@@ -227,7 +230,7 @@ def _nodes(mine: Mapping[str, str]) -> list[dict[str, Any]]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def look() -> dict[str, Any]:
+    def describe_machine() -> dict[str, Any]:
         import platform
 
         try:
@@ -240,32 +243,33 @@ def _nodes(mine: Mapping[str, str]) -> list[dict[str, Any]]:
         return {"toolchain": release, "Python": platform.python_version(), "machine": machine}
 
     alive = [node for node in ray.nodes() if node["Alive"]]
-    task = ray.remote(num_cpus=0)(look)
-    asked = [
+    task = ray.remote(num_cpus=0)(describe_machine)
+    references = [
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
         for node in alive
     ]
-    found = []
-    for node, reference in zip(alive, asked, strict=True):
+    nodes = []
+    for node, reference in zip(alive, references, strict=True):
         host = node["NodeManagerHostname"]
         try:
-            its = ray.get(reference, timeout=LOOK_TIMEOUT_S)
+            facts = ray.get(reference, timeout=LOOK_TIMEOUT_S)
         except ray.exceptions.GetTimeoutError as error:
             raise ClusterError(
-                f"The node {host} does not answer.", "Mend it, or take it out of the cluster."
+                f"The node {host} does not answer.", "Repair the node, or remove it from the cluster."
             ) from error
-        for name, version in mine.items():
-            if its[name] != version:
+        for name, version in versions.items():
+            if facts[name] != version:
                 raise ClusterError(
-                    f"On the node {host} {name} is {its[name]}, here it is {version}.", "Install the same there."
+                    f"The node {host} has {name} {facts[name]}, but this machine has {version}.",
+                    "Install this version on the node.",
                 )
         cpus, gpus = (int(node["Resources"].get(name, 0)) for name in ("CPU", "GPU"))
-        found.append({"id": node["NodeID"], "host": host, "cpus": cpus, "gpus": gpus, "machine": its["machine"]})
-    return found
+        nodes.append({"id": node["NodeID"], "host": host, "cpus": cpus, "gpus": gpus, "machine": facts["machine"]})
+    return nodes
 
 
 @contextlib.contextmanager
-def _in_words() -> Iterator[None]:
+def _translate_errors() -> Iterator[None]:
     """Re-raises a `ToolchainError` of another machine as itself, and Ray's own errors as `ClusterError`."""
     from ray.exceptions import RayError, RayTaskError
 
@@ -280,8 +284,8 @@ def _in_words() -> Iterator[None]:
             cause = cause.cause if isinstance(cause, RayTaskError) else cause.__cause__
         if not isinstance(error, RayError):
             raise
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise ClusterError(f"The cluster was lost. {said[-1]}", GO_ON) from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ClusterError(f"The cluster was lost. {lines[-1]}", RESUME_HINT) from error
 
 
 def main() -> None:

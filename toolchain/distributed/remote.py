@@ -26,21 +26,22 @@ from toolchain.data.inputs import Data
 from toolchain.data.labels import LabelSet
 from toolchain.models.checkpoints import Source
 from toolchain.predict import Model, Opened, lying_in, scored
-from toolchain.results.measurements import ResultFile
+from toolchain.results.folder import ResultsFolder
+from toolchain.results.result_file import ResultFile
 from toolchain.system import hardware
 
 if TYPE_CHECKING:
     import pyarrow
 
 # The files of a folder in the object store: path in the folder → reference to the file's bytes.
-Stored = Mapping[str, Any]
+StoredFiles = Mapping[str, Any]
 
 
-def unpack(stored: Stored, folder: Path) -> None:
+def unpack(files: StoredFiles, folder: Path) -> None:
     """Writes the files from the object store into a folder on this machine."""
     import ray
 
-    for name, reference in stored.items():
+    for name, reference in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         content: Any = ray.get(reference)
@@ -52,12 +53,12 @@ def scratch() -> Iterator[Path]:
     """Yields a temporary folder and deletes it on exit; first deletes the folders that killed processes left."""
     import psutil
 
-    ours = f"{publishing.WORK}-{_process_space()}"
-    for left in Path(tempfile.gettempdir()).iterdir():
-        found = re.fullmatch(rf"{ours}-([0-9]+)-\w+", left.name)
-        if found and not psutil.pid_exists(int(found[1])):
-            shutil.rmtree(left, ignore_errors=True)  # the system refuses to delete another user's folder
-    with tempfile.TemporaryDirectory(prefix=f"{ours}-{os.getpid()}-") as folder:
+    prefix = f"{publishing.WORK}-{_process_space()}"
+    for path in Path(tempfile.gettempdir()).iterdir():
+        match = re.fullmatch(rf"{prefix}-([0-9]+)-\w+", path.name)
+        if match and not psutil.pid_exists(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)  # the system refuses to delete another user's folder
+    with tempfile.TemporaryDirectory(prefix=f"{prefix}-{os.getpid()}-") as folder:
         yield Path(folder)
 
 
@@ -76,20 +77,20 @@ class Scorer:
     the files.
 
     Attributes:
-        stored: The model's files in the object store.
+        files: The model's files in the object store.
         texts: Source of the texts, for the column names.
         threads: Number of threads.
     """
 
-    stored: Stored
+    files: StoredFiles
     texts: Texts
     threads: int
 
     @functools.cached_property
-    def _loaded(self) -> tuple[Model, Opened]:
+    def _loaded_model(self) -> tuple[Model, Opened]:
         os.environ.update(process.environment(self.threads))
         with scratch() as folder:
-            unpack(self.stored, folder)
+            unpack(self.files, folder)
             model = lying_in(folder, lambda line: None)
             return model, Opened(model, self.threads)
 
@@ -106,16 +107,18 @@ class Scorer:
         """
         import pyarrow
 
-        model, opened = self._loaded
-        rows = [json.dumps(scored(opened, model, self.texts, json.loads(w.as_py()))) for w in windows["texts"]]
+        model, opened = self._loaded_model
+        rows = [
+            json.dumps(scored(opened, model, self.texts, json.loads(window.as_py()))) for window in windows["texts"]
+        ]
         return pyarrow.table({"rows": pyarrow.array(rows, pyarrow.large_string())})
 
 
-def measure(order: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], files: Stored) -> ResultFile:
+def measure(plan: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], files: StoredFiles) -> ResultFile:
     """Runs the benchmark on this machine, with artifacts in a temporary folder.
 
     Args:
-        order: The plan, from `benching.Plan.message`, without ``folder`` and ``files``.
+        plan: The plan, from `benching.Plan.message`, without ``folder`` and ``files``.
         cells: The cells of this node.
         files: Files of the artifacts in the object store.
 
@@ -126,27 +129,28 @@ def measure(order: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], files:
         TamperedError: The files of an artifact do not match their digests.
         ToolchainError: The measurement fails.
     """
-    with scratch() as folder, contextlib.chdir(folder):
-        workspace = Workspace(Path("exported"), order["model"], Source(**order["source"]))
+    with scratch() as folder:
+        workspace = Workspace(folder / "exported", plan["model"], Source(**plan["source"]))
         unpack(files, workspace.path(""))
-        here = [_cell(workspace, cell) for cell in cells]
-        protocol = Protocol(**{**order["protocol"], "threads": order["threads"] or hardware.cores()})
-        result, _ = run.measured(
-            workspace, run.Request((), (), protocol), here, _data(order["data"]), lambda line: None, lambda *_: None
+        local_cells = [_load_cell(workspace, cell) for cell in cells]
+        protocol = Protocol(**{**plan["protocol"], "threads": plan["threads"] or hardware.cores()})
+        request = run.Request((), (), protocol, results=ResultsFolder(folder / "results"))
+        result, _ = run.measure_cells(
+            workspace, request, local_cells, _to_data(plan["data"]), lambda line: None, lambda *_: None
         )
         return result
 
 
-def _cell(workspace: Workspace, told: Mapping[str, Any]) -> Cell:
-    if not told["artifact"]:
-        return Cell(**{**told, "artifact": None})
-    artifact = workspace.load(told["variant"])
+def _load_cell(workspace: Workspace, fields: Mapping[str, Any]) -> Cell:
+    if not fields["artifact"]:
+        return Cell(**{**fields, "artifact": None})
+    artifact = workspace.load(fields["variant"])
     assert artifact is not None
     artifact.verify()
-    return Cell(**{**told, "artifact": artifact})
+    return Cell(**{**fields, "artifact": artifact})
 
 
-def _data(told: Mapping[str, Any]) -> Data:
-    texts = tuple(text if isinstance(text, str) else (text[0], text[1]) for text in told["texts"])
-    labels = LabelSet(tuple(told["label_set"]["names"]), told["label_set"]["multi"])
-    return Data(told["name"], texts, tuple(told["labels"]), labels)
+def _to_data(fields: Mapping[str, Any]) -> Data:
+    texts = tuple(text if isinstance(text, str) else (text[0], text[1]) for text in fields["texts"])
+    labels = LabelSet(tuple(fields["label_set"]["names"]), fields["label_set"]["multi"])
+    return Data(fields["name"], texts, tuple(fields["labels"]), labels)

@@ -43,42 +43,44 @@ def to_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence[st
             )
         except (KeyError, ValueError) as error:
             raise CheckpointError(
-                f"{type(model).__name__} cannot be exported to ONNX by optimum: {error}.", "Use another architecture."
+                f"{type(model).__name__} cannot be exported to ONNX by optimum: {error}.",
+                "Use a model of another architecture.",
             ) from error
-        export(model, _taking(constructor(model.config), names), target, opset=opset, do_constant_folding=True)
-    if extra := sorted(p.name for p in target.parent.iterdir() if p != target):
+        export(model, _with_inputs(constructor(model.config), names), target, opset=opset, do_constant_folding=True)
+    if extra_files := sorted(p.name for p in target.parent.iterdir() if p != target):
         raise GraphError(
-            f"The model is too large for one ONNX file (2 GB): the exporter also wrote {', '.join(extra)}."
+            f"The model is too large for one ONNX file (2 GB): the exporter also wrote {', '.join(extra_files)}.",
+            "Use a smaller model.",
         )
-    _drop_absent(target)
+    _remove_zero_additions(target)
 
 
-def _drop_absent(path: Path) -> None:
+def _remove_zero_additions(path: Path) -> None:
     """Removes additions of a scalar zero from the file; `skipped_blocks.Absent` of a pruned model produces them."""
     import onnx_ir as ir
 
     model = ir.load(path)
-    dropped = 0
+    count = 0
     for node in list(model.graph):
         if node.op_type != "Add" or None in node.inputs:
             continue
-        rest = [value for value in node.inputs if value is not None and not _is_nothing(value)]
-        if len(rest) == 1:
-            node.outputs[0].replace_all_uses_with(rest[0])
+        terms = [value for value in node.inputs if value is not None and not _is_scalar_zero(value)]
+        if len(terms) == 1:
+            node.outputs[0].replace_all_uses_with(terms[0])
             model.graph.remove(node, safe=True)
-            dropped += 1
-    if dropped:
+            count += 1
+    if count:
         ir.save(model, path)
 
 
-def _is_nothing(value: ir.Value) -> bool:
+def _is_scalar_zero(value: ir.Value) -> bool:
     import onnx_ir as ir
 
     tensor = ir.convenience.get_const_tensor(value)
     return tensor is not None and tensor.shape.rank() == 0 and not tensor.numpy().any()
 
 
-def _taking(config: Any, names: Sequence[str]) -> Any:
+def _with_inputs(config: Any, names: Sequence[str]) -> Any:
     """Replaces the inputs of the export configuration, since optimum always adds token_type_ids for BERT."""
     kind = type(config)
     config.__class__ = type(kind.__name__, (kind,), {"inputs": property(lambda self: dict.fromkeys(names, AXES))})

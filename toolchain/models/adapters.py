@@ -34,7 +34,7 @@ MERGED = (
 )
 # Settings that the merge can ignore: other code checks them, or only training uses them, or they need a setting that
 # is refused.
-_PASSED_OVER = (
+_IGNORED = (
     "base_model_name_or_path",
     "revision",
     "peft_type",
@@ -47,8 +47,8 @@ _PASSED_OVER = (
     "qalora_group_size",
 )
 # Values of `init_lora_weights` that leave the base unchanged. With other values PEFT changes the base before training.
-_BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
-NAME_BASE = "Name it: `toolchain export --model … --base FOLDER|ID`."
+_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
+NAME_BASE = "Name the base: `toolchain export --model … --base FOLDER|ID`."
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -58,35 +58,35 @@ def settings(folder: Path) -> dict[str, Any]:
         CheckpointError: The file is unreadable, or names code to run. Or the adapter is not plain LoRA for a sequence
             classifier.
     """
-    said = _read(folder)
-    if said.get("auto_mapping") or said.get("auto_map"):
+    config = _read(folder)
+    if config.get("auto_mapping") or config.get("auto_map"):
         raise CheckpointError(
-            f"The adapter {folder} names code of its own to be loaded with (auto_mapping).",
-            "Save it with task_type='SEQ_CLS' and of a model that transformers has.",
+            f"The adapter {folder} needs its own code to load (auto_mapping).",
+            "Train it on a model that transformers contains, and save it with task_type='SEQ_CLS'.",
         )
-    if said.get("peft_type") != "LORA":
+    if config.get("peft_type") != "LORA":
         raise CheckpointError(
-            f"The adapter {folder} is of the kind {said.get('peft_type')}, not LORA.",
+            f"The adapter {folder} has the type {config.get('peft_type')}, not LORA.",
             "Merge it where it was trained and pass the whole model.",
         )
-    if said.get("task_type") != "SEQ_CLS":
+    if config.get("task_type") != "SEQ_CLS":
         raise CheckpointError(
-            f"The adapter {folder} is for the task {said.get('task_type')}, not SEQ_CLS.",
+            f"The adapter {folder} is for the task {config.get('task_type')}, not SEQ_CLS.",
             "Pass an adapter of a sequence classifier.",
         )
-    known = (*MERGED, *_PASSED_OVER)
-    if strange := sorted(key for key, value in said.items() if key not in known and value):
+    known_names = (*MERGED, *_IGNORED)
+    if unknown_names := sorted(key for key, value in config.items() if key not in known_names and value):
         raise CheckpointError(
-            f"The adapter {folder} sets {', '.join(strange)}, which is not merged here.",
+            f"The adapter {folder} uses settings that the merge does not support: {', '.join(unknown_names)}.",
             "Merge it where it was trained and pass the whole model.",
         )
-    beginning = said.get("init_lora_weights")
-    if not isinstance(beginning, bool | str | None) or beginning not in _BEGINNINGS:
+    initialisation = config.get("init_lora_weights")
+    if not isinstance(initialisation, bool | str | None) or initialisation not in _INITIALISATIONS:
         raise CheckpointError(
-            f"The adapter {folder} was trained on a base that init_lora_weights={beginning!r} had changed.",
+            f"The adapter {folder} was trained on a changed base: init_lora_weights={initialisation!r} changed it.",
             "Save it as plain LoRA: save_pretrained(DIR, path_initial_model_for_weight_conversion=START).",
         )
-    return said
+    return config
 
 
 def check(folder: Path) -> None:
@@ -99,8 +99,10 @@ def check(folder: Path) -> None:
     if (folder / WEIGHTS).is_file():
         return
     if (folder / PICKLED).is_file():
-        raise pickles.adapter_refusal(folder / PICKLED, folder / WEIGHTS)
-    raise CheckpointError(f"The adapter {folder} has no {WEIGHTS}.", "Pass the folder PEFT's `save_pretrained` wrote.")
+        raise pickles.adapter_pickle_error(folder / PICKLED, folder / WEIGHTS)
+    raise CheckpointError(
+        f"The adapter {folder} has no {WEIGHTS}.", "Pass the folder that PEFT's `save_pretrained` wrote."
+    )
 
 
 def base(folder: Path) -> tuple[str, str | None]:
@@ -111,20 +113,20 @@ def base(folder: Path) -> tuple[str, str | None]:
     Raises:
         CheckpointError: The adapter names a path or no base. The message asks the user to name the base.
     """
-    said = settings(folder)
-    name, revision = said.get("base_model_name_or_path"), said.get("revision")
+    config = settings(folder)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(name, str) or not HUB_ID.fullmatch(name):
-        named = f"names a place as its base ({name})" if name else "does not name its base"
-        raise CheckpointError(f"The adapter {folder} {named}.", NAME_BASE)
+        problem = f"names a path as its base ({name})" if name else "does not name its base"
+        raise CheckpointError(f"The adapter {folder} {problem}.", NAME_BASE)
     return name, revision if isinstance(revision, str) else None
 
 
 def _read(folder: Path) -> dict[str, Any]:
     file = folder / SETTINGS
     try:
-        said = json.loads(file.read_text())
-        if not isinstance(said, dict):
-            raise ValueError("not a JSON object")
+        config = json.loads(file.read_text())
+        if not isinstance(config, dict):
+            raise ValueError("it is not a JSON object")
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}.", "Save the adapter again.") from error
-    return said
+    return config

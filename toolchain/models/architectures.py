@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import CheckpointError, PruningError
 from toolchain.models.checkpoints import SHAPES
+from toolchain.system.decoding import decode, strict
 
 if TYPE_CHECKING:
     import torch
@@ -82,15 +83,16 @@ LAYOUTS = {
     "roberta": replace(_BERT, layers="roberta.encoder.layer"),
     "electra": replace(_BERT, layers="electra.encoder.layer"),
 }
-SHARING = {"albert"}  # architectures that store one layer and run it several times
+LAYER_SHARING = {"albert"}  # architectures that store one layer and run it several times
 # Architectures whose heads and neurons cannot be removed separately, and the reason for the error message.
-WHOLE = {
-    "albert": "shares one layer's weights among all layers: none can be pruned apart",
-    "deberta-v2": "projects positions by the same weights as words: a head takes part in two attentions",
-    "mobilebert": "has bottlenecks around its layers and stacks feed-forward parts in them",
+UNPRUNABLE = {
+    "albert": "uses the same weights in all layers, so no layer can be pruned separately",
+    "deberta-v2": "uses the same weights for positions and words, so no head can be removed separately",
+    "mobilebert": "has bottleneck layers and several feed-forward parts in each layer",
 }
 
 
+@strict
 @dataclass(frozen=True)
 class LayerShape:
     """The numbers of attention heads and FFN neurons of one layer; 0 means that pruning removed the sub-block."""
@@ -98,10 +100,20 @@ class LayerShape:
     heads: int
     ffn: int
 
+    def __post_init__(self) -> None:
+        if self.heads < 0 or self.ffn < 0:
+            raise ValueError("a number of heads or neurons is negative")
+
     @property
-    def empty(self) -> bool:
+    def is_empty(self) -> bool:
         """Whether the layer returns its input unchanged."""
         return not self.heads and not self.ffn
+
+
+@strict
+@dataclass(frozen=True)
+class _StoredShapes:
+    layers: tuple[LayerShape, ...]
 
 
 def layout_of(model: PreTrainedModel) -> Layout:
@@ -111,15 +123,15 @@ def layout_of(model: PreTrainedModel) -> Layout:
         PruningError: The architecture is unknown or cannot be pruned.
     """
     kind = model.config.model_type
-    if kind in WHOLE:
+    if kind in UNPRUNABLE:
         raise PruningError(
-            f"{type(model).__name__} {WHOLE[kind]}.",
-            f"Quantise it instead; pruning takes: {', '.join(LAYOUTS)}.",
+            f"{type(model).__name__} {UNPRUNABLE[kind]}.",
+            f"Quantise it instead. Pruning supports {', '.join(LAYOUTS)}.",
         )
     if kind not in LAYOUTS:
         raise PruningError(
-            f"Pruning does not know where {type(model).__name__} keeps its heads and neurons.",
-            f"It takes: {', '.join(LAYOUTS)}.",
+            f"Pruning does not support {type(model).__name__}.",
+            f"It supports {', '.join(LAYOUTS)}.",
         )
     return LAYOUTS[kind]
 
@@ -152,10 +164,10 @@ def matched_layers(model: PreTrainedModel) -> list[int]:
     removed layer is refitted to the output of that layer.
     """
     shapes = shapes_of(model)
-    return [count for count in range(1, len(shapes) + 1) if count == len(shapes) or not shapes[count].empty]
+    return [count for count in range(1, len(shapes) + 1) if count == len(shapes) or not shapes[count].is_empty]
 
 
-def keep(model: PreTrainedModel, index: int, heads: Sequence[int], neurons: Sequence[int]) -> None:
+def keep_units(model: PreTrainedModel, index: int, heads: Sequence[int], neurons: Sequence[int]) -> None:
     """Removes all other heads and FFN neurons of one layer; the model changes in place.
 
     If no head or no neuron stays, the function replaces that sub-block and its LayerNorm by the identity.
@@ -173,31 +185,31 @@ def keep(model: PreTrainedModel, index: int, heads: Sequence[int], neurons: Sequ
     layout, size = layout_of(model), head_size(model)
     layer = layers_of(model)[index]
     columns = torch.tensor([head * size + i for head in heads for i in range(size)], dtype=torch.long)
-    chosen = torch.tensor(list(neurons), dtype=torch.long)
+    neuron_indices = torch.tensor(list(neurons), dtype=torch.long)
     output: Any = layer.get_submodule(layout.output)
     down: Any = layer.get_submodule(layout.down)
     if len(heads):
         attention = layer.get_submodule(layout.attention)
         for path in (layout.query, layout.key, layout.value):
-            _replace(layer, path, _linear(layer.get_submodule(path), rows=columns))
-        _replace(layer, layout.output, _linear(output, columns=columns))
+            _replace_module(layer, path, _slice_linear(layer.get_submodule(path), rows=columns))
+        _replace_module(layer, layout.output, _slice_linear(output, columns=columns))
         for name, value in zip(layout.counts, (len(heads), len(heads) * size), strict=True):
             setattr(attention, name, value)
     else:
         inner = layout.output.removeprefix(f"{layout.attention}.")
         if inner == layout.output:  # the attention module does not hold its own output
-            _replace(layer, layout.attention, Skipped())
-            _replace(layer, layout.output, Absent())
+            _replace_module(layer, layout.attention, Skipped())
+            _replace_module(layer, layout.output, Absent())
         else:
-            _replace(layer, layout.attention, Skipped(inner, Absent()))
-        _replace(layer, layout.attention_norm, torch.nn.Identity())
+            _replace_module(layer, layout.attention, Skipped(inner, Absent()))
+        _replace_module(layer, layout.attention_norm, torch.nn.Identity())
     if len(neurons):
-        _replace(layer, layout.up, _linear(layer.get_submodule(layout.up), rows=chosen))
-        _replace(layer, layout.down, _linear(down, columns=chosen))
+        _replace_module(layer, layout.up, _slice_linear(layer.get_submodule(layout.up), rows=neuron_indices))
+        _replace_module(layer, layout.down, _slice_linear(down, columns=neuron_indices))
     else:
-        _replace(layer, layout.up, torch.nn.Identity())
-        _replace(layer, layout.down, Absent())
-        _replace(layer, layout.output_norm, torch.nn.Identity())
+        _replace_module(layer, layout.up, torch.nn.Identity())
+        _replace_module(layer, layout.down, Absent())
+        _replace_module(layer, layout.output_norm, torch.nn.Identity())
 
 
 def reshape(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> None:
@@ -208,12 +220,14 @@ def reshape(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> None:
     Raises:
         CheckpointError: The number of layers differs, or a layer of the model has fewer heads or neurons.
     """
-    had = shapes_of(model)
-    fits = len(had) == len(shapes)
-    if not fits or any(new.heads > old.heads or new.ffn > old.ffn for new, old in zip(shapes, had, strict=True)):
+    old_shapes = shapes_of(model)
+    has_same_count = len(old_shapes) == len(shapes)
+    if not has_same_count or any(
+        new.heads > old.heads or new.ffn > old.ffn for new, old in zip(shapes, old_shapes, strict=True)
+    ):
         raise CheckpointError(f"{SHAPES} does not fit the model's config.", "Prune the model again.")
     for index, shape in enumerate(shapes):
-        keep(model, index, range(shape.heads), range(shape.ffn))
+        keep_units(model, index, range(shape.heads), range(shape.ffn))
 
 
 def write_shapes(model: PreTrainedModel, folder: Path) -> None:
@@ -232,30 +246,27 @@ def read_shapes(folder: Path) -> list[LayerShape] | None:
     if not file.is_file():
         return None
     try:
-        shapes = [LayerShape(**entry) for entry in json.loads(file.read_text())["layers"]]
-        if not all(type(n) is int and n >= 0 for shape in shapes for n in (shape.heads, shape.ffn)):
-            raise ValueError("heads and FFN neurons must be counts")
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        return list(decode(_StoredShapes, file.read_bytes()).layers)
+    except (ValueError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}.", "Prune the model again.") from error
-    return shapes
 
 
-def _linear(old: nn.Module, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None) -> nn.Linear:
-    """Returns a copy of the linear layer `old` with only the chosen outputs (`rows`) or inputs (`columns`)."""
+def _slice_linear(layer: nn.Module, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None) -> nn.Linear:
+    """Returns a copy of the linear `layer` with only the chosen outputs (`rows`) or inputs (`columns`)."""
     import torch
 
-    assert isinstance(old, torch.nn.Linear)
-    weight, bias = old.weight.detach(), old.bias.detach()
+    assert isinstance(layer, torch.nn.Linear)
+    weight, bias = layer.weight.detach(), layer.bias.detach()
     if rows is not None:
         weight, bias = weight[rows], bias[rows]
     if columns is not None:
         weight = weight[:, columns]
-    new = torch.nn.Linear(weight.shape[1], weight.shape[0])
-    new.weight = torch.nn.Parameter(weight.clone())
-    new.bias = torch.nn.Parameter(bias.clone())
-    return new
+    result = torch.nn.Linear(weight.shape[1], weight.shape[0])
+    result.weight = torch.nn.Parameter(weight.clone())
+    result.bias = torch.nn.Parameter(bias.clone())
+    return result
 
 
-def _replace(layer: nn.Module, path: str, module: nn.Module) -> None:
+def _replace_module(layer: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(layer.get_submodule(parent), name, module)

@@ -74,7 +74,7 @@ class Source:
         """Returns whether both sources have the same kind and the same folder or hub id; ignores revision and base."""
         return (self.kind, self.ref) == (other.kind, other.ref)
 
-    def recorded(self) -> dict[str, Any]:
+    def to_manifest(self) -> dict[str, Any]:
         """Returns the source as a manifest stores it, without `base` if it is empty."""
         return {key: value for key, value in asdict(self).items() if key != "base" or value}
 
@@ -100,13 +100,13 @@ def resolve(model: str, exported: Path, slug: str | None = None) -> tuple[str, S
         raise CheckpointError(f"{slug!r} cannot name a folder.", "Use lower-case letters, digits, '.', '_' and '-'.")
     if slug == REFERENCE_SLUG and source.kind != "embedded":
         raise CheckpointError(
-            f"{slug!r} is the embedded model's name.", "Give this model a name of its own: --as NAME."
+            f"{slug!r} is the name of the embedded model.", "Choose another name for this model: --as NAME."
         )
     owner = _owner(exported / slug)
     if owner and not owner.same_origin(source):
         raise CheckpointError(
             f"{exported / slug} belongs to {owner.ref}, not to {source.ref}.",
-            "Give this model a name of its own: --as NAME.",
+            "Choose another name for this model: --as NAME.",
         )
     return slug, replace(source, base=owner.base) if owner else source
 
@@ -130,8 +130,8 @@ def locate(model: str, exported: Path | None = None) -> Source:
         return Source("embedded", REFERENCE_SLUG)
     if path.is_dir():
         return Source("folder", str(path.resolve()))
-    if exported and "/" not in model and (known := _owner(exported / model)):
-        return known
+    if exported and "/" not in model and (owner := _owner(exported / model)):
+        return owner
     if path.exists():
         raise CheckpointError(f"{model} is a file.", "Pass the folder that holds config.json and the weights.")
     if model.startswith((".", "/", "~")) or not hub.HUB_ID.fullmatch(model):
@@ -165,13 +165,13 @@ def pin(source: Source, revision: str | None = None, *, head: bool = True) -> So
         CheckpointError: The checkpoint is unusable, or `revision` is set for a folder.
     """
     if source.kind == "hub":
-        commit, names = hub.look(source.ref, revision)
-        pickled = pickles.among(name for name in names if "/" not in name)
-        if pickled and not any(name.endswith(".safetensors") for name in names):
-            raise pickles.refusal(source.ref, pickled[0], revision)
+        commit, names = hub.read_revision(source.ref, revision)
+        pickle_names = pickles.pickled_weights(name for name in names if "/" not in name)
+        if pickle_names and not any(name.endswith(".safetensors") for name in names):
+            raise pickles.pickle_error(source.ref, pickle_names[0], revision)
         return replace(source, revision=commit)
     if revision:
-        raise CheckpointError("--revision is for models of the hub.", "Leave it out for a folder.")
+        raise CheckpointError("--revision is for hub models only.", "Run the command without --revision.")
     folder = _folder(source)
     check(folder, head=head)
     return replace(source, revision=_digest(folder))
@@ -192,31 +192,31 @@ def fetch(source: Source, revision: str | None = None, *, head: bool = True) -> 
     if source.kind != "hub":
         return _folder(source), pin(source, revision, head=head)
     folder = hub.download(source.ref, revision, _PATTERNS)
-    if not _whole({path.name for path in folder.iterdir()}):
+    if not _has_weights({path.name for path in folder.iterdir()}):
         folder = hub.download(source.ref, revision, (adapters.SETTINGS, *_PATTERNS))
     check(folder, head=head)
     return folder, replace(source, revision=folder.name)  # the snapshot's folder is named by its commit
 
 
-def adapter(source: Source) -> Path | None:
+def adapter_folder(source: Source) -> Path | None:
     """Returns a folder with the adapter's settings, or None if the source is a model and not an adapter.
 
     From the hub, the function downloads only the settings file.
     """
     if source.kind != "hub":
         folder = _folder(source)
-        return folder if _adapts({path.name for path in folder.iterdir()}) else None
-    if not _adapts(hub.look(source.ref, source.revision)[1]):
+        return folder if _is_adapter({path.name for path in folder.iterdir()}) else None
+    if not _is_adapter(hub.read_revision(source.ref, source.revision)[1]):
         return None
     return hub.download(source.ref, source.revision, [adapters.SETTINGS])
 
 
-def _whole(names: Set[str]) -> bool:
+def _has_weights(names: Set[str]) -> bool:
     return not names.isdisjoint((WEIGHTS, OWN_WEIGHTS, WEIGHTS_INDEX))
 
 
-def _adapts(names: Set[str]) -> bool:
-    return adapters.SETTINGS in names and not _whole(names)
+def _is_adapter(names: Set[str]) -> bool:
+    return adapters.SETTINGS in names and not _has_weights(names)
 
 
 def _folder(source: Source) -> Path:
@@ -238,9 +238,9 @@ def license_of(folder: Path) -> str | None:
         return None
     with (folder / MODEL_CARD).open(encoding="utf-8-sig", errors="replace") as file:
         front_matter = re.match(r"---[ \t]*\n(.*?)^---[ \t]*$", file.read(MODEL_CARD_LIMIT), re.S | re.M)
-    stated = {key: value for key, _, value in _LICENSE_LINE.findall(front_matter[1] if front_matter else "")}
-    name = stated.get("license")
-    return stated.get("license_name", name) if name == "other" else name
+    values = {key: value for key, _, value in _LICENSE_LINE.findall(front_matter[1] if front_matter else "")}
+    name = values.get("license")
+    return values.get("license_name", name) if name == "other" else name
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -253,20 +253,22 @@ def config_of(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text())
         if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
+            raise ValueError("it has another type")
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} has no config.json.", "Pass the folder `save_pretrained` wrote.") from error
+        raise CheckpointError(
+            f"{folder} has no config.json.", "Pass the folder that `save_pretrained` wrote."
+        ) from error
     except (ValueError, OSError) as error:
         raise CheckpointError(
-            f"{file} is no JSON object: {error}.", "Save the model again with `save_pretrained`."
+            f"{file} does not contain a JSON object: {error}.", "Save the model again with `save_pretrained`."
         ) from error
     return config
 
 
 def weights_of(folder: Path) -> Path:
     """Returns the path of the weights file for a model with one weights file."""
-    own = folder / OWN_WEIGHTS
-    return own if own.is_file() else folder / WEIGHTS
+    own_file = folder / OWN_WEIGHTS
+    return own_file if own_file.is_file() else folder / WEIGHTS
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -283,20 +285,22 @@ def _tensors_by_file(folder: Path) -> dict[str, set[str]]:
     if weights_of(folder).is_file():
         return {weights_of(folder).name: set()}
     if (folder / WEIGHTS_INDEX).is_file():
-        found: dict[str, set[str]] = {}
+        tensors_by_file: dict[str, set[str]] = {}
         try:
             for tensor, name in json.loads((folder / WEIGHTS_INDEX).read_text())["weight_map"].items():
-                found.setdefault(name, set()).add(tensor)
+                tensors_by_file.setdefault(name, set()).add(tensor)
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{folder / WEIGHTS_INDEX} cannot be read.", "Save the model again.") from error
-        if not all(isinstance(name, str) and name.endswith(".safetensors") and "/" not in name for name in found):
+        if not all(
+            isinstance(name, str) and name.endswith(".safetensors") and "/" not in name for name in tensors_by_file
+        ):
             raise CheckpointError(f"{WEIGHTS_INDEX} names files outside its folder.", "Do not use this checkpoint.")
-        if not found:
+        if not tensors_by_file:
             raise CheckpointError(f"{folder / WEIGHTS_INDEX} names no weights.", "Save the model again.")
-        return found
-    if pickled := pickles.among(path.name for path in folder.iterdir()):
-        raise pickles.refusal(str(folder), pickled[0])
-    raise CheckpointError(f"{folder} has no {WEIGHTS}.", "Pass the folder `save_pretrained` wrote.")
+        return tensors_by_file
+    if pickle_names := pickles.pickled_weights(path.name for path in folder.iterdir()):
+        raise pickles.pickle_error(str(folder), pickle_names[0])
+    raise CheckpointError(f"{folder} has no {WEIGHTS}.", "Pass the folder that `save_pretrained` wrote.")
 
 
 def check(folder: Path, *, head: bool = True) -> None:
@@ -315,13 +319,13 @@ def check(folder: Path, *, head: bool = True) -> None:
         return
     config = config_of(folder)
     if "quantization_config" in config:
-        raise CheckpointError(f"{folder} is quantised already.", "Pass the checkpoint it was quantised from.")
+        raise CheckpointError(f"{folder} is already quantised.", "Pass the unquantised checkpoint.")
     if head:
         check_config(folder, config)
     for name, expected in sorted(_tensors_by_file(folder).items()):
-        if lacking := sorted(expected - _tensors(folder / name)):
+        if missing_names := sorted(expected - _tensor_names(folder / name)):
             raise CheckpointError(
-                f"The weights file {folder / name} lacks {lacking[0]}, which {WEIGHTS_INDEX} says is in it.",
+                f"The weights file {folder / name} lacks {missing_names[0]}, which {WEIGHTS_INDEX} lists for it.",
                 "Download the checkpoint again.",
             )
     if not has_tokenizer(folder):
@@ -331,17 +335,18 @@ def check(folder: Path, *, head: bool = True) -> None:
 
 
 def _check_adapter(folder: Path, head: bool) -> None:
-    if _whole({path.name for path in folder.iterdir()}):
+    if _has_weights({path.name for path in folder.iterdir()}):
         raise CheckpointError(
-            f"{folder} holds a whole model and an adapter ({adapters.SETTINGS}).", "Pass a folder with one of them."
+            f"{folder} contains both a model and an adapter ({adapters.SETTINGS}).",
+            "Pass a folder with only one of them.",
         )
     if not head:
-        raise CheckpointError(f"{folder} is a LoRA adapter, not a base.", "Pass the base itself.")
+        raise CheckpointError(f"{folder} is a LoRA adapter, not a base.", "Pass the adapter's base instead.")
     adapters.check(folder)
-    _tensors(folder / adapters.WEIGHTS)
+    _tensor_names(folder / adapters.WEIGHTS)
 
 
-def _tensors(file: Path) -> set[str]:
+def _tensor_names(file: Path) -> set[str]:
     """Returns the names of the tensors in a safetensors file; raises `CheckpointError` if it is unreadable."""
     from safetensors import SafetensorError, safe_open
 
@@ -352,7 +357,7 @@ def _tensors(file: Path) -> set[str]:
         raise CheckpointError(f"The weights file {file} is missing.", "Download the checkpoint again.") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{file} is truncated or no safetensors file ({error}).", "Download the checkpoint again."
+            f"{file} is truncated, or is not a safetensors file ({error}).", "Download the checkpoint again."
         ) from error
 
 
@@ -371,9 +376,10 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
     if not isinstance(architectures, list):
         architectures = [architectures]
     if not any(str(name).endswith("ForSequenceClassification") for name in architectures):
-        named = ", ".join(map(str, architectures)) or "of no stated architecture"
+        description = ", ".join(map(str, architectures)) or "not stated"
         raise CheckpointError(
-            f"{folder} is {named}: it has no classification head.", "Fine-tune it as a sequence classifier first."
+            f"{folder} has no classification head: its architecture is {description}.",
+            "Fine-tune it as a sequence classifier first.",
         )
     label_set(folder, config)
 
@@ -391,16 +397,16 @@ def label_set(folder: Path, config: dict[str, Any]) -> LabelSet:
     """
     labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     names = list(labels.values()) if isinstance(labels, dict) else []
-    whole = isinstance(labels, dict) and set(labels) == {str(index) for index in range(len(labels))}
-    if not (whole and all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names)):
+    is_numbered = isinstance(labels, dict) and set(labels) == {str(index) for index in range(len(labels))}
+    if not (is_numbered and all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names)):
         raise CheckpointError(
-            f"{folder}: id2label does not give each class from 0 on a name of its own.", "Correct it in config.json."
+            f"{folder}: id2label does not have a different name for each class from 0.", "Correct it in config.json."
         )
     task = config.get("problem_type") or SINGLE
     if task not in (SINGLE, MULTI) or len(names) < 2:
         raise CheckpointError(
-            f"{folder} answers with {'one number' if len(names) < 2 or task == 'regression' else task}, "
-            "not with labels of several.",
-            "Pass a classifier: regression has no labels to compare.",
+            f"{folder} is no classifier: its task is "
+            f"{'regression' if len(names) < 2 or task == 'regression' else task}.",
+            "Pass a classifier with at least two labels.",
         )
     return LabelSet(tuple(labels[str(index)] for index in range(len(names))), task == MULTI)

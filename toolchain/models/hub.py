@@ -16,7 +16,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 T = TypeVar("T")
 
 
-def look(ref: str, revision: str | None) -> tuple[str, frozenset[str]]:
+def read_revision(ref: str, revision: str | None) -> tuple[str, frozenset[str]]:
     """Returns the commit of a revision and the names of the files in it.
 
     If the hub is unreachable, both come from the local download cache.
@@ -28,7 +28,7 @@ def look(ref: str, revision: str | None) -> tuple[str, frozenset[str]]:
     Raises:
         HubError: The hub refuses the model, or is unreachable and the cache has no copy.
     """
-    return _asked(ref, revision, lambda: _look(ref, revision))
+    return _call_hub(ref, revision, lambda: _query_revision(ref, revision))
 
 
 def download(ref: str, revision: str | None, patterns: Sequence[str]) -> Path:
@@ -44,16 +44,16 @@ def download(ref: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """
     import huggingface_hub
 
-    def get() -> Path:
-        found = huggingface_hub.snapshot_download(
+    def fetch_snapshot() -> Path:
+        folder = huggingface_hub.snapshot_download(
             ref, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
         )
-        return Path(found)
+        return Path(folder)
 
-    return _asked(ref, revision, get)
+    return _call_hub(ref, revision, fetch_snapshot)
 
 
-def _look(ref: str, revision: str | None) -> tuple[str, frozenset[str]]:
+def _query_revision(ref: str, revision: str | None) -> tuple[str, frozenset[str]]:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -67,28 +67,28 @@ def _look(ref: str, revision: str | None) -> tuple[str, frozenset[str]]:
         return folder.name, frozenset(path.name for path in folder.iterdir())
 
 
-def _asked(ref: str, revision: str | None, question: Callable[[], T]) -> T:
-    """Calls `question` and returns its result; turns every error of the hub into a `HubError` with advice."""
+def _call_hub(ref: str, revision: str | None, request: Callable[[], T]) -> T:
+    """Calls `request` and returns its result; turns every error of the hub into a `HubError` with advice."""
     from huggingface_hub import errors as hub
 
-    mend = f"Check the id, or download it elsewhere and pass the folder: --model PATH (hub id tried: {ref})."
-    log_in = "Log in with `hf auth login`, or set HF_TOKEN to a token that may read it."
+    hint = f"Check the hub id {ref}, or download the model elsewhere and pass its folder: --model PATH."
+    log_in = "Log in with `hf auth login`, or set HF_TOKEN to a token with access."
     try:
-        return question()
+        return request()
     except hub.GatedRepoError as error:
         raise HubError(
-            f"{ref} is gated on the hub.", "Accept its terms there and log in with `hf auth login`."
+            f"The model {ref} is gated on the hub.", "Accept its terms on the hub, and log in with `hf auth login`."
         ) from error
     except hub.RevisionNotFoundError as error:
-        mend = "Leave --revision out or name a branch, tag or commit."
-        raise HubError(f"{ref} has no revision {revision!r}.", mend) from error
+        hint = "Name a branch, tag or commit, or run the command without --revision."
+        raise HubError(f"{ref} has no revision {revision!r}.", hint) from error
     except hub.RepositoryNotFoundError as error:
-        cause = f"The hub has no model {ref}, or it is private and no token is set that may read it."
-        raise HubError(cause, f"{log_in} {mend}") from error
+        cause = f"The hub has no model {ref}, or the model is private and no token gives access."
+        raise HubError(cause, f"{log_in} {hint}") from error
     except hub.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         if status in (401, 403):
-            raise HubError(f"The hub refuses to give {ref} to this login (HTTP {status}).", log_in) from error
-        raise HubError(f"{ref} is no folder here, and the model hub could not give it.", mend) from error
+            raise HubError(f"The hub refuses this login access to {ref} (HTTP {status}).", log_in) from error
+        raise HubError(f"{ref} is not a folder, and its download from the hub failed.", hint) from error
     except (hub.LocalEntryNotFoundError, hub.HFValidationError, OSError, UnicodeError) as error:
-        raise HubError(f"{ref} is no folder here, and the model hub could not give it.", mend) from error
+        raise HubError(f"{ref} is not a folder, and its download from the hub failed.", hint) from error

@@ -31,7 +31,7 @@ class Skipped(nn.Module):
         if output is not None:
             self.add_module(name, output)
 
-    def forward(self, *args: torch.Tensor, **named: torch.Tensor) -> tuple[torch.Tensor]:
+    def forward(self, *args: torch.Tensor, **keywords: torch.Tensor) -> tuple[torch.Tensor]:
         """Returns a tuple of one tensor, as attention modules do; DistilBERT passes its input as ``query``."""
-        hidden = args[0] if args else named["query"]
+        hidden = args[0] if args else keywords["query"]
         return (self.get_submodule(self._output)(hidden) if self._output else hidden,)

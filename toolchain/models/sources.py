@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from toolchain.artifacts.variants import Import, Step
+from toolchain.artifacts.steps import Import, Step
 from toolchain.errors import CheckpointError, HubError
 from toolchain.models import adapters, checkpoints
 from toolchain.models.checkpoints import Source
 
 
 @dataclass(frozen=True)
-class Origin:
+class ImportFiles:
     """The checked files of an import.
 
     Attributes:
@@ -26,7 +26,7 @@ class Origin:
     step: Import
 
 
-def pinned(source: Source, asked: Import, recorded: Step | None) -> Import:
+def pin_revisions(source: Source, request: Import, last_step: Step | None) -> Import:
     """Returns the import with exact revisions of the checkpoint and its base.
 
     The recorded revision stays valid for a folder that no longer exists. It also stays valid for a hub model, unless
@@ -34,61 +34,65 @@ def pinned(source: Source, asked: Import, recorded: Step | None) -> Import:
 
     Args:
         source: Source of the checkpoint.
-        asked: The requested import.
-        recorded: The step of the last import; None if there was none.
+        request: The requested import.
+        last_step: The step of the last import; None if there was none.
 
     Raises:
         HubError: The hub cannot resolve a revision.
         CheckpointError: The checkpoint or its base is unusable.
     """
-    known = recorded if isinstance(recorded, Import) else None
-    gone = source.kind == "folder" and not Path(source.ref).is_dir()
-    kept = source.kind == "hub" and known is not None and asked.revision in (None, known.revision)
-    if known and (gone or kept):
-        revision = known.revision
+    last_import = last_step if isinstance(last_step, Import) else None
+    is_missing = source.kind == "folder" and not Path(source.ref).is_dir()
+    keeps_revision = (
+        source.kind == "hub" and last_import is not None and request.revision in (None, last_import.revision)
+    )
+    if last_import and (is_missing or keeps_revision):
+        revision = last_import.revision
     else:
-        named = asked.revision if source.kind == "hub" or asked != recorded else None
-        revision = checkpoints.pin(source, named).revision
-    known = known if known and known.revision == revision else None
-    if gone or (known and not source.base):
-        return known or Import(revision)  # the same adapter files always name the same base
-    base = _base(replace(source, revision=revision), known.base if known else None)
+        revision_name = request.revision if source.kind == "hub" or request != last_step else None
+        revision = checkpoints.pin(source, revision_name).revision
+    last_import = last_import if last_import and last_import.revision == revision else None
+    if is_missing or (last_import and not source.base):
+        return last_import or Import(revision)  # the same adapter files always name the same base
+    base = _pin_base(replace(source, revision=revision), last_import.base if last_import else None)
     return Import(revision, base)
 
 
-def fetched(source: Source, step: Import) -> Origin:
+def fetch_files(source: Source, step: Import) -> ImportFiles:
     """Downloads the files of an import if necessary, and checks them."""
-    folder, found = checkpoints.fetch(source, step.revision if source.kind == "hub" else None)
+    folder, exact_source = checkpoints.fetch(source, step.revision if source.kind == "hub" else None)
     if step.base is None:
-        return Origin(folder, None, Import(found.revision))
+        return ImportFiles(folder, None, Import(exact_source.revision))
     name, _, commit = step.base.rpartition("@")
-    origin = checkpoints.locate(source.base) if source.base else Source("hub", name)
-    base, exact = checkpoints.fetch(origin, commit if origin.kind == "hub" else None, head=False)
-    return Origin(folder, base, Import(found.revision, _said(exact)))
+    base_source = checkpoints.locate(source.base) if source.base else Source("hub", name)
+    base, exact_base = checkpoints.fetch(base_source, commit if base_source.kind == "hub" else None, head=False)
+    return ImportFiles(folder, base, Import(exact_source.revision, _exact_name(exact_base)))
 
 
-def _base(source: Source, known: str | None) -> str | None:
-    """Returns the exact base of an adapter, as in `Import`, or None for a model; `known` is the recorded base."""
-    if known and (known.startswith(f"{source.base}@") or _gone(source.base)):
-        return known
-    folder = checkpoints.adapter(source)
+def _pin_base(source: Source, last_base: str | None) -> str | None:
+    """Returns the exact base of an adapter, as in `Import`, or None for a model; `last_base` is the recorded base."""
+    if last_base and (last_base.startswith(f"{source.base}@") or _is_missing_folder(source.base)):
+        return last_base
+    folder = checkpoints.adapter_folder(source)
     if folder and source.base:
-        return _said(checkpoints.pin(checkpoints.locate(source.base), head=False))
+        return _exact_name(checkpoints.pin(checkpoints.locate(source.base), head=False))
     if source.base:
-        mend = "Leave --base out, or give this model a name of its own: --as NAME."
-        raise CheckpointError(f"{source.ref} is a whole model and no adapter.", mend)
+        hint = "Run the command without --base, or choose another name for this model: --as NAME."
+        raise CheckpointError(f"{source.ref} is a model, not an adapter.", hint)
     if folder is None:
         return None
     name, revision = adapters.base(folder)
     try:
-        return _said(checkpoints.pin(Source("hub", name), revision, head=False))
+        return _exact_name(checkpoints.pin(Source("hub", name), revision, head=False))
     except HubError as error:
-        raise HubError(f"The adapter's base: {error.cause}", f"{error.mend} {adapters.NAME_BASE}") from error
+        raise HubError(
+            f"The base of the adapter is unavailable. {error.cause}", f"{error.hint} {adapters.NAME_BASE}"
+        ) from error
 
 
-def _gone(base: str) -> bool:
+def _is_missing_folder(base: str) -> bool:
     return Path(base).is_absolute() and not Path(base).is_dir()
 
 
-def _said(base: Source) -> str:
+def _exact_name(base: Source) -> str:
     return f"{base.ref}@{base.revision}" if base.kind == "hub" else str(base.revision)

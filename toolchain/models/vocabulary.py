@@ -13,18 +13,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from toolchain.data.encoding import Encoder
 from toolchain.data.files import Text
-from toolchain.data.inputs import Encoder
 from toolchain.errors import CheckpointError, DataError
 
 WORDPIECE = "WordPiece"
 TEXTS = 1000  # number of texts tokenised at once
 
 # Old token id → new token id.
-Renumbered = Mapping[int, int]
+NewIds = Mapping[int, int]
 
 
-def kept_tokens(encoder: Encoder, texts: Iterable[Text]) -> list[int]:
+def tokens_to_keep(encoder: Encoder, texts: Iterable[Text]) -> list[int]:
     """Returns the ids of the tokens to keep, in ascending order.
 
     These are the tokens of `texts`, the special and added tokens, and every piece of one character. A token that pieces
@@ -40,62 +40,62 @@ def kept_tokens(encoder: Encoder, texts: Iterable[Text]) -> list[int]:
         DataError: The texts contain no words.
     """
     tokenizer = _read(encoder.folder / "tokenizer.json")
-    always = _always(encoder.folder, tokenizer)
-    used: set[int] = set()
-    rest = iter(texts)
-    while some := list(itertools.islice(rest, TEXTS)):
-        used.update(itertools.chain.from_iterable(encoder.encode(some)))
-    if not used - _stated(encoder.folder, tokenizer):
-        raise DataError("The corpus has no words.", "Pass texts such as the model will be given.")
-    return sorted(used | always)
+    required_ids = _required_ids(encoder.folder, tokenizer)
+    used_ids: set[int] = set()
+    remaining_texts = iter(texts)
+    while chunk := list(itertools.islice(remaining_texts, TEXTS)):
+        used_ids.update(itertools.chain.from_iterable(encoder.encode(chunk)))
+    if not used_ids - _special_ids(encoder.folder, tokenizer):
+        raise DataError("The corpus has no words.", "Pass texts like those that the model will classify.")
+    return sorted(used_ids | required_ids)
 
 
-def trim(folder: Path, kept: Sequence[int]) -> None:
+def trim(folder: Path, kept_ids: Sequence[int]) -> None:
     """Rewrites the tokenizer files and the config in `folder` for a smaller vocabulary.
 
     Args:
         folder: Folder of the tokenizer and the config.
-        kept: Ids of the tokens to keep; `kept[i]` gets the new id i. All other tokens are removed.
+        kept_ids: Ids of the tokens to keep; `kept_ids[i]` gets the new id i. All other tokens are removed.
 
     Raises:
         CheckpointError: A file is unreadable, or the files contradict each other.
     """
-    numbers = {old: new for new, old in enumerate(kept)}
+    new_ids = {old: new for new, old in enumerate(kept_ids)}
     tokenizer = _read(folder / "tokenizer.json")
-    vocabulary = {token: numbers[i] for token, i in tokenizer["model"]["vocab"].items() if i in numbers}
+    vocabulary = {token: new_ids[i] for token, i in tokenizer["model"]["vocab"].items() if i in new_ids}
     try:
         tokenizer["model"]["vocab"] = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
         for token in tokenizer["added_tokens"]:
-            token["id"] = vocabulary[token["content"]] = numbers[token["id"]]
-        tokenizer["post_processor"] = _post_processor(tokenizer.get("post_processor"), numbers)
+            token["id"] = vocabulary[token["content"]] = new_ids[token["id"]]
+        tokenizer["post_processor"] = _renumber_post_processor(tokenizer.get("post_processor"), new_ids)
         if tokenizer.get("padding"):
-            tokenizer["padding"]["pad_id"] = numbers[tokenizer["padding"]["pad_id"]]
+            tokenizer["padding"]["pad_id"] = new_ids[tokenizer["padding"]["pad_id"]]
         _write(folder / "tokenizer.json", tokenizer)
-        _companions(folder, kept, numbers)
+        _renumber_other_files(folder, kept_ids, new_ids)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise _contradiction(folder, f"{type(error).__name__}: {error}") from error
-    found = Encoder.open(folder, (), 1).tokenizer.get_vocab()
-    if found != vocabulary:
-        raise _contradiction(folder, f"{len(found)} tokens instead of {len(vocabulary)}")
+        raise _contradiction_error(folder, f"{type(error).__name__}: {error}") from error
+    loaded_vocabulary = Encoder.open(folder, (), 1).tokenizer.get_vocab()
+    if loaded_vocabulary != vocabulary:
+        raise _contradiction_error(folder, f"{len(loaded_vocabulary)} tokens instead of {len(vocabulary)}")
 
 
-def _always(folder: Path, tokenizer: Mapping[str, Any]) -> set[int]:
+def _required_ids(folder: Path, tokenizer: Mapping[str, Any]) -> set[int]:
     """Returns the ids that stay for every corpus."""
     model = tokenizer["model"]
     vocabulary: dict[str, int] = model["vocab"]
     prefix = model.get("continuing_subword_prefix") or ""
-    stay = _stated(folder, tokenizer)
-    for token, number in vocabulary.items():
+    ids = _special_ids(folder, tokenizer)
+    for token, token_id in vocabulary.items():
         spellings = [(token[0], *(prefix + c for c in token[1:]))] if token else []
         if prefix and token.startswith(prefix) and token != prefix:
             spellings.append(tuple(prefix + c for c in token.removeprefix(prefix)))
-        single = any(spelling == (token,) for spelling in spellings)
-        if single or not all(piece in vocabulary for spelling in spellings for piece in spelling):
-            stay.add(number)
-    return stay
+        is_character = any(spelling == (token,) for spelling in spellings)
+        if is_character or not all(piece in vocabulary for spelling in spellings for piece in spelling):
+            ids.add(token_id)
+    return ids
 
 
-def _stated(folder: Path, tokenizer: Mapping[str, Any]) -> set[int]:
+def _special_ids(folder: Path, tokenizer: Mapping[str, Any]) -> set[int]:
     """Returns the ids of tokens with a special role: special and added tokens, [UNK], padding.
 
     Raises `CheckpointError` if the tokenizer is not WordPiece.
@@ -103,65 +103,69 @@ def _stated(folder: Path, tokenizer: Mapping[str, Any]) -> set[int]:
     model = tokenizer["model"]
     if model.get("type") != WORDPIECE:
         raise CheckpointError(
-            f"The tokenizer is {model.get('type') or 'of no stated kind'}, and only a {WORDPIECE} vocabulary can be "
-            "trimmed, whose words are split into the longest pieces there are; by BPE's merges or Unigram's scores a "
-            "token that goes changes how other words are split.",
-            "Leave --trim-vocab out.",
+            f"Only {WORDPIECE} vocabularies can be trimmed, and the type of this tokenizer is "
+            f"{model.get('type') or 'not stated'}. In other types a removed token changes how other words are split.",
+            "Run the command without --trim-vocab.",
         )
-    found = {token["id"] for token in tokenizer["added_tokens"]} | {model["vocab"][model["unk_token"]]}
-    known = found | set(model["vocab"].values())
+    ids = {token["id"] for token in tokenizer["added_tokens"]} | {model["vocab"][model["unk_token"]]}
+    known_ids = ids | set(model["vocab"].values())
     for value in _token_ids(_read(folder / "config.json")).values():
-        found.update(i for i in (value if isinstance(value, list) else [value]) if i in known)
-    return found
+        ids.update(i for i in (value if isinstance(value, list) else [value]) if i in known_ids)
+    return ids
 
 
 def _token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key.endswith("_token_id") and value is not None}
 
 
-def _post_processor(part: Any, numbers: Renumbered) -> Any:
+def _renumber_post_processor(part: Any, new_ids: NewIds) -> Any:
     """Returns the `post_processor` of tokenizer.json, which adds special tokens to a text, with renumbered ids."""
     if part is None:
         return None
     kind = part["type"]
     if kind == "Sequence":
-        return {**part, "processors": [_post_processor(each, numbers) for each in part["processors"]]}
+        return {
+            **part,
+            "processors": [_renumber_post_processor(processor, new_ids) for processor in part["processors"]],
+        }
     if kind == "TemplateProcessing":
         special = {
-            name: {**token, "ids": [numbers[i] for i in token["ids"]]} for name, token in part["special_tokens"].items()
+            name: {**token, "ids": [new_ids[i] for i in token["ids"]]} for name, token in part["special_tokens"].items()
         }
         return {**part, "special_tokens": special}
     if kind in ("BertProcessing", "RobertaProcessing"):
-        return {**part, **{name: [part[name][0], numbers[part[name][1]]] for name in ("sep", "cls")}}
+        return {**part, **{name: [part[name][0], new_ids[part[name][1]]] for name in ("sep", "cls")}}
     if kind == "ByteLevel":
         return part
-    raise ValueError(f"a post-processor of the unknown kind {kind}")
+    raise ValueError(f"the post-processor has the unknown type {kind}")
 
 
-def _companions(folder: Path, kept: Sequence[int], numbers: Renumbered) -> None:
+def _renumber_other_files(folder: Path, kept_ids: Sequence[int], new_ids: NewIds) -> None:
     """Renumbers the ids in the config and in every tokenizer file except tokenizer.json."""
     config = _read(folder / "config.json")
     for key, value in _token_ids(config).items():
-        config[key] = [numbers[i] for i in value] if isinstance(value, list) else numbers[value]
-    _write(folder / "config.json", {**config, "vocab_size": len(kept)}, indent=2)
+        config[key] = [new_ids[i] for i in value] if isinstance(value, list) else new_ids[value]
+    _write(folder / "config.json", {**config, "vocab_size": len(kept_ids)}, indent=2)
     if (file := folder / "tokenizer_config.json").is_file():
         body, key = _read(file), "added_tokens_decoder"
         if key in body:
-            body[key] = {str(numbers[int(number)]): token for number, token in body[key].items()}
+            body[key] = {str(new_ids[int(number)]): token for number, token in body[key].items()}
         _write(file, body, indent=2)
     if (file := folder / "added_tokens.json").is_file():
-        _write(file, {token: numbers[number] for token, number in _read(file).items()}, indent=2)
-    lines = folder / "vocab.txt"
-    if lines.is_file():  # each line holds one token, and the line number, from 0, is its id
-        tokens = lines.read_text(encoding="utf-8").split("\n")
-        lines.write_text("".join(f"{tokens[i]}\n" for i in kept if i < len(tokens)), encoding="utf-8", newline="\n")
+        _write(file, {token: new_ids[number] for token, number in _read(file).items()}, indent=2)
+    vocabulary_file = folder / "vocab.txt"
+    if vocabulary_file.is_file():  # each line holds one token, and the line number, from 0, is its id
+        tokens = vocabulary_file.read_text(encoding="utf-8").split("\n")
+        vocabulary_file.write_text(
+            "".join(f"{tokens[i]}\n" for i in kept_ids if i < len(tokens)), encoding="utf-8", newline="\n"
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(body, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.", "Import the model again.") from error
     return body
@@ -173,8 +177,8 @@ def _write(path: Path, body: Mapping[str, Any], indent: int | None = None) -> No
     path.write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
-def _contradiction(folder: Path, what: str) -> CheckpointError:
+def _contradiction_error(folder: Path, problem: str) -> CheckpointError:
     return CheckpointError(
-        f"The tokenizer's files in {folder} do not agree with each other: {what}.",
-        "Save the tokenizer anew with tokenizer.save_pretrained(DIR), and import the model again.",
+        f"The tokenizer files in {folder} contradict each other: {problem}.",
+        "Save the tokenizer again with tokenizer.save_pretrained(DIR), and import the model again.",
     )

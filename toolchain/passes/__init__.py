@@ -14,21 +14,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.artifacts.store import TensorSpec
+from toolchain.artifacts.manifest import TensorSpec
 from toolchain.errors import GraphError
-from toolchain.passes.attention import whole
+from toolchain.passes.attention import build_qattention
 from toolchain.passes.first_query import first_query
 from toolchain.passes.first_token import first_token
 from toolchain.passes.fuse import fuse
 from toolchain.passes.half import half
 from toolchain.passes.int8 import LARGEST_OF_7_BITS, run_time_codes
 from toolchain.passes.padding import padding
-from toolchain.passes.quantize_blocks import blocks, by_block
-from toolchain.passes.quantize_embedding import by_row, quantize_embedding
-from toolchain.passes.quantize_linear import fused, headroom, quantize_linear, standard
+from toolchain.passes.quantize_blocks import build_int4_product, look_up_int4_rows
+from toolchain.passes.quantize_embedding import look_up_int8_rows, quantize_embedding
+from toolchain.passes.quantize_linear import build_fused_product, build_standard_product, headroom, quantize_linear
 from toolchain.passes.quantize_static import Activation, quantize_static, smooth
-from toolchain.passes.quantize_static import fused as fused_static
-from toolchain.passes.quantize_static import standard as standard_static
+from toolchain.passes.quantize_static import build_fused_static_product as fused_static
+from toolchain.passes.quantize_static import build_standard_static_product as standard_static
 from toolchain.passes.residual_sum import residual_sum
 from toolchain.passes.trim_vocabulary import trim_vocabulary
 
@@ -62,27 +62,31 @@ Pass = Callable[["ir.Model", Context], "tuple[ir.Model, int]"]
 
 PASSES: dict[str, Pass] = {
     "fuse": fuse,
-    "fuse-cuda": partial(fuse, apart=()),  # CUDA has fast kernels for every fused operator
+    "fuse-cuda": partial(fuse, disabled_fusions=()),  # CUDA has fast kernels for every fused operator
     "half": half,
     "residual-sum": residual_sum,
     "first-token": first_token,
     "first-query": first_query,
     "trim-vocabulary": trim_vocabulary,
     "padding": padding,
-    "quantize-linear": partial(quantize_linear, product=fused, attend=partial(whole, codes=run_time_codes)),
+    "quantize-linear": partial(
+        quantize_linear, product=build_fused_product, attend=partial(build_qattention, codes=run_time_codes)
+    ),
     "quantize-linear-portable": partial(
         quantize_linear,
-        product=partial(fused, largest=LARGEST_OF_7_BITS),
-        attend=partial(whole, codes=run_time_codes, largest=LARGEST_OF_7_BITS),
+        product=partial(build_fused_product, largest=LARGEST_OF_7_BITS),
+        attend=partial(build_qattention, codes=run_time_codes, largest=LARGEST_OF_7_BITS),
     ),
-    "quantize-linear-std": partial(quantize_linear, product=standard),
-    "quantize-linear-std-portable": partial(quantize_linear, product=partial(standard, largest=LARGEST_OF_7_BITS)),
+    "quantize-linear-std": partial(quantize_linear, product=build_standard_product),
+    "quantize-linear-std-portable": partial(
+        quantize_linear, product=partial(build_standard_product, largest=LARGEST_OF_7_BITS)
+    ),
     "smooth": smooth,
     "quantize-linear-static": partial(quantize_static, product=fused_static),
     "quantize-linear-std-static": partial(quantize_static, product=standard_static),
-    "quantize-linear-int4": partial(quantize_linear, product=blocks),
-    "quantize-embedding": partial(quantize_embedding, look_up=by_row),
-    "quantize-embedding-int4": partial(quantize_embedding, look_up=by_block),
+    "quantize-linear-int4": partial(quantize_linear, product=build_int4_product),
+    "quantize-embedding": partial(quantize_embedding, look_up=look_up_int8_rows),
+    "quantize-embedding-int4": partial(quantize_embedding, look_up=look_up_int4_rows),
 }
 
 
@@ -131,11 +135,11 @@ def read(path: Path) -> ir.Model:
     try:
         proto = onnx.load(str(path), load_external_data=False)
         if not proto.graph.node:
-            raise ValueError("it has no nodes")
+            raise ValueError("its graph has no nodes")
         onnx.checker.check_model(proto)
         model = ir.from_proto(proto)
     except (DecodeError, onnx.checker.ValidationError, ValueError, OSError) as error:
-        raise GraphError(f"{path} is no valid ONNX model: {error}.", "Build it again.") from error
+        raise GraphError(f"{path} is not a valid ONNX model: {error}.", "Build the variant again.") from error
     _unalias(model)
     return model
 
@@ -151,13 +155,13 @@ def specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
     """Returns the inputs or outputs of a graph in the form of a manifest."""
     import onnx_ir as ir
 
-    found = []
+    tensor_specs = []
     for value in values:
-        text = value.dtype == ir.DataType.STRING  # numpy's name for this type is "object"
-        kind = "string" if text else value.dtype.numpy().name if value.dtype else ""
+        is_text = value.dtype == ir.DataType.STRING  # numpy's name for this type is "object"
+        kind = "string" if is_text else value.dtype.numpy().name if value.dtype else ""
         shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape or ())
-        found.append(TensorSpec(value.name or "", kind, shape))
-    return tuple(found)
+        tensor_specs.append(TensorSpec(value.name or "", kind, shape))
+    return tuple(tensor_specs)
 
 
 def facts(model: ir.Model) -> dict[str, Any]:
@@ -169,7 +173,7 @@ def facts(model: ir.Model) -> dict[str, Any]:
     """
     nodes = list(model.graph)
     last_norm = max((i for i, n in enumerate(nodes) if n.op_type == "LayerNormalization"), default=-1)
-    position = {inner: index for index, node in enumerate(nodes) for inner in (node, *_inside(node))}
+    position = {inner: index for index, node in enumerate(nodes) for inner in (node, *_nested_nodes(node))}
     by_part, by_dtype = {"embeddings": 0, "encoder": 0, "head": 0}, Counter[str]()
     for value in model.graph.initializers.values():
         tensor = value.const_value
@@ -188,11 +192,11 @@ def facts(model: ir.Model) -> dict[str, Any]:
         "opset": dict(sorted(model.opset_imports.items())),
         "ir_version": model.ir_version,
         "operators": dict(sorted(Counter(node.op_type for node in position).items())),
-        **({} if (room := headroom(model)) is None else {"int8_headroom": room}),
+        **({} if (margin := headroom(model)) is None else {"int8_headroom": margin}),
     }
 
 
-def _inside(node: ir.Node) -> Iterator[ir.Node]:
+def _nested_nodes(node: ir.Node) -> Iterator[ir.Node]:
     """Yields the nodes in the branches of an If and the bodies of loops."""
     import onnx_ir as ir
 

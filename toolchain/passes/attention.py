@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from toolchain.passes.graph import adder, constant, stored
+from toolchain.passes.graph import adder, array_of, constant
 from toolchain.passes.int8 import LARGEST, Codes, weight_codes
 
 if TYPE_CHECKING:
@@ -28,46 +28,53 @@ Product = Callable[["ir.Model", Any, str, "np.ndarray", "ir.Value | None"], "lis
 Attend = Callable[["ir.Model", "ir.Node", "Callable[..., list[ir.Node]]"], "tuple[list[ir.Node], ir.Value]"]
 
 
-def merged(model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]) -> tuple[list[ir.Node], ir.Value]:
+def build_joint_products(
+    model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]
+) -> tuple[list[ir.Node], ir.Value]:
     """Builds one product for query, key and value, a Split, and MultiHeadAttention; an `Attend`."""
     import numpy as np
     import onnx_ir as ir
 
     data, weight, bias, _ = node.inputs[:4]
     name = str(weight.name) if weight else ""
-    made = layer(data, name, stored(weight), bias)
+    new_nodes = layer(data, name, array_of(weight), bias)
     sizes = constant(model, f"{name}_split", np.array(widths(node), np.int64))
-    split = ir.node("Split", [made[-1].outputs[0], sizes], {"axis": -1}, num_outputs=len(ROLES), name=f"{name}/split")
+    split = ir.node(
+        "Split", [new_nodes[-1].outputs[0], sizes], {"axis": -1}, num_outputs=len(ROLES), name=f"{name}/split"
+    )
     for value, role in zip(split.outputs, ROLES, strict=True):
         value.name = f"{name}/{role}"
     heads = multi_head(model, node, split.outputs)
-    return [*made, split, heads], heads.outputs[0]
+    return [*new_nodes, split, heads], heads.outputs[0]
 
 
-def apart(model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]) -> tuple[list[ir.Node], ir.Value]:
+def build_separate_products(
+    model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]
+) -> tuple[list[ir.Node], ir.Value]:
     """Builds one product each for query, key and value, and MultiHeadAttention; an `Attend`."""
     import numpy as np
 
     data, weight, bias, _ = node.inputs[:4]
-    array, name = stored(weight), str(weight.name) if weight else ""
-    made: list[ir.Node] = []
+    array, name = array_of(weight), str(weight.name) if weight else ""
+    new_nodes: list[ir.Node] = []
     parts = []
     for role, end, width in zip(ROLES, np.cumsum(widths(node)), widths(node), strict=True):
-        part = slice(end - width, end)
-        its_bias = None if bias is None else constant(model, f"{name}_{role}_bias", stored(bias)[part])
-        made += layer(data, f"{name}_{role}", array[:, part], its_bias)
-        parts.append(made[-1].outputs[0])
+        columns = slice(end - width, end)
+        role_bias = None if bias is None else constant(model, f"{name}_{role}_bias", array_of(bias)[columns])
+        new_nodes += layer(data, f"{name}_{role}", array[:, columns], role_bias)
+        parts.append(new_nodes[-1].outputs[0])
         parts[-1].name = f"{name}/{role}"
     heads = multi_head(model, node, parts)
-    return [*made, heads], heads.outputs[0]
+    return [*new_nodes, heads], heads.outputs[0]
 
 
-def whole(
+def build_qattention(
     model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]], *, codes: Codes, largest: int = LARGEST
 ) -> tuple[list[ir.Node], ir.Value]:
     """Builds one QAttention; an `Attend`.
 
-    QAttention needs query, key and value of equal width. With different widths, this function calls `merged`.
+    QAttention needs query, key and value of equal width. With different widths, this function calls
+    `build_joint_products`.
 
     Args:
         codes: Quantises the input of the Attention.
@@ -76,20 +83,20 @@ def whole(
     import onnx_ir as ir
 
     if len(set(widths(node))) > 1:
-        return merged(model, node, layer)
+        return build_joint_products(model, node, layer)
     data, weight, bias, mask = node.inputs[:4]
     name = str(weight.name) if weight else ""
-    new: list[ir.Node] = []
-    uint8, scale, zero_point = codes(model, data, new)
-    int8, its_scale, its_zero_point = weight_codes(model, name, stored(weight), largest)
-    inputs = [uint8, int8, bias, scale, its_scale, mask, zero_point, its_zero_point]
-    new.append(ir.Node(DOMAIN, "QAttention", inputs, _settings(node), name=f"{name}/attention"))
-    return new, new[-1].outputs[0]
+    new_nodes: list[ir.Node] = []
+    uint8, scale, zero_point = codes(model, data, new_nodes)
+    int8, weight_scale, weight_zero_point = weight_codes(model, name, array_of(weight), largest)
+    inputs = [uint8, int8, bias, scale, weight_scale, mask, zero_point, weight_zero_point]
+    new_nodes.append(ir.Node(DOMAIN, "QAttention", inputs, _copy_settings(node), name=f"{name}/attention"))
+    return new_nodes, new_nodes[-1].outputs[0]
 
 
 def widths(node: ir.Node) -> list[int]:
     """Returns the widths of query, key and value of a fused Attention."""
-    array = stored(node.inputs[1])
+    array = array_of(node.inputs[1])
     return list(node.attributes.get_ints("qkv_hidden_sizes", [array.shape[1] // len(ROLES)] * len(ROLES)))
 
 
@@ -120,35 +127,37 @@ def _attention_bias(model: ir.Model, mask: ir.Value, heads: int, one_query: bool
     import onnx_ir as ir
 
     name = f"{mask.name}/bias"
-    which = f"{'one' if one_query else 'all'}_{heads}"
-    made = {value.name: value for node in model.graph for value in node.outputs}
-    if f"{name}/{which}" in made:
-        return made[f"{name}/{which}"]
-    new: list[ir.Node] = []
-    add = adder(name, new)
+    bias_name = f"{'one' if one_query else 'all'}_{heads}"
+    values_by_name = {value.name: value for node in model.graph for value in node.outputs}
+    if f"{name}/{bias_name}" in values_by_name:
+        return values_by_name[f"{name}/{bias_name}"]
+    new_nodes: list[ir.Node] = []
+    add = adder(name, new_nodes)
 
-    def number(what: str, value: Any, kind: Any) -> ir.Value:
-        return constant(model, f"{name}_{what}", np.array(value, kind))
+    def number(suffix: str, value: Any, dtype: Any) -> ir.Value:
+        return constant(model, f"{name}_{suffix}", np.array(value, dtype))
 
-    row = made.get(f"{name}/row")
-    behind = mask.producer() if row is None else row.producer()
+    row = values_by_name.get(f"{name}/row")
+    anchor = mask.producer() if row is None else row.producer()
     if row is None:
-        shown = add("Cast", [mask], "shown", to=ir.DataType.BOOL)
+        attended = add("Cast", [mask], "shown", to=ir.DataType.BOOL)
         zero, lowest = number("zero", 0, np.float32), number("lowest", np.finfo(np.float32).min, np.float32)
-        row = add("Unsqueeze", [add("Where", [shown, zero, lowest], "bias"), number("axes", [1, 2], np.int64)], "row")
+        row = add(
+            "Unsqueeze", [add("Where", [attended, zero, lowest], "bias"), number("axes", [1, 2], np.int64)], "row"
+        )
     if one_query:
-        shape = number(which, [1, heads, 1, 1], np.int64)
+        shape = number(bias_name, [1, heads, 1, 1], np.int64)
     else:
-        tokens = add("Shape", [mask], f"{which}_tokens", start=1)
+        tokens = add("Shape", [mask], f"{bias_name}_tokens", start=1)
         one = number("ones", [1], np.int64)
-        shape = add("Concat", [one, number(which, [heads], np.int64), tokens, one], f"{which}_shape", axis=0)
-    bias = add("Expand", [row, shape], which)
-    if behind is None:  # the mask is an input of the graph
-        model.graph.insert_before(model.graph[0], new)
+        shape = add("Concat", [one, number(bias_name, [heads], np.int64), tokens, one], f"{bias_name}_shape", axis=0)
+    bias = add("Expand", [row, shape], bias_name)
+    if anchor is None:  # the mask is an input of the graph
+        model.graph.insert_before(model.graph[0], new_nodes)
     else:
-        model.graph.insert_after(behind, new)
+        model.graph.insert_after(anchor, new_nodes)
     return bias
 
 
-def _settings(node: ir.Node) -> list[ir.Attr]:
+def _copy_settings(node: ir.Node) -> list[ir.Attr]:
     return [node.attributes[key] for key in SETTINGS if key in node.attributes]

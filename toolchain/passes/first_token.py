@@ -24,30 +24,36 @@ def first_token(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     conditions: every use of the moved values ends in that Gather, and the token-wise nodes start from values known to
     be [batch, sequence, width].
     """
-    passed = 0
+    count = 0
     for gather in [node for node in model.graph if takes_first_token(node)]:
-        region = _region(model, gather)
+        region = _movable_nodes(model, gather)
         starts = {v: v.producer() for node in region for v in node.inputs if v is not None and not v.is_initializer()}
         starts = {value: node for value, node in starts.items() if node not in region}
         if not region or any(node is None or node.op_type not in BOUNDARY for node in starts.values()):
             continue
-        _move(model, gather, region, list(starts))
-        passed += len(region)
-    return model, passed
+        _move_gather(model, gather, region, list(starts))
+        count += len(region)
+    return model, count
 
 
-def _region(model: ir.Model, gather: ir.Node) -> list[ir.Node]:
+def _movable_nodes(model: ir.Model, gather: ir.Node) -> list[ir.Node]:
     """Returns the token-wise nodes before `gather` whose results have no other reader, nearest first."""
     region = [gather]
     for node in reversed(list(model.graph)):
         readers = {reader for out in node.outputs for reader in out.consumers()}
-        shown = any(out.is_graph_output() for out in node.outputs)
-        if readers and readers <= set(region) and not shown and node.op_type in TOKEN_WISE and _last_axis_only(node):
+        is_output = any(out.is_graph_output() for out in node.outputs)
+        if (
+            readers
+            and readers <= set(region)
+            and not is_output
+            and node.op_type in TOKEN_WISE
+            and _uses_last_axis_only(node)
+        ):
             region.append(node)
     return region[1:]
 
 
-def _last_axis_only(node: ir.Node) -> bool:
+def _uses_last_axis_only(node: ir.Node) -> bool:
     if node.op_type == "LayerNormalization":
         return node.attributes.get_int("axis", -1) == -1
     ranks = [v.const_value.shape.rank() if v and v.is_initializer() and v.const_value else None for v in node.inputs]
@@ -56,19 +62,19 @@ def _last_axis_only(node: ir.Node) -> bool:
     return all(rank is None or rank <= 1 for rank in ranks)
 
 
-def _move(model: ir.Model, gather: ir.Node, region: list[ir.Node], starts: list[ir.Value]) -> None:
+def _move_gather(model: ir.Model, gather: ir.Node, region: list[ir.Node], starts: list[ir.Value]) -> None:
     import onnx_ir as ir
 
     for start in starts:
-        first = ir.node("Gather", [start, gather.inputs[1]], {"axis": 1}, name=f"{start.name}/first_token")
-        first.outputs[0].name = f"{start.name}/first_token"
+        moved_gather = ir.node("Gather", [start, gather.inputs[1]], {"axis": 1}, name=f"{start.name}/first_token")
+        moved_gather.outputs[0].name = f"{start.name}/first_token"
         producer = start.producer()
         assert producer is not None  # the caller checked that it is a boundary node
-        model.graph.insert_after(producer, first)
+        model.graph.insert_after(producer, moved_gather)
         for node in region:
             for index, value in enumerate(node.inputs):
                 if value is start:
-                    node.replace_input_with(index, first.outputs[0])
+                    node.replace_input_with(index, moved_gather.outputs[0])
     for node in region:
         for out in node.outputs:
             out.shape = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from toolchain.system.quiet import quiet
+from toolchain.system.quiet import hide_logs
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -15,17 +15,19 @@ if TYPE_CHECKING:
 DOMAIN = "com.microsoft"  # domain of the fused operators
 # Fusions that are off on the CPU, by their names in `FusionOptions`. The CPU kernels of skip- and embedding
 # LayerNormalization are scalar. BiasGelu would take the bias that belongs inside the quantised matmul.
-APART_ON_CPU = ("embed_layer_norm", "skip_layer_norm", "bias_skip_layer_norm", "bias_gelu")
+CPU_DISABLED_FUSIONS = ("embed_layer_norm", "skip_layer_norm", "bias_skip_layer_norm", "bias_gelu")
 
 
-def fuse(model: ir.Model, context: Context, *, apart: Collection[str] = APART_ON_CPU) -> tuple[ir.Model, int]:
+def fuse(
+    model: ir.Model, context: Context, *, disabled_fusions: Collection[str] = CPU_DISABLED_FUSIONS
+) -> tuple[ir.Model, int]:
     """Fuses attention into one node, erf-Gelu into Gelu, and other patterns; counts the fused nodes.
 
     The mask stays the raw [batch, sequence]. By default the fusion counts a sentence's tokens from the left instead,
     which is wrong for sentences padded on the left.
 
     Args:
-        apart: Fusions that stay off, by their names in `FusionOptions` without `enable_`.
+        disabled_fusions: Fusions that stay off, by their names in `FusionOptions` without `enable_`.
     """
     import onnx_ir as ir
     from onnx_ir.passes import common
@@ -34,10 +36,10 @@ def fuse(model: ir.Model, context: Context, *, apart: Collection[str] = APART_ON
 
     options = FusionOptions("bert")
     options.use_raw_attention_mask(True)
-    for name in apart:
+    for name in disabled_fusions:
         setattr(options, f"enable_{name}", False)
-    _residual_last(model)
-    with quiet():
+    _move_residual_last(model)
+    with hide_logs():
         fused = BertOnnxModel(ir.to_proto(model), context.heads, context.width)
         fused.optimize(options, add_dynamic_axes=False)
     result = ir.from_proto(fused.model)
@@ -48,7 +50,7 @@ def fuse(model: ir.Model, context: Context, *, apart: Collection[str] = APART_ON
     return result, sum(node.domain == DOMAIN for node in result.graph)
 
 
-def _residual_last(model: ir.Model) -> None:
+def _move_residual_last(model: ir.Model) -> None:
     """In each addition before a LayerNormalization, moves the residual to second place.
 
     The residual is the addend with more readers. The fusion looks for attention's result in the first addend that is
@@ -62,8 +64,8 @@ def _residual_last(model: ir.Model) -> None:
         if first is None or second is None:
             continue
         # Looked-up embeddings keep their order, because the fusion treats the first as word embeddings.
-        made = [value.producer() for value in (first, second)]
-        if not all(node is not None and node.op_type == "Add" for node in made):
+        producers = [value.producer() for value in (first, second)]
+        if not all(node is not None and node.op_type == "Add" for node in producers):
             continue
         if len(first.consumers()) > len(second.consumers()):
             add.replace_input_with(0, second)

@@ -21,11 +21,11 @@ def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
     import numpy as np
     import onnx_ir as ir
 
-    there = model.graph.initializers.get(name)
-    if there is not None:
-        found = stored(there)
-        if found.dtype == array.dtype and np.array_equal(found, array):
-            return there
+    existing = model.graph.initializers.get(name)
+    if existing is not None:
+        existing_array = array_of(existing)
+        if existing_array.dtype == array.dtype and np.array_equal(existing_array, array):
+            return existing
         return constant(model, f"{name}_other", array)  # two layers read one weight, one of them transposed
     tensor = ir.tensor(np.asarray(array, order="C"), name=name)
     value = ir.val(name, dtype=tensor.dtype, shape=array.shape, const_value=tensor)
@@ -33,49 +33,52 @@ def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
     return value
 
 
-def stored(weight: ir.Value | None) -> np.ndarray:
+def array_of(weight: ir.Value | None) -> np.ndarray:
     """Returns the array of a weight.
 
     Raises:
         GraphError: The weight is missing or is computed in the graph.
     """
     if weight is None or weight.const_value is None:
-        raise GraphError("The weights of a layer are computed, not stored.", "Fold constants when exporting.")
+        raise GraphError(
+            "The graph computes the weights of a layer, and a pass needs stored weights.",
+            "Export with constant folding.",
+        )
     array: np.ndarray = weight.const_value.numpy()
     return array
 
 
-def negated(model: ir.Model, weight: ir.Value | None) -> ir.Value:
+def store_negative(model: ir.Model, weight: ir.Value | None) -> ir.Value:
     """Returns an initializer that holds the weight's negative.
 
     Raises:
         GraphError: The weight is missing or is computed in the graph.
     """
-    array = stored(weight)
+    array = array_of(weight)
     return constant(model, f"{weight.name if weight else ''}/negated", -array)
 
 
-def replace(model: ir.Model, first: ir.Node, last: ir.Node, new: list[ir.Node], result: ir.Value) -> None:
-    """Inserts `new` after `last`, moves the readers of `last` to `result`, and removes `first` and `last`."""
-    old = last.outputs[0]
-    name = old.name
-    model.graph.insert_after(last, new)
-    old.replace_all_uses_with(result, replace_graph_outputs=True)
+def replace_nodes(model: ir.Model, first: ir.Node, last: ir.Node, new_nodes: list[ir.Node], result: ir.Value) -> None:
+    """Inserts `new_nodes` after `last`, moves the readers of `last` to `result`, and removes `first` and `last`."""
+    old_output = last.outputs[0]
+    name = old_output.name
+    model.graph.insert_after(last, new_nodes)
+    old_output.replace_all_uses_with(result, replace_graph_outputs=True)
     model.graph.remove([last, first] if last is not first else [first], safe=True)
     result.name = name
 
 
-def adder(name: str, new: list[ir.Node]) -> Callable[..., ir.Value]:
-    """Returns a function that adds a node with one output to `new` and returns that output.
+def adder(name: str, new_nodes: list[ir.Node]) -> Callable[..., ir.Value]:
+    """Returns a function that adds a node with one output to `new_nodes` and returns that output.
 
-    Call it as `add(operator, inputs, what, **attributes)`. The node and its output are both named `name`/`what`.
+    Call it as `add(operator, inputs, suffix, **attributes)`. The node and its output are both named `name`/`suffix`.
     """
     import onnx_ir as ir
 
-    def add(operator: str, inputs: Sequence[ir.Value | None], what: str, **attributes: int) -> ir.Value:
-        node = ir.node(operator, inputs, attributes, name=f"{name}/{what}")
-        node.outputs[0].name = f"{name}/{what}"
-        new.append(node)
+    def add(operator: str, inputs: Sequence[ir.Value | None], suffix: str, **attributes: int) -> ir.Value:
+        node = ir.node(operator, inputs, attributes, name=f"{name}/{suffix}")
+        node.outputs[0].name = f"{name}/{suffix}"
+        new_nodes.append(node)
         return node.outputs[0]
 
     return add

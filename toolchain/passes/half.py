@@ -18,10 +18,10 @@ def half(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     import onnx_ir as ir
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    wide = _weights(model, ir.DataType.FLOAT)
-    made = ir.from_proto(convert_float_to_float16(ir.to_proto(model), keep_io_types=True))
-    return made, wide - _weights(made, ir.DataType.FLOAT)
+    fp32_count = _count_weights(model, ir.DataType.FLOAT)
+    converted_model = ir.from_proto(convert_float_to_float16(ir.to_proto(model), keep_io_types=True))
+    return converted_model, fp32_count - _count_weights(converted_model, ir.DataType.FLOAT)
 
 
-def _weights(model: ir.Model, dtype: ir.DataType) -> int:
+def _count_weights(model: ir.Model, dtype: ir.DataType) -> int:
     return sum(value.dtype == dtype for value in model.graph.initializers.values())

@@ -24,25 +24,25 @@ INT8_PRODUCTS = ("DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat
 Codes = Callable[["ir.Model", Any, "list[ir.Node]"], "list[ir.Value]"]
 
 
-def quantize_weight(weight: np.ndarray, axis: int, most: int = LARGEST) -> tuple[np.ndarray, np.ndarray]:
+def quantize_weight(weight: np.ndarray, axis: int, limit: int = LARGEST) -> tuple[np.ndarray, np.ndarray]:
     """Quantises a 2-D array to symmetric int8 with one float32 scale per index of `axis`.
 
     Returns:
-        The int8 array, with absolute values of at most `most`, and the scales [length of `axis`]: weight ≈ int8 ×
+        The int8 array, with absolute values of at most `limit`, and the scales [length of `axis`]: weight ≈ int8 ×
         scale.
     """
     import numpy as np
 
     largest = np.abs(weight).max(axis=1 - axis, keepdims=True)
-    scale = np.maximum(largest / most, np.finfo(np.float32).tiny).astype(np.float32)
-    return np.clip(np.rint(weight / scale), -most, most).astype(np.int8), scale.reshape(-1)
+    scale = np.maximum(largest / limit, np.finfo(np.float32).tiny).astype(np.float32)
+    return np.clip(np.rint(weight / scale), -limit, limit).astype(np.int8), scale.reshape(-1)
 
 
-def weight_codes(model: ir.Model, name: str, array: np.ndarray, most: int = LARGEST) -> list[ir.Value]:
+def weight_codes(model: ir.Model, name: str, array: np.ndarray, limit: int = LARGEST) -> list[ir.Value]:
     """Stores a weight [inner, outer] as initializers: int8, scales [outer] and zero points [outer], which are 0."""
     import numpy as np
 
-    weight, scale = quantize_weight(array, 1, most)
+    weight, scale = quantize_weight(array, 1, limit)
     return [
         constant(model, f"{name}_int8", weight),
         constant(model, f"{name}_scale", scale),
@@ -50,7 +50,7 @@ def weight_codes(model: ir.Model, name: str, array: np.ndarray, most: int = LARG
     ]
 
 
-def run_time_codes(model: ir.Model, data: Any, new: list[ir.Node]) -> list[ir.Value]:
+def run_time_codes(model: ir.Model, data: Any, new_nodes: list[ir.Node]) -> list[ir.Value]:
     """Quantises `data` by its range at run time, with one node for all its readers; a `Codes`."""
     import onnx_ir as ir
 
@@ -59,7 +59,7 @@ def run_time_codes(model: ir.Model, data: Any, new: list[ir.Node]) -> list[ir.Va
         node = ir.node("DynamicQuantizeLinear", [data], num_outputs=3, name=f"{data.name}/codes")
         for value, role in zip(node.outputs, ("codes", "scale", "zero_point"), strict=True):
             value.name = f"{data.name}/{role}"
-        new.append(node)
+        new_nodes.append(node)
     return list(node.outputs)
 
 
@@ -73,6 +73,6 @@ def weight_of(node: ir.Node) -> tuple[ir.Node, int] | None:
     if node.op_type in INT8_PRODUCTS:
         return node, 1
     weight = node.inputs[1] if node.op_type == "MatMul" else None
-    before = weight.producer() if weight is not None else None
-    codes = before.inputs[0] if before is not None and before.op_type == "DequantizeLinear" else None
-    return (before, 0) if before is not None and codes is not None and codes.const_value is not None else None
+    producer = weight.producer() if weight is not None else None
+    codes = producer.inputs[0] if producer is not None and producer.op_type == "DequantizeLinear" else None
+    return (producer, 0) if producer is not None and codes is not None and codes.const_value is not None else None

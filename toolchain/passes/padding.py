@@ -35,15 +35,21 @@ def padding(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     """
     inputs = {value.name: value for value in model.graph.inputs}
     ids, mask = inputs.get(IDS), inputs.get(MASK)
-    norm = next((n for n in model.graph if n.op_type == "LayerNormalization" and ids in _above(n)[1]), None)
-    first = any(takes_first_token(node) for node in model.graph)
-    if mask is None or norm is None or not first or not _masked(model, mask) or _mixed(norm):
+    norm = next((n for n in model.graph if n.op_type == "LayerNormalization" and ids in _collect_ancestors(n)[1]), None)
+    reads_first_token = any(takes_first_token(node) for node in model.graph)
+    if (
+        mask is None
+        or norm is None
+        or not reads_first_token
+        or not _masks_every_attention(model, mask)
+        or _may_mix_tokens(norm)
+    ):
         return model, 0
-    _replace(model, norm, mask)
+    _replace_embeddings(model, norm, mask)
     return model, 1
 
 
-def _above(node: ir.Node, stop: Collection[str] = ()) -> tuple[set[ir.Node], set[ir.Value]]:
+def _collect_ancestors(node: ir.Node, stop: Collection[str] = ()) -> tuple[set[ir.Node], set[ir.Value]]:
     """Returns the nodes before `node`, and the values that they and `node` read.
 
     The search does not pass operators in `stop`, nor Shape, whose result depends on no token. `node` itself is not
@@ -51,45 +57,47 @@ def _above(node: ir.Node, stop: Collection[str] = ()) -> tuple[set[ir.Node], set
     """
     nodes: set[ir.Node] = set()
     values: set[ir.Value] = set()
-    waiting = [node]
-    while waiting:
-        each = waiting.pop()
-        values.update(value for value in each.inputs if value is not None)
-        for before in each.predecessors():
-            if before not in nodes and before.op_type not in (SHAPE, *stop):
-                nodes.add(before)
-                waiting.append(before)
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        values.update(value for value in current.inputs if value is not None)
+        for predecessor in current.predecessors():
+            if predecessor not in nodes and predecessor.op_type not in (SHAPE, *stop):
+                nodes.add(predecessor)
+                stack.append(predecessor)
     return nodes, values
 
 
-def _masked(model: ir.Model, mask: ir.Value) -> bool:
+def _masks_every_attention(model: ir.Model, mask: ir.Value) -> bool:
     """Returns whether the graph has attention, and every attention node takes the mask and no relative positions.
 
     Only inputs that reach the attention node without an operator of `MIXES` in between count.
     """
     attentions = [n for n in model.graph if n.op_type == "Softmax" or (n.op_type in FUSED and n.domain == DOMAIN)]
-    told = [_above(node, MIXES) for node in attentions]
-    return bool(told) and all(mask in vs and RELATIVE not in {n.op_type for n in nodes} for nodes, vs in told)
+    ancestors = [_collect_ancestors(node, MIXES) for node in attentions]
+    return bool(ancestors) and all(
+        mask in values and RELATIVE not in {n.op_type for n in nodes} for nodes, values in ancestors
+    )
 
 
-def _mixed(node: ir.Node) -> bool:
+def _may_mix_tokens(node: ir.Node) -> bool:
     """Returns whether the result of `node` may depend on several tokens."""
-    return any(each.op_type in MIXES for each in _above(node)[0])
+    return any(ancestor.op_type in MIXES for ancestor in _collect_ancestors(node)[0])
 
 
-def _replace(model: ir.Model, norm: ir.Node, mask: ir.Value) -> None:
+def _replace_embeddings(model: ir.Model, norm: ir.Node, mask: ir.Value) -> None:
     import numpy as np
 
     embeddings = norm.outputs[0]
-    new: list[ir.Node] = []
-    add = adder("padding", new)
+    new_nodes: list[ir.Node] = []
+    add = adder("padding", new_nodes)
     zero, one, last = (
         constant(model, f"padding_{n}", np.array(v, np.int64)) for n, v in (("zero", 0), ("one", 1), ("last", [-1]))
     )
     tokens = add("Gather", [add("Shape", [mask], "shape"), one], "tokens")
-    places = add("Mul", [mask, add("Range", [zero, tokens, one], "places")], "first_or_own")
-    rows = add("GatherND", [embeddings, add("Unsqueeze", [places, last], "rows")], "embeddings", batch_dims=1)
+    positions = add("Mul", [mask, add("Range", [zero, tokens, one], "places")], "first_or_own")
+    rows = add("GatherND", [embeddings, add("Unsqueeze", [positions, last], "rows")], "embeddings", batch_dims=1)
     rows.type, rows.shape = embeddings.type, embeddings.shape
-    model.graph.insert_after(norm, new)
+    model.graph.insert_after(norm, new_nodes)
     embeddings.replace_all_uses_with(rows)
-    new[-1].replace_input_with(0, embeddings)
+    new_nodes[-1].replace_input_with(0, embeddings)

@@ -22,11 +22,11 @@ def add_probabilities(model: ir.Model, multi_label: bool) -> ir.Model:
     import onnx_ir as ir
 
     logits = model.graph.outputs[0]
-    last = ir.node("Sigmoid", [logits]) if multi_label else ir.node("Softmax", [logits], {"axis": -1})
-    last.name = PROBABILITIES
-    shares = last.outputs[0]
-    logits.name, shares.name = LOGITS, PROBABILITIES
-    shares.shape, shares.dtype = logits.shape, ir.DataType.FLOAT
-    model.graph.append(last)
-    model.graph.outputs[:] = [logits, shares]
+    activation = ir.node("Sigmoid", [logits]) if multi_label else ir.node("Softmax", [logits], {"axis": -1})
+    activation.name = PROBABILITIES
+    probabilities = activation.outputs[0]
+    logits.name, probabilities.name = LOGITS, PROBABILITIES
+    probabilities.shape, probabilities.dtype = logits.shape, ir.DataType.FLOAT
+    model.graph.append(activation)
+    model.graph.outputs[:] = [logits, probabilities]
     return model

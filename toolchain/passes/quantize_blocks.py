@@ -9,24 +9,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from toolchain.passes.graph import constant
-from toolchain.passes.quantize_embedding import by_row
+from toolchain.passes.quantize_embedding import look_up_int8_rows
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-BITS, TOP = 4, 15
+BITS, MAX_CODE = 4, 15
 BLOCK = 32  # number of weights that share a scale
 INT8_ACTIVATIONS = 4  # value of the operator's accuracy_level
 # Fractions of a block's range to keep, in the order of trial. A smaller range has finer steps but clips its ends.
-KEPT = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+RANGE_FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
 def quantize_blocks(weight: np.ndarray, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Quantises a 2-D float array in blocks along its rows.
 
-    Each block gets the range of `KEPT` with the least squared error. Rows whose length is no multiple of `block` are
-    padded with codes for zero.
+    Each block gets the range of `RANGE_FRACTIONS` with the least squared error. Rows whose length is no multiple of
+    `block` are padded with codes for zero.
 
     Returns:
         Codes from 0 to 15 as uint8 [rows, blocks × block], float32 scales [rows, blocks], and uint8 zero points
@@ -35,22 +35,22 @@ def quantize_blocks(weight: np.ndarray, block: int = BLOCK) -> tuple[np.ndarray,
     import numpy as np
 
     rows, columns = weight.shape
-    filled = np.zeros((rows, -(-columns // block) * block), np.float32)
-    filled[:, :columns] = weight
-    blocks = filled.reshape(rows, -1, block)
+    padded = np.zeros((rows, -(-columns // block) * block), np.float32)
+    padded[:, :columns] = weight
+    blocks = padded.reshape(rows, -1, block)
     # The range includes 0, so that padding and pruned weights stay exactly 0.
     low, high = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
-    best = np.full(low.shape, np.inf, np.float32)
+    least_error = np.full(low.shape, np.inf, np.float32)
     codes = np.zeros(blocks.shape, np.uint8)
     scales, zeros = np.ones(low.shape, np.float32), np.zeros(low.shape, np.uint8)
-    for kept in KEPT:
-        scale = np.maximum((high - low) * kept / TOP, np.finfo(np.float32).tiny).astype(np.float32)
-        zero = np.clip(np.rint(-low * kept / scale), 0, TOP)
-        code = np.clip(np.rint(blocks / scale[:, :, None]) + zero[:, :, None], 0, TOP)
+    for fraction in RANGE_FRACTIONS:
+        scale = np.maximum((high - low) * fraction / MAX_CODE, np.finfo(np.float32).tiny).astype(np.float32)
+        zero = np.clip(np.rint(-low * fraction / scale), 0, MAX_CODE)
+        code = np.clip(np.rint(blocks / scale[:, :, None]) + zero[:, :, None], 0, MAX_CODE)
         error = (((code - zero[:, :, None]) * scale[:, :, None] - blocks) ** 2).sum(axis=2)
-        better = error < best
-        best = np.where(better, error, best)
-        codes[better], scales[better], zeros[better] = code[better], scale[better], zero[better]
+        is_better = error < least_error
+        least_error = np.where(is_better, error, least_error)
+        codes[is_better], scales[is_better], zeros[is_better] = code[is_better], scale[is_better], zero[is_better]
     return codes.reshape(rows, -1), scales, zeros
 
 
@@ -64,7 +64,9 @@ def pack(codes: np.ndarray) -> np.ndarray:
     return packed
 
 
-def blocks(model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Value | None) -> list[ir.Node]:
+def build_int4_product(
+    model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Value | None
+) -> list[ir.Node]:
     """Builds MatMulNBits with the bias inside; an `attention.Product`."""
     import onnx_ir as ir
 
@@ -78,22 +80,22 @@ def blocks(model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Va
         constant(model, f"{name}_zero_point", pack(zeros).reshape(-1)),
         *([None, bias] if bias is not None else []),
     ]
-    sizes = {"K": inner, "N": outer, "bits": BITS, "block_size": BLOCK, "accuracy_level": INT8_ACTIVATIONS}
-    node = ir.node("MatMulNBits", inputs, sizes, domain="com.microsoft", name=f"{name}/product")
+    attributes = {"K": inner, "N": outer, "bits": BITS, "block_size": BLOCK, "accuracy_level": INT8_ACTIVATIONS}
+    node = ir.node("MatMulNBits", inputs, attributes, domain="com.microsoft", name=f"{name}/product")
     node.outputs[0].name = f"{name}/product"
     return [node]
 
 
-def by_block(model: ir.Model, name: str, array: np.ndarray, rows: Any) -> list[ir.Node]:
+def look_up_int4_rows(model: ir.Model, name: str, array: np.ndarray, rows: Any) -> list[ir.Node]:
     """Builds GatherBlockQuantized; a `quantize_embedding.LookUp`.
 
-    If the width of the table is no multiple of `BLOCK`, this function calls `by_row`.
+    If the width of the table is no multiple of `BLOCK`, this function calls `look_up_int8_rows`.
     """
     import numpy as np
     import onnx_ir as ir
 
     if array.shape[1] % BLOCK:
-        return by_row(model, name, array, rows)
+        return look_up_int8_rows(model, name, array, rows)
     codes, scales, zeros = quantize_blocks(array)
     inputs = [
         constant(model, f"{name}_int4", pack(codes)),
@@ -101,7 +103,7 @@ def by_block(model: ir.Model, name: str, array: np.ndarray, rows: Any) -> list[i
         constant(model, f"{name}_scale", scales.astype(np.float16)),  # fp16 is precise enough for 15 steps
         constant(model, f"{name}_zero_point", pack(zeros)),
     ]
-    how = {"bits": BITS, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
-    looked_up = ir.node("GatherBlockQuantized", inputs, how, domain="com.microsoft", name=f"{name}/rows")
-    looked_up.outputs[0].name = f"{name}/rows_output"
-    return [looked_up, ir.node("Cast", [looked_up.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{name}/cast")]
+    attributes = {"bits": BITS, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
+    gather = ir.node("GatherBlockQuantized", inputs, attributes, domain="com.microsoft", name=f"{name}/rows")
+    gather.outputs[0].name = f"{name}/rows_output"
+    return [gather, ir.node("Cast", [gather.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{name}/cast")]

@@ -31,26 +31,26 @@ def quantize_embedding(model: ir.Model, context: Context, look_up: LookUp) -> tu
             continue
         if node.attributes.get_int("axis", 0) != 0:
             continue
-        new = look_up(model, table.name or "" if table is not None else "", tensor.numpy(), rows)
-        old, result = node.outputs[0], new[-1].outputs[0]
-        name = old.name
-        model.graph.insert_after(node, new)
-        old.replace_all_uses_with(result, replace_graph_outputs=True)
+        new_nodes = look_up(model, table.name or "" if table is not None else "", tensor.numpy(), rows)
+        old_output, result = node.outputs[0], new_nodes[-1].outputs[0]
+        name = old_output.name
+        model.graph.insert_after(node, new_nodes)
+        old_output.replace_all_uses_with(result, replace_graph_outputs=True)
         model.graph.remove(node, safe=True)
         result.name = name
         count += 1
     return model, count
 
 
-def by_row(model: ir.Model, name: str, array: np.ndarray, rows: Any) -> list[ir.Node]:
+def look_up_int8_rows(model: ir.Model, name: str, array: np.ndarray, rows: Any) -> list[ir.Node]:
     """Builds a Gather of int8 rows × a Gather of one scale per row, in standard operators; a `LookUp`."""
     import onnx_ir as ir
 
     int8, scale = quantize_weight(array, axis=0)
-    looked_up = ir.node("Gather", [constant(model, f"{name}_int8", int8), rows], name=f"{name}/rows")
+    codes = ir.node("Gather", [constant(model, f"{name}_int8", int8), rows], name=f"{name}/rows")
     scales = ir.node("Gather", [constant(model, f"{name}_scale", scale[:, None]), rows], name=f"{name}/scales")
-    cast = ir.node("Cast", [looked_up.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{name}/cast")
-    scaled = ir.node("Mul", [cast.outputs[0], scales.outputs[0]], name=f"{name}/scaled")
-    for new in (looked_up, scales, cast):
-        new.outputs[0].name = f"{new.name}_output"
-    return [looked_up, scales, cast, scaled]
+    cast = ir.node("Cast", [codes.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{name}/cast")
+    product = ir.node("Mul", [cast.outputs[0], scales.outputs[0]], name=f"{name}/scaled")
+    for node in (codes, scales, cast):
+        node.outputs[0].name = f"{node.name}_output"
+    return [codes, scales, cast, product]

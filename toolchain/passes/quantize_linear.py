@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from toolchain.passes.attention import Attend, Product, merged
-from toolchain.passes.graph import adder, constant, replace, stored
+from toolchain.passes.attention import Attend, Product, build_joint_products
+from toolchain.passes.graph import adder, array_of, constant, replace_nodes
 from toolchain.passes.int8 import LARGEST, run_time_codes, weight_codes, weight_of
 
 if TYPE_CHECKING:
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
     from toolchain.passes import Context
 
-SATURATES = 32767
-ACTIVATION = 255
+INT16_LIMIT = 32767
+LARGEST_ACTIVATION = 255
 
 
 def quantize_linear(
-    model: ir.Model, context: Context, product: Product, attend: Attend = merged
+    model: ir.Model, context: Context, product: Product, attend: Attend = build_joint_products
 ) -> tuple[ir.Model, int]:
     """Replaces linear layers by products that `product` builds; counts the layers quantised.
 
@@ -36,10 +36,10 @@ def quantize_linear(
         if layer_name(node) in context.keep:
             continue
         if node.op_type == "Attention":
-            made, result = attend(model, node, layer)
-            replace(model, node, node, made, result)
+            new_nodes, result = attend(model, node, layer)
+            replace_nodes(model, node, node, new_nodes, result)
         else:
-            _linear(model, node, layer)
+            _quantize_layer(model, node, layer)
         count += 1
     return model, count
 
@@ -62,15 +62,15 @@ def weights_of(model: ir.Model) -> dict[str, np.ndarray]:
     """
     import numpy as np
 
-    found: dict[str, list[np.ndarray]] = {}
+    arrays_by_input: dict[str, list[np.ndarray]] = {}
     for node in linear_nodes(model):
-        array = stored(node.inputs[1])
+        array = array_of(node.inputs[1])
         array = array.T if node.attributes.get_int("transB", 0) else array
-        found.setdefault(str(node.inputs[0].name) if node.inputs[0] else "", []).append(array)
-    return {name: np.concatenate(arrays, axis=1) for name, arrays in found.items()}
+        arrays_by_input.setdefault(str(node.inputs[0].name) if node.inputs[0] else "", []).append(array)
+    return {name: np.concatenate(arrays, axis=1) for name, arrays in arrays_by_input.items()}
 
 
-def sharing(model: ir.Model) -> set[str]:
+def inputs_with_shared_weights(model: ir.Model) -> set[str]:
     """Returns the names of the values whose layers share a weight with layers that read another value."""
     readers: dict[str, set[str]] = {}
     for node in linear_nodes(model):
@@ -81,12 +81,12 @@ def sharing(model: ir.Model) -> set[str]:
 def linear_nodes(model: ir.Model) -> list[ir.Node]:
     """Returns the linear layers that `quantize_linear` can quantise, in the graph's order."""
 
-    def taken(node: ir.Node) -> bool:
+    def can_quantize(node: ir.Node) -> bool:
         if node.op_type == "Attention":
             return node.domain == "com.microsoft"
         return node.op_type in ("MatMul", "Gemm") and _is_linear(node) and not node.outputs[0].is_graph_output()
 
-    return [node for node in model.graph if taken(node)]
+    return [node for node in model.graph if can_quantize(node)]
 
 
 def headroom(model: ir.Model) -> float | None:
@@ -98,45 +98,45 @@ def headroom(model: ir.Model) -> float | None:
     """
     import numpy as np
 
-    worst = 0
-    found = False
+    worst_sum = 0
+    has_product = False
     for node in model.graph:
         reader, index = weight_of(node) or (None, 0)
         if reader is None:
             continue
-        weight = stored(reader.inputs[index]).astype(np.int32)
-        found = True
+        weight = array_of(reader.inputs[index]).astype(np.int32)
+        has_product = True
         for side in (np.maximum(weight, 0), np.maximum(-weight, 0)):
             pair = np.sort(side, axis=0)[-2:].sum(axis=0)
-            worst = max(worst, int(pair.max()))
-    return round(SATURATES / (ACTIVATION * max(worst, 1)), 3) if found else None
+            worst_sum = max(worst_sum, int(pair.max()))
+    return round(INT16_LIMIT / (LARGEST_ACTIVATION * max(worst_sum, 1)), 3) if has_product else None
 
 
 def _is_linear(node: ir.Node) -> bool:
     weight = node.inputs[1]
     if weight is None or weight.const_value is None or weight.const_value.shape.rank() != 2:
         return False
-    plain = all(node.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
-    return plain and node.attributes.get_int("transA", 0) == 0
+    has_unit_factors = all(node.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
+    return has_unit_factors and node.attributes.get_int("transA", 0) == 0
 
 
-def _linear(model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]) -> None:
+def _quantize_layer(model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]) -> None:
     """Quantises a Gemm, or a MatMul together with the Add of its bias if that Add is its only reader."""
     data, weight = node.inputs[0], node.inputs[1]
-    array = stored(weight)
-    bias, last = (node.inputs[2] if len(node.inputs) > 2 else None), node
+    array = array_of(weight)
+    bias, last_node = (node.inputs[2] if len(node.inputs) > 2 else None), node
     if node.attributes.get_int("transB", 0):
         array = array.T
     readers = node.outputs[0].consumers()
     if node.op_type == "MatMul" and len(readers) == 1 and readers[0].op_type == "Add":
         vectors = [v for v in readers[0].inputs if v and v.const_value is not None and v.const_value.shape.rank() == 1]
         if vectors:
-            bias, last = vectors[0], readers[0]
-    made = layer(data, str(weight.name) if weight else "", array, bias)
-    replace(model, node, last, made, made[-1].outputs[0])
+            bias, last_node = vectors[0], readers[0]
+    new_nodes = layer(data, str(weight.name) if weight else "", array, bias)
+    replace_nodes(model, node, last_node, new_nodes, new_nodes[-1].outputs[0])
 
 
-def fused(
+def build_fused_product(
     model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Value | None, *, largest: int = LARGEST
 ) -> list[ir.Node]:
     """Builds one DynamicQuantizeMatMul of ONNX Runtime with the bias inside; a `Product`.
@@ -152,7 +152,7 @@ def fused(
     return [node]
 
 
-def standard(
+def build_standard_product(
     model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Value | None, *, largest: int = LARGEST
 ) -> list[ir.Node]:
     """Builds standard operators, DynamicQuantizeLinear and MatMulInteger; a `Product`.
@@ -165,17 +165,17 @@ def standard(
     import numpy as np
     import onnx_ir as ir
 
-    new: list[ir.Node] = []
-    add = adder(name, new)
+    new_nodes: list[ir.Node] = []
+    add = adder(name, new_nodes)
 
-    uint8, its_scale, zero_point = run_time_codes(model, data, new)
-    weight, scale, _ = weight_codes(model, name, array, largest)
+    uint8, activation_scale, zero_point = run_time_codes(model, data, new_nodes)
+    weight, weight_scale, _ = weight_codes(model, name, array, largest)
     # This input is optional. But where ONNX Runtime makes the weights unsigned, releases up to 1.29 abort without it,
     # and 1.32 refuses one that several nodes share.
-    its_zero_point = constant(model, f"{name}_zero", np.array(0, np.int8))
-    integers = add("MatMulInteger", [uint8, weight, zero_point, its_zero_point], "sum")
+    weight_zero_point = constant(model, f"{name}_zero", np.array(0, np.int8))
+    integers = add("MatMulInteger", [uint8, weight, zero_point, weight_zero_point], "sum")
     cast = add("Cast", [integers], "cast", to=ir.DataType.FLOAT)
-    result = add("Mul", [cast, add("Mul", [its_scale, scale], "scales")], "product")
+    result = add("Mul", [cast, add("Mul", [activation_scale, weight_scale], "scales")], "product")
     if bias is not None:
         add("Add", [result, bias], "biased")
-    return new
+    return new_nodes

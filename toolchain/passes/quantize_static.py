@@ -1,9 +1,9 @@
 """Linear layers in int8 with fixed scales: U8 activations scaled by calibration × S8 weights scaled per channel.
 
-A few channels far larger than the rest leave the rest almost none of the 256 steps. SmoothQuant (Xiao et al. 2022)
-divides each channel by a factor and multiplies the weights of that channel by the same factor. The paper folds the
-division into the LayerNormalization before it. Here the division is a separate `Mul`, because the residual reads the
-same values and would change.
+All channels share one scale. If a few channels are far larger than the others, the others use almost none of the 256
+steps. SmoothQuant (Xiao et al. 2022) divides each channel by a factor and multiplies the weights of that channel by the
+same factor. The paper folds the division into the LayerNormalization before it. Here the division is a separate `Mul`,
+because the residual reads the same values and would change.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import GraphError
-from toolchain.passes.attention import Attend, whole
-from toolchain.passes.graph import adder, constant, negated, stored
+from toolchain.passes.attention import Attend, build_qattention
+from toolchain.passes.graph import adder, array_of, constant, store_negative
 from toolchain.passes.int8 import weight_codes
 from toolchain.passes.quantize_linear import layer_name, linear_nodes, quantize_linear
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from toolchain.passes import Context
 
-TOP = 255
+MAX_CODE = 255
 SMOOTHED = "/smoothed"  # suffix of a smoothed value's name
 
 
@@ -41,24 +41,24 @@ class Activation:
     smooth: np.ndarray | None = None
 
     @classmethod
-    def over(cls, low: float, high: float, smooth: np.ndarray | None = None) -> Activation:
+    def from_range(cls, low: float, high: float, smooth: np.ndarray | None = None) -> Activation:
         """Returns the quantisation whose codes cover `low` to `high` and 0: padding and pruned values stay 0."""
         import numpy as np
 
         low, high = min(low, 0.0), max(high, 0.0)
-        scale = float(np.float32(max((high - low) / TOP, float(np.finfo(np.float32).tiny))))
-        return cls(scale, min(TOP, round(-low / scale)), smooth)
+        scale = float(np.float32(max((high - low) / MAX_CODE, float(np.finfo(np.float32).tiny))))
+        return cls(scale, min(MAX_CODE, round(-low / scale)), smooth)
 
-    def rounded(self, values: np.ndarray) -> np.ndarray:
+    def fake_quantize(self, values: np.ndarray) -> np.ndarray:
         """Quantises and dequantises values […, width] that are already divided by `smooth`.
 
         The result is not multiplied by `smooth`.
         """
         import numpy as np
 
-        codes = np.clip(np.rint(values / self.scale) + self.zero_point, 0, TOP)
-        found: np.ndarray = (codes - self.zero_point) * np.float32(self.scale)
-        return found
+        codes = np.clip(np.rint(values / self.scale) + self.zero_point, 0, MAX_CODE)
+        result: np.ndarray = (codes - self.zero_point) * np.float32(self.scale)
+        return result
 
 
 Activations = Mapping[str, Activation]  # by the value's name
@@ -74,20 +74,20 @@ def smooth(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     import onnx_ir as ir
 
     count = 0
-    for name, readers in _readers(model, context).items():
+    for name, readers in _layers_by_input(model, context).items():
         factors = context.activations[name].smooth if name in context.activations else None
         if factors is None:
             continue
         inverse = constant(model, f"{name}/smoothing", (1 / factors).astype(factors.dtype))
-        divided = ir.node("Mul", [readers[0].inputs[0], inverse], name=f"{name}{SMOOTHED}")
-        divided.outputs[0].name = f"{name}{SMOOTHED}"
-        model.graph.insert_before(readers[0], divided)
+        division = ir.node("Mul", [readers[0].inputs[0], inverse], name=f"{name}{SMOOTHED}")
+        division.outputs[0].name = f"{name}{SMOOTHED}"
+        model.graph.insert_before(readers[0], division)
         for node in readers:
             weight = node.inputs[1]
             assert weight is not None  # every linear layer has a weight
-            array = stored(weight)
+            array = array_of(weight)
             array = array * (factors if node.attributes.get_int("transB", 0) else factors[:, None])
-            node.replace_input_with(0, divided.outputs[0])
+            node.replace_input_with(0, division.outputs[0])
             node.replace_input_with(1, constant(model, f"{weight.name}{SMOOTHED}", array))
         count += 1
     return model, count
@@ -104,27 +104,29 @@ def quantize_static(
     Raises:
         GraphError: The input of a layer has no calibrated scale.
     """
-    lacking = sorted(set(_readers(model, context)) - _calibrated(context.activations))
-    if lacking:
-        raise GraphError(f"{lacking[0]} was not calibrated.", "Calibrate the graph that is quantised.")
-    attend = attend or partial(whole, codes=partial(fixed_codes, context.activations))
+    uncalibrated_inputs = sorted(set(_layers_by_input(model, context)) - _calibrated_names(context.activations))
+    if uncalibrated_inputs:
+        raise GraphError(
+            f"{uncalibrated_inputs[0]} has no calibrated scale.", "Calibrate on the same graph that you quantise."
+        )
+    attend = attend or partial(build_qattention, codes=partial(fixed_codes, context.activations))
     return quantize_linear(model, context, partial(product, context.activations), attend)
 
 
-def _calibrated(activations: Activations) -> set[str]:
+def _calibrated_names(activations: Activations) -> set[str]:
     return set(activations) | {f"{name}{SMOOTHED}" for name in activations}
 
 
-def _readers(model: ir.Model, context: Context) -> dict[str, list[ir.Node]]:
+def _layers_by_input(model: ir.Model, context: Context) -> dict[str, list[ir.Node]]:
     """Returns the linear layers that read each value, by its name, without the layers kept in fp32."""
-    found: dict[str, list[ir.Node]] = {}
+    layers: dict[str, list[ir.Node]] = {}
     for node in linear_nodes(model):
         if layer_name(node) not in context.keep and node.inputs[0] is not None:
-            found.setdefault(str(node.inputs[0].name), []).append(node)
-    return found
+            layers.setdefault(str(node.inputs[0].name), []).append(node)
+    return layers
 
 
-def fixed_codes(activations: Activations, model: ir.Model, data: Any, new: list[ir.Node]) -> list[ir.Value]:
+def fixed_codes(activations: Activations, model: ir.Model, data: Any, new_nodes: list[ir.Node]) -> list[ir.Value]:
     """Quantises `data` with its calibrated scale, with one node for all its readers.
 
     With `activations` bound, this is an `int8.Codes`.
@@ -134,17 +136,17 @@ def fixed_codes(activations: Activations, model: ir.Model, data: Any, new: list[
 
     node: ir.Node | None = next((node for node in data.consumers() if node.op_type == "QuantizeLinear"), None)
     if node is None:
-        how = activations[data.name.removesuffix(SMOOTHED)]
-        scale = constant(model, f"{data.name}/scale", np.array(how.scale, np.float32))
-        zero_point = constant(model, f"{data.name}/zero_point", np.array(how.zero_point, np.uint8))
+        activation = activations[data.name.removesuffix(SMOOTHED)]
+        scale = constant(model, f"{data.name}/scale", np.array(activation.scale, np.float32))
+        zero_point = constant(model, f"{data.name}/zero_point", np.array(activation.zero_point, np.uint8))
         node = ir.node("QuantizeLinear", [data, scale, zero_point], name=f"{data.name}/codes")
         node.outputs[0].name = f"{data.name}/codes"
-        new.append(node)
-    found: list[Any] = [node.outputs[0], *node.inputs[1:]]
-    return found
+        new_nodes.append(node)
+    outputs: list[Any] = [node.outputs[0], *node.inputs[1:]]
+    return outputs
 
 
-def fused(
+def build_fused_static_product(
     activations: Activations,
     model: ir.Model,
     data: Any,
@@ -155,16 +157,16 @@ def fused(
     """Builds ONNX Runtime's MatMulIntegerToFloat with the bias inside; a `StaticProduct`."""
     import onnx_ir as ir
 
-    new: list[ir.Node] = []
-    codes, scale, zero_point = fixed_codes(activations, model, data, new)
-    weight, its_scale, its_zero_point = weight_codes(model, name, array)
-    inputs = [codes, weight, scale, its_scale, zero_point, its_zero_point, *([bias] if bias is not None else [])]
+    new_nodes: list[ir.Node] = []
+    codes, scale, zero_point = fixed_codes(activations, model, data, new_nodes)
+    weight, weight_scale, weight_zero_point = weight_codes(model, name, array)
+    inputs = [codes, weight, scale, weight_scale, zero_point, weight_zero_point, *([bias] if bias is not None else [])]
     node = ir.node("MatMulIntegerToFloat", inputs, domain="com.microsoft", name=f"{name}/product")
     node.outputs[0].name = f"{name}/product"
-    return [*new, node]
+    return [*new_nodes, node]
 
 
-def standard(
+def build_standard_static_product(
     activations: Activations,
     model: ir.Model,
     data: Any,
@@ -177,12 +179,12 @@ def standard(
     A `Sub` of the negated bias adds the bias. In two dimensions ONNX Runtime turns MatMul and Add into a Gemm. It then
     runs that Gemm in fp32 and dequantises the weights at every inference.
     """
-    new: list[ir.Node] = []
-    add = adder(name, new)
+    new_nodes: list[ir.Node] = []
+    add = adder(name, new_nodes)
 
-    activation = add("DequantizeLinear", fixed_codes(activations, model, data, new), "activation")
+    activation = add("DequantizeLinear", fixed_codes(activations, model, data, new_nodes), "activation")
     weight = add("DequantizeLinear", weight_codes(model, name, array), "weight", axis=1)
     result = add("MatMul", [activation, weight], "product")
     if bias is not None:
-        add("Sub", [result, negated(model, bias)], "biased")
-    return new
+        add("Sub", [result, store_negative(model, bias)], "biased")
+    return new_nodes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolchain.passes.graph import negated
+from toolchain.passes.graph import store_negative
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,14 +31,14 @@ def residual_sum(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
         if add is None or add.op_type != "Add" or any(v is None or v.is_initializer() for v in add.inputs):
             continue
         first, second = add.inputs
-        for kept, other in ((first, second), (second, first)):
-            assert other is not None  # checked above
-            signs = _signs(other)
-            if signs:
-                for linear, index in signs:
-                    linear.replace_input_with(index, negated(model, linear.inputs[index]))
-                add.replace_input_with(0, kept)
-                add.replace_input_with(1, other)
+        for minuend, subtrahend in ((first, second), (second, first)):
+            assert subtrahend is not None  # checked above
+            negatable = _negatable_inputs(subtrahend)
+            if negatable:
+                for linear, index in negatable:
+                    linear.replace_input_with(index, store_negative(model, linear.inputs[index]))
+                add.replace_input_with(0, minuend)
+                add.replace_input_with(1, subtrahend)
                 add.op_type = "Sub"
                 break
         else:
@@ -47,20 +47,22 @@ def residual_sum(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     return model, count
 
 
-def _signs(value: ir.Value) -> list[tuple[ir.Node, int]]:
+def _negatable_inputs(value: ir.Value) -> list[tuple[ir.Node, int]]:
     """Returns the stored inputs to negate, as (node, input index), so that only `value` is negated; empty if none."""
     node = value.producer()
     if node is None or node.domain != "" or len(value.uses()) != 1 or value.is_graph_output():
         return []
-    fixed = [index for index, given in enumerate(node.inputs) if given is not None and given.const_value is not None]
+    stored_indices = [
+        index for index, operand in enumerate(node.inputs) if operand is not None and operand.const_value is not None
+    ]
     if node.op_type == "MatMul":
-        return [(node, 1)] if fixed == [1] else []
+        return [(node, 1)] if stored_indices == [1] else []
     if node.op_type == "Gemm":
-        return [(node, index) for index in fixed] if fixed == list(range(1, len(node.inputs))) else []
+        return [(node, index) for index in stored_indices] if stored_indices == list(range(1, len(node.inputs))) else []
     if node.op_type == "Gather":
-        return [(node, 0)] if fixed == [0] else []
-    if node.op_type == "Add" and len(fixed) == 1:
-        rest = node.inputs[1 - fixed[0]]
-        above = _signs(rest) if rest is not None else []
-        return [(node, fixed[0]), *above] if above else []
+        return [(node, 0)] if stored_indices == [0] else []
+    if node.op_type == "Add" and len(stored_indices) == 1:
+        other_addend = node.inputs[1 - stored_indices[0]]
+        inputs_before = _negatable_inputs(other_addend) if other_addend is not None else []
+        return [(node, stored_indices[0]), *inputs_before] if inputs_before else []
     return []

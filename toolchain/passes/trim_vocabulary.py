@@ -28,16 +28,17 @@ def trim_vocabulary(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     table = users[0].inputs[0] if len(users) == 1 and users[0].op_type == "Gather" else None
     tensor = table.const_value if table is not None else None
     if table is None or tensor is None or tensor.shape.rank() != 2 or len(table.consumers()) != 1:
-        found = ", ".join(sorted(node.op_type for node in users)) or "nothing"
+        operators = ", ".join(sorted(node.op_type for node in users)) or "nothing"
         raise GraphError(
-            f"Only a graph that uses token ids to look up one table can be trimmed; this one has them in {found}.",
-            "Leave --trim-vocab out.",
+            "The vocabulary of this graph cannot be trimmed. Only the look-up of one table may read the token ids, but "
+            f"these operators read them: {operators}.",
+            "Run the command without --trim-vocab.",
         )
     array = tensor.numpy()
     if context.tokens[-1] >= len(array):
         raise GraphError(
-            f"The tokenizer has token {context.tokens[-1]}, and the table of words {len(array)} rows.",
-            "Import a checkpoint whose tokenizer belongs to it.",
+            f"The tokenizer has token {context.tokens[-1]}, but the embedding table has only {len(array)} rows.",
+            "Import a checkpoint with its own tokenizer.",
         )
     rows = array[list(context.tokens)]
     table.const_value, table.shape = ir.tensor(rows, name=table.name), ir.Shape(rows.shape)

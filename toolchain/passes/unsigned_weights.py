@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolchain.passes.graph import constant, stored
+from toolchain.passes.graph import array_of, constant
 from toolchain.passes.int8 import weight_of
 
 if TYPE_CHECKING:
@@ -35,17 +35,17 @@ def unsigned_weights(model: ir.Model) -> int:
         reader, index = weight_of(node) or (None, 0)
         if reader is None:
             continue
-        codes, place = reader.inputs[index], ZERO_POINTS[reader.op_type]
-        array = stored(codes)
+        codes, zero_point_index = reader.inputs[index], ZERO_POINTS[reader.op_type]
+        array = array_of(codes)
         if array.dtype != np.int8:
             continue
-        given = reader.inputs[place] if place < len(reader.inputs) else None
-        zero_point = np.array(0, np.int8) if given is None else stored(given)
-        reader.resize_inputs(max(place + 1, len(reader.inputs)))
-        for at, values in ((index, array), (place, zero_point)):
-            name = f"{codes.name if codes else ''}_unsigned{'' if at == index else '_zero_point'}"
+        old_zero_point = reader.inputs[zero_point_index] if zero_point_index < len(reader.inputs) else None
+        zero_point = np.array(0, np.int8) if old_zero_point is None else array_of(old_zero_point)
+        reader.resize_inputs(max(zero_point_index + 1, len(reader.inputs)))
+        for target, values in ((index, array), (zero_point_index, zero_point)):
+            name = f"{codes.name if codes else ''}_unsigned{'' if target == index else '_zero_point'}"
             unsigned = (values.astype(np.int16) + OFFSET).astype(np.uint8)
-            reader.replace_input_with(at, constant(model, name, unsigned))
+            reader.replace_input_with(target, constant(model, name, unsigned))
         count += 1
     common.RemoveUnusedNodesPass()(model)  # removes the signed weights
     return count
@@ -53,6 +53,6 @@ def unsigned_weights(model: ir.Model) -> int:
 
 def shares_int8_weights(model: ir.Model) -> bool:
     """Returns whether several products share int8 weights, as in ALBERT."""
-    readers = [found for node in model.graph if (found := weight_of(node))]
+    readers = [location for node in model.graph if (location := weight_of(node))]
     weights = [reader.inputs[index] for reader, index in readers]
     return len(set(weights)) < len(weights)

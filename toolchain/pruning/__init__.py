@@ -14,27 +14,27 @@ from toolchain.models.architectures import layers_of, layout_of
 from toolchain.pruning.costs import EncoderSizes
 from toolchain.pruning.least_squares import cut_and_fit
 from toolchain.pruning.selection import Price, select
-from toolchain.pruning.subject import Subject
+from toolchain.pruning.setup import PruningSetup
 from toolchain.training.loop import accuracy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SEARCHED = tuple(percent / 100 for percent in range(5, 100, 5))
+SEARCH_RATIOS = tuple(percent / 100 for percent in range(5, 100, 5))
 
 
 def prune(
-    subject: Subject,
+    setup: PruningSetup,
     ratio: float,
     method: str,
     price: Price,
     progress: Callable[[int], None],
     layers: int | None = None,
 ) -> PreTrainedModel:
-    """Returns a pruned copy of the subject's model, fitted by least squares and not trained.
+    """Returns a pruned copy of the model in `setup`, fitted by least squares and not trained.
 
     Args:
-        subject: The model to prune, with its training sentences.
+        setup: The model to prune, with its training sentences.
         ratio: Minimum share of the encoder's linear parameters to remove.
         method: Importance measure, ``fisher`` or ``magnitude``.
         price: Cost of a sub-block with a given number of heads or neurons. The selection weighs importance against it.
@@ -45,10 +45,10 @@ def prune(
         PruningError: The model cannot lose this share of its parameters, or does not have this many layers.
         DataError: A gradient is not finite.
     """
-    emptied = subject.dispensable(layers) if layers is not None else []
-    kept = select(subject.importances(method), ratio, EncoderSizes.of(subject.model), price, emptied)
-    model = copy.deepcopy(subject.model)
-    cut_and_fit(subject.model, model, kept, subject.ranking, progress)
+    empty_layers = setup.dispensable_layers(layers) if layers is not None else []
+    kept_units = select(setup.importances(method), ratio, EncoderSizes.from_model(setup.model), price, empty_layers)
+    model = copy.deepcopy(setup.model)
+    cut_and_fit(setup.model, model, kept_units, setup.ranking, progress)
     return model
 
 
@@ -60,29 +60,29 @@ def mask(model: PreTrainedModel, ratio: float) -> PreTrainedModel:
     """
     from torch.nn.utils import prune as masks
 
-    layout, masked = layout_of(model), copy.deepcopy(model)
-    for layer in layers_of(masked):
+    layout, masked_model = layout_of(model), copy.deepcopy(model)
+    for layer in layers_of(masked_model):
         for path in (layout.query, layout.key, layout.value, layout.output, layout.up, layout.down):
             module = layer.get_submodule(path)
             masks.ln_structured(module, "weight", amount=ratio, n=2, dim=0)
             masks.remove(module, "weight")
-    return masked
+    return masked_model
 
 
 def largest_ratio(
-    subject: Subject,
+    setup: PruningSetup,
     method: str,
     price: Price,
     max_drop: float,
     progress: Callable[[int, int, str], None],
     layers: int | None = None,
 ) -> tuple[float, list[tuple[float, float]]]:
-    """Finds the largest ratio of `SEARCHED` whose accuracy drop on the held-out rows is at most `max_drop` points.
+    """Finds the largest ratio of `SEARCH_RATIOS` whose accuracy drop on the held-out rows is at most `max_drop` points.
 
     The search is a bisection: it assumes that a larger ratio is never more accurate. It does not train.
 
     Args:
-        subject: The model to prune, with its training sentences.
+        setup: The model to prune, with its training sentences.
         method: As in `prune`.
         price: As in `prune`.
         max_drop: Largest allowed accuracy drop, in percentage points.
@@ -95,25 +95,25 @@ def largest_ratio(
     Raises:
         PruningError: No ratio keeps the accuracy.
     """
-    before = accuracy(subject.model, subject.held_out)
-    tried: dict[float, float] = {}
-    low, high = -1, len(SEARCHED)
-    rounds = (len(SEARCHED) + 1).bit_length()
+    dense_accuracy = accuracy(setup.model, setup.held_out)
+    drops: dict[float, float] = {}
+    low, high = -1, len(SEARCH_RATIOS)
+    rounds = (len(SEARCH_RATIOS) + 1).bit_length()
     while high - low > 1:
         middle = (low + high) // 2
-        ratio = SEARCHED[middle]
-        progress(len(tried), rounds, f"ratio {ratio:g}")
+        ratio = SEARCH_RATIOS[middle]
+        progress(len(drops), rounds, f"ratio {ratio:g}")
         try:
-            model = prune(subject, ratio, method, price, lambda layer: None, layers)
+            model = prune(setup, ratio, method, price, lambda layer: None, layers)
         except PruningError:
             high = middle  # the model cannot lose this share
             continue
-        tried[ratio] = 100 * (before - accuracy(model, subject.held_out))
-        low, high = (middle, high) if tried[ratio] <= max_drop else (low, middle)
+        drops[ratio] = 100 * (dense_accuracy - accuracy(model, setup.held_out))
+        low, high = (middle, high) if drops[ratio] <= max_drop else (low, middle)
     if low < 0:
         raise PruningError(
-            f"Even the smallest ratio tried, {SEARCHED[0]:g}, loses more than {max_drop:g} points on held-out rows"
-            + (f" ({tried[SEARCHED[0]]:.2f})." if SEARCHED[0] in tried else "."),
-            "Allow a larger --max-drop, or prune at a --ratio with --recover.",
+            f"Even the smallest ratio, {SEARCH_RATIOS[0]:g}, loses more than {max_drop:g} points on held-out rows"
+            + (f" ({drops[SEARCH_RATIOS[0]]:.2f})." if SEARCH_RATIOS[0] in drops else "."),
+            "Allow a larger --max-drop, or choose a --ratio and train afterwards with --recover.",
         )
-    return SEARCHED[low], sorted(tried.items())
+    return SEARCH_RATIOS[low], sorted(drops.items())

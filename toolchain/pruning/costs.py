@@ -9,21 +9,22 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from toolchain.artifacts.variants import CPU_PASSES, QUANTIZE_PASSES
+from toolchain.artifacts.steps import CPU_PASSES, QUANTIZE_PASSES
 from toolchain.errors import PruningError
 from toolchain.models.architectures import LayerShape, head_size, reshape, shapes_of
 from toolchain.system import files, hardware
+from toolchain.system.decoding import decode, strict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENS = 25  # average length of a sentence of the validation set
-ROUNDS, ANSWERS = 16, 30
-APART_S = 0.05  # ONNX Runtime's threads spin for about 20 ms after a run and would take the next session's cores
+ROUNDS, RUNS = 16, 30
+PAUSE_S = 0.05  # ONNX Runtime's threads spin for about 20 ms after a run and would take the next session's cores
 SCHEMA = 2
 PASSES = (*CPU_PASSES, *QUANTIZE_PASSES["dynamic"])
 
@@ -43,24 +44,24 @@ class EncoderSizes:
     shapes: tuple[LayerShape, ...]
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> EncoderSizes:
+    def from_model(cls, model: PreTrainedModel) -> EncoderSizes:
         """Reads the current sizes of the model's encoder."""
         return cls(model.config.hidden_size, head_size(model), tuple(shapes_of(model)))
 
-    def of_units(self, kind: str, count: int) -> int:
+    def unit_parameters(self, kind: str, count: int) -> int:
         """Returns the number of linear parameters, biases included, of a sub-block of one layer.
 
         Args:
             kind: ``heads`` or ``neurons``.
             count: Number of heads or neurons. With 0 the sub-block has no parameters.
         """
-        each = self.head * (4 * self.width + 3) if kind == "heads" else 2 * self.width + 1
-        return count * each + (self.width if count else 0)
+        per_unit = self.head * (4 * self.width + 3) if kind == "heads" else 2 * self.width + 1
+        return count * per_unit + (self.width if count else 0)
 
     @property
     def parameters(self) -> int:
         """Returns the number of parameters of all linear layers of the encoder."""
-        return sum(self.of_units("heads", s.heads) + self.of_units("neurons", s.ffn) for s in self.shapes)
+        return sum(self.unit_parameters("heads", s.heads) + self.unit_parameters("neurons", s.ffn) for s in self.shapes)
 
     @property
     def multiply_accumulates(self) -> int:
@@ -121,8 +122,8 @@ def latency_table(model: PreTrainedModel, folder: Path, progress: Callable[[int,
     Raises:
         PruningError: The stored table cannot be read, or belongs to another machine, model or runtime.
     """
-    encoder = EncoderSizes.of(model)
-    what = {
+    encoder = EncoderSizes.from_model(model)
+    settings = {
         "machine": hardware.machine()["id"],
         "threads": hardware.cores(),
         "onnxruntime": hardware.versions().get("onnxruntime") or hardware.versions().get("onnxruntime-gpu"),
@@ -132,64 +133,78 @@ def latency_table(model: PreTrainedModel, folder: Path, progress: Callable[[int,
         "head": encoder.head,
         "layers": [vars(shape) for shape in encoder.shapes],
     }
-    name = hashlib.sha256(json.dumps({k: v for k, v in what.items() if k != "machine"}).encode()).hexdigest()[:12]
+    name = hashlib.sha256(json.dumps({k: v for k, v in settings.items() if k != "machine"}).encode()).hexdigest()[:12]
     file = folder / f"latency-{name}.json"
     if file.is_file():
-        return _read(file, what)
+        return _read_table(file, settings)
     table = _measure(model, encoder, progress)
-    body = {"schema": SCHEMA, **what, **vars(table)}
+    body = {"schema": SCHEMA, **settings, **vars(table)}
     files.write_whole(file, json.dumps(body, indent=1) + "\n")
     return table
 
 
-def _read(file: Path, what: dict[str, Any]) -> LatencyTable:
-    mend = f"Delete {file} to measure this machine."
+def _read_table(file: Path, settings: dict[str, Any]) -> LatencyTable:
+    hint = f"Delete {file} to measure again on this machine."
     try:
-        body = json.loads(file.read_text())
-        if body["schema"] != SCHEMA:
-            raise ValueError(f"schema {body['schema']} instead of {SCHEMA}")
-        found = {key: body[key] for key in what}
-        heads, neurons = ({int(n): float(ms) for n, ms in body[key].items()} for key in ("heads_ms", "neurons_ms"))
-        table = LatencyTable(float(body["base_ms"]), heads, neurons)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PruningError(f"{file} is no latency table: {error}.", mend) from error
-    if found["machine"] != what["machine"]:
-        raise PruningError(f"{file} was measured on another machine ({found['machine']}).", mend)
-    if found != what:
-        raise PruningError(f"{file} is of another model or runtime than it is named for.", mend)
-    return table
+        stored = decode(_StoredTable, file.read_bytes())
+    except (ValueError, OSError) as error:
+        raise PruningError(f"{file} is not a valid latency table: {error}.", hint) from error
+    if stored.machine != settings["machine"]:
+        raise PruningError(f"{file} was measured on another machine ({stored.machine}).", hint)
+    if {key: value for key, value in asdict(stored).items() if key in settings} != settings:
+        raise PruningError(f"{file} was measured with another model or runtime than its name says.", hint)
+    return LatencyTable(stored.base_ms, stored.heads_ms, stored.neurons_ms)
+
+
+@strict
+@dataclass(frozen=True)
+class _StoredTable:
+    """The form of a `LatencyTable` in its file, with the settings of its measurement."""
+
+    schema: Literal[2]
+    machine: str
+    threads: int
+    onnxruntime: str | None
+    passes: list[str]
+    model_type: str
+    width: int
+    head: int
+    layers: list[dict[str, int]]
+    base_ms: float
+    heads_ms: dict[int, float]
+    neurons_ms: dict[int, float]
 
 
 def _measure(model: PreTrainedModel, encoder: EncoderSizes, progress: Callable[[int, int, str], None]) -> LatencyTable:
     """Measures medians over rounds; a count adds, per layer, the difference to the model without those units."""
     heads, neurons, layers = encoder.shapes[0].heads, encoder.shapes[0].ffn, len(encoder.shapes)
-    some_heads = sorted({0, 1, heads, *(round(heads * share) for share in (0.25, 0.5, 0.75))})
-    some_neurons = sorted(
+    head_counts = sorted({0, 1, heads, *(round(heads * share) for share in (0.25, 0.5, 0.75))})
+    neuron_counts = sorted(
         {0, min(32, neurons), neurons, *(round(neurons * s / 32) * 32 for s in (0.125, 0.25, 0.5, 0.75))}
     )
-    points = [("heads", n) for n in some_heads] + [("neurons", n) for n in some_neurons]
+    points = [("heads", n) for n in head_counts] + [("neurons", n) for n in neuron_counts]
     times: dict[tuple[str, int], list[float]] = {point: [] for point in points}
     with tempfile.TemporaryDirectory() as scratch:
         sessions = {}
         for number, (kind, count) in enumerate(points):
-            progress(number, len(points), f"latency table: {count} {kind}")
+            progress(number, len(points), f"building the latency table: {count} {kind}")
             shape = LayerShape(count, neurons) if kind == "heads" else LayerShape(heads, count)
-            sessions[kind, count] = _session(model, [shape] * layers, Path(scratch) / f"{kind}-{count}")
+            sessions[kind, count] = _open_session(model, [shape] * layers, Path(scratch) / f"{kind}-{count}")
         for number in range(ROUNDS):
-            progress(number, ROUNDS, "latency table: rounds")
+            progress(number, ROUNDS, "measuring the latency table")
             for point in random.Random(number).sample(points, len(points)):
-                times[point].append(_time(sessions[point]))
-    median = {point: statistics.median(values) for point, values in times.items()}
-    dense = (median["heads", heads] + median["neurons", neurons]) / 2
-    added = {
-        kind: {n: max(0.0, median[kind, n] - median[kind, 0]) / layers for k, n in points if k == kind}
+                times[point].append(_median_run_ms(sessions[point]))
+    medians = {point: statistics.median(values) for point, values in times.items()}
+    dense_ms = (medians["heads", heads] + medians["neurons", neurons]) / 2
+    layer_ms = {
+        kind: {n: max(0.0, medians[kind, n] - medians[kind, 0]) / layers for k, n in points if k == kind}
         for kind in ("heads", "neurons")
     }
-    base = max(0.0, dense - layers * (added["heads"][heads] + added["neurons"][neurons]))
-    return LatencyTable(base, added["heads"], added["neurons"])
+    base_ms = max(0.0, dense_ms - layers * (layer_ms["heads"][heads] + layer_ms["neurons"][neurons]))
+    return LatencyTable(base_ms, layer_ms["heads"], layer_ms["neurons"])
 
 
-def _session(model: PreTrainedModel, shapes: Sequence[LayerShape], folder: Path) -> Any:
+def _open_session(model: PreTrainedModel, shapes: Sequence[LayerShape], folder: Path) -> Any:
     """Returns an int8 session of a random model of these shapes, and its input names."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -203,27 +218,27 @@ def _session(model: PreTrainedModel, shapes: Sequence[LayerShape], folder: Path)
     settings = {**model.config.to_dict(), "vocab_size": 128}
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(0)
-    made = AutoModelForSequenceClassification.from_config(config).eval()
-    reshape(made, shapes)
+    random_model = AutoModelForSequenceClassification.from_config(config).eval()
+    reshape(random_model, shapes)
     folder.mkdir()
-    to_onnx(made, folder / "model.onnx", 18, ("input_ids", "attention_mask"))
-    attention = passes.Context(config.num_attention_heads, config.hidden_size)
-    graph, _ = passes.rewrite(passes.read(folder / "model.onnx"), PASSES, attention)
+    to_onnx(random_model, folder / "model.onnx", 18, ("input_ids", "attention_mask"))
+    context = passes.Context(config.num_attention_heads, config.hidden_size)
+    graph, _ = passes.rewrite(passes.read(folder / "model.onnx"), PASSES, context)
     passes.write(graph, folder / "model.onnx")
     return OrtSession(folder, Place("cpu", hardware.cores())), [spec.name for spec in graph.graph.inputs]
 
 
-def _time(session: Any) -> float:
+def _median_run_ms(session_and_names: Any) -> float:
     """Runs the session for one round and returns the median time of a run in milliseconds."""
     import numpy as np
 
-    opened, names = session
-    time.sleep(APART_S)
+    session, names = session_and_names
+    time.sleep(PAUSE_S)
     batch = {name: np.ones((1, TOKENS), np.int64) for name in names}
-    spent = []
-    for number in range(ANSWERS + 2):
-        started = time.perf_counter()
-        opened.run(batch)
+    durations = []
+    for number in range(RUNS + 2):
+        start = time.perf_counter()
+        session.run(batch)
         if number >= 2:
-            spent.append(time.perf_counter() - started)
-    return 1000 * statistics.median(spent)
+            durations.append(time.perf_counter() - start)
+    return 1000 * statistics.median(durations)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from toolchain.errors import PruningError
-from toolchain.models.architectures import keep, layers_of
+from toolchain.models.architectures import keep_units, layers_of
 from toolchain.training.batches import Batch, task_loss
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SENTENCES = 512
 
 
-def dispensable(model: PreTrainedModel, layers: int, batches: Sequence[Batch]) -> list[int]:
+def dispensable_layers(model: PreTrainedModel, layers: int, batches: Sequence[Batch]) -> list[int]:
     """Returns the indices of the layers to remove so that `layers` layers remain, in ascending order.
 
     The function repeatedly removes the layer whose absence raises the loss on `batches` least. It does not refit the
@@ -33,25 +33,25 @@ def dispensable(model: PreTrainedModel, layers: int, batches: Sequence[Batch]) -
     """
     count = len(layers_of(model))
     if not 1 <= layers <= count:
-        raise PruningError(f"{layers} layers cannot stay: the model has {count}.", f"Keep 1 to {count}.")
-    gone: list[int] = []
-    while count - len(gone) > layers:
-        rest = (index for index in range(1, count) if index not in gone)
-        gone.append(min(rest, key=lambda index: _loss(model, [*gone, index], batches)))
-    return sorted(gone)
+        raise PruningError(f"{layers} layers cannot be kept: the model has {count}.", f"Keep 1 to {count} layers.")
+    removed: list[int] = []
+    while count - len(removed) > layers:
+        candidates = (index for index in range(1, count) if index not in removed)
+        removed.append(min(candidates, key=lambda index: _loss_without(model, [*removed, index], batches)))
+    return sorted(removed)
 
 
-def _loss(model: PreTrainedModel, gone: Sequence[int], batches: Sequence[Batch]) -> float:
+def _loss_without(model: PreTrainedModel, removed: Sequence[int], batches: Sequence[Batch]) -> float:
     import torch
 
-    shallow = copy.deepcopy(model)
-    for index in gone:
-        keep(shallow, index, (), ())
-    total, seen = 0.0, 0
+    shallow_model = copy.deepcopy(model)
+    for index in removed:
+        keep_units(shallow_model, index, (), ())
+    total_loss, count = 0.0, 0
     with torch.no_grad():
         for batch in batches:
-            if seen >= SENTENCES:
+            if count >= SENTENCES:
                 break
-            total += float(task_loss(shallow(**batch.inputs).logits, batch.labels, "sum"))
-            seen += len(batch.labels)
-    return total / seen
+            total_loss += float(task_loss(shallow_model(**batch.inputs).logits, batch.labels, "sum"))
+            count += len(batch.labels)
+    return total_loss / count

@@ -28,7 +28,7 @@ class Importance:
     moment: torch.Tensor
 
     @property
-    def alone(self) -> torch.Tensor:
+    def unit_costs(self) -> torch.Tensor:
         """Returns the cost of removing each unit alone, [units]."""
         return self.moment.diagonal()
 
@@ -58,48 +58,48 @@ def fisher(model: PreTrainedModel, batches: Sequence[Batch]) -> list[LayerImport
 
     layout, size, layers = layout_of(model), head_size(model), layers_of(model)
     gates: dict[tuple[int, str], torch.Tensor] = {}
-    rows = [0]
+    batch_rows = [0]
 
-    def gated(index: int, path: str, width: int):  # type: ignore[no-untyped-def]
+    def gate_hook(index: int, path: str, width: int):  # type: ignore[no-untyped-def]
         def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
             units = inputs[0].shape[-1] // width
-            gate = torch.ones(rows[0], 1, units, requires_grad=True)
+            gate = torch.ones(batch_rows[0], 1, units, requires_grad=True)
             gates[index, path] = gate
             return (inputs[0] * gate.repeat_interleave(width, dim=-1),)
 
         return hook
 
     handles = [
-        layer.get_submodule(path).register_forward_pre_hook(gated(index, path, width))
+        layer.get_submodule(path).register_forward_pre_hook(gate_hook(index, path, width))
         for index, layer in enumerate(layers)
         for path, width in ((layout.output, size), (layout.down, 1))
     ]
     moments: dict[tuple[int, str], torch.Tensor] = {}
-    needed = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = 0
     try:
-        for parameter in needed:
+        for parameter in parameters:
             parameter.requires_grad_(False)  # only the gates need gradients
         for batch in batches:
-            rows[0] = len(batch.labels)
+            batch_rows[0] = len(batch.labels)
             gates.clear()
             with torch.enable_grad():
                 logits = model(**batch.inputs).logits
                 loss = task_loss(logits, batch.labels, "sum")
-                found = torch.autograd.grad(loss, list(gates.values()))
-            for key, gradient in zip(gates, found, strict=True):
+                gradients = torch.autograd.grad(loss, list(gates.values()))
+            for key, gradient in zip(gates, gradients, strict=True):
                 flat = gradient.squeeze(1).double()
                 moments[key] = moments.get(key, 0) + flat.T @ flat
             count += len(batch.labels)
     finally:
         for handle in handles:
             handle.remove()
-        for parameter in needed:
+        for parameter in parameters:
             parameter.requires_grad_(True)
     if not all(torch.isfinite(moment).all() for moment in moments.values()):
         raise DataError(
-            "The gradients of the training sentences are not finite, so nothing can be ranked by them.",
-            "Check the checkpoint for NaN or infinite weights, and the training data's labels.",
+            "The gradients of the training sentences are not finite, so they cannot rank heads and neurons.",
+            "Check the checkpoint for NaN or infinite weights, and check the labels of the training data.",
         )
     return [
         LayerImportance(
@@ -117,18 +117,21 @@ def magnitude(model: PreTrainedModel) -> list[LayerImportance]:
     import torch
 
     layout, size = layout_of(model), head_size(model)
-    found = []
+    importances = []
     with torch.no_grad():
         for layer in layers_of(model):
-            rows = {path: _squared(layer, path).sum(1) for path in (layout.query, layout.key, layout.value, layout.up)}
-            columns = {path: _squared(layer, path).sum(0) for path in (layout.output, layout.down)}
+            rows = {
+                path: _squared_weight(layer, path).sum(1)
+                for path in (layout.query, layout.key, layout.value, layout.up)
+            }
+            columns = {path: _squared_weight(layer, path).sum(0) for path in (layout.output, layout.down)}
             channels = rows[layout.query] + rows[layout.key] + rows[layout.value] + columns[layout.output]
             units = channels.reshape(-1, size).sum(1), rows[layout.up] + columns[layout.down]
-            found.append(LayerImportance(*(Importance(torch.diag(values.double())) for values in units)))
-    return found
+            importances.append(LayerImportance(*(Importance(torch.diag(values.double())) for values in units)))
+    return importances
 
 
-def _squared(layer: nn.Module, path: str) -> torch.Tensor:
+def _squared_weight(layer: nn.Module, path: str) -> torch.Tensor:
     module: Any = layer.get_submodule(path)
     weight: torch.Tensor = module.weight
     return weight.square()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from toolchain.models.architectures import keep, layers_of, layout_of
-from toolchain.pruning.selection import Kept
+from toolchain.models.architectures import keep_units, layers_of, layout_of
+from toolchain.pruning.selection import KeptUnits
 from toolchain.training.batches import Batch
 
 if TYPE_CHECKING:
@@ -20,11 +20,11 @@ RIDGE = 1e-2  # share of the Gram matrix's mean diagonal: keeps weights for dire
 def cut_and_fit(
     dense: PreTrainedModel,
     model: PreTrainedModel,
-    kept: Sequence[Kept],
+    kept_units: Sequence[KeptUnits],
     batches: Sequence[Batch],
     progress: Callable[[int], None],
 ) -> None:
-    """Removes all units of `model` that are not in `kept`, layer by layer, and refits each sub-block.
+    """Removes all units of `model` that are not in `kept_units`, layer by layer, and refits each sub-block.
 
     Both models run side by side. Ridge regression on the remaining inputs refits the last linear layer of attention and
     of the feed-forward part. The target is the dense model's sum of residual and output, before the LayerNorm. The
@@ -37,32 +37,34 @@ def cut_and_fit(
     Args:
         dense: The unpruned model.
         model: A copy of the unpruned model, changed in place.
-        kept: The heads and neurons to keep, one entry for each layer.
+        kept_units: The heads and neurons to keep, one entry for each layer.
         batches: The sentences for the fit.
         progress: Called with the number of finished layers.
     """
     layout = layout_of(dense)
-    dense_states, arguments = _entering(dense, batches)
+    dense_states, arguments = _record_layer_inputs(dense, batches)
     states = dense_states
     norms = (layout.attention_norm, layout.output_norm)
-    before: Any = None  # the last remaining LayerNorm; the first layer keeps a head and so has one
-    for index in range(len(kept)):
+    last_norm: Any = None  # the last remaining LayerNorm; the first layer keeps a head and so has one
+    for index in range(len(kept_units)):
         original, layer = layers_of(dense)[index], layers_of(model)[index]
-        keep(model, index, kept[index].heads, kept[index].neurons)
-        targets = _entering_modules(original, norms, dense_states, arguments)
-        parts = zip((layout.output, layout.down), norms, (kept[index].heads, kept[index].neurons), strict=True)
-        entering = True  # `before` produces the layer's input, so a refit of it also changes `states`
+        keep_units(model, index, kept_units[index].heads, kept_units[index].neurons)
+        targets = _record_module_inputs(original, norms, dense_states, arguments)
+        parts = zip(
+            (layout.output, layout.down), norms, (kept_units[index].heads, kept_units[index].neurons), strict=True
+        )
+        at_layer_input = True  # `last_norm` produces the layer's input, so its refit also changes `states`
         for path, norm, units in parts:
             if units:
-                _fit(layer, path, norm, states, arguments, targets[norm])
-                before, entering = layer.get_submodule(norm), False
+                _fit_linear(layer, path, norm, states, arguments, targets[norm])
+                last_norm, at_layer_input = layer.get_submodule(norm), False
                 continue
-            now = _entering_modules(layer, (norm,), states, arguments)[norm]
-            scale, shift = _stand_in(before, now, _through(original.get_submodule(norm), targets[norm]))
-            if entering:
+            norm_inputs = _record_module_inputs(layer, (norm,), states, arguments)[norm]
+            scale, shift = _refit_norm(last_norm, norm_inputs, _apply(original.get_submodule(norm), targets[norm]))
+            if at_layer_input:
                 states = [state * scale + shift for state in states]
-        dense_states = _run(original, dense_states, arguments)
-        states = _run(layer, states, arguments)
+        dense_states = _run_layer(original, dense_states, arguments)
+        states = _run_layer(layer, states, arguments)
         progress(index + 1)
 
 
@@ -70,22 +72,22 @@ States = list["torch.Tensor"]
 Arguments = list[tuple[tuple[Any, ...], dict[str, Any], "torch.Tensor"]]
 
 
-def _entering(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[States, Arguments]:
+def _record_layer_inputs(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[States, Arguments]:
     """Returns the first layer's states [batch, sequence, width], and its other arguments with a mask of real tokens."""
     import torch
 
     states: States = []
     arguments: Arguments = []
 
-    class _Enough(Exception):
+    class _Stop(Exception):
         """Ends the forward pass once the first layer's inputs are recorded."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        rest = dict(named)
-        first = args[0] if args else rest.pop("hidden_states")
-        states.append(first.clone())
-        arguments.append((args[1:], rest, torch.empty(0)))
-        raise _Enough
+    def hook(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        other_keywords = dict(keywords)
+        hidden = args[0] if args else other_keywords.pop("hidden_states")
+        states.append(hidden.clone())
+        arguments.append((args[1:], other_keywords, torch.empty(0)))
+        raise _Stop
 
     handle = layers_of(model)[0].register_forward_pre_hook(hook, with_kwargs=True)
     try:
@@ -93,68 +95,73 @@ def _entering(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[States,
             for batch in batches:
                 try:
                     model(**batch.inputs)
-                except _Enough:
-                    rest = arguments.pop()
-                    arguments.append((rest[0], rest[1], batch.inputs["attention_mask"].bool()))
+                except _Stop:
+                    recorded = arguments.pop()
+                    arguments.append((recorded[0], recorded[1], batch.inputs["attention_mask"].bool()))
     finally:
         handle.remove()
     return states, arguments
 
 
-def _run(layer: nn.Module, states: States, arguments: Arguments) -> States:
+def _run_layer(layer: nn.Module, states: States, arguments: Arguments) -> States:
     import torch
 
     with torch.no_grad():
-        return [_answer(layer, s, args, named) for s, (args, named, _) in zip(states, arguments, strict=True)]
+        return [
+            _layer_output(layer, state, args, keywords)
+            for state, (args, keywords, _) in zip(states, arguments, strict=True)
+        ]
 
 
-def _answer(layer: nn.Module, states: torch.Tensor, args: tuple[Any, ...], named: dict[str, Any]) -> torch.Tensor:
-    answer = layer(states, *args, **named)
+def _layer_output(
+    layer: nn.Module, states: torch.Tensor, args: tuple[Any, ...], keywords: dict[str, Any]
+) -> torch.Tensor:
+    result = layer(states, *args, **keywords)
     # DistilBERT returns its attention weights before the states, BERT after them.
-    parts = answer if isinstance(answer, tuple) else (answer,)
-    found: torch.Tensor = next(part for part in parts if part is not None and part.shape == states.shape)
-    return found
+    parts = result if isinstance(result, tuple) else (result,)
+    output: torch.Tensor = next(part for part in parts if part is not None and part.shape == states.shape)
+    return output
 
 
-def _entering_modules(
+def _record_module_inputs(
     layer: nn.Module, paths: Sequence[str], states: States, arguments: Arguments
 ) -> dict[str, States]:
     """Returns the inputs of each named module, one tensor [tokens, width] for each batch, without padding."""
-    found: dict[str, States] = {path: [] for path in paths}
-    real: list[torch.Tensor] = []
+    inputs_by_path: dict[str, States] = {path: [] for path in paths}
+    masks: list[torch.Tensor] = []
 
     def recorder(path: str):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple[torch.Tensor]) -> None:
-            found[path].append(args[0].expand(*real[-1].shape, args[0].shape[-1])[real[-1]])
+            inputs_by_path[path].append(args[0].expand(*masks[-1].shape, args[0].shape[-1])[masks[-1]])
 
         return hook
 
     handles = [layer.get_submodule(path).register_forward_pre_hook(recorder(path)) for path in paths]
     try:
-        for state, (args, named, mask) in zip(states, arguments, strict=True):
-            real.append(mask)
-            _run(layer, [state], [(args, named, mask)])
+        for state, (args, keywords, mask) in zip(states, arguments, strict=True):
+            masks.append(mask)
+            _run_layer(layer, [state], [(args, keywords, mask)])
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return inputs_by_path
 
 
-def _through(module: nn.Module, values: States) -> States:
+def _apply(module: nn.Module, values: States) -> States:
     import torch
 
     with torch.no_grad():
-        return [module(each) for each in values]
+        return [module(value) for value in values]
 
 
-def _stand_in(norm: Any, given: States, wanted: States) -> tuple[torch.Tensor, torch.Tensor]:
+def _refit_norm(norm: Any, outputs: States, targets: States) -> tuple[torch.Tensor, torch.Tensor]:
     """Refits scale and shift of `norm` by least squares, channel by channel, and returns the changes of both.
 
-    `given` [tokens, width] is the output of `norm` before the fit, and `wanted` is the target.
+    `outputs` [tokens, width] are the outputs of `norm` before the fit. `targets` are the outputs that it should have.
     """
     import torch
 
-    x, y = torch.cat(given), torch.cat(wanted)
+    x, y = torch.cat(outputs), torch.cat(targets)
     x_mean, y_mean = x.mean(0), y.mean(0)
     variance = (x - x_mean).square().mean(0)
     scale = ((x - x_mean) * (y - y_mean)).mean(0) / variance.clamp_min(torch.finfo(x.dtype).tiny)
@@ -165,23 +172,23 @@ def _stand_in(norm: Any, given: States, wanted: States) -> tuple[torch.Tensor, t
     return scale, shift
 
 
-def _fit(layer: nn.Module, path: str, norm: str, states: States, arguments: Arguments, targets: States) -> None:
+def _fit_linear(layer: nn.Module, path: str, norm: str, states: States, arguments: Arguments, targets: States) -> None:
     """Changes the linear layer at `path` by ridge regression so that the sum before `norm` approaches `targets`."""
     import torch
 
     module: Any = layer.get_submodule(path)
-    now = _entering_modules(layer, (path, norm), states, arguments)
+    inputs_by_path = _record_module_inputs(layer, (path, norm), states, arguments)
     width = module.in_features
     gram = torch.zeros(width + 1, width + 1, dtype=torch.float64)
     moment = torch.zeros(width + 1, len(module.bias), dtype=torch.float64)
     for number, target in enumerate(targets):
-        given = torch.ones(len(target), width + 1)
-        given[:, :width] = now[path][number]
-        gram += (given.T @ given).double()
-        moment += (given.T @ (target - now[norm][number])).double()
+        inputs = torch.ones(len(target), width + 1)
+        inputs[:, :width] = inputs_by_path[path][number]
+        gram += (inputs.T @ inputs).double()
+        moment += (inputs.T @ (target - inputs_by_path[norm][number])).double()
     ridge = torch.full((width + 1,), RIDGE * float(gram.diagonal()[:-1].mean()), dtype=torch.float64)
     ridge[-1] = 0  # no penalty on the bias
-    change = torch.linalg.solve(gram + torch.diag(ridge), moment).float()
+    correction = torch.linalg.solve(gram + torch.diag(ridge), moment).float()
     with torch.no_grad():
-        module.bias += change[-1]
-        module.weight += change[:-1].T
+        module.bias += correction[-1]
+        module.weight += correction[:-1].T

@@ -15,7 +15,7 @@ MOST_SWAPS = 2000
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptUnits:
     """Indices of the heads and neurons that one layer keeps, in ascending order."""
 
     heads: tuple[int, ...]
@@ -33,15 +33,15 @@ class _Group:
     kind: str
     order: list[int]
     counts: list[int]  # descending from all units to 0, or to 1 for the first layer's heads
-    lost: list[float]  # importance lost at each count
+    losses: list[float]  # importance lost at each count
 
 
 @dataclass(frozen=True)
-class _Step:
+class _Reduction:
     """Reduction of a group from one count to a lower one, along its lower convex hull."""
 
     group: int
-    to: int
+    count: int
     density: float
 
 
@@ -50,8 +50,8 @@ def select(
     ratio: float,
     encoder: EncoderSizes,
     price: Price,
-    emptied: Collection[int] = (),
-) -> list[Kept]:
+    empty_layers: Collection[int] = (),
+) -> list[KeptUnits]:
     """Selects the units that every layer keeps, with the least importance lost.
 
     A group is one layer's heads, or one layer's neurons in blocks. Each group loses units along the lower convex hull
@@ -67,7 +67,7 @@ def select(
         ratio: Minimum share of the encoder's linear parameters to remove.
         encoder: Sizes of the unpruned encoder.
         price: Cost of a sub-block by its kind, ``heads`` or ``neurons``, and its number of units.
-        emptied: Indices of layers that keep no unit.
+        empty_layers: Indices of layers that keep no unit.
 
     Returns:
         One entry for each layer.
@@ -75,80 +75,84 @@ def select(
     Raises:
         PruningError: The encoder cannot lose this share of its parameters.
     """
-    groups = _groups(importances)
-    chosen = _cut(groups, ratio * encoder.parameters, encoder, price, emptied)
-    if chosen is None:
-        most = 1 - encoder.of_units("heads", 1) / encoder.parameters
+    groups = _build_groups(importances)
+    counts = _choose_counts(groups, ratio * encoder.parameters, encoder, price, empty_layers)
+    if counts is None:
+        highest_ratio = 1 - encoder.unit_parameters("heads", 1) / encoder.parameters
         raise PruningError(
-            f"At a ratio of {ratio:g} nothing of the encoder would be left.",
-            f"One attention head must stay: the highest ratio of this model is {int(100 * most) / 100:g}.",
+            f"A ratio of {ratio:g} would remove the entire encoder.",
+            f"One attention head must stay, so the highest ratio of this model is {int(100 * highest_ratio) / 100:g}.",
         )
-    kept: dict[tuple[int, str], tuple[int, ...]] = {}
-    for group, count in zip(groups, chosen, strict=True):
+    kept_units: dict[tuple[int, str], tuple[int, ...]] = {}
+    for group, count in zip(groups, counts, strict=True):
         layer = importances[group.layer]
         importance = layer.heads if group.kind == "heads" else layer.neurons
-        kept[group.layer, group.kind] = rearrange(importance, group.order[len(group.order) - count :])
-    return [Kept(kept[layer, "heads"], kept[layer, "neurons"]) for layer in range(len(importances))]
+        kept_units[group.layer, group.kind] = rearrange(importance, group.order[len(group.order) - count :])
+    return [KeptUnits(kept_units[layer, "heads"], kept_units[layer, "neurons"]) for layer in range(len(importances))]
 
 
-def _groups(importances: Sequence[LayerImportance]) -> list[_Group]:
+def _build_groups(importances: Sequence[LayerImportance]) -> list[_Group]:
     groups = []
     for layer, importance in enumerate(importances):
         for kind, units, block in (("heads", importance.heads, 1), ("neurons", importance.neurons, BLOCK)):
-            alone = units.alone
-            order = alone.argsort(stable=True).tolist()
+            unit_costs = units.unit_costs
+            order = unit_costs.argsort(stable=True).tolist()
             total = len(order)
-            least = 1 if (layer, kind) == (0, "heads") else 0
-            counts = sorted({total, *range(least, total, block)}, reverse=True)
-            sums = [0.0, *alone[order].cumsum(0).tolist()]
+            least_count = 1 if (layer, kind) == (0, "heads") else 0
+            counts = sorted({total, *range(least_count, total, block)}, reverse=True)
+            sums = [0.0, *unit_costs[order].cumsum(0).tolist()]
             # A fully removed sub-block also loses the joint effect of its units.
             sums[-1] = max(sums[-1], float(units.moment.sum()))
             groups.append(_Group(layer, kind, order, counts, [sums[total - count] for count in counts]))
     return groups
 
 
-def _cut(
-    groups: Sequence[_Group], wanted: float, encoder: EncoderSizes, price: Price, emptied: Collection[int]
+def _choose_counts(
+    groups: Sequence[_Group], target: float, encoder: EncoderSizes, price: Price, empty_layers: Collection[int]
 ) -> list[int] | None:
-    """Returns each group's count, 0 in `emptied` layers; None if the groups cannot lose `wanted` parameters."""
-    steps = sorted(
+    """Returns each group's count, 0 in `empty_layers`; None if the groups cannot lose `target` parameters."""
+    reductions = sorted(
         (
-            step
+            reduction
             for index, group in enumerate(groups)
-            if group.layer not in emptied
-            for step in _hull(index, group, price)
+            if group.layer not in empty_layers
+            for reduction in _hull_reductions(index, group, price)
         ),
-        key=lambda step: step.density,
+        key=lambda reduction: reduction.density,
     )
-    counts = [0 if group.layer in emptied else group.counts[0] for group in groups]
-    gone = sum(encoder.of_units(group.kind, group.counts[0]) for group in groups if group.layer in emptied)
-    for step in steps:
-        if gone >= wanted:
+    counts = [0 if group.layer in empty_layers else group.counts[0] for group in groups]
+    removed = sum(
+        encoder.unit_parameters(group.kind, group.counts[0]) for group in groups if group.layer in empty_layers
+    )
+    for reduction in reductions:
+        if removed >= target:
             break
-        kind = groups[step.group].kind
-        gone += encoder.of_units(kind, counts[step.group]) - encoder.of_units(kind, step.to)
-        counts[step.group] = step.to
-    return counts if gone >= wanted else None
+        kind = groups[reduction.group].kind
+        removed += encoder.unit_parameters(kind, counts[reduction.group]) - encoder.unit_parameters(
+            kind, reduction.count
+        )
+        counts[reduction.group] = reduction.count
+    return counts if removed >= target else None
 
 
-def _hull(index: int, group: _Group, price: Price) -> list[_Step]:
+def _hull_reductions(index: int, group: _Group, price: Price) -> list[_Reduction]:
     """Returns the reductions along the lower convex hull, in ascending order of importance lost per price saved."""
     points = [
-        (price(group.kind, group.counts[0]) - price(group.kind, count), lost, count)
-        for count, lost in zip(group.counts, group.lost, strict=True)
+        (price(group.kind, group.counts[0]) - price(group.kind, count), loss, count)
+        for count, loss in zip(group.counts, group.losses, strict=True)
     ]
     hull: list[tuple[float, float, int]] = []
-    for saved, lost, count in points:
-        if hull and saved <= hull[-1][0]:
+    for saving, loss, count in points:
+        if hull and saving <= hull[-1][0]:
             continue  # saves no more than a larger count: measured prices may not fall with each unit
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) > _slope(hull[-1], (saved, lost)):
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) > _slope(hull[-1], (saving, loss)):
             hull.pop()
-        hull.append((saved, lost, count))
-    return [_Step(index, after[2], _slope(before, after)) for before, after in itertools.pairwise(hull)]
+        hull.append((saving, loss, count))
+    return [_Reduction(index, end[2], _slope(start, end)) for start, end in itertools.pairwise(hull)]
 
 
-def _slope(before: tuple[float, ...], after: tuple[float, ...]) -> float:
-    return (after[1] - before[1]) / (after[0] - before[0])
+def _slope(start: tuple[float, ...], end: tuple[float, ...]) -> float:
+    return (end[1] - start[1]) / (end[0] - start[0])
 
 
 def rearrange(importance: Importance, kept: Sequence[int]) -> tuple[int, ...]:
@@ -172,16 +176,16 @@ def rearrange(importance: Importance, kept: Sequence[int]) -> tuple[int, ...]:
     if removed.all() or not removed.any():
         return tuple(sorted(kept))
     for _ in range(MOST_SWAPS):
-        inside, outside = removed.nonzero().squeeze(1), (~removed).nonzero().squeeze(1)
-        joint = moment[:, inside].sum(1)
-        change = (
-            (moment.diagonal()[inside] - 2 * joint[inside])[:, None]
-            + (moment.diagonal()[outside] + 2 * joint[outside])[None, :]
-            - 2 * moment[inside][:, outside]
+        removed_units, kept_units = removed.nonzero().squeeze(1), (~removed).nonzero().squeeze(1)
+        joint_costs = moment[:, removed_units].sum(1)
+        changes = (
+            (moment.diagonal()[removed_units] - 2 * joint_costs[removed_units])[:, None]
+            + (moment.diagonal()[kept_units] + 2 * joint_costs[kept_units])[None, :]
+            - 2 * moment[removed_units][:, kept_units]
         )
-        best = int(change.argmin())
-        back, out = divmod(best, len(outside))
-        if float(change[back, out]) >= -1e-12 * float(moment.diagonal().sum()):
+        best = int(changes.argmin())
+        row, column = divmod(best, len(kept_units))
+        if float(changes[row, column]) >= -1e-12 * float(moment.diagonal().sum()):
             break
-        removed[inside[back]], removed[outside[out]] = False, True
+        removed[removed_units[row]], removed[kept_units[column]] = False, True
     return tuple((~removed).nonzero().squeeze(1).tolist())

@@ -19,10 +19,11 @@ from toolchain.artifacts.store import Artifact
 from toolchain.backends import Place
 from toolchain.backends.ort import OrtSession
 from toolchain.data import inputs
-from toolchain.data.inputs import Encoder, TrainingSource, pad
+from toolchain.data.encoding import Encoder, pad
+from toolchain.data.inputs import TrainingSource
 from toolchain.passes import read, write
 from toolchain.passes.int8 import quantize_weight
-from toolchain.passes.quantize_linear import sharing, weights_of
+from toolchain.passes.quantize_linear import inputs_with_shared_weights, weights_of
 from toolchain.passes.quantize_static import Activation
 from toolchain.system import hardware
 
@@ -40,7 +41,7 @@ NOISE = 4e-3
 
 
 @dataclass
-class Seen:
+class ValueStatistics:
     """Statistics of one value: minimum and maximum of each channel [width], and sampled tokens [tokens, width]."""
 
     low: np.ndarray
@@ -65,12 +66,15 @@ def calibrate(artifact: Artifact, train: TrainingSource, smooth: bool = True) ->
     """
     graph = read(artifact.onnx_path)
     # If several values share a weight, smoothing would need a copy of the weight for each value.
-    weights, shared = weights_of(graph), sharing(graph)
-    observed = _observe(artifact, list(weights), train)
-    return {name: activation(seen, weights[name], smooth and name not in shared) for name, seen in observed.items()}
+    weights, shared = weights_of(graph), inputs_with_shared_weights(graph)
+    statistics = _collect_statistics(artifact, list(weights), train)
+    return {
+        name: choose_activation(value_statistics, weights[name], smooth and name not in shared)
+        for name, value_statistics in statistics.items()
+    }
 
 
-def activation(seen: Seen, weight: np.ndarray, smooth: bool = True) -> Activation:
+def choose_activation(statistics: ValueStatistics, weight: np.ndarray, smooth: bool = True) -> Activation:
     """Chooses the quantisation of a value that is multiplied by `weight` [width, outputs].
 
     Args:
@@ -78,17 +82,19 @@ def activation(seen: Seen, weight: np.ndarray, smooth: bool = True) -> Activatio
     """
     import numpy as np
 
-    plain = Activation.over(float(seen.low.min()), float(seen.high.max()))
-    tried = [(_noise(plain, seen.tokens, weight), plain)]
-    largest = np.maximum(-seen.low, seen.high)
-    for strength in STRENGTHS if smooth and tried[0][0] >= NOISE else ():
-        factors = smoothing(largest, np.abs(weight).max(axis=1), strength)
-        one = Activation.over(float((seen.low / factors).min()), float((seen.high / factors).max()), factors)
-        tried.append((_noise(one, seen.tokens, weight), one))
-    return min(tried, key=lambda found: found[0])[1]
+    unsmoothed = Activation.from_range(float(statistics.low.min()), float(statistics.high.max()))
+    trials = [(_noise(unsmoothed, statistics.tokens, weight), unsmoothed)]
+    largest = np.maximum(-statistics.low, statistics.high)
+    for strength in STRENGTHS if smooth and trials[0][0] >= NOISE else ():
+        factors = smoothing_factors(largest, np.abs(weight).max(axis=1), strength)
+        smoothed = Activation.from_range(
+            float((statistics.low / factors).min()), float((statistics.high / factors).max()), factors
+        )
+        trials.append((_noise(smoothed, statistics.tokens, weight), smoothed))
+    return min(trials, key=lambda trial: trial[0])[1]
 
 
-def smoothing(largest: np.ndarray, weights: np.ndarray, strength: float) -> np.ndarray:
+def smoothing_factors(largest: np.ndarray, weights: np.ndarray, strength: float) -> np.ndarray:
     """Returns the SmoothQuant factors [width], one for each channel: largest^strength / weights^(1 − strength).
 
     The factors are scaled to a geometric mean of 1. A channel that is always 0, or whose weights are all 0, gets 1.
@@ -100,15 +106,17 @@ def smoothing(largest: np.ndarray, weights: np.ndarray, strength: float) -> np.n
     """
     import numpy as np
 
-    live = (largest > 0) & (weights > 0)
+    is_live = (largest > 0) & (weights > 0)
     factors = np.ones(largest.shape)
-    factors[live] = largest[live].astype(np.float64) ** strength / weights[live].astype(np.float64) ** (1 - strength)
-    if live.any():
-        factors[live] /= np.exp(np.log(factors[live]).mean())
+    factors[is_live] = largest[is_live].astype(np.float64) ** strength / weights[is_live].astype(np.float64) ** (
+        1 - strength
+    )
+    if is_live.any():
+        factors[is_live] /= np.exp(np.log(factors[is_live]).mean())
     return factors.astype(np.float32)
 
 
-def _noise(how: Activation, tokens: np.ndarray, weight: np.ndarray) -> float:
+def _noise(activation: Activation, tokens: np.ndarray, weight: np.ndarray) -> float:
     """Returns each output's squared error over its variance, averaged over the outputs of the quantised product.
 
     Error and variance of the entire product would hide the small outputs behind one far larger output. The next
@@ -116,43 +124,45 @@ def _noise(how: Activation, tokens: np.ndarray, weight: np.ndarray) -> float:
     """
     import numpy as np
 
-    factors = np.ones(len(weight), np.float32) if how.smooth is None else how.smooth
+    factors = np.ones(len(weight), np.float32) if activation.smooth is None else activation.smooth
     codes, scales = quantize_weight(weight * factors[:, None], 1)
     exact = tokens @ weight
-    error = how.rounded(tokens / factors) @ (codes * scales) - exact
-    varying = exact.var(axis=0) > 0
-    return float(((error**2).mean(axis=0)[varying] / exact.var(axis=0)[varying]).mean()) if varying.any() else 0.0
+    error = activation.fake_quantize(tokens / factors) @ (codes * scales) - exact
+    is_varying = exact.var(axis=0) > 0
+    return (
+        float(((error**2).mean(axis=0)[is_varying] / exact.var(axis=0)[is_varying]).mean()) if is_varying.any() else 0.0
+    )
 
 
-def _observe(artifact: Artifact, names: list[str], train: TrainingSource) -> dict[str, Seen]:
+def _collect_statistics(artifact: Artifact, names: list[str], train: TrainingSource) -> dict[str, ValueStatistics]:
     """Runs ONNX Runtime on training sentences and collects statistics of the named values."""
     import numpy as np
 
     manifest = artifact.manifest
     data = train.load(artifact.label_set)
     rows, _ = inputs.hold_out(data)
-    chosen = inputs.sentence_rows(data, rows, SENTENCES)
+    sentence_rows = inputs.sentence_rows(data, rows, SENTENCES)
     encoder = Encoder.open(artifact.path, [spec.name for spec in manifest.inputs], manifest.max_length)
-    seen: dict[str, Seen] = {}
-    for values in _values(artifact, names, encoder, encoder.encode([data.texts[row] for row in chosen])):
+    statistics: dict[str, ValueStatistics] = {}
+    for values in _yield_values(artifact, names, encoder, encoder.encode([data.texts[row] for row in sentence_rows])):
         for name, value in values.items():
             flat = value.reshape(-1, value.shape[-1])
-            picked = flat[np.unique(np.linspace(0, len(flat) - 1, TOKENS).astype(int))]
+            tokens = flat[np.unique(np.linspace(0, len(flat) - 1, TOKENS).astype(int))]
             low, high = flat.min(axis=0), flat.max(axis=0)
-            if name in seen:
-                old = seen[name]
-                low, high = np.minimum(old.low, low), np.maximum(old.high, high)
-                picked = np.concatenate([old.tokens, picked])
-            seen[name] = Seen(low, high, picked)
-    return seen
+            if name in statistics:
+                earlier = statistics[name]
+                low, high = np.minimum(earlier.low, low), np.maximum(earlier.high, high)
+                tokens = np.concatenate([earlier.tokens, tokens])
+            statistics[name] = ValueStatistics(low, high, tokens)
+    return statistics
 
 
-def _values(
+def _yield_values(
     artifact: Artifact, names: list[str], encoder: Encoder, rows: Sequence[Sequence[int]]
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields the named values for each row; every batch is one row, so that no padding enters calibration."""
     graph = read(artifact.onnx_path)
-    _show(graph, names)
+    _add_outputs(graph, names)
     with tempfile.TemporaryDirectory() as folder:
         write(graph, Path(folder) / "model.onnx")
         session = OrtSession(Path(folder), Place("cpu", hardware.cores()))
@@ -164,13 +174,13 @@ def _values(
             session.close()
 
 
-def _show(graph: ir.Model, names: list[str]) -> None:
+def _add_outputs(graph: ir.Model, names: list[str]) -> None:
     """Makes the named values outputs of the graph."""
     import onnx_ir as ir
 
-    wanted = set(names)
+    name_set = set(names)
     for node in list(graph.graph):
         for value in node.outputs:
-            if value.name in wanted:
+            if value.name in name_set:
                 value.dtype = ir.DataType.FLOAT
                 graph.graph.outputs.append(value)

@@ -14,7 +14,8 @@ from toolchain.artifacts.store import Artifact
 from toolchain.backends import Place
 from toolchain.backends.ort import OrtSession
 from toolchain.data import inputs
-from toolchain.data.inputs import Data, Encoder, TrainingSource, pad
+from toolchain.data.encoding import Encoder, pad
+from toolchain.data.inputs import Data, TrainingSource
 from toolchain.data.labels import answers, log_shares
 from toolchain.errors import GraphError
 from toolchain.passes import read, rewrite, write
@@ -46,7 +47,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Subject:
+class SensitivitySetup:
     """An fp32 graph, the passes that quantise it, and held-out rows to measure it on.
 
     Attributes:
@@ -66,13 +67,13 @@ class Subject:
     labels: Sequence[int]
 
     @classmethod
-    def of(
+    def load(
         cls,
         artifact: Artifact,
         passes: tuple[str, ...],
         train: TrainingSource,
         activations: Mapping[str, Activation] = MappingProxyType({}),
-    ) -> Subject:
+    ) -> SensitivitySetup:
         """Loads the held-out rows and encodes them with the artifact's tokenizer.
 
         Raises:
@@ -80,9 +81,9 @@ class Subject:
         """
         manifest = artifact.manifest
         data: Data = train.load(artifact.label_set)
-        held = data.only(inputs.hold_out(data)[1])
+        held_out = data.only(inputs.hold_out(data)[1])
         encoder = Encoder.open(artifact.path, [spec.name for spec in manifest.inputs], manifest.max_length)
-        return cls(artifact, passes, activations, encoder, encoder.encode(held.texts), held.labels)
+        return cls(artifact, passes, activations, encoder, encoder.encode(held_out.texts), held_out.labels)
 
     @property
     def layers(self) -> list[str]:
@@ -96,11 +97,11 @@ class Subject:
         with tempfile.TemporaryDirectory() as folder:
             graph, _ = rewrite(read(self.artifact.onnx_path), self.passes, context)
             write(graph, Path(folder) / "model.onnx")
-            opened = OrtSession(Path(folder), Place("cpu", hardware.cores()))
+            session = OrtSession(Path(folder), Place("cpu", hardware.cores()))
             try:
-                yield opened
+                yield session
             finally:
-                opened.close()
+                session.close()
 
     def logits(self, session: OrtSession, count: int) -> np.ndarray:
         """Returns the logits [row, label] of the first `count` rows; every batch is one row."""
@@ -110,7 +111,7 @@ class Subject:
         return np.concatenate([session.run(batch) for batch in batches])
 
 
-def rank(subject: Subject, progress: Progress) -> list[Layer]:
+def rank(setup: SensitivitySetup, progress: Progress) -> list[Layer]:
     """Measures every linear layer and returns them by divergence, largest first.
 
     Raises:
@@ -118,28 +119,32 @@ def rank(subject: Subject, progress: Progress) -> list[Layer]:
     """
     import numpy as np
 
-    names = subject.layers
+    names = setup.layers
     if not names:
         raise GraphError(
-            f"{subject.artifact.manifest.variant} has no linear layer left to quantise.",
-            "Name the variant it was made from.",
+            f"{setup.artifact.manifest.variant} has no linear layer left to quantise.",
+            "Name its parent.",
         )
-    with subject.session(names) as session:
-        exact = subject.logits(session, SENTENCES)
-    multi = subject.encoder.multi_label
-    before, first = log_shares(exact, multi), answers(exact, multi)
-    found = []
-    for done, name in enumerate(names):
-        progress(done, len(names), f"quantising {name} alone")
-        with subject.session([other for other in names if other != name]) as session:
-            logits = subject.logits(session, SENTENCES)
-        divergence = float((np.exp(before) * (before - log_shares(logits, multi))).sum(axis=1).mean())
-        flips = sum(one != other for one, other in zip(first, answers(logits, multi), strict=True))
-        found.append(Layer(name, float(f"{max(divergence, 0.0):.3g}"), flips))
-    return sorted(found, key=lambda layer: (-layer.divergence, layer.name))
+    with setup.session(names) as session:
+        fp32_logits = setup.logits(session, SENTENCES)
+    multi = setup.encoder.multi_label
+    fp32_log_shares, fp32_answers = log_shares(fp32_logits, multi), answers(fp32_logits, multi)
+    layers = []
+    for count, name in enumerate(names):
+        progress(count, len(names), f"quantising only {name}")
+        with setup.session([fp32_answer for fp32_answer in names if fp32_answer != name]) as session:
+            logits = setup.logits(session, SENTENCES)
+        divergence = float((np.exp(fp32_log_shares) * (fp32_log_shares - log_shares(logits, multi))).sum(axis=1).mean())
+        flips = sum(
+            answer != fp32_answer for answer, fp32_answer in zip(fp32_answers, answers(logits, multi), strict=True)
+        )
+        layers.append(Layer(name, float(f"{max(divergence, 0.0):.3g}"), flips))
+    return sorted(layers, key=lambda layer: (-layer.divergence, layer.name))
 
 
-def fewest_kept(subject: Subject, max_drop: float, progress: Progress) -> tuple[int, list[tuple[int, float]]]:
+def fewest_fp32_layers(
+    setup: SensitivitySetup, max_drop: float, progress: Progress
+) -> tuple[int, list[tuple[int, float]]]:
     """Finds by bisection how many of the most sensitive layers must stay fp32 to meet `max_drop`.
 
     Args:
@@ -148,20 +153,22 @@ def fewest_kept(subject: Subject, max_drop: float, progress: Progress) -> tuple[
     Returns:
         The number of layers, and each number tried with its accuracy drop.
     """
-    ranked = [layer.name for layer in rank(subject, progress)]
-    with subject.session(ranked) as session:
-        before = _right(subject, session)
-    tried: dict[int, float] = {}
-    low, high = -1, len(ranked)  # with all layers kept, the graph is the fp32 graph
+    names = [layer.name for layer in rank(setup, progress)]
+    with setup.session(names) as session:
+        fp32_accuracy = _accuracy(setup, session)
+    drops: dict[int, float] = {}
+    low, high = -1, len(names)  # with all layers kept, the graph is the fp32 graph
     while high - low > 1:
         middle = (low + high) // 2
-        progress(len(tried), len(ranked).bit_length() + 1, f"{middle} layers in fp32")
-        with subject.session(ranked[:middle]) as session:
-            tried[middle] = 100 * (before - _right(subject, session))
-        low, high = (low, middle) if tried[middle] <= max_drop else (middle, high)
-    return high, sorted(tried.items())
+        progress(len(drops), len(names).bit_length() + 1, f"{middle} layers in fp32")
+        with setup.session(names[:middle]) as session:
+            drops[middle] = 100 * (fp32_accuracy - _accuracy(setup, session))
+        low, high = (low, middle) if drops[middle] <= max_drop else (middle, high)
+    return high, sorted(drops.items())
 
 
-def _right(subject: Subject, session: OrtSession) -> float:
-    given = answers(subject.logits(session, len(subject.rows)), subject.encoder.multi_label)
-    return sum(one == other for one, other in zip(given, subject.labels, strict=True)) / len(given)
+def _accuracy(setup: SensitivitySetup, session: OrtSession) -> float:
+    predictions = answers(setup.logits(session, len(setup.rows)), setup.encoder.multi_label)
+    return sum(prediction == label for prediction, label in zip(predictions, setup.labels, strict=True)) / len(
+        predictions
+    )

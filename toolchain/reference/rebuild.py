@@ -17,7 +17,7 @@ import click
 from toolchain.cli.progress import bar, say
 from toolchain.data.inputs import TrainingSource
 from toolchain.data.labels import SST2_LABELS
-from toolchain.finetune import Request, finetune, sentence
+from toolchain.finetune import FinetuneRequest, finetune, summary
 from toolchain.models import checkpoints
 from toolchain.training.loop import Recipe
 
@@ -40,31 +40,31 @@ NAMES = {
 }
 
 
-def as_distilbert(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def rename_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns a BERT encoder's weights under DistilBERT's names.
 
     DistilBERT has no token types, so the function adds the embedding of token type 0 to every position. For single
     texts, both encoders then compute the same states.
     """
-    found = {}
+    renamed = {}
     for name, tensor in weights.items():
         if match := re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)", name):
-            found[f"transformer.layer.{match[1]}.{NAMES[match[2]]}.{match[3]}"] = tensor
+            renamed[f"transformer.layer.{match[1]}.{NAMES[match[2]]}.{match[3]}"] = tensor
         elif name.startswith("embeddings.") and name.split(".")[1] in ("word_embeddings", "LayerNorm"):
-            found[name] = tensor
+            renamed[name] = tensor
     positions = weights["embeddings.position_embeddings.weight"]
-    found["embeddings.position_embeddings.weight"] = positions + weights["embeddings.token_type_embeddings.weight"][0]
-    return found
+    renamed["embeddings.position_embeddings.weight"] = positions + weights["embeddings.token_type_embeddings.weight"][0]
+    return renamed
 
 
-def distilbert(folder: Path) -> PreTrainedModel:
+def load_distilbert(folder: Path) -> PreTrainedModel:
     """Returns the BERT encoder in `folder` as a DistilBERT model."""
     import torch
     from transformers import AutoModel, DistilBertConfig, DistilBertModel
 
     bert = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True)
     config = bert.config
-    made: PreTrainedModel = DistilBertModel(
+    result: PreTrainedModel = DistilBertModel(
         DistilBertConfig(
             vocab_size=config.vocab_size,
             max_position_embeddings=config.max_position_embeddings,
@@ -74,9 +74,9 @@ def distilbert(folder: Path) -> PreTrainedModel:
             n_heads=config.num_attention_heads,
         )
     )
-    made.load_state_dict(as_distilbert(bert.state_dict()))
-    made.eval()
-    return made
+    result.load_state_dict(rename_weights(bert.state_dict()))
+    result.eval()
+    return result
 
 
 @click.command()
@@ -84,20 +84,23 @@ def distilbert(folder: Path) -> PreTrainedModel:
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--epochs", type=click.IntRange(1), default=EPOCHS, show_default=True)
 def rebuild(model: Path, output: Path, epochs: int) -> None:
-    """Fine-tunes MODEL, read as a DistilBERT, on the embedded SST-2 and writes the checkpoint to OUTPUT.
+    """Fine-tune MODEL as a DistilBERT on the embedded SST-2 and write the checkpoint to OUTPUT.
 
-    The epoch kept is the best on held-out rows; of the reference it was the best on the validation set.
+    The command keeps the epoch that is best on held-out rows. The reference keeps the epoch that was best on the
+    validation set.
     """
     checkpoints.check(model, head=False)
     recipe = Recipe(epochs, RATE, patience=epochs, states=0.0, task=1.0, dropout=True)
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch) / "distilbert"
-        distilbert(model).save_pretrained(base)
+        load_distilbert(model).save_pretrained(base)
         for name in checkpoints.TOKENIZER_FILES:
             if (model / name).is_file():
                 shutil.copyfile(model / name, base / name)
-        card = finetune(Request(str(base), TrainingSource(), recipe, output, labels=SST2_LABELS.names), say, bar)
-    say(sentence(card))
+        card = finetune(
+            FinetuneRequest(str(base), TrainingSource(), recipe, output, labels=SST2_LABELS.names), say, bar
+        )
+    say(summary(card))
 
 
 if __name__ == "__main__":

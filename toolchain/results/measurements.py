@@ -1,24 +1,12 @@
-"""Measurements: raw samples, the rows that summarise them, and the result file that stores the rows.
-
-The result file stores each percentile and rate together with its samples. Reading a file fails if samples are missing,
-or if a figure does not follow from its samples.
-"""
+"""Measurements: raw samples, and the rows that summarise them."""
 
 from __future__ import annotations
 
-import json
-import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from toolchain.errors import ResultFileError
-from toolchain.system import files
-
-SCHEMA = 2
-READABLE = (1, SCHEMA)  # schema 1 has no probabilities, start times or labels
 MAX_SAMPLES = 2000
 STATUSES = ("ok", "failed", "unavailable", "reported")
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
@@ -211,184 +199,31 @@ class Measurement:
                 row[name] = list(values)
         return row
 
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> Measurement:
-        """Reads and checks a row from the output of `to_json`.
+    def check(self) -> None:
+        """Requires that each figure is possible and follows from its samples.
 
         Raises:
-            ValueError: A figure is impossible or does not follow from its samples.
-            KeyError: A field is missing.
-            TypeError: A field is unknown or has another type.
+            ValueError: A figure does not. The message names the cell.
         """
-        body = dict(row)
-        cell, samples = body.pop("cell"), body.pop("samples", {})
-        for name in ("accuracy", "accuracy_batched"):
-            if score := body.get(name):
-                body[name] = Accuracy(score["correct"], score["count"], score["batch_size"])
-                if round(body[name].value, 6) != score["value"]:
-                    raise ValueError(f"{cell}: {name} does not follow from its right answers")
-        body |= {name: _samples(kept) for name, kept in samples.items()}
-        body["by_length"] = {int(tokens): _samples(kept) for tokens, kept in body.get("by_length", {}).items()}
-        body["predictions"] = tuple(body.get("predictions", ()))
-        body["probabilities"] = tuple(p if p is None else tuple(p) for p in body.get("probabilities", ()))
-        found = cls(**body)
-        if found.status not in STATUSES:
-            raise ValueError(f"status {found.status!r}")
-        if found.cell != cell:
-            raise ValueError(f"cell {cell!r} of variant {found.variant!r}")
-        _check(found)
-        return found
+        if self.status == "ok" and not (self.latency and self.batches and self.accuracy and self.artifact_id):
+            raise ValueError(f"{self.cell} has the status ok, but lacks samples, accuracy or artifact")
+        quantiles = [getattr(self, name) for name in QUANTILES_OF]
+        gpu = self.memory_bytes.get("gpu", {})
+        for figures in (*quantiles, self.memory_bytes, gpu, self.size_bytes, self.noise):
+            for name, value in figures.items():
+                if isinstance(value, int | float) and value < 0:
+                    raise ValueError(f"{self.cell}: {name} is {value}")
+        if not isinstance(self.memory_bytes.get("peak", 0), int):
+            raise ValueError(f"{self.cell}: the memory peak is not a number of bytes")
+        for name, source in QUANTILES_OF.items():
+            samples = getattr(self, source)
+            if samples and samples.milliseconds() != dict(getattr(self, name)):
+                raise ValueError(f"{self.cell}: {name} does not follow from its samples")
+        if self.batches and self.batches.per_second() != self.throughput_per_s:
+            raise ValueError(f"{self.cell}: throughput_per_s does not follow from its samples")
+        if any(chances and not all(0 <= p <= PROBABILITY for p in chances) for chances in self.probabilities):
+            raise ValueError(f"{self.cell} has a probability outside 0 to {PROBABILITY}")
 
 
 def _samples_json(samples: Samples) -> dict[str, Any]:
     return {"unit": "us", **vars(samples)}
-
-
-def _samples(kept: Mapping[str, Any]) -> Samples:
-    return Samples(_tuples(kept["rounds"]), _tuples(kept["sentences"]), kept["count"])
-
-
-def _tuples(rows: list[list[int]]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(row) for row in rows)
-
-
-def _check(row: Measurement) -> None:
-    """Raises `ValueError` if a figure of the row is impossible or does not follow from its samples."""
-    if row.status == "ok" and not (row.latency and row.batches and row.accuracy and row.artifact_id):
-        raise ValueError(f"{row.cell} is said to be measured and lacks samples, accuracy or artifact")
-    gpu = row.memory_bytes.get("gpu", {})
-    quantiles = [getattr(row, name) for name in QUANTILES_OF]
-    for figures in (*quantiles, row.memory_bytes, gpu, row.size_bytes, row.noise):
-        for name, value in figures.items():
-            if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{row.cell}: {name} is {value}")
-    if not isinstance(row.model, str) or not isinstance(row.memory_bytes.get("peak", 0), int):
-        raise ValueError(f"{row.cell}: a field has a value of another kind")
-    for samples in (*(getattr(row, name) for name in SAMPLES), *row.by_length.values()):
-        if samples and not all(isinstance(v, int) and v > 0 for v in samples.values()):
-            raise ValueError(f"{row.cell} has a time that is not a positive whole number of microseconds")
-        if samples and not all(map(len, samples.rounds)):
-            raise ValueError(f"{row.cell} has a round without a time")
-    for score in (row.accuracy, row.accuracy_batched):
-        if score and not 0 <= score.correct <= score.count:
-            raise ValueError(f"{row.cell} has {score.correct} right answers of {score.count}")
-    for name, kept in QUANTILES_OF.items():
-        samples = getattr(row, kept)
-        if samples and samples.milliseconds() != dict(getattr(row, name)):
-            raise ValueError(f"{row.cell}: {name} does not follow from its samples")
-    if row.batches and row.batches.per_second() != row.throughput_per_s:
-        raise ValueError(f"{row.cell}: throughput_per_s does not follow from its samples")
-    if any(chances and not all(0 <= p <= PROBABILITY for p in chances) for chances in row.probabilities):
-        raise ValueError(f"{row.cell} has a probability that is none")
-
-
-def _line(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
-
-
-@dataclass(frozen=True)
-class ResultFile:
-    """The result file of one benchmark run.
-
-    Attributes:
-        created: Time of the run.
-        toolchain: Release of the toolchain.
-        machine: Description of the machine; see `hardware.machine`.
-        run: Settings of the run.
-        data: Name, digest and number of rows of the data, and the label of each sentence as ``labels``.
-        rows: The measurements.
-    """
-
-    created: str
-    toolchain: str
-    machine: Mapping[str, Any]
-    run: Mapping[str, Any]
-    data: Mapping[str, Any]
-    rows: tuple[Measurement, ...]
-
-    def to_json(self) -> str:
-        """Returns the text of the file, with one measurement on each line."""
-        head = {name: getattr(self, name) for name in ("created", "toolchain", "machine", "run", "data")}
-        head["data"] = {name: value for name, value in self.data.items() if name != "labels"}
-        text = json.dumps({"schema": SCHEMA, **head}, indent=1, allow_nan=False)[:-2]
-        rows = ",\n".join(f"  {_line(row.to_json())}" for row in self.rows)
-        return f'{text},\n "labels": {_line(self.data.get("labels", []))},\n "rows": [\n{rows}\n ]\n}}\n'
-
-    def write(self, path: Path, *, replace: bool = True) -> None:
-        """Writes the file atomically.
-
-        Raises:
-            FileExistsError: `path` exists and `replace` is false.
-            ResultFileError: The file cannot be written.
-        """
-        try:
-            files.write_whole(path, self.to_json(), replace=replace)
-        except FileExistsError:
-            raise
-        except OSError as error:
-            raise ResultFileError.unwritable(path, error) from error
-
-    @classmethod
-    def read(cls, path: Path) -> ResultFile:
-        """Reads and checks a result file.
-
-        Raises:
-            ResultFileError: The file is missing, unreadable or contradicts itself; the message states the problem.
-        """
-
-        def refuse(constant: str) -> Any:
-            raise ValueError(f"{constant} is no figure")
-
-        try:
-            body = json.loads(path.read_text(), parse_constant=refuse)
-            schema = body.pop("schema")
-            if schema not in READABLE:
-                raise ValueError(f"it has schema {schema}, this release reads {SCHEMA}: another release wrote it")
-            if labels := body.pop("labels", []):
-                body["data"]["labels"] = labels
-            found = cls(rows=tuple(Measurement.from_json(row) for row in body.pop("rows")), **body)
-            found.check()
-            return found
-        except FileNotFoundError as error:
-            raise ResultFileError(f"There is no result file {path}.", "`toolchain bench` writes one.") from error
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
-            what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-            mend = "Delete or move it, and measure again with `toolchain bench`."
-            raise ResultFileError(f"{path} is no result file: {what}.", mend) from error
-
-    def check(self) -> None:
-        """Checks the fields that a comparison needs.
-
-        Raises:
-            ValueError: A field has another type, or contradicts another field.
-            KeyError: A field is missing.
-        """
-        for key, kind in (("id", str), ("cpu", str), ("cores", int), ("ram_gib", int), ("isa", list), ("gpu", list)):
-            if not isinstance(self.machine[key], kind):
-                raise ValueError(f"machine.{key} is {self.machine[key]!r}")
-        if not all(isinstance(gpu, dict) and "name" in gpu for gpu in self.machine["gpu"]):
-            raise ValueError("machine.gpu has an entry without a name")
-        if not isinstance(self.run, dict) or not isinstance(self.created, str):
-            raise ValueError("run or created is of another kind")
-        if not (isinstance(self.data["name"], str) and self.data["sha256"] and self.data["rows"] > 0):
-            raise ValueError("data has no name, rows or digest")
-        labels = self.data.get("labels", [])
-        if labels and (len(labels) != self.data["rows"] or not all(isinstance(v, int) and v >= 0 for v in labels)):
-            raise ValueError("data.labels are not one label a row")
-        if len({(row.model, row.cell) for row in self.rows}) < len(self.rows):
-            raise ValueError("a cell stands there twice")
-        for row in self.rows:
-            for score in (row.accuracy, row.accuracy_batched):
-                if score and row.status == "ok" and score.count != self.data["rows"]:
-                    raise ValueError(f"{row.cell} has {score.count} answers to {self.data['rows']} sentences")
-            for name in ("predictions", "probabilities"):
-                count = len(getattr(row, name))
-                if labels and count not in (0, self.data["rows"]):
-                    raise ValueError(f"{row.cell} has {count} {name} for {self.data['rows']} sentences")
-            pairs = [(a, len(c)) for a, c in zip(row.predictions, row.probabilities, strict=False) if c is not None]
-            if not all(0 <= a < (1 << n if self.data.get("multi_label") else n) for a, n in pairs):
-                raise ValueError(f"{row.cell} has an answer that none of its probabilities is of")
-            if labels and row.predictions and row.accuracy:
-                right = sum(mine == its for mine, its in zip(row.predictions, labels, strict=True))
-                if right != row.accuracy.correct:
-                    raise ValueError(f"{row.cell}: accuracy does not follow from its answers")

@@ -1,4 +1,4 @@
-"""The writer of bundles: folders for an app that need nothing of this package and contain their own check.
+"""The writer of bundles: folders for an app that do not need this package and contain their own check.
 
 `bundle.json` describes the bundle and lists every file with its sha256. `golden.json` holds the golden sentences with
 their token ids and reference logits. The bundle's id is the sha256 of the content of bundle.json without the id.
@@ -16,29 +16,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain import passes
-from toolchain.artifacts.names import parse_name
-from toolchain.artifacts.store import Artifact, TensorSpec, list_files
-from toolchain.artifacts.variants import settings_of, step_name
+from toolchain.artifacts.manifest import TensorSpec
+from toolchain.artifacts.steps import settings_of, step_name
+from toolchain.artifacts.store import Artifact, list_files
 from toolchain.backends import Place
 from toolchain.backends.ort import OrtSession, saturates
 from toolchain.build.onnx_metadata import license_of, options_by_processor, set_properties
-from toolchain.data.inputs import Encoder, pad
+from toolchain.data.encoding import Encoder, pad
 from toolchain.errors import ShippingError
 from toolchain.passes.probabilities import add_probabilities
 from toolchain.ship.bundle_files.verify import BUNDLE, GOLDEN, SCHEMA, TEXT, canonical_id
-from toolchain.ship.targets import BUNDLED, DEMO, TARGETS, Target, dtype, mobile, served
+from toolchain.ship.targets import BUNDLE_FILES, DEMO, TARGETS, Target, dtype, mobile, served_name
 from toolchain.ship.targets.releases import DEFAULT, ORDER
 from toolchain.ship.targets.uses import oldest_release, read_needs
-from toolchain.ship.tokenizer_graph import proven, with_tokenizer
+from toolchain.ship.tokenizer_graph import comparison, with_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-# Limits on the largest and the median difference from the recorded logits on other machines. Other kernels add in
-# another order. In fp32 this changes the rounding. In int8 an activation sometimes rounds to the next of its 256 steps,
-# which changes the logits of a few sentences only; saturated products change most sentences. In int4 a runtime may
-# compute with activations of 8 or of 32 bits.
+# Limits on the largest and the median difference from the recorded logits on other machines. The kernels of other
+# machines add in another order. In fp32 this changes the rounding. In int8 an activation sometimes rounds to the next
+# of its 256 steps, which changes the logits of a few sentences only. Saturated products change the logits of most
+# sentences. In int4 a runtime may compute with activations of 8 or of 32 bits.
 TOLERANCES = {
     "fp32": {"largest": 1e-3, "median": 1e-4},
     "fp16": {"largest": 5e-2, "median": 5e-2},
@@ -49,24 +49,24 @@ TOKENIZER, TOKENIZER_CONFIG, CONFIG = "tokenizer.json", "tokenizer_config.json",
 # Processors on which a model is exact, as text for bundle.json.
 NEEDS_OPTION = (
     "x86-64 with VNNI or AMX (Intel from Cascade Lake and Ice Lake on, AMD from Zen 4 on), 64-bit ARM, and "
-    "WebAssembly; on older x86-64 only with the session option below, without which its 8-bit products saturate"
+    "WebAssembly; on older x86-64 only with the session option below: without it, 8-bit products saturate"
 )
-ANYWHERE = "any processor"
+ANY_PROCESSOR = "any processor"
 GOLDEN_BATCH = 8  # sentences in each padded batch
 TEXT_SPEC = TensorSpec(TEXT, "string", ("texts",))
-# A tokenizer graph pads to a multiple of this number of tokens, since a server batches only inputs of equal width.
+# A tokenizer graph pads to a multiple of this number of tokens, because a server batches only inputs of equal width.
 MULTIPLE = 16
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """The name, licence and provenance of a model.
 
     Attributes:
         name: Name of the model.
         source: Source of the checkpoint, as in its manifest.
         license: Licence of the model.
-        origin: Provenance, as a text for readers.
+        origin: Where the model comes from, as a text for readers.
         data: Data of the fine-tuning, as a text for readers.
     """
 
@@ -84,9 +84,9 @@ class Contents:
     Attributes:
         target: The target.
         artifacts: Artifacts of the variants, in order.
-        origin: Name, licence and provenance of the model.
+        provenance: Name, licence and provenance of the model.
         sentences: The golden sentences.
-        measured: Benchmark figures by artifact id.
+        measurements: Benchmark figures by artifact id.
         clients: JavaScript files for the demo page, by their path in the bundle; empty for no page.
         with_tokenizer: Whether each graph contains the tokenizer and takes texts.
         release: Release of ONNX Runtime on the phones; None for all targets except phones.
@@ -94,9 +94,9 @@ class Contents:
 
     target: Target
     artifacts: Sequence[Artifact]
-    origin: Origin
+    provenance: Provenance
     sentences: Sequence[str]
-    measured: Mapping[str, Mapping[str, Any]]
+    measurements: Mapping[str, Mapping[str, Any]]
     clients: Mapping[str, Path] = field(default_factory=dict)
     with_tokenizer: bool = False
     release: str | None = None
@@ -106,26 +106,26 @@ def write(contents: Contents, folder: Path) -> dict[str, Any]:
     """Writes the bundle into an empty folder and returns the content of bundle.json, the last file to be written.
 
     Raises:
-        ShippingError: The tokenizer does not work as a graph, this runtime saturates int8 products, or no release of
-            ONNX Runtime (for phones: not the phone's release) can run a model correctly.
+        ShippingError: The tokenizer does not work as a graph; this runtime saturates int8 products; no release of ONNX
+            Runtime runs a model correctly; or the phones' release does not run it correctly.
     """
     first = contents.artifacts[0]
     manifest = first.manifest
     encoder = Encoder.open(first.path, [spec.name for spec in manifest.inputs], manifest.max_length)
     tokenizer: dict[str, Any] = {}
-    if contents.with_tokenizer or contents.target.tokenizer:
-        tokenizer = _tokenizer(contents, encoder, folder)
-    models = [_model(contents, index, encoder, folder) for index in range(len(contents.artifacts))]
+    if contents.with_tokenizer or contents.target.tokenizer_path:
+        tokenizer = _prepare_tokenizer(contents, encoder, folder)
+    models = [_write_model(contents, index, encoder, folder) for index in range(len(contents.artifacts))]
     for name in (TOKENIZER, TOKENIZER_CONFIG):
         shutil.copyfile(first.path / name, folder / name)
-    config = _config(contents)
-    _json(folder / CONFIG, config)
-    golden = _golden(contents, encoder)
-    _json(folder / GOLDEN, golden)
+    config = _config_content(contents)
+    _write_json(folder / CONFIG, config)
+    golden = _golden_content(contents, encoder)
+    _write_json(folder / GOLDEN, golden)
     body: dict[str, Any] = {
         "schema": SCHEMA,
         "target": contents.target.name,
-        "model": dataclasses.asdict(contents.origin),
+        "model": dataclasses.asdict(contents.provenance),
         "labels": list(manifest.labels),
         "multi_label": encoder.multi_label,
         "max_length": manifest.max_length,
@@ -137,28 +137,28 @@ def write(contents: Contents, folder: Path) -> dict[str, Any]:
     }
     if contents.release:
         mobile.configure([folder / model["ort"]["file"] for model in models])
-    _companions(contents, folder, body, golden)
+    _write_companions(contents, folder, body, golden)
     body["files"] = [dataclasses.asdict(entry) for entry in list_files(folder)]
     body["id"] = canonical_id(body)
-    _json(folder / BUNDLE, body)
+    _write_json(folder / BUNDLE, body)
     return body
 
 
-def _tokenizer(contents: Contents, encoder: Encoder, folder: Path) -> dict[str, Any]:
+def _prepare_tokenizer(contents: Contents, encoder: Encoder, folder: Path) -> dict[str, Any]:
     """Compares the tokenizer graph with the checkpoint's tokenizer; writes it for a target with a separate graph.
 
     Returns:
         The entry ``tokenizer_in_graph`` of bundle.json.
     """
     if contents.with_tokenizer:
-        return {"texts_compared": proven.compare(encoder, contents.sentences)}
-    path = contents.target.tokenizer or ""
+        return {"texts_compared": comparison.compare(encoder, contents.sentences)}
+    path = contents.target.tokenizer_path or ""
     (folder / path).parent.mkdir(parents=True)
-    compared = proven.compare(encoder, contents.sentences, folder / path, MULTIPLE)
+    compared = comparison.compare(encoder, contents.sentences, folder / path, MULTIPLE)
     return {"texts_compared": compared, "file": path, "multiple": MULTIPLE}
 
 
-def _config(contents: Contents) -> dict[str, Any]:
+def _config_content(contents: Contents) -> dict[str, Any]:
     """Returns config.json without the path of the checkpoint; for the web target with the dtype for transformers.js."""
     config: dict[str, Any] = json.loads((contents.artifacts[0].path / CONFIG).read_text())
     config.pop("_name_or_path", None)
@@ -167,45 +167,45 @@ def _config(contents: Contents) -> dict[str, Any]:
     return config
 
 
-def _golden(contents: Contents, encoder: Encoder) -> dict[str, Any]:
-    """Returns the golden sentences and padded batches, their token ids, and the exact logits of each variant.
+def _golden_content(contents: Contents, encoder: Encoder) -> dict[str, Any]:
+    """Returns the golden sentences and padded batches with their token ids and the exact logits of each variant.
 
     Raises:
         ShippingError: This runtime saturates the int8 products of a variant even with the session option.
     """
     rows = encoder.encode(contents.sentences)
-    short = [index for index, row in enumerate(rows) if len(row) < encoder.max_length][:GOLDEN_BATCH]
-    batches = [{"padding": side, "sentences": short} for side in ("right", "left")]
-    alone = [pad([row], encoder.names, encoder.pad_id) for row in rows]
-    padded = [pad([rows[i] for i in short], encoder.names, encoder.pad_id, left) for left in (False, True)]
+    batch_rows = [index for index, row in enumerate(rows) if len(row) < encoder.max_length][:GOLDEN_BATCH]
+    batches = [{"padding": side, "sentences": batch_rows} for side in ("right", "left")]
+    single_batches = [pad([row], encoder.names, encoder.pad_id) for row in rows]
+    padded_batches = [pad([rows[i] for i in batch_rows], encoder.names, encoder.pad_id, left) for left in (False, True)]
     logits, batch_logits = {}, {}
     for artifact in contents.artifacts:
         name = artifact.manifest.variant
         if artifact.manifest.facts.get("int8_headroom", 1) < 1 and saturates(exact=True):
             raise ShippingError(
-                f"This runtime saturates 8-bit products, so the recorded answers of {name} would be wrong.",
+                f"This runtime saturates 8-bit products, so the recorded logits of {name} would be wrong.",
                 "Install the newest onnxruntime, or ship a -portable variant.",
             )
         session = OrtSession(artifact.path, Place("cpu", 1))
-        logits[name] = [_rounded(session.run(batch))[0] for batch in alone]
-        batch_logits[name] = [_rounded(session.run(batch)) for batch in padded]
+        logits[name] = [_round_logits(session.run(batch))[0] for batch in single_batches]
+        batch_logits[name] = [_round_logits(session.run(batch)) for batch in padded_batches]
         session.close()
     sentences = [{"text": text, "input_ids": row} for text, row in zip(contents.sentences, rows, strict=True)]
     return {"sentences": sentences, "logits": logits, "batches": batches, "batch_logits": batch_logits}
 
 
-def _rounded(logits: np.ndarray) -> list[list[float]]:
+def _round_logits(logits: np.ndarray) -> list[list[float]]:
     return [[round(float(x), 6) for x in row] for row in logits]
 
 
-def _placed(contents: Contents, artifact: Artifact, encoder: Encoder, file: Path) -> dict[str, Any]:
-    """Writes the file of a variant; returns the extra entries of bundle.json for phones, else an empty dictionary."""
+def _write_model_files(contents: Contents, artifact: Artifact, encoder: Encoder, file: Path) -> dict[str, Any]:
+    """Writes the model files of a variant; returns extra entries of bundle.json for phones, else an empty mapping."""
     file.parent.mkdir(parents=True, exist_ok=True)
     source = artifact.onnx_path
     with tempfile.TemporaryDirectory() as scratch:
-        if graph := _graph_of_bundle(contents, artifact, encoder):
+        if graph := _bundle_graph(contents, artifact, encoder):
             source = Path(scratch) / file.name
-            set_properties(graph, {"license": contents.origin.license})
+            set_properties(graph, {"license": contents.provenance.license})
             passes.write(graph, source)
         if contents.release:
             return mobile.make(source, file, contents.release, artifact.onnx_path)
@@ -213,92 +213,92 @@ def _placed(contents: Contents, artifact: Artifact, encoder: Encoder, file: Path
     return {}
 
 
-def _graph_of_bundle(contents: Contents, artifact: Artifact, encoder: Encoder) -> ir.Model | None:
+def _bundle_graph(contents: Contents, artifact: Artifact, encoder: Encoder) -> ir.Model | None:
     """Returns the graph for the bundle, or None if the bundle can hold the artifact's own file."""
     import onnx_ir as ir
 
     if contents.with_tokenizer:
         return with_tokenizer(passes.read(artifact.onnx_path), encoder)
-    if contents.target.tokenizer:
+    if contents.target.tokenizer_path:
         return add_probabilities(passes.read(artifact.onnx_path), encoder.multi_label)
-    if contents.origin.license != license_of(artifact.manifest):
+    if contents.provenance.license != license_of(artifact.manifest):
         return ir.load(artifact.onnx_path)
     return None
 
 
-def _model(contents: Contents, index: int, encoder: Encoder, folder: Path) -> dict[str, Any]:
+def _write_model(contents: Contents, index: int, encoder: Encoder, folder: Path) -> dict[str, Any]:
     """Writes the model file of one artifact and returns its entry in bundle.json."""
     artifact = contents.artifacts[index]
     manifest = artifact.manifest
-    place = contents.target.path([each.manifest.variant for each in contents.artifacts], index)
-    made = _placed(contents, artifact, encoder, folder / place)
-    graph = passes.read(folder / place)
-    known = passes.facts(graph)  # not from the manifest: an older release may have recorded fewer facts
-    room = known.get("int8_headroom")
+    path = contents.target.path([each.manifest.variant for each in contents.artifacts], index)
+    phone_entries = _write_model_files(contents, artifact, encoder, folder / path)
+    graph = passes.read(folder / path)
+    facts = passes.facts(graph)  # not from the manifest: an older toolchain may have recorded fewer facts
+    headroom = facts.get("int8_headroom")
     return {
         "variant": manifest.variant,
-        "file": place,
+        "file": path,
         **({"dtype": dtype(manifest.variant)} if contents.target is TARGETS["web"] else {}),
-        "bytes": (folder / place).stat().st_size,
+        "bytes": (folder / path).stat().st_size,
         "artifact_id": manifest.id,
-        "ir_version": known["ir_version"],
-        "opset": known["opset"],
-        "operators": known["operators"],
+        "ir_version": facts["ir_version"],
+        "opset": facts["opset"],
+        "operators": facts["operators"],
         "inputs": [dataclasses.asdict(spec) for spec in passes.specs(graph.graph.inputs)],
         "outputs": [dataclasses.asdict(spec) for spec in passes.specs(graph.graph.outputs)],
         "step": {"name": step_name(manifest.step), "settings": settings_of(manifest.step)},
-        "int8_headroom": room,
-        "onnxruntime": contents.release or _oldest_release(manifest.variant, folder / place),
-        "exact_on": ANYWHERE if room is None or room >= 1 else NEEDS_OPTION,
-        "session_options": options_by_processor(room),
-        "tolerance": TOLERANCES[parse_name(manifest.variant).scheme],
-        "measured": contents.measured.get(manifest.id, "not measured"),
-        **made,
+        "int8_headroom": headroom,
+        "onnxruntime": contents.release or _oldest_release(manifest.variant, folder / path),
+        "exact_on": ANY_PROCESSOR if headroom is None or headroom >= 1 else NEEDS_OPTION,
+        "session_options": options_by_processor(headroom),
+        "tolerance": TOLERANCES[manifest.variant.parts.scheme],
+        "measured": contents.measurements.get(manifest.id, "not measured"),
+        **phone_entries,
     }
 
 
 def _oldest_release(variant: str, file: Path) -> str:
-    """Returns the oldest release of ONNX Runtime that runs the file correctly, but none older than `DEFAULT`.
+    """Returns the oldest release of ONNX Runtime that runs the file correctly, or `DEFAULT` if that is newer.
 
-    Bundles are not tested with releases before `DEFAULT`.
+    Tests run bundles with `DEFAULT` and newer releases only.
 
     Raises:
         ShippingError: No known release runs the file correctly.
     """
-    found = oldest_release(read_needs(file))
-    if found is None:
+    release = oldest_release(read_needs(file))
+    if release is None:
         raise ShippingError(
-            f"No release of ONNX Runtime is known to answer {variant} right.", "Ship another variant, such as onnx-std."
+            f"No known release of ONNX Runtime computes {variant} correctly.", "Ship another variant, such as onnx-std."
         )
-    return max(found, DEFAULT, key=ORDER.index)
+    return max(release, DEFAULT, key=ORDER.index)
 
 
-def _companions(contents: Contents, folder: Path, body: Mapping[str, Any], golden: Mapping[str, Any]) -> None:
+def _write_companions(contents: Contents, folder: Path, body: Mapping[str, Any], golden: Mapping[str, Any]) -> None:
     """Writes the README, the check, the other files of the target, and the demo page with its JavaScript files."""
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(BUNDLED),
+        loader=jinja2.FileSystemLoader(BUNDLE_FILES),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     files = contents.target.text_files if contents.with_tokenizer else contents.target.files
-    for path, name in {**files, **(DEMO if contents.clients else {})}.items():
-        for model in body["models"] if "{name}" in path else [None]:
-            served_as = served(model["variant"]) if model else ""
-            place = folder / path.format(name=served_as)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if not name.endswith(".j2"):
-                shutil.copyfile(BUNDLED / name, place)
+    for pattern, template in {**files, **(DEMO if contents.clients else {})}.items():
+        for model in body["models"] if "{name}" in pattern else [None]:
+            name = served_name(model["variant"]) if model else ""
+            path = folder / pattern.format(name=name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not template.endswith(".j2"):
+                shutil.copyfile(BUNDLE_FILES / template, path)
                 continue
-            known = {"bundle": body, "golden": golden, "demo": bool(contents.clients), "model": model}
-            text = environment.get_template(name).render(known, name=served_as, served=served, text=TEXT_SPEC)
-            place.write_text(text, encoding="utf-8")
-    for path, file in contents.clients.items():
-        shutil.copyfile(file, folder / path)
+            values = {"bundle": body, "golden": golden, "demo": bool(contents.clients), "model": model}
+            text = environment.get_template(template).render(values, name=name, served_name=served_name, text=TEXT_SPEC)
+            path.write_text(text, encoding="utf-8")
+    for target, file in contents.clients.items():
+        shutil.copyfile(file, folder / target)
 
 
-def _json(path: Path, body: Mapping[str, Any]) -> None:
+def _write_json(path: Path, body: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

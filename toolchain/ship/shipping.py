@@ -1,4 +1,4 @@
-"""The commands `ship`, which writes variants of a model to a bundle, and `verify`, which checks a bundle."""
+"""The functions behind two commands: `ship` writes variants of a model to a bundle, and `verify` checks a bundle."""
 
 from __future__ import annotations
 
@@ -10,42 +10,44 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain import passes
 from toolchain.artifacts import variants
-from toolchain.artifacts.names import parse_name
-from toolchain.artifacts.publishing import building, lock, replace
-from toolchain.artifacts.store import Artifact, Manifest
+from toolchain.artifacts.manifest import Manifest
+from toolchain.artifacts.publishing import lock, replace, scratch_folder
+from toolchain.artifacts.store import Artifact
 from toolchain.backends import Place, Session, open_session
-from toolchain.bench import run
 from toolchain.build import onnx_metadata
 from toolchain.build.pipeline import ensure
-from toolchain.build.steps.validate import SEED as VALIDATED_SEED
-from toolchain.build.steps.validate import SENTENCES as VALIDATED
+from toolchain.build.steps.validate import SEED as VALIDATION_SEED
+from toolchain.build.steps.validate import SENTENCES as VALIDATION_SENTENCES
 from toolchain.build.steps.validate import TEXTS, TOLERANCE, sentence, validate
 from toolchain.build.workspace import Workspace
 from toolchain.data import inputs
-from toolchain.data.inputs import Encoder, pad
+from toolchain.data.encoding import Encoder, pad
 from toolchain.errors import ArtifactError, ProviderError, ShippingError, VerdictError
 from toolchain.models.checkpoints import NOT_STATED, REFERENCE_LICENSE
 from toolchain.progress import Bar, Say
-from toolchain.results.measurements import Measurement, ResultFile
+from toolchain.results.folder import DEFAULT_FOLDER, ResultsFolder
+from toolchain.results.measurements import Measurement
+from toolchain.results.result_file import ResultFile
 from toolchain.ship import bundles
-from toolchain.ship.bundle_files import verify as bundled
-from toolchain.ship.bundles import Contents, Origin
+from toolchain.ship.bundle_files import verify as bundle_verifier
+from toolchain.ship.bundles import Contents, Provenance
 from toolchain.ship.targets import TARGETS, Target, clients
 from toolchain.ship.targets.releases import DEFAULT
-from toolchain.ship.tokenizer_graph.characters import WITHOUT
+from toolchain.ship.tokenizer_graph.characters import SHIP_WITHOUT_HINT
 from toolchain.ship.tokenizer_graph.session import TextSession
 from toolchain.system import hardware
+from toolchain.system.extras import install_hint
 
 if TYPE_CHECKING:
     import onnx
 
 SENTENCES, SEED = 16, 6
-REFERENCE = Origin(
+REFERENCE_PROVENANCE = Provenance(
     name="reference",
     source={},
     license=REFERENCE_LICENSE,
-    origin="DistilBERT fine-tuned by the toolchain's authors from sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0)",
-    data="SST-2 (GLUE); the Stanford Sentiment Treebank is published for research with citation "
+    origin="DistilBERT, fine-tuned by the toolchain's authors from sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0)",
+    data="SST-2 (GLUE); the Stanford Sentiment Treebank is published for research, with citation "
     "(Socher et al., EMNLP 2013)",
 )
 
@@ -60,7 +62,8 @@ class Order:
         license: Licence for the bundle; None for the licence that the model states.
         demo: Whether a web bundle has a demo page.
         with_tokenizer: Whether each graph contains the tokenizer.
-        ort_mobile: Release of ONNX Runtime on the phones, one of `RELEASES`; only for the mobile target.
+        ort_mobile: Release of ONNX Runtime on the phones, one of `RELEASES`; used by the mobile target only.
+        results: The result files whose figures the bundle cites.
     """
 
     variants: tuple[str, ...]
@@ -69,13 +72,14 @@ class Order:
     demo: bool = True
     with_tokenizer: bool = False
     ort_mobile: str = DEFAULT
+    results: ResultsFolder = DEFAULT_FOLDER
 
 
 def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -> dict[str, Any]:
-    """Builds the missing or stale variants, writes the bundle and returns its bundle.json.
+    """Builds the missing or stale variants, writes the bundle and returns the content of its bundle.json.
 
-    `verify` checks the new bundle in a scratch folder before it is renamed to `output`. An equal bundle that exists
-    already stays as it is.
+    The function writes the new bundle to a scratch folder, verifies it there, and renames the folder to `output`. If
+    `output` holds an equal bundle already, it stays unchanged.
 
     Args:
         order: The options.
@@ -89,48 +93,48 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
     """
     target = TARGETS[order.target]
     _check_names(order.variants, target)
-    if order.with_tokenizer and target.no_texts:
+    if order.with_tokenizer and target.no_tokenizer_reason:
         raise ShippingError(
-            f"A bundle for {target.name} cannot have the tokenizer in the graph: {target.no_texts}.",
-            WITHOUT,
+            f"A bundle for {target.name} cannot have the tokenizer in the graph: {target.no_tokenizer_reason}.",
+            SHIP_WITHOUT_HINT,
         )
-    built = ensure(workspace, order.variants, {}, say, bar)
-    chosen = [built[name] for name in order.variants]
-    for artifact in chosen:
-        _check(artifact, target)
-        if artifact.manifest.tokenizer != chosen[0].manifest.tokenizer:
+    artifacts_by_name = ensure(workspace, order.variants, {}, say, bar)
+    artifacts = [artifacts_by_name[name] for name in order.variants]
+    for artifact in artifacts:
+        _check_artifact(artifact, target)
+        if artifact.manifest.tokenizer != artifacts[0].manifest.tokenizer:
             raise ShippingError(
-                f"{order.variants[0]} and {artifact.manifest.variant} have tokenizers of their own, and a bundle has "
-                "room for one.",
-                "Ship them in bundles of their own.",
+                f"{order.variants[0]} and {artifact.manifest.variant} have different tokenizers, but a bundle has one "
+                "tokenizer.",
+                "Ship each of them in a separate bundle.",
             )
-    found: dict[str, Path] = {}
+    page_files: dict[str, Path] = {}
     if target is TARGETS["web"] and order.demo:
         modules = clients.install(workspace.exported / ".cache")
-        found = {path: modules / file for path, file in clients.BROWSER.items()}
-    measured = run.cited([artifact.manifest.id for artifact in chosen], say)
+        page_files = {path: modules / file for path, file in clients.BROWSER_FILES.items()}
+    measurements = order.results.measurements_of([artifact.manifest.id for artifact in artifacts], say)
     contents = Contents(
         target,
-        chosen,
-        _origin(workspace, chosen[0].manifest, order.license),
+        artifacts,
+        _provenance(workspace, artifacts[0].manifest, order.license),
         [*TEXTS.values(), *map(str, inputs.embedded().sample(SENTENCES, SEED))],
-        {artifact_id: _measured(*found_in) for artifact_id, found_in in measured.items()},
-        found,
+        {artifact_id: _measurement_entry(*row) for artifact_id, row in measurements.items()},
+        page_files,
         order.with_tokenizer,
         order.ort_mobile if target is TARGETS["mobile"] else None,
     )
-    with lock(output, lambda: say(f"{output}: another run is writing it, waiting")):
+    with lock(output, lambda: say(f"{output}: another run is writing this bundle, waiting")):
         _check_output(output)
         return _publish(contents, output, say)
 
 
 def _publish(contents: Contents, output: Path, say: Say) -> dict[str, Any]:
-    with building(output) as scratch:
+    with scratch_folder(output) as scratch:
         body = bundles.write(contents, scratch)
         if contents.release or contents.with_tokenizer:
             _compare(contents, body, scratch, say)
-        if output.exists() and bundled.sealed(output)["id"] == body["id"]:
-            say(f"{output}: the same already, unchanged")
+        if output.exists() and bundle_verifier.read_bundle(output)["id"] == body["id"]:
+            say(f"{output}: an equal bundle exists, unchanged")
             return body
         verify(scratch)
         replace(scratch, output)
@@ -139,31 +143,31 @@ def _publish(contents: Contents, output: Path, say: Say) -> dict[str, Any]:
 
 
 def _compare(contents: Contents, body: Mapping[str, Any], folder: Path, say: Say) -> None:
-    """Compares every model file with its artifact on the validation sentences, on this machine.
+    """Compares every model file with its artifact on the validation sentences.
 
     Raises:
-        VerdictError: The logits of a file differ from those of its artifact.
+        VerdictError: The logits of a file differ from the logits of its artifact.
     """
-    sentences = list(map(str, inputs.embedded().sample(VALIDATED, VALIDATED_SEED)))
+    sentences = list(map(str, inputs.embedded().sample(VALIDATION_SENTENCES, VALIDATION_SEED)))
     place = Place("cpu", hardware.cores())
     for artifact, model in zip(contents.artifacts, body["models"], strict=True):
         names = [spec.name for spec in artifact.manifest.inputs]
         encoder = Encoder.open(artifact.path, names, artifact.manifest.max_length)
         original = open_session(artifact.path, "onnx", place)
-        for name, file in bundled.files_of(model):
+        for name, file in bundle_verifier.model_files(model):
             if contents.with_tokenizer:
-                passed, told = _compare_texts(folder / file, original, encoder, sentences)
+                passed, summary = _compare_texts(folder / file, original, encoder, sentences)
             else:
-                asked = open_session(folder / file, "onnx", place)
-                report = validate(asked, original, encoder, sentences, "exact")
-                passed, told = report["passed"], sentence(report)
-                asked.close()
+                session = open_session(folder / file, "onnx", place)
+                report = validate(session, original, encoder, sentences, "exact")
+                passed, summary = report["passed"], sentence(report)
+                session.close()
             if not passed:
                 raise VerdictError(
-                    f"{file} does not answer as {model['variant']} does: {told}.",
+                    f"The logits of {file} differ from the logits of {model['variant']}: {summary}.",
                     "Ship the variant for the newest --ort-mobile, or ship another variant.",
                 )
-            say(f"{name}: {told}")
+            say(f"{name}: {summary}")
         original.close()
 
 
@@ -178,43 +182,48 @@ def _compare_texts(file: Path, original: Session, encoder: Encoder, texts: Seque
     session = TextSession(file, hardware.cores())
     deltas = []
     for text, row in zip(texts, encoder.encode(texts), strict=True):
-        wanted = original.run(pad([row], encoder.names, encoder.pad_id))
-        deltas.append(float(np.abs(session.run([text])[bundled.LOGITS] - wanted).max()))
+        expected = original.run(pad([row], encoder.names, encoder.pad_id))
+        deltas.append(float(np.abs(session.run([text])[bundle_verifier.LOGITS] - expected).max()))
     session.close()
     largest = max(deltas)
-    return largest <= TOLERANCE, f"largest |Δlogit| {largest:.2g} over {len(deltas)} texts, ≤ {TOLERANCE:g} allowed"
+    return largest <= TOLERANCE, f"largest |Δlogit| {largest:.2g} over {len(deltas)} texts (limit {TOLERANCE:g})"
 
 
 def _check_output(output: Path) -> None:
-    """Raises `ArtifactError` unless `output` is free or an unmodified bundle, which `ship` can build again."""
+    """Raises `ArtifactError` unless `output` is free or holds an unmodified bundle, which `ship` may replace."""
     if not (output.exists() or output.is_symlink()):
         return
-    mend = "Move it away, or name another folder with --output."
+    hint = "Move it to another place, or name another folder with --output."
     try:
-        bundled.sealed(output)
+        bundle_verifier.read_bundle(output)
     except FileNotFoundError as error:
-        raise ArtifactError(f"{output} exists and is no bundle.", mend) from error
+        raise ArtifactError(f"{output} exists and is not a bundle.", hint) from error
     except NotADirectoryError as error:
-        raise ArtifactError(f"{output} is a file.", mend) from error
-    except bundled.Broken as error:
-        raise ArtifactError(f"{output} was changed since it was written: {error.cause}.", mend) from error
+        raise ArtifactError(f"{output} is a file.", hint) from error
+    except bundle_verifier.InvalidBundleError as error:
+        raise ArtifactError(f"{output} was modified: {error.cause}.", hint) from error
 
 
 def _check_names(names: Sequence[str], target: Target) -> None:
-    """Raises `ShippingError` for a PyTorch variant or two variants with one path. Called before any build."""
-    places: dict[str, str] = {}
+    """Raises `ShippingError` for a PyTorch variant or for two variants with the same path."""
+    variants_by_path: dict[str, str] = {}
+    chosen = [variants.get(name) for name in names]
     for index, name in enumerate(names):
-        if variants.get(name).runtime != "onnx":
-            raise ShippingError(f"{name} is PyTorch's and no .onnx file.", "Ship an ONNX variant such as onnx-int8.")
-        place = target.path(names, index)
-        other = places.setdefault(place, name)
-        if other != name:
-            raise ShippingError(f"{other} and {name} would both be {place}.", "Ship them in bundles of their own.")
+        if chosen[index].runtime != "onnx":
+            raise ShippingError(
+                f"{name} is a PyTorch variant and has no .onnx file.", "Ship an ONNX variant such as onnx-int8."
+            )
+        path = target.path([variant.name for variant in chosen], index)
+        previous = variants_by_path.setdefault(path, name)
+        if previous != name:
+            raise ShippingError(
+                f"{previous} and {name} would both have the path {path}.", "Ship each of them in a separate bundle."
+            )
     if len(set(names)) < len(names):
-        raise ShippingError("A variant is named twice.", "Name each once.")
+        raise ShippingError("A variant is named twice.", "Name each variant once.")
 
 
-def _check(artifact: Artifact, target: Target) -> None:
+def _check_artifact(artifact: Artifact, target: Target) -> None:
     """Checks an artifact before it is shipped.
 
     Raises:
@@ -223,29 +232,31 @@ def _check(artifact: Artifact, target: Target) -> None:
     """
     name = artifact.manifest.variant
     if artifact.manifest.validation.get("passed") is not True:
-        raise VerdictError(f"{name} did not pass validation.", f"`toolchain validate {name}` shows why.")
+        raise VerdictError(f"{name} did not pass validation.", f"`toolchain validate {name}` shows the reason.")
     graph = passes.read(artifact.onnx_path)
-    lacking = sorted({node.op_type for node in graph.graph.all_nodes() if node.domain not in target.domains})
-    if lacking:
-        instead = "onnx-std-int8" if parse_name(name).scheme == "int8" else "onnx-std"
+    missing = sorted({node.op_type for node in graph.graph.all_nodes() if node.domain not in target.domains})
+    if missing:
+        replacement = "onnx-std-int8" if name.parts.scheme == "int8" else "onnx-std"
         raise ShippingError(
-            f"{name} uses {', '.join(lacking)}, which only ONNX Runtime has.",
-            f"Ship a variant of standard operators such as {instead}.",
+            f"{name} uses operators that only ONNX Runtime has: {', '.join(missing)}.",
+            f"Ship a variant with standard operators such as {replacement}.",
         )
 
 
-def _origin(workspace: Workspace, manifest: Manifest, license_: str | None) -> Origin:
-    """Returns the origin of the model, with only the last part of the path of a local folder."""
+def _provenance(workspace: Workspace, manifest: Manifest, license_: str | None) -> Provenance:
+    """Returns the provenance of the model; of a local folder it keeps only the last part of the path."""
     source = {key: str(value) for key, value in manifest.source.items()}
     if source["kind"] == "embedded":
-        return dataclasses.replace(REFERENCE, source=source, license=license_ or REFERENCE.license)
+        return dataclasses.replace(
+            REFERENCE_PROVENANCE, source=source, license=license_ or REFERENCE_PROVENANCE.license
+        )
     source = {key: Path(value).name if Path(value).is_absolute() else value for key, value in source.items()}
-    what = "a local folder" if source["kind"] == "folder" else "the model hub"
+    kind = "a local folder" if source["kind"] == "folder" else "the model hub"
     license_ = license_ or onnx_metadata.license_of(manifest)
-    return Origin(workspace.model, source, license_, f"{source['ref']}, from {what}", NOT_STATED)
+    return Provenance(workspace.model, source, license_, f"{source['ref']}, from {kind}", NOT_STATED)
 
 
-def _measured(run: ResultFile, row: Measurement) -> dict[str, Any]:
+def _measurement_entry(run: ResultFile, row: Measurement) -> dict[str, Any]:
     """Returns the figures of a benchmark row with the hardware of its run."""
     machine = run.machine
     return {
@@ -274,11 +285,11 @@ def verify(folder: Path) -> dict[str, Any]:
         VerdictError: The bundle was modified, or this runtime cannot compute its reference logits.
         ProviderError: The bundle needs onnxruntime-extensions, which is not installed.
     """
-    body, models = checked(folder)
+    body, models = check_bundle(folder)
     return {"id": body["id"], "target": body.get("target"), "files": len(body["files"]), "models": models}
 
 
-def checked(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def check_bundle(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Checks a bundle as `verify` does, and raises the same errors.
 
     Returns:
@@ -286,39 +297,43 @@ def checked(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ``tolerance``.
     """
     try:
-        body = bundled.sealed(folder)
-        apart = (body.get("tokenizer_in_graph") or {}).get("file")
-        for file in [model["file"] for model in body["models"]] + ([apart] if apart else []):
+        body = bundle_verifier.read_bundle(folder)
+        tokenizer_file = (body.get("tokenizer_in_graph") or {}).get("file")
+        for file in [model["file"] for model in body["models"]] + ([tokenizer_file] if tokenizer_file else []):
             _check_single(folder / file)
         models = {
             variant: {"largest_delta": largest, "tolerance": tolerance}
-            for variant, largest, tolerance in bundled.answers(folder, body)
+            for variant, largest, tolerance in bundle_verifier.compare_logits(folder, body)
         }
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ShippingError(
-            f"{folder} is no bundle: it holds no {bundled.BUNDLE}.", "Name a folder `toolchain ship` wrote."
+            f"{folder} is not a bundle: it has no {bundle_verifier.BUNDLE}.",
+            "Name a folder that `toolchain ship` wrote.",
         ) from error
     except ImportError as error:
         raise ProviderError(
-            f"The models of {folder} have the tokenizer in the graph, and {error.name} is not installed.",
-            'Install it: pip install "toolchain[text]".',
+            f"The models of {folder} contain the tokenizer, which needs {error.name}. It is not installed.",
+            install_hint("text"),
         ) from error
-    except bundled.Refused as error:
+    except bundle_verifier.BundleError as error:
         raise VerdictError(f"{folder}: {error.cause}.", f"{error.hint}.") from error
     return body, models
 
 
 def _check_single(path: Path) -> None:
-    """Raises `Broken` for a model with tensors in other files: a loader would open any path that the model names."""
+    """Raises `InvalidBundleError` for a model with tensors in other files.
+
+    A loader would open any path that such a model names.
+    """
     import onnx
     from google.protobuf.message import DecodeError
 
     try:
         tensors = list(external_tensors(onnx.load(str(path), load_external_data=False).graph))
     except (DecodeError, ValueError, OSError) as error:
-        raise bundled.Broken(f"{path.name} is no ONNX file") from error
+        raise bundle_verifier.InvalidBundleError(f"{path.name} is not an ONNX file") from error
     if tensors:
-        raise bundled.Broken(f"{path.name} keeps {tensors[0]} outside of itself")
+        raise bundle_verifier.InvalidBundleError(f"{path.name} stores the tensor {tensors[0]} in another file")
 
 
 def external_tensors(graph: onnx.GraphProto) -> Iterator[str]:
@@ -343,5 +358,5 @@ def default_output(workspace: Workspace, target: str) -> Path:
 
 def read(folder: Path) -> dict[str, Any] | None:
     """Returns the content of bundle.json without any check; None if the folder holds no bundle."""
-    file = folder / bundled.BUNDLE
+    file = folder / bundle_verifier.BUNDLE
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -51,13 +51,13 @@ def write_to_free(path: Path, content: str | bytes) -> Path:
     """
     number = 1
     while True:
-        free = path if number == 1 else path.with_name(f"{path.stem}.{number}{path.suffix}")
+        free_path = path if number == 1 else path.with_name(f"{path.stem}.{number}{path.suffix}")
         try:
-            write_whole(free, content, replace=False)
+            write_whole(free_path, content, replace=False)
         except FileExistsError:
             number += 1
         else:
-            return free
+            return free_path
 
 
 def move_to_free(source: Path, path: Path) -> None:

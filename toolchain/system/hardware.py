@@ -53,22 +53,22 @@ BUILDS = {"torch": ("version.py", "cuda"), "onnxruntime": ("capi/build_and_packa
 
 def versions() -> dict[str, str]:
     """Returns the version of Python and of each installed package in `STACK`."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in STACK:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def cores() -> int:
     """Returns the number of physical cores that this process may use."""
     import psutil
 
-    physical = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
-    return max(1, min(physical, allowed))
+    physical_count = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    allowed_count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical_count
+    return max(1, min(physical_count, allowed_count))
 
 
 @functools.cache
@@ -77,10 +77,10 @@ def processor() -> dict[str, Any]:
     import cpuinfo
 
     info = cpuinfo.get_cpu_info()
-    have = set(info.get("flags", []))
+    flags = set(info.get("flags", []))
     return {
         "cpu": info.get("brand_raw") or platform.processor() or "unknown",
-        "isa": [f for f in ISA_FLAGS if f in have],
+        "isa": [flag for flag in ISA_FLAGS if flag in flags],
     }
 
 
@@ -100,34 +100,34 @@ def gpus() -> tuple[list[dict[str, Any]], str]:
     """
     import pynvml
 
-    def ask(question: Callable[..., Any], *about: Any, otherwise: Any = None) -> Any:
+    def ask(query: Callable[..., Any], *arguments: Any, default: Any = None) -> Any:
         try:
-            answer = question(*about)
+            answer = query(*arguments)
         except pynvml.NVMLError:
-            return otherwise
+            return default
         return answer.decode() if isinstance(answer, bytes) else answer
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return [], ""
-    found = []
-    for index in range(ask(pynvml.nvmlDeviceGetCount, otherwise=0)):
+    devices = []
+    for index in range(ask(pynvml.nvmlDeviceGetCount, default=0)):
         handle = ask(pynvml.nvmlDeviceGetHandleByIndex, index)
         if handle is None:  # the GPU is lost, or belongs to another user
             continue
         memory = ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
-        capability = ask(pynvml.nvmlDeviceGetCudaComputeCapability, handle, otherwise=())
-        found.append(
+        capability = ask(pynvml.nvmlDeviceGetCudaComputeCapability, handle, default=())
+        devices.append(
             {
-                "name": ask(pynvml.nvmlDeviceGetName, handle, otherwise="NVIDIA GPU"),
+                "name": ask(pynvml.nvmlDeviceGetName, handle, default="NVIDIA GPU"),
                 "memory_bytes": int(memory.total) if memory else 0,
                 "compute_capability": ".".join(map(str, capability)),
             }
         )
-    driver = ask(pynvml.nvmlSystemGetDriverVersion, otherwise="")
+    driver = ask(pynvml.nvmlSystemGetDriverVersion, default="")
     ask(pynvml.nvmlShutdown)
-    return found, driver
+    return devices, driver
 
 
 def runtime_set(devices: Sequence[dict[str, Any]], driver: str) -> str:
@@ -171,15 +171,15 @@ def machine() -> dict[str, Any]:
 
     devices, driver = gpus()
     ram = psutil.virtual_memory().total
-    hard = {
+    description = {
         **processor(),
         "cores": cores(),
         "ram_gib": round(ram / 2**30),
         "gpu": devices,
         "system": f"{platform.system()} {platform.machine()}",
     }
-    digest = hashlib.sha256(repr(sorted(hard.items())).encode()).hexdigest()[:12]
-    return {"id": digest, **hard, "driver": driver, "versions": versions()}
+    digest = hashlib.sha256(repr(sorted(description.items())).encode()).hexdigest()[:12]
+    return {"id": digest, **description, "driver": driver, "versions": versions()}
 
 
 def missing_cuda(device_id: int = 0) -> tuple[str, str] | None:
@@ -192,9 +192,9 @@ def missing_cuda(device_id: int = 0) -> tuple[str, str] | None:
     if not devices:
         return (
             "No NVIDIA GPU answers on this machine.",
-            "Run the same command on a machine with one and its driver; `toolchain doctor` shows what is found.",
+            "Run the same command on a machine with a GPU and its driver. `toolchain doctor` lists the GPUs.",
         )
     if device_id >= len(devices):
-        listed = ", ".join(f"{index} {gpu['name']}" for index, gpu in enumerate(devices))
-        return f"There is no GPU {device_id} on this machine.", f"Pass one of these as --device-id: {listed}."
+        device_list = ", ".join(f"{index} {gpu['name']}" for index, gpu in enumerate(devices))
+        return f"There is no GPU {device_id} on this machine.", f"Pass one of these as --device-id: {device_list}."
     return None

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def hide_logs() -> Iterator[None]:
     """Disables log messages up to level WARNING inside the block."""
-    before = logging.root.manager.disable
+    old_level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logging.disable(before)
+        logging.disable(old_level)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from toolchain.data.inputs import Encoder, pad
+from toolchain.data.encoding import Encoder, pad
 
 if TYPE_CHECKING:
     import torch
@@ -46,9 +46,9 @@ def batch(
     """
     import torch
 
-    chosen = [ids[row] for row in rows]
-    width = min(-(-max(map(len, chosen)) // multiple) * multiple, encoder.max_length)
-    arrays = pad(chosen, encoder.names, encoder.pad_id, width=width)
+    token_ids = [ids[row] for row in rows]
+    width = min(-(-max(map(len, token_ids)) // multiple) * multiple, encoder.max_length)
+    arrays = pad(token_ids, encoder.names, encoder.pad_id, width=width)
     inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return Batch(inputs, torch.tensor([labels[row] for row in rows]), list(rows))
 
@@ -67,11 +67,11 @@ def task_loss(logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean
 
     if labels.dim() == 1:
         return functional.cross_entropy(logits, labels, reduction=reduction)
-    each = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(1)
-    return each.sum() if reduction == "sum" else each.mean()
+    row_losses = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(1)
+    return row_losses.sum() if reduction == "sum" else row_losses.mean()
 
 
-def right(logits: torch.Tensor, labels: torch.Tensor) -> int:
+def count_correct(logits: torch.Tensor, labels: torch.Tensor) -> int:
     """Counts the rows with a correct prediction. A row with several labels counts only if all of them are correct."""
     if labels.dim() == 1:
         return int((logits.argmax(1) == labels).sum())

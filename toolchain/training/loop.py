@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.data.inputs import Encoder
+from toolchain.data.encoding import Encoder
 from toolchain.errors import DataError
 from toolchain.models.architectures import matched_layers
 from toolchain.system import files, hardware
@@ -139,24 +139,24 @@ def train(
     (model, teacher), (train_on, held_out) = models, rows
     folder, key = resume
     folder.mkdir(parents=True, exist_ok=True)
-    now = train_on.of_epoch(0)
-    run = _Run((model, teacher), recipe, math.ceil(len(now.ids) / recipe.batch_size), folder, key)
-    judged = held_out.batches(encoder)
+    epoch_rows = train_on.of_epoch(0)
+    run = _Run((model, teacher), recipe, math.ceil(len(epoch_rows.ids) / recipe.batch_size), folder, key)
+    held_out_batches = held_out.batches(encoder)
     if not run.state.step:
-        run.judge(judged)
-    while not run.over:
+        run.judge(held_out_batches)
+    while not run.is_finished:
         # The epoch comes from the scores: a run killed after an epoch's last step must still score that epoch.
         epoch = len(run.state.held_out) - 1
-        now = train_on.of_epoch(epoch)
-        for chosen in _order(now, recipe, epoch)[run.state.step - epoch * run.steps :]:
-            loss = run.learn(batch(chosen, now.ids, now.labels, encoder, WIDTHS))
+        epoch_rows = train_on.of_epoch(epoch)
+        for batch_rows in _shuffle_batches(epoch_rows, recipe, epoch)[run.state.step - epoch * run.steps :]:
+            loss = run.learn(batch(batch_rows, epoch_rows.ids, epoch_rows.labels, encoder, WIDTHS))
             progress(run.state.step, run.total, f"epoch {epoch + 1} of {recipe.epochs}, loss {loss:.4f}")
-        run.judge(judged)
+        run.judge(held_out_batches)
         run.save()
     run.finish()
     return {
         **asdict(recipe),
-        "rows": len(now.ids),
+        "rows": len(epoch_rows.ids),
         "steps": run.state.step,
         "best_epoch": run.state.best,
         "held_out_accuracy": [round(value, 4) for value in run.state.held_out],
@@ -168,16 +168,16 @@ def train(
     }
 
 
-def _order(rows: Examples, recipe: Recipe, epoch: int) -> list[list[int]]:
+def _shuffle_batches(rows: Examples, recipe: Recipe, epoch: int) -> list[list[int]]:
     """Returns the epoch's batches in random order; each holds rows of similar length, which reduces padding."""
     rng = random.Random(f"{recipe.seed} {epoch}")
     shuffled = rng.sample(range(len(rows.ids)), len(rows.ids))
-    size, found = recipe.batch_size, []
+    size, epoch_batches = recipe.batch_size, []
     for start in range(0, len(shuffled), GROUP * size):
         group = sorted(shuffled[start : start + GROUP * size], key=lambda i: len(rows.ids[i]))
-        found += [group[i : i + size] for i in range(0, len(group), size)]
-    rng.shuffle(found)
-    return found
+        epoch_batches += [group[i : i + size] for i in range(0, len(group), size)]
+    rng.shuffle(epoch_batches)
+    return epoch_batches
 
 
 class _Run:
@@ -200,28 +200,28 @@ class _Run:
         self._weights = Weights(recipe.task, recipe.states, recipe.temperature, matched)
         self._model = model.to(self.device)  # type: ignore[arg-type]
         self._teacher = teacher and teacher.to(self.device, self.precision).eval()  # type: ignore[arg-type]
-        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         tables = set()
         for name, module in model.named_modules():
             # DeBERTa multiplies its matrix of relative positions instead of looking rows up.
             if isinstance(module, torch.nn.Embedding) and not name.endswith("rel_embeddings"):
-                # A batch uses a few hundred of many thousand rows: updating all of them takes a fifth of the time.
+                # A batch uses a few hundred of many thousand rows, and an update of all rows takes a fifth of the time.
                 module.sparse = True
                 tables.add(f"{name}.weight")
-        self._dense = [p for name, p in self._trained.items() if name not in tables]
-        adamw = torch.optim.AdamW(self._dense, weight_decay=recipe.weight_decay, fused=True)
-        lazy = torch.optim.SparseAdam([p for name, p in self._trained.items() if name in tables])
-        self._optimizers = (adamw, lazy)
-        self._optimizer_of = {name: lazy if name in tables else adamw for name in self._trained}
-        self._started = self._saved = time.monotonic()
-        self.state = self._restored(key) or _State(key)
-        self._before_s = self.state.spent_s
+        self._dense_parameters = [p for name, p in self._parameters.items() if name not in tables]
+        adamw = torch.optim.AdamW(self._dense_parameters, weight_decay=recipe.weight_decay, fused=True)
+        sparse_adam = torch.optim.SparseAdam([p for name, p in self._parameters.items() if name in tables])
+        self._optimizers = (adamw, sparse_adam)
+        self._optimizer_of = {name: sparse_adam if name in tables else adamw for name in self._parameters}
+        self._start_time = self._save_time = time.monotonic()
+        self.state = self._restore(key) or _State(key)
+        self._earlier_s = self.state.spent_s
         # Some gradients are too small for float16, so the scaler enlarges them first.
-        halved = self.precision == torch.float16
-        self._scaler = torch.amp.GradScaler(self.device.type, init_scale=self.state.scale, enabled=halved)
+        is_float16 = self.precision == torch.float16
+        self._scaler = torch.amp.GradScaler(self.device.type, init_scale=self.state.scale, enabled=is_float16)
 
     @property
-    def over(self) -> bool:
+    def is_finished(self) -> bool:
         """Returns whether all epochs are finished, or the best epoch is `patience` epochs ago."""
         epochs = len(self.state.held_out) - 1
         return epochs >= self._recipe.epochs or epochs - self.state.best >= self._recipe.patience
@@ -231,34 +231,34 @@ class _Run:
         import torch
 
         recipe, step = self._recipe, self.state.step
-        rising = (step + 1) / max(1.0, recipe.warmup * self.total)
-        rate = recipe.learning_rate * min(rising, (self.total - step) / self.total)
+        warmup_share = (step + 1) / max(1.0, recipe.warmup * self.total)
+        rate = recipe.learning_rate * min(warmup_share, (self.total - step) / self.total)
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
             optimizer.param_groups[0]["lr"] = rate
         if recipe.dropout:
             torch.manual_seed(recipe.seed * self.total + step)  # a resumed run drops the same units
         self._model.train(recipe.dropout)
-        found = self._loss(part)
+        loss = self._loss(part)
         self._model.eval()
-        if not torch.isfinite(found):
+        if not torch.isfinite(loss):
             self.save()
             raise DataError(
-                f"The loss is {float(found.detach())} at step {step}: the training left what numbers can hold. What it "
-                f"had until then is kept in {self._folder}.",
-                "Check the checkpoint for NaN; a lower learning rate may help.",
+                f"The training diverged: the loss is {float(loss.detach())} at step {step}. "
+                f"{self._folder} contains the weights before this step.",
+                "Check the checkpoint for NaN, or try a lower learning rate.",
             )
-        self._scaler.scale(found).backward()
+        self._scaler.scale(loss).backward()
         for optimizer in self._optimizers:
             self._scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(self._dense, recipe.clip)
+        torch.nn.utils.clip_grad_norm_(self._dense_parameters, recipe.clip)
         for optimizer in self._optimizers:
             self._scaler.step(optimizer)
         self._scaler.update()
         self.state.step += 1
-        if time.monotonic() - self._saved > SAVE_EVERY_S:
+        if time.monotonic() - self._save_time > SAVE_EVERY_S:
             self.save()
-        return float(found.detach())
+        return float(loss.detach())
 
     def _loss(self, part: Batch) -> torch.Tensor:
         import torch
@@ -269,10 +269,12 @@ class _Run:
         states = self._recipe.states > 0
         with mixed_precision.attention(self.device):
             with torch.no_grad():
-                wanted = self._teacher and self._teacher(**self._asked(inputs), output_hidden_states=states)
+                teacher_outputs = self._teacher and self._teacher(
+                    **self._teacher_inputs(inputs), output_hidden_states=states
+                )
             with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-                given = self._model(**inputs, output_hidden_states=states)
-        return loss(given, wanted, inputs, part.labels.to(self.device), self._weights)
+                outputs = self._model(**inputs, output_hidden_states=states)
+        return loss(outputs, teacher_outputs, inputs, part.labels.to(self.device), self._weights)
 
     def judge(self, rows: list[Batch]) -> None:
         """Scores the current weights and stores them if no earlier weights have a better score."""
@@ -285,32 +287,32 @@ class _Run:
         scores = self.state.held_out if self._recipe.task else [-value for value in self.state.losses]
         if scores[-1] >= scores[self.state.best] or len(scores) == 1:
             self.state.best = len(scores) - 1
-            _write(self._folder / f"{self.state.best}.{BEST}", dict(self._trained))
+            _write(self._folder / f"{self.state.best}.{BEST}", dict(self._parameters))
 
-    def _asked(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _teacher_inputs(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns the inputs that the teacher accepts, since it may have another architecture."""
         assert self._teacher is not None
-        taken = inspect.signature(self._teacher.forward).parameters
-        return {name: tensor for name, tensor in inputs.items() if name in taken}
+        parameters = inspect.signature(self._teacher.forward).parameters
+        return {name: tensor for name, tensor in inputs.items() if name in parameters}
 
     def save(self) -> None:
         """Writes the files to resume from; the state file comes last, since it makes the others valid."""
         import torch
 
-        tensors: dict[str, torch.Tensor] = dict(self._trained)
-        for name, parameter in self._trained.items():
+        tensors: dict[str, torch.Tensor] = dict(self._parameters)
+        for name, parameter in self._parameters.items():
             moments = self._optimizer_of[name].state.get(parameter, {})
             tensors |= {f"{name}|{key}": torch.as_tensor(value) for key, value in moments.items()}
-        self.state.spent_s = self._before_s + time.monotonic() - self._started
+        self.state.spent_s = self._earlier_s + time.monotonic() - self._start_time
         self.state.scale = self._scaler.get_scale() if self._scaler.is_enabled() else self.state.scale
         _write(self._folder / f"{self.state.step}.{WEIGHTS}", tensors)
         files.write_whole(self._folder / STATE, json.dumps(asdict(self.state)))
-        for old in self._folder.glob(f"*.{WEIGHTS}"):
-            if old.name != f"{self.state.step}.{WEIGHTS}":
-                old.unlink()
-        self._saved = time.monotonic()
+        for file in self._folder.glob(f"*.{WEIGHTS}"):
+            if file.name != f"{self.state.step}.{WEIGHTS}":
+                file.unlink()
+        self._save_time = time.monotonic()
 
-    def _restored(self, key: str) -> _State | None:
+    def _restore(self, key: str) -> _State | None:
         """Returns the state of an earlier run with this key and restores its weights and moments; None without one."""
         import torch
         from safetensors.torch import load_file
@@ -321,11 +323,11 @@ class _Run:
         state = _State(**json.loads(file.read_text()))
         tensors = load_file(self._folder / f"{state.step}.{WEIGHTS}", device=str(self.device))
         with torch.no_grad():
-            for name, parameter in self._trained.items():
+            for name, parameter in self._parameters.items():
                 parameter.copy_(tensors.pop(name))
         for name, value in tensors.items():
             parameter_name, moment = name.rsplit("|", 1)
-            state_of = self._optimizer_of[parameter_name].state[self._trained[parameter_name]]
+            state_of = self._optimizer_of[parameter_name].state[self._parameters[parameter_name]]
             # `SparseAdam` stores its step count as an integer, `AdamW` as a float tensor.
             state_of[moment] = value if value.is_floating_point() else int(value)
         return state
@@ -337,7 +339,7 @@ class _Run:
 
         tensors = load_file(self._folder / f"{self.state.best}.{BEST}")
         with torch.no_grad():
-            for name, parameter in self._trained.items():
+            for name, parameter in self._parameters.items():
                 parameter.copy_(tensors[name])
         self._model.to("cpu")
 

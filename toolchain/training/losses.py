@@ -32,7 +32,7 @@ class Weights:
 
 
 def loss(
-    given: Any, wanted: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor, weigh: Weights
+    outputs: Any, teacher_outputs: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor, weights: Weights
 ) -> torch.Tensor:
     """Returns the loss of a model's outputs for one batch.
 
@@ -40,44 +40,50 @@ def loss(
     states follows Sun et al. 2019, "Patient Knowledge Distillation".
 
     Args:
-        given: Outputs of the model under training.
-        wanted: Outputs of its teacher; None without a teacher.
+        outputs: Outputs of the model under training.
+        teacher_outputs: Outputs of its teacher; None without a teacher.
         inputs: The model's inputs by name, with ``attention_mask`` if hidden states count.
         labels: As in `Batch.labels`.
-        weigh: Weights of the terms.
+        weights: Weights of the terms.
     """
-    found = weigh.task * task_loss(given.logits.float(), labels) if weigh.task else given.logits.new_zeros(())
-    if weigh.task < 1:
-        found = found + (1 - weigh.task) * _answers(given.logits, wanted.logits, weigh.temperature, labels.dim() == 2)
-    if weigh.states:
-        found = found + weigh.states * _states(given, wanted, inputs["attention_mask"], weigh.matched)
-    return found
+    total = weights.task * task_loss(outputs.logits.float(), labels) if weights.task else outputs.logits.new_zeros(())
+    if weights.task < 1:
+        total = total + (1 - weights.task) * _logit_loss(
+            outputs.logits, teacher_outputs.logits, weights.temperature, labels.dim() == 2
+        )
+    if weights.states:
+        total = total + weights.states * _state_loss(
+            outputs, teacher_outputs, inputs["attention_mask"], weights.matched
+        )
+    return total
 
 
-def _answers(mine: torch.Tensor, its: torch.Tensor, temperature: float, multi: bool) -> torch.Tensor:
+def _logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float, multi: bool) -> torch.Tensor:
     """Returns the Kullback-Leibler divergence of the softened predictions, summed over labels if `multi`."""
-    mine, its = mine.float() / temperature, its.float() / temperature
+    student, teacher = student.float() / temperature, teacher.float() / temperature
     if multi:
         # Each label is a separate yes-or-no prediction.
-        mine, its = (functional.logsigmoid(torch.cat([x, -x], dim=-1)) for x in (mine, its))
+        student, teacher = (functional.logsigmoid(torch.cat([x, -x], dim=-1)) for x in (student, teacher))
     else:
-        mine, its = (functional.log_softmax(x, dim=-1) for x in (mine, its))
-    return functional.kl_div(mine, its, log_target=True, reduction="batchmean") * temperature**2
+        student, teacher = (functional.log_softmax(x, dim=-1) for x in (student, teacher))
+    return functional.kl_div(student, teacher, log_target=True, reduction="batchmean") * temperature**2
 
 
-def _states(given: Any, wanted: Any, real: torch.Tensor, matched: tuple[int, ...]) -> torch.Tensor:
+def _state_loss(outputs: Any, teacher_outputs: Any, mask: torch.Tensor, matched: tuple[int, ...]) -> torch.Tensor:
     """Returns the squared difference of the matched hidden states, relative to the teacher's variance.
 
-    The mean over the matched states covers only `real` tokens [batch, sequence]. The last state of the first token
-    counts once more, since the classification head reads it.
+    The mean over the matched states covers only the real tokens in `mask` [batch, sequence]. The last state of the
+    first token counts once more, since the classification head reads it.
     """
 
-    def apart(mine: torch.Tensor, its: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        squared = (mine.float() - its.float()).square().mean(-1)
-        return (squared * weight).sum() / weight.sum() / its.float().var()
+    def difference(student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        squared = (student.float() - teacher.float()).square().mean(-1)
+        return (squared * weight).sum() / weight.sum() / teacher.float().var()
 
-    layers = [(given.hidden_states[i], wanted.hidden_states[i]) for i in matched]
-    first = torch.zeros_like(real)
-    first[:, 0] = 1
-    states: torch.Tensor = sum(apart(mine, its, real) for mine, its in layers) / len(layers) + apart(*layers[-1], first)
+    layers = [(outputs.hidden_states[i], teacher_outputs.hidden_states[i]) for i in matched]
+    first_token = torch.zeros_like(mask)
+    first_token[:, 0] = 1
+    states: torch.Tensor = sum(difference(student, teacher, mask) for student, teacher in layers) / len(
+        layers
+    ) + difference(*layers[-1], first_token)
     return states

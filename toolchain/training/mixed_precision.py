@@ -23,8 +23,8 @@ def precision(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         return torch.bfloat16 if capability >= (8, 0) else torch.float16 if capability >= (7, 0) else torch.float32
-    fast = bool({"avx512_bf16", "amx_bf16"} & set(hardware.processor()["isa"]))
-    return torch.bfloat16 if fast else torch.float32
+    has_bf16 = bool({"avx512_bf16", "amx_bf16"} & set(hardware.processor()["isa"]))
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 @contextmanager
@@ -41,10 +41,10 @@ def attention(device: torch.device) -> Iterator[None]:
         yield
         return
     settings = torch.backends.cuda  # despite its name, the setting also applies to the CPU's math kernel
-    before = settings.fp16_bf16_reduction_math_sdp_allowed()
+    old_setting = settings.fp16_bf16_reduction_math_sdp_allowed()
     settings.allow_fp16_bf16_reduction_math_sdp(True)
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        settings.allow_fp16_bf16_reduction_math_sdp(before)
+        settings.allow_fp16_bf16_reduction_math_sdp(old_setting)

@@ -6,19 +6,19 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from toolchain.data import labels
-from toolchain.training.batches import Batch, right
+from toolchain.training.batches import Batch, count_correct
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-BATCH = 64  # rows in a batch without training
+BATCH = 64  # rows of a scoring batch
 
 
 def accuracy(model: PreTrainedModel, rows: list[Batch]) -> float:
     """Returns the share of rows with a correct prediction."""
-    found = sum(right(logits, part.labels) for part, logits in _logits(model, rows))
-    return found / sum(len(part.labels) for part in rows)
+    correct = sum(count_correct(logits, part.labels) for part, logits in _logits(model, rows))
+    return correct / sum(len(part.labels) for part in rows)
 
 
 def answers(model: PreTrainedModel, rows: list[Batch], multi: bool) -> Iterator[tuple[int, int]]:

@@ -12,16 +12,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from toolchain.artifacts.names import parse_name
-from toolchain.artifacts.store import Artifact, Manifest
-from toolchain.artifacts.variants import Recover
+from toolchain.artifacts.manifest import Manifest
+from toolchain.artifacts.steps import Recover
+from toolchain.artifacts.store import Artifact
 from toolchain.bench.cells import Cell
 from toolchain.bench.runner import bench
 from toolchain.bench.scenarios import Protocol
-from toolchain.build.pipeline import STEPS, ensure, only_news
+from toolchain.build.pipeline import STEPS, ensure, without_fresh
 from toolchain.build.workspace import Workspace
 from toolchain.data import inputs
-from toolchain.data.inputs import Data, Encoder
+from toolchain.data.encoding import Encoder
+from toolchain.data.inputs import Data
 from toolchain.errors import BenchError, CheckpointError, PruningError, VerdictError
 from toolchain.models import checkpoints
 from toolchain.passes.model_shape import layers_in
@@ -227,7 +228,7 @@ class _Judge:
         encoder = Encoder.open(workspace.path(checkpoints.ROOT_VARIANT), names, manifest.max_length)
         layers = layers_in(workspace.path(checkpoints.ROOT_VARIANT))
         try:
-            baseline = ensure(workspace, [BASELINE], {}, only_news(say), bar)[BASELINE]
+            baseline = ensure(workspace, [BASELINE], {}, without_fresh(say), bar)[BASELINE]
         except VerdictError as error:
             say(f"{error.cause} The search goes on without it; speed-ups refer to {EXACT}.")
         judge = cls(workspace, manifest, layers, held, encoder, baseline, 0.0, say, bar)
@@ -237,7 +238,7 @@ class _Judge:
         """Builds the missing variants of the candidate and measures it."""
         chain = candidate.chain(self.layers)
         name = list(chain)[-1]
-        artifact = ensure(self.workspace, [name], chain, only_news(self.say), self.bar)[name]
+        artifact = ensure(self.workspace, [name], chain, without_fresh(self.say), self.bar)[name]
         beside, row = self._measured([self.baseline, artifact])
         trained = self._trained(candidate)
         return Outcome(
@@ -263,8 +264,14 @@ class _Judge:
 
     def _measured(self, artifacts: list[Artifact]) -> list[Measurement]:
         cells = [
-            Cell(self.workspace.model, variant, parse_name(variant).runtime, "cpu", artifact).reading_as(self.root)
-            for variant, artifact in ((artifact.manifest.variant, artifact) for artifact in artifacts)
+            Cell(
+                self.workspace.model,
+                artifact.manifest.variant,
+                artifact.manifest.variant.parts.runtime,
+                "cpu",
+                artifact,
+            ).with_own_encoder(self.root)
+            for artifact in artifacts
         ]
         protocol = replace(PROTOCOL, threads=hardware.cores())
         with self.bar("tune") as progress:

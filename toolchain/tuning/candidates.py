@@ -8,7 +8,8 @@ import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from toolchain.artifacts.variants import Export, Optimize, Prune, Quantize, Recover, Step, child
+from toolchain.artifacts.steps import Export, Optimize, Prune, Quantize, Recover, Step
+from toolchain.artifacts.variants import derive_variant
 from toolchain.build.trimming import TRAIN
 
 LABEL = "tune"
@@ -123,7 +124,7 @@ class Candidate:
         name = "torch-fp32"
         for step in steps:
             label = last if isinstance(step, Quantize) else structure if self.ratio else ""
-            name = child(name, step, label).name
+            name = derive_variant(name, step, label).name
             if label:
                 found[name] = step
         return found

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 from toolchain import pruning
-from toolchain.artifacts.names import parse_name
-from toolchain.artifacts.variants import Prune, Quantize
+from toolchain.artifacts.steps import Prune, Quantize
 from toolchain.build.pipeline import ensure
 from toolchain.build.steps.prune import price_of
 from toolchain.build.steps.quantize import activations_of, linear_passes
 from toolchain.build.workspace import Workspace
 from toolchain.models import checkpoints
 from toolchain.progress import Bar, Say
-from toolchain.pruning.subject import subject
+from toolchain.pruning.setup import shared_setup
 from toolchain.quantization import sensitivity
 
 
 def fewest_kept(workspace: Workspace, parent: str, step: Quantize, max_drop: float, say: Say, bar: Bar) -> int:
-    """Finds the smallest number of layers of `parent` that must stay fp32; see `sensitivity.fewest_kept`."""
+    """Finds the smallest number of layers of `parent` that must stay fp32; see `sensitivity.fewest_fp32_layers`."""
     subject = sensitive(workspace, parent, step, say, bar)
     with bar("quantize") as progress:
-        kept, tried = sensitivity.fewest_kept(subject, max_drop, progress)
+        kept, tried = sensitivity.fewest_fp32_layers(subject, max_drop, progress)
     for each, drop in tried:
         say(f"{each} layers in fp32: {drop:+.2f} points lost on held-out rows")
     return kept
 
 
-def sensitive(workspace: Workspace, parent: str, step: Quantize, say: Say, bar: Bar) -> sensitivity.Subject:
+def sensitive(workspace: Workspace, parent: str, step: Quantize, say: Say, bar: Bar) -> sensitivity.SensitivitySetup:
     """Returns `parent` as input of the sensitivity analysis for `step`; builds it if it is missing."""
     built = ensure(workspace, [parent], {}, say, bar)[parent]
-    passes = linear_passes(step, parse_name(parent).std)
-    return sensitivity.Subject.of(built, passes, workspace.train, activations_of(built, step, workspace.train))
+    passes = linear_passes(step, built.manifest.variant.parts.std)
+    activations = activations_of(built, step, workspace.train)
+    return sensitivity.SensitivitySetup.load(built, passes, workspace.train, activations)
 
 
 def largest_ratio(workspace: Workspace, step: Prune, max_drop: float, say: Say, bar: Bar) -> float:
@@ -38,7 +38,7 @@ def largest_ratio(workspace: Workspace, step: Prune, max_drop: float, say: Say, 
     See `pruning.largest_ratio`.
     """
     root = ensure(workspace, [checkpoints.ROOT_VARIANT], {}, say, bar)[checkpoints.ROOT_VARIANT]
-    given = subject(root, workspace.train, step.sentences, step.seed)
+    given = shared_setup(root, workspace.train, step.sentences, step.seed)
     with bar("prune") as progress:
         price, _ = price_of(given, step.cost, workspace.cache, progress)
         ratio, tried = pruning.largest_ratio(given, step.method, price, max_drop, progress, step.layers)

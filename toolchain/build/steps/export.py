@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from toolchain.artifacts.steps import Export
 from toolchain.artifacts.store import ONNX, copy_companions
-from toolchain.artifacts.variants import Export
 from toolchain.backends.pytorch import load_model
 from toolchain.build.job import Built, Job
 from toolchain.errors import GraphError
@@ -13,13 +13,12 @@ from toolchain.passes import facts, read, specs
 VERSION = 2
 
 
-def export(job: Job) -> Built:
+def export(job: Job[Export]) -> Built:
     """Exports the parent to ONNX; see `to_onnx`.
 
     Raises:
         GraphError: The inputs of the graph differ from those of the model.
     """
-    assert isinstance(job.step, Export)
     given = job.given
     target = job.folder / ONNX
     wanted = [spec.name for spec in given.manifest.inputs]

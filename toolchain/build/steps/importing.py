@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.artifacts.store import TensorSpec
+from toolchain.artifacts.manifest import TensorSpec
+from toolchain.artifacts.steps import Import
 from toolchain.backends import lora
 from toolchain.backends.pytorch import check_finite, describe, load_model
 from toolchain.build.job import Built, Job
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 VERSION = 2
 
 
-def import_checkpoint(job: Job) -> Built:
+def import_checkpoint(job: Job[Import]) -> Built:
     """Loads the checkpoint and saves it in fp32, so that all imported models have the same dtype and layout.
 
     If the checkpoint is an adapter, the step merges it into its base first.
@@ -35,7 +36,7 @@ def import_checkpoint(job: Job) -> Built:
 
     if job.checkpoint is None:
         raise CheckpointError("An import needs a checkpoint's folder.")
-    model = lora.merged(job.checkpoint, job.base) if job.base else load_model(job.checkpoint)
+    model = lora.load_merged(job.checkpoint, job.base) if job.base else load_model(job.checkpoint)
     check_finite(model.state_dict(), job.checkpoint)
     tokenizer = _tokenizer(job.checkpoint if job.base is None or has_tokenizer(job.checkpoint) else job.base)
     rows = int(model.config.vocab_size)
@@ -48,8 +49,8 @@ def import_checkpoint(job: Job) -> Built:
     try:
         model.save_pretrained(job.folder, safe_serialization=True, max_shard_size="1TB")
     except SafetensorError as error:  # safetensors raises this for a full disk
-        mend = "Free the space, or choose another place with --exported DIR."
-        raise ArtifactError(f"{job.folder} cannot be written: {error}.", mend) from error
+        hint = "Free the space, or choose another place with --exported DIR."
+        raise ArtifactError(f"{job.folder} cannot be written: {error}.", hint) from error
     names = _inputs(model, tokenizer)
     # Stored because the default of the tokenizer class may name inputs that this model does not accept.
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names

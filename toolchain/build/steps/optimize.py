@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from toolchain.artifacts.variants import Optimize
+from toolchain.artifacts.steps import Optimize
 from toolchain.build.job import Built, Job
 from toolchain.build.rewriting import rewrite_into
 
 VERSION = 3
 
 
-def optimize(job: Job) -> Built:
+def optimize(job: Job[Optimize]) -> Built:
     """Applies the step's passes to the parent's graph; see `rewrite_into`."""
-    assert isinstance(job.step, Optimize)
     return rewrite_into(job, job.step.passes)

@@ -7,14 +7,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from toolchain import pruning
+from toolchain.artifacts.steps import Prune
 from toolchain.artifacts.store import copy_companions
-from toolchain.artifacts.variants import Prune
 from toolchain.backends.pytorch import check_stored, describe, save_weights
 from toolchain.build.job import Built, Job
 from toolchain.models.architectures import shapes_of, write_shapes
 from toolchain.pruning.costs import TOKENS, EncoderSizes, LatencyTable, latency_table
 from toolchain.pruning.selection import Price
-from toolchain.pruning.subject import Subject, subject
+from toolchain.pruning.setup import PruningSetup, shared_setup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 VERSION = 3
 
 
-def prune(job: Job) -> Built:
+def prune(job: Job[Prune]) -> Built:
     """Prunes the parent by the step's method, and stores weights, config and the shape of every layer.
 
     Raises:
@@ -31,8 +31,7 @@ def prune(job: Job) -> Built:
         ArtifactError: The stored model gives other logits than the pruned model.
     """
     step = job.step
-    assert isinstance(step, Prune)
-    given = subject(job.given, job.train, step.sentences, step.seed)
+    given = shared_setup(job.given, job.train, step.sentences, step.seed)
     table = None
     if step.method == "mask":
         model = pruning.mask(given.model, step.ratio)
@@ -50,7 +49,7 @@ def prune(job: Job) -> Built:
 
 
 def price_of(
-    given: Subject, cost: str, cache: Any, progress: Callable[[int, int, str], None]
+    given: PruningSetup, cost: str, cache: Any, progress: Callable[[int, int, str], None]
 ) -> tuple[Price, LatencyTable | None]:
     """Returns the cost function that the selection weighs importance against.
 
@@ -66,18 +65,18 @@ def price_of(
     if cost == "latency":
         table = latency_table(given.model, cache, progress)
         return table.price, table
-    encoder = EncoderSizes.of(given.model)
-    return encoder.of_units, None
+    encoder = EncoderSizes.from_model(given.model)
+    return encoder.unit_parameters, None
 
 
-def _layers(job: Job, given: Subject) -> Callable[[int], None]:
+def _layers(job: Job[Prune], given: PruningSetup) -> Callable[[int], None]:
     total = len(shapes_of(given.model))
     return lambda layer: job.progress(layer, total, "fitting layer by layer")
 
 
 def _facts(step: Prune, before: PreTrainedModel, after: PreTrainedModel, table: LatencyTable | None) -> dict[str, Any]:
     """Returns the pruning facts: each layer's shape, parameters, multiply-accumulates and predicted speed-up."""
-    old, new = EncoderSizes.of(before), EncoderSizes.of(after)
+    old, new = EncoderSizes.from_model(before), EncoderSizes.from_model(after)
     if table:
         predicted, by = table.sentence_ms(old.shapes) / table.sentence_ms(new.shapes), "latency table"
     else:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from toolchain.artifacts.names import parse_name
+from toolchain.artifacts.steps import QUANTIZE_PASSES, Quantize
 from toolchain.artifacts.store import Artifact, copy_companions
-from toolchain.artifacts.variants import QUANTIZE_PASSES, Quantize
 from toolchain.backends import bnb, reduced
 from toolchain.backends.pytorch import check_stored, describe, load_model, save_weights
 from toolchain.build import trimming
@@ -17,34 +16,35 @@ from toolchain.errors import GraphError
 from toolchain.models.checkpoints import WEIGHTS
 from toolchain.passes.quantize_static import Activation
 from toolchain.quantization.calibration import calibrate
-from toolchain.quantization.sensitivity import Subject, rank
+from toolchain.quantization.sensitivity import SensitivitySetup, rank
 
 VERSION = 5
 
 
-def quantize(job: Job) -> Built:
+def quantize(job: Job[Quantize]) -> Built:
     """Quantises the parent by the step's backend and scheme.
 
     Raises:
         GraphError: The parent has nothing to quantise, or no standard operator exists for 4-bit tables.
         ArtifactError: The stored model gives other logits than the quantised model.
     """
+    return {"ort": _ort, "torch": _torch, "bnb": _bnb}[job.step.backend](job)
+
+
+def _ort(job: Job[Quantize]) -> Built:
     step = job.step
-    assert isinstance(step, Quantize)
-    return {"ort": _ort, "torch": _torch, "bnb": _bnb}[step.backend](job, step)
-
-
-def _ort(job: Job, step: Quantize) -> Built:
-    standard = parse_name(job.given.manifest.variant).std
+    standard = job.given.manifest.variant.parts.std
     linear = linear_passes(step, standard)
     tables = step.embeddings or ("int4" if step.scheme == "int4" else "int8")
     if standard and tables == "int4":
         raise GraphError("There is no standard operator for tables of 4 bits.", "Leave --embeddings out.")
     embedding = [f"quantize-embedding{'-int4' if tables == 'int4' else ''}"] if _has(step, "quantize-embedding") else []
     activations = activations_of(job.given, step, job.train) if linear else {}
-    ranked = rank(Subject.of(job.given, linear, job.train, activations), job.progress) if step.keep_fp32 else []
+    ranked = (
+        rank(SensitivitySetup.load(job.given, linear, job.train, activations), job.progress) if step.keep_fp32 else []
+    )
     keep = [layer.name for layer in ranked[: step.keep_fp32]]
-    tokens = trimming.kept(job, step) if step.trim_vocab else []
+    tokens = trimming.tokens_to_keep(job) if step.trim_vocab else []
     passes = [*(["trim-vocabulary"] if tokens else []), *linear, *embedding]
     built = rewrite_into(job, passes, keep, activations, tokens)
     # A model with only quantised tables counts as quantised only if the step leaves linear layers out.
@@ -88,9 +88,9 @@ def activations_of(artifact: Artifact, step: Quantize, train: TrainingSource) ->
     return calibrate(artifact, train, _has(step, "smooth")) if step.scheme == "static" else {}
 
 
-def _torch(job: Job, step: Quantize) -> Built:
+def _torch(job: Job[Quantize]) -> Built:
     model = load_model(job.given.path)
-    made, precision = reduced.reduce(model, step.scheme)
+    made, precision = reduced.reduce(model, job.step.scheme)
     tensors = reduced.tensors_of(made, precision)
     copy_companions(job.given, job.folder)
     precision.write(job.folder)
@@ -99,11 +99,11 @@ def _torch(job: Job, step: Quantize) -> Built:
     return Built.like(job, describe(model, tensors))
 
 
-def _bnb(job: Job, step: Quantize) -> Built:
+def _bnb(job: Job[Quantize]) -> Built:
     from safetensors.torch import load_file
 
     copy_companions(job.given, job.folder)
-    model = bnb.quantized(job.given.path, step.scheme)
+    model = bnb.quantize_model(job.given.path, job.step.scheme)
     # The first forward pass rearranges bitsandbytes' 4-bit weights, and a save after it writes wrong weights.
     model.save_pretrained(job.folder, max_shard_size="100GB")
     facts = describe(model, load_file(job.folder / WEIGHTS))

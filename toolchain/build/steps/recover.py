@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from toolchain.artifacts.steps import Recover, settings_of
 from toolchain.artifacts.store import copy_companions
-from toolchain.artifacts.variants import Recover, settings_of
 from toolchain.backends.pytorch import describe, load_model, save_weights
 from toolchain.build.job import Built, Job
-from toolchain.data import inputs
+from toolchain.data import encoding, inputs
 from toolchain.data.inputs import Data
 from toolchain.errors import ArtifactError
 from toolchain.training.loop import Examples, Recipe, train
@@ -20,7 +22,7 @@ from toolchain.training.loop import Examples, Recipe, train
 VERSION = 8
 
 
-def recover(job: Job) -> Built:
+def recover(job: Job[Recover]) -> Built:
     """Distils the unpruned model into the parent, on the training rows without the held-out ones and on pairs of them.
 
     The job's `resume` folder holds the state to resume from after a kill, until publication.
@@ -30,12 +32,11 @@ def recover(job: Job) -> Built:
         ArtifactError: The job has no unpruned model.
     """
     step = job.step
-    assert isinstance(step, Recover)
     if job.root is None:
         raise ArtifactError("Recovery needs the unpruned model as its teacher.")
     manifest = job.given.manifest
     data = job.train.load(job.given.label_set)
-    encoder = inputs.Encoder.open(job.given.path, [spec.name for spec in manifest.inputs], manifest.max_length)
+    encoder = encoding.Encoder.open(job.given.path, [spec.name for spec in manifest.inputs], manifest.max_length)
     job.progress(0, 1, "reading the training data")
     trained, held_out = inputs.hold_out(data)
     rows = _examples(data, trained, encoder)
@@ -61,7 +62,7 @@ def recover(job: Job) -> Built:
     return Built.like(job, {**describe(model, model.state_dict()), "recovery": recovery})
 
 
-def _examples(data: Data, rows: list[int], encoder: inputs.Encoder) -> Examples:
+def _examples(data: Data, rows: list[int], encoder: encoding.Encoder) -> Examples:
     chosen = data.only(rows)
     return Examples(encoder.encode(chosen.texts), chosen.targets)
 
@@ -105,7 +106,7 @@ class Augmented(Examples):
         return Examples([*self.ids, *joined], labels)
 
 
-def _mask_token(folder: Path, encoder: inputs.Encoder) -> int | None:
+def _mask_token(folder: Path, encoder: encoding.Encoder) -> int | None:
     """Returns the id of the tokenizer's mask token; None if it has none."""
     file = folder / "tokenizer_config.json"
     token = json.loads(file.read_text()).get("mask_token") if file.is_file() else None
@@ -115,11 +116,9 @@ def _mask_token(folder: Path, encoder: inputs.Encoder) -> int | None:
     return found
 
 
-def sentence(facts: dict[str, object]) -> str:
+def sentence(facts: Mapping[str, Any]) -> str:
     """Returns a one-line summary of the recovery facts."""
-    held = facts["held_out_accuracy"]
-    assert isinstance(held, list)
-    course = " → ".join(f"{value:.2%}" for value in held)
+    course = " → ".join(f"{value:.2%}" for value in facts["held_out_accuracy"])
     return (
         f"accuracy on {facts['held_out_rows']} held-out rows {course}, "
         f"the least loss there after epoch {facts['best_epoch']}; "

@@ -6,8 +6,8 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from toolchain.data.encoding import Encoder, pad
 from toolchain.data.files import Text
-from toolchain.data.inputs import Encoder, pad
 from toolchain.data.labels import answers, margins
 
 if TYPE_CHECKING:

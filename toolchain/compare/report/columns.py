@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from toolchain.artifacts.names import unpruned
+from toolchain.artifacts.names import VariantName
 from toolchain.build import trimming
 from toolchain.build.steps.prune import sentence
 from toolchain.compare.rows import Row
@@ -296,7 +296,7 @@ def over_unpruned(row: Row, rows: Sequence[Row]) -> tuple[str, Ratio] | None:
         Name of the unpruned variant and the speed-up; None if the unpruned variant was not measured or is unknown.
     """
     try:
-        same = unpruned(row.measurement.variant)
+        same = VariantName(row.measurement.variant).unpruned_name
     except UnknownVariantError:
         return None
     wanted = (row.measurement.model, f"{same}@{row.measurement.provider}")

@@ -10,7 +10,8 @@ from toolchain.compare.rows import Row
 from toolchain.data import inputs
 from toolchain.data.files import Text
 from toolchain.data.labels import SEPARATOR, LabelSet
-from toolchain.results.measurements import Measurement, ResultFile
+from toolchain.results.measurements import Measurement
+from toolchain.results.result_file import ResultFile
 
 MOST = 100  # maximum number of sentences shown in a list
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from toolchain.compare.report.columns import NOTHING
 from toolchain.compare.report.sections import Entry, Table, entry
-from toolchain.results.measurements import ResultFile
+from toolchain.results.result_file import ResultFile
 
 PROTOCOL = {
     "passes": "passes over the sentences, at least",

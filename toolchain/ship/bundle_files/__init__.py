@@ -1,1 +1,1 @@
-"""Files that go into bundles as they are: what an app developer runs needs nothing of this package."""
+"""Files and templates that go into bundles; an app developer can run them without this package."""

@@ -1,12 +1,16 @@
-"""Text → label and probabilities, with onnxruntime, tokenizers and numpy: `python classify.py "a charming film"`."""
+"""Classifies texts with onnxruntime, tokenizers and numpy: `python classify.py "a charming film"`.
+
+The script prints a line for each text: label, probability and text. Without arguments it reads a text from each line of
+standard input.
+"""
 
 import os
 import sys
 
 if __name__ == "__main__":
-    # Python looks for libraries in the script's folder first. No file of the bundle may stand in for one.
-    _here = os.path.dirname(os.path.abspath(__file__))
-    sys.path[:] = [place for place in sys.path if os.path.abspath(place) != _here]
+    # Python searches the script's folder for libraries first. A file of the bundle must not replace a library.
+    _script_folder = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != _script_folder]
 
 import base64
 import json
@@ -17,10 +21,10 @@ import numpy as np
 import onnxruntime as ort
 from tokenizers import Tokenizer
 
-# x86 without VNNI adds two 8-bit products in 16 bits, which saturates. With this session option they are exact there;
-# on other processors it only makes int8 slower.
+# x86 without VNNI adds two 8-bit products in 16 bits, which saturates. This session option makes the products exact. On
+# other processors it only makes int8 slower.
 EXACT_PRODUCTS = ("session.x64quantprecision", "1")
-# An ONNX file of one MatMulInteger: uint8 [1, 4] times int8 [4, 1], every weight 127.
+# An ONNX file with one MatMulInteger: uint8 [1, 4] × int8 [4, 1]; every weight is 127.
 PRODUCT = base64.b64decode(
     "CAg63gEKTQoLYWN0aXZhdGlvbnMKB3dlaWdodHMKCnplcm9fcG9pbnQKEXdlaWdodF96ZXJvX3BvaW50Egdwcm9kdWN0Ig1NYXRNdWxJbnRl"
     "Z2VyEg9leHRyZW1lX3Byb2R1Y3QqFQgECAEQA0IHd2VpZ2h0c0oEf39/fyoREAJCCnplcm9fcG9pbnRKAQAqGBADQhF3ZWlnaHRfemVyb19w"
@@ -29,7 +33,7 @@ PRODUCT = base64.b64decode(
 
 
 def session_options() -> ort.SessionOptions:
-    """The options for exact 8-bit products on this processor."""
+    """Returns session options with which 8-bit products are exact on this processor."""
     options = ort.SessionOptions()
     session = ort.InferenceSession(PRODUCT, providers=["CPUExecutionProvider"])
     product = session.run(None, {"activations": np.full((1, 4), 255, np.uint8)})[0]
@@ -39,7 +43,12 @@ def session_options() -> ort.SessionOptions:
 
 
 class Classifier:
-    """The model of this folder; of several, the one of that variant."""
+    """A model of a bundle.
+
+    Args:
+        folder: The bundle.
+        variant: Variant of the model; None for the first model.
+    """
 
     def __init__(self, folder: str | Path = Path(__file__).parent, variant: str | None = None) -> None:
         bundle = json.loads((Path(folder) / "bundle.json").read_text(encoding="utf-8"))
@@ -55,8 +64,10 @@ class Classifier:
         self._tokenizer.enable_padding(pad_id=bundle["pad_id"])
 
     def __call__(self, texts: Sequence[str]) -> list[dict[str, float]]:
-        """For each text the probability of every label, each for itself where a text can have several; as one batch, so
-        keep batches small."""
+        """Returns the probability of every label for each text; runs all texts in one batch, so pass only a few.
+
+        If a text can have several labels, each probability is independent of the others.
+        """
         rows = self._tokenizer.encode_batch(list(texts))
         arrays = {
             "input_ids": [row.ids for row in rows],
@@ -65,17 +76,17 @@ class Classifier:
         }
         logits = self._session.run(None, {name: np.array(arrays[name], np.int64) for name in self._inputs})[0]
         if self.multi_label:
-            shares = 1 / (1 + np.exp(-logits))
+            probabilities = 1 / (1 + np.exp(-logits))
         else:
             odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-            shares = odds / odds.sum(axis=1, keepdims=True)
-        return [dict(zip(self.labels, map(float, row), strict=True)) for row in shares]
+            probabilities = odds / odds.sum(axis=1, keepdims=True)
+        return [dict(zip(self.labels, map(float, row), strict=True)) for row in probabilities]
 
 
 if __name__ == "__main__":
     classify = Classifier()
     for line in sys.argv[1:] or map(str.rstrip, sys.stdin):
-        shares = classify([line])[0]
-        best = max(shares, key=lambda label: shares[label])
-        told = [label for label in shares if shares[label] > 0.5] if classify.multi_label else [best]
-        print(f"{'|'.join(told)}\t{','.join(f'{shares[label]:.4f}' for label in told)}\t{line}")
+        scores = classify([line])[0]
+        best = max(scores, key=lambda label: scores[label])
+        predicted = [label for label in scores if scores[label] > 0.5] if classify.multi_label else [best]
+        print(f"{'|'.join(predicted)}\t{','.join(f'{scores[label]:.4f}' for label in predicted)}\t{line}")

@@ -1,14 +1,14 @@
-// Checks that a pipeline answers the bundle's golden sentences and batches as recorded.
+// Compares the logits of a pipeline with the recorded logits of the bundle's golden sentences and batches.
 
 import { Tensor } from "@huggingface/transformers";
 
-const withoutClosing = (ids) => ids.slice(0, -1);
+const dropLast = (ids) => ids.slice(0, -1);
 
-/** The model's inputs for rows of token ids, padded on one side to the longest row. */
-function padded(rows, side, { pad_id }, names) {
+/** Returns the model's inputs for rows of token ids; pads each row on `side` to the longest row. */
+function padRows(rows, side, { pad_id }, names) {
   const width = Math.max(...rows.map((ids) => ids.length));
-  const fill = (values, by) => {
-    const padding = Array(width - values.length).fill(by);
+  const fill = (values, filler) => {
+    const padding = Array(width - values.length).fill(filler);
     return side === "left" ? [...padding, ...values] : [...values, ...padding];
   };
   const inputs = {
@@ -21,12 +21,13 @@ function padded(rows, side, { pad_id }, names) {
 }
 
 /**
- * Asks the model every golden sentence and batch.
+ * Runs the model on every golden sentence and batch, and compares the logits with the recorded logits.
  * @param pipe a text-classification pipeline of transformers.js
  * @param bundle the parsed bundle.json
  * @param golden the parsed golden.json
- * @param variant which of the bundle's models the pipeline has loaded
- * @returns {{passed: boolean, largest: number, tolerance: number, reason: string}} the largest |Δlogit| and its limit
+ * @param variant the variant of the model that the pipeline has loaded
+ * @returns {{passed: boolean, largest: number, tolerance: number, reason: string}} the result: `largest` is the largest
+ * difference of a logit, `tolerance` its limit, and `reason` why the check failed
  */
 export async function check(pipe, bundle, golden, variant) {
   const { tolerance, inputs } = bundle.models.find((model) => model.variant === variant);
@@ -35,24 +36,24 @@ export async function check(pipe, bundle, golden, variant) {
   for (const { text, input_ids } of golden.sentences) {
     const tokens = await pipe.tokenizer(text, { truncation: true, max_length: bundle.max_length });
     const ids = Array.from(tokens.input_ids.data, Number);
-    // transformers.js cuts the closing token off a text that is too long; other libraries keep it.
-    const cut = input_ids.length < bundle.max_length ? (each) => each : withoutClosing;
-    const [found, wanted] = [cut(ids), cut(input_ids)];
-    if (found.length !== wanted.length || found.some((id, at) => id !== wanted[at])) {
-      result.reason = `the tokenizer splits ${JSON.stringify(text.slice(0, 60))} otherwise`;
+    // If a text is too long, transformers.js removes its last special token; other libraries keep it.
+    const select = input_ids.length < bundle.max_length ? (each) => each : dropLast;
+    const [actual, expected] = [select(ids), select(input_ids)];
+    if (actual.length !== expected.length || actual.some((id, i) => id !== expected[i])) {
+      result.reason = `the tokenizer splits ${JSON.stringify(text.slice(0, 60))} into other tokens than golden.json records`;
       return result;
     }
   }
   const rows = golden.sentences.map(({ input_ids }) => input_ids);
-  const questions = rows.map((ids, at) => ({ rows: [ids], side: "right", wanted: [golden.logits[variant][at]] }));
-  for (const [at, { padding, sentences }] of golden.batches.entries()) {
-    questions.push({ rows: sentences.map((i) => rows[i]), side: padding, wanted: golden.batch_logits[variant][at] });
+  const runs = rows.map((ids, i) => ({ rows: [ids], side: "right", expected: [golden.logits[variant][i]] }));
+  for (const [i, { padding, sentences }] of golden.batches.entries()) {
+    runs.push({ rows: sentences.map((j) => rows[j]), side: padding, expected: golden.batch_logits[variant][i] });
   }
   const deltas = [];
-  for (const { rows, side, wanted } of questions) {
-    const { logits } = await pipe.model(padded(rows, side, bundle, names));
-    for (const [at, row] of wanted.entries()) {
-      const delta = Math.max(...row.map((want, label) => Math.abs(logits.data[at * row.length + label] - want)));
+  for (const { rows, side, expected } of runs) {
+    const { logits } = await pipe.model(padRows(rows, side, bundle, names));
+    for (const [i, row] of expected.entries()) {
+      const delta = Math.max(...row.map((logit, label) => Math.abs(logits.data[i * row.length + label] - logit)));
       deltas.push(Number.isFinite(delta) ? delta : Infinity);
     }
   }
@@ -60,7 +61,7 @@ export async function check(pipe, bundle, golden, variant) {
   result.largest = deltas.at(-1);
   const median = deltas[Math.floor(deltas.length / 2)];
   if (!(result.largest <= tolerance.largest)) {
-    result.reason = "the largest difference from the recorded logits is over its limit";
+    result.reason = "the largest difference from the recorded logits exceeds its limit";
   } else if (!(median <= tolerance.median)) {
     result.reason = `the median difference from the recorded logits is ${median.toPrecision(2)} (limit ${tolerance.median})`;
   }

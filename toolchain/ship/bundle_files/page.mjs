@@ -1,61 +1,58 @@
-// The demo page: one model of the bundle at a time, in this browser, with nothing from anywhere else.
+// The demo page: runs one model of the bundle at a time in this browser. It loads nothing from other servers.
 
 import { env, pipeline } from "@huggingface/transformers";
 import { check } from "../golden.mjs";
 
 env.allowLocalModels = true;
 env.allowRemoteModels = false;
-env.useBrowserCache = false; // what lies beside the page is what is shown
+env.useBrowserCache = false; // the page always loads the files of its folder
 env.useWasmCache = false;
 env.backends.onnx.wasm.wasmPaths = new URL("./", import.meta.url).href;
 
 const element = (id) => document.getElementById(id);
-const [form, text, variants, answer, proof] = ["ask", "text", "variant", "answer", "proof"].map(element);
+const [form, text, variants, answer, checkResult] = ["ask", "text", "variant", "answer", "proof"].map(element);
 const buttons = [element("classify"), element("check")];
 let bundle, pipe;
 
-function line(content, className = "") {
+function paragraphOf(content, className = "") {
   const paragraph = document.createElement("p");
   paragraph.textContent = content;
   paragraph.className = className;
   return paragraph;
 }
 
-/** Runs `work` with the buttons off; a failure is told in `place`. */
-async function busy(place, work) {
+/** Disables the buttons while `work` runs; if it fails, shows the error in `output`. */
+async function runWithoutButtons(output, work) {
   for (const button of buttons) button.disabled = true;
   try {
     await work();
   } catch (error) {
-    place.replaceChildren(line(`It failed: ${error.message}`, "failed"));
+    output.replaceChildren(paragraphOf(`Error: ${error.message}`, "failed"));
   } finally {
     for (const button of buttons) button.disabled = !pipe;
   }
 }
 
-const chosen = () => bundle.models[variants.selectedIndex];
-const milliseconds = (value) => `${value.toFixed(value < 10 ? 1 : 0)} ms`;
+const selectedModel = () => bundle.models[variants.selectedIndex];
+const formatMilliseconds = (value) => `${value.toFixed(value < 10 ? 1 : 0)} ms`;
 
 async function load() {
-  const old = pipe;
+  const previous = pipe;
   pipe = undefined;
-  await old?.dispose();
-  proof.replaceChildren();
-  answer.replaceChildren(line(`Loading ${chosen().variant}…`));
-  const started = performance.now();
-  const loaded = await pipeline("text-classification", "./", {
-    dtype: chosen().dtype,
-    device: "wasm",
-    local_files_only: true,
-  });
-  await loaded("ready"); // the first answer prepares what later ones reuse
-  pipe = loaded;
-  answer.replaceChildren(line(`${chosen().variant} is ready, ${milliseconds(performance.now() - started)} after the start.`));
+  await previous?.dispose();
+  checkResult.replaceChildren();
+  const { variant, dtype } = selectedModel();
+  answer.replaceChildren(paragraphOf(`Loading ${variant}…`));
+  const start = performance.now();
+  const next = await pipeline("text-classification", "./", { dtype, device: "wasm", local_files_only: true });
+  await next("ready"); // the first run is slower than later runs
+  pipe = next;
+  answer.replaceChildren(paragraphOf(`${variant} is ready. Loading took ${formatMilliseconds(performance.now() - start)}.`));
 }
 
-function share({ label, score }, best) {
+function labelRow({ label, score }, isBest) {
   const row = document.createElement("div");
-  row.className = best ? "share best" : "share";
+  row.className = isBest ? "share best" : "share";
   const [name, meter, percent] = ["span", "meter", "span"].map((kind) => document.createElement(kind));
   name.textContent = label;
   meter.value = score;
@@ -66,25 +63,27 @@ function share({ label, score }, best) {
 }
 
 async function classify() {
-  const started = performance.now();
-  const found = await pipe(text.value, { top_k: null });
-  const spent = performance.now() - started;
-  const rows = found.map((each, index) => share(each, index === 0));
-  answer.replaceChildren(...rows, line(`${chosen().variant} answered in ${milliseconds(spent)}, tokenising included.`));
+  const start = performance.now();
+  const scores = await pipe(text.value, { top_k: null });
+  const time = formatMilliseconds(performance.now() - start);
+  const rows = scores.map((score, index) => labelRow(score, index === 0));
+  answer.replaceChildren(...rows, paragraphOf(`${selectedModel().variant} took ${time}, including tokenising.`));
 }
 
-async function prove() {
-  proof.replaceChildren(line("Asking…"));
+async function checkBundle() {
+  checkResult.replaceChildren(paragraphOf("Checking…"));
   const golden = await (await fetch(new URL("../golden.json", import.meta.url))).json();
-  const { passed, largest, tolerance, reason } = await check(pipe, bundle, golden, chosen().variant);
-  const figure = `largest |Δlogit| ${largest.toPrecision(2)}, ≤ ${tolerance} allowed`;
-  const said = passed ? `${chosen().variant} answers ${golden.sentences.length} golden sentences and ${golden.batches.length} batches as recorded` : `FAILED: ${reason}`;
-  proof.replaceChildren(line(`${said}; ${figure}.`, passed ? "" : "failed"));
+  const { variant } = selectedModel();
+  const { passed, largest, tolerance, reason } = await check(pipe, bundle, golden, variant);
+  const counts = `${golden.sentences.length} golden sentences and ${golden.batches.length} batches`;
+  const summary = passed ? `${counts} match the recorded logits` : `FAILED: ${reason}`;
+  const figure = `largest |Δlogit| ${largest.toPrecision(2)} (limit ${tolerance})`;
+  checkResult.replaceChildren(paragraphOf(`${variant}: ${summary}; ${figure}.`, passed ? "" : "failed"));
 }
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
-  if (pipe) busy(answer, classify);
+  if (pipe) runWithoutButtons(answer, classify);
 });
 text.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
@@ -92,15 +91,16 @@ text.addEventListener("keydown", (event) => {
     form.requestSubmit();
   }
 });
-variants.addEventListener("change", () => busy(answer, load));
-element("check").addEventListener("click", () => busy(proof, prove));
+variants.addEventListener("change", () => runWithoutButtons(answer, load));
+element("check").addEventListener("click", () => runWithoutButtons(checkResult, checkBundle));
 
-await busy(answer, async () => {
+await runWithoutButtons(answer, async () => {
   const response = await fetch(new URL("../bundle.json", import.meta.url));
   if (!response.ok) throw new Error(`bundle.json: ${response.status}`);
   bundle = await response.json();
   document.title = element("title").textContent = bundle.model.name;
-  element("about").textContent = `Says ${bundle.labels.slice(0, -1).join(", ")} or ${bundle.labels.at(-1)}, in this browser: what you type goes nowhere.`;
+  const labels = `${bundle.labels.slice(0, -1).join(", ")} or ${bundle.labels.at(-1)}`;
+  element("about").textContent = `Labels a text ${labels}. The model runs in this browser, which sends your text nowhere.`;
   element("origin").textContent = `Model: ${bundle.model.origin}. Licence: ${bundle.model.license}. Bundle ${bundle.id.slice(0, 12)}.`;
   for (const { variant, bytes } of bundle.models) {
     const option = document.createElement("option");

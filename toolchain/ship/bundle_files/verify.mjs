@@ -1,5 +1,5 @@
-// `node verify.mjs` asks every model of this bundle the golden sentences and batches; exit code 3 where one fails.
-// Needs `npm install @huggingface/transformers` where Node finds it. The files' digests are checked by verify.py.
+// `node verify.mjs` runs every model of this bundle on the golden sentences and batches; exit code 3 if a model fails.
+// It needs @huggingface/transformers, installed by npm where Node finds it. verify.py checks the sha256 of every file.
 
 import { readFile } from "node:fs/promises";
 import { dirname } from "node:path";
@@ -16,8 +16,8 @@ const session_options = await sessionOptions();
 for (const { variant, dtype } of bundle.models) {
   const pipe = await pipeline("text-classification", folder, { dtype, session_options });
   const { passed, largest, tolerance, reason } = await check(pipe, bundle, golden, variant);
-  const figure = `largest |Δlogit| ${largest.toPrecision(2)}, ≤ ${tolerance} allowed`;
-  console.log(passed ? `${variant}: golden sentences answered, ${figure}` : `${variant}: FAILED: ${reason}; ${figure}`);
+  const figure = `largest |Δlogit| ${largest.toPrecision(2)} (limit ${tolerance})`;
+  console.log(passed ? `${variant}: golden sentences passed, ${figure}` : `${variant}: FAILED: ${reason}; ${figure}`);
   if (!passed) process.exitCode = 3;
   await pipe.dispose();
 }

@@ -1,21 +1,23 @@
-"""Checks this bundle; needs onnxruntime, tokenizers and numpy, and onnxruntime-extensions where the tokenizer is in the
-graph.
+"""Checks this bundle.
 
-`python verify.py` compares every file with its sha256 in bundle.json, then runs every model on the golden sentences and
-on padded batches of them. The tokens must equal the recorded ones. No logit may differ from the recorded one by more
-than the model's `tolerance.largest`, and the median difference may not exceed `tolerance.median`.
+`python verify.py` compares every file with its sha256 in bundle.json. It then runs every model on the golden sentences
+and on padded batches of them. The tokens must equal the recorded tokens. No logit may differ from the recorded logit by
+more than the model's `tolerance.largest`. The median difference may not exceed `tolerance.median`.
 
-Exit codes: 0, the bundle is unmodified and right here; 3, it is not, or this runtime computes wrongly; 1, the folder
-holds no bundle.
+The script needs onnxruntime, tokenizers and numpy. It also needs onnxruntime-extensions if a graph contains the
+tokenizer.
+
+Exit codes: 0, the bundle is unmodified and its models compute the recorded logits here; 3, a check failed; 1, the
+folder has no bundle.json.
 """
 
 import os
 import sys
 
 if __name__ == "__main__":
-    # Python looks for libraries in the script's folder first. No file of the bundle may stand in for one.
-    _here = os.path.dirname(os.path.abspath(__file__))
-    sys.path[:] = [place for place in sys.path if os.path.abspath(place) != _here]
+    # Python searches the script's folder for libraries first. A file of the bundle must not replace a library.
+    _script_folder = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != _script_folder]
 
 import base64
 import hashlib
@@ -28,10 +30,10 @@ from typing import Any
 SCHEMA = 2
 BUNDLE, GOLDEN = "bundle.json", "golden.json"
 TEXT, LOGITS = "text", "logits"
-# x86 without VNNI adds two 8-bit products in 16 bits, which saturates. With this session option they are exact there;
-# on other processors it only makes int8 slower.
+# x86 without VNNI adds two 8-bit products in 16 bits, which saturates. This session option makes the products exact. On
+# other processors it only makes int8 slower.
 EXACT_PRODUCTS = ("session.x64quantprecision", "1")
-# An ONNX file of one MatMulInteger: uint8 [1, 4] times int8 [4, 1], every weight 127.
+# An ONNX file with one MatMulInteger: uint8 [1, 4] × int8 [4, 1]; every weight is 127.
 PRODUCT = base64.b64decode(
     "CAg63gEKTQoLYWN0aXZhdGlvbnMKB3dlaWdodHMKCnplcm9fcG9pbnQKEXdlaWdodF96ZXJvX3BvaW50Egdwcm9kdWN0Ig1NYXRNdWxJbnRl"
     "Z2VyEg9leHRyZW1lX3Byb2R1Y3QqFQgECAEQA0IHd2VpZ2h0c0oEf39/fyoREAJCCnplcm9fcG9pbnRKAQAqGBADQhF3ZWlnaHRfemVyb19w"
@@ -39,8 +41,13 @@ PRODUCT = base64.b64decode(
 )
 
 
-class Refused(Exception):
-    """Why a bundle is refused: `cause`, and `hint`, which says what to do."""
+class BundleError(Exception):
+    """A check failed.
+
+    Attributes:
+        cause: What is wrong.
+        hint: What to do.
+    """
 
     def __init__(self, cause: str, hint: str) -> None:
         super().__init__(cause, hint)
@@ -51,89 +58,96 @@ class Refused(Exception):
         return f"{self.cause}. {self.hint}"
 
 
-class Broken(Refused):
-    """The bundle is not as it was made."""
+class InvalidBundleError(BundleError):
+    """The bundle was modified, or a model does not compute the recorded logits."""
 
     def __init__(self, cause: str) -> None:
-        super().__init__(cause, "Do not use it; get it again from its source")
+        super().__init__(cause, "Do not use this bundle; get it again from its source")
 
 
-class Unfit(Refused):
-    """The bundle is unmodified, and this runtime cannot compute its answers."""
+class UnsuitableRuntimeError(BundleError):
+    """The bundle is unmodified, but this ONNX Runtime cannot compute the recorded logits."""
 
 
 def canonical_id(body: Mapping[str, Any]) -> str:
-    """sha256 over the canonical JSON of everything in bundle.json but its id."""
-    sealed = {key: value for key, value in body.items() if key != "id"}
-    return hashlib.sha256(json.dumps(sealed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    """Returns the id of a bundle: the sha256 of the canonical JSON of bundle.json without the id."""
+    content = {key: value for key, value in body.items() if key != "id"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def files_of(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Name and file of a model in bundle.json; for phones also those of its copy in ONNX Runtime's own format."""
-    phones = [(f"{model['variant']}.ort", str(model["ort"]["file"]))] if "ort" in model else []
-    return [(str(model["variant"]), str(model["file"])), *phones]
+def model_files(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns the name and the file of a model in bundle.json; for phones also of its copy in ORT format."""
+    ort_format = [(f"{model['variant']}.ort", str(model["ort"]["file"]))] if "ort" in model else []
+    return [(str(model["variant"]), str(model["file"])), *ort_format]
 
 
-def sealed(folder: Path) -> dict[str, Any]:
-    """Returns bundle.json after comparing every file with it.
+def read_bundle(folder: Path) -> dict[str, Any]:
+    """Compares every file with bundle.json and returns the content of bundle.json.
 
-    Raises `Broken` for a file that differs, is missing, is not listed, is a link or lies outside the folder, and
-    `FileNotFoundError` where the folder holds no bundle.
+    Raises:
+        InvalidBundleError: A file differs, is missing, is not listed, is a link, or is outside the folder.
+        FileNotFoundError: The folder has no bundle.json.
     """
     file = folder / BUNDLE
     if file.is_symlink():
-        raise Broken(f"{BUNDLE} is a link")
+        raise InvalidBundleError(f"{BUNDLE} is a link")
     try:
         body: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if body["schema"] != SCHEMA:
-            raise Broken(f"{BUNDLE} has schema {body['schema']}, and this program reads schema {SCHEMA}")
-        listed = {str(entry["path"]): (int(entry["bytes"]), str(entry["sha256"])) for entry in body["files"]}
-        named = [file for model in body["models"] for _, file in files_of(model)]
-        named += [str(apart)] if (apart := (body.get("tokenizer_in_graph") or {}).get("file")) else []
-        _release(body["onnxruntime"])
-        _saturable(body)
+            raise InvalidBundleError(f"{BUNDLE} has schema {body['schema']}, but this program reads schema {SCHEMA}")
+        entries = {str(entry["path"]): (int(entry["bytes"]), str(entry["sha256"])) for entry in body["files"]}
+        required = [file for model in body["models"] for _, file in model_files(model)]
+        required += (
+            [str(tokenizer_file)] if (tokenizer_file := (body.get("tokenizer_in_graph") or {}).get("file")) else []
+        )
+        _parse_release(body["onnxruntime"])
+        _saturable_models(body)
     except FileNotFoundError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise Broken(f"{BUNDLE} cannot be read: {error!r}") from error
+        raise InvalidBundleError(f"{BUNDLE} cannot be read: {error!r}") from error
     if canonical_id(body) != body.get("id"):
-        raise Broken(f"{BUNDLE} does not add up to its own id")
-    for path in listed:
+        raise InvalidBundleError(f"the content of {BUNDLE} does not match its id")
+    for path in entries:
         parts = PurePosixPath(path)
         if not path or parts.is_absolute() or ".." in parts.parts or "\\" in path or ":" in path or "\0" in path:
-            raise Broken(f"the path {path!r} leaves the folder")
-    missing = [path for path in (*named, GOLDEN, "tokenizer.json", "config.json") if path not in listed]
+            raise InvalidBundleError(f"the path {path!r} is outside the folder")
+    missing = [path for path in (*required, GOLDEN, "tokenizer.json", "config.json") if path not in entries]
     if missing:
-        raise Broken(f"{missing[0]} is not listed")
-    for path, (size, digest) in listed.items():
+        raise InvalidBundleError(f"{missing[0]} is not listed in {BUNDLE}")
+    for path, (size, digest) in entries.items():
         _check_file(folder, path, size, digest)
-    for found in sorted(folder.rglob("*")):
-        name = found.relative_to(folder).as_posix()
-        if name not in listed and name != BUNDLE and (found.is_symlink() or not found.is_dir()):
-            raise Broken(f"{name} is not listed in {BUNDLE}")
+    for entry in sorted(folder.rglob("*")):
+        name = entry.relative_to(folder).as_posix()
+        if name not in entries and name != BUNDLE and (entry.is_symlink() or not entry.is_dir()):
+            raise InvalidBundleError(f"{name} is not listed in {BUNDLE}")
     return body
 
 
 def _check_file(folder: Path, path: str, size: int, digest: str) -> None:
-    place = folder
+    location = folder
     for part in PurePosixPath(path).parts:
-        place = place / part
-        if place.is_symlink():
-            raise Broken(f"{path} is a link")
-    if not place.is_file():
-        raise Broken(f"{path} is missing")
-    if place.stat().st_size != size:
-        raise Broken(f"{path} has {place.stat().st_size} bytes instead of {size}")
-    found = hashlib.sha256()
-    with place.open("rb") as file:
+        location = location / part
+        if location.is_symlink():
+            raise InvalidBundleError(f"{path} is a link")
+    if not location.is_file():
+        raise InvalidBundleError(f"{path} is missing")
+    if location.stat().st_size != size:
+        raise InvalidBundleError(f"{path} has {location.stat().st_size} bytes instead of {size}")
+    sha256 = hashlib.sha256()
+    with location.open("rb") as file:
         while block := file.read(1 << 20):
-            found.update(block)
-    if found.hexdigest() != digest:
-        raise Broken(f"{path} has another sha256 than {BUNDLE} states")
+            sha256.update(block)
+    if sha256.hexdigest() != digest:
+        raise InvalidBundleError(f"the sha256 of {path} differs from {BUNDLE}")
 
 
 def saturates(*, exact: bool = False) -> bool:
-    """Whether ONNX Runtime saturates 8-bit products on this processor, by default or even with `EXACT_PRODUCTS`."""
+    """Returns whether ONNX Runtime saturates 8-bit products on this processor; computes one product to test it.
+
+    Args:
+        exact: Whether to test with the session option `EXACT_PRODUCTS` instead of the default options.
+    """
     import numpy as np
     import onnxruntime as ort
 
@@ -145,38 +159,48 @@ def saturates(*, exact: bool = False) -> bool:
 
 
 def check_runtime(body: Mapping[str, Any]) -> None:
-    """Raises `Unfit` where this ONNX Runtime is older than the bundle states, or saturates its 8-bit products."""
+    """Checks that this ONNX Runtime can compute the recorded logits.
+
+    Raises:
+        UnsuitableRuntimeError: This ONNX Runtime is too old, or saturates the 8-bit products of a model.
+    """
     import onnxruntime as ort
 
-    oldest = body["onnxruntime"]
-    if _release(ort.__version__) < _release(oldest):
-        raise Unfit(
-            f"this is ONNX Runtime {ort.__version__}, and the bundle needs {oldest} or newer",
-            f"Install it: pip install 'onnxruntime>={oldest}'",
+    minimum = body["onnxruntime"]
+    if _parse_release(ort.__version__) < _parse_release(minimum):
+        raise UnsuitableRuntimeError(
+            f"this is ONNX Runtime {ort.__version__}, but the bundle needs {minimum} or newer",
+            f"Install it: pip install 'onnxruntime>={minimum}'",
         )
-    models = _saturable(body)
+    models = _saturable_models(body)
     if models and saturates(exact=True):
-        raise Unfit(f"this runtime saturates 8-bit products, so {models[0]} answers wrongly here", _SATURATION_HINT)
+        raise UnsuitableRuntimeError(
+            f"this runtime saturates 8-bit products, so the logits of {models[0]} would be wrong", _SATURATION_HINT
+        )
 
 
-def _saturable(body: Mapping[str, Any]) -> list[str]:
-    """The models whose 8-bit products can saturate."""
-    rooms = {str(model["variant"]): model["int8_headroom"] for model in body["models"]}
-    return [variant for variant, room in rooms.items() if room is not None and room < 1]
+def _saturable_models(body: Mapping[str, Any]) -> list[str]:
+    """Returns the models whose 8-bit products can saturate."""
+    headrooms = {str(model["variant"]): model["int8_headroom"] for model in body["models"]}
+    return [variant for variant, headroom in headrooms.items() if headroom is not None and headroom < 1]
 
 
-_SATURATION_HINT = "Install the newest onnxruntime, or use a -portable file, which is exact on every processor"
+_SATURATION_HINT = "Install the newest onnxruntime, or use a -portable model, which is exact on every processor"
 
 
-def _release(version: str) -> tuple[int, ...]:
+def _parse_release(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
-def answers(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
-    """Yields the name, the largest |Δlogit| over golden sentences and batches, and the tolerance of every model file.
+def compare_logits(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
+    """Runs every model file on the golden sentences and batches, and compares the logits with the recorded logits.
 
-    Raises `Broken` where a model is outside its tolerance or a sentence has other tokens here, and `Unfit` as
-    `check_runtime`.
+    Yields:
+        The name of the model file, its largest difference of a logit, and the limit for this difference.
+
+    Raises:
+        InvalidBundleError: A model exceeds its tolerance, or the tokenizer splits a sentence differently here.
+        UnsuitableRuntimeError: As `check_runtime` raises it.
     """
     import numpy as np
     import onnxruntime as ort
@@ -189,7 +213,7 @@ def answers(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str, float,
         tokenizer.enable_truncation(int(body["max_length"]))
         rows = [(str(each["text"]), [int(i) for i in each["input_ids"]]) for each in golden["sentences"]]
         batches = [(str(each["padding"]), [rows[int(i)] for i in each["sentences"]]) for each in golden["batches"]]
-        questions = [("right", [row]) for row in rows] + batches
+        runs = [("right", [row]) for row in rows] + batches
         recorded = {
             name: [np.array([row], np.float32) for row in logits]
             + [np.array(batch, np.float32) for batch in golden["batch_logits"][name]]
@@ -198,22 +222,22 @@ def answers(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str, float,
         models = [
             (m["variant"], name, file, recorded.get(m["variant"], ()), m["tolerance"], [t["name"] for t in m["inputs"]])
             for m in body["models"]
-            for name, file in files_of(m)
+            for name, file in model_files(m)
         ]
         pad_id = int(body["pad_id"])
         in_graph = body.get("tokenizer_in_graph")
     except Exception as error:  # tokenizers raises plain Exception
-        raise Broken(f"{GOLDEN}, {BUNDLE} or tokenizer.json cannot be read: {error!r}") from error
+        raise InvalidBundleError(f"{GOLDEN}, {BUNDLE} or tokenizer.json cannot be read: {error!r}") from error
     if not rows or not batches:
-        raise Broken(f"{GOLDEN} holds no sentence or no batch")
+        raise InvalidBundleError(f"{GOLDEN} has no sentences or no batches")
     for text, ids in rows:
         if tokenizer.encode(text).ids != ids:
-            raise Broken(f"the tokenizer splits {text[:60]!r} otherwise than where the bundle was made")
+            raise InvalidBundleError(f"the tokenizer splits {text[:60]!r} into other tokens than {GOLDEN} records")
     check_runtime(body)
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors only
-    saturating = saturates()
-    if saturating:
+    option_needed = saturates()
+    if option_needed:
         options.add_session_config_entry(*EXACT_PRODUCTS)
     if in_graph:
         import onnxruntime_extensions
@@ -221,61 +245,62 @@ def answers(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str, float,
         options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
     if in_graph and "file" in in_graph:
         _check_tokenizer(folder / in_graph["file"], options, rows)
-    for variant, name, file, wanted, tolerance, inputs in models:
-        if len(wanted) != len(questions):
-            raise Broken(f"{GOLDEN} does not hold the answers of {name}")
+    for variant, name, file, expected, tolerance, inputs in models:
+        if len(expected) != len(runs):
+            raise InvalidBundleError(f"{GOLDEN} does not have the logits of {name}")
         try:
             session = ort.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a class for every status
-            if saturating and variant in _saturable(body):  # weights that layers share cannot be made unsigned
-                raise Unfit(
+            # If layers share weights, ONNX Runtime refuses the session option.
+            if option_needed and variant in _saturable_models(body):
+                raise UnsuitableRuntimeError(
                     f"{file} cannot be loaded on a processor that saturates: {error}", _SATURATION_HINT
                 ) from error
-            raise Broken(f"{file} cannot be loaded: {error}") from error
-        deltas = _deltas(session, file, questions, wanted, inputs, pad_id)
+            raise InvalidBundleError(f"{file} cannot be loaded: {error}") from error
+        deltas = _compute_deltas(session, file, runs, expected, inputs, pad_id)
         largest, median = max(deltas), sorted(deltas)[len(deltas) // 2]
         if largest > tolerance["largest"]:
-            raise Broken(
+            raise InvalidBundleError(
                 f"{name}: the largest difference from the recorded logits is {largest:.3g} "
                 f"(limit {tolerance['largest']:g})"
             )
         if median > tolerance["median"]:
-            raise Broken(
+            raise InvalidBundleError(
                 f"{name}: the median difference from the recorded logits is {median:.3g} "
                 f"(limit {tolerance['median']:g})"
             )
         yield name, largest, tolerance["largest"]
 
 
-def _deltas(
-    session: Any, file: str, questions: Sequence[Any], wanted: Sequence[Any], inputs: Sequence[str], pad_id: int
+def _compute_deltas(
+    session: Any, file: str, runs: Sequence[Any], expected: Sequence[Any], inputs: Sequence[str], pad_id: int
 ) -> list[float]:
-    """The largest |Δlogit| of every text of every question."""
+    """Returns the largest difference of a logit for every text of every run."""
     import numpy as np
 
-    found: list[float] = []
+    deltas: list[float] = []
     try:
-        for (side, rows), want in zip(questions, wanted, strict=True):
+        for (side, rows), logits in zip(runs, expected, strict=True):
             if inputs == [TEXT]:
                 if side == "left":
                     continue  # the tokenizer in the graph pads on the right
-                given = {TEXT: np.array([text for text, _ in rows], dtype=object)}
+                feeds = {TEXT: np.array([text for text, _ in rows], dtype=object)}
             else:
-                arrays = padded([ids for _, ids in rows], side, pad_id)
-                given = {name: np.array(arrays[name], np.int64) for name in inputs}
-            deltas = np.abs(session.run([LOGITS], given)[0] - want).max(axis=1)
-            found += [float(delta) if np.isfinite(delta) else float("inf") for delta in deltas]
+                arrays = pad_rows([ids for _, ids in rows], side, pad_id)
+                feeds = {name: np.array(arrays[name], np.int64) for name in inputs}
+            largest = np.abs(session.run([LOGITS], feeds)[0] - logits).max(axis=1)
+            deltas += [float(delta) if np.isfinite(delta) else float("inf") for delta in largest]
     except Exception as error:  # onnxruntime raises a class for every status
-        raise Broken(f"{file} does not run here: {error}") from error
-    return found
+        raise InvalidBundleError(f"{file} does not run here: {error}") from error
+    return deltas
 
 
-def padded(rows: Sequence[Sequence[int]], side: str, pad_id: int) -> dict[str, list[list[int]]]:
-    """Token ids, attention mask and token types of a batch, padded on one `side` to its longest row."""
+def pad_rows(rows: Sequence[Sequence[int]], side: str, pad_id: int) -> dict[str, list[list[int]]]:
+    """Returns token ids, attention mask and token types of a batch; pads each row on `side` to the longest row."""
     width = max(map(len, rows))
 
-    def fill(values: Sequence[int], by: int) -> list[int]:
-        padding = [by] * (width - len(values))
+    def fill(values: Sequence[int], filler: int) -> list[int]:
+        padding = [filler] * (width - len(values))
         return [*padding, *values] if side == "left" else [*values, *padding]
 
     return {
@@ -286,32 +311,34 @@ def padded(rows: Sequence[Sequence[int]], side: str, pad_id: int) -> dict[str, l
 
 
 def _check_tokenizer(file: Path, options: Any, rows: Sequence[Any]) -> None:
-    """Raises `Broken` where a tokenizer graph makes other tokens than the golden ones."""
+    """Raises `InvalidBundleError` if a tokenizer graph splits a golden sentence into other tokens."""
     import numpy as np
     import onnxruntime as ort
 
     names = ["input_ids", "attention_mask"]
     try:
         session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        found = [session.run(names, {TEXT: np.array([text], dtype=object)}) for text, _ in rows]
+        outputs = [session.run(names, {TEXT: np.array([text], dtype=object)}) for text, _ in rows]
     except Exception as error:  # onnxruntime raises a class for every status
-        raise Broken(f"the graph of the tokenizer does not run here: {error}") from error
-    for (text, ids), (tokens, mask) in zip(rows, found, strict=True):
+        raise InvalidBundleError(f"the tokenizer graph does not run here: {error}") from error
+    for (text, ids), (tokens, mask) in zip(rows, outputs, strict=True):
         if tokens[0][mask[0] == 1].tolist() != ids:
-            raise Broken(f"the graph of the tokenizer splits {text[:60]!r} otherwise than where the bundle was made")
+            raise InvalidBundleError(
+                f"the tokenizer graph splits {text[:60]!r} into other tokens than {GOLDEN} records"
+            )
 
 
 def main(folder: Path) -> int:
-    """Prints the findings and returns the exit code."""
+    """Checks the bundle, prints the results and returns the exit code."""
     try:
-        body = sealed(folder)
-        print(f"{len(body['files'])} files as listed, bundle {body['id'][:12]}")
-        for name, largest, tolerance in answers(folder, body):
-            print(f"{name}: golden sentences answered, largest |Δlogit| {largest:.2g}, ≤ {tolerance:g} allowed")
+        body = read_bundle(folder)
+        print(f"bundle {body['id'][:12]}: {len(body['files'])} files are unmodified")
+        for name, largest, tolerance in compare_logits(folder, body):
+            print(f"{name}: golden sentences passed, largest |Δlogit| {largest:.2g} (limit {tolerance:g})")
     except FileNotFoundError:
-        print(f"{folder} holds no {BUNDLE}", file=sys.stderr)
+        print(f"{folder} has no {BUNDLE}", file=sys.stderr)
         return 1
-    except Refused as error:
+    except BundleError as error:
         print(f"FAILED: {error}.", file=sys.stderr)
         return 3
     return 0

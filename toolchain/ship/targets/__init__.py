@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from toolchain.artifacts.names import parse_name
+from toolchain.artifacts.names import VariantName
 from toolchain.errors import ShippingError
 from toolchain.ship.targets.releases import MICROSOFT, STANDARD
 
-BUNDLED = Path(__file__).parent.parent / "bundle_files"
+BUNDLE_FILES = Path(__file__).parent.parent / "bundle_files"
 REPOSITORY = "repository"  # folder in the layout of a Triton model repository
 # Scheme of a variant → its dtype in transformers.js, and the file that transformers.js loads for this dtype.
 DTYPES = {
@@ -26,65 +26,65 @@ DTYPES = {
 class Target:
     """A kind of app that a bundle is for.
 
-    The files beside the models are a mapping from the path in the bundle to a file in `BUNDLED`. A ``.j2`` file is
-    rendered. A path with ``{name}`` gives one file for each model.
+    The files beside the models are a mapping from the path in the bundle to a file in `BUNDLE_FILES`. A ``.j2`` file is
+    a template. A path with ``{name}`` gives one file for each model.
 
     Attributes:
         name: Name of the target.
-        place: Function from the name of a variant to the path of its model file.
+        model_path: Function from the name of a variant to the path of its model file.
         domains: Domains of the operators that the target's runtimes have.
         files: Files beside the models.
         text_files: Files beside the models if the graphs contain the tokenizer.
-        no_texts: Reason why the graphs cannot contain the tokenizer; None if they can.
-        tokenizer: Path of a separate tokenizer graph, for a target whose models take token ids and whose users send
-            texts. The models then have the probabilities as a second output. None for no such graph.
-        first: Path of the first model file if it differs from `place`.
+        no_tokenizer_reason: Reason why the graphs cannot contain the tokenizer; None if they can.
+        tokenizer_path: Path of a separate tokenizer graph, or None. It is for a target whose models take token ids and
+            whose users send texts. The models then have the probabilities as a second output.
+        first_path: Path of the first model file if it differs from `model_path`.
     """
 
     name: str
-    place: Callable[[str], str]
+    model_path: Callable[[VariantName], str]
     domains: frozenset[str]
     files: Mapping[str, str]
     text_files: Mapping[str, str] = field(default_factory=dict)
-    no_texts: str | None = None
-    tokenizer: str | None = None
-    first: str | None = None
+    no_tokenizer_reason: str | None = None
+    tokenizer_path: str | None = None
+    first_path: str | None = None
 
-    def path(self, variants: Sequence[str], index: int) -> str:
+    def path(self, variants: Sequence[VariantName], index: int) -> str:
         """Returns the path of a model file in a bundle.
 
         Args:
             variants: Names of all variants of the bundle, in order.
             index: Index of the variant.
         """
-        return self.first if self.first and index == 0 else self.place(variants[index])
+        return self.first_path if self.first_path and index == 0 else self.model_path(variants[index])
 
 
-def dtype(variant: str) -> str | None:
+def dtype(variant: VariantName) -> str | None:
     """Returns the dtype of a variant in transformers.js; None if transformers.js has no such dtype."""
-    return DTYPES.get(parse_name(variant).scheme, (None, ""))[0]
+    return DTYPES.get(variant.parts.scheme, (None, ""))[0]
 
 
-def _for_transformers_js(variant: str) -> str:
-    scheme = parse_name(variant).scheme
+def _transformers_js_path(variant: VariantName) -> str:
+    scheme = variant.parts.scheme
     if scheme not in DTYPES:
         raise ShippingError(
-            f"transformers.js has no name for {variant}.",
-            f"It reads variants of {', '.join(DTYPES)}, such as onnx-int8.",
+            f"transformers.js cannot load {variant}.",
+            f"It loads variants of {', '.join(DTYPES)}, such as onnx-int8.",
         )
     return DTYPES[scheme][1]
 
 
-def served(name: str) -> str:
-    """Returns the name of a model on a server: a label of RFC 1123, since the name is part of URLs."""
+def served_name(name: str) -> str:
+    """Returns the name of a model on a server: a label of RFC 1123, because the name is part of URLs."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _by_name(variant: str) -> str:
+def _named_after_variant(variant: str) -> str:
     return f"{variant}.onnx"
 
 
-_FIRST = "model.onnx"  # the file name that optimum loads from a folder
+_OPTIMUM_FILE = "model.onnx"  # the file name that optimum loads from a folder
 
 
 _PYTHON = {
@@ -107,7 +107,7 @@ TARGETS = {
     for target in (
         Target(
             "web",
-            _for_transformers_js,
+            _transformers_js_path,
             frozenset({STANDARD, MICROSOFT}),
             {
                 "README.md": "README.web.md.j2",
@@ -116,28 +116,28 @@ TARGETS = {
                 "golden.mjs": "golden.mjs",
                 "node.mjs": "node.mjs",
             },
-            no_texts="no build of onnxruntime-web or onnxruntime-node has onnxruntime-extensions' operators, and "
-            "transformers.js has the tokenizer",
+            no_tokenizer_reason="onnxruntime-web and onnxruntime-node lack the operators of onnxruntime-extensions, "
+            "and transformers.js has a tokenizer",
         ),
         Target(
             "python",
-            _by_name,
+            _named_after_variant,
             frozenset({STANDARD, MICROSOFT}),
             _PYTHON,
             {**_PYTHON, "classify.py": "classify_text.py", "requirements.txt": "requirements_text.txt.j2"},
-            first=_FIRST,
+            first_path=_OPTIMUM_FILE,
         ),
         Target(
             "other",
-            _by_name,
+            _named_after_variant,
             frozenset({STANDARD}),
             {"README.md": "README.other.md.j2", "verify.py": "verify.py", "requirements.txt": "requirements.txt.j2"},
-            no_texts="its operators are onnxruntime-extensions', which other runtimes do not have",
-            first=_FIRST,
+            no_tokenizer_reason="other runtimes do not have the operators of onnxruntime-extensions",
+            first_path=_OPTIMUM_FILE,
         ),
         Target(
             "server",
-            lambda variant: f"{REPOSITORY}/{served(variant)}/1/model.onnx",
+            lambda variant: f"{REPOSITORY}/{served_name(variant)}/1/model.onnx",
             frozenset({STANDARD, MICROSOFT}),
             {
                 **_SERVER,
@@ -146,12 +146,12 @@ TARGETS = {
                 REPOSITORY + "/tokenizer/config.pbtxt": "tokenizer.pbtxt.j2",
             },
             _SERVER,
-            # Not named model.onnx: optimum takes any model.onnx in the folder for the classifier.
-            tokenizer=REPOSITORY + "/tokenizer/1/tokenizer.onnx",
+            # The file is not named model.onnx: optimum would load it as the classifier.
+            tokenizer_path=REPOSITORY + "/tokenizer/1/tokenizer.onnx",
         ),
         Target(
             "mobile",
-            _by_name,
+            _named_after_variant,
             frozenset({STANDARD, MICROSOFT}),
             _MOBILE,
             {**_MOBILE, "requirements.txt": "requirements_text.txt.j2"},

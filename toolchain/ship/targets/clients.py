@@ -8,14 +8,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from toolchain.artifacts.publishing import building, lock, replace
+from toolchain.artifacts.publishing import lock, replace, scratch_folder
 from toolchain.errors import ShippingError
 
 PACKAGES = Path(__file__).parent / "packages"
 LOCK = "package-lock.json"
 TRANSFORMERS, RUNTIME = "@huggingface/transformers", "onnxruntime-web"
-# Path in a bundle → file under node_modules. The runtime is the build for WebAssembly with SIMD, without WebGPU.
-BROWSER = {
+# Path in a bundle → file under node_modules. The runtime is the WebAssembly build with SIMD, without WebGPU.
+BROWSER_FILES = {
     "demo/transformers.min.js": f"{TRANSFORMERS}/dist/transformers.web.min.js",
     "demo/transformers.LICENSE": f"{TRANSFORMERS}/LICENSE",
     "demo/ort.wasm.min.mjs": f"{RUNTIME}/dist/ort.wasm.min.mjs",
@@ -25,11 +25,11 @@ BROWSER = {
 
 
 def folder(cache: Path) -> Path:
-    """Returns the folder for the packages of this lock file below `cache`; it may not exist."""
+    """Returns the folder below `cache` for the packages of this lock file; it may not exist."""
     return cache / f"clients-{hashlib.sha256((PACKAGES / LOCK).read_bytes()).hexdigest()[:12]}"
 
 
-def installed(cache: Path) -> Path | None:
+def find_modules(cache: Path) -> Path | None:
     """Returns the node_modules folder of the packages; None if they are not installed."""
     modules = folder(cache) / "node_modules"
     return modules if (modules / ".package-lock.json").is_file() else None
@@ -43,23 +43,24 @@ def install(cache: Path) -> Path:
     Raises:
         ShippingError: npm is missing or fails.
     """
-    if modules := installed(cache):
+    if modules := find_modules(cache):
         return modules
     npm = shutil.which("npm")
-    mend = "Install Node.js 20 or newer with npm, or leave the page out: --no-demo."
+    hint = "Install Node.js 20 or newer with npm, or omit the demo page: --no-demo."
     if npm is None:
-        raise ShippingError("The demo page is made of npm packages, and there is no npm here.", mend)
+        raise ShippingError("The demo page needs npm packages, and npm is not installed.", hint)
     target = folder(cache)
     with lock(target, lambda: None):
-        if modules := installed(cache):  # the run that held the lock installed them
+        if modules := find_modules(cache):  # the run that held the lock installed them
             return modules
-        with building(target) as scratch:
+        with scratch_folder(target) as scratch:
             shutil.copytree(PACKAGES, scratch, dirs_exist_ok=True)
             command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
             run = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
             if run.returncode:
-                said = [line for line in run.stderr.strip().splitlines() if "error" in line] or ["it does not say why"]
-                raise ShippingError(f"npm could not install {TRANSFORMERS}: {said[0]}.", mend)
+                lines = [line for line in run.stderr.strip().splitlines() if "error" in line]
+                reason = lines[0] if lines else "npm printed no reason"
+                raise ShippingError(f"npm could not install {TRANSFORMERS}: {reason}.", hint)
             replace(scratch, target)
     return target / "node_modules"
 

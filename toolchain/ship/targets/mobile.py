@@ -1,7 +1,7 @@
 """Models for phones.
 
 The module writes an .onnx file for an older ONNX Runtime, the same model in ORT format, and the configuration of a
-reduced build of ONNX Runtime. It also reports the result of ONNX Runtime's checker for the phones' accelerators.
+reduced build of ONNX Runtime. It also runs ONNX Runtime's checker for the accelerators of phones.
 """
 
 from __future__ import annotations
@@ -12,12 +12,20 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.artifacts.variants import Export
+from toolchain.artifacts.steps import Export
 from toolchain.errors import ShippingError
 from toolchain.ship.targets import ort_format
-from toolchain.ship.targets.releases import MICROSOFT, MICROSOFT_OPSET, RELEASES, STANDARD, Use, newer, oldest_reading
+from toolchain.ship.targets.releases import (
+    MICROSOFT,
+    MICROSOFT_OPSET,
+    RELEASES,
+    STANDARD,
+    Use,
+    find_unsupported,
+    oldest_reading_release,
+)
 from toolchain.ship.targets.uses import oldest_release, read_needs
-from toolchain.system.quiet import quiet
+from toolchain.system.quiet import hide_logs
 
 if TYPE_CHECKING:
     import onnx
@@ -43,7 +51,7 @@ def make(source: Path, target: Path, release: str, core: Path) -> dict[str, Any]
 
     Args:
         source: The .onnx file of the model.
-        target: The .onnx file to write. The other file has the suffix ``.ort``.
+        target: The .onnx file to write. The file in ORT format has the suffix ``.ort``.
         release: Release of ONNX Runtime that must run both files.
         core: The same model without a tokenizer, for the checker of accelerators.
 
@@ -62,9 +70,9 @@ def make(source: Path, target: Path, release: str, core: Path) -> dict[str, Any]
     version = needs[1].ort_format
     if version > RELEASES[release].ort_format:
         raise ShippingError(
-            f"ONNX Runtime {release} reads version {RELEASES[release].ort_format} of the ORT format, and the one "
-            f"installed here writes version {version}.",
-            f"Ship for --ort-mobile {oldest_reading(ort_format=version)} or newer.",
+            f"ONNX Runtime {release} reads version {RELEASES[release].ort_format} of the ORT format, but the installed "
+            f"ONNX Runtime writes version {version}.",
+            f"Ship for --ort-mobile {oldest_reading_release(ort_format=version)} or newer.",
         )
     first = oldest_release(*needs)
     _check_uses(needs[0].uses | needs[1].uses, target.stem, release, first)
@@ -87,29 +95,29 @@ def _check_uses(uses: Collection[Use], name: str, release: str, first: str | Non
     Args:
         first: The oldest release that runs the model correctly; None if there is none.
     """
-    newer_uses = newer(release, uses)
-    lacking = [use for use in newer_uses if not use.question]
-    faults = [use for use in newer_uses if use.question]
+    unsupported = find_unsupported(release, uses)
+    missing = [use for use in unsupported if not use.attention_kind]
+    faulty = [use for use in unsupported if use.attention_kind]
     hint = (f"Ship it for --ort-mobile {first} or newer, or ship" if first else "Ship") + (
-        f" a variant of standard operators, of opset {Export.opset}, such as onnx-std."
+        f" a variant with standard operators of opset {Export.opset}, such as onnx-std."
     )
-    if lacking:
+    if missing:
         raise ShippingError(
-            f"{name} uses {', '.join(map(str, lacking))}, which ONNX Runtime {release} lacks.",
+            f"{name} uses {', '.join(map(str, missing))}, which ONNX Runtime {release} lacks.",
             hint,
         )
-    if faults:
+    if faulty:
         raise ShippingError(
-            f"{name} uses {', '.join(map(str, faults))}, and ONNX Runtime {release} gives wrong answers to padded "
-            "batches of it or refuses them.",
+            f"{name} uses {', '.join(map(str, faulty))}. ONNX Runtime {release} refuses padded batches of it, or "
+            "computes them incorrectly.",
             hint,
         )
 
 
 def lower(source: Path, target: Path, release: str) -> None:
-    """Copies the .onnx file, with the IR version and the operator sets lowered to the limits of `release`.
+    """Copies the .onnx file and lowers its IR version and operator sets to the limits of `release`.
 
-    If the release can read the file already, the copy is equal in every byte.
+    If the release can read the original file, the copy is equal in every byte.
 
     Raises:
         ShippingError: The release lacks a tensor type, or an operator that cannot be converted.
@@ -126,18 +134,18 @@ def lower(source: Path, target: Path, release: str) -> None:
     opset = {entry.domain: entry.version for entry in model.opset_import if entry.domain in used}
     if opset.get(MICROSOFT, MICROSOFT_OPSET) > MICROSOFT_OPSET:
         raise ShippingError(
-            f"{target.stem} is of opset {opset[MICROSOFT]} of {MICROSOFT}, and ONNX Runtime {release} has "
+            f"{target.stem} uses opset {opset[MICROSOFT]} of {MICROSOFT}, but ONNX Runtime {release} has opset "
             f"{MICROSOFT_OPSET}.",
             "Build it again.",
         )
-    newer_set = opset.get(STANDARD, 0) > limit.opset
-    if model.ir_version <= limit.ir_version and not newer_set and not unused:
+    is_newer = opset.get(STANDARD, 0) > limit.opset
+    if model.ir_version <= limit.ir_version and not is_newer and not unused:
         shutil.copyfile(source, target)
         return
     for entry in unused:
         model.opset_import.remove(entry)
-    if newer_set:
-        model = _of_opset(model, limit.opset, target.stem, release)
+    if is_newer:
+        model = _convert_opset(model, limit.opset, target.stem, release)
     model.ir_version = min(model.ir_version, limit.ir_version)
     onnx.save(model, target)
 
@@ -145,21 +153,23 @@ def lower(source: Path, target: Path, release: str) -> None:
 def _check_types(model: ir.Model, name: str, release: str) -> None:
     limit = RELEASES[release].ir_version
     tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
-    new = {tensor.dtype.name for tensor in tensors if tensor and IR_OF_TYPE.get(tensor.dtype.name, 0) > limit}
-    if new:
-        needed = max(IR_OF_TYPE[each] for each in new)
+    unsupported = {tensor.dtype.name for tensor in tensors if tensor and IR_OF_TYPE.get(tensor.dtype.name, 0) > limit}
+    if unsupported:
+        version = max(IR_OF_TYPE[each] for each in unsupported)
         raise ShippingError(
-            f"{name} holds {', '.join(sorted(new))}, which need IR version {needed}; ONNX Runtime {release} reads up "
-            f"to {limit}.",
-            f"Ship it for --ort-mobile {oldest_reading(needed)} or newer, or another variant such as onnx-int8.",
+            f"{name} holds tensors of type {', '.join(sorted(unsupported))}, which need IR version {version}. ONNX "
+            f"Runtime {release} reads IR versions up to {limit}.",
+            f"Ship it for --ort-mobile {oldest_reading_release(version)} or newer, or ship another variant such as "
+            "onnx-int8.",
         )
 
 
-def _of_opset(model: onnx.ModelProto, opset: int, name: str, release: str) -> onnx.ModelProto:
+def _convert_opset(model: onnx.ModelProto, opset: int, name: str, release: str) -> onnx.ModelProto:
     """Returns the model in a lower opset of standard operators.
 
-    An operator that the lower opset lacks is replaced by its definition in other operators, from its specification.
-    onnx converts an operator with another signature. All other operators have the same meaning in both opsets.
+    The ONNX specification defines many operators by other operators. If the lower opset lacks an operator, this
+    definition replaces it. If the lower opset has the operator with another signature, the onnx package converts it.
+    All other operators have the same meaning in both opsets.
 
     Raises:
         ShippingError: An operator has no such definition, or onnx cannot convert it.
@@ -167,26 +177,26 @@ def _of_opset(model: onnx.ModelProto, opset: int, name: str, release: str) -> on
     from onnx import checker, inliner, version_converter
 
     cause: Exception | None = None
-    stuck = _new(model, opset)
+    unconverted = _newer_operators(model, opset)
     try:
-        if stuck:
-            names = [(STANDARD, operator) for operator in stuck]
+        if unconverted:
+            names = [(STANDARD, operator) for operator in unconverted]
             model = inliner.inline_selected_functions(model, names, inline_schema_functions=True)
-            stuck = _new(model, opset)
-        # One opset at a time: onnx refuses an opset in which an operator of the model only lost a type.
-        for version in range(_opset(model).version - 1, opset - 1, -1) if not stuck else ():
-            if stuck := _changed(model, version):
+            unconverted = _newer_operators(model, opset)
+        # One opset at a time: onnx refuses to convert to an opset in which an operator merely has fewer types.
+        for version in range(_opset(model).version - 1, opset - 1, -1) if not unconverted else ():
+            if unconverted := _changed_operators(model, version):
                 model = version_converter.convert_version(model, version)
                 checker.check_model(model)  # some conversions keep attributes that the lower opset lacks
-                stuck = []
+                unconverted = []
             else:
                 _opset(model).version = version
     except (RuntimeError, checker.ValidationError) as error:  # the errors of onnx's C++ code
         cause = error
-    if stuck:
+    if unconverted:
         raise ShippingError(
-            f"{name} uses {', '.join(stuck)} of a newer operator set than {opset}, the last that ONNX Runtime "
-            f"{release} reads, and onnx cannot convert that.",
+            f"{name} uses {', '.join(unconverted)} of a newer opset than {opset}, the newest that ONNX Runtime "
+            f"{release} reads. The onnx package cannot convert it.",
             f"Export it with `toolchain export --opset {min(opset, Export.opset)}`, or ship for a newer --ort-mobile.",
         ) from cause
     return model
@@ -194,44 +204,47 @@ def _of_opset(model: onnx.ModelProto, opset: int, name: str, release: str) -> on
 
 def _opset(model: onnx.ModelProto) -> onnx.OperatorSetIdProto:
     """Returns the model's entry for the opset of standard operators."""
-    found: onnx.OperatorSetIdProto = next(entry for entry in model.opset_import if entry.domain == STANDARD)
-    return found
+    opset: onnx.OperatorSetIdProto = next(entry for entry in model.opset_import if entry.domain == STANDARD)
+    return opset
 
 
 def _nodes(model: onnx.ModelProto) -> Iterator[ir.Node]:
-    """Iterates over all nodes, with the nodes in the branches of an If and in the bodies of loops."""
+    """Yields all nodes, also those in the branches of an If and in the bodies of loops."""
     import onnx_ir as ir
 
     return iter(ir.from_proto(model).graph.all_nodes())
 
 
-def _standard(model: onnx.ModelProto) -> list[str]:
+def _standard_operators(model: onnx.ModelProto) -> list[str]:
     return sorted({node.op_type for node in _nodes(model) if node.domain == STANDARD})
 
 
-def _new(model: onnx.ModelProto, opset: int) -> list[str]:
+def _newer_operators(model: onnx.ModelProto, opset: int) -> list[str]:
     """Returns the standard operators of the model that `opset` lacks."""
     from onnx import defs
 
-    return [operator for operator in _standard(model) if not defs.has(operator, opset)]
+    return [operator for operator in _standard_operators(model) if not defs.has(operator, opset)]
 
 
-def _changed(model: onnx.ModelProto, opset: int) -> list[str]:
+def _changed_operators(model: onnx.ModelProto, opset: int) -> list[str]:
     """Returns the standard operators of the model with other inputs, outputs or attributes in `opset`.
 
-    It ignores types: if `opset` has fewer types for an operator, the error appears when the file is loaded.
+    The comparison ignores types: if `opset` has fewer types for an operator, ONNX Runtime reports it when it loads the
+    file.
     """
     from onnx import defs
 
     def signature(operator: str, version: int) -> Any:
         schema = defs.get_schema(operator, version, STANDARD)
-        values = [[(value.name, value.option) for value in side] for side in (schema.inputs, schema.outputs)]
-        told = {n: (a.type, a.required, a.default_value.SerializeToString()) for n, a in schema.attributes.items()}
-        return values, told
+        parameters = [[(value.name, value.option) for value in side] for side in (schema.inputs, schema.outputs)]
+        attributes = {
+            n: (a.type, a.required, a.default_value.SerializeToString()) for n, a in schema.attributes.items()
+        }
+        return parameters, attributes
 
     return [
         operator
-        for operator in _standard(model)
+        for operator in _standard_operators(model)
         if signature(operator, _opset(model).version) != signature(operator, opset)
     ]
 
@@ -248,7 +261,7 @@ def configure(models: Sequence[Path]) -> None:
 
     folder = models[0].parent
     for name, with_types in CONFIGURATIONS.items():
-        with quiet():
+        with hide_logs():
             create_config_from_models(models, folder / name, with_types)
         lines = (folder / name).read_text(encoding="utf-8").replace(f"{folder}/", "")
         (folder / name).write_text(lines, encoding="utf-8")
@@ -257,7 +270,7 @@ def configure(models: Sequence[Path]) -> None:
 def providers(path: Path) -> list[dict[str, Any]]:
     """Runs the accelerator checker of the installed ONNX Runtime on a model.
 
-    The checker compares operators and shapes, and does not run the model. It does not check XNNPACK, which runs on the
+    The checker compares operators and shapes; it does not run the model. It does not check XNNPACK, which runs on the
     CPU.
 
     Returns:
@@ -267,16 +280,16 @@ def providers(path: Path) -> list[dict[str, Any]]:
     from onnxruntime.tools.mobile_helpers import usability_checker as checker
     from onnxruntime.tools.onnx_model_utils import ModelProtoWithShapeInfo, optimize_model
 
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    with tempfile.TemporaryDirectory() as folder, hide_logs():
         basic = Path(folder) / path.name
         optimize_model(path, basic, use_external_initializers=True)
         model = ModelProtoWithShapeInfo(basic).model_with_shape_info
-        found = []
+        entries = []
         for fixed in (False, True):
             parts = {"NNAPI": checker.check_nnapi_partitions(model, not fixed)} | {
                 name: checker.check_coreml_partitions(model, not fixed, file) for name, file in _COREML.items()
             }
-            found += [
+            entries += [
                 {
                     "provider": name,
                     "fixed_shapes": fixed,
@@ -287,4 +300,4 @@ def providers(path: Path) -> list[dict[str, Any]]:
                 }
                 for name, part in parts.items()
             ]
-    return found
+    return entries

@@ -1,4 +1,4 @@
-"""Files in ONNX Runtime's own format: a writer whose bytes are reproducible, and a reader of their content."""
+"""A reader and a writer of files in ORT format, ONNX Runtime's own format; equal models give equal bytes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from toolchain.passes.quantize_linear import headroom
 from toolchain.passes.unsigned_weights import unsigned_weights
 from toolchain.ship.targets.releases import EXTENSIONS
 
-# Fusions into operators of the CPU provider, which are equal on every processor. The next higher level chooses layouts
-# for the processor that writes the file.
+# This level fuses operators into operators of the CPU provider, in the same way on every processor. The next higher
+# level chooses memory layouts for the processor that writes the file.
 LEVEL = "extended"
 
 
 def save(source: Path, target: Path) -> None:
     """Optimises an .onnx file and saves it in ORT format, exact on every processor.
 
-    Int8 weights whose products could saturate are stored unsigned, because session options do not affect a file in ORT
-    format. A separate process saves the file: ONNX Runtime writes the domains of all operator libraries of its process
-    into the file.
+    If int8 products could saturate, the weights are stored unsigned, because session options do not affect a file in
+    ORT format. A separate process saves the file: ONNX Runtime writes the domains of all operator libraries of its
+    process into the file.
 
     Args:
         source: The .onnx file.
@@ -46,15 +46,16 @@ def save(source: Path, target: Path) -> None:
         command = [sys.executable, "-P", "-m", __spec__.name, str(source), str(target)]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
-        said = run.stderr.strip().splitlines() or ["it does not say why"]
+        error_lines = run.stderr.strip().splitlines() or ["ONNX Runtime printed no reason"]
         raise ShippingError(
-            f"{source.name} cannot be saved in ORT format: {said[-1]}.", "Ship a variant for the CPU such as onnx-int8."
+            f"{source.name} cannot be saved in ORT format: {error_lines[-1]}.",
+            "Ship a variant for the CPU such as onnx-int8.",
         )
-    target.write_bytes(_in_order(target.read_bytes()))
+    target.write_bytes(_sort_kernel_types(target.read_bytes()))
 
 
-def save_here(source: str, target: str, level: str = LEVEL, sizes: Mapping[str, int] | None = None) -> None:
-    """Saves an .onnx file in ORT format from this process, without the steps that make the bytes reproducible.
+def save_in_process(source: str, target: str, level: str = LEVEL, sizes: Mapping[str, int] | None = None) -> None:
+    """Saves an .onnx file in ORT format from this process; the bytes are not reproducible.
 
     Args:
         source: The .onnx file.
@@ -81,8 +82,8 @@ def save_here(source: str, target: str, level: str = LEVEL, sizes: Mapping[str, 
     ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-def _parts() -> Any:
-    """Returns the classes of the format's schema; the import of ONNX Runtime's tools adds them to the path."""
+def _schema_classes() -> Any:
+    """Returns the classes of the format's schema; importing ONNX Runtime's tools adds their folder to `sys.path`."""
     import onnxruntime.tools.ort_format_model  # noqa: F401
     from ort_flatbuffers_py import fbs
 
@@ -91,28 +92,29 @@ def _parts() -> Any:
 
 def read_root(content: bytes) -> Any:
     """Returns the root table of a file in ORT format."""
-    return _parts().InferenceSession.InferenceSession.GetRootAsInferenceSession(content, 0)
+    return _schema_classes().InferenceSession.InferenceSession.GetRootAsInferenceSession(content, 0)
 
 
-def _in_order(content: bytes) -> bytes:
-    """Returns the file with a sorted table of kernel types, so that equal models give equal bytes.
+def _sort_kernel_types(content: bytes) -> bytes:
+    """Returns the content of the file with a sorted table of kernel types, so that equal models give equal bytes.
 
     ONNX Runtime writes this table in the order of a hash table, whose seed differs in every process. A flatbuffer grows
-    from its end, and this table is written last. The model stands behind it, is always equal, and stays unchanged.
+    from its end, and ONNX Runtime writes this table last. The model follows the table; it is always equal, and the
+    function does not change it.
     """
     import flatbuffers
 
     session = read_root(content)
     model = session.Model()._tab
-    table = model.Pos - int.from_bytes(content[model.Pos : model.Pos + 4], "little", signed=True)
-    rest = content[min(model.Pos, table) :]
-    builder = flatbuffers.Builder(len(rest))
-    builder.Bytes[:] = rest
+    vtable = model.Pos - int.from_bytes(content[model.Pos : model.Pos + 4], "little", signed=True)
+    model_bytes = content[min(model.Pos, vtable) :]
+    builder = flatbuffers.Builder(len(model_bytes))
+    builder.Bytes[:] = model_bytes
     builder.head = type(builder.head)(0)
     builder.minalign = 8
-    resolver = _resolver(builder, session.KernelTypeStrResolver())
+    resolver = _write_resolver(builder, session.KernelTypeStrResolver())
     version = builder.CreateString(session.OrtVersion().decode())
-    part = _parts().InferenceSession
+    part = _schema_classes().InferenceSession
     part.Start(builder)
     part.AddOrtVersion(builder, version)
     part.AddModel(builder, len(content) - model.Pos)
@@ -121,42 +123,44 @@ def _in_order(content: bytes) -> bytes:
     return bytes(builder.Output())
 
 
-def _resolver(builder: Any, given: Any) -> int:
-    """Writes a sorted copy of the table `given`: operator → name of a type → its inputs and outputs.
+def _write_resolver(builder: Any, table: Any) -> int:
+    """Writes a sorted copy of `table`: operator → name of a type → inputs and outputs of this type.
 
     Returns:
         The offset of the copy.
     """
-    fbs = _parts()
+    fbs = _schema_classes()
     operators = []
-    for operator in _sorted(given.OpKernelTypeStrArgs, given.OpKernelTypeStrArgsLength(), lambda o: o.OpId()):
+    for operator in _sort_entries(table.OpKernelTypeStrArgs, table.OpKernelTypeStrArgsLength(), lambda o: o.OpId()):
         types = []
-        names = _sorted(operator.KernelTypeStrArgs, operator.KernelTypeStrArgsLength(), lambda n: n.KernelTypeStr())
+        names = _sort_entries(
+            operator.KernelTypeStrArgs, operator.KernelTypeStrArgsLength(), lambda n: n.KernelTypeStr()
+        )
         for name in names:
             places = []
-            for place in _sorted(name.Args, name.ArgsLength(), lambda p: (p.ArgType(), p.Index())):
+            for place in _sort_entries(name.Args, name.ArgsLength(), lambda p: (p.ArgType(), p.Index())):
                 fbs.ArgTypeAndIndex.Start(builder)
                 fbs.ArgTypeAndIndex.AddArgType(builder, place.ArgType())
                 fbs.ArgTypeAndIndex.AddIndex(builder, place.Index())
                 places.append(fbs.ArgTypeAndIndex.End(builder))
-            its_name, its_places = builder.CreateString(name.KernelTypeStr().decode()), _vector(builder, places)
+            name_offset, places_offset = builder.CreateString(name.KernelTypeStr().decode()), _vector(builder, places)
             fbs.KernelTypeStrArgsEntry.Start(builder)
-            fbs.KernelTypeStrArgsEntry.AddKernelTypeStr(builder, its_name)
-            fbs.KernelTypeStrArgsEntry.AddArgs(builder, its_places)
+            fbs.KernelTypeStrArgsEntry.AddKernelTypeStr(builder, name_offset)
+            fbs.KernelTypeStrArgsEntry.AddArgs(builder, places_offset)
             types.append(fbs.KernelTypeStrArgsEntry.End(builder))
-        its_id, its_types = builder.CreateString(operator.OpId().decode()), _vector(builder, types)
+        id_offset, types_offset = builder.CreateString(operator.OpId().decode()), _vector(builder, types)
         fbs.OpIdKernelTypeStrArgsEntry.Start(builder)
-        fbs.OpIdKernelTypeStrArgsEntry.AddOpId(builder, its_id)
-        fbs.OpIdKernelTypeStrArgsEntry.AddKernelTypeStrArgs(builder, its_types)
+        fbs.OpIdKernelTypeStrArgsEntry.AddOpId(builder, id_offset)
+        fbs.OpIdKernelTypeStrArgsEntry.AddKernelTypeStrArgs(builder, types_offset)
         operators.append(fbs.OpIdKernelTypeStrArgsEntry.End(builder))
-    all_of_them = _vector(builder, operators)
+    table_offset = _vector(builder, operators)
     fbs.KernelTypeStrResolver.Start(builder)
-    fbs.KernelTypeStrResolver.AddOpKernelTypeStrArgs(builder, all_of_them)
+    fbs.KernelTypeStrResolver.AddOpKernelTypeStrArgs(builder, table_offset)
     end: int = fbs.KernelTypeStrResolver.End(builder)
     return end
 
 
-def _sorted(get: Any, length: int, key: Any) -> list[Any]:
+def _sort_entries(get: Any, length: int, key: Any) -> list[Any]:
     return sorted((get(index) for index in range(length)), key=key)
 
 
@@ -169,12 +173,12 @@ def _vector(builder: Any, offsets: list[int]) -> int:
 
 
 def shapes(graph: Any) -> dict[str, list[int | str | None]]:
-    """Returns the dimensions of each value by its name; leaves out values of unknown rank.
+    """Returns the dimensions of each value by name; leaves out values of unknown rank.
 
     A dimension is a number, a name, or None if it is unknown.
     """
-    fbs = _parts()
-    found = {}
+    fbs = _schema_classes()
+    dimensions_of = {}
     for value in (graph.NodeArgs(index) for index in range(graph.NodeArgsLength())):
         kind = value.Type()
         if kind is None or kind.ValueType() != fbs.TypeInfoValue.TypeInfoValue.tensor_type:
@@ -183,12 +187,12 @@ def shapes(graph: Any) -> dict[str, list[int | str | None]]:
         tensor.Init(kind.Value().Bytes, kind.Value().Pos)
         if tensor.Shape() is not None:
             dimensions = map(tensor.Shape().Dim, range(tensor.Shape().DimLength()))
-            found[value.Name().decode()] = [_size(each.Value()) for each in dimensions]
-    return found
+            dimensions_of[value.Name().decode()] = [_size(each.Value()) for each in dimensions]
+    return dimensions_of
 
 
 def _size(value: Any) -> int | str | None:
-    kinds = _parts().DimensionValueType.DimensionValueType
+    kinds = _schema_classes().DimensionValueType.DimensionValueType
     if value is None or value.DimType() == kinds.UNKNOWN:
         return None
     return int(value.DimValue()) if value.DimType() == kinds.VALUE else str(value.DimParam().decode())
@@ -200,4 +204,4 @@ def version(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    save_here(sys.argv[1], sys.argv[2])
+    save_in_process(sys.argv[1], sys.argv[2])

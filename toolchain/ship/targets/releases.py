@@ -1,7 +1,7 @@
-"""A table of ONNX Runtime's releases: the formats that each reads, its operators, and its computation errors.
+"""A table of ONNX Runtime's releases: the formats that each release reads, its operators, and its errors.
 
-`benchmarks/releases.py` measured the table, releases.json, with the x86-64 Linux wheel of each release's newest patch.
-The newest release saved the .ort files of the measurement.
+The table is releases.json. `benchmarks/releases.py` measures it with the x86-64 Linux wheel of each release's newest
+patch. The newest release saves the .ort files for this measurement.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ _table: dict[str, dict[str, Any]] = json.loads(TABLE.read_text(encoding="utf-8")
 RELEASES = {name: Release(**limits) for name, limits in _table["releases"].items()}
 ORDER = list(RELEASES)
 
-# Standard operator → the first release with a CPU kernel, for operators whose opset an earlier release reads. Without a
-# kernel, ONNX Runtime expands the operator's definition in an .onnx file, but not in a file in ORT format. An operator
-# without a kernel in any release is expanded when ONNX Runtime saves the file.
-LATE: dict[str, str] = _table["late"]
+# Standard operator → the first release with a CPU kernel. Only operators whose opset an earlier release reads are here.
+# Without a kernel, ONNX Runtime expands the operator's definition in an .onnx file, but not in a file in ORT format. An
+# operator without a kernel in any release is expanded when ONNX Runtime saves the file.
+FIRST_KERNELS: dict[str, str] = _table["late"]
 
 # Operator of ONNX Runtime → release → the attributes and inputs that this release added. The first release added the
 # operator itself, with a CPU kernel. Variants use these operators, or ONNX Runtime's optimiser creates them on the CPU.
@@ -54,20 +54,20 @@ OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     for operator, by_release in _table["operators"].items()
 }
 
-# Kind of attention, such as ``MultiHeadAttention: attention_bias`` → release → one of STATES: the result for padded
-# batches from that release on.
-ANSWERS: dict[str, dict[str, str]] = _table["answers"]
+# Kind of attention, such as ``MultiHeadAttention: attention_bias`` → release → one of `STATES`: the result for padded
+# batches from this release on.
+ATTENTION_STATES: dict[str, dict[str, str]] = _table["answers"]
 
 
-def answer_of(release: str, question: str) -> str:
+def attention_state(release: str, kind: str) -> str:
     """Returns one of `STATES`: the result of a release for a kind of attention.
 
     Args:
         release: Name of the release.
-        question: A key of `ANSWERS`.
+        kind: A key of `ATTENTION_STATES`.
     """
-    until = ORDER[: ORDER.index(release) + 1]
-    return next(ANSWERS[question][each] for each in reversed(until) if each in ANSWERS[question])
+    releases = ORDER[: ORDER.index(release) + 1]
+    return next(ATTENTION_STATES[kind][each] for each in reversed(releases) if each in ATTENTION_STATES[kind])
 
 
 @dataclass(frozen=True, order=True)
@@ -77,52 +77,53 @@ class Use:
     Attributes:
         domain: Domain of the operator.
         operator: Name of the operator.
-        what: Name of an attribute, an input such as ``input 4``, or a kind of attention in `ANSWERS` such as
-            ``attention_bias``; empty for the operator itself.
+        trait: Name of an attribute, an input such as ``input 4``, or a kind of attention such as ``attention_bias``;
+            empty for the operator itself.
     """
 
     domain: str
     operator: str
-    what: str = ""
+    trait: str = ""
 
     @property
-    def question(self) -> str | None:
-        """Returns the key of `ANSWERS` for a kind of attention; None for an operator, an attribute or an input."""
-        key = f"{self.operator}: {self.what}"
-        return key if self.domain == MICROSOFT and key in ANSWERS else None
+    def attention_kind(self) -> str | None:
+        """Returns the key of `ATTENTION_STATES`, or None if the feature is not a kind of attention."""
+        key = f"{self.operator}: {self.trait}"
+        return key if self.domain == MICROSOFT and key in ATTENTION_STATES else None
 
     @property
-    def since(self) -> str | None:
+    def first_release(self) -> str | None:
         """Returns the first release that supports the feature; None if no known release does.
 
-        For a kind of attention, this and all later releases compute it correctly. Every release counts as the first for
-        a standard operator, unless its kernel is in `LATE`, because the opset limits these operators.
+        For a kind of attention, this and all later releases compute it correctly. For a standard operator, this is the
+        oldest release of the table, unless the operator is in `FIRST_KERNELS`: the opset limits standard operators.
         """
-        if self.question:
-            faulty = [release for release in ORDER if answer_of(release, self.question) != RIGHT]
+        if self.attention_kind:
+            faulty = [release for release in ORDER if attention_state(release, self.attention_kind) != RIGHT]
             return next(iter(ORDER[ORDER.index(faulty[-1]) + 1 :] if faulty else ORDER), None)
         if self.domain in (ML, EXTENSIONS):  # ML predates these releases; EXTENSIONS is a separate library
             return ORDER[0]
         if self.domain == STANDARD:
-            return ORDER[0] if self.what else LATE.get(self.operator, ORDER[0])
+            return ORDER[0] if self.trait else FIRST_KERNELS.get(self.operator, ORDER[0])
         by_release = OPERATORS.get(self.operator, {}) if self.domain == MICROSOFT else {}
-        return next((release for release, names in by_release.items() if not self.what or self.what in names), None)
+        return next((release for release, names in by_release.items() if not self.trait or self.trait in names), None)
 
     def __str__(self) -> str:
-        name = f"{self.operator} with {self.what}" if self.what else self.operator
-        if self.question:
-            return f"{name} ({f'right since {self.since}' if self.since else 'right in no release known here'})"
-        return f"{name} ({f'since {self.since}' if self.since else 'of no release known here'})"
+        name = f"{self.operator} with {self.trait}" if self.trait else self.operator
+        start = f"from {self.first_release} on" if self.first_release else "in no known release"
+        return f"{name} ({'correct ' if self.attention_kind else ''}{start})"
 
 
-def newer(release: str, uses: Iterable[Use]) -> list[Use]:
+def find_unsupported(release: str, uses: Iterable[Use]) -> list[Use]:
     """Returns the uses that `release` does not support; for a missing operator, only the operator itself."""
-    lacking = [use for use in sorted(set(uses)) if use.since is None or ORDER.index(use.since) > ORDER.index(release)]
-    whole = {(use.domain, use.operator) for use in lacking if not use.what}
-    return [use for use in lacking if not use.what or (use.domain, use.operator) not in whole]
+    position = ORDER.index(release)
+    firsts = {use: use.first_release for use in sorted(set(uses))}
+    unsupported = [use for use, first in firsts.items() if first is None or ORDER.index(first) > position]
+    operators = {(use.domain, use.operator) for use in unsupported if not use.trait}
+    return [use for use in unsupported if not use.trait or (use.domain, use.operator) not in operators]
 
 
-def oldest_reading(ir_version: int = 0, opset: int = 0, ort_format: int = 0) -> str | None:
+def oldest_reading_release(ir_version: int = 0, opset: int = 0, ort_format: int = 0) -> str | None:
     """Returns the first release that reads files with these versions; None if no known release does.
 
     Args:
@@ -134,14 +135,14 @@ def oldest_reading(ir_version: int = 0, opset: int = 0, ort_format: int = 0) -> 
     return next(
         (
             name
-            for name, its in RELEASES.items()
-            if all(a >= b for a, b in zip((its.ir_version, its.opset, its.ort_format), limits, strict=True))
+            for name, entry in RELEASES.items()
+            if all(a >= b for a, b in zip((entry.ir_version, entry.opset, entry.ort_format), limits, strict=True))
         ),
         None,
     )
 
 
-def oldest(uses: Iterable[Use]) -> str | None:
+def oldest_supporting_release(uses: Iterable[Use]) -> str | None:
     """Returns the first release that supports all uses; None if no known release does."""
-    since = [use.since for use in uses]
-    return None if None in since else max((each for each in since if each), key=ORDER.index, default=ORDER[0])
+    firsts = [use.first_release for use in uses]
+    return None if None in firsts else max((each for each in firsts if each), key=ORDER.index, default=ORDER[0])

@@ -11,15 +11,22 @@ from typing import TYPE_CHECKING, Any
 from toolchain.backends.ort import failures
 from toolchain.errors import GraphError
 from toolchain.ship.targets import ort_format
-from toolchain.ship.targets.releases import MICROSOFT, ORDER, STANDARD, Use, oldest, oldest_reading
+from toolchain.ship.targets.releases import (
+    MICROSOFT,
+    ORDER,
+    STANDARD,
+    Use,
+    oldest_reading_release,
+    oldest_supporting_release,
+)
 
 if TYPE_CHECKING:
     import onnx
 
 Shape = Sequence[int | str | None]  # a dimension is a number, a name, or None if it is unknown
 MASK_INDEX = {"Attention": 3, "QAttention": 5}  # operator → index of the input
-# Sizes for the free dimensions of a file's inputs, so that ONNX Runtime can infer every shape. Primes, because they are
-# unlikely to equal another size by chance, such as 1 or a number of heads.
+# Sizes for the free dimensions of a file's inputs, so that ONNX Runtime can infer every shape. The sizes are primes,
+# which rarely equal another size, such as 1 or a number of heads.
 SIZES = (11, 13, 17, 19, 23, 29)
 
 
@@ -39,20 +46,20 @@ class Needs:
     opset: int = 0
     ort_format: int = 0
 
-    def oldest(self) -> str | None:
+    def oldest_release(self) -> str | None:
         """Returns the first release that meets all requirements; None if no known release does."""
-        reading = oldest_reading(self.ir_version, self.opset, self.ort_format)
-        having = oldest(self.uses)
-        return max(reading, having, key=ORDER.index) if reading and having else None
+        reader = oldest_reading_release(self.ir_version, self.opset, self.ort_format)
+        runner = oldest_supporting_release(self.uses)
+        return max(reader, runner, key=ORDER.index) if reader and runner else None
 
 
 def oldest_release(*needs: Needs) -> str | None:
     """Returns the first release of ONNX Runtime that runs all files on a CPU; None if no known release does.
 
-    From this release on, every release computes padded batches correctly.
+    This release and all later releases compute padded batches correctly.
     """
-    found = [each.oldest() for each in needs]
-    return None if None in found else max((each for each in found if each), key=ORDER.index, default=ORDER[0])
+    releases = [each.oldest_release() for each in needs]
+    return None if None in releases else max((each for each in releases if each), key=ORDER.index, default=ORDER[0])
 
 
 def read_needs(path: Path) -> Needs:
@@ -70,35 +77,35 @@ def read_needs(path: Path) -> Needs:
 
     model = onnx.load(path, load_external_data=False)
     opset = max((entry.version for entry in model.opset_import if entry.domain == STANDARD), default=0)
-    return Needs(frozenset({*_uses(model), *_attentions(path, model)}), model.ir_version, opset)
+    return Needs(frozenset({*_graph_features(model), *_attention_kinds(path, model)}), model.ir_version, opset)
 
 
-def _uses(model: onnx.ModelProto) -> Iterator[Use]:
+def _graph_features(model: onnx.ModelProto) -> Iterator[Use]:
     """Yields the operators of an .onnx file, with their attributes and their inputs that are present."""
     import onnx_ir as ir
 
     for node in ir.from_proto(model).graph.all_nodes():
-        given = [f"input {index}" for index, value in enumerate(node.inputs) if value is not None]
-        yield from (Use(node.domain, node.op_type, what) for what in ("", *node.attributes, *given))
+        inputs = [f"input {index}" for index, value in enumerate(node.inputs) if value is not None]
+        yield from (Use(node.domain, node.op_type, trait) for trait in ("", *node.attributes, *inputs))
 
 
-def _attentions(path: Path, model: onnx.ModelProto) -> set[Use]:
-    """Returns the kinds of attention in an .onnx file; saves it in ORT format first, because that has all shapes."""
+def _attention_kinds(path: Path, model: onnx.ModelProto) -> set[Use]:
+    """Returns the kinds of attention in an .onnx file; saves it in ORT format first, which stores all shapes."""
     free = [dim.dim_param for each in model.graph.input for dim in each.type.tensor_type.shape.dim if dim.dim_param]
     sizes = dict(zip(dict.fromkeys(free), SIZES, strict=False))
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "shapes.ort"
         try:
-            ort_format.save_here(str(path), str(saved), "disable", sizes)
+            ort_format.save_in_process(str(path), str(saved), "disable", sizes)
         except failures() as error:
-            raise GraphError(f"{path} is no model ONNX Runtime can load: {error}.", "Build it again.") from error
-        return {use for use in _stored_uses(saved.read_bytes()) if use.question}
+            raise GraphError(f"ONNX Runtime cannot load the model {path}: {error}.", "Build it again.") from error
+        return {use for use in _stored_uses(saved.read_bytes()) if use.attention_kind}
 
 
 def _stored_uses(content: bytes) -> Iterator[Use]:
-    """Yields the operators, attributes, present inputs and kinds of attention of a file in ORT format.
+    """Yields the operators, attributes, inputs and kinds of attention of a file in ORT format.
 
-    Such a file also contains the attributes with default values.
+    An input that is absent is left out. Such a file also contains the attributes with default values.
     """
     return _graph_uses(ort_format.read_root(content).Model().Graph())
 
@@ -110,19 +117,19 @@ def _graph_uses(graph: Any) -> Iterator[Use]:
         domain = STANDARD if domain == "ai.onnx" else domain
         attributes = {each.Name().decode(): each for each in map(node.Attributes, range(node.AttributesLength()))}
         inputs = [node.Inputs(index).decode() for index in range(node.InputsLength())]
-        given = [f"input {index}" for index, name in enumerate(inputs) if name]
-        yield from (Use(domain, operator, what) for what in ("", *attributes, *given))
+        places = [f"input {index}" for index, name in enumerate(inputs) if name]
+        yield from (Use(domain, operator, trait) for trait in ("", *attributes, *places))
         if domain == MICROSOFT:
             heads = attributes["num_heads"].I() if "num_heads" in attributes else 0
-            its_shapes = {index: shapes.get(name, ()) for index, name in enumerate(inputs) if name}
-            yield from (Use(domain, operator, kind) for kind in attention_kinds(operator, its_shapes, heads))
+            input_shapes = {index: shapes.get(name, ()) for index, name in enumerate(inputs) if name}
+            yield from (Use(domain, operator, kind) for kind in attention_kinds(operator, input_shapes, heads))
         for attribute in attributes.values():
             if attribute.G():
                 yield from _graph_uses(attribute.G())
 
 
 def attention_kinds(operator: str, shapes: Mapping[int, Shape], heads: int) -> Iterator[str]:
-    """Yields the kinds of attention of a node, as in the keys of `releases.ANSWERS`.
+    """Yields the kinds of attention of a node, as in the keys of `releases.ATTENTION_STATES`.
 
     Args:
         operator: Name of the operator.
@@ -134,7 +141,7 @@ def attention_kinds(operator: str, shapes: Mapping[int, Shape], heads: int) -> I
     if operator != "MultiHeadAttention":
         return
     if 4 in shapes:
-        queries, keys = (_tokens(shapes.get(place, ())) for place in (0, 1))
+        queries, keys = (_token_count(shapes.get(place, ())) for place in (0, 1))
         longer = 1 in shapes and isinstance(queries, int) and queries != keys
         yield "key_padding_mask longer than the query" if longer else "key_padding_mask"
     if 5 in shapes:
@@ -146,7 +153,7 @@ def attention_kinds(operator: str, shapes: Mapping[int, Shape], heads: int) -> I
             yield "attention_bias of one sentence"
 
 
-def _tokens(shape: Shape) -> int | str | None:
-    """Returns the tokens of a shape [batch, heads, tokens, size], or [batch, tokens, ...] with any other rank."""
+def _token_count(shape: Shape) -> int | str | None:
+    """Returns the number of tokens: of rank 4, the shape is [batch, heads, tokens, size], else [batch, tokens, ...]."""
     place = 2 if len(shape) == 4 else 1
     return shape[place] if len(shape) > place else None

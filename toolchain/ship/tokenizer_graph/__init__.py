@@ -1,6 +1,6 @@
 """A checkpoint's tokenizer as part of an ONNX graph, with operators of onnxruntime-extensions.
 
-Before a graph is shipped, `proven` compares its tokens with those of the checkpoint's tokenizer on difficult texts.
+Before a graph is shipped, `comparison` compares its tokens with the checkpoint's tokenizer on difficult texts.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from toolchain.build.onnx_metadata import PRODUCER
-from toolchain.data.inputs import Encoder
+from toolchain.data.encoding import Encoder
 from toolchain.errors import ShippingError
 from toolchain.passes.probabilities import add_probabilities
 from toolchain.ship.bundle_files.verify import TEXT
 from toolchain.ship.tokenizer_graph.byte_pairs import byte_pairs
-from toolchain.ship.tokenizer_graph.characters import WITHOUT
+from toolchain.ship.tokenizer_graph.characters import SHIP_WITHOUT_HINT
+from toolchain.ship.tokenizer_graph.model_inputs import Frame, Ragged, add_model_inputs
 from toolchain.ship.tokenizer_graph.nodes import OPSET, Nodes
-from toolchain.ship.tokenizer_graph.rows import Frame, Ragged, arrays
 from toolchain.ship.tokenizer_graph.wordpiece import word_pieces
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 IR_VERSION = 8
-# Operators whose meaning changed from opset 18 to 20. The other operators only gained types.
-CHANGED = {"DFT", "GridSample", "AffineGrid"}
+# Operators whose meaning changed between opset 18 and 20. The other operators only gained types.
+CHANGED_OPERATORS = {"DFT", "GridSample", "AffineGrid"}
 
 Pieces = Callable[[Nodes, "ir.Value", Any], Ragged]
 # By the type of the model in tokenizer.json.
@@ -40,25 +40,25 @@ def token_model(encoder: Encoder, multiple: int = 1) -> ir.Model:
 
     Args:
         encoder: The checkpoint's tokenizer.
-        multiple: The width of the inputs is a multiple of this number, or the encoder's `max_length`.
+        multiple: The width of the inputs is rounded up to a multiple of this number, at most to `max_length`.
 
     Raises:
         ShippingError: The graph cannot express the tokenizer.
     """
     import onnx_ir as ir
 
-    text, nodes, made = _tokenized(encoder, multiple)
+    text, nodes, inputs = _add_tokenizer(encoder, multiple)
     graph = ir.Graph([text], [], nodes=[], opset_imports=dict(OPSET), name="tokenizer")
-    for name, value in made.items():
+    for name, value in inputs.items():
         value.name, value.shape, value.dtype = name, ir.Shape(["texts", "tokens"]), ir.DataType.INT64
         graph.outputs.append(value)
     model = ir.Model(
         graph,
         ir_version=IR_VERSION,
         producer_name=PRODUCER,
-        doc_string="A tokenizer: texts to the ids of their tokens.",
+        doc_string="A tokenizer: it converts texts to token ids.",
     )
-    _put_first(graph, nodes)
+    _insert_before_model(graph, nodes)
     return model
 
 
@@ -77,47 +77,48 @@ def with_tokenizer(model: ir.Model, encoder: Encoder) -> ir.Model:
     """
     graph = model.graph
     if graph.opset_imports[""] < OPSET[""]:
-        changed = sorted({node.op_type for node in graph.all_nodes() if node.domain == ""} & CHANGED)
+        changed = sorted({node.op_type for node in graph.all_nodes() if node.domain == ""} & CHANGED_OPERATORS)
         if changed or graph.opset_imports[""] < 18:
             raise ShippingError(
-                f"The graph is of opset {graph.opset_imports['']}{' with ' + changed[0] if changed else ''}, and a "
-                f"tokenizer needs {OPSET['']}.",
+                f"The graph has opset {graph.opset_imports['']}{' with ' + changed[0] if changed else ''}, but a "
+                f"tokenizer needs opset {OPSET['']}.",
                 "Export the model again.",
             )
-    text, nodes, made = _tokenized(encoder, 1)
+    text, nodes, inputs = _add_tokenizer(encoder, 1)
     for value in list(graph.inputs):
-        value.replace_all_uses_with(made[value.name or ""])
+        value.replace_all_uses_with(inputs[value.name or ""])
     graph.inputs[:] = [text]
     add_probabilities(model, encoder.multi_label)
-    _put_first(graph, nodes)
+    _insert_before_model(graph, nodes)
     graph.opset_imports.update({**OPSET, "": max(OPSET[""], graph.opset_imports[""])})
     return model
 
 
-def _tokenized(encoder: Encoder, multiple: int) -> tuple[ir.Value, Nodes, dict[str, ir.Value]]:
+def _add_tokenizer(encoder: Encoder, multiple: int) -> tuple[ir.Value, Nodes, dict[str, ir.Value]]:
     import onnx_ir as ir
 
     kind = json.loads(encoder.tokenizer.to_str())["model"].get("type")
     if kind not in PIECES:
-        raise ShippingError(f"onnxruntime-extensions has no tokenizer of the kind {kind}.", WITHOUT)
+        raise ShippingError(f"onnxruntime-extensions has no tokenizer of type {kind}.", SHIP_WITHOUT_HINT)
     text = ir.Value(name=TEXT, shape=ir.Shape(["texts"]), type=ir.TensorType(ir.DataType.STRING))
     nodes = Nodes()
     tokens = PIECES[kind](nodes, text, encoder.tokenizer)
-    return text, nodes, arrays(nodes, tokens, _frame(encoder, multiple), encoder.names)
+    return text, nodes, add_model_inputs(nodes, tokens, _frame(encoder, multiple), encoder.names)
 
 
 def _frame(encoder: Encoder, multiple: int) -> Frame:
-    """Returns the special tokens around a text: a text's tokens with special tokens, minus those without."""
+    """Returns the special tokens around a text; encodes a text with and without them to find them."""
     tokenizer = encoder.tokenizer
-    whole, bare = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
-    before = next((i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare), None)
-    if before is None:
-        raise ShippingError("The tokenizer changes a text where it puts special tokens around it.", WITHOUT)
-    after = whole[before + len(bare) :]
-    return Frame(whole[:before], after, encoder.pad_id, encoder.max_length, multiple)
+    ids, text = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
+    start = next((i for i in range(len(ids)) if text and ids[i : i + len(text)] == text), None)
+    if start is None:
+        raise ShippingError(
+            "The tokenizer changes the tokens of a text when it adds special tokens.", SHIP_WITHOUT_HINT
+        )
+    return Frame(ids[:start], ids[start + len(text) :], encoder.pad_id, encoder.max_length, multiple)
 
 
-def _put_first(graph: ir.Graph, nodes: Nodes) -> None:
+def _insert_before_model(graph: ir.Graph, nodes: Nodes) -> None:
     """Inserts the tokenizer's nodes before all other nodes of the graph, and gives them unique names."""
     tape = nodes.tape
     for index, node in enumerate(tape.nodes):

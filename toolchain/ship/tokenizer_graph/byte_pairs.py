@@ -1,6 +1,7 @@
-"""GPT-2's and RoBERTa's tokenizer as a graph: byte-level BPE (Radford et al. 2019), by onnxruntime-extensions.
+"""The tokenizer of GPT-2 and RoBERTa as a graph: byte-level BPE (Radford et al. 2019), by onnxruntime-extensions.
 
-The operator reads a text only up to its first NUL character. The checkpoint's tokenizer has a token for NUL.
+One difference remains: the operator reads a text only up to its first NUL character. The checkpoint's tokenizer has a
+token for NUL.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import ShippingError
 from toolchain.ship.targets.releases import EXTENSIONS
-from toolchain.ship.tokenizer_graph.characters import WITHOUT
+from toolchain.ship.tokenizer_graph.characters import SHIP_WITHOUT_HINT
+from toolchain.ship.tokenizer_graph.model_inputs import Ragged
 from toolchain.ship.tokenizer_graph.nodes import Nodes
-from toolchain.ship.tokenizer_graph.rows import Ragged
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -37,17 +38,17 @@ def byte_pairs(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
     kind = (body.get("pre_tokenizer") or {}).get("type")
     if kind != "ByteLevel" or body.get("normalizer") or body["pre_tokenizer"].get("add_prefix_space"):
         raise ShippingError(
-            "The tokenizer is BPE with a normaliser, a space put before texts, or words of its own; "
-            "onnxruntime-extensions has GPT-2's.",
-            WITHOUT,
+            "onnxruntime-extensions supports only GPT-2's kind of BPE. This tokenizer has a normaliser, a space added "
+            "before texts, or another way to split words.",
+            SHIP_WITHOUT_HINT,
         )
     added = tokenizer.get_added_tokens_decoder()
     for token in added.values():
         pattern = re.escape(token.content)
-        if token.lstrip or token.rstrip:  # the tokenizer drops the white space beside this token
-            around = f"{WHITE if token.lstrip else ''}{pattern}{WHITE if token.rstrip else ''}"
-            texts = nodes.replace(texts, around, token.content)
-    ids, mask = nodes.several(
+        if token.lstrip or token.rstrip:  # the tokenizer deletes the white space beside this token
+            padded_pattern = f"{WHITE if token.lstrip else ''}{pattern}{WHITE if token.rstrip else ''}"
+            texts = nodes.replace(texts, padded_pattern, token.content)
+    ids, mask = nodes.add_with_outputs(
         "HfJsonTokenizer",
         2,
         texts,

@@ -1,4 +1,4 @@
-"""The effect of a tokenizer's normaliser and pre-tokeniser on each character of Unicode, found by running them."""
+"""Tables of the changes that a tokenizer's normaliser and pre-tokeniser make to each Unicode character."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 from toolchain.errors import ShippingError
 
 SURROGATES = range(0xD800, 0xE000)  # not characters, and not valid in UTF-8
-BLOCK = 256  # characters per call; the tokenizer treats most blocks uniformly
+BLOCK = 256  # characters in a call; the tokenizer treats all characters of most blocks alike
 LEFT, RIGHT = "a", "b"  # letters around a tested character; no tokenizer changes them
 DELETED, SPACE = "", " "
-WITHOUT = "Ship without --with-tokenizer."
+SHIP_WITHOUT_HINT = "Ship without --with-tokenizer."
 
 
-def spaced(character: str) -> str:
-    """Returns the replacement of a character that is a separate word."""
+def surround_with_spaces(character: str) -> str:
+    """Returns the replacement of a character that the tokenizer makes a separate word."""
     return f" {character} "
 
 
 @functools.lru_cache(maxsize=1)
 def changes(definition: str) -> Mapping[str, str]:
-    """Returns the replacement of every character that the tokenizer changes; a space in it ends a word.
+    """Returns the replacement of every character that the tokenizer changes; a space in a replacement ends a word.
 
     Args:
         definition: The tokenizer's JSON.
@@ -35,30 +35,30 @@ def changes(definition: str) -> Mapping[str, str]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(definition)
-    found: dict[str, str] = {}
+    replacements: dict[str, str] = {}
     for characters in _blocks():
         framed = [f"{LEFT}{character}{RIGHT}" for character in characters]
-        words = _words(tokenizer, " ".join(framed))
+        words = _split_words(tokenizer, " ".join(framed))
         if words == framed:
             continue
         if words == [LEFT + RIGHT] * len(characters):
-            found |= dict.fromkeys(characters, DELETED)
+            replacements |= dict.fromkeys(characters, DELETED)
         elif words == [part for character in characters for part in (LEFT, character, RIGHT)]:
-            found |= {character: spaced(character) for character in characters}
+            replacements |= {character: surround_with_spaces(character) for character in characters}
         else:
             for character, text in zip(characters, framed, strict=True):
-                became = _became(tokenizer, text)
-                if became != character:
-                    found[character] = became
-    return found
+                replacement = _find_replacement(tokenizer, text)
+                if replacement != character:
+                    replacements[character] = replacement
+    return replacements
 
 
 def runs(characters: Sequence[str]) -> list[tuple[int, int]]:
     """Returns the first and last code point of each run of consecutive characters."""
     points = sorted(map(ord, characters))
     groups = itertools.groupby(enumerate(points), lambda pair: pair[1] - pair[0])
-    found = [[point for _, point in group] for _, group in groups]
-    return [(run[0], run[-1]) for run in found]
+    runs_of_points = [[point for _, point in group] for _, group in groups]
+    return [(run[0], run[-1]) for run in runs_of_points]
 
 
 def _blocks() -> Iterator[list[str]]:
@@ -67,32 +67,32 @@ def _blocks() -> Iterator[list[str]]:
             yield [chr(point) for point in range(start, start + BLOCK)]
 
 
-def _words(tokenizer: Any, text: str) -> list[str]:
+def _split_words(tokenizer: Any, text: str) -> list[str]:
     normal = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
     pairs = tokenizer.pre_tokenizer.pre_tokenize_str(normal) if tokenizer.pre_tokenizer else [(normal, None)]
     return [word for word, _ in pairs]
 
 
-def _became(tokenizer: Any, framed: str) -> str:
-    words = _words(tokenizer, framed)
+def _find_replacement(tokenizer: Any, framed: str) -> str:
+    words = _split_words(tokenizer, framed)
     text = SPACE.join(words)
     if any(SPACE in word for word in words) or not (text.startswith(LEFT) and text.endswith(RIGHT)):
         raise ShippingError(
-            f"The tokenizer makes {words} of {framed!r}: it does more than treat one character after the other, which "
-            "is all that a tokenizer in the graph can do.",
-            WITHOUT,
+            f"The tokenizer splits {framed!r} into {words}, so it does not treat each character independently. A "
+            "tokenizer in the graph can do only that.",
+            SHIP_WITHOUT_HINT,
         )
     return text[len(LEFT) : -len(RIGHT)]
 
 
-def by_kind(changed: Mapping[str, str]) -> dict[str, list[str]]:
-    """Returns three lists: ``deleted`` characters, those that become a ``space``, and separate ``words``.
+def group_by_kind(changed: Mapping[str, str]) -> dict[str, list[str]]:
+    """Returns three lists: ``deleted`` characters, characters that become a ``space``, and separate ``words``.
 
     Args:
         changed: Replacements by character, from `changes`.
     """
     return {
-        "deleted": [c for c, became in changed.items() if became == DELETED],
-        "space": [c for c, became in changed.items() if became == SPACE],
-        "words": [c for c, became in changed.items() if became == spaced(c)],
+        "deleted": [c for c, replacement in changed.items() if replacement == DELETED],
+        "space": [c for c, replacement in changed.items() if replacement == SPACE],
+        "words": [c for c, replacement in changed.items() if replacement == surround_with_spaces(c)],
     }

@@ -16,7 +16,7 @@ OPSET = {"": 20, EXTENSIONS: 1, ML: 2}
 
 
 class Nodes:
-    """The nodes of a graph in the order of their addition, and the constants that they read."""
+    """The nodes of a graph in the order in which they were added, and the constants that they read."""
 
     def __init__(self) -> None:
         from onnx_ir import tape
@@ -40,7 +40,7 @@ class Nodes:
 
         return self._constant(np.array(value, np.int64))
 
-    def truth(self, value: bool) -> ir.Value:
+    def boolean(self, value: bool) -> ir.Value:
         """Returns a constant of one truth value, bool [1]."""
         import numpy as np
 
@@ -58,14 +58,16 @@ class Nodes:
         """Adds a node with one output and returns the output."""
         return self.tape.op(operator, inputs, attributes, domain=domain)
 
-    def several(self, operator: str, count: int, *inputs: ir.Value, domain: str = "", **attributes: Any) -> Any:
+    def add_with_outputs(
+        self, operator: str, count: int, *inputs: ir.Value, domain: str = "", **attributes: Any
+    ) -> Any:
         """Adds a node with `count` outputs and returns the outputs."""
         return self.tape.op_multi_out(operator, inputs, attributes, num_outputs=count, domain=domain)
 
-    def replace(self, texts: ir.Value, pattern: str, by: str) -> ir.Value:
+    def replace(self, texts: ir.Value, pattern: str, replacement: str) -> ir.Value:
         """Adds a node that replaces every match of a regular expression (RE2's syntax) in `texts`, string [n]."""
-        found = [self.texts(pattern), self.texts(by)]
-        return self.add("StringRegexReplace", texts, *found, domain=EXTENSIONS, global_replace=1)
+        constants = [self.texts(pattern), self.texts(replacement)]
+        return self.add("StringRegexReplace", texts, *constants, domain=EXTENSIONS, global_replace=1)
 
     def zeros_like(self, values: ir.Value) -> ir.Value:
         """Adds nodes that compute int64 zeros in the shape of `values`."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class TextSession:
-    """A session on the CPU for an ``.onnx`` file whose only input is texts.
+    """A session on the CPU for an ``.onnx`` file that takes texts only.
 
     Raises:
         ProviderError: onnxruntime-extensions is not installed.
@@ -29,7 +29,7 @@ class TextSession:
         try:
             self._session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         except failures() as error:
-            raise GraphError(f"{file} is no model ONNX Runtime can load: {error}.", "Build it again.") from error
+            raise GraphError(f"ONNX Runtime cannot load the model {file}: {error}.", "Build it again.") from error
         self._input = self._session.get_inputs()[0].name
 
     def run(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -42,10 +42,10 @@ class TextSession:
 
         names = [output.name for output in self._session.get_outputs()]
         try:
-            found = self._session.run(names, {self._input: np.array(texts, dtype=object)})
+            outputs = self._session.run(names, {self._input: np.array(texts, dtype=object)})
         except failures() as error:
             raise GraphError(f"The graph fails on {len(texts)} texts: {error}.", "Build it again.") from error
-        return dict(zip(names, found, strict=True))
+        return dict(zip(names, outputs, strict=True))
 
     def close(self) -> None:
         """Releases the model."""

@@ -1,9 +1,9 @@
 """BERT's tokenizer as a graph: it maps characters, splits words, and finds the longest pieces of each word.
 
-The algorithm is WordPiece (Schuster and Nakajima 2012). The graph uses only those operators of onnxruntime-extensions
-that compute correctly. `BertTokenizer` takes a single text and treats accents differently from the checkpoint.
-`WordpieceTokenizer` keeps the first pieces of a word with an unknown piece; the graph runs it on separate words and
-drops these pieces. Tables map the characters; `characters` computes them with the checkpoint's own tokenizer.
+The algorithm is WordPiece (Schuster and Nakajima 2012). Two operators of onnxruntime-extensions do not compute it as
+the checkpoint does. `BertTokenizer` takes a single text and treats accents differently, so the graph does not use it.
+`WordpieceTokenizer` keeps the first pieces of a word with an unknown piece; the graph drops these pieces. A table maps
+the characters; `characters` computes the table with the checkpoint's own tokenizer.
 """
 
 from __future__ import annotations
@@ -15,17 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import ShippingError
 from toolchain.ship.targets.releases import EXTENSIONS, ML
-from toolchain.ship.tokenizer_graph.characters import DELETED, WITHOUT, by_kind, changes, runs, spaced
+from toolchain.ship.tokenizer_graph.characters import (
+    DELETED,
+    SHIP_WITHOUT_HINT,
+    changes,
+    group_by_kind,
+    runs,
+    surround_with_spaces,
+)
+from toolchain.ship.tokenizer_graph.model_inputs import Ragged
 from toolchain.ship.tokenizer_graph.nodes import Nodes
-from toolchain.ship.tokenizer_graph.rows import Ragged
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# Control characters with a meaning inside the graph. The tokenizer deletes these characters, so no token is lost.
+# Control characters with a special meaning inside the graph. The tokenizer deletes them from texts anyway.
 NUL, DROPPED, ROW_END = "\x00", "\x01", "\x02"
 MARKS = [chr(point) for point in (*range(3, 9), 11, 12, *range(14, 32))]
-LONG_RUN = 64  # characters; from this length on, a run is cheaper in a regular expression than in a table
+LONG_RUN = 64  # characters; a run of this length or more is cheaper in a regular expression than in a table
 
 
 def word_pieces(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
@@ -41,17 +48,17 @@ def word_pieces(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
     """
     definition = tokenizer.to_str()
     model, changed = json.loads(definition)["model"], changes(definition)
-    marks = _marks(tokenizer, changed)
-    words = _words(nodes, texts, changed, marks)
+    marks = _choose_marks(tokenizer, changed)
+    words = _add_word_split(nodes, texts, changed, marks)
     vocabulary = {**model["vocab"], **{mark: model["vocab"][token] for token, mark in marks.items()}}
     ids = _longest_pieces(nodes, words, model, vocabulary)
     ends = nodes.add("Squeeze", nodes.add("NonZero", nodes.add("Equal", ids, nodes.numbers([-1]))), nodes.numbers([0]))
-    after = nodes.add("Add", ends, nodes.numbers([1]))
-    others = nodes.add("Slice", after, nodes.numbers([0]), nodes.numbers([-1]))
-    return Ragged(ids, nodes.add("Concat", nodes.numbers([0]), others, axis=0), ends)
+    next_ends = nodes.add("Add", ends, nodes.numbers([1]))
+    next_begins = nodes.add("Slice", next_ends, nodes.numbers([0]), nodes.numbers([-1]))
+    return Ragged(ids, nodes.add("Concat", nodes.numbers([0]), next_begins, axis=0), ends)
 
 
-def _marks(tokenizer: Any, changed: Mapping[str, str]) -> dict[str, str]:
+def _choose_marks(tokenizer: Any, changed: Mapping[str, str]) -> dict[str, str]:
     """Returns a control character for each added token, the longest token first.
 
     The control character replaces the token in a text before normalisation.
@@ -59,68 +66,71 @@ def _marks(tokenizer: Any, changed: Mapping[str, str]) -> dict[str, str]:
     Raises:
         ShippingError: The tokenizer keeps control characters, or the graph cannot express its added tokens.
     """
-    kept = [mark for mark in (NUL, DROPPED, ROW_END, *MARKS) if changed.get(mark) != DELETED]
-    if kept:
+    kept_characters = [mark for mark in (NUL, DROPPED, ROW_END, *MARKS) if changed.get(mark) != DELETED]
+    if kept_characters:
         raise ShippingError(
-            f"The tokenizer keeps control characters such as {kept[0]!r}, which stand for its own here.", WITHOUT
+            f"The tokenizer keeps control characters such as {kept_characters[0]!r}, which the graph needs as marks.",
+            SHIP_WITHOUT_HINT,
         )
     tokens = sorted(tokenizer.get_added_tokens_decoder().values(), key=lambda token: -len(token.content))
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
     for token in tokens:
         if token.lstrip or token.rstrip or token.single_word or token.normalized or token.content not in vocabulary:
             raise ShippingError(
-                f"The tokenizer looks for its added token {token.content!r} in a way that a graph cannot.", WITHOUT
+                f"The tokenizer finds its added token {token.content!r} by rules that the graph cannot express.",
+                SHIP_WITHOUT_HINT,
             )
     if len(tokens) > len(MARKS):
         raise ShippingError(
-            f"The tokenizer has {len(tokens)} added tokens, of {len(MARKS)} at most in a graph.", WITHOUT
+            f"The tokenizer has {len(tokens)} added tokens, but a graph supports at most {len(MARKS)}.",
+            SHIP_WITHOUT_HINT,
         )
     return dict(zip((token.content for token in tokens), MARKS, strict=False))
 
 
-def _words(nodes: Nodes, texts: ir.Value, changed: Mapping[str, str], marks: Mapping[str, str]) -> ir.Value:
+def _add_word_split(nodes: Nodes, texts: ir.Value, changed: Mapping[str, str], marks: Mapping[str, str]) -> ir.Value:
     """Adds the nodes that split texts into words, string [words]; `ROW_END` follows the words of each text."""
-    # ONNX Runtime's own operator removes NUL first, because NUL ends a text for onnxruntime-extensions.
-    parts = nodes.several("StringSplit", 2, texts, delimiter=NUL)[0]
+    # ONNX Runtime's own operator removes NUL first: the operators of onnxruntime-extensions read only up to a NUL.
+    parts = nodes.add_with_outputs("StringSplit", 2, texts, delimiter=NUL)[0]
     texts = nodes.add("StringJoin", parts, nodes.texts(DROPPED), nodes.numbers([1]), domain=EXTENSIONS)
-    texts = nodes.replace(texts, _class([ROW_END, *MARKS]), DROPPED)
+    texts = nodes.replace(texts, _character_class([ROW_END, *MARKS]), DROPPED)
     for token, mark in marks.items():
         texts = nodes.replace(texts, re.escape(token), mark)
     table = dict(changed)
-    kinds = by_kind(changed)
-    for kind, by in (("deleted", ""), ("space", " "), ("words", r" \1 ")):
+    kinds = group_by_kind(changed)
+    for kind, replacement in (("deleted", ""), ("space", " "), ("words", r" \1 ")):
         long = [run for run in runs(kinds[kind]) if run[1] - run[0] >= LONG_RUN]
-        apart = [c for c in kinds[kind] if c in "\t\n"]  # separators in the table of `_mapped`
-        if long or apart:
-            texts = nodes.replace(texts, f"({_class(apart, long)})", by)
+        separators = [c for c in kinds[kind] if c in "\t\n"]  # they separate the entries of `_add_character_map`
+        if long or separators:
+            texts = nodes.replace(texts, f"({_character_class(separators, long)})", replacement)
         for first, last in long:
             for point in range(first, last + 1):
                 del table[chr(point)]
-        for character in apart:
+        for character in separators:
             table.pop(character, None)
     texts = nodes.replace(texts, r"\z", ROW_END)
-    return _mapped(nodes, texts, table, marks)
+    return _add_character_map(nodes, texts, table, marks)
 
 
-def _mapped(nodes: Nodes, texts: ir.Value, table: Mapping[str, str], marks: Mapping[str, str]) -> ir.Value:
+def _add_character_map(nodes: Nodes, texts: ir.Value, table: Mapping[str, str], marks: Mapping[str, str]) -> ir.Value:
     """Adds the nodes that map every character with the table and split the result into words."""
-    own = {mark: spaced(mark) for mark in (*marks.values(), ROW_END)}
-    rows = {**{c: became or DROPPED for c, became in table.items() if c not in (NUL, ROW_END, *MARKS)}, **own}
-    each = nodes.texts("((?s:.))")
-    split = nodes.several("StringRegexSplitWithOffsets", 4, texts, each, each, domain=EXTENSIONS)[0]
-    lines = "\n".join(f"{character}\t{became}" for character, became in sorted(rows.items()))
-    mapped = nodes.add("StringMapping", split, domain=EXTENSIONS, map=lines)
+    rows = {c: new or DROPPED for c, new in table.items() if c not in (NUL, ROW_END, *MARKS)}
+    rows |= {mark: surround_with_spaces(mark) for mark in (*marks.values(), ROW_END)}
+    pattern = nodes.texts("((?s:.))")
+    characters = nodes.add_with_outputs("StringRegexSplitWithOffsets", 4, texts, pattern, pattern, domain=EXTENSIONS)[0]
+    lines = "\n".join(f"{character}\t{new}" for character, new in sorted(rows.items()))
+    mapped = nodes.add("StringMapping", characters, domain=EXTENSIONS, map=lines)
     joined = nodes.add("StringJoin", mapped, nodes.texts(""), nodes.numbers([0]), domain=EXTENSIONS)
     joined = nodes.replace(joined, DROPPED, "")
-    split = nodes.several("StringSplit", 3, joined, nodes.texts(" "), nodes.truth(True), domain=EXTENSIONS)
-    found: ir.Value = split[1]
-    return found
+    split = nodes.add_with_outputs("StringSplit", 3, joined, nodes.texts(" "), nodes.boolean(True), domain=EXTENSIONS)
+    words: ir.Value = split[1]
+    return words
 
 
 def _longest_pieces(nodes: Nodes, words: ir.Value, model: Mapping[str, Any], vocabulary: Mapping[str, int]) -> ir.Value:
-    """Adds the nodes that split words into pieces; returns their ids, int64 [pieces], with -1 after each text."""
+    """Adds the nodes that split words into pieces; returns the ids, int64 [pieces], with -1 after each text."""
     unknown = vocabulary[model["unk_token"]]
-    tokens, _, begins, ends = nodes.several(
+    tokens, _, begins, ends = nodes.add_with_outputs(
         "WordpieceTokenizer",
         4,
         words,
@@ -140,7 +150,7 @@ def _longest_pieces(nodes: Nodes, words: ir.Value, model: Mapping[str, Any], voc
         values_int64s=list(numbers.values()),
         default_int64=unknown,
     )
-    # A word with an unknown piece is unknown. Only its last piece stays, which is the unknown token.
+    # A word with an unknown piece is unknown. The graph keeps only its last piece, which is the unknown token.
     last = nodes.add("Sub", ends, nodes.numbers([1]))
     is_unknown = nodes.add("Equal", nodes.add("Gather", ids, last), nodes.numbers([unknown]))
     first = nodes.add("Where", is_unknown, last, begins)
@@ -152,7 +162,7 @@ def _longest_pieces(nodes: Nodes, words: ir.Value, model: Mapping[str, Any], voc
     return nodes.add("Compress", ids, nodes.add("GreaterOrEqual", place, nodes.add("Gather", first, word_of)))
 
 
-def _class(single: Sequence[str], found: Sequence[tuple[int, int]] = ()) -> str:
+def _character_class(characters: Sequence[str], ranges: Sequence[tuple[int, int]] = ()) -> str:
     """Returns a regular expression that matches one of the characters or a character in one of the ranges."""
-    ranges = [*runs(single), *found]
-    return "[" + "".join(rf"\x{{{first:X}}}-\x{{{last:X}}}" for first, last in ranges) + "]"
+    pairs = [*runs(characters), *ranges]
+    return "[" + "".join(rf"\x{{{first:X}}}-\x{{{last:X}}}" for first, last in pairs) + "]"

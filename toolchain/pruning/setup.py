@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from toolchain.artifacts.store import Artifact
 from toolchain.backends.pytorch import load_model
-from toolchain.data import inputs
+from toolchain.data import encoding, inputs
 from toolchain.data.inputs import Data, TrainingSource
 from toolchain.data.labels import LabelSet
 from toolchain.errors import PruningError
 from toolchain.models import architectures
-from toolchain.pruning.depth import dispensable
+from toolchain.pruning.depth import dispensable_layers
 from toolchain.pruning.importance import LayerImportance, fisher, magnitude
 from toolchain.training.batches import Batch, batches
 
@@ -26,10 +26,10 @@ BATCH = 32
 
 
 @dataclass(frozen=True)
-class Subject:
+class PruningSetup:
     """The inputs of pruning, with cached results that all ratios tried in one process share.
 
-    Use the function `subject` to get the shared instance.
+    Use the function `shared_setup` to get the shared instance.
 
     Attributes:
         folder: Folder of the unpruned model.
@@ -60,16 +60,16 @@ class Subject:
         """
         if (self.folder / architectures.SHAPES).is_file():
             raise PruningError(
-                f"The model in {self.folder} is already pruned.", "Prune the model it was made from, at a higher ratio."
+                f"The model in {self.folder} is already pruned.", "Prune its unpruned parent at a higher ratio."
             )
         model = load_model(self.folder)
         architectures.layout_of(model)
         return model
 
     @functools.cached_property
-    def encoder(self) -> inputs.Encoder:
+    def encoder(self) -> encoding.Encoder:
         """Opens the encoder, which turns texts into token ids."""
-        return inputs.Encoder.open(self.folder, self.names, self.max_length)
+        return encoding.Encoder.open(self.folder, self.names, self.max_length)
 
     @functools.cached_property
     def _data(self) -> Data:
@@ -88,16 +88,16 @@ class Subject:
         return self._batches(inputs.hold_out(self._data)[1])
 
     def _batches(self, rows: list[int]) -> list[Batch]:
-        chosen = self._data.only(rows)
-        return batches(self.encoder.encode(chosen.texts), chosen.targets, self.encoder, BATCH)
+        data = self._data.only(rows)
+        return batches(self.encoder.encode(data.texts), data.targets, self.encoder, BATCH)
 
     @functools.cached_property
     def _fisher(self) -> list[LayerImportance]:
         return fisher(self.model, self.ranking)
 
-    def dispensable(self, layers: int) -> list[int]:
-        """Returns the indices of the layers to remove so that `layers` remain; see `depth.dispensable`."""
-        return dispensable(self.model, layers, self.ranking)
+    def dispensable_layers(self, layers: int) -> list[int]:
+        """Returns the indices of the layers to remove so that `layers` remain; see `depth.dispensable_layers`."""
+        return dispensable_layers(self.model, layers, self.ranking)
 
     def importances(self, method: str) -> list[LayerImportance]:
         """Returns the importance of every layer's units, measured by ``fisher`` or ``magnitude``."""
@@ -105,16 +105,18 @@ class Subject:
 
 
 @functools.lru_cache(maxsize=1)
-def _shared(subject: Subject) -> Subject:
-    return subject
+def _share(setup: PruningSetup) -> PruningSetup:
+    return setup
 
 
-def subject(artifact: Artifact, source: TrainingSource, sentences: int, seed: int) -> Subject:
-    """Returns the artifact as a `Subject`.
+def shared_setup(artifact: Artifact, source: TrainingSource, sentences: int, seed: int) -> PruningSetup:
+    """Returns the `PruningSetup` of an artifact.
 
     Repeated calls with equal arguments return the same instance, until a call has other arguments.
     """
     manifest = artifact.manifest
     names = tuple(spec.name for spec in manifest.inputs)
-    found = Subject(artifact.path, manifest.id, names, manifest.labels, manifest.max_length, source, sentences, seed)
-    return _shared(found)
+    setup = PruningSetup(
+        artifact.path, manifest.id, names, manifest.labels, manifest.max_length, source, sentences, seed
+    )
+    return _share(setup)

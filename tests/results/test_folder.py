@@ -1,0 +1,65 @@
+"""The folder of result files: the newest run, free names, and figures of an artifact."""
+
+import dataclasses
+
+import pytest
+from conftest import ROOT
+from sample_results import FP32, INT8, NO_GPU, result
+
+from toolchain.errors import BenchError
+from toolchain.results.folder import ResultsFolder, read_older, require_measured
+from toolchain.results.measurements import Measurement
+from toolchain.results.result_file import ResultFile
+
+
+def test_the_newest_result_of_the_model_is_found(tmp_path):
+    folder = ResultsFolder(tmp_path)
+    with pytest.raises(BenchError, match="no result of m"):
+        folder.newest("m", pytest.fail)
+    result(FP32, created="2026-01-01T00:00:00+00:00").write(tmp_path / "old.json")
+    result(INT8, created="2026-01-02T00:00:00+00:00").write(folder.local / "new.json")
+    assert folder.newest("m", pytest.fail).rows == (INT8,)
+    with pytest.raises(BenchError, match="no result of other"):
+        folder.newest("other", pytest.fail)
+    (tmp_path / "broken.json").write_text("{")
+    said = []
+    assert folder.newest("m", said.append).rows == (INT8,)
+    assert "broken.json is not a valid result file" in said[0]
+
+
+def test_runs_that_end_in_one_second_have_a_file_each(tmp_path):
+    folder = ResultsFolder(tmp_path)
+    files = [folder.save_local(result(FP32, run={"id": name}), "m") for name in "abc"]
+    assert [path.name for path in files] == [f"m-20260101T000000Z{number}.json" for number in ("", ".2", ".3")]
+    assert [ResultFile.read(path).run["id"] for path in files] == ["a", "b", "c"]
+    assert folder.save_local(result(FP32), "m", "0123").name == "m-20260101T000000Z-0123.json"
+
+
+def test_a_run_without_a_measured_row_or_with_a_failed_one_is_refused():
+    require_measured(result(FP32, NO_GPU))
+    with pytest.raises(BenchError, match="Nothing could be measured: No GPU"):
+        require_measured(result(NO_GPU))
+    failed = Measurement("m", "onnx-int8", "cpu", None, "failed", "It crashed.", "Look.")
+    with pytest.raises(BenchError, match="1 of 2 cells failed: onnx-int8@cpu: It crashed"):
+        require_measured(result(FP32, failed))
+
+
+def test_the_newest_run_that_measured_an_artifact_counts(tmp_path):
+    folder = ResultsFolder(tmp_path)
+    committed = ResultFile.read(ROOT / "benchmarks" / "results" / "reference-xeon-2cores.json")
+    row = committed.rows[0]
+    for path, created in (
+        (folder.local / "a.json", "2026-01-02T00:00:00+00:00"),
+        (folder.path / "b.json", "2026-01-01T00:00:00+00:00"),
+    ):
+        dataclasses.replace(committed, rows=(row,), created=created).write(path)
+    found = folder.measurements_of([row.artifact_id, "nothing"], pytest.fail)
+    assert found.keys() == {row.artifact_id}
+    assert found[row.artifact_id][0].created.startswith("2026-01-02")
+
+
+def test_an_old_run_is_not_compared_with_itself(tmp_path):
+    result(FP32, run={"id": "a"}).write(tmp_path / "a.json")
+    with pytest.raises(BenchError, match="is the run itself"):
+        read_older(tmp_path / "a.json", [result(FP32, run={"id": "a"})])
+    assert read_older(tmp_path / "a.json", [result(FP32, run={"id": "b"})]).run["id"] == "a"

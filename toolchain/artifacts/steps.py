@@ -1,0 +1,274 @@
+"""Steps: the settings of the work that turns one artifact into another, and the rules that hold between them.
+
+The function of each step is in `toolchain/build/steps/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from toolchain.errors import ArtifactError, SettingsError
+from toolchain.system.decoding import convert, strict
+
+PROVIDERS = ("cpu", "cuda")
+# Backend → its quantisation schemes, the default first → the tag in the variant's name. On ONNX Runtime, `Optimize`
+# makes fp16, because that graph is for other kernels.
+QUANTIZED = {
+    "ort": {"dynamic": "int8", "static": "int8", "int4": "int4", "fp16": "fp16"},
+    "torch": {"int8": "int8", "bf16": "bf16", "fp16": "fp16"},
+    "bnb": {"int8": "int8", "nf4": "nf4", "fp4": "fp4"},
+}
+
+# Passes that `Optimize` applies by default, in order.
+CPU_PASSES = ("fuse", "residual-sum", "first-token", "first-query")
+CUDA_PASSES = ("fuse-cuda", "half")
+# Passes that `Quantize` applies on ONNX Runtime, by scheme and in order. The last two have several forms, such as
+# ``quantize-linear-int4``; the step chooses the form.
+QUANTIZE_PASSES = {
+    "dynamic": ("padding", "quantize-linear", "quantize-embedding"),
+    "static": ("smooth", "quantize-linear", "quantize-embedding"),
+    "int4": ("quantize-linear", "quantize-embedding"),
+}
+
+
+@strict
+@dataclass(frozen=True)
+class Import:
+    """Converts a checkpoint to fp32 safetensors.
+
+    Attributes:
+        revision: The hub's commit, or a digest of the files; None for the newest.
+        base: For a LoRA adapter, the base to merge it into: ``ID@COMMIT`` of the hub, or a digest. None otherwise.
+    """
+
+    revision: str | None = None
+    base: str | None = None
+
+
+@strict
+@dataclass(frozen=True)
+class Prune:
+    """Removes heads and FFN neurons until `ratio` of the encoder's linear parameters is removed.
+
+    Attributes:
+        ratio: Minimum share of the encoder's linear parameters to remove.
+        method: Importance measure, ``fisher`` or ``magnitude``. ``mask`` sets rows to zero instead and removes nothing.
+        cost: Cost that the selection weighs importance against: ``parameters``, or ``latency`` on this machine.
+        layers: Number of layers to keep; the step first removes the others completely. None removes none in advance.
+        train: Digest of the training data; if empty, the workspace's training data.
+        sentences: Number of training sentences that rank the units and fit the remaining weights.
+        seed: Random seed that chooses these sentences.
+
+    Raises:
+        SettingsError: The ratio is not 0.01 to 0.99 in steps of 0.01, or a setting does not apply to the method.
+    """
+
+    ratio: float
+    method: str = "fisher"
+    cost: str = "parameters"
+    layers: int | None = None
+    train: str = ""
+    sentences: int = 2000
+    seed: int = 20
+
+    def __post_init__(self) -> None:
+        if not 0.01 <= self.ratio <= 0.99 or abs(100 * self.ratio - round(100 * self.ratio)) > 1e-9:
+            raise SettingsError(
+                f"--ratio {self.ratio:g} is not 0.01 to 0.99 in whole per cents.", "Give one such as 0.5."
+            )
+        if self.method == "mask" and (self.layers or self.cost != "parameters"):
+            raise SettingsError("--method mask removes nothing.", "It takes --ratio, and neither --layers nor --cost.")
+
+
+@strict
+@dataclass(frozen=True)
+class Recover:
+    """Trains a pruned model on the unpruned model's logits.
+
+    The training rows are the original rows and random pairs of them. Each epoch draws new pairs.
+
+    Attributes:
+        epochs: Largest number of epochs.
+        train: Digest of the training data, as in `Prune`.
+        learning_rate: Peak learning rate.
+        batch_size: Rows of a training step.
+        pairs: Pairs per row and epoch, multiplied by the share of parameters that pruning removed.
+        masked: Share of a pair's tokens that the mask token replaces.
+        seed: Random seed of pairs, masks and row order.
+    """
+
+    epochs: int
+    train: str = ""
+    learning_rate: float = 1e-4
+    batch_size: int = 64
+    pairs: float = 1.0
+    masked: float = 0.2
+    seed: int = 20
+
+
+@strict
+@dataclass(frozen=True)
+class Export:
+    """Exports a PyTorch model to ONNX with standard operators of one `opset`."""
+
+    opset: int = 18
+
+
+@strict
+@dataclass(frozen=True)
+class Optimize:
+    """Rewrites a standard ONNX graph for speed on one execution `provider`, by `passes` in order."""
+
+    provider: str = "cpu"
+    passes: tuple[str, ...] = CPU_PASSES
+
+    @classmethod
+    def for_provider(cls, provider: str) -> Optimize:
+        """Returns the step with the default passes of the provider, ``cpu`` or ``cuda``."""
+        return cls(provider, {"cpu": CPU_PASSES, "cuda": CUDA_PASSES}[provider])
+
+
+@strict
+@dataclass(frozen=True)
+class Quantize:
+    """Quantises a model to fewer bits, by the `scheme` of a `backend`.
+
+    Schemes of ``ort`` (ONNX Runtime):
+
+    * ``dynamic``: U8 activations with scales computed at run time, times S8 weights with scales per channel.
+    * ``static``: the same products, with activation scales from calibration on training data.
+    * ``int4``: weights in blocks of 4 bits, for size.
+
+    Schemes of ``torch``: ``int8`` computes the products of ``dynamic`` in PyTorch; ``bf16`` and ``fp16`` are half
+    precision. Schemes of ``bnb`` (bitsandbytes): ``int8`` is LLM.int8(); ``nf4`` and ``fp4`` are blocks of 4 bits.
+
+    Attributes:
+        backend: ``ort``, ``torch`` or ``bnb``. The attributes below `scheme` apply to ``ort`` only.
+        scheme: A scheme of the backend.
+        reduce_range: True for weights of 7 bits, whose products no processor saturates.
+        embeddings: Type of the embedding tables, ``int8`` or ``int4``; None for the default of the scheme.
+        keep_fp32: Number of linear layers that stay fp32. Training data selects the most sensitive layers.
+        train: Digest of the training data, as in `Prune`; None where the step uses none.
+        passes: The passes of `QUANTIZE_PASSES` to apply; None for all.
+        trim_vocab: Corpus whose tokens stay in the vocabulary: ``train``, or `Texts.digest` of a file. None keeps all.
+
+    Raises:
+        SettingsError: The backend has no such scheme, or two settings exclude each other.
+    """
+
+    backend: str = "ort"
+    scheme: str = "dynamic"
+    reduce_range: bool | None = None
+    embeddings: str | None = None
+    keep_fp32: int | None = None
+    train: str | None = None
+    passes: tuple[str, ...] | None = None
+    trim_vocab: str | None = None
+
+    def __post_init__(self) -> None:
+        schemes = [name for name in QUANTIZED[self.backend] if (self.backend, name) != ("ort", "fp16")]
+        if self.scheme not in schemes:
+            raise SettingsError(
+                f"--backend {self.backend} has no scheme {self.scheme}.", f"It has {', '.join(schemes)}."
+            )
+        if self.reduce_range and (self.backend, self.scheme) != ("ort", "dynamic"):
+            raise SettingsError(
+                "Only --backend ort --scheme dynamic has weights of 7 bits.", "Leave --isa portable out."
+            )
+        ort_settings = (self.embeddings, self.keep_fp32, self.passes, self.trim_vocab)
+        if self.backend != "ort" and any(setting is not None for setting in ort_settings):
+            raise SettingsError(
+                f"--backend {self.backend} has only --scheme.",
+                "Leave out --embeddings, --keep-fp32, --max-drop, --sensitivity, --no-pass and --trim-vocab.",
+            )
+        if self.passes is not None:
+            self._check_passes(self.passes)
+
+    def _check_passes(self, passes: tuple[str, ...]) -> None:
+        scheme_passes = QUANTIZE_PASSES[self.scheme]
+        if not set(passes) <= set(scheme_passes):
+            raise SettingsError(f"--scheme {self.scheme} has no such pass.", f"It has {', '.join(scheme_passes)}.")
+        if "quantize-linear" not in passes and (
+            not passes or self.scheme == "static" or self.reduce_range or self.keep_fp32
+        ):
+            raise SettingsError(
+                "Without the pass quantize-linear, only embedding tables are quantised.",
+                "Leave every other option out, except --embeddings.",
+            )
+        if "quantize-embedding" not in passes and self.embeddings:
+            raise SettingsError(
+                "Without the pass quantize-embedding, no embedding table is quantised.", "Leave --embeddings out."
+            )
+
+    @staticmethod
+    def passes_without(scheme: str, omitted_passes: Collection[str]) -> tuple[str, ...] | None:
+        """Returns the value of `passes` that omits some passes of the scheme of ONNX Runtime; None if it omits none.
+
+        The passes before ``quantize-linear`` prepare it, so they are omitted with it.
+
+        Raises:
+            SettingsError: The scheme has no such pass.
+        """
+        if not omitted_passes:
+            return None
+        passes = QUANTIZE_PASSES.get(scheme, ())
+        if not set(omitted_passes) <= set(passes):
+            raise SettingsError(f"--scheme {scheme} has no such pass.", f"It has {', '.join(passes) or 'none'}.")
+        if "quantize-linear" in omitted_passes:
+            passes = passes[passes.index("quantize-linear") :]
+        return tuple(name for name in passes if name not in omitted_passes)
+
+
+Step = Import | Prune | Recover | Export | Optimize | Quantize
+
+STEP_TYPES: dict[str, type[Step]] = {
+    "import": Import,
+    "prune": Prune,
+    "recover": Recover,
+    "export": Export,
+    "optimize": Optimize,
+    "quantize": Quantize,
+}
+
+
+def uses_training_data(step: Step) -> TypeGuard[Prune | Recover | Quantize]:
+    """Returns whether the result of the step depends on training data."""
+    if isinstance(step, Quantize):
+        return bool(step.keep_fp32 or step.trim_vocab) or step.scheme == "static"
+    return isinstance(step, Recover) or (isinstance(step, Prune) and step.method != "mask")
+
+
+def step_name(step: Step) -> str:
+    """Returns the name of the step in manifests and commands, such as ``export`` for an `Export`."""
+    return next(name for name, kind in STEP_TYPES.items() if isinstance(step, kind))
+
+
+def settings_of(step: Step) -> dict[str, Any]:
+    """Returns the step's settings as JSON values, without those that are None."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(step).items()
+        if value is not None
+    }
+
+
+def decode_step(name: str, settings: Mapping[str, Any]) -> Step:
+    """Returns the step that a manifest recorded.
+
+    Args:
+        name: Name of the step, as from `step_name`.
+        settings: Settings of the step, as from `settings_of`.
+
+    Raises:
+        ArtifactError: This release does not know the step or one of its settings.
+    """
+    try:
+        return convert(STEP_TYPES[name], settings)
+    except (KeyError, ValueError, SettingsError) as error:
+        raise ArtifactError(
+            f"A manifest records the step {name!r} with settings {dict(settings)}, which this release does not know.",
+            "Use the release that built it, or delete the folder and build it again.",
+        ) from error

@@ -1,0 +1,142 @@
+"""The folder of result files: named files that a repository can hold, and local files of single runs below them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolchain.errors import BenchError, ResultFileError
+from toolchain.progress import Say
+from toolchain.results.measurements import Measurement
+from toolchain.results.result_file import ResultFile
+from toolchain.system import files
+
+
+@dataclass(frozen=True)
+class ResultsFolder:
+    """A folder of result files.
+
+    Attributes:
+        path: Path of the folder; it need not exist.
+    """
+
+    path: Path = Path("benchmarks/results")
+
+    @property
+    def local(self) -> Path:
+        """Returns the folder of the results and journals of single runs, which a repository does not hold."""
+        return self.path / "local"
+
+    def named_path(self, name: str, machine_id: str | None = None) -> Path:
+        """Returns the path of a named result file.
+
+        Args:
+            name: Name of the result.
+            machine_id: Id of the machine if several machines give one result each; None otherwise.
+        """
+        return self.path / (f"{name}-{machine_id}.json" if machine_id else f"{name}.json")
+
+    def save_local(self, result: ResultFile, model: str, machine_id: str | None = None) -> Path:
+        """Writes the result to a new file in `local` and returns its path.
+
+        Raises:
+            ResultFileError: The file cannot be written.
+        """
+        stamp = result.created.replace(":", "").replace("-", "").removesuffix("+0000")
+        suffix = f"-{machine_id}" if machine_id else ""
+        path = self.local / f"{model}-{stamp}Z{suffix}.json"
+        try:
+            return files.write_to_free(path, result.to_json())
+        except OSError as error:
+            raise ResultFileError.unwritable(path, error) from error
+
+    def newest(self, model: str, say: Say) -> ResultFile:
+        """Returns the newest run of the model.
+
+        Raises:
+            BenchError: There is none.
+        """
+        runs = [run for run in self._readable(say) if any(row.model == model for row in run.rows)]
+        if not runs:
+            raise BenchError(f"There is no result of {model} under {self.path}.", "`toolchain bench` measures it.")
+        return max(runs, key=lambda run: run.created)
+
+    def measurements_of(self, ids: Collection[str], say: Say) -> dict[str, tuple[ResultFile, Measurement]]:
+        """Returns artifact id → the newest run that measured it, and its row; unmeasured artifacts are absent."""
+        newest: dict[str, tuple[ResultFile, Measurement]] = {}
+        for run in sorted(self._readable(say), key=lambda run: run.created):
+            for row in run.rows:
+                if row.status == "ok" and row.artifact_id in ids:
+                    newest[str(row.artifact_id)] = run, row
+        return newest
+
+    def _readable(self, say: Say) -> Iterator[ResultFile]:
+        for path in [*sorted(self.path.glob("*.json")), *sorted(self.local.glob("*.json"))]:
+            try:
+                yield ResultFile.read(path)
+            except ResultFileError as error:
+                say(f"ignored: {error}")  # not an error, because the file may belong to another model
+
+
+DEFAULT_FOLDER = ResultsFolder()
+
+
+def require_free(path: Path) -> None:
+    """Requires that the path does not exist.
+
+    Raises:
+        ResultFileError: The path exists.
+    """
+    if os.path.lexists(path):
+        raise _exists(path)
+
+
+def _exists(path: Path) -> ResultFileError:
+    return ResultFileError(f"{path} exists.", "Give another name with --save-as, or replace it with --force.")
+
+
+def save_named(result: ResultFile, path: Path, *, force: bool) -> None:
+    """Writes the result to a `ResultsFolder.named_path`.
+
+    Raises:
+        ResultFileError: The path exists and `force` is false, or it cannot be written.
+    """
+    try:
+        result.write(path, replace=force)
+    except FileExistsError as error:
+        raise _exists(path) from error
+
+
+def read_older(path: Path, newer: Sequence[ResultFile]) -> ResultFile:
+    """Reads the old run of a regression check.
+
+    Args:
+        path: Result file of the old run.
+        newer: The new runs.
+
+    Raises:
+        BenchError: The old run is one of the new runs, so the check could never fail.
+    """
+    old = ResultFile.read(path)
+    if any(run.run.get("id") == old.run.get("id") and run.created == old.created for run in newer):
+        raise BenchError(
+            f"{path} is the run itself.", "Name the newer result file: `toolchain compare NEW --against OLD`."
+        )
+    return old
+
+
+def require_measured(*results: ResultFile) -> None:
+    """Requires that the runs measured a cell, and that no planned cell failed.
+
+    Raises:
+        BenchError: A planned cell failed, or no cell was measured.
+    """
+    rows = [row for result in results for row in result.rows]
+    failed = [row for row in rows if row.status == "failed"]
+    if failed:
+        reasons = "; ".join(f"{row.cell}: {row.reason}" for row in failed)
+        raise BenchError(f"{len(failed)} of {len(rows)} cells failed: {reasons}", failed[0].mend)
+    if not any(row.status == "ok" for row in rows):
+        raise BenchError(f"Nothing could be measured: {rows[0].reason}", rows[0].mend)

@@ -1,0 +1,225 @@
+"""The result file of one benchmark run: one row for each cell, with raw samples.
+
+The file stores each percentile and rate together with its samples. Reading a file fails if samples are missing, or if a
+figure does not follow from its samples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from toolchain.errors import ResultFileError
+from toolchain.results.measurements import SAMPLES, Accuracy, Measurement, Samples
+from toolchain.system import files
+from toolchain.system.decoding import decode, strict
+
+SCHEMA = 2  # schema 1 has no probabilities, start times or labels
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """The result file of one benchmark run.
+
+    Attributes:
+        created: Time of the run.
+        toolchain: Release of the toolchain.
+        machine: Description of the machine; see `hardware.machine`.
+        run: Settings of the run.
+        data: Name, digest and number of rows of the data, and the label of each sentence as ``labels``.
+        rows: The measurements.
+    """
+
+    created: str
+    toolchain: str
+    machine: Mapping[str, Any]
+    run: Mapping[str, Any]
+    data: Mapping[str, Any]
+    rows: tuple[Measurement, ...]
+
+    def to_json(self) -> str:
+        """Returns the text of the file, with one measurement on each line."""
+        head = {name: getattr(self, name) for name in ("created", "toolchain", "machine", "run", "data")}
+        head["data"] = {name: value for name, value in self.data.items() if name != "labels"}
+        text = json.dumps({"schema": SCHEMA, **head}, indent=1, allow_nan=False)[:-2]
+        rows = ",\n".join(f"  {_line(row.to_json())}" for row in self.rows)
+        return f'{text},\n "labels": {_line(self.data.get("labels", []))},\n "rows": [\n{rows}\n ]\n}}\n'
+
+    def write(self, path: Path, *, replace: bool = True) -> None:
+        """Writes the file atomically.
+
+        Raises:
+            FileExistsError: `path` exists and `replace` is false.
+            ResultFileError: The file cannot be written.
+        """
+        try:
+            files.write_whole(path, self.to_json(), replace=replace)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            raise ResultFileError.unwritable(path, error) from error
+
+    @classmethod
+    def read(cls, path: Path) -> ResultFile:
+        """Reads and checks a result file.
+
+        Raises:
+            ResultFileError: The file is missing, unreadable or contradicts itself; the message states the problem.
+        """
+
+        try:
+            result = decode(_Stored, path.read_bytes()).to_result()
+            result.check()
+        except FileNotFoundError as error:
+            raise ResultFileError(f"There is no result file {path}.", "`toolchain bench` writes one.") from error
+        except (ValueError, OSError) as error:
+            hint = "Delete or move it, and measure again with `toolchain bench`."
+            raise ResultFileError(f"{path} is not a valid result file: {error}.", hint) from error
+        return result
+
+    def check(self) -> None:
+        """Checks the fields that a comparison needs.
+
+        Raises:
+            ValueError: A field is missing, has another type, or contradicts another field.
+        """
+        for key, kind in (("id", str), ("cpu", str), ("cores", int), ("ram_gib", int), ("isa", list), ("gpu", list)):
+            if not isinstance(self.machine.get(key), kind):
+                raise ValueError(f"machine.{key} is {self.machine.get(key)!r}")
+        if not all(isinstance(gpu, dict) and "name" in gpu for gpu in self.machine["gpu"]):
+            raise ValueError("machine.gpu has an entry without a name")
+        for key, kind in (("name", str), ("sha256", str), ("rows", int)):
+            if not isinstance(self.data.get(key), kind) or not self.data[key]:
+                raise ValueError(f"data.{key} is {self.data.get(key)!r}")
+        labels = self.data.get("labels", [])
+        if labels and (len(labels) != self.data["rows"] or min(labels) < 0):
+            raise ValueError("labels does not have one label for each row of the data")
+        if len({(row.model, row.cell) for row in self.rows}) < len(self.rows):
+            raise ValueError("two rows have the same cell")
+        for row in self.rows:
+            for score in (row.accuracy, row.accuracy_batched):
+                if score and row.status == "ok" and score.count != self.data["rows"]:
+                    raise ValueError(f"{row.cell} has {score.count} predictions for {self.data['rows']} sentences")
+            for name in ("predictions", "probabilities"):
+                count = len(getattr(row, name))
+                if labels and count not in (0, self.data["rows"]):
+                    raise ValueError(f"{row.cell} has {count} {name} for {self.data['rows']} sentences")
+            pairs = [(a, len(c)) for a, c in zip(row.predictions, row.probabilities, strict=False) if c is not None]
+            if not all(0 <= a < (1 << n if self.data.get("multi_label") else n) for a, n in pairs):
+                raise ValueError(f"{row.cell} has a prediction without a probability")
+            if labels and row.predictions and row.accuracy:
+                right = sum(mine == its for mine, its in zip(row.predictions, labels, strict=True))
+                if right != row.accuracy.correct:
+                    raise ValueError(f"{row.cell}: accuracy does not follow from its predictions")
+
+
+@strict
+@dataclass(frozen=True)
+class _StoredSamples:
+    unit: Literal["us"]
+    rounds: tuple[tuple[int, ...], ...]
+    sentences: tuple[tuple[int, ...], ...]
+    count: int
+
+    def __post_init__(self) -> None:
+        if not self.rounds or not all(self.rounds):
+            raise ValueError("there is a round without a time")
+        if not all(value > 0 for row in (*self.rounds, *self.sentences) for value in row):
+            raise ValueError("a time or a number of sentences is not positive")
+        if [len(row) for row in self.rounds] != [len(row) for row in self.sentences]:
+            raise ValueError("the numbers of times and of sentences differ")
+
+    def to_samples(self) -> Samples:
+        return Samples(self.rounds, self.sentences, self.count)
+
+
+@strict
+@dataclass(frozen=True)
+class _StoredAccuracy:
+    value: float
+    correct: int
+    count: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.correct <= self.count or round(self.correct / max(1, self.count), 6) != self.value:
+            raise ValueError(f"the accuracy {self.value} does not follow from {self.correct} of {self.count}")
+
+    def to_accuracy(self) -> Accuracy:
+        return Accuracy(self.correct, self.count, self.batch_size)
+
+
+@strict
+@dataclass(frozen=True)
+class _StoredRow:
+    """The form of a `Measurement` in a result file."""
+
+    cell: str
+    model: str
+    variant: str
+    provider: str
+    artifact_id: str | None
+    status: Literal["ok", "failed", "unavailable", "reported"]
+    reason: str = ""
+    mend: str = ""
+    accuracy: _StoredAccuracy | None = None
+    accuracy_batched: _StoredAccuracy | None = None
+    latency_ms: dict[str, float] = field(default_factory=dict)
+    with_tokenizing_ms: dict[str, float] = field(default_factory=dict)
+    resident_ms: dict[str, float] = field(default_factory=dict)
+    cold_start_ms: dict[str, float] = field(default_factory=dict)
+    load_ms: dict[str, float] = field(default_factory=dict)
+    throughput_per_s: float | None = None
+    memory_bytes: dict[str, Any] = field(default_factory=dict)
+    size_bytes: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    noise: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, _StoredSamples] = field(default_factory=dict)
+    by_length: dict[int, _StoredSamples] = field(default_factory=dict)
+    predictions: tuple[int, ...] = ()
+    probabilities: tuple[tuple[int, ...] | None, ...] = ()
+    batch_changed: int | None = None
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.samples) - set(SAMPLES):
+            raise ValueError(f"there are no samples called {', '.join(sorted(unknown))}")
+
+    def to_measurement(self) -> Measurement:
+        values: dict[str, Any] = {
+            item.name: getattr(self, item.name) for item in fields(Measurement) if hasattr(self, item.name)
+        }
+        values |= {name: samples.to_samples() for name, samples in self.samples.items()}
+        values |= {name: score.to_accuracy() for name in ("accuracy", "accuracy_batched") if (score := values[name])}
+        values["by_length"] = {tokens: samples.to_samples() for tokens, samples in self.by_length.items()}
+        row = Measurement(**values)
+        if row.cell != self.cell:
+            raise ValueError(f"the cell {self.cell!r} has the variant {self.variant!r}")
+        row.check()
+        return row
+
+
+@strict
+@dataclass(frozen=True)
+class _Stored:
+    """The form of a `ResultFile` on disk."""
+
+    schema: Literal[1, 2]
+    created: str
+    toolchain: str
+    machine: dict[str, Any]
+    run: dict[str, Any]
+    data: dict[str, Any]
+    rows: tuple[_StoredRow, ...]
+    labels: tuple[int, ...] = ()
+
+    def to_result(self) -> ResultFile:
+        data = {**self.data, **({"labels": list(self.labels)} if self.labels else {})}
+        rows = tuple(row.to_measurement() for row in self.rows)
+        return ResultFile(self.created, self.toolchain, self.machine, self.run, data, rows)

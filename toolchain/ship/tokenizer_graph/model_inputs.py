@@ -1,0 +1,90 @@
+"""The nodes that convert the concatenated tokens of several texts to a model's padded inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from toolchain.data.encoding import TOKEN_TYPES
+from toolchain.ship.tokenizer_graph.nodes import Nodes
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """The tokens of several texts.
+
+    Attributes:
+        ids: Concatenated token ids of all texts, int64 [tokens].
+        begins: Index of each text's first token, int64 [texts].
+        ends: Index after each text's last token, int64 [texts].
+    """
+
+    ids: ir.Value
+    begins: ir.Value
+    ends: ir.Value
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The special tokens, padding and truncation of a text.
+
+    Attributes:
+        prefix: Special tokens before the text.
+        suffix: Special tokens after the text.
+        pad_id: Token id for padding.
+        max_length: Largest number of tokens of a text, with the special tokens.
+        multiple: The width of a batch is rounded up to a multiple of this number, at most to `max_length`.
+    """
+
+    prefix: Sequence[int]
+    suffix: Sequence[int]
+    pad_id: int
+    max_length: int
+    multiple: int = 1
+
+
+def add_model_inputs(nodes: Nodes, tokens: Ragged, frame: Frame, names: Sequence[str]) -> dict[str, ir.Value]:
+    """Adds the nodes that compute the model's inputs.
+
+    Args:
+        nodes: Nodes to extend.
+        tokens: Tokens of all texts.
+        frame: Special tokens, padding and truncation.
+        names: Names of the model's inputs.
+
+    Returns:
+        The inputs by name, each int64 [texts, width].
+    """
+    special_count = len(frame.prefix) + len(frame.suffix)
+    limit = nodes.numbers([frame.max_length - special_count])
+    counts = nodes.add("Min", nodes.add("Sub", tokens.ends, tokens.begins), limit)
+    width = nodes.add("Add", nodes.add("ReduceMax", counts, keepdims=0), nodes.numbers(special_count))
+    if frame.multiple > 1:
+        step = nodes.numbers(frame.multiple)
+        rounded = nodes.add("Add", width, nodes.numbers(frame.multiple - 1))
+        width = nodes.add("Mul", nodes.add("Div", rounded, step), step)
+        width = nodes.add("Min", width, nodes.numbers(frame.max_length))
+    counts = nodes.add("Unsqueeze", counts, nodes.numbers([1]))
+    position = nodes.add("Range", nodes.numbers(0), width, nodes.numbers(1))
+    index = nodes.add("Sub", position, nodes.numbers([len(frame.prefix)]))  # index of a token in its text
+    is_text = nodes.add("And", nodes.add("GreaterOrEqual", index, nodes.numbers([0])), nodes.add("Less", index, counts))
+    source = nodes.add("Add", nodes.add("Unsqueeze", tokens.begins, nodes.numbers([1])), index)
+    # Positions outside the text read the padding token, which is appended to the tokens of all texts.
+    count = nodes.add("Shape", tokens.ids)
+    padded = nodes.add("Concat", tokens.ids, nodes.numbers([frame.pad_id]), axis=0)
+    ids = nodes.add("Gather", padded, nodes.add("Where", is_text, source, count))
+    for offset, token in enumerate(frame.prefix):
+        ids = nodes.add("Where", nodes.add("Equal", position, nodes.numbers([offset])), nodes.numbers([token]), ids)
+    for offset, token in enumerate(frame.suffix):
+        is_special = nodes.add("Equal", index, nodes.add("Add", counts, nodes.numbers([offset])))
+        ids = nodes.add("Where", is_special, nodes.numbers([token]), ids)
+    is_token = nodes.add("Less", index, nodes.add("Add", counts, nodes.numbers([len(frame.suffix)])))
+    mask = nodes.add("Cast", is_token, to=7)  # INT64
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if TOKEN_TYPES in names:
+        inputs[TOKEN_TYPES] = nodes.zeros_like(ids)
+    return {name: inputs[name] for name in names}

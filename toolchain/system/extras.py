@@ -1,0 +1,24 @@
+"""Optional packages: the command that installs them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shlex
+
+
+def install_hint(extra: str) -> str:
+    """Returns a sentence with the command that installs the packages of an extra, such as ``ray``.
+
+    The command names the packages themselves, so it works wherever the toolchain came from.
+
+    Args:
+        extra: Name of the extra in the package's metadata.
+    """
+    from packaging.requirements import Requirement
+
+    packages = []
+    for requirement in map(Requirement, importlib.metadata.requires("toolchain") or []):
+        if requirement.marker and requirement.marker.evaluate({"extra": extra}):
+            requirement.marker = None
+            packages.append(str(requirement))
+    return f"Install it with `pip install {shlex.join(packages)}`."
