@@ -1,6 +1,7 @@
 """The rooms: imports run one way only, and what is light stays light."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,9 @@ FLOOR_OF = {room_name: floor for floor, rooms in enumerate(FLOORS) for room_name
 CORE = {"system", "results", "data", "artifacts"}
 
 
+@functools.cache
 def modules():
+    """Module name → its file."""
     return {p.relative_to(ROOT.parent).with_suffix("").as_posix().replace("/", "."): p for p in ROOT.rglob("*.py")}
 
 
@@ -44,8 +47,13 @@ def room(module):
     return parts[1] if len(parts) > 1 else ""
 
 
+@functools.cache
 def imports(path, *, typing_too):
-    """(imported module, at module level) of every import statement of the file."""
+    """(imported module, whether at module level) of every import statement of the file."""
+    return tuple(_imports(path, typing_too))
+
+
+def _imports(path, typing_too):
     tree = ast.parse(path.read_text())
     hidden = set()
     for node in ast.walk(tree):
