@@ -43,7 +43,7 @@ def published(tmp_path):
         return store.publish(scratch, target, manifest_of(scratch))
 
 
-def test_what_is_published_is_read_back_and_nothing_else_is_left(published, tmp_path):
+def test_a_published_artifact_is_read_back_and_no_work_folder_is_left(published, tmp_path):
     found = store.load(tmp_path / "onnx-std")
     assert found == published
     assert found.manifest.size_bytes == 9
@@ -217,7 +217,7 @@ def looks_like_ours(folder: Path, name: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_what_only_looks_like_ours_stays(tmp_path, there):
+def test_user_files_with_similar_names_are_kept(tmp_path, there):
     target = tmp_path / "a"
     mine = looks_like_ours(tmp_path, "a")
     for _ in range(2 if there else 1):
@@ -241,7 +241,7 @@ def test_a_lock_leaves_the_scratch_of_other_names_alone(tmp_path, name, other):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, other])
 
 
-def test_what_a_user_puts_into_the_work_folder_stays(tmp_path):
+def test_a_user_file_in_the_work_folder_is_kept(tmp_path):
     work = publishing.work_folder(tmp_path / "a")
     work.mkdir()
     (work / "thesis.txt").write_text("mine")

@@ -155,7 +155,7 @@ def test_weights_of_another_shape_are_refused(built, tmp_path):
         ("torch-pruned50", "bnb", "nf4"),
     ],
 )
-def test_what_cannot_be_quantised_is_told_what_can(parent, backend, scheme):
+def test_a_parent_that_cannot_be_quantised_is_refused_with_those_that_can(parent, backend, scheme):
     with pytest.raises(UnknownVariantError, match="It takes"):
         derive_variant(parent, Quantize(backend, scheme))
 

@@ -132,7 +132,7 @@ DEATHS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 60])
-def test_a_cell_that_dies_is_a_row_that_says_so_and_the_others_go_on(run, after):
+def test_a_dying_cell_is_a_failed_row_and_the_others_go_on(run, after):
     """Four cells die in four ways in one run, before and after cells that do not."""
     dying = {name: {**behaviour, "after": after} for name, (behaviour, _) in DEATHS.items()}
     rows, _ = run(good={}, **dying, best={})
@@ -160,7 +160,7 @@ def test_a_provider_that_refuses_is_unavailable_not_failed(run):
 
 
 @pytest.mark.slow
-def test_what_is_slower_is_measured_slower(run):
+def test_a_slower_session_is_measured_slower(run):
     rows, _ = run(fast={"us": 400}, slow={"us": 800})
     assert 1.5 < rows["slow"].latency_ms["p50"] / rows["fast"].latency_ms["p50"] < 2.5
     assert 1.5 < rows["fast"].throughput_per_s / rows["slow"].throughput_per_s < 2.5
@@ -256,7 +256,7 @@ def test_ten_per_cent_slower_is_found_with_an_interval_that_excludes_no_differen
 
 
 @pytest.mark.slow
-def test_where_memory_is_short_processes_make_room_and_start_again(run, monkeypatch):
+def test_processes_restart_if_memory_is_short(run, monkeypatch):
     import psutil
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=100, available=0))

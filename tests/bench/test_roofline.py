@@ -95,7 +95,7 @@ def test_reading_the_first_token_alone_computes_less(model, request):
         )
 
 
-def test_what_comes_behind_the_last_attention_may_span_layers(built_tiny, tmp_path):
+def test_work_after_the_last_attention_may_span_layers(built_tiny, tmp_path):
     source = built_tiny.path("torch-fp32")
     loaded = load_model(source)
     architectures.reshape(loaded, [LayerShape(2, 8), LayerShape(0, 24)])

@@ -54,7 +54,7 @@ def commands(text):
         (Quantize("torch", "int8"), NEAR, True, []),
     ],
 )
-def test_what_to_try_follows_the_flips(step, margins, saturates, expected):
+def test_suggestions_follow_the_flips(step, margins, saturates, expected):
     assert alternatives(step, failed(margins), saturates, True, 32) == expected
 
 

@@ -40,13 +40,13 @@ def digest(workspace):
     }
 
 
-def test_nothing_there_means_everything_is_missing(tiny_checkpoint, tmp_path):
+def test_an_empty_folder_lacks_all_variants(tiny_checkpoint, tmp_path):
     workspace = Workspace.open(str(tiny_checkpoint), tmp_path / "exported")
     assert reasons(workspace) == dict.fromkeys(ALL, "missing")
     assert not (tmp_path / "exported").exists()  # a plan writes nothing
 
 
-def test_a_second_run_skips_and_says_so(tiny):
+def test_a_second_run_skips_fresh_variants(tiny):
     said = []
     before = digest(tiny)
     ensure(
@@ -67,7 +67,7 @@ def test_the_same_work_gives_the_same_ids(built_tiny, tiny_checkpoint, tmp_path)
         assert again.load(name).manifest.id == built_tiny.load(name).manifest.id, name
 
 
-def test_what_is_built_says_where_it_comes_from(built_tiny):
+def test_manifests_state_parents_inputs_and_labels(built_tiny):
     manifests = {name: built_tiny.load(name).manifest for name in ALL}
     for name, manifest in manifests.items():
         parent = variants.get(name).parent
@@ -199,7 +199,7 @@ def test_a_hub_model_is_planned_without_downloading_it(tmp_path, monkeypatch):
     assert plan(workspace, ["onnx-std"], {})[0].step == Import("abc123")
 
 
-def test_what_was_not_built_here_is_not_replaced(tiny, tmp_path):
+def test_a_foreign_folder_is_not_replaced(tiny, tmp_path):
     workspace = Workspace(tmp_path / "other", tiny.model, tiny.source)
     workspace.path("onnx-std").mkdir(parents=True)
     (workspace.path("onnx-std") / "notes.txt").write_text("mine")
@@ -246,7 +246,7 @@ def test_a_broken_graph_is_not_published(tiny, monkeypatch):
     assert digest(tiny) == before
 
 
-def test_validate_looks_at_what_lies_there(tiny):
+def test_validate_reports_on_built_variants(tiny):
     assert validate_variant(tiny, "torch-fp32", lambda line: None)["largest_delta"] == 0
     report = validate_variant(tiny, "onnx-int8", lambda line: None)
     assert report["passed"]
@@ -255,7 +255,7 @@ def test_validate_looks_at_what_lies_there(tiny):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_stopped_in_the_middle_leaves_what_was_there_and_the_next_one_goes_on(tmp_path, sent):
+def test_an_interrupted_or_killed_run_keeps_finished_variants_for_the_next(tmp_path, sent):
     checkpoint = make_checkpoint(tmp_path / "tiny")
     command = [sys.executable, "-m", "toolchain", "export", "--model", str(checkpoint)]
     run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
@@ -320,7 +320,7 @@ def test_a_label_lies_beside_the_variant_of_the_same_tags(tiny):
 
 
 @pytest.mark.slow
-def test_tables_of_other_bits_than_the_layers(tmp_path):
+def test_embedding_tables_may_have_other_bits_than_the_layers(tmp_path):
     workspace = Workspace.open(str(make_checkpoint(tmp_path / "decided", leaning=30)), tmp_path / "exported")
     asked = {"onnx-int8+small": Quantize(embeddings="int4"), "onnx-int4": Quantize(scheme="int4")}
     built = ensure(workspace, ["onnx-int8", *asked], asked, quiet)
@@ -332,7 +332,7 @@ def test_tables_of_other_bits_than_the_layers(tmp_path):
 
 
 @pytest.mark.slow
-def test_weights_of_the_passes_that_are_asked_for_are_quantised(tmp_path):
+def test_only_the_chosen_passes_quantise_weights(tmp_path):
     workspace = Workspace.open(str(make_checkpoint(tmp_path / "decided", leaning=30)), tmp_path / "exported")
     asked = {
         "onnx-int8+layers": Quantize(passes=("padding", "quantize-linear")),
@@ -361,7 +361,7 @@ def test_a_label_follows_its_lineage(tiny):
 
 
 @pytest.mark.slow
-def test_the_graph_of_what_has_a_label_needs_no_asking(tiny):
+def test_ancestors_of_a_labelled_variant_are_built_with_its_label(tiny):
     pruned = {"torch-pruned50+mine": Prune(0.5, cost="latency")}
     before = ensure(tiny, pruned, pruned, quiet)["torch-pruned50+mine"]
     quantized = {"onnx-pruned50-int8+mine": Quantize()}
@@ -378,6 +378,6 @@ def test_the_graph_of_what_has_a_label_needs_no_asking(tiny):
     assert tiny.load("torch-pruned50") is None
 
 
-def test_a_label_that_was_never_built_is_told(tiny):
+def test_a_label_without_a_built_variant_is_refused(tiny):
     with pytest.raises(UnknownVariantError, match=r"onnx-int8\+nothing was never built"):
         ensure(tiny, ["onnx-int8+nothing"], {}, quiet)

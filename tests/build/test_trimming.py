@@ -67,7 +67,7 @@ def tokens(encoder, text):
     return encoder.tokenizer.encode(text).tokens
 
 
-def test_what_the_corpus_needs_stays_and_what_is_needed_to_spell(trimmed):
+def test_trimming_keeps_corpus_tokens_and_single_characters(trimmed):
     encoder, kept = trimmed
     whole = reference().tokenizer
     have = set(encoder.tokenizer.get_vocab())
