@@ -37,7 +37,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 # These files take minutes, so they start first. A long file that starts last keeps one worker busy alone.
-LONGEST = ("test_docs.py", "test_clients.py", "test_architectures.py", "test_distributed.py", "test_ship.py")
+LONGEST = ("test_docs.py", "test_clients.py", "test_architectures.py", "test_distributed.py", "test_mobile.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -70,7 +70,7 @@ def test_a_gpu_is_named_with_its_set(examined):
     assert "constraints/cuda12.txt is the constraints file for this driver and GPU" in whats
 
 
-def test_what_fits_is_not_noted(examined):
+def test_matching_packages_give_no_note(examined):
     assert notes(examined([T4], "580.65.06", GPU_STACK, "13.0")) == []
     assert notes(examined([T4], "580.65.06", GPU_STACK, "12.6")) == []  # a newer driver runs older CUDA
     assert notes(examined([T4], "535.183.01", GPU_STACK, "12.6")) == []

@@ -39,7 +39,7 @@ def test_driver_and_age_choose_the_set(capabilities, driver, runtime):
     assert hardware.runtime_set([device(capability) for capability in capabilities], driver) == runtime
 
 
-def test_what_does_not_answer_counts_as_old():
+def test_a_gpu_or_driver_of_unknown_version_counts_as_old():
     assert hardware.runtime_set([device("")], "580.65.06") == "cuda12"
     assert hardware.runtime_set([device("9.0")], "") == "cuda12"
 

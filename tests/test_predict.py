@@ -115,7 +115,7 @@ def test_a_column_can_be_named(model, tmp_path):
 
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), max_size=20)))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
-def test_what_is_written_is_read_back(tmp_path, texts):
+def test_written_texts_are_read_back_unchanged(tmp_path, texts):
     for kind in (".jsonl", ".csv", ".parquet"):
         path = tmp_path / f"out{kind}"
         with writer(path, ["text", "score_A"]) as write:
@@ -156,7 +156,7 @@ BROKEN += ["jsonl number", "csv fields", "csv quote", "csv empty", "csv latin-1"
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_what_cannot_be_read_is_told_by_its_row(model, tmp_path, what):
+def test_an_unreadable_file_is_refused_with_the_row(model, tmp_path, what):
     file, said = broken(tmp_path, what)
     with pytest.raises(DataError, match=said):
         predict(model, Texts(str(file)), tmp_path / "out.csv", quiet, no_bar)

@@ -56,7 +56,7 @@ def test_version(say):
         ["export", "--surprise"],
     ],
 )
-def test_what_click_can_see_is_usage(at, say, arguments):
+def test_wrong_options_are_a_usage_error(at, say, arguments):
     code, out, err = say(*arguments)
     assert code == 2
     assert "Error" in err
@@ -82,7 +82,7 @@ def test_an_unknown_variant_is_told_the_nearest(at, say, tiny_checkpoint):
         (["export", "--revision", "v1"], "--revision is for hub models only"),
     ],
 )
-def test_what_is_found_out_late_is_one_sentence_and_exit_1(at, say, arguments, says):
+def test_a_failure_is_one_sentence_and_exit_code_1(at, say, arguments, says):
     code, out, err = say(*arguments)
     assert code == 1
     assert err.startswith("Error: ")
@@ -113,7 +113,7 @@ def test_a_bug_is_a_sentence_too(at, say, monkeypatch):
     )
 
 
-def test_an_interrupt_is_130(at, say, monkeypatch):
+def test_an_interrupt_is_exit_code_130(at, say, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
@@ -155,7 +155,7 @@ def test_a_place_that_cannot_be_written(at, say, tiny_checkpoint):
     assert "cannot be written" in err
 
 
-def test_validation_that_says_no_is_exit_3(at, say, tiny, monkeypatch):
+def test_a_failed_validation_is_exit_code_3(at, say, tiny, monkeypatch):
     wanted = {"passed": False, "agreement": "exact", "finite": True, "grid_largest_delta": {"one": 1.0}}
     wanted |= {"worst_case": "one", "largest_delta": 1.0, "mean_delta": 1.0, "sentences": 2, "flips": 1}
     monkeypatch.setattr("toolchain.build.pipeline.validate", lambda *_: wanted)
@@ -165,7 +165,7 @@ def test_validation_that_says_no_is_exit_3(at, say, tiny, monkeypatch):
     assert "logits of onnx-fp32 differ from PyTorch's" in err
 
 
-def test_a_tampered_artifact_is_exit_1_with_the_mend(at, say, tiny):
+def test_a_tampered_artifact_is_exit_code_1_with_a_hint(at, say, tiny):
     file = tiny.path("onnx-fp32") / "model.onnx"
     file.write_bytes(file.read_bytes()[:-1])
     for arguments in (["quantize"], ["validate", "onnx-int8"]):
@@ -178,7 +178,7 @@ def test_a_tampered_artifact_is_exit_1_with_the_mend(at, say, tiny):
     assert re.search(r"onnx-fp32 .*tampered: .*model.onnx has", out)
 
 
-def test_bench_with_cuda_and_no_device_has_rows_with_reason_and_mend(at, say, tiny_checkpoint, monkeypatch):
+def test_bench_without_a_cuda_device_has_rows_with_reason_and_hint(at, say, tiny_checkpoint, monkeypatch):
     monkeypatch.setattr("toolchain.system.hardware.gpus", lambda: ([], ""))
     code, out, err = say("bench", "--provider", "cuda", "--quick", "--model", tiny_checkpoint)
     assert code == 1

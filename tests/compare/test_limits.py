@@ -278,7 +278,7 @@ def test_a_percentage_is_a_share(text, share):
 
 
 @pytest.mark.parametrize("text", ["-1", "-1%", "nan", "inf", "101", "1e9", "", "%", "5%%", "five", "1_0", "٥"])
-def test_what_is_no_percentage_is_refused(text):
+def test_an_invalid_percentage_is_refused(text):
     with pytest.raises(ValueError, match="no percentage from 0 to 100"):
         parse_share(text)
 
@@ -424,7 +424,7 @@ def test_a_row_that_was_measured_and_is_not_any_more_has_regressed(new, lost):
     assert f"onnx-int8@cpu was measured before and is now {lost}" in regression_lines(found)
 
 
-def test_what_was_not_measured_before_cannot_regress():
+def test_a_row_that_was_not_measured_before_cannot_regress():
     found = against([FP32, FAILED], [FP32, FAILED, ABSENT])
     assert not found.regressed_pairs
     assert not found.not_compared

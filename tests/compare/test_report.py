@@ -53,7 +53,7 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.texts).split())
 
 
-def test_every_section_stands_there(page):
+def test_the_page_has_every_section(page):
     found = Page(page)
     for heading in ("Comparison", "Plots", "Answers", "What flipped", "Not measured", "How it was measured"):
         assert f"> {heading} <" in re.sub(r"\s+", " ", re.sub(r"(<h2[^>]*>)(.*?)(</h2>)", r"\1 \2 \3", page))
@@ -83,7 +83,7 @@ def test_the_table_says_what_the_terminal_says(page):
         assert all(one in found.texts for one in said)
 
 
-def test_what_flipped_in_words(page):
+def test_flipped_sentences_are_listed(page):
     text = Page(page).text
     assert "Lost by all 3 variants, m on c, 2 cores 1 of the sentences that torch-fp32@cpu answers right is" in text
     assert "answered wrong by every other variant: row 2, POSITIVE sentence <b>2</b> By variant" in text
@@ -99,7 +99,7 @@ def test_sentences_of_other_data_are_numbers():
     assert "sentence <b>" not in text
 
 
-def test_the_page_asks_nobody_for_anything(page):
+def test_the_page_makes_no_request(page):
     found = Page(page)
     policy = next(attrs["content"] for tag, attrs in found.tags if attrs.get("http-equiv"))
     assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-")
@@ -131,7 +131,7 @@ def test_every_plot_is_told_in_words(page):
 
 
 @pytest.mark.slow
-def test_whatever_a_result_file_says_is_text():
+def test_strings_of_a_result_file_are_never_markup():
     text = html(hostile())
     text.encode()
     found = Page(text)
@@ -202,7 +202,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_in_words(tmp_path):
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["accuracy-latency.svg"]
 
 
-def test_what_is_said_of_a_row_names_its_machine_where_there_are_others():
+def test_notes_name_the_machine_if_there_are_several():
     other = {**result().machine, "id": "y", "cpu": "other", "cores": 3}
     alone, two = notes(compare([rich()])), notes(compare([rich(), rich(machine=other)]))
     for what in (" [noisy]: the host took", ", p50 ms by length", ": 50.0% of the encoder's", " unavailable: No GPU"):
@@ -234,7 +234,7 @@ def test_labels_keep_out_of_each_others_way():
 
 
 @pytest.mark.slow
-def test_what_the_comparison_has_no_room_for_has_a_table():
+def test_columns_that_the_comparison_leaves_out_have_a_table():
     text = Page(html(ResultFile.read(TESTS.parent / "benchmarks" / "results" / "reference-xeon-2cores.json"))).text
     for header in ("times faster, 95 % interval", "p50 ms with tokenising", "load ms", "after load MB", "gzip MB"):
         assert header in text

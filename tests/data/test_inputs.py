@@ -123,7 +123,7 @@ def test_bad_data_is_an_error_in_words(table, text, says):
     assert error.value.hint
 
 
-def test_what_is_no_table_is_refused(table, tmp_path):
+def test_a_missing_file_or_unknown_format_is_refused(table, tmp_path):
     with pytest.raises(DataError, match="is none of"):
         load(table("x", "a.txt"), LABELS)
     with pytest.raises(DataError, match="There is no file"):

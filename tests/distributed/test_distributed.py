@@ -164,7 +164,7 @@ def test_an_interrupted_run_is_taken_up_by_either_engine(model, cluster, small, 
 
 
 @pytest.mark.slow
-def test_what_fails_there_is_told_in_its_own_words(model, cluster, small, tmp_path):
+def test_an_error_of_a_worker_keeps_its_message(model, cluster, small, tmp_path):
     texts = write(tmp_path / "in.jsonl", ["good"])
     rows = cluster.score(model, replace(texts, column="review"), 0, WINDOW)
     with pytest.raises(DataError, match=r"in\.jsonl has no column 'review'"):
@@ -183,7 +183,7 @@ def test_a_file_that_arrives_changed_is_refused(model, tmp_path, monkeypatch):
         lying_in(tmp_path / "changed", quiet)
 
 
-def test_what_a_killed_worker_left_goes_with_the_next(tmp_path, monkeypatch):
+def test_the_next_worker_deletes_the_folder_of_a_killed_one(tmp_path, monkeypatch):
     dead = 2**22 + 1
     space = remote._process_space()
     monkeypatch.setattr(platform, "node", lambda: "another-machine")
@@ -240,7 +240,7 @@ def test_an_address_without_the_engine_is_usage(say):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["127.0.0.1:1", "nowhere.invalid:6379", "ray://127.0.0.1:1", "6379"])
-def test_a_cluster_that_is_not_there_is_told_in_seconds(place):
+def test_a_missing_cluster_is_reported_within_seconds(place):
     started = time.monotonic()
     with pytest.raises(ClusterError, match=r"There is no cluster at|is not the address of a cluster's head"):
         connect(place, quiet).__enter__()
@@ -248,7 +248,7 @@ def test_a_cluster_that_is_not_there_is_told_in_seconds(place):
 
 
 @pytest.mark.slow
-def test_what_listens_and_is_no_cluster_is_given_up(monkeypatch):
+def test_a_port_that_is_no_cluster_is_given_up(monkeypatch):
     monkeypatch.setattr(distributed, "CONNECT_TIMEOUT_S", 5.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         started = time.monotonic()
@@ -275,7 +275,7 @@ def test_cells_go_where_their_hardware_is(built_tiny):
 
 
 @pytest.mark.slow
-def test_each_machine_is_a_run_of_its_own_and_one_that_dies_is_rows_that_say_so(
+def test_each_machine_is_its_own_run_and_a_dead_one_has_failed_rows(
     tiny, cluster, tmp_path, monkeypatch, say, short_bench
 ):
     """The command, on two machines of which one is killed as soon as both measure."""

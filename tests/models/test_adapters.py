@@ -147,7 +147,7 @@ def test_a_place_that_the_adapter_names_is_never_followed(copies, tmp_path, say)
     assert not (tmp_path / "exported" / "adapter" / "torch-fp32").exists()
 
 
-def test_what_would_be_built_says_of_which_base(copies, tmp_path, say):
+def test_a_dry_run_names_the_revision_of_the_base(copies, tmp_path, say):
     adapter, base = copies
     code, out, err = say(
         "export", "--model", adapter, "--base", base, "--exported", tmp_path / "exported", "--optimize", "none",
@@ -346,7 +346,7 @@ def model_beside(adapter, base):
         (model_beside, "contains both a model and an adapter"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_nothing_is_written(copies, tmp_path, damage, says):
+def test_an_adapter_that_does_not_fit_its_base_is_refused(copies, tmp_path, damage, says):
     adapter, base = copies
     damage(adapter, base)
     workspace = Workspace.open(str(adapter), tmp_path / "exported").with_base(str(base))

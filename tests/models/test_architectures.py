@@ -91,7 +91,7 @@ def test_every_stage_takes_the_models_inputs_and_agrees_with_pytorch(workspace, 
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_what_is_fused_and_what_is_quantised(workspace, kind):
+def test_the_counts_of_fused_and_quantised_nodes(workspace, kind):
     opened, it = workspace(kind), ARCHITECTURES[kind]
     fp32, int8, std = (opened.load(n).manifest.facts for n in ("onnx-fp32", "onnx-int8", "onnx-std-int8"))
     narrowed = fp32["rewrites"]["first-query"]  # attentions that became MultiHeadAttention of one query
@@ -247,7 +247,7 @@ def pruned(workspace, rows):
 
 
 @pytest.mark.parametrize("kind", PRUNABLE)
-def test_what_is_pruned_is_smaller_everywhere_and_reloads(pruned, kind):
+def test_a_pruned_model_is_smaller_in_all_formats_and_reloads(pruned, kind):
     opened = pruned(kind)
     facts = opened.load("torch-pruned50").manifest.facts
     assert facts["pruning"]["achieved"] >= 0.5
@@ -268,7 +268,7 @@ def test_what_is_pruned_is_smaller_everywhere_and_reloads(pruned, kind):
 
 @pytest.mark.parametrize("kind", PRUNABLE)
 @pytest.mark.parametrize(("heads", "neurons"), [((0, 2), range(0, 64, 2)), ((), range(10)), ((1,), ()), ((), ())])
-def test_what_is_cut_is_what_a_gate_of_zero_would_silence(workspace, kind, heads, neurons):
+def test_removed_units_equal_units_with_a_gate_of_zero(workspace, kind, heads, neurons):
     gated, cut = (load_model(workspace(kind).path("torch-fp32")) for _ in range(2))
     names, layer, size = (
         architectures.layout_of(gated),
@@ -302,7 +302,7 @@ def test_what_is_cut_is_what_a_gate_of_zero_would_silence(workspace, kind, heads
         ("mobilebert", "MobileBertForSequenceClassification has bottleneck layers"),
     ],
 )
-def test_what_cannot_be_pruned_is_refused_by_name(workspace, kind, says):
+def test_the_refusal_names_an_architecture_that_cannot_be_pruned(workspace, kind, says):
     with pytest.raises(PruningError, match=says):
         ensure(workspace(kind), ["torch-pruned50"], {}, quiet)
 

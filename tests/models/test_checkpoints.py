@@ -87,7 +87,7 @@ def test_a_hub_that_cannot_be_reached_says_what_to_pass_instead(tmp_path, monkey
     ("raised", "says"),
     [("GatedRepoError", "gated"), ("RepositoryNotFoundError", "private"), ("RevisionNotFoundError", "revision 'v9'")],
 )
-def test_what_the_hub_refuses_is_told_apart(monkeypatch, raised, says):
+def test_each_refusal_of_the_hub_has_its_own_message(monkeypatch, raised, says):
     import httpx  # noqa: F401 - huggingface_hub's errors carry a response
     import huggingface_hub
     from huggingface_hub import errors

@@ -91,7 +91,7 @@ def run(hub, tmp_path):
     return export
 
 
-def test_a_private_model_at_a_revision_comes_with_the_token_which_is_nowhere_after(run, hub, tmp_path):
+def test_a_private_model_is_downloaded_with_a_token_that_is_stored_nowhere(run, hub, tmp_path):
     done = run(PRIVATE, "--revision", "v1", token=TOKEN)
     assert done.returncode == 0, done.stderr
     assert f"Bearer {TOKEN}" in {authorization for _, _, authorization in hub.asked}
@@ -114,7 +114,7 @@ def test_a_private_model_at_a_revision_comes_with_the_token_which_is_nowhere_aft
         (PICKLED, [], TOKEN, "has its weights only as pickle (pytorch_model.bin)"),
     ],
 )
-def test_what_it_refuses_is_told_in_words_without_the_token(run, tmp_path, model, options, token, says):
+def test_a_refusal_is_explained_without_the_token(run, tmp_path, model, options, token, says):
     done = run(model, *options, "--debug", token=token)
     assert done.returncode == 1
     assert says in done.stderr

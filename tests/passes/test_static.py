@@ -81,7 +81,7 @@ def test_smoothing_changes_no_answer(built_tiny, parent, left):
     assert np.abs(answer(model, batch) - want).max() < 1e-4
 
 
-def test_what_stays_fp32_is_not_smoothed(built_tiny):
+def test_layers_kept_in_fp32_are_not_smoothed(built_tiny):
     model = graph(built_tiny, "onnx-fp32")
     factors = {name: Activation(1.0, 0, np.full(len(w), 2, np.float32)) for name, w in weights_of(model).items()}
     kept = dataclasses.replace(ATTENTION, activations=factors, keep=frozenset({"pre_classifier"}))
@@ -151,7 +151,7 @@ arrays = hnp.arrays(np.float32, st.integers(1, 20), elements=st.floats(-100, 100
 
 
 @given(arrays)
-def test_what_is_in_range_is_within_a_step_and_zero_is_exact(values):
+def test_values_in_range_round_within_one_step_and_zero_is_exact(values):
     how = Activation.from_range(float(values.min()), float(values.max()))
     assert 0 <= how.zero_point <= 255
     assert (how.fake_quantize(np.zeros(3, np.float32)) == 0).all()

@@ -96,7 +96,7 @@ def logits(model, left=False):
 
 @pytest.mark.parametrize("kind", ["distilbert", "bert"])
 @pytest.mark.parametrize(("heads", "neurons"), [((0, 2), range(0, 64, 2)), ((), range(10)), ((1,), ()), ((), ())])
-def test_what_is_cut_is_what_a_gate_of_zero_would_silence(built_tiny, tmp_path, kind, heads, neurons):
+def test_removed_units_equal_units_with_a_gate_of_zero(built_tiny, tmp_path, kind, heads, neurons):
     model = load_model(built_tiny.path("torch-fp32")) if kind == "distilbert" else bert()
     gated, cut = copy.deepcopy(model), copy.deepcopy(model)
     names, layer = architectures.layout_of(model), architectures.layers_of(gated)[0]
@@ -568,9 +568,7 @@ def test_too_few_rows_are_refused(tmp_path):
         (("--ratio", "0.99", "--train-data", "train.csv"), 1, "would remove the entire encoder"),
     ],
 )
-def test_what_cannot_be_pruned_is_told_and_leaves_what_was_there(
-    tiny, sentences, tmp_path, capsys, monkeypatch, arguments, code, words
-):
+def test_a_refused_prune_writes_no_variant(tiny, sentences, tmp_path, capsys, monkeypatch, arguments, code, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.csv").write_text(Path(sentences.file).read_text())
     before = sorted(p.name for p in tiny.path("torch-fp32").parent.iterdir() if not p.name.startswith("."))

@@ -137,7 +137,7 @@ def test_a_file_that_contradicts_itself_is_refused(tmp_path, change, says):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema": 1, "rows": [NaN]}', "\x00"])
-def test_what_is_no_result_file_is_refused(tmp_path, text):
+def test_a_file_without_a_result_is_refused(tmp_path, text):
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(ResultFileError, match="is not a valid result file"):
         ResultFile.read(tmp_path / "r.json")
@@ -160,7 +160,7 @@ def test_a_place_that_cannot_be_written_is_an_error_in_words(tmp_path):
         result(row()).write(tmp_path / "file" / "r.json")
 
 
-def test_what_json_has_no_number_for_is_not_written(tmp_path):
+def test_nan_is_not_written(tmp_path):
     bad = dataclasses.replace(row(), memory_bytes={"peak": float("nan")})
     with pytest.raises(ValueError, match="not JSON compliant"):
         result(bad).write(tmp_path / "r.json")

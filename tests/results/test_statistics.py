@@ -94,7 +94,7 @@ def answering(variant, wrong, shift=0):
     return measured(variant, 5, correct=100 - len(wrong), **found)
 
 
-def test_what_the_answers_say_beyond_accuracy():
+def test_quality_figures_of_the_answers():
     base, other = answering("torch-fp32", {1, 2, 3}), answering("onnx-int8", {3, 4, 5, 6, 7, 8, 9}, shift=500)
     data = {"name": "d", "rows": 100, "sha256": "0", "labels": LABELS}
     row = of(compare([result(base, other, run=RUN, data=data)]), "onnx-int8@cpu")
@@ -130,7 +130,7 @@ def test_rows_are_chosen_sorted_and_marked_anew():
         arrange(rows, None, ("bnb-*",), "cuda")
 
 
-def test_what_disturbs_a_row_is_named():
+def test_a_noisy_row_names_its_disturbance():
     disturbed = measured("onnx-int8", 5, noise={"steal_share": 0.05, "others_share": 0.2, "load_1m": 3.0})
     row = of(compare([result(FP32, disturbed, run=RUN)]), "onnx-int8@cpu")
     assert row.noisy == "the host took 5% of the processor, other processes had 20% of it"
@@ -139,7 +139,7 @@ def test_what_disturbs_a_row_is_named():
     assert "the median's interval is" in row.noisy
 
 
-def test_what_others_do_is_noise_and_what_a_cell_does_is_not():
+def test_only_other_processes_count_as_noise():
     spin = "import time\nend = time.time() + 1.2\nwhile time.time() < end: pass"
     theirs, mine = Noise(), Noise()
     with subprocess.Popen([sys.executable, "-c", spin]) as other, theirs.watch([]), mine.watch([other.pid]):

@@ -152,7 +152,7 @@ def not_transformers(built_tiny):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["torch-int8", "torch-pruned50+depth"])
-def test_what_transformers_cannot_make_is_not_loaded_wrongly(not_transformers, variant):
+def test_transformers_refuses_a_folder_that_it_cannot_load(not_transformers, variant):
     folder = not_transformers[variant].path
     with pytest.raises(OSError, match=r"no file named .*model\.safetensors"):
         transformers.AutoModelForSequenceClassification.from_pretrained(folder)

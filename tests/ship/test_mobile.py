@@ -187,7 +187,7 @@ def test_an_operator_set_is_brought_down(of_opset_20, tmp_path, name, release):
         assert np.abs(answer(tmp_path / "b" / file) - answer(of_opset_20.path(name))).max() < 1e-5
 
 
-def test_what_changed_its_meaning_is_converted(tmp_path):
+def test_an_operator_whose_definition_changed_is_converted(tmp_path):
     """Opset 19 told Cast how to saturate."""
     onnx.save(one_node(helper.make_node("Cast", ["x"], ["y"], to=1), opset=20), tmp_path / "new.onnx")
     mobile.lower(tmp_path / "new.onnx", tmp_path / "old.onnx", "1.15")
@@ -235,7 +235,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("what", UNREADABLE)
-def test_what_a_release_cannot_read_is_refused(tmp_path, what):
+def test_a_model_that_a_release_cannot_read_is_refused(tmp_path, what):
     model, said = UNREADABLE[what]
     onnx.save(model, tmp_path / "new.onnx")
     with pytest.raises(ShippingError, match=said):
@@ -396,7 +396,7 @@ def test_the_limits_are_those_of_the_runtime_installed_here(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_cannot_run_on_a_cpu_is_refused(tmp_path):
+def test_an_operator_without_a_cpu_kernel_is_refused(tmp_path):
     node = helper.make_node("BiasSoftmax", ["x", "x"], ["y"], domain="com.microsoft", axis=0, is_inner_broadcast=0)
     onnx.save(one_node(node, domain="com.microsoft"), tmp_path / "model.onnx")
     with pytest.raises(ShippingError, match=r"model\.onnx cannot be saved in ORT format: .*BiasSoftmax"):
@@ -420,14 +420,14 @@ def test_answers_that_changed_on_the_way_are_a_verdict(tiny, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("kind", ["a folder", "an empty folder", "a file", "a dangling link"])
-def test_what_lies_there_is_not_overwritten(tiny, tmp_path, kind):
+def test_a_foreign_file_or_folder_is_not_overwritten(tiny, tmp_path, kind):
     lies_there(tmp_path / "b", kind)
     with pytest.raises(ArtifactError, match=str(tmp_path / "b")):
         ship(tiny, tmp_path / "b", "onnx-int8")
 
 
 @pytest.mark.parametrize("name", ["torch-fp32", "bnb-nf4"])
-def test_what_is_pytorch_s_is_not_shipped(built_tiny, tmp_path, name):
+def test_a_pytorch_variant_is_not_shipped(built_tiny, tmp_path, name):
     with pytest.raises(ShippingError, match=r"no \.onnx file"):
         ship(built_tiny, tmp_path / "b", name)
     assert list(tmp_path.iterdir()) == []

@@ -196,7 +196,7 @@ def test_no_place_of_this_machine_is_in_a_bundle(shipped, tiny_checkpoint, built
     assert body["model"]["license"] == "not stated"
 
 
-def test_what_was_measured_stands_in_the_bundle_with_its_hardware(tiny, tmp_path):
+def test_the_bundle_states_measurements_and_their_hardware(tiny, tmp_path):
     committed = ResultFile.read(ROOT / "benchmarks" / "results" / "reference-xeon-2cores.json")
     row = next(row for row in committed.rows if row.variant == "onnx-int8")
     mine = dataclasses.replace(row, artifact_id=tiny.load("onnx-int8").manifest.id)
@@ -252,7 +252,7 @@ def lies_there(place, what):
 
 
 @pytest.mark.parametrize("what", ["a folder", "an empty folder", "a file", "a dangling link"])
-def test_what_lies_there_is_not_overwritten(tiny, tmp_path, what):
+def test_a_foreign_file_or_folder_is_not_overwritten(tiny, tmp_path, what):
     lies_there(tmp_path / "b", what)
     with pytest.raises(ArtifactError, match=str(tmp_path / "b")):
         make(tiny, tmp_path / "b", "onnx-int8")
@@ -288,7 +288,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("names", REFUSED)
-def test_what_is_no_onnx_file_is_not_shipped(built_tiny, tmp_path, names):
+def test_a_variant_without_an_onnx_file_is_not_shipped(built_tiny, tmp_path, names):
     with pytest.raises(ShippingError, match=REFUSED[names]):
         make(built_tiny, tmp_path / "b", *names)
     assert list(tmp_path.iterdir()) == []

@@ -129,7 +129,7 @@ def test_a_run_of_another_key_starts_anew(task, tmp_path):
     assert seen[0][0] == 1
 
 
-def test_training_stops_when_it_brings_nothing(task, tmp_path, monkeypatch):
+def test_training_stops_early_without_gain_and_restores_the_first_weights(task, tmp_path, monkeypatch):
     teacher, rows, held_out, encoder, _ = task
     scores = iter([0.9, 0.5, 0.4, 0.8, 0.8])
     monkeypatch.setattr(loop, "accuracy", lambda *_: next(scores))
@@ -142,7 +142,7 @@ def test_training_stops_when_it_brings_nothing(task, tmp_path, monkeypatch):
     assert torch.equal(weights(student), before)
 
 
-def test_what_only_follows_its_teacher_is_judged_by_the_loss(task, tmp_path, monkeypatch):
+def test_pure_distillation_keeps_the_epoch_of_the_lowest_loss(task, tmp_path, monkeypatch):
     """Accuracy wavers while the rate is high, and would throw away what is learnt after it."""
     teacher, rows, held_out, encoder, _ = task
     scores = iter([0.9, 0.5, 0.4, 0.3])
@@ -274,7 +274,7 @@ def test_embeddings_of_tokens_that_no_row_has_stay_as_they_are(task, tmp_path):
     assert len(changed) > 0.9 * len(seen)
 
 
-def test_states_behind_layers_that_are_gone_are_matched_to_those_behind_the_last_of_these(task):
+def test_a_removed_layer_is_matched_by_the_layer_before_it(task):
     """The layer before them stands in their place."""
     model = copy.deepcopy(task[0])
     assert architectures.matched_layers(model) == [1, 2]

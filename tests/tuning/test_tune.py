@@ -187,7 +187,7 @@ def test_other_objectives(tmp_path, objective):
     assert figure(best) == min(map(figure, kept))
 
 
-def test_what_was_measured_is_not_measured_again(tmp_path):
+def test_a_second_search_measures_nothing_again(tmp_path):
     first_run, second = World(), World()
     found = run(tmp_path / "study", first_run)
     again = run(tmp_path / "study", second)
@@ -198,7 +198,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path):
     assert other.asked
 
 
-def test_what_an_older_release_tried_is_left_alone(tmp_path, monkeypatch):
+def test_outcomes_of_another_search_space_are_not_used(tmp_path, monkeypatch):
     path = tmp_path / "study"
     with monkeypatch.context() as older:
         older.setitem(SPACE, "latency", {**SPACE["latency"], "ratio": (0, 25)})
@@ -220,7 +220,7 @@ def test_near_the_limit_longer_training_comes_first_and_its_end_is_not_the_last(
         over[candidate.training] = points
 
 
-def test_what_is_trained_already_is_quantised_otherwise_before_more_is_trained(tmp_path):
+def test_near_misses_are_quantised_again_before_another_training(tmp_path):
     def lost(points):
         return Outcome("variant", "id", points, 2.0, 2.0, 1)
 
@@ -235,7 +235,7 @@ def test_what_is_trained_already_is_quantised_otherwise_before_more_is_trained(t
         assert study.paid_for(study.rest) is None
 
 
-def test_what_is_kept_by_another_quantisation_is_climbed_from(tmp_path):
+def test_the_next_ratio_starts_from_the_quantisation_that_passed(tmp_path):
     def lost(points):
         return Outcome("variant", "id", points, 2.0, 2.0, 1)
 
@@ -249,7 +249,7 @@ def test_what_is_kept_by_another_quantisation_is_climbed_from(tmp_path):
         assert _start(study, study.rest) == replace(first("latency", 73, 4), scheme="static")
 
 
-def test_what_is_trained_already_always_fits_the_time(tmp_path):
+def test_a_finished_training_always_fits_the_time(tmp_path):
     trained = Candidate(70, "latency", 4, depth=67)
     with opened(tmp_path / "study", "latency", 1.0, ["model", "train"], quiet) as study:
         study.outcomes[trained] = Outcome("variant", "id", 1.25, 2.0, 2.0, 1, training_s=4000.0)
@@ -260,7 +260,7 @@ def test_what_is_trained_already_always_fits_the_time(tmp_path):
         assert {candidate.training for candidate in fitting if candidate.epochs} == {trained.training, *study.trained}
 
 
-def test_what_is_trained_already_comes_first_where_the_next_does_not_fit(tmp_path, monkeypatch):
+def test_finished_trainings_are_measured_when_no_other_fits_the_time(tmp_path, monkeypatch):
     clock = [0.0]
     world, there = Slow(clock), first("latency", 73, 4)
     monkeypatch.setattr("toolchain.tuning.time.monotonic", lambda: clock[0])
@@ -290,7 +290,7 @@ def test_a_stopped_search_takes_up_what_it_had_begun(tmp_path):
     assert found.latency == run(tmp_path / "other", World())[0].latency
 
 
-def test_no_time_is_no_training(tmp_path, monkeypatch):
+def test_a_training_that_does_not_fit_the_time_waits_for_the_next_run(tmp_path, monkeypatch):
     """The first training says how long the next takes; what does not fit is left for the next run."""
     clock = [0.0]
     world, rest = Slow(clock), Slow(clock)
@@ -339,7 +339,7 @@ def test_a_ratio_the_model_does_not_have_is_given_up(tmp_path):
     assert best.latency == World(slope=0.001).outcome(Candidate(60, depth=50)).latency
 
 
-def test_what_fails_validation_may_pass_it_when_trained(tmp_path):
+def test_a_candidate_that_fails_validation_is_tried_again_after_training(tmp_path):
     class Uncertain(World):
         def __call__(self, candidate):
             if candidate.ratio >= 80 and not candidate.epochs:
@@ -373,7 +373,7 @@ def test_where_int8_fails_validation_others_are_tried_and_pruned_alike(tmp_path)
     assert all(candidate.ratio and candidate.scheme == "static" for candidate in others[1:])
 
 
-def test_what_failed_validation_is_known_to_the_next_run(tmp_path):
+def test_the_next_run_knows_which_candidates_failed_validation(tmp_path):
     def refuse(candidate):
         raise VerdictError("It failed validation.", "Nothing was published.")
 
@@ -474,7 +474,7 @@ def test_the_search_goes_on_where_int8_fails_validation(at, say, folder, int8_fa
         (("--train-data", "nowhere.csv"), 1, "no file nowhere.csv"),
     ],
 )
-def test_wrong_input_is_told_before_anything_is_searched(at, say, monkeypatch, arguments, code, said):
+def test_wrong_input_is_refused_before_the_search(at, say, monkeypatch, arguments, code, said):
     monkeypatch.setattr(tuning, "search", lambda *_: pytest.fail("it searched"))
     got, _, err = say("tune", "--model", "./decided", *arguments)
     assert got == code
@@ -482,7 +482,7 @@ def test_wrong_input_is_told_before_anything_is_searched(at, say, monkeypatch, a
 
 
 @pytest.mark.slow
-def test_nothing_that_keeps_the_accuracy_is_a_no(at, say, monkeypatch):
+def test_exit_code_3_if_every_candidate_loses_too_much_accuracy(at, say, monkeypatch):
     bad = World(slope=9).outcome(Candidate(90))
     monkeypatch.setattr("toolchain.tuning._Judge.outcome", lambda judge, candidate: bad)
     code, _, err = say("tune", "--model", "./decided", "--train-data", "train.csv", "--max-drop", 0.1, "--budget", "1s")
@@ -492,7 +492,7 @@ def test_nothing_that_keeps_the_accuracy_is_a_no(at, say, monkeypatch):
 
 
 @pytest.mark.slow
-def test_nothing_that_passes_validation_is_a_no(at, say, monkeypatch):
+def test_exit_code_3_if_no_candidate_passes_validation(at, say, monkeypatch):
     def refuse(judge, candidate):
         raise VerdictError("It failed validation.", "Nothing was published.")
 
