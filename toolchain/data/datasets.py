@@ -148,7 +148,7 @@ def _download(spec: str, split: str) -> Any:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{spec}, split {split}, cannot be loaded: {cause.rstrip('.')}.",
-            "Check its name, config (user/name:config) and --split. Without a network, use a dataset of the local cache "
+            "Check its name, config (user/name:config) and --split. Without a network, use a cached dataset "
             "or pass a file.",
         ) from error
 
