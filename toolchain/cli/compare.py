@@ -109,7 +109,7 @@ def compare(
     results: tuple[Path, ...],
     model: str,
     exported: Path,
-    slug: str | None,
+    folder_name: str | None,
     baseline: str | None,
     provider: str | None,
     patterns: tuple[str, ...],
@@ -148,7 +148,7 @@ def compare(
     if results:
         files = [ResultFile.read(path) for path in results]
     else:
-        files = [ResultsFolder(folder).newest(open_workspace(model, exported, slug).model, say)]
+        files = [ResultsFolder(folder).newest(open_workspace(model, exported, folder_name).model, say)]
 
     def taken(of: Sequence[ResultFile]) -> list[Row]:
         return arrange(rows_of(of, baseline, exported), order, patterns, provider)

@@ -148,8 +148,8 @@ def _download(spec: str, split: str) -> Any:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{spec}, split {split}, cannot be loaded: {cause.rstrip('.')}.",
-            "Check its name, config (user/name:config) and --split. Without a network, use a dataset in the local cache, "
-            "or pass a file.",
+            "Check its name, config (user/name:config) and --split. Without a network, use a dataset in the local "
+            "cache, or pass a file.",
         ) from error
 
 
