@@ -278,7 +278,7 @@ def test_a_data_set_that_is_not_there_says_what_to_pass_instead(monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="without a network only what was downloaded before is there: else pass a file"):
+    with pytest.raises(DataError, match="Without a network, use a dataset in the local cache, or pass a file"):
         load("somebody/no-such-data", LABELS)
 
 
