@@ -20,7 +20,7 @@ from toolchain.data import inputs
 from toolchain.data.encoding import CHARACTERS_PER_TOKEN, Encoder, pad
 from toolchain.data.files import Texts, writer
 from toolchain.errors import ArtifactError, DataError, UnknownVariantError, VerdictError
-from toolchain.predict import PART, of_bundle, of_variant, predict
+from toolchain.predict import PART_TEXTS, load_bundle_model, load_variant_model, predict
 from toolchain.progress import no_bar
 from toolchain.ship import shipping
 from toolchain.ship.shipping import Order
@@ -45,7 +45,7 @@ def quiet(line):
 
 @pytest.fixture(scope="module")
 def model(built_tiny):
-    return of_variant(built_tiny, "onnx-fp32", quiet, no_bar)
+    return load_variant_model(built_tiny, "onnx-fp32", quiet, no_bar)
 
 
 def write_texts(path, texts, column="text"):
@@ -175,7 +175,7 @@ def test_an_output_that_exists_or_has_no_format_is_refused(model, tmp_path):
     with pytest.raises(ArtifactError, match=r"out\.csv exists"):
         predict(model, Texts(str(source)), tmp_path / "out.csv", quiet, no_bar)
     assert (tmp_path / "out.csv").read_text() == "mine"
-    with pytest.raises(DataError, match="ends in none of"):
+    with pytest.raises(DataError, match="is none of"):
         predict(model, Texts(str(source)), tmp_path / "out.xlsx", quiet, no_bar)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.csv", "out.csv"]
 
@@ -184,7 +184,7 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(model, tmp_path):
     source, output = write_texts(tmp_path / "in.csv", ["good"]), tmp_path / "out.csv"
 
     def engine(*arguments):
-        yield from predicting.here(*arguments)
+        yield from predicting.score_locally(*arguments)
         output.write_text("mine")
 
     with pytest.raises(ArtifactError, match=r"out\.csv exists"):
@@ -193,7 +193,7 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(model, tmp_path):
     output.unlink()
     said = []
     assert predict(model, Texts(str(source)), output, said.append, no_bar) == 1
-    assert "1 texts are scored already" in said[0]
+    assert "1 texts are already scored" in said[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.csv", "out.csv"]
 
 
@@ -215,15 +215,15 @@ class Breaking:
 
 
 def test_a_broken_row_is_told_before_anything_is_scored(model, tmp_path, monkeypatch):
-    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n' * (PART + 1) + "broken\n")
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n' * (PART_TEXTS + 1) + "broken\n")
     monkeypatch.setattr(predicting, "open_session", lambda *a: pytest.fail("it was opened"))
     for output in (tmp_path / "out.csv", None):
-        with pytest.raises(DataError, match=f"row {PART + 2}"):
+        with pytest.raises(DataError, match=f"row {PART_TEXTS + 2}"):
             predict(model, Texts(str(tmp_path / "in.jsonl")), output, quiet, no_bar)
 
 
 def test_an_interrupted_run_is_taken_up(model, tmp_path, monkeypatch):
-    texts = [f"film {i}" for i in range(2 * PART + 100)]
+    texts = [f"film {i}" for i in range(2 * PART_TEXTS + 100)]
     source = write_texts(tmp_path / "in.csv", texts)
     opened = []
 
@@ -234,30 +234,30 @@ def test_an_interrupted_run_is_taken_up(model, tmp_path, monkeypatch):
 
         monkeypatch.setattr(predicting, "open_session", opens)
 
-    opening(-(-PART // 32) + 3)
+    opening(-(-PART_TEXTS // 32) + 3)
     with pytest.raises(KeyboardInterrupt):
         predict(model, Texts(str(source)), tmp_path / "out.csv", quiet, no_bar)
     assert not (tmp_path / "out.csv").exists()
     opening(-1)
     said = []
     assert predict(model, Texts(str(source)), tmp_path / "out.csv", said.append, no_bar) == len(texts)
-    assert said == [f"{tmp_path / 'out.csv'}: {PART} texts are scored already"]
-    assert opened[-1].answered == len(texts) - PART
+    assert said == [f"{tmp_path / 'out.csv'}: {PART_TEXTS} texts are already scored"]
+    assert opened[-1].answered == len(texts) - PART_TEXTS
     assert [row["text"] for row in read_scores(tmp_path / "out.csv")] == texts
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.csv", "out.csv"]
 
 
 @pytest.mark.parametrize("change", ["texts", "model", "column"])
 def test_a_run_of_something_else_is_not_taken_up(built_tiny, model, tmp_path, monkeypatch, change):
-    texts = [f"film {i}" for i in range(PART + 10)]
+    texts = [f"film {i}" for i in range(PART_TEXTS + 10)]
     source = write_texts(tmp_path / "in.csv", texts)
-    monkeypatch.setattr(predicting, "open_session", lambda *a: Breaking(open_session(*a), -(-PART // 32)))
+    monkeypatch.setattr(predicting, "open_session", lambda *a: Breaking(open_session(*a), -(-PART_TEXTS // 32)))
     with pytest.raises(KeyboardInterrupt):
         predict(model, Texts(str(source)), tmp_path / "out.csv", quiet, no_bar)
     monkeypatch.undo()
     if change == "texts":
         write_texts(source, texts[::-1])
-    other = of_variant(built_tiny, "onnx-int8", quiet, no_bar) if change == "model" else model
+    other = load_variant_model(built_tiny, "onnx-int8", quiet, no_bar) if change == "model" else model
     said = []
     asked = Texts(str(source), "text" if change == "column" else None)
     assert predict(other, asked, tmp_path / "out.csv", said.append, no_bar) == len(texts)
@@ -267,7 +267,7 @@ def test_a_run_of_something_else_is_not_taken_up(built_tiny, model, tmp_path, mo
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(model, tmp_path):
     peaks = []
-    for count in (2 * PART, 8 * PART):
+    for count in (2 * PART_TEXTS, 8 * PART_TEXTS):
         source = write_texts(tmp_path / f"in{count}.csv", [f"a film of some {i} words" for i in range(count)])
         tracemalloc.start()
         predict(model, Texts(str(source)), tmp_path / f"out{count}.parquet", quiet, no_bar)
@@ -309,20 +309,26 @@ def test_a_books_first_tokens_are_those_of_its_start(model, seed):
 def test_a_bundle_predicts_as_its_variant_does(built_tiny, tmp_path):
     said = []
     shipping.ship(built_tiny, Order(("onnx-fp32", "onnx-int8"), "web", demo=False), tmp_path / "b", quiet, no_bar)
-    bundle = of_bundle(tmp_path / "b", said.append)
-    assert said == [f"{tmp_path / 'b'}: onnx-fp32, the first of 2"]
+    bundle = load_bundle_model(tmp_path / "b", said.append)
+    assert said == [f"{tmp_path / 'b'}: using onnx-fp32, the first of 2 models"]
     source = write_texts(tmp_path / "in.csv", ["good", "bad"])
     predict(bundle, Texts(str(source)), tmp_path / "a.jsonl", quiet, no_bar)
-    predict(of_variant(built_tiny, "onnx-fp32", quiet, no_bar), Texts(str(source)), tmp_path / "b.jsonl", quiet, no_bar)
+    predict(
+        load_variant_model(built_tiny, "onnx-fp32", quiet, no_bar),
+        Texts(str(source)),
+        tmp_path / "b.jsonl",
+        quiet,
+        no_bar,
+    )
     assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
     (tmp_path / "b" / "config.json").write_text("{}")
     with pytest.raises(VerdictError):
-        of_bundle(tmp_path / "b", quiet)
+        load_bundle_model(tmp_path / "b", quiet)
 
 
 def test_an_unknown_variant_is_no_bundle_either(built_tiny):
     with pytest.raises(UnknownVariantError):
-        of_variant(built_tiny, "nowhere", quiet, no_bar)
+        load_variant_model(built_tiny, "nowhere", quiet, no_bar)
 
 
 def test_the_command(tiny, tmp_path, say, monkeypatch):

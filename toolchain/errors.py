@@ -74,7 +74,7 @@ class ArtifactError(ToolchainError):
         """Returns the error for a folder that the operating system refuses to write."""
         return cls(
             f"{folder} cannot be written: {error.strerror or error}.",
-            "Free the space or the permission, or choose another place with --exported DIR (for a bundle: "
+            "Free space or correct the permissions, or choose another folder with --exported DIR (for a bundle: "
             "--output DIR).",
         )
 
@@ -126,7 +126,7 @@ class ResultFileError(ToolchainError):
     @classmethod
     def unwritable(cls, path: Path, error: OSError) -> ResultFileError:
         """Returns the error for a file that the operating system refuses to write."""
-        return cls(f"{path} cannot be written: {error.strerror or error}.", "Free the space or the permission.")
+        return cls(f"{path} cannot be written: {error.strerror or error}.", "Free space, or correct the permissions.")
 
 
 class VerdictError(ToolchainError):

@@ -34,9 +34,9 @@ from toolchain.system import files, hardware
 if TYPE_CHECKING:
     import numpy as np
 
-PART = 2000  # texts per part, if rows go to a file
-PLAIN = 32  # texts per window, if rows go to standard output: small, so that rows appear soon
-BATCH = 32
+PART_TEXTS = 2000  # texts per part, if rows go to a file
+STDOUT_WINDOW = 32  # texts per window, if rows go to standard output: small, so that rows appear soon
+BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Model:
         labels: Names of the labels, by index.
         encoder: The tokenizer.
         files: Files of the folder by their relative paths, with the manifest or bundle.json.
-        texts: Whether the graph contains the tokenizer.
+        takes_texts: Whether the graph contains the tokenizer.
     """
 
     path: Path
@@ -59,16 +59,16 @@ class Model:
     labels: tuple[str, ...]
     encoder: Encoder
     files: tuple[str, ...]
-    texts: bool = False
+    takes_texts: bool = False
 
     @property
     def folder(self) -> Path:
         """Returns the folder of the variant or bundle."""
         return self.encoder.folder
 
-    def columns(self, texts: Texts) -> list[str]:
+    def columns(self, takes_texts: Texts) -> list[str]:
         """Returns the column names of the predictions: the text or texts, the label, and each label's probability."""
-        which = ["text", "text_pair"] if texts.pair else ["text"]
+        which = ["text", "text_pair"] if takes_texts.pair else ["text"]
         return [*which, "prediction", *(f"score_{label}" for label in self.labels)]
 
     @property
@@ -82,19 +82,19 @@ class Model:
 Engine = Callable[[Model, Texts, int, int], Iterator[list[Row]]]
 
 
-def of_variant(workspace: Workspace, name: str, say: Say, bar: Bar) -> Model:
+def load_variant_model(workspace: Workspace, name: str, say: Say, bar: Bar) -> Model:
     """Returns the model of a variant; builds the variant if it is missing or stale."""
-    return _of_artifact(ensure(workspace, [name], {}, say, bar)[name])
+    return _model_from_artifact(ensure(workspace, [name], {}, say, bar)[name])
 
 
-def _of_artifact(artifact: Artifact) -> Model:
+def _model_from_artifact(artifact: Artifact) -> Model:
     manifest = artifact.manifest
     encoder = Encoder.open(artifact.path, [spec.name for spec in manifest.inputs], manifest.max_length)
     runtime = variants.get(manifest.variant).runtime
     return Model(artifact.path, runtime, manifest.id, manifest.labels, encoder, artifact.files)
 
 
-def of_bundle(folder: Path, say: Say) -> Model:
+def load_bundle_model(folder: Path, say: Say) -> Model:
     """Returns the first model of a bundle, after the checks of `shipping.check_bundle`.
 
     Raises:
@@ -103,23 +103,23 @@ def of_bundle(folder: Path, say: Say) -> Model:
         ProviderError: The bundle needs onnxruntime-extensions, which is not installed.
     """
     body, _ = shipping.check_bundle(folder)
-    first = body["models"][0]
+    first_model = body["models"][0]
     if len(body["models"]) > 1:
-        say(f"{folder}: {first['variant']}, the first of {len(body['models'])}")
-    names = [spec["name"] for spec in first["inputs"]]
+        say(f"{folder}: using {first_model['variant']}, the first of {len(body['models'])} models")
+    names = [spec["name"] for spec in first_model["inputs"]]
     encoder = Encoder.open(folder, names, body["max_length"])
     files = (*(entry["path"] for entry in body["files"]), BUNDLE)
-    which = f"{body['id']}:{first['variant']}"
-    return Model(folder / first["file"], "onnx", which, tuple(body["labels"]), encoder, files, names == [TEXT])
+    model_id = f"{body['id']}:{first_model['variant']}"
+    return Model(folder / first_model["file"], "onnx", model_id, tuple(body["labels"]), encoder, files, names == [TEXT])
 
 
-class Opened:
+class LoadedModel:
     """A loaded model that runs on the CPU with a number of threads and returns logits."""
 
     def __init__(self, model: Model, threads: int) -> None:
         self._encoder = model.encoder
-        self._graph = TextSession(model.path, threads) if model.texts else None
-        self._session = None if model.texts else open_session(model.path, model.runtime, Place("cpu", threads))
+        self._graph = TextSession(model.path, threads) if model.takes_texts else None
+        self._session = None if model.takes_texts else open_session(model.path, model.runtime, Place("cpu", threads))
 
     def logits(self, texts: Sequence[Text], rows: Sequence[Sequence[int]]) -> np.ndarray:
         """Returns the logits of the texts, float32 [texts, labels].
@@ -134,8 +134,8 @@ class Opened:
         if self._graph:
             if not all(isinstance(text, str) for text in texts):
                 raise DataError(
-                    "A bundle with the tokenizer in the graph takes single texts, no pairs.",
-                    "Score them with the variant, or with a bundle shipped without --with-tokenizer.",
+                    "A bundle with the tokenizer in the graph takes single texts, not pairs.",
+                    "Use the variant, or a bundle without --with-tokenizer.",
                 )
             return self._graph.run([str(text) for text in texts])[LOGITS]
         assert self._session is not None
@@ -149,7 +149,7 @@ class Opened:
             self._session.close()
 
 
-def lying_in(folder: Path, say: Say) -> Model:
+def load_folder_model(folder: Path, say: Say) -> Model:
     """Returns the model in the folder of a variant or of a bundle, after a check of its files.
 
     Raises:
@@ -159,23 +159,23 @@ def lying_in(folder: Path, say: Say) -> Model:
         ProviderError: The bundle needs onnxruntime-extensions, which is not installed.
     """
     if (folder / BUNDLE).exists():
-        return of_bundle(folder, say)
+        return load_bundle_model(folder, say)
     artifact = store.load(folder)
     if artifact is None:
-        raise ArtifactError(f"{folder} holds no artifact.", "Name a variant, or the folder of a bundle.")
+        raise ArtifactError(f"{folder} is not the folder of an artifact.", "Name a variant, or the folder of a bundle.")
     artifact.verify()
-    return _of_artifact(artifact)
+    return _model_from_artifact(artifact)
 
 
-def here(model: Model, texts: Texts, done: int, window: int) -> Iterator[list[Row]]:
+def score_locally(model: Model, texts: Texts, done: int, window: int) -> Iterator[list[Row]]:
     """Yields the rows of each window, computed in this process: the default `Engine`."""
-    opened = Opened(model, hardware.cores())
-    for taken in windows(texts, done, window):
-        yield scored(opened, model, texts, taken)
-    opened.close()
+    loaded_model = LoadedModel(model, hardware.cores())
+    for window_texts in split_windows(texts, done, window):
+        yield score_window(loaded_model, model, texts, window_texts)
+    loaded_model.close()
 
 
-def predict(model: Model, texts: Texts, output: Path | None, say: Say, bar: Bar, engine: Engine = here) -> int:
+def predict(model: Model, texts: Texts, output: Path | None, say: Say, bar: Bar, engine: Engine = score_locally) -> int:
     """Scores every text and writes the rows in order. Rows that are done before an error stay for the next run.
 
     Args:
@@ -193,73 +193,73 @@ def predict(model: Model, texts: Texts, output: Path | None, say: Say, bar: Bar,
         texts.count()
         count = 0
         with open_writer(None, model.columns(texts)) as write:
-            for rows in engine(model, texts, 0, PLAIN):
+            for rows in engine(model, texts, 0, STDOUT_WINDOW):
                 write(rows)
                 count += len(rows)
         return count
     if output.suffix.lower() not in FORMATS:
-        raise DataError(f"{output} ends in none of {', '.join(FORMATS)}.", "Name the output by one of them.")
+        raise DataError(f"The ending of {output} is none of {', '.join(FORMATS)}.", "Use one of these endings.")
     with publishing.lock(output, lambda: say(f"{output}: another run is writing it, waiting")):
         if output.exists():
-            raise _taken(output)
-        return _kept(model, texts, output, say, bar, engine)
+            raise _output_exists_error(output)
+        return _score_to_file(model, texts, output, say, bar, engine)
 
 
-def _taken(output: Path) -> ArtifactError:
-    return ArtifactError(f"{output} exists.", "Move it away, or name another file.")
+def _output_exists_error(output: Path) -> ArtifactError:
+    return ArtifactError(f"{output} exists.", "Move it away, or choose another file.")
 
 
-def _kept(model: Model, texts: Texts, output: Path, say: Say, bar: Bar, engine: Engine) -> int:
+def _score_to_file(model: Model, texts: Texts, output: Path, say: Say, bar: Bar, engine: Engine) -> int:
     """Scores the texts part by part, then joins the parts into the output file."""
     parts = publishing.work_folder(output) / "parts"
     total = texts.count()
-    done = _taken_up(parts, model, texts)
+    done = _resume_parts(parts, model, texts)
     if done:
-        say(f"{output}: {done} texts are scored already")
+        say(f"{output}: {done} texts are already scored")
     with bar("predict") as progress:
-        for rows in engine(model, texts, done, PART):
-            _keep(parts / f"{done:012}", rows)
+        for rows in engine(model, texts, done, PART_TEXTS):
+            _write_part(parts / f"{done:012}", rows)
             done += len(rows)
             if total:
                 progress(done, total, "scoring")
-    whole = parts / f"whole{output.suffix}"
+    joined_file = parts / f"whole{output.suffix}"
     try:
-        with open_writer(whole, model.columns(texts)) as write:
+        with open_writer(joined_file, model.columns(texts)) as write:
             for part in sorted(parts.glob("[0-9]*")):
                 write([json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()])
-        files.move_to_free(whole, output)
+        files.move_to_free(joined_file, output)
     except FileExistsError as error:
-        raise _taken(output) from error
+        raise _output_exists_error(output) from error
     except OSError as error:
-        raise ArtifactError(f"{output} cannot be written: {error.strerror or error}.", "Free the space.") from error
+        raise ArtifactError(f"{output} cannot be written: {error.strerror or error}.", "Free space.") from error
     shutil.rmtree(parts, ignore_errors=True)
     return done
 
 
-def _taken_up(parts: Path, model: Model, texts: Texts) -> int:
+def _resume_parts(parts: Path, model: Model, texts: Texts) -> int:
     """Returns the number of texts that an interrupted equal run scored; deletes the parts of other runs."""
-    about = {"model": model.id, "texts": texts.sha256, "column": texts.column, "pair": texts.pair}
+    run_settings = {"model": model.id, "texts": texts.sha256, "column": texts.column, "pair": texts.pair}
     state = parts / "run.json"
     try:
-        same = texts.file != STDIN and json.loads(state.read_text()) == about
+        is_same_run = texts.file != STDIN and json.loads(state.read_text()) == run_settings
     except (OSError, ValueError):  # missing, or incomplete because its run was killed
-        same = False
-    if same:
-        scored = sorted(parts.glob("[0-9]*"))
-        if scored:
-            with scored[-1].open(encoding="utf-8") as last:
-                return int(scored[-1].name) + sum(1 for _ in last)
+        is_same_run = False
+    if is_same_run:
+        part_files = sorted(parts.glob("[0-9]*"))
+        if part_files:
+            with part_files[-1].open(encoding="utf-8") as last_part:
+                return int(part_files[-1].name) + sum(1 for _ in last_part)
         return 0
     shutil.rmtree(parts, ignore_errors=True)
     try:
         parts.mkdir(parents=True)
-        state.write_text(json.dumps(about))
+        state.write_text(json.dumps(run_settings))
     except OSError as error:
-        raise ArtifactError(f"{parts.parent} cannot be written: {error.strerror}.", "Name another file.") from error
+        raise ArtifactError(f"{parts.parent} cannot be written: {error.strerror}.", "Choose another file.") from error
     return 0
 
 
-def _keep(part: Path, rows: Sequence[Row]) -> None:
+def _write_part(part: Path, rows: Sequence[Row]) -> None:
     """Writes a part atomically."""
     try:
         # str.splitlines also splits at characters such as \x85. json.dumps escapes them.
@@ -267,35 +267,35 @@ def _keep(part: Path, rows: Sequence[Row]) -> None:
     except OSError as error:
         raise ArtifactError(
             f"{part.parent} cannot be written: {error.strerror or error}.",
-            "Free the space; the same command goes on where it was.",
+            "Free space. The same command then continues the run.",
         ) from error
 
 
-def windows(texts: Texts, done: int, window: int) -> Iterator[list[Text]]:
+def split_windows(texts: Texts, done: int, window: int) -> Iterator[list[Text]]:
     """Yields lists of at most `window` texts, in order, without the first `done` texts."""
-    rest = itertools.islice(texts.read(), done, None)
-    while taken := list(itertools.islice(rest, window)):
-        yield taken
+    remaining_texts = itertools.islice(texts.read(), done, None)
+    while window_texts := list(itertools.islice(remaining_texts, window)):
+        yield window_texts
 
 
-def scored(opened: Opened, model: Model, texts: Texts, taken: Sequence[Text]) -> list[Row]:
+def score_window(loaded_model: LoadedModel, model: Model, texts: Texts, window_texts: Sequence[Text]) -> list[Row]:
     """Returns the rows of the texts of one window, in order; each batch holds texts of similar length."""
     columns, label_set = model.columns(texts), model.label_set
-    encoded = model.encoder.encode(taken)
-    scores: list[tuple[int, Sequence[float]]] = [(0, ())] * len(encoded)
-    for batch in offline_batches([len(row) for row in encoded], BATCH):
-        logits = opened.logits([taken[i] for i in batch], [encoded[i] for i in batch])
-        given = zip(
+    rows = model.encoder.encode(window_texts)
+    scores: list[tuple[int, Sequence[float]]] = [(0, ())] * len(rows)
+    for batch in offline_batches([len(row) for row in rows], BATCH_SIZE):
+        logits = loaded_model.logits([window_texts[i] for i in batch], [rows[i] for i in batch])
+        row_scores = zip(
             answers(logits, label_set.multi_label), label_probabilities(logits, label_set.multi_label), strict=True
         )
-        for i, answer in zip(batch, given, strict=True):
+        for i, answer in zip(batch, row_scores, strict=True):
             scores[i] = answer
     return [
-        _row(columns, text, label_set.format_answer(answer), chances)
-        for text, (answer, chances) in zip(taken, scores, strict=True)
+        _row(columns, text, label_set.format_answer(answer), probabilities)
+        for text, (answer, probabilities) in zip(window_texts, scores, strict=True)
     ]
 
 
-def _row(columns: Sequence[str], text: Text, label: str, chances: Sequence[float]) -> dict[str, Any]:
-    asked = [text] if isinstance(text, str) else text
-    return dict(zip(columns, [*asked, label, *(round(float(share), 6) for share in chances)], strict=True))
+def _row(columns: Sequence[str], text: Text, label: str, probabilities: Sequence[float]) -> dict[str, Any]:
+    row_texts = [text] if isinstance(text, str) else text
+    return dict(zip(columns, [*row_texts, label, *(round(float(share), 6) for share in probabilities)], strict=True))

@@ -15,4 +15,4 @@ Bar = Callable[[str], AbstractContextManager[Progress]]
 @contextmanager
 def no_bar(title: str) -> Iterator[Progress]:
     """Shows no progress."""
-    yield lambda done, total, what: None
+    yield lambda count, total, activity: None

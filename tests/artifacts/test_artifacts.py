@@ -70,7 +70,7 @@ def test_the_id_depends_on_content_settings_version_and_parent_but_not_on_time(a
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda f: f.write_bytes(b"weightz"), "another sha256"),
+        (lambda f: f.write_bytes(b"weightz"), "does not have the sha256"),
         (lambda f: f.write_bytes(b"weights and more"), "16 bytes instead of 7"),
         (lambda f: f.unlink(), "is missing"),
     ],
@@ -141,7 +141,7 @@ def test_a_manifest_with_values_of_the_wrong_type_raises_an_artifact_error(artif
 def test_load_refuses_a_folder_without_a_manifest(tmp_path):
     (tmp_path / "onnx-std").mkdir()
     (tmp_path / "onnx-std" / "thesis.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="move it away"):
+    with pytest.raises(ArtifactError, match="Move the folder away"):
         store.load(tmp_path / "onnx-std")
     assert store.load(tmp_path / "onnx-fp32") is None
 

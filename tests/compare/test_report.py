@@ -194,7 +194,7 @@ def test_a_plot_with_nothing_to_show_is_left_out():
 @pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_an_error_in_words(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ResultFileError, match=r"cannot be written: Not a directory\. Free the space or"):
+    with pytest.raises(ResultFileError, match=r"cannot be written: Not a directory\. Free space, or"):
         save(compare([rich()]), tmp_path / "file")
     (tmp_path / "taken" / "accuracy-latency.svg").mkdir(parents=True)
     with pytest.raises(ResultFileError, match="cannot be written"):

@@ -102,10 +102,10 @@ def test_columns_can_be_named(table):
     [
         ("sentence,label\ngood,1\nbad,2\n", "row 2: the label '2' is not one of the model's"),
         ("sentence,label\ngood,1\nbad,meh\n", "row 2: the label 'meh'"),
-        ("sentence,label\ngood,POSITIVE\nbad,0\n", "row 1: the label 'POSITIVE'.*all names, or all indices"),
+        ("sentence,label\ngood,POSITIVE\nbad,0\n", "row 1: the label 'POSITIVE'.*Use only names, or only indices"),
         (
             "sentence,label\na film, really,0\nanother, really,1\n",
-            "row 1: 3 fields instead of 2.*Quote texts that hold commas",
+            "row 1: 3 fields instead of 2.*Quote texts that contain commas",
         ),
         ("sentence,label\ngood,1\nbad,\n", "row 2: the label ''"),
         ("sentence,label\ngood,-1\n", "labels are not public"),
@@ -179,7 +179,7 @@ def test_other_formats_of_the_same_rows(tmp_path, kind):
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": "POSITIVE"}\n', "row 2: its label is text, and"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": "POSITIVE"}\n', "row 2: its label is text, but"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": true}\n', "row 2: its label is true or false"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', "row 2: its label is nothing"),
         ("a.jsonl", '{"text": "a", "label": 0.5}\n', "row 1: its label is 0.5"),
@@ -278,7 +278,7 @@ def test_a_data_set_that_is_not_there_says_what_to_pass_instead(monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="without a network only what was downloaded before is there: else pass a file"):
+    with pytest.raises(DataError, match="Without a network, use a dataset in the local cache, or pass a file"):
         load("somebody/no-such-data", LABELS)
 
 

@@ -29,7 +29,7 @@ from toolchain.data import inputs
 from toolchain.data.files import Texts
 from toolchain.distributed import Cluster, Node, benching, connect, remote
 from toolchain.errors import ClusterError, DataError, TamperedError
-from toolchain.predict import lying_in, of_variant, predict
+from toolchain.predict import load_folder_model, load_variant_model, predict
 from toolchain.progress import no_bar
 from toolchain.results.result_file import ResultFile
 
@@ -88,14 +88,14 @@ def cluster(address):
 
 @pytest.fixture(scope="module")
 def model(built_tiny):
-    return of_variant(built_tiny, "onnx-int8", quiet, no_bar)
+    return load_variant_model(built_tiny, "onnx-int8", quiet, no_bar)
 
 
 @pytest.fixture
 def small(monkeypatch):
     """Small windows, and what is scored in one process."""
-    monkeypatch.setattr(predicting, "PART", WINDOW)
-    monkeypatch.setattr(predicting, "PLAIN", WINDOW)
+    monkeypatch.setattr(predicting, "PART_TEXTS", WINDOW)
+    monkeypatch.setattr(predicting, "STDOUT_WINDOW", WINDOW)
 
 
 def write(path, texts):
@@ -118,7 +118,7 @@ def processes(what):
 def test_the_same_rows_in_the_same_order(built_tiny, cluster, small, tmp_path, monkeypatch):
     """Of PyTorch; the other tests are of ONNX Runtime."""
     monkeypatch.chdir(tmp_path)
-    model = of_variant(built_tiny, "torch-fp32", quiet, no_bar)
+    model = load_variant_model(built_tiny, "torch-fp32", quiet, no_bar)
     texts = write(tmp_path / "in.jsonl", [*HOSTILE, *inputs.load_embedded().sample(150, 3)])
     said = []
     monkeypatch.setattr(cluster, "_say", said.append)
@@ -159,7 +159,7 @@ def test_an_interrupted_run_is_taken_up_by_either_engine(model, cluster, small, 
         predict(model, texts, tmp_path / "out.csv", quiet, no_bar, interrupted)
     said = []
     predict(model, texts, tmp_path / "out.csv", said.append, no_bar)
-    assert said == [f"{tmp_path / 'out.csv'}: {2 * WINDOW} texts are scored already"]
+    assert said == [f"{tmp_path / 'out.csv'}: {2 * WINDOW} texts are already scored"]
     assert (tmp_path / "out.csv").read_bytes() == alone(model, texts, tmp_path / "alone.csv")
 
 
@@ -175,12 +175,12 @@ def test_a_file_that_arrives_changed_is_refused(model, tmp_path, monkeypatch):
     files = {name: (model.folder / name).read_bytes() for name in model.files}
     monkeypatch.setattr(ray, "get", lambda reference: reference)
     remote.unpack(files, tmp_path / "whole")
-    assert lying_in(tmp_path / "whole", quiet).id == model.id
+    assert load_folder_model(tmp_path / "whole", quiet).id == model.id
     weights = bytearray(files["model.onnx"])
     weights[-1] ^= 1
     remote.unpack({**files, "model.onnx": bytes(weights)}, tmp_path / "changed")
-    with pytest.raises(TamperedError, match=r"model\.onnx has another sha256"):
-        lying_in(tmp_path / "changed", quiet)
+    with pytest.raises(TamperedError, match=r"model\.onnx does not have the sha256"):
+        load_folder_model(tmp_path / "changed", quiet)
 
 
 def test_the_next_worker_deletes_the_folder_of_a_killed_one(tmp_path, monkeypatch):
@@ -374,7 +374,7 @@ def test_a_cluster_that_dies_leaves_what_was_scored(model, small, tmp_path, monk
         stop(nodes)
     said = []
     predict(model, texts, tmp_path / "out.csv", said.append, no_bar)
-    assert "texts are scored already" in said[0]
+    assert "texts are already scored" in said[0]
     assert (tmp_path / "out.csv").read_bytes() == alone(model, texts, tmp_path / "alone.csv")
 
 

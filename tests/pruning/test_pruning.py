@@ -556,7 +556,7 @@ def test_too_few_rows_are_refused(tmp_path):
         (("--ratio", "0"), 2, "is not 0.01 to 0.99"),
         (("--ratio", "1"), 2, "is not 0.01 to 0.99"),
         (("--ratio", "-0.5"), 2, "is not 0.01 to 0.99"),
-        (("--ratio", "0.333"), 2, "whole per cents"),
+        (("--ratio", "0.333"), 2, "whole per cent from"),
         (("--ratio", "nan"), 2, "is not 0.01 to 0.99"),
         (("--ratio", "0.3", "--method", "mask", "--recover", "1"), 2, "removes nothing"),
         (("--ratio", "0.3", "--method", "mask", "--layers", "1"), 2, "neither --layers"),

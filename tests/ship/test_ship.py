@@ -136,7 +136,7 @@ def test_pairs_are_for_models_that_take_tokens(texts, tmp_path, say):
     command = ("predict", texts, tmp_path / "pairs.csv", "--text-column", "a", "--text-pair-column", "b")
     code, out, err = say(*command)
     assert (code, out) == (1, "")
-    assert "takes single texts, no pairs" in err
+    assert "takes single texts, not pairs" in err
 
 
 @pytest.mark.parametrize(("target", "why"), [("web", "onnxruntime-web"), ("other", "other runtimes do not have")])

@@ -115,7 +115,7 @@ def _parse(text: str) -> Parts:
         )
         if str(parts) == text:
             return parts
-    raise UnknownVariantError(f"{text!r} is no variant name.", "`toolchain variants` lists them.")
+    raise UnknownVariantError(f"{text!r} is not a variant name.", "`toolchain variants` lists the names.")
 
 
 def label_prefixes(label: str) -> list[str]:

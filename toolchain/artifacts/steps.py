@@ -77,10 +77,10 @@ class Prune:
     def __post_init__(self) -> None:
         if not 0.01 <= self.ratio <= 0.99 or abs(100 * self.ratio - round(100 * self.ratio)) > 1e-9:
             raise SettingsError(
-                f"--ratio {self.ratio:g} is not 0.01 to 0.99 in whole per cents.", "Give one such as 0.5."
+                f"--ratio {self.ratio:g} is not a whole per cent from 0.01 to 0.99.", "Give a ratio such as 0.5."
             )
         if self.method == "mask" and (self.layers or self.cost != "parameters"):
-            raise SettingsError("--method mask removes nothing.", "It takes --ratio, and neither --layers nor --cost.")
+            raise SettingsError("--method mask removes nothing.", "Use it without --layers and --cost.")
 
 
 @strict
@@ -181,7 +181,7 @@ class Quantize:
         ort_settings = (self.embeddings, self.keep_fp32, self.passes, self.trim_vocab)
         if self.backend != "ort" and any(setting is not None for setting in ort_settings):
             raise SettingsError(
-                f"--backend {self.backend} has only --scheme.",
+                f"--backend {self.backend} has no other option than --scheme.",
                 "Leave out --embeddings, --keep-fp32, --max-drop, --sensitivity, --no-pass and --trim-vocab.",
             )
         if self.passes is not None:
@@ -196,7 +196,7 @@ class Quantize:
         ):
             raise SettingsError(
                 "Without the pass quantize-linear, only embedding tables are quantised.",
-                "Leave every other option out, except --embeddings.",
+                "Leave out all other options, except --embeddings.",
             )
         if "quantize-embedding" not in passes and self.embeddings:
             raise SettingsError(

@@ -54,7 +54,7 @@ class Artifact:
             elif path.stat().st_size != entry.bytes:
                 fault = f"has {path.stat().st_size} bytes instead of {entry.bytes}"
             elif sha256(path) != entry.sha256:
-                fault = "has another sha256 than its manifest says"
+                fault = "does not have the sha256 in its manifest"
             else:
                 continue
             raise self._tampered_error(f"{entry.path} {fault}")
@@ -68,7 +68,7 @@ class Artifact:
     def _tampered_error(self, fault: str) -> TamperedError:
         return TamperedError(
             f"{self.path}: {fault}.",
-            f"Delete the folder {self.path} (or move it away) and run the command again: it is built anew.",
+            f"Delete the folder {self.path} or move it away. Run the command again to build it.",
         )
 
 
@@ -94,7 +94,7 @@ def load(path: Path) -> Artifact | None:
     file = path / MANIFEST
     if not file.is_file():
         if path.exists():
-            raise ArtifactError(f"{path} exists but holds no {MANIFEST}.", "It was not built here: move it away.")
+            raise ArtifactError(f"{path} exists but has no {MANIFEST}.", "Move the folder away; it is not an artifact.")
         return None
     try:
         manifest = Manifest.from_json(file.read_text())

@@ -188,7 +188,7 @@ def get(name: str) -> Variant:
         return variant
     names = list(dict.fromkeys(variant.name for default in DEFAULT_CELLS["cpu"] for variant in lineage(default)))
     similar_names = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(similar_names)}?" if similar_names else f"There are: {', '.join(names)}."
+    hint = f"Did you mean {' or '.join(similar_names)}?" if similar_names else f"Variants: {', '.join(names)}."
     raise UnknownVariantError(f"There is no variant {name!r}.", hint)
 
 
@@ -236,7 +236,7 @@ def derive_variant(parent: str, step: Step, label: str = "") -> Variant:
     parent_name = get(parent).name
     if parent_name.parts.label and label and parent_name.parts.label not in label_prefixes(label):
         raise UnknownVariantError(
-            f"The label of a variant built from {parent} starts with {parent_name.parts.label}.",
+            f"The label of a variant built from {parent} must start with {parent_name.parts.label}.",
             f"Leave --name out, or give {parent_name.parts.label} or {parent_name.parts.label}-{label}.",
         )
     name = parent_name.with_parts(**_changed_parts(step), label=label or parent_name.parts.label)
@@ -276,7 +276,7 @@ def _changed_parts(step: Step) -> dict[str, Any]:
 
 _BACKEND_RUNTIMES = {"ort": "onnx", "torch": "torch", "bnb": "bnb"}
 _PARENT_DESCRIPTIONS = {
-    Prune: "torch-fp32: what is pruned already is pruned further from there, at a higher ratio",
+    Prune: "torch-fp32. To prune a pruned variant further, prune torch-fp32 at a higher ratio",
     Recover: "a pruned PyTorch variant such as torch-pruned50",
     Export: "a PyTorch variant such as torch-fp32",
     Optimize: "an exported graph such as onnx-std",

@@ -65,24 +65,24 @@ for command in (
 
 
 @contextmanager
-def _interrupts() -> Iterator[list[int]]:
+def _record_interrupts() -> Iterator[list[int]]:
     """Yields a list that receives the number of each interrupt signal.
 
     During an import or a callback, C libraries convert KeyboardInterrupt to errors of other classes. The list shows
     that the error comes from the user's interrupt and is not a bug.
     """
-    seen: list[int] = []
+    signal_numbers: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
+    def record_interrupt(number: int, frame: FrameType | None) -> None:
+        signal_numbers.append(number)
         signal.default_int_handler(number, frame)
 
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield seen  # the parent process ignores interrupts, or other code has its own handler
+        yield signal_numbers  # the parent process ignores interrupts, or other code has its own handler
         return
-    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGINT, record_interrupt)
     try:
-        yield seen
+        yield signal_numbers
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -97,12 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # terminals without × or Δ must still show the numbers
-    with _interrupts() as interrupts:
+    with _record_interrupts() as interrupts:
         try:
             code = cli.main(arguments, prog_name="toolchain", standalone_mode=False, obj=state)
             return code if isinstance(code, int) else 0
         except click.Abort:
-            return _interrupted()
+            return _report_interrupt()
         except click.ClickException as error:
             error.show()
             return error.exit_code
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if state["debug"]:
                 traceback.print_exc()
             if interrupts:
-                return _interrupted()
+                return _report_interrupt()
             if isinstance(error, ToolchainError):
                 click.echo(f"Error: {error}", err=True)
                 return error.exit_code
@@ -119,6 +119,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
 
 
-def _interrupted() -> int:
+def _report_interrupt() -> int:
     click.echo("Interrupted. No file is incomplete.", err=True)
     return 130

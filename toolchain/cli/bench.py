@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 def bench(
     model: str,
     exported: Path,
-    slug: str | None,
+    folder_name: str | None,
     providers: tuple[str, ...],
     names: tuple[str, ...],
     quick: bool,
@@ -127,7 +127,7 @@ def bench(
     )
     results = ResultsFolder(folder)
     request = run.Request(names, providers, protocol, data, columns, split, resume, results)
-    workspace = open_workspace(model, exported, slug)
+    workspace = open_workspace(model, exported, folder_name)
     saving = _Saving(results, workspace.model, save_as, force)
     if engine != RAY:
         saving.require_free([None])

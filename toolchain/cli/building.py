@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from toolchain.build.workspace import Workspace
 
 
-def build(workspace: Workspace, asked: dict[str, Step], dry_run: bool) -> None:
+def build(workspace: Workspace, requested_steps: dict[str, Step], dry_run: bool) -> None:
     """Builds variants and prints their folders; for a dry run, prints the plan and builds nothing.
 
     Args:
         workspace: The model's workspace.
-        asked: Steps with the user's settings, by variant name.
+        requested_steps: Steps with the user's settings, by variant name.
         dry_run: Whether to print the plan only.
     """
     from toolchain.artifacts.steps import settings_of
@@ -24,12 +24,12 @@ def build(workspace: Workspace, asked: dict[str, Step], dry_run: bool) -> None:
     from toolchain.cli.progress import bar, say
 
     if dry_run:
-        for item in plan(workspace, asked, asked):
+        for item in plan(workspace, requested_steps, requested_steps):
             settings = ", ".join(f"{key}={value}" for key, value in settings_of(item.step).items())
             click.echo(
                 f"{item.variant.name}: {f'build ({item.reason})' if item.reason else 'skip (fresh)'}; {settings}"
             )
         return
-    built = ensure(workspace, asked, asked, say, bar)
-    for name in asked:
-        click.echo(built[name].path)
+    artifacts = ensure(workspace, requested_steps, requested_steps, say, bar)
+    for name in requested_steps:
+        click.echo(artifacts[name].path)

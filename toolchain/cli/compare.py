@@ -111,7 +111,7 @@ def compare(
     results: tuple[Path, ...],
     model: str,
     exported: Path,
-    slug: str | None,
+    folder_name: str | None,
     baseline: str | None,
     provider: str | None,
     patterns: tuple[str, ...],
@@ -150,7 +150,7 @@ def compare(
     if results:
         files = [ResultFile.read(path) for path in results]
     else:
-        files = [ResultsFolder(folder).read_newest(open_workspace(model, exported, slug).model, say)]
+        files = [ResultsFolder(folder).read_newest(open_workspace(model, exported, folder_name).model, say)]
 
     def load_rows(runs: Sequence[ResultFile]) -> list[Row]:
         return arrange(rows_of(runs, baseline, exported), order, patterns, provider)

@@ -53,13 +53,13 @@ from toolchain.cli.building import build
 def export(
     model: str,
     exported: Path,
-    slug: str | None,
+    folder_name: str | None,
     revision: str | None,
     base: str | None,
     opset: int,
     provider: str,
     parents: tuple[str, ...],
-    omitted: tuple[str, ...],
+    omitted_passes: tuple[str, ...],
     label: str,
     dry_run: bool,
 ) -> None:
@@ -79,16 +79,16 @@ def export(
     from toolchain.artifacts.variants import derive_variant
 
     step = None if provider == "none" else Optimize.for_provider(provider)
-    if omitted:
-        if step is None or not set(omitted) <= set(step.passes):
+    if omitted_passes:
+        if step is None or not set(omitted_passes) <= set(step.passes):
             passes = f"the passes are {', '.join(step.passes)}" if step else "there are no passes"
             raise click.BadParameter(f"with --optimize {provider}, {passes}.", param_hint="--no-pass")
-        step = Optimize(provider, tuple(name for name in step.passes if name not in omitted))
-    asked: dict[str, Step] = {"torch-fp32": Import(revision)}
+        step = Optimize(provider, tuple(name for name in step.passes if name not in omitted_passes))
+    requested_steps: dict[str, Step] = {"torch-fp32": Import(revision)}
     for parent in parents:
-        std = derive_variant(parent, Export(opset), "" if step else label).name
-        asked[std] = Export(opset)
+        std_name = derive_variant(parent, Export(opset), "" if step else label).name
+        requested_steps[std_name] = Export(opset)
         if step:
-            asked[derive_variant(std, step, label).name] = step
-    workspace = open_workspace(model, exported, slug)
-    build(workspace.with_base(base) if base else workspace, asked, dry_run)
+            requested_steps[derive_variant(std_name, step, label).name] = step
+    workspace = open_workspace(model, exported, folder_name)
+    build(workspace.with_base(base) if base else workspace, requested_steps, dry_run)

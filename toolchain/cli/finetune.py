@@ -90,7 +90,7 @@ def finetune(
     """
     from toolchain.cli.progress import bar, say
     from toolchain.finetune import LABEL_WEIGHT, FinetuneRequest, summary
-    from toolchain.finetune import finetune as make
+    from toolchain.finetune import finetune as run_finetune
     from toolchain.training.loop import Recipe
 
     recipe = Recipe(
@@ -106,7 +106,7 @@ def finetune(
     names = tuple(name.strip() for name in labels.split(",")) if labels else ()
     if len(set(names)) < len(names) or not all(names):
         raise click.BadParameter("give different names, separated by commas", param_hint="--labels")
-    card = make(
+    card = run_finetune(
         FinetuneRequest(base, train, recipe, output, revision, teacher, names, multi_label, max_length, data), say, bar
     )
     say(summary(card))

@@ -24,12 +24,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 def debug_option(command: F) -> F:
     """Adds --debug, which `main` reads from the context's object."""
 
-    def note(context: click.Context, _: click.Parameter, value: bool) -> None:
+    def set_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
         if isinstance(context.obj, dict):
             context.obj["debug"] = value
 
     text = "Show the traceback of an error."
-    return click.option("--debug", is_flag=True, expose_value=False, callback=note, help=text)(command)
+    return click.option("--debug", is_flag=True, expose_value=False, callback=set_debug, help=text)(command)
 
 
 def model_options(command: F) -> F:
@@ -44,7 +44,7 @@ def model_options(command: F) -> F:
         ),
         click.option(
             "--as",
-            "slug",
+            "folder_name",
             metavar="NAME",
             help="Name of the model's folder under --exported.  [default: the model's own name]",
         ),
@@ -84,15 +84,15 @@ def name_option(command: F) -> F:
     return click.option("--name", "label", metavar="LABEL", callback=check, help=text)(command)
 
 
-def no_pass_option(names: Sequence[str], of_what: str) -> Callable[[F], F]:
+def no_pass_option(names: Sequence[str], action: str) -> Callable[[F], F]:
     """Returns a decorator that adds --no-pass, for every command that rewrites a graph.
 
     Args:
         names: Names of the passes that the option accepts.
-        of_what: First part of the help text.
+        action: First part of the help text.
     """
-    text = f"{of_what}. Can be repeated."
-    return click.option("--no-pass", "omitted", type=click.Choice(names), multiple=True, help=text)
+    text = f"{action}. Can be repeated."
+    return click.option("--no-pass", "omitted_passes", type=click.Choice(names), multiple=True, help=text)
 
 
 def json_option(command: F) -> F:
@@ -112,10 +112,10 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds --engine and --address, for every command whose work several machines can share."""
 
     @functools.wraps(command)
-    def checked(engine: str, address: str | None, **others: Any) -> Any:
+    def run_command(engine: str, address: str | None, **arguments: Any) -> Any:
         if address and engine != RAY:
             raise click.UsageError("--address needs --engine ray.")
-        return command(engine=engine, address=address, **others)
+        return command(engine=engine, address=address, **arguments)
 
     options = [
         click.option(
@@ -133,14 +133,14 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
     ]
     for option in reversed(options):
-        checked = option(checked)
-    return checked
+        run_command = option(run_command)
+    return run_command
 
 
 def open_workspace(
     model: str,
     exported: Path,
-    slug: str | None,
+    folder_name: str | None,
     train: TrainingSource | None = None,
     corpus: Texts | None = None,
 ) -> Workspace:
@@ -149,13 +149,13 @@ def open_workspace(
     Args:
         model: Value of --model.
         exported: Value of --exported.
-        slug: Value of --as.
+        folder_name: Value of --as.
         train: Training data, as from `training_options`.
         corpus: Texts that vocabulary trimming uses.
     """
     from toolchain.build.workspace import Workspace
 
-    return Workspace.open(model, exported, slug, train, corpus)
+    return Workspace.open(model, exported, folder_name, train, corpus)
 
 
 DATA = "a CSV, TSV, JSON lines or Parquet file, or a hub dataset such as glue/sst2"
@@ -168,13 +168,13 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(command)
-    def with_source(train_data: str | None, **others: Any) -> Any:
+    def run_command(train_data: str | None, **arguments: Any) -> Any:
         from toolchain.data.inputs import TrainingSource
 
-        return command(train=TrainingSource(train_data, others.pop("columns"), others.pop("split")), **others)
+        return command(train=TrainingSource(train_data, arguments.pop("columns"), arguments.pop("split")), **arguments)
 
     text = f"Training data: {DATA}.  [default: the embedded SST-2]"
-    return click.option("--train-data", metavar="DATA", help=text)(_columns_options(with_source, "train"))
+    return click.option("--train-data", metavar="DATA", help=text)(_columns_options(run_command, "train"))
 
 
 def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -183,14 +183,14 @@ def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--data", metavar="DATA", help=text)(_columns_options(command, "validation"))
 
 
-def _columns_options(command: Callable[..., Any], usual: str) -> Callable[..., Any]:
+def _columns_options(command: Callable[..., Any], default_split: str) -> Callable[..., Any]:
     """Adds the options for columns and split. The command receives them as `columns` and `split`."""
 
     @functools.wraps(command)
-    def with_columns(text_column: str | None, pair_column: str | None, label_column: str, **others: Any) -> Any:
+    def run_command(text_column: str | None, pair_column: str | None, label_column: str, **arguments: Any) -> Any:
         from toolchain.data.datasets import Columns
 
-        return command(columns=Columns(text_column, label_column, pair_column), **others)
+        return command(columns=Columns(text_column, label_column, pair_column), **arguments)
 
     options = [
         click.option("--text-column", help="Column of texts in the data.  [default: sentence or text]"),
@@ -198,11 +198,11 @@ def _columns_options(command: Callable[..., Any], usual: str) -> Callable[..., A
         click.option("--label-column", default="label", show_default=True, help="Column of labels in the data."),
         click.option(
             "--split",
-            help=f"Hub dataset split, or held-out for the rows that training leaves out.  [default: {usual}]"
-            if usual == "validation"
-            else f"Hub dataset split.  [default: {usual}]",
+            help=f"Hub dataset split, or held-out for the rows that training leaves out.  [default: {default_split}]"
+            if default_split == "validation"
+            else f"Hub dataset split.  [default: {default_split}]",
         ),
     ]
     for option in reversed(options):
-        with_columns = option(with_columns)
-    return with_columns
+        run_command = option(run_command)
+    return run_command

@@ -11,7 +11,7 @@ from toolchain.cli.options import RAY, engine_options, model_options, open_works
 
 
 @click.command()
-@click.argument("what", metavar="VARIANT|BUNDLE")
+@click.argument("source", metavar="VARIANT|BUNDLE")
 @click.argument("file", default="-", metavar="[FILE]")
 @click.option("--text-column", help="Column of texts.  [default: sentence or text]")
 @click.option("--text-pair-column", "pair_column", help="Column of second texts, if each row is a pair.")
@@ -26,8 +26,8 @@ from toolchain.cli.options import RAY, engine_options, model_options, open_works
 def predict(
     model: str,
     exported: Path,
-    slug: str | None,
-    what: str,
+    folder_name: str | None,
+    source: str,
     file: str,
     text_column: str | None,
     pair_column: str | None,
@@ -51,17 +51,17 @@ def predict(
     from toolchain.cli.progress import bar, say
     from toolchain.data.files import Texts
     from toolchain.distributed import connect
-    from toolchain.predict import here, of_bundle, of_variant
+    from toolchain.predict import load_bundle_model, load_variant_model, score_locally
     from toolchain.predict import predict as score
     from toolchain.ship.bundle_files.verify import BUNDLE
 
     with ExitStack() as stack:
-        score_on = stack.enter_context(connect(address, say)).score if engine == RAY else here
-        if "/" in what or (Path(what) / BUNDLE).exists():
-            found = of_bundle(Path(what), say)
+        engine_function = stack.enter_context(connect(address, say)).score if engine == RAY else score_locally
+        if "/" in source or (Path(source) / BUNDLE).exists():
+            chosen_model = load_bundle_model(Path(source), say)
         else:
-            found = of_variant(open_workspace(model, exported, slug), what, say, bar)
-        count = score(found, Texts(file, text_column, pair_column), output, say, bar, score_on)
+            chosen_model = load_variant_model(open_workspace(model, exported, folder_name), source, say, bar)
+        count = score(chosen_model, Texts(file, text_column, pair_column), output, say, bar, engine_function)
     if output:
         say(f"{count} texts scored")
         click.echo(output)

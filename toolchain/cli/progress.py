@@ -24,38 +24,38 @@ def bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
     It shows nothing before its first call.
     """
     if not sys.stderr.isatty():
-        yield _plain(title)
+        yield _print_tenths(title)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    shown = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(
-        *shown, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True
+        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True
     ) as view:
         tasks: dict[int, TaskID] = {}
 
-        def update(done: int, total: int, what: str) -> None:
+        def update(count: int, total: int, activity: str) -> None:
             # Another total means another kind of work. A new task estimates its remaining time from the start.
             if total not in tasks:
-                for old in tasks.values():
-                    view.remove_task(old)
+                for task in tasks.values():
+                    view.remove_task(task)
                 tasks.clear()
                 tasks[total] = view.add_task(title, total=total)
-            view.update(tasks[total], completed=done, description=f"{title}: {what}")
+            view.update(tasks[total], completed=count, description=f"{title}: {activity}")
 
         yield update
 
 
-def _plain(title: str) -> Callable[[int, int, str], None]:
+def _print_tenths(title: str) -> Callable[[int, int, str], None]:
     """Returns a callback that prints a line for each new tenth of the work, and at most one line per second."""
-    last = {"tenth": -1, "total": -1, "said": float("-inf")}
+    last_line = {"tenth": -1, "total": -1, "time": float("-inf")}
 
-    def update(done: int, total: int, what: str) -> None:
-        tenth = 10 * done // max(total, 1)
-        if (tenth, total) == (last["tenth"], last["total"]) or time.monotonic() - last["said"] < 1:
+    def update(count: int, total: int, activity: str) -> None:
+        tenth = 10 * count // max(total, 1)
+        if (tenth, total) == (last_line["tenth"], last_line["total"]) or time.monotonic() - last_line["time"] < 1:
             return
-        last.update(tenth=tenth, total=total, said=time.monotonic())
-        say(f"{title}: {done}/{total}, {what}")
+        last_line.update(tenth=tenth, total=total, time=time.monotonic())
+        say(f"{title}: {count}/{total}, {activity}")
 
     return update

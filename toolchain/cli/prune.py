@@ -72,7 +72,7 @@ from toolchain.cli.building import build
 def prune(
     model: str,
     exported: Path,
-    slug: str | None,
+    folder_name: str | None,
     ratios: tuple[float, ...],
     max_drop: float | None,
     method: str,
@@ -114,7 +114,7 @@ def prune(
     prunings = [Prune(ratio, method, cost, layers) for ratio in ratios or [0.5]]
     # Before the search, so that a wrong parent fails at once.
     children = [derive_variant(parent, pruning, label) for pruning in prunings]
-    workspace = open_workspace(model, exported, slug, train)
+    workspace = open_workspace(model, exported, folder_name, train)
     if max_drop is not None:
         ratio = largest_ratio(workspace, prunings[0], max_drop, say, bar)
         prunings = [replace(prunings[0], ratio=round(ratio, 2))]

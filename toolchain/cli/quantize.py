@@ -87,7 +87,7 @@ if TYPE_CHECKING:
 def quantize(
     model: str,
     exported: Path,
-    slug: str | None,
+    folder_name: str | None,
     backend: str,
     scheme: str | None,
     isa: str,
@@ -96,7 +96,7 @@ def quantize(
     keep_fp32: int | None,
     max_drop: float | None,
     sensitivity: bool,
-    omitted: tuple[str, ...],
+    omitted_passes: tuple[str, ...],
     trim_vocab: str | None,
     train: TrainingSource,
     label: str,
@@ -148,12 +148,14 @@ def quantize(
         click.echo(f"isa auto: {isa} on this processor", err=True)
     scheme = scheme or next(iter(QUANTIZED[backend]))
     if (backend, scheme) == ("ort", "fp16"):
-        if isa != "vnni" or any([embeddings, omitted, trim_vocab, keep_fp32, max_drop is not None, sensitivity]):
+        if isa != "vnni" or any([embeddings, omitted_passes, trim_vocab, keep_fp32, max_drop is not None, sensitivity]):
             raise click.UsageError("--scheme fp16 takes no other option of --backend ort.")
-        half = Optimize.for_provider("cuda")
-        workspace = open_workspace(model, exported, slug)
+        step_fp16 = Optimize.for_provider("cuda")
+        workspace = open_workspace(model, exported, folder_name)
         build(
-            workspace, {derive_variant(parent, half, label).name: half for parent in parents or ("onnx-std",)}, dry_run
+            workspace,
+            {derive_variant(parent, step_fp16, label).name: step_fp16 for parent in parents or ("onnx-std",)},
+            dry_run,
         )
         return
     corpus = corpus_of(trim_vocab, train.columns.text)
@@ -163,20 +165,20 @@ def quantize(
         reduce_range=True if isa == "portable" else None,
         embeddings=embeddings,
         keep_fp32=1 if sensitivity or max_drop is not None else keep_fp32,  # 1 has the rules of any number
-        passes=Quantize.passes_without(scheme, omitted),
+        passes=Quantize.passes_without(scheme, omitted_passes),
         trim_vocab=corpus.digest if corpus else trim_vocab,
     )
-    usual = "onnx-fp32" if backend == "ort" else "torch-fp32"
-    names = {parent: derive_variant(parent, step, label).name for parent in parents or (usual,)}
-    workspace = open_workspace(model, exported, slug, train, corpus)
+    default_parent = "onnx-fp32" if backend == "ort" else "torch-fp32"
+    names = {parent: derive_variant(parent, step, label).name for parent in parents or (default_parent,)}
+    workspace = open_workspace(model, exported, folder_name, train, corpus)
     if sensitivity:
         _print_sensitivity(workspace, names, step, as_json)
         return
     steps: dict[str, Step] = dict.fromkeys(names.values(), step)
     if max_drop is not None:
         for parent, name in names.items():
-            fewest = fewest_kept(workspace, parent, step, max_drop, say, bar)
-            steps[name] = replace(step, keep_fp32=fewest or None)
+            layer_count = fewest_kept(workspace, parent, step, max_drop, say, bar)
+            steps[name] = replace(step, keep_fp32=layer_count or None)
     build(workspace, steps, dry_run)
 
 
@@ -186,17 +188,19 @@ def _print_sensitivity(workspace: Workspace, parents: Iterable[str], step: Quant
     from toolchain.quantization.sensitivity import SENTENCES, rank
     from toolchain.tuning.settings import sensitive
 
-    found = {}
+    layers_by_parent = {}
     for parent in parents:
-        subject = sensitive(workspace, parent, step, say, bar)
+        setup = sensitive(workspace, parent, step, say, bar)
         with bar(parent) as progress:
-            found[parent] = rank(subject, progress)
+            layers_by_parent[parent] = rank(setup, progress)
     if as_json:
         click.echo(
-            json.dumps({parent: [asdict(layer) for layer in layers] for parent, layers in found.items()}, indent=1)
+            json.dumps(
+                {parent: [asdict(layer) for layer in layers] for parent, layers in layers_by_parent.items()}, indent=1
+            )
         )
         return
-    for parent, layers in found.items():
+    for parent, layers in layers_by_parent.items():
         click.echo(f"{parent}: each layer quantised separately, {SENTENCES} held-out rows of the training data")
         for layer in layers:
             click.echo(f"{layer.name:48} divergence {layer.divergence:8.2g} nats   {layer.flips:3} flips")

@@ -52,7 +52,7 @@ from toolchain.ship.targets.releases import DEFAULT, ORDER, RELEASES
 def ship(
     model: str,
     exported: Path,
-    slug: str | None,
+    folder_name: str | None,
     variants: tuple[str, ...],
     target: str,
     ort_mobile: str | None,
@@ -79,12 +79,12 @@ def ship(
     from toolchain.cli.progress import bar, say
     from toolchain.results.folder import ResultsFolder
     from toolchain.ship.shipping import Order, default_output
-    from toolchain.ship.shipping import ship as make
+    from toolchain.ship.shipping import ship as write_bundle
 
     if ort_mobile and target != "mobile":
         raise click.UsageError(f"--ort-mobile needs --target mobile, not --target {target}.")
-    workspace = open_workspace(model, exported, slug)
-    place = output or default_output(workspace, target)
+    workspace = open_workspace(model, exported, folder_name)
+    output_folder = output or default_output(workspace, target)
     order = Order(variants, target, license_, demo, with_tokenizer, ort_mobile or DEFAULT, ResultsFolder(folder))
-    body = make(workspace, order, place, say, bar)
-    click.echo(json.dumps(body, indent=1) if as_json else place)
+    bundle = write_bundle(workspace, order, output_folder, say, bar)
+    click.echo(json.dumps(bundle, indent=1) if as_json else output_folder)

@@ -64,7 +64,7 @@ class Duration(click.ParamType):
 def tune(
     model: str,
     exported: Path,
-    slug: str | None,
+    folder_name: str | None,
     max_drop: float,
     objective: str,
     budget: float,
@@ -95,7 +95,7 @@ def tune(
     from toolchain.tuning import EXACT, Request, sentence
     from toolchain.tuning import tune as search
 
-    workspace = open_workspace(model, exported, slug, train)
+    workspace = open_workspace(model, exported, folder_name, train)
     protocol = replace(QUICK, threads=hardware.cores())
     results = ResultsFolder(folder)
     last = run.Request((), ("cpu",), protocol, data, train.columns, results=results)

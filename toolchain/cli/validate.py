@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def validate(
     model: str,
     exported: Path,
-    slug: str | None,
+    folder_name: str | None,
     variant: str,
     train: TrainingSource,
     as_json: bool,
@@ -41,7 +41,7 @@ def validate(
     from toolchain.build.steps.validate import validation_summary
     from toolchain.cli.progress import say
 
-    workspace = open_workspace(model, exported, slug, train)
+    workspace = open_workspace(model, exported, folder_name, train)
     report = validate_variant(workspace, variant, say)
     if as_json:
         click.echo(json.dumps(report, indent=1))

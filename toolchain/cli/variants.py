@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.command()
 @json_option
 @model_options
-def variants(model: str, exported: Path, slug: str | None, as_json: bool) -> None:
+def variants(model: str, exported: Path, folder_name: str | None, as_json: bool) -> None:
     """List every variant with its parent, its step and its state: built, stale or missing.
 
     \b
@@ -28,7 +28,7 @@ def variants(model: str, exported: Path, slug: str | None, as_json: bool) -> Non
     from toolchain.build.pipeline import list_states
 
     rows: list[dict[str, Any]] = []
-    for variant, artifact, state in list_states(open_workspace(model, exported, slug)):
+    for variant, artifact, state in list_states(open_workspace(model, exported, folder_name)):
         step = artifact.manifest.step if artifact else variant.step
         rows.append(
             {
@@ -46,5 +46,5 @@ def variants(model: str, exported: Path, slug: str | None, as_json: bool) -> Non
         return
     for row in rows:
         size = f"{row['size_bytes'] / 1e6:.1f} MB" if row["size_bytes"] else "–"
-        made = f"{row['step']} of {row['parent']}" if row["parent"] else str(row["step"])
-        click.echo(f"{row['variant']:12} {made:24} {size:>9}  {row['state']}")
+        origin = f"{row['step']} of {row['parent']}" if row["parent"] else str(row["step"])
+        click.echo(f"{row['variant']:12} {origin:24} {size:>9}  {row['state']}")

@@ -24,9 +24,9 @@ def verify(bundle: Path, as_json: bool) -> None:
     Example:
       toolchain verify exported/reference/bundle-python
     """
-    from toolchain.ship.shipping import verify as check
+    from toolchain.ship.shipping import verify as verify_bundle
 
-    report = check(bundle)
+    report = verify_bundle(bundle)
     if as_json:
         click.echo(json.dumps(report, indent=1))
         return

@@ -16,7 +16,7 @@ from toolchain.data.files import Texts
 from toolchain.distributed import RESUME_HINT, remote
 from toolchain.distributed.remote import Scorer, StoredFiles
 from toolchain.errors import ClusterError, ToolchainError
-from toolchain.predict import windows
+from toolchain.predict import split_windows
 from toolchain.system import hardware
 
 REACH_TIMEOUT_S = 5.0
@@ -166,7 +166,7 @@ def _score_windows(workers: tuple[int, int], model: StoredFiles, texts: Texts, d
 def _read_windows(texts: Texts, done: int, window: int) -> Iterator[Any]:
     import pyarrow
 
-    for window_texts in windows(texts, done, window):
+    for window_texts in split_windows(texts, done, window):
         yield pyarrow.table({"texts": pyarrow.array([json.dumps(window_texts)], pyarrow.large_string())})
 
 

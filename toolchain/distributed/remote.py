@@ -25,7 +25,7 @@ from toolchain.data.files import Texts
 from toolchain.data.inputs import Data
 from toolchain.data.labels import LabelSet
 from toolchain.models.checkpoints import Source
-from toolchain.predict import Model, Opened, lying_in, scored
+from toolchain.predict import LoadedModel, Model, load_folder_model, score_window
 from toolchain.results.folder import ResultsFolder
 from toolchain.results.result_file import ResultFile
 from toolchain.system import hardware
@@ -87,12 +87,12 @@ class Scorer:
     threads: int
 
     @functools.cached_property
-    def _loaded_model(self) -> tuple[Model, Opened]:
+    def _loaded_model(self) -> tuple[Model, LoadedModel]:
         os.environ.update(process.environment(self.threads))
         with scratch() as folder:
             unpack(self.files, folder)
-            model = lying_in(folder, lambda line: None)
-            return model, Opened(model, self.threads)
+            model = load_folder_model(folder, lambda line: None)
+            return model, LoadedModel(model, self.threads)
 
     def __call__(self, windows: pyarrow.Table) -> pyarrow.Table:
         """Returns the rows of each window.
@@ -109,7 +109,8 @@ class Scorer:
 
         model, opened = self._loaded_model
         rows = [
-            json.dumps(scored(opened, model, self.texts, json.loads(window.as_py()))) for window in windows["texts"]
+            json.dumps(score_window(opened, model, self.texts, json.loads(window.as_py())))
+            for window in windows["texts"]
         ]
         return pyarrow.table({"rows": pyarrow.array(rows, pyarrow.large_string())})
 

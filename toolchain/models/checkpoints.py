@@ -79,7 +79,7 @@ class Source:
         return {key: value for key, value in asdict(self).items() if key != "base" or value}
 
 
-def resolve(model: str, exported: Path, slug: str | None = None) -> tuple[str, Source]:
+def resolve(model: str, exported: Path, folder_name: str | None = None) -> tuple[str, Source]:
     """Returns the folder name under `exported` and the source for the value of `--model`.
 
     The function tries in this order: ``reference``, an existing folder, a model under `exported`, a hub id.
@@ -87,28 +87,30 @@ def resolve(model: str, exported: Path, slug: str | None = None) -> tuple[str, S
     Args:
         model: Value of `--model`.
         exported: The folder of all built models.
-        slug: Value of `--as`; None to derive the folder name from `model`.
+        folder_name: Value of `--as`; None to derive the folder name from `model`.
 
     Raises:
         CheckpointError: No source matches, the folder name is invalid, or it belongs to another source.
     """
     source = locate(model, exported)
-    slug = slug or (
+    folder_name = folder_name or (
         model if source.kind == "embedded" else _slug(model if source.kind == "hub" else Path(model).resolve().name)
     )
-    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", slug):
-        raise CheckpointError(f"{slug!r} cannot name a folder.", "Use lower-case letters, digits, '.', '_' and '-'.")
-    if slug == REFERENCE_SLUG and source.kind != "embedded":
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", folder_name):
         raise CheckpointError(
-            f"{slug!r} is the name of the embedded model.", "Choose another name for this model: --as NAME."
+            f"{folder_name!r} cannot name a folder.", "Use lower-case letters, digits, '.', '_' and '-'."
         )
-    owner = _owner(exported / slug)
+    if folder_name == REFERENCE_SLUG and source.kind != "embedded":
+        raise CheckpointError(
+            f"{folder_name!r} is the name of the embedded model.", "Choose another name for this model: --as NAME."
+        )
+    owner = _owner(exported / folder_name)
     if owner and not owner.same_origin(source):
         raise CheckpointError(
-            f"{exported / slug} belongs to {owner.ref}, not to {source.ref}.",
+            f"{exported / folder_name} belongs to {owner.ref}, not to {source.ref}.",
             "Choose another name for this model: --as NAME.",
         )
-    return slug, replace(source, base=owner.base) if owner else source
+    return folder_name, replace(source, base=owner.base) if owner else source
 
 
 def locate(model: str, exported: Path | None = None) -> Source:
