@@ -19,7 +19,7 @@ from toolchain.bench.runner import bench
 from toolchain.bench.scenarios import Protocol
 from toolchain.build.pipeline import ensure
 from toolchain.cli import main
-from toolchain.compare.report.columns import columns, notes
+from toolchain.compare.report.columns import CELL, columns, notes
 from toolchain.compare.rows import compare
 from toolchain.data import encoding, inputs
 from toolchain.data.encoding import Encoder
@@ -274,7 +274,7 @@ def test_a_cuda_row_has_the_time_on_the_device_beside_the_whole(measured, tmp_pa
     run.write(tmp_path / "run.json")
     assert ResultFile.read(tmp_path / "run.json") == run
     shown = compare([run])
-    assert "on device p50 ms" in [header for header, _ in columns(shown)]
+    assert "on device p50 ms" in [column.header for column in columns(shown)]
     assert any(line.startswith("On device:") for line in notes(shown))
 
 
@@ -290,7 +290,7 @@ def test_a_fallback_is_marked_wherever_the_row_is_shown(measured):
     run = dataclasses.replace(run, rows=(dataclasses.replace(run.rows[0], facts=facts),))
     shown = compare([run])
     # Whether it is noisy as well is this machine's doing.
-    assert dict(columns(shown))["cell"](shown[0]).removesuffix(" [noisy]") == "half@cuda ◆ [fallback]"
+    assert CELL.text(shown[0]).removesuffix(" [noisy]") == "half@cuda ◆ [fallback]"
     assert {"half@cuda: 3 of 9 nodes run on the CPU.", "half@cuda: memory, not speed."} <= set(notes(shown))
 
 
@@ -299,7 +299,7 @@ def test_gpu_memory_has_its_column_and_its_method(measured):
     memory = {**run.rows[0].memory_bytes, "gpu": {"load": 1, "peak": 300_000_000, "method": gpu_memory.DIFFERENCE}}
     run = dataclasses.replace(run, rows=(dataclasses.replace(run.rows[0], memory_bytes=memory),))
     shown = compare([run])
-    assert dict(columns(shown))["GPU peak MB"](shown[0]) == "300"
+    assert next(c.text(shown[0]) for c in columns(shown) if c.name == "GPU memory") == "300"
     assert f"GPU peak: {gpu_memory.DIFFERENCE}." in notes(shown)
 
 

@@ -157,19 +157,3 @@ def _answers(folder: Path, encoder: Encoder, rows: Sequence[Sequence[int]], prog
     finally:
         session.close()
     return found
-
-
-def sentence(facts: Mapping[str, Any]) -> str:
-    """Returns a one-line summary of the fact ``vocabulary``."""
-
-    def said(part: Mapping[str, int]) -> str:
-        if not part["rows"]:
-            return "none"
-        before, after = (part[key] / part["rows"] for key in ("right_before", "right_after"))
-        return f"{part['rows']}, accuracy {before:.2%} → {after:.2%}, {part['flips']} answered otherwise"
-
-    return (
-        f"{facts['kept']:,} of {facts['of']:,} tokens kept, {facts['bytes_saved'] / 1e6:.1f} MB saved; against the "
-        f"fp32 parent, held-out rows: {said(facts['held_out'])}; of these, with a token that went: "
-        f"{said(facts['out_of_domain'])}"
-    )

@@ -98,19 +98,3 @@ def _facts(step: Prune, before: PreTrainedModel, after: PreTrainedModel, table: 
         "predicted_speedup": {"value": round(predicted, 3), "by": by},
         **({"latency_table": asdict(table)} if table else {}),
     }
-
-
-def sentence(facts: dict[str, Any]) -> str:
-    """Returns a one-line summary of the pruning facts."""
-    if facts["method"] == "mask":
-        return (
-            f"{facts['zeroed']:.1%} of the encoder's linear parameters are zero and none is removed: "
-            "a mask makes nothing smaller or faster"
-        )
-    millions = [facts["encoder_parameters"][key] / 1e6 for key in ("before", "after")]
-    return (
-        f"{facts['achieved']:.1%} of the encoder's linear parameters removed "
-        f"({millions[0]:.1f} → {millions[1]:.1f} M); "
-        f"heads {' '.join(map(str, facts['heads']))}, FFN {' '.join(map(str, facts['ffn']))}; "
-        f"predicted {facts['predicted_speedup']['value']:.2f}× by {facts['predicted_speedup']['by']}"
-    )

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from toolchain.artifacts.steps import Recover, settings_of
 from toolchain.artifacts.store import copy_companions
@@ -114,13 +112,3 @@ def _mask_token(folder: Path, encoder: encoding.Encoder) -> int | None:
         token = token.get("content")
     found: int | None = encoder.tokenizer.token_to_id(token) if isinstance(token, str) else None
     return found
-
-
-def sentence(facts: Mapping[str, Any]) -> str:
-    """Returns a one-line summary of the recovery facts."""
-    course = " → ".join(f"{value:.2%}" for value in facts["held_out_accuracy"])
-    return (
-        f"accuracy on {facts['held_out_rows']} held-out rows {course}, "
-        f"the least loss there after epoch {facts['best_epoch']}; "
-        f"{facts['steps']} steps in {facts['precision']} on {facts['device']}"
-    )
