@@ -24,7 +24,7 @@ BENCH_GPU = BENCH.with_name("reference-h100.json")
 STUDIES = ROOT / "benchmarks" / "studies"
 EXPORT_LOG = ROOT / "benchmarks" / "reports" / "make-export.txt"
 FEW = ("torch-fp32", "torch-int8", "onnx-fp32", "onnx-int8", "onnx-pruned30-int8", "onnx-pruned50-int8")
-FEW_COLUMNS = ("cell", "accuracy", "p50", "sentences/s", "peak", "size")
+FEW_COLUMNS = ("accuracy", "p50", "throughput", "memory", "size")
 MARKED = re.compile(r"(<!-- begin: (.+?) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
 
 
@@ -80,11 +80,11 @@ def _few_rows(path: Path) -> str:
     rows = compare([ResultFile.read(path)])
     by_cell: dict[str, Row] = {row.measurement.cell: row for row in rows}
     chosen = [by_cell[f"{variant}@cpu"] for variant in FEW]
-    shown = [(header, text) for header, text in columns(rows) if header.split(" ")[0] in FEW_COLUMNS]
+    shown = [column for column in columns(rows) if column.name in FEW_COLUMNS]
     run, machine = rows[0].run, rows[0].run.machine
     title = f"{machine['cpu']}, {machine['cores']} cores, {run.data['rows']} sentences of {run.data['name']}:"
-    body = [[f"`{row.measurement.variant}`", *(text(row) for _, text in shown[1:])] for row in chosen]
-    return f"{title}\n\n{_table(['variant', *(header for header, _ in shown[1:])], body)}"
+    body = [[f"`{row.measurement.variant}`", *(column.text(row) for column in shown)] for row in chosen]
+    return f"{title}\n\n{_table(['variant', *(column.header for column in shown)], body)}"
 
 
 def script(name: str) -> ModuleType:

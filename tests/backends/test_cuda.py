@@ -22,7 +22,7 @@ from toolchain.bench.runner import bench
 from toolchain.bench.scenarios import Protocol
 from toolchain.build.pipeline import ensure
 from toolchain.cli import main
-from toolchain.compare.report.columns import columns, notes
+from toolchain.compare.report.columns import CELL, columns, notes
 from toolchain.compare.rows import compare
 from toolchain.data import encoding, inputs
 from toolchain.data.encoding import Encoder
@@ -280,7 +280,7 @@ def test_a_cuda_row_has_the_time_on_the_device_and_the_whole_latency(bench_cells
     run.write(tmp_path / "run.json")
     assert ResultFile.read(tmp_path / "run.json") == run
     comparison = compare([run])
-    assert "on device p50 ms" in [header for header, _ in columns(comparison)]
+    assert "on device p50 ms" in [column.header for column in columns(comparison)]
     assert any(line.startswith("On device:") for line in notes(comparison))
 
 
@@ -296,7 +296,7 @@ def test_a_comparison_marks_a_row_with_a_fallback(bench_cells):
     run = dataclasses.replace(run, rows=(dataclasses.replace(run.rows[0], facts=facts),))
     comparison = compare([run])
     # The row may also be noisy on this machine.
-    assert dict(columns(comparison))["cell"](comparison[0]).removesuffix(" [noisy]") == "half@cuda ◆ [fallback]"
+    assert CELL.text(comparison[0]).removesuffix(" [noisy]") == "half@cuda ◆ [fallback]"
     assert {"half@cuda: 3 of 9 nodes run on the CPU.", "half@cuda: memory, not speed."} <= set(notes(comparison))
 
 
@@ -305,7 +305,7 @@ def test_a_comparison_shows_gpu_memory_and_how_it_was_measured(bench_cells):
     memory = {**run.rows[0].memory_bytes, "gpu": {"load": 1, "peak": 300_000_000, "method": gpu_memory.DIFFERENCE}}
     run = dataclasses.replace(run, rows=(dataclasses.replace(run.rows[0], memory_bytes=memory),))
     comparison = compare([run])
-    assert dict(columns(comparison))["GPU peak MB"](comparison[0]) == "300"
+    assert next(c.text(comparison[0]) for c in columns(comparison) if c.name == "GPU memory") == "300"
     assert f"GPU peak: {gpu_memory.DIFFERENCE}." in notes(comparison)
 
 

@@ -184,7 +184,7 @@ def test_every_row_names_its_hardware_and_a_cell_on_two_machines_is_two_rows():
     gpu = {"id": "t4", "cpu": "Xeon", "cores": 2, "gpu": [{"name": "Tesla T4"}], "ram_gib": 12, "isa": []}
     there = result(measured("torch-fp32", 5, "cuda"), measured("torch-fp32", 30), run=RUN, machine=gpu)
     rows = compare([result(FP32, run=RUN), there])
-    text = dict(columns(rows))["machine"]
+    text = next(column.text for column in columns(rows) if column.name == "machine")
     found = {(text(row), row.measurement.cell) for row in rows}
     assert found == {
         ("c, 2 cores", "torch-fp32@cpu"),

@@ -10,7 +10,7 @@ from conftest import TESTS
 from rich_rows import hostile, html, rich
 from sample_results import measured, result
 
-from toolchain.compare.report.columns import columns, notes
+from toolchain.compare.report.columns import CELL, columns, notes
 from toolchain.compare.report.plots import figures, save
 from toolchain.compare.rows import compare
 from toolchain.errors import ResultFileError
@@ -77,9 +77,9 @@ def test_the_page_has_every_section(page):
 def test_the_table_says_what_the_terminal_says(page):
     rows = [row for row in compare([rich()]) if row.measurement.status == "ok"]
     found = Page(page)
-    for header, text in columns(rows):
-        assert header in found.texts
-        said = [row.measurement.cell if header == "cell" else text(row) for row in rows]  # its marks stand apart
+    for column in columns(rows):
+        assert column.header in found.texts
+        said = [row.measurement.cell if column is CELL else column.text(row) for row in rows]  # its marks stand apart
         assert all(one in found.texts for one in said)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolchain.artifacts import publishing, store, variants
+from toolchain.artifacts import fact_summaries, publishing, store, variants
 from toolchain.artifacts.manifest import Manifest
 from toolchain.artifacts.steps import (
     Export,
@@ -206,11 +206,11 @@ def skip_fresh_events(say: Say) -> Say:
 def _step_summary(step: Step, facts: Mapping[str, Any]) -> str:
     """Returns a summary of pruning, recovery or vocabulary trimming; empty for other steps."""
     if isinstance(step, Prune):
-        return prune.pruning_summary(facts["pruning"])
+        return fact_summaries.summarize_pruning(facts["pruning"])
     if isinstance(step, Recover):
-        return recover.recovery_summary(facts["recovery"])
-    is_trimmed = isinstance(step, Quantize) and step.trim_vocab
-    return trimming.trimming_summary(facts["vocabulary"]) if is_trimmed else ""
+        return fact_summaries.summarize_recovery(facts["recovery"])
+    trimmed = isinstance(step, Quantize) and step.trim_vocab
+    return fact_summaries.summarize_vocabulary(facts["vocabulary"]) if trimmed else ""
 
 
 def _build(

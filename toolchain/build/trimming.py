@@ -166,19 +166,3 @@ def _compute_answers(
     finally:
         session.close()
     return row_answers
-
-
-def trimming_summary(facts: Mapping[str, Any]) -> str:
-    """Returns a one-line summary of the fact ``vocabulary``."""
-
-    def format_counts(counts: Mapping[str, int]) -> str:
-        if not counts["rows"]:
-            return "none"
-        accuracy_before, accuracy_after = (counts[key] / counts["rows"] for key in ("right_before", "right_after"))
-        return f"{counts['rows']}, accuracy {accuracy_before:.2%} → {accuracy_after:.2%}, {counts['flips']} flips"
-
-    return (
-        f"{facts['kept']:,} of {facts['of']:,} tokens kept, {facts['bytes_saved'] / 1e6:.1f} MB saved; against the "
-        f"fp32 parent, held-out rows: {format_counts(facts['held_out'])}; of these, rows with a dropped token: "
-        f"{format_counts(facts['out_of_domain'])}"
-    )

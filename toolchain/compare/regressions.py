@@ -293,8 +293,11 @@ def require_no_regressions(result: Regressions) -> None:
         return
     cells = []
     for pair in result.regressed_pairs:
-        figures = pair.lost.partition(":")[0] or ", ".join(change.figure for change in pair.changes if change.regressed)
-        cells.append(f"{pair.old.measurement.cell} ({figures})")
+        if pair.lost:
+            reason = pair.new.measurement.status if pair.new else "missing"
+        else:
+            reason = ", ".join(change.figure for change in pair.changes if change.regressed)
+        cells.append(f"{pair.old.measurement.cell} ({reason})")
     cause = f"{len(cells)} of {len(result.pairs)} cells are lost or worse by more than {result.limit * 100:g}%"
     hint = "Find the change that caused this. If the change is intended, compare with a newer run."
     raise VerdictError(f"{cause}: {'; '.join(cells)}.", hint)

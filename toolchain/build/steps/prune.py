@@ -102,19 +102,3 @@ def _pruning_facts(
         "predicted_speedup": {"value": round(speedup, 3), "by": predictor},
         **({"latency_table": asdict(table)} if table else {}),
     }
-
-
-def pruning_summary(facts: dict[str, Any]) -> str:
-    """Returns a one-line summary of the pruning facts."""
-    if facts["method"] == "mask":
-        return (
-            f"{facts['zeroed']:.1%} of the encoder's linear parameters are zero and none is removed: "
-            "a mask makes the model neither smaller nor faster"
-        )
-    millions = [facts["encoder_parameters"][key] / 1e6 for key in ("before", "after")]
-    return (
-        f"{facts['achieved']:.1%} of the encoder's linear parameters removed "
-        f"({millions[0]:.1f} → {millions[1]:.1f} M); "
-        f"heads {' '.join(map(str, facts['heads']))}, FFN {' '.join(map(str, facts['ffn']))}; "
-        f"predicted {facts['predicted_speedup']['value']:.2f}× by {facts['predicted_speedup']['by']}"
-    )

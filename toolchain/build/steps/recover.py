@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from toolchain.artifacts.steps import Recover, settings_of
 from toolchain.artifacts.store import copy_companions
@@ -120,13 +118,3 @@ def _mask_token(folder: Path, encoder: encoding.Encoder) -> int | None:
         token = token.get("content")
     token_id: int | None = encoder.tokenizer.token_to_id(token) if isinstance(token, str) else None
     return token_id
-
-
-def recovery_summary(facts: Mapping[str, Any]) -> str:
-    """Returns a one-line summary of the recovery facts."""
-    accuracies = " → ".join(f"{value:.2%}" for value in facts["held_out_accuracy"])
-    return (
-        f"accuracy on {facts['held_out_rows']} held-out rows {accuracies}, "
-        f"lowest loss on them after epoch {facts['best_epoch']}; "
-        f"{facts['steps']} steps in {facts['precision']} on {facts['device']}"
-    )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+from toolchain.artifacts.fact_summaries import summarize_pruning, summarize_vocabulary
 from toolchain.artifacts.names import VariantName
-from toolchain.build import trimming
-from toolchain.build.steps.prune import pruning_summary
 from toolchain.compare.rows import Row
 from toolchain.errors import UnknownVariantError
 from toolchain.results.statistics import Ratio
@@ -17,73 +16,133 @@ FRONT = "◆"
 FIGURES = ("ok", "reported")  # statuses of rows that have figures
 
 
-def _add_note(row: Row, value: str, note: str | None) -> str:
-    """Returns a figure with its note in brackets; the baseline's own row has no note."""
-    return f"{value} ({note})" if note and row.measurement is not row.baseline else value
+@dataclass(frozen=True)
+class Figure:
+    """One figure of a row, as a table shows it.
+
+    Attributes:
+        text: The figure without its note.
+        number: The displayed number, for sorting; None if the figure is a name.
+        note: The comparison with the baseline; may be empty.
+    """
+
+    text: str
+    number: float | None = None
+    note: str = ""
+
+    @classmethod
+    def from_number(cls, value: float | None, form: str, suffix: str = "", note: str = "") -> Figure | None:
+        """Returns the figure of a number; None if it is unknown.
+
+        Args:
+            value: The number; None if it is unknown.
+            form: Format specification of the number.
+            suffix: Text after the number.
+            note: The comparison with the baseline; may be empty.
+        """
+        if value is None:
+            return None
+        text = format(value, form)
+        return cls(text + suffix, float(text), note)
+
+    def with_unit(self, unit: str) -> str:
+        """Returns the figure with its unit and its note."""
+        return " ".join(filter(None, [self.text, unit, f"({self.note})" if self.note else ""]))
+
+    def __str__(self) -> str:
+        return self.with_unit("")
 
 
-def _ratio_text(ratio: Ratio | float | None) -> str | None:
-    """Returns a ratio as text, or ``no difference`` if its interval includes 1."""
+@dataclass(frozen=True)
+class Column:
+    """A column of a comparison.
+
+    Attributes:
+        name: Name of the figure.
+        header: The displayed header.
+        figure: Returns the figure of a row; None if the row has none.
+        unit: Unit of the figure; empty if the figure contains it.
+        optional: Whether the comparison omits the column if no row has the figure.
+    """
+
+    name: str
+    header: str
+    figure: Callable[[Row], Figure | None]
+    unit: str = ""
+    optional: bool = False
+
+    def text(self, row: Row) -> str:
+        """Returns the text of the row's figure."""
+        return show_figure(self.figure(row))
+
+
+def show_figure(figure: Figure | None) -> str:
+    """Returns the text of a figure; `NOTHING` if there is none."""
+    return NOTHING if figure is None else str(figure)
+
+
+def _note(row: Row, ratio: Ratio | float | None) -> str:
+    """Returns a ratio to the baseline, or ``no difference`` if its interval includes 1; empty for the baseline."""
+    if row.measurement is row.baseline or ratio is None:
+        return ""
     if isinstance(ratio, Ratio):
         if ratio.differs is False:
             return "no difference"
         ratio = ratio.value
-    return None if ratio is None else f"{ratio:.1f}×" if ratio >= 10 else f"{ratio:.2f}×"
+    return f"{ratio:.1f}×" if ratio >= 10 else f"{ratio:.2f}×"
 
 
-def _accuracy(row: Row) -> str:
+def _accuracy(row: Row) -> Figure | None:
     score, points = row.measurement.accuracy, row.accuracy_points
-    return _add_note(row, f"{score.value:.2%}", None if points is None else f"{points:+.2f}") if score else NOTHING
+    note = "" if points is None or row.measurement is row.baseline else f"{points:+.2f}"
+    return Figure.from_number(100 * score.value, ".2f", "%", note) if score else None
 
 
-def _p50(row: Row) -> str:
+def _p50(row: Row) -> Figure | None:
     """Returns the median, or the mean with the word ``mean`` if a published row has no median."""
     figures = row.measurement.latency_ms
     if "p50" in figures:
-        return _add_note(row, f"{figures['p50']:.2f}", _ratio_text(row.speedup))
-    return f"{figures['mean']:.2f} mean" if "mean" in figures else NOTHING
+        return Figure.from_number(figures["p50"], ".2f", note=_note(row, row.speedup))
+    return Figure.from_number(figures.get("mean"), ".2f", " mean")
 
 
-def _p95(row: Row) -> str:
-    value = row.measurement.latency_ms.get("p95")
-    return NOTHING if value is None else f"{value:.2f}"
+def _throughput(row: Row) -> Figure | None:
+    return Figure.from_number(row.measurement.throughput_per_s, ".0f", note=_note(row, row.throughput_gain))
 
 
-def _cold_start(row: Row) -> str:
-    value = row.measurement.cold_start_ms.get("p50")
-    return NOTHING if value is None else f"{value:.0f}"
+def _memory(row: Row) -> Figure | None:
+    count = row.measurement.memory_bytes.get("peak")
+    return Figure.from_number(to_megabytes(count), ".0f", note=_note(row, row.memory_reduction))
 
 
-def _resident(row: Row) -> str:
-    value = row.measurement.resident_ms.get("p50")
-    return NOTHING if value is None else f"{value:.2f}"
+def _gpu_memory(row: Row) -> Figure | None:
+    return Figure.from_number(to_megabytes(row.measurement.memory_bytes.get("gpu", {}).get("peak")), ".0f")
 
 
-def _gpu_memory(row: Row) -> str:
-    value = row.measurement.memory_bytes.get("gpu", {}).get("peak")
-    return NOTHING if value is None else f"{value / 1e6:.0f}"
+def _size(row: Row) -> Figure | None:
+    count = row.measurement.size_bytes.get("total")
+    return Figure.from_number(to_megabytes(count), ".1f", note=_note(row, row.size_reduction))
 
 
-def _throughput(row: Row) -> str:
-    value = row.measurement.throughput_per_s
-    return NOTHING if value is None else _add_note(row, f"{value:.0f}", _ratio_text(row.throughput_gain))
+def to_megabytes(count: int | None) -> float | None:
+    """Returns a number of bytes in units of 10^6 bytes."""
+    return None if count is None else count / 1e6
 
 
-def _memory(row: Row) -> str:
-    value = row.measurement.memory_bytes.get("peak")
-    return NOTHING if value is None else _add_note(row, f"{value / 1e6:.0f}", _ratio_text(row.memory_reduction))
+def row_marks(row: Row) -> list[str]:
+    """Returns the words that mark the row: ``stale``, ``reported``, ``fallback`` and ``noisy``."""
+    conditions = {
+        "stale": row.stale,
+        "reported": row.measurement.status == "reported",
+        "fallback": _has_fallback(row),
+        "noisy": bool(row.noisy),
+    }
+    return [mark for mark, holds in conditions.items() if holds]
 
 
-def _size(row: Row) -> str:
-    value = row.measurement.size_bytes.get("total")
-    return NOTHING if value is None else _add_note(row, f"{value / 1e6:.1f}", _ratio_text(row.size_reduction))
-
-
-def _cell(row: Row) -> str:
-    marks = [("stale", row.stale), ("reported", row.measurement.status == "reported"), ("fallback", _has_fallback(row))]
-    marks += [("noisy", bool(row.noisy))]
-    mark_text = "".join(f" [{name}]" for name, holds in marks if holds)
-    return f"{row.measurement.cell}{' ' + FRONT if row.pareto else ''}{mark_text}"
+def _cell(row: Row) -> Figure:
+    front = f" {FRONT}" if row.pareto else ""
+    return Figure(f"{row.measurement.cell}{front}{''.join(f' [{mark}]' for mark in row_marks(row))}")
 
 
 def _session_fact(row: Row, fact: str) -> str:
@@ -99,20 +158,31 @@ def _has_fallback(row: Row) -> bool:
     return bool(_session_fact(row, "fallback"))
 
 
-COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
-    ("cell", _cell),
-    ("accuracy (points)", _accuracy),
-    ("p50 ms (faster)", _p50),
-    ("p95 ms", _p95),
-    ("on device p50 ms", _resident),
-    ("sentences/s (faster)", _throughput),
-    ("peak MB (smaller)", _memory),
-    ("GPU peak MB", _gpu_memory),
-    ("size MB (smaller)", _size),
-    ("cold start ms", _cold_start),
+CELL = Column("cell", "cell", _cell)
+COLUMNS = (
+    CELL,
+    Column("accuracy", "accuracy (points)", _accuracy),
+    Column("p50", "p50 ms (faster)", _p50, "ms"),
+    Column("p95", "p95 ms", lambda row: Figure.from_number(row.measurement.latency_ms.get("p95"), ".2f"), "ms"),
+    Column(
+        "resident p50",
+        "on device p50 ms",
+        lambda row: Figure.from_number(row.measurement.resident_ms.get("p50"), ".2f"),
+        "ms",
+        optional=True,
+    ),
+    Column("throughput", "sentences/s (faster)", _throughput, "sentences/s"),
+    Column("memory", "peak MB (smaller)", _memory, "MB"),
+    Column("GPU memory", "GPU peak MB", _gpu_memory, "MB", optional=True),
+    Column("size", "size MB (smaller)", _size, "MB"),
+    Column(
+        "cold start",
+        "cold start ms",
+        lambda row: Figure.from_number(row.measurement.cold_start_ms.get("p50"), ".0f"),
+        "ms",
+        optional=True,
+    ),
 )
-# The comparison omits these columns if no row has the figure.
-OPTIONAL = (_resident, _gpu_memory, _cold_start)
 
 
 def rows_with_figures(rows: Sequence[Row]) -> list[Row]:
@@ -120,20 +190,23 @@ def rows_with_figures(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.measurement.status in FIGURES]
 
 
-def columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
-    """Returns the (header, text function) pairs of the columns that a comparison of the rows shows.
-
-    A column of `OPTIONAL` appears only if a row has its figure. If the rows have several models or machines, columns
-    for these come first.
-    """
-    extra: list[tuple[str, Callable[[Row], str]]] = []
+def group_columns(rows: Sequence[Row]) -> list[Column]:
+    """Returns the columns for model and machine; each only if the rows have several of them."""
+    group: list[Column] = []
     if len({row.measurement.model for row in rows}) > 1:
-        extra.append(("model", lambda row: row.measurement.model))
+        group.append(Column("model", "model", lambda row: Figure(row.measurement.model)))
     if _has_several_machines(rows):
-        extra.append(("machine", _machine))
-    return extra + [
-        (name, text) for name, text in COLUMNS if text not in OPTIONAL or any(text(row) != NOTHING for row in rows)
-    ]
+        group.append(Column("machine", "machine", lambda row: Figure(_machine(row))))
+    return group
+
+
+def columns(rows: Sequence[Row]) -> list[Column]:
+    """Returns the columns that a comparison of the rows shows.
+
+    An optional column appears only if a row has its figure. The columns of `group_columns` come first.
+    """
+    shown = [column for column in COLUMNS if not column.optional or any(column.figure(row) for row in rows)]
+    return [*group_columns(rows), *shown]
 
 
 def _has_several_machines(rows: Sequence[Row]) -> bool:
@@ -177,17 +250,21 @@ def title(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def notes(rows: Sequence[Row]) -> list[str]:
+def notes(rows: Sequence[Row], explain_front: bool = True) -> list[str]:
     """Returns the notes below a comparison.
 
     The notes explain the figures and marks. They also name each row without figures, with its reason and hint.
+
+    Args:
+        rows: The rows of the comparison.
+        explain_front: Whether a note explains the symbol `FRONT`.
     """
     baselines = list(dict.fromkeys(row.baseline.cell for row in rows if row.baseline))
     lines = []
     if baselines:
         lines.append(f"Ratios are against {' and '.join(baselines)} of the same run; above 1 is better.")
     lines += dict.fromkeys(_method_note(row) for row in rows_with_figures(rows) if "batch_size" in row.run.run)
-    if any(row.pareto for row in rows):
+    if explain_front and any(row.pareto for row in rows):
         lines.append(
             f"{FRONT}: no row beside it is better in accuracy, p50 or size without being worse in another of them."
         )
@@ -265,7 +342,7 @@ def _pruning_notes(rows: Sequence[Row]) -> list[str]:
     groups: dict[tuple[int, str], list[Row]] = {}
     for row in rows_with_figures(rows):
         if "pruning" in row.measurement.facts:
-            groups.setdefault((id(row.run), pruning_summary(row.measurement.facts["pruning"])), []).append(row)
+            groups.setdefault((id(row.run), summarize_pruning(row.measurement.facts["pruning"])), []).append(row)
     lines = []
     for (_, text), pruned in groups.items():
         gains = [(_cell_name(row, rows), speedup_over_unpruned(row, rows)) for row in pruned]
@@ -279,7 +356,7 @@ def _vocabulary_notes(rows: Sequence[Row]) -> list[str]:
     """Returns one line for each cell with a trimmed vocabulary."""
     facts_by_cell = [(row.measurement.cell, row.measurement.facts.get("vocabulary")) for row in rows_with_figures(rows)]
     # The vocabulary belongs to the variant, so rows of several machines give the same line.
-    return list(dict.fromkeys(f"{cell}: {trimming.trimming_summary(facts)}" for cell, facts in facts_by_cell if facts))
+    return list(dict.fromkeys(f"{cell}: {summarize_vocabulary(facts)}" for cell, facts in facts_by_cell if facts))
 
 
 def _length_notes(rows: Sequence[Row]) -> list[str]:

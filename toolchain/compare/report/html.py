@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.compare.report import canvas, origin, plots, sections
-from toolchain.compare.report.columns import FRONT, notes, rows_with_figures, title
+from toolchain.compare.report.columns import notes, rows_with_figures, title
 from toolchain.compare.report.flips import Texts, flips, shared_losses
 from toolchain.compare.report.panels import panels
 from toolchain.compare.rows import Row
@@ -60,8 +60,8 @@ def _content(rows: Sequence[Row]) -> dict[str, Any]:
         "best": [(panel.title, panel_best) for panel in panels(shown) if (panel_best := sections.best_rows(panel))],
         "comparison": compared,
         "marks": sections.marks(compared) if compared else [],
-        # The page marks the Pareto front with a word and explains it there, so the note on the symbol is not needed.
-        "notes": [line for line in notes(shown) if not line.startswith(FRONT)] if shown else [],
+        # The page marks the Pareto front with a word and explains it there, so no note explains the symbol.
+        "notes": notes(shown, explain_front=False) if shown else [],
         "plots": [
             (name, plot, inline(plots.svg(plot, name), name, plot.alt)) for name, plot in plots.figures(rows).items()
         ],

@@ -14,8 +14,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
     parts = ["\n".join(title(rows))]
     if shown:
         chosen = columns(shown)
-        lines = [_line([header for header, _ in chosen]), _line(["---"] + ["---:"] * (len(chosen) - 1))]
-        lines += [_line([text(row) for _, text in chosen]) for row in shown]
+        lines = [_line([column.header for column in chosen]), _line(["---"] + ["---:"] * (len(chosen) - 1))]
+        lines += [_line([column.text(row) for column in chosen]) for row in shown]
         parts.append("\n".join(lines))
     if remarks := notes(rows):
         parts.append("\n".join(f"* {line}" for line in remarks))

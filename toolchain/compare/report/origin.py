@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from toolchain.compare.report.columns import NOTHING
-from toolchain.compare.report.sections import Entry, Table, make_entry
+from toolchain.compare.report.sections import Entry, Table
 from toolchain.results.result_file import ResultFile
 
 PROTOCOL = {
@@ -66,8 +66,12 @@ def _run_table(
     headers = [f"{run.machine['cpu'] or _gpu_names(run)}, {run.created[:10]}" for run in runs]
     # The run with the most names determines the order.
     names = dict.fromkeys(name for values in sorted(columns, key=len, reverse=True) for name in values)
-    lines = [[Entry(name), *(make_entry(str(values.get(name, NOTHING))) for values in columns)] for name in names]
+    lines = [[Entry(name), *(_entry(values.get(name)) for values in columns)] for name in names]
     return Table(caption, [first, *headers], lines, sortable=False) if lines else None
+
+
+def _entry(value: Any) -> Entry:
+    return Entry(NOTHING, empty=True) if value is None else Entry(str(value))
 
 
 def _gpu_names(run: ResultFile) -> str:

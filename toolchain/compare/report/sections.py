@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from toolchain.compare.report.columns import NOTHING, columns, host_name
+from toolchain.compare.report.columns import (
+    CELL,
+    COLUMNS,
+    Figure,
+    columns,
+    group_columns,
+    host_name,
+    row_marks,
+    show_figure,
+    to_megabytes,
+)
 from toolchain.compare.report.panels import Panel
-from toolchain.compare.rows import Row
+from toolchain.compare.rows import Quality, Row
 
-_LEADING_NUMBER = re.compile(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?(?![\w.])")
-CELL = "cell"
+# Header of a column, and the function that returns the figure of a row.
+_FigureColumn = tuple[str, Callable[[Row], Figure | None]]
+
 MEANINGS = {
     "baseline": "Ratios are against this row.",
-    "Pareto": "No row beside it is better in accuracy, latency and size.",
-    "noisy": "Its times are not to be relied on",
-    "stale": "The artifact has been built anew since.",
+    "Pareto": "No other row is at least as good in accuracy, latency and size, and better in one of them.",
+    "noisy": "Its times are unreliable",
+    "stale": "A newer build has replaced the measured artifact.",
     "reported": "Published figures, not measured here.",
-    "fallback": "Part of it ran elsewhere than on the provider.",
+    "fallback": "A part of it ran on another provider.",
 }
 
 
@@ -31,11 +40,13 @@ class Entry:
         text: The displayed text.
         key: Number that the entry is sorted by; None sorts it by its text.
         marks: Each mark with its meaning.
+        empty: Whether there is no figure.
     """
 
     text: str
     key: float | None = None
     marks: tuple[tuple[str, str], ...] = ()
+    empty: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,52 +71,35 @@ class Table:
     def numeric(self) -> list[bool]:
         """Returns, for each column, whether the page sorts it by number.
 
-        In a numeric column of a sortable table, every non-empty entry starts with a number.
+        In a numeric column of a sortable table, every non-empty entry has a number as its key.
         """
         return [
-            self.sortable and all(e.key is not None or e.text == NOTHING for e in column)
+            self.sortable and all(entry.key is not None or entry.empty for entry in column)
             for column in zip(*self.rows, strict=True)
         ]
 
 
-def make_entry(text: str, marks: tuple[tuple[str, str], ...] = ()) -> Entry:
-    """Returns an entry whose key is the number at the start of the text; None if there is no number."""
-    number = _LEADING_NUMBER.match(text)
-    return Entry(text, float(number[0]) if number else None, marks)
+def make_entry(figure: Figure | None) -> Entry:
+    """Returns the entry of a figure."""
+    return Entry(show_figure(figure), key=figure.number if figure else None, empty=figure is None)
 
 
 def comparison(rows: Sequence[Row]) -> Table:
     """Returns a table with the columns of the terminal table; the cells' bracketed words become marks."""
-    chosen = columns(rows)
-    headers = [header for header, _ in chosen]
-    lines = []
-    for row in rows:
-        texts = [text(row) for _, text in chosen]
-        lines.append(
-            [_cell(row, text) if h == CELL else make_entry(text) for h, text in zip(headers, texts, strict=True)]
-        )
-    return Table("Every variant on its provider; ratios in brackets, above 1 is better", headers, lines, _head(headers))
+    shown = columns(rows)
+    lines = [[_cell(row) if column is CELL else make_entry(column.figure(row)) for column in shown] for row in rows]
+    headers = [column.header for column in shown]
+    return Table(
+        "Every variant on its provider; ratios in brackets, above 1 is better", headers, lines, shown.index(CELL)
+    )
 
 
-def _head(headers: Sequence[str]) -> int:
-    return headers.index(CELL) if CELL in headers else 0
-
-
-def _cell(row: Row, text: str) -> Entry:
-    name = row.measurement.cell
-    if not text.startswith(name):
-        return Entry(text)
-    conditions = {
-        "baseline": row.measurement is row.baseline,
-        "Pareto": row.pareto,
-        "noisy": bool(row.noisy),
-        "stale": row.stale,
-        "reported": row.measurement.status == "reported",
-    }
-    marks = [mark for mark, holds in conditions.items() if holds]
-    marks += [mark for mark in re.findall(r"\[(\w+)", text.removeprefix(name)) if mark not in marks]
+def _cell(row: Row) -> Entry:
+    conditions = {"baseline": row.measurement is row.baseline, "Pareto": row.pareto}
+    names = [mark for mark, holds in conditions.items() if holds]
+    names += [mark for mark in MEANINGS if mark in row_marks(row)]
     meanings = {**MEANINGS, "noisy": f"{MEANINGS['noisy']}: {row.noisy}."}
-    return Entry(name, marks=tuple((mark, meanings.get(mark, "")) for mark in marks))
+    return Entry(row.measurement.cell, marks=tuple((name, meanings[name]) for name in names))
 
 
 def marks(table: Table) -> list[tuple[str, str]]:
@@ -125,26 +119,20 @@ def marks(table: Table) -> list[tuple[str, str]]:
 
 def quality(rows: Sequence[Row]) -> Table | None:
     """Returns the table of scores beyond accuracy, without empty columns; None if no row has scores."""
-    figures: dict[str, Callable[[Any], str]] = {
-        "accuracy, 95 % interval": lambda q: f"{q.low:.2%} to {q.high:.2%}",
-        "macro-F1": lambda q: _figure_text(q.macro_f1, ".4f"),
-        "balanced accuracy": lambda q: _figure_text(q.balanced_accuracy, ".4f"),
-        "lost": lambda q: _figure_text(q.lost),
-        "won": lambda q: _figure_text(q.won),
-        "McNemar p": lambda q: _figure_text(q.p, ".2g"),
-        "largest shift": lambda q: _figure_text(q.largest_shift, ".4f"),
-        "mean shift": lambda q: _figure_text(q.mean_shift, ".4f"),
-        "calibration error": lambda q: _figure_text(q.calibration_error, ".4f"),
-        "changed in a batch": lambda q: _figure_text(q.batch_changed),
-    }
+    figures: list[_FigureColumn] = [
+        ("accuracy, 95 % interval", _quality_figure(lambda q: _interval((100 * q.low, 100 * q.high), ".2f", "%"))),
+        ("macro-F1", _quality_figure(lambda q: Figure.from_number(q.macro_f1, ".4f"))),
+        ("balanced accuracy", _quality_figure(lambda q: Figure.from_number(q.balanced_accuracy, ".4f"))),
+        ("lost", _quality_figure(lambda q: Figure.from_number(q.lost, "d"))),
+        ("won", _quality_figure(lambda q: Figure.from_number(q.won, "d"))),
+        ("McNemar p", _quality_figure(lambda q: Figure.from_number(q.p, ".2g"))),
+        ("largest shift", _quality_figure(lambda q: Figure.from_number(q.largest_shift, ".4f"))),
+        ("mean shift", _quality_figure(lambda q: Figure.from_number(q.mean_shift, ".4f"))),
+        ("calibration error", _quality_figure(lambda q: Figure.from_number(q.calibration_error, ".4f"))),
+        ("changed in a batch", _quality_figure(lambda q: Figure.from_number(q.batch_changed, "d"))),
+    ]
     scored = [row for row in rows if row.quality]
-    figures = {
-        name: figure_of
-        for name, figure_of in figures.items()
-        if any(figure_of(row.quality) != NOTHING for row in scored)
-    }
-    shown = [(name, _quality_text(figure_of)) for name, figure_of in figures.items()]
-    return _row_table("What the answers say beyond their accuracy", rows, scored, shown)
+    return _row_table("Scores of the answers beyond their accuracy", rows, scored, _filled(figures, scored))
 
 
 def stages(rows: Sequence[Row]) -> Table | None:
@@ -153,17 +141,17 @@ def stages(rows: Sequence[Row]) -> Table | None:
     The figures are intervals, tail latencies, latency with tokenising, load time, memory by stage and gzip size.
     """
 
-    def milliseconds(name: str, quantile: str, form: str = ".2f") -> Callable[[Row], str]:
-        return lambda row: _figure_text(getattr(row.measurement, name).get(quantile), form)
+    def milliseconds(name: str, quantile: str, form: str = ".2f") -> Callable[[Row], Figure | None]:
+        return lambda row: Figure.from_number(getattr(row.measurement, name).get(quantile), form)
 
-    def megabytes(name: str, part: str) -> Callable[[Row], str]:
-        return lambda row: _figure_text(_megabytes(getattr(row.measurement, name).get(part)), ".1f")
+    def megabytes(name: str, part: str) -> Callable[[Row], Figure | None]:
+        return lambda row: Figure.from_number(to_megabytes(getattr(row.measurement, name).get(part)), ".1f")
 
-    figures: list[tuple[str, Callable[[Row], str]]] = [
-        ("p50 ms, 95 % interval", lambda row: _interval(row.latency_interval)),
+    figures: list[_FigureColumn] = [
+        ("p50 ms, 95 % interval", lambda row: _interval(row.latency_interval, ".2f")),
         (
             "times faster, 95 % interval",
-            lambda row: _interval((row.speedup.low, row.speedup.high) if row.speedup else None),
+            lambda row: _interval((row.speedup.low, row.speedup.high), ".2f") if row.speedup else None,
         ),
         ("p90 ms", milliseconds("latency_ms", "p90")),
         ("p99 ms", milliseconds("latency_ms", "p99")),
@@ -174,44 +162,46 @@ def stages(rows: Sequence[Row]) -> Table | None:
         ("after load MB", megabytes("memory_bytes", "load")),
         ("gzip MB", megabytes("size_bytes", "gzip")),
     ]
-    measured = [row for row in rows if row.measurement.status == "ok"]
-    figures = [(name, text) for name, text in figures if any(text(row) != NOTHING for row in measured)]
-    return _row_table("Intervals, tails, starts, memory by stage, and the size of a download", rows, measured, figures)
+    measured_rows = [row for row in rows if row.measurement.status == "ok"]
+    caption = "Intervals, tail latencies, load time, memory by stage, and download size"
+    return _row_table(caption, rows, measured_rows, _filled(figures, measured_rows))
 
 
-def _interval(bounds: Sequence[float | None] | None) -> str:
-    if not bounds or None in bounds:
-        return NOTHING
-    return " to ".join(f"{value:.2f}" for value in bounds)
+def _interval(bounds: Sequence[float | None] | None, form: str, suffix: str = "") -> Figure | None:
+    """Returns an interval, sorted by its lower bound; None if a bound is unknown."""
+    low, high = bounds or (None, None)
+    if low is None or high is None:
+        return None
+    return Figure(f"{low:{form}}{suffix} to {high:{form}}{suffix}", float(format(low, form)))
 
 
-def _megabytes(count: int | None) -> float | None:
-    return None if count is None else count / 1e6
+def _quality_figure(figure: Callable[[Quality], Figure | None]) -> Callable[[Row], Figure | None]:
+    return lambda row: figure(row.quality) if row.quality else None
 
 
-def _quality_text(figure: Callable[[Any], str]) -> Callable[[Row], str]:
-    return lambda row: figure(row.quality)
+def _filled(figures: Sequence[_FigureColumn], rows: Sequence[Row]) -> list[_FigureColumn]:
+    """Returns the columns in which a row has a figure."""
+    return [(header, figure) for header, figure in figures if any(figure(row) for row in rows)]
 
 
 def _row_table(
-    caption: str, rows: Sequence[Row], chosen: Sequence[Row], shown: Sequence[tuple[str, Callable[[Row], str]]]
+    caption: str, rows: Sequence[Row], chosen: Sequence[Row], figures: Sequence[_FigureColumn]
 ) -> Table | None:
     """Returns a table of some of the rows; None if there are none.
 
     The first columns name model, machine and cell, as in the comparison of all rows.
     """
-    group_columns = [(header, text) for header, text in columns(rows) if header in ("model", "machine")]
-    name_columns: list[tuple[str, Callable[[Row], str]]] = [*group_columns, (CELL, lambda row: row.measurement.cell)]
+    group = group_columns(rows)
+    headers = [*(column.header for column in group), CELL.header, *(header for header, _ in figures)]
     lines = [
-        [Entry(text(row)) for _, text in name_columns] + [make_entry(text(row)) for _, text in shown] for row in chosen
+        [
+            *(make_entry(column.figure(row)) for column in group),
+            Entry(row.measurement.cell),
+            *(make_entry(figure(row)) for _, figure in figures),
+        ]
+        for row in chosen
     ]
-    return (
-        Table(caption, [header for header, _ in (*name_columns, *shown)], lines, len(group_columns)) if lines else None
-    )
-
-
-def _figure_text(value: float | None, form: str = "") -> str:
-    return NOTHING if value is None else format(value, form)
+    return Table(caption, headers, lines, len(group)) if lines else None
 
 
 def best_rows(panel: Panel) -> list[tuple[str, str, list[str]]]:
@@ -221,26 +211,27 @@ def best_rows(panel: Panel) -> list[tuple[str, str, list[str]]]:
         Category, label of the best row, and a list with its figure and, for a figure other than accuracy, its
         accuracy.
     """
-    wanted: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
+    categories: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
         ("accuracy", "most accurate", _negative_accuracy),
-        ("p50 ms", "fastest at batch 1", lambda row: row.measurement.latency_ms.get("p50")),
-        ("sentences/s", "most sentences a second", lambda row: -(row.measurement.throughput_per_s or 0)),
-        ("size MB", "smallest", lambda row: row.measurement.size_bytes.get("total")),
-        ("peak MB", "least memory", lambda row: row.measurement.memory_bytes.get("peak")),
+        ("p50", "fastest at batch 1", lambda row: row.measurement.latency_ms.get("p50")),
+        ("throughput", "most sentences a second", lambda row: -(row.measurement.throughput_per_s or 0)),
+        ("size", "smallest", lambda row: row.measurement.size_bytes.get("total")),
+        ("memory", "least memory", lambda row: row.measurement.memory_bytes.get("peak")),
     )
     # `min` takes the first of equally good rows, so this order prefers the fastest one.
     rows = sorted(panel.rows, key=lambda row: row.measurement.latency_ms.get("p50", 0.0))
-    found = []
-    for column, what, figure in wanted:
-        text = next((text for header, text in columns(panel.rows) if header.startswith(column)), None)
-        known = [row for row in rows if row.measurement.status == "ok" and figure(row)]
-        if len(known) > 1 and text:
-            row = min(known, key=lambda row: figure(row) or 0.0)
-            value, _, ratio = text(row).partition(" ")
-            said = f"{value} {column.removeprefix('p50 ').split()[-1]} {ratio}" if column != "accuracy" else text(row)
-            accurate = row.measurement.accuracy if column != "accuracy" else None
-            found.append((what, panel.label(row), [said, *([f"{accurate.value:.2%} right"] if accurate else [])]))
-    return found
+    columns_by_name = {column.name: column for column in COLUMNS}
+    best = []
+    for name, category, cost in categories:
+        column = columns_by_name[name]
+        measured_rows = [row for row in rows if row.measurement.status == "ok" and cost(row)]
+        if len(measured_rows) > 1:
+            row = min(measured_rows, key=lambda row: cost(row) or 0.0)
+            figure, accuracy = column.figure(row), row.measurement.accuracy
+            texts = [figure.with_unit(column.unit)] if figure else []
+            texts += [f"{accuracy.value:.2%} right"] if accuracy and name != "accuracy" else []
+            best.append((category, panel.label(row), texts))
+    return best
 
 
 def _negative_accuracy(row: Row) -> float | None:
@@ -259,7 +250,7 @@ def rows_without_figures(rows: Sequence[Row]) -> Table | None:
             groups.setdefault((m.model, host_name(row), m.status, m.reason, m.mend), []).append(m.cell)
     lines = [[Entry(", ".join(cells)), *map(Entry, reason)] for reason, cells in groups.items()]
     return (
-        Table("Why, and what mends it", [CELL, "model", "machine", "status", "reason", "mend"], lines)
+        Table("Reasons and hints", [CELL.header, "model", "machine", "status", "reason", "hint"], lines)
         if lines
         else None
     )
@@ -268,18 +259,18 @@ def rows_without_figures(rows: Sequence[Row]) -> Table | None:
 def roofline(rows: Sequence[Row]) -> Table | None:
     """Returns the table of each row's work, its floor and the floor's share of p50; None if no row has these facts."""
 
-    def of(name: str, by: float, form: str) -> Callable[[Row], str]:
-        def text(row: Row) -> str:
+    def fact(name: str, factor: float, form: str) -> Callable[[Row], Figure | None]:
+        def figure(row: Row) -> Figure | None:
             value = row.measurement.facts["roofline"].get(name)
-            return format(value * by, form) if isinstance(value, int | float) else NOTHING
+            return Figure.from_number(value * factor, form) if isinstance(value, int | float) else None
 
-        return text
+        return figure
 
-    shown = [
-        ("multiply-accumulates, M", of("macs", 1e-6, ".1f")),
-        ("weights, MB", of("weight_bytes", 1e-6, ".1f")),
-        ("floor, ms", of("floor_ms", 1, ".3f")),
-        ("floor's share of p50, %", of("share", 100, ".0f")),
+    figures = [
+        ("multiply-accumulates, M", fact("macs", 1e-6, ".1f")),
+        ("weights, MB", fact("weight_bytes", 1e-6, ".1f")),
+        ("floor, ms", fact("floor_ms", 1, ".3f")),
+        ("floor's share of p50, %", fact("share", 100, ".0f")),
     ]
     rows_with_work = [row for row in rows if isinstance(row.measurement.facts.get("roofline"), dict)]
-    return _row_table("Against the least time the machine allows", rows, rows_with_work, shown)
+    return _row_table("Floor: the least time that this machine can need", rows, rows_with_work, figures)

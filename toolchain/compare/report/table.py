@@ -24,10 +24,10 @@ def print_table(rows: Sequence[Row]) -> None:
     shown = rows_with_figures(rows)
     if shown:
         table = Table(box=box.SIMPLE_HEAD)
-        for index, (header, _) in enumerate(columns(shown)):
-            table.add_column(header, justify="left" if index == 0 else "right", overflow="fold")
+        for index, column in enumerate(columns(shown)):
+            table.add_column(column.header, justify="left" if index == 0 else "right", overflow="fold")
         for row in shown:
-            table.add_row(*(text(row) for _, text in columns(shown)))
+            table.add_row(*(column.text(row) for column in columns(shown)))
         console.print(table, markup=False)
     for line in notes(rows):
         console.print(line, markup=False, soft_wrap=True)

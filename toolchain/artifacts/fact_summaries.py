@@ -1,0 +1,48 @@
+"""One-line summaries of facts that steps store in the manifest, for the lines of a build and the notes of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def summarize_pruning(facts: Mapping[str, Any]) -> str:
+    """Returns a one-line summary of the fact ``pruning``."""
+    if facts["method"] == "mask":
+        return (
+            f"{facts['zeroed']:.1%} of the encoder's linear parameters are zero and none is removed: "
+            "a mask makes the model neither smaller nor faster"
+        )
+    before, after = (facts["encoder_parameters"][key] / 1e6 for key in ("before", "after"))
+    return (
+        f"{facts['achieved']:.1%} of the encoder's linear parameters removed "
+        f"({before:.1f} → {after:.1f} M); "
+        f"heads {' '.join(map(str, facts['heads']))}, FFN {' '.join(map(str, facts['ffn']))}; "
+        f"predicted {facts['predicted_speedup']['value']:.2f}× by {facts['predicted_speedup']['by']}"
+    )
+
+
+def summarize_recovery(facts: Mapping[str, Any]) -> str:
+    """Returns a one-line summary of the fact ``recovery``."""
+    accuracies = " → ".join(f"{value:.2%}" for value in facts["held_out_accuracy"])
+    return (
+        f"accuracy on {facts['held_out_rows']} held-out rows {accuracies}, "
+        f"lowest loss on them after epoch {facts['best_epoch']}; "
+        f"{facts['steps']} steps in {facts['precision']} on {facts['device']}"
+    )
+
+
+def summarize_vocabulary(facts: Mapping[str, Any]) -> str:
+    """Returns a one-line summary of the fact ``vocabulary``."""
+    return (
+        f"{facts['kept']:,} of {facts['of']:,} tokens kept, {facts['bytes_saved'] / 1e6:.1f} MB saved; compared with "
+        f"the fp32 parent on held-out rows: {_summarize_rows(facts['held_out'])}; of these, rows with a removed token: "
+        f"{_summarize_rows(facts['out_of_domain'])}"
+    )
+
+
+def _summarize_rows(counts: Mapping[str, int]) -> str:
+    if not counts["rows"]:
+        return "none"
+    before, after = (counts[key] / counts["rows"] for key in ("right_before", "right_after"))
+    return f"{counts['rows']}, accuracy {before:.2%} → {after:.2%}, {counts['flips']} flips"
