@@ -121,7 +121,7 @@ def contenders() -> list[Contender]:
         ),
     ]
     entries = [Contender(f"{FP32}+{name}", change, passes, FP32) for name, change, passes in fp32]
-    quantized = (*linear_passes(Quantize(), standard=False), "quantize-embedding")
+    quantized = (*linear_passes(Quantize(), is_standard=False), "quantize-embedding")
     entries += [Contender(f"{INT8}+{name}", change, (*passes, *quantized), INT8) for name, change, passes in fp32]
     all_passes = (*CPU_PASSES, *quantized)
     entries += [

@@ -18,7 +18,7 @@ from toolchain import predict as predicting
 from toolchain.backends import Place, open_session
 from toolchain.data import inputs
 from toolchain.data.encoding import CHARACTERS_PER_TOKEN, Encoder, pad
-from toolchain.data.files import Texts, writer
+from toolchain.data.files import Texts, open_writer
 from toolchain.errors import ArtifactError, DataError, UnknownVariantError, VerdictError
 from toolchain.predict import PART_TEXTS, load_bundle_model, load_variant_model, predict
 from toolchain.progress import no_bar
@@ -118,7 +118,7 @@ def test_a_column_can_be_named(model, tmp_path):
 def test_what_is_written_is_read_back(tmp_path, texts):
     for kind in (".jsonl", ".csv", ".parquet"):
         path = tmp_path / f"out{kind}"
-        with writer(path, ["text", "score_A"]) as write:
+        with open_writer(path, ["text", "score_A"]) as write:
             write([{"text": text, "score_A": 0.5} for text in texts])
         assert list(Texts(str(path)).read()) == texts, kind
 
