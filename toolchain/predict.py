@@ -68,8 +68,8 @@ class Model:
 
     def columns(self, takes_texts: Texts) -> list[str]:
         """Returns the column names of the predictions: the text or texts, the label, and each label's probability."""
-        which = ["text", "text_pair"] if takes_texts.pair else ["text"]
-        return [*which, "prediction", *(f"score_{label}" for label in self.labels)]
+        text_columns = ["text", "text_pair"] if takes_texts.pair else ["text"]
+        return [*text_columns, "prediction", *(f"score_{label}" for label in self.labels)]
 
     @property
     def label_set(self) -> LabelSet:
@@ -77,7 +77,7 @@ class Model:
         return LabelSet(self.labels, self.encoder.multi_label)
 
 
-# Called as (model, texts, done, window): skips the first `done` texts, and yields the rows of `window` texts at a time,
+# Called as (model, texts, skip, window): skips the first `skip` texts, and yields the rows of `window` texts at a time,
 # in order.
 Engine = Callable[[Model, Texts, int, int], Iterator[list[Row]]]
 
@@ -167,10 +167,10 @@ def load_folder_model(folder: Path, say: Say) -> Model:
     return _model_from_artifact(artifact)
 
 
-def score_locally(model: Model, texts: Texts, done: int, window: int) -> Iterator[list[Row]]:
+def score_locally(model: Model, texts: Texts, skip: int, window: int) -> Iterator[list[Row]]:
     """Yields the rows of each window, computed in this process: the default `Engine`."""
     loaded_model = LoadedModel(model, hardware.cores())
-    for window_texts in split_windows(texts, done, window):
+    for window_texts in split_windows(texts, skip, window):
         yield score_window(loaded_model, model, texts, window_texts)
     loaded_model.close()
 
@@ -213,15 +213,15 @@ def _score_to_file(model: Model, texts: Texts, output: Path, say: Say, bar: Bar,
     """Scores the texts part by part, then joins the parts into the output file."""
     parts = publishing.work_folder(output) / "parts"
     total = texts.count()
-    done = _resume_parts(parts, model, texts)
-    if done:
-        say(f"{output}: {done} texts are already scored")
+    count = _resume_parts(parts, model, texts)
+    if count:
+        say(f"{output}: {count} texts are already scored")
     with bar("predict") as progress:
-        for rows in engine(model, texts, done, PART_TEXTS):
-            _write_part(parts / f"{done:012}", rows)
-            done += len(rows)
+        for rows in engine(model, texts, count, PART_TEXTS):
+            _write_part(parts / f"{count:012}", rows)
+            count += len(rows)
             if total:
-                progress(done, total, "scoring")
+                progress(count, total, "scoring")
     joined_file = parts / f"whole{output.suffix}"
     try:
         with open_writer(joined_file, model.columns(texts)) as write:
@@ -233,7 +233,7 @@ def _score_to_file(model: Model, texts: Texts, output: Path, say: Say, bar: Bar,
     except OSError as error:
         raise ArtifactError(f"{output} cannot be written: {error.strerror or error}.", "Free space.") from error
     shutil.rmtree(parts, ignore_errors=True)
-    return done
+    return count
 
 
 def _resume_parts(parts: Path, model: Model, texts: Texts) -> int:
@@ -271,9 +271,9 @@ def _write_part(part: Path, rows: Sequence[Row]) -> None:
         ) from error
 
 
-def split_windows(texts: Texts, done: int, window: int) -> Iterator[list[Text]]:
-    """Yields lists of at most `window` texts, in order, without the first `done` texts."""
-    remaining_texts = itertools.islice(texts.read(), done, None)
+def split_windows(texts: Texts, skip: int, window: int) -> Iterator[list[Text]]:
+    """Yields lists of at most `window` texts, in order, without the first `skip` texts."""
+    remaining_texts = itertools.islice(texts.read(), skip, None)
     while window_texts := list(itertools.islice(remaining_texts, window)):
         yield window_texts
 

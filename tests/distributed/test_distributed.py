@@ -331,7 +331,7 @@ def test_the_command_starts_a_cluster_of_its_own_and_ends_it(tiny, tmp_path, say
 
 @pytest.mark.slow
 def test_an_interrupt_ends_the_cluster_too(tiny, tmp_path):
-    write(tmp_path / "in.jsonl", [f"film {i} " + "of many words " * 30 for i in range(8 * predicting.PART)])
+    write(tmp_path / "in.jsonl", [f"film {i} " + "of many words " * 30 for i in range(8 * predicting.PART_TEXTS)])
     arguments = ("predict", "onnx-int8", "in.jsonl", "--output", "out.csv", "--engine", "ray")
     where = ("--model", tiny.model, "--exported", str(tiny.exported))
     command = subprocess.Popen(

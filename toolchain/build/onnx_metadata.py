@@ -22,14 +22,14 @@ PRODUCER = "toolchain"
 SATURATING_X86 = "x86-64 without VNNI or AMX"
 
 
-def write_metadata(path: Path, built: StepResult, version: int, model: str, variant: str, parent_id: str) -> None:
+def write_metadata(path: Path, result: StepResult, version: int, model: str, variant: str, parent_id: str) -> None:
     """Writes metadata into an ONNX file.
 
     The producer version is the step's name and `version`, not the release. So the same work gives the same bytes.
 
     Args:
         path: The ONNX file, with its tokenizer.json in the same folder.
-        built: Result of the step.
+        result: Result of the step.
         version: Version of the step's function.
         model: Name of the model's folder.
         variant: Name of the variant.
@@ -45,18 +45,18 @@ def write_metadata(path: Path, built: StepResult, version: int, model: str, vari
         proto = ir.load(path)
     except (DecodeError, ValueError) as error:
         raise GraphError(f"{path} is no valid ONNX model: {error}.", "Build it again.") from error
-    proto.producer_name, proto.producer_version = PRODUCER, f"{step_name(built.step)} {version}"
+    proto.producer_name, proto.producer_version = PRODUCER, f"{step_name(result.step)} {version}"
     proto.doc_string = f"Variant {variant} of the text classifier {model}."
     properties = {
-        "labels": json.dumps(built.labels, ensure_ascii=False),
-        "multi_label": json.dumps(bool(built.facts.get("multi_label"))),
-        "max_length": json.dumps(built.max_length),
+        "labels": json.dumps(result.labels, ensure_ascii=False),
+        "multi_label": json.dumps(bool(result.facts.get("multi_label"))),
+        "max_length": json.dumps(result.max_length),
         "model": model,
         "variant": variant,
         "parent_id": parent_id,
-        "license": license_of(built),
+        "license": license_of(result),
         "tokenizer_sha256": sha256(path.parent / "tokenizer.json"),
-        "session_options": json.dumps(options_by_processor(built.facts.get("int8_headroom"))),
+        "session_options": json.dumps(options_by_processor(result.facts.get("int8_headroom"))),
     }
     set_properties(proto, properties)
     ir.save(proto, path)

@@ -131,9 +131,9 @@ def _reason_to_build(step: Step, artifact: Artifact | None, parent: VariantPlan 
         return "missing"
     manifest = artifact.manifest
     if manifest.step != step:
-        old, new = settings_of(manifest.step), settings_of(step)
-        keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-        changes = ", ".join(f"{key} {old.get(key)} → {new.get(key)}" for key in keys)
+        old_settings, new_settings = settings_of(manifest.step), settings_of(step)
+        keys = [key for key in {**old_settings, **new_settings} if old_settings.get(key) != new_settings.get(key)]
+        changes = ", ".join(f"{key} {old_settings.get(key)} → {new_settings.get(key)}" for key in keys)
         return "the checkpoint changed" if isinstance(step, Import) else f"other settings: {changes}"
     if manifest.step_version != STEPS[type(step)][1]:
         return "this release builds it differently"

@@ -52,20 +52,20 @@ def _quantize_ort(job: Job[Quantize]) -> StepResult:
     fp32_layers = [layer.name for layer in sensitivities[: step.keep_fp32]]
     tokens = trimming.tokens_to_keep(job) if step.trim_vocab else []
     passes = [*(["trim-vocabulary"] if tokens else []), *linear, *embedding]
-    built = rewrite_parent_graph(job, passes, fp32_layers, activations, tokens)
+    result = rewrite_parent_graph(job, passes, fp32_layers, activations, tokens)
     # A model with only quantised tables counts as quantised only if the step leaves linear layers out.
-    if not any(built.facts["rewrites"][name] for name in (linear or embedding)[-1:]):
+    if not any(result.facts["rewrites"][name] for name in (linear or embedding)[-1:]):
         layer_kind = "linear layer" if linear else "embedding table"
         raise GraphError(
             f"{job.parent_artifact.manifest.variant} has no {layer_kind} left to quantise.",
             "Quantise its parent instead.",
         )
-    facts = dict(built.facts)
+    facts = dict(result.facts)
     if sensitivities:
         facts |= {"kept_fp32": fp32_layers, "sensitivity": [dataclasses.asdict(layer) for layer in sensitivities]}
     if tokens:
         facts |= trimming.trim(job, tokens, embedding, facts)
-    return dataclasses.replace(built, facts=facts)
+    return dataclasses.replace(result, facts=facts)
 
 
 def linear_passes(step: Quantize, is_standard: bool) -> tuple[str, ...]:

@@ -104,9 +104,11 @@ class AugmentedExamples(Examples):
         # The first and the last token are special tokens of the tokenizer, which stay unmasked.
         pair_ids = [
             [first_ids[0], *mask_tokens([*first_ids[1:-1], *second_ids[1:-1]][: self.max_length - 2]), second_ids[-1]]
-            for first_ids, second_ids in ((self.ids[first], self.ids[second]) for first, second in row_pairs)
+            for first_ids, second_ids in (
+                (self.ids[first_row], self.ids[second_row]) for first_row, second_row in row_pairs
+            )
         ]
-        labels = [*self.labels, *(self.labels[second] for _, second in row_pairs)]
+        labels = [*self.labels, *(self.labels[second_row] for _, second_row in row_pairs)]
         return Examples([*self.ids, *pair_ids], labels)
 
 
