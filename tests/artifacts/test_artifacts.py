@@ -1,4 +1,4 @@
-"""Sealing, tampering, publishing, and what a killed run leaves."""
+"""Sealed artifacts: publishing, tampering, and the folders of a killed run."""
 
 import json
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Names and the table."""
+"""The names of variants and the table of variants."""
 
 import pytest
 from hypothesis import given

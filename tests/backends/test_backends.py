@@ -1,4 +1,4 @@
-"""Sessions: the same logits from both runtimes, and no run on another provider than asked."""
+"""Sessions: both runtimes give the same logits, and none runs on another provider than the requested one."""
 
 import numpy as np
 import onnx

@@ -1,4 +1,4 @@
-"""Everything up to the device's own call, without a device: which provider and GPU, what falls back, what is held."""
+"""CUDA without a device, up to the first call of the GPU: provider, GPU number, fallbacks, memory."""
 
 import dataclasses
 from types import SimpleNamespace

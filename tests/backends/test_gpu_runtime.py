@@ -1,4 +1,4 @@
-"""The real onnxruntime-gpu on a machine without a GPU: it lists CUDA as available, and is believed in nothing."""
+"""The real onnxruntime-gpu on a machine without a GPU: it lists CUDA as available, and the session refuses it."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Quantised PyTorch variants: stored without pickle, equal to the bit once loaded, in this process and the next."""
+"""Quantised PyTorch variants: stored without pickle; this process and a new one load them with equal bits."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The benchmark on sessions that behave badly on purpose, and once on real ones."""
+"""The benchmark, on fake sessions that misbehave on purpose and on real ones."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The least a sentence can take: a model's work by its weights' header, a machine's rates, and the floor of both."""
+"""Floors: a model's work from the header of its weights, the machine's rates, and the minimum time of a sentence."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""A quantisation that fails validation says what to try, by what flipped."""
+"""A quantisation that fails validation suggests others, depending on the flips."""
 
 import re
 import shlex
@@ -20,7 +20,7 @@ NEAR, WIDE = [0.01, 0.3] * 10, [0.01, 0.9, 2.5] * 7
 
 
 def failed(margins, **others):
-    """A report of so many flips of 200 sentences."""
+    """A report on 200 sentences with flips of these margins."""
     return {"finite": True, "sentences": 200, "flips": len(margins), "flip_margins": margins, **others}
 
 

@@ -1,4 +1,4 @@
-"""What a lone .onnx file says of itself, in an artifact and wherever it is shipped."""
+"""The metadata of .onnx files, in artifacts and in bundles."""
 
 import json
 
@@ -25,7 +25,7 @@ def quiet(line):
 
 
 def read_properties(path):
-    """What ONNX Runtime reads in a file, our prefix left out."""
+    """The metadata that ONNX Runtime reads in a file, without the prefix of the toolchain."""
     options = ort.SessionOptions()
     options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
     found = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).get_modelmeta()

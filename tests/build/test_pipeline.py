@@ -1,4 +1,4 @@
-"""What is built, what is skipped, and that nothing is lost when it goes wrong."""
+"""The pipeline: it builds missing variants, skips fresh ones, and keeps finished work after a failure."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def reasons(workspace, names=("onnx-int8",), asked=None):
 
 
 def digest(workspace):
-    """Every byte under exported/, to see that nothing changed."""
+    """The bytes of every file under `exported/`, by name."""
     return {
         str(p.relative_to(workspace.exported)): p.read_bytes()
         for p in sorted(workspace.exported.rglob("*"))

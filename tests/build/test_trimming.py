@@ -1,4 +1,4 @@
-"""A vocabulary cut down to a corpus: what stays, how it tokenises, and that every file agrees."""
+"""Trimming a vocabulary to a corpus: the kept tokens, the tokenisation, and the files that hold them."""
 
 import functools
 import json
@@ -53,7 +53,7 @@ def reference():
 
 @pytest.fixture(scope="session")
 def trimmed(tmp_path_factory):
-    """The reference's tokenizer and config, trimmed to `CORPUS`, and the ids that stayed."""
+    """The reference's tokenizer trimmed to `CORPUS`, and the kept ids."""
     folder = tmp_path_factory.mktemp("trimmed")
     for name in ("config.json", *checkpoints.TOKENIZER_FILES):
         if (checkpoints.REFERENCE / name).is_file():
@@ -90,7 +90,7 @@ LETTERS = st.text(st.sampled_from("abcdefghijklmnopqrstuvwxyzéß'0123456789.,-#
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.sampled_from(WORDS) | LETTERS, max_size=8).map(" ".join), st.randoms(use_true_random=False))
 def test_nothing_becomes_unknown_and_what_was_kept_is_split_alike(trimmed, text, random):
-    """Of any text of words, and of words run into each other."""
+    """On any text of words, joined or not."""
     encoder, _ = trimmed
     text = text.replace(" ", "") if random.random() < 0.3 else text
     before, after = tokens(reference(), text), tokens(encoder, text)
@@ -273,7 +273,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(source, tmp_path_factory):
-    """A model that leans to one answer, with a variant trimmed to the training data; not to be changed."""
+    """A model that prefers one answer, with a variant trimmed to the training data; not to be changed."""
     checkpoint = make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "leaning", leaning=1.0)
     workspace = Workspace.open(str(checkpoint), tmp_path_factory.mktemp("exported"), train=source)
     said = []

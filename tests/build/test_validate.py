@@ -1,4 +1,4 @@
-"""Validation finds what is planted, over the whole grid."""
+"""Validation finds planted errors anywhere on the grid."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def truth(built_tiny):
 
 
 class Wrong:
-    """A session whose logits are changed on their way."""
+    """A session that changes the logits of another."""
 
     def __init__(self, session, change):
         self.run = lambda batch: change(session.run(batch), batch)

@@ -1,4 +1,4 @@
-"""Pruning really cuts, keeps what matters, reloads, and refuses what it cannot do in words."""
+"""Pruning: selection, fitting, stored artifacts, costs, the command line and its refusals."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""The search finds what trying everything would find, wastes no training, and goes on where it was stopped."""
+"""The search finds the best candidate, trains no hopeless one, and resumes after an interrupt."""
 
 import itertools
 import json
@@ -291,7 +291,7 @@ def test_a_stopped_search_takes_up_what_it_had_begun(tmp_path):
 
 
 def test_a_training_that_does_not_fit_the_time_waits_for_the_next_run(tmp_path, monkeypatch):
-    """The first training says how long the next takes; what does not fit is left for the next run."""
+    """The first training predicts the time of the next. Candidates that do not fit wait for the next run."""
     clock = [0.0]
     world, rest = Slow(clock), Slow(clock)
     monkeypatch.setattr("toolchain.tuning.time.monotonic", lambda: clock[0])
