@@ -152,6 +152,7 @@ def test_no_two_candidates_mean_the_same(objective):
     assert len(set(names)) == len(names) > 100
 
 
+@pytest.mark.slow
 def test_the_search_finds_the_best_and_trains_only_what_could_win(tmp_path):
     world = World()
     best, front, outcomes = run(tmp_path / "study", world)
@@ -179,6 +180,7 @@ def test_the_search_finds_the_best_and_trains_only_what_could_win(tmp_path):
     assert best in front
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["throughput", "size"])
 def test_other_objectives(tmp_path, objective):
     best, _, outcomes = run(tmp_path / "study", World(), objective)
