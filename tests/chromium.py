@@ -1,4 +1,4 @@
-"""A headless Chromium over its debugging pipe, and what a page did that it should not have."""
+"""A headless Chromium, driven over its debugging pipe; it collects the errors and requests of a page."""
 
 from __future__ import annotations
 

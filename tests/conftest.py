@@ -1,4 +1,4 @@
-"""What tests share: a tiny random checkpoint for plumbing, the reference for truth, fake artifacts to measure."""
+"""Shared fixtures: a tiny random checkpoint for plumbing, the reference for accuracy, fake artifacts for benchmarks."""
 
 from __future__ import annotations
 
@@ -64,8 +64,10 @@ def make_checkpoint(
     width: int = 32,
     leaning: float = 0.0,
 ) -> Path:
-    """A random DistilBERT classifier of two narrow layers with the reference's tokenizer; `leaning` towards the last
-    label makes its answers decided, which fewer bits then leave as they are."""
+    """Saves a random DistilBERT classifier of two narrow layers with the reference's tokenizer.
+
+    `leaning` is the bias of the last label. A large one makes the answers certain, so int8 flips none of them.
+    """
     import torch
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
@@ -125,7 +127,7 @@ def built_tiny(tiny_checkpoint: Path, shared: Path) -> Workspace:
 
 @pytest.fixture
 def tiny(built_tiny: Workspace, tmp_path: Path) -> Workspace:
-    """A copy of the default variants of `built_tiny`, to change at will."""
+    """A copy of the default variants of `built_tiny`; a test may change it."""
     copy = Workspace(tmp_path / "exported", built_tiny.model, built_tiny.source)
     for name in DEFAULT_VARIANTS:
         shutil.copytree(built_tiny.path(name), copy.path(name))
@@ -162,7 +164,7 @@ def short_bench(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fake(tmp_path: Path) -> Callable[..., Artifact]:
-    """Makes an artifact that `fake_backend.FakeSession` opens, with the behaviour given."""
+    """Makes an artifact for `fake_backend.FakeSession`, with this behaviour."""
 
     def make(name: str, **behaviour: object) -> Artifact:
         folder = tmp_path / name
@@ -200,7 +202,7 @@ def import_job(checkpoint: Path, folder: Path) -> Job:
 def run_toolchain(
     *arguments: object, cwd: Path, env: dict[str, str] | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own."""
+    """Runs the command line in a new process."""
     return subprocess.run(
         [sys.executable, "-m", "toolchain", *map(str, arguments)],
         cwd=cwd,

@@ -1,4 +1,4 @@
-"""A session that does what its artifact says: answers, sleeps, leaks, crashes, hangs, refuses."""
+"""A fake session whose artifact states its behaviour: it answers, sleeps, leaks memory, crashes, hangs or refuses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from toolchain.errors import DeviceMemoryError, ProviderError
 
 
 class FakeSession:
-    """Answers 1 for an even sum of ids; `behaviour.json` beside it holds what else it does."""
+    """Answers 1 for an even sum of ids; `behaviour.json` in its folder states all other behaviour."""
 
     def __init__(self, folder: Path, place: Place) -> None:
         self._does = json.loads((folder / "behaviour.json").read_text())

@@ -1,4 +1,4 @@
-"""Rows that have everything a report shows, and rows whose every string is an attack."""
+"""Rows with every field of a report, and rows in which every string is an attack."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What doctor says of ONNX Runtime, PyTorch and the GPU, on machines that this one is not."""
+"""`doctor` on simulated machines: its findings about ONNX Runtime, PyTorch and the GPU."""
 
 import importlib.metadata
 import sys

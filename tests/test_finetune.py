@@ -1,4 +1,4 @@
-"""A checkpoint of one's own: labelled texts to a folder the other commands take, and what can go wrong on the way."""
+"""`finetune`: from labelled texts to a checkpoint that the other commands take, and every refusal."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The rooms: imports run one way only, and what is light stays light."""
+"""Imports run from higher floors to lower ones, and light modules import no heavy library."""
 
 import ast
 import functools

@@ -1,4 +1,4 @@
-"""Which set a machine gets: the choice, the pins, and what `make install` does with them."""
+"""`make install`: the set of packages for a machine, its pins, and the calls of pip."""
 
 import configparser
 import os

@@ -1,4 +1,4 @@
-"""Scoring files: every format, in order, whatever is in them; refusals; taking up an interrupted run."""
+"""`predict`: every file format in order, unusual texts, refusals, and resuming an interrupted run."""
 
 import csv
 import io
@@ -71,7 +71,7 @@ def read_scores(path):
 
 
 def expected(model, texts):
-    """Each text alone, by the session and the tokenizer as they are."""
+    """Yields each text with its label and scores, computed one text at a time."""
     session = open_session(model.path, "onnx", Place("cpu", 1))
     for text in texts:
         row = model.encoder.tokenizer.encode(text).ids
@@ -124,7 +124,7 @@ def test_written_texts_are_read_back_unchanged(tmp_path, texts):
 
 
 def broken(folder, what):
-    """A file that cannot be read, and what is said of it."""
+    """An unreadable file, and a pattern of its message."""
     file = folder / {"parquet": "a.parquet", "jsonl": "a.jsonl"}.get(what.split()[0], "a.csv")
     if what == "parquet column":
         pyarrow.parquet.write_table(pyarrow.table({"review": ["a"]}), file)
@@ -198,7 +198,7 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(model, tmp_path):
 
 
 class Breaking:
-    """A session that is interrupted after so many batches, and counts those it answered."""
+    """A session that raises KeyboardInterrupt after `after` batches and counts the texts it answered."""
 
     def __init__(self, session, after):
         self.session, self.left, self.answered = session, after, 0
@@ -293,7 +293,7 @@ PIECES = ["word ", "x" * 150 + " ", "\n", "文字", "naïve ", "...", "\t", "y" 
 @given(st.integers(0, 2**32))
 @settings(max_examples=30, deadline=None)
 def test_a_books_first_tokens_are_those_of_its_start(model, seed):
-    """Against the tokenizer given all of it."""
+    """The tokenizer encodes the whole book for comparison."""
     rng = random.Random(seed)
     encoder = Encoder(model.encoder.folder, model.encoder.tokenizer, model.encoder.names, 0, 16)
     encoder.tokenizer.enable_truncation(16)

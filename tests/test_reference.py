@@ -1,4 +1,4 @@
-"""The truth, on the real checkpoint and the whole validation set."""
+"""Accuracy of the reference on the whole validation set."""
 
 import numpy as np
 import pytest

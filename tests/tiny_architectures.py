@@ -1,4 +1,4 @@
-"""One small random classifier of every architecture, with the kind of tokenizer it has, trained on the spot."""
+"""One small random classifier of every architecture, with a tokenizer of its kind, trained here."""
 
 import functools
 from dataclasses import dataclass

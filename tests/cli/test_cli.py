@@ -1,4 +1,4 @@
-"""What a person types and sees: words, exit codes, and nothing half-done."""
+"""The command line: options, messages and exit codes; a failed command leaves no partial result."""
 
 import csv
 import json
@@ -289,7 +289,7 @@ def test_a_run_that_measured_nothing_takes_no_name(at, say, tiny_checkpoint, mon
 
 @pytest.fixture
 def bench_as(at, say, monkeypatch, tiny_checkpoint):
-    """Runs `bench --save-as kept` where `kept.json` holds a result; the measurement is taken from `meanwhile`."""
+    """Runs `bench --save-as kept` while `kept.json` holds a result; `meanwhile` runs in place of the measurement."""
     kept = at / "benchmarks" / "results" / "kept.json"
     kept.parent.mkdir(parents=True)
     kept.write_text("older")

@@ -78,7 +78,7 @@ PLANTED = {
 
 @pytest.mark.parametrize("planted", PLANTED)
 def test_an_error_or_request_would_be_seen(browser, page, tmp_path, planted):
-    """First where nothing forbids it, then in the report, whose policy keeps scripts and requests from being made."""
+    """First on a page without a policy, then in the report, whose policy blocks scripts and requests."""
     path = tmp_path / "report.html"
     path.write_text(f"<!DOCTYPE html><title>planted</title>{planted}")
     browser.open(path)

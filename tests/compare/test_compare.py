@@ -1,4 +1,4 @@
-"""Ratios, baselines, merging, and what a reader sees."""
+"""Comparisons: ratios, baselines, merged runs and the printed table."""
 
 import dataclasses
 import json

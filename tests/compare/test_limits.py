@@ -1,4 +1,4 @@
-"""Limits, what got worse between two runs, and the flat table."""
+"""Limits, regressions between two runs, and the CSV table."""
 
 import csv
 import dataclasses
@@ -30,7 +30,7 @@ def answers(wrong):
 
 
 def timed(variant, ms, wrong=range(10), provider="cpu", **changes):
-    """A row of these medians a round, in milliseconds; a sentence in a batch takes as long as one alone."""
+    """A row with these medians per round, in milliseconds; a sentence takes the same time in a batch."""
     medians = [ms] if isinstance(ms, int | float) else ms
     latency = Samples.from_single([[round(value * 1000)] for value in medians])
     batches = Samples.from_rounds([[round(value * 32000)] for value in medians], [[32]] * len(medians))

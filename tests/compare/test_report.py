@@ -1,4 +1,4 @@
-"""The HTML report and the plots: what stands in them, and what never does."""
+"""The HTML report and the plots: their content, and strings that must not become markup."""
 
 import itertools
 import re
@@ -24,7 +24,7 @@ def page():
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, and all text; refuses tags that are not closed as they were opened."""
+    """Collects the tags with their attributes, and the text; asserts that every tag is closed."""
 
     def __init__(self, text):
         super().__init__()

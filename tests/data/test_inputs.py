@@ -1,4 +1,4 @@
-"""Data files good and bad, and the arrays sentences become."""
+"""Valid and invalid data files, and the arrays of encoded sentences."""
 
 import gzip
 

@@ -1,4 +1,4 @@
-"""Labels by name and by index, one or several a text, and the figures that give each label its weight."""
+"""Labels by name and by index, one or several per text, and macro-averaged figures."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Scoring and measuring on a Ray cluster of two nodes, and what is said where it is not there, differs, or dies."""
+"""`predict` and `bench` on a Ray cluster of two nodes; messages for a missing, different or dying cluster."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def start():
 
 
 def stop(nodes):
-    """Ends them at once, with what they started; Ray's own way waits for what runs there."""
+    """Kills the nodes and their child processes; Ray's own function would wait for running tasks."""
     roots = [p.process.pid for node in nodes.list_all_nodes() for each in node.all_processes.values() for p in each]
     for root in filter(psutil.pid_exists, roots):
         process = psutil.Process(root)
@@ -65,7 +65,7 @@ def stop(nodes):
 
 @pytest.fixture(scope="module", autouse=True)
 def ended():
-    """No process of Ray's outlives the tests."""
+    """Asserts that no process of Ray is left after the tests."""
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     yield
     psutil.wait_procs(psutil.Process().children(recursive=True), timeout=5)
@@ -93,7 +93,7 @@ def model(built_tiny):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Small windows, and what is scored in one process."""
+    """Makes windows small, with Ray and in one process."""
     monkeypatch.setattr(predicting, "PART_TEXTS", WINDOW)
     monkeypatch.setattr(predicting, "STDOUT_WINDOW", WINDOW)
 
@@ -104,7 +104,7 @@ def write(path, texts):
 
 
 def alone(model, texts, path):
-    """The bytes of the same scored by this process."""
+    """The bytes of the output file if this process scores the texts."""
     predict(model, texts, path, quiet, no_bar)
     return path.read_bytes()
 

@@ -1,4 +1,4 @@
-"""A LoRA adapter on its base: merged it answers as PEFT does, and what does not fit is refused."""
+"""A LoRA adapter merged into its base gives PEFT's answers; an adapter that does not fit is refused."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def pair(tmp_path_factory):
 
 @pytest.fixture
 def copies(pair, tmp_path):
-    """An adapter and its base, to change at will."""
+    """An adapter and its base; a test may change them."""
     return [shutil.copytree(folder, tmp_path / folder.name) for folder in pair]
 
 
@@ -213,7 +213,7 @@ def test_a_base_with_a_head_for_other_classes_gets_the_adapters(tiny_checkpoint,
 
 
 def test_weights_that_neither_has_are_not_made_up(tmp_path):
-    """A BERT saved without its pooler, which PEFT would leave as it was drawn."""
+    """A BERT saved without its pooler; PEFT would leave the pooler random."""
     from transformers import AutoModel, BertConfig, BertModel
 
     from toolchain.backends import lora

@@ -1,4 +1,4 @@
-"""Every architecture through the whole chain: a small random one of each, with the kind of tokenizer it has."""
+"""The whole chain for every architecture, on a small random model with a tokenizer of its kind."""
 
 import functools
 import json
@@ -52,7 +52,7 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, rows):
-    """Kind → its workspace, everything unpruned built once; not to be changed."""
+    """Kind → its workspace with all unpruned variants; a test may add variants, but change none."""
 
     @functools.cache
     def build(kind):
@@ -123,7 +123,7 @@ def test_int8_is_smaller_however_often_a_weight_is_used(workspace, kind):
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_padding_on_the_right_changes_no_answer(workspace, kind):
-    """Whatever positions are counted from: RoBERTa's are counted over what is no padding."""
+    """RoBERTa counts positions over real tokens only."""
     opened = workspace(kind)
     manifest = opened.load("onnx-fp32").manifest
     encoder = Encoder.open(opened.path("onnx-fp32"), ARCHITECTURES[kind].inputs, manifest.max_length)
@@ -144,7 +144,7 @@ def test_padding_on_the_right_changes_no_answer(workspace, kind):
 
 
 def test_token_types_are_an_input_only_where_they_can_differ(tmp_path):
-    """Whether tokenizer and exporter speak of them or not."""
+    """Neither the tokenizer's nor the exporter's list of inputs decides."""
     make(tmp_path / "silent", "bert")
     file = tmp_path / "silent" / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "model_input_names": list(PLAIN)}))
@@ -160,7 +160,7 @@ def test_token_types_are_an_input_only_where_they_can_differ(tmp_path):
 
 @pytest.mark.parametrize("kind", ["albert", "deberta-v2"])
 def test_other_schemes_share_what_layers_share(workspace, kind):
-    """Fixed scales are each value's own, so a shared weight is not smoothed: that would be a copy for each."""
+    """Each value has its own fixed scale. A smoothed weight would need a copy per value, so shared ones stay."""
     opened, it = workspace(kind), ARCHITECTURES[kind]
     names = ["onnx-int4", "onnx-int8-static", "onnx-std-int8-static", "onnx-int8-portable"]
     ensure(opened, names, {"onnx-int4": Quantize(scheme="int4", passes=("quantize-linear",))}, quiet)
@@ -198,7 +198,7 @@ def bundles(workspace, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_bundle_answers_as_transformers_does(bundles, workspace, kind):
-    """By its own tokenizer.json and reader, in a padded batch."""
+    """The bundle's own classifier reads its tokenizer.json and answers a padded batch."""
     from toolchain.ship.bundle_files.classify import Classifier
 
     folder = bundles(kind)

@@ -1,4 +1,4 @@
-"""Where a model comes from, and everything that is refused before a byte of it is trusted."""
+"""Sources of checkpoints, and the refusal of unsafe or invalid ones before they are loaded."""
 
 import json
 import shutil
@@ -360,7 +360,7 @@ def test_a_base_is_named_as_a_model_is(checkpoint, built_tiny):
 
 @pytest.mark.slow
 def test_the_command_that_converts_a_pickle_does(checkpoint, tmp_path):
-    """Run as the message has it, by a shell, on a checkpoint that is trusted: this one."""
+    """A shell runs the command of the message on a checkpoint that the test made."""
     import subprocess
     import sys
 

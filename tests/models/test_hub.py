@@ -1,4 +1,4 @@
-"""The model hub, by a small server that speaks as it does: revisions, private models, refusals, a token kept quiet."""
+"""Models of the hub, from a small local server: revisions, private models, refusals, a token that is never shown."""
 
 import http.server
 import json
@@ -76,7 +76,7 @@ def hub(tiny_checkpoint):
 
 @pytest.fixture
 def run(hub, tmp_path):
-    """`toolchain export` of a model of that hub, in a process of its own with a home of its own."""
+    """Runs `toolchain export` in a new process, since huggingface_hub reads its settings once, on import."""
 
     def export(model, *options, token=None):
         env = {

@@ -1,4 +1,4 @@
-"""Each rewrite on its own: it applies where it should, leaves the rest alone, and changes no answer."""
+"""Each pass alone: it rewrites its pattern, leaves other nodes alone, and keeps the logits."""
 
 import dataclasses
 

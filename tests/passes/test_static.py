@@ -1,4 +1,4 @@
-"""Static int8: ranges seen on training sentences, exact smoothing, answers that do not depend on batch mates."""
+"""Static int8: ranges from training sentences, exact smoothing, answers that do not depend on the rest of the batch."""
 
 import dataclasses
 
@@ -65,7 +65,7 @@ def calibrated(built_tiny):
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("parent", ["onnx-fp32", "onnx-std"])
 def test_smoothing_changes_no_answer(built_tiny, parent, left):
-    """Every input of a linear layer divided by factors of 1/30 to 30: the residual that reads it too is not touched."""
+    """Factors from 1/30 to 30 divide every input of a linear layer; a residual of the same value stays unscaled."""
     model, batch = graph(built_tiny, parent), pad(ROWS, NAMES, 0, left)
     want = answer(model, batch)
     rng = np.random.default_rng(0)
@@ -128,7 +128,7 @@ def test_standard_operators_are_qdq_that_onnx_runtime_makes_int8_products_of(bui
 
 @pytest.mark.slow
 def test_answers_do_not_depend_on_batch_mates(built_tiny, calibrated):
-    """As they do where the scale is that of the whole batch."""
+    """Dynamic int8 takes one scale for the whole batch, so its answers do depend."""
     row, quiet_mate, loud_mate = [101, 2023, 2003, 102], [101, 102], [101, 30000, 29999, 102]
     static, _ = passes.rewrite(
         graph(built_tiny, "onnx-fp32"), ["smooth", "quantize-linear-static"], calibrated["onnx-fp32"]

@@ -1,4 +1,4 @@
-"""Pruning really cuts, keeps what matters, reloads, and refuses what it cannot do in words."""
+"""Pruning: selection, fitting, stored artifacts, costs, the command line and its refusals."""
 
 import copy
 import json
@@ -491,13 +491,12 @@ def test_a_rebuild_without_its_training_data_is_refused(pruned, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_a_latency_table_is_measured_once_and_only_for_this_machine(given_tiny, tmp_path, monkeypatch):
+def test_a_latency_table_is_measured_once_and_only_for_this_machine(given_tiny, tmp_path):
     first = latency_table(given_tiny.model, tmp_path, quiet)
     assert set(first.heads_ms) >= {0, 1, 4}
     assert set(first.neurons_ms) >= {0, 32, 64}
     assert first.heads_ms[0] == first.neurons_ms[0] == 0
-    monkeypatch.setattr("toolchain.pruning.costs._measure", lambda *_: pytest.fail("measured twice"))
-    assert latency_table(given_tiny.model, tmp_path, quiet) == first
+    assert latency_table(given_tiny.model, tmp_path, lambda *_: pytest.fail("measured twice")) == first
     file = next(tmp_path.glob("latency-*.json"))
     good = file.read_text()
     file.write_text(good.replace(hardware.machine()["id"], "another"))

@@ -1,4 +1,4 @@
-"""Which layers lose by fewer bits, and which are kept."""
+"""The sensitivity of layers to fewer bits, and the choice of layers kept in fp32."""
 
 import shutil
 
@@ -44,7 +44,7 @@ def test_every_layer_is_ranked_by_what_it_does_alone(subject):
 
 @pytest.mark.slow
 def test_a_layer_with_outliers_is_found(built_tiny, tmp_path):
-    """One weight of a column 3,000 times the others leaves these no bits."""
+    """One weight of 3,000 times the others takes the whole range of its column."""
     shutil.copytree(built_tiny.path("onnx-fp32"), tmp_path / "outliers")
     model = onnx.load(tmp_path / "outliers" / "model.onnx")
     node = next(node for node in model.graph.node if node.name.endswith("layer.0/ffn/lin2/MatMul"))

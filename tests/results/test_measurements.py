@@ -1,4 +1,4 @@
-"""Samples, rows, and result files good and bad."""
+"""Samples, rows, and valid and invalid result files."""
 
 import dataclasses
 import json

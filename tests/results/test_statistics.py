@@ -1,4 +1,4 @@
-"""How sure figures are: intervals that cover what they say, and tests against what is known."""
+"""Statistics: coverage of intervals, significance tests against published values, noise."""
 
 import math
 import subprocess

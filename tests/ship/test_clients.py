@@ -1,7 +1,6 @@
-"""Bundles in the clients they are for, over the whole validation set: Node, a bare Python, OpenVINO, a browser; and on
-processors that are emulated.
+"""Bundles in their clients, on the whole validation set: Node, a bare Python, OpenVINO, a browser, emulated processors.
 
-`make test-clients` installs these; without one, its tests are skipped.
+`make test-clients` installs the clients. The tests of a missing client are skipped.
 """
 
 import contextlib

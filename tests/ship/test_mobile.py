@@ -1,4 +1,4 @@
-"""Bundles for phones: what a release of ONNX Runtime can read, both formats, and what is refused."""
+"""Bundles for phones: both formats, the releases of ONNX Runtime that read them, and refusals."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ def phone(built_tiny, tmp_path_factory):
 
 @pytest.fixture
 def bundle(phone, tmp_path):
-    """The same to change at will."""
+    """A copy of `phone`; a test may change it."""
     return shutil.copytree(phone, tmp_path / "bundle")
 
 
@@ -116,7 +116,7 @@ def test_both_formats_are_verified_here_and_without_this_package(phone):
 
 @pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes(phone, built_tiny, tmp_path):
-    """In another process as well: ONNX Runtime by itself writes a table in an order of its own every time."""
+    """Also in another process: ONNX Runtime alone writes one table in a random order."""
     where = ("--model", built_tiny.model, "--exported", built_tiny.exported)
     done = run_toolchain("ship", *NAMES, "--target", "mobile", "--output", tmp_path / "b", *where, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

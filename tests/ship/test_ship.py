@@ -1,4 +1,4 @@
-"""Bundles: what is in them, what is refused, and that no changed byte passes."""
+"""Bundles: their content, refusals, and the detection of every changed byte."""
 
 import base64
 import dataclasses
@@ -55,7 +55,7 @@ def shipped(built_tiny, tmp_path_factory):
 
 @pytest.fixture
 def bundle(shipped, tmp_path):
-    """A Python bundle to change at will."""
+    """A copy of the Python bundle; a test may change it."""
     shutil.copytree(shipped / "python", tmp_path / "bundle")
     return tmp_path / "bundle"
 

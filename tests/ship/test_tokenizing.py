@@ -1,4 +1,4 @@
-"""Tokenizers in graphs: token for token what the checkpoint's own makes of texts, or refused."""
+"""Tokenizers in graphs give the tokens of the checkpoint's own tokenizer, or are refused."""
 
 import builtins
 import json

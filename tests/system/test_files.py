@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and never in another file's place."""
+"""Files are written whole or not at all, and never replace a foreign file."""
 
 import errno
 import os

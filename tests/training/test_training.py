@@ -1,4 +1,4 @@
-"""Recovery learns, keeps its best weights, and goes on after a kill as if nothing had happened."""
+"""Recovery learns, keeps its best weights, and resumes after a kill with the same result."""
 
 import copy
 import os
@@ -143,7 +143,7 @@ def test_training_stops_early_without_gain_and_restores_the_first_weights(task, 
 
 
 def test_pure_distillation_keeps_the_epoch_of_the_lowest_loss(task, tmp_path, monkeypatch):
-    """Accuracy wavers while the rate is high, and would throw away what is learnt after it."""
+    """At a high learning rate accuracy varies, so it would discard later, better weights."""
     teacher, rows, held_out, encoder, _ = task
     scores = iter([0.9, 0.5, 0.4, 0.3])
     monkeypatch.setattr(loop, "accuracy", lambda *_: next(scores))
@@ -275,7 +275,7 @@ def test_embeddings_of_tokens_that_no_row_has_stay_as_they_are(task, tmp_path):
 
 
 def test_a_removed_layer_is_matched_by_the_layer_before_it(task):
-    """The layer before them stands in their place."""
+    """The layer before it takes its place."""
     model = copy.deepcopy(task[0])
     assert architectures.matched_layers(model) == [1, 2]
     architectures.keep_units(model, 1, (), ())

@@ -1,4 +1,4 @@
-"""The search finds what trying everything would find, wastes no training, and goes on where it was stopped."""
+"""The search finds the best candidate, trains no hopeless one, and resumes after an interrupt."""
 
 import itertools
 import json
@@ -152,6 +152,7 @@ def test_no_two_candidates_mean_the_same(objective):
     assert len(set(names)) == len(names) > 100
 
 
+@pytest.mark.slow
 def test_the_search_finds_the_best_and_trains_only_what_could_win(tmp_path):
     world = World()
     best, front, outcomes = run(tmp_path / "study", world)
@@ -179,6 +180,7 @@ def test_the_search_finds_the_best_and_trains_only_what_could_win(tmp_path):
     assert best in front
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["throughput", "size"])
 def test_other_objectives(tmp_path, objective):
     best, _, outcomes = run(tmp_path / "study", World(), objective)
@@ -291,7 +293,7 @@ def test_a_stopped_search_takes_up_what_it_had_begun(tmp_path):
 
 
 def test_a_training_that_does_not_fit_the_time_waits_for_the_next_run(tmp_path, monkeypatch):
-    """The first training says how long the next takes; what does not fit is left for the next run."""
+    """The first training predicts the time of the next. Candidates that do not fit wait for the next run."""
     clock = [0.0]
     world, rest = Slow(clock), Slow(clock)
     monkeypatch.setattr("toolchain.tuning.time.monotonic", lambda: clock[0])
