@@ -224,7 +224,7 @@ def test_weights_that_neither_has_are_not_made_up(tmp_path):
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["query"], modules_to_save=None)
     assert answers(lora.load_merged(adapter, base)).shape == (2, 3)
     AutoModel.from_pretrained(base, add_pooling_layer=False).save_pretrained(base)
-    with pytest.raises(CheckpointError, match=r"for bert.pooler.dense.bias.*modules_to_save=\['bert.pooler.dense'\]"):
+    with pytest.raises(CheckpointError, match=r"of bert.pooler.dense.bias.*modules_to_save=\['bert.pooler.dense'\]"):
         lora.load_merged(adapter, base)
 
 
