@@ -33,7 +33,9 @@ def test_another_baseline_by_variant_or_cell():
 
 
 def test_a_baseline_that_is_not_there_names_those_that_are():
-    with pytest.raises(ResultFileError, match=r"No row is the baseline 'onnx-int4'. Measured are: torch-fp32@cpu"):
+    with pytest.raises(
+        ResultFileError, match=r"No row is the baseline 'onnx-int4'. The measured cells are: torch-fp32@cpu"
+    ):
         compare([result(FP32, run=RUN)], "onnx-int4")
 
 

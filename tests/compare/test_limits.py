@@ -118,7 +118,7 @@ def test_a_miss_says_figure_limit_and_by_how_much(limits, says):
         ({"size_bytes": {}}, Limits(max_size_mb=1e9), "size unknown, limit 1e+09 MB"),
         ({"memory_bytes": {}}, Limits(max_memory_mb=1e9), "peak memory unknown, limit 1e+09 MB"),
         ({"latency_ms": {}}, Limits(max_p95_ms=1e9), "p95 unknown, limit 1e+09 ms"),
-        ({}, Limits(max_drop=100), "accuracy drop unknown, limit 100 points; its run has no baseline"),
+        ({}, Limits(max_drop=100), "accuracy drop unknown, limit 100 points; the run has no baseline"),
     ],
 )
 def test_an_unknown_figure_does_not_pass(changes, limits, says):
@@ -130,7 +130,7 @@ def test_an_unknown_figure_does_not_pass(changes, limits, says):
 def test_a_row_without_an_accuracy_says_so():
     rows = rows_of(FP32, timed("onnx-int8", 1, accuracy=None, predictions=()))
     miss = check_limits(rows, Limits(max_drop=100)).misses[0]
-    assert "it or its baseline has no accuracy" in str(miss.broken[0])
+    assert "the row or its baseline has no accuracy" in str(miss.broken[0])
 
 
 def test_an_unknown_figure_is_no_obstacle_where_nothing_limits_it():
@@ -191,7 +191,7 @@ def test_nothing_within_the_limits_is_the_answer_no():
     assert no.value.hint
     assert choice_lines(verdict)[0] == "Winner: none; no row is within the limits."
     assert choice_json(verdict)["winner"] is None
-    with pytest.raises(VerdictError, match="No row to judge was measured"):
+    with pytest.raises(VerdictError, match="There is no measured row to check"):
         require_winner(check_limits(rows_of(FAILED), Limits()))
 
 
@@ -199,7 +199,7 @@ def test_the_interval_says_what_may_be_chance_where_no_answers_are_kept():
     rows = rows_of(FP32, timed("onnx-int8", 1, range(12), predictions=()))
     broken = check_limits(rows, Limits(max_drop=1)).misses[0].broken[0]
     assert broken.remark.startswith("its interval, 80.")
-    assert broken.remark.endswith("has the baseline's in it: may be chance")
+    assert broken.remark.endswith("includes the baseline's accuracy: may be chance")
     sure = rows_of(FP32, timed("onnx-int8", 1, range(60)))
     assert "McNemar p 1.8e-15" in check_limits(sure, Limits(max_drop=1)).misses[0].broken[0].remark
     assert "chance" not in check_limits(sure, Limits(max_drop=1)).misses[0].broken[0].remark
@@ -279,12 +279,12 @@ def test_a_percentage_is_a_share(text, share):
 
 @pytest.mark.parametrize("text", ["-1", "-1%", "nan", "inf", "101", "1e9", "", "%", "5%%", "five", "1_0", "٥"])
 def test_an_invalid_percentage_is_refused(text):
-    with pytest.raises(ValueError, match="no percentage from 0 to 100"):
+    with pytest.raises(ValueError, match="not a percentage from 0 to 100"):
         parse_share(text)
 
 
 def test_a_bare_number_below_one_is_asked_for_its_sign():
-    with pytest.raises(ValueError, match=r"may mean 5% or 0.05%: write the sign"):
+    with pytest.raises(ValueError, match=r"may mean 5% or 0.05%; write the % sign"):
         parse_share("0.05")
 
 
@@ -315,7 +315,7 @@ def test_a_machine_that_is_slower_for_all_rows_is_no_regression():
     assert change(found, "latency_p50_ms").worse == pytest.approx(0, abs=0.01)
     own = change(found, "latency_p50_ms", "torch-fp32@cpu")
     assert own.worse == pytest.approx(0.5, abs=0.01)
-    assert own.remark == "the baseline: not judged"
+    assert own.remark == "the baseline: not compared"
 
 
 def test_without_a_common_baseline_times_are_compared_as_they_are():

@@ -99,7 +99,7 @@ def test_quality_figures_of_the_answers():
     data = {"name": "d", "rows": 100, "sha256": "0", "labels": LABELS}
     row = of(compare([result(base, other, run=RUN, data=data)]), "onnx-int8@cpu")
     assert (row.quality.lost, row.quality.won, row.quality.batch_changed) == (6, 2, 3)
-    assert (row.changed("lost"), row.changed("won")) == ([4, 5, 6, 7, 8, 9], [1, 2])
+    assert (row.changed_sentences("lost"), row.changed_sentences("won")) == ([4, 5, 6, 7, 8, 9], [1, 2])
     assert row.quality.p == pytest.approx(0.2891, abs=1e-4)
     assert row.quality.largest_shift == pytest.approx(0.75)
     assert row.quality.mean_shift == pytest.approx((8 * 0.75 + 92 * 0.05) / 100)
@@ -126,14 +126,16 @@ def test_rows_are_chosen_sorted_and_marked_anew():
     assert [r.measurement.variant for r in arrange(rows, "latency", ())] == ["onnx-int8", "torch-fp32", "onnx-fp32"]
     assert [r.measurement.variant for r in arrange(rows, "accuracy", ("onnx-*",))] == ["onnx-fp32", "onnx-int8"]
     assert [r.pareto for r in arrange(rows, None, ("onnx-fp32@cpu",), "cpu")] == [True]
-    with pytest.raises(ResultFileError, match=r"No row fits bnb-\*, \*@cuda. There are: torch-fp32@cpu, onnx-int8"):
+    with pytest.raises(
+        ResultFileError, match=r"No row matches bnb-\*, \*@cuda. The cells are: torch-fp32@cpu, onnx-int8"
+    ):
         arrange(rows, None, ("bnb-*",), "cuda")
 
 
 def test_a_noisy_row_names_its_disturbance():
     disturbed = measured("onnx-int8", 5, noise={"steal_share": 0.05, "others_share": 0.2, "load_1m": 3.0})
     row = of(compare([result(FP32, disturbed, run=RUN)]), "onnx-int8@cpu")
-    assert row.noisy == "the host took 5% of the processor, other processes had 20% of it"
+    assert row.noisy == "the host took 5% of the processor, other processes used 20% of the processor"
     wide = Samples.from_single([[1000], [1000], [1000], [9000], [9000], [9000], [5000]])
     row = compare([result(measured("torch-fp32", 5, latency=wide, latency_ms=wide.milliseconds()), run=RUN)])[0]
     assert "the median's interval is" in row.noisy

@@ -17,7 +17,7 @@ from toolchain.artifacts.variants import lineage
 from toolchain.build import pipeline
 from toolchain.cli.tune import Duration
 from toolchain.errors import PruningError, VerdictError
-from toolchain.tuning import _in_time, _start, search
+from toolchain.tuning import _choose_start, _fit_in_time, search
 from toolchain.tuning.candidates import (
     DEPTHS,
     EPOCHS,
@@ -25,13 +25,13 @@ from toolchain.tuning.candidates import (
     RATIOS,
     SPACE,
     Candidate,
-    as_baseline,
-    every,
-    first,
-    hopeless,
+    all_candidates,
+    baseline_candidate,
+    first_candidate,
+    is_hopeless,
     next_start,
 )
-from toolchain.tuning.study import Outcome, opened
+from toolchain.tuning.study import Outcome, open_study
 
 
 def quiet(*_):
@@ -74,7 +74,7 @@ class Slow(World):
 
 
 def run(path, world, objective="latency", max_drop=1.0, seconds=60.0):
-    with opened(path, objective, max_drop, ["model", "train"], quiet) as study:
+    with open_study(path, objective, max_drop, ["model", "train"], quiet) as study:
         search(study, world, time.monotonic() + seconds, quiet)
         return study.best, study.front, dict(study.outcomes)
 
@@ -113,7 +113,7 @@ def test_the_starts_find_the_largest_ratio(slope, gain):
         over[candidate.training] = world.outcome(candidate).drop - 1.0
 
     def rungs(epochs):
-        return [ratio for ratio in RATIOS if world.outcome(first("latency", ratio, epochs)).drop <= 1.0]
+        return [ratio for ratio in RATIOS if world.outcome(first_candidate("latency", ratio, epochs)).drop <= 1.0]
 
     found = max(ratio for (ratio, *_), excess in over.items() if excess <= 0 or ratio == 0)
     assert found == max(rungs(EPOCHS[-1]), default=0)
@@ -139,7 +139,7 @@ candidates = st.builds(
 def test_only_what_cannot_win_is_hopeless(candidate, others):
     world = World()
     known = {other: world.outcome(other).drop <= 1.0 for other in others}
-    if candidate in known or not hopeless("latency", candidate, known):
+    if candidate in known or not is_hopeless("latency", candidate, known):
         return  # measured, or to be tried
     outcome = world.outcome(candidate)
     best = max((world.outcome(other).latency for other, kept in known.items() if kept), default=0)
@@ -148,7 +148,7 @@ def test_only_what_cannot_win_is_hopeless(candidate, others):
 
 @pytest.mark.parametrize("objective", ["latency", "throughput", "size"])
 def test_no_two_candidates_mean_the_same(objective):
-    names = [list(candidate.chain(6))[-1] for candidate in every(objective)]
+    names = [list(candidate.chain(6))[-1] for candidate in all_candidates(objective)]
     assert len(set(names)) == len(names) > 100
 
 
@@ -204,17 +204,17 @@ def test_outcomes_of_another_search_space_are_not_used(tmp_path, monkeypatch):
     path = tmp_path / "study"
     with monkeypatch.context() as older:
         older.setitem(SPACE, "latency", {**SPACE["latency"], "ratio": (0, 25)})
-        with opened(path, "latency", 1.0, ["model", "train"], quiet) as study:
+        with open_study(path, "latency", 1.0, ["model", "train"], quiet) as study:
             trial, candidate = study.ask(None)
             study.tell(trial, candidate, World().outcome(candidate))
-        every.cache_clear()
-    with opened(path, "latency", 1.0, ["model", "train"], quiet) as study:
+        all_candidates.cache_clear()
+    with open_study(path, "latency", 1.0, ["model", "train"], quiet) as study:
         assert study.outcomes == {}
         study.ask(None)
 
 
 def test_near_the_limit_longer_training_comes_first_and_its_end_is_not_the_last():
-    over = {first("latency", 0, 0).training: -1.0}
+    over = {first_candidate("latency", 0, 0).training: -1.0}
 
     for ratio, epochs, points in ((70, 1, 0.9), (70, 4, -0.1), (73, 4, 0.1)):
         candidate = next_start("latency", over, set(), 1.0)
@@ -227,51 +227,55 @@ def test_near_misses_are_quantised_again_before_another_training(tmp_path):
         return Outcome("variant", "id", points, 2.0, 2.0, 1)
 
     near, far = (Candidate(ratio, "latency", 4, depth=67) for ratio in (73, 88))
-    with opened(tmp_path / "study", "latency", 1.0, ["model", "train"], quiet) as study:
-        assert study.paid_for(study.rest) is None
+    with open_study(tmp_path / "study", "latency", 1.0, ["model", "train"], quiet) as study:
+        assert study.nearest_trained(study.remaining) is None
         study.outcomes |= {far: lost(3.0), near: lost(1.05)}
-        found = study.paid_for(study.rest)
+        found = study.nearest_trained(study.remaining)
         assert found != near
         assert found.training == near.training
         study.outcomes[near] = lost(0.95)
-        assert study.paid_for(study.rest) is None
+        assert study.nearest_trained(study.remaining) is None
 
 
 def test_the_next_ratio_starts_from_the_quantisation_that_passed(tmp_path):
     def lost(points):
         return Outcome("variant", "id", points, 2.0, 2.0, 1)
 
-    dynamic = first("latency", 70, 4)
-    with opened(tmp_path / "study", "latency", 1.0, ["model", "train"], quiet) as study:
-        study.outcomes |= {first("latency", 0, 0): lost(0.1), first("latency", 70, 1): lost(1.9), dynamic: lost(1.25)}
-        assert next_start("latency", study.over, set(), 1.0).ratio < 70
+    dynamic = first_candidate("latency", 70, 4)
+    with open_study(tmp_path / "study", "latency", 1.0, ["model", "train"], quiet) as study:
+        study.outcomes |= {
+            first_candidate("latency", 0, 0): lost(0.1),
+            first_candidate("latency", 70, 1): lost(1.9),
+            dynamic: lost(1.25),
+        }
+        assert next_start("latency", study.excess_drops, set(), 1.0).ratio < 70
         study.outcomes[replace(dynamic, scheme="static")] = lost(0.7)
-        assert next_start("latency", study.over, set(), 1.0) == first("latency", 73, 4)
+        assert next_start("latency", study.excess_drops, set(), 1.0) == first_candidate("latency", 73, 4)
         # What dynamic int8 lost at 70 % rules it out at 73 %.
-        assert _start(study, study.rest) == replace(first("latency", 73, 4), scheme="static")
+        assert _choose_start(study, study.remaining) == replace(first_candidate("latency", 73, 4), scheme="static")
 
 
 def test_a_finished_training_always_fits_the_time(tmp_path):
     trained = Candidate(70, "latency", 4, depth=67)
-    with opened(tmp_path / "study", "latency", 1.0, ["model", "train"], quiet) as study:
+    with open_study(tmp_path / "study", "latency", 1.0, ["model", "train"], quiet) as study:
         study.outcomes[trained] = Outcome("variant", "id", 1.25, 2.0, 2.0, 1, training_s=4000.0)
-        fitting = _in_time(study, study.rest, left_s=60.0)
+        fitting = _fit_in_time(study, study.remaining, remaining_s=60.0)
         assert {candidate.training for candidate in fitting if candidate.epochs} == {trained.training}
         study.trained.add((67, "latency", 67, 4))  # by another release, which measured another graph of it
-        fitting = _in_time(study, study.rest, left_s=60.0)
+        fitting = _fit_in_time(study, study.remaining, remaining_s=60.0)
         assert {candidate.training for candidate in fitting if candidate.epochs} == {trained.training, *study.trained}
 
 
 def test_finished_trainings_are_measured_when_no_other_fits_the_time(tmp_path, monkeypatch):
     clock = [0.0]
-    world, there = Slow(clock), first("latency", 73, 4)
+    world, there = Slow(clock), first_candidate("latency", 73, 4)
     monkeypatch.setattr("toolchain.tuning.time.monotonic", lambda: clock[0])
-    with opened(tmp_path / "study", "latency", 1.0, ["model", "train"], quiet) as study:
+    with open_study(tmp_path / "study", "latency", 1.0, ["model", "train"], quiet) as study:
         study.trained.add(there.training)
         world.trained.add(there.training)
         search(study, world, 110.0, quiet)
     asked = [candidate for candidate in world.asked if candidate.epochs]
-    assert asked[:2] == [next_start("latency", {first("latency", 0, 0).training: -1.0}, set(), 1.0), there]
+    assert asked[:2] == [next_start("latency", {first_candidate("latency", 0, 0).training: -1.0}, set(), 1.0), there]
     assert {candidate.training for candidate in asked[1:]} == {there.training}
 
 
@@ -297,11 +301,11 @@ def test_a_training_that_does_not_fit_the_time_waits_for_the_next_run(tmp_path, 
     clock = [0.0]
     world, rest = Slow(clock), Slow(clock)
     monkeypatch.setattr("toolchain.tuning.time.monotonic", lambda: clock[0])
-    with opened(tmp_path / "study", "latency", 1.0, [], quiet) as study:
+    with open_study(tmp_path / "study", "latency", 1.0, [], quiet) as study:
         search(study, world, 150.0, quiet)
     assert len(world.trained) == 1
     assert clock[0] == 150  # what needs no training is still measured
-    with opened(tmp_path / "study", "latency", 1.0, [], quiet) as study:
+    with open_study(tmp_path / "study", "latency", 1.0, [], quiet) as study:
         search(study, rest, clock[0] + 1000, quiet)
     assert any(candidate.epochs for candidate in rest.asked)
     assert not set(world.asked) & set(rest.asked)
@@ -311,7 +315,7 @@ def test_a_shorter_training_takes_the_place_of_one_that_does_not_fit(tmp_path, m
     clock = [0.0]
     world = Slow(clock, rest_s=0, gain=0.2)
     monkeypatch.setattr("toolchain.tuning.time.monotonic", lambda: clock[0])
-    with opened(tmp_path / "study", "latency", 1.0, [], quiet) as study:
+    with open_study(tmp_path / "study", "latency", 1.0, [], quiet) as study:
         known = {}
         while (start := next_start("latency", known, set(), 1.0)) and start.epochs < 2:
             known[start.training] = world.outcome(start).drop - 1.0
@@ -337,7 +341,7 @@ def test_a_ratio_the_model_does_not_have_is_given_up(tmp_path):
     best, _, outcomes = run(tmp_path / "study", Narrow(slope=0.001))
     assert max(candidate.ratio for candidate in outcomes) == 60
     # Once in vain, and no such ratio or a higher one again.
-    assert not [(one, other) for one, other in itertools.combinations(refused, 2) if other.cut_as_far_as(one)]
+    assert not [(one, other) for one, other in itertools.combinations(refused, 2) if other.prunes_as_much_as(one)]
     assert best.latency == World(slope=0.001).outcome(Candidate(60, depth=50)).latency
 
 
@@ -370,7 +374,7 @@ def test_where_int8_fails_validation_others_are_tried_and_pruned_alike(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "study", world)
     plain, *others = world.asked
-    assert plain == first("latency", 0, 0)
+    assert plain == first_candidate("latency", 0, 0)
     assert others[0] == replace(plain, scheme="static")
     assert all(candidate.ratio and candidate.scheme == "static" for candidate in others[1:])
 
@@ -379,17 +383,17 @@ def test_the_next_run_knows_which_candidates_failed_validation(tmp_path):
     def refuse(candidate):
         raise VerdictError("It failed validation.", "Nothing was published.")
 
-    with opened(tmp_path / "study", "latency", 1.0, [], quiet) as study:
+    with open_study(tmp_path / "study", "latency", 1.0, [], quiet) as study:
         search(study, refuse, time.monotonic() + 0.3, quiet)
         refused = set(study.refused)
-    with opened(tmp_path / "study", "latency", 1.0, [], quiet) as study:
+    with open_study(tmp_path / "study", "latency", 1.0, [], quiet) as study:
         assert study.refused == refused
-    assert first("latency", 0, 0) in refused
+    assert first_candidate("latency", 0, 0) in refused
 
 
 @pytest.mark.parametrize("objective", ["latency", "throughput", "size"])
 def test_one_candidate_is_quantised_as_the_baseline(objective):
-    step = as_baseline(objective).steps(6)[-1]
+    step = baseline_candidate(objective).steps(6)[-1]
     assert step == Quantize()
 
 
@@ -463,8 +467,8 @@ def test_the_search_goes_on_where_int8_fails_validation(at, say, folder, int8_fa
     assert not list((folder / "undecided" / "decided").glob("onnx-int8+tune*"))  # the same as onnx-int8
     code, out, err = say("tune", *arguments)
     assert code == 0, err
-    assert "going on from" in err
-    assert "× as fast as onnx-fp32" in out
+    assert "continuing from" in err
+    assert "speed-up over onnx-fp32" in out
 
 
 @pytest.mark.parametrize(
@@ -489,8 +493,8 @@ def test_exit_code_3_if_every_candidate_loses_too_much_accuracy(at, say, monkeyp
     monkeypatch.setattr("toolchain.tuning._Judge.outcome", lambda judge, candidate: bad)
     code, _, err = say("tune", "--model", "./decided", "--train-data", "train.csv", "--max-drop", 0.1, "--budget", "1s")
     assert code == 3
-    assert "Nothing of" in err
-    assert "the least any lost was" in err
+    assert "None of" in err
+    assert "the smallest drop is" in err
 
 
 @pytest.mark.slow
@@ -501,5 +505,7 @@ def test_exit_code_3_if_no_candidate_passes_validation(at, say, monkeypatch):
     monkeypatch.setattr("toolchain.tuning._Judge.outcome", refuse)
     code, _, err = say("tune", "--model", "./decided", "--train-data", "train.csv", "--max-drop", 0.2, "--budget", "1s")
     assert code == 3
-    assert re.search(r"Nothing of (\d+) candidates loses at most 0\.2 points; \1 failed validation\.", err)
+    assert re.search(
+        r"None of (\d+) candidates has an accuracy drop of at most 0\.2 points; \1 failed validation\.", err
+    )
     assert "longer or on more rows" in err

@@ -133,7 +133,7 @@ def quantize(
     from toolchain.backends.ort import saturates
     from toolchain.build.trimming import corpus_of
     from toolchain.cli.progress import bar, say
-    from toolchain.tuning.settings import fewest_kept
+    from toolchain.tuning.settings import fewest_fp32_layers
 
     if sum([keep_fp32 is not None, max_drop is not None, sensitivity]) > 1:
         raise click.UsageError("Give only one of --keep-fp32, --max-drop and --sensitivity.")
@@ -177,7 +177,7 @@ def quantize(
     steps: dict[str, Step] = dict.fromkeys(names.values(), step)
     if max_drop is not None:
         for parent, name in names.items():
-            layer_count = fewest_kept(workspace, parent, step, max_drop, say, bar)
+            layer_count = fewest_fp32_layers(workspace, parent, step, max_drop, say, bar)
             steps[name] = replace(step, keep_fp32=layer_count or None)
     build(workspace, steps, dry_run)
 
@@ -186,11 +186,11 @@ def _print_sensitivity(workspace: Workspace, parents: Iterable[str], step: Quant
     """Prints the sensitivity of each linear layer of each parent."""
     from toolchain.cli.progress import bar, say
     from toolchain.quantization.sensitivity import SENTENCES, rank
-    from toolchain.tuning.settings import sensitive
+    from toolchain.tuning.settings import sensitivity_setup
 
     layers_by_parent = {}
     for parent in parents:
-        setup = sensitive(workspace, parent, step, say, bar)
+        setup = sensitivity_setup(workspace, parent, step, say, bar)
         with bar(parent) as progress:
             layers_by_parent[parent] = rank(setup, progress)
     if as_json:

@@ -92,26 +92,26 @@ def tune(
     from toolchain.compare.rows import compare
     from toolchain.results.folder import ResultsFolder, require_measured
     from toolchain.system import hardware
-    from toolchain.tuning import EXACT, Request, sentence
+    from toolchain.tuning import EXACT, Request, summary
     from toolchain.tuning import tune as search
 
     workspace = open_workspace(model, exported, folder_name, train)
     protocol = replace(QUICK, threads=hardware.cores())
     results = ResultsFolder(folder)
-    last = run.Request((), ("cpu",), protocol, data, train.columns, results=results)
-    run.evaluation_data(workspace, last, say)  # reports unsuitable data before the search
+    final_request = run.Request((), ("cpu",), protocol, data, train.columns, results=results)
+    run.evaluation_data(workspace, final_request, say)  # reports unsuitable data before the search
     best, front = search(workspace, Request(objective, max_drop, budget), say, bar)
     names = dict.fromkeys(["torch-fp32", EXACT, best.baseline, *(outcome.variant for outcome in front)])
     with bar("the front on validation data") as progress:
-        result, journal = run.measure(workspace, replace(last, names=tuple(names)), say, progress)
+        result, journal = run.measure(workspace, replace(final_request, names=tuple(names)), say, progress)
     path = results.save_local(result, workspace.model)
     say(f"saved: {path}")
     journal.end()
     if as_json:
-        found = {"best": asdict(best), "front": [asdict(outcome) for outcome in front], "result": str(path)}
-        click.echo(json.dumps(found, indent=1))
+        output = {"best": asdict(best), "front": [asdict(outcome) for outcome in front], "result": str(path)}
+        click.echo(json.dumps(output, indent=1))
     else:
         print_table(compare([result], f"{best.baseline}@cpu"))
-        click.echo(f"\nbest on held-out rows: {sentence(best)}")
+        click.echo(f"\nbest on held-out rows: {summary(best)}")
         click.echo(workspace.path(best.variant))
     require_measured(result)

@@ -80,7 +80,7 @@ class BrokenLimit:
         else:
             share = f" ({self.excess:.1%})" if self.allowed else ""
             difference = self.value - self.allowed
-            text = f"{figure} {self.value:.2f} {unit}, limit {self.allowed:g}: above it by {difference:.3g}{share}"
+            text = f"{figure} {self.value:.2f} {unit}, limit {self.allowed:g}: over by {difference:.3g}{share}"
         return f"{text}; {self.remark}" if self.remark else text
 
 

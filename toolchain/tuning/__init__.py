@@ -30,8 +30,8 @@ from toolchain.progress import Bar, Say
 from toolchain.results import statistics
 from toolchain.results.measurements import Measurement, Samples
 from toolchain.system import hardware
-from toolchain.tuning.candidates import Candidate, Training, as_baseline, every, next_start
-from toolchain.tuning.study import Outcome, Study, opened
+from toolchain.tuning.candidates import Candidate, Training, all_candidates, baseline_candidate, next_start
+from toolchain.tuning.study import Outcome, Study, open_study
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -69,20 +69,20 @@ def tune(workspace: Workspace, request: Request, say: Say, bar: Bar) -> tuple[Ou
         VerdictError: No measured candidate keeps the accuracy.
     """
     digest = workspace.train.digest  # reports a missing file before anything is built
-    judge = _Judge.of(workspace, say, bar)
+    judge = _Judge.open(workspace, say, bar)
     built_by = ".".join(str(version) for _, version in STEPS.values())  # a new version may change the speed
     # Speed-ups over different baselines are not comparable.
-    about = (judge.root.id, digest, built_by, judge.baseline.manifest.variant)
+    identity = (judge.root.id, digest, built_by, judge.baseline.manifest.variant)
     path = workspace.cache / "tune" / f"{workspace.model}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    waiting = "another run is tuning this model, waiting"
-    with opened(path, request.objective, request.max_drop, about, lambda: say(waiting)) as study:
-        study.trained |= judge.trained(every(request.objective))
-        same = as_baseline(request.objective)
-        if judge.baseline.manifest.variant != BASELINE and same not in study.given_up:
-            study.give_up(study.begin(same), same, refused=True)
+    waiting_text = "another run is tuning this model; waiting for its end"
+    with open_study(path, request.objective, request.max_drop, identity, lambda: say(waiting_text)) as study:
+        study.trained |= judge.trained(all_candidates(request.objective))
+        candidate = baseline_candidate(request.objective)
+        if judge.baseline.manifest.variant != BASELINE and candidate not in study.given_up:
+            study.give_up(study.begin(candidate), candidate, refused=True)
         if study.outcomes:
-            say(f"going on from {len(study.outcomes)} trials of earlier runs")
+            say(f"continuing from {len(study.outcomes)} trials of earlier runs")
         search(study, judge.outcome, time.monotonic() + request.budget_s, say)
         if study.best is None:
             raise _no_candidate(study)
@@ -91,14 +91,14 @@ def tune(workspace: Workspace, request: Request, say: Say, bar: Bar) -> tuple[Ou
 
 def _no_candidate(study: Study) -> VerdictError:
     """Returns the error if no candidate keeps the accuracy, with the smallest drop and the failed validations."""
-    least = min(study.outcomes.values(), key=lambda outcome: outcome.drop, default=None)
-    tried = len(study.outcomes) + len(study.refused)
-    cause = [f"Nothing of {tried} candidates loses at most {study.max_drop:g} points"]
-    cause += [f"the least any lost was {least.drop:.2f}, {least.variant}"] if least else []
+    closest = min(study.outcomes.values(), key=lambda outcome: outcome.drop, default=None)
+    count = len(study.outcomes) + len(study.refused)
+    cause = [f"None of {count} candidates has an accuracy drop of at most {study.max_drop:g} points"]
+    cause += [f"the smallest drop is {closest.drop:.2f}, of {closest.variant}"] if closest else []
     cause += [f"{len(study.refused)} failed validation"] if study.refused else []
-    hint = ["Allow a larger --max-drop or --budget; the same command goes on from here."]
+    hint = ["Raise --max-drop or --budget; the same command continues the search."]
     if study.refused:
-        hint.append("Of a model trained longer or on more rows, fewer fail validation.")
+        hint.append("A model that is trained longer or on more rows passes validation more often.")
     return VerdictError(f"{'; '.join(cause)}.", " ".join(hint))
 
 
@@ -116,20 +116,20 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
     """
     idle = 0
     while time.monotonic() < deadline:
-        rest = study.rest
-        if not rest:
-            say("nothing is left that could be better")
+        remaining = study.remaining
+        if not remaining:
+            say("finished: no remaining candidate can be better")
             return
-        fitting = _in_time(study, rest, deadline - time.monotonic())
-        if not fitting:
-            say("no time is left to train what could be better; the same command goes on")
+        in_time = _fit_in_time(study, remaining, deadline - time.monotonic())
+        if not in_time:
+            say("no time is left for another training; the same command continues the search")
             return
         # One training takes as long as many quantisations, so finished trainings are quantised again first.
-        start = study.paid_for(fitting) or _start(study, rest)
-        if start in rest and start not in fitting:
-            start = study.at_hand(fitting)
-        trial, candidate = study.ask(fitting[0] if idle >= PROPOSALS else start)
-        if candidate not in fitting:
+        start = study.nearest_trained(in_time) or _choose_start(study, remaining)
+        if start in remaining and start not in in_time:
+            start = study.most_pruned_trained(in_time)
+        trial, candidate = study.ask(in_time[0] if idle >= PROPOSALS else start)
+        if candidate not in in_time:
             # A proposal stays possible: its untrained result may later show whether training is worth the time.
             study.give_up(trial, candidate, for_good=candidate == start)
             idle += 1
@@ -137,60 +137,68 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
         idle = 0
         say(f"trial {trial.number}: {candidate}")
         try:
-            _tried(study, measure, trial, candidate, say)
+            _run_trial(study, measure, trial, candidate, say)
         except (CheckpointError, PruningError, VerdictError) as error:  # not possible for this model, or failed
             say(f"given up: {error.cause}")
             study.give_up(trial, candidate, refused=isinstance(error, VerdictError))
             if isinstance(error, PruningError):  # more pruning is not possible either
-                study.given_up |= {each for each in rest if each.cut_as_far_as(candidate)}
+                study.given_up |= {other for other in remaining if other.prunes_as_much_as(candidate)}
 
 
-def _start(study: Study, rest: Sequence[Candidate]) -> Candidate | None:
+def _choose_start(study: Study, remaining: Sequence[Candidate]) -> Candidate | None:
     """Returns the next candidate of `next_start`, or one with its training that may still keep the accuracy."""
-    start = next_start(study.objective, study.over, study.given_up, study.max_drop)
-    if start is None or start in rest:
+    start = next_start(study.objective, study.excess_drops, study.given_up, study.max_drop)
+    if start is None or start in remaining:
         return start
-    alike = [each for each in rest if each.training == start.training]
-    return min(alike, key=lambda each: each.keep_fp32, default=start)
+    candidates = [candidate for candidate in remaining if candidate.training == start.training]
+    return min(candidates, key=lambda candidate: candidate.keep_fp32, default=start)
 
 
-def _in_time(study: Study, candidates: Sequence[Candidate], left_s: float) -> list[Candidate]:
-    """Returns the candidates whose training exists, or ends within `left_s` seconds at the slowest speed so far."""
-    spent = [outcome.training_s / each.epochs for each, outcome in study.outcomes.items() if outcome.training_s]
-    there = study.trained | {each.training for each in study.outcomes}
-    return [each for each in candidates if not spent or each.training in there or max(spent) * each.epochs <= left_s]
+def _fit_in_time(study: Study, candidates: Sequence[Candidate], remaining_s: float) -> list[Candidate]:
+    """Returns the candidates whose training exists, or ends in `remaining_s` seconds at the slowest speed so far."""
+    epoch_seconds = [
+        outcome.training_s / candidate.epochs for candidate, outcome in study.outcomes.items() if outcome.training_s
+    ]
+    finished_trainings = study.trained | {candidate.training for candidate in study.outcomes}
+    return [
+        candidate
+        for candidate in candidates
+        if not epoch_seconds
+        or candidate.training in finished_trainings
+        or max(epoch_seconds) * candidate.epochs <= remaining_s
+    ]
 
 
-def _tried(study: Study, measure: Measure, trial: Trial, candidate: Candidate, say: Say) -> None:
+def _run_trial(study: Study, measure: Measure, trial: Trial, candidate: Candidate, say: Say) -> None:
     """Measures the candidate without training first, and then with training if it can win."""
-    plain = candidate.untrained
-    if plain not in study.outcomes and plain not in study.given_up:
-        first = trial if plain == candidate else study.begin(plain)
+    untrained = candidate.untrained
+    if untrained not in study.outcomes and untrained not in study.given_up:
+        untrained_trial = trial if untrained == candidate else study.begin(untrained)
         try:
-            _measured(study, measure, first, plain, say)
+            _measure_candidate(study, measure, untrained_trial, untrained, say)
         except VerdictError as error:
             say(f"given up: {error.cause}")
-            study.give_up(first, plain, refused=True)  # training may widen its margins enough to pass
-    if plain == candidate:
+            study.give_up(untrained_trial, untrained, refused=True)  # training may widen its margins enough to pass
+    if untrained == candidate:
         return
-    if plain in study.settled:
-        say("not trained: that makes nothing better")
+    if untrained in study.candidates_without_training:
+        say("not trained: training cannot make it the best")
         study.give_up(trial, candidate)
         return
-    _measured(study, measure, trial, candidate, say)
+    _measure_candidate(study, measure, trial, candidate, say)
 
 
-def _measured(study: Study, measure: Measure, trial: Trial, candidate: Candidate, say: Say) -> None:
+def _measure_candidate(study: Study, measure: Measure, trial: Trial, candidate: Candidate, say: Say) -> None:
     outcome = measure(candidate)
     study.tell(trial, candidate, outcome)
-    say(f"{sentence(outcome)}{'; the best so far' if outcome == study.best else ''}")
+    say(f"{summary(outcome)}{'; the best so far' if outcome == study.best else ''}")
 
 
-def sentence(outcome: Outcome) -> str:
+def summary(outcome: Outcome) -> str:
     """Returns a one-line summary of an outcome."""
     return (
-        f"{outcome.variant}: {outcome.drop:+.2f} points lost, {outcome.latency:.2f} × as fast as {outcome.baseline}, "
-        f"{outcome.throughput:.2f} × in batches, {outcome.size / 1e6:.1f} MB"
+        f"{outcome.variant}: accuracy drop {outcome.drop:.2f} points, speed-up over {outcome.baseline} "
+        f"{outcome.latency:.2f}×, in batches {outcome.throughput:.2f}×, {outcome.size / 1e6:.1f} MB"
     )
 
 
@@ -204,65 +212,65 @@ class _Judge:
     workspace: Workspace
     root: Manifest
     layers: int
-    held: Data
+    held_out: Data
     encoder: Encoder
     baseline: Artifact
-    exact: float
+    exact_accuracy: float
     say: Say
     bar: Bar
 
     @classmethod
-    def of(cls, workspace: Workspace, say: Say, bar: Bar) -> _Judge:
+    def open(cls, workspace: Workspace, say: Say, bar: Bar) -> _Judge:
         """Builds the baseline and measures the accuracy of `onnx-fp32`.
 
         Raises:
             DataError: The training data do not fit the model.
         """
-        built = ensure(workspace, [EXACT], {}, say, bar)
-        root, baseline = built[checkpoints.ROOT_VARIANT], built[EXACT]
+        artifacts = ensure(workspace, [EXACT], {}, say, bar)
+        root, baseline = artifacts[checkpoints.ROOT_VARIANT], artifacts[EXACT]
         manifest = root.manifest
         data = workspace.train.load(root.label_set)
-        _, rows = inputs.hold_out(data)
-        held = data.select(rows)
+        _, held_out_rows = inputs.hold_out(data)
+        held_out = data.select(held_out_rows)
         names = [spec.name for spec in manifest.inputs]
         encoder = Encoder.open(workspace.path(checkpoints.ROOT_VARIANT), names, manifest.max_length)
         layers = layers_in(workspace.path(checkpoints.ROOT_VARIANT))
         try:
             baseline = ensure(workspace, [BASELINE], {}, skip_fresh_events(say), bar)[BASELINE]
         except VerdictError as error:
-            say(f"{error.cause} The search goes on without it; speed-ups refer to {EXACT}.")
-        judge = cls(workspace, manifest, layers, held, encoder, baseline, 0.0, say, bar)
-        return replace(judge, exact=_accuracy(judge._measured([built[EXACT]])[0]))
+            say(f"{error.cause} The search continues without it; speed-ups refer to {EXACT}.")
+        judge = cls(workspace, manifest, layers, held_out, encoder, baseline, 0.0, say, bar)
+        return replace(judge, exact_accuracy=_accuracy(judge._measure([artifacts[EXACT]])[0]))
 
     def outcome(self, candidate: Candidate) -> Outcome:
         """Builds the missing variants of the candidate and measures it."""
         chain = candidate.chain(self.layers)
         name = list(chain)[-1]
         artifact = ensure(self.workspace, [name], chain, skip_fresh_events(self.say), self.bar)[name]
-        beside, row = self._measured([self.baseline, artifact])
-        trained = self._trained(candidate)
+        baseline_row, row = self._measure([self.baseline, artifact])
+        training = self._load_training(candidate)
         return Outcome(
             variant=name,
             artifact_id=artifact.manifest.id,
-            drop=round(100 * (self.exact - _accuracy(row)), 2),
-            latency=_times(beside.latency, row.latency),
-            throughput=_times(beside.batches, row.batches),
+            drop=round(100 * (self.exact_accuracy - _accuracy(row)), 2),
+            latency=_speedup(baseline_row.latency, row.latency),
+            throughput=_speedup(baseline_row.batches, row.batches),
             size=artifact.manifest.size_bytes,
-            training_s=trained.manifest.facts["recovery"]["seconds"] if trained else 0.0,
+            training_s=training.manifest.facts["recovery"]["seconds"] if training else 0.0,
             baseline=self.baseline.manifest.variant,
         )
 
     def trained(self, candidates: Iterable[Candidate]) -> set[Training]:
         """Returns the trainings of these candidates that an earlier run has finished."""
-        one_of_each = {each.training: each for each in candidates if each.epochs}
-        return {training for training, each in one_of_each.items() if self._trained(each)}
+        candidate_by_training = {candidate.training: candidate for candidate in candidates if candidate.epochs}
+        return {training for training, candidate in candidate_by_training.items() if self._load_training(candidate)}
 
-    def _trained(self, candidate: Candidate) -> Artifact | None:
+    def _load_training(self, candidate: Candidate) -> Artifact | None:
         steps = candidate.chain(self.layers).items()
         name = next((name for name, step in steps if isinstance(step, Recover)), None)
         return self.workspace.load(name) if name else None
 
-    def _measured(self, artifacts: list[Artifact]) -> list[Measurement]:
+    def _measure(self, artifacts: list[Artifact]) -> list[Measurement]:
         cells = [
             Cell(
                 self.workspace.model,
@@ -275,7 +283,7 @@ class _Judge:
         ]
         protocol = replace(PROTOCOL, threads=hardware.cores())
         with self.bar("tune") as progress:
-            rows, _ = bench(cells, self.held, self.encoder, protocol, progress)
+            rows, _ = bench(cells, self.held_out, self.encoder, protocol, progress)
         for row in rows:
             if row.status != "ok":
                 raise BenchError(f"{row.cell} could not be measured: {row.reason}", row.mend)
@@ -287,7 +295,7 @@ def _accuracy(row: Measurement) -> float:
     return row.accuracy.value
 
 
-def _times(slower: Samples | None, faster: Samples | None) -> float:
+def _speedup(slower: Samples | None, faster: Samples | None) -> float:
     assert slower is not None  # the benchmark measured every cell
     assert faster is not None
     return round(statistics.ratio(slower.sentence_times(), faster.sentence_times()).value, 4)

@@ -17,9 +17,9 @@ OBJECTIVES = ("latency", "throughput", "size")
 DEPTHS = (67, 50, 100)  # per cent of the layers to keep
 RATIOS = (0, 30, 40, 50, 60, 64, 67, 70, 73, 76, 80, 84, 88, 92)
 EPOCHS = (0, 1, 4)
-KEPT = (0, 1, 2, 4)
-OUTWEIGHS = 10  # percentage points of ratio; see `hopeless`
-OTHERWISE = 0.3  # points of accuracy that another quantisation may recover
+FP32_LAYERS = (0, 1, 2, 4)
+RATIO_MARGIN = 10  # percentage points of ratio; see `is_hopeless`
+REQUANTISATION_GAIN = 0.3  # points of accuracy that another quantisation may recover
 
 Training = tuple[int, str, int, int]  # ratio, cost, depth, epochs: equal values need one training
 
@@ -51,9 +51,9 @@ class Candidate:
     def __str__(self) -> str:
         depth = f", {self.depth} % of the layers" if self.depth < 100 else ""
         pruned = f"{self.ratio} % pruned by {self.cost}{depth}, {self.epochs} epochs" if self.ratio else "not pruned"
-        kept = f", {self.keep_fp32} linear layers in fp32" if self.keep_fp32 else ""
+        fp32_layers = f", {self.keep_fp32} linear layers in fp32" if self.keep_fp32 else ""
         trimmed = ", vocabulary trimmed" if self.trimmed else ""
-        return f"{pruned}, {self.scheme}, tables {self.embeddings}{kept}{trimmed}"
+        return f"{pruned}, {self.scheme}, tables {self.embeddings}{fp32_layers}{trimmed}"
 
     @property
     def quantisation(self) -> tuple[str | int | bool, ...]:
@@ -62,15 +62,15 @@ class Candidate:
 
     @functools.cached_property
     def kind(self) -> tuple[str | int | bool, ...]:
-        """Returns the settings in which two candidates must agree before `hopeless` compares their other settings."""
+        """Returns the settings that must be equal before `is_hopeless` compares the other settings."""
         return (self.depth, self.cost, self.scheme, self.embeddings, self.trimmed)
 
     @property
     def training(self) -> Training:
-        """Returns the settings that it shares with candidates that differ only in quantisation."""
+        """Returns the settings of pruning and recovery; candidates that share them differ only in quantisation."""
         return (self.ratio, self.cost, self.depth, self.epochs)
 
-    def cut_as_far_as(self, other: Candidate) -> bool:
+    def prunes_as_much_as(self, other: Candidate) -> bool:
         """Returns whether this candidate prunes at least as much as `other`, with the same depth and cost."""
         return (self.depth, self.cost) == (other.depth, other.cost) and self.ratio >= other.ratio
 
@@ -79,25 +79,25 @@ class Candidate:
         """Returns the same candidate without recovery, which has the same speed and size."""
         return replace(self, epochs=0)
 
-    def layers(self, of: int) -> int | None:
-        """Returns how many of the encoder's `of` layers to keep; None means all."""
-        return max(1, round(of * self.depth / 100)) if self.depth < 100 else None
+    def layers(self, total: int) -> int | None:
+        """Returns how many of the encoder's `total` layers to keep; None means all."""
+        return max(1, round(total * self.depth / 100)) if self.depth < 100 else None
 
     def steps(self, layers: int) -> list[Step]:
         """Returns the build steps after the import, for an encoder with `layers` layers."""
         pruning = Prune(self.ratio / 100, cost=self.cost, layers=self.layers(layers))
-        found: list[Step] = [pruning] if self.ratio else []
+        steps: list[Step] = [pruning] if self.ratio else []
         if self.ratio and self.epochs:
-            found.append(Recover(self.epochs))
-        own = "int4" if self.scheme == "int4" else "int8"
-        tables = self.embeddings if self.embeddings != own else None
-        last = Quantize(
+            steps.append(Recover(self.epochs))
+        scheme_type = "int4" if self.scheme == "int4" else "int8"
+        tables = self.embeddings if self.embeddings != scheme_type else None
+        quantisation = Quantize(
             scheme=self.scheme,
             embeddings=tables,
             keep_fp32=self.keep_fp32 or None,
             trim_vocab=TRAIN if self.trimmed else None,
         )
-        return [*found, Export(), Optimize.for_provider("cpu"), last]
+        return [*steps, Export(), Optimize.for_provider("cpu"), quantisation]
 
     def chain(self, layers: int) -> dict[str, Step]:
         """Returns the labelled variants in build order, each with the step that builds it.
@@ -107,12 +107,16 @@ class Candidate:
         Args:
             layers: Number of layers of the model's encoder.
         """
-        kept = self.layers(layers)
+        layer_count = self.layers(layers)
         structure = "-".join(
-            [LABEL, *(["latency"] if self.cost == "latency" else []), *([f"{kept}layers"] if kept else [])]
+            [
+                LABEL,
+                *(["latency"] if self.cost == "latency" else []),
+                *([f"{layer_count}layers"] if layer_count else []),
+            ]
         )
         steps = self.steps(layers)
-        last = "-".join(
+        quantised_label = "-".join(
             [
                 structure if self.ratio else LABEL,
                 *([f"{self.embeddings}tables"] if steps[-1].embeddings else []),  # type: ignore[union-attr]
@@ -120,14 +124,14 @@ class Candidate:
                 *(["trimmed"] if self.trimmed else []),
             ]
         )
-        found: dict[str, Step] = {}
+        chain: dict[str, Step] = {}
         name = "torch-fp32"
         for step in steps:
-            label = last if isinstance(step, Quantize) else structure if self.ratio else ""
+            label = quantised_label if isinstance(step, Quantize) else structure if self.ratio else ""
             name = derive_variant(name, step, label).name
             if label:
-                found[name] = step
-        return found
+                chain[name] = step
+        return chain
 
 
 # The choices for each setting, by objective. Unpruned candidates use the first depth and the first cost.
@@ -138,7 +142,7 @@ _FAST: dict[str, Sequence[str | int | bool]] = {
     "epochs": EPOCHS,
     "scheme": ("dynamic", "static"),
     "embeddings": ("int8",),
-    "keep_fp32": KEPT,
+    "keep_fp32": FP32_LAYERS,
     "trimmed": (False,),
 }
 _SMALL: dict[str, Sequence[str | int | bool]] = {
@@ -153,28 +157,33 @@ SPACE = {"latency": _FAST, "throughput": _FAST, "size": _SMALL}
 
 
 @functools.cache
-def _unpruned(objective: str) -> list[Candidate]:
+def _unpruned_candidates(objective: str) -> list[Candidate]:
     """Returns the candidates without pruning, those with the fewest fp32 layers first."""
-    return sorted((each for each in every(objective) if not each.ratio), key=lambda each: each.keep_fp32)
+    return sorted(
+        (candidate for candidate in all_candidates(objective) if not candidate.ratio),
+        key=lambda candidate: candidate.keep_fp32,
+    )
 
 
-def as_baseline(objective: str) -> Candidate:
+def baseline_candidate(objective: str) -> Candidate:
     """Returns the unpruned candidate with the quantisation of `onnx-int8`."""
-    return next(each for each in _unpruned(objective) if each.quantisation == Candidate().quantisation)
+    return next(
+        candidate for candidate in _unpruned_candidates(objective) if candidate.quantisation == Candidate().quantisation
+    )
 
 
-def first(objective: str, ratio: int, epochs: int, given_up: Container[Candidate] = ()) -> Candidate:
+def first_candidate(objective: str, ratio: int, epochs: int, given_up: Container[Candidate] = ()) -> Candidate:
     """Returns the candidate to try first at that ratio.
 
     Its quantisation is that of the first unpruned candidate that is not in `given_up`.
     """
-    unpruned = _unpruned(objective)
-    plain = next((each for each in unpruned if each not in given_up), unpruned[0])
-    return replace(plain, ratio=ratio, epochs=epochs if ratio else 0)
+    unpruned = _unpruned_candidates(objective)
+    unpruned_candidate = next((candidate for candidate in unpruned if candidate not in given_up), unpruned[0])
+    return replace(unpruned_candidate, ratio=ratio, epochs=epochs if ratio else 0)
 
 
 def next_start(
-    objective: str, over: Mapping[Training, float], given_up: Container[Candidate], allowed: float
+    objective: str, excess_drops: Mapping[Training, float], given_up: Container[Candidate], max_drop: float
 ) -> Candidate | None:
     """Returns the next candidate to try before sampling, in a search for the largest ratio that keeps the accuracy.
 
@@ -186,76 +195,91 @@ def next_start(
 
     Args:
         objective: One of `OBJECTIVES`.
-        over: Excess accuracy drop of each training in points above `allowed`, for its best quantisation.
+        excess_drops: Excess accuracy drop of each training in points above `max_drop`, for its best quantisation.
         given_up: Candidates that count as not keeping the accuracy.
-        allowed: Largest allowed accuracy drop, in percentage points.
+        max_drop: Largest allowed accuracy drop, in percentage points.
 
     Returns:
         The candidate, or None if the largest ratio is known.
     """
-    return _climbed(objective, over, given_up, allowed) or _climbed(objective, over, given_up, 0.0)
+    return _climb(objective, excess_drops, given_up, max_drop) or _climb(objective, excess_drops, given_up, 0.0)
 
 
-def _climbed(
-    objective: str, over: Mapping[Training, float], given_up: Container[Candidate], near: float
+def _climb(
+    objective: str, excess_drops: Mapping[Training, float], given_up: Container[Candidate], tolerance: float
 ) -> Candidate | None:
     low = 0
     for epochs in EPOCHS[1:]:
         high = len(RATIOS)
-        ladder = [first(objective, ratio, epochs, given_up) for ratio in RATIOS]
-        if ladder[0].training not in over and ladder[0] not in given_up:
+        ladder = [first_candidate(objective, ratio, epochs, given_up) for ratio in RATIOS]
+        if ladder[0].training not in excess_drops and ladder[0] not in given_up:
             return ladder[0]
         while high - low > 1:
             middle = (low + high) // 2 if epochs == EPOCHS[1] else low + 1
             candidate = ladder[middle]
-            kept = over.get(candidate.untrained.training, math.inf) <= 0
-            if not kept and candidate.training not in over and candidate not in given_up:
+            keeps = excess_drops.get(candidate.untrained.training, math.inf) <= 0
+            if not keeps and candidate.training not in excess_drops and candidate not in given_up:
                 return candidate
-            excess = 0.0 if kept else over.get(candidate.training, math.inf)
+            excess = 0.0 if keeps else excess_drops.get(candidate.training, math.inf)
             low, high = (middle, high) if excess <= 0 else (low, middle)
-            if 0 < excess <= near and epochs < EPOCHS[-1]:
+            if 0 < excess <= tolerance and epochs < EPOCHS[-1]:
                 low = middle - 1
                 break
     return None
 
 
-def hopeless(objective: str, candidate: Candidate, known: Mapping[Candidate, bool]) -> bool:
+def is_hopeless(objective: str, candidate: Candidate, kept_by_candidate: Mapping[Candidate, bool]) -> bool:
     """Returns whether the known outcomes make it unnecessary to build the candidate.
 
     The function assumes that more pruning makes a model faster, smaller and less accurate. More training makes it more
-    accurate. More fp32 layers make it slower, larger and more accurate. With `OUTWEIGHS` points more pruning and no
+    accurate. More fp32 layers make it slower, larger and more accurate. With `RATIO_MARGIN` points more pruning and no
     more layers, a model is faster for any cost, quantisation and number of fp32 layers. This last rule does not apply
     to the objective ``size``.
 
     Args:
         objective: One of `OBJECTIVES`.
         candidate: The candidate to check.
-        known: For each measured candidate, whether it keeps the accuracy.
+        kept_by_candidate: For each measured candidate, whether it keeps the accuracy.
     """
-    if candidate in known:
+    if candidate in kept_by_candidate:
         return True
-    for other, kept in known.items():
-        alike = other.kind == candidate.kind
-        further = other.ratio >= candidate.ratio + OUTWEIGHS and other.depth <= candidate.depth and objective != "size"
-        if kept and (further or (alike and other.ratio >= candidate.ratio and other.keep_fp32 <= candidate.keep_fp32)):
+    for other, keeps in kept_by_candidate.items():
+        same_kind = other.kind == candidate.kind
+        prunes_more = (
+            other.ratio >= candidate.ratio + RATIO_MARGIN and other.depth <= candidate.depth and objective != "size"
+        )
+        if keeps and (
+            prunes_more or (same_kind and other.ratio >= candidate.ratio and other.keep_fp32 <= candidate.keep_fp32)
+        ):
             return True
-        loses = other.ratio <= candidate.ratio and other.epochs >= candidate.epochs
-        if alike and not kept and loses and other.keep_fp32 >= candidate.keep_fp32:
+        is_easier = other.ratio <= candidate.ratio and other.epochs >= candidate.epochs
+        if same_kind and not keeps and is_easier and other.keep_fp32 >= candidate.keep_fp32:
             return True
     return False
 
 
 @functools.cache
-def every(objective: str) -> tuple[Candidate, ...]:
+def all_candidates(objective: str) -> tuple[Candidate, ...]:
     """Returns every candidate of an objective. Cost, depth and epochs vary only for pruned candidates."""
     names, choices = zip(*SPACE[objective].items(), strict=True)
-    found = (Candidate(**dict(zip(names, values, strict=True))) for values in itertools.product(*choices))
-    plain = {name: choices[names.index(name)][0] for name in ("depth", "cost")}
-    return tuple(each for each in found if each.ratio or each == replace(each, **plain, epochs=0))
+    combinations = (Candidate(**dict(zip(names, values, strict=True))) for values in itertools.product(*choices))
+    unpruned_settings = {name: choices[names.index(name)][0] for name in ("depth", "cost")}
+    return tuple(
+        candidate
+        for candidate in combinations
+        if candidate.ratio or candidate == replace(candidate, **unpruned_settings, epochs=0)
+    )
 
 
-def worthwhile(
-    among: Iterable[Candidate], objective: str, known: Mapping[Candidate, bool], given_up: Container[Candidate]
+def select_worthwhile(
+    candidates: Iterable[Candidate],
+    objective: str,
+    kept_by_candidate: Mapping[Candidate, bool],
+    given_up: Container[Candidate],
 ) -> list[Candidate]:
     """Returns the candidates that may still be better than the known outcomes."""
-    return [each for each in among if each not in given_up and not hopeless(objective, each, known)]
+    return [
+        candidate
+        for candidate in candidates
+        if candidate not in given_up and not is_hopeless(objective, candidate, kept_by_candidate)
+    ]

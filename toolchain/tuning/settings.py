@@ -14,17 +14,19 @@ from toolchain.pruning.setup import shared_setup
 from toolchain.quantization import sensitivity
 
 
-def fewest_kept(workspace: Workspace, parent: str, step: Quantize, max_drop: float, say: Say, bar: Bar) -> int:
+def fewest_fp32_layers(workspace: Workspace, parent: str, step: Quantize, max_drop: float, say: Say, bar: Bar) -> int:
     """Finds the smallest number of layers of `parent` that must stay fp32; see `sensitivity.fewest_fp32_layers`."""
-    subject = sensitive(workspace, parent, step, say, bar)
+    subject = sensitivity_setup(workspace, parent, step, say, bar)
     with bar("quantize") as progress:
-        kept, tried = sensitivity.fewest_fp32_layers(subject, max_drop, progress)
-    for each, drop in tried:
-        say(f"{each} layers in fp32: {drop:+.2f} points lost on held-out rows")
-    return kept
+        count, drops = sensitivity.fewest_fp32_layers(subject, max_drop, progress)
+    for layers, drop in drops:
+        say(f"{layers} layers in fp32: accuracy drop {drop:.2f} points on held-out rows")
+    return count
 
 
-def sensitive(workspace: Workspace, parent: str, step: Quantize, say: Say, bar: Bar) -> sensitivity.SensitivitySetup:
+def sensitivity_setup(
+    workspace: Workspace, parent: str, step: Quantize, say: Say, bar: Bar
+) -> sensitivity.SensitivitySetup:
     """Returns `parent` as input of the sensitivity analysis for `step`; builds it if it is missing."""
     built = ensure(workspace, [parent], {}, say, bar)[parent]
     passes = linear_passes(step, built.manifest.variant.parts.std)
@@ -38,10 +40,10 @@ def largest_ratio(workspace: Workspace, step: Prune, max_drop: float, say: Say, 
     See `pruning.largest_ratio`.
     """
     root = ensure(workspace, [checkpoints.ROOT_VARIANT], {}, say, bar)[checkpoints.ROOT_VARIANT]
-    given = shared_setup(root, workspace.train, step.sentences, step.seed)
+    setup = shared_setup(root, workspace.train, step.sentences, step.seed)
     with bar("prune") as progress:
-        price, _ = price_of(given, step.cost, workspace.cache, progress)
-        ratio, tried = pruning.largest_ratio(given, step.method, price, max_drop, progress, step.layers)
-    for each, drop in tried:
-        say(f"ratio {each:.2f}: {drop:+.2f} points lost on held-out rows")
+        price, _ = price_of(setup, step.cost, workspace.cache, progress)
+        ratio, drops = pruning.largest_ratio(setup, step.method, price, max_drop, progress, step.layers)
+    for tried_ratio, drop in drops:
+        say(f"ratio {tried_ratio:.2f}: accuracy drop {drop:.2f} points on held-out rows")
     return ratio

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolchain.artifacts.publishing import lock
-from toolchain.tuning.candidates import OTHERWISE, SPACE, Candidate, Training, every, worthwhile
+from toolchain.tuning.candidates import (
+    REQUANTISATION_GAIN,
+    SPACE,
+    Candidate,
+    Training,
+    all_candidates,
+    select_worthwhile,
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -72,7 +79,7 @@ class Study:
         self.refused: set[Candidate] = set()
         self.trained: set[Training] = set()
         self._interrupted: list[Candidate] = []
-        self._rest, self._weighed = list(every(objective)), 0
+        self._remaining, self._compared = list(all_candidates(objective)), 0
         for trial in study.trials:
             candidate = Candidate(**trial.params) if len(trial.params) == len(SPACE[objective]) else None
             if trial.state in (TrialState.RUNNING, TrialState.WAITING):
@@ -87,43 +94,52 @@ class Study:
         study.sampler = TPESampler(seed=SEED + len(study.trials))
 
     @property
-    def known(self) -> dict[Candidate, bool]:
+    def kept_by_candidate(self) -> dict[Candidate, bool]:
         """Returns for each measured candidate whether it keeps the accuracy."""
         return {candidate: self.keeps(outcome) for candidate, outcome in self.outcomes.items()}
 
     @property
-    def over(self) -> dict[Training, float]:
+    def excess_drops(self) -> dict[Training, float]:
         """Returns the excess accuracy drop of each training, in points above the limit.
 
         The value is that of the training's best quantisation. A value of at most 0 keeps the accuracy.
         """
-        least: dict[Training, float] = {}
+        smallest: dict[Training, float] = {}
         for candidate, outcome in self.outcomes.items():
             excess = outcome.drop - self.max_drop
-            least[candidate.training] = min(excess, least.get(candidate.training, excess))
-        return least
+            smallest[candidate.training] = min(excess, smallest.get(candidate.training, excess))
+        return smallest
 
     @property
-    def rest(self) -> list[Candidate]:
+    def remaining(self) -> list[Candidate]:
         """Returns all candidates that may still be better than the known outcomes."""
         # A candidate that one outcome rules out stays ruled out, so only new outcomes are compared.
-        known = self.known
-        new = dict(itertools.islice(known.items(), self._weighed, None))
-        self._rest, self._weighed = worthwhile(self._rest, self.objective, new, self.given_up), len(known)
-        settled = self.settled
-        self._rest = [each for each in self._rest if not (each.epochs and each.untrained in settled)]
-        return self._rest
+        kept_by_candidate = self.kept_by_candidate
+        new_outcomes = dict(itertools.islice(kept_by_candidate.items(), self._compared, None))
+        self._remaining, self._compared = (
+            select_worthwhile(self._remaining, self.objective, new_outcomes, self.given_up),
+            len(kept_by_candidate),
+        )
+        without_training = self.candidates_without_training
+        self._remaining = [
+            candidate
+            for candidate in self._remaining
+            if not (candidate.epochs and candidate.untrained in without_training)
+        ]
+        return self._remaining
 
     @property
-    def settled(self) -> set[Candidate]:
+    def candidates_without_training(self) -> set[Candidate]:
         """Returns the candidates that were measured untrained and need no training.
 
         Either they keep the accuracy without training, or their cost is at least that of the best outcome. Training
         does not change the cost.
         """
         best = self.best.cost(self.objective) if self.best else math.inf
-        plain = ((each, outcome) for each, outcome in self.outcomes.items() if not each.epochs)
-        return {each for each, found in plain if self.keeps(found) or found.cost(self.objective) >= best}
+        untrained = ((candidate, outcome) for candidate, outcome in self.outcomes.items() if not candidate.epochs)
+        return {
+            candidate for candidate, outcome in untrained if self.keeps(outcome) or outcome.cost(self.objective) >= best
+        }
 
     def keeps(self, outcome: Outcome) -> bool:
         """Returns whether the accuracy drop is within the limit."""
@@ -132,31 +148,38 @@ class Study:
     @property
     def best(self) -> Outcome | None:
         """Returns the outcome of least cost that keeps the accuracy, or None."""
-        kept = [outcome for outcome in self.outcomes.values() if self.keeps(outcome)]
-        return min(kept, key=lambda outcome: outcome.cost(self.objective), default=None)
+        keeping = [outcome for outcome in self.outcomes.values() if self.keeps(outcome)]
+        return min(keeping, key=lambda outcome: outcome.cost(self.objective), default=None)
 
     @property
     def front(self) -> list[Outcome]:
         """Returns the Pareto front of accuracy and objective, the most accurate outcome first."""
-        found: list[Outcome] = []
+        front: list[Outcome] = []
         for outcome in sorted(self.outcomes.values(), key=lambda o: (o.drop, o.cost(self.objective))):
-            if not found or outcome.cost(self.objective) < found[-1].cost(self.objective):
-                found.append(outcome)
-        return found
+            if not front or outcome.cost(self.objective) < front[-1].cost(self.objective):
+                front.append(outcome)
+        return front
 
-    def paid_for(self, among: Iterable[Candidate]) -> Candidate | None:
+    def nearest_trained(self, candidates: Iterable[Candidate]) -> Candidate | None:
         """Returns the candidate whose finished training misses the accuracy limit by the least, or None.
 
-        The training must miss the limit by at most `OTHERWISE` points. Another quantisation of it takes about a minute.
+        The training must miss the limit by at most `REQUANTISATION_GAIN` points. Another quantisation of it takes about
+        a minute.
         """
-        near = {training: excess for training, excess in self.over.items() if 0 < excess <= OTHERWISE}
-        found = [each for each in among if each.epochs and each.training in near]
-        return min(found, key=lambda each: (near[each.training], each.keep_fp32), default=None)
+        excess_by_training = {
+            training: excess for training, excess in self.excess_drops.items() if 0 < excess <= REQUANTISATION_GAIN
+        }
+        trained = [
+            candidate for candidate in candidates if candidate.epochs and candidate.training in excess_by_training
+        ]
+        return min(
+            trained, key=lambda candidate: (excess_by_training[candidate.training], candidate.keep_fp32), default=None
+        )
 
-    def at_hand(self, among: Iterable[Candidate]) -> Candidate | None:
+    def most_pruned_trained(self, candidates: Iterable[Candidate]) -> Candidate | None:
         """Returns the most pruned candidate that an earlier run has trained, or None."""
-        found = [each for each in among if each.epochs and each.training in self.trained]
-        return max(found, key=lambda each: (each.ratio, -each.keep_fp32), default=None)
+        trained = [candidate for candidate in candidates if candidate.epochs and candidate.training in self.trained]
+        return max(trained, key=lambda candidate: (candidate.ratio, -candidate.keep_fp32), default=None)
 
     def ask(self, start: Candidate | None) -> tuple[Trial, Candidate]:
         """Begins the next trial: `start`, else one that an interrupted run began, else a proposal of the sampler."""
@@ -199,8 +222,8 @@ class Study:
 
 
 @contextmanager
-def opened(
-    path: Path, objective: str, max_drop: float, about: Sequence[str], waiting: Callable[[], None]
+def open_study(
+    path: Path, objective: str, max_drop: float, identity: Sequence[str], on_wait: Callable[[], None]
 ) -> Iterator[Study]:
     """Opens the study of an objective and an allowed drop; locks its file for one process at a time.
 
@@ -208,17 +231,17 @@ def opened(
         path: File that holds the trials.
         objective: One of `candidates.OBJECTIVES`.
         max_drop: Largest allowed accuracy drop, in percentage points.
-        about: Values that distinguish models, training data, step versions and baselines.
-        waiting: Called before the function waits for the lock.
+        identity: Values that distinguish models, training data, step versions and baselines.
+        on_wait: Called before the function waits for the lock.
     """
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(logging.ERROR)
-    with lock(path, waiting):
+    with lock(path, on_wait):
         storage = JournalStorage(JournalFileBackend(str(path)))
         # Optuna accepts no new choices in an existing study, so the name contains their hash.
         space = hashlib.sha256(json.dumps(SPACE[objective]).encode()).hexdigest()[:8]
-        name = "/".join([objective, f"{max_drop:g}", *about, space])
+        name = "/".join([objective, f"{max_drop:g}", *identity, space])
         yield Study(optuna.create_study(storage=storage, study_name=name, load_if_exists=True), objective, max_drop)
