@@ -182,7 +182,7 @@ def test_bench_without_a_cuda_device_has_rows_with_reason_and_hint(at, say, tiny
     monkeypatch.setattr("toolchain.system.hardware.gpus", lambda: ([], ""))
     code, out, err = say("bench", "--provider", "cuda", "--quick", "--model", tiny_checkpoint)
     assert code == 1
-    assert "Nothing could be measured: No NVIDIA GPU" in err
+    assert "No cell was measured: No NVIDIA GPU" in err
     assert ", ".join(f"{name}@cuda" for name in DEFAULT_CELLS["cuda"]) + " unavailable" in out
     assert "toolchain doctor" in out
     file = next((at / "benchmarks/results/local").glob("tiny-*.json"))
@@ -309,7 +309,7 @@ def bench_as(at, say, monkeypatch, tiny_checkpoint):
 def test_a_name_that_is_taken_is_refused_before_anything_is_measured(bench_as, options):
     code, out, err, kept = bench_as(*options)
     assert (code, out) == (1, "")
-    assert "benchmarks/results/kept.json exists. Give another name with --save-as, or replace it with --force." in err
+    assert "benchmarks/results/kept.json exists. Choose another name with --save-as, or replace it with --force." in err
     assert kept.read_text() == "older"
 
 
@@ -364,7 +364,7 @@ def test_a_name_of_one_machine_of_a_cluster_is_refused_before_anything_is_measur
     (kept / "kept-0b.json").write_text("older")
     code, out, err = say(*command)
     assert (code, out) == (1, "")
-    assert "benchmarks/results/kept-0b.json exists. Give another name" in err
+    assert "benchmarks/results/kept-0b.json exists. Choose another name" in err
     assert [path.name for path in kept.iterdir()] == ["kept-0b.json"]
     assert say(*command, "--force")[0] == 0
     assert [ResultFile.read(kept / f"kept-{name}.json").machine["id"] for name in ("0a", "0b")] == ["0a", "0b"]
@@ -398,7 +398,7 @@ def test_a_run_is_held_against_an_older_one(two_runs, say):
     assert "onnx-int8@cpu" in out
     assert say("compare", "new.json", "--against", "old.json", "--max-regression", "100")[0] == 0
     code, _, err = say("compare", "old.json", "--against", "old.json")
-    assert (code, "is the run itself" in err) == (1, True)
+    assert (code, "is the new run itself" in err) == (1, True)
     code, _, err = say("compare", "new.json", "--against", "old.json", "--max-regression", "much")
     assert code == 2
     code, out, _ = say("compare", "new.json", "--against", "old.json", "--json")

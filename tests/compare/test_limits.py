@@ -198,7 +198,7 @@ def test_nothing_within_the_limits_is_the_answer_no():
 def test_the_interval_says_what_may_be_chance_where_no_answers_are_kept():
     rows = rows_of(FP32, timed("onnx-int8", 1, range(12), predictions=()))
     broken = check_limits(rows, Limits(max_drop=1)).misses[0].broken[0]
-    assert broken.remark.startswith("its interval, 80.")
+    assert broken.remark.startswith("the interval 80.")
     assert broken.remark.endswith("includes the baseline's accuracy: may be chance")
     sure = rows_of(FP32, timed("onnx-int8", 1, range(60)))
     assert "McNemar p 1.8e-15" in check_limits(sure, Limits(max_drop=1)).misses[0].broken[0].remark
@@ -215,7 +215,7 @@ def test_a_noisy_or_stale_winner_is_called_so():
     assert line.startswith(
         "Winner: onnx-int8@cpu: p50 1.00 ms, p95 1.00 ms, accuracy 90.00% (+0.00 points), size 20.0 MB"
     )
-    assert "[noisy: the host took 20% of the processor] [stale: the artifact has been built anew since]" in line
+    assert "[noisy: the host took 20% of the processor] [stale: a newer build has replaced the artifact]" in line
     assert choice_json(verdict)["winner"]["stale"] is True
     json.dumps(choice_json(verdict), allow_nan=False)
 
@@ -457,7 +457,7 @@ def test_another_gpu_is_another_device_for_its_own_rows_alone():
 
 def test_runs_that_share_nothing_are_an_error_in_words():
     for old in ([FP32], [FAILED], []):
-        with pytest.raises(ResultFileError, match="share no measured cell"):
+        with pytest.raises(ResultFileError, match="no measured cell in common"):
             find_regressions(rows_of(INT8), rows_of(*old) if old else [], 0.05)
 
 

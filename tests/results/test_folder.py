@@ -37,7 +37,7 @@ def test_runs_that_end_in_one_second_have_a_file_each(tmp_path):
 
 def test_a_run_without_a_measured_row_or_with_a_failed_one_is_refused():
     require_measured(result(FP32, NO_GPU))
-    with pytest.raises(BenchError, match="Nothing could be measured: No GPU"):
+    with pytest.raises(BenchError, match="No cell was measured: No GPU"):
         require_measured(result(NO_GPU))
     failed = Measurement("m", "onnx-int8", "cpu", None, "failed", "It crashed.", "Look.")
     with pytest.raises(BenchError, match="1 of 2 cells failed: onnx-int8@cpu: It crashed"):
@@ -60,6 +60,6 @@ def test_the_newest_run_that_measured_an_artifact_counts(tmp_path):
 
 def test_an_old_run_is_not_compared_with_itself(tmp_path):
     result(FP32, run={"id": "a"}).write(tmp_path / "a.json")
-    with pytest.raises(BenchError, match="is the run itself"):
+    with pytest.raises(BenchError, match="is the new run itself"):
         read_old_run(tmp_path / "a.json", [result(FP32, run={"id": "a"})])
     assert read_old_run(tmp_path / "a.json", [result(FP32, run={"id": "b"})]).run["id"] == "a"

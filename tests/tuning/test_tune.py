@@ -21,7 +21,7 @@ from toolchain.tuning import _choose_start, _fit_in_time, search
 from toolchain.tuning.candidates import (
     DEPTHS,
     EPOCHS,
-    KEPT,
+    FP32_LAYERS,
     RATIOS,
     SPACE,
     Candidate,
@@ -128,7 +128,7 @@ candidates = st.builds(
     st.sampled_from(EPOCHS),
     st.just("dynamic"),
     st.just("int8"),
-    st.sampled_from(KEPT),
+    st.sampled_from(FP32_LAYERS),
     st.just(False),
     st.sampled_from(DEPTHS),
 )
@@ -162,7 +162,7 @@ def test_the_search_finds_the_best_and_trains_only_what_could_win(tmp_path):
         for d in DEPTHS
         for c in ("latency", "parameters")
         for e in EPOCHS
-        for k in KEPT
+        for k in FP32_LAYERS
     ]
     kept = [world.outcome(candidate) for candidate in everything if world.outcome(candidate).drop <= 1.0]
     assert best.latency == max(outcome.latency for outcome in kept)

@@ -60,7 +60,7 @@ class ResultsFolder:
         """
         runs = [run for run in self._read_all(say) if any(row.model == model for row in run.rows)]
         if not runs:
-            raise BenchError(f"There is no result of {model} under {self.path}.", "`toolchain bench` measures it.")
+            raise BenchError(f"There is no result of {model} in {self.path}.", "Measure it with `toolchain bench`.")
         return max(runs, key=lambda run: run.created)
 
     def measurements_of(self, ids: Collection[str], say: Say) -> dict[str, tuple[ResultFile, Measurement]]:
@@ -94,7 +94,7 @@ def require_free(path: Path) -> None:
 
 
 def _name_taken(path: Path) -> ResultFileError:
-    return ResultFileError(f"{path} exists.", "Give another name with --save-as, or replace it with --force.")
+    return ResultFileError(f"{path} exists.", "Choose another name with --save-as, or replace it with --force.")
 
 
 def save_named(result: ResultFile, path: Path, *, force: bool) -> None:
@@ -122,7 +122,8 @@ def read_old_run(path: Path, new_runs: Sequence[ResultFile]) -> ResultFile:
     old = ResultFile.read(path)
     if any(run.run.get("id") == old.run.get("id") and run.created == old.created for run in new_runs):
         raise BenchError(
-            f"{path} is the run itself.", "Name the newer result file: `toolchain compare NEW --against OLD`."
+            f"{path} is the new run itself, so there is no older run.",
+            "Name the newer result file: `toolchain compare NEW --against OLD`.",
         )
     return old
 
@@ -139,4 +140,4 @@ def require_measured(*results: ResultFile) -> None:
         reasons = "; ".join(f"{row.cell}: {row.reason}" for row in failed)
         raise BenchError(f"{len(failed)} of {len(rows)} cells failed: {reasons}", failed[0].mend)
     if not any(row.status == "ok" for row in rows):
-        raise BenchError(f"Nothing could be measured: {rows[0].reason}", rows[0].mend)
+        raise BenchError(f"No cell was measured: {rows[0].reason}", rows[0].mend)

@@ -78,7 +78,9 @@ class ResultFile:
             result = decode(_Stored, path.read_bytes()).to_result()
             result.check()
         except FileNotFoundError as error:
-            raise ResultFileError(f"There is no result file {path}.", "`toolchain bench` writes one.") from error
+            raise ResultFileError(
+                f"There is no result file {path}.", "Measure with `toolchain bench`, which writes one."
+            ) from error
         except (ValueError, OSError) as error:
             hint = "Delete or move it, and measure again with `toolchain bench`."
             raise ResultFileError(f"{path} is not a valid result file: {error}.", hint) from error

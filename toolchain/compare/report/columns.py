@@ -266,11 +266,11 @@ def notes(rows: Sequence[Row], explain_front: bool = True) -> list[str]:
     lines += dict.fromkeys(_method_note(row) for row in rows_with_figures(rows) if "batch_size" in row.run.run)
     if explain_front and any(row.pareto for row in rows):
         lines.append(
-            f"{FRONT}: no row beside it is better in accuracy, p50 or size without being worse in another of them."
+            f"{FRONT}: Pareto front; no row is better in accuracy, p50 or size without being worse in another of them."
         )
     if any(ratio and ratio.differs is not None for row in rows for ratio in (row.speedup, row.throughput_gain)):
         lines.append(
-            "Ratios of times are geometric means over interleaved rounds; no difference: the 95 % interval has 1 in it."
+            "Ratios of times are geometric means over interleaved rounds; no difference: the 95 % interval includes 1."
         )
     lines += _group_cells(
         [(_cell_name(row, rows), f" [noisy]: {row.noisy}.") for row in rows_with_figures(rows) if row.noisy]
@@ -285,7 +285,7 @@ def notes(rows: Sequence[Row], explain_front: bool = True) -> list[str]:
     lines += [f"{row.measurement.cell}: {_exactness_note(row)}" for row in rows if "exactness" in row.measurement.facts]
     lines += _gpu_notes(rows) + _source_notes(rows)
     if any(row.stale for row in rows):
-        lines.append("[stale]: the artifact has been built anew since; measure again with `toolchain bench`.")
+        lines.append("[stale]: a newer build has replaced the measured artifact; measure again with `toolchain bench`.")
     without_figures = [
         (_cell_name(row, rows), row.measurement) for row in rows if row.measurement.status not in FIGURES
     ]
@@ -298,8 +298,8 @@ def _exactness_note(row: Row) -> str:
     time = exactness["time"]
     interval = f" [{time['low']:.2f}, {time['high']:.2f}]" if "low" in time else ""
     return (
-        f"this processor saturates 8-bit products unless {key} = {value}, which is set; with it a sentence takes "
-        f"{time['value']:.2f}{interval} of the time without it."
+        f"8-bit products saturate on this processor, so {key} = {value} is set to make them exact; "
+        f"time with this option / time without it: {time['value']:.2f}{interval}."
     )
 
 
@@ -315,7 +315,7 @@ def _gpu_notes(rows: Sequence[Row]) -> list[str]:
     """Returns notes on how the figures of a GPU are measured."""
     lines = []
     if any(row.measurement.resident_ms for row in rows):
-        lines.append("On device: batch and logits stay on the GPU; p50 and p95 have their copies in them.")
+        lines.append("On device: batch and logits stay on the GPU; p50 and p95 include copies to and from it.")
     methods = dict.fromkeys(row.measurement.memory_bytes.get("gpu", {}).get("method") for row in rows)
     return lines + [f"GPU peak: {method}." for method in methods if method]
 

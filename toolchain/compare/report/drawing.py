@@ -48,13 +48,11 @@ def accuracy_latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
         axis_of(axes.xaxis, [latency_ms(row) for part in shown for row in part.rows])
     means = any("p50" not in row.measurement.latency_ms for panel in shown for row in panel.rows)
     grid[-1][0].set_xlabel("latency at batch 1, ms" + ("; hollow: mean, published" if means else ", median"))
-    legend(
-        figure, [row for panel in shown for row in panel.rows], {"no other is better in both": DASHED, "baseline": RING}
-    )
+    legend(figure, [row for panel in shown for row in panel.rows], {"Pareto front": DASHED, "baseline": RING})
     for (axes,), panel in zip(grid, shown, strict=True):
         place_labels(axes, [(latency_ms(row), _accuracy_percent(row), panel.label(row)) for row in panel.rows])
     descriptions = (
-        f"{panel.title}: {len(panel.rows)} variants; no other is both faster and more accurate than "
+        f"{panel.title}: {len(panel.rows)} variants; no variant is both faster and more accurate than "
         + ", ".join(
             f"{panel.label(row)} ({_accuracy_percent(row):.2f} % at {latency_ms(row):.2f} ms)"
             for row in _accuracy_front(panel)
@@ -130,7 +128,7 @@ def size_memory(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
                     f"{value:.1f}" if value < 100 else f"{value:.0f}", (value, position), (3, 0), **_LABEL_STYLE
                 )
             if not bars:
-                axes.annotate("not known", (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", alpha=0.7)
+                axes.annotate("unknown", (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", alpha=0.7)
             axes.margins(x=0.12)
             axes.grid(visible=False, axis="y")
             axes.tick_params(axis="y", length=0)

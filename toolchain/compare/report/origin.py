@@ -10,23 +10,23 @@ from toolchain.compare.report.sections import Entry, Table
 from toolchain.results.result_file import ResultFile
 
 PROTOCOL = {
-    "passes": "passes over the sentences, at least",
-    "min_s": "seconds a cell and scenario, at least",
-    "turn_s": "seconds a cell and turn, about",
-    "pass_s": "seconds for one pass of the slowest cell, at most",
-    "starts": "processes a cell",
+    "passes": "minimum passes over the sentences",
+    "min_s": "minimum seconds of each cell and scenario",
+    "turn_s": "approximate seconds of each cell and turn",
+    "pass_s": "maximum seconds of one pass of the slowest cell",
+    "starts": "processes of each cell",
     "rounds": "rounds",
     "threads": "threads",
     "batch_size": "sentences in a batch",
-    "single_sentences": "sentences asked at batch 1",
-    "by_length": "asked at given lengths too",
+    "single_sentences": "sentences measured at batch 1",
+    "by_length": "measured by length too",
     "seed": "seed",
     "device_id": "GPU",
     "allow_fallback": "sessions may fall back to the CPU",
-    "taken_up": "taken up after an interruption",
-    "seconds": "seconds in all",
-    "load_1m": "load of the machine",
-    "steal_share": "share of the processor the host took",
+    "taken_up": "resumed after an interruption",
+    "seconds": "seconds of the whole run",
+    "load_1m": "load average of the machine",
+    "steal_share": "share of processor time that the host took",
 }
 
 
@@ -56,7 +56,7 @@ def rates(runs: Sequence[ResultFile]) -> Table | None:
         }
         for run in runs
     ]
-    return _run_table("Rates the machine reached", "rate", runs, run_rates)
+    return _run_table("Highest measured rates of the machine", "rate", runs, run_rates)
 
 
 def _run_table(

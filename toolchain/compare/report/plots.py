@@ -46,30 +46,30 @@ Drawing = tuple["Figure", str]
 PLOTS: dict[str, tuple[str, str, Callable[[Sequence[Panel]], Drawing | None]]] = {
     "accuracy-latency": (
         "Accuracy against latency",
-        "Up and to the left is better. Bars are 95 % intervals: of accuracy over the sentences asked, of the median "
-        "over rounds. What lies on the dashed line is beaten in neither by any other; a ring marks the baseline.",
+        "Up and to the left is better. Bars are 95 % intervals: of the accuracy over sentences, of the median over "
+        "rounds. No row is both faster and more accurate than a row on the dashed line. A ring marks the baseline.",
         drawing.accuracy_latency,
     ),
     "size-memory": (
         "Size and memory",
-        "Shorter is better. Size is of the files, memory the peak of the process while it answered.",
+        "Shorter is better. Size is the size of the files. Memory is the peak of the process during the measurement.",
         drawing.size_memory,
     ),
     "latency": (
         "Distribution of latency",
-        "At batch 1, each sentence at its own length. The box holds the middle half of the times and is parted at the "
-        "median, the whiskers reach from the 5th to the 95th percentile, the cross is the 99th.",
+        "At batch 1, each sentence at its own length. The box holds the middle half of the times, with a line at the "
+        "median. The whiskers reach from the 5th to the 95th percentile. The cross is the 99th percentile.",
         drawing.latency,
     ),
     "latency-by-length": (
         "Latency by length",
-        "Median at batch 1 over the tokens of a sentence, special tokens included.",
+        "Median latency at batch 1 by number of tokens of the sentence, special tokens included.",
         drawing.latency_by_length,
     ),
     "pruning-speedup": (
         "Predicted and measured speed-up of pruning",
-        "At batch 1 against the same variant unpruned, of the same run. On the line the prediction holds; below it, "
-        "less was gained than predicted. Bars are 95 % intervals over rounds.",
+        "At batch 1, over the same variant without pruning, in the same run. On the line, the measurement equals the "
+        "prediction. Below it, the speed-up is smaller than predicted. Bars are 95 % intervals over rounds.",
         drawing.pruning_speedup,
     ),
 }

@@ -78,7 +78,7 @@ def _names(rows: Sequence[Row]) -> str:
 
 def _marks(row: Row) -> str:
     noisy = f" [noisy: {row.noisy}]" if row.noisy else ""
-    return noisy + (" [stale: the artifact has been built anew since]" if row.stale else "")
+    return noisy + (" [stale: a newer build has replaced the artifact]" if row.stale else "")
 
 
 def _figures(row: Row) -> str:
@@ -121,10 +121,10 @@ def regression_lines(result: Regressions) -> list[str]:
         )
         lines += [f"{cell}: {_change_summary(change)}{noisy}" for change in pair.changes if change.regressed]
     lines += [f"{cell} is not compared: {reason}." for _, cell, reason in result.not_compared]
-    remark = "Changes are in what a figure costs: + is more, ! more than the limit allows, ~ may be none."
+    remark = "Each change is a change of cost: + is worse, ! exceeds the limit, ~ may be no change."
     return [
         *lines,
-        f"{remark} Times are relative to the baseline of each run, so that a machine's drift is not in them.",
+        f"{remark} Times are relative to the baseline of each run, which removes the drift of the machine.",
     ]
 
 
