@@ -139,7 +139,7 @@ def broken(folder, what):
         "parquet not one": (b"PAR1 nothing", "cannot be read"),
         "jsonl array": (b"[1]\n", "row 1: it is not a JSON object"),
         "jsonl broken": (b'{"text": "a"}\n{"text": \n', r"row 2: it is not JSON"),
-        "jsonl number": (b'{"text": 5}\n', "row 1: no text"),
+        "jsonl number": (b'{"text": 5}\n', "row 1: the column 'text' holds no text"),
         "csv fields": (b"text,label\ngood,1\nbad\n", "row 2: 1 fields instead of 2"),
         "csv quote": (b'text,label\n"good,1\n', "line 2"),
         "csv empty": (b"", "it has none"),
