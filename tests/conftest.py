@@ -1,4 +1,4 @@
-"""What tests share: a tiny random checkpoint for plumbing, the reference for truth, fake artifacts to measure."""
+"""Shared fixtures: a tiny random checkpoint, the embedded reference, and fake artifacts for the benchmark."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from toolchain.cli import main
 from toolchain.data.inputs import TrainingSource
 from toolchain.models import checkpoints
 
-DEFAULT_VARIANTS = ["torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"]  # the last one's lineage
+DEFAULT_VARIANTS = ["torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"]  # the lineage of the last one
 SHORT = Protocol(passes=1, min_s=0.1, pass_s=5.0, starts=1, threads=1)
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-sys.path.append(str(ROOT / "docs"))  # the scripts that write generated parts of documents
-# Children of the benchmark import the fake backend from here; nothing may ask a hub.
+sys.path.append(str(ROOT / "docs"))  # these scripts write the generated parts of the pages
+# Child processes of the benchmark import the fake backend from here. No process may use a hub.
 os.environ["PYTHONPATH"] = str(TESTS)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -41,14 +41,17 @@ LONGEST = ("test_docs.py", "test_clients.py", "test_architectures.py", "test_dis
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Gives each worker one processor, children included: threads that wait for each other on few processors spin."""
+    """Pins each worker and its child processes to one processor.
+
+    More threads than processors would waste time: they spin while they wait for each other.
+    """
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if worker and hasattr(os, "sched_setaffinity"):
         processors = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {processors[int(worker.removeprefix("gw")) % len(processors)]})
 
 
-@pytest.hookimpl(tryfirst=True)  # before the hook of xdist, which reads the groups
+@pytest.hookimpl(tryfirst=True)  # runs before the hook of xdist, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the longest files first, and makes each file a group, so that one worker builds its fixtures.
 
@@ -75,8 +78,10 @@ def make_checkpoint(
     width: int = 32,
     leaning: float = 0.0,
 ) -> Path:
-    """A random DistilBERT classifier of two narrow layers with the reference's tokenizer; `leaning` towards the last
-    label makes its answers decided, which fewer bits then leave as they are."""
+    """Saves a random DistilBERT classifier of two narrow layers with the reference's tokenizer.
+
+    `leaning` is added to the bias of the last label. A larger margin keeps quantised answers the same.
+    """
     import torch
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
@@ -103,24 +108,24 @@ def make_checkpoint(
 @pytest.fixture(scope="session", autouse=True)
 def working_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Runs all tests in an empty folder: `ship` and `compare` read the result files of the working directory."""
-    before = Path.cwd()
+    previous = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("working-directory"))
     yield
-    os.chdir(before)
+    os.chdir(previous)
 
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all workers of this run share."""
-    own = tmp_path_factory.getbasetemp()
-    folder = (own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own) / "shared"
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "shared"
     folder.mkdir(exist_ok=True)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(shared: Path) -> Path:
-    """The tiny checkpoint; not to be changed."""
+    """The tiny checkpoint. Do not change it."""
     folder = shared / "checkpoint" / "tiny"
     with FileLock(shared / "checkpoint.lock"):
         return folder if folder.exists() else make_checkpoint(folder)
@@ -128,7 +133,7 @@ def tiny_checkpoint(shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def built_tiny(tiny_checkpoint: Path, shared: Path) -> Workspace:
-    """A workspace of the tiny checkpoint that all tests share: a test may add variants, but change none."""
+    """A workspace of the tiny checkpoint, shared by all tests. A test may add variants but must not change any."""
     workspace = Workspace.open(str(tiny_checkpoint), shared / "tiny")
     ensure(workspace, DEFAULT_VARIANTS[-1:], {}, lambda line: None)
     return workspace
@@ -136,7 +141,7 @@ def built_tiny(tiny_checkpoint: Path, shared: Path) -> Workspace:
 
 @pytest.fixture
 def tiny(built_tiny: Workspace, tmp_path: Path) -> Workspace:
-    """A copy of the default variants of `built_tiny`, to change at will."""
+    """A copy of the default variants of `built_tiny`, which a test may change."""
     copy = Workspace(tmp_path / "exported", built_tiny.model, built_tiny.source)
     for name in DEFAULT_VARIANTS:
         shutil.copytree(built_tiny.path(name), copy.path(name))
@@ -145,7 +150,7 @@ def tiny(built_tiny: Workspace, tmp_path: Path) -> Workspace:
 
 @pytest.fixture(scope="session")
 def reference(shared: Path) -> Workspace:
-    """The embedded reference's workspace that all tests share: a test may add variants, but change none."""
+    """The workspace of the embedded reference, shared by all tests. A test may add variants but must not change any."""
     workspace = Workspace.open("reference", shared / "reference")
     ensure(workspace, ["onnx-int8"], {}, lambda line: None)
     return workspace
@@ -153,7 +158,7 @@ def reference(shared: Path) -> Workspace:
 
 @pytest.fixture
 def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command line in this process: exit code, standard output, standard error."""
+    """Runs the command line in this process; returns exit code, standard output and standard error."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         code = main([str(a) for a in arguments])
@@ -165,7 +170,7 @@ def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
 
 @pytest.fixture
 def short_bench(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes `bench --quick` take seconds: one process a cell, short rounds, and a machine probe of small layers."""
+    """Makes `bench --quick` take seconds: one process per cell, short rounds, and a machine probe of small layers."""
     monkeypatch.setattr(scenarios, "QUICK", SHORT)
     monkeypatch.setattr(roofline, "SECONDS", 0.02)
     monkeypatch.setattr(roofline, "MEBIBYTES", 4)
@@ -173,7 +178,7 @@ def short_bench(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fake(tmp_path: Path) -> Callable[..., Artifact]:
-    """Makes an artifact that `fake_backend.FakeSession` opens, with the behaviour given."""
+    """Makes an artifact with the given behaviour, which `fake_backend.FakeSession` opens."""
 
     def make(name: str, **behaviour: object) -> Artifact:
         folder = tmp_path / name
@@ -203,15 +208,15 @@ def fake(tmp_path: Path) -> Callable[..., Artifact]:
 
 
 def import_job(checkpoint: Path, folder: Path) -> Job:
-    """The job of importing `checkpoint` into `folder`."""
-    nothing = folder / "nothing"
-    return Job(Import(), None, checkpoint, folder, None, TrainingSource(), nothing, nothing, lambda *_: None)
+    """Returns the job that imports `checkpoint` into `folder`."""
+    missing_path = folder / "nothing"
+    return Job(Import(), None, checkpoint, folder, None, TrainingSource(), missing_path, missing_path, lambda *_: None)
 
 
 def run_toolchain(
     *arguments: object, cwd: Path, env: dict[str, str] | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own."""
+    """Runs the command line in a new process."""
     return subprocess.run(
         [sys.executable, "-m", "toolchain", *map(str, arguments)],
         cwd=cwd,
