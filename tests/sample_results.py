@@ -1,4 +1,4 @@
-"""Result files and rows with made-up figures, for tests of whatever reads them."""
+"""Result files and rows with invented figures, for tests of the code that reads them."""
 
 from toolchain.results.measurements import Accuracy, Measurement, Samples
 from toolchain.results.result_file import ResultFile

@@ -245,7 +245,7 @@ def graph(rows, *nodes):
 def test_the_table_keeps_the_rows_of_the_kept_tokens(tmp_path):
     onnx.save(graph(10), tmp_path / "m.onnx")
     model, counts = passes.rewrite(
-        passes.read(tmp_path / "m.onnx"), ["trim-vocabulary"], Context(1, 2, tokens_of=(0, 3, 9))
+        passes.read(tmp_path / "m.onnx"), ["trim-vocabulary"], Context(1, 2, tokens=(0, 3, 9))
     )
     assert counts == {"trim-vocabulary": 1}
     passes.write(model, tmp_path / "t.onnx")
@@ -264,7 +264,7 @@ def test_the_table_keeps_the_rows_of_the_kept_tokens(tmp_path):
 def test_a_graph_that_needs_the_old_ids_is_refused(tmp_path, rows, nodes, message):
     onnx.save(graph(rows, *nodes), tmp_path / "m.onnx")
     with pytest.raises(GraphError, match=message):
-        passes.rewrite(passes.read(tmp_path / "m.onnx"), ["trim-vocabulary"], Context(1, 2, tokens_of=(0, 3, 9)))
+        passes.rewrite(passes.read(tmp_path / "m.onnx"), ["trim-vocabulary"], Context(1, 2, tokens=(0, 3, 9)))
 
 
 ROWS = 3000
