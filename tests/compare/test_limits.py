@@ -265,7 +265,7 @@ def test_a_looser_limit_keeps_every_passed_row_and_the_winner_passes(figures, ti
 
 def change_of(comparison, figure, cell="onnx-int8@cpu"):
     pair = next(pair for pair in comparison.pairs if pair.old.measurement.cell == cell)
-    return next(change_of for change_of in pair.changes if change_of.figure == figure)
+    return next(change for change in pair.changes if change.figure == figure)
 
 
 def compare_with(old_rows, new_rows, limit=0.05, **changes):
@@ -538,7 +538,7 @@ def test_the_text_shows_every_change_and_marks_regressions():
 def test_json_has_each_change_as_a_fraction():
     body = regression_json(compare_with([FP32, INT8], [FP32, timed_row("onnx-int8", 1.2, memory_bytes={})]))
     assert (body["max_regression"], body["regressed"]) == (0.05, 1)
-    by_figure = {change_of["figure"]: change_of for change_of in body["pairs"][1]["changes"]}
+    by_figure = {change["figure"]: change for change in body["pairs"][1]["changes"]}
     assert by_figure["latency_p50_ms"]["worse"] == pytest.approx(0.2)
     assert by_figure["peak_memory_bytes"]["new"] is None
     json.dumps(body, allow_nan=False)
