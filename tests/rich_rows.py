@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from sample_results import NO_GPU, RUN, measured, result
+from sample_results import NO_GPU, RUN, measured_row, result
 
 from toolchain.compare.report.html import to_html
 from toolchain.compare.rows import compare
@@ -34,7 +34,7 @@ def rich_row(variant, ms, wrong_rows, **changes):
         **{"method": "fisher", "achieved": 0.5, "heads": [4], "ffn": [32]},
         **{"encoder_parameters": {"before": 2, "after": 1}, "predicted_speedup": {"value": 2.0, "by": "a table"}},
     }
-    return measured(
+    return measured_row(
         variant,
         ms,
         accuracy=Accuracy(len(LABELS) - len(wrong_rows), len(LABELS), 1),
@@ -54,7 +54,7 @@ def rich_row(variant, ms, wrong_rows, **changes):
     )
 
 
-def rich(**changes):
+def rich_result(**changes):
     rows = [rich_row(variant, ms, wrong_rows) for variant, (ms, wrong_rows) in ANSWERS.items()]
     run = {**RUN, "passes": 3, "allow_fallback": False, "rates": {"torch": {"fp32_gmacs": 61.5}}}
     machine = {**result().machine, "versions": {"torch": "2.13.0"}}
@@ -62,7 +62,7 @@ def rich(**changes):
     return result(*rows, NO_GPU, **{"run": run, "machine": machine, "data": data, **changes})
 
 
-def hostile():
+def hostile_result():
     hostile_row = rich_row(HOSTILE, 2.0, {1})
     hostile_row = dataclasses.replace(hostile_row, model=HOSTILE, memory_bytes={"peak": 10**8, "method": HOSTILE})
     failed_row = Measurement(HOSTILE, "onnx-fp32", "cpu", None, "failed", HOSTILE, HOSTILE)
@@ -70,12 +70,12 @@ def hostile():
     base_row = dataclasses.replace(base_row, model=HOSTILE, facts={"session": {"note": HOSTILE, "fallback": HOSTILE}})
     machine = {**result().machine, "cpu": HOSTILE, "versions": {HOSTILE: HOSTILE}, "isa": [HOSTILE]}
     run = {**RUN, HOSTILE: 1, "rates": {HOSTILE: {HOSTILE: HOSTILE}}}
-    data = {**rich().data, "name": HOSTILE, "sha256": "another"}
+    data = {**rich_result().data, "name": HOSTILE, "sha256": "another"}
     rows = (hostile_row, base_row, failed_row)
     return result(*rows, machine=machine, run=run, data=data, created=HOSTILE, toolchain=HOSTILE)
 
 
-def html(*runs):
+def report_html(*runs):
     """Returns the report of these runs, in which the sentences of `DATA` are known."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inputs, "embedded", lambda split="validation": DATA)

@@ -12,7 +12,7 @@ from conftest import make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
-from sample_results import measured, result
+from sample_results import measured_row, result
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from toolchain import passes
@@ -445,7 +445,7 @@ def test_a_comparison_has_a_note_on_each_trimmed_vocabulary():
     counts = {"rows": 40, "right_before": 36, "right_after": 35, "flips": 3}
     no_rows = {"rows": 0, "right_before": 0, "right_after": 0, "flips": 0}
     facts = {"kept": 5000, "of": 30522, "bytes_saved": 9_000_000, "held_out": counts, "out_of_domain": no_rows}
-    rows = result(measured("onnx-int8", 1.0), measured("onnx-int8+small", 1.0, facts={"vocabulary": facts}))
+    rows = result(measured_row("onnx-int8", 1.0), measured_row("onnx-int8+small", 1.0, facts={"vocabulary": facts}))
     lines = [line for line in notes(compare([rows])) if "tokens kept" in line]
     assert lines == [
         "onnx-int8+small@cpu: 5,000 of 30,522 tokens kept, 9.0 MB saved; against the fp32 parent, held-out rows: 40, "

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import click
 import pytest
 from conftest import make_checkpoint, run_toolchain
-from sample_results import FP32, INT8, RUN, measured, result
+from sample_results import FP32, INT8, RUN, measured_row, result
 
 from toolchain.artifacts.variants import DEFAULT_CELLS
 from toolchain.bench.journal import Journal
@@ -380,7 +380,7 @@ def test_save_as_refuses_an_existing_name_of_a_cluster_machine_before_it_measure
 @pytest.fixture
 def two_runs(working_folder):
     """Writes the result files of an older run, and of a newer run in which int8 takes twice as long."""
-    for name, int8 in (("old", INT8), ("new", measured("onnx-int8", 2, correct=89))):
+    for name, int8 in (("old", INT8), ("new", measured_row("onnx-int8", 2, correct=89))):
         result(FP32, int8, run={**RUN, "id": name}).write(working_folder / f"{name}.json")
     return working_folder
 

@@ -2,7 +2,7 @@
 
 import pytest
 from chromium import PROGRAM, Chromium
-from rich_rows import ANSWERS, hostile, html, rich
+from rich_rows import ANSWERS, hostile_result, report_html, rich_result
 
 pytestmark = [
     pytest.mark.web,
@@ -12,7 +12,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def page():
-    return html(rich())
+    return report_html(rich_result())
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_mouse_and_keyboard_sort_the_columns(browser, page, tmp_path):
 
 
 def test_hostile_strings_run_no_script_in_a_browser(browser, tmp_path):
-    (tmp_path / "report.html").write_text(html(hostile()))
+    (tmp_path / "report.html").write_text(report_html(hostile_result()))
     browser.open(tmp_path / "report.html")
     assert browser.complaints(tmp_path / "report.html") == []
     assert browser.run("document.scripts.length") == 1

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from sample_results import FP32, INT8, NO_GPU, RUN, measured, of, result
+from sample_results import FP32, INT8, NO_GPU, RUN, measured_row, result, row_of_cell
 
 from toolchain.compare.report.columns import columns
 from toolchain.compare.report.markdown import to_markdown
@@ -18,7 +18,7 @@ from toolchain.results.result_file import ResultFile
 
 def test_every_ratio_is_relative_to_the_baseline_and_better_above_one():
     rows = compare([result(FP32, INT8, run=RUN)])
-    int8_row = of(rows, "onnx-int8@cpu")
+    int8_row = row_of_cell(rows, "onnx-int8@cpu")
     assert int8_row.baseline is FP32
     assert int8_row.speedup.value == pytest.approx(8)
     assert int8_row.throughput_gain.value == pytest.approx(8, rel=1e-3)
@@ -29,7 +29,7 @@ def test_every_ratio_is_relative_to_the_baseline_and_better_above_one():
 def test_a_variant_or_a_cell_can_name_the_baseline():
     runs = [result(FP32, INT8, run=RUN)]
     for name in ("onnx-int8", "onnx-int8@cpu"):
-        assert of(compare(runs, name), "torch-fp32@cpu").speedup.value == pytest.approx(1 / 8)
+        assert row_of_cell(compare(runs, name), "torch-fp32@cpu").speedup.value == pytest.approx(1 / 8)
 
 
 def test_a_missing_baseline_gives_an_error_that_lists_the_measured_cells():
@@ -42,21 +42,21 @@ def test_rows_of_different_machines_have_no_ratio():
     rows = compare(
         [result(FP32, run=RUN), result(INT8, machine=other_machine, run=RUN, created="2026-01-02T00:00:00+00:00")]
     )
-    int8_row = of(rows, "onnx-int8@cpu")
+    int8_row = row_of_cell(rows, "onnx-int8@cpu")
     assert int8_row.baseline is None
     assert int8_row.speedup is None
     assert "other, 2 cores" in to_markdown(rows)
 
 
 def test_a_gpu_row_is_compared_with_the_cpu_baseline_or_else_with_a_gpu_baseline():
-    gpu, base = measured("onnx-fp32", 1, "cuda"), measured("torch-fp32", 4, "cuda")
-    assert of(compare([result(FP32, base, gpu)]), "onnx-fp32@cuda").baseline is FP32
-    assert of(compare([result(base, gpu)]), "onnx-fp32@cuda").baseline is base
+    gpu, base = measured_row("onnx-fp32", 1, "cuda"), measured_row("torch-fp32", 4, "cuda")
+    assert row_of_cell(compare([result(FP32, base, gpu)]), "onnx-fp32@cuda").baseline is FP32
+    assert row_of_cell(compare([result(base, gpu)]), "onnx-fp32@cuda").baseline is base
 
 
 def test_a_comparison_keeps_the_newest_row_of_each_artifact():
-    slower_row = measured("onnx-int8", 2)
-    rebuilt_row = measured("onnx-int8", 3, artifact_id="another id")
+    slower_row = measured_row("onnx-int8", 2)
+    rebuilt_row = measured_row("onnx-int8", 3, artifact_id="another id")
     files = [
         result(rebuilt_row, created="2026-01-03T00:00:00+00:00"),
         result(FP32, INT8, created="2026-01-01T00:00:00+00:00"),
@@ -81,7 +81,7 @@ def test_runs_with_other_data_or_threads_keep_separate_rows():
 def test_a_note_states_how_accuracy_and_latency_were_measured():
     full_text = to_markdown(compare([result(FP32, INT8, run={**RUN, "single_sentences": 100})]))
     assert "Latency and accuracy at batch 1, each sentence at its own length" in full_text
-    batched_row = measured("torch-fp32", 8, accuracy=Accuracy(90, 100, 32))
+    batched_row = measured_row("torch-fp32", 8, accuracy=Accuracy(90, 100, 32))
     sampled_text = to_markdown(compare([result(batched_row, run={**RUN, "single_sentences": 40})]))
     assert "Latency at batch 1, 40 of 100 sentences, each at its own length" in sampled_text
     assert "Accuracy over all sentences in batches of 32" in sampled_text
@@ -108,7 +108,7 @@ def test_markdown_escapes_bars_in_its_table():
 
 
 def test_json_has_the_ratios_and_no_samples():
-    body = of(compare([result(FP32, INT8, run=RUN)]), "onnx-int8@cpu").to_json()
+    body = row_of_cell(compare([result(FP32, INT8, run=RUN)]), "onnx-int8@cpu").to_json()
     assert body["speedup"] == {"value": 8.0}
     assert body["baseline"] == "torch-fp32@cpu"
     assert body["machine"]["cpu"] == "c"
@@ -184,7 +184,7 @@ def test_a_comparison_marks_published_figures_as_reported():
 
 def test_a_cell_on_two_machines_gives_two_rows_with_their_hardware():
     gpu = {"id": "t4", "cpu": "Xeon", "cores": 2, "gpu": [{"name": "Tesla T4"}], "ram_gib": 12, "isa": []}
-    gpu_result = result(measured("torch-fp32", 5, "cuda"), measured("torch-fp32", 30), run=RUN, machine=gpu)
+    gpu_result = result(measured_row("torch-fp32", 5, "cuda"), measured_row("torch-fp32", 30), run=RUN, machine=gpu)
     rows = compare([result(FP32, run=RUN), gpu_result])
     text = dict(columns(rows))["machine"]
     cells = {(text(row), row.measurement.cell) for row in rows}

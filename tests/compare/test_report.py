@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 from conftest import TESTS
-from rich_rows import hostile, html, rich
-from sample_results import measured, result
+from rich_rows import hostile_result, report_html, rich_result
+from sample_results import measured_row, result
 
 from toolchain.compare.report.columns import columns, notes
 from toolchain.compare.report.plots import figures, save
@@ -20,7 +20,7 @@ from toolchain.results.result_file import ResultFile
 
 @pytest.fixture(scope="module")
 def page():
-    return html(rich())
+    return report_html(rich_result())
 
 
 class Page(HTMLParser):
@@ -75,7 +75,7 @@ def test_the_report_has_every_section(page):
 
 
 def test_the_table_of_the_report_has_the_texts_of_the_terminal(page):
-    rows = [row for row in compare([rich()]) if row.measurement.status == "ok"]
+    rows = [row for row in compare([rich_result()]) if row.measurement.status == "ok"]
     parsed = Page(page)
     for header, text in columns(rows):
         assert header in parsed.texts
@@ -94,8 +94,8 @@ def test_the_report_describes_the_flips(page):
 
 @pytest.mark.slow
 def test_the_report_gives_row_numbers_for_unknown_data():
-    data = {**rich().data, "name": "reviews", "sha256": "another"}
-    text = Page(html(rich(data=data))).text
+    data = {**rich_result().data, "name": "reviews", "sha256": "another"}
+    text = Page(report_html(rich_result(data=data))).text
     assert "row 2, label 1" in text
     assert "sentence <b>" not in text
 
@@ -135,20 +135,20 @@ def test_every_plot_has_a_description(page):
 
 @pytest.mark.slow
 def test_hostile_text_of_a_result_file_stays_text():
-    text = html(hostile())
+    text = report_html(hostile_result())
     text.encode()
     parsed = Page(text)
     assert [tag for tag, _ in parsed.tags].count("script") == 1
     assert not any(name.startswith("on") for _, attrs in parsed.tags for name in attrs)
     assert '<script>alert(\'x\')</script>" onload="alert(1)" $\\frac{}$ --> ' in "".join(parsed.texts)
     assert "{{ 7 * 7 }}" in text
-    assert figures(compare([hostile()]))
+    assert figures(compare([hostile_result()]))
 
 
 @pytest.mark.parametrize("status", ["unavailable", "reported", "failed"])
 def test_the_report_accepts_rows_with_few_figures(status):
     row = Measurement("m", "torch-fp32", "cpu", None, status, "Why not.", "Do this.")
-    text = Page(html(result(row))).text
+    text = Page(report_html(result(row))).text
     assert ("Why not. Do this." in text) == (status != "reported")
     assert "torch-fp32@cpu" in text
     assert figures(compare([result(row)])) == {}
@@ -163,21 +163,21 @@ def committed_results(*names):
     "names", [["seed-study-t4"], ["seed-study-xeon", "seed-study-gtx1050ti", "reference-xeon-2cores"]]
 )
 def test_committed_result_files_give_a_report(names):
-    text = Page(html(*committed_results(*names))).text
+    text = Page(report_html(*committed_results(*names))).text
     assert "reported Published figures, not measured here." in text
     assert ("The clock covers" in text) == ("reference-xeon-2cores" in names)
 
 
 @pytest.fixture(scope="module")
 def plots(tmp_path_factory):
-    """The paths of the plots of `rich`, in a new folder that `save` creates."""
-    return save(compare([rich()]), tmp_path_factory.mktemp("plots") / "new" / "folder")
+    """The paths of the plots of `rich_result`, in a new folder that `save` creates."""
+    return save(compare([rich_result()]), tmp_path_factory.mktemp("plots") / "new" / "folder")
 
 
 @pytest.mark.slow
 def test_the_same_rows_give_the_same_bytes(tmp_path, page, plots):
-    assert html(rich()) == page
-    for first, second in zip(plots, save(compare([rich()]), tmp_path), strict=True):
+    assert report_html(rich_result()) == page
+    for first, second in zip(plots, save(compare([rich_result()]), tmp_path), strict=True):
         assert first.read_bytes() == second.read_bytes()
 
 
@@ -191,23 +191,30 @@ def test_plots_are_saved_as_svg_and_png(plots):
 
 
 def test_a_plot_without_data_is_left_out():
-    assert list(figures(compare([result(measured("torch-fp32", 8))]))) == ["accuracy-latency", "size-memory", "latency"]
+    assert list(figures(compare([result(measured_row("torch-fp32", 8))]))) == [
+        "accuracy-latency",
+        "size-memory",
+        "latency",
+    ]
 
 
 @pytest.mark.slow
 def test_a_folder_that_cannot_be_written_gives_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ResultFileError, match=r"cannot be written: Not a directory\. Free the space or"):
-        save(compare([rich()]), tmp_path / "file")
+        save(compare([rich_result()]), tmp_path / "file")
     (tmp_path / "taken" / "accuracy-latency.svg").mkdir(parents=True)
     with pytest.raises(ResultFileError, match="cannot be written"):
-        save(compare([rich()]), tmp_path / "taken")
+        save(compare([rich_result()]), tmp_path / "taken")
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["accuracy-latency.svg"]
 
 
 def test_notes_name_the_machine_of_a_row_where_there_are_several():
     other_machine = {**result().machine, "id": "y", "cpu": "other", "cores": 3}
-    notes_of_one, notes_of_two = notes(compare([rich()])), notes(compare([rich(), rich(machine=other_machine)]))
+    notes_of_one, notes_of_two = (
+        notes(compare([rich_result()])),
+        notes(compare([rich_result(), rich_result(machine=other_machine)])),
+    )
     for note in (" [noisy]: the host took", ", p50 ms by length", ": 50.0% of the encoder's", " unavailable: No GPU"):
         assert not any(" on other, 3 cores" in line for line in notes_of_one)
         assert any(f" on other, 3 cores{note}" in line for line in notes_of_two), note
@@ -217,7 +224,7 @@ def test_notes_name_the_machine_of_a_row_where_there_are_several():
 @pytest.mark.slow
 def test_each_machine_has_its_own_panel():
     other_machine = {**result().machine, "id": "y", "cpu": "other"}
-    panels = figures(compare([rich(), rich(machine=other_machine)]))["latency"].figure.axes
+    panels = figures(compare([rich_result(), rich_result(machine=other_machine)]))["latency"].figure.axes
     assert [axes.get_title("left") for axes in panels] == [
         f"m on {cpu}, 2 cores, 2 threads; sst2" for cpu in ("c", "other")
     ]
@@ -238,8 +245,10 @@ def test_labels_of_a_plot_do_not_overlap():
 
 @pytest.mark.slow
 def test_figures_outside_the_comparison_have_their_own_table():
-    text = Page(html(ResultFile.read(TESTS.parent / "benchmarks" / "results" / "reference-xeon-2cores.json"))).text
+    text = Page(
+        report_html(ResultFile.read(TESTS.parent / "benchmarks" / "results" / "reference-xeon-2cores.json"))
+    ).text
     for header in ("times faster, 95 % interval", "p50 ms with tokenising", "load ms", "after load MB", "gzip MB"):
         assert header in text
-    page_without_sizes = html(rich())
+    page_without_sizes = report_html(rich_result())
     assert "gzip MB" not in page_without_sizes

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sample_results import FP32, INT8, RUN, measured, of, result
+from sample_results import FP32, INT8, RUN, measured_row, result, row_of_cell
 
 from toolchain.bench.noise import Noise
 from toolchain.compare.report.columns import notes
@@ -91,7 +91,7 @@ def row_with_errors(variant, wrong_rows, shift=0):
         (10_000 - confidence, confidence) if a else (confidence, 10_000 - confidence) for a in answers
     )
     figures = {"predictions": answers, "probabilities": probabilities, "batch_changed": 3}
-    return measured(variant, 5, correct=100 - len(wrong_rows), **figures)
+    return measured_row(variant, 5, correct=100 - len(wrong_rows), **figures)
 
 
 def test_a_row_has_quality_figures_from_its_answers():
@@ -100,7 +100,7 @@ def test_a_row_has_quality_figures_from_its_answers():
         row_with_errors("onnx-int8", {3, 4, 5, 6, 7, 8, 9}, shift=500),
     )
     data = {"name": "d", "rows": 100, "sha256": "0", "labels": LABELS}
-    row = of(compare([result(base_row, int8_row, run=RUN, data=data)]), "onnx-int8@cpu")
+    row = row_of_cell(compare([result(base_row, int8_row, run=RUN, data=data)]), "onnx-int8@cpu")
     assert (row.quality.lost, row.quality.won, row.quality.batch_changed) == (6, 2, 3)
     assert (row.changed("lost"), row.changed("won")) == ([4, 5, 6, 7, 8, 9], [1, 2])
     assert row.quality.p == pytest.approx(0.2891, abs=1e-4)
@@ -119,13 +119,13 @@ def test_without_labels_a_row_has_only_the_interval_of_its_accuracy():
 
 
 def test_the_pareto_front_has_the_rows_that_no_other_beats():
-    worse_row = measured("onnx-fp32", 9, correct=90)
+    worse_row = measured_row("onnx-fp32", 9, correct=90)
     rows = compare([result(FP32, INT8, worse_row, run=RUN)])
     assert {row.measurement.variant for row in rows if row.pareto} == {"torch-fp32", "onnx-int8"}
 
 
 def test_arrange_filters_and_sorts_rows_and_marks_the_front_again():
-    rows = compare([result(FP32, INT8, measured("onnx-fp32", 9), run=RUN)])
+    rows = compare([result(FP32, INT8, measured_row("onnx-fp32", 9), run=RUN)])
     assert [r.measurement.variant for r in arrange(rows, "latency", ())] == ["onnx-int8", "torch-fp32", "onnx-fp32"]
     assert [r.measurement.variant for r in arrange(rows, "accuracy", ("onnx-*",))] == ["onnx-fp32", "onnx-int8"]
     assert [r.pareto for r in arrange(rows, None, ("onnx-fp32@cpu",), "cpu")] == [True]
@@ -134,12 +134,12 @@ def test_arrange_filters_and_sorts_rows_and_marks_the_front_again():
 
 
 def test_a_noisy_row_states_its_cause():
-    disturbed_row = measured("onnx-int8", 5, noise={"steal_share": 0.05, "others_share": 0.2, "load_1m": 3.0})
-    row = of(compare([result(FP32, disturbed_row, run=RUN)]), "onnx-int8@cpu")
+    disturbed_row = measured_row("onnx-int8", 5, noise={"steal_share": 0.05, "others_share": 0.2, "load_1m": 3.0})
+    row = row_of_cell(compare([result(FP32, disturbed_row, run=RUN)]), "onnx-int8@cpu")
     assert row.noisy == "the host took 5% of the processor, other processes had 20% of it"
     wide_samples = Samples.ones([[1000], [1000], [1000], [9000], [9000], [9000], [5000]])
     row = compare(
-        [result(measured("torch-fp32", 5, latency=wide_samples, latency_ms=wide_samples.milliseconds()), run=RUN)]
+        [result(measured_row("torch-fp32", 5, latency=wide_samples, latency_ms=wide_samples.milliseconds()), run=RUN)]
     )[0]
     assert "the median's interval is" in row.noisy
 
@@ -159,5 +159,5 @@ def test_noise_counts_other_processes_and_not_the_cells_own():
 
 def test_a_note_states_the_latency_by_length():
     by_length = {16: Samples.ones([[1500], [1700]]), 512: Samples.ones([[40_000]])}
-    lines = notes(compare([result(measured("onnx-int8", 5, by_length=by_length), run=RUN)]))
+    lines = notes(compare([result(measured_row("onnx-int8", 5, by_length=by_length), run=RUN)]))
     assert "onnx-int8@cpu, p50 ms by length: 16 tokens 1.60, 512 tokens 40.00." in lines
