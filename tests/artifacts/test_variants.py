@@ -20,7 +20,7 @@ from toolchain.artifacts.steps import (
 )
 from toolchain.errors import ArtifactError, SettingsError, UnknownVariantError
 
-pruned = st.builds(
+pruned_tags = st.builds(
     dict, pruned=st.integers(1, 99), recovered=st.integers(0, 12), method=st.sampled_from(grammar.METHODS)
 )
 names = st.builds(
@@ -29,7 +29,7 @@ names = st.builds(
     ),
     st.sampled_from(grammar.RUNTIMES),
     st.booleans(),
-    st.one_of(st.just({}), pruned),
+    st.one_of(st.just({}), pruned_tags),
     st.sampled_from(grammar.SCHEMES),
     st.booleans(),
     st.booleans(),

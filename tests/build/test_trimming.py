@@ -58,9 +58,9 @@ def trimmed(tmp_path_factory):
     for name in ("config.json", *checkpoints.TOKENIZER_FILES):
         if (checkpoints.REFERENCE / name).is_file():
             shutil.copyfile(checkpoints.REFERENCE / name, folder / name)
-    kept = vocabulary.tokens_to_keep(reference_encoder(), CORPUS)
-    vocabulary.trim(folder, kept)
-    return Encoder.open(folder, NAMES, 512), kept
+    kept_ids = vocabulary.tokens_to_keep(reference_encoder(), CORPUS)
+    vocabulary.trim(folder, kept_ids)
+    return Encoder.open(folder, NAMES, 512), kept_ids
 
 
 def tokens_of(encoder, text):
@@ -68,7 +68,7 @@ def tokens_of(encoder, text):
 
 
 def test_trimming_keeps_the_corpus_tokens_the_characters_and_the_special_tokens(trimmed):
-    encoder, kept = trimmed
+    encoder, kept_ids = trimmed
     full_tokenizer = reference_encoder().tokenizer
     vocabulary_kept = set(encoder.tokenizer.get_vocab())
     assert {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} <= vocabulary_kept
@@ -76,7 +76,7 @@ def test_trimming_keeps_the_corpus_tokens_the_characters_and_the_special_tokens(
     assert characters <= vocabulary_kept
     corpus_tokens = {token for text in CORPUS for token in tokens_of(reference_encoder(), text)}
     assert vocabulary_kept == characters | corpus_tokens | {"[PAD]", "[UNK]", "[MASK]"}
-    assert len(kept) == len(vocabulary_kept) < 2100
+    assert len(kept_ids) == len(vocabulary_kept) < 2100
     for text in CORPUS:
         assert tokens_of(encoder, text) == tokens_of(reference_encoder(), text)
     assert tokens_of(encoder, "wonderful")[1:-1] != ["wonderful"]

@@ -242,8 +242,8 @@ limit_values = st.tuples(*[st.none() | st.integers(0, 60)] * 3)
 
 def choose_from(figures, limits):
     measurements = [
-        timed_row(f"v{i}", ms, range(wrong), size_bytes={} if size is None else {"total": size * 10**6})
-        for i, (ms, wrong, size) in enumerate(figures)
+        timed_row(f"v{i}", ms, range(wrong_count), size_bytes={} if size is None else {"total": size * 10**6})
+        for i, (ms, wrong_count, size) in enumerate(figures)
     ]
     return choose(rows_of(FP32, *measurements), Limits(*limits))
 
@@ -496,8 +496,8 @@ def test_regressions_compares_the_newest_of_several_rows():
 @given(variants, st.sampled_from([0, 0.01, 0.5]))
 def test_a_run_compared_with_itself_has_no_regression(figures, limit):
     measurements = [
-        timed_row(f"v{i}", ms, range(wrong), size_bytes={} if size is None else {"total": size})
-        for i, (ms, wrong, size) in enumerate(figures)
+        timed_row(f"v{i}", ms, range(wrong_count), size_bytes={} if size is None else {"total": size})
+        for i, (ms, wrong_count, size) in enumerate(figures)
     ]
     rows = rows_of(FP32, *measurements, FAILED)
     comparison = regressions(rows, rows, limit)

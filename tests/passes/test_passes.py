@@ -88,14 +88,14 @@ def loaded_operators(model, tmp_path):
 
 def test_the_runtime_does_not_undo_residual_sum(std, tmp_path):
     """Compares both forms, so that it fails if a release stops fusing the Add or starts fusing the Sub or the Sum."""
-    fused, _ = passes.rewrite(std, ["fuse"], ATTENTION)
-    assert "SkipLayerNormalization" in loaded_operators(fused, tmp_path)
-    rewritten, _ = passes.rewrite(fused, ["residual-sum"], ATTENTION)
-    assert "SkipLayerNormalization" not in loaded_operators(rewritten, tmp_path)
-    assert "Sum" not in operators_of(rewritten)
-    for node in rewritten.graph:
+    fused_model, _ = passes.rewrite(std, ["fuse"], ATTENTION)
+    assert "SkipLayerNormalization" in loaded_operators(fused_model, tmp_path)
+    summed_model, _ = passes.rewrite(fused_model, ["residual-sum"], ATTENTION)
+    assert "SkipLayerNormalization" not in loaded_operators(summed_model, tmp_path)
+    assert "Sum" not in operators_of(summed_model)
+    for node in summed_model.graph:
         node.op_type = {"Sub": "Sum"}.get(node.op_type, node.op_type)
-    assert "SkipLayerNormalization" not in loaded_operators(rewritten, tmp_path)
+    assert "SkipLayerNormalization" not in loaded_operators(summed_model, tmp_path)
 
 
 def residual_model(nodes, initializers):

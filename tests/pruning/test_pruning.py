@@ -329,9 +329,9 @@ def test_rearrange_keeps_the_number_of_units_and_does_not_raise_the_cost(seed, c
     rows = torch.tensor(np.random.default_rng(seed).normal(size=(5, 8)))
     units = Importance(rows.T @ rows)
 
-    def cost(kept):
-        removed = torch.tensor([float(i not in kept) for i in range(8)], dtype=torch.float64)
-        return float(removed @ units.moment @ removed)
+    def cost(kept_indices):
+        removed_flags = torch.tensor([float(i not in kept_indices) for i in range(8)], dtype=torch.float64)
+        return float(removed_flags @ units.moment @ removed_flags)
 
     kept_before = units.unit_costs.argsort(stable=True).tolist()[8 - count :]
     kept_after = rearrange(units, kept_before)

@@ -203,12 +203,12 @@ def answers_of(release):
 
 
 CHANGES = {
-    "a fault": lambda found: found["answers"].update({f"MultiHeadAttention: {LONGER}": "wrong"}),
-    "an opset": lambda found: found["read"].update(opset=19),
-    "an attribute": lambda found: found["operators"]["Attention"].append("new"),
-    "no operator": lambda found: found["operators"].pop("QAttention"),
-    "a kernel": lambda found: found["standard"].remove("Gelu"),
-    "saturation": lambda found: found["precision"].update({"QAttention, .onnx": "saturates"}),
+    "a fault": lambda answers: answers["answers"].update({f"MultiHeadAttention: {LONGER}": "wrong"}),
+    "an opset": lambda answers: answers["read"].update(opset=19),
+    "an attribute": lambda answers: answers["operators"]["Attention"].append("new"),
+    "no operator": lambda answers: answers["operators"].pop("QAttention"),
+    "a kernel": lambda answers: answers["standard"].remove("Gelu"),
+    "saturation": lambda answers: answers["precision"].update({"QAttention, .onnx": "saturates"}),
 }
 
 

@@ -62,7 +62,7 @@ class World:
         return Outcome(list(candidate.chain(6))[-1], "id", round(drop, 3), speed, speed, int(1e6 * size))
 
 
-class Slow(World):
+class SlowWorld(World):
     """Trains each model once. A training takes 100 s per epoch of the `clock`; any other candidate takes `rest_s`."""
 
     def __init__(self, clock, rest_s=1, **world):
@@ -260,11 +260,13 @@ def test_a_trained_candidate_always_fits_the_time(tmp_path):
     trained_candidate = Candidate(70, "latency", 4, depth=67)
     with opened(tmp_path / "study", "latency", 1.0, ["model", "train"], quiet) as study:
         study.outcomes[trained_candidate] = Outcome("variant", "id", 1.25, 2.0, 2.0, 1, training_s=4000.0)
-        fitting = _in_time(study, study.rest, left_s=60.0)
-        assert {candidate.training for candidate in fitting if candidate.epochs} == {trained_candidate.training}
+        candidates_in_time = _in_time(study, study.rest, left_s=60.0)
+        assert {candidate.training for candidate in candidates_in_time if candidate.epochs} == {
+            trained_candidate.training
+        }
         study.trained.add((67, "latency", 67, 4))  # an older release trained it, and measured another graph of it
-        fitting = _in_time(study, study.rest, left_s=60.0)
-        assert {candidate.training for candidate in fitting if candidate.epochs} == {
+        candidates_in_time = _in_time(study, study.rest, left_s=60.0)
+        assert {candidate.training for candidate in candidates_in_time if candidate.epochs} == {
             trained_candidate.training,
             *study.trained,
         }
@@ -272,7 +274,7 @@ def test_a_trained_candidate_always_fits_the_time(tmp_path):
 
 def test_trained_candidates_come_first_where_a_new_training_does_not_fit(tmp_path, monkeypatch):
     clock = [0.0]
-    world, trained_candidate = Slow(clock), first("latency", 73, 4)
+    world, trained_candidate = SlowWorld(clock), first("latency", 73, 4)
     monkeypatch.setattr("toolchain.tuning.time.monotonic", lambda: clock[0])
     with opened(tmp_path / "study", "latency", 1.0, ["model", "train"], quiet) as study:
         study.trained.add(trained_candidate.training)
@@ -306,7 +308,7 @@ def test_a_stopped_search_continues_with_its_unfinished_candidate(tmp_path):
 def test_a_training_that_does_not_fit_the_time_is_left_for_the_next_run(tmp_path, monkeypatch):
     """The first training shows how long the next one takes. A training that does not fit is left for the next run."""
     clock = [0.0]
-    world, second_world = Slow(clock), Slow(clock)
+    world, second_world = SlowWorld(clock), SlowWorld(clock)
     monkeypatch.setattr("toolchain.tuning.time.monotonic", lambda: clock[0])
     with opened(tmp_path / "study", "latency", 1.0, [], quiet) as study:
         search(study, world, 150.0, quiet)
@@ -320,7 +322,7 @@ def test_a_training_that_does_not_fit_the_time_is_left_for_the_next_run(tmp_path
 
 def test_a_shorter_training_replaces_one_that_does_not_fit(tmp_path, monkeypatch):
     clock = [0.0]
-    world = Slow(clock, rest_s=0, gain=0.2)
+    world = SlowWorld(clock, rest_s=0, gain=0.2)
     monkeypatch.setattr("toolchain.tuning.time.monotonic", lambda: clock[0])
     with opened(tmp_path / "study", "latency", 1.0, [], quiet) as study:
         excess_by_training = {}
