@@ -184,7 +184,7 @@ def test_built_for_cuda_is_none_for_a_missing_package(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("machine", "isa", "exact"),
+    ("machine", "isa", "is_exact"),
     [
         ("x86_64", ["avx2", "avx512f"], False),
         ("x86_64", ["avx2", "avx_vnni"], True),

@@ -182,7 +182,7 @@ def test_a_classifier_of_the_same_labels_keeps_its_head(make, tiny_checkpoint, t
 
 
 @pytest.mark.parametrize(
-    ("labels", "options", "says"),
+    ("labels", "options", "message"),
     [
         (["positive", "posititve"], [], "has the labels NEGATIVE, POSITIVE, but .* has posititve, positive.*--labels"),
         (["0", "1", "2"], [], "has LABEL_0, LABEL_1, LABEL_2.*--labels"),
@@ -377,7 +377,7 @@ def test_a_loss_of_nan_ends_training_and_keeps_the_last_good_state(make, headles
 
 
 @pytest.mark.parametrize(
-    ("rows", "says"),
+    ("rows", "message"),
     [
         (
             [("", "a"), *[(f"text {i}", "ab"[i % 2]) for i in range(40)]],

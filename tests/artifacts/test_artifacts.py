@@ -68,7 +68,7 @@ def test_the_id_depends_on_content_settings_version_and_parent_but_not_on_time(a
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (lambda f: f.write_bytes(b"weightz"), "another sha256"),
         (lambda f: f.write_bytes(b"weights and more"), "16 bytes instead of 7"),
@@ -228,7 +228,9 @@ def test_publishing_keeps_user_files_with_similar_names(tmp_path, target_exists)
     assert len(list(tmp_path.iterdir())) == len(user_files) + 1
 
 
-@pytest.mark.parametrize(("name", "other"), [("a", "a.v2"), ("run", "run.2"), ("*", "a"), ("[ab]", "b"), ("a", "a.1")])
+@pytest.mark.parametrize(
+    ("name", "other_name"), [("a", "a.v2"), ("run", "run.2"), ("*", "a"), ("[ab]", "b"), ("a", "a.1")]
+)
 def test_a_lock_keeps_the_scratch_folders_of_other_names(tmp_path, name, other_name):
     with publishing.lock(tmp_path / other_name, pytest.fail), publishing.building(tmp_path / other_name) as scratch:
         (scratch / "model.onnx").write_bytes(b"weights")

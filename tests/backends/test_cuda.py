@@ -143,7 +143,7 @@ def test_a_session_that_falls_back_entirely_is_refused_or_reported(built_tiny, m
 
 
 @pytest.mark.parametrize(
-    ("said", "named"),
+    ("message", "memory_text"),
     [
         ("Failed to allocate memory for requested buffer of size 2147483648", "memory for the requested 2,048 MiB"),
         (
@@ -181,7 +181,7 @@ def test_a_resident_pytorch_batch_gives_the_logits_of_run(built_tiny):
 
 
 @pytest.mark.parametrize(
-    ("capability", "built_for", "served"),
+    ("capability", "architectures", "supported"),
     [
         ((6, 1), ["sm_75", "sm_80", "sm_90", "compute_120"], False),  # GTX 1050 Ti, CUDA 13
         ((6, 1), ["sm_50", "sm_60", "sm_70"], True),
@@ -246,7 +246,7 @@ def test_gpu_memory_is_unknown_without_nvml(monkeypatch):
     assert hardware.gpus() == ([], "")
 
 
-@pytest.mark.parametrize(("visible", "asked"), [("", 1), ("3,5", 5), ("GPU-aa,GPU-bb", "GPU-bb")])
+@pytest.mark.parametrize(("visible", "query"), [("", 1), ("3,5", 5), ("GPU-aa,GPU-bb", "GPU-bb")])
 def test_nvml_reads_the_gpu_that_cuda_visible_devices_selects(nvml, monkeypatch, visible, query):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     gpu_memory.meter(1)

@@ -69,7 +69,7 @@ def test_a_new_process_gives_the_same_logits_to_the_bit(small_workspace, logits_
     assert logits_of_new_process[name] == logits_of(small_workspace, name).tobytes().hex()
 
 
-@pytest.mark.parametrize(("name", "largest"), [("torch-int8", 1.0), ("torch-bf16", 0.2), ("torch-fp16", 0.02)])
+@pytest.mark.parametrize(("name", "limit"), [("torch-int8", 1.0), ("torch-bf16", 0.2), ("torch-fp16", 0.02)])
 def test_reduced_precision_gives_logits_near_those_of_fp32(small_workspace, name, limit):
     delta = np.abs(logits_of(small_workspace, name) - logits_of(small_workspace, "torch-fp32")).max()
     assert 0 < delta < limit

@@ -197,7 +197,7 @@ def test_each_round_measures_every_cell_on_the_same_batches(fake, data, encoder,
 
 
 @pytest.mark.parametrize(
-    ("count", "slowest_s", "asked"),
+    ("count", "slowest_s", "sample_size"),
     [(872, 0.01, 872), (872, 0.1, 400), (872, 10.0, 100), (80, 10.0, 80), (10**5, 0.001, 2000)],
 )
 def test_a_data_set_too_large_for_the_slowest_cell_is_sampled(count, slowest_s, sample_size):

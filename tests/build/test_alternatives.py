@@ -90,7 +90,7 @@ def test_the_hint_has_the_figures_and_the_commands(built_tiny):
 
 
 @pytest.mark.parametrize(
-    ("name", "parent", "step", "built"),
+    ("name", "parent", "step", "variants"),
     [
         ("onnx-int8", "onnx-fp32", DYNAMIC, ["onnx-int8-portable", "onnx-int8", "onnx-int8-static"]),
         ("onnx-std-int8+rough", "onnx-std", DYNAMIC, ["onnx-std-int8-portable+rough", "onnx-std-int8+rough"]),

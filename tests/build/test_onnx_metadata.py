@@ -35,7 +35,7 @@ def read_properties(path):
 
 
 @pytest.mark.parametrize(
-    ("variant", "made_by", "options"),
+    ("variant", "producer", "options"),
     [
         ("onnx-std", f"export {export.VERSION}", "{}"),
         ("onnx-fp32", f"optimize {optimize.VERSION}", "{}"),
@@ -96,7 +96,7 @@ SHIPPED = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("target", "how"), SHIPPED)
+@pytest.mark.parametrize(("target", "settings"), SHIPPED)
 def test_a_shipped_file_has_the_same_metadata_and_the_licence_of_its_bundle(built_tiny, tmp_path, target, settings):
     order = Order(("onnx-int8",), target, license="MIT", **settings)
     body = shipping.ship(built_tiny, order, tmp_path / "b", quiet, no_bar)

@@ -192,7 +192,7 @@ def test_trimming_renumbers_post_processors_companion_files_and_added_tokens(tmp
 
 
 @pytest.mark.parametrize(
-    ("model", "said"), [(models.BPE({"a": 0}, []), "BPE"), (models.Unigram([("a", 0.0)], 0, False), "Unigram")]
+    ("model", "name"), [(models.BPE({"a": 0}, []), "BPE"), (models.Unigram([("a", 0.0)], 0, False), "Unigram")]
 )
 def test_an_error_names_a_tokenizer_that_cannot_be_trimmed(tmp_path, model, name):
     Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
@@ -255,7 +255,7 @@ def test_the_table_keeps_the_rows_of_the_kept_tokens(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "nodes", "said"),
+    ("rows", "nodes", "message"),
     [
         (10, [helper.make_node("Cast", ["input_ids"], ["x"], to=1)], "these operators read them: Cast, Gather"),
         (5, [], "token 9, but the embedding table has only 5 rows"),

@@ -58,7 +58,7 @@ def test_an_accurate_session_passes(encoder, truth, built_tiny):
 
 
 @pytest.mark.parametrize(
-    ("change", "worst"),
+    ("change", "worst_case"),
     [
         (lambda out, batch: out + 2e-4, ""),
         (lambda out, batch: out + (1e-3 if not batch["attention_mask"][0, 0] else 0), "left padding"),

@@ -71,7 +71,7 @@ def test_an_unknown_variant_gives_an_error_with_the_nearest_name(working_folder,
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["export", "--model", "./nowhere"], "There is no folder ./nowhere"),
         (["export", "--model", "nobody/nothing"], "--model PATH"),
@@ -455,7 +455,7 @@ def test_no_pass_leaves_a_pass_out_of_a_quantisation(say, tiny, model_options):
 
 
 @pytest.mark.parametrize(
-    ("options", "planned"),
+    ("options", "plan_text"),
     [
         (
             ("--embeddings", "int4", "--name", "small"),

@@ -92,7 +92,7 @@ def test_a_figure_equal_to_its_limit_passes():
 
 
 @pytest.mark.parametrize(
-    ("limits", "says"),
+    ("limits", "message"),
     [
         (
             Limits(max_drop=0.4),
@@ -113,7 +113,7 @@ def test_a_miss_states_the_figure_the_limit_and_the_excess(limits, message):
 
 
 @pytest.mark.parametrize(
-    ("changes", "limits", "says"),
+    ("changes", "limits", "message"),
     [
         ({"size_bytes": {}}, Limits(max_size_mb=1e9), "size unknown, limit 1e+09 MB"),
         ({"memory_bytes": {}}, Limits(max_memory_mb=1e9), "peak memory unknown, limit 1e+09 MB"),
@@ -433,7 +433,7 @@ def test_seven_wrong_answers_after_none_count_as_seven_times_one():
 
 
 @pytest.mark.parametrize(
-    ("new", "lost"),
+    ("new", "state"),
     [
         ([FP32, dataclasses.replace(FAILED, variant="onnx-int8")], "failed: It crashed."),
         ([FP32, dataclasses.replace(ABSENT, variant="onnx-int8", provider="cpu")], "unavailable: No GPU answers."),
@@ -455,7 +455,7 @@ def test_a_row_without_an_old_measurement_cannot_regress():
 
 
 @pytest.mark.parametrize(
-    ("changes", "why"),
+    ("changes", "reason"),
     [
         ({"machine": dict(result().machine, id="y")}, "another machine"),
         ({"data": {"name": "d", "rows": 100, "sha256": "1"}}, "other data"),

@@ -68,7 +68,7 @@ def test_a_file_name_is_not_read_as_a_pattern(table, name):
 
 
 @pytest.mark.parametrize(
-    ("labels", "column", "found"),
+    ("labels", "column", "indices"),
     [
         (("1", "2", "3"), "123", (0, 1, 2)),
         (("1", "2", "3"), "012", (0, 1, 2)),
@@ -98,7 +98,7 @@ def test_options_can_name_the_columns(table):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("sentence,label\ngood,1\nbad,2\n", "row 2: the label '2' is not one of the model's"),
         ("sentence,label\ngood,1\nbad,meh\n", "row 2: the label 'meh'"),
@@ -177,7 +177,7 @@ def test_jsonl_and_parquet_give_the_same_rows(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "says"),
+    ("name", "text", "message"),
     [
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": "POSITIVE"}\n', "row 2: its label is text, and"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": true}\n', "row 2: its label is true or false"),

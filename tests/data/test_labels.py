@@ -44,7 +44,7 @@ def test_a_set_of_labels_is_stored_as_bits():
 
 
 @pytest.mark.parametrize(
-    ("values", "names", "multi", "found"),
+    ("values", "names", "multi", "expected"),
     [
         (("b", "a", "b"), (), False, LabelSet(("a", "b"))),
         (("0", "2", "1"), (), False, LabelSet(("LABEL_0", "LABEL_1", "LABEL_2"))),
@@ -54,8 +54,8 @@ def test_a_set_of_labels_is_stored_as_bits():
         ((("x", "y"), ()), (), False, LabelSet(("x", "y"), multi=True)),
     ],
 )
-def test_a_new_head_gets_the_labels_of_the_data(values, names, multi, label_set_expected):
-    assert label_set(column(*values), names, multi) == label_set_expected
+def test_a_new_head_gets_the_labels_of_the_data(values, names, multi, expected):
+    assert label_set(column(*values), names, multi) == expected
 
 
 def test_a_new_head_gets_all_classes_of_the_data_set():
@@ -63,7 +63,7 @@ def test_a_new_head_gets_all_classes_of_the_data_set():
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("values", "message"),
     [
         (("a", "a"), r"one label only \('a'\)"),
         (tuple(str(i) for i in range(1, 102)), "101 different labels.*--label-column"),

@@ -322,7 +322,7 @@ def add_model_to_adapter(adapter, base):
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         (change_adapter_type, "has the type IA3, not LORA"),
         (change_task, "for the task CAUSAL_LM"),

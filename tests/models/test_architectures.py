@@ -309,7 +309,7 @@ def test_removing_units_equals_setting_their_weights_to_zero(workspace, kind, he
 
 
 @pytest.mark.parametrize(
-    ("kind", "says"),
+    ("kind", "message"),
     [
         ("albert", "AlbertForSequenceClassification shares one layer's weights"),
         ("deberta-v2", "DebertaV2ForSequenceClassification projects positions by the same weights"),

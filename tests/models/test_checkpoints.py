@@ -84,7 +84,7 @@ def test_an_unreachable_hub_gives_an_error_with_an_alternative(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("raised", "says"),
+    ("error_name", "message"),
     [("GatedRepoError", "gated"), ("RepositoryNotFoundError", "private"), ("RevisionNotFoundError", "revision 'v9'")],
 )
 def test_each_refusal_of_the_hub_has_its_own_message(monkeypatch, error_name, message):
@@ -214,7 +214,7 @@ def name_missing_shard(folder):
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         (remove_head, "no classification head"),
         (remove_architecture, "its architecture is not stated"),
@@ -281,7 +281,7 @@ def test_a_config_without_a_valid_model_is_refused(checkpoint, change):
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "says"),
+    ("name", "change", "message"),
     [
         ("config.json", {"pad_token_id": -1}, "is no row of the embedding table"),
         ("tokenizer_config.json", {"model_max_length": 0}, "holds no word"),

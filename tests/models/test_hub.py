@@ -109,7 +109,7 @@ def test_a_private_model_is_downloaded_with_the_token_and_the_token_is_not_store
 
 
 @pytest.mark.parametrize(
-    ("model", "options", "token", "says"),
+    ("model", "options", "token", "message"),
     [
         (PRIVATE, [], None, "private and no token gives access"),
         (PRIVATE, [], TOKEN[:-1] + "x", "private and no token gives access"),

@@ -112,7 +112,7 @@ def residual_model(nodes, initializers):
 
 
 @pytest.mark.parametrize(
-    ("nodes", "initializers", "form"),
+    ("nodes", "initializers", "operator"),
     [
         ([helper.make_node("MatMul", ["r", "w"], ["h"])], {"w": (4, 4)}, "Sub"),
         (

@@ -565,7 +565,7 @@ def test_too_few_rows_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "words"),
+    ("arguments", "code", "message"),
     [
         ((), 2, "--ratio"),
         (("--ratio", "0.3", "--max-drop", "1"), 2, "--max-drop"),

@@ -93,7 +93,7 @@ def change_samples(values):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (lambda body: body.update(schema=3), "schema: Input should be 1 or 2"),
         (lambda body: body.pop("rows"), "rows: Field required"),

@@ -158,7 +158,7 @@ def test_the_oldest_release_depends_on_ir_version_and_opset(tmp_path):
     assert oldest_reading_release(ir_version=99) is None
 
 
-@pytest.mark.parametrize(("name", "first"), [("onnx-std", "1.15"), ("onnx-fp32", "1.16"), ("onnx-int8", "1.16")])
+@pytest.mark.parametrize(("name", "release"), [("onnx-std", "1.15"), ("onnx-fp32", "1.16"), ("onnx-int8", "1.16")])
 def test_the_oldest_release_of_each_variant_stays_the_same(built_tiny, name, release):
     """Fails where a graph needs a later release, so that such a change is noticed."""
     assert read_needs(built_tiny.path(name) / "model.onnx").oldest_release() == release

@@ -147,7 +147,7 @@ def test_a_model_that_takes_texts_refuses_pairs(text_bundle, tmp_path, say):
     assert "takes single texts, no pairs" in err
 
 
-@pytest.mark.parametrize(("target", "why"), [("web", "onnxruntime-web"), ("other", "other runtimes do not have")])
+@pytest.mark.parametrize(("target", "reason"), [("web", "onnxruntime-web"), ("other", "other runtimes do not have")])
 def test_with_tokenizer_is_refused_for_a_target_without_its_operators(built_tiny, tmp_path, target, reason):
     with pytest.raises(ShippingError, match="Ship without --with-tokenizer") as refusal:
         make(built_tiny, tmp_path / "b", "onnx-std", target=target, with_tokenizer=True)
@@ -535,7 +535,7 @@ def test_a_saturating_runtime_gives_an_error_with_an_alternative(bundle, built_t
 
 
 @pytest.mark.parametrize(
-    ("variant", "words"),
+    ("variant", "message"),
     [("onnx-int8", "on a processor that saturates"), ("onnx-fp32", "model.onnx cannot be loaded: ")],
 )
 def test_verify_blames_saturation_only_for_a_model_whose_products_saturate(

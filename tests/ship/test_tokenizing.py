@@ -174,7 +174,7 @@ def _of_word_level(words):
 
 
 @pytest.mark.parametrize(
-    ("build", "said"),
+    ("build", "message"),
     [
         (tiny.unigram, "no tokenizer of type Unigram"),
         (_of_word_level, "no tokenizer of type WordLevel"),

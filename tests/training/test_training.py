@@ -228,7 +228,7 @@ def test_the_fraction_of_masked_tokens_is_the_requested_one():
 
 
 @pytest.mark.parametrize(
-    ("config", "found"),
+    ("config", "mask_id"),
     [
         ('{"mask_token": "[MASK]"}', 103),
         ('{"mask_token": {"content": "[MASK]"}}', 103),

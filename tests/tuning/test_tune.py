@@ -483,7 +483,7 @@ def test_tune_continues_where_int8_fails_validation(in_tune_folder, say, folder,
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (("--budget", "soon"), 2, "no duration"),
         (("--max-drop", "-1"), 2, "max-drop"),
