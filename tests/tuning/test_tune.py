@@ -143,7 +143,7 @@ def test_a_hopeless_candidate_cannot_win(candidate, rivals):
     world = World()
     is_kept = {rival: world.outcome(rival).drop <= 1.0 for rival in rivals}
     if candidate in is_kept or not hopeless("latency", candidate, is_kept):
-        return  # the candidate is measured, or the search would try it
+        return  # the candidate is measured already, or the search may still try it
     outcome = world.outcome(candidate)
     best = max((world.outcome(rival).latency for rival, within_drop in is_kept.items() if within_drop), default=0)
     assert outcome.drop > 1.0 or outcome.latency <= best
