@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over its debugging pipe; it collects the errors and requests of a page."""
+"""A headless Chromium, controlled over its debugging pipe; the errors and requests of a page."""
 
 from __future__ import annotations
 
@@ -18,25 +18,28 @@ TIMEOUT_S = 60
 FLAGS = (
     "--headless",
     "--remote-debugging-pipe",
-    "--no-sandbox",  # containers run as root
+    "--no-sandbox",  # Chromium as root, as in containers, cannot run with its sandbox
     "--disable-gpu",
     "--disable-dev-shm-usage",
     "--disable-background-networking",
     "--disable-component-update",
     "--no-first-run",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # no network but this machine
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # the only reachable host is this machine
 )
 
 
 class Chromium:
-    """One tab. Commands are those of the DevTools protocol, https://chromedevtools.github.io/devtools-protocol/."""
+    """A browser with one tab.
+
+    Commands are those of the DevTools protocol, https://chromedevtools.github.io/devtools-protocol/.
+    """
 
     def __init__(self, profile: Path):
         (child_in, our_out), (our_in, child_out) = os.pipe(), os.pipe()
-        # The pipe is file descriptors 3 and 4 of the browser; none of ours may be one of these meanwhile.
-        low = [child_in, child_out]
-        child_in, child_out = (fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in low)
-        for fd in low:
+        # The browser expects the pipe at file descriptors 3 and 4, so our own descriptors must have higher numbers.
+        low_descriptors = [child_in, child_out]
+        child_in, child_out = (fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in low_descriptors)
+        for fd in low_descriptors:
             os.close(fd)
         self._process = subprocess.Popen(
             [
@@ -75,18 +78,18 @@ class Chromium:
             self._process.wait()
 
     def ask(self, method: str, **params) -> dict:
-        """The answer to a command; what happens meanwhile is added to `events`."""
+        """Sends a command and returns its result; adds the events that arrive meanwhile to `events`."""
         number = next(self._ids)
         message = {"id": number, "method": method, "params": params}
         if self._session:
             message["sessionId"] = self._session
         os.write(self._to, json.dumps(message).encode() + b"\0")
         while True:
-            found = self._next(time.monotonic() + TIMEOUT_S)
-            if found.get("id") == number:
-                assert "error" not in found, f"{method}: {found['error']}"
-                return found["result"]
-            self.events.append(found)
+            reply = self._next(time.monotonic() + TIMEOUT_S)
+            if reply.get("id") == number:
+                assert "error" not in reply, f"{method}: {reply['error']}"
+                return reply["result"]
+            self.events.append(reply)
 
     def _next(self, deadline: float) -> dict:
         while b"\0" not in self._unread:
@@ -98,56 +101,58 @@ class Chromium:
         return json.loads(line)
 
     def open(self, page: Path | str) -> None:
-        """Loads the file or address and waits until nothing more is to come of it."""
+        """Loads the file or address, and waits until the page is complete."""
         self.events.clear()
         self.ask("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         deadline = time.monotonic() + TIMEOUT_S
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next(deadline))
-        # What the page put off until after it was loaded has come when two frames have been drawn.
+        # After two drawn frames, the scripts that the page runs after loading have ended.
         self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 200))))")
 
     def run(self, code: str):
-        """The value of an expression in the page, awaited."""
-        found = self.ask("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
+        """Evaluates an expression in the page, awaits it and returns its value."""
+        reply = self.ask("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in reply, reply
+        return reply["result"].get("value")
 
     def press(self, key: str, code: int) -> None:
-        """A key, down and up."""
+        """Presses and releases a key."""
         for kind in ("rawKeyDown", "char", "keyUp"):
             text = {"text": "\r"} if kind == "char" else {}
             self.ask("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **text)
 
     def show_as(self, media: str = "screen", scheme: str = "light", width: int = 1280, height: int = 900) -> None:
-        """Screen or print, light or dark, in a window of that size."""
+        """Sets screen or print, light or dark, and the size of the window."""
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.ask("Emulation.setEmulatedMedia", media=media, features=features)
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def picture(self, path: Path) -> None:
-        """The whole page as PNG."""
+        """Writes a PNG of the whole page."""
         data = self.ask("Page.captureScreenshot", captureBeyondViewport=True)["data"]
         path.write_bytes(base64.b64decode(data))
 
     def complaints(self, page: Path | str) -> list[str]:
-        """Every error and warning, every exception, and every request but that for the page itself; of an address, but
-        those for what lies below it."""
+        """Returns all errors, warnings and exceptions, and all requests that the page must not make.
 
-        def own(url: str) -> bool:
+        A file may request only itself; an address may also request everything below it.
+        """
+
+        def is_own(url: str) -> bool:
             return url.startswith((page, "data:")) if isinstance(page, str) else url == page.as_uri()
 
-        found = []
+        complaints = []
         for event in self.events:
             method, params = event["method"], event.get("params", {})
             if method == "Runtime.exceptionThrown":
-                found.append(f"exception: {params['exceptionDetails']['text']}")
+                complaints.append(f"exception: {params['exceptionDetails']['text']}")
             elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
-                found.append(f"console.{params['type']}: {[a.get('value') for a in params['args']]}")
+                complaints.append(f"console.{params['type']}: {[a.get('value') for a in params['args']]}")
             elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
-                found.append(f"{params['entry']['source']}: {params['entry']['text']}")
-            elif method == "Network.requestWillBeSent" and not own(params["request"]["url"]):
-                found.append(f"request: {params['request']['url']}")
+                complaints.append(f"{params['entry']['source']}: {params['entry']['text']}")
+            elif method == "Network.requestWillBeSent" and not is_own(params["request"]["url"]):
+                complaints.append(f"request: {params['request']['url']}")
             elif method == "Network.webSocketCreated":
-                found.append(f"request: {params['url']}")
-        return found
+                complaints.append(f"request: {params['url']}")
+        return complaints

@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny random checkpoint for plumbing, the reference for accuracy, fake artifacts for benchmarks."""
+"""Shared fixtures: a tiny random checkpoint, the embedded reference, and fake artifacts for the benchmark."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from toolchain.cli import main
 from toolchain.data.inputs import TrainingSource
 from toolchain.models import checkpoints
 
-DEFAULT_VARIANTS = ["torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"]  # the last one's lineage
+DEFAULT_VARIANTS = ["torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"]  # the lineage of the last one
 SHORT = Protocol(passes=1, min_s=0.1, pass_s=5.0, starts=1, threads=1)
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-sys.path.append(str(ROOT / "docs"))  # the scripts that write generated parts of documents
-# Children of the benchmark import the fake backend from here; nothing may ask a hub.
+sys.path.append(str(ROOT / "docs"))  # these scripts write the generated parts of the pages
+# Child processes of the benchmark import the fake backend from here. No process may use a hub.
 os.environ["PYTHONPATH"] = str(TESTS)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -41,13 +41,17 @@ LONGEST = ("test_docs.py", "test_clients.py", "test_architectures.py", "test_dis
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Gives each worker one processor, children included: threads that wait for each other on few processors spin."""
+    """Pins each worker and its child processes to one processor.
+
+    More threads than processors would waste time: they spin while they wait for each other.
+    """
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if worker and hasattr(os, "sched_setaffinity"):
         processors = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {processors[int(worker.removeprefix("gw")) % len(processors)]})
 
 
+@pytest.hookimpl(tryfirst=True)  # runs before the hook of xdist, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the longest files first. Marks tests of the reference as slow, since its fixture exports a real model."""
     places = {name: place for place, name in enumerate(LONGEST)}
@@ -66,7 +70,7 @@ def make_checkpoint(
 ) -> Path:
     """Saves a random DistilBERT classifier of two narrow layers with the reference's tokenizer.
 
-    `leaning` is the bias of the last label. A large one makes the answers certain, so int8 flips none of them.
+    `leaning` is added to the bias of the last label. A larger margin keeps quantised answers the same.
     """
     import torch
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
@@ -94,24 +98,24 @@ def make_checkpoint(
 @pytest.fixture(scope="session", autouse=True)
 def working_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Runs all tests in an empty folder: `ship` and `compare` read the result files of the working directory."""
-    before = Path.cwd()
+    previous = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("working-directory"))
     yield
-    os.chdir(before)
+    os.chdir(previous)
 
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all workers of this run share."""
-    own = tmp_path_factory.getbasetemp()
-    folder = (own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own) / "shared"
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "shared"
     folder.mkdir(exist_ok=True)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(shared: Path) -> Path:
-    """The tiny checkpoint; not to be changed."""
+    """The tiny checkpoint. Do not change it."""
     folder = shared / "checkpoint" / "tiny"
     with FileLock(shared / "checkpoint.lock"):
         return folder if folder.exists() else make_checkpoint(folder)
@@ -119,7 +123,7 @@ def tiny_checkpoint(shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def built_tiny(tiny_checkpoint: Path, shared: Path) -> Workspace:
-    """A workspace of the tiny checkpoint that all tests share: a test may add variants, but change none."""
+    """A workspace of the tiny checkpoint, shared by all tests. A test may add variants but must not change any."""
     workspace = Workspace.open(str(tiny_checkpoint), shared / "tiny")
     ensure(workspace, DEFAULT_VARIANTS[-1:], {}, lambda line: None)
     return workspace
@@ -127,7 +131,7 @@ def built_tiny(tiny_checkpoint: Path, shared: Path) -> Workspace:
 
 @pytest.fixture
 def tiny(built_tiny: Workspace, tmp_path: Path) -> Workspace:
-    """A copy of the default variants of `built_tiny`; a test may change it."""
+    """A copy of the default variants of `built_tiny`; which a test may change."""
     copy = Workspace(tmp_path / "exported", built_tiny.model, built_tiny.source)
     for name in DEFAULT_VARIANTS:
         shutil.copytree(built_tiny.path(name), copy.path(name))
@@ -136,7 +140,7 @@ def tiny(built_tiny: Workspace, tmp_path: Path) -> Workspace:
 
 @pytest.fixture(scope="session")
 def reference(shared: Path) -> Workspace:
-    """The embedded reference's workspace that all tests share: a test may add variants, but change none."""
+    """The workspace of the embedded reference, shared by all tests. A test may add variants but must not change any."""
     workspace = Workspace.open("reference", shared / "reference")
     ensure(workspace, ["onnx-int8"], {}, lambda line: None)
     return workspace
@@ -144,7 +148,7 @@ def reference(shared: Path) -> Workspace:
 
 @pytest.fixture
 def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command line in this process: exit code, standard output, standard error."""
+    """Runs the command line in this process; returns exit code, standard output and standard error."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         code = main([str(a) for a in arguments])
@@ -156,7 +160,7 @@ def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
 
 @pytest.fixture
 def short_bench(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes `bench --quick` take seconds: one process a cell, short rounds, and a machine probe of small layers."""
+    """Makes `bench --quick` take seconds: one process per cell, short rounds, and a machine probe of small layers."""
     monkeypatch.setattr(scenarios, "QUICK", SHORT)
     monkeypatch.setattr(roofline, "SECONDS", 0.02)
     monkeypatch.setattr(roofline, "MEBIBYTES", 4)
@@ -164,7 +168,7 @@ def short_bench(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fake(tmp_path: Path) -> Callable[..., Artifact]:
-    """Makes an artifact for `fake_backend.FakeSession`, with this behaviour."""
+    """Makes an artifact with the given behaviour, which `fake_backend.FakeSession` opens."""
 
     def make(name: str, **behaviour: object) -> Artifact:
         folder = tmp_path / name
@@ -194,9 +198,9 @@ def fake(tmp_path: Path) -> Callable[..., Artifact]:
 
 
 def import_job(checkpoint: Path, folder: Path) -> Job:
-    """The job of importing `checkpoint` into `folder`."""
-    nothing = folder / "nothing"
-    return Job(Import(), None, checkpoint, folder, None, TrainingSource(), nothing, nothing, lambda *_: None)
+    """Returns the job that imports `checkpoint` into `folder`."""
+    missing_path = folder / "nothing"
+    return Job(Import(), None, checkpoint, folder, None, TrainingSource(), missing_path, missing_path, lambda *_: None)
 
 
 def run_toolchain(

@@ -1,8 +1,9 @@
-"""Programs on processors that this machine does not have, under qemu.
+"""Runs programs with qemu on processors that this machine does not have.
 
-qemu runs one program and passes its system calls on to this machine's kernel: the program reads this machine's files.
-`make test-clients` installs what runs: a bare Python for x86-64, and a root folder of Debian for 64-bit ARM.
-Answers are those of the processor's kernels; times mean nothing.
+qemu runs one program and passes its system calls to the kernel of this machine, so the program reads this machine's
+files.
+`make test-clients` installs the programs: Python for x86-64, and a Debian root folder for 64-bit ARM.
+The logits are those of the emulated processor's kernels. The times have no meaning.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import shutil
 from pathlib import Path
 
 AVX2, ARM = "AVX2 without VNNI", "64-bit ARM"
-# A Haswell, less the features that qemu cannot emulate; the core that arm_root.sh describes.
+# A Haswell without the features that qemu cannot emulate, and the core that arm_root.sh describes.
 _EMULATORS = {
     AVX2: ("qemu-x86_64", "-cpu", "Haswell-noTSX,-pcid,-x2apic,-tsc-deadline,-invpcid"),
     ARM: ("qemu-aarch64", "-cpu", "neoverse-n1"),
@@ -20,12 +21,12 @@ _EMULATORS = {
 
 
 def program(processor: str, *command: str | Path) -> list[str]:
-    """The command that runs `command`, a path and its arguments, on `processor`."""
+    """Returns the command that runs `command`, a path and its arguments, on `processor`."""
     return [*_EMULATORS[processor], *map(str, command)]
 
 
 def python(processor: str, clients: Path) -> list[str]:
-    """The command that runs Python with a bundle's requirements on `processor`.
+    """Returns the command that runs Python with a bundle's requirements on `processor`.
 
     Args:
         processor: `AVX2` or `ARM`.
@@ -38,7 +39,7 @@ def python(processor: str, clients: Path) -> list[str]:
 
 
 def reason_to_skip(processor: str, clients: Path) -> str:
-    """Why `python` does not run here; empty where it does."""
+    """Returns why `python` does not run here; empty if it does."""
     emulator = _EMULATORS[processor][0]
     if shutil.which(emulator) is None:
         return f"needs {emulator} (Debian: qemu-user)"

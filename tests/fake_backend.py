@@ -1,4 +1,4 @@
-"""A fake session whose artifact states its behaviour: it answers, sleeps, leaks memory, crashes, hangs or refuses."""
+"""A fake session with the behaviour that its artifact states: it can answer, sleep, leak, crash, hang or refuse."""
 
 from __future__ import annotations
 
@@ -17,50 +17,50 @@ from toolchain.errors import DeviceMemoryError, ProviderError
 
 
 class FakeSession:
-    """Answers 1 for an even sum of ids; `behaviour.json` in its folder states all other behaviour."""
+    """Answers 1 for an even sum of ids; `behaviour.json` in its folder states states all other behaviour."""
 
     def __init__(self, folder: Path, place: Place) -> None:
-        self._does = json.loads((folder / "behaviour.json").read_text())
+        self._behaviour = json.loads((folder / "behaviour.json").read_text())
         self._runs = 0
-        self._kept: list[bytes] = []
+        self._leaked: list[bytes] = []
         self._place = place
-        if self._does.get("refuse"):
-            raise ProviderError(self._does["refuse"], "Use another one.")
+        if self._behaviour.get("refuse"):
+            raise ProviderError(self._behaviour["refuse"], "Use another one.")
         print("a library that prints to standard output must not break the line to the parent")
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         self._runs += 1
-        does = self._does
-        if self._runs > does.get("after", 0):
-            if "exit" in does:
+        behaviour = self._behaviour
+        if self._runs > behaviour.get("after", 0):
+            if "exit" in behaviour:
                 print("last words of a dying library", flush=True)
-                os._exit(does["exit"])
-            if "signal" in does:
-                os.kill(os.getpid(), getattr(signal, does["signal"]))
-            if "hang" in does:
-                time.sleep(does["hang"])
-            if "ask_for" in does:
-                raise DeviceMemoryError.failed_allocation(does["ask_for"])
-            if "raise" in does:
-                raise RuntimeError(does["raise"])
-        if "leak" in does:
-            self._kept.append(bytes(does["leak"]))
-        spend = does.get("us", 200) * len(batch["input_ids"]) / 1e6
+                os._exit(behaviour["exit"])
+            if "signal" in behaviour:
+                os.kill(os.getpid(), getattr(signal, behaviour["signal"]))
+            if "hang" in behaviour:
+                time.sleep(behaviour["hang"])
+            if "ask_for" in behaviour:
+                raise DeviceMemoryError.failed_allocation(behaviour["ask_for"])
+            if "raise" in behaviour:
+                raise RuntimeError(behaviour["raise"])
+        if "leak" in behaviour:
+            self._leaked.append(bytes(behaviour["leak"]))
+        duration_s = behaviour.get("us", 200) * len(batch["input_ids"]) / 1e6
         if not self._place.exact:
-            spend /= does["option_time"]
-        until = time.perf_counter() + spend
-        while time.perf_counter() < until:
+            duration_s /= behaviour["option_time"]
+        end = time.perf_counter() + duration_s
+        while time.perf_counter() < end:
             pass
-        even = batch["input_ids"].sum(axis=1) % 2 == 0
-        if does.get("moody") and len(even) > 1:
-            even = ~even
-        if self._runs > does.get("nan_after", float("inf")):
-            return np.full((len(even), 2), np.nan, np.float32)
-        return np.stack([~even, even], axis=1).astype(np.float32)
+        is_even = batch["input_ids"].sum(axis=1) % 2 == 0
+        if behaviour.get("moody") and len(is_even) > 1:
+            is_even = ~is_even
+        if self._runs > behaviour.get("nan_after", float("inf")):
+            return np.full((len(is_even), 2), np.nan, np.float32)
+        return np.stack([~is_even, is_even], axis=1).astype(np.float32)
 
     def resident(self, batch: dict[str, np.ndarray]) -> Callable[[], object]:
-        until_s = self._does.get("resident_us", 100) / 1e6
-        return lambda: time.sleep(until_s)
+        duration_s = self._behaviour.get("resident_us", 100) / 1e6
+        return lambda: time.sleep(duration_s)
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -71,8 +71,8 @@ class FakeSession:
             "pid": os.getpid(),
             "device_id": self._place.device_id,
             "device_order": os.environ.get("CUDA_DEVICE_ORDER"),
-            **({"option": ["an.option", "1"]} if "option_time" in self._does else {}),
+            **({"option": ["an.option", "1"]} if "option_time" in self._behaviour else {}),
         }
 
     def close(self) -> None:
-        self._kept.clear()
+        self._leaked.clear()

@@ -1,9 +1,9 @@
-"""Rows with every field of a report, and rows in which every string is an attack."""
+"""Rows with every figure that a report, and rows with an attack in every text."""
 
 import dataclasses
 
 import pytest
-from sample_results import NO_GPU, RUN, measured, result
+from sample_results import NO_GPU, RUN, measured_row, result
 
 from toolchain.compare.report.html import to_html
 from toolchain.compare.rows import compare
@@ -12,7 +12,7 @@ from toolchain.data.inputs import Data
 from toolchain.results.measurements import Accuracy, Measurement, Samples
 
 LABELS = [0, 1, 0, 1, 1, 0, 1, 0]
-# By variant: milliseconds, which answers are wrong.
+# Variant → milliseconds, and the rows with wrong answers.
 ANSWERS = {
     "torch-fp32": (8.0, {7}),
     "torch-pruned50": (5.0, {0, 1}),
@@ -27,17 +27,17 @@ def rounds(ms):
     return Samples.from_single([[round(ms * 1000 * (1 + (7 * r + s) % 5 / 50)) for s in range(4)] for r in range(8)])
 
 
-def rich_row(variant, ms, wrong, **changes):
-    answers = tuple(1 - label if i in wrong else label for i, label in enumerate(LABELS))
+def rich_row(variant, ms, wrong_rows, **changes):
+    answers = tuple(1 - label if i in wrong_rows else label for i, label in enumerate(LABELS))
     latency = rounds(ms)
     pruning = {
         **{"method": "fisher", "achieved": 0.5, "heads": [4], "ffn": [32]},
         **{"encoder_parameters": {"before": 2, "after": 1}, "predicted_speedup": {"value": 2.0, "by": "a table"}},
     }
-    return measured(
+    return measured_row(
         variant,
         ms,
-        accuracy=Accuracy(len(LABELS) - len(wrong), len(LABELS), 1),
+        accuracy=Accuracy(len(LABELS) - len(wrong_rows), len(LABELS), 1),
         latency=latency,
         latency_ms=latency.milliseconds(),
         predictions=answers,
@@ -54,29 +54,29 @@ def rich_row(variant, ms, wrong, **changes):
     )
 
 
-def rich(**changes):
-    rows = [rich_row(variant, ms, wrong) for variant, (ms, wrong) in ANSWERS.items()]
+def rich_result(**changes):
+    rows = [rich_row(variant, ms, wrong_rows) for variant, (ms, wrong_rows) in ANSWERS.items()]
     run = {**RUN, "passes": 3, "allow_fallback": False, "rates": {"torch": {"fp32_gmacs": 61.5}}}
     machine = {**result().machine, "versions": {"torch": "2.13.0"}}
     data = {"name": "sst2", "rows": len(LABELS), "sha256": DATA.sha256, "labels": LABELS}
     return result(*rows, NO_GPU, **{"run": run, "machine": machine, "data": data, **changes})
 
 
-def hostile():
-    named = rich_row(HOSTILE, 2.0, {1})
-    named = dataclasses.replace(named, model=HOSTILE, memory_bytes={"peak": 10**8, "method": HOSTILE})
-    failed = Measurement(HOSTILE, "onnx-fp32", "cpu", None, "failed", HOSTILE, HOSTILE)
-    base = rich_row("torch-fp32", 8.0, {7})
-    base = dataclasses.replace(base, model=HOSTILE, facts={"session": {"note": HOSTILE, "fallback": HOSTILE}})
+def hostile_result():
+    hostile_row = rich_row(HOSTILE, 2.0, {1})
+    hostile_row = dataclasses.replace(hostile_row, model=HOSTILE, memory_bytes={"peak": 10**8, "method": HOSTILE})
+    failed_row = Measurement(HOSTILE, "onnx-fp32", "cpu", None, "failed", HOSTILE, HOSTILE)
+    base_row = rich_row("torch-fp32", 8.0, {7})
+    base_row = dataclasses.replace(base_row, model=HOSTILE, facts={"session": {"note": HOSTILE, "fallback": HOSTILE}})
     machine = {**result().machine, "cpu": HOSTILE, "versions": {HOSTILE: HOSTILE}, "isa": [HOSTILE]}
     run = {**RUN, HOSTILE: 1, "rates": {HOSTILE: {HOSTILE: HOSTILE}}}
-    data = {**rich().data, "name": HOSTILE, "sha256": "another"}
-    rows = (named, base, failed)
+    data = {**rich_result().data, "name": HOSTILE, "sha256": "another"}
+    rows = (hostile_row, base_row, failed_row)
     return result(*rows, machine=machine, run=run, data=data, created=HOSTILE, toolchain=HOSTILE)
 
 
-def html(*runs):
-    """The report of these runs, `DATA` being the sentences that are known."""
+def report_html(*runs):
+    """Returns the report of these runs, in which the sentences of `DATA` are known."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inputs, "embedded", lambda split="validation": DATA)
         return to_html(compare(runs))

@@ -1,4 +1,4 @@
-"""Result files and rows with made-up figures."""
+"""Result files and rows with invented figures, for tests of the code that reads them."""
 
 from toolchain.results.measurements import Accuracy, Measurement, Samples
 from toolchain.results.result_file import ResultFile
@@ -39,7 +39,7 @@ def result(*rows, **changes):
 RUN = {"threads": 2, "batch_size": 32}
 
 
-def measured(variant, ms, provider="cpu", correct=90, **changes):
+def measured_row(variant, ms, provider="cpu", correct=90, **changes):
     latency = Samples.from_rounds([[round(ms * 1000)]], [[1]])
     batches = Samples.from_rounds([[round(ms * 32000)]], [[32]])
     figures = {
@@ -57,11 +57,11 @@ def measured(variant, ms, provider="cpu", correct=90, **changes):
     return row(**{**figures, **changes})
 
 
-FP32, INT8 = measured("torch-fp32", 8), measured("onnx-int8", 1, correct=89)
+FP32, INT8 = measured_row("torch-fp32", 8), measured_row("onnx-int8", 1, correct=89)
 
 
 NO_GPU = Measurement("m", "onnx-fp32", "cuda", None, "unavailable", "No GPU answers.", "Get one.")
 
 
-def of(rows, cell):
+def row_of_cell(rows, cell):
     return next(r for r in rows if r.measurement.cell == cell)

@@ -1,4 +1,4 @@
-"""README and docs/ are run and followed, not believed: commands, code, generated parts, links, the site."""
+"""Tests of README and docs/: their commands and code run, generated parts are current, and links work."""
 
 import functools
 import http.server
@@ -26,7 +26,7 @@ GPU = "needs a GPU and installs other packages"
 RAY = "needs a cluster; tests/distributed/ runs one"
 SAME = "`make bench` or `make ship` does the same"
 MINUTES = "takes minutes; tests/tuning/ searches"
-# Command → why it is not run here.
+# Command → why no test runs it here.
 NOT_RUN = {
     "make install RUNTIME=gpu": GPU,
     "make install TORCH_INDEX=https://download.pytorch.org/whl/cpu": "needs the network",
@@ -46,7 +46,7 @@ NOT_RUN = {
     "toolchain tune --max-drop 1.0 --objective latency --budget 20m": MINUTES,
     "toolchain tune --model ./my-checkpoint --train-data train.csv --data validation.csv": MINUTES,
 }
-# Commands that only plan here, with --dry-run: the tests of their rooms build.
+# Commands that run only with --dry-run here, since other tests build these artifacts.
 PLANNED = {
     "toolchain bench --quick",
     "toolchain bench --quick --provider cpu --variant torch-fp32 --variant onnx-int8",
@@ -60,13 +60,13 @@ PLANNED = {
     "toolchain quantize --no-pass padding --name padded",
     "toolchain quantize --scheme int4 --trim-vocab train --name tiny",
 }
-# The small model of the tests stands for the reference; these pages have its commands. Reference pages have none.
+# Pages whose commands run here, with a small model in place of the reference. Reference pages have no commands.
 RUN_PAGES = [page for page in PAGES if "reference" not in page.relative_to(ROOT).parts]
 BLOCK = re.compile(r"(<!-- client: .* -->\n)?^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page):
-    """(language, text) of every block of a page; a client's code is run by tests/ship/ in that client."""
+    """Returns (language, text) of each block of a page; tests/ship/ runs the code of clients."""
     return [(kind, text) for client, kind, text in BLOCK.findall(page.read_text()) if not client]
 
 
@@ -74,35 +74,35 @@ def commands(text):
     return [line for line in text.splitlines() if line and not line.startswith("source ")]
 
 
-def test_the_generated_parts_are_current():
-    made, used = parts(), set()
+def test_the_generated_parts_of_pages_are_current():
+    generated, names = parts(), set()
     for page in PAGES:
         text = page.read_text()
-        used |= {match[2] for match in MARKED.finditer(text)}
-        assert filled(text, made) == text, f"{page} is not current: run `make docs`"
+        names |= {match[2] for match in MARKED.finditer(text)}
+        assert filled(text, generated) == text, f"{page} is not current: run `make docs`"
         assert text.count("<!-- begin: ") == len(MARKED.findall(text)), f"{page}: a marker has no end"
-    assert used == set(made)
+    assert names == set(generated)
 
 
 def test_the_readme_is_short():
     assert len(README.read_text().splitlines()) <= 200
 
 
-def test_links_between_files_lead_somewhere():
+def test_links_between_files_have_a_target():
     for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
         for target in re.findall(r"\]\(([^)#\s]+)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
             if not target.startswith(("http://", "https://")):
                 assert (page.parent / target).exists(), f"{page}: {target}"
 
 
-def test_what_is_not_run_is_on_a_page():
-    written = {
+def test_every_exempted_command_is_on_a_page():
+    page_commands = {
         command for page in RUN_PAGES for kind, text in blocks(page) if kind == "bash" for command in commands(text)
     }
-    assert PLANNED | set(NOT_RUN) <= written
+    assert PLANNED | set(NOT_RUN) <= page_commands
 
 
-def test_the_map_names_every_file():
+def test_the_map_of_the_architecture_names_every_file():
     text = (ROOT / "docs" / "explanation" / "architecture.md").read_text()
     for path in Path(toolchain.__file__).parent.rglob("*.py"):
         if path.name == "__init__.py":
@@ -111,22 +111,23 @@ def test_the_map_names_every_file():
             assert re.search(rf"\b{re.escape(path.name)}", text), f"{path} is not on the map"
 
 
-def test_the_floors_are_those_of_the_imports():
+def test_the_documented_floors_match_the_tested_ones():
     text = (ROOT / "docs" / "explanation" / "architecture.md").read_text()
     rows = re.findall(r"^\| (\d+) \| (.*?) \|", text, re.MULTILINE)
-    shown = {int(floor): set(re.findall(r"`(\w+)(?:\.py)?`", rooms)) for floor, rooms in rows}
-    assert shown == {floor: rooms for floor, rooms in enumerate(FLOORS, 1) if "reference" not in rooms}
+    rooms_by_floor = {int(floor): set(re.findall(r"`(\w+)(?:\.py)?`", rooms)) for floor, rooms in rows}
+    assert rooms_by_floor == {floor: rooms for floor, rooms in enumerate(FLOORS, 1) if "reference" not in rooms}
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """What a newcomer has, with a tiny checkpoint in the reference's place and this environment as `.venv`."""
+    """A folder as a newcomer has it, with a tiny checkpoint as its model and this environment as `.venv`."""
     marker = Path(sys.prefix) / ".installed"
-    if not marker.exists() or not marker.read_text().strip():  # one that names no runtime would be installed anew
+    # `make install` would replace an environment without a runtime
+    if not marker.exists() or not marker.read_text().strip():
         pytest.skip("needs the environment `make install` makes")
     folder = tmp_path_factory.mktemp("clone")
     for path in (ROOT / "Makefile", ROOT / "setup.cfg", ROOT / "pyproject.toml"):
-        shutil.copy2(path, folder)  # with its time: make compares it with the installation's
+        shutil.copy2(path, folder)  # keeps the time, which make compares with that of the installation
     shutil.copytree(ROOT / "constraints", folder / "constraints")
     shutil.copytree(ROOT / "benchmarks" / "results", folder / "benchmarks" / "results", ignore=lambda *_: {"local"})
     (folder / "tests").mkdir()
@@ -140,33 +141,35 @@ def clone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment():
-    found = {**os.environ, "MAKEFLAGS": "MODEL=./my-checkpoint"}
-    # Commands that name no model mean the reference; here they mean the tiny one.
+    variables = {**os.environ, "MAKEFLAGS": "MODEL=./my-checkpoint"}
+    # Commands without --model use the reference; these variables select the tiny model instead.
     for command in ("EXPORT", "PRUNE", "QUANTIZE", "BENCH", "COMPARE", "VALIDATE", "VARIANTS", "PREDICT", "SHIP"):
-        found[f"TOOLCHAIN_{command}_MODEL"] = "my-checkpoint"
-    # A benchmark of every default cell takes minutes even of a tiny model.
-    found["TOOLCHAIN_BENCH_VARIANT"] = "torch-fp32 onnx-fp32 onnx-int8"
-    # The page of a web bundle needs npm packages; they are tested with the clients.
-    found["TOOLCHAIN_SHIP_DEMO"] = "false"
-    return found
+        variables[f"TOOLCHAIN_{command}_MODEL"] = "my-checkpoint"
+    # A benchmark of all default cells takes minutes, even with a tiny model.
+    variables["TOOLCHAIN_BENCH_VARIANT"] = "torch-fp32 onnx-fp32 onnx-int8"
+    # The page of a web bundle needs npm packages; the tests of clients cover it.
+    variables["TOOLCHAIN_SHIP_DEMO"] = "false"
+    return variables
 
 
 @pytest.fixture(scope="module")
-def done():
-    """Commands that a page has run; another page does not run them again."""
+def finished_commands():
+    """Commands that a page has run already, which no other page runs again."""
     return set()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN_PAGES, ids=[str(page.relative_to(ROOT)) for page in RUN_PAGES])
-def test_its_blocks_run_in_order(page, clone, environment, done):
+def test_the_blocks_of_a_page_run_in_order(page, clone, environment, finished_commands):
     for kind, text in blocks(page):
         if kind == "bash":
-            new = [command for command in commands(text) if command not in NOT_RUN and command not in done]
-            done |= set(new)
-            if not new:
+            new_commands = [
+                command for command in commands(text) if command not in NOT_RUN and command not in finished_commands
+            ]
+            finished_commands |= set(new_commands)
+            if not new_commands:
                 continue
-            lines = [line for line in text.splitlines() if line.startswith("source ") or line in new]
+            lines = [line for line in text.splitlines() if line.startswith("source ") or line in new_commands]
             text = "\n".join(f"{line} --dry-run" if line in PLANNED else line for line in lines)
         program = ["bash", "-euo", "pipefail", "-c"] if kind == "bash" else [sys.executable, "-c"]
         run = subprocess.run(
@@ -187,28 +190,28 @@ def test_its_blocks_run_in_order(page, clone, environment, done):
     ],
 )
 def test_json_fields_are_documented(command, data, say, tmp_path, request):
-    """Every field but those inside `data`, which have names of other things, or are documented elsewhere."""
+    """Checks every field except those inside `data`, whose keys are names of other things or documented elsewhere."""
     text = (ROOT / "docs" / "reference" / "json.md").read_text()
-    earlier = re.sub(r'("created": ")\d{4}', r"\g<1>2020", BENCH.read_text(), count=1)
-    (tmp_path / "old.json").write_text(earlier)
+    old_text = re.sub(r'("created": ")\d{4}', r"\g<1>2020", BENCH.read_text(), count=1)
+    (tmp_path / "old.json").write_text(old_text)
     values = {"RUN": [BENCH], "OLD": [tmp_path / "old.json"]}
     if "MODEL" in command:
         tiny = request.getfixturevalue("tiny")
         values["MODEL"] = ["--model", tiny.model, "--exported", tiny.exported]
     code, out, err = say(*(word for part in command.split() for word in values.get(part, [part])), "--json")
     assert code == 0, err
-    unread = [json.loads(out)]
-    while unread:
-        value = unread.pop()
+    values_left = [json.loads(out)]
+    while values_left:
+        value = values_left.pop()
         if isinstance(value, list):
-            unread += value
+            values_left += value
         elif isinstance(value, dict):
             assert not {key for key in value if f"`{key}`" not in text}
-            unread += [inner for key, inner in value.items() if key not in data]
+            values_left += [inner for key, inner in value.items() if key not in data]
 
 
 class Page(HTMLParser):
-    """What a page of the site has: ids, links, and addresses that a browser loads by itself."""
+    """Collects the ids, links, and automatically loaded addresses of a page of the site."""
 
     def __init__(self, path):
         super().__init__()
@@ -216,18 +219,20 @@ class Page(HTMLParser):
         self.feed(path.read_text())
 
     def handle_starttag(self, tag, attrs):
-        found = dict(attrs)
-        self.ids |= {found[name] for name in ("id", "name") if found.get(name)}
-        if tag == "a" and "href" in found:
-            self.links.append(found["href"])
-        elif tag == "link" and found.get("rel") not in ("prev", "next", "canonical"):
-            self.loads.append(found["href"])
-        self.loads += [found[name] for name in ("src", "srcset", "data", "poster") if found.get(name) and tag != "a"]
+        attributes = dict(attrs)
+        self.ids |= {attributes[name] for name in ("id", "name") if attributes.get(name)}
+        if tag == "a" and "href" in attributes:
+            self.links.append(attributes["href"])
+        elif tag == "link" and attributes.get("rel") not in ("prev", "next", "canonical"):
+            self.loads.append(attributes["href"])
+        self.loads += [
+            attributes[name] for name in ("src", "srcset", "data", "poster") if attributes.get(name) and tag != "a"
+        ]
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The site, built as `make docs` does."""
+    """Builds the site as `make docs` does."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
@@ -242,29 +247,29 @@ def pages(site):
 
 def test_every_page_is_on_the_site(site):
     for path in (ROOT / "docs").rglob("*.md"):
-        place = path.relative_to(ROOT / "docs").with_suffix("")
-        place = place.parent if place.name == "index" else place
-        assert (site / place / "index.html").is_file(), path
+        page_path = path.relative_to(ROOT / "docs").with_suffix("")
+        page_path = page_path.parent if page_path.name == "index" else page_path
+        assert (site / page_path / "index.html").is_file(), path
 
 
-def test_every_link_of_the_site_leads_somewhere(site, pages):
+def test_every_link_of_the_site_has_a_target(site, pages):
     for path, page in pages.items():
-        here = path.relative_to(site).as_posix()
+        page_name = path.relative_to(site).as_posix()
         for link in page.links + page.loads:
-            url = urlsplit(urljoin(f"site:///{here}".replace("site", "http", 1), link))
+            url = urlsplit(urljoin(f"site:///{page_name}".replace("site", "http", 1), link))
             if url.netloc or url.scheme != "http":
                 continue
             target = site / unquote(url.path).lstrip("/")
             target = target / "index.html" if target.is_dir() else target
-            assert target.is_file(), f"{here}: {link}"
+            assert target.is_file(), f"{page_name}: {link}"
             if target in pages and not url.fragment.startswith("__"):
-                assert unquote(url.fragment) in pages[target].ids, f"{here}: {link}"
+                assert unquote(url.fragment) in pages[target].ids, f"{page_name}: {link}"
 
 
-def test_the_site_asks_no_other_server(site, pages):
+def test_the_site_loads_nothing_from_other_servers(site, pages):
     for path, page in pages.items():
         assert not [url for url in page.loads if re.match(r"(https?:)?//", url)], path
-        # The theme loads diagrams and figures of a repository from other servers, where a page has them.
+        # The theme loads the code for diagrams and the figures of a repository from other servers, if a page has them.
         text = path.read_text()
         assert 'class="mermaid"' not in text, path
         assert "data-md-component=source" not in text.replace('"', ""), path
@@ -272,21 +277,21 @@ def test_the_site_asks_no_other_server(site, pages):
         assert not re.search(r"(url\(\s*[\"']?|@import\s+[\"'])(https?:)?//", path.read_text()), path
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
 
 @pytest.fixture(scope="module")
 def address(site):
-    handler = functools.partial(Quiet, directory=site)
+    handler = functools.partial(QuietHandler, directory=site)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}/"
         server.shutdown()
 
 
-# Types a word that one page has, and waits for the pages found.
+# Types a word that only one page contains, and waits for the search results.
 SEARCH = """new Promise(done => {
     const box = document.querySelector(".md-search__input");
     box.focus();
@@ -306,14 +311,14 @@ def test_a_browser_shows_and_searches_the_site(address, site, tmp_path):
             browser.show_as(width=width)
             for page in ("", "how-to/quantize/", "reference/cli/", "reference/results/", "explanation/int8/"):
                 browser.open(address + page)
-                wide = browser.run("document.documentElement.scrollWidth <= innerWidth")
-                assert wide, f"{page} is wider than a window of {width}"
-                asked = [
+                fits = browser.run("document.documentElement.scrollWidth <= innerWidth")
+                assert fits, f"{page} is wider than a window of {width}"
+                urls = [
                     event["params"]["request"]["url"]
                     for event in browser.events
                     if event["method"] == "Network.requestWillBeSent"
                 ]
-                assert not [url for url in asked if not url.startswith((address, "data:"))], page
+                assert not [url for url in urls if not url.startswith((address, "data:"))], page
         browser.show_as()
         browser.open(address)
         assert "/explanation/int8/" in browser.run(SEARCH)

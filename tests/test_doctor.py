@@ -1,4 +1,4 @@
-"""`doctor` on simulated machines: its findings about ONNX Runtime, PyTorch and the GPU."""
+"""Tests of doctor's findings about ONNX Runtime, PyTorch and the GPU, on simulated machines."""
 
 import importlib.metadata
 import sys
@@ -16,8 +16,11 @@ GPU_STACK = {"torch": "2.13.0", "onnxruntime-gpu": "1.31.1", "bitsandbytes": "0.
 
 
 @pytest.fixture
-def examined(monkeypatch, tmp_path):
-    """The findings on a machine with these GPUs, driver and versions, packages built for `cuda`."""
+def examine_machine(monkeypatch, tmp_path):
+    """Returns a function that runs doctor on a machine with these GPUs, driver and versions.
+
+    The packages are built for `cuda`.
+    """
 
     def examine(devices, driver, versions, cuda):
         monkeypatch.setattr("toolchain.system.hardware.gpus", lambda: (devices, driver))
@@ -29,7 +32,7 @@ def examined(monkeypatch, tmp_path):
 
 
 def notes(findings):
-    """The part and the hint of each note about GPUs and the packages that use them."""
+    """Returns part and hint of each note about GPUs and the packages that use them."""
     return [(f.what, f.mend) for f in findings if f.level == "note" and ("GPU" in f.what or "bits" in f.what)]
 
 
@@ -42,116 +45,116 @@ def notes(findings):
         ([PASCAL], "580.65.06", "pip install -c constraints/cuda12.txt -e '.[gpu,bnb]'"),
     ],
 )
-def test_two_runtimes_or_none_are_mended_with_this_machines_set(examined, devices, driver, line):
-    both = {**CPU_STACK, **GPU_STACK}
-    problem = next(f for f in examined(devices, driver, both, "12.6") if f.level == "problem")
+def test_two_runtimes_or_none_give_a_problem_with_the_machines_packages(examine_machine, devices, driver, line):
+    both_stacks = {**CPU_STACK, **GPU_STACK}
+    problem = next(f for f in examine_machine(devices, driver, both_stacks, "12.6") if f.level == "problem")
     assert "both installed" in problem.what
     assert problem.mend == f"pip uninstall -y onnxruntime onnxruntime-gpu && {line}"
-    problem = next(f for f in examined(devices, driver, {}, None) if f.level == "problem")
+    problem = next(f for f in examine_machine(devices, driver, {}, None) if f.level == "problem")
     assert problem.what == "no ONNX Runtime is installed"
     assert problem.mend == line
 
 
-def test_a_source_tree_that_is_not_installed_is_told(examined, monkeypatch):
-    def none_of(name):
+def test_a_source_tree_that_is_not_installed_gives_a_problem(examine_machine, monkeypatch):
+    def raise_not_found(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr("importlib.metadata.requires", none_of)
-    problem = next(f for f in examined([], "", CPU_STACK, None) if f.level == "problem")
+    monkeypatch.setattr("importlib.metadata.requires", raise_not_found)
+    problem = next(f for f in examine_machine([], "", CPU_STACK, None) if f.level == "problem")
     assert problem.what == "toolchain runs from its source folder and is not installed"
     assert problem.mend == "pip install -c constraints/cpu.txt -e '.[cpu,bnb]'"
 
 
-def test_a_gpu_is_named_with_its_set(examined):
-    whats = [f.what for f in examined([T4], "580.65.06", GPU_STACK, "13.0") if f.level == "ok"]
-    assert "Tesla T4, 16 GiB, compute capability 7.5, driver 580.65.06" in whats
-    assert "constraints/gpu.txt is the constraints file for this driver and GPU" in whats
-    whats = [f.what for f in examined([T4, PASCAL], "580.65.06", GPU_STACK, "12.6") if f.level == "ok"]
-    assert "constraints/cuda12.txt is the constraints file for this driver and GPU" in whats
+def test_doctor_names_a_gpu_and_its_constraints_file(examine_machine):
+    parts = [f.what for f in examine_machine([T4], "580.65.06", GPU_STACK, "13.0") if f.level == "ok"]
+    assert "Tesla T4, 16 GiB, compute capability 7.5, driver 580.65.06" in parts
+    assert "constraints/gpu.txt is the constraints file for this driver and GPU" in parts
+    parts = [f.what for f in examine_machine([T4, PASCAL], "580.65.06", GPU_STACK, "12.6") if f.level == "ok"]
+    assert "constraints/cuda12.txt is the constraints file for this driver and GPU" in parts
 
 
-def test_matching_packages_give_no_note(examined):
-    assert notes(examined([T4], "580.65.06", GPU_STACK, "13.0")) == []
-    assert notes(examined([T4], "580.65.06", GPU_STACK, "12.6")) == []  # a newer driver runs older CUDA
-    assert notes(examined([T4], "535.183.01", GPU_STACK, "12.6")) == []
+def test_packages_that_fit_the_gpu_give_no_note(examine_machine):
+    assert notes(examine_machine([T4], "580.65.06", GPU_STACK, "13.0")) == []
+    assert notes(examine_machine([T4], "580.65.06", GPU_STACK, "12.6")) == []  # a newer driver runs older CUDA
+    assert notes(examine_machine([T4], "535.183.01", GPU_STACK, "12.6")) == []
 
 
 @pytest.mark.parametrize(("driver", "runtime"), [("580.65.06", "gpu"), ("535.183.01", "cuda12")])
-def test_packages_for_the_cpu_on_a_machine_with_a_gpu(examined, driver, runtime):
+def test_cpu_packages_on_a_machine_with_a_gpu_give_notes(examine_machine, driver, runtime):
     hint = f"make install RUNTIME={runtime}"
-    assert notes(examined([T4], driver, CPU_STACK, None)) == [
+    assert notes(examine_machine([T4], driver, CPU_STACK, None)) == [
         ("onnxruntime 1.32.0 cannot use the GPU; onnxruntime-gpu can", hint),
         ("torch 2.13.0+cpu cannot use the GPU: it was built without CUDA", hint),
     ]
 
 
-def test_packages_too_new_for_the_gpu(examined):
-    assert notes(examined([PASCAL], "580.65.06", GPU_STACK, "13.0")) == [
+def test_packages_too_new_for_the_gpu_give_notes(examine_machine):
+    assert notes(examine_machine([PASCAL], "580.65.06", GPU_STACK, "13.0")) == [
         ("torch 2.13.0 cannot use the GPU: it was built for CUDA 13.0", "make install RUNTIME=cuda12"),
         ("onnxruntime-gpu 1.31.1 cannot use the GPU: it was built for CUDA 13.0", "make install RUNTIME=cuda12"),
     ]
 
 
-def test_packages_for_a_gpu_where_none_answers(examined):
-    ((what, hint),) = notes(examined([], "", GPU_STACK, "13.0"))
-    assert "onnxruntime-gpu is installed" in what
+def test_gpu_packages_on_a_machine_without_a_gpu_give_a_note(examine_machine):
+    ((part, hint),) = notes(examine_machine([], "", GPU_STACK, "13.0"))
+    assert "onnxruntime-gpu is installed" in part
     assert "make install RUNTIME=cpu" in hint
-    ((what, hint),) = notes(examined([], "", CPU_STACK, None))
-    assert "@cuda are unavailable" in what
+    ((part, hint),) = notes(examine_machine([], "", CPU_STACK, None))
+    assert "@cuda are unavailable" in part
     assert hint == "No fix is necessary to work on the CPU."
 
 
-def test_bitsandbytes_is_found_or_missed(examined):
-    assert "bitsandbytes 0.50.2" in [f.what for f in examined([], "", CPU_STACK, None) if f.level == "ok"]
-    without = {name: version for name, version in GPU_STACK.items() if name != "bitsandbytes"}
-    assert notes(examined([T4], "580.65.06", without, "13.0")) == [
+def test_a_missing_bitsandbytes_gives_a_note(examine_machine):
+    assert "bitsandbytes 0.50.2" in [f.what for f in examine_machine([], "", CPU_STACK, None) if f.level == "ok"]
+    stack_without_it = {name: version for name, version in GPU_STACK.items() if name != "bitsandbytes"}
+    assert notes(examine_machine([T4], "580.65.06", stack_without_it, "13.0")) == [
         ("bitsandbytes is missing: no variant bnb-*", "pip install -c constraints/gpu.txt -e '.[gpu,bnb]'")
     ]
 
 
 @pytest.fixture
 def nvml(monkeypatch):
-    """Three GPUs: one that tells everything, one that tells no memory and no capability, one that is lost."""
+    """Three GPUs: one that answers everything, one without memory and capability, and one that is lost."""
 
-    def unless(bad, code, answer):
-        def question(*about):
-            if about and about[0] in bad:
+    def answer_unless(failing_indices, code, answer):
+        def query(*arguments):
+            if arguments and arguments[0] in failing_indices:
                 raise pynvml.NVMLError(code)
             return answer
 
-        return question
+        return query
 
-    lost = pynvml.NVML_ERROR_GPU_IS_LOST
-    mute = pynvml.NVML_ERROR_NOT_SUPPORTED
+    lost_error = pynvml.NVML_ERROR_GPU_IS_LOST
+    unsupported_error = pynvml.NVML_ERROR_NOT_SUPPORTED
     memory = type("Memory", (), {"total": 2**34})
-    for name, question in {
+    for name, query in {
         "nvmlInit": lambda: None,
         "nvmlShutdown": lambda: None,
         "nvmlDeviceGetCount": lambda: 3,
-        "nvmlDeviceGetHandleByIndex": lambda index: unless([2], lost, index)(index),
+        "nvmlDeviceGetHandleByIndex": lambda index: answer_unless([2], lost_error, index)(index),
         "nvmlDeviceGetName": lambda _: b"Tesla T4",
-        "nvmlDeviceGetMemoryInfo": unless([1], mute, memory),
-        "nvmlDeviceGetCudaComputeCapability": unless([1], mute, (7, 5)),
+        "nvmlDeviceGetMemoryInfo": answer_unless([1], unsupported_error, memory),
+        "nvmlDeviceGetCudaComputeCapability": answer_unless([1], unsupported_error, (7, 5)),
         "nvmlSystemGetDriverVersion": lambda: b"580.65.06",
     }.items():
-        monkeypatch.setattr(pynvml, name, question)
+        monkeypatch.setattr(pynvml, name, query)
 
 
 @pytest.mark.usefixtures("nvml")
-def test_a_gpu_that_tells_half_does_not_stop_doctor(monkeypatch, tmp_path):
+def test_doctor_accepts_a_gpu_with_unknown_figures(monkeypatch, tmp_path):
     assert hardware.gpus() == ([T4, {**T4, "memory_bytes": 0, "compute_capability": ""}], "580.65.06")
-    whats = [f.what for f in doctor.examine(tmp_path)]
-    assert "Tesla T4, unknown memory, compute capability unknown, driver 580.65.06" in whats
-    assert "constraints/cuda12.txt is the constraints file for this driver and GPU" in whats
+    parts = [f.what for f in doctor.examine(tmp_path)]
+    assert "Tesla T4, unknown memory, compute capability unknown, driver 580.65.06" in parts
+    assert "constraints/cuda12.txt is the constraints file for this driver and GPU" in parts
 
-    def fails(*_):
+    def raise_unknown_error(*_):
         raise pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN)
 
     for name in ("nvmlDeviceGetName", "nvmlSystemGetDriverVersion", "nvmlShutdown"):
-        monkeypatch.setattr(pynvml, name, fails)
+        monkeypatch.setattr(pynvml, name, raise_unknown_error)
     assert hardware.gpus()[0][0]["name"] == "NVIDIA GPU"
     assert "NVIDIA GPU, 16 GiB, compute capability 7.5, driver unknown" in [f.what for f in doctor.examine(tmp_path)]
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", fails)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", raise_unknown_error)
     assert hardware.gpus() == ([], "")
 
 
@@ -165,7 +168,7 @@ def test_a_gpu_that_tells_half_does_not_stop_doctor(monkeypatch, tmp_path):
         ("onnxruntime", "capi/other.py", "", None),
     ],
 )
-def test_a_package_says_its_cuda_without_being_imported(monkeypatch, tmp_path, package, file, text, cuda):
+def test_built_for_cuda_reads_a_package_without_importing_it(monkeypatch, tmp_path, package, file, text, cuda):
     path = tmp_path / package / file
     path.parent.mkdir(parents=True)
     (tmp_path / package / "__init__.py").write_text("raise AssertionError('imported')")
@@ -175,13 +178,13 @@ def test_a_package_says_its_cuda_without_being_imported(monkeypatch, tmp_path, p
     assert hardware.built_for_cuda(package) == cuda
 
 
-def test_a_missing_package_was_built_for_no_cuda(monkeypatch):
+def test_built_for_cuda_is_none_for_a_missing_package(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert hardware.built_for_cuda("torch") is None
 
 
 @pytest.mark.parametrize(
-    ("machine", "isa", "exact"),
+    ("machine", "isa", "is_exact"),
     [
         ("x86_64", ["avx2", "avx512f"], False),
         ("x86_64", ["avx2", "avx_vnni"], True),
@@ -189,11 +192,11 @@ def test_a_missing_package_was_built_for_no_cuda(monkeypatch):
         ("aarch64", ["asimd"], True),
     ],
 )
-def test_a_processor_that_saturates_is_told_what_to_build(monkeypatch, machine, isa, exact):
+def test_a_saturating_processor_gives_a_note_with_a_hint(monkeypatch, machine, isa, is_exact):
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr("toolchain.system.hardware.processor", lambda: {"cpu": "a processor", "isa": isa})
-    assert hardware.exact_int8() is exact
-    found = doctor._processor()[0]
-    assert found.level == ("ok" if exact else "note")
-    assert exact or "session.x64quantprecision = 1" in found.what
-    assert exact or "toolchain quantize --isa portable" in found.mend
+    assert hardware.exact_int8() is is_exact
+    finding = doctor._processor()[0]
+    assert finding.level == ("ok" if is_exact else "note")
+    assert is_exact or "session.x64quantprecision = 1" in finding.what
+    assert is_exact or "toolchain quantize --isa portable" in finding.mend

@@ -1,4 +1,4 @@
-"""`finetune`: from labelled texts to a checkpoint that the other commands take, and every refusal."""
+"""Tests of `finetune`: from labelled texts become a checkpoint for the other commands, and errors are clear."""
 
 import json
 import os
@@ -26,7 +26,7 @@ WORDS = {
 
 
 def sentences(count, words=WORDS, seed=1):
-    """(text, label) rows whose label can be told by their words."""
+    """Returns (text, label) rows whose words show the label."""
     import random
 
     rng = random.Random(seed)
@@ -48,20 +48,25 @@ def tickets(tmp_path):
 
 @pytest.fixture
 def headless(tiny_checkpoint, tmp_path):
-    """The encoder of the tiny checkpoint alone, as a base from the hub has it."""
+    """The tiny checkpoint without its head, like a base from the hub."""
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "encoder")
     config = json.loads((folder / "config.json").read_text())
     config = {key: value for key, value in config.items() if key not in ("id2label", "label2id")}
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["DistilBertModel"]}))
-    weights = load_file(folder / "model.safetensors")
-    inner = {name.removeprefix("distilbert."): t for name, t in weights.items() if name.startswith("distilbert.")}
-    save_file(inner, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = load_file(folder / "model.safetensors")
+    encoder_weights = {
+        name.removeprefix("distilbert."): t for name, t in tensors.items() if name.startswith("distilbert.")
+    }
+    save_file(encoder_weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
 @pytest.fixture
 def make(say, tmp_path):
-    """Runs `finetune` on a base and a file: exit code, the folder, the card, standard error."""
+    """Returns a function that runs `finetune` on a base and a file.
+
+    Its results are the exit code, the folder, the card, and standard error.
+    """
 
     def run(base, data, *options, output="out"):
         folder = tmp_path / output
@@ -85,7 +90,7 @@ def make(say, tmp_path):
     return run
 
 
-def weights(folder):
+def weights_of(folder):
     return load_file(folder / "model.safetensors")
 
 
@@ -102,10 +107,10 @@ def test_a_base_without_a_head_learns_the_labels_of_the_data(make, headless, tic
     assert card["judged"]["rows"] == 12
     assert card["judged"]["accuracy"] == pytest.approx(max(history["held_out_accuracy"]), abs=1e-4)
     assert {"balanced_accuracy", "macro_f1"} < set(card["judged"])
-    assert str(tmp_path) not in (folder / "training.json").read_text()  # a local base is named, not its place
+    assert str(tmp_path) not in (folder / "training.json").read_text()  # the card names a local base, but not its path
     config = json.loads((folder / "config.json").read_text())
     assert config["id2label"] == {"0": "billing", "1": "delivery", "2": "technical"}
-    # Every other command takes it, and what it learnt is not what it is judged by.
+    # Every other command takes the model, and measures it only on the held-out rows.
     exported = tmp_path / "exported"
     code, _, err = say("export", "--model", folder, "--exported", exported)
     assert code == 0, err
@@ -118,14 +123,14 @@ def test_a_base_without_a_head_learns_the_labels_of_the_data(make, headless, tic
     assert json.loads(out)[0]["accuracy"]["value"] == pytest.approx(card["judged"]["accuracy"], abs=1e-4)
 
 
-def test_the_same_again_does_nothing_and_something_else_is_not_written_over(make, tiny_checkpoint, tickets, tmp_path):
+def test_the_same_command_changes_nothing_and_another_does_not_overwrite(make, tiny_checkpoint, tickets, tmp_path):
     code, folder, card, _ = make(tiny_checkpoint, tickets, "--epochs", "1")
     assert code == 0
-    before = (folder / "model.safetensors").stat().st_mtime_ns
-    code, _, again, err = make(tiny_checkpoint, tickets, "--epochs", "1")
-    assert (code, again) == (0, card)
+    time_before = (folder / "model.safetensors").stat().st_mtime_ns
+    code, _, second_card, err = make(tiny_checkpoint, tickets, "--epochs", "1")
+    assert (code, second_card) == (0, card)
     assert "unchanged" in err
-    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    assert (folder / "model.safetensors").stat().st_mtime_ns == time_before
     code, _, _, err = make(tiny_checkpoint, tickets, "--epochs", "2")
     assert code == 1
     assert "was trained with other settings" in err
@@ -138,35 +143,35 @@ def test_the_same_again_does_nothing_and_something_else_is_not_written_over(make
 
 @pytest.mark.slow
 def test_the_same_training_gives_the_same_bytes(make, headless, tickets):
-    _, one, _, _ = make(headless, tickets, "--epochs", "1", output="one")
-    _, two, _, _ = make(headless, tickets, "--epochs", "1", output="two")
-    _, other, _, _ = make(headless, tickets, "--epochs", "1", "--seed", "21", output="three")
-    assert sha256(one / "model.safetensors") == sha256(two / "model.safetensors")
-    assert sha256(one / "model.safetensors") != sha256(other / "model.safetensors")
+    _, first, _, _ = make(headless, tickets, "--epochs", "1", output="one")
+    _, second, _, _ = make(headless, tickets, "--epochs", "1", output="two")
+    _, other_seed, _, _ = make(headless, tickets, "--epochs", "1", "--seed", "21", output="three")
+    assert sha256(first / "model.safetensors") == sha256(second / "model.safetensors")
+    assert sha256(first / "model.safetensors") != sha256(other_seed / "model.safetensors")
 
 
-def test_dropout_is_on_while_it_learns_and_off_when_it_is_judged(make, headless, tickets, monkeypatch):
+def test_dropout_is_on_in_training_and_off_in_scoring(make, headless, tickets, monkeypatch):
     modes = []
     learn, accuracy = loop._Run.learn, loop.accuracy
 
-    def watched(model, rows):
+    def record_accuracy(model, rows):
         modes.append(("judged", model.training))
         return accuracy(model, rows)
 
-    def learning(run, part):
+    def record_learning(run, part):
         handle = run._model.register_forward_pre_hook(lambda module, _: modes.append(("learns", module.training)))
         try:
             return learn(run, part)
         finally:
             handle.remove()
 
-    monkeypatch.setattr(loop, "accuracy", watched)
-    monkeypatch.setattr(loop._Run, "learn", learning)
+    monkeypatch.setattr(loop, "accuracy", record_accuracy)
+    monkeypatch.setattr(loop._Run, "learn", record_learning)
     assert make(headless, tickets, "--epochs", "1")[0] == 0
     assert set(modes) == {("judged", False), ("learns", True)}
 
 
-def test_a_classifier_of_the_same_labels_goes_on_with_its_head(make, tiny_checkpoint, tmp_path):
+def test_a_classifier_of_the_same_labels_keeps_its_head(make, tiny_checkpoint, tmp_path):
     rows = [
         (f"{'good fine nice' if i % 2 else 'bad dull poor'} film {i}", ("negative", "Positive")[i % 2])
         for i in range(40)
@@ -179,7 +184,7 @@ def test_a_classifier_of_the_same_labels_goes_on_with_its_head(make, tiny_checkp
 
 
 @pytest.mark.parametrize(
-    ("labels", "options", "says"),
+    ("labels", "options", "message"),
     [
         (["positive", "posititve"], [], "has the labels NEGATIVE, POSITIVE, but .* has posititve, positive.*--labels"),
         (["0", "1", "2"], [], "has LABEL_0, LABEL_1, LABEL_2.*--labels"),
@@ -187,17 +192,17 @@ def test_a_classifier_of_the_same_labels_goes_on_with_its_head(make, tiny_checkp
         (["a", "a"], [], "only one label"),
     ],
 )
-def test_labels_are_never_guessed(make, tiny_checkpoint, tmp_path, labels, options, says):
+def test_labels_that_do_not_match_are_refused(make, tiny_checkpoint, tmp_path, labels, options, message):
     import re
 
     file = write(tmp_path / "a.csv", [(f"text {i}", labels[i % len(labels)]) for i in range(40)])
     code, folder, _, err = make(tiny_checkpoint, file, *options)
     assert code == 1
-    assert re.search(says, err), err
+    assert re.search(message, err), err
     assert not folder.exists()
 
 
-def test_named_labels_are_a_new_head_in_their_order(make, tiny_checkpoint, tmp_path):
+def test_named_labels_give_a_new_head_in_their_order(make, tiny_checkpoint, tmp_path):
     file = write(tmp_path / "a.csv", [(f"text {i}", i % 2) for i in range(40)])
     code, folder, card, _ = make(tiny_checkpoint, file, "--labels", "no, yes, maybe", "--epochs", "1")
     assert code == 0
@@ -207,9 +212,9 @@ def test_named_labels_are_a_new_head_in_their_order(make, tiny_checkpoint, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("short_bench")
-def test_sets_of_labels_from_the_file_to_the_prediction(make, headless, tmp_path, say, monkeypatch):
-    both = {**WORDS, "billing|technical": f"{WORDS['billing']} {WORDS['technical']}"}
-    rows = sentences(160, both)
+def test_multi_label_data_gives_predictions_of_several_labels(make, headless, tmp_path, say, monkeypatch):
+    words = {**WORDS, "billing|technical": f"{WORDS['billing']} {WORDS['technical']}"}
+    rows = sentences(160, words)
     file = write(
         tmp_path / "a.csv", [(t if i else "hello you there", label if i else "") for i, (t, label) in enumerate(rows)]
     )
@@ -226,11 +231,11 @@ def test_sets_of_labels_from_the_file_to_the_prediction(make, headless, tmp_path
     options = ["--model", folder, "--exported", exported, "--output", tmp_path / "out.jsonl"]
     code, _, err = say("predict", "onnx-int8", tmp_path / "in.csv", *options)
     assert code == 0, err
-    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert {row["prediction"] for row in found} >= {"billing", "delivery", "billing|technical"}
-    for row in found:
-        chances = {name: row[f"score_{name}"] for name in WORDS}
-        assert row["prediction"] == "|".join(name for name in WORDS if chances[name] > 0.5)
+    predictions = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert {row["prediction"] for row in predictions} >= {"billing", "delivery", "billing|technical"}
+    for row in predictions:
+        probabilities = {name: row[f"score_{name}"] for name in WORDS}
+        assert row["prediction"] == "|".join(name for name in WORDS if probabilities[name] > 0.5)
     monkeypatch.chdir(tmp_path)
     options = ["--data", file, "--variant", "torch-fp32", "--quick"]
     code, out, err = say("bench", *options, "--model", folder, "--exported", exported, "--json")
@@ -239,23 +244,23 @@ def test_sets_of_labels_from_the_file_to_the_prediction(make, headless, tmp_path
     assert row["accuracy"]["value"] == pytest.approx(card["judged"]["accuracy"], abs=1e-4)
     for name in ("macro_f1", "balanced_accuracy"):
         assert row["quality"][name] == pytest.approx(card["judged"][name], abs=1e-4)
-    # The bundle's own runner says so too.
+    # The bundle's own runner gives the same labels.
     code, _, err = say("ship", "onnx-int8", "--target", "python", "--model", folder, "--exported", exported)
     assert code == 0, err
     bundle = exported / "out" / "bundle-python"
     run = subprocess.run(
-        [sys.executable, "classify.py", found[3]["text"]],
+        [sys.executable, "classify.py", predictions[3]["text"]],
         cwd=bundle,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert run.stdout.split("\t")[0] == found[3]["prediction"]
+    assert run.stdout.split("\t")[0] == predictions[3]["prediction"]
 
 
 @pytest.mark.slow
-def test_pairs_of_texts(make, headless, tmp_path, say):
-    """The label is whether both texts are of the same kind, which neither says alone."""
+def test_finetune_learns_pairs_of_texts(make, headless, tmp_path, say):
+    """The label says whether both texts are of the same kind, which a single text does not show."""
     rows = [
         {
             "a": ("bad", "good")[i % 2],
@@ -271,39 +276,41 @@ def test_pairs_of_texts(make, headless, tmp_path, say):
     assert code == 0, err
     assert max(card["training"]["held_out_accuracy"]) > 0.9
     exported = tmp_path / "exported"
-    where = ["--model", folder, "--exported", exported]
-    code, _, err = say("predict", "onnx-int8", file, *options, *where, "--output", tmp_path / "out.csv")
+    model_options = ["--model", folder, "--exported", exported]
+    code, _, err = say("predict", "onnx-int8", file, *options, *model_options, "--output", tmp_path / "out.csv")
     assert code == 0, err
     lines = (tmp_path / "out.csv").read_text().splitlines()
     assert lines[0] == "text,text_pair,prediction,score_other,score_same"
-    right = sum(line.split(",")[2] == row["label"] for line, row in zip(lines[1:], rows, strict=True))
-    assert right > 0.9 * len(rows)
-    code, _, err = say("prune", "--ratio", "0.3", "--recover", "1", "--train-data", file, *options, *where)
+    correct = sum(line.split(",")[2] == row["label"] for line, row in zip(lines[1:], rows, strict=True))
+    assert correct > 0.9 * len(rows)
+    code, _, err = say("prune", "--ratio", "0.3", "--recover", "1", "--train-data", file, *options, *model_options)
     assert code == 0, err
     manifest = json.loads((exported / "out" / "torch-pruned30-r1" / "manifest.json").read_text())
     assert manifest["facts"]["recovery"]["pairs"] == 0
 
 
 @pytest.mark.slow
-def test_a_teacher_is_learnt_from(make, headless, tickets, tmp_path):
+def test_a_student_with_a_teacher_is_closer_to_it(make, headless, tickets, tmp_path):
     code, teacher, _, _ = make(headless, tickets, "--epochs", "8", output="teacher")
     assert code == 0
-    code, student, own, err = make(
+    code, student, student_card, err = make(
         headless, tickets, "--epochs", "2", "--teacher", teacher, "--seed", "3", output="student"
     )
     assert code == 0, err
-    assert own["teacher"].startswith("sha256:")
-    code, alone, _, _ = make(headless, tickets, "--epochs", "2", "--seed", "3", output="alone")
+    assert student_card["teacher"].startswith("sha256:")
+    code, untaught_student, _, _ = make(headless, tickets, "--epochs", "2", "--seed", "3", output="alone")
     assert code == 0
-    assert weights(student).keys() == weights(alone).keys()
+    assert weights_of(student).keys() == weights_of(untaught_student).keys()
     ids = torch.arange(1000, 1400).reshape(50, 8)
 
-    def answers(folder):
+    def probabilities_of(folder):
         with torch.inference_mode():
             return load_model(folder)(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.softmax(1)
 
-    taught, untaught = ((answers(folder) - answers(teacher)).abs().mean() for folder in (student, alone))
-    assert taught < untaught
+    taught_distance, untaught_distance = (
+        (probabilities_of(folder) - probabilities_of(teacher)).abs().mean() for folder in (student, untaught_student)
+    )
+    assert taught_distance < untaught_distance
 
 
 def test_a_teacher_of_other_labels_or_tokens_is_refused(make, headless, tickets, tmp_path, tiny_checkpoint):
@@ -312,9 +319,9 @@ def test_a_teacher_of_other_labels_or_tokens_is_refused(make, headless, tickets,
     assert "has the labels NEGATIVE, POSITIVE, but the model has billing, delivery, technical" in err
     teacher = make_checkpoint(tmp_path / "other", labels=tuple(WORDS))
     tokenizer = json.loads((teacher / "tokenizer.json").read_text())
-    first, second = "##ing", "##ed"
+    first_token, second_token = "##ing", "##ed"
     vocabulary = tokenizer["model"]["vocab"]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    vocabulary[first_token], vocabulary[second_token] = vocabulary[second_token], vocabulary[first_token]
     (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
     code, folder, _, err = make(headless, tickets, "--teacher", teacher)
     assert code == 1
@@ -323,7 +330,7 @@ def test_a_teacher_of_other_labels_or_tokens_is_refused(make, headless, tickets,
 
 
 @pytest.mark.slow
-def test_a_teacher_of_another_architecture_is_asked_what_it_takes(make, headless, tickets, tmp_path):
+def test_a_teacher_of_another_architecture_gets_its_own_inputs(make, headless, tickets, tmp_path):
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(1)
@@ -342,42 +349,42 @@ def test_a_teacher_of_another_architecture_is_asked_what_it_takes(make, headless
         if (headless / name).is_file():
             shutil.copyfile(headless / name, teacher / name)
     assert make(headless, tickets, "--teacher", teacher, "--epochs", "1")[0] == 0
-    # And the other way round: a student that takes token types, a teacher that does not.
-    first = make(headless, tickets, "--epochs", "1", output="distilbert")[1]
+    # The reverse also works: the student takes token types, the teacher does not.
+    distilbert_folder = make(headless, tickets, "--epochs", "1", output="distilbert")[1]
     tokenizer = json.loads((teacher / "tokenizer_config.json").read_text())
     tokenizer["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     (teacher / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    code, _, _, err = make(teacher, tickets, "--teacher", first, "--epochs", "1", output="student")
+    code, _, _, err = make(teacher, tickets, "--teacher", distilbert_folder, "--epochs", "1", output="student")
     assert code == 0, err
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_ends_it_and_keeps_what_was(make, headless, tickets, monkeypatch, tmp_path):
+def test_a_loss_of_nan_ends_training_and_keeps_the_last_good_state(make, headless, tickets, monkeypatch, tmp_path):
     from toolchain.training import losses
 
-    count = iter(range(-1, 100))  # the first are the held-out rows
-    whole = losses.task_loss
-    monkeypatch.setattr(losses, "task_loss", lambda *a: whole(*a) * (float("nan") if next(count) == 6 else 1.0))
+    count = iter(range(-1, 100))  # the first call is for the held-out rows
+    original_loss = losses.task_loss
+    monkeypatch.setattr(losses, "task_loss", lambda *a: original_loss(*a) * (float("nan") if next(count) == 6 else 1.0))
     code, folder, _, err = make(headless, tickets, "--epochs", "3")
     assert code == 1
     assert "the loss is nan at step 6" in err
     assert "lower learning rate" in err
     assert not folder.exists()
-    kept = publishing.work_folder(tmp_path / "out") / "training"
-    assert str(kept) in err
-    state = json.loads((kept / "state.json").read_text())
+    state_folder = publishing.work_folder(tmp_path / "out") / "training"
+    assert str(state_folder) in err
+    state = json.loads((state_folder / "state.json").read_text())
     assert (state["step"], len(state["held_out"])) == (6, 1)
-    stored = load_file(kept / "6.weights.safetensors")
-    assert all(torch.isfinite(tensor).all() for tensor in stored.values())
-    # A finite loss again: the same command goes on from there.
+    stored_tensors = load_file(state_folder / "6.weights.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in stored_tensors.values())
+    # After the loss is finite again, the same command continues.
     code, _, card, _ = make(headless, tickets, "--epochs", "3")
     assert code == 0
     assert card["training"]["steps"] == 42
-    assert not kept.exists()
+    assert not state_folder.exists()
 
 
 @pytest.mark.parametrize(
-    ("rows", "says"),
+    ("rows", "message"),
     [
         (
             [("", "a"), *[(f"text {i}", "ab"[i % 2]) for i in range(40)]],
@@ -386,43 +393,43 @@ def test_a_loss_that_is_no_number_ends_it_and_keeps_what_was(make, headless, tic
         ([(f"text {i}", "ab"[i % 2]) for i in range(10)], "10 rows: too few"),
     ],
 )
-def test_texts_there_is_nothing_to_learn_from(make, tiny_checkpoint, tmp_path, rows, says):
+def test_empty_texts_or_too_few_rows_are_refused(make, tiny_checkpoint, tmp_path, rows, message):
     code, folder, _, err = make(tiny_checkpoint, write(tmp_path / "a.csv", rows))
     assert code == 1
-    assert says in err
+    assert message in err
     assert not folder.exists()
 
 
-def test_texts_of_a_hundred_thousand_words(make, headless, tmp_path):
+def test_max_length_truncates_a_text_of_a_hundred_thousand_words(make, headless, tmp_path):
     rows = [(f"{'good ' * 100_000 if i == 7 else 'bad film'} {i}", "ab"[i % 2]) for i in range(40)]
     code, _, card, err = make(headless, write(tmp_path / "a.csv", rows), "--epochs", "1", "--max-length", "32")
     assert code == 0, err
     assert card["max_length"] == 32
 
 
-def test_a_base_that_is_none(make, headless, tickets, tmp_path):
-    def refused(base, *options):
+def test_a_base_that_does_not_fit_is_refused(make, headless, tickets, tmp_path):
+    def error_of(base, *options):
         code, folder, _, err = make(base, tickets, *options)
         assert code == 1
         assert not folder.exists()
         return err
 
-    assert "has no tokenizer" in refused(_without(headless, tmp_path / "1", *checkpoints.TOKENIZER_FILES))
-    assert "takes at most 512 tokens, not 513" in refused(headless, "--max-length", "513")
+    assert "has no tokenizer" in error_of(_copy_without(headless, tmp_path / "1", *checkpoints.TOKENIZER_FILES))
+    assert "takes at most 512 tokens, not 513" in error_of(headless, "--max-length", "513")
     folder = shutil.copytree(headless, tmp_path / "2")
-    tensors = weights(folder)
+    tensors = weights_of(folder)
     save_file({k: v for k, v in tensors.items() if "layer.1" not in k}, folder / "model.safetensors", {"format": "pt"})
-    assert "has no weights of the right shape for distilbert.transformer.layer.1" in refused(folder)
+    assert "has no weights of the right shape for distilbert.transformer.layer.1" in error_of(folder)
     folder = shutil.copytree(headless, tmp_path / "3")
     tensors["embeddings.word_embeddings.weight"] = tensors["embeddings.word_embeddings.weight"][:1000].clone()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    assert "embeddings.word_embeddings.weight" in refused(folder)
+    assert "embeddings.word_embeddings.weight" in error_of(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 1000}))
-    assert "The tokenizer has 30522 tokens, but the embedding table has 1000 rows" in refused(folder)
+    assert "The tokenizer has 30522 tokens, but the embedding table has 1000 rows" in error_of(folder)
 
 
-def _without(folder, copy, *names):
+def _copy_without(folder, copy, *names):
     shutil.copytree(folder, copy)
     for name in names:
         (copy / name).unlink(missing_ok=True)
@@ -430,8 +437,8 @@ def _without(folder, copy, *names):
 
 
 @pytest.mark.slow
-def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(headless, tickets, tmp_path, make):
-    _, whole, card, _ = make(headless, tickets, "--epochs", "3", output="whole")
+def test_a_killed_training_continues_and_ends_with_the_same_bytes(headless, tickets, tmp_path, make):
+    _, complete_folder, card, _ = make(headless, tickets, "--epochs", "3", output="whole")
     arguments = ["finetune", "--base", headless, "--train-data", tickets, "--epochs", "3", "--lr", "2e-3"]
     arguments += ["--output", tmp_path / "out"]
     code = (
@@ -447,15 +454,15 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(headless, ticket
     run.communicate(timeout=60)
     assert not (tmp_path / "out").exists()
     assert (publishing.work_folder(tmp_path / "out") / "training" / "state.json").is_file()
-    result, folder, again, _ = make(headless, tickets, "--epochs", "3")
+    result, folder, resumed_card, _ = make(headless, tickets, "--epochs", "3")
     assert result == 0
-    assert again["training"]["held_out_accuracy"] == card["training"]["held_out_accuracy"]
-    assert sha256(folder / "model.safetensors") == sha256(whole / "model.safetensors")
+    assert resumed_card["training"]["held_out_accuracy"] == card["training"]["held_out_accuracy"]
+    assert sha256(folder / "model.safetensors") == sha256(complete_folder / "model.safetensors")
     assert not publishing.work_folder(tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_float16_is_scaled_and_resumes(make, headless, tickets, monkeypatch):
+def test_float16_training_reaches_its_accuracy(make, headless, tickets, monkeypatch):
     monkeypatch.setattr(loop.mixed_precision, "precision", lambda device: torch.float16)
     code, _, card, err = make(headless, tickets, "--epochs", "8")
     assert code == 0, err
@@ -466,11 +473,11 @@ def test_float16_is_scaled_and_resumes(make, headless, tickets, monkeypatch):
 @pytest.mark.parametrize(
     "options", [["--labels", "a,a"], ["--labels", "a,,b"], ["--epochs", "0"], ["--lr", "0"], ["--batch-size", "0"]]
 )
-def test_usage(say, options, tmp_path):
+def test_a_wrong_option_gives_a_usage_error(say, options, tmp_path):
     assert say("finetune", "--base", "reference", "--output", tmp_path / "x", *options)[0] == 2
 
 
-def test_the_reference_is_rebuilt_from_a_bert_read_as_distilbert(tmp_path):
+def test_a_bert_read_as_distilbert_gives_the_same_states(tmp_path):
     from transformers import BertConfig, BertModel
 
     from toolchain.reference.rebuild import distilbert
@@ -479,10 +486,12 @@ def test_the_reference_is_rebuilt_from_a_bert_read_as_distilbert(tmp_path):
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     bert = BertModel(BertConfig(**shape, vocab_size=500, initializer_range=0.3)).eval()
     bert.save_pretrained(tmp_path)
-    made = distilbert(tmp_path)
+    rebuilt = distilbert(tmp_path)
     ids = torch.arange(5, 65).reshape(4, 15)
     mask = torch.ones_like(ids)
     mask[1, 9:] = 0
     with torch.inference_mode():
-        one, two = (model(input_ids=ids, attention_mask=mask).last_hidden_state for model in (bert, made))
-    assert torch.allclose(one[mask.bool()], two[mask.bool()], atol=1e-5)
+        bert_states, distilbert_states = (
+            model(input_ids=ids, attention_mask=mask).last_hidden_state for model in (bert, rebuilt)
+        )
+    assert torch.allclose(bert_states[mask.bool()], distilbert_states[mask.bool()], atol=1e-5)

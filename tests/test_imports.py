@@ -1,4 +1,4 @@
-"""Imports run from higher floors to lower ones, and light modules import no heavy library."""
+"""Tests of the run from higher floors in one direction, and light modules load no heavy package."""
 
 import ast
 import functools
@@ -13,7 +13,7 @@ import toolchain
 ROOT = Path(toolchain.__file__).parent
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnx_ir", "optimum", "datasets", "numpy", "pandas", "rich"}
 HEAVY |= {"matplotlib", "jinja2", "scipy", "optuna", "peft", "ray"}
-# A room imports from floors below its own, and never from a room beside it.
+# A room imports only from lower floors, and never from another room of its own floor.
 FLOORS = [
     {"errors", "progress"},
     {"system"},
@@ -37,60 +37,62 @@ CORE = {"system", "results", "data", "artifacts"}
 
 
 @functools.cache
-def modules():
+def paths_by_module():
     """Module name → its file."""
     return {p.relative_to(ROOT.parent).with_suffix("").as_posix().replace("/", "."): p for p in ROOT.rglob("*.py")}
 
 
-def room(module):
+def room_of(module):
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else ""
 
 
 @functools.cache
-def imports(path, *, typing_too):
-    """(imported module, whether at module level) of every import statement of the file."""
-    return tuple(_imports(path, typing_too))
+def imports_of(path, *, include_typing):
+    """Yields (imported module, whether at module level) for every import statement of the file."""
+    return tuple(_imports(path, include_typing))
 
 
-def _imports(path, typing_too):
+def _imports(path, include_typing):
     tree = ast.parse(path.read_text())
-    hidden = set()
+    hidden_ids = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) and not typing_too:
-            hidden |= {id(child) for part in node.body for child in ast.walk(part)}
-    top = {
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) and not include_typing:
+            hidden_ids |= {id(child) for part in node.body for child in ast.walk(part)}
+    top_level_ids = {
         id(child)
         for node in tree.body
         if not isinstance(node, ast.FunctionDef | ast.ClassDef)
         for child in ast.walk(node)
     }
     for node in ast.walk(tree):
-        if id(node) in hidden:
+        if id(node) in hidden_ids:
             continue
         if isinstance(node, ast.Import):
-            yield from ((alias.name, id(node) in top) for alias in node.names)
+            yield from ((alias.name, id(node) in top_level_ids) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield node.module, id(node) in top
-            yield from ((f"{node.module}.{alias.name}", id(node) in top) for alias in node.names)
+            yield node.module, id(node) in top_level_ids
+            yield from ((f"{node.module}.{alias.name}", id(node) in top_level_ids) for alias in node.names)
 
 
-@pytest.mark.parametrize("module", sorted(m for m in modules() if room(m) != "__init__"))
-def test_imports_run_one_way(module):
-    for imported, _ in imports(modules()[module], typing_too=False):
-        other = room(imported) if imported.startswith("toolchain.") else ""
-        if other in FLOOR_OF and other != room(module):
-            assert FLOOR_OF[other] < FLOOR_OF[room(module)], f"{module} imports {imported}, which is not below it"
+@pytest.mark.parametrize("module", sorted(m for m in paths_by_module() if room_of(m) != "__init__"))
+def test_imports_run_in_one_direction(module):
+    for imported, _ in imports_of(paths_by_module()[module], include_typing=False):
+        imported_room = room_of(imported) if imported.startswith("toolchain.") else ""
+        if imported_room in FLOOR_OF and imported_room != room_of(module):
+            assert FLOOR_OF[imported_room] < FLOOR_OF[room_of(module)], (
+                f"{module} imports {imported}, which is not below it"
+            )
 
 
 def test_every_folder_and_file_is_a_room_with_a_floor():
-    assert {room(module) for module in modules()} - {"__init__"} == set(FLOOR_OF)
+    assert {room_of(module) for module in paths_by_module()} - {"__init__"} == set(FLOOR_OF)
 
 
 @pytest.mark.parametrize("room_name", ["build.steps", "backends", "passes"])
-def test_neighbours_in_a_room_do_not_call_each_other(room_name):
-    allowed = {
+def test_modules_of_a_room_do_not_import_each_other(room_name):
+    exceptions = {
         "passes.model_shape",
         "passes.quantize_embedding",
         "passes.quantize_blocks",
@@ -98,13 +100,13 @@ def test_neighbours_in_a_room_do_not_call_each_other(room_name):
         "passes.__init__",
         "backends.__init__",
     }
-    allowed |= {"backends.bnb", "backends.lora"}  # PyTorch sessions with another loader
-    parts = {f"toolchain.backends.{name}" for name in ("reduced",)}  # no session of its own
-    parts |= {f"toolchain.passes.{name}" for name in ("graph", "int8", "attention")}  # no pass of its own
-    for module, path in modules().items():
-        if not module.startswith(f"toolchain.{room_name}.") or module.removeprefix("toolchain.") in allowed:
+    exceptions |= {"backends.bnb", "backends.lora"}  # PyTorch sessions with another loader
+    parts = {f"toolchain.backends.{name}" for name in ("reduced",)}  # contains no session
+    parts |= {f"toolchain.passes.{name}" for name in ("graph", "int8", "attention")}  # contain no pass
+    for module, path in paths_by_module().items():
+        if not module.startswith(f"toolchain.{room_name}.") or module.removeprefix("toolchain.") in exceptions:
             continue
-        for imported, _ in imports(path, typing_too=False):
+        for imported, _ in imports_of(path, include_typing=False):
             if imported not in parts and not any(imported.startswith(f"{part}.") for part in parts):
                 assert not imported.startswith(f"toolchain.{room_name}."), f"{module} imports {imported}"
 
@@ -112,43 +114,44 @@ def test_neighbours_in_a_room_do_not_call_each_other(room_name):
 RUNNERS = {"toolchain.ship.bundle_files.classify", "toolchain.ship.bundle_files.classify_text"}
 
 
-# Module classes must be defined with torch at hand; functions import this file where they need it.
-# The runners of bundles are an app's code, read by people who have numpy at hand.
+# A class of a module needs torch at definition. Other files import these two modules inside functions.
+# The runners of bundles become part of an app, which has numpy.
 @pytest.mark.parametrize(
-    "module", sorted(set(modules()) - {"toolchain.models.skipped_blocks", "toolchain.training.losses", *RUNNERS})
+    "module",
+    sorted(set(paths_by_module()) - {"toolchain.models.skipped_blocks", "toolchain.training.losses", *RUNNERS}),
 )
-def test_nothing_heavy_is_imported_before_it_is_needed(module):
-    for imported, at_top in imports(modules()[module], typing_too=False):
+def test_no_module_imports_a_heavy_package_at_module_level(module):
+    for imported, at_top in imports_of(paths_by_module()[module], include_typing=False):
         assert not (at_top and imported.split(".")[0] in HEAVY), f"{module} imports {imported} at module level"
 
 
-@pytest.mark.parametrize("module", sorted(m for m in modules() if room(m) in CORE))
-def test_core_knows_no_runtime(module):
-    for imported, _ in imports(modules()[module], typing_too=False):
+@pytest.mark.parametrize("module", sorted(m for m in paths_by_module() if room_of(m) in CORE))
+def test_core_rooms_import_no_runtime(module):
+    for imported, _ in imports_of(paths_by_module()[module], include_typing=False):
         assert imported.split(".")[0] not in {"torch", "onnx", "onnxruntime"}, f"{module} imports {imported}"
 
 
-def test_there_is_no_cycle():
+def test_imports_have_no_cycle():
     graph = {
         module: {
-            other
-            for imported, _ in imports(path, typing_too=False)
-            for other in (imported, f"{imported}.__init__")
-            if other in modules()
+            dependency
+            for imported, _ in imports_of(path, include_typing=False)
+            for dependency in (imported, f"{imported}.__init__")
+            if dependency in paths_by_module()
         }
-        for module, path in modules().items()
+        for module, path in paths_by_module().items()
     }
-    done, active = set(), []
+    visited, active = set(), []
 
     def visit(module):
         assert module not in active, " → ".join([*active, module])
-        if module in done:
+        if module in visited:
             return
         active.append(module)
-        for other in sorted(graph[module]):
-            visit(other)
+        for dependency in sorted(graph[module]):
+            visit(dependency)
         active.pop()
-        done.add(module)
+        visited.add(module)
 
     for module in sorted(graph):
         visit(module)
@@ -165,10 +168,10 @@ def test_help_loads_nothing_heavy(arguments):
     assert run.stderr.strip() == "[]"
 
 
-def test_files_can_be_read_in_one_sitting():
-    for module, path in modules().items():
+def test_files_have_at_most_350_lines_without_docstrings():
+    for module, path in paths_by_module().items():
         text = path.read_text()
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-        nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, documented) and ast.get_docstring(node)]
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds) and ast.get_docstring(node)]
         docstrings = sum(node.body[0].end_lineno - node.body[0].lineno + 1 for node in nodes)
         assert len(text.splitlines()) - docstrings <= 350, module

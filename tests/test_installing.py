@@ -1,4 +1,4 @@
-"""`make install`: the set of packages for a machine, its pins, and the calls of pip."""
+"""Tests of the sets of packages: which one a machine gets, its pins, and the calls of pip."""
 
 import configparser
 import os
@@ -35,19 +35,21 @@ def device(capability):
 
 
 @pytest.mark.parametrize(("capabilities", "driver", "runtime"), MACHINES)
-def test_driver_and_age_choose_the_set(capabilities, driver, runtime):
+def test_driver_and_capability_choose_the_set_of_packages(capabilities, driver, runtime):
     assert hardware.runtime_set([device(capability) for capability in capabilities], driver) == runtime
 
 
-def test_a_gpu_or_driver_of_unknown_version_counts_as_old():
+def test_an_unknown_driver_or_capability_counts_as_old():
     assert hardware.runtime_set([device("")], "580.65.06") == "cuda12"
     assert hardware.runtime_set([device("9.0")], "") == "cuda12"
 
 
 @pytest.fixture
 def make(tmp_path):
-    """Runs make in a folder with what `make install` reads, on a machine whose nvidia-smi prints `answer`; None: it has
-    none."""
+    """Returns a function that runs make in a folder with the files that `make install` reads.
+
+    `answer` is the output of the machine's nvidia-smi; None means that it has no nvidia-smi.
+    """
     commands = tmp_path / "commands"
     commands.mkdir()
     for name in ("awk", "cat", "rm", "sed", "xargs"):
@@ -61,7 +63,7 @@ def make(tmp_path):
         if answer is not None:
             write(commands / "nvidia-smi", f"cat <<'END'\n{answer}\nEND\nexit {code}")
         return subprocess.run(
-            # MAKEFLAGS of a `make test` above would set this make's variables as well.
+            # An outer `make test` sets MAKEFLAGS, which would set variables of this make too.
             [program, *arguments],
             cwd=tmp_path,
             env={"PATH": str(commands)},
@@ -79,11 +81,11 @@ def write(path, script):
 
 
 @pytest.mark.parametrize(("capabilities", "driver", "runtime"), MACHINES)
-def test_make_chooses_as_the_toolchain_does(make, capabilities, driver, runtime):
+def test_make_chooses_the_same_set_as_the_toolchain(make, capabilities, driver, runtime):
     answer = "\n".join(f"{driver}, {capability}" for capability in capabilities) or "No devices were found"
-    shown = make("-n", "install", answer=answer, code=0 if capabilities else 6).stdout
+    output = make("-n", "install", answer=answer, code=0 if capabilities else 6).stdout
     constraints, extras = SETS[runtime]
-    assert f'-c {constraints} -e ".[{extras}]"' in shown
+    assert f'-c {constraints} -e ".[{extras}]"' in output
 
 
 @pytest.mark.parametrize(
@@ -94,57 +96,60 @@ def test_make_chooses_as_the_toolchain_does(make, capabilities, driver, runtime)
         ("580.65.06, [N/A]", 0, "cuda12"),
     ],
 )
-def test_make_understands_a_driver_in_trouble(make, answer, code, runtime):
+def test_make_accepts_the_messages_of_a_faulty_driver(make, answer, code, runtime):
     assert f"-c {SETS[runtime][0]} " in make("-n", "install", answer=answer, code=code).stdout
 
 
-def test_a_runtime_that_is_named_wins(make):
+def test_a_named_runtime_overrides_the_choice(make):
     for runtime, (constraints, extras) in SETS.items():
-        shown = make("-n", "install", f"RUNTIME={runtime}", answer="580.65.06, 9.0").stdout
-        assert f'-c {constraints} -e ".[{extras}]"' in shown
-    wrong = make("-n", "install", "RUNTIME=tpu", check=False)
-    assert wrong.returncode == 2
-    assert "RUNTIME is cpu, gpu or cuda12, not tpu" in wrong.stderr
+        output = make("-n", "install", f"RUNTIME={runtime}", answer="580.65.06, 9.0").stdout
+        assert f'-c {constraints} -e ".[{extras}]"' in output
+    failed_run = make("-n", "install", "RUNTIME=tpu", check=False)
+    assert failed_run.returncode == 2
+    assert "RUNTIME is cpu, gpu or cuda12, not tpu" in failed_run.stderr
 
 
 @pytest.fixture
 def environment(make, tmp_path):
-    """A .venv whose pip lists a runtime and writes down what else it is asked; returns what it was asked so far."""
+    """Makes a .venv with a fake pip, which lists packages and records its other commands.
+
+    Returns a function that runs `make install` and returns the recorded commands.
+    """
     folder = tmp_path / ".venv" / "bin"
     folder.mkdir(parents=True)
-    said = tmp_path / "said"
-    listed = "onnx==1\\nonnxruntime==1\\nonnxruntime-gpu==1\\nnvidia-cudnn-cu13==9\\ntorch==2\\ntorchvision==0\\n"
-    write(folder / "pip", f'[ "$1" = list ] && printf "{listed}" || echo "$@" >> {said}')
+    log = tmp_path / "said"
+    packages = "onnx==1\\nonnxruntime==1\\nonnxruntime-gpu==1\\nnvidia-cudnn-cu13==9\\ntorch==2\\ntorchvision==0\\n"
+    write(folder / "pip", f'[ "$1" = list ] && printf "{packages}" || echo "$@" >> {log}')
 
     def install(*arguments):
-        said.write_text("")
+        log.write_text("")
         make("install", "PYTHON=:", *arguments)
-        return said.read_text().splitlines()
+        return log.read_text().splitlines()
 
     return install
 
 
-def test_another_runtime_replaces_the_one_that_is_there(environment, tmp_path):
+def test_another_runtime_replaces_the_installed_one(environment, tmp_path):
     marker = tmp_path / ".venv" / ".installed"
-    installed = environment("RUNTIME=cpu")
-    for runtime, before in (("gpu", "cpu"), ("cuda12", "gpu"), ("cpu", "cuda12")):
-        assert marker.read_text() == f"{before}\n"
-        removed, installed = environment(f"RUNTIME={runtime}")
-        assert removed == "uninstall -q -y onnxruntime onnxruntime-gpu nvidia-cudnn-cu13 torch"
-        assert f"-c {SETS[runtime][0]} -e .[{SETS[runtime][1]}]" in installed
+    install_command = environment("RUNTIME=cpu")
+    for runtime, previous in (("gpu", "cpu"), ("cuda12", "gpu"), ("cpu", "cuda12")):
+        assert marker.read_text() == f"{previous}\n"
+        uninstall_command, install_command = environment(f"RUNTIME={runtime}")
+        assert uninstall_command == "uninstall -q -y onnxruntime onnxruntime-gpu nvidia-cudnn-cu13 torch"
+        assert f"-c {SETS[runtime][0]} -e .[{SETS[runtime][1]}]" in install_command
     assert environment() == []
 
 
-def test_without_a_runtime_an_environment_keeps_its_own(environment, tmp_path):
+def test_without_a_named_runtime_an_environment_keeps_its_own(environment, tmp_path):
     environment("RUNTIME=cuda12")
     assert environment() == []
-    later = (tmp_path / ".venv" / ".installed").stat().st_mtime + 1  # a clock's tick may be longer than an installation
-    os.utime(tmp_path / "setup.cfg", (later, later))
-    (installed,) = environment()
-    assert "-c constraints/cuda12.txt" in installed
+    later_time = (tmp_path / ".venv" / ".installed").stat().st_mtime + 1  # the clock of the file system may be coarse
+    os.utime(tmp_path / "setup.cfg", (later_time, later_time))
+    (install_command,) = environment()
+    assert "-c constraints/cuda12.txt" in install_command
 
 
-def test_a_named_runtime_mends_and_what_broke_off_starts_again(environment, tmp_path):
+def test_a_named_runtime_reinstalls_and_an_incomplete_installation_starts_again(environment, tmp_path):
     environment("RUNTIME=gpu")
     assert len(environment("RUNTIME=gpu")) == 2
     (tmp_path / ".venv" / ".installed").write_text("")
@@ -161,17 +166,17 @@ def pins(name):
 def test_the_pins_satisfy_every_requirement(constraints, extras):
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    named = setup["options"]["install_requires"].splitlines()
+    requirements = setup["options"]["install_requires"].splitlines()
     for extra in (*extras.split(","), "test"):
-        named += setup["options.extras_require"][extra].splitlines()
-    pinned = pins(constraints)
-    for requirement in map(Requirement, filter(None, named)):
-        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
-    assert ("onnxruntime" in pinned) != ("onnxruntime-gpu" in pinned)
-    assert ("onnxruntime-gpu" in pinned) == ("gpu" in extras)
+        requirements += setup["options.extras_require"][extra].splitlines()
+    versions = pins(constraints)
+    for requirement in map(Requirement, filter(None, requirements)):
+        assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
+    assert ("onnxruntime" in versions) != ("onnxruntime-gpu" in versions)
+    assert ("onnxruntime-gpu" in versions) == ("gpu" in extras)
 
 
-def test_a_set_is_of_one_cuda_and_differs_from_the_others_in_nothing_else():
+def test_a_set_has_one_cuda_version_and_otherwise_equal_pins():
     cpu, gpu, cuda12 = (pins(constraints) for constraints, _ in SETS.values())
     assert any(name.endswith("-cu13") for name in gpu)
     assert not any(name.endswith("-cu12") for name in gpu)

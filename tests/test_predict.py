@@ -1,4 +1,4 @@
-"""`predict`: every file format in order, unusual texts, refusals, and resuming an interrupted run."""
+"""Tests of scoring files: all formats, the order of rows, unusual texts, refusals, and resumed runs."""
 
 import csv
 import io
@@ -70,43 +70,43 @@ def read_scores(path):
         return list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
 
 
-def expected(model, texts):
-    """Yields each text with its label and scores, computed one text at a time."""
+def expected_scores(model, texts):
+    """Scores each each text with its model's session and tokenizer."""
     session = open_session(model.path, "onnx", Place("cpu", 1))
     for text in texts:
         row = model.encoder.tokenizer.encode(text).ids
         logits = session.run(pad([row], model.encoder.names, model.encoder.pad_id))[0].astype(float)
-        shares = np.exp(logits) / np.exp(logits).sum()
-        yield text, model.labels[int(shares.argmax())], *shares
+        probabilities = np.exp(logits) / np.exp(logits).sum()
+        yield text, model.labels[int(probabilities.argmax())], *probabilities
 
 
-@pytest.mark.parametrize("into", [".csv", ".tsv", ".jsonl", ".parquet"])
-@pytest.mark.parametrize("out_of", [".csv", ".jsonl", ".parquet"])
-def test_every_text_is_scored_in_order(model, tmp_path, out_of, into):
+@pytest.mark.parametrize("output_kind", [".csv", ".tsv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("input_kind", [".csv", ".jsonl", ".parquet"])
+def test_every_text_is_scored_in_order(model, tmp_path, input_kind, output_kind):
     texts = [*HOSTILE, *inputs.load_embedded().sample(40, 3)]
-    source, target = write_texts(tmp_path / f"in{out_of}", texts), tmp_path / f"out{into}"
+    source, target = write_texts(tmp_path / f"in{input_kind}", texts), tmp_path / f"out{output_kind}"
     assert predict(model, Texts(str(source)), target, quiet, no_bar) == len(texts)
     rows = read_scores(target)
     assert list(rows[0]) == COLUMNS
-    for row, (text, label, *shares) in zip(rows, expected(model, texts), strict=True):
+    for row, (text, label, *probabilities) in zip(rows, expected_scores(model, texts), strict=True):
         assert (row["text"], row["prediction"]) == (text, label)
-        assert [float(row[name]) for name in COLUMNS[2:]] == pytest.approx(shares, abs=1e-4)
+        assert [float(row[name]) for name in COLUMNS[2:]] == pytest.approx(probabilities, abs=1e-4)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([source.name, target.name])
 
 
-def test_plain_lines_are_texts_and_so_is_what_is_piped(model, tmp_path, monkeypatch, capsys):
+def test_plain_lines_and_standard_input_are_texts(model, tmp_path, monkeypatch, capsys):
     texts = ["a film", "", "  spaces stay  ", "no, end"]
-    (tmp_path / "in.txt").write_text("\n".join(texts))  # no line break at the end
+    (tmp_path / "in.txt").write_text("\n".join(texts))  # the last line has no line break
     assert list(Texts(str(tmp_path / "in.txt")).read()) == texts
-    piped = io.TextIOWrapper(io.BytesIO("a film\r\nein schöner Film\n".encode()), encoding="latin-1")
-    monkeypatch.setattr(sys, "stdin", piped)
+    stream = io.TextIOWrapper(io.BytesIO("a film\r\nein schöner Film\n".encode()), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdin", stream)
     assert predict(model, Texts("-"), None, quiet, no_bar) == 2
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["text"] for row in rows] == ["a film", "ein schöner Film"]
-    assert not piped.closed
+    assert not stream.closed
 
 
-def test_a_column_can_be_named(model, tmp_path):
+def test_an_option_can_name_the_column(model, tmp_path):
     source = write_texts(tmp_path / "in.csv", ["good", "bad"], column="review")
     with pytest.raises(DataError, match="no column 'sentence' or 'text'; it has 'id', 'review'"):
         list(Texts(str(source)).read())
@@ -115,7 +115,7 @@ def test_a_column_can_be_named(model, tmp_path):
 
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), max_size=20)))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
-def test_written_texts_are_read_back_unchanged(tmp_path, texts):
+def test_written_texts_can_be_read_back(tmp_path, texts):
     for kind in (".jsonl", ".csv", ".parquet"):
         path = tmp_path / f"out{kind}"
         with open_writer(path, ["text", "score_A"]) as write:
@@ -123,19 +123,19 @@ def test_written_texts_are_read_back_unchanged(tmp_path, texts):
         assert list(Texts(str(path)).read()) == texts, kind
 
 
-def broken(folder, what):
-    """An unreadable file, and a pattern of its message."""
-    file = folder / {"parquet": "a.parquet", "jsonl": "a.jsonl"}.get(what.split()[0], "a.csv")
-    if what == "parquet column":
+def write_unreadable(folder, case):
+    """Writes a unreadable be read; returns it and the expected message."""
+    file = folder / {"parquet": "a.parquet", "jsonl": "a.jsonl"}.get(case.split()[0], "a.csv")
+    if case == "parquet column":
         pyarrow.parquet.write_table(pyarrow.table({"review": ["a"]}), file)
         return file, r"no column 'sentence' or 'text'; it has 'review'"
-    if what == "parquet numbers":
+    if case == "parquet numbers":
         pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), file)
         return file, "row 1: the column 'text' holds no text"
-    if what == "parquet null":
+    if case == "parquet null":
         pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), file)
         return file, "row 2: the column 'text' holds no text"
-    content, said = {
+    content, message = {
         "parquet not one": (b"PAR1 nothing", "cannot be read"),
         "jsonl array": (b"[1]\n", "row 1: it is not a JSON object"),
         "jsonl broken": (b'{"text": "a"}\n{"text": \n', r"row 2: it is not JSON"),
@@ -145,20 +145,20 @@ def broken(folder, what):
         "csv empty": (b"", "it has none"),
         "csv latin-1": ("text\nschön\n".encode("latin-1"), "is not UTF-8"),
         "csv missing": (None, "No such file"),
-    }[what]
+    }[case]
     if content is not None:
         file.write_bytes(content)
-    return file, said
+    return file, message
 
 
-BROKEN = ["parquet column", "parquet numbers", "parquet null", "parquet not one", "jsonl array", "jsonl broken"]
-BROKEN += ["jsonl number", "csv fields", "csv quote", "csv empty", "csv latin-1", "csv missing"]
+UNREADABLE = ["parquet column", "parquet numbers", "parquet null", "parquet not one", "jsonl array", "jsonl broken"]
+UNREADABLE += ["jsonl number", "csv fields", "csv quote", "csv empty", "csv latin-1", "csv missing"]
 
 
-@pytest.mark.parametrize("what", BROKEN)
-def test_an_unreadable_file_is_refused_with_the_row(model, tmp_path, what):
-    file, said = broken(tmp_path, what)
-    with pytest.raises(DataError, match=said):
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_an_unreadable_file_gives_an_error_with_its_row(model, tmp_path, case):
+    file, message = write_unreadable(tmp_path, case)
+    with pytest.raises(DataError, match=message):
         predict(model, Texts(str(file)), tmp_path / "out.csv", quiet, no_bar)
     assert not (tmp_path / "out.csv").exists()
 
@@ -180,7 +180,7 @@ def test_an_output_that_exists_or_has_no_format_is_refused(model, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.csv", "out.csv"]
 
 
-def test_an_output_that_appears_meanwhile_is_not_replaced(model, tmp_path):
+def test_an_output_that_appears_during_the_run_is_not_replaced(model, tmp_path):
     source, output = write_texts(tmp_path / "in.csv", ["good"]), tmp_path / "out.csv"
 
     def engine(*arguments):
@@ -191,17 +191,17 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(model, tmp_path):
         predict(model, Texts(str(source)), output, quiet, no_bar, engine)
     assert output.read_text() == "mine"
     output.unlink()
-    said = []
-    assert predict(model, Texts(str(source)), output, said.append, no_bar) == 1
-    assert "1 texts are already scored" in said[0]
+    lines = []
+    assert predict(model, Texts(str(source)), output, lines.append, no_bar) == 1
+    assert "1 texts are already scored" in lines[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.csv", "out.csv"]
 
 
-class Breaking:
-    """A session that raises KeyboardInterrupt after `after` batches and counts the texts it answered."""
+class InterruptedSession:
+    """A session that raises KeyboardInterrupt after a number of batches and counts the sentences it scored."""
 
-    def __init__(self, session, after):
-        self.session, self.left, self.answered = session, after, 0
+    def __init__(self, session, batches):
+        self.session, self.left, self.answered = session, batches, 0
 
     def run(self, batch):
         if self.left == 0:
@@ -214,7 +214,7 @@ class Breaking:
         self.session.close()
 
 
-def test_a_broken_row_is_told_before_anything_is_scored(model, tmp_path, monkeypatch):
+def test_a_broken_row_gives_an_error_before_scoring(model, tmp_path, monkeypatch):
     (tmp_path / "in.jsonl").write_text('{"text": "a"}\n' * (PART_TEXTS + 1) + "broken\n")
     monkeypatch.setattr(predicting, "open_session", lambda *a: pytest.fail("it was opened"))
     for output in (tmp_path / "out.csv", None):
@@ -222,46 +222,48 @@ def test_a_broken_row_is_told_before_anything_is_scored(model, tmp_path, monkeyp
             predict(model, Texts(str(tmp_path / "in.jsonl")), output, quiet, no_bar)
 
 
-def test_an_interrupted_run_is_taken_up(model, tmp_path, monkeypatch):
+def test_the_same_command_resumes_an_interrupted_run(model, tmp_path, monkeypatch):
     texts = [f"film {i}" for i in range(2 * PART_TEXTS + 100)]
     source = write_texts(tmp_path / "in.csv", texts)
-    opened = []
+    sessions = []
 
-    def opening(after):
-        def opens(*arguments):
-            opened.append(Breaking(open_session(*arguments), after))
-            return opened[-1]
+    def open_with_limit(batches):
+        def open_one(*arguments):
+            sessions.append(InterruptedSession(open_session(*arguments), batches))
+            return sessions[-1]
 
-        monkeypatch.setattr(predicting, "open_session", opens)
+        monkeypatch.setattr(predicting, "open_session", open_one)
 
-    opening(-(-PART_TEXTS // 32) + 3)
+    open_with_limit(-(-PART_TEXTS // 32) + 3)
     with pytest.raises(KeyboardInterrupt):
         predict(model, Texts(str(source)), tmp_path / "out.csv", quiet, no_bar)
     assert not (tmp_path / "out.csv").exists()
-    opening(-1)
-    said = []
-    assert predict(model, Texts(str(source)), tmp_path / "out.csv", said.append, no_bar) == len(texts)
-    assert said == [f"{tmp_path / 'out.csv'}: {PART_TEXTS} texts are already scored"]
-    assert opened[-1].answered == len(texts) - PART_TEXTS
+    open_with_limit(-1)
+    lines = []
+    assert predict(model, Texts(str(source)), tmp_path / "out.csv", lines.append, no_bar) == len(texts)
+    assert lines == [f"{tmp_path / 'out.csv'}: {PART_TEXTS} texts are already scored"]
+    assert sessions[-1].answered == len(texts) - PART_TEXTS
     assert [row["text"] for row in read_scores(tmp_path / "out.csv")] == texts
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.csv", "out.csv"]
 
 
 @pytest.mark.parametrize("change", ["texts", "model", "column"])
-def test_a_run_of_something_else_is_not_taken_up(built_tiny, model, tmp_path, monkeypatch, change):
+def test_a_run_with_other_inputs_is_not_resumed(built_tiny, model, tmp_path, monkeypatch, change):
     texts = [f"film {i}" for i in range(PART_TEXTS + 10)]
     source = write_texts(tmp_path / "in.csv", texts)
-    monkeypatch.setattr(predicting, "open_session", lambda *a: Breaking(open_session(*a), -(-PART_TEXTS // 32)))
+    monkeypatch.setattr(
+        predicting, "open_session", lambda *a: InterruptedSession(open_session(*a), -(-PART_TEXTS // 32))
+    )
     with pytest.raises(KeyboardInterrupt):
         predict(model, Texts(str(source)), tmp_path / "out.csv", quiet, no_bar)
     monkeypatch.undo()
     if change == "texts":
         write_texts(source, texts[::-1])
-    other = load_variant_model(built_tiny, "onnx-int8", quiet, no_bar) if change == "model" else model
-    said = []
-    asked = Texts(str(source), "text" if change == "column" else None)
-    assert predict(other, asked, tmp_path / "out.csv", said.append, no_bar) == len(texts)
-    assert said == []
+    chosen_model = load_variant_model(built_tiny, "onnx-int8", quiet, no_bar) if change == "model" else model
+    lines = []
+    chosen_texts = Texts(str(source), "text" if change == "column" else None)
+    assert predict(chosen_model, chosen_texts, tmp_path / "out.csv", lines.append, no_bar) == len(texts)
+    assert lines == []
 
 
 @pytest.mark.slow
@@ -277,14 +279,14 @@ def test_memory_does_not_grow_with_the_file(model, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [".txt", ".csv", ".jsonl"])
-def test_ten_megabytes_in_one_line(model, tmp_path, kind):
+def test_predict_scores_a_text_of_ten_megabytes(model, tmp_path, kind):
     text = "a long and winding film " * 437_000
     source = write_texts(tmp_path / f"in{kind}", ["short", text, "short"])
     assert predict(model, Texts(str(source)), tmp_path / "out.jsonl", quiet, no_bar) == 3
     rows = read_scores(tmp_path / "out.jsonl")
     assert [len(row["text"]) for row in rows] == [5, len(text), 5]
-    want = next(expected(model, [text[:20_000]]))
-    assert rows[1]["score_POSITIVE"] == pytest.approx(want[3], abs=1e-4)
+    expected_row = next(expected_scores(model, [text[:20_000]]))
+    assert rows[1]["score_POSITIVE"] == pytest.approx(expected_row[3], abs=1e-4)
 
 
 PIECES = ["word ", "x" * 150 + " ", "\n", "文字", "naïve ", "...", "\t", "y" * 40]
@@ -292,8 +294,8 @@ PIECES = ["word ", "x" * 150 + " ", "\n", "文字", "naïve ", "...", "\t", "y" 
 
 @given(st.integers(0, 2**32))
 @settings(max_examples=30, deadline=None)
-def test_a_books_first_tokens_are_those_of_its_start(model, seed):
-    """The tokenizer encodes the whole book for comparison."""
+def test_the_start_of_a_long_text_gives_the_same_first_tokens(model, seed):
+    """Compares with the tokenizer on the whole text."""
     rng = random.Random(seed)
     encoder = Encoder(model.encoder.folder, model.encoder.tokenizer, model.encoder.names, 0, 16)
     encoder.tokenizer.enable_truncation(16)
@@ -306,11 +308,11 @@ def test_a_books_first_tokens_are_those_of_its_start(model, seed):
         encoder.tokenizer.enable_truncation(model.encoder.max_length)
 
 
-def test_a_bundle_predicts_as_its_variant_does(built_tiny, tmp_path):
-    said = []
+def test_a_bundle_gives_the_predictions_of_its_variant(built_tiny, tmp_path):
+    lines = []
     shipping.ship(built_tiny, Order(("onnx-fp32", "onnx-int8"), "web", demo=False), tmp_path / "b", quiet, no_bar)
-    bundle = load_bundle_model(tmp_path / "b", said.append)
-    assert said == [f"{tmp_path / 'b'}: using onnx-fp32, the first of 2 models"]
+    bundle = load_bundle_model(tmp_path / "b", lines.append)
+    assert lines == [f"{tmp_path / 'b'}: using onnx-fp32, the first of 2 models"]
     source = write_texts(tmp_path / "in.csv", ["good", "bad"])
     predict(bundle, Texts(str(source)), tmp_path / "a.jsonl", quiet, no_bar)
     predict(
@@ -326,16 +328,16 @@ def test_a_bundle_predicts_as_its_variant_does(built_tiny, tmp_path):
         load_bundle_model(tmp_path / "b", quiet)
 
 
-def test_an_unknown_variant_is_no_bundle_either(built_tiny):
+def test_an_unknown_variant_gives_an_error(built_tiny):
     with pytest.raises(UnknownVariantError):
         load_variant_model(built_tiny, "nowhere", quiet, no_bar)
 
 
-def test_the_command(tiny, tmp_path, say, monkeypatch):
+def test_the_command_writes_scores_to_a_file_or_standard_output(tiny, tmp_path, say, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_texts(tmp_path / "in.csv", ["good", "bad"], column="review")
-    where = ("--model", tiny.model, "--exported", tiny.exported)
-    arguments = ("predict", "torch-fp32", "in.csv", "--text-column", "review", *where)
+    model_options = ("--model", tiny.model, "--exported", tiny.exported)
+    arguments = ("predict", "torch-fp32", "in.csv", "--text-column", "review", *model_options)
     code, out, err = say(*arguments, "--output", "out.parquet")
     assert (code, out.strip()) == (0, "out.parquet"), err
     assert "2 texts scored" in err

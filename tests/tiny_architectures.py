@@ -1,4 +1,4 @@
-"""One small random classifier of every architecture, with a tokenizer of its kind, trained here."""
+"""One small random classifier of each architecture, with its tokenizer of tokenizer, made when a test needs it."""
 
 import functools
 from dataclasses import dataclass
@@ -31,11 +31,11 @@ def wordpiece(words):
     tokenizer.train_from_iterator(
         words, trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
     )
-    return between(tokenizer)
+    return add_template(tokenizer)
 
 
 def byte_level(words):
-    """RoBERTa's, where <pad> is token 1."""
+    """Trains RoBERTa's kind of tokenizer, where <pad> is token 1."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -60,16 +60,16 @@ def unigram(words, special=("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")):
         vocab_size=400, unk_token=unknown, special_tokens=list(special), show_progress=False
     )
     tokenizer.train_from_iterator(words, trainer)
-    return between(tokenizer)
+    return add_template(tokenizer)
 
 
-alberts = functools.partial(unigram, special=("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"))
+albert_unigram = functools.partial(unigram, special=("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"))
 
 
-def between(tokenizer):
-    """[CLS] text [SEP]."""
-    around = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=around)
+def add_template(tokenizer):
+    """Sets the template [CLS] text [SEP]."""
+    special_tokens = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special_tokens)
     return tokenizer
 
 
@@ -78,8 +78,17 @@ def between(tokenizer):
 
 @dataclass(frozen=True)
 class Architecture:
-    """Stem of its classes' names, tokenizer, what its config has, the inputs it takes; and what becomes of it: nodes
-    fused in onnx-fp32 by operator, the linear layers that onnx-int8 quantises, and the tables."""
+    """An architecture and the expected results of its passes.
+
+    Attributes:
+        stem: The start of its class names in transformers.
+        tokenizer: Trains its kind of tokenizer.
+        config: Settings of its config.
+        inputs: Names of its inputs.
+        fused: Number of fused nodes in onnx-fp32, by operator.
+        linear: Number of linear layers that onnx-int8 quantises.
+        tables: Number of embedding tables that onnx-int8 quantises.
+    """
 
     stem: str
     tokenizer: object
@@ -90,7 +99,7 @@ class Architecture:
     tables: int
 
 
-# Two layers of a BERT: packed projections, output, up and down each.
+# Two layers of a BERT, each with packed projections, output, up and down.
 FUSED = {"Attention": 2, "Gelu": 2}
 ARCHITECTURES = {
     "distilbert": Architecture(
@@ -100,11 +109,11 @@ ARCHITECTURES = {
         | {"initializer_range": 0.3},
         PLAIN,
         FUSED,
-        9,  # and the head's first
+        9,  # includes the first layer of the head
         2,
     ),
     "bert": Architecture("Bert", wordpiece, NARROW, TYPED, FUSED, 9, 3),
-    "minilm": Architecture(  # a BERT of many narrow heads
+    "minilm": Architecture(  # a BERT with many narrow heads
         "Bert",
         wordpiece,
         {**NARROW, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 12, "intermediate_size": 192},
@@ -116,20 +125,20 @@ ARCHITECTURES = {
     "roberta": Architecture(
         "Roberta", byte_level, {**NARROW, "max_position_embeddings": 130, "type_vocab_size": 1}, PLAIN, FUSED, 9, 3
     ),
-    # And the projection of the embeddings; the head has a Gelu of its own.
+    # One more layer projects the embeddings, and the head has its own Gelu.
     "electra": Architecture(
         "Electra", wordpiece, {**NARROW, "embedding_size": 16}, TYPED, {"Attention": 2, "Gelu": 3}, 10, 3
     ),
     "albert": Architecture(
         "Albert",
-        alberts,
+        albert_unigram,
         {**NARROW, "embedding_size": 16, "num_hidden_layers": 6},
         TYPED,
         {"Attention": 6, "FastGelu": 6},
         26,
         3,
     ),
-    # Attention to positions as well is none that could be fused: three projections of words and two of positions.
+    # No pass fuses its attention, which also reads positions: three projections of tokens and two of positions.
     "deberta-v2": Architecture(
         "DebertaV2",
         unigram,
@@ -141,7 +150,7 @@ ARCHITECTURES = {
         17,
         1,
     ),
-    # Bottlenecks, and no LayerNormalization to start from.
+    # It has bottlenecks, and no LayerNormalization that a pass could start from.
     "mobilebert": Architecture(
         "MobileBert",
         wordpiece,
@@ -156,17 +165,19 @@ ARCHITECTURES = {
 PRUNABLE = ("distilbert", "bert", "minilm", "roberta", "electra")
 
 
-def make(folder, kind, **changed):
-    """A random classifier with all its weights random, biases and norms too, and answers decided enough for int8."""
-    it = ARCHITECTURES[kind]
+def make(folder, kind, **changes):
+    """Saves a classifier with random weights, biases and norms, whose logits differ enough for int8."""
+    architecture = ARCHITECTURES[kind]
     labels = {"id2label": {0: "NEGATIVE", 1: "POSITIVE"}, "label2id": {"NEGATIVE": 0, "POSITIVE": 1}}
-    trained = it.tokenizer(inputs.load_embedded().texts)
-    tokenizer = getattr(transformers, f"{it.stem}TokenizerFast")(tokenizer_object=trained, model_max_length=128)
-    config = getattr(transformers, f"{it.stem}Config")(
-        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **{**labels, **it.config, **changed}
+    trained_tokenizer = architecture.tokenizer(inputs.load_embedded().texts)
+    tokenizer = getattr(transformers, f"{architecture.stem}TokenizerFast")(
+        tokenizer_object=trained_tokenizer, model_max_length=128
+    )
+    config = getattr(transformers, f"{architecture.stem}Config")(
+        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **{**labels, **architecture.config, **changes}
     )
     torch.manual_seed(1)
-    model = getattr(transformers, f"{it.stem}ForSequenceClassification")(config)
+    model = getattr(transformers, f"{architecture.stem}ForSequenceClassification")(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -20,7 +20,7 @@ from toolchain.artifacts.steps import (
 )
 from toolchain.errors import ArtifactError, SettingsError, UnknownVariantError
 
-pruned = st.builds(
+pruned_tags = st.builds(
     dict, pruned=st.integers(1, 99), recovered=st.integers(0, 12), method=st.sampled_from(grammar.METHODS)
 )
 names = st.builds(
@@ -29,7 +29,7 @@ names = st.builds(
     ),
     st.sampled_from(grammar.RUNTIMES),
     st.booleans(),
-    st.one_of(st.just({}), pruned),
+    st.one_of(st.just({}), pruned_tags),
     st.sampled_from(grammar.SCHEMES),
     st.booleans(),
     st.booleans(),
@@ -193,7 +193,7 @@ def test_a_step_can_be_written_to_a_manifest_and_read_back(step):
     assert decode_step(step_name(step), settings_of(step)) == step
 
 
-def test_a_manifest_has_only_the_settings_that_differ_from_the_defaults():
+def test_a_manifest_leaves_out_settings_that_are_not_set():
     assert settings_of(Quantize()) == {"backend": "ort", "scheme": "dynamic"}
     assert settings_of(Quantize(reduce_range=True))["reduce_range"] is True
 

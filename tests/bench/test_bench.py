@@ -131,10 +131,10 @@ DEATHS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [0, 60])
-def test_a_failed_cell_gives_a_row_with_the_reason_and_the_run_continues(run, after):
+@pytest.mark.parametrize("runs", [0, 60])
+def test_a_failed_cell_gives_a_row_with_the_reason_and_the_run_continues(run, runs):
     """Four cells fail in four ways in one run, while the cells before and after them succeed."""
-    failing = {name: {**behaviour, "after": after} for name, (behaviour, _) in DEATHS.items()}
+    failing = {name: {**behaviour, "after": runs} for name, (behaviour, _) in DEATHS.items()}
     rows, _ = run(good={}, **failing, best={})
     assert [row.status for row in rows.values()] == ["ok", *["failed"] * len(DEATHS), "ok"]
     for name, (_, reason) in DEATHS.items():
@@ -213,8 +213,8 @@ def test_batches_hold_each_sentence_once_within_the_size_and_token_limits(length
     for batch in batches:
         assert len(batch) <= size
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= size * scenarios.TOKENS_A_SENTENCE
-    longest = [max(lengths[i] for i in batch) for batch in batches]
-    assert longest == sorted(longest)
+    longest_lengths = [max(lengths[i] for i in batch) for batch in batches]
+    assert longest_lengths == sorted(longest_lengths)
 
 
 def test_accuracy_covers_the_whole_data_set_where_batch_1_is_sampled(run, monkeypatch):

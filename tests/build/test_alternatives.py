@@ -19,9 +19,9 @@ STATIC, KEPT, PORTABLE = Quantize(scheme="static"), Quantize(keep_fp32=2), Quant
 NEAR, WIDE = [0.01, 0.3] * 10, [0.01, 0.9, 2.5] * 7
 
 
-def failed_report(margins, **others):
+def failed_report(margins, **changes):
     """Returns a validation report of 200 sentences, of which those with these margins flipped."""
-    return {"finite": True, "sentences": 200, "flips": len(margins), "flip_margins": margins, **others}
+    return {"finite": True, "sentences": 200, "flips": len(margins), "flip_margins": margins, **changes}
 
 
 def commands_in(text):

@@ -12,7 +12,7 @@ from conftest import make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
-from sample_results import measured, result
+from sample_results import measured_row, result
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from toolchain import passes
@@ -58,9 +58,9 @@ def trimmed(tmp_path_factory):
     for name in ("config.json", *checkpoints.TOKENIZER_FILES):
         if (checkpoints.REFERENCE / name).is_file():
             shutil.copyfile(checkpoints.REFERENCE / name, folder / name)
-    kept = vocabulary.tokens_to_keep(reference_encoder(), CORPUS)
-    vocabulary.trim(folder, kept)
-    return Encoder.open(folder, NAMES, 512), kept
+    kept_ids = vocabulary.tokens_to_keep(reference_encoder(), CORPUS)
+    vocabulary.trim(folder, kept_ids)
+    return Encoder.open(folder, NAMES, 512), kept_ids
 
 
 def tokens_of(encoder, text):
@@ -68,7 +68,7 @@ def tokens_of(encoder, text):
 
 
 def test_trimming_keeps_the_corpus_tokens_the_characters_and_the_special_tokens(trimmed):
-    encoder, kept = trimmed
+    encoder, kept_ids = trimmed
     full_tokenizer = reference_encoder().tokenizer
     vocabulary_kept = set(encoder.tokenizer.get_vocab())
     assert {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} <= vocabulary_kept
@@ -76,7 +76,7 @@ def test_trimming_keeps_the_corpus_tokens_the_characters_and_the_special_tokens(
     assert characters <= vocabulary_kept
     corpus_tokens = {token for text in CORPUS for token in tokens_of(reference_encoder(), text)}
     assert vocabulary_kept == characters | corpus_tokens | {"[PAD]", "[UNK]", "[MASK]"}
-    assert len(kept) == len(vocabulary_kept) < 2100
+    assert len(kept_ids) == len(vocabulary_kept) < 2100
     for text in CORPUS:
         assert tokens_of(encoder, text) == tokens_of(reference_encoder(), text)
     assert tokens_of(encoder, "wonderful")[1:-1] != ["wonderful"]
@@ -245,7 +245,7 @@ def graph(rows, *nodes):
 def test_the_table_keeps_the_rows_of_the_kept_tokens(tmp_path):
     onnx.save(graph(10), tmp_path / "m.onnx")
     model, counts = passes.rewrite(
-        passes.read(tmp_path / "m.onnx"), ["trim-vocabulary"], Context(1, 2, tokens_of=(0, 3, 9))
+        passes.read(tmp_path / "m.onnx"), ["trim-vocabulary"], Context(1, 2, tokens=(0, 3, 9))
     )
     assert counts == {"trim-vocabulary": 1}
     passes.write(model, tmp_path / "t.onnx")
@@ -264,7 +264,7 @@ def test_the_table_keeps_the_rows_of_the_kept_tokens(tmp_path):
 def test_a_graph_that_needs_the_old_ids_is_refused(tmp_path, rows, nodes, message):
     onnx.save(graph(rows, *nodes), tmp_path / "m.onnx")
     with pytest.raises(GraphError, match=message):
-        passes.rewrite(passes.read(tmp_path / "m.onnx"), ["trim-vocabulary"], Context(1, 2, tokens_of=(0, 3, 9)))
+        passes.rewrite(passes.read(tmp_path / "m.onnx"), ["trim-vocabulary"], Context(1, 2, tokens=(0, 3, 9)))
 
 
 ROWS = 3000
@@ -445,7 +445,7 @@ def test_a_comparison_has_a_note_on_each_trimmed_vocabulary():
     counts = {"rows": 40, "right_before": 36, "right_after": 35, "flips": 3}
     no_rows = {"rows": 0, "right_before": 0, "right_after": 0, "flips": 0}
     facts = {"kept": 5000, "of": 30522, "bytes_saved": 9_000_000, "held_out": counts, "out_of_domain": no_rows}
-    rows = result(measured("onnx-int8", 1.0), measured("onnx-int8+small", 1.0, facts={"vocabulary": facts}))
+    rows = result(measured_row("onnx-int8", 1.0), measured_row("onnx-int8+small", 1.0, facts={"vocabulary": facts}))
     lines = [line for line in notes(compare([rows])) if "tokens kept" in line]
     assert lines == [
         "onnx-int8+small@cpu: 5,000 of 30,522 tokens kept, 9.0 MB saved; compared with the fp32 parent on held-out "

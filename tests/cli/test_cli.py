@@ -1,4 +1,4 @@
-"""The command line: options, messages and exit codes; a failed command leaves no partial result."""
+"""Tests of the command line: its output, its exit codes; a that a failed command leaves nothing incomplete."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import click
 import pytest
 from conftest import make_checkpoint, run_toolchain
-from sample_results import FP32, INT8, RUN, measured, result
+from sample_results import FP32, INT8, RUN, measured_row, result
 
 from toolchain.artifacts.variants import DEFAULT_CELLS
 from toolchain.bench.journal import Journal
@@ -21,7 +21,7 @@ from toolchain.results.result_file import ResultFile
 
 
 @pytest.fixture
-def at(tmp_path, monkeypatch):
+def working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -36,7 +36,7 @@ def test_every_command_has_help_with_an_example(command, say):
             assert option.help, option.name
 
 
-def test_version(say):
+def test_version_prints_name_and_number(say):
     assert say("--version")[1].startswith("toolchain, version 0.")
 
 
@@ -56,22 +56,22 @@ def test_version(say):
         ["export", "--surprise"],
     ],
 )
-def test_wrong_options_are_a_usage_error(at, say, arguments):
+def test_a_usage_error_exits_with_2(working_folder, say, arguments):
     code, out, err = say(*arguments)
     assert code == 2
     assert "Error" in err
     assert not out
 
 
-def test_an_unknown_variant_is_told_the_nearest(at, say, tiny_checkpoint):
+def test_an_unknown_variant_gives_an_error_with_the_nearest_name(working_folder, say, tiny_checkpoint):
     code, _, err = say("validate", "onnx-int9", "--model", tiny_checkpoint)
     assert code == 1
     assert "Did you mean onnx-int8" in err
-    assert not (at / "exported").exists()
+    assert not (working_folder / "exported").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["export", "--model", "./nowhere"], "There is no folder ./nowhere"),
         (["export", "--model", "nobody/nothing"], "--model PATH"),
@@ -82,30 +82,30 @@ def test_an_unknown_variant_is_told_the_nearest(at, say, tiny_checkpoint):
         (["export", "--revision", "v1"], "--revision is for hub models only"),
     ],
 )
-def test_a_failure_is_one_sentence_and_exit_code_1(at, say, arguments, says):
+def test_a_failed_command_prints_one_error_and_exits_with_1(working_folder, say, arguments, message):
     code, out, err = say(*arguments)
     assert code == 1
     assert err.startswith("Error: ")
-    assert says in err
+    assert message in err
     assert "Traceback" not in err
     assert not out
-    assert not (at / "exported").exists()
+    assert not (working_folder / "exported").exists()
 
 
-def test_debug_shows_the_traceback(at):
-    """In processes, as a user starts them: the exit code of `main` is the exit code of the process."""
-    quiet = run_toolchain("export", "--model", "./nowhere", cwd=at)
-    loud = run_toolchain("export", "--model", "./nowhere", "--debug", cwd=at)
-    assert "Traceback" not in quiet.stderr
-    assert "Traceback" in loud.stderr
-    assert loud.returncode == quiet.returncode == 1
+def test_debug_shows_the_traceback(working_folder):
+    """Runs real processes, since a user sees the exit code of the process."""
+    plain_run = run_toolchain("export", "--model", "./nowhere", cwd=working_folder)
+    debug_run = run_toolchain("export", "--model", "./nowhere", "--debug", cwd=working_folder)
+    assert "Traceback" not in plain_run.stderr
+    assert "Traceback" in debug_run.stderr
+    assert debug_run.returncode == plain_run.returncode == 1
 
 
-def test_a_bug_is_a_sentence_too(at, say, monkeypatch):
-    def bug(*_):
+def test_an_unexpected_exception_prints_one_sentence(working_folder, say, monkeypatch):
+    def raise_bug(*_):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("toolchain.build.pipeline.Workspace.open", bug)
+    monkeypatch.setattr("toolchain.build.pipeline.Workspace.open", raise_bug)
     code, _, err = say("variants")
     assert (code, err) == (
         1,
@@ -113,30 +113,30 @@ def test_a_bug_is_a_sentence_too(at, say, monkeypatch):
     )
 
 
-def test_an_interrupt_is_exit_code_130(at, say, monkeypatch):
-    def stop(*_):
+def test_an_interrupt_exits_with_130(working_folder, say, monkeypatch):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("toolchain.build.pipeline.Workspace.open", stop)
+    monkeypatch.setattr("toolchain.build.pipeline.Workspace.open", interrupt)
     code, _, err = say("variants")
     assert code == 130
     assert "Interrupted" in err
 
 
-def test_an_interrupt_that_a_library_turned_into_its_own_error_is_130(at, say, monkeypatch):
-    def stop(*_):
+def test_an_interrupt_that_a_library_replaces_by_its_own_error_exits_with_130(working_folder, say, monkeypatch):
+    def interrupt(*_):
         try:
             signal.raise_signal(signal.SIGINT)
         except KeyboardInterrupt:
             raise ImportError("initialization failed") from None
 
-    monkeypatch.setattr("toolchain.build.pipeline.Workspace.open", stop)
+    monkeypatch.setattr("toolchain.build.pipeline.Workspace.open", interrupt)
     code, _, err = say("variants")
     assert (code, err) == (130, "Interrupted. No file is incomplete.\n")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_dry_run_says_what_would_be_done_and_does_nothing(at, say, tiny_checkpoint, monkeypatch):
+def test_a_dry_run_prints_the_plan_and_builds_nothing(working_folder, say, tiny_checkpoint, monkeypatch):
     monkeypatch.setattr("toolchain.system.hardware.gpus", lambda: ([], ""))
     code, out, _ = say("export", "--model", tiny_checkpoint, "--opset", 17, "--dry-run")
     assert code == 0
@@ -145,27 +145,27 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(at, say, tiny_checkp
     assert code == 0
     assert "torch-fp32@cpu: build torch-fp32 (missing), then measure" in out
     assert "onnx-fp32@cuda: unavailable: No NVIDIA GPU" in out
-    assert not (at / "exported").exists()
+    assert not (working_folder / "exported").exists()
 
 
-def test_a_place_that_cannot_be_written(at, say, tiny_checkpoint):
-    (at / "file").write_text("")
+def test_a_folder_that_cannot_be_written_gives_an_error(working_folder, say, tiny_checkpoint):
+    (working_folder / "file").write_text("")
     code, _, err = say("export", "--model", tiny_checkpoint, "--exported", "file/inside")
     assert code == 1
     assert "cannot be written" in err
 
 
-def test_a_failed_validation_is_exit_code_3(at, say, tiny, monkeypatch):
-    wanted = {"passed": False, "agreement": "exact", "finite": True, "grid_largest_delta": {"one": 1.0}}
-    wanted |= {"worst_case": "one", "largest_delta": 1.0, "mean_delta": 1.0, "sentences": 2, "flips": 1}
-    monkeypatch.setattr("toolchain.build.pipeline.validate", lambda *_: wanted)
+def test_a_failed_validation_exits_with_3(working_folder, say, tiny, monkeypatch):
+    report = {"passed": False, "agreement": "exact", "finite": True, "grid_largest_delta": {"one": 1.0}}
+    report |= {"worst_case": "one", "largest_delta": 1.0, "mean_delta": 1.0, "sentences": 2, "flips": 1}
+    monkeypatch.setattr("toolchain.build.pipeline.validate", lambda *_: report)
     code, out, err = say("validate", "onnx-fp32", "--model", "tiny", "--exported", tiny.exported)
     assert code == 3
     assert "onnx-fp32: FAILED: " in out
     assert "logits of onnx-fp32 differ from PyTorch's" in err
 
 
-def test_a_tampered_artifact_is_exit_code_1_with_a_hint(at, say, tiny):
+def test_a_tampered_artifact_gives_an_error_with_a_hint(working_folder, say, tiny):
     file = tiny.path("onnx-fp32") / "model.onnx"
     file.write_bytes(file.read_bytes()[:-1])
     for arguments in (["quantize"], ["validate", "onnx-int8"]):
@@ -178,24 +178,27 @@ def test_a_tampered_artifact_is_exit_code_1_with_a_hint(at, say, tiny):
     assert re.search(r"onnx-fp32 .*tampered: .*model.onnx has", out)
 
 
-def test_bench_without_a_cuda_device_has_rows_with_reason_and_hint(at, say, tiny_checkpoint, monkeypatch):
+def test_bench_on_cuda_without_a_device_writes_rows_with_reason_and_hint(
+    working_folder, say, tiny_checkpoint, monkeypatch
+):
     monkeypatch.setattr("toolchain.system.hardware.gpus", lambda: ([], ""))
     code, out, err = say("bench", "--provider", "cuda", "--quick", "--model", tiny_checkpoint)
     assert code == 1
     assert "No cell was measured: No NVIDIA GPU" in err
     assert ", ".join(f"{name}@cuda" for name in DEFAULT_CELLS["cuda"]) + " unavailable" in out
     assert "toolchain doctor" in out
-    file = next((at / "benchmarks/results/local").glob("tiny-*.json"))
-    assert {row.status for row in ResultFile.read(file).rows} == {"unavailable"}  # written before it says no
+    file = next((working_folder / "benchmarks/results/local").glob("tiny-*.json"))
+    # the command writes the rows before it fails
+    assert {row.status for row in ResultFile.read(file).rows} == {"unavailable"}
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("short_bench")
-def test_the_whole_chain_from_the_command_line(at, say, tmp_path_factory, monkeypatch):
-    few = ("torch-fp32", "torch-pruned50", "onnx-std", "onnx-fp32", "onnx-int8")
-    monkeypatch.setitem(DEFAULT_CELLS, "cpu", few)
+def test_the_commands_work_in_sequence(working_folder, say, tmp_path_factory, monkeypatch):
+    variants = ("torch-fp32", "torch-pruned50", "onnx-std", "onnx-fp32", "onnx-int8")
+    monkeypatch.setitem(DEFAULT_CELLS, "cpu", variants)
     checkpoint = make_checkpoint(tmp_path_factory.mktemp("c") / "mine", ("bad", "good"))
-    table = at / "reviews.csv"
+    table = working_folder / "reviews.csv"
     table.write_text("review,stars\n" + "".join(f"a film of {i} words,{('bad', 'good')[i % 2]}\n" for i in range(40)))
     model = ("--model", checkpoint)
     code, out, err = say("export", *model)
@@ -214,7 +217,8 @@ def test_the_whole_chain_from_the_command_line(at, say, tmp_path_factory, monkey
     assert code == 0
     rows = {row["cell"]: row for row in json.loads(out)}
     assert rows["onnx-int8@cpu"]["status"] == "ok"
-    # SST-2 cannot rank a model of other labels: a default cell that this model does not have, and how to get it.
+    # SST-2 cannot rank the units of a model with other labels, so one default cell has no artifact. Its row says how to
+    # build it.
     assert rows["torch-pruned50@cpu"]["status"] == "unavailable"
     assert "--train-data FILE" in rows["torch-pruned50@cpu"]["mend"]
     code, out, _ = say("compare", "--format", "markdown", "--baseline", "onnx-fp32", *model)
@@ -222,12 +226,12 @@ def test_the_whole_chain_from_the_command_line(at, say, tmp_path_factory, monkey
     assert "against onnx-fp32@cpu" in out
     code, out, _ = say("variants", "--json", *model)
     states = {row["variant"]: row["state"] for row in json.loads(out)}
-    assert {states[name] for name in few if "pruned" not in name} == {"built"}
+    assert {states[name] for name in variants if "pruned" not in name} == {"built"}
     code, out, _ = say("validate", "onnx-int8", "--json", *model)
     assert json.loads(out)["passed"]
 
 
-def test_doctor_finds_and_mends(at, say, monkeypatch):
+def test_doctor_finds_problems_and_gives_hints(working_folder, say, monkeypatch):
     code, out, _ = say("doctor")
     assert code == 0
     assert re.search(r"ok +torch 2", out)
@@ -242,7 +246,7 @@ def test_doctor_finds_and_mends(at, say, monkeypatch):
     assert "no ONNX Runtime is installed" in say("doctor")[1]
 
 
-def test_an_option_can_come_from_the_environment(at, say, monkeypatch, tiny_checkpoint):
+def test_an_environment_variable_can_set_an_option(working_folder, say, monkeypatch, tiny_checkpoint):
     monkeypatch.setenv("TOOLCHAIN_EXPORT_MODEL", str(tiny_checkpoint))
     assert "torch-fp32: build" in say("export", "--dry-run")[1]
     monkeypatch.setenv("TOOLCHAIN_EXPORT_OPTIMIZE", "none")
@@ -251,134 +255,137 @@ def test_an_option_can_come_from_the_environment(at, say, monkeypatch, tiny_chec
     assert say("compare")[0] == 2
 
 
-def test_every_option_is_set_by_a_variable_of_its_own_name():
+def test_every_option_has_an_environment_variable_named_after_it():
     for name, command in cli.commands.items():
         for option in command.params:
             if isinstance(option, click.Option):
-                long = next(text for text in option.opts if text.startswith("--"))
-                assert option.envvar == f"TOOLCHAIN_{name}_{long[2:]}".upper().replace("-", "_")
+                flag = next(text for text in option.opts if text.startswith("--"))
+                assert option.envvar == f"TOOLCHAIN_{name}_{flag[2:]}".upper().replace("-", "_")
 
 
-def test_debug_keeps_the_exit_code(at, say, monkeypatch):
-    def verdict(*_):
+def test_debug_keeps_the_exit_code(working_folder, say, monkeypatch):
+    def raise_verdict(*_):
         raise VerdictError("No.", "Do better.")
 
-    monkeypatch.setattr("toolchain.build.pipeline.Workspace.open", verdict)
+    monkeypatch.setattr("toolchain.build.pipeline.Workspace.open", raise_verdict)
     code, _, err = say("validate", "onnx-int8", "--debug")
     assert code == 3
     assert "Traceback" in err
     assert err.endswith("Error: No. Do better.\n")
 
 
-def test_a_terminal_that_cannot_show_a_sign_still_gets_the_figures(at):
-    run = run_toolchain("export", "--help", cwd=at, env={"PYTHONIOENCODING": "ascii"})
+def test_output_works_in_an_ascii_terminal(working_folder):
+    run = run_toolchain("export", "--help", cwd=working_folder, env={"PYTHONIOENCODING": "ascii"})
     assert run.returncode == 0
-    run = run_toolchain("variants", cwd=at, env={"PYTHONIOENCODING": "ascii"})
+    run = run_toolchain("variants", cwd=working_folder, env={"PYTHONIOENCODING": "ascii"})
     assert (run.returncode, "onnx-int8" in run.stdout) == (0, True)
 
 
-def test_a_run_that_measured_nothing_takes_no_name(at, say, tiny_checkpoint, monkeypatch):
+def test_a_run_without_a_measured_row_keeps_the_old_result_file(working_folder, say, tiny_checkpoint, monkeypatch):
     monkeypatch.setattr("toolchain.system.hardware.gpus", lambda: ([], ""))
-    kept = at / "benchmarks" / "results" / "kept.json"
-    kept.parent.mkdir(parents=True)
-    kept.write_text("{}")
+    result_file = working_folder / "benchmarks" / "results" / "kept.json"
+    result_file.parent.mkdir(parents=True)
+    result_file.write_text("{}")
     command = ("bench", "--provider", "cuda", "--save-as", "kept", "--force", "--model", tiny_checkpoint)
     assert say(*command)[0] == 1
-    assert kept.read_text() == "{}"
+    assert result_file.read_text() == "{}"
 
 
 @pytest.fixture
-def bench_as(at, say, monkeypatch, tiny_checkpoint):
-    """Runs `bench --save-as kept` while `kept.json` holds a result; `meanwhile` runs in place of the measurement."""
-    kept = at / "benchmarks" / "results" / "kept.json"
-    kept.parent.mkdir(parents=True)
-    kept.write_text("older")
+def bench_as(working_folder, say, monkeypatch, tiny_checkpoint):
+    """Returns a function that runs `bench --save-as kept` while `kept.json` holds a result.
 
-    def run(*options, meanwhile=lambda: pytest.fail("it was measured")):
+    Instead of `meanwhile` measurement, the command calls `during_measurement`.
+    """
+    result_file = working_folder / "benchmarks" / "results" / "kept.json"
+    result_file.parent.mkdir(parents=True)
+    result_file.write_text("older")
+
+    def run(*options, during_measurement=lambda: pytest.fail("it was measured")):
         def measure(*arguments):
-            meanwhile()
-            return result(FP32, INT8), Journal.begin(at / "x.journal", {})
+            during_measurement()
+            return result(FP32, INT8), Journal.begin(working_folder / "x.journal", {})
 
         monkeypatch.setattr("toolchain.bench.run.measure", measure)
-        return *say("bench", "--save-as", "kept", "--model", tiny_checkpoint, *options), kept
+        return *say("bench", "--save-as", "kept", "--model", tiny_checkpoint, *options), result_file
 
     return run
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
-def test_a_name_that_is_taken_is_refused_before_anything_is_measured(bench_as, options):
-    code, out, err, kept = bench_as(*options)
+def test_save_as_refuses_an_existing_name_before_it_measures(bench_as, options):
+    code, out, err, result_file = bench_as(*options)
     assert (code, out) == (1, "")
     assert "benchmarks/results/kept.json exists. Choose another name with --save-as, or replace it with --force." in err
-    assert kept.read_text() == "older"
+    assert result_file.read_text() == "older"
 
 
-def test_force_replaces_what_the_name_holds(bench_as):
-    code, _, err, kept = bench_as("--force", meanwhile=lambda: None)
+def test_force_replaces_the_existing_result_file(bench_as):
+    code, _, err, result_file = bench_as("--force", during_measurement=lambda: None)
     assert (code, "saved: benchmarks/results/kept.json" in err) == (0, True)
-    assert len(ResultFile.read(kept).rows) == 2
+    assert len(ResultFile.read(result_file).rows) == 2
 
 
-def saved_locally(at, err):
-    (local,) = (at / "benchmarks" / "results" / "local").iterdir()
-    assert len(ResultFile.read(local).rows) == 2
-    assert f"saved: {local.relative_to(at)}\n" in err
-    assert f"This result is in {local.relative_to(at)}. Rename it to a free name." in err.splitlines()[-1]
-    assert not list(at.glob("*.journal"))
+def require_saved_locally(working_folder, err):
+    (file,) = (working_folder / "benchmarks" / "results" / "local").iterdir()
+    assert len(ResultFile.read(file).rows) == 2
+    assert f"saved: {file.relative_to(working_folder)}\n" in err
+    assert f"This result is in {file.relative_to(working_folder)}. Rename it to a free name." in err.splitlines()[-1]
+    assert not list(working_folder.glob("*.journal"))
 
 
-def test_a_name_that_is_taken_meanwhile_loses_no_result(at, bench_as):
-    kept = at / "benchmarks" / "results" / "kept.json"
-    kept.unlink()
-    code, out, err, _ = bench_as(meanwhile=lambda: kept.write_text("another run's"))
+def test_a_result_is_kept_where_its_name_appears_during_the_run(working_folder, bench_as):
+    result_file = working_folder / "benchmarks" / "results" / "kept.json"
+    result_file.unlink()
+    code, out, err, _ = bench_as(during_measurement=lambda: result_file.write_text("another run's"))
     assert code == 1
     assert "torch-fp32@cpu" in out
     assert "Error: benchmarks/results/kept.json exists. " in err
-    assert kept.read_text() == "another run's"
-    saved_locally(at, err)
+    assert result_file.read_text() == "another run's"
+    require_saved_locally(working_folder, err)
 
 
-def test_a_name_that_cannot_be_written_loses_no_result(at, bench_as):
-    kept = at / "benchmarks" / "results" / "kept.json"
+def test_a_result_is_kept_where_its_name_cannot_be_written(working_folder, bench_as):
+    result_file = working_folder / "benchmarks" / "results" / "kept.json"
 
-    def block():
-        kept.unlink()
-        kept.mkdir()
+    def replace_by_folder():
+        result_file.unlink()
+        result_file.mkdir()
 
-    code, _, err, _ = bench_as("--force", meanwhile=block)
+    code, _, err, _ = bench_as("--force", during_measurement=replace_by_folder)
     assert code == 1
     assert "Error: benchmarks/results/kept.json cannot be written: Is a directory. " in err
-    saved_locally(at, err)
+    require_saved_locally(working_folder, err)
 
 
-def test_a_name_of_one_machine_of_a_cluster_is_refused_before_anything_is_measured(
-    at, say, tiny_checkpoint, monkeypatch
+def test_save_as_refuses_an_existing_name_of_a_cluster_machine_before_it_measures(
+    working_folder, say, tiny_checkpoint, monkeypatch
 ):
     nodes = [SimpleNamespace(machine={"id": name}) for name in ("0a", "0b")]
     monkeypatch.setattr("toolchain.distributed.connect", lambda *_: nullcontext(SimpleNamespace(nodes=nodes)))
-    ran = [replace(result(FP32), machine={**result(FP32).machine, "id": name}) for name in ("0a", "0b")]
-    monkeypatch.setattr("toolchain.distributed.benching.measure", lambda *_: iter(ran))
+    results = [replace(result(FP32), machine={**result(FP32).machine, "id": name}) for name in ("0a", "0b")]
+    monkeypatch.setattr("toolchain.distributed.benching.measure", lambda *_: iter(results))
     command = ("bench", "--engine", "ray", "--save-as", "kept", "--model", tiny_checkpoint)
-    kept = at / "benchmarks" / "results"
-    kept.mkdir(parents=True)
-    (kept / "kept-0b.json").write_text("older")
+    folder = working_folder / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    (folder / "kept-0b.json").write_text("older")
     code, out, err = say(*command)
     assert (code, out) == (1, "")
     assert "benchmarks/results/kept-0b.json exists. Choose another name" in err
-    assert [path.name for path in kept.iterdir()] == ["kept-0b.json"]
+    assert [path.name for path in folder.iterdir()] == ["kept-0b.json"]
     assert say(*command, "--force")[0] == 0
-    assert [ResultFile.read(kept / f"kept-{name}.json").machine["id"] for name in ("0a", "0b")] == ["0a", "0b"]
+    assert [ResultFile.read(folder / f"kept-{name}.json").machine["id"] for name in ("0a", "0b")] == ["0a", "0b"]
 
 
 @pytest.fixture
-def two_runs(at):
-    """Result files of an older run, and of a newer in which int8 takes twice as long."""
-    for name, int8 in (("old", INT8), ("new", measured("onnx-int8", 2, correct=89))):
-        result(FP32, int8, run={**RUN, "id": name}).write(at / f"{name}.json")
-    return at
+def two_runs(working_folder):
+    """Writes the result files of an older run, and of a newer run in which int8 takes twice as long."""
+    for name, int8 in (("old", INT8), ("new", measured_row("onnx-int8", 2, correct=89))):
+        result(FP32, int8, run={**RUN, "id": name}).write(working_folder / f"{name}.json")
+    return working_folder
 
 
-def test_limits_name_the_winner_and_what_the_others_break(two_runs, say):
+def test_compare_with_limits_names_the_winner_and_the_nearest_misses(two_runs, say):
     code, out, _ = say("compare", "old.json", "--max-drop", "1.0", "--max-p95-ms", "5", "--max-size-mb", "30")
     assert code == 0
     assert re.search(r"onnx-int8@cpu", out.split("\n\n")[-1])
@@ -392,7 +399,7 @@ def test_limits_name_the_winner_and_what_the_others_break(two_runs, say):
     assert say("compare", "old.json", "--max-drop", "nan")[0] == 2
 
 
-def test_a_run_is_held_against_an_older_one(two_runs, say):
+def test_compare_against_an_older_run_finds_regressions(two_runs, say):
     code, out, _ = say("compare", "new.json", "--against", "old.json", "--max-regression", "5%")
     assert code == 3
     assert "onnx-int8@cpu" in out
@@ -406,7 +413,7 @@ def test_a_run_is_held_against_an_older_one(two_runs, say):
 
 
 @pytest.mark.slow
-def test_a_comparison_as_csv_as_a_page_and_as_plots(two_runs, say):
+def test_compare_writes_csv_html_and_plots(two_runs, say):
     code, out, _ = say("compare", "old.json", "--format", "csv", "--sort", "latency", "--max-drop", "5")
     assert (code, [row["cell"] for row in csv.DictReader(out.splitlines())]) == (0, ["onnx-int8@cpu", "torch-fp32@cpu"])
     code, out, err = say("compare", "old.json", "--format", "html", "--plots", "plots")
@@ -419,26 +426,26 @@ def test_a_comparison_as_csv_as_a_page_and_as_plots(two_runs, say):
     assert say("compare", "old.json", "--filter", "bnb-*")[0] == 1
 
 
-def test_resuming_what_never_began_is_an_error_in_words(at, say, tiny_checkpoint):
+def test_resume_without_an_interrupted_run_gives_an_error(working_folder, say, tiny_checkpoint):
     code, _, err = say("bench", "--quick", "--resume", "--provider", "cuda", "--model", tiny_checkpoint)
     assert (code, "There is no interrupted run of tiny" in err) == (1, True)
 
 
 @pytest.fixture
-def where(at, tiny):
-    """The options that name the tiny model's folder."""
+def model_options(working_folder, tiny):
+    """The options that name the tiny model and its folder."""
     return "--model", tiny.model, "--exported", tiny.exported
 
 
-def test_a_pass_is_left_out_of_an_export(say, tiny, where):
-    code, _, err = say("export", "--no-pass", "first-token", "--name", "whole", *where)
+def test_no_pass_leaves_a_pass_out_of_an_export(say, tiny, model_options):
+    code, _, err = say("export", "--no-pass", "first-token", "--name", "whole", *model_options)
     assert code == 0, err
     assert tiny.load("onnx-fp32+whole").manifest.step.passes == ("fuse", "residual-sum", "first-query")
     assert tiny.load("onnx-fp32").manifest.step.passes == ("fuse", "residual-sum", "first-token", "first-query")
 
 
-def test_a_pass_is_left_out_of_a_quantisation(say, tiny, where):
-    command = ("quantize", "--no-pass", "quantize-embedding", "--name", "fp32-tables", *where)
+def test_no_pass_leaves_a_pass_out_of_a_quantisation(say, tiny, model_options):
+    command = ("quantize", "--no-pass", "quantize-embedding", "--name", "fp32-tables", *model_options)
     code, _, err = say(*command)
     assert code == 0, err
     manifest = tiny.load("onnx-int8+fp32-tables").manifest
@@ -448,7 +455,7 @@ def test_a_pass_is_left_out_of_a_quantisation(say, tiny, where):
 
 
 @pytest.mark.parametrize(
-    ("options", "planned"),
+    ("options", "plan_text"),
     [
         (
             ("--embeddings", "int4", "--name", "small"),
@@ -472,19 +479,19 @@ def test_a_pass_is_left_out_of_a_quantisation(say, tiny, where):
         (("--scheme", "static"), "onnx-int8-static: build (missing); backend=ort, scheme=static, train=sst2:"),
     ],
 )
-def test_a_quantisation_is_planned_with_its_options(say, where, options, planned):
-    code, out, err = say("quantize", *options, "--dry-run", *where)
+def test_a_dry_run_of_quantize_prints_the_settings(say, model_options, options, plan_text):
+    code, out, err = say("quantize", *options, "--dry-run", *model_options)
     assert code == 0, err
-    assert planned in out
+    assert plan_text in out
 
 
-def test_isa_auto_names_its_choice(say, where):
-    err = say("quantize", "--isa", "auto", "--dry-run", *where)[2]
+def test_isa_auto_prints_its_choice(say, model_options):
+    err = say("quantize", "--isa", "auto", "--dry-run", *model_options)[2]
     assert re.search(r"^isa auto: (vnni|portable) on this processor$", err, re.MULTILINE)
 
 
-def test_fp16_takes_no_other_option(say, where):
-    code, _, err = say("quantize", "--scheme", "fp16", "--keep-fp32", "1", *where)
+def test_fp16_takes_no_other_option(say, model_options):
+    code, _, err = say("quantize", "--scheme", "fp16", "--keep-fp32", "1", *model_options)
     assert code == 2
     assert "takes no other option" in err
 
@@ -509,5 +516,5 @@ def test_fp16_takes_no_other_option(say, where):
         ("quantize", "--no-pass", "quantize-linear", "--isa", "portable"),
     ],
 )
-def test_options_that_exclude_each_other_are_a_usage_error(say, where, arguments):
-    assert say(*arguments, *where)[0] == 2
+def test_options_that_exclude_each_other_give_a_usage_error(say, model_options, arguments):
+    assert say(*arguments, *model_options)[0] == 2

@@ -1,4 +1,7 @@
-"""Logits of tokens by an old ONNX Runtime, in either format: `python old_runtime.py MODEL.ort TOKENS.json`."""
+"""Prints the logits of tokens, computed by an old ONNX Runtime: `python old_runtime.py MODEL TOKENS.json`.
+
+MODEL is an .onnx or an .ort file.
+"""
 
 import json
 import sys
@@ -10,6 +13,6 @@ import onnxruntime
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 answers = []
 for ids in json.loads(Path(sys.argv[2]).read_text()):
-    given = {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, len(ids)), np.int64)}
-    answers.append([float(x) for x in session.run(None, given)[0][0]])
+    feed = {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, len(ids)), np.int64)}
+    answers.append([float(x) for x in session.run(None, feed)[0][0]])
 print(json.dumps({"answers": answers}))

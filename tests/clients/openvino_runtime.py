@@ -1,4 +1,4 @@
-"""Logits of tokens by OpenVINO's own runtime: `python openvino_runtime.py MODEL.onnx TOKENS.json`."""
+"""Prints the logits of tokens, computed by OpenVINO: `python openvino_runtime.py MODEL.onnx TOKENS.json`."""
 
 import json
 import sys
@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import openvino
 
-# Its default is bf16 where the processor has it.
+# The default is bf16 on processors that have it.
 model = openvino.compile_model(sys.argv[1], "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 answers = []
 for ids in json.loads(Path(sys.argv[2]).read_text()):
-    given = {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, len(ids)), np.int64)}
-    answers.append([float(x) for x in model(given)["logits"][0]])
+    feed = {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, len(ids)), np.int64)}
+    answers.append([float(x) for x in model(feed)["logits"][0]])
 print(json.dumps({"answers": answers}))

@@ -1,4 +1,4 @@
-"""Triton's own reading of the configurations in a model repository, as JSON: name → configuration."""
+"""Prints the configurations of a model repository as Triton reads them, in JSON: name → configuration."""
 
 import json
 import sys
@@ -7,8 +7,8 @@ from pathlib import Path
 from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2
 
-found = {}
+configs = {}
 for file in sorted(Path(sys.argv[1]).glob("*/config.pbtxt")):
     config = text_format.Parse(file.read_text(), model_config_pb2.ModelConfig())
-    found[file.parent.name] = json_format.MessageToDict(config, preserving_proto_field_name=True)
-print(json.dumps(found))
+    configs[file.parent.name] = json_format.MessageToDict(config, preserving_proto_field_name=True)
+print(json.dumps(configs))

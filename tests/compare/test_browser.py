@@ -1,8 +1,8 @@
-"""The HTML report in a real browser."""
+"""Tests of the HTML report in a real browser."""
 
 import pytest
 from chromium import PROGRAM, Chromium
-from rich_rows import ANSWERS, hostile, html, rich
+from rich_rows import ANSWERS, hostile_result, report_html, rich_result
 
 pytestmark = [
     pytest.mark.web,
@@ -12,13 +12,13 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def page():
-    return html(rich())
+    return report_html(rich_result())
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    with Chromium(tmp_path_factory.mktemp("profile")) as running:
-        yield running
+    with Chromium(tmp_path_factory.mktemp("profile")) as chromium:
+        yield chromium
 
 
 ORDER = "[...document.querySelectorAll('#comparison ~ .wide tbody th')].map(e => e.firstChild.textContent)"
@@ -26,47 +26,47 @@ COLOURS = """[document.body, document.querySelector('svg text')].map(e => getCom
     (s, i) => i ? s.fill : s.backgroundColor)"""
 
 
-@pytest.mark.parametrize("shown", [{}, {"scheme": "dark"}, {"media": "print", "scheme": "dark"}, {"width": 390}])
-def test_a_browser_has_nothing_to_complain_of(browser, page, tmp_path, shown):
+@pytest.mark.parametrize("settings", [{}, {"scheme": "dark"}, {"media": "print", "scheme": "dark"}, {"width": 390}])
+def test_a_browser_shows_the_report_without_errors(browser, page, tmp_path, settings):
     (tmp_path / "report.html").write_text(page)
-    browser.show_as(**shown)
+    browser.show_as(**settings)
     browser.open(tmp_path / "report.html")
     assert browser.complaints(tmp_path / "report.html") == []
-    dark = shown.get("scheme") == "dark" and "media" not in shown
+    is_dark = settings.get("scheme") == "dark" and "media" not in settings
     light_pair, dark_pair = ["rgb(255, 255, 255)", "rgb(27, 31, 36)"], ["rgb(20, 24, 29)", "rgb(228, 232, 236)"]
-    assert browser.run(COLOURS) == (dark_pair if dark else light_pair)
+    assert browser.run(COLOURS) == (dark_pair if is_dark else light_pair)
     assert browser.run("document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_columns_are_sorted_by_mouse_and_keyboard(browser, page, tmp_path):
+def test_mouse_and_keyboard_sort_the_columns(browser, page, tmp_path):
     (tmp_path / "report.html").write_text(page)
     browser.show_as()
     browser.open(tmp_path / "report.html")
-    first = [f"{variant}@cpu" for variant in ANSWERS]
-    assert browser.run(ORDER) == first
+    initial_order = [f"{variant}@cpu" for variant in ANSWERS]
+    assert browser.run(ORDER) == initial_order
     header = "document.querySelectorAll('#comparison ~ .wide thead th')[2]"
     assert browser.run(f"{header}.innerText").startswith("p50 ms")
     browser.run(f"{header}.querySelector('button').click()")
     assert browser.run(f"{header}.ariaSort") == "ascending"
-    assert browser.run(ORDER) == first[::-1]
+    assert browser.run(ORDER) == initial_order[::-1]
     browser.run(f"{header}.querySelector('button').focus()")
     browser.press("Enter", 13)
     assert browser.run(f"{header}.ariaSort") == "descending"
-    assert browser.run(ORDER) == first
+    assert browser.run(ORDER) == initial_order
     browser.run("document.querySelector('#comparison ~ .wide thead button').click()")
-    assert browser.run(ORDER) == sorted(first)
+    assert browser.run(ORDER) == sorted(initial_order)
     assert browser.run("document.querySelectorAll('#comparison ~ .wide [aria-sort]').length") == 1
     assert browser.complaints(tmp_path / "report.html") == []
 
 
-def test_hostile_strings_do_nothing_in_a_browser(browser, tmp_path):
-    (tmp_path / "report.html").write_text(html(hostile()))
+def test_hostile_strings_run_no_script_in_a_browser(browser, tmp_path):
+    (tmp_path / "report.html").write_text(report_html(hostile_result()))
     browser.open(tmp_path / "report.html")
     assert browser.complaints(tmp_path / "report.html") == []
     assert browser.run("document.scripts.length") == 1
 
 
-PLANTED = {
+COMPLAINT_OF = {
     "<script>console.error('planted')</script>": "console.error: ['planted']",
     "<script>undefined.planted</script>": "exception: Uncaught",
     "<script>setTimeout(() => { throw Error('planted') }, 50)</script>": "exception: Uncaught",
@@ -76,13 +76,13 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("planted", PLANTED)
-def test_an_error_or_request_would_be_seen(browser, page, tmp_path, planted):
-    """First on a page without a policy, then in the report, whose policy blocks scripts and requests."""
+@pytest.mark.parametrize("element", COMPLAINT_OF)
+def test_complaints_has_every_error_and_request_of_a_page(browser, page, tmp_path, element):
+    """Checks a page without a policy first. The report's policy then blocks the same script or request."""
     path = tmp_path / "report.html"
-    path.write_text(f"<!DOCTYPE html><title>planted</title>{planted}")
+    path.write_text(f"<!DOCTYPE html><title>planted</title>{element}")
     browser.open(path)
-    assert any(PLANTED[planted] in line for line in browser.complaints(path)), browser.complaints(path)
-    path.write_text(page.replace("</main>", f"{planted}</main>"))
+    assert any(COMPLAINT_OF[element] in line for line in browser.complaints(path)), browser.complaints(path)
+    path.write_text(page.replace("</main>", f"{element}</main>"))
     browser.open(path)
     assert any("Content Security Policy" in line for line in browser.complaints(path)), browser.complaints(path)

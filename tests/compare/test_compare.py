@@ -1,11 +1,11 @@
-"""Comparisons: ratios, baselines, merged runs and the printed table."""
+"""Tests of ratios, baselines, merged runs, runs the printed comparison."""
 
 import dataclasses
 import json
 from pathlib import Path
 
 import pytest
-from sample_results import FP32, INT8, NO_GPU, RUN, measured, of, result
+from sample_results import FP32, INT8, NO_GPU, RUN, measured_row, result, row_of_cell
 
 from toolchain.compare.report.columns import columns
 from toolchain.compare.report.markdown import to_markdown
@@ -16,99 +16,101 @@ from toolchain.results.measurements import Accuracy
 from toolchain.results.result_file import ResultFile
 
 
-def test_every_ratio_is_against_the_baseline_and_above_one_is_better():
+def test_every_ratio_is_relative_to_the_baseline_and_better_above_one():
     rows = compare([result(FP32, INT8, run=RUN)])
-    found = of(rows, "onnx-int8@cpu")
-    assert found.baseline is FP32
-    assert found.speedup.value == pytest.approx(8)
-    assert found.throughput_gain.value == pytest.approx(8, rel=1e-3)
-    assert found.memory_reduction == found.size_reduction == pytest.approx(8)
-    assert found.accuracy_points == pytest.approx(-1)
+    int8_row = row_of_cell(rows, "onnx-int8@cpu")
+    assert int8_row.baseline is FP32
+    assert int8_row.speedup.value == pytest.approx(8)
+    assert int8_row.throughput_gain.value == pytest.approx(8, rel=1e-3)
+    assert int8_row.memory_reduction == int8_row.size_reduction == pytest.approx(8)
+    assert int8_row.accuracy_points == pytest.approx(-1)
 
 
-def test_another_baseline_by_variant_or_cell():
+def test_a_variant_or_a_cell_can_name_the_baseline():
     runs = [result(FP32, INT8, run=RUN)]
     for name in ("onnx-int8", "onnx-int8@cpu"):
-        assert of(compare(runs, name), "torch-fp32@cpu").speedup.value == pytest.approx(1 / 8)
+        assert row_of_cell(compare(runs, name), "torch-fp32@cpu").speedup.value == pytest.approx(1 / 8)
 
 
-def test_a_baseline_that_is_not_there_names_those_that_are():
+def test_a_missing_baseline_gives_an_error_that_lists_the_measured_cells():
     with pytest.raises(
         ResultFileError, match=r"No row is the baseline 'onnx-int4'. The measured cells are: torch-fp32@cpu"
     ):
         compare([result(FP32, run=RUN)], "onnx-int4")
 
 
-def test_no_ratio_crosses_runs_or_machines():
-    other = dict(result().machine, id="y", cpu="other")
-    rows = compare([result(FP32, run=RUN), result(INT8, machine=other, run=RUN, created="2026-01-02T00:00:00+00:00")])
-    found = of(rows, "onnx-int8@cpu")
-    assert found.baseline is None
-    assert found.speedup is None
+def test_rows_of_different_machines_have_no_ratio():
+    other_machine = dict(result().machine, id="y", cpu="other")
+    rows = compare(
+        [result(FP32, run=RUN), result(INT8, machine=other_machine, run=RUN, created="2026-01-02T00:00:00+00:00")]
+    )
+    int8_row = row_of_cell(rows, "onnx-int8@cpu")
+    assert int8_row.baseline is None
+    assert int8_row.speedup is None
     assert "other, 2 cores" in to_markdown(rows)
 
 
-def test_a_gpu_row_is_compared_with_the_cpu_baseline_else_with_its_own():
-    gpu, base = measured("onnx-fp32", 1, "cuda"), measured("torch-fp32", 4, "cuda")
-    assert of(compare([result(FP32, base, gpu)]), "onnx-fp32@cuda").baseline is FP32
-    assert of(compare([result(base, gpu)]), "onnx-fp32@cuda").baseline is base
+def test_a_gpu_row_is_compared_with_the_cpu_baseline_or_else_with_a_gpu_baseline():
+    gpu, base = measured_row("onnx-fp32", 1, "cuda"), measured_row("torch-fp32", 4, "cuda")
+    assert row_of_cell(compare([result(FP32, base, gpu)]), "onnx-fp32@cuda").baseline is FP32
+    assert row_of_cell(compare([result(base, gpu)]), "onnx-fp32@cuda").baseline is base
 
 
-def test_the_newest_row_of_a_key_wins_and_a_rebuilt_artifact_stays_a_row():
-    slower = measured("onnx-int8", 2)
-    rebuilt = measured("onnx-int8", 3, artifact_id="another id")
+def test_a_comparison_keeps_the_newest_row_of_each_artifact():
+    slower_row = measured_row("onnx-int8", 2)
+    rebuilt_row = measured_row("onnx-int8", 3, artifact_id="another id")
     files = [
-        result(rebuilt, created="2026-01-03T00:00:00+00:00"),
+        result(rebuilt_row, created="2026-01-03T00:00:00+00:00"),
         result(FP32, INT8, created="2026-01-01T00:00:00+00:00"),
-        result(slower, created="2026-01-02T00:00:00+00:00"),
+        result(slower_row, created="2026-01-02T00:00:00+00:00"),
     ]
     rows = compare(files, None, {("m", "onnx-int8"): "another id"})
-    found = [(r.measurement.latency_ms["p50"], r.stale) for r in rows if r.measurement.variant == "onnx-int8"]
-    assert sorted(found) == [(2.0, True), (3.0, False)]
+    int8_rows = [(r.measurement.latency_ms["p50"], r.stale) for r in rows if r.measurement.variant == "onnx-int8"]
+    assert sorted(int8_rows) == [(2.0, True), (3.0, False)]
     assert "[stale]" in to_markdown(rows)
 
 
-def test_runs_on_other_data_or_with_other_threads_stay_rows():
-    other = {"name": "reviews", "rows": 100, "sha256": "1"}
+def test_runs_with_other_data_or_threads_keep_separate_rows():
+    other_data = {"name": "reviews", "rows": 100, "sha256": "1"}
     files = [
         result(FP32, INT8, run=RUN),
-        result(FP32, INT8, run=RUN, data=other),
+        result(FP32, INT8, run=RUN, data=other_data),
         result(FP32, INT8, run={**RUN, "threads": 1}),
     ]
     assert len(compare(files)) == 6
 
 
-def test_the_note_says_how_accuracy_and_latency_came_about():
-    whole = to_markdown(compare([result(FP32, INT8, run={**RUN, "single_sentences": 100})]))
-    assert "Latency and accuracy at batch 1, each sentence at its own length" in whole
-    batched = measured("torch-fp32", 8, accuracy=Accuracy(90, 100, 32))
-    sampled = to_markdown(compare([result(batched, run={**RUN, "single_sentences": 40})]))
-    assert "Latency at batch 1, 40 of 100 sentences, each at its own length" in sampled
-    assert "Accuracy over all sentences in batches of 32" in sampled
+def test_a_note_states_how_accuracy_and_latency_were_measured():
+    full_text = to_markdown(compare([result(FP32, INT8, run={**RUN, "single_sentences": 100})]))
+    assert "Latency and accuracy at batch 1, each sentence at its own length" in full_text
+    batched_row = measured_row("torch-fp32", 8, accuracy=Accuracy(90, 100, 32))
+    sampled_text = to_markdown(compare([result(batched_row, run={**RUN, "single_sentences": 40})]))
+    assert "Latency at batch 1, 40 of 100 sentences, each at its own length" in sampled_text
+    assert "Accuracy over all sentences in batches of 32" in sampled_text
 
 
-def test_the_table_shows_every_figure_and_why_one_is_missing(capsys):
+def test_the_table_shows_every_figure_and_the_reason_for_a_missing_one(capsys):
     print_table(compare([result(FP32, INT8, NO_GPU, run=RUN)]))
-    shown = capsys.readouterr().out
-    assert "89.00% (-1.00)" in shown
-    assert "1.00 (8.00×)" in shown
-    assert "100 (8.00×)" in shown
-    assert "10.0 (8.00×)" in shown
-    assert "onnx-fp32@cuda unavailable: No GPU answers. Get one." in shown
-    assert "against torch-fp32@cpu" in shown
-    assert "c, 2 cores" in shown
+    output = capsys.readouterr().out
+    assert "89.00% (-1.00)" in output
+    assert "1.00 (8.00×)" in output
+    assert "100 (8.00×)" in output
+    assert "10.0 (8.00×)" in output
+    assert "onnx-fp32@cuda unavailable: No GPU answers. Get one." in output
+    assert "against torch-fp32@cpu" in output
+    assert "c, 2 cores" in output
 
 
-def test_markdown_is_a_table_and_escapes_bars():
-    odd = dataclasses.replace(INT8, variant="a|b")
-    text = to_markdown(compare([result(FP32, odd, run=RUN)]))
+def test_markdown_escapes_bars_in_its_table():
+    row_with_bar = dataclasses.replace(INT8, variant="a|b")
+    text = to_markdown(compare([result(FP32, row_with_bar, run=RUN)]))
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 4
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
 
 
 def test_json_has_the_ratios_and_no_samples():
-    body = of(compare([result(FP32, INT8, run=RUN)]), "onnx-int8@cpu").to_json()
+    body = row_of_cell(compare([result(FP32, INT8, run=RUN)]), "onnx-int8@cpu").to_json()
     assert body["speedup"] == {"value": 8.0}
     assert body["baseline"] == "torch-fp32@cpu"
     assert body["machine"]["cpu"] == "c"
@@ -116,7 +118,7 @@ def test_json_has_the_ratios_and_no_samples():
     json.dumps(body)
 
 
-def test_nothing_to_compare_is_an_error_in_words():
+def test_a_comparison_without_rows_gives_an_error():
     with pytest.raises(ResultFileError, match="no rows"):
         compare([result()])
 
@@ -127,15 +129,15 @@ def test_committed_result_files_can_be_read():
 
     files = list((TESTS.parent / "benchmarks" / "results").glob("*.json"))
     studies = (TESTS.parent / "benchmarks" / "studies").glob("*.json")
-    without_cells = (
+    other_prefixes = (
         "pruning-",
         "pairs-",
         "runs-",
         "clients-",
         "saturation-",
         "precision-",
-    )  # what they hold is not one run's rows
-    files += [file for file in studies if not file.name.startswith(without_cells)]
+    )  # these files do not hold the rows of one run
+    files += [file for file in studies if not file.name.startswith(other_prefixes)]
     assert files
     for file in files:
         assert ResultFile.read(file).rows
@@ -144,18 +146,18 @@ def test_committed_result_files_can_be_read():
 SEED_STUDY = sorted((Path(__file__).parent.parent.parent / "benchmarks" / "results").glob("seed-study-*.json"))
 
 
-def test_the_published_table_stands_there_as_it_was_printed():
+def test_the_seed_study_files_hold_the_published_figures():
     rows = compare([ResultFile.read(path) for path in SEED_STUDY])
     assert {row.measurement.status for row in rows} == {"reported"}
     assert all(row.measurement.artifact_id is None and not row.measurement.latency for row in rows)
-    shown = {
+    figures = {
         (row.run.machine["id"].removeprefix("seed-study-"), row.measurement.cell): (
             f"{row.measurement.accuracy.value:.2%}",
             row.measurement.latency_ms.get("mean"),
         )
         for row in rows
     }
-    assert shown == {
+    assert figures == {
         ("xeon", "torch-fp32@cpu"): ("91.06%", 72.0),
         ("xeon", "torch-int8@cpu"): ("89.68%", 158.0),
         ("xeon", "torch-pruned30-mask-int8@cpu"): ("90.48%", None),
@@ -169,7 +171,7 @@ def test_the_published_table_stands_there_as_it_was_printed():
     }
 
 
-def test_published_figures_stand_beside_measured_ones_and_are_called_what_they_are():
+def test_a_comparison_marks_published_figures_as_reported():
     rows = compare([ResultFile.read(path) for path in SEED_STUDY] + [result(FP32, INT8, run=RUN)])
     text = to_markdown(rows)
     assert "| Tesla T4 | bnb-fp4@cuda [reported] | 91.17% (+0.11) | 27.00 mean | – |" in text.replace(
@@ -177,18 +179,18 @@ def test_published_figures_stand_beside_measured_ones_and_are_called_what_they_a
     )
     assert "[reported]: published figures, not measured here: https://github.com/" in text
     assert "Intel Xeon (Google Colab): its latency was printed as 70.55 s: the study's own figure and unit." in text
-    mine = next(row for row in rows if row.measurement is INT8)
-    assert mine.baseline is FP32  # never a published row of the same name
+    int8_row = next(row for row in rows if row.measurement is INT8)
+    assert int8_row.baseline is FP32  # the baseline is a measured row, not the published row of the same name
     assert all(row.memory_reduction is None for row in rows if row.measurement.status == "reported")
 
 
-def test_every_row_names_its_hardware_and_a_cell_on_two_machines_is_two_rows():
+def test_a_cell_on_two_machines_gives_two_rows_with_their_hardware():
     gpu = {"id": "t4", "cpu": "Xeon", "cores": 2, "gpu": [{"name": "Tesla T4"}], "ram_gib": 12, "isa": []}
-    there = result(measured("torch-fp32", 5, "cuda"), measured("torch-fp32", 30), run=RUN, machine=gpu)
-    rows = compare([result(FP32, run=RUN), there])
+    gpu_result = result(measured_row("torch-fp32", 5, "cuda"), measured_row("torch-fp32", 30), run=RUN, machine=gpu)
+    rows = compare([result(FP32, run=RUN), gpu_result])
     text = next(column.text for column in columns(rows) if column.name == "machine")
-    found = {(text(row), row.measurement.cell) for row in rows}
-    assert found == {
+    cells = {(text(row), row.measurement.cell) for row in rows}
+    assert cells == {
         ("c, 2 cores", "torch-fp32@cpu"),
         ("Xeon, 2 cores", "torch-fp32@cpu"),
         ("Tesla T4", "torch-fp32@cuda"),

@@ -1,4 +1,4 @@
-"""Valid and invalid data files, and the arrays of encoded sentences."""
+"""Tests of data files, invalid data files, and of encoding."""
 
 import gzip
 
@@ -43,18 +43,18 @@ def test_the_embedded_set_is_sst2():
         ("a.tsv", "sentence\tlabel\ngood, really\t1\nbad\t0\n"),
     ],
 )
-def test_csv_and_tsv_with_indices_or_names(table, name, text):
+def test_load_reads_csv_and_tsv_with_label_indices_or_names(table, name, text):
     data = load(table(text, name), LABELS)
     assert (data.texts, data.labels) == (("good, really", "bad"), (1, 0))
 
 
-def test_gzip_is_read(tmp_path):
+def test_load_reads_gzip(tmp_path):
     file = tmp_path / "a.tsv.gz"
     file.write_bytes(gzip.compress(b"sentence\tlabel\ngood\t1\n"))
     assert load(str(file), LABELS).texts == ("good",)
 
 
-def test_words_that_look_like_nothing_stay_words(table):
+def test_texts_that_look_like_null_or_numbers_stay_texts(table):
     data = load(table("sentence,label\nnull,1\nNA,0\nnan,1\n,0\n42,1\n"), LABELS)
     assert data.texts == ("null", "NA", "nan", "", "42")
     numbers = load(table("sentence,label\n007,1\n1.50,0\nTRUE,1\nwords,0\n"), LABELS)
@@ -62,13 +62,13 @@ def test_words_that_look_like_nothing_stay_words(table):
 
 
 @pytest.mark.parametrize("name", ["reviews [1].csv", "rev*.csv", "a::b.csv", "DATA.CSV"])
-def test_a_file_name_is_a_file_name(table, name):
+def test_a_file_name_is_not_read_as_a_pattern(table, name):
     table("sentence,label\nanother,0\n", "reviews.csv")
     assert load(table("sentence,label\ngood,1\n", name), LABELS).texts == ("good",)
 
 
 @pytest.mark.parametrize(
-    ("labels", "column", "found"),
+    ("labels", "column", "indices"),
     [
         (("1", "2", "3"), "123", (0, 1, 2)),
         (("1", "2", "3"), "012", (0, 1, 2)),
@@ -77,28 +77,28 @@ def test_a_file_name_is_a_file_name(table, name):
         (("0", "1"), "01", (0, 1)),
     ],
 )
-def test_a_label_column_is_read_as_names_or_as_indices_never_both(table, labels, column, found):
+def test_a_label_column_holds_either_names_or_indices(table, labels, column, indices):
     rows = "".join(f"text,{label}\n" for label in column)
-    assert load(table("sentence,label\n" + rows), LabelSet(labels)).labels == found
+    assert load(table("sentence,label\n" + rows), LabelSet(labels)).labels == indices
 
 
-def test_labels_that_could_be_either_are_not_guessed(table):
+def test_labels_that_can_be_names_or_indices_are_refused(table):
     with pytest.raises(DataError, match="both names and indices of the model's labels"):
         load(table("sentence,label\na,1\nb,2\n"), LabelSet(("1", "2", "3")))
 
 
-def test_a_stray_quote_swallows_no_rows(table):
+def test_an_unclosed_quote_ends_with_its_row(table):
     data = load(table('sentence\tlabel\n"unclosed\t1\nnext\t0\n', "a.tsv"), LABELS)
     assert data.texts == ('"unclosed', "next")
 
 
-def test_columns_can_be_named(table):
+def test_options_can_name_the_columns(table):
     file = table("review,stars\ngood,1\n")
     assert load(file, LABELS, Columns("review", "stars")).labels == (1,)
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("sentence,label\ngood,1\nbad,2\n", "row 2: the label '2' is not one of the model's"),
         ("sentence,label\ngood,1\nbad,meh\n", "row 2: the label 'meh'"),
@@ -117,8 +117,8 @@ def test_columns_can_be_named(table):
         ("sentence,label\ncafé,1\n".encode("latin-1"), "not UTF-8.*iconv -f LATIN1"),
     ],
 )
-def test_bad_data_is_an_error_in_words(table, text, says):
-    with pytest.raises(DataError, match=says) as error:
+def test_bad_data_gives_an_error_with_a_hint(table, text, message):
+    with pytest.raises(DataError, match=message) as error:
         load(table(text), LABELS)
     assert error.value.hint
 
@@ -130,26 +130,26 @@ def test_a_missing_file_or_unknown_format_is_refused(table, tmp_path):
         load(str(tmp_path / "nowhere.csv"), LABELS)
 
 
-def test_a_named_column_that_is_not_there(table):
+def test_a_missing_column_gives_an_error(table):
     with pytest.raises(DataError, match=r"no column 'review'.*--text-column"):
         load(table("sentence,label\ngood,1\n"), LABELS, Columns("review"))
 
 
-def test_the_embedded_labels_are_not_guessed_onto_another_model():
-    lower, generic = LabelSet(("negative", "positive")), LabelSet(("LABEL_0", "LABEL_1"))
-    assert load(None, lower).labels == load(None, generic).labels
+def test_a_model_of_other_labels_needs_its_own_data():
+    lower_case, generic_names = LabelSet(("negative", "positive")), LabelSet(("LABEL_0", "LABEL_1"))
+    assert load(None, lower_case).labels == load(None, generic_names).labels
     for labels in (("POSITIVE", "NEGATIVE"), ("NO", "YES"), ("a", "b", "c")):
         with pytest.raises(DataError, match="--data FILE"):
             load(None, LabelSet(labels))
 
 
-def test_the_digest_tells_data_apart(table):
-    one = load(table("sentence,label\na,1\n"), LABELS)
-    assert one.sha256 == load(table("text,label\na,POSITIVE\n"), LABELS).sha256
-    assert one.sha256 != load(table("sentence,label\na,0\n"), LABELS).sha256
+def test_the_digest_depends_on_texts_and_labels_alone(table):
+    data = load(table("sentence,label\na,1\n"), LABELS)
+    assert data.sha256 == load(table("text,label\na,POSITIVE\n"), LABELS).sha256
+    assert data.sha256 != load(table("sentence,label\na,0\n"), LABELS).sha256
 
 
-def test_tokens_are_those_of_transformers():
+def test_the_encoder_gives_the_tokens_of_transformers():
     from transformers import AutoTokenizer
 
     encoder = Encoder.open(checkpoints.REFERENCE, ("input_ids", "attention_mask"), 512)
@@ -159,7 +159,7 @@ def test_tokens_are_those_of_transformers():
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
-def test_other_formats_of_the_same_rows(tmp_path, kind):
+def test_jsonl_and_parquet_give_the_same_rows(tmp_path, kind):
     import json
 
     import pyarrow
@@ -177,7 +177,7 @@ def test_other_formats_of_the_same_rows(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "says"),
+    ("name", "text", "message"),
     [
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": "POSITIVE"}\n', "row 2: its label is text, but"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": true}\n', "row 2: its label is true or false"),
@@ -193,13 +193,13 @@ def test_other_formats_of_the_same_rows(tmp_path, kind):
         ("a.csv.gz", "no gzip", "cannot be read"),
     ],
 )
-def test_bad_rows_of_other_formats(table, name, text, says):
-    with pytest.raises(DataError, match=says) as error:
+def test_bad_rows_of_any_format_give_an_error_with_a_hint(table, name, text, message):
+    with pytest.raises(DataError, match=message) as error:
         load(table(text, name), LABELS)
     assert error.value.hint
 
 
-def test_columns_that_stand_twice_are_no_harm_where_nobody_asks_for_them(table):
+def test_a_duplicate_column_that_is_not_used_is_ignored(table):
     assert load(table("text,label,x,x\na,1,,\n"), LABELS).labels == (1,)
 
 
@@ -213,13 +213,13 @@ def test_pairs_are_read_and_tokenised_as_transformers_does(table):
     encoder = Encoder.open(checkpoints.REFERENCE, names, 16)
     pairs = [*data.texts, ("a long text " * 20, "short"), ("short", "a long text " * 20), ("", "")]
     tokenizer = AutoTokenizer.from_pretrained(checkpoints.REFERENCE, model_input_names=list(names))
-    wanted = tokenizer([one for one, _ in pairs], [two for _, two in pairs], truncation=True, max_length=16)
+    expected = tokenizer([first for first, _ in pairs], [second for _, second in pairs], truncation=True, max_length=16)
     rows = encoder.encode(pairs)
-    assert rows == wanted["input_ids"]
+    assert rows == expected["input_ids"]
     for left in (False, True):
         batch = pad(rows, names, 0, left)
         for row, mask, types in zip(
-            batch["token_type_ids"], batch["attention_mask"], wanted["token_type_ids"], strict=True
+            batch["token_type_ids"], batch["attention_mask"], expected["token_type_ids"], strict=True
         ):
             assert list(row[mask == 1]) == types
             assert not row[mask == 0].any()
@@ -227,12 +227,12 @@ def test_pairs_are_read_and_tokenised_as_transformers_does(table):
         load(table("a,b,label\nx,y,1\n"), LABELS, Columns("a", "label", "c"))
 
 
-def test_held_out_is_what_training_leaves_out(table):
+def test_the_split_held_out_has_the_rows_that_training_leaves_out(table):
     file = table("text,label\n" + "".join(f"text {i},{i % 2}\n" for i in range(40)))
-    held = load(file, LABELS, split="held-out")
-    trained, left_out = inputs.hold_out(load(file, LABELS))
-    assert len(held.texts) == len(left_out) == 4
-    assert not set(held.texts) & {f"text {i}" for i in trained}
+    held_out = load(file, LABELS, split="held-out")
+    training_rows, held_out_rows = inputs.hold_out(load(file, LABELS))
+    assert len(held_out.texts) == len(held_out_rows) == 4
+    assert not set(held_out.texts) & {f"text {i}" for i in training_rows}
     with pytest.raises(DataError, match="is a file, which has no split 'test'"):
         load(file, LABELS, split="test")
     with pytest.raises(DataError, match="The embedded SST-2 has no split 'test'"):
@@ -241,7 +241,7 @@ def test_held_out_is_what_training_leaves_out(table):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A working folder in which `nyu-mll/glue` lies as it does on the hub: the library reads local folders alike."""
+    """A working folder with a local copy of `nyu-mll/glue`, which the library reads as it reads the hub."""
     import datasets
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -253,16 +253,17 @@ def hub(tmp_path, monkeypatch):
         data = datasets.Dataset.from_dict(body, features=datasets.Features(features))
         (folder / "sst2").mkdir(parents=True, exist_ok=True)
         data.to_parquet(folder / "sst2" / f"{split}-00000-of-00001.parquet")
-    listed = "".join(f"  - split: {split}\n    path: sst2/{split}-*\n" for split in ("train", "validation"))
-    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: sst2\n  data_files:\n{listed}---\n")
+    split_list = "".join(f"  - split: {split}\n    path: sst2/{split}-*\n" for split in ("train", "validation"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: sst2\n  data_files:\n{split_list}---\n")
     monkeypatch.chdir(tmp_path)
     return folder
 
 
-def test_data_sets_of_the_hub(hub):
+def test_load_reads_data_sets_of_the_hub(hub):
     assert load("glue/sst2", LABELS).texts == tuple(f"validation {i}" for i in range(4))
     assert load("nyu-mll/glue:sst2", LABELS, split="train").labels[:3] == (0, 1, 0)
-    assert load("glue/sst2", LabelSet(("POSITIVE", "NEGATIVE"))).labels == (1, 0, 1, 0)  # by name, not by index
+    # the names match, although the indices differ
+    assert load("glue/sst2", LabelSet(("POSITIVE", "NEGATIVE"))).labels == (1, 0, 1, 0)
     source = TrainingSource("glue/sst2")
     assert len(source.load(LABELS).texts) == 30
     assert source.digest == TrainingSource("glue/sst2").digest != TrainingSource("glue/sst2", split="validation").digest
@@ -274,7 +275,7 @@ def test_data_sets_of_the_hub(hub):
         load("glue/sst2", LABELS, Columns("text"))
 
 
-def test_a_data_set_that_is_not_there_says_what_to_pass_instead(monkeypatch):
+def test_a_missing_data_set_gives_an_error_with_an_alternative(monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -286,7 +287,7 @@ rows = st.lists(st.lists(st.integers(1, 30000), min_size=1, max_size=40), min_si
 
 
 @given(rows, st.booleans())
-def test_padding_keeps_every_token_and_masks_the_rest(ids, left):
+def test_pad_keeps_every_token_and_masks_padding(ids, left):
     batch = pad(ids, ("input_ids", "attention_mask", "token_type_ids"), 0, left)
     width = max(map(len, ids))
     for name in batch:
@@ -295,6 +296,6 @@ def test_padding_keeps_every_token_and_masks_the_rest(ids, left):
     for row, tokens, mask in zip(ids, batch["input_ids"], batch["attention_mask"], strict=True):
         assert list(tokens[mask == 1]) == row
         assert not tokens[mask == 0].any()
-        edge = mask if left else mask[::-1]
-        assert list(edge) == sorted(edge)
+        sorted_mask = mask if left else mask[::-1]
+        assert list(sorted_mask) == sorted(sorted_mask)
     assert not batch["token_type_ids"].any()

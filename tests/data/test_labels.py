@@ -1,4 +1,4 @@
-"""Labels by name and by index, one or several per text, and macro-averaged figures."""
+"""Tests of labels by name and by index, one or several per text, and of figures per label."""
 
 import numpy as np
 import pytest
@@ -17,20 +17,21 @@ def column(*values, classes=()):
     return Column(values, "data", tuple(classes))
 
 
-def test_a_data_sets_own_order_of_labels_is_not_taken_for_the_models():
+def test_label_indices_of_a_data_set_are_mapped_by_name():
     classes = ("entailment", "neutral", "contradiction")
     assert NLI.indices(column("0", "1", "2", classes=classes)) == (1, 2, 0)
     assert LabelSet(("LABEL_0", "LABEL_1", "LABEL_2")).indices(column("2", "0", classes=classes)) == (2, 0)
 
 
-def test_a_data_set_with_other_labels_is_refused_with_both():
+def test_a_data_set_with_other_labels_gives_an_error_with_both_label_sets():
     with pytest.raises(DataError, match="has the labels yes, no; the model has contradiction, entailment, neutral"):
         NLI.indices(column("0", "1", classes=("yes", "no")))
-    with pytest.raises(DataError, match="has the labels yes, no"):  # as many as the model's, which have names
+    # the number of labels is equal, but the model's have names
+    with pytest.raises(DataError, match="has the labels yes, no"):
         LabelSet(("a", "b")).indices(column("0", "1", classes=("yes", "no")))
 
 
-def test_sets_of_labels_are_bits():
+def test_a_set_of_labels_is_stored_as_bits():
     tags = LabelSet(("toxic", "insult", "threat"), multi_label=True)
     assert tags.indices(column("toxic|threat", "", " insult ", "threat | threat")) == (0b101, 0, 0b010, 0b100)
     assert tags.indices(column(("0", "2"), (), ("1",))) == (0b101, 0, 0b010)
@@ -43,7 +44,7 @@ def test_sets_of_labels_are_bits():
 
 
 @pytest.mark.parametrize(
-    ("values", "names", "multi", "found"),
+    ("values", "names", "multi", "expected"),
     [
         (("b", "a", "b"), (), False, LabelSet(("a", "b"))),
         (("0", "2", "1"), (), False, LabelSet(("LABEL_0", "LABEL_1", "LABEL_2"))),
@@ -53,23 +54,23 @@ def test_sets_of_labels_are_bits():
         ((("x", "y"), ()), (), False, LabelSet(("x", "y"), multi_label=True)),
     ],
 )
-def test_a_new_head_has_the_datas_labels(values, names, multi, found):
-    assert label_set(column(*values), names, multi) == found
+def test_a_new_head_gets_the_labels_of_the_data(values, names, multi, expected):
+    assert label_set(column(*values), names, multi) == expected
 
 
-def test_a_new_head_has_the_classes_a_data_set_states_even_those_no_row_has():
+def test_a_new_head_gets_all_classes_of_the_data_set():
     assert label_set(column("0", "2", classes=("a", "b", "c")), (), False).names == ("a", "b", "c")
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("values", "message"),
     [
         (("a", "a"), r"only one label \('a'\)"),
         (tuple(str(i) for i in range(1, 102)), "101 different labels.*--label-column"),
     ],
 )
-def test_labels_that_are_none(values, says):
-    with pytest.raises(DataError, match=says):
+def test_too_few_or_too_many_labels_are_refused(values, message):
+    with pytest.raises(DataError, match=message):
         label_set(column(*values), (), False)
 
 
@@ -77,26 +78,26 @@ logits = st.lists(st.lists(st.floats(-30, 30), min_size=3, max_size=3), min_size
 
 
 @given(logits, st.booleans())
-def test_shares_and_their_logarithms_belong_together(rows, multi):
+def test_log_shares_are_the_logarithms_of_shares(rows, multi):
     array = np.array(rows, np.float32)
-    shares, logs = labels.label_probabilities(array, multi), labels.outcome_log_probabilities(array, multi)
-    assert np.allclose(np.exp(logs[:, :3]), shares, atol=1e-9)
+    probabilities, log_shares = labels.label_probabilities(array, multi), labels.outcome_log_probabilities(array, multi)
+    assert np.allclose(np.exp(log_shares[:, :3]), probabilities, atol=1e-9)
     if multi:
-        assert np.allclose(np.exp(logs[:, :3]) + np.exp(logs[:, 3:]), 1)
+        assert np.allclose(np.exp(log_shares[:, :3]) + np.exp(log_shares[:, 3:]), 1)
     else:
-        assert np.allclose(shares.sum(axis=1), 1)
+        assert np.allclose(probabilities.sum(axis=1), 1)
     for answer, row in zip(labels.answers(array, multi), array, strict=True):
         if multi:
-            assert [bool(answer >> at & 1) for at in range(3)] == [value > 0 for value in row]
+            assert [bool(answer >> index & 1) for index in range(3)] == [value > 0 for value in row]
         else:
             assert row[answer] == row.max()
 
 
 @given(st.lists(st.integers(-30, 30).filter(bool), min_size=3, max_size=3, unique=True), st.booleans())
-def test_the_margin_is_the_least_change_of_a_logit_that_changes_the_answer(row, multi):
+def test_the_margin_is_the_smallest_change_of_one_logit_that_changes_the_answer(row, multi):
     def answers_after(change):
-        moved = [np.array([row]) + step * np.eye(3)[[label]] for label in range(3) for step in (-change, change)]
-        return {labels.answers(each, multi)[0] for each in moved}
+        changed_rows = [np.array([row]) + step * np.eye(3)[[label]] for label in range(3) for step in (-change, change)]
+        return {labels.answers(logits_row, multi)[0] for logits_row in changed_rows}
 
     (margin,) = labels.margins(np.array([row]), multi)
     assert answers_after(margin - 0.1) == set(labels.answers(np.array([row]), multi))
@@ -107,28 +108,28 @@ sets = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), min_size=1, max
 
 
 @given(sets)
-def test_figures_of_sets_are_those_of_their_labels_one_by_one(pairs):
-    mine, its = zip(*pairs, strict=True)
-    counts = statistics.count_by_label(mine, its, True)
-    singles = []
-    for at in range(3):
-        yes, wanted = [a >> at & 1 for a in mine], [a >> at & 1 for a in its]
-        if any(yes) or any(wanted):
-            singles.append(statistics.count_by_label(yes, wanted, False)[-1])
+def test_counts_of_label_sets_equal_the_counts_of_each_label(pairs):
+    predictions, references = zip(*pairs, strict=True)
+    counts = statistics.count_by_label(predictions, references, True)
+    single_counts = []
+    for index in range(3):
+        predicted, expected = [a >> index & 1 for a in predictions], [a >> index & 1 for a in references]
+        if any(predicted) or any(expected):
+            single_counts.append(statistics.count_by_label(predicted, expected, False)[-1])
     assert [(c["correct"], c["labelled"], c["predicted"]) for c in counts] == [
-        (c["correct"], c["labelled"], c["predicted"]) for c in singles
+        (c["correct"], c["labelled"], c["predicted"]) for c in single_counts
     ]
 
 
 def test_balanced_accuracy_gives_every_label_the_same_weight():
     counts = statistics.count_by_label([0, 0, 0, 0], [0, 0, 0, 1], False)
     assert statistics.balanced_accuracy(counts, False) == pytest.approx(0.5)
-    # Label 0: recall 1/2 of 2, absence right in 1 of 2. Label 1: recall 1, absence 3/3.
+    # Label 0: recall 1/2, specificity 1/2. Label 1: recall 1, specificity 1.
     counts = statistics.count_by_label([0b01, 0b01, 0b00, 0b10], [0b01, 0b00, 0b01, 0b10], True)
     assert statistics.balanced_accuracy(counts, True) == pytest.approx((1 / 2 + 1 / 2 + 1 + 1) / 4)
     assert statistics.balanced_accuracy([], True) is statistics.macro_f1([]) is None
 
 
-def test_calibration_of_sets_is_over_every_yes_and_no():
+def test_calibration_error_of_label_sets_covers_each_label():
     assert statistics.calibration_error([[0.9, 0.2]], [0b01], True) == pytest.approx((0.1 + 0.2) / 2)
     assert statistics.calibration_error([[0.9, 0.9]], [0b01], True) == pytest.approx((1.8 - 1) / 2)

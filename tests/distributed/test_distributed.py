@@ -1,4 +1,4 @@
-"""`predict` and `bench` on a Ray cluster of two nodes; messages for a missing, different or dying cluster."""
+"""Predictions and benchmarks on a Ray cluster of two nodes, and the errors of missing, different or killed nodes."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from toolchain.progress import no_bar
 from toolchain.results.result_file import ResultFile
 
 ray = pytest.importorskip("ray")
-from ray.cluster_utils import Cluster as Nodes  # noqa: E402 - only where there is Ray
+from ray.cluster_utils import Cluster as Nodes  # noqa: E402 - follows importorskip, since Ray is optional
 
-WINDOW = 20  # texts: many windows of few texts
+WINDOW = 20  # texts per window; small, so that a run has many windows
 FAST = Protocol(passes=1, min_s=0.16, pass_s=40, starts=2, threads=1, batch_size=8)
 HOSTILE = ["", " ", 'a "quoted", text', "NUL \0 inside", "line\u2028separator and \x85", "Ünïcödé 🎬 文字"]
 
@@ -45,45 +45,47 @@ def quiet(line):
     pass
 
 
-def start():
-    """A cluster of two nodes with a CPU each, on this machine."""
-    about = {"num_cpus": 1, "object_store_memory": 100_000_000}
-    nodes = Nodes(initialize_head=True, head_node_args={**about, "include_dashboard": False})
-    nodes.add_node(**about)
+def start_cluster():
+    """Starts a cluster of two nodes with one CPU each, on this machine."""
+    node_options = {"num_cpus": 1, "object_store_memory": 100_000_000}
+    nodes = Nodes(initialize_head=True, head_node_args={**node_options, "include_dashboard": False})
+    nodes.add_node(**node_options)
     return nodes
 
 
-def stop(nodes):
-    """Kills the nodes and their child processes; Ray's own function would wait for running tasks."""
-    roots = [p.process.pid for node in nodes.list_all_nodes() for each in node.all_processes.values() for p in each]
+def kill_cluster(nodes):
+    """Kills all processes of the nodes at once, since Ray's own shutdown would wait running tasks."""
+    roots = [
+        p.process.pid for node in nodes.list_all_nodes() for children in node.all_processes.values() for p in children
+    ]
     for root in filter(psutil.pid_exists, roots):
         process = psutil.Process(root)
-        for each in [*process.children(recursive=True), process]:
+        for children in [*process.children(recursive=True), process]:
             with suppress(psutil.NoSuchProcess):
-                each.kill()
+                children.kill()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ended():
-    """Asserts that no process of Ray is left after the tests."""
-    before = {process.pid for process in psutil.Process().children(recursive=True)}
+def no_remaining_process():
+    """Checks that the tests leave no process of Ray."""
+    pids_before = {process.pid for process in psutil.Process().children(recursive=True)}
     yield
     psutil.wait_procs(psutil.Process().children(recursive=True), timeout=5)
-    left = [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
-    assert not left
+    remaining = [process for process in psutil.Process().children(recursive=True) if process.pid not in pids_before]
+    assert not remaining
 
 
 @pytest.fixture(scope="module")
 def address():
-    nodes = start()
+    nodes = start_cluster()
     yield nodes.address
-    stop(nodes)
+    kill_cluster(nodes)
 
 
 @pytest.fixture(scope="module")
 def cluster(address):
-    with connect(address, quiet) as found:
-        yield found
+    with connect(address, quiet) as connected_cluster:
+        yield connected_cluster
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +94,8 @@ def model(built_tiny):
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """Makes windows small, with Ray and in one process."""
+def small_windows(monkeypatch):
+    """Makes windows small, in a cluster and in one process."""
     monkeypatch.setattr(predicting, "PART_TEXTS", WINDOW)
     monkeypatch.setattr(predicting, "STDOUT_WINDOW", WINDOW)
 
@@ -103,75 +105,75 @@ def write(path, texts):
     return Texts(str(path))
 
 
-def alone(model, texts, path):
-    """The bytes of the output file if this process scores the texts."""
+def score_here(model, texts, path):
+    """Scores the texts in this process and returns the bytes of the output."""
     predict(model, texts, path, quiet, no_bar)
     return path.read_bytes()
 
 
-def processes(what):
-    """Ray's processes on this machine that do it; the cluster of these tests is the only one that does."""
-    return [p for p in psutil.process_iter(["cmdline"]) if what in " ".join(p.info["cmdline"] or ())]
+def processes_with(text):
+    """Returns the processes on this machine with `text` in their command line. No other cluster runs here."""
+    return [p for p in psutil.process_iter(["cmdline"]) if text in " ".join(p.info["cmdline"] or ())]
 
 
 @pytest.mark.slow
-def test_the_same_rows_in_the_same_order(built_tiny, cluster, small, tmp_path, monkeypatch):
-    """Of PyTorch; the other tests are of ONNX Runtime."""
+def test_a_cluster_scores_the_same_rows_in_the_same_order(built_tiny, cluster, small_windows, tmp_path, monkeypatch):
+    """Uses PyTorch, since the other tests use ONNX Runtime."""
     monkeypatch.chdir(tmp_path)
     model = load_variant_model(built_tiny, "torch-fp32", quiet, no_bar)
     texts = write(tmp_path / "in.jsonl", [*HOSTILE, *inputs.load_embedded().sample(150, 3)])
-    said = []
-    monkeypatch.setattr(cluster, "_say", said.append)
-    assert predict(model, Texts("in.jsonl"), tmp_path / "out.csv", said.append, no_bar, cluster.score) == 156
-    assert (tmp_path / "out.csv").read_bytes() == alone(model, texts, tmp_path / "alone.csv")
-    assert said == ["nodes: 2, workers: 2, threads per worker: 1"]
+    lines = []
+    monkeypatch.setattr(cluster, "_say", lines.append)
+    assert predict(model, Texts("in.jsonl"), tmp_path / "out.csv", lines.append, no_bar, cluster.score) == 156
+    assert (tmp_path / "out.csv").read_bytes() == score_here(model, texts, tmp_path / "alone.csv")
+    assert lines == ["nodes: 2, workers: 2, threads per worker: 1"]
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_costs_its_window_only(model, cluster, small, tmp_path):
+def test_a_killed_worker_does_not_change_the_output(model, cluster, small_windows, tmp_path):
     texts = write(tmp_path / "in.jsonl", [f"film {i}" for i in range(60 * WINDOW)])
-    killed = []
+    victims = []
 
-    def killing(*about):
-        for rows in cluster.score(*about):
-            if not killed:
-                victim = processes("ray::MapWorker(MapBatches(Scorer)")[0]
+    def score_and_kill(*arguments):
+        for rows in cluster.score(*arguments):
+            if not victims:
+                victim = processes_with("ray::MapWorker(MapBatches(Scorer)")[0]
                 victim.kill()
-                killed.append(victim)
+                victims.append(victim)
             yield rows
 
-    predict(model, texts, tmp_path / "out.csv", quiet, no_bar, killing)
-    assert not killed[0].is_running()
-    assert (tmp_path / "out.csv").read_bytes() == alone(model, texts, tmp_path / "alone.csv")
+    predict(model, texts, tmp_path / "out.csv", quiet, no_bar, score_and_kill)
+    assert not victims[0].is_running()
+    assert (tmp_path / "out.csv").read_bytes() == score_here(model, texts, tmp_path / "alone.csv")
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_is_taken_up_by_either_engine(model, cluster, small, tmp_path):
+def test_a_local_run_can_resume_an_interrupted_cluster_run(model, cluster, small_windows, tmp_path):
     texts = write(tmp_path / "in.jsonl", [f"film {i}" for i in range(5 * WINDOW)])
 
-    def interrupted(*about):
-        for count, rows in enumerate(cluster.score(*about)):
+    def score_and_interrupt(*arguments):
+        for count, rows in enumerate(cluster.score(*arguments)):
             if count == 2:
                 raise KeyboardInterrupt
             yield rows
 
     with pytest.raises(KeyboardInterrupt):
-        predict(model, texts, tmp_path / "out.csv", quiet, no_bar, interrupted)
-    said = []
-    predict(model, texts, tmp_path / "out.csv", said.append, no_bar)
-    assert said == [f"{tmp_path / 'out.csv'}: {2 * WINDOW} texts are already scored"]
-    assert (tmp_path / "out.csv").read_bytes() == alone(model, texts, tmp_path / "alone.csv")
+        predict(model, texts, tmp_path / "out.csv", quiet, no_bar, score_and_interrupt)
+    lines = []
+    predict(model, texts, tmp_path / "out.csv", lines.append, no_bar)
+    assert lines == [f"{tmp_path / 'out.csv'}: {2 * WINDOW} texts are already scored"]
+    assert (tmp_path / "out.csv").read_bytes() == score_here(model, texts, tmp_path / "alone.csv")
 
 
 @pytest.mark.slow
-def test_an_error_of_a_worker_keeps_its_message(model, cluster, small, tmp_path):
+def test_an_error_on_a_node_keeps_its_message(model, cluster, small_windows, tmp_path):
     texts = write(tmp_path / "in.jsonl", ["good"])
     rows = cluster.score(model, replace(texts, column="review"), 0, WINDOW)
     with pytest.raises(DataError, match=r"in\.jsonl has no column 'review'"):
         next(rows)
 
 
-def test_a_file_that_arrives_changed_is_refused(model, tmp_path, monkeypatch):
+def test_a_file_that_changes_on_its_way_to_a_node_is_refused(model, tmp_path, monkeypatch):
     files = {name: (model.folder / name).read_bytes() for name in model.files}
     monkeypatch.setattr(ray, "get", lambda reference: reference)
     remote.unpack(files, tmp_path / "whole")
@@ -183,27 +185,27 @@ def test_a_file_that_arrives_changed_is_refused(model, tmp_path, monkeypatch):
         load_folder_model(tmp_path / "changed", quiet)
 
 
-def test_the_next_worker_deletes_the_folder_of_a_killed_one(tmp_path, monkeypatch):
-    dead = 2**22 + 1
+def test_scratch_removes_only_the_folder_of_a_dead_worker_of_this_machine(tmp_path, monkeypatch):
+    dead_pid = 2**22 + 1
     space = remote._process_space()
     monkeypatch.setattr(platform, "node", lambda: "another-machine")
-    elsewhere = remote._process_space()
+    other_space = remote._process_space()
     monkeypatch.undo()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     names = [
         f"{publishing.WORK}-{space}-{os.getpid()}-mine",
-        f"{publishing.WORK}-{elsewhere}-{dead}-left",  # it may live there
-        f"{publishing.WORK}-{space}-{dead}-my-notes",
-        f"toolchain-{dead}-left",
+        f"{publishing.WORK}-{other_space}-{dead_pid}-left",  # may be alive on the other machine
+        f"{publishing.WORK}-{space}-{dead_pid}-my-notes",
+        f"toolchain-{dead_pid}-left",
         "toolchain-2024-backup",
         "toolchain-my-notes",
     ]
-    kept = [tmp_path / name for name in names]
-    for folder in (*kept, tmp_path / f"{publishing.WORK}-{space}-{dead}-left"):
+    kept_folders = [tmp_path / name for name in names]
+    for folder in (*kept_folders, tmp_path / f"{publishing.WORK}-{space}-{dead_pid}-left"):
         folder.mkdir()
     with remote.scratch() as folder:
-        assert sorted(tmp_path.iterdir()) == sorted([*kept, folder])
-    assert sorted(tmp_path.iterdir()) == sorted(kept)
+        assert sorted(tmp_path.iterdir()) == sorted([*kept_folders, folder])
+    assert sorted(tmp_path.iterdir()) == sorted(kept_folders)
 
 
 @pytest.mark.slow
@@ -220,17 +222,19 @@ def test_a_node_of_another_python_is_refused(address, monkeypatch):
         connect(address, quiet).__enter__()
 
 
-def test_without_ray_the_extra_is_named(say, tiny, monkeypatch):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "ray" else real(name, *more))
-    where = ("--model", tiny.model, "--exported", tiny.exported)
+def test_without_ray_an_error_names_the_extra(say, tiny, monkeypatch):
+    original = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *arguments: None if name == "ray" else original(name, *arguments)
+    )
+    model_options = ("--model", tiny.model, "--exported", tiny.exported)
     for command in (("predict", "onnx-int8"), ("bench",)):
-        code, out, err = say(*command, "--engine", "ray", *where)
+        code, out, err = say(*command, "--engine", "ray", *model_options)
         assert (code, out) == (1, "")
         assert "Ray is not installed. Install it with `pip install 'ray[data]" in err
 
 
-def test_an_address_without_the_engine_is_usage(say):
+def test_address_without_engine_ray_gives_a_usage_error(say):
     for command in (("predict", "onnx-int8"), ("bench",)):
         code, out, err = say(*command, "--address", "auto")
         assert (code, out) == (2, "")
@@ -239,126 +243,128 @@ def test_an_address_without_the_engine_is_usage(say):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["127.0.0.1:1", "nowhere.invalid:6379", "ray://127.0.0.1:1", "6379"])
-def test_a_missing_cluster_is_reported_within_seconds(place):
-    started = time.monotonic()
+@pytest.mark.parametrize("cluster_address", ["127.0.0.1:1", "nowhere.invalid:6379", "ray://127.0.0.1:1", "6379"])
+def test_a_missing_cluster_gives_an_error_within_seconds(cluster_address):
+    start_time = time.monotonic()
     with pytest.raises(ClusterError, match=r"There is no cluster at|is not the address of a cluster's head"):
-        connect(place, quiet).__enter__()
-    assert time.monotonic() - started < 20
+        connect(cluster_address, quiet).__enter__()
+    assert time.monotonic() - start_time < 20
 
 
 @pytest.mark.slow
-def test_a_port_that_is_no_cluster_is_given_up(monkeypatch):
+def test_a_server_that_is_no_cluster_gives_an_error(monkeypatch):
     monkeypatch.setattr(distributed, "CONNECT_TIMEOUT_S", 5.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        started = time.monotonic()
+        start_time = time.monotonic()
         with pytest.raises(ClusterError):
             connect(f"127.0.0.1:{server.getsockname()[1]}", quiet).__enter__()
-        assert time.monotonic() - started < 30
+        assert time.monotonic() - start_time < 30
 
 
-def fabricated(name, gpus=0):
+def fake_node(name, gpus=0):
     return Node(name, f"host-{name}", 2, gpus, {"id": name[0], "gpu": []})
 
 
-def test_cells_go_where_their_hardware_is(built_tiny):
+def test_cells_are_assigned_to_nodes_with_their_hardware(built_tiny):
     cells = run.prepared(built_tiny, run.Request(("torch-fp32",), (), FAST), None, quiet)[1]
-    said = []
-    nodes = benching.distinct_nodes([fabricated("a1"), fabricated("b1", gpus=1), fabricated("a2")], said.append)
+    lines = []
+    nodes = benching.distinct_nodes([fake_node("a1"), fake_node("b1", gpus=1), fake_node("a2")], lines.append)
     assert [node.id for node in nodes] == ["a1", "b1"]
-    assert said == ["host-a2 (a2): skipped, because host-a1 (a1) has the same hardware"]
-    placed = {node.id: [cell.name for cell in share] for node, share in benching.assign_cells(nodes, cells)}
-    assert placed == {"a1": ["torch-fp32@cpu"], "b1": ["torch-fp32@cpu", "torch-fp32@cuda"]}
-    on_gpu = [cell for cell in cells if cell.provider == "cuda"]
-    assert [node.id for node, _ in benching.assign_cells(nodes, on_gpu)] == ["b1"]
-    assert [node.id for node, _ in benching.assign_cells(nodes[:1], on_gpu)] == ["a1"]
+    assert lines == ["host-a2 (a2): skipped, because host-a1 (a1) has the same hardware"]
+    names_by_node = {node.id: [cell.name for cell in share] for node, share in benching.assign_cells(nodes, cells)}
+    assert names_by_node == {"a1": ["torch-fp32@cpu"], "b1": ["torch-fp32@cpu", "torch-fp32@cuda"]}
+    gpu_cells = [cell for cell in cells if cell.provider == "cuda"]
+    assert [node.id for node, _ in benching.assign_cells(nodes, gpu_cells)] == ["b1"]
+    assert [node.id for node, _ in benching.assign_cells(nodes[:1], gpu_cells)] == ["a1"]
 
 
 @pytest.mark.slow
-def test_each_machine_is_its_own_run_and_a_dead_one_has_failed_rows(
+def test_each_machine_has_its_own_run_and_a_killed_one_has_failed_rows(
     tiny, cluster, tmp_path, monkeypatch, say, short_bench
 ):
-    """The command, on two machines of which one is killed as soon as both measure."""
+    """Runs the command on two machines, and kills one of them as soon as both measure."""
     monkeypatch.chdir(tmp_path)
     machines = [replace(node, machine={**node.machine, "id": node.id[:12]}) for node in cluster.nodes]
-    there = Cluster(cluster._driver, machines, quiet)
-    monkeypatch.setattr(distributed, "connect", lambda address, say: nullcontext(there))
-    real = there.ask
+    changed_cluster = Cluster(cluster._driver, machines, quiet)
+    monkeypatch.setattr(distributed, "connect", lambda address, say: nullcontext(changed_cluster))
+    original_ask = changed_cluster.ask
 
-    def killing(do, **about):
-        if do == "next_result" and not killed:
-            found = []
-            while len(found) < 2:
+    def score_and_kill(operation, **arguments):
+        if operation == "next_result" and not victims:
+            workers = []
+            while len(workers) < 2:
                 time.sleep(0.2)
-                found = processes("ray::measure")
-            found[0].kill()
-            killed.append(found[0])
-        return real(do, **about)
+                workers = processes_with("ray::measure")
+            workers[0].kill()
+            victims.append(workers[0])
+        return original_ask(operation, **arguments)
 
-    killed = []
-    monkeypatch.setattr(there, "ask", killing)
+    victims = []
+    monkeypatch.setattr(changed_cluster, "ask", score_and_kill)
     data = tmp_path / "in.csv"
     data.write_text("text,label\n" + "".join(f"a film of {i} words,{i % 2}\n" for i in range(20)))
-    where = ("--model", tiny.model, "--exported", tiny.exported, "--data", data)
-    chosen = ("--variant", "onnx-int8", "--variant", "torch-fp32", "--provider", "cpu", "--save-as", "mine")
-    code, out, err = say("bench", "--quick", "--engine", "ray", *chosen, *where)
+    model_options = ("--model", tiny.model, "--exported", tiny.exported, "--data", data)
+    choices = ("--variant", "onnx-int8", "--variant", "torch-fp32", "--provider", "cpu", "--save-as", "mine")
+    code, out, err = say("bench", "--quick", "--engine", "ray", *choices, *model_options)
     assert code == 1
     results = tmp_path / "benchmarks" / "results"
-    (done,), (dead,) = (
+    (finished_run,), (failed_run,) = (
         [ResultFile.read(path) for path in folder.glob("*.json")] for folder in (results, results / "local")
     )
-    assert [row.status for row in done.rows] == ["ok", "ok"]
-    assert [row.status for row in dead.rows] == ["failed", "failed"]
-    assert (results / f"mine-{done.machine['id']}.json").is_file()
-    assert dead.machine["id"] in {node.machine["id"] for node in machines}
-    said = f"On the node {cluster.nodes[0].host}: "
-    assert dead.rows[0].reason.startswith(said)
-    assert f"2 of 4 cells failed: onnx-int8@cpu: {said}" in err
+    assert [row.status for row in finished_run.rows] == ["ok", "ok"]
+    assert [row.status for row in failed_run.rows] == ["failed", "failed"]
+    assert (results / f"mine-{finished_run.machine['id']}.json").is_file()
+    assert failed_run.machine["id"] in {node.machine["id"] for node in machines}
+    prefix = f"On the node {cluster.nodes[0].host}: "
+    assert failed_run.rows[0].reason.startswith(prefix)
+    assert f"2 of 4 cells failed: onnx-int8@cpu: {prefix}" in err
     assert "failed: On the node" in out
     assert "of the same run; above 1 is better" in out
 
 
 @pytest.mark.slow
-def test_the_command_starts_a_cluster_of_its_own_and_ends_it(tiny, tmp_path, say, monkeypatch):
+def test_predict_starts_its_own_cluster_and_ends_it(tiny, tmp_path, say, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.txt").write_text("good\nbad\n")
     arguments = ("predict", "onnx-int8", "in.txt", "--model", tiny.model, "--exported", tiny.exported)
-    done = run_toolchain(*arguments, "--engine", "ray", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert [line.split(":")[0] for line in done.stderr.splitlines() if "skipped" not in line] == ["nodes"]
-    assert done.stdout == say(*arguments)[1]
+    completed = run_toolchain(*arguments, "--engine", "ray", cwd=tmp_path)
+    assert completed.returncode == 0, completed.stderr
+    assert [line.split(":")[0] for line in completed.stderr.splitlines() if "skipped" not in line] == ["nodes"]
+    assert completed.stdout == say(*arguments)[1]
 
 
 @pytest.mark.slow
-def test_an_interrupt_ends_the_cluster_too(tiny, tmp_path):
+def test_an_interrupt_ends_the_cluster(tiny, tmp_path):
     write(tmp_path / "in.jsonl", [f"film {i} " + "of many words " * 30 for i in range(8 * predicting.PART_TEXTS)])
     arguments = ("predict", "onnx-int8", "in.jsonl", "--output", "out.csv", "--engine", "ray")
-    where = ("--model", tiny.model, "--exported", str(tiny.exported))
+    model_options = ("--model", tiny.model, "--exported", str(tiny.exported))
     command = subprocess.Popen(
-        [sys.executable, "-m", "toolchain", *arguments, *where],
+        [sys.executable, "-m", "toolchain", *arguments, *model_options],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     assert any(line.startswith("predict: ") for line in command.stderr)
-    started = [process for process in psutil.Process(command.pid).children(recursive=True) if process.is_running()]
-    os.killpg(command.pid, signal.SIGINT)  # as a terminal does
+    ray_processes = [
+        process for process in psutil.Process(command.pid).children(recursive=True) if process.is_running()
+    ]
+    os.killpg(command.pid, signal.SIGINT)  # Ctrl-C in a terminal interrupts the whole process group
     assert "Interrupted" in command.communicate(timeout=60)[1]
     assert command.returncode == 130
-    assert started
-    assert not psutil.wait_procs(started, timeout=10)[1]
+    assert ray_processes
+    assert not psutil.wait_procs(ray_processes, timeout=10)[1]
     assert (publishing.work_folder(tmp_path / "out.csv") / "parts").is_dir()
 
 
 @pytest.mark.slow
-def test_a_cluster_that_dies_leaves_what_was_scored(model, small, tmp_path, monkeypatch):
+def test_a_run_can_continue_after_its_cluster_is_killed(model, small_windows, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "LOST_AFTER_S", 2)
     texts = write(tmp_path / "in.jsonl", [f"film {i}" for i in range(100 * WINDOW)])
-    nodes = start()
+    nodes = start_cluster()
 
-    def dying(*about):
-        for count, rows in enumerate(cluster.score(*about)):
+    def score_and_kill_head(*arguments):
+        for count, rows in enumerate(cluster.score(*arguments)):
             if count == 3:
                 for process in nodes.head_node.all_processes["gcs_server"]:
                     os.kill(process.process.pid, signal.SIGKILL)
@@ -366,19 +372,19 @@ def test_a_cluster_that_dies_leaves_what_was_scored(model, small, tmp_path, monk
             time.sleep(0.3)
 
     try:
-        started = time.monotonic()
+        start_time = time.monotonic()
         with connect(nodes.address, quiet) as cluster, pytest.raises(ClusterError, match="the same command goes on"):
-            predict(model, texts, tmp_path / "out.csv", quiet, no_bar, dying)
-        assert time.monotonic() - started < 90
+            predict(model, texts, tmp_path / "out.csv", quiet, no_bar, score_and_kill_head)
+        assert time.monotonic() - start_time < 90
     finally:
-        stop(nodes)
-    said = []
-    predict(model, texts, tmp_path / "out.csv", said.append, no_bar)
-    assert "texts are already scored" in said[0]
-    assert (tmp_path / "out.csv").read_bytes() == alone(model, texts, tmp_path / "alone.csv")
+        kill_cluster(nodes)
+    lines = []
+    predict(model, texts, tmp_path / "out.csv", lines.append, no_bar)
+    assert "texts are already scored" in lines[0]
+    assert (tmp_path / "out.csv").read_bytes() == score_here(model, texts, tmp_path / "alone.csv")
 
 
-def test_an_artifact_knows_its_files(built_tiny):
-    found = built_tiny.load("onnx-int8")
-    assert sorted(found.files) == sorted(p.name for p in found.path.iterdir())
-    assert manifest.MANIFEST in found.files
+def test_an_artifact_lists_its_files(built_tiny):
+    artifact = built_tiny.load("onnx-int8")
+    assert sorted(artifact.files) == sorted(p.name for p in artifact.path.iterdir())
+    assert manifest.MANIFEST in artifact.files

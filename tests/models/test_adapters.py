@@ -1,4 +1,4 @@
-"""A LoRA adapter merged into its base gives PEFT's answers; an adapter that does not fit is refused."""
+"""Tests of LoRA adapters: a merged adapter gives PEFT's logits, adapter damaged adapters are refused."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_lin", "v_lin"], "modules_
 
 
 def make_base(folder, seed=1, width=32):
-    """A DistilBERT without a head, and its tokenizer."""
+    """Saves a DistilBERT without a head, and its tokenizer."""
     from transformers import AutoModel
 
     make_checkpoint(folder, seed=seed, width=width)
@@ -29,31 +29,31 @@ def make_base(folder, seed=1, width=32):
 
 
 def make_adapter(folder, base, classes=3, **settings):
-    """An adapter of `base` whose every tensor is random, as after training."""
+    """Saves an adapter of `base` with random tensors, as if it had been trained."""
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(7)
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=classes)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", **{**LORA, **settings}))
+    peft_model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", **{**LORA, **settings}))
     with torch.no_grad():
-        for parameter in adapted.parameters():
+        for parameter in peft_model.parameters():
             if parameter.requires_grad:
                 parameter.copy_(0.2 * torch.randn_like(parameter))
-    adapted.save_pretrained(folder)
+    peft_model.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory):
-    """An adapter and its base; not to be changed."""
-    home = tmp_path_factory.mktemp("lora")
-    base = make_base(home / "base")
-    return make_adapter(home / "adapter", base), base
+    """An adapter and its base. Do not change them."""
+    parent = tmp_path_factory.mktemp("lora")
+    base = make_base(parent / "base")
+    return make_adapter(parent / "adapter", base), base
 
 
 @pytest.fixture
 def copies(pair, tmp_path):
-    """An adapter and its base; a test may change them."""
+    """Copies of an adapter and its base; which a test may change."""
     return [shutil.copytree(folder, tmp_path / folder.name) for folder in pair]
 
 
@@ -62,14 +62,14 @@ def edit(folder, name=adapters.SETTINGS, **changes):
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def retensor(folder, change):
+def edit_tensors(folder, change):
     from safetensors.torch import load_file, save_file
 
     file = folder / adapters.WEIGHTS
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
 
 
-def answers(model):
+def logits_of(model):
     ids = torch.arange(2, 42).reshape(2, 20)
     with torch.inference_mode():
         return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
@@ -87,24 +87,24 @@ def answers(model):
         {"target_modules": ["word_embeddings", "out_lin"]},
     ],
 )
-def test_merged_it_answers_as_peft_does_unmerged(pair, tmp_path, settings):
+def test_a_merged_adapter_gives_the_logits_of_peft(pair, tmp_path, settings):
     from transformers import AutoModelForSequenceClassification
 
     from toolchain.backends import lora
 
     adapter = make_adapter(tmp_path / "adapter", pair[1], **settings)
-    by_peft = peft.PeftModel.from_pretrained(
+    peft_model = peft.PeftModel.from_pretrained(
         AutoModelForSequenceClassification.from_pretrained(pair[1], num_labels=3), adapter
     ).eval()
-    expected = answers(by_peft)
-    assert torch.allclose(answers(lora.load_unmerged(adapter, pair[1])), expected, atol=1e-6)
-    assert torch.allclose(answers(lora.load_merged(adapter, pair[1])), expected, atol=1e-5)
-    with by_peft.disable_adapter():
-        assert not torch.allclose(answers(by_peft), expected, atol=1e-2)
+    expected = logits_of(peft_model)
+    assert torch.allclose(logits_of(lora.load_unmerged(adapter, pair[1])), expected, atol=1e-6)
+    assert torch.allclose(logits_of(lora.load_merged(adapter, pair[1])), expected, atol=1e-5)
+    with peft_model.disable_adapter():
+        assert not torch.allclose(logits_of(peft_model), expected, atol=1e-2)
 
 
 @pytest.mark.slow
-def test_it_is_imported_on_the_base_that_was_given_and_kept_until_either_changes(copies, tmp_path):
+def test_an_imported_adapter_stays_fresh_until_it_or_its_base_changes(copies, tmp_path):
     adapter, base = copies
     workspace = Workspace.open(str(adapter), tmp_path / "exported").with_base(str(base))
     manifest = ensure(workspace, ["torch-fp32"], {}, lambda line: None)["torch-fp32"].manifest
@@ -118,23 +118,23 @@ def test_it_is_imported_on_the_base_that_was_given_and_kept_until_either_changes
     assert manifest.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
     assert {entry.path for entry in manifest.files} >= {"model.safetensors", "tokenizer.json", "config.json"}
     assert not [entry.path for entry in manifest.files if "adapter" in entry.path]
-    # Another command says no more than the model's name.
+    # Another command gives only the model's name, without the base.
     for model in (str(adapter), "adapter"):
-        known = Workspace.open(model, tmp_path / "exported")
-        assert plan(known, ["torch-fp32"], {})[0].reason == ""
-    assert validate_variant(known, "torch-fp32", lambda line: None)["passed"]
+        reopened = Workspace.open(model, tmp_path / "exported")
+        assert plan(reopened, ["torch-fp32"], {})[0].reason == ""
+    assert validate_variant(reopened, "torch-fp32", lambda line: None)["passed"]
     edit(base, "config.json", dropout=0.2)
-    assert plan(known, ["torch-fp32"], {})[0].reason == "the checkpoint changed"
+    assert plan(reopened, ["torch-fp32"], {})[0].reason == "the checkpoint changed"
     shutil.rmtree(base)
-    assert plan(known, ["torch-fp32"], {})[0].reason == ""
+    assert plan(reopened, ["torch-fp32"], {})[0].reason == ""
     edit(adapter, lora_alpha=16)
     with pytest.raises(CheckpointError, match="There is no folder"):
-        plan(known, ["torch-fp32"], {})
+        plan(reopened, ["torch-fp32"], {})
     shutil.rmtree(adapter)
     assert plan(Workspace.open("adapter", tmp_path / "exported"), ["torch-fp32"], {})[0].reason == ""
 
 
-def test_a_place_that_the_adapter_names_is_never_followed(copies, tmp_path, say):
+def test_a_base_path_in_an_adapter_config_is_not_followed(copies, tmp_path, say):
     adapter, base = copies
     edit(adapter, base_model_name_or_path=str(base))
     code, _, err = say("export", "--model", adapter, "--exported", tmp_path / "exported")
@@ -147,7 +147,7 @@ def test_a_place_that_the_adapter_names_is_never_followed(copies, tmp_path, say)
     assert not (tmp_path / "exported" / "adapter" / "torch-fp32").exists()
 
 
-def test_a_dry_run_names_the_revision_of_the_base(copies, tmp_path, say):
+def test_a_dry_run_states_the_base(copies, tmp_path, say):
     adapter, base = copies
     code, out, err = say(
         "export", "--model", adapter, "--base", base, "--exported", tmp_path / "exported", "--optimize", "none",
@@ -158,7 +158,7 @@ def test_a_dry_run_names_the_revision_of_the_base(copies, tmp_path, say):
     assert ", base=sha256:" in out
 
 
-def test_a_base_is_for_adapters(tiny_checkpoint, pair, tmp_path):
+def test_base_is_refused_for_a_model_and_an_adapter_is_refused_as_a_base(tiny_checkpoint, pair, tmp_path):
     workspace = Workspace.open(str(tiny_checkpoint), tmp_path).with_base(str(pair[1]))
     with pytest.raises(CheckpointError, match=r"is a model, not an adapter. Run the command without --base"):
         plan(workspace, ["torch-fp32"], {})
@@ -166,28 +166,28 @@ def test_a_base_is_for_adapters(tiny_checkpoint, pair, tmp_path):
         checkpoints.pin(checkpoints.locate(str(pair[0])), head=False)
 
 
-def test_a_hub_base_is_pinned_by_its_commit(copies, monkeypatch):
+def test_a_hub_base_is_pinned_to_its_commit(copies, monkeypatch):
     adapter, base = copies
     edit(adapter, base_model_name_or_path="somebody/some-base", revision="v1")
-    asked = []
+    lookups = []
 
-    def look(ref, revision):
-        asked.append((ref, revision))
+    def read_revision(ref, revision):
+        lookups.append((ref, revision))
         return "c0ffee", frozenset({"config.json", "model.safetensors"})
 
-    monkeypatch.setattr("toolchain.models.hub.read_revision", look)
+    monkeypatch.setattr("toolchain.models.hub.read_revision", read_revision)
     monkeypatch.setattr("toolchain.models.hub.download", lambda ref, revision, patterns: base)
     source = Source("folder", str(adapter))
     step = sources.pin_revisions(source, Import(), None)
-    assert (step.base, asked) == ("somebody/some-base@c0ffee", [("somebody/some-base", "v1")])
-    assert sources.pin_revisions(source, step, step) == step  # asks nobody again
-    assert len(asked) == 1
+    assert (step.base, lookups) == ("somebody/some-base@c0ffee", [("somebody/some-base", "v1")])
+    assert sources.pin_revisions(source, step, step) == step  # no new look-up
+    assert len(lookups) == 1
     origin = sources.fetch_files(source, step)
     assert (origin.folder, origin.base) == (adapter, base)
 
 
 @pytest.mark.slow
-def test_labels_come_from_beside_the_adapter_else_from_a_base_with_as_many(copies, tmp_path):
+def test_labels_come_from_the_adapter_or_else_from_a_base_with_the_same_number(copies, tmp_path):
     from toolchain.backends import lora
 
     adapter, base = copies
@@ -205,15 +205,15 @@ def test_labels_come_from_beside_the_adapter_else_from_a_base_with_as_many(copie
         lora.load_merged(adapter, base)
 
 
-def test_a_base_with_a_head_for_other_classes_gets_the_adapters(tiny_checkpoint, tmp_path):
+def test_a_base_with_another_number_of_classes_gets_the_head_of_the_adapter(tiny_checkpoint, tmp_path):
     from toolchain.backends import lora
 
     adapter = make_adapter(tmp_path / "adapter", make_base(tmp_path / "base"))
-    assert answers(lora.load_merged(adapter, tiny_checkpoint)).shape == (2, 3)
+    assert logits_of(lora.load_merged(adapter, tiny_checkpoint)).shape == (2, 3)
 
 
-def test_weights_that_neither_has_are_not_made_up(tmp_path):
-    """A BERT saved without its pooler; PEFT would leave the pooler random."""
+def test_weights_missing_in_adapter_and_base_are_refused(tmp_path):
+    """Uses a BERT saved without its pooler, whose weights PEFT would leave random."""
     from transformers import AutoModel, BertConfig, BertModel
 
     from toolchain.backends import lora
@@ -222,85 +222,85 @@ def test_weights_that_neither_has_are_not_made_up(tmp_path):
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
     BertModel(BertConfig(**shape)).save_pretrained(base)
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["query"], modules_to_save=None)
-    assert answers(lora.load_merged(adapter, base)).shape == (2, 3)
+    assert logits_of(lora.load_merged(adapter, base)).shape == (2, 3)
     AutoModel.from_pretrained(base, add_pooling_layer=False).save_pretrained(base)
     with pytest.raises(CheckpointError, match=r"of bert.pooler.dense.bias.*modules_to_save=\['bert.pooler.dense'\]"):
         lora.load_merged(adapter, base)
 
 
-def half(adapter, base):
-    """Not damage: weights of half precision."""
-    retensor(adapter, lambda tensors: {name: tensor.half() for name, tensor in tensors.items()})
+def store_in_half_precision(adapter, base):
+    """Stores the adapter in half precision, which is valid."""
+    edit_tensors(adapter, lambda tensors: {name: tensor.half() for name, tensor in tensors.items()})
 
 
-def another_kind(adapter, base):
+def change_adapter_type(adapter, base):
     edit(adapter, peft_type="IA3")
 
 
-def another_task(adapter, base):
+def change_task(adapter, base):
     edit(adapter, task_type="CAUSAL_LM")
 
 
-def own_code(adapter, base):
+def name_custom_code(adapter, base):
     edit(adapter, auto_mapping={"base_model_class": "Mine", "parent_library": "mine"})
 
 
-def megatron(adapter, base):
+def add_megatron_settings(adapter, base):
     edit(adapter, megatron_config={"x": 1}, megatron_core="os")
 
 
-def of_a_changed_base(adapter, base):
+def require_changed_base(adapter, base):
     edit(adapter, init_lora_weights="pissa")
 
 
-def settings_of_no_kind(adapter, base):
+def break_settings(adapter, base):
     (adapter / adapters.SETTINGS).write_text("[1]")
 
 
-def rank_of_no_kind(adapter, base):
+def set_text_as_rank(adapter, base):
     edit(adapter, r="four")
 
 
-def rank_lies(adapter, base):
+def set_wrong_rank(adapter, base):
     edit(adapter, r=2)
 
 
-def pickled(adapter, base):
+def rename_to_pickle(adapter, base):
     (adapter / adapters.WEIGHTS).rename(adapter / "adapter_model.bin")
 
 
-def no_weights(adapter, base):
+def remove_weights(adapter, base):
     (adapter / adapters.WEIGHTS).unlink()
 
 
-def cut_short(adapter, base):
+def truncate_weights(adapter, base):
     file = adapter / adapters.WEIGHTS
     file.write_bytes(file.read_bytes()[:-1000])
 
 
-def no_number(adapter, base):
+def set_nan(adapter, base):
     name = "base_model.model.classifier.bias"
-    retensor(adapter, lambda tensors: {**tensors, name: tensors[name] * float("nan")})
+    edit_tensors(adapter, lambda tensors: {**tensors, name: tensors[name] * float("nan")})
 
 
-def no_head(adapter, base):
-    retensor(adapter, lambda tensors: {n: t for n, t in tensors.items() if "classifier" not in n})
+def remove_head(adapter, base):
+    edit_tensors(adapter, lambda tensors: {n: t for n, t in tensors.items() if "classifier" not in n})
 
 
-def a_tensor_too_many(adapter, base):
-    retensor(adapter, lambda tensors: {**tensors, "base_model.model.distilbert.more.lora_A.weight": torch.ones(2)})
+def add_unknown_tensor(adapter, base):
+    edit_tensors(adapter, lambda tensors: {**tensors, "base_model.model.distilbert.more.lora_A.weight": torch.ones(2)})
 
 
-def a_tensor_less(adapter, base):
-    retensor(adapter, lambda tensors: dict(list(tensors.items())[3:]))
+def remove_tensors(adapter, base):
+    edit_tensors(adapter, lambda tensors: dict(list(tensors.items())[3:]))
 
 
-def narrower_base(adapter, base):
+def replace_by_narrower_base(adapter, base):
     shutil.rmtree(base)
     make_base(base, width=16)
 
 
-def base_of_other_names(adapter, base):
+def replace_by_bert_base(adapter, base):
     from transformers import BertConfig, BertModel
 
     for name in ("config.json", "model.safetensors"):
@@ -309,63 +309,63 @@ def base_of_other_names(adapter, base):
     BertModel(BertConfig(**shape)).save_pretrained(base)
 
 
-def quantised_base(adapter, base):
+def mark_base_as_quantised(adapter, base):
     edit(base, "config.json", quantization_config={"load_in_4bit": True})
 
 
-def pickled_base(adapter, base):
+def rename_base_to_pickle(adapter, base):
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
 
 
-def model_beside(adapter, base):
+def add_model_to_adapter(adapter, base):
     shutil.copyfile(base / "model.safetensors", adapter / "model.safetensors")
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
-        (another_kind, "has the type IA3, not LORA"),
-        (another_task, "for the task CAUSAL_LM"),
-        (own_code, "auto_mapping"),
-        (megatron, "settings that the merge does not support: megatron_config"),
-        (of_a_changed_base, "init_lora_weights='pissa'"),
-        (settings_of_no_kind, "cannot be read"),
-        (rank_of_no_kind, "cannot be applied to"),
-        (rank_lies, "these tensors have other shapes: .*lora_"),
-        (pickled, "only as pickle"),
-        (no_weights, "has no adapter_model.safetensors"),
-        (cut_short, "truncated"),
-        (no_number, "classifier.bias contains NaN"),
-        (no_head, "has no tensors for .*classifier"),
-        (a_tensor_too_many, "has no parameters for .*distilbert.more"),
-        (a_tensor_less, "has no tensors for"),
-        (narrower_base, "these tensors have other shapes"),
-        (base_of_other_names, "cannot be applied to|no parameters"),
-        (quantised_base, "already quantised"),
-        (pickled_base, "only as pickle"),
-        (model_beside, "contains both a model and an adapter"),
+        (change_adapter_type, "has the type IA3, not LORA"),
+        (change_task, "for the task CAUSAL_LM"),
+        (name_custom_code, "auto_mapping"),
+        (add_megatron_settings, "settings that the merge does not support: megatron_config"),
+        (require_changed_base, "init_lora_weights='pissa'"),
+        (break_settings, "cannot be read"),
+        (set_text_as_rank, "cannot be applied to"),
+        (set_wrong_rank, "these tensors have other shapes: .*lora_"),
+        (rename_to_pickle, "only as pickle"),
+        (remove_weights, "has no adapter_model.safetensors"),
+        (truncate_weights, "truncated"),
+        (set_nan, "classifier.bias contains NaN"),
+        (remove_head, "has no tensors for .*classifier"),
+        (add_unknown_tensor, "has no parameters for .*distilbert.more"),
+        (remove_tensors, "has no tensors for"),
+        (replace_by_narrower_base, "these tensors have other shapes"),
+        (replace_by_bert_base, "cannot be applied to|no parameters"),
+        (mark_base_as_quantised, "already quantised"),
+        (rename_base_to_pickle, "only as pickle"),
+        (add_model_to_adapter, "contains both a model and an adapter"),
     ],
 )
-def test_an_adapter_that_does_not_fit_its_base_is_refused(copies, tmp_path, damage, says):
+def test_a_damaged_adapter_or_base_is_refused_and_nothing_is_written(copies, tmp_path, damage, message):
     adapter, base = copies
     damage(adapter, base)
     workspace = Workspace.open(str(adapter), tmp_path / "exported").with_base(str(base))
-    with pytest.raises(CheckpointError, match=says) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         ensure(workspace, ["torch-fp32"], {}, lambda line: None)
     assert error.value.hint
     assert not workspace.path("torch-fp32").exists()
 
 
-def test_weights_of_half_precision_are_merged_in_full(copies):
+def test_weights_in_half_precision_are_merged_in_float32(copies):
     from toolchain.backends import lora
 
     adapter, base = copies
-    half(adapter, base)
+    store_in_half_precision(adapter, base)
     model = lora.load_merged(adapter, base)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_without_peft_the_error_names_the_extra(pair, monkeypatch):
+def test_without_peft_an_error_names_the_extra(pair, monkeypatch):
     import sys
 
     from toolchain.backends import lora

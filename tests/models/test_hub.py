@@ -1,4 +1,4 @@
-"""Models of the hub, from a small local server: revisions, private models, refusals, a token that is never shown."""
+"""Tests of the of the hub with a small local server: revisions, private models, refusals, and a secret token."""
 
 import http.server
 import json
@@ -28,17 +28,17 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         pass
 
     def _answer(self, body):
-        self.server.asked.append((self.command, self.path, self.headers.get("Authorization")))
+        self.server.requests.append((self.command, self.path, self.headers.get("Authorization")))
         parts = self.path.split("?")[0].strip("/").split("/")
         api = parts[:2] == ["api", "models"]
-        name, rest = "/".join(parts[2:4] if api else parts[:2]), parts[4:] if api else parts[2:]
+        name, path_rest = "/".join(parts[2:4] if api else parts[:2]), parts[4:] if api else parts[2:]
         if name == FORBIDDEN:
             return self._refuse(403, "", body)
         if name not in (OPEN, PRIVATE, PICKLED) or (
             name == PRIVATE and self.headers.get("Authorization") != f"Bearer {TOKEN}"
         ):
             return self._refuse(401, "RepoNotFound", body)
-        revision = rest[1] if len(rest) > 1 else "main"
+        revision = path_rest[1] if len(path_rest) > 1 else "main"
         if revision not in COMMITS:
             return self._refuse(404, "RevisionNotFound", body)
         commit = COMMITS[revision]
@@ -46,11 +46,15 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         if name == PICKLED:
             files["pytorch_model.bin"] = files.pop("model.safetensors")
         if api:
-            listed = {"id": name, "sha": commit, "siblings": [{"rfilename": each} for each in sorted(files)]}
-            return self._send(json.dumps(listed).encode(), {"Content-Type": "application/json"}, body)
-        if rest[2] not in files:
+            model_info = {
+                "id": name,
+                "sha": commit,
+                "siblings": [{"rfilename": file_name} for file_name in sorted(files)],
+            }
+            return self._send(json.dumps(model_info).encode(), {"Content-Type": "application/json"}, body)
+        if path_rest[2] not in files:
             return self._refuse(404, "EntryNotFound", body)
-        content = files[rest[2]].read_bytes()
+        content = files[path_rest[2]].read_bytes()
         return self._send(content, {"X-Repo-Commit": commit, "ETag": f'"{sha256(content).hexdigest()}"'}, body)
 
     def _refuse(self, status, code, body):
@@ -68,7 +72,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tiny_checkpoint):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
-        server.folder, server.asked = tiny_checkpoint, []
+        server.folder, server.requests = tiny_checkpoint, []
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -76,7 +80,7 @@ def hub(tiny_checkpoint):
 
 @pytest.fixture
 def run(hub, tmp_path):
-    """Runs `toolchain export` in a new process, since huggingface_hub reads its settings once, on import."""
+    """Runs `toolchain export` in a new process, since huggingface_hub new process with its settings home folder."""
 
     def export(model, *options, token=None):
         env = {
@@ -91,21 +95,21 @@ def run(hub, tmp_path):
     return export
 
 
-def test_a_private_model_is_downloaded_with_a_token_that_is_stored_nowhere(run, hub, tmp_path):
-    done = run(PRIVATE, "--revision", "v1", token=TOKEN)
-    assert done.returncode == 0, done.stderr
-    assert f"Bearer {TOKEN}" in {authorization for _, _, authorization in hub.asked}
+def test_a_private_model_is_downloaded_with_the_token_and_the_token_is_not_stored(run, hub, tmp_path):
+    completed = run(PRIVATE, "--revision", "v1", token=TOKEN)
+    assert completed.returncode == 0, completed.stderr
+    assert f"Bearer {TOKEN}" in {authorization for _, _, authorization in hub.requests}
     manifest = json.loads((tmp_path / "exported" / "private" / "torch-fp32" / "manifest.json").read_text())
     assert manifest["source"] == {"kind": "hub", "ref": PRIVATE, "revision": COMMITS["v1"]}
-    assert TOKEN not in done.stdout + done.stderr
+    assert TOKEN not in completed.stdout + completed.stderr
     for path in (tmp_path / "exported").rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
-    asked = {path.rsplit("/", 1)[-1] for _, path, _ in hub.asked if "/resolve/" in path}
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= asked
+    file_names = {path.rsplit("/", 1)[-1] for _, path, _ in hub.requests if "/resolve/" in path}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= file_names
 
 
 @pytest.mark.parametrize(
-    ("model", "options", "token", "says"),
+    ("model", "options", "token", "message"),
     [
         (PRIVATE, [], None, "private and no token gives access"),
         (PRIVATE, [], TOKEN[:-1] + "x", "private and no token gives access"),
@@ -114,9 +118,9 @@ def test_a_private_model_is_downloaded_with_a_token_that_is_stored_nowhere(run, 
         (PICKLED, [], TOKEN, "has its weights only as pickle (pytorch_model.bin)"),
     ],
 )
-def test_a_refusal_is_explained_without_the_token(run, tmp_path, model, options, token, says):
-    done = run(model, *options, "--debug", token=token)
-    assert done.returncode == 1
-    assert says in done.stderr
-    assert not token or token not in done.stdout + done.stderr
+def test_a_refusal_of_the_hub_gives_an_error_without_the_token(run, tmp_path, model, options, token, message):
+    completed = run(model, *options, "--debug", token=token)
+    assert completed.returncode == 1
+    assert message in completed.stderr
+    assert not token or token not in completed.stdout + completed.stderr
     assert not (tmp_path / "exported" / model.split("/")[1] / "torch-fp32").exists()

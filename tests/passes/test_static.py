@@ -1,4 +1,4 @@
-"""Static int8: ranges from training sentences, exact smoothing, answers that do not depend on the rest of the batch."""
+"""Static int8: activation ranges from training sentences, exact smoothing, and logits independent of the batch."""
 
 import dataclasses
 
@@ -45,7 +45,7 @@ def session(model):
     return ort.InferenceSession(content, session_options(1), providers=["CPUExecutionProvider"])
 
 
-def answer(model, batch):
+def logits_of(model, batch):
     return session(model).run(None, batch)[0]
 
 
@@ -54,8 +54,8 @@ def graph(workspace, variant):
 
 
 @pytest.fixture(scope="module")
-def calibrated(built_tiny):
-    """Parent → the context its static graph is made in."""
+def calibrated_contexts(built_tiny):
+    """Parent → the context for its static graph."""
     return {
         parent: dataclasses.replace(ATTENTION, activations=calibrate(built_tiny.load(parent), TrainingSource()))
         for parent in ("onnx-fp32", "onnx-std")
@@ -64,85 +64,92 @@ def calibrated(built_tiny):
 
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("parent", ["onnx-fp32", "onnx-std"])
-def test_smoothing_changes_no_answer(built_tiny, parent, left):
-    """Factors from 1/30 to 30 divide every input of a linear layer; a residual of the same value stays unscaled."""
+def test_smoothing_keeps_the_logits(built_tiny, parent, left):
+    """Divides each input from 1/30 to 30 by input from a linear 30.
+
+    The residual of the the same value stays the same.
+    """
     model, batch = graph(built_tiny, parent), pad(ROWS, NAMES, 0, left)
-    want = answer(model, batch)
+    expected = logits_of(model, batch)
     rng = np.random.default_rng(0)
-    given_factors = {
+    activations = {
         name: Activation(1.0, 0, (30 ** rng.uniform(-1, 1, len(weight))).astype(np.float32))
         for name, weight in weights_of(model).items()
     }
-    model, counts = passes.rewrite(model, ["smooth"], dataclasses.replace(ATTENTION, activations=given_factors))
-    values = len(given_factors)  # query, key and value read one, but for the last query
+    model, counts = passes.rewrite(model, ["smooth"], dataclasses.replace(ATTENTION, activations=activations))
+    values = len(activations)  # query, key and value share an input, except for the last query
     assert values == {"onnx-fp32": 10, "onnx-std": 9}[parent]
     assert counts == {"smooth": values}
     assert len([name for name in weights_of(model) if name.endswith(SMOOTHED)]) == values
-    assert np.abs(answer(model, batch) - want).max() < 1e-4
+    assert np.abs(logits_of(model, batch) - expected).max() < 1e-4
 
 
-def test_layers_kept_in_fp32_are_not_smoothed(built_tiny):
+def test_a_layer_kept_in_fp32_is_not_smoothed(built_tiny):
     model = graph(built_tiny, "onnx-fp32")
     factors = {name: Activation(1.0, 0, np.full(len(w), 2, np.float32)) for name, w in weights_of(model).items()}
-    kept = dataclasses.replace(ATTENTION, activations=factors, keep=frozenset({"pre_classifier"}))
-    assert passes.rewrite(model, ["smooth"], kept)[1] == {"smooth": 9}
+    context = dataclasses.replace(ATTENTION, activations=factors, keep=frozenset({"pre_classifier"}))
+    assert passes.rewrite(model, ["smooth"], context)[1] == {"smooth": 9}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("left", [False, True])
-def test_attention_is_one_operator_and_the_last_query_has_an_input_of_its_own(built_tiny, calibrated, left):
+def test_a_static_graph_has_one_qattention_and_ten_quantised_inputs(built_tiny, calibrated_contexts, left):
     batch = pad(ROWS, NAMES, 0, left)
     model = graph(built_tiny, "onnx-fp32")
-    want = answer(model, batch)
-    model, counts = passes.rewrite(model, ["smooth", "quantize-linear-static"], calibrated["onnx-fp32"])
+    expected = logits_of(model, batch)
+    model, counts = passes.rewrite(model, ["smooth", "quantize-linear-static"], calibrated_contexts["onnx-fp32"])
     assert counts["quantize-linear-static"] == 10
     facts = passes.facts(model)
-    found = facts["operators"]
+    counts_by_operator = facts["operators"]
     # Attention, out, up, down; query, key and value, out, up, down; pre_classifier.
-    assert (found["QuantizeLinear"], found["MatMulIntegerToFloat"], found["QAttention"]) == (10, 9, 1)
-    assert not {"Attention", "MatMul"} & set(found)
+    assert (
+        counts_by_operator["QuantizeLinear"],
+        counts_by_operator["MatMulIntegerToFloat"],
+        counts_by_operator["QAttention"],
+    ) == (10, 9, 1)
+    assert not {"Attention", "MatMul"} & set(counts_by_operator)
     assert 0.5 <= facts["int8_headroom"] < 1
-    assert np.abs(answer(model, batch) - want).max() < 0.1 * np.abs(want).max()
+    assert np.abs(logits_of(model, batch) - expected).max() < 0.1 * np.abs(expected).max()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("left", [False, True])
-def test_standard_operators_are_qdq_that_onnx_runtime_makes_int8_products_of(built_tiny, calibrated, left, tmp_path):
+def test_onnx_runtime_fuses_the_qdq_nodes_into_int8_products(built_tiny, calibrated_contexts, left, tmp_path):
     batch = pad(ROWS, NAMES, 0, left)
     model = graph(built_tiny, "onnx-std")
-    want = answer(model, batch)
-    model, counts = passes.rewrite(model, ["smooth", "quantize-linear-std-static"], calibrated["onnx-std"])
+    expected = logits_of(model, batch)
+    model, counts = passes.rewrite(model, ["smooth", "quantize-linear-std-static"], calibrated_contexts["onnx-std"])
     assert counts["quantize-linear-std-static"] == 13
     facts = passes.facts(model)
     assert {node.domain for node in model.graph} == {""}
     assert (facts["operators"]["QuantizeLinear"], facts["operators"]["DequantizeLinear"]) == (9, 26)
     assert 0.5 <= facts["int8_headroom"] < 1
-    assert np.abs(answer(model, batch) - want).max() < 0.1 * np.abs(want).max()
+    assert np.abs(logits_of(model, batch) - expected).max() < 0.1 * np.abs(expected).max()
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
     ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
-    loaded = [node.op_type for node in onnx.load(tmp_path / "loaded.onnx").graph.node]
-    assert loaded.count("MatMulIntegerToFloat") == 13
-    assert "DequantizeLinear" not in loaded
+    loaded_operators = [node.op_type for node in onnx.load(tmp_path / "loaded.onnx").graph.node]
+    assert loaded_operators.count("MatMulIntegerToFloat") == 13
+    assert "DequantizeLinear" not in loaded_operators
 
 
 @pytest.mark.slow
-def test_answers_do_not_depend_on_batch_mates(built_tiny, calibrated):
-    """Dynamic int8 takes one scale for the whole batch, so its answers do depend."""
-    row, quiet_mate, loud_mate = [101, 2023, 2003, 102], [101, 102], [101, 30000, 29999, 102]
-    static, _ = passes.rewrite(
-        graph(built_tiny, "onnx-fp32"), ["smooth", "quantize-linear-static"], calibrated["onnx-fp32"]
+def test_static_logits_do_not_depend_on_the_rest_of_the_batch(built_tiny, calibrated_contexts):
+    """With a dynamic scale they do, since it is computed over the whole batch, so its answers do depend."""
+    row, short_row, rare_row = [101, 2023, 2003, 102], [101, 102], [101, 30000, 29999, 102]
+    static_model, _ = passes.rewrite(
+        graph(built_tiny, "onnx-fp32"), ["smooth", "quantize-linear-static"], calibrated_contexts["onnx-fp32"]
     )
-    moved = {}
-    for name, model in (("static", static), ("dynamic", graph(built_tiny, "onnx-int8"))):
-        opened = session(model)
-        mates = ([quiet_mate], [loud_mate] * 3, [loud_mate * 20])  # the last pads the row to 80 tokens
-        answers = [opened.run(None, pad([row, *others], NAMES, 0))[0][0] for others in mates]
-        moved[name] = np.ptp(answers, axis=0).max()
-    assert moved["static"] < 1e-5 < moved["dynamic"]
+    differences = {}
+    for name, model in (("static", static_model), ("dynamic", graph(built_tiny, "onnx-int8"))):
+        model_session = session(model)
+        other_rows = ([short_row], [rare_row] * 3, [rare_row * 20])  # the last one pads the row to 80 tokens
+        logits = [model_session.run(None, pad([row, *rows], NAMES, 0))[0][0] for rows in other_rows]
+        differences[name] = np.ptp(logits, axis=0).max()
+    assert differences["static"] < 1e-5 < differences["dynamic"]
 
 
-def test_a_layer_that_was_not_calibrated_is_told(built_tiny):
+def test_a_layer_without_calibration_raises_a_graph_error(built_tiny):
     with pytest.raises(GraphError, match="has no calibrated scale"):
         passes.rewrite(graph(built_tiny, "onnx-fp32"), ["quantize-linear-static"], ATTENTION)
 
@@ -151,34 +158,36 @@ arrays = hnp.arrays(np.float32, st.integers(1, 20), elements=st.floats(-100, 100
 
 
 @given(arrays)
-def test_values_in_range_round_within_one_step_and_zero_is_exact(values):
-    how = Activation.from_range(float(values.min()), float(values.max()))
-    assert 0 <= how.zero_point <= 255
-    assert (how.fake_quantize(np.zeros(3, np.float32)) == 0).all()
-    assert (np.abs(how.fake_quantize(values) - values) <= how.scale * 1.01).all()
+def test_fake_quantisation_is_within_a_step_and_exact_at_zero(values):
+    activation = Activation.from_range(float(values.min()), float(values.max()))
+    assert 0 <= activation.zero_point <= 255
+    assert (activation.fake_quantize(np.zeros(3, np.float32)) == 0).all()
+    assert (np.abs(activation.fake_quantize(values) - values) <= activation.scale * 1.01).all()
 
 
-def seen_of(tokens):
+def statistics_of(tokens):
     return ValueStatistics(tokens.min(axis=0), tokens.max(axis=0), tokens)
 
 
-def test_a_channel_far_larger_than_the_rest_is_smoothed_and_others_are_not():
+def test_only_a_channel_far_larger_than_the_others_is_smoothed():
     rng = np.random.default_rng(0)
     tokens, weight = rng.normal(size=(200, 32)).astype(np.float32), rng.normal(size=(32, 16)).astype(np.float32)
-    even = seen_of(tokens)
-    assert choose_activation(even, weight).smooth is None
-    outlier = tokens.copy()
-    outlier[:, 3] *= 200
+    even_statistics = statistics_of(tokens)
+    assert choose_activation(even_statistics, weight).smooth is None
+    outlier_tokens = tokens.copy()
+    outlier_tokens[:, 3] *= 200
     weight[3] /= 200
-    how = choose_activation(seen_of(outlier), weight)
-    plain = Activation.from_range(float(outlier.min()), float(outlier.max()))
-    assert how.smooth.argmax() == 3
-    before, after = (calibration._noise(one, outlier, weight) for one in (plain, how))
-    assert after < NOISE < before
+    smoothed = choose_activation(statistics_of(outlier_tokens), weight)
+    unsmoothed = Activation.from_range(float(outlier_tokens.min()), float(outlier_tokens.max()))
+    assert smoothed.smooth.argmax() == 3
+    noise_before, noise_after = (
+        calibration._noise(activation, outlier_tokens, weight) for activation in (unsmoothed, smoothed)
+    )
+    assert noise_after < NOISE < noise_before
 
 
 @given(arrays, st.sampled_from(calibration.STRENGTHS))
-def test_factors_are_positive_and_1_where_there_is_nothing_to_smooth(values, strength):
+def test_smoothing_factors_are_positive_and_1_for_a_zero_channel(values, strength):
     largest = np.abs(values)
     factors = smoothing_factors(largest, np.ones_like(largest), strength)
     assert factors.dtype == np.float32
@@ -188,55 +197,55 @@ def test_factors_are_positive_and_1_where_there_is_nothing_to_smooth(values, str
 
 
 @pytest.mark.slow
-def test_calibration_sees_each_sentence_alone_and_none_that_is_held_out(built_tiny, monkeypatch):
-    asked = []
+def test_calibration_uses_single_sentences_and_no_held_out_rows(built_tiny, monkeypatch):
+    batches = []
 
-    class Recording(calibration.OrtSession):
+    class RecordingSession(calibration.OrtSession):
         def outputs(self, batch):
-            asked.append(batch["input_ids"])
+            batches.append(batch["input_ids"])
             return super().outputs(batch)
 
-    monkeypatch.setattr(calibration, "OrtSession", Recording)
+    monkeypatch.setattr(calibration, "OrtSession", RecordingSession)
     artifact = built_tiny.load("onnx-fp32")
-    first = calibrate(artifact, TrainingSource())
-    assert len(asked) == SENTENCES
-    assert {ids.shape[0] for ids in asked} == {1}
+    first_result = calibrate(artifact, TrainingSource())
+    assert len(batches) == SENTENCES
+    assert {ids.shape[0] for ids in batches} == {1}
     data = inputs.load_embedded("train")
     encoder = encoding.Encoder.open(artifact.path, NAMES, artifact.manifest.max_length)
-    held = {tuple(row) for row in encoder.encode([data.texts[row] for row in inputs.hold_out(data)[1]])}
-    assert not held & {tuple(ids[0]) for ids in asked}
-    again = calibrate(artifact, TrainingSource())
-    assert {name: (how.scale, how.zero_point) for name, how in first.items()} == {
-        name: (how.scale, how.zero_point) for name, how in again.items()
+    held_out_rows = {tuple(row) for row in encoder.encode([data.texts[row] for row in inputs.hold_out(data)[1]])}
+    assert not held_out_rows & {tuple(ids[0]) for ids in batches}
+    second_result = calibrate(artifact, TrainingSource())
+    assert {name: (activation.scale, activation.zero_point) for name, activation in first_result.items()} == {
+        name: (activation.scale, activation.zero_point) for name, activation in second_result.items()
     }
 
 
 @pytest.mark.slow
-def test_static_variants_are_built_by_name_and_know_their_training_data(tiny):
-    asked = {"onnx-int8-static+careful": Quantize(scheme="static", keep_fp32=2)}
-    built = ensure(tiny, ["onnx-int8-static", "onnx-std-int8-static", *asked], asked, quiet)
-    plain, standard, careful = (
-        built[name].manifest for name in ("onnx-int8-static", "onnx-std-int8-static", "onnx-int8-static+careful")
+def test_static_variants_record_their_training_data(tiny):
+    steps = {"onnx-int8-static+careful": Quantize(scheme="static", keep_fp32=2)}
+    artifacts = ensure(tiny, ["onnx-int8-static", "onnx-std-int8-static", *steps], steps, quiet)
+    manifest, standard_manifest, kept_manifest = (
+        artifacts[name].manifest for name in ("onnx-int8-static", "onnx-std-int8-static", "onnx-int8-static+careful")
     )
-    assert plain.step == Quantize(scheme="static", train=tiny.train.digest)
-    assert plain.facts["rewrites"]["quantize-linear-static"] == 10
-    assert standard.facts["rewrites"]["quantize-linear-std-static"] == 13
-    assert careful.facts["rewrites"]["quantize-linear-static"] == 8
-    assert len(careful.facts["kept_fp32"]) == 2
-    said = []
-    ensure(tiny, ["onnx-int8-static"], {}, lambda event: said.append(str(event)))
-    assert "onnx-int8-static: fresh, skipped" in said
+    assert manifest.step == Quantize(scheme="static", train=tiny.train.digest)
+    assert manifest.facts["rewrites"]["quantize-linear-static"] == 10
+    assert standard_manifest.facts["rewrites"]["quantize-linear-std-static"] == 13
+    assert kept_manifest.facts["rewrites"]["quantize-linear-static"] == 8
+    assert len(kept_manifest.facts["kept_fp32"]) == 2
+    events = []
+    ensure(tiny, ["onnx-int8-static"], {}, lambda event: events.append(str(event)))
+    assert "onnx-int8-static: fresh, skipped" in events
 
 
 @pytest.mark.slow
-def test_without_smoothing_scales_are_of_the_values_as_they_are(tiny, monkeypatch):
-    monkeypatch.setattr(calibration, "NOISE", 0.0)  # smooth everything
-    asked = {"onnx-int8-static+rough": Quantize(scheme="static", passes=("quantize-linear",))}
-    built = ensure(tiny, ["onnx-int8-static", *asked], asked, quiet)
-    assert built["onnx-int8-static"].manifest.facts["rewrites"]["smooth"] > 0
-    assert "smooth" not in built["onnx-int8-static+rough"].manifest.facts["rewrites"]
+def test_without_smoothing_scales_come_from_the_original_values(tiny, monkeypatch):
+    monkeypatch.setattr(calibration, "NOISE", 0.0)  # a limit of 0 smooths every layer
+    steps = {"onnx-int8-static+rough": Quantize(scheme="static", passes=("quantize-linear",))}
+    artifacts = ensure(tiny, ["onnx-int8-static", *steps], steps, quiet)
+    assert artifacts["onnx-int8-static"].manifest.facts["rewrites"]["smooth"] > 0
+    assert "smooth" not in artifacts["onnx-int8-static+rough"].manifest.facts["rewrites"]
     monkeypatch.setattr(calibration, "NOISE", np.inf)
-    plain = calibrate(tiny.load("onnx-fp32"), tiny.train)
-    stored = graph(tiny, "onnx-int8-static+rough").graph.initializers
-    scales = {name: float(stored[f"{name}/scale"].const_value.numpy()) for name in plain}
-    assert scales == {name: pytest.approx(how.scale) for name, how in plain.items()}
+    activations = calibrate(tiny.load("onnx-fp32"), tiny.train)
+    initializers = graph(tiny, "onnx-int8-static+rough").graph.initializers
+    scales = {name: float(initializers[f"{name}/scale"].const_value.numpy()) for name in activations}
+    assert scales == {name: pytest.approx(activation.scale) for name, activation in activations.items()}

@@ -1,4 +1,4 @@
-"""The sensitivity of layers to fewer bits, and the choice of layers kept in fp32."""
+"""Tests of which sensitivity are sensitive to quantisation, and the ones stay in fp32."""
 
 import shutil
 
@@ -19,7 +19,7 @@ from toolchain.quantization import sensitivity
 from toolchain.quantization.sensitivity import Layer, SensitivitySetup, fewest_fp32_layers, rank
 
 
-def still(done, total, what):
+def no_progress(done, total, label):
     pass
 
 
@@ -28,23 +28,23 @@ def quiet(line):
 
 
 @pytest.fixture(scope="module")
-def subject(built_tiny):
+def setup(built_tiny):
     return SensitivitySetup.load(built_tiny.load("onnx-fp32"), ("quantize-linear",), TrainingSource())
 
 
-def test_every_layer_is_ranked_by_what_it_does_alone(subject):
-    ranked = rank(subject, still)
-    assert sorted(layer.name for layer in ranked) == sorted(subject.layers)
-    assert "distilbert/transformer/layer.1/ffn/lin1" in subject.layers
-    assert "pre_classifier" in subject.layers
-    assert [layer.divergence for layer in ranked] == sorted((layer.divergence for layer in ranked), reverse=True)
-    assert ranked[0].divergence > 0
-    assert rank(subject, still) == ranked
+def test_rank_sorts_all_layers_by_divergence(setup):
+    ranking = rank(setup, no_progress)
+    assert sorted(layer.name for layer in ranking) == sorted(setup.layers)
+    assert "distilbert/transformer/layer.1/ffn/lin1" in setup.layers
+    assert "pre_classifier" in setup.layers
+    assert [layer.divergence for layer in ranking] == sorted((layer.divergence for layer in ranking), reverse=True)
+    assert ranking[0].divergence > 0
+    assert rank(setup, no_progress) == ranking
 
 
 @pytest.mark.slow
-def test_a_layer_with_outliers_is_found(built_tiny, tmp_path):
-    """One weight of 3,000 times the others takes the whole range of its column."""
+def test_a_layer_with_outliers_ranks_first(built_tiny, tmp_path):
+    """One row of the weight is 3,000 times as large as the others, so int8 rounds the others to zero."""
     shutil.copytree(built_tiny.path("onnx-fp32"), tmp_path / "outliers")
     model = onnx.load(tmp_path / "outliers" / "model.onnx")
     node = next(node for node in model.graph.node if node.name.endswith("layer.0/ffn/lin2/MatMul"))
@@ -54,36 +54,36 @@ def test_a_layer_with_outliers_is_found(built_tiny, tmp_path):
     weight.CopyFrom(numpy_helper.from_array(array, weight.name))
     onnx.save(model, tmp_path / "outliers" / "model.onnx")
     artifact = Artifact(tmp_path / "outliers", built_tiny.load("onnx-fp32").manifest)
-    ranked = rank(SensitivitySetup.load(artifact, ("quantize-linear",), TrainingSource()), still)
-    assert ranked[0].name == "distilbert/transformer/layer.0/ffn/lin2"
+    ranking = rank(SensitivitySetup.load(artifact, ("quantize-linear",), TrainingSource()), no_progress)
+    assert ranking[0].name == "distilbert/transformer/layer.0/ffn/lin2"
 
 
 @pytest.mark.slow
-def test_the_most_sensitive_stay_fp32(tiny, subject):
-    asked = {"onnx-int8+careful": Quantize(keep_fp32=2)}
-    manifest = ensure(tiny, asked, asked, quiet)["onnx-int8+careful"].manifest
+def test_the_most_sensitive_layers_stay_fp32(tiny, setup):
+    steps = {"onnx-int8+careful": Quantize(keep_fp32=2)}
+    manifest = ensure(tiny, steps, steps, quiet)["onnx-int8+careful"].manifest
     assert manifest.facts["rewrites"]["quantize-linear"] == 8
-    assert manifest.facts["kept_fp32"] == [layer.name for layer in rank(subject, still)[:2]]
+    assert manifest.facts["kept_fp32"] == [layer.name for layer in rank(setup, no_progress)[:2]]
     assert len(manifest.facts["sensitivity"]) == 10
-    assert manifest.step.train == tiny.train.digest  # other training data would choose other layers
-    said = []
-    ensure(tiny, ["onnx-int8+careful"], asked, lambda event: said.append(str(event)))
-    assert "onnx-int8+careful: fresh, skipped" in said
-    left = passes.read(tiny.path("onnx-int8+careful") / "model.onnx")
-    assert len([n for n in left.graph if n.op_type in ("MatMul", "Attention")]) == 2
+    assert manifest.step.train == tiny.train.digest  # other training data may rank the layers differently
+    events = []
+    ensure(tiny, ["onnx-int8+careful"], steps, lambda event: events.append(str(event)))
+    assert "onnx-int8+careful: fresh, skipped" in events
+    model = passes.read(tiny.path("onnx-int8+careful") / "model.onnx")
+    assert len([n for n in model.graph if n.op_type in ("MatMul", "Attention")]) == 2
 
 
 @pytest.mark.slow
-def test_no_layer_left_is_told(built_tiny):
+def test_a_graph_without_linear_layers_raises_a_graph_error(built_tiny):
     with pytest.raises(GraphError, match="no linear layer left"):
-        rank(SensitivitySetup.load(built_tiny.load("onnx-int8"), ("quantize-linear",), TrainingSource()), still)
+        rank(SensitivitySetup.load(built_tiny.load("onnx-int8"), ("quantize-linear",), TrainingSource()), no_progress)
 
 
 @given(st.integers(1, 30), st.data())
-def test_the_fewest_that_keep_the_accuracy_are_found(count, data):
-    """Where keeping more never costs accuracy: the answer of trying every number."""
+def test_fewest_fp32_layers_finds_the_smallest_number_within_the_drop(count, data):
+    """Accuracy never falls when more layers stay in fp32, so the result equals that of trying every number."""
     drops = sorted((data.draw(st.floats(0, 5)) for _ in range(count)), reverse=True)
-    allowed = data.draw(st.floats(0, 5))
+    max_drop = data.draw(st.floats(0, 5))
 
     class Fake:
         def __init__(self):
@@ -95,14 +95,14 @@ def test_the_fewest_that_keep_the_accuracy_are_found(count, data):
 
             return contextlib.nullcontext()
 
-    fake = Fake()
+    fake_setup = Fake()
     context = pytest.MonkeyPatch.context()
     with context as patch:
         patch.setattr(sensitivity, "rank", lambda *_: [Layer(str(i), 1.0, 0) for i in range(count)])
         patch.setattr(
-            sensitivity, "_accuracy", lambda subject, _: 1 - (drops[subject.kept] if subject.kept < count else 0) / 100
+            sensitivity, "_accuracy", lambda setup, _: 1 - (drops[setup.kept] if setup.kept < count else 0) / 100
         )
-        kept, tried = fewest_fp32_layers(fake, allowed, still)
-    want = next((n for n in range(count) if 100 * (1 - (1 - drops[n] / 100)) <= allowed), count)
-    assert kept == want
-    assert len(tried) <= count.bit_length() + 1
+        count_kept, trials = fewest_fp32_layers(fake_setup, max_drop, no_progress)
+    expected = next((n for n in range(count) if 100 * (1 - (1 - drops[n] / 100)) <= max_drop), count)
+    assert count_kept == expected
+    assert len(trials) <= count.bit_length() + 1

@@ -1,4 +1,4 @@
-"""The folder of result files: the newest run, free names, and figures of an artifact."""
+"""Tests of the results folder: the newest run, free file names, and the measurements of an artifact."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from toolchain.results.measurements import Measurement
 from toolchain.results.result_file import ResultFile
 
 
-def test_the_newest_result_of_the_model_is_found(tmp_path):
+def test_newest_returns_the_newest_result_of_the_model(tmp_path):
     folder = ResultsFolder(tmp_path)
     with pytest.raises(BenchError, match="no result of m"):
         folder.read_newest("m", pytest.fail)
@@ -22,12 +22,12 @@ def test_the_newest_result_of_the_model_is_found(tmp_path):
     with pytest.raises(BenchError, match="no result of other"):
         folder.read_newest("other", pytest.fail)
     (tmp_path / "broken.json").write_text("{")
-    said = []
-    assert folder.read_newest("m", said.append).rows == (INT8,)
-    assert "broken.json is not a valid result file" in said[0]
+    messages = []
+    assert folder.read_newest("m", messages.append).rows == (INT8,)
+    assert "broken.json is not a valid result file" in messages[0]
 
 
-def test_runs_that_end_in_one_second_have_a_file_each(tmp_path):
+def test_runs_that_end_in_the_same_second_have_separate_files(tmp_path):
     folder = ResultsFolder(tmp_path)
     files = [folder.save_local(result(FP32, run={"id": name}), "m") for name in "abc"]
     assert [path.name for path in files] == [f"m-20260101T000000Z{number}.json" for number in ("", ".2", ".3")]
@@ -39,23 +39,23 @@ def test_a_run_without_a_measured_row_or_with_a_failed_one_is_refused():
     require_measured(result(FP32, NO_GPU))
     with pytest.raises(BenchError, match="No cell was measured: No GPU"):
         require_measured(result(NO_GPU))
-    failed = Measurement("m", "onnx-int8", "cpu", None, "failed", "It crashed.", "Look.")
+    failed_row = Measurement("m", "onnx-int8", "cpu", None, "failed", "It crashed.", "Look.")
     with pytest.raises(BenchError, match="1 of 2 cells failed: onnx-int8@cpu: It crashed"):
-        require_measured(result(FP32, failed))
+        require_measured(result(FP32, failed_row))
 
 
-def test_the_newest_run_that_measured_an_artifact_counts(tmp_path):
+def test_measurements_of_an_artifact_start_with_the_newest(tmp_path):
     folder = ResultsFolder(tmp_path)
-    committed = ResultFile.read(ROOT / "benchmarks" / "results" / "reference-xeon-2cores.json")
-    row = committed.rows[0]
+    committed_file = ResultFile.read(ROOT / "benchmarks" / "results" / "reference-xeon-2cores.json")
+    row = committed_file.rows[0]
     for path, created in (
         (folder.local / "a.json", "2026-01-02T00:00:00+00:00"),
         (folder.path / "b.json", "2026-01-01T00:00:00+00:00"),
     ):
-        dataclasses.replace(committed, rows=(row,), created=created).write(path)
-    found = folder.measurements_of([row.artifact_id, "nothing"], pytest.fail)
-    assert found.keys() == {row.artifact_id}
-    assert found[row.artifact_id][0].created.startswith("2026-01-02")
+        dataclasses.replace(committed_file, rows=(row,), created=created).write(path)
+    measurements = folder.measurements_of([row.artifact_id, "nothing"], pytest.fail)
+    assert measurements.keys() == {row.artifact_id}
+    assert measurements[row.artifact_id][0].created.startswith("2026-01-02")
 
 
 def test_an_old_run_is_not_compared_with_itself(tmp_path):

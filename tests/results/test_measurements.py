@@ -1,4 +1,4 @@
-"""Samples, rows, and valid and invalid result files."""
+"""Tests of samples, rows, and valid files, invalid result files."""
 
 import dataclasses
 import json
@@ -17,28 +17,31 @@ rounds = st.lists(st.lists(st.integers(1, 10**7), max_size=700), min_size=1, max
 
 
 @given(rounds)
-def test_thinning_is_even_keeps_rounds_and_the_true_count(times):
+def test_thinning_is_even_and_keeps_the_rounds_and_the_count(times):
     samples = samples_of(times)
     assert samples.count == sum(map(len, times))
     assert len(samples.values()) == min(samples.count, MAX_SAMPLES)
     assert len(samples.rounds) == len(times)
-    for kept, timed in zip(samples.rounds, times, strict=True):
-        remaining = iter(timed)
-        assert all(value in remaining for value in kept)  # a subsequence
+    for kept_round, timed_round in zip(samples.rounds, times, strict=True):
+        remaining = iter(timed_round)
+        assert all(value in remaining for value in kept_round)  # a subsequence of the times
         share = MAX_SAMPLES / samples.count if samples.count > MAX_SAMPLES else 1
-        assert abs(len(kept) - share * len(timed)) <= 1
+        assert abs(len(kept_round) - share * len(timed_round)) <= 1
 
 
-def test_thinning_does_not_lose_the_same_sentences_of_every_repetition():
-    """Four repetitions of 250 sentences in each of 8 rounds: every n-th would keep only some of the sentences."""
+def test_thinning_loses_different_sentences_in_each_repetition():
+    """Four repetitions of 250 sentences in each of 8 rounds.
+
+    Keeping each n-th sample would lose some sentences entirely.
+    """
     sentence_ids = list(range(1, 251)) * 4
-    kept = samples_of([sentence_ids] * 8)
-    assert len(kept.values()) == MAX_SAMPLES
-    assert len(set(kept.values())) > 240
+    samples = samples_of([sentence_ids] * 8)
+    assert len(samples.values()) == MAX_SAMPLES
+    assert len(set(samples.values())) > 240
 
 
 @given(rounds)
-def test_quantiles_are_those_of_numpy(times):
+def test_quantiles_equal_those_of_numpy(times):
     samples = samples_of(times)
     figures = samples.milliseconds()
     for name, q in {"p50": 50, "p90": 90, "p95": 95, "p99": 99}.items():
@@ -46,20 +49,22 @@ def test_quantiles_are_those_of_numpy(times):
     assert figures["p50"] <= figures["p90"] <= figures["p95"] <= figures["p99"]
 
 
-def test_throughput_is_sentences_over_time():
+def test_throughput_is_sentences_per_second():
     assert Samples.from_rounds([[1000, 3000]], [[32, 8]]).per_second() == 10_000
 
 
-def test_a_result_file_is_read_back_as_it_was_written(tmp_path):
-    unavailable = Measurement("m", "onnx-fp32", "cuda", None, "unavailable", "No GPU.", "Get one.")
-    reported = Measurement("m", "torch-fp32", "cpu", None, "reported", latency_ms={"p50": 9.0}, throughput_per_s=3.0)
-    written = result(row(), unavailable, reported)
-    written.write(tmp_path / "deep" / "r.json")
-    assert ResultFile.read(tmp_path / "deep" / "r.json") == written
+def test_a_result_file_can_be_written_and_read_back(tmp_path):
+    unavailable_row = Measurement("m", "onnx-fp32", "cuda", None, "unavailable", "No GPU.", "Get one.")
+    reported_row = Measurement(
+        "m", "torch-fp32", "cpu", None, "reported", latency_ms={"p50": 9.0}, throughput_per_s=3.0
+    )
+    result_file = result(row(), unavailable_row, reported_row)
+    result_file.write(tmp_path / "deep" / "r.json")
+    assert ResultFile.read(tmp_path / "deep" / "r.json") == result_file
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["r.json"]
 
 
-def test_the_file_holds_raw_samples_in_one_line_a_row(tmp_path):
+def test_a_result_file_has_one_line_of_raw_samples_per_row(tmp_path):
     result(row()).write(tmp_path / "r.json")
     body = json.loads((tmp_path / "r.json").read_text())
     assert body["schema"] == 2
@@ -88,7 +93,7 @@ def change_samples(values):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (lambda body: body.update(schema=3), "schema: Input should be 1 or 2"),
         (lambda body: body.pop("rows"), "rows: Field required"),
@@ -127,12 +132,12 @@ def change_samples(values):
         (lambda body: body["rows"].append(body["rows"][0]), "two rows have the same cell"),
     ],
 )
-def test_a_file_that_contradicts_itself_is_refused(tmp_path, change, says):
+def test_an_inconsistent_result_file_is_refused(tmp_path, change, message):
     result(row()).write(tmp_path / "r.json")
     body = json.loads((tmp_path / "r.json").read_text())
     change(body)
     (tmp_path / "r.json").write_text(json.dumps(body))
-    with pytest.raises(ResultFileError, match=says):
+    with pytest.raises(ResultFileError, match=message):
         ResultFile.read(tmp_path / "r.json")
 
 
@@ -145,23 +150,23 @@ def test_a_file_without_a_result_is_refused(tmp_path, text):
         ResultFile.read(tmp_path / "missing.json")
 
 
-def test_a_truncated_file_is_refused_wherever_it_was_cut(tmp_path):
+def test_a_truncated_file_is_refused_at_any_length(tmp_path):
     result(row()).write(tmp_path / "r.json")
-    whole = (tmp_path / "r.json").read_text()
-    for cut in range(0, len(whole) - 2, 37):
-        (tmp_path / "r.json").write_text(whole[:cut])
+    text = (tmp_path / "r.json").read_text()
+    for length in range(0, len(text) - 2, 37):
+        (tmp_path / "r.json").write_text(text[:length])
         with pytest.raises(ResultFileError):
             ResultFile.read(tmp_path / "r.json")
 
 
-def test_a_place_that_cannot_be_written_is_an_error_in_words(tmp_path):
+def test_a_path_that_cannot_be_written_raises_a_result_file_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ResultFileError, match="cannot be written"):
         result(row()).write(tmp_path / "file" / "r.json")
 
 
-def test_nan_is_not_written(tmp_path):
-    bad = dataclasses.replace(row(), memory_bytes={"peak": float("nan")})
+def test_a_nan_is_not_written(tmp_path):
+    row_with_nan = dataclasses.replace(row(), memory_bytes={"peak": float("nan")})
     with pytest.raises(ValueError, match="not JSON compliant"):
-        result(bad).write(tmp_path / "r.json")
+        result(row_with_nan).write(tmp_path / "r.json")
     assert not (tmp_path / "r.json").exists()

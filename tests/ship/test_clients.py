@@ -1,6 +1,7 @@
-"""Bundles in their clients, on the whole validation set: Node, a bare Python, OpenVINO, a browser, emulated processors.
+"""Bundles in their clients, on the whole validation set: Node, a bare Python, OpenVINO, and a browser.
 
-`make test-clients` installs the clients. The tests of a missing client are skipped.
+Some tests run on emulated processors. `make test-clients` installs the clients; the tests of a missing client are
+skipped.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ CLIENTS = CACHE / "test-clients"
 PYTHON, OPENVINO, PHONE, TEXTS = (
     CLIENTS / name / "bin" / "python" for name in ("python", "openvino", "phone", "texts")
 )
-MOST_FLIPS = 5  # of 872: kernels round differently
+MOST_FLIPS = 5  # of 872 sentences, since kernels round differently
 NODE = shutil.which("node")
 
 pytestmark = pytest.mark.slow
@@ -56,11 +57,11 @@ on_each_processor = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def bundles(reference, tmp_path_factory):
-    """The reference's bundles; the web one with its page where the clients are installed."""
+    """The reference's bundles. The web bundle has its page where the clients are installed."""
     folder = tmp_path_factory.mktemp("bundles")
-    if MODULES:  # Node looks for packages beside a file and above
+    if MODULES:  # Node searches for packages in the folder of a file and its parents
         (folder / "node_modules").symlink_to(MODULES)
-        # `ship` looks for the page's clients here
+        # `ship` searches for the page's packages here
         (reference.exported / ".cache").mkdir(exist_ok=True)
         (reference.exported / ".cache" / MODULES.parent.name).symlink_to(MODULES.parent)
     for target, names in (
@@ -75,8 +76,8 @@ def bundles(reference, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory, reference):
-    """The validation set as files clients can read: texts, and tokens."""
+def validation_set(tmp_path_factory, reference):
+    """A folder with the validation set as texts and as tokens, in JSON."""
     folder = tmp_path_factory.mktemp("asked")
     data, manifest = inputs.load_embedded(), reference.load("onnx-int8").manifest
     encoder = Encoder.open(reference.path("onnx-int8"), ["input_ids", "attention_mask"], manifest.max_length)
@@ -86,69 +87,71 @@ def asked(tmp_path_factory, reference):
 
 
 @pytest.fixture(scope="module")
-def here(reference, asked):
-    """Variant → logits of the validation set in this Python, one by one."""
-    rows = json.loads((asked / "tokens.json").read_text())
+def logits_here(reference, validation_set):
+    """Returns a function: variant → logits of the validation set, computed in this Python one by one."""
+    rows = json.loads((validation_set / "tokens.json").read_text())
 
     @functools.cache
-    def logits(variant):
+    def reference_logits(variant):
         session = open_session(reference.path(variant), "onnx", Place("cpu", 2))
         return np.concatenate([session.run(pad([row], ("input_ids", "attention_mask"), 0)) for row in rows])
 
-    return logits
+    return reference_logits
 
 
 def run(*arguments, cwd=None):
-    done = subprocess.run(list(map(str, arguments)), cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    completed = subprocess.run(
+        list(map(str, arguments)), cwd=cwd, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    return completed.stdout
 
 
-def flips(answers, logits):
+def count_flips(answers, logits):
     labels = np.array(["NEGATIVE", "POSITIVE"])[logits.argmax(1)]
     return int((labels != np.array(answers)).sum())
 
 
-def agree(answers, logits, scheme):
-    """Within the tolerance a bundle states, and with as few flips as rounding explains."""
+def require_similar(answers, logits, scheme):
+    """Checks that the logits are within the bundle's tolerance, and that few labels flip."""
     deltas = np.abs(np.array(answers) - logits).max(axis=1)
     assert deltas.max() <= TOLERANCES[scheme]["largest"]
     assert np.median(deltas) <= TOLERANCES[scheme]["median"]
-    allowed = 0 if scheme == "fp32" else MOST_FLIPS
-    assert int((np.array(answers).argmax(1) != logits.argmax(1)).sum()) <= allowed
+    max_flips = 0 if scheme == "fp32" else MOST_FLIPS
+    assert int((np.array(answers).argmax(1) != logits.argmax(1)).sum()) <= max_flips
 
 
 @needs_node
 @pytest.mark.parametrize(("dtype", "variant"), [("q8", "onnx-int8"), ("fp32", "onnx-fp32"), ("q4", "onnx-int4")])
-def test_transformers_js_on_node_answers_alike(bundles, asked, here, dtype, variant):
+def test_transformers_js_on_node_gives_the_labels(bundles, validation_set, logits_here, dtype, variant):
     shutil.copy(TESTS / "clients" / "transformers.mjs", bundles)
-    found = json.loads(run(NODE, bundles / "transformers.mjs", bundles / "web", dtype, asked / "texts.json"))
-    assert len(found["answers"]) == 872
-    assert flips(found["answers"], here(variant)) <= (0 if dtype == "fp32" else MOST_FLIPS)
+    output = json.loads(run(NODE, bundles / "transformers.mjs", bundles / "web", dtype, validation_set / "texts.json"))
+    assert len(output["answers"]) == 872
+    assert count_flips(output["answers"], logits_here(variant)) <= (0 if dtype == "fp32" else MOST_FLIPS)
 
 
 @needs_node
 @pytest.mark.parametrize("variant", ["onnx-int8", "onnx-fp32"])
-def test_plain_onnxruntime_on_node_answers_alike(bundles, asked, here, variant):
+def test_onnxruntime_on_node_gives_the_logits(bundles, validation_set, logits_here, variant):
     shutil.copy(TESTS / "clients" / "node.mjs", bundles)
     file = next(m for m in shipping.read(bundles / "web")["models"] if m["variant"] == variant)["file"]
-    found = json.loads(run(NODE, bundles / "node.mjs", bundles / "web", file, asked / "tokens.json"))
-    agree(found["answers"], here(variant), "fp32" if variant == "onnx-fp32" else "int8")
+    output = json.loads(run(NODE, bundles / "node.mjs", bundles / "web", file, validation_set / "tokens.json"))
+    require_similar(output["answers"], logits_here(variant), "fp32" if variant == "onnx-fp32" else "int8")
 
 
 @needs_node
-def test_the_bundle_proves_itself_on_node(bundles, tmp_path):
-    said = run(NODE, "verify.mjs", cwd=bundles / "web")
-    assert re.search(r"^onnx-int8: golden sentences passed", said, re.MULTILINE)
-    assert re.search(r"^onnx-fp32: golden sentences passed", said, re.MULTILINE)
+def test_a_bundle_verifies_itself_on_node(bundles, tmp_path):
+    output = run(NODE, "verify.mjs", cwd=bundles / "web")
+    assert re.search(r"^onnx-int8: golden sentences passed", output, re.MULTILINE)
+    assert re.search(r"^onnx-fp32: golden sentences passed", output, re.MULTILINE)
     (tmp_path / "node_modules").symlink_to(MODULES)
     shutil.copytree(bundles / "web", tmp_path / "web")
     golden = json.loads((tmp_path / "web" / "golden.json").read_text())
     golden["logits"]["onnx-int8"][2][0] += 1
     (tmp_path / "web" / "golden.json").write_text(json.dumps(golden))
-    broken = subprocess.run([NODE, "verify.mjs"], cwd=tmp_path / "web", capture_output=True, text=True, check=False)
-    assert broken.returncode == 3
-    assert "onnx-int8: FAILED: the largest difference" in broken.stdout
+    failed_run = subprocess.run([NODE, "verify.mjs"], cwd=tmp_path / "web", capture_output=True, text=True, check=False)
+    assert failed_run.returncode == 3
+    assert "onnx-int8: FAILED: the largest difference" in failed_run.stdout
 
 
 @needs_node
@@ -156,19 +159,19 @@ def test_the_node_code_of_the_readme_runs(bundles):
     readme = (bundles / "web" / "README.md").read_text()
     code = re.search(r"```js\n(.*?)```", readme, re.DOTALL)[1]
     (bundles / "readme.mjs").write_text(code.replace("/path/to/this/folder", str(bundles / "web")))
-    said = run(NODE, bundles / "readme.mjs")
-    assert said.index("POSITIVE") < said.index("NEGATIVE")
+    output = run(NODE, bundles / "readme.mjs")
+    assert output.index("POSITIVE") < output.index("NEGATIVE")
 
 
 @needs_python
 @pytest.mark.parametrize("target", ["python", "web", "other"])
-def test_a_bare_python_verifies_the_bundle(bundles, target):
-    said = run(PYTHON, "-I", bundles / target / "verify.py")
-    assert said.count("golden sentences passed") == (3 if target == "web" else 2)
+def test_a_bare_python_verifies_a_bundle(bundles, target):
+    output = run(PYTHON, "-I", bundles / target / "verify.py")
+    assert output.count("golden sentences passed") == (3 if target == "web" else 2)
 
 
 @needs_python
-def test_a_bare_python_has_nothing_but_the_requirements():
+def test_the_bare_python_has_no_other_package():
     names = ("torch", "transformers", "toolchain", "onnx")
     code = f"import importlib.util as u; print([name for name in {names} if u.find_spec(name)])"
     assert run(PYTHON, "-I", "-c", code).strip() == "[]"
@@ -176,10 +179,10 @@ def test_a_bare_python_has_nothing_but_the_requirements():
 
 @needs_python
 @pytest.mark.parametrize("variant", ["onnx-int8", "onnx-int8-portable"])
-def test_the_runner_gives_the_872_labels(bundles, asked, here, variant):
+def test_the_runner_gives_the_872_labels(bundles, validation_set, logits_here, variant):
     script = TESTS / "clients" / "bare.py"
-    found = json.loads(run(PYTHON, script, bundles / "python", variant, asked / "texts.json"))["answers"]
-    assert flips(found, here(variant)) == 0  # the same kernels
+    labels = json.loads(run(PYTHON, script, bundles / "python", variant, validation_set / "texts.json"))["answers"]
+    assert count_flips(labels, logits_here(variant)) == 0  # both runtimes have the same kernels
 
 
 @needs_python
@@ -187,32 +190,34 @@ def test_the_python_code_of_the_readme_runs_on_a_bare_python(bundles, tmp_path):
     block = re.search(r"```python\n(.*?)```", (bundles / "python" / "README.md").read_text(), re.DOTALL)[1]
     block = block.replace("/path/to/this/folder", str(bundles / "python"))
     (tmp_path / "classify.py").write_bytes((bundles / "python" / "classify.py").read_bytes())
-    said = run(PYTHON, "-c", block, cwd=tmp_path)
-    assert said.count("POSITIVE") == 2
+    output = run(PYTHON, "-c", block, cwd=tmp_path)
+    assert output.count("POSITIVE") == 2
     line = run(PYTHON, "classify.py", "a charming and often affecting journey .", cwd=bundles / "python")
     assert re.fullmatch(r"POSITIVE\t0\.\d+\ta charming and often affecting journey \.\n", line)
 
 
 @pytest.mark.skipif(not TEXTS.exists(), reason="needs `make test-clients`")
-def test_a_graph_with_the_tokenizer_gives_the_872_labels(reference, asked, here, tmp_path):
+def test_a_graph_with_the_tokenizer_gives_the_872_labels(reference, validation_set, logits_here, tmp_path):
     order = Order(("onnx-int8",), "python", with_tokenizer=True)
     shipping.ship(reference, order, tmp_path / "b", lambda line: None, no_bar)
     assert "golden sentences passed" in run(TEXTS, "-I", tmp_path / "b" / "verify.py")
-    found = json.loads(run(TEXTS, TESTS / "clients" / "bare.py", tmp_path / "b", "onnx-int8", asked / "texts.json"))
-    assert flips(found["answers"], here("onnx-int8")) == 0
+    output = json.loads(
+        run(TEXTS, TESTS / "clients" / "bare.py", tmp_path / "b", "onnx-int8", validation_set / "texts.json")
+    )
+    assert count_flips(output["answers"], logits_here("onnx-int8")) == 0
 
 
 @needs_phone
-def test_the_release_a_phone_s_bundle_is_for_reads_both_formats(bundles):
+def test_the_release_of_a_phone_bundle_reads_both_formats(bundles):
     version = run(PHONE, "-c", "import onnxruntime; print(onnxruntime.__version__)").strip()
     assert version.startswith(shipping.read(bundles / "mobile")["ort_mobile"] + ".")
-    said = run(PHONE, "-I", bundles / "mobile" / "verify.py")
-    assert said.count("golden sentences passed") == 6
+    output = run(PHONE, "-I", bundles / "mobile" / "verify.py")
+    assert output.count("golden sentences passed") == 6
 
 
 @needs_phone
 @pytest.mark.parametrize("target", ["python", "other"])
-def test_the_oldest_runtime_a_bundle_names_answers_its_padded_batches(bundles, target):
+def test_the_oldest_runtime_of_a_bundle_verifies_it(bundles, target):
     version = run(PHONE, "-c", "import onnxruntime; print(onnxruntime.__version__)").strip()
     assert version.startswith(shipping.read(bundles / target)["onnxruntime"] + ".")
     assert run(PHONE, "-I", bundles / target / "verify.py").count("golden sentences passed") == 2
@@ -222,16 +227,16 @@ def test_the_oldest_runtime_a_bundle_names_answers_its_padded_batches(bundles, t
 @pytest.mark.parametrize(
     ("variant", "scheme"), [("onnx-int8", "int8"), ("onnx-int8-portable", "int8"), ("onnx-fp32", "fp32")]
 )
-def test_that_release_answers_alike(bundles, asked, here, variant, scheme):
+def test_the_release_of_a_phone_bundle_gives_the_logits(bundles, validation_set, logits_here, variant, scheme):
     script = TESTS / "clients" / "old_runtime.py"
-    found = json.loads(run(PHONE, script, bundles / "mobile" / f"{variant}.ort", asked / "tokens.json"))
-    assert len(found["answers"]) == 872
-    agree(found["answers"], here(variant), scheme)
+    output = json.loads(run(PHONE, script, bundles / "mobile" / f"{variant}.ort", validation_set / "tokens.json"))
+    assert len(output["answers"]) == 872
+    require_similar(output["answers"], logits_here(variant), scheme)
 
 
 @pytest.fixture(scope="module")
 def short_bundles(reference, tmp_path_factory):
-    """Bundles without the over-long golden sentence: an emulated processor takes as long for it as for all others."""
+    """Bundles without the over-long golden sentence, which takes an emulated processor as long as all the others."""
     folder = tmp_path_factory.mktemp("short-bundles")
     if MODULES:
         (folder / "node_modules").symlink_to(MODULES)
@@ -249,13 +254,13 @@ def short_bundles(reference, tmp_path_factory):
 
 
 @on_each_processor
-def test_an_emulated_processor_saturates_as_its_model_does(short_bundles, processor):
+def test_an_emulated_processor_saturates_only_without_the_option_and_vnni(short_bundles, processor):
     code = (
         "import sys; sys.path.append(sys.argv[1]); "
         "import verify; print(verify.saturates(), verify.saturates(exact=True))"
     )
-    said = run(*emulated.python(processor, CLIENTS), "-I", "-B", "-c", code, short_bundles / "python")
-    assert said.split() == [str(processor == emulated.AVX2), "False"]
+    output = run(*emulated.python(processor, CLIENTS), "-I", "-B", "-c", code, short_bundles / "python")
+    assert output.split() == [str(processor == emulated.AVX2), "False"]
 
 
 @on_each_processor
@@ -263,32 +268,32 @@ def test_an_emulated_processor_saturates_as_its_model_does(short_bundles, proces
     ("target", "files"), [("python", ["onnx-int8", "onnx-int8-portable"]), ("mobile", ["onnx-int8", "onnx-int8.ort"])]
 )
 def test_a_bundle_verifies_itself_on_other_processors(short_bundles, processor, target, files):
-    said = run(*emulated.python(processor, CLIENTS), "-I", short_bundles / target / "verify.py")
-    assert re.findall(r"^(.*): golden sentences passed", said, re.MULTILINE) == files
+    output = run(*emulated.python(processor, CLIENTS), "-I", short_bundles / target / "verify.py")
+    assert re.findall(r"^(.*): golden sentences passed", output, re.MULTILINE) == files
 
 
 @needs_phone
 @needs_avx2
 @pytest.mark.parametrize(("target", "files"), [("mobile", 2), ("other", 1)])
-def test_the_oldest_release_is_exact_with_avx2(short_bundles, target, files):
-    said = run(*emulated.program(emulated.AVX2, PHONE), "-I", short_bundles / target / "verify.py")
-    assert said.count("golden sentences passed") == files
+def test_the_oldest_release_verifies_a_bundle_with_avx2(short_bundles, target, files):
+    output = run(*emulated.program(emulated.AVX2, PHONE), "-I", short_bundles / target / "verify.py")
+    assert output.count("golden sentences passed") == files
 
 
 @needs_node
 @needs_avx2
-def test_the_bundle_proves_itself_on_node_with_avx2(short_bundles):
-    said = run(*emulated.program(emulated.AVX2, NODE), "verify.mjs", cwd=short_bundles / "web")
-    assert re.search(r"^onnx-int8: golden sentences passed", said, re.MULTILINE)
+def test_a_bundle_verifies_itself_on_node_with_avx2(short_bundles):
+    output = run(*emulated.program(emulated.AVX2, NODE), "verify.mjs", cwd=short_bundles / "web")
+    assert re.search(r"^onnx-int8: golden sentences passed", output, re.MULTILINE)
 
 
 @needs_openvino
 @pytest.mark.parametrize(("variant", "scheme"), [("onnx-std", "fp32"), ("onnx-std-int8", "int8")])
-def test_openvino_answers_alike(bundles, asked, here, variant, scheme):
+def test_openvino_gives_the_logits(bundles, validation_set, logits_here, variant, scheme):
     script = TESTS / "clients" / "openvino_runtime.py"
     file = next(m for m in shipping.read(bundles / "other")["models"] if m["variant"] == variant)["file"]
-    found = json.loads(run(OPENVINO, script, bundles / "other" / file, asked / "tokens.json"))
-    agree(found["answers"], here(variant), scheme)
+    output = json.loads(run(OPENVINO, script, bundles / "other" / file, validation_set / "tokens.json"))
+    require_similar(output["answers"], logits_here(variant), scheme)
 
 
 @needs_openvino
@@ -305,7 +310,7 @@ def test_the_project_readme_runs_on_node(bundles):
 
 @pytest.fixture
 def exported(bundles, tmp_path):
-    """A folder in which the README's paths lead to the bundles."""
+    """A folder with links to the bundles at the paths of the README."""
     (tmp_path / "exported" / "reference").mkdir(parents=True)
     for target in ("python", "other"):
         (tmp_path / "exported" / "reference" / f"bundle-{target}").symlink_to(bundles / target)
@@ -323,26 +328,28 @@ def test_the_project_readme_runs_in_openvino(exported):
     assert positive > negative
 
 
-def test_standard_operators_cost_few_answers(here):
-    """Against its own fp32 graph."""
+def test_int8_loses_few_answers(logits_here):
+    """The reference is the fp32 graph of standard operators."""
     labels = np.array(inputs.load_embedded().labels)
-    right = {v: int((here(v).argmax(1) == labels).sum()) for v in ("onnx-std", "onnx-std-int8", "onnx-int8-portable")}
-    assert right["onnx-std"] == 789
-    assert min(right.values()) >= 789 - 9  # a point
+    correct = {
+        v: int((logits_here(v).argmax(1) == labels).sum()) for v in ("onnx-std", "onnx-std-int8", "onnx-int8-portable")
+    }
+    assert correct["onnx-std"] == 789
+    assert min(correct.values()) >= 789 - 9  # one percentage point
     for variant in ("onnx-std-int8", "onnx-int8-portable"):
-        assert (here(variant).argmax(1) != here("onnx-std").argmax(1)).mean() <= 0.02
+        assert (logits_here(variant).argmax(1) != logits_here("onnx-std").argmax(1)).mean() <= 0.02
 
 
 @pytest.fixture(scope="module")
 def site(bundles):
-    """The web bundle as `python -m http.server` serves it."""
-    with serving(bundles / "web") as address:
+    """The address of the web bundle, served as by `python -m http.server`."""
+    with serve(bundles / "web") as address:
         yield address
 
 
 @contextlib.contextmanager
-def serving(folder):
-    """The address of a folder, served."""
+def serve(folder):
+    """Serves a folder and yields its address."""
     handler = functools.partial(_Quiet, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -357,8 +364,8 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    with Chromium(tmp_path_factory.mktemp("profile")) as running:
-        yield running
+    with Chromium(tmp_path_factory.mktemp("profile")) as chromium:
+        yield chromium
 
 
 READY = """(async () => {
@@ -370,31 +377,33 @@ SCORE_ALL = (TESTS / "clients" / "page.js").read_text()
 ANSWER = "document.getElementById('answer').innerText"
 
 
-def offline(browser, *, yes):
-    browser.ask("Network.emulateNetworkConditions", offline=yes, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+def set_offline(browser, *, enabled):
+    browser.ask(
+        "Network.emulateNetworkConditions", offline=enabled, latency=0, downloadThroughput=-1, uploadThroughput=-1
+    )
 
 
 @needs_chromium
 @pytest.mark.web
-def test_the_page_answers_with_the_network_off(browser, site):
+def test_the_page_works_without_a_network(browser, site):
     browser.show_as()
     browser.open(site)
     assert "onnx-int8 is ready" in browser.run(READY)
-    offline(browser, yes=True)
+    set_offline(browser, enabled=True)
     try:
         browser.run("document.getElementById('text').value = 'a waste of two hours .'")
         browser.run("document.getElementById('classify').focus()")
         browser.press("Enter", 13)
-        said = browser.run(READY)
-        assert re.match(r"NEGATIVE\s+\d\d\.\d %\s+POSITIVE\s+\d\.\d %\s+onnx-int8 took \d+(\.\d)? ms", said), said
+        answer = browser.run(READY)
+        assert re.match(r"NEGATIVE\s+\d\d\.\d %\s+POSITIVE\s+\d\.\d %\s+onnx-int8 took \d+(\.\d)? ms", answer), answer
     finally:
-        offline(browser, yes=False)
+        set_offline(browser, enabled=False)
     assert browser.complaints(site) == []
 
 
 @needs_chromium
 @pytest.mark.web
-def test_the_golden_sentences_hold_in_the_browser_for_every_variant(browser, site):
+def test_the_page_verifies_every_variant(browser, site):
     browser.open(site)
     browser.run(READY)
     proof = "document.getElementById('proof').innerText"
@@ -407,19 +416,19 @@ def test_the_golden_sentences_hold_in_the_browser_for_every_variant(browser, sit
             assert f"{variant} is ready" in browser.run(READY)
         browser.run("document.getElementById('check').click()")
         browser.run(READY)
-        said = browser.run(proof)
-        assert said.startswith(f"{variant}: 20 golden sentences and 2 batches match the recorded logits"), said
+        text = browser.run(proof)
+        assert text.startswith(f"{variant}: 20 golden sentences and 2 batches match the recorded logits"), text
     assert browser.complaints(site) == []
 
 
 @needs_chromium
 @pytest.mark.web
-def test_the_browser_gives_the_872_labels(browser, site, asked, here):
+def test_the_browser_gives_the_872_labels(browser, site, validation_set, logits_here):
     browser.open(site)
     browser.run(READY)
-    texts = (asked / "texts.json").read_text()
-    found = browser.run(f"({SCORE_ALL})('q8', {texts})")["answers"]
-    assert flips(found, here("onnx-int8")) <= MOST_FLIPS
+    texts = (validation_set / "texts.json").read_text()
+    labels = browser.run(f"({SCORE_ALL})('q8', {texts})")["answers"]
+    assert count_flips(labels, logits_here("onnx-int8")) <= MOST_FLIPS
 
 
 @needs_chromium
@@ -431,7 +440,7 @@ def test_the_page_of_the_readme_runs(browser, bundles, tmp_path):
         "<!doctype html><title>mine</title><link rel=icon href='data:,'>"
         + block.replace("console.log(", "window.said = (")
     )
-    with serving(tmp_path / "web") as address:
+    with serve(tmp_path / "web") as address:
         browser.open(f"{address}mine.html")
         wait = "(async () => { while (!window.said) await new Promise(r => setTimeout(r, 50)); return window.said })()"
         assert browser.run(wait)[0]["label"] == "POSITIVE"
@@ -440,17 +449,17 @@ def test_the_page_of_the_readme_runs(browser, bundles, tmp_path):
 
 @needs_chromium
 @pytest.mark.web
-@pytest.mark.parametrize("shown", [{}, {"scheme": "dark"}, {"width": 360, "height": 740}])
-def test_the_page_fits_and_can_be_read(browser, site, shown):
-    browser.show_as(**shown)
+@pytest.mark.parametrize("settings", [{}, {"scheme": "dark"}, {"width": 360, "height": 740}])
+def test_the_page_fits_the_window_and_its_controls_have_names(browser, site, settings):
+    browser.show_as(**settings)
     browser.open(site)
     browser.run(READY)
     assert browser.run("document.documentElement.scrollWidth <= innerWidth")
-    dark = shown.get("scheme") == "dark"
+    is_dark = settings.get("scheme") == "dark"
     assert browser.run("getComputedStyle(document.body).backgroundColor") == (
-        "rgb(20, 24, 29)" if dark else "rgb(255, 255, 255)"
+        "rgb(20, 24, 29)" if is_dark else "rgb(255, 255, 255)"
     )
-    # Everything that can be used has a name and can be reached by keyboard.
+    # Each control has a name and can be reached with the keyboard.
     names = "[...document.querySelectorAll('textarea, select, button')].map(e => (e.labels?.[0] ?? e).innerText)"
     assert browser.run(names) == ["Text", "Variant", "Classify", "Check this bundle"]
     assert browser.run("[...document.querySelectorAll('textarea, select, button')].every(e => e.tabIndex === 0)")
@@ -458,10 +467,10 @@ def test_the_page_fits_and_can_be_read(browser, site, shown):
 
 @needs_chromium
 @pytest.mark.web
-def test_a_bundle_that_lost_a_model_says_so_on_the_page(browser, bundles, tmp_path):
+def test_the_page_shows_an_error_where_a_model_is_missing(browser, bundles, tmp_path):
     shutil.copytree(bundles / "web", tmp_path / "web")
     (tmp_path / "web" / "onnx" / "model_quantized.onnx").unlink()
-    with serving(tmp_path / "web") as address:
+    with serve(tmp_path / "web") as address:
         browser.open(address)
         browser.run("new Promise(r => setTimeout(r, 1500))")
         assert "Error" in browser.run(ANSWER)

@@ -1,4 +1,4 @@
-"""Bundles for phones: both formats, the releases of ONNX Runtime that read them, and refusals."""
+"""Tests of bundles for phones: both formats, the releases of ONNX Runtime that read both file formats, and refusals."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ import onnx
 import pytest
 from conftest import run_toolchain
 from onnx import TensorProto, helper
-from test_ship import lies_there, make, reseal
+from test_ship import create_at, make, reseal
 
 from toolchain.artifacts.manifest import MANIFEST
 from toolchain.artifacts.steps import Export, Optimize
@@ -38,7 +38,7 @@ from toolchain.ship.targets.releases import (
 
 PRODUCTS = (b"DynamicQuantizeMatMul", b"QAttention")
 NAMES = ("onnx-int8", "onnx-int8-portable", "onnx-fp32")
-OLD = "onnx-fp32+no-first-query"  # has Attention alone, which ONNX Runtime 1.16 reads
+FULL_ATTENTION = "onnx-fp32+no-first-query"  # its only attention operator is Attention, which ONNX Runtime 1.16 reads
 FEED = {"input_ids": np.arange(1000, 1025)[None], "attention_mask": np.ones((1, 25), np.int64)}
 
 
@@ -47,148 +47,160 @@ def ship(workspace, output, *names, **order):
 
 
 @pytest.fixture(scope="module")
-def phone(built_tiny, tmp_path_factory):
-    """A bundle for phones of three variants; not to be changed."""
+def phone_bundle(built_tiny, tmp_path_factory):
+    """A bundle for phones with three variants. Do not change it."""
     folder = tmp_path_factory.mktemp("phone") / "bundle"
     ship(built_tiny, folder, *NAMES)
     return folder
 
 
 @pytest.fixture
-def bundle(phone, tmp_path):
-    """A copy of `phone`; a test may change it."""
-    return shutil.copytree(phone, tmp_path / "bundle")
+def bundle(phone_bundle, tmp_path):
+    """A copy of the bundle for phones, which a test may change."""
+    return shutil.copytree(phone_bundle, tmp_path / "bundle")
 
 
 @pytest.fixture(scope="module")
-def of_opset_20(tiny_checkpoint, tmp_path_factory):
-    """The tiny checkpoint's variants, exported with an operator set that has Gelu."""
+def opset_20_workspace(tiny_checkpoint, tmp_path_factory):
+    """The tiny checkpoint's variants, exported with an operator set that includes Gelu."""
     workspace = Workspace.open(str(tiny_checkpoint), tmp_path_factory.mktemp("opset-20"))
-    chain = {"onnx-std": Export(20), OLD: Optimize(passes=("fuse", "residual-sum", "first-token"))}
-    ensure(workspace, ["onnx-int8", OLD], chain, lambda line: None)
+    chain = {"onnx-std": Export(20), FULL_ATTENTION: Optimize(passes=("fuse", "residual-sum", "first-token"))}
+    ensure(workspace, ["onnx-int8", FULL_ATTENTION], chain, lambda line: None)
     return workspace
 
 
-def answer(path, feed=FEED):
+def logits_of(path, feed=FEED):
     session = open_session(path, "onnx", Place("cpu", 1))
     return session.run(feed)
 
 
 def one_node(node, *, domain="", opset=18, ir_version=8, weights=()):
-    """A model of a node that reads x, float [2], and the weights."""
+    """Returns a model of one node that reads x, a float [2], and the weights."""
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy")
     graph = helper.make_graph([node], "g", [x], [y], list(weights))
-    sets = [helper.make_opsetid("", opset), *([helper.make_opsetid(domain, 1)] if domain else [])]
-    return helper.make_model(graph, opset_imports=sets, ir_version=ir_version)
+    opsets = [helper.make_opsetid("", opset), *([helper.make_opsetid(domain, 1)] if domain else [])]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=ir_version)
 
 
 @pytest.mark.slow
-def test_both_formats_and_what_a_reduced_build_needs_are_there(phone, built_tiny):
-    body = json.loads((phone / "bundle.json").read_text())
+def test_a_phone_bundle_has_both_formats_and_the_files_for_a_reduced_build(phone_bundle, built_tiny):
+    body = json.loads((phone_bundle / "bundle.json").read_text())
     assert body["ort_mobile"] == "1.17"
-    listed = {entry["path"] for entry in body["files"]}
+    listed_paths = {entry["path"] for entry in body["files"]}
     for model in body["models"]:
-        assert {model["file"], model["ort"]["file"]} <= listed
-        assert sha256(phone / model["file"]) == sha256(built_tiny.path(model["variant"]) / "model.onnx")
-        assert model["ort"]["bytes"] == (phone / model["ort"]["file"]).stat().st_size
+        assert {model["file"], model["ort"]["file"]} <= listed_paths
+        assert sha256(phone_bundle / model["file"]) == sha256(built_tiny.path(model["variant"]) / "model.onnx")
+        assert model["ort"]["bytes"] == (phone_bundle / model["ort"]["file"]).stat().st_size
         assert model["ort"]["format"] == 6
-        assert model["oldest_release"] == "1.17"  # whose MultiHeadAttention has all attributes it is saved with
-        assert (answer(phone / model["ort"]["file"]) == answer(phone / model["file"])).all()
-    plain = (phone / "required_operators.config").read_text()
-    typed = (phone / "required_operators_and_types.config").read_text()
-    assert plain.splitlines()[:4] == ["# Generated from model/s:", *sorted(f"# - {name}.ort" for name in NAMES)]
-    assert re.search(r"^com\.microsoft;1;.*DynamicQuantizeMatMul.*MultiHeadAttention", plain, re.MULTILINE)
-    assert '"int8_t"' in typed
-    assert '"int8_t"' not in plain
+        # the first release whose MultiHeadAttention has all attributes of the file
+        assert model["oldest_release"] == "1.17"
+        assert (logits_of(phone_bundle / model["ort"]["file"]) == logits_of(phone_bundle / model["file"])).all()
+    operators_text = (phone_bundle / "required_operators.config").read_text()
+    types_text = (phone_bundle / "required_operators_and_types.config").read_text()
+    assert operators_text.splitlines()[:4] == [
+        "# Generated from model/s:",
+        *sorted(f"# - {name}.ort" for name in NAMES),
+    ]
+    assert re.search(r"^com\.microsoft;1;.*DynamicQuantizeMatMul.*MultiHeadAttention", operators_text, re.MULTILINE)
+    assert '"int8_t"' in types_text
+    assert '"int8_t"' not in operators_text
 
 
 @pytest.mark.slow
-def test_both_formats_are_verified_here_and_without_this_package(phone):
-    report = shipping.verify(phone)
+def test_both_formats_can_be_verified_with_and_without_this_package(phone_bundle):
+    report = shipping.verify(phone_bundle)
     assert set(report["models"]) == {*NAMES, *(f"{name}.ort" for name in NAMES)}
-    assert all(found["largest_delta"] < 1e-4 for found in report["models"].values())
-    alone = subprocess.run(
-        [sys.executable, "-I", phone / "verify.py"], capture_output=True, text=True, check=True, cwd=phone.parent
+    assert all(model_report["largest_delta"] < 1e-4 for model_report in report["models"].values())
+    completed = subprocess.run(
+        [sys.executable, "-I", phone_bundle / "verify.py"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=phone_bundle.parent,
     )
-    assert alone.stdout.count("golden sentences passed") == 6
-    assert "onnx-int8-portable.ort: golden" in alone.stdout
+    assert completed.stdout.count("golden sentences passed") == 6
+    assert "onnx-int8-portable.ort: golden" in completed.stdout
 
 
 @pytest.mark.slow
-def test_the_same_input_gives_the_same_bytes(phone, built_tiny, tmp_path):
-    """Also in another process: ONNX Runtime alone writes one table in a random order."""
-    where = ("--model", built_tiny.model, "--exported", built_tiny.exported)
-    done = run_toolchain("ship", *NAMES, "--target", "mobile", "--output", tmp_path / "b", *where, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    one, two = (json.dumps(bundled.read_bundle(folder), indent=1).splitlines() for folder in (tmp_path / "b", phone))
-    assert one == two
+def test_the_same_input_gives_the_same_bytes(phone_bundle, built_tiny, tmp_path):
+    """Uses another process too, since ONNX Runtime alone writes one table of the file in random order."""
+    model_options = ("--model", built_tiny.model, "--exported", built_tiny.exported)
+    completed = run_toolchain(
+        "ship", *NAMES, "--target", "mobile", "--output", tmp_path / "b", *model_options, cwd=tmp_path
+    )
+    assert completed.returncode == 0, completed.stderr
+    first, second = (
+        json.dumps(bundled.read_bundle(folder), indent=1).splitlines() for folder in (tmp_path / "b", phone_bundle)
+    )
+    assert first == second
 
 
 @pytest.mark.slow
-def test_operators_this_process_has_loaded_leave_no_trace(phone, built_tiny, tmp_path):
+def test_custom_operators_of_this_process_do_not_change_the_file(phone_bundle, built_tiny, tmp_path):
     import onnxruntime
     import onnxruntime_extensions
 
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
-    answered = onnxruntime.InferenceSession(str(phone / "onnx-fp32.onnx"), options)
-    ort_format.save(phone / "onnx-fp32.onnx", tmp_path / "onnx-fp32.ort")
-    assert answered.get_inputs()
-    assert (tmp_path / "onnx-fp32.ort").read_bytes() == (phone / "onnx-fp32.ort").read_bytes()
+    session = onnxruntime.InferenceSession(str(phone_bundle / "onnx-fp32.onnx"), options)
+    ort_format.save(phone_bundle / "onnx-fp32.onnx", tmp_path / "onnx-fp32.ort")
+    assert session.get_inputs()
+    assert (tmp_path / "onnx-fp32.ort").read_bytes() == (phone_bundle / "onnx-fp32.ort").read_bytes()
 
 
 @pytest.mark.slow
-def test_texts_in_both_formats(built_tiny, tmp_path):
+def test_both_formats_can_contain_the_tokenizer(built_tiny, tmp_path):
     body = ship(built_tiny, tmp_path / "b", "onnx-int8", with_tokenizer=True)
-    assert body["models"][0]["oldest_release"] == "1.17"  # whose opset has StringSplit
+    assert body["models"][0]["oldest_release"] == "1.17"  # the first release whose opset has StringSplit
     report = shipping.verify(tmp_path / "b")
     assert set(report["models"]) == {"onnx-int8", "onnx-int8.ort"}
-    assert all(found["largest_delta"] < 1e-4 for found in report["models"].values())
+    assert all(model_report["largest_delta"] < 1e-4 for model_report in report["models"].values())
     readme = (tmp_path / "b" / "README.md").read_text()
     assert "registerCustomOpLibrary" in readme
     assert "OrtExt" in readme
-    plain = (tmp_path / "b" / "required_operators.config").read_text()
-    assert re.search(r"^ai\.onnx\.contrib;1;.*WordpieceTokenizer", plain, re.MULTILINE)
+    operators_text = (tmp_path / "b" / "required_operators.config").read_text()
+    assert re.search(r"^ai\.onnx\.contrib;1;.*WordpieceTokenizer", operators_text, re.MULTILINE)
     with pytest.raises(ShippingError, match=r"StringSplit of a newer opset than 19"):
         ship(built_tiny, tmp_path / "old", "onnx-int8", with_tokenizer=True, ort_mobile="1.16")
 
 
 @pytest.mark.slow
-def test_the_order_of_a_table_is_all_that_is_changed(phone, tmp_path, monkeypatch):
-    content = (phone / "onnx-int8.ort").read_bytes()
-    forwards = ort_format._sort_entries
-    monkeypatch.setattr(ort_format, "_sort_entries", lambda *which: forwards(*which)[::-1])
-    backwards = ort_format._sort_kernel_types(content)
+def test_sorting_changes_only_the_order_of_a_table(phone_bundle, tmp_path, monkeypatch):
+    content = (phone_bundle / "onnx-int8.ort").read_bytes()
+    sort_entries = ort_format._sort_entries
+    monkeypatch.setattr(ort_format, "_sort_entries", lambda *arguments: sort_entries(*arguments)[::-1])
+    reversed_content = ort_format._sort_kernel_types(content)
     monkeypatch.undo()
-    assert backwards != content
-    assert ort_format._sort_kernel_types(backwards) == content
-    (tmp_path / "model.ort").write_bytes(backwards)
-    assert (answer(tmp_path / "model.ort") == answer(phone / "onnx-int8.ort")).all()
+    assert reversed_content != content
+    assert ort_format._sort_kernel_types(reversed_content) == content
+    (tmp_path / "model.ort").write_bytes(reversed_content)
+    assert (logits_of(tmp_path / "model.ort") == logits_of(phone_bundle / "onnx-int8.ort")).all()
 
 
 @pytest.mark.slow
-def test_shipping_again_changes_nothing(tiny, tmp_path):
-    said = []
+def test_shipping_the_same_again_changes_nothing(tiny, tmp_path):
+    events = []
     ship(tiny, tmp_path / "b", "onnx-int8")
-    before = (tmp_path / "b").stat().st_ino
-    ship(tiny, tmp_path / "b", "onnx-int8", say=lambda event: said.append(str(event)))
-    assert said[-1].endswith("an equal bundle exists, unchanged")
-    assert (tmp_path / "b").stat().st_ino == before
+    inode = (tmp_path / "b").stat().st_ino
+    ship(tiny, tmp_path / "b", "onnx-int8", say=lambda event: events.append(str(event)))
+    assert events[-1].endswith("an equal bundle exists, unchanged")
+    assert (tmp_path / "b").stat().st_ino == inode
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("release", ["1.16", "1.18"])
-@pytest.mark.parametrize("name", ["onnx-std", OLD])
-def test_an_operator_set_is_brought_down(of_opset_20, tmp_path, name, release):
-    (model,) = ship(of_opset_20, tmp_path / "b", name, ort_mobile=release)["models"]
+@pytest.mark.parametrize("name", ["onnx-std", FULL_ATTENTION])
+def test_a_bundle_has_the_operator_set_of_its_release(opset_20_workspace, tmp_path, name, release):
+    (model,) = ship(opset_20_workspace, tmp_path / "b", name, ort_mobile=release)["models"]
     assert (model["opset"][""], model["ir_version"]) == (min(RELEASES[release].opset, 20), 9)
     assert ("Gelu" in model["operators"]) == (release == "1.18")
     for file in (model["file"], model["ort"]["file"]):
-        assert np.abs(answer(tmp_path / "b" / file) - answer(of_opset_20.path(name))).max() < 1e-5
+        assert np.abs(logits_of(tmp_path / "b" / file) - logits_of(opset_20_workspace.path(name))).max() < 1e-5
 
 
-def test_an_operator_whose_definition_changed_is_converted(tmp_path):
-    """Opset 19 told Cast how to saturate."""
+def test_lower_converts_a_changed_operator(tmp_path):
+    """Opset 19 added `saturate` to Cast."""
     onnx.save(one_node(helper.make_node("Cast", ["x"], ["y"], to=1), opset=20), tmp_path / "new.onnx")
     mobile.lower(tmp_path / "new.onnx", tmp_path / "old.onnx", "1.15")
     model = onnx.load(tmp_path / "old.onnx")
@@ -196,25 +208,25 @@ def test_an_operator_whose_definition_changed_is_converted(tmp_path):
     onnx.checker.check_model(model)
 
 
-def test_an_ir_version_is_brought_down_and_nothing_else(built_tiny, tmp_path):
+def test_lower_changes_only_the_ir_version_where_that_is_enough(built_tiny, tmp_path):
     model = onnx.load(built_tiny.path("onnx-int8") / "model.onnx")
     model.ir_version = 11
     onnx.save(model, tmp_path / "new.onnx")
     mobile.lower(tmp_path / "new.onnx", tmp_path / "old.onnx", "1.17")
-    lowered = onnx.load(tmp_path / "old.onnx")
-    assert lowered.ir_version == 9
-    assert (lowered.graph, lowered.opset_import) == (model.graph, model.opset_import)
+    lowered_model = onnx.load(tmp_path / "old.onnx")
+    assert lowered_model.ir_version == 9
+    assert (lowered_model.graph, lowered_model.opset_import) == (model.graph, model.opset_import)
 
 
-def test_an_operator_set_that_no_node_uses_is_left_out(built_tiny, tmp_path):
+def test_lower_removes_an_operator_set_that_no_node_uses(built_tiny, tmp_path):
     model = onnx.load(built_tiny.path("onnx-int8") / "model.onnx")
-    sets = sorted((entry.domain, entry.version) for entry in model.opset_import)
+    opsets = sorted((entry.domain, entry.version) for entry in model.opset_import)
     model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 5))
     onnx.save(model, tmp_path / "new.onnx")
     mobile.lower(tmp_path / "new.onnx", tmp_path / "old.onnx", "1.17")
-    lowered = onnx.load(tmp_path / "old.onnx")
-    assert sorted((entry.domain, entry.version) for entry in lowered.opset_import) == sets
-    assert lowered.graph == model.graph
+    lowered_model = onnx.load(tmp_path / "old.onnx")
+    assert sorted((entry.domain, entry.version) for entry in lowered_model.opset_import) == opsets
+    assert lowered_model.graph == model.graph
 
 
 INT4 = helper.make_tensor("w", TensorProto.INT4, [2], [1, 2])
@@ -234,16 +246,16 @@ UNREADABLE = {
 }
 
 
-@pytest.mark.parametrize("what", UNREADABLE)
-def test_a_model_that_a_release_cannot_read_is_refused(tmp_path, what):
-    model, said = UNREADABLE[what]
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_lower_refuses_a_model_that_the_release_cannot_read(tmp_path, case):
+    model, message = UNREADABLE[case]
     onnx.save(model, tmp_path / "new.onnx")
-    with pytest.raises(ShippingError, match=said):
-        mobile.lower(tmp_path / "new.onnx", tmp_path / "old.onnx", "1.15" if "half" in what else "1.17")
+    with pytest.raises(ShippingError, match=message):
+        mobile.lower(tmp_path / "new.onnx", tmp_path / "old.onnx", "1.15" if "half" in case else "1.17")
     assert not (tmp_path / "old.onnx").exists()
 
 
-def test_a_later_set_of_onnx_runtime_s_operators_is_refused(built_tiny, tmp_path):
+def test_lower_refuses_a_later_version_of_onnx_runtimes_operators(built_tiny, tmp_path):
     model = onnx.load(built_tiny.path("onnx-int8") / "model.onnx")
     next(entry for entry in model.opset_import if entry.domain).version = 2
     onnx.save(model, tmp_path / "new.onnx")
@@ -267,22 +279,21 @@ def test_a_variant_that_needs_a_later_release_is_refused(built_tiny, tmp_path, n
 
 
 def mask_by_key_padding(artifact):
-    """By hand, as an export of before would: the last attention of the artifact's file has its one query under a
-    key_padding_mask."""
+    """Gives the last attention a key_padding_mask for its one query, as older exports did."""
     model = onnx.load(artifact.onnx_path)
-    (fused,) = (node for node in model.graph.node if node.op_type == "Attention")
-    (heads,) = (node for node in model.graph.node if node.op_type == "MultiHeadAttention")
-    heads.input[:] = [*heads.input[:3], "", fused.input[3]]
+    (full_attention,) = (node for node in model.graph.node if node.op_type == "Attention")
+    (last_attention,) = (node for node in model.graph.node if node.op_type == "MultiHeadAttention")
+    last_attention.input[:] = [*last_attention.input[:3], "", full_attention.input[3]]
     onnx.save(model, artifact.onnx_path)
     manifest = dataclasses.replace(artifact.manifest, files=list_files(artifact.path))
     (artifact.path / MANIFEST).write_text(manifest.to_json())
 
 
 @pytest.mark.slow
-def test_a_release_that_answers_the_graph_s_padded_batches_wrongly_is_refused(tiny, tmp_path, say):
+def test_a_release_that_computes_padded_batches_wrongly_is_refused(tiny, tmp_path, say):
     mask_by_key_padding(tiny.load("onnx-fp32"))
-    where = ("--model", tiny.model, "--exported", tiny.exported, "--output", tmp_path / "b")
-    code, out, err = say("ship", "onnx-fp32", "--target", "mobile", "--ort-mobile", "1.20", *where)
+    options = ("--model", tiny.model, "--exported", tiny.exported, "--output", tmp_path / "b")
+    code, out, err = say("ship", "onnx-fp32", "--target", "mobile", "--ort-mobile", "1.20", *options)
     assert (code, out) == (1, "")
     assert err.splitlines()[-1] == (
         "Error: onnx-fp32 uses MultiHeadAttention with key_padding_mask longer than the query (correct from 1.21 on). "
@@ -295,23 +306,23 @@ def test_a_release_that_answers_the_graph_s_padded_batches_wrongly_is_refused(ti
 
 
 @pytest.mark.slow
-def test_a_new_operator_beside_onnx_runtime_s_own_is_refused(of_opset_20, tmp_path):
-    """onnx knows no types behind a quantised matmul, so it cannot write the Gelu there in other operators."""
+def test_a_new_operator_after_an_operator_of_onnx_runtime_is_refused(opset_20_workspace, tmp_path):
+    """onnx does not know the types after a quantised product, so it cannot replace the Gelu there."""
     with pytest.raises(ShippingError, match=r"onnx-int8 uses Gelu of a newer opset than 19.*--opset 18"):
-        ship(of_opset_20, tmp_path / "b", "onnx-int8", ort_mobile="1.16")
+        ship(opset_20_workspace, tmp_path / "b", "onnx-int8", ort_mobile="1.16")
     assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.slow
-def test_a_release_that_reads_the_operator_set_and_lacks_a_kernel_is_refused(of_opset_20, tmp_path):
-    """ONNX Runtime 1.17 runs Gelu of an .onnx file by its definition, and in ORT format not at all."""
+def test_a_release_without_a_kernel_of_the_operator_set_is_refused(opset_20_workspace, tmp_path):
+    """ONNX Runtime 1.17 runs Gelu in an .onnx file by its function definition, and does not run it in ORT format."""
     with pytest.raises(ShippingError, match=r"onnx-std uses Gelu \(from 1\.18 on\), which ONNX Runtime 1\.17 lacks"):
-        ship(of_opset_20, tmp_path / "b", "onnx-std", ort_mobile="1.17")
+        ship(opset_20_workspace, tmp_path / "b", "onnx-std", ort_mobile="1.17")
     assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.slow
-def test_operators_in_4_bits_need_the_releases_that_have_them(tmp_path):
+def test_a_4_bit_operator_needs_a_release_that_has_it(tmp_path):
     sizes = {"K": 32, "N": 2, "bits": 4, "block_size": 32}
     weight = helper.make_tensor("w", TensorProto.UINT8, [2, 1, 16], bytes(32), raw=True)
     scale = helper.make_tensor("s", TensorProto.FLOAT, [2], [1.0, 1.0])
@@ -333,66 +344,71 @@ def test_operators_in_4_bits_need_the_releases_that_have_them(tmp_path):
     )
 
 
-def test_the_table_of_releases_answers():
+def test_the_table_of_releases_tells_which_release_supports_an_operator():
     gather, bits = Use("com.microsoft", "GatherBlockQuantized"), Use("com.microsoft", "GatherBlockQuantized", "bits")
-    assert find_unsupported("1.19", [gather, bits]) == [gather]  # the operator says it all
+    assert find_unsupported("1.19", [gather, bits]) == [gather]  # a missing operator includes its attributes
     assert find_unsupported("1.22", [gather, bits]) == [bits]
     assert find_unsupported("1.23", [gather, bits]) == []
     assert oldest_supporting_release([gather, bits, Use("", "Add")]) == "1.23"
     assert oldest_supporting_release([]) == ORDER[0]
-    unknown = [
+    unknown_uses = [
         Use("com.microsoft", "GroupQueryAttention"),
         Use("com.microsoft", "Gelu", "tomorrow"),
         Use("com.microsoft.nchwc", "Conv"),
     ]
-    assert find_unsupported(ORDER[-1], unknown) == sorted(unknown)
-    assert oldest_supporting_release([gather, *unknown]) is None
-    assert "in no known release" in str(unknown[0])
+    assert find_unsupported(ORDER[-1], unknown_uses) == sorted(unknown_uses)
+    assert oldest_supporting_release([gather, *unknown_uses]) is None
+    assert "in no known release" in str(unknown_uses[0])
     assert find_unsupported("1.17", [Use("com.microsoft", "MatMulNBits", "input 3")]) == []
     assert find_unsupported("1.17", [Use("com.microsoft", "MatMulNBits", "input 5")]) != []
     assert sorted(ORDER, key=lambda release: int(release.split(".")[1])) == ORDER
-    limits = [(its.ir_version, its.opset, its.ort_format) for its in RELEASES.values()]
+    limits = [
+        (release_limits.ir_version, release_limits.opset, release_limits.ort_format)
+        for release_limits in RELEASES.values()
+    ]
     assert limits == sorted(limits)
     assert {release for by_release in OPERATORS.values() for release in by_release} <= set(ORDER)
 
 
-def test_the_table_of_operators_agrees_with_the_runtime_installed_here():
+def test_the_table_of_operators_matches_the_installed_runtime():
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    here = ".".join(onnxruntime.__version__.split(".")[:2])
-    if here not in RELEASES:
-        pytest.skip(f"ONNX Runtime {here} is not in the table")
+    installed_release = ".".join(onnxruntime.__version__.split(".")[:2])
+    if installed_release not in RELEASES:
+        pytest.skip(f"ONNX Runtime {installed_release} is not in the table")
     schemas = {s.name: s for s in state.get_all_operator_schema() if s.domain == "com.microsoft"}
     kernels = {k.op_name for k in state.get_all_opkernel_def() if "CPU" in k.provider and k.domain == "com.microsoft"}
     for operator, by_release in OPERATORS.items():
-        known = {name for names in by_release.values() for name in names if not name.startswith("input ")}
-        if not find_unsupported(here, [Use("com.microsoft", operator)]):
+        known_attributes = {name for names in by_release.values() for name in names if not name.startswith("input ")}
+        if not find_unsupported(installed_release, [Use("com.microsoft", operator)]):
             assert operator in kernels
-            assert set(schemas[operator].attributes) <= known or here != ORDER[-1], operator
-    standard = {k.op_name for k in state.get_all_opkernel_def() if "CPU" in k.provider and not k.domain}
-    assert standard >= {operator for operator in FIRST_KERNELS if not find_unsupported(here, [Use("", operator)])}
+            assert set(schemas[operator].attributes) <= known_attributes or installed_release != ORDER[-1], operator
+    standard_kernels = {k.op_name for k in state.get_all_opkernel_def() if "CPU" in k.provider and not k.domain}
+    assert standard_kernels >= {
+        operator for operator in FIRST_KERNELS if not find_unsupported(installed_release, [Use("", operator)])
+    }
 
 
-def test_the_limits_are_those_of_the_runtime_installed_here(tmp_path):
+def test_the_table_has_the_limits_of_the_installed_runtime(tmp_path):
     import onnxruntime
 
-    here = ".".join(onnxruntime.__version__.split(".")[:2])
-    if here not in RELEASES:
-        pytest.skip(f"ONNX Runtime {here} is not in the table")
-    limit, node = RELEASES[here], helper.make_node("Identity", ["x"], ["y"])
+    installed_release = ".".join(onnxruntime.__version__.split(".")[:2])
+    if installed_release not in RELEASES:
+        pytest.skip(f"ONNX Runtime {installed_release} is not in the table")
+    limit, node = RELEASES[installed_release], helper.make_node("Identity", ["x"], ["y"])
 
-    def reads(**versions):
+    def is_readable(**versions):
         onnx.save(one_node(node, **versions), tmp_path / "model.onnx")
         try:
             onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
-        except Exception:  # onnxruntime raises a class for every status
+        except Exception:  # onnxruntime has a different exception class for each status
             return False
         return True
 
-    assert reads(ir_version=limit.ir_version, opset=limit.opset)
-    assert not reads(ir_version=limit.ir_version + 1)
-    assert not reads(opset=limit.opset + 1)
+    assert is_readable(ir_version=limit.ir_version, opset=limit.opset)
+    assert not is_readable(ir_version=limit.ir_version + 1)
+    assert not is_readable(opset=limit.opset + 1)
 
 
 @pytest.mark.slow
@@ -404,14 +420,14 @@ def test_an_operator_without_a_cpu_kernel_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_answers_that_changed_on_the_way_are_a_verdict(tiny, tmp_path, monkeypatch):
-    def bend(source, target, release):
+def test_changed_logits_raise_a_verdict_error(tiny, tmp_path, monkeypatch):
+    def lower_wrongly(source, target, release):
         model = onnx.load(source)
         bias = next(i for i in model.graph.initializer if i.name.endswith("classifier.bias"))
         bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(3e-4), bias.name))
         onnx.save(model, target)
 
-    monkeypatch.setattr(mobile, "lower", bend)
+    monkeypatch.setattr(mobile, "lower", lower_wrongly)
     with pytest.raises(
         VerdictError, match=r"logits of onnx-fp32\.onnx differ from the logits of onnx-fp32: largest .* 0\.0003"
     ):
@@ -420,8 +436,8 @@ def test_answers_that_changed_on_the_way_are_a_verdict(tiny, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("kind", ["a folder", "an empty folder", "a file", "a dangling link"])
-def test_a_foreign_file_or_folder_is_not_overwritten(tiny, tmp_path, kind):
-    lies_there(tmp_path / "b", kind)
+def test_shipping_does_not_overwrite_existing_files(tiny, tmp_path, kind):
+    create_at(tmp_path / "b", kind)
     with pytest.raises(ArtifactError, match=str(tmp_path / "b")):
         ship(tiny, tmp_path / "b", "onnx-int8")
 
@@ -434,69 +450,69 @@ def test_a_pytorch_variant_is_not_shipped(built_tiny, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_the_command_and_its_usage_errors(tiny, say):
-    where = ("--model", tiny.model, "--exported", tiny.exported)
-    place = tiny.exported / tiny.model / "bundle-mobile"
-    code, out, err = say("ship", "onnx-fp32", "--target", "mobile", "--ort-mobile", "1.20", *where)
-    assert (code, out.strip()) == (0, str(place)), err
+def test_ship_for_mobile_and_its_usage_errors(tiny, say):
+    model_options = ("--model", tiny.model, "--exported", tiny.exported)
+    folder = tiny.exported / tiny.model / "bundle-mobile"
+    code, out, err = say("ship", "onnx-fp32", "--target", "mobile", "--ort-mobile", "1.20", *model_options)
+    assert (code, out.strip()) == (0, str(folder)), err
     assert "onnx-fp32.ort: largest |Δlogit| 0 " in err
-    assert "onnx-fp32.ort: largest" in say("verify", place)[1]
-    for wrong in ("1.14", "1.17.3", "new", ""):
-        code, _, err = say("ship", "onnx-fp32", "--target", "mobile", "--ort-mobile", wrong, *where)
+    assert "onnx-fp32.ort: largest" in say("verify", folder)[1]
+    for wrong_release in ("1.14", "1.17.3", "new", ""):
+        code, _, err = say("ship", "onnx-fp32", "--target", "mobile", "--ort-mobile", wrong_release, *model_options)
         assert code == 2
         assert all(f"'{release}'" in err for release in RELEASES), err
-    code, _, err = say("ship", "onnx-fp32", "--target", "web", "--ort-mobile", "1.17", *where)
+    code, _, err = say("ship", "onnx-fp32", "--target", "web", "--ort-mobile", "1.17", *model_options)
     assert code == 2
     assert "--ort-mobile needs --target mobile" in err
 
 
 @pytest.mark.slow
-def test_weights_of_the_other_format_are_unsigned_where_they_could_saturate(phone):
-    """No session option reaches a file in ORT format."""
-    for name, signed in (("onnx-int8", False), ("onnx-int8-portable", True)):
-        content = ort_format.read_root((phone / f"{name}.ort").read_bytes()).Model().Graph()
-        kinds = {
+def test_weights_in_ort_format_are_unsigned_where_products_can_saturate(phone_bundle):
+    """No session option applies to a file in ORT format."""
+    for name, is_signed in (("onnx-int8", False), ("onnx-int8-portable", True)):
+        content = ort_format.read_root((phone_bundle / f"{name}.ort").read_bytes()).Model().Graph()
+        types = {
             content.Initializers(index).Name().decode(): content.Initializers(index).DataType()
             for index in range(content.InitializersLength())
         }
         products = [node for node in map(content.Nodes, range(content.NodesLength())) if node.OpType() in PRODUCTS]
         assert products
-        weights = {kinds[node.Inputs(1).decode()] for node in products}
-        assert weights == {TensorProto.INT8 if signed else TensorProto.UINT8}, name
+        weights = {types[node.Inputs(1).decode()] for node in products}
+        assert weights == {TensorProto.INT8 if is_signed else TensorProto.UINT8}, name
 
 
 @pytest.mark.slow
-def test_a_phone_s_bundle_says_where_its_models_are_exact(phone):
-    full, portable, plain = json.loads((phone / "bundle.json").read_text())["models"]
-    assert "64-bit ARM" in full["exact_on"]
-    assert portable["exact_on"] == plain["exact_on"] == "any processor"
-    readme = (phone / "README.md").read_text()
+def test_a_phone_bundle_states_where_its_models_are_exact(phone_bundle):
+    int8, portable, fp32 = json.loads((phone_bundle / "bundle.json").read_text())["models"]
+    assert "64-bit ARM" in int8["exact_on"]
+    assert portable["exact_on"] == fp32["exact_on"] == "any processor"
+    readme = (phone_bundle / "README.md").read_text()
     assert "The `.ort` files are exact on every processor" in readme
     assert '`options.addConfigEntry("session.x64quantprecision", "1")`' in readme
 
 
 @pytest.mark.slow
-def test_the_checker_s_findings_are_in_the_bundle_in_words(phone):
-    readme = (phone / "README.md").read_text()
+def test_the_readme_of_a_phone_bundle_has_the_findings_of_the_checker(phone_bundle):
+    readme = (phone_bundle / "README.md").read_text()
     assert "nothing was measured on a phone" in readme
-    for model in json.loads((phone / "bundle.json").read_text())["models"]:
-        assert [(part["provider"], part["fixed_shapes"]) for part in model["providers"]] == [
-            (name, fixed)
-            for fixed in (False, True)
+    for model in json.loads((phone_bundle / "bundle.json").read_text())["models"]:
+        assert [(provider["provider"], provider["fixed_shapes"]) for provider in model["providers"]] == [
+            (name, has_fixed_shapes)
+            for has_fixed_shapes in (False, True)
             for name in ("NNAPI", "CoreML, neural network", "CoreML, ML program")
         ]
-        for part in model["providers"]:
-            assert 0 < part["taken"] < part["nodes"]
-            assert part["worth_trying"] in ("yes", "maybe", "no")
-            shapes = "fixed" if part["fixed_shapes"] else "dynamic"
-            row = (model["variant"], part["provider"], shapes, f"{part['taken']} of {part['nodes']}")
-            assert f"| {' | '.join(row)} | {part['partitions']} | {part['worth_trying']} |" in readme
+        for provider in model["providers"]:
+            assert 0 < provider["taken"] < provider["nodes"]
+            assert provider["worth_trying"] in ("yes", "maybe", "no")
+            shapes = "fixed" if provider["fixed_shapes"] else "dynamic"
+            row = (model["variant"], provider["provider"], shapes, f"{provider['taken']} of {provider['nodes']}")
+            assert f"| {' | '.join(row)} | {provider['partitions']} | {provider['worth_trying']} |" in readme
 
 
 @pytest.mark.slow
-def test_the_code_of_the_readme_names_what_is_there(phone):
-    readme = (phone / "README.md").read_text()
-    body = json.loads((phone / "bundle.json").read_text())
+def test_the_code_of_the_readme_uses_names_of_the_bundle(phone_bundle):
+    readme = (phone_bundle / "README.md").read_text()
+    body = json.loads((phone_bundle / "bundle.json").read_text())
     kotlin, swift = (
         "".join(re.findall(rf"```{language}\n(.*?)```", readme, re.DOTALL)) for language in ("kotlin", "swift")
     )
@@ -510,10 +526,10 @@ def test_the_code_of_the_readme_names_what_is_there(phone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["first", "middle", "last"])
-def test_one_changed_byte_of_the_other_format_is_seen(bundle, where):
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_verify_finds_one_changed_byte_in_ort_format(bundle, place):
     content = bytearray((bundle / "onnx-int8.ort").read_bytes())
-    content[{"first": 0, "middle": len(content) // 2, "last": len(content) - 1}[where]] ^= 1
+    content[{"first": 0, "middle": len(content) // 2, "last": len(content) - 1}[place]] ^= 1
     (bundle / "onnx-int8.ort").write_bytes(content)
     with pytest.raises(VerdictError, match=r"onnx-int8\.ort"):
         shipping.verify(bundle)
@@ -522,7 +538,7 @@ def test_one_changed_byte_of_the_other_format_is_seen(bundle, where):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", ["another model", "no model", "unlisted"])
-def test_another_model_in_the_other_format_is_seen(bundle, change):
+def test_verify_finds_another_model_in_ort_format(bundle, change):
     if change == "unlisted":
         reseal(bundle, lambda body: body["models"][0]["ort"].update(file="../onnx-int8.ort"))
     else:
@@ -537,14 +553,14 @@ def test_another_model_in_the_other_format_is_seen(bundle, change):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_all_872_sentences_are_answered_alike_in_either_format(reference, tmp_path, name):
+def test_both_formats_give_the_same_logits_for_all_872_sentences(reference, tmp_path, name):
     ship(reference, tmp_path / "b", name)
     manifest = reference.load(name).manifest
     encoder = Encoder.open(tmp_path / "b", [spec.name for spec in manifest.inputs], manifest.max_length)
-    plain, phones = (
+    onnx_session, ort_session = (
         open_session(tmp_path / "b" / f"{name}.{kind}", "onnx", Place("cpu", 1)) for kind in ("onnx", "ort")
     )
     batches = [pad([row], encoder.names, encoder.pad_id) for row in encoder.encode(inputs.load_embedded().texts)]
     assert len(batches) == 872
-    deltas = [float(np.abs(plain.run(batch) - phones.run(batch)).max()) for batch in batches]
+    deltas = [float(np.abs(onnx_session.run(batch) - ort_session.run(batch)).max()) for batch in batches]
     assert max(deltas) < 1e-5, sorted(deltas)[-5:]

@@ -1,4 +1,4 @@
-"""The table of releases: what it says of files, whether releases say the same, and the script that makes it."""
+"""Tests of the table of releases: what it states about files, whether releases agree, and the script that writes it."""
 
 import json
 import sys
@@ -29,17 +29,24 @@ LONGER = "key_padding_mask longer than the query"
 HEADS, WIDTH = 4, 32
 
 
-def attention(path, query, key, **given):
-    """Saves a MultiHeadAttention, its inputs of these shapes: `mask` or `bias` as given."""
-    shapes = {"query": query, "key": key, "value": key, **given}
-    names = ["query", "key", "value", "", "mask" if "mask" in given else "", "bias" if "bias" in given else ""]
+def attention(path, query, key, **mask_shapes):
+    """Saves a MultiHeadAttention whose inputs have these shapes, with an optional `mask` or `bias`."""
+    shapes = {"query": query, "key": key, "value": key, **mask_shapes}
+    names = [
+        "query",
+        "key",
+        "value",
+        "",
+        "mask" if "mask" in mask_shapes else "",
+        "bias" if "bias" in mask_shapes else "",
+    ]
     kinds = dict.fromkeys(shapes, TensorProto.FLOAT) | {"mask": TensorProto.INT32}
     inputs = [helper.make_tensor_value_info(name, kinds[name], shape) for name, shape in shapes.items()]
     node = helper.make_node("MultiHeadAttention", names, ["y"], domain="com.microsoft", num_heads=HEADS)
     outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, query)]
-    sets = [helper.make_opsetid("", 15), helper.make_opsetid("com.microsoft", 1)]
+    opsets = [helper.make_opsetid("", 15), helper.make_opsetid("com.microsoft", 1)]
     graph = helper.make_graph([node], "g", inputs, outputs)
-    onnx.save(helper.make_model(graph, opset_imports=sets, ir_version=8), path)
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
     return path
 
 
@@ -47,34 +54,34 @@ def kinds_in(path):
     return {use.trait for use in read_needs(path).uses if use.attention_kind}
 
 
-FULL, ONE = ["batch", "tokens", WIDTH], ["batch", 1, WIDTH]
+ALL_TOKENS, ONE_TOKEN = ["batch", "tokens", WIDTH], ["batch", 1, WIDTH]
 MASK = ["batch", "tokens"]
 FILES = {
-    "one query": ((ONE, FULL, {"mask": MASK}), {LONGER}),
-    "two queries": ((["batch", 2, WIDTH], FULL, {"mask": MASK}), {LONGER}),
-    "as many queries as keys": ((FULL, FULL, {"mask": MASK}), {"key_padding_mask"}),
-    "one token, known before": ((ONE, ONE, {"mask": ["batch", 1]}), {"key_padding_mask"}),
-    "a bias": ((ONE, FULL, {"bias": ["batch", HEADS, 1, "tokens"]}), {"attention_bias"}),
+    "one query": ((ONE_TOKEN, ALL_TOKENS, {"mask": MASK}), {LONGER}),
+    "two queries": ((["batch", 2, WIDTH], ALL_TOKENS, {"mask": MASK}), {LONGER}),
+    "as many queries as keys": ((ALL_TOKENS, ALL_TOKENS, {"mask": MASK}), {"key_padding_mask"}),
+    "one token, known before": ((ONE_TOKEN, ONE_TOKEN, {"mask": ["batch", 1]}), {"key_padding_mask"}),
+    "a bias": ((ONE_TOKEN, ALL_TOKENS, {"bias": ["batch", HEADS, 1, "tokens"]}), {"attention_bias"}),
     "a bias of one head": (
-        (ONE, FULL, {"bias": ["batch", 1, 1, "tokens"]}),
+        (ONE_TOKEN, ALL_TOKENS, {"bias": ["batch", 1, 1, "tokens"]}),
         {"attention_bias", "attention_bias of one head"},
     ),
     "a bias of one sentence": (
-        (FULL, FULL, {"bias": [1, HEADS, "tokens", "tokens"]}),
+        (ALL_TOKENS, ALL_TOKENS, {"bias": [1, HEADS, "tokens", "tokens"]}),
         {"attention_bias", "attention_bias of one sentence"},
     ),
     "one sentence, known before": (
         ([1, 1, WIDTH], [1, "tokens", WIDTH], {"bias": [1, HEADS, 1, "tokens"]}),
         {"attention_bias"},
     ),
-    "no mask": ((ONE, FULL, {}), set()),
+    "no mask": ((ONE_TOKEN, ALL_TOKENS, {}), set()),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_kind_of_attention_is_read_from_the_file(tmp_path, name):
-    (query, key, given), kinds = FILES[name]
-    assert kinds_in(attention(tmp_path / "model.onnx", query, key, **given)) == kinds
+def test_read_needs_finds_the_kind_of_attention(tmp_path, name):
+    (query, key, mask_shapes), kinds = FILES[name]
+    assert kinds_in(attention(tmp_path / "model.onnx", query, key, **mask_shapes)) == kinds
 
 
 @pytest.mark.parametrize(
@@ -83,7 +90,8 @@ def test_the_kind_of_attention_is_read_from_the_file(tmp_path, name):
         ("MultiHeadAttention", {0: [None, 1, 32], 1: [None, None, 32], 4: [None, None]}, [LONGER]),
         ("MultiHeadAttention", {0: [None, None, 32], 1: [None, None, 32], 4: [None, None]}, ["key_padding_mask"]),
         ("MultiHeadAttention", {0: [2, 4, 1, 8], 1: [2, 4, 7, 8], 4: [2, 7]}, [LONGER]),
-        ("MultiHeadAttention", {0: [2, 7, 4, 3, 8], 4: [2, 7]}, ["key_padding_mask"]),  # query, key and value in one
+        # query, key and value are one input
+        ("MultiHeadAttention", {0: [2, 7, 4, 3, 8], 4: [2, 7]}, ["key_padding_mask"]),
         ("MultiHeadAttention", {0: [2, 1, 32], 1: (), 4: ()}, [LONGER]),
         ("MultiHeadAttention", {0: [], 1: [], 5: []}, ["attention_bias"]),
         ("Attention", {0: [2, 7, 32], 3: [2, 7]}, ["mask_index"]),
@@ -92,30 +100,32 @@ def test_the_kind_of_attention_is_read_from_the_file(tmp_path, name):
         ("Gelu", {0: [2, 7, 32], 3: []}, []),
     ],
 )
-def test_the_kind_of_attention_by_shapes(operator, shapes, kinds):
+def test_the_kind_of_attention_depends_on_the_shapes(operator, shapes, kinds):
     assert list(attention_kinds(operator, shapes, 4)) == kinds
 
 
-def test_a_bias_is_of_one_head_only_where_there_are_several():
+def test_a_bias_of_one_head_needs_several_heads():
     shapes = {0: ["batch", 1, 8], 1: ["batch", 7, 8], 5: ["batch", 1, 1, 7]}
     assert list(attention_kinds("MultiHeadAttention", shapes, 1)) == ["attention_bias"]
 
 
-def test_every_kind_that_is_asked_about_is_read_from_some_file():
-    """And the other way round: a kind without an answer would be taken for an attribute that no release has."""
-    of_files = {f"MultiHeadAttention: {kind}" for _, kinds in FILES.values() for kind in kinds}
-    assert of_files | {"Attention: mask_index", "QAttention: mask_index"} == set(ATTENTION_STATES)
+def test_the_table_has_every_kind_of_attention_in_the_files():
+    """Each kind in a file has an entry, since a kind without one would look like an attribute that no release has."""
+    kinds_of_files = {f"MultiHeadAttention: {kind}" for _, kinds in FILES.values() for kind in kinds}
+    assert kinds_of_files | {"Attention: mask_index", "QAttention: mask_index"} == set(ATTENTION_STATES)
     assert {state for by_release in ATTENTION_STATES.values() for state in by_release.values()} <= set(STATES)
 
 
-def test_the_first_release_that_is_right(tmp_path):
-    mask = read_needs(attention(tmp_path / "mask.onnx", ONE, FULL, mask=MASK))
-    bias = read_needs(attention(tmp_path / "bias.onnx", ONE, FULL, bias=["batch", HEADS, 1, "tokens"]))
-    assert mask.oldest_release() == "1.21"
-    assert bias.oldest_release() == "1.16"
-    assert oldest_release(mask, bias) == oldest_release(bias, mask) == "1.21"
+def test_the_oldest_release_is_the_first_that_computes_correctly(tmp_path):
+    mask_needs = read_needs(attention(tmp_path / "mask.onnx", ONE_TOKEN, ALL_TOKENS, mask=MASK))
+    bias_needs = read_needs(
+        attention(tmp_path / "bias.onnx", ONE_TOKEN, ALL_TOKENS, bias=["batch", HEADS, 1, "tokens"])
+    )
+    assert mask_needs.oldest_release() == "1.21"
+    assert bias_needs.oldest_release() == "1.16"
+    assert oldest_release(mask_needs, bias_needs) == oldest_release(bias_needs, mask_needs) == "1.21"
     assert oldest_release() == ORDER[0]
-    (fault,) = find_unsupported("1.20", mask.uses)
+    (fault,) = find_unsupported("1.20", mask_needs.uses)
     assert str(fault) == f"MultiHeadAttention with {LONGER} (right since 1.21)"
     assert [attention_state(release, fault.attention_kind) for release in ("1.17", "1.20", "1.21", ORDER[-1])] == [
         "wrong",
@@ -125,7 +135,7 @@ def test_the_first_release_that_is_right(tmp_path):
     ]
 
 
-def test_a_fault_that_comes_and_goes_counts_to_its_last_release(monkeypatch):
+def test_the_oldest_release_follows_the_last_faulty_one(monkeypatch):
     use = Use("com.microsoft", "Attention", "mask_index")
     assert use.first_release == ORDER[0]
     monkeypatch.setitem(ATTENTION_STATES, "Attention: mask_index", {ORDER[0]: RIGHT, "1.19": "wrong", "1.20": RIGHT})
@@ -136,22 +146,22 @@ def test_a_fault_that_comes_and_goes_counts_to_its_last_release(monkeypatch):
     assert "correct in no known release" in str(use)
 
 
-def test_the_ir_version_and_the_opset_count(tmp_path):
+def test_the_oldest_release_depends_on_ir_version_and_opset(tmp_path):
     node = helper.make_node("Identity", ["x"], ["y"])
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy")
     graph = helper.make_graph([node], "g", [x], [y])
-    for ir_version, opset, first in ((8, 18, "1.15"), (8, 20, "1.17"), (10, 18, "1.18"), (9, 22, "1.21")):
-        sets = [helper.make_opsetid("", opset)]
-        onnx.save(helper.make_model(graph, opset_imports=sets, ir_version=ir_version), tmp_path / "model.onnx")
-        assert read_needs(tmp_path / "model.onnx").oldest_release() == first
+    for ir_version, opset, release in ((8, 18, "1.15"), (8, 20, "1.17"), (10, 18, "1.18"), (9, 22, "1.21")):
+        opsets = [helper.make_opsetid("", opset)]
+        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=ir_version), tmp_path / "model.onnx")
+        assert read_needs(tmp_path / "model.onnx").oldest_release() == release
     assert oldest_reading_release(ort_format=6) == "1.16"
     assert oldest_reading_release(ir_version=99) is None
 
 
-@pytest.mark.parametrize(("name", "first"), [("onnx-std", "1.15"), ("onnx-fp32", "1.16"), ("onnx-int8", "1.16")])
-def test_the_first_release_of_the_variants_of_today(built_tiny, name, first):
-    """A graph that needs a later one is a change to know of."""
-    assert read_needs(built_tiny.path(name) / "model.onnx").oldest_release() == first
+@pytest.mark.parametrize(("name", "release"), [("onnx-std", "1.15"), ("onnx-fp32", "1.16"), ("onnx-int8", "1.16")])
+def test_the_oldest_release_of_each_variant_stays_the_same(built_tiny, name, release):
+    """Fails where a graph needs a later release, so that such a change is noticed."""
+    assert read_needs(built_tiny.path(name) / "model.onnx").oldest_release() == release
 
 
 # The script.
@@ -162,79 +172,91 @@ def releases():
     return script("releases")
 
 
-def stated(release):
-    """What the script would find, were the table right."""
+def answers_of(release):
+    """Returns the answers that the script would collect if the table were right."""
     body = json.loads(TABLE.read_text())
-    until = ORDER[: ORDER.index(release) + 1]
+    releases_until = ORDER[: ORDER.index(release) + 1]
     operators = {
-        name: sorted(what for each in until for what in by_release.get(each, ()))
+        name: sorted(
+            attribute for earlier_release in releases_until for attribute in by_release.get(earlier_release, ())
+        )
         for name, by_release in body["operators"].items()
-        if set(by_release) & set(until)
+        if set(by_release) & set(releases_until)
     }
     return {
         "version": body["releases"][release]["version"],
         "read": {kind: body["releases"][release][kind] for kind in ("ir_version", "opset", "ort_format")},
         "operators": operators,
-        "standard": ["Add", *(name for name, first in body["late"].items() if first in until)],
+        "standard": ["Add", *(name for name, first in body["late"].items() if first in releases_until)],
         **{
-            kind: {name: [by[each] for each in until if each in by][-1] for name, by in body[kind].items()}
+            kind: {
+                name: [
+                    answer_by_release[earlier_release]
+                    for earlier_release in releases_until
+                    if earlier_release in answer_by_release
+                ][-1]
+                for name, answer_by_release in body[kind].items()
+            }
             for kind in ("answers", "precision")
         },
     }
 
 
 CHANGES = {
-    "a fault": lambda found: found["answers"].update({f"MultiHeadAttention: {LONGER}": "wrong"}),
-    "an opset": lambda found: found["read"].update(opset=19),
-    "an attribute": lambda found: found["operators"]["Attention"].append("new"),
-    "no operator": lambda found: found["operators"].pop("QAttention"),
-    "a kernel": lambda found: found["standard"].remove("Gelu"),
-    "saturation": lambda found: found["precision"].update({"QAttention, .onnx": "saturates"}),
+    "a fault": lambda answers: answers["answers"].update({f"MultiHeadAttention: {LONGER}": "wrong"}),
+    "an opset": lambda answers: answers["read"].update(opset=19),
+    "an attribute": lambda answers: answers["operators"]["Attention"].append("new"),
+    "no operator": lambda answers: answers["operators"].pop("QAttention"),
+    "a kernel": lambda answers: answers["standard"].remove("Gelu"),
+    "saturation": lambda answers: answers["precision"].update({"QAttention, .onnx": "saturates"}),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_release_that_says_something_else_is_a_difference(releases, change):
-    body, found = json.loads(TABLE.read_text()), stated("1.22")
-    assert releases.differences(body, found) == []
-    CHANGES[change](found)
-    (line,) = releases.differences(body, found)
-    assert found["version"] in line
+def test_differences_finds_each_answer_that_the_table_does_not_have(releases, change):
+    body, answers = json.loads(TABLE.read_text()), answers_of("1.22")
+    assert releases.differences(body, answers) == []
+    CHANGES[change](answers)
+    (line,) = releases.differences(body, answers)
+    assert answers["version"] in line
 
 
 def test_the_check_exits_with_3_where_a_release_differs(releases, monkeypatch):
     monkeypatch.setattr(releases.questions, "write", lambda folder: None)
-    found = stated("1.22")
-    monkeypatch.setattr(releases, "ask", lambda python, folder: found)
-    same = CliRunner().invoke(releases.main, ["--check", sys.executable])
-    assert (same.exit_code, same.output) == (0, f"{found['version']}: no differences from the table\n")
-    CHANGES["a fault"](found)
-    other = CliRunner().invoke(releases.main, ["--check", sys.executable, "--check", sys.executable])
-    assert other.exit_code == 3
-    assert other.output.count("the table says right, 1.22") == 2
-    found["version"] = "1.99.0"
+    answers = answers_of("1.22")
+    monkeypatch.setattr(releases, "ask", lambda python, folder: answers)
+    matching_run = CliRunner().invoke(releases.main, ["--check", sys.executable])
+    assert (matching_run.exit_code, matching_run.output) == (
+        0,
+        f"{answers['version']}: no differences from the table\n",
+    )
+    CHANGES["a fault"](answers)
+    failed_run = CliRunner().invoke(releases.main, ["--check", sys.executable, "--check", sys.executable])
+    assert failed_run.exit_code == 3
+    assert failed_run.output.count("the table says right, 1.22") == 2
+    answers["version"] = "1.99.0"
     assert CliRunner().invoke(releases.main, ["--check", sys.executable]).exit_code == 3
 
 
-def test_the_table_is_made_of_answers(releases):
-    """Of a few releases: what stays the same stands once, with the first of them."""
-    few = ["1.17", "1.20", "1.21"]
-    body = releases.table({release: stated(release) for release in few})
-    committed = json.loads(TABLE.read_text())
-    assert body["releases"] == {release: committed["releases"][release] for release in few}
+def test_the_script_builds_the_table_from_answers(releases):
+    """A table of three releases has an entry only where an answer changes."""
+    three_releases = ["1.17", "1.20", "1.21"]
+    body = releases.table({release: answers_of(release) for release in three_releases})
+    committed_table = json.loads(TABLE.read_text())
+    assert body["releases"] == {release: committed_table["releases"][release] for release in three_releases}
     assert body["answers"][f"MultiHeadAttention: {LONGER}"] == {"1.17": "wrong", "1.21": "right"}
     assert list(body["operators"]["GatherBlockQuantized"]) == ["1.20"]
     assert body["late"]["Gelu"] == "1.20"
-    lost = {release: stated(release) for release in few}
-    lost["1.21"]["operators"]["Attention"].pop()
+    changed_answers = {release: answers_of(release) for release in three_releases}
+    changed_answers["1.21"]["operators"]["Attention"].pop()
     with pytest.raises(releases.click.ClickException, match=r"1\.21 removed a part of Attention"):
-        releases.table(lost)
+        releases.table(changed_answers)
 
 
-def test_the_questions_tell_right_from_wrong(tmp_path):
-    """The probe says so of a right answer changed in one number, and of a file that is none."""
+def test_the_probe_tells_right_wrong_and_refused_apart(tmp_path):
+    """The probe finds a right answer with one changed number, and a file without a model."""
     probe, questions = script("release_probe"), script("release_questions")
-    question = next(each for each in questions.attention() if LONGER in each.name)
+    question = next(candidate for candidate in questions.attention() if LONGER in candidate.name)
     entry = questions._save(tmp_path, question)
     assert probe.answer(entry, tmp_path) == "right"
     question.outputs["y"][-1, 0, 0] += 1e-2
@@ -244,7 +266,10 @@ def test_the_questions_tell_right_from_wrong(tmp_path):
 
 
 def test_the_questions_of_8_bit_products_need_more_than_16_bits():
-    """In each question some two neighbours do, by numpy: a processor without VNNI cannot answer it right by chance."""
+    """In each question, the sums of some neighbouring products need more than 16 bits.
+
+    A processor without VNNI therefore cannot give the right answer by chance.
+    """
     questions = script("release_questions")
     for question in questions.precision():
         (activations,) = (array for array in question.inputs.values() if array.ndim == 3)
@@ -256,9 +281,9 @@ def test_the_questions_of_8_bit_products_need_more_than_16_bits():
 
 @pytest.mark.slow
 @needs_phone
-def test_the_oldest_and_the_newest_release_say_what_the_table_says(releases):
-    """A wheel of 1.17, and the ONNX Runtime installed here."""
-    done = CliRunner().invoke(releases.main, ["--check", str(PHONE), "--check", sys.executable])
-    assert done.exit_code == 0, done.output
-    assert done.output.count("no differences from the table") == 2
-    assert done.output.startswith("1.17.")
+def test_the_oldest_and_the_newest_release_match_the_table(releases):
+    """Checks 1.17, the oldest release with a client, and the installed ONNX Runtime."""
+    check_result = CliRunner().invoke(releases.main, ["--check", str(PHONE), "--check", sys.executable])
+    assert check_result.exit_code == 0, check_result.output
+    assert check_result.output.count("no differences from the table") == 2
+    assert check_result.output.startswith("1.17.")

@@ -1,6 +1,6 @@
-"""Model repositories: read by Triton's own definition of them, every model asked with the shapes that it declares.
+"""Tests of model repositories: Triton's own definition reads them, and each model runs with its declared shapes.
 
-`make test-clients` installs the client whose definition that is; without it, the tests that need it are skipped.
+`make test-clients` installs the client with that definition; without it, the tests that need it are skipped.
 """
 
 import json
@@ -39,54 +39,54 @@ def make(workspace, output, *names, **order):
 
 @pytest.fixture(scope="module")
 def bundle(built_tiny, tmp_path_factory):
-    """Of two models, which take tokens; not to be changed."""
+    """A bundle of two models that take tokens. Do not change it."""
     folder = tmp_path_factory.mktemp("server") / "bundle"
     make(built_tiny, folder, "onnx-int8", "onnx-fp32")
     return folder
 
 
 @pytest.fixture(scope="module")
-def whole(built_tiny, tmp_path_factory):
-    """Of a model that takes texts."""
+def text_bundle(built_tiny, tmp_path_factory):
+    """A bundle of a model that takes texts."""
     folder = tmp_path_factory.mktemp("server") / "bundle"
     make(built_tiny, folder, "onnx-int8", with_tokenizer=True)
     return folder
 
 
-def read(bundle):
+def read_configs(bundle):
     command = [PYTHON, TESTS / "clients" / "triton.py", bundle / "repository"]
     return json.loads(subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout)
 
 
-def ask(bundle, config, batch):
-    """What Triton would: the model's file for a batch of the declared types and shapes; tensors by name."""
-    options = session_options(1)  # Triton cannot set the one for exact products: it takes -portable files on AVX2
+def run_model(bundle, config, batch):
+    """Runs a model as Triton does, on a batch of the declared types and shapes; returns tensors by name."""
+    options = session_options(1)  # Triton cannot set the option for exact products, so AVX2 servers use -portable files
     for library in config.get("model_operations", {}).get("op_library_filename", []):
         assert library == LIBRARY
         options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
     name = config.get("default_model_filename", "model.onnx")
     file = bundle / "repository" / config["name"] / "1" / name
     session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    given = {}
-    known = {value.name: value for value in session.get_inputs()}
-    assert set(known) == {spec["name"] for spec in config["input"]}
+    feed = {}
+    inputs_by_name = {value.name: value for value in session.get_inputs()}
+    assert set(inputs_by_name) == {spec["name"] for spec in config["input"]}
     for spec in config["input"]:
         tensor = batch[spec["name"]]
         assert tensor.dtype == TYPES[spec["data_type"]]
-        assert known[spec["name"]].type == ORT_TYPES[spec["data_type"]]
-        check(tensor, spec)
-        given[spec["name"]] = tensor.reshape(len(tensor)) if "reshape" in spec else tensor
-        assert given[spec["name"]].ndim == len(known[spec["name"]].shape)
+        assert inputs_by_name[spec["name"]].type == ORT_TYPES[spec["data_type"]]
+        require_dims(tensor, spec)
+        feed[spec["name"]] = tensor.reshape(len(tensor)) if "reshape" in spec else tensor
+        assert feed[spec["name"]].ndim == len(inputs_by_name[spec["name"]].shape)
     names = [spec["name"] for spec in config["output"]]
-    found = dict(zip(names, session.run(names, given), strict=True))
+    tensors_by_name = dict(zip(names, session.run(names, feed), strict=True))
     for spec in config["output"]:
-        assert found[spec["name"]].dtype == TYPES[spec["data_type"]]
-        check(found[spec["name"]], spec)
-    return found
+        assert tensors_by_name[spec["name"]].dtype == TYPES[spec["data_type"]]
+        require_dims(tensors_by_name[spec["name"]], spec)
+    return tensors_by_name
 
 
-def check(tensor, spec):
-    """Whether it is a batch of the dims declared."""
+def require_dims(tensor, spec):
+    """Checks that the tensor is a batch of the declared dims."""
     dims = [int(dim) for dim in spec["dims"]]
     assert tensor.ndim == 1 + len(dims)
     assert all(dim in (-1, size) for dim, size in zip(dims, tensor.shape[1:], strict=True))
@@ -96,14 +96,14 @@ def texts_of(bundle):
     return [row["text"] for row in json.loads((bundle / "golden.json").read_text())["sentences"]]
 
 
-def wanted(bundle, variant):
+def golden_logits(bundle, variant):
     return np.array(json.loads((bundle / "golden.json").read_text())["logits"][variant], np.float32)
 
 
 @pytest.mark.slow
 @needs_triton
-def test_triton_reads_what_the_bundle_says(bundle):
-    configs = read(bundle)
+def test_triton_reads_the_configurations_of_a_bundle(bundle):
+    configs = read_configs(bundle)
     assert set(configs) == {"onnx-int8", "onnx-int8_text", "onnx-fp32", "onnx-fp32_text", "tokenizer"}
     for name, config in configs.items():
         assert config["name"] == name
@@ -114,11 +114,11 @@ def test_triton_reads_what_the_bundle_says(bundle):
             continue
         assert config["backend"] == "onnxruntime"
         assert "max_queue_delay_microseconds" in config["dynamic_batching"]
-        # What has kernels on a GPU may run there; KIND_AUTO, the default, is not spelt out.
+        # A model whose kernels exist on a GPU may run there. The file leaves out the default KIND_AUTO.
         kind = config["instance_group"][0].get("kind", "KIND_AUTO")
         assert kind == ("KIND_AUTO" if name == "onnx-fp32" else "KIND_CPU")
-    labelled = {spec["name"]: spec.get("label_filename") for spec in configs["onnx-int8"]["output"]}
-    assert labelled == {"logits": None, "probabilities": "labels.txt"}
+    label_files = {spec["name"]: spec.get("label_filename") for spec in configs["onnx-int8"]["output"]}
+    assert label_files == {"logits": None, "probabilities": "labels.txt"}
     assert (bundle / "repository" / "onnx-int8" / "labels.txt").read_text() == "NEGATIVE\nPOSITIVE\n"
 
 
@@ -126,30 +126,30 @@ def test_triton_reads_what_the_bundle_says(bundle):
 @needs_triton
 @pytest.mark.parametrize("variant", ["onnx-int8", "onnx-fp32"])
 @pytest.mark.parametrize("size", [1, 3, 32])
-def test_an_ensemble_gives_the_golden_answers_step_by_step(bundle, variant, size):
-    configs = read(bundle)
+def test_the_steps_of_an_ensemble_give_the_golden_logits(bundle, variant, size):
+    configs = read_configs(bundle)
     ensemble = configs[f"{variant}_text"]
-    every = texts_of(bundle)
-    for start in range(0, len(every), size):
-        tensors = {"text": np.array([[text] for text in every[start : start + size]], dtype=object)}
-        check(tensors["text"], ensemble["input"][0])
+    texts = texts_of(bundle)
+    for start in range(0, len(texts), size):
+        tensors = {"text": np.array([[text] for text in texts[start : start + size]], dtype=object)}
+        require_dims(tensors["text"], ensemble["input"][0])
         for step in ensemble["ensemble_scheduling"]["step"]:
             batch = {inner: tensors[outer] for inner, outer in step["input_map"].items()}
-            found = ask(bundle, configs[step["model_name"]], batch)
-            tensors |= {outer: found[inner] for inner, outer in step["output_map"].items()}
+            results = run_model(bundle, configs[step["model_name"]], batch)
+            tensors |= {outer: results[inner] for inner, outer in step["output_map"].items()}
         for spec in ensemble["output"]:
-            check(tensors[spec["name"]], spec)
-        expected = wanted(bundle, variant)[start : start + size]
+            require_dims(tensors[spec["name"]], spec)
+        expected = golden_logits(bundle, variant)[start : start + size]
         assert np.abs(tensors["logits"] - expected).max() < (1e-3 if variant == "onnx-fp32" else 0.5)
         assert np.allclose(tensors["probabilities"], label_probabilities(tensors["logits"], False), atol=1e-6)
 
 
 @pytest.mark.slow
 @needs_triton
-def test_tokens_are_as_wide_as_those_of_other_requests(bundle):
-    config = read(bundle)["tokenizer"]
+def test_the_tokenizer_pads_to_a_few_widths(bundle):
+    config = read_configs(bundle)["tokenizer"]
     widths = {
-        ask(bundle, config, {"text": np.array([[text]], dtype=object)})["input_ids"].shape[1]
+        run_model(bundle, config, {"text": np.array([[text]], dtype=object)})["input_ids"].shape[1]
         for text in ("a film", "a rather longer film", "word " * 20, "word " * 600)
     }
     assert widths == {16, 32, 512}
@@ -157,33 +157,33 @@ def test_tokens_are_as_wide_as_those_of_other_requests(bundle):
 
 @pytest.mark.slow
 @needs_triton
-def test_a_model_that_takes_texts_is_one_model(whole):
-    configs = read(whole)
+def test_a_model_that_takes_texts_needs_no_ensemble(text_bundle):
+    configs = read_configs(text_bundle)
     assert set(configs) == {"onnx-int8"}
-    every = texts_of(whole)
-    found = ask(whole, configs["onnx-int8"], {"text": np.array([[text] for text in every], dtype=object)})
-    assert np.abs(found["logits"] - wanted(whole, "onnx-int8")).max() < 0.5
-    assert np.allclose(found["probabilities"].sum(axis=1), 1, atol=1e-6)
+    texts = texts_of(text_bundle)
+    results = run_model(text_bundle, configs["onnx-int8"], {"text": np.array([[text] for text in texts], dtype=object)})
+    assert np.abs(results["logits"] - golden_logits(text_bundle, "onnx-int8")).max() < 0.5
+    assert np.allclose(results["probabilities"].sum(axis=1), 1, atol=1e-6)
 
 
 @pytest.mark.slow
 @needs_triton
-def test_any_number_of_labels(tmp_path):
+def test_a_repository_can_have_any_number_of_labels(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "many", labels=[f"label {i}" for i in range(7)], leaning=3.0)
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "problem_type": "multi_label_classification"}))
     workspace = Workspace.open(str(checkpoint), tmp_path / "exported")
     make(workspace, tmp_path / "b", "onnx-fp32", license="MIT")
-    configs = read(tmp_path / "b")
+    configs = read_configs(tmp_path / "b")
     assert {tuple(spec["dims"]) for spec in configs["onnx-fp32"]["output"]} == {("7",)}
     encoder = encoding.Encoder.open(tmp_path / "b", ("input_ids", "attention_mask"), 512)
     batch = encoding.pad(encoder.encode(["a film", "another"]), encoder.names, 0)
-    found = ask(tmp_path / "b", configs["onnx-fp32"], batch)
-    assert np.allclose(found["probabilities"], label_probabilities(found["logits"], True), atol=1e-6)
+    results = run_model(tmp_path / "b", configs["onnx-fp32"], batch)
+    assert np.allclose(results["probabilities"], label_probabilities(results["logits"], True), atol=1e-6)
 
 
 @pytest.mark.slow
-def test_kserve_is_told_where_it_lies(bundle):
+def test_the_inference_service_names_the_model_and_its_format(bundle):
     service = yaml.safe_load((bundle / "inference-service.yaml").read_text())
     assert (service["apiVersion"], service["kind"]) == ("serving.kserve.io/v1beta1", "InferenceService")
     model = service["spec"]["predictor"]["model"]
@@ -193,24 +193,24 @@ def test_kserve_is_told_where_it_lies(bundle):
 
 
 @pytest.mark.parametrize(("name", "label"), [("onnx-int8+tune", "onnx-int8-tune"), ("Org/My_Model", "org-my-model")])
-def test_names_go_into_addresses(name, label):
+def test_a_served_name_is_valid_in_an_address(name, label):
     assert served_name(name) == label
 
 
 @pytest.mark.slow
-def test_the_readme_names_what_is_asked(bundle, whole):
+def test_the_readme_has_the_address_of_the_model(bundle, text_bundle):
     assert "localhost:8000/v2/models/onnx-int8_text/infer" in (bundle / "README.md").read_text()
-    assert "localhost:8000/v2/models/onnx-int8/infer" in (whole / "README.md").read_text()
-    assert LIBRARY in (whole / "README.md").read_text()
+    assert "localhost:8000/v2/models/onnx-int8/infer" in (text_bundle / "README.md").read_text()
+    assert LIBRARY in (text_bundle / "README.md").read_text()
 
 
 @pytest.mark.slow
-def test_a_bundle_checks_its_tokenizer(bundle, tmp_path):
+def test_verify_finds_another_tokenizer(bundle, tmp_path):
     report = shipping.verify(bundle)
     assert set(report["models"]) == {"onnx-int8", "onnx-fp32"}
     copy = shutil.copytree(bundle, tmp_path / "copy")
     body = json.loads((copy / "bundle.json").read_text())
-    # Another tokenizer in its place, well listed: it answers otherwise.
+    # A different tokenizer in its place, correctly listed, gives other tokens.
     from toolchain import passes
     from toolchain.ship import tokenizer_graph
 
@@ -234,7 +234,7 @@ def test_a_bundle_checks_its_tokenizer(bundle, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_tokenizer_that_does_not_load_is_a_broken_bundle(bundle, tmp_path):
+def test_a_tokenizer_graph_that_does_not_load_makes_a_bundle_invalid(bundle, tmp_path):
     copy = shutil.copytree(bundle, tmp_path / "copy")
     body = json.loads((copy / "bundle.json").read_text())
     (copy / body["tokenizer_in_graph"]["file"]).write_bytes(b"no model")
@@ -242,11 +242,11 @@ def test_a_tokenizer_that_does_not_load_is_a_broken_bundle(bundle, tmp_path):
         list(bundled.compare_logits(copy, body))
 
 
-def test_a_label_takes_no_ensembles_place():
+def test_a_label_cannot_have_the_name_of_an_ensemble():
     assert served_name("onnx-int8+text") != "onnx-int8_text"
 
 
-def test_a_repository_that_exists_is_left_alone(built_tiny, tmp_path):
+def test_an_existing_repository_is_not_overwritten(built_tiny, tmp_path):
     (tmp_path / "models" / "repository" / "mine" / "1").mkdir(parents=True)
     with pytest.raises(ArtifactError, match="exists and is not a bundle"):
         make(built_tiny, tmp_path / "models", "onnx-int8")

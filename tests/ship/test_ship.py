@@ -1,4 +1,4 @@
-"""Bundles: their content, refusals, and the detection of every changed byte."""
+"""Tests of bundles: their content, the refusals, and the verification finds every changed byte."""
 
 import base64
 import dataclasses
@@ -43,8 +43,8 @@ def make(workspace, output, *names, target="python", say=quiet, **order):
 
 
 @pytest.fixture(scope="module")
-def shipped(built_tiny, tmp_path_factory):
-    """One bundle of each target; not to be changed."""
+def bundles_by_target(built_tiny, tmp_path_factory):
+    """One bundle for each target. Do not change them."""
     folder = tmp_path_factory.mktemp("bundles")
     make(built_tiny, folder / "web", "onnx-int8", "onnx-fp32", target="web")
     make(built_tiny, folder / "python", "onnx-int8")
@@ -54,14 +54,14 @@ def shipped(built_tiny, tmp_path_factory):
 
 
 @pytest.fixture
-def bundle(shipped, tmp_path):
-    """A copy of the Python bundle; a test may change it."""
-    shutil.copytree(shipped / "python", tmp_path / "bundle")
+def bundle(bundles_by_target, tmp_path):
+    """A copy of the Python bundle, which a test may change."""
+    shutil.copytree(bundles_by_target / "python", tmp_path / "bundle")
     return tmp_path / "bundle"
 
 
 def reseal(folder, change):
-    """bundle.json after `change`, its id made to add up again, as an attacker would."""
+    """Changes bundle.json and computes its id again, as an attacker would."""
     body = json.loads((folder / "bundle.json").read_text())
     change(body)
     body["id"] = bundled.canonical_id(body)
@@ -69,12 +69,16 @@ def reseal(folder, change):
 
 
 @pytest.mark.parametrize("target", ["web", "python", "other"])
-def test_a_bundle_verifies_and_says_what_it_is(shipped, target, built_tiny):
-    report = shipping.verify(shipped / target)
-    body = json.loads((shipped / target / "bundle.json").read_text())
+def test_a_bundle_passes_verification_and_describes_its_models(bundles_by_target, target, built_tiny):
+    report = shipping.verify(bundles_by_target / target)
+    body = json.loads((bundles_by_target / target / "bundle.json").read_text())
     assert report["id"] == body["id"]
     assert report["target"] == target
-    on_disk = {p.relative_to(shipped / target).as_posix() for p in (shipped / target).rglob("*") if p.is_file()}
+    on_disk = {
+        p.relative_to(bundles_by_target / target).as_posix()
+        for p in (bundles_by_target / target).rglob("*")
+        if p.is_file()
+    }
     assert {entry["path"] for entry in body["files"]} | {"bundle.json"} == on_disk
     assert on_disk >= {
         "tokenizer.json",
@@ -88,97 +92,106 @@ def test_a_bundle_verifies_and_says_what_it_is(shipped, target, built_tiny):
     for model in body["models"]:
         manifest = built_tiny.load(model["variant"]).manifest
         assert model["artifact_id"] == manifest.id
-        assert sha256(shipped / target / model["file"]) == sha256(built_tiny.path(model["variant"]) / "model.onnx")
+        assert sha256(bundles_by_target / target / model["file"]) == sha256(
+            built_tiny.path(model["variant"]) / "model.onnx"
+        )
         assert model["ir_version"] == manifest.facts["ir_version"]
         assert model["opset"] == manifest.facts["opset"]
         assert [spec["name"] for spec in model["inputs"]] == ["input_ids", "attention_mask"]
         assert model["measured"] == "not measured"
         assert model["tolerance"] == TOLERANCES["int8" if "int8" in model["variant"] else "fp32"]
-        assert 0 <= report["models"][model["variant"]]["largest_delta"] < 1e-4  # the machine it was made on
+        assert 0 <= report["models"][model["variant"]]["largest_delta"] < 1e-4  # the machine that made the bundle
 
 
 @pytest.fixture(scope="module")
-def texts(built_tiny, tmp_path_factory):
-    """A Python bundle with the tokenizer in the graph; not to be changed."""
+def text_bundle(built_tiny, tmp_path_factory):
+    """A Python bundle with the tokenizer in the graph. Do not change it."""
     make(built_tiny, folder := tmp_path_factory.mktemp("texts") / "b", "onnx-int8", "onnx-fp32", with_tokenizer=True)
     return folder
 
 
 @pytest.mark.slow
-def test_text_in_probabilities_out(texts, built_tiny, tmp_path, say):
-    report = shipping.verify(texts)
-    body = json.loads((texts / "bundle.json").read_text())
+def test_a_bundle_with_its_tokenizer_in_the_graph_takes_texts(text_bundle, built_tiny, tmp_path, say):
+    report = shipping.verify(text_bundle)
+    body = json.loads((text_bundle / "bundle.json").read_text())
     assert body["tokenizer_in_graph"]["texts_compared"] > 3000
     for model in body["models"]:
         assert [(spec["name"], spec["dtype"]) for spec in model["inputs"]] == [("text", "string")]
         assert [spec["name"] for spec in model["outputs"]] == ["logits", "probabilities"]
         assert model["opset"]["ai.onnx.contrib"] == 1
         assert report["models"][model["variant"]]["largest_delta"] < 1e-4
-    readme = (texts / "README.md").read_text()
+    readme = (text_bundle / "README.md").read_text()
     assert "take `text`, any number of strings" in readme
     block = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
-    block = block.replace("/path/to/this/folder", str(texts))
-    subprocess.run([sys.executable, "-B", "-c", block], cwd=texts, check=True, capture_output=True)
+    block = block.replace("/path/to/this/folder", str(text_bundle))
+    subprocess.run([sys.executable, "-B", "-c", block], cwd=text_bundle, check=True, capture_output=True)
     for command in (["verify.py"], ["classify.py", "café naïve"]):
-        done = subprocess.run([sys.executable, *command], cwd=texts, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        completed = subprocess.run(
+            [sys.executable, *command], cwd=text_bundle, capture_output=True, text=True, check=False
+        )
+        assert completed.returncode == 0, completed.stderr
     (tmp_path / "in.txt").write_text("a film\ncafé naïve\n\nutter waste\n")
-    where = ("--model", built_tiny.source.ref, "--exported", built_tiny.exported)
-    by_bundle, by_variant = (say("predict", model, tmp_path / "in.txt", *where) for model in (texts, "onnx-int8"))
-    assert by_bundle[0] == by_variant[0] == 0, by_bundle[2] + by_variant[2]
-    assert len(by_bundle[1].splitlines()) == 4
-    assert by_bundle[1] == by_variant[1]
+    model_options = ("--model", built_tiny.source.ref, "--exported", built_tiny.exported)
+    bundle_run, variant_run = (
+        say("predict", model, tmp_path / "in.txt", *model_options) for model in (text_bundle, "onnx-int8")
+    )
+    assert bundle_run[0] == variant_run[0] == 0, bundle_run[2] + variant_run[2]
+    assert len(bundle_run[1].splitlines()) == 4
+    assert bundle_run[1] == variant_run[1]
 
 
 @pytest.mark.slow
-def test_pairs_are_for_models_that_take_tokens(texts, tmp_path, say):
+def test_a_model_that_takes_texts_refuses_pairs(text_bundle, tmp_path, say):
     (tmp_path / "pairs.csv").write_text("a,b\none,two\n")
-    command = ("predict", texts, tmp_path / "pairs.csv", "--text-column", "a", "--text-pair-column", "b")
+    command = ("predict", text_bundle, tmp_path / "pairs.csv", "--text-column", "a", "--text-pair-column", "b")
     code, out, err = say(*command)
     assert (code, out) == (1, "")
     assert "takes single texts, not pairs" in err
 
 
-@pytest.mark.parametrize(("target", "why"), [("web", "onnxruntime-web"), ("other", "other runtimes do not have")])
-def test_where_there_are_no_such_operators_the_tokenizer_stays_beside_the_graph(built_tiny, tmp_path, target, why):
+@pytest.mark.parametrize(("target", "reason"), [("web", "onnxruntime-web"), ("other", "other runtimes do not have")])
+def test_with_tokenizer_is_refused_for_a_target_without_its_operators(built_tiny, tmp_path, target, reason):
     with pytest.raises(ShippingError, match="Ship without --with-tokenizer") as refusal:
         make(built_tiny, tmp_path / "b", "onnx-std", target=target, with_tokenizer=True)
-    assert why in str(refusal.value)
+    assert reason in str(refusal.value)
     assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.slow
-def test_a_text_bundle_without_the_library_says_what_to_install(texts, monkeypatch):
+def test_without_onnxruntime_extensions_an_error_names_the_extra(text_bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime_extensions", None)
     with pytest.raises(ProviderError, match=r"toolchain\[text\]"):
-        shipping.verify(texts)
+        shipping.verify(text_bundle)
 
 
-def test_a_web_bundle_has_the_layout_transformers_js_reads(shipped):
-    body = json.loads((shipped / "web" / "bundle.json").read_text())
-    found = {model["variant"]: (model["dtype"], model["file"]) for model in body["models"]}
-    assert found == {"onnx-int8": ("q8", "onnx/model_quantized.onnx"), "onnx-fp32": ("fp32", "onnx/model.onnx")}
-    assert sorted(p.name for p in (shipped / "web" / "onnx").iterdir()) == ["model.onnx", "model_quantized.onnx"]
-    config = json.loads((shipped / "web" / "config.json").read_text())
-    assert config["transformers.js_config"] == {"dtype": "q8"}  # the first that was named
+def test_a_web_bundle_has_the_layout_of_transformers_js(bundles_by_target):
+    body = json.loads((bundles_by_target / "web" / "bundle.json").read_text())
+    files = {model["variant"]: (model["dtype"], model["file"]) for model in body["models"]}
+    assert files == {"onnx-int8": ("q8", "onnx/model_quantized.onnx"), "onnx-fp32": ("fp32", "onnx/model.onnx")}
+    assert sorted(p.name for p in (bundles_by_target / "web" / "onnx").iterdir()) == [
+        "model.onnx",
+        "model_quantized.onnx",
+    ]
+    config = json.loads((bundles_by_target / "web" / "config.json").read_text())
+    assert config["transformers.js_config"] == {"dtype": "q8"}  # the dtype of the first variant in the command
     assert config["id2label"] == {"0": "NEGATIVE", "1": "POSITIVE"}
-    assert not (shipped / "web" / "index.html").exists()
+    assert not (bundles_by_target / "web" / "index.html").exists()
 
 
-def test_a_file_says_where_it_is_exact(shipped, tiny, tmp_path):
+def test_a_bundle_states_where_its_models_are_exact(bundles_by_target, tiny, tmp_path):
     body = make(tiny, tmp_path / "b", "onnx-int8", "onnx-int8-portable", "onnx-fp32")
-    full, portable, plain = body["models"]
-    assert full["int8_headroom"] < 1 <= portable["int8_headroom"]
-    assert "VNNI" in full["exact_on"]
-    assert portable["exact_on"] == plain["exact_on"] == "any processor"
-    assert plain["int8_headroom"] is None
+    int8, portable, fp32 = body["models"]
+    assert int8["int8_headroom"] < 1 <= portable["int8_headroom"]
+    assert "VNNI" in int8["exact_on"]
+    assert portable["exact_on"] == fp32["exact_on"] == "any processor"
+    assert fp32["int8_headroom"] is None
     assert portable["step"]["settings"]["reduce_range"] is True
     readme = (tmp_path / "b" / "README.md").read_text()
     assert "onnx-int8-portable: any processor." in readme
     assert "older x86-64" in readme
 
 
-def test_headroom_is_that_of_the_file_and_not_of_what_an_older_release_noted(tiny, tmp_path):
+def test_headroom_is_computed_from_the_file_and_not_read_from_the_manifest(tiny, tmp_path):
     file = tiny.path("onnx-int8") / "manifest.json"
     manifest = json.loads(file.read_text())
     del manifest["facts"]["int8_headroom"]
@@ -186,93 +199,97 @@ def test_headroom_is_that_of_the_file_and_not_of_what_an_older_release_noted(tin
     assert make(tiny, tmp_path / "b", "onnx-int8")["models"][0]["int8_headroom"] < 1
 
 
-def test_no_place_of_this_machine_is_in_a_bundle(shipped, tiny_checkpoint, built_tiny):
-    for path in shipped.rglob("*"):
+def test_a_bundle_contains_no_path_of_this_machine(bundles_by_target, tiny_checkpoint, built_tiny):
+    for path in bundles_by_target.rglob("*"):
         if path.is_file():
-            for place in (str(tiny_checkpoint.parent), str(built_tiny.exported), str(ROOT)):
-                assert place.encode() not in path.read_bytes(), path
-    body = json.loads((shipped / "python" / "bundle.json").read_text())
+            for folder in (str(tiny_checkpoint.parent), str(built_tiny.exported), str(ROOT)):
+                assert folder.encode() not in path.read_bytes(), path
+    body = json.loads((bundles_by_target / "python" / "bundle.json").read_text())
     assert body["model"]["source"]["ref"] == tiny_checkpoint.name
     assert body["model"]["license"] == "not stated"
 
 
-def test_the_bundle_states_measurements_and_their_hardware(tiny, tmp_path):
-    committed = ResultFile.read(ROOT / "benchmarks" / "results" / "reference-xeon-2cores.json")
-    row = next(row for row in committed.rows if row.variant == "onnx-int8")
-    mine = dataclasses.replace(row, artifact_id=tiny.load("onnx-int8").manifest.id)
+def test_a_bundle_has_the_measured_figures_and_their_hardware(tiny, tmp_path):
+    committed_file = ResultFile.read(ROOT / "benchmarks" / "results" / "reference-xeon-2cores.json")
+    row = next(row for row in committed_file.rows if row.variant == "onnx-int8")
+    own_row = dataclasses.replace(row, artifact_id=tiny.load("onnx-int8").manifest.id)
     results = ResultsFolder(tmp_path / "results")
     results.local.mkdir(parents=True)
-    older = dataclasses.replace(committed, rows=(dataclasses.replace(mine, throughput_per_s=None),), created="2020")
-    dataclasses.replace(committed, rows=(mine,)).write(results.local / "a.json")
-    assert older.created < committed.created
+    older_file = dataclasses.replace(
+        committed_file, rows=(dataclasses.replace(own_row, throughput_per_s=None),), created="2020"
+    )
+    dataclasses.replace(committed_file, rows=(own_row,)).write(results.local / "a.json")
+    assert older_file.created < committed_file.created
     body = make(tiny, tmp_path / "b", "onnx-int8", "onnx-fp32", license="MIT", results=results)
-    found, nothing = (model["measured"] for model in body["models"])
-    assert nothing == "not measured"
-    assert found["accuracy"] == {"value": row.accuracy.value, "count": 872}
-    assert found["latency_ms"] == {"p50": row.latency_ms["p50"], "p95": row.latency_ms["p95"]}
-    assert (found["cpu"], found["provider"], found["data"]) == (committed.machine["cpu"], "cpu", "sst2")
+    figures, missing = (model["measured"] for model in body["models"])
+    assert missing == "not measured"
+    assert figures["accuracy"] == {"value": row.accuracy.value, "count": 872}
+    assert figures["latency_ms"] == {"p50": row.latency_ms["p50"], "p95": row.latency_ms["p95"]}
+    assert (figures["cpu"], figures["provider"], figures["data"]) == (committed_file.machine["cpu"], "cpu", "sst2")
     assert body["model"]["license"] == "MIT"
     readme = (tmp_path / "b" / "README.md").read_text()
-    assert committed.machine["cpu"] in readme
+    assert committed_file.machine["cpu"] in readme
     assert "| onnx-fp32 | `onnx-fp32.onnx` |" in readme
 
 
-def test_the_reference_says_whose_it_is(reference, tmp_path):
+def test_a_bundle_of_the_reference_states_licence_and_origin(reference, tmp_path):
     body = make(reference, tmp_path / "b", "onnx-int8")
     assert body["model"]["license"] == "Apache-2.0"
     assert "all-MiniLM-L6-v2" in body["model"]["origin"]
     assert "SST-2" in body["model"]["data"]
     assert "Licence: Apache-2.0." in (tmp_path / "b" / "README.md").read_text()
-    stated = {entry.key: entry.value for entry in onnx.load(tmp_path / "b" / MODEL).metadata_props}
-    assert stated["toolchain.license"] == "Apache-2.0"
+    metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / "b" / MODEL).metadata_props}
+    assert metadata["toolchain.license"] == "Apache-2.0"
 
 
-def test_shipping_again_changes_nothing_and_a_change_replaces_it(tiny, tmp_path):
-    said = []
-    first = make(tiny, tmp_path / "b", "onnx-int8")
-    before = (tmp_path / "b").stat().st_ino
-    assert make(tiny, tmp_path / "b", "onnx-int8", say=lambda event: said.append(str(event)))["id"] == first["id"]
-    assert f"{tmp_path / 'b'}: an equal bundle exists, unchanged" in said
-    assert (tmp_path / "b").stat().st_ino == before
-    assert make(tiny, tmp_path / "b", "onnx-fp32")["id"] != first["id"]
+def test_shipping_the_same_changes_nothing_and_another_variant_replaces_the_bundle(tiny, tmp_path):
+    events = []
+    first_body = make(tiny, tmp_path / "b", "onnx-int8")
+    inode = (tmp_path / "b").stat().st_ino
+    assert (
+        make(tiny, tmp_path / "b", "onnx-int8", say=lambda event: events.append(str(event)))["id"] == first_body["id"]
+    )
+    assert f"{tmp_path / 'b'}: an equal bundle exists, unchanged" in events
+    assert (tmp_path / "b").stat().st_ino == inode
+    assert make(tiny, tmp_path / "b", "onnx-fp32")["id"] != first_body["id"]
     assert shipping.verify(tmp_path / "b")["models"].keys() == {"onnx-fp32"}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "exported"]  # nothing is left beside it
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "exported"]  # no other file remains
 
 
-def lies_there(place, what):
-    if what == "a folder":
-        place.mkdir()
-        (place / "mine.txt").write_text("mine")
-    elif what == "an empty folder":
-        place.mkdir()
-    elif what == "a file":
-        place.write_text("mine")
-    elif what == "a dangling link":
-        place.symlink_to(place.parent / "nowhere")
+def create_at(path, kind):
+    if kind == "a folder":
+        path.mkdir()
+        (path / "mine.txt").write_text("mine")
+    elif kind == "an empty folder":
+        path.mkdir()
+    elif kind == "a file":
+        path.write_text("mine")
+    elif kind == "a dangling link":
+        path.symlink_to(path.parent / "nowhere")
 
 
-@pytest.mark.parametrize("what", ["a folder", "an empty folder", "a file", "a dangling link"])
-def test_a_foreign_file_or_folder_is_not_overwritten(tiny, tmp_path, what):
-    lies_there(tmp_path / "b", what)
+@pytest.mark.parametrize("kind", ["a folder", "an empty folder", "a file", "a dangling link"])
+def test_shipping_does_not_overwrite_existing_files(tiny, tmp_path, kind):
+    create_at(tmp_path / "b", kind)
     with pytest.raises(ArtifactError, match=str(tmp_path / "b")):
         make(tiny, tmp_path / "b", "onnx-int8")
-    assert what != "a folder" or (tmp_path / "b" / "mine.txt").read_text() == "mine"
-    assert what != "a file" or (tmp_path / "b").read_text() == "mine"
+    assert kind != "a folder" or (tmp_path / "b" / "mine.txt").read_text() == "mine"
+    assert kind != "a file" or (tmp_path / "b").read_text() == "mine"
 
 
-def test_a_bundle_somebody_changed_is_not_overwritten(tiny, bundle):
+def test_a_changed_bundle_is_not_overwritten(tiny, bundle):
     (bundle / "notes.txt").write_text("mine")
     with pytest.raises(ArtifactError, match=r"notes\.txt is not listed"):
         make(tiny, bundle, "onnx-int8")
     assert (bundle / "notes.txt").read_text() == "mine"
 
 
-def test_a_killed_ship_leaves_no_half_bundle(tiny, tmp_path, monkeypatch):
-    def killed(folder):
+def test_an_interrupted_ship_keeps_the_old_bundle(tiny, tmp_path, monkeypatch):
+    def interrupt(folder):
         raise KeyboardInterrupt
 
     make(tiny, tmp_path / "b", "onnx-int8")
-    monkeypatch.setattr(shipping, "verify", killed)
+    monkeypatch.setattr(shipping, "verify", interrupt)
     with pytest.raises(KeyboardInterrupt):
         make(tiny, tmp_path / "b", "onnx-fp32")
     monkeypatch.undo()
@@ -288,45 +305,45 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("names", REFUSED)
-def test_a_variant_without_an_onnx_file_is_not_shipped(built_tiny, tmp_path, names):
+def test_a_pytorch_variant_or_a_repeated_one_is_not_shipped(built_tiny, tmp_path, names):
     with pytest.raises(ShippingError, match=REFUSED[names]):
         make(built_tiny, tmp_path / "b", *names)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_variants_of_one_dtype_are_two_web_bundles(built_tiny, tmp_path):
+def test_a_web_bundle_refuses_two_variants_of_one_dtype(built_tiny, tmp_path):
     with pytest.raises(ShippingError, match=re.escape("would both have the path onnx/model_quantized.onnx")):
         make(built_tiny, tmp_path / "b", "onnx-int8", "onnx-int8-portable", target="web")
 
 
-def test_an_unknown_variant_is_told(built_tiny, tmp_path):
+def test_an_unknown_variant_gives_an_error(built_tiny, tmp_path):
     with pytest.raises(UnknownVariantError):
         make(built_tiny, tmp_path / "b", "onnx-int9")
 
 
 @pytest.mark.parametrize("name", ["onnx-int8", "onnx-fp32"])
-def test_operators_a_target_lacks_are_named_with_what_to_ship(built_tiny, tmp_path, name):
-    with pytest.raises(ShippingError, match=r"(DynamicQuantizeMatMul|Gelu).*onnx-std") as caught:
+def test_an_error_names_operators_that_a_target_lacks_and_an_alternative(built_tiny, tmp_path, name):
+    with pytest.raises(ShippingError, match=r"(DynamicQuantizeMatMul|Gelu).*onnx-std") as error:
         make(built_tiny, tmp_path / "b", name, target="other")
-    assert "operators that only ONNX Runtime has" in str(caught.value)
+    assert "operators that only ONNX Runtime has" in str(error.value)
     assert not (tmp_path / "b").exists()
 
 
 def test_a_variant_that_failed_validation_is_not_shipped(tiny, tmp_path):
     file = tiny.path("onnx-int8") / "manifest.json"
     body = json.loads(file.read_text())
-    body["validation"]["passed"] = False  # outside of the seal
+    body["validation"]["passed"] = False  # the id does not cover this value
     file.write_text(json.dumps(body))
     with pytest.raises(VerdictError, match="onnx-int8 did not pass validation"):
         make(tiny, tmp_path / "b", "onnx-int8")
 
 
 @pytest.mark.slow
-def test_a_stale_variant_is_built_anew_before_it_is_shipped(tiny, tmp_path):
+def test_a_stale_variant_is_rebuilt_before_it_is_shipped(tiny, tmp_path):
     ensure(tiny, ["onnx-std"], {"onnx-std": Export(17)}, quiet)
-    said = []
-    body = make(tiny, tmp_path / "b", "onnx-fp32", say=lambda event: said.append(str(event)))
-    assert "onnx-fp32: building (onnx-std changed)" in said
+    events = []
+    body = make(tiny, tmp_path / "b", "onnx-fp32", say=lambda event: events.append(str(event)))
+    assert "onnx-fp32: building (onnx-std changed)" in events
     assert body["models"][0]["artifact_id"] == tiny.load("onnx-fp32").manifest.id
     assert body["models"][0]["opset"][""] == 17
 
@@ -343,11 +360,11 @@ def files_of(target):
 
 
 @pytest.mark.parametrize("name", files_of(MODEL))
-@pytest.mark.parametrize("where", ["first", "middle", "last"])
-def test_one_changed_byte_is_seen(bundle, name, where):
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_verify_finds_one_changed_byte(bundle, name, place):
     content = bytearray((bundle / name).read_bytes())
-    at = {"first": 0, "middle": len(content) // 2, "last": len(content) - 1}[where]
-    content[at] ^= 1
+    index = {"first": 0, "middle": len(content) // 2, "last": len(content) - 1}[place]
+    content[index] ^= 1
     (bundle / name).write_bytes(content)
     with pytest.raises(VerdictError, match=re.escape(name)):
         shipping.verify(bundle)
@@ -355,14 +372,14 @@ def test_one_changed_byte_is_seen(bundle, name, where):
 
 
 @pytest.mark.parametrize("name", files_of(MODEL))
-def test_a_truncated_file_is_seen(bundle, name):
+def test_verify_finds_a_truncated_file(bundle, name):
     content = (bundle / name).read_bytes()
     (bundle / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(VerdictError, match=re.escape(name)):
         shipping.verify(bundle)
 
 
-def test_a_missing_and_an_added_file_are_seen(bundle):
+def test_verify_finds_a_missing_and_an_added_file(bundle):
     (bundle / "payload.py").write_text("")
     with pytest.raises(VerdictError, match=r"payload\.py is not listed"):
         shipping.verify(bundle)
@@ -376,7 +393,7 @@ PATHS = ["../secret", "/etc/hostname", "a/../../secret", "..\\secret", "C:secret
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_path_that_leaves_the_bundle_is_not_followed(bundle, path):
+def test_verify_refuses_a_path_outside_the_bundle(bundle, path):
     secret = bundle.parent / "secret"
     secret.write_text("")
     entry = {"path": path, "bytes": 0, "sha256": sha256(secret)}
@@ -385,17 +402,17 @@ def test_a_path_that_leaves_the_bundle_is_not_followed(bundle, path):
         shipping.verify(bundle)
 
 
-@pytest.mark.parametrize("what", ["model", "folder", "bundle.json"])
-def test_a_link_is_not_followed(bundle, what):
+@pytest.mark.parametrize("link", ["model", "folder", "bundle.json"])
+def test_verify_refuses_a_link(bundle, link):
     outside = bundle.parent / "outside"
-    if what == "folder":
+    if link == "folder":
         outside.mkdir()
         (outside / "note").write_text("")
         (bundle / "sub").symlink_to(outside)
         entry = {"path": "sub/note", "bytes": 0, "sha256": sha256(outside / "note")}
         reseal(bundle, lambda body: body["files"].append(entry))
     else:
-        name = MODEL if what == "model" else what
+        name = MODEL if link == "model" else link
         (bundle / name).rename(outside)
         (bundle / name).symlink_to(outside)
     with pytest.raises(VerdictError, match="is a link"):
@@ -403,7 +420,7 @@ def test_a_link_is_not_followed(bundle, what):
 
 
 @pytest.mark.parametrize("change", ["schema", "no models", "list", "unlisted model"])
-def test_a_bundle_json_that_lies_about_its_shape_is_refused(bundle, change):
+def test_verify_refuses_an_invalid_bundle_json(bundle, change):
     if change == "list":
         (bundle / "bundle.json").write_text("[]")
     else:
@@ -419,7 +436,7 @@ def test_a_bundle_json_that_lies_about_its_shape_is_refused(bundle, change):
         shipping.verify(bundle)
 
 
-def test_weights_outside_the_file_are_not_loaded(bundle):
+def test_verify_refuses_weights_outside_the_file(bundle):
     model = onnx.load(bundle / MODEL)
     tensor = model.graph.initializer[0]
     tensor.ClearField("raw_data")
@@ -437,7 +454,7 @@ def test_weights_outside_the_file_are_not_loaded(bundle):
         shipping.verify(bundle)
 
 
-def replaced(bundle, name, content):
+def replace_and_reseal(bundle, name, content):
     (bundle / name).write_text(content)
     entry = {"bytes": (bundle / name).stat().st_size, "sha256": sha256(bundle / name)}
     reseal(bundle, lambda body: next(e for e in body["files"] if e["path"] == name).update(entry))
@@ -446,7 +463,7 @@ def replaced(bundle, name, content):
 @pytest.mark.parametrize(
     "change", ["logits", "half of them", "batch", "tokens", "not finite", "none", "no batch", "other variant"]
 )
-def test_answers_that_are_not_the_recorded_ones_are_seen(bundle, change):
+def test_verify_finds_recorded_values_that_differ(bundle, change):
     golden = json.loads((bundle / "golden.json").read_text())
     if change == "logits":
         golden["logits"]["onnx-int8"][3][0] += 2 * TOLERANCES["int8"]["largest"]
@@ -464,23 +481,23 @@ def test_answers_that_are_not_the_recorded_ones_are_seen(bundle, change):
         golden = {"sentences": [], "logits": {"onnx-int8": []}}
     else:
         golden["logits"] = {"onnx-fp32": golden["logits"]["onnx-int8"]}
-    replaced(bundle, "golden.json", json.dumps(golden))
-    with pytest.raises(VerdictError, match=r"logits|tokenizer splits|golden\.json") as caught:
+    replace_and_reseal(bundle, "golden.json", json.dumps(golden))
+    with pytest.raises(VerdictError, match=r"logits|tokenizer splits|golden\.json") as error:
         shipping.verify(bundle)
-    assert ("median difference" in str(caught.value)) == (change == "half of them")
+    assert ("median difference" in str(error.value)) == (change == "half of them")
 
 
 @pytest.mark.parametrize("left", [False, True])
-def test_golden_batches_are_padded_as_the_toolchain_pads(left):
+def test_verify_pads_as_the_toolchain_does(left):
     rows, names = [[1, 2, 3], [4], [5, 6]], ("input_ids", "attention_mask", "token_type_ids")
-    mine = bundled.pad_rows(rows, "left" if left else "right", 9)
+    padded = bundled.pad_rows(rows, "left" if left else "right", 9)
     for name, array in pad(rows, names, 9, left).items():
-        assert np.array_equal(np.array(mine[name]), array)
+        assert np.array_equal(np.array(padded[name]), array)
 
 
-def test_a_bundle_holds_batches_padded_on_either_side(shipped):
+def test_a_bundle_has_batches_padded_on_either_side(bundles_by_target):
     for target in ("web", "python", "other", "mobile"):
-        golden = json.loads((shipped / target / "golden.json").read_text())
+        golden = json.loads((bundles_by_target / target / "golden.json").read_text())
         assert [batch["padding"] for batch in golden["batches"]] == ["right", "left"]
         for batch in golden["batches"]:
             lengths = {len(golden["sentences"][index]["input_ids"]) for index in batch["sentences"]}
@@ -488,12 +505,12 @@ def test_a_bundle_holds_batches_padded_on_either_side(shipped):
         assert set(golden["batch_logits"]) == set(golden["logits"])
 
 
-def test_a_fault_of_padded_batches_alone_is_seen(bundle):
-    """As of releases up to 1.20, which read the key padding mask of one query by the query's length."""
+def test_verify_finds_a_fault_that_affects_only_padded_batches(bundle):
+    """Releases up to 1.20 have such a fault: they apply the key padding mask of one query by the query's length."""
     model = onnx.load(bundle / MODEL)
-    heads = next(node for node in model.graph.node if node.op_type == "MultiHeadAttention")
-    heads.input[5] = ""  # without its bias it attends to padding
-    del heads.input[5:]
+    attention = next(node for node in model.graph.node if node.op_type == "MultiHeadAttention")
+    attention.input[5] = ""  # without its bias, the attention includes padding
+    del attention.input[5:]
     onnx.save(model, bundle / MODEL)
     entry = {"bytes": (bundle / MODEL).stat().st_size, "sha256": sha256(bundle / MODEL)}
     reseal(bundle, lambda body: next(e for e in body["files"] if e["path"] == MODEL).update(entry))
@@ -501,44 +518,45 @@ def test_a_fault_of_padded_batches_alone_is_seen(bundle):
         shipping.verify(bundle)
 
 
-def test_an_older_runtime_than_the_bundle_names_is_told_so(bundle):
+def test_verify_refuses_a_runtime_that_is_too_old(bundle):
     reseal(bundle, lambda body: body.update(onnxruntime="99.1"))
-    with pytest.raises(VerdictError, match=r"this is ONNX Runtime .* needs 99\.1 or newer") as caught:
+    with pytest.raises(VerdictError, match=r"this is ONNX Runtime .* needs 99\.1 or newer") as error:
         shipping.verify(bundle)
-    assert "pip install 'onnxruntime>=99.1'" in str(caught.value)
+    assert "pip install 'onnxruntime>=99.1'" in str(error.value)
     assert bundled.main(bundle) == 3
 
 
-def test_a_runtime_that_saturates_is_told_so_and_what_to_do(bundle, built_tiny, tmp_path, monkeypatch):
+def test_a_saturating_runtime_gives_an_error_with_an_alternative(bundle, built_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(bundled, "saturates", lambda exact=False: True)
-    with pytest.raises(VerdictError, match="this runtime saturates 8-bit products") as caught:
+    with pytest.raises(VerdictError, match="this runtime saturates 8-bit products") as error:
         shipping.verify(bundle)
-    assert "use a -portable model" in str(caught.value)
+    assert "use a -portable model" in str(error.value)
     monkeypatch.setattr(bundles, "saturates", lambda exact=False: True)
     with pytest.raises(ShippingError, match="recorded logits of onnx-int8 would be wrong"):
         make(built_tiny, tmp_path / "b", "onnx-int8")
     assert not (tmp_path / "b").exists()
-    make(built_tiny, tmp_path / "fp32", "onnx-fp32")  # nothing in it can saturate
+    make(built_tiny, tmp_path / "fp32", "onnx-fp32")  # an fp32 model has no products that saturate
 
 
 @pytest.mark.parametrize(
-    ("variant", "words"),
+    ("variant", "message"),
     [("onnx-int8", "on a processor that saturates"), ("onnx-fp32", "model.onnx cannot be loaded: ")],
 )
-def test_saturation_explains_a_model_that_cannot_be_loaded_only_where_its_products_saturate(
-    built_tiny, tmp_path, monkeypatch, capsys, variant, words
+def test_verify_blames_saturation_only_for_a_model_whose_products_saturate(
+    built_tiny, tmp_path, monkeypatch, capsys, variant, message
 ):
-    made = tmp_path / "b"
-    make(built_tiny, made, variant)
-    (made / MODEL).write_bytes(b"not a graph")
-    entry = {"bytes": (made / MODEL).stat().st_size, "sha256": sha256(made / MODEL)}
-    reseal(made, lambda body: next(e for e in body["files"] if e["path"] == MODEL).update(entry))
-    monkeypatch.setattr(bundled, "saturates", lambda exact=False: not exact)  # the option mends it, as without VNNI
-    assert bundled.main(made) == 3
-    assert words in capsys.readouterr().err
+    folder = tmp_path / "b"
+    make(built_tiny, folder, variant)
+    (folder / MODEL).write_bytes(b"not a graph")
+    entry = {"bytes": (folder / MODEL).stat().st_size, "sha256": sha256(folder / MODEL)}
+    reseal(folder, lambda body: next(e for e in body["files"] if e["path"] == MODEL).update(entry))
+    # the option makes products exact, as on a processor without VNNI
+    monkeypatch.setattr(bundled, "saturates", lambda exact=False: not exact)
+    assert bundled.main(folder) == 3
+    assert message in capsys.readouterr().err
 
 
-def test_every_client_asks_the_same_product_whether_its_processor_saturates():
+def test_every_client_tests_saturation_with_the_same_product():
     files = TESTS.parent / "toolchain" / "ship" / "bundle_files"
     for name in ("verify.py", "classify.py", "classify_text.py", "node.mjs"):
         lines = re.findall(r'^ {2,4}"([A-Za-z0-9+/=]{60,})"', (files / name).read_text(), re.MULTILINE)
@@ -546,7 +564,7 @@ def test_every_client_asks_the_same_product_whether_its_processor_saturates():
 
 
 @pytest.mark.parametrize("name", ["__pycache__/classify.cpython-311.pyc", ".DS_Store", "json.py", ".git/config"])
-def test_every_unlisted_file_is_refused(bundle, name):
+def test_verify_refuses_every_unlisted_file(bundle, name):
     (bundle / name).parent.mkdir(exist_ok=True)
     (bundle / name).write_bytes(b"")
     with pytest.raises(VerdictError, match=f"{re.escape(name)} is not listed"):
@@ -556,7 +574,7 @@ def test_every_unlisted_file_is_refused(bundle, name):
 @pytest.mark.parametrize(
     "command", [["verify.py"], ["classify.py", "a film"], ["-m", "toolchain", "verify", "."]], ids=lambda c: c[0]
 )
-def test_no_file_of_a_bundle_stands_in_for_a_library(bundle, command):
+def test_no_file_of_a_bundle_is_imported_as_a_library(bundle, command):
     libraries = ("json", "base64", "numpy", "onnxruntime", "__future__")
     for library in libraries:
         (bundle / f"{library}.py").write_text(f"import pathlib; pathlib.Path('imported {library}').touch()\n")
@@ -566,45 +584,45 @@ def test_no_file_of_a_bundle_stands_in_for_a_library(bundle, command):
     assert command[0] == "classify.py" or re.search(rf"({'|'.join(libraries)})\.py is not listed", run.stderr)
 
 
-def test_no_bundle_is_a_failure_and_not_a_verdict(tmp_path):
-    for place in (tmp_path, tmp_path / "nothing"):
+def test_a_folder_without_a_bundle_is_a_failure_and_no_verdict(tmp_path):
+    for folder in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(ShippingError, match="is not a bundle"):
-            shipping.verify(place)
+            shipping.verify(folder)
     assert bundled.main(tmp_path) == 1
 
 
-def test_the_commands_and_their_exit_codes(tiny, tmp_path, say, monkeypatch):
+def test_ship_and_verify_exit_with_their_codes(tiny, tmp_path, say, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    where = ("--model", tiny.model, "--exported", tiny.exported)
-    place = tiny.exported / tiny.model / "bundle-python"
-    code, out, err = say("ship", "onnx-int8", "--target", "python", *where)
-    assert (code, out.strip()) == (0, str(place)), err
-    code, out, _ = say("verify", place)
+    model_options = ("--model", tiny.model, "--exported", tiny.exported)
+    folder = tiny.exported / tiny.model / "bundle-python"
+    code, out, err = say("ship", "onnx-int8", "--target", "python", *model_options)
+    assert (code, out.strip()) == (0, str(folder)), err
+    code, out, _ = say("verify", folder)
     assert code == 0
     assert "onnx-int8: largest |Δlogit|" in out
-    assert json.loads(say("verify", place, "--json")[1])["files"] == 9
-    (place / "config.json").write_text("{}")
-    assert say("verify", place)[0] == 3
+    assert json.loads(say("verify", folder, "--json")[1])["files"] == 9
+    (folder / "config.json").write_text("{}")
+    assert say("verify", folder)[0] == 3
     assert say("verify", tmp_path)[0] == 1
-    assert say("ship", "--target", "python", *where)[0] == 2
-    assert say("ship", "onnx-int8", *where)[0] == 2
-    code, _, err = say("ship", "onnx-int8", "--target", "other", *where)
+    assert say("ship", "--target", "python", *model_options)[0] == 2
+    assert say("ship", "onnx-int8", *model_options)[0] == 2
+    code, _, err = say("ship", "onnx-int8", "--target", "other", *model_options)
     assert code == 1
     assert "onnx-std-int8" in err
-    # A bundle is no variant: the command that lists variants does not list it.
-    listed = json.loads(say("variants", "--json", *where)[1])
-    assert "bundle-python" not in {row["variant"] for row in listed}
+    # A bundle is no variant, so `variants` must not list it.
+    rows = json.loads(say("variants", "--json", *model_options)[1])
+    assert "bundle-python" not in {row["variant"] for row in rows}
 
 
-def test_the_page_needs_npm_and_says_so(built_tiny, tmp_path, monkeypatch):
+def test_without_npm_an_error_names_no_demo(built_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(ShippingError, match="npm is not installed") as caught:
+    with pytest.raises(ShippingError, match="npm is not installed") as error:
         clients.install(tmp_path)
-    assert "--no-demo" in caught.value.hint
+    assert "--no-demo" in error.value.hint
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_npm_that_fails_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failed_npm_leaves_no_file(tmp_path, monkeypatch):
     npm = tmp_path / "npm"
     npm.write_text("#!/bin/sh\nmkdir node_modules\necho 'npm error network' >&2\nexit 1\n")
     npm.chmod(0o755)
@@ -616,27 +634,27 @@ def test_an_npm_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 def test_the_lock_file_pins_every_package_and_names_no_registry():
     lock = json.loads((clients.PACKAGES / clients.LOCK).read_text())
-    named = json.loads((clients.PACKAGES / "package.json").read_text())["dependencies"]
-    assert lock["packages"][""]["dependencies"] == named
+    dependencies = json.loads((clients.PACKAGES / "package.json").read_text())["dependencies"]
+    assert lock["packages"][""]["dependencies"] == dependencies
     for path, package in lock["packages"].items():
         assert path == "" or ("integrity" in package and "resolved" not in package), path
-    assert {clients.version(name) for name in named} == set(named.values())
+    assert {clients.version(name) for name in dependencies} == set(dependencies.values())
 
 
-def test_the_policy_of_the_page_admits_its_one_inline_script():
+def test_the_policy_of_the_page_allows_its_one_inline_script():
     import base64
     import hashlib
 
     page = (ROOT / "toolchain" / "ship" / "bundle_files" / "index.html").read_text()
-    inline = re.findall(r"<script[^>]*>([^<]+)</script>", page)
-    assert len(inline) == 1
-    digest = base64.b64encode(hashlib.sha256(inline[0].encode()).digest()).decode()
+    scripts = re.findall(r"<script[^>]*>([^<]+)</script>", page)
+    assert len(scripts) == 1
+    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
     assert f"'sha256-{digest}'" in page
 
 
-def test_the_python_code_of_a_readme_runs(shipped, tmp_path):
-    """In this environment; in one with nothing else it is run with the other clients."""
-    shutil.copytree(shipped / "python", tmp_path / "bundle")
+def test_the_python_code_of_a_readme_runs(bundles_by_target, tmp_path):
+    """Runs the code in this environment; `test_clients.py` runs it in a bare one."""
+    shutil.copytree(bundles_by_target / "python", tmp_path / "bundle")
     block = re.search(r"```python\n(.*?)```", (tmp_path / "bundle" / "README.md").read_text(), re.DOTALL)[1]
     (tmp_path / "app").mkdir()
     shutil.copy(tmp_path / "bundle" / "classify.py", tmp_path / "app")
@@ -645,15 +663,15 @@ def test_the_python_code_of_a_readme_runs(shipped, tmp_path):
         [sys.executable, "-c", block], cwd=tmp_path / "app", capture_output=True, text=True, check=True
     )
     assert run.stdout.count("NEGATIVE") == run.stdout.count("POSITIVE") == 2
-    shipping.verify(tmp_path / "bundle")  # its use leaves nothing in the bundle
+    shipping.verify(tmp_path / "bundle")  # its use adds no file to the bundle
 
 
-def test_every_dtype_is_of_a_scheme_with_a_tolerance():
+def test_every_dtype_has_a_tolerance():
     assert set(DTYPES) <= set(TOLERANCES)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_many_labels_is_shipped_and_asked(tmp_path):
+def test_a_bundle_of_many_labels_classifies_texts(tmp_path):
     labels = [f"label {i}" for i in range(7)]
     make_checkpoint(tmp_path / "many", labels, leaning=30)
     workspace = Workspace.open(str(tmp_path / "many"), tmp_path / "exported")
@@ -665,6 +683,6 @@ def test_a_checkpoint_of_many_labels_is_shipped_and_asked(tmp_path):
     assert run.stdout.split("\t")[0] == "label 6"
 
 
-def test_files_that_go_into_bundles_need_nothing_of_this_package():
+def test_files_for_bundles_do_not_import_this_package():
     for path in (TESTS.parent / "toolchain" / "ship" / "bundle_files").glob("*.py"):
         assert "toolchain" not in re.sub(r'""".*?"""', "", path.read_text(), flags=re.DOTALL), path

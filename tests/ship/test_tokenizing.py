@@ -1,4 +1,4 @@
-"""Tokenizers in graphs give the tokens of the checkpoint's own tokenizer, or are refused."""
+"""Tests of tokenizer graphs they give the tokens of the checkpoint's tokenizer, or are refused."""
 
 import builtins
 import json
@@ -24,14 +24,14 @@ WORDS = [str(text) for text in inputs.load_embedded().texts]
 NAMES = ("input_ids", "attention_mask")
 
 
-def cased(words):
+def make_cased(words):
     tokenizer = tiny.wordpiece(words)
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
     return tokenizer
 
 
-def robertas(words):
-    """With a mask that takes the space before it."""
+def make_roberta(words):
+    """Returns RoBERTa's kind of tokenizer, whose mask token includes the space before it."""
     tokenizer = tiny.byte_level(words)
     tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, normalized=False)])
     return tokenizer
@@ -51,38 +51,38 @@ def reference_encoder():
 
 @pytest.fixture(scope="module")
 def graph(reference_encoder, tmp_path_factory):
-    """The reference's tokenizer as a session."""
+    """A session of the reference's tokenizer graph."""
     file = tmp_path_factory.mktemp("graph") / "tokenizer.onnx"
     passes.write(tokenizer_graph.token_model(reference_encoder), file)
     return TextSession(file, 1)
 
 
-def split(session, texts):
+def tokens_of(session, texts):
     arrays = session.run(texts)
     return [ids[mask == 1].tolist() for ids, mask in zip(arrays["input_ids"], arrays["attention_mask"], strict=True)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", [tiny.wordpiece, cased, tiny.byte_level, robertas])
-def test_every_hard_text_is_split_alike(build, tmp_path):
+@pytest.mark.parametrize("build", [tiny.wordpiece, make_cased, tiny.byte_level, make_roberta])
+def test_a_graph_gives_the_same_tokens_for_every_difficult_text(build, tmp_path):
     encoder = encoder_of(build(WORDS), tmp_path / "tokenizer", pad_id=1)
     assert comparison.compare(encoder, WORDS[:100], tmp_path / "tokenizer.onnx") == len(difficult_texts.texts()) + 100
 
 
 @pytest.mark.slow
-def test_every_hard_text_is_split_as_by_the_references_tokenizer(reference_encoder, tmp_path):
-    compared = comparison.compare(reference_encoder, WORDS, tmp_path / "tokenizer.onnx")
-    assert compared == len(difficult_texts.texts()) + 872
+def test_the_reference_graph_gives_the_same_tokens_for_every_difficult_text(reference_encoder, tmp_path):
+    count = comparison.compare(reference_encoder, WORDS, tmp_path / "tokenizer.onnx")
+    assert count == len(difficult_texts.texts()) + 872
 
 
-def test_hard_texts_have_what_tokenizers_disagree_on():
+def test_difficult_texts_cover_unicode_and_special_cases():
     texts = difficult_texts.texts()
     assert len(texts) > 3000
-    assert len(set("".join(texts))) > 140_000  # of Unicode's characters
+    assert len(set("".join(texts))) > 140_000  # different characters of Unicode
     assert {"", "café naïve", "a" * 101, "[SEP][SEP]", "中" * 600, "a\x07b \x07 c"} <= set(texts)
 
 
-texts_with_anything = st.text(
+any_texts = st.text(
     st.one_of(
         st.characters(exclude_categories=("Cs",)),
         st.sampled_from("aA é\u0301 \x00\x01\x02\x03\t\n[]#C👍🏽\u200d中한İß"),
@@ -92,84 +92,86 @@ texts_with_anything = st.text(
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(texts_with_anything, min_size=1, max_size=4))
-def test_any_texts_are_split_alike_in_any_batch(graph, reference_encoder, texts):
-    assert split(graph, texts) == [list(row) for row in reference_encoder.encode(texts)]
+@given(st.lists(any_texts, min_size=1, max_size=4))
+def test_a_graph_gives_the_same_tokens_for_random_batches(graph, reference_encoder, texts):
+    assert tokens_of(graph, texts) == [list(row) for row in reference_encoder.encode(texts)]
 
 
 @pytest.mark.parametrize("text", ["\x00", "a\x00b", "a\x00\x00b\x00", "[C\x00LS]", "\x00[CLS]\x00", "x\x01y\x02z\x03"])
-def test_nul_and_what_stands_for_something_in_the_graph(graph, reference_encoder, text):
-    assert split(graph, [text, "behind"]) == [list(row) for row in reference_encoder.encode([text, "behind"])]
+def test_a_graph_gives_the_same_tokens_for_nul_and_marker_characters(graph, reference_encoder, text):
+    assert tokens_of(graph, [text, "behind"]) == [list(row) for row in reference_encoder.encode([text, "behind"])]
 
 
 @pytest.mark.slow
-def test_arrays_are_those_a_model_takes(tmp_path):
+def test_a_graph_gives_the_arrays_of_the_encoder(tmp_path):
     encoder = encoder_of(tiny.wordpiece(WORDS), tmp_path / "t", 32, (*NAMES, "token_type_ids"), 0)
     passes.write(tokenizer_graph.token_model(encoder, 8), tmp_path / "t.onnx")
     arrays = TextSession(tmp_path / "t.onnx", 1).run(["a film", "a much longer text than the other one is", ""])
     assert set(arrays) == {*NAMES, "token_type_ids"}
-    wanted = encoding.pad(encoder.encode(["a film", "a much longer text than the other one is", ""]), encoder.names, 0)
-    width = wanted["input_ids"].shape[1]
+    expected = encoding.pad(
+        encoder.encode(["a film", "a much longer text than the other one is", ""]), encoder.names, 0
+    )
+    width = expected["input_ids"].shape[1]
     for name, array in arrays.items():
         assert array.dtype == np.int64
         assert array.shape[1] % 8 == 0
-        assert np.array_equal(array[:, :width], wanted[name])
+        assert np.array_equal(array[:, :width], expected[name])
         assert not array[:, width:].any()
-    # A text that is cut off keeps what closes it, and no array is wider than the model's longest.
+    # A truncated text keeps its closing token, and no array is wider than the maximum length.
     arrays = TextSession(tmp_path / "t.onnx", 1).run(["word " * 50])
     assert arrays["input_ids"].tolist() == [list(encoder.encode(["word " * 50])[0])]
 
 
 @pytest.mark.slow
-def test_the_same_tokenizer_is_the_same_file(reference_encoder, tmp_path):
+def test_the_same_tokenizer_gives_the_same_file(reference_encoder, tmp_path):
     for name in ("one", "two"):
         passes.write(tokenizer_graph.token_model(reference_encoder), tmp_path / name)
     assert sha256(tmp_path / "one") == sha256(tmp_path / "two")
 
 
-def _marked(words):
+def _with_many_added_tokens(words):
     tokenizer = tiny.wordpiece(words)
     tokenizer.add_tokens([f"[{i}]" for i in range(40)])
     return tokenizer
 
 
-def _uncleaned(words):
+def _with_control_characters(words):
     tokenizer = tiny.wordpiece(words)
     tokenizer.normalizer = normalizers.BertNormalizer(clean_text=False)
     return tokenizer
 
 
-def _inside_words(words):
+def _with_normalized_token(words):
     tokenizer = tiny.wordpiece(words)
     tokenizer.add_tokens([AddedToken("the", normalized=True)])
     return tokenizer
 
 
-def _prepending(words):
+def _with_prefix(words):
     tokenizer = tiny.wordpiece(words)
     tokenizer.normalizer = normalizers.Prepend("_")
     return tokenizer
 
 
-def _whole_texts(words):
+def _with_rare_separator(words):
     tokenizer = tiny.wordpiece(words)
     tokenizer.pre_tokenizer = pre_tokenizers.Split("ZZZ", "isolated")
     return tokenizer
 
 
-def _metaspace(words):
+def _with_metaspace(words):
     tokenizer = tiny.byte_level(words)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     return tokenizer
 
 
-def _spaced(words):
+def _with_prefix_space(words):
     tokenizer = tiny.byte_level(words)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     return tokenizer
 
 
-def _by_words(words):
+def _of_word_level(words):
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return tokenizer
@@ -177,58 +179,58 @@ def _by_words(words):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("build", "said"),
+    ("build", "message"),
     [
         (tiny.unigram, "no tokenizer of type Unigram"),
-        (_by_words, "no tokenizer of type WordLevel"),
-        (_marked, "added tok"),
-        (_uncleaned, "keeps control characters"),
-        (_inside_words, "its added token 'the'"),
-        (_prepending, "does not treat each character independently"),
-        (_whole_texts, "does not treat each character independently"),
-        (_metaspace, "kind of BPE"),
-        (_spaced, "a space added"),
+        (_of_word_level, "no tokenizer of type WordLevel"),
+        (_with_many_added_tokens, "added tok"),
+        (_with_control_characters, "keeps control characters"),
+        (_with_normalized_token, "its added token 'the'"),
+        (_with_prefix, "does not treat each character independently"),
+        (_with_rare_separator, "does not treat each character independently"),
+        (_with_metaspace, "kind of BPE"),
+        (_with_prefix_space, "a space added"),
     ],
 )
-def test_a_tokenizer_the_graph_cannot_express_is_refused(build, said, tmp_path):
+def test_a_tokenizer_without_a_graph_is_refused(build, message, tmp_path):
     encoder = encoder_of(build(WORDS), tmp_path / "t")
     with pytest.raises(ShippingError, match="Ship without --with-tokenizer") as refusal:
         comparison.compare(encoder, (), tmp_path / "t.onnx")
-    assert said in str(refusal.value)
+    assert message in str(refusal.value)
 
 
 @pytest.mark.slow
-def test_a_graph_that_splits_otherwise_is_refused_with_the_texts(reference_encoder, tmp_path, monkeypatch):
-    real = characters.changes
-    monkeypatch.setattr(wordpiece, "changes", lambda spec: {c: b for c, b in real(spec).items() if c != "é"})
+def test_a_graph_with_other_tokens_is_refused_with_an_example(reference_encoder, tmp_path, monkeypatch):
+    original = characters.changes
+    monkeypatch.setattr(wordpiece, "changes", lambda spec: {c: b for c, b in original(spec).items() if c != "é"})
     with pytest.raises(ShippingError) as refusal:
         comparison.compare(reference_encoder, (), tmp_path / "t.onnx")
     assert "splits" in str(refusal.value)
     assert "'café naïve', '[CLS] cafe" in str(refusal.value)
 
 
-def test_pieces_before_an_unknown_one_are_dropped(graph, reference_encoder):
-    # onnxruntime-extensions' own operator keeps them.
-    assert split(graph, ["emoji🏳 emoji"]) == [list(reference_encoder.encode(["emoji🏳 emoji"])[0])]
+def test_a_word_with_an_unknown_piece_becomes_one_unknown_token(graph, reference_encoder):
+    # The operator of onnxruntime-extensions keeps them.
+    assert tokens_of(graph, ["emoji🏳 emoji"]) == [list(reference_encoder.encode(["emoji🏳 emoji"])[0])]
     assert reference_encoder.tokenizer.encode("emoji🏳").tokens == ["[CLS]", "[UNK]", "[SEP]"]
 
 
-def test_runs_of_characters():
+def test_characters_are_grouped_into_runs_and_kinds():
     assert characters.runs("acbz") == [(ord("a"), ord("c")), (ord("z"), ord("z"))]
     assert characters.runs("") == []
-    changed = {"\x00": "", "\u00a0": " ", "!": " ! ", "É": "e"}
-    assert characters.group_by_kind(changed) == {"deleted": ["\x00"], "space": ["\u00a0"], "words": ["!"]}
+    changes = {"\x00": "", "\u00a0": " ", "!": " ! ", "É": "e"}
+    assert characters.group_by_kind(changes) == {"deleted": ["\x00"], "space": ["\u00a0"], "words": ["!"]}
 
 
-def test_marks_are_the_longest_tokens_first(reference_encoder):
-    changed = characters.changes(reference_encoder.tokenizer.to_str())
-    marks = wordpiece._choose_marks(reference_encoder.tokenizer, changed)
+def test_marks_start_with_the_longest_token(reference_encoder):
+    changes = characters.changes(reference_encoder.tokenizer.to_str())
+    marks = wordpiece._choose_marks(reference_encoder.tokenizer, changes)
     assert next(iter(marks)) == "[MASK]"
     assert len(set(marks.values())) == len(marks) == 5
 
 
 @pytest.mark.parametrize("multi", [False, True])
-def test_text_in_probabilities_out(reference, tmp_path, multi):
+def test_a_graph_with_its_tokenizer_gives_probabilities_of_texts(reference, tmp_path, multi):
     from toolchain.backends import Place, open_session
     from toolchain.data.labels import label_probabilities
 
@@ -238,27 +240,27 @@ def test_text_in_probabilities_out(reference, tmp_path, multi):
     passes.write(tokenizer_graph.with_tokenizer(passes.read(artifact.onnx_path), encoder), tmp_path / "text.onnx")
     session = open_session(artifact.path, "onnx", Place("cpu", 1))
     logits = session.run(encoding.pad(encoder.encode(WORDS[:20]), NAMES, 0))
-    found = TextSession(tmp_path / "text.onnx", 1).run(WORDS[:20])
-    assert list(found) == ["logits", "probabilities"]
-    assert np.abs(found["logits"] - logits).max() < 1e-5
-    assert np.allclose(found["probabilities"], label_probabilities(found["logits"], multi), atol=1e-6)
+    results = TextSession(tmp_path / "text.onnx", 1).run(WORDS[:20])
+    assert list(results) == ["logits", "probabilities"]
+    assert np.abs(results["logits"] - logits).max() < 1e-5
+    assert np.allclose(results["probabilities"], label_probabilities(results["logits"], multi), atol=1e-6)
 
 
-def test_without_the_library_it_is_named(reference_encoder, tmp_path, monkeypatch):
+def test_without_onnxruntime_extensions_an_error_names_the_extra(reference_encoder, tmp_path, monkeypatch):
     passes.write(tokenizer_graph.token_model(reference_encoder), tmp_path / "t.onnx")
-    real = builtins.__import__
+    original_import = builtins.__import__
 
-    def without(name, *rest, **more):
+    def failing_import(name, *arguments, **keywords):
         if name == "onnxruntime_extensions":
             raise ImportError(name)
-        return real(name, *rest, **more)
+        return original_import(name, *arguments, **keywords)
 
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(builtins, "__import__", failing_import)
     with pytest.raises(ProviderError, match=r"toolchain\[text\]"):
         TextSession(tmp_path / "t.onnx", 1)
 
 
-def test_a_file_that_is_no_model_is_told(tmp_path):
+def test_a_file_without_a_model_raises_a_graph_error(tmp_path):
     (tmp_path / "t.onnx").write_bytes(b"no model")
     with pytest.raises(GraphError, match="ONNX Runtime cannot load the model"):
         TextSession(tmp_path / "t.onnx", 1)

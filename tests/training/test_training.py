@@ -1,4 +1,4 @@
-"""Recovery learns, keeps its best weights, and resumes after a kill with the same result."""
+"""Tests of training: it learns, keeps the best weights, and continues after a kill with the same result."""
 
 import copy
 import os
@@ -31,17 +31,17 @@ RECIPE = Recipe(epochs=2, learning_rate=2e-3, batch_size=8)
 
 @pytest.fixture(scope="module")
 def task(built_tiny, tmp_path_factory):
-    """The tiny model, a teacher, rows, held-out rows and their encoder."""
+    """The tiny model as a teacher, training rows, held-out rows, their encoder and their file."""
     file = tmp_path_factory.mktemp("train") / "train.csv"
     words = ["good", "bad", "film", "dull", "bright", "a", "the", "story"]
     rows = [f"{' '.join(words[(i * k) % 8] for k in range(1, 4 + i % 9))},{i % 2}" for i in range(120)]
     file.write_text("sentence,label\n" + "\n".join(rows) + "\n")
     source = training_source(file)
-    given = shared_setup(built_tiny.load("torch-fp32"), source, 100, 20)
+    setup = shared_setup(built_tiny.load("torch-fp32"), source, 100, 20)
     data = source.load(LabelSet(("NEGATIVE", "POSITIVE")))
-    ids = given.encoder.encode(data.texts)
+    ids = setup.encoder.encode(data.texts)
     labels = list(data.labels)
-    return given.model, Examples(ids[:100], labels[:100]), Examples(ids[100:], labels[100:]), given.encoder, file
+    return setup.model, Examples(ids[:100], labels[:100]), Examples(ids[100:], labels[100:]), setup.encoder, file
 
 
 def training_source(file):
@@ -50,8 +50,8 @@ def training_source(file):
     return TrainingSource(str(file))
 
 
-def weakened(model):
-    """A student: the teacher with a disturbed layer."""
+def disturbed_copy(model):
+    """Returns a student: a copy of the model with random changes in one layer."""
     torch.manual_seed(0)
     student = copy.deepcopy(model)
     with torch.no_grad():
@@ -60,14 +60,15 @@ def weakened(model):
     return student
 
 
-def far(one, other, rows, encoder):
+def squared_distance(first_model, second_model, rows, encoder):
     with torch.inference_mode():
         return sum(
-            float((one(**b.inputs).logits - other(**b.inputs).logits).square().sum()) for b in rows.batches(encoder)
+            float((first_model(**b.inputs).logits - second_model(**b.inputs).logits).square().sum())
+            for b in rows.batches(encoder)
         )
 
 
-def weights(model):
+def flat_weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -75,12 +76,12 @@ def quiet(*_):
     pass
 
 
-def test_a_student_comes_closer_to_its_teacher(task, tmp_path):
+def test_training_brings_a_student_closer_to_its_teacher(task, tmp_path):
     teacher, rows, held_out, encoder, _ = task
-    student = weakened(teacher)
-    before = far(student, teacher, rows, encoder)
+    student = disturbed_copy(teacher)
+    distance_before = squared_distance(student, teacher, rows, encoder)
     history = train((student, copy.deepcopy(teacher)), (rows, held_out), encoder, RECIPE, (tmp_path, "k"), quiet)
-    assert far(student, teacher, rows, encoder) < before / 2
+    assert squared_distance(student, teacher, rows, encoder) < distance_before / 2
     assert history["steps"] == 2 * 13
     assert len(history["held_out_accuracy"]) == 3
     assert (
@@ -88,83 +89,95 @@ def test_a_student_comes_closer_to_its_teacher(task, tmp_path):
     )
 
 
-class _Stopped(Exception):
+class _RunStopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [5, 13, 20, 26])
-def test_a_stopped_run_ends_with_the_same_weights_to_the_bit(task, tmp_path, monkeypatch, at):
+@pytest.mark.parametrize("step", [5, 13, 20, 26])
+def test_a_resumed_run_ends_with_exactly_the_same_weights(task, tmp_path, monkeypatch, step):
     teacher, rows, held_out, encoder, _ = task
-    whole = weakened(teacher)
+    complete_student = disturbed_copy(teacher)
     history = train(
-        (whole, copy.deepcopy(teacher)), (rows, held_out), encoder, RECIPE, (tmp_path / "whole", "k"), quiet
+        (complete_student, copy.deepcopy(teacher)), (rows, held_out), encoder, RECIPE, (tmp_path / "whole", "k"), quiet
     )
-    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)  # every step is saved
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)  # saves after each step
 
-    def stop(done, total, what):
-        if what.startswith("epoch") and done == at:
-            raise _Stopped
+    def stop(done, total, label):
+        if label.startswith("epoch") and done == step:
+            raise _RunStopped
 
-    student = weakened(teacher)
-    with pytest.raises(_Stopped):
+    student = disturbed_copy(teacher)
+    with pytest.raises(_RunStopped):
         train((student, copy.deepcopy(teacher)), (rows, held_out), encoder, RECIPE, (tmp_path / "part", "k"), stop)
-    seen = []
-    student = weakened(teacher)
+    progress_calls = []
+    student = disturbed_copy(teacher)
     resume = (tmp_path / "part", "k")
-    again = train(
-        (student, copy.deepcopy(teacher)), (rows, held_out), encoder, RECIPE, resume, lambda *a: seen.append(a)
+    resumed_history = train(
+        (student, copy.deepcopy(teacher)),
+        (rows, held_out),
+        encoder,
+        RECIPE,
+        resume,
+        lambda *a: progress_calls.append(a),
     )
-    assert [done for done, _, _ in seen] == list(range(at + 1, 27))  # not the first steps again
-    assert again["held_out_accuracy"] == history["held_out_accuracy"]
-    assert again["best_epoch"] == history["best_epoch"]
-    assert torch.equal(weights(student), weights(whole))
+    # the resumed run skips the finished steps
+    assert [done for done, _, _ in progress_calls] == list(range(step + 1, 27))
+    assert resumed_history["held_out_accuracy"] == history["held_out_accuracy"]
+    assert resumed_history["best_epoch"] == history["best_epoch"]
+    assert torch.equal(flat_weights(student), flat_weights(complete_student))
 
 
-def test_a_run_of_another_key_starts_anew(task, tmp_path):
+def test_a_run_with_another_key_starts_from_the_beginning(task, tmp_path):
     teacher, rows, held_out, encoder, _ = task
-    train((weakened(teacher), copy.deepcopy(teacher)), (rows, held_out), encoder, RECIPE, (tmp_path, "one"), quiet)
-    seen = []
-    models = (weakened(teacher), copy.deepcopy(teacher))
-    train(models, (rows, held_out), encoder, RECIPE, (tmp_path, "two"), lambda *a: seen.append(a))
-    assert seen[0][0] == 1
+    train(
+        (disturbed_copy(teacher), copy.deepcopy(teacher)), (rows, held_out), encoder, RECIPE, (tmp_path, "one"), quiet
+    )
+    progress_calls = []
+    models = (disturbed_copy(teacher), copy.deepcopy(teacher))
+    train(models, (rows, held_out), encoder, RECIPE, (tmp_path, "two"), lambda *a: progress_calls.append(a))
+    assert progress_calls[0][0] == 1
 
 
-def test_training_stops_early_without_gain_and_restores_the_first_weights(task, tmp_path, monkeypatch):
+def test_training_stops_early_where_accuracy_falls(task, tmp_path, monkeypatch):
     teacher, rows, held_out, encoder, _ = task
     scores = iter([0.9, 0.5, 0.4, 0.8, 0.8])
     monkeypatch.setattr(loop, "accuracy", lambda *_: next(scores))
-    student = weakened(teacher)
-    before = weights(student)
-    recipe = Recipe(epochs=4, learning_rate=2e-3, batch_size=8, task=0.5)  # labels count: accuracy decides
+    student = disturbed_copy(teacher)
+    weights_before = flat_weights(student)
+    # labels are part of the loss, so accuracy decides
+    recipe = Recipe(epochs=4, learning_rate=2e-3, batch_size=8, task=0.5)
     history = train((student, copy.deepcopy(teacher)), (rows, held_out), encoder, recipe, (tmp_path, "k"), quiet)
     assert history["held_out_accuracy"] == [0.9, 0.5, 0.4]
     assert history["best_epoch"] == 0
-    assert torch.equal(weights(student), before)
+    assert torch.equal(flat_weights(student), weights_before)
 
 
-def test_pure_distillation_keeps_the_epoch_of_the_lowest_loss(task, tmp_path, monkeypatch):
-    """At a high learning rate accuracy varies, so it would discard later, better weights."""
+def test_training_without_labels_keeps_the_epoch_of_the_least_loss(task, tmp_path, monkeypatch):
+    """At varies high learning learning rate accuracy high.
+
+    Early stopping by accuracy would lose would the model learns later.
+    """
     teacher, rows, held_out, encoder, _ = task
     scores = iter([0.9, 0.5, 0.4, 0.3])
     monkeypatch.setattr(loop, "accuracy", lambda *_: next(scores))
     recipe = Recipe(epochs=3, learning_rate=2e-3, batch_size=8)
-    models = (weakened(teacher), copy.deepcopy(teacher))
+    models = (disturbed_copy(teacher), copy.deepcopy(teacher))
     history = train(models, (rows, held_out), encoder, recipe, (tmp_path, "k"), quiet)
     losses = history["held_out_loss"]
     assert len(losses) == 4
     assert history["best_epoch"] == losses.index(min(losses)) > 0
 
 
-def test_a_loss_that_is_not_finite_ends_it_in_words(task, tmp_path):
+def test_a_loss_that_is_not_finite_raises_a_data_error(task, tmp_path):
     teacher, rows, held_out, encoder, _ = task
-    broken = copy.deepcopy(teacher)
+    broken_teacher = copy.deepcopy(teacher)
     with torch.no_grad():
-        broken.classifier.bias[0] = float("nan")
+        broken_teacher.classifier.bias[0] = float("nan")
     with pytest.raises(DataError, match="the loss is nan at step 0"):
-        train((weakened(teacher), broken), (rows, held_out), encoder, RECIPE, (tmp_path, "k"), quiet)
+        train((disturbed_copy(teacher), broken_teacher), (rows, held_out), encoder, RECIPE, (tmp_path, "k"), quiet)
 
 
-def test_every_row_comes_once_an_epoch_and_epochs_differ(task):
+def test_each_epoch_has_every_row_once_in_another_order(task):
     rows = task[1]
     first, second = (loop._shuffle_batches(rows, RECIPE, epoch) for epoch in (0, 1))
     for order in (first, second):
@@ -179,43 +192,43 @@ def test_every_row_comes_once_an_epoch_and_epochs_differ(task):
     st.integers(0, 20),
     st.floats(0, 1),
 )
-def test_rows_come_as_they_are_and_again_in_masked_pairs(ids, pairs, share):
+def test_augmented_rows_are_the_original_rows_and_masked_pairs(ids, pairs, share):
     rows = AugmentedExamples(ids, list(range(len(ids))), pairs, -1, share, 20, 24)
-    more = rows.of_epoch(0)
-    assert more.ids[: len(ids)] == ids
-    assert more.labels[: len(ids)] == rows.labels
-    assert len(more.ids) == len(more.labels) == len(ids) + pairs
+    augmented = rows.of_epoch(0)
+    assert augmented.ids[: len(ids)] == ids
+    assert augmented.labels[: len(ids)] == rows.labels
+    assert len(augmented.ids) == len(augmented.labels) == len(ids) + pairs
 
-    def is_of(pair, one, other):
-        whole = [*one[:-1], *other[1:]]
-        whole = [*whole[:-1][:23], whole[-1]]
-        return len(pair) == len(whole) <= 24 and all(
-            new == old or (new == -1 and 0 < at < len(whole) - 1)
-            for at, (old, new) in enumerate(zip(whole, pair, strict=True))
+    def is_masked_pair(pair, first, second):
+        joined = [*first[:-1], *second[1:]]
+        joined = [*joined[:-1][:23], joined[-1]]
+        return len(pair) == len(joined) <= 24 and all(
+            new_token == old_token or (new_token == -1 and 0 < index < len(joined) - 1)
+            for index, (old_token, new_token) in enumerate(zip(joined, pair, strict=True))
         )
 
-    for pair, label in zip(more.ids[len(ids) :], more.labels[len(ids) :], strict=True):
-        assert any(is_of(pair, one, ids[label]) for one in ids)
-    assert more == rows.of_epoch(0)
+    for pair, label in zip(augmented.ids[len(ids) :], augmented.labels[len(ids) :], strict=True):
+        assert any(is_masked_pair(pair, first, ids[label]) for first in ids)
+    assert augmented == rows.of_epoch(0)
 
 
-def test_every_epoch_has_other_pairs():
-    rows = AugmentedExamples([[1, at, 2] for at in range(10, 90)], [0, 1] * 40, 50, -1, 0.2, 20, 24)
+def test_each_epoch_has_other_masked_pairs():
+    rows = AugmentedExamples([[1, token, 2] for token in range(10, 90)], [0, 1] * 40, 50, -1, 0.2, 20, 24)
     first, second = rows.of_epoch(0), rows.of_epoch(1)
     assert first.ids[:80] == second.ids[:80] == rows.ids
     assert first.ids[80:] != second.ids[80:]
     assert len(first.ids) == len(second.ids)
-    plain = Examples(rows.ids, rows.labels)
-    assert plain.of_epoch(1) is plain
+    examples = Examples(rows.ids, rows.labels)
+    assert examples.of_epoch(1) is examples
 
 
-def test_the_share_of_masked_tokens_is_the_one_asked_for():
-    more = AugmentedExamples([[5] * 102] * 100, [0] * 100, 50, -1, 0.15, 20, 512).of_epoch(0)
-    assert 0.14 < sum(row.count(-1) for row in more.ids) / 10_000 < 0.16
+def test_the_fraction_of_masked_tokens_is_the_requested_one():
+    augmented = AugmentedExamples([[5] * 102] * 100, [0] * 100, 50, -1, 0.15, 20, 512).of_epoch(0)
+    assert 0.14 < sum(row.count(-1) for row in augmented.ids) / 10_000 < 0.16
 
 
 @pytest.mark.parametrize(
-    ("config", "found"),
+    ("config", "mask_id"),
     [
         ('{"mask_token": "[MASK]"}', 103),
         ('{"mask_token": {"content": "[MASK]"}}', 103),
@@ -224,15 +237,15 @@ def test_the_share_of_masked_tokens_is_the_one_asked_for():
         (None, None),
     ],
 )
-def test_a_tokenizer_without_a_mask_masks_nothing(task, tmp_path, config, found):
+def test_mask_token_is_none_where_the_tokenizer_has_none(task, tmp_path, config, mask_id):
     if config:
         (tmp_path / "tokenizer_config.json").write_text(config)
-    assert _mask_token(tmp_path, task[3]) == found
+    assert _mask_token(tmp_path, task[3]) == mask_id
 
 
 @pytest.mark.slow
-def test_a_killed_recovery_is_taken_up_and_cleans_up(tiny, task, tmp_path):
-    """The command line, killed by the system in the middle of training."""
+def test_a_killed_recovery_continues_and_removes_its_saved_state(tiny, task, tmp_path):
+    """Runs the command line and kills it in the middle of training."""
     file = task[4]
     arguments = ["prune", "--ratio", "0.5", "--recover", "3", "--model", "tiny", "--exported", str(tiny.exported)]
     arguments += ["--train-data", str(file)]
@@ -252,64 +265,66 @@ def test_a_killed_recovery_is_taken_up_and_cleans_up(tiny, task, tmp_path):
     assert (resume / "state.json").is_file()
     assert not tiny.path("torch-pruned50-r3").exists()
     workspace = Workspace(tiny.exported, tiny.model, tiny.source, training_source(file))
-    asked = {"torch-pruned50": Prune(0.5), "torch-pruned50-r3": Recover(3)}
-    said = []
-    built = ensure(workspace, asked, asked, lambda event: said.append(str(event)))["torch-pruned50-r3"]
+    steps = {"torch-pruned50": Prune(0.5), "torch-pruned50-r3": Recover(3)}
+    events = []
+    artifact = ensure(workspace, steps, steps, lambda event: events.append(str(event)))["torch-pruned50-r3"]
     assert not resume.exists()
-    assert built.manifest.facts["recovery"]["masked"] == 0.2
-    assert built.manifest.facts["recovery"]["teacher"] == tiny.load("torch-fp32").manifest.id
-    assert built.manifest.facts["pruning"] == tiny.load("torch-pruned50").manifest.facts["pruning"]
-    assert any("accuracy on" in line and "held-out rows" in line for line in said)
-    assert Encoder.open(built.path, ("input_ids", "attention_mask"), 512)
+    assert artifact.manifest.facts["recovery"]["masked"] == 0.2
+    assert artifact.manifest.facts["recovery"]["teacher"] == tiny.load("torch-fp32").manifest.id
+    assert artifact.manifest.facts["pruning"] == tiny.load("torch-pruned50").manifest.facts["pruning"]
+    assert any("accuracy on" in line and "held-out rows" in line for line in events)
+    assert Encoder.open(artifact.path, ("input_ids", "attention_mask"), 512)
 
 
-def test_embeddings_of_tokens_that_no_row_has_stay_as_they_are(task, tmp_path):
+def test_training_changes_no_embedding_of_a_token_outside_the_rows(task, tmp_path):
     teacher, rows, held_out, encoder, _ = task
-    student = weakened(teacher)
-    before = student.distilbert.embeddings.word_embeddings.weight.detach().clone()
+    student = disturbed_copy(teacher)
+    embeddings_before = student.distilbert.embeddings.word_embeddings.weight.detach().clone()
     train((student, copy.deepcopy(teacher)), (rows, held_out), encoder, RECIPE, (tmp_path, "k"), quiet)
-    changed = (student.distilbert.embeddings.word_embeddings.weight != before).any(dim=1).nonzero().squeeze(1)
-    seen = {token for row in rows.ids for token in row}
-    assert set(changed.tolist()) <= seen | {encoder.pad_id}
-    assert len(changed) > 0.9 * len(seen)
+    changed_tokens = (
+        (student.distilbert.embeddings.word_embeddings.weight != embeddings_before).any(dim=1).nonzero().squeeze(1)
+    )
+    row_tokens = {token for row in rows.ids for token in row}
+    assert set(changed_tokens.tolist()) <= row_tokens | {encoder.pad_id}
+    assert len(changed_tokens) > 0.9 * len(row_tokens)
 
 
-def test_a_removed_layer_is_matched_by_the_layer_before_it(task):
-    """The layer before it takes its place."""
+def test_matched_layers_skip_removed_layers(task):
+    """The states before the removed layer are compared instead."""
     model = copy.deepcopy(task[0])
     assert architectures.matched_layers(model) == [1, 2]
     architectures.keep_units(model, 1, (), ())
     assert architectures.matched_layers(model) == [2]
 
 
-def test_padding_does_not_count_as_distance(task):
+def test_hidden_states_of_padding_do_not_change_the_loss(task):
     from types import SimpleNamespace
 
     torch.manual_seed(1)
     states = [torch.randn(2, 4, 8) for _ in range(3)]
-    real = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     outputs = SimpleNamespace(logits=torch.randn(2, 2), hidden_states=states)
-    at_padding, elsewhere = ([state.clone() for state in states] for _ in range(2))
-    at_padding[1][1, 2:] += 1
-    elsewhere[1][1, 1] += 1
-    same, other = (
+    changed_padding, changed_tokens = ([state.clone() for state in states] for _ in range(2))
+    changed_padding[1][1, 2:] += 1
+    changed_tokens[1][1, 1] += 1
+    padding_loss, token_loss = (
         float(
             losses.loss(
                 SimpleNamespace(logits=outputs.logits, hidden_states=s),
                 outputs,
-                {"attention_mask": real},
+                {"attention_mask": mask},
                 torch.tensor([0, 1]),
                 losses.Weights(0.0, 1.0, 2.0, (1, 2)),
             )
         )
-        for s in (at_padding, elsewhere)
+        for s in (changed_padding, changed_tokens)
     )
-    assert same == pytest.approx(0, abs=1e-6)
-    assert other > 0.01
+    assert padding_loss == pytest.approx(0, abs=1e-6)
+    assert token_loss > 0.01
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=5), st.sampled_from([1, 4, 8]))
-def test_a_batch_is_as_wide_as_the_next_multiple_within_what_the_model_takes(lengths, multiple):
+def test_the_width_of_a_batch_is_a_multiple_within_the_maximum_length(lengths, multiple):
     encoder = Encoder(Path(), None, ("input_ids", "attention_mask"), 0, 60)
     part = batch(range(len(lengths)), [[7] * length for length in lengths], [0] * len(lengths), encoder, multiple)
     width = part.inputs["input_ids"].shape[1]

@@ -1,4 +1,4 @@
-"""The search finds the best candidate, trains no hopeless one, and resumes after an interrupt."""
+"""The search finds the best candidate with few trainings, and a stopped search continues."""
 
 import itertools
 import json
@@ -39,37 +39,40 @@ def quiet(*_):
 
 
 class World:
-    """What building and measuring would give: the more is pruned the faster and the worse, the more is trained the
-    better. `slope` is the points lost a ratio, `gain` the share of these that training wins back. Fewer layers are a
-    little worse and much faster."""
+    """Invented outcomes, in place of building and measuring.
+
+    A higher ratio is faster and less accurate; more epochs are more accurate. `slope` is the drop in points per ratio;
+    `gain` is the fraction of the drop that each epoch recovers. Fewer layers are slightly less accurate and much
+    faster.
+    """
 
     def __init__(self, slope=0.05, gain=0.5):
-        self.slope, self.gain, self.asked = slope, gain, []
+        self.slope, self.gain, self.candidates = slope, gain, []
 
     def __call__(self, candidate):
-        self.asked.append(candidate)
+        self.candidates.append(candidate)
         return self.outcome(candidate)
 
     def outcome(self, candidate):
         shallow = 100 - candidate.depth if candidate.ratio else 0
-        lost = (self.slope * candidate.ratio + shallow / 200) * (1 - self.gain) ** candidate.epochs
-        lost += 0.3 / (1 + candidate.keep_fp32) + (0.4 if candidate.embeddings == "int4" else 0)
+        drop = (self.slope * candidate.ratio + shallow / 200) * (1 - self.gain) ** candidate.epochs
+        drop += 0.3 / (1 + candidate.keep_fp32) + (0.4 if candidate.embeddings == "int4" else 0)
         speed = 1 + candidate.ratio / 30 + shallow / 50 - 0.05 * candidate.keep_fp32
         size = 20 - candidate.ratio / 10 + candidate.keep_fp32 - (5 if candidate.embeddings == "int4" else 0)
-        return Outcome(list(candidate.chain(6))[-1], "id", round(lost, 3), speed, speed, int(1e6 * size))
+        return Outcome(list(candidate.chain(6))[-1], "id", round(drop, 3), speed, speed, int(1e6 * size))
 
 
-class Slow(World):
-    """Trains each model once, 100 s an epoch by the `clock`; the rest takes `rest_s`."""
+class SlowWorld(World):
+    """Trains each model once. A training takes 100 s per epoch of the `clock`; any other candidate takes `rest_s`."""
 
     def __init__(self, clock, rest_s=1, **world):
         super().__init__(**world)
-        self.clock, self.rest_s, self.trained = clock, rest_s, set()
+        self.clock, self.rest_s, self.trainings = clock, rest_s, set()
 
     def __call__(self, candidate):
-        new = candidate.epochs and candidate.training not in self.trained
-        self.clock[0] += 100 * candidate.epochs if new else self.rest_s
-        self.trained |= {candidate.training} if candidate.epochs else set()
+        is_new = candidate.epochs and candidate.training not in self.trainings
+        self.clock[0] += 100 * candidate.epochs if is_new else self.rest_s
+        self.trainings |= {candidate.training} if candidate.epochs else set()
         return replace(super().__call__(candidate), training_s=100.0 * candidate.epochs)
 
 
@@ -79,7 +82,7 @@ def run(path, world, objective="latency", max_drop=1.0, seconds=60.0):
         return study.best, study.front, dict(study.outcomes)
 
 
-def test_names_say_the_settings_and_share_what_is_the_same():
+def test_names_state_the_settings_and_candidates_share_variants():
     chain = Candidate(75, "latency", 1, "dynamic", "int8", 2).chain(6)
     assert list(chain) == [
         "torch-pruned75+tune-latency",
@@ -106,19 +109,19 @@ def test_names_say_the_settings_and_share_what_is_the_same():
 
 @given(st.floats(0.001, 0.2), st.floats(0.0, 0.9))
 @settings(max_examples=30, deadline=None)
-def test_the_starts_find_the_largest_ratio(slope, gain):
-    world, over = World(slope, gain), {}
-    while (candidate := next_start("latency", over, set(), 1.0)) is not None:
-        assert candidate.training not in over
-        over[candidate.training] = world.outcome(candidate).drop - 1.0
+def test_next_start_finds_the_largest_ratio(slope, gain):
+    world, excess_by_training = World(slope, gain), {}
+    while (candidate := next_start("latency", excess_by_training, set(), 1.0)) is not None:
+        assert candidate.training not in excess_by_training
+        excess_by_training[candidate.training] = world.outcome(candidate).drop - 1.0
 
-    def rungs(epochs):
+    def ratios_within(epochs):
         return [ratio for ratio in RATIOS if world.outcome(first_candidate("latency", ratio, epochs)).drop <= 1.0]
 
-    found = max(ratio for (ratio, *_), excess in over.items() if excess <= 0 or ratio == 0)
-    assert found == max(rungs(EPOCHS[-1]), default=0)
-    climbed = len(rungs(EPOCHS[-1])) - len(rungs(EPOCHS[1]))
-    assert len(over) <= 1 + len(RATIOS).bit_length() + climbed + 2 * len(EPOCHS[1:])
+    largest = max(ratio for (ratio, *_), excess in excess_by_training.items() if excess <= 0 or ratio == 0)
+    assert largest == max(ratios_within(EPOCHS[-1]), default=0)
+    extra_steps = len(ratios_within(EPOCHS[-1])) - len(ratios_within(EPOCHS[1]))
+    assert len(excess_by_training) <= 1 + len(RATIOS).bit_length() + extra_steps + 2 * len(EPOCHS[1:])
 
 
 candidates = st.builds(
@@ -136,43 +139,43 @@ candidates = st.builds(
 
 @given(candidates, st.lists(candidates, max_size=6))
 @settings(deadline=None)
-def test_only_what_cannot_win_is_hopeless(candidate, others):
+def test_a_hopeless_candidate_cannot_win(candidate, rivals):
     world = World()
-    known = {other: world.outcome(other).drop <= 1.0 for other in others}
-    if candidate in known or not is_hopeless("latency", candidate, known):
-        return  # measured, or to be tried
+    is_kept = {rival: world.outcome(rival).drop <= 1.0 for rival in rivals}
+    if candidate in is_kept or not is_hopeless("latency", candidate, is_kept):
+        return  # the candidate is measured already, or the search may still try it
     outcome = world.outcome(candidate)
-    best = max((world.outcome(other).latency for other, kept in known.items() if kept), default=0)
+    best = max((world.outcome(rival).latency for rival, within_drop in is_kept.items() if within_drop), default=0)
     assert outcome.drop > 1.0 or outcome.latency <= best
 
 
 @pytest.mark.parametrize("objective", ["latency", "throughput", "size"])
-def test_no_two_candidates_mean_the_same(objective):
+def test_candidates_have_different_names(objective):
     names = [list(candidate.chain(6))[-1] for candidate in all_candidates(objective)]
     assert len(set(names)) == len(names) > 100
 
 
 @pytest.mark.slow
-def test_the_search_finds_the_best_and_trains_only_what_could_win(tmp_path):
+def test_the_search_finds_the_best_and_trains_only_candidates_that_can_win(tmp_path):
     world = World()
     best, front, outcomes = run(tmp_path / "study", world)
-    everything = [
-        Candidate(r, c, e, keep_fp32=k, depth=d)
-        for r in RATIOS
-        for d in DEPTHS
-        for c in ("latency", "parameters")
-        for e in EPOCHS
-        for k in FP32_LAYERS
+    all_candidates = [
+        Candidate(ratio, cost, epochs, keep_fp32=keep, depth=depth)
+        for ratio in RATIOS
+        for depth in DEPTHS
+        for cost in ("latency", "parameters")
+        for epochs in EPOCHS
+        for keep in FP32_LAYERS
     ]
-    kept = [world.outcome(candidate) for candidate in everything if world.outcome(candidate).drop <= 1.0]
-    assert best.latency == max(outcome.latency for outcome in kept)
-    assert len(world.asked) == len(set(world.asked)) == len(outcomes) < len(everything) / 2
-    for index, candidate in enumerate(world.asked):
+    kept_outcomes = [world.outcome(candidate) for candidate in all_candidates if world.outcome(candidate).drop <= 1.0]
+    assert best.latency == max(outcome.latency for outcome in kept_outcomes)
+    assert len(world.candidates) == len(set(world.candidates)) == len(outcomes) < len(all_candidates) / 2
+    for index, candidate in enumerate(world.candidates):
         if candidate.epochs:
-            before = world.asked[:index]
-            assert candidate.untrained in before
+            earlier = world.candidates[:index]
+            assert candidate.untrained in earlier
             assert world.outcome(candidate.untrained).drop > 1.0
-            rivals = [world.outcome(c) for c in before if world.outcome(c).drop <= 1.0]
+            rivals = [world.outcome(cost) for cost in earlier if world.outcome(cost).drop <= 1.0]
             assert all(world.outcome(candidate).latency > rival.latency for rival in rivals)
     drops, speeds = [o.drop for o in front], [o.latency for o in front]
     assert drops == sorted(drops)
@@ -182,28 +185,28 @@ def test_the_search_finds_the_best_and_trains_only_what_could_win(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["throughput", "size"])
-def test_other_objectives(tmp_path, objective):
+def test_the_search_finds_the_best_for_other_objectives(tmp_path, objective):
     best, _, outcomes = run(tmp_path / "study", World(), objective)
-    kept = [outcome for outcome in outcomes.values() if outcome.drop <= 1.0]
+    kept_outcomes = [outcome for outcome in outcomes.values() if outcome.drop <= 1.0]
     figure = {"throughput": lambda o: -o.throughput, "size": lambda o: o.size}[objective]
-    assert figure(best) == min(map(figure, kept))
+    assert figure(best) == min(map(figure, kept_outcomes))
 
 
-def test_a_second_search_measures_nothing_again(tmp_path):
-    first_run, second = World(), World()
-    found = run(tmp_path / "study", first_run)
-    again = run(tmp_path / "study", second)
-    assert second.asked == []
-    assert again == found
-    other = World()
-    run(tmp_path / "study", other, max_drop=2.0)
-    assert other.asked
+def test_a_second_run_does_not_measure_again(tmp_path):
+    first_run, second_run = World(), World()
+    first_result = run(tmp_path / "study", first_run)
+    second_result = run(tmp_path / "study", second_run)
+    assert second_run.candidates == []
+    assert second_result == first_result
+    other_run = World()
+    run(tmp_path / "study", other_run, max_drop=2.0)
+    assert other_run.candidates
 
 
-def test_outcomes_of_another_search_space_are_not_used(tmp_path, monkeypatch):
+def test_a_study_ignores_trials_outside_its_search_space(tmp_path, monkeypatch):
     path = tmp_path / "study"
-    with monkeypatch.context() as older:
-        older.setitem(SPACE, "latency", {**SPACE["latency"], "ratio": (0, 25)})
+    with monkeypatch.context() as patch:
+        patch.setitem(SPACE, "latency", {**SPACE["latency"], "ratio": (0, 25)})
         with open_study(path, "latency", 1.0, ["model", "train"], quiet) as study:
             trial, candidate = study.ask(None)
             study.tell(trial, candidate, World().outcome(candidate))
@@ -213,201 +216,213 @@ def test_outcomes_of_another_search_space_are_not_used(tmp_path, monkeypatch):
         study.ask(None)
 
 
-def test_near_the_limit_longer_training_comes_first_and_its_end_is_not_the_last():
-    over = {first_candidate("latency", 0, 0).training: -1.0}
+def test_near_the_limit_the_search_trains_longer_before_it_raises_the_ratio():
+    excess_by_training = {first_candidate("latency", 0, 0).training: -1.0}
 
     for ratio, epochs, points in ((70, 1, 0.9), (70, 4, -0.1), (73, 4, 0.1)):
-        candidate = next_start("latency", over, set(), 1.0)
+        candidate = next_start("latency", excess_by_training, set(), 1.0)
         assert (candidate.ratio, candidate.epochs) == (ratio, epochs)
-        over[candidate.training] = points
+        excess_by_training[candidate.training] = points
 
 
-def test_near_misses_are_quantised_again_before_another_training(tmp_path):
-    def lost(points):
+def test_a_trained_model_near_the_limit_is_first_quantised_otherwise(tmp_path):
+    def outcome_of(points):
         return Outcome("variant", "id", points, 2.0, 2.0, 1)
 
-    near, far = (Candidate(ratio, "latency", 4, depth=67) for ratio in (73, 88))
+    near_candidate, far_candidate = (Candidate(ratio, "latency", 4, depth=67) for ratio in (73, 88))
     with open_study(tmp_path / "study", "latency", 1.0, ["model", "train"], quiet) as study:
         assert study.nearest_trained(study.remaining) is None
-        study.outcomes |= {far: lost(3.0), near: lost(1.05)}
-        found = study.nearest_trained(study.remaining)
-        assert found != near
-        assert found.training == near.training
-        study.outcomes[near] = lost(0.95)
+        study.outcomes |= {far_candidate: outcome_of(3.0), near_candidate: outcome_of(1.05)}
+        candidate = study.nearest_trained(study.remaining)
+        assert candidate != near_candidate
+        assert candidate.training == near_candidate.training
+        study.outcomes[near_candidate] = outcome_of(0.95)
         assert study.nearest_trained(study.remaining) is None
 
 
-def test_the_next_ratio_starts_from_the_quantisation_that_passed(tmp_path):
-    def lost(points):
+def test_the_search_raises_the_ratio_where_another_quantisation_is_within_the_drop(tmp_path):
+    def outcome_of(points):
         return Outcome("variant", "id", points, 2.0, 2.0, 1)
 
-    dynamic = first_candidate("latency", 70, 4)
+    dynamic_candidate = first_candidate("latency", 70, 4)
     with open_study(tmp_path / "study", "latency", 1.0, ["model", "train"], quiet) as study:
         study.outcomes |= {
-            first_candidate("latency", 0, 0): lost(0.1),
-            first_candidate("latency", 70, 1): lost(1.9),
-            dynamic: lost(1.25),
+            first_candidate("latency", 0, 0): outcome_of(0.1),
+            first_candidate("latency", 70, 1): outcome_of(1.9),
+            dynamic_candidate: outcome_of(1.25),
         }
         assert next_start("latency", study.excess_drops, set(), 1.0).ratio < 70
-        study.outcomes[replace(dynamic, scheme="static")] = lost(0.7)
+        study.outcomes[replace(dynamic_candidate, scheme="static")] = outcome_of(0.7)
         assert next_start("latency", study.excess_drops, set(), 1.0) == first_candidate("latency", 73, 4)
-        # What dynamic int8 lost at 70 % rules it out at 73 %.
+        # The drop of dynamic int8 at 70 % excludes it at 73 %.
         assert _choose_start(study, study.remaining) == replace(first_candidate("latency", 73, 4), scheme="static")
 
 
-def test_a_finished_training_always_fits_the_time(tmp_path):
-    trained = Candidate(70, "latency", 4, depth=67)
+def test_a_trained_candidate_always_fits_the_time(tmp_path):
+    trained_candidate = Candidate(70, "latency", 4, depth=67)
     with open_study(tmp_path / "study", "latency", 1.0, ["model", "train"], quiet) as study:
-        study.outcomes[trained] = Outcome("variant", "id", 1.25, 2.0, 2.0, 1, training_s=4000.0)
-        fitting = _fit_in_time(study, study.remaining, remaining_s=60.0)
-        assert {candidate.training for candidate in fitting if candidate.epochs} == {trained.training}
-        study.trained.add((67, "latency", 67, 4))  # by another release, which measured another graph of it
-        fitting = _fit_in_time(study, study.remaining, remaining_s=60.0)
-        assert {candidate.training for candidate in fitting if candidate.epochs} == {trained.training, *study.trained}
+        study.outcomes[trained_candidate] = Outcome("variant", "id", 1.25, 2.0, 2.0, 1, training_s=4000.0)
+        candidates_in_time = _fit_in_time(study, study.remaining, remaining_s=60.0)
+        assert {candidate.training for candidate in candidates_in_time if candidate.epochs} == {
+            trained_candidate.training
+        }
+        study.trained.add((67, "latency", 67, 4))  # an older release trained it, and measured another graph of it
+        candidates_in_time = _fit_in_time(study, study.remaining, remaining_s=60.0)
+        assert {candidate.training for candidate in candidates_in_time if candidate.epochs} == {
+            trained_candidate.training,
+            *study.trained,
+        }
 
 
-def test_finished_trainings_are_measured_when_no_other_fits_the_time(tmp_path, monkeypatch):
+def test_trained_candidates_come_first_where_a_new_training_does_not_fit(tmp_path, monkeypatch):
     clock = [0.0]
-    world, there = Slow(clock), first_candidate("latency", 73, 4)
+    world, trained_candidate = SlowWorld(clock), first_candidate("latency", 73, 4)
     monkeypatch.setattr("toolchain.tuning.time.monotonic", lambda: clock[0])
     with open_study(tmp_path / "study", "latency", 1.0, ["model", "train"], quiet) as study:
-        study.trained.add(there.training)
-        world.trained.add(there.training)
+        study.trained.add(trained_candidate.training)
+        world.trainings.add(trained_candidate.training)
         search(study, world, 110.0, quiet)
-    asked = [candidate for candidate in world.asked if candidate.epochs]
-    assert asked[:2] == [next_start("latency", {first_candidate("latency", 0, 0).training: -1.0}, set(), 1.0), there]
-    assert {candidate.training for candidate in asked[1:]} == {there.training}
+    trained_candidates = [candidate for candidate in world.candidates if candidate.epochs]
+    assert trained_candidates[:2] == [
+        next_start("latency", {first_candidate("latency", 0, 0).training: -1.0}, set(), 1.0),
+        trained_candidate,
+    ]
+    assert {candidate.training for candidate in trained_candidates[1:]} == {trained_candidate.training}
 
 
-def test_a_stopped_search_takes_up_what_it_had_begun(tmp_path):
-    class Stopped(World):
+def test_a_stopped_search_continues_with_its_unfinished_candidate(tmp_path):
+    class StoppedWorld(World):
         def __call__(self, candidate):
             if candidate.epochs:
-                self.stopped = candidate
+                self.unfinished = candidate
                 raise KeyboardInterrupt
             return super().__call__(candidate)
 
-    world, rest = Stopped(), World()
+    world, second_world = StoppedWorld(), World()
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "study", world)
-    found = run(tmp_path / "study", rest)[0]
-    assert rest.asked[0] == world.stopped
-    assert not set(world.asked) & set(rest.asked)
-    assert found.latency == run(tmp_path / "other", World())[0].latency
+    best = run(tmp_path / "study", second_world)[0]
+    assert second_world.candidates[0] == world.unfinished
+    assert not set(world.candidates) & set(second_world.candidates)
+    assert best.latency == run(tmp_path / "other", World())[0].latency
 
 
-def test_a_training_that_does_not_fit_the_time_waits_for_the_next_run(tmp_path, monkeypatch):
-    """The first training predicts the time of the next. Candidates that do not fit wait for the next run."""
+def test_a_training_that_does_not_fit_the_time_is_left_for_the_next_run(tmp_path, monkeypatch):
+    """The first training shows the time of the next. one takes. A training that do not fit wait for the next run."""
     clock = [0.0]
-    world, rest = Slow(clock), Slow(clock)
+    world, second_world = SlowWorld(clock), SlowWorld(clock)
     monkeypatch.setattr("toolchain.tuning.time.monotonic", lambda: clock[0])
     with open_study(tmp_path / "study", "latency", 1.0, [], quiet) as study:
         search(study, world, 150.0, quiet)
-    assert len(world.trained) == 1
-    assert clock[0] == 150  # what needs no training is still measured
+    assert len(world.trainings) == 1
+    assert clock[0] == 150  # candidates that need no training are still measured
     with open_study(tmp_path / "study", "latency", 1.0, [], quiet) as study:
-        search(study, rest, clock[0] + 1000, quiet)
-    assert any(candidate.epochs for candidate in rest.asked)
-    assert not set(world.asked) & set(rest.asked)
+        search(study, second_world, clock[0] + 1000, quiet)
+    assert any(candidate.epochs for candidate in second_world.candidates)
+    assert not set(world.candidates) & set(second_world.candidates)
 
 
-def test_a_shorter_training_takes_the_place_of_one_that_does_not_fit(tmp_path, monkeypatch):
+def test_a_shorter_training_replaces_one_that_does_not_fit(tmp_path, monkeypatch):
     clock = [0.0]
-    world = Slow(clock, rest_s=0, gain=0.2)
+    world = SlowWorld(clock, rest_s=0, gain=0.2)
     monkeypatch.setattr("toolchain.tuning.time.monotonic", lambda: clock[0])
     with open_study(tmp_path / "study", "latency", 1.0, [], quiet) as study:
-        known = {}
-        while (start := next_start("latency", known, set(), 1.0)) and start.epochs < 2:
-            known[start.training] = world.outcome(start).drop - 1.0
-        longest = 100 * sum(bool(epochs) for *_, epochs in known) + 150
-        said = []
-        search(study, world, longest, lambda event: said.append(str(event)))
-    trained = [candidate for candidate in world.asked if candidate.epochs]
+        excess_by_training = {}
+        while (start := next_start("latency", excess_by_training, set(), 1.0)) and start.epochs < 2:
+            excess_by_training[start.training] = world.outcome(start).drop - 1.0
+        time_limit = 100 * sum(bool(epochs) for *_, epochs in excess_by_training) + 150
+        events = []
+        search(study, world, time_limit, lambda event: events.append(str(event)))
+    trained_candidates = [candidate for candidate in world.candidates if candidate.epochs]
     assert start is not None
-    assert {candidate.epochs for candidate in trained} == {1}
-    assert longest - 100 < clock[0] <= longest
-    assert said[-1].startswith("no time is left to train")
+    assert {candidate.epochs for candidate in trained_candidates} == {1}
+    assert time_limit - 100 < clock[0] <= time_limit
+    assert events[-1].startswith("no time is left to train")
 
 
-def test_a_ratio_the_model_does_not_have_is_given_up(tmp_path):
-    class Narrow(World):
+def test_the_search_tries_no_ratio_above_a_refused_one(tmp_path):
+    class NarrowWorld(World):
         def __call__(self, candidate):
             if candidate.ratio > 60:
-                refused.append(candidate)
+                refused_candidates.append(candidate)
                 raise PruningError("Nothing is left.", "Prune less.")
             return super().__call__(candidate)
 
-    refused = []
-    best, _, outcomes = run(tmp_path / "study", Narrow(slope=0.001))
+    refused_candidates = []
+    best, _, outcomes = run(tmp_path / "study", NarrowWorld(slope=0.001))
     assert max(candidate.ratio for candidate in outcomes) == 60
-    # Once in vain, and no such ratio or a higher one again.
-    assert not [(one, other) for one, other in itertools.combinations(refused, 2) if other.prunes_as_much_as(one)]
+    # A refused candidate excludes the same and higher ratios.
+    assert not [
+        (earlier, later)
+        for earlier, later in itertools.combinations(refused_candidates, 2)
+        if later.prunes_as_much_as(earlier)
+    ]
     assert best.latency == World(slope=0.001).outcome(Candidate(60, depth=50)).latency
 
 
 def test_a_candidate_that_fails_validation_is_tried_again_after_training(tmp_path):
-    class Uncertain(World):
+    class UncertainWorld(World):
         def __call__(self, candidate):
             if candidate.ratio >= 80 and not candidate.epochs:
-                self.asked.append(candidate)
+                self.candidates.append(candidate)
                 raise VerdictError("It failed validation.", "Nothing was published.")
             return super().__call__(candidate)
 
-    world = Uncertain(gain=0.9)
+    world = UncertainWorld(gain=0.9)
     best, _, outcomes = run(tmp_path / "study", world)
     assert best.latency == run(tmp_path / "other", World(gain=0.9))[0].latency
     assert any(candidate.ratio >= 80 for candidate in outcomes)
-    assert len(world.asked) == len(set(world.asked))
+    assert len(world.candidates) == len(set(world.candidates))
 
 
-def test_where_int8_fails_validation_others_are_tried_and_pruned_alike(tmp_path):
-    class Undecided(World):
+def test_where_dynamic_int8_fails_validation_the_search_uses_static_int8(tmp_path):
+    class UndecidedWorld(World):
         def __call__(self, candidate):
-            if len(self.asked) == 8:
+            if len(self.candidates) == 8:
                 raise KeyboardInterrupt
-            self.asked.append(candidate)
+            self.candidates.append(candidate)
             if candidate.scheme == "dynamic" and not candidate.keep_fp32:
                 raise VerdictError("It failed validation.", "Nothing was published.")
             return self.outcome(candidate)
 
-    world = Undecided()
+    world = UndecidedWorld()
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "study", world)
-    plain, *others = world.asked
-    assert plain == first_candidate("latency", 0, 0)
-    assert others[0] == replace(plain, scheme="static")
-    assert all(candidate.ratio and candidate.scheme == "static" for candidate in others[1:])
+    baseline, *later_candidates = world.candidates
+    assert baseline == first_candidate("latency", 0, 0)
+    assert later_candidates[0] == replace(baseline, scheme="static")
+    assert all(candidate.ratio and candidate.scheme == "static" for candidate in later_candidates[1:])
 
 
-def test_the_next_run_knows_which_candidates_failed_validation(tmp_path):
+def test_the_next_run_knows_the_candidates_that_failed_validation(tmp_path):
     def refuse(candidate):
         raise VerdictError("It failed validation.", "Nothing was published.")
 
     with open_study(tmp_path / "study", "latency", 1.0, [], quiet) as study:
         search(study, refuse, time.monotonic() + 0.3, quiet)
-        refused = set(study.refused)
+        refused_candidates = set(study.refused)
     with open_study(tmp_path / "study", "latency", 1.0, [], quiet) as study:
-        assert study.refused == refused
-    assert first_candidate("latency", 0, 0) in refused
+        assert study.refused == refused_candidates
+    assert first_candidate("latency", 0, 0) in refused_candidates
 
 
 @pytest.mark.parametrize("objective", ["latency", "throughput", "size"])
-def test_one_candidate_is_quantised_as_the_baseline(objective):
+def test_as_baseline_returns_the_default_quantisation(objective):
     step = baseline_candidate(objective).steps(6)[-1]
     assert step == Quantize()
 
 
-def test_durations():
+def test_a_duration_needs_a_number_and_a_unit():
     kind = Duration()
     assert [kind.convert(text, None, None) for text in ("90s", "20m", "1.5h")] == [90, 1200, 5400]
-    for wrong in ("20", "m", "-1m", "0m", "20 m", "1d"):
+    for wrong_text in ("20", "m", "-1m", "0m", "20 m", "1d"):
         with pytest.raises(Exception, match="no duration"):
-            kind.convert(wrong, None, None)
+            kind.convert(wrong_text, None, None)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint, data, and room for what is built."""
+    """A folder with a checkpoint and data; the command builds its artifacts there."""
     folder = tmp_path_factory.mktemp("tune")
     words = ["good", "bad", "film", "dull", "bright", "a", "the", "story"]
     rows = [f"{' '.join(words[(i * k) % 8] for k in range(1, 4 + i % 9))},1" for i in range(120)]
@@ -418,53 +433,53 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def at(folder, monkeypatch, short_bench):
-    """The working directory is `folder`, and measurements are short."""
+def in_tune_folder(folder, monkeypatch, short_bench):
+    """Makes `folder` the working directory, and measurements short."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(tuning, "PROTOCOL", SHORT)
     monkeypatch.setattr("toolchain.bench.roofline.rates", lambda *_: {})
 
 
 @pytest.mark.slow
-def test_the_command_line_builds_measures_and_says_which(at, say, folder):
+def test_tune_builds_and_measures_and_names_the_best_variant(in_tune_folder, say, folder):
     arguments = ("--model", "./decided", "--train-data", "train.csv", "--data", "validation.csv", "--budget", "1s")
     code, out, err = say("tune", *arguments, "--json")
     assert code == 0, err
-    found = json.loads(out)
-    assert found["best"]["variant"] in [outcome["variant"] for outcome in found["front"]]
-    assert re.fullmatch(r"onnx-.*int8\+tune.*", found["best"]["variant"])
-    assert found["best"]["drop"] <= 1.0
-    rows = {row["variant"]: row for row in json.loads((folder / found["result"]).read_text())["rows"]}
-    assert {"torch-fp32", "onnx-fp32", "onnx-int8", found["best"]["variant"]} <= set(rows)
-    assert rows[found["best"]["variant"]]["artifact_id"] == found["best"]["artifact_id"]
+    report = json.loads(out)
+    assert report["best"]["variant"] in [outcome["variant"] for outcome in report["front"]]
+    assert re.fullmatch(r"onnx-.*int8\+tune.*", report["best"]["variant"])
+    assert report["best"]["drop"] <= 1.0
+    rows = {row["variant"]: row for row in json.loads((folder / report["result"]).read_text())["rows"]}
+    assert {"torch-fp32", "onnx-fp32", "onnx-int8", report["best"]["variant"]} <= set(rows)
+    assert rows[report["best"]["variant"]]["artifact_id"] == report["best"]["artifact_id"]
 
 
 @pytest.fixture
-def int8_fails(monkeypatch):
-    """Validation says no to `onnx-int8`, and only to that."""
+def failing_int8(monkeypatch):
+    """Makes validation fail for `onnx-int8` only."""
 
-    def judged(workspace, variant, *others):
-        report = judge(workspace, variant, *others)
+    def validate(workspace, variant, *arguments):
+        report = original_validate(workspace, variant, *arguments)
         return {**report, "passed": report["passed"] and variant.name != "onnx-int8"}
 
-    judge = pipeline._validate
-    monkeypatch.setattr(pipeline, "_validate", judged)
+    original_validate = pipeline._validate
+    monkeypatch.setattr(pipeline, "_validate", validate)
 
 
 @pytest.mark.slow
-def test_the_search_goes_on_where_int8_fails_validation(at, say, folder, int8_fails):
+def test_tune_continues_where_int8_fails_validation(in_tune_folder, say, folder, failing_int8):
     data = ("--train-data", "train.csv", "--data", "validation.csv")
     arguments = ("--model", "./decided", "--exported", "undecided", *data, "--budget", "1s")
     code, out, err = say("tune", *arguments, "--json")
     assert code == 0, err
     assert "onnx-int8 failed validation and was not published" in err
     assert "speed-ups refer to onnx-fp32" in err
-    found = json.loads(out)
-    assert found["best"]["variant"] == "onnx-int8-static+tune"
-    assert {outcome["baseline"] for outcome in (found["best"], *found["front"])} == {"onnx-fp32"}
-    names = {row["variant"] for row in json.loads((folder / found["result"]).read_text())["rows"]}
-    assert names == {"torch-fp32", "onnx-fp32", *(outcome["variant"] for outcome in found["front"])}
-    assert not list((folder / "undecided" / "decided").glob("onnx-int8+tune*"))  # the same as onnx-int8
+    report = json.loads(out)
+    assert report["best"]["variant"] == "onnx-int8-static+tune"
+    assert {outcome["baseline"] for outcome in (report["best"], *report["front"])} == {"onnx-fp32"}
+    names = {row["variant"] for row in json.loads((folder / report["result"]).read_text())["rows"]}
+    assert names == {"torch-fp32", "onnx-fp32", *(outcome["variant"] for outcome in report["front"])}
+    assert not list((folder / "undecided" / "decided").glob("onnx-int8+tune*"))  # it would equal onnx-int8
     code, out, err = say("tune", *arguments)
     assert code == 0, err
     assert "continuing from" in err
@@ -472,7 +487,7 @@ def test_the_search_goes_on_where_int8_fails_validation(at, say, folder, int8_fa
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (("--budget", "soon"), 2, "no duration"),
         (("--max-drop", "-1"), 2, "max-drop"),
@@ -480,17 +495,17 @@ def test_the_search_goes_on_where_int8_fails_validation(at, say, folder, int8_fa
         (("--train-data", "nowhere.csv"), 1, "no file nowhere.csv"),
     ],
 )
-def test_wrong_input_is_refused_before_the_search(at, say, monkeypatch, arguments, code, said):
+def test_wrong_input_gives_an_error_before_the_search(in_tune_folder, say, monkeypatch, arguments, code, message):
     monkeypatch.setattr(tuning, "search", lambda *_: pytest.fail("it searched"))
-    got, _, err = say("tune", "--model", "./decided", *arguments)
-    assert got == code
-    assert said in err
+    exit_code, _, err = say("tune", "--model", "./decided", *arguments)
+    assert exit_code == code
+    assert message in err
 
 
 @pytest.mark.slow
-def test_exit_code_3_if_every_candidate_loses_too_much_accuracy(at, say, monkeypatch):
-    bad = World(slope=9).outcome(Candidate(90))
-    monkeypatch.setattr("toolchain.tuning._Judge.outcome", lambda judge, candidate: bad)
+def test_tune_exits_with_3_where_no_candidate_keeps_the_accuracy(in_tune_folder, say, monkeypatch):
+    bad_outcome = World(slope=9).outcome(Candidate(90))
+    monkeypatch.setattr("toolchain.tuning._Judge.outcome", lambda judge, candidate: bad_outcome)
     code, _, err = say("tune", "--model", "./decided", "--train-data", "train.csv", "--max-drop", 0.1, "--budget", "1s")
     assert code == 3
     assert "None of" in err
@@ -498,7 +513,7 @@ def test_exit_code_3_if_every_candidate_loses_too_much_accuracy(at, say, monkeyp
 
 
 @pytest.mark.slow
-def test_exit_code_3_if_no_candidate_passes_validation(at, say, monkeypatch):
+def test_tune_exits_with_3_where_no_candidate_passes_validation(in_tune_folder, say, monkeypatch):
     def refuse(judge, candidate):
         raise VerdictError("It failed validation.", "Nothing was published.")
 
