@@ -428,8 +428,8 @@ def test_a_comparison_says_which_vocabulary_is_not_whole():
     rows = result(measured("onnx-int8", 1.0), measured("onnx-int8+small", 1.0, facts={"vocabulary": facts}))
     lines = [line for line in notes(compare([rows])) if "tokens kept" in line]
     assert lines == [
-        "onnx-int8+small@cpu: 5,000 of 30,522 tokens kept, 9.0 MB saved; compared with the fp32 parent on held-out rows: 40, "
-        "accuracy 90.00% → 87.50%, 3 flips; of these, rows with a removed token: none"
+        "onnx-int8+small@cpu: 5,000 of 30,522 tokens kept, 9.0 MB saved; compared with the fp32 parent on held-out "
+        "rows: 40, accuracy 90.00% → 87.50%, 3 flips; of these, rows with a removed token: none"
     ]
 
 
