@@ -399,7 +399,7 @@ def test_durations():
     kind = Duration()
     assert [kind.convert(text, None, None) for text in ("90s", "20m", "1.5h")] == [90, 1200, 5400]
     for wrong in ("20", "m", "-1m", "0m", "20 m", "1d"):
-        with pytest.raises(Exception, match="no duration"):
+        with pytest.raises(Exception, match="not a duration"):
             kind.convert(wrong, None, None)
 
 
@@ -470,7 +470,7 @@ def test_the_search_goes_on_where_int8_fails_validation(at, say, folder, int8_fa
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("--budget", "soon"), 2, "no duration"),
+        (("--budget", "soon"), 2, "not a duration"),
         (("--max-drop", "-1"), 2, "max-drop"),
         (("--data", "nowhere.csv"), 1, "no file nowhere.csv"),
         (("--train-data", "nowhere.csv"), 1, "no file nowhere.csv"),

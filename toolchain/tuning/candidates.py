@@ -85,10 +85,11 @@ class Candidate:
 
     def steps(self, layers: int) -> list[Step]:
         """Returns the build steps after the import, for an encoder with `layers` layers."""
-        pruning = Prune(self.ratio / 100, cost=self.cost, layers=self.layers(layers))
-        steps: list[Step] = [pruning] if self.ratio else []
-        if self.ratio and self.epochs:
-            steps.append(Recover(self.epochs))
+        steps: list[Step] = []
+        if self.ratio:
+            steps.append(Prune(self.ratio / 100, cost=self.cost, layers=self.layers(layers)))
+            if self.epochs:
+                steps.append(Recover(self.epochs))
         scheme_type = "int4" if self.scheme == "int4" else "int8"
         tables = self.embeddings if self.embeddings != scheme_type else None
         quantisation = Quantize(
