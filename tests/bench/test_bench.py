@@ -304,7 +304,8 @@ def test_an_interrupted_run_goes_on_where_it_was(fake, data, encoder, tmp_path, 
 
 def test_a_run_is_taken_up_by_the_same_command_only(tmp_path):
     file = tmp_path / "m-20260101T000000Z.journal"
-    Journal.begin(file, {"cells": [], "protocol": {"threads": 2}}).append({"cell": 0, "kind": "peak", "reply": {}})
+    record = {"cell": 0, "kind": "peak", "turn": None, "reply": {}}
+    Journal.begin(file, {"cells": [], "protocol": {"threads": 2}}).append(record)
     with pytest.raises(ResultFileError, match=r"had another value of protocol\. .*omit --resume"):
         Journal.resume(file, {"cells": [], "protocol": {"threads": 1}})
     with pytest.raises(ResultFileError, match="a record has an unknown cell"):
@@ -322,17 +323,17 @@ def test_two_runs_that_begin_in_one_second_have_a_journal_each(tmp_path):
     file, head = tmp_path / "m-20260101T000000Z.journal", {"cells": ["a"]}
     one, other = Journal.begin(file, head), Journal.begin(file, head)
     for kept, cell in ((one, 0), (other, 0)):
-        kept.append({"cell": cell, "kind": "peak", "of": kept.path.name})
+        kept.append({"cell": cell, "kind": "peak", "turn": None, "reply": kept.path.name})
     assert one.path == file
     one.end()
     assert journal.find_newest(tmp_path, "m") == other.path
-    assert [record["of"] for record in Journal.resume(other.path, head).records] == [other.path.name]
+    assert [record["reply"] for record in Journal.resume(other.path, head).records] == [other.path.name]
 
 
 def test_taking_a_run_up_never_writes_its_records_anew(tmp_path, monkeypatch):
     """A kill in between would lose them: only the torn line is cut off."""
     file = tmp_path / "m-20260101T000000Z.journal"
-    Journal.begin(file, {"cells": ["a"]}).append({"cell": 0, "kind": "peak"})
+    Journal.begin(file, {"cells": ["a"]}).append({"cell": 0, "kind": "peak", "turn": None, "reply": {}})
     whole = file.read_bytes()
     with file.open("ab") as torn:
         torn.write(b'{"cell": 0, "kind"')
