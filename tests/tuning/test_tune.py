@@ -416,7 +416,7 @@ def test_a_duration_needs_a_number_and_a_unit():
     kind = Duration()
     assert [kind.convert(text, None, None) for text in ("90s", "20m", "1.5h")] == [90, 1200, 5400]
     for wrong_text in ("20", "m", "-1m", "0m", "20 m", "1d"):
-        with pytest.raises(Exception, match="no duration"):
+        with pytest.raises(Exception, match="not a duration"):
             kind.convert(wrong_text, None, None)
 
 
@@ -489,7 +489,7 @@ def test_tune_continues_where_int8_fails_validation(in_tune_folder, say, folder,
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--budget", "soon"), 2, "no duration"),
+        (("--budget", "soon"), 2, "not a duration"),
         (("--max-drop", "-1"), 2, "max-drop"),
         (("--data", "nowhere.csv"), 1, "no file nowhere.csv"),
         (("--train-data", "nowhere.csv"), 1, "no file nowhere.csv"),
