@@ -376,7 +376,7 @@ def test_a_loss_that_is_no_number_ends_it_and_keeps_what_was(make, headless, tic
             [("", "a"), *[(f"text {i}", "ab"[i % 2]) for i in range(40)]],
             "1 rows have an empty text, the first is row 1",
         ),
-        ([(f"text {i}", "ab"[i % 2]) for i in range(10)], "10 rows: too few"),
+        ([(f"text {i}", "ab"[i % 2]) for i in range(10)], "10 rows, which are too few"),
     ],
 )
 def test_texts_there_is_nothing_to_learn_from(make, tiny_checkpoint, tmp_path, rows, says):

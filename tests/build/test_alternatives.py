@@ -133,7 +133,9 @@ def test_an_undecided_model_is_refused_with_what_to_try(say, tmp_path):
     make_checkpoint(tmp_path / "undecided", labels=[f"L{index}" for index in range(40)])
     code, _, err = say("quantize", "--model", tmp_path / "undecided", "--exported", tmp_path / "exported")
     assert code == 3
-    assert re.search(r"(\d+) of 200 sentences flipped, ≤ 7 allowed\. In \d+ of these \1 the PyTorch model", err)
+    assert re.search(
+        r"(\d+) of 200 sentences flipped, ≤ 7 allowed\. In \d+ of these \1 sentences the PyTorch model", err
+    )
     tried = [" ".join(line) for line in commands(err)]
     assert all("--model undecided" in line and "--train-data FILE" in line for line in tried)
     assert any("--scheme static" in line for line in tried)
