@@ -390,7 +390,7 @@ def test_a_loss_of_nan_ends_training_and_keeps_the_last_good_state(make, headles
             [("", "a"), *[(f"text {i}", "ab"[i % 2]) for i in range(40)]],
             "1 rows have an empty text, the first is row 1",
         ),
-        ([(f"text {i}", "ab"[i % 2]) for i in range(10)], "10 rows: too few"),
+        ([(f"text {i}", "ab"[i % 2]) for i in range(10)], "10 rows, which are too few"),
     ],
 )
 def test_empty_texts_or_too_few_rows_are_refused(make, tiny_checkpoint, tmp_path, rows, message):

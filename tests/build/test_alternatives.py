@@ -136,7 +136,9 @@ def test_a_model_with_close_logits_fails_validation_with_suggestions(say, tmp_pa
     make_checkpoint(tmp_path / "undecided", labels=[f"L{index}" for index in range(40)])
     code, _, err = say("quantize", "--model", tmp_path / "undecided", "--exported", tmp_path / "exported")
     assert code == 3
-    assert re.search(r"(\d+) of 200 sentences flipped, ≤ 7 allowed\. In \d+ of these \1 the PyTorch model", err)
+    assert re.search(
+        r"(\d+) of 200 sentences flipped, ≤ 7 allowed\. In \d+ of these \1 sentences the PyTorch model", err
+    )
     suggestions = [" ".join(line) for line in commands_in(err)]
     assert all("--model undecided" in line and "--train-data FILE" in line for line in suggestions)
     assert any("--scheme static" in line for line in suggestions)

@@ -561,7 +561,7 @@ def test_held_out_rows_are_no_training_rows(count):
 def test_too_few_rows_are_refused(tmp_path):
     from toolchain.data.inputs import Data
 
-    with pytest.raises(DataError, match="3 rows: too few"):
+    with pytest.raises(DataError, match="3 rows, which are too few"):
         hold_out(Data("d", ("a", "b", "c"), (0, 1, 0)))
 
 
