@@ -234,6 +234,18 @@ def test_the_release_of_a_phone_bundle_gives_the_logits(bundles, validation_set,
     require_similar(output["answers"], logits_here(variant), scheme)
 
 
+@pytest.mark.parametrize("variant", ["onnx-int8", "onnx-int8-portable", "onnx-fp32"])
+def test_both_formats_of_a_phone_bundle_give_the_same_logits_here(bundles, validation_set, variant):
+    rows = json.loads((validation_set / "tokens.json").read_text())
+    assert len(rows) == 872
+    onnx_session, ort_session = (
+        open_session(bundles / "mobile" / f"{variant}.{kind}", "onnx", Place("cpu", 1)) for kind in ("onnx", "ort")
+    )
+    batches = [pad([row], ("input_ids", "attention_mask"), 0) for row in rows]
+    deltas = [float(np.abs(onnx_session.run(batch) - ort_session.run(batch)).max()) for batch in batches]
+    assert max(deltas) < 1e-5, sorted(deltas)[-5:]
+
+
 @pytest.fixture(scope="module")
 def short_bundles(reference, tmp_path_factory):
     """Bundles without the over-long golden sentence, which takes an emulated processor as long as all the others."""

@@ -20,8 +20,6 @@ from toolchain.artifacts.store import list_files, sha256
 from toolchain.backends import Place, open_session
 from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
-from toolchain.data import inputs
-from toolchain.data.encoding import Encoder, pad
 from toolchain.errors import ArtifactError, ShippingError, VerdictError
 from toolchain.ship import shipping
 from toolchain.ship.bundle_files import verify as bundled
@@ -549,18 +547,3 @@ def test_verify_finds_another_model_in_ort_format(bundle, change):
     reason = r"onnx-int8\.ort(: the .* from the recorded logits| cannot be loaded)|is not listed"
     with pytest.raises(VerdictError, match=reason):
         shipping.verify(bundle)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_both_formats_give_the_same_logits_for_all_872_sentences(reference, tmp_path, name):
-    ship(reference, tmp_path / "b", name)
-    manifest = reference.load(name).manifest
-    encoder = Encoder.open(tmp_path / "b", [spec.name for spec in manifest.inputs], manifest.max_length)
-    onnx_session, ort_session = (
-        open_session(tmp_path / "b" / f"{name}.{kind}", "onnx", Place("cpu", 1)) for kind in ("onnx", "ort")
-    )
-    batches = [pad([row], encoder.names, encoder.pad_id) for row in encoder.encode(inputs.load_embedded().texts)]
-    assert len(batches) == 872
-    deltas = [float(np.abs(onnx_session.run(batch) - ort_session.run(batch)).max()) for batch in batches]
-    assert max(deltas) < 1e-5, sorted(deltas)[-5:]
