@@ -78,5 +78,5 @@ def hostile_result():
 def report_html(*runs):
     """Returns the report of these runs, in which the sentences of `DATA` are known."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inputs, "embedded", lambda split="validation": DATA)
+        patch.setattr(inputs, "load_embedded", lambda split="validation": DATA)
         return to_html(compare(runs))

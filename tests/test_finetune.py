@@ -480,13 +480,13 @@ def test_a_wrong_option_gives_a_usage_error(say, options, tmp_path):
 def test_a_bert_read_as_distilbert_gives_the_same_states(tmp_path):
     from transformers import BertConfig, BertModel
 
-    from toolchain.reference.rebuild import distilbert
+    from toolchain.reference.rebuild import load_distilbert
 
     torch.manual_seed(1)
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     bert = BertModel(BertConfig(**shape, vocab_size=500, initializer_range=0.3)).eval()
     bert.save_pretrained(tmp_path)
-    rebuilt = distilbert(tmp_path)
+    rebuilt = load_distilbert(tmp_path)
     ids = torch.arange(5, 65).reshape(4, 15)
     mask = torch.ones_like(ids)
     mask[1, 9:] = 0

@@ -420,7 +420,7 @@ def test_a_corpus_that_is_too_small_fails_validation_and_keeps_the_old_artifact(
 
 def test_a_bundle_refuses_variants_with_different_tokenizers(trimmed_workspace, tmp_path):
     workspace, _ = trimmed_workspace
-    with pytest.raises(ShippingError, match="tokenizers of their own"):
+    with pytest.raises(ShippingError, match="have different tokenizers"):
         ship(workspace, Order(("onnx-fp32", "onnx-int8+trim"), "python"), tmp_path / "b", quiet, None)
 
 
@@ -457,7 +457,7 @@ def test_a_cell_has_an_encoder_of_its_own_only_after_trimming(trimmed_workspace)
     workspace, _ = trimmed_workspace
     root = workspace.load("torch-fp32").manifest
     for name, has_own_tokenizer in (("onnx-int8", False), ("onnx-int8+trim", True)):
-        cell = Cell("m", name, "onnx", "cpu", workspace.load(name)).reading_as(root)
+        cell = Cell("m", name, "onnx", "cpu", workspace.load(name)).with_own_encoder(root)
         assert (cell.encoder is not None) == has_own_tokenizer
     assert cell.encoder.folder == workspace.path("onnx-int8+trim")
     assert cell.encoder.names == NAMES
@@ -467,7 +467,7 @@ def test_a_cell_has_an_encoder_of_its_own_only_after_trimming(trimmed_workspace)
     ("arguments", "message"),
     [
         (["--backend", "torch", "--trim-vocab", "train"], "Leave out --embeddings, --keep-fp32"),
-        (["--sensitivity", "--trim-vocab", "train"], "--trim-vocab changes none"),
+        (["--sensitivity", "--trim-vocab", "train"], "--trim-vocab does not change them"),
     ],
 )
 def test_options_that_exclude_each_other_give_a_usage_error(arguments, message, tmp_path, say):

@@ -279,7 +279,7 @@ def test_a_missing_data_set_gives_an_error_with_an_alternative(monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="Without a network, use a dataset in the local cache, or pass a file"):
+    with pytest.raises(DataError, match="Without a network, use a cached dataset or pass a file"):
         load("somebody/no-such-data", LABELS)
 
 

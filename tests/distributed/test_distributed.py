@@ -238,7 +238,7 @@ def test_address_without_engine_ray_gives_a_usage_error(say):
     for command in (("predict", "onnx-int8"), ("bench",)):
         code, out, err = say(*command, "--address", "auto")
         assert (code, out) == (2, "")
-        assert "give --engine ray with it" in err
+        assert "--address needs --engine ray" in err
     assert say("bench", "--engine", "ray", "--resume")[0] == 2
 
 
@@ -266,7 +266,7 @@ def fake_node(name, gpus=0):
 
 
 def test_cells_are_assigned_to_nodes_with_their_hardware(built_tiny):
-    cells = run.prepared(built_tiny, run.Request(("torch-fp32",), (), FAST), None, quiet)[1]
+    cells = run.prepare_cells(built_tiny, run.Request(("torch-fp32",), (), FAST), None, quiet)[1]
     lines = []
     nodes = benching.distinct_nodes([fake_node("a1"), fake_node("b1", gpus=1), fake_node("a2")], lines.append)
     assert [node.id for node in nodes] == ["a1", "b1"]

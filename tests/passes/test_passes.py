@@ -574,9 +574,9 @@ def test_a_4_bit_table_gives_its_rounded_rows():
 @pytest.mark.parametrize("content", [b"", b"not a graph at all", b"\x08\x08"])
 def test_a_file_without_an_onnx_model_raises_a_graph_error(tmp_path, content):
     (tmp_path / "model.onnx").write_bytes(content)
-    with pytest.raises(GraphError, match="no valid ONNX model"):
+    with pytest.raises(GraphError, match=r"is not a valid ONNX model|cannot be read"):
         passes.read(tmp_path / "model.onnx")
-    with pytest.raises(GraphError, match="no valid ONNX model"):
+    with pytest.raises(GraphError, match=r"is not a valid ONNX model|cannot be read"):
         passes.read(tmp_path / "missing.onnx")
 
 
@@ -584,7 +584,7 @@ def test_a_graph_with_a_dangling_input_raises_a_graph_error(std, tmp_path):
     proto = ir.to_proto(std)
     proto.graph.node[5].input[0] = "nobody makes this"
     onnx.save(proto, tmp_path / "model.onnx")
-    with pytest.raises(GraphError, match="no valid ONNX model"):
+    with pytest.raises(GraphError, match=r"is not a valid ONNX model|cannot be read"):
         passes.read(tmp_path / "model.onnx")
 
 

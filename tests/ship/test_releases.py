@@ -126,7 +126,7 @@ def test_the_oldest_release_is_the_first_that_computes_correctly(tmp_path):
     assert oldest_release(mask_needs, bias_needs) == oldest_release(bias_needs, mask_needs) == "1.21"
     assert oldest_release() == ORDER[0]
     (fault,) = find_unsupported("1.20", mask_needs.uses)
-    assert str(fault) == f"MultiHeadAttention with {LONGER} (right since 1.21)"
+    assert str(fault) == f"MultiHeadAttention with {LONGER} (correct from 1.21 on)"
     assert [attention_state(release, fault.attention_kind) for release in ("1.17", "1.20", "1.21", ORDER[-1])] == [
         "wrong",
         "wrong",

@@ -337,7 +337,7 @@ def test_a_shorter_training_replaces_one_that_does_not_fit(tmp_path, monkeypatch
     assert start is not None
     assert {candidate.epochs for candidate in trained_candidates} == {1}
     assert time_limit - 100 < clock[0] <= time_limit
-    assert events[-1].startswith("no time is left to train")
+    assert events[-1].startswith("no time is left for another training")
 
 
 def test_the_search_tries_no_ratio_above_a_refused_one(tmp_path):
