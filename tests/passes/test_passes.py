@@ -561,9 +561,9 @@ def test_a_table_is_looked_up_as_it_was_rounded():
 @pytest.mark.parametrize("content", [b"", b"not a graph at all", b"\x08\x08"])
 def test_a_file_that_is_no_onnx_model_is_an_error_in_words(tmp_path, content):
     (tmp_path / "model.onnx").write_bytes(content)
-    with pytest.raises(GraphError, match="no valid ONNX model"):
+    with pytest.raises(GraphError, match="is not a valid ONNX model"):
         passes.read(tmp_path / "model.onnx")
-    with pytest.raises(GraphError, match="no valid ONNX model"):
+    with pytest.raises(GraphError, match="is not a valid ONNX model"):
         passes.read(tmp_path / "missing.onnx")
 
 
@@ -571,7 +571,7 @@ def test_a_graph_with_a_dangling_input_is_no_model(std, tmp_path):
     proto = ir.to_proto(std)
     proto.graph.node[5].input[0] = "nobody makes this"
     onnx.save(proto, tmp_path / "model.onnx")
-    with pytest.raises(GraphError, match="no valid ONNX model"):
+    with pytest.raises(GraphError, match="is not a valid ONNX model"):
         passes.read(tmp_path / "model.onnx")
 
 
