@@ -139,7 +139,7 @@ def test_weights_of_another_shape_are_refused(small_workspace, tmp_path):
     tensors = load_file(weights_of(tmp_path))
     tensors["classifier.weight"] = tensors["classifier.weight"][:1].contiguous()
     save_file(tensors, weights_of(tmp_path))
-    with pytest.raises(CheckpointError, match="do not fit"):
+    with pytest.raises(CheckpointError, match="do not match"):
         pytorch.load_model(tmp_path)
 
 
