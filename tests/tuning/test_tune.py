@@ -192,6 +192,7 @@ def test_the_search_finds_the_best_for_other_objectives(tmp_path, objective):
     assert figure(best) == min(map(figure, kept_outcomes))
 
 
+@pytest.mark.slow
 def test_a_second_run_does_not_measure_again(tmp_path):
     first_run, second_run = World(), World()
     first_result = run(tmp_path / "study", first_run)
@@ -290,6 +291,7 @@ def test_trained_candidates_come_first_where_a_new_training_does_not_fit(tmp_pat
     assert {candidate.training for candidate in trained_candidates[1:]} == {trained_candidate.training}
 
 
+@pytest.mark.slow
 def test_a_stopped_search_continues_with_its_unfinished_candidate(tmp_path):
     class StoppedWorld(World):
         def __call__(self, candidate):
@@ -307,6 +309,7 @@ def test_a_stopped_search_continues_with_its_unfinished_candidate(tmp_path):
     assert best.latency == run(tmp_path / "other", World())[0].latency
 
 
+@pytest.mark.slow
 def test_a_training_that_does_not_fit_the_time_is_left_for_the_next_run(tmp_path, monkeypatch):
     """The first training shows the time of the next. one takes. A training that do not fit wait for the next run."""
     clock = [0.0]
@@ -322,6 +325,7 @@ def test_a_training_that_does_not_fit_the_time_is_left_for_the_next_run(tmp_path
     assert not set(world.candidates) & set(second_world.candidates)
 
 
+@pytest.mark.slow
 def test_a_shorter_training_replaces_one_that_does_not_fit(tmp_path, monkeypatch):
     clock = [0.0]
     world = SlowWorld(clock, rest_s=0, gain=0.2)
@@ -340,6 +344,7 @@ def test_a_shorter_training_replaces_one_that_does_not_fit(tmp_path, monkeypatch
     assert events[-1].startswith("no time is left for another training")
 
 
+@pytest.mark.slow
 def test_the_search_tries_no_ratio_above_a_refused_one(tmp_path):
     class NarrowWorld(World):
         def __call__(self, candidate):
@@ -360,6 +365,7 @@ def test_the_search_tries_no_ratio_above_a_refused_one(tmp_path):
     assert best.latency == World(slope=0.001).outcome(Candidate(60, depth=50)).latency
 
 
+@pytest.mark.slow
 def test_a_candidate_that_fails_validation_is_tried_again_after_training(tmp_path):
     class UncertainWorld(World):
         def __call__(self, candidate):
