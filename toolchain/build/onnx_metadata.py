@@ -44,7 +44,7 @@ def write_metadata(path: Path, result: StepResult, version: int, model: str, var
     try:
         proto = ir.load(path)
     except (DecodeError, ValueError) as error:
-        raise GraphError(f"{path} is no valid ONNX model: {error}.", "Build it again.") from error
+        raise GraphError(f"{path} is not a valid ONNX model: {error}.", "Build the variant again.") from error
     proto.producer_name, proto.producer_version = PRODUCER, f"{step_name(result.step)} {version}"
     proto.doc_string = f"Variant {variant} of the text classifier {model}."
     properties = {
