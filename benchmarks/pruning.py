@@ -74,8 +74,8 @@ def study(workspace: Workspace) -> dict[str, Any]:
     validation = batches(setup.encoder.encode(data.texts), data.labels, setup.encoder, 64)
     dense = EncoderSizes.from_model(setup.model).parameters
     rows = [measure(setup.model, validation, "unpruned", 0.0, 0, dense)]
-    setup.importances("fisher")  # computed once for all ratios, so its time belongs to no row
-    with bar("pruning") as progress:  # closed before recovery shows its own bar
+    setup.importances("fisher")  # Computed once for all ratios, so its time belongs to no row.
+    with bar("pruning") as progress:  # Closed before recovery shows its own bar.
         for number, (method, ratio) in enumerate((m, r) for m in METHODS for r in RATIOS):
             progress(number, len(METHODS) * len(RATIOS), f"{method} at {ratio:.0%}")
             started = time.monotonic()

@@ -30,7 +30,7 @@ DEFAULT_VARIANTS = ["torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"]  # the l
 SHORT = Protocol(passes=1, min_s=0.1, pass_s=5.0, starts=1, threads=1)
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-sys.path.append(str(ROOT / "docs"))  # these scripts write the generated parts of the pages
+sys.path.append(str(ROOT / "docs"))  # These scripts write the generated parts of the pages.
 # Child processes of the benchmark import the fake backend from here. No process may use a hub.
 os.environ["PYTHONPATH"] = str(TESTS)
 os.environ["HF_HUB_OFFLINE"] = "1"

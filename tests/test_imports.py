@@ -100,9 +100,9 @@ def test_modules_of_a_room_do_not_import_each_other(room_name):
         "passes.__init__",
         "backends.__init__",
     }
-    exceptions |= {"backends.bnb", "backends.lora"}  # PyTorch sessions with another loader
-    parts = {f"toolchain.backends.{name}" for name in ("reduced",)}  # contains no session
-    parts |= {f"toolchain.passes.{name}" for name in ("graph", "int8", "attention")}  # contain no pass
+    exceptions |= {"backends.bnb", "backends.lora"}  # PyTorch sessions with another loader.
+    parts = {f"toolchain.backends.{name}" for name in ("reduced",)}  # Contains no session.
+    parts |= {f"toolchain.passes.{name}" for name in ("graph", "int8", "attention")}  # Contain no pass.
     for module, path in paths_by_module().items():
         if not module.startswith(f"toolchain.{room_name}.") or module.removeprefix("toolchain.") in exceptions:
             continue

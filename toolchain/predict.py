@@ -34,8 +34,8 @@ from toolchain.system import files, hardware
 if TYPE_CHECKING:
     import numpy as np
 
-PART_TEXTS = 2000  # texts per part, if rows go to a file
-STDOUT_WINDOW = 32  # texts per window, if rows go to standard output: small, so that rows appear soon
+PART_TEXTS = 2000  # Texts per part, if rows go to a file.
+STDOUT_WINDOW = 32  # Texts per window, if rows go to standard output: small, so that rows appear soon.
 BATCH_SIZE = 32
 
 

@@ -244,7 +244,7 @@ def test_first_query_leaves_one_query_in_the_last_attention(std):
     # 1.17 refuses to broadcast it, 1.20 broadcasts it wrongly
     assert attention.inputs[5].producer().op_type == "Expand"
     query = attention.inputs[0].producer()
-    assert query.inputs[0].producer().inputs[0].producer().op_type == "Gather"  # Add ← MatMul ← Gather
+    assert query.inputs[0].producer().inputs[0].producer().op_type == "Gather"  # Add ← MatMul ← Gather.
     # the packed weights are not stored a second time
     assert not [name for name in model.graph.initializers if "Attention_1_qkv" in name]
 

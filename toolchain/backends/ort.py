@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from toolchain.backends import Place
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_ERRORS_ONLY = 3  # log errors only: this module checks for the conditions behind the warnings and raises errors
+_ERRORS_ONLY = 3  # Log errors only: this module checks for the conditions behind the warnings and raises errors.
 # x86 without VNNI adds two U8 × S8 products in 16 bits, which saturates. With this session option ONNX Runtime converts
 # the weights to unsigned, and their products are exact. On other processors the option only makes int8 slower.
 EXACT_PRODUCTS = ("session.x64quantprecision", "1")

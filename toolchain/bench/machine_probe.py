@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-WIDTH = 2048  # width of a layer; at this width, an operator's fixed cost is small beside the cost of its weights
+WIDTH = 2048  # Width of a layer; at this width, an operator's fixed cost is small beside the cost of its weights.
 # Batch sizes at which arithmetic takes most of the time; the faster one depends on the kernel.
 LARGE_BATCHES = (128, 1024)
 # Passes over all measures, and minimum answers in each measure. A short load by another process affects only one pass.

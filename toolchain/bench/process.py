@@ -189,6 +189,6 @@ def environment(threads: int) -> dict[str, str]:
         "MKL_NUM_THREADS": count,
         "OPENBLAS_NUM_THREADS": count,
         "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",  # network access would disturb the measurement
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # CUDA, NVML and nvidia-smi then number the GPUs in the same way
+        "HF_HUB_OFFLINE": "1",  # Network access would disturb the measurement.
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # CUDA, NVML and nvidia-smi then number the GPUs in the same way.
     }

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from toolchain.backends import Place
 
 SINGLE, OFFLINE = "single-stream", "offline"
-SLICES = 8  # number of rounds in one pass over the sentences
-MOST_SENTENCES = 2000  # limit at batch 1; a random sample replaces a larger set
+SLICES = 8  # Number of rounds in one pass over the sentences.
+MOST_SENTENCES = 2000  # Limit at batch 1; a random sample replaces a larger set.
 FEWEST_SENTENCES = 100
 TOKENS_A_SENTENCE = 64  # the token budget of a batch is this number times the batch size; padding counts
 LENGTHS = (16, 32, 64, 128, 256, 512)

@@ -21,8 +21,8 @@ from toolchain.data.labels import LabelSet
 # Logits. The second most probable label is then at least exp(-0.5) = 61 % as probable as the first. In a multi-label
 # model, the label nearest to the threshold then has a probability of 38 % to 62 %.
 UNDECIDED_MARGIN = 0.5
-UNDECIDED_SHARE = 0.8  # share of the flips
-ALTERNATIVE_SCHEMES = {"int4": "dynamic", "dynamic": "static"}  # scheme → a scheme that may have less rounding error
+UNDECIDED_SHARE = 0.8  # Share of the flips.
+ALTERNATIVE_SCHEMES = {"int4": "dynamic", "dynamic": "static"}  # Scheme → a scheme that may have less rounding error.
 
 
 def count_undecided_flips(report: Mapping[str, Any]) -> int:

@@ -13,8 +13,8 @@ from toolchain.results.statistics import CONFIDENCE
 if TYPE_CHECKING:
     from toolchain.compare.rows import Row
 
-NEAREST = 3  # number of misses in a verdict
-_TOLERANCE = 1e-9  # in binary arithmetic, 90 % minus 89 % is a little more than one point
+NEAREST = 3  # Number of misses in a verdict.
+_TOLERANCE = 1e-9  # In binary arithmetic, 90 % minus 89 % is a little more than one point.
 
 
 @dataclass(frozen=True)

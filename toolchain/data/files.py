@@ -21,9 +21,9 @@ from toolchain.errors import DataError
 Text = str | tuple[str, str]
 TEXT_COLUMNS = ("sentence", "text")
 STDIN = "-"
-FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")  # by file ending; an input file with another ending has plain lines
-PARQUET_ROWS = 1000  # number of rows read at once
-MAX_FIELD_CHARACTERS = 1 << 30  # characters of a CSV field; Python's own limit is 131,072
+FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")  # By file ending; an input file with another ending has plain lines.
+PARQUET_ROWS = 1000  # Number of rows read at once.
+MAX_FIELD_CHARACTERS = 1 << 30  # Characters of a CSV field; Python's own limit is 131,072.
 
 Row = Mapping[str, Any]
 ChooseColumns = Callable[

@@ -11,9 +11,9 @@ from toolchain.errors import DataError
 if TYPE_CHECKING:
     import numpy as np
 
-SINGLE, MULTI = "single_label_classification", "multi_label_classification"  # as `problem_type` in a model's config
-SEPARATOR = "|"  # separates the labels of a text in a column of plain text
-MAX_LABELS = 100  # a column with more different labels is probably not the label column
+SINGLE, MULTI = "single_label_classification", "multi_label_classification"  # As `problem_type` in a model's config.
+SEPARATOR = "|"  # Separates the labels of a text in a column of plain text.
+MAX_LABELS = 100  # A column with more different labels is probably not the label column.
 
 # The text in one row of a label column: one label, or a set of labels.
 # An answer is a number: the index of the label, or, for a set, the integer with one bit set for each label's index.

@@ -83,7 +83,7 @@ LAYOUTS = {
     "roberta": replace(_BERT, layers="roberta.encoder.layer"),
     "electra": replace(_BERT, layers="electra.encoder.layer"),
 }
-LAYER_SHARING = {"albert"}  # architectures that store one layer and run it several times
+LAYER_SHARING = {"albert"}  # Architectures that store one layer and run it several times.
 # Architectures whose heads and neurons cannot be removed separately, and the reason for the error message.
 UNPRUNABLE = {
     "albert": "uses the same weights in all layers, so no layer can be pruned separately",

@@ -44,7 +44,7 @@ PRECISION = "precision.json"
 # In the folder of a model that the toolchain trained: the training data and settings.
 CARD = "training.json"
 # The hub's model card. Its front matter may name the licence.
-MODEL_CARD, MODEL_CARD_LIMIT = "README.md", 1 << 20  # characters
+MODEL_CARD, MODEL_CARD_LIMIT = "README.md", 1 << 20  # Characters.
 REFERENCE_LICENSE, NOT_STATED = "Apache-2.0", "not stated"
 _PATTERNS = ("config.json", SHAPES, "*.safetensors", WEIGHTS_INDEX, MODEL_CARD, *TOKENIZER_FILES)
 # Matches a licence line of the front matter. No YAML parser, because YAML aliases can expand without bound.

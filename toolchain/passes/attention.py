@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 DOMAIN = "com.microsoft"
-ROLES = ("query", "key", "value")  # the order in which the fused weight holds the projections
-SETTINGS = ("num_heads", "scale", "mask_filter_value")  # attributes that Attention and QAttention share
+ROLES = ("query", "key", "value")  # The order in which the fused weight holds the projections.
+SETTINGS = ("num_heads", "scale", "mask_filter_value")  # Attributes that Attention and QAttention share.
 
 # Arguments: the model, the input of a linear layer, its weight's name, its weight [inner, outer], and its bias.
 # Result: the nodes of the product. The last node gives the layer's output.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from toolchain.passes import Context
 
-DOMAIN = "com.microsoft"  # domain of the fused operators
+DOMAIN = "com.microsoft"  # Domain of the fused operators.
 # Fusions that are off on the CPU, by their names in `FusionOptions`. The CPU kernels of skip- and embedding
 # LayerNormalization are scalar. BiasGelu would take the bias that belongs inside the quantised matmul.
 CPU_DISABLED_FUSIONS = ("embed_layer_norm", "skip_layer_norm", "bias_skip_layer_norm", "bias_gelu")
@@ -43,8 +43,8 @@ def fuse(
         fused = BertOnnxModel(ir.to_proto(model), context.heads, context.width)
         fused.optimize(options, add_dynamic_axes=False)
     result = ir.from_proto(fused.model)
-    result.graph.opset_imports.setdefault(DOMAIN, 1)  # shape inference needs it
-    result.graph.sort()  # the fusion appends its nodes at the end
+    result.graph.opset_imports.setdefault(DOMAIN, 1)  # Shape inference needs it.
+    result.graph.sort()  # The fusion appends its nodes at the end.
     # The fusion packs query, key and value anew for each layer, even where layers share them (ALBERT).
     common.DeduplicateHashedInitializersPass()(result)
     return result, sum(node.domain == DOMAIN for node in result.graph)

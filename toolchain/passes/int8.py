@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-LARGEST = 127  # symmetric: without -128, a weight and its negative are equally exact
-LARGEST_OF_7_BITS = 64  # two products with the largest activation, 2 × 255 × 64, fit in 16 bits
+LARGEST = 127  # Symmetric: without -128, a weight and its negative are equally exact.
+LARGEST_OF_7_BITS = 64  # Two products with the largest activation, 2 × 255 × 64, fit in 16 bits.
 INT8_PRODUCTS = ("DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QAttention")
 
 # Arguments: the model, a value, and a list that receives the nodes that compute the result.

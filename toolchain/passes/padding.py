@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 IDS, MASK = "input_ids", "attention_mask"
 SHAPE = "Shape"
 FUSED = {"Attention", "MultiHeadAttention"}
-RELATIVE = "GatherElements"  # looks up attention scores by the distance between two tokens
-MIXES = {"Attention", "MatMul", "Gemm", "Einsum", "Softmax"}  # do not occur before the embeddings' LayerNormalization
+RELATIVE = "GatherElements"  # Looks up attention scores by the distance between two tokens.
+MIXES = {"Attention", "MatMul", "Gemm", "Einsum", "Softmax"}  # Do not occur before the embeddings' LayerNormalization.
 
 
 def padding(model: ir.Model, context: Context) -> tuple[ir.Model, int]:

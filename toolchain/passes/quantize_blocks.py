@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 BITS, MAX_CODE = 4, 15
-BLOCK = 32  # number of weights that share a scale
-INT8_ACTIVATIONS = 4  # value of the operator's accuracy_level
+BLOCK = 32  # Number of weights that share a scale.
+INT8_ACTIVATIONS = 4  # Value of the operator's accuracy_level.
 # Fractions of a block's range to keep, in the order of trial. A smaller range has finer steps but clips its ends.
 RANGE_FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 

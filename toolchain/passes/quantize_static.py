@@ -61,7 +61,7 @@ class Activation:
         return result
 
 
-Activations = Mapping[str, Activation]  # by the value's name
+Activations = Mapping[str, Activation]  # By the value's name.
 # An `attention.Product` with one more argument in front: the quantisation of the values that layers read.
 StaticProduct = Callable[[Activations, "ir.Model", Any, str, "np.ndarray", "ir.Value | None"], "list[ir.Node]"]
 

@@ -32,8 +32,8 @@ class _Group:
     layer: int
     kind: str
     order: list[int]
-    counts: list[int]  # descending from all units to 0, or to 1 for the first layer's heads
-    losses: list[float]  # importance lost at each count
+    counts: list[int]  # Descending from all units to 0, or to 1 for the first layer's heads.
+    losses: list[float]  # Importance lost at each count.
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 SENTENCES = 300
-TOKENS = 4  # tokens of each sentence, spread evenly, that measure the error of the products
-STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # α of SmoothQuant: the share of the difficulty that moves to the weights
+TOKENS = 4  # Tokens of each sentence, spread evenly, that measure the error of the products.
+STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # SmoothQuant's α: the share of the difficulty that moves to the weights.
 # The least noise of a product (see `_noise`) that justifies a `Mul`. On the reference model it selects the ten inputs
 # whose quantisation alone changes the outputs most. Smoothing all 25 inputs reduces that change hardly further and
 # costs twice as much.

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 EXACT, BASELINE = "onnx-fp32", "onnx-int8"
-PROTOCOL = Protocol(passes=1, min_s=3.0, pass_s=20.0, starts=4, threads=1)  # a single start may be fast by chance
-PROPOSALS = 4  # after this many useless proposals of the sampler in a row, the search chooses a candidate itself
+PROTOCOL = Protocol(passes=1, min_s=3.0, pass_s=20.0, starts=4, threads=1)  # A single start may be fast by chance.
+PROPOSALS = 4  # After this many useless proposals of the sampler in a row, the search chooses a candidate itself.
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def tune(workspace: Workspace, request: Request, say: Say, bar: Bar) -> tuple[Ou
     """
     digest = workspace.train.digest  # reports a missing file before anything is built
     judge = _Judge.open(workspace, say, bar)
-    built_by = ".".join(str(version) for _, version in STEPS.values())  # a new version may change the speed
+    built_by = ".".join(str(version) for _, version in STEPS.values())  # A new version may change the speed.
     # Speed-ups over different baselines are not comparable.
     identity = (judge.root.id, digest, built_by, judge.baseline.manifest.variant)
     path = workspace.cache / "tune" / f"{workspace.model}.jsonl"

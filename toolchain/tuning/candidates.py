@@ -18,8 +18,8 @@ DEPTHS = (67, 50, 100)  # per cent of the layers to keep
 RATIOS = (0, 30, 40, 50, 60, 64, 67, 70, 73, 76, 80, 84, 88, 92)
 EPOCHS = (0, 1, 4)
 FP32_LAYERS = (0, 1, 2, 4)
-RATIO_MARGIN = 10  # percentage points of ratio; see `is_hopeless`
-REQUANTISATION_GAIN = 0.3  # points of accuracy that another quantisation may recover
+RATIO_MARGIN = 10  # Percentage points of ratio; see `is_hopeless`.
+REQUANTISATION_GAIN = 0.3  # Points of accuracy that another quantisation may recover.
 
 Training = tuple[int, str, int, int]  # ratio, cost, depth, epochs: equal values need one training
 

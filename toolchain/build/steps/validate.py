@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     from toolchain.backends import Session
 
-TOLERANCE = 1e-4  # largest |Δlogit| allowed for an fp32 variant: rounding in another order, no more
-MAX_FLIPS = 0.02  # share of all sentences that may flip in a variant with fewer bits
-CONFIDENCE = 0.95  # required confidence that more flip, before validation refuses the artifact
+TOLERANCE = 1e-4  # Largest |Δlogit| allowed for an fp32 variant: rounding in another order, no more.
+MAX_FLIPS = 0.02  # Share of all sentences that may flip in a variant with fewer bits.
+CONFIDENCE = 0.95  # Required confidence that more flip, before validation refuses the artifact.
 SENTENCES = 200
 SEED = 20
 LENGTHS = (1, 2, 3, 8, 25, 64, 128, 512)

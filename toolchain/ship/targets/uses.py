@@ -23,8 +23,8 @@ from toolchain.ship.targets.releases import (
 if TYPE_CHECKING:
     import onnx
 
-Shape = Sequence[int | str | None]  # a dimension is a number, a name, or None if it is unknown
-MASK_INDEX = {"Attention": 3, "QAttention": 5}  # operator → index of the input
+Shape = Sequence[int | str | None]  # A dimension is a number, a name, or None if it is unknown.
+MASK_INDEX = {"Attention": 3, "QAttention": 5}  # Operator → index of the input.
 # Sizes for the free dimensions of a file's inputs, so that ONNX Runtime can infer every shape. The sizes are primes,
 # which rarely equal another size, such as 1 or a number of heads.
 SIZES = (11, 13, 17, 19, 23, 29)

@@ -10,9 +10,9 @@ from typing import Any
 
 from toolchain.errors import ShippingError
 
-SURROGATES = range(0xD800, 0xE000)  # not characters, and not valid in UTF-8
-BLOCK = 256  # characters in a call; the tokenizer treats all characters of most blocks alike
-LEFT, RIGHT = "a", "b"  # letters around a tested character; no tokenizer changes them
+SURROGATES = range(0xD800, 0xE000)  # Not characters, and not valid in UTF-8.
+BLOCK = 256  # Characters in a call; the tokenizer treats all characters of most blocks alike.
+LEFT, RIGHT = "a", "b"  # Letters around a tested character; no tokenizer changes them.
 DELETED, SPACE = "", " "
 SHIP_WITHOUT_HINT = "Ship without --with-tokenizer."
 
