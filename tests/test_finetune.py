@@ -118,7 +118,7 @@ def test_a_base_without_a_head_learns_the_labels_of_the_data(make, headless, tic
     monkeypatch.chdir(tmp_path)
     code, out, err = say("bench", *options, "--json")
     assert code == 0, err
-    assert "only the rows held out then are asked" in err
+    assert "only its held-out rows are measured" in err
     assert json.loads(out)[0]["accuracy"]["count"] == 12
     assert json.loads(out)[0]["accuracy"]["value"] == pytest.approx(card["judged"]["accuracy"], abs=1e-4)
 

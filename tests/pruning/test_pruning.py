@@ -502,7 +502,7 @@ def test_a_rebuild_without_its_training_data_is_refused(pruned_workspace, tmp_pa
     workspace = Workspace(tmp_path / "exported", pruned_workspace.model, pruned_workspace.source)
     function, version = pipeline.STEPS[Prune]
     monkeypatch.setitem(pipeline.STEPS, Prune, (function, version + 1))
-    with pytest.raises(DataError, match=r"made with the training data train.csv, not with sst2"):
+    with pytest.raises(DataError, match=r"Its training data is train\.csv; this command has sst2"):
         ensure(workspace, ["torch-pruned50"], {}, quiet)
     workspace.load("torch-pruned50").verify()
 
