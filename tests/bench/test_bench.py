@@ -114,16 +114,16 @@ def test_a_row_states_the_cost_of_the_option_for_exact_products(run):
     assert "exactness" not in rows["portable"].facts
     assert "exactness" not in rows["elsewhere"].facts
     result = bench_run.make_result(list(rows.values()), {}, Data("fake", TEXTS, (0,) * len(TEXTS)), 512)
-    line = next(line for line in notes(compare([result])) if "saturates" in line)
+    line = next(line for line in notes(compare([result])) if "saturate" in line)
     assert re.fullmatch(
-        r"saturable@cpu: this processor saturates 8-bit products unless an\.option = 1, which is set; "
-        r"with it a sentence takes \d\.\d\d \[\d\.\d\d, \d\.\d\d\] of the time without it\.",
+        r"saturable@cpu: 8-bit products saturate on this processor, so an\.option = 1 is set to make them exact; "
+        r"time with this option / time without it: \d\.\d\d \[\d\.\d\d, \d\.\d\d\]\.",
         line,
     )
 
 
 DEATHS = {
-    "exits": ({"exit": 7}, "ended with exit code 7. It said:.*last words"),
+    "exits": ({"exit": 7}, "ended with exit code 7. Its last output:.*last words"),
     "crashes": ({"signal": "SIGSEGV"}, "crashed with SIGSEGV"),
     "is-killed": ({"signal": "SIGKILL"}, "was killed"),
     "raises": ({"raise": "no such kernel"}, "RuntimeError: no such kernel"),
@@ -236,7 +236,7 @@ def test_by_length_measures_the_latency_at_each_length(run):
 def test_a_nan_logit_fails_the_row(run):
     rows, _ = run(good={}, bad={"nan_after": 100})
     assert rows["good"].status == "ok"
-    assert (rows["bad"].status, "no number" in rows["bad"].reason) == ("failed", True)
+    assert (rows["bad"].status, "not a number" in rows["bad"].reason) == ("failed", True)
 
 
 @pytest.mark.slow
