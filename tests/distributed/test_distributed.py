@@ -23,7 +23,7 @@ import toolchain
 from toolchain import distributed
 from toolchain import predict as predicting
 from toolchain.artifacts import manifest, publishing
-from toolchain.bench import run
+from toolchain.bench import run, scenarios
 from toolchain.bench.scenarios import Protocol
 from toolchain.data import inputs
 from toolchain.data.files import Texts
@@ -284,6 +284,8 @@ def test_each_machine_has_its_own_run_and_a_killed_one_has_failed_rows(
 ):
     """Runs the command on two machines, and kills one of them as soon as both measure."""
     monkeypatch.chdir(tmp_path)
+    # Long enough that both machines measure at the same time.
+    monkeypatch.setattr(scenarios, "QUICK", replace(scenarios.QUICK, min_s=4.0))
     machines = [replace(node, machine={**node.machine, "id": node.id[:12]}) for node in cluster.nodes]
     changed_cluster = Cluster(cluster._driver, machines, quiet)
     monkeypatch.setattr(distributed, "connect", lambda address, say: nullcontext(changed_cluster))
@@ -291,10 +293,10 @@ def test_each_machine_has_its_own_run_and_a_killed_one_has_failed_rows(
 
     def score_and_kill(operation, **arguments):
         if operation == "next_result" and not victims:
-            workers = []
-            while len(workers) < 2:
-                time.sleep(0.2)
-                workers = processes_with("ray::measure")
+            deadline = time.monotonic() + 120
+            while len(workers := processes_with("ray::measure")) < 2:
+                assert time.monotonic() < deadline, "the two machines never measured at the same time"
+                time.sleep(0.1)
             workers[0].kill()
             victims.append(workers[0])
         return original_ask(operation, **arguments)
