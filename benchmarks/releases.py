@@ -80,7 +80,11 @@ def install(version: str, folder: Path) -> Path:
 
 
 def emulator_command() -> list[str] | None:
-    """Returns the command prefix that runs a Python with saturating 8-bit products; None if there is none."""
+    """Returns the command that emulates a processor whose 8-bit products saturate.
+
+    Returns:
+        Words to put before the command of Python; empty if this processor saturates, None if qemu is not installed.
+    """
     if not hardware.exact_int8():
         return []
     return list(SATURATING) if shutil.which(SATURATING[0]) else None

@@ -26,7 +26,7 @@ from toolchain.cli import main
 from toolchain.data.inputs import TrainingSource
 from toolchain.models import checkpoints
 
-DEFAULT_VARIANTS = ["torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"]  # the lineage of the last one
+DEFAULT_VARIANTS = ["torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"]  # the last variant and its ancestors
 SHORT = Protocol(passes=1, min_s=0.1, pass_s=5.0, starts=1, threads=1)
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent

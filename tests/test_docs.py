@@ -66,7 +66,7 @@ BLOCK = re.compile(r"(<!-- client: .* -->\n)?^```(bash|python)\n(.*?)^```", re.M
 
 
 def blocks(page):
-    """Returns (language, text) of each block of a page; tests/ship/ runs the code of clients."""
+    """Returns (language, text) of each code block of a page; tests in tests/ship/ run the code for apps."""
     return [(kind, text) for client, kind, text in BLOCK.findall(page.read_text()) if not client]
 
 

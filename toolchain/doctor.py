@@ -150,7 +150,7 @@ def _gpu() -> list[Finding]:
     devices, driver = hardware.gpus()
     runtime = hardware.runtime_set(devices, driver)
     if runtime == "cpu":
-        no_gpu = "no NVIDIA GPU answers, so cells @cuda are unavailable"
+        no_gpu = "no NVIDIA GPU was found, so cells @cuda are unavailable"
         if "onnxruntime-gpu" in hardware.versions():
             hint = "Install the NVIDIA driver. On a machine without a GPU, run `make install RUNTIME=cpu`."
             return [Finding("note", f"{no_gpu}, but onnxruntime-gpu is installed", hint)]

@@ -1,4 +1,4 @@
-"""Tests of pruning: it removes weights, keeps important units, can be reloaded, and gives clear errors."""
+"""Tests of pruning: the weights it removes, the units it keeps, loading a pruned model, and its error messages."""
 
 import copy
 import json

@@ -60,7 +60,7 @@ def _plain_options(threads: int) -> Any:
 
 @functools.cache
 def saturates(*, exact: bool = False) -> bool:
-    """Returns whether ONNX Runtime saturates int8 products on this processor; computes one product to test it.
+    """Returns whether 8-bit products of ONNX Runtime saturate on this processor. It runs one product to find out.
 
     Args:
         exact: Whether to test with the session option `EXACT_PRODUCTS` instead of the default options.

@@ -24,8 +24,8 @@ class Limits:
     Attributes:
         max_drop: Accuracy drop below the row's baseline, in percentage points.
         max_p95_ms: 95th percentile of the latency at batch 1, in milliseconds.
-        max_size_mb: Size of the artifact, in units of 10^6 bytes.
-        max_memory_mb: Peak memory of the process on the host, in units of 10^6 bytes. This is host memory for cells
+        max_size_mb: Size of the artifact, in megabytes (10^6 bytes).
+        max_memory_mb: Peak memory of the process on the host, in megabytes (10^6 bytes). This is host memory for cells
             on a GPU too.
     """
 

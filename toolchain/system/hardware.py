@@ -191,7 +191,7 @@ def missing_cuda(device_id: int = 0) -> tuple[str, str] | None:
     devices, _ = gpus()
     if not devices:
         return (
-            "No NVIDIA GPU answers on this machine.",
+            "No NVIDIA GPU was found on this machine.",
             "Run the same command on a machine with a GPU and its driver. `toolchain doctor` lists the GPUs.",
         )
     if device_id >= len(devices):

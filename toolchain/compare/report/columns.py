@@ -125,7 +125,7 @@ def _size(row: Row) -> Figure | None:
 
 
 def to_megabytes(count: int | None) -> float | None:
-    """Returns a number of bytes in units of 10^6 bytes."""
+    """Returns a number of bytes in megabytes (10^6 bytes); None for an unknown number."""
     return None if count is None else count / 1e6
 
 

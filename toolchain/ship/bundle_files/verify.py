@@ -143,7 +143,7 @@ def _check_file(folder: Path, path: str, size: int, digest: str) -> None:
 
 
 def saturates(*, exact: bool = False) -> bool:
-    """Returns whether ONNX Runtime saturates 8-bit products on this processor; computes one product to test it.
+    """Returns whether 8-bit products of ONNX Runtime saturate on this processor. It runs one product to find out.
 
     Args:
         exact: Whether to test with the session option `EXACT_PRODUCTS` instead of the default options.
