@@ -299,7 +299,7 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(checkpoint, tmp_path
 
 
 def test_the_maximum_length_leaves_out_the_positions_of_padding(tmp_path):
-    """RoBERTa's position table has 514 rows but only 512 positions: the rows up to the padding index are no positions."""
+    """RoBERTa's position table has 514 rows but only 512 positions: the rows up to the padding index hold none."""
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
     from toolchain.build.steps.importing import _max_length
