@@ -153,7 +153,7 @@ def ensure(
         workspace: The model's workspace.
         names: Names of the variants.
         requested_steps: Steps with the user's settings, by variant name.
-        say: Called with a line of text for each event.
+        say: Called with each event; see `progress.Say`.
         bar: Opens a progress bar for each build.
 
     Raises:
