@@ -1,11 +1,11 @@
-"""Measures the latency of bundles in a bare Python, in Node and in a browser, and the sizes of their files.
+"""Measures the latency of bundles in Python, in Node and in a browser, and the sizes of their files.
 
     make test-clients
     python benchmarks/clients.py
 
-Each client classifies the same validation sentences, one at a time; the time includes tokenising. The order of the
-clients is random in each round. Every round starts a new process or opens a new page. The script writes
-benchmarks/studies/clients-reference.json.
+The Python environment contains only onnxruntime, tokenizers and numpy. Each client classifies the same validation
+sentences, one at a time; the time includes tokenising. The order of the clients is random in each round. Every round
+starts a new process or opens a new page. The script writes benchmarks/studies/clients-reference.json.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def run_page(folder: Path, dtype: str, texts: str) -> dict[str, Any]:
 
 
 def client_row(rounds: list[dict[str, Any]], python_labels: list[str]) -> dict[str, Any]:
-    """Returns the figures of a client; flips are counted against `python_labels`, the labels in Python."""
+    """Returns the figures of a client; a flip is a label that differs from the Python client's label."""
     samples = Samples.from_single([[round(1000 * ms) for ms in each["ms"]] for each in rounds])
     return {
         "latency_ms": samples.milliseconds(),

@@ -1,11 +1,11 @@
-"""Builds int8 models with Neural Compressor, dynamic or static, as a peer for ONNX Runtime.
+"""Builds int8 models with Neural Compressor, dynamic or static; `peers.py` compares them with the toolchain's models.
 
     python neural_compressor_peer.py MODEL.onnx TOKENS.json OUT.onnx dynamic|static
 
-The script needs an environment with `PACKAGES`. It uses Neural Compressor's defaults, which treat the model as a
-transformer and fuse it first. Static quantisation is calibrated on the sentences of TOKENS.json. It uses SmoothQuant
-and keeps the results of products in fp32, as in Neural Compressor's DistilBERT example. With the defaults, accuracy
-drops by several points.
+The script needs an environment with `PACKAGES`. By default, Neural Compressor treats the model as a transformer and
+fuses its operators first. Static quantisation calibrates on the sentences of TOKENS.json. It uses SmoothQuant and keeps
+the results of products in fp32, as in Neural Compressor's DistilBERT example. Without these settings, static
+quantisation loses several points of accuracy.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# The last 2.x release, because 2.x supports ONNX Runtime completely. It needs ONNX and ONNX Runtime of the same age.
-# It also needs six and transformers, which it does not declare. The toolchain's ONNX Runtime runs the resulting file.
+# Neural Compressor 2.6 is the last 2.x release; 2.x supports ONNX Runtime completely. It needs ONNX and ONNX Runtime
+# releases from the same time. It also needs six and transformers, although its metadata do not declare them. The
+# toolchain's own ONNX Runtime runs the resulting file.
 PACKAGES = (
     "neural-compressor==2.6",
     "onnx==1.16.2",
@@ -30,14 +31,14 @@ PACKAGES = (
 RECIPES = {
     "optypes_to_exclude_output_quant": ["MatMul", "Gemm", "Attention", "FusedGemm"],
     "smooth_quant": True,
-    "smooth_quant_args": {"alpha": 0.5},  # the default value, but SmoothQuant does nothing if it is absent
+    "smooth_quant_args": {"alpha": 0.5},  # the default; SmoothQuant does nothing if this entry is absent
 }
 
 
 class Sentences:
     """Calibration data in the form that Neural Compressor reads: one sentence at a time, with an unused label.
 
-    All sentences are padded to one length, because SmoothQuant needs it.
+    SmoothQuant needs inputs of one shape, so all sentences are padded to one length.
     """
 
     batch_size = 1

@@ -1,9 +1,9 @@
-"""OpenVINO as a peer: a session for the benchmark, and a script that builds an int8 model with NNCF.
+"""A benchmark session on OpenVINO, and a script that builds an int8 model with NNCF, OpenVINO's compression tool.
 
     python openvino_peer.py MODEL.onnx TOKENS.json OUT.xml
 
 The script needs an environment with `PACKAGES`. NNCF quantises the model after training, with its settings for
-transformers, which use SmoothQuant. It calibrates on the sentences of TOKENS.json.
+transformers, which use SmoothQuant. NNCF calibrates on the sentences of TOKENS.json.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("openvino==2026.4.1", "nncf==3.4.0")
-SITE = "OPENVINO_SITE"  # environment variable: the package folder of the scratch environment
+SITE = "OPENVINO_SITE"  # environment variable: the folder of OpenVINO's packages
 
 
 class OpenVinoSession:

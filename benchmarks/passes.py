@@ -1,21 +1,25 @@
-"""Measures what each pass saves: the graph with all passes against a graph without one, or with another pass instead.
+"""Measures the time that each pass saves: all passes against all passes except one, or with an alternative.
 
     python benchmarks/passes.py [--shape reference|base] [--full] [--save-as NAME]
 
 Every graph is built from the same `onnx-std`, with the passes of `toolchain` and a few passes of this script. The
-script's passes are alternatives that the toolchain does not use: fusions of ONNX Runtime that it leaves out, biases
-outside the quantised products, attention in separate operators, and ONNX Runtime's `quantize_dynamic`.
+passes of this script are alternatives that the toolchain does not use:
 
-`onnx-fp32` and `onnx-int8` are built and validated as usual. The other graphs are not validated; the script counts
+* fusions of ONNX Runtime that the toolchain disables;
+* biases that are added after the quantised products;
+* attention in separate operators;
+* ONNX Runtime's `quantize_dynamic`.
+
+The toolchain builds and validates `onnx-fp32` and `onnx-int8`. The other graphs are not validated; the script counts
 their flips. All graphs are measured interleaved in one run, with ONNX Runtime's default session options and symbolic
 shapes.
 
-ONNX Runtime fuses more operators when it loads a graph, but it needs known shapes for SkipLayerNormalization. The pass
-`residual-sum` prevents this fusion in apps that fix the shapes, so it cannot save time here. The row
-with SkipLayerNormalization shows the cost of this fusion.
+ONNX Runtime fuses more operators when it loads a graph. It fuses SkipLayerNormalization only if the shapes are known.
+In apps with fixed shapes, the pass `residual-sum` prevents this fusion. The shapes here are symbolic, so this pass
+cannot save time. The row with SkipLayerNormalization shows the cost of the fusion.
 
-A ratio is the time without the pass (or with the alternative) divided by the time with the pass, with its 95 % interval
-over rounds. Above 1, the pass makes the graph faster. The result file goes to benchmarks/studies/.
+A ratio is the time without the pass, or with the alternative, divided by the time with the pass. Above 1, the pass
+makes the graph faster. Each ratio has its 95 % interval over rounds. The result file goes to benchmarks/studies/.
 """
 
 from __future__ import annotations
@@ -53,7 +57,7 @@ SKIP_LAYER_NORM = ("skip_layer_norm", "bias_skip_layer_norm")
 
 
 def add_bias_after(model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Value | None) -> list[ir.Node]:
-    """Returns the toolchain's quantised product followed by an Add of the bias; an `attention.Product`."""
+    """Returns the nodes of a quantised product and of an Add for its bias; the function is an `attention.Product`."""
     product = build_fused_product(model, data, name, array, None)
     if bias is None:
         return product
@@ -85,10 +89,10 @@ class Contender:
 
     Attributes:
         name: Name of the graph.
-        change: The difference from the other graph, for readers.
+        change: Description of the difference from the other graph.
         passes: Passes that build the graph from onnx-std.
         against: Name of the other graph.
-        dynamic: Options of ONNX Runtime's `quantize_dynamic`, which runs after the passes; None to omit it.
+        dynamic: Options of ONNX Runtime's `quantize_dynamic`, which runs after the passes; None to skip it.
     """
 
     name: str

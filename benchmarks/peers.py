@@ -3,15 +3,16 @@
     python benchmarks/peers.py [--shape reference|base] [--exported exported] [--variant NAME ...] [--full]
                                [--save-as NAME]
 
-The script builds the peers in scratch folders:
+A peer is a model of another tool. The script builds the peers in scratch folders:
 
 * int8 by optimum-cli (`--avx512_vnni`), per tensor and per channel;
-* int8 by Neural Compressor, dynamic and static, from the graph that optimum-cli exports, run by the same ONNX Runtime;
+* int8 by Neural Compressor, dynamic and static, from the graph that optimum-cli exports;
 * OpenVINO's own runtime, in fp32, and in int8 by NNCF.
 
-It measures them together with the toolchain's variants. For `onnx-int8`, `onnx-int8-static` and the variants of
-`--variant`, it prints the speed-up over each peer with its 95 % bootstrap interval over rounds. `--shape base` measures
-a model of DistilBERT-base's shape with random weights, for speed only. The result file goes to benchmarks/studies/.
+The toolchain's ONNX Runtime runs the peers of the first two tools. The script measures all peers together with the
+toolchain's variants. For `onnx-int8`, `onnx-int8-static` and the variants of `--variant`, it prints the speed-up over
+each peer with its 95 % bootstrap interval over rounds. `--shape base` measures a model of DistilBERT-base's shape with
+random weights, for speed only. The result file goes to benchmarks/studies/.
 """
 
 from __future__ import annotations
@@ -54,15 +55,15 @@ from toolchain.system import hardware
 
 OURS = ("torch-fp32", "torch-bf16", "torch-int8", "onnx-fp32", "onnx-int8", "onnx-int8-static")
 PEER = "optimum-cli-int8"
-RUNTIMES = {"torch": "torch", "openvino": "openvino"}  # first part of a row's name → runtime; else ONNX Runtime
+RUNTIMES = {"torch": "torch", "openvino": "openvino"}  # first part of a row's name → runtime; default: ONNX Runtime
 STUDIES = Path(__file__).parent / "studies"
-CALIBRATION = 300  # sentences of the training data
+CALIBRATION = 300  # number of training sentences
 
 
 def base_shape(folder: Path) -> Path:
     """Writes a checkpoint of DistilBERT-base's shape with random weights.
 
-    A large bias makes one label far more probable, so that fewer bits change no prediction.
+    A large bias makes one label far more probable, so that quantisation changes no prediction.
     """
     import torch
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
@@ -79,7 +80,7 @@ def base_shape(folder: Path) -> Path:
 
 
 def open_shape(shape: str, exported: Path, scratch: Path) -> Workspace:
-    """Opens the workspace of the embedded model in `exported`, or of a model of another shape in `scratch`."""
+    """Opens the workspace of the reference in `exported`, or of a random model of another shape in `scratch`."""
     if shape == "reference":
         return Workspace.open(shape, exported)
     (scratch / "checkpoint").mkdir()
@@ -87,7 +88,7 @@ def open_shape(shape: str, exported: Path, scratch: Path) -> Workspace:
 
 
 def encoder_of(root: Artifact) -> encoding.Encoder:
-    """Returns the encoder from sentences to the inputs of the model of `root`."""
+    """Returns the encoder that turns sentences into inputs of the model in `root`."""
     return encoding.Encoder.open(root.path, [spec.name for spec in root.manifest.inputs], root.manifest.max_length)
 
 
@@ -102,7 +103,7 @@ def measure_all(cells: Sequence[Cell], root: Artifact, full: bool, progress: Pro
 def build_with_optimum(parent: Artifact, scratch: Path) -> dict[str, Artifact]:
     """Returns int8 models that optimum-cli builds from the checkpoint in `parent`, as artifacts for the benchmark.
 
-    The fp32 graph that optimum-cli exports first stays in ``scratch/exported``.
+    optimum-cli first exports an fp32 graph, which stays in ``scratch/exported``.
     """
     cli = Path(sys.executable).with_name("optimum-cli")
     exported = scratch / "exported"
@@ -130,7 +131,7 @@ def build_with_neural_compressor(std: Artifact, scratch: Path, tokens: Path) -> 
         folder = scratch / f"neural-compressor-{approach}"
         folder.mkdir()
         script = (neural_compressor_peer.__file__, scratch / "exported" / "model.onnx", tokens)
-        _run(python, *script, folder / "model.onnx", approach, folder=scratch)  # it writes a log to its working folder
+        _run(python, *script, folder / "model.onnx", approach, folder=scratch)  # it writes a log to this folder
         store.copy_companions(std, folder)
         artifacts[folder.name] = make_artifact(std, folder.name, folder, "Neural Compressor")
     return artifacts
@@ -173,7 +174,7 @@ def _run(*command: str | Path, folder: Path | None = None) -> None:
 
 
 def make_artifact(parent: Artifact, name: str, folder: Path, maker: str) -> Artifact:
-    """Returns a folder with a peer's model as an artifact, so that the benchmark can open it."""
+    """Returns an artifact for the model in `folder`, so that the benchmark can open this model."""
     files = store.list_files(folder)
     return Artifact(folder, replace(parent.manifest, variant=name, files=files, facts={"made_by": maker}))
 

@@ -2,8 +2,9 @@
 
     python benchmarks/precision.py [--save-as NAME]
 
-The script opens each variant twice: with `session.x64quantprecision` = 1 and without it. It runs both on the same
-sentences in turns, one at a time and in batches of 32, on one thread. It writes benchmarks/studies/NAME.json.
+The script opens each variant twice: with `session.x64quantprecision` = 1 and without it. The two sessions run
+alternately on the same sentences, one at a time and in batches of 32, on one thread. The script writes
+benchmarks/studies/NAME.json.
 """
 
 from __future__ import annotations

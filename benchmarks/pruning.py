@@ -1,4 +1,4 @@
-"""Measures accuracy against the pruning ratio for every pruning method, and after training.
+"""Measures accuracy at each pruning ratio for every pruning method, and after recovery training.
 
     python benchmarks/pruning.py [--model reference] [--exported exported] [--save-as NAME]
 
@@ -46,7 +46,7 @@ STUDIES = Path(__file__).parent / "studies"
 
 
 def prune_model(setup: PruningSetup, method: str, ratio: float) -> Any:
-    """Returns the pruned model, in memory."""
+    """Returns the model pruned by `method` at `ratio`; writes no artifact."""
     if method == "mask":
         return pruning.mask(setup.model, ratio)
     price, _ = price_of(setup, "parameters", None, lambda done, total, what: None)
@@ -59,14 +59,14 @@ def prune_model(setup: PruningSetup, method: str, ratio: float) -> Any:
 
 
 def measure(model: Any, validation: list[Batch], method: str, ratio: float, seconds: float, dense: int) -> dict:
-    """Returns a row; `removed` is the share of the encoder's linear parameters that were removed, not zeroed."""
+    """Returns a row; `removed` is the removed share of the encoder's linear parameters; zeroed ones do not count."""
     correct = round(accuracy(model.eval(), validation) * sum(len(part.rows) for part in validation))
     removed = 1 - EncoderSizes.from_model(model).parameters / dense
     return {"method": method, "ratio": ratio, "removed": round(removed, 4), "right": correct, "seconds": round(seconds)}
 
 
 def study(workspace: Workspace) -> dict[str, Any]:
-    """Prunes, measures and returns the content of the study."""
+    """Prunes the model, measures the results and returns the content of the study."""
     root = ensure(workspace, ["torch-fp32"], {}, say)["torch-fp32"]
     step = Prune(RATIOS[0])
     setup = shared_setup(root, workspace.train, step.sentences, step.seed)
@@ -74,8 +74,8 @@ def study(workspace: Workspace) -> dict[str, Any]:
     validation = batches(setup.encoder.encode(data.texts), data.labels, setup.encoder, 64)
     dense = EncoderSizes.from_model(setup.model).parameters
     rows = [measure(setup.model, validation, "unpruned", 0.0, 0, dense)]
-    setup.importances("fisher")  # Computed once for all ratios, so its time belongs to no row.
-    with bar("pruning") as progress:  # Closed before recovery shows its own bar.
+    setup.importances("fisher")  # All ratios use these scores, so no row includes their time.
+    with bar("pruning") as progress:  # It closes before recovery shows another bar.
         for number, (method, ratio) in enumerate((m, r) for m in METHODS for r in RATIOS):
             progress(number, len(METHODS) * len(RATIOS), f"{method} at {ratio:.0%}")
             started = time.monotonic()

@@ -34,7 +34,7 @@ def answer(question, folder):
     expected = {name[1:]: arrays.pop(name) for name in list(arrays) if name.startswith("=")}
     try:
         outputs = open_session(folder / question["file"], question.get("option")).run(list(expected), arrays)
-    except Exception:  # onnxruntime raises a class for every status
+    except Exception:  # onnxruntime has a different exception class for each status
         return "refused"
     matches = (np.allclose(a, b, RELATIVE, ABSOLUTE) for a, b in zip(outputs, expected.values()))  # noqa: B905 (shapes)
     return "right" if all(matches) else "wrong"
@@ -43,7 +43,7 @@ def answer(question, folder):
 def operators():
     """Returns the attributes and the number of inputs of ONNX Runtime's operators with a CPU kernel.
 
-    Returns None if the release has no functions to list them.
+    Returns None if the release has no functions that list operators.
     """
     if not hasattr(state, "get_all_operator_schema"):
         return None

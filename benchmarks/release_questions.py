@@ -1,4 +1,4 @@
-"""The questions that `release_probe.py` runs with a release of ONNX Runtime, and the right answers, by numpy.
+"""The questions that `release_probe.py` asks a release of ONNX Runtime, and the right answers, computed by numpy.
 
 A question is a model file with inputs and expected outputs. `write` writes the files, and questions.json, which lists
 them in three sets: versions (the highest IR version, opset and ORT format), attention (padded batches), and precision
@@ -22,15 +22,15 @@ from toolchain.ship.targets.releases import MICROSOFT, STANDARD
 
 VERSIONS, ATTENTION, PRECISION = "versions", "attention", "precision"
 IR_VERSIONS, OPSETS, ORT_FORMATS = range(7, 21), range(13, 41), range(4, 10)
-IR_VERSION, OPSET = 8, 15  # of all other files: every release reads these
+IR_VERSION, OPSET = 8, 15  # of files that test no version; every release reads these
 SEED = 29
 
 BATCH, TOKENS, HEADS, SIZE = 3, 8, 2, 8
 WIDTH = HEADS * SIZE
-LENGTHS = (8, 5, 3)  # tokens of each sentence of a padded batch
+LENGTHS = (8, 5, 3)  # number of tokens of each sentence in a padded batch
 LOWEST = float(np.finfo(np.float32).min)
 EXACT_OPTION = ("session.x64quantprecision", "1")
-SMALL = 4  # a divisor for weights; it leaves 6 bits, so that no product saturates
+SMALL = 4  # a divisor of the weights; the results have 6 bits, so that no product saturates
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _model(
 
 
 def _versions(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yields questions with Identity; many opsets changed it, and a release may lack the kernel of an opset."""
+    """Yields questions with the operator Identity: many opsets changed it, so a release may lack the newest kernel."""
     arrays = {"x": np.ones(2, np.float32)}, {"y": np.ones(2, np.float32)}
     nodes = [helper.make_node("Identity", ["x"], ["y"])]
     for number in IR_VERSIONS:
@@ -109,10 +109,10 @@ def _versions(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _set_version(path: Path, number: int) -> bytes:
-    """Returns the content of a file in ORT format with another version number, 0 to 9."""
+    """Returns the content of a file in ORT format, with the version number replaced by `number`, 0 to 9."""
     content = path.read_bytes()
     table = ort_format.read_root(content)._tab
-    offset = table.Indirect(table.Pos + table.Offset(4)) + 4  # slot 4 is the version; 4 bytes of length precede it
+    offset = table.Indirect(table.Pos + table.Offset(4)) + 4  # slot 4 is the version; its length precedes it in 4 bytes
     return content[:offset] + str(number).encode("ascii") + content[offset + 1 :]
 
 
@@ -132,7 +132,7 @@ def _multi_head(mask: np.ndarray, queries: int, side: str) -> Iterator[Question]
     query, key, value = (random.standard_normal((BATCH, TOKENS, WIDTH)).astype(np.float32) for _ in range(3))
     feeds = {"query": query[:, :queries], "key": key, "value": value}
     bias = np.tile(_bias(mask), (1, HEADS, queries, 1))
-    shared_bias = bias[1:2]  # the same for every sentence
+    shared_bias = bias[1:2]  # one bias for all sentences
     padding = "key_padding_mask" if queries == TOKENS else "key_padding_mask longer than the query"
     for trait, position, mask_input, bias_used in (
         (padding, 4, mask, bias),
@@ -164,7 +164,7 @@ def _attention(mask: np.ndarray) -> Question:
 def _qattention(mask: np.ndarray, smaller: int = 1) -> Question:
     """Returns a question with QAttention; `smaller` divides the weights."""
     x, weight = _uint8(BATCH, TOKENS, WIDTH), _int8(WIDTH, 3 * WIDTH) // np.int8(smaller)
-    scale = np.float32(2**-6), np.float32(2**-10)  # powers of two: nothing is rounded
+    scale = np.float32(2**-6), np.float32(2**-10)  # powers of two, so that no product is rounded
     inputs = {"x": x, "mask": mask}
     projected = (x.astype(np.int32) @ weight.astype(np.int32)).astype(np.float32) * scale[0] * scale[1]
     outputs = {"y": _attend(*np.split(projected, 3, axis=-1), _bias(mask))}

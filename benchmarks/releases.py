@@ -5,7 +5,8 @@
 
 The script installs the newest wheel of every minor release from 1.15 on, each in a separate environment. It runs the
 questions of release_questions.py there and writes toolchain/ship/targets/releases.json. With --check, it installs
-nothing: it runs the questions in each PYTHON and compares the answers with the table. Exit code 3: an answer differs.
+nothing: it runs the questions in each PYTHON and compares the answers with the table. If an answer differs, the exit
+code is 3.
 
 If this processor does not saturate 8-bit products, the questions about them run under `qemu-x86_64 -cpu Haswell`
 (Debian package: qemu-user).
@@ -83,7 +84,7 @@ def emulator_command() -> list[str] | None:
     """Returns the command that emulates a processor whose 8-bit products saturate.
 
     Returns:
-        Words to put before the command of Python; empty if this processor saturates, None if qemu is not installed.
+        Words to put before a command; empty if this processor saturates itself, None if qemu is not installed.
     """
     if not hardware.exact_int8():
         return []
@@ -91,7 +92,7 @@ def emulator_command() -> list[str] | None:
 
 
 def ask(python: Path, folder: Path) -> Facts:
-    """Runs the questions in `folder` with the ONNX Runtime of a Python and returns the facts."""
+    """Runs the questions in `folder` with the ONNX Runtime of `python` and returns the facts."""
     answers = _probe([], python, folder, questions.VERSIONS, questions.ATTENTION)
     emulator = emulator_command()
     if emulator is not None:
@@ -190,7 +191,7 @@ def _operator(name: str, facts_by_release: Mapping[str, Facts]) -> dict[str, lis
 
 
 def _first_kernels(facts_by_release: Mapping[str, Facts]) -> dict[str, str]:
-    """Returns the first release with a CPU kernel, for standard operators that an earlier release reads."""
+    """Returns the first release with a CPU kernel, for standard operators that older releases read but cannot run."""
     first: dict[str, int] = {}
     for schema in defs.get_all_schemas_with_history():
         if not schema.domain:

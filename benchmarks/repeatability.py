@@ -57,7 +57,7 @@ def compare_pair(one: Measurement, other: Measurement) -> dict[str, Any]:
 
 @click.group()
 def main() -> None:
-    """Tests whether the benchmark finds differences where there are none."""
+    """Tests the benchmark: equal files must show no difference, and two runs must agree."""
 
 
 @main.command()

@@ -2,9 +2,10 @@
 
     python benchmarks/saturation.py
 
-The script runs graphs of standard operators twice over the validation set. ONNX Runtime computes the exact logits; this
-machine must not saturate. onnx's reference evaluator computes the saturated logits, with a MatMulInteger that saturates
-like the instruction vpmaddubsw. The script writes benchmarks/studies/saturation-reference.json.
+The script runs graphs of standard operators twice over the validation set. ONNX Runtime computes the exact logits, so
+the script needs a processor that does not saturate. onnx's reference evaluator computes the saturated logits, with a
+MatMulInteger that saturates like the instruction vpmaddubsw. The script writes
+benchmarks/studies/saturation-reference.json.
 """
 
 from __future__ import annotations

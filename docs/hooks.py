@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: pages and images of the site that do not lie in docs/, and the help texts as Markdown."""
+"""MkDocs hooks: they add pages and images from outside docs/ to the site, and turn help texts into Markdown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mkdocs.structure.pages import Page
 from toolchain.cli import cli
 
 ROOT = Path(__file__).parent.parent
-# Files of the repository that pages link to; on the site they have the same path.
+# Files outside docs/ that pages link to. Their paths on the site are the same as in the repository.
 OUTSIDE = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
@@ -24,7 +24,7 @@ OUTSIDE = (
     "benchmarks/studies/pruning-reference.svg",
 )
 PYTHON = "reference/python"
-# The search shows other pages first.
+# The low boost makes the search show other pages first.
 ROOM = """---
 search:
   boost: 0.2
@@ -37,7 +37,7 @@ search:
 
 
 def rooms() -> dict[str, str]:
-    """Returns the rooms of the package, in order: module → page."""
+    """Returns the page of each room (a folder or file directly under toolchain/), in order: module → page."""
     package = ROOT / "toolchain"
     folders = {path.parent.name for path in package.glob("*/__init__.py")}
     names = sorted(folders | {path.stem for path in package.glob("[!_]*.py")})
@@ -45,12 +45,12 @@ def rooms() -> dict[str, str]:
 
 
 def _marked(text: str) -> str:
-    """Returns a text of the command line with its options as code."""
+    """Returns a help text with its options marked as code."""
     return re.sub(r"(`[^`]*`)|(--[a-z][a-z-]*)", lambda match: match[1] or f"`{match[2]}`", text)
 
 
 def _adapt(command: click.Command) -> None:
-    """Turns the help texts of a command into Markdown, for mkdocs-click; the command is then for documents only."""
+    """Turns the help texts of a command into Markdown, for mkdocs-click; then only the site can use the command."""
     text, _, examples = inspect.cleandoc(command.help or "").partition("\b\n")
     command.help = _marked(text)
     if examples:
@@ -64,7 +64,7 @@ def _adapt(command: click.Command) -> None:
 
 
 def on_startup(**_: object) -> None:
-    """Adapts every command."""
+    """Turns the help texts of all commands into Markdown."""
     for command in (cli, *cli.commands.values()):
         _adapt(command)
 
@@ -86,7 +86,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    """Returns the text with links that are right on the site, where docs/ is the root."""
+    """Returns the text with its links corrected for the site, whose root is docs/."""
     if page.file.src_uri in OUTSIDE:
         return re.sub(r"(\]\()docs/", r"\1", markdown)
     outside = "|".join(map(re.escape, OUTSIDE))
@@ -94,7 +94,7 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
 
 
 def on_page_content(html: str, page: Page, **_: object) -> str:
-    """Returns the page of the commands with plain words as defaults, and a class for its style."""
+    """Returns the page of the commands with its defaults as plain text, and with a class for its style."""
     if page.file.src_uri != "reference/cli.md":
         return html
     html = re.sub(r"<td>(?:<code>(?:Sentinel.UNSET|False|)</code>|None)</td>\n</tr>", "<td>–</td>\n</tr>", html)

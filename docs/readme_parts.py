@@ -1,4 +1,4 @@
-"""The generated parts of README and docs/: run as a script, it writes them; a test checks that they are current."""
+"""Writes the generated parts of README and docs/. A test checks that these parts are current."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MARKED = re.compile(r"(<!-- begin: (.+?) -->\n).*?(<!-- end: \2 -->)", re.DOTALL
 
 
 def snippet(client: str) -> str:
-    """The code that the pages have for a client."""
+    """Returns the code block for a client, which exactly one page contains."""
     pattern = re.compile(rf"<!-- client: {client} -->\n```\w+\n(.*?)```", re.DOTALL)
     found = [match[1] for page in PAGES for match in pattern.finditer(page.read_text())]
     assert len(found) == 1, f"{len(found)} pages have code for {client}"
@@ -37,7 +37,7 @@ def snippet(client: str) -> str:
 
 
 def parts() -> dict[str, str]:
-    """Marker → what stands between its lines."""
+    """Returns the generated text of each marker."""
     return {
         "make export": _export_log(),
         "make bench": _bench(BENCH),
@@ -66,7 +66,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool =
 
 
 def _export_log() -> str:
-    """The lines of `make export` that say when a variant of `FEW` was built."""
+    """Returns the lines of the log of `make export` that report the builds of the variants in `FEW`."""
     lines = EXPORT_LOG.read_text().splitlines()
     return _text("\n".join(line for line in lines if line.split(": built in ")[0] in FEW))
 
@@ -76,7 +76,7 @@ def _bench(path: Path) -> str:
 
 
 def _few_rows(path: Path) -> str:
-    """A table of the rows `FEW`, with the machine above it."""
+    """Returns a table of the variants in `FEW`, below a line that describes the machine and the data."""
     rows = compare([ResultFile.read(path)])
     by_cell: dict[str, Row] = {row.measurement.cell: row for row in rows}
     chosen = [by_cell[f"{variant}@cpu"] for variant in FEW]
@@ -88,14 +88,14 @@ def _few_rows(path: Path) -> str:
 
 
 def script(name: str) -> ModuleType:
-    """A script of benchmarks/, which is no package; it may import others beside it."""
+    """Imports a script from benchmarks/, which is not a package; a script may import other scripts from there."""
     if str(ROOT / "benchmarks") not in sys.path:
         sys.path.append(str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where a dataclass looks its module up
+    sys.modules[spec.name] = module  # `dataclass` looks up its module here
     spec.loader.exec_module(module)
     return module
 
@@ -105,14 +105,14 @@ def _file(study: str) -> Path:
 
 
 def _study(name: str) -> str:
-    """The summary of a study, as its script prints it."""
+    """Returns the summary of a study, as its script prints it."""
     path = _file(name)
     study = ResultFile.read(path) if name in ("peers", "passes") else json.loads(path.read_text())
     return _text("\n".join(script(name).summary(study)))
 
 
 def _peers() -> str:
-    """A table for each of this toolchain's artifacts: its speed-up over every other cell."""
+    """Returns a table for each quantised ONNX variant of the toolchain: its speed-up over every other cell."""
     peers, study = script("peers"), ResultFile.read(_file("peers"))
     size = study.run["batch_size"]
     header = ["over", "batch 1", f"batches of {size}", "accuracy", "against", "p"]
@@ -130,7 +130,7 @@ def _peers() -> str:
 
 
 def _schemes() -> str:
-    """What each scheme of `quantize` makes of the reference, trimmed vocabularies included."""
+    """Returns a table of the reference quantised by each scheme, also with trimmed vocabularies."""
     schemes, smallest = (ResultFile.read(_file(name)) for name in ("schemes", "smallest"))
     rows = {row.variant: row for row in schemes.rows}
     smaller = {row.variant: row for row in smallest.rows if row.provider == "cpu"}
@@ -158,7 +158,7 @@ def _schemes() -> str:
     vocabulary = rows["onnx-int8+trimmed"].facts["vocabulary"]
     note = (
         f"Trimming keeps {vocabulary['kept']:,} of the {vocabulary['of']:,} tokens. "
-        f"Of {schemes.data['rows']} sentences, *flips* are those whose label differs from that of `onnx-fp32`."
+        f"Of {schemes.data['rows']} sentences, *flips* counts those whose label differs from the label of `onnx-fp32`."
     )
     return f"{_table(['variant', 'MB', 'accuracy', 'flips', 'differ in a batch'], body)}\n\n{note}"
 
@@ -180,7 +180,7 @@ def _variables() -> str:
 
 
 def filled(text: str, contents: dict[str, str]) -> str:
-    """The text of a page with every generated part written anew."""
+    """Returns the text of a page with all generated parts replaced by new ones."""
     return MARKED.sub(lambda match: f"{match[1]}{contents[match[2]]}\n{match[3]}", text)
 
 

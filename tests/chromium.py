@@ -1,4 +1,4 @@
-"""A headless Chromium, controlled over its debugging pipe; the errors and requests of a page."""
+"""Controls a headless Chromium over its debugging pipe, and collects the errors and requests of a page."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Chromium:
             self.ask("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **text)
 
     def show_as(self, media: str = "screen", scheme: str = "light", width: int = 1280, height: int = 900) -> None:
-        """Sets screen or print, light or dark, and the size of the window."""
+        """Sets the medium (screen or print), the colour scheme (light or dark) and the size of the window."""
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.ask("Emulation.setEmulatedMedia", media=media, features=features)
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)

@@ -51,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.sched_setaffinity(0, {processors[int(worker.removeprefix("gw")) % len(processors)]})
 
 
-@pytest.hookimpl(tryfirst=True)  # runs before the hook of xdist, which reads the groups
+@pytest.hookimpl(tryfirst=True)  # runs first, so that other plugins see the new order
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the longest files first. Marks tests of the reference as slow, since its fixture exports a real model."""
     places = {name: place for place, name in enumerate(LONGEST)}
@@ -70,7 +70,7 @@ def make_checkpoint(
 ) -> Path:
     """Saves a random DistilBERT classifier of two narrow layers with the reference's tokenizer.
 
-    `leaning` is added to the bias of the last label. A larger margin keeps quantised answers the same.
+    `leaning` is added to the bias of the last label. If it is large, quantisation changes no predicted label.
     """
     import torch
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
@@ -131,7 +131,7 @@ def built_tiny(tiny_checkpoint: Path, shared: Path) -> Workspace:
 
 @pytest.fixture
 def tiny(built_tiny: Workspace, tmp_path: Path) -> Workspace:
-    """A copy of the default variants of `built_tiny`; which a test may change."""
+    """A copy of the default variants of `built_tiny`, which a test may change."""
     copy = Workspace(tmp_path / "exported", built_tiny.model, built_tiny.source)
     for name in DEFAULT_VARIANTS:
         shutil.copytree(built_tiny.path(name), copy.path(name))

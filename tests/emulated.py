@@ -1,9 +1,9 @@
-"""Runs programs with qemu on processors that this machine does not have.
+"""Runs programs with qemu, which emulates processors that this machine does not have.
 
 qemu runs one program and passes its system calls to the kernel of this machine, so the program reads this machine's
-files.
-`make test-clients` installs the programs: Python for x86-64, and a Debian root folder for 64-bit ARM.
-The logits are those of the emulated processor's kernels. The times have no meaning.
+files. `make test-clients` installs the programs: Python for x86-64, and a Debian root folder for 64-bit ARM. ONNX
+Runtime uses the kernels of the emulated processor, so the logits are those of that processor. The times have no
+meaning.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def python(processor: str, clients: Path) -> list[str]:
 
 
 def reason_to_skip(processor: str, clients: Path) -> str:
-    """Returns why `python` does not run here; empty if it does."""
+    """Returns the reason why `python` does not run here; an empty string if it runs."""
     emulator = _EMULATORS[processor][0]
     if shutil.which(emulator) is None:
         return f"needs {emulator} (Debian: qemu-user)"

@@ -17,7 +17,7 @@ from toolchain.errors import DeviceMemoryError, ProviderError
 
 
 class FakeSession:
-    """Answers 1 for an even sum of ids; `behaviour.json` in its folder states states all other behaviour."""
+    """Answers 1 for an even sum of ids; `behaviour.json` in its folder states all other behaviour."""
 
     def __init__(self, folder: Path, place: Place) -> None:
         self._behaviour = json.loads((folder / "behaviour.json").read_text())

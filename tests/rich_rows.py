@@ -1,4 +1,4 @@
-"""Rows with every figure that a report, and rows with an attack in every text."""
+"""Rows with every figure that a report shows, and rows with an attack in every text."""
 
 import dataclasses
 
@@ -20,7 +20,11 @@ ANSWERS = {
     "onnx-pruned50-int8": (0.7, {1, 2, 7}),
 }
 DATA = Data("sst2", tuple(f"sentence <b>{i}</b>" for i in range(1, 9)), tuple(LABELS))
-HOSTILE = '<script>alert(\'x\')</script>" onload="alert(1)" $\\frac{}$ --> \x00\x1b\ud800 {{ 7 * 7 }} </style></svg>'
+HOSTILE = (
+    '<script>alert(\'x\')</script>" onload="alert(1)" $\\frac{}$ --> \x00\x1b'
+    + chr(0xD800)
+    + " {{ 7 * 7 }} </style></svg>"
+)
 
 
 def rounds(ms):

@@ -25,8 +25,8 @@ README = ROOT / "README.md"
 GPU = "needs a GPU and installs other packages"
 RAY = "needs a cluster; tests/distributed/ runs one"
 SAME = "`make bench` or `make ship` does the same"
-MINUTES = "takes minutes; tests/tuning/ searches"
-# Command → why no test runs it here.
+MINUTES = "takes minutes; tests/tuning/ tests the search"
+# Command → the reason why no test runs it here.
 NOT_RUN = {
     "make install RUNTIME=gpu": GPU,
     "make install TORCH_INDEX=https://download.pytorch.org/whl/cpu": "needs the network",
@@ -38,8 +38,8 @@ NOT_RUN = {
     "toolchain predict onnx-int8 reviews.csv --output scored.parquet --engine ray --address auto": RAY,
     "toolchain bench --quick --engine ray --address auto": RAY,
     "toolchain compare new.json --against old.json --max-regression 5%": "tests/compare/test_limits.py runs it",
-    "toolchain prune --max-drop 1.0": "takes minutes; tests/pruning/ searches",
-    "toolchain quantize --sensitivity": "tests/quantization/ measures it",
+    "toolchain prune --max-drop 1.0": "takes minutes; tests/pruning/ tests the search",
+    "toolchain quantize --sensitivity": "tests/quantization/ tests it",
     "toolchain ship onnx-int8 --target web": SAME,
     "toolchain ship onnx-int8 --target python": SAME,
     "toolchain ship onnx-std onnx-std-int8 --target other": SAME,
@@ -120,14 +120,14 @@ def test_the_documented_floors_match_the_tested_ones():
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A folder as a newcomer has it, with a tiny checkpoint as its model and this environment as `.venv`."""
+    """A folder like a new clone, with a tiny checkpoint as its model and this environment as `.venv`."""
     marker = Path(sys.prefix) / ".installed"
     # `make install` would replace an environment without a runtime
     if not marker.exists() or not marker.read_text().strip():
-        pytest.skip("needs the environment `make install` makes")
+        pytest.skip("needs the environment that `make install` creates")
     folder = tmp_path_factory.mktemp("clone")
     for path in (ROOT / "Makefile", ROOT / "setup.cfg", ROOT / "pyproject.toml"):
-        shutil.copy2(path, folder)  # keeps the time, which make compares with that of the installation
+        shutil.copy2(path, folder)  # keeps the modification time, which make compares
     shutil.copytree(ROOT / "constraints", folder / "constraints")
     shutil.copytree(ROOT / "benchmarks" / "results", folder / "benchmarks" / "results", ignore=lambda *_: {"local"})
     (folder / "tests").mkdir()
@@ -154,7 +154,7 @@ def environment():
 
 @pytest.fixture(scope="module")
 def finished_commands():
-    """Commands that a page has run already, which no other page runs again."""
+    """Commands that already ran for a page; they do not run again for another page."""
     return set()
 
 
@@ -269,7 +269,7 @@ def test_every_link_of_the_site_has_a_target(site, pages):
 def test_the_site_loads_nothing_from_other_servers(site, pages):
     for path, page in pages.items():
         assert not [url for url in page.loads if re.match(r"(https?:)?//", url)], path
-        # The theme loads the code for diagrams and the figures of a repository from other servers, if a page has them.
+        # For diagrams and for figures of a repository, the theme would load data from other servers.
         text = path.read_text()
         assert 'class="mermaid"' not in text, path
         assert "data-md-component=source" not in text.replace('"', ""), path

@@ -19,7 +19,7 @@ GPU_STACK = {"torch": "2.13.0", "onnxruntime-gpu": "1.31.1", "bitsandbytes": "0.
 def examine_machine(monkeypatch, tmp_path):
     """Returns a function that runs doctor on a machine with these GPUs, driver and versions.
 
-    The packages are built for `cuda`.
+    `cuda` is the CUDA version for which the packages were built.
     """
 
     def examine(devices, driver, versions, cuda):
@@ -108,13 +108,16 @@ def test_a_missing_bitsandbytes_gives_a_note(examine_machine):
     assert "bitsandbytes 0.50.2" in [f.what for f in examine_machine([], "", CPU_STACK, None) if f.level == "ok"]
     stack_without_it = {name: version for name, version in GPU_STACK.items() if name != "bitsandbytes"}
     assert notes(examine_machine([T4], "580.65.06", stack_without_it, "13.0")) == [
-        ("bitsandbytes is missing: no variant bnb-*", "pip install -c constraints/gpu.txt -e '.[gpu,bnb]'")
+        (
+            "bitsandbytes is missing, so variants bnb-* are unavailable",
+            "pip install -c constraints/gpu.txt -e '.[gpu,bnb]'",
+        )
     ]
 
 
 @pytest.fixture
 def nvml(monkeypatch):
-    """Three GPUs: one that answers everything, one without memory and capability, and one that is lost."""
+    """Three GPUs: one that reports everything, one without memory and capability, and one that is lost."""
 
     def answer_unless(failing_indices, code, answer):
         def query(*arguments):

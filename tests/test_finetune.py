@@ -1,4 +1,4 @@
-"""Tests of `finetune`: from labelled texts become a checkpoint for the other commands, and errors are clear."""
+"""Tests of `finetune`: labelled texts become a checkpoint for the other commands, and errors are clear."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Tests of the run from higher floors in one direction, and light modules load no heavy package."""
+"""Tests of imports: they run from higher floors to lower floors, and light modules load no heavy package."""
 
 import ast
 import functools
@@ -13,7 +13,8 @@ import toolchain
 ROOT = Path(toolchain.__file__).parent
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnx_ir", "optimum", "datasets", "numpy", "pandas", "rich"}
 HEAVY |= {"matplotlib", "jinja2", "scipy", "optuna", "peft", "ray"}
-# A room imports only from lower floors, and never from another room of its own floor.
+# A room is a folder or file directly under toolchain/. It imports only from lower floors. It never imports from another
+# room on its own floor.
 FLOORS = [
     {"errors", "progress"},
     {"system"},
@@ -38,7 +39,7 @@ CORE = {"system", "results", "data", "artifacts"}
 
 @functools.cache
 def paths_by_module():
-    """Module name → its file."""
+    """Returns the file of each module, by module name."""
     return {p.relative_to(ROOT.parent).with_suffix("").as_posix().replace("/", "."): p for p in ROOT.rglob("*.py")}
 
 
@@ -100,7 +101,7 @@ def test_modules_of_a_room_do_not_import_each_other(room_name):
         "passes.__init__",
         "backends.__init__",
     }
-    exceptions |= {"backends.bnb", "backends.lora"}  # PyTorch sessions with another loader.
+    exceptions |= {"backends.bnb", "backends.lora"}  # They extend the PyTorch session.
     parts = {f"toolchain.backends.{name}" for name in ("reduced",)}  # Contains no session.
     parts |= {f"toolchain.passes.{name}" for name in ("graph", "int8", "attention")}  # Contain no pass.
     for module, path in paths_by_module().items():
@@ -114,7 +115,7 @@ def test_modules_of_a_room_do_not_import_each_other(room_name):
 RUNNERS = {"toolchain.ship.bundle_files.classify", "toolchain.ship.bundle_files.classify_text"}
 
 
-# A class of a module needs torch at definition. Other files import these two modules inside functions.
+# Two modules define a class that needs torch. Other files import these two modules inside functions.
 # The runners of bundles become part of an app, which has numpy.
 @pytest.mark.parametrize(
     "module",

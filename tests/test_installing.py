@@ -1,4 +1,4 @@
-"""Tests of the sets of packages: which one a machine gets, its pins, and the calls of pip."""
+"""Tests of the sets of packages: the set for each machine, its pinned versions, and the calls of pip."""
 
 import configparser
 import os

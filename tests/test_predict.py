@@ -71,7 +71,7 @@ def read_scores(path):
 
 
 def expected_scores(model, texts):
-    """Scores each each text with its model's session and tokenizer."""
+    """Yields the expected row of each text: the model's session and tokenizer score it alone."""
     session = open_session(model.path, "onnx", Place("cpu", 1))
     for text in texts:
         row = model.encoder.tokenizer.encode(text).ids
@@ -124,7 +124,7 @@ def test_written_texts_can_be_read_back(tmp_path, texts):
 
 
 def write_unreadable(folder, case):
-    """Writes a unreadable be read; returns it and the expected message."""
+    """Writes a file that cannot be read; returns the file and the expected message."""
     file = folder / {"parquet": "a.parquet", "jsonl": "a.jsonl"}.get(case.split()[0], "a.csv")
     if case == "parquet column":
         pyarrow.parquet.write_table(pyarrow.table({"review": ["a"]}), file)
@@ -140,7 +140,7 @@ def write_unreadable(folder, case):
         "jsonl array": (b"[1]\n", "row 1: it is not a JSON object"),
         "jsonl broken": (b'{"text": "a"}\n{"text": \n', r"row 2: it is not JSON"),
         "jsonl number": (b'{"text": 5}\n', "row 1: the column 'text' holds no text"),
-        "csv fields": (b"text,label\ngood,1\nbad\n", "row 2: 1 fields instead of 2"),
+        "csv fields": (b"text,label\ngood,1\nbad\n", "row 2: the number of fields is 1 instead of 2"),
         "csv quote": (b'text,label\n"good,1\n', "line 2"),
         "csv empty": (b"", "it has none"),
         "csv latin-1": ("text\nschön\n".encode("latin-1"), "is not UTF-8"),
@@ -198,7 +198,7 @@ def test_an_output_that_appears_during_the_run_is_not_replaced(model, tmp_path):
 
 
 class InterruptedSession:
-    """A session that raises KeyboardInterrupt after a number of batches and counts the sentences it scored."""
+    """A session that raises KeyboardInterrupt after a number of batches and counts the scored sentences."""
 
     def __init__(self, session, batches):
         self.session, self.left, self.answered = session, batches, 0
@@ -295,7 +295,7 @@ PIECES = ["word ", "x" * 150 + " ", "\n", "文字", "naïve ", "...", "\t", "y" 
 @given(st.integers(0, 2**32))
 @settings(max_examples=30, deadline=None)
 def test_the_start_of_a_long_text_gives_the_same_first_tokens(model, seed):
-    """Compares with the tokenizer on the whole text."""
+    """Compares with the tokens that the tokenizer gives for the whole text."""
     rng = random.Random(seed)
     encoder = Encoder(model.encoder.folder, model.encoder.tokenizer, model.encoder.names, 0, 16)
     encoder.tokenizer.enable_truncation(16)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def logits_and_labels(reference):
-    """Variant → logits of all validation sentences, computed one by one; and the labels."""
+    """The logits of each variant for all validation sentences, computed one by one, and the labels."""
     data = inputs.load_embedded()
     manifest = reference.load("torch-fp32").manifest
     names = [spec.name for spec in manifest.inputs]
@@ -28,7 +28,7 @@ def logits_and_labels(reference):
 def test_both_runtimes_give_the_accuracy_of_the_checkpoint(logits_and_labels):
     logits, labels = logits_and_labels
     for variant in ("torch-fp32", "onnx-std", "onnx-fp32"):
-        assert int((logits[variant].argmax(1) == labels).sum()) == 789, variant  # 0.9048 of 872 sentences
+        assert int((logits[variant].argmax(1) == labels).sum()) == 789, variant  # accuracy 0.9048 on 872 sentences
     for variant in ("onnx-std", "onnx-fp32"):
         assert np.abs(logits[variant] - logits["torch-fp32"]).max() <= 1e-4
 

@@ -1,4 +1,4 @@
-"""One small random classifier of each architecture, with its tokenizer of tokenizer, made when a test needs it."""
+"""One small random classifier of each architecture, with a tokenizer of the usual type; tests make it on demand."""
 
 import functools
 from dataclasses import dataclass
@@ -82,7 +82,7 @@ class Architecture:
 
     Attributes:
         stem: The start of its class names in transformers.
-        tokenizer: Trains its kind of tokenizer.
+        tokenizer: Function that trains a tokenizer of the usual type.
         config: Settings of its config.
         inputs: Names of its inputs.
         fused: Number of fused nodes in onnx-fp32, by operator.

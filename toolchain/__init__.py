@@ -1,3 +1,3 @@
-"""From a fine-tuned text classifier to validated, compared, shippable ONNX artifacts."""
+"""Exports, optimises, validates, compares and ships fine-tuned text classifiers as ONNX models."""
 
 __version__ = "0.1.0"

@@ -1,9 +1,9 @@
-"""`python -m toolchain` is the console script."""
+"""Runs the command line for `python -m toolchain`."""
 
 import sys
 
 if not sys.flags.safe_path:
-    del sys.path[0]  # the working directory, which may be an unchecked bundle: no file in it stands in for a library
+    del sys.path[0]  # the working directory; it may be an unchecked bundle, whose files must not replace libraries
 
 from toolchain.cli import main
 

@@ -30,7 +30,7 @@ class Finding:
     Attributes:
         level: ``ok``, ``note`` (it works with a limitation) or ``problem`` (it does not work).
         what: A description of the checked part.
-        mend: A command or an instruction that fixes it; empty if there is nothing to fix.
+        mend: A command or an instruction that fixes the problem; empty if there is nothing to fix.
     """
 
     level: str
@@ -42,7 +42,7 @@ def examine(exported: Path) -> list[Finding]:
     """Runs all checks and returns their findings in order.
 
     Args:
-        exported: The folder whose file system must have enough free space. It need not exist.
+        exported: A folder on the file system that must have enough free space. The folder need not exist.
     """
     checks: list[Callable[[], list[Finding]]] = [
         _python,
@@ -110,7 +110,7 @@ def _onnxruntimes() -> list[Finding]:
 def _bitsandbytes() -> list[Finding]:
     version = hardware.versions().get("bitsandbytes")
     if version is None:
-        return [Finding("note", "bitsandbytes is missing: no variant bnb-*", _reinstall_command())]
+        return [Finding("note", "bitsandbytes is missing, so variants bnb-* are unavailable", _reinstall_command())]
     return [Finding("ok", f"bitsandbytes {version}")]
 
 
@@ -167,7 +167,7 @@ def _gpu() -> list[Finding]:
 
 
 def _gpu_problems(runtime: str) -> Iterator[str]:
-    """Yields a sentence for each installed package that cannot use the GPU, which needs the set `runtime`."""
+    """Yields a sentence for each installed package that cannot use the GPU; the GPU needs the set `runtime`."""
     versions = hardware.versions()
     if "onnxruntime" in versions and "onnxruntime-gpu" not in versions:
         yield f"onnxruntime {versions['onnxruntime']} cannot use the GPU; onnxruntime-gpu can"

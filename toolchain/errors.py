@@ -2,7 +2,7 @@
 
 ToolchainError                exit 1: one sentence states the cause, one sentence states the fix
 ├── SettingsError             exit 2: the settings of a step exclude each other
-├── UnknownVariantError       no such variant for this model ("did you mean …")
+├── UnknownVariantError       the model has no variant of this name
 ├── CheckpointError           the checkpoint is unreadable, or is not a classifier
 │   └── HubError              the model hub is unreachable, or refuses the model
 ├── DataError                 the sentences or labels are unusable
@@ -12,7 +12,7 @@ ToolchainError                exit 1: one sentence states the cause, one sentenc
 ├── GraphError                the file is no valid ONNX file, or a pass does not apply to it
 ├── ProviderError             the execution provider is unavailable, or the session ran on another one
 ├── DeviceMemoryError         the device has too little memory for the model or a batch
-├── ShippingError             these variants give no bundle, or the bundle cannot be written there
+├── ShippingError             no bundle can be built from these variants, or written to this folder
 ├── BenchError                nothing could be measured
 ├── ClusterError              the Ray cluster is unreachable, was lost, or has a node with another release
 ├── ResultFileError           the result file cannot be read or written

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CARD = checkpoints.CARD
-LABEL_WEIGHT = 0.5  # weight of the labels, and of the teacher's logits, if there is a teacher
+LABEL_WEIGHT = 0.5  # with a teacher: weight of the labels; the teacher's logits have the other half
 _HINT = "Move it away, or choose another folder with --output."
 
 
@@ -48,12 +48,12 @@ class FinetuneRequest:
         recipe: Settings of the training.
         output: The checkpoint folder to write.
         revision: Hub revision of `base`.
-        teacher: A classifier whose logits the model learns from as well; None without a teacher.
+        teacher: A classifier; the model also learns from its logits. None without a teacher.
         labels: Labels of a new head, in order; if empty, the labels of the base or the data.
         multi_label: Whether a text can have any number of labels.
-        max_length: Largest number of tokens of a text to train on.
-        data: Rows that score the trained model once. None means the embedded validation set if the embedded data train
-            the model, else the held-out rows.
+        max_length: Maximum number of tokens of a training text.
+        data: Rows on which the trained model is scored. None means the embedded validation set if the embedded data
+            train the model, else the held-out rows.
     """
 
     base: str
@@ -76,7 +76,7 @@ def finetune(request: FinetuneRequest, say: Say, bar: Bar) -> dict[str, Any]:
     Raises:
         CheckpointError: The base or the teacher is not usable.
         DataError: The training data are not usable.
-        ArtifactError: The output exists and does not come from an equal request.
+        ArtifactError: The output exists and does not come from a request with the same settings.
     """
     base = checkpoints.locate(request.base)
     folder, base = checkpoints.fetch(base, request.revision, head=False)
@@ -148,12 +148,12 @@ def _choose_labels(
 ) -> tuple[LabelSet, bool]:
     """Returns the model's labels, and whether the training continues with the base's head.
 
-    A base that has none of the data's labels gets a new head. If it has only some, the others may be misspelt. The
-    function then raises `DataError`, and the user decides.
+    A base that has none of the data's labels gets a new head. If the base has only some of these labels, the other
+    labels may be misspelt. The function then raises `DataError`, and the user decides.
     """
     label_set = labels.label_set(table.column, request.labels, request.multi_label)
     if request.labels or base_labels is None:
-        label_set.indices(table.column)  # reports an unknown label before anything is built
+        label_set.indices(table.column)  # raises `DataError` for an unknown label
         return label_set, label_set == base_labels
     try:
         base_labels.indices(table.column)
@@ -200,7 +200,7 @@ def _fetch_teacher(name: str | None, label_set: LabelSet) -> tuple[Path, Source]
 
 
 def _finished_card(output: Path, key: str) -> dict[str, Any] | None:
-    """Returns the card of an output with this key, or None without output; raises `ArtifactError` for another key."""
+    """Returns the card of `output`, or None without an output; raises `ArtifactError` if its key is not `key`."""
     if not (output.exists() or output.is_symlink()):
         return None
     try:
@@ -261,7 +261,7 @@ def _train_model(
 
 
 def _load_teacher(folder: Path, encoder: Encoder) -> PreTrainedModel:
-    """Returns the teacher; raises `CheckpointError` if its vocabulary differs: it gets the student's token ids."""
+    """Returns the teacher, which gets the student's token ids; raises `CheckpointError` for another vocabulary."""
     from toolchain.backends.pytorch import load_model
 
     teacher_encoder = Encoder.open(folder, encoder.names, encoder.max_length)
@@ -275,7 +275,7 @@ def _load_teacher(folder: Path, encoder: Encoder) -> PreTrainedModel:
 def _score(model: PreTrainedModel, encoder: Encoder, data: Data) -> dict[str, Any]:
     """Returns rows, accuracy, balanced accuracy and macro-F1 of the model on `data`.
 
-    In the accuracy, a multi-label row counts only if all its labels are correct.
+    For the accuracy, a multi-label row is correct only if all its labels are correct.
     """
     multi = data.label_set.multi_label
     predictions = [0] * len(data.labels)

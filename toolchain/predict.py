@@ -1,7 +1,7 @@
 """Prediction of the label and the probabilities of every text of a file, in order and in constant memory.
 
-For an output file, the run stores finished rows as parts in a work folder beside it. It writes the output file at the
-end. After an interruption, the same command resumes the run.
+For an output file, the run stores finished rows as parts in a work folder beside that file. At the end, it joins the
+parts into the output file. After an interruption, the same command resumes the run.
 """
 
 from __future__ import annotations
@@ -176,7 +176,9 @@ def score_locally(model: Model, texts: Texts, skip: int, window: int) -> Iterato
 
 
 def predict(model: Model, texts: Texts, output: Path | None, say: Say, bar: Bar, engine: Engine = score_locally) -> int:
-    """Scores every text and writes the rows in order. Rows that are done before an error stay for the next run.
+    """Scores every text and writes the rows in order.
+
+    After an error, the next run with the same output file reuses the finished rows.
 
     Args:
         output: Output file; None for standard output.
@@ -237,7 +239,7 @@ def _score_to_file(model: Model, texts: Texts, output: Path, say: Say, bar: Bar,
 
 
 def _resume_parts(parts: Path, model: Model, texts: Texts) -> int:
-    """Returns the number of texts that an interrupted equal run scored; deletes the parts of other runs."""
+    """Returns the number of texts that an interrupted run of the same inputs scored; deletes parts of other runs."""
     run_settings = {"model": model.id, "texts": texts.sha256, "column": texts.column, "pair": texts.pair}
     state = parts / "run.json"
     try:

@@ -1,11 +1,11 @@
-"""The types by which a long command reports: events, each one line of text, and a progress bar."""
+"""Types for the reports of a long command: events (one line of text each) and a progress bar."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-# (units done, units in all, the work under way)
+# Called with (finished units, all units, name of the current work).
 Progress = Callable[[int, int, str], None]
 # Called with each event. An event is a line of text, or a value whose `str` is such a line.
 Say = Callable[[object], None]

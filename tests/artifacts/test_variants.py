@@ -104,7 +104,7 @@ def test_child_returns_the_variant_that_a_step_builds():
     assert not variants.is_variant("onnx-int8-portable-static")
     assert not variants.is_variant("onnx-int4-static")
     with pytest.raises(
-        UnknownVariantError, match=r"No variant is built from onnx-int8 by quantize. It takes an fp32 graph"
+        UnknownVariantError, match=r"The step quantize cannot build a variant from onnx-int8. It takes an fp32 graph"
     ):
         variants.derive_variant("onnx-int8", Quantize())
     with pytest.raises(UnknownVariantError, match="prune torch-fp32 at a higher ratio"):

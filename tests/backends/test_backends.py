@@ -84,13 +84,13 @@ def test_a_missing_file_raises_a_graph_error(tmp_path):
 def saturating(monkeypatch):
     """Makes the toolchain treat this processor as one without VNNI, so that a session needs the option.
 
-    The kernels stay those of this processor.
+    ONNX Runtime still uses the kernels of the real processor.
     """
     monkeypatch.setattr(ort_backend, "saturates", lambda exact=False: not exact)
 
 
 def integer_products(options):
-    """Returns ONNX Runtime's U8 × S8 product and the true one; every weight and activation is at its limit."""
+    """Returns ONNX Runtime's U8 × S8 product and the exact product; weights and activations are extreme values."""
     rng = np.random.default_rng(5)
     weights = rng.choice([-127, 127], (64, 48)).astype(np.int8)
     activations = rng.choice([0, 255], (7, 64)).astype(np.uint8)
@@ -115,7 +115,7 @@ def test_products_are_exact_with_the_option_and_saturate_without_it_where_the_pr
 
 
 def test_the_option_is_set_only_where_products_saturate(monkeypatch):
-    """Where products are exact anyway, the option would only make int8 slower."""
+    """On a processor whose products are exact, the option would only make int8 slower."""
     key, value = EXACT_PRODUCTS
     for saturates in (False, True):
         monkeypatch.setattr(ort_backend, "saturates", lambda exact=False, answer=saturates: answer)
@@ -141,7 +141,7 @@ def test_a_session_with_the_option_gives_the_same_logits_and_states_the_option(b
 
 @pytest.mark.usefixtures("saturating")
 def test_a_graph_whose_layers_share_weights_loads_with_the_option(tmp_path):
-    """ONNX Runtime 1.32 cannot convert weights to unsigned where two products read them."""
+    """ONNX Runtime 1.32 cannot convert weights to unsigned if two products read the same weights."""
     rng = np.random.default_rng(3)
     initializers = {
         "w": rng.integers(-127, 128, (8, 8)).astype(np.int8),

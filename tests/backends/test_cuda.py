@@ -1,6 +1,6 @@
 """CUDA tests that need no device: provider and GPU choice, fallbacks, and memory figures.
 
-Tests marked `gpu` need one.
+Only the tests with the marker `gpu` need a device.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ FAKE = {"fake": Backend("fake_backend:FakeSession", ("json",))}
 
 
 class SessionOnHost:
-    """A real CPU session that reports CUDA as its provider and binds GPU tensors to the host."""
+    """A real CPU session that reports CUDA as its provider and keeps GPU tensors in the memory of the host."""
 
     # The fixture sets these for each test: operators on the CPU, bound devices, and requested options.
     cpu_operators: tuple
@@ -187,7 +187,7 @@ def test_a_resident_pytorch_batch_gives_the_logits_of_run(built_tiny):
         ((6, 1), ["sm_50", "sm_60", "sm_70"], True),
         ((7, 5), ["sm_70", "sm_80"], True),
         ((7, 0), ["sm_75", "sm_80"], False),
-        ((12, 0), ["sm_80", "sm_90a", "compute_90"], True),  # the driver compiles compute_90 code when it loads it
+        ((12, 0), ["sm_80", "sm_90a", "compute_90"], True),  # the driver can compile the compute_90 code for this GPU
         ((12, 0), ["sm_80", "sm_90a"], False),
         ((8, 9), [], True),  # a build that does not list its architectures
     ],
@@ -207,7 +207,7 @@ def test_a_gpu_without_kernels_in_the_pytorch_build_is_refused(monkeypatch, capa
 
 @pytest.fixture
 def nvml(monkeypatch):
-    """Fakes NVML with one GPU, whose figures a test sets."""
+    """Replaces NVML by a fake with one GPU; a test sets the memory figures of this GPU."""
     state = SimpleNamespace(used=1000, processes=[], queries=[])
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: state.queries.append(index) or "gpu")

@@ -1,4 +1,4 @@
-"""The real onnxruntime-gpu on a machine without a GPU: it lists CUDA as available, and the toolchain refuses it."""
+"""Tests the real onnxruntime-gpu without a GPU: it lists CUDA as available, but the toolchain refuses the session."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ PIN = next(
 
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory):
-    """Installs the pinned onnxruntime-gpu into a folder of its own that Python searches before this environment."""
+    """Installs the pinned onnxruntime-gpu into a separate folder, which Python searches before this environment."""
     if hardware.missing_cuda() is None:
         pytest.skip("this machine has an NVIDIA GPU, so nothing is refused")
     folder = tmp_path_factory.mktemp("runtime")

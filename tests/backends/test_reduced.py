@@ -28,7 +28,7 @@ QUANTISED = (*TORCH, *BNB, "torch-pruned50-int8")
 
 @pytest.fixture(scope="module")
 def small_workspace(tmp_path_factory):
-    """Builds every quantised PyTorch variant of a small model. Its width of 64 is one block of bitsandbytes."""
+    """Builds every quantised PyTorch variant of a small model. Its width, 64, is the size of a bitsandbytes block."""
     checkpoint = make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "small", width=64)
     file = tmp_path_factory.mktemp("train") / "train.csv"
     file.write_text("sentence,label\n" + "".join(f"a film of {i} words,{i % 2}\n" for i in range(60)))
@@ -50,7 +50,7 @@ def logits_of(workspace, name):
 
 @pytest.fixture(scope="module")
 def logits_of_new_process(small_workspace):
-    """Returns variant → bytes of its logits in hexadecimal, from a process that only loads the artifacts."""
+    """Returns the logits of each variant, as bytes in hexadecimal, from a process that only loads the artifacts."""
     code = (
         "import sys, json, numpy as np; from pathlib import Path; from toolchain.backends import Place, open_session; "
         "batch = {k: np.array(v) for k, v in json.loads(sys.argv[1]).items()}; "
@@ -203,7 +203,7 @@ def test_a_stored_model_with_other_logits_raises_an_artifact_error(small_workspa
 
     monkeypatch.setattr(quantize, "save_weights", save_changed_weights)
     workspace = Workspace(tmp_path, small_workspace.model, small_workspace.source, small_workspace.train)
-    with pytest.raises(ArtifactError, match="gives other logits after it is stored"):
+    with pytest.raises(ArtifactError, match="stored model gives other logits"):
         ensure(workspace, ["torch-bf16"], {}, lambda line: None)
     assert not workspace.path("torch-bf16").exists()
 

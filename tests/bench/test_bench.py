@@ -48,7 +48,7 @@ def encoder():
 
 @pytest.fixture(scope="module")
 def data(encoder):
-    """Texts with the labels that the fake session predicts, except for each tenth text."""
+    """Texts with the labels that the fake session predicts; every tenth text has the other label."""
     labels = [int(sum(ids) % 2 == 0) for ids in encoder.encode(TEXTS)]
     return Data("fake", TEXTS, tuple(1 - y if i % 10 == 0 else y for i, y in enumerate(labels)))
 
@@ -116,8 +116,8 @@ def test_a_row_states_the_cost_of_the_option_for_exact_products(run):
     result = bench_run.make_result(list(rows.values()), {}, Data("fake", TEXTS, (0,) * len(TEXTS)), 512)
     line = next(line for line in notes(compare([result])) if "saturate" in line)
     assert re.fullmatch(
-        r"saturable@cpu: 8-bit products saturate on this processor, so an\.option = 1 is set to make them exact; "
-        r"time with this option / time without it: \d\.\d\d \[\d\.\d\d, \d\.\d\d\]\.",
+        r"saturable@cpu: 8-bit products saturate on this processor, so an\.option = 1 is set to make them exact\. "
+        r"Time with this option / time without it: \d\.\d\d \[\d\.\d\d, \d\.\d\d\]\.",
         line,
     )
 
@@ -169,7 +169,7 @@ def test_a_slower_variant_has_higher_latency_and_lower_throughput(run):
 @pytest.mark.slow
 def test_peak_memory_shows_a_leak(run):
     rows, _ = run(tight={}, leaky={"leak": 100_000})
-    run_count = 100  # a quick run has at least this many
+    run_count = 100  # a quick run calls the session at least 100 times
     assert rows["leaky"].memory_bytes["peak"] - rows["tight"].memory_bytes["peak"] > 100_000 * run_count
 
 
@@ -236,7 +236,7 @@ def test_by_length_measures_the_latency_at_each_length(run):
 def test_a_nan_logit_fails_the_row(run):
     rows, _ = run(good={}, bad={"nan_after": 100})
     assert rows["good"].status == "ok"
-    assert (rows["bad"].status, "not a number" in rows["bad"].reason) == ("failed", True)
+    assert (rows["bad"].status, "not finite" in rows["bad"].reason) == ("failed", True)
 
 
 @pytest.mark.slow
@@ -333,7 +333,7 @@ def test_two_runs_that_begin_in_the_same_second_have_separate_journals(tmp_path)
 
 
 def test_resuming_a_run_does_not_rewrite_its_records(tmp_path, monkeypatch):
-    """A killed run must not lose its records, so `take_up` only cuts off the incomplete last line."""
+    """A killed run must not lose its records, so `Journal.resume` only cuts off the incomplete last line."""
     file = tmp_path / "m-20260101T000000Z.journal"
     Journal.begin(file, {"cells": ["a"]}).append({"cell": 0, "kind": "peak", "turn": None, "reply": {}})
     complete = file.read_bytes()

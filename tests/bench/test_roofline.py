@@ -1,4 +1,4 @@
-"""Tests of the lower bound on latency: a model's multiply-accumulates, a machine's rates, and the floor from both."""
+"""Tests of the lower bound on latency, which follows from a model's multiply-accumulates and a machine's rates."""
 
 import json
 import math
@@ -319,6 +319,6 @@ def test_a_failed_machine_probe_gives_its_reason(monkeypatch, tmp_path):
 def test_the_machine_probe_uses_the_int8_operator_of_onnx_int8():
     facts = passes.facts(machine_probe.build_graph("int8", 2))
     assert facts["operators"] == {"DynamicQuantizeMatMul": 2, "Gather": 1}
-    # includes the zero points
+    # the count includes the zero points
     assert facts["bytes_by_dtype"]["int8"] == 2 * machine_probe.WIDTH * (machine_probe.WIDTH + 1)
     assert passes.facts(machine_probe.build_graph("fp32", 1))["operators"] == {"Gather": 1, "MatMul": 1}

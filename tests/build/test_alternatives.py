@@ -1,4 +1,4 @@
-"""A quantisation that fails validation suggests other settings, chosen by which sentences flipped."""
+"""Tests that a failed quantisation suggests other settings, which depend on the margins of the flipped sentences."""
 
 import re
 import shlex
@@ -20,7 +20,7 @@ NEAR, WIDE = [0.01, 0.3] * 10, [0.01, 0.9, 2.5] * 7
 
 
 def failed_report(margins, **changes):
-    """Returns a validation report of 200 sentences, of which those with these margins flipped."""
+    """Returns a validation report of 200 sentences; each margin belongs to a flipped sentence."""
     return {"finite": True, "sentences": 200, "flips": len(margins), "flip_margins": margins, **changes}
 
 
@@ -132,7 +132,7 @@ def test_a_hint_for_other_labels_asks_for_training_data(built_tiny, fake):
 
 @pytest.mark.slow
 def test_a_model_with_close_logits_fails_validation_with_suggestions(say, tmp_path):
-    """A random model's two largest logits are often close with 40 labels, so its validation fails by real flips."""
+    """With 40 labels, a random model's two largest logits are often close, so real flips make validation fail."""
     make_checkpoint(tmp_path / "undecided", labels=[f"L{index}" for index in range(40)])
     code, _, err = say("quantize", "--model", tmp_path / "undecided", "--exported", tmp_path / "exported")
     assert code == 3

@@ -25,7 +25,7 @@ def quiet(line):
 
 
 def read_properties(path):
-    """Returns the metadata that ONNX Runtime reads from a file, without our prefix."""
+    """Returns the metadata that ONNX Runtime reads from a file, without the prefix `toolchain.`."""
     options = ort.SessionOptions()
     options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
     metadata = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).get_modelmeta()

@@ -1,4 +1,4 @@
-"""Tests of what the pipeline builds and skips, and that a failed build loses nothing."""
+"""Tests of the pipeline: which variants it builds and skips, and that a failed build changes no artifact."""
 
 import dataclasses
 import json
@@ -209,7 +209,7 @@ def test_a_folder_without_a_manifest_is_not_replaced(tiny, tmp_path):
 
 
 def test_an_artifact_with_wrong_logits_is_not_published(tiny, monkeypatch):
-    """A wrong rewrite moves every logit by a thousandth, ten times the limit for fp32 rounding."""
+    """A wrong rewrite changes every logit by 0.001, ten times the limit for fp32 rounding."""
     function, version = pipeline.STEPS[Optimize]
 
     def optimize_wrongly(job):

@@ -316,7 +316,7 @@ def test_a_trimmed_variant_is_smaller_and_states_its_losses(trimmed_workspace):
 
 
 def test_the_facts_count_the_answers_to_the_held_out_rows(trimmed_workspace, source):
-    """Counts the facts again, each model with its own tokenizer."""
+    """Counts the answers again; each model uses its own tokenizer."""
     workspace, _ = trimmed_workspace
     manifest = workspace.load("onnx-int8+trim").manifest
     data = source.load(LabelSet(manifest.labels))
@@ -384,7 +384,7 @@ def test_validate_uses_each_tokenizer_and_the_held_out_rows_of_the_build(trimmed
     other_artifact = replace(artifact, manifest=replace(artifact.manifest, step=step))
     assert validation_data(workspace.train, other_artifact) == inputs.load_embedded()
     other_workspace = Workspace(workspace.exported, workspace.model, workspace.source)
-    with pytest.raises(DataError, match=r"needs held-out rows of train\.tsv, but this command has sst2"):
+    with pytest.raises(DataError, match=r"needs held-out rows of train\.tsv, but this command uses sst2"):
         validate_variant(other_workspace, "onnx-int8+trim", quiet)
 
 
@@ -448,8 +448,8 @@ def test_a_comparison_has_a_note_on_each_trimmed_vocabulary():
     rows = result(measured_row("onnx-int8", 1.0), measured_row("onnx-int8+small", 1.0, facts={"vocabulary": facts}))
     lines = [line for line in notes(compare([rows])) if "tokens kept" in line]
     assert lines == [
-        "onnx-int8+small@cpu: 5,000 of 30,522 tokens kept, 9.0 MB saved; compared with the fp32 parent on held-out "
-        "rows: 40, accuracy 90.00% → 87.50%, 3 flips; of these, rows with a removed token: none"
+        "onnx-int8+small@cpu: 5,000 of 30,522 tokens kept, 9.0 MB saved; held-out rows, compared with the fp32 "
+        "parent: 40, accuracy 90.00% → 87.50%, 3 flips; held-out rows with a removed token: none"
     ]
 
 
@@ -467,7 +467,7 @@ def test_a_cell_has_an_encoder_of_its_own_only_after_trimming(trimmed_workspace)
     ("arguments", "message"),
     [
         (["--backend", "torch", "--trim-vocab", "train"], "Leave out --embeddings, --keep-fp32"),
-        (["--sensitivity", "--trim-vocab", "train"], "--trim-vocab does not change them"),
+        (["--sensitivity", "--trim-vocab", "train"], "--sensitivity cannot be used with --trim-vocab"),
     ],
 )
 def test_options_that_exclude_each_other_give_a_usage_error(arguments, message, tmp_path, say):

@@ -1,4 +1,4 @@
-"""Validation finds wrong logits on every batch of the grid."""
+"""Tests of validation: it finds wrong logits on every batch of its grid of lengths and paddings."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Tests of the command line: its output, its exit codes; a that a failed command leaves nothing incomplete."""
+"""Tests of the command line: its output, its exit codes, and that a failed command leaves no incomplete file."""
 
 import csv
 import json
@@ -132,7 +132,7 @@ def test_an_interrupt_that_a_library_replaces_by_its_own_error_exits_with_130(wo
 
     monkeypatch.setattr("toolchain.build.pipeline.Workspace.open", interrupt)
     code, _, err = say("variants")
-    assert (code, err) == (130, "Interrupted. No file is incomplete.\n")
+    assert (code, err) == (130, "Interrupted. All written files are complete.\n")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -217,8 +217,8 @@ def test_the_commands_work_in_sequence(working_folder, say, tmp_path_factory, mo
     assert code == 0
     rows = {row["cell"]: row for row in json.loads(out)}
     assert rows["onnx-int8@cpu"]["status"] == "ok"
-    # SST-2 cannot rank the units of a model with other labels, so one default cell has no artifact. Its row says how to
-    # build it.
+    # SST-2 cannot rank the units of a model with other labels, so one default cell has no artifact. The row of the cell
+    # states how to build the artifact.
     assert rows["torch-pruned50@cpu"]["status"] == "unavailable"
     assert "--train-data FILE" in rows["torch-pruned50@cpu"]["mend"]
     code, out, _ = say("compare", "--format", "markdown", "--baseline", "onnx-fp32", *model)
@@ -295,7 +295,7 @@ def test_a_run_without_a_measured_row_keeps_the_old_result_file(working_folder, 
 def bench_as(working_folder, say, monkeypatch, tiny_checkpoint):
     """Returns a function that runs `bench --save-as kept` while `kept.json` holds a result.
 
-    Instead of `meanwhile` measurement, the command calls `during_measurement`.
+    Instead of the measurement, the command calls `during_measurement`.
     """
     result_file = working_folder / "benchmarks" / "results" / "kept.json"
     result_file.parent.mkdir(parents=True)
@@ -330,7 +330,7 @@ def require_saved_locally(working_folder, err):
     (file,) = (working_folder / "benchmarks" / "results" / "local").iterdir()
     assert len(ResultFile.read(file).rows) == 2
     assert f"saved: {file.relative_to(working_folder)}\n" in err
-    assert f"This result is in {file.relative_to(working_folder)}. Rename it to a free name." in err.splitlines()[-1]
+    assert f"This result is in {file.relative_to(working_folder)}. Rename the file." in err.splitlines()[-1]
     assert not list(working_folder.glob("*.journal"))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import openvino
 
-# The default is bf16 on processors that have it.
+# On processors with bf16, OpenVINO computes in bf16 by default.
 model = openvino.compile_model(sys.argv[1], "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 answers = []
 for ids in json.loads(Path(sys.argv[2]).read_text()):

@@ -1,4 +1,4 @@
-"""Tests of ratios, baselines, merged runs, runs the printed comparison."""
+"""Tests of ratios, baselines, merged runs, and the printed comparison."""
 
 import dataclasses
 import json
@@ -82,11 +82,11 @@ def test_runs_with_other_data_or_threads_keep_separate_rows():
 
 def test_a_note_states_how_accuracy_and_latency_were_measured():
     full_text = to_markdown(compare([result(FP32, INT8, run={**RUN, "single_sentences": 100})]))
-    assert "Latency and accuracy at batch 1, each sentence at its own length" in full_text
+    assert "Latency and accuracy are measured at batch 1, with each sentence at its own length" in full_text
     batched_row = measured_row("torch-fp32", 8, accuracy=Accuracy(90, 100, 32))
     sampled_text = to_markdown(compare([result(batched_row, run={**RUN, "single_sentences": 40})]))
-    assert "Latency at batch 1, 40 of 100 sentences, each at its own length" in sampled_text
-    assert "Accuracy over all sentences in batches of 32" in sampled_text
+    assert "Latency is measured at batch 1, on 40 of 100 sentences, each at its own length" in sampled_text
+    assert "Accuracy is measured on all sentences in batches of 32" in sampled_text
 
 
 def test_the_table_shows_every_figure_and_the_reason_for_a_missing_one(capsys):

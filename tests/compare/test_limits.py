@@ -30,7 +30,10 @@ def answers_with_errors(wrong_rows):
 
 
 def timed_row(variant, ms, wrong_rows=range(10), provider="cpu", **changes):
-    """Returns a row with these medians per round, in milliseconds. Sentences in a batch take the same time as batch."""
+    """Returns a row with these medians per round, in milliseconds.
+
+    A sentence takes the same time alone and in a batch.
+    """
     medians = [ms] if isinstance(ms, int | float) else ms
     latency = Samples.from_single([[round(value * 1000)] for value in medians])
     batches = Samples.from_rounds([[round(value * 32000)] for value in medians], [[32]] * len(medians))
@@ -508,7 +511,7 @@ def test_a_run_compared_with_itself_has_no_regression(figures, limit):
 
 @pytest.mark.slow
 def test_two_runs_of_the_same_variants_rarely_show_a_regression():
-    """At zero tolerance, a 95 % interval still lies wholly on the worse side in 2.5 % of the cases."""
+    """At zero tolerance, a 95 % interval shows a regression by chance in 2.5 % of the comparisons."""
     regressed_flags = []
     for seed in range(0, 160, 4):
         old = [

@@ -1,4 +1,4 @@
-"""Tests of the HTML report and the plots, and that hostile text stays text."""
+"""Tests of the HTML report and the plots, and that hostile text in them never becomes code."""
 
 import itertools
 import re
@@ -79,7 +79,7 @@ def test_the_table_of_the_report_has_the_texts_of_the_terminal(page):
     parsed = Page(page)
     for column in columns(rows):
         assert column.header in parsed.texts
-        # marks are separate texts
+        # the report shows each mark as a separate text
         cell_texts = [row.measurement.cell if column is CELL else column.text(row) for row in rows]
         assert all(cell_text in parsed.texts for cell_text in cell_texts)
 
@@ -232,7 +232,7 @@ def test_each_machine_has_its_own_panel():
 
 @pytest.mark.slow
 def test_labels_of_a_plot_do_not_overlap():
-    from matplotlib.text import Text  # the extent of an annotation would include its line
+    from matplotlib.text import Text  # the extent of an annotation also includes its line
 
     figure = figures(compare(committed_results("reference-xeon-2cores")))["accuracy-latency"].figure
     figure.draw_without_rendering()

@@ -1,4 +1,4 @@
-"""Tests of data files, invalid data files, and of encoding."""
+"""Tests of valid and invalid data files, and of encoding."""
 
 import gzip
 
@@ -105,7 +105,7 @@ def test_options_can_name_the_columns(table):
         ("sentence,label\ngood,POSITIVE\nbad,0\n", "row 1: the label 'POSITIVE'.*Use only names, or only indices"),
         (
             "sentence,label\na film, really,0\nanother, really,1\n",
-            "row 1: 3 fields instead of 2.*Quote texts that contain commas",
+            "row 1: the number of fields is 3 instead of 2.*Quote texts that contain commas",
         ),
         ("sentence,label\ngood,1\nbad,\n", "row 2: the label ''"),
         ("sentence,label\ngood,-1\n", "labels are not public"),
@@ -113,7 +113,7 @@ def test_options_can_name_the_columns(table):
         ("", "no column 'sentence' or 'text'; it has none"),
         ("a,b\n1,2\n", "no column 'sentence' or 'text'; it has 'a', 'b'"),
         ("sentence,b\n1,2\n", "no column 'label'"),
-        ("sentence,label\ngood,1\nbad,0,extra\n", "row 2: 3 fields instead of 2"),
+        ("sentence,label\ngood,1\nbad,0,extra\n", "row 2: the number of fields is 3 instead of 2"),
         ("sentence,label\ncafé,1\n".encode("latin-1"), "not UTF-8.*iconv -f LATIN1"),
     ],
 )
@@ -241,7 +241,7 @@ def test_the_split_held_out_has_the_rows_that_training_leaves_out(table):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A working folder with a local copy of `nyu-mll/glue`, which the library reads as it reads the hub."""
+    """A working folder with a local copy of `nyu-mll/glue`, which `datasets` reads in the same way as the hub."""
     import datasets
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

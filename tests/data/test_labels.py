@@ -26,7 +26,7 @@ def test_label_indices_of_a_data_set_are_mapped_by_name():
 def test_a_data_set_with_other_labels_gives_an_error_with_both_label_sets():
     with pytest.raises(DataError, match="has the labels yes, no; the model has contradiction, entailment, neutral"):
         NLI.indices(column("0", "1", classes=("yes", "no")))
-    # the number of labels is equal, but the model's have names
+    # the number of labels is equal, but the model's labels have other names
     with pytest.raises(DataError, match="has the labels yes, no"):
         LabelSet(("a", "b")).indices(column("0", "1", classes=("yes", "no")))
 

@@ -1,4 +1,4 @@
-"""Predictions and benchmarks on a Ray cluster of two nodes, and the errors of missing, different or killed nodes."""
+"""Tests of predictions and benchmarks on a Ray cluster of two nodes, also with missing, different or killed nodes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def start_cluster():
 
 
 def kill_cluster(nodes):
-    """Kills all processes of the nodes at once, since Ray's own shutdown would wait running tasks."""
+    """Kills all processes of the nodes at once, since Ray's own shutdown would wait for running tasks."""
     roots = [
         p.process.pid for node in nodes.list_all_nodes() for children in node.all_processes.values() for p in children
     ]
@@ -112,7 +112,10 @@ def score_here(model, texts, path):
 
 
 def processes_with(text):
-    """Returns the processes on this machine with `text` in their command line. No other cluster runs here."""
+    """Returns the processes on this machine with `text` in their command line.
+
+    The tests assume that no other cluster runs on this machine.
+    """
     return [p for p in psutil.process_iter(["cmdline"]) if text in " ".join(p.info["cmdline"] or ())]
 
 
@@ -194,7 +197,7 @@ def test_scratch_removes_only_the_folder_of_a_dead_worker_of_this_machine(tmp_pa
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     names = [
         f"{publishing.WORK}-{space}-{os.getpid()}-mine",
-        f"{publishing.WORK}-{other_space}-{dead_pid}-left",  # may be alive on the other machine
+        f"{publishing.WORK}-{other_space}-{dead_pid}-left",  # the process may be alive on the other machine
         f"{publishing.WORK}-{space}-{dead_pid}-my-notes",
         f"toolchain-{dead_pid}-left",
         "toolchain-2024-backup",
@@ -284,7 +287,7 @@ def test_each_machine_has_its_own_run_and_a_killed_one_has_failed_rows(
 ):
     """Runs the command on two machines, and kills one of them as soon as both measure."""
     monkeypatch.chdir(tmp_path)
-    # Long enough that both machines measure at the same time.
+    # The measurement is long enough that both machines measure at the same time.
     monkeypatch.setattr(scenarios, "QUICK", replace(scenarios.QUICK, min_s=4.0))
     machines = [replace(node, machine={**node.machine, "id": node.id[:12]}) for node in cluster.nodes]
     changed_cluster = Cluster(cluster._driver, machines, quiet)

@@ -1,4 +1,4 @@
-"""Tests of LoRA adapters: a merged adapter gives PEFT's logits, adapter damaged adapters are refused."""
+"""Tests of LoRA adapters: a merged adapter gives PEFT's logits, and damaged adapters are refused."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def pair(tmp_path_factory):
 
 @pytest.fixture
 def copies(pair, tmp_path):
-    """Copies of an adapter and its base; which a test may change."""
+    """Copies of an adapter and its base, which a test may change."""
     return [shutil.copytree(folder, tmp_path / folder.name) for folder in pair]
 
 
@@ -331,7 +331,7 @@ def add_model_to_adapter(adapter, base):
         (require_changed_base, "init_lora_weights='pissa'"),
         (break_settings, "cannot be read"),
         (set_text_as_rank, "cannot be applied to"),
-        (set_wrong_rank, "these tensors have other shapes: .*lora_"),
+        (set_wrong_rank, "the shapes of these tensors differ: .*lora_"),
         (rename_to_pickle, "only as pickle"),
         (remove_weights, "has no adapter_model.safetensors"),
         (truncate_weights, "truncated"),
@@ -339,7 +339,7 @@ def add_model_to_adapter(adapter, base):
         (remove_head, "has no tensors for .*classifier"),
         (add_unknown_tensor, "has no parameters for .*distilbert.more"),
         (remove_tensors, "has no tensors for"),
-        (replace_by_narrower_base, "these tensors have other shapes"),
+        (replace_by_narrower_base, "the shapes of these tensors differ"),
         (replace_by_bert_base, "cannot be applied to|no parameters"),
         (mark_base_as_quantised, "already quantised"),
         (rename_base_to_pickle, "only as pickle"),

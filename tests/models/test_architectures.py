@@ -1,4 +1,4 @@
-"""Tests of all steps on one small random model of each architecture, with its tokenizer of tokenizer."""
+"""Tests of all steps on one small random model of each architecture, with a tokenizer of the usual type."""
 
 import functools
 import json
@@ -52,7 +52,7 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, rows):
-    """Returns a function: kind → its workspace with the all variants, each built once. Do not change them."""
+    """Returns a function: kind → its workspace with the unpruned variants, each built once. Do not change them."""
 
     @functools.cache
     def build(kind):
@@ -127,7 +127,7 @@ def test_int8_is_smaller_also_where_layers_share_weights(workspace, kind):
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_padding_on_the_right_changes_no_logits(workspace, kind):
-    """Holds for every way to count positions; RoBERTa counts only tokens that are not only."""
+    """Holds for every way to count positions; RoBERTa counts only tokens that are not padding."""
     model_workspace = workspace(kind)
     manifest = model_workspace.load("onnx-fp32").manifest
     encoder = Encoder.open(model_workspace.path("onnx-fp32"), ARCHITECTURES[kind].inputs, manifest.max_length)
@@ -137,7 +137,8 @@ def test_padding_on_the_right_changes_no_logits(workspace, kind):
     single_logits = np.concatenate([session.run(pad([row], encoder.names, encoder.pad_id)) for row in ids])
     batch_logits = session.run(pad(ids, encoder.names, encoder.pad_id, width=40))
     assert np.abs(batch_logits - single_logits).max() < 1e-4
-    # Int8 scales depend on all tokens. The pass replaces padding, except with mixed embeddings or relative positions.
+    # Int8 scales depend on all tokens, so a pass replaces padding. It does not apply to mixed embeddings or relative
+    # positions.
     for name in ("onnx-int8", "onnx-std-int8"):
         replacements = model_workspace.load(name).manifest.facts["rewrites"]["padding"]
         assert replacements == int(kind not in ("deberta-v2", "mobilebert"))
@@ -150,7 +151,7 @@ def test_padding_on_the_right_changes_no_logits(workspace, kind):
 
 
 def test_token_types_are_an_input_only_of_models_that_use_them(tmp_path):
-    """The tokenizer's nor the its files may name token types or decides."""
+    """The tokenizer must name token types, and the model must have more than one; neither suffices alone."""
     make(tmp_path / "silent", "bert")
     file = tmp_path / "silent" / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "model_input_names": list(PLAIN)}))
@@ -206,13 +207,13 @@ def bundles(workspace, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_bundle_gives_the_probabilities_of_transformers(bundles, workspace, kind):
-    """Uses the bundle's own classifier reads its tokenizer.json and runner, on a padded batch."""
+    """Uses the bundle's own tokenizer.json and runner, on a padded batch."""
     from toolchain.ship.bundle_files.classify import Classifier
 
     folder = bundles(kind)
     for target in ("python", "web", "other", "mobile"):
         for report in shipping.verify(folder / target)["models"].values():
-            assert report["largest_delta"] < 1e-4  # the machine that made the bundle
+            assert report["largest_delta"] < 1e-4  # this machine also made the bundle
     checkpoint = workspace(kind).path("torch-fp32")
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()

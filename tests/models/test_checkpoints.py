@@ -1,4 +1,4 @@
-"""Tests of where of checkpoints, and of unsafe or damaged checkpoints, which are refused."""
+"""Tests of the sources of checkpoints, and of unsafe or damaged checkpoints, which are refused."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ def test_another_model_cannot_have_the_name_reference(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("slug", ["../up", "a/b", ".hidden", "UPPER"])
 def test_a_model_name_must_be_a_valid_folder_name(checkpoint, tmp_path, slug):
-    with pytest.raises(CheckpointError, match="cannot name a folder"):
+    with pytest.raises(CheckpointError, match="is not a valid folder name"):
         resolve(str(checkpoint), tmp_path, slug)
 
 
@@ -299,7 +299,7 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(checkpoint, tmp_path
 
 
 def test_the_maximum_length_leaves_out_the_positions_of_padding(tmp_path):
-    """RoBERTa's position table has 514 rows but only 512 positions: the rows up to the padding index hold none."""
+    """RoBERTa's position table has 514 rows but only 512 positions: no word uses the rows up to the padding index."""
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
     from toolchain.build.steps.importing import _max_length
@@ -361,7 +361,7 @@ def test_locate_accepts_the_names_of_models(checkpoint, built_tiny):
 
 @pytest.mark.slow
 def test_the_suggested_command_converts_a_pickle(checkpoint, tmp_path):
-    """Runs the command of the message in the message on a trusted checkpoint."""
+    """Runs the command of the message in a shell, on a trusted checkpoint."""
     import subprocess
     import sys
 

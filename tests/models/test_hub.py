@@ -1,4 +1,4 @@
-"""Tests of the of the hub with a small local server: revisions, private models, refusals, and a secret token."""
+"""Tests of the model hub with a small local server: revisions, private models, refusals, and a secret token."""
 
 import http.server
 import json
@@ -80,7 +80,7 @@ def hub(tiny_checkpoint):
 
 @pytest.fixture
 def run(hub, tmp_path):
-    """Runs `toolchain export` in a new process, since huggingface_hub new process with its settings home folder."""
+    """Runs `toolchain export` in a new process, since huggingface_hub reads its settings once, on import."""
 
     def export(model, *options, token=None):
         env = {
@@ -113,7 +113,7 @@ def test_a_private_model_is_downloaded_with_the_token_and_the_token_is_not_store
     [
         (PRIVATE, [], None, "private and no token gives access"),
         (PRIVATE, [], TOKEN[:-1] + "x", "private and no token gives access"),
-        (FORBIDDEN, [], TOKEN, "refuses this login access to someone/forbidden (HTTP 403)"),
+        (FORBIDDEN, [], TOKEN, "denies access to someone/forbidden with this login (HTTP 403)"),
         (OPEN, ["--revision", "v9"], TOKEN, "has no revision 'v9'"),
         (PICKLED, [], TOKEN, "has its weights only as pickle (pytorch_model.bin)"),
     ],

@@ -87,7 +87,7 @@ def loaded_operators(model, tmp_path):
 
 
 def test_the_runtime_does_not_undo_residual_sum(std, tmp_path):
-    """Compares both forms, so that it fails if a release stops fusing the Add or starts fusing the Sub or the Sum."""
+    """Compares both forms: it fails if a release no longer fuses the Add, or if it fuses the Sub or the Sum."""
     fused_model, _ = passes.rewrite(std, ["fuse"], ATTENTION)
     assert "SkipLayerNormalization" in loaded_operators(fused_model, tmp_path)
     summed_model, _ = passes.rewrite(fused_model, ["residual-sum"], ATTENTION)
@@ -209,7 +209,7 @@ def small_graph(nodes, initializers, output_shape=("b", 2)):
 
 
 def test_first_token_needs_a_value_with_known_axes():
-    """A graph input does not say that its axes are [batch, sequence, width]."""
+    """A graph input does not name its axes, so they may differ from [batch, sequence, width]."""
     model = small_graph(
         [
             helper.make_node("MatMul", ["x", "w"], ["h"]),
@@ -239,9 +239,9 @@ def test_first_query_leaves_one_query_in_the_last_attention(std):
     counts_by_operator = operators_of(model)
     assert (counts_by_operator["Attention"], counts_by_operator["MultiHeadAttention"]) == (1, 1)
     attention = next(node for node in model.graph if node.op_type == "MultiHeadAttention")
-    # releases up to 1.20 read a key padding mask wrongly
+    # ONNX Runtime up to 1.20 applies the key padding mask of one query wrongly
     assert (attention.inputs[3], attention.inputs[4]) == (None, None)
-    # 1.17 refuses to broadcast it, 1.20 broadcasts it wrongly
+    # ONNX Runtime 1.17 refuses to broadcast the bias, and 1.20 broadcasts it wrongly
     assert attention.inputs[5].producer().op_type == "Expand"
     query = attention.inputs[0].producer()
     assert query.inputs[0].producer().inputs[0].producer().op_type == "Gather"  # Add ← MatMul ← Gather.
@@ -343,8 +343,8 @@ def test_padding_changes_no_int8_logits(built_tiny):
 def test_quantised_layers_store_int8_and_the_last_layer_stays_fp32(built_tiny):
     model = passes.read(built_tiny.path("onnx-fp32") / "model.onnx")
     model, counts = passes.rewrite(model, ["quantize-linear", "quantize-embedding"], ATTENTION)
-    # Two layers, each with qkv (in the last layer q and kv), out, up and down; pre_classifier; word and position
-    # tables.
+    # Ten products: qkv, out, up and down in the first layer; q, kv, out, up and down in the last; pre_classifier. Two
+    # tables: words and positions.
     assert counts == {"quantize-linear": 10, "quantize-embedding": 2}
     counts_by_operator = operators_of(model)
     assert (
@@ -441,7 +441,7 @@ def test_weights_of_7_bits_never_saturate(weight, activations):
 
 @given(hnp.arrays(np.int8, (4, 2), elements=st.integers(-127, 127)), st.permutations(range(4)))
 def test_headroom_is_the_one_of_the_worst_pair(weight, order):
-    """Tries each pair with the largest activation. The headroom is at least 1 exactly if no pair is clipped."""
+    """Tries each pair with the largest activation. The headroom is at least 1 if and only if no pair is clipped."""
     model = small_graph(
         [
             helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
@@ -459,7 +459,7 @@ def test_headroom_is_the_one_of_the_worst_pair(weight, order):
                 for clip in (
                     np.maximum,
                     np.minimum,
-                ):  # only weights of the same sign add up, since activations of the others may be 0
+                ):  # in the worst case, the activations of all weights of the other sign are 0
                     pair = clip(column[[i, j]].astype(np.int32), 0)
                     safe_pairs.append(abs(int(pair.sum()) * 255) <= 32767)
     assert (model_headroom >= 1) == all(safe_pairs)
@@ -492,7 +492,7 @@ def test_int8_on_the_standard_graph_has_only_standard_operators(std, left):
     assert counts == {"quantize-linear-std": 13, "quantize-embedding": 2}
     counts_by_operator = operators_of(model)
     assert counts_by_operator["MatMulInteger"] == 13
-    assert counts_by_operator["DynamicQuantizeLinear"] == 9  # query, key and value share one
+    assert counts_by_operator["DynamicQuantizeLinear"] == 9  # query, key and value share one quantised input
     assert {node.domain for node in model.graph} == {""}
     assert np.abs(logits_of(model, batch) - fp32_logits).max() < 0.1 * np.abs(fp32_logits).max()
 
@@ -600,7 +600,7 @@ def test_facts_count_the_bytes_of_all_weights_by_part(built_tiny):
     "name", ["quantize-linear", "quantize-linear-std", "quantize-linear-static", "quantize-linear-std-static"]
 )
 def test_unsigned_weights_keep_the_logits(std, name):
-    """Products with unsigned weights are exact on processors that saturate, and the same as before on others."""
+    """Unsigned weights make products exact on processors that saturate; on other processors, products do not change."""
     model, _ = passes.rewrite(std, ["fuse"] if "std" not in name else [], ATTENTION)
     activations = {str(node.inputs[0].name): Activation(0.05, 128) for node in linear_nodes(model)}
     context = dataclasses.replace(ATTENTION, activations=activations)
@@ -617,9 +617,9 @@ def test_unsigned_weights_keep_the_logits(std, name):
 
 
 def test_two_attentions_share_the_preparation_of_their_mask(std):
-    """One attention has one query, the other all. The graph prepares the mask's bias once for each of them."""
+    """One attention has one query, the other has all. They share the mask's bias; each expands it to its own shape."""
     model, _ = passes.rewrite(std, ["fuse", "first-token", "first-query"], ATTENTION)
-    # a separate step, whose nodes precede the last one
+    # a second rewrite, which adds nodes before the last attention
     model, _ = passes.rewrite(model, ["quantize-linear-int4"], ATTENTION)
     onnx.checker.check_model(ir.to_proto(model))  # checks the order of the nodes, among other things
     biases = [node.inputs[5] for node in model.graph if node.op_type == "MultiHeadAttention"]

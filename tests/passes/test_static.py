@@ -55,7 +55,7 @@ def graph(workspace, variant):
 
 @pytest.fixture(scope="module")
 def calibrated_contexts(built_tiny):
-    """Parent → the context for its static graph."""
+    """The calibrated context of each parent, for its static graph."""
     return {
         parent: dataclasses.replace(ATTENTION, activations=calibrate(built_tiny.load(parent), TrainingSource()))
         for parent in ("onnx-fp32", "onnx-std")
@@ -65,9 +65,9 @@ def calibrated_contexts(built_tiny):
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("parent", ["onnx-fp32", "onnx-std"])
 def test_smoothing_keeps_the_logits(built_tiny, parent, left):
-    """Divides each input from 1/30 to 30 by input from a linear 30.
+    """Divides each input of a linear layer by factors from 1/30 to 30.
 
-    The residual of the the same value stays the same.
+    The residual connection that reads the same value does not change.
     """
     model, batch = graph(built_tiny, parent), pad(ROWS, NAMES, 0, left)
     expected = logits_of(model, batch)
@@ -101,7 +101,7 @@ def test_a_static_graph_has_one_qattention_and_ten_quantised_inputs(built_tiny, 
     assert counts["quantize-linear-static"] == 10
     facts = passes.facts(model)
     counts_by_operator = facts["operators"]
-    # Attention, out, up, down; query, key and value, out, up, down; pre_classifier.
+    # First layer: attention, out, up, down. Last layer: query, key with value, out, up, down. Then: pre_classifier.
     assert (
         counts_by_operator["QuantizeLinear"],
         counts_by_operator["MatMulIntegerToFloat"],
@@ -135,7 +135,7 @@ def test_onnx_runtime_fuses_the_qdq_nodes_into_int8_products(built_tiny, calibra
 
 @pytest.mark.slow
 def test_static_logits_do_not_depend_on_the_rest_of_the_batch(built_tiny, calibrated_contexts):
-    """With a dynamic scale they do, since it is computed over the whole batch, so its answers do depend."""
+    """A dynamic scale is computed over the whole batch, so logits of a dynamic graph depend on the other rows."""
     row, short_row, rare_row = [101, 2023, 2003, 102], [101, 102], [101, 30000, 29999, 102]
     static_model, _ = passes.rewrite(
         graph(built_tiny, "onnx-fp32"), ["smooth", "quantize-linear-static"], calibrated_contexts["onnx-fp32"]
@@ -143,7 +143,7 @@ def test_static_logits_do_not_depend_on_the_rest_of_the_batch(built_tiny, calibr
     differences = {}
     for name, model in (("static", static_model), ("dynamic", graph(built_tiny, "onnx-int8"))):
         model_session = session(model)
-        other_rows = ([short_row], [rare_row] * 3, [rare_row * 20])  # the last one pads the row to 80 tokens
+        other_rows = ([short_row], [rare_row] * 3, [rare_row * 20])  # the last batch pads the row to 80 tokens
         logits = [model_session.run(None, pad([row, *rows], NAMES, 0))[0][0] for rows in other_rows]
         differences[name] = np.ptp(logits, axis=0).max()
     assert differences["static"] < 1e-5 < differences["dynamic"]

@@ -76,7 +76,7 @@ def tiny_setup(built_tiny, sentences):
 
 @pytest.fixture(scope="module")
 def pruned_workspace(tiny_checkpoint, sentences, tmp_path_factory):
-    """A workspace with the tiny model pruned by half, with all its variants down to int8."""
+    """A workspace with the tiny model pruned by half, and the variants from there to int8."""
     workspace = Workspace.open(str(tiny_checkpoint), tmp_path_factory.mktemp("exported"), None, sentences)
     ensure(workspace, ["onnx-pruned50-int8", "onnx-int8"], {}, quiet)
     return workspace
@@ -172,7 +172,7 @@ def test_an_unknown_architecture_or_one_with_shared_layers_is_refused():
 
 
 def test_fisher_is_the_mean_squared_gradient_of_single_sentences(tiny_setup):
-    """Checks against the definition: one sentence at a time, with a finite difference of the gate."""
+    """Compares with the definition: a finite difference of each gate, for one sentence at a time."""
     model, batch = tiny_setup.model, tiny_setup.ranking[0]
     unit_costs = fisher(model, [batch])[1].heads.unit_costs
     names = architectures.layout_of(model)
@@ -240,9 +240,9 @@ def test_whole_removed_layers_count_towards_the_ratio(percent, seed):
 
 
 def test_dispensable_layers_are_those_whose_absence_raises_the_loss_least(tiny_setup):
-    """Checks against the definition: each step removes the layer whose absence gives the least loss.
+    """Compares with the definition: each step removes the layer whose absence gives the lowest loss.
 
-    A hook removes a layer: its output becomes its input.
+    A hook removes a layer: the layer then returns its input.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -281,7 +281,7 @@ def test_dispensable_layers_are_those_whose_absence_raises_the_loss_least(tiny_s
 
 @pytest.mark.parametrize("kind", ["distilbert", "bert"])
 def test_the_norm_before_a_removed_sub_block_is_refitted_to_match(built_tiny, kind):
-    """This is exact where the sub-block only scales and shifts."""
+    """The refit is exact if the sub-block only scales and shifts."""
     model = load_model(built_tiny.path("torch-fp32")) if kind == "distilbert" else random_bert()
     names, layer = architectures.layout_of(model), architectures.layers_of(model)[1]
     with torch.no_grad():
@@ -403,7 +403,7 @@ def test_variants_of_a_pruned_model_keep_its_facts_and_are_smaller(pruned_worksp
         name: pruned_workspace.load(name).manifest.facts["bytes_by_part"]["encoder"]
         for name in ("onnx-int8", "onnx-pruned50-int8")
     }
-    # norms and biases, which stay, are a large part of so small a model
+    # norms and biases stay, and are a large part of this small model
     assert sizes["onnx-pruned50-int8"] < 0.75 * sizes["onnx-int8"]
 
 
@@ -502,7 +502,7 @@ def test_a_rebuild_without_its_training_data_is_refused(pruned_workspace, tmp_pa
     workspace = Workspace(tmp_path / "exported", pruned_workspace.model, pruned_workspace.source)
     function, version = pipeline.STEPS[Prune]
     monkeypatch.setitem(pipeline.STEPS, Prune, (function, version + 1))
-    with pytest.raises(DataError, match=r"Its training data is train\.csv; this command has sst2"):
+    with pytest.raises(DataError, match=r"Its training data is train\.csv; this command uses sst2"):
         ensure(workspace, ["torch-pruned50"], {}, quiet)
     workspace.load("torch-pruned50").verify()
 
@@ -573,17 +573,17 @@ def test_too_few_rows_are_refused(tmp_path):
     [
         ((), 2, "--ratio"),
         (("--ratio", "0.3", "--max-drop", "1"), 2, "--max-drop"),
-        (("--ratio", "0"), 2, "is not a whole per cent"),
-        (("--ratio", "1"), 2, "is not a whole per cent"),
-        (("--ratio", "-0.5"), 2, "is not a whole per cent"),
-        (("--ratio", "0.333"), 2, "whole per cent from"),
-        (("--ratio", "nan"), 2, "is not a whole per cent"),
+        (("--ratio", "0"), 2, "is not a multiple of 0.01"),
+        (("--ratio", "1"), 2, "is not a multiple of 0.01"),
+        (("--ratio", "-0.5"), 2, "is not a multiple of 0.01"),
+        (("--ratio", "0.333"), 2, "multiple of 0.01 from"),
+        (("--ratio", "nan"), 2, "is not a multiple of 0.01"),
         (("--ratio", "0.3", "--method", "mask", "--recover", "1"), 2, "removes nothing"),
-        (("--ratio", "0.3", "--method", "mask", "--layers", "1"), 2, "Use it without --layers"),
+        (("--ratio", "0.3", "--method", "mask", "--layers", "1"), 2, "Leave --layers and --cost out"),
         (("--ratio", "0.3", "--layers", "0"), 2, "--layers"),
         (("--ratio", "0.3", "--layers", "3"), 1, "the model has 2. Keep 1 to 2 layers"),
         (("--ratio", "0.3", "--from", "torch-pruned30"), 1, "prune torch-fp32 at a higher ratio"),
-        (("--ratio", "0.3", "--from", "onnx-fp32"), 1, "No variant is built from onnx-fp32"),
+        (("--ratio", "0.3", "--from", "onnx-fp32"), 1, "The step prune cannot build a variant from onnx-fp32"),
         (("--ratio", "0.3", "--train-data", "no-such.csv"), 1, "There is no file no-such.csv"),
         (("--ratio", "0.99", "--train-data", "train.csv"), 1, "would remove the entire encoder"),
     ],
@@ -629,7 +629,7 @@ def test_a_stored_model_with_other_logits_raises_an_artifact_error(tiny, sentenc
 
     monkeypatch.setattr(prune, "save_weights", save_changed_weights)
     workspace = Workspace(tiny.exported, tiny.model, tiny.source, sentences)
-    with pytest.raises(ArtifactError, match="gives other logits after it is stored"):
+    with pytest.raises(ArtifactError, match="stored model gives other logits"):
         ensure(workspace, ["torch-pruned50"], {}, quiet)
     assert not workspace.path("torch-pruned50").exists()
     assert load_file(workspace.path("torch-fp32") / "model.safetensors")

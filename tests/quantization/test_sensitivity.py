@@ -1,4 +1,4 @@
-"""Tests of which sensitivity are sensitive to quantisation, and the ones stay in fp32."""
+"""Tests of the sensitivity of layers to quantisation, and of the choice of layers that stay in fp32."""
 
 import shutil
 
@@ -81,7 +81,7 @@ def test_a_graph_without_linear_layers_raises_a_graph_error(built_tiny):
 
 @given(st.integers(1, 30), st.data())
 def test_fewest_fp32_layers_finds_the_smallest_number_within_the_drop(count, data):
-    """Accuracy never falls when more layers stay in fp32, so the result equals that of trying every number."""
+    """Here, accuracy never falls when more layers stay in fp32, so the result equals that of a full search."""
     drops = sorted((data.draw(st.floats(0, 5)) for _ in range(count)), reverse=True)
     max_drop = data.draw(st.floats(0, 5))
 

@@ -1,4 +1,4 @@
-"""Tests of samples, rows, and valid files, invalid result files."""
+"""Tests of samples, rows, and valid and invalid result files."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def test_thinning_is_even_and_keeps_the_rounds_and_the_count(times):
 
 
 def test_thinning_loses_different_sentences_in_each_repetition():
-    """Four repetitions of 250 sentences in each of 8 rounds.
+    """Uses four repetitions of 250 sentences in each of 8 rounds.
 
     Keeping each n-th sample would lose some sentences entirely.
     """

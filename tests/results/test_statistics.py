@@ -86,7 +86,7 @@ LABELS = [0, 1] * 50
 
 
 def row_with_errors(variant, wrong_rows, shift=0):
-    """Returns a row with right answers except for the rows `wrong`; each probability is `shift` points below 90 %."""
+    """Returns a row with right answers except in `wrong_rows`; each confidence is `shift` / 100 points below 90 %."""
     answers = tuple(1 - y if i in wrong_rows else y for i, y in enumerate(LABELS))
     confidence = 9000 - shift
     probabilities = tuple(

@@ -1,7 +1,7 @@
-"""Bundles in their clients, on the whole validation set: Node, a bare Python, OpenVINO, and a browser.
+"""Tests of bundles in their clients, on the whole validation set: Node, Python, OpenVINO, and a browser.
 
-Some tests run on emulated processors. `make test-clients` installs the clients; the tests of a missing client are
-skipped.
+These environments do not contain the toolchain. Some tests run on emulated processors. `make test-clients` installs the
+clients; the tests of a missing client are skipped.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ on_each_processor = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def bundles(reference, tmp_path_factory):
-    """The reference's bundles. The web bundle has its page where the clients are installed."""
+    """Bundles of the reference. The web bundle contains its demo page if the clients are installed."""
     folder = tmp_path_factory.mktemp("bundles")
     if MODULES:  # Node searches for packages in the folder of a file and its parents
         (folder / "node_modules").symlink_to(MODULES)
@@ -88,7 +88,7 @@ def validation_set(tmp_path_factory, reference):
 
 @pytest.fixture(scope="module")
 def logits_here(reference, validation_set):
-    """Returns a function: variant → logits of the validation set, computed in this Python one by one."""
+    """Returns a function: variant → logits of the validation set, computed in this process one by one."""
     rows = json.loads((validation_set / "tokens.json").read_text())
 
     @functools.cache
@@ -248,7 +248,7 @@ def test_both_formats_of_a_phone_bundle_give_the_same_logits_here(bundles, valid
 
 @pytest.fixture(scope="module")
 def short_bundles(reference, tmp_path_factory):
-    """Bundles without the over-long golden sentence, which takes an emulated processor as long as all the others."""
+    """Bundles without the over-long golden sentence, which takes as long as all others on an emulated processor."""
     folder = tmp_path_factory.mktemp("short-bundles")
     if MODULES:
         (folder / "node_modules").symlink_to(MODULES)
@@ -354,7 +354,7 @@ def test_int8_loses_few_answers(logits_here):
 
 @pytest.fixture(scope="module")
 def site(bundles):
-    """The address of the web bundle, served as by `python -m http.server`."""
+    """The address of the web bundle, on a server like `python -m http.server`."""
     with serve(bundles / "web") as address:
         yield address
 

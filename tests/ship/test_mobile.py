@@ -1,4 +1,4 @@
-"""Tests of bundles for phones: both formats, the releases of ONNX Runtime that read both file formats, and refusals."""
+"""Tests of bundles for phones: both file formats, the releases of ONNX Runtime that read them, and refusals."""
 
 import dataclasses
 import json
@@ -122,7 +122,7 @@ def test_both_formats_can_be_verified_with_and_without_this_package(phone_bundle
 
 @pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes(phone_bundle, built_tiny, tmp_path):
-    """Uses another process too, since ONNX Runtime alone writes one table of the file in random order."""
+    """Compares two processes: without sorting, ONNX Runtime writes one table of the file in random order."""
     model_options = ("--model", built_tiny.model, "--exported", built_tiny.exported)
     completed = run_toolchain(
         "ship", *NAMES, "--target", "mobile", "--output", tmp_path / "b", *model_options, cwd=tmp_path
@@ -233,11 +233,11 @@ UNREADABLE = {
         one_node(helper.make_node("DequantizeLinear", ["w", "x"], ["y"]), opset=21, ir_version=10, weights=[INT4]),
         r"tensors of type INT4, which need IR version 10\. ONNX Runtime 1\.17 .* up to 9\. .*1\.18 or newer",
     ),
-    "what onnx converts by half": (
+    "an operator that onnx cannot fully convert": (
         one_node(helper.make_node("Cast", ["x"], ["y"], to=1, saturate=0), opset=20),
         r"uses Cast of a newer opset than 18.*--opset 18",
     ),
-    "an operator nobody knows to write otherwise": (
+    "an operator without a replacement": (
         one_node(helper.make_node("TensorScatter", ["x", "x"], ["y"]), opset=24),
         r"uses TensorScatter of a newer opset than 20.*--opset 18",
     ),
@@ -295,8 +295,8 @@ def test_a_release_that_computes_padded_batches_wrongly_is_refused(tiny, tmp_pat
     assert (code, out) == (1, "")
     assert err.splitlines()[-1] == (
         "Error: onnx-fp32 uses MultiHeadAttention with key_padding_mask longer than the query (correct from 1.21 on). "
-        "ONNX Runtime 1.20 refuses padded batches of it, or computes them incorrectly. Ship it for --ort-mobile 1.21 "
-        "or newer, or ship a variant with standard operators of opset 18, such as onnx-std."
+        "ONNX Runtime 1.20 refuses padded batches with such attention, or computes them incorrectly. Ship it with "
+        "--ort-mobile 1.21 or newer, or ship a variant with standard operators of opset 18, such as onnx-std."
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exported"]
     (model,) = ship(tiny, tmp_path / "b", "onnx-fp32", ort_mobile="1.21")["models"]
@@ -313,7 +313,7 @@ def test_a_new_operator_after_an_operator_of_onnx_runtime_is_refused(opset_20_wo
 
 @pytest.mark.slow
 def test_a_release_without_a_kernel_of_the_operator_set_is_refused(opset_20_workspace, tmp_path):
-    """ONNX Runtime 1.17 runs Gelu in an .onnx file by its function definition, and does not run it in ORT format."""
+    """ONNX Runtime 1.17 replaces Gelu in an .onnx file by its function definition, but cannot run it in ORT format."""
     with pytest.raises(ShippingError, match=r"onnx-std uses Gelu \(from 1\.18 on\), which ONNX Runtime 1\.17 lacks"):
         ship(opset_20_workspace, tmp_path / "b", "onnx-std", ort_mobile="1.17")
     assert not (tmp_path / "b").exists()
@@ -344,7 +344,7 @@ def test_a_4_bit_operator_needs_a_release_that_has_it(tmp_path):
 
 def test_the_table_of_releases_tells_which_release_supports_an_operator():
     gather, bits = Use("com.microsoft", "GatherBlockQuantized"), Use("com.microsoft", "GatherBlockQuantized", "bits")
-    assert find_unsupported("1.19", [gather, bits]) == [gather]  # a missing operator includes its attributes
+    assert find_unsupported("1.19", [gather, bits]) == [gather]  # the attributes of a missing operator are not listed
     assert find_unsupported("1.22", [gather, bits]) == [bits]
     assert find_unsupported("1.23", [gather, bits]) == []
     assert oldest_supporting_release([gather, bits, Use("", "Add")]) == "1.23"

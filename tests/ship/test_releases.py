@@ -1,4 +1,4 @@
-"""Tests of the table of releases: what it states about files, whether releases agree, and the script that writes it."""
+"""Tests of the table of releases: its facts about files, its agreement with real releases, and its script."""
 
 import json
 import sys
@@ -110,7 +110,7 @@ def test_a_bias_of_one_head_needs_several_heads():
 
 
 def test_the_table_has_every_kind_of_attention_in_the_files():
-    """Each kind in a file has an entry, since a kind without one would look like an attribute that no release has."""
+    """A kind of attention without an entry would look like an attribute that no release has."""
     kinds_of_files = {f"MultiHeadAttention: {kind}" for _, kinds in FILES.values() for kind in kinds}
     assert kinds_of_files | {"Attention: mask_index", "QAttention: mask_index"} == set(ATTENTION_STATES)
     assert {state for by_release in ATTENTION_STATES.values() for state in by_release.values()} <= set(STATES)
@@ -160,7 +160,7 @@ def test_the_oldest_release_depends_on_ir_version_and_opset(tmp_path):
 
 @pytest.mark.parametrize(("name", "release"), [("onnx-std", "1.15"), ("onnx-fp32", "1.16"), ("onnx-int8", "1.16")])
 def test_the_oldest_release_of_each_variant_stays_the_same(built_tiny, name, release):
-    """Fails where a graph needs a later release, so that such a change is noticed."""
+    """Fails if a change makes a graph need a later release."""
     assert read_needs(built_tiny.path(name) / "model.onnx").oldest_release() == release
 
 
@@ -254,7 +254,7 @@ def test_the_script_builds_the_table_from_answers(releases):
 
 
 def test_the_probe_tells_right_wrong_and_refused_apart(tmp_path):
-    """The probe finds a right answer with one changed number, and a file without a model."""
+    """Checks a right answer, an answer with one changed number, and a file without a model."""
     probe, questions = script("release_probe"), script("release_questions")
     question = next(candidate for candidate in questions.attention() if LONGER in candidate.name)
     entry = questions._save(tmp_path, question)

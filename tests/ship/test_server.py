@@ -1,6 +1,6 @@
-"""Tests of model repositories: Triton's own definition reads them, and each model runs with its declared shapes.
+"""Tests of Triton model repositories: Triton's protobuf definition parses them; models run with the declared shapes.
 
-`make test-clients` installs the client with that definition; without it, the tests that need it are skipped.
+`make test-clients` installs Triton's client, which contains this definition. Without the client, its tests are skipped.
 """
 
 import json
@@ -114,7 +114,7 @@ def test_triton_reads_the_configurations_of_a_bundle(bundle):
             continue
         assert config["backend"] == "onnxruntime"
         assert "max_queue_delay_microseconds" in config["dynamic_batching"]
-        # A model whose kernels exist on a GPU may run there. The file leaves out the default KIND_AUTO.
+        # A model with GPU kernels may run on a GPU. The file leaves out KIND_AUTO, because it is the default.
         kind = config["instance_group"][0].get("kind", "KIND_AUTO")
         assert kind == ("KIND_AUTO" if name == "onnx-fp32" else "KIND_CPU")
     label_files = {spec["name"]: spec.get("label_filename") for spec in configs["onnx-int8"]["output"]}
@@ -210,7 +210,7 @@ def test_verify_finds_another_tokenizer(bundle, tmp_path):
     assert set(report["models"]) == {"onnx-int8", "onnx-fp32"}
     copy = shutil.copytree(bundle, tmp_path / "copy")
     body = json.loads((copy / "bundle.json").read_text())
-    # A different tokenizer in its place, correctly listed, gives other tokens.
+    # A different tokenizer graph, listed with its correct digest, gives other tokens.
     from toolchain import passes
     from toolchain.ship import tokenizer_graph
 

@@ -1,4 +1,4 @@
-"""Tests of bundles: their content, the refusals, and the verification finds every changed byte."""
+"""Tests of bundles: their content, the refusals, and that verification finds every changed byte."""
 
 import base64
 import dataclasses
@@ -100,7 +100,7 @@ def test_a_bundle_passes_verification_and_describes_its_models(bundles_by_target
         assert [spec["name"] for spec in model["inputs"]] == ["input_ids", "attention_mask"]
         assert model["measured"] == "not measured"
         assert model["tolerance"] == TOLERANCES["int8" if "int8" in model["variant"] else "fp32"]
-        assert 0 <= report["models"][model["variant"]]["largest_delta"] < 1e-4  # the machine that made the bundle
+        assert 0 <= report["models"][model["variant"]]["largest_delta"] < 1e-4  # this machine also made the bundle
 
 
 @pytest.fixture(scope="module")
@@ -506,7 +506,7 @@ def test_a_bundle_has_batches_padded_on_either_side(bundles_by_target):
 
 
 def test_verify_finds_a_fault_that_affects_only_padded_batches(bundle):
-    """Releases up to 1.20 have such a fault: they apply the key padding mask of one query by the query's length."""
+    """ONNX Runtime up to 1.20 has such a fault: it applies the key padding mask with the length of the query."""
     model = onnx.load(bundle / MODEL)
     attention = next(node for node in model.graph.node if node.op_type == "MultiHeadAttention")
     attention.input[5] = ""  # without its bias, the attention includes padding
@@ -653,7 +653,7 @@ def test_the_policy_of_the_page_allows_its_one_inline_script():
 
 
 def test_the_python_code_of_a_readme_runs(bundles_by_target, tmp_path):
-    """Runs the code in this environment; `test_clients.py` runs it in a bare one."""
+    """Runs the code in this environment; `test_clients.py` runs it in one without the toolchain."""
     shutil.copytree(bundles_by_target / "python", tmp_path / "bundle")
     block = re.search(r"```python\n(.*?)```", (tmp_path / "bundle" / "README.md").read_text(), re.DOTALL)[1]
     (tmp_path / "app").mkdir()
@@ -663,7 +663,7 @@ def test_the_python_code_of_a_readme_runs(bundles_by_target, tmp_path):
         [sys.executable, "-c", block], cwd=tmp_path / "app", capture_output=True, text=True, check=True
     )
     assert run.stdout.count("NEGATIVE") == run.stdout.count("POSITIVE") == 2
-    shipping.verify(tmp_path / "bundle")  # its use adds no file to the bundle
+    shipping.verify(tmp_path / "bundle")  # the code adds no file to the bundle
 
 
 def test_every_dtype_has_a_tolerance():

@@ -1,4 +1,4 @@
-"""Tests of tokenizer graphs they give the tokens of the checkpoint's tokenizer, or are refused."""
+"""Tests of tokenizer graphs: they give the tokens of the checkpoint's tokenizer, or are refused."""
 
 import builtins
 import json
@@ -78,7 +78,7 @@ def test_the_reference_graph_gives_the_same_tokens_for_every_difficult_text(refe
 def test_difficult_texts_cover_unicode_and_special_cases():
     texts = difficult_texts.texts()
     assert len(texts) > 3000
-    assert len(set("".join(texts))) > 140_000  # different characters of Unicode
+    assert len(set("".join(texts))) > 140_000  # number of different Unicode characters
     assert {"", "café naïve", "a" * 101, "[SEP][SEP]", "中" * 600, "a\x07b \x07 c"} <= set(texts)
 
 
@@ -189,7 +189,7 @@ def _of_word_level(words):
         (_with_prefix, "does not treat each character independently"),
         (_with_rare_separator, "does not treat each character independently"),
         (_with_metaspace, "kind of BPE"),
-        (_with_prefix_space, "a space added"),
+        (_with_prefix_space, "adds a space"),
     ],
 )
 def test_a_tokenizer_without_a_graph_is_refused(build, message, tmp_path):
@@ -210,7 +210,7 @@ def test_a_graph_with_other_tokens_is_refused_with_an_example(reference_encoder,
 
 
 def test_a_word_with_an_unknown_piece_becomes_one_unknown_token(graph, reference_encoder):
-    # The operator of onnxruntime-extensions keeps them.
+    # The operator of onnxruntime-extensions alone would keep the first pieces of the word.
     assert tokens_of(graph, ["emoji🏳 emoji"]) == [list(reference_encoder.encode(["emoji🏳 emoji"])[0])]
     assert reference_encoder.tokenizer.encode("emoji🏳").tokens == ["[CLS]", "[UNK]", "[SEP]"]
 

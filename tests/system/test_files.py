@@ -1,4 +1,4 @@
-"""Tests of writing files: a file is complete or absent, and never replaces a by mistake."""
+"""Tests of writing files: a file is complete or absent, and never replaces another file by mistake."""
 
 import errno
 import os

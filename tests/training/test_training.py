@@ -144,7 +144,7 @@ def test_training_stops_early_where_accuracy_falls(task, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "accuracy", lambda *_: next(scores))
     student = disturbed_copy(teacher)
     weights_before = flat_weights(student)
-    # labels are part of the loss, so accuracy decides
+    # the loss includes the labels, so the best accuracy chooses the epoch
     recipe = Recipe(epochs=4, learning_rate=2e-3, batch_size=8, task=0.5)
     history = train((student, copy.deepcopy(teacher)), (rows, held_out), encoder, recipe, (tmp_path, "k"), quiet)
     assert history["held_out_accuracy"] == [0.9, 0.5, 0.4]
@@ -153,9 +153,9 @@ def test_training_stops_early_where_accuracy_falls(task, tmp_path, monkeypatch):
 
 
 def test_training_without_labels_keeps_the_epoch_of_the_least_loss(task, tmp_path, monkeypatch):
-    """At varies high learning learning rate accuracy high.
+    """Accuracy varies while the learning rate is high.
 
-    Early stopping by accuracy would lose would the model learns later.
+    Early stopping by accuracy would therefore miss the better weights of later epochs.
     """
     teacher, rows, held_out, encoder, _ = task
     scores = iter([0.9, 0.5, 0.4, 0.3])
@@ -290,7 +290,7 @@ def test_training_changes_no_embedding_of_a_token_outside_the_rows(task, tmp_pat
 
 
 def test_matched_layers_skip_removed_layers(task):
-    """The states before the removed layer are compared instead."""
+    """The norm before a removed layer is refitted, so training does not compare the state before this layer."""
     model = copy.deepcopy(task[0])
     assert architectures.matched_layers(model) == [1, 2]
     architectures.keep_units(model, 1, (), ())

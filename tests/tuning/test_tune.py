@@ -1,4 +1,4 @@
-"""The search finds the best candidate with few trainings, and a stopped search continues."""
+"""Tests of the search: it finds the best candidate with few trainings, and it can continue after a stop."""
 
 import itertools
 import json
@@ -41,9 +41,9 @@ def quiet(*_):
 class World:
     """Invented outcomes, in place of building and measuring.
 
-    A higher ratio is faster and less accurate; more epochs are more accurate. `slope` is the drop in points per ratio;
-    `gain` is the fraction of the drop that each epoch recovers. Fewer layers are slightly less accurate and much
-    faster.
+    A higher ratio is faster and less accurate; more epochs are more accurate. `slope` is the drop, in points, for
+    each per cent of the ratio. `gain` is the fraction of the drop that each epoch recovers. Fewer layers are slightly
+    less accurate and much faster.
     """
 
     def __init__(self, slope=0.05, gain=0.5):
@@ -255,7 +255,7 @@ def test_the_search_raises_the_ratio_where_another_quantisation_is_within_the_dr
         assert next_start("latency", study.excess_drops, set(), 1.0).ratio < 70
         study.outcomes[replace(dynamic_candidate, scheme="static")] = outcome_of(0.7)
         assert next_start("latency", study.excess_drops, set(), 1.0) == first_candidate("latency", 73, 4)
-        # The drop of dynamic int8 at 70 % excludes it at 73 %.
+        # Dynamic int8 drops too much at 70 %, so the search does not try it at 73 %.
         assert _choose_start(study, study.remaining) == replace(first_candidate("latency", 73, 4), scheme="static")
 
 
@@ -311,7 +311,7 @@ def test_a_stopped_search_continues_with_its_unfinished_candidate(tmp_path):
 
 @pytest.mark.slow
 def test_a_training_that_does_not_fit_the_time_is_left_for_the_next_run(tmp_path, monkeypatch):
-    """The first training shows the time of the next. one takes. A training that do not fit wait for the next run."""
+    """The first training shows the duration of the next. A training that does not fit waits for the next run."""
     clock = [0.0]
     world, second_world = SlowWorld(clock), SlowWorld(clock)
     monkeypatch.setattr("toolchain.tuning.time.monotonic", lambda: clock[0])
@@ -485,7 +485,7 @@ def test_tune_continues_where_int8_fails_validation(in_tune_folder, say, folder,
     assert {outcome["baseline"] for outcome in (report["best"], *report["front"])} == {"onnx-fp32"}
     names = {row["variant"] for row in json.loads((folder / report["result"]).read_text())["rows"]}
     assert names == {"torch-fp32", "onnx-fp32", *(outcome["variant"] for outcome in report["front"])}
-    assert not list((folder / "undecided" / "decided").glob("onnx-int8+tune*"))  # it would equal onnx-int8
+    assert not list((folder / "undecided" / "decided").glob("onnx-int8+tune*"))  # this variant would equal onnx-int8
     code, out, err = say("tune", *arguments)
     assert code == 0, err
     assert "continuing from" in err

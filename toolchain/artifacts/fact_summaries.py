@@ -1,4 +1,4 @@
-"""One-line summaries of facts that steps store in the manifest, for the lines of a build and the notes of a report."""
+"""One-line summaries of facts in a manifest, for the output of a build and the notes of a report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def summarize_pruning(facts: Mapping[str, Any]) -> str:
     """Returns a one-line summary of the fact ``pruning``."""
     if facts["method"] == "mask":
         return (
-            f"{facts['zeroed']:.1%} of the encoder's linear parameters are zero and none is removed: "
+            f"{facts['zeroed']:.1%} of the encoder's linear parameters are set to zero, and none is removed: "
             "a mask makes the model neither smaller nor faster"
         )
     before, after = (facts["encoder_parameters"][key] / 1e6 for key in ("before", "after"))
@@ -27,16 +27,16 @@ def summarize_recovery(facts: Mapping[str, Any]) -> str:
     accuracies = " → ".join(f"{value:.2%}" for value in facts["held_out_accuracy"])
     return (
         f"accuracy on {facts['held_out_rows']} held-out rows {accuracies}, "
-        f"lowest loss on them after epoch {facts['best_epoch']}; "
-        f"{facts['steps']} steps in {facts['precision']} on {facts['device']}"
+        f"lowest held-out loss after epoch {facts['best_epoch']}; "
+        f"{facts['steps']} training steps in {facts['precision']} on {facts['device']}"
     )
 
 
 def summarize_vocabulary(facts: Mapping[str, Any]) -> str:
     """Returns a one-line summary of the fact ``vocabulary``."""
     return (
-        f"{facts['kept']:,} of {facts['of']:,} tokens kept, {facts['bytes_saved'] / 1e6:.1f} MB saved; compared with "
-        f"the fp32 parent on held-out rows: {_summarize_rows(facts['held_out'])}; of these, rows with a removed token: "
+        f"{facts['kept']:,} of {facts['of']:,} tokens kept, {facts['bytes_saved'] / 1e6:.1f} MB saved; held-out rows, "
+        f"compared with the fp32 parent: {_summarize_rows(facts['held_out'])}; held-out rows with a removed token: "
         f"{_summarize_rows(facts['out_of_domain'])}"
     )
 

@@ -1,4 +1,4 @@
-"""The manifest: what an artifact is, what it was built from, and the digests of its files."""
+"""The manifest of an artifact: its description, its origin, and the digests of its files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCHEMA = 1
 @strict
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of an artifact: its path relative to the folder, its size in bytes, its sha256 in hex."""
+    """One file of an artifact: its path relative to the folder, its size in bytes, and its sha256 in hex."""
 
     path: str
     bytes: int
@@ -31,7 +31,7 @@ class FileEntry:
     def __post_init__(self) -> None:
         parts = PurePosixPath(self.path)
         if parts.is_absolute() or ".." in parts.parts:
-            raise ValueError(f"the path {self.path!r} leaves the folder")
+            raise ValueError(f"the path {self.path!r} is outside the folder")
 
 
 @strict
@@ -63,8 +63,8 @@ class Manifest:
         max_length: Largest number of tokens of an input.
         facts: Other properties, as the step reports them.
         validation: Report of `steps.validate`.
-        environment: Versions of the libraries that built it.
-        created: UTC time in ISO 8601.
+        environment: Versions of the libraries that built the artifact.
+        created: UTC time of the build, in ISO 8601.
     """
 
     model: str
@@ -88,7 +88,8 @@ class Manifest:
     def id(self) -> str:
         """Returns the sha256 in hex of step, step version, parent id, files, inputs, outputs, labels and `max_length`.
 
-        It does not cover time, place and environment. So the same work gives the same id.
+        The id covers nothing else, such as the build time or the environment. So two builds with the same result have
+        the same id.
         """
         content = {
             "inputs": [dataclasses.asdict(t) for t in self.inputs],
@@ -114,7 +115,7 @@ class Manifest:
         return next((entry.sha256 for entry in self.files if entry.path == "tokenizer.json"), None)
 
     def to_json(self) -> str:
-        """Returns the manifest in the form of its file."""
+        """Returns the JSON text of the manifest file."""
         body = dataclasses.asdict(self)
         body["step"] = {
             "name": step_name(self.step),
@@ -127,7 +128,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Reads the output of `to_json`.
+        """Returns the manifest in a text that `to_json` wrote.
 
         Raises:
             ValueError: The text is not JSON, or not a manifest.
@@ -186,7 +187,7 @@ class _SourceRecord:
 @strict
 @dataclass(frozen=True)
 class _ManifestRecord:
-    """The form of a manifest in its file."""
+    """The JSON structure of a manifest file."""
 
     schema: Literal[1]
     id: str
@@ -207,4 +208,4 @@ class _ManifestRecord:
 
     def __post_init__(self) -> None:
         if not (self.files and self.inputs and self.labels):
-            raise ValueError("it names no files, inputs or labels")
+            raise ValueError("it names no files, no inputs or no labels")

@@ -1,10 +1,11 @@
 """Names of variants.
 
 Name grammar: ``<runtime>[-std][-prunedNN[-rE][-magnitude|-mask]][-<scheme>][-portable|-static][+<label>]``. NN is the
-pruning ratio in per cent, and E is the number of recovery epochs. A name with another tag omits ``-fp32``.
+pruning ratio in per cent, and E is the number of recovery epochs. A name with ``-std`` or ``-prunedNN`` omits
+``-fp32``.
 
-A label distinguishes variants that have the same tags and different settings. Variants built from a labelled variant
-keep its label, or extend it with a hyphen.
+A label distinguishes variants that have the same tags and different settings. A variant built from a labelled variant
+keeps that label, or appends a hyphen and another word to it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Parts:
         recovered: Epochs of recovery; 0 for none.
         method: Pruning method, one of `METHODS`.
         scheme: One of `SCHEMES`.
-        portable: Whether the int8 weights have 7 bits, which no processor saturates.
+        portable: Whether the int8 weights have 7 bits, so that their products never saturate.
         static: Whether the int8 activation scales are fixed.
         label: Label after ``+``; empty for none.
     """
@@ -50,7 +51,7 @@ class Parts:
 
     @property
     def is_torch_fp32(self) -> bool:
-        """Returns whether the variant is a PyTorch model in fp32, from which every other variant derives."""
+        """Returns whether the variant is a PyTorch model in fp32. Every other variant derives from such a model."""
         return (self.runtime, self.scheme) == ("torch", "fp32")
 
     def __str__(self) -> str:
@@ -75,22 +76,22 @@ _NAME = re.compile(
 
 
 class VariantName(str):
-    """A variant's name: a text that was checked against the grammar, with its `parts`.
+    """A variant name that matches the grammar, with its `parts`.
 
     Raises:
-        UnknownVariantError: The text is not a name, or is not the spelling that joins its parts.
+        UnknownVariantError: The text does not match the grammar, or is not canonical, such as ``onnx-pruned50-fp32``.
     """
 
     parts: Parts
 
     def __new__(cls, text: str | Parts) -> VariantName:
-        """Parses a text, or joins parts."""
+        """Creates a name from a text, which it parses, or from parts, which it joins."""
         name = super().__new__(cls, text)
         name.parts = text if isinstance(text, Parts) else text.parts if isinstance(text, VariantName) else _parse(text)
         return name
 
     def with_parts(self, **changes: Any) -> VariantName:
-        """Returns the name that has other values for some parts."""
+        """Returns a copy of the name with the given changes in its parts."""
         return VariantName(dataclasses.replace(self.parts, **changes))
 
     @property
@@ -119,9 +120,9 @@ def _parse(text: str) -> Parts:
 
 
 def label_prefixes(label: str) -> list[str]:
-    """Returns the label, the labels that it extends, and the empty label, longest first.
+    """Returns the labels that the parent of a variant with this `label` can have, longest first.
 
-    They are the possible labels of a parent. For ``a-b`` these are ``a-b``, ``a`` and the empty label.
+    For ``a-b``, these are ``a-b``, ``a`` and the empty label.
     """
     parts = label.split("-")
     return ["-".join(parts[:count]) for count in range(len(parts), 0, -1)] + [""]

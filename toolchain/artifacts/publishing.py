@@ -15,17 +15,18 @@ from toolchain.errors import ArtifactError
 if TYPE_CHECKING:
     from filelock import FileLock
 
-# Part of the name of every hidden folder made here. The random digits prevent a clash with the user's folders.
+# Part of the name of every hidden folder that this module creates. The random digits prevent a clash with the user's
+# folders.
 WORK = "toolchain-6f1d0b9c"
 
 
 def work_folder(target: Path) -> Path:
     """Returns the hidden folder beside `target` that holds all files of a run that builds `target`.
 
-    Use it only under `lock`. The name is unique to this project. The code computes the name and never searches for it,
-    so it never touches a folder with a similar name.
+    Use it only under `lock`. The name is unique to this project. The code computes the name and never searches for it.
+    So it never changes a folder with a similar name.
     """
-    target = Path(os.path.abspath(target))  # the path `.` has no name
+    target = Path(os.path.abspath(target))  # `Path(".").name` is empty
     return target.with_name(f".{target.name}.{WORK}")
 
 
@@ -33,14 +34,14 @@ def work_folder(target: Path) -> Path:
 def lock(target: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """Locks `target` for one process, and repairs the folders that a killed run left.
 
-    On exit, only files that a later run can resume from stay beside `target`.
+    On exit, the function deletes the work folder, unless this folder holds files from which a later run can resume.
 
     Args:
         target: The folder or file to build.
         on_wait: Called once before the function waits for another process.
 
     Raises:
-        ArtifactError: The operating system refuses to write there.
+        ArtifactError: The operating system refuses to write beside `target`.
     """
     work = work_folder(target)
     try:
@@ -51,10 +52,10 @@ def lock(target: Path, on_wait: Callable[[], None]) -> Iterator[None]:
         _repair_folders(target)
         yield
     finally:
-        # Delete the file before the lock's release. A process that opened it earlier then sees that the file has no
-        # name, and opens a new one.
+        # Delete the lock file before the release of the lock. A process that opened the file earlier then sees that it
+        # is deleted, and opens a new one.
         Path(guard.lock_file).unlink(missing_ok=True)
-        with suppress(OSError):  # not empty: it holds a state to resume from, or another run's new lock
+        with suppress(OSError):  # not empty: it holds files to resume from, or another run's lock
             work.rmdir()
         guard.release()
 
@@ -74,7 +75,7 @@ def _acquire(work: Path, on_wait: Callable[[], None]) -> FileLock:
             on_wait()
             timeout = -1  # no limit
         except (FileNotFoundError, FileExistsError):
-            # Another run deletes the folder when it ends, possibly between these lines. Try again.
+            # Another run deletes the folder when it ends, possibly between these two calls. Try again.
             retries -= 1
             if not retries:
                 raise
@@ -87,7 +88,7 @@ def scratch_folder(target: Path) -> Iterator[Path]:
     Use it only under `lock`.
 
     Raises:
-        ArtifactError: The operating system refuses to write there, also inside the ``with`` block.
+        ArtifactError: The operating system refuses to write beside `target`, here or inside the ``with`` block.
     """
     scratch = work_folder(target) / "building"
     try:
@@ -108,7 +109,7 @@ def replace(scratch: Path, target: Path) -> None:
     """Renames the scratch folder to `target`, then deletes the previous `target`. Use it only under `lock`.
 
     Raises:
-        ArtifactError: The operating system refuses to rename. The previous `target` is then back in place.
+        ArtifactError: The operating system refuses to rename. The function then restores the previous `target`.
     """
     backup = _backup_folder(target)
     try:
@@ -126,7 +127,7 @@ def _backup_folder(target: Path) -> Path:
 
 
 def _repair_folders(target: Path) -> None:
-    """Restores the previous `target` if a run was killed between its two renames; deletes the run's scratch folder."""
+    """Restores the previous `target` if a killed run left no `target`; deletes the backup and the scratch folder."""
     backup = _backup_folder(target)
     if os.path.lexists(backup) and not os.path.lexists(target):
         backup.rename(target)

@@ -1,4 +1,4 @@
-"""Steps: the settings of the work that turns one artifact into another, and the rules that hold between them.
+"""Settings of the steps that turn one artifact into another, and checks of these settings.
 
 The function of each step is in `toolchain/build/steps/`.
 """
@@ -14,8 +14,8 @@ from toolchain.errors import ArtifactError, SettingsError
 from toolchain.system.decoding import convert, strict
 
 PROVIDERS = ("cpu", "cuda")
-# Backend → its quantisation schemes, the default first → the tag in the variant's name. On ONNX Runtime, `Optimize`
-# makes fp16, because that graph is for other kernels.
+# Maps each backend to its quantisation schemes, default first, and each scheme to its tag in the variant's name.
+# On ONNX Runtime, `Optimize` builds fp16, because an fp16 graph needs the fused operators of CUDA.
 QUANTIZED = {
     "ort": {"dynamic": "int8", "static": "int8", "int4": "int4", "fp16": "fp16"},
     "torch": {"int8": "int8", "bf16": "bf16", "fp16": "fp16"},
@@ -25,8 +25,8 @@ QUANTIZED = {
 # Passes that `Optimize` applies by default, in order.
 CPU_PASSES = ("fuse", "residual-sum", "first-token", "first-query")
 CUDA_PASSES = ("fuse-cuda", "half")
-# Passes that `Quantize` applies on ONNX Runtime, by scheme and in order. The last two have several forms, such as
-# ``quantize-linear-int4``; the step chooses the form.
+# Passes that `Quantize` applies on ONNX Runtime, by scheme and in order. The last two passes have several forms, such
+# as ``quantize-linear-int4``; the step chooses the form.
 QUANTIZE_PASSES = {
     "dynamic": ("padding", "quantize-linear", "quantize-embedding"),
     "static": ("smooth", "quantize-linear", "quantize-embedding"),
@@ -40,8 +40,8 @@ class Import:
     """Converts a checkpoint to fp32 safetensors.
 
     Attributes:
-        revision: The hub's commit, or a digest of the files; None for the newest.
-        base: For a LoRA adapter, the base to merge it into: ``ID@COMMIT`` of the hub, or a digest. None otherwise.
+        revision: The hub's commit, or a digest of the files; None for the newest revision.
+        base: Base of a LoRA adapter, as ``ID@COMMIT`` of the hub or as a digest; None for a complete model.
     """
 
     revision: str | None = None
@@ -55,15 +55,15 @@ class Prune:
 
     Attributes:
         ratio: Minimum share of the encoder's linear parameters to remove.
-        method: Importance measure, ``fisher`` or ``magnitude``. ``mask`` sets rows to zero instead and removes nothing.
+        method: Importance measure, ``fisher`` or ``magnitude``. ``mask`` only sets rows of weights to zero.
         cost: Cost that the selection weighs importance against: ``parameters``, or ``latency`` on this machine.
-        layers: Number of layers to keep; the step first removes the others completely. None removes none in advance.
+        layers: Number of layers to keep; the step first removes all other layers. If None, it starts with all layers.
         train: Digest of the training data; if empty, the workspace's training data.
-        sentences: Number of training sentences that rank the units and fit the remaining weights.
-        seed: Random seed that chooses these sentences.
+        sentences: Number of training sentences to rank heads and neurons, and to refit the remaining weights.
+        seed: Random seed for the choice of these sentences.
 
     Raises:
-        SettingsError: The ratio is not 0.01 to 0.99 in steps of 0.01, or a setting does not apply to the method.
+        SettingsError: The ratio is not a multiple of 0.01 from 0.01 to 0.99, or a setting does not apply to the method.
     """
 
     ratio: float
@@ -77,10 +77,10 @@ class Prune:
     def __post_init__(self) -> None:
         if not 0.01 <= self.ratio <= 0.99 or abs(100 * self.ratio - round(100 * self.ratio)) > 1e-9:
             raise SettingsError(
-                f"--ratio {self.ratio:g} is not a whole per cent from 0.01 to 0.99.", "Give a ratio such as 0.5."
+                f"--ratio {self.ratio:g} is not a multiple of 0.01 from 0.01 to 0.99.", "Give a ratio such as 0.5."
             )
         if self.method == "mask" and (self.layers or self.cost != "parameters"):
-            raise SettingsError("--method mask removes nothing.", "Use it without --layers and --cost.")
+            raise SettingsError("--method mask removes nothing.", "Leave --layers and --cost out.")
 
 
 @strict
@@ -88,14 +88,14 @@ class Prune:
 class Recover:
     """Trains a pruned model on the unpruned model's logits.
 
-    The training rows are the original rows and random pairs of them. Each epoch draws new pairs.
+    The training rows are the original rows and random pairs of rows. Each epoch draws new pairs.
 
     Attributes:
         epochs: Largest number of epochs.
         train: Digest of the training data, as in `Prune`.
         learning_rate: Peak learning rate.
-        batch_size: Rows of a training step.
-        pairs: Pairs per row and epoch, multiplied by the share of parameters that pruning removed.
+        batch_size: Number of rows per training step.
+        pairs: Pairs per row and epoch. The step multiplies this number by the share of parameters that pruning removed.
         masked: Share of a pair's tokens that the mask token replaces.
         seed: Random seed of pairs, masks and row order.
     """
@@ -142,18 +142,19 @@ class Quantize:
     * ``static``: the same products, with activation scales from calibration on training data.
     * ``int4``: weights in blocks of 4 bits, for size.
 
-    Schemes of ``torch``: ``int8`` computes the products of ``dynamic`` in PyTorch; ``bf16`` and ``fp16`` are half
+    Schemes of ``torch``: ``int8`` computes the same products as ``dynamic``; ``bf16`` and ``fp16`` are half
     precision. Schemes of ``bnb`` (bitsandbytes): ``int8`` is LLM.int8(); ``nf4`` and ``fp4`` are blocks of 4 bits.
 
     Attributes:
         backend: ``ort``, ``torch`` or ``bnb``. The attributes below `scheme` apply to ``ort`` only.
         scheme: A scheme of the backend.
-        reduce_range: True for weights of 7 bits, whose products no processor saturates.
+        reduce_range: True for weights of 7 bits, whose products never saturate.
         embeddings: Type of the embedding tables, ``int8`` or ``int4``; None for the default of the scheme.
-        keep_fp32: Number of linear layers that stay fp32. Training data selects the most sensitive layers.
-        train: Digest of the training data, as in `Prune`; None where the step uses none.
+        keep_fp32: Number of linear layers that stay fp32. Held-out rows select the most sensitive layers.
+        train: Digest of the training data, as in `Prune`; None if the step uses no training data.
         passes: The passes of `QUANTIZE_PASSES` to apply; None for all.
-        trim_vocab: Corpus whose tokens stay in the vocabulary: ``train``, or `Texts.digest` of a file. None keeps all.
+        trim_vocab: Corpus whose tokens stay in the vocabulary: ``train``, or `Texts.digest` of a file. None keeps all
+            tokens.
 
     Raises:
         SettingsError: The backend has no such scheme, or two settings exclude each other.
@@ -172,16 +173,16 @@ class Quantize:
         schemes = [name for name in QUANTIZED[self.backend] if (self.backend, name) != ("ort", "fp16")]
         if self.scheme not in schemes:
             raise SettingsError(
-                f"--backend {self.backend} has no scheme {self.scheme}.", f"It has {', '.join(schemes)}."
+                f"--backend {self.backend} has no scheme {self.scheme}.", f"Its schemes are {', '.join(schemes)}."
             )
         if self.reduce_range and (self.backend, self.scheme) != ("ort", "dynamic"):
             raise SettingsError(
-                "Only --backend ort --scheme dynamic has weights of 7 bits.", "Leave --isa portable out."
+                "Only --backend ort --scheme dynamic supports weights of 7 bits.", "Leave --isa portable out."
             )
         ort_settings = (self.embeddings, self.keep_fp32, self.passes, self.trim_vocab)
         if self.backend != "ort" and any(setting is not None for setting in ort_settings):
             raise SettingsError(
-                f"--backend {self.backend} has no other option than --scheme.",
+                f"--backend {self.backend} supports no quantisation option except --scheme.",
                 "Leave out --embeddings, --keep-fp32, --max-drop, --sensitivity, --no-pass and --trim-vocab.",
             )
         if self.passes is not None:
@@ -190,13 +191,16 @@ class Quantize:
     def _check_passes(self, passes: tuple[str, ...]) -> None:
         scheme_passes = QUANTIZE_PASSES[self.scheme]
         if not set(passes) <= set(scheme_passes):
-            raise SettingsError(f"--scheme {self.scheme} has no such pass.", f"It has {', '.join(scheme_passes)}.")
+            raise SettingsError(
+                f"--scheme {self.scheme} does not have all of the passes {', '.join(passes)}.",
+                f"Its passes are {', '.join(scheme_passes)}.",
+            )
         if "quantize-linear" not in passes and (
             not passes or self.scheme == "static" or self.reduce_range or self.keep_fp32
         ):
             raise SettingsError(
                 "Without the pass quantize-linear, only embedding tables are quantised.",
-                "Leave out all other options, except --embeddings.",
+                "Use no other quantisation option, except --embeddings.",
             )
         if "quantize-embedding" not in passes and self.embeddings:
             raise SettingsError(
@@ -205,9 +209,10 @@ class Quantize:
 
     @staticmethod
     def passes_without(scheme: str, omitted_passes: Collection[str]) -> tuple[str, ...] | None:
-        """Returns the value of `passes` that omits some passes of the scheme of ONNX Runtime; None if it omits none.
+        """Returns the passes of an ONNX Runtime scheme without `omitted_passes`; None if `omitted_passes` is empty.
 
-        The passes before ``quantize-linear`` prepare it, so they are omitted with it.
+        The passes before ``quantize-linear`` only prepare the graph for it. Without ``quantize-linear``, the function
+        omits them too.
 
         Raises:
             SettingsError: The scheme has no such pass.
@@ -216,7 +221,10 @@ class Quantize:
             return None
         passes = QUANTIZE_PASSES.get(scheme, ())
         if not set(omitted_passes) <= set(passes):
-            raise SettingsError(f"--scheme {scheme} has no such pass.", f"It has {', '.join(passes) or 'none'}.")
+            raise SettingsError(
+                f"--no-pass names a pass that --scheme {scheme} does not have.",
+                f"The passes of --scheme {scheme}: {', '.join(passes) or 'none'}.",
+            )
         if "quantize-linear" in omitted_passes:
             passes = passes[passes.index("quantize-linear") :]
         return tuple(name for name in passes if name not in omitted_passes)
@@ -270,5 +278,5 @@ def decode_step(name: str, settings: Mapping[str, Any]) -> Step:
     except (KeyError, ValueError, SettingsError) as error:
         raise ArtifactError(
             f"A manifest records the step {name!r} with settings {dict(settings)}, which this release does not know.",
-            "Use the release that built it, or delete the folder and build it again.",
+            "Use the release that built the artifact, or delete its folder and build it again.",
         ) from error

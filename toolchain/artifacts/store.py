@@ -28,7 +28,7 @@ class Artifact:
 
     @property
     def label_set(self) -> LabelSet:
-        """Returns the labels of the model's answers."""
+        """Returns the labels of the model."""
         return LabelSet(self.manifest.labels, bool(self.manifest.facts.get("multi_label")))
 
     @property
@@ -68,7 +68,7 @@ class Artifact:
     def _tampered_error(self, fault: str) -> TamperedError:
         return TamperedError(
             f"{self.path}: {fault}.",
-            f"Delete the folder {self.path} or move it away. Run the command again to build it.",
+            f"Delete the folder {self.path} or move it away. Then run the command again to rebuild the artifact.",
         )
 
 
@@ -89,7 +89,7 @@ def load(path: Path) -> Artifact | None:
 
     Raises:
         TamperedError: The manifest does not match its id.
-        ArtifactError: The path exists without a readable manifest.
+        ArtifactError: The path exists, but has no readable manifest.
     """
     file = path / MANIFEST
     if not file.is_file():
@@ -101,7 +101,9 @@ def load(path: Path) -> Artifact | None:
     except TamperedError as error:
         raise TamperedError(f"{file}: {error.cause}", error.hint) from error
     except (ValueError, UnknownVariantError, OSError) as error:
-        raise ArtifactError(f"{file} cannot be read: {error}.", f"Delete {path} and build it again.") from error
+        raise ArtifactError(
+            f"{file} cannot be read: {error}.", f"Delete the folder {path} and build the artifact again."
+        ) from error
     return Artifact(path, manifest)
 
 
@@ -116,7 +118,7 @@ def publish(scratch: Path, target: Path, manifest: Manifest) -> Artifact:
     """Writes the manifest into `scratch` and renames that folder to `target`. Use it only under `publishing.lock`.
 
     Raises:
-        ArtifactError: The operating system refuses to write there.
+        ArtifactError: The operating system refuses to write these files.
     """
     try:
         (scratch / MANIFEST).write_text(manifest.to_json())
@@ -127,11 +129,11 @@ def publish(scratch: Path, target: Path, manifest: Manifest) -> Artifact:
 
 
 def current_ids(exported: Path, names: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    """Returns (model, variant) → id of the current artifact; variants without a readable artifact are absent.
+    """Maps each (model, variant) to the id of its current artifact; omits variants without a readable artifact.
 
     Args:
         exported: The folder of all models.
-        names: Models and variants.
+        names: Pairs of model and variant.
     """
     ids = {}
     for model, variant in names:
@@ -142,9 +144,9 @@ def current_ids(exported: Path, names: Iterable[tuple[str, str]]) -> dict[tuple[
 
 
 def gzip_bytes(artifact: Artifact, cache: Path) -> int:
-    """Returns the total size in bytes of the artifact's files after gzip, one by one, at the default level.
+    """Returns the total size in bytes of the artifact's files, each compressed alone by gzip at its default level.
 
-    The folder `cache` keeps the result by the artifact's id.
+    The folder `cache` stores the result under the artifact's id.
     """
     cache_file = cache / artifact.manifest.id
     with suppress(OSError, ValueError):

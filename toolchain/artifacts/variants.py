@@ -43,11 +43,11 @@ class Variant:
 
     @property
     def agreement(self) -> str:
-        """Returns how closely its logits must match the PyTorch model that it derives from.
+        """Returns how closely the variant's logits must match the logits of its PyTorch ancestor.
 
         Returns:
-            ``exact`` (equal to fp32 rounding), ``close`` (few flips, for fewer bits), or ``free`` (no limit, because
-            pruning and recovery make another model).
+            ``exact`` (equal up to fp32 rounding), ``close`` (few flips, for variants with fewer bits), or ``free`` (no
+            limit, because pruning and recovery change the model).
         """
         if isinstance(self.step, Prune | Recover):
             return "free"
@@ -77,15 +77,15 @@ DEFAULT_CELLS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class _Kind:
-    """A row of the table of variants: which names it describes, and how their variants are built.
+    """A kind of variants: the names that it covers, and the step and parent that build each variant.
 
     Attributes:
         runtime: Runtime of the names.
         schemes: Schemes of the names.
-        tags: Parts that the names must have, beside runtime and scheme.
+        tags: Parts that the names must have, besides runtime and scheme.
         optional: Parts that the names may have.
-        parent: Changed parts of the parent's name; None where there is no parent.
-        step: The default step of a name's parts.
+        parent: Parts in which the parent's name differs; None for variants without a parent.
+        step: Returns the default step for the parts of a name.
         providers: Execution providers that run the variants.
     """
 
@@ -98,7 +98,7 @@ class _Kind:
     providers: tuple[str, ...] = PROVIDERS
 
     def describes(self, parts: Parts) -> bool:
-        """Returns whether the names of this kind have such parts."""
+        """Returns whether a name with these `parts` is of this kind."""
         tags = {tag for tag in _TAGS if getattr(parts, tag)}
         same_runtime = parts.runtime == self.runtime and parts.scheme in self.schemes
         return same_runtime and self.tags <= tags <= self.tags | self.optional
@@ -201,7 +201,7 @@ def is_variant(name: str) -> bool:
 
 
 def _find_variant(name: VariantName) -> Variant | None:
-    """Returns the variant with its default step and parent, which its parts determine; None where no step builds it."""
+    """Returns the variant of that name with its default step and parent; None if no step builds such a variant."""
     kind = next((kind for kind in _KINDS if kind.describes(name.parts)), None)
     if kind is None or (name.parts.label and kind.parent is None):
         return None
@@ -212,9 +212,9 @@ def _find_variant(name: VariantName) -> Variant | None:
 
 
 def lineage(name: str) -> list[Variant]:
-    """Returns the variant's ancestors from the root on, and the variant itself last.
+    """Returns the variant's ancestors, root first, and then the variant itself.
 
-    The ancestors of a labelled variant are unlabelled here. `Workspace.lineage` returns the recorded ones.
+    The ancestors in this list have no labels. `Workspace.lineage` returns the recorded ancestors, with their labels.
     """
     chain = [get(name)]
     while chain[0].parent is not None:
@@ -237,7 +237,7 @@ def derive_variant(parent: str, step: Step, label: str = "") -> Variant:
     if parent_name.parts.label and label and parent_name.parts.label not in label_prefixes(label):
         raise UnknownVariantError(
             f"The label of a variant built from {parent} must start with {parent_name.parts.label}.",
-            f"Leave --name out, or give {parent_name.parts.label} or {parent_name.parts.label}-{label}.",
+            f"Leave --name out, or use --name {parent_name.parts.label} or --name {parent_name.parts.label}-{label}.",
         )
     name = parent_name.with_parts(**_changed_parts(step), label=label or parent_name.parts.label)
     variant = _find_variant(name)
@@ -247,7 +247,8 @@ def derive_variant(parent: str, step: Step, label: str = "") -> Variant:
         or not isinstance(variant.step, type(step))
     ):
         raise UnknownVariantError(
-            f"No variant is built from {parent} by {step_name(step)}.", f"It takes {_PARENT_DESCRIPTIONS[type(step)]}."
+            f"The step {step_name(step)} cannot build a variant from {parent}.",
+            f"It takes {_PARENT_DESCRIPTIONS[type(step)]}.",
         )
     return dataclasses.replace(variant, parent=parent_name)
 

@@ -27,7 +27,8 @@ class Backend:
 
 
 _TORCH = ("torch", "transformers.models.auto.modeling_auto")
-# Runtime tag of a variant's name → backend. The module of a session class is imported only when it is needed.
+# Maps the runtime tag of a variant's name, such as `onnx` in `onnx-int8`, to its backend. The path of a session class
+# is a string, so that its module is imported only when needed.
 BACKENDS = {
     "torch": Backend("toolchain.backends.pytorch:TorchSession", _TORCH),
     "bnb": Backend(
@@ -43,12 +44,12 @@ class Place:
 
     Attributes:
         provider: ``cpu`` or ``cuda``.
-        threads: Number of threads on the host.
+        threads: Number of CPU threads.
         device_id: Number of the GPU in the order of `nvidia-smi`.
         allow_fallback: Whether operators without a kernel on the provider may run on the CPU. The session's facts
             report such a fallback.
-        exact: Whether 8-bit products must not saturate. If false, they may saturate on processors that do so by
-            default.
+        exact: Whether 8-bit products must not saturate. If false, they may saturate, for example on x86 processors
+            without VNNI.
     """
 
     provider: str = "cpu"

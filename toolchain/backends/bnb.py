@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-INT8_CAPABILITY = (7, 5)  # LLM.int8() needs integer tensor cores, which GPUs have since Turing
+INT8_CAPABILITY = (7, 5)  # Turing: the first GPUs with the integer tensor cores that LLM.int8() needs
 BF16_CAPABILITY = (8, 0)
 BLOCK = 64  # number of weights that share a scale
 
@@ -30,7 +30,7 @@ def quantize_model(folder: Path, scheme: str) -> PreTrainedModel:
         scheme: ``int8``, ``nf4`` or ``fp4``.
 
     Raises:
-        ProviderError: bitsandbytes is missing, or a layer's width is not a multiple of the 4-bit block.
+        ProviderError: bitsandbytes is missing, or a layer's input width is not a multiple of `BLOCK`.
         CheckpointError: bitsandbytes cannot load the model.
     """
     import torch
@@ -78,7 +78,7 @@ def load(folder: Path, device: torch.device, **options: Any) -> PreTrainedModel:
             local_files_only=True,
             **options,
         )
-    except Exception as error:  # a config can make transformers fail in any way
+    except Exception as error:  # a wrong config can make transformers raise any error
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"bitsandbytes cannot load {folder}: {cause}", "Build the variant again.") from error
     parts: list[Any] = [module for module in model.modules() if hasattr(module, "compute_dtype")]
@@ -98,8 +98,8 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def _require_bitsandbytes() -> None:
-    """Raises `ProviderError` where bitsandbytes cannot be imported."""
-    # bitsandbytes logs a line for every product that it casts, and a line for a kernel that exists only on the hub.
+    """Raises `ProviderError` if bitsandbytes cannot be imported."""
+    # Hides log messages of bitsandbytes: one for every type conversion, and one for a kernel that only the hub has.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401
@@ -113,7 +113,7 @@ def _head_names(model: PreTrainedModel) -> list[str]:
 
 
 def _check_blocks(model: PreTrainedModel) -> None:
-    """Raises `ProviderError` if a layer's input width is not a multiple of `BLOCK`, the 4-bit block."""
+    """Raises `ProviderError` if a layer's input width is not a multiple of `BLOCK`."""
     import torch
 
     encoder = model.get_submodule(model.base_model_prefix)
@@ -138,7 +138,7 @@ def _outline(folder: Path) -> PreTrainedModel:
 
 
 def _has_kernels() -> bool:
-    """Returns whether bitsandbytes has a library for this CUDA version; without one it uses a mock that fails later."""
+    """Returns whether bitsandbytes has a library for this CUDA version; without it, a mock raises errors later."""
     from bitsandbytes import cextension
 
     return not isinstance(cextension.lib, cextension.ErrorHandlerMockBNBNativeLibrary)
@@ -165,7 +165,7 @@ class BnbSession(TorchSession):
         return load(folder, device)
 
     def facts(self) -> dict[str, Any]:
-        """Returns the facts of `TorchSession` with the compute type as precision; on a CPU also a note on speed."""
+        """Returns the facts of `TorchSession` with the compute type as precision; on a CPU also a note about speed."""
         facts = {**super().facts(), "precision": str(compute_dtype(self._device)).removeprefix("torch.")}
         return {**facts, "note": "memory, not speed"} if self._device.type == "cpu" else facts
 

@@ -1,6 +1,7 @@
 """LoRA adapters through PEFT: applies an adapter to its base, or merges it into the base.
 
-If tensors do not match, this module raises an error. PEFT would skip unknown tensors and initialise missing ones.
+If an adapter's tensors do not match the model, this module raises an error. PEFT itself would skip unknown tensors and
+initialise missing tensors.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def load_unmerged(adapter: Path, base: Path) -> PeftModel:
         base: Folder of the base.
 
     Raises:
-        CheckpointError: A tensor of the adapter has no matching parameter, or an adapter parameter has no tensor. Or
-            neither the adapter nor the base has a weight of the classifier. Or PEFT is missing.
+        CheckpointError: PEFT is missing, or the adapter's tensors do not match the adapter parameters one to one. Or
+            neither the adapter nor the base has the weights of the classification head.
     """
     from safetensors.torch import load_file
 
@@ -63,7 +64,7 @@ def load_unmerged(adapter: Path, base: Path) -> PeftModel:
         peft_model = _apply_adapter(model, settings)
     except CheckpointError:
         raise
-    except Exception as error:  # settings or a config can make either library fail in any way
+    except Exception as error:  # wrong settings can make PEFT or transformers raise any error
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"The adapter {adapter} cannot be applied to {base}: {cause}", _HINT) from error
     _load_tensors(peft_model, tensors, f"The adapter {adapter} does not fit the base {base}")
@@ -71,7 +72,7 @@ def load_unmerged(adapter: Path, base: Path) -> PeftModel:
         raise CheckpointError(
             f"Neither the adapter {adapter} nor its base contains the weights of {_list_some(missing_names)}.",
             f"Train the adapter with modules_to_save={sorted({name.rsplit('.', 1)[0] for name in missing_names})}, or "
-            "name a base that contains them: --base FOLDER|ID.",
+            "name a base that contains these weights: --base FOLDER|ID.",
         )
     peft_model.eval()
     return peft_model
@@ -94,10 +95,10 @@ class LoraSession(TorchSession):
 
 
 def _require_peft() -> None:
-    """Raises `CheckpointError` where PEFT cannot be imported."""
+    """Raises `CheckpointError` if PEFT cannot be imported."""
     import logging
 
-    # PEFT imports bitsandbytes if it is installed. bitsandbytes logs a line about a kernel that exists only on the hub.
+    # PEFT imports bitsandbytes if it is installed. This hides a log message about a kernel that only the hub has.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft  # noqa: F401
@@ -111,8 +112,8 @@ def _require_peft() -> None:
 def _build_config(adapter: Path, base: Path, tensors: Mapping[str, torch.Tensor]) -> PretrainedConfig:
     """Returns the base's config with the number of classes of the adapter's head.
 
-    The class names come from the config in the adapter's folder. Without it they come from the base's config if it has
-    the same number of classes, else they are LABEL_0, LABEL_1, …
+    The class names come from the config in the adapter's folder. Without that config, they come from the base's config
+    if it has the same number of classes. Otherwise they are LABEL_0, LABEL_1, …
     """
     from transformers import AutoConfig
 
@@ -137,7 +138,7 @@ def _build_config(adapter: Path, base: Path, tensors: Mapping[str, torch.Tensor]
 
 
 def _class_sized_weights(config: PretrainedConfig) -> list[str]:
-    """Returns the names of the weights whose shape depends on the number of classes, which is their first axis."""
+    """Returns the names of the weights whose first axis is the number of classes."""
     import copy
 
     import torch
@@ -188,7 +189,7 @@ def _load_tensors(peft_model: PeftModel, tensors: Mapping[str, torch.Tensor], pr
     _require_empty(f"{problem}: the base has no parameters for", tensors.keys() - parameters.keys())
     _require_empty(f"{problem}: the adapter has no tensors for", parameters.keys() - tensors.keys())
     _require_empty(
-        f"{problem}: these tensors have other shapes:",
+        f"{problem}: the shapes of these tensors differ:",
         [name for name in parameters if parameters[name].shape != tensors[name].shape],
     )
     result: Any = set_peft_model_state_dict(peft_model, dict(tensors))
@@ -198,7 +199,7 @@ def _load_tensors(peft_model: PeftModel, tensors: Mapping[str, torch.Tensor], pr
 
 
 def _is_duplicate(name: str, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Returns whether another name holds an equal tensor; with trained biases PEFT saves the head's biases twice."""
+    """Returns whether this tensor is a copy of another tensor: PEFT saves trained biases of the head twice."""
     original = tensors.get(name.replace(".modules_to_save.", "."))
     return original is not None and bool((original == tensors[name]).all())
 

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from toolchain.backends import Place
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_ERRORS_ONLY = 3  # Log errors only: this module checks for the conditions behind the warnings and raises errors.
-# x86 without VNNI adds two U8 × S8 products in 16 bits, which saturates. With this session option ONNX Runtime converts
-# the weights to unsigned, and their products are exact. On other processors the option only makes int8 slower.
+_ERRORS_ONLY = 3  # Hides warnings: this module checks their causes itself and raises errors.
+# An x86 processor without VNNI adds two U8 × S8 products in 16 bits, and this sum can saturate. With this session
+# option, ONNX Runtime converts the weights to unsigned integers, and the sums are exact. On other processors, the
+# option only makes int8 slower.
 EXACT_PRODUCTS = ("session.x64quantprecision", "1")
-# Operators that compute shapes and masks. ONNX Runtime itself places them on the CPU beside a CUDA graph, because they
-# process only a few integers.
+# Operators that compute shapes and masks. ONNX Runtime runs them on the CPU even if CUDA runs the rest of the graph,
+# because they process only a few integers.
 SHAPE_OPERATORS = {
     *("Shape", "Size", "Gather", "Unsqueeze", "Squeeze", "Slice", "Concat", "Cast", "Range", "ConstantOfShape"),
     *("Constant", "Equal", "Where", "Expand", "Reshape", "Add", "Sub", "Mul", "Div"),
@@ -60,7 +61,7 @@ def _plain_options(threads: int) -> Any:
 
 @functools.cache
 def saturates(*, exact: bool = False) -> bool:
-    """Returns whether 8-bit products of ONNX Runtime saturate on this processor. It runs one product to find out.
+    """Computes one 8-bit product with ONNX Runtime and returns whether it saturates on this processor.
 
     Args:
         exact: Whether to test with the session option `EXACT_PRODUCTS` instead of the default options.
@@ -77,7 +78,7 @@ def saturates(*, exact: bool = False) -> bool:
 
 
 def extreme_product() -> bytes:
-    """Returns an ONNX file with one MatMulInteger, uint8 [1, inner] × int8 [inner, 1]; every weight is the maximum."""
+    """Returns an ONNX file with one MatMulInteger, uint8 [1, inner] × int8 [inner, 1]; every weight is 127."""
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
 
@@ -101,8 +102,8 @@ def extreme_product() -> bytes:
 def _path_or_content(path: Path, exact: bool) -> str | bytes:
     """Returns the path of the model file, or the content of the model with unsigned weights.
 
-    ONNX Runtime refuses `EXACT_PRODUCTS` for layers that share weights. If such products would saturate, this function
-    converts the weights itself.
+    ONNX Runtime refuses `EXACT_PRODUCTS` for layers that share weights. If products saturate on this processor, this
+    function therefore converts the weights of such a model itself.
     """
     if not exact or path.suffix != ".onnx" or not saturates():
         return str(path)
@@ -157,14 +158,14 @@ class OrtSession:
             raise GraphError(f"ONNX Runtime cannot load {path}: {error}.", "Build the variant again.") from error
         self._output = self._session.get_outputs()[0].name
         self._check_provider(provider)
-        # With an allowed fallback, all nodes may run on the CPU; then there is no GPU memory to bind to.
+        # If a fallback is allowed, all nodes may run on the CPU; then inputs and outputs must stay in host memory.
         self._on_host = self._session.get_providers()[0] == PROVIDERS["cpu"]
 
     def _check_provider(self, provider: str) -> None:
         """Raises `ProviderError` if the session, or a node outside `SHAPE_OPERATORS`, runs on another provider.
 
-        ONNX Runtime drops a provider that cannot start, logs one line and runs the session on the CPU. It runs a node
-        without a kernel on the provider on the CPU and logs nothing.
+        ONNX Runtime drops a provider that cannot start, logs one line and runs the session on the CPU. If the
+        provider has no kernel for a node, ONNX Runtime runs the node on the CPU and logs nothing.
         """
         if self._place.allow_fallback:
             return
@@ -172,8 +173,8 @@ class OrtSession:
         if providers[0] != provider:
             raise ProviderError(
                 f"ONNX Runtime could not start {provider} and uses {', '.join(providers)} instead.",
-                "Install the CUDA and cuDNN it was built for (`toolchain doctor` names the set), or leave "
-                "--provider cuda out.",
+                "Install the CUDA and cuDNN versions that ONNX Runtime was built for (`toolchain doctor` names them), "
+                "or leave out --provider cuda.",
             )
         if misplaced := self._misplaced_nodes(provider):
             operators = ", ".join(f"{count} {kind}" for kind, count in sorted(misplaced.items()))
@@ -184,7 +185,7 @@ class OrtSession:
             )
 
     def _count_nodes(self) -> dict[str, Counter[str]]:
-        """Returns provider → operator type → number of nodes; empty if this ONNX Runtime does not record it."""
+        """Returns provider → operator type → number of nodes; empty if ONNX Runtime does not record it."""
         counts: dict[str, Counter[str]] = {}
         if hasattr(self._session, "get_provider_graph_assignment_info"):
             for part in self._session.get_provider_graph_assignment_info():
@@ -197,7 +198,7 @@ class OrtSession:
         return Counter({k: n for kinds in other_counts for k, n in kinds.items() if k not in SHAPE_OPERATORS})
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
-        """See `Session.run`; on a GPU it uses I/O binding, so that there is one copy in each direction."""
+        """See `Session.run`; on a GPU, I/O binding copies each input and the logits only once."""
         with _translate_errors(batch):
             if self._on_host:
                 logits: np.ndarray = self._session.run(None, batch)[0]
@@ -259,7 +260,7 @@ class OrtSession:
 
 @contextmanager
 def _translate_errors(batch: dict[str, np.ndarray]) -> Iterator[None]:
-    """Turns the errors of ONNX Runtime for a batch into `GraphError` or `DeviceMemoryError`."""
+    """Converts the errors of ONNX Runtime for a batch to `GraphError` or `DeviceMemoryError`."""
     try:
         yield
     except failures() as error:

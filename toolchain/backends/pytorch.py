@@ -61,7 +61,7 @@ def _load_dense(folder: Path) -> tuple[PreTrainedModel, list[str]]:
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
-        ignore_mismatched_sizes=True,  # so that `info` lists them and the error below can name one
+        ignore_mismatched_sizes=True,  # so that `info` lists them for the error message below
         output_loading_info=True,
     )
     model, info = result
@@ -69,7 +69,7 @@ def _load_dense(folder: Path) -> tuple[PreTrainedModel, list[str]]:
         shape = " × ".join(map(str, model.state_dict()[name].shape))
         raise CheckpointError(
             f"{folder} cannot be loaded: {name} is {shape} in config.json, but the stored weights have another shape.",
-            "Correct config.json (id2label states the classes), or save the model again.",
+            "Correct config.json (id2label sets the number of classes), or save the model again.",
         )
     return model, sorted(info["missing_keys"])
 
@@ -84,8 +84,8 @@ def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreT
         keep: Whether to keep the stored head. If false, PyTorch's random generator initialises a new head.
 
     Raises:
-        CheckpointError: transformers cannot load the base. Or the encoder, or a head to keep, has missing or mismatched
-            weights.
+        CheckpointError: transformers cannot load the base. Or weights of the encoder, or of a head to keep, are missing
+            or have the wrong shape.
     """
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -113,7 +113,7 @@ def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreT
     mismatched = (entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"])
     missing_names = [*info["missing_keys"], *mismatched]
     head = {name for name in model.state_dict() if not name.startswith(f"{model.base_model_prefix}.")}
-    # BERT's pooler may be missing, because language models are saved without it. It works as a part of the head.
+    # BERT's pooler may be missing, because language models are saved without it. It counts as a part of the head.
     encoder_names = [name for name in missing_names if name not in head and ".pooler." not in f".{name}"]
     if encoder_names or (keep and missing_names):
         listed_names = ", ".join(sorted(encoder_names or missing_names)[:4])
@@ -122,7 +122,7 @@ def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreT
         )
     if not keep:
         kept_modules = {model, *getattr(model, model.base_model_prefix).modules()}
-        for module in model.modules():  # a fixed order, so that the same seed gives the same head
+        for module in model.modules():  # this order is fixed, so the same seed gives the same head
             if module not in kept_modules:
                 model._init_weights(module)
     eval_model: PreTrainedModel = model.eval()
@@ -132,7 +132,7 @@ def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreT
 def _assemble(
     folder: Path, shapes: Sequence[architectures.LayerShape] | None, precision: reduced.Precision | None
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Builds the model from its config, reduces each layer to its stored shape and loads exactly its weights."""
+    """Builds the model from its config, reduces each layer to its stored shape and loads the stored weights."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -183,7 +183,7 @@ def save_weights(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     try:
         save_file(contiguous_tensors, folder / (OWN_WEIGHTS if is_own_format else WEIGHTS), metadata={"format": "pt"})
     except SafetensorError as error:  # safetensors raises this on a full disk
-        hint = "Free the space, or choose another place with --exported DIR."
+        hint = "Free space on the disk, or choose another folder with --exported DIR."
         raise ArtifactError(f"{folder} cannot be written: {error}.", hint) from error
 
 
@@ -232,7 +232,7 @@ def check_stored(model: PreTrainedModel, folder: Path, names: Sequence[str]) -> 
     stored_model = load_model(folder)
     with torch.inference_mode():
         if not torch.equal(stored_model(**batch).logits, model.eval()(**batch).logits):
-            raise ArtifactError("The model gives other logits after it is stored and loaded.")
+            raise ArtifactError("The stored model gives other logits than the model in memory.")
 
 
 def device(place: Place) -> torch.device:
@@ -255,7 +255,7 @@ def device(place: Place) -> torch.device:
         raise ProviderError(
             f"PyTorch {torch.__version__} has no kernels for {torch.cuda.get_device_name(gpu)}, "
             f"compute capability {'.'.join(map(str, capability))}.",
-            "Install the set for older GPUs: `make install RUNTIME=cuda12`.",
+            "Install the packages for older GPUs: `make install RUNTIME=cuda12`.",
         )
     return gpu
 
@@ -263,7 +263,8 @@ def device(place: Place) -> torch.device:
 def _has_kernels(capability: tuple[int, int], targets: Sequence[str]) -> bool:
     """Returns whether kernels for these architectures run on a GPU with this compute capability.
 
-    ``sm_86`` runs on GPUs with major version 8 and minor version 6 or higher. ``compute_90`` runs on 9.0 and higher.
+    Kernels for ``sm_86`` run on capability 8.6 and higher minor versions. Kernels for ``compute_90`` run on 9.0 and
+    every higher capability.
     """
     for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(targets)):
         major, minor = divmod(int(number), 10)
@@ -274,7 +275,7 @@ def _has_kernels(capability: tuple[int, int], targets: Sequence[str]) -> bool:
 
 @contextmanager
 def translate_memory_error(device: torch.device) -> Iterator[None]:
-    """Turns PyTorch's out-of-memory error into `DeviceMemoryError` with the requested size."""
+    """Converts PyTorch's out-of-memory error to `DeviceMemoryError` with the requested size."""
     import torch
 
     try:
@@ -343,7 +344,7 @@ class TorchSession:
         return {name: torch.from_numpy(array).to(self._device) for name, array in batch.items()}
 
     def facts(self) -> dict[str, Any]:
-        """Returns the device, attention implementation, threads and precision; for int8 also the kernel engine."""
+        """Returns device, attention implementation, threads and precision; for int8 also PyTorch's quantized engine."""
         import torch
 
         precision = reduced.Precision.read(self._folder)

@@ -1,6 +1,6 @@
-"""Quantised PyTorch models: half precision, or int8 linear layers whose activations are scaled at run time.
+"""Quantised PyTorch models: half precision, or dynamic quantisation of the linear layers to int8.
 
-The models are stored without pickle. The weights file holds integers, scales, zero points and biases as tensors; the
+The models are stored without pickle. The weights file holds integers, scales, zero points and biases as tensors. The
 file `PRECISION` in the same folder states the scheme and the int8 layers.
 """
 
@@ -47,7 +47,7 @@ class Precision:
 
     @classmethod
     def read(cls, folder: Path) -> Precision | None:
-        """Reads the file `PRECISION` in `folder`; returns None if there is none, because the weights are fp32.
+        """Reads the file `PRECISION` in `folder`; returns None for fp32 weights, which have no such file.
 
         Raises:
             CheckpointError: The file is unreadable or has another format.

@@ -1,4 +1,4 @@
-"""A cell under measurement: the replies of its processes, turn by turn, and the row that they give."""
+"""The cells of a benchmark: the replies of their processes, and their rows of the result file."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Cell:
         variant: Name of the variant.
         runtime: Runtime tag of the variant, such as ``onnx``.
         provider: The execution provider.
-        artifact: Artifact of the variant; None if there is none to measure.
+        artifact: Artifact of the variant; None if it is unavailable or its build failed.
         status: ``ok``, ``failed`` or ``unavailable``.
         reason: Why there is no artifact; empty otherwise.
-        hint: Instruction that fixes this; may be empty.
+        hint: How the user can fix the problem; may be empty.
         encoder: Encoder of the cell; None if the cell uses the encoder of the run.
     """
 
@@ -51,7 +51,7 @@ class Cell:
         return f"{self.variant}@{self.provider}"
 
     def with_own_encoder(self, root: Manifest) -> Cell:
-        """Returns the cell with a separate encoder if its tokenizer differs from the imported checkpoint's tokenizer.
+        """Returns the cell, with its own encoder if the variant's tokenizer differs from the imported checkpoint's.
 
         Args:
             root: Manifest of the imported checkpoint.
@@ -64,18 +64,18 @@ class Cell:
 
 @dataclass
 class Running:
-    """A cell under measurement.
+    """The state and the results of a cell during a benchmark.
 
     Attributes:
         cell: The cell.
         artifact: Artifact of the cell.
-        worker: The running process; None if there is none.
-        starts: Reply of each process to its start.
-        turns: Kind of turn → round → reply.
+        worker: The cell's process; None if no process runs.
+        starts: For each process, the reply to `Worker.load` and the seconds per sentence of the warm-up.
+        turns: Replies by kind of turn and by number of the round.
         peaks: Memory peaks of each process that has ended.
         exactness: Microseconds of each round with exact and with saturating 8-bit products; may be empty.
-        failure: The error that ended the measurement of the cell; None if there is none.
-        noise: Processor time that the host and other processes used during the cell's turns.
+        failure: The error that ended the measurement of the cell; None without an error.
+        noise: Processor time that other processes and the host of a virtual machine used during the cell's turns.
     """
 
     cell: Cell
@@ -89,7 +89,7 @@ class Running:
     noise: Noise = field(default_factory=Noise)
 
     def add_record(self, record: Mapping[str, Any]) -> None:
-        """Adds a record of this run or of the interrupted run that it resumes.
+        """Adds a record of this run, or of the interrupted run that this run resumes.
 
         Args:
             record: The values ``kind``, ``turn`` and ``reply``, as in the journal.
@@ -114,7 +114,7 @@ class Running:
 
     @property
     def sentence_s(self) -> float:
-        """Returns the mean seconds per sentence in the first process's warm-up; 0 before any start."""
+        """Returns the mean seconds per sentence in the first process's warm-up; 0 before the first start."""
         return float(self.starts[0]["sentence_s"]) if self.starts else 0.0
 
 
@@ -186,9 +186,9 @@ def make_row(item: Running, data: Data, protocol: Protocol) -> Measurement:
 
 
 def _exactness_fact(item: Running) -> dict[str, Any]:
-    """Returns the session option for exact 8-bit products and the ratio time with it / time without it.
+    """Returns the session option for exact 8-bit products, and the time with this option / the time without it.
 
-    The result is empty if the ratio was not measured, because the processor needs no option.
+    The result is empty if the cell needs no such option, because this ratio is then not measured.
     """
     if not item.exactness:
         return {}
@@ -205,7 +205,7 @@ def _flatten(rows: Sequence[Sequence[Any]]) -> list[Any]:
 
 
 def _collect_answers(replies: Sequence[Mapping[str, Any]]) -> dict[int, int]:
-    """Returns the predicted label of each sentence: index of the sentence → label."""
+    """Returns the predicted label of each sentence, by the index of the sentence."""
     return {i: a for r in replies for i, a in zip(r["answered"], _flatten(r["answers"]), strict=True)}
 
 
@@ -231,7 +231,7 @@ def make_row_without_figures(cell: Cell, error: ToolchainError | None = None) ->
 
     Args:
         cell: The cell.
-        error: The error of the measurement; None takes the reason of the cell. The row's status is ``unavailable``
+        error: The error of the measurement; None to use the reason of the cell. The row's status is ``unavailable``
             for a `ProviderError` or an unavailable cell, and ``failed`` otherwise.
     """
     error = error or BenchError(cell.reason, cell.hint)

@@ -1,18 +1,19 @@
-"""GPU memory of this process, measured with NVML, so that all runtimes use the same method."""
+"""Measures the GPU memory of this process with NVML: the same method for all runtimes."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
-PROCESS, DIFFERENCE = "NVML, this process", "NVML, the device's difference since before the load"
+PROCESS, DIFFERENCE = "NVML, this process", "NVML, growth of the device's used memory since before the load"
 
 
 class GpuMemory:
-    """A meter of this process's memory on one GPU; create it before the process loads anything there.
+    """A meter of this process's memory on one GPU.
 
-    A container may hide processes from NVML. The meter then reports the increase of the device's used memory since its
-    creation. This increase includes other users of the GPU, such as other cells.
+    Create the meter before the process loads anything on the GPU. A container may hide processes from NVML. The meter
+    then reports the growth of the device's used memory since the creation of the meter. This growth includes the memory
+    of other processes on the GPU, such as other cells.
 
     Attributes:
         method: The method of the last reading, `PROCESS` or `DIFFERENCE`.
@@ -29,9 +30,9 @@ class GpuMemory:
         self.peak = 0
 
     def read(self) -> int:
-        """Returns the used bytes and updates `peak`.
+        """Returns this process's GPU memory in bytes and updates `peak`.
 
-        Runtimes keep the memory that they once allocated, so a reading after the work includes its peak.
+        Runtimes keep all memory that they allocate, so a reading after the work includes the peak of the work.
         """
         import pynvml
 
@@ -55,7 +56,7 @@ def meter(device_id: int) -> GpuMemory | None:
     """Returns a meter of a GPU, or None if NVML does not work.
 
     Args:
-        device_id: Number of the GPU for CUDA, in the order of the PCI bus.
+        device_id: CUDA's index of the GPU, in the order of the PCI bus.
     """
     import pynvml
 
@@ -69,7 +70,7 @@ def allocator_peak(device_id: int) -> int | None:
     """Returns the peak of PyTorch's allocator in bytes, or None if this process does not use PyTorch on a GPU.
 
     Args:
-        device_id: Number of the GPU for CUDA.
+        device_id: CUDA's index of the GPU.
     """
     import sys
 
@@ -80,9 +81,10 @@ def allocator_peak(device_id: int) -> int | None:
 
 
 def _handle(device_id: int) -> Any:
-    """Returns NVML's handle of a GPU, given its number for CUDA.
+    """Returns NVML's handle of the GPU with this CUDA index.
 
-    NVML numbers all GPUs. CUDA numbers only the GPUs in `CUDA_VISIBLE_DEVICES`, which lists numbers or UUIDs.
+    NVML's indices count all GPUs. CUDA's indices count only the GPUs in `CUDA_VISIBLE_DEVICES`, a list of NVML indices
+    or UUIDs.
     """
     import pynvml
 

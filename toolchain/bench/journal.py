@@ -1,4 +1,4 @@
-"""The journal of a benchmark run: it stores each result when it is known, so that an interrupted run can resume."""
+"""The journal of a benchmark run. It stores each result immediately, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SUFFIX = ".journal"
 
 
 class Journal:
-    """A file of JSON lines; the first line is the head.
+    """A file of JSON lines: first the head (the settings that identify the run), then one record for each result.
 
     Attributes:
         path: Path of the file.
@@ -32,7 +32,7 @@ class Journal:
         """Creates the journal of a new run.
 
         Args:
-            path: Path of the file. If it exists, the new file's name gets a number.
+            path: Path of the file. If this file exists, the method adds a number to the new file's name.
             head: The settings that identify the run.
 
         Raises:
@@ -52,7 +52,7 @@ class Journal:
             head: The settings that identify the run.
 
         Raises:
-            ResultFileError: The run has another head, or the file is not a valid journal.
+            ResultFileError: The journal's head differs from `head`, or the file is not a valid journal.
         """
         content = path.read_bytes()
         complete = content[: content.rfind(b"\n") + 1]  # a killed run may leave an incomplete last line
@@ -90,14 +90,14 @@ class Journal:
             raise ResultFileError.unwritable(self.path, error) from error
 
     def end(self) -> None:
-        """Deletes the journal; call it after the result file is written."""
+        """Deletes the journal. Call this method only after the result file is written."""
         self.path.unlink(missing_ok=True)
 
 
 @strict
 @dataclass(frozen=True)
 class _Record:
-    """A reply of a cell's process; see `cells.Running.take`."""
+    """One result of a cell; `cells.Running.add_record` reads it."""
 
     cell: int
     kind: str
@@ -106,16 +106,16 @@ class _Record:
 
     def __post_init__(self) -> None:
         if self.cell < 0:
-            raise ValueError("a cell has a negative number")
+            raise ValueError("the number of a cell is negative")
 
 
 def find_newest(folder: Path, model: str) -> Path:
     """Returns the path of the model's newest journal in `folder`.
 
     Raises:
-        ResultFileError: There is none.
+        ResultFileError: The folder has no journal of the model.
     """
-    # A file name has only a time after the model's name, and a number if two runs began in the same second.
+    # A file name is the model's name, a hyphen, the start time and, for a second run in the same second, a number.
     paths = [path for path in folder.glob(f"*{SUFFIX}") if path.stem.rsplit("-", 1)[0] == model]
     if not paths:
         raise ResultFileError(f"There is no interrupted run of {model} in {folder}.", "Omit --resume.")

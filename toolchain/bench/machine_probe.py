@@ -1,7 +1,7 @@
 """The machine probe: it measures the highest rates of one runtime on this machine and prints them as a line of JSON.
 
-It runs in a separate process. A stack of square linear layers, together larger than the L2 caches, computes large
-batches and single rows. It uses the same operators and the same session call as models do for sentences.
+The probe runs in a separate process. It times a stack of square linear layers, whose weights are larger than the L2
+caches. The stack computes large batches and batches of one row, with the operators and the session call of a model.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-WIDTH = 2048  # Width of a layer; at this width, an operator's fixed cost is small beside the cost of its weights.
-# Batch sizes at which arithmetic takes most of the time; the faster one depends on the kernel.
+# Width of a layer; at this width, an operator's fixed cost is small compared with the cost of its weights.
+WIDTH = 2048
+# Batch sizes at which arithmetic takes most of the time. The kernel determines which of the two is faster.
 LARGE_BATCHES = (128, 1024)
-# Passes over all measures, and minimum answers in each measure. A short load by another process affects only one pass.
+# Number of passes over all measurements, and minimum number of answers in each measurement. There are two passes,
+# because a short load by another process affects only one of them.
 PASSES, MIN_ANSWERS = 2, 3
 SETTLE_S = 0.05  # a runtime's threads spin for about 20 ms after an answer and would slow the next stack
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
@@ -30,7 +32,9 @@ Answer = Callable[[], object]
 
 
 def measure(runtime: str, precisions: Sequence[str], threads: int, seconds: float, mebibytes: int) -> dict[str, float]:
-    """Measures the highest rates of a runtime; each comes from the fastest answer, because it must be a ceiling.
+    """Measures the highest rates of a runtime.
+
+    Each rate comes from the fastest answer, because the rate must be a ceiling: no model may exceed it.
 
     Args:
         runtime: ``torch`` or ``onnx``.
@@ -75,7 +79,7 @@ def _time_fastest(answer: Answer, seconds: float) -> float:
 
 
 def _build_torch(precision: str, layers: int, threads: int) -> Callable[[int], Answer]:
-    """Returns a function: number of rows → the PyTorch call that computes a batch of this size."""
+    """Returns a function that takes a number of rows and returns the PyTorch call for a batch of this size."""
     import torch
 
     from toolchain.backends import reduced
@@ -98,7 +102,7 @@ def _build_torch(precision: str, layers: int, threads: int) -> Callable[[int], A
 
 
 def _build_onnx(precision: str, layers: int, threads: int) -> Callable[[int], Answer]:
-    """Returns a function: number of rows → the ONNX Runtime call that computes a batch of this size."""
+    """Returns a function that takes a number of rows and returns the ONNX Runtime call for a batch of this size."""
     import numpy as np
 
     from toolchain import passes
@@ -149,7 +153,7 @@ def build_graph(precision: str, layers: int) -> ir.Model:
 
 
 def main() -> None:
-    """Prints the rates; the command line holds the arguments of `measure` in order, with comma-separated precisions."""
+    """Prints the rates. The command line holds the arguments of `measure` in order, with comma-separated precisions."""
     runtime, precisions, threads, seconds, mebibytes = sys.argv[1:]
     print(json.dumps(measure(runtime, precisions.split(","), int(threads), float(seconds), int(mebibytes))))
 

@@ -1,4 +1,4 @@
-"""Processor time that the host and other processes used during a measurement, from the system's counters."""
+"""Noise: processor time that other processes and the host of a virtual machine use during a measurement."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Noise:
-    """Sums of processor time over all `watch` contexts."""
+    """Sums of processor time over all `watch` contexts, from the system's counters."""
 
     def __init__(self) -> None:
         self._total_s = self._stolen_s = self._others_s = 0.0
@@ -17,7 +17,7 @@ class Noise:
 
     @contextmanager
     def watch(self, processes: Sequence[int]) -> Iterator[None]:
-        """Adds the processor times during the context.
+        """Adds the processor time that passes during the context to the sums.
 
         Args:
             processes: Ids of the measured processes. Their time and this process's time do not count as noise.
@@ -35,11 +35,11 @@ class Noise:
             self._loads.append(os.getloadavg()[0])
 
     def shares(self) -> dict[str, float]:
-        """Returns the noise; empty before the first `watch`.
+        """Returns the noise as shares of the processor time; empty before the first `watch`.
 
         Returns:
-            ``steal_share``, the share of processor time that the host took; ``others_share``, the share of other
-            processes; and ``load_1m``, the mean 1-minute load average, if the system has one.
+            ``steal_share`` is the share that the host took from this virtual machine. ``others_share`` is the share of
+            other processes. ``load_1m`` is the mean 1-minute load average, if the system reports it.
         """
         if not self._total_s:
             return {}

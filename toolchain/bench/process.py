@@ -1,4 +1,4 @@
-"""The parent's handle on a child process that answers messages; `toolchain.bench.worker` runs in the child.
+"""A child process that answers messages. This module runs in the parent, and `toolchain.bench.worker` in the child.
 
 Each message and each answer is one line of JSON. Pickle is not used.
 """
@@ -25,7 +25,7 @@ from toolchain.backends import Place
 from toolchain.data.encoding import Encoder
 from toolchain.data.files import Text
 
-_TAIL = 400  # a failed row quotes this number of characters from the end of standard error
+_TAIL = 400  # number of characters from the end of standard error that the reason of a failed row quotes
 
 
 class Child:
@@ -34,8 +34,8 @@ class Child:
     The owner must call `close`.
 
     Attributes:
-        end_s: Seconds that the child may take to end after an interrupt; 0 kills it at once. If it is above 0, the
-            child has its own session, so that an interrupt in the terminal reaches only the parent.
+        end_s: Seconds that the child may take to end after an interrupt; 0 kills the child at once. If `end_s` is
+            above 0, the child starts a new POSIX session, so that an interrupt in the terminal reaches only the parent.
     """
 
     end_s = 0.0
@@ -72,7 +72,7 @@ class Child:
         Raises:
             ToolchainError: The child raised this error.
             BenchError: The child raised another error, ended, crashed, was killed or did not answer in time. If the
-                child ended, the error quotes the end of its standard error. Subclasses may raise another class.
+                child ended, the error quotes the end of its standard error. Subclasses may raise other classes.
         """
         assert self._process.stdin is not None
         try:
@@ -85,7 +85,7 @@ class Child:
         except queue.Empty:
             self._process.kill()
             self.close()
-            raise self._make_error(f"It did not answer within {timeout_s:.0f} s and was stopped.") from None
+            raise self._make_error(f"The process did not answer within {timeout_s:.0f} s and was killed.") from None
         if answer is None:
             raise self._make_exit_error()
         line, self._answered_at = answer
@@ -98,7 +98,7 @@ class Child:
     def close(self) -> None:
         """Ends the child: interrupts it and waits up to `end_s` seconds, then kills it if it still runs."""
         if self._process.poll() is None and self.end_s and self._process.stdin is not None:
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # the next statement kills the child
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # `kill` follows if this fails
                 self._process.stdin.close()
                 self._process.send_signal(signal.SIGINT)
                 self._process.wait(self.end_s)
@@ -107,12 +107,12 @@ class Child:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._errors):
             if stream is not None and not stream.closed:
-                with contextlib.suppress(BrokenPipeError):  # closing flushes unsent data, but the child has ended
+                with contextlib.suppress(BrokenPipeError):  # `close` flushes unsent data, but the child has ended
                     stream.close()
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
-        with contextlib.suppress(ValueError):  # `close` may close it while this thread reads
+        with contextlib.suppress(ValueError):  # `close` may close the stream while this thread reads
             for line in self._process.stdout:
                 self._replies.put((line, time.perf_counter()))
         self._replies.put(None)
@@ -127,7 +127,7 @@ class Child:
             ending = f"ended with exit code {code}"
         self._errors.seek(0)
         output = " ".join(self._errors.read()[-_TAIL:].split())
-        return self._make_error(f"Its process {ending}." + (f" Its last output: {output}" if output else ""))
+        return self._make_error(f"The process {ending}." + (f" Its last output: {output}" if output else ""))
 
     def _make_error(self, cause: str) -> errors.ToolchainError:
         """Returns the error for a child that gives no answer."""
@@ -135,14 +135,14 @@ class Child:
 
 
 class Worker(Child):
-    """A fresh process with one session, which `load` loads.
+    """A fresh process for one session; the method `load` loads the session.
 
     Args:
         session: Path of the session class as ``module:class``.
         folder: Folder of the artifact.
-        place: The place of the session.
+        place: Execution provider and options of the session.
         encoder: Encoder of the cell.
-        text: Text for the first answer.
+        text: The text that `load` classifies.
         imports: Modules that the child imports before it loads the session.
     """
 
@@ -161,7 +161,7 @@ class Worker(Child):
         }
 
     def load(self, timeout_s: float) -> dict[str, Any]:
-        """Loads the session and answers one text.
+        """Loads the session and classifies one text.
 
         Args:
             timeout_s: Seconds to wait for the answer.
@@ -172,13 +172,13 @@ class Worker(Child):
             the start of the process to the answer.
         """
         reply = self.ask(self._load_message, timeout_s)
-        # The child also measures its memory. That time is not part of a cold start.
+        # A cold start does not include the time in which the child measures its memory.
         reply["cold_start_us"] = round((self._answered_at - self._started_at) * 1e6) - reply.pop("metering_us")
         return reply
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Returns the environment variables that a measured process has in addition to those of its parent.
+    """Returns the additional environment variables of a measured process.
 
     Args:
         threads: Number of threads of the numeric libraries.

@@ -1,4 +1,4 @@
-"""Floors: the minimum time of a sentence on this machine, from the model's work and the runtime's highest rates.
+"""Floors: lower bounds on the time of a sentence, from the model's work and the runtime's rates on this machine.
 
 A floor is the larger of two times. The first is the time of all multiply-accumulates at the measured rate of large
 batches. The second is the time to read all weights once at the measured rate of single rows.
@@ -26,7 +26,7 @@ from toolchain.system import files, hardware
 SCHEMA = 1
 SECONDS, MEBIBYTES = 0.15, 32  # arguments of `machine_probe.measure`
 TIMEOUT_S = 300.0
-# Without these, PyTorch has no fast bf16 kernel, so its rate is not a ceiling.
+# Without these processor features, PyTorch has no fast bf16 kernel, so a measured rate would not be a ceiling.
 BF16_FEATURES = {"avx512_bf16", "amx_bf16"}
 # Names of embedding modules: a model looks up their weights and does not multiply them.
 _EMBEDDING = re.compile(r"(.*_)?embed(ding|dings)?|embed_(tokens|positions)|wte|wpe|shared|relative_attention_bias")
@@ -37,7 +37,7 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Work:
-    """The work of a model for one sentence.
+    """The parameter counts that determine the multiply-accumulates of a model for one sentence.
 
     Attributes:
         linear_parameters: Number of parameters that the model multiplies with every token.
@@ -45,8 +45,8 @@ class Work:
         head_parameters: Number of parameters that the model multiplies with one token only.
         tail_parameters: Number of linear parameters after the last attention. After the pass ``first-token``, the
             model multiplies them with one token only.
-        query_parameters: Number of linear parameters of the last query. After the pass ``first-query``, the model
-            multiplies them with one token only.
+        query_parameters: Number of linear parameters of the query layer in the last attention. After the pass
+            ``first-query``, the model multiplies them with one token only.
     """
 
     linear_parameters: int
@@ -119,7 +119,9 @@ def _shapes(file: Path) -> dict[str, list[int]]:
         with safe_open(file, framework="np") as tensors:
             return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 - no dict
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}.", "Delete its folder and build it again.") from error
+        raise CheckpointError(
+            f"{file} cannot be read: {error}.", "Delete the file's folder and build the variant again."
+        ) from error
 
 
 def _query_shapes(kind: str, matrices: Mapping[str, Sequence[int]]) -> list[Sequence[int]]:
@@ -150,9 +152,9 @@ def _count_tail_parameters(kind: str, sizes: Mapping[str, int]) -> int:
 
 
 def weight_bytes(facts: Mapping[str, object]) -> int | None:
-    """Returns the bytes of weights that a model must read for each sentence: encoder and head.
+    """Returns the bytes of the encoder's and the head's weights, which a model reads for each sentence.
 
-    Embedding tables do not count, because a sentence reads only a few of their rows.
+    Embedding tables do not count, because the model reads only a few of their rows for a sentence.
 
     Args:
         facts: Facts of the artifact.
@@ -189,8 +191,8 @@ def floor_ms(macs: float, weight_bytes: float, rates: Mapping[str, float], preci
 def rates(cache: Path, threads: int, progress: Progress) -> Rates:
     """Returns the highest rates of each runtime on this machine, from the cache or from a new measurement.
 
-    The function measures again if the cached rates are invalid or come from other package versions or cores. Each
-    rate is a ceiling: it comes from the fastest of several answers.
+    The function measures again if the cached rates are invalid, or if the package versions or the number of cores have
+    changed. Each rate is a ceiling: it comes from the fastest of several answers.
 
     Args:
         cache: Folder of the cache.
@@ -207,7 +209,7 @@ def rates(cache: Path, threads: int, progress: Progress) -> Rates:
     head = {
         "schema": SCHEMA,
         "threads": threads,
-        "cores": hardware.cores(),  # runtimes choose kernels by it, so it affects the rate of one thread too
+        "cores": hardware.cores(),  # runtimes choose kernels by this number, even with one thread
         "torch": versions.get("torch"),
         "onnxruntime": versions.get("onnxruntime") or versions.get("onnxruntime-gpu"),
     }

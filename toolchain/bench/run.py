@@ -39,7 +39,7 @@ class Request:
     """The request for a benchmark.
 
     Attributes:
-        names: Names of variants; empty measures the default cells.
+        names: Names of variants; empty for the default cells.
         providers: Execution providers; empty allows all.
         protocol: The settings of the benchmark.
         data: A file or a hub data set; None for the embedded SST-2.
@@ -65,10 +65,10 @@ def planned_pairs(
     """Returns the (variant, provider) pairs of a request, grouped by provider.
 
     Args:
-        names: Names of variants; empty returns the default cells of the providers.
+        names: Names of variants; empty for the default cells of the providers.
         providers: Execution providers; empty allows all.
-        allow_fallback: Whether the named providers also take all named ONNX variants. ONNX Runtime runs operators
-            without a kernel on the provider on the CPU.
+        allow_fallback: Whether to pair the named ONNX variants also with named providers that lack kernels for them.
+            ONNX Runtime then runs the operators without a kernel on the CPU.
 
     Raises:
         BenchError: A named variant runs on none of the providers.
@@ -97,8 +97,7 @@ def planned_pairs(
 def preview(workspace: Workspace, request: Request) -> list[tuple[str, str, str]]:
     """Returns (variant, provider, next steps) of each planned cell, for a dry run.
 
-    The text of the next steps is ``measure``, preceded by the variants to build, or the reason why the cell is
-    unavailable.
+    The next steps are a text: the variants to build and ``measure``, or the reason why the cell is unavailable.
     """
     no_cuda = hardware.missing_cuda(request.protocol.device_id)
     rows = []
@@ -123,7 +122,8 @@ def measure(workspace: Workspace, request: Request, say: Say, progress: Progress
         BenchError: A named variant runs on none of the providers, or the machine probe fails.
         UnknownVariantError: There is no variant of a given name.
         DataError: The data cannot be used. No cell is measured then.
-        ResultFileError: The journal cannot be written, or does not belong to this request when `resume` is set.
+        ResultFileError: The journal cannot be written. With `resume`: the run's journal is missing or belongs to
+            another request.
         ToolchainError: The import of the checkpoint failed, and every cell needs it.
         KeyboardInterrupt: The user interrupts the measurement. The journal remains, so that the run can resume.
     """
@@ -134,16 +134,17 @@ def measure(workspace: Workspace, request: Request, say: Say, progress: Progress
 def prepare_cells(
     workspace: Workspace, request: Request, no_cuda: tuple[str, str] | None, say: Say
 ) -> tuple[Data, list[Cell]]:
-    """Returns the sentences and the planned cells, after building the missing artifacts.
+    """Builds the missing artifacts, and returns the sentences and the planned cells.
 
     Args:
         workspace: The workspace of the model.
         request: The request.
-        no_cuda: Why CUDA is unavailable and how to fix this, or None. If it is unavailable, CUDA cells are not built.
+        no_cuda: Why CUDA is unavailable, and how to fix this; None if CUDA is available. Without CUDA, the function
+            does not build the CUDA cells.
         say: Prints a message.
 
     Returns:
-        The sentences, and the cells, each with its artifact or with the reason why it has none.
+        The sentences and the cells. Each cell has its artifact, or the reason why the artifact is missing.
     """
     pairs = planned_pairs(request.names, request.providers, request.protocol.allow_fallback)
     _, data = evaluation_data(workspace, request, say)
@@ -216,8 +217,8 @@ def _floor_fact(
 ) -> dict[str, Any]:
     """Returns the fact ``roofline``; empty for a row that is not on the CPU or whose work is unknown.
 
-    The fact holds the median multiply-accumulates over sentences and the bytes of weights. With known rates, it also
-    holds the median floor in milliseconds and the floor's share of the row's p50.
+    The fact holds the median number of multiply-accumulates per sentence and the bytes of weights. With known rates, it
+    also holds the median floor in milliseconds, and this floor divided by the row's p50.
     """
     artifact = workspace.load(row.variant)
     if row.provider != "cpu" or artifact is None:
@@ -261,7 +262,7 @@ def _open_journal(workspace: Workspace, request: Request, cells: Sequence[Cell],
 
 
 def _gzip_sizes(workspace: Workspace, cells: Sequence[Cell], progress: Progress) -> dict[str | None, dict[str, int]]:
-    """Returns artifact id → its gzip size, computed in parallel threads; run it before any timing starts."""
+    """Returns the gzip size of each artifact, by its id. Call this before any timing, because it uses many threads."""
     artifacts = {cell.artifact.manifest.id: cell.artifact for cell in cells if cell.artifact}
     sizes: dict[str | None, dict[str, int]] = {}
     with ThreadPoolExecutor() as pool:
@@ -310,7 +311,7 @@ def _make_cell(
     try:
         return replace(cell, artifact=ensure(workspace, [name], {}, skip_fresh_events(say))[name])
     except (DataError, ProviderError, PruningError) as error:
-        # The model or machine may lack a default cell. This is a failure only if the request names the variant.
+        # Some default cells do not work on every model or machine. This is a failure only for a named variant.
         return replace(cell, status="failed" if request.names else "unavailable", reason=error.cause, hint=error.hint)
     except ToolchainError as error:
         return replace(cell, status="failed", reason=error.cause, hint=error.hint)

@@ -20,11 +20,11 @@ from toolchain.data.inputs import Data
 from toolchain.errors import ToolchainError
 from toolchain.results.measurements import Measurement
 
-# The threads of ONNX Runtime and OpenMP spin for about 20 ms after their last job, so the next cell waits longer.
+# Pause before the next cell. The threads of ONNX Runtime and OpenMP spin for about 20 ms after their last job.
 SETTLE_S = 0.05
 LOAD_TIMEOUT_S = 300.0
 TURN_TIMEOUT_S = 120.0
-WARM_UP_SENTENCES = 12  # sentences of the warm-up of each new process; their times determine the size of the rounds
+WARM_UP_SENTENCES = 12  # number of warm-up sentences of a new process; their times determine the size of a round
 EXACTNESS_ROUNDS = 20
 SPARE_TIME = 1.1
 SPARE_SHARE = 0.1  # share of the machine's memory that must stay free
@@ -50,12 +50,12 @@ def bench(
     Args:
         cells: The cells.
         data: The sentences and their labels.
-        encoder: Encoder of the cells that have no encoder. Its token counts also determine the batches.
+        encoder: Encoder of the cells that have no encoder of their own. Its token counts also determine the batches.
         protocol: The settings of the measurement.
-        progress: Callback with the number of finished steps, the number of all steps, and a text. The steps are the
-            loads of the cells first, and then the turns.
-        backends: Runtime → its backend.
-        journal: Receives each turn's result. The benchmark does not repeat turns that the journal already contains.
+        progress: Callback with the number of finished steps, the number of all steps, and a text. The
+            benchmark first counts the loads of the cells, and then the turns.
+        backends: Backend of each runtime.
+        journal: Journal that receives each result. The benchmark does not repeat turns that are already in the journal.
 
     Returns:
         One row for each cell in the order of `cells`, and the facts of the run.
@@ -128,7 +128,7 @@ class _Bench:
         return iter(rng.sample(sorted(self.running), len(self.running)))
 
     def _run_action(self, index: int, action: Callable[..., None], *arguments: Any) -> None:
-        """Runs an action of a cell that has not failed, and records a `ToolchainError` as the failure of this cell."""
+        """Runs an action unless the cell has failed, and records a `ToolchainError` as the failure of the cell."""
         item = self.running[index]
         if item.failure is not None:
             return
@@ -148,7 +148,7 @@ class _Bench:
             self._journal.append(record)
 
     def _start_process(self, index: int, item: Running) -> None:
-        """Replaces the cell's process by a fresh one, and records its start and its time per sentence."""
+        """Replaces the cell's process by a fresh process, and records the start and the time per sentence."""
         self._stop_process(index, item)
         self._free_memory(item)
         item.worker = self._open_worker(item)
@@ -177,10 +177,9 @@ class _Bench:
             self._record(index, "peak", peak)
 
     def _time_exactness(self, index: int, item: Running) -> None:
-        """Times exact 8-bit products against saturating products, if the processor needs an option for exact ones.
+        """Compares the times of exact and of saturating 8-bit products, if exact products need a session option.
 
-        The comparison needs a second session. It runs in a separate process, so that this session does not count as
-        memory of the cell.
+        The comparison runs in a separate process, because its second session must not count as memory of the cell.
         """
         if item.exactness or not item.needs_option:
             return
@@ -195,7 +194,7 @@ class _Bench:
             worker.close()
 
     def _free_memory(self, item: Running) -> None:
-        """Ends processes of cells until the next model fits in memory; they start again at their next turn."""
+        """Ends processes of cells until the next model fits in memory. A cell starts a new process at its next turn."""
         import psutil
 
         memory = psutil.virtual_memory
@@ -216,8 +215,9 @@ class _Bench:
             "do": "run",
             "batches": work.batches,
             "warmup": 2,
-            # All rounds repeat their sentences equally often. The first round sets this number: with 0, the worker
-            # repeats the sentences until `min_s` is over. `SPARE_TIME` adds a reserve for faster later rounds.
+            # All rounds use the same number of repetitions. The first round determines this number: with 0, the worker
+            # repeats the sentences until `min_s` is over. `SPARE_TIME` extends `min_s`, because later rounds may be
+            # faster.
             "repeats": len(earlier_replies[min(earlier_replies)]["us"]) if earlier_replies else 0,
             "min_s": work.min_s * SPARE_TIME,
             "tokenizing": single,
@@ -235,7 +235,7 @@ class _Bench:
         self._record(index, work.kind, reply, turn)
 
     def facts(self) -> dict[str, Any]:
-        """Returns the facts of the run that its protocol does not contain."""
+        """Returns the facts of the run that are not settings of the protocol."""
         return {
             "single_sentences": len(self._singles),
             "seconds": round(time.monotonic() - self._started, 1),

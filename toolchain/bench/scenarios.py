@@ -1,7 +1,8 @@
-"""Sentences, repetitions and rounds of a benchmark: the scenarios of MLPerf Inference, for text classifiers.
+"""The scenarios of a benchmark, and their sentences, repetitions and rounds.
 
-``single-stream`` sends one sentence at a time, all equally often, each at its own length. ``offline`` sends all
-sentences in batches, sorted by length. ``cold-start`` is the time from the start of a process to its first answer.
+The scenarios ``single-stream`` and ``offline`` come from MLPerf Inference. ``single-stream`` sends one sentence at a
+time, without padding, and sends all sentences equally often. ``offline`` sends all sentences in batches, sorted by
+length. ``cold-start`` is the time from the start of a process to its first answer.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from toolchain.backends import Place
 
 SINGLE, OFFLINE = "single-stream", "offline"
 SLICES = 8  # Number of rounds in one pass over the sentences.
-MOST_SENTENCES = 2000  # Limit at batch 1; a random sample replaces a larger set.
+MOST_SENTENCES = 2000  # Maximum at batch size 1; a random sample replaces a larger set.
 FEWEST_SENTENCES = 100
 TOKENS_A_SENTENCE = 64  # the token budget of a batch is this number times the batch size; padding counts
 LENGTHS = (16, 32, 64, 128, 256, 512)
@@ -26,16 +27,16 @@ class Protocol:
     """The settings of a benchmark.
 
     Attributes:
-        passes: Each of the two scenarios measures every sentence at least this number of times.
+        passes: Minimum number of times that each of ``single-stream`` and ``offline`` measures every sentence.
         min_s: Minimum seconds of each scenario for each cell.
-        pass_s: Maximum seconds of one batch-1 pass of the slowest cell. If the set is too large for it, all cells
-            answer the same random sample, which has at least `FEWEST_SENTENCES` sentences.
+        pass_s: Maximum seconds of one pass of the slowest cell over the sentences at batch size 1. If all sentences
+            take longer, all cells answer the same random sample of at least `FEWEST_SENTENCES` sentences.
         starts: Number of successive processes of a cell; each one gives a cold start.
         threads: Number of threads on the host.
         batch_size: Maximum number of sentences in a batch.
-        by_length: Whether latency is also measured at each of `LENGTHS` tokens.
+        by_length: Whether to measure the latency also for each number of tokens in `LENGTHS`.
         seed: Seed of the random orders and samples.
-        device_id: Number of the GPU for CUDA cells.
+        device_id: Index of the GPU for CUDA cells.
         allow_fallback: Whether a session may run partly on the CPU; its row reports this.
     """
 
@@ -56,7 +57,7 @@ class Protocol:
         return SLICES * self.passes
 
     def place(self, provider: str) -> Place:
-        """Returns the place in which a cell on the provider runs."""
+        """Returns the `Place` of a session on the provider."""
         return Place(provider, self.threads, self.device_id, self.allow_fallback)
 
     def needs_fresh_process(self, turn: int) -> bool:
@@ -65,7 +66,7 @@ class Protocol:
         return turn > 0 and turn % rounds_per_process == 0
 
 
-# They take about 20 and 60 seconds for each cell.
+# `QUICK` takes about 20 seconds for each cell, and `FULL` about 60 seconds.
 QUICK = Protocol(passes=1, min_s=5.0, pass_s=40.0, starts=4, threads=1)
 FULL = Protocol(passes=3, min_s=20.0, pass_s=60.0, starts=6, threads=1)
 
@@ -95,8 +96,8 @@ def choose_sentences(count: int, slowest_s: float, protocol: Protocol) -> list[i
 
     Args:
         count: Number of sentences in the data.
-        slowest_s: Seconds per sentence of the slowest cell; 0 if unknown. The slowest cell must be able to answer the
-            chosen sentences in `protocol.pass_s` seconds, unless they are as few as `FEWEST_SENTENCES`.
+        slowest_s: Seconds per sentence of the slowest cell; 0 if unknown. The limit is the number of sentences
+            that this cell can answer in `protocol.pass_s` seconds, or `FEWEST_SENTENCES` if that is larger.
         protocol: The settings of the benchmark.
     """
     limit = min(count, MOST_SENTENCES)
@@ -128,7 +129,7 @@ def offline_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
 def turns(
     turn: int, sentences: Sequence[int], batches: Sequence[list[int]], lengths: Sequence[int], protocol: Protocol
 ) -> list[Turn]:
-    """Returns the turns of every cell in one round, without empty ones.
+    """Returns the turns of every cell in one round; leaves out turns without a batch.
 
     Args:
         turn: Number of the round, from 0.

@@ -1,7 +1,8 @@
-"""The child process that measures a cell: it loads one session and obeys messages, one line of JSON each.
+"""The child process that measures a cell: it loads one session and answers the parent's messages.
 
-Answers go to the original standard output. Other text for standard output, such as prints of libraries, goes to
-standard error. The parent stores standard error and quotes it if this process dies.
+Each message and each answer is one line of JSON. Answers go to the original standard output. Other text for standard
+output, such as prints of libraries, goes to standard error. The parent stores standard error and quotes it if this
+process dies.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from toolchain.results.measurements import PROBABILITY
 if TYPE_CHECKING:
     import numpy as np
 
-MOST_REPEATS = 50  # maximum repetitions of the same sentences in one turn that has no fixed number of them
+MOST_REPEATS = 50  # maximum number of repetitions in a turn without a fixed number
 
 
 def _reset_peak() -> str:
-    """Resets the peak memory if the system can do so, and returns the method of the later reading."""
+    """Resets the peak memory if the system can do so, and returns the name of the method that measures the peak."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -89,8 +90,8 @@ class _Child:
 
         Args:
             texts: The texts.
-            lengths: Token counts of synthetic sentences. The method appends one sentence for each, with tokens of the
-                texts.
+            lengths: Token counts of synthetic sentences. For each count, the method appends one sentence of tokens from
+                the texts.
         """
         self._texts = texts
         self._ids = self._encoder.encode(texts)
@@ -117,13 +118,13 @@ class _Child:
             warmup: Number of batches, from the first, that run once before the timing starts.
             repeats: Number of repetitions of all batches; 0 repeats them until `min_s` seconds are over.
             min_s: Minimum seconds if `repeats` is 0; the method stops earlier after `MOST_REPEATS` repetitions.
-            tokenizing: Whether to tokenise each batch from its text and to time this too.
-            resident: Whether to time each batch once more with batch and logits on the device.
+            tokenizing: Whether to tokenise each batch again in each repetition, and to time this step.
+            resident: Whether to time each batch once more with its inputs and logits in the device's memory.
 
         Returns:
-            ``us``, the microseconds of each batch by repetition; ``tokenizing_us``, the microseconds before the
-            session by repetition and batch; and ``resident_us``, one figure for each batch. ``answers`` and
-            ``probabilities`` come from the first repetition, by batch.
+            ``us`` is the microseconds in the session, by repetition and batch. ``tokenizing_us`` is the microseconds
+            before the session, as one flat list in the same order. ``resident_us`` is the microseconds of each
+            batch on the device. ``answers`` and ``probabilities`` come from the first repetition, by batch.
         """
         for batch in batches[:warmup]:
             self._session.run(self._pad_batch(batch))
@@ -161,11 +162,11 @@ class _Child:
         return {**result, **self._check_and_decode(*outputs)}
 
     def exactness(self, batches: list[list[int]], rounds: int) -> dict[str, Any]:
-        """Times exact against saturating 8-bit products in alternating rounds, after one untimed round.
+        """Compares the times of exact and of saturating 8-bit products in alternating rounds, after one untimed round.
 
         Args:
             batches: Indices of the sentences of each batch.
-            rounds: Number of timed rounds of each kind. A round runs all batches.
+            rounds: Number of timed rounds for each kind of products. A round runs all batches.
 
         Returns:
             ``exact`` and ``saturating``: microseconds of each round.
@@ -200,7 +201,8 @@ class _Child:
         for logits in outputs:
             if not np.isfinite(logits).all():
                 raise errors.BenchError(
-                    "The model returned a logit that is not a number.", "`toolchain validate` shows the input."
+                    "The model returned a logit that is not finite.",
+                    "`toolchain validate` shows which inputs cause this.",
                 )
             result["answers"].append(labels.answers(logits, multi_label))
             integers = np.rint(labels.label_probabilities(logits, multi_label) * PROBABILITY)
@@ -222,9 +224,9 @@ class _Child:
             return int(psutil.Process().memory_full_info().uss)
 
     def peak(self) -> dict[str, Any]:
-        """Returns the peak host memory in bytes and, on a GPU, its memory after loading and its peak.
+        """Returns the peak host memory in bytes and, on a GPU, the GPU memory after loading and the GPU peak.
 
-        The host peak is since loading if the system can reset it, and otherwise since the start of the process.
+        The host peak covers the time after loading if the system can reset the peak, and otherwise the whole process.
         """
         result: dict[str, Any] = {"peak": _peak_bytes()}
         if self._gpu:

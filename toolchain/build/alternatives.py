@@ -18,10 +18,11 @@ from toolchain.data.datasets import DEFAULT_COLUMNS
 from toolchain.data.inputs import TrainingSource
 from toolchain.data.labels import LabelSet
 
-# Logits. The second most probable label is then at least exp(-0.5) = 61 % as probable as the first. In a multi-label
-# model, the label nearest to the threshold then has a probability of 38 % to 62 %.
+# Largest margin, in logits, of an undecided answer. Up to this margin, the second most probable label is at least
+# exp(-0.5) = 61 % as probable as the first. In a multi-label model, the label nearest to the threshold has a
+# probability of 38 % to 62 %.
 UNDECIDED_MARGIN = 0.5
-UNDECIDED_SHARE = 0.8  # Share of the flips.
+UNDECIDED_SHARE = 0.8  # Least share of the flips that makes `is_undecided` true.
 ALTERNATIVE_SCHEMES = {"int4": "dynamic", "dynamic": "static"}  # Scheme → a scheme that may have less rounding error.
 
 
@@ -40,15 +41,16 @@ def alternatives(
 ) -> list[Quantize]:
     """Returns the settings to try instead of `step`, most promising first; empty if there is nothing to suggest.
 
-    If decided answers flip, some layers have a large rounding error. The first suggestion then keeps more layers in
-    fp32. If the model is undecided, a small rounding error flips its answers. Static scales halve that error on
-    sentences of their domain: on the reference model, the mean |Δlogit| is 0.042 instead of 0.087. On other sentences
+    If answers with a large margin flip, some layers have a large rounding error. For the dynamic scheme, the best
+    alternative then keeps more layers in fp32. If the model is undecided, a small rounding error flips its answers.
+    The best alternative is then static scales, but only if `same_domain`. On the reference model, static scales halve
+    the mean |Δlogit| on sentences of the training data's domain (0.042 instead of 0.087). On sentences of other domains
     they do not reduce it (0.0074 instead of 0.0062).
 
     Args:
         step: The quantisation that failed.
         report: The report of `steps.validate`.
-        runtime_saturates: Whether this runtime saturates products of 8 bits. Weights of 7 bits avoid that.
+        runtime_saturates: Whether this runtime saturates 8-bit products. Weights of 7 bits avoid saturation.
         same_domain: Whether the training data has the same domain as the validation sentences.
         layers: Number of linear layers of the model; None if unknown.
     """
@@ -107,7 +109,7 @@ def hint(
     ]
     parts = [_explain_flips(report)]
     if runtime_saturates and suggestions[0].reduce_range:
-        parts.append("This runtime also saturates products of 8 bits. Weights of 7 bits avoid that.")
+        parts.append("This runtime also saturates 8-bit products. Weights of 7 bits avoid saturation.")
     return " ".join([*parts, f"Try {', then '.join(commands)}."])
 
 
@@ -117,8 +119,8 @@ def _explain_flips(report: Mapping[str, Any]) -> str:
     if is_undecided(report):
         return (
             f"In {undecided} of these {flips} sentences the PyTorch model itself is undecided: a change of "
-            f"{UNDECIDED_MARGIN:g} in a logit changes its answer. A smaller rounding error flips fewer of them. Longer "
-            "training or more training rows make the model decide."
+            f"{UNDECIDED_MARGIN:g} in a logit changes its answer. A smaller rounding error flips fewer sentences. "
+            "Longer training or more training rows give the model larger margins."
         )
     return (
         f"In {flips - undecided} of these {flips} sentences the PyTorch model is decided: its margin is up to "
@@ -127,7 +129,7 @@ def _explain_flips(report: Mapping[str, Any]) -> str:
 
 
 def command(workspace: Workspace, parent: VariantName, label: str, step: Quantize, labels: LabelSet) -> str:
-    """Returns the command line that quantises `parent` by `step`.
+    """Returns the command line that quantises `parent` with `step`.
 
     Args:
         workspace: The model's workspace.

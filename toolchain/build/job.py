@@ -20,7 +20,7 @@ StepT = TypeVar("StepT", bound=Step, covariant=True)
 
 @dataclass(frozen=True)
 class Job(Generic[StepT]):
-    """The input of a step of one class.
+    """The input of a build step; `StepT` is the class of the step.
 
     Attributes:
         step: The step with its settings.
@@ -29,11 +29,11 @@ class Job(Generic[StepT]):
         folder: The scratch folder that the step fills.
         root: The imported model's artifact; None for an import.
         train: Training data.
-        cache: This machine's folder for results that it computes once.
-        resume: Folder that stays after a killed run. The pipeline deletes it after publication.
-        progress: Called with units done, units in all, and the current work.
+        cache: Folder of results that this machine computes once.
+        resume: Folder for training state, which stays after a killed run. The pipeline deletes it after publication.
+        progress: Called with the number of finished units, their total, and the current activity.
         corpus: Texts that vocabulary trimming uses; None for the training data.
-        base: Folder of the base if the checkpoint is an adapter; None otherwise.
+        base: Folder of the base model if the checkpoint is an adapter; None otherwise.
     """
 
     step: StepT
@@ -77,8 +77,8 @@ class StepResult:
 
         Args:
             job: The job of the step.
-            facts: Facts about the result. The facts of `inherited_facts` are added, unless `facts` has the same name.
-            changes: Values that replace those of the parent.
+            facts: Facts about the result. The method adds the parent's `inherited_facts` that have other names.
+            changes: Values that replace the parent's values.
         """
         manifest = job.parent_artifact.manifest
         parent_values = {name: getattr(manifest, name) for name in ("inputs", "outputs", "labels", "max_length")}

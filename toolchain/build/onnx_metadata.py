@@ -1,4 +1,4 @@
-"""Metadata inside an .onnx file: `metadata_props`, producer and doc string, for a file without its manifest."""
+"""Metadata inside an .onnx file (`metadata_props`, producer, doc string), for readers without the manifest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ SATURATING_X86 = "x86-64 without VNNI or AMX"
 def write_metadata(path: Path, result: StepResult, version: int, model: str, variant: str, parent_id: str) -> None:
     """Writes metadata into an ONNX file.
 
-    The producer version is the step's name and `version`, not the release. So the same work gives the same bytes.
+    The producer version is the step's name and `version`, not the release of this project. So two releases that build
+    the variant in the same way write the same bytes.
 
     Args:
         path: The ONNX file, with its tokenizer.json in the same folder.
@@ -68,10 +69,10 @@ def set_properties(model: ir.Model, properties: Mapping[str, str]) -> None:
 
 
 def options_by_processor(headroom: float | None) -> dict[str, dict[str, str]]:
-    """Returns the session options of ONNX Runtime without which an int8 model is not exact, by kind of processor.
+    """Returns the ONNX Runtime session options that an int8 model needs to be exact, by kind of processor.
 
     Args:
-        headroom: Result of `quantize_linear.headroom`; None without int8 products.
+        headroom: Result of `quantize_linear.headroom`; None if the model has no int8 product.
 
     Returns:
         Option names and values by kind of processor; empty if the model is exact everywhere.

@@ -1,7 +1,7 @@
-"""The pipeline: it builds the artifacts of named variants, validates and publishes them, and skips fresh ones.
+"""The pipeline, which builds, validates and publishes the artifacts of named variants and skips fresh artifacts.
 
-An artifact is fresh if this release's version of its step built it from the current artifact of its parent. The
-variants that a command names must also have the requested settings. Their ancestors keep their recorded settings.
+An artifact is fresh if this release's version of its step built it from its parent's current artifact. Artifacts of
+variants that a command names must also have the requested settings. Ancestors keep the settings in their manifests.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ STEPS: dict[type[Step], tuple[Callable[[Job[Any]], StepResult], int]] = {
 
 @dataclass(frozen=True)
 class VariantPlan:
-    """The plan for one variant.
+    """The pipeline's decision about one variant: the step, and the reason to build.
 
     Attributes:
         variant: The variant.
         step: The step with its effective settings.
-        reason: Why the pipeline builds the variant; empty if it is fresh.
-        artifact: The existing artifact; None if there is no readable one.
+        reason: Reason to build the variant; empty if its artifact is fresh.
+        artifact: The existing artifact; None if it is missing or unreadable.
         folder_error: Error that makes the existing folder unusable; None otherwise.
     """
 
@@ -84,8 +84,8 @@ def plan(workspace: Workspace, names: Iterable[str], requested_steps: Mapping[st
         requested_steps: Steps with the user's settings, by variant name.
 
     Raises:
-        TamperedError: A manifest, or a file of a fresh artifact, changed. For a variant in `requested_steps` the
-            pipeline builds it again and raises nothing.
+        TamperedError: A manifest, or a file of a fresh artifact, changed after the build. But a variant in
+            `requested_steps` raises no error; its plan is to build it again.
         ArtifactError: A variant's folder exists and is not an artifact.
     """
     plans = inspect_variants(workspace, names, requested_steps)
@@ -158,7 +158,7 @@ def ensure(
 
     Raises:
         VerdictError: A new artifact fails validation. It is not published, and the previous artifact stays.
-        ArtifactError: `plan` raises it, or a parent or checkpoint changed during the build.
+        ArtifactError: `plan` finds an unusable folder, or a parent or checkpoint changed during the build.
         DataError: A rebuild needs other training data, or another corpus, than the workspace has.
     """
     artifacts: dict[str, Artifact] = {}
@@ -194,7 +194,7 @@ class FreshVariant:
 
 
 def skip_fresh_events(say: Say) -> Say:
-    """Returns `say` without `FreshVariant` events, for commands that visit the same ancestors many times."""
+    """Returns a `say` that drops `FreshVariant` events, for commands that visit the same ancestors many times."""
 
     def say_unless_fresh(event: object) -> None:
         if not isinstance(event, FreshVariant):
@@ -291,22 +291,22 @@ def _require_same_data(workspace: Workspace, item: VariantPlan) -> None:
     name, step = item.variant.name, item.step
     if uses_training_data(step) and step.train and step.train != workspace.train.digest:
         raise DataError(
-            f"{name} must be built again. Its training data is {inputs.data_name(step.train)}; this command has "
+            f"{name} must be built again. Its training data is {inputs.data_name(step.train)}; this command uses "
             f"{inputs.data_name(workspace.train.digest)}.",
-            "Build it with its own command and --train-data FILE. Leave --train-data out for the embedded SST-2.",
+            f"Run the command that builds {name}, with --train-data FILE. Omit --train-data for the embedded SST-2.",
         )
     corpus = step.trim_vocab if isinstance(step, Quantize) else None
     if corpus and corpus != trimming.TRAIN and corpus != (workspace.corpus and workspace.corpus.digest):
         raise DataError(
             f"{name} must be built again. Its corpus is {inputs.data_name(corpus)}, which this command does not name.",
-            "Build it with its own command and --trim-vocab CORPUS.",
+            f"Run the command that builds {name}, with --trim-vocab CORPUS.",
         )
 
 
 def _find_origin(
     workspace: Workspace, step: Step, parent: Artifact | None
 ) -> tuple[ImportFiles | None, Mapping[str, Any]]:
-    """Returns the checkpoint's files for an import, else None, and the source in the form of a manifest."""
+    """Returns the checkpoint's files (None if the step is no import), and the source as a manifest stores it."""
     if isinstance(step, Import):
         source = dataclasses.replace(workspace.source, revision=step.revision)
         return sources.fetch_files(workspace.source, step), source.to_manifest()
@@ -374,8 +374,8 @@ def list_states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, st
     """Returns the state of all default variants, all variants with a folder, and their ancestors.
 
     Returns:
-        Each variant with its artifact, None if there is none, and its state. The state is ``built`` or ``missing``, or
-        begins with ``stale``, ``tampered`` or ``unusable``, followed by the reason.
+        Each variant with its artifact (None if missing or unreadable) and its state. The state is ``built`` or
+        ``missing``, or it is ``stale``, ``tampered`` or ``unusable``, followed by the reason.
     """
     names = [name for cells in variants.DEFAULT_CELLS.values() for name in cells]
     names += sorted(folder.name for folder in (workspace.exported / workspace.model).glob("[!.]*") if folder.is_dir())

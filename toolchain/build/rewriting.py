@@ -26,12 +26,12 @@ def rewrite_parent_graph(
     Args:
         job: The job of the step.
         passes: Names of the passes, in order.
-        keep: As in `Context`.
-        activations: As in `Context`.
-        tokens: As in `Context`.
+        keep: As in `passes.Context`.
+        activations: As in `passes.Context`.
+        tokens: As in `passes.Context`.
 
     Returns:
-        The result. Its fact ``rewrites`` holds the number of times each pass applied.
+        The result. Its fact ``rewrites`` holds the number of rewrites that each pass made.
 
     Raises:
         GraphError: The parent's file is no ONNX model, or a pass cannot rewrite it.

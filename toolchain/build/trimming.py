@@ -59,7 +59,7 @@ def tokens_to_keep(job: Job[Quantize]) -> list[int]:
 def trim(
     job: Job[Quantize], tokens: Sequence[int], embedding: Sequence[str], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Trims the tokenizer in the job's folder, whose graph is already trimmed, and measures the effect.
+    """Trims the tokenizer in the job's folder and measures the effect; the graph there is already trimmed.
 
     Args:
         job: The job of the step.
@@ -70,7 +70,7 @@ def trim(
     Returns:
         Facts for the manifest: ``vocabulary``, and ``parameters`` if `facts` has it. ``vocabulary`` holds the number of
         tokens kept, the original number and the bytes saved. It also compares the fp32 parent, with all its tokens,
-        and the new model on held-out rows. ``held_out`` covers all these rows, ``out_of_domain`` covers those with a
+        and the new model on held-out rows. ``held_out`` covers all these rows; ``out_of_domain`` covers the rows with a
         removed token.
     """
     parent = job.parent_artifact
@@ -111,8 +111,8 @@ def validation_data(train: TrainingSource, artifact: Artifact) -> Data:
     if training_digest != train.digest:
         raise DataError(
             f"The validation of {manifest.variant} needs held-out rows of {inputs.data_name(training_digest)}, but "
-            f"this command has {inputs.data_name(train.digest)}.",
-            "Name that data with --train-data.",
+            f"this command uses {inputs.data_name(train.digest)}.",
+            f"Name the training data of {manifest.variant} with --train-data.",
         )
     data = train.load(artifact.label_set)
     return data.select(inputs.hold_out(data)[1])

@@ -51,19 +51,19 @@ class Workspace:
         return cls(exported, name, source, train or TrainingSource(), corpus)
 
     def with_base(self, base: str) -> Workspace:
-        """Returns the same workspace with another base for the adapter.
+        """Returns the same workspace with `base` as the base model of the adapter.
 
         Args:
             base: Value of `--base`.
 
         Raises:
-            CheckpointError: `base` names no source.
+            CheckpointError: `base` names no folder or hub model.
         """
         base_source = checkpoints.locate(base)
         return dataclasses.replace(self, source=dataclasses.replace(self.source, base=base_source.ref))
 
     def path(self, variant: str) -> Path:
-        """Returns the folder of a variant, which may not exist."""
+        """Returns the path of a variant's folder; the folder need not exist."""
         return self.exported / self.model / variant
 
     @property
@@ -76,12 +76,13 @@ class Workspace:
         return store.load(self.path(variant))
 
     def lineage(self, name: str, requested_names: Container[str] = ()) -> list[Variant]:
-        """Returns the variant's ancestors from the root on, and the variant itself last.
+        """Returns the variant and its ancestors, root first.
 
-        The parent of a labelled variant is the parent in its manifest, if there is one. Otherwise the method tries the
-        label and the labels that it extends, longest first. It takes the first known variant, else the unlabelled one.
-        A variant is known if it is built or if `requested_names` contains it. An exported or optimised graph is also
-        known if its parent with the same label is known.
+        The parent of a labelled variant is the parent in its manifest. Without a manifest, the method tries the
+        variant's label and then the shorter labels that it extends (``a-b``, then ``a``). It takes the first label
+        with a known parent variant; if there is none, it takes the unlabelled parent. A variant is known if it is built
+        or if `requested_names` contains it. An exported or optimised graph is also known if its parent with the same
+        label is known.
 
         Args:
             name: Name of the variant.
@@ -104,7 +105,7 @@ class Workspace:
         return [*(self.lineage(variant.parent, requested_names) if variant.parent else []), variant]
 
     def _is_known(self, name: str, requested_names: Container[str]) -> bool:
-        """Returns whether a variant is known; see `lineage`. A graph counts because it needs no settings."""
+        """Returns whether a variant is known; see `lineage`. A graph counts because its step needs no settings."""
         if not variants.is_variant(name):
             return False
         if name in requested_names or self._recorded_parent(name) is not None:

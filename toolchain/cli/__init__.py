@@ -60,7 +60,7 @@ for command in (
     cli.add_command(command)
     for option in command.params:
         if isinstance(option, click.Option):
-            # The variable has the name of the option. Click would use the name of the Python parameter.
+            # The variable's name comes from the option. Click itself would use the name of the Python parameter.
             option.envvar = f"TOOLCHAIN_{command.name}_{option.opts[0].lstrip('-')}".upper().replace("-", "_")
 
 
@@ -68,8 +68,8 @@ for command in (
 def _record_interrupts() -> Iterator[list[int]]:
     """Yields a list that receives the number of each interrupt signal.
 
-    During an import or a callback, C libraries convert KeyboardInterrupt to errors of other classes. The list shows
-    that the error comes from the user's interrupt and is not a bug.
+    During an import or a callback, C libraries convert KeyboardInterrupt to errors of other classes. If the list is not
+    empty, such an error comes from the user's interrupt and is not a bug.
     """
     signal_numbers: list[int] = []
 
@@ -91,12 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code; prints every error as a message.
 
     Args:
-        arguments: The arguments; None for those of the process.
+        arguments: Arguments of the command; None for those in `sys.argv`.
     """
     state = {"debug": False}
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # terminals without × or Δ must still show the numbers
+            stream.reconfigure(errors="backslashreplace")  # a terminal without × or Δ must still show the numbers
     with _record_interrupts() as interrupts:
         try:
             code = cli.main(arguments, prog_name="toolchain", standalone_mode=False, obj=state)
@@ -120,5 +120,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report_interrupt() -> int:
-    click.echo("Interrupted. No file is incomplete.", err=True)
+    click.echo("Interrupted. All written files are complete.", err=True)
     return 130

@@ -41,16 +41,17 @@ if TYPE_CHECKING:
 @click.option(
     "--variant", "names", multiple=True, metavar="VARIANT", help="Measure only this variant. Can be repeated."
 )
-@click.option("--quick", is_flag=True, help="Measure each cell for about 20 s instead of 60 s.")
+@click.option("--quick", is_flag=True, help="Measure each cell (variant on a provider) for about 20 s instead of 60 s.")
 @click.option(
     "--device-id", type=click.IntRange(0), default=0, show_default=True, help="Number of the GPU, as in nvidia-smi."
 )
 @click.option(
     "--allow-fallback",
     is_flag=True,
-    help="Also measure an ONNX variant if the provider runs a part of it on the CPU. Its row is marked.",
+    help="Also measure an ONNX variant if the provider lacks kernels, so that some operators run on the CPU. The "
+    "comparison marks the row of this variant.",
 )
-@click.option("--threads", type=click.IntRange(1), help="Threads of each cell.  [default: physical cores]")
+@click.option("--threads", type=click.IntRange(1), help="Number of CPU threads.  [default: physical cores]")
 @data_options
 @click.option(
     "--batch-size",
@@ -60,8 +61,8 @@ if TYPE_CHECKING:
     help="Largest number of sentences in a batch.",
 )
 @click.option("--by-length", is_flag=True, help="Also measure latency at 16, 32, … 512 tokens.")
-@click.option("--save-as", metavar="NAME", help="Save the result as NAME.json in --results, to commit it.")
-@click.option("--force", is_flag=True, help="Replace an existing result of --save-as.")
+@click.option("--save-as", metavar="NAME", help="Save the result as NAME.json in --results, so that you can commit it.")
+@click.option("--force", is_flag=True, help="Let --save-as replace an existing file.")
 @click.option("--resume", is_flag=True, help="Continue the interrupted run of the same command.")
 @engine_options
 @json_option
@@ -174,9 +175,9 @@ def _bench_on_ray(
 
 @dataclass
 class _Saving:
-    """Saves results under a `name` to commit, or in a local file of the `model`.
+    """Saves results in a file that the user names and can commit, or in a local file of the `model`.
 
-    If several machines measure, each machine has its own file: the name and the machine's id.
+    If several machines measure, each machine has its own file, whose name also contains the machine's id.
     """
 
     folder: ResultsFolder
@@ -194,19 +195,19 @@ class _Saving:
                 require_free(self.folder.named_path(self.name, machine_id))
 
     def save(self, result: ResultFile, machine_id: str | None) -> None:
-        """Writes the result and prints its path; if the name is unusable, writes a local file and keeps the error."""
+        """Writes the result and prints its path; if the named file cannot be written, writes a local file."""
         from toolchain.cli.progress import say
         from toolchain.errors import ResultFileError
         from toolchain.results.folder import save_named
 
-        # A run that measured nothing is not worth a commit, so it does not use the name.
+        # A result without any measurement is not worth a commit, so it becomes a local file.
         if self.name and any(row.status == "ok" for row in result.rows):
             path = self.folder.named_path(self.name, machine_id)
             try:
                 save_named(result, path, force=self.force)
             except ResultFileError as error:
                 path = self.folder.save_local(result, self.model, machine_id)
-                self.error = ResultFileError(f"{error.cause} This result is in {path}.", "Rename it to a free name.")
+                self.error = ResultFileError(f"{error.cause} This result is in {path}.", "Rename the file.")
                 say(error.cause)
         else:
             path = self.folder.save_local(result, self.model, machine_id)

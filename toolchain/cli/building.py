@@ -17,7 +17,7 @@ def build(workspace: Workspace, requested_steps: dict[str, Step], dry_run: bool)
     Args:
         workspace: The model's workspace.
         requested_steps: Steps with the user's settings, by variant name.
-        dry_run: Whether to print the plan only.
+        dry_run: Whether to only print the plan.
     """
     from toolchain.artifacts.steps import settings_of
     from toolchain.build.pipeline import ensure, plan

@@ -1,4 +1,4 @@
-"""Compare: result files as a table."""
+"""Compare: prints result files as one table."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def gate_options(command: F) -> F:
             callback=_parse_share,
             default="5%",
             show_default=True,
-            help="Largest share by which a figure may be worse than in the older run.",
+            help="With --against: largest percentage by which a figure may be worse than in the older run.",
         ),
         click.option(
             "--against",
@@ -54,18 +54,24 @@ def gate_options(command: F) -> F:
             help="Compare with this older run; exit code 3 if a cell is worse.",
         ),
         click.option(
-            "--max-memory-mb", type=number, callback=_require_finite, metavar="MB", help="Highest peak memory."
+            "--max-memory-mb", type=number, callback=_require_finite, metavar="MB", help="Highest allowed peak memory."
         ),
-        click.option("--max-size-mb", type=number, callback=_require_finite, metavar="MB", help="Largest artifact."),
         click.option(
-            "--max-p95-ms", type=number, callback=_require_finite, metavar="MS", help="Highest p95 latency at batch 1."
+            "--max-size-mb", type=number, callback=_require_finite, metavar="MB", help="Largest allowed artifact."
+        ),
+        click.option(
+            "--max-p95-ms",
+            type=number,
+            callback=_require_finite,
+            metavar="MS",
+            help="Highest allowed p95 latency at batch 1.",
         ),
         click.option(
             "--max-drop",
             type=number,
             callback=_require_finite,
             metavar="POINTS",
-            help="Largest accuracy drop. Exit code 3 if no row keeps all limits.",
+            help="Largest allowed accuracy drop. Exit code 3 if no row meets all limits.",
         ),
     ):
         command = option(command)
@@ -81,7 +87,7 @@ def gate_options(command: F) -> F:
     "patterns",
     multiple=True,
     metavar="PATTERN",
-    help="Show only cells that match, such as `onnx-*`. Can be repeated.",
+    help="Show only cells whose name matches PATTERN, such as `onnx-*`. Can be repeated.",
 )
 @click.option(
     "--sort",
@@ -102,7 +108,7 @@ def gate_options(command: F) -> F:
     "--plots",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Folder to save plots to, as PNG and SVG.",
+    help="Folder for the plots, as PNG and SVG files.",
 )
 @json_option
 @results_option
@@ -129,8 +135,8 @@ def compare(
 ) -> None:
     """Compare result files in one table with a row for each cell; without RESULTS, show the model's newest run.
 
-    With limits, the command names the fastest row that keeps all limits, and the limits that other rows break. With an
-    older run, it names the figures that got worse. Exit code 3: no row keeps all limits, or a figure got worse.
+    With limits, the command names the fastest row that meets all limits, and the limits that other rows break. With
+    --against, it names the figures that got worse. Exit code 3: no row meets all limits, or a figure got worse.
 
     \b
     Examples:
@@ -191,7 +197,7 @@ def rows_of(files: Sequence[ResultFile], baseline: str | None, exported: Path) -
 def show(
     rows: Sequence[Row], form: str, verdict: Verdict | None = None, regressions: Regressions | None = None
 ) -> None:
-    """Prints rows in a format; prints verdicts with them, or on standard error if the format is CSV or HTML."""
+    """Prints the rows in a format, and the verdicts below; for CSV and HTML, verdicts go to standard error."""
     from toolchain.compare.report import verdict as verdicts
 
     lines = [*(verdicts.choice_lines(verdict) if verdict else [])]

@@ -1,4 +1,4 @@
-"""Doctor: problems of this machine and installation."""
+"""Doctor: reports problems of this machine and installation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @json_option
 @debug_option
 def doctor(exported: Path, as_json: bool) -> None:
-    """Check this machine and this installation. Each finding names its fix. Exit code 1: something does not work.
+    """Check this machine and this installation. Each problem comes with a fix. Exit code 1: there is a problem.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""Export: a checkpoint to ONNX."""
+"""Export: converts a checkpoint to ONNX."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from toolchain.cli.building import build
 @click.option(
     "--base",
     metavar="FOLDER|ID",
-    help="Base model of a LoRA adapter. Later commands remember it.  [default: the hub model that the adapter names]",
+    help="Base model of a LoRA adapter, also for later commands.  [default: the hub model that the adapter names]",
 )
 @click.option("--opset", type=click.IntRange(17, 20), default=18, show_default=True, help="ONNX opset.")
 @click.option(
@@ -63,9 +63,10 @@ def export(
     label: str,
     dry_run: bool,
 ) -> None:
-    """Export a checkpoint to ONNX: torch-fp32, onnx-std, and onnx-fp32 optimised for the CPU.
+    """Export a checkpoint to ONNX: build torch-fp32, onnx-std, and onnx-fp32, which is optimised for the CPU.
 
-    The command validates each variant against PyTorch before it publishes it. It skips fresh variants.
+    The command stores a variant only if the variant passes validation against PyTorch. It skips variants that are up to
+    date.
 
     \b
     Examples:

@@ -38,12 +38,14 @@ if TYPE_CHECKING:
     "--max-length",
     type=click.IntRange(8),
     metavar="TOKENS",
-    help="Truncate longer texts.  [default: the base's maximum]",
+    help="Truncate texts to this number of tokens.  [default: the base's maximum]",
 )
 @click.option(
     "--labels", metavar="A,B,…", help="Labels of a new head, in order.  [default: the labels of the base or the data]"
 )
-@click.option("--multi-label", is_flag=True, help="A text has any number of labels, written a|b in the column.")
+@click.option(
+    "--multi-label", is_flag=True, help="Each text has any number of labels, written as a|b in the label column."
+)
 @click.option("--teacher", metavar="MODEL", help="Also learn from the logits of this classifier.")
 @click.option(
     "--seed",
@@ -53,7 +55,10 @@ if TYPE_CHECKING:
     help="Random seed of the new head, the row order and dropout.",
 )
 @click.option(
-    "--data", metavar="DATA", help=f"Data to evaluate the checkpoint on once: {DATA}.  [default: the held-out rows]"
+    "--data",
+    metavar="DATA",
+    help=f"Data for the final evaluation: {DATA}.  [default: the held-out rows; for the embedded SST-2, its "
+    "validation set]",
 )
 @training_options
 @click.option(
@@ -77,10 +82,10 @@ def finetune(
     output: Path,
     as_json: bool,
 ) -> None:
-    """Train a base model on your labelled texts. Every command takes the resulting folder with --model.
+    """Train a base model on your labelled texts. Other commands accept the new folder as --model.
 
-    The command holds out a tenth of the rows, at most 2000, and keeps the epoch that is best on them. If you interrupt
-    it, the same command continues.
+    The command holds out a tenth of the rows, at most 2000. It keeps the weights of the epoch that scores best on the
+    held-out rows. If you interrupt the training, the same command continues it.
 
     \b
     Examples:

@@ -89,20 +89,20 @@ def no_pass_option(names: Sequence[str], action: str) -> Callable[[F], F]:
 
     Args:
         names: Names of the passes that the option accepts.
-        action: First part of the help text.
+        action: First sentence of the help text, without a full stop.
     """
     text = f"{action}. Can be repeated."
     return click.option("--no-pass", "omitted_passes", type=click.Choice(names), multiple=True, help=text)
 
 
 def json_option(command: F) -> F:
-    """Adds --json, for every command that prints a table."""
+    """Adds --json, for every command that can print JSON."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")(command)
 
 
 def dry_run_option(command: F) -> F:
     """Adds the option --dry-run to a command that builds artifacts."""
-    return click.option("--dry-run", is_flag=True, help="Print what the command would do, and do nothing.")(command)
+    return click.option("--dry-run", is_flag=True, help="Print the plan, and change nothing.")(command)
 
 
 RAY = "ray"
@@ -150,7 +150,7 @@ def open_workspace(
         model: Value of --model.
         exported: Value of --exported.
         folder_name: Value of --as.
-        train: Training data, as from `training_options`.
+        train: Training data from `training_options`.
         corpus: Texts that vocabulary trimming uses.
     """
     from toolchain.build.workspace import Workspace
@@ -162,7 +162,7 @@ DATA = "a CSV, TSV, JSON lines or Parquet file, or a hub dataset such as glue/ss
 
 
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options for training data, for every command that trains, ranks or tunes.
+    """Adds the options for training data, for every command that uses training data.
 
     The command receives them as `train`.
     """

@@ -1,4 +1,4 @@
-"""Predict: labels and probabilities for the texts of a file."""
+"""Predict: computes labels and probabilities for the texts of a file."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def predict(
 ) -> None:
     """Predict labels and probabilities for the texts of FILE with a variant or a bundle, in the order of the texts.
 
-    The ending of FILE names its format: CSV, TSV, JSON lines or Parquet; other files have one text in each line. -
-    means standard input. Memory does not grow with the length of FILE. With --output, the same command continues an
-    interrupted one. With --engine ray, all machines of a Ray cluster take part; this machine must be one of its nodes.
+    FILE is a .csv, .tsv, .jsonl or .parquet file. Any other FILE has one text in each line. FILE - is standard input.
+    A longer FILE does not need more memory. If you interrupt a command with --output, the same command continues it.
+    With --engine ray, all machines of a Ray cluster take part; this machine must be a node of the cluster.
 
     \b
     Examples:

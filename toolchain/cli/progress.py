@@ -19,9 +19,9 @@ def say(event: object) -> None:
 
 @contextmanager
 def bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Yields a callback that shows the units done, the units in all, and the current work.
+    """Yields a callback that shows the number of finished units, the total number, and the current work.
 
-    It shows nothing before its first call.
+    The callback shows nothing before its first call.
     """
     if not sys.stderr.isatty():
         yield _print_tenths(title)
@@ -36,7 +36,7 @@ def bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
         tasks: dict[int, TaskID] = {}
 
         def update(count: int, total: int, activity: str) -> None:
-            # Another total means another kind of work. A new task estimates its remaining time from the start.
+            # A new total means a new kind of work. A new task then restarts the estimate of the remaining time.
             if total not in tasks:
                 for task in tasks.values():
                     view.remove_task(task)

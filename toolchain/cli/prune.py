@@ -1,4 +1,4 @@
-"""Prune: a smaller PyTorch model."""
+"""Prune: builds a smaller PyTorch model."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from toolchain.cli.building import build
     "--max-drop",
     type=click.FloatRange(0),
     metavar="POINTS",
-    help="Instead of --ratio: search the largest ratio with at most this accuracy drop on held-out rows.",
+    help="Instead of --ratio: search for the largest ratio with at most this accuracy drop on held-out rows.",
 )
 @click.option(
     "--method",
     type=click.Choice(["fisher", "magnitude", "mask"]),
     default="fisher",
     show_default=True,
-    help="How importance is measured: fisher by gradients, magnitude by weights. mask only sets the weakest "
+    help="Importance measure: fisher uses gradients, magnitude uses weights. mask only sets the weakest "
     "rows to zero, so the model gets neither smaller nor faster.",
 )
 @click.option(
@@ -49,13 +49,13 @@ from toolchain.cli.building import build
     type=click.Choice(["parameters", "latency"]),
     default="parameters",
     show_default=True,
-    help="Cost that pruning reduces: parameters, or latency, which is measured once on this machine.",
+    help="Cost that pruning reduces: parameters, or latency (measured once on this machine).",
 )
 @click.option(
     "--layers",
     type=click.IntRange(1),
     metavar="N",
-    help="Keep N layers. Remove the other layers completely, then prune the rest.",
+    help="Remove whole layers until N layers are left. Then prune these N layers.",
 )
 @click.option(
     "--recover",
@@ -112,7 +112,7 @@ def prune(
             "--max-drop builds pruned models without training: it cannot be used with --recover or --dry-run."
         )
     prunings = [Prune(ratio, method, cost, layers) for ratio in ratios or [0.5]]
-    # Before the search, so that a wrong parent fails at once.
+    # This line comes before the search, so that a wrong parent fails at once.
     children = [derive_variant(parent, pruning, label) for pruning in prunings]
     workspace = open_workspace(model, exported, folder_name, train)
     if max_drop is not None:

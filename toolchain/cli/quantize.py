@@ -1,4 +1,4 @@
-"""Quantize: a variant with fewer bits."""
+"""Quantize: builds a variant with fewer bits."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ if TYPE_CHECKING:
     "--scheme",
     type=click.Choice(list(dict.fromkeys(scheme for schemes in QUANTIZED.values() for scheme in schemes))),
     help="ort: dynamic, static, int4, fp16 (onnx-fp16, for CUDA). torch: int8, bf16, fp16. bnb: int8, nf4, fp4.  "
-    "[default: the backend's first]",
+    "[default: the backend's first scheme]",
 )
 @click.option(
     "--isa",
     type=click.Choice(["vnni", "portable", "auto"]),
     default="vnni",
     show_default=True,
-    help="ort: processors on which the variant is exact. vnni: x86 with VNNI or AMX, ARM, WebAssembly. portable: all "
-    "processors, with weights of 7 bits (onnx-int8-portable). auto: this processor.",
+    help="ort: processors on which int8 sums do not saturate. vnni: x86 with VNNI or AMX, ARM, WebAssembly. portable: "
+    "all processors, with weights of 7 bits (onnx-int8-portable). auto: this processor.",
 )
 @click.option(
     "--embeddings",
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     "--keep-fp32",
     type=click.IntRange(1),
     metavar="N",
-    help="ort: keep the N most sensitive linear layers in fp32. Held-out rows of the training data rank them.",
+    help="ort: keep the N most sensitive linear layers in fp32. The ranking uses held-out rows of the training data.",
 )
 @click.option(
     "--max-drop",
@@ -76,8 +76,8 @@ if TYPE_CHECKING:
 @click.option(
     "--trim-vocab",
     metavar="CORPUS",
-    help="ort: drop tokens that do not occur in CORPUS, a file of texts, from vocabulary and embedding table. `train` "
-    "means the training data. --text-column names the column of texts.",
+    help="ort: remove tokens that do not occur in CORPUS from vocabulary and embedding table. CORPUS is a file of "
+    "texts, or `train` for the training data. --text-column names the column of texts.",
 )
 @training_options
 @name_option
@@ -105,10 +105,12 @@ def quantize(
 ) -> None:
     """Quantise a variant: onnx-fp32 becomes onnx-int8; torch-fp32 becomes torch-int8 or bnb-nf4.
 
-    int8 chooses activation scales at run time. Only ort's static scheme fixes them on training sentences, so that the
-    logits of a sentence do not depend on the other sentences of its batch. bnb is bitsandbytes: it saves memory, but no
-    time on a CPU. The command validates each variant before it publishes it. It refuses a variant if 200 sentences show
-    that more than 2 % of all sentences flip against the PyTorch model.
+    The int8 schemes choose activation scales at run time, except ort's static scheme. That scheme chooses the
+    scales in advance, on training sentences. Then the logits of a sentence do not depend on the other sentences of its
+    batch. bnb (bitsandbytes) saves memory, but no time on a CPU.
+
+    The command stores a variant only if the variant passes validation. Validation compares the labels of 200 sentences
+    with the PyTorch model's labels. It fails if these 200 show that more than 2 % of all sentences get another label.
 
     \b
     Examples:
@@ -138,7 +140,7 @@ def quantize(
     if sum([keep_fp32 is not None, max_drop is not None, sensitivity]) > 1:
         raise click.UsageError("Give only one of --keep-fp32, --max-drop and --sensitivity.")
     if sensitivity and trim_vocab:
-        raise click.UsageError("--sensitivity measures linear layers, and --trim-vocab does not change them.")
+        raise click.UsageError("--sensitivity cannot be used with --trim-vocab, which does not change linear layers.")
     if max_drop is not None and dry_run:
         raise click.UsageError("--max-drop cannot be used with --dry-run.")
     if as_json and not sensitivity:
@@ -164,7 +166,7 @@ def quantize(
         scheme,
         reduce_range=True if isa == "portable" else None,
         embeddings=embeddings,
-        keep_fp32=1 if sensitivity or max_drop is not None else keep_fp32,  # 1 has the rules of any number
+        keep_fp32=1 if sensitivity or max_drop is not None else keep_fp32,  # any number gives the same checks
         passes=Quantize.passes_without(scheme, omitted_passes),
         trim_vocab=corpus.digest if corpus else trim_vocab,
     )

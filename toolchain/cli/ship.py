@@ -1,4 +1,4 @@
-"""Ship: a bundle for an app."""
+"""Ship: writes a bundle for an app."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from toolchain.ship.targets.releases import DEFAULT, ORDER, RELEASES
 @click.option(
     "--demo/--no-demo",
     default=True,
-    help="web: whether the bundle has a demo page, which needs npm once.  [default: demo]",
+    help="web: whether the bundle has a demo page, which needs npm the first time.  [default: demo]",
 )
 @click.option(
     "--with-tokenizer",

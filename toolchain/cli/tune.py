@@ -1,4 +1,4 @@
-"""Tune: the search for the best artifact."""
+"""Tune: searches for the best artifact."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ class Duration(click.ParamType):
     default=1.0,
     show_default=True,
     metavar="POINTS",
-    help="Largest accuracy drop against torch-fp32, on held-out rows of the training data.",
+    help="Largest allowed accuracy drop against onnx-fp32, on held-out rows of the training data.",
 )
 @click.option(
     "--objective",
     type=click.Choice(["latency", "throughput", "size"]),
     default="latency",
     show_default=True,
-    help="What to improve: latency of one sentence, throughput of batches, or size in bytes.",
+    help="Figure to improve: latency of one sentence, throughput of batches, or size in bytes.",
 )
 @click.option(
     "--budget",
     type=Duration(),
     default="20m",
     show_default=True,
-    help="Time for the search. A trial that runs at the end still finishes.",
+    help="Time for the search. A trial that is running when this time ends still finishes.",
 )
 @click.option("--data", metavar="DATA", help=f"Data for the final measurement: {DATA}.  [default: the embedded SST-2]")
 @training_options
@@ -73,11 +73,11 @@ def tune(
     folder: Path,
     as_json: bool,
 ) -> None:
-    """Search for the fastest or smallest ONNX artifact that keeps the accuracy; builds and measures on this machine.
+    """Search for the fastest or smallest ONNX artifact within the allowed accuracy drop; measures on this machine.
 
-    The search tries pruning ratios and costs, training, 8 and 4 bits, and layers kept in fp32. Each trial stays as a
-    variant with the label tune. If you interrupt the search, the same command continues it. It chooses on held-out rows
-    of the training data. At the end, it measures the Pareto front once on the validation set.
+    The search tries pruning ratios and costs, training, 8 and 4 bits, and layers kept in fp32. Each trial remains as a
+    variant whose label starts with tune. If you interrupt the search, the same command continues it. The search chooses
+    on held-out rows of the training data. At the end, it measures the Pareto front once on the validation set.
 
     \b
     Examples:
@@ -99,10 +99,10 @@ def tune(
     protocol = replace(QUICK, threads=hardware.cores())
     results = ResultsFolder(folder)
     final_request = run.Request((), ("cpu",), protocol, data, train.columns, results=results)
-    run.evaluation_data(workspace, final_request, say)  # reports unsuitable data before the search
+    run.evaluation_data(workspace, final_request, say)  # raises an error for unsuitable data before the search
     best, front = search(workspace, Request(objective, max_drop, budget), say, bar)
     names = dict.fromkeys(["torch-fp32", EXACT, best.baseline, *(outcome.variant for outcome in front)])
-    with bar("the front on validation data") as progress:
+    with bar("Pareto front on the validation set") as progress:
         result, journal = run.measure(workspace, replace(final_request, names=tuple(names)), say, progress)
     path = results.save_local(result, workspace.model)
     say(f"saved: {path}")

@@ -1,4 +1,4 @@
-"""Validate: an artifact's logits compared with PyTorch's."""
+"""Validate: compares an artifact's logits with PyTorch's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def validate(
     """Compare VARIANT's logits with PyTorch's; exit code 3 if validation fails.
 
     The command compares many lengths, batches, paddings and difficult texts. It builds missing and stale variants
-    first. It validates a variant with a trimmed vocabulary on sentences like its training data.
+    first. If the vocabulary is trimmed, the sentences come from the same data set as the variant's training data.
 
     \b
     Example:

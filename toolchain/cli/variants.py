@@ -1,4 +1,4 @@
-"""Variants: the variants of a model and their state."""
+"""Variants: lists the variants of a model and their states."""
 
 from __future__ import annotations
 

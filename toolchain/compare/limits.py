@@ -1,4 +1,4 @@
-"""Limits on measured rows: they select the rows within the limits, the winner and the nearest misses."""
+"""Checks measured rows against limits, and finds the passing rows, the winner and the nearest misses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from toolchain.results.statistics import CONFIDENCE
 if TYPE_CHECKING:
     from toolchain.compare.rows import Row
 
-NEAREST = 3  # Number of misses in a verdict.
+NEAREST = 3  # Maximum number of misses in a verdict.
 _TOLERANCE = 1e-9  # In binary arithmetic, 90 % minus 89 % is a little more than one point.
 
 
@@ -43,7 +43,7 @@ def _megabytes(count: int | None) -> float | None:
     return None if count is None else count / 1e6
 
 
-# Limit → name of the limited figure, its unit, and the function that returns it in this unit.
+# Name of a limit → name and unit of the limited figure, and the function that returns a row's figure in this unit.
 _FIGURES: Mapping[str, tuple[str, str, Callable[[Row], float | None]]] = {
     "max_drop": ("accuracy drop", "points", _drop),
     "max_p95_ms": ("p95", "ms", lambda row: row.measurement.latency_ms.get("p95")),
@@ -70,7 +70,7 @@ class BrokenLimit:
 
     @property
     def excess(self) -> float:
-        """Returns the excess as a share of the limit (of 1 if the limit is 0); infinite for an unknown figure."""
+        """Returns (figure - limit) / limit, or the figure if the limit is 0; infinite for an unknown figure."""
         return math.inf if self.value is None else (self.value - self.allowed) / (self.allowed or 1.0)
 
     def __str__(self) -> str:
@@ -114,10 +114,10 @@ class Verdict:
 def check_limits(rows: Sequence[Row], limits: Limits) -> Verdict:
     """Checks the measured rows against the limits and chooses the winner.
 
-    An unknown figure does not pass its limit. The winner is the passing row with the lowest median latency, because
-    the limits already bound accuracy drop, p95, size and memory. Among equally fast rows, the smallest wins, then the
-    most accurate, then the first by name. The nearest misses break the fewest limits. Among these, the misses with the
-    smallest sum of excess shares come first.
+    If a limited figure is unknown, the row breaks the limit. The winner is the passing row with the lowest median
+    latency, because the limits already bound accuracy drop, p95, size and memory. Among equally fast rows, the smallest
+    wins, then the most accurate, then the first by name. The nearest misses break the fewest limits. Misses that break
+    equally many limits are sorted by their sum of `BrokenLimit.excess`, smallest sum first.
 
     Raises:
         ResultFileError: The measured rows come from several machines or data sets, so their times and accuracy drops
@@ -126,8 +126,9 @@ def check_limits(rows: Sequence[Row], limits: Limits) -> Verdict:
     measured_rows = sorted((row for row in rows if row.measurement.status == "ok"), key=_sort_key)
     if len({(row.run.machine["id"], row.run.data["sha256"]) for row in measured_rows}) > 1:
         raise ResultFileError(
-            "Limits apply to rows of one machine and one data set, but these rows come from several.",
-            "Name the result files of one machine and one data set.",
+            "Limits apply to rows of one machine and one data set, but these rows come from several machines or data "
+            "sets.",
+            "Pass only the result files of one machine and one data set.",
         )
     checked = [(row, _broken_limits(row, limits)) for row in measured_rows]
     passed = tuple(row for row, broken in checked if not broken)
@@ -167,7 +168,7 @@ def _limit_remark(row: Row, limit: str, value: float | None) -> str:
 def chance_remark(row: Row) -> str:
     """Returns a remark on whether the row's accuracy differs from the baseline's accuracy by chance.
 
-    McNemar's test decides if the answers are known. Otherwise the interval of the row's accuracy decides.
+    If the answers are known, McNemar's test decides. Otherwise, the interval of the row's accuracy decides.
 
     Returns:
         The remark; empty if the accuracies are equal or unknown. It is also empty if the answers are unknown and the
@@ -184,7 +185,7 @@ def chance_remark(row: Row) -> str:
 
 
 def require_winner(verdict: Verdict) -> None:
-    """Requires a winner.
+    """Requires that a measured row is within the limits.
 
     Raises:
         VerdictError: No row is within the limits, or there is no measured row.

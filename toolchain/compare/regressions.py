@@ -1,8 +1,8 @@
 """Regressions from an old run to a new run on the same machine and data, cell by cell.
 
-Every figure is a cost: time, bytes or wrong answers. A change is a share of the old cost. The rounds of two runs are
-not interleaved, and the speed of a machine drifts between runs. Times are therefore relative to the baseline of each
-run. This hides a slowdown that affects all rows equally. If the baseline becomes faster, all other rows look slower.
+Every figure is compared as a cost: time, bytes or wrong answers. A change is a share of the old cost. The rounds of two
+runs are not interleaved, and the speed of a machine drifts between runs. Times are therefore relative to the baseline
+of each run. Relative times hide a slowdown of all rows. If the baseline becomes faster, all other rows look slower.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def parse_share(text: str) -> float:
     """Returns a percentage as a share: 0.05 for ``5%`` and for ``5``.
 
     Raises:
-        ValueError: The text is not a percentage from 0 to 100. A number between 0 and 1 without the sign also raises
-            it, because the user may mean a share.
+        ValueError: The text is not a percentage from 0 to 100, or it is a number between 0 and 1 without a percent
+            sign. The user may mean such a number as a share.
     """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(%?)", text.strip())
     percent = float(match[1]) if match else math.inf
@@ -42,17 +42,17 @@ def parse_share(text: str) -> float:
 
 @dataclass(frozen=True)
 class Change:
-    """The change of one figure of a pair; None marks an unknown value.
+    """The change of one figure between the two rows of a pair; None marks an unknown value.
 
     Attributes:
         figure: Name of the figure.
         old: The old figure.
         new: The new figure.
-        regressed: Whether the figure got worse by more than the limit.
+        regressed: Whether the change is a regression by the rules of `find_regressions`.
         worse: Increase of the cost as a share of the old cost; negative is better.
         low: Lower bound of the 95 % interval of `worse`; None if there are too few rounds.
         high: Upper bound of the 95 % interval of `worse`; None if there are too few rounds.
-        may_be_none: Whether the interval or McNemar's test does not exclude zero change.
+        may_be_none: Whether the interval includes zero change, or McNemar's test is not significant.
         remark: Further information about the change; may be empty.
     """
 
@@ -75,7 +75,8 @@ class Pair:
         old: Row of the old run.
         new: Row of the new run; None if it is missing.
         changes: Changes of the figures; empty for a lost row.
-        lost: Status and reason of a new row without figures, or ``missing``; empty for a measured row.
+        lost: Why the new run did not measure the cell: status and reason of the new row, or ``missing``. Empty if the
+            new run measured the cell.
     """
 
     old: Row
@@ -110,7 +111,7 @@ class Regressions:
 
 
 class _Key(NamedTuple):
-    """Settings that two comparable rows share; `_DIFFERENCES` names a difference in each field from `machine` on."""
+    """Settings that are equal in comparable rows; `_DIFFERENCES` describes differences in the settings after `cell`."""
 
     model: str
     cell: str
@@ -132,19 +133,21 @@ def _comparison_key(row: Row) -> _Key:
 
 
 def find_regressions(new: Sequence[Row], old: Sequence[Row], limit: float) -> Regressions:
-    """Compares each measured old row with the newest new row of the same settings.
+    """Compares each measured row of the old run with the row of the new run that has the same settings.
 
-    The settings are model, cell, machine, data, threads, batch size and, for CUDA, the GPU.
+    The settings are model, cell, machine, data, threads, batch size and, for CUDA, the GPU. Of several rows with the
+    same settings, the newest one counts.
 
     * Latency (p50) and throughput regress if their cost grows by more than the limit and the interval excludes zero
       change. With too few rounds there is no interval, and the limit alone decides.
-    * Times are relative to the baseline if both rows have the same baseline. Otherwise they are absolute. A baseline's
-      own times are reported but never regress.
+    * Times are relative to the baseline if both rows have the same baseline. Otherwise, absolute times are compared. A
+      baseline's own times are reported but never regress.
     * Peak memory and size regress if they grow by more than the limit.
     * Accuracy regresses if the number of wrong answers grows by more than the limit and McNemar's test is significant.
-      An old number of 0 counts as 1. If the answers are unknown, the limit alone decides.
-    * A figure that only the old row has regresses. A figure that the old row lacks is not compared.
-    * A row regresses if the new row is failed, unavailable or missing.
+      If the old row has no wrong answers, their number counts as 1. If the answers are unknown, the limit alone
+      decides.
+    * A figure regresses if only the new row lacks it. It is not compared if the old row lacks it.
+    * A cell regresses if its new row is failed, unavailable or missing.
 
     Args:
         new: Rows of the new run.
@@ -209,7 +212,8 @@ _FIGURES: Mapping[str, Callable[[Measurement], float | None]] = {
     "size_bytes": lambda found: found.size_bytes.get("total"),
     "accuracy": lambda found: found.accuracy.value if found.accuracy else None,
 }
-# Time figure → the row's gain over its baseline, and the time of each round.
+# Name of a time figure → function that returns a row's gain over its baseline, and function that returns the time of
+# each round.
 _TIMES: Mapping[str, tuple[Callable[[Row], Ratio | None], Callable[[Measurement], list[float]]]] = {
     "latency_p50_ms": (lambda row: row.speedup, lambda found: found.latency.medians() if found.latency else []),
     "throughput_per_s": (
@@ -220,7 +224,14 @@ _TIMES: Mapping[str, tuple[Callable[[Row], Ratio | None], Callable[[Measurement]
 
 
 class _Cost(NamedTuple):
-    """New cost / old cost, whether the ratio may be 1, a remark, and whether the cost can regress."""
+    """The change of a cost.
+
+    Attributes:
+        ratio: New cost / old cost.
+        may_be_none: Whether the interval includes 1, or McNemar's test is not significant.
+        remark: Further information about the change; may be empty.
+        can_regress: False for the times of a baseline.
+    """
 
     ratio: Ratio
     may_be_none: bool = False
@@ -250,7 +261,7 @@ def _time_cost(
         remark = (
             "the baseline: not compared"
             if is_baseline
-            else "no common baseline, so this includes the drift of the machine"
+            else "no common baseline, so the change includes the drift of the machine"
         )
     return _Cost(cost, cost.differs is False, remark, not is_baseline)
 
@@ -262,8 +273,9 @@ def _as_ratio(rounds: Sequence[float]) -> Ratio:
 def _quotient(numerator: Ratio, denominator: Ratio) -> Ratio:
     """Returns the quotient of two ratios from separate runs, with its interval.
 
-    On the logarithmic scale, each bound's squared distance is the sum of the squared distances of the two ratios'
-    bounds. See Zou and Donner 2008, "Construction of confidence limits about effect measures: a general approach".
+    The bounds combine on the logarithmic scale, where the squares of their distances to the ratios add up. The lower
+    bound combines the numerator's lower bound with the denominator's upper bound. The upper bound combines the other
+    two bounds. See Zou and Donner 2008, "Construction of confidence limits about effect measures: a general approach".
     """
     value = numerator.value / denominator.value
     if numerator.low is None or numerator.high is None or denominator.low is None or denominator.high is None:

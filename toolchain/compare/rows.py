@@ -15,11 +15,10 @@ from toolchain.results.result_file import ResultFile
 from toolchain.results.statistics import Ratio
 
 BASELINE = "torch-fp32"
-# Above any of these limits, a row is noisy. They limit the processor time that the host takes, the processor time
-# that other processes use, and the half-width of the median's interval as a share of the median.
-STEAL_SHARE = 0.02
-OTHERS_SHARE = 0.05
-INTERVAL_SHARE = 0.10
+# A row is noisy if it exceeds any of these limits.
+STEAL_SHARE = 0.02  # share of processor time that the host of a virtual machine takes
+OTHERS_SHARE = 0.05  # share of processor time that other processes use
+INTERVAL_SHARE = 0.10  # half-width of the median's interval / median
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,11 @@ class Quality:
         lost: Number of sentences that the baseline answers correctly and this row answers wrongly.
         won: Number of sentences that the baseline answers wrongly and this row answers correctly.
         p: p-value of McNemar's test on `lost` and `won`.
-        largest_shift: Maximum over sentences of the shift from the baseline. A sentence's shift is the largest
-            difference of a label's probability.
-        mean_shift: Mean of the same shift over sentences.
-        batch_changed: Number of sentences measured at batch 1 whose answer is different in a batch.
+        largest_shift: Largest shift of a sentence. A sentence's shift is the largest difference over labels between
+            the probabilities of the row and of the baseline.
+        mean_shift: Mean of the shift over sentences.
+        batch_changed: Number of sentences measured at batch 1 whose answer in a batch differs from the answer at
+            batch 1.
     """
 
     low: float
@@ -93,16 +93,17 @@ class Row:
     def throughput_gain(self) -> Ratio | None:
         """Returns row throughput / baseline throughput.
 
-        The ratio uses the rounds. If the rounds cannot be paired, it uses the two sentences-per-second figures.
+        The ratio uses the mean time per sentence of each round. If the rounds cannot be paired, it uses the two
+        sentences-per-second figures.
         """
         paired = self._paired_ratio(lambda m: m.batches, Samples.sentence_times)
         return paired or self._figure_ratio(lambda m: m.throughput_per_s and 1 / m.throughput_per_s)
 
     @property
     def memory_reduction(self) -> float | None:
-        """Returns baseline peak memory / row peak memory; above 1 is smaller.
+        """Returns baseline peak memory / row peak memory; above 1, the row needs less memory.
 
-        None for published figures, because their sources measure memory in different ways.
+        The ratio is None for published figures, because their sources measure memory in different ways.
         """
         if self.measurement.status == "reported":
             return None
@@ -111,7 +112,7 @@ class Row:
 
     @property
     def size_reduction(self) -> float | None:
-        """Returns baseline size / row size; above 1 is smaller."""
+        """Returns baseline size / row size; above 1, the row is smaller."""
         ratio = self._figure_ratio(lambda m: m.size_bytes.get("total"))
         return ratio.value if ratio else None
 
@@ -169,7 +170,7 @@ class Row:
         )
 
     def changed_sentences(self, kind: str) -> list[int]:
-        """Returns the indices of the sentences that only one of the row and its baseline answers correctly.
+        """Returns the indices of the sentences that the row loses or wins against its baseline.
 
         Args:
             kind: ``lost`` for sentences that only the baseline answers correctly, ``won`` for sentences that only this
@@ -189,7 +190,7 @@ class Row:
     def _paired_ratio(
         self, samples: Callable[[Measurement], Samples | None], figure: Callable[[Samples], list[float]]
     ) -> Ratio | None:
-        """Returns the ratio of the two rows' figures, paired by round; None if their rounds cannot be paired."""
+        """Returns baseline figure / row figure, paired by round; None if the rounds cannot be paired."""
         own_samples, baseline_samples = samples(self.measurement), self.baseline and samples(self.baseline)
         if not own_samples or not baseline_samples or len(own_samples.rounds) != len(baseline_samples.rounds):
             return None
@@ -269,12 +270,12 @@ def compare(
 
 
 def mark_front(rows: Sequence[Row]) -> list[Row]:
-    """Returns copies of the rows, each with its Pareto mark among these rows."""
+    """Returns copies of the rows, with `pareto` set for the Pareto front of these rows."""
     return [replace(row, pareto=_is_on_front(row, rows)) for row in rows]
 
 
 def _baseline(measurement: Measurement, run: ResultFile, requested: str | None) -> Measurement | None:
-    """Returns the first candidate for a baseline that has a row of the same run, model and status."""
+    """Returns the row of the first baseline candidate among the rows of the same run, model and status."""
     if measurement.status not in ("ok", "reported"):
         return None
     provider = measurement.provider
@@ -290,8 +291,8 @@ def _baseline(measurement: Measurement, run: ResultFile, requested: str | None) 
 def _is_on_front(row: Row, rows: Sequence[Row]) -> bool:
     """Returns whether no other row dominates this row.
 
-    A row dominates another row of the same model, machine and data if it is nowhere worse and somewhere better. The
-    criteria are accuracy, latency and size.
+    The criteria are accuracy, latency and size. A row dominates another row of the same model, machine and data if it
+    is worse in no criterion and better in at least one.
     """
     own_figures = _pareto_figures(row)
     if own_figures is None:
@@ -318,7 +319,7 @@ def _pareto_figures(row: Row) -> tuple[float, float, float] | None:
     return measurement.accuracy.value, -p50, -float(size)
 
 
-# Order → its sort key: the smallest key is best. Rows without the figure come last.
+# Name of an order → function that returns a row's sort key. The smallest key is best; rows without a key come last.
 ORDERS: dict[str, Callable[[Row], float | None]] = {
     "accuracy": lambda row: -row.measurement.accuracy.value if row.measurement.accuracy else None,
     "latency": lambda row: row.measurement.latency_ms.get("p50"),

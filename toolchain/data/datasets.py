@@ -43,7 +43,7 @@ DEFAULT_COLUMNS = Columns()
 
 @dataclass(frozen=True)
 class LabelledTable:
-    """A table that was read: its name, its texts or pairs of texts, and its label column."""
+    """A table in memory: its name, its texts or pairs of texts, and its label column."""
 
     name: str
     texts: tuple[Text, ...]
@@ -51,7 +51,7 @@ class LabelledTable:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Returns the sha256 in hex of the texts, the labels and the classes that the labels index."""
+        """Returns the sha256 in hex of the texts, the labels and the class names."""
         body = [self.texts, list(self.column.values), self.column.classes]
         return hashlib.sha256(json.dumps(body).encode()).hexdigest()
 
@@ -63,7 +63,7 @@ def read(spec: str, columns: Columns, split: str | None, default_split: str) -> 
         spec: A file or a hub data set.
         columns: The columns to read.
         split: Split of a hub data set; None for `default_split`.
-        default_split: The default split.
+        default_split: Split of a hub data set if `split` is None.
 
     Raises:
         DataError: The table does not exist, is unreadable, lacks a column or has no rows, or `split` is set for a file.
@@ -82,7 +82,7 @@ def find_file(spec: str) -> Path | None:
     """Returns the file that `spec` names, or None if `spec` has the form of a hub data set.
 
     Raises:
-        DataError: `spec` is neither.
+        DataError: `spec` names no file and does not have the form of a hub data set.
     """
     path = Path(spec)
     if path.is_file():
@@ -148,7 +148,7 @@ def _download(spec: str, split: str) -> Any:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{spec}, split {split}, cannot be loaded: {cause.rstrip('.')}.",
-            "Check its name, config (user/name:config) and --split. Without a network, use a cached dataset "
+            "Check the name, the config (user/name:config) and --split. Without a network, use a cached dataset "
             "or pass a file.",
         ) from error
 
@@ -164,7 +164,9 @@ def _collect_rows(
         kind = _label_kind(row[-1])
         first_kind = first_kind or kind
         if kind != first_kind:
-            raise table.row_error(number, f"its label is {kind}, but earlier rows have {first_kind}", "Use one kind.")
+            raise table.row_error(
+                number, f"its label is {kind}, but earlier rows have {first_kind}", "Use one kind of label in all rows."
+            )
         values.append(_label_value(row[-1], number, table))
     if not texts:
         raise DataError(f"{table.file} has no rows.", "Pass at least one row.")
@@ -180,7 +182,7 @@ def _label_kind(value: Any) -> str:
 
 
 def _label_value(value: Any, number: int, table: Table) -> Value:
-    """Returns the label as text: an integer without a decimal point, and a list as a tuple of labels."""
+    """Converts a label to text: 1.0 becomes ``1``, and a list becomes a tuple of texts."""
     if isinstance(value, str):
         return value
     if isinstance(value, bool):
@@ -192,5 +194,5 @@ def _label_value(value: Any, number: int, table: Table) -> Value:
         if all(isinstance(member, str) for member in members):
             return tuple(member.strip() for member in members if isinstance(member, str))
     raise table.row_error(
-        number, f"its label is {value!r}", "Give each row a name, a whole number, or a list of these."
+        number, f"its label is {value!r}", "Use a name, a whole number, or a list of these as the label."
     )

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 TOKEN_TYPES = "token_type_ids"
-CHARACTERS_PER_TOKEN = 64  # characters per token of the limit; `Encoder` tokenises only the start of longer texts
+CHARACTERS_PER_TOKEN = 64  # `Encoder` first tokenises only this number of characters per token of `max_length`
 
 
 class Tokens(list[int]):
     """The token ids of a text or pair.
 
     Attributes:
-        types: The text, 0 or 1, that each token belongs to; empty if the tokenizer gives only zeros.
+        types: For each token, the index of its text, 0 or 1; empty if the tokenizer gives only zeros.
     """
 
     types: Sequence[int] = ()
@@ -91,10 +91,11 @@ class Encoder:
         return rows
 
     def _cut_text(self, text: str) -> str:
-        """Returns a start of the text that has the same first `max_length` tokens; the complete text if it is short.
+        """Returns a prefix of the text with the same first `max_length` tokens; the complete text if it is short.
 
-        A tokenizer tokenises the complete text before it truncates, and needs hundreds of bytes per token. The tokens
-        before a word do not depend on later words. So a start of more than 2 × `max_length` tokens is sufficient.
+        Without this cut, a tokenizer tokenises the complete text before it truncates, and needs hundreds of bytes per
+        token. Later words do not change the tokens of earlier words. So a prefix with more than 2 × `max_length`
+        tokens is sufficient.
         """
         size = CHARACTERS_PER_TOKEN * self.max_length
         while size < len(text):

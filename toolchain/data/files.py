@@ -1,4 +1,4 @@
-"""Reads texts from files and writes predictions, row by row: CSV, TSV, JSON lines, Parquet, plain lines."""
+"""Reads texts from CSV, TSV, JSON lines, Parquet or plain lines, and writes predictions, row by row."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from typing import IO, Any
 
 from toolchain.errors import DataError
 
-# One text, or a pair of texts that the model takes together.
+# One text, or a pair of texts that together are one input of the model.
 Text = str | tuple[str, str]
 TEXT_COLUMNS = ("sentence", "text")
 STDIN = "-"
-FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")  # By file ending; an input file with another ending has plain lines.
-PARQUET_ROWS = 1000  # Number of rows read at once.
-MAX_FIELD_CHARACTERS = 1 << 30  # Characters of a CSV field; Python's own limit is 131,072.
+# File endings. An input file with another ending has plain lines: one text per line.
+FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
+PARQUET_ROWS = 1000  # Number of rows to read at once.
+MAX_FIELD_CHARACTERS = 1 << 30  # Limit for a CSV field; Python's default limit is 131,072.
 
 Row = Mapping[str, Any]
-ChooseColumns = Callable[
-    [Sequence[str]], Sequence[str]
-]  # a table's columns → the columns to read; raises if one is missing
+# Takes the columns of a table and returns the columns to read. Raises `DataError` if one of them is missing.
+ChooseColumns = Callable[[Sequence[str]], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Table:
     def read(self, choose: ChooseColumns) -> Iterator[tuple[Any, ...]]:
         """Yields the chosen columns of each row in order, with None for a missing value.
 
-        It holds only a few rows in memory.
+        The method holds only a few rows in memory.
 
         Args:
-            choose: Returns the columns to read from the columns of the file.
+            choose: Takes the columns of the file, and returns the columns to read.
 
         Raises:
             DataError: The file is missing, is not UTF-8, or does not have the format of its ending. The error names
@@ -52,13 +52,16 @@ class Table:
         readers = {".csv": self._csv, ".tsv": self._csv, ".jsonl": self._jsonl, ".parquet": self._parquet}
         reader = readers.get(kind_of(self.file))
         if reader is None:
-            raise DataError(f"The ending of {self.file} is none of {', '.join(FORMATS)}.", "Convert it to one of them.")
+            raise DataError(
+                f"The ending of {self.file} is none of {', '.join(FORMATS)}.",
+                "Convert the file to one of these formats.",
+            )
         with convert_read_errors(self.file):
             yield from reader(choose)
 
     def _csv(self, choose: ChooseColumns) -> Iterator[tuple[Any, ...]]:
         csv.field_size_limit(MAX_FIELD_CHARACTERS)
-        # Tab-separated values have no quoting (IANA, GLUE). With quoting, a single quote would join the next rows.
+        # Tab-separated values have no quoting (IANA, GLUE). With quoting, an unpaired quote would join later rows.
         tsv_dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
         dialect = tsv_dialect if kind_of(self.file) == ".tsv" else {"strict": True}
         with open_text(self.file, "utf-8-sig", "") as stream:
@@ -70,7 +73,7 @@ class Table:
                     if not row:  # a blank line
                         continue
                     if len(row) != len(header):
-                        fault = f"{len(row)} fields instead of {len(header)}"
+                        fault = f"the number of fields is {len(row)} instead of {len(header)}"
                         raise self.row_error(number, fault, "Quote texts that contain commas or line breaks.")
                     yield tuple(row[i] for i in indices)
             except csv.Error as error:
@@ -113,14 +116,14 @@ class Table:
                 for batch in file.iter_batches(PARQUET_ROWS, columns=list(dict.fromkeys(names))):
                     yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
         except pyarrow.ArrowException as error:
-            raise DataError(f"{self.file} cannot be read: {error}.", "Write it again as Parquet.") from error
+            raise DataError(f"{self.file} cannot be read: {error}.", "Save the file again as Parquet.") from error
 
     def row_error(self, number: int, fault: str, hint: str = "Correct the row.") -> DataError:
         """Returns an error about one row.
 
         Args:
             number: Number of the row, from 1.
-            fault: The fault.
+            fault: Description of the fault.
             hint: Advice to the user.
         """
         return DataError(f"{self.file}, row {number}: {fault}.", hint)
@@ -141,7 +144,7 @@ class Texts:
     pair: str | None = None
 
     def read(self) -> Iterator[Text]:
-        """Yields every text or pair in order, with only a few in memory.
+        """Yields every text or pair in order, and holds only a few of them in memory.
 
         Raises:
             DataError: The file is missing, is not UTF-8, lacks the column, or has a value that is not a text. The error
@@ -195,7 +198,7 @@ class Texts:
             )
         with convert_read_errors(self.file):
             stream: AbstractContextManager[IO[str]] = (
-                nullcontext(_set_utf8(sys.stdin))  # must stay open
+                nullcontext(_set_utf8(sys.stdin))  # standard input must stay open
                 if self.file == STDIN
                 else open(self.file, encoding="utf-8", newline="\n")  # noqa: SIM115 (closed by the with below)
             )
@@ -224,7 +227,9 @@ def text_columns(names: Sequence[str], text: str | None, pair: str | None, file:
     """
     if text is None and not any(name in names for name in TEXT_COLUMNS):
         fault = f"no column {' or '.join(map(repr, TEXT_COLUMNS))}"
-        raise DataError(f"{file} has {fault}; it has {_format_names(names)}.", "Name its column with --text-column.")
+        raise DataError(
+            f"{file} has {fault}; it has {_format_names(names)}.", "Name the column of texts with --text-column."
+        )
     text = text or next(name for name in TEXT_COLUMNS if name in names)
     text_column = require_column(names, text, file, "--text-column")
     return [text_column, require_column(names, pair, file, "--text-pair-column")] if pair else [text_column]
@@ -249,7 +254,7 @@ def text_of(values: Sequence[Any], names: Sequence[str], number: int, table: Tab
 
 
 def require_column(names: Sequence[str], column: str, file: str, option: str) -> str:
-    """Returns the column `column`.
+    """Checks that the file has the column, and returns its name.
 
     Args:
         names: Columns of the file.
@@ -279,7 +284,7 @@ def convert_read_errors(file: str) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise DataError(
             f"{file} is not UTF-8: {error.reason} at byte {error.start}.",
-            f"Save it as UTF-8. A command for Latin-1: iconv -f LATIN1 -t UTF-8 {file} > NEW.",
+            f"Save the file as UTF-8. If it is Latin-1: iconv -f LATIN1 -t UTF-8 {file} > NEW.",
         ) from error
     except (OSError, EOFError, zlib.error) as error:
         cause = getattr(error, "strerror", None) or error
@@ -320,7 +325,7 @@ def open_writer(path: Path | None, columns: Sequence[str]) -> Iterator[Callable[
                 stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 stream.flush()
         else:
-            # TSV has no form for a tab or line break inside a text. Python quotes these texts, as spreadsheets do.
+            # TSV cannot represent a tab or line break inside a text. Python quotes such texts, as spreadsheets do.
             table = csv.DictWriter(stream, columns, delimiter="\t" if kind == ".tsv" else ",", lineterminator="\n")
             table.writeheader()
 

@@ -1,4 +1,4 @@
-"""Sentences with labels: the embedded SST-2, files and hub data sets, and the rows that training holds out."""
+"""Sentences with labels: the embedded SST-2, files and hub data sets, and the held-out rows of training data."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from toolchain.data import datasets
 from toolchain.data.datasets import DEFAULT_COLUMNS, Columns, LabelledTable
 from toolchain.data.files import Text
 from toolchain.data.labels import SST2_LABELS, LabelSet
 from toolchain.errors import DataError
-
-if TYPE_CHECKING:
-    pass
 
 SST2 = Path(__file__).parent.parent / "reference" / "sst2"
 MAX_HELD_OUT_ROWS = 2000
@@ -30,11 +26,11 @@ SPLIT_SEED = 20  # the same for all runs, so that no run trains on the held-out 
 
 @dataclass(frozen=True)
 class Data:
-    """Texts or pairs of texts, with the correct answers of a model.
+    """Texts or pairs of texts, each with the correct answer.
 
     Attributes:
         name: Name of the data set.
-        texts: The text of each row.
+        texts: The text or pair of texts of each row.
         labels: The answer to each row, as in `LabelSet.indices`.
         label_set: Labels of the model.
     """
@@ -90,11 +86,11 @@ def load(spec: str | None, labels: LabelSet, columns: Columns = DEFAULT_COLUMNS,
         spec: A file or a hub data set; None for the embedded SST-2.
         labels: Labels of the model.
         columns: Columns of the file or data set.
-        split: Split of a data set; None for ``validation``. For ``held-out`` the function returns the held-out rows of
-            the training data with the same `spec`.
+        split: Split of a data set; None for ``validation``. With ``held-out``, `spec` names training data, and the
+            function returns its held-out rows.
 
     Raises:
-        DataError: The data is unreadable, lacks a column or is empty, or the model does not have its labels.
+        DataError: The data is unreadable, lacks a column, is empty, or has a label that the model does not have.
     """
     if split == HELD_OUT_SPLIT:
         data = TrainingSource(spec, columns).load(labels)
@@ -115,7 +111,10 @@ def _embedded_split(split: str) -> str:
 
 
 def fits_embedded_data(labels: LabelSet) -> bool:
-    """Returns whether the embedded sentences fit the model: one of two labels, with SST-2's names or default names."""
+    """Returns whether the embedded SST-2 fits a model with these `labels`.
+
+    The model must answer with one of two labels, which have the names of SST-2 or default names.
+    """
     has_sst2_names = tuple(name.upper() for name in labels.names) == SST2_LABELS.names
     return not labels.multi_label and len(labels.names) == 2 and (labels.has_default_names or has_sst2_names)
 
@@ -123,10 +122,10 @@ def fits_embedded_data(labels: LabelSet) -> bool:
 def _check_labels(labels: LabelSet, option: str) -> None:
     """Raises `DataError` unless the embedded sentences fit the model's labels."""
     if not fits_embedded_data(labels):
-        quantity = "any number of " if labels.multi_label else ""
+        verb = "answers with sets of the labels" if labels.multi_label else "has"
         raise DataError(
-            f"The embedded SST-2 has the labels {', '.join(SST2_LABELS.names)}; this model has "
-            f"{quantity}{', '.join(labels.names)}.",
+            f"The embedded SST-2 has the labels {', '.join(SST2_LABELS.names)}; this model {verb} "
+            f"{', '.join(labels.names)}.",
             f"Pass data with the model's labels: {option} FILE.",
         )
 
@@ -170,7 +169,7 @@ class TrainingSource:
         """Reads the sentences with their label column.
 
         Raises:
-            DataError: As in `datasets.read`, or the embedded SST-2 does not have the split.
+            DataError: `datasets.read` fails, or the embedded SST-2 does not have the split.
         """
         if self.file is None:
             split = _embedded_split(self.split or TRAIN_SPLIT)
@@ -196,8 +195,8 @@ class TrainingSource:
 def hold_out(data: Data) -> tuple[list[int], list[int]]:
     """Splits training data into rows to train on and held-out rows.
 
-    A tenth of the rows is held out, at most `MAX_HELD_OUT_ROWS`. Held-out rows have at least `SENTENCE_WORDS` words if
-    enough rows have that length, because results on phrases predict little about sentences.
+    The function holds out a tenth of the rows, at most `MAX_HELD_OUT_ROWS`. Held-out rows have at least
+    `SENTENCE_WORDS` words if enough rows have that length: results on phrases predict little about sentences.
 
     Returns:
         The indices of the training rows and of the held-out rows, both in seeded random order.

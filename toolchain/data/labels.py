@@ -11,12 +11,13 @@ from toolchain.errors import DataError
 if TYPE_CHECKING:
     import numpy as np
 
-SINGLE, MULTI = "single_label_classification", "multi_label_classification"  # As `problem_type` in a model's config.
+# Values of `problem_type` in a model's config.
+SINGLE, MULTI = "single_label_classification", "multi_label_classification"
 SEPARATOR = "|"  # Separates the labels of a text in a column of plain text.
 MAX_LABELS = 100  # A column with more different labels is probably not the label column.
 
-# The text in one row of a label column: one label, or a set of labels.
-# An answer is a number: the index of the label, or, for a set, the integer with one bit set for each label's index.
+# The text in one row of a label column: one label, or a set of labels. An *answer* is the integer for such a value. For
+# one label, it is the index of the label. For a set, bit i is 1 if the set contains the label with index i.
 Value = str | tuple[str, ...]
 
 
@@ -69,13 +70,13 @@ class LabelSet:
         return SEPARATOR.join(name for index, name in enumerate(self.names) if answer >> index & 1)
 
     def indices(self, column: Column) -> tuple[int, ...]:
-        """Returns the answers in a column.
+        """Converts a label column to answers.
 
-        A column holds either names or indices in all rows. Names match in upper or lower case, unless that is
-        ambiguous.
+        Either all rows hold names, or all rows hold indices. The method ignores the case of names, unless two labels of
+        the model differ only in case.
 
         Raises:
-            DataError: The model does not have a label of the column, or all values are both names and indices.
+            DataError: The column has a label that the model does not have, or its values are both names and indices.
         """
         sets: list[Sequence[str]] = [
             _members(value, number, column, self.multi_label) for number, value in enumerate(column.values, start=1)
@@ -101,7 +102,11 @@ class LabelSet:
         return [[float(answer >> index & 1) for index in range(len(self.names))] for answer in answers]
 
     def _index_values(self, values: Sequence[str], source: str) -> Mapping[str, int]:
-        """Returns value → index: by names if all values are names, else by the reading that fits more values."""
+        """Maps values to label indices.
+
+        The method reads the values as names if all of them are label names. Otherwise it reads them as indices or as
+        names, whichever fits more values.
+        """
         index_by_name = self._index_names(values)
         by_index = {str(index): index for index in range(len(self.names))}
         if not all(value in index_by_name for value in values):
@@ -119,8 +124,8 @@ class LabelSet:
     ) -> tuple[list[Sequence[str]], Mapping[str, int]]:
         """Returns the sets with class names in place of indices, and the model's index of each name.
 
-        Names of data set and model must match, in any order. If the model has default names and as many labels, the
-        indices stay as they are. The method never guesses.
+        The names of data set and model must match, in any order. If the model has default names and the same number of
+        labels, the method keeps the indices.
         """
         classes = column.classes
         if self.has_default_names and len(classes) == len(self.names):
@@ -130,13 +135,13 @@ class LabelSet:
         if missing_names:
             raise DataError(
                 f"{column.source} has the labels {', '.join(classes)}; the model has {', '.join(self.names)}.",
-                "Use data with the model's labels, or rename those in its config.json (id2label).",
+                "Use data with the model's labels, or rename the labels in the model's config.json (id2label).",
             )
         name_by_index = {str(index): name for index, name in enumerate(classes)}
         return [[name_by_index.get(value, value) for value in members] for members in sets], index_by_name
 
     def _index_names(self, values: Sequence[str]) -> dict[str, int]:
-        """Returns label name → index; matches upper and lower case, unless the model's names differ only in case."""
+        """Maps label names to indices; ignores case, unless two of the model's names differ only in case."""
         index_by_name = {label: index for index, label in enumerate(self.names)}
         index_by_folded_name = {label.casefold(): index for label, index in index_by_name.items()}
         if len(index_by_folded_name) < len(self.names):
@@ -153,7 +158,7 @@ class LabelSet:
     def _unknown_label_error(self, value: str, number: int, column: Column) -> DataError:
         if value == "-1":
             fault = "the label is -1, as in GLUE's test sets, whose labels are not public"
-            return column.row_error(number, fault, "Use a set with labels, such as the validation set.")
+            return column.row_error(number, fault, "Use a split with labels, such as the validation set.")
         choices = ", ".join(f"{index} {name}" for index, name in enumerate(self.names))
         fault = f"the label {value!r} is not one of the model's labels ({choices})"
         return column.row_error(number, fault, "Use only names, or only indices, in the label column.")
@@ -163,15 +168,16 @@ SST2_LABELS = LabelSet(("NEGATIVE", "POSITIVE"))
 
 
 def label_set(column: Column, names: Sequence[str], multi_label: bool) -> LabelSet:
-    """Returns the labels of a new model for a column.
+    """Derives the labels of a new model from a label column.
 
-    The names are `names`, else the classes of the data set, else the values of the column in alphabetical order. If
-    the values are the integers from 0 on, the names are LABEL_0, LABEL_1 and so on.
+    The label names are `names`. If `names` is empty, they are the class names of the data set. Without class names,
+    they are the values of the column in alphabetical order. If these values are 0, 1 and so on, the label names are
+    LABEL_0, LABEL_1 and so on.
 
     Args:
         column: The label column.
         names: Names of the labels; empty to derive them.
-        multi_label: Whether answers are sets. A column with lists always has sets.
+        multi_label: Whether answers are sets. If the column contains lists, answers are always sets.
 
     Raises:
         DataError: There are fewer than two labels, or more than `MAX_LABELS`.
@@ -187,13 +193,13 @@ def label_set(column: Column, names: Sequence[str], multi_label: bool) -> LabelS
     if len(values) < 2 or len(names) < 2:
         value_list = ", ".join(map(repr, sorted(values))) or "none"
         raise DataError(
-            f"{column.source} has only one label ({value_list}); a classifier needs two.",
-            "Add rows of another label.",
+            f"{column.source} has only one label ({value_list}); a classifier needs at least two.",
+            "Add rows with another label.",
         )
     if len(names) > MAX_LABELS:
         raise DataError(
             f"{column.source} has {len(names)} different labels; the limit is {MAX_LABELS}.",
-            "If it is not the label column, name the label column with --label-column.",
+            "If another column holds the labels, name that column with --label-column.",
         )
     return LabelSet(tuple(names), multi_label)
 
@@ -250,8 +256,8 @@ def label_probabilities(logits: np.ndarray, multi_label: bool) -> np.ndarray:
 def outcome_log_probabilities(logits: np.ndarray, multi_label: bool) -> np.ndarray:
     """Returns the log-probabilities of all outcomes, float64.
 
-    These are the labels, [batch, labels]. For `multi_label` these are all labels present, then all labels absent,
-    [batch, 2 × labels].
+    Each label is an outcome, so the shape is [batch, labels]. For `multi_label`, the outcomes are the presence of each
+    label and then the absence of each label: [batch, 2 × labels].
     """
     import numpy as np
 

@@ -1,7 +1,7 @@
-"""Work on a cluster of machines with Ray. This module starts a child process, `driver`, that talks to the cluster.
+"""Runs work on a cluster of machines with Ray. This module starts a child process, `driver`, that talks to the cluster.
 
-Ray needs a child process because its libraries end their process if the cluster is lost, print to standard output and
-handle signals.
+Ray runs in a child process, because Ray's libraries print to standard output, handle signals, and end their process if
+the cluster is lost.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Node:
 
 
 class _Driver(Child):
-    end_s = 20.0  # time to stop a cluster that the driver started
+    end_s = 20.0  # the driver may need this time to stop a cluster that it started
 
     def __init__(self) -> None:
         variables = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_gcs_rpc_server_reconnect_timeout_s": str(LOST_AFTER_S)}
@@ -74,9 +74,9 @@ class Cluster:
         return self._driver.ask({"do": method, **arguments}, None)
 
     def score(self, model: Model, texts: Texts, done: int, window: int) -> Iterator[list[Row]]:
-        """Yields the rows of each window, computed on the cluster: a `predict.Engine`.
+        """Scores texts on the cluster and yields the rows of each window. The method is a `predict.Engine`.
 
-        The function first copies all of standard input to a file, because Ray reads a lost window again.
+        The method first copies all of standard input to a file, because Ray reads a window again if its rows are lost.
         """
         with tempfile.TemporaryDirectory() as scratch:
             if texts.file == STDIN:
@@ -98,8 +98,8 @@ def connect(address: str | None, say: Say) -> Iterator[Cluster]:
     """Yields a connection to a cluster, and closes it on exit.
 
     Args:
-        address: ``HOST:PORT`` of the cluster's head; ``auto`` for the cluster of this machine; None to start a cluster
-            on this machine, which stops on exit.
+        address: ``HOST:PORT`` of the cluster's head, or ``auto`` for the cluster of this machine. None starts a cluster
+            on this machine and stops it on exit.
 
     Raises:
         ClusterError: Ray is not installed, the cluster does not answer, it offers no CPU, or one of its nodes has

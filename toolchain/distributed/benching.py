@@ -64,10 +64,10 @@ class Plan:
 def measure(
     cluster: Cluster, workspace: Workspace, request: run.Request, threads: int | None, say: Say
 ) -> Iterator[ResultFile]:
-    """Builds the missing variants here, measures the cells on the cluster, and yields each machine's result file.
+    """Builds missing variants on this machine, measures the cells on the cluster, and yields each node's result file.
 
-    Result files arrive in the order in which the machines finish. If a machine fails, each row of its result file
-    states the reason.
+    Result files arrive in the order in which the nodes finish. If a node fails, each row of its result file states the
+    reason.
 
     Args:
         threads: Number of threads; None for all cores of each node.
@@ -109,7 +109,7 @@ def run_plan(
     """Measures the cells of all nodes at the same time, and yields a result file when a node is done or fails."""
     by_id = {node.id: (node, cells) for node, cells in assignments}
     for node, cells in assignments:
-        say(f"{node.host}: measuring {len(cells)} cells as soon as its {node.cpus} CPUs are free")
+        say(f"{node.host}: will measure {len(cells)} cells when its {node.cpus} CPUs are free")
     cells_as_json = [[node.id, [_cell_to_json(cell) for cell in cells]] for node, cells in assignments]
     cluster.ask("bench", plan=plan.message(), shares=cells_as_json)
     with tempfile.TemporaryDirectory() as scratch:
@@ -127,7 +127,7 @@ def run_plan(
 
 
 def _cell_to_json(cell: Cell) -> dict[str, Any]:
-    """Returns the cell as JSON data, with a flag in place of the artifact and without the encoder."""
+    """Returns the cell as JSON data, without the encoder; ``artifact`` is true if the cell has an artifact."""
     fields = {name: value for name, value in vars(cell).items() if name not in ("artifact", "encoder")}
     return {**fields, "artifact": cell.artifact is not None}
 

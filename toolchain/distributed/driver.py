@@ -21,11 +21,11 @@ from toolchain.system import hardware
 
 REACH_TIMEOUT_S = 5.0
 LOOK_TIMEOUT_S = 60.0
-MOST_THREADS = 4  # largest number of threads of a worker; further cores serve more workers, which is faster
+MOST_THREADS = 4  # maximum number of threads of a worker; more workers are faster than more threads per worker
 
 
 class Driver:
-    """A connection to a cluster; its methods are the requests. `ready` is the first answer: the nodes."""
+    """A connection to a cluster. Each public method answers a request. `ready` is the first answer: the nodes."""
 
     def __init__(self, message: Mapping[str, Any]) -> None:
         with _translate_errors():
@@ -59,7 +59,7 @@ class Driver:
         return dict(zip(("workers", "threads"), workers, strict=True))
 
     def _count_workers(self) -> tuple[int, int]:
-        """Returns the number of workers and their threads, which fit the CPUs of the smallest node."""
+        """Returns the number of workers and the threads of each worker; a worker fits on the smallest node."""
         cpus = [node["cpus"] for node in self._nodes]
         threads = min(MOST_THREADS, *cpus)
         return sum(count // threads for count in cpus), threads
@@ -76,7 +76,7 @@ class Driver:
 
         Args:
             plan: The plan, from `benching.Plan.message`.
-            shares: Ids of the nodes with the cells of each node.
+            shares: Pairs of a node's id and the cells of this node.
         """
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -96,10 +96,11 @@ class Driver:
         return {}
 
     def next_result(self, folder: str) -> dict[str, Any]:
-        """Waits for the next node and writes its result file to `folder`.
+        """Waits until a node finishes, and writes its result file to `folder`.
 
         Returns:
-            The id of the ``node``, and the path of the ``file``. If the node failed: ``cause`` and ``hint``.
+            The id of the ``node``, and the path of the ``file``. If the node failed, the error's ``cause`` and ``hint``
+            replace ``file``.
         """
         import ray
 
@@ -125,8 +126,8 @@ def store_files(folder: Path, files: Sequence[str]) -> StoredFiles:
 def _score_windows(workers: tuple[int, int], model: StoredFiles, texts: Texts, done: int, window: int) -> Iterator[str]:
     """Yields the rows of every window as JSON, in order, with only a few windows in memory.
 
-    A task on this machine reads the texts, so only this machine needs the file. A pool of actors scores them. If the
-    task or an actor dies, Ray repeats its work and continues with the remaining actors.
+    A task on this machine reads the texts, so only this machine needs the file. A pool of actors scores the texts. If
+    the task or an actor dies, Ray repeats its work and continues with the remaining actors.
     """
     import ray
     from ray.data import ActorPoolStrategy, DataContext, Datasource, read_datasource
@@ -134,7 +135,7 @@ def _score_windows(workers: tuple[int, int], model: StoredFiles, texts: Texts, d
     from ray.data.datasource import ReadTask
 
     class Windows(Datasource):
-        """A data source with one block of one row for each window."""
+        """A data source of Ray: each window is one block with one row."""
 
         def estimate_inmemory_data_size(self) -> None:
             return None
@@ -147,7 +148,7 @@ def _score_windows(workers: tuple[int, int], model: StoredFiles, texts: Texts, d
     context.execution_options.preserve_order = True
     context.enable_progress_bars = context.print_on_execution_start = False
     context.raise_original_map_exception = True
-    context.target_max_block_size = 1  # one byte, so that Ray does not join blocks
+    context.target_max_block_size = 1  # one byte, so that Ray does not merge blocks
     count, threads = workers
     this_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     dataset = read_datasource(Windows(), override_num_blocks=1, num_cpus=0, label_selector=this_node)
@@ -186,7 +187,7 @@ def _connect(address: str | None) -> None:
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise ClusterError(
-                f"The cluster at {address} refuses this version: {reason}",
+                f"The cluster at {address} refuses this version of Ray or Python: {reason}",
                 "Install the cluster's versions of Ray and Python.",
             ) from error
     import ray.data
@@ -214,7 +215,7 @@ def _unreachable_error(address: str, message: str) -> ClusterError:
     reason = " ".join(message.split())
     return ClusterError(
         f"There is no cluster at {address}: {reason}",
-        "`ray start --head` starts a cluster and prints its address. Without --address only this machine works.",
+        "`ray start --head` starts a cluster and prints its address. Without --address, Ray uses only this machine.",
     )
 
 
@@ -270,7 +271,7 @@ def _live_nodes(versions: Mapping[str, str]) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _translate_errors() -> Iterator[None]:
-    """Re-raises a `ToolchainError` of another machine as itself, and Ray's own errors as `ClusterError`."""
+    """Re-raises a `ToolchainError` of another machine unchanged, and Ray's own errors as `ClusterError`."""
     from ray.exceptions import RayError, RayTaskError
 
     try:

@@ -1,4 +1,4 @@
-"""The code that runs on the nodes of a cluster. It needs no file system shared with the driver."""
+"""The code that runs on the nodes of a cluster. The nodes need no file system shared with the driver."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from toolchain.system import hardware
 if TYPE_CHECKING:
     import pyarrow
 
-# The files of a folder in the object store: path in the folder → reference to the file's bytes.
+# The files of a folder in Ray's object store: each path in the folder with the reference to the file's bytes.
 StoredFiles = Mapping[str, Any]
 
 
@@ -50,7 +50,7 @@ def unpack(files: StoredFiles, folder: Path) -> None:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """Yields a temporary folder and deletes it on exit; first deletes the folders that killed processes left."""
+    """Yields a temporary folder and deletes it on exit; first deletes the folders of killed processes."""
     import psutil
 
     prefix = f"{publishing.WORK}-{_process_space()}"
@@ -63,7 +63,7 @@ def scratch() -> Iterator[Path]:
 
 
 def _process_space() -> str:
-    """Returns an id of this machine and container: process ids are unique only inside one, but a disk may be shared."""
+    """Returns an id of this machine and container: two containers may share a disk and have equal process ids."""
     namespace = Path("/proc/self/ns/pid")
     number = namespace.stat().st_ino if namespace.exists() else 0
     return hashlib.sha256(f"{platform.node()} {number}".encode()).hexdigest()[:8]
@@ -95,7 +95,7 @@ class Scorer:
             return model, LoadedModel(model, self.threads)
 
     def __call__(self, windows: pyarrow.Table) -> pyarrow.Table:
-        """Returns the rows of each window.
+        """Scores each window and returns its rows.
 
         Windows and rows are JSON, because JSON can represent every text.
 

@@ -35,7 +35,7 @@ def to_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence[st
     from optimum.exporters.tasks import TasksManager
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing warns about values that become constants; they are constant here
+        warnings.simplefilter("ignore")  # tracing warns about values that become constants; these never change
         logging.getLogger("optimum").setLevel(logging.ERROR)
         try:
             constructor = TasksManager.get_exporter_config_constructor(
@@ -43,7 +43,7 @@ def to_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence[st
             )
         except (KeyError, ValueError) as error:
             raise CheckpointError(
-                f"{type(model).__name__} cannot be exported to ONNX by optimum: {error}.",
+                f"optimum cannot export {type(model).__name__} to ONNX: {error}.",
                 "Use a model of another architecture.",
             ) from error
         export(model, _with_inputs(constructor(model.config), names), target, opset=opset, do_constant_folding=True)
@@ -81,7 +81,7 @@ def _is_scalar_zero(value: ir.Value) -> bool:
 
 
 def _with_inputs(config: Any, names: Sequence[str]) -> Any:
-    """Replaces the inputs of the export configuration, since optimum always adds token_type_ids for BERT."""
+    """Replaces the inputs of the export configuration, because optimum always adds token_type_ids for BERT."""
     kind = type(config)
     config.__class__ = type(kind.__name__, (kind,), {"inputs": property(lambda self: dict.fromkeys(names, AXES))})
     return config

@@ -32,8 +32,8 @@ MERGED = (
     "use_dora",
     "lora_bias",
 )
-# Settings that the merge can ignore: other code checks them, or only training uses them, or they need a setting that
-# is refused.
+# Settings that the merge can ignore: other code checks them, only training uses them, or they have an effect only
+# with a setting that the check rejects.
 _IGNORED = (
     "base_model_name_or_path",
     "revision",
@@ -55,7 +55,7 @@ def settings(folder: Path) -> dict[str, Any]:
     """Returns the settings in `adapter_config.json` after checking each of them.
 
     Raises:
-        CheckpointError: The file is unreadable, or names code to run. Or the adapter is not plain LoRA for a sequence
+        CheckpointError: The file is unreadable or names code to run, or the adapter is not plain LoRA for a sequence
             classifier.
     """
     config = _read(folder)
@@ -67,7 +67,7 @@ def settings(folder: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         raise CheckpointError(
             f"The adapter {folder} has the type {config.get('peft_type')}, not LORA.",
-            "Merge it where it was trained and pass the whole model.",
+            "Merge the adapter with the program that trained it, and pass the merged model.",
         )
     if config.get("task_type") != "SEQ_CLS":
         raise CheckpointError(
@@ -78,12 +78,12 @@ def settings(folder: Path) -> dict[str, Any]:
     if unknown_names := sorted(key for key, value in config.items() if key not in known_names and value):
         raise CheckpointError(
             f"The adapter {folder} uses settings that the merge does not support: {', '.join(unknown_names)}.",
-            "Merge it where it was trained and pass the whole model.",
+            "Merge the adapter with the program that trained it, and pass the merged model.",
         )
     initialisation = config.get("init_lora_weights")
     if not isinstance(initialisation, bool | str | None) or initialisation not in _INITIALISATIONS:
         raise CheckpointError(
-            f"The adapter {folder} was trained on a changed base: init_lora_weights={initialisation!r} changed it.",
+            f"The adapter {folder} was trained on a changed base: init_lora_weights={initialisation!r} changes it.",
             "Save it as plain LoRA: save_pretrained(DIR, path_initial_model_for_weight_conversion=START).",
         )
     return config
@@ -106,9 +106,9 @@ def check(folder: Path) -> None:
 
 
 def base(folder: Path) -> tuple[str, str | None]:
-    """Returns the hub id of the base that the adapter names, and its revision or None.
+    """Returns the hub id of the base that the adapter names, and the base's revision or None.
 
-    The function never follows a path in the settings, because the adapter's author chose it.
+    The function never follows a path in the settings, because the adapter's author chose that path.
 
     Raises:
         CheckpointError: The adapter names a path or no base. The message asks the user to name the base.

@@ -84,7 +84,7 @@ LAYOUTS = {
     "electra": replace(_BERT, layers="electra.encoder.layer"),
 }
 LAYER_SHARING = {"albert"}  # Architectures that store one layer and run it several times.
-# Architectures whose heads and neurons cannot be removed separately, and the reason for the error message.
+# Architectures that cannot be pruned, each with the reason for the error message.
 UNPRUNABLE = {
     "albert": "uses the same weights in all layers, so no layer can be pruned separately",
     "deberta-v2": "uses the same weights for positions and words, so no head can be removed separately",
@@ -106,7 +106,7 @@ class LayerShape:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the layer returns its input unchanged."""
+        """Returns whether the layer has no heads and no neurons, so that it returns its input unchanged."""
         return not self.heads and not self.ffn
 
 
@@ -158,19 +158,19 @@ def shapes_of(model: PreTrainedModel) -> list[LayerShape]:
 
 
 def matched_layers(model: PreTrainedModel) -> list[int]:
-    """Returns the indices of the hidden states that the pruned model and the unpruned model have in common.
+    """Returns the indices of the hidden states that correspond to hidden states of the unpruned model.
 
-    Index i is the state after i layers. An index is missing if the next layer is empty, because the LayerNorm before a
-    removed layer is refitted to the output of that layer.
+    Index i is the state after i layers. The function omits the state before an empty layer: pruning refits the
+    LayerNorm that produces this state to the output of the empty layer.
     """
     shapes = shapes_of(model)
     return [count for count in range(1, len(shapes) + 1) if count == len(shapes) or not shapes[count].is_empty]
 
 
 def keep_units(model: PreTrainedModel, index: int, heads: Sequence[int], neurons: Sequence[int]) -> None:
-    """Removes all other heads and FFN neurons of one layer; the model changes in place.
+    """Removes all heads and FFN neurons of one layer except `heads` and `neurons`, in place.
 
-    If no head or no neuron stays, the function replaces that sub-block and its LayerNorm by the identity.
+    If `heads` or `neurons` is empty, the function replaces that sub-block and its LayerNorm by the identity.
 
     Args:
         model: A model of an architecture in `LAYOUTS`.
@@ -197,7 +197,7 @@ def keep_units(model: PreTrainedModel, index: int, heads: Sequence[int], neurons
             setattr(attention, name, value)
     else:
         inner = layout.output.removeprefix(f"{layout.attention}.")
-        if inner == layout.output:  # the attention module does not hold its own output
+        if inner == layout.output:  # the output layer is not a submodule of the attention module
             _replace_module(layer, layout.attention, Skipped())
             _replace_module(layer, layout.output, Absent())
         else:
@@ -213,12 +213,12 @@ def keep_units(model: PreTrainedModel, index: int, heads: Sequence[int], neurons
 
 
 def reshape(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> None:
-    """Gives every layer its stored shape, so that the weights of a pruned model can be loaded; works in place.
+    """Gives every layer its stored shape, in place, so that the weights of a pruned model can be loaded.
 
-    The weights that stay are arbitrary, because loading replaces them.
+    It does not matter which heads and neurons stay, because loading replaces their weights.
 
     Raises:
-        CheckpointError: The number of layers differs, or a layer of the model has fewer heads or neurons.
+        CheckpointError: The number of layers differs, or a layer has fewer heads or neurons than its stored shape.
     """
     old_shapes = shapes_of(model)
     has_same_count = len(old_shapes) == len(shapes)
@@ -237,7 +237,7 @@ def write_shapes(model: PreTrainedModel, folder: Path) -> None:
 
 
 def read_shapes(folder: Path) -> list[LayerShape] | None:
-    """Returns the layer shapes stored in `folder`; None if it has no file `SHAPES`, since the model is unpruned.
+    """Returns the layer shapes stored in `folder`; None for an unpruned model, which has no file `SHAPES`.
 
     Raises:
         CheckpointError: The file is unreadable or has another format.

@@ -23,8 +23,8 @@ REFERENCE = Path(__file__).parent.parent / "reference" / "model"
 REFERENCE_SLUG = "reference"
 ROOT_VARIANT = "torch-fp32"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-# File name for weights of layers that transformers cannot build: pruned layers and int8 layers. Under the standard name
-# transformers would load them without an error, and use random weights or integers without scales.
+# File name for weights of layers that transformers cannot build: pruned layers and int8 layers. Under the standard
+# name, transformers would load this file without an error, and use random weights or integers without scales.
 OWN_WEIGHTS = "toolchain.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -44,10 +44,10 @@ PRECISION = "precision.json"
 # In the folder of a model that the toolchain trained: the training data and settings.
 CARD = "training.json"
 # The hub's model card. Its front matter may name the licence.
-MODEL_CARD, MODEL_CARD_LIMIT = "README.md", 1 << 20  # Characters.
+MODEL_CARD, MODEL_CARD_LIMIT = "README.md", 1 << 20  # The limit is in characters.
 REFERENCE_LICENSE, NOT_STATED = "Apache-2.0", "not stated"
 _PATTERNS = ("config.json", SHAPES, "*.safetensors", WEIGHTS_INDEX, MODEL_CARD, *TOKENIZER_FILES)
-# Matches a licence line of the front matter. No YAML parser, because YAML aliases can expand without bound.
+# Matches a licence line of the front matter. A YAML parser is unsafe here: YAML aliases can expand without limit.
 _LICENSE_LINE = re.compile(
     r"""^(license|license_name):[ \t]*(["']?)(\w[\w .+()-]{0,99}?)\2[ \t]*(?:#.*)?$""", re.M | re.A
 )
@@ -90,7 +90,7 @@ def resolve(model: str, exported: Path, folder_name: str | None = None) -> tuple
         folder_name: Value of `--as`; None to derive the folder name from `model`.
 
     Raises:
-        CheckpointError: No source matches, the folder name is invalid, or it belongs to another source.
+        CheckpointError: No source matches, the folder name is invalid, or the folder belongs to another source.
     """
     source = locate(model, exported)
     folder_name = folder_name or (
@@ -98,7 +98,7 @@ def resolve(model: str, exported: Path, folder_name: str | None = None) -> tuple
     )
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", folder_name):
         raise CheckpointError(
-            f"{folder_name!r} cannot name a folder.", "Use lower-case letters, digits, '.', '_' and '-'."
+            f"{folder_name!r} is not a valid folder name.", "Use lower-case letters, digits, '.', '_' and '-'."
         )
     if folder_name == REFERENCE_SLUG and source.kind != "embedded":
         raise CheckpointError(
@@ -127,7 +127,9 @@ def locate(model: str, exported: Path | None = None) -> Source:
     """
     path = Path(model)
     if len(model) > 255 or "\0" in model:
-        raise CheckpointError("A model's name is too long.", "Pass a folder or a hub id.")
+        raise CheckpointError(
+            "The model's name is too long, or contains a null character.", "Pass a folder or a hub id."
+        )
     if model == REFERENCE_SLUG:
         return Source("embedded", REFERENCE_SLUG)
     if path.is_dir():
@@ -159,7 +161,7 @@ def pin(source: Source, revision: str | None = None, *, head: bool = True) -> So
 
     Args:
         source: The source to resolve.
-        revision: Branch, tag or commit on the hub; None for the newest.
+        revision: Branch, tag or commit on the hub; None for the newest commit.
         head: Whether a folder must hold a classifier; see `check`.
 
     Raises:
@@ -184,7 +186,7 @@ def fetch(source: Source, revision: str | None = None, *, head: bool = True) -> 
 
     Args:
         source: The source to fetch.
-        revision: Branch, tag or commit on the hub; None for the newest.
+        revision: Branch, tag or commit on the hub; None for the newest commit.
         head: Whether the checkpoint must be a classifier; False for a base to train on. See `check`.
 
     Raises:
@@ -197,7 +199,7 @@ def fetch(source: Source, revision: str | None = None, *, head: bool = True) -> 
     if not _has_weights({path.name for path in folder.iterdir()}):
         folder = hub.download(source.ref, revision, (adapters.SETTINGS, *_PATTERNS))
     check(folder, head=head)
-    return folder, replace(source, revision=folder.name)  # the snapshot's folder is named by its commit
+    return folder, replace(source, revision=folder.name)  # the name of the snapshot's folder is the commit
 
 
 def adapter_folder(source: Source) -> Path | None:
@@ -249,13 +251,13 @@ def config_of(folder: Path) -> dict[str, Any]:
     """Returns the content of the folder's config.json.
 
     Raises:
-        CheckpointError: The file is missing or is no JSON object.
+        CheckpointError: The file is missing, or does not contain a JSON object.
     """
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text())
         if not isinstance(config, dict):
-            raise ValueError("it has another type")
+            raise ValueError("the JSON value has another type")
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} has no config.json.", "Pass the folder that `save_pretrained` wrote."
@@ -394,20 +396,21 @@ def label_set(folder: Path, config: dict[str, Any]) -> LabelSet:
         config: Content of config.json.
 
     Raises:
-        CheckpointError: The config lacks distinct class names, or the model has fewer than two classes. Or its task is
-            neither single-label nor multi-label classification.
+        CheckpointError: The config lacks distinct class names, or has fewer than two classes, or its task is neither
+            single-label nor multi-label classification.
     """
     labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     names = list(labels.values()) if isinstance(labels, dict) else []
     is_numbered = isinstance(labels, dict) and set(labels) == {str(index) for index in range(len(labels))}
     if not (is_numbered and all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names)):
         raise CheckpointError(
-            f"{folder}: id2label does not have a different name for each class from 0.", "Correct it in config.json."
+            f"{folder}: id2label does not map the class indices 0, 1, … to different names.",
+            "Correct id2label in config.json.",
         )
     task = config.get("problem_type") or SINGLE
     if task not in (SINGLE, MULTI) or len(names) < 2:
         raise CheckpointError(
-            f"{folder} is no classifier: its task is "
+            f"{folder} is not a classifier: its task is "
             f"{'regression' if len(names) < 2 or task == 'regression' else task}.",
             "Pass a classifier with at least two labels.",
         )

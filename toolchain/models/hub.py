@@ -1,4 +1,4 @@
-"""Access to the model hub: it resolves a revision, downloads files, and explains the hub's errors to the user.
+"""Access to the model hub: resolves revisions, downloads files, and explains the hub's errors to the user.
 
 The library huggingface_hub handles the access token (from HF_TOKEN or `hf auth login`). This module never reads it.
 """
@@ -88,7 +88,7 @@ def _call_hub(ref: str, revision: str | None, request: Callable[[], T]) -> T:
     except hub.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         if status in (401, 403):
-            raise HubError(f"The hub refuses this login access to {ref} (HTTP {status}).", log_in) from error
+            raise HubError(f"The hub denies access to {ref} with this login (HTTP {status}).", log_in) from error
         raise HubError(f"{ref} is not a folder, and its download from the hub failed.", hint) from error
     except (hub.LocalEntryNotFoundError, hub.HFValidationError, OSError, UnicodeError) as error:
         raise HubError(f"{ref} is not a folder, and its download from the hub failed.", hint) from error

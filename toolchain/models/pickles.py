@@ -14,7 +14,7 @@ from pathlib import Path
 from toolchain.errors import CheckpointError
 
 _SUFFIXES = (".bin", ".pt", ".pth")
-# Files that a training run saves beside the weights.
+# Files that a training run saves beside the weights; they hold no weights.
 _NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth")
 _LOADERS = "from transformers import AutoConfig as C, AutoModelForSequenceClassification as M, AutoTokenizer as T"
 _CAUSE = "has its weights only as pickle ({}), and reading a pickle can run code."

@@ -18,11 +18,11 @@ class Absent(nn.Module):
 
 
 class Skipped(nn.Module):
-    """A replacement for an attention module without heads: it returns its input.
+    """A replacement for an attention module without heads: it returns its input, or the result of `output` on it.
 
     Args:
-        name: Name of the submodule `output`; empty if there is none.
-        output: A submodule that processes the input first, where the attention module contained its output layer.
+        name: Name of the submodule `output`; empty without `output`.
+        output: Replacement of the output layer, if the attention module contained that layer; else None.
     """
 
     def __init__(self, name: str = "", output: nn.Module | None = None) -> None:

@@ -18,7 +18,7 @@ class ImportFiles:
     Attributes:
         folder: Folder of the checkpoint.
         base: Folder of the base if the checkpoint is an adapter, else None.
-        step: The import with the exact revisions of both.
+        step: The import with the exact revisions of checkpoint and base.
     """
 
     folder: Path

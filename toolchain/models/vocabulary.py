@@ -1,8 +1,8 @@
 """Vocabulary trimming: removes the tokens that a corpus does not need and renumbers the ids in every tokenizer file.
 
 It supports WordPiece only (Schuster and Nakajima 2012), which BERT applies as a greedy longest match. A word whose
-token is removed splits into shorter pieces. A word whose pieces all stay splits as before, because a smaller
-vocabulary has no longer match.
+token is removed splits into shorter pieces. If all pieces of a word stay, the word splits as before, because
+the removal of other tokens cannot create a longer match.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ NewIds = Mapping[int, int]
 def tokens_to_keep(encoder: Encoder, texts: Iterable[Text]) -> list[int]:
     """Returns the ids of the tokens to keep, in ascending order.
 
-    These are the tokens of `texts`, the special and added tokens, and every piece of one character. A token that pieces
-    of one character cannot spell also stays. So a word stays tokenisable if the vocabulary has a piece for each of its
-    characters.
+    These are the tokens of `texts`, the special and added tokens, and every piece of one character. A token also stays
+    if pieces of one character cannot spell it. So a word stays tokenisable if the vocabulary has a piece for each of
+    its characters.
 
     Args:
         encoder: The tokenizer, with its folder.
@@ -104,7 +104,7 @@ def _special_ids(folder: Path, tokenizer: Mapping[str, Any]) -> set[int]:
     if model.get("type") != WORDPIECE:
         raise CheckpointError(
             f"Only {WORDPIECE} vocabularies can be trimmed, and the type of this tokenizer is "
-            f"{model.get('type') or 'not stated'}. In other types a removed token changes how other words are split.",
+            f"{model.get('type') or 'not stated'}. In other types, a removed token changes the split of other words.",
             "Run the command without --trim-vocab.",
         )
     ids = {token["id"] for token in tokenizer["added_tokens"]} | {model["vocab"][model["unk_token"]]}

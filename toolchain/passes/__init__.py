@@ -1,8 +1,8 @@
-"""Rewrites of ONNX graphs (passes), one small file each, applied by name in order.
+"""Passes, which rewrite ONNX graphs; `rewrite` applies them by name, in order.
 
-A pass takes the model and a `Context`. It changes the model in place, or returns another one, and counts its
-applications. A pass that does not find its pattern counts zero. It skips a graph that it cannot
-rewrite correctly, or raises `GraphError`.
+A pass takes the model and a `Context`. It changes the model in place, or returns a new model, and counts its rewrites.
+A pass that does not find its pattern counts zero. If a pass cannot rewrite a graph correctly, it leaves the graph
+unchanged or raises `GraphError`.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Context:
     """Facts about the model that the passes need and cannot always read from the graph.
 
     Attributes:
-        heads: Attention heads of the encoder. ONNX Runtime's fusions cannot always find them in the graph.
+        heads: Number of attention heads of a layer. ONNX Runtime's fusions cannot always find them in the graph.
         width: Width of the encoder. ONNX Runtime's fusions cannot always find it in the graph.
-        keep: Linear layers that stay fp32, named as by `quantize_linear.layers_of`.
-        activations: Fixed quantisation of the inputs of linear layers, by the value's name.
+        keep: Names of the linear layers that stay fp32, as in `quantize_linear.layers_of`.
+        activations: Fixed quantisation of the inputs of linear layers, by the name of the input.
         tokens: Token ids that stay in a trimmed vocabulary, ascending.
     """
 
@@ -94,7 +94,7 @@ def rewrite(model: ir.Model, names: Sequence[str], context: Context) -> tuple[ir
     """Applies the named passes in order, then removes unused nodes and opsets.
 
     Returns:
-        The rewritten model, and the number of times each pass applied, by its name.
+        The rewritten model, and the number of rewrites by the name of the pass.
     """
     from onnx_ir.passes import common
 
@@ -112,8 +112,8 @@ def rewrite(model: ir.Model, names: Sequence[str], context: Context) -> tuple[ir
 def _unalias(model: ir.Model) -> None:
     """Replaces every Identity of a weight by the weight.
 
-    The exporter stores equal weights once and makes the duplicates Identity nodes. Passes would not recognise these
-    as stored weights.
+    The exporter stores equal weights once and makes the duplicates Identity nodes. Passes would not recognise an
+    Identity as a stored weight.
     """
     for node in [node for node in model.graph if node.op_type == "Identity"]:
         weight, alias = node.inputs[0], node.outputs[0]
@@ -152,7 +152,7 @@ def write(model: ir.Model, path: Path) -> None:
 
 
 def specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
-    """Returns the inputs or outputs of a graph in the form of a manifest."""
+    """Returns the inputs or outputs of a graph as a manifest stores them."""
     import onnx_ir as ir
 
     tensor_specs = []
@@ -169,7 +169,7 @@ def facts(model: ir.Model) -> dict[str, Any]:
 
     Returns:
         Bytes of the weights by dtype and by part (embeddings, encoder, head), opset versions, IR version, and operator
-        counts. `int8_headroom` is the result of `headroom`, and is absent where the graph has no int8 product.
+        counts. `int8_headroom` is the result of `headroom`, and is absent if the graph has no int8 product.
     """
     nodes = list(model.graph)
     last_norm = max((i for i, n in enumerate(nodes) if n.op_type == "LayerNormalization"), default=-1)

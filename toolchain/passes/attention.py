@@ -1,7 +1,8 @@
-"""Replacements of a fused Attention whose projections are quantised.
+"""Replacements of a fused Attention by nodes with quantised projections.
 
-One form has products for query, key and value, then MultiHeadAttention. The other form is one QAttention, which does
-both. QAttention writes the projections where its own products read them, so it needs no Split and no transposition.
+One replacement consists of matrix products for query, key and value, and of MultiHeadAttention. The other replacement
+is one QAttention, which computes projections and attention. QAttention writes the projections in the layout that its
+attention reads, so it needs no Split and no transposition.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ DOMAIN = "com.microsoft"
 ROLES = ("query", "key", "value")  # The order in which the fused weight holds the projections.
 SETTINGS = ("num_heads", "scale", "mask_filter_value")  # Attributes that Attention and QAttention share.
 
-# Arguments: the model, the input of a linear layer, its weight's name, its weight [inner, outer], and its bias.
+# Arguments: the model, a linear layer's input, the weight's name, the weight [inner, outer], and the bias.
 # Result: the nodes of the product. The last node gives the layer's output.
 Product = Callable[["ir.Model", Any, str, "np.ndarray", "ir.Value | None"], "list[ir.Node]"]
 # Arguments: the model, the Attention, and a `Product` with the model already bound.
@@ -31,7 +32,7 @@ Attend = Callable[["ir.Model", "ir.Node", "Callable[..., list[ir.Node]]"], "tupl
 def build_joint_products(
     model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]
 ) -> tuple[list[ir.Node], ir.Value]:
-    """Builds one product for query, key and value, a Split, and MultiHeadAttention; an `Attend`."""
+    """Builds one product for query, key and value, a Split, and MultiHeadAttention; implements `Attend`."""
     import numpy as np
     import onnx_ir as ir
 
@@ -51,7 +52,7 @@ def build_joint_products(
 def build_separate_products(
     model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]
 ) -> tuple[list[ir.Node], ir.Value]:
-    """Builds one product each for query, key and value, and MultiHeadAttention; an `Attend`."""
+    """Builds one product each for query, key and value, and MultiHeadAttention; implements `Attend`."""
     import numpy as np
 
     data, weight, bias, _ = node.inputs[:4]
@@ -71,13 +72,13 @@ def build_separate_products(
 def build_qattention(
     model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]], *, codes: Codes, largest: int = LARGEST
 ) -> tuple[list[ir.Node], ir.Value]:
-    """Builds one QAttention; an `Attend`.
+    """Builds one QAttention; implements `Attend`.
 
     QAttention needs query, key and value of equal width. With different widths, this function calls
     `build_joint_products`.
 
     Args:
-        codes: Quantises the input of the Attention.
+        codes: Function that quantises the input of the Attention.
         largest: Largest absolute value of an int8 weight.
     """
     import onnx_ir as ir
@@ -103,10 +104,10 @@ def widths(node: ir.Node) -> list[int]:
 def multi_head(model: ir.Model, node: ir.Node, parts: Any, *, one_query: bool = False) -> ir.Node:
     """Builds a MultiHeadAttention with the mask, `num_heads` and `scale` of the fused Attention `node`.
 
-    The mask [batch, tokens] becomes an `attention_bias` [batch, heads, queries, tokens], 0 or the lowest float. A
-    `key_padding_mask` would be shorter. But ONNX Runtime up to 1.20 reads it by the number of queries, and its WebGPU
-    provider does not support it. The bias is expanded because ONNX Runtime 1.17 refuses to broadcast it and 1.20
-    broadcasts it wrongly.
+    The mask [batch, tokens] becomes an `attention_bias` [batch, heads, queries, tokens]: 0 for words, the lowest float
+    for padding. A `key_padding_mask` would need fewer nodes. But ONNX Runtime up to 1.20 misreads it if there are fewer
+    queries than keys, and the WebGPU provider does not support it. The bias has its full shape because ONNX Runtime
+    1.17 refuses to broadcast a bias, and 1.20 broadcasts it wrongly.
 
     Args:
         parts: The values of query, key and value.
@@ -122,7 +123,7 @@ def multi_head(model: ir.Model, node: ir.Node, parts: Any, *, one_query: bool = 
 
 
 def _attention_bias(model: ir.Model, mask: ir.Value, heads: int, one_query: bool) -> ir.Value:
-    """Adds the bias of a mask [batch, tokens] after the mask's producer, or reuses the bias of another attention."""
+    """Adds the bias of a mask [batch, tokens] after the mask's producer, or returns the bias if the graph has it."""
     import numpy as np
     import onnx_ir as ir
 

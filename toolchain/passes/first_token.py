@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 # Operators that compute each token from that token alone, with any number of leading axes.
 TOKEN_WISE = {"Add", "Sub", "Sum", "MatMul", "LayerNormalization", "Gelu", "FastGelu", "Relu", "Tanh"}
-# Operators that may give the input of the token-wise nodes: their output is [batch, sequence, width].
+# Operators that may produce the input of the token-wise nodes; their output is [batch, sequence, width].
 BOUNDARY = {"Attention", "MultiHeadAttention", "LayerNormalization"}
 
 
 def first_token(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
-    """Moves the `Gather` of token 0 up through token-wise nodes to the last attention; counts the nodes it passed.
+    """Moves the `Gather` of token 0 up through token-wise nodes to the last attention; counts these nodes.
 
-    The rewrite is exact, because each of these nodes computes token 0 from token 0 alone. It applies only under two
-    conditions: every use of the moved values ends in that Gather, and the token-wise nodes start from values known to
-    be [batch, sequence, width].
+    The rewrite is exact, because each of these nodes computes token 0 from token 0 alone. The rewrite has two
+    conditions. Only the Gather and the token-wise nodes themselves read the results of these nodes. The inputs of the
+    token-wise nodes have the shape [batch, sequence, width], because `BOUNDARY` operators produce them.
     """
     count = 0
     for gather in [node for node in model.graph if takes_first_token(node)]:
@@ -37,7 +37,7 @@ def first_token(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
 
 
 def _movable_nodes(model: ir.Model, gather: ir.Node) -> list[ir.Node]:
-    """Returns the token-wise nodes before `gather` whose results have no other reader, nearest first."""
+    """Returns the token-wise nodes whose results only `gather` and these nodes read, the nearest to `gather` first."""
     region = [gather]
     for node in reversed(list(model.graph)):
         readers = {reader for out in node.outputs for reader in out.consumers()}

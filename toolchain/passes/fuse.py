@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 DOMAIN = "com.microsoft"  # Domain of the fused operators.
 # Fusions that are off on the CPU, by their names in `FusionOptions`. The CPU kernels of skip- and embedding
-# LayerNormalization are scalar. BiasGelu would take the bias that belongs inside the quantised matmul.
+# LayerNormalization are scalar. BiasGelu would absorb a bias that the quantised MatMul should add.
 CPU_DISABLED_FUSIONS = ("embed_layer_norm", "skip_layer_norm", "bias_skip_layer_norm", "bias_gelu")
 
 
@@ -23,8 +23,8 @@ def fuse(
 ) -> tuple[ir.Model, int]:
     """Fuses attention into one node, erf-Gelu into Gelu, and other patterns; counts the fused nodes.
 
-    The mask stays the raw [batch, sequence]. By default the fusion counts a sentence's tokens from the left instead,
-    which is wrong for sentences padded on the left.
+    The mask keeps its shape [batch, sequence]. By default, the fusion replaces the mask of each sentence by its number
+    of tokens, which is wrong for padding on the left.
 
     Args:
         disabled_fusions: Fusions that stay off, by their names in `FusionOptions` without `enable_`.
@@ -43,18 +43,18 @@ def fuse(
         fused = BertOnnxModel(ir.to_proto(model), context.heads, context.width)
         fused.optimize(options, add_dynamic_axes=False)
     result = ir.from_proto(fused.model)
-    result.graph.opset_imports.setdefault(DOMAIN, 1)  # Shape inference needs it.
-    result.graph.sort()  # The fusion appends its nodes at the end.
-    # The fusion packs query, key and value anew for each layer, even where layers share them (ALBERT).
+    result.graph.opset_imports.setdefault(DOMAIN, 1)  # Shape inference needs this opset.
+    result.graph.sort()  # The fusion appends its nodes at the end of the graph.
+    # The fusion stores new projection weights for each layer, even if layers share their weights (ALBERT).
     common.DeduplicateHashedInitializersPass()(result)
     return result, sum(node.domain == DOMAIN for node in result.graph)
 
 
 def _move_residual_last(model: ir.Model) -> None:
-    """In each addition before a LayerNormalization, moves the residual to second place.
+    """Makes the residual the second addend of each Add before a LayerNormalization.
 
-    The residual is the addend with more readers. The fusion looks for attention's result in the first addend that is
-    itself an Add. In ALBERT's first layer that addend is the projected embeddings.
+    The residual is the addend with more readers. The fusion assumes that the first addend from an Add node is the
+    result of the attention. In ALBERT's first layer, that addend would be the projected embeddings.
     """
     for norm in model.graph:
         add = norm.inputs[0].producer() if norm.op_type == "LayerNormalization" and norm.inputs[0] else None
@@ -63,7 +63,7 @@ def _move_residual_last(model: ir.Model) -> None:
         first, second = add.inputs
         if first is None or second is None:
             continue
-        # Looked-up embeddings keep their order, because the fusion treats the first as word embeddings.
+        # Embeddings from look-ups keep their order, because the fusion treats the first addend as word embeddings.
         producers = [value.producer() for value in (first, second)]
         if not all(node is not None and node.op_type == "Add" for node in producers):
             continue

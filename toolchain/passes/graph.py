@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
     """Returns an initializer of the graph with this array.
 
-    Layers that share a weight store it once: an initializer of this name with an equal array is reused. If its array
-    differs, the new initializer's name ends in `_other`.
+    If the graph has an initializer of this name with an equal array, the function returns that initializer. So layers
+    that share a weight store it once. If the arrays differ, the new initializer's name ends in `_other`.
     """
     import numpy as np
     import onnx_ir as ir
@@ -26,7 +26,7 @@ def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
         existing_array = array_of(existing)
         if existing_array.dtype == array.dtype and np.array_equal(existing_array, array):
             return existing
-        return constant(model, f"{name}_other", array)  # two layers read one weight, one of them transposed
+        return constant(model, f"{name}_other", array)  # one layer reads the weight, another its transpose
     tensor = ir.tensor(np.asarray(array, order="C"), name=name)
     value = ir.val(name, dtype=tensor.dtype, shape=array.shape, const_value=tensor)
     model.graph.register_initializer(value)

@@ -1,7 +1,8 @@
-"""Weights and activations in int8: S8 weights per output channel × U8 activations.
+"""Weights and activations in int8: S8 weights with one scale per output channel × U8 activations.
 
-x86 without VNNI adds two 8-bit products in 16 bits. U8 × S8 products can exceed 16 bits: the sum saturates, and the
-model's outputs are wrong without an error. Weights of 7 bits avoid this (ONNX Runtime calls it reduce_range).
+x86 without VNNI adds two 8-bit products in 16 bits. The sum of two U8 × S8 products can exceed 16 bits. It then
+saturates, and the model's outputs are wrong without an error. Weights of 7 bits avoid saturation; ONNX Runtime calls
+this reduce_range.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-LARGEST = 127  # Symmetric: without -128, a weight and its negative are equally exact.
+LARGEST = 127  # Without -128, a weight and its negative have equal rounding errors.
 LARGEST_OF_7_BITS = 64  # Two products with the largest activation, 2 × 255 × 64, fit in 16 bits.
 INT8_PRODUCTS = ("DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QAttention")
 
@@ -51,7 +52,7 @@ def weight_codes(model: ir.Model, name: str, array: np.ndarray, limit: int = LAR
 
 
 def run_time_codes(model: ir.Model, data: Any, new_nodes: list[ir.Node]) -> list[ir.Value]:
-    """Quantises `data` by its range at run time, with one node for all its readers; a `Codes`."""
+    """Quantises `data` by its range at run time, with one node for all its readers; implements `Codes`."""
     import onnx_ir as ir
 
     node = next((node for node in data.consumers() if node.op_type == "DynamicQuantizeLinear"), None)

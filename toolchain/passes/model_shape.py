@@ -20,7 +20,7 @@ def layers_in(folder: Path) -> int:
 
 
 def word_width(folder: Path) -> int:
-    """Returns the width of the word embedding table; ELECTRA, ALBERT and MobileBERT project it to the encoder's."""
+    """Returns the width of the word embedding table; some models project it to the encoder's width."""
     config = _config(folder)
     return int(getattr(config, "embedding_size", config.hidden_size))
 
@@ -28,5 +28,5 @@ def word_width(folder: Path) -> int:
 def _config(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    # Architectures use different names for these in config.json; transformers knows the names of each.
+    # Architectures use different names for these sizes in config.json; transformers knows the names of each.
     return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

@@ -1,7 +1,7 @@
 """Padding that changes no scale: every padding token gets the embedding of its sentence's first token.
 
-Int8 scales computed at run time come from the range of all tokens, padding included. One padding token would change the
-rounding of every output. Attention masks padding, so its embedding may have any value.
+Int8 scales computed at run time come from the range of all tokens, padding included. So one padding token could change
+the rounding of every output. Attention masks padding, so the embedding of a padding token may have any value.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ if TYPE_CHECKING:
 IDS, MASK = "input_ids", "attention_mask"
 SHAPE = "Shape"
 FUSED = {"Attention", "MultiHeadAttention"}
-RELATIVE = "GatherElements"  # Looks up attention scores by the distance between two tokens.
-MIXES = {"Attention", "MatMul", "Gemm", "Einsum", "Softmax"}  # Do not occur before the embeddings' LayerNormalization.
+RELATIVE = "GatherElements"  # This operator looks up attention scores by the distance of two tokens.
+# Operators that may combine several tokens. They do not occur before the embeddings' LayerNormalization.
+MIXES = {"Attention", "MatMul", "Gemm", "Einsum", "Softmax"}
 
 
 def padding(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
-    """Replaces the embeddings of padding tokens by the embedding of token 0; counts the values replaced.
+    """Replaces the embeddings of padding tokens by the embedding of token 0; counts 1 if the pass applies.
 
-    The replaced value is [batch, sequence, width]. The rewrite is exact for token 0, with padding on either side. It
+    The embeddings are [batch, sequence, width]. The rewrite is exact for token 0, with padding on either side. The pass
     applies if the classifier reads token 0, every attention is masked, and the embeddings end in a LayerNormalization.
 
-    It does not apply where attention uses relative positions (DeBERTa). There a padding token would not compute the
-    same values as token 0.
+    The pass does not apply if attention uses relative positions (DeBERTa). With relative positions, a padding token
+    would not compute the same values as token 0.
     """
     inputs = {value.name: value for value in model.graph.inputs}
     ids, mask = inputs.get(IDS), inputs.get(MASK)
@@ -52,8 +53,8 @@ def padding(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
 def _collect_ancestors(node: ir.Node, stop: Collection[str] = ()) -> tuple[set[ir.Node], set[ir.Value]]:
     """Returns the nodes before `node`, and the values that they and `node` read.
 
-    The search does not pass operators in `stop`, nor Shape, whose result depends on no token. `node` itself is not
-    among the nodes.
+    The search stops at operators in `stop` and at Shape, whose result depends on no token. The returned nodes do not
+    include these operators or `node` itself.
     """
     nodes: set[ir.Node] = set()
     values: set[ir.Value] = set()
@@ -71,7 +72,7 @@ def _collect_ancestors(node: ir.Node, stop: Collection[str] = ()) -> tuple[set[i
 def _masks_every_attention(model: ir.Model, mask: ir.Value) -> bool:
     """Returns whether the graph has attention, and every attention node takes the mask and no relative positions.
 
-    Only inputs that reach the attention node without an operator of `MIXES` in between count.
+    The search from an attention node for the mask and for relative positions stops at operators in `MIXES`.
     """
     attentions = [n for n in model.graph if n.op_type == "Softmax" or (n.op_type in FUSED and n.domain == DOMAIN)]
     ancestors = [_collect_ancestors(node, MIXES) for node in attentions]

@@ -1,7 +1,7 @@
-"""Weights in 4 bits, in blocks with one scale and one zero point each: the smallest files, but no faster products.
+"""4-bit weights in blocks, each with one scale and one zero point: the smallest files, but no faster products.
 
-The module uses two operators of ONNX Runtime: MatMulNBits for linear layers, which quantises activations to 8 bits, and
-GatherBlockQuantized for embedding tables.
+The module uses two operators of ONNX Runtime. MatMulNBits computes linear layers and quantises their activations to
+8 bits. GatherBlockQuantized looks up rows of embedding tables.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 BITS, MAX_CODE = 4, 15
 BLOCK = 32  # Number of weights that share a scale.
-INT8_ACTIVATIONS = 4  # Value of the operator's accuracy_level.
-# Fractions of a block's range to keep, in the order of trial. A smaller range has finer steps but clips its ends.
+INT8_ACTIVATIONS = 4  # Value of `accuracy_level` in MatMulNBits.
+# Fractions of a block's range, tried in this order. A smaller range has finer steps but clips the largest weights.
 RANGE_FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
@@ -67,7 +67,7 @@ def pack(codes: np.ndarray) -> np.ndarray:
 def build_int4_product(
     model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Value | None
 ) -> list[ir.Node]:
-    """Builds MatMulNBits with the bias inside; an `attention.Product`."""
+    """Builds MatMulNBits, which also adds the bias; implements `attention.Product`."""
     import onnx_ir as ir
 
     inner, outer = array.shape
@@ -87,7 +87,7 @@ def build_int4_product(
 
 
 def look_up_int4_rows(model: ir.Model, name: str, array: np.ndarray, rows: Any) -> list[ir.Node]:
-    """Builds GatherBlockQuantized; a `quantize_embedding.LookUp`.
+    """Builds GatherBlockQuantized; implements `quantize_embedding.LookUp`.
 
     If the width of the table is no multiple of `BLOCK`, this function calls `look_up_int8_rows`.
     """

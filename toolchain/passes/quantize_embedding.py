@@ -1,4 +1,4 @@
-"""Embedding tables in fewer bits: they are most of a small model's bytes, and look-ups stay as fast."""
+"""Embedding tables in fewer bits. The tables are most of a small model's bytes, and look-ups do not slow down."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def quantize_embedding(model: ir.Model, context: Context, look_up: LookUp) -> tu
 
 
 def look_up_int8_rows(model: ir.Model, name: str, array: np.ndarray, rows: Any) -> list[ir.Node]:
-    """Builds a Gather of int8 rows × a Gather of one scale per row, in standard operators; a `LookUp`."""
+    """Builds a Gather of int8 rows × a Gather of one scale per row, in standard operators; implements `LookUp`."""
     import onnx_ir as ir
 
     int8, scale = quantize_weight(array, axis=0)

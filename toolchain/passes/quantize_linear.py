@@ -1,4 +1,4 @@
-"""Linear layers in int8: U8 activations scaled at run time × S8 weights scaled per output channel, bias inside."""
+"""Linear layers in int8: U8 activations with scales from run time × S8 weights with one scale per output channel."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def quantize_linear(
 
     Linear layers are MatMul and Gemm with constant weights, and the projections of a fused Attention. `attend` builds
     the replacement of the Attention. Products of two activations stay fp32: they hold no weights, so fewer bits
-    would cost accuracy and save nothing. The last layer, whose result is the logits, stays fp32: it has only a few
-    hundred weights. Layers in `context.keep` stay fp32 too.
+    would cost accuracy and save nothing. The last layer, whose result is the logits, stays fp32 because it has few
+    weights. Layers in `context.keep` stay fp32 too.
     """
     count = 0
     layer = partial(product, model)
@@ -55,10 +55,10 @@ def layer_name(node: ir.Node) -> str:
 
 
 def weights_of(model: ir.Model) -> dict[str, np.ndarray]:
-    """Returns the weights of the linear layers by the name of the value they read.
+    """Returns the weights of the linear layers by the name of the layers' input.
 
     Returns:
-        For each value, the weights [inner, outer] of all layers that read it, concatenated along `outer`.
+        For each input, the weights [inner, outer] of all layers that read it, concatenated along `outer`.
     """
     import numpy as np
 
@@ -71,7 +71,7 @@ def weights_of(model: ir.Model) -> dict[str, np.ndarray]:
 
 
 def inputs_with_shared_weights(model: ir.Model) -> set[str]:
-    """Returns the names of the values whose layers share a weight with layers that read another value."""
+    """Returns the names of the inputs whose layers share a weight with layers of another input."""
     readers: dict[str, set[str]] = {}
     for node in linear_nodes(model):
         readers.setdefault(str(node.inputs[1].name), set()).add(str(node.inputs[0].name))  # type: ignore[union-attr]
@@ -90,11 +90,12 @@ def linear_nodes(model: ir.Model) -> list[ir.Node]:
 
 
 def headroom(model: ir.Model) -> float | None:
-    """Returns the margin of the int8 products before 16-bit saturation; None where there is no int8 product.
+    """Returns the margin of the int8 products before 16-bit saturation; None if the graph has no int8 product.
 
-    Some processors add two int8 products in 16 bits. The margin is the 16-bit limit over the sum of the worst pair:
-    the two largest weights of equal sign in one output, times the largest activation. With at least 1, products never
-    saturate. The pair is the worst possible one, because the kernel decides which two weights of an output it pairs.
+    Some processors add two int8 products in 16 bits. The margin is the 16-bit limit divided by the largest possible sum
+    of two products. That sum is the largest activation times the two largest weights of equal sign in one output. The
+    kernel decides which two products it adds, so the function assumes the worst pair. If the margin is at least 1,
+    products never saturate.
     """
     import numpy as np
 
@@ -139,7 +140,7 @@ def _quantize_layer(model: ir.Model, node: ir.Node, layer: Callable[..., list[ir
 def build_fused_product(
     model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Value | None, *, largest: int = LARGEST
 ) -> list[ir.Node]:
-    """Builds one DynamicQuantizeMatMul of ONNX Runtime with the bias inside; a `Product`.
+    """Builds ONNX Runtime's DynamicQuantizeMatMul, which also adds the bias; implements `Product`.
 
     Args:
         largest: Largest absolute value of an int8 weight.
@@ -155,7 +156,7 @@ def build_fused_product(
 def build_standard_product(
     model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Value | None, *, largest: int = LARGEST
 ) -> list[ir.Node]:
-    """Builds standard operators, DynamicQuantizeLinear and MatMulInteger; a `Product`.
+    """Builds standard operators, DynamicQuantizeLinear and MatMulInteger; implements `Product`.
 
     Layers that read the same value share one DynamicQuantizeLinear.
 
@@ -170,8 +171,8 @@ def build_standard_product(
 
     uint8, activation_scale, zero_point = run_time_codes(model, data, new_nodes)
     weight, weight_scale, _ = weight_codes(model, name, array, largest)
-    # This input is optional. But where ONNX Runtime makes the weights unsigned, releases up to 1.29 abort without it,
-    # and 1.32 refuses one that several nodes share.
+    # ONNX makes the weight's zero point optional. But if ONNX Runtime makes the weights unsigned, releases up to 1.29
+    # abort without a zero point. Release 1.32 refuses a zero point that several nodes share.
     weight_zero_point = constant(model, f"{name}_zero", np.array(0, np.int8))
     integers = add("MatMulInteger", [uint8, weight, zero_point, weight_zero_point], "sum")
     cast = add("Cast", [integers], "cast", to=ir.DataType.FLOAT)

@@ -1,9 +1,9 @@
-"""Linear layers in int8 with fixed scales: U8 activations scaled by calibration × S8 weights scaled per channel.
+"""Linear layers in int8: U8 activations with fixed scales from calibration × S8 weights with one scale per channel.
 
-All channels share one scale. If a few channels are far larger than the others, the others use almost none of the 256
-steps. SmoothQuant (Xiao et al. 2022) divides each channel by a factor and multiplies the weights of that channel by the
-same factor. The paper folds the division into the LayerNormalization before it. Here the division is a separate `Mul`,
-because the residual reads the same values and would change.
+All channels of an activation share one scale. If a few channels are far larger than the others, the others use almost
+none of the 256 steps. SmoothQuant (Xiao et al. 2022) divides each channel by a factor and multiplies the weights of
+that channel by the same factor. The paper folds the division into the preceding LayerNormalization. Here the division
+is a separate `Mul`, because the residual addition reads the same values, which must not change.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Activation:
         return result
 
 
-Activations = Mapping[str, Activation]  # By the value's name.
-# An `attention.Product` with one more argument in front: the quantisation of the values that layers read.
+Activations = Mapping[str, Activation]  # Name of a layer's input → its quantisation.
+# An `attention.Product` with one more argument, the first: the quantisation of the inputs of the layers.
 StaticProduct = Callable[[Activations, "ir.Model", Any, str, "np.ndarray", "ir.Value | None"], "list[ir.Node]"]
 
 
@@ -118,7 +118,7 @@ def _calibrated_names(activations: Activations) -> set[str]:
 
 
 def _layers_by_input(model: ir.Model, context: Context) -> dict[str, list[ir.Node]]:
-    """Returns the linear layers that read each value, by its name, without the layers kept in fp32."""
+    """Returns the linear layers by the name of their input, without the layers that stay fp32."""
     layers: dict[str, list[ir.Node]] = {}
     for node in linear_nodes(model):
         if layer_name(node) not in context.keep and node.inputs[0] is not None:
@@ -129,7 +129,7 @@ def _layers_by_input(model: ir.Model, context: Context) -> dict[str, list[ir.Nod
 def fixed_codes(activations: Activations, model: ir.Model, data: Any, new_nodes: list[ir.Node]) -> list[ir.Value]:
     """Quantises `data` with its calibrated scale, with one node for all its readers.
 
-    With `activations` bound, this is an `int8.Codes`.
+    With `activations` bound, the function implements `int8.Codes`.
     """
     import numpy as np
     import onnx_ir as ir
@@ -154,7 +154,7 @@ def build_fused_static_product(
     array: np.ndarray,
     bias: ir.Value | None,
 ) -> list[ir.Node]:
-    """Builds ONNX Runtime's MatMulIntegerToFloat with the bias inside; a `StaticProduct`."""
+    """Builds ONNX Runtime's MatMulIntegerToFloat, which also adds the bias; implements `StaticProduct`."""
     import onnx_ir as ir
 
     new_nodes: list[ir.Node] = []
@@ -174,10 +174,10 @@ def build_standard_static_product(
     array: np.ndarray,
     bias: ir.Value | None,
 ) -> list[ir.Node]:
-    """Builds QDQ, a MatMul of dequantised values that runtimes turn into an int8 product; a `StaticProduct`.
+    """Builds a MatMul of dequantised values (QDQ), which runtimes run in int8; implements `StaticProduct`.
 
-    A `Sub` of the negated bias adds the bias. In two dimensions ONNX Runtime turns MatMul and Add into a Gemm. It then
-    runs that Gemm in fp32 and dequantises the weights at every inference.
+    The bias is a `Sub` of the negated bias, not an `Add`. With two-dimensional inputs, ONNX Runtime would turn MatMul
+    and Add into a Gemm. It would run that Gemm in fp32 and dequantise the weights at every inference.
     """
     new_nodes: list[ir.Node] = []
     add = adder(name, new_nodes)

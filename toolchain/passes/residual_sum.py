@@ -1,4 +1,4 @@
-"""Writes the residual addition before a LayerNormalization in a form that no runtime fuses with it."""
+"""Rewrites the residual addition before a LayerNormalization, so that ONNX Runtime does not fuse these two nodes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 def residual_sum(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     """Turns the Add before a LayerNormalization into a Sub, or else into a Sum; counts the additions.
 
-    The pass takes an Add only if both addends are computed. Sub needs an addend whose weights can be negated, which is
-    exact. Sum replaces Add where no weights decide an addend's sign.
+    The pass rewrites an Add only if the graph computes both addends. For a Sub, the pass negates the weights of one
+    addend, which is exact. If neither addend has such weights, the pass uses a Sum.
 
-    At load, ONNX Runtime's default options fuse Add + LayerNormalization into SkipLayerNormalization. They do so where
-    both shapes are known, for example in an app that fixes the dimensions. On the CPU provider that kernel is several
-    times slower than the two it replaces. The fusion does not match Sub and Sum. Sum runs on one thread; Sub runs on
-    all threads, as Add does.
+    With default options, ONNX Runtime fuses Add + LayerNormalization into SkipLayerNormalization when it loads a model.
+    It does so if it knows the shapes of both addends, for example in an app that fixes the dimensions. On the CPU
+    provider, the SkipLayerNormalization kernel is several times slower than the two kernels that it replaces. The
+    fusion does not match Sub and Sum. Sum runs on one thread; Sub runs on all threads, as Add does.
     """
     count = 0
     for node in list(model.graph):
@@ -48,7 +48,7 @@ def residual_sum(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
 
 
 def _negatable_inputs(value: ir.Value) -> list[tuple[ir.Node, int]]:
-    """Returns the stored inputs to negate, as (node, input index), so that only `value` is negated; empty if none."""
+    """Returns the stored inputs (node, input index) whose negation negates only `value`; empty if there are none."""
     node = value.producer()
     if node is None or node.domain != "" or len(value.uses()) != 1 or value.is_graph_output():
         return []

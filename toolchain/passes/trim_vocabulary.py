@@ -15,11 +15,11 @@ IDS = "input_ids"
 
 
 def trim_vocabulary(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
-    """Reduces the table [tokens, width] that the ids look up to its rows `context.tokens`, in their order.
+    """Reduces the word embedding table [tokens, width] to the rows in `context.tokens`, in that order.
 
     Raises:
-        GraphError: The graph uses the ids for anything but one look-up and their shape, another node reads the table,
-            or the table has no row for a token. Other uses of the ids would still expect the old ids.
+        GraphError: The table has no row for a token, or other nodes than one look-up read the token ids or the table.
+            These nodes would still expect the old ids. Only Shape may also read the ids.
     """
     import onnx_ir as ir
 

@@ -1,4 +1,4 @@
-"""Converts int8 weights to U8, for runtimes that saturate U8 × S8 products and have no option against it."""
+"""Converts int8 weights to U8, for runtimes that saturate U8 × S8 products and have no option to prevent it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ ZERO_POINTS = {
 def unsigned_weights(model: ir.Model) -> int:
     """Adds 128 to the int8 weights and zero points of every product; returns the number of products changed.
 
-    The rewrite is exact: products use the differences between weights and zero points, and these stay the same. U8 ×
-    U8 products saturate on no processor. On x86 with VNNI they are slower than U8 × S8; on ARM they are as fast.
+    The rewrite is exact: products use the differences between weights and zero points, which stay the same. U8 × U8
+    products saturate on no processor. On x86 with VNNI they are slower than U8 × S8; on ARM they are as fast.
     """
     import numpy as np
     from onnx_ir.passes import common

@@ -1,6 +1,6 @@
 """Structured pruning: removes the least important heads and FFN neurons, then refits the remaining weights.
 
-`prune` composes the parts: importance (and depth) → selection → removal and fit.
+`prune` runs the parts in this order: importance (and depth) → selection → removal and fit.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ def prune(
         setup: The model to prune, with its training sentences.
         ratio: Minimum share of the encoder's linear parameters to remove.
         method: Importance measure, ``fisher`` or ``magnitude``.
-        price: Cost of a sub-block with a given number of heads or neurons. The selection weighs importance against it.
+        price: Cost of a layer's attention or feed-forward part by its number of heads or neurons. The selection weighs
+            importance against this cost.
         progress: Called with the number of finished layers.
-        layers: Number of layers to keep; the others are removed before the selection. None removes none in advance.
+        layers: Number of layers to keep; the others are removed before the selection. None removes no layer.
 
     Raises:
         PruningError: The model cannot lose this share of its parameters, or does not have this many layers.
@@ -53,7 +54,7 @@ def prune(
 
 
 def mask(model: PreTrainedModel, ratio: float) -> PreTrainedModel:
-    """Returns a copy in which every linear layer of the encoder has its `ratio` of weakest rows (L2 norm) set to zero.
+    """Returns a copy with the weakest rows (L2 norm) of every linear encoder layer set to zero, a share of `ratio`.
 
     Biases stay unchanged. The function applies `torch.nn.utils.prune.ln_structured` permanently. The model gets neither
     smaller nor faster.
@@ -86,14 +87,14 @@ def largest_ratio(
         method: As in `prune`.
         price: As in `prune`.
         max_drop: Largest allowed accuracy drop, in percentage points.
-        progress: Called with the number of ratios measured, an upper bound on it and a text.
+        progress: Called with the number of measured ratios, the largest possible number and a text.
         layers: As in `prune`.
 
     Returns:
         The ratio, and every measured ratio with its drop, in ascending order of ratio.
 
     Raises:
-        PruningError: No ratio keeps the accuracy.
+        PruningError: Every ratio has a larger accuracy drop.
     """
     dense_accuracy = accuracy(setup.model, setup.held_out)
     drops: dict[float, float] = {}

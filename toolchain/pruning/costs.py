@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 TOKENS = 25  # average length of a sentence of the validation set
 ROUNDS, RUNS = 16, 30
-PAUSE_S = 0.05  # ONNX Runtime's threads spin for about 20 ms after a run and would take the next session's cores
+PAUSE_S = 0.05  # after a run, ONNX Runtime's threads spin for about 20 ms on cores that the next session needs
 SCHEMA = 2
 PASSES = (*CPU_PASSES, *QUANTIZE_PASSES["dynamic"])
 
@@ -49,11 +49,11 @@ class EncoderSizes:
         return cls(model.config.hidden_size, head_size(model), tuple(shapes_of(model)))
 
     def unit_parameters(self, kind: str, count: int) -> int:
-        """Returns the number of linear parameters, biases included, of a sub-block of one layer.
+        """Returns the number of linear parameters, biases included, of a layer's attention or feed-forward part.
 
         Args:
             kind: ``heads`` or ``neurons``.
-            count: Number of heads or neurons. With 0 the sub-block has no parameters.
+            count: Number of heads or neurons. With 0, the part has no parameters.
         """
         per_unit = self.head * (4 * self.width + 3) if kind == "heads" else 2 * self.width + 1
         return count * per_unit + (self.width if count else 0)
@@ -111,8 +111,9 @@ class LatencyTable:
 def latency_table(model: PreTrainedModel, folder: Path, progress: Callable[[int, int, str], None]) -> LatencyTable:
     """Returns the model's latency table for this machine; reads it from `folder`, or measures it and writes it there.
 
-    The measurement uses random models of the same widths, in which all layers have the same shape. They go through the
-    usual export and int8 quantisation. All models run the same sentence, in rounds of random order.
+    The measurement uses models with random weights and the same widths. In each model, all layers have the same shape.
+    The models go through the usual export and int8 quantisation. In each round, they run the same sentence in random
+    order.
 
     Args:
         model: The unpruned model.
@@ -159,7 +160,7 @@ def _read_table(file: Path, settings: dict[str, Any]) -> LatencyTable:
 @strict
 @dataclass(frozen=True)
 class _StoredTable:
-    """The form of a `LatencyTable` in its file, with the settings of its measurement."""
+    """The file format of a `LatencyTable`, with the settings of its measurement."""
 
     schema: Literal[2]
     machine: str
@@ -176,7 +177,7 @@ class _StoredTable:
 
 
 def _measure(model: PreTrainedModel, encoder: EncoderSizes, progress: Callable[[int, int, str], None]) -> LatencyTable:
-    """Measures medians over rounds; a count adds, per layer, the difference to the model without those units."""
+    """Measures a median time for each count; its cost is the time beyond that of count 0, divided by the layers."""
     heads, neurons, layers = encoder.shapes[0].heads, encoder.shapes[0].ffn, len(encoder.shapes)
     head_counts = sorted({0, 1, heads, *(round(heads * share) for share in (0.25, 0.5, 0.75))})
     neuron_counts = sorted(

@@ -1,4 +1,4 @@
-"""Choice of the encoder layers to remove, by the loss without them."""
+"""Choice of the encoder layers to remove, by the loss of the model without them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def dispensable_layers(model: PreTrainedModel, layers: int, batches: Sequence[Ba
     """Returns the indices of the layers to remove so that `layers` layers remain, in ascending order.
 
     The function repeatedly removes the layer whose absence raises the loss on `batches` least. It does not refit the
-    remaining weights. The first layer always stays. Gradients of single layers do not add up: the model can lose any
-    one of its last layers, but hardly all of them.
+    remaining weights. The first layer always stays. Importances of single layers cannot be added: the model can lose
+    any one of its last layers, but not all of them together.
 
     Args:
         model: The unpruned model.
         layers: Number of layers to keep.
-        batches: Training sentences; the function uses the first `SENTENCES`, up to the end of their batch.
+        batches: Training sentences; the function uses whole batches until it has `SENTENCES` sentences.
 
     Raises:
         PruningError: `layers` is below 1 or above the model's number of layers.

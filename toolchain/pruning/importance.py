@@ -21,15 +21,15 @@ class Importance:
     """Importance of one layer's heads or neurons.
 
     Attributes:
-        moment: Matrix [units, units]. Its sum over the rows and columns of a set of units is the cost of removing the
-            set. The diagonal holds each unit's own importance.
+        moment: Matrix [units, units]. Its sum over the rows and columns of a set of units is the importance of the
+            set. The diagonal holds the importance of each single unit.
     """
 
     moment: torch.Tensor
 
     @property
     def unit_costs(self) -> torch.Tensor:
-        """Returns the cost of removing each unit alone, [units]."""
+        """Returns the importance of each single unit, [units]."""
         return self.moment.diagonal()
 
 
@@ -44,9 +44,10 @@ class LayerImportance:
 def fisher(model: PreTrainedModel, batches: Sequence[Batch]) -> list[LayerImportance]:
     """Returns the empirical Fisher information of a gate on the output of every head and every neuron.
 
-    Each sub-block gets one matrix [units, units]. The gates multiply the input of the sub-block's last linear layer.
-    Each sentence has its own gates, so one backward pass gives the gradient of every sentence. The method is that of
-    Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers".
+    A gate is a factor of 1 on a unit. The gates multiply the input of the last linear layer in a layer's attention or
+    feed-forward part. Each of these parts gets one matrix [units, units]. Each sentence has its own gates, so one
+    backward pass gives the gradient of every sentence. The method is that of Kwon et al. 2022, "A Fast Post-Training
+    Pruning Framework for Transformers".
 
     Returns:
         One `LayerImportance` for each layer, first to last.

@@ -1,4 +1,4 @@
-"""Least-squares fit of the remaining weights to the states of the unpruned model, without training."""
+"""Least-squares fit of the remaining weights to the hidden states of the unpruned model, without training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-RIDGE = 1e-2  # share of the Gram matrix's mean diagonal: keeps weights for directions that the sentences rarely use
+# Ridge penalty, as a share of the Gram matrix's mean diagonal. It keeps the weights nearly unchanged in directions that
+# the sentences rarely use.
+RIDGE = 1e-2
 
 
 def cut_and_fit(
@@ -32,7 +34,7 @@ def cut_and_fit(
     follows the mask tuning of Kwon et al. 2022, with a matrix in place of the mask.
 
     When a sub-block keeps no unit, its LayerNorm is removed. The preceding LayerNorm is refitted, channel by channel,
-    to match the output of the removed one in the dense model.
+    to match the output that the removed LayerNorm has in the dense model.
 
     Args:
         dense: The unpruned model.
@@ -45,7 +47,8 @@ def cut_and_fit(
     dense_states, arguments = _record_layer_inputs(dense, batches)
     states = dense_states
     norms = (layout.attention_norm, layout.output_norm)
-    last_norm: Any = None  # the last remaining LayerNorm; the first layer keeps a head and so has one
+    # The last LayerNorm that remains. It is set before its first use, because the first layer keeps a head.
+    last_norm: Any = None
     for index in range(len(kept_units)):
         original, layer = layers_of(dense)[index], layers_of(model)[index]
         keep_units(model, index, kept_units[index].heads, kept_units[index].neurons)
@@ -73,7 +76,7 @@ Arguments = list[tuple[tuple[Any, ...], dict[str, Any], "torch.Tensor"]]
 
 
 def _record_layer_inputs(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[States, Arguments]:
-    """Returns the first layer's states [batch, sequence, width], and its other arguments with a mask of real tokens."""
+    """Returns the first layer's input states [batch, sequence, width], and its other arguments with token masks."""
     import torch
 
     states: States = []
@@ -155,9 +158,10 @@ def _apply(module: nn.Module, values: States) -> States:
 
 
 def _refit_norm(norm: Any, outputs: States, targets: States) -> tuple[torch.Tensor, torch.Tensor]:
-    """Refits scale and shift of `norm` by least squares, channel by channel, and returns the changes of both.
+    """Refits scale and shift of `norm` by least squares, channel by channel, and returns the changes.
 
-    `outputs` [tokens, width] are the outputs of `norm` before the fit. `targets` are the outputs that it should have.
+    `outputs` [tokens, width] are the outputs of `norm` before the fit. `targets` are the outputs to approach. The
+    new outputs are the old outputs times the first change, plus the second change.
     """
     import torch
 

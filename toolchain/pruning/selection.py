@@ -10,7 +10,7 @@ from toolchain.errors import PruningError
 from toolchain.pruning.costs import EncoderSizes
 from toolchain.pruning.importance import Importance, LayerImportance
 
-BLOCK = 32  # neurons removed together: kernels work on full vectors
+BLOCK = 32  # neurons are removed in blocks of this size, because kernels compute on full vectors
 MOST_SWAPS = 2000
 
 
@@ -27,7 +27,7 @@ Price = Callable[[str, int], float]
 
 @dataclass(frozen=True)
 class _Group:
-    """Units of one sub-block, least important first, with the counts it may keep."""
+    """One layer's heads or neurons, least important first, with the numbers of them that the layer may keep."""
 
     layer: int
     kind: str
@@ -38,7 +38,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Reduction:
-    """Reduction of a group from one count to a lower one, along its lower convex hull."""
+    """Reduction of a group from one count to a lower count, along the group's lower convex hull; see `select`."""
 
     group: int
     count: int
@@ -54,19 +54,20 @@ def select(
 ) -> list[KeptUnits]:
     """Selects the units that every layer keeps, with the least importance lost.
 
-    A group is one layer's heads, or one layer's neurons in blocks. Each group loses units along the lower convex hull
-    of importance over `price`. The function takes these reductions of all groups in order of importance per price. This
-    is the Lagrangian solution of the knapsack problem.
+    A group is one layer's heads, or one layer's neurons in blocks. Each group has a curve: importance lost over price
+    saved. The segments of the curve's lower convex hull are the group's reductions. The function applies the
+    reductions of all groups in ascending order of importance lost per price saved, until it reaches `ratio`. This is
+    the Lagrangian solution of the knapsack problem.
 
-    Then it selects the same number of units in each group again, now with the interactions of pairs. The first layer
-    keeps at least one head. Without any head the model cannot read a sentence. No earlier layer has a LayerNorm that
-    could replace the first layer's.
+    Then `rearrange` selects the same number of units in each group again, and takes interactions of pairs into account.
+    The first layer keeps at least one head, for two reasons. Without any head, the model cannot combine the tokens of a
+    sentence. And no earlier layer has a LayerNorm that could replace the first layer's.
 
     Args:
         importances: One entry for each layer.
         ratio: Minimum share of the encoder's linear parameters to remove.
         encoder: Sizes of the unpruned encoder.
-        price: Cost of a sub-block by its kind, ``heads`` or ``neurons``, and its number of units.
+        price: Cost of a group by its kind, ``heads`` or ``neurons``, and its number of units.
         empty_layers: Indices of layers that keep no unit.
 
     Returns:
@@ -101,7 +102,7 @@ def _build_groups(importances: Sequence[LayerImportance]) -> list[_Group]:
             least_count = 1 if (layer, kind) == (0, "heads") else 0
             counts = sorted({total, *range(least_count, total, block)}, reverse=True)
             sums = [0.0, *unit_costs[order].cumsum(0).tolist()]
-            # A fully removed sub-block also loses the joint effect of its units.
+            # If a group loses all units, it also loses their joint importance.
             sums[-1] = max(sums[-1], float(units.moment.sum()))
             groups.append(_Group(layer, kind, order, counts, [sums[total - count] for count in counts]))
     return groups
@@ -144,7 +145,7 @@ def _hull_reductions(index: int, group: _Group, price: Price) -> list[_Reduction
     hull: list[tuple[float, float, int]] = []
     for saving, loss, count in points:
         if hull and saving <= hull[-1][0]:
-            continue  # saves no more than a larger count: measured prices may not fall with each unit
+            continue  # a larger count saves as much: with fewer units, measured prices need not be lower
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) > _slope(hull[-1], (saving, loss)):
             hull.pop()
         hull.append((saving, loss, count))
@@ -159,7 +160,7 @@ def rearrange(importance: Importance, kept: Sequence[int]) -> tuple[int, ...]:
     """Selects as many units as `kept` has, so that the removed units have the least joint importance.
 
     Each round swaps the removed and the kept unit whose swap lowers the joint importance most. The function stops when
-    no swap lowers it, or after `MOST_SWAPS` rounds. This is the mask rearrangement of Kwon et al. 2022.
+    no swap lowers this importance, or after `MOST_SWAPS` rounds. This is the mask rearrangement of Kwon et al. 2022.
 
     Args:
         importance: Importance of the group's units.

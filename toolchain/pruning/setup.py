@@ -27,7 +27,7 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class PruningSetup:
-    """The inputs of pruning, with cached results that all ratios tried in one process share.
+    """Inputs of pruning, with cached results. All ratios that one process tries share these results.
 
     Use the function `shared_setup` to get the shared instance.
 
@@ -38,7 +38,7 @@ class PruningSetup:
         labels: Names of the model's labels, in order.
         max_length: Largest number of tokens of a sentence.
         source: Training data.
-        sentences: Largest number of training sentences that rank and fit.
+        sentences: Largest number of training sentences that rank the units and fit the weights.
         seed: Random seed that chooses these sentences.
     """
 
@@ -68,7 +68,7 @@ class PruningSetup:
 
     @functools.cached_property
     def encoder(self) -> encoding.Encoder:
-        """Opens the encoder, which turns texts into token ids."""
+        """Opens the `Encoder`, which converts texts to token ids."""
         return encoding.Encoder.open(self.folder, self.names, self.max_length)
 
     @functools.cached_property

@@ -1,10 +1,10 @@
 """Calibration: chooses the fixed quantisation of the linear layers' inputs from training sentences.
 
-The range covers every value seen. Percentile ranges and the range of least squared error were tried on the reference
-model. Neither reduced the change of the outputs on held-out rows.
+The range of an input covers all its values on these sentences. On the reference model, percentile ranges and the range
+of least squared error did not reduce the error of the outputs on held-out rows.
 
-Channels are smoothed where the error of the layer's product is large, with the migration strength of least error.
-Elsewhere smoothing would cost a `Mul` for little gain.
+Calibration smooths the channels of an input (SmoothQuant) if the error of the layer's product is large. It chooses the
+migration strength with the least error. For other inputs, smoothing would cost a `Mul` for little gain.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 SENTENCES = 300
-TOKENS = 4  # Tokens of each sentence, spread evenly, that measure the error of the products.
+TOKENS = 4  # Evenly spaced tokens of each sentence, on which calibration measures the error of the products.
 STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # SmoothQuant's α: the share of the difficulty that moves to the weights.
-# The least noise of a product (see `_noise`) that justifies a `Mul`. On the reference model it selects the ten inputs
-# whose quantisation alone changes the outputs most. Smoothing all 25 inputs reduces that change hardly further and
-# costs twice as much.
+# Calibration smooths an input only if the noise of its product (see `_noise`) is at least this large. On the reference
+# model, this limit selects the ten inputs whose quantisation alone changes the outputs most. Smoothing all 25 inputs
+# costs twice as much and hardly reduces that change further.
 NOISE = 4e-3
 
 
@@ -52,14 +52,15 @@ class ValueStatistics:
 def calibrate(artifact: Artifact, train: TrainingSource, smooth: bool = True) -> dict[str, Activation]:
     """Chooses the quantisation of each linear layer's input in an fp32 graph.
 
-    Calibration runs on `SENTENCES` training rows, none of them held out. They are of sentence length where the data
-    has enough such rows.
+    Calibration runs on `SENTENCES` training rows, none of them held out. The rows have sentence length if the data has
+    enough such rows.
 
     Args:
-        smooth: Whether inputs may be smoothed, where that lessens the error enough. The pass `smooth` must then run.
+        smooth: Whether calibration may smooth inputs with a large error. The pass `smooth` must then run before
+            quantisation.
 
     Returns:
-        The quantisation by the name of the value that the layers read.
+        The quantisation by the name of the layers' input.
 
     Raises:
         DataError: The training data does not fit the model.
@@ -78,7 +79,7 @@ def choose_activation(statistics: ValueStatistics, weight: np.ndarray, smooth: b
     """Chooses the quantisation of a value that is multiplied by `weight` [width, outputs].
 
     Args:
-        smooth: Whether the value may be smoothed, where that lessens the error enough.
+        smooth: Whether the function may smooth the value if the error is large.
     """
     import numpy as np
 
@@ -97,7 +98,8 @@ def choose_activation(statistics: ValueStatistics, weight: np.ndarray, smooth: b
 def smoothing_factors(largest: np.ndarray, weights: np.ndarray, strength: float) -> np.ndarray:
     """Returns the SmoothQuant factors [width], one for each channel: largest^strength / weights^(1 − strength).
 
-    The factors are scaled to a geometric mean of 1. A channel that is always 0, or whose weights are all 0, gets 1.
+    The factors are scaled to a geometric mean of 1. A channel gets the factor 1 if it is always 0 or its weights are
+    all 0.
 
     Args:
         largest: Largest absolute value of each channel [width].
@@ -117,9 +119,9 @@ def smoothing_factors(largest: np.ndarray, weights: np.ndarray, strength: float)
 
 
 def _noise(activation: Activation, tokens: np.ndarray, weight: np.ndarray) -> float:
-    """Returns each output's squared error over its variance, averaged over the outputs of the quantised product.
+    """Returns the mean, over the outputs of the quantised product, of squared error divided by variance.
 
-    Error and variance of the entire product would hide the small outputs behind one far larger output. The next
+    In the error of the entire product, one far larger output would hide the small outputs. But the next
     LayerNormalization enlarges the small outputs again.
     """
     import numpy as np

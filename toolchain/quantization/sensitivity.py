@@ -1,4 +1,4 @@
-"""Ranks layers by their sensitivity to quantisation: quantises each alone and compares outputs on held-out rows."""
+"""Ranks layers by their sensitivity: quantises each layer alone and compares the outputs on held-out rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from toolchain.system import hardware
 if TYPE_CHECKING:
     import numpy as np
 
-SENTENCES = 300  # rows that rank the layers; the number of layers to keep is chosen on all held-out rows
+# Number of rows for the ranking. The number of layers to keep in fp32 is chosen on all held-out rows.
+SENTENCES = 300
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Layer:
     Attributes:
         name: Name of the layer.
         divergence: Mean Kullback-Leibler divergence of the output probabilities from the fp32 graph's, in nats.
-        flips: Number of the first `SENTENCES` rows whose predicted label differs from the fp32 graph's.
+        flips: Number of flips in the first `SENTENCES` rows, compared with the fp32 graph.
     """
 
     name: str
@@ -48,10 +49,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class SensitivitySetup:
-    """An fp32 graph, the passes that quantise it, and held-out rows to measure it on.
+    """An fp32 graph, the passes that quantise it, and the held-out rows for the measurement.
 
     Attributes:
-        artifact: Holds the fp32 graph.
+        artifact: Artifact with the fp32 graph.
         passes: Passes that quantise the linear layers.
         activations: Fixed quantisation of the layers' inputs, for passes that need it.
         encoder: Tokenizer of the artifact.
@@ -123,7 +124,7 @@ def rank(setup: SensitivitySetup, progress: Progress) -> list[Layer]:
     if not names:
         raise GraphError(
             f"{setup.artifact.manifest.variant} has no linear layer left to quantise.",
-            "Name its parent.",
+            "Name its parent instead.",
         )
     with setup.session(names) as session:
         fp32_logits = setup.logits(session, SENTENCES)

@@ -1,4 +1,4 @@
-"""The folder of result files: named files that a repository can hold, and local files of single runs below them."""
+"""The folder of result files: named files to commit, and a subfolder for local files of single runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ResultsFolder:
 
     @property
     def local(self) -> Path:
-        """Returns the folder of the results and journals of single runs, which a repository does not hold."""
+        """Returns the subfolder for the results and journals of single runs, which are not committed."""
         return self.path / "local"
 
     def named_path(self, name: str, machine_id: str | None = None) -> Path:
@@ -56,7 +56,7 @@ class ResultsFolder:
         """Returns the newest run of the model.
 
         Raises:
-            BenchError: There is none.
+            BenchError: No run measured the model.
         """
         runs = [run for run in self._read_all(say) if any(row.model == model for row in run.rows)]
         if not runs:
@@ -64,7 +64,7 @@ class ResultsFolder:
         return max(runs, key=lambda run: run.created)
 
     def measurements_of(self, ids: Collection[str], say: Say) -> dict[str, tuple[ResultFile, Measurement]]:
-        """Returns artifact id → the newest run that measured it, and its row; unmeasured artifacts are absent."""
+        """Returns, for each id of a measured artifact, the newest run that measured the artifact, and its row."""
         newest: dict[str, tuple[ResultFile, Measurement]] = {}
         for run in sorted(self._read_all(say), key=lambda run: run.created):
             for row in run.rows:
@@ -98,10 +98,10 @@ def _name_taken(path: Path) -> ResultFileError:
 
 
 def save_named(result: ResultFile, path: Path, *, force: bool) -> None:
-    """Writes the result to a `ResultsFolder.named_path`.
+    """Writes the result to a path from `ResultsFolder.named_path`.
 
     Raises:
-        ResultFileError: The path exists and `force` is false, or it cannot be written.
+        ResultFileError: The path exists and `force` is false, or the file cannot be written.
     """
     try:
         result.write(path, replace=force)
@@ -122,7 +122,7 @@ def read_old_run(path: Path, new_runs: Sequence[ResultFile]) -> ResultFile:
     old = ResultFile.read(path)
     if any(run.run.get("id") == old.run.get("id") and run.created == old.created for run in new_runs):
         raise BenchError(
-            f"{path} is the new run itself, so there is no older run.",
+            f"{path} is the new run itself, so there is no older run to compare with.",
             "Name the newer result file: `toolchain compare NEW --against OLD`.",
         )
     return old

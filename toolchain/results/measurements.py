@@ -31,7 +31,7 @@ class Samples:
         rounds: Times in whole microseconds, by round. If there are too many times to store, each round holds the same
             share of its times.
         sentences: Number of sentences of each time in `rounds`.
-        count: Number of times that were measured.
+        count: Number of measured times, stored or not.
     """
 
     rounds: tuple[tuple[int, ...], ...]
@@ -40,10 +40,11 @@ class Samples:
 
     @classmethod
     def from_rounds(cls, rounds: list[list[int]], sentences: list[list[int]]) -> Samples:
-        """Returns the samples, reduced to `MAX_SAMPLES` by a random choice of the same share of every round.
+        """Returns the samples of the rounds, at most `MAX_SAMPLES` in all.
 
-        The seed depends only on the number of samples. Every n-th sample would be a biased choice: it would keep the
-        same sentences in every repetition and lose the others.
+        If there are more times, a random choice keeps the same share of every round. The seed depends only on the
+        number of times. A choice of every n-th time would be biased: it would keep the same sentences in every
+        repetition and lose the others.
 
         Args:
             rounds: Times in whole microseconds, by round.
@@ -81,7 +82,7 @@ class Samples:
         return [value for row in self.rounds for value in row]
 
     def milliseconds(self) -> dict[str, float]:
-        """Returns quantiles (linear between order statistics) and the mean, in milliseconds."""
+        """Returns quantiles, with linear interpolation, and the mean, in milliseconds."""
         ordered = sorted(self.values())
         figures = {name: _quantile(ordered, q) / 1000 for name, q in QUANTILES.items()}
         figures["mean"] = sum(ordered) / len(ordered) / 1000
@@ -128,19 +129,19 @@ class Measurement:
 
     Attributes:
         status: One of `STATUSES`.
-        reason: Why there is no measurement.
-        mend: An instruction that fixes this.
+        reason: Why there is no measurement; empty for a measured row.
+        mend: Hint that tells the user how to get a measurement; may be empty.
         latency: Times of the scenario ``single-stream``: batch 1, each sentence at its own length.
         with_tokenizing: The same times including tokenisation.
         batches: Times of the scenario ``offline``: batches of sentences, sorted by length.
         resident: Times at batch 1 on a GPU, without the copies to and from it.
         cold_start: Times from the start of a process to its first result.
-        load: Times from the file to a session.
+        load: Times to load a session from its files.
         by_length: Number of tokens → times at batch 1 with a sentence of this length.
         predictions: Predicted label of each sentence.
         probabilities: Probabilities of the labels for each sentence, as integers from 0 to `PROBABILITY`. The entry is
             None if the sentence was not run at batch 1.
-        batch_changed: Number of these sentences whose predicted label differs in a batch.
+        batch_changed: Number of sentences run at batch 1 whose predicted label differs in a batch.
     """
 
     model: str
@@ -203,7 +204,8 @@ class Measurement:
         """Requires that each figure is possible and follows from its samples.
 
         Raises:
-            ValueError: A figure does not. The message names the cell.
+            ValueError: A figure is missing, is impossible, or does not follow from its samples. The message names the
+                cell.
         """
         if self.status == "ok" and not (self.latency and self.batches and self.accuracy and self.artifact_id):
             raise ValueError(f"{self.cell} has the status ok, but lacks samples, accuracy or artifact")

@@ -161,7 +161,7 @@ class _StoredAccuracy:
 @strict
 @dataclass(frozen=True)
 class _StoredRow:
-    """The form of a `Measurement` in a result file."""
+    """The stored form of a `Measurement` in a result file."""
 
     cell: str
     model: str
@@ -202,7 +202,7 @@ class _StoredRow:
         values["by_length"] = {tokens: samples.to_samples() for tokens, samples in self.by_length.items()}
         row = Measurement(**values)
         if row.cell != self.cell:
-            raise ValueError(f"the cell {self.cell!r} has the variant {self.variant!r}")
+            raise ValueError(f"the cell {self.cell!r} does not match its variant and provider {row.cell!r}")
         row.check()
         return row
 

@@ -49,11 +49,13 @@ class Ratio:
 
 
 def ratio(slower: Sequence[float], faster: Sequence[float]) -> Ratio:
-    """Returns the geometric mean over rounds of `slower` / `faster`, with an interval from `FEWEST_ROUNDS` rounds on.
+    """Returns the geometric mean of `slower` / `faster` over rounds.
+
+    The ratio has an interval if there are at least `FEWEST_ROUNDS` rounds.
 
     Args:
         slower: One figure for each round, such as the baseline's time.
-        faster: One figure for each of the same rounds.
+        faster: One figure for each of the same rounds, such as the row's time.
     """
     logs = [math.log(one / other) for one, other in zip(slower, faster, strict=True)]
     value = math.exp(sum(logs) / len(logs))
@@ -83,8 +85,9 @@ def _bounds(values: tuple[float, ...]) -> tuple[float, float]:
 def _expand_level(count: int) -> float:
     """Returns the level at which a percentile interval over `count` values has the coverage `CONFIDENCE`.
 
-    A plain percentile interval has Gaussian bounds and is too narrow by the square root of n / (n - 1). The correction
-    follows Hesterberg 2015, "What Teachers Should Know About the Bootstrap".
+    For a small number n of values, a percentile interval is too narrow: it corresponds to the normal distribution
+    instead of Student's t, and its standard error lacks the factor sqrt(n / (n - 1)). The correction follows Hesterberg
+    2015, "What Teachers Should Know About the Bootstrap".
     """
     from scipy import stats
 
@@ -150,7 +153,7 @@ def mcnemar(lost: int, won: int) -> float:
 
 
 def count_by_label(predictions: Sequence[int], labels: Sequence[int], multi: bool) -> list[dict[str, int]]:
-    """Counts correct and wrong rows for every label that occurs in the data or in the predictions.
+    """Counts labelled, predicted and correct rows for every label that occurs in the data or in the predictions.
 
     Args:
         predictions: Predicted label indices, or sets of labels as bit masks; see `toolchain.data.labels`.
@@ -158,8 +161,8 @@ def count_by_label(predictions: Sequence[int], labels: Sequence[int], multi: boo
         multi: Whether predictions and labels are sets.
 
     Returns:
-        One dict for each label. ``labelled`` counts the rows with the label in the data, and ``predicted`` the rows
-        with the predicted label. ``correct`` counts the rows with both, and ``neither`` the rows with none of them.
+        One dict of row counts for each label. ``labelled``: the data has the label. ``predicted``: the prediction has
+        the label. ``correct``: both have the label. ``neither``: neither of them has the label.
     """
     pairs = list(zip(predictions, labels, strict=True))
     if multi:
@@ -200,7 +203,7 @@ def balanced_accuracy(counts: Sequence[Mapping[str, int]], multi: bool) -> float
         label_counts["correct"] / label_counts["labelled"] for label_counts in counts if label_counts["labelled"]
     ]
     if multi:
-        # A label's absence is correct in the rows of ``neither``; it is wrong in rows with only the predicted label.
+        # The recall of a label's absence is the number of rows in ``neither`` / the number of rows without the label.
         absent = [
             (label_counts["neither"], label_counts["neither"] + label_counts["predicted"] - label_counts["correct"])
             for label_counts in counts

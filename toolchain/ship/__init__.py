@@ -1,1 +1,1 @@
-"""Bundles for apps, and their checks."""
+"""Writes and checks bundles: folders with models for an app."""

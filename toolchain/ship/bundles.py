@@ -1,7 +1,8 @@
-"""The writer of bundles: folders for an app that do not need this package and contain their own check.
+"""Writes bundles: folders with models for an app.
 
-`bundle.json` describes the bundle and lists every file with its sha256. `golden.json` holds the golden sentences with
-their token ids and reference logits. The bundle's id is the sha256 of the content of bundle.json without the id.
+A bundle does not need this package. The script verify.py in a bundle checks the bundle. `bundle.json` describes the
+bundle and lists every file with its sha256. `golden.json` holds the golden sentences with their token ids and reference
+logits. The bundle's id is the sha256 of the content of bundle.json without the id.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-# Limits on the largest and the median difference from the recorded logits on other machines. The kernels of other
-# machines add in another order. In fp32 this changes the rounding. In int8 an activation sometimes rounds to the next
-# of its 256 steps, which changes the logits of a few sentences only. Saturated products change the logits of most
-# sentences. In int4 a runtime may compute with activations of 8 or of 32 bits.
+# Limits on the largest and the median difference from the recorded logits on other machines. Kernels of other machines
+# add numbers in another order. In fp32, this order changes the rounding of sums. In int8, an activation sometimes
+# rounds to the next of its 256 steps; this changes the logits of only a few sentences. Saturated products change the
+# logits of most sentences, so the median exceeds its limit. In int4, a runtime computes with activations of either 8 or
+# 32 bits.
 TOLERANCES = {
     "fp32": {"largest": 1e-3, "median": 1e-4},
     "fp16": {"largest": 5e-2, "median": 5e-2},
@@ -46,10 +48,10 @@ TOLERANCES = {
     "int4": {"largest": 0.5, "median": 0.1},
 }
 TOKENIZER, TOKENIZER_CONFIG, CONFIG = "tokenizer.json", "tokenizer_config.json", "config.json"
-# Processors on which a model is exact, as text for bundle.json.
+# Text in bundle.json: the processors on which a model is exact if its int8 products can saturate.
 NEEDS_OPTION = (
     "x86-64 with VNNI or AMX (Intel from Cascade Lake and Ice Lake on, AMD from Zen 4 on), 64-bit ARM, and "
-    "WebAssembly; on older x86-64 only with the session option below: without it, 8-bit products saturate"
+    "WebAssembly; on older x86-64 only with the session option below, because 8-bit products saturate there"
 )
 ANY_PROCESSOR = "any processor"
 GOLDEN_BATCH = 8  # sentences in each padded batch
@@ -64,10 +66,10 @@ class Provenance:
 
     Attributes:
         name: Name of the model.
-        source: Source of the checkpoint, as in its manifest.
+        source: Source of the checkpoint, from the manifest.
         license: Licence of the model.
-        origin: Where the model comes from, as a text for readers.
-        data: Data of the fine-tuning, as a text for readers.
+        origin: Description of the model's origin, for readers.
+        data: Description of the fine-tuning data, for readers.
     """
 
     name: str
@@ -79,17 +81,17 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Contents:
-    """The content of a bundle.
+    """The models, texts and figures from which `write` makes a bundle.
 
     Attributes:
-        target: The target.
-        artifacts: Artifacts of the variants, in order.
+        target: Target of the bundle.
+        artifacts: Artifacts of the variants, in the order of the bundle.
         provenance: Name, licence and provenance of the model.
         sentences: The golden sentences.
         measurements: Benchmark figures by artifact id.
-        clients: JavaScript files for the demo page, by their path in the bundle; empty for no page.
+        clients: JavaScript files of the demo page by path in the bundle; empty without a demo page.
         with_tokenizer: Whether each graph contains the tokenizer and takes texts.
-        release: Release of ONNX Runtime on the phones; None for all targets except phones.
+        release: Release of ONNX Runtime on the phones; None for other targets.
     """
 
     target: Target
@@ -103,11 +105,11 @@ class Contents:
 
 
 def write(contents: Contents, folder: Path) -> dict[str, Any]:
-    """Writes the bundle into an empty folder and returns the content of bundle.json, the last file to be written.
+    """Writes the bundle into an empty folder, bundle.json last, and returns the content of bundle.json.
 
     Raises:
-        ShippingError: The tokenizer does not work as a graph; this runtime saturates int8 products; no release of ONNX
-            Runtime runs a model correctly; or the phones' release does not run it correctly.
+        ShippingError: A graph cannot express the tokenizer; this runtime saturates int8 products; or no suitable
+            release of ONNX Runtime runs a model correctly.
     """
     first = contents.artifacts[0]
     manifest = first.manifest
@@ -145,7 +147,7 @@ def write(contents: Contents, folder: Path) -> dict[str, Any]:
 
 
 def _prepare_tokenizer(contents: Contents, encoder: Encoder, folder: Path) -> dict[str, Any]:
-    """Compares the tokenizer graph with the checkpoint's tokenizer; writes it for a target with a separate graph.
+    """Compares the tokenizer graph with the checkpoint's tokenizer; writes the graph if it is a separate file.
 
     Returns:
         The entry ``tokenizer_in_graph`` of bundle.json.
@@ -159,7 +161,7 @@ def _prepare_tokenizer(contents: Contents, encoder: Encoder, folder: Path) -> di
 
 
 def _config_content(contents: Contents) -> dict[str, Any]:
-    """Returns config.json without the path of the checkpoint; for the web target with the dtype for transformers.js."""
+    """Returns config.json without the path of the checkpoint; adds the transformers.js dtype for the web target."""
     config: dict[str, Any] = json.loads((contents.artifacts[0].path / CONFIG).read_text())
     config.pop("_name_or_path", None)
     if contents.target is TARGETS["web"]:
@@ -168,7 +170,7 @@ def _config_content(contents: Contents) -> dict[str, Any]:
 
 
 def _golden_content(contents: Contents, encoder: Encoder) -> dict[str, Any]:
-    """Returns the golden sentences and padded batches with their token ids and the exact logits of each variant.
+    """Returns golden.json: golden sentences with token ids, padded batches, and the exact logits of each variant.
 
     Raises:
         ShippingError: This runtime saturates the int8 products of a variant even with the session option.
@@ -214,7 +216,7 @@ def _write_model_files(contents: Contents, artifact: Artifact, encoder: Encoder,
 
 
 def _bundle_graph(contents: Contents, artifact: Artifact, encoder: Encoder) -> ir.Model | None:
-    """Returns the graph for the bundle, or None if the bundle can hold the artifact's own file."""
+    """Returns the changed graph for the bundle, or None if the artifact's graph needs no change."""
     import onnx_ir as ir
 
     if contents.with_tokenizer:
@@ -227,7 +229,7 @@ def _bundle_graph(contents: Contents, artifact: Artifact, encoder: Encoder) -> i
 
 
 def _write_model(contents: Contents, index: int, encoder: Encoder, folder: Path) -> dict[str, Any]:
-    """Writes the model file of one artifact and returns its entry in bundle.json."""
+    """Writes the model files of one artifact and returns the model's entry in bundle.json."""
     artifact = contents.artifacts[index]
     manifest = artifact.manifest
     path = contents.target.path([each.manifest.variant for each in contents.artifacts], index)
@@ -260,7 +262,7 @@ def _write_model(contents: Contents, index: int, encoder: Encoder, folder: Path)
 def _oldest_release(variant: str, file: Path) -> str:
     """Returns the oldest release of ONNX Runtime that runs the file correctly, or `DEFAULT` if that is newer.
 
-    Tests run bundles with `DEFAULT` and newer releases only.
+    The tests run bundles only with `DEFAULT` and newer releases.
 
     Raises:
         ShippingError: No known release runs the file correctly.
@@ -274,7 +276,7 @@ def _oldest_release(variant: str, file: Path) -> str:
 
 
 def _write_companions(contents: Contents, folder: Path, body: Mapping[str, Any], golden: Mapping[str, Any]) -> None:
-    """Writes the README, the check, the other files of the target, and the demo page with its JavaScript files."""
+    """Writes the README, verify.py, the other files of the target, and the demo page with its JavaScript files."""
     import jinja2
 
     environment = jinja2.Environment(

@@ -63,7 +63,7 @@ class Order:
         demo: Whether a web bundle has a demo page.
         with_tokenizer: Whether each graph contains the tokenizer.
         ort_mobile: Release of ONNX Runtime on the phones, one of `RELEASES`; used by the mobile target only.
-        results: The result files whose figures the bundle cites.
+        results: Folder of the result files from which the bundle takes its figures.
     """
 
     variants: tuple[str, ...]
@@ -78,8 +78,8 @@ class Order:
 def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -> dict[str, Any]:
     """Builds the missing or stale variants, writes the bundle and returns the content of its bundle.json.
 
-    The function writes the new bundle to a scratch folder, verifies it there, and renames the folder to `output`. If
-    `output` holds an equal bundle already, it stays unchanged.
+    The function writes the new bundle to a scratch folder, verifies it there, and renames the folder to `output`. An
+    equal bundle in `output` stays unchanged.
 
     Args:
         order: The options.
@@ -87,9 +87,9 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
 
     Raises:
         ShippingError: The target cannot run a variant, or the variants have different tokenizers.
-        VerdictError: A variant failed its validation, or its file in the bundle differs from the artifact.
-        ArtifactError: `output` exists and is not an unmodified bundle.
-        ProviderError: onnxruntime-extensions is missing.
+        VerdictError: A variant failed its validation, or a model file's logits differ from the artifact's logits.
+        ArtifactError: `output` is a file, a folder without a bundle, or a modified bundle.
+        ProviderError: onnxruntime-extensions is not installed.
     """
     target = TARGETS[order.target]
     _check_names(order.variants, target)
@@ -165,7 +165,7 @@ def _compare(contents: Contents, body: Mapping[str, Any], folder: Path, say: Say
             if not passed:
                 raise VerdictError(
                     f"The logits of {file} differ from the logits of {model['variant']}: {summary}.",
-                    "Ship the variant for the newest --ort-mobile, or ship another variant.",
+                    "Ship another variant. For phones, a newer --ort-mobile may also help.",
                 )
             say(f"{name}: {summary}")
         original.close()
@@ -190,7 +190,7 @@ def _compare_texts(file: Path, original: Session, encoder: Encoder, texts: Seque
 
 
 def _check_output(output: Path) -> None:
-    """Raises `ArtifactError` unless `output` is free or holds an unmodified bundle, which `ship` may replace."""
+    """Raises `ArtifactError` if `output` is a file, a folder without a bundle, or a modified bundle."""
     if not (output.exists() or output.is_symlink()):
         return
     hint = "Move it to another place, or name another folder with --output."
@@ -205,7 +205,7 @@ def _check_output(output: Path) -> None:
 
 
 def _check_names(names: Sequence[str], target: Target) -> None:
-    """Raises `ShippingError` for a PyTorch variant or for two variants with the same path."""
+    """Raises `ShippingError` for a PyTorch variant, a repeated name, or two variants with the same bundle path."""
     variants_by_path: dict[str, str] = {}
     chosen = [variants.get(name) for name in names]
     for index, name in enumerate(names):
@@ -244,7 +244,7 @@ def _check_artifact(artifact: Artifact, target: Target) -> None:
 
 
 def _provenance(workspace: Workspace, manifest: Manifest, license_: str | None) -> Provenance:
-    """Returns the provenance of the model; of a local folder it keeps only the last part of the path."""
+    """Returns the provenance of the model; shortens the path of a local folder to the folder's name."""
     source = {key: str(value) for key, value in manifest.source.items()}
     if source["kind"] == "embedded":
         return dataclasses.replace(
@@ -274,11 +274,11 @@ def _measurement_entry(run: ResultFile, row: Measurement) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Checks that a bundle is unmodified and computes its reference logits here.
+    """Checks that a bundle is unmodified and that its models compute the reference logits on this machine.
 
     Returns:
-        ``id``, ``target``, the number of ``files``, and ``models``: by model file the ``largest_delta`` from the
-        reference logits and its ``tolerance``.
+        ``id``, ``target``, the number of ``files``, and ``models``. For each model file, ``models`` holds the
+        ``largest_delta`` from the reference logits and the ``tolerance``.
 
     Raises:
         ShippingError: The folder holds no bundle.
@@ -293,7 +293,7 @@ def check_bundle(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Checks a bundle as `verify` does, and raises the same errors.
 
     Returns:
-        The content of bundle.json, and by model file the ``largest_delta`` from the reference logits with its
+        The content of bundle.json; and for each model file, the ``largest_delta`` from the reference logits and the
         ``tolerance``.
     """
     try:
@@ -321,9 +321,9 @@ def check_bundle(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _check_single(path: Path) -> None:
-    """Raises `InvalidBundleError` for a model with tensors in other files.
+    """Raises `InvalidBundleError` if a model stores tensors in other files.
 
-    A loader would open any path that such a model names.
+    Such a model could make ONNX Runtime open any path.
     """
     import onnx
     from google.protobuf.message import DecodeError

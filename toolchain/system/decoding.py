@@ -1,4 +1,4 @@
-"""The typed decoder of JSON that somebody else may have written: a file on disk, or a line of one.
+"""Decodes JSON that another program may have written (a file, or a line of a file) into typed values.
 
 A type that `decode` reads is a frozen dataclass with the decorator `strict`. Its fields state what the JSON must hold,
 and its `__post_init__` raises `ValueError` for values that contradict each other. So each decoded value is safe to use.
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 T = TypeVar("T")
-SHOWN = 80  # characters of a value in a message
+SHOWN = 80  # maximum number of characters of a value in a message
 
 
 def strict(kind: type[T]) -> type[T]:

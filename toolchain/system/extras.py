@@ -9,7 +9,7 @@ import shlex
 def install_hint(extra: str) -> str:
     """Returns a sentence with the command that installs the packages of an extra, such as ``ray``.
 
-    The command names the packages themselves, so it works wherever the toolchain came from.
+    The command names the packages themselves, so it works for every kind of installation of the toolchain.
 
     Args:
         extra: Name of the extra in the package's metadata.

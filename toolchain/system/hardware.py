@@ -186,7 +186,7 @@ def missing_cuda(device_id: int = 0) -> tuple[str, str] | None:
     """Returns the reason why the GPU is unavailable and an instruction to fix it, or None if it is available.
 
     Args:
-        device_id: Number of the GPU.
+        device_id: Index of the GPU.
     """
     devices, _ = gpus()
     if not devices:

@@ -1,8 +1,8 @@
 """The training loop: length-grouped batches, mixed precision if the hardware supports it, resumable at any moment.
 
-A run's folder holds everything needed to resume. The weights, the optimisers' moments and the best weights so far are
-safetensors files, the rest is JSON. A step depends only on its number and the recipe. So a resumed run ends with the
-same weights as an uninterrupted run.
+A run's folder holds everything that a resumed run needs. The weights, the optimisers' moments and the best weights so
+far are safetensors files. The other state is a JSON file. The batch, learning rate and dropout of a step depend only on
+the step's number and the recipe. So a resumed run ends with the same weights as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 GROUP = 50  # number of batches whose rows are sorted by length together
 SAVE_EVERY_S = 30.0
-WIDTHS = 8  # batch widths are multiples of this number: oneDNN compiles its kernels again for every new shape
+WIDTHS = 8  # batch widths are multiples of this number, because oneDNN compiles its kernels for every new shape
 STATE, WEIGHTS, BEST = "state.json", "weights.safetensors", "best.safetensors"
 
 Progress = Callable[[int, int, str], None]
@@ -47,7 +47,7 @@ class Recipe:
     Attributes:
         epochs: Largest number of epochs.
         learning_rate: Peak learning rate.
-        batch_size: Rows of a step.
+        batch_size: Number of rows in a step.
         seed: Random seed of row order and dropout.
         warmup: Share of the steps in which the learning rate rises to its peak.
         weight_decay: Weight decay of AdamW.
@@ -125,9 +125,9 @@ def train(
     Args:
         models: The model to train, and its teacher; None without a teacher.
         rows: The training rows, and the held-out rows.
-        encoder: The model's encoder.
+        encoder: The model's `Encoder`, which pads the batches.
         recipe: Settings of the run.
-        resume: A folder and a key. A run with the same key in that folder continues where it stopped.
+        resume: Folder and key of the run. An interrupted run with the same key in the folder continues.
         progress: Called with the number of finished steps, their total and a text.
 
     Returns:
@@ -145,7 +145,7 @@ def train(
     if not run.state.step:
         run.judge(held_out_batches)
     while not run.is_finished:
-        # The epoch comes from the scores: a run killed after an epoch's last step must still score that epoch.
+        # The number of scores gives the epoch: after a kill at the end of an epoch, a resumed run must score it.
         epoch = len(run.state.held_out) - 1
         epoch_rows = train_on.of_epoch(epoch)
         for batch_rows in _shuffle_batches(epoch_rows, recipe, epoch)[run.state.step - epoch * run.steps :]:
@@ -190,7 +190,7 @@ class _Run:
 
         from toolchain.training.losses import Weights
 
-        # The order of a sum depends on the number of threads, and earlier code may have changed that number.
+        # The number of threads changes the order of sums, and so the weights. Earlier code may have changed the number.
         torch.set_num_threads(hardware.cores())
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = mixed_precision.precision(self.device)
@@ -203,9 +203,9 @@ class _Run:
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         tables = set()
         for name, module in model.named_modules():
-            # DeBERTa multiplies its matrix of relative positions instead of looking rows up.
+            # DeBERTa does not look up rows of this table of relative positions: it multiplies the whole table.
             if isinstance(module, torch.nn.Embedding) and not name.endswith("rel_embeddings"):
-                # A batch uses a few hundred of many thousand rows, and an update of all rows takes a fifth of the time.
+                # A batch uses a few hundred of many thousand rows. An update of all rows takes a fifth of a step.
                 module.sparse = True
                 tables.add(f"{name}.weight")
         self._dense_parameters = [p for name, p in self._parameters.items() if name not in tables]
@@ -296,7 +296,7 @@ class _Run:
         return {name: tensor for name, tensor in inputs.items() if name in parameters}
 
     def save(self) -> None:
-        """Writes the files to resume from; the state file comes last, since it makes the others valid."""
+        """Writes the files to resume from; the state file comes last, since it makes the other files valid."""
         import torch
 
         tensors: dict[str, torch.Tensor] = dict(self._parameters)
@@ -313,7 +313,7 @@ class _Run:
         self._save_time = time.monotonic()
 
     def _restore(self, key: str) -> _State | None:
-        """Returns the state of an earlier run with this key and restores its weights and moments; None without one."""
+        """Restores weights and moments of an earlier run with this key and returns its state; None without one."""
         import torch
         from safetensors.torch import load_file
 

@@ -1,6 +1,6 @@
 """Losses of a training step: distance from the labels, and from a teacher's logits and hidden states.
 
-The module imports torch, so other modules import it inside functions.
+This module imports torch, so other modules import this module only inside functions.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Weights:
 
     Attributes:
         task: Weight of the labels, 0 to 1. The teacher's logits have the weight 1 - `task`.
-        states: Weight of the teacher's hidden states, added to the two other terms.
+        states: Weight of the term of the hidden states, which is added to the two other terms.
         temperature: Divisor of the logits of teacher and student.
-        matched: Indices of the compared entries of `hidden_states`.
+        matched: Indices of the entries of `hidden_states` to compare.
     """
 
     task: float
@@ -42,7 +42,7 @@ def loss(
     Args:
         outputs: Outputs of the model under training.
         teacher_outputs: Outputs of its teacher; None without a teacher.
-        inputs: The model's inputs by name, with ``attention_mask`` if hidden states count.
+        inputs: The model's inputs by name, with ``attention_mask`` if `weights.states` is not 0.
         labels: As in `Batch.labels`.
         weights: Weights of the terms.
     """
@@ -72,8 +72,8 @@ def _logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float
 def _state_loss(outputs: Any, teacher_outputs: Any, mask: torch.Tensor, matched: tuple[int, ...]) -> torch.Tensor:
     """Returns the squared difference of the matched hidden states, relative to the teacher's variance.
 
-    The mean over the matched states covers only the real tokens in `mask` [batch, sequence]. The last state of the
-    first token counts once more, since the classification head reads it.
+    The mean over the matched states covers only the real tokens in `mask` [batch, sequence]. The first token's
+    last hidden state counts a second time, since the classification head reads it.
     """
 
     def difference(student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def precision(device: torch.device) -> torch.dtype:
     """Returns the precision in which `device` trains fastest.
 
-    This is bfloat16 if the hardware supports it, else float16 on GPUs that multiply it faster, else float32. Emulated
+    This is bfloat16 if the hardware supports it, else float16 on GPUs with fast float16, else float32. Emulated
     half precision is slower than float32.
     """
     import torch
@@ -31,8 +31,8 @@ def precision(device: torch.device) -> torch.dtype:
 def attention(device: torch.device) -> Iterator[None]:
     """Replaces fused attention with PyTorch's math kernel on a CPU; changes nothing on other devices.
 
-    On a CPU, fused attention takes half of a training step. The backward pass of the math kernel is faster there. It is
-    faster still if the intermediate results stay in the precision of the inputs.
+    On a CPU, fused attention takes half of the time of a training step. The math kernel has a faster backward pass.
+    This pass is even faster if the intermediate results stay in the precision of the inputs.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -22,7 +22,7 @@ def accuracy(model: PreTrainedModel, rows: list[Batch]) -> float:
 
 
 def answers(model: PreTrainedModel, rows: list[Batch], multi: bool) -> Iterator[tuple[int, int]]:
-    """Yields (row, answer) for every row, with the answer encoded as by `toolchain.data.labels.answers`."""
+    """Yields (row, answer) for every row, with the answer encoded as in `toolchain.data.labels.answers`."""
     for part, logits in _logits(model, rows):
         yield from zip(part.rows, labels.answers(logits.float().numpy(), multi), strict=True)
 

@@ -1,8 +1,8 @@
-"""Search for the fastest or the smallest artifact that keeps the accuracy, by building and measuring on this machine.
+"""Search for the fastest or the smallest artifact within an accuracy drop; builds and measures on this machine.
 
 The search avoids costly work. It does not build a candidate that earlier results prove worse. It measures a candidate
-before training it, since training changes neither speed nor size. It does not train a candidate that cannot win. All
-choices are made on held-out rows.
+before training, since training changes neither speed nor size. It does not train a candidate that cannot win. All
+choices are made on held-out rows. An artifact *keeps the accuracy* if its accuracy drop is within the limit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 EXACT, BASELINE = "onnx-fp32", "onnx-int8"
-PROTOCOL = Protocol(passes=1, min_s=3.0, pass_s=20.0, starts=4, threads=1)  # A single start may be fast by chance.
+# Several starts of the process, since a single start may be fast by chance.
+PROTOCOL = Protocol(passes=1, min_s=3.0, pass_s=20.0, starts=4, threads=1)
 PROPOSALS = 4  # After this many useless proposals of the sampler in a row, the search chooses a candidate itself.
 
 
@@ -70,7 +71,7 @@ def tune(workspace: Workspace, request: Request, say: Say, bar: Bar) -> tuple[Ou
     """
     digest = workspace.train.digest  # reports a missing file before anything is built
     judge = _Judge.open(workspace, say, bar)
-    built_by = ".".join(str(version) for _, version in STEPS.values())  # A new version may change the speed.
+    built_by = ".".join(str(version) for _, version in STEPS.values())  # A step's new version may change the speed.
     # Speed-ups over different baselines are not comparable.
     identity = (judge.root.id, digest, built_by, judge.baseline.manifest.variant)
     path = workspace.cache / "tune" / f"{workspace.model}.jsonl"
@@ -90,7 +91,7 @@ def tune(workspace: Workspace, request: Request, say: Say, bar: Bar) -> tuple[Ou
 
 
 def _no_candidate(study: Study) -> VerdictError:
-    """Returns the error if no candidate keeps the accuracy, with the smallest drop and the failed validations."""
+    """Returns the error that no candidate keeps the accuracy, with the smallest drop and the failed validations."""
     closest = min(study.outcomes.values(), key=lambda outcome: outcome.drop, default=None)
     count = len(study.outcomes) + len(study.refused)
     cause = [f"None of {count} candidates has an accuracy drop of at most {study.max_drop:g} points"]
@@ -130,7 +131,7 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
             start = study.most_pruned_trained(in_time)
         trial, candidate = study.ask(in_time[0] if idle >= PROPOSALS else start)
         if candidate not in in_time:
-            # A proposal stays possible: its untrained result may later show whether training is worth the time.
+            # The sampler's proposals are not given up for good: an untrained result may show that training can win.
             study.give_up(trial, candidate, for_good=candidate == start)
             idle += 1
             continue
@@ -138,7 +139,7 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
         say(f"trial {trial.number}: {candidate}")
         try:
             _run_trial(study, measure, trial, candidate, say)
-        except (CheckpointError, PruningError, VerdictError) as error:  # not possible for this model, or failed
+        except (CheckpointError, PruningError, VerdictError) as error:  # impossible here, or failed validation
             say(f"given up: {error.cause}")
             study.give_up(trial, candidate, refused=isinstance(error, VerdictError))
             if isinstance(error, PruningError):  # more pruning is not possible either
@@ -146,7 +147,7 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
 
 
 def _choose_start(study: Study, remaining: Sequence[Candidate]) -> Candidate | None:
-    """Returns the next candidate of `next_start`, or one with its training that may still keep the accuracy."""
+    """Returns the candidate of `next_start`; if it is ruled out, a remaining candidate with the same training."""
     start = next_start(study.objective, study.excess_drops, study.given_up, study.max_drop)
     if start is None or start in remaining:
         return start
@@ -155,7 +156,7 @@ def _choose_start(study: Study, remaining: Sequence[Candidate]) -> Candidate | N
 
 
 def _fit_in_time(study: Study, candidates: Sequence[Candidate], remaining_s: float) -> list[Candidate]:
-    """Returns the candidates whose training exists, or ends in `remaining_s` seconds at the slowest speed so far."""
+    """Returns the candidates whose training exists, or takes at most `remaining_s` at the slowest speed so far."""
     epoch_seconds = [
         outcome.training_s / candidate.epochs for candidate, outcome in study.outcomes.items() if outcome.training_s
     ]
@@ -178,7 +179,7 @@ def _run_trial(study: Study, measure: Measure, trial: Trial, candidate: Candidat
             _measure_candidate(study, measure, untrained_trial, untrained, say)
         except VerdictError as error:
             say(f"given up: {error.cause}")
-            study.give_up(untrained_trial, untrained, refused=True)  # training may widen its margins enough to pass
+            study.give_up(untrained_trial, untrained, refused=True)  # once trained, it may pass validation
     if untrained == candidate:
         return
     if untrained in study.candidates_without_training:
@@ -204,7 +205,7 @@ def summary(outcome: Outcome) -> str:
 
 @dataclass(frozen=True)
 class _Judge:
-    """Builds candidates and measures each next to the baseline, on held-out rows.
+    """Builds candidates and measures each candidate together with the baseline, on held-out rows.
 
     The baseline is `onnx-int8`, or `onnx-fp32` if `onnx-int8` failed validation.
     """
@@ -238,7 +239,7 @@ class _Judge:
         try:
             baseline = ensure(workspace, [BASELINE], {}, skip_fresh_events(say), bar)[BASELINE]
         except VerdictError as error:
-            say(f"{error.cause} The search continues without it; speed-ups refer to {EXACT}.")
+            say(f"{error.cause} The search continues without {BASELINE}; speed-ups refer to {EXACT}.")
         judge = cls(workspace, manifest, layers, held_out, encoder, baseline, 0.0, say, bar)
         return replace(judge, exact_accuracy=_accuracy(judge._measure([artifacts[EXACT]])[0]))
 

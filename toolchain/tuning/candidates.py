@@ -19,9 +19,9 @@ RATIOS = (0, 30, 40, 50, 60, 64, 67, 70, 73, 76, 80, 84, 88, 92)
 EPOCHS = (0, 1, 4)
 FP32_LAYERS = (0, 1, 2, 4)
 RATIO_MARGIN = 10  # Percentage points of ratio; see `is_hopeless`.
-REQUANTISATION_GAIN = 0.3  # Points of accuracy that another quantisation may recover.
+REQUANTISATION_GAIN = 0.3  # Percentage points of accuracy that another quantisation may recover.
 
-Training = tuple[int, str, int, int]  # ratio, cost, depth, epochs: equal values need one training
+Training = tuple[int, str, int, int]  # ratio, cost, depth, epochs: candidates with equal values share a training
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ _FAST: dict[str, Sequence[str | int | bool]] = {
 }
 _SMALL: dict[str, Sequence[str | int | bool]] = {
     **_FAST,
-    "depth": (100, 67),  # fewer layers make a model faster, but not smaller than fewer neurons do
+    "depth": (100, 67),  # at equal size, a model with fewer layers is only faster
     "cost": ("parameters",),
     "scheme": ("int4", "dynamic", "static"),
     "embeddings": ("int4", "int8"),
@@ -188,8 +188,8 @@ def next_start(
 ) -> Candidate | None:
     """Returns the next candidate to try before sampling, in a search for the largest ratio that keeps the accuracy.
 
-    The search bisects the ratios with one epoch of training. From that result it climbs one ratio at a time with more
-    epochs. More epochs cost more time for each ratio, and gain only a ratio or two.
+    The search bisects the ratios with one epoch of training. From that result, it goes up one ratio at a time with more
+    epochs. More epochs cost more time for each ratio, and raise the result by only one or two ratios.
 
     In experiments, longer training halved the accuracy drop. So a ratio with up to twice the allowed drop after one
     epoch gets longer training before the bisection ends.
@@ -197,7 +197,7 @@ def next_start(
     Args:
         objective: One of `OBJECTIVES`.
         excess_drops: Excess accuracy drop of each training in points above `max_drop`, for its best quantisation.
-        given_up: Candidates that count as not keeping the accuracy.
+        given_up: Candidates that count as failed.
         max_drop: Largest allowed accuracy drop, in percentage points.
 
     Returns:
@@ -230,12 +230,12 @@ def _climb(
 
 
 def is_hopeless(objective: str, candidate: Candidate, kept_by_candidate: Mapping[Candidate, bool]) -> bool:
-    """Returns whether the known outcomes make it unnecessary to build the candidate.
+    """Returns whether the known outcomes show that the candidate need not be built.
 
-    The function assumes that more pruning makes a model faster, smaller and less accurate. More training makes it more
-    accurate. More fp32 layers make it slower, larger and more accurate. With `RATIO_MARGIN` points more pruning and no
-    more layers, a model is faster for any cost, quantisation and number of fp32 layers. This last rule does not apply
-    to the objective ``size``.
+    The function assumes that more pruning makes a model faster, smaller and less accurate. More training makes a model
+    more accurate. More fp32 layers make a model slower, larger and more accurate. A model with `RATIO_MARGIN` points
+    more pruning and no more layers is faster, with any cost, quantisation and number of fp32 layers. This last rule
+    does not apply to the objective ``size``.
 
     Args:
         objective: One of `OBJECTIVES`.

@@ -36,12 +36,12 @@ class Outcome:
 
     Attributes:
         variant: Name of the measured variant.
-        artifact_id: Id of its artifact.
+        artifact_id: Id of the variant's artifact.
         drop: Accuracy drop below `onnx-fp32`, in percentage points.
         latency: Speed-up over `baseline` at batch 1.
         throughput: Speed-up over `baseline` in batches.
         size: Size in bytes.
-        training_s: Duration of its training, in seconds; 0 without training.
+        training_s: Duration of the variant's training, in seconds; 0 without training.
         baseline: Name of the variant that the speed-ups refer to.
     """
 
@@ -95,14 +95,14 @@ class Study:
 
     @property
     def kept_by_candidate(self) -> dict[Candidate, bool]:
-        """Returns for each measured candidate whether it keeps the accuracy."""
+        """Returns, for each measured candidate, whether its accuracy drop is within the limit."""
         return {candidate: self.keeps(outcome) for candidate, outcome in self.outcomes.items()}
 
     @property
     def excess_drops(self) -> dict[Training, float]:
         """Returns the excess accuracy drop of each training, in points above the limit.
 
-        The value is that of the training's best quantisation. A value of at most 0 keeps the accuracy.
+        The value is that of the training's best quantisation. A value of 0 or less is within the limit.
         """
         smallest: dict[Training, float] = {}
         for candidate, outcome in self.outcomes.items():
@@ -132,8 +132,8 @@ class Study:
     def candidates_without_training(self) -> set[Candidate]:
         """Returns the candidates that were measured untrained and need no training.
 
-        Either they keep the accuracy without training, or their cost is at least that of the best outcome. Training
-        does not change the cost.
+        Either their accuracy drop is within the limit without training, or their cost is at least that of the best
+        outcome. Training does not change the cost.
         """
         best = self.best.cost(self.objective) if self.best else math.inf
         untrained = ((candidate, outcome) for candidate, outcome in self.outcomes.items() if not candidate.epochs)
@@ -147,7 +147,7 @@ class Study:
 
     @property
     def best(self) -> Outcome | None:
-        """Returns the outcome of least cost that keeps the accuracy, or None."""
+        """Returns the outcome with the least cost among those within the accuracy limit; None if there is none."""
         keeping = [outcome for outcome in self.outcomes.values() if self.keeps(outcome)]
         return min(keeping, key=lambda outcome: outcome.cost(self.objective), default=None)
 
@@ -163,8 +163,8 @@ class Study:
     def nearest_trained(self, candidates: Iterable[Candidate]) -> Candidate | None:
         """Returns the candidate whose finished training misses the accuracy limit by the least, or None.
 
-        The training must miss the limit by at most `REQUANTISATION_GAIN` points. Another quantisation of it takes about
-        a minute.
+        The training must miss the limit by at most `REQUANTISATION_GAIN` points. Another quantisation of the trained
+        model takes about a minute.
         """
         excess_by_training = {
             training: excess for training, excess in self.excess_drops.items() if 0 < excess <= REQUANTISATION_GAIN
@@ -182,7 +182,7 @@ class Study:
         return max(trained, key=lambda candidate: (candidate.ratio, -candidate.keep_fp32), default=None)
 
     def ask(self, start: Candidate | None) -> tuple[Trial, Candidate]:
-        """Begins the next trial: `start`, else one that an interrupted run began, else a proposal of the sampler."""
+        """Begins a trial of `start`, or else of an interrupted run's candidate, or else of the sampler's proposal."""
         trial = self.begin(self._interrupted.pop(0) if self._interrupted and start is None else start)
         return trial, Candidate(**trial.params)
 
@@ -241,7 +241,7 @@ def open_study(
     optuna.logging.set_verbosity(logging.ERROR)
     with lock(path, on_wait):
         storage = JournalStorage(JournalFileBackend(str(path)))
-        # Optuna accepts no new choices in an existing study, so the name contains their hash.
+        # Optuna accepts no new choices in an existing study, so the study's name contains a hash of the choices.
         space = hashlib.sha256(json.dumps(SPACE[objective]).encode()).hexdigest()[:8]
         name = "/".join([objective, f"{max_drop:g}", *identity, space])
         yield Study(optuna.create_study(storage=storage, study_name=name, load_if_exists=True), objective, max_drop)

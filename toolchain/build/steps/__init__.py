@@ -1,1 +1,1 @@
-"""The build steps, one a file: each takes a `Job` and fills its folder. No step calls another."""
+"""The build steps, one per file. Each takes a `Job` and fills the job's folder; no step calls another step."""

@@ -43,16 +43,16 @@ def import_checkpoint(job: Job[Import]) -> StepResult:
     if len(tokenizer) > rows:
         raise CheckpointError(
             f"The tokenizer has {len(tokenizer)} tokens, but the embedding table has {rows} rows.",
-            "Pass the tokenizer of the model's training.",
+            "Save the tokenizer that the model was trained with beside the model.",
         )
-    # One file for any size, because every later step reads exactly one.
+    # Weights of any size go into one file, because every later step reads exactly one file.
     try:
         model.save_pretrained(job.folder, safe_serialization=True, max_shard_size="1TB")
     except SafetensorError as error:  # safetensors raises this for a full disk
-        hint = "Free space, or choose another folder with --exported DIR."
+        hint = "Free disk space, or choose another folder with --exported DIR."
         raise ArtifactError(f"{job.folder} cannot be written: {error}.", hint) from error
     names = _input_names(model, tokenizer)
-    # Stored because the default of the tokenizer class may name inputs that this model does not accept.
+    # The names are stored because the tokenizer class may, by default, give inputs that this model does not accept.
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
     tokenizer.save_pretrained(job.folder)
     if (job.checkpoint / SHAPES).is_file():
@@ -88,11 +88,11 @@ def import_checkpoint(job: Job[Import]) -> StepResult:
 
 
 def license_facts(checkpoint: Path, base: Path | None) -> dict[str, str]:
-    """Returns the licence as the fact ``license``, or no fact if there is none.
+    """Returns the licence as the fact ``license``; empty if a folder states no licence or the licences differ.
 
     Args:
         checkpoint: Folder of the checkpoint.
-        base: Folder of an adapter's base; None otherwise. Adapter and base must state the same licence.
+        base: Folder of the base model if the checkpoint is an adapter; None otherwise.
     """
     licenses = {license_of(folder) for folder in (checkpoint, base) if folder}
     license_name = licenses.pop() if len(licenses) == 1 else None
@@ -100,9 +100,9 @@ def license_facts(checkpoint: Path, base: Path | None) -> dict[str, str]:
 
 
 def _training_data_facts(checkpoint: Path) -> dict[str, str]:
-    """Returns the digest of the training data if `finetune` made the checkpoint.
+    """Returns the training data's digest as the fact ``trained_on``; empty if `finetune` did not make the checkpoint.
 
-    A benchmark on the same data then uses only its held-out rows.
+    If a benchmark uses the same data, it runs only on the held-out rows.
     """
     try:
         digest = json.loads((checkpoint / CARD).read_text(encoding="utf-8"))["train"]
@@ -116,7 +116,7 @@ def _load_tokenizer(folder: Any) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # tokenizers and transformers pass on the errors of their parsers
+    except Exception as error:  # tokenizers and transformers do not catch the errors of their parsers
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"The tokenizer in {folder} cannot be loaded: {cause}", "Save the tokenizer beside the model again."
@@ -126,8 +126,8 @@ def _load_tokenizer(folder: Any) -> Any:
 def _input_names(model: PreTrainedModel, tokenizer: Any) -> list[str]:
     """Returns the names of the inputs that the tokenizer gives and the model accepts, in the model's order.
 
-    It omits token types if the model has fewer than two. DeBERTa-v2 has no table of token types, and RoBERTa's table
-    has one row, but their tokenizers may still give token types.
+    The result omits token types if the model has fewer than two. DeBERTa-v2 has no table of token types, and RoBERTa's
+    table has one row, but their tokenizers may still give token types.
     """
     tokenizer_inputs = set(tokenizer.model_input_names)
     if getattr(model.config, "type_vocab_size", 2) < 2:
@@ -140,7 +140,7 @@ def _max_length(model: PreTrainedModel, tokenizer: Any) -> int:
     limits = [tokenizer.model_max_length]
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and hasattr(module, "num_embeddings"):
-            # RoBERTa's first position is the one after the padding's position.
+            # RoBERTa gives the first token the position `padding_idx` + 1.
             limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
     if not all(isinstance(limit, int | float) and limit > 2 for limit in limits):
         raise CheckpointError(f"The length limits {limits} leave no room for a word.", "Correct model_max_length.")

@@ -26,8 +26,9 @@ def prune(job: Job[Prune]) -> StepResult:
     """Prunes the parent by the step's method, and stores weights, config and the shape of every layer.
 
     Raises:
-        PruningError: The model is already pruned, its architecture is not supported, or it cannot lose that share.
-        DataError: The training data cannot rank the units of the model.
+        PruningError: The model is already pruned, its architecture is not supported, or its size rules out the
+            requested ratio or number of layers.
+        DataError: The training data does not fit the model, or a gradient is not finite.
         ArtifactError: The stored model gives other logits than the pruned model.
     """
     step = job.step
@@ -51,16 +52,16 @@ def prune(job: Job[Prune]) -> StepResult:
 def price_of(
     setup: PruningSetup, cost: str, cache: Any, progress: Callable[[int, int, str], None]
 ) -> tuple[Price, LatencyTable | None]:
-    """Returns the cost function that the selection weighs importance against.
+    """Returns the function that gives the selection the cost of heads and neurons.
 
     Args:
         setup: The model to prune.
         cost: ``parameters``, or ``latency`` on this machine.
         cache: Folder of this machine's latency tables.
-        progress: Called with units done, units in all, and the current work.
+        progress: Called with the number of finished units, their total, and the current activity.
 
     Returns:
-        The cost function, and its latency table; None for ``parameters``.
+        The cost function, and the latency table (None for ``parameters``).
     """
     if cost == "latency":
         table = latency_table(setup.model, cache, progress)

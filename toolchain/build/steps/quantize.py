@@ -1,4 +1,4 @@
-"""Quantize: reduces the bits of weights and arithmetic."""
+"""Quantize: reduces the number of bits of weights and arithmetic."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ VERSION = 5
 
 
 def quantize(job: Job[Quantize]) -> StepResult:
-    """Quantises the parent by the step's backend and scheme.
+    """Quantises the parent with the step's backend and scheme.
 
     Raises:
-        GraphError: The parent has nothing to quantise, or no standard operator exists for 4-bit tables.
+        GraphError: The parent has nothing to quantise, or a graph of standard operators would need 4-bit tables.
         ArtifactError: The stored model gives other logits than the quantised model.
     """
     return {"ort": _quantize_ort, "torch": _quantize_torch, "bnb": _quantize_bnb}[job.step.backend](job)
@@ -53,7 +53,7 @@ def _quantize_ort(job: Job[Quantize]) -> StepResult:
     tokens = trimming.tokens_to_keep(job) if step.trim_vocab else []
     passes = [*(["trim-vocabulary"] if tokens else []), *linear, *embedding]
     result = rewrite_parent_graph(job, passes, fp32_layers, activations, tokens)
-    # A model with only quantised tables counts as quantised only if the step leaves linear layers out.
+    # If the step includes linear layers, it must quantise at least one; quantised tables alone are not enough.
     if not any(result.facts["rewrites"][name] for name in (linear or embedding)[-1:]):
         layer_kind = "linear layer" if linear else "embedding table"
         raise GraphError(
@@ -73,7 +73,7 @@ def linear_passes(step: Quantize, is_standard: bool) -> tuple[str, ...]:
 
     Args:
         step: The quantisation.
-        is_standard: Whether the graph has standard operators only, which the passes then keep.
+        is_standard: Whether the graph has only standard operators. The passes then add only standard operators.
 
     Returns:
         Names of the passes; empty if the step leaves linear layers out.
@@ -111,8 +111,8 @@ def _quantize_bnb(job: Job[Quantize]) -> StepResult:
 
     copy_companions(job.parent_artifact, job.folder)
     model = bnb.quantize_model(job.parent_artifact.path, job.step.scheme)
-    # The first forward pass rearranges bitsandbytes' 4-bit weights, and a save after it writes wrong weights.
+    # Save before the first forward pass, which rearranges bitsandbytes' 4-bit weights: a later save would be wrong.
     model.save_pretrained(job.folder, max_shard_size="100GB")
     facts = describe(model, load_file(job.folder / WEIGHTS))
-    del facts["parameters"]  # wrong count: one stored element holds two or four weights
+    del facts["parameters"]  # wrong in 4 bits, where one stored element holds several weights
     return StepResult.from_parent(job, facts)

@@ -21,9 +21,10 @@ VERSION = 8
 
 
 def recover(job: Job[Recover]) -> StepResult:
-    """Distils the unpruned model into the parent, on the training rows without the held-out ones and on pairs of them.
+    """Distils the unpruned model into the parent, on training rows that are not held out and on pairs of these rows.
 
-    The job's `resume` folder holds the state to resume from after a kill, until publication.
+    The job's `resume` folder holds the training state until publication. After a killed run, the next run continues
+    from this state.
 
     Raises:
         DataError: The training data is unusable, or the loss is not finite.
@@ -40,7 +41,7 @@ def recover(job: Job[Recover]) -> StepResult:
     job.progress(0, 1, "reading the training data")
     train_rows, held_out_rows = inputs.hold_out(data)
     train_examples = _examples(data, train_rows, encoder)
-    # A model that lost more parameters has more to learn again, and needs less time per example.
+    # A model that lost more parameters gets more pairs: it must relearn more, and each pair takes less time.
     # If rows are already pairs of texts, the step joins no pairs of rows.
     pairs = 0 if data.has_pairs else round(step.pairs * manifest.facts["pruning"]["achieved"] * len(train_examples.ids))
     mask = _mask_token(job.parent_artifact.path, encoder)
@@ -75,8 +76,8 @@ def _examples(data: Data, rows: list[int], encoder: encoding.Encoder) -> Example
 class AugmentedExamples(Examples):
     """The original rows, and new random pairs of rows in each epoch, with masked tokens.
 
-    The teacher learned from these rows, so its logits for nearly all of them are certain. Its logits for disturbed and
-    longer texts contain more information. Jiao et al. 2020, "TinyBERT", augment their data for the same reason.
+    The teacher was trained on these rows, so it is certain about nearly all of them. Its logits for masked and longer
+    texts contain more information. Jiao et al. 2020, "TinyBERT", augment their data for the same reason.
 
     Attributes:
         pairs: Number of pairs in each epoch. A pair joins two rows and has the label of the second.
@@ -113,7 +114,7 @@ class AugmentedExamples(Examples):
 
 
 def _mask_token(folder: Path, encoder: encoding.Encoder) -> int | None:
-    """Returns the id of the tokenizer's mask token; None if it has none."""
+    """Returns the id of the mask token; None if the tokenizer has no mask token."""
     file = folder / "tokenizer_config.json"
     token = json.loads(file.read_text()).get("mask_token") if file.is_file() else None
     if isinstance(token, dict):

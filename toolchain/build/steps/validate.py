@@ -1,4 +1,4 @@
-"""Validate: compares an artifact's logits with its PyTorch model's, over all kinds of input that an app may send."""
+"""Validate: compares the logits of an artifact and of its PyTorch model on all kinds of input that an app may send."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     from toolchain.backends import Session
 
-TOLERANCE = 1e-4  # Largest |Δlogit| allowed for an fp32 variant: rounding in another order, no more.
+TOLERANCE = 1e-4  # Largest |Δlogit| allowed for an fp32 variant, which may differ only by rounding.
 MAX_FLIPS = 0.02  # Share of all sentences that may flip in a variant with fewer bits.
-CONFIDENCE = 0.95  # Required confidence that more flip, before validation refuses the artifact.
+CONFIDENCE = 0.95  # Validation refuses an artifact if, with this confidence, a larger share flips.
 SENTENCES = 200
 SEED = 20
 LENGTHS = (1, 2, 3, 8, 25, 64, 128, 512)
@@ -30,7 +30,7 @@ TEXTS = {
 
 
 def grid(encoder: Encoder, sentences: Sequence[Text]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Yields named batches of many shapes: 1 token up to the model's limit, batches of 1, 2 and 7, and unusual texts.
+    """Yields named batches of many shapes: 1 token up to the model's limit, batch sizes 1, 2 and 7, and unusual texts.
 
     Batches of mixed lengths occur with padding on the right and on the left.
 
@@ -76,7 +76,7 @@ def validate(
     """Compares the logits of two sessions on `grid` and, one by one, on `sentences`.
 
     All logits must be finite. ``exact`` also needs every |Δlogit| ≤ `TOLERANCE`. ``close`` also needs at most
-    `allowed_flips` flips. ``free`` needs nothing else, because it is another model.
+    `allowed_flips` flips. ``free`` needs nothing else, because pruning and recovery make another model.
 
     Args:
         contender: Session of the artifact.
@@ -85,7 +85,7 @@ def validate(
         sentences: Sentences to count flips on.
         agreement: As in `Variant.agreement`.
         reference_encoder: Encoder of the reference if its vocabulary differs. Both models then get the same tokens of
-            `grid` under their own ids, and each encoder tokenises the sentences.
+            `grid`, each model with its own ids. Each encoder tokenises the sentences for its model.
 
     Returns:
         The report: verdict, largest and mean |Δlogit|, worst case of the grid and number of flips. `flip_margins` holds
@@ -140,7 +140,8 @@ def _map_token_ids(reference_encoder: Encoder, encoder: Encoder) -> np.ndarray:
 def allowed_flips(sentences: int) -> int:
     """Returns the largest number of flips that passes validation.
 
-    One more flip would show, with `CONFIDENCE`, that more than `MAX_FLIPS` of all sentences flip (exact binomial).
+    With one more flip, an exact binomial test would show that more than `MAX_FLIPS` of all sentences flip, with the
+    confidence `CONFIDENCE`.
 
     Args:
         sentences: Number of sentences compared.
@@ -173,6 +174,6 @@ def validation_summary(report: dict[str, Any]) -> str:
     limits = {
         "exact": f"≤ {TOLERANCE:g} allowed",
         "close": f"≤ {allowed_flips(report['sentences'])} allowed",
-        "free": "no limit, because it is another model",
+        "free": "no limit, because pruning or recovery makes another model",
     }[report["agreement"]]
     return f"largest |Δlogit| {delta}, {flips}, {limits}"

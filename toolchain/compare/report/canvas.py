@@ -11,7 +11,7 @@ from toolchain.compare.rows import Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Colours for files; the HTML page replaces each of these colours by one of its theme.
+# Colours of saved plots; the HTML page replaces them by the colours of its theme.
 INK, PAPER = "#1b1f24", "#fefefe"
 # Runtime → colour from Okabe and Ito's palette, and a marker shape for readers who cannot distinguish the colours.
 RUNTIME_STYLES = {"torch": ("#0072b2", "o"), "onnx": ("#d55e00", "s"), "bnb": ("#009e73", "^")}
@@ -61,7 +61,7 @@ def canvas(heights: Sequence[float], columns: int = 1, **shared: Any) -> tuple[F
 
     Args:
         heights: Height of each panel, in inches.
-        columns: Number of columns.
+        columns: Number of axes in each panel, side by side.
         shared: Further arguments of `Figure.subplots`, such as `sharex`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -102,7 +102,7 @@ def legend(figure: Figure, rows: Sequence[Row], others: Mapping[str, Mapping[str
     Args:
         figure: The figure.
         rows: Rows whose runtimes the legend names.
-        others: Further names → style of their line or marker.
+        others: Name of a further entry → style of its line or marker.
     """
     from matplotlib.lines import Line2D
 
@@ -137,7 +137,7 @@ def place_labels(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
         ]
         _, box, radius = min(options, key=lambda option: option[0])
         occupied.append(box)
-        # The side of the label that is nearest to the point fixes its position and holds the connecting line.
+        # The side of the label nearest to the point is the anchor of the text; the connecting line ends there.
         side = 0.0 if box[0] >= positions[index][0] else 1.0 if box[2] <= positions[index][0] else 0.5
         offset = (box[0] + side * size.width - positions[index][0], (box[1] + box[3]) / 2 - positions[index][1])
         _write_label(axes, points[index], offset, side, radius > NEAR)
@@ -191,7 +191,7 @@ def _boxes_around(position: Sequence[float], size: Any) -> list[tuple[Box, float
 
 
 def _overlap_penalty(box: Box, occupied: Sequence[Box], limits: Box) -> float:
-    """Returns a penalty for each overlap of the box with occupied boxes, and for leaving the axes."""
+    """Returns the penalty of a box for overlaps with occupied boxes and for a position partly outside the axes."""
     overlaps = sum(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in occupied)
     inside = box[0] >= limits[0] and box[1] >= limits[1] and box[2] <= limits[2] and box[3] <= limits[3]
     return 1000.0 * overlaps + (0 if inside else 5000.0)

@@ -32,7 +32,7 @@ class Figure:
 
     @classmethod
     def from_number(cls, value: float | None, form: str, suffix: str = "", note: str = "") -> Figure | None:
-        """Returns the figure of a number; None if it is unknown.
+        """Returns a number as a figure; None if the number is unknown.
 
         Args:
             value: The number; None if it is unknown.
@@ -60,7 +60,7 @@ class Column:
     Attributes:
         name: Name of the figure.
         header: The displayed header.
-        figure: Returns the figure of a row; None if the row has none.
+        figure: Function that returns the figure of a row; it returns None if the figure is unknown.
         unit: Unit of the figure; empty if the figure contains it.
         optional: Whether the comparison omits the column if no row has the figure.
     """
@@ -191,7 +191,7 @@ def rows_with_figures(rows: Sequence[Row]) -> list[Row]:
 
 
 def group_columns(rows: Sequence[Row]) -> list[Column]:
-    """Returns the columns for model and machine; each only if the rows have several of them."""
+    """Returns a column for the model if there are several models, and one for the machine if there are several."""
     group: list[Column] = []
     if len({row.measurement.model for row in rows}) > 1:
         group.append(Column("model", "model", lambda row: Figure(row.measurement.model)))
@@ -228,7 +228,7 @@ def _machine(row: Row) -> str:
 
 
 def host_name(row: Row) -> str:
-    """Returns the processor and its cores; a number of 0 cores is unknown, so the text omits it."""
+    """Returns the name of the processor and its number of cores; it omits 0, which marks an unknown number."""
     machine = row.run.machine
     return ", ".join([machine["cpu"], *([f"{machine['cores']} cores"] if machine["cores"] else [])])
 
@@ -270,7 +270,8 @@ def notes(rows: Sequence[Row], explain_front: bool = True) -> list[str]:
         )
     if any(ratio and ratio.differs is not None for row in rows for ratio in (row.speedup, row.throughput_gain)):
         lines.append(
-            "Ratios of times are geometric means over interleaved rounds; no difference: the 95 % interval includes 1."
+            "Ratios of times are geometric means over interleaved rounds. "
+            'The table says "no difference" if the 95 % interval of a ratio includes 1.'
         )
     lines += _group_cells(
         [(_cell_name(row, rows), f" [noisy]: {row.noisy}.") for row in rows_with_figures(rows) if row.noisy]
@@ -298,8 +299,8 @@ def _exactness_note(row: Row) -> str:
     time = exactness["time"]
     interval = f" [{time['low']:.2f}, {time['high']:.2f}]" if "low" in time else ""
     return (
-        f"8-bit products saturate on this processor, so {key} = {value} is set to make them exact; "
-        f"time with this option / time without it: {time['value']:.2f}{interval}."
+        f"8-bit products saturate on this processor, so {key} = {value} is set to make them exact. "
+        f"Time with this option / time without it: {time['value']:.2f}{interval}."
     )
 
 
@@ -396,10 +397,10 @@ def _method_note(row: Row) -> str:
     settings, count = row.run.run, row.run.data["rows"]
     single_count, score = settings.get("single_sentences", count), row.measurement.accuracy
     batch = score.batch_size if score else 1
-    figures = "Latency and accuracy" if batch == 1 else "Latency"
-    sentences = "each sentence" if single_count >= count else f"{single_count} of {count} sentences, each"
+    figures = "Latency and accuracy are" if batch == 1 else "Latency is"
+    sentences = "with each sentence" if single_count >= count else f"on {single_count} of {count} sentences, each"
     text = (
-        f"{figures} at batch 1, {sentences} at its own length; "
-        f"sentences/s in length-sorted batches of {settings['batch_size']}."
+        f"{figures} measured at batch 1, {sentences} at its own length. "
+        f"Sentences/s is measured in length-sorted batches of {settings['batch_size']}."
     )
-    return text if batch == 1 else f"{text} Accuracy over all sentences in batches of {batch}."
+    return text if batch == 1 else f"{text} Accuracy is measured on all sentences in batches of {batch}."

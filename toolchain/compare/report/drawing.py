@@ -29,7 +29,7 @@ RING: dict[str, Any] = {"marker": "o", "linestyle": "", "markerfacecolor": "none
 
 
 def accuracy_latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
-    """Draws one point with intervals for each row, and the front of each panel.
+    """Draws accuracy against latency: one point with intervals for each row, and the Pareto front of each panel.
 
     Returns:
         The figure and its description; None if no row has both figures.
@@ -220,7 +220,7 @@ def pruning_speedup(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
     """Draws one point for each pruned row that has both a predicted and a measured speed-up.
 
     Returns:
-        The figure and its description; None if no row has both.
+        The figure and its description; None if no row has both speed-ups.
     """
     rows = [row for panel in panels for row in panel.rows]
     shown = _select_rows(panels, lambda row: _predicted_speedup(row) and speedup_over_unpruned(row, rows))
@@ -278,7 +278,7 @@ def _row_panel_height(panel: Panel) -> float:
 
 
 def _label_rows(axes: Any, panel: Panel) -> None:
-    """Gives each row one line of the axes, the first row at the top."""
+    """Draws the title of the panel and labels the y axis with its rows, the first row at the top."""
     axes.set_title(panel.title)
     axes.set_yticks(range(len(panel.rows)), [panel.label(row) for row in panel.rows])
     axes.set_ylim(len(panel.rows) - 0.4, -0.6)

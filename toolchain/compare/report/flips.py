@@ -1,4 +1,4 @@
-"""Sentences that only one of a row and its baseline answers correctly, with their texts if these are available."""
+"""Flips of a row: sentences whose answer is correct in the row and wrong in its baseline, or the reverse."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST = 100  # maximum number of sentences shown in a list
 
 @dataclass(frozen=True)
 class Sentence:
-    """A row of the data.
+    """A sentence of the data with its correct label.
 
     Attributes:
         number: Number of the row in the data; the first row is 1.
@@ -46,7 +46,7 @@ class Sentences:
 
 @dataclass(frozen=True)
 class Flip:
-    """The differences between the answers of a cell and of its baseline.
+    """The sentences that either a cell or its baseline answers correctly, but not both.
 
     Attributes:
         cell: The cell.
@@ -83,7 +83,7 @@ class SharedLoss:
 class Texts:
     """Texts of sentences by row number.
 
-    The texts are known only for the data set that comes with the toolchain. The class reads it at the first use.
+    Only the texts of the data set in this package are known. The class reads this data set when it is first needed.
     """
 
     def __init__(self) -> None:
@@ -118,7 +118,7 @@ def _text(text: Text) -> str:
 
 
 def flips(rows: Sequence[Row], texts: Texts) -> list[Flip]:
-    """Returns one `Flip` for each row whose answers are known, and its baseline's answers too."""
+    """Returns one `Flip` for each row except baselines, if the answers of the row and of its baseline are known."""
     return [
         Flip(
             row.measurement.cell,

@@ -1,4 +1,4 @@
-"""The comparison as one HTML file that loads nothing from elsewhere: tables, plots, flips and measurement settings."""
+"""The comparison as one HTML file that loads no other file: tables, plots, flips and measurement settings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SVG, _LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 def to_html(rows: Sequence[Row]) -> str:
     """Returns the HTML page; the same rows give the same bytes.
 
-    The template escapes all text from result files, so that none of it acts as markup.
+    The template escapes all text from result files, so this text cannot act as markup.
     """
     import jinja2
 
@@ -60,7 +60,7 @@ def _content(rows: Sequence[Row]) -> dict[str, Any]:
         "best": [(panel.title, panel_best) for panel in panels(shown) if (panel_best := sections.best_rows(panel))],
         "comparison": compared,
         "marks": sections.marks(compared) if compared else [],
-        # The page marks the Pareto front with a word and explains it there, so no note explains the symbol.
+        # The page marks the Pareto front with a word instead of `FRONT`, so no note explains this symbol.
         "notes": notes(shown, explain_front=False) if shown else [],
         "plots": [
             (name, plot, inline(plots.svg(plot, name), name, plot.alt)) for name, plot in plots.figures(rows).items()

@@ -1,4 +1,4 @@
-"""Settings, package versions and measured machine rates of the runs of a comparison, in one column for each run."""
+"""Tables of the settings, package versions and machine probe rates of a comparison, with one column for each run."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def rates(runs: Sequence[ResultFile]) -> Table | None:
 def _run_table(
     caption: str, first: str, runs: Sequence[ResultFile], columns: Sequence[Mapping[str, Any]]
 ) -> Table | None:
-    """Returns a table with one line for each name in any run's values and one column for each run."""
+    """Returns a table with one column for each run and one line for each name; None if there are no names."""
     headers = [f"{run.machine['cpu'] or _gpu_names(run)}, {run.created[:10]}" for run in runs]
     # The run with the most names determines the order.
     names = dict.fromkeys(name for values in sorted(columns, key=len, reverse=True) for name in values)

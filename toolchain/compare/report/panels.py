@@ -1,4 +1,4 @@
-"""Rows grouped by model, machine, data and threads: one panel of a plot, one section of a report."""
+"""Rows grouped by model, machine, data and threads; each group is one panel of a plot."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Panel:
     rows: tuple[Row, ...]
 
     def label(self, row: Row) -> str:
-        """Returns the row's variant, or its cell if the panel has several providers."""
+        """Returns the name of the row's variant, or of its cell if the panel has several providers."""
         measurement = row.measurement
         return printable(
             measurement.cell if len({r.measurement.provider for r in self.rows}) > 1 else measurement.variant
@@ -51,11 +51,11 @@ def _title(rows: Sequence[Row]) -> str:
 
 
 def printable(text: str, longest: int = LONGEST) -> str:
-    """Returns the text without control characters, which XML forbids, and cut to a maximum length.
+    """Replaces unprintable characters, because XML forbids many of them, and cuts the text to a maximum length.
 
     Args:
         text: The text.
-        longest: Maximum number of characters. If the text is longer, its last character becomes an ellipsis.
+        longest: Maximum number of characters. A longer text is cut, and its end becomes an ellipsis.
     """
     clean = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
     return clean if len(clean) <= longest else f"{clean[: longest - 1]}…"

@@ -42,12 +42,13 @@ class Plot:
 
 
 Drawing = tuple["Figure", str]
-# Name → heading, caption, and the function that draws the plot; it returns None if there is no data.
+# Name → heading, caption, and the function that draws the plot. The function returns None if there is no data.
 PLOTS: dict[str, tuple[str, str, Callable[[Sequence[Panel]], Drawing | None]]] = {
     "accuracy-latency": (
         "Accuracy against latency",
-        "Up and to the left is better. Bars are 95 % intervals: of the accuracy over sentences, of the median over "
-        "rounds. No row is both faster and more accurate than a row on the dashed line. A ring marks the baseline.",
+        "Up and to the left is better. Vertical bars are 95 % intervals of the accuracy over sentences. Horizontal "
+        "bars are 95 % intervals of the median over rounds. No row is both faster and more accurate than a row on the "
+        "dashed line. A ring marks the baseline.",
         drawing.accuracy_latency,
     ),
     "size-memory": (
@@ -57,8 +58,9 @@ PLOTS: dict[str, tuple[str, str, Callable[[Sequence[Panel]], Drawing | None]]] =
     ),
     "latency": (
         "Distribution of latency",
-        "At batch 1, each sentence at its own length. The box holds the middle half of the times, with a line at the "
-        "median. The whiskers reach from the 5th to the 95th percentile. The cross is the 99th percentile.",
+        "Latency is measured at batch 1, with each sentence at its own length. The box reaches from the 25th to the "
+        "75th percentile, with a line at the median. The whiskers reach from the 5th to the 95th percentile. The cross "
+        "is the 99th percentile.",
         drawing.latency,
     ),
     "latency-by-length": (
@@ -68,8 +70,9 @@ PLOTS: dict[str, tuple[str, str, Callable[[Sequence[Panel]], Drawing | None]]] =
     ),
     "pruning-speedup": (
         "Predicted and measured speed-up of pruning",
-        "At batch 1, over the same variant without pruning, in the same run. On the line, the measurement equals the "
-        "prediction. Below it, the speed-up is smaller than predicted. Bars are 95 % intervals over rounds.",
+        "The baseline is the same variant without pruning, in the same run, at batch 1. On the line, the measurement "
+        "equals the prediction. Below the line, the speed-up is smaller than predicted. Bars are 95 % intervals over "
+        "rounds.",
         drawing.pruning_speedup,
     ),
 }
@@ -87,11 +90,11 @@ def figures(rows: Sequence[Row]) -> dict[str, Plot]:
 
 
 def svg(plot: Plot, name: str, background: str = "none") -> str:
-    """Returns the plot as SVG with its text as text; the same rows give the same bytes.
+    """Returns the plot as SVG with text elements instead of outlines; the same rows give the same bytes.
 
     Args:
         plot: The plot.
-        name: Salt of the ids, so that the ids are reproducible.
+        name: Salt of the ids in the SVG; a fixed salt makes the ids reproducible.
         background: Colour of the background; ``none`` is transparent.
     """
     out = io.StringIO()

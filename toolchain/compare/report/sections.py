@@ -25,10 +25,10 @@ _FigureColumn = tuple[str, Callable[[Row], Figure | None]]
 MEANINGS = {
     "baseline": "Ratios are against this row.",
     "Pareto": "No other row is at least as good in accuracy, latency and size, and better in one of them.",
-    "noisy": "Its times are unreliable",
+    "noisy": "The times are unreliable",
     "stale": "A newer build has replaced the measured artifact.",
     "reported": "Published figures, not measured here.",
-    "fallback": "A part of it ran on another provider.",
+    "fallback": "A part of the model ran on another provider.",
 }
 
 
@@ -38,9 +38,9 @@ class Entry:
 
     Attributes:
         text: The displayed text.
-        key: Number that the entry is sorted by; None sorts it by its text.
-        marks: Each mark with its meaning.
-        empty: Whether there is no figure.
+        key: Number for sorting; None sorts the entry by its text.
+        marks: Marks of a row, each with its meaning.
+        empty: Whether the figure is unknown.
     """
 
     text: str
@@ -71,7 +71,7 @@ class Table:
     def numeric(self) -> list[bool]:
         """Returns, for each column, whether the page sorts it by number.
 
-        In a numeric column of a sortable table, every non-empty entry has a number as its key.
+        A column is numeric if the table is sortable and every non-empty entry has a key.
         """
         return [
             self.sortable and all(entry.key is not None or entry.empty for entry in column)
@@ -85,7 +85,7 @@ def make_entry(figure: Figure | None) -> Entry:
 
 
 def comparison(rows: Sequence[Row]) -> Table:
-    """Returns a table with the columns of the terminal table; the cells' bracketed words become marks."""
+    """Returns a table with the columns of the terminal table; marks replace the words after a cell's name."""
     shown = columns(rows)
     lines = [[_cell(row) if column is CELL else make_entry(column.figure(row)) for column in shown] for row in rows]
     headers = [column.header for column in shown]
@@ -105,7 +105,7 @@ def _cell(row: Row) -> Entry:
 def marks(table: Table) -> list[tuple[str, str]]:
     """Returns each mark in the table with its meaning.
 
-    If the meaning is not the general one of `MEANINGS`, it starts with the cells that it applies to.
+    A meaning that differs from `MEANINGS` applies only to some cells, so it starts with their names.
     """
     cells: dict[tuple[str, str], list[str]] = {}
     for row in table.rows:
@@ -168,7 +168,7 @@ def stages(rows: Sequence[Row]) -> Table | None:
 
 
 def _interval(bounds: Sequence[float | None] | None, form: str, suffix: str = "") -> Figure | None:
-    """Returns an interval, sorted by its lower bound; None if a bound is unknown."""
+    """Returns an interval as a figure; the table sorts it by its lower bound. Returns None if a bound is unknown."""
     low, high = bounds or (None, None)
     if low is None or high is None:
         return None
@@ -180,14 +180,14 @@ def _quality_figure(figure: Callable[[Quality], Figure | None]) -> Callable[[Row
 
 
 def _filled(figures: Sequence[_FigureColumn], rows: Sequence[Row]) -> list[_FigureColumn]:
-    """Returns the columns in which a row has a figure."""
+    """Returns the columns in which at least one row has a figure."""
     return [(header, figure) for header, figure in figures if any(figure(row) for row in rows)]
 
 
 def _row_table(
     caption: str, rows: Sequence[Row], chosen: Sequence[Row], figures: Sequence[_FigureColumn]
 ) -> Table | None:
-    """Returns a table of some of the rows; None if there are none.
+    """Returns a table of the chosen rows; None if no row is chosen.
 
     The first columns name model, machine and cell, as in the comparison of all rows.
     """
@@ -208,8 +208,8 @@ def best_rows(panel: Panel) -> list[tuple[str, str, list[str]]]:
     """Returns the best measured row of a panel for each figure that at least two rows have.
 
     Returns:
-        Category, label of the best row, and a list with its figure and, for a figure other than accuracy, its
-        accuracy.
+        For each figure: the category, the label of the best row, and the texts of its figure and its accuracy. The
+        list of texts does not repeat the accuracy if it is the figure.
     """
     categories: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
         ("accuracy", "most accurate", _negative_accuracy),
@@ -218,7 +218,7 @@ def best_rows(panel: Panel) -> list[tuple[str, str, list[str]]]:
         ("size", "smallest", lambda row: row.measurement.size_bytes.get("total")),
         ("memory", "least memory", lambda row: row.measurement.memory_bytes.get("peak")),
     )
-    # `min` takes the first of equally good rows, so this order prefers the fastest one.
+    # The fastest row comes first, so `min` prefers it among equally good rows.
     rows = sorted(panel.rows, key=lambda row: row.measurement.latency_ms.get("p50", 0.0))
     columns_by_name = {column.name: column for column in COLUMNS}
     best = []
@@ -257,7 +257,7 @@ def rows_without_figures(rows: Sequence[Row]) -> Table | None:
 
 
 def roofline(rows: Sequence[Row]) -> Table | None:
-    """Returns the table of each row's work, its floor and the floor's share of p50; None if no row has these facts."""
+    """Returns the table of work, minimum time (floor) and the floor's share of p50; None if no row has these facts."""
 
     def fact(name: str, factor: float, form: str) -> Callable[[Row], Figure | None]:
         def figure(row: Row) -> Figure | None:
@@ -273,4 +273,4 @@ def roofline(rows: Sequence[Row]) -> Table | None:
         ("floor's share of p50, %", fact("share", 100, ".0f")),
     ]
     rows_with_work = [row for row in rows if isinstance(row.measurement.facts.get("roofline"), dict)]
-    return _row_table("Floor: the least time that this machine can need", rows, rows_with_work, figures)
+    return _row_table("Floor: the minimum time for a sentence on this machine", rows, rows_with_work, figures)

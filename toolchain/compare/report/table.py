@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from toolchain.compare.report.columns import columns, notes, rows_with_figures, title
 from toolchain.compare.rows import Row
 
-_PIPED_WIDTH = 400  # characters; a file or a pipe has no width, and a table uses only the part that it needs
+# Maximum number of characters in a line of a file or a pipe, which have no width of their own.
+_PIPED_WIDTH = 400
 
 
 def print_table(rows: Sequence[Row]) -> None:

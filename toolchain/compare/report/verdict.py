@@ -10,7 +10,7 @@ from toolchain.compare.limits import Verdict, chance_remark
 from toolchain.compare.regressions import Change, Pair, Regressions
 from toolchain.compare.rows import Row
 
-# Figure → its displayed name, the name of its cost, its displayed unit, and the value of one displayed unit.
+# Figure → displayed name, name of the cost, displayed unit, and the factor from the displayed unit to the stored unit.
 _SHOWN = {
     "latency_p50_ms": ("p50", "latency", "ms", 1.0),
     "throughput_per_s": ("sentences/s", "time a sentence", "", 1.0),

@@ -1,1 +1,1 @@
-"""Files and templates that go into bundles; an app developer can run them without this package."""
+"""Files and templates from which `ship` makes a bundle. The scripts run without this package."""

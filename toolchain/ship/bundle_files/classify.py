@@ -1,14 +1,15 @@
 """Classifies texts with onnxruntime, tokenizers and numpy: `python classify.py "a charming film"`.
 
-The script prints a line for each text: label, probability and text. Without arguments it reads a text from each line of
-standard input.
+The script prints one line for each text: label, probability and text. Without arguments, it reads the texts from
+standard input, one text per line.
 """
 
 import os
 import sys
 
 if __name__ == "__main__":
-    # Python searches the script's folder for libraries first. A file of the bundle must not replace a library.
+    # Python searches the script's folder for libraries first. Without this folder in the search path, no file of the
+    # bundle can replace a library.
     _script_folder = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != _script_folder]
 
@@ -21,10 +22,10 @@ import numpy as np
 import onnxruntime as ort
 from tokenizers import Tokenizer
 
-# x86 without VNNI adds two 8-bit products in 16 bits, which saturates. This session option makes the products exact. On
-# other processors it only makes int8 slower.
+# x86 without VNNI adds two 8-bit products in 16 bits, and the sum can saturate. This session option makes the products
+# exact. On other processors, the option only makes int8 slower.
 EXACT_PRODUCTS = ("session.x64quantprecision", "1")
-# An ONNX file with one MatMulInteger: uint8 [1, 4] × int8 [4, 1]; every weight is 127.
+# An ONNX file with one MatMulInteger node: uint8 [1, 4] × int8 [4, 1]; every weight is 127.
 PRODUCT = base64.b64decode(
     "CAg63gEKTQoLYWN0aXZhdGlvbnMKB3dlaWdodHMKCnplcm9fcG9pbnQKEXdlaWdodF96ZXJvX3BvaW50Egdwcm9kdWN0Ig1NYXRNdWxJbnRl"
     "Z2VyEg9leHRyZW1lX3Byb2R1Y3QqFQgECAEQA0IHd2VpZ2h0c0oEf39/fyoREAJCCnplcm9fcG9pbnRKAQAqGBADQhF3ZWlnaHRfemVyb19w"
@@ -33,7 +34,7 @@ PRODUCT = base64.b64decode(
 
 
 def session_options() -> ort.SessionOptions:
-    """Returns session options with which 8-bit products are exact on this processor."""
+    """Returns session options that make 8-bit products exact on this processor."""
     options = ort.SessionOptions()
     session = ort.InferenceSession(PRODUCT, providers=["CPUExecutionProvider"])
     product = session.run(None, {"activations": np.full((1, 4), 255, np.uint8)})[0]
@@ -43,10 +44,10 @@ def session_options() -> ort.SessionOptions:
 
 
 class Classifier:
-    """A model of a bundle.
+    """A text classifier that runs one model of a bundle.
 
     Args:
-        folder: The bundle.
+        folder: Folder of the bundle.
         variant: Variant of the model; None for the first model.
     """
 
@@ -64,9 +65,10 @@ class Classifier:
         self._tokenizer.enable_padding(pad_id=bundle["pad_id"])
 
     def __call__(self, texts: Sequence[str]) -> list[dict[str, float]]:
-        """Returns the probability of every label for each text; runs all texts in one batch, so pass only a few.
+        """Returns the probability of every label for each text.
 
-        If a text can have several labels, each probability is independent of the others.
+        All texts run in one batch, so pass only a few texts per call. If a text can have several labels, each
+        probability is independent of the others.
         """
         rows = self._tokenizer.encode_batch(list(texts))
         arrays = {

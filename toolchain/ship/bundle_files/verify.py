@@ -1,21 +1,25 @@
 """Checks this bundle.
 
-`python verify.py` compares every file with its sha256 in bundle.json. It then runs every model on the golden sentences
-and on padded batches of them. The tokens must equal the recorded tokens. No logit may differ from the recorded logit by
-more than the model's `tolerance.largest`. The median difference may not exceed `tolerance.median`.
+`python verify.py` compares the sha256 of every file with bundle.json. Then it runs every model on the golden sentences,
+one by one and in padded batches. golden.json holds these sentences with the recorded tokens and logits. The tokens must
+equal the recorded tokens. No logit may differ from the recorded logit by more than `tolerance.largest` of the model in
+bundle.json. The median difference may not exceed `tolerance.median`.
 
 The script needs onnxruntime, tokenizers and numpy. It also needs onnxruntime-extensions if a graph contains the
 tokenizer.
 
-Exit codes: 0, the bundle is unmodified and its models compute the recorded logits here; 3, a check failed; 1, the
-folder has no bundle.json.
+Exit codes:
+    0: The bundle is unmodified, and its models compute the recorded logits on this machine.
+    1: The folder has no bundle.json.
+    3: A check failed.
 """
 
 import os
 import sys
 
 if __name__ == "__main__":
-    # Python searches the script's folder for libraries first. A file of the bundle must not replace a library.
+    # Python searches the script's folder for libraries first. Without this folder in the search path, no file of the
+    # bundle can replace a library.
     _script_folder = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != _script_folder]
 
@@ -30,10 +34,10 @@ from typing import Any
 SCHEMA = 2
 BUNDLE, GOLDEN = "bundle.json", "golden.json"
 TEXT, LOGITS = "text", "logits"
-# x86 without VNNI adds two 8-bit products in 16 bits, which saturates. This session option makes the products exact. On
-# other processors it only makes int8 slower.
+# x86 without VNNI adds two 8-bit products in 16 bits, and the sum can saturate. This session option makes the products
+# exact. On other processors, the option only makes int8 slower.
 EXACT_PRODUCTS = ("session.x64quantprecision", "1")
-# An ONNX file with one MatMulInteger: uint8 [1, 4] × int8 [4, 1]; every weight is 127.
+# An ONNX file with one MatMulInteger node: uint8 [1, 4] × int8 [4, 1]; every weight is 127.
 PRODUCT = base64.b64decode(
     "CAg63gEKTQoLYWN0aXZhdGlvbnMKB3dlaWdodHMKCnplcm9fcG9pbnQKEXdlaWdodF96ZXJvX3BvaW50Egdwcm9kdWN0Ig1NYXRNdWxJbnRl"
     "Z2VyEg9leHRyZW1lX3Byb2R1Y3QqFQgECAEQA0IHd2VpZ2h0c0oEf39/fyoREAJCCnplcm9fcG9pbnRKAQAqGBADQhF3ZWlnaHRfemVyb19w"
@@ -45,8 +49,8 @@ class BundleError(Exception):
     """A check failed.
 
     Attributes:
-        cause: What is wrong.
-        hint: What to do.
+        cause: Description of the failure.
+        hint: Advice for the user.
     """
 
     def __init__(self, cause: str, hint: str) -> None:
@@ -70,13 +74,13 @@ class UnsuitableRuntimeError(BundleError):
 
 
 def canonical_id(body: Mapping[str, Any]) -> str:
-    """Returns the id of a bundle: the sha256 of the canonical JSON of bundle.json without the id."""
+    """Returns the id of a bundle: the sha256 of bundle.json as canonical JSON, without the entry ``id``."""
     content = {key: value for key, value in body.items() if key != "id"}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def model_files(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns the name and the file of a model in bundle.json; for phones also of its copy in ORT format."""
+    """Returns the name and file of a model in bundle.json. For phones, the model's copy in ORT format follows."""
     ort_format = [(f"{model['variant']}.ort", str(model["ort"]["file"]))] if "ort" in model else []
     return [(str(model["variant"]), str(model["file"])), *ort_format]
 
@@ -85,7 +89,8 @@ def read_bundle(folder: Path) -> dict[str, Any]:
     """Compares every file with bundle.json and returns the content of bundle.json.
 
     Raises:
-        InvalidBundleError: A file differs, is missing, is not listed, is a link, or is outside the folder.
+        InvalidBundleError: bundle.json is not valid; or a file differs, is missing, is not listed, is a link, or is
+            outside the folder.
         FileNotFoundError: The folder has no bundle.json.
     """
     file = folder / BUNDLE
@@ -143,7 +148,7 @@ def _check_file(folder: Path, path: str, size: int, digest: str) -> None:
 
 
 def saturates(*, exact: bool = False) -> bool:
-    """Returns whether 8-bit products of ONNX Runtime saturate on this processor. It runs one product to find out.
+    """Runs one 8-bit product with ONNX Runtime and returns whether the product saturates here.
 
     Args:
         exact: Whether to test with the session option `EXACT_PRODUCTS` instead of the default options.
@@ -162,7 +167,8 @@ def check_runtime(body: Mapping[str, Any]) -> None:
     """Checks that this ONNX Runtime can compute the recorded logits.
 
     Raises:
-        UnsuitableRuntimeError: This ONNX Runtime is too old, or saturates the 8-bit products of a model.
+        UnsuitableRuntimeError: This ONNX Runtime is too old, or saturates the 8-bit products of a model even with
+            `EXACT_PRODUCTS`.
     """
     import onnxruntime as ort
 
@@ -170,7 +176,7 @@ def check_runtime(body: Mapping[str, Any]) -> None:
     if _parse_release(ort.__version__) < _parse_release(minimum):
         raise UnsuitableRuntimeError(
             f"this is ONNX Runtime {ort.__version__}, but the bundle needs {minimum} or newer",
-            f"Install it: pip install 'onnxruntime>={minimum}'",
+            f"Install a newer release: pip install 'onnxruntime>={minimum}'",
         )
     models = _saturable_models(body)
     if models and saturates(exact=True):
@@ -196,11 +202,12 @@ def compare_logits(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str,
     """Runs every model file on the golden sentences and batches, and compares the logits with the recorded logits.
 
     Yields:
-        The name of the model file, its largest difference of a logit, and the limit for this difference.
+        For each model file: the name, the largest difference of a logit, and the limit for this difference.
 
     Raises:
-        InvalidBundleError: A model exceeds its tolerance, or the tokenizer splits a sentence differently here.
-        UnsuitableRuntimeError: As `check_runtime` raises it.
+        InvalidBundleError: golden.json is not valid, a model fails or exceeds its tolerance, or a sentence does not
+            give the recorded tokens.
+        UnsuitableRuntimeError: This ONNX Runtime is too old, or cannot compute a model exactly on this processor.
     """
     import numpy as np
     import onnxruntime as ort
@@ -226,7 +233,7 @@ def compare_logits(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str,
         ]
         pad_id = int(body["pad_id"])
         in_graph = body.get("tokenizer_in_graph")
-    except Exception as error:  # tokenizers raises plain Exception
+    except Exception as error:  # the library tokenizers raises plain Exception
         raise InvalidBundleError(f"{GOLDEN}, {BUNDLE} or tokenizer.json cannot be read: {error!r}") from error
     if not rows or not batches:
         raise InvalidBundleError(f"{GOLDEN} has no sentences or no batches")
@@ -250,11 +257,11 @@ def compare_logits(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str,
             raise InvalidBundleError(f"{GOLDEN} does not have the logits of {name}")
         try:
             session = ort.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises a class for every status
-            # If layers share weights, ONNX Runtime refuses the session option.
+        except Exception as error:  # onnxruntime has one exception class per status, without a common base
+            # ONNX Runtime refuses the session option for a model whose layers share weights.
             if option_needed and variant in _saturable_models(body):
                 raise UnsuitableRuntimeError(
-                    f"{file} cannot be loaded on a processor that saturates: {error}", _SATURATION_HINT
+                    f"{file} cannot be loaded on a processor that saturates 8-bit products: {error}", _SATURATION_HINT
                 ) from error
             raise InvalidBundleError(f"{file} cannot be loaded: {error}") from error
         deltas = _compute_deltas(session, file, runs, expected, inputs, pad_id)
@@ -275,7 +282,7 @@ def compare_logits(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str,
 def _compute_deltas(
     session: Any, file: str, runs: Sequence[Any], expected: Sequence[Any], inputs: Sequence[str], pad_id: int
 ) -> list[float]:
-    """Returns the largest difference of a logit for every text of every run."""
+    """Runs the model on all batches and returns each text's largest difference from its recorded logits."""
     import numpy as np
 
     deltas: list[float] = []
@@ -290,13 +297,13 @@ def _compute_deltas(
                 feeds = {name: np.array(arrays[name], np.int64) for name in inputs}
             largest = np.abs(session.run([LOGITS], feeds)[0] - logits).max(axis=1)
             deltas += [float(delta) if np.isfinite(delta) else float("inf") for delta in largest]
-    except Exception as error:  # onnxruntime raises a class for every status
+    except Exception as error:  # onnxruntime has one exception class per status, without a common base
         raise InvalidBundleError(f"{file} does not run here: {error}") from error
     return deltas
 
 
 def pad_rows(rows: Sequence[Sequence[int]], side: str, pad_id: int) -> dict[str, list[list[int]]]:
-    """Returns token ids, attention mask and token types of a batch; pads each row on `side` to the longest row."""
+    """Returns token ids, attention mask and token types of a batch; pads rows on `side` to the longest row's length."""
     width = max(map(len, rows))
 
     def fill(values: Sequence[int], filler: int) -> list[int]:
@@ -311,7 +318,7 @@ def pad_rows(rows: Sequence[Sequence[int]], side: str, pad_id: int) -> dict[str,
 
 
 def _check_tokenizer(file: Path, options: Any, rows: Sequence[Any]) -> None:
-    """Raises `InvalidBundleError` if a tokenizer graph splits a golden sentence into other tokens."""
+    """Raises `InvalidBundleError` unless the tokenizer graph gives the recorded tokens of every golden sentence."""
     import numpy as np
     import onnxruntime as ort
 
@@ -319,7 +326,7 @@ def _check_tokenizer(file: Path, options: Any, rows: Sequence[Any]) -> None:
     try:
         session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         outputs = [session.run(names, {TEXT: np.array([text], dtype=object)}) for text, _ in rows]
-    except Exception as error:  # onnxruntime raises a class for every status
+    except Exception as error:  # onnxruntime has one exception class per status, without a common base
         raise InvalidBundleError(f"the tokenizer graph does not run here: {error}") from error
     for (text, ids), (tokens, mask) in zip(rows, outputs, strict=True):
         if tokens[0][mask[0] == 1].tolist() != ids:

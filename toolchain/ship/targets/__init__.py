@@ -1,4 +1,4 @@
-"""The targets of bundles: the operators that each can run, the paths of the models, and the other files."""
+"""Defines the targets of bundles: the operators that a target can run, the paths of its models, and its other files."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ DTYPES = {
 class Target:
     """A kind of app that a bundle is for.
 
-    The files beside the models are a mapping from the path in the bundle to a file in `BUNDLE_FILES`. A ``.j2`` file is
-    a template. A path with ``{name}`` gives one file for each model.
+    `files` and `text_files` map a path in the bundle to a file in `BUNDLE_FILES`. A ``.j2`` file is a template. A path
+    with ``{name}`` stands for one file per model.
 
     Attributes:
         name: Name of the target.
         model_path: Function from the name of a variant to the path of its model file.
-        domains: Domains of the operators that the target's runtimes have.
+        domains: Operator domains that the target's runtimes support.
         files: Files beside the models.
         text_files: Files beside the models if the graphs contain the tokenizer.
         no_tokenizer_reason: Reason why the graphs cannot contain the tokenizer; None if they can.
-        tokenizer_path: Path of a separate tokenizer graph, or None. It is for a target whose models take token ids and
-            whose users send texts. The models then have the probabilities as a second output.
-        first_path: Path of the first model file if it differs from `model_path`.
+        tokenizer_path: Path of a separate tokenizer graph; None without such a graph. The graph converts the users'
+            texts to token ids for the models. The models then have the probabilities as a second output.
+        first_path: Fixed path of the first model file; None to use `model_path`.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Target:
 
 
 def dtype(variant: VariantName) -> str | None:
-    """Returns the dtype of a variant in transformers.js; None if transformers.js has no such dtype."""
+    """Returns the dtype of a variant in transformers.js; None if transformers.js has no dtype for the variant."""
     return DTYPES.get(variant.parts.scheme, (None, ""))[0]
 
 
@@ -70,7 +70,7 @@ def _transformers_js_path(variant: VariantName) -> str:
     if scheme not in DTYPES:
         raise ShippingError(
             f"transformers.js cannot load {variant}.",
-            f"It loads variants of {', '.join(DTYPES)}, such as onnx-int8.",
+            f"Ship a variant in one of {', '.join(DTYPES)}, such as onnx-int8.",
         )
     return DTYPES[scheme][1]
 
@@ -84,7 +84,7 @@ def _named_after_variant(variant: str) -> str:
     return f"{variant}.onnx"
 
 
-_OPTIMUM_FILE = "model.onnx"  # the file name that optimum loads from a folder
+_OPTIMUM_FILE = "model.onnx"  # the file that optimum loads from a folder
 
 
 _PYTHON = {
@@ -117,7 +117,7 @@ TARGETS = {
                 "node.mjs": "node.mjs",
             },
             no_tokenizer_reason="onnxruntime-web and onnxruntime-node lack the operators of onnxruntime-extensions, "
-            "and transformers.js has a tokenizer",
+            "and transformers.js has its own tokenizer",
         ),
         Target(
             "python",
@@ -146,7 +146,7 @@ TARGETS = {
                 REPOSITORY + "/tokenizer/config.pbtxt": "tokenizer.pbtxt.j2",
             },
             _SERVER,
-            # The file is not named model.onnx: optimum would load it as the classifier.
+            # The name is not model.onnx: optimum would load a file with this name as the classifier.
             tokenizer_path=REPOSITORY + "/tokenizer/1/tokenizer.onnx",
         ),
         Target(
@@ -158,5 +158,5 @@ TARGETS = {
         ),
     )
 }
-# The demo page of a web bundle and its script and style; `clients` provides its libraries.
+# The demo page of a web bundle, with its script and style. `clients` provides the page's JavaScript libraries.
 DEMO = {"index.html": "index.html", "demo/page.mjs": "page.mjs", "demo/page.css": "page.css"}

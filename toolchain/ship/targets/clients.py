@@ -25,7 +25,7 @@ BROWSER_FILES = {
 
 
 def folder(cache: Path) -> Path:
-    """Returns the folder below `cache` for the packages of this lock file; it may not exist."""
+    """Returns the folder below `cache` for the packages of the lock file, even if the folder does not exist."""
     return cache / f"clients-{hashlib.sha256((PACKAGES / LOCK).read_bytes()).hexdigest()[:12]}"
 
 
@@ -38,7 +38,7 @@ def find_modules(cache: Path) -> Path | None:
 def install(cache: Path) -> Path:
     """Installs the packages with ``npm ci`` if necessary, and returns their node_modules folder.
 
-    npm runs no install script of a package.
+    npm does not run the install scripts of the packages.
 
     Raises:
         ShippingError: npm is missing or fails.
@@ -51,7 +51,7 @@ def install(cache: Path) -> Path:
         raise ShippingError("The demo page needs npm packages, and npm is not installed.", hint)
     target = folder(cache)
     with lock(target, lambda: None):
-        if modules := find_modules(cache):  # the run that held the lock installed them
+        if modules := find_modules(cache):  # another run installed the packages before it released the lock
             return modules
         with scratch_folder(target) as scratch:
             shutil.copytree(PACKAGES, scratch, dirs_exist_ok=True)

@@ -1,4 +1,4 @@
-"""Models for phones.
+"""Writes models for phones.
 
 The module writes an .onnx file for an older ONNX Runtime, the same model in ORT format, and the configuration of a
 reduced build of ONNX Runtime. It also runs ONNX Runtime's checker for the accelerators of phones.
@@ -47,7 +47,7 @@ _COREML = {
 
 
 def make(source: Path, target: Path, release: str, core: Path) -> dict[str, Any]:
-    """Writes the model as an .onnx file for an older release, and beside it a file in ORT format.
+    """Writes the model twice for an older release: as an .onnx file, and beside it in ORT format.
 
     Args:
         source: The .onnx file of the model.
@@ -59,7 +59,7 @@ def make(source: Path, target: Path, release: str, core: Path) -> dict[str, Any]
         The entries ``ort``, ``oldest_release`` and ``providers`` of bundle.json.
 
     Raises:
-        ShippingError: The release lacks a part of the model that cannot be converted, or computes it incorrectly.
+        ShippingError: The release cannot read the model, lacks one of its operators, or computes one incorrectly.
     """
     import onnxruntime as ort
 
@@ -72,7 +72,7 @@ def make(source: Path, target: Path, release: str, core: Path) -> dict[str, Any]
         raise ShippingError(
             f"ONNX Runtime {release} reads version {RELEASES[release].ort_format} of the ORT format, but the installed "
             f"ONNX Runtime writes version {version}.",
-            f"Ship for --ort-mobile {oldest_reading_release(ort_format=version)} or newer.",
+            f"Ship with --ort-mobile {oldest_reading_release(ort_format=version)} or newer.",
         )
     first = oldest_release(*needs)
     _check_uses(needs[0].uses | needs[1].uses, target.stem, release, first)
@@ -98,7 +98,7 @@ def _check_uses(uses: Collection[Use], name: str, release: str, first: str | Non
     unsupported = find_unsupported(release, uses)
     missing = [use for use in unsupported if not use.attention_kind]
     faulty = [use for use in unsupported if use.attention_kind]
-    hint = (f"Ship it for --ort-mobile {first} or newer, or ship" if first else "Ship") + (
+    hint = (f"Ship it with --ort-mobile {first} or newer, or ship" if first else "Ship") + (
         f" a variant with standard operators of opset {Export.opset}, such as onnx-std."
     )
     if missing:
@@ -108,8 +108,8 @@ def _check_uses(uses: Collection[Use], name: str, release: str, first: str | Non
         )
     if faulty:
         raise ShippingError(
-            f"{name} uses {', '.join(map(str, faulty))}. ONNX Runtime {release} refuses padded batches of it, or "
-            "computes them incorrectly.",
+            f"{name} uses {', '.join(map(str, faulty))}. ONNX Runtime {release} refuses padded batches with such "
+            "attention, or computes them incorrectly.",
             hint,
         )
 
@@ -117,10 +117,10 @@ def _check_uses(uses: Collection[Use], name: str, release: str, first: str | Non
 def lower(source: Path, target: Path, release: str) -> None:
     """Copies the .onnx file and lowers its IR version and operator sets to the limits of `release`.
 
-    If the release can read the original file, the copy is equal in every byte.
+    If the release can read the original file, the copy has the same bytes.
 
     Raises:
-        ShippingError: The release lacks a tensor type, or an operator that cannot be converted.
+        ShippingError: The release lacks a tensor type, or lacks an operator that onnx cannot convert.
     """
     import onnx
     import onnx_ir as ir
@@ -159,7 +159,7 @@ def _check_types(model: ir.Model, name: str, release: str) -> None:
         raise ShippingError(
             f"{name} holds tensors of type {', '.join(sorted(unsupported))}, which need IR version {version}. ONNX "
             f"Runtime {release} reads IR versions up to {limit}.",
-            f"Ship it for --ort-mobile {oldest_reading_release(version)} or newer, or ship another variant such as "
+            f"Ship it with --ort-mobile {oldest_reading_release(version)} or newer, or ship another variant such as "
             "onnx-int8.",
         )
 
@@ -167,12 +167,12 @@ def _check_types(model: ir.Model, name: str, release: str) -> None:
 def _convert_opset(model: onnx.ModelProto, opset: int, name: str, release: str) -> onnx.ModelProto:
     """Returns the model in a lower opset of standard operators.
 
-    The ONNX specification defines many operators by other operators. If the lower opset lacks an operator, this
-    definition replaces it. If the lower opset has the operator with another signature, the onnx package converts it.
-    All other operators have the same meaning in both opsets.
+    The ONNX specification defines many operators as functions of other operators. If the lower opset lacks an operator,
+    its function replaces the operator. If an operator has another signature in the lower opset, the onnx package
+    converts the operator. All other operators have the same meaning in both opsets.
 
     Raises:
-        ShippingError: An operator has no such definition, or onnx cannot convert it.
+        ShippingError: An operator has no such function, or onnx cannot convert the operator.
     """
     from onnx import checker, inliner, version_converter
 
@@ -183,7 +183,8 @@ def _convert_opset(model: onnx.ModelProto, opset: int, name: str, release: str) 
             names = [(STANDARD, operator) for operator in unconverted]
             model = inliner.inline_selected_functions(model, names, inline_schema_functions=True)
             unconverted = _newer_operators(model, opset)
-        # One opset at a time: onnx refuses to convert to an opset in which an operator merely has fewer types.
+        # The onnx package cannot convert an operator that only has fewer types in the lower opset. So each step goes
+        # down one opset, and calls onnx only if a signature changes.
         for version in range(_opset(model).version - 1, opset - 1, -1) if not unconverted else ():
             if unconverted := _changed_operators(model, version):
                 model = version_converter.convert_version(model, version)
@@ -191,13 +192,13 @@ def _convert_opset(model: onnx.ModelProto, opset: int, name: str, release: str) 
                 unconverted = []
             else:
                 _opset(model).version = version
-    except (RuntimeError, checker.ValidationError) as error:  # the errors of onnx's C++ code
+    except (RuntimeError, checker.ValidationError) as error:  # onnx's C++ code raises these
         cause = error
     if unconverted:
         raise ShippingError(
-            f"{name} uses {', '.join(unconverted)} of a newer opset than {opset}, the newest that ONNX Runtime "
-            f"{release} reads. The onnx package cannot convert it.",
-            f"Export it with `toolchain export --opset {min(opset, Export.opset)}`, or ship for a newer --ort-mobile.",
+            f"{name} uses {', '.join(unconverted)} of a newer opset than {opset}, the newest opset that ONNX "
+            f"Runtime {release} reads. The onnx package cannot convert the model to opset {opset}.",
+            f"Export it with `toolchain export --opset {min(opset, Export.opset)}`, or ship with a newer --ort-mobile.",
         ) from cause
     return model
 
@@ -209,7 +210,7 @@ def _opset(model: onnx.ModelProto) -> onnx.OperatorSetIdProto:
 
 
 def _nodes(model: onnx.ModelProto) -> Iterator[ir.Node]:
-    """Yields all nodes, also those in the branches of an If and in the bodies of loops."""
+    """Yields all nodes of the graph and of its subgraphs, such as branches and loop bodies."""
     import onnx_ir as ir
 
     return iter(ir.from_proto(model).graph.all_nodes())
@@ -227,10 +228,10 @@ def _newer_operators(model: onnx.ModelProto, opset: int) -> list[str]:
 
 
 def _changed_operators(model: onnx.ModelProto, opset: int) -> list[str]:
-    """Returns the standard operators of the model with other inputs, outputs or attributes in `opset`.
+    """Returns the model's standard operators whose inputs, outputs or attributes differ in `opset`.
 
-    The comparison ignores types: if `opset` has fewer types for an operator, ONNX Runtime reports it when it loads the
-    file.
+    The comparison ignores types. If an operator supports fewer types in `opset`, ONNX Runtime reports a missing type
+    when it loads the file.
     """
     from onnx import defs
 
@@ -270,12 +271,12 @@ def configure(models: Sequence[Path]) -> None:
 def providers(path: Path) -> list[dict[str, Any]]:
     """Runs the accelerator checker of the installed ONNX Runtime on a model.
 
-    The checker compares operators and shapes; it does not run the model. It does not check XNNPACK, which runs on the
-    CPU.
+    The checker looks only at operators and shapes; it does not run the model. It does not check XNNPACK, which runs on
+    the CPU.
 
     Returns:
-        For each accelerator, once with dynamic and once with fixed shapes: the number of nodes, the number of nodes
-        that the accelerator would take, the number of partitions, and whether the accelerator is worth trying.
+        Two entries for each accelerator: with dynamic and with fixed shapes. An entry counts all nodes, the nodes that
+        the accelerator supports, and the partitions. It also says whether the accelerator is worth trying.
     """
     from onnxruntime.tools.mobile_helpers import usability_checker as checker
     from onnxruntime.tools.onnx_model_utils import ModelProtoWithShapeInfo, optimize_model

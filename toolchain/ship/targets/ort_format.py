@@ -1,4 +1,4 @@
-"""A reader and a writer of files in ORT format, ONNX Runtime's own format; equal models give equal bytes."""
+"""Reads and writes files in ORT format, ONNX Runtime's own model format. Equal models give equal bytes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from toolchain.passes.quantize_linear import headroom
 from toolchain.passes.unsigned_weights import unsigned_weights
 from toolchain.ship.targets.releases import EXTENSIONS
 
-# This level fuses operators into operators of the CPU provider, in the same way on every processor. The next higher
-# level chooses memory layouts for the processor that writes the file.
+# This optimisation level fuses nodes into operators of the CPU provider, in the same way on every processor. The next
+# higher level chooses memory layouts for the processor that writes the file.
 LEVEL = "extended"
 
 
 def save(source: Path, target: Path) -> None:
-    """Optimises an .onnx file and saves it in ORT format, exact on every processor.
+    """Optimises a model and saves it in ORT format; the saved model is exact on every processor.
 
-    If int8 products could saturate, the weights are stored unsigned, because session options do not affect a file in
-    ORT format. A separate process saves the file: ONNX Runtime writes the domains of all operator libraries of its
-    process into the file.
+    If int8 products can saturate, the function stores unsigned weights, because session options do not affect a file in
+    ORT format. A separate process saves the file, because ONNX Runtime writes into the file the domains of all operator
+    libraries in its process.
 
     Args:
         source: The .onnx file.
@@ -77,13 +77,13 @@ def save_in_process(source: str, target: str, level: str = LEVEL, sizes: Mapping
         options.add_free_dimension_override_by_name(name, size)
     options.optimized_model_filepath = target
     options.add_session_config_entry("session.save_model_format", "ORT")
-    # Keeps signed int8, which ARM multiplies directly; by default ONNX Runtime converts to uint8 for x86.
+    # Keeps signed int8, which ARM multiplies directly. By default, ONNX Runtime converts int8 to uint8 for x86.
     options.add_session_config_entry("session.qdqisint8allowed", "1")
     ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def _schema_classes() -> Any:
-    """Returns the classes of the format's schema; importing ONNX Runtime's tools adds their folder to `sys.path`."""
+    """Returns the schema classes of ORT format; the first import adds the folder of these classes to `sys.path`."""
     import onnxruntime.tools.ort_format_model  # noqa: F401
     from ort_flatbuffers_py import fbs
 
@@ -99,8 +99,8 @@ def _sort_kernel_types(content: bytes) -> bytes:
     """Returns the content of the file with a sorted table of kernel types, so that equal models give equal bytes.
 
     ONNX Runtime writes this table in the order of a hash table, whose seed differs in every process. A flatbuffer grows
-    from its end, and ONNX Runtime writes this table last. The model follows the table; it is always equal, and the
-    function does not change it.
+    from its end to its start, and ONNX Runtime writes this table last. So the model stands after the table. The bytes
+    of the model are always the same, and the function keeps these bytes.
     """
     import flatbuffers
 
@@ -124,7 +124,7 @@ def _sort_kernel_types(content: bytes) -> bytes:
 
 
 def _write_resolver(builder: Any, table: Any) -> int:
-    """Writes a sorted copy of `table`: operator → name of a type → inputs and outputs of this type.
+    """Writes a sorted copy of `table`: operator → type parameter → inputs and outputs of this type.
 
     Returns:
         The offset of the copy.

@@ -1,7 +1,7 @@
 """A table of ONNX Runtime's releases: the formats that each release reads, its operators, and its errors.
 
-The table is releases.json. `benchmarks/releases.py` measures it with the x86-64 Linux wheel of each release's newest
-patch. The newest release saves the .ort files for this measurement.
+The table is releases.json. `benchmarks/releases.py` measures the table with the x86-64 Linux wheel of each release's
+newest patch. The newest release saves the .ort files for this measurement.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Release:
     """The limits of a release of ONNX Runtime.
 
     Attributes:
-        version: Version of the measured patch.
+        version: Measured patch version, such as 1.17.3.
         ir_version: Highest IR version that the release reads.
         opset: Highest opset of standard operators that the release reads.
         ort_format: Highest version of the ORT format that the release reads.
@@ -41,14 +41,14 @@ _table: dict[str, dict[str, Any]] = json.loads(TABLE.read_text(encoding="utf-8")
 RELEASES = {name: Release(**limits) for name, limits in _table["releases"].items()}
 ORDER = list(RELEASES)
 
-# Standard operator → the first release with a CPU kernel. Only operators whose opset an earlier release reads are here.
-# Without a kernel, ONNX Runtime expands the operator's definition in an .onnx file, but not in a file in ORT format. An
-# operator without a kernel in any release is expanded when ONNX Runtime saves the file.
+# Standard operator → the first release with a CPU kernel. An operator is here only if an earlier release reads its
+# opset but has no kernel. Without a kernel, ONNX Runtime expands the operator to its ONNX function in an .onnx file,
+# but not in a file in ORT format. If no release has a kernel, ONNX Runtime expands the operator when it saves the file.
 FIRST_KERNELS: dict[str, str] = _table["late"]
 
 # Operator of ONNX Runtime → release → the attributes and inputs that this release added. The first release added the
 # operator itself, with a CPU kernel. Variants use these operators, or ONNX Runtime's optimiser creates them on the CPU.
-# 1.16 also stands for earlier releases, which cannot be queried.
+# Features of 1.16 may be older: ONNX Runtime 1.15 cannot list its operators.
 OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     operator: {release: tuple(names) for release, names in by_release.items()}
     for operator, by_release in _table["operators"].items()
@@ -60,7 +60,7 @@ ATTENTION_STATES: dict[str, dict[str, str]] = _table["answers"]
 
 
 def attention_state(release: str, kind: str) -> str:
-    """Returns one of `STATES`: the result of a release for a kind of attention.
+    """Returns one of `STATES`: the result of a release for padded batches with a kind of attention.
 
     Args:
         release: Name of the release.
@@ -95,13 +95,14 @@ class Use:
     def first_release(self) -> str | None:
         """Returns the first release that supports the feature; None if no known release does.
 
-        For a kind of attention, this and all later releases compute it correctly. For a standard operator, this is the
-        oldest release of the table, unless the operator is in `FIRST_KERNELS`: the opset limits standard operators.
+        For a kind of attention, this release and all later releases compute the attention correctly. For a standard
+        operator outside `FIRST_KERNELS`, this is the oldest release of the table, because the file's opset already
+        limits the releases.
         """
         if self.attention_kind:
             faulty = [release for release in ORDER if attention_state(release, self.attention_kind) != RIGHT]
             return next(iter(ORDER[ORDER.index(faulty[-1]) + 1 :] if faulty else ORDER), None)
-        if self.domain in (ML, EXTENSIONS):  # ML predates these releases; EXTENSIONS is a separate library
+        if self.domain in (ML, EXTENSIONS):  # ML is older than these releases; EXTENSIONS is a separate library
             return ORDER[0]
         if self.domain == STANDARD:
             return ORDER[0] if self.trait else FIRST_KERNELS.get(self.operator, ORDER[0])
@@ -115,7 +116,7 @@ class Use:
 
 
 def find_unsupported(release: str, uses: Iterable[Use]) -> list[Use]:
-    """Returns the uses that `release` does not support; for a missing operator, only the operator itself."""
+    """Returns the uses that `release` does not support; for a missing operator, omits its attributes and inputs."""
     position = ORDER.index(release)
     firsts = {use: use.first_release for use in sorted(set(uses))}
     unsupported = [use for use, first in firsts.items() if first is None or ORDER.index(first) > position]

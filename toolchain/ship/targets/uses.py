@@ -1,4 +1,4 @@
-"""The features that a model file uses, and the oldest release of ONNX Runtime that computes it correctly."""
+"""Finds the features that a model file uses, and the oldest release of ONNX Runtime that runs the file correctly."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import onnx
 
 Shape = Sequence[int | str | None]  # A dimension is a number, a name, or None if it is unknown.
-MASK_INDEX = {"Attention": 3, "QAttention": 5}  # Operator → index of the input.
+MASK_INDEX = {"Attention": 3, "QAttention": 5}  # Operator → index of its input ``mask_index``.
 # Sizes for the free dimensions of a file's inputs, so that ONNX Runtime can infer every shape. The sizes are primes,
 # which rarely equal another size, such as 1 or a number of heads.
 SIZES = (11, 13, 17, 19, 23, 29)
@@ -81,7 +81,7 @@ def read_needs(path: Path) -> Needs:
 
 
 def _graph_features(model: onnx.ModelProto) -> Iterator[Use]:
-    """Yields the operators of an .onnx file, with their attributes and their inputs that are present."""
+    """Yields the operators of an .onnx file, with their attributes and their non-empty inputs."""
     import onnx_ir as ir
 
     for node in ir.from_proto(model).graph.all_nodes():
@@ -90,7 +90,7 @@ def _graph_features(model: onnx.ModelProto) -> Iterator[Use]:
 
 
 def _attention_kinds(path: Path, model: onnx.ModelProto) -> set[Use]:
-    """Returns the kinds of attention in an .onnx file; saves it in ORT format first, which stores all shapes."""
+    """Returns the kinds of attention in an .onnx file; reads all shapes from a temporary copy in ORT format."""
     free = [dim.dim_param for each in model.graph.input for dim in each.type.tensor_type.shape.dim if dim.dim_param]
     sizes = dict(zip(dict.fromkeys(free), SIZES, strict=False))
     with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +105,7 @@ def _attention_kinds(path: Path, model: onnx.ModelProto) -> set[Use]:
 def _stored_uses(content: bytes) -> Iterator[Use]:
     """Yields the operators, attributes, inputs and kinds of attention of a file in ORT format.
 
-    An input that is absent is left out. Such a file also contains the attributes with default values.
+    The function omits empty inputs. A file in ORT format also stores attributes with default values.
     """
     return _graph_uses(ort_format.read_root(content).Model().Graph())
 
@@ -133,7 +133,7 @@ def attention_kinds(operator: str, shapes: Mapping[int, Shape], heads: int) -> I
 
     Args:
         operator: Name of the operator.
-        shapes: Shapes of the inputs that are present, by index; an empty shape for an unknown rank.
+        shapes: Shapes of the non-empty inputs, by index; an empty shape for an unknown rank.
         heads: Number of heads.
     """
     if MASK_INDEX.get(operator, -1) in shapes:
@@ -154,6 +154,6 @@ def attention_kinds(operator: str, shapes: Mapping[int, Shape], heads: int) -> I
 
 
 def _token_count(shape: Shape) -> int | str | None:
-    """Returns the number of tokens: of rank 4, the shape is [batch, heads, tokens, size], else [batch, tokens, ...]."""
+    """Returns the number of tokens of a shape: [batch, heads, tokens, size] for rank 4, else [batch, tokens, ...]."""
     place = 2 if len(shape) == 4 else 1
     return shape[place] if len(shape) > place else None

@@ -1,6 +1,7 @@
-"""A checkpoint's tokenizer as part of an ONNX graph, with operators of onnxruntime-extensions.
+"""Adds a checkpoint's tokenizer to an ONNX graph, with operators of onnxruntime-extensions.
 
-Before a graph is shipped, `comparison` compares its tokens with the checkpoint's tokenizer on difficult texts.
+Before `ship` writes a bundle, `comparison` compares the graph's tokens with the checkpoint's tokenizer on difficult
+texts.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ IR_VERSION = 8
 CHANGED_OPERATORS = {"DFT", "GridSample", "AffineGrid"}
 
 Pieces = Callable[[Nodes, "ir.Value", Any], Ragged]
-# By the type of the model in tokenizer.json.
+# Type of the tokenizer's model in tokenizer.json → function that adds the nodes.
 PIECES: Mapping[str, Pieces] = {
     "WordPiece": word_pieces,
     "BPE": byte_pairs,
@@ -36,7 +37,7 @@ PIECES: Mapping[str, Pieces] = {
 
 
 def token_model(encoder: Encoder, multiple: int = 1) -> ir.Model:
-    """Returns a graph from `TEXT` [texts] to the model's inputs, each int64 [texts, tokens].
+    """Returns a tokenizer graph: it converts `TEXT` [texts] to the model's inputs, each int64 [texts, tokens].
 
     Args:
         encoder: The checkpoint's tokenizer.
@@ -63,10 +64,10 @@ def token_model(encoder: Encoder, multiple: int = 1) -> ir.Model:
 
 
 def with_tokenizer(model: ir.Model, encoder: Encoder) -> ir.Model:
-    """Puts the tokenizer before a model, in place: from `TEXT` [texts] to logits and probabilities.
+    """Puts the tokenizer before a model, in place. The model then maps `TEXT` [texts] to logits and probabilities.
 
     Args:
-        model: A model from token ids to logits.
+        model: A model that computes logits from token ids.
         encoder: The checkpoint's tokenizer.
 
     Returns:
@@ -99,7 +100,9 @@ def _add_tokenizer(encoder: Encoder, multiple: int) -> tuple[ir.Value, Nodes, di
 
     kind = json.loads(encoder.tokenizer.to_str())["model"].get("type")
     if kind not in PIECES:
-        raise ShippingError(f"onnxruntime-extensions has no tokenizer of type {kind}.", SHIP_WITHOUT_HINT)
+        raise ShippingError(
+            f"A graph can contain {' or '.join(PIECES)}, but no tokenizer of type {kind}.", SHIP_WITHOUT_HINT
+        )
     text = ir.Value(name=TEXT, shape=ir.Shape(["texts"]), type=ir.TensorType(ir.DataType.STRING))
     nodes = Nodes()
     tokens = PIECES[kind](nodes, text, encoder.tokenizer)
@@ -107,7 +110,7 @@ def _add_tokenizer(encoder: Encoder, multiple: int) -> tuple[ir.Value, Nodes, di
 
 
 def _frame(encoder: Encoder, multiple: int) -> Frame:
-    """Returns the special tokens around a text; encodes a text with and without them to find them."""
+    """Returns the `Frame` of a text; encodes a text with and without special tokens to find the special tokens."""
     tokenizer = encoder.tokenizer
     ids, text = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
     start = next((i for i in range(len(ids)) if text and ids[i : i + len(text)] == text), None)

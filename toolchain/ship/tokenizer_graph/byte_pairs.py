@@ -1,6 +1,6 @@
-"""The tokenizer of GPT-2 and RoBERTa as a graph: byte-level BPE (Radford et al. 2019), by onnxruntime-extensions.
+"""Adds the tokenizer of GPT-2 and RoBERTa to a graph: byte-level BPE (Radford et al. 2019) of onnxruntime-extensions.
 
-One difference remains: the operator reads a text only up to its first NUL character. The checkpoint's tokenizer has a
+One difference remains: the graph reads a text only up to its first NUL character. The checkpoint's tokenizer has a
 token for NUL.
 """
 
@@ -19,7 +19,7 @@ from toolchain.ship.tokenizer_graph.nodes import Nodes
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# Unicode's White_Space; RE2's \s matches only a part of it.
+# The characters of Unicode's White_Space; RE2's \s matches only some of them.
 WHITE = r"[\t-\r \x{85}\x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000}]*"
 
 
@@ -32,14 +32,14 @@ def byte_pairs(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
         tokenizer: The checkpoint's tokenizer.
 
     Raises:
-        ShippingError: The tokenizer splits texts differently from GPT-2's.
+        ShippingError: The tokenizer normalises or splits texts differently from GPT-2's tokenizer.
     """
     body = json.loads(tokenizer.to_str())
     kind = (body.get("pre_tokenizer") or {}).get("type")
     if kind != "ByteLevel" or body.get("normalizer") or body["pre_tokenizer"].get("add_prefix_space"):
         raise ShippingError(
-            "onnxruntime-extensions supports only GPT-2's kind of BPE. This tokenizer has a normaliser, a space added "
-            "before texts, or another way to split words.",
+            "onnxruntime-extensions supports only GPT-2's kind of BPE. This tokenizer has a normaliser, adds a space "
+            "before texts, or splits words differently.",
             SHIP_WITHOUT_HINT,
         )
     added = tokenizer.get_added_tokens_decoder()

@@ -11,14 +11,14 @@ from typing import Any
 from toolchain.errors import ShippingError
 
 SURROGATES = range(0xD800, 0xE000)  # Not characters, and not valid in UTF-8.
-BLOCK = 256  # Characters in a call; the tokenizer treats all characters of most blocks alike.
+BLOCK = 256  # Characters per call; in most blocks, the tokenizer treats all characters alike.
 LEFT, RIGHT = "a", "b"  # Letters around a tested character; no tokenizer changes them.
 DELETED, SPACE = "", " "
 SHIP_WITHOUT_HINT = "Ship without --with-tokenizer."
 
 
 def surround_with_spaces(character: str) -> str:
-    """Returns the replacement of a character that the tokenizer makes a separate word."""
+    """Returns the replacement of a character that becomes a separate word: the character between two spaces."""
     return f" {character} "
 
 
@@ -27,7 +27,7 @@ def changes(definition: str) -> Mapping[str, str]:
     """Returns the replacement of every character that the tokenizer changes; a space in a replacement ends a word.
 
     Args:
-        definition: The tokenizer's JSON.
+        definition: The tokenizer as JSON.
 
     Raises:
         ShippingError: The tokenizer does not treat each character independently.
@@ -79,7 +79,7 @@ def _find_replacement(tokenizer: Any, framed: str) -> str:
     if any(SPACE in word for word in words) or not (text.startswith(LEFT) and text.endswith(RIGHT)):
         raise ShippingError(
             f"The tokenizer splits {framed!r} into {words}, so it does not treat each character independently. A "
-            "tokenizer in the graph can do only that.",
+            "tokenizer in the graph can only replace single characters.",
             SHIP_WITHOUT_HINT,
         )
     return text[len(LEFT) : -len(RIGHT)]

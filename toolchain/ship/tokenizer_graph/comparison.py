@@ -1,4 +1,4 @@
-"""The comparison of a tokenizer graph with the checkpoint's tokenizer on difficult texts."""
+"""Compares a tokenizer graph with the checkpoint's tokenizer on difficult texts."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from toolchain.ship.tokenizer_graph.difficult_texts import texts as difficult_te
 from toolchain.ship.tokenizer_graph.session import TextSession
 
 BATCH = 32
-EXAMPLES = 3  # differing texts that an error quotes
+EXAMPLES = 3  # an error message quotes at most this many texts
 
 
 def compare(encoder: Encoder, texts: Sequence[str], file: Path | None = None, multiple: int = 1) -> int:
-    """Builds the tokenizer graph and compares its tokens with the checkpoint's on difficult texts and `texts`.
+    """Builds the tokenizer graph and compares it with the checkpoint's tokenizer on difficult texts and on `texts`.
 
     Args:
         encoder: The checkpoint's tokenizer.
         texts: Additional texts.
-        file: Path to write the graph to; None to discard it.
+        file: File for the graph; None to discard the graph.
         multiple: The width of the model's inputs is rounded up to a multiple of this number, at most to `max_length`.
 
     Returns:
@@ -60,9 +60,9 @@ def _compare_tokens(encoder: Encoder, texts: Sequence[str], file: Path) -> int:
 
 
 def _describe_difference(encoder: Encoder, text: str, expected: Sequence[int], actual: Sequence[int]) -> str:
-    """Returns a summary of the text with both splits around the first token that differs."""
+    """Returns a summary: the text, and the tokens of both tokenizers around the first difference."""
     splits = [[encoder.tokenizer.id_to_token(token) or f"id {token}" for token in ids] for ids in (expected, actual)]
     first = next((i for i, pair in enumerate(zip(*splits, strict=False)) if pair[0] != pair[1]), min(map(len, splits)))
     start = max(0, first - 1)
     original, graph = (" ".join(tokens[start : first + 4]) or "nothing" for tokens in splits)
-    return f"{text[:60]!r}, {original!r} by the checkpoint and {graph!r} in the graph"
+    return f"{text[:60]!r}, split into {original!r} by the checkpoint and into {graph!r} by the graph"

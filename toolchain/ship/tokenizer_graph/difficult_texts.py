@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 SEED, MIXTURES = 9, 600
-PER_TEXT = 48  # characters of Unicode in one text
+PER_TEXT = 48  # Unicode characters in one text
 CONTROLS = (*range(1, 32), *range(127, 160))
 REPEATED = {
     "a": (99, 100, 101, 199, 200, 201, 1000),
@@ -28,8 +28,8 @@ REPEATED = {
 def texts() -> tuple[str, ...]:
     """Returns all difficult texts.
 
-    They are the texts of ``difficult_texts.json``, control characters, very long words and texts, random mixtures of
-    these with other characters, and every assigned Unicode character except NUL.
+    They contain the texts of ``difficult_texts.json``, control characters, and very long words and texts. They also
+    contain random mixtures of these with other characters, and every assigned Unicode character except NUL.
     """
     stored: dict[str, list[str]] = json.loads(
         Path(__file__).with_name("difficult_texts.json").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The nodes that convert the concatenated tokens of several texts to a model's padded inputs."""
+"""Adds the nodes that convert the concatenated tokens of several texts to a model's padded inputs."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def add_model_inputs(nodes: Nodes, tokens: Ragged, frame: Frame, names: Sequence
     index = nodes.add("Sub", position, nodes.numbers([len(frame.prefix)]))  # index of a token in its text
     is_text = nodes.add("And", nodes.add("GreaterOrEqual", index, nodes.numbers([0])), nodes.add("Less", index, counts))
     source = nodes.add("Add", nodes.add("Unsqueeze", tokens.begins, nodes.numbers([1])), index)
-    # Positions outside the text read the padding token, which is appended to the tokens of all texts.
+    # Positions outside the text read the padding token, which stands after the tokens of the last text.
     count = nodes.add("Shape", tokens.ids)
     padded = nodes.add("Concat", tokens.ids, nodes.numbers([frame.pad_id]), axis=0)
     ids = nodes.add("Gather", padded, nodes.add("Where", is_text, source, count))

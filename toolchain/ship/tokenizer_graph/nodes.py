@@ -1,4 +1,4 @@
-"""A builder of graphs that process texts, with operators of onnxruntime-extensions and constants."""
+"""Builds graphs that process texts, with operators of onnxruntime-extensions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-# Opset 20 is the first with StringSplit. ONNX Runtime reads it from 1.17 on.
+# Opset 20 is the first opset with StringSplit. ONNX Runtime reads opset 20 from release 1.17 on.
 OPSET = {"": 20, EXTENSIONS: 1, ML: 2}
 
 
@@ -25,7 +25,7 @@ class Nodes:
         self._constants: dict[tuple[str, ...], ir.Value] = {}
 
     def texts(self, *values: str) -> ir.Value:
-        """Returns a constant of texts, string [values]."""
+        """Returns a constant with the texts, string [values]."""
         import onnx_ir as ir
 
         key = ("texts", *values)
@@ -35,13 +35,13 @@ class Nodes:
         return self._constants[key]
 
     def numbers(self, value: int | Sequence[int]) -> ir.Value:
-        """Returns a constant of int64: a scalar for a number, [values] for a sequence."""
+        """Returns an int64 constant: a scalar for a number, [values] for a sequence."""
         import numpy as np
 
         return self._constant(np.array(value, np.int64))
 
     def boolean(self, value: bool) -> ir.Value:
-        """Returns a constant of one truth value, bool [1]."""
+        """Returns a constant with one Boolean value, bool [1]."""
         import numpy as np
 
         return self._constant(np.array([value]))

@@ -1,9 +1,9 @@
-"""BERT's tokenizer as a graph: it maps characters, splits words, and finds the longest pieces of each word.
+"""Adds BERT's tokenizer to a graph: the nodes map characters, split words, and find the longest pieces of each word.
 
-The algorithm is WordPiece (Schuster and Nakajima 2012). Two operators of onnxruntime-extensions do not compute it as
-the checkpoint does. `BertTokenizer` takes a single text and treats accents differently, so the graph does not use it.
-`WordpieceTokenizer` keeps the first pieces of a word with an unknown piece; the graph drops these pieces. A table maps
-the characters; `characters` computes the table with the checkpoint's own tokenizer.
+The algorithm is WordPiece (Schuster and Nakajima 2012). Two operators of onnxruntime-extensions differ from the
+checkpoint's tokenizer. `BertTokenizer` takes a single text and treats accents differently, so the graph does not use
+this operator. `WordpieceTokenizer` keeps the first pieces of a word with an unknown piece; the graph drops these
+pieces. A table maps the characters; `characters` computes the table with the checkpoint's own tokenizer.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _choose_marks(tokenizer: Any, changed: Mapping[str, str]) -> dict[str, str]:
 
 def _add_word_split(nodes: Nodes, texts: ir.Value, changed: Mapping[str, str], marks: Mapping[str, str]) -> ir.Value:
     """Adds the nodes that split texts into words, string [words]; `ROW_END` follows the words of each text."""
-    # ONNX Runtime's own operator removes NUL first: the operators of onnxruntime-extensions read only up to a NUL.
+    # The operators of onnxruntime-extensions read a text only up to a NUL. So a standard operator removes NUL first.
     parts = nodes.add_with_outputs("StringSplit", 2, texts, delimiter=NUL)[0]
     texts = nodes.add("StringJoin", parts, nodes.texts(DROPPED), nodes.numbers([1]), domain=EXTENSIONS)
     texts = nodes.replace(texts, _character_class([ROW_END, *MARKS]), DROPPED)
@@ -100,7 +100,7 @@ def _add_word_split(nodes: Nodes, texts: ir.Value, changed: Mapping[str, str], m
     kinds = group_by_kind(changed)
     for kind, replacement in (("deleted", ""), ("space", " "), ("words", r" \1 ")):
         long = [run for run in runs(kinds[kind]) if run[1] - run[0] >= LONG_RUN]
-        separators = [c for c in kinds[kind] if c in "\t\n"]  # they separate the entries of `_add_character_map`
+        separators = [c for c in kinds[kind] if c in "\t\n"]  # separators of the map in `_add_character_map`
         if long or separators:
             texts = nodes.replace(texts, f"({_character_class(separators, long)})", replacement)
         for first, last in long:
@@ -150,7 +150,8 @@ def _longest_pieces(nodes: Nodes, words: ir.Value, model: Mapping[str, Any], voc
         values_int64s=list(numbers.values()),
         default_int64=unknown,
     )
-    # A word with an unknown piece is unknown. The graph keeps only its last piece, which is the unknown token.
+    # A word with an unknown piece becomes the unknown token, which is the last piece of the word. The graph drops the
+    # other pieces.
     last = nodes.add("Sub", ends, nodes.numbers([1]))
     is_unknown = nodes.add("Equal", nodes.add("Gather", ids, last), nodes.numbers([unknown]))
     first = nodes.add("Where", is_unknown, last, begins)
