@@ -3,9 +3,10 @@
     make test-clients
     python benchmarks/clients.py
 
-The Python environment contains only onnxruntime, tokenizers and numpy. Each client classifies the same validation
-sentences, one at a time; the time includes tokenising. The order of the clients is random in each round. Every round
-starts a new process or opens a new page. The script writes benchmarks/studies/clients-reference.json.
+The Python client runs in an environment with only onnxruntime, tokenizers and numpy. Each client classifies the same
+validation sentences, one at a time; the time includes tokenising. The order of the clients is random in each round. In
+every round, each client starts in a new process or in a new browser. The script writes
+benchmarks/studies/clients-reference.json.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def run_process(*command: str | Path) -> dict[str, Any]:
 
 
 def run_page(folder: Path, dtype: str, texts: str) -> dict[str, Any]:
-    """Serves a web bundle from this machine, runs the client in a new browser and returns its result."""
+    """Serves a web bundle from this machine, runs page.js in a new browser and returns the result of page.js."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *arguments: Any) -> None:
@@ -73,7 +74,7 @@ def run_page(folder: Path, dtype: str, texts: str) -> dict[str, Any]:
 
 
 def client_row(rounds: list[dict[str, Any]], python_labels: list[str]) -> dict[str, Any]:
-    """Returns the figures of a client; a flip is a label that differs from the Python client's label."""
+    """Returns a client's row of the study; a flip is a label that differs from the Python client's label."""
     samples = Samples.from_single([[round(1000 * ms) for ms in each["ms"]] for each in rounds])
     return {
         "latency_ms": samples.milliseconds(),

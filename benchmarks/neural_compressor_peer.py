@@ -2,10 +2,10 @@
 
     python neural_compressor_peer.py MODEL.onnx TOKENS.json OUT.onnx dynamic|static
 
-The script needs an environment with `PACKAGES`. By default, Neural Compressor treats the model as a transformer and
-fuses its operators first. Static quantisation calibrates on the sentences of TOKENS.json. It uses SmoothQuant and keeps
-the results of products in fp32, as in Neural Compressor's DistilBERT example. Without these settings, static
-quantisation loses several points of accuracy.
+The script needs an environment with the packages in `PACKAGES`. By default, Neural Compressor treats the model as a
+transformer and fuses its operators first. Static quantisation calibrates on the sentences of TOKENS.json. For static
+quantisation, the script uses SmoothQuant and keeps the results of products in fp32, as in Neural Compressor's
+DistilBERT example. Without SmoothQuant and fp32 results, static quantisation loses several points of accuracy.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Neural Compressor 2.6 is the last 2.x release; 2.x supports ONNX Runtime completely. It needs ONNX and ONNX Runtime
-# releases from the same time. It also needs six and transformers, although its metadata do not declare them. The
-# toolchain's own ONNX Runtime runs the resulting file.
+# Neural Compressor 2.6 is the last 2.x release; 2.x supports ONNX Runtime completely. Neural Compressor 2.6 needs ONNX
+# and ONNX Runtime releases that are as old as itself. Neural Compressor also needs six and transformers, although its
+# metadata do not declare them. The benchmark runs the quantised model with the toolchain's own, newer ONNX Runtime.
 PACKAGES = (
     "neural-compressor==2.6",
     "onnx==1.16.2",
@@ -31,7 +31,7 @@ PACKAGES = (
 RECIPES = {
     "optypes_to_exclude_output_quant": ["MatMul", "Gemm", "Attention", "FusedGemm"],
     "smooth_quant": True,
-    "smooth_quant_args": {"alpha": 0.5},  # the default; SmoothQuant does nothing if this entry is absent
+    "smooth_quant_args": {"alpha": 0.5},  # 0.5 is the default, but SmoothQuant does nothing without this entry
 }
 
 

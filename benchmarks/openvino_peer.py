@@ -2,8 +2,8 @@
 
     python openvino_peer.py MODEL.onnx TOKENS.json OUT.xml
 
-The script needs an environment with `PACKAGES`. NNCF quantises the model after training, with its settings for
-transformers, which use SmoothQuant. NNCF calibrates on the sentences of TOKENS.json.
+The script needs an environment with the packages in `PACKAGES`. NNCF quantises the trained model with NNCF's settings
+for transformers, which use SmoothQuant. NNCF calibrates on the sentences of TOKENS.json.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("openvino==2026.4.1", "nncf==3.4.0")
-SITE = "OPENVINO_SITE"  # environment variable: the folder of OpenVINO's packages
+SITE = "OPENVINO_SITE"  # this environment variable names the folder of OpenVINO's packages
 
 
 class OpenVinoSession:
     """A `Session` on OpenVINO's CPU plugin, with default settings except the threads and the latency hint."""
 
     def __init__(self, folder: Path, place: Any) -> None:
-        sys.path.append(os.environ[SITE])  # at the end, so that packages of this environment come first
+        sys.path.append(os.environ[SITE])  # at the end, so that Python finds this environment's packages first
         import openvino
 
         file = next(path for name in ("model.xml", "model.onnx") if (path := folder / name).is_file())
@@ -41,7 +41,7 @@ class OpenVinoSession:
         return lambda: self._request.infer(batch)
 
     def facts(self) -> dict[str, Any]:
-        """Returns provider, threads and OpenVINO's precision."""
+        """Returns the session's provider, number of threads and precision."""
         precision = self._model.get_property("INFERENCE_PRECISION_HINT")
         return {"provider": "OpenVINO CPU", "threads": self._threads, "precision": str(precision)}
 

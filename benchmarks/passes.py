@@ -1,25 +1,25 @@
-"""Measures the time that each pass saves: all passes against all passes except one, or with an alternative.
+"""Measures the time that each pass saves, by comparison with graphs that lack the pass or use an alternative.
 
     python benchmarks/passes.py [--shape reference|base] [--full] [--save-as NAME]
 
 Every graph is built from the same `onnx-std`, with the passes of `toolchain` and a few passes of this script. The
-passes of this script are alternatives that the toolchain does not use:
+passes of this script are alternatives that the toolchain does not use. Some passes of this script enable fusions of
+ONNX Runtime that the toolchain disables. Other passes of this script add biases after the quantised products, or leave
+attention in separate operators. As an alternative to the int8 passes, the script calls ONNX Runtime's
+`quantize_dynamic`.
 
-* fusions of ONNX Runtime that the toolchain disables;
-* biases that are added after the quantised products;
-* attention in separate operators;
-* ONNX Runtime's `quantize_dynamic`.
+The toolchain builds and validates `onnx-fp32` and `onnx-int8`. The graphs with alternatives or without a pass are not
+validated; the script counts their flips. All graphs are measured interleaved in one run, with ONNX Runtime's default
+session options and symbolic shapes.
 
-The toolchain builds and validates `onnx-fp32` and `onnx-int8`. The other graphs are not validated; the script counts
-their flips. All graphs are measured interleaved in one run, with ONNX Runtime's default session options and symbolic
-shapes.
+When ONNX Runtime loads a graph, it fuses further operators, but SkipLayerNormalization only if the shapes are known.
+In apps with fixed shapes, the pass `residual-sum` prevents the fusion to SkipLayerNormalization. In this script, shapes
+are symbolic, so `residual-sum` cannot save time. The printed row with SkipLayerNormalization shows the time that the
+fusion to this operator costs.
 
-ONNX Runtime fuses more operators when it loads a graph. It fuses SkipLayerNormalization only if the shapes are known.
-In apps with fixed shapes, the pass `residual-sum` prevents this fusion. The shapes here are symbolic, so this pass
-cannot save time. The row with SkipLayerNormalization shows the cost of the fusion.
-
-A ratio is the time without the pass, or with the alternative, divided by the time with the pass. Above 1, the pass
-makes the graph faster. Each ratio has its 95 % interval over rounds. The result file goes to benchmarks/studies/.
+A ratio is the time without the pass, or with the alternative, divided by the time with the pass. A ratio above 1 means
+that the pass makes the graph faster. Each ratio has a 95 % interval over the rounds of the benchmark. The result file
+goes to benchmarks/studies/.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ SKIP_LAYER_NORM = ("skip_layer_norm", "bias_skip_layer_norm")
 
 
 def add_bias_after(model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Value | None) -> list[ir.Node]:
-    """Returns the nodes of a quantised product and of an Add for its bias; the function is an `attention.Product`."""
+    """Returns the nodes of a quantised product and of an Add for its bias.
+
+    This function has the type `attention.Product`.
+    """
     product = build_fused_product(model, data, name, array, None)
     if bias is None:
         return product
@@ -70,7 +73,7 @@ def _fuse_also(*names: str) -> Callable[..., tuple[ir.Model, int]]:
     return partial(fuse, disabled_fusions=tuple(name for name in CPU_DISABLED_FUSIONS if name not in names))
 
 
-# Passes that replace a pass of the toolchain.
+# Each of these passes replaces a pass of the toolchain.
 EXPERIMENTAL_PASSES = {
     "fuse-skip-layer-norm": _fuse_also(*SKIP_LAYER_NORM),
     "fuse-bias-gelu": _fuse_also("bias_gelu"),
@@ -85,14 +88,14 @@ EXPERIMENTAL_PASSES = {
 
 @dataclass(frozen=True)
 class Contender:
-    """A graph that is compared with another graph.
+    """A graph that the script compares with another graph.
 
     Attributes:
-        name: Name of the graph.
-        change: Description of the difference from the other graph.
-        passes: Passes that build the graph from onnx-std.
-        against: Name of the other graph.
-        dynamic: Options of ONNX Runtime's `quantize_dynamic`, which runs after the passes; None to skip it.
+        name: Name of this graph.
+        change: Description of the difference between this graph and the graph `against`.
+        passes: Passes that build this graph from onnx-std.
+        against: Name of the graph that the script compares this graph with.
+        dynamic: Options of ONNX Runtime's `quantize_dynamic`, which runs after the passes; None to skip this step.
     """
 
     name: str
@@ -113,14 +116,18 @@ def contenders() -> list[Contender]:
     fp32 += [
         (
             "skip-layer-norm",
-            "SkipLayerNormalization for Sub + LayerNormalization",
+            "SkipLayerNormalization instead of Sub + LayerNormalization",
             _replace_pass("fuse", "fuse-skip-layer-norm"),
         ),
-        ("bias-gelu", "BiasGelu for Gelu", _replace_pass("fuse", "fuse-bias-gelu")),
-        ("embed-layer-norm", "EmbedLayerNormalization for its parts", _replace_pass("fuse", "fuse-embed-layer-norm")),
+        ("bias-gelu", "BiasGelu instead of Gelu", _replace_pass("fuse", "fuse-bias-gelu")),
+        (
+            "embed-layer-norm",
+            "EmbedLayerNormalization instead of separate operators",
+            _replace_pass("fuse", "fuse-embed-layer-norm"),
+        ),
         (
             "attention-in-parts",
-            "attention in separate operators, three projections",
+            "attention in separate operators, with three projections",
             _replace_pass("fuse", "fuse-not-attention"),
         ),
     ]
@@ -133,24 +140,33 @@ def contenders() -> list[Contender]:
         for name in quantized
     ]
     replacements = (
-        ("merged", "one product, Split and MultiHeadAttention for QAttention"),
-        ("bias-apart", "Add of the bias after the quantised product"),
+        ("merged", "one product, Split and MultiHeadAttention instead of QAttention"),
+        ("bias-apart", "bias added after each quantised product"),
     )
     for name, change in replacements:
         graph = _replace_pass("quantize-linear", f"quantize-linear-{name}", passes=all_passes)
         entries.append(Contender(f"{INT8}+{name}", change, graph, INT8))
-    # optimum-cli uses these options for VNNI. DefaultTensorType: the file has no types for results of fused operators.
+    # The weights are QInt8, as in optimum-cli's settings for VNNI. The graph has no types for results of fused
+    # operators, so `quantize_dynamic` needs DefaultTensorType, in which 1 means float.
     types = {"weight_type": "QInt8", "DefaultTensorType": 1}
-    entries.append(Contender(f"{INT8}+quantize-dynamic", "quantize_dynamic for these passes", CPU_PASSES, INT8, types))
+    entries.append(
+        Contender(f"{INT8}+quantize-dynamic", "quantize_dynamic instead of the int8 passes", CPU_PASSES, INT8, types)
+    )
     parts = _replace_pass("fuse", "fuse-not-attention")
     name = f"{INT8}+quantize-dynamic-in-parts"
     entries.append(
-        Contender(name, "the same, attention in separate operators", parts, INT8, {**types, "MatMulConstBOnly": True})
+        Contender(
+            name,
+            "quantize_dynamic, with attention in separate operators",
+            parts,
+            INT8,
+            {**types, "MatMulConstBOnly": True},
+        )
     )
     entries.append(
         Contender(
             f"{INT8}+products-of-activations",
-            "the same, with QKᵀ and PV in int8",
+            "QKᵀ and PV also in int8, compared with the row above",
             parts,
             name,
             {**types, "MatMulConstBOnly": False},
@@ -160,7 +176,7 @@ def contenders() -> list[Contender]:
 
 
 def build(contender: Contender, std: Artifact, scratch: Path) -> Artifact:
-    """Builds the contender's graph and copies config and tokenizer beside it."""
+    """Builds the graph of a contender and copies config and tokenizer beside the graph."""
     folder = scratch / contender.name
     folder.mkdir()
     store.copy_companions(std, folder)
@@ -179,7 +195,7 @@ def _quantize_dynamic(path: Path, weight_type: str, **extra: Any) -> None:
 
 
 def summary(result: ResultFile) -> list[str]:
-    """Returns a line for each contender."""
+    """Returns a header and, for each graph of `contenders`, a line with its ratios and flips."""
     rows = {row.variant: row for row in result.rows}
     size = result.run["batch_size"]
     width = max(len(each.change) for each in contenders())

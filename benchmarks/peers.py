@@ -1,18 +1,18 @@
-"""Compares `onnx-int8` with the models that other tools build from the same checkpoint, interleaved in one run.
+"""Measures `onnx-int8` and the models that other tools build from the same checkpoint, interleaved in one run.
 
     python benchmarks/peers.py [--shape reference|base] [--exported exported] [--variant NAME ...] [--full]
                                [--save-as NAME]
 
-A peer is a model of another tool. The script builds the peers in scratch folders:
+A peer is a model of another tool. The script builds the peers in scratch folders.
 
-* int8 by optimum-cli (`--avx512_vnni`), per tensor and per channel;
-* int8 by Neural Compressor, dynamic and static, from the graph that optimum-cli exports;
-* OpenVINO's own runtime, in fp32, and in int8 by NNCF.
+* optimum-cli with `--avx512_vnni` builds two int8 models, quantised per tensor and per channel.
+* Neural Compressor builds a dynamic and a static int8 model from the graph that optimum-cli exports.
+* OpenVINO's own runtime runs the fp32 graph and an int8 model by NNCF.
 
-The toolchain's ONNX Runtime runs the peers of the first two tools. The script measures all peers together with the
-toolchain's variants. For `onnx-int8`, `onnx-int8-static` and the variants of `--variant`, it prints the speed-up over
-each peer with its 95 % bootstrap interval over rounds. `--shape base` measures a model of DistilBERT-base's shape with
-random weights, for speed only. The result file goes to benchmarks/studies/.
+The toolchain's ONNX Runtime runs the models of optimum-cli and Neural Compressor. The script measures all peers
+together with the toolchain's variants. The script prints the speed-up over each peer, with its 95 % bootstrap interval
+over rounds, for `onnx-int8`, `onnx-int8-static` and the variants of `--variant`. `--shape base` measures a model of
+DistilBERT-base's shape with random weights, for speed only. The result file goes to benchmarks/studies/.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ from toolchain.system import hardware
 
 OURS = ("torch-fp32", "torch-bf16", "torch-int8", "onnx-fp32", "onnx-int8", "onnx-int8-static")
 PEER = "optimum-cli-int8"
-RUNTIMES = {"torch": "torch", "openvino": "openvino"}  # first part of a row's name → runtime; default: ONNX Runtime
+# The first part of a variant's name selects the runtime; names without an entry run on ONNX Runtime.
+RUNTIMES = {"torch": "torch", "openvino": "openvino"}
 STUDIES = Path(__file__).parent / "studies"
-CALIBRATION = 300  # number of training sentences
+CALIBRATION = 300  # number of training sentences for calibration
 
 
 def base_shape(folder: Path) -> Path:
@@ -80,7 +81,7 @@ def base_shape(folder: Path) -> Path:
 
 
 def open_shape(shape: str, exported: Path, scratch: Path) -> Workspace:
-    """Opens the workspace of the reference in `exported`, or of a random model of another shape in `scratch`."""
+    """Opens the workspace of the reference model in `exported`, or of a random model of another shape in `scratch`."""
     if shape == "reference":
         return Workspace.open(shape, exported)
     (scratch / "checkpoint").mkdir()
@@ -131,14 +132,15 @@ def build_with_neural_compressor(std: Artifact, scratch: Path, tokens: Path) -> 
         folder = scratch / f"neural-compressor-{approach}"
         folder.mkdir()
         script = (neural_compressor_peer.__file__, scratch / "exported" / "model.onnx", tokens)
-        _run(python, *script, folder / "model.onnx", approach, folder=scratch)  # it writes a log to this folder
+        # Neural Compressor writes a log to its working folder, so it runs in the scratch folder.
+        _run(python, *script, folder / "model.onnx", approach, folder=scratch)
         store.copy_companions(std, folder)
         artifacts[folder.name] = make_artifact(std, folder.name, folder, "Neural Compressor")
     return artifacts
 
 
 def build_with_openvino(std: Artifact, scratch: Path, tokens: Path) -> dict[str, Artifact]:
-    """Returns the exported graph for OpenVINO in fp32, and in int8 by NNCF.
+    """Returns two OpenVINO models: the exported fp32 graph, and the same graph quantised to int8 by NNCF.
 
     Args:
         std: Artifact with the exported graph.
@@ -158,7 +160,7 @@ def build_with_openvino(std: Artifact, scratch: Path, tokens: Path) -> dict[str,
 
 
 def environment(folder: Path, packages: Sequence[str]) -> Path:
-    """Creates a Python environment with these packages and returns its Python."""
+    """Creates a Python environment with `packages` and returns the path of its interpreter."""
     _run(sys.executable, "-m", "venv", folder)
     python = folder / "bin" / "python"
     _run(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *packages)
@@ -180,13 +182,13 @@ def make_artifact(parent: Artifact, name: str, folder: Path, maker: str) -> Arti
 
 
 def ratio(ours: Samples, peer: Samples) -> str:
-    """Returns the peer's time divided by our time with its 95 % interval over rounds; above 1, ours is faster."""
+    """Returns the time ratio `peer` / `ours` with its 95 % interval over rounds; above 1, `ours` is faster."""
     speedup = statistics.ratio(peer.sentence_times(), ours.sentence_times())
     return f"{speedup.value:.2f}× [{speedup.low:.2f}, {speedup.high:.2f}]"
 
 
 def require_samples(row: Measurement) -> tuple[Samples, Samples]:
-    """Returns the latency and the batch samples of a row.
+    """Returns the samples of a row at batch 1 and in larger batches.
 
     Raises:
         ClickException: The row was not measured.
@@ -209,7 +211,7 @@ def _is_quantised(name: str) -> bool:
 
 
 def comparison_lines(result: ResultFile, name: str) -> list[str]:
-    """Returns a line for each other cell: the speed-up of the variant `name`, both accuracies, and McNemar's p."""
+    """Returns lines that compare the variant `name` with each cell: the speed-up, both accuracies, and McNemar's p."""
     ours = next(row for row in result.rows if row.variant == name)
     size, labels = result.run["batch_size"], result.data.get("labels")
     lines = [name]
@@ -259,7 +261,7 @@ def main(shape: str, exported: Path, variants: tuple[str, ...], full: bool, save
         ]
         cells = [cell.with_own_encoder(root.manifest) if cell.variant in variants else cell for cell in cells]
         backends = {**BACKENDS, "openvino": Backend("openvino_peer:OpenVinoSession", ())}
-        os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # worker processes import `openvino_peer` from here
+        os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # worker processes import `openvino_peer`
         result = measure_all(cells, root, full, progress, backends=backends)
     result.write(STUDIES / f"{save_as or f'peers-{shape}'}.json")
     print_table(compare([result], f"{PEER}@cpu"))

@@ -2,8 +2,8 @@
 
     python benchmarks/precision.py [--save-as NAME]
 
-The script opens each variant twice: with `session.x64quantprecision` = 1 and without it. The two sessions run
-alternately on the same sentences, one at a time and in batches of 32, on one thread. The script writes
+The script opens each variant twice: with `session.x64quantprecision` = 1 and without it. Both sessions of a variant
+run alternately on one thread, on the same single sentences and batches of 32. The script writes
 benchmarks/studies/NAME.json.
 """
 
@@ -59,7 +59,7 @@ def main(exported: Path, save_as: str) -> None:
 
 
 def _time_ratio(file: Path, batches: list[Any], progress: Any) -> dict[str, float]:
-    """Returns the time with the option divided by the time without it."""
+    """Returns the time of a graph with the option for exact products, divided by the time without the option."""
     sessions = []
     for with_option in (True, False):
         options = session_options(1, exact=False)
@@ -73,15 +73,18 @@ def _time_ratio(file: Path, batches: list[Any], progress: Any) -> dict[str, floa
             started = time.perf_counter()
             for batch in batches:
                 sessions[index].run(None, batch)
-            if turn:  # the first round warms up
+            if turn:  # the first round is a warm-up
                 times[index].append(time.perf_counter() - started)
     return statistics.ratio(*times).to_json()
 
 
 def summary(body: dict[str, Any]) -> list[str]:
     """Returns the study as lines of a table."""
-    state = "saturates" if body["saturates_without"] else "does not saturate"
-    lines = [f"time with {body['option'][0]} = {body['option'][1]} / time without; without it, this processor {state}"]
+    state = "saturate" if body["saturates_without"] else "do not saturate"
+    lines = [
+        f"time ratio with / without {body['option'][0]} = {body['option'][1]}; "
+        f"without it, 8-bit products on this processor {state}"
+    ]
     for name, row in body["rows"].items():
         figures = (f"{kind}: {each['value']:.2f} [{each['low']:.2f}, {each['high']:.2f}]" for kind, each in row.items())
         lines.append(f"{name:17} {'   '.join(figures)}")

@@ -2,9 +2,10 @@
 
     python benchmarks/pruning.py [--model reference] [--exported exported] [--save-as NAME]
 
-The script prunes the model at each of `RATIOS` by every method, and by `fisher` without the least-squares fit. At
-`RECOVERED` it also measures the artifacts of `toolchain prune --recover 1`. It measures the PyTorch models on the whole
-validation set. It writes NAME.json and NAME.svg to benchmarks/studies/ and prints the table.
+The script prunes the model at each of `RATIOS` by every method, and by `fisher` without the least-squares fit. At the
+ratios in `RECOVERED`, the script also measures the artifacts of `toolchain prune --recover 1`. The script measures the
+PyTorch models on the whole validation set. The script writes NAME.json and NAME.svg to benchmarks/studies/ and prints
+a table.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def prune_model(setup: PruningSetup, method: str, ratio: float) -> Any:
 
 
 def measure(model: Any, validation: list[Batch], method: str, ratio: float, seconds: float, dense: int) -> dict:
-    """Returns a row; `removed` is the removed share of the encoder's linear parameters; zeroed ones do not count."""
+    """Returns a row of the study; `removed` is the share of the encoder's linear parameters that no longer exists."""
     correct = round(accuracy(model.eval(), validation) * sum(len(part.rows) for part in validation))
     removed = 1 - EncoderSizes.from_model(model).parameters / dense
     return {"method": method, "ratio": ratio, "removed": round(removed, 4), "right": correct, "seconds": round(seconds)}
@@ -74,8 +75,8 @@ def study(workspace: Workspace) -> dict[str, Any]:
     validation = batches(setup.encoder.encode(data.texts), data.labels, setup.encoder, 64)
     dense = EncoderSizes.from_model(setup.model).parameters
     rows = [measure(setup.model, validation, "unpruned", 0.0, 0, dense)]
-    setup.importances("fisher")  # All ratios use these scores, so no row includes their time.
-    with bar("pruning") as progress:  # It closes before recovery shows another bar.
+    setup.importances("fisher")  # All ratios use these importances, so no row includes the time to compute them.
+    with bar("pruning") as progress:  # This bar closes before recovery shows another bar.
         for number, (method, ratio) in enumerate((m, r) for m in METHODS for r in RATIOS):
             progress(number, len(METHODS) * len(RATIOS), f"{method} at {ratio:.0%}")
             started = time.monotonic()
@@ -101,10 +102,14 @@ def study(workspace: Workspace) -> dict[str, Any]:
 def table(body: dict[str, Any]) -> str:
     """Returns a table of accuracies and their differences from the unpruned model in percentage points.
 
-    It has a line for each ratio and a column for each method.
+    The table has a line for each ratio and a column for each method.
     """
     total, unpruned = body["data"]["sentences"], body["rows"][0]["right"]
-    view = Table(title=f"unpruned: {unpruned / total:.2%} of {total} sentences", title_justify="left", box=box.SIMPLE)
+    view = Table(
+        title=f"accuracy of the unpruned model: {unpruned / total:.2%} of {total} sentences",
+        title_justify="left",
+        box=box.SIMPLE,
+    )
     columns = (*METHODS, RECOVERY)
     for column in ("ratio", *columns):
         view.add_column(column, justify="right", no_wrap=True)
@@ -119,7 +124,7 @@ def table(body: dict[str, Any]) -> str:
 
 
 def plot(body: dict[str, Any], path: Path) -> None:
-    """Plots accuracy over ratio with a line for each method; the band is the unpruned model's 95 % Wilson interval."""
+    """Plots accuracy by ratio with a line for each method; a band shows the unpruned model's 95 % Wilson interval."""
     import matplotlib as mpl
     from matplotlib import pyplot
 
@@ -133,7 +138,7 @@ def plot(body: dict[str, Any], path: Path) -> None:
         rows = [row for row in body["rows"] if row["method"] == method]
         accuracies = [100 * row["right"] / total for row in rows]
         axes.plot([100 * row["ratio"] for row in rows], accuracies, style, label=method, markersize=6)
-    axes.set_xlabel("ratio: % of the encoder's linear parameters removed (mask: zeroed, none removed)")
+    axes.set_xlabel("pruning ratio: % of the encoder's linear parameters removed (for mask: set to zero)")
     axes.set_ylabel(f"accuracy on {total} sentences, %")
     axes.legend(loc="lower left", frameon=False)
     axes.grid(axis="y", color="0.9")

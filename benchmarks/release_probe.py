@@ -1,8 +1,9 @@
-"""Runs the questions of `release_questions.py` with the installed ONNX Runtime and prints the answers as JSON.
+"""Runs the models of `release_questions.py` with the installed ONNX Runtime and prints the results as JSON.
 
     path/to/python benchmarks/release_probe.py FOLDER [SET...]
 
-`releases.py` starts this script in an environment for one release. The script needs only onnxruntime and numpy.
+`releases.py` starts this script in a Python environment with one release of ONNX Runtime. The script needs only
+onnxruntime and numpy.
 """
 
 import json
@@ -19,7 +20,7 @@ ABSOLUTE, RELATIVE = 1e-4, 1e-4
 
 
 def open_session(path, option=None):
-    """Opens a session on the CPU; `option` is a key and a value of its configuration."""
+    """Opens a session on the CPU; `option` is a key and a value of the session's configuration."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
@@ -29,12 +30,12 @@ def open_session(path, option=None):
 
 
 def answer(question, folder):
-    """Returns ``right``, ``wrong``, or ``refused`` if the release does not load or run the file."""
+    """Returns ``refused`` if ONNX Runtime does not load or run the file, otherwise ``right`` or ``wrong``."""
     arrays = dict(np.load(folder / question["arrays"]))
     expected = {name[1:]: arrays.pop(name) for name in list(arrays) if name.startswith("=")}
     try:
         outputs = open_session(folder / question["file"], question.get("option")).run(list(expected), arrays)
-    except Exception:  # onnxruntime has a different exception class for each status
+    except Exception:  # onnxruntime raises a different exception class for each error status
         return "refused"
     matches = (np.allclose(a, b, RELATIVE, ABSOLUTE) for a, b in zip(outputs, expected.values()))  # noqa: B905 (shapes)
     return "right" if all(matches) else "wrong"
@@ -61,7 +62,7 @@ def kernels(domain):
 
 
 def main(folder, sets):
-    """Answers the sets of questions and prints the result."""
+    """Runs the models of the question sets `sets` and prints the results as JSON."""
     questions = json.loads((folder / "questions.json").read_text())
     print(
         json.dumps(

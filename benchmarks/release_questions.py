@@ -1,8 +1,9 @@
 """The questions that `release_probe.py` asks a release of ONNX Runtime, and the right answers, computed by numpy.
 
-A question is a model file with inputs and expected outputs. `write` writes the files, and questions.json, which lists
-them in three sets: versions (the highest IR version, opset and ORT format), attention (padded batches), and precision
-(8-bit products).
+A question is a model file with inputs and expected outputs. `write` writes the files of all questions, and
+questions.json, which lists all questions. The list of questions has the sets versions, attention and precision. The set
+versions tests the highest IR version, opset and ORT format that a release reads. The set attention tests padded
+batches; the set precision tests 8-bit products.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from toolchain.ship.targets.releases import MICROSOFT, STANDARD
 
 VERSIONS, ATTENTION, PRECISION = "versions", "attention", "precision"
 IR_VERSIONS, OPSETS, ORT_FORMATS = range(7, 21), range(13, 41), range(4, 10)
-IR_VERSION, OPSET = 8, 15  # of files that test no version; every release reads these
+IR_VERSION, OPSET = 8, 15  # every release reads these versions, so questions that test no version use them
 SEED = 29
 
 BATCH, TOKENS, HEADS, SIZE = 3, 8, 2, 8
@@ -30,7 +31,7 @@ WIDTH = HEADS * SIZE
 LENGTHS = (8, 5, 3)  # number of tokens of each sentence in a padded batch
 LOWEST = float(np.finfo(np.float32).min)
 EXACT_OPTION = ("session.x64quantprecision", "1")
-SMALL = 4  # a divisor of the weights; the results have 6 bits, so that no product saturates
+SMALL = 4  # int8 weights divided by 4 have 6 bits, so that no sum of products saturates
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def write(folder: Path) -> None:
 
 
 def _forms(folder: Path, file: str) -> dict[str, str]:
-    """Writes a model in both ORT forms, with signed and with unsigned weights; returns the file name of each form."""
+    """Saves a model as two .ort files, with signed and with unsigned weights; returns form of the model → file name."""
     signed, unsigned = f"{file}.signed.ort", f"{file}.unsigned.ort"
     ort_format.save_in_process(str(folder / file), str(folder / signed))
     ort_format.save(folder / file, folder / unsigned)
@@ -112,7 +113,8 @@ def _set_version(path: Path, number: int) -> bytes:
     """Returns the content of a file in ORT format, with the version number replaced by `number`, 0 to 9."""
     content = path.read_bytes()
     table = ort_format.read_root(content)._tab
-    offset = table.Indirect(table.Pos + table.Offset(4)) + 4  # slot 4 is the version; its length precedes it in 4 bytes
+    # Slot 4 of the FlatBuffers table holds the version as a string, whose first 4 bytes hold its length.
+    offset = table.Indirect(table.Pos + table.Offset(4)) + 4
     return content[:offset] + str(number).encode("ascii") + content[offset + 1 :]
 
 
@@ -132,7 +134,7 @@ def _multi_head(mask: np.ndarray, queries: int, side: str) -> Iterator[Question]
     query, key, value = (random.standard_normal((BATCH, TOKENS, WIDTH)).astype(np.float32) for _ in range(3))
     feeds = {"query": query[:, :queries], "key": key, "value": value}
     bias = np.tile(_bias(mask), (1, HEADS, queries, 1))
-    shared_bias = bias[1:2]  # one bias for all sentences
+    shared_bias = bias[1:2]  # all sentences share the bias of the second sentence
     padding = "key_padding_mask" if queries == TOKENS else "key_padding_mask longer than the query"
     for trait, position, mask_input, bias_used in (
         (padding, 4, mask, bias),
@@ -213,7 +215,7 @@ def precision() -> Iterator[Question]:
     product = a.astype(np.int32) @ b.astype(np.int32)
     float_product = product.astype(np.float32)
     floats = a.astype(np.float32)
-    floats[..., :2] = 0, 255  # with this range, ONNX Runtime computes a scale of 1 and a zero point of 0
+    floats[..., :2] = 0, 255  # for a range from 0 to 255, ONNX Runtime computes a scale of 1 and a zero point of 0
     scaled_product = (floats.astype(np.int32) @ b.astype(np.int32)).astype(np.float32)
     constant = np.float32(1)
     zeros = {"a_zero": np.uint8(0), "b_zero": np.int8(0)}

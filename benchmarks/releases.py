@@ -1,15 +1,15 @@
-"""Measures the table of ONNX Runtime releases that `ship` uses: formats, operators and computation errors.
+"""Measures the formats, operators and computation errors of ONNX Runtime releases, for a table that `ship` uses.
 
     python benchmarks/releases.py
     python benchmarks/releases.py --check PYTHON [--check PYTHON ...]
 
-The script installs the newest wheel of every minor release from 1.15 on, each in a separate environment. It runs the
-questions of release_questions.py there and writes toolchain/ship/targets/releases.json. With --check, it installs
-nothing: it runs the questions in each PYTHON and compares the answers with the table. If an answer differs, the exit
-code is 3.
+The script installs the newest wheel of every minor release from 1.15 on, each in a separate environment. With each
+release, the script runs the models of release_questions.py. The script writes the results as a table to
+toolchain/ship/targets/releases.json. With --check, the script installs nothing: it runs the models with the ONNX
+Runtime of each PYTHON and compares the results with the table. If a result differs from the table, the exit code is 3.
 
-If this processor does not saturate 8-bit products, the questions about them run under `qemu-x86_64 -cpu Haswell`
-(Debian package: qemu-user).
+If this processor does not saturate 8-bit products, the models that test saturation run under
+`qemu-x86_64 -cpu Haswell` (Debian package: qemu-user).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from toolchain.system import hardware
 FIRST_MINOR = 15  # 1.15 is the oldest release that --ort-mobile accepts
 PROBE = Path(__file__).with_name("release_probe.py")
 SATURATING = ("qemu-x86_64", "-cpu", "Haswell")
-# ONNX Runtime's operators in variants, and operators that its optimiser creates from them on the CPU.
+# Variants use these operators of ONNX Runtime, or ONNX Runtime's optimiser creates them on the CPU.
 OPERATORS = (
     "Attention",
     "BiasGelu",
@@ -58,7 +58,7 @@ OPERATORS = (
     "QuickGelu",
     "SkipLayerNormalization",
 )
-Facts = dict[str, Any]  # facts about a release: kind → name → fact, as returned by `facts`
+Facts = dict[str, Any]  # facts about one release, which `facts` returns: kind → name → value
 
 
 def newest_patches() -> dict[str, str]:
@@ -71,10 +71,10 @@ def newest_patches() -> dict[str, str]:
 
 
 def install(version: str, folder: Path) -> Path:
-    """Creates an environment with this version of ONNX Runtime and returns its Python."""
+    """Creates a Python environment with ONNX Runtime `version` and returns the path of its interpreter."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"
-    # Wheels up to 1.18 need numpy 1.
+    # ONNX Runtime's wheels up to 1.18 need numpy 1.
     packages = [f"onnxruntime=={version}", "numpy<2"]
     subprocess.run([python, "-m", "pip", "install", "--disable-pip-version-check", "-q", *packages], check=True)
     return python
@@ -84,7 +84,7 @@ def emulator_command() -> list[str] | None:
     """Returns the command that emulates a processor whose 8-bit products saturate.
 
     Returns:
-        Words to put before a command; empty if this processor saturates itself, None if qemu is not installed.
+        Words to put before a command; no words if this processor itself saturates; None if qemu is not installed.
     """
     if not hardware.exact_int8():
         return []
@@ -92,7 +92,7 @@ def emulator_command() -> list[str] | None:
 
 
 def ask(python: Path, folder: Path) -> Facts:
-    """Runs the questions in `folder` with the ONNX Runtime of `python` and returns the facts."""
+    """Runs the models in `folder` with the ONNX Runtime of `python` and returns the facts about its release."""
     answers = _probe([], python, folder, questions.VERSIONS, questions.ATTENTION)
     emulator = emulator_command()
     if emulator is not None:
@@ -103,13 +103,13 @@ def ask(python: Path, folder: Path) -> Facts:
 def _probe(prefix: Sequence[str], python: Path, folder: Path, *sets: str) -> dict[str, Any]:
     process = subprocess.run([*prefix, python, "-I", PROBE, folder, *sets], capture_output=True, text=True, check=False)
     if process.returncode:
-        raise click.ClickException(f"{python} cannot run the questions: {process.stderr.strip().splitlines()[-1]}")
+        raise click.ClickException(f"{python} cannot run the test models: {process.stderr.strip().splitlines()[-1]}")
     answers: dict[str, Any] = json.loads(process.stdout)
     return answers
 
 
 def facts(probed: Mapping[str, Any]) -> Facts:
-    """Converts the answers of a release to the facts of the table."""
+    """Converts the output of `release_probe.py` to the facts that the table stores."""
     answers = probed["answers"]
     versions_read: dict[str, int] = {}
     for name, state in answers[questions.VERSIONS].items():
@@ -134,7 +134,7 @@ def facts(probed: Mapping[str, Any]) -> Facts:
 
 
 def _precision(answers: Mapping[str, str]) -> dict[str, str]:
-    """Returns for each operator and format: exact, exact with the option, saturates, or refused."""
+    """Returns a result for each operator and file format: exact, exact with the option, saturates, or refused."""
     results = {}
     for name in sorted({name.rsplit(", ", 1)[0] for name in answers}):
         plain, with_option = (answers[f"{name}, {way} the option"] for way in ("without", "with"))
@@ -150,7 +150,8 @@ def _precision(answers: Mapping[str, str]) -> dict[str, str]:
 def table(facts_by_release: Mapping[str, Facts]) -> dict[str, Any]:
     """Returns the table of all releases, oldest first.
 
-    For formats, the table has the limits of each release. For other facts, it names the release that changed them.
+    For formats, the table stores the highest version that each release reads. For operators and answers, the table
+    names the releases that changed them.
     """
     order = list(facts_by_release)
     with_precision = [release for release in order if facts_by_release[release]["precision"]]
@@ -171,7 +172,7 @@ def table(facts_by_release: Mapping[str, Facts]) -> dict[str, Any]:
 
 
 def _operator(name: str, facts_by_release: Mapping[str, Facts]) -> dict[str, list[str]]:
-    """Returns the attributes and inputs that each release added; the first release added the operator."""
+    """Returns the attributes and inputs that each release added; the first release added the operator `name` itself."""
     known_traits: set[str] | None = None
     additions = {}
     for release, each in facts_by_release.items():
@@ -181,7 +182,9 @@ def _operator(name: str, facts_by_release: Mapping[str, Facts]) -> dict[str, lis
         if names is None and known_traits is None:
             continue
         if names is None or (known_traits or set()) - set(names):
-            raise click.ClickException(f"{release} removed a part of {name}. The table cannot express this.")
+            raise click.ClickException(
+                f"ONNX Runtime {release} removed a part of {name}, which the table cannot express."
+            )
         if known_traits is None or set(names) - known_traits:
             additions[release] = sorted(set(names) - (known_traits or set()))
         known_traits = set(names)
@@ -191,7 +194,7 @@ def _operator(name: str, facts_by_release: Mapping[str, Facts]) -> dict[str, lis
 
 
 def _first_kernels(facts_by_release: Mapping[str, Facts]) -> dict[str, str]:
-    """Returns the first release with a CPU kernel, for standard operators that older releases read but cannot run."""
+    """Returns standard operator → first release with a CPU kernel, if an older release reads it without a kernel."""
     first: dict[str, int] = {}
     for schema in defs.get_all_schemas_with_history():
         if not schema.domain:
@@ -203,13 +206,13 @@ def _first_kernels(facts_by_release: Mapping[str, Facts]) -> dict[str, str]:
         runners = [release for release in readers if name in facts_by_release[release]["standard"]]
         if runners and runners != readers:
             if runners != readers[-len(runners) :]:
-                raise click.ClickException(f"A release removed {name}. The table cannot express this.")
+                raise click.ClickException(f"A release of ONNX Runtime removed {name}, which the table cannot express.")
             first_kernels[name] = runners[0]
     return first_kernels
 
 
 def _changes(states: Mapping[str, str]) -> dict[str, str]:
-    """Returns the state of each release that differs from the state of the release before."""
+    """Returns release → state, without the releases that have the same state as the release before."""
     changes: dict[str, str] = {}
     for release, state in states.items():
         if not changes or state != list(changes.values())[-1]:
@@ -234,7 +237,7 @@ def differences(body: Mapping[str, Any], release_facts: Facts) -> list[str]:
     actual |= {"operator " + name: release_facts["operators"].get(name) for name in body["operators"]}
     actual |= {"kernel " + name: name in release_facts["standard"] for name in body["late"]}
     for kind in ("answers", "precision"):
-        if release_facts[kind]:  # empty if the questions did not run
+        if release_facts[kind]:  # without qemu, a release may have no facts of the kind `precision`
             actual |= {f"{kind} {name}": state for name, state in release_facts[kind].items()}
             expected |= {
                 f"{kind} {name}": next(by_release[each] for each in reversed(releases) if each in by_release)
@@ -257,7 +260,7 @@ def write(body: Mapping[str, Any]) -> None:
 
 
 def build(folder: Path) -> None:
-    """Installs every release, runs the questions and writes the table."""
+    """Installs every release, runs the models of all questions and writes the table."""
     facts_by_release = {}
     with bar("releases") as progress:
         versions = newest_patches()
@@ -280,7 +283,7 @@ def build(folder: Path) -> None:
     help="Compare the ONNX Runtime of PYTHON with the table. Can be repeated.",
 )
 def main(pythons: tuple[Path, ...]) -> None:
-    """Write the table of releases, or compare releases with it."""
+    """Write the table of ONNX Runtime releases, or compare installed releases with the table."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         questions.write(folder)

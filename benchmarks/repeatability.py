@@ -3,10 +3,10 @@
     python benchmarks/repeatability.py pairs [--count 20]
     python benchmarks/repeatability.py runs ONE.json OTHER.json
 
-`pairs` measures `onnx-int8` in 2 × COUNT cells of one quick run. It counts the pairs that the benchmark calls
-different: the interval of their ratio excludes 1. `runs` compares two result files. It counts the ratios to the
-baseline that agree: they are within 5 % of each other, or their intervals overlap. Both commands write a study to
-benchmarks/studies/.
+`pairs` measures `onnx-int8` in 2 × COUNT cells of one quick run. `pairs` counts the pairs of cells that the benchmark
+calls different, because the interval of their time ratio excludes 1. `runs` counts the ratios to the baseline that
+agree in two result files. Two ratios agree if they are within 5 % of each other or their intervals overlap. Both
+commands write a study to benchmarks/studies/.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
 @click.option("--count", default=20, show_default=True, help="Number of pairs.")
 @click.option("--save-as", default="pairs-reference", show_default=True, help="Name of the study.")
 def pairs(count: int, save_as: str) -> None:
-    """Measures pairs of equal files and counts the pairs that differ."""
+    """Measures pairs of equal files and counts the pairs whose times differ."""
     workspace = Workspace.open("reference", Path("exported"))
     artifacts = ensure(workspace, [VARIANT], {}, say)
     root = artifacts["torch-fp32"]

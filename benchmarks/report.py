@@ -2,7 +2,7 @@
 
     python benchmarks/report.py
 
-The page is reports/reference.html. The plots go to reports/reference/.
+The HTML page is reports/reference.html. The plots go to reports/reference/.
 """
 
 from __future__ import annotations

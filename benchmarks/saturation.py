@@ -3,8 +3,8 @@
     python benchmarks/saturation.py
 
 The script runs graphs of standard operators twice over the validation set. ONNX Runtime computes the exact logits, so
-the script needs a processor that does not saturate. onnx's reference evaluator computes the saturated logits, with a
-MatMulInteger that saturates like the instruction vpmaddubsw. The script writes
+the script needs a processor that does not saturate. The reference evaluator of the package onnx computes the saturated
+logits, with a MatMulInteger that saturates like the x86 instruction vpmaddubsw. The script writes
 benchmarks/studies/saturation-reference.json.
 """
 
@@ -53,7 +53,7 @@ class MatMulInteger(OpRun):
 @click.command()
 @click.option("--exported", type=click.Path(path_type=Path), default=Path("exported"), show_default=True)
 def main(exported: Path) -> None:
-    """Builds the variants, computes both logits, saves the study and prints it."""
+    """Builds the variants, computes their exact and saturated logits, saves the study and prints it."""
     workspace, data = Workspace.open("reference", exported), inputs.load_embedded()
     artifacts = ensure(workspace, VARIANTS, {}, say)
     rows = {}

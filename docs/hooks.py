@@ -15,7 +15,7 @@ from mkdocs.structure.pages import Page
 from toolchain.cli import cli
 
 ROOT = Path(__file__).parent.parent
-# Files outside docs/ that pages link to. Their paths on the site are the same as in the repository.
+# Pages link to these files outside docs/. On the site, these files have the same paths as in the repository.
 OUTSIDE = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
@@ -24,7 +24,7 @@ OUTSIDE = (
     "benchmarks/studies/pruning-reference.svg",
 )
 PYTHON = "reference/python"
-# The low boost makes the search show other pages first.
+# The low boost makes the site's search list these pages after all others.
 ROOM = """---
 search:
   boost: 0.2
@@ -50,7 +50,7 @@ def _marked(text: str) -> str:
 
 
 def _adapt(command: click.Command) -> None:
-    """Turns the help texts of a command into Markdown, for mkdocs-click; then only the site can use the command."""
+    """Turns the help texts of a command object into Markdown for mkdocs-click; afterwards, only the site can use it."""
     text, _, examples = inspect.cleandoc(command.help or "").partition("\b\n")
     command.help = _marked(text)
     if examples:
@@ -86,7 +86,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    """Returns the text with its links corrected for the site, whose root is docs/."""
+    """Returns a page's Markdown with its links corrected for the site, whose root is docs/."""
     if page.file.src_uri in OUTSIDE:
         return re.sub(r"(\]\()docs/", r"\1", markdown)
     outside = "|".join(map(re.escape, OUTSIDE))
@@ -94,7 +94,7 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
 
 
 def on_page_content(html: str, page: Page, **_: object) -> str:
-    """Returns the page of the commands with its defaults as plain text, and with a class for its style."""
+    """Returns the HTML of a page; on the page of the commands, defaults become plain text, and a CSS class is added."""
     if page.file.src_uri != "reference/cli.md":
         return html
     html = re.sub(r"<td>(?:<code>(?:Sentinel.UNSET|False|)</code>|None)</td>\n</tr>", "<td>–</td>\n</tr>", html)

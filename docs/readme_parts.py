@@ -1,4 +1,4 @@
-"""Writes the generated parts of README and docs/. A test checks that these parts are current."""
+"""Writes the generated parts of README and docs/. A test checks that the generated parts are current."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MARKED = re.compile(r"(<!-- begin: (.+?) -->\n).*?(<!-- end: \2 -->)", re.DOTALL
 
 
 def snippet(client: str) -> str:
-    """Returns the code block for a client, which exactly one page contains."""
+    """Returns the code block for a client from the one page that contains it."""
     pattern = re.compile(rf"<!-- client: {client} -->\n```\w+\n(.*?)```", re.DOTALL)
     found = [match[1] for page in PAGES for match in pattern.finditer(page.read_text())]
     assert len(found) == 1, f"{len(found)} pages have code for {client}"
@@ -37,7 +37,7 @@ def snippet(client: str) -> str:
 
 
 def parts() -> dict[str, str]:
-    """Returns the generated text of each marker."""
+    """Returns the generated parts of all pages: name in the markers → text."""
     return {
         "make export": _export_log(),
         "make bench": _bench(BENCH),
@@ -88,14 +88,14 @@ def _few_rows(path: Path) -> str:
 
 
 def script(name: str) -> ModuleType:
-    """Imports a script from benchmarks/, which is not a package; a script may import other scripts from there."""
+    """Imports a script from benchmarks/, which is not a package; the script may import other scripts of this folder."""
     if str(ROOT / "benchmarks") not in sys.path:
         sys.path.append(str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # `dataclass` looks up its module here
+    sys.modules[spec.name] = module  # `dataclass` looks up the module of a class in `sys.modules`
     spec.loader.exec_module(module)
     return module
 
@@ -130,7 +130,7 @@ def _peers() -> str:
 
 
 def _schemes() -> str:
-    """Returns a table of the reference quantised by each scheme, also with trimmed vocabularies."""
+    """Returns a table of the reference model quantised by each scheme, also with trimmed vocabularies."""
     schemes, smallest = (ResultFile.read(_file(name)) for name in ("schemes", "smallest"))
     rows = {row.variant: row for row in schemes.rows}
     smaller = {row.variant: row for row in smallest.rows if row.provider == "cpu"}

@@ -24,7 +24,7 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--no-first-run",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # the only reachable host is this machine
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # the browser can reach only this machine
 )
 
 
@@ -136,7 +136,7 @@ class Chromium:
     def complaints(self, page: Path | str) -> list[str]:
         """Returns all errors, warnings and exceptions, and all requests that the page must not make.
 
-        A file may request only itself; an address may also request everything below it.
+        A page from a file may request only this file. A page from an address may request everything below this address.
         """
 
         def is_own(url: str) -> bool:

@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny random checkpoint, the embedded reference, and fake artifacts for the benchmark."""
+"""Shared fixtures: a tiny random checkpoint, the embedded reference model, and fake artifacts for the benchmark."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from toolchain.cli import main
 from toolchain.data.inputs import TrainingSource
 from toolchain.models import checkpoints
 
-DEFAULT_VARIANTS = ["torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"]  # the last variant and its ancestors
+DEFAULT_VARIANTS = ["torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"]  # onnx-int8 and its ancestors
 SHORT = Protocol(passes=1, min_s=0.1, pass_s=5.0, starts=1, threads=1)
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-sys.path.append(str(ROOT / "docs"))  # These scripts write the generated parts of the pages.
-# Child processes of the benchmark import the fake backend from here. No process may use a hub.
+sys.path.append(str(ROOT / "docs"))  # The scripts in docs/ write the generated parts of the pages.
+# Child processes of the benchmark import `fake_backend` from tests/. No process may use the Hugging Face hub.
 os.environ["PYTHONPATH"] = str(TESTS)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-# These files take minutes, so they start first. A long file that starts last keeps one worker busy alone.
+# These test files take minutes, so they start first. If a long test file started last, only one worker would be busy.
 LONGEST = ("test_docs.py", "test_clients.py", "test_architectures.py", "test_distributed.py", "test_mobile.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Pins each worker and its child processes to one processor.
 
-    More threads than processors would waste time: they spin while they wait for each other.
+    More threads than processors would waste time, because a waiting thread keeps its processor busy.
     """
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if worker and hasattr(os, "sched_setaffinity"):
@@ -51,9 +51,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.sched_setaffinity(0, {processors[int(worker.removeprefix("gw")) % len(processors)]})
 
 
-@pytest.hookimpl(tryfirst=True)  # runs first, so that other plugins see the new order
+@pytest.hookimpl(tryfirst=True)  # pytest runs this hook first, so that other plugins see the new order of the tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the longest files first. Marks tests of the reference as slow, since its fixture exports a real model."""
+    """Puts the longest test files first, and marks tests of the reference model as slow.
+
+    Tests of the reference model are slow, because their fixture exports a real model.
+    """
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
     for item in items:
@@ -68,9 +71,9 @@ def make_checkpoint(
     width: int = 32,
     leaning: float = 0.0,
 ) -> Path:
-    """Saves a random DistilBERT classifier of two narrow layers with the reference's tokenizer.
+    """Saves a random DistilBERT classifier of two narrow layers with the reference model's tokenizer.
 
-    `leaning` is added to the bias of the last label. If it is large, quantisation changes no predicted label.
+    `leaning` is added to the bias of the last label. If `leaning` is large, quantisation changes no predicted label.
     """
     import torch
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
@@ -97,7 +100,7 @@ def make_checkpoint(
 
 @pytest.fixture(scope="session", autouse=True)
 def working_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Runs all tests in an empty folder: `ship` and `compare` read the result files of the working directory."""
+    """Runs all tests in an empty folder, because `ship` and `compare` read result files of the working directory."""
     previous = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("working-directory"))
     yield
@@ -106,7 +109,7 @@ def working_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all workers of this run share."""
+    """A folder that all pytest workers share."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "shared"
     folder.mkdir(exist_ok=True)
@@ -115,7 +118,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(shared: Path) -> Path:
-    """The tiny checkpoint. Do not change it."""
+    """The tiny checkpoint, which tests must not change."""
     folder = shared / "checkpoint" / "tiny"
     with FileLock(shared / "checkpoint.lock"):
         return folder if folder.exists() else make_checkpoint(folder)
@@ -140,7 +143,7 @@ def tiny(built_tiny: Workspace, tmp_path: Path) -> Workspace:
 
 @pytest.fixture(scope="session")
 def reference(shared: Path) -> Workspace:
-    """The workspace of the embedded reference, shared by all tests. A test may add variants but must not change any."""
+    """The workspace of the reference model, shared by all tests. A test may add variants but must not change any."""
     workspace = Workspace.open("reference", shared / "reference")
     ensure(workspace, ["onnx-int8"], {}, lambda line: None)
     return workspace

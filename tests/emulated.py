@@ -1,9 +1,8 @@
 """Runs programs with qemu, which emulates processors that this machine does not have.
 
 qemu runs one program and passes its system calls to the kernel of this machine, so the program reads this machine's
-files. `make test-clients` installs the programs: Python for x86-64, and a Debian root folder for 64-bit ARM. ONNX
-Runtime uses the kernels of the emulated processor, so the logits are those of that processor. The times have no
-meaning.
+files. `make test-clients` installs Python for x86-64, and a Debian root folder for 64-bit ARM. ONNX Runtime uses the
+kernels of the emulated processor, so the logits are those of that processor. Times measured under qemu have no meaning.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import shutil
 from pathlib import Path
 
 AVX2, ARM = "AVX2 without VNNI", "64-bit ARM"
-# A Haswell without the features that qemu cannot emulate, and the core that arm_root.sh describes.
+# qemu cannot emulate some features of Haswell, which are switched off. `arm_root.sh` describes the core neoverse-n1.
 _EMULATORS = {
     AVX2: ("qemu-x86_64", "-cpu", "Haswell-noTSX,-pcid,-x2apic,-tsc-deadline,-invpcid"),
     ARM: ("qemu-aarch64", "-cpu", "neoverse-n1"),
@@ -39,7 +38,7 @@ def python(processor: str, clients: Path) -> list[str]:
 
 
 def reason_to_skip(processor: str, clients: Path) -> str:
-    """Returns the reason why `python` does not run here; an empty string if it runs."""
+    """Returns the reason why the command of `python` cannot run on this machine; an empty string if it can run."""
     emulator = _EMULATORS[processor][0]
     if shutil.which(emulator) is None:
         return f"needs {emulator} (Debian: qemu-user)"

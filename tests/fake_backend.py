@@ -17,7 +17,7 @@ from toolchain.errors import DeviceMemoryError, ProviderError
 
 
 class FakeSession:
-    """Answers 1 for an even sum of ids; `behaviour.json` in its folder states all other behaviour."""
+    """Answers 1 for an even sum of token ids; `behaviour.json` in the artifact's folder states all other behaviour."""
 
     def __init__(self, folder: Path, place: Place) -> None:
         self._behaviour = json.loads((folder / "behaviour.json").read_text())
@@ -26,7 +26,7 @@ class FakeSession:
         self._place = place
         if self._behaviour.get("refuse"):
             raise ProviderError(self._behaviour["refuse"], "Use another one.")
-        print("a library that prints to standard output must not break the line to the parent")
+        print("a library that prints to standard output must not disturb the replies to the parent process")
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         self._runs += 1

@@ -1,4 +1,4 @@
-"""Rows with every figure that a report shows, and rows with an attack in every text."""
+"""Rows with every figure that a report shows, and rows in which every text contains an injection attack."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from toolchain.data.inputs import Data
 from toolchain.results.measurements import Accuracy, Measurement, Samples
 
 LABELS = [0, 1, 0, 1, 1, 0, 1, 0]
-# Variant → milliseconds, and the rows with wrong answers.
+# Maps each variant to its milliseconds and to the indices of the sentences with wrong answers.
 ANSWERS = {
     "torch-fp32": (8.0, {7}),
     "torch-pruned50": (5.0, {0, 1}),
@@ -80,7 +80,7 @@ def hostile_result():
 
 
 def report_html(*runs):
-    """Returns the report of these runs, in which the sentences of `DATA` are known."""
+    """Returns the HTML report of `runs`, in which `DATA` takes the place of the embedded validation set."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inputs, "load_embedded", lambda split="validation": DATA)
         return to_html(compare(runs))

@@ -22,11 +22,11 @@ from test_imports import FLOORS
 import toolchain
 
 README = ROOT / "README.md"
-GPU = "needs a GPU and installs other packages"
-RAY = "needs a cluster; tests/distributed/ runs one"
-SAME = "`make bench` or `make ship` does the same"
+GPU = "needs a GPU and the packages for GPUs"
+RAY = "needs a Ray cluster; tests/distributed/ starts one"
+SAME = "`make ship` builds a bundle for the same target"
 MINUTES = "takes minutes; tests/tuning/ tests the search"
-# Command → the reason why no test runs it here.
+# Maps a command on a page to the reason why no test in this file runs it.
 NOT_RUN = {
     "make install RUNTIME=gpu": GPU,
     "make install TORCH_INDEX=https://download.pytorch.org/whl/cpu": "needs the network",
@@ -46,7 +46,7 @@ NOT_RUN = {
     "toolchain tune --max-drop 1.0 --objective latency --budget 20m": MINUTES,
     "toolchain tune --model ./my-checkpoint --train-data train.csv --data validation.csv": MINUTES,
 }
-# Commands that run only with --dry-run here, since other tests build these artifacts.
+# Commands that this file runs only with --dry-run, because other tests build their artifacts.
 PLANNED = {
     "toolchain bench --quick",
     "toolchain bench --quick --provider cpu --variant torch-fp32 --variant onnx-int8",
@@ -60,13 +60,14 @@ PLANNED = {
     "toolchain quantize --no-pass padding --name padded",
     "toolchain quantize --scheme int4 --trim-vocab train --name tiny",
 }
-# Pages whose commands run here, with a small model in place of the reference. Reference pages have no commands.
+# Pages whose commands this file runs, on a small model in place of the reference model. The pages in docs/reference/
+# have no commands.
 RUN_PAGES = [page for page in PAGES if "reference" not in page.relative_to(ROOT).parts]
 BLOCK = re.compile(r"(<!-- client: .* -->\n)?^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page):
-    """Returns (language, text) of each code block of a page; tests in tests/ship/ run the code for apps."""
+    """Returns (language, text) of each code block of a page, except the code for apps, which tests/ship/ runs."""
     return [(kind, text) for client, kind, text in BLOCK.findall(page.read_text()) if not client]
 
 
@@ -106,9 +107,9 @@ def test_the_map_of_the_architecture_names_every_file():
     text = (ROOT / "docs" / "explanation" / "architecture.md").read_text()
     for path in Path(toolchain.__file__).parent.rglob("*.py"):
         if path.name == "__init__.py":
-            assert f"{path.parent.name}/" in text, f"{path.parent} is not on the map"
+            assert f"{path.parent.name}/" in text, f"{path.parent} is not on the map of the architecture"
         elif path.name != "__main__.py":
-            assert re.search(rf"\b{re.escape(path.name)}", text), f"{path} is not on the map"
+            assert re.search(rf"\b{re.escape(path.name)}", text), f"{path} is not on the map of the architecture"
 
 
 def test_the_documented_floors_match_the_tested_ones():
@@ -122,12 +123,12 @@ def test_the_documented_floors_match_the_tested_ones():
 def clone(tmp_path_factory):
     """A folder like a new clone, with a tiny checkpoint as its model and this environment as `.venv`."""
     marker = Path(sys.prefix) / ".installed"
-    # `make install` would replace an environment without a runtime
+    # `make install` would reinstall an environment whose marker names no runtime
     if not marker.exists() or not marker.read_text().strip():
         pytest.skip("needs the environment that `make install` creates")
     folder = tmp_path_factory.mktemp("clone")
     for path in (ROOT / "Makefile", ROOT / "setup.cfg", ROOT / "pyproject.toml"):
-        shutil.copy2(path, folder)  # keeps the modification time, which make compares
+        shutil.copy2(path, folder)  # `copy2` keeps the modification time, which make compares.
     shutil.copytree(ROOT / "constraints", folder / "constraints")
     shutil.copytree(ROOT / "benchmarks" / "results", folder / "benchmarks" / "results", ignore=lambda *_: {"local"})
     (folder / "tests").mkdir()
@@ -147,7 +148,7 @@ def environment():
         variables[f"TOOLCHAIN_{command}_MODEL"] = "my-checkpoint"
     # A benchmark of all default cells takes minutes, even with a tiny model.
     variables["TOOLCHAIN_BENCH_VARIANT"] = "torch-fp32 onnx-fp32 onnx-int8"
-    # The page of a web bundle needs npm packages; the tests of clients cover it.
+    # The demo page of a web bundle needs npm packages; tests/ship/test_clients.py tests this page.
     variables["TOOLCHAIN_SHIP_DEMO"] = "false"
     return variables
 
@@ -190,7 +191,7 @@ def test_the_blocks_of_a_page_run_in_order(page, clone, environment, finished_co
     ],
 )
 def test_json_fields_are_documented(command, data, say, tmp_path, request):
-    """Checks every field except those inside `data`, whose keys are names of other things or documented elsewhere."""
+    """Checks all fields, but no keys inside the fields in `data`: such keys are names or are documented elsewhere."""
     text = (ROOT / "docs" / "reference" / "json.md").read_text()
     old_text = re.sub(r'("created": ")\d{4}', r"\g<1>2020", BENCH.read_text(), count=1)
     (tmp_path / "old.json").write_text(old_text)
@@ -269,7 +270,7 @@ def test_every_link_of_the_site_has_a_target(site, pages):
 def test_the_site_loads_nothing_from_other_servers(site, pages):
     for path, page in pages.items():
         assert not [url for url in page.loads if re.match(r"(https?:)?//", url)], path
-        # For diagrams and for figures of a repository, the theme would load data from other servers.
+        # The theme would load data from other servers to draw mermaid diagrams and to show a repository's star count.
         text = path.read_text()
         assert 'class="mermaid"' not in text, path
         assert "data-md-component=source" not in text.replace('"', ""), path
@@ -312,7 +313,7 @@ def test_a_browser_shows_and_searches_the_site(address, site, tmp_path):
             for page in ("", "how-to/quantize/", "reference/cli/", "reference/results/", "explanation/int8/"):
                 browser.open(address + page)
                 fits = browser.run("document.documentElement.scrollWidth <= innerWidth")
-                assert fits, f"{page} is wider than a window of {width}"
+                assert fits, f"{page} is wider than a window of {width} pixels"
                 urls = [
                     event["params"]["request"]["url"]
                     for event in browser.events

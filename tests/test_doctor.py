@@ -17,7 +17,7 @@ GPU_STACK = {"torch": "2.13.0", "onnxruntime-gpu": "1.31.1", "bitsandbytes": "0.
 
 @pytest.fixture
 def examine_machine(monkeypatch, tmp_path):
-    """Returns a function that runs doctor on a machine with these GPUs, driver and versions.
+    """Returns a function that runs doctor on a machine with the given GPUs, driver and package versions.
 
     `cuda` is the CUDA version for which the packages were built.
     """
@@ -32,7 +32,7 @@ def examine_machine(monkeypatch, tmp_path):
 
 
 def notes(findings):
-    """Returns part and hint of each note about GPUs and the packages that use them."""
+    """Returns the text and the hint of each note about GPUs and the packages that use them."""
     return [(f.what, f.mend) for f in findings if f.level == "note" and ("GPU" in f.what or "bits" in f.what)]
 
 
@@ -75,7 +75,8 @@ def test_doctor_names_a_gpu_and_its_constraints_file(examine_machine):
 
 def test_packages_that_fit_the_gpu_give_no_note(examine_machine):
     assert notes(examine_machine([T4], "580.65.06", GPU_STACK, "13.0")) == []
-    assert notes(examine_machine([T4], "580.65.06", GPU_STACK, "12.6")) == []  # a newer driver runs older CUDA
+    # A driver also runs packages that were built for an older CUDA version.
+    assert notes(examine_machine([T4], "580.65.06", GPU_STACK, "12.6")) == []
     assert notes(examine_machine([T4], "535.183.01", GPU_STACK, "12.6")) == []
 
 
@@ -117,7 +118,7 @@ def test_a_missing_bitsandbytes_gives_a_note(examine_machine):
 
 @pytest.fixture
 def nvml(monkeypatch):
-    """Three GPUs: one that reports everything, one without memory and capability, and one that is lost."""
+    """Three simulated GPUs: one reports everything, one has unknown memory and compute capability, and one is lost."""
 
     def answer_unless(failing_indices, code, answer):
         def query(*arguments):

@@ -48,7 +48,7 @@ def tickets(tmp_path):
 
 @pytest.fixture
 def headless(tiny_checkpoint, tmp_path):
-    """The tiny checkpoint without its head, like a base from the hub."""
+    """The tiny checkpoint without its classification head, like a pretrained base on the hub."""
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "encoder")
     config = json.loads((folder / "config.json").read_text())
     config = {key: value for key, value in config.items() if key not in ("id2label", "label2id")}
@@ -65,7 +65,7 @@ def headless(tiny_checkpoint, tmp_path):
 def make(say, tmp_path):
     """Returns a function that runs `finetune` on a base and a file.
 
-    Its results are the exit code, the folder, the card, and standard error.
+    The function returns the exit code, the output folder, the JSON output and standard error.
     """
 
     def run(base, data, *options, output="out"):
@@ -107,10 +107,11 @@ def test_a_base_without_a_head_learns_the_labels_of_the_data(make, headless, tic
     assert card["judged"]["rows"] == 12
     assert card["judged"]["accuracy"] == pytest.approx(max(history["held_out_accuracy"]), abs=1e-4)
     assert {"balanced_accuracy", "macro_f1"} < set(card["judged"])
-    assert str(tmp_path) not in (folder / "training.json").read_text()  # the card names a local base, but not its path
+    # The file training.json must not contain local paths.
+    assert str(tmp_path) not in (folder / "training.json").read_text()
     config = json.loads((folder / "config.json").read_text())
     assert config["id2label"] == {"0": "billing", "1": "delivery", "2": "technical"}
-    # Every other command takes the model, and measures it only on the held-out rows.
+    # Other commands take the new checkpoint, and `bench` measures it only on the held-out rows.
     exported = tmp_path / "exported"
     code, _, err = say("export", "--model", folder, "--exported", exported)
     assert code == 0, err
@@ -188,7 +189,7 @@ def test_a_classifier_of_the_same_labels_keeps_its_head(make, tiny_checkpoint, t
     [
         (["positive", "posititve"], [], "has the labels NEGATIVE, POSITIVE, but .* has posititve, positive.*--labels"),
         (["0", "1", "2"], [], "has LABEL_0, LABEL_1, LABEL_2.*--labels"),
-        (["a", "b"], ["--labels", "a,c"], "row 2: the label 'b' is not one of the model's"),
+        (["a", "b"], ["--labels", "a,c"], "row 2: the label 'b' is not one of the model's labels"),
         (["a", "a"], [], "only one label"),
     ],
 )
@@ -244,7 +245,7 @@ def test_multi_label_data_gives_predictions_of_several_labels(make, headless, tm
     assert row["accuracy"]["value"] == pytest.approx(card["judged"]["accuracy"], abs=1e-4)
     for name in ("macro_f1", "balanced_accuracy"):
         assert row["quality"][name] == pytest.approx(card["judged"][name], abs=1e-4)
-    # The bundle's own runner gives the same labels.
+    # The runner in the bundle gives the same labels as `predict`.
     code, _, err = say("ship", "onnx-int8", "--target", "python", "--model", folder, "--exported", exported)
     assert code == 0, err
     bundle = exported / "out" / "bundle-python"
@@ -260,7 +261,7 @@ def test_multi_label_data_gives_predictions_of_several_labels(make, headless, tm
 
 @pytest.mark.slow
 def test_finetune_learns_pairs_of_texts(make, headless, tmp_path, say):
-    """The label says whether both texts are of the same kind, which a single text does not show."""
+    """The label says whether the two texts are equal, which a single text does not show."""
     rows = [
         {
             "a": ("bad", "good")[i % 2],
@@ -349,7 +350,7 @@ def test_a_teacher_of_another_architecture_gets_its_own_inputs(make, headless, t
         if (headless / name).is_file():
             shutil.copyfile(headless / name, teacher / name)
     assert make(headless, tickets, "--teacher", teacher, "--epochs", "1")[0] == 0
-    # The reverse also works: the student takes token types, the teacher does not.
+    # A student that takes token types can also have a teacher that does not take them.
     distilbert_folder = make(headless, tickets, "--epochs", "1", output="distilbert")[1]
     tokenizer = json.loads((teacher / "tokenizer_config.json").read_text())
     tokenizer["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
@@ -362,7 +363,7 @@ def test_a_teacher_of_another_architecture_gets_its_own_inputs(make, headless, t
 def test_a_loss_of_nan_ends_training_and_keeps_the_last_good_state(make, headless, tickets, monkeypatch, tmp_path):
     from toolchain.training import losses
 
-    count = iter(range(-1, 100))  # the first call is for the held-out rows
+    count = iter(range(-1, 100))  # The count starts at -1, because the first loss is that of the held-out rows.
     original_loss = losses.task_loss
     monkeypatch.setattr(losses, "task_loss", lambda *a: original_loss(*a) * (float("nan") if next(count) == 6 else 1.0))
     code, folder, _, err = make(headless, tickets, "--epochs", "3")
@@ -376,7 +377,7 @@ def test_a_loss_of_nan_ends_training_and_keeps_the_last_good_state(make, headles
     assert (state["step"], len(state["held_out"])) == (6, 1)
     stored_tensors = load_file(state_folder / "6.weights.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in stored_tensors.values())
-    # After the loss is finite again, the same command continues.
+    # After the loss is finite again, the same command continues the training.
     code, _, card, _ = make(headless, tickets, "--epochs", "3")
     assert code == 0
     assert card["training"]["steps"] == 42

@@ -1,4 +1,4 @@
-"""Tests of imports: they run from higher floors to lower floors, and light modules load no heavy package."""
+"""Tests of imports: a room imports only from lower floors, and no module loads a heavy package on import."""
 
 import ast
 import functools
@@ -13,7 +13,7 @@ import toolchain
 ROOT = Path(toolchain.__file__).parent
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnx_ir", "optimum", "datasets", "numpy", "pandas", "rich"}
 HEAVY |= {"matplotlib", "jinja2", "scipy", "optuna", "peft", "ray"}
-# A room is a folder or file directly under toolchain/. It imports only from lower floors. It never imports from another
+# A room is a folder or file directly under toolchain/. A room imports only from lower floors, and never from another
 # room on its own floor.
 FLOORS = [
     {"errors", "progress"},
@@ -50,7 +50,7 @@ def room_of(module):
 
 @functools.cache
 def imports_of(path, *, include_typing):
-    """Yields (imported module, whether at module level) for every import statement of the file."""
+    """Returns (imported module, whether the import is at module level) for every import statement of the file."""
     return tuple(_imports(path, include_typing))
 
 
@@ -83,7 +83,7 @@ def test_imports_run_in_one_direction(module):
         imported_room = room_of(imported) if imported.startswith("toolchain.") else ""
         if imported_room in FLOOR_OF and imported_room != room_of(module):
             assert FLOOR_OF[imported_room] < FLOOR_OF[room_of(module)], (
-                f"{module} imports {imported}, which is not below it"
+                f"{module} imports {imported}, which is not on a lower floor"
             )
 
 
@@ -101,7 +101,7 @@ def test_modules_of_a_room_do_not_import_each_other(room_name):
         "passes.__init__",
         "backends.__init__",
     }
-    exceptions |= {"backends.bnb", "backends.lora"}  # They extend the PyTorch session.
+    exceptions |= {"backends.bnb", "backends.lora"}  # bnb and lora extend the PyTorch session.
     parts = {f"toolchain.backends.{name}" for name in ("reduced",)}  # Contains no session.
     parts |= {f"toolchain.passes.{name}" for name in ("graph", "int8", "attention")}  # Contain no pass.
     for module, path in paths_by_module().items():
@@ -115,8 +115,8 @@ def test_modules_of_a_room_do_not_import_each_other(room_name):
 RUNNERS = {"toolchain.ship.bundle_files.classify", "toolchain.ship.bundle_files.classify_text"}
 
 
-# Two modules define a class that needs torch. Other files import these two modules inside functions.
-# The runners of bundles become part of an app, which has numpy.
+# `skipped_blocks` and `losses` define classes that need torch; other files import them inside functions.
+# The runners of bundles become part of an app that already has numpy.
 @pytest.mark.parametrize(
     "module",
     sorted(set(paths_by_module()) - {"toolchain.models.skipped_blocks", "toolchain.training.losses", *RUNNERS}),

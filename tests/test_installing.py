@@ -1,4 +1,4 @@
-"""Tests of the sets of packages: the set for each machine, its pinned versions, and the calls of pip."""
+"""Tests of `make install`: the set of packages for each machine, the pinned versions, and the calls of pip."""
 
 import configparser
 import os
@@ -63,7 +63,7 @@ def make(tmp_path):
         if answer is not None:
             write(commands / "nvidia-smi", f"cat <<'END'\n{answer}\nEND\nexit {code}")
         return subprocess.run(
-            # An outer `make test` sets MAKEFLAGS, which would set variables of this make too.
+            # An outer `make test` sets MAKEFLAGS, which would also set variables of the inner make.
             [program, *arguments],
             cwd=tmp_path,
             env={"PATH": str(commands)},
@@ -111,7 +111,7 @@ def test_a_named_runtime_overrides_the_choice(make):
 
 @pytest.fixture
 def environment(make, tmp_path):
-    """Makes a .venv with a fake pip, which lists packages and records its other commands.
+    """Makes a .venv with a fake pip, which lists packages and records every other command.
 
     Returns a function that runs `make install` and returns the recorded commands.
     """

@@ -71,7 +71,7 @@ def read_scores(path):
 
 
 def expected_scores(model, texts):
-    """Yields the expected row of each text: the model's session and tokenizer score it alone."""
+    """Yields the expected output row of each text, which the model's tokenizer and session score without a batch."""
     session = open_session(model.path, "onnx", Place("cpu", 1))
     for text in texts:
         row = model.encoder.tokenizer.encode(text).ids
@@ -137,8 +137,8 @@ def write_unreadable(folder, case):
         return file, "row 2: the column 'text' holds no text"
     content, message = {
         "parquet not one": (b"PAR1 nothing", "cannot be read"),
-        "jsonl array": (b"[1]\n", "row 1: it is not a JSON object"),
-        "jsonl broken": (b'{"text": "a"}\n{"text": \n', r"row 2: it is not JSON"),
+        "jsonl array": (b"[1]\n", "row 1: the line is not a JSON object"),
+        "jsonl broken": (b'{"text": "a"}\n{"text": \n', r"row 2: the line is not JSON"),
         "jsonl number": (b'{"text": 5}\n', "row 1: the column 'text' holds no text"),
         "csv fields": (b"text,label\ngood,1\nbad\n", "row 2: the number of fields is 1 instead of 2"),
         "csv quote": (b'text,label\n"good,1\n', "line 2"),
@@ -295,7 +295,7 @@ PIECES = ["word ", "x" * 150 + " ", "\n", "文字", "naïve ", "...", "\t", "y" 
 @given(st.integers(0, 2**32))
 @settings(max_examples=30, deadline=None)
 def test_the_start_of_a_long_text_gives_the_same_first_tokens(model, seed):
-    """Compares with the tokens that the tokenizer gives for the whole text."""
+    """Compares the tokens of the cut text with the first tokens of the whole text."""
     rng = random.Random(seed)
     encoder = Encoder(model.encoder.folder, model.encoder.tokenizer, model.encoder.names, 0, 16)
     encoder.tokenizer.enable_truncation(16)

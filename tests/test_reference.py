@@ -1,4 +1,4 @@
-"""Tests of the reference on the whole validation set."""
+"""Tests of the reference model on the whole validation set."""
 
 import numpy as np
 import pytest

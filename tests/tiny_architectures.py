@@ -20,7 +20,7 @@ NARROW = {
 TYPED = ("input_ids", "attention_mask", "token_type_ids")
 PLAIN = TYPED[:2]
 
-# --- tokenizers, trained on the embedded sentences
+# --- tokenizers, trained on the sentences of the embedded validation set
 
 
 def wordpiece(words):
@@ -67,7 +67,7 @@ albert_unigram = functools.partial(unigram, special=("<pad>", "<unk>", "[CLS]", 
 
 
 def add_template(tokenizer):
-    """Sets the template [CLS] text [SEP]."""
+    """Makes the tokenizer put [CLS] before and [SEP] after each text."""
     special_tokens = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special_tokens)
     return tokenizer
@@ -78,13 +78,13 @@ def add_template(tokenizer):
 
 @dataclass(frozen=True)
 class Architecture:
-    """An architecture and the expected results of its passes.
+    """An architecture, and the numbers of nodes that the passes must fuse or quantise in it.
 
     Attributes:
-        stem: The start of its class names in transformers.
+        stem: Start of the architecture's class names in transformers.
         tokenizer: Function that trains a tokenizer of the usual type.
-        config: Settings of its config.
-        inputs: Names of its inputs.
+        config: Settings of the transformers config.
+        inputs: Names of the model's inputs.
         fused: Number of fused nodes in onnx-fp32, by operator.
         linear: Number of linear layers that onnx-int8 quantises.
         tables: Number of embedding tables that onnx-int8 quantises.
@@ -99,7 +99,7 @@ class Architecture:
     tables: int
 
 
-# Two layers of a BERT, each with packed projections, output, up and down.
+# Fused nodes of two BERT layers. Each layer has four linear layers (packed projections, output, up, down).
 FUSED = {"Attention": 2, "Gelu": 2}
 ARCHITECTURES = {
     "distilbert": Architecture(
@@ -109,7 +109,7 @@ ARCHITECTURES = {
         | {"initializer_range": 0.3},
         PLAIN,
         FUSED,
-        9,  # includes the first layer of the head
+        9,  # The 9 linear layers include the first layer of the classification head.
         2,
     ),
     "bert": Architecture("Bert", wordpiece, NARROW, TYPED, FUSED, 9, 3),
@@ -125,7 +125,7 @@ ARCHITECTURES = {
     "roberta": Architecture(
         "Roberta", byte_level, {**NARROW, "max_position_embeddings": 130, "type_vocab_size": 1}, PLAIN, FUSED, 9, 3
     ),
-    # One more layer projects the embeddings, and the head has its own Gelu.
+    # In ELECTRA, one more linear layer projects the embeddings, and the classification head contains a Gelu.
     "electra": Architecture(
         "Electra", wordpiece, {**NARROW, "embedding_size": 16}, TYPED, {"Attention": 2, "Gelu": 3}, 10, 3
     ),
@@ -138,7 +138,7 @@ ARCHITECTURES = {
         26,
         3,
     ),
-    # No pass fuses its attention, which also reads positions: three projections of tokens and two of positions.
+    # No pass fuses the attention of DeBERTa, which projects tokens three times and positions twice.
     "deberta-v2": Architecture(
         "DebertaV2",
         unigram,
@@ -150,7 +150,7 @@ ARCHITECTURES = {
         17,
         1,
     ),
-    # It has bottlenecks, and no LayerNormalization that a pass could start from.
+    # MobileBERT has bottlenecks, and no LayerNormalization from which a fusion pass could start.
     "mobilebert": Architecture(
         "MobileBert",
         wordpiece,
@@ -166,7 +166,7 @@ PRUNABLE = ("distilbert", "bert", "minilm", "roberta", "electra")
 
 
 def make(folder, kind, **changes):
-    """Saves a classifier with random weights, biases and norms, whose logits differ enough for int8."""
+    """Saves a random classifier whose two logits are so far apart that int8 does not flip its labels."""
     architecture = ARCHITECTURES[kind]
     labels = {"id2label": {0: "NEGATIVE", 1: "POSITIVE"}, "label2id": {"NEGATIVE": 0, "POSITIVE": 1}}
     trained_tokenizer = architecture.tokenizer(inputs.load_embedded().texts)

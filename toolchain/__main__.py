@@ -3,7 +3,8 @@
 import sys
 
 if not sys.flags.safe_path:
-    del sys.path[0]  # the working directory; it may be an unchecked bundle, whose files must not replace libraries
+    # The working directory may be an unchecked bundle, whose files must not replace libraries.
+    del sys.path[0]
 
 from toolchain.cli import main
 

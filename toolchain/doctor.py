@@ -1,4 +1,4 @@
-"""The checks of `toolchain doctor`: each reports a part of this machine and how to fix its problems."""
+"""The checks of `toolchain doctor`: each check reports on one part of this machine and how to fix its problems."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from toolchain.system import hardware
 
 MIN_DISK_BYTES = 5e9
 MIN_MEMORY_BYTES = 4e9
-# Runtime set → its constraints file and its pip extras.
+# Maps each runtime set, as in `make install RUNTIME=gpu`, to its constraints file and its pip extras.
 SETS = {
     "cpu": ("constraints/cpu.txt", "cpu,bnb"),
     "gpu": ("constraints/gpu.txt", "gpu,bnb"),
@@ -28,7 +28,7 @@ class Finding:
     """The result of one check.
 
     Attributes:
-        level: ``ok``, ``note`` (it works with a limitation) or ``problem`` (it does not work).
+        level: ``ok``, ``note`` (the part works with a limitation) or ``problem`` (the part does not work).
         what: A description of the checked part.
         mend: A command or an instruction that fixes the problem; empty if there is nothing to fix.
     """
@@ -42,7 +42,7 @@ def examine(exported: Path) -> list[Finding]:
     """Runs all checks and returns their findings in order.
 
     Args:
-        exported: A folder on the file system that must have enough free space. The folder need not exist.
+        exported: A folder on the file system that must have enough free space; the folder itself need not exist.
     """
     checks: list[Callable[[], list[Finding]]] = [
         _python,
@@ -120,8 +120,9 @@ def _processor() -> list[Finding]:
     text = f"{processor['cpu']}, {hardware.cores()} cores, {', '.join(isa) or 'no known vector extension'}"
     if platform.machine().lower() in ("x86_64", "amd64") and not hardware.exact_int8():
         option = " = ".join(EXACT_PRODUCTS)
-        what = f"{text}: no VNNI, so int8 is slower; other apps need the session option {option}"
-        return [Finding("note", what, "Set this option in other apps, or run `toolchain quantize --isa portable`.")]
+        what = f"{text}: no VNNI, so int8 is slower, and exact in your own apps only with the session option {option}"
+        mend = f"Set {EXACT_PRODUCTS[0]} in your own apps, or run `toolchain quantize --isa portable`."
+        return [Finding("note", what, mend)]
     return [Finding("ok", text)]
 
 
@@ -167,7 +168,7 @@ def _gpu() -> list[Finding]:
 
 
 def _gpu_problems(runtime: str) -> Iterator[str]:
-    """Yields a sentence for each installed package that cannot use the GPU; the GPU needs the set `runtime`."""
+    """Yields a sentence for each installed package that cannot use a GPU with the runtime set `runtime`."""
     versions = hardware.versions()
     if "onnxruntime" in versions and "onnxruntime-gpu" not in versions:
         yield f"onnxruntime {versions['onnxruntime']} cannot use the GPU; onnxruntime-gpu can"

@@ -1,22 +1,22 @@
 """The errors that the toolchain reports to its user.
 
-ToolchainError                exit 1: one sentence states the cause, one sentence states the fix
-├── SettingsError             exit 2: the settings of a step exclude each other
-├── UnknownVariantError       the model has no variant of this name
-├── CheckpointError           the checkpoint is unreadable, or is not a classifier
-│   └── HubError              the model hub is unreachable, or refuses the model
-├── DataError                 the sentences or labels are unusable
-├── ArtifactError             a folder under exported/ cannot be read, written or replaced
-│   └── TamperedError         the files no longer match their manifest
-├── PruningError              the model cannot be pruned with this method, or by this ratio
-├── GraphError                the file is no valid ONNX file, or a pass does not apply to it
-├── ProviderError             the execution provider is unavailable, or the session ran on another one
-├── DeviceMemoryError         the device has too little memory for the model or a batch
-├── ShippingError             no bundle can be built from these variants, or written to this folder
-├── BenchError                nothing could be measured
-├── ClusterError              the Ray cluster is unreachable, was lost, or has a node with another release
-├── ResultFileError           the result file cannot be read or written
-└── VerdictError              exit 3: the check completed, and its answer is no
+* `ToolchainError`: the base class of all errors; has the exit code 1, and states the cause and the fix.
+    * `SettingsError`: exit code 2; the settings of a step exclude each other, or a setting is invalid.
+    * `UnknownVariantError`: the model has no variant with the requested name.
+    * `CheckpointError`: the checkpoint is unreadable, or is not a classifier.
+        * `HubError`: the model hub is unreachable, or refuses the model.
+    * `DataError`: the sentences or labels are unusable.
+    * `ArtifactError`: a folder under exported/ cannot be read, written or replaced.
+        * `TamperedError`: the files of an artifact do not match its manifest.
+    * `PruningError`: the model cannot be pruned with this method, or by this ratio.
+    * `GraphError`: the file is no valid ONNX file, or a pass does not apply to its graph.
+    * `ProviderError`: the execution provider is unavailable, or a session runs on another provider than requested.
+    * `DeviceMemoryError`: the device has too little memory for the model or a batch.
+    * `ShippingError`: no bundle can be built from the chosen variants, or written to the chosen folder.
+    * `BenchError`: a benchmark cannot measure a cell, or has no usable result.
+    * `ClusterError`: the Ray cluster is unreachable, was lost, or has a node with another release.
+    * `ResultFileError`: the result file cannot be read or written.
+    * `VerdictError`: exit code 3; the check completed, and its answer is no.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class ToolchainError(Exception):
 
 
 class SettingsError(ToolchainError):
-    """A step has a setting without a valid value, or two settings that exclude each other."""
+    """A setting of a step has no valid value, or two settings of a step exclude each other."""
 
     exit_code = 2
 
 
 class UnknownVariantError(ToolchainError):
-    """The model has no variant of this name."""
+    """The model has no variant with the requested name."""
 
 
 class CheckpointError(ToolchainError):
@@ -63,7 +63,7 @@ class HubError(CheckpointError):
 
 
 class DataError(ToolchainError):
-    """The data lacks columns, labels or rows, or has unusable ones."""
+    """Columns, labels or rows of the data are missing or unusable."""
 
 
 class ArtifactError(ToolchainError):
@@ -84,7 +84,7 @@ class TamperedError(ArtifactError):
 
 
 class PruningError(ToolchainError):
-    """The model cannot be pruned: its layout, the ratio or the latency table does not allow it."""
+    """The model cannot be pruned: its architecture, the ratio or the latency table does not allow pruning."""
 
 
 class GraphError(ToolchainError):
@@ -100,7 +100,7 @@ class DeviceMemoryError(ToolchainError):
 
     @classmethod
     def failed_allocation(cls, size_bytes: int | None) -> DeviceMemoryError:
-        """Returns the error for a failed allocation of `size_bytes`; None if the runtime does not report the size."""
+        """Returns the error for a failed allocation; `size_bytes` is None if the runtime does not report the size."""
         memory = "memory" if size_bytes is None else f"memory for the requested {size_bytes / 2**20:,.0f} MiB"
         return cls(
             f"The device has too little {memory}.",
@@ -109,11 +109,11 @@ class DeviceMemoryError(ToolchainError):
 
 
 class ShippingError(ToolchainError):
-    """A bundle cannot be built from these variants, for this target, or in this folder."""
+    """A bundle cannot be built from the chosen variants, for the chosen target, or in the chosen folder."""
 
 
 class BenchError(ToolchainError):
-    """Nothing could be measured."""
+    """A benchmark cannot measure a cell, or has no usable result."""
 
 
 class ClusterError(ToolchainError):

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CARD = checkpoints.CARD
-LABEL_WEIGHT = 0.5  # with a teacher: weight of the labels; the teacher's logits have the other half
-_HINT = "Move it away, or choose another folder with --output."
+LABEL_WEIGHT = 0.5  # Weight of the labels in the loss with a teacher; the teacher's logits have the same weight.
+_HINT = "Move the existing folder away, or choose another folder with --output."
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class FinetuneRequest:
         recipe: Settings of the training.
         output: The checkpoint folder to write.
         revision: Hub revision of `base`.
-        teacher: A classifier; the model also learns from its logits. None without a teacher.
+        teacher: A classifier from whose logits the model also learns; None without a teacher.
         labels: Labels of a new head, in order; if empty, the labels of the base or the data.
         multi_label: Whether a text can have any number of labels.
         max_length: Maximum number of tokens of a training text.
-        data: Rows on which the trained model is scored. None means the embedded validation set if the embedded data
-            train the model, else the held-out rows.
+        data: Rows on which the trained model is scored; None for the default. The default scoring rows are the embedded
+            validation set if the training data is embedded, else the held-out rows.
     """
 
     base: str
@@ -69,14 +69,14 @@ class FinetuneRequest:
 
 
 def finetune(request: FinetuneRequest, say: Say, bar: Bar) -> dict[str, Any]:
-    """Trains a checkpoint, writes it to the request's output and returns its card.
+    """Trains a checkpoint, writes it to the request's output folder, and returns the content of its training.json.
 
-    A stopped run continues where it stopped.
+    If a run with the same settings was interrupted, the function continues that run.
 
     Raises:
         CheckpointError: The base or the teacher is not usable.
         DataError: The training data are not usable.
-        ArtifactError: The output exists and does not come from a request with the same settings.
+        ArtifactError: The output folder exists, and does not come from a request with the same settings.
     """
     base = checkpoints.locate(request.base)
     folder, base = checkpoints.fetch(base, request.revision, head=False)
@@ -100,9 +100,9 @@ def finetune(request: FinetuneRequest, say: Say, bar: Bar) -> dict[str, Any]:
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     output = request.output
-    with publishing.lock(output, lambda: say(f"{output}: waiting, because another run is writing it")):
+    with publishing.lock(output, lambda: say(f"{output}: waiting, because another run is writing to this folder")):
         if finished_card := _finished_card(output, key):
-            say(f"{output}: already finished with the same settings, unchanged")
+            say(f"{output}: unchanged, because a run with the same settings already finished")
             return finished_card
         resume = publishing.work_folder(output) / "training"
         with publishing.scratch_folder(output) as scratch:
@@ -131,12 +131,12 @@ def _check_texts(table: LabelledTable) -> None:
     if empty:
         raise DataError(
             f"{table.column.source}: {len(empty)} rows have an empty text, the first is row {empty[0]}.",
-            "Add the texts, or remove the rows.",
+            "Add the missing texts, or remove the rows without a text.",
         )
 
 
 def _base_labels(folder: Path) -> LabelSet | None:
-    """Returns the labels of a base that is a classifier; None for a base without a head."""
+    """Returns the labels of the base if it is a classifier; None for a base without a classification head."""
     config = checkpoints.config_of(folder)
     if not any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or []):
         return None
@@ -148,8 +148,8 @@ def _choose_labels(
 ) -> tuple[LabelSet, bool]:
     """Returns the model's labels, and whether the training continues with the base's head.
 
-    A base that has none of the data's labels gets a new head. If the base has only some of these labels, the other
-    labels may be misspelt. The function then raises `DataError`, and the user decides.
+    A base that has none of the data's labels gets a new head. If the base has only some of the data's labels, the
+    function raises `DataError`, because the other labels may be misspelt.
     """
     label_set = labels.label_set(table.column, request.labels, request.multi_label)
     if request.labels or base_labels is None:
@@ -200,7 +200,10 @@ def _fetch_teacher(name: str | None, label_set: LabelSet) -> tuple[Path, Source]
 
 
 def _finished_card(output: Path, key: str) -> dict[str, Any] | None:
-    """Returns the card of `output`, or None without an output; raises `ArtifactError` if its key is not `key`."""
+    """Returns the content of training.json in `output`; None if `output` does not exist.
+
+    Raises `ArtifactError` if `output` is not the result of the fine-tuning run with this `key`.
+    """
     if not (output.exists() or output.is_symlink()):
         return None
     try:
@@ -213,7 +216,7 @@ def _finished_card(output: Path, key: str) -> dict[str, Any] | None:
 
 
 def _write_start(folder: Path, start: Path, label_set: LabelSet, keep: bool, seed: int) -> None:
-    """Writes the base with its kept or new head, and its tokenizer, to `start`."""
+    """Writes the base's tokenizer and model to `start`; the model keeps its classification head or gets a new one."""
     import torch
 
     from toolchain.backends.pytorch import load_base
@@ -227,7 +230,7 @@ def _write_start(folder: Path, start: Path, label_set: LabelSet, keep: bool, see
 
 
 def _import(start: Path, scratch: Path, resume: Path, max_length: int | None) -> Encoder:
-    """Imports `start` into `scratch` with all checks; returns its encoder for texts of at most `max_length` tokens."""
+    """Imports the checkpoint in `start` into `scratch`; returns an encoder for texts of at most `max_length` tokens."""
     job = Job(Import(), None, start, scratch, None, TrainingSource(), resume, resume, lambda *_: None)
     imported = import_checkpoint(job)
     if max_length and max_length > imported.max_length:
@@ -245,7 +248,7 @@ def _train_model(
     resume: tuple[Path, str],
     bar: Bar,
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """Trains the model in `scratch` and stores its new weights there; returns the model and its history."""
+    """Trains the model in `scratch` and stores its new weights there; returns the model and the training history."""
     from toolchain.backends.pytorch import check_stored, load_model, save_weights
 
     model = load_model(scratch)
@@ -261,7 +264,10 @@ def _train_model(
 
 
 def _load_teacher(folder: Path, encoder: Encoder) -> PreTrainedModel:
-    """Returns the teacher, which gets the student's token ids; raises `CheckpointError` for another vocabulary."""
+    """Returns the teacher model.
+
+    Raises `CheckpointError` if teacher and student have different vocabularies, because both get the same token ids.
+    """
     from toolchain.backends.pytorch import load_model
 
     teacher_encoder = Encoder.open(folder, encoder.names, encoder.max_length)
@@ -273,7 +279,7 @@ def _load_teacher(folder: Path, encoder: Encoder) -> PreTrainedModel:
 
 
 def _score(model: PreTrainedModel, encoder: Encoder, data: Data) -> dict[str, Any]:
-    """Returns rows, accuracy, balanced accuracy and macro-F1 of the model on `data`.
+    """Returns the number of rows in `data`, and the model's accuracy, balanced accuracy and macro-F1 on these rows.
 
     For the accuracy, a multi-label row is correct only if all its labels are correct.
     """

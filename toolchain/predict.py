@@ -1,7 +1,7 @@
-"""Prediction of the label and the probabilities of every text of a file, in order and in constant memory.
+"""Predicts the label and the probabilities of every text of a file, in order and in constant memory.
 
-For an output file, the run stores finished rows as parts in a work folder beside that file. At the end, it joins the
-parts into the output file. After an interruption, the same command resumes the run.
+If the rows go to a file, the run stores finished rows as part files in a work folder beside the output file. At the
+end, the run joins the part files into the output file. After an interruption, the same command resumes the run.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from toolchain.system import files, hardware
 if TYPE_CHECKING:
     import numpy as np
 
-PART_TEXTS = 2000  # Texts per part, if rows go to a file.
-STDOUT_WINDOW = 32  # Texts per window, if rows go to standard output: small, so that rows appear soon.
+PART_TEXTS = 2000  # If rows go to a file, the run scores and stores this number of texts at a time.
+STDOUT_WINDOW = 32  # If rows go to standard output, the run scores this small number of texts before it prints rows.
 BATCH_SIZE = 32
 
 
@@ -44,12 +44,12 @@ class Model:
     """A model file with its tokenizer and labels.
 
     Attributes:
-        path: Path that the runtime opens.
+        path: Path that the runtime opens: the folder of a variant, or the model file of a bundle.
         runtime: Name of the runtime.
         id: Unique id: a variant's manifest id, or a bundle's id with the name of the variant.
         labels: Names of the labels, by index.
         encoder: The tokenizer.
-        files: Files of the folder by their relative paths, with the manifest or bundle.json.
+        files: Relative paths of all files in the folder of the variant or bundle, with the manifest or bundle.json.
         takes_texts: Whether the graph contains the tokenizer.
     """
 
@@ -67,7 +67,7 @@ class Model:
         return self.encoder.folder
 
     def columns(self, takes_texts: Texts) -> list[str]:
-        """Returns the column names of the predictions: the text or texts, the label, and each label's probability."""
+        """Returns the column names of the predictions: a text or a pair of texts, the label, and all probabilities."""
         text_columns = ["text", "text_pair"] if takes_texts.pair else ["text"]
         return [*text_columns, "prediction", *(f"score_{label}" for label in self.labels)]
 
@@ -77,8 +77,8 @@ class Model:
         return LabelSet(self.labels, self.encoder.multi_label)
 
 
-# Called as (model, texts, skip, window): skips the first `skip` texts, and yields the rows of `window` texts at a time,
-# in order.
+# A function that is called with (model, texts, skip, window). The function skips the first `skip` texts, and yields the
+# predictions of `window` texts at a time, in order.
 Engine = Callable[[Model, Texts, int, int], Iterator[list[Row]]]
 
 
@@ -114,7 +114,7 @@ def load_bundle_model(folder: Path, say: Say) -> Model:
 
 
 class LoadedModel:
-    """A loaded model that runs on the CPU with a number of threads and returns logits."""
+    """A loaded model that runs on the CPU with `threads` threads and returns logits."""
 
     def __init__(self, model: Model, threads: int) -> None:
         self._encoder = model.encoder
@@ -126,7 +126,7 @@ class LoadedModel:
 
         Args:
             texts: The texts, for a graph that contains the tokenizer.
-            rows: Token ids of each text, for all other models.
+            rows: Token ids of each text, for a graph without the tokenizer.
 
         Raises:
             DataError: The graph contains the tokenizer and a text is a pair.
@@ -135,7 +135,7 @@ class LoadedModel:
             if not all(isinstance(text, str) for text in texts):
                 raise DataError(
                     "A bundle with the tokenizer in the graph takes single texts, not pairs.",
-                    "Use the variant, or a bundle without --with-tokenizer.",
+                    "Use the variant instead of the bundle, or ship a bundle without --with-tokenizer.",
                 )
             return self._graph.run([str(text) for text in texts])[LOGITS]
         assert self._session is not None
@@ -168,7 +168,7 @@ def load_folder_model(folder: Path, say: Say) -> Model:
 
 
 def score_locally(model: Model, texts: Texts, skip: int, window: int) -> Iterator[list[Row]]:
-    """Yields the rows of each window, computed in this process: the default `Engine`."""
+    """Scores the texts in this process and yields the rows of `window` texts at a time; the default `Engine`."""
     loaded_model = LoadedModel(model, hardware.cores())
     for window_texts in split_windows(texts, skip, window):
         yield score_window(loaded_model, model, texts, window_texts)
@@ -200,15 +200,17 @@ def predict(model: Model, texts: Texts, output: Path | None, say: Say, bar: Bar,
                 count += len(rows)
         return count
     if output.suffix.lower() not in FORMATS:
-        raise DataError(f"The ending of {output} is none of {', '.join(FORMATS)}.", "Use one of these endings.")
-    with publishing.lock(output, lambda: say(f"{output}: another run is writing it, waiting")):
+        raise DataError(
+            f"The ending of {output} is none of {', '.join(FORMATS)}.", "Choose an output file with a supported ending."
+        )
+    with publishing.lock(output, lambda: say(f"{output}: another run is writing this file, waiting")):
         if output.exists():
             raise _output_exists_error(output)
         return _score_to_file(model, texts, output, say, bar, engine)
 
 
 def _output_exists_error(output: Path) -> ArtifactError:
-    return ArtifactError(f"{output} exists.", "Move it away, or choose another file.")
+    return ArtifactError(f"{output} exists.", "Move the existing file away, or choose another output file.")
 
 
 def _score_to_file(model: Model, texts: Texts, output: Path, say: Say, bar: Bar, engine: Engine) -> int:
@@ -239,12 +241,12 @@ def _score_to_file(model: Model, texts: Texts, output: Path, say: Say, bar: Bar,
 
 
 def _resume_parts(parts: Path, model: Model, texts: Texts) -> int:
-    """Returns the number of texts that an interrupted run of the same inputs scored; deletes parts of other runs."""
+    """Returns how many texts an interrupted run with the same inputs has scored; deletes parts of other runs."""
     run_settings = {"model": model.id, "texts": texts.sha256, "column": texts.column, "pair": texts.pair}
     state = parts / "run.json"
     try:
         is_same_run = texts.file != STDIN and json.loads(state.read_text()) == run_settings
-    except (OSError, ValueError):  # missing, or incomplete because its run was killed
+    except (OSError, ValueError):  # run.json is missing, or a killed run left it incomplete
         is_same_run = False
     if is_same_run:
         part_files = sorted(parts.glob("[0-9]*"))
@@ -264,12 +266,12 @@ def _resume_parts(parts: Path, model: Model, texts: Texts) -> int:
 def _write_part(part: Path, rows: Sequence[Row]) -> None:
     """Writes a part atomically."""
     try:
-        # str.splitlines also splits at characters such as \x85. json.dumps escapes them.
+        # str.splitlines also splits at characters such as \x85, but json.dumps escapes these characters.
         files.write_whole(part, "".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
         raise ArtifactError(
             f"{part.parent} cannot be written: {error.strerror or error}.",
-            "Free space. The same command then continues the run.",
+            "Free disk space, then run the same command again to continue the run.",
         ) from error
 
 

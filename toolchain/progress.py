@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-# Called with (finished units, all units, name of the current work).
+# A function that is called with (number of finished parts, number of all parts, name of the current part).
 Progress = Callable[[int, int, str], None]
-# Called with each event. An event is a line of text, or a value whose `str` is such a line.
+# A function that is called with each event. An event is a line of text, or a value whose `str` is such a line.
 Say = Callable[[object], None]
 Bar = Callable[[str], AbstractContextManager[Progress]]
 

@@ -87,7 +87,7 @@ def test_verify_names_an_added_file_and_copies_leave_it_out(artifact, tmp_path):
     (artifact.path / ".DS_Store").write_text("a file manager's")
     artifact.verify()
     (artifact.path / "evil.py").write_text("")
-    with pytest.raises(TamperedError, match=r"evil.py is not in its manifest"):
+    with pytest.raises(TamperedError, match=r"evil.py is not in the manifest"):
         artifact.verify()
     (tmp_path / "next").mkdir()
     store.copy_companions(artifact, tmp_path / "next")
@@ -166,7 +166,8 @@ def _build_and_die(target: Path, kill_point: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         (scratch / "manifest.json").write_text(manifest.to_json())
         target.rename(publishing._backup_folder(target))
-        os.kill(os.getpid(), signal.SIGKILL)  # the process dies between the two renames
+        # The process dies after it renamed the old artifact and before it renames the new artifact.
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("kill_point", ["while building", "between renames"])
@@ -175,7 +176,8 @@ def test_a_killed_run_keeps_the_old_artifact(artifact, kill_point):
     child.start()
     child.join(30)
     assert child.exitcode == -signal.SIGKILL
-    with publishing.lock(artifact.path, pytest.fail):  # the dead run's lock is free, and taking it repairs the folder
+    # The dead process no longer holds the lock. `publishing.lock` repairs the folder.
+    with publishing.lock(artifact.path, pytest.fail):
         store.load(artifact.path).verify()
         assert (artifact.path / "model.onnx").read_bytes() == b"weights"
     assert list(artifact.path.parent.iterdir()) == [artifact.path]

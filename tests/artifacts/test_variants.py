@@ -111,7 +111,7 @@ def test_child_returns_the_variant_that_a_step_builds():
         variants.derive_variant("torch-pruned30", Prune(0.5))
     with pytest.raises(UnknownVariantError, match="It takes a pruned PyTorch variant"):
         variants.derive_variant("torch-fp32", Recover(1))
-    with pytest.raises(UnknownVariantError):  # training would change the zeros that the mask sets
+    with pytest.raises(UnknownVariantError):  # recovery would change the weights that `mask` sets to zero
         variants.derive_variant("torch-pruned30-mask", Recover(1))
 
 
@@ -151,7 +151,7 @@ def test_settings_that_exclude_each_other_are_refused(kind, settings):
 def test_passes_without_leaves_out_the_named_passes():
     assert Quantize.passes_without("dynamic", []) is None
     assert Quantize.passes_without("dynamic", ["padding"]) == ("quantize-linear", "quantize-embedding")
-    # without quantize-linear, `smooth` has no use
+    # without the pass quantize-linear, the pass smooth has no use
     assert Quantize.passes_without("static", ["quantize-linear"]) == ("quantize-embedding",)
     assert Quantize.passes_without("int4", ["quantize-linear", "quantize-embedding"]) == ()
     with pytest.raises(SettingsError, match="quantize-linear, quantize-embedding"):

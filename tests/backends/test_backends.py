@@ -62,7 +62,7 @@ def test_a_session_that_silently_falls_back_to_the_cpu_raises_a_provider_error(b
 def test_a_failed_run_gives_an_error_with_the_size_of_the_batch(built_tiny):
     session = open_session(built_tiny.path("onnx-fp32"), "onnx", Place("cpu", 1))
     with pytest.raises(GraphError, match="fails on a batch of 1 × 600 tokens"):
-        session.run(encoding.pad([[5] * 600], NAMES, 0))  # the model has fewer positions
+        session.run(encoding.pad([[5] * 600], NAMES, 0))  # the model has only 512 positions
 
 
 @pytest.mark.parametrize("content", [b"", b"no graph"])
@@ -82,7 +82,7 @@ def test_a_missing_file_raises_a_graph_error(tmp_path):
 
 @pytest.fixture
 def saturating(monkeypatch):
-    """Makes the toolchain treat this processor as one without VNNI, so that a session needs the option.
+    """Makes the toolchain treat this processor as one without VNNI, so that sessions need `session.x64quantprecision`.
 
     ONNX Runtime still uses the kernels of the real processor.
     """
@@ -115,7 +115,7 @@ def test_products_are_exact_with_the_option_and_saturate_without_it_where_the_pr
 
 
 def test_the_option_is_set_only_where_products_saturate(monkeypatch):
-    """On a processor whose products are exact, the option would only make int8 slower."""
+    """If products are exact without `session.x64quantprecision`, this option would only make int8 slower."""
     key, value = EXACT_PRODUCTS
     for saturates in (False, True):
         monkeypatch.setattr(ort_backend, "saturates", lambda exact=False, answer=saturates: answer)

@@ -1,6 +1,6 @@
-"""CUDA tests that need no device: provider and GPU choice, fallbacks, and memory figures.
+"""Tests of CUDA: provider and GPU choice, fallbacks, and memory figures.
 
-Only the tests with the marker `gpu` need a device.
+Only the tests with the marker `gpu` need a GPU.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ FAKE = {"fake": Backend("fake_backend:FakeSession", ("json",))}
 class SessionOnHost:
     """A real CPU session that reports CUDA as its provider and keeps GPU tensors in the memory of the host."""
 
-    # The fixture sets these for each test: operators on the CPU, bound devices, and requested options.
+    # The fixture `cuda` sets these attributes for each test.
     cpu_operators: tuple
     devices: list
     options: list
@@ -106,7 +106,7 @@ def test_an_onnx_session_binds_tensors_to_its_gpu_and_gives_the_cpu_logits(built
     session = OrtSession(built_tiny.path("onnx-fp32"), Place("cuda", 1, device_id=1))
     logits = session.run(BATCH)
     assert set(cuda.devices) == {("cuda", 1)}
-    assert len(cuda.devices) == 3  # two inputs, one output
+    assert len(cuda.devices) == 3  # the session binds two inputs and one output
     assert cuda.options == ["preloaded", [("CUDAExecutionProvider", {"device_id": "1"})]]
     session.resident(BATCH)()
     assert len(cuda.devices) == 6
@@ -183,13 +183,13 @@ def test_a_resident_pytorch_batch_gives_the_logits_of_run(built_tiny):
 @pytest.mark.parametrize(
     ("capability", "architectures", "supported"),
     [
-        ((6, 1), ["sm_75", "sm_80", "sm_90", "compute_120"], False),  # GTX 1050 Ti, CUDA 13
+        ((6, 1), ["sm_75", "sm_80", "sm_90", "compute_120"], False),  # a GTX 1050 Ti with PyTorch for CUDA 13
         ((6, 1), ["sm_50", "sm_60", "sm_70"], True),
         ((7, 5), ["sm_70", "sm_80"], True),
         ((7, 0), ["sm_75", "sm_80"], False),
         ((12, 0), ["sm_80", "sm_90a", "compute_90"], True),  # the driver can compile the compute_90 code for this GPU
         ((12, 0), ["sm_80", "sm_90a"], False),
-        ((8, 9), [], True),  # a build that does not list its architectures
+        ((8, 9), [], True),  # this PyTorch build does not list its architectures
     ],
 )
 def test_a_gpu_without_kernels_in_the_pytorch_build_is_refused(monkeypatch, capability, architectures, supported):
@@ -231,7 +231,7 @@ def test_gpu_memory_is_the_growth_on_the_device_where_processes_are_hidden(nvml,
     import os
 
     meter = gpu_memory.meter(0)
-    # Some drivers list the process without its memory.
+    # Some drivers list the process, but not how much memory the process uses.
     nvml.processes = [SimpleNamespace(pid=os.getpid(), usedGpuMemory=None)] if hidden is None else hidden
     nvml.used = 1750
     assert (meter.read(), meter.method) == (750, gpu_memory.DIFFERENCE)
@@ -295,7 +295,7 @@ def test_a_comparison_marks_a_row_with_a_fallback(bench_cells):
     facts = {**run.rows[0].facts, "session": {"fallback": "3 of 9 nodes run on the CPU", "note": "memory, not speed"}}
     run = dataclasses.replace(run, rows=(dataclasses.replace(run.rows[0], facts=facts),))
     comparison = compare([run])
-    # The row may also be noisy on this machine.
+    # The row has the mark [noisy] as well if this machine was busy during the test.
     assert CELL.text(comparison[0]).removesuffix(" [noisy]") == "half@cuda ◆ [fallback]"
     assert {"half@cuda: 3 of 9 nodes run on the CPU.", "half@cuda: memory, not speed."} <= set(notes(comparison))
 
@@ -324,7 +324,7 @@ def test_a_wrong_device_id_gives_an_error_that_lists_the_gpus(monkeypatch, tmp_p
     assert hardware.missing_cuda(0) is None
     assert hardware.missing_cuda(2) == (
         "There is no GPU 2 on this machine.",
-        "Pass one of these as --device-id: 0 Tesla T4.",
+        "Pass the index of one of these GPUs as --device-id: 0 Tesla T4.",
     )
     arguments = ["bench", "--model", str(tiny_checkpoint), "--exported", str(tmp_path), "--provider", "cuda"]
     assert main([*arguments, "--device-id", "2", "--dry-run"]) == 0

@@ -19,7 +19,7 @@ PIN = next(
 def runtime(tmp_path_factory):
     """Installs the pinned onnxruntime-gpu into a separate folder, which Python searches before this environment."""
     if hardware.missing_cuda() is None:
-        pytest.skip("this machine has an NVIDIA GPU, so nothing is refused")
+        pytest.skip("this machine has an NVIDIA GPU, so the toolchain accepts the session")
     folder = tmp_path_factory.mktemp("runtime")
     pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--no-compile"]
     run = subprocess.run([*pip, "--target", str(folder), PIN], capture_output=True, text=True, timeout=600, check=False)

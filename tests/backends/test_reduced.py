@@ -1,4 +1,4 @@
-"""Quantised PyTorch variants: they are stored without pickle and give the same logits in every process."""
+"""Tests of quantised PyTorch variants: they are stored without pickle and give the same logits in every process."""
 
 import json
 import subprocess
@@ -28,14 +28,14 @@ QUANTISED = (*TORCH, *BNB, "torch-pruned50-int8")
 
 @pytest.fixture(scope="module")
 def small_workspace(tmp_path_factory):
-    """Builds every quantised PyTorch variant of a small model. Its width, 64, is the size of a bitsandbytes block."""
+    """Builds every quantised PyTorch variant of a small model, whose width of 64 is the block size of bitsandbytes."""
     checkpoint = make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "small", width=64)
     file = tmp_path_factory.mktemp("train") / "train.csv"
     file.write_text("sentence,label\n" + "".join(f"a film of {i} words,{i % 2}\n" for i in range(60)))
     source = TrainingSource(str(file))
     workspace = Workspace.open(str(checkpoint), tmp_path_factory.mktemp("exported"), None, source)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validate, "MAX_FLIPS", 1.0)  # a random model's logits are close, so many labels may flip
+        patch.setattr(validate, "MAX_FLIPS", 1.0)  # a random model's logits are nearly equal, so many labels may flip
         ensure(workspace, QUANTISED, {}, lambda line: None)
     return workspace
 

@@ -79,7 +79,7 @@ def test_a_row_has_its_figures_and_its_raw_samples(run, fake):
     assert memory["peak"] > memory["bare"]
     assert "VmHWM" in memory["method"]
     assert row.size_bytes["total"] > 0
-    assert row.latency.count % 80 == 0  # each sentence the same number of times
+    assert row.latency.count % 80 == 0  # each of the 80 sentences was measured equally often
     assert len(row.latency.rounds) == run_facts["rounds"] == 8
     assert len(row.predictions) == 80
     assert run_facts["threads"] == 1
@@ -117,13 +117,13 @@ def test_a_row_states_the_cost_of_the_option_for_exact_products(run):
     line = next(line for line in notes(compare([result])) if "saturate" in line)
     assert re.fullmatch(
         r"saturable@cpu: 8-bit products saturate on this processor, so an\.option = 1 is set to make them exact\. "
-        r"Time with this option / time without it: \d\.\d\d \[\d\.\d\d, \d\.\d\d\]\.",
+        r"Time with an\.option / time without it: \d\.\d\d \[\d\.\d\d, \d\.\d\d\]\.",
         line,
     )
 
 
 DEATHS = {
-    "exits": ({"exit": 7}, "ended with exit code 7. Its last output:.*last words"),
+    "exits": ({"exit": 7}, "ended with exit code 7. Last output of the process:.*last words"),
     "crashes": ({"signal": "SIGSEGV"}, "crashed with SIGSEGV"),
     "is-killed": ({"signal": "SIGKILL"}, "was killed"),
     "raises": ({"raise": "no such kernel"}, "RuntimeError: no such kernel"),
@@ -154,9 +154,9 @@ def test_a_cell_that_hangs_is_stopped(run, monkeypatch):
 
 
 def test_a_provider_that_refuses_is_unavailable_not_failed(run):
-    rows, _ = run(good={}, refused={"refuse": "This provider is not here."})
+    rows, _ = run(good={}, refused={"refuse": "This provider is not installed."})
     row = rows["refused"]
-    assert (row.status, row.reason, row.mend) == ("unavailable", "This provider is not here.", "Use another one.")
+    assert (row.status, row.reason, row.mend) == ("unavailable", "This provider is not installed.", "Use another one.")
 
 
 @pytest.mark.slow
@@ -315,8 +315,8 @@ def test_only_the_same_command_can_resume_a_run(tmp_path):
     file.write_text("[1]\n")
     with pytest.raises(ResultFileError, match="is not a valid journal"):
         Journal.resume(file, {"cells": []})
-    with pytest.raises(ResultFileError, match="no interrupted run of other"):
-        journal.find_newest(tmp_path, "other")
+    with pytest.raises(ResultFileError, match="no interrupted run of unknown-model"):
+        journal.find_newest(tmp_path, "unknown-model")
     with pytest.raises(ResultFileError, match="cannot be written"):
         Journal.begin(file / "below", {})
 
@@ -441,7 +441,7 @@ def test_planned_returns_the_default_cells_and_checks_the_provider():
         *((name, "cuda") for name in ("torch-fp32", "torch-fp16", "bnb-int8", "bnb-nf4", "onnx-fp32", "onnx-fp16")),
     ]
     assert bench_run.planned_pairs(("onnx-fp32",), ("cuda",)) == [("onnx-fp32", "cuda")]
-    with pytest.raises(BenchError, match=r"onnx-int8 does not run on cuda. It runs on cpu"):
+    with pytest.raises(BenchError, match=r"onnx-int8 does not run on cuda. onnx-int8 runs on cpu"):
         bench_run.planned_pairs(("onnx-int8",), ("cuda",))
 
 

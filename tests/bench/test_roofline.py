@@ -94,7 +94,7 @@ def test_reading_only_the_first_token_lowers_the_work_as_in_the_graph(model, req
     for tokens in LENGTHS:
         attention = 2 * tokens**2 * sum(model_work.attention_widths)
         assert count_in_graph(workspace.path("onnx-std") / "model.onnx", tokens) == model_work.macs(tokens) - attention
-        # The last attention has a single query left.
+        # In onnx-fp32, the last attention has a single query.
         attention -= 2 * tokens * (tokens - 1) * model_work.attention_widths[-1]
         assert (
             count_in_graph(workspace.path("onnx-fp32") / "model.onnx", tokens)
@@ -165,7 +165,7 @@ def test_weight_bytes_leave_out_the_embedding_tables(built_tiny):
     parameters = model_work.linear_parameters + model_work.head_parameters
     for variant, bytes_per_weight in (("torch-fp32", 4), ("onnx-fp32", 4), ("onnx-int8", 1)):
         size = weight_bytes(store.load(built_tiny.path(variant)).manifest.facts)
-        # biases, norms and scales are extra
+        # `size` also counts biases, norms and scales
         assert bytes_per_weight * parameters < size < bytes_per_weight * parameters + 20_000
     assert weight_bytes({}) is None
     assert weight_bytes({"bytes_by_part": {"encoder": 1}}) is None
@@ -175,9 +175,9 @@ RATES = {"fp32_gmacs": 100.0, "fp32_gb_s": 10.0, "int8_gmacs": 400.0, "int8_gb_s
 
 
 def test_the_floor_is_the_larger_of_compute_time_and_memory_time():
-    assert floor_ms(1e9, 1e6, RATES, "fp32") == 10.0  # 10⁹ multiply-accumulates at 10¹¹ per second
+    assert floor_ms(1e9, 1e6, RATES, "fp32") == 10.0  # 10⁹ multiply-accumulates at 10¹¹ per second take 10 ms
     assert floor_ms(1e9, 1e6, RATES, "int8") == 2.5
-    assert floor_ms(1e9, 80e6, RATES, "int8") == 8.0  # 80 MB at 10 GB per second
+    assert floor_ms(1e9, 80e6, RATES, "int8") == 8.0  # 80 MB at 10 GB per second take 8 ms
     assert [floor_ms(1e9, 1e6, RATES, precision) for precision in ("bf16", "fp16", "nf4")] == [None] * 3
 
 
@@ -192,7 +192,7 @@ def test_more_work_never_lowers_the_floor(macs, size, more_macs, more_bytes, pre
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Replaces the measurement with fixed rates on a processor with bf16, and returns the list of its calls."""
+    """Replaces the machine probe by a fake on a processor with bf16, and returns the list of the fake's calls."""
     calls = []
 
     def measure(runtime, precisions, threads, seconds, mebibytes):
@@ -319,6 +319,6 @@ def test_a_failed_machine_probe_gives_its_reason(monkeypatch, tmp_path):
 def test_the_machine_probe_uses_the_int8_operator_of_onnx_int8():
     facts = passes.facts(machine_probe.build_graph("int8", 2))
     assert facts["operators"] == {"DynamicQuantizeMatMul": 2, "Gather": 1}
-    # the count includes the zero points
+    # the bytes of int8 tensors include the zero points
     assert facts["bytes_by_dtype"]["int8"] == 2 * machine_probe.WIDTH * (machine_probe.WIDTH + 1)
     assert passes.facts(machine_probe.build_graph("fp32", 1))["operators"] == {"Gather": 1, "MatMul": 1}

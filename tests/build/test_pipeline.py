@@ -43,7 +43,7 @@ def digest(workspace):
 def test_every_variant_of_an_empty_workspace_is_missing(tiny_checkpoint, tmp_path):
     workspace = Workspace.open(str(tiny_checkpoint), tmp_path / "exported")
     assert reasons(workspace) == dict.fromkeys(ALL, "missing")
-    assert not (tmp_path / "exported").exists()  # a plan writes nothing
+    assert not (tmp_path / "exported").exists()  # `plan` writes no file
 
 
 def test_a_second_run_skips_every_artifact(tiny):
@@ -129,7 +129,7 @@ def test_an_imported_model_stays_fresh_without_its_checkpoint(tmp_path):
 def test_a_new_version_of_a_step_makes_its_artifacts_stale(tiny, monkeypatch):
     function, version = pipeline.STEPS[Optimize]
     monkeypatch.setitem(pipeline.STEPS, Optimize, (function, version + 1))
-    assert reasons(tiny)["onnx-fp32"] == "this release builds it differently"
+    assert reasons(tiny)["onnx-fp32"] == "this release builds the variant differently"
 
 
 def tamper(workspace, name="onnx-fp32"):
@@ -155,7 +155,7 @@ def test_a_command_that_names_a_tampered_artifact_rebuilds_it(tiny):
     original_id = tiny.load("onnx-fp32").manifest.id
     tamper(tiny)
     steps = {"onnx-fp32": Optimize()}
-    assert reasons(tiny, steps, steps)["onnx-fp32"] == "its files were modified after the build"
+    assert reasons(tiny, steps, steps)["onnx-fp32"] == "the files were modified after the build"
     ensure(tiny, steps, steps, lambda line: None)
     tiny.load("onnx-fp32").verify()
     assert tiny.load("onnx-fp32").manifest.id == original_id
@@ -310,7 +310,7 @@ def test_a_labelled_variant_does_not_replace_the_unlabelled_one(tiny):
     assert (labelled.parent, labelled.variant) == ("onnx-std", "onnx-fp32+fused")
     assert labelled.facts["rewrites"] == {"fuse": 4}
     assert tiny.load("onnx-fp32").manifest.id == unlabelled.id
-    # From now on, the manifest holds the settings.
+    # Later commands take the settings of this variant from its manifest.
     events = []
     rebuilt = ensure(tiny, ["onnx-fp32+fused"], {}, lambda event: events.append(str(event)))["onnx-fp32+fused"].manifest
     assert "onnx-fp32+fused: fresh, skipped" in events

@@ -1,4 +1,4 @@
-"""Tests of a vocabulary trimmed to a corpus: which tokens stay, how it tokenises, and that all files agree."""
+"""Tests of vocabularies trimmed to a corpus: which tokens stay, how texts are tokenised, and that all files agree."""
 
 import functools
 import json
@@ -53,7 +53,7 @@ def reference_encoder():
 
 @pytest.fixture(scope="session")
 def trimmed(tmp_path_factory):
-    """Trims the reference's tokenizer and config to `CORPUS`; returns the encoder and the kept ids."""
+    """Trims the reference model's tokenizer and config to `CORPUS`; returns the encoder and the kept token ids."""
     folder = tmp_path_factory.mktemp("trimmed")
     for name in ("config.json", *checkpoints.TOKENIZER_FILES):
         if (checkpoints.REFERENCE / name).is_file():
@@ -90,7 +90,7 @@ LETTERS = st.text(st.sampled_from("abcdefghijklmnopqrstuvwxyzéß'0123456789.,-#
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.sampled_from(WORDS) | LETTERS, max_size=8).map(" ".join), st.randoms(use_true_random=False))
 def test_trimming_makes_no_text_unknown_and_splits_words_of_kept_tokens_alike(trimmed, text, random):
-    """Checks texts of words, with and without spaces between them."""
+    """Draws texts from vocabulary words and random characters, and removes the spaces from some texts."""
     encoder, _ = trimmed
     text = text.replace(" ", "") if random.random() < 0.3 else text
     tokens_before, tokens_after = tokens_of(reference_encoder(), text), tokens_of(encoder, text)
@@ -282,7 +282,10 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trimmed_workspace(source, tmp_path_factory):
-    """A workspace and its build events: a model that prefers one label, and its trimmed variant. Do not change it."""
+    """A workspace with a trimmed variant of a model that prefers one label, and the events of the build.
+
+    Tests must not change this workspace.
+    """
     checkpoint = make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "leaning", leaning=1.0)
     workspace = Workspace.open(str(checkpoint), tmp_path_factory.mktemp("exported"), train=source)
     events = []
@@ -311,12 +314,12 @@ def test_a_trimmed_variant_is_smaller_and_states_its_losses(trimmed_workspace):
     )
     full_manifest = workspace.load("onnx-int8").manifest
     bytes_saved = full_manifest.size_bytes - manifest.size_bytes
-    # the graph file also stores the table's sizes, which the facts do not count
+    # `bytes_saved` ignores the bytes of the graph file that store the shape of the embedding table
     assert abs(bytes_saved - facts["bytes_saved"]) < 500
 
 
 def test_the_facts_count_the_answers_to_the_held_out_rows(trimmed_workspace, source):
-    """Counts the answers again; each model uses its own tokenizer."""
+    """Runs both models on the held-out rows, each with its own tokenizer, and compares the counts with the facts."""
     workspace, _ = trimmed_workspace
     manifest = workspace.load("onnx-int8+trim").manifest
     data = source.load(LabelSet(manifest.labels))
@@ -403,7 +406,7 @@ def test_a_rebuild_refuses_another_corpus_file(trimmed_workspace, tmp_path):
     for other_corpus in (None, Texts(str(words))):
         changed_workspace = Workspace(copy.exported, copy.model, copy.source, copy.train, other_corpus)
         assert ensure(changed_workspace, ["onnx-int8+words"], {}, quiet)["onnx-int8+words"].manifest == manifest
-        with pytest.raises(DataError, match=r"Its corpus is words\.txt"):
+        with pytest.raises(DataError, match=r"The corpus of \S+ is words\.txt"):
             ensure(changed_workspace, new_steps, new_steps, quiet)
 
 
@@ -425,7 +428,7 @@ def test_a_bundle_refuses_variants_with_different_tokenizers(trimmed_workspace, 
 
 
 def test_a_benchmark_tokenises_the_texts_with_the_tokenizer_of_each_cell(fake, trimmed, monkeypatch):
-    """The fake session answers 1 for an even sum of ids, so the two vocabularies give different answers."""
+    """The fake session answers 1 for an even sum of token ids, so the two vocabularies give different answers."""
     monkeypatch.setattr(bench_module, "SETTLE_S", 0.0)
     encoder, _ = trimmed
     data = inputs.load_embedded().select(range(30))

@@ -105,7 +105,7 @@ def test_validation_allows_three_flips_of_fifty_and_refuses_four(encoder, truth,
 
     def flip_some(out, batch):
         calls.append(1)
-        # The grid's batches come first, then the sentences one by one. Only the last `flips` sentences flip.
+        # `validate` runs the batches of its grid first, then single sentences. This test flips the last sentences only.
         sentence_count = len(calls) - len(dict(grid(encoder, SENTENCES)))
         return out[:, ::-1] if sentence_count > 50 - flips else out
 

@@ -76,7 +76,7 @@ def test_an_unknown_variant_gives_an_error_with_the_nearest_name(working_folder,
         (["export", "--model", "./nowhere"], "There is no folder ./nowhere"),
         (["export", "--model", "nobody/nothing"], "--model PATH"),
         (["quantize", "--from", "onnx-int8"], "It takes an fp32 graph such as onnx-fp32"),
-        (["bench", "--variant", "onnx-int8", "--provider", "cuda"], "It runs on cpu"),
+        (["bench", "--variant", "onnx-int8", "--provider", "cuda"], "onnx-int8 runs on cpu"),
         (["compare", "nowhere.json"], "There is no result file"),
         (["compare"], "no result of reference"),
         (["export", "--revision", "v1"], "--revision is for hub models only"),
@@ -188,7 +188,7 @@ def test_bench_on_cuda_without_a_device_writes_rows_with_reason_and_hint(
     assert ", ".join(f"{name}@cuda" for name in DEFAULT_CELLS["cuda"]) + " unavailable" in out
     assert "toolchain doctor" in out
     file = next((working_folder / "benchmarks/results/local").glob("tiny-*.json"))
-    # the command writes the rows before it fails
+    # the command saves the result file before it fails
     assert {row.status for row in ResultFile.read(file).rows} == {"unavailable"}
 
 
@@ -217,8 +217,8 @@ def test_the_commands_work_in_sequence(working_folder, say, tmp_path_factory, mo
     assert code == 0
     rows = {row["cell"]: row for row in json.loads(out)}
     assert rows["onnx-int8@cpu"]["status"] == "ok"
-    # SST-2 cannot rank the units of a model with other labels, so one default cell has no artifact. The row of the cell
-    # states how to build the artifact.
+    # SST-2 cannot rank the units of a model with other labels, so torch-pruned50 has no artifact. The row of
+    # torch-pruned50 states how to build this variant.
     assert rows["torch-pruned50@cpu"]["status"] == "unavailable"
     assert "--train-data FILE" in rows["torch-pruned50@cpu"]["mend"]
     code, out, _ = say("compare", "--format", "markdown", "--baseline", "onnx-fp32", *model)
@@ -316,7 +316,10 @@ def bench_as(working_folder, say, monkeypatch, tiny_checkpoint):
 def test_save_as_refuses_an_existing_name_before_it_measures(bench_as, options):
     code, out, err, result_file = bench_as(*options)
     assert (code, out) == (1, "")
-    assert "benchmarks/results/kept.json exists. Choose another name with --save-as, or replace it with --force." in err
+    assert (
+        "benchmarks/results/kept.json exists. Choose another name with --save-as, or replace the file with --force."
+        in err
+    )
     assert result_file.read_text() == "older"
 
 
@@ -487,7 +490,7 @@ def test_a_dry_run_of_quantize_prints_the_settings(say, model_options, options, 
 
 def test_isa_auto_prints_its_choice(say, model_options):
     err = say("quantize", "--isa", "auto", "--dry-run", *model_options)[2]
-    assert re.search(r"^isa auto: (vnni|portable) on this processor$", err, re.MULTILINE)
+    assert re.search(r"^--isa auto chooses (vnni|portable) for this processor$", err, re.MULTILINE)
 
 
 def test_fp16_takes_no_other_option(say, model_options):

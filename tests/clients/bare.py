@@ -1,4 +1,4 @@
-"""Prints the labels of texts, computed by a bundle's own runner: `python bare.py BUNDLE VARIANT TEXTS.json`."""
+"""Prints the labels that a bundle's own runner computes for texts: `python bare.py BUNDLE VARIANT TEXTS.json`."""
 
 import json
 import sys

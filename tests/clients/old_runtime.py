@@ -1,4 +1,4 @@
-"""Prints the logits of tokens, computed by an old ONNX Runtime: `python old_runtime.py MODEL TOKENS.json`.
+"""Prints the logits that an old ONNX Runtime computes from token ids: `python old_runtime.py MODEL TOKENS.json`.
 
 MODEL is an .onnx or an .ort file.
 """

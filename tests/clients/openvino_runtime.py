@@ -1,4 +1,4 @@
-"""Prints the logits of tokens, computed by OpenVINO: `python openvino_runtime.py MODEL.onnx TOKENS.json`."""
+"""Prints the logits that OpenVINO computes from token ids: `python openvino_runtime.py MODEL.onnx TOKENS.json`."""
 
 import json
 import sys

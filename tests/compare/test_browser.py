@@ -78,7 +78,7 @@ COMPLAINT_OF = {
 
 @pytest.mark.parametrize("element", COMPLAINT_OF)
 def test_complaints_has_every_error_and_request_of_a_page(browser, page, tmp_path, element):
-    """Checks a page without a Content Security Policy; the report's policy then blocks the same script or request."""
+    """Checks an element in a page without a Content Security Policy, then in the report, whose policy blocks it."""
     path = tmp_path / "report.html"
     path.write_text(f"<!DOCTYPE html><title>planted</title>{element}")
     browser.open(path)

@@ -136,7 +136,7 @@ def test_committed_result_files_can_be_read():
         "clients-",
         "saturation-",
         "precision-",
-    )  # these files do not hold the rows of one run
+    )  # files with these prefixes do not hold the rows of one run
     files += [file for file in studies if not file.name.startswith(other_prefixes)]
     assert files
     for file in files:

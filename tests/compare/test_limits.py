@@ -30,7 +30,7 @@ def answers_with_errors(wrong_rows):
 
 
 def timed_row(variant, ms, wrong_rows=range(10), provider="cpu", **changes):
-    """Returns a row with these medians per round, in milliseconds.
+    """Returns a row with the given median time of each round, in milliseconds.
 
     A sentence takes the same time alone and in a batch.
     """
@@ -194,7 +194,7 @@ def test_limits_refuse_rows_of_several_machines():
 def test_no_row_within_the_limits_gives_the_verdict_no():
     verdict = check_limits(rows_of(FP32, INT8), Limits(max_p95_ms=0.5))
     with pytest.raises(
-        VerdictError, match=r"No row is within the limits. The nearest is onnx-int8@cpu: p95 1.00 ms"
+        VerdictError, match=r"No row is within the limits. The nearest row is onnx-int8@cpu: p95 1.00 ms"
     ) as error:
         require_winner(verdict)
     assert error.value.exit_code == 3
@@ -209,7 +209,7 @@ def test_without_stored_answers_the_interval_decides_what_may_be_chance():
     rows = rows_of(FP32, timed_row("onnx-int8", 1, range(12), predictions=()))
     violation = check_limits(rows, Limits(max_drop=1)).misses[0].broken[0]
     assert violation.remark.startswith("the interval 80.")
-    assert violation.remark.endswith("includes the baseline's accuracy: may be chance")
+    assert violation.remark.endswith("includes the baseline's accuracy, so the difference may be chance")
     certain_rows = rows_of(FP32, timed_row("onnx-int8", 1, range(60)))
     assert "McNemar p 1.8e-15" in check_limits(certain_rows, Limits(max_drop=1)).misses[0].broken[0].remark
     assert "chance" not in check_limits(certain_rows, Limits(max_drop=1)).misses[0].broken[0].remark
@@ -309,7 +309,8 @@ def test_a_slower_cell_is_a_regression():
     assert change_of(comparison, "throughput_per_s").regressed
     assert not change_of(comparison, "size_bytes").regressed
     with pytest.raises(
-        VerdictError, match=r"1 of 2 cells are lost or worse by more than 5%: onnx-int8@cpu \(latency_p50_ms"
+        VerdictError,
+        match=r"1 of 2 cells are no longer measured or are worse by more than 5%: onnx-int8@cpu \(latency_p50_ms",
     ) as error:
         require_no_regressions(comparison)
     assert error.value.exit_code == 3
@@ -448,7 +449,7 @@ def test_a_lost_row_is_a_regression(new, state):
     assert [(pair.old.measurement.cell, pair.lost) for pair in comparison.regressed_pairs] == [("onnx-int8@cpu", state)]
     with pytest.raises(VerdictError, match=rf"onnx-int8@cpu \({state.partition(':')[0]}\)"):
         require_no_regressions(comparison)
-    assert f"onnx-int8@cpu was measured before and is now {state}" in regression_lines(comparison)
+    assert f"onnx-int8@cpu was measured in the old run and is now {state}" in regression_lines(comparison)
 
 
 def test_a_row_without_an_old_measurement_cannot_regress():
@@ -529,12 +530,12 @@ def test_two_runs_of_the_same_variants_rarely_show_a_regression():
 def test_the_text_shows_every_change_and_marks_regressions():
     slow_row = timed_row("onnx-int8", 1.2, range(11), noise={"others_share": 0.3})
     lines = regression_lines(compare_with([FP32, INT8], [FP32, slow_row]))
-    assert lines[0] == "2 cells of the old run, 1 lost or worse by more than 5%:"
+    assert lines[0] == "2 cells of the old run, 1 no longer measured or worse by more than 5%:"
     assert lines[1].split("  ")[0] == "cell"
     assert "+20.0%!" in lines[3]
     assert len({len(line) for line in lines[1:4]}) == 1
     detail = next(line for line in lines if line.startswith("onnx-int8@cpu: p50"))
-    assert "p50 1.00 → 1.20 ms, latency +20.0%, against torch-fp32@cpu of each run [new run noisy" in detail
+    assert "p50 1.00 → 1.20 ms, latency +20.0%, relative to torch-fp32@cpu of each run [the new run is noisy" in detail
     assert "sentences/s 1000.00 → 833.33, time a sentence +20.0%" in "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ def page():
 
 
 class Page(HTMLParser):
-    """Collects tags with their attributes, and the text; fails where closing tags do not match."""
+    """Collects the text of a page, and its tags with their attributes; fails if a closing tag does not match."""
 
     def __init__(self, text):
         super().__init__()
@@ -79,7 +79,7 @@ def test_the_table_of_the_report_has_the_texts_of_the_terminal(page):
     parsed = Page(page)
     for column in columns(rows):
         assert column.header in parsed.texts
-        # the report shows each mark as a separate text
+        # the report shows the marks of a cell, such as [noisy], apart from the cell's name
         cell_texts = [row.measurement.cell if column is CELL else column.text(row) for row in rows]
         assert all(cell_text in parsed.texts for cell_text in cell_texts)
 
@@ -129,7 +129,7 @@ def test_every_plot_has_a_description(page):
     descriptions = [attrs["aria-label"] for attrs in attributes]
     assert "no variant is both faster and more accurate than onnx-pruned50-int8 (62.50 % at 0.73 ms)" in descriptions[0]
     assert "size, MB: 7.00 (onnx-pruned50-int8) to 80.00 (torch-fp32)" in descriptions[1]
-    assert "at 64 tokens 2.18 ms (onnx-pruned50-int8) to 24.96 ms (torch-fp32)" in descriptions[3]
+    assert "at 64 tokens, median 2.18 ms (onnx-pruned50-int8) to 24.96 ms (torch-fp32)" in descriptions[3]
     assert "torch-pruned50 predicted 2.00×, measured 1.60×" in descriptions[4]
 
 
@@ -232,7 +232,7 @@ def test_each_machine_has_its_own_panel():
 
 @pytest.mark.slow
 def test_labels_of_a_plot_do_not_overlap():
-    from matplotlib.text import Text  # the extent of an annotation also includes its line
+    from matplotlib.text import Text  # the extent of an Annotation would also include the line to its point
 
     figure = figures(compare(committed_results("reference-xeon-2cores")))["accuracy-latency"].figure
     figure.draw_without_rendering()

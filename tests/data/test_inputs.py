@@ -179,16 +179,16 @@ def test_jsonl_and_parquet_give_the_same_rows(tmp_path, kind):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": "POSITIVE"}\n', "row 2: its label is text, but"),
-        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": true}\n', "row 2: its label is true or false"),
-        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', "row 2: its label is nothing"),
-        ("a.jsonl", '{"text": "a", "label": 0.5}\n', "row 1: its label is 0.5"),
-        ("a.jsonl", '{"text": "a", "label": NaN}\n', "row 1: its label is nan"),
-        ("a.jsonl", '{"text": "a", "label": [[1]]}\n', r"row 1: its label is \[\[1\]\]"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": "POSITIVE"}\n', "row 2: the label is text, but"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": true}\n', "row 2: the label is true or false"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', "row 2: the label is nothing"),
+        ("a.jsonl", '{"text": "a", "label": 0.5}\n', "row 1: the label is 0.5"),
+        ("a.jsonl", '{"text": "a", "label": NaN}\n', "row 1: the label is nan"),
+        ("a.jsonl", '{"text": "a", "label": [[1]]}\n', r"row 1: the label is \[\[1\]\]"),
         ("a.jsonl", '{"text": null, "label": 1}\n', "row 1: the column 'text' holds no text"),
-        ("a.jsonl", "[1]\n", "row 1: it is not a JSON object"),
-        ("a.csv", "text,label,text\na,1,b\n", "2 columns 'text'.*Rename or remove one"),
-        ("a.csv", "text,label,label\na,1,0\n", "2 columns 'label'"),
+        ("a.jsonl", "[1]\n", "row 1: the line is not a JSON object"),
+        ("a.csv", "text,label,text\na,1,b\n", "2 columns with the name 'text'.*Rename or remove one"),
+        ("a.csv", "text,label,label\na,1,0\n", "2 columns with the name 'label'"),
         ("a.parquet", "PAR1", "cannot be read"),
         ("a.csv.gz", "no gzip", "cannot be read"),
     ],
@@ -262,7 +262,7 @@ def hub(tmp_path, monkeypatch):
 def test_load_reads_data_sets_of_the_hub(hub):
     assert load("glue/sst2", LABELS).texts == tuple(f"validation {i}" for i in range(4))
     assert load("nyu-mll/glue:sst2", LABELS, split="train").labels[:3] == (0, 1, 0)
-    # the names match, although the indices differ
+    # the label names match, although their order differs
     assert load("glue/sst2", LabelSet(("POSITIVE", "NEGATIVE"))).labels == (1, 0, 1, 0)
     source = TrainingSource("glue/sst2")
     assert len(source.load(LABELS).texts) == 30

@@ -26,7 +26,7 @@ def test_label_indices_of_a_data_set_are_mapped_by_name():
 def test_a_data_set_with_other_labels_gives_an_error_with_both_label_sets():
     with pytest.raises(DataError, match="has the labels yes, no; the model has contradiction, entailment, neutral"):
         NLI.indices(column("0", "1", classes=("yes", "no")))
-    # the number of labels is equal, but the model's labels have other names
+    # the data set has as many labels as the model, but with other names
     with pytest.raises(DataError, match="has the labels yes, no"):
         LabelSet(("a", "b")).indices(column("0", "1", classes=("yes", "no")))
 
@@ -39,7 +39,7 @@ def test_a_set_of_labels_is_stored_as_bits():
     assert [tags.format_answer(answer) for answer in (0b101, 0)] == ["toxic|threat", ""]
     with pytest.raises(DataError, match="row 2: the label 'rude' is not one of the model's"):
         tags.indices(column("toxic", "toxic|rude"))
-    with pytest.raises(DataError, match="row 1: its label is a list, but the model answers with one label"):
+    with pytest.raises(DataError, match="row 1: the label is a list, but the model answers with one label"):
         NLI.indices(column(("neutral", "entailment")))
 
 

@@ -36,7 +36,7 @@ from toolchain.results.result_file import ResultFile
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster as Nodes  # noqa: E402 - follows importorskip, since Ray is optional
 
-WINDOW = 20  # texts per window; small, so that a run has many windows
+WINDOW = 20  # number of texts in a scoring window; small, so that a run has many windows
 FAST = Protocol(passes=1, min_s=0.16, pass_s=40, starts=2, threads=1, batch_size=8)
 HOSTILE = ["", " ", 'a "quoted", text', "NUL \0 inside", "line\u2028separator and \x85", "Ünïcödé 🎬 文字"]
 
@@ -95,7 +95,7 @@ def model(built_tiny):
 
 @pytest.fixture
 def small_windows(monkeypatch):
-    """Makes windows small, in a cluster and in one process."""
+    """Makes scoring windows small, in a cluster and in one process."""
     monkeypatch.setattr(predicting, "PART_TEXTS", WINDOW)
     monkeypatch.setattr(predicting, "STDOUT_WINDOW", WINDOW)
 
@@ -106,7 +106,7 @@ def write(path, texts):
 
 
 def score_here(model, texts, path):
-    """Scores the texts in this process and returns the bytes of the output."""
+    """Scores the texts in this process, without a cluster, and returns the bytes of the output file."""
     predict(model, texts, path, quiet, no_bar)
     return path.read_bytes()
 
@@ -114,14 +114,14 @@ def score_here(model, texts, path):
 def processes_with(text):
     """Returns the processes on this machine with `text` in their command line.
 
-    The tests assume that no other cluster runs on this machine.
+    The tests assume that no other Ray cluster runs on this machine.
     """
     return [p for p in psutil.process_iter(["cmdline"]) if text in " ".join(p.info["cmdline"] or ())]
 
 
 @pytest.mark.slow
 def test_a_cluster_scores_the_same_rows_in_the_same_order(built_tiny, cluster, small_windows, tmp_path, monkeypatch):
-    """Uses PyTorch, since the other tests use ONNX Runtime."""
+    """Scores with PyTorch, since the other tests of this file score with ONNX Runtime."""
     monkeypatch.chdir(tmp_path)
     model = load_variant_model(built_tiny, "torch-fp32", quiet, no_bar)
     texts = write(tmp_path / "in.jsonl", [*HOSTILE, *inputs.load_embedded().sample(150, 3)])
@@ -197,7 +197,7 @@ def test_scratch_removes_only_the_folder_of_a_dead_worker_of_this_machine(tmp_pa
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     names = [
         f"{publishing.WORK}-{space}-{os.getpid()}-mine",
-        f"{publishing.WORK}-{other_space}-{dead_pid}-left",  # the process may be alive on the other machine
+        f"{publishing.WORK}-{other_space}-{dead_pid}-left",  # on the other machine, this process may be alive
         f"{publishing.WORK}-{space}-{dead_pid}-my-notes",
         f"toolchain-{dead_pid}-left",
         "toolchain-2024-backup",
@@ -214,7 +214,7 @@ def test_scratch_removes_only_the_folder_of_a_dead_worker_of_this_machine(tmp_pa
 @pytest.mark.slow
 def test_a_node_of_another_release_is_refused(address, monkeypatch):
     monkeypatch.setattr(toolchain, "__version__", "9.9")
-    with pytest.raises(ClusterError, match=r"toolchain 0\.1\.0, but this machine has 9\.9\. Install this version"):
+    with pytest.raises(ClusterError, match=r"toolchain 0\.1\.0, but this machine has 9\.9\. Install toolchain 9\.9"):
         connect(address, quiet).__enter__()
 
 
@@ -234,7 +234,7 @@ def test_without_ray_an_error_names_the_extra(say, tiny, monkeypatch):
     for command in (("predict", "onnx-int8"), ("bench",)):
         code, out, err = say(*command, "--engine", "ray", *model_options)
         assert (code, out) == (1, "")
-        assert "Ray is not installed. Install it with `pip install 'ray[data]" in err
+        assert "Ray is not installed. Install the missing packages with `pip install 'ray[data]" in err
 
 
 def test_address_without_engine_ray_gives_a_usage_error(say):

@@ -45,7 +45,7 @@ def make_adapter(folder, base, classes=3, **settings):
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory):
-    """An adapter and its base. Do not change them."""
+    """A LoRA adapter and its base model, which tests must not change."""
     parent = tmp_path_factory.mktemp("lora")
     base = make_base(parent / "base")
     return make_adapter(parent / "adapter", base), base
@@ -118,7 +118,7 @@ def test_an_imported_adapter_stays_fresh_until_it_or_its_base_changes(copies, tm
     assert manifest.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
     assert {entry.path for entry in manifest.files} >= {"model.safetensors", "tokenizer.json", "config.json"}
     assert not [entry.path for entry in manifest.files if "adapter" in entry.path]
-    # Another command gives only the model's name, without the base.
+    # Later commands need only the path of the adapter or the model's name, without the base.
     for model in (str(adapter), "adapter"):
         reopened = Workspace.open(model, tmp_path / "exported")
         assert plan(reopened, ["torch-fp32"], {})[0].reason == ""

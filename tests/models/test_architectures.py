@@ -52,7 +52,7 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, rows):
-    """Returns a function: kind → its workspace with the unpruned variants, each built once. Do not change them."""
+    """Returns a function: kind of model → workspace with its unpruned variants, which tests must not change."""
 
     @functools.cache
     def build(kind):
@@ -94,7 +94,7 @@ def test_every_variant_has_the_models_inputs_and_gives_pytorchs_logits(workspace
 def test_the_passes_fuse_and_quantise_the_expected_nodes(workspace, kind):
     model_workspace, architecture = workspace(kind), ARCHITECTURES[kind]
     fp32, int8, std = (model_workspace.load(n).manifest.facts for n in ("onnx-fp32", "onnx-int8", "onnx-std-int8"))
-    # attentions that the pass replaces by MultiHeadAttention with one query
+    # the pass first-query replaces this number of attentions by a MultiHeadAttention with one query
     single_query_count = fp32["rewrites"]["first-query"]
     assert single_query_count == fp32["operators"].get("MultiHeadAttention", 0)
     fused_counts = {k: n for k, n in fp32["operators"].items() if k in ("Attention", "Gelu", "FastGelu")}
@@ -110,7 +110,7 @@ def test_the_passes_fuse_and_quantise_the_expected_nodes(workspace, kind):
     assert std["operators"]["MatMulInteger"] == architecture.linear + 2 * architecture.fused.get("Attention", 0)
     assert int8["rewrites"]["quantize-embedding"] == std["rewrites"]["quantize-embedding"] == architecture.tables
     remaining = Counter(n.op_type for n in graph(model_workspace, "onnx-int8").graph if n.op_type in ("MatMul", "Gemm"))
-    assert remaining["Gemm"] == 1  # the layer that gives the logits
+    assert remaining["Gemm"] == 1  # this Gemm gives the logits
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -118,7 +118,7 @@ def test_int8_is_smaller_also_where_layers_share_weights(workspace, kind):
     model_workspace = workspace(kind)
     fp32, int8 = (model_workspace.load(name).manifest.facts["bytes_by_dtype"] for name in ("onnx-fp32", "onnx-int8"))
     torch_fp32 = model_workspace.load("torch-fp32").manifest.facts["bytes_by_dtype"]["float32"]
-    assert fp32["float32"] <= 1.02 * torch_fp32  # no weight is stored twice, packed or not
+    assert fp32["float32"] <= 1.02 * torch_fp32  # no weight is stored both packed and unpacked
     assert int8["int8"] < 0.27 * fp32["float32"]
     assert int8["float32"] < 0.25 * fp32["float32"]
     assert stored_bytes(model_workspace, "onnx-int8") < stored_bytes(model_workspace, "onnx-fp32")
@@ -127,7 +127,7 @@ def test_int8_is_smaller_also_where_layers_share_weights(workspace, kind):
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_padding_on_the_right_changes_no_logits(workspace, kind):
-    """Holds for every way to count positions; RoBERTa counts only tokens that are not padding."""
+    """Padding must not change the positions of tokens; RoBERTa counts only tokens that are not padding."""
     model_workspace = workspace(kind)
     manifest = model_workspace.load("onnx-fp32").manifest
     encoder = Encoder.open(model_workspace.path("onnx-fp32"), ARCHITECTURES[kind].inputs, manifest.max_length)
@@ -137,8 +137,8 @@ def test_padding_on_the_right_changes_no_logits(workspace, kind):
     single_logits = np.concatenate([session.run(pad([row], encoder.names, encoder.pad_id)) for row in ids])
     batch_logits = session.run(pad(ids, encoder.names, encoder.pad_id, width=40))
     assert np.abs(batch_logits - single_logits).max() < 1e-4
-    # Int8 scales depend on all tokens, so a pass replaces padding. It does not apply to mixed embeddings or relative
-    # positions.
+    # Dynamic int8 scales depend on all tokens, so the pass `padding` replaces padding. The pass `padding` does not
+    # apply to relative positions (deberta-v2) or to combined embeddings of neighbouring tokens (mobilebert).
     for name in ("onnx-int8", "onnx-std-int8"):
         replacements = model_workspace.load(name).manifest.facts["rewrites"]["padding"]
         assert replacements == int(kind not in ("deberta-v2", "mobilebert"))
@@ -151,7 +151,7 @@ def test_padding_on_the_right_changes_no_logits(workspace, kind):
 
 
 def test_token_types_are_an_input_only_of_models_that_use_them(tmp_path):
-    """The tokenizer must name token types, and the model must have more than one; neither suffices alone."""
+    """Token types are an input only if the tokenizer names token types and the model has more than one type."""
     make(tmp_path / "silent", "bert")
     file = tmp_path / "silent" / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "model_input_names": list(PLAIN)}))
@@ -167,7 +167,7 @@ def test_token_types_are_an_input_only_of_models_that_use_them(tmp_path):
 
 @pytest.mark.parametrize("kind", ["albert", "deberta-v2"])
 def test_int4_and_static_graphs_store_shared_weights_once(workspace, kind):
-    """A static graph has fixed scales for each value, so smoothing would need a copy of a shared weight per value."""
+    """Smoothing has separate factors for each layer, so it would need a copy of a shared weight for each layer."""
     model_workspace, architecture = workspace(kind), ARCHITECTURES[kind]
     names = ["onnx-int4", "onnx-int8-static", "onnx-std-int8-static", "onnx-int8-portable"]
     ensure(model_workspace, names, {"onnx-int4": Quantize(scheme="int4", passes=("quantize-linear",))}, quiet)
@@ -187,7 +187,7 @@ def test_int4_and_static_graphs_store_shared_weights_once(workspace, kind):
 
 @pytest.fixture(scope="module")
 def bundles(workspace, tmp_path_factory):
-    """Returns a function: kind → a folder with a bundle of each target. Do not change the bundles."""
+    """Returns a function: kind of model → folder with a bundle of each target, which tests must not change."""
 
     @functools.cache
     def ship(kind):
@@ -213,7 +213,7 @@ def test_a_bundle_gives_the_probabilities_of_transformers(bundles, workspace, ki
     folder = bundles(kind)
     for target in ("python", "web", "other", "mobile"):
         for report in shipping.verify(folder / target)["models"].values():
-            assert report["largest_delta"] < 1e-4  # this machine also made the bundle
+            assert report["largest_delta"] < 1e-4  # this machine also computed the bundle's reference logits
     checkpoint = workspace(kind).path("torch-fp32")
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
@@ -242,7 +242,7 @@ def test_a_bundle_verifies_itself_without_the_toolchain(bundles, kind):
 
 @pytest.fixture(scope="module")
 def pruned_workspace(workspace, rows):
-    """Returns a function: kind → its workspace with the pruned, recovered, exported and quantised variants."""
+    """Returns a function: kind of model → its workspace with the pruned, recovered, exported and quantised variants."""
 
     @functools.cache
     def build(kind):
@@ -270,7 +270,7 @@ def test_pruned_variants_are_smaller_and_can_be_loaded(pruned_workspace, kind):
     for suffix in ("", "-r1"):
         assert model_workspace.load(f"onnx-pruned50{suffix}").manifest.validation["largest_delta"] <= 1e-4
         assert model_workspace.load(f"onnx-pruned50{suffix}-int8").manifest.facts["rewrites"]["quantize-linear"] > 0
-    # Another process can load the stored model: it has the pruned shape and number of parameters.
+    # The stored model can be loaded, with the pruned shapes and the smaller number of parameters.
     model = load_model(model_workspace.path("torch-pruned50-r1"))
     assert [shape.heads for shape in architectures.shapes_of(model)] == facts["pruning"]["heads"]
     assert [shape.ffn for shape in architectures.shapes_of(model)] == facts["pruning"]["ffn"]
@@ -296,7 +296,7 @@ def test_removing_units_equals_setting_their_weights_to_zero(workspace, kind, he
             (heads, names.output, names.attention_norm),
             (neurons, names.down, names.output_norm),
         ):
-            if not units:  # the whole sub-block is removed, so its input is its output
+            if not units:  # a sub-block without units is removed, so its output is its input
                 layer.get_submodule(last_linear).bias.zero_()
                 layer.set_submodule(norm, torch.nn.Identity())
     architectures.keep_units(pruned_model, 0, heads, neurons)

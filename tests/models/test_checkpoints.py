@@ -254,7 +254,7 @@ def test_an_untrained_head_is_refused(checkpoint):
     tensors = load_file(checkpoint / "model.safetensors")
     tensors_without_head = {name: value for name, value in tensors.items() if "classifier" not in name}
     save_file(tensors_without_head, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    check(checkpoint)  # the config and the file list are valid; only the weights show the fault
+    check(checkpoint)  # the config and the file list are valid; only the weights show that the head is missing
     with pytest.raises(CheckpointError, match=r"no weights for classifier.bias.*is untrained"):
         load_model(checkpoint)
 
@@ -352,7 +352,7 @@ def test_a_base_for_training_needs_no_head_but_passes_the_other_checks(checkpoin
 def test_locate_accepts_the_names_of_models(checkpoint, built_tiny):
     assert checkpoints.locate("reference") == Source("embedded", "reference")
     assert checkpoints.locate("somebody/some-model") == Source("hub", "somebody/some-model")
-    # a name under exported/ counts only if that folder is given
+    # `locate` finds the name of a model under exported/ only if that folder is passed
     assert checkpoints.locate("tiny") == Source("hub", "tiny")
     assert checkpoints.locate("tiny", built_tiny.exported).same_origin(built_tiny.source)
     with pytest.raises(CheckpointError, match="There is no folder"):
@@ -361,7 +361,7 @@ def test_locate_accepts_the_names_of_models(checkpoint, built_tiny):
 
 @pytest.mark.slow
 def test_the_suggested_command_converts_a_pickle(checkpoint, tmp_path):
-    """Runs the command of the message in a shell, on a trusted checkpoint."""
+    """Runs the command that the error message suggests, in a shell, on a trusted checkpoint."""
     import subprocess
     import sys
 

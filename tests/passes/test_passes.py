@@ -72,7 +72,8 @@ def test_fuse_makes_one_attention_per_layer_and_keeps_the_raw_mask(std):
     assert operators_of(model)["Attention"] == operators_of(model)["Gelu"] == 2
     assert "SkipLayerNormalization" not in operators_of(model)
     masks = [node.inputs[3] for node in model.graph if node.op_type == "Attention"]
-    assert {mask.producer().op_type for mask in masks} == {"Cast"}  # the raw mask, not a number of tokens
+    # Attention reads the raw mask, not the number of tokens.
+    assert {mask.producer().op_type for mask in masks} == {"Cast"}
 
 
 def loaded_operators(model, tmp_path):
@@ -87,7 +88,7 @@ def loaded_operators(model, tmp_path):
 
 
 def test_the_runtime_does_not_undo_residual_sum(std, tmp_path):
-    """Compares both forms: it fails if a release no longer fuses the Add, or if it fuses the Sub or the Sum."""
+    """Fails if ONNX Runtime no longer fuses a residual's Add, or if it fuses the Sub or Sum of `residual-sum`."""
     fused_model, _ = passes.rewrite(std, ["fuse"], ATTENTION)
     assert "SkipLayerNormalization" in loaded_operators(fused_model, tmp_path)
     summed_model, _ = passes.rewrite(fused_model, ["residual-sum"], ATTENTION)
@@ -120,7 +121,7 @@ def residual_model(nodes, initializers):
             {"w": (4, 4), "b": (4,)},
             "Sub",
         ),
-        # The sign cannot move into a weight: there is none, or the weight also affects other nodes.
+        # In these graphs, no weight can be negated: there is no weight, or the weight also affects other nodes.
         ([helper.make_node("Tanh", ["r"], ["h"])], {}, "Sum"),
         ([helper.make_node("MatMul", ["r", "r"], ["h"])], {}, "Sum"),
         (
@@ -188,7 +189,7 @@ def test_first_token_moves_above_the_last_feed_forward(std):
 def test_first_token_does_not_apply_where_another_output_reads_all_tokens(std):
     model, _ = passes.rewrite(std, ["fuse"], ATTENTION)
     last_norm = [n for n in model.graph if n.op_type == "LayerNormalization"][-1]
-    model.graph.outputs.append(last_norm.outputs[0])  # an app may also read the hidden states
+    model.graph.outputs.append(last_norm.outputs[0])  # an app may read the hidden states as another output
     model, counts = passes.rewrite(model, ["first-token"], ATTENTION)
     assert counts["first-token"] == 0
 
@@ -239,13 +240,13 @@ def test_first_query_leaves_one_query_in_the_last_attention(std):
     counts_by_operator = operators_of(model)
     assert (counts_by_operator["Attention"], counts_by_operator["MultiHeadAttention"]) == (1, 1)
     attention = next(node for node in model.graph if node.op_type == "MultiHeadAttention")
-    # ONNX Runtime up to 1.20 applies the key padding mask of one query wrongly
+    # ONNX Runtime up to 1.20 gives wrong results for one query with a key padding mask
     assert (attention.inputs[3], attention.inputs[4]) == (None, None)
-    # ONNX Runtime 1.17 refuses to broadcast the bias, and 1.20 broadcasts it wrongly
+    # ONNX Runtime 1.17 refuses to broadcast the attention bias, and 1.20 broadcasts it wrongly
     assert attention.inputs[5].producer().op_type == "Expand"
     query = attention.inputs[0].producer()
-    assert query.inputs[0].producer().inputs[0].producer().op_type == "Gather"  # Add ← MatMul ← Gather.
-    # the packed weights are not stored a second time
+    assert query.inputs[0].producer().inputs[0].producer().op_type == "Gather"  # The query is Add ← MatMul ← Gather.
+    # The packed weights of the replaced Attention are not stored.
     assert not [name for name in model.graph.initializers if "Attention_1_qkv" in name]
 
 
@@ -254,7 +255,7 @@ def test_first_query_does_not_apply_where_all_queries_are_read(std, names):
     model, _ = passes.rewrite(std, names[:-1], ATTENTION)
     for node in model.graph:
         if node.op_type == "Attention":
-            model.graph.outputs.append(node.outputs[0])  # an app may also read all tokens
+            model.graph.outputs.append(node.outputs[0])  # an app may read all queries' results as another output
     assert passes.rewrite(model, names[-1:], ATTENTION)[1] == {"first-query": 0}
 
 
@@ -343,8 +344,8 @@ def test_padding_changes_no_int8_logits(built_tiny):
 def test_quantised_layers_store_int8_and_the_last_layer_stays_fp32(built_tiny):
     model = passes.read(built_tiny.path("onnx-fp32") / "model.onnx")
     model, counts = passes.rewrite(model, ["quantize-linear", "quantize-embedding"], ATTENTION)
-    # Ten products: qkv, out, up and down in the first layer; q, kv, out, up and down in the last; pre_classifier. Two
-    # tables: words and positions.
+    # The first layer has the quantised products qkv, out, up and down; the last layer has q, kv, out, up and down. The
+    # tenth quantised product is pre_classifier. The two quantised tables are the embeddings of words and of positions.
     assert counts == {"quantize-linear": 10, "quantize-embedding": 2}
     counts_by_operator = operators_of(model)
     assert (
@@ -441,7 +442,10 @@ def test_weights_of_7_bits_never_saturate(weight, activations):
 
 @given(hnp.arrays(np.int8, (4, 2), elements=st.integers(-127, 127)), st.permutations(range(4)))
 def test_headroom_is_the_one_of_the_worst_pair(weight, order):
-    """Tries each pair with the largest activation. The headroom is at least 1 if and only if no pair is clipped."""
+    """Tries each pair of weights with the largest activations.
+
+    The headroom is at least 1 if and only if no sum of two products is clipped.
+    """
     model = small_graph(
         [
             helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
@@ -456,10 +460,11 @@ def test_headroom_is_the_one_of_the_worst_pair(weight, order):
     for column in weight.T:
         for i in range(4):
             for j in range(i):
+                # A sum is an extreme if all negative weights, or all positive weights, have activations of 0.
                 for clip in (
                     np.maximum,
                     np.minimum,
-                ):  # in the worst case, the activations of all weights of the other sign are 0
+                ):
                     pair = clip(column[[i, j]].astype(np.int32), 0)
                     safe_pairs.append(abs(int(pair.sum()) * 255) <= 32767)
     assert (model_headroom >= 1) == all(safe_pairs)
@@ -488,7 +493,8 @@ def test_int8_on_the_standard_graph_has_only_standard_operators(std, left):
     batch = pad(ROWS, NAMES, 0, left)
     fp32_logits = logits_of(std, batch)
     model, counts = passes.rewrite(std, ["quantize-linear-std", "quantize-embedding"], ATTENTION)
-    # Query, key, value, out, up and down of two layers, and pre_classifier; the logits stay fp32.
+    # The 13 quantised products are query, key, value, out, up and down of two layers, and pre_classifier. The product
+    # that gives the logits stays in fp32.
     assert counts == {"quantize-linear-std": 13, "quantize-embedding": 2}
     counts_by_operator = operators_of(model)
     assert counts_by_operator["MatMulInteger"] == 13
@@ -512,7 +518,8 @@ def test_4_bit_blocks_keep_zero_and_err_no_more_than_rounding(weight):
     assert (decoded[blocks == 0] == 0).all()
     lowest, highest = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
     step = ((highest - lowest) / MAX_CODE)[:, :, None].astype(np.float64)
-    # Rounding to the nearest of 16 values differs by at most half a step, and the zero point is rounded too.
+    # Rounding to one of 16 values changes a weight by at most half a step. Rounding the zero point adds at most half a
+    # step to the change.
     assert ((decoded - blocks) ** 2).sum() <= ((step * 1.001 + 1e-30) ** 2 * np.ones_like(blocks)).sum()
 
 
@@ -612,17 +619,20 @@ def test_unsigned_weights_keep_the_logits(std, name):
     assert unsigned_weights(model) == len(products)
     stored_weights = [reader.inputs[index].const_value.numpy() for reader, index in products]
     assert {array.dtype for array in stored_weights} == {np.dtype(np.uint8)}
-    assert unsigned_weights(model) == 0  # all weights are unsigned already
+    assert unsigned_weights(model) == 0  # the second call finds no signed weights
     assert np.abs(logits_of(model, batch) - logits_before).max() < 1e-5
 
 
 def test_two_attentions_share_the_preparation_of_their_mask(std):
-    """One attention has one query, the other has all. They share the mask's bias; each expands it to its own shape."""
+    """The first attention has all queries, the last attention has one query.
+
+    Both attentions share one bias, which is computed from the mask, and each expands the bias to its own shape.
+    """
     model, _ = passes.rewrite(std, ["fuse", "first-token", "first-query"], ATTENTION)
-    # a second rewrite, which adds nodes before the last attention
+    # the second rewrite adds nodes before the last attention
     model, _ = passes.rewrite(model, ["quantize-linear-int4"], ATTENTION)
-    onnx.checker.check_model(ir.to_proto(model))  # checks the order of the nodes, among other things
+    onnx.checker.check_model(ir.to_proto(model))  # `check_model` also checks the order of the nodes
     biases = [node.inputs[5] for node in model.graph if node.op_type == "MultiHeadAttention"]
-    assert len(biases) == len(set(biases)) == 2  # for all queries, and for one query
+    assert len(biases) == len(set(biases)) == 2  # one bias for all queries, one bias for a single query
     assert operators_of(model)["Expand"] == 2
     assert len({node.inputs[0] for node in model.graph if node.op_type == "Expand"}) == 1

@@ -1,4 +1,4 @@
-"""Static int8: activation ranges from training sentences, exact smoothing, and logits independent of the batch."""
+"""Tests of static int8: ranges from training sentences, exact smoothing, and logits independent of the batch."""
 
 import dataclasses
 
@@ -55,7 +55,7 @@ def graph(workspace, variant):
 
 @pytest.fixture(scope="module")
 def calibrated_contexts(built_tiny):
-    """The calibrated context of each parent, for its static graph."""
+    """Parent of a static variant → pass context with the calibrated activations of this parent."""
     return {
         parent: dataclasses.replace(ATTENTION, activations=calibrate(built_tiny.load(parent), TrainingSource()))
         for parent in ("onnx-fp32", "onnx-std")
@@ -67,7 +67,7 @@ def calibrated_contexts(built_tiny):
 def test_smoothing_keeps_the_logits(built_tiny, parent, left):
     """Divides each input of a linear layer by factors from 1/30 to 30.
 
-    The residual connection that reads the same value does not change.
+    A residual connection that reads the same value as a layer does not change.
     """
     model, batch = graph(built_tiny, parent), pad(ROWS, NAMES, 0, left)
     expected = logits_of(model, batch)
@@ -77,7 +77,7 @@ def test_smoothing_keeps_the_logits(built_tiny, parent, left):
         for name, weight in weights_of(model).items()
     }
     model, counts = passes.rewrite(model, ["smooth"], dataclasses.replace(ATTENTION, activations=activations))
-    values = len(activations)  # query, key and value share an input, except for the last query
+    values = len(activations)  # query, key and value share an input, except the last layer's query in onnx-fp32
     assert values == {"onnx-fp32": 10, "onnx-std": 9}[parent]
     assert counts == {"smooth": values}
     assert len([name for name in weights_of(model) if name.endswith(SMOOTHED)]) == values
@@ -101,7 +101,8 @@ def test_a_static_graph_has_one_qattention_and_ten_quantised_inputs(built_tiny, 
     assert counts["quantize-linear-static"] == 10
     facts = passes.facts(model)
     counts_by_operator = facts["operators"]
-    # First layer: attention, out, up, down. Last layer: query, key with value, out, up, down. Then: pre_classifier.
+    # The first layer has four products: attention, out, up and down. The last layer has five products: query, key with
+    # value, out, up and down. The tenth product is pre_classifier.
     assert (
         counts_by_operator["QuantizeLinear"],
         counts_by_operator["MatMulIntegerToFloat"],
@@ -135,7 +136,7 @@ def test_onnx_runtime_fuses_the_qdq_nodes_into_int8_products(built_tiny, calibra
 
 @pytest.mark.slow
 def test_static_logits_do_not_depend_on_the_rest_of_the_batch(built_tiny, calibrated_contexts):
-    """A dynamic scale is computed over the whole batch, so logits of a dynamic graph depend on the other rows."""
+    """A dynamic scale is computed over the whole batch, so a row's logits depend on the other rows of the batch."""
     row, short_row, rare_row = [101, 2023, 2003, 102], [101, 102], [101, 30000, 29999, 102]
     static_model, _ = passes.rewrite(
         graph(built_tiny, "onnx-fp32"), ["smooth", "quantize-linear-static"], calibrated_contexts["onnx-fp32"]
@@ -143,7 +144,7 @@ def test_static_logits_do_not_depend_on_the_rest_of_the_batch(built_tiny, calibr
     differences = {}
     for name, model in (("static", static_model), ("dynamic", graph(built_tiny, "onnx-int8"))):
         model_session = session(model)
-        other_rows = ([short_row], [rare_row] * 3, [rare_row * 20])  # the last batch pads the row to 80 tokens
+        other_rows = ([short_row], [rare_row] * 3, [rare_row * 20])  # the last of these batches pads `row` to 80 tokens
         logits = [model_session.run(None, pad([row, *rows], NAMES, 0))[0][0] for rows in other_rows]
         differences[name] = np.ptp(logits, axis=0).max()
     assert differences["static"] < 1e-5 < differences["dynamic"]
@@ -239,7 +240,7 @@ def test_static_variants_record_their_training_data(tiny):
 
 @pytest.mark.slow
 def test_without_smoothing_scales_come_from_the_original_values(tiny, monkeypatch):
-    monkeypatch.setattr(calibration, "NOISE", 0.0)  # a limit of 0 smooths every layer
+    monkeypatch.setattr(calibration, "NOISE", 0.0)  # with a noise limit of 0, every layer is smoothed
     steps = {"onnx-int8-static+rough": Quantize(scheme="static", passes=("quantize-linear",))}
     artifacts = ensure(tiny, ["onnx-int8-static", *steps], steps, quiet)
     assert artifacts["onnx-int8-static"].manifest.facts["rewrites"]["smooth"] > 0

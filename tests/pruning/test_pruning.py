@@ -76,7 +76,7 @@ def tiny_setup(built_tiny, sentences):
 
 @pytest.fixture(scope="module")
 def pruned_workspace(tiny_checkpoint, sentences, tmp_path_factory):
-    """A workspace with the tiny model pruned by half, and the variants from there to int8."""
+    """A workspace with the tiny model pruned by half, and the variants from the pruned model to int8."""
     workspace = Workspace.open(str(tiny_checkpoint), tmp_path_factory.mktemp("exported"), None, sentences)
     ensure(workspace, ["onnx-pruned50-int8", "onnx-int8"], {}, quiet)
     return workspace
@@ -106,7 +106,7 @@ def test_removing_units_equals_setting_their_weights_to_zero(built_tiny, tmp_pat
             output_weight[:, head * 8 : head * 8 + 8] = 0
         for neuron in set(range(64)) - set(neurons):
             down_weight[:, neuron] = 0
-        # An empty sub-block adds nothing, and its norm is removed too.
+        # A sub-block without units adds nothing, and pruning removes its norm too.
         for units, last_linear, norm in (
             (heads, names.output, names.attention_norm),
             (neurons, names.down, names.output_norm),
@@ -172,7 +172,7 @@ def test_an_unknown_architecture_or_one_with_shared_layers_is_refused():
 
 
 def test_fisher_is_the_mean_squared_gradient_of_single_sentences(tiny_setup):
-    """Compares with the definition: a finite difference of each gate, for one sentence at a time."""
+    """Compares the result of `fisher` with finite differences of the loss of each sentence, for a gate on each head."""
     model, batch = tiny_setup.model, tiny_setup.ranking[0]
     unit_costs = fisher(model, [batch])[1].heads.unit_costs
     names = architectures.layout_of(model)
@@ -188,7 +188,7 @@ def test_fisher_is_the_mean_squared_gradient_of_single_sentences(tiny_setup):
             losses.append(torch.nn.functional.cross_entropy(model_logits, batch.labels, reduction="none"))
         slope = (losses[0] - losses[1]) / 2e-4
         assert float(unit_costs[head]) == pytest.approx(float(slope.square().mean()), rel=1e-3, abs=1e-9)
-    assert weight.requires_grad  # `fisher` must restore this flag
+    assert weight.requires_grad  # `fisher` must restore `requires_grad`
 
 
 def test_gradients_that_are_not_finite_are_refused(tiny_setup):
@@ -240,9 +240,10 @@ def test_whole_removed_layers_count_towards_the_ratio(percent, seed):
 
 
 def test_dispensable_layers_are_those_whose_absence_raises_the_loss_least(tiny_setup):
-    """Compares with the definition: each step removes the layer whose absence gives the lowest loss.
+    """Compares `dispensable_layers` with its definition.
 
-    A hook removes a layer: the layer then returns its input.
+    Each step removes the layer whose absence gives the lowest loss. To remove a layer, the test adds a hook that makes
+    the layer return its input.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -251,7 +252,7 @@ def test_dispensable_layers_are_those_whose_absence_raises_the_loss_least(tiny_s
     model = AutoModelForSequenceClassification.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter *= 1 if parameter.dim() == 1 else 8  # larger weights, so that each layer changes its input
+            parameter *= 1 if parameter.dim() == 1 else 8  # with larger weights, each layer changes its input more
 
     def loss_without(removed_layers):
         layers = architectures.layers_of(model)
@@ -281,7 +282,7 @@ def test_dispensable_layers_are_those_whose_absence_raises_the_loss_least(tiny_s
 
 @pytest.mark.parametrize("kind", ["distilbert", "bert"])
 def test_the_norm_before_a_removed_sub_block_is_refitted_to_match(built_tiny, kind):
-    """The refit is exact if the sub-block only scales and shifts."""
+    """The refit of the norm is exact if the removed sub-block only scales and shifts its input."""
     model = load_model(built_tiny.path("torch-fp32")) if kind == "distilbert" else random_bert()
     names, layer = architectures.layout_of(model), architectures.layers_of(model)[1]
     with torch.no_grad():
@@ -403,7 +404,7 @@ def test_variants_of_a_pruned_model_keep_its_facts_and_are_smaller(pruned_worksp
         name: pruned_workspace.load(name).manifest.facts["bytes_by_part"]["encoder"]
         for name in ("onnx-int8", "onnx-pruned50-int8")
     }
-    # norms and biases stay, and are a large part of this small model
+    # pruning keeps norms and output biases, which are a large part of this small model
     assert sizes["onnx-pruned50-int8"] < 0.75 * sizes["onnx-int8"]
 
 
@@ -413,7 +414,7 @@ def test_the_initialisers_of_a_pruned_graph_are_smaller(pruned_workspace):
 
     def count_elements(name):
         graph = onnx.load(pruned_workspace.path(name) / "model.onnx").graph
-        # leaves out the embedding tables
+        # the limit of 200 excludes the embedding tables
         matrices = [i for i in graph.initializer if len(i.dims) == 2 and max(i.dims) < 200]
         return sum(i.dims[0] * i.dims[1] for i in matrices)
 
@@ -468,7 +469,7 @@ def test_a_model_of_fewer_layers_can_be_exported_and_quantised(pruned_workspace)
     for name in (std_name, "onnx-pruned50+shallow"):
         assert artifacts[name].manifest.validation["largest_delta"] <= 1e-4
     operators = artifacts["onnx-pruned50+shallow"].manifest.facts["operators"]
-    assert (operators["LayerNormalization"], operators["Sub"]) == (3, 3)  # no node of the other layer remains
+    assert (operators["LayerNormalization"], operators["Sub"]) == (3, 3)  # no node of the removed layer remains
 
 
 @pytest.mark.slow
@@ -485,7 +486,7 @@ def test_a_pruned_folder_can_be_imported_but_not_pruned_again(pruned_workspace, 
     workspace = Workspace.open(str(pruned_workspace.path("torch-pruned50")), tmp_path, "mine", pruned_workspace.train)
     artifacts = ensure(workspace, ["onnx-fp32"], {}, quiet)
     assert artifacts["onnx-fp32"].manifest.validation["passed"]
-    # transformers must not find the weights, since it would load them wrongly
+    # transformers must not find the pruned weights, since it would load them wrongly
     assert (workspace.path("torch-fp32") / OWN_WEIGHTS).is_file()
     with pytest.raises(PruningError, match="already pruned"):
         ensure(workspace, ["torch-pruned30"], {}, quiet)
@@ -502,7 +503,7 @@ def test_a_rebuild_without_its_training_data_is_refused(pruned_workspace, tmp_pa
     workspace = Workspace(tmp_path / "exported", pruned_workspace.model, pruned_workspace.source)
     function, version = pipeline.STEPS[Prune]
     monkeypatch.setitem(pipeline.STEPS, Prune, (function, version + 1))
-    with pytest.raises(DataError, match=r"Its training data is train\.csv; this command uses sst2"):
+    with pytest.raises(DataError, match=r"The training data of \S+ is train\.csv, but this command uses sst2"):
         ensure(workspace, ["torch-pruned50"], {}, quiet)
     workspace.load("torch-pruned50").verify()
 
@@ -523,7 +524,7 @@ def test_a_latency_table_is_measured_once_and_refused_on_another_machine(tiny_se
     file.write_text(valid_text.replace(hardware.machine()["id"], "another"))
     with pytest.raises(PruningError, match=r"measured on another machine \(another\). Delete .* to measure again"):
         latency_table(tiny_setup.model, tmp_path, quiet)
-    assert "another" in file.read_text()  # the file is unchanged
+    assert "another" in file.read_text()  # the refused latency table is not overwritten
     file.write_text(valid_text[:40])
     with pytest.raises(PruningError, match="is not a valid latency table"):
         latency_table(tiny_setup.model, tmp_path, quiet)

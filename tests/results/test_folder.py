@@ -60,6 +60,6 @@ def test_measurements_of_an_artifact_start_with_the_newest(tmp_path):
 
 def test_an_old_run_is_not_compared_with_itself(tmp_path):
     result(FP32, run={"id": "a"}).write(tmp_path / "a.json")
-    with pytest.raises(BenchError, match="is the new run itself"):
+    with pytest.raises(BenchError, match="is the new run itself, so there is no older run"):
         read_old_run(tmp_path / "a.json", [result(FP32, run={"id": "a"})])
     assert read_old_run(tmp_path / "a.json", [result(FP32, run={"id": "b"})]).run["id"] == "a"

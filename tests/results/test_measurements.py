@@ -24,13 +24,13 @@ def test_thinning_is_even_and_keeps_the_rounds_and_the_count(times):
     assert len(samples.rounds) == len(times)
     for kept_round, timed_round in zip(samples.rounds, times, strict=True):
         remaining = iter(timed_round)
-        assert all(value in remaining for value in kept_round)  # a subsequence of the times
+        assert all(value in remaining for value in kept_round)  # Thinning keeps the order of the times.
         share = MAX_SAMPLES / samples.count if samples.count > MAX_SAMPLES else 1
         assert abs(len(kept_round) - share * len(timed_round)) <= 1
 
 
 def test_thinning_loses_different_sentences_in_each_repetition():
-    """Uses four repetitions of 250 sentences in each of 8 rounds.
+    """This test takes four repetitions of 250 sentences in each of 8 rounds.
 
     Keeping each n-th sample would lose some sentences entirely.
     """
@@ -100,12 +100,12 @@ def change_samples(values):
         (lambda body: body.pop("machine"), "machine"),
         (change_row(status="great"), "rows.0.status: Input should be"),
         (change_row(cell="other@cpu"), "cell 'other@cpu'"),
-        (change_row(latency_ms={"p50": 0.1}), "does not follow from its samples"),
-        (change_row(throughput_per_s=10**6), "does not follow from its samples"),
+        (change_row(latency_ms={"p50": 0.1}), "latency_ms does not follow from its samples"),
+        (change_row(throughput_per_s=10**6), "throughput_per_s does not follow from its samples"),
         (change_samples([[900, -5], [1100]]), "is not positive"),
         (change_samples([[900, 0.5], [1100]]), "valid integer"),
         (change_samples([["fast"]]), "valid integer"),
-        (change_samples([[900], [1100]]), "numbers of times and of sentences differ"),
+        (change_samples([[900], [1100]]), "the numbers of times and of sentences differ"),
         (
             change_row(accuracy={"value": 1.1, "correct": 11, "count": 10, "batch_size": 1}),
             "from 11 of 10",
@@ -119,10 +119,10 @@ def change_samples(values):
         ),
         (change_row(accuracy={"value": 0.0, "correct": 0, "count": 0, "batch_size": 1}), "0 predictions"),
         (change_row(memory_bytes=None), "rows.0.memory_bytes: Input should be a"),
-        (change_row(memory_bytes={"peak": "x"}), "not a number of bytes"),
+        (change_row(memory_bytes={"peak": "x"}), "the memory peak is not a number of bytes"),
         (change_row(size_bytes={"total": -5}), "total is -5"),
         (change_row(model=5), "rows.0.model: Input should be a valid string"),
-        (change_samples([]), "a round without a time"),
+        (change_samples([]), "there is a round without a time"),
         (lambda body: body["machine"].pop("cpu"), "machine.cpu is None"),
         (lambda body: body["machine"].update(gpu=["x"]), "without a name"),
         (lambda body: body["machine"].update(cores="two"), "machine.cores is 'two'"),

@@ -28,7 +28,7 @@ def test_three_to_seven_per_cent_of_equal_pairs_are_called_different(rounds):
     rng = np.random.default_rng(20)
     different_count = 0
     for _ in range(1000):
-        drift = rng.normal(0, 0.05, rounds)  # the machine's drift affects both variants
+        drift = rng.normal(0, 0.05, rounds)  # The machine's speed drifts between rounds, for both variants.
         first, second = (np.exp(drift + rng.normal(0, 0.02, rounds)) for _ in range(2))
         different_count += bool(ratio(list(first), list(second)).differs)
     assert 30 <= different_count <= 70
@@ -64,10 +64,11 @@ def test_the_interval_of_a_median_usually_contains_it():
 
 
 def test_wilson_and_mcnemar_give_published_values():
-    low, high = statistics.wilson(81, 263)  # Newcombe 1998, table I
+    low, high = statistics.wilson(81, 263)  # The expected interval is from Newcombe 1998, table I.
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
     assert statistics.mcnemar(0, 0) == 1
-    assert statistics.mcnemar(5, 15) == pytest.approx(0.0414, abs=1e-4)  # a two-sided test of 20 coin flips
+    # This p-value is the probability of at most 5 or at least 15 heads in 20 coin flips.
+    assert statistics.mcnemar(5, 15) == pytest.approx(0.0414, abs=1e-4)
 
 
 def test_macro_f1_gives_every_label_the_same_weight():
@@ -86,7 +87,7 @@ LABELS = [0, 1] * 50
 
 
 def row_with_errors(variant, wrong_rows, shift=0):
-    """Returns a row with right answers except in `wrong_rows`; each confidence is `shift` / 100 points below 90 %."""
+    """Returns a row with wrong answers in `wrong_rows` only; each confidence is (9000 - `shift`) / 100 per cent."""
     answers = tuple(1 - y if i in wrong_rows else y for i, y in enumerate(LABELS))
     confidence = 9000 - shift
     probabilities = tuple(

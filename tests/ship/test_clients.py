@@ -1,7 +1,7 @@
-"""Tests of bundles in their clients, on the whole validation set: Node, Python, OpenVINO, and a browser.
+"""Tests of bundles in Node, Python, OpenVINO and a browser, on the whole validation set.
 
-These environments do not contain the toolchain. Some tests run on emulated processors. `make test-clients` installs the
-clients; the tests of a missing client are skipped.
+The clients' environments do not contain the toolchain. Some tests run on emulated processors. `make test-clients`
+installs the clients; the tests of a missing client are skipped.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ CLIENTS = CACHE / "test-clients"
 PYTHON, OPENVINO, PHONE, TEXTS = (
     CLIENTS / name / "bin" / "python" for name in ("python", "openvino", "phone", "texts")
 )
-MOST_FLIPS = 5  # of 872 sentences, since kernels round differently
+MOST_FLIPS = 5  # Limit for the 872 sentences; kernels of different runtimes round differently.
 NODE = shutil.which("node")
 
 pytestmark = pytest.mark.slow
@@ -57,11 +57,11 @@ on_each_processor = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def bundles(reference, tmp_path_factory):
-    """Bundles of the reference. The web bundle contains its demo page if the clients are installed."""
+    """A folder with bundles of the reference model. The web bundle has a demo page if npm packages are installed."""
     folder = tmp_path_factory.mktemp("bundles")
     if MODULES:  # Node searches for packages in the folder of a file and its parents
         (folder / "node_modules").symlink_to(MODULES)
-        # `ship` searches for the page's packages here
+        # `ship` searches this cache folder for the npm packages of the demo page
         (reference.exported / ".cache").mkdir(exist_ok=True)
         (reference.exported / ".cache" / MODULES.parent.name).symlink_to(MODULES.parent)
     for target, names in (
@@ -88,7 +88,7 @@ def validation_set(tmp_path_factory, reference):
 
 @pytest.fixture(scope="module")
 def logits_here(reference, validation_set):
-    """Returns a function: variant → logits of the validation set, computed in this process one by one."""
+    """Returns a function that maps a variant to its logits of all validation sentences, computed one by one."""
     rows = json.loads((validation_set / "tokens.json").read_text())
 
     @functools.cache
@@ -182,7 +182,7 @@ def test_the_bare_python_has_no_other_package():
 def test_the_runner_gives_the_872_labels(bundles, validation_set, logits_here, variant):
     script = TESTS / "clients" / "bare.py"
     labels = json.loads(run(PYTHON, script, bundles / "python", variant, validation_set / "texts.json"))["answers"]
-    assert count_flips(labels, logits_here(variant)) == 0  # both runtimes have the same kernels
+    assert count_flips(labels, logits_here(variant)) == 0  # The client and this process have the same kernels.
 
 
 @needs_python
@@ -322,7 +322,7 @@ def test_the_project_readme_runs_on_node(bundles):
 
 @pytest.fixture
 def exported(bundles, tmp_path):
-    """A folder with links to the bundles at the paths of the README."""
+    """A folder with links to the bundles, at the paths that the README's code uses."""
     (tmp_path / "exported" / "reference").mkdir(parents=True)
     for target in ("python", "other"):
         (tmp_path / "exported" / "reference" / f"bundle-{target}").symlink_to(bundles / target)
@@ -341,7 +341,7 @@ def test_the_project_readme_runs_in_openvino(exported):
 
 
 def test_int8_loses_few_answers(logits_here):
-    """The reference is the fp32 graph of standard operators."""
+    """Compares int8 variants with `onnx-std`, the fp32 graph of standard operators."""
     labels = np.array(inputs.load_embedded().labels)
     correct = {
         v: int((logits_here(v).argmax(1) == labels).sum()) for v in ("onnx-std", "onnx-std-int8", "onnx-int8-portable")

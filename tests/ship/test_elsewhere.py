@@ -1,7 +1,7 @@
 """Loads folders and bundles with transformers' pipeline and with optimum, which do not import this package.
 
-`make test-clients` installs transformers 5, which no release of optimum supports. Without transformers 5, its tests are
-skipped.
+`make test-clients` installs transformers 5, which no release of optimum supports. Without transformers 5, the
+tests that need it are skipped.
 """
 
 import json
@@ -148,7 +148,7 @@ def test_only_the_first_model_of_a_bundle_has_the_default_name(built_tiny, tmp_p
 
 @pytest.fixture(scope="module")
 def unloadable_variants(built_tiny):
-    """Variants that transformers cannot build: a model with int8 layers, and a model without one of its layers."""
+    """Two variants that transformers cannot load: one with int8 layers, and one that lost a whole layer by pruning."""
     steps = {"torch-pruned50+depth": Prune(0.5, layers=1)}
     return ensure(built_tiny, ["torch-int8", "torch-pruned50+depth"], steps, quiet)
 

@@ -36,7 +36,8 @@ from toolchain.ship.targets.releases import (
 
 PRODUCTS = (b"DynamicQuantizeMatMul", b"QAttention")
 NAMES = ("onnx-int8", "onnx-int8-portable", "onnx-fp32")
-FULL_ATTENTION = "onnx-fp32+no-first-query"  # its only attention operator is Attention, which ONNX Runtime 1.16 reads
+# The only attention operator of this variant is Attention, which ONNX Runtime 1.16 supports.
+FULL_ATTENTION = "onnx-fp32+no-first-query"
 FEED = {"input_ids": np.arange(1000, 1025)[None], "attention_mask": np.ones((1, 25), np.int64)}
 
 
@@ -46,7 +47,7 @@ def ship(workspace, output, *names, **order):
 
 @pytest.fixture(scope="module")
 def phone_bundle(built_tiny, tmp_path_factory):
-    """A bundle for phones with three variants. Do not change it."""
+    """A bundle for phones with three variants. Tests must not change this bundle."""
     folder = tmp_path_factory.mktemp("phone") / "bundle"
     ship(built_tiny, folder, *NAMES)
     return folder
@@ -73,7 +74,7 @@ def logits_of(path, feed=FEED):
 
 
 def one_node(node, *, domain="", opset=18, ir_version=8, weights=()):
-    """Returns a model of one node that reads x, a float [2], and the weights."""
+    """Returns a model of one node, with float input x and output y of shape [2], and with initializers `weights`."""
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy")
     graph = helper.make_graph([node], "g", [x], [y], list(weights))
     opsets = [helper.make_opsetid("", opset), *([helper.make_opsetid(domain, 1)] if domain else [])]
@@ -90,7 +91,7 @@ def test_a_phone_bundle_has_both_formats_and_the_files_for_a_reduced_build(phone
         assert sha256(phone_bundle / model["file"]) == sha256(built_tiny.path(model["variant"]) / "model.onnx")
         assert model["ort"]["bytes"] == (phone_bundle / model["ort"]["file"]).stat().st_size
         assert model["ort"]["format"] == 6
-        # the first release whose MultiHeadAttention has all attributes of the file
+        # 1.17 is the first release whose MultiHeadAttention has all attributes that the file uses.
         assert model["oldest_release"] == "1.17"
         assert (logits_of(phone_bundle / model["ort"]["file"]) == logits_of(phone_bundle / model["file"])).all()
     operators_text = (phone_bundle / "required_operators.config").read_text()
@@ -122,7 +123,7 @@ def test_both_formats_can_be_verified_with_and_without_this_package(phone_bundle
 
 @pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes(phone_bundle, built_tiny, tmp_path):
-    """Compares two processes: without sorting, ONNX Runtime writes one table of the file in random order."""
+    """Compares files from two processes; without sorting, each .ort file would contain a table in random order."""
     model_options = ("--model", built_tiny.model, "--exported", built_tiny.exported)
     completed = run_toolchain(
         "ship", *NAMES, "--target", "mobile", "--output", tmp_path / "b", *model_options, cwd=tmp_path
@@ -150,7 +151,7 @@ def test_custom_operators_of_this_process_do_not_change_the_file(phone_bundle, b
 @pytest.mark.slow
 def test_both_formats_can_contain_the_tokenizer(built_tiny, tmp_path):
     body = ship(built_tiny, tmp_path / "b", "onnx-int8", with_tokenizer=True)
-    assert body["models"][0]["oldest_release"] == "1.17"  # the first release whose opset has StringSplit
+    assert body["models"][0]["oldest_release"] == "1.17"  # The opset of 1.17 is the first with StringSplit.
     report = shipping.verify(tmp_path / "b")
     assert set(report["models"]) == {"onnx-int8", "onnx-int8.ort"}
     assert all(model_report["largest_delta"] < 1e-4 for model_report in report["models"].values())
@@ -182,7 +183,7 @@ def test_shipping_the_same_again_changes_nothing(tiny, tmp_path):
     ship(tiny, tmp_path / "b", "onnx-int8")
     inode = (tmp_path / "b").stat().st_ino
     ship(tiny, tmp_path / "b", "onnx-int8", say=lambda event: events.append(str(event)))
-    assert events[-1].endswith("an equal bundle exists, unchanged")
+    assert events[-1].endswith("an equal bundle exists and stays unchanged")
     assert (tmp_path / "b").stat().st_ino == inode
 
 
@@ -249,7 +250,7 @@ def test_lower_refuses_a_model_that_the_release_cannot_read(tmp_path, case):
     model, message = UNREADABLE[case]
     onnx.save(model, tmp_path / "new.onnx")
     with pytest.raises(ShippingError, match=message):
-        mobile.lower(tmp_path / "new.onnx", tmp_path / "old.onnx", "1.15" if "half" in case else "1.17")
+        mobile.lower(tmp_path / "new.onnx", tmp_path / "old.onnx", "1.15" if "fully" in case else "1.17")
     assert not (tmp_path / "old.onnx").exists()
 
 
@@ -277,7 +278,7 @@ def test_a_variant_that_needs_a_later_release_is_refused(built_tiny, tmp_path, n
 
 
 def mask_by_key_padding(artifact):
-    """Gives the last attention a key_padding_mask for its one query, as older exports did."""
+    """Replaces the bias of the last attention node by a key_padding_mask, as in exports of older releases."""
     model = onnx.load(artifact.onnx_path)
     (full_attention,) = (node for node in model.graph.node if node.op_type == "Attention")
     (last_attention,) = (node for node in model.graph.node if node.op_type == "MultiHeadAttention")
@@ -294,9 +295,10 @@ def test_a_release_that_computes_padded_batches_wrongly_is_refused(tiny, tmp_pat
     code, out, err = say("ship", "onnx-fp32", "--target", "mobile", "--ort-mobile", "1.20", *options)
     assert (code, out) == (1, "")
     assert err.splitlines()[-1] == (
-        "Error: onnx-fp32 uses MultiHeadAttention with key_padding_mask longer than the query (correct from 1.21 on). "
-        "ONNX Runtime 1.20 refuses padded batches with such attention, or computes them incorrectly. Ship it with "
-        "--ort-mobile 1.21 or newer, or ship a variant with standard operators of opset 18, such as onnx-std."
+        "Error: onnx-fp32 uses MultiHeadAttention with key_padding_mask longer than the query (correct from 1.21 on), "
+        "but ONNX Runtime 1.20 refuses padded batches with such attention, or computes them incorrectly. Ship a "
+        "variant with standard operators of opset 18, such as onnx-std. Or ship onnx-fp32 with --ort-mobile 1.21 or "
+        "newer."
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exported"]
     (model,) = ship(tiny, tmp_path / "b", "onnx-fp32", ort_mobile="1.21")["models"]
@@ -305,7 +307,7 @@ def test_a_release_that_computes_padded_batches_wrongly_is_refused(tiny, tmp_pat
 
 @pytest.mark.slow
 def test_a_new_operator_after_an_operator_of_onnx_runtime_is_refused(opset_20_workspace, tmp_path):
-    """onnx does not know the types after a quantised product, so it cannot replace the Gelu there."""
+    """onnx does not know the type of a quantised product, so it cannot replace a Gelu that follows the product."""
     with pytest.raises(ShippingError, match=r"onnx-int8 uses Gelu of a newer opset than 19.*--opset 18"):
         ship(opset_20_workspace, tmp_path / "b", "onnx-int8", ort_mobile="1.16")
     assert not (tmp_path / "b").exists()
@@ -344,7 +346,8 @@ def test_a_4_bit_operator_needs_a_release_that_has_it(tmp_path):
 
 def test_the_table_of_releases_tells_which_release_supports_an_operator():
     gather, bits = Use("com.microsoft", "GatherBlockQuantized"), Use("com.microsoft", "GatherBlockQuantized", "bits")
-    assert find_unsupported("1.19", [gather, bits]) == [gather]  # the attributes of a missing operator are not listed
+    # If an operator is missing, its attributes are not listed.
+    assert find_unsupported("1.19", [gather, bits]) == [gather]
     assert find_unsupported("1.22", [gather, bits]) == [bits]
     assert find_unsupported("1.23", [gather, bits]) == []
     assert oldest_supporting_release([gather, bits, Use("", "Add")]) == "1.23"
@@ -374,7 +377,7 @@ def test_the_table_of_operators_matches_the_installed_runtime():
 
     installed_release = ".".join(onnxruntime.__version__.split(".")[:2])
     if installed_release not in RELEASES:
-        pytest.skip(f"ONNX Runtime {installed_release} is not in the table")
+        pytest.skip(f"ONNX Runtime {installed_release} is not in the table of releases")
     schemas = {s.name: s for s in state.get_all_operator_schema() if s.domain == "com.microsoft"}
     kernels = {k.op_name for k in state.get_all_opkernel_def() if "CPU" in k.provider and k.domain == "com.microsoft"}
     for operator, by_release in OPERATORS.items():
@@ -393,7 +396,7 @@ def test_the_table_has_the_limits_of_the_installed_runtime(tmp_path):
 
     installed_release = ".".join(onnxruntime.__version__.split(".")[:2])
     if installed_release not in RELEASES:
-        pytest.skip(f"ONNX Runtime {installed_release} is not in the table")
+        pytest.skip(f"ONNX Runtime {installed_release} is not in the table of releases")
     limit, node = RELEASES[installed_release], helper.make_node("Identity", ["x"], ["y"])
 
     def is_readable(**versions):
@@ -466,7 +469,7 @@ def test_ship_for_mobile_and_its_usage_errors(tiny, say):
 
 @pytest.mark.slow
 def test_weights_in_ort_format_are_unsigned_where_products_can_saturate(phone_bundle):
-    """No session option applies to a file in ORT format."""
+    """The session option for exact products has no effect on files in ORT format, so their weights must be unsigned."""
     for name, is_signed in (("onnx-int8", False), ("onnx-int8-portable", True)):
         content = ort_format.read_root((phone_bundle / f"{name}.ort").read_bytes()).Model().Graph()
         types = {

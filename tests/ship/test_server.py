@@ -1,6 +1,7 @@
-"""Tests of Triton model repositories: Triton's protobuf definition parses them; models run with the declared shapes.
+"""Tests of Triton model repositories: the configurations are valid, and the models run with the declared shapes.
 
-`make test-clients` installs Triton's client, which contains this definition. Without the client, its tests are skipped.
+`make test-clients` installs Triton's client, whose protobuf definition parses the configurations. Without the client,
+the tests that need it are skipped.
 """
 
 import json
@@ -39,7 +40,7 @@ def make(workspace, output, *names, **order):
 
 @pytest.fixture(scope="module")
 def bundle(built_tiny, tmp_path_factory):
-    """A bundle of two models that take tokens. Do not change it."""
+    """A bundle of two models whose inputs are token ids. Tests must not change this bundle."""
     folder = tmp_path_factory.mktemp("server") / "bundle"
     make(built_tiny, folder, "onnx-int8", "onnx-fp32")
     return folder
@@ -59,7 +60,7 @@ def read_configs(bundle):
 
 
 def run_model(bundle, config, batch):
-    """Runs a model as Triton does, on a batch of the declared types and shapes; returns tensors by name."""
+    """Runs a model as Triton does, on a batch of the declared types and shapes; returns its outputs by name."""
     options = session_options(1)  # Triton cannot set the option for exact products, so AVX2 servers use -portable files
     for library in config.get("model_operations", {}).get("op_library_filename", []):
         assert library == LIBRARY
@@ -86,7 +87,7 @@ def run_model(bundle, config, batch):
 
 
 def require_dims(tensor, spec):
-    """Checks that the tensor is a batch of the declared dims."""
+    """Checks that the tensor has a batch axis and then the dimensions that `spec` declares."""
     dims = [int(dim) for dim in spec["dims"]]
     assert tensor.ndim == 1 + len(dims)
     assert all(dim in (-1, size) for dim, size in zip(dims, tensor.shape[1:], strict=True))
@@ -114,7 +115,7 @@ def test_triton_reads_the_configurations_of_a_bundle(bundle):
             continue
         assert config["backend"] == "onnxruntime"
         assert "max_queue_delay_microseconds" in config["dynamic_batching"]
-        # A model with GPU kernels may run on a GPU. The file leaves out KIND_AUTO, because it is the default.
+        # A model with GPU kernels may run on a GPU. The configuration leaves out KIND_AUTO, the default.
         kind = config["instance_group"][0].get("kind", "KIND_AUTO")
         assert kind == ("KIND_AUTO" if name == "onnx-fp32" else "KIND_CPU")
     label_files = {spec["name"]: spec.get("label_filename") for spec in configs["onnx-int8"]["output"]}
@@ -210,7 +211,7 @@ def test_verify_finds_another_tokenizer(bundle, tmp_path):
     assert set(report["models"]) == {"onnx-int8", "onnx-fp32"}
     copy = shutil.copytree(bundle, tmp_path / "copy")
     body = json.loads((copy / "bundle.json").read_text())
-    # A different tokenizer graph, listed with its correct digest, gives other tokens.
+    # The replaced tokenizer graph gives different tokens, but bundle.json lists its correct digest.
     from toolchain import passes
     from toolchain.ship import tokenizer_graph
 

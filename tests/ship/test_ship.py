@@ -1,4 +1,4 @@
-"""Tests of bundles: their content, the refusals, and that verification finds every changed byte."""
+"""Tests of bundles: their content, the variants that `ship` refuses, and the detection of every changed byte."""
 
 import base64
 import dataclasses
@@ -31,7 +31,7 @@ from toolchain.ship.bundles import TOLERANCES
 from toolchain.ship.shipping import Order
 from toolchain.ship.targets import DTYPES, clients
 
-MODEL = "model.onnx"  # the first model of a Python bundle
+MODEL = "model.onnx"  # path of the first model in a Python bundle
 
 
 def quiet(line):
@@ -44,7 +44,7 @@ def make(workspace, output, *names, target="python", say=quiet, **order):
 
 @pytest.fixture(scope="module")
 def bundles_by_target(built_tiny, tmp_path_factory):
-    """One bundle for each target. Do not change them."""
+    """One bundle for each target. Tests must not change these bundles."""
     folder = tmp_path_factory.mktemp("bundles")
     make(built_tiny, folder / "web", "onnx-int8", "onnx-fp32", target="web")
     make(built_tiny, folder / "python", "onnx-int8")
@@ -100,12 +100,13 @@ def test_a_bundle_passes_verification_and_describes_its_models(bundles_by_target
         assert [spec["name"] for spec in model["inputs"]] == ["input_ids", "attention_mask"]
         assert model["measured"] == "not measured"
         assert model["tolerance"] == TOLERANCES["int8" if "int8" in model["variant"] else "fp32"]
-        assert 0 <= report["models"][model["variant"]]["largest_delta"] < 1e-4  # this machine also made the bundle
+        # The difference is tiny, because this machine also computed the recorded logits.
+        assert 0 <= report["models"][model["variant"]]["largest_delta"] < 1e-4
 
 
 @pytest.fixture(scope="module")
 def text_bundle(built_tiny, tmp_path_factory):
-    """A Python bundle with the tokenizer in the graph. Do not change it."""
+    """A Python bundle with the tokenizer in the graph. Tests must not change this bundle."""
     make(built_tiny, folder := tmp_path_factory.mktemp("texts") / "b", "onnx-int8", "onnx-fp32", with_tokenizer=True)
     return folder
 
@@ -149,7 +150,10 @@ def test_a_model_that_takes_texts_refuses_pairs(text_bundle, tmp_path, say):
     assert "takes single texts, not pairs" in err
 
 
-@pytest.mark.parametrize(("target", "reason"), [("web", "onnxruntime-web"), ("other", "other runtimes do not have")])
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [("web", "onnxruntime-web"), ("other", "other runtimes do not have the operators of onnxruntime-extensions")],
+)
 def test_with_tokenizer_is_refused_for_a_target_without_its_operators(built_tiny, tmp_path, target, reason):
     with pytest.raises(ShippingError, match="Ship without --with-tokenizer") as refusal:
         make(built_tiny, tmp_path / "b", "onnx-std", target=target, with_tokenizer=True)
@@ -249,11 +253,11 @@ def test_shipping_the_same_changes_nothing_and_another_variant_replaces_the_bund
     assert (
         make(tiny, tmp_path / "b", "onnx-int8", say=lambda event: events.append(str(event)))["id"] == first_body["id"]
     )
-    assert f"{tmp_path / 'b'}: an equal bundle exists, unchanged" in events
+    assert f"{tmp_path / 'b'}: an equal bundle exists and stays unchanged" in events
     assert (tmp_path / "b").stat().st_ino == inode
     assert make(tiny, tmp_path / "b", "onnx-fp32")["id"] != first_body["id"]
     assert shipping.verify(tmp_path / "b")["models"].keys() == {"onnx-fp32"}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "exported"]  # no other file remains
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "exported"]  # `ship` leaves no temporary file
 
 
 def create_at(path, kind):
@@ -312,7 +316,8 @@ def test_a_pytorch_variant_or_a_repeated_one_is_not_shipped(built_tiny, tmp_path
 
 
 def test_a_web_bundle_refuses_two_variants_of_one_dtype(built_tiny, tmp_path):
-    with pytest.raises(ShippingError, match=re.escape("would both have the path onnx/model_quantized.onnx")):
+    message = "onnx-int8 and onnx-int8-portable would both have the path onnx/model_quantized.onnx"
+    with pytest.raises(ShippingError, match=re.escape(message)):
         make(built_tiny, tmp_path / "b", "onnx-int8", "onnx-int8-portable", target="web")
 
 
@@ -332,7 +337,7 @@ def test_an_error_names_operators_that_a_target_lacks_and_an_alternative(built_t
 def test_a_variant_that_failed_validation_is_not_shipped(tiny, tmp_path):
     file = tiny.path("onnx-int8") / "manifest.json"
     body = json.loads(file.read_text())
-    body["validation"]["passed"] = False  # the id does not cover this value
+    body["validation"]["passed"] = False  # The id of a manifest does not cover the validation report.
     file.write_text(json.dumps(body))
     with pytest.raises(VerdictError, match="onnx-int8 did not pass validation"):
         make(tiny, tmp_path / "b", "onnx-int8")
@@ -506,10 +511,10 @@ def test_a_bundle_has_batches_padded_on_either_side(bundles_by_target):
 
 
 def test_verify_finds_a_fault_that_affects_only_padded_batches(bundle):
-    """ONNX Runtime up to 1.20 has such a fault: it applies the key padding mask with the length of the query."""
+    """ONNX Runtime up to 1.20 has a fault in padded batches: it gives the key padding mask the length of the query."""
     model = onnx.load(bundle / MODEL)
     attention = next(node for node in model.graph.node if node.op_type == "MultiHeadAttention")
-    attention.input[5] = ""  # without its bias, the attention includes padding
+    attention.input[5] = ""  # Without the attention bias, the node attends to padding.
     del attention.input[5:]
     onnx.save(model, bundle / MODEL)
     entry = {"bytes": (bundle / MODEL).stat().st_size, "sha256": sha256(bundle / MODEL)}
@@ -540,7 +545,7 @@ def test_a_saturating_runtime_gives_an_error_with_an_alternative(bundle, built_t
 
 @pytest.mark.parametrize(
     ("variant", "message"),
-    [("onnx-int8", "on a processor that saturates"), ("onnx-fp32", "model.onnx cannot be loaded: ")],
+    [("onnx-int8", "on a processor that saturates 8-bit products"), ("onnx-fp32", "model.onnx cannot be loaded: ")],
 )
 def test_verify_blames_saturation_only_for_a_model_whose_products_saturate(
     built_tiny, tmp_path, monkeypatch, capsys, variant, message
@@ -550,7 +555,7 @@ def test_verify_blames_saturation_only_for_a_model_whose_products_saturate(
     (folder / MODEL).write_bytes(b"not a graph")
     entry = {"bytes": (folder / MODEL).stat().st_size, "sha256": sha256(folder / MODEL)}
     reseal(folder, lambda body: next(e for e in body["files"] if e["path"] == MODEL).update(entry))
-    # the option makes products exact, as on a processor without VNNI
+    # Products saturate only without the session option, as on a processor without VNNI.
     monkeypatch.setattr(bundled, "saturates", lambda exact=False: not exact)
     assert bundled.main(folder) == 3
     assert message in capsys.readouterr().err
@@ -609,7 +614,7 @@ def test_ship_and_verify_exit_with_their_codes(tiny, tmp_path, say, monkeypatch)
     code, _, err = say("ship", "onnx-int8", "--target", "other", *model_options)
     assert code == 1
     assert "onnx-std-int8" in err
-    # A bundle is no variant, so `variants` must not list it.
+    # A bundle is not a variant, so `variants` must not list it.
     rows = json.loads(say("variants", "--json", *model_options)[1])
     assert "bundle-python" not in {row["variant"] for row in rows}
 
@@ -653,7 +658,7 @@ def test_the_policy_of_the_page_allows_its_one_inline_script():
 
 
 def test_the_python_code_of_a_readme_runs(bundles_by_target, tmp_path):
-    """Runs the code in this environment; `test_clients.py` runs it in one without the toolchain."""
+    """Runs the README's code in this environment; `test_clients.py` runs it in an environment without the toolchain."""
     shutil.copytree(bundles_by_target / "python", tmp_path / "bundle")
     block = re.search(r"```python\n(.*?)```", (tmp_path / "bundle" / "README.md").read_text(), re.DOTALL)[1]
     (tmp_path / "app").mkdir()
@@ -663,7 +668,7 @@ def test_the_python_code_of_a_readme_runs(bundles_by_target, tmp_path):
         [sys.executable, "-c", block], cwd=tmp_path / "app", capture_output=True, text=True, check=True
     )
     assert run.stdout.count("NEGATIVE") == run.stdout.count("POSITIVE") == 2
-    shipping.verify(tmp_path / "bundle")  # the code adds no file to the bundle
+    shipping.verify(tmp_path / "bundle")  # This fails if the README's code added a file to the bundle.
 
 
 def test_every_dtype_has_a_tolerance():

@@ -51,7 +51,7 @@ def reference_encoder():
 
 @pytest.fixture(scope="module")
 def graph(reference_encoder, tmp_path_factory):
-    """A session of the reference's tokenizer graph."""
+    """A session that runs the tokenizer graph of the reference model."""
     file = tmp_path_factory.mktemp("graph") / "tokenizer.onnx"
     passes.write(tokenizer_graph.token_model(reference_encoder), file)
     return TextSession(file, 1)
@@ -106,18 +106,16 @@ def test_a_graph_gives_the_same_tokens_for_nul_and_marker_characters(graph, refe
 def test_a_graph_gives_the_arrays_of_the_encoder(tmp_path):
     encoder = encoder_of(tiny.wordpiece(WORDS), tmp_path / "t", 32, (*NAMES, "token_type_ids"), 0)
     passes.write(tokenizer_graph.token_model(encoder, 8), tmp_path / "t.onnx")
-    arrays = TextSession(tmp_path / "t.onnx", 1).run(["a film", "a much longer text than the other one is", ""])
+    arrays = TextSession(tmp_path / "t.onnx", 1).run(["a film", "a much longer text about a dull film", ""])
     assert set(arrays) == {*NAMES, "token_type_ids"}
-    expected = encoding.pad(
-        encoder.encode(["a film", "a much longer text than the other one is", ""]), encoder.names, 0
-    )
+    expected = encoding.pad(encoder.encode(["a film", "a much longer text about a dull film", ""]), encoder.names, 0)
     width = expected["input_ids"].shape[1]
     for name, array in arrays.items():
         assert array.dtype == np.int64
         assert array.shape[1] % 8 == 0
         assert np.array_equal(array[:, :width], expected[name])
         assert not array[:, width:].any()
-    # A truncated text keeps its closing token, and no array is wider than the maximum length.
+    # A truncated text keeps its final [SEP], and no array is longer than the maximum length.
     arrays = TextSession(tmp_path / "t.onnx", 1).run(["word " * 50])
     assert arrays["input_ids"].tolist() == [list(encoder.encode(["word " * 50])[0])]
 
@@ -181,13 +179,13 @@ def _of_word_level(words):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (tiny.unigram, "no tokenizer of type Unigram"),
-        (_of_word_level, "no tokenizer of type WordLevel"),
+        (tiny.unigram, "but no tokenizer of type Unigram"),
+        (_of_word_level, "but no tokenizer of type WordLevel"),
         (_with_many_added_tokens, "added tok"),
         (_with_control_characters, "keeps control characters"),
         (_with_normalized_token, "its added token 'the'"),
-        (_with_prefix, "does not treat each character independently"),
-        (_with_rare_separator, "does not treat each character independently"),
+        (_with_prefix, "so it does not treat each character independently"),
+        (_with_rare_separator, "so it does not treat each character independently"),
         (_with_metaspace, "kind of BPE"),
         (_with_prefix_space, "adds a space"),
     ],
@@ -210,7 +208,7 @@ def test_a_graph_with_other_tokens_is_refused_with_an_example(reference_encoder,
 
 
 def test_a_word_with_an_unknown_piece_becomes_one_unknown_token(graph, reference_encoder):
-    # The operator of onnxruntime-extensions alone would keep the first pieces of the word.
+    # The WordPiece operator of onnxruntime-extensions alone would keep the known pieces of an unknown word.
     assert tokens_of(graph, ["emoji🏳 emoji"]) == [list(reference_encoder.encode(["emoji🏳 emoji"])[0])]
     assert reference_encoder.tokenizer.encode("emoji🏳").tokens == ["[CLS]", "[UNK]", "[SEP]"]
 

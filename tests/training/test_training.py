@@ -31,7 +31,7 @@ RECIPE = Recipe(epochs=2, learning_rate=2e-3, batch_size=8)
 
 @pytest.fixture(scope="module")
 def task(built_tiny, tmp_path_factory):
-    """The tiny model as a teacher, training rows, held-out rows, their encoder and their file."""
+    """Returns the tiny model as a teacher, training rows, held-out rows, the encoder, and the file of all rows."""
     file = tmp_path_factory.mktemp("train") / "train.csv"
     words = ["good", "bad", "film", "dull", "bright", "a", "the", "story"]
     rows = [f"{' '.join(words[(i * k) % 8] for k in range(1, 4 + i % 9))},{i % 2}" for i in range(120)]
@@ -100,7 +100,7 @@ def test_a_resumed_run_ends_with_exactly_the_same_weights(task, tmp_path, monkey
     history = train(
         (complete_student, copy.deepcopy(teacher)), (rows, held_out), encoder, RECIPE, (tmp_path / "whole", "k"), quiet
     )
-    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)  # saves after each step
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)  # Training saves its state after each step.
 
     def stop(done, total, label):
         if label.startswith("epoch") and done == step:
@@ -144,7 +144,7 @@ def test_training_stops_early_where_accuracy_falls(task, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "accuracy", lambda *_: next(scores))
     student = disturbed_copy(teacher)
     weights_before = flat_weights(student)
-    # the loss includes the labels, so the best accuracy chooses the epoch
+    # Because this loss includes the labels, training keeps the epoch with the best accuracy.
     recipe = Recipe(epochs=4, learning_rate=2e-3, batch_size=8, task=0.5)
     history = train((student, copy.deepcopy(teacher)), (rows, held_out), encoder, recipe, (tmp_path, "k"), quiet)
     assert history["held_out_accuracy"] == [0.9, 0.5, 0.4]
@@ -233,7 +233,7 @@ def test_the_fraction_of_masked_tokens_is_the_requested_one():
         ('{"mask_token": "[MASK]"}', 103),
         ('{"mask_token": {"content": "[MASK]"}}', 103),
         ('{"mask_token": null}', None),
-        ('{"mask_token": "<none of its tokens>"}', None),
+        ('{"mask_token": "<absent token>"}', None),
         (None, None),
     ],
 )
@@ -290,7 +290,7 @@ def test_training_changes_no_embedding_of_a_token_outside_the_rows(task, tmp_pat
 
 
 def test_matched_layers_skip_removed_layers(task):
-    """The norm before a removed layer is refitted, so training does not compare the state before this layer."""
+    """Pruning refits the norm before a removed layer, so training compares no hidden state at this layer's input."""
     model = copy.deepcopy(task[0])
     assert architectures.matched_layers(model) == [1, 2]
     architectures.keep_units(model, 1, (), ())

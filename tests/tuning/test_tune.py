@@ -39,11 +39,11 @@ def quiet(*_):
 
 
 class World:
-    """Invented outcomes, in place of building and measuring.
+    """Invents an outcome for each candidate, in place of building and measuring the candidate.
 
-    A higher ratio is faster and less accurate; more epochs are more accurate. `slope` is the drop, in points, for
-    each per cent of the ratio. `gain` is the fraction of the drop that each epoch recovers. Fewer layers are slightly
-    less accurate and much faster.
+    A higher pruning ratio makes a candidate faster and less accurate; more epochs of recovery make it more accurate.
+    `slope` is the accuracy drop, in points, for each per cent of the pruning ratio. `gain` is the fraction of the drop
+    that each epoch recovers. Candidates with fewer layers are slightly less accurate and much faster.
     """
 
     def __init__(self, slope=0.05, gain=0.5):
@@ -63,7 +63,7 @@ class World:
 
 
 class SlowWorld(World):
-    """Trains each model once. A training takes 100 s per epoch of the `clock`; any other candidate takes `rest_s`."""
+    """A `World` where the first candidate of a training takes 100 s per epoch, and every other one takes `rest_s`."""
 
     def __init__(self, clock, rest_s=1, **world):
         super().__init__(**world)
@@ -255,7 +255,7 @@ def test_the_search_raises_the_ratio_where_another_quantisation_is_within_the_dr
         assert next_start("latency", study.excess_drops, set(), 1.0).ratio < 70
         study.outcomes[replace(dynamic_candidate, scheme="static")] = outcome_of(0.7)
         assert next_start("latency", study.excess_drops, set(), 1.0) == first_candidate("latency", 73, 4)
-        # Dynamic int8 drops too much at 70 %, so the search does not try it at 73 %.
+        # Dynamic int8 exceeds the drop at a ratio of 70 %, so the search does not try it at 73 %.
         assert _choose_start(study, study.remaining) == replace(first_candidate("latency", 73, 4), scheme="static")
 
 
@@ -267,7 +267,7 @@ def test_a_trained_candidate_always_fits_the_time(tmp_path):
         assert {candidate.training for candidate in candidates_in_time if candidate.epochs} == {
             trained_candidate.training
         }
-        study.trained.add((67, "latency", 67, 4))  # an older release trained it, and measured another graph of it
+        study.trained.add((67, "latency", 67, 4))  # An older release trained this model, but exported another graph.
         candidates_in_time = _fit_in_time(study, study.remaining, remaining_s=60.0)
         assert {candidate.training for candidate in candidates_in_time if candidate.epochs} == {
             trained_candidate.training,
@@ -311,7 +311,7 @@ def test_a_stopped_search_continues_with_its_unfinished_candidate(tmp_path):
 
 @pytest.mark.slow
 def test_a_training_that_does_not_fit_the_time_is_left_for_the_next_run(tmp_path, monkeypatch):
-    """The first training shows the duration of the next. A training that does not fit waits for the next run."""
+    """The next training would take as long as the first one and exceed the time, so it waits for the next run."""
     clock = [0.0]
     world, second_world = SlowWorld(clock), SlowWorld(clock)
     monkeypatch.setattr("toolchain.tuning.time.monotonic", lambda: clock[0])
@@ -356,7 +356,7 @@ def test_the_search_tries_no_ratio_above_a_refused_one(tmp_path):
     refused_candidates = []
     best, _, outcomes = run(tmp_path / "study", NarrowWorld(slope=0.001))
     assert max(candidate.ratio for candidate in outcomes) == 60
-    # A refused candidate excludes the same and higher ratios.
+    # After a refusal, the search tries no candidate that prunes as much or more.
     assert not [
         (earlier, later)
         for earlier, later in itertools.combinations(refused_candidates, 2)
@@ -428,7 +428,7 @@ def test_a_duration_needs_a_number_and_a_unit():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a checkpoint and data; the command builds its artifacts there."""
+    """A folder with a checkpoint and data, in which `tune` builds its artifacts."""
     folder = tmp_path_factory.mktemp("tune")
     words = ["good", "bad", "film", "dull", "bright", "a", "the", "story"]
     rows = [f"{' '.join(words[(i * k) % 8] for k in range(1, 4 + i % 9))},1" for i in range(120)]
@@ -440,7 +440,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def in_tune_folder(folder, monkeypatch, short_bench):
-    """Makes `folder` the working directory, and measurements short."""
+    """Makes `folder` the working directory, and shortens the measurements."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(tuning, "PROTOCOL", SHORT)
     monkeypatch.setattr("toolchain.bench.roofline.rates", lambda *_: {})
@@ -485,7 +485,8 @@ def test_tune_continues_where_int8_fails_validation(in_tune_folder, say, folder,
     assert {outcome["baseline"] for outcome in (report["best"], *report["front"])} == {"onnx-fp32"}
     names = {row["variant"] for row in json.loads((folder / report["result"]).read_text())["rows"]}
     assert names == {"torch-fp32", "onnx-fp32", *(outcome["variant"] for outcome in report["front"])}
-    assert not list((folder / "undecided" / "decided").glob("onnx-int8+tune*"))  # this variant would equal onnx-int8
+    # `tune` does not build onnx-int8+tune, because this variant would equal onnx-int8.
+    assert not list((folder / "undecided" / "decided").glob("onnx-int8+tune*"))
     code, out, err = say("tune", *arguments)
     assert code == 0, err
     assert "continuing from" in err
@@ -515,7 +516,7 @@ def test_tune_exits_with_3_where_no_candidate_keeps_the_accuracy(in_tune_folder,
     code, _, err = say("tune", "--model", "./decided", "--train-data", "train.csv", "--max-drop", 0.1, "--budget", "1s")
     assert code == 3
     assert "None of" in err
-    assert "the smallest drop is" in err
+    assert "the smallest accuracy drop is" in err
 
 
 @pytest.mark.slow
@@ -529,4 +530,4 @@ def test_tune_exits_with_3_where_no_candidate_passes_validation(in_tune_folder, 
     assert re.search(
         r"None of (\d+) candidates has an accuracy drop of at most 0\.2 points; \1 failed validation\.", err
     )
-    assert "longer or on more rows" in err
+    assert "A model that is trained longer or on more rows passes validation more often" in err

@@ -51,18 +51,18 @@ class Manifest:
     Attributes:
         model: Name of the model's folder.
         variant: Name of the variant.
-        source: Source of the checkpoint: ``kind``, ``ref``, ``revision`` and possibly ``base``.
+        source: Source of the checkpoint, with the keys ``kind``, ``ref``, ``revision`` and possibly ``base``.
         parent: Name of the parent variant; None for an import.
         parent_id: `id` of the parent's manifest; None for an import.
         step: Step that built the artifact.
-        step_version: Version of that step's function.
+        step_version: Version of the step's function.
         files: All files except the manifest.
         inputs: Inputs of the model, in order.
         outputs: Outputs of the model.
         labels: Names of the labels, by index.
         max_length: Largest number of tokens of an input.
-        facts: Other properties, as the step reports them.
-        validation: Report of `steps.validate`.
+        facts: Properties of the model, such as its number of parameters, as the step reports them.
+        validation: Report of the validation, from `validate` in `toolchain/build/steps/`.
         environment: Versions of the libraries that built the artifact.
         created: UTC time of the build, in ISO 8601.
     """
@@ -128,7 +128,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Returns the manifest in a text that `to_json` wrote.
+        """Returns the manifest that `to_json` wrote as `text`.
 
         Raises:
             ValueError: The text is not JSON, or not a manifest.
@@ -156,7 +156,9 @@ class Manifest:
             created=record.created,
         )
         if manifest.id != record.id:
-            raise TamperedError("The manifest does not match its own id.", "Delete the folder and build it again.")
+            raise TamperedError(
+                "The manifest does not match its own id.", "Delete the folder and build the artifact again."
+            )
         return manifest
 
 
@@ -208,4 +210,4 @@ class _ManifestRecord:
 
     def __post_init__(self) -> None:
         if not (self.files and self.inputs and self.labels):
-            raise ValueError("it names no files, no inputs or no labels")
+            raise ValueError("the manifest names no files, no inputs or no labels")

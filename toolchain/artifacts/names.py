@@ -1,8 +1,8 @@
 """Names of variants.
 
-Name grammar: ``<runtime>[-std][-prunedNN[-rE][-magnitude|-mask]][-<scheme>][-portable|-static][+<label>]``. NN is the
-pruning ratio in per cent, and E is the number of recovery epochs. A name with ``-std`` or ``-prunedNN`` omits
-``-fp32``.
+Name grammar: ``<runtime>[-std][-prunedNN[-rE][-magnitude|-mask]][-<scheme>][-portable|-static][+<label>]``. In
+``-prunedNN``, NN is the pruning ratio in per cent; in ``-rE``, E is the number of recovery epochs. A name with ``-std``
+or ``-prunedNN`` omits ``-fp32``.
 
 A label distinguishes variants that have the same tags and different settings. A variant built from a labelled variant
 keeps that label, or appends a hyphen and another word to it.
@@ -51,7 +51,7 @@ class Parts:
 
     @property
     def is_torch_fp32(self) -> bool:
-        """Returns whether the variant is a PyTorch model in fp32. Every other variant derives from such a model."""
+        """Returns whether the variant is a PyTorch model in fp32, from which all variants of other kinds derive."""
         return (self.runtime, self.scheme) == ("torch", "fp32")
 
     def __str__(self) -> str:
@@ -96,7 +96,7 @@ class VariantName(str):
 
     @property
     def unpruned_name(self) -> VariantName:
-        """Returns the name of the same variant of the unpruned model, without a label."""
+        """Returns the name of the corresponding variant of the unpruned model, without a label."""
         return self.with_parts(pruned=0, recovered=0, method=METHODS[0], label="")
 
 

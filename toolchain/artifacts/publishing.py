@@ -23,8 +23,8 @@ WORK = "toolchain-6f1d0b9c"
 def work_folder(target: Path) -> Path:
     """Returns the hidden folder beside `target` that holds all files of a run that builds `target`.
 
-    Use it only under `lock`. The name is unique to this project. The code computes the name and never searches for it.
-    So it never changes a folder with a similar name.
+    Use this folder only under `lock`. The folder's name is unique to this project. The code computes the name and never
+    searches for folders, so it never changes a folder with a similar name.
     """
     target = Path(os.path.abspath(target))  # `Path(".").name` is empty
     return target.with_name(f".{target.name}.{WORK}")
@@ -52,10 +52,10 @@ def lock(target: Path, on_wait: Callable[[], None]) -> Iterator[None]:
         _repair_folders(target)
         yield
     finally:
-        # Delete the lock file before the release of the lock. A process that opened the file earlier then sees that it
-        # is deleted, and opens a new one.
+        # Delete the lock file before the release of the lock. A process that has opened the deleted lock file then
+        # notices the deletion, and opens a new lock file.
         Path(guard.lock_file).unlink(missing_ok=True)
-        with suppress(OSError):  # not empty: it holds files to resume from, or another run's lock
+        with suppress(OSError):  # The folder may hold files to resume from, or another run's lock.
             work.rmdir()
         guard.release()
 
@@ -75,7 +75,7 @@ def _acquire(work: Path, on_wait: Callable[[], None]) -> FileLock:
             on_wait()
             timeout = -1  # no limit
         except (FileNotFoundError, FileExistsError):
-            # Another run deletes the folder when it ends, possibly between these two calls. Try again.
+            # Another run deletes the folder when it ends, possibly between `mkdir` and `acquire`. Try again.
             retries -= 1
             if not retries:
                 raise
@@ -85,10 +85,10 @@ def _acquire(work: Path, on_wait: Callable[[], None]) -> FileLock:
 def scratch_folder(target: Path) -> Iterator[Path]:
     """Yields a new scratch folder on the file system of `target`, and deletes it on exit unless `replace` moved it.
 
-    Use it only under `lock`.
+    Use this folder only under `lock`.
 
     Raises:
-        ArtifactError: The operating system refuses to write beside `target`, here or inside the ``with`` block.
+        ArtifactError: The operating system refuses to write beside `target`, in this function or in the ``with`` block.
     """
     scratch = work_folder(target) / "building"
     try:
@@ -106,10 +106,10 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 
 
 def replace(scratch: Path, target: Path) -> None:
-    """Renames the scratch folder to `target`, then deletes the previous `target`. Use it only under `lock`.
+    """Renames the scratch folder to `target`, then deletes the previous `target`. Call this function only under `lock`.
 
     Raises:
-        ArtifactError: The operating system refuses to rename. The function then restores the previous `target`.
+        ArtifactError: The operating system refuses to rename a folder, so the function restores the previous `target`.
     """
     backup = _backup_folder(target)
     try:

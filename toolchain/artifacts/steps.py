@@ -25,8 +25,8 @@ QUANTIZED = {
 # Passes that `Optimize` applies by default, in order.
 CPU_PASSES = ("fuse", "residual-sum", "first-token", "first-query")
 CUDA_PASSES = ("fuse-cuda", "half")
-# Passes that `Quantize` applies on ONNX Runtime, by scheme and in order. The last two passes have several forms, such
-# as ``quantize-linear-int4``; the step chooses the form.
+# Passes that `Quantize` applies on ONNX Runtime, by scheme and in order. ``quantize-linear`` and
+# ``quantize-embedding`` have several forms, such as ``quantize-linear-int4``; the step chooses the form.
 QUANTIZE_PASSES = {
     "dynamic": ("padding", "quantize-linear", "quantize-embedding"),
     "static": ("smooth", "quantize-linear", "quantize-embedding"),
@@ -55,12 +55,12 @@ class Prune:
 
     Attributes:
         ratio: Minimum share of the encoder's linear parameters to remove.
-        method: Importance measure, ``fisher`` or ``magnitude``. ``mask`` only sets rows of weights to zero.
-        cost: Cost that the selection weighs importance against: ``parameters``, or ``latency`` on this machine.
-        layers: Number of layers to keep; the step first removes all other layers. If None, it starts with all layers.
+        method: Importance measure, ``fisher`` or ``magnitude``. The method ``mask`` only sets rows of weights to zero.
+        cost: Cost that pruning compares with importance, either ``parameters`` or ``latency`` on this machine.
+        layers: Number of layers to keep before heads and neurons are removed; None keeps all layers.
         train: Digest of the training data; if empty, the workspace's training data.
         sentences: Number of training sentences to rank heads and neurons, and to refit the remaining weights.
-        seed: Random seed for the choice of these sentences.
+        seed: Random seed for the choice of the training sentences.
 
     Raises:
         SettingsError: The ratio is not a multiple of 0.01 from 0.01 to 0.99, or a setting does not apply to the method.
@@ -95,7 +95,8 @@ class Recover:
         train: Digest of the training data, as in `Prune`.
         learning_rate: Peak learning rate.
         batch_size: Number of rows per training step.
-        pairs: Pairs per row and epoch. The step multiplies this number by the share of parameters that pruning removed.
+        pairs: Number of pairs per row and epoch, before the step multiplies it by the share of parameters that pruning
+            removed.
         masked: Share of a pair's tokens that the mask token replaces.
         seed: Random seed of pairs, masks and row order.
     """
@@ -138,23 +139,24 @@ class Quantize:
 
     Schemes of ``ort`` (ONNX Runtime):
 
-    * ``dynamic``: U8 activations with scales computed at run time, times S8 weights with scales per channel.
-    * ``static``: the same products, with activation scales from calibration on training data.
-    * ``int4``: weights in blocks of 4 bits, for size.
+    * ``dynamic``: products of U8 activations, with scales computed at run time, and S8 weights with scales per channel.
+    * ``static``: the products of ``dynamic``, with activation scales from calibration on training data.
+    * ``int4``: weights of 4 bits, in blocks that share a scale, for small files.
 
-    Schemes of ``torch``: ``int8`` computes the same products as ``dynamic``; ``bf16`` and ``fp16`` are half
-    precision. Schemes of ``bnb`` (bitsandbytes): ``int8`` is LLM.int8(); ``nf4`` and ``fp4`` are blocks of 4 bits.
+    The backend ``torch`` has the schemes ``int8`` (the products of ``dynamic``), and ``bf16`` and ``fp16`` (half
+    precision). The backend ``bnb`` (bitsandbytes) has the schemes ``int8`` (LLM.int8()), and ``nf4`` and ``fp4``
+    (blocks of 4-bit weights).
 
     Attributes:
         backend: ``ort``, ``torch`` or ``bnb``. The attributes below `scheme` apply to ``ort`` only.
         scheme: A scheme of the backend.
         reduce_range: True for weights of 7 bits, whose products never saturate.
         embeddings: Type of the embedding tables, ``int8`` or ``int4``; None for the default of the scheme.
-        keep_fp32: Number of linear layers that stay fp32. Held-out rows select the most sensitive layers.
+        keep_fp32: Number of linear layers that stay fp32, namely those that are most sensitive on held-out rows.
         train: Digest of the training data, as in `Prune`; None if the step uses no training data.
         passes: The passes of `QUANTIZE_PASSES` to apply; None for all.
-        trim_vocab: Corpus whose tokens stay in the vocabulary: ``train``, or `Texts.digest` of a file. None keeps all
-            tokens.
+        trim_vocab: Corpus whose tokens stay in the vocabulary, either ``train`` or the `Texts.digest` of a file; None
+            keeps all tokens.
 
     Raises:
         SettingsError: The backend has no such scheme, or two settings exclude each other.
@@ -173,7 +175,8 @@ class Quantize:
         schemes = [name for name in QUANTIZED[self.backend] if (self.backend, name) != ("ort", "fp16")]
         if self.scheme not in schemes:
             raise SettingsError(
-                f"--backend {self.backend} has no scheme {self.scheme}.", f"Its schemes are {', '.join(schemes)}."
+                f"--backend {self.backend} has no scheme {self.scheme}.",
+                f"The schemes of --backend {self.backend}: {', '.join(schemes)}.",
             )
         if self.reduce_range and (self.backend, self.scheme) != ("ort", "dynamic"):
             raise SettingsError(
@@ -193,7 +196,7 @@ class Quantize:
         if not set(passes) <= set(scheme_passes):
             raise SettingsError(
                 f"--scheme {self.scheme} does not have all of the passes {', '.join(passes)}.",
-                f"Its passes are {', '.join(scheme_passes)}.",
+                f"The passes of --scheme {self.scheme}: {', '.join(scheme_passes)}.",
             )
         if "quantize-linear" not in passes and (
             not passes or self.scheme == "static" or self.reduce_range or self.keep_fp32
@@ -211,11 +214,10 @@ class Quantize:
     def passes_without(scheme: str, omitted_passes: Collection[str]) -> tuple[str, ...] | None:
         """Returns the passes of an ONNX Runtime scheme without `omitted_passes`; None if `omitted_passes` is empty.
 
-        The passes before ``quantize-linear`` only prepare the graph for it. Without ``quantize-linear``, the function
-        omits them too.
+        Without ``quantize-linear``, the function also omits the passes before it, which only prepare the graph.
 
         Raises:
-            SettingsError: The scheme has no such pass.
+            SettingsError: The scheme does not have one of the omitted passes.
         """
         if not omitted_passes:
             return None

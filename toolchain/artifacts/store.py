@@ -16,7 +16,7 @@ from toolchain.data.labels import LabelSet
 from toolchain.errors import ArtifactError, TamperedError, UnknownVariantError
 from toolchain.system import files
 
-ONNX = "model.onnx"  # the graph of an ONNX variant
+ONNX = "model.onnx"  # file name of the graph in an ONNX variant
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Artifact:
         """Compares every file with the manifest.
 
         Raises:
-            TamperedError: A file is missing, differs, or is not in the manifest. The error names the first one.
+            TamperedError: A file is missing, differs, or is not in the manifest; the error names the first such file.
         """
         for entry in self.manifest.files:
             path = self.path / entry.path
@@ -54,7 +54,7 @@ class Artifact:
             elif path.stat().st_size != entry.bytes:
                 fault = f"has {path.stat().st_size} bytes instead of {entry.bytes}"
             elif sha256(path) != entry.sha256:
-                fault = "does not have the sha256 in its manifest"
+                fault = "does not have the sha256 that the manifest records"
             else:
                 continue
             raise self._tampered_error(f"{entry.path} {fault}")
@@ -63,7 +63,7 @@ class Artifact:
             name = path.relative_to(self.path).as_posix()
             # File managers write hidden files, which do not belong to the artifact.
             if path.is_file() and name not in recorded_paths and name != MANIFEST and not path.name.startswith("."):
-                raise self._tampered_error(f"{name} is not in its manifest")
+                raise self._tampered_error(f"{name} is not in the manifest")
 
     def _tampered_error(self, fault: str) -> TamperedError:
         return TamperedError(
@@ -85,7 +85,9 @@ def list_files(folder: Path) -> tuple[FileEntry, ...]:
 
 
 def load(path: Path) -> Artifact | None:
-    """Returns the artifact at `path`, or None if nothing exists there. It does not check the files; see `verify`.
+    """Returns the artifact at `path`, or None if nothing exists there.
+
+    The function does not check the files; see `Artifact.verify`.
 
     Raises:
         TamperedError: The manifest does not match its id.
@@ -115,10 +117,12 @@ def copy_companions(artifact: Artifact, folder: Path) -> None:
 
 
 def publish(scratch: Path, target: Path, manifest: Manifest) -> Artifact:
-    """Writes the manifest into `scratch` and renames that folder to `target`. Use it only under `publishing.lock`.
+    """Writes the manifest into `scratch` and renames that folder to `target`.
+
+    Call this function only under `publishing.lock`.
 
     Raises:
-        ArtifactError: The operating system refuses to write these files.
+        ArtifactError: The operating system refuses to write the manifest or to rename the folder.
     """
     try:
         (scratch / MANIFEST).write_text(manifest.to_json())

@@ -38,7 +38,7 @@ class Variant:
 
     @property
     def runtime(self) -> str:
-        """Returns the runtime that opens the variant: ``torch``, ``bnb`` or ``onnx``."""
+        """Returns the runtime that opens the variant, which is ``torch``, ``bnb`` or ``onnx``."""
         return self.name.parts.runtime
 
     @property
@@ -175,10 +175,10 @@ _KINDS = (
 
 
 def get(name: str) -> Variant:
-    """Returns the variant of that name.
+    """Returns the variant called `name`.
 
     Raises:
-        UnknownVariantError: No variant has this name. The error suggests similar names.
+        UnknownVariantError: No variant is called `name`; the error suggests similar names.
     """
     try:
         variant = _find_variant(VariantName(name))
@@ -193,7 +193,7 @@ def get(name: str) -> Variant:
 
 
 def is_variant(name: str) -> bool:
-    """Returns whether a variant of that name exists."""
+    """Returns whether a variant called `name` exists."""
     try:
         return _find_variant(VariantName(name)) is not None
     except UnknownVariantError:
@@ -201,7 +201,7 @@ def is_variant(name: str) -> bool:
 
 
 def _find_variant(name: VariantName) -> Variant | None:
-    """Returns the variant of that name with its default step and parent; None if no step builds such a variant."""
+    """Returns the variant called `name`, with its default step and parent; None if no step builds such a variant."""
     kind = next((kind for kind in _KINDS if kind.describes(name.parts)), None)
     if kind is None or (name.parts.label and kind.parent is None):
         return None

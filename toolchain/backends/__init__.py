@@ -18,8 +18,8 @@ class Backend:
 
     Attributes:
         session: Path of the class as ``module:class``.
-        imports: Modules that the session imports. A benchmark imports them first, so that it can measure their memory
-            separately from the model's memory.
+        imports: Modules that the session imports, and that a benchmark imports before it opens the session, to measure
+            their memory separately.
     """
 
     session: str
@@ -46,10 +46,9 @@ class Place:
         provider: ``cpu`` or ``cuda``.
         threads: Number of CPU threads.
         device_id: Number of the GPU in the order of `nvidia-smi`.
-        allow_fallback: Whether operators without a kernel on the provider may run on the CPU. The session's facts
-            report such a fallback.
-        exact: Whether 8-bit products must not saturate. If false, they may saturate, for example on x86 processors
-            without VNNI.
+        allow_fallback: Whether operators without a kernel on the provider may run on the CPU, which the session's facts
+            then report.
+        exact: Whether 8-bit products must not saturate; if false, products may saturate on x86 processors without VNNI.
     """
 
     provider: str = "cpu"
@@ -62,11 +61,11 @@ class Place:
 class Session(Protocol):
     """A model that is loaded on one execution provider; create it as ``Class(folder, place)``.
 
-    A session never runs on another provider, unless the place allows a fallback.
+    A session runs only on the provider of `place`, unless `place` allows a fallback.
 
     Raises:
         ProviderError: The provider is unavailable.
-        DeviceMemoryError: The device has too little memory, at creation or in `run`.
+        DeviceMemoryError: The device has too little memory to create the session or to run a batch.
     """
 
     def __init__(self, folder: Path, place: Place) -> None: ...
@@ -75,16 +74,17 @@ class Session(Protocol):
         """Returns the logits of one batch.
 
         Args:
-            batch: Input name → int64 array [batch, sequence] on the host.
+            batch: Maps each input name to an int64 array of shape [batch, sequence] on the host.
 
         Returns:
-            float32 array [batch, labels] on the host.
+            A float32 array of shape [batch, labels] on the host.
         """
 
     def resident(self, batch: dict[str, np.ndarray]) -> Callable[[], object]:
         """Copies the batch to the device and returns a function that runs the model on it without further copies.
 
-        The function may be called repeatedly. It returns after the computation, and the logits stay on the device.
+        The returned function may be called repeatedly. Each call waits for the computation and leaves the logits on the
+        device.
         """
 
     def facts(self) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def _outline(folder: Path) -> PreTrainedModel:
 
 
 def _has_kernels() -> bool:
-    """Returns whether bitsandbytes has a library for this CUDA version; without it, a mock raises errors later."""
+    """Returns whether bitsandbytes has a library for PyTorch's CUDA version; if not, a mock raises errors later."""
     from bitsandbytes import cextension
 
     return not isinstance(cextension.lib, cextension.ErrorHandlerMockBNBNativeLibrary)

@@ -49,8 +49,8 @@ def load_unmerged(adapter: Path, base: Path) -> PeftModel:
         base: Folder of the base.
 
     Raises:
-        CheckpointError: PEFT is missing, or the adapter's tensors do not match the adapter parameters one to one. Or
-            neither the adapter nor the base has the weights of the classification head.
+        CheckpointError: PEFT is missing, the adapter's tensors do not match the adapter parameters one to one, or the
+            classification head has no weights.
     """
     from safetensors.torch import load_file
 
@@ -72,7 +72,7 @@ def load_unmerged(adapter: Path, base: Path) -> PeftModel:
         raise CheckpointError(
             f"Neither the adapter {adapter} nor its base contains the weights of {_list_some(missing_names)}.",
             f"Train the adapter with modules_to_save={sorted({name.rsplit('.', 1)[0] for name in missing_names})}, or "
-            "name a base that contains these weights: --base FOLDER|ID.",
+            "name a base that contains the missing weights: --base FOLDER|ID.",
         )
     peft_model.eval()
     return peft_model
@@ -98,7 +98,7 @@ def _require_peft() -> None:
     """Raises `CheckpointError` if PEFT cannot be imported."""
     import logging
 
-    # PEFT imports bitsandbytes if it is installed. This hides a log message about a kernel that only the hub has.
+    # Hides a log message of bitsandbytes, which PEFT may import, about a kernel that only the hub has.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft  # noqa: F401
@@ -112,8 +112,8 @@ def _require_peft() -> None:
 def _build_config(adapter: Path, base: Path, tensors: Mapping[str, torch.Tensor]) -> PretrainedConfig:
     """Returns the base's config with the number of classes of the adapter's head.
 
-    The class names come from the config in the adapter's folder. Without that config, they come from the base's config
-    if it has the same number of classes. Otherwise they are LABEL_0, LABEL_1, …
+    The class names come from the config in the adapter's folder, or else from a base config with the same number of
+    classes. If neither config names the classes, the names are LABEL_0, LABEL_1, …
     """
     from transformers import AutoConfig
 
@@ -199,7 +199,7 @@ def _load_tensors(peft_model: PeftModel, tensors: Mapping[str, torch.Tensor], pr
 
 
 def _is_duplicate(name: str, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Returns whether this tensor is a copy of another tensor: PEFT saves trained biases of the head twice."""
+    """Returns whether the tensor is a copy of another tensor, because PEFT saves trained biases of the head twice."""
     original = tensors.get(name.replace(".modules_to_save.", "."))
     return original is not None and bool((original == tensors[name]).all())
 

@@ -24,8 +24,8 @@ _ERRORS_ONLY = 3  # Hides warnings: this module checks their causes itself and r
 # option, ONNX Runtime converts the weights to unsigned integers, and the sums are exact. On other processors, the
 # option only makes int8 slower.
 EXACT_PRODUCTS = ("session.x64quantprecision", "1")
-# Operators that compute shapes and masks. ONNX Runtime runs them on the CPU even if CUDA runs the rest of the graph,
-# because they process only a few integers.
+# Operators that compute shapes and masks. ONNX Runtime runs such operators on the CPU even if CUDA runs the rest of the
+# graph, because they process only a few integers.
 SHAPE_OPERATORS = {
     *("Shape", "Size", "Gather", "Unsqueeze", "Squeeze", "Slice", "Concat", "Cast", "Range", "ConstantOfShape"),
     *("Constant", "Equal", "Where", "Expand", "Reshape", "Add", "Sub", "Mul", "Div"),
@@ -78,7 +78,7 @@ def saturates(*, exact: bool = False) -> bool:
 
 
 def extreme_product() -> bytes:
-    """Returns an ONNX file with one MatMulInteger, uint8 [1, inner] × int8 [inner, 1]; every weight is 127."""
+    """Returns an ONNX file with one MatMulInteger, which multiplies uint8 activations by int8 weights of 127."""
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
 
@@ -103,7 +103,7 @@ def _path_or_content(path: Path, exact: bool) -> str | bytes:
     """Returns the path of the model file, or the content of the model with unsigned weights.
 
     ONNX Runtime refuses `EXACT_PRODUCTS` for layers that share weights. If products saturate on this processor, this
-    function therefore converts the weights of such a model itself.
+    function therefore converts the weights of a model with shared weights itself.
     """
     if not exact or path.suffix != ".onnx" or not saturates():
         return str(path)
@@ -136,14 +136,14 @@ class OrtSession:
             )
         self._place = place
         options = session_options(place.threads, exact=place.exact)
-        # Records the provider of each node. This happens while the session is created, so runs are not slower.
+        # Records the provider of each node while the session is created, so runs are not slower.
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         device: dict[str, str] = {}
         if place.provider == "cuda":
             device = {"device_id": str(place.device_id)}
             if hasattr(ort, "preload_dlls"):
-                ort.preload_dlls()  # pip installs CUDA and cuDNN in folders that the system's loader does not search
-        # The files of a bundle have other names, and phones use the format .ort.
+                ort.preload_dlls()  # pip installs CUDA and cuDNN in folders that the system's loader does not search.
+        # Models in a bundle may have other names than model.onnx, and phones use files in .ort format.
         path = folder if folder.suffix in (".onnx", ".ort") else folder / "model.onnx"
         try:
             self._session = ort.InferenceSession(
@@ -162,7 +162,7 @@ class OrtSession:
         self._on_host = self._session.get_providers()[0] == PROVIDERS["cpu"]
 
     def _check_provider(self, provider: str) -> None:
-        """Raises `ProviderError` if the session, or a node outside `SHAPE_OPERATORS`, runs on another provider.
+        """Raises `ProviderError` if the session, or a node outside `SHAPE_OPERATORS`, does not run on `provider`.
 
         ONNX Runtime drops a provider that cannot start, logs one line and runs the session on the CPU. If the
         provider has no kernel for a node, ONNX Runtime runs the node on the CPU and logs nothing.
@@ -181,11 +181,11 @@ class OrtSession:
             raise ProviderError(
                 f"{provider} has no kernel for {operators}. ONNX Runtime would run these operators on the CPU and copy "
                 "their data between CPU and GPU.",
-                "Measure onnx-fp16 on the GPU, or accept this with --allow-fallback.",
+                "Measure onnx-fp16 on the GPU, or allow operators on the CPU with --allow-fallback.",
             )
 
     def _count_nodes(self) -> dict[str, Counter[str]]:
-        """Returns provider → operator type → number of nodes; empty if ONNX Runtime does not record it."""
+        """Returns the number of nodes by provider and operator type; empty if ONNX Runtime records no providers."""
         counts: dict[str, Counter[str]] = {}
         if hasattr(self._session, "get_provider_graph_assignment_info"):
             for part in self._session.get_provider_graph_assignment_info():
@@ -193,7 +193,7 @@ class OrtSession:
         return counts
 
     def _misplaced_nodes(self, provider: str) -> Counter[str]:
-        """Returns operator type → number of nodes on another provider, without `SHAPE_OPERATORS`."""
+        """Returns the number of nodes that do not run on `provider`, by operator type and without `SHAPE_OPERATORS`."""
         other_counts = [kinds for name, kinds in self._count_nodes().items() if name != provider]
         return Counter({k: n for kinds in other_counts for k, n in kinds.items() if k not in SHAPE_OPERATORS})
 
@@ -238,8 +238,8 @@ class OrtSession:
     def facts(self) -> dict[str, Any]:
         """Returns the provider in use, the threads, and the number of nodes on each provider.
 
-        `fallback` describes a fallback if there is one. `option` is the session option that this processor needs for
-        exact 8-bit products.
+        The fact ``fallback`` exists only if nodes outside `SHAPE_OPERATORS` do not run on the requested provider. The
+        fact ``option`` is the session option that this processor needs for exact 8-bit products.
         """
         provider, actual_provider = PROVIDERS[self._place.provider], self._session.get_providers()[0]
         nodes = {name: kinds.total() for name, kinds in self._count_nodes().items()}

@@ -36,7 +36,7 @@ def load_model(folder: Path) -> PreTrainedModel:
         )
     except CheckpointError:
         raise
-    except Exception as error:  # a config can make transformers fail in any way
+    except Exception as error:  # an invalid config can make transformers raise any class of error
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{folder} cannot be loaded: {cause}", "Check config.json against the weights."
@@ -61,7 +61,7 @@ def _load_dense(folder: Path) -> tuple[PreTrainedModel, list[str]]:
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
-        ignore_mismatched_sizes=True,  # so that `info` lists them for the error message below
+        ignore_mismatched_sizes=True,  # `info` then lists the weights of a wrong shape, for the error message
         output_loading_info=True,
     )
     model, info = result
@@ -78,14 +78,15 @@ def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreT
     """Loads the model in `folder` as an fp32 sequence classifier that can be trained; returns it in eval mode.
 
     Args:
-        folder: Folder of the base.
+        folder: Folder of the base model.
         names: Names of the labels, by index.
         task: `problem_type` of the classifier.
-        keep: Whether to keep the stored head. If false, PyTorch's random generator initialises a new head.
+        keep: Whether to keep the stored classification head. If `keep` is false, PyTorch's random generator
+            initialises a new head.
 
     Raises:
-        CheckpointError: transformers cannot load the base. Or weights of the encoder, or of a head to keep, are missing
-            or have the wrong shape.
+        CheckpointError: transformers cannot load the base model, or weights are missing or have the wrong shape. Only
+            the weights of the encoder, and of a head to keep, are checked.
     """
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -105,7 +106,7 @@ def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreT
             local_files_only=True,
             output_loading_info=True,
         )
-    except Exception as error:  # a config can make transformers fail in any way
+    except Exception as error:  # an invalid config can make transformers raise any class of error
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{folder} cannot be trained: {cause}", "Pass the folder of an encoder with its weights."
@@ -113,7 +114,7 @@ def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreT
     mismatched = (entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"])
     missing_names = [*info["missing_keys"], *mismatched]
     head = {name for name in model.state_dict() if not name.startswith(f"{model.base_model_prefix}.")}
-    # BERT's pooler may be missing, because language models are saved without it. It counts as a part of the head.
+    # BERT's pooler counts as a part of the head and may be missing, because language models are saved without a pooler.
     encoder_names = [name for name in missing_names if name not in head and ".pooler." not in f".{name}"]
     if encoder_names or (keep and missing_names):
         listed_names = ", ".join(sorted(encoder_names or missing_names)[:4])
@@ -122,7 +123,7 @@ def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreT
         )
     if not keep:
         kept_modules = {model, *getattr(model, model.base_model_prefix).modules()}
-        for module in model.modules():  # this order is fixed, so the same seed gives the same head
+        for module in model.modules():  # the order of modules is fixed, so the same seed gives the same head
             if module not in kept_modules:
                 model._init_weights(module)
     eval_model: PreTrainedModel = model.eval()
@@ -168,8 +169,8 @@ def check_finite(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
 def save_weights(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Writes the tensors to one safetensors file in `folder`.
 
-    The file name is `OWN_WEIGHTS` for a pruned or int8 model, which transformers cannot build. Otherwise it is
-    `WEIGHTS`.
+    The file name is `OWN_WEIGHTS` for a pruned or int8 model, which transformers cannot build. The file name is
+    `WEIGHTS` for every other model.
 
     Raises:
         ArtifactError: The file cannot be written.
@@ -182,7 +183,7 @@ def save_weights(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     contiguous_tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
         save_file(contiguous_tensors, folder / (OWN_WEIGHTS if is_own_format else WEIGHTS), metadata={"format": "pt"})
-    except SafetensorError as error:  # safetensors raises this on a full disk
+    except SafetensorError as error:  # safetensors raises this error on a full disk
         hint = "Free space on the disk, or choose another folder with --exported DIR."
         raise ArtifactError(f"{folder} cannot be written: {error}.", hint) from error
 
@@ -236,10 +237,10 @@ def check_stored(model: PreTrainedModel, folder: Path, names: Sequence[str]) -> 
 
 
 def device(place: Place) -> torch.device:
-    """Returns the PyTorch device of a place.
+    """Returns the PyTorch device for the execution provider of `place`.
 
     Raises:
-        ProviderError: PyTorch finds no CUDA device, or has no kernels for it.
+        ProviderError: PyTorch finds no CUDA device, or PyTorch has no kernels for this device.
     """
     import torch
 
@@ -263,8 +264,8 @@ def device(place: Place) -> torch.device:
 def _has_kernels(capability: tuple[int, int], targets: Sequence[str]) -> bool:
     """Returns whether kernels for these architectures run on a GPU with this compute capability.
 
-    Kernels for ``sm_86`` run on capability 8.6 and higher minor versions. Kernels for ``compute_90`` run on 9.0 and
-    every higher capability.
+    Kernels for ``sm_86`` run on capability 8.6 and higher minor versions. Kernels for ``compute_90`` run on capability
+    9.0 and every higher capability.
     """
     for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(targets)):
         major, minor = divmod(int(number), 10)

@@ -1,7 +1,7 @@
 """Quantised PyTorch models: half precision, or dynamic quantisation of the linear layers to int8.
 
 The models are stored without pickle. The weights file holds integers, scales, zero points and biases as tensors. The
-file `PRECISION` in the same folder states the scheme and the int8 layers.
+file `PRECISION` beside the weights file states the scheme and the int8 layers.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Precision:
         """Reads the file `PRECISION` in `folder`; returns None for fp32 weights, which have no such file.
 
         Raises:
-            CheckpointError: The file is unreadable or has another format.
+            CheckpointError: The file cannot be read, or does not hold a `Precision`.
         """
         file = folder / PRECISION
         if not file.is_file():
@@ -66,7 +66,7 @@ class Precision:
 
 
 def reduce(model: PreTrainedModel, scheme: str) -> tuple[PreTrainedModel, Precision]:
-    """Returns a quantised copy of an fp32 model, and its precision.
+    """Returns a quantised copy of an fp32 model, and the `Precision` of this copy.
 
     For ``int8``, `torch.ao.quantization.quantize_dynamic` quantises every linear layer, with symmetric weights per
     output channel.
@@ -86,7 +86,7 @@ def reduce(model: PreTrainedModel, scheme: str) -> tuple[PreTrainedModel, Precis
 
     layer_names = sorted(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
     if not layer_names:
-        raise GraphError("The model has no linear layer left to quantise.", "Quantise its parent.")
+        raise GraphError("The model has no linear layer left to quantise.", "Quantise the parent of the model.")
     with _hide_deprecation():
         quantized_model = quantize_dynamic(model, {torch.nn.Linear: per_channel_dynamic_qconfig}, dtype=torch.qint8)
     return quantized_model, Precision(scheme, tuple(layer_names))

@@ -30,9 +30,9 @@ class Cell:
         provider: The execution provider.
         artifact: Artifact of the variant; None if it is unavailable or its build failed.
         status: ``ok``, ``failed`` or ``unavailable``.
-        reason: Why there is no artifact; empty otherwise.
+        reason: Why the cell has no artifact; empty if it has an artifact.
         hint: How the user can fix the problem; may be empty.
-        encoder: Encoder of the cell; None if the cell uses the encoder of the run.
+        encoder: The cell's own `Encoder`; None if the cell uses the `Encoder` of the run.
     """
 
     model: str
@@ -71,7 +71,7 @@ class Running:
         artifact: Artifact of the cell.
         worker: The cell's process; None if no process runs.
         starts: For each process, the reply to `Worker.load` and the seconds per sentence of the warm-up.
-        turns: Replies by kind of turn and by number of the round.
+        turns: The worker's replies, by kind of turn and by number of the round.
         peaks: Memory peaks of each process that has ended.
         exactness: Microseconds of each round with exact and with saturating 8-bit products; may be empty.
         failure: The error that ended the measurement of the cell; None without an error.
@@ -186,9 +186,9 @@ def make_row(item: Running, data: Data, protocol: Protocol) -> Measurement:
 
 
 def _exactness_fact(item: Running) -> dict[str, Any]:
-    """Returns the session option for exact 8-bit products, and the time with this option / the time without it.
+    """Returns the session option for exact 8-bit products, and the ratio of the times with and without this option.
 
-    The result is empty if the cell needs no such option, because this ratio is then not measured.
+    The result is empty for a cell whose 8-bit products need no session option to be exact.
     """
     if not item.exactness:
         return {}
@@ -210,7 +210,7 @@ def _collect_answers(replies: Sequence[Mapping[str, Any]]) -> dict[int, int]:
 
 
 def _largest_peaks(peaks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the largest host peak and the largest GPU peak over all processes of a cell."""
+    """Returns the largest peaks of host memory and of GPU memory over all processes of a cell."""
     largest: dict[str, Any] = {"peak": max(peak["peak"] for peak in peaks)}
     gpu_peaks = [peak["gpu"] for peak in peaks if "gpu" in peak]
     if gpu_peaks:
@@ -227,12 +227,12 @@ def _accuracy(answers: Mapping[int, int], data: Data, batch_size: int) -> Accura
 
 
 def make_row_without_figures(cell: Cell, error: ToolchainError | None = None) -> Measurement:
-    """Returns the row of a cell without figures.
+    """Returns a row without figures, for a cell without a complete measurement.
 
     Args:
         cell: The cell.
-        error: The error of the measurement; None to use the reason of the cell. The row's status is ``unavailable``
-            for a `ProviderError` or an unavailable cell, and ``failed`` otherwise.
+        error: The error that ended the measurement; None to use `cell.reason`. The row's status is ``unavailable`` for
+            a `ProviderError` or an unavailable cell, and ``failed`` otherwise.
     """
     error = error or BenchError(cell.reason, cell.hint)
     missing = isinstance(error, ProviderError) or cell.status == "unavailable"

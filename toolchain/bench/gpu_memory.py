@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from typing import Any
 
-PROCESS, DIFFERENCE = "NVML, this process", "NVML, growth of the device's used memory since before the load"
+PROCESS, DIFFERENCE = "NVML, this process", "NVML, growth of the device's used memory since a reading before the load"
 
 
 class GpuMemory:
     """A meter of this process's memory on one GPU.
 
-    Create the meter before the process loads anything on the GPU. A container may hide processes from NVML. The meter
-    then reports the growth of the device's used memory since the creation of the meter. This growth includes the memory
-    of other processes on the GPU, such as other cells.
+    Create the meter before the process loads anything on the GPU. In a container that hides processes from NVML, the
+    meter reports the growth of the GPU's used memory since the creation of the meter. The growth of used memory
+    includes other processes on the GPU, such as other cells.
 
     Attributes:
         method: The method of the last reading, `PROCESS` or `DIFFERENCE`.
@@ -32,7 +32,7 @@ class GpuMemory:
     def read(self) -> int:
         """Returns this process's GPU memory in bytes and updates `peak`.
 
-        Runtimes keep all memory that they allocate, so a reading after the work includes the peak of the work.
+        Runtimes keep all memory that they allocate, so a reading after a batch includes the peak during the batch.
         """
         import pynvml
 
@@ -53,7 +53,7 @@ class GpuMemory:
 
 
 def meter(device_id: int) -> GpuMemory | None:
-    """Returns a meter of a GPU, or None if NVML does not work.
+    """Returns a memory meter for a GPU, or None if NVML does not work.
 
     Args:
         device_id: CUDA's index of the GPU, in the order of the PCI bus.

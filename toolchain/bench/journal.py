@@ -1,4 +1,4 @@
-"""The journal of a benchmark run. It stores each result immediately, so that an interrupted run can resume."""
+"""The journal of a benchmark run stores each result immediately, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Journal:
     """A file of JSON lines: first the head (the settings that identify the run), then one record for each result.
 
     Attributes:
-        path: Path of the file.
+        path: Path of the journal.
         records: Records of the interrupted run; empty for a new run.
     """
 
@@ -32,7 +32,7 @@ class Journal:
         """Creates the journal of a new run.
 
         Args:
-            path: Path of the file. If this file exists, the method adds a number to the new file's name.
+            path: Path of the journal. If this file exists, the method adds a number to the name of the new file.
             head: The settings that identify the run.
 
         Raises:
@@ -48,7 +48,7 @@ class Journal:
         """Opens the journal of an interrupted run to resume it, and removes an incomplete last line.
 
         Args:
-            path: Path of the file.
+            path: Path of the journal.
             head: The settings that identify the run.
 
         Raises:
@@ -62,17 +62,17 @@ class Journal:
             records = [decode(_Record, line) for line in lines]
         except ValueError as error:
             raise ResultFileError(
-                f"{path} is not a valid journal: {error}.", "Delete it, and omit --resume."
+                f"{path} is not a valid journal: {error}.", "Delete this file, and omit --resume."
             ) from error
         changed = [key for key in head if old_head.get(key) != json.loads(json.dumps(head[key]))]
         if changed:
             raise ResultFileError(
                 f"The interrupted run {path} had another value of {' and '.join(changed)}.",
-                "Use the same options as in that run, or omit --resume.",
+                "Use the options of the interrupted run, or omit --resume.",
             )
         if any(record.cell >= len(head["cells"]) for record in records):
             raise ResultFileError(
-                f"{path} is not a valid journal: a record has an unknown cell.", "Delete it, and omit --resume."
+                f"{path} is not a valid journal: a record has an unknown cell.", "Delete this file, and omit --resume."
             )
         os.truncate(path, len(complete))
         return cls(path, [asdict(record) for record in records])
@@ -115,7 +115,7 @@ def find_newest(folder: Path, model: str) -> Path:
     Raises:
         ResultFileError: The folder has no journal of the model.
     """
-    # A file name is the model's name, a hyphen, the start time and, for a second run in the same second, a number.
+    # The file name of a journal is `<model>-<start time>`, followed by a number if two runs start in one second.
     paths = [path for path in folder.glob(f"*{SUFFIX}") if path.stem.rsplit("-", 1)[0] == model]
     if not paths:
         raise ResultFileError(f"There is no interrupted run of {model} in {folder}.", "Omit --resume.")

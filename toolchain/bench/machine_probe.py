@@ -1,7 +1,7 @@
-"""The machine probe: it measures the highest rates of one runtime on this machine and prints them as a line of JSON.
+"""The machine probe measures one runtime's highest rates of arithmetic and of reading weights, and prints them as JSON.
 
-The probe runs in a separate process. It times a stack of square linear layers, whose weights are larger than the L2
-caches. The stack computes large batches and batches of one row, with the operators and the session call of a model.
+The probe runs in a separate process. The probe times square linear layers whose weights are larger than the L2 caches.
+The layers compute large batches and batches of one row, with the operators and the session call of a model.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# Width of a layer; at this width, an operator's fixed cost is small compared with the cost of its weights.
+# Width of a layer; at this width, the fixed cost of a matrix product is small compared with its arithmetic.
 WIDTH = 2048
-# Batch sizes at which arithmetic takes most of the time. The kernel determines which of the two is faster.
+# Batch sizes at which arithmetic takes most of the time; the runtime's kernel determines which size is faster.
 LARGE_BATCHES = (128, 1024)
-# Number of passes over all measurements, and minimum number of answers in each measurement. There are two passes,
-# because a short load by another process affects only one of them.
+# Number of passes over all measurements, and minimum number of timed calls in each measurement. With two passes, a
+# short load by another process affects only one measurement of each rate.
 PASSES, MIN_ANSWERS = 2, 3
-SETTLE_S = 0.05  # a runtime's threads spin for about 20 ms after an answer and would slow the next stack
+SETTLE_S = 0.05  # a runtime's threads spin for about 20 ms after a call and would slow the next measurement
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
 Answer = Callable[[], object]
 
 
 def measure(runtime: str, precisions: Sequence[str], threads: int, seconds: float, mebibytes: int) -> dict[str, float]:
-    """Measures the highest rates of a runtime.
+    """Measures a runtime's highest rates of arithmetic and of reading weights.
 
-    Each rate comes from the fastest answer, because the rate must be a ceiling: no model may exceed it.
+    Each rate comes from the fastest call, because the rate must be a ceiling: no model may exceed it.
 
     Args:
         runtime: ``torch`` or ``onnx``.
         precisions: ``fp32``, ``int8`` or, with PyTorch only, ``bf16``.
         threads: Number of threads.
         seconds: Seconds for each pass, precision and batch size.
-        mebibytes: Approximate size of the weights of each stack, in MiB.
+        mebibytes: Approximate size of all layers' weights for each precision, in MiB.
 
     Returns:
-        ``<precision>_gmacs``: 10⁹ multiply-accumulates per second in large batches. ``<precision>_gb_s``: 10⁹ bytes
-        of weights per second with one row.
+        ``<precision>_gmacs`` is the rate of large batches, in 10⁹ multiply-accumulates per second.
+        ``<precision>_gb_s`` is the rate of reading weights for one row, in 10⁹ bytes per second.
     """
     build = {"torch": _build_torch, "onnx": _build_onnx}[runtime]
     layers = {p: max(1, (mebibytes << 20) // (WEIGHT_BYTES[p] * WIDTH**2)) for p in precisions}
@@ -67,7 +67,7 @@ def measure(runtime: str, precisions: Sequence[str], threads: int, seconds: floa
 
 
 def _time_fastest(answer: Answer, seconds: float) -> float:
-    """Returns the seconds of the fastest answer, after one untimed answer."""
+    """Returns the seconds of the fastest call, after one untimed call."""
     answer()
     times: list[float] = []
     deadline = time.perf_counter() + seconds
@@ -127,7 +127,7 @@ def build_graph(precision: str, layers: int) -> ir.Model:
         layers: Number of layers.
 
     Returns:
-        A model with the float input ``rows`` [rows, WIDTH] and the output ``row`` [WIDTH].
+        A model with the float input ``rows`` of shape [rows, WIDTH] and the output ``row`` of shape [WIDTH].
     """
     import numpy as np
     import onnx_ir as ir

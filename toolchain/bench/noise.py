@@ -17,10 +17,11 @@ class Noise:
 
     @contextmanager
     def watch(self, processes: Sequence[int]) -> Iterator[None]:
-        """Adds the processor time that passes during the context to the sums.
+        """Adds the processor time that passes during the context to this object's sums.
 
         Args:
-            processes: Ids of the measured processes. Their time and this process's time do not count as noise.
+            processes: Ids of the measured processes. The time of the measured processes and of this process is not
+                noise.
         """
         system_before, own_before = _system_seconds(), _process_seconds(processes)
         yield
@@ -38,8 +39,9 @@ class Noise:
         """Returns the noise as shares of the processor time; empty before the first `watch`.
 
         Returns:
-            ``steal_share`` is the share that the host took from this virtual machine. ``others_share`` is the share of
-            other processes. ``load_1m`` is the mean 1-minute load average, if the system reports it.
+            ``steal_share`` is the share of processor time that the host took from this virtual machine.
+            ``others_share`` is the share of processor time that other processes used. ``load_1m`` is the mean 1-minute
+            load average, if the system reports it.
         """
         if not self._total_s:
             return {}

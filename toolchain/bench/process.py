@@ -25,7 +25,7 @@ from toolchain.backends import Place
 from toolchain.data.encoding import Encoder
 from toolchain.data.files import Text
 
-_TAIL = 400  # number of characters from the end of standard error that the reason of a failed row quotes
+_TAIL = 400  # number of characters that an error quotes from the end of the child's standard error
 
 
 class Child:
@@ -44,7 +44,7 @@ class Child:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the child
         self._replies: queue.Queue[tuple[str, float] | None] = queue.Queue()
         self._started_at = time.perf_counter()
-        # -P: a file in the working directory must not replace a library.
+        # With -P, Python does not search the working directory for modules, so no file there can replace a library.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", module],
             stdin=subprocess.PIPE,
@@ -70,9 +70,10 @@ class Child:
             timeout_s: Seconds to wait for the answer; None waits without limit.
 
         Raises:
-            ToolchainError: The child raised this error.
-            BenchError: The child raised another error, ended, crashed, was killed or did not answer in time. If the
-                child ended, the error quotes the end of its standard error. Subclasses may raise other classes.
+            ToolchainError: The child raised a `ToolchainError`; the parent raises the same error.
+            BenchError: The child ended, crashed, was killed, did not answer in time, or raised an error that is no
+                `ToolchainError`. If the child ended, the error quotes the end of its standard error. A subclass of
+                `Child` may raise another class than `BenchError`.
         """
         assert self._process.stdin is not None
         try:
@@ -98,7 +99,8 @@ class Child:
     def close(self) -> None:
         """Ends the child: interrupts it and waits up to `end_s` seconds, then kills it if it still runs."""
         if self._process.poll() is None and self.end_s and self._process.stdin is not None:
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # `kill` follows if this fails
+            # `kill` ends a child that ignores the interrupt.
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 self._process.stdin.close()
                 self._process.send_signal(signal.SIGINT)
                 self._process.wait(self.end_s)
@@ -107,7 +109,8 @@ class Child:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._errors):
             if stream is not None and not stream.closed:
-                with contextlib.suppress(BrokenPipeError):  # `close` flushes unsent data, but the child has ended
+                # `close` flushes unsent data, which fails after the child has ended.
+                with contextlib.suppress(BrokenPipeError):
                     stream.close()
 
     def _listen(self) -> None:
@@ -127,7 +130,7 @@ class Child:
             ending = f"ended with exit code {code}"
         self._errors.seek(0)
         output = " ".join(self._errors.read()[-_TAIL:].split())
-        return self._make_error(f"The process {ending}." + (f" Its last output: {output}" if output else ""))
+        return self._make_error(f"The process {ending}." + (f" Last output of the process: {output}" if output else ""))
 
     def _make_error(self, cause: str) -> errors.ToolchainError:
         """Returns the error for a child that gives no answer."""
@@ -141,7 +144,7 @@ class Worker(Child):
         session: Path of the session class as ``module:class``.
         folder: Folder of the artifact.
         place: Execution provider and options of the session.
-        encoder: Encoder of the cell.
+        encoder: The `Encoder` of the cell.
         text: The text that `load` classifies.
         imports: Modules that the child imports before it loads the session.
     """
@@ -167,9 +170,9 @@ class Worker(Child):
             timeout_s: Seconds to wait for the answer.
 
         Returns:
-            The session's ``facts``, the ``memory`` after each stage in bytes, ``load_us`` and ``cold_start_us``.
-            ``load_us`` is the microseconds that the session takes to load. ``cold_start_us`` is the microseconds from
-            the start of the process to the answer.
+            The session's ``facts``, the ``memory`` in bytes after each stage of loading, ``load_us`` and
+            ``cold_start_us``. ``load_us`` is the microseconds that the session takes to load. ``cold_start_us`` is
+            the microseconds from the start of the process to the answer.
         """
         reply = self.ask(self._load_message, timeout_s)
         # A cold start does not include the time in which the child measures its memory.
@@ -190,5 +193,5 @@ def environment(threads: int) -> dict[str, str]:
         "OPENBLAS_NUM_THREADS": count,
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",  # Network access would disturb the measurement.
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # CUDA, NVML and nvidia-smi then number the GPUs in the same way.
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # In PCI order, CUDA, NVML and nvidia-smi number the GPUs equally.
     }

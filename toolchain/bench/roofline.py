@@ -1,7 +1,8 @@
 """Floors: lower bounds on the time of a sentence, from the model's work and the runtime's rates on this machine.
 
-A floor is the larger of two times. The first is the time of all multiply-accumulates at the measured rate of large
-batches. The second is the time to read all weights once at the measured rate of single rows.
+A floor is the larger of the arithmetic time and the reading time. The arithmetic time is the number of
+multiply-accumulates divided by the measured rate of large batches. The reading time is the number of bytes of all
+weights divided by the measured rate of single rows.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ class Work:
         linear_parameters: Number of parameters that the model multiplies with every token.
         attention_widths: Width of the attention products in each layer with attention; empty for an unknown layout.
         head_parameters: Number of parameters that the model multiplies with one token only.
-        tail_parameters: Number of linear parameters after the last attention. After the pass ``first-token``, the
-            model multiplies them with one token only.
-        query_parameters: Number of linear parameters of the query layer in the last attention. After the pass
-            ``first-query``, the model multiplies them with one token only.
+        tail_parameters: Number of linear parameters after the last attention; the pass ``first-token`` makes the model
+            multiply them with a single token.
+        query_parameters: Number of linear parameters of the query layer in the last attention; the pass ``first-query``
+            makes the model multiply them with a single token.
     """
 
     linear_parameters: int
@@ -74,11 +75,11 @@ class Work:
 
 
 def read_work(folder: Path) -> Work | None:
-    """Returns the work of the unquantised PyTorch model in `folder`; it reads only the header of the weights file.
+    """Returns the `Work` of the unquantised PyTorch model in `folder`; reads only the header of the weights file.
 
     Returns:
-        The work; None if there are no weights or layers share weights. Shared weights are multiplied more often than
-        they are stored, so their number does not give the work.
+        The work; None if the folder has no weights or if layers share weights. The file stores shared weights once,
+        but every layer multiplies with them, so the stored shapes do not give the work.
 
     Raises:
         CheckpointError: The weights file cannot be read.
@@ -160,7 +161,7 @@ def weight_bytes(facts: Mapping[str, object]) -> int | None:
         facts: Facts of the artifact.
 
     Returns:
-        The number of bytes; None if the facts do not contain it.
+        The number of bytes of weights; None if `facts` lacks the bytes of the encoder or of the head.
     """
     parts = facts.get("bytes_by_part")
     if not isinstance(parts, Mapping) or not {"encoder", "head"} <= set(parts):
@@ -169,10 +170,10 @@ def weight_bytes(facts: Mapping[str, object]) -> int | None:
 
 
 def floor_ms(macs: float, weight_bytes: float, rates: Mapping[str, float], precision: str) -> float | None:
-    """Returns the floor of one answer, in milliseconds.
+    """Returns the floor, in milliseconds: the lower bound on the time of one answer.
 
-    The real minimum is higher, because both rates are best cases. The floor also uses the precision's rate for all
-    multiply-accumulates, although attention in an int8 model computes in fp32.
+    The real minimum is higher than the floor, because the measured rates are best cases. The floor uses the rate of
+    `precision` for all multiply-accumulates, although attention in an int8 model computes in fp32.
 
     Args:
         macs: Number of multiply-accumulates.
@@ -181,7 +182,7 @@ def floor_ms(macs: float, weight_bytes: float, rates: Mapping[str, float], preci
         precision: Precision of the weights, such as ``int8``.
 
     Returns:
-        The floor; None if the runtime has no measured rate for the precision.
+        The floor in milliseconds; None if the runtime has no measured rate for the precision.
     """
     if f"{precision}_gmacs" not in rates:
         return None
@@ -192,7 +193,7 @@ def rates(cache: Path, threads: int, progress: Progress) -> Rates:
     """Returns the highest rates of each runtime on this machine, from the cache or from a new measurement.
 
     The function measures again if the cached rates are invalid, or if the package versions or the number of cores have
-    changed. Each rate is a ceiling: it comes from the fastest of several answers.
+    changed. Each rate is a ceiling: it comes from the fastest of several calls.
 
     Args:
         cache: Folder of the cache.
@@ -203,13 +204,13 @@ def rates(cache: Path, threads: int, progress: Progress) -> Rates:
         Runtime → rates, as `machine_probe.measure` returns them.
 
     Raises:
-        BenchError: A runtime cannot be measured.
+        BenchError: The rates of a runtime cannot be measured.
     """
     versions = hardware.versions()
     head = {
         "schema": SCHEMA,
         "threads": threads,
-        "cores": hardware.cores(),  # runtimes choose kernels by this number, even with one thread
+        "cores": hardware.cores(),  # runtimes choose kernels by the number of cores, even with one thread
         "torch": versions.get("torch"),
         "onnxruntime": versions.get("onnxruntime") or versions.get("onnxruntime-gpu"),
     }
@@ -227,7 +228,7 @@ def rates(cache: Path, threads: int, progress: Progress) -> Rates:
 
 
 def _read_cached(file: Path, head: Mapping[str, object], precisions: Mapping[str, Sequence[str]]) -> Rates | None:
-    """Returns the rates in the file; None if its head differs, or if a rate is missing or not a positive number."""
+    """Returns the rates in `file`; None if the file's settings differ from `head`, or a rate is missing or invalid."""
     try:
         body = json.loads(file.read_text())
         cached: Rates = body.pop("rates")
@@ -262,9 +263,9 @@ def _run_probe(
     if result.returncode != 0:
         last_line = (result.stderr.strip().splitlines() or ["none"])[-1]
         raise BenchError(
-            f"The machine probe of {runtime} failed. Its last output: {last_line}.",
+            f"The machine probe of {runtime} failed. Last line of the output: {last_line}.",
             "`toolchain doctor` lists missing packages.",
         )
-    # Libraries may print lines before the rates.
+    # The rates are in the last line of the output, because libraries may print other lines first.
     rates: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
     return rates

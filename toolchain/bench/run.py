@@ -68,11 +68,11 @@ def planned_pairs(
         names: Names of variants; empty for the default cells of the providers.
         providers: Execution providers; empty allows all.
         allow_fallback: Whether to pair the named ONNX variants also with named providers that lack kernels for them.
-            ONNX Runtime then runs the operators without a kernel on the CPU.
+            The CPU then runs the operators for which the provider has no kernel.
 
     Raises:
         BenchError: A named variant runs on none of the providers.
-        UnknownVariantError: There is no variant of a given name.
+        UnknownVariantError: `names` contains a name that no variant has.
     """
     allowed_providers = tuple(provider for provider in PROVIDERS if provider in (providers or PROVIDERS))
     if not names:
@@ -89,7 +89,9 @@ def planned_pairs(
                 if variant.runtime == "onnx"
                 else ""
             )
-            raise BenchError(f"{variant.name} does not run on {requested}.", f"It runs on {supported}.{fallback}")
+            raise BenchError(
+                f"{variant.name} does not run on {requested}.", f"{variant.name} runs on {supported}.{fallback}"
+            )
         pairs += [(variant.name, provider) for provider in allowed_providers if provider in usable]
     return sorted(pairs, key=lambda pair: allowed_providers.index(pair[1]))
 
@@ -120,11 +122,11 @@ def measure(workspace: Workspace, request: Request, say: Say, progress: Progress
 
     Raises:
         BenchError: A named variant runs on none of the providers, or the machine probe fails.
-        UnknownVariantError: There is no variant of a given name.
-        DataError: The data cannot be used. No cell is measured then.
-        ResultFileError: The journal cannot be written. With `resume`: the run's journal is missing or belongs to
-            another request.
-        ToolchainError: The import of the checkpoint failed, and every cell needs it.
+        UnknownVariantError: The request contains a name that no variant has.
+        DataError: The data cannot be used, so no cell is measured.
+        ResultFileError: The journal cannot be written. If the request resumes a run, the journal of this run is missing
+            or belongs to another request.
+        ToolchainError: The import of the checkpoint failed, so no cell can be measured.
         KeyboardInterrupt: The user interrupts the measurement. The journal remains, so that the run can resume.
     """
     data, cells = prepare_cells(workspace, request, hardware.missing_cuda(request.protocol.device_id), say)
@@ -154,7 +156,7 @@ def prepare_cells(
 def measure_cells(
     workspace: Workspace, request: Request, cells: Sequence[Cell], data: Data, say: Say, progress: Progress
 ) -> tuple[ResultFile, Journal]:
-    """Measures prepared cells; see `measure` for the result.
+    """Measures the cells from `prepare_cells`; returns the same as `measure`.
 
     Raises:
         KeyboardInterrupt: The user interrupts the measurement. The journal remains, so that the run can resume.
@@ -215,10 +217,10 @@ def _count_tokens(encoder: encoding.Encoder | None, data: Data) -> list[int]:
 def _floor_fact(
     workspace: Workspace, row: Measurement, rates: Mapping[str, Mapping[str, float]], token_counts: Sequence[int]
 ) -> dict[str, Any]:
-    """Returns the fact ``roofline``; empty for a row that is not on the CPU or whose work is unknown.
+    """Returns the fact ``roofline``; empty for a GPU row, or if the parameters of the model are unknown.
 
-    The fact holds the median number of multiply-accumulates per sentence and the bytes of weights. With known rates, it
-    also holds the median floor in milliseconds, and this floor divided by the row's p50.
+    The fact holds the median number of multiply-accumulates per sentence and the bytes of weights. If the runtime's
+    rates are known, the fact also holds the median floor in milliseconds, and this floor divided by the row's p50.
     """
     artifact = workspace.load(row.variant)
     if row.provider != "cpu" or artifact is None:
@@ -262,7 +264,10 @@ def _open_journal(workspace: Workspace, request: Request, cells: Sequence[Cell],
 
 
 def _gzip_sizes(workspace: Workspace, cells: Sequence[Cell], progress: Progress) -> dict[str | None, dict[str, int]]:
-    """Returns the gzip size of each artifact, by its id. Call this before any timing, because it uses many threads."""
+    """Returns the gzip size of each artifact, by its id.
+
+    Call this function before any timing, because compression uses many threads.
+    """
     artifacts = {cell.artifact.manifest.id: cell.artifact for cell in cells if cell.artifact}
     sizes: dict[str | None, dict[str, int]] = {}
     with ThreadPoolExecutor() as pool:
@@ -311,7 +316,7 @@ def _make_cell(
     try:
         return replace(cell, artifact=ensure(workspace, [name], {}, skip_fresh_events(say))[name])
     except (DataError, ProviderError, PruningError) as error:
-        # Some default cells do not work on every model or machine. This is a failure only for a named variant.
+        # Some default cells do not work on every model or machine, so only a cell of a named variant counts as failed.
         return replace(cell, status="failed" if request.names else "unavailable", reason=error.cause, hint=error.hint)
     except ToolchainError as error:
         return replace(cell, status="failed", reason=error.cause, hint=error.hint)

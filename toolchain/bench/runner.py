@@ -20,11 +20,11 @@ from toolchain.data.inputs import Data
 from toolchain.errors import ToolchainError
 from toolchain.results.measurements import Measurement
 
-# Pause before the next cell. The threads of ONNX Runtime and OpenMP spin for about 20 ms after their last job.
+# Seconds between two cells, because the threads of ONNX Runtime and OpenMP spin for about 20 ms after their last job.
 SETTLE_S = 0.05
 LOAD_TIMEOUT_S = 300.0
 TURN_TIMEOUT_S = 120.0
-WARM_UP_SENTENCES = 12  # number of warm-up sentences of a new process; their times determine the size of a round
+WARM_UP_SENTENCES = 12  # warm-up sentences of a new process; their times limit the number of sentences at batch 1
 EXACTNESS_ROUNDS = 20
 SPARE_TIME = 1.1
 SPARE_SHARE = 0.1  # share of the machine's memory that must stay free
@@ -50,10 +50,10 @@ def bench(
     Args:
         cells: The cells.
         data: The sentences and their labels.
-        encoder: Encoder of the cells that have no encoder of their own. Its token counts also determine the batches.
+        encoder: The `Encoder` for the cells that have none of their own; its token counts also determine the batches.
         protocol: The settings of the measurement.
-        progress: Callback with the number of finished steps, the number of all steps, and a text. The
-            benchmark first counts the loads of the cells, and then the turns.
+        progress: Callback with the number of finished loads, the number of all loads, and a text. After all cells are
+            loaded, the numbers count turns instead of loads.
         backends: Backend of each runtime.
         journal: Journal that receives each result. The benchmark does not repeat turns that are already in the journal.
 
@@ -106,7 +106,7 @@ class _Bench:
         batches = scenarios.offline_batches(list(map(len, self._ids)), self._protocol.batch_size)
         done, total = 0, self._protocol.rounds * (2 + len(self._lengths)) * len(self.running)
         for turn in range(self._protocol.rounds):
-            # The seed contains the round, so a resumed run keeps the order of the original run.
+            # The seed contains the number of the round, so a resumed run keeps the order of the original run.
             rng = random.Random(f"{self._protocol.seed} {turn}")
             if self._protocol.needs_fresh_process(turn):
                 for index in self._shuffle(rng):
@@ -179,7 +179,8 @@ class _Bench:
     def _time_exactness(self, index: int, item: Running) -> None:
         """Compares the times of exact and of saturating 8-bit products, if exact products need a session option.
 
-        The comparison runs in a separate process, because its second session must not count as memory of the cell.
+        The comparison needs a second session, so it runs in a separate process, which does not count as memory of the
+        cell.
         """
         if item.exactness or not item.needs_option:
             return
@@ -194,7 +195,7 @@ class _Bench:
             worker.close()
 
     def _free_memory(self, item: Running) -> None:
-        """Ends processes of cells until the next model fits in memory. A cell starts a new process at its next turn."""
+        """Ends processes of cells until the next model fits in memory; an ended cell restarts at its next turn."""
         import psutil
 
         memory = psutil.virtual_memory
@@ -215,9 +216,8 @@ class _Bench:
             "do": "run",
             "batches": work.batches,
             "warmup": 2,
-            # All rounds use the same number of repetitions. The first round determines this number: with 0, the worker
-            # repeats the sentences until `min_s` is over. `SPARE_TIME` extends `min_s`, because later rounds may be
-            # faster.
+            # All rounds use the same number of repetitions. In the first round, `repeats` is 0, so the worker repeats
+            # the sentences until `min_s` is over. `SPARE_TIME` extends `min_s`, because later rounds may be faster.
             "repeats": len(earlier_replies[min(earlier_replies)]["us"]) if earlier_replies else 0,
             "min_s": work.min_s * SPARE_TIME,
             "tokenizing": single,

@@ -15,11 +15,11 @@ from toolchain.backends import Place
 
 SINGLE, OFFLINE = "single-stream", "offline"
 SLICES = 8  # Number of rounds in one pass over the sentences.
-MOST_SENTENCES = 2000  # Maximum at batch size 1; a random sample replaces a larger set.
+MOST_SENTENCES = 2000  # Maximum number of sentences at batch size 1; a random sample replaces a larger data set.
 FEWEST_SENTENCES = 100
-TOKENS_A_SENTENCE = 64  # the token budget of a batch is this number times the batch size; padding counts
+TOKENS_A_SENTENCE = 64  # a batch of several sentences has at most `batch_size` times as many tokens, padding included
 LENGTHS = (16, 32, 64, 128, 256, 512)
-LENGTH_SHARE = 0.1  # time for each length, as a share of a scenario's time
+LENGTH_SHARE = 0.1  # minimum measuring time for each of `LENGTHS`, as a share of a scenario's minimum time
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Protocol:
         passes: Minimum number of times that each of ``single-stream`` and ``offline`` measures every sentence.
         min_s: Minimum seconds of each scenario for each cell.
         pass_s: Maximum seconds of one pass of the slowest cell over the sentences at batch size 1. If all sentences
-            take longer, all cells answer the same random sample of at least `FEWEST_SENTENCES` sentences.
+            take longer than `pass_s`, all cells answer the same random sample of at least `FEWEST_SENTENCES` sentences.
         starts: Number of successive processes of a cell; each one gives a cold start.
         threads: Number of threads on the host.
         batch_size: Maximum number of sentences in a batch.
         by_length: Whether to measure the latency also for each number of tokens in `LENGTHS`.
         seed: Seed of the random orders and samples.
         device_id: Index of the GPU for CUDA cells.
-        allow_fallback: Whether a session may run partly on the CPU; its row reports this.
+        allow_fallback: Whether a session may run partly on the CPU; the row of the cell reports this fallback.
     """
 
     passes: int
@@ -76,9 +76,9 @@ class Turn:
     """One cell's turn in a round.
 
     Attributes:
-        kind: The scenario, or the result of `length_kind`.
+        kind: The name of the scenario, or the result of `length_kind`.
         batches: Indices of the sentences of each batch.
-        min_s: Minimum seconds; the cell repeats the batches until then.
+        min_s: Minimum seconds of the turn; the cell repeats the batches until these seconds are over.
     """
 
     kind: str
@@ -96,8 +96,8 @@ def choose_sentences(count: int, slowest_s: float, protocol: Protocol) -> list[i
 
     Args:
         count: Number of sentences in the data.
-        slowest_s: Seconds per sentence of the slowest cell; 0 if unknown. The limit is the number of sentences
-            that this cell can answer in `protocol.pass_s` seconds, or `FEWEST_SENTENCES` if that is larger.
+        slowest_s: Seconds per sentence of the slowest cell; 0 if unknown. The result has at most as many sentences as
+            the slowest cell can answer in `protocol.pass_s` seconds, or `FEWEST_SENTENCES` if that is more.
         protocol: The settings of the benchmark.
     """
     limit = min(count, MOST_SENTENCES)
@@ -118,7 +118,7 @@ def offline_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         has_room = batches and len(batches[-1]) < size
-        # The sentences are sorted, so the new one is the longest, and the batch is padded to its length.
+        # The sentences are sorted by length, so the batch is padded to the length of the new sentence.
         if has_room and (len(batches[-1]) + 1) * lengths[index] <= size * TOKENS_A_SENTENCE:
             batches[-1].append(index)
         else:
@@ -135,7 +135,7 @@ def turns(
         turn: Number of the round, from 0.
         sentences: Indices of the sentences measured at batch 1.
         batches: All batches of the offline scenario.
-        lengths: Token counts of the synthetic sentences. Their indices follow the indices of the data's sentences.
+        lengths: Token counts of the synthetic sentences, whose indices follow the indices of the data's sentences.
         protocol: The settings of the benchmark.
     """
     start, min_s = turn % SLICES, protocol.min_s / protocol.rounds

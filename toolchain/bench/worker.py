@@ -30,7 +30,7 @@ from toolchain.results.measurements import PROBABILITY
 if TYPE_CHECKING:
     import numpy as np
 
-MOST_REPEATS = 50  # maximum number of repetitions in a turn without a fixed number
+MOST_REPEATS = 50  # maximum number of repetitions in a turn that ends after a minimum time
 
 
 def _reset_peak() -> str:
@@ -90,8 +90,8 @@ class _Child:
 
         Args:
             texts: The texts.
-            lengths: Token counts of synthetic sentences. For each count, the method appends one sentence of tokens from
-                the texts.
+            lengths: Token counts of synthetic sentences. For each count, the method appends one sentence of this many
+                tokens, which come from the texts.
         """
         self._texts = texts
         self._ids = self._encoder.encode(texts)
@@ -115,16 +115,17 @@ class _Child:
 
         Args:
             batches: Indices of the sentences of each batch.
-            warmup: Number of batches, from the first, that run once before the timing starts.
+            warmup: Number of batches at the start of `batches` that run once before the timing starts.
             repeats: Number of repetitions of all batches; 0 repeats them until `min_s` seconds are over.
             min_s: Minimum seconds if `repeats` is 0; the method stops earlier after `MOST_REPEATS` repetitions.
             tokenizing: Whether to tokenise each batch again in each repetition, and to time this step.
             resident: Whether to time each batch once more with its inputs and logits in the device's memory.
 
         Returns:
-            ``us`` is the microseconds in the session, by repetition and batch. ``tokenizing_us`` is the microseconds
-            before the session, as one flat list in the same order. ``resident_us`` is the microseconds of each
-            batch on the device. ``answers`` and ``probabilities`` come from the first repetition, by batch.
+            ``us`` is the microseconds in the session, by repetition and batch. ``tokenizing_us`` is the microseconds of
+            tokenising, as one flat list ordered by repetition and batch. ``resident_us`` is the microseconds of each
+            batch whose inputs and logits are in the device's memory. ``answers`` and ``probabilities`` come from the
+            first repetition, by batch.
         """
         for batch in batches[:warmup]:
             self._session.run(self._pad_batch(batch))
@@ -256,8 +257,9 @@ def _elapsed_us(started_ns: int) -> int:
 def serve(create: Callable[[dict[str, Any]], Any]) -> None:
     """Answers messages until standard input ends.
 
-    The first message creates the serving object, and its attribute `ready` is the answer. Each later message calls one
-    method of this object: ``do`` names the method, and the rest of the message is its arguments.
+    The first message creates the serving object, whose attribute `ready` is the answer. Each later message calls one
+    method of the serving object. The value ``do`` of a later message names the method, and the other values are
+    the arguments of the method.
 
     Args:
         create: Creates the serving object from the first message.

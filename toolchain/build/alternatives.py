@@ -18,11 +18,11 @@ from toolchain.data.datasets import DEFAULT_COLUMNS
 from toolchain.data.inputs import TrainingSource
 from toolchain.data.labels import LabelSet
 
-# Largest margin, in logits, of an undecided answer. Up to this margin, the second most probable label is at least
-# exp(-0.5) = 61 % as probable as the first. In a multi-label model, the label nearest to the threshold has a
-# probability of 38 % to 62 %.
+# Largest margin, in logits, of an undecided answer. Up to a margin of 0.5, the second most probable label is at least
+# exp(-0.5) = 61 % as probable as the first. In an undecided answer of a multi-label model, one label has a probability
+# of 38 % to 62 %.
 UNDECIDED_MARGIN = 0.5
-UNDECIDED_SHARE = 0.8  # Least share of the flips that makes `is_undecided` true.
+UNDECIDED_SHARE = 0.8  # Least share of undecided flips that makes `is_undecided` true.
 ALTERNATIVE_SCHEMES = {"int4": "dynamic", "dynamic": "static"}  # Scheme → a scheme that may have less rounding error.
 
 
@@ -41,14 +41,15 @@ def alternatives(
 ) -> list[Quantize]:
     """Returns the settings to try instead of `step`, most promising first; empty if there is nothing to suggest.
 
-    If answers with a large margin flip, some layers have a large rounding error. For the dynamic scheme, the best
-    alternative then keeps more layers in fp32. If the model is undecided, a small rounding error flips its answers.
-    The best alternative is then static scales, but only if `same_domain`. On the reference model, static scales halve
-    the mean |Δlogit| on sentences of the training data's domain (0.042 instead of 0.087). On sentences of other domains
-    they do not reduce it (0.0074 instead of 0.0062).
+    If answers with a large margin flip, some layers have a large rounding error. The best alternative to the dynamic
+    scheme keeps more layers in fp32 if answers with a large margin flip. If the model is undecided, a small rounding
+    error flips its answers. For an undecided model, the best alternative to the dynamic scheme is static scales, but
+    only if `same_domain`. On the reference model, static scales halve the mean |Δlogit| on sentences of the training
+    data's domain (0.042 instead of 0.087). On sentences of other domains, static scales do not reduce the mean |Δlogit|
+    (0.0074 instead of 0.0062).
 
     Args:
-        step: The quantisation that failed.
+        step: The quantisation that failed validation.
         report: The report of `steps.validate`.
         runtime_saturates: Whether this runtime saturates 8-bit products. Weights of 7 bits avoid saturation.
         same_domain: Whether the training data has the same domain as the validation sentences.
@@ -91,12 +92,12 @@ def hint(
 
     Args:
         workspace: The model's workspace.
-        name: Name of the variant that failed.
-        step: The quantisation that failed.
+        name: Name of the variant that failed validation.
+        step: The quantisation that failed validation.
         parent: Artifact of the variant's parent.
-        report: As in `alternatives`.
-        runtime_saturates: As in `alternatives`.
-        layers: As in `alternatives`.
+        report: The report of `steps.validate`.
+        runtime_saturates: Whether this runtime saturates 8-bit products.
+        layers: Number of linear layers of the model; None if unknown.
     """
     same_domain = workspace.train.file is None and inputs.fits_embedded_data(parent.label_set)
     suggestions = alternatives(step, report, runtime_saturates, same_domain, layers)
@@ -109,7 +110,7 @@ def hint(
     ]
     parts = [_explain_flips(report)]
     if runtime_saturates and suggestions[0].reduce_range:
-        parts.append("This runtime also saturates 8-bit products. Weights of 7 bits avoid saturation.")
+        parts.append("This runtime saturates 8-bit products. Weights of 7 bits avoid saturation.")
     return " ".join([*parts, f"Try {', then '.join(commands)}."])
 
 
@@ -118,12 +119,12 @@ def _explain_flips(report: Mapping[str, Any]) -> str:
     flips, undecided = report["flips"], count_undecided_flips(report)
     if is_undecided(report):
         return (
-            f"In {undecided} of these {flips} sentences the PyTorch model itself is undecided: a change of "
+            f"In {undecided} of the {flips} flipped sentences the PyTorch model itself is undecided: a change of "
             f"{UNDECIDED_MARGIN:g} in a logit changes its answer. A smaller rounding error flips fewer sentences. "
             "Longer training or more training rows give the model larger margins."
         )
     return (
-        f"In {flips - undecided} of these {flips} sentences the PyTorch model is decided: its margin is up to "
+        f"In {flips - undecided} of the {flips} flipped sentences the PyTorch model is decided: its margin is up to "
         f"{max(report['flip_margins']):.2g} logits. Some layers have a large rounding error; --sensitivity shows which."
     )
 
@@ -136,8 +137,8 @@ def command(workspace: Workspace, parent: VariantName, label: str, step: Quantiz
         parent: Name of the parent variant.
         label: Label of the new variant; empty for none.
         step: The quantisation.
-        labels: The model's labels. If the embedded sentences have other labels and the workspace names no training
-            data, the command contains the placeholder ``FILE``.
+        labels: The model's labels. If the embedded SST-2 does not fit the model's labels and the workspace names no
+            training data, the command contains the placeholder ``FILE``.
     """
     arguments = ["toolchain", "quantize"]
     arguments += ["--model", workspace.model] if workspace.model != "reference" else []

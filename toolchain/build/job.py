@@ -29,9 +29,9 @@ class Job(Generic[StepT]):
         folder: The scratch folder that the step fills.
         root: The imported model's artifact; None for an import.
         train: Training data.
-        cache: Folder of results that this machine computes once.
-        resume: Folder for training state, which stays after a killed run. The pipeline deletes it after publication.
-        progress: Called with the number of finished units, their total, and the current activity.
+        cache: Cache folder for results that this machine computes only once.
+        resume: Folder for training state; the pipeline keeps it after a killed run and deletes it after publication.
+        progress: Called with the number of finished items, the number of all items, and the current activity.
         corpus: Texts that vocabulary trimming uses; None for the training data.
         base: Folder of the base model if the checkpoint is an adapter; None otherwise.
     """
@@ -73,11 +73,11 @@ class StepResult:
 
     @classmethod
     def from_parent(cls, job: Job[Step], facts: Mapping[str, Any], **changes: Any) -> StepResult:
-        """Returns a result with the parent's inputs, outputs, labels and length.
+        """Returns a result with the parent's inputs, outputs, labels and maximum length.
 
         Args:
             job: The job of the step.
-            facts: Facts about the result. The method adds the parent's `inherited_facts` that have other names.
+            facts: Facts about the result. The method adds those `inherited_facts` of the parent that `facts` lacks.
             changes: Values that replace the parent's values.
         """
         manifest = job.parent_artifact.manifest

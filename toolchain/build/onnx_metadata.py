@@ -25,8 +25,8 @@ SATURATING_X86 = "x86-64 without VNNI or AMX"
 def write_metadata(path: Path, result: StepResult, version: int, model: str, variant: str, parent_id: str) -> None:
     """Writes metadata into an ONNX file.
 
-    The producer version is the step's name and `version`, not the release of this project. So two releases that build
-    the variant in the same way write the same bytes.
+    The producer version is the step's name and `version`, not the release of this project. Two releases that build the
+    variant in the same way therefore write the same bytes.
 
     Args:
         path: The ONNX file, with its tokenizer.json in the same folder.

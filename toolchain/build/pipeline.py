@@ -1,7 +1,8 @@
 """The pipeline, which builds, validates and publishes the artifacts of named variants and skips fresh artifacts.
 
-An artifact is fresh if this release's version of its step built it from its parent's current artifact. Artifacts of
-variants that a command names must also have the requested settings. Ancestors keep the settings in their manifests.
+An artifact is fresh if the current version of its step built it from the parent's current artifact. The artifact of a
+variant that the command names is fresh only if it has the requested settings. Ancestors of the named variants keep the
+settings in their manifests.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class VariantPlan:
         step: The step with its effective settings.
         reason: Reason to build the variant; empty if its artifact is fresh.
         artifact: The existing artifact; None if it is missing or unreadable.
-        folder_error: Error that makes the existing folder unusable; None otherwise.
+        folder_error: Error that makes the existing folder unusable; None without an error.
     """
 
     variant: Variant
@@ -84,8 +85,8 @@ def plan(workspace: Workspace, names: Iterable[str], requested_steps: Mapping[st
         requested_steps: Steps with the user's settings, by variant name.
 
     Raises:
-        TamperedError: A manifest, or a file of a fresh artifact, changed after the build. But a variant in
-            `requested_steps` raises no error; its plan is to build it again.
+        TamperedError: A manifest, or a file of a fresh artifact, changed after the build. A changed variant in
+            `requested_steps` raises no error, because the plan builds this variant again.
         ArtifactError: A variant's folder exists and is not an artifact.
     """
     plans = inspect_variants(workspace, names, requested_steps)
@@ -120,7 +121,7 @@ def inspect_variants(
             except TamperedError as error:
                 folder_error = error
         if isinstance(folder_error, TamperedError) and variant.name in requested_steps:
-            reason, folder_error = "its files were modified after the build", None
+            reason, folder_error = "the files were modified after the build", None
         plans[variant.name] = VariantPlan(variant, step, reason, artifact, folder_error)
     return list(plans.values())
 
@@ -136,7 +137,7 @@ def _reason_to_build(step: Step, artifact: Artifact | None, parent: VariantPlan 
         changes = ", ".join(f"{key} {old_settings.get(key)} → {new_settings.get(key)}" for key in keys)
         return "the checkpoint changed" if isinstance(step, Import) else f"other settings: {changes}"
     if manifest.step_version != STEPS[type(step)][1]:
-        return "this release builds it differently"
+        return "this release builds the variant differently"
     if parent and parent.reason:
         return f"{parent.variant.name} is built again"
     if parent and parent.artifact and parent.artifact.manifest.id != manifest.parent_id:
@@ -157,7 +158,7 @@ def ensure(
         bar: Opens a progress bar for each build.
 
     Raises:
-        VerdictError: A new artifact fails validation. It is not published, and the previous artifact stays.
+        VerdictError: A new artifact fails validation, so it is not published, and the previous artifact stays.
         ArtifactError: `plan` finds an unusable folder, or a parent or checkpoint changed during the build.
         DataError: A rebuild needs other training data, or another corpus, than the workspace has.
     """
@@ -218,14 +219,14 @@ def _build(
 ) -> Artifact:
     name, target = item.variant.name, workspace.path(item.variant.name)
     parent = artifacts.get(item.variant.parent or "")
-    with publishing.lock(target, lambda: say(f"{name}: another run is building it, waiting")):
+    with publishing.lock(target, lambda: say(f"{name}: waiting for another run that builds this variant")):
         concurrent_artifact = workspace.load(name) if item.reason == "missing" else None
         if (
             concurrent_artifact
             and concurrent_artifact.manifest.step == item.step
             and concurrent_artifact.manifest.parent_id == (parent and parent.manifest.id)
         ):
-            return concurrent_artifact  # another process built it while this process waited for the lock
+            return concurrent_artifact  # another process built the variant while this process waited
         origin, source = _find_origin(workspace, item.step, parent)
         run, version = STEPS[type(item.step)]
         _require_same_data(workspace, item)
@@ -291,14 +292,15 @@ def _require_same_data(workspace: Workspace, item: VariantPlan) -> None:
     name, step = item.variant.name, item.step
     if uses_training_data(step) and step.train and step.train != workspace.train.digest:
         raise DataError(
-            f"{name} must be built again. Its training data is {inputs.data_name(step.train)}; this command uses "
-            f"{inputs.data_name(workspace.train.digest)}.",
+            f"{name} must be built again. The training data of {name} is {inputs.data_name(step.train)}, but this "
+            f"command uses {inputs.data_name(workspace.train.digest)}.",
             f"Run the command that builds {name}, with --train-data FILE. Omit --train-data for the embedded SST-2.",
         )
     corpus = step.trim_vocab if isinstance(step, Quantize) else None
     if corpus and corpus != trimming.TRAIN and corpus != (workspace.corpus and workspace.corpus.digest):
         raise DataError(
-            f"{name} must be built again. Its corpus is {inputs.data_name(corpus)}, which this command does not name.",
+            f"{name} must be built again. The corpus of {name} is {inputs.data_name(corpus)}, which this command does "
+            "not name.",
             f"Run the command that builds {name}, with --trim-vocab CORPUS.",
         )
 
@@ -346,7 +348,7 @@ def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, origin
     encoder = encoding.Encoder.open(artifact.path, names, manifest.max_length)
     data, reference_encoder = inputs.load_embedded(), None
     if getattr(manifest.step, "trim_vocab", None):
-        # Sentences of another domain contain tokens that trimming removed.
+        # A trimmed model is validated on its own domain, because sentences of other domains contain removed tokens.
         data = trimming.validation_data(workspace.train, artifact)
         reference_encoder = encoding.Encoder.open(reference_folder, names, manifest.max_length)
     sentences = data.sample(SENTENCES, SEED)

@@ -26,12 +26,12 @@ def rewrite_parent_graph(
     Args:
         job: The job of the step.
         passes: Names of the passes, in order.
-        keep: As in `passes.Context`.
-        activations: As in `passes.Context`.
-        tokens: As in `passes.Context`.
+        keep: Names of the linear layers that stay fp32.
+        activations: Fixed quantisation of the inputs of linear layers, by the name of the input.
+        tokens: Token ids that stay in a trimmed vocabulary, ascending; empty without trimming.
 
     Returns:
-        The result. Its fact ``rewrites`` holds the number of rewrites that each pass made.
+        The result. The fact ``rewrites`` of the result holds the number of rewrites that each pass made.
 
     Raises:
         GraphError: The parent's file is no ONNX model, or a pass cannot rewrite it.

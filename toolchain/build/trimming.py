@@ -25,7 +25,7 @@ from toolchain.passes.model_shape import context_of, word_width
 from toolchain.progress import Progress
 from toolchain.system import hardware
 
-TRAIN = "train"  # value of the corpus that means the training data without its held-out rows
+TRAIN = "train"  # this corpus means the training data without its held-out rows
 
 
 def corpus_of(spec: str | None, column: str | None) -> Texts | None:
@@ -59,7 +59,7 @@ def tokens_to_keep(job: Job[Quantize]) -> list[int]:
 def trim(
     job: Job[Quantize], tokens: Sequence[int], embedding: Sequence[str], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Trims the tokenizer in the job's folder and measures the effect; the graph there is already trimmed.
+    """Trims the tokenizer in the job's folder and measures the effect; the graph is already trimmed.
 
     Args:
         job: The job of the step.
@@ -68,10 +68,10 @@ def trim(
         facts: Facts about the trimmed graph.
 
     Returns:
-        Facts for the manifest: ``vocabulary``, and ``parameters`` if `facts` has it. ``vocabulary`` holds the number of
-        tokens kept, the original number and the bytes saved. It also compares the fp32 parent, with all its tokens,
-        and the new model on held-out rows. ``held_out`` covers all these rows; ``out_of_domain`` covers the rows with a
-        removed token.
+        The manifest's facts ``vocabulary`` and, if `facts` has this fact, ``parameters``. ``vocabulary`` holds the
+        number of tokens kept, the original number of tokens and the bytes saved. ``vocabulary`` also compares the new
+        model with its untrimmed fp32 parent on held-out rows. ``held_out`` covers all held-out rows; ``out_of_domain``
+        covers the held-out rows with a removed token.
     """
     parent = job.parent_artifact
     bytes_before = _companion_bytes(job.folder)
@@ -94,8 +94,8 @@ def trim(
 def validation_data(train: TrainingSource, artifact: Artifact) -> Data:
     """Returns sentences of a trimmed artifact's domain: the held-out rows of its training data.
 
-    For the embedded SST-2 it returns the validation set instead. The held-out rows of SST-2 share their sentences with
-    other training rows, so nearly all their tokens stay in the vocabulary.
+    For the embedded SST-2, the function returns the validation set instead. The held-out rows of SST-2 share their
+    sentences with other training rows, so nearly all their tokens stay in the vocabulary.
 
     Args:
         train: The workspace's training data.
@@ -128,7 +128,7 @@ def _companion_bytes(folder: Path) -> int:
 
 
 def _compare_held_out(job: Job[Quantize], parent_encoder: Encoder, tokens: frozenset[int]) -> dict[str, Any]:
-    """Returns ``held_out`` and ``out_of_domain``: counts of rows, correct answers before and after, and flips."""
+    """Counts rows, flips, and correct answers before and after trimming, for ``held_out`` and ``out_of_domain``."""
     data: Data = job.train.load(job.parent_artifact.label_set)
     held_out = data.select(inputs.hold_out(data)[1])
     trimmed_encoder = _encoder(job.folder, job.parent_artifact.manifest)

@@ -68,7 +68,7 @@ class Workspace:
 
     @property
     def cache(self) -> Path:
-        """Returns the folder of results that this machine computes once; all models share it."""
+        """Returns the cache folder for results that this machine computes only once; all models share this folder."""
         return self.exported / ".cache" / str(hardware.machine()["id"])
 
     def load(self, variant: str) -> Artifact | None:
@@ -78,25 +78,25 @@ class Workspace:
     def lineage(self, name: str, requested_names: Container[str] = ()) -> list[Variant]:
         """Returns the variant and its ancestors, root first.
 
-        The parent of a labelled variant is the parent in its manifest. Without a manifest, the method tries the
-        variant's label and then the shorter labels that it extends (``a-b``, then ``a``). It takes the first label
-        with a known parent variant; if there is none, it takes the unlabelled parent. A variant is known if it is built
-        or if `requested_names` contains it. An exported or optimised graph is also known if its parent with the same
-        label is known.
+        The manifest of a labelled variant names the parent of the variant. Without a manifest, the method tries the
+        label of the variant and then each shorter label that this label extends (``a-b``, then ``a``). The parent has
+        the first label for which a parent variant is available, or else no label. A variant is available if it is built
+        or if `requested_names` contains it. An exported or optimised graph is also available if its own parent with the
+        same label is available.
 
         Args:
             name: Name of the variant.
             requested_names: Names of the variants that the command builds.
 
         Raises:
-            UnknownVariantError: No variant has this name, or the labelled variant is not known.
+            UnknownVariantError: No variant has this name, or the labelled variant is not available.
         """
         variant = variants.get(name)
         label = variant.name.parts.label
         if label:
             parent = self._recorded_parent(name)
             if not self._is_known(name, requested_names):
-                raise UnknownVariantError(f"{name} is not built.", f"Build it with --name {label}.")
+                raise UnknownVariantError(f"{name} is not built.", f"Build this variant with --name {label}.")
             assert variant.parent is not None
             if parent is None:
                 candidates = (variant.parent.with_parts(label=prefix) for prefix in label_prefixes(label) if prefix)
@@ -105,7 +105,10 @@ class Workspace:
         return [*(self.lineage(variant.parent, requested_names) if variant.parent else []), variant]
 
     def _is_known(self, name: str, requested_names: Container[str]) -> bool:
-        """Returns whether a variant is known; see `lineage`. A graph counts because its step needs no settings."""
+        """Returns whether a variant is available, as `lineage` defines it.
+
+        An exported or optimised graph needs no settings of its own, so it is available together with its parent.
+        """
         if not variants.is_variant(name):
             return False
         if name in requested_names or self._recorded_parent(name) is not None:

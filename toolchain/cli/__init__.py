@@ -38,7 +38,7 @@ from toolchain.errors import ToolchainError
 def cli() -> None:
     """Convert a fine-tuned text classifier to ONNX: prune, export, quantise, validate, measure, compare and ship it.
 
-    An environment variable can set each option: TOOLCHAIN_BENCH_THREADS=4 means `toolchain bench --threads 4`.
+    An environment variable can set each option; TOOLCHAIN_BENCH_THREADS=4 means `toolchain bench --threads 4`.
     """
 
 
@@ -60,7 +60,7 @@ for command in (
     cli.add_command(command)
     for option in command.params:
         if isinstance(option, click.Option):
-            # The variable's name comes from the option. Click itself would use the name of the Python parameter.
+            # The environment variable is named after the option; Click itself would use the Python parameter's name.
             option.envvar = f"TOOLCHAIN_{command.name}_{option.opts[0].lstrip('-')}".upper().replace("-", "_")
 
 
@@ -69,7 +69,7 @@ def _record_interrupts() -> Iterator[list[int]]:
     """Yields a list that receives the number of each interrupt signal.
 
     During an import or a callback, C libraries convert KeyboardInterrupt to errors of other classes. If the list is not
-    empty, such an error comes from the user's interrupt and is not a bug.
+    empty, an unexpected error comes from the user's interrupt and is not a bug.
     """
     signal_numbers: list[int] = []
 
@@ -78,7 +78,7 @@ def _record_interrupts() -> Iterator[list[int]]:
         signal.default_int_handler(number, frame)
 
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield signal_numbers  # the parent process ignores interrupts, or other code has its own handler
+        yield signal_numbers  # the parent process ignores interrupts, or other code handles them
         return
     signal.signal(signal.SIGINT, record_interrupt)
     try:

@@ -96,8 +96,9 @@ def bench(
     """Measure accuracy, latency, throughput, memory and size of every variant, and compare them.
 
     The command builds missing variants first. Each variant runs in separate processes, and the rounds of all variants
-    are interleaved in random order. A variant that cannot run here is listed with the reason. With --engine ray, each
-    kind of machine in a Ray cluster measures the variants that its hardware supports, and has its own result file.
+    are interleaved in random order. A variant that cannot run on this machine is listed with the reason. With --engine
+    ray, each kind of machine in a Ray cluster measures the variants that its hardware supports, and has its own result
+    file.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""The build that export, prune and quantize share."""
+"""Builds variants for the commands export, prune and quantize."""
 
 from __future__ import annotations
 

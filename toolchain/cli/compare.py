@@ -22,7 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _require_finite(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
-    if value is not None and not math.isfinite(value):  # `FloatRange` accepts nan and inf
+    if value is not None and not math.isfinite(value):  # `click.FloatRange` does not reject NaN and infinity
         raise click.BadParameter("must be a finite number")
     return value
 
@@ -136,7 +136,8 @@ def compare(
     """Compare result files in one table with a row for each cell; without RESULTS, show the model's newest run.
 
     With limits, the command names the fastest row that meets all limits, and the limits that other rows break. With
-    --against, it names the figures that got worse. Exit code 3: no row meets all limits, or a figure got worse.
+    --against OLD, the command names the figures that are worse than in OLD. Exit code 3: no row meets all limits, or a
+    figure is worse than in OLD by more than allowed.
 
     \b
     Examples:
@@ -197,7 +198,7 @@ def rows_of(files: Sequence[ResultFile], baseline: str | None, exported: Path) -
 def show(
     rows: Sequence[Row], form: str, verdict: Verdict | None = None, regressions: Regressions | None = None
 ) -> None:
-    """Prints the rows in a format, and the verdicts below; for CSV and HTML, verdicts go to standard error."""
+    """Prints the rows in the given format, then the verdicts; for CSV and HTML, the verdicts go to standard error."""
     from toolchain.compare.report import verdict as verdicts
 
     lines = [*(verdicts.choice_lines(verdict) if verdict else [])]

@@ -26,7 +26,7 @@ from toolchain.cli.building import build
 @click.option(
     "--base",
     metavar="FOLDER|ID",
-    help="Base model of a LoRA adapter, also for later commands.  [default: the hub model that the adapter names]",
+    help="Base model of a LoRA adapter; later commands use it too.  [default: the hub model that the adapter names]",
 )
 @click.option("--opset", type=click.IntRange(17, 20), default=18, show_default=True, help="ONNX opset.")
 @click.option(
@@ -82,8 +82,8 @@ def export(
     step = None if provider == "none" else Optimize.for_provider(provider)
     if omitted_passes:
         if step is None or not set(omitted_passes) <= set(step.passes):
-            passes = f"the passes are {', '.join(step.passes)}" if step else "there are no passes"
-            raise click.BadParameter(f"with --optimize {provider}, {passes}.", param_hint="--no-pass")
+            passes = f"only the passes {', '.join(step.passes)}" if step else "no passes"
+            raise click.BadParameter(f"--optimize {provider} applies {passes}.", param_hint="--no-pass")
         step = Optimize(provider, tuple(name for name in step.passes if name not in omitted_passes))
     requested_steps: dict[str, Step] = {"torch-fp32": Import(revision)}
     for parent in parents:

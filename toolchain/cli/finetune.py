@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Model to train: `reference` (embedded), a folder, or a hub id, with or without a classification head.",
 )
-@click.option("--revision", help="Branch, tag or commit of a hub base.")
+@click.option("--revision", help="Branch, tag or commit of a base model on the hub.")
 @click.option("--epochs", type=click.IntRange(1, 99), default=3, show_default=True, help="Number of epochs.")
 @click.option(
     "--lr",
@@ -38,10 +38,12 @@ if TYPE_CHECKING:
     "--max-length",
     type=click.IntRange(8),
     metavar="TOKENS",
-    help="Truncate texts to this number of tokens.  [default: the base's maximum]",
+    help="Truncate texts to this number of tokens.  [default: the base model's maximum]",
 )
 @click.option(
-    "--labels", metavar="A,B,…", help="Labels of a new head, in order.  [default: the labels of the base or the data]"
+    "--labels",
+    metavar="A,B,…",
+    help="Class labels of a new classification head, in order.  [default: the labels of the base model or the data]",
 )
 @click.option(
     "--multi-label", is_flag=True, help="Each text has any number of labels, written as a|b in the label column."
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
     type=click.IntRange(0),
     default=20,
     show_default=True,
-    help="Random seed of the new head, the row order and dropout.",
+    help="Random seed of the new classification head, the row order and dropout.",
 )
 @click.option(
     "--data",
@@ -82,7 +84,7 @@ def finetune(
     output: Path,
     as_json: bool,
 ) -> None:
-    """Train a base model on your labelled texts. Other commands accept the new folder as --model.
+    """Train a base model on your labelled texts. Other commands accept the new checkpoint as --model.
 
     The command holds out a tenth of the rows, at most 2000. It keeps the weights of the epoch that scores best on the
     held-out rows. If you interrupt the training, the same command continues it.

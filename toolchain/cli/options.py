@@ -22,7 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def debug_option(command: F) -> F:
-    """Adds --debug, which `main` reads from the context's object."""
+    """Adds --debug, and stores its value in the click context's `obj`, which `main` reads."""
 
     def set_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
         if isinstance(context.obj, dict):
@@ -61,7 +61,7 @@ def model_options(command: F) -> F:
 
 
 def results_option(command: F) -> F:
-    """Adds --results, for every command that reads or writes result files. The command receives it as `folder`."""
+    """Adds --results, which a command receives as `folder`, for every command that reads or writes result files."""
     return click.option(
         "--results",
         "folder",
@@ -80,7 +80,10 @@ def name_option(command: F) -> F:
             raise click.BadParameter("use lower-case letters, digits and single hyphens.")
         return value or ""
 
-    text = "Label of the new variant, as in onnx-int8+LABEL. Without a label, it replaces the variant of the same name."
+    text = (
+        "Label of the new variant, as in onnx-int8+LABEL. A new variant without a label replaces the variant of the "
+        "same name."
+    )
     return click.option("--name", "label", metavar="LABEL", callback=check, help=text)(command)
 
 
@@ -162,10 +165,7 @@ DATA = "a CSV, TSV, JSON lines or Parquet file, or a hub dataset such as glue/ss
 
 
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options for training data, for every command that uses training data.
-
-    The command receives them as `train`.
-    """
+    """Adds the options for training data, which a command receives together as the argument `train`."""
 
     @functools.wraps(command)
     def run_command(train_data: str | None, **arguments: Any) -> Any:
@@ -178,13 +178,13 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options for evaluation data. The command receives them as `data`, `columns` and `split`."""
+    """Adds the options for evaluation data, which a command receives as `data`, `columns` and `split`."""
     text = f"Evaluation data: {DATA}.  [default: the embedded SST-2]"
     return click.option("--data", metavar="DATA", help=text)(_columns_options(command, "validation"))
 
 
 def _columns_options(command: Callable[..., Any], default_split: str) -> Callable[..., Any]:
-    """Adds the options for columns and split. The command receives them as `columns` and `split`."""
+    """Adds the options for columns and split, which a command receives as `columns` and `split`."""
 
     @functools.wraps(command)
     def run_command(text_column: str | None, pair_column: str | None, label_column: str, **arguments: Any) -> Any:

@@ -19,7 +19,7 @@ from toolchain.cli.options import RAY, engine_options, model_options, open_works
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Output file: .csv, .tsv, .jsonl or .parquet.  [default: JSON lines on standard output]",
+    help="Output file: .csv, .tsv, .jsonl or .parquet.  [default: standard output, as JSON lines]",
 )
 @engine_options
 @model_options
@@ -37,8 +37,10 @@ def predict(
 ) -> None:
     """Predict labels and probabilities for the texts of FILE with a variant or a bundle, in the order of the texts.
 
-    FILE is a .csv, .tsv, .jsonl or .parquet file. Any other FILE has one text in each line. FILE - is standard input.
-    A longer FILE does not need more memory. If you interrupt a command with --output, the same command continues it.
+    FILE is a .csv, .tsv, .jsonl or .parquet file. A FILE with another ending has one text in each line. If FILE is -,
+    the command reads one text in each line of standard input. A longer FILE does not need more memory. If you interrupt
+    a command with --output, the same command continues the work.
+
     With --engine ray, all machines of a Ray cluster take part; this machine must be a node of the cluster.
 
     \b

@@ -19,7 +19,7 @@ def say(event: object) -> None:
 
 @contextmanager
 def bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Yields a callback that shows the number of finished units, the total number, and the current work.
+    """Yields a callback that shows the number of finished parts, the total number of parts, and the current activity.
 
     The callback shows nothing before its first call.
     """
@@ -36,7 +36,7 @@ def bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
         tasks: dict[int, TaskID] = {}
 
         def update(count: int, total: int, activity: str) -> None:
-            # A new total means a new kind of work. A new task then restarts the estimate of the remaining time.
+            # A new total means a new kind of work, so a new progress task restarts the estimate of the remaining time.
             if total not in tasks:
                 for task in tasks.values():
                     view.remove_task(task)

@@ -41,8 +41,8 @@ from toolchain.cli.building import build
     type=click.Choice(["fisher", "magnitude", "mask"]),
     default="fisher",
     show_default=True,
-    help="Importance measure: fisher uses gradients, magnitude uses weights. mask only sets the weakest "
-    "rows to zero, so the model gets neither smaller nor faster.",
+    help="Importance measure: fisher uses gradients, magnitude uses weights. The method mask only sets the weakest "
+    "rows of weight matrices to zero, so the model gets neither smaller nor faster.",
 )
 @click.option(
     "--cost",
@@ -55,14 +55,14 @@ from toolchain.cli.building import build
     "--layers",
     type=click.IntRange(1),
     metavar="N",
-    help="Remove whole layers until N layers are left. Then prune these N layers.",
+    help="Remove whole layers until N layers are left, then prune these N layers.",
 )
 @click.option(
     "--recover",
     "epochs",
     type=click.IntRange(1, 99),
     metavar="EPOCHS",
-    help="Then train the pruned model for at most EPOCHS epochs.",
+    help="After pruning, train the pruned model for at most EPOCHS epochs.",
 )
 @click.option("--from", "parent", default="torch-fp32", show_default=True, metavar="VARIANT", help="Variant to prune.")
 @training_options
@@ -86,10 +86,10 @@ def prune(
 ) -> None:
     """Remove attention heads and FFN neurons from the PyTorch model: torch-fp32 becomes torch-pruned50.
 
-    Pruning removes the least important heads and neurons. It needs no training: a least-squares fit adjusts the
-    remaining weights to the unpruned model. --recover then trains the pruned model on the unpruned model's logits
-    (torch-pruned50-r1). If you interrupt the training, the same command continues it. At batch 1, depth costs more than
-    width: --layers with --recover gives the fastest models.
+    Pruning removes the least important heads and neurons. Pruning needs no training: a least-squares fit adjusts the
+    remaining weights to the unpruned model. With --recover, the command also trains the pruned model on the unpruned
+    model's logits (torch-pruned50-r1). If you interrupt the training, the same command continues it. At batch 1, depth
+    costs more than width: --layers with --recover gives the fastest models.
 
     \b
     Examples:
@@ -112,7 +112,7 @@ def prune(
             "--max-drop builds pruned models without training: it cannot be used with --recover or --dry-run."
         )
     prunings = [Prune(ratio, method, cost, layers) for ratio in ratios or [0.5]]
-    # This line comes before the search, so that a wrong parent fails at once.
+    # `derive_variant` is called before the search, so that a wrong parent raises its error at once.
     children = [derive_variant(parent, pruning, label) for pruning in prunings]
     workspace = open_workspace(model, exported, folder_name, train)
     if max_drop is not None:

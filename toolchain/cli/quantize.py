@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 @click.option(
     "--scheme",
     type=click.Choice(list(dict.fromkeys(scheme for schemes in QUANTIZED.values() for scheme in schemes))),
-    help="ort: dynamic, static, int4, fp16 (onnx-fp16, for CUDA). torch: int8, bf16, fp16. bnb: int8, nf4, fp4.  "
+    help="Schemes of ort: dynamic, static, int4, fp16 (onnx-fp16, for CUDA); of torch: int8, bf16, fp16; of bnb: "
+    "int8, nf4, fp4.  "
     "[default: the backend's first scheme]",
 )
 @click.option(
@@ -44,13 +45,13 @@ if TYPE_CHECKING:
     type=click.Choice(["vnni", "portable", "auto"]),
     default="vnni",
     show_default=True,
-    help="ort: processors on which int8 sums do not saturate. vnni: x86 with VNNI or AMX, ARM, WebAssembly. portable: "
-    "all processors, with weights of 7 bits (onnx-int8-portable). auto: this processor.",
+    help="ort only: processors on which int8 sums must not saturate. vnni: x86 with VNNI or AMX, ARM, WebAssembly. "
+    "portable: all processors, with weights of 7 bits (onnx-int8-portable). auto: this processor.",
 )
 @click.option(
     "--embeddings",
     type=click.Choice(["int8", "int4"]),
-    help="ort: bits of the embedding tables.  [default: the scheme's bits]",
+    help="ort only: bits of the embedding tables.  [default: the scheme's bits]",
 )
 @click.option(
     "--from",
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
     "--keep-fp32",
     type=click.IntRange(1),
     metavar="N",
-    help="ort: keep the N most sensitive linear layers in fp32. The ranking uses held-out rows of the training data.",
+    help="ort only: keep in fp32 the N linear layers that are most sensitive on held-out rows of the training data.",
 )
 @click.option(
     "--max-drop",
@@ -72,11 +73,11 @@ if TYPE_CHECKING:
     help="Instead of --keep-fp32: keep as few layers in fp32 as this accuracy drop allows on the held-out rows.",
 )
 @click.option("--sensitivity", is_flag=True, help="Only show the sensitivity of each linear layer, the highest first.")
-@no_pass_option(sorted(set(chain(*QUANTIZE_PASSES.values()))), "ort: omit this pass")
+@no_pass_option(sorted(set(chain(*QUANTIZE_PASSES.values()))), "ort only: omit this pass")
 @click.option(
     "--trim-vocab",
     metavar="CORPUS",
-    help="ort: remove tokens that do not occur in CORPUS from vocabulary and embedding table. CORPUS is a file of "
+    help="ort only: remove tokens that do not occur in CORPUS from vocabulary and embedding table. CORPUS is a file of "
     "texts, or `train` for the training data. --text-column names the column of texts.",
 )
 @training_options
@@ -105,12 +106,13 @@ def quantize(
 ) -> None:
     """Quantise a variant: onnx-fp32 becomes onnx-int8; torch-fp32 becomes torch-int8 or bnb-nf4.
 
-    The int8 schemes choose activation scales at run time, except ort's static scheme. That scheme chooses the
-    scales in advance, on training sentences. Then the logits of a sentence do not depend on the other sentences of its
-    batch. bnb (bitsandbytes) saves memory, but no time on a CPU.
+    The int8 schemes choose activation scales at run time, except ort's static scheme. The static scheme chooses the
+    scales in advance, on training sentences. With static scales, the logits of a sentence do not depend on the other
+    sentences of its batch. The backend bnb (bitsandbytes) saves memory, but no time on a CPU.
 
     The command stores a variant only if the variant passes validation. Validation compares the labels of 200 sentences
-    with the PyTorch model's labels. It fails if these 200 show that more than 2 % of all sentences get another label.
+    with the PyTorch model's labels. Validation fails if these 200 sentences show that the labels of more than 2 % of
+    all sentences differ.
 
     \b
     Examples:
@@ -147,7 +149,7 @@ def quantize(
         raise click.UsageError("--json needs --sensitivity.")
     if isa == "auto":
         isa = "portable" if saturates() else "vnni"
-        click.echo(f"isa auto: {isa} on this processor", err=True)
+        click.echo(f"--isa auto chooses {isa} for this processor", err=True)
     scheme = scheme or next(iter(QUANTIZED[backend]))
     if (backend, scheme) == ("ort", "fp16"):
         if isa != "vnni" or any([embeddings, omitted_passes, trim_vocab, keep_fp32, max_drop is not None, sensitivity]):
@@ -166,7 +168,8 @@ def quantize(
         scheme,
         reduce_range=True if isa == "portable" else None,
         embeddings=embeddings,
-        keep_fp32=1 if sensitivity or max_drop is not None else keep_fp32,  # any number gives the same checks
+        # With --sensitivity or --max-drop, 1 stands for any number, because all numbers pass the same checks.
+        keep_fp32=1 if sensitivity or max_drop is not None else keep_fp32,
         passes=Quantize.passes_without(scheme, omitted_passes),
         trim_vocab=corpus.digest if corpus else trim_vocab,
     )
@@ -203,6 +206,8 @@ def _print_sensitivity(workspace: Workspace, parents: Iterable[str], step: Quant
         )
         return
     for parent, layers in layers_by_parent.items():
-        click.echo(f"{parent}: each layer quantised separately, {SENTENCES} held-out rows of the training data")
+        click.echo(
+            f"{parent}: each layer quantised separately, measured on {SENTENCES} held-out rows of the training data"
+        )
         for layer in layers:
             click.echo(f"{layer.name:48} divergence {layer.divergence:8.2g} nats   {layer.flips:3} flips")

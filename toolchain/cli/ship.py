@@ -18,14 +18,14 @@ from toolchain.ship.targets.releases import DEFAULT, ORDER, RELEASES
     "--target",
     type=click.Choice(list(TARGETS)),
     required=True,
-    help="Kind of app. web: browser and Node, with transformers.js. python: onnxruntime and tokenizers. mobile: ONNX "
-    "Runtime on Android and iOS. server: Triton and KServe. other: any ONNX runtime.",
+    help="Kind of app. web: for browser and Node, with transformers.js. python: with onnxruntime and tokenizers. "
+    "mobile: for Android and iOS, with ONNX Runtime. server: for Triton and KServe. other: for any ONNX runtime.",
 )
 @click.option(
     "--ort-mobile",
     type=click.Choice(list(RELEASES)),
     metavar="RELEASE",
-    help=f"mobile: oldest release of ONNX Runtime that must run the models, {ORDER[0]} to {ORDER[-1]}.  "
+    help=f"mobile only: oldest release of ONNX Runtime that must run the models, {ORDER[0]} to {ORDER[-1]}.  "
     f"[default: {DEFAULT}]",
 )
 @click.option(
@@ -37,13 +37,13 @@ from toolchain.ship.targets.releases import DEFAULT, ORDER, RELEASES
 @click.option(
     "--demo/--no-demo",
     default=True,
-    help="web: whether the bundle has a demo page, which needs npm the first time.  [default: demo]",
+    help="web only: whether the bundle has a demo page, which needs npm the first time.  [default: demo]",
 )
 @click.option(
     "--with-tokenizer",
     is_flag=True,
-    help="python, mobile, server: put the tokenizer into the graph, with operators of onnxruntime-extensions. The "
-    "model then takes text and returns probabilities.",
+    help="python, mobile and server only: put the tokenizer into the graph, with operators of onnxruntime-extensions. "
+    "A model with the tokenizer takes text and returns probabilities.",
 )
 @click.option("--license", "license_", metavar="TEXT", help="Licence of the bundle.  [default: the model's licence]")
 @json_option

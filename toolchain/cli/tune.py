@@ -54,7 +54,7 @@ class Duration(click.ParamType):
     type=Duration(),
     default="20m",
     show_default=True,
-    help="Time for the search. A trial that is running when this time ends still finishes.",
+    help="Time for the search. A trial that is running when the budget ends still finishes.",
 )
 @click.option("--data", metavar="DATA", help=f"Data for the final measurement: {DATA}.  [default: the embedded SST-2]")
 @training_options
@@ -75,9 +75,10 @@ def tune(
 ) -> None:
     """Search for the fastest or smallest ONNX artifact within the allowed accuracy drop; measures on this machine.
 
-    The search tries pruning ratios and costs, training, 8 and 4 bits, and layers kept in fp32. Each trial remains as a
-    variant whose label starts with tune. If you interrupt the search, the same command continues it. The search chooses
-    on held-out rows of the training data. At the end, it measures the Pareto front once on the validation set.
+    The search tries pruning ratios, depths and costs, epochs of recovery, 8 and 4 bits, and layers kept in fp32. Each
+    trial remains as a variant whose label starts with tune. If you interrupt the search, the same command continues it.
+    The search measures accuracy on held-out rows of the training data. At the end, the command measures the Pareto
+    front of the trials once on the validation set.
 
     \b
     Examples:
@@ -99,7 +100,7 @@ def tune(
     protocol = replace(QUICK, threads=hardware.cores())
     results = ResultsFolder(folder)
     final_request = run.Request((), ("cpu",), protocol, data, train.columns, results=results)
-    run.evaluation_data(workspace, final_request, say)  # raises an error for unsuitable data before the search
+    run.evaluation_data(workspace, final_request, say)  # Unsuitable data must raise its error before the search.
     best, front = search(workspace, Request(objective, max_drop, budget), say, bar)
     names = dict.fromkeys(["torch-fp32", EXACT, best.baseline, *(outcome.variant for outcome in front)])
     with bar("Pareto front on the validation set") as progress:

@@ -30,8 +30,9 @@ def validate(
 ) -> None:
     """Compare VARIANT's logits with PyTorch's; exit code 3 if validation fails.
 
-    The command compares many lengths, batches, paddings and difficult texts. It builds missing and stale variants
-    first. If the vocabulary is trimmed, the sentences come from the same data set as the variant's training data.
+    The command compares the logits for many lengths, batch sizes, paddings and difficult texts. It builds missing and
+    stale variants first. If VARIANT has a trimmed vocabulary, validation uses sentences from the same data set as
+    VARIANT's training data.
 
     \b
     Example:
@@ -50,4 +51,6 @@ def validate(
             click.echo(f"{name:36} |Δlogit| {'not finite' if delta is None else f'{delta:.2g}'}")
         click.echo(f"{variant}: {'PASSED' if report['passed'] else 'FAILED'}: {validation_summary(report)}")
     if not report["passed"]:
-        raise VerdictError(f"The logits of {variant} differ from PyTorch's.", "Build it again, or do not use it.")
+        raise VerdictError(
+            f"The logits of {variant} differ from PyTorch's.", "Build the variant again, or do not use the variant."
+        )

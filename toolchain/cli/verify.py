@@ -17,9 +17,9 @@ from toolchain.cli.options import debug_option, json_option
 def verify(bundle: Path, as_json: bool) -> None:
     """Check that BUNDLE is unmodified; exit code 3 if it is not.
 
-    The command compares the sha256 of every file with the recorded one. Then it runs the models on the golden
-    sentences, and compares tokens and logits with the recorded ones. The bundle's own verify.py does the same without
-    this toolchain.
+    The command compares the sha256 of every file with the sha256 that the bundle records. Then it runs the models on
+    the golden sentences, and compares tokens and logits with those that the bundle records. The bundle's own verify.py
+    makes the same comparisons without this toolchain.
 
     \b
     Example:

@@ -13,8 +13,8 @@ from toolchain.results.statistics import CONFIDENCE
 if TYPE_CHECKING:
     from toolchain.compare.rows import Row
 
-NEAREST = 3  # Maximum number of misses in a verdict.
-_TOLERANCE = 1e-9  # In binary arithmetic, 90 % minus 89 % is a little more than one point.
+NEAREST = 3  # Maximum number of near misses in a verdict.
+_TOLERANCE = 1e-9  # Tolerance for rounding: as floats, 90 % minus 89 % is slightly more than one point.
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Limits:
         max_drop: Accuracy drop below the row's baseline, in percentage points.
         max_p95_ms: 95th percentile of the latency at batch 1, in milliseconds.
         max_size_mb: Size of the artifact, in megabytes (10^6 bytes).
-        max_memory_mb: Peak memory of the process on the host, in megabytes (10^6 bytes). This is host memory for cells
-            on a GPU too.
+        max_memory_mb: Peak memory of the process on the host, in megabytes (10^6 bytes). For cells on a GPU too,
+            the limit applies to host memory.
     """
 
     max_drop: float | None = None
@@ -58,8 +58,8 @@ class BrokenLimit:
 
     Attributes:
         limit: Name of the limit in `Limits`.
-        allowed: The limit, in its unit.
-        value: The row's figure in the same unit; None if it is unknown.
+        allowed: The limit, in the unit of the limited figure.
+        value: The row's figure, in the unit of the limit; None if the figure is unknown.
         remark: Further information about the figure, such as a test of significance; may be empty.
     """
 
@@ -168,11 +168,12 @@ def _limit_remark(row: Row, limit: str, value: float | None) -> str:
 def chance_remark(row: Row) -> str:
     """Returns a remark on whether the row's accuracy differs from the baseline's accuracy by chance.
 
-    If the answers are known, McNemar's test decides. Otherwise, the interval of the row's accuracy decides.
+    If the predicted labels of both rows are known, the remark is the result of McNemar's test. Without predicted
+    labels, the remark depends on the 95 % interval of the row's accuracy.
 
     Returns:
-        The remark; empty if the accuracies are equal or unknown. It is also empty if the answers are unknown and the
-        interval excludes the baseline's accuracy.
+        The remark; empty if the accuracies are equal or unknown. The remark is also empty if the predicted labels are
+        unknown and the interval excludes the baseline's accuracy.
     """
     quality, base = row.quality, row.baseline and row.baseline.accuracy
     if not quality or not base or not row.accuracy_points:
@@ -180,7 +181,8 @@ def chance_remark(row: Row) -> str:
     if quality.p is not None:
         return f"McNemar p {quality.p:.2g}" + (": may be chance" if quality.p >= 1 - CONFIDENCE else "")
     if quality.low <= base.value <= quality.high:
-        return f"the interval {quality.low:.2%} to {quality.high:.2%} includes the baseline's accuracy: may be chance"
+        interval = f"{quality.low:.2%} to {quality.high:.2%}"
+        return f"the interval {interval} includes the baseline's accuracy, so the difference may be chance"
     return ""
 
 
@@ -197,6 +199,6 @@ def require_winner(verdict: Verdict) -> None:
     nearest = verdict.misses[0]
     broken = "; ".join(map(str, nearest.broken))
     raise VerdictError(
-        f"No row is within the limits. The nearest is {nearest.row.measurement.cell}: {broken}.",
+        f"No row is within the limits. The nearest row is {nearest.row.measurement.cell}: {broken}.",
         "Raise a limit, or measure other variants; `toolchain variants` lists them.",
     )

@@ -21,15 +21,14 @@ if TYPE_CHECKING:
     from toolchain.compare.rows import Row
     from toolchain.results.measurements import Measurement
 
-_TOLERANCE = 1e-9  # in binary arithmetic, 105 bytes are a little more than 5 % above 100 bytes
+_TOLERANCE = 1e-9  # Tolerance for rounding: as floats, 105 bytes are slightly more than 5 % above 100 bytes.
 
 
 def parse_share(text: str) -> float:
     """Returns a percentage as a share: 0.05 for ``5%`` and for ``5``.
 
     Raises:
-        ValueError: The text is not a percentage from 0 to 100, or it is a number between 0 and 1 without a percent
-            sign. The user may mean such a number as a share.
+        ValueError: The text is not a percentage from 0 to 100, or it is ambiguous, as ``0.05`` may mean 5 % or 0.05 %.
     """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(%?)", text.strip())
     percent = float(match[1]) if match else math.inf
@@ -52,7 +51,7 @@ class Change:
         worse: Increase of the cost as a share of the old cost; negative is better.
         low: Lower bound of the 95 % interval of `worse`; None if there are too few rounds.
         high: Upper bound of the 95 % interval of `worse`; None if there are too few rounds.
-        may_be_none: Whether the interval includes zero change, or McNemar's test is not significant.
+        may_be_none: Whether the 95 % interval of `worse` includes 0, or McNemar's test is not significant.
         remark: Further information about the change; may be empty.
     """
 
@@ -73,10 +72,10 @@ class Pair:
 
     Attributes:
         old: Row of the old run.
-        new: Row of the new run; None if it is missing.
-        changes: Changes of the figures; empty for a lost row.
-        lost: Why the new run did not measure the cell: status and reason of the new row, or ``missing``. Empty if the
-            new run measured the cell.
+        new: Row of the new run; None if the new run has no such row.
+        changes: Changes of the figures; empty if the new run did not measure the cell.
+        lost: Status and reason of the new row, or ``missing``, if the new run did not measure the cell; empty
+            otherwise.
     """
 
     old: Row
@@ -86,7 +85,7 @@ class Pair:
 
     @property
     def regressed(self) -> bool:
-        """Returns whether the row was lost or any of its figures regressed."""
+        """Returns whether the new run did not measure the cell, or any figure of the cell regressed."""
         return bool(self.lost) or any(change.regressed for change in self.changes)
 
 
@@ -96,7 +95,7 @@ class Regressions:
 
     Attributes:
         limit: Largest tolerated increase of a cost, as a share.
-        pairs: The compared pairs and the lost rows.
+        pairs: The compared pairs, and the rows of the old run whose cell the new run did not measure.
         not_compared: Model, cell and reason of each cell that is not compared.
     """
 
@@ -111,7 +110,7 @@ class Regressions:
 
 
 class _Key(NamedTuple):
-    """Settings that are equal in comparable rows; `_DIFFERENCES` describes differences in the settings after `cell`."""
+    """Settings that two comparable rows share; `_DIFFERENCES` has a text for each setting after `cell`."""
 
     model: str
     cell: str
@@ -138,15 +137,15 @@ def find_regressions(new: Sequence[Row], old: Sequence[Row], limit: float) -> Re
     The settings are model, cell, machine, data, threads, batch size and, for CUDA, the GPU. Of several rows with the
     same settings, the newest one counts.
 
-    * Latency (p50) and throughput regress if their cost grows by more than the limit and the interval excludes zero
-      change. With too few rounds there is no interval, and the limit alone decides.
-    * Times are relative to the baseline if both rows have the same baseline. Otherwise, absolute times are compared. A
-      baseline's own times are reported but never regress.
+    * Latency (p50) and throughput regress if their cost grows by more than the limit and the 95 % interval excludes
+      zero change. With too few rounds for an interval, the limit alone decides whether latency and throughput regress.
+    * Times are relative to the baseline if both rows have the same baseline, and absolute if they do not. A baseline's
+      own times are reported but never regress.
     * Peak memory and size regress if they grow by more than the limit.
     * Accuracy regresses if the number of wrong answers grows by more than the limit and McNemar's test is significant.
-      If the old row has no wrong answers, their number counts as 1. If the answers are unknown, the limit alone
-      decides.
-    * A figure regresses if only the new row lacks it. It is not compared if the old row lacks it.
+      If the old row has no wrong answers, their number counts as 1. If the predicted labels are unknown, the
+      limit alone decides whether accuracy regresses.
+    * A figure regresses if only the new row lacks it. A figure is not compared if the old row lacks it.
     * A cell regresses if its new row is failed, unavailable or missing.
 
     Args:
@@ -178,7 +177,7 @@ def find_regressions(new: Sequence[Row], old: Sequence[Row], limit: float) -> Re
             "; ".join(dict.fromkeys(reason for *_, reason in not_compared))
             or "the runs have no measured cell in common"
         )
-        hint = "Measure both with `toolchain bench` on one machine, with the same data and number of threads."
+        hint = "Make both runs with `toolchain bench` on one machine, with the same data and number of threads."
         raise ResultFileError(f"The two runs cannot be compared: {reasons}.", hint)
     old_cells = {key[:2] for key in old_by_key}
     added = [key for key, row in new_by_key.items() if key[:2] not in old_cells and row.measurement.status == "ok"]
@@ -228,9 +227,9 @@ class _Cost(NamedTuple):
 
     Attributes:
         ratio: New cost / old cost.
-        may_be_none: Whether the interval includes 1, or McNemar's test is not significant.
+        may_be_none: Whether the 95 % interval of `ratio` includes 1, or McNemar's test is not significant.
         remark: Further information about the change; may be empty.
-        can_regress: False for the times of a baseline.
+        can_regress: Whether the change can be a regression; false for the times of a baseline.
     """
 
     ratio: Ratio
@@ -255,13 +254,14 @@ def _time_cost(
     same_baseline = old.baseline and new.baseline and old.baseline.cell == new.baseline.cell
     is_baseline = old.measurement is old.baseline and new.measurement is new.baseline
     if same_baseline and old_gain and new_gain and not is_baseline:
-        cost, remark = _quotient(old_gain, new_gain), f"against {old.baseline.cell} of each run" if old.baseline else ""
+        cost = _quotient(old_gain, new_gain)
+        remark = f"relative to {old.baseline.cell} of each run" if old.baseline else ""
     else:
         cost = _quotient(*(_as_ratio(rounds(row.measurement)) for row in (new, old)))
         remark = (
             "the baseline: not compared"
             if is_baseline
-            else "no common baseline, so the change includes the drift of the machine"
+            else "no common baseline, so the change includes the drift of the machine's speed"
         )
     return _Cost(cost, cost.differs is False, remark, not is_baseline)
 
@@ -274,8 +274,9 @@ def _quotient(numerator: Ratio, denominator: Ratio) -> Ratio:
     """Returns the quotient of two ratios from separate runs, with its interval.
 
     The bounds combine on the logarithmic scale, where the squares of their distances to the ratios add up. The lower
-    bound combines the numerator's lower bound with the denominator's upper bound. The upper bound combines the other
-    two bounds. See Zou and Donner 2008, "Construction of confidence limits about effect measures: a general approach".
+    bound combines the numerator's lower bound with the denominator's upper bound. The upper bound combines the
+    numerator's upper bound with the denominator's lower bound. See Zou and Donner 2008, "Construction of confidence
+    limits about effect measures: a general approach".
     """
     value = numerator.value / denominator.value
     if numerator.low is None or numerator.high is None or denominator.low is None or denominator.high is None:
@@ -310,6 +311,7 @@ def require_no_regressions(result: Regressions) -> None:
         else:
             reason = ", ".join(change.figure for change in pair.changes if change.regressed)
         cells.append(f"{pair.old.measurement.cell} ({reason})")
-    cause = f"{len(cells)} of {len(result.pairs)} cells are lost or worse by more than {result.limit * 100:g}%"
-    hint = "Find the change that caused this. If the change is intended, compare with a newer run."
+    limit = f"{result.limit * 100:g}%"
+    cause = f"{len(cells)} of {len(result.pairs)} cells are no longer measured or are worse by more than {limit}"
+    hint = "Find the change that caused the regression. If the regression is intended, compare with a newer run."
     raise VerdictError(f"{cause}: {'; '.join(cells)}.", hint)

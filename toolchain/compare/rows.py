@@ -15,10 +15,10 @@ from toolchain.results.result_file import ResultFile
 from toolchain.results.statistics import Ratio
 
 BASELINE = "torch-fp32"
-# A row is noisy if it exceeds any of these limits.
-STEAL_SHARE = 0.02  # share of processor time that the host of a virtual machine takes
-OTHERS_SHARE = 0.05  # share of processor time that other processes use
-INTERVAL_SHARE = 0.10  # half-width of the median's interval / median
+# A row is noisy if it exceeds one of the three limits below.
+STEAL_SHARE = 0.02  # Share of processor time that the host of a virtual machine takes.
+OTHERS_SHARE = 0.05  # Share of processor time that other processes use.
+INTERVAL_SHARE = 0.10  # Half-width of the median's 95 % interval, divided by the median.
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Quality:
         lost: Number of sentences that the baseline answers correctly and this row answers wrongly.
         won: Number of sentences that the baseline answers wrongly and this row answers correctly.
         p: p-value of McNemar's test on `lost` and `won`.
-        largest_shift: Largest shift of a sentence. A sentence's shift is the largest difference over labels between
-            the probabilities of the row and of the baseline.
-        mean_shift: Mean of the shift over sentences.
+        largest_shift: Largest probability shift of a sentence. A sentence's shift is the largest difference over
+            labels between the probabilities of the row and of the baseline.
+        mean_shift: Mean of the probability shift over sentences.
         batch_changed: Number of sentences measured at batch 1 whose answer in a batch differs from the answer at
             batch 1.
     """
@@ -62,7 +62,7 @@ class Row:
     Attributes:
         measurement: The measurement of the cell.
         run: The run that contains the measurement.
-        baseline: Measurement of the baseline in the same run; None if the run has none.
+        baseline: Measurement of the baseline in the same run; None if the run has no baseline.
         stale: Whether a newer artifact has replaced the measured artifact.
         pareto: Whether the row is on the Pareto front of accuracy, latency and size.
     """
@@ -83,7 +83,7 @@ class Row:
     def speedup(self) -> Ratio | None:
         """Returns baseline latency / row latency at batch 1.
 
-        The ratio uses the medians of the rounds. If the rounds cannot be paired, it uses the two p50 figures.
+        The ratio uses the medians of the rounds. If the rounds cannot be paired, the ratio uses the p50 of both rows.
         """
         return self._paired_ratio(lambda m: m.latency, Samples.medians) or self._figure_ratio(
             lambda m: m.latency_ms.get("p50")
@@ -93,8 +93,8 @@ class Row:
     def throughput_gain(self) -> Ratio | None:
         """Returns row throughput / baseline throughput.
 
-        The ratio uses the mean time per sentence of each round. If the rounds cannot be paired, it uses the two
-        sentences-per-second figures.
+        The ratio uses the mean time per sentence of each round. If the rounds cannot be paired, the ratio
+        uses the throughputs of both rows.
         """
         paired = self._paired_ratio(lambda m: m.batches, Samples.sentence_times)
         return paired or self._figure_ratio(lambda m: m.throughput_per_s and 1 / m.throughput_per_s)
@@ -239,14 +239,14 @@ def compare(
 ) -> list[Row]:
     """Returns the newest row of each combination of settings, rows with figures first.
 
-    A combination consists of model, cell, machine, artifact, data, threads and batch size.
+    A combination of settings consists of model, cell, machine, artifact, data, threads and batch size.
 
     Args:
         runs: The result files.
         baseline: A variant or a cell. If None, the baseline is torch-fp32 on the CPU, or else on the row's own
             provider.
-        current: (model, variant) → id of the artifact that is now in the export folder. Rows of other artifacts are
-            stale.
+        current: (model, variant) → id of the artifact that is now in the export folder. A row is stale if its
+            artifact has another id.
 
     Raises:
         ResultFileError: There are no rows, or no row has the given baseline.
@@ -311,7 +311,7 @@ def _is_on_front(row: Row, rows: Sequence[Row]) -> bool:
 
 
 def _pareto_figures(row: Row) -> tuple[float, float, float] | None:
-    """Returns accuracy, negative p50 and negative size, so that more is better; None if one was not measured."""
+    """Returns accuracy, negative p50 and negative size, so that more is better; None if one is missing."""
     measurement = row.measurement
     p50, size = measurement.latency_ms.get("p50"), measurement.size_bytes.get("total")
     if measurement.status != "ok" or not measurement.accuracy or not p50 or not size:
@@ -330,7 +330,7 @@ ORDERS: dict[str, Callable[[Row], float | None]] = {
 
 
 def arrange(rows: Sequence[Row], order: str | None, patterns: Sequence[str], provider: str | None = None) -> list[Row]:
-    """Returns the matching rows in order, with new Pareto marks.
+    """Returns the rows that match provider and patterns, sorted by `order`, with new Pareto marks.
 
     Args:
         rows: The rows to select from.

@@ -79,10 +79,10 @@ def read(spec: str, columns: Columns, split: str | None, default_split: str) -> 
 
 
 def find_file(spec: str) -> Path | None:
-    """Returns the file that `spec` names, or None if `spec` has the form of a hub data set.
+    """Returns the file that `spec` names, or None if `spec` has the form of a hub data set's name.
 
     Raises:
-        DataError: `spec` names no file and does not have the form of a hub data set.
+        DataError: `spec` names no file and does not have the form of a hub data set's name.
     """
     path = Path(spec)
     if path.is_file():
@@ -103,7 +103,7 @@ def read_file(path: Path, name: str, columns: Columns, classes: Sequence[str] = 
         path: The file.
         name: Name of the data set.
         columns: The columns to read.
-        classes: Names for the indices in the label column; empty for none.
+        classes: Class names for the indices in the label column; empty if the class names are unknown.
 
     Raises:
         DataError: The file is unreadable, lacks a column or has no rows, or a row has no valid text or label.
@@ -144,7 +144,7 @@ def _download(spec: str, split: str) -> Any:
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(path, config or None, split=split)
-    except Exception as error:  # the hub's client and its many readers raise errors of many classes
+    except Exception as error:  # the library datasets raises errors of many classes
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{spec}, split {split}, cannot be loaded: {cause.rstrip('.')}.",
@@ -165,7 +165,7 @@ def _collect_rows(
         first_kind = first_kind or kind
         if kind != first_kind:
             raise table.row_error(
-                number, f"its label is {kind}, but earlier rows have {first_kind}", "Use one kind of label in all rows."
+                number, f"the label is {kind}, but earlier rows have {first_kind}", "Use one kind of label in all rows."
             )
         values.append(_label_value(row[-1], number, table))
     if not texts:
@@ -194,5 +194,5 @@ def _label_value(value: Any, number: int, table: Table) -> Value:
         if all(isinstance(member, str) for member in members):
             return tuple(member.strip() for member in members if isinstance(member, str))
     raise table.row_error(
-        number, f"its label is {value!r}", "Use a name, a whole number, or a list of these as the label."
+        number, f"the label is {value!r}", "Use a name, a whole number, or a list of these as the label."
     )

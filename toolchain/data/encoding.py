@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 TOKEN_TYPES = "token_type_ids"
-CHARACTERS_PER_TOKEN = 64  # `Encoder` first tokenises only this number of characters per token of `max_length`
+CHARACTERS_PER_TOKEN = 64  # `Encoder` first tokenises at most `max_length` times this number of characters of a text.
 
 
 class Tokens(list[int]):
@@ -65,7 +65,7 @@ class Encoder:
 
         try:
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # tokenizers raises plain Exception
+        except Exception as error:  # the library tokenizers raises a plain `Exception`
             raise CheckpointError(
                 f"{folder / 'tokenizer.json'} cannot be read: {error}.", "Import the model again."
             ) from error
@@ -93,9 +93,9 @@ class Encoder:
     def _cut_text(self, text: str) -> str:
         """Returns a prefix of the text with the same first `max_length` tokens; the complete text if it is short.
 
-        Without this cut, a tokenizer tokenises the complete text before it truncates, and needs hundreds of bytes per
-        token. Later words do not change the tokens of earlier words. So a prefix with more than 2 × `max_length`
-        tokens is sufficient.
+        Without a cut, a tokenizer tokenises the complete text before it truncates, and needs hundreds of bytes per
+        token. A prefix with more than 2 × `max_length` tokens is long enough, because later words do not change the
+        tokens of earlier words.
         """
         size = CHARACTERS_PER_TOKEN * self.max_length
         while size < len(text):
@@ -123,8 +123,8 @@ def pad(
         width: Smallest width of the arrays; a longer row widens them.
 
     Returns:
-        Arrays by name, int64 [batch, width]: ids, attention mask and, if in `names`, token types. Rows without token
-        types have zeros.
+        Arrays by name, of dtype int64 and shape [batch, width]: token ids, attention mask and, if in `names`, token
+        types. The token types are 0 in rows without token types.
     """
     import numpy as np
 

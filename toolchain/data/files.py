@@ -21,19 +21,19 @@ from toolchain.errors import DataError
 Text = str | tuple[str, str]
 TEXT_COLUMNS = ("sentence", "text")
 STDIN = "-"
-# File endings. An input file with another ending has plain lines: one text per line.
+# Endings of files with columns. An input file without an ending of `FORMATS` has plain lines, with one text per line.
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
-PARQUET_ROWS = 1000  # Number of rows to read at once.
-MAX_FIELD_CHARACTERS = 1 << 30  # Limit for a CSV field; Python's default limit is 131,072.
+PARQUET_ROWS = 1000  # Number of Parquet rows to read at once.
+MAX_FIELD_CHARACTERS = 1 << 30  # Limit for the length of a CSV field; Python's default limit is 131,072.
 
 Row = Mapping[str, Any]
-# Takes the columns of a table and returns the columns to read. Raises `DataError` if one of them is missing.
+# Function that takes the columns of a table, and returns the columns to read or raises `DataError` if one is missing.
 ChooseColumns = Callable[[Sequence[str]], Sequence[str]]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A file of rows with named columns: CSV, TSV, JSON lines (each also gzipped) or Parquet, by its ending."""
+    """A file with columns; its ending says whether it is CSV, TSV, JSON lines (each also gzipped) or Parquet."""
 
     file: str
 
@@ -43,11 +43,11 @@ class Table:
         The method holds only a few rows in memory.
 
         Args:
-            choose: Takes the columns of the file, and returns the columns to read.
+            choose: Function that takes the columns of the file, and returns the columns to read.
 
         Raises:
-            DataError: The file is missing, is not UTF-8, or does not have the format of its ending. The error names
-                the row where possible.
+            DataError: The file is missing, is not UTF-8, or does not have the format of its ending. The error
+                message names the faulty row where possible.
         """
         readers = {".csv": self._csv, ".tsv": self._csv, ".jsonl": self._jsonl, ".parquet": self._parquet}
         reader = readers.get(kind_of(self.file))
@@ -61,7 +61,7 @@ class Table:
 
     def _csv(self, choose: ChooseColumns) -> Iterator[tuple[Any, ...]]:
         csv.field_size_limit(MAX_FIELD_CHARACTERS)
-        # Tab-separated values have no quoting (IANA, GLUE). With quoting, an unpaired quote would join later rows.
+        # TSV has no quoting (IANA, GLUE). If the reader interpreted quotes, an unpaired quote would join several rows.
         tsv_dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
         dialect = tsv_dialect if kind_of(self.file) == ".tsv" else {"strict": True}
         with open_text(self.file, "utf-8-sig", "") as stream:
@@ -84,8 +84,8 @@ class Table:
     def _column_index(self, header: Sequence[str], name: str) -> int:
         if header.count(name) > 1:
             raise DataError(
-                f"{self.file} has {header.count(name)} columns {name!r}.",
-                "Rename or remove one.",
+                f"{self.file} has {header.count(name)} columns with the name {name!r}.",
+                "Rename or remove one of these columns.",
             )
         return header.index(name)
 
@@ -98,9 +98,9 @@ class Table:
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise self.row_error(number, f"it is not JSON ({error})") from error
+                    raise self.row_error(number, f"the line is not JSON ({error})") from error
                 if not isinstance(row, dict):
-                    raise self.row_error(number, "it is not a JSON object")
+                    raise self.row_error(number, "the line is not a JSON object")
                 names = choose(list(row)) if names is None else names
                 yield tuple(row.get(name) for name in names)
 
@@ -148,7 +148,7 @@ class Texts:
 
         Raises:
             DataError: The file is missing, is not UTF-8, lacks the column, or has a value that is not a text. The error
-                names the row.
+                message names the faulty row where possible.
         """
         if self.file == STDIN or kind_of(self.file) not in FORMATS:
             yield from self._lines()
@@ -181,13 +181,13 @@ class Texts:
 
     @property
     def digest(self) -> str:
-        """Returns a text that identifies the texts: file name, sha256 of the bytes, and the columns the user named."""
+        """Returns an id of the texts: file name, sha256 of the bytes, and the columns that the user named."""
         return ":".join([Path(self.file).name, self.sha256, *self.columns])
 
     def count(self) -> int | None:
         """Returns the number of texts, or None for standard input, which can be read only once.
 
-        It reads all texts, so that a faulty row raises its error before any text is scored.
+        It reads all texts, so that a faulty row raises an error before any text is scored.
         """
         return None if self.file == STDIN else sum(1 for _ in self.read())
 
@@ -219,7 +219,7 @@ def text_columns(names: Sequence[str], text: str | None, pair: str | None, file:
     Args:
         names: Columns of the file.
         text: Column of the texts; None for ``sentence`` or ``text``.
-        pair: Column of the second texts; None without pairs.
+        pair: Column of the second texts if rows are pairs; None otherwise.
         file: Name of the file, for error messages.
 
     Raises:
@@ -240,7 +240,7 @@ def text_of(values: Sequence[Any], names: Sequence[str], number: int, table: Tab
 
     Args:
         values: One or two values of the row.
-        names: Columns of the values.
+        names: Names of the columns that contain the values.
         number: Number of the row, from 1.
         table: The file, for error messages.
 
@@ -267,7 +267,7 @@ def require_column(names: Sequence[str], column: str, file: str, option: str) ->
     """
     if column not in names:
         raise DataError(
-            f"{file} has no column {column!r}; it has {_format_names(names)}.", f"Name one of these with {option}."
+            f"{file} has no column {column!r}; it has {_format_names(names)}.", f"Choose a column with {option}."
         )
     return column
 
@@ -284,7 +284,7 @@ def convert_read_errors(file: str) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise DataError(
             f"{file} is not UTF-8: {error.reason} at byte {error.start}.",
-            f"Save the file as UTF-8. If it is Latin-1: iconv -f LATIN1 -t UTF-8 {file} > NEW.",
+            f"Save the file as UTF-8. If the file is Latin-1, run: iconv -f LATIN1 -t UTF-8 {file} > NEW.",
         ) from error
     except (OSError, EOFError, zlib.error) as error:
         cause = getattr(error, "strerror", None) or error
@@ -311,7 +311,8 @@ def open_writer(path: Path | None, columns: Sequence[str]) -> Iterator[Callable[
 
     Args:
         path: The file; None for JSON lines on standard output.
-        columns: Columns of the file. In Parquet, columns that begin with ``score_`` are float32 and others are text.
+        columns: Columns of the file. In Parquet, columns that begin with ``score_`` are float32, and all
+            other columns are text.
     """
     kind = path.suffix.lower() if path else ".jsonl"
     with ExitStack() as stack:
@@ -325,7 +326,7 @@ def open_writer(path: Path | None, columns: Sequence[str]) -> Iterator[Callable[
                 stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 stream.flush()
         else:
-            # TSV cannot represent a tab or line break inside a text. Python quotes such texts, as spreadsheets do.
+            # TSV cannot represent a tab or line break inside a text, so Python quotes such a text, as spreadsheets do.
             table = csv.DictWriter(stream, columns, delimiter="\t" if kind == ".tsv" else ",", lineterminator="\n")
             table.writeheader()
 

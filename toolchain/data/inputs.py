@@ -21,7 +21,7 @@ MAX_HELD_OUT_ROWS = 2000
 HELD_OUT_SPLIT, TRAIN_SPLIT, VALIDATION_SPLIT = "held-out", "train", "validation"
 SENTENCE_WORDS = 12
 MIN_ROWS = 20
-SPLIT_SEED = 20  # the same for all runs, so that no run trains on the held-out rows of another
+SPLIT_SEED = 20  # One seed for all runs, so that no run trains on the held-out rows of another run.
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Data:
     Attributes:
         name: Name of the data set.
         texts: The text or pair of texts of each row.
-        labels: The answer to each row, as in `LabelSet.indices`.
+        labels: Correct answer of each row, in the format of `LabelSet.indices`.
         label_set: Labels of the model.
     """
 
@@ -61,12 +61,12 @@ class Data:
         return Data(self.name, texts, labels, self.label_set)
 
     def sample(self, count: int, seed: int) -> tuple[Text, ...]:
-        """Returns `count` random texts without replacement, or all texts if there are fewer."""
+        """Returns `count` random texts without replacement, or all texts if there are fewer than `count`."""
         return tuple(random.Random(seed).sample(self.texts, min(count, len(self.texts))))
 
 
 def data_from_table(table: LabelledTable, labels: LabelSet) -> Data:
-    """Converts a table to the data of a model with these `labels`.
+    """Returns the texts and labels of a table as `Data` for a model with these `labels`.
 
     Raises:
         DataError: The table has a label that the model does not have.
@@ -86,8 +86,8 @@ def load(spec: str | None, labels: LabelSet, columns: Columns = DEFAULT_COLUMNS,
         spec: A file or a hub data set; None for the embedded SST-2.
         labels: Labels of the model.
         columns: Columns of the file or data set.
-        split: Split of a data set; None for ``validation``. With ``held-out``, `spec` names training data, and the
-            function returns its held-out rows.
+        split: Split of a data set; None for ``validation``. If `split` is ``held-out``, `spec` names training data, and
+            the function returns the held-out rows of that data.
 
     Raises:
         DataError: The data is unreadable, lacks a column, is empty, or has a label that the model does not have.
@@ -105,7 +105,7 @@ def _embedded_split(split: str) -> str:
     if split not in (TRAIN_SPLIT, VALIDATION_SPLIT):
         raise DataError(
             f"The embedded SST-2 has no split {split!r}.",
-            f"It has {TRAIN_SPLIT}, {VALIDATION_SPLIT} and {HELD_OUT_SPLIT}.",
+            f"Use the split {TRAIN_SPLIT}, {VALIDATION_SPLIT} or {HELD_OUT_SPLIT}.",
         )
     return split
 
@@ -113,7 +113,8 @@ def _embedded_split(split: str) -> str:
 def fits_embedded_data(labels: LabelSet) -> bool:
     """Returns whether the embedded SST-2 fits a model with these `labels`.
 
-    The model must answer with one of two labels, which have the names of SST-2 or default names.
+    The model must have two labels and answer with one of them. The labels must have the names of SST-2, or default
+    names such as LABEL_0.
     """
     has_sst2_names = tuple(name.upper() for name in labels.names) == SST2_LABELS.names
     return not labels.multi_label and len(labels.names) == 2 and (labels.has_default_names or has_sst2_names)
@@ -122,7 +123,7 @@ def fits_embedded_data(labels: LabelSet) -> bool:
 def _check_labels(labels: LabelSet, option: str) -> None:
     """Raises `DataError` unless the embedded sentences fit the model's labels."""
     if not fits_embedded_data(labels):
-        verb = "answers with sets of the labels" if labels.multi_label else "has"
+        verb = "is multi-label and has the labels" if labels.multi_label else "has"
         raise DataError(
             f"The embedded SST-2 has the labels {', '.join(SST2_LABELS.names)}; this model {verb} "
             f"{', '.join(labels.names)}.",
@@ -131,7 +132,7 @@ def _check_labels(labels: LabelSet, option: str) -> None:
 
 
 def data_name(digest: str) -> str:
-    """Returns the name at the start of a `TrainingSource.digest` or `Texts.digest`, for messages."""
+    """Returns the data set's name, the first part of a `TrainingSource.digest` or `Texts.digest`, for messages."""
     return digest.partition(":")[0]
 
 
@@ -151,7 +152,7 @@ class TrainingSource:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Returns a text that identifies the sentences: name, sha256, and the names of columns and split.
+        """Returns an id of the training sentences: the source's name, a sha256, and the names of columns and split.
 
         The sha256 covers the bytes of the file, or the texts and labels of a hub data set.
         """
@@ -182,7 +183,7 @@ class TrainingSource:
         return datasets.read(self.file, self.columns, self.split, TRAIN_SPLIT)
 
     def load(self, labels: LabelSet) -> Data:
-        """Returns the sentences as the data of a model with these `labels`.
+        """Returns the training sentences as `Data` for a model with these `labels`.
 
         Raises:
             DataError: As in `inputs.load`.
@@ -195,8 +196,9 @@ class TrainingSource:
 def hold_out(data: Data) -> tuple[list[int], list[int]]:
     """Splits training data into rows to train on and held-out rows.
 
-    The function holds out a tenth of the rows, at most `MAX_HELD_OUT_ROWS`. Held-out rows have at least
-    `SENTENCE_WORDS` words if enough rows have that length: results on phrases predict little about sentences.
+    The function holds out a tenth of the rows, at most `MAX_HELD_OUT_ROWS`. If enough rows have at least
+    `SENTENCE_WORDS` words, the function holds out only such rows, because results on phrases predict little about
+    sentences.
 
     Returns:
         The indices of the training rows and of the held-out rows, both in seeded random order.
@@ -219,7 +221,8 @@ def hold_out(data: Data) -> tuple[list[int], list[int]]:
 def sentence_rows(data: Data, rows: Sequence[int], count: int) -> list[int]:
     """Returns the first `count` of `rows` with at least `SENTENCE_WORDS` words.
 
-    If fewer than 2 × `count` rows have that length, it returns the first `count` rows of any length.
+    If fewer than 2 × `count` rows have `SENTENCE_WORDS` words, the function returns the first `count` rows of any
+    length.
     """
     long_rows = [row for row in rows if _count_words(data.texts[row]) >= SENTENCE_WORDS]
     return list(long_rows if len(long_rows) >= 2 * count else rows)[:count]

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 
 # Values of `problem_type` in a model's config.
 SINGLE, MULTI = "single_label_classification", "multi_label_classification"
-SEPARATOR = "|"  # Separates the labels of a text in a column of plain text.
-MAX_LABELS = 100  # A column with more different labels is probably not the label column.
+SEPARATOR = "|"  # Separates several labels of one text in a label column of strings.
+MAX_LABELS = 100  # A column with more than `MAX_LABELS` different labels is probably not the label column.
 
-# The text in one row of a label column: one label, or a set of labels. An *answer* is the integer for such a value. For
-# one label, it is the index of the label. For a set, bit i is 1 if the set contains the label with index i.
+# The value of one row in a label column: one label, or a set of labels. An *answer* is an integer that stands for one
+# label or for a set of labels. The answer for one label is the index of that label. In the answer for a set of labels,
+# bit i is 1 if the set contains the label with index i.
 Value = str | tuple[str, ...]
 
 
@@ -26,9 +27,9 @@ class Column:
     """A column of labels.
 
     Attributes:
-        values: The value of each row.
+        values: The label, or the set of labels, of each row.
         source: Source of the column, for error messages.
-        classes: The data set's names for the indices in `values`; empty if it gives none.
+        classes: Class names of the data set, for the indices in `values`; empty if the data set has no class names.
     """
 
     values: Sequence[Value]
@@ -60,7 +61,7 @@ class LabelSet:
 
     @property
     def has_default_names(self) -> bool:
-        """Returns whether all names are the default names: LABEL_0, LABEL_1 and so on."""
+        """Returns whether all labels have default names, such as LABEL_0 for index 0."""
         return all(name == f"LABEL_{index}" for index, name in enumerate(self.names))
 
     def format_answer(self, answer: int) -> str:
@@ -72,11 +73,12 @@ class LabelSet:
     def indices(self, column: Column) -> tuple[int, ...]:
         """Converts a label column to answers.
 
-        Either all rows hold names, or all rows hold indices. The method ignores the case of names, unless two labels of
-        the model differ only in case.
+        Either all rows of the column hold label names, or all rows hold label indices. The method ignores the case of
+        label names, unless two labels of the model differ only in case.
 
         Raises:
-            DataError: The column has a label that the model does not have, or its values are both names and indices.
+            DataError: The column has a label that the model lacks, or each value is the name of one label and the index
+                of another label.
         """
         sets: list[Sequence[str]] = [
             _members(value, number, column, self.multi_label) for number, value in enumerate(column.values, start=1)
@@ -102,10 +104,10 @@ class LabelSet:
         return [[float(answer >> index & 1) for index in range(len(self.names))] for answer in answers]
 
     def _index_values(self, values: Sequence[str], source: str) -> Mapping[str, int]:
-        """Maps values to label indices.
+        """Maps the values of a label column to label indices.
 
-        The method reads the values as names if all of them are label names. Otherwise it reads them as indices or as
-        names, whichever fits more values.
+        The method reads the values as names if all values are label names. If some values are no label names, the
+        method reads all values as indices or as names, whichever fits more values.
         """
         index_by_name = self._index_names(values)
         by_index = {str(index): index for index in range(len(self.names))}
@@ -115,17 +117,17 @@ class LabelSet:
             raise DataError(
                 f"{source}: the labels {', '.join(sorted(set(values)))} are both names and indices of the "
                 "model's labels.",
-                "Rename them in the model's config.json (id2label) and in the file.",
+                "Rename the labels in the model's config.json (id2label) and in the file.",
             )
         return index_by_name
 
     def _translate_classes(
         self, sets: Sequence[Sequence[str]], column: Column
     ) -> tuple[list[Sequence[str]], Mapping[str, int]]:
-        """Returns the sets with class names in place of indices, and the model's index of each name.
+        """Returns each row's labels with class names in place of indices, and the model's index of each class name.
 
-        The names of data set and model must match, in any order. If the model has default names and the same number of
-        labels, the method keeps the indices.
+        Every class name of the data set must be a label of the model, in any order. If the model has default names and
+        as many labels as the data set has classes, the method keeps the data set's indices.
         """
         classes = column.classes
         if self.has_default_names and len(classes) == len(self.names):
@@ -170,14 +172,15 @@ SST2_LABELS = LabelSet(("NEGATIVE", "POSITIVE"))
 def label_set(column: Column, names: Sequence[str], multi_label: bool) -> LabelSet:
     """Derives the labels of a new model from a label column.
 
-    The label names are `names`. If `names` is empty, they are the class names of the data set. Without class names,
-    they are the values of the column in alphabetical order. If these values are 0, 1 and so on, the label names are
-    LABEL_0, LABEL_1 and so on.
+    The argument `names` sets the label names. If `names` is empty, the label names are the class names of the data set.
+    Without `names` and class names, the label names are the values of the column in alphabetical order. Column values
+    0, 1 and so on become the label names LABEL_0, LABEL_1 and so on.
 
     Args:
         column: The label column.
-        names: Names of the labels; empty to derive them.
-        multi_label: Whether answers are sets. If the column contains lists, answers are always sets.
+        names: Names of the labels; empty to derive the names.
+        multi_label: Whether an answer is a set of labels. If the column contains lists, an answer is always a set of
+            labels.
 
     Raises:
         DataError: There are fewer than two labels, or more than `MAX_LABELS`.
@@ -205,11 +208,11 @@ def label_set(column: Column, names: Sequence[str], multi_label: bool) -> LabelS
 
 
 def _members(value: Value, number: int, column: Column, multi_label: bool) -> tuple[str, ...]:
-    """Returns the labels of a row; raises `DataError` for a list if the model answers with one label."""
+    """Returns the labels of a row; raises `DataError` if the row holds a list but the model answers with one label."""
     if isinstance(value, tuple):
         if not multi_label:
             raise column.row_error(
-                number, "its label is a list, but the model answers with one label", "Use data with one label per text."
+                number, "the label is a list, but the model answers with one label", "Use data with one label per text."
             )
         return value
     if not multi_label:
@@ -220,8 +223,8 @@ def _members(value: Value, number: int, column: Column, multi_label: bool) -> tu
 def answers(logits: np.ndarray, multi_label: bool) -> list[int]:
     """Returns the answer to each row of logits [batch, labels].
 
-    An answer is the index of the largest logit. For `multi_label` it is a set, as bits: the labels with a logit above
-    0.
+    An answer is the index of the largest logit. For `multi_label`, an answer is a set of labels as bits: bit i is 1 if
+    logit i is above 0.
     """
     if not multi_label:
         return [int(index) for index in logits.argmax(axis=1)]
@@ -231,8 +234,8 @@ def answers(logits: np.ndarray, multi_label: bool) -> list[int]:
 def margins(logits: np.ndarray, multi_label: bool) -> np.ndarray:
     """Returns the margin of each row of logits [batch, labels], as an array [batch].
 
-    The margin is the largest logit minus the second largest. For `multi_label` it is the smallest distance of a logit
-    from 0.
+    The margin is the largest logit minus the second largest. For `multi_label`, the margin is the smallest distance of
+    a logit from 0.
     """
     import numpy as np
 
@@ -243,7 +246,7 @@ def margins(logits: np.ndarray, multi_label: bool) -> np.ndarray:
 
 
 def label_probabilities(logits: np.ndarray, multi_label: bool) -> np.ndarray:
-    """Returns the probability of each label, float64 [batch, labels]: softmax, or for `multi_label` the sigmoid."""
+    """Returns the probabilities as a float64 array [batch, labels]: softmax, or sigmoid for `multi_label`."""
     import numpy as np
 
     logits64 = logits.astype(np.float64)
@@ -254,10 +257,10 @@ def label_probabilities(logits: np.ndarray, multi_label: bool) -> np.ndarray:
 
 
 def outcome_log_probabilities(logits: np.ndarray, multi_label: bool) -> np.ndarray:
-    """Returns the log-probabilities of all outcomes, float64.
+    """Returns the log-probabilities of all outcomes as a float64 array.
 
-    Each label is an outcome, so the shape is [batch, labels]. For `multi_label`, the outcomes are the presence of each
-    label and then the absence of each label: [batch, 2 × labels].
+    For a single-label model, each label is an outcome, so the shape is [batch, labels]. For `multi_label`, the outcomes
+    are the presence of each label and then the absence of each label, so the shape is [batch, 2 × labels].
     """
     import numpy as np
 

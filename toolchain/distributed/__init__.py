@@ -24,8 +24,8 @@ from toolchain.progress import Say
 from toolchain.system.extras import install_hint
 
 CONNECT_TIMEOUT_S = 60.0
-LOST_AFTER_S = 15  # the cluster counts as lost if its head does not answer for this time
-RESUME_HINT = "Start the cluster again. The same command with --output continues where it stopped."
+LOST_AFTER_S = 15  # The cluster is lost if its head does not answer for this number of seconds.
+RESUME_HINT = "Start the cluster again, and repeat the command. With --output, the command continues where it stopped."
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Node:
 
 
 class _Driver(Child):
-    end_s = 20.0  # the driver may need this time to stop a cluster that it started
+    end_s = 20.0  # The driver may need this number of seconds to stop a cluster that it started.
 
     def __init__(self) -> None:
         variables = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_gcs_rpc_server_reconnect_timeout_s": str(LOST_AFTER_S)}
@@ -74,9 +74,10 @@ class Cluster:
         return self._driver.ask({"do": method, **arguments}, None)
 
     def score(self, model: Model, texts: Texts, done: int, window: int) -> Iterator[list[Row]]:
-        """Scores texts on the cluster and yields the rows of each window. The method is a `predict.Engine`.
+        """Scores texts on the cluster and yields the rows of `window` texts at a time; implements `predict.Engine`.
 
-        The method first copies all of standard input to a file, because Ray reads a window again if its rows are lost.
+        The method first copies texts from standard input to a file, because Ray reads texts again if their rows are
+        lost.
         """
         with tempfile.TemporaryDirectory() as scratch:
             if texts.file == STDIN:
@@ -98,12 +99,12 @@ def connect(address: str | None, say: Say) -> Iterator[Cluster]:
     """Yields a connection to a cluster, and closes it on exit.
 
     Args:
-        address: ``HOST:PORT`` of the cluster's head, or ``auto`` for the cluster of this machine. None starts a cluster
-            on this machine and stops it on exit.
+        address: ``HOST:PORT`` of the cluster's head, or ``auto`` for the cluster of this machine. If `address` is None,
+            the function starts a cluster on this machine and stops it on exit.
 
     Raises:
-        ClusterError: Ray is not installed, the cluster does not answer, it offers no CPU, or one of its nodes has
-            another version of the toolchain or of Python.
+        ClusterError: Ray is not installed, the cluster does not answer or offers no CPU, or a node's versions of Python
+            and toolchain differ from this machine's.
     """
     if importlib.util.find_spec("ray") is None:
         raise ClusterError("Ray is not installed.", install_hint("ray"))

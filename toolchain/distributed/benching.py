@@ -30,7 +30,7 @@ class Plan:
 
     Attributes:
         workspace: Folder of the artifacts.
-        request: The request, with the protocol.
+        request: The benchmark request, which contains the protocol.
         cells: All cells of the benchmark.
         data: Sentences to measure on.
         threads: Number of threads; None for all cores of each node.
@@ -133,7 +133,7 @@ def _cell_to_json(cell: Cell) -> dict[str, Any]:
 
 
 def _failed_result(plan: Plan, node: Node, cells: Sequence[Cell], error: BenchError) -> ResultFile:
-    """Returns the result file of a failed run: every row has the reason and no figures."""
+    """Returns the result file of a failed run: every row states the reason and has no figures."""
     rows = [make_row_without_figures(cell, error if cell.artifact else None) for cell in cells]
     root = plan.workspace.load(checkpoints.ROOT_VARIANT)
     assert root is not None

@@ -1,4 +1,4 @@
-"""The process that talks to the cluster. It receives requests as JSON lines; see `toolchain.bench.worker.serve`."""
+"""The driver process, which talks to the Ray cluster and receives requests through `toolchain.bench.worker.serve`."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ from toolchain.system import hardware
 
 REACH_TIMEOUT_S = 5.0
 LOOK_TIMEOUT_S = 60.0
-MOST_THREADS = 4  # maximum number of threads of a worker; more workers are faster than more threads per worker
+MOST_THREADS = 4  # Maximum number of threads per worker: more workers are faster than more threads per worker.
 
 
 class Driver:
-    """A connection to a cluster. Each public method answers a request. `ready` is the first answer: the nodes."""
+    """A connection to a Ray cluster. The public methods answer requests. `ready`, the first answer, lists all nodes."""
 
     def __init__(self, message: Mapping[str, Any]) -> None:
         with _translate_errors():
             _connect(message["address"])
             nodes = [node for node in _live_nodes(message["versions"]) if node["cpus"]]
         if not nodes:
-            raise ClusterError("The cluster offers no CPU.", "Add a node with CPUs: `ray start --address ADDR`.")
+            raise ClusterError(
+                "The cluster offers no CPU.", "To add a node with CPUs, run `ray start --address ADDR` on it."
+            )
         self._nodes = nodes
         self._rows: Iterator[str] = iter(())
         self._measuring: dict[Any, str] = {}
@@ -46,9 +48,9 @@ class Driver:
         Args:
             folder: Folder of the model.
             files: Files of the model, by their paths in the folder.
-            texts: Fields of a `Texts`.
+            texts: Fields of a `Texts` object.
             done: Number of texts to skip.
-            window: Number of texts per window.
+            window: Number of texts whose rows one call of `rows` returns.
 
         Returns:
             The number of ``workers`` and the ``threads`` of each worker.
@@ -65,7 +67,7 @@ class Driver:
         return sum(count // threads for count in cpus), threads
 
     def rows(self) -> dict[str, Any]:
-        """Returns the ``rows`` of the next window; an empty list at the end."""
+        """Returns the ``rows`` of the next window of texts; an empty list after the last window."""
         with _translate_errors():
             return {"rows": json.loads(next(self._rows, "[]"))}
 
@@ -99,8 +101,8 @@ class Driver:
         """Waits until a node finishes, and writes its result file to `folder`.
 
         Returns:
-            The id of the ``node``, and the path of the ``file``. If the node failed, the error's ``cause`` and ``hint``
-            replace ``file``.
+            The id of the ``node``, and the path of the result ``file``. If the node failed, the error's ``cause`` and
+            ``hint`` replace the ``file``.
         """
         import ray
 
@@ -124,10 +126,11 @@ def store_files(folder: Path, files: Sequence[str]) -> StoredFiles:
 
 
 def _score_windows(workers: tuple[int, int], model: StoredFiles, texts: Texts, done: int, window: int) -> Iterator[str]:
-    """Yields the rows of every window as JSON, in order, with only a few windows in memory.
+    """Yields the rows of every window of texts as JSON, in order, with only a few windows in memory.
 
-    A task on this machine reads the texts, so only this machine needs the file. A pool of actors scores the texts. If
-    the task or an actor dies, Ray repeats its work and continues with the remaining actors.
+    A task on this machine reads the texts, so only this machine needs the file with the texts. A pool of Ray actors
+    scores the texts. If the reading task or an actor dies, Ray repeats the lost work and continues with the remaining
+    actors.
     """
     import ray
     from ray.data import ActorPoolStrategy, DataContext, Datasource, read_datasource
@@ -135,7 +138,7 @@ def _score_windows(workers: tuple[int, int], model: StoredFiles, texts: Texts, d
     from ray.data.datasource import ReadTask
 
     class Windows(Datasource):
-        """A data source of Ray: each window is one block with one row."""
+        """A Ray data source, in which each window of texts is one block with one row."""
 
         def estimate_inmemory_data_size(self) -> None:
             return None
@@ -148,7 +151,7 @@ def _score_windows(workers: tuple[int, int], model: StoredFiles, texts: Texts, d
     context.execution_options.preserve_order = True
     context.enable_progress_bars = context.print_on_execution_start = False
     context.raise_original_map_exception = True
-    context.target_max_block_size = 1  # one byte, so that Ray does not merge blocks
+    context.target_max_block_size = 1  # A limit of one byte keeps Ray from merging blocks.
     count, threads = workers
     this_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     dataset = read_datasource(Windows(), override_num_blocks=1, num_cpus=0, label_selector=this_node)
@@ -172,7 +175,7 @@ def _read_windows(texts: Texts, done: int, window: int) -> Iterator[Any]:
 
 
 def _connect(address: str | None) -> None:
-    """Connects to the cluster at `address`; for None, starts a cluster that ends with this process."""
+    """Connects to the cluster at `address`; if `address` is None, starts a cluster that ends with this process."""
     import ray
 
     log_options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
@@ -196,7 +199,7 @@ def _connect(address: str | None) -> None:
 
 
 def _require_reachable(address: str) -> None:
-    """Raises `ClusterError` for an address that does not accept connections; Ray would retry it for minutes."""
+    """Raises `ClusterError` if `address` accepts no connections, because Ray would retry the address for minutes."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
@@ -226,7 +229,7 @@ def _live_nodes(versions: Mapping[str, str]) -> list[dict[str, Any]]:
         versions: Versions of the toolchain and of Python on this machine, by name.
 
     Raises:
-        ClusterError: A node has other versions, or does not answer.
+        ClusterError: A node has another version of the toolchain or of Python than this machine, or does not answer.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -262,7 +265,7 @@ def _live_nodes(versions: Mapping[str, str]) -> list[dict[str, Any]]:
             if facts[name] != version:
                 raise ClusterError(
                     f"The node {host} has {name} {facts[name]}, but this machine has {version}.",
-                    "Install this version on the node.",
+                    f"Install {name} {version} on the node.",
                 )
         cpus, gpus = (int(node["Resources"].get(name, 0)) for name in ("CPU", "GPU"))
         nodes.append({"id": node["NodeID"], "host": host, "cpus": cpus, "gpus": gpus, "machine": facts["machine"]})

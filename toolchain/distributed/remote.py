@@ -33,7 +33,7 @@ from toolchain.system import hardware
 if TYPE_CHECKING:
     import pyarrow
 
-# The files of a folder in Ray's object store: each path in the folder with the reference to the file's bytes.
+# Files of a folder in Ray's object store: maps each path in the folder to a reference to the file's bytes.
 StoredFiles = Mapping[str, Any]
 
 
@@ -50,7 +50,7 @@ def unpack(files: StoredFiles, folder: Path) -> None:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """Yields a temporary folder and deletes it on exit; first deletes the folders of killed processes."""
+    """Deletes the temporary folders of killed processes, yields a new temporary folder, and deletes it on exit."""
     import psutil
 
     prefix = f"{publishing.WORK}-{_process_space()}"
@@ -73,8 +73,8 @@ def _process_space() -> str:
 class Scorer:
     """An actor that loads the model once and scores windows of texts.
 
-    On the first call, it writes the model's files to this machine, checks their digests, loads the model and deletes
-    the files.
+    On its first call, the actor writes the model's files to this machine, checks their digests, loads the model and
+    deletes the files.
 
     Attributes:
         files: The model's files in the object store.
@@ -95,15 +95,15 @@ class Scorer:
             return model, LoadedModel(model, self.threads)
 
     def __call__(self, windows: pyarrow.Table) -> pyarrow.Table:
-        """Scores each window and returns its rows.
+        """Scores windows of texts and returns the rows of predictions.
 
-        Windows and rows are JSON, because JSON can represent every text.
+        The method reads and returns texts as JSON strings, because JSON can represent every text.
 
         Args:
-            windows: Table with the column ``texts``: one window in each row.
+            windows: Table with the column ``texts``: each row holds the texts of one window.
 
         Returns:
-            Table with the column ``rows``, one row for each window.
+            Table with the column ``rows``: each row holds the predictions for one window.
         """
         import pyarrow
 

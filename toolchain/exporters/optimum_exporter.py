@@ -23,7 +23,7 @@ def to_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence[st
 
     Args:
         model: The model to export.
-        target: Path of the ONNX file. Its folder must be empty.
+        target: Path of the ONNX file, in an empty folder.
         opset: Version of the ONNX operator set.
         names: Names of the graph's inputs.
 
@@ -35,7 +35,8 @@ def to_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence[st
     from optimum.exporters.tasks import TasksManager
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing warns about values that become constants; these never change
+        # Tracing warns about Python values that become constants, but these values never change.
+        warnings.simplefilter("ignore")
         logging.getLogger("optimum").setLevel(logging.ERROR)
         try:
             constructor = TasksManager.get_exporter_config_constructor(
@@ -56,7 +57,7 @@ def to_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence[st
 
 
 def _remove_zero_additions(path: Path) -> None:
-    """Removes additions of a scalar zero from the file; `skipped_blocks.Absent` of a pruned model produces them."""
+    """Removes from an ONNX file the additions of zero that `skipped_blocks.Absent` of a pruned model causes."""
     import onnx_ir as ir
 
     model = ir.load(path)
@@ -81,7 +82,7 @@ def _is_scalar_zero(value: ir.Value) -> bool:
 
 
 def _with_inputs(config: Any, names: Sequence[str]) -> Any:
-    """Replaces the inputs of the export configuration, because optimum always adds token_type_ids for BERT."""
+    """Sets the inputs of the export configuration to `names`, because optimum always adds token_type_ids for BERT."""
     kind = type(config)
     config.__class__ = type(kind.__name__, (kind,), {"inputs": property(lambda self: dict.fromkeys(names, AXES))})
     return config

@@ -1,6 +1,7 @@
 """Checks of a LoRA adapter in PEFT's format: its settings, its weights file and the base it names.
 
-The merge supports plain LoRA only. An unknown setting raises an error, because ignoring it would give a wrong merge.
+The toolchain merges only plain LoRA adapters into their base. An unknown setting raises an error, because ignoring it
+would give a wrong merge.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from toolchain.models.hub import HUB_ID
 
 SETTINGS, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FILES = (SETTINGS, WEIGHTS)
-# The settings that the merge passes to PEFT.
+# Adapter settings that the toolchain passes to PEFT to merge an adapter into its base.
 MERGED = (
     "r",
     "lora_alpha",
@@ -32,8 +33,8 @@ MERGED = (
     "use_dora",
     "lora_bias",
 )
-# Settings that the merge can ignore: other code checks them, only training uses them, or they have an effect only
-# with a setting that the check rejects.
+# Adapter settings that the merge ignores. Either other code checks the setting, or only training uses it, or it has an
+# effect only together with a setting that is rejected.
 _IGNORED = (
     "base_model_name_or_path",
     "revision",
@@ -46,9 +47,10 @@ _IGNORED = (
     "megatron_core",
     "qalora_group_size",
 )
-# Values of `init_lora_weights` that leave the base unchanged. With other values PEFT changes the base before training.
+# Values of `init_lora_weights` that leave the base unchanged. All other values of `init_lora_weights` make PEFT change
+# the base before training.
 _INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
-NAME_BASE = "Name the base: `toolchain export --model … --base FOLDER|ID`."
+NAME_BASE = "Name the base with `toolchain export --model … --base FOLDER|ID`."
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -62,7 +64,7 @@ def settings(folder: Path) -> dict[str, Any]:
     if config.get("auto_mapping") or config.get("auto_map"):
         raise CheckpointError(
             f"The adapter {folder} needs its own code to load (auto_mapping).",
-            "Train it on a model that transformers contains, and save it with task_type='SEQ_CLS'.",
+            "Train the adapter on a model that transformers contains, and save it with task_type='SEQ_CLS'.",
         )
     if config.get("peft_type") != "LORA":
         raise CheckpointError(
@@ -83,8 +85,8 @@ def settings(folder: Path) -> dict[str, Any]:
     initialisation = config.get("init_lora_weights")
     if not isinstance(initialisation, bool | str | None) or initialisation not in _INITIALISATIONS:
         raise CheckpointError(
-            f"The adapter {folder} was trained on a changed base: init_lora_weights={initialisation!r} changes it.",
-            "Save it as plain LoRA: save_pretrained(DIR, path_initial_model_for_weight_conversion=START).",
+            f"The adapter {folder} was trained with init_lora_weights={initialisation!r}, which changes the base.",
+            "Save the adapter as plain LoRA: save_pretrained(DIR, path_initial_model_for_weight_conversion=START).",
         )
     return config
 
@@ -93,7 +95,7 @@ def check(folder: Path) -> None:
     """Checks that the adapter is plain LoRA with safetensors weights.
 
     Raises:
-        CheckpointError: The settings or the weights file do not meet this condition.
+        CheckpointError: The adapter is not plain LoRA, or has no readable settings or no safetensors weights.
     """
     settings(folder)
     if (folder / WEIGHTS).is_file():
@@ -111,7 +113,8 @@ def base(folder: Path) -> tuple[str, str | None]:
     The function never follows a path in the settings, because the adapter's author chose that path.
 
     Raises:
-        CheckpointError: The adapter names a path or no base. The message asks the user to name the base.
+        CheckpointError: The adapter names a path instead of a hub id, or names no base. The error's hint asks the user
+            to name the base.
     """
     config = settings(folder)
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
@@ -126,7 +129,7 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text())
         if not isinstance(config, dict):
-            raise ValueError("it is not a JSON object")
+            raise ValueError("the content is not a JSON object")
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}.", "Save the adapter again.") from error
     return config

@@ -1,6 +1,6 @@
 """The module paths of attention heads and FFN neurons in each architecture, and the removal of heads and neurons.
 
-Only `LAYOUTS` contains an architecture's module names. Add an entry there to support another architecture.
+Only `LAYOUTS` contains an architecture's module names. To support another architecture, add an entry to `LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """The module paths of an architecture: `layers` starts at the model, every other path starts at a layer.
+    """The module paths of an architecture.
+
+    The path in `layers` starts at the model, and every other path starts at a layer.
 
     Attributes:
         layers: The list of encoder layers.
@@ -95,7 +97,7 @@ UNPRUNABLE = {
 @strict
 @dataclass(frozen=True)
 class LayerShape:
-    """The numbers of attention heads and FFN neurons of one layer; 0 means that pruning removed the sub-block."""
+    """The numbers of attention heads and FFN neurons of one layer; 0 if pruning removed the attention or the FFN."""
 
     heads: int
     ffn: int
@@ -131,7 +133,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
     if kind not in LAYOUTS:
         raise PruningError(
             f"Pruning does not support {type(model).__name__}.",
-            f"It supports {', '.join(LAYOUTS)}.",
+            f"Pruning supports {', '.join(LAYOUTS)}.",
         )
     return LAYOUTS[kind]
 
@@ -160,8 +162,8 @@ def shapes_of(model: PreTrainedModel) -> list[LayerShape]:
 def matched_layers(model: PreTrainedModel) -> list[int]:
     """Returns the indices of the hidden states that correspond to hidden states of the unpruned model.
 
-    Index i is the state after i layers. The function omits the state before an empty layer: pruning refits the
-    LayerNorm that produces this state to the output of the empty layer.
+    Index i is the hidden state after i layers. The function omits the hidden state before an empty layer, because
+    pruning fits that state to the unpruned model's state after the layer.
     """
     shapes = shapes_of(model)
     return [count for count in range(1, len(shapes) + 1) if count == len(shapes) or not shapes[count].is_empty]
@@ -170,7 +172,8 @@ def matched_layers(model: PreTrainedModel) -> list[int]:
 def keep_units(model: PreTrainedModel, index: int, heads: Sequence[int], neurons: Sequence[int]) -> None:
     """Removes all heads and FFN neurons of one layer except `heads` and `neurons`, in place.
 
-    If `heads` or `neurons` is empty, the function replaces that sub-block and its LayerNorm by the identity.
+    If `heads` (or `neurons`) is empty, the function replaces the attention (or the FFN) and its LayerNorm by the
+    identity.
 
     Args:
         model: A model of an architecture in `LAYOUTS`.
@@ -213,12 +216,13 @@ def keep_units(model: PreTrainedModel, index: int, heads: Sequence[int], neurons
 
 
 def reshape(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> None:
-    """Gives every layer its stored shape, in place, so that the weights of a pruned model can be loaded.
+    """Gives every layer its shape in `shapes`, in place, so that the weights of a pruned model can be loaded.
 
-    It does not matter which heads and neurons stay, because loading replaces their weights.
+    It does not matter which heads and neurons the function keeps, because loading replaces their weights.
 
     Raises:
-        CheckpointError: The number of layers differs, or a layer has fewer heads or neurons than its stored shape.
+        CheckpointError: The number of layers differs from `shapes`, or a layer has fewer heads or neurons than its
+            shape in `shapes`.
     """
     old_shapes = shapes_of(model)
     has_same_count = len(old_shapes) == len(shapes)
@@ -240,7 +244,7 @@ def read_shapes(folder: Path) -> list[LayerShape] | None:
     """Returns the layer shapes stored in `folder`; None for an unpruned model, which has no file `SHAPES`.
 
     Raises:
-        CheckpointError: The file is unreadable or has another format.
+        CheckpointError: The file `SHAPES` is unreadable or has an unknown format.
     """
     file = folder / SHAPES
     if not file.is_file():

@@ -1,7 +1,7 @@
 """Checkpoint sources (the embedded reference model, a folder, or the hub) and the checks before reading a checkpoint.
 
-This module never runs code from a checkpoint. It reads weights as safetensors, never as pickle, and never trusts remote
-code.
+This module never runs code from a checkpoint. The module reads weights as safetensors, never as pickle, and never
+trusts remote code.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ REFERENCE = Path(__file__).parent.parent / "reference" / "model"
 REFERENCE_SLUG = "reference"
 ROOT_VARIANT = "torch-fp32"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-# File name for weights of layers that transformers cannot build: pruned layers and int8 layers. Under the standard
-# name, transformers would load this file without an error, and use random weights or integers without scales.
+# Name of the weights file of a model with pruned or int8 layers, which transformers cannot build. If this file had the
+# standard name, transformers would load it without an error, but with random weights or with integers without scales.
 OWN_WEIGHTS = "toolchain.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -37,17 +37,19 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-# In the folder of a pruned model: the numbers of heads and FFN neurons of each layer.
+# File in the folder of a pruned model, with the numbers of heads and FFN neurons of each layer.
 SHAPES = "layer_shapes.json"
-# In the folder of a quantised PyTorch model: the storage format of its weights.
+# File in the folder of a quantised PyTorch model, with the storage format of the model's weights.
 PRECISION = "precision.json"
-# In the folder of a model that the toolchain trained: the training data and settings.
+# File in the folder of a model that the toolchain trained, with the training data and settings.
 CARD = "training.json"
-# The hub's model card. Its front matter may name the licence.
-MODEL_CARD, MODEL_CARD_LIMIT = "README.md", 1 << 20  # The limit is in characters.
+# File name of the hub's model card, whose front matter may name the licence. The toolchain reads at most
+# `MODEL_CARD_LIMIT` characters of a model card.
+MODEL_CARD, MODEL_CARD_LIMIT = "README.md", 1 << 20
 REFERENCE_LICENSE, NOT_STATED = "Apache-2.0", "not stated"
 _PATTERNS = ("config.json", SHAPES, "*.safetensors", WEIGHTS_INDEX, MODEL_CARD, *TOKENIZER_FILES)
-# Matches a licence line of the front matter. A YAML parser is unsafe here: YAML aliases can expand without limit.
+# Matches a licence line in the front matter of a model card. A YAML parser would be unsafe for this front matter,
+# because YAML aliases can expand without limit.
 _LICENSE_LINE = re.compile(
     r"""^(license|license_name):[ \t]*(["']?)(\w[\w .+()-]{0,99}?)\2[ \t]*(?:#.*)?$""", re.M | re.A
 )
@@ -58,11 +60,11 @@ class Source:
     """The source of a checkpoint.
 
     Attributes:
-        kind: ``embedded``, ``folder`` or ``hub``.
+        kind: One of ``embedded``, ``folder`` and ``hub``.
         ref: Absolute path of the folder, or the hub id.
         revision: Exact revision, as in `Import`.
-        base: Base of an adapter as the user named it, in the form that `locate` accepts. If empty, the adapter's
-            settings name the base.
+        base: Base of an adapter as the user named it, in the form that `locate` accepts. If `base` is empty, the
+            adapter's settings name the base.
     """
 
     kind: str
@@ -75,14 +77,15 @@ class Source:
         return (self.kind, self.ref) == (other.kind, other.ref)
 
     def to_manifest(self) -> dict[str, Any]:
-        """Returns the source as a manifest stores it, without `base` if it is empty."""
+        """Returns the source as a manifest stores it, without an empty `base`."""
         return {key: value for key, value in asdict(self).items() if key != "base" or value}
 
 
 def resolve(model: str, exported: Path, folder_name: str | None = None) -> tuple[str, Source]:
     """Returns the folder name under `exported` and the source for the value of `--model`.
 
-    The function tries in this order: ``reference``, an existing folder, a model under `exported`, a hub id.
+    The value can be ``reference``, an existing folder, a model under `exported` or a hub id; the function tries these
+    kinds in order.
 
     Args:
         model: Value of `--model`.
@@ -90,7 +93,7 @@ def resolve(model: str, exported: Path, folder_name: str | None = None) -> tuple
         folder_name: Value of `--as`; None to derive the folder name from `model`.
 
     Raises:
-        CheckpointError: No source matches, the folder name is invalid, or the folder belongs to another source.
+        CheckpointError: No source matches `model`, the folder name is invalid, or the folder belongs to another source.
     """
     source = locate(model, exported)
     folder_name = folder_name or (
@@ -120,7 +123,7 @@ def locate(model: str, exported: Path | None = None) -> Source:
 
     Args:
         model: Value of `--model` or `--base`.
-        exported: The folder of all built models; None to skip the names of models in it.
+        exported: The folder of all built models; None to ignore the names of built models.
 
     Raises:
         CheckpointError: No source matches.
@@ -257,7 +260,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text())
         if not isinstance(config, dict):
-            raise ValueError("the JSON value has another type")
+            raise ValueError("the JSON value is not an object")
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} has no config.json.", "Pass the folder that `save_pretrained` wrote."
@@ -279,7 +282,8 @@ def weight_files(folder: Path) -> list[Path]:
     """Returns the paths of a checkpoint's safetensors files: one file, or all shards.
 
     Raises:
-        CheckpointError: There is no such file, or the index is unreadable, empty or names a file outside the folder.
+        CheckpointError: The folder has no safetensors file, or its index is unreadable, is empty or names a file
+            outside the folder.
     """
     return [folder / name for name in sorted(_tensors_by_file(folder))]
 
@@ -312,11 +316,12 @@ def check(folder: Path, *, head: bool = True) -> None:
 
     Args:
         folder: Folder of the checkpoint.
-        head: Whether the checkpoint must be a sequence classifier or an adapter of one. If False, a model without a
-            classification head passes, and an adapter fails.
+        head: Whether the checkpoint must be a sequence classifier or an adapter of one. If `head` is False, a model
+            without a classification head passes, and an adapter fails.
 
     Raises:
-        CheckpointError: The checkpoint does not meet these conditions.
+        CheckpointError: The checkpoint is incomplete, unreadable, already quantised, or of another kind than `head`
+            requires.
     """
     if (folder / adapters.SETTINGS).is_file():
         _check_adapter(folder, head)
@@ -342,7 +347,7 @@ def _check_adapter(folder: Path, head: bool) -> None:
     if _has_weights({path.name for path in folder.iterdir()}):
         raise CheckpointError(
             f"{folder} contains both a model and an adapter ({adapters.SETTINGS}).",
-            "Pass a folder with only one of them.",
+            "Pass a folder with only a model or only an adapter.",
         )
     if not head:
         raise CheckpointError(f"{folder} is a LoRA adapter, not a base.", "Pass the adapter's base instead.")
@@ -383,7 +388,7 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
         description = ", ".join(map(str, architectures)) or "not stated"
         raise CheckpointError(
             f"{folder} has no classification head: its architecture is {description}.",
-            "Fine-tune it as a sequence classifier first.",
+            "Fine-tune the model as a sequence classifier first.",
         )
     label_set(folder, config)
 

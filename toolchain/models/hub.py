@@ -1,6 +1,7 @@
 """Access to the model hub: resolves revisions, downloads files, and explains the hub's errors to the user.
 
-The library huggingface_hub handles the access token (from HF_TOKEN or `hf auth login`). This module never reads it.
+The library huggingface_hub handles the access token (from HF_TOKEN or `hf auth login`). This module never reads the
+token.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ T = TypeVar("T")
 def read_revision(ref: str, revision: str | None) -> tuple[str, frozenset[str]]:
     """Returns the commit of a revision and the names of the files in it.
 
-    If the hub is unreachable, both come from the local download cache.
+    If the hub is unreachable, the commit and the file names come from the local download cache.
 
     Args:
         ref: Hub id of the model.
@@ -32,7 +33,7 @@ def read_revision(ref: str, revision: str | None) -> tuple[str, frozenset[str]]:
 
 
 def download(ref: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """Downloads the matching files and returns their folder, whose name is the commit.
+    """Downloads the files that match `patterns` and returns their folder, whose name is the commit.
 
     Args:
         ref: Hub id of the model.
@@ -77,7 +78,8 @@ def _call_hub(ref: str, revision: str | None, request: Callable[[], T]) -> T:
         return request()
     except hub.GatedRepoError as error:
         raise HubError(
-            f"The model {ref} is gated on the hub.", "Accept its terms on the hub, and log in with `hf auth login`."
+            f"The model {ref} is gated on the hub.",
+            "Accept the model's terms on the hub, and log in with `hf auth login`.",
         ) from error
     except hub.RevisionNotFoundError as error:
         hint = "Name a branch, tag or commit, or run the command without --revision."

@@ -1,7 +1,7 @@
 """Errors for weights that exist only as pickle.
 
-Reading a pickle can run code, so the toolchain refuses it. Each error contains a command that converts the weights to
-safetensors; the user runs it on a machine where the model is trusted.
+Reading a pickle can run code, so the toolchain never reads pickles. Each error contains a command that converts the
+weights to safetensors; the user runs it on a machine where the model is trusted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SUFFIXES = (".bin", ".pt", ".pth")
 # Files that a training run saves beside the weights; they hold no weights.
 _NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth")
 _LOADERS = "from transformers import AutoConfig as C, AutoModelForSequenceClassification as M, AutoTokenizer as T"
-_CAUSE = "has its weights only as pickle ({}), and reading a pickle can run code."
+_CAUSE = "{} has its weights only as pickle ({}), and reading a pickle can run code."
 _HINT = "Convert the weights on a machine where you trust them, and pass the result: python -c {}"
 
 
@@ -45,14 +45,14 @@ def pickle_error(origin: str, name: str, revision: str | None = None) -> Checkpo
         model = f"M.from_pretrained(None, config=C.from_pretrained({arguments}), state_dict={state})"
     save = f"save_pretrained({_quote(target)})"
     code = f"{imports}; {model}.{save}; T.from_pretrained({arguments}).{save}"
-    return CheckpointError(f"{origin} {_CAUSE.format(name)}", _HINT.format(shlex.quote(code)))
+    return CheckpointError(_CAUSE.format(origin, name), _HINT.format(shlex.quote(code)))
 
 
 def adapter_pickle_error(source: Path, target: Path) -> CheckpointError:
-    """Returns the error for an adapter with pickled weights in `source`; its command converts them to `target`."""
+    """Returns the error for an adapter with pickled weights; the error's command converts `source` to `target`."""
     save = f"save_file({_loading_code(source)}, {_quote(str(target))})"
     code = f"import torch; from safetensors.torch import save_file; {save}"
-    return CheckpointError(f"{source.parent} {_CAUSE.format(source.name)}", _HINT.format(shlex.quote(code)))
+    return CheckpointError(_CAUSE.format(source.parent, source.name), _HINT.format(shlex.quote(code)))
 
 
 def _loading_code(file: Path) -> str:

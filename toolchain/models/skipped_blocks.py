@@ -18,10 +18,10 @@ class Absent(nn.Module):
 
 
 class Skipped(nn.Module):
-    """A replacement for an attention module without heads: it returns its input, or the result of `output` on it.
+    """A replacement for an attention module without heads: it returns its input, or applies `output` to its input.
 
     Args:
-        name: Name of the submodule `output`; empty without `output`.
+        name: Name of the submodule that `output` becomes; empty if `output` is None.
         output: Replacement of the output layer, if the attention module contained that layer; else None.
     """
 
@@ -32,6 +32,6 @@ class Skipped(nn.Module):
             self.add_module(name, output)
 
     def forward(self, *args: torch.Tensor, **keywords: torch.Tensor) -> tuple[torch.Tensor]:
-        """Returns a tuple of one tensor, as attention modules do; DistilBERT passes its input as ``query``."""
+        """Returns a tuple of one tensor, as attention modules do; DistilBERT passes the input as ``query``."""
         hidden = args[0] if args else keywords["query"]
         return (self.get_submodule(self._output)(hidden) if self._output else hidden,)

@@ -29,13 +29,13 @@ class ImportFiles:
 def pin_revisions(source: Source, request: Import, last_step: Step | None) -> Import:
     """Returns the import with exact revisions of the checkpoint and its base.
 
-    The recorded revision stays valid for a folder that no longer exists. It also stays valid for a hub model, unless
-    the user requests another revision.
+    For a folder that no longer exists, the function keeps the revision of the last import. For a hub model, the
+    function keeps the revision of the last import unless the user requests another revision.
 
     Args:
         source: Source of the checkpoint.
         request: The requested import.
-        last_step: The step of the last import; None if there was none.
+        last_step: The step of the last import; None if there was no import.
 
     Raises:
         HubError: The hub cannot resolve a revision.
@@ -70,7 +70,10 @@ def fetch_files(source: Source, step: Import) -> ImportFiles:
 
 
 def _pin_base(source: Source, last_base: str | None) -> str | None:
-    """Returns the exact base of an adapter, as in `Import`, or None for a model; `last_base` is the recorded base."""
+    """Returns the exact base of an adapter, as in `Import`, or None for a model.
+
+    `last_base` is the base of the last import.
+    """
     if last_base and (last_base.startswith(f"{source.base}@") or _is_missing_folder(source.base)):
         return last_base
     folder = checkpoints.adapter_folder(source)

@@ -1,8 +1,8 @@
 """Vocabulary trimming: removes the tokens that a corpus does not need and renumbers the ids in every tokenizer file.
 
-It supports WordPiece only (Schuster and Nakajima 2012), which BERT applies as a greedy longest match. A word whose
-token is removed splits into shorter pieces. If all pieces of a word stay, the word splits as before, because
-the removal of other tokens cannot create a longer match.
+Only WordPiece vocabularies (Schuster and Nakajima 2012) can be trimmed; BERT applies WordPiece as a greedy longest
+match. A word whose token is removed splits into shorter pieces. If all pieces of a word stay, the word splits as
+before, because the removal of other tokens cannot create a longer match.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from toolchain.errors import CheckpointError, DataError
 WORDPIECE = "WordPiece"
 TEXTS = 1000  # number of texts tokenised at once
 
-# Old token id → new token id.
+# Maps old token ids to new token ids.
 NewIds = Mapping[int, int]
 
 
 def tokens_to_keep(encoder: Encoder, texts: Iterable[Text]) -> list[int]:
     """Returns the ids of the tokens to keep, in ascending order.
 
-    These are the tokens of `texts`, the special and added tokens, and every piece of one character. A token also stays
-    if pieces of one character cannot spell it. So a word stays tokenisable if the vocabulary has a piece for each of
-    its characters.
+    The function keeps the tokens of `texts`, the special and added tokens, and every piece of one character. It also
+    keeps every token that pieces of one character cannot spell. So a word stays tokenisable if the vocabulary has a
+    piece for each of its characters.
 
     Args:
-        encoder: The tokenizer, with its folder.
+        encoder: Encoder whose folder holds the tokenizer files.
         texts: The corpus.
 
     Raises:
@@ -55,10 +55,10 @@ def trim(folder: Path, kept_ids: Sequence[int]) -> None:
 
     Args:
         folder: Folder of the tokenizer and the config.
-        kept_ids: Ids of the tokens to keep; `kept_ids[i]` gets the new id i. All other tokens are removed.
+        kept_ids: Ids of all tokens to keep; `kept_ids[i]` gets the new id i.
 
     Raises:
-        CheckpointError: A file is unreadable, or the files contradict each other.
+        CheckpointError: A tokenizer file is unreadable, or the tokenizer files contradict each other.
     """
     new_ids = {old: new for new, old in enumerate(kept_ids)}
     tokenizer = _read(folder / "tokenizer.json")
@@ -76,11 +76,13 @@ def trim(folder: Path, kept_ids: Sequence[int]) -> None:
         raise _contradiction_error(folder, f"{type(error).__name__}: {error}") from error
     loaded_vocabulary = Encoder.open(folder, (), 1).tokenizer.get_vocab()
     if loaded_vocabulary != vocabulary:
-        raise _contradiction_error(folder, f"{len(loaded_vocabulary)} tokens instead of {len(vocabulary)}")
+        raise _contradiction_error(
+            folder, f"the tokenizer has {len(loaded_vocabulary)} tokens instead of {len(vocabulary)}"
+        )
 
 
 def _required_ids(folder: Path, tokenizer: Mapping[str, Any]) -> set[int]:
-    """Returns the ids that stay for every corpus."""
+    """Returns the ids of the tokens that trimming keeps for every corpus."""
     model = tokenizer["model"]
     vocabulary: dict[str, int] = model["vocab"]
     prefix = model.get("continuing_subword_prefix") or ""
@@ -104,7 +106,8 @@ def _special_ids(folder: Path, tokenizer: Mapping[str, Any]) -> set[int]:
     if model.get("type") != WORDPIECE:
         raise CheckpointError(
             f"Only {WORDPIECE} vocabularies can be trimmed, and the type of this tokenizer is "
-            f"{model.get('type') or 'not stated'}. In other types, a removed token changes the split of other words.",
+            f"{model.get('type') or 'not stated'}. In types other than {WORDPIECE}, a removed token changes how other "
+            "words are split.",
             "Run the command without --trim-vocab.",
         )
     ids = {token["id"] for token in tokenizer["added_tokens"]} | {model["vocab"][model["unk_token"]]}
@@ -154,7 +157,7 @@ def _renumber_other_files(folder: Path, kept_ids: Sequence[int], new_ids: NewIds
     if (file := folder / "added_tokens.json").is_file():
         _write(file, {token: new_ids[number] for token, number in _read(file).items()}, indent=2)
     vocabulary_file = folder / "vocab.txt"
-    if vocabulary_file.is_file():  # each line holds one token, and the line number, from 0, is its id
+    if vocabulary_file.is_file():  # each line holds one token, and the line number, from 0, is the token's id
         tokens = vocabulary_file.read_text(encoding="utf-8").split("\n")
         vocabulary_file.write_text(
             "".join(f"{tokens[i]}\n" for i in kept_ids if i < len(tokens)), encoding="utf-8", newline="\n"
@@ -165,7 +168,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(body, dict):
-            raise ValueError("it is not a JSON object")
+            raise ValueError("the content is not a JSON object")
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.", "Import the model again.") from error
     return body

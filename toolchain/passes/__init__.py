@@ -1,8 +1,8 @@
 """Passes, which rewrite ONNX graphs; `rewrite` applies them by name, in order.
 
-A pass takes the model and a `Context`. It changes the model in place, or returns a new model, and counts its rewrites.
-A pass that does not find its pattern counts zero. If a pass cannot rewrite a graph correctly, it leaves the graph
-unchanged or raises `GraphError`.
+A pass takes the model and a `Context`, and returns the rewritten model and the number of rewrites. The returned model
+is either the changed input model or a new model. A pass that finds nothing to rewrite returns the unchanged model and
+the number 0. If a pass cannot rewrite a graph correctly, it leaves the graph unchanged or raises `GraphError`.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Context:
     """Facts about the model that the passes need and cannot always read from the graph.
 
     Attributes:
-        heads: Number of attention heads of a layer. ONNX Runtime's fusions cannot always find them in the graph.
-        width: Width of the encoder. ONNX Runtime's fusions cannot always find it in the graph.
+        heads: Number of attention heads of a layer, which ONNX Runtime's fusions cannot always find in the graph.
+        width: Width of the encoder, which ONNX Runtime's fusions cannot always find in the graph.
         keep: Names of the linear layers that stay fp32, as in `quantize_linear.layers_of`.
         activations: Fixed quantisation of the inputs of linear layers, by the name of the input.
         tokens: Token ids that stay in a trimmed vocabulary, ascending.
@@ -103,17 +103,17 @@ def rewrite(model: ir.Model, names: Sequence[str], context: Context) -> tuple[ir
     for name in names:
         model, counts[name] = PASSES[name](model, context)
     common.RemoveUnusedNodesPass()(model)
-    model.opset_imports.setdefault(MS_DOMAIN, 1)  # passes may have added nodes of this domain
+    model.opset_imports.setdefault(MS_DOMAIN, 1)  # passes may have added operators of the domain com.microsoft
     common.RemoveUnusedOpsetsPass()(model)
-    common.NameFixPass()(model)  # layers that share weights produce equal names
+    common.NameFixPass()(model)  # layers that share weights produce nodes with equal names
     return model, counts
 
 
 def _unalias(model: ir.Model) -> None:
     """Replaces every Identity of a weight by the weight.
 
-    The exporter stores equal weights once and makes the duplicates Identity nodes. Passes would not recognise an
-    Identity as a stored weight.
+    The exporter stores equal weights once and replaces each duplicate by an Identity node. Passes would not recognise
+    an Identity as a stored weight.
     """
     for node in [node for node in model.graph if node.op_type == "Identity"]:
         weight, alias = node.inputs[0], node.outputs[0]
@@ -135,7 +135,7 @@ def read(path: Path) -> ir.Model:
     try:
         proto = onnx.load(str(path), load_external_data=False)
         if not proto.graph.node:
-            raise ValueError("its graph has no nodes")
+            raise ValueError("the graph has no nodes")
         onnx.checker.check_model(proto)
         model = ir.from_proto(proto)
     except (DecodeError, onnx.checker.ValidationError, ValueError, OSError) as error:
@@ -157,7 +157,7 @@ def specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
 
     tensor_specs = []
     for value in values:
-        is_text = value.dtype == ir.DataType.STRING  # numpy's name for this type is "object"
+        is_text = value.dtype == ir.DataType.STRING  # numpy's name for the type of strings is "object"
         kind = "string" if is_text else value.dtype.numpy().name if value.dtype else ""
         shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape or ())
         tensor_specs.append(TensorSpec(value.name or "", kind, shape))

@@ -1,8 +1,8 @@
 """Replacements of a fused Attention by nodes with quantised projections.
 
-One replacement consists of matrix products for query, key and value, and of MultiHeadAttention. The other replacement
-is one QAttention, which computes projections and attention. QAttention writes the projections in the layout that its
-attention reads, so it needs no Split and no transposition.
+A fused Attention becomes either one QAttention, or matrix products for query, key and value with a MultiHeadAttention.
+QAttention computes the projections and the attention in one node. QAttention writes the projections in the layout that
+its attention reads, so it needs no Split and no transposition.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ DOMAIN = "com.microsoft"
 ROLES = ("query", "key", "value")  # The order in which the fused weight holds the projections.
 SETTINGS = ("num_heads", "scale", "mask_filter_value")  # Attributes that Attention and QAttention share.
 
-# Arguments: the model, a linear layer's input, the weight's name, the weight [inner, outer], and the bias.
-# Result: the nodes of the product. The last node gives the layer's output.
+# A `Product` takes the model, a linear layer's input, the weight's name, the weight [inner, outer], and the bias.
+# The result of a `Product` is the nodes that replace the layer, the last of which gives the layer's output.
 Product = Callable[["ir.Model", Any, str, "np.ndarray", "ir.Value | None"], "list[ir.Node]"]
-# Arguments: the model, the Attention, and a `Product` with the model already bound.
-# Result: the nodes that replace the Attention, and their output.
+# An `Attend` takes the model, a fused Attention, and a `Product` whose argument for the model is already bound.
+# The result of an `Attend` is the nodes that replace the Attention, and the output of the last node.
 Attend = Callable[["ir.Model", "ir.Node", "Callable[..., list[ir.Node]]"], "tuple[list[ir.Node], ir.Value]"]
 
 
 def build_joint_products(
     model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]
 ) -> tuple[list[ir.Node], ir.Value]:
-    """Builds one product for query, key and value, a Split, and MultiHeadAttention; implements `Attend`."""
+    """Builds one joint product for query, key and value, a Split, and a MultiHeadAttention; implements `Attend`."""
     import numpy as np
     import onnx_ir as ir
 
@@ -52,7 +52,7 @@ def build_joint_products(
 def build_separate_products(
     model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]
 ) -> tuple[list[ir.Node], ir.Value]:
-    """Builds one product each for query, key and value, and MultiHeadAttention; implements `Attend`."""
+    """Builds three products, for query, key and value, and a MultiHeadAttention; implements `Attend`."""
     import numpy as np
 
     data, weight, bias, _ = node.inputs[:4]
@@ -74,8 +74,8 @@ def build_qattention(
 ) -> tuple[list[ir.Node], ir.Value]:
     """Builds one QAttention; implements `Attend`.
 
-    QAttention needs query, key and value of equal width. With different widths, this function calls
-    `build_joint_products`.
+    QAttention needs query, key and value of equal width. If the widths of query, key and value differ, this function
+    calls `build_joint_products`.
 
     Args:
         codes: Function that quantises the input of the Attention.
@@ -104,14 +104,15 @@ def widths(node: ir.Node) -> list[int]:
 def multi_head(model: ir.Model, node: ir.Node, parts: Any, *, one_query: bool = False) -> ir.Node:
     """Builds a MultiHeadAttention with the mask, `num_heads` and `scale` of the fused Attention `node`.
 
-    The mask [batch, tokens] becomes an `attention_bias` [batch, heads, queries, tokens]: 0 for words, the lowest float
-    for padding. A `key_padding_mask` would need fewer nodes. But ONNX Runtime up to 1.20 misreads it if there are fewer
-    queries than keys, and the WebGPU provider does not support it. The bias has its full shape because ONNX Runtime
-    1.17 refuses to broadcast a bias, and 1.20 broadcasts it wrongly.
+    The mask [batch, tokens] becomes an `attention_bias` [batch, heads, queries, tokens]: 0 for the tokens of a text,
+    the lowest float for padding. A `key_padding_mask` would need fewer nodes than an `attention_bias`. But ONNX Runtime
+    up to 1.20 misreads a `key_padding_mask` if queries are fewer than keys, and the WebGPU provider does not support
+    one. The attention bias has its full shape because ONNX Runtime 1.17 refuses to broadcast a bias, and 1.20
+    broadcasts it wrongly.
 
     Args:
-        parts: The values of query, key and value.
-        one_query: Whether the query is one token.
+        parts: The graph values that hold query, key and value.
+        one_query: Whether the query holds only one token.
     """
     import onnx_ir as ir
 
@@ -123,7 +124,7 @@ def multi_head(model: ir.Model, node: ir.Node, parts: Any, *, one_query: bool = 
 
 
 def _attention_bias(model: ir.Model, mask: ir.Value, heads: int, one_query: bool) -> ir.Value:
-    """Adds the bias of a mask [batch, tokens] after the mask's producer, or returns the bias if the graph has it."""
+    """Returns the attention bias of a mask [batch, tokens]; adds it after the mask's producer if the graph lacks it."""
     import numpy as np
     import onnx_ir as ir
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from toolchain.passes import Context
 
-# Operators that compute each token from that token alone, with any number of leading axes.
+# Operators that compute each token from that token alone, and accept any number of leading axes.
 TOKEN_WISE = {"Add", "Sub", "Sum", "MatMul", "LayerNormalization", "Gelu", "FastGelu", "Relu", "Tanh"}
 # Operators that may produce the input of the token-wise nodes; their output is [batch, sequence, width].
 BOUNDARY = {"Attention", "MultiHeadAttention", "LayerNormalization"}
@@ -20,9 +20,10 @@ BOUNDARY = {"Attention", "MultiHeadAttention", "LayerNormalization"}
 def first_token(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     """Moves the `Gather` of token 0 up through token-wise nodes to the last attention; counts these nodes.
 
-    The rewrite is exact, because each of these nodes computes token 0 from token 0 alone. The rewrite has two
-    conditions. Only the Gather and the token-wise nodes themselves read the results of these nodes. The inputs of the
-    token-wise nodes have the shape [batch, sequence, width], because `BOUNDARY` operators produce them.
+    The rewrite is exact, because each token-wise node computes token 0 from token 0 alone. The rewrite has two
+    conditions. First, only the Gather and other token-wise nodes may read the results of a token-wise node. Second, a
+    token-wise node may read only weights, other token-wise nodes and `BOUNDARY` operators, whose output is [batch,
+    sequence, width].
     """
     count = 0
     for gather in [node for node in model.graph if takes_first_token(node)]:
@@ -37,7 +38,7 @@ def first_token(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
 
 
 def _movable_nodes(model: ir.Model, gather: ir.Node) -> list[ir.Node]:
-    """Returns the token-wise nodes whose results only `gather` and these nodes read, the nearest to `gather` first."""
+    """Returns the token-wise nodes that only `gather` and other returned nodes read, nearest to `gather` first."""
     region = [gather]
     for node in reversed(list(model.graph)):
         readers = {reader for out in node.outputs for reader in out.consumers()}
@@ -69,7 +70,7 @@ def _move_gather(model: ir.Model, gather: ir.Node, region: list[ir.Node], starts
         moved_gather = ir.node("Gather", [start, gather.inputs[1]], {"axis": 1}, name=f"{start.name}/first_token")
         moved_gather.outputs[0].name = f"{start.name}/first_token"
         producer = start.producer()
-        assert producer is not None  # the caller checked that it is a boundary node
+        assert producer is not None  # the caller checked that the producer is in `BOUNDARY`
         model.graph.insert_after(producer, moved_gather)
         for node in region:
             for index, value in enumerate(node.inputs):

@@ -1,4 +1,4 @@
-"""Applies the transformer fusions of ONNX Runtime that are faster on an execution provider."""
+"""Applies the transformer fusions of ONNX Runtime that make a graph faster on an execution provider."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from toolchain.passes import Context
 
 DOMAIN = "com.microsoft"  # Domain of the fused operators.
-# Fusions that are off on the CPU, by their names in `FusionOptions`. The CPU kernels of skip- and embedding
-# LayerNormalization are scalar. BiasGelu would absorb a bias that the quantised MatMul should add.
+# Fusions that are off on the CPU, by their names in `FusionOptions`. The CPU kernels of SkipLayerNormalization and
+# EmbedLayerNormalization use no vector instructions. BiasGelu would absorb a bias that the quantised MatMul should add.
 CPU_DISABLED_FUSIONS = ("embed_layer_norm", "skip_layer_norm", "bias_skip_layer_norm", "bias_gelu")
 
 
@@ -23,8 +23,8 @@ def fuse(
 ) -> tuple[ir.Model, int]:
     """Fuses attention into one node, erf-Gelu into Gelu, and other patterns; counts the fused nodes.
 
-    The mask keeps its shape [batch, sequence]. By default, the fusion replaces the mask of each sentence by its number
-    of tokens, which is wrong for padding on the left.
+    The attention mask keeps its shape [batch, sequence]. By default, the fusion replaces the mask of each sentence by
+    its number of tokens, which is wrong for padding on the left.
 
     Args:
         disabled_fusions: Fusions that stay off, by their names in `FusionOptions` without `enable_`.
@@ -43,7 +43,7 @@ def fuse(
         fused = BertOnnxModel(ir.to_proto(model), context.heads, context.width)
         fused.optimize(options, add_dynamic_axes=False)
     result = ir.from_proto(fused.model)
-    result.graph.opset_imports.setdefault(DOMAIN, 1)  # Shape inference needs this opset.
+    result.graph.opset_imports.setdefault(DOMAIN, 1)  # Shape inference needs an opset for the fused operators.
     result.graph.sort()  # The fusion appends its nodes at the end of the graph.
     # The fusion stores new projection weights for each layer, even if layers share their weights (ALBERT).
     common.DeduplicateHashedInitializersPass()(result)
@@ -53,8 +53,9 @@ def fuse(
 def _move_residual_last(model: ir.Model) -> None:
     """Makes the residual the second addend of each Add before a LayerNormalization.
 
-    The residual is the addend with more readers. The fusion assumes that the first addend from an Add node is the
-    result of the attention. In ALBERT's first layer, that addend would be the projected embeddings.
+    The residual is the addend with more readers. The fusion assumes that the first addend that comes from an Add node
+    is the result of the attention. In ALBERT's first layer, the first addend would otherwise be the projected
+    embeddings.
     """
     for norm in model.graph:
         add = norm.inputs[0].producer() if norm.op_type == "LayerNormalization" and norm.inputs[0] else None

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 
 def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    """Returns an initializer of the graph with this array.
+    """Returns an initializer of the graph that holds `array`.
 
-    If the graph has an initializer of this name with an equal array, the function returns that initializer. So layers
-    that share a weight store it once. If the arrays differ, the new initializer's name ends in `_other`.
+    If the graph has an initializer `name` with an equal array, the function returns that initializer. So layers that
+    share a weight store it once. If the initializer `name` holds a different array, the name of the new initializer
+    ends in `_other`.
     """
     import numpy as np
     import onnx_ir as ir
@@ -26,7 +27,7 @@ def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
         existing_array = array_of(existing)
         if existing_array.dtype == array.dtype and np.array_equal(existing_array, array):
             return existing
-        return constant(model, f"{name}_other", array)  # one layer reads the weight, another its transpose
+        return constant(model, f"{name}_other", array)  # one layer reads the weight, another layer reads its transpose
     tensor = ir.tensor(np.asarray(array, order="C"), name=name)
     value = ir.val(name, dtype=tensor.dtype, shape=array.shape, const_value=tensor)
     model.graph.register_initializer(value)
@@ -71,7 +72,8 @@ def replace_nodes(model: ir.Model, first: ir.Node, last: ir.Node, new_nodes: lis
 def adder(name: str, new_nodes: list[ir.Node]) -> Callable[..., ir.Value]:
     """Returns a function that adds a node with one output to `new_nodes` and returns that output.
 
-    Call it as `add(operator, inputs, suffix, **attributes)`. The node and its output are both named `name`/`suffix`.
+    Call the returned function as `add(operator, inputs, suffix, **attributes)`. The node and its output are both named
+    `name`/`suffix`.
     """
     import onnx_ir as ir
 

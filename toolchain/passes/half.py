@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def half(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
-    """Converts fp32 to fp16 wherever CUDA has a kernel for it; counts the converted weights.
+    """Converts fp32 to fp16 wherever CUDA has an fp16 kernel; counts the converted weights.
 
     The graph's inputs and outputs keep their types, so the logits stay fp32.
     """

@@ -1,8 +1,8 @@
-"""Weights and activations in int8: S8 weights with one scale per output channel × U8 activations.
+"""Int8 products of U8 activations and S8 weights, which have one scale per output channel.
 
-x86 without VNNI adds two 8-bit products in 16 bits. The sum of two U8 × S8 products can exceed 16 bits. It then
-saturates, and the model's outputs are wrong without an error. Weights of 7 bits avoid saturation; ONNX Runtime calls
-this reduce_range.
+An x86 processor without VNNI adds two 8-bit products in 16 bits. The sum of two U8 × S8 products can exceed 16 bits. A
+sum that exceeds 16 bits saturates, and the model's outputs are wrong without an error. Weights of 7 bits avoid
+saturation; ONNX Runtime calls this reduce_range.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 LARGEST = 127  # Without -128, a weight and its negative have equal rounding errors.
-LARGEST_OF_7_BITS = 64  # Two products with the largest activation, 2 × 255 × 64, fit in 16 bits.
+LARGEST_OF_7_BITS = 64  # The largest sum of two products, 2 × 255 × 64, fits in 16 bits.
 INT8_PRODUCTS = ("DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QAttention")
 
-# Arguments: the model, a value, and a list that receives the nodes that compute the result.
-# Result: the value in U8, its scale and its zero point.
+# A `Codes` function takes the model, a graph value, and a list to which it appends the nodes that quantise the value.
+# A `Codes` function returns the value in U8, its scale and its zero point.
 Codes = Callable[["ir.Model", Any, "list[ir.Node]"], "list[ir.Value]"]
 
 
@@ -40,7 +40,7 @@ def quantize_weight(weight: np.ndarray, axis: int, limit: int = LARGEST) -> tupl
 
 
 def weight_codes(model: ir.Model, name: str, array: np.ndarray, limit: int = LARGEST) -> list[ir.Value]:
-    """Stores a weight [inner, outer] as initializers: int8, scales [outer] and zero points [outer], which are 0."""
+    """Stores a weight [inner, outer] as initializers: int8 values, scales [outer], and zero points [outer] of 0."""
     import numpy as np
 
     weight, scale = quantize_weight(array, 1, limit)
@@ -52,7 +52,7 @@ def weight_codes(model: ir.Model, name: str, array: np.ndarray, limit: int = LAR
 
 
 def run_time_codes(model: ir.Model, data: Any, new_nodes: list[ir.Node]) -> list[ir.Value]:
-    """Quantises `data` by its range at run time, with one node for all its readers; implements `Codes`."""
+    """Quantises `data` by its range at run time, with one node for all readers of `data`; implements `Codes`."""
     import onnx_ir as ir
 
     node = next((node for node in data.consumers() if node.op_type == "DynamicQuantizeLinear"), None)
@@ -68,8 +68,8 @@ def weight_of(node: ir.Node) -> tuple[ir.Node, int] | None:
     """Finds the input that holds the int8 weights of a product.
 
     Returns:
-        A node and the index of its input. The node is the product itself, or the DequantizeLinear before it (QDQ). None
-        if `node` is no int8 product.
+        A node and the index of the node's input with the weights. The returned node is the product itself, or the
+        DequantizeLinear before the product (QDQ). None if `node` is no int8 product.
     """
     if node.op_type in INT8_PRODUCTS:
         return node, 1

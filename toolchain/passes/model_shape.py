@@ -28,5 +28,5 @@ def word_width(folder: Path) -> int:
 def _config(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    # Architectures use different names for these sizes in config.json; transformers knows the names of each.
+    # In config.json, architectures use different names for the same size; transformers knows all these names.
     return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

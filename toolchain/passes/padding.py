@@ -1,7 +1,8 @@
 """Padding that changes no scale: every padding token gets the embedding of its sentence's first token.
 
-Int8 scales computed at run time come from the range of all tokens, padding included. So one padding token could change
-the rounding of every output. Attention masks padding, so the embedding of a padding token may have any value.
+Int8 scales computed at run time come from the range of all tokens, padding included. So, without this pass, one padding
+token could change the rounding of every output. Attention masks padding, so the embedding of a padding token may have
+any value.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ if TYPE_CHECKING:
 IDS, MASK = "input_ids", "attention_mask"
 SHAPE = "Shape"
 FUSED = {"Attention", "MultiHeadAttention"}
-RELATIVE = "GatherElements"  # This operator looks up attention scores by the distance of two tokens.
-# Operators that may combine several tokens. They do not occur before the embeddings' LayerNormalization.
+RELATIVE = "GatherElements"  # DeBERTa uses this operator to look up attention scores by the distance of two tokens.
+# Operators that may combine several tokens; none of them may precede the LayerNormalization of the embeddings.
 MIXES = {"Attention", "MatMul", "Gemm", "Einsum", "Softmax"}
 
 
 def padding(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     """Replaces the embeddings of padding tokens by the embedding of token 0; counts 1 if the pass applies.
 
-    The embeddings are [batch, sequence, width]. The rewrite is exact for token 0, with padding on either side. The pass
-    applies if the classifier reads token 0, every attention is masked, and the embeddings end in a LayerNormalization.
+    The embeddings have the shape [batch, sequence, width]. The rewrite is exact for token 0, with padding on either
+    side. The pass applies if the classifier reads token 0, every attention is masked, and the embeddings end in a
+    LayerNormalization.
 
     The pass does not apply if attention uses relative positions (DeBERTa). With relative positions, a padding token
     would not compute the same values as token 0.
@@ -51,10 +53,10 @@ def padding(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
 
 
 def _collect_ancestors(node: ir.Node, stop: Collection[str] = ()) -> tuple[set[ir.Node], set[ir.Value]]:
-    """Returns the nodes before `node`, and the values that they and `node` read.
+    """Returns the nodes before `node`, and the values that these nodes and `node` read.
 
-    The search stops at operators in `stop` and at Shape, whose result depends on no token. The returned nodes do not
-    include these operators or `node` itself.
+    The search stops at operators in `stop` and at Shape, whose result depends on no token. The returned nodes include
+    neither `node` nor the nodes at which the search stops.
     """
     nodes: set[ir.Node] = set()
     values: set[ir.Value] = set()

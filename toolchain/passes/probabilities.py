@@ -13,11 +13,11 @@ PROBABILITIES = "probabilities"
 
 
 def add_probabilities(model: ir.Model, multi_label: bool) -> ir.Model:
-    """Renames the graph's one output to `LOGITS` and adds the output `PROBABILITIES`, float32 [batch, labels].
+    """Renames the graph's one output to `LOGITS` and adds the float32 output `PROBABILITIES` [batch, labels].
 
     Args:
-        multi_label: Whether a text can have several labels. Then the probabilities are a sigmoid of each logit.
-            Otherwise they are a softmax over the labels.
+        multi_label: Whether a text can have several labels. A multi-label graph applies a sigmoid to each logit, and a
+            single-label graph applies softmax.
     """
     import onnx_ir as ir
 

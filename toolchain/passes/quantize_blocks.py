@@ -17,20 +17,21 @@ if TYPE_CHECKING:
 
 BITS, MAX_CODE = 4, 15
 BLOCK = 32  # Number of weights that share a scale.
-INT8_ACTIVATIONS = 4  # Value of `accuracy_level` in MatMulNBits.
-# Fractions of a block's range, tried in this order. A smaller range has finer steps but clips the largest weights.
+INT8_ACTIVATIONS = 4  # Value of MatMulNBits' attribute `accuracy_level` for 8-bit activations.
+# Fractions of the weight range of a block that the quantisation tries, in this order. A smaller range has finer steps
+# but clips the largest weights.
 RANGE_FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
 def quantize_blocks(weight: np.ndarray, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Quantises a 2-D float array in blocks along its rows.
 
-    Each block gets the range of `RANGE_FRACTIONS` with the least squared error. Rows whose length is no multiple of
-    `block` are padded with codes for zero.
+    Each block gets the fraction in `RANGE_FRACTIONS` that has the least squared error. Rows whose length is no multiple
+    of `block` are padded with codes for zero.
 
     Returns:
-        Codes from 0 to 15 as uint8 [rows, blocks × block], float32 scales [rows, blocks], and uint8 zero points
-        [rows, blocks]: weight ≈ (code − zero point) × scale.
+        The codes (0 to 15), the scales and the zero points: weight ≈ (code − zero point) × scale. The codes are uint8
+        [rows, blocks × block], the scales float32 [rows, blocks], and the zero points uint8 [rows, blocks].
     """
     import numpy as np
 
@@ -100,7 +101,7 @@ def look_up_int4_rows(model: ir.Model, name: str, array: np.ndarray, rows: Any) 
     inputs = [
         constant(model, f"{name}_int4", pack(codes)),
         rows,
-        constant(model, f"{name}_scale", scales.astype(np.float16)),  # fp16 is precise enough for 15 steps
+        constant(model, f"{name}_scale", scales.astype(np.float16)),  # fp16 scales are precise enough for 4-bit codes
         constant(model, f"{name}_zero_point", pack(zeros)),
     ]
     attributes = {"bits": BITS, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}

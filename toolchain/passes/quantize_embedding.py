@@ -1,4 +1,4 @@
-"""Embedding tables in fewer bits. The tables are most of a small model's bytes, and look-ups do not slow down."""
+"""Embedding tables in fewer bits: they hold most bytes of a small model, and fewer bits do not slow down look-ups."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from toolchain.passes import Context
 
-# Arguments: the model, the table's name, the table [rows, width], and the row indices.
-# Result: the nodes of the look-up. The last node gives the rows in fp32.
+# A `LookUp` takes the model, the table's name, the table [rows, width], and the row indices.
+# The result of a `LookUp` is the nodes that look up the rows, the last of which gives the rows in fp32.
 LookUp = Callable[["ir.Model", str, "np.ndarray", Any], "list[ir.Node]"]
 
 
@@ -43,7 +43,7 @@ def quantize_embedding(model: ir.Model, context: Context, look_up: LookUp) -> tu
 
 
 def look_up_int8_rows(model: ir.Model, name: str, array: np.ndarray, rows: Any) -> list[ir.Node]:
-    """Builds a Gather of int8 rows × a Gather of one scale per row, in standard operators; implements `LookUp`."""
+    """Builds standard operators that gather int8 rows and their scales, and multiply both; implements `LookUp`."""
     import onnx_ir as ir
 
     int8, scale = quantize_weight(array, axis=0)

@@ -1,4 +1,4 @@
-"""Linear layers in int8: U8 activations with scales from run time × S8 weights with one scale per output channel."""
+"""Linear layers in int8: products of U8 activations, scaled at run time, and S8 weights with one scale per channel."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def quantize_linear(
     """Replaces linear layers by products that `product` builds; counts the layers quantised.
 
     Linear layers are MatMul and Gemm with constant weights, and the projections of a fused Attention. `attend` builds
-    the replacement of the Attention. Products of two activations stay fp32: they hold no weights, so fewer bits
+    the replacement of a fused Attention. Products of two activations stay fp32: they hold no weights, so fewer bits
     would cost accuracy and save nothing. The last layer, whose result is the logits, stays fp32 because it has few
-    weights. Layers in `context.keep` stay fp32 too.
+    weights. Layers in `context.keep` also stay fp32.
     """
     count = 0
     layer = partial(product, model)
@@ -55,10 +55,11 @@ def layer_name(node: ir.Node) -> str:
 
 
 def weights_of(model: ir.Model) -> dict[str, np.ndarray]:
-    """Returns the weights of the linear layers by the name of the layers' input.
+    """Returns the weights of the linear layers, by the name of the input that the layers read.
 
     Returns:
-        For each input, the weights [inner, outer] of all layers that read it, concatenated along `outer`.
+        A mapping from each input to the weights [inner, outer] of all layers that read this input, concatenated along
+        `outer`.
     """
     import numpy as np
 
@@ -93,9 +94,9 @@ def headroom(model: ir.Model) -> float | None:
     """Returns the margin of the int8 products before 16-bit saturation; None if the graph has no int8 product.
 
     Some processors add two int8 products in 16 bits. The margin is the 16-bit limit divided by the largest possible sum
-    of two products. That sum is the largest activation times the two largest weights of equal sign in one output. The
-    kernel decides which two products it adds, so the function assumes the worst pair. If the margin is at least 1,
-    products never saturate.
+    of two products. The largest possible sum is the largest activation times the sum of the two largest weights of
+    equal sign in one output. A kernel may add any two products of one output, so the function assumes the worst pair.
+    If the margin is at least 1, products never saturate.
     """
     import numpy as np
 
@@ -122,7 +123,7 @@ def _is_linear(node: ir.Node) -> bool:
 
 
 def _quantize_layer(model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]) -> None:
-    """Quantises a Gemm, or a MatMul together with the Add of its bias if that Add is its only reader."""
+    """Quantises a Gemm, or a MatMul together with the Add of its bias if only that Add reads the MatMul."""
     data, weight = node.inputs[0], node.inputs[1]
     array = array_of(weight)
     bias, last_node = (node.inputs[2] if len(node.inputs) > 2 else None), node
@@ -156,7 +157,7 @@ def build_fused_product(
 def build_standard_product(
     model: ir.Model, data: Any, name: str, array: np.ndarray, bias: ir.Value | None, *, largest: int = LARGEST
 ) -> list[ir.Node]:
-    """Builds standard operators, DynamicQuantizeLinear and MatMulInteger; implements `Product`.
+    """Builds an int8 product from the standard DynamicQuantizeLinear and MatMulInteger; implements `Product`.
 
     Layers that read the same value share one DynamicQuantizeLinear.
 
@@ -171,8 +172,8 @@ def build_standard_product(
 
     uint8, activation_scale, zero_point = run_time_codes(model, data, new_nodes)
     weight, weight_scale, _ = weight_codes(model, name, array, largest)
-    # ONNX makes the weight's zero point optional. But if ONNX Runtime makes the weights unsigned, releases up to 1.29
-    # abort without a zero point. Release 1.32 refuses a zero point that several nodes share.
+    # In ONNX, the zero point of the weight is optional. But ONNX Runtime up to 1.29 aborts without a zero point if it
+    # converts the weights to unsigned. ONNX Runtime 1.32 refuses a zero point that several nodes share.
     weight_zero_point = constant(model, f"{name}_zero", np.array(0, np.int8))
     integers = add("MatMulInteger", [uint8, weight, zero_point, weight_zero_point], "sum")
     cast = add("Cast", [integers], "cast", to=ir.DataType.FLOAT)

@@ -1,9 +1,12 @@
-"""Linear layers in int8: U8 activations with fixed scales from calibration × S8 weights with one scale per channel.
+"""Quantises linear layers to int8.
 
-All channels of an activation share one scale. If a few channels are far larger than the others, the others use almost
-none of the 256 steps. SmoothQuant (Xiao et al. 2022) divides each channel by a factor and multiplies the weights of
-that channel by the same factor. The paper folds the division into the preceding LayerNormalization. Here the division
-is a separate `Mul`, because the residual addition reads the same values, which must not change.
+Activations are U8 with fixed scales from calibration. Weights are S8 with one scale per channel.
+
+All channels of an activation share one scale. If a few channels hold far larger values than the others, the others use
+only a few of the 256 int8 codes. SmoothQuant (Xiao et al. 2022) divides each channel by a factor and multiplies the
+weights of that channel by the same factor. The SmoothQuant paper folds the division of the channels into the preceding
+LayerNormalization. This module divides with a separate `Mul` node, because the residual addition also reads the
+undivided output of the LayerNormalization.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from toolchain.passes import Context
 
 MAX_CODE = 255
-SMOOTHED = "/smoothed"  # suffix of a smoothed value's name
+SMOOTHED = "/smoothed"  # a value that SmoothQuant divides by factors gets a name with this suffix
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +45,10 @@ class Activation:
 
     @classmethod
     def from_range(cls, low: float, high: float, smooth: np.ndarray | None = None) -> Activation:
-        """Returns the quantisation whose codes cover `low` to `high` and 0: padding and pruned values stay 0."""
+        """Returns the quantisation whose codes cover `low` to `high`, and 0.
+
+        Quantisation then keeps zeros, such as padding and pruned values, exactly 0.
+        """
         import numpy as np
 
         low, high = min(low, 0.0), max(high, 0.0)
@@ -61,15 +67,15 @@ class Activation:
         return result
 
 
-Activations = Mapping[str, Activation]  # Name of a layer's input → its quantisation.
-# An `attention.Product` with one more argument, the first: the quantisation of the inputs of the layers.
+Activations = Mapping[str, Activation]  # Name of a layer's input → quantisation of this input.
+# A function like `attention.Product`, with an additional first argument: the quantisation of every layer's input.
 StaticProduct = Callable[[Activations, "ir.Model", Any, str, "np.ndarray", "ir.Value | None"], "list[ir.Node]"]
 
 
 def smooth(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
-    """Divides the inputs of layers by their `smooth` factors and multiplies the weights by them; counts the inputs.
+    """Divides layer inputs by the factors `smooth`, multiplies the layers' weights by `smooth`, and counts the inputs.
 
-    The division is a `Mul` by 1 / `smooth` before the layers. The rewrite is exact apart from rounding.
+    The division is a `Mul` by 1 / `smooth` before the layers. Apart from rounding, the layers' outputs do not change.
     """
     import onnx_ir as ir
 
@@ -99,7 +105,7 @@ def quantize_static(
     """Runs `quantize_linear` with the fixed scales of `context.activations`; counts the layers quantised.
 
     Args:
-        attend: Builds the replacement of an Attention; None builds one QAttention.
+        attend: Function that builds the replacement of an Attention node; with None, one QAttention replaces the node.
 
     Raises:
         GraphError: The input of a layer has no calibrated scale.
@@ -127,9 +133,9 @@ def _layers_by_input(model: ir.Model, context: Context) -> dict[str, list[ir.Nod
 
 
 def fixed_codes(activations: Activations, model: ir.Model, data: Any, new_nodes: list[ir.Node]) -> list[ir.Value]:
-    """Quantises `data` with its calibrated scale, with one node for all its readers.
+    """Quantises the value `data` with its calibrated scale; one QuantizeLinear node serves all readers of the value.
 
-    With `activations` bound, the function implements `int8.Codes`.
+    `functools.partial` with `activations` turns the function into an `int8.Codes`.
     """
     import numpy as np
     import onnx_ir as ir
@@ -176,8 +182,9 @@ def build_standard_static_product(
 ) -> list[ir.Node]:
     """Builds a MatMul of dequantised values (QDQ), which runtimes run in int8; implements `StaticProduct`.
 
-    The bias is a `Sub` of the negated bias, not an `Add`. With two-dimensional inputs, ONNX Runtime would turn MatMul
-    and Add into a Gemm. It would run that Gemm in fp32 and dequantise the weights at every inference.
+    A `Sub` of the negated bias adds the bias. With an `Add` and two-dimensional inputs, ONNX Runtime would fuse MatMul
+    and Add into a Gemm. ONNX Runtime runs a Gemm of dequantised values in fp32, and dequantises the weights at every
+    inference.
     """
     new_nodes: list[ir.Node] = []
     add = adder(name, new_nodes)

@@ -13,15 +13,17 @@ if TYPE_CHECKING:
 
 
 def residual_sum(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
-    """Turns the Add before a LayerNormalization into a Sub, or else into a Sum; counts the additions.
+    """Turns the Add before a LayerNormalization into a Sub if possible, else into a Sum; counts the rewritten nodes.
 
-    The pass rewrites an Add only if the graph computes both addends. For a Sub, the pass negates the weights of one
-    addend, which is exact. If neither addend has such weights, the pass uses a Sum.
+    The pass rewrites an Add only if neither addend is an initializer. To turn an Add into a Sub, the pass negates the
+    weights that compute one addend, which is exact. If the pass can negate the weights of neither addend, it uses a
+    Sum.
 
     With default options, ONNX Runtime fuses Add + LayerNormalization into SkipLayerNormalization when it loads a model.
-    It does so if it knows the shapes of both addends, for example in an app that fixes the dimensions. On the CPU
-    provider, the SkipLayerNormalization kernel is several times slower than the two kernels that it replaces. The
-    fusion does not match Sub and Sum. Sum runs on one thread; Sub runs on all threads, as Add does.
+    The fusion into SkipLayerNormalization requires known shapes of both addends, for example in an app that fixes the
+    dimensions. On the CPU provider, the SkipLayerNormalization kernel is several times slower than the two kernels that
+    it replaces. ONNX Runtime fuses neither Sub nor Sum with LayerNormalization. Sum runs on one thread; Sub runs on all
+    threads, as Add does.
     """
     count = 0
     for node in list(model.graph):
@@ -48,7 +50,7 @@ def residual_sum(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
 
 
 def _negatable_inputs(value: ir.Value) -> list[tuple[ir.Node, int]]:
-    """Returns the stored inputs (node, input index) whose negation negates only `value`; empty if there are none."""
+    """Returns initializers, as (node, input index), whose negation negates `value` and no other value; may be empty."""
     node = value.producer()
     if node is None or node.domain != "" or len(value.uses()) != 1 or value.is_graph_output():
         return []

@@ -1,6 +1,7 @@
 """Structured pruning: removes the least important heads and FFN neurons, then refits the remaining weights.
 
-`prune` runs the parts in this order: importance (and depth) → selection → removal and fit.
+In order, `prune` chooses layers to remove, measures the importance of units, selects the units to keep, removes the
+other units, and refits the weights.
 """
 
 from __future__ import annotations
@@ -37,13 +38,14 @@ def prune(
         setup: The model to prune, with its training sentences.
         ratio: Minimum share of the encoder's linear parameters to remove.
         method: Importance measure, ``fisher`` or ``magnitude``.
-        price: Cost of a layer's attention or feed-forward part by its number of heads or neurons. The selection weighs
-            importance against this cost.
-        progress: Called with the number of finished layers.
-        layers: Number of layers to keep; the others are removed before the selection. None removes no layer.
+        price: Function that returns the cost of a layer's attention or feed-forward part for a number of heads or
+            neurons. Pruning removes the units with the least importance lost per cost saved.
+        progress: Progress callback; receives the number of finished layers.
+        layers: Number of layers to keep; None keeps all layers. Pruning removes entire layers before it selects single
+            heads and neurons.
 
     Raises:
-        PruningError: The model cannot lose this share of its parameters, or does not have this many layers.
+        PruningError: The encoder cannot lose the share `ratio` of its parameters, or cannot keep `layers` layers.
         DataError: A gradient is not finite.
     """
     empty_layers = setup.dispensable_layers(layers) if layers is not None else []
@@ -54,10 +56,10 @@ def prune(
 
 
 def mask(model: PreTrainedModel, ratio: float) -> PreTrainedModel:
-    """Returns a copy with the weakest rows (L2 norm) of every linear encoder layer set to zero, a share of `ratio`.
+    """Returns a copy of the model with a share `ratio` of the rows of every linear encoder layer set to zero.
 
-    Biases stay unchanged. The function applies `torch.nn.utils.prune.ln_structured` permanently. The model gets neither
-    smaller nor faster.
+    The function chooses the rows with the smallest L2 norm; biases stay unchanged. The function applies
+    `torch.nn.utils.prune.ln_structured` permanently. The copy is neither smaller nor faster than the model.
     """
     from torch.nn.utils import prune as masks
 
@@ -80,21 +82,23 @@ def largest_ratio(
 ) -> tuple[float, list[tuple[float, float]]]:
     """Finds the largest ratio of `SEARCH_RATIOS` whose accuracy drop on the held-out rows is at most `max_drop` points.
 
-    The search is a bisection: it assumes that a larger ratio is never more accurate. It does not train.
+    The search is a bisection: it assumes that a larger ratio is never more accurate. The search does not train
+    the pruned models.
 
     Args:
         setup: The model to prune, with its training sentences.
-        method: As in `prune`.
-        price: As in `prune`.
+        method: Importance measure, as in `prune`.
+        price: Cost function, as in `prune`.
         max_drop: Largest allowed accuracy drop, in percentage points.
-        progress: Called with the number of measured ratios, the largest possible number and a text.
-        layers: As in `prune`.
+        progress: Progress callback; receives the number of measured ratios, the most ratios that the search can
+            measure, and a text.
+        layers: Number of layers to keep, as in `prune`.
 
     Returns:
-        The ratio, and every measured ratio with its drop, in ascending order of ratio.
+        The largest ratio found, and all measured ratios with their accuracy drops, in ascending order of ratio.
 
     Raises:
-        PruningError: Every ratio has a larger accuracy drop.
+        PruningError: The accuracy drop of every ratio exceeds `max_drop`.
     """
     dense_accuracy = accuracy(setup.model, setup.held_out)
     drops: dict[float, float] = {}
@@ -107,7 +111,7 @@ def largest_ratio(
         try:
             model = prune(setup, ratio, method, price, lambda layer: None, layers)
         except PruningError:
-            high = middle  # the model cannot lose this share
+            high = middle  # the encoder cannot lose this share of its parameters
             continue
         drops[ratio] = 100 * (dense_accuracy - accuracy(model, setup.held_out))
         low, high = (middle, high) if drops[ratio] <= max_drop else (low, middle)

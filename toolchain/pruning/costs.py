@@ -22,7 +22,7 @@ from toolchain.system.decoding import decode, strict
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TOKENS = 25  # average length of a sentence of the validation set
+TOKENS = 25  # average number of tokens in a sentence of the validation set
 ROUNDS, RUNS = 16, 30
 PAUSE_S = 0.05  # after a run, ONNX Runtime's threads spin for about 20 ms on cores that the next session needs
 SCHEMA = 2
@@ -53,7 +53,7 @@ class EncoderSizes:
 
         Args:
             kind: ``heads`` or ``neurons``.
-            count: Number of heads or neurons. With 0, the part has no parameters.
+            count: Number of heads or neurons; 0 units have 0 parameters.
         """
         per_unit = self.head * (4 * self.width + 3) if kind == "heads" else 2 * self.width + 1
         return count * per_unit + (self.width if count else 0)
@@ -67,7 +67,7 @@ class EncoderSizes:
     def multiply_accumulates(self) -> int:
         """Returns the encoder's multiply-accumulates for one sentence of `TOKENS` tokens.
 
-        The number covers the linear layers and the two matrix products of attention.
+        The encoder's multiply-accumulates are those of the linear layers and of the two matrix products of attention.
         """
         linear = sum(s.heads * 4 * self.width * self.head + s.ffn * 2 * self.width for s in self.shapes)
         return TOKENS * linear + sum(s.heads * 2 * TOKENS**2 * self.head for s in self.shapes)
@@ -78,7 +78,7 @@ class LatencyTable:
     """Latency of the int8 model in ONNX Runtime for one sentence at batch 1, in milliseconds.
 
     Attributes:
-        base_ms: Time of the parts that pruning does not change.
+        base_ms: Time of the parts of the model that pruning does not change.
         heads_ms: Time that one layer adds, by its number of heads.
         neurons_ms: Time that one layer adds, by its number of FFN neurons.
     """
@@ -103,7 +103,7 @@ class LatencyTable:
         return float(np.interp(count, counts, [table[n] for n in counts]))
 
     def sentence_ms(self, shapes: Sequence[LayerShape]) -> float:
-        """Returns the predicted milliseconds per sentence of a model with these layers."""
+        """Returns the predicted milliseconds per sentence of a model with these layer shapes."""
         layers = sum(self.price("heads", shape.heads) + self.price("neurons", shape.ffn) for shape in shapes)
         return self.base_ms + layers
 
@@ -111,14 +111,14 @@ class LatencyTable:
 def latency_table(model: PreTrainedModel, folder: Path, progress: Callable[[int, int, str], None]) -> LatencyTable:
     """Returns the model's latency table for this machine; reads it from `folder`, or measures it and writes it there.
 
-    The measurement uses models with random weights and the same widths. In each model, all layers have the same shape.
-    The models go through the usual export and int8 quantisation. In each round, they run the same sentence in random
-    order.
+    The measurement uses models with random weights and the widths of `model`. All layers of one measured
+    model have the same shape. The measured models go through the usual export and int8 quantisation. In each round, all
+    measured models run the same sentence, one model after the other in random order.
 
     Args:
         model: The unpruned model.
-        folder: Folder of the stored tables.
-        progress: Called with the number of finished parts, their total and a text.
+        folder: Folder of the stored latency tables.
+        progress: Progress callback; receives the number of finished parts, the number of all parts, and a text.
 
     Raises:
         PruningError: The stored table cannot be read, or belongs to another machine, model or runtime.
@@ -177,7 +177,10 @@ class _StoredTable:
 
 
 def _measure(model: PreTrainedModel, encoder: EncoderSizes, progress: Callable[[int, int, str], None]) -> LatencyTable:
-    """Measures a median time for each count; its cost is the time beyond that of count 0, divided by the layers."""
+    """Measures the median time of a model for several numbers of heads and of neurons per layer.
+
+    The cost of n units in one layer is (time with n units per layer − time with 0 units) / number of layers.
+    """
     heads, neurons, layers = encoder.shapes[0].heads, encoder.shapes[0].ffn, len(encoder.shapes)
     head_counts = sorted({0, 1, heads, *(round(heads * share) for share in (0.25, 0.5, 0.75))})
     neuron_counts = sorted(
@@ -206,7 +209,7 @@ def _measure(model: PreTrainedModel, encoder: EncoderSizes, progress: Callable[[
 
 
 def _open_session(model: PreTrainedModel, shapes: Sequence[LayerShape], folder: Path) -> Any:
-    """Returns an int8 session of a random model of these shapes, and its input names."""
+    """Returns an int8 session of a model with random weights and these layer shapes, and the model's input names."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 

@@ -1,4 +1,4 @@
-"""Choice of the encoder layers to remove, by the loss of the model without them."""
+"""Chooses the encoder layers to remove, by the loss of the model without these layers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SENTENCES = 512
 def dispensable_layers(model: PreTrainedModel, layers: int, batches: Sequence[Batch]) -> list[int]:
     """Returns the indices of the layers to remove so that `layers` layers remain, in ascending order.
 
-    The function repeatedly removes the layer whose absence raises the loss on `batches` least. It does not refit the
-    remaining weights. The first layer always stays. Importances of single layers cannot be added: the model can lose
-    any one of its last layers, but not all of them together.
+    The function repeatedly removes the layer whose absence raises the loss on `batches` least. The function does not
+    refit the remaining weights. The first layer always stays. The importances of single layers do not add up: a model
+    can lose any one of its last layers, but not all of them.
 
     Args:
         model: The unpruned model.

@@ -21,15 +21,15 @@ class Importance:
     """Importance of one layer's heads or neurons.
 
     Attributes:
-        moment: Matrix [units, units]. Its sum over the rows and columns of a set of units is the importance of the
-            set. The diagonal holds the importance of each single unit.
+        moment: Matrix [units, units]. The joint importance of a set of units is the sum of the entries whose row and
+            column belong to the set. The diagonal holds the importance of each single unit.
     """
 
     moment: torch.Tensor
 
     @property
     def unit_costs(self) -> torch.Tensor:
-        """Returns the importance of each single unit, [units]."""
+        """Returns the importance of each single unit, a tensor of shape [units]."""
         return self.moment.diagonal()
 
 
@@ -44,10 +44,10 @@ class LayerImportance:
 def fisher(model: PreTrainedModel, batches: Sequence[Batch]) -> list[LayerImportance]:
     """Returns the empirical Fisher information of a gate on the output of every head and every neuron.
 
-    A gate is a factor of 1 on a unit. The gates multiply the input of the last linear layer in a layer's attention or
-    feed-forward part. Each of these parts gets one matrix [units, units]. Each sentence has its own gates, so one
-    backward pass gives the gradient of every sentence. The method is that of Kwon et al. 2022, "A Fast Post-Training
-    Pruning Framework for Transformers".
+    A gate is a factor with the value 1 that multiplies the output of a unit. The gates multiply the input of the last
+    linear layer in a layer's attention or feed-forward part. Each layer gets one matrix [heads, heads] and one matrix
+    [neurons, neurons]. Each sentence has its own gates, so one backward pass gives the gradient of every sentence. The
+    method is that of Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers".
 
     Returns:
         One `LayerImportance` for each layer, first to last.
@@ -113,7 +113,7 @@ def fisher(model: PreTrainedModel, batches: Sequence[Batch]) -> list[LayerImport
 def magnitude(model: PreTrainedModel) -> list[LayerImportance]:
     """Returns the squared L2 norm of the weights of each head and each neuron.
 
-    The matrices are diagonal, since norms do not measure how two units interact.
+    The importance matrices are diagonal, since norms do not measure how two units interact.
     """
     import torch
 

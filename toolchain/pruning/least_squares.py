@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-# Ridge penalty, as a share of the Gram matrix's mean diagonal. It keeps the weights nearly unchanged in directions that
-# the sentences rarely use.
+# Ridge penalty, as a share of the Gram matrix's mean diagonal. The penalty keeps the weights nearly unchanged in
+# directions that the inputs rarely use.
 RIDGE = 1e-2
 
 
@@ -26,28 +26,30 @@ def cut_and_fit(
     batches: Sequence[Batch],
     progress: Callable[[int], None],
 ) -> None:
-    """Removes all units of `model` that are not in `kept_units`, layer by layer, and refits each sub-block.
+    """Removes the units of `model` that are not in `kept_units`, and refits the remaining weights, layer by layer.
 
-    Both models run side by side. Ridge regression on the remaining inputs refits the last linear layer of attention and
-    of the feed-forward part. The target is the dense model's sum of residual and output, before the LayerNorm. The
-    fitted sum contains the residual of the pruned model. The solution is added to the weights and the bias. This
-    follows the mask tuning of Kwon et al. 2022, with a matrix in place of the mask.
+    The function runs the dense and the pruned model side by side. Ridge regression on the remaining inputs refits the
+    last linear layer of attention and of the feed-forward part. The target of the regression is the dense model's sum
+    of residual and output, which is the input of a LayerNorm. The regression fits the same sum in the pruned model,
+    with the pruned model's own residual. The function adds the solution of the regression to the weights and the bias
+    of the linear layer. The method follows the mask tuning of Kwon et al. 2022, with a matrix in place of the mask.
 
-    When a sub-block keeps no unit, its LayerNorm is removed. The preceding LayerNorm is refitted, channel by channel,
-    to match the output that the removed LayerNorm has in the dense model.
+    If an attention or feed-forward part keeps no unit, the function removes its LayerNorm. The function then refits the
+    preceding LayerNorm, channel by channel, to the output of the removed LayerNorm in the dense model.
 
     Args:
         dense: The unpruned model.
         model: A copy of the unpruned model, changed in place.
         kept_units: The heads and neurons to keep, one entry for each layer.
         batches: The sentences for the fit.
-        progress: Called with the number of finished layers.
+        progress: Progress callback; receives the number of finished layers.
     """
     layout = layout_of(dense)
     dense_states, arguments = _record_layer_inputs(dense, batches)
     states = dense_states
     norms = (layout.attention_norm, layout.output_norm)
-    # The last LayerNorm that remains. It is set before its first use, because the first layer keeps a head.
+    # The last LayerNorm that stayed in `model` so far. The first layer keeps a head, so the loop sets `last_norm`
+    # before it reads `last_norm`.
     last_norm: Any = None
     for index in range(len(kept_units)):
         original, layer = layers_of(dense)[index], layers_of(model)[index]
@@ -56,7 +58,7 @@ def cut_and_fit(
         parts = zip(
             (layout.output, layout.down), norms, (kept_units[index].heads, kept_units[index].neurons), strict=True
         )
-        at_layer_input = True  # `last_norm` produces the layer's input, so its refit also changes `states`
+        at_layer_input = True  # while true, a refit of `last_norm` changes `states`, the layer's input
         for path, norm, units in parts:
             if units:
                 _fit_linear(layer, path, norm, states, arguments, targets[norm])
@@ -76,7 +78,10 @@ Arguments = list[tuple[tuple[Any, ...], dict[str, Any], "torch.Tensor"]]
 
 
 def _record_layer_inputs(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[States, Arguments]:
-    """Returns the first layer's input states [batch, sequence, width], and its other arguments with token masks."""
+    """Returns, for each batch, the first layer's input states [batch, sequence, width] and the layer's other arguments.
+
+    The other arguments end with the token mask of the batch.
+    """
     import torch
 
     states: States = []
@@ -158,10 +163,10 @@ def _apply(module: nn.Module, values: States) -> States:
 
 
 def _refit_norm(norm: Any, outputs: States, targets: States) -> tuple[torch.Tensor, torch.Tensor]:
-    """Refits scale and shift of `norm` by least squares, channel by channel, and returns the changes.
+    """Refits the LayerNorm `norm` by least squares, channel by channel; returns a scale and a shift for each channel.
 
-    `outputs` [tokens, width] are the outputs of `norm` before the fit. `targets` are the outputs to approach. The
-    new outputs are the old outputs times the first change, plus the second change.
+    `outputs` [tokens, width] are the outputs of `norm` before the fit. `targets` [tokens, width] are the outputs that
+    the fit approaches. After the fit, the outputs of `norm` are its old outputs × scale + shift.
     """
     import torch
 
@@ -177,7 +182,7 @@ def _refit_norm(norm: Any, outputs: States, targets: States) -> tuple[torch.Tens
 
 
 def _fit_linear(layer: nn.Module, path: str, norm: str, states: States, arguments: Arguments, targets: States) -> None:
-    """Changes the linear layer at `path` by ridge regression so that the sum before `norm` approaches `targets`."""
+    """Refits the linear layer at `path` by ridge regression, so that the input of `norm` approaches `targets`."""
     import torch
 
     module: Any = layer.get_submodule(path)
@@ -191,7 +196,7 @@ def _fit_linear(layer: nn.Module, path: str, norm: str, states: States, argument
         gram += (inputs.T @ inputs).double()
         moment += (inputs.T @ (target - inputs_by_path[norm][number])).double()
     ridge = torch.full((width + 1,), RIDGE * float(gram.diagonal()[:-1].mean()), dtype=torch.float64)
-    ridge[-1] = 0  # no penalty on the bias
+    ridge[-1] = 0  # the bias has no penalty
     correction = torch.linalg.solve(gram + torch.diag(ridge), moment).float()
     with torch.no_grad():
         module.bias += correction[-1]

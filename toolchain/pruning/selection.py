@@ -1,4 +1,4 @@
-"""Selection of heads and FFN neurons to remove, over all layers at once: least importance lost per cost saved."""
+"""Selects the heads and FFN neurons to remove, over all layers at once, by the importance lost per cost saved."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ Price = Callable[[str, int], float]
 
 @dataclass(frozen=True)
 class _Group:
-    """One layer's heads or neurons, least important first, with the numbers of them that the layer may keep."""
+    """One layer's heads or neurons, least important first, with the numbers of units that the layer may keep."""
 
     layer: int
     kind: str
     order: list[int]
-    counts: list[int]  # Descending from all units to 0, or to 1 for the first layer's heads.
-    losses: list[float]  # Importance lost at each count.
+    # Possible numbers of units to keep, in descending order: from all units to 0, or to 1 for the first layer's heads.
+    counts: list[int]
+    losses: list[float]  # Importance that the layer loses with each number in `counts`.
 
 
 @dataclass(frozen=True)
 class _Reduction:
-    """Reduction of a group from one count to a lower count, along the group's lower convex hull; see `select`."""
+    """Reduction of a group to a lower number of units: one segment of its lower convex hull; see `select`."""
 
     group: int
     count: int
@@ -54,27 +55,28 @@ def select(
 ) -> list[KeptUnits]:
     """Selects the units that every layer keeps, with the least importance lost.
 
-    A group is one layer's heads, or one layer's neurons in blocks. Each group has a curve: importance lost over price
+    A group is one layer's heads, or one layer's neurons in blocks. Each group has a curve: importance lost over cost
     saved. The segments of the curve's lower convex hull are the group's reductions. The function applies the
-    reductions of all groups in ascending order of importance lost per price saved, until it reaches `ratio`. This is
-    the Lagrangian solution of the knapsack problem.
+    reductions of all groups in ascending order of importance lost per cost saved, until it reaches `ratio`. This greedy
+    order is the Lagrangian solution of the knapsack problem.
 
     Then `rearrange` selects the same number of units in each group again, and takes interactions of pairs into account.
     The first layer keeps at least one head, for two reasons. Without any head, the model cannot combine the tokens of a
-    sentence. And no earlier layer has a LayerNorm that could replace the first layer's.
+    sentence. The fit also replaces a removed LayerNorm by the preceding one, and no LayerNorm of the encoder precedes
+    the first layer.
 
     Args:
-        importances: One entry for each layer.
+        importances: The importances of each layer's heads and neurons, first layer to last.
         ratio: Minimum share of the encoder's linear parameters to remove.
         encoder: Sizes of the unpruned encoder.
-        price: Cost of a group by its kind, ``heads`` or ``neurons``, and its number of units.
+        price: Function that returns the cost of a group by its kind, ``heads`` or ``neurons``, and its number of units.
         empty_layers: Indices of layers that keep no unit.
 
     Returns:
-        One entry for each layer.
+        The units that each layer keeps, first layer to last.
 
     Raises:
-        PruningError: The encoder cannot lose this share of its parameters.
+        PruningError: The encoder cannot lose the share `ratio` of its parameters.
     """
     groups = _build_groups(importances)
     counts = _choose_counts(groups, ratio * encoder.parameters, encoder, price, empty_layers)
@@ -102,7 +104,7 @@ def _build_groups(importances: Sequence[LayerImportance]) -> list[_Group]:
             least_count = 1 if (layer, kind) == (0, "heads") else 0
             counts = sorted({total, *range(least_count, total, block)}, reverse=True)
             sums = [0.0, *unit_costs[order].cumsum(0).tolist()]
-            # If a group loses all units, it also loses their joint importance.
+            # A group that loses all units loses at least their joint importance.
             sums[-1] = max(sums[-1], float(units.moment.sum()))
             groups.append(_Group(layer, kind, order, counts, [sums[total - count] for count in counts]))
     return groups
@@ -111,7 +113,7 @@ def _build_groups(importances: Sequence[LayerImportance]) -> list[_Group]:
 def _choose_counts(
     groups: Sequence[_Group], target: float, encoder: EncoderSizes, price: Price, empty_layers: Collection[int]
 ) -> list[int] | None:
-    """Returns each group's count, 0 in `empty_layers`; None if the groups cannot lose `target` parameters."""
+    """Returns how many units each group keeps, 0 in `empty_layers`; None if no choice removes `target` parameters."""
     reductions = sorted(
         (
             reduction
@@ -137,7 +139,7 @@ def _choose_counts(
 
 
 def _hull_reductions(index: int, group: _Group, price: Price) -> list[_Reduction]:
-    """Returns the reductions along the lower convex hull, in ascending order of importance lost per price saved."""
+    """Returns the reductions along a group's lower convex hull, by importance lost per cost saved, smallest first."""
     points = [
         (price(group.kind, group.counts[0]) - price(group.kind, count), loss, count)
         for count, loss in zip(group.counts, group.losses, strict=True)
@@ -145,7 +147,7 @@ def _hull_reductions(index: int, group: _Group, price: Price) -> list[_Reduction
     hull: list[tuple[float, float, int]] = []
     for saving, loss, count in points:
         if hull and saving <= hull[-1][0]:
-            continue  # a larger count saves as much: with fewer units, measured prices need not be lower
+            continue  # a larger number of units costs no more, which can happen with measured costs
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) > _slope(hull[-1], (saving, loss)):
             hull.pop()
         hull.append((saving, loss, count))
@@ -159,12 +161,13 @@ def _slope(start: tuple[float, ...], end: tuple[float, ...]) -> float:
 def rearrange(importance: Importance, kept: Sequence[int]) -> tuple[int, ...]:
     """Selects as many units as `kept` has, so that the removed units have the least joint importance.
 
-    Each round swaps the removed and the kept unit whose swap lowers the joint importance most. The function stops when
-    no swap lowers this importance, or after `MOST_SWAPS` rounds. This is the mask rearrangement of Kwon et al. 2022.
+    Each round swaps one removed unit with one kept unit, and chooses the swap that lowers the joint importance most.
+    The function stops when no swap lowers the joint importance, or after `MOST_SWAPS` rounds. The method is the mask
+    rearrangement of Kwon et al. 2022.
 
     Args:
-        importance: Importance of the group's units.
-        kept: Indices of the units to start from.
+        importance: Importance of one layer's heads or neurons.
+        kept: Indices of the units that are kept before the first swap.
 
     Returns:
         Indices of the selected units, in ascending order.

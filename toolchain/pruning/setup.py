@@ -27,19 +27,19 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class PruningSetup:
-    """Inputs of pruning, with cached results. All ratios that one process tries share these results.
+    """Inputs of pruning, with cached results. All pruning ratios that one process tries share the cached results.
 
     Use the function `shared_setup` to get the shared instance.
 
     Attributes:
         folder: Folder of the unpruned model.
-        artifact_id: Id of that model's artifact.
+        artifact_id: Id of the unpruned model's artifact.
         names: Names of the model's inputs.
         labels: Names of the model's labels, in order.
         max_length: Largest number of tokens of a sentence.
         source: Training data.
         sentences: Largest number of training sentences that rank the units and fit the weights.
-        seed: Random seed that chooses these sentences.
+        seed: Random seed for the choice of the training sentences.
     """
 
     folder: Path
@@ -60,7 +60,8 @@ class PruningSetup:
         """
         if (self.folder / architectures.SHAPES).is_file():
             raise PruningError(
-                f"The model in {self.folder} is already pruned.", "Prune its unpruned parent at a higher ratio."
+                f"The model in {self.folder} is already pruned.",
+                "Prune the unpruned parent of this model at a higher ratio.",
             )
         model = load_model(self.folder)
         architectures.layout_of(model)

@@ -1,1 +1,1 @@
-"""Quantisation: activation scales from data, and the sensitivity of each layer."""
+"""Chooses activation scales from data, and measures how sensitive each layer is to quantisation."""

@@ -1,10 +1,11 @@
-"""Calibration: chooses the fixed quantisation of the linear layers' inputs from training sentences.
+"""Calibration chooses the fixed quantisation of the linear layers' inputs from training sentences.
 
-The range of an input covers all its values on these sentences. On the reference model, percentile ranges and the range
-of least squared error did not reduce the error of the outputs on held-out rows.
+The range of an input covers all its values on the training sentences. On the reference model, percentile ranges and the
+range of least squared error did not reduce the error of the outputs on held-out rows.
 
-Calibration smooths the channels of an input (SmoothQuant) if the error of the layer's product is large. It chooses the
-migration strength with the least error. For other inputs, smoothing would cost a `Mul` for little gain.
+Calibration smooths the channels of an input (SmoothQuant) if the error of the layer's product is large. Calibration
+chooses the SmoothQuant migration strength with the least error. If the error of the product is small, smoothing would
+cost a `Mul` for little gain.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 SENTENCES = 300
-TOKENS = 4  # Evenly spaced tokens of each sentence, on which calibration measures the error of the products.
-STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # SmoothQuant's α: the share of the difficulty that moves to the weights.
-# Calibration smooths an input only if the noise of its product (see `_noise`) is at least this large. On the reference
-# model, this limit selects the ten inputs whose quantisation alone changes the outputs most. Smoothing all 25 inputs
-# costs twice as much and hardly reduces that change further.
+TOKENS = 4  # Calibration measures the error of the products on this number of evenly spaced tokens of each sentence.
+# Values of SmoothQuant's α: the share of the quantisation difficulty that moves from the activations to the weights.
+STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+# Calibration smooths an input only if `_noise` of its product is at least `NOISE`. On the reference model, `NOISE`
+# selects the ten inputs whose quantisation alone changes the outputs most. Smoothing all 25 inputs costs twice as much,
+# and hardly reduces the change of the outputs further.
 NOISE = 4e-3
 
 
@@ -52,21 +54,21 @@ class ValueStatistics:
 def calibrate(artifact: Artifact, train: TrainingSource, smooth: bool = True) -> dict[str, Activation]:
     """Chooses the quantisation of each linear layer's input in an fp32 graph.
 
-    Calibration runs on `SENTENCES` training rows, none of them held out. The rows have sentence length if the data has
-    enough such rows.
+    Calibration runs on `SENTENCES` training rows, none of them held out. Calibration skips rows with only a few words
+    if the data has enough longer rows.
 
     Args:
-        smooth: Whether calibration may smooth inputs with a large error. The pass `smooth` must then run before
-            quantisation.
+        smooth: Whether calibration may smooth inputs with a large error. Smoothed inputs need the pass `smooth` before
+            the quantisation pass.
 
     Returns:
-        The quantisation by the name of the layers' input.
+        The quantisation of each input, by the name of the input.
 
     Raises:
         DataError: The training data does not fit the model.
     """
     graph = read(artifact.onnx_path)
-    # If several values share a weight, smoothing would need a copy of the weight for each value.
+    # If several inputs share one weight, smoothing would need a copy of the weight for each input.
     weights, shared = weights_of(graph), inputs_with_shared_weights(graph)
     statistics = _collect_statistics(artifact, list(weights), train)
     return {
@@ -121,8 +123,8 @@ def smoothing_factors(largest: np.ndarray, weights: np.ndarray, strength: float)
 def _noise(activation: Activation, tokens: np.ndarray, weight: np.ndarray) -> float:
     """Returns the mean, over the outputs of the quantised product, of squared error divided by variance.
 
-    In the error of the entire product, one far larger output would hide the small outputs. But the next
-    LayerNormalization enlarges the small outputs again.
+    Without the division by variance, one far larger output would hide the errors of the small outputs. Errors
+    of small outputs matter, because the next LayerNormalization enlarges small outputs again.
     """
     import numpy as np
 

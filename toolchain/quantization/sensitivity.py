@@ -28,7 +28,8 @@ from toolchain.system import hardware
 if TYPE_CHECKING:
     import numpy as np
 
-# Number of rows for the ranking. The number of layers to keep in fp32 is chosen on all held-out rows.
+# Number of held-out rows for the ranking of the layers. The number of layers to keep in fp32 is chosen on all held-out
+# rows.
 SENTENCES = 300
 
 
@@ -113,7 +114,7 @@ class SensitivitySetup:
 
 
 def rank(setup: SensitivitySetup, progress: Progress) -> list[Layer]:
-    """Measures every linear layer and returns them by divergence, largest first.
+    """Measures the sensitivity of every linear layer and returns the layers by divergence, largest first.
 
     Raises:
         GraphError: The graph has no linear layer.
@@ -154,13 +155,13 @@ def fewest_fp32_layers(
         max_drop: Largest allowed accuracy drop on the held-out rows, in percentage points.
 
     Returns:
-        The number of layers, and each number tried with its accuracy drop.
+        The number of layers to keep in fp32, and each number tried with its accuracy drop.
     """
     names = [layer.name for layer in rank(setup, progress)]
     with setup.session(names) as session:
         fp32_accuracy = _accuracy(setup, session)
     drops: dict[int, float] = {}
-    low, high = -1, len(names)  # with all layers kept, the graph is the fp32 graph
+    low, high = -1, len(names)  # if all layers stay fp32, there is no accuracy drop
     while high - low > 1:
         middle = (low + high) // 2
         progress(len(drops), len(names).bit_length() + 1, f"{middle} layers in fp32")

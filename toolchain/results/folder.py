@@ -53,18 +53,20 @@ class ResultsFolder:
             raise ResultFileError.unwritable(path, error) from error
 
     def read_newest(self, model: str, say: Say) -> ResultFile:
-        """Returns the newest run of the model.
+        """Returns the newest run that measured the model.
 
         Raises:
             BenchError: No run measured the model.
         """
         runs = [run for run in self._read_all(say) if any(row.model == model for row in run.rows)]
         if not runs:
-            raise BenchError(f"There is no result of {model} in {self.path}.", "Measure it with `toolchain bench`.")
+            raise BenchError(
+                f"There is no result of {model} in {self.path}.", f"Measure {model} with `toolchain bench`."
+            )
         return max(runs, key=lambda run: run.created)
 
     def measurements_of(self, ids: Collection[str], say: Say) -> dict[str, tuple[ResultFile, Measurement]]:
-        """Returns, for each id of a measured artifact, the newest run that measured the artifact, and its row."""
+        """Returns, for each id of a measured artifact, the newest run with this artifact, and the artifact's row."""
         newest: dict[str, tuple[ResultFile, Measurement]] = {}
         for run in sorted(self._read_all(say), key=lambda run: run.created):
             for row in run.rows:
@@ -77,7 +79,7 @@ class ResultsFolder:
             try:
                 yield ResultFile.read(path)
             except ResultFileError as error:
-                say(f"ignored: {error}")  # not an error, because the file may belong to another model
+                say(f"ignored: {error}")  # an unreadable file is no error, because it may belong to another model
 
 
 DEFAULT_FOLDER = ResultsFolder()
@@ -94,7 +96,7 @@ def require_free(path: Path) -> None:
 
 
 def _name_taken(path: Path) -> ResultFileError:
-    return ResultFileError(f"{path} exists.", "Choose another name with --save-as, or replace it with --force.")
+    return ResultFileError(f"{path} exists.", "Choose another name with --save-as, or replace the file with --force.")
 
 
 def save_named(result: ResultFile, path: Path, *, force: bool) -> None:
@@ -117,19 +119,19 @@ def read_old_run(path: Path, new_runs: Sequence[ResultFile]) -> ResultFile:
         new_runs: The new runs.
 
     Raises:
-        BenchError: The old run is one of the new runs, so the check could never fail.
+        BenchError: The old run is one of the new runs, so the regression check could never fail.
     """
     old = ResultFile.read(path)
     if any(run.run.get("id") == old.run.get("id") and run.created == old.created for run in new_runs):
         raise BenchError(
             f"{path} is the new run itself, so there is no older run to compare with.",
-            "Name the newer result file: `toolchain compare NEW --against OLD`.",
+            "Name the newer result file first, as in `toolchain compare NEW --against OLD`.",
         )
     return old
 
 
 def require_measured(*results: ResultFile) -> None:
-    """Requires that the runs measured a cell, and that no planned cell failed.
+    """Requires that the runs measured at least one cell, and that no planned cell failed.
 
     Raises:
         BenchError: A planned cell failed, or no cell was measured.

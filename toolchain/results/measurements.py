@@ -1,4 +1,4 @@
-"""Measurements: raw samples, and the rows that summarise them."""
+"""Defines measurements: raw samples, and the rows that summarise the samples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 MAX_SAMPLES = 2000
 STATUSES = ("ok", "failed", "unavailable", "reported")
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
-# Figure (quantiles in milliseconds) → the samples from which it is computed.
+# Name of a figure (quantiles in milliseconds) → name of the samples from which the figure is computed.
 QUANTILES_OF = {
     "latency_ms": "latency",
     "with_tokenizing_ms": "with_tokenizing",
@@ -20,7 +20,7 @@ QUANTILES_OF = {
 }
 SAMPLES = (*QUANTILES_OF.values(), "batches")
 FIGURES = ("throughput_per_s", "memory_bytes", "size_bytes", "facts", "noise")
-PROBABILITY = 10_000  # the stored integer for a probability of 1
+PROBABILITY = 10_000  # a result file stores a probability of 1 as this integer
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Samples:
     Attributes:
         rounds: Times in whole microseconds, by round. If there are too many times to store, each round holds the same
             share of its times.
-        sentences: Number of sentences of each time in `rounds`.
+        sentences: Number of sentences that each time in `rounds` covers.
         count: Number of measured times, stored or not.
     """
 
@@ -42,13 +42,13 @@ class Samples:
     def from_rounds(cls, rounds: list[list[int]], sentences: list[list[int]]) -> Samples:
         """Returns the samples of the rounds, at most `MAX_SAMPLES` in all.
 
-        If there are more times, a random choice keeps the same share of every round. The seed depends only on the
-        number of times. A choice of every n-th time would be biased: it would keep the same sentences in every
-        repetition and lose the others.
+        If there are more than `MAX_SAMPLES` times, a random choice keeps the same share of every round. The random seed
+        depends only on the number of times. A choice of every n-th time would be biased: it would keep the same
+        sentences in every repetition and lose the others.
 
         Args:
             rounds: Times in whole microseconds, by round.
-            sentences: Number of sentences of each time, by round.
+            sentences: Number of sentences that each time covers, by round.
         """
         count = sum(map(len, rounds))
         limit = min(count, MAX_SAMPLES)
@@ -66,7 +66,7 @@ class Samples:
 
     @classmethod
     def from_single(cls, rounds: list[list[int]]) -> Samples:
-        """Returns the samples of times that belong to one sentence each; see `from_rounds`."""
+        """Returns the samples of times that each cover one sentence; see `from_rounds`."""
         return cls.from_rounds(rounds, [[1] * len(row) for row in rounds])
 
     def medians(self) -> list[float]:
@@ -82,7 +82,7 @@ class Samples:
         return [value for row in self.rounds for value in row]
 
     def milliseconds(self) -> dict[str, float]:
-        """Returns quantiles, with linear interpolation, and the mean, in milliseconds."""
+        """Returns the quantiles and the mean of the times, in milliseconds; interpolates quantiles linearly."""
         ordered = sorted(self.values())
         figures = {name: _quantile(ordered, q) / 1000 for name, q in QUANTILES.items()}
         figures["mean"] = sum(ordered) / len(ordered) / 1000
@@ -122,26 +122,26 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One row: the measurement of a variant on a provider, or the reason why there is none.
+    """One row of a result file: the measurement of a variant on a provider, or the reason why there is none.
 
-    A row with the status ``reported`` has no samples. Its `latency_ms` and `throughput_per_s` are figures that somebody
-    else published.
+    A row with the status ``reported`` has no samples. In a ``reported`` row, `latency_ms` and `throughput_per_s` are
+    figures that somebody else published.
 
     Attributes:
         status: One of `STATUSES`.
         reason: Why there is no measurement; empty for a measured row.
         mend: Hint that tells the user how to get a measurement; may be empty.
         latency: Times of the scenario ``single-stream``: batch 1, each sentence at its own length.
-        with_tokenizing: The same times including tokenisation.
+        with_tokenizing: Times of the scenario ``single-stream`` with tokenisation included.
         batches: Times of the scenario ``offline``: batches of sentences, sorted by length.
-        resident: Times at batch 1 on a GPU, without the copies to and from it.
+        resident: Times at batch 1 on a GPU, without the copies to and from the GPU.
         cold_start: Times from the start of a process to its first result.
         load: Times to load a session from its files.
         by_length: Number of tokens → times at batch 1 with a sentence of this length.
         predictions: Predicted label of each sentence.
-        probabilities: Probabilities of the labels for each sentence, as integers from 0 to `PROBABILITY`. The entry is
-            None if the sentence was not run at batch 1.
-        batch_changed: Number of sentences run at batch 1 whose predicted label differs in a batch.
+        probabilities: Probabilities of the labels for each sentence, as integers from 0 to `PROBABILITY`; None for a
+            sentence that was not run at batch 1.
+        batch_changed: Number of sentences whose predicted label in a larger batch differs from the label at batch 1.
     """
 
     model: str
@@ -176,7 +176,7 @@ class Measurement:
 
     @property
     def cell(self) -> str:
-        """Name of the cell: ``variant@provider``."""
+        """Name of the cell, in the form ``variant@provider``."""
         return f"{self.variant}@{self.provider}"
 
     def to_json(self) -> dict[str, Any]:
@@ -201,11 +201,11 @@ class Measurement:
         return row
 
     def check(self) -> None:
-        """Requires that each figure is possible and follows from its samples.
+        """Requires that each figure has a possible value and follows from its samples.
 
         Raises:
-            ValueError: A figure is missing, is impossible, or does not follow from its samples. The message names the
-                cell.
+            ValueError: A figure is missing, has an impossible value, or does not follow from its samples. The error
+                message names the cell.
         """
         if self.status == "ok" and not (self.latency and self.batches and self.accuracy and self.artifact_id):
             raise ValueError(f"{self.cell} has the status ok, but lacks samples, accuracy or artifact")

@@ -1,7 +1,7 @@
 """The result file of one benchmark run: one row for each cell, with raw samples.
 
-The file stores each percentile and rate together with its samples. Reading a file fails if samples are missing, or if a
-figure does not follow from its samples.
+A result file stores each percentile and rate together with its samples. Reading a file fails if samples are missing, or
+if a figure does not follow from its samples.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ class ResultFile:
             result.check()
         except FileNotFoundError as error:
             raise ResultFileError(
-                f"There is no result file {path}.", "Measure with `toolchain bench`, which writes one."
+                f"There is no result file {path}.", "Measure with `toolchain bench`, which writes a result file."
             ) from error
         except (ValueError, OSError) as error:
-            hint = "Delete or move it, and measure again with `toolchain bench`."
+            hint = "Delete or move the file, and measure again with `toolchain bench`."
             raise ResultFileError(f"{path} is not a valid result file: {error}.", hint) from error
         return result
 
@@ -152,7 +152,9 @@ class _StoredAccuracy:
 
     def __post_init__(self) -> None:
         if not 0 <= self.correct <= self.count or round(self.correct / max(1, self.count), 6) != self.value:
-            raise ValueError(f"the accuracy {self.value} does not follow from {self.correct} of {self.count}")
+            raise ValueError(
+                f"the accuracy {self.value} does not follow from {self.correct} correct predictions of {self.count}"
+            )
 
     def to_accuracy(self) -> Accuracy:
         return Accuracy(self.correct, self.count, self.batch_size)

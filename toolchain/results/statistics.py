@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from toolchain.results.measurements import Samples
 
 CONFIDENCE = 0.95
-FEWEST_ROUNDS = 6  # with fewer rounds, the interval depends more on the method than on the machine
+FEWEST_ROUNDS = 6  # with fewer rounds, a confidence interval depends more on its method than on the times
 RESAMPLES = 2000
 BINS = 10
 _SEED = 20
@@ -29,8 +29,8 @@ class Ratio:
 
     Attributes:
         value: The ratio.
-        low: Lower bound of the interval at `CONFIDENCE`; None if there is no interval.
-        high: Upper bound of the interval at `CONFIDENCE`; None if there is no interval.
+        low: Lower bound of the confidence interval at `CONFIDENCE`; None if there is no interval.
+        high: Upper bound of the confidence interval at `CONFIDENCE`; None if there is no interval.
     """
 
     value: float
@@ -39,7 +39,7 @@ class Ratio:
 
     @property
     def differs(self) -> bool | None:
-        """Whether the interval excludes 1; None if there is no interval."""
+        """Whether the confidence interval excludes 1; None if there is no interval."""
         return None if self.low is None or self.high is None else not self.low <= 1 <= self.high
 
     def to_json(self) -> dict[str, float]:
@@ -51,11 +51,11 @@ class Ratio:
 def ratio(slower: Sequence[float], faster: Sequence[float]) -> Ratio:
     """Returns the geometric mean of `slower` / `faster` over rounds.
 
-    The ratio has an interval if there are at least `FEWEST_ROUNDS` rounds.
+    The ratio has a confidence interval if there are at least `FEWEST_ROUNDS` rounds.
 
     Args:
         slower: One figure for each round, such as the baseline's time.
-        faster: One figure for each of the same rounds, such as the row's time.
+        faster: One figure for each round, such as the time of the row that is compared with the baseline.
     """
     logs = [math.log(one / other) for one, other in zip(slower, faster, strict=True)]
     value = math.exp(sum(logs) / len(logs))
@@ -67,7 +67,7 @@ def ratio(slower: Sequence[float], faster: Sequence[float]) -> Ratio:
 
 @functools.lru_cache(maxsize=1024)
 def _bounds(values: tuple[float, ...]) -> tuple[float, float]:
-    """Returns the bootstrap interval of the mean."""
+    """Returns the bootstrap confidence interval of the mean of `values`."""
     import numpy as np
     from scipy import stats
 
@@ -85,9 +85,10 @@ def _bounds(values: tuple[float, ...]) -> tuple[float, float]:
 def _expand_level(count: int) -> float:
     """Returns the level at which a percentile interval over `count` values has the coverage `CONFIDENCE`.
 
-    For a small number n of values, a percentile interval is too narrow: it corresponds to the normal distribution
-    instead of Student's t, and its standard error lacks the factor sqrt(n / (n - 1)). The correction follows Hesterberg
-    2015, "What Teachers Should Know About the Bootstrap".
+    For a small number n of values, a percentile interval of the bootstrap is too narrow. A percentile interval
+    corresponds to the normal distribution instead of Student's t. The standard error of a percentile interval over n
+    values lacks the factor sqrt(n / (n - 1)). The correction follows Hesterberg 2015, "What Teachers Should Know About
+    the Bootstrap".
     """
     from scipy import stats
 
@@ -139,7 +140,7 @@ def wilson(correct: int, count: int) -> tuple[float, float]:
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Returns the exact two-sided p-value of McNemar's test; without any change it is 1.
+    """Returns the exact two-sided p-value of McNemar's test; the p-value is 1 if no prediction changed.
 
     The null hypothesis is that changes to a wrong prediction and changes to a correct one are equally likely.
 
@@ -157,12 +158,13 @@ def count_by_label(predictions: Sequence[int], labels: Sequence[int], multi: boo
 
     Args:
         predictions: Predicted label indices, or sets of labels as bit masks; see `toolchain.data.labels`.
-        labels: Labels of the data, in the same form.
-        multi: Whether predictions and labels are sets.
+        labels: Labels of the data, in the form of `predictions`.
+        multi: Whether predictions and labels are sets of labels.
 
     Returns:
         One dict of row counts for each label. ``labelled``: the data has the label. ``predicted``: the prediction has
-        the label. ``correct``: both have the label. ``neither``: neither of them has the label.
+        the label. ``correct``: the data and the prediction have the label. ``neither``: neither the data nor the
+        prediction has the label.
     """
     pairs = list(zip(predictions, labels, strict=True))
     if multi:
@@ -197,7 +199,7 @@ def balanced_accuracy(counts: Sequence[Mapping[str, int]], multi: bool) -> float
 
     Args:
         counts: Result of `count_by_label`.
-        multi: Whether the labels are sets. If true, the mean also includes the recall of each label's absence.
+        multi: Whether a row has a set of labels. For sets, the mean also includes the recall of each label's absence.
     """
     recalls = [
         label_counts["correct"] / label_counts["labelled"] for label_counts in counts if label_counts["labelled"]
@@ -218,7 +220,7 @@ def calibration_error(probabilities: Sequence[Sequence[float]], labels: Sequence
     Args:
         probabilities: Probabilities of all labels, for each sentence.
         labels: Label index of each sentence, or a set of labels as a bit mask.
-        multi: Whether the labels are sets. If true, each label counts as a separate yes-or-no prediction.
+        multi: Whether a row has a set of labels. For sets, each label counts as a separate yes-or-no prediction.
     """
     bins: list[list[tuple[float, bool]]] = [[] for _ in range(BINS)]
     count = 0

@@ -1,8 +1,8 @@
 """Writes bundles: folders with models for an app.
 
-A bundle does not need this package. The script verify.py in a bundle checks the bundle. `bundle.json` describes the
-bundle and lists every file with its sha256. `golden.json` holds the golden sentences with their token ids and reference
-logits. The bundle's id is the sha256 of the content of bundle.json without the id.
+A bundle works without the package `toolchain`. The script verify.py in a bundle checks the bundle. `bundle.json`
+describes the bundle and lists every file with its sha256. `golden.json` holds the golden sentences with their token ids
+and reference logits. The bundle's id is the sha256 of the content of bundle.json without the id.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 # Limits on the largest and the median difference from the recorded logits on other machines. Kernels of other machines
-# add numbers in another order. In fp32, this order changes the rounding of sums. In int8, an activation sometimes
-# rounds to the next of its 256 steps; this changes the logits of only a few sentences. Saturated products change the
-# logits of most sentences, so the median exceeds its limit. In int4, a runtime computes with activations of either 8 or
-# 32 bits.
+# add numbers in another order. In fp32, the order of additions changes the rounding of sums. In int8, an activation
+# sometimes rounds to a neighbouring code, which changes the logits of only a few sentences. Saturated products change
+# the logits of most sentences, so the median difference exceeds its limit. In int4, a runtime computes with activations
+# of either 8 or 32 bits.
 TOLERANCES = {
     "fp32": {"largest": 1e-3, "median": 1e-4},
     "fp16": {"largest": 5e-2, "median": 5e-2},
@@ -48,13 +48,14 @@ TOLERANCES = {
     "int4": {"largest": 0.5, "median": 0.1},
 }
 TOKENIZER, TOKENIZER_CONFIG, CONFIG = "tokenizer.json", "tokenizer_config.json", "config.json"
-# Text in bundle.json: the processors on which a model is exact if its int8 products can saturate.
+# Text in bundle.json for a model whose int8 products can saturate: the processors on which the model is exact.
 NEEDS_OPTION = (
     "x86-64 with VNNI or AMX (Intel from Cascade Lake and Ice Lake on, AMD from Zen 4 on), 64-bit ARM, and "
-    "WebAssembly; on older x86-64 only with the session option below, because 8-bit products saturate there"
+    "WebAssembly. An older x86-64 processor needs the session option session.x64quantprecision, because its 8-bit "
+    "products saturate"
 )
 ANY_PROCESSOR = "any processor"
-GOLDEN_BATCH = 8  # sentences in each padded batch
+GOLDEN_BATCH = 8  # golden.json has this number of sentences in each padded batch.
 TEXT_SPEC = TensorSpec(TEXT, "string", ("texts",))
 # A tokenizer graph pads to a multiple of this number of tokens, because a server batches only inputs of equal width.
 MULTIPLE = 16
@@ -173,7 +174,7 @@ def _golden_content(contents: Contents, encoder: Encoder) -> dict[str, Any]:
     """Returns golden.json: golden sentences with token ids, padded batches, and the exact logits of each variant.
 
     Raises:
-        ShippingError: This runtime saturates the int8 products of a variant even with the session option.
+        ShippingError: This runtime saturates the int8 products of a variant even with the option `EXACT_PRODUCTS`.
     """
     rows = encoder.encode(contents.sentences)
     batch_rows = [index for index, row in enumerate(rows) if len(row) < encoder.max_length][:GOLDEN_BATCH]
@@ -235,7 +236,7 @@ def _write_model(contents: Contents, index: int, encoder: Encoder, folder: Path)
     path = contents.target.path([each.manifest.variant for each in contents.artifacts], index)
     phone_entries = _write_model_files(contents, artifact, encoder, folder / path)
     graph = passes.read(folder / path)
-    facts = passes.facts(graph)  # not from the manifest: an older toolchain may have recorded fewer facts
+    facts = passes.facts(graph)  # the manifest of an older toolchain may lack some facts
     headroom = facts.get("int8_headroom")
     return {
         "variant": manifest.variant,

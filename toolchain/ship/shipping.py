@@ -1,4 +1,4 @@
-"""The functions behind two commands: `ship` writes variants of a model to a bundle, and `verify` checks a bundle."""
+"""The functions behind the commands `ship`, which writes variants to a bundle, and `verify`, which checks a bundle."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
             raise ShippingError(
                 f"{order.variants[0]} and {artifact.manifest.variant} have different tokenizers, but a bundle has one "
                 "tokenizer.",
-                "Ship each of them in a separate bundle.",
+                "Ship the two variants in separate bundles.",
             )
     page_files: dict[str, Path] = {}
     if target is TARGETS["web"] and order.demo:
@@ -134,7 +134,7 @@ def _publish(contents: Contents, output: Path, say: Say) -> dict[str, Any]:
         if contents.release or contents.with_tokenizer:
             _compare(contents, body, scratch, say)
         if output.exists() and bundle_verifier.read_bundle(output)["id"] == body["id"]:
-            say(f"{output}: an equal bundle exists, unchanged")
+            say(f"{output}: an equal bundle exists and stays unchanged")
             return body
         verify(scratch)
         replace(scratch, output)
@@ -193,7 +193,7 @@ def _check_output(output: Path) -> None:
     """Raises `ArtifactError` if `output` is a file, a folder without a bundle, or a modified bundle."""
     if not (output.exists() or output.is_symlink()):
         return
-    hint = "Move it to another place, or name another folder with --output."
+    hint = "Move the existing file or folder away, or name another folder with --output."
     try:
         bundle_verifier.read_bundle(output)
     except FileNotFoundError as error:
@@ -217,7 +217,7 @@ def _check_names(names: Sequence[str], target: Target) -> None:
         previous = variants_by_path.setdefault(path, name)
         if previous != name:
             raise ShippingError(
-                f"{previous} and {name} would both have the path {path}.", "Ship each of them in a separate bundle."
+                f"{previous} and {name} would both have the path {path}.", "Ship the two variants in separate bundles."
             )
     if len(set(names)) < len(names):
         raise ShippingError("A variant is named twice.", "Name each variant once.")
@@ -277,12 +277,12 @@ def verify(folder: Path) -> dict[str, Any]:
     """Checks that a bundle is unmodified and that its models compute the reference logits on this machine.
 
     Returns:
-        ``id``, ``target``, the number of ``files``, and ``models``. For each model file, ``models`` holds the
-        ``largest_delta`` from the reference logits and the ``tolerance``.
+        A dict with ``id``, ``target``, the number of ``files``, and ``models``. For each model file, ``models`` holds
+        the ``largest_delta`` from the reference logits and the ``tolerance``.
 
     Raises:
         ShippingError: The folder holds no bundle.
-        VerdictError: The bundle was modified, or this runtime cannot compute its reference logits.
+        VerdictError: The bundle was modified, or this runtime cannot compute the bundle's reference logits.
         ProviderError: The bundle needs onnxruntime-extensions, which is not installed.
     """
     body, models = check_bundle(folder)
@@ -312,7 +312,7 @@ def check_bundle(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ) from error
     except ImportError as error:
         raise ProviderError(
-            f"The models of {folder} contain the tokenizer, which needs {error.name}. It is not installed.",
+            f"The models of {folder} contain the tokenizer and need the package {error.name}, which is not installed.",
             install_hint("text"),
         ) from error
     except bundle_verifier.BundleError as error:
@@ -323,7 +323,7 @@ def check_bundle(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _check_single(path: Path) -> None:
     """Raises `InvalidBundleError` if a model stores tensors in other files.
 
-    Such a model could make ONNX Runtime open any path.
+    A model with tensors in other files could make ONNX Runtime open any path.
     """
     import onnx
     from google.protobuf.message import DecodeError

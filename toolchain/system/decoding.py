@@ -1,7 +1,8 @@
 """Decodes JSON that another program may have written (a file, or a line of a file) into typed values.
 
-A type that `decode` reads is a frozen dataclass with the decorator `strict`. Its fields state what the JSON must hold,
-and its `__post_init__` raises `ValueError` for values that contradict each other. So each decoded value is safe to use.
+`decode` converts JSON to a frozen dataclass with the decorator `strict`. The dataclass's fields state which values the
+JSON must hold, and `__post_init__` raises `ValueError` for values that contradict each other. So other code can use a
+decoded value without checks.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 T = TypeVar("T")
-SHOWN = 80  # maximum number of characters of a value in a message
+SHOWN = 80  # an error message shows at most this many characters of a wrong value
 
 
 def strict(kind: type[T]) -> type[T]:
-    """Makes `decode` refuse unknown fields, values of another type, infinities and NaN in a dataclass."""
+    """Decorates a dataclass so that `decode` refuses unknown fields, values of the wrong type, infinities and NaN."""
     settings = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
     kind.__pydantic_config__ = settings  # type: ignore[attr-defined]
     return kind
 
 
 def decode(kind: type[T], text: str | bytes) -> T:
-    """Returns the JSON text as a value of `kind`.
+    """Converts JSON text to a value of the type `kind`.
 
     Raises:
-        ValueError: The text is not JSON, or does not fit the type. The message names the first wrong field.
+        ValueError: The text is not JSON, or does not fit the type. The error message names the first wrong field.
     """
     from pydantic import ValidationError
 
@@ -44,7 +45,7 @@ def decode(kind: type[T], text: str | bytes) -> T:
 
 
 def convert(kind: type[T], value: Any) -> T:
-    """Returns a value of JSON types as a value of `kind`; see `decode`."""
+    """Converts a value of JSON types, such as a dict, to a value of the type `kind`, with the checks of `decode`."""
     return decode(kind, json.dumps(value))
 
 

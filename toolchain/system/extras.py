@@ -1,4 +1,4 @@
-"""Optional packages: the command that installs them."""
+"""Builds the hint with the command that installs optional packages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shlex
 def install_hint(extra: str) -> str:
     """Returns a sentence with the command that installs the packages of an extra, such as ``ray``.
 
-    The command names the packages themselves, so it works for every kind of installation of the toolchain.
+    The command names the packages instead of the extra, so it works for every kind of installation of the toolchain.
 
     Args:
         extra: Name of the extra in the package's metadata.
@@ -21,4 +21,4 @@ def install_hint(extra: str) -> str:
         if requirement.marker and requirement.marker.evaluate({"extra": extra}):
             requirement.marker = None
             packages.append(str(requirement))
-    return f"Install it with `pip install {shlex.join(packages)}`."
+    return f"Install the missing packages with `pip install {shlex.join(packages)}`."

@@ -1,4 +1,4 @@
-"""Atomic file writes: a reader sees the old content or the new content, never a part of it."""
+"""Atomic file writes: a reader sees the complete old content or the complete new content of a file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def write_whole(path: Path, content: str | bytes, *, replace: bool = True) -> No
     """Writes a temporary file beside `path`, flushes it to the disk and renames it to `path`.
 
     Args:
-        path: Path of the file. The function creates missing folders.
+        path: Path of the file to write. The function creates missing folders.
         content: Content of the file; text is encoded as UTF-8.
         replace: Whether an existing file may be replaced.
 
@@ -20,7 +20,7 @@ def write_whole(path: Path, content: str | bytes, *, replace: bool = True) -> No
         FileExistsError: `path` exists and `replace` is false.
         OSError: The file cannot be written.
     """
-    with suppress(FileExistsError):  # if the parent is a file, opening the temporary file fails below
+    with suppress(FileExistsError):  # if the parent of `path` is a file, `scratch.open` raises an error
         path.parent.mkdir(parents=True)
     # A random name avoids a collision with a user's file and with a parallel run.
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
@@ -34,7 +34,7 @@ def write_whole(path: Path, content: str | bytes, *, replace: bool = True) -> No
         else:
             move_to_free(scratch, path)
     finally:
-        with suppress(OSError):  # an error here must not hide the error of the write
+        with suppress(OSError):  # a failed deletion must not hide an error of the write
             scratch.unlink()
 
 
@@ -71,7 +71,7 @@ def move_to_free(source: Path, path: Path) -> None:
         os.link(source, path)
     except FileExistsError:
         raise
-    except OSError:  # a file system without hard links: an empty file reserves the name until the rename
+    except OSError:  # without hard links on the file system, an empty file reserves the name until the rename
         path.open("xb").close()
         try:
             os.replace(source, path)

@@ -43,11 +43,11 @@ ISA_FLAGS = (
     "asimddp",
     "i8mm",
 )
-# CUDA 13 needs at least this driver version and this compute capability. The Makefile has the same values.
+# CUDA 13 needs at least this driver version and this compute capability; the Makefile contains the same values.
 CUDA_13_DRIVER = (580,)
 CUDA_13_CAPABILITY = (7, 5)
-# Package → the file that states its CUDA version, and the variable in it. Reading the file needs no import of the
-# package.
+# Maps a package to the file that states its CUDA version, and to the variable in this file. `built_for_cuda` reads the
+# CUDA version from the file and does not import the package.
 BUILDS = {"torch": ("version.py", "cuda"), "onnxruntime": ("capi/build_and_package_info.py", "cuda_version")}
 
 
@@ -73,7 +73,7 @@ def cores() -> int:
 
 @functools.cache
 def processor() -> dict[str, Any]:
-    """Returns the processor's name as ``cpu`` and its flags among `ISA_FLAGS` as ``isa``."""
+    """Returns a dict with the processor's name as ``cpu``, and its flags among `ISA_FLAGS` as ``isa``."""
     import cpuinfo
 
     info = cpuinfo.get_cpu_info()
@@ -85,7 +85,7 @@ def processor() -> dict[str, Any]:
 
 
 def exact_int8() -> bool:
-    """Returns whether this processor adds 8-bit products without saturation: ARM, or x86 with VNNI or AMX."""
+    """Returns whether this processor adds 8-bit products without saturation, as ARM and x86 with VNNI or AMX do."""
     return platform.machine().lower() in ("aarch64", "arm64") or any(
         flag in processor()["isa"] for flag in ("avx_vnni", "avx512_vnni", "amx_int8")
     )
@@ -95,8 +95,9 @@ def gpus() -> tuple[list[dict[str, Any]], str]:
     """Returns the NVIDIA GPUs and the driver's version, as NVML reports them.
 
     Returns:
-        A dict of name, memory in bytes and compute capability for each GPU, and the driver's version. Both are empty if
-        no driver responds. If a GPU does not report its memory or compute capability, the value is 0 or empty.
+        A dict of name, memory in bytes and compute capability for each GPU, and the driver's version. The list of GPUs
+        and the driver's version are empty if no driver responds. The memory of a GPU is 0 if it is unknown, and its
+        compute capability is empty if it is unknown.
     """
     import pynvml
 
@@ -131,11 +132,11 @@ def gpus() -> tuple[list[dict[str, Any]], str]:
 
 
 def runtime_set(devices: Sequence[dict[str, Any]], driver: str) -> str:
-    """Returns the value for `make install RUNTIME=`: ``cpu``, ``gpu`` or ``cuda12``.
+    """Returns the package set for `make install RUNTIME=`, which is ``cpu``, ``gpu`` or ``cuda12``.
 
     Args:
         devices: The GPUs, as `gpus` returns them.
-        driver: Version of the driver. An unknown version counts as old, and so does an unknown compute capability.
+        driver: Version of the driver. An unknown driver version or compute capability counts as too old for CUDA 13.
     """
 
     def release(text: str) -> tuple[int, ...]:
@@ -148,13 +149,13 @@ def runtime_set(devices: Sequence[dict[str, Any]], driver: str) -> str:
 
 
 def built_for_cuda(package: str) -> str | None:
-    """Returns the CUDA version of an installed package's build.
+    """Returns the CUDA version that an installed package was built for.
 
     Args:
         package: A key of `BUILDS`.
 
     Returns:
-        The version, or None if the package is a CPU build, is missing, or does not state a version.
+        The CUDA version, or None if the package is a CPU build, is missing, or does not state a version.
     """
     file, name = BUILDS[package]
     spec = importlib.util.find_spec(package)
@@ -196,5 +197,8 @@ def missing_cuda(device_id: int = 0) -> tuple[str, str] | None:
         )
     if device_id >= len(devices):
         device_list = ", ".join(f"{index} {gpu['name']}" for index, gpu in enumerate(devices))
-        return f"There is no GPU {device_id} on this machine.", f"Pass one of these as --device-id: {device_list}."
+        return (
+            f"There is no GPU {device_id} on this machine.",
+            f"Pass the index of one of these GPUs as --device-id: {device_list}.",
+        )
     return None

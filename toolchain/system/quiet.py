@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def hide_logs() -> Iterator[None]:
-    """Disables log messages up to level WARNING inside the block."""
+    """Disables log messages up to level WARNING inside the `with` block."""
     old_level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -20,9 +20,9 @@ class Batch:
     """One batch of rows as tensors.
 
     Attributes:
-        inputs: The model's inputs by name, int64 [batch, sequence].
-        labels: int64 [batch], or float32 [batch, labels] for a multi-label model.
-        rows: Indices of these rows in the data.
+        inputs: The model's inputs by name, each int64 of shape [batch, sequence].
+        labels: Class labels, int64 of shape [batch], or float32 of shape [batch, labels] for a multi-label model.
+        rows: Indices of the batch's rows in the data.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -39,10 +39,10 @@ def batches(ids: Sequence[Sequence[int]], labels: Targets, encoder: Encoder, siz
 def batch(
     rows: Sequence[int], ids: Sequence[Sequence[int]], labels: Targets, encoder: Encoder, multiple: int = 1
 ) -> Batch:
-    """Returns these rows as one batch.
+    """Returns the given rows as one batch.
 
-    Its width is the length of the longest row, rounded up to a multiple of `multiple`. The width never exceeds the
-    encoder's `max_length`.
+    The batch's width is the length of the longest row, rounded up to a multiple of `multiple`. The width never exceeds
+    the encoder's `max_length`.
     """
     import torch
 
@@ -54,13 +54,13 @@ def batch(
 
 
 def task_loss(logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-    """Returns the cross-entropy of `logits` [batch, labels] with a batch's labels.
+    """Returns the cross-entropy between a batch's logits and its class labels.
 
-    For a multi-label model it is the binary cross-entropy, summed over the labels of each row.
+    For a multi-label model, the function returns the binary cross-entropy, summed over the labels of each row.
 
     Args:
-        logits: The model's logits, [batch, labels].
-        labels: As in `Batch.labels`.
+        logits: The model's logits, of shape [batch, labels].
+        labels: Class labels of the batch, as in `Batch.labels`.
         reduction: ``mean`` or ``sum`` over the rows.
     """
     from torch.nn import functional

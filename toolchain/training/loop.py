@@ -1,8 +1,9 @@
 """The training loop: length-grouped batches, mixed precision if the hardware supports it, resumable at any moment.
 
-A run's folder holds everything that a resumed run needs. The weights, the optimisers' moments and the best weights so
-far are safetensors files. The other state is a JSON file. The batch, learning rate and dropout of a step depend only on
-the step's number and the recipe. So a resumed run ends with the same weights as an uninterrupted run.
+The folder of a training run holds everything that a resumed run needs. The weights, the optimisers' moments and the
+best weights so far are safetensors files. A JSON file holds the progress of the run, such as the number of steps and
+the scores. The batch, learning rate and dropout of a training step depend only on the step's number, the rows and the
+recipe. So a resumed run ends with the same weights as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-GROUP = 50  # number of batches whose rows are sorted by length together
+GROUP = 50  # the rows of this many batches are sorted by length together
 SAVE_EVERY_S = 30.0
 WIDTHS = 8  # batch widths are multiples of this number, because oneDNN compiles its kernels for every new shape
 STATE, WEIGHTS, BEST = "state.json", "weights.safetensors", "best.safetensors"
@@ -47,16 +48,16 @@ class Recipe:
     Attributes:
         epochs: Largest number of epochs.
         learning_rate: Peak learning rate.
-        batch_size: Number of rows in a step.
+        batch_size: Number of rows in a training step.
         seed: Random seed of row order and dropout.
         warmup: Share of the steps in which the learning rate rises to its peak.
         weight_decay: Weight decay of AdamW.
-        clip: Largest norm of the gradients of all parameters except embeddings.
-        temperature: As in `losses.Weights`.
-        states: As in `losses.Weights`.
+        clip: Largest allowed norm of the gradients of all parameters except embeddings.
+        temperature: Divisor of the logits in distillation, as in `losses.Weights`.
+        states: Weight of the hidden states in the loss, as in `losses.Weights`.
         patience: Training ends this many epochs after the best epoch on the held-out rows.
-        task: As in `losses.Weights`.
-        dropout: Whether to apply the dropout of the model's config. A teacher makes regularisation unnecessary.
+        task: Weight of the labels in the loss, as in `losses.Weights`.
+        dropout: Whether to apply the dropout of the model's config. Training with a teacher needs no dropout.
     """
 
     epochs: int
@@ -75,15 +76,15 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Examples:
-    """Token ids and targets of the same rows."""
+    """Rows of a data set: the token ids and the class labels of each row."""
 
     ids: Sequence[Sequence[int]]
     labels: Targets
 
     def of_epoch(self, epoch: int) -> Examples:
-        """Returns the rows to train on in that epoch; here the same rows in every epoch.
+        """Returns the rows to train on in the given epoch; this class returns the same rows in every epoch.
 
-        A subclass may return other rows, but the same number in every epoch.
+        A subclass may return different rows in each epoch, but always the same number of rows.
         """
         return self
 
@@ -94,10 +95,10 @@ class Examples:
 
 @dataclass
 class _State:
-    """Progress of the run that `key` identifies.
+    """Progress of the training run that `key` identifies.
 
     `held_out` and `losses` hold accuracy and loss on the held-out rows, before the first step and after every epoch.
-    `best` is the index of the best score.
+    `best` is the index of the best score in `held_out` and `losses`.
     """
 
     key: str
@@ -106,7 +107,7 @@ class _State:
     held_out: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     best: int = 0
-    scale: float = 65536.0  # scale of float16 gradients; PyTorch starts with this value
+    scale: float = 65536.0  # initial scale of the loss in float16 training, as in PyTorch's `GradScaler`
 
 
 def train(
@@ -119,22 +120,23 @@ def train(
 ) -> dict[str, Any]:
     """Trains a model in place and leaves it with the weights that score best on the held-out rows.
 
-    If the labels are part of the loss, the score is the accuracy. Otherwise it is the loss, which fluctuates less. The
+    The score is the accuracy if the labels are part of the loss, and otherwise the loss, which fluctuates less. The
     function trains only parameters that require a gradient.
 
     Args:
-        models: The model to train, and its teacher; None without a teacher.
+        models: The model to train, and its teacher or None.
         rows: The training rows, and the held-out rows.
         encoder: The model's `Encoder`, which pads the batches.
-        recipe: Settings of the run.
-        resume: Folder and key of the run. An interrupted run with the same key in the folder continues.
-        progress: Called with the number of finished steps, their total and a text.
+        recipe: Settings of the training run.
+        resume: Folder and key of the training run. If the folder holds an interrupted run with the same key, the
+            function continues this run.
+        progress: Called with the number of finished steps, the number of all steps, and a text.
 
     Returns:
-        The recipe, with the run's steps, scores, device, precision and duration.
+        A dict of the recipe's settings and the run's steps, scores, device, precision and duration.
 
     Raises:
-        DataError: The loss is not finite. The folder then holds the state before that step.
+        DataError: The loss of a step is not finite. The run's folder then holds the state before this step.
     """
     (model, teacher), (train_on, held_out) = models, rows
     folder, key = resume
@@ -145,7 +147,8 @@ def train(
     if not run.state.step:
         run.judge(held_out_batches)
     while not run.is_finished:
-        # The number of scores gives the epoch: after a kill at the end of an epoch, a resumed run must score it.
+        # The number of scores is the number of finished epochs plus one. If a run was killed before it scored an epoch,
+        # the resumed run must score this epoch.
         epoch = len(run.state.held_out) - 1
         epoch_rows = train_on.of_epoch(epoch)
         for batch_rows in _shuffle_batches(epoch_rows, recipe, epoch)[run.state.step - epoch * run.steps :]:
@@ -190,7 +193,8 @@ class _Run:
 
         from toolchain.training.losses import Weights
 
-        # The number of threads changes the order of sums, and so the weights. Earlier code may have changed the number.
+        # The number of threads changes the order of sums, and so the weights. Earlier code may have changed the number
+        # of threads.
         torch.set_num_threads(hardware.cores())
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = mixed_precision.precision(self.device)
@@ -203,9 +207,10 @@ class _Run:
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         tables = set()
         for name, module in model.named_modules():
-            # DeBERTa does not look up rows of this table of relative positions: it multiplies the whole table.
+            # DeBERTa multiplies its whole table of relative positions, so this table has no sparse gradients.
             if isinstance(module, torch.nn.Embedding) and not name.endswith("rel_embeddings"):
-                # A batch uses a few hundred of many thousand rows. An update of all rows takes a fifth of a step.
+                # A batch uses only a few hundred of the many thousand rows of an embedding table. An update of all rows
+                # takes a fifth of the time of a training step.
                 module.sparse = True
                 tables.add(f"{name}.weight")
         self._dense_parameters = [p for name, p in self._parameters.items() if name not in tables]
@@ -227,7 +232,7 @@ class _Run:
         return epochs >= self._recipe.epochs or epochs - self.state.best >= self._recipe.patience
 
     def learn(self, part: Batch) -> float:
-        """Runs one training step and returns the loss before it."""
+        """Runs one training step and returns the loss of the batch before the step."""
         import torch
 
         recipe, step = self._recipe, self.state.step
@@ -237,7 +242,8 @@ class _Run:
             optimizer.zero_grad(set_to_none=True)
             optimizer.param_groups[0]["lr"] = rate
         if recipe.dropout:
-            torch.manual_seed(recipe.seed * self.total + step)  # a resumed run drops the same units
+            # The seed depends on the number of the step, so a resumed run has the same dropout.
+            torch.manual_seed(recipe.seed * self.total + step)
         self._model.train(recipe.dropout)
         loss = self._loss(part)
         self._model.eval()
@@ -290,13 +296,13 @@ class _Run:
             _write(self._folder / f"{self.state.best}.{BEST}", dict(self._parameters))
 
     def _teacher_inputs(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns the inputs that the teacher accepts, since it may have another architecture."""
+        """Returns the inputs that the teacher accepts; a teacher of another architecture may accept fewer inputs."""
         assert self._teacher is not None
         parameters = inspect.signature(self._teacher.forward).parameters
         return {name: tensor for name, tensor in inputs.items() if name in parameters}
 
     def save(self) -> None:
-        """Writes the files to resume from; the state file comes last, since it makes the other files valid."""
+        """Writes the weights file and then the state file, which tells a resumed run the weights file to read."""
         import torch
 
         tensors: dict[str, torch.Tensor] = dict(self._parameters)
@@ -313,7 +319,7 @@ class _Run:
         self._save_time = time.monotonic()
 
     def _restore(self, key: str) -> _State | None:
-        """Restores weights and moments of an earlier run with this key and returns its state; None without one."""
+        """Restores an interrupted run with this key and returns its state; returns None without such a run."""
         import torch
         from safetensors.torch import load_file
 
@@ -333,7 +339,7 @@ class _Run:
         return state
 
     def finish(self) -> None:
-        """Loads the best weights into the model and moves it to the CPU."""
+        """Loads the best weights into the model and moves the model to the CPU."""
         import torch
         from safetensors.torch import load_file
 

@@ -19,10 +19,10 @@ class Weights:
     """Weights of the terms of the loss.
 
     Attributes:
-        task: Weight of the labels, 0 to 1. The teacher's logits have the weight 1 - `task`.
-        states: Weight of the term of the hidden states, which is added to the two other terms.
+        task: Weight of the term for the labels, 0 to 1. The term for the teacher's logits has the weight 1 - `task`.
+        states: Weight of the term for the hidden states, which is added to the terms for labels and logits.
         temperature: Divisor of the logits of teacher and student.
-        matched: Indices of the entries of `hidden_states` to compare.
+        matched: Indices of the entries of `hidden_states` that the loss compares between student and teacher.
     """
 
     task: float
@@ -36,15 +36,15 @@ def loss(
 ) -> torch.Tensor:
     """Returns the loss of a model's outputs for one batch.
 
-    The term of the logits follows Hinton et al. 2015, "Distilling the Knowledge in a Neural Network". The term of the
-    states follows Sun et al. 2019, "Patient Knowledge Distillation".
+    The loss on the teacher's logits follows Hinton et al. 2015, "Distilling the Knowledge in a Neural Network". The
+    loss on the hidden states follows Sun et al. 2019, "Patient Knowledge Distillation".
 
     Args:
         outputs: Outputs of the model under training.
-        teacher_outputs: Outputs of its teacher; None without a teacher.
+        teacher_outputs: Outputs of the model's teacher; None without a teacher.
         inputs: The model's inputs by name, with ``attention_mask`` if `weights.states` is not 0.
-        labels: As in `Batch.labels`.
-        weights: Weights of the terms.
+        labels: Class labels of the batch, as in `Batch.labels`.
+        weights: Weights of the loss's terms for labels, logits and hidden states.
     """
     total = weights.task * task_loss(outputs.logits.float(), labels) if weights.task else outputs.logits.new_zeros(())
     if weights.task < 1:
@@ -59,10 +59,10 @@ def loss(
 
 
 def _logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float, multi: bool) -> torch.Tensor:
-    """Returns the Kullback-Leibler divergence of the softened predictions, summed over labels if `multi`."""
+    """Returns the Kullback-Leibler divergence between student and teacher, summed over the labels if `multi`."""
     student, teacher = student.float() / temperature, teacher.float() / temperature
     if multi:
-        # Each label is a separate yes-or-no prediction.
+        # In a multi-label model, each label is a separate yes-or-no prediction.
         student, teacher = (functional.logsigmoid(torch.cat([x, -x], dim=-1)) for x in (student, teacher))
     else:
         student, teacher = (functional.log_softmax(x, dim=-1) for x in (student, teacher))
@@ -70,10 +70,11 @@ def _logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float
 
 
 def _state_loss(outputs: Any, teacher_outputs: Any, mask: torch.Tensor, matched: tuple[int, ...]) -> torch.Tensor:
-    """Returns the squared difference of the matched hidden states, relative to the teacher's variance.
+    """Returns the mean squared difference between student and teacher in matched hidden states.
 
-    The mean over the matched states covers only the real tokens in `mask` [batch, sequence]. The first token's
-    last hidden state counts a second time, since the classification head reads it.
+    The difference is divided by the variance of the teacher's states. The mean covers only the real tokens, which are 1
+    in `mask` of shape [batch, sequence]. The first token's last hidden state counts a second time, since the
+    classification head reads it.
     """
 
     def difference(student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

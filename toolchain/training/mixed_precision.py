@@ -1,4 +1,4 @@
-"""Numeric precision of a training step, and its attention kernel."""
+"""Numeric precision and attention kernel of a training step."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def precision(device: torch.device) -> torch.dtype:
     """Returns the precision in which `device` trains fastest.
 
-    This is bfloat16 if the hardware supports it, else float16 on GPUs with fast float16, else float32. Emulated
-    half precision is slower than float32.
+    The precision is bfloat16 if the hardware supports it, else float16 on GPUs with fast float16, else float32.
+    Emulated half precision is slower than float32.
     """
     import torch
 
@@ -31,8 +31,9 @@ def precision(device: torch.device) -> torch.dtype:
 def attention(device: torch.device) -> Iterator[None]:
     """Replaces fused attention with PyTorch's math kernel on a CPU; changes nothing on other devices.
 
-    On a CPU, fused attention takes half of the time of a training step. The math kernel has a faster backward pass.
-    This pass is even faster if the intermediate results stay in the precision of the inputs.
+    On a CPU, fused attention takes half of the time of a training step. PyTorch's math kernel has a faster backward
+    pass than fused attention. The math kernel's backward pass is even faster if the intermediate results stay in the
+    precision of the inputs.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -40,7 +41,7 @@ def attention(device: torch.device) -> Iterator[None]:
     if device.type != "cpu":
         yield
         return
-    settings = torch.backends.cuda  # despite its name, the setting also applies to the CPU's math kernel
+    settings = torch.backends.cuda  # despite the name `cuda`, these settings also apply to the math kernel on the CPU
     old_setting = settings.fp16_bf16_reduction_math_sdp_allowed()
     settings.allow_fp16_bf16_reduction_math_sdp(True)
     try:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-BATCH = 64  # rows of a scoring batch
+BATCH = 64  # number of rows in a batch for scoring
 
 
 def accuracy(model: PreTrainedModel, rows: list[Batch]) -> float:
@@ -22,7 +22,7 @@ def accuracy(model: PreTrainedModel, rows: list[Batch]) -> float:
 
 
 def answers(model: PreTrainedModel, rows: list[Batch], multi: bool) -> Iterator[tuple[int, int]]:
-    """Yields (row, answer) for every row, with the answer encoded as in `toolchain.data.labels.answers`."""
+    """Yields every row's index and predicted answer, which is encoded as in `toolchain.data.labels.answers`."""
     for part, logits in _logits(model, rows):
         yield from zip(part.rows, labels.answers(logits.float().numpy(), multi), strict=True)
 

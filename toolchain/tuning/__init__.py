@@ -1,8 +1,9 @@
-"""Search for the fastest or the smallest artifact within an accuracy drop; builds and measures on this machine.
+"""Searches for the fastest or smallest artifact within an allowed accuracy drop; builds and measures candidates.
 
-The search avoids costly work. It does not build a candidate that earlier results prove worse. It measures a candidate
-before training, since training changes neither speed nor size. It does not train a candidate that cannot win. All
-choices are made on held-out rows. An artifact *keeps the accuracy* if its accuracy drop is within the limit.
+The search avoids costly work. The search does not build a candidate that earlier results prove worse than another
+candidate. The search measures a candidate before training, since training changes neither speed nor size. The search
+does not train a candidate that cannot become the best. All choices are made on held-out rows. An artifact *keeps the
+accuracy* if its accuracy drop is within the limit.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 EXACT, BASELINE = "onnx-fp32", "onnx-int8"
-# Several starts of the process, since a single start may be fast by chance.
+# The benchmark starts several processes for each cell, since a single process may be fast by chance.
 PROTOCOL = Protocol(passes=1, min_s=3.0, pass_s=20.0, starts=4, threads=1)
 PROPOSALS = 4  # After this many useless proposals of the sampler in a row, the search chooses a candidate itself.
 
@@ -47,7 +48,7 @@ class Request:
     """Goal of a search.
 
     Attributes:
-        objective: One of `candidates.OBJECTIVES`.
+        objective: Objective of the search, one of `candidates.OBJECTIVES`.
         max_drop: Largest allowed accuracy drop, in percentage points.
         budget_s: Time for the search, in seconds.
     """
@@ -58,21 +59,22 @@ class Request:
 
 
 def tune(workspace: Workspace, request: Request, say: Say, bar: Bar) -> tuple[Outcome, list[Outcome]]:
-    """Searches for the best artifact that keeps the accuracy.
+    """Searches for the best artifact within the allowed accuracy drop.
 
-    The search continues from earlier runs with the same objective and allowed drop. A trial that is running at the end
-    of the budget still finishes.
+    The search continues from earlier runs with the same objective and the same allowed accuracy drop. A trial that is
+    running at the end of the time budget still finishes.
 
     Returns:
-        The best outcome that keeps the accuracy, and the Pareto front of all outcomes, earlier runs included.
+        The best outcome within the allowed accuracy drop, and the Pareto front of all outcomes, earlier runs included.
 
     Raises:
-        VerdictError: No measured candidate keeps the accuracy.
+        VerdictError: No measured candidate is within the allowed accuracy drop.
     """
-    digest = workspace.train.digest  # reports a missing file before anything is built
+    digest = workspace.train.digest  # reports a missing training file before anything is built
     judge = _Judge.open(workspace, say, bar)
-    built_by = ".".join(str(version) for _, version in STEPS.values())  # A step's new version may change the speed.
-    # Speed-ups over different baselines are not comparable.
+    # The identity contains the versions of all steps, because a new version of a step may change the speed of a
+    # variant. The identity contains the baseline, because speed-ups over different baselines are not comparable.
+    built_by = ".".join(str(version) for _, version in STEPS.values())
     identity = (judge.root.id, digest, built_by, judge.baseline.manifest.variant)
     path = workspace.cache / "tune" / f"{workspace.model}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,11 +93,11 @@ def tune(workspace: Workspace, request: Request, say: Say, bar: Bar) -> tuple[Ou
 
 
 def _no_candidate(study: Study) -> VerdictError:
-    """Returns the error that no candidate keeps the accuracy, with the smallest drop and the failed validations."""
+    """Returns the error for a search without a result; it states the smallest accuracy drop."""
     closest = min(study.outcomes.values(), key=lambda outcome: outcome.drop, default=None)
     count = len(study.outcomes) + len(study.refused)
     cause = [f"None of {count} candidates has an accuracy drop of at most {study.max_drop:g} points"]
-    cause += [f"the smallest drop is {closest.drop:.2f}, of {closest.variant}"] if closest else []
+    cause += [f"the smallest accuracy drop is {closest.drop:.2f}, of {closest.variant}"] if closest else []
     cause += [f"{len(study.refused)} failed validation"] if study.refused else []
     hint = ["Raise --max-drop or --budget; the same command continues the search."]
     if study.refused:
@@ -107,11 +109,11 @@ Measure = Callable[[Candidate], Outcome]
 
 
 def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
-    """Runs trials until `deadline`, or until no remaining candidate can be better.
+    """Runs trials until `deadline`, or until no remaining candidate can be better than the measured candidates.
 
     Args:
         study: The trials so far, which the function extends.
-        measure: Builds and measures a candidate.
+        measure: Function that builds and measures a candidate.
         deadline: End of the search, as a value of `time.monotonic`.
         say: Called with each message to the user.
     """
@@ -119,19 +121,21 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
     while time.monotonic() < deadline:
         remaining = study.remaining
         if not remaining:
-            say("finished: no remaining candidate can be better")
+            say("finished: no remaining candidate can be better than the measured candidates")
             return
         in_time = _fit_in_time(study, remaining, deadline - time.monotonic())
         if not in_time:
             say("no time is left for another training; the same command continues the search")
             return
-        # One training takes as long as many quantisations, so finished trainings are quantised again first.
+        # One training takes as long as many quantisations, so the search first tries other quantisations of trained
+        # models.
         start = study.nearest_trained(in_time) or _choose_start(study, remaining)
         if start in remaining and start not in in_time:
             start = study.most_pruned_trained(in_time)
         trial, candidate = study.ask(in_time[0] if idle >= PROPOSALS else start)
         if candidate not in in_time:
-            # The sampler's proposals are not given up for good: an untrained result may show that training can win.
+            # The search does not give up the sampler's proposal for good: it may later measure an untrained proposal to
+            # decide whether to train the candidate.
             study.give_up(trial, candidate, for_good=candidate == start)
             idle += 1
             continue
@@ -139,15 +143,16 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
         say(f"trial {trial.number}: {candidate}")
         try:
             _run_trial(study, measure, trial, candidate, say)
-        except (CheckpointError, PruningError, VerdictError) as error:  # impossible here, or failed validation
+        except (CheckpointError, PruningError, VerdictError) as error:
+            # The candidate is impossible for this model, or failed validation.
             say(f"given up: {error.cause}")
             study.give_up(trial, candidate, refused=isinstance(error, VerdictError))
-            if isinstance(error, PruningError):  # more pruning is not possible either
+            if isinstance(error, PruningError):  # if this pruning is impossible, more pruning is impossible too
                 study.given_up |= {other for other in remaining if other.prunes_as_much_as(candidate)}
 
 
 def _choose_start(study: Study, remaining: Sequence[Candidate]) -> Candidate | None:
-    """Returns the candidate of `next_start`; if it is ruled out, a remaining candidate with the same training."""
+    """Returns the candidate of `next_start`, or if it is ruled out, a remaining candidate with the same training."""
     start = next_start(study.objective, study.excess_drops, study.given_up, study.max_drop)
     if start is None or start in remaining:
         return start
@@ -156,7 +161,7 @@ def _choose_start(study: Study, remaining: Sequence[Candidate]) -> Candidate | N
 
 
 def _fit_in_time(study: Study, candidates: Sequence[Candidate], remaining_s: float) -> list[Candidate]:
-    """Returns the candidates whose training exists, or takes at most `remaining_s` at the slowest speed so far."""
+    """Returns the candidates whose training is finished, or fits into `remaining_s` at the slowest speed so far."""
     epoch_seconds = [
         outcome.training_s / candidate.epochs for candidate, outcome in study.outcomes.items() if outcome.training_s
     ]
@@ -171,7 +176,7 @@ def _fit_in_time(study: Study, candidates: Sequence[Candidate], remaining_s: flo
 
 
 def _run_trial(study: Study, measure: Measure, trial: Trial, candidate: Candidate, say: Say) -> None:
-    """Measures the candidate without training first, and then with training if it can win."""
+    """Measures the candidate first without training, and then with training if it can become the best."""
     untrained = candidate.untrained
     if untrained not in study.outcomes and untrained not in study.given_up:
         untrained_trial = trial if untrained == candidate else study.begin(untrained)
@@ -179,11 +184,11 @@ def _run_trial(study: Study, measure: Measure, trial: Trial, candidate: Candidat
             _measure_candidate(study, measure, untrained_trial, untrained, say)
         except VerdictError as error:
             say(f"given up: {error.cause}")
-            study.give_up(untrained_trial, untrained, refused=True)  # once trained, it may pass validation
+            study.give_up(untrained_trial, untrained, refused=True)  # the trained candidate may still pass validation
     if untrained == candidate:
         return
     if untrained in study.candidates_without_training:
-        say("not trained: training cannot make it the best")
+        say("not trained: training cannot make this candidate the best")
         study.give_up(trial, candidate)
         return
     _measure_candidate(study, measure, trial, candidate, say)
@@ -192,14 +197,15 @@ def _run_trial(study: Study, measure: Measure, trial: Trial, candidate: Candidat
 def _measure_candidate(study: Study, measure: Measure, trial: Trial, candidate: Candidate, say: Say) -> None:
     outcome = measure(candidate)
     study.tell(trial, candidate, outcome)
-    say(f"{summary(outcome)}{'; the best so far' if outcome == study.best else ''}")
+    best = "; best so far" if outcome == study.best else ""
+    say(f"{summary(outcome)}{best}")
 
 
 def summary(outcome: Outcome) -> str:
     """Returns a one-line summary of an outcome."""
     return (
         f"{outcome.variant}: accuracy drop {outcome.drop:.2f} points, speed-up over {outcome.baseline} "
-        f"{outcome.latency:.2f}×, in batches {outcome.throughput:.2f}×, {outcome.size / 1e6:.1f} MB"
+        f"{outcome.latency:.2f}× at batch 1 and {outcome.throughput:.2f}× in batches, size {outcome.size / 1e6:.1f} MB"
     )
 
 
@@ -262,7 +268,7 @@ class _Judge:
         )
 
     def trained(self, candidates: Iterable[Candidate]) -> set[Training]:
-        """Returns the trainings of these candidates that an earlier run has finished."""
+        """Returns those trainings of the candidates that an earlier run has finished."""
         candidate_by_training = {candidate.training: candidate for candidate in candidates if candidate.epochs}
         return {training for training, candidate in candidate_by_training.items() if self._load_training(candidate)}
 
@@ -292,11 +298,11 @@ class _Judge:
 
 
 def _accuracy(row: Measurement) -> float:
-    assert row.accuracy is not None  # the benchmark runs every held-out row
+    assert row.accuracy is not None  # the benchmark runs every held-out row and so has an accuracy
     return row.accuracy.value
 
 
 def _speedup(slower: Samples | None, faster: Samples | None) -> float:
-    assert slower is not None  # the benchmark measured every cell
+    assert slower is not None  # `_Judge._measure` raises an error if a cell was not measured
     assert faster is not None
     return round(statistics.ratio(slower.sentence_times(), faster.sentence_times()).value, 4)

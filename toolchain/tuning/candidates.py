@@ -1,4 +1,4 @@
-"""Candidates of tuning: their settings, and rules that skip candidates because of known outcomes."""
+"""Candidates of a search: their settings, and rules that skip candidates because of measured outcomes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from toolchain.build.trimming import TRAIN
 
 LABEL = "tune"
 OBJECTIVES = ("latency", "throughput", "size")
-DEPTHS = (67, 50, 100)  # per cent of the layers to keep
+DEPTHS = (67, 50, 100)  # per cent of the encoder's layers to keep
 RATIOS = (0, 30, 40, 50, 60, 64, 67, 70, 73, 76, 80, 84, 88, 92)
 EPOCHS = (0, 1, 4)
 FP32_LAYERS = (0, 1, 2, 4)
-RATIO_MARGIN = 10  # Percentage points of ratio; see `is_hopeless`.
-REQUANTISATION_GAIN = 0.3  # Percentage points of accuracy that another quantisation may recover.
+RATIO_MARGIN = 10  # Percentage points of the pruning ratio; see `is_hopeless`.
+REQUANTISATION_GAIN = 0.3  # Percentage points of accuracy that another quantisation of a model may recover.
 
-Training = tuple[int, str, int, int]  # ratio, cost, depth, epochs: candidates with equal values share a training
+Training = tuple[int, str, int, int]  # Ratio, cost, depth and epochs; candidates with equal values share one training.
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Candidate:
         ratio: Per cent of the encoder's linear parameters to prune; 0 for no pruning.
         cost: Cost that pruning weighs importance against, ``parameters`` or ``latency``.
         epochs: Epochs of recovery; 0 for no training.
-        scheme: Quantisation scheme: ``dynamic`` and ``static`` give int8, ``int4`` gives int4.
-        embeddings: Type of the embedding tables, ``int8`` or ``int4``.
+        scheme: Quantisation scheme; ``dynamic`` and ``static`` give int8 weights, and ``int4`` gives int4 weights.
+        embeddings: Data type of the embedding tables, ``int8`` or ``int4``.
         keep_fp32: Number of linear layers that stay fp32.
         trimmed: Whether to drop tokens that do not occur in the training data.
         depth: Per cent of the encoder's layers to keep.
@@ -49,11 +49,15 @@ class Candidate:
     depth: int = 100
 
     def __str__(self) -> str:
-        depth = f", {self.depth} % of the layers" if self.depth < 100 else ""
-        pruned = f"{self.ratio} % pruned by {self.cost}{depth}, {self.epochs} epochs" if self.ratio else "not pruned"
-        fp32_layers = f", {self.keep_fp32} linear layers in fp32" if self.keep_fp32 else ""
-        trimmed = ", vocabulary trimmed" if self.trimmed else ""
-        return f"{pruned}, {self.scheme}, tables {self.embeddings}{fp32_layers}{trimmed}"
+        parts = ["not pruned"]
+        if self.ratio:
+            parts = [f"{self.ratio} % of the linear parameters pruned by {self.cost} cost"]
+            parts += [f"{self.depth} % of the layers kept"] if self.depth < 100 else []
+            parts += [f"{self.epochs} epochs of recovery"]
+        parts += [f"{self.scheme} quantisation", f"{self.embeddings} embedding tables"]
+        parts += [f"{self.keep_fp32} linear layers in fp32"] if self.keep_fp32 else []
+        parts += ["trimmed vocabulary"] if self.trimmed else []
+        return ", ".join(parts)
 
     @property
     def quantisation(self) -> tuple[str | int | bool, ...]:
@@ -62,12 +66,12 @@ class Candidate:
 
     @functools.cached_property
     def kind(self) -> tuple[str | int | bool, ...]:
-        """Returns the settings that must be equal before `is_hopeless` compares the other settings."""
+        """Returns the settings that two candidates must share so that `is_hopeless` compares their other settings."""
         return (self.depth, self.cost, self.scheme, self.embeddings, self.trimmed)
 
     @property
     def training(self) -> Training:
-        """Returns the settings of pruning and recovery; candidates that share them differ only in quantisation."""
+        """Returns the settings of pruning and recovery; candidates with equal settings differ only in quantisation."""
         return (self.ratio, self.cost, self.depth, self.epochs)
 
     def prunes_as_much_as(self, other: Candidate) -> bool:
@@ -84,7 +88,7 @@ class Candidate:
         return max(1, round(total * self.depth / 100)) if self.depth < 100 else None
 
     def steps(self, layers: int) -> list[Step]:
-        """Returns the build steps after the import, for an encoder with `layers` layers."""
+        """Returns the build steps after the step `import`, for an encoder with `layers` layers."""
         steps: list[Step] = []
         if self.ratio:
             steps.append(Prune(self.ratio / 100, cost=self.cost, layers=self.layers(layers)))
@@ -101,9 +105,10 @@ class Candidate:
         return [*steps, Export(), Optimize.for_provider("cpu"), quantisation]
 
     def chain(self, layers: int) -> dict[str, Step]:
-        """Returns the labelled variants in build order, each with the step that builds it.
+        """Returns the candidate's labelled variants in build order, each with the step that builds it.
 
-        The last variant is the candidate. Labels hold the settings that names omit, so equal settings give equal names.
+        The last returned variant is the candidate itself. A label holds the settings that a variant's name otherwise
+        omits, so equal settings give equal names.
 
         Args:
             layers: Number of layers of the model's encoder.
@@ -135,7 +140,7 @@ class Candidate:
         return chain
 
 
-# The choices for each setting, by objective. Unpruned candidates use the first depth and the first cost.
+# The choices for each setting of a candidate, by objective. Unpruned candidates use the first depth and the first cost.
 _FAST: dict[str, Sequence[str | int | bool]] = {
     "ratio": RATIOS,
     "depth": DEPTHS,
@@ -148,7 +153,7 @@ _FAST: dict[str, Sequence[str | int | bool]] = {
 }
 _SMALL: dict[str, Sequence[str | int | bool]] = {
     **_FAST,
-    "depth": (100, 67),  # at equal size, a model with fewer layers is only faster
+    "depth": (100, 67),  # at equal size, fewer layers only make a model faster, so fewer depths are tried
     "cost": ("parameters",),
     "scheme": ("int4", "dynamic", "static"),
     "embeddings": ("int4", "int8"),
@@ -159,7 +164,7 @@ SPACE = {"latency": _FAST, "throughput": _FAST, "size": _SMALL}
 
 @functools.cache
 def _unpruned_candidates(objective: str) -> list[Candidate]:
-    """Returns the candidates without pruning, those with the fewest fp32 layers first."""
+    """Returns the candidates without pruning, starting with those that have the fewest fp32 layers."""
     return sorted(
         (candidate for candidate in all_candidates(objective) if not candidate.ratio),
         key=lambda candidate: candidate.keep_fp32,
@@ -174,9 +179,9 @@ def baseline_candidate(objective: str) -> Candidate:
 
 
 def first_candidate(objective: str, ratio: int, epochs: int, given_up: Container[Candidate] = ()) -> Candidate:
-    """Returns the candidate to try first at that ratio.
+    """Returns the candidate to try first at a pruning ratio.
 
-    Its quantisation is that of the first unpruned candidate that is not in `given_up`.
+    The candidate has the quantisation of the first unpruned candidate that is not in `given_up`.
     """
     unpruned = _unpruned_candidates(objective)
     unpruned_candidate = next((candidate for candidate in unpruned if candidate not in given_up), unpruned[0])
@@ -186,22 +191,23 @@ def first_candidate(objective: str, ratio: int, epochs: int, given_up: Container
 def next_start(
     objective: str, excess_drops: Mapping[Training, float], given_up: Container[Candidate], max_drop: float
 ) -> Candidate | None:
-    """Returns the next candidate to try before sampling, in a search for the largest ratio that keeps the accuracy.
+    """Returns the next candidate in the search for the largest pruning ratio that keeps the accuracy.
 
-    The search bisects the ratios with one epoch of training. From that result, it goes up one ratio at a time with more
-    epochs. More epochs cost more time for each ratio, and raise the result by only one or two ratios.
+    The search for the largest ratio comes before the sampler's proposals. The search bisects the ratios with one epoch
+    of training. With more epochs, the search then tries one higher ratio at a time. More epochs take more time for each
+    ratio, and raise the largest ratio by only one or two entries of `RATIOS`.
 
-    In experiments, longer training halved the accuracy drop. So a ratio with up to twice the allowed drop after one
-    epoch gets longer training before the bisection ends.
+    In experiments, longer training halved the accuracy drop. So a ratio with up to twice the allowed accuracy drop
+    after one epoch gets longer training before the bisection ends.
 
     Args:
-        objective: One of `OBJECTIVES`.
-        excess_drops: Excess accuracy drop of each training in points above `max_drop`, for its best quantisation.
-        given_up: Candidates that count as failed.
+        objective: Objective of the search, one of `OBJECTIVES`.
+        excess_drops: For each training, the accuracy drop of its best quantisation minus `max_drop`, in points.
+        given_up: Candidates that the search does not try again; they count as failed.
         max_drop: Largest allowed accuracy drop, in percentage points.
 
     Returns:
-        The candidate, or None if the largest ratio is known.
+        The next candidate, or None if the largest ratio is already known.
     """
     return _climb(objective, excess_drops, given_up, max_drop) or _climb(objective, excess_drops, given_up, 0.0)
 
@@ -230,17 +236,18 @@ def _climb(
 
 
 def is_hopeless(objective: str, candidate: Candidate, kept_by_candidate: Mapping[Candidate, bool]) -> bool:
-    """Returns whether the known outcomes show that the candidate need not be built.
+    """Returns whether the measured outcomes show that the candidate need not be built.
 
-    The function assumes that more pruning makes a model faster, smaller and less accurate. More training makes a model
-    more accurate. More fp32 layers make a model slower, larger and more accurate. A model with `RATIO_MARGIN` points
-    more pruning and no more layers is faster, with any cost, quantisation and number of fp32 layers. This last rule
-    does not apply to the objective ``size``.
+    The function assumes that more pruning makes a model faster, smaller and less accurate. It assumes that more
+    training makes a model more accurate. It assumes that more fp32 layers make a model slower, larger and more
+    accurate. For the objectives ``latency`` and ``throughput``, it assumes that `RATIO_MARGIN` points more pruning make
+    a model with no more layers faster. The rule about `RATIO_MARGIN` holds for any cost, quantisation and number of
+    fp32 layers.
 
     Args:
-        objective: One of `OBJECTIVES`.
+        objective: Objective of the search, one of `OBJECTIVES`.
         candidate: The candidate to check.
-        kept_by_candidate: For each measured candidate, whether it keeps the accuracy.
+        kept_by_candidate: For each measured candidate, whether its accuracy drop is within the limit.
     """
     if candidate in kept_by_candidate:
         return True
@@ -261,7 +268,7 @@ def is_hopeless(objective: str, candidate: Candidate, kept_by_candidate: Mapping
 
 @functools.cache
 def all_candidates(objective: str) -> tuple[Candidate, ...]:
-    """Returns every candidate of an objective. Cost, depth and epochs vary only for pruned candidates."""
+    """Returns every candidate for an objective. Cost, depth and epochs vary only for pruned candidates."""
     names, choices = zip(*SPACE[objective].items(), strict=True)
     combinations = (Candidate(**dict(zip(names, values, strict=True))) for values in itertools.product(*choices))
     unpruned_settings = {name: choices[names.index(name)][0] for name in ("depth", "cost")}
@@ -278,7 +285,7 @@ def select_worthwhile(
     kept_by_candidate: Mapping[Candidate, bool],
     given_up: Container[Candidate],
 ) -> list[Candidate]:
-    """Returns the candidates that may still be better than the known outcomes."""
+    """Returns the candidates that may still be better than the measured candidates."""
     return [
         candidate
         for candidate in candidates

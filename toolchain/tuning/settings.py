@@ -1,4 +1,4 @@
-"""Choice of settings by their accuracy drop on rows held out of the training data."""
+"""Chooses settings by their accuracy drop on held-out rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def fewest_fp32_layers(workspace: Workspace, parent: str, step: Quantize, max_dr
 def sensitivity_setup(
     workspace: Workspace, parent: str, step: Quantize, say: Say, bar: Bar
 ) -> sensitivity.SensitivitySetup:
-    """Returns `parent` as input of the sensitivity analysis for `step`; builds it if it is missing."""
+    """Builds the variant `parent` if it is missing, and returns it as input of the sensitivity analysis for `step`."""
     built = ensure(workspace, [parent], {}, say, bar)[parent]
     passes = linear_passes(step, built.manifest.variant.parts.std)
     activations = activations_of(built, step, workspace.train)
@@ -35,7 +35,7 @@ def sensitivity_setup(
 
 
 def largest_ratio(workspace: Workspace, step: Prune, max_drop: float, say: Say, bar: Bar) -> float:
-    """Finds the largest ratio at which the method of `step` loses at most `max_drop` points on held-out rows.
+    """Finds the largest pruning ratio for `step` with an accuracy drop of at most `max_drop` points on held-out rows.
 
     See `pruning.largest_ratio`.
     """

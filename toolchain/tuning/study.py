@@ -1,4 +1,4 @@
-"""Trials of a search: Optuna stores them in a file, and its sampler proposes the next candidates."""
+"""Stores the trials of a search with Optuna, whose sampler proposes the next candidates."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Outcome:
         drop: Accuracy drop below `onnx-fp32`, in percentage points.
         latency: Speed-up over `baseline` at batch 1.
         throughput: Speed-up over `baseline` in batches.
-        size: Size in bytes.
+        size: Size of the artifact in bytes.
         training_s: Duration of the variant's training, in seconds; 0 without training.
         baseline: Name of the variant that the speed-ups refer to.
     """
@@ -60,7 +60,7 @@ class Outcome:
 
 
 class Study:
-    """Trials of one objective so far, earlier runs included.
+    """The trials of one objective so far, including the trials of earlier runs.
 
     Attributes:
         outcomes: The measured candidates with their outcomes.
@@ -90,7 +90,7 @@ class Study:
             elif candidate and trial.state == TrialState.PRUNED and trial.user_attrs.get("for_good"):
                 self.given_up.add(candidate)
                 self.refused |= {candidate} if trial.user_attrs.get("refused") else set()
-        # The seed depends on the number of trials, so the next run gets different proposals.
+        # The seed depends on the number of trials, so the sampler proposes different candidates in the next run.
         study.sampler = TPESampler(seed=SEED + len(study.trials))
 
     @property
@@ -100,9 +100,9 @@ class Study:
 
     @property
     def excess_drops(self) -> dict[Training, float]:
-        """Returns the excess accuracy drop of each training, in points above the limit.
+        """Returns, for each training, the accuracy drop of its best quantisation minus the limit, in points.
 
-        The value is that of the training's best quantisation. A value of 0 or less is within the limit.
+        An excess drop of 0 or less is within the limit.
         """
         smallest: dict[Training, float] = {}
         for candidate, outcome in self.outcomes.items():
@@ -112,7 +112,7 @@ class Study:
 
     @property
     def remaining(self) -> list[Candidate]:
-        """Returns all candidates that may still be better than the known outcomes."""
+        """Returns all candidates that may still be better than the measured candidates."""
         # A candidate that one outcome rules out stays ruled out, so only new outcomes are compared.
         kept_by_candidate = self.kept_by_candidate
         new_outcomes = dict(itertools.islice(kept_by_candidate.items(), self._compared, None))
@@ -132,8 +132,8 @@ class Study:
     def candidates_without_training(self) -> set[Candidate]:
         """Returns the candidates that were measured untrained and need no training.
 
-        Either their accuracy drop is within the limit without training, or their cost is at least that of the best
-        outcome. Training does not change the cost.
+        A candidate needs no training if its accuracy drop is within the limit without training. Training does not
+        change the cost, so a candidate with at least the cost of the best outcome needs no training either.
         """
         best = self.best.cost(self.objective) if self.best else math.inf
         untrained = ((candidate, outcome) for candidate, outcome in self.outcomes.items() if not candidate.epochs)
@@ -142,7 +142,7 @@ class Study:
         }
 
     def keeps(self, outcome: Outcome) -> bool:
-        """Returns whether the accuracy drop is within the limit."""
+        """Returns whether the outcome's accuracy drop is within the limit."""
         return outcome.drop <= self.max_drop
 
     @property
@@ -163,8 +163,8 @@ class Study:
     def nearest_trained(self, candidates: Iterable[Candidate]) -> Candidate | None:
         """Returns the candidate whose finished training misses the accuracy limit by the least, or None.
 
-        The training must miss the limit by at most `REQUANTISATION_GAIN` points. Another quantisation of the trained
-        model takes about a minute.
+        The training must miss the accuracy limit by at most `REQUANTISATION_GAIN` points. Another quantisation of a
+        trained model takes only about a minute.
         """
         excess_by_training = {
             training: excess for training, excess in self.excess_drops.items() if 0 < excess <= REQUANTISATION_GAIN
@@ -182,7 +182,7 @@ class Study:
         return max(trained, key=lambda candidate: (candidate.ratio, -candidate.keep_fp32), default=None)
 
     def ask(self, start: Candidate | None) -> tuple[Trial, Candidate]:
-        """Begins a trial of `start`, or else of an interrupted run's candidate, or else of the sampler's proposal."""
+        """Begins a trial of `start`, or if it is None, of an interrupted run's candidate or the sampler's proposal."""
         trial = self.begin(self._interrupted.pop(0) if self._interrupted and start is None else start)
         return trial, Candidate(**trial.params)
 
@@ -225,14 +225,14 @@ class Study:
 def open_study(
     path: Path, objective: str, max_drop: float, identity: Sequence[str], on_wait: Callable[[], None]
 ) -> Iterator[Study]:
-    """Opens the study of an objective and an allowed drop; locks its file for one process at a time.
+    """Opens the study of an objective and an allowed accuracy drop; locks the study's file for this process.
 
     Args:
         path: File that holds the trials.
-        objective: One of `candidates.OBJECTIVES`.
+        objective: Objective of the search, one of `candidates.OBJECTIVES`.
         max_drop: Largest allowed accuracy drop, in percentage points.
         identity: Values that distinguish models, training data, step versions and baselines.
-        on_wait: Called before the function waits for the lock.
+        on_wait: Called before `open_study` waits for the lock.
     """
     import optuna
     from optuna.storages import JournalStorage

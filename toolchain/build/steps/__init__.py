@@ -1,1 +1,1 @@
-"""The build steps, one per file. Each takes a `Job` and fills the job's folder; no step calls another step."""
+"""The build steps, one per file. Each step takes a `Job` and fills the job's folder; no step calls another step."""

@@ -26,7 +26,7 @@ VERSION = 2
 def import_checkpoint(job: Job[Import]) -> StepResult:
     """Loads the checkpoint and saves it in fp32, so that all imported models have the same dtype and layout.
 
-    If the checkpoint is an adapter, the step merges it into its base first.
+    If the checkpoint is an adapter, the step first merges the adapter into its base model.
 
     Raises:
         CheckpointError: Weights, head or tokenizer are missing, or do not fit together.
@@ -48,11 +48,11 @@ def import_checkpoint(job: Job[Import]) -> StepResult:
     # Weights of any size go into one file, because every later step reads exactly one file.
     try:
         model.save_pretrained(job.folder, safe_serialization=True, max_shard_size="1TB")
-    except SafetensorError as error:  # safetensors raises this for a full disk
+    except SafetensorError as error:  # safetensors raises this error on a full disk
         hint = "Free disk space, or choose another folder with --exported DIR."
         raise ArtifactError(f"{job.folder} cannot be written: {error}.", hint) from error
     names = _input_names(model, tokenizer)
-    # The names are stored because the tokenizer class may, by default, give inputs that this model does not accept.
+    # Input names are stored, because the tokenizer class may by default give inputs that this model does not accept.
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
     tokenizer.save_pretrained(job.folder)
     if (job.checkpoint / SHAPES).is_file():
@@ -60,7 +60,7 @@ def import_checkpoint(job: Job[Import]) -> StepResult:
         (job.folder / WEIGHTS).rename(job.folder / OWN_WEIGHTS)
     if not (job.folder / "tokenizer.json").is_file():
         raise CheckpointError(
-            f"The tokenizer of {job.checkpoint} has no tokenizer.json.", "Convert it to a fast tokenizer first."
+            f"The tokenizer of {job.checkpoint} has no tokenizer.json.", "Convert the tokenizer to a fast tokenizer."
         )
     if not {"input_ids", "attention_mask"} <= set(names):
         raise CheckpointError(
@@ -102,7 +102,7 @@ def license_facts(checkpoint: Path, base: Path | None) -> dict[str, str]:
 def _training_data_facts(checkpoint: Path) -> dict[str, str]:
     """Returns the training data's digest as the fact ``trained_on``; empty if `finetune` did not make the checkpoint.
 
-    If a benchmark uses the same data, it runs only on the held-out rows.
+    By default, a benchmark on the training data of the model runs only on the held-out rows.
     """
     try:
         digest = json.loads((checkpoint / CARD).read_text(encoding="utf-8"))["train"]
@@ -116,7 +116,7 @@ def _load_tokenizer(folder: Any) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # tokenizers and transformers do not catch the errors of their parsers
+    except Exception as error:  # the libraries tokenizers and transformers pass on any error of their parsers
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"The tokenizer in {folder} cannot be loaded: {cause}", "Save the tokenizer beside the model again."
@@ -136,7 +136,7 @@ def _input_names(model: PreTrainedModel, tokenizer: Any) -> list[str]:
 
 
 def _max_length(model: PreTrainedModel, tokenizer: Any) -> int:
-    """Returns the smaller limit of tokenizer and position table, in tokens; 512 if neither has a limit."""
+    """Returns the smaller length limit of tokenizer and position table, in tokens; 512 if neither has a limit."""
     limits = [tokenizer.model_max_length]
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and hasattr(module, "num_embeddings"):

@@ -52,13 +52,13 @@ def prune(job: Job[Prune]) -> StepResult:
 def price_of(
     setup: PruningSetup, cost: str, cache: Any, progress: Callable[[int, int, str], None]
 ) -> tuple[Price, LatencyTable | None]:
-    """Returns the function that gives the selection the cost of heads and neurons.
+    """Returns a function from a number of heads or neurons of one layer to their cost, for the selection of units.
 
     Args:
         setup: The model to prune.
-        cost: ``parameters``, or ``latency`` on this machine.
+        cost: Kind of cost, either ``parameters`` or ``latency`` on this machine.
         cache: Folder of this machine's latency tables.
-        progress: Called with the number of finished units, their total, and the current activity.
+        progress: Called with the number of finished items, the number of all items, and the current activity.
 
     Returns:
         The cost function, and the latency table (None for ``parameters``).

@@ -25,7 +25,8 @@ def quantize(job: Job[Quantize]) -> StepResult:
     """Quantises the parent with the step's backend and scheme.
 
     Raises:
-        GraphError: The parent has nothing to quantise, or a graph of standard operators would need 4-bit tables.
+        GraphError: The parent has nothing to quantise, or a graph of standard operators would need 4-bit embedding
+            tables.
         ArtifactError: The stored model gives other logits than the quantised model.
     """
     return {"ort": _quantize_ort, "torch": _quantize_torch, "bnb": _quantize_bnb}[job.step.backend](job)
@@ -53,12 +54,12 @@ def _quantize_ort(job: Job[Quantize]) -> StepResult:
     tokens = trimming.tokens_to_keep(job) if step.trim_vocab else []
     passes = [*(["trim-vocabulary"] if tokens else []), *linear, *embedding]
     result = rewrite_parent_graph(job, passes, fp32_layers, activations, tokens)
-    # If the step includes linear layers, it must quantise at least one; quantised tables alone are not enough.
+    # If the step includes linear layers, quantised embedding tables alone are not enough.
     if not any(result.facts["rewrites"][name] for name in (linear or embedding)[-1:]):
         layer_kind = "linear layer" if linear else "embedding table"
         raise GraphError(
             f"{job.parent_artifact.manifest.variant} has no {layer_kind} left to quantise.",
-            "Quantise its parent instead.",
+            "Quantise the parent of this variant instead.",
         )
     facts = dict(result.facts)
     if sensitivities:
@@ -69,11 +70,11 @@ def _quantize_ort(job: Job[Quantize]) -> StepResult:
 
 
 def linear_passes(step: Quantize, is_standard: bool) -> tuple[str, ...]:
-    """Returns the passes that quantise linear layers, in order; only the last one quantises.
+    """Returns the passes that prepare and quantise linear layers, in order; only the last pass quantises.
 
     Args:
         step: The quantisation.
-        is_standard: Whether the graph has only standard operators. The passes then add only standard operators.
+        is_standard: Whether the graph has, and must keep, only standard operators.
 
     Returns:
         Names of the passes; empty if the step leaves linear layers out.
@@ -114,5 +115,5 @@ def _quantize_bnb(job: Job[Quantize]) -> StepResult:
     # Save before the first forward pass, which rearranges bitsandbytes' 4-bit weights: a later save would be wrong.
     model.save_pretrained(job.folder, max_shard_size="100GB")
     facts = describe(model, load_file(job.folder / WEIGHTS))
-    del facts["parameters"]  # wrong in 4 bits, where one stored element holds several weights
+    del facts["parameters"]  # this number is wrong in 4 bits, because one stored element holds several weights
     return StepResult.from_parent(job, facts)

@@ -23,8 +23,8 @@ VERSION = 8
 def recover(job: Job[Recover]) -> StepResult:
     """Distils the unpruned model into the parent, on training rows that are not held out and on pairs of these rows.
 
-    The job's `resume` folder holds the training state until publication. After a killed run, the next run continues
-    from this state.
+    The job's `resume` folder holds the training state until publication, so that the next run can continue after a
+    killed run.
 
     Raises:
         DataError: The training data is unusable, or the loss is not finite.
@@ -41,8 +41,9 @@ def recover(job: Job[Recover]) -> StepResult:
     job.progress(0, 1, "reading the training data")
     train_rows, held_out_rows = inputs.hold_out(data)
     train_examples = _examples(data, train_rows, encoder)
-    # A model that lost more parameters gets more pairs: it must relearn more, and each pair takes less time.
-    # If rows are already pairs of texts, the step joins no pairs of rows.
+    # A model that lost more parameters trains on more pairs of rows, because it must relearn more and takes less time
+    # for each pair.
+    # If each row already has two texts, the step joins no rows.
     pairs = 0 if data.has_pairs else round(step.pairs * manifest.facts["pruning"]["achieved"] * len(train_examples.ids))
     mask = _mask_token(job.parent_artifact.path, encoder)
     augmented_examples = AugmentedExamples(
@@ -74,13 +75,13 @@ def _examples(data: Data, rows: list[int], encoder: encoding.Encoder) -> Example
 
 @dataclass(frozen=True)
 class AugmentedExamples(Examples):
-    """The original rows, and new random pairs of rows in each epoch, with masked tokens.
+    """Training examples: the original rows and, in each epoch, new random pairs of rows with masked tokens.
 
-    The teacher was trained on these rows, so it is certain about nearly all of them. Its logits for masked and longer
-    texts contain more information. Jiao et al. 2020, "TinyBERT", augment their data for the same reason.
+    The teacher was trained on the original rows, so it is certain about nearly all of them. The teacher's logits for
+    masked and longer texts contain more information. Jiao et al. 2020, "TinyBERT", also distil on augmented data.
 
     Attributes:
-        pairs: Number of pairs in each epoch. A pair joins two rows and has the label of the second.
+        pairs: Number of pairs in each epoch. A pair joins two rows and has the label of the second row.
         mask: Id of the mask token; None for pairs without masked tokens.
         mask_share: Share of a pair's tokens that the mask token replaces.
         seed: Random seed of pairs and masks.
@@ -94,7 +95,7 @@ class AugmentedExamples(Examples):
     max_length: int
 
     def of_epoch(self, epoch: int) -> Examples:
-        """Returns the original rows and the pairs of that epoch."""
+        """Returns the original rows and the random pairs of rows for this epoch."""
         rng = random.Random(f"{self.seed} {epoch}")
 
         def mask_tokens(ids: list[int]) -> list[int]:

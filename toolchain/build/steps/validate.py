@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4  # Largest |Δlogit| allowed for an fp32 variant, which may differ only by rounding.
 MAX_FLIPS = 0.02  # Share of all sentences that may flip in a variant with fewer bits.
-CONFIDENCE = 0.95  # Validation refuses an artifact if, with this confidence, a larger share flips.
+CONFIDENCE = 0.95  # Validation fails if, with 95 % confidence, more than `MAX_FLIPS` of all sentences flip.
 SENTENCES = 200
 SEED = 20
 LENGTHS = (1, 2, 3, 8, 25, 64, 128, 512)
@@ -35,7 +35,7 @@ def grid(encoder: Encoder, sentences: Sequence[Text]) -> Iterator[tuple[str, dic
     Batches of mixed lengths occur with padding on the right and on the left.
 
     Args:
-        encoder: Encoder of the model.
+        encoder: `Encoder` of the model.
         sentences: Real sentences; three of them are in the batches of 7 texts.
     """
     rng = random.Random(SEED)
@@ -75,21 +75,23 @@ def validate(
 ) -> dict[str, Any]:
     """Compares the logits of two sessions on `grid` and, one by one, on `sentences`.
 
-    All logits must be finite. ``exact`` also needs every |Δlogit| ≤ `TOLERANCE`. ``close`` also needs at most
-    `allowed_flips` flips. ``free`` needs nothing else, because pruning and recovery make another model.
+    All logits must be finite. The agreement ``exact`` also requires every |Δlogit| ≤ `TOLERANCE`. The agreement
+    ``close`` also requires at most `allowed_flips` flips. The agreement ``free`` requires only finite logits, because
+    pruning and recovery make another model.
 
     Args:
         contender: Session of the artifact.
         reference: Session of the PyTorch model.
-        encoder: Encoder of the artifact.
-        sentences: Sentences to count flips on.
-        agreement: As in `Variant.agreement`.
-        reference_encoder: Encoder of the reference if its vocabulary differs. Both models then get the same tokens of
-            `grid`, each model with its own ids. Each encoder tokenises the sentences for its model.
+        encoder: `Encoder` of the artifact.
+        sentences: Sentences on which flips are counted.
+        agreement: The required agreement, as in `Variant.agreement`.
+        reference_encoder: `Encoder` of the reference; None if both models have the same vocabulary. If the vocabularies
+            differ, both models get the same tokens of `grid`, each model with its own ids. Each `Encoder` tokenises the
+            sentences for its own model.
 
     Returns:
-        The report: verdict, largest and mean |Δlogit|, worst case of the grid and number of flips. `flip_margins` holds
-        the reference's margin (`labels.margins`) in each sentence that flips.
+        The report: verdict, largest and mean |Δlogit|, worst batch of the grid and number of flips. `flip_margins`
+        holds the reference's margin (`labels.margins`) in each sentence that flips.
     """
     import numpy as np
 
@@ -128,7 +130,7 @@ def validate(
 
 
 def _map_token_ids(reference_encoder: Encoder, encoder: Encoder) -> np.ndarray:
-    """Returns an array, int64 [tokens], that maps each token id of `encoder` to its id in `reference_encoder`."""
+    """Returns an int64 array of shape [tokens] that maps token ids of `encoder` to ids of `reference_encoder`."""
     import numpy as np
 
     reference_vocabulary, vocabulary = reference_encoder.tokenizer.get_vocab(), encoder.tokenizer.get_vocab()

@@ -57,7 +57,7 @@ def runtime_style(row: Row) -> tuple[str, str]:
 
 
 def canvas(heights: Sequence[float], columns: int = 1, **shared: Any) -> tuple[Figure, Any]:
-    """Returns a figure and its axes as an array [panel, column].
+    """Returns a figure, and an array of shape [panels, columns] that holds its axes.
 
     Args:
         heights: Height of each panel, in inches.
@@ -102,7 +102,7 @@ def legend(figure: Figure, rows: Sequence[Row], others: Mapping[str, Mapping[str
     Args:
         figure: The figure.
         rows: Rows whose runtimes the legend names.
-        others: Name of a further entry → style of its line or marker.
+        others: Name of each legend entry besides the runtimes → style of its line or marker.
     """
     from matplotlib.lines import Line2D
 
@@ -120,7 +120,7 @@ def place_labels(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
 
     Args:
         axes: The axes.
-        points: x and y in the units of the axes, and the text, for each point.
+        points: For each point, x and y in the units of the axes, and the text of its label.
     """
     axes.figure.draw_without_rendering()
     frame = axes.get_window_extent()
@@ -137,7 +137,7 @@ def place_labels(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
         ]
         _, box, radius = min(options, key=lambda option: option[0])
         occupied.append(box)
-        # The side of the label nearest to the point is the anchor of the text; the connecting line ends there.
+        # The label side nearest to the point is the anchor of the text, so the connecting line ends at this side.
         side = 0.0 if box[0] >= positions[index][0] else 1.0 if box[2] <= positions[index][0] else 0.5
         offset = (box[0] + side * size.width - positions[index][0], (box[1] + box[3]) / 2 - positions[index][1])
         _write_label(axes, points[index], offset, side, radius > NEAR)
@@ -191,7 +191,7 @@ def _boxes_around(position: Sequence[float], size: Any) -> list[tuple[Box, float
 
 
 def _overlap_penalty(box: Box, occupied: Sequence[Box], limits: Box) -> float:
-    """Returns the penalty of a box for overlaps with occupied boxes and for a position partly outside the axes."""
+    """Returns the penalty of a box that overlaps occupied boxes or is partly outside the axes; 0 for a free box."""
     overlaps = sum(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in occupied)
     inside = box[0] >= limits[0] and box[1] >= limits[1] and box[2] <= limits[2] and box[3] <= limits[3]
     return 1000.0 * overlaps + (0 if inside else 5000.0)
@@ -202,7 +202,7 @@ def place_labels_at_end(axes: Any, points: Sequence[tuple[float, float, str]]) -
 
     Args:
         axes: The axes.
-        points: x and y in the units of the axes, and the text, for each point.
+        points: For each point, x and y in the units of the axes, and the text of its label.
     """
     axes.figure.draw_without_rendering()
     positions = [axes.transData.transform(point[:2]) for point in points]

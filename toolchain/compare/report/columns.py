@@ -23,7 +23,7 @@ class Figure:
     Attributes:
         text: The figure without its note.
         number: The displayed number, for sorting; None if the figure is a name.
-        note: The comparison with the baseline; may be empty.
+        note: Text that compares the figure with the baseline, such as ``1.52×``; may be empty.
     """
 
     text: str
@@ -38,7 +38,7 @@ class Figure:
             value: The number; None if it is unknown.
             form: Format specification of the number.
             suffix: Text after the number.
-            note: The comparison with the baseline; may be empty.
+            note: Text that compares the figure with the baseline, such as ``1.52×``; may be empty.
         """
         if value is None:
             return None
@@ -77,12 +77,12 @@ class Column:
 
 
 def show_figure(figure: Figure | None) -> str:
-    """Returns the text of a figure; `NOTHING` if there is none."""
+    """Returns the text of a figure; `NOTHING` if there is no figure."""
     return NOTHING if figure is None else str(figure)
 
 
 def _note(row: Row, ratio: Ratio | float | None) -> str:
-    """Returns a ratio to the baseline, or ``no difference`` if its interval includes 1; empty for the baseline."""
+    """Returns a ratio to the baseline as text; ``no difference`` if its interval includes 1; empty for the baseline."""
     if row.measurement is row.baseline or ratio is None:
         return ""
     if isinstance(ratio, Ratio):
@@ -99,7 +99,7 @@ def _accuracy(row: Row) -> Figure | None:
 
 
 def _p50(row: Row) -> Figure | None:
-    """Returns the median, or the mean with the word ``mean`` if a published row has no median."""
+    """Returns the median latency, or the mean with the word ``mean`` if a published row has no median."""
     figures = row.measurement.latency_ms
     if "p50" in figures:
         return Figure.from_number(figures["p50"], ".2f", note=_note(row, row.speedup))
@@ -130,7 +130,7 @@ def to_megabytes(count: int | None) -> float | None:
 
 
 def row_marks(row: Row) -> list[str]:
-    """Returns the words that mark the row: ``stale``, ``reported``, ``fallback`` and ``noisy``."""
+    """Returns those of the marks ``stale``, ``reported``, ``fallback`` and ``noisy`` that apply to the row."""
     conditions = {
         "stale": row.stale,
         "reported": row.measurement.status == "reported",
@@ -146,10 +146,10 @@ def _cell(row: Row) -> Figure:
 
 
 def _session_fact(row: Row, fact: str) -> str:
-    """Returns a fact of the session as text; empty if the session does not state it.
+    """Returns a fact that the session states about itself, as text; empty if the session does not state the fact.
 
-    The fact ``fallback`` describes the part that runs on another provider. The fact ``note`` states the purpose of the
-    variant, such as ``memory, not speed``.
+    The fact ``fallback`` describes the part of the model that runs on another provider. The fact ``note`` states the
+    purpose of the variant, such as ``memory, not speed``.
     """
     return str(row.measurement.facts.get("session", {}).get(fact, ""))
 
@@ -191,7 +191,7 @@ def rows_with_figures(rows: Sequence[Row]) -> list[Row]:
 
 
 def group_columns(rows: Sequence[Row]) -> list[Column]:
-    """Returns a column for the model if there are several models, and one for the machine if there are several."""
+    """Returns the columns that distinguish rows: model if there are several models, machine if several machines."""
     group: list[Column] = []
     if len({row.measurement.model for row in rows}) > 1:
         group.append(Column("model", "model", lambda row: Figure(row.measurement.model)))
@@ -228,7 +228,7 @@ def _machine(row: Row) -> str:
 
 
 def host_name(row: Row) -> str:
-    """Returns the name of the processor and its number of cores; it omits 0, which marks an unknown number."""
+    """Returns the processor's name and number of cores; omits an unknown number of cores, which is stored as 0."""
     machine = row.run.machine
     return ", ".join([machine["cpu"], *([f"{machine['cores']} cores"] if machine["cores"] else [])])
 
@@ -253,7 +253,7 @@ def title(rows: Sequence[Row]) -> list[str]:
 def notes(rows: Sequence[Row], explain_front: bool = True) -> list[str]:
     """Returns the notes below a comparison.
 
-    The notes explain the figures and marks. They also name each row without figures, with its reason and hint.
+    The notes explain the figures and marks, and name each row without figures, with its reason and hint.
 
     Args:
         rows: The rows of the comparison.
@@ -266,7 +266,8 @@ def notes(rows: Sequence[Row], explain_front: bool = True) -> list[str]:
     lines += dict.fromkeys(_method_note(row) for row in rows_with_figures(rows) if "batch_size" in row.run.run)
     if explain_front and any(row.pareto for row in rows):
         lines.append(
-            f"{FRONT}: Pareto front; no row is better in accuracy, p50 or size without being worse in another of them."
+            f"{FRONT}: on the Pareto front; no other row is at least as good in accuracy, p50 and size, and better in "
+            "one of them."
         )
     if any(ratio and ratio.differs is not None for row in rows for ratio in (row.speedup, row.throughput_gain)):
         lines.append(
@@ -300,7 +301,7 @@ def _exactness_note(row: Row) -> str:
     interval = f" [{time['low']:.2f}, {time['high']:.2f}]" if "low" in time else ""
     return (
         f"8-bit products saturate on this processor, so {key} = {value} is set to make them exact. "
-        f"Time with this option / time without it: {time['value']:.2f}{interval}."
+        f"Time with {key} / time without it: {time['value']:.2f}{interval}."
     )
 
 
@@ -316,7 +317,9 @@ def _gpu_notes(rows: Sequence[Row]) -> list[str]:
     """Returns notes on how the figures of a GPU are measured."""
     lines = []
     if any(row.measurement.resident_ms for row in rows):
-        lines.append("On device: batch and logits stay on the GPU; p50 and p95 include copies to and from it.")
+        lines.append(
+            "On device: batch and logits stay on the GPU. The columns p50 and p95 include copies to and from the GPU."
+        )
     methods = dict.fromkeys(row.measurement.memory_bytes.get("gpu", {}).get("method") for row in rows)
     return lines + [f"GPU peak: {method}." for method in methods if method]
 
@@ -338,7 +341,7 @@ def _source_notes(rows: Sequence[Row]) -> list[str]:
 def _pruning_notes(rows: Sequence[Row]) -> list[str]:
     """Returns one line for each pruning in a run: the pruning facts and the measured speed-up of each pruned row.
 
-    The baseline of these speed-ups is the same variant without pruning, in the same run.
+    The baseline of a pruned row's speed-up is the same variant without pruning, in the same run.
     """
     groups: dict[tuple[int, str], list[Row]] = {}
     for row in rows_with_figures(rows):
@@ -349,19 +352,20 @@ def _pruning_notes(rows: Sequence[Row]) -> list[str]:
         gains = [(_cell_name(row, rows), speedup_over_unpruned(row, rows)) for row in pruned]
         gain_texts = [f"{cell} {gain[1].value:.2f}× {gain[0]}" for cell, gain in gains if gain]
         cells = ", ".join(_cell_name(row, rows) for row in pruned)
-        lines.append(f"{cells}: {text}" + (f", measured at batch 1: {', '.join(gain_texts)}" if gain_texts else ""))
+        measured = f"; measured speed-up at batch 1: {', '.join(gain_texts)}" if gain_texts else ""
+        lines.append(f"{cells}: {text}{measured}")
     return lines
 
 
 def _vocabulary_notes(rows: Sequence[Row]) -> list[str]:
     """Returns one line for each cell with a trimmed vocabulary."""
     facts_by_cell = [(row.measurement.cell, row.measurement.facts.get("vocabulary")) for row in rows_with_figures(rows)]
-    # The vocabulary belongs to the variant, so rows of several machines give the same line.
+    # The vocabulary belongs to the variant, so the rows of a variant on several machines give the same line.
     return list(dict.fromkeys(f"{cell}: {summarize_vocabulary(facts)}" for cell, facts in facts_by_cell if facts))
 
 
 def _length_notes(rows: Sequence[Row]) -> list[str]:
-    """Returns one line for each row with measured lengths: the median milliseconds at each length."""
+    """Returns a line for each row that was measured by length: the median milliseconds at each number of tokens."""
     lines = []
     for row in rows:
         medians = {n: samples.milliseconds()["p50"] for n, samples in row.measurement.by_length.items()}
@@ -376,7 +380,7 @@ def speedup_over_unpruned(row: Row, rows: Sequence[Row]) -> tuple[str, Ratio] | 
 
     Args:
         row: The pruned row.
-        rows: All rows. The unpruned row must have the same run, model and provider.
+        rows: All rows. The unpruned row must have the run, model and provider of the pruned row.
 
     Returns:
         Name of the unpruned variant and the speed-up; None if the unpruned variant was not measured or is unknown.
@@ -398,9 +402,9 @@ def _method_note(row: Row) -> str:
     single_count, score = settings.get("single_sentences", count), row.measurement.accuracy
     batch = score.batch_size if score else 1
     figures = "Latency and accuracy are" if batch == 1 else "Latency is"
-    sentences = "with each sentence" if single_count >= count else f"on {single_count} of {count} sentences, each"
-    text = (
-        f"{figures} measured at batch 1, {sentences} at its own length. "
-        f"Sentences/s is measured in length-sorted batches of {settings['batch_size']}."
-    )
+    if single_count >= count:
+        latency = f"{figures} measured at batch 1, with each sentence at its own length."
+    else:
+        latency = f"{figures} measured at batch 1, on {single_count} of {count} sentences, each at its own length."
+    text = f"{latency} Sentences/s is measured in length-sorted batches of {settings['batch_size']}."
     return text if batch == 1 else f"{text} Accuracy is measured on all sentences in batches of {batch}."

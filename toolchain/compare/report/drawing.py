@@ -32,7 +32,7 @@ def accuracy_latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
     """Draws accuracy against latency: one point with intervals for each row, and the Pareto front of each panel.
 
     Returns:
-        The figure and its description; None if no row has both figures.
+        The figure and its description; None if no row has both accuracy and latency.
     """
     shown = _select_rows(panels, lambda row: row.measurement.accuracy and latency_ms(row))
     if not shown:
@@ -51,14 +51,15 @@ def accuracy_latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
     legend(figure, [row for panel in shown for row in panel.rows], {"Pareto front": DASHED, "baseline": RING})
     for (axes,), panel in zip(grid, shown, strict=True):
         place_labels(axes, [(latency_ms(row), _accuracy_percent(row), panel.label(row)) for row in panel.rows])
-    descriptions = (
-        f"{panel.title}: {len(panel.rows)} variants; no variant is both faster and more accurate than "
-        + ", ".join(
+    descriptions = []
+    for panel in shown:
+        front_text = ", ".join(
             f"{panel.label(row)} ({_accuracy_percent(row):.2f} % at {latency_ms(row):.2f} ms)"
             for row in _accuracy_front(panel)
         )
-        for panel in shown
-    )
+        descriptions.append(
+            f"{panel.title}: {len(panel.rows)} variants; no variant is both faster and more accurate than {front_text}"
+        )
     return figure, _join_descriptions(descriptions)
 
 
@@ -97,12 +98,12 @@ def size_memory(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
     """Draws one bar for each row and known figure: size, peak host memory and peak GPU memory, in MB (10^6 bytes).
 
     Returns:
-        The figure and its description; None if no row has any of the figures.
+        The figure and its description; None if no row has a size or a peak memory.
     """
     kinds: dict[str, Callable[[Row], float | None]] = {
         "size, MB": lambda row: row.measurement.size_bytes.get("total"),
         "peak memory, MB": lambda row: row.measurement.memory_bytes.get("peak"),
-        "peak on the GPU, MB": lambda row: row.measurement.memory_bytes.get("gpu", {}).get("peak"),
+        "peak GPU memory, MB": lambda row: row.measurement.memory_bytes.get("gpu", {}).get("peak"),
     }
     kinds = {
         name: figure_of
@@ -179,10 +180,10 @@ def latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
 
 
 def latency_by_length(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
-    """Draws one line for each row: the median latency over the measured lengths.
+    """Draws one line for each row: the median latency over the number of tokens.
 
     Returns:
-        The figure and its description; None if no row has measured lengths.
+        The figure and its description; None if no row was measured by length.
     """
     shown = _select_rows(panels, lambda row: row.measurement.by_length)
     if not shown:
@@ -208,7 +209,7 @@ def latency_by_length(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
         axes.set_xlim(right=tokens[-1] * max(2.0, tokens[-1] / tokens[0]) ** 0.3)
         labels.append((axes, [(x, y, panel.label(row)) for row, x, y in ends]))
         longest = [(row, y) for row, x, y in ends if x == tokens[-1]]
-        descriptions.append(f"{panel.title}: at {tokens[-1]} tokens {_range_text(panel, longest, ' ms')}")
+        descriptions.append(f"{panel.title}: at {tokens[-1]} tokens, median {_range_text(panel, longest, ' ms')}")
     grid[-1][0].set_xlabel("tokens")
     legend(figure, [row for panel in shown for row in panel.rows])
     for axes, points in labels:
@@ -220,7 +221,7 @@ def pruning_speedup(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
     """Draws one point for each pruned row that has both a predicted and a measured speed-up.
 
     Returns:
-        The figure and its description; None if no row has both speed-ups.
+        The figure and its description; None if no row has a predicted and a measured speed-up.
     """
     rows = [row for panel in panels for row in panel.rows]
     shown = _select_rows(panels, lambda row: _predicted_speedup(row) and speedup_over_unpruned(row, rows))

@@ -12,8 +12,8 @@ from toolchain.compare.rows import Row
 # A spreadsheet reads a text with one of these first characters as a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
-# Name of a column → function that returns a row's value. Names contain the units. Shares are from 0 to 1, and points
-# are percentage points. A ratio above 1 is better than the baseline.
+# Name of a column → function that returns a row's value. Column names contain the units. Shares are from 0 to 1, and
+# points are percentage points. A ratio above 1 is better than the baseline.
 COLUMNS: dict[str, Callable[[Row], Any]] = {
     "model": lambda row: row.measurement.model,
     "cell": lambda row: row.measurement.cell,

@@ -70,7 +70,7 @@ class SharedLoss:
     Attributes:
         baseline: Cell of the baseline.
         place: Model and machine.
-        others: Number of other rows.
+        others: Number of rows that are compared with the baseline.
         lost: The sentences.
     """
 
@@ -83,14 +83,14 @@ class SharedLoss:
 class Texts:
     """Texts of sentences by row number.
 
-    Only the texts of the data set in this package are known. The class reads this data set when it is first needed.
+    Only the texts of the embedded SST-2 are known. The class reads the embedded SST-2 when a text is first needed.
     """
 
     def __init__(self) -> None:
         self._embedded: inputs.Data | None = None
 
     def sentences(self, run: ResultFile, rows: Sequence[int]) -> Sentences:
-        """Returns the sentences of the given rows; the texts are empty if the run used other data.
+        """Returns the sentences of the given rows; the texts are empty if the run did not use the embedded SST-2.
 
         Args:
             run: The run, with its data's digest and labels.
@@ -100,7 +100,7 @@ class Texts:
             self._embedded = inputs.load_embedded()
         data = self._embedded if self._embedded and self._embedded.sha256 == run.data["sha256"] else None
         labels = run.data["labels"] if rows else ()
-        names = run.data.get("label_names")  # result files of older releases do not have this key
+        names = run.data.get("label_names")  # result files of older releases lack the key `label_names`
         label_set = LabelSet(tuple(names), bool(run.data.get("multi_label"))) if names else data and data.label_set
         shown = [
             Sentence(
@@ -133,7 +133,7 @@ def flips(rows: Sequence[Row], texts: Texts) -> list[Flip]:
 
 
 def shared_losses(rows: Sequence[Row], texts: Texts) -> list[SharedLoss]:
-    """Returns one `SharedLoss` for each run and baseline with more than one other row."""
+    """Returns one `SharedLoss` for each baseline of each run, if at least two rows are compared with this baseline."""
     groups: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
         if _has_flips(row):

@@ -43,7 +43,7 @@ def to_html(rows: Sequence[Row]) -> str:
     )
     script = (folder / SCRIPT).read_text()
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # The page's security policy holds this digest, so a browser runs this script and no other script.
+    # The page's content security policy holds the digest of report.js, so a browser runs no other script.
     page = environment.get_template(TEMPLATE).render(script=script, script_sha256=allowed, **_content(rows))
     return page.encode(errors="replace").decode()
 
@@ -86,7 +86,7 @@ def inline(svg: str, name: str, alt: str) -> Any:
 
     Args:
         svg: The SVG document.
-        name: Prefix of the ids.
+        name: Prefix of the ids in the SVG.
         alt: Description of the image for screen readers.
     """
     from xml.etree import ElementTree

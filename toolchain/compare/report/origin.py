@@ -12,7 +12,7 @@ from toolchain.results.result_file import ResultFile
 PROTOCOL = {
     "passes": "minimum passes over the sentences",
     "min_s": "minimum seconds of each cell and scenario",
-    "turn_s": "approximate seconds of each cell and turn",
+    "turn_s": "approximate seconds of each turn",
     "pass_s": "maximum seconds of one pass of the slowest cell",
     "starts": "processes of each cell",
     "rounds": "rounds",
@@ -31,7 +31,7 @@ PROTOCOL = {
 
 
 def protocol(runs: Sequence[ResultFile]) -> Table | None:
-    """Returns the table of all numeric and yes/no settings of the runs; None if there are none."""
+    """Returns the table of all numeric and yes/no settings of the runs; None if there are no settings."""
     settings = [
         {name: _value_text(value) for name, value in run.run.items() if isinstance(value, int | float)} for run in runs
     ]
@@ -47,7 +47,7 @@ def versions(runs: Sequence[ResultFile]) -> Table | None:
 
 
 def rates(runs: Sequence[ResultFile]) -> Table | None:
-    """Returns the table of the highest rates that each runtime reached on the machine; None if there are none."""
+    """Returns the table of the highest rates that each runtime reached on the machine; None if there are no rates."""
     run_rates = [
         {
             f"{runtime}, {name}": _value_text(value)
@@ -64,7 +64,7 @@ def _run_table(
 ) -> Table | None:
     """Returns a table with one column for each run and one line for each name; None if there are no names."""
     headers = [f"{run.machine['cpu'] or _gpu_names(run)}, {run.created[:10]}" for run in runs]
-    # The run with the most names determines the order.
+    # The run with the most names determines the order of the lines.
     names = dict.fromkeys(name for values in sorted(columns, key=len, reverse=True) for name in values)
     lines = [[Entry(name), *(_entry(values.get(name)) for values in columns)] for name in names]
     return Table(caption, [first, *headers], lines, sortable=False) if lines else None

@@ -17,7 +17,7 @@ class Panel:
     """The rows of one model, machine, data set and number of threads.
 
     Attributes:
-        title: Names model, hardware, threads and data.
+        title: Heading that names model, hardware, threads and data.
         rows: The rows.
     """
 

@@ -31,8 +31,8 @@ class Plot:
     Attributes:
         figure: The figure.
         title: The heading.
-        caption: Explains the plot and how to read it.
-        alt: The content in words, for screen readers.
+        caption: Text that explains the plot and how to read it.
+        alt: Content of the plot in words, for screen readers.
     """
 
     figure: Figure
@@ -42,7 +42,7 @@ class Plot:
 
 
 Drawing = tuple["Figure", str]
-# Name → heading, caption, and the function that draws the plot. The function returns None if there is no data.
+# Name of a plot → heading, caption, and the function that draws the plot or returns None if there is no data.
 PLOTS: dict[str, tuple[str, str, Callable[[Sequence[Panel]], Drawing | None]]] = {
     "accuracy-latency": (
         "Accuracy against latency",
@@ -53,7 +53,8 @@ PLOTS: dict[str, tuple[str, str, Callable[[Sequence[Panel]], Drawing | None]]] =
     ),
     "size-memory": (
         "Size and memory",
-        "Shorter is better. Size is the size of the files. Memory is the peak of the process during the measurement.",
+        "Shorter is better. Size is the size of the artifact's files. Memory is the peak memory of the process "
+        "during the measurement.",
         drawing.size_memory,
     ),
     "latency": (
@@ -79,7 +80,7 @@ PLOTS: dict[str, tuple[str, str, Callable[[Sequence[Panel]], Drawing | None]]] =
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Plot]:
-    """Returns the plots that have data, by name; each has one panel for each model, machine, data and thread count."""
+    """Returns the plots that have data, by name, with one panel for each model, machine, data set and thread count."""
     shown = panels(rows_with_figures(rows))
     plots = {}
     with _style():
@@ -137,6 +138,6 @@ def _style(salt: str = "") -> Iterator[None]:
 
     settings: Any = {**STYLE, "svg.hashsalt": salt}
     with mpl.rc_context(settings), warnings.catch_warnings():
-        # The PNG's font may lack letters of a name. The SVG is not affected: it uses the reader's fonts.
+        # The font of the PNG may lack letters of a name, but the SVG uses the reader's fonts, so the warning is hidden.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         yield

@@ -80,7 +80,7 @@ class Table:
 
 
 def make_entry(figure: Figure | None) -> Entry:
-    """Returns the entry of a figure."""
+    """Returns the table entry that shows a figure."""
     return Entry(show_figure(figure), key=figure.number if figure else None, empty=figure is None)
 
 
@@ -105,7 +105,7 @@ def _cell(row: Row) -> Entry:
 def marks(table: Table) -> list[tuple[str, str]]:
     """Returns each mark in the table with its meaning.
 
-    A meaning that differs from `MEANINGS` applies only to some cells, so it starts with their names.
+    A meaning that differs from `MEANINGS` applies only to some cells, so it starts with the names of these cells.
     """
     cells: dict[tuple[str, str], list[str]] = {}
     for row in table.rows:
@@ -136,7 +136,7 @@ def quality(rows: Sequence[Row]) -> Table | None:
 
 
 def stages(rows: Sequence[Row]) -> Table | None:
-    """Returns the table of further figures, without empty columns; None if there is no measured row.
+    """Returns the table of figures that the comparison omits, without empty columns; None if no row is measured.
 
     The figures are intervals, tail latencies, latency with tokenising, load time, memory by stage and gzip size.
     """
@@ -208,8 +208,8 @@ def best_rows(panel: Panel) -> list[tuple[str, str, list[str]]]:
     """Returns the best measured row of a panel for each figure that at least two rows have.
 
     Returns:
-        For each figure: the category, the label of the best row, and the texts of its figure and its accuracy. The
-        list of texts does not repeat the accuracy if it is the figure.
+        For each figure: the category, the label of the best row, and a list of texts with this row's figure and
+        accuracy. For the figure accuracy, the list of texts has only one entry.
     """
     categories: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
         ("accuracy", "most accurate", _negative_accuracy),
@@ -257,7 +257,7 @@ def rows_without_figures(rows: Sequence[Row]) -> Table | None:
 
 
 def roofline(rows: Sequence[Row]) -> Table | None:
-    """Returns the table of work, minimum time (floor) and the floor's share of p50; None if no row has these facts."""
+    """Returns the table of work per sentence, minimum time (floor) and floor / p50; None if no row has a roofline."""
 
     def fact(name: str, factor: float, form: str) -> Callable[[Row], Figure | None]:
         def figure(row: Row) -> Figure | None:

@@ -102,20 +102,21 @@ def _figures(row: Row) -> str:
 def regression_lines(result: Regressions) -> list[str]:
     """Returns the regressions as lines of text.
 
-    A table shows all changes. After it, one line describes each lost row, each regressed figure and each cell that is
-    not compared. The last line explains the table.
+    A table shows all changes. After the table, one line describes each cell that is no longer measured, each regressed
+    figure and each cell that is not compared. The last line explains the table.
     """
     limit = f"{result.limit * 100:g}%"
     compared = (
-        f"{len(result.pairs)} cells of the old run, {len(result.regressed_pairs)} lost or worse by more than {limit}:"
+        f"{len(result.pairs)} cells of the old run, {len(result.regressed_pairs)} no longer measured or worse by more "
+        f"than {limit}:"
     )
     lines = [compared, *_table(result.pairs)]
     for pair in result.pairs:
         cell = pair.old.measurement.cell
         if pair.lost:
-            lines.append(f"{cell} was measured before and is now {pair.lost}")
+            lines.append(f"{cell} was measured in the old run and is now {pair.lost}")
         noisy = "".join(
-            f" [{name} run noisy: {row.noisy}]"
+            f" [the {name} run is noisy: {row.noisy}]"
             for name, row in (("old", pair.old), ("new", pair.new))
             if row and row.noisy
         )
@@ -124,7 +125,7 @@ def regression_lines(result: Regressions) -> list[str]:
     remark = "Each change is a change of cost: + is worse, ! exceeds the limit, ~ may be no change."
     return [
         *lines,
-        f"{remark} Times are relative to the baseline of each run, which removes the drift of the machine.",
+        f"{remark} Times are relative to the baseline of each run, which removes the drift of the machine's speed.",
     ]
 
 
@@ -150,7 +151,7 @@ def regression_json(result: Regressions) -> dict[str, Any]:
 
 
 def _table(pairs: Sequence[Pair]) -> list[str]:
-    """Returns an aligned table of the changes, one line for each pair with changes."""
+    """Returns an aligned table of the changes, with one line for each pair of rows that has changes."""
     rows = [["cell", *(cost for _, cost, _, _ in _SHOWN.values())]]
     for pair in pairs:
         if pair.changes:

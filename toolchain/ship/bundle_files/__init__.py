@@ -1,1 +1,1 @@
-"""Files and templates from which `ship` makes a bundle. The scripts run without this package."""
+"""Files and templates from which `ship` makes a bundle. The scripts of a bundle run without the package `toolchain`."""

@@ -1,15 +1,15 @@
-"""Classifies texts with onnxruntime and onnxruntime-extensions: `python classify.py "a charming film"`.
+"""Classifies texts with onnxruntime and onnxruntime-extensions, for example: python classify.py "a charming film".
 
-The script prints one line for each text: label, probability and text. Without arguments, it reads the texts from
-standard input, one text per line.
+The script prints one line for each text: label, probability and text. Without arguments, the script reads the texts
+from standard input, one text per line.
 """
 
 import os
 import sys
 
 if __name__ == "__main__":
-    # Python searches the script's folder for libraries first. Without this folder in the search path, no file of the
-    # bundle can replace a library.
+    # Python searches the script's folder for libraries first. The script removes its folder from the search path, so
+    # that no file of the bundle can replace a library.
     _script_folder = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != _script_folder]
 
@@ -22,8 +22,8 @@ import numpy as np
 import onnxruntime as ort
 import onnxruntime_extensions
 
-# x86 without VNNI adds two 8-bit products in 16 bits, and the sum can saturate. This session option makes the products
-# exact. On other processors, the option only makes int8 slower.
+# x86 without VNNI adds two 8-bit products in 16 bits, and the sum can saturate. `EXACT_PRODUCTS` is a session option
+# that makes the sum exact on x86 without VNNI. On all other processors, `EXACT_PRODUCTS` only makes int8 slower.
 EXACT_PRODUCTS = ("session.x64quantprecision", "1")
 # An ONNX file with one MatMulInteger node: uint8 [1, 4] × int8 [4, 1]; every weight is 127.
 PRODUCT = base64.b64decode(
@@ -48,7 +48,7 @@ class Classifier:
 
     Args:
         folder: Folder of the bundle.
-        variant: Variant of the model; None for the first model.
+        variant: Name of the model's variant; None for the first model of the bundle.
     """
 
     def __init__(self, folder: str | Path = Path(__file__).parent, variant: str | None = None) -> None:

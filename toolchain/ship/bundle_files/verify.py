@@ -1,11 +1,12 @@
 """Checks this bundle.
 
-`python verify.py` compares the sha256 of every file with bundle.json. Then it runs every model on the golden sentences,
-one by one and in padded batches. golden.json holds these sentences with the recorded tokens and logits. The tokens must
-equal the recorded tokens. No logit may differ from the recorded logit by more than `tolerance.largest` of the model in
-bundle.json. The median difference may not exceed `tolerance.median`.
+`python verify.py` compares the sha256 of every file with bundle.json. Then the script runs every model on the golden
+sentences, one by one and in padded batches. The file golden.json holds the golden sentences with the recorded tokens
+and logits. The tokens of a golden sentence must equal the recorded tokens. No logit may differ from the recorded logit
+by more than `tolerance.largest` of the model in bundle.json. The median difference from the recorded logits may not
+exceed `tolerance.median`.
 
-The script needs onnxruntime, tokenizers and numpy. It also needs onnxruntime-extensions if a graph contains the
+The script needs onnxruntime, tokenizers and numpy. The script also needs onnxruntime-extensions if a graph contains the
 tokenizer.
 
 Exit codes:
@@ -18,8 +19,8 @@ import os
 import sys
 
 if __name__ == "__main__":
-    # Python searches the script's folder for libraries first. Without this folder in the search path, no file of the
-    # bundle can replace a library.
+    # Python searches the script's folder for libraries first. The script removes its folder from the search path, so
+    # that no file of the bundle can replace a library.
     _script_folder = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != _script_folder]
 
@@ -34,8 +35,8 @@ from typing import Any
 SCHEMA = 2
 BUNDLE, GOLDEN = "bundle.json", "golden.json"
 TEXT, LOGITS = "text", "logits"
-# x86 without VNNI adds two 8-bit products in 16 bits, and the sum can saturate. This session option makes the products
-# exact. On other processors, the option only makes int8 slower.
+# x86 without VNNI adds two 8-bit products in 16 bits, and the sum can saturate. `EXACT_PRODUCTS` is a session option
+# that makes the sum exact on x86 without VNNI. On all other processors, `EXACT_PRODUCTS` only makes int8 slower.
 EXACT_PRODUCTS = ("session.x64quantprecision", "1")
 # An ONNX file with one MatMulInteger node: uint8 [1, 4] × int8 [4, 1]; every weight is 127.
 PRODUCT = base64.b64decode(
@@ -80,7 +81,7 @@ def canonical_id(body: Mapping[str, Any]) -> str:
 
 
 def model_files(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns the name and file of a model in bundle.json. For phones, the model's copy in ORT format follows."""
+    """Returns (name, file) of a model in bundle.json; for phones, also (name, file) of its copy in ORT format."""
     ort_format = [(f"{model['variant']}.ort", str(model["ort"]["file"]))] if "ort" in model else []
     return [(str(model["variant"]), str(model["file"])), *ort_format]
 
@@ -148,7 +149,7 @@ def _check_file(folder: Path, path: str, size: int, digest: str) -> None:
 
 
 def saturates(*, exact: bool = False) -> bool:
-    """Runs one 8-bit product with ONNX Runtime and returns whether the product saturates here.
+    """Runs one 8-bit product with ONNX Runtime and returns whether the product saturates on this machine.
 
     Args:
         exact: Whether to test with the session option `EXACT_PRODUCTS` instead of the default options.
@@ -202,7 +203,8 @@ def compare_logits(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str,
     """Runs every model file on the golden sentences and batches, and compares the logits with the recorded logits.
 
     Yields:
-        For each model file: the name, the largest difference of a logit, and the limit for this difference.
+        For each model file: the model's name, the largest difference from a recorded logit, and the limit for this
+            difference.
 
     Raises:
         InvalidBundleError: golden.json is not valid, a model fails or exceeds its tolerance, or a sentence does not
@@ -233,7 +235,7 @@ def compare_logits(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str,
         ]
         pad_id = int(body["pad_id"])
         in_graph = body.get("tokenizer_in_graph")
-    except Exception as error:  # the library tokenizers raises plain Exception
+    except Exception as error:  # the package tokenizers raises plain Exception objects
         raise InvalidBundleError(f"{GOLDEN}, {BUNDLE} or tokenizer.json cannot be read: {error!r}") from error
     if not rows or not batches:
         raise InvalidBundleError(f"{GOLDEN} has no sentences or no batches")
@@ -257,8 +259,8 @@ def compare_logits(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str,
             raise InvalidBundleError(f"{GOLDEN} does not have the logits of {name}")
         try:
             session = ort.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime has one exception class per status, without a common base
-            # ONNX Runtime refuses the session option for a model whose layers share weights.
+        except Exception as error:  # The exception classes of onnxruntime have no common base class but Exception.
+            # ONNX Runtime refuses the session option `EXACT_PRODUCTS` for a model whose layers share weights.
             if option_needed and variant in _saturable_models(body):
                 raise UnsuitableRuntimeError(
                     f"{file} cannot be loaded on a processor that saturates 8-bit products: {error}", _SATURATION_HINT
@@ -297,7 +299,7 @@ def _compute_deltas(
                 feeds = {name: np.array(arrays[name], np.int64) for name in inputs}
             largest = np.abs(session.run([LOGITS], feeds)[0] - logits).max(axis=1)
             deltas += [float(delta) if np.isfinite(delta) else float("inf") for delta in largest]
-    except Exception as error:  # onnxruntime has one exception class per status, without a common base
+    except Exception as error:  # the exception classes of onnxruntime have no common base class but Exception
         raise InvalidBundleError(f"{file} does not run here: {error}") from error
     return deltas
 
@@ -326,7 +328,7 @@ def _check_tokenizer(file: Path, options: Any, rows: Sequence[Any]) -> None:
     try:
         session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         outputs = [session.run(names, {TEXT: np.array([text], dtype=object)}) for text, _ in rows]
-    except Exception as error:  # onnxruntime has one exception class per status, without a common base
+    except Exception as error:  # the exception classes of onnxruntime have no common base class but Exception
         raise InvalidBundleError(f"the tokenizer graph does not run here: {error}") from error
     for (text, ids), (tokens, mask) in zip(rows, outputs, strict=True):
         if tokens[0][mask[0] == 1].tolist() != ids:

@@ -36,8 +36,9 @@ class Target:
         files: Files beside the models.
         text_files: Files beside the models if the graphs contain the tokenizer.
         no_tokenizer_reason: Reason why the graphs cannot contain the tokenizer; None if they can.
-        tokenizer_path: Path of a separate tokenizer graph; None without such a graph. The graph converts the users'
-            texts to token ids for the models. The models then have the probabilities as a second output.
+        tokenizer_path: Path of a separate tokenizer graph; None without such a graph. The tokenizer graph converts the
+            users' texts to token ids for the models. Beside a tokenizer graph, the models have the probabilities as a
+            second output.
         first_path: Fixed path of the first model file; None to use `model_path`.
     """
 
@@ -55,7 +56,7 @@ class Target:
 
         Args:
             variants: Names of all variants of the bundle, in order.
-            index: Index of the variant.
+            index: Index of the variant whose path is returned.
         """
         return self.first_path if self.first_path and index == 0 else self.model_path(variants[index])
 
@@ -84,7 +85,7 @@ def _named_after_variant(variant: str) -> str:
     return f"{variant}.onnx"
 
 
-_OPTIMUM_FILE = "model.onnx"  # the file that optimum loads from a folder
+_OPTIMUM_FILE = "model.onnx"  # optimum loads the file with this name from a folder
 
 
 _PYTHON = {
@@ -146,7 +147,7 @@ TARGETS = {
                 REPOSITORY + "/tokenizer/config.pbtxt": "tokenizer.pbtxt.j2",
             },
             _SERVER,
-            # The name is not model.onnx: optimum would load a file with this name as the classifier.
+            # The tokenizer graph is not called model.onnx, because optimum would load model.onnx as the classifier.
             tokenizer_path=REPOSITORY + "/tokenizer/1/tokenizer.onnx",
         ),
         Target(
@@ -158,5 +159,5 @@ TARGETS = {
         ),
     )
 }
-# The demo page of a web bundle, with its script and style. `clients` provides the page's JavaScript libraries.
+# The demo page of a web bundle, with its script and style. `clients` provides the demo page's JavaScript libraries.
 DEMO = {"index.html": "index.html", "demo/page.mjs": "page.mjs", "demo/page.css": "page.css"}

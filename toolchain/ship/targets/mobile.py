@@ -1,7 +1,7 @@
 """Writes models for phones.
 
-The module writes an .onnx file for an older ONNX Runtime, the same model in ORT format, and the configuration of a
-reduced build of ONNX Runtime. It also runs ONNX Runtime's checker for the accelerators of phones.
+The module writes an .onnx file for an older ONNX Runtime, and the same model in ORT format. The module also writes the
+configuration of a reduced build of ONNX Runtime, and runs ONNX Runtime's checker for the accelerators of phones.
 """
 
 from __future__ import annotations
@@ -47,19 +47,20 @@ _COREML = {
 
 
 def make(source: Path, target: Path, release: str, core: Path) -> dict[str, Any]:
-    """Writes the model twice for an older release: as an .onnx file, and beside it in ORT format.
+    """Writes the model for an older ONNX Runtime: as an .onnx file, and beside this file in ORT format.
 
     Args:
         source: The .onnx file of the model.
         target: The .onnx file to write. The file in ORT format has the suffix ``.ort``.
         release: Release of ONNX Runtime that must run both files.
-        core: The same model without a tokenizer, for the checker of accelerators.
+        core: The .onnx file of the model without a tokenizer, for the checker of accelerators.
 
     Returns:
         The entries ``ort``, ``oldest_release`` and ``providers`` of bundle.json.
 
     Raises:
-        ShippingError: The release cannot read the model, lacks one of its operators, or computes one incorrectly.
+        ShippingError: The release cannot read the model, lacks an operator of the model, or computes an operator
+            incorrectly.
     """
     import onnxruntime as ort
 
@@ -98,9 +99,9 @@ def _check_uses(uses: Collection[Use], name: str, release: str, first: str | Non
     unsupported = find_unsupported(release, uses)
     missing = [use for use in unsupported if not use.attention_kind]
     faulty = [use for use in unsupported if use.attention_kind]
-    hint = (f"Ship it with --ort-mobile {first} or newer, or ship" if first else "Ship") + (
-        f" a variant with standard operators of opset {Export.opset}, such as onnx-std."
-    )
+    hint = f"Ship a variant with standard operators of opset {Export.opset}, such as onnx-std."
+    if first:
+        hint += f" Or ship {name} with --ort-mobile {first} or newer."
     if missing:
         raise ShippingError(
             f"{name} uses {', '.join(map(str, missing))}, which ONNX Runtime {release} lacks.",
@@ -108,7 +109,7 @@ def _check_uses(uses: Collection[Use], name: str, release: str, first: str | Non
         )
     if faulty:
         raise ShippingError(
-            f"{name} uses {', '.join(map(str, faulty))}. ONNX Runtime {release} refuses padded batches with such "
+            f"{name} uses {', '.join(map(str, faulty))}, but ONNX Runtime {release} refuses padded batches with such "
             "attention, or computes them incorrectly.",
             hint,
         )
@@ -129,7 +130,7 @@ def lower(source: Path, target: Path, release: str) -> None:
     model = onnx.load(source)
     _check_types(ir.from_proto(model), target.stem, release)
     used = {STANDARD, *(node.domain for node in _nodes(model))}
-    # A release refuses an operator set that is too new, even if no node uses the set.
+    # ONNX Runtime refuses an operator set that is too new, even if no node uses the set.
     unused = [entry for entry in model.opset_import if entry.domain not in used]
     opset = {entry.domain: entry.version for entry in model.opset_import if entry.domain in used}
     if opset.get(MICROSOFT, MICROSOFT_OPSET) > MICROSOFT_OPSET:
@@ -159,8 +160,8 @@ def _check_types(model: ir.Model, name: str, release: str) -> None:
         raise ShippingError(
             f"{name} holds tensors of type {', '.join(sorted(unsupported))}, which need IR version {version}. ONNX "
             f"Runtime {release} reads IR versions up to {limit}.",
-            f"Ship it with --ort-mobile {oldest_reading_release(version)} or newer, or ship another variant such as "
-            "onnx-int8.",
+            f"Ship {name} with --ort-mobile {oldest_reading_release(version)} or newer, or ship another variant such "
+            "as onnx-int8.",
         )
 
 
@@ -168,11 +169,11 @@ def _convert_opset(model: onnx.ModelProto, opset: int, name: str, release: str) 
     """Returns the model in a lower opset of standard operators.
 
     The ONNX specification defines many operators as functions of other operators. If the lower opset lacks an operator,
-    its function replaces the operator. If an operator has another signature in the lower opset, the onnx package
-    converts the operator. All other operators have the same meaning in both opsets.
+    the function that defines the operator replaces it. If an operator has another signature in the lower opset, the
+    onnx package converts the operator. All other operators have the same meaning in both opsets.
 
     Raises:
-        ShippingError: An operator has no such function, or onnx cannot convert the operator.
+        ShippingError: The lower opset lacks an operator that no function defines, or onnx cannot convert an operator.
     """
     from onnx import checker, inliner, version_converter
 
@@ -183,8 +184,8 @@ def _convert_opset(model: onnx.ModelProto, opset: int, name: str, release: str) 
             names = [(STANDARD, operator) for operator in unconverted]
             model = inliner.inline_selected_functions(model, names, inline_schema_functions=True)
             unconverted = _newer_operators(model, opset)
-        # The onnx package cannot convert an operator that only has fewer types in the lower opset. So each step goes
-        # down one opset, and calls onnx only if a signature changes.
+        # The onnx package cannot convert an operator that only has fewer types in the lower opset. So the loop lowers
+        # the opset by one at a time, and calls onnx only if the signature of an operator changes.
         for version in range(_opset(model).version - 1, opset - 1, -1) if not unconverted else ():
             if unconverted := _changed_operators(model, version):
                 model = version_converter.convert_version(model, version)
@@ -192,13 +193,14 @@ def _convert_opset(model: onnx.ModelProto, opset: int, name: str, release: str) 
                 unconverted = []
             else:
                 _opset(model).version = version
-    except (RuntimeError, checker.ValidationError) as error:  # onnx's C++ code raises these
+    except (RuntimeError, checker.ValidationError) as error:  # C++ code of onnx raises RuntimeError and ValidationError
         cause = error
     if unconverted:
         raise ShippingError(
             f"{name} uses {', '.join(unconverted)} of a newer opset than {opset}, the newest opset that ONNX "
             f"Runtime {release} reads. The onnx package cannot convert the model to opset {opset}.",
-            f"Export it with `toolchain export --opset {min(opset, Export.opset)}`, or ship with a newer --ort-mobile.",
+            f"Export the model with `toolchain export --opset {min(opset, Export.opset)}`, or ship with a newer "
+            "--ort-mobile.",
         ) from cause
     return model
 
@@ -230,8 +232,8 @@ def _newer_operators(model: onnx.ModelProto, opset: int) -> list[str]:
 def _changed_operators(model: onnx.ModelProto, opset: int) -> list[str]:
     """Returns the model's standard operators whose inputs, outputs or attributes differ in `opset`.
 
-    The comparison ignores types. If an operator supports fewer types in `opset`, ONNX Runtime reports a missing type
-    when it loads the file.
+    The comparison ignores the types of inputs and outputs. If an operator supports fewer types in `opset`, ONNX Runtime
+    reports a missing type when it loads the file.
     """
     from onnx import defs
 
@@ -253,7 +255,8 @@ def _changed_operators(model: onnx.ModelProto, opset: int) -> list[str]:
 def configure(models: Sequence[Path]) -> None:
     """Writes the configurations of a reduced build of ONNX Runtime beside the models.
 
-    One file lists the operators. The other lists the operators with the types of their inputs and outputs.
+    One configuration lists only the operators of the models. The other configuration also lists the types of the
+    operators' inputs and outputs.
 
     Args:
         models: Files in ORT format, all in one folder.
@@ -271,12 +274,13 @@ def configure(models: Sequence[Path]) -> None:
 def providers(path: Path) -> list[dict[str, Any]]:
     """Runs the accelerator checker of the installed ONNX Runtime on a model.
 
-    The checker looks only at operators and shapes; it does not run the model. It does not check XNNPACK, which runs on
-    the CPU.
+    The checker looks only at operators and shapes; it does not run the model. The checker does not cover XNNPACK, which
+    runs on the CPU.
 
     Returns:
-        Two entries for each accelerator: with dynamic and with fixed shapes. An entry counts all nodes, the nodes that
-        the accelerator supports, and the partitions. It also says whether the accelerator is worth trying.
+        Two entries for each accelerator: one with dynamic shapes and one with fixed shapes. An entry counts all nodes,
+        the nodes that the accelerator supports, and the partitions. An entry also says whether the accelerator is worth
+        trying.
     """
     from onnxruntime.tools.mobile_helpers import usability_checker as checker
     from onnxruntime.tools.onnx_model_utils import ModelProtoWithShapeInfo, optimize_model

@@ -1,4 +1,7 @@
-"""Reads and writes files in ORT format, ONNX Runtime's own model format. Equal models give equal bytes."""
+"""Reads and writes files in ORT format, ONNX Runtime's own model format.
+
+Equal models give files with equal bytes.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ from toolchain.passes.quantize_linear import headroom
 from toolchain.passes.unsigned_weights import unsigned_weights
 from toolchain.ship.targets.releases import EXTENSIONS
 
-# This optimisation level fuses nodes into operators of the CPU provider, in the same way on every processor. The next
-# higher level chooses memory layouts for the processor that writes the file.
+# The level ``extended`` fuses nodes into operators of the CPU provider, in the same way on every processor. The next
+# higher optimisation level chooses memory layouts for the processor of the machine that writes the .ort file.
 LEVEL = "extended"
 
 
@@ -30,8 +33,8 @@ def save(source: Path, target: Path) -> None:
     libraries in its process.
 
     Args:
-        source: The .onnx file.
-        target: The file to write.
+        source: Path of the .onnx file to read.
+        target: Path of the .ort file to write.
 
     Raises:
         ShippingError: ONNX Runtime cannot run the model on the CPU.
@@ -55,13 +58,13 @@ def save(source: Path, target: Path) -> None:
 
 
 def save_in_process(source: str, target: str, level: str = LEVEL, sizes: Mapping[str, int] | None = None) -> None:
-    """Saves an .onnx file in ORT format from this process; the bytes are not reproducible.
+    """Saves an .onnx model in ORT format from this process; the bytes of the file differ between processes.
 
     Args:
-        source: The .onnx file.
-        target: The file to write.
-        level: Level of ONNX Runtime's optimiser.
-        sizes: Fixed sizes for free dimensions of the inputs, by name.
+        source: Path of the .onnx file to read.
+        target: Path of the .ort file to write.
+        level: Optimisation level of ONNX Runtime.
+        sizes: Fixed size of each free dimension of the model's inputs, by the dimension's name.
     """
     import onnx
     import onnxruntime as ort
@@ -77,13 +80,14 @@ def save_in_process(source: str, target: str, level: str = LEVEL, sizes: Mapping
         options.add_free_dimension_override_by_name(name, size)
     options.optimized_model_filepath = target
     options.add_session_config_entry("session.save_model_format", "ORT")
-    # Keeps signed int8, which ARM multiplies directly. By default, ONNX Runtime converts int8 to uint8 for x86.
+    # The option `session.qdqisint8allowed` keeps signed int8, which ARM multiplies directly. By default, ONNX Runtime
+    # converts int8 to uint8 for x86.
     options.add_session_config_entry("session.qdqisint8allowed", "1")
     ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def _schema_classes() -> Any:
-    """Returns the schema classes of ORT format; the first import adds the folder of these classes to `sys.path`."""
+    """Returns the flatbuffer classes of ORT format; importing `ort_format_model` adds their folder to `sys.path`."""
     import onnxruntime.tools.ort_format_model  # noqa: F401
     from ort_flatbuffers_py import fbs
 
@@ -91,16 +95,17 @@ def _schema_classes() -> Any:
 
 
 def read_root(content: bytes) -> Any:
-    """Returns the root table of a file in ORT format."""
+    """Returns the root table of a file in ORT format, which is a flatbuffer."""
     return _schema_classes().InferenceSession.InferenceSession.GetRootAsInferenceSession(content, 0)
 
 
 def _sort_kernel_types(content: bytes) -> bytes:
-    """Returns the content of the file with a sorted table of kernel types, so that equal models give equal bytes.
+    """Returns the content of an .ort file with a sorted table of kernel types, so that equal models give equal bytes.
 
-    ONNX Runtime writes this table in the order of a hash table, whose seed differs in every process. A flatbuffer grows
-    from its end to its start, and ONNX Runtime writes this table last. So the model stands after the table. The bytes
-    of the model are always the same, and the function keeps these bytes.
+    ONNX Runtime writes the table of kernel types in the order of a hash table, whose seed differs in every process. A
+    flatbuffer grows from its end to its start, and ONNX Runtime writes the table of kernel types last. So the model
+    comes after the table of kernel types in the file. The function copies the bytes of the model, which are equal in
+    every process.
     """
     import flatbuffers
 
@@ -124,10 +129,10 @@ def _sort_kernel_types(content: bytes) -> bytes:
 
 
 def _write_resolver(builder: Any, table: Any) -> int:
-    """Writes a sorted copy of `table`: operator → type parameter → inputs and outputs of this type.
+    """Writes a sorted copy of `table`, which maps operator → type parameter → inputs and outputs of this type.
 
     Returns:
-        The offset of the copy.
+        The offset of the copied table in the flatbuffer.
     """
     fbs = _schema_classes()
     operators = []
@@ -173,7 +178,7 @@ def _vector(builder: Any, offsets: list[int]) -> int:
 
 
 def shapes(graph: Any) -> dict[str, list[int | str | None]]:
-    """Returns the dimensions of each value by name; leaves out values of unknown rank.
+    """Returns the dimensions of each value of the graph, by the value's name; omits values of unknown rank.
 
     A dimension is a number, a name, or None if it is unknown.
     """

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import onnx
 
 Shape = Sequence[int | str | None]  # A dimension is a number, a name, or None if it is unknown.
-MASK_INDEX = {"Attention": 3, "QAttention": 5}  # Operator → index of its input ``mask_index``.
+MASK_INDEX = {"Attention": 3, "QAttention": 5}  # Maps an operator to the index of its input ``mask_index``.
 # Sizes for the free dimensions of a file's inputs, so that ONNX Runtime can infer every shape. The sizes are primes,
 # which rarely equal another size, such as 1 or a number of heads.
 SIZES = (11, 13, 17, 19, 23, 29)
@@ -32,7 +32,7 @@ SIZES = (11, 13, 17, 19, 23, 29)
 
 @dataclass(frozen=True)
 class Needs:
-    """The requirements of a model file.
+    """The requirements of a model file: the features and versions that ONNX Runtime must support.
 
     Attributes:
         uses: Features that the file uses.
@@ -47,16 +47,16 @@ class Needs:
     ort_format: int = 0
 
     def oldest_release(self) -> str | None:
-        """Returns the first release that meets all requirements; None if no known release does."""
+        """Returns the first ONNX Runtime release that meets all requirements; None if no known release does."""
         reader = oldest_reading_release(self.ir_version, self.opset, self.ort_format)
         runner = oldest_supporting_release(self.uses)
         return max(reader, runner, key=ORDER.index) if reader and runner else None
 
 
 def oldest_release(*needs: Needs) -> str | None:
-    """Returns the first release of ONNX Runtime that runs all files on a CPU; None if no known release does.
+    """Returns the first ONNX Runtime release that runs all model files on a CPU; None if no known release does.
 
-    This release and all later releases compute padded batches correctly.
+    The returned release and all later releases compute padded batches correctly.
     """
     releases = [each.oldest_release() for each in needs]
     return None if None in releases else max((each for each in releases if each), key=ORDER.index, default=ORDER[0])
@@ -68,7 +68,7 @@ def read_needs(path: Path) -> Needs:
     The installed ONNX Runtime infers the shapes of an .onnx file.
 
     Raises:
-        GraphError: ONNX Runtime cannot load the file here.
+        GraphError: The installed ONNX Runtime cannot load the file.
     """
     if path.suffix == ".ort":
         content = path.read_bytes()
@@ -105,7 +105,7 @@ def _attention_kinds(path: Path, model: onnx.ModelProto) -> set[Use]:
 def _stored_uses(content: bytes) -> Iterator[Use]:
     """Yields the operators, attributes, inputs and kinds of attention of a file in ORT format.
 
-    The function omits empty inputs. A file in ORT format also stores attributes with default values.
+    The function omits inputs that a node leaves empty. A file in ORT format also stores attributes with default values.
     """
     return _graph_uses(ort_format.read_root(content).Model().Graph())
 
@@ -129,11 +129,11 @@ def _graph_uses(graph: Any) -> Iterator[Use]:
 
 
 def attention_kinds(operator: str, shapes: Mapping[int, Shape], heads: int) -> Iterator[str]:
-    """Yields the kinds of attention of a node, as in the keys of `releases.ATTENTION_STATES`.
+    """Yields the kinds of attention that a node uses, named as in the keys of `releases.ATTENTION_STATES`.
 
     Args:
         operator: Name of the operator.
-        shapes: Shapes of the non-empty inputs, by index; an empty shape for an unknown rank.
+        shapes: Shapes of the node's non-empty inputs, by input index; the shape is empty if the rank is unknown.
         heads: Number of heads.
     """
     if MASK_INDEX.get(operator, -1) in shapes:
@@ -154,6 +154,6 @@ def attention_kinds(operator: str, shapes: Mapping[int, Shape], heads: int) -> I
 
 
 def _token_count(shape: Shape) -> int | str | None:
-    """Returns the number of tokens of a shape: [batch, heads, tokens, size] for rank 4, else [batch, tokens, ...]."""
+    """Returns the number of tokens in a shape, which is [batch, heads, tokens, size] or [batch, tokens, ...]."""
     place = 2 if len(shape) == 4 else 1
     return shape[place] if len(shape) > place else None

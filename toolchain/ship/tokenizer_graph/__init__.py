@@ -1,7 +1,7 @@
 """Adds a checkpoint's tokenizer to an ONNX graph, with operators of onnxruntime-extensions.
 
-Before `ship` writes a bundle, `comparison` compares the graph's tokens with the checkpoint's tokenizer on difficult
-texts.
+Before `ship` writes a bundle, the module `comparison` checks on difficult texts that the graph and the checkpoint's
+tokenizer give equal tokens.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 IR_VERSION = 8
-# Operators whose meaning changed between opset 18 and 20. The other operators only gained types.
+# Operators whose meaning changed between opset 18 and 20. All other standard operators only accept more data types in
+# opset 20.
 CHANGED_OPERATORS = {"DFT", "GridSample", "AffineGrid"}
 
 Pieces = Callable[[Nodes, "ir.Value", Any], Ragged]
-# Type of the tokenizer's model in tokenizer.json → function that adds the nodes.
+# Maps the type of the tokenizer's model in tokenizer.json to the function that adds the tokenizer's nodes.
 PIECES: Mapping[str, Pieces] = {
     "WordPiece": word_pieces,
     "BPE": byte_pairs,
@@ -37,14 +38,14 @@ PIECES: Mapping[str, Pieces] = {
 
 
 def token_model(encoder: Encoder, multiple: int = 1) -> ir.Model:
-    """Returns a tokenizer graph: it converts `TEXT` [texts] to the model's inputs, each int64 [texts, tokens].
+    """Returns a graph that converts the input `TEXT` to the classifier's inputs, each int64 of shape [texts, tokens].
 
     Args:
         encoder: The checkpoint's tokenizer.
-        multiple: The width of the inputs is rounded up to a multiple of this number, at most to `max_length`.
+        multiple: The graph rounds the inputs' width up to a multiple of this number, at most to `max_length`.
 
     Raises:
-        ShippingError: The graph cannot express the tokenizer.
+        ShippingError: An ONNX graph cannot express the tokenizer.
     """
     import onnx_ir as ir
 
@@ -64,25 +65,28 @@ def token_model(encoder: Encoder, multiple: int = 1) -> ir.Model:
 
 
 def with_tokenizer(model: ir.Model, encoder: Encoder) -> ir.Model:
-    """Puts the tokenizer before a model, in place. The model then maps `TEXT` [texts] to logits and probabilities.
+    """Puts the tokenizer before a model, in place.
+
+    With the tokenizer, the model computes logits and probabilities from the input `TEXT` of shape [texts].
 
     Args:
         model: A model that computes logits from token ids.
         encoder: The checkpoint's tokenizer.
 
     Returns:
-        The same model; both outputs are float32 [texts, labels].
+        The same model; its logits and probabilities are float32 of shape [texts, labels].
 
     Raises:
-        ShippingError: The graph cannot express the tokenizer, or the model's opset is too old.
+        ShippingError: An ONNX graph cannot express the tokenizer, or the model's opset is too old.
     """
     graph = model.graph
     if graph.opset_imports[""] < OPSET[""]:
         changed = sorted({node.op_type for node in graph.all_nodes() if node.domain == ""} & CHANGED_OPERATORS)
         if changed or graph.opset_imports[""] < 18:
+            opset = f"opset {graph.opset_imports['']}"
+            feature = f"{changed[0]} of {opset}" if changed else opset
             raise ShippingError(
-                f"The graph has opset {graph.opset_imports['']}{' with ' + changed[0] if changed else ''}, but a "
-                f"tokenizer needs opset {OPSET['']}.",
+                f"The model uses {feature}, but a tokenizer needs opset {OPSET['']}.",
                 "Export the model again.",
             )
     text, nodes, inputs = _add_tokenizer(encoder, 1)
@@ -101,7 +105,8 @@ def _add_tokenizer(encoder: Encoder, multiple: int) -> tuple[ir.Value, Nodes, di
     kind = json.loads(encoder.tokenizer.to_str())["model"].get("type")
     if kind not in PIECES:
         raise ShippingError(
-            f"A graph can contain {' or '.join(PIECES)}, but no tokenizer of type {kind}.", SHIP_WITHOUT_HINT
+            f"A graph can contain a tokenizer of type {' or '.join(PIECES)}, but no tokenizer of type {kind}.",
+            SHIP_WITHOUT_HINT,
         )
     text = ir.Value(name=TEXT, shape=ir.Shape(["texts"]), type=ir.TensorType(ir.DataType.STRING))
     nodes = Nodes()
@@ -110,7 +115,7 @@ def _add_tokenizer(encoder: Encoder, multiple: int) -> tuple[ir.Value, Nodes, di
 
 
 def _frame(encoder: Encoder, multiple: int) -> Frame:
-    """Returns the `Frame` of a text; encodes a text with and without special tokens to find the special tokens."""
+    """Returns the `Frame` of a text; finds the special tokens by encoding a text with and without special tokens."""
     tokenizer = encoder.tokenizer
     ids, text = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
     start = next((i for i in range(len(ids)) if text and ids[i : i + len(text)] == text), None)

@@ -1,7 +1,7 @@
 """Adds the tokenizer of GPT-2 and RoBERTa to a graph: byte-level BPE (Radford et al. 2019) of onnxruntime-extensions.
 
-One difference remains: the graph reads a text only up to its first NUL character. The checkpoint's tokenizer has a
-token for NUL.
+The graph differs from the checkpoint's tokenizer in one point: it reads a text only up to its first NUL character. The
+checkpoint's tokenizer has a token for NUL.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from toolchain.ship.tokenizer_graph.nodes import Nodes
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# The characters of Unicode's White_Space; RE2's \s matches only some of them.
+# The characters with Unicode's property White_Space; `\s` in RE2 matches only some of them.
 WHITE = r"[\t-\r \x{85}\x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000}]*"
 
 
 def byte_pairs(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
-    """Adds the nodes that split texts into tokens, without the special tokens around a text.
+    """Adds the nodes that split texts into tokens; these nodes add no special tokens.
 
     Args:
-        nodes: Nodes to extend.
-        texts: The texts, string [texts].
+        nodes: Nodes of a graph, which the function extends.
+        texts: The texts to split, a string tensor of shape [texts].
         tokenizer: The checkpoint's tokenizer.
 
     Raises:
@@ -39,15 +39,15 @@ def byte_pairs(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
     if kind != "ByteLevel" or body.get("normalizer") or body["pre_tokenizer"].get("add_prefix_space"):
         raise ShippingError(
             "onnxruntime-extensions supports only GPT-2's kind of BPE. This tokenizer has a normaliser, adds a space "
-            "before texts, or splits words differently.",
+            "before texts, or splits words differently from GPT-2.",
             SHIP_WITHOUT_HINT,
         )
     added = tokenizer.get_added_tokens_decoder()
     for token in added.values():
         pattern = re.escape(token.content)
         if token.lstrip or token.rstrip:  # the tokenizer deletes the white space beside this token
-            padded_pattern = f"{WHITE if token.lstrip else ''}{pattern}{WHITE if token.rstrip else ''}"
-            texts = nodes.replace(texts, padded_pattern, token.content)
+            before, after = WHITE if token.lstrip else "", WHITE if token.rstrip else ""
+            texts = nodes.replace(texts, f"{before}{pattern}{after}", token.content)
     ids, mask = nodes.add_with_outputs(
         "HfJsonTokenizer",
         2,

@@ -10,15 +10,16 @@ from typing import Any
 
 from toolchain.errors import ShippingError
 
-SURROGATES = range(0xD800, 0xE000)  # Not characters, and not valid in UTF-8.
-BLOCK = 256  # Characters per call; in most blocks, the tokenizer treats all characters alike.
-LEFT, RIGHT = "a", "b"  # Letters around a tested character; no tokenizer changes them.
+SURROGATES = range(0xD800, 0xE000)  # Surrogates are not characters, and not valid in UTF-8.
+# The tokenizer splits this many characters in one call; it treats all characters of most blocks of this size alike.
+BLOCK = 256
+LEFT, RIGHT = "a", "b"  # These letters stand around a tested character; no tokenizer changes them.
 DELETED, SPACE = "", " "
 SHIP_WITHOUT_HINT = "Ship without --with-tokenizer."
 
 
 def surround_with_spaces(character: str) -> str:
-    """Returns the replacement of a character that becomes a separate word: the character between two spaces."""
+    """Returns the character between two spaces, which make the character a separate word."""
     return f" {character} "
 
 
@@ -86,10 +87,10 @@ def _find_replacement(tokenizer: Any, framed: str) -> str:
 
 
 def group_by_kind(changed: Mapping[str, str]) -> dict[str, list[str]]:
-    """Returns three lists: ``deleted`` characters, characters that become a ``space``, and separate ``words``.
+    """Returns the characters that are ``deleted``, that become a ``space``, and that become separate ``words``.
 
     Args:
-        changed: Replacements by character, from `changes`.
+        changed: The replacement of each changed character, as returned by `changes`.
     """
     return {
         "deleted": [c for c, replacement in changed.items() if replacement == DELETED],

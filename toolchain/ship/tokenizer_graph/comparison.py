@@ -24,14 +24,14 @@ def compare(encoder: Encoder, texts: Sequence[str], file: Path | None = None, mu
     Args:
         encoder: The checkpoint's tokenizer.
         texts: Additional texts.
-        file: File for the graph; None to discard the graph.
-        multiple: The width of the model's inputs is rounded up to a multiple of this number, at most to `max_length`.
+        file: Path for the tokenizer graph; None to delete the graph after the comparison.
+        multiple: The graph rounds the inputs' width up to a multiple of this number, at most to `max_length`.
 
     Returns:
         Number of compared texts.
 
     Raises:
-        ShippingError: The graph cannot express the tokenizer, or it splits a text differently.
+        ShippingError: An ONNX graph cannot express the tokenizer, or splits a text differently from the tokenizer.
     """
     with tempfile.TemporaryDirectory() as scratch:
         path = file or Path(scratch) / "tokenizer.onnx"
@@ -60,9 +60,9 @@ def _compare_tokens(encoder: Encoder, texts: Sequence[str], file: Path) -> int:
 
 
 def _describe_difference(encoder: Encoder, text: str, expected: Sequence[int], actual: Sequence[int]) -> str:
-    """Returns a summary: the text, and the tokens of both tokenizers around the first difference."""
+    """Returns the text, and the tokens of the checkpoint's tokenizer and of the graph at the first difference."""
     splits = [[encoder.tokenizer.id_to_token(token) or f"id {token}" for token in ids] for ids in (expected, actual)]
     first = next((i for i, pair in enumerate(zip(*splits, strict=False)) if pair[0] != pair[1]), min(map(len, splits)))
     start = max(0, first - 1)
     original, graph = (" ".join(tokens[start : first + 4]) or "nothing" for tokens in splits)
-    return f"{text[:60]!r}, split into {original!r} by the checkpoint and into {graph!r} by the graph"
+    return f"{text[:60]!r}, split into {original!r} by the checkpoint's tokenizer and into {graph!r} by the graph"

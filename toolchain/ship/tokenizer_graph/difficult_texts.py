@@ -1,4 +1,4 @@
-"""Texts that tokenizers often split differently."""
+"""Difficult texts, which two implementations of a tokenizer often split differently."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 SEED, MIXTURES = 9, 600
-PER_TEXT = 48  # Unicode characters in one text
+PER_TEXT = 48  # number of different Unicode characters in one difficult text
 CONTROLS = (*range(1, 32), *range(127, 160))
 REPEATED = {
     "a": (99, 100, 101, 199, 200, 201, 1000),
@@ -28,8 +28,8 @@ REPEATED = {
 def texts() -> tuple[str, ...]:
     """Returns all difficult texts.
 
-    They contain the texts of ``difficult_texts.json``, control characters, and very long words and texts. They also
-    contain random mixtures of these with other characters, and every assigned Unicode character except NUL.
+    The difficult texts contain the texts of ``difficult_texts.json``, control characters, and very long words and
+    texts. They also contain random mixtures of words and characters, and every assigned Unicode character except NUL.
     """
     stored: dict[str, list[str]] = json.loads(
         Path(__file__).with_name("difficult_texts.json").read_text(encoding="utf-8")

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ragged:
-    """The tokens of several texts.
+    """The concatenated tokens of several texts.
 
     Attributes:
-        ids: Concatenated token ids of all texts, int64 [tokens].
-        begins: Index of each text's first token, int64 [texts].
-        ends: Index after each text's last token, int64 [texts].
+        ids: Concatenated token ids of all texts, int64 of shape [tokens].
+        begins: Index in `ids` of each text's first token, int64 of shape [texts].
+        ends: Index in `ids` after each text's last token, int64 of shape [texts].
     """
 
     ids: ir.Value
@@ -33,11 +33,11 @@ class Frame:
     """The special tokens, padding and truncation of a text.
 
     Attributes:
-        prefix: Special tokens before the text.
-        suffix: Special tokens after the text.
+        prefix: Ids of the special tokens before the text.
+        suffix: Ids of the special tokens after the text.
         pad_id: Token id for padding.
-        max_length: Largest number of tokens of a text, with the special tokens.
-        multiple: The width of a batch is rounded up to a multiple of this number, at most to `max_length`.
+        max_length: Largest number of tokens of a text, including the special tokens.
+        multiple: The graph rounds the width of a batch up to a multiple of this number, at most to `max_length`.
     """
 
     prefix: Sequence[int]
@@ -48,16 +48,16 @@ class Frame:
 
 
 def add_model_inputs(nodes: Nodes, tokens: Ragged, frame: Frame, names: Sequence[str]) -> dict[str, ir.Value]:
-    """Adds the nodes that compute the model's inputs.
+    """Adds the nodes that compute the model's inputs from the tokens of several texts.
 
     Args:
-        nodes: Nodes to extend.
+        nodes: Nodes of a graph, which the function extends.
         tokens: Tokens of all texts.
-        frame: Special tokens, padding and truncation.
+        frame: Special tokens, padding and truncation of each text.
         names: Names of the model's inputs.
 
     Returns:
-        The inputs by name, each int64 [texts, width].
+        The model's inputs by name, each int64 of shape [texts, width].
     """
     special_count = len(frame.prefix) + len(frame.suffix)
     limit = nodes.numbers([frame.max_length - special_count])
@@ -73,7 +73,7 @@ def add_model_inputs(nodes: Nodes, tokens: Ragged, frame: Frame, names: Sequence
     index = nodes.add("Sub", position, nodes.numbers([len(frame.prefix)]))  # index of a token in its text
     is_text = nodes.add("And", nodes.add("GreaterOrEqual", index, nodes.numbers([0])), nodes.add("Less", index, counts))
     source = nodes.add("Add", nodes.add("Unsqueeze", tokens.begins, nodes.numbers([1])), index)
-    # Positions outside the text read the padding token, which stands after the tokens of the last text.
+    # Positions outside a text get the padding token, which the graph appends to the concatenated tokens.
     count = nodes.add("Shape", tokens.ids)
     padded = nodes.add("Concat", tokens.ids, nodes.numbers([frame.pad_id]), axis=0)
     ids = nodes.add("Gather", padded, nodes.add("Where", is_text, source, count))

@@ -16,7 +16,7 @@ OPSET = {"": 20, EXTENSIONS: 1, ML: 2}
 
 
 class Nodes:
-    """The nodes of a graph in the order in which they were added, and the constants that they read."""
+    """The nodes of a graph in the order in which they were added, and the constants that these nodes use."""
 
     def __init__(self) -> None:
         from onnx_ir import tape
@@ -25,7 +25,7 @@ class Nodes:
         self._constants: dict[tuple[str, ...], ir.Value] = {}
 
     def texts(self, *values: str) -> ir.Value:
-        """Returns a constant with the texts, string [values]."""
+        """Returns a constant of dtype string and shape [values] that holds the texts."""
         import onnx_ir as ir
 
         key = ("texts", *values)
@@ -35,13 +35,13 @@ class Nodes:
         return self._constants[key]
 
     def numbers(self, value: int | Sequence[int]) -> ir.Value:
-        """Returns an int64 constant: a scalar for a number, [values] for a sequence."""
+        """Returns an int64 constant: a scalar for a number, or a vector for a sequence of numbers."""
         import numpy as np
 
         return self._constant(np.array(value, np.int64))
 
     def boolean(self, value: bool) -> ir.Value:
-        """Returns a constant with one Boolean value, bool [1]."""
+        """Returns a constant of dtype bool and shape [1] that holds the value."""
         import numpy as np
 
         return self._constant(np.array([value]))
@@ -65,7 +65,7 @@ class Nodes:
         return self.tape.op_multi_out(operator, inputs, attributes, num_outputs=count, domain=domain)
 
     def replace(self, texts: ir.Value, pattern: str, replacement: str) -> ir.Value:
-        """Adds a node that replaces every match of a regular expression (RE2's syntax) in `texts`, string [n]."""
+        """Adds a node that replaces every match of `pattern`, a regular expression of RE2, in the texts."""
         constants = [self.texts(pattern), self.texts(replacement)]
         return self.add("StringRegexReplace", texts, *constants, domain=EXTENSIONS, global_replace=1)
 

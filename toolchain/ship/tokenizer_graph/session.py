@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class TextSession:
-    """A session on the CPU for an ``.onnx`` file that takes texts only.
+    """A session on the CPU for an ``.onnx`` file whose only input is a tensor of texts.
 
     Raises:
         ProviderError: onnxruntime-extensions is not installed.

@@ -1,9 +1,10 @@
-"""Adds BERT's tokenizer to a graph: the nodes map characters, split words, and find the longest pieces of each word.
+"""Adds BERT's tokenizer to a graph: nodes that map characters, split texts into words, and split words into pieces.
 
-The algorithm is WordPiece (Schuster and Nakajima 2012). Two operators of onnxruntime-extensions differ from the
-checkpoint's tokenizer. `BertTokenizer` takes a single text and treats accents differently, so the graph does not use
-this operator. `WordpieceTokenizer` keeps the first pieces of a word with an unknown piece; the graph drops these
-pieces. A table maps the characters; `characters` computes the table with the checkpoint's own tokenizer.
+BERT's tokenizer uses the algorithm WordPiece (Schuster and Nakajima 2012). Two operators of onnxruntime-extensions
+differ from the checkpoint's tokenizer. The operator `BertTokenizer` takes only one text and treats accents differently
+from the checkpoint's tokenizer, so the graph does not use it. The operator `WordpieceTokenizer` keeps the known pieces
+before an unknown piece of a word; other nodes of the graph drop these pieces. The graph maps characters with a table,
+which the module `characters` computes with the checkpoint's own tokenizer.
 """
 
 from __future__ import annotations
@@ -29,22 +30,23 @@ from toolchain.ship.tokenizer_graph.nodes import Nodes
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# Control characters with a special meaning inside the graph. The tokenizer deletes them from texts anyway.
+# These control characters have a special meaning inside the graph. The checkpoint's tokenizer deletes all control
+# characters from texts.
 NUL, DROPPED, ROW_END = "\x00", "\x01", "\x02"
 MARKS = [chr(point) for point in (*range(3, 9), 11, 12, *range(14, 32))]
-LONG_RUN = 64  # characters; a run of this length or more is cheaper in a regular expression than in a table
+LONG_RUN = 64  # A run of at least this many characters is cheaper in a regular expression than in a table.
 
 
 def word_pieces(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
-    """Adds the nodes that split texts into tokens, without the special tokens around a text.
+    """Adds the nodes that split texts into tokens; these nodes add no special tokens.
 
     Args:
-        nodes: Nodes to extend.
-        texts: The texts, string [texts].
+        nodes: Nodes of a graph, which the function extends.
+        texts: The texts to split, a string tensor of shape [texts].
         tokenizer: The checkpoint's tokenizer.
 
     Raises:
-        ShippingError: The graph cannot express the tokenizer's normaliser or its added tokens.
+        ShippingError: An ONNX graph cannot express the tokenizer's normaliser or its added tokens.
     """
     definition = tokenizer.to_str()
     model, changed = json.loads(definition)["model"], changes(definition)
@@ -61,10 +63,10 @@ def word_pieces(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
 def _choose_marks(tokenizer: Any, changed: Mapping[str, str]) -> dict[str, str]:
     """Returns a control character for each added token, the longest token first.
 
-    The control character replaces the token in a text before normalisation.
+    The control character replaces the added token in a text before normalisation.
 
     Raises:
-        ShippingError: The tokenizer keeps control characters, or the graph cannot express its added tokens.
+        ShippingError: The tokenizer keeps control characters, or an ONNX graph cannot express its added tokens.
     """
     kept_characters = [mark for mark in (NUL, DROPPED, ROW_END, *MARKS) if changed.get(mark) != DELETED]
     if kept_characters:
@@ -89,8 +91,9 @@ def _choose_marks(tokenizer: Any, changed: Mapping[str, str]) -> dict[str, str]:
 
 
 def _add_word_split(nodes: Nodes, texts: ir.Value, changed: Mapping[str, str], marks: Mapping[str, str]) -> ir.Value:
-    """Adds the nodes that split texts into words, string [words]; `ROW_END` follows the words of each text."""
-    # The operators of onnxruntime-extensions read a text only up to a NUL. So a standard operator removes NUL first.
+    """Adds the nodes that split texts into words; returns a string tensor with `ROW_END` after each text's words."""
+    # The operators of onnxruntime-extensions read a text only up to a NUL character, so a standard operator first
+    # splits each text at its NUL characters.
     parts = nodes.add_with_outputs("StringSplit", 2, texts, delimiter=NUL)[0]
     texts = nodes.add("StringJoin", parts, nodes.texts(DROPPED), nodes.numbers([1]), domain=EXTENSIONS)
     texts = nodes.replace(texts, _character_class([ROW_END, *MARKS]), DROPPED)
@@ -100,7 +103,8 @@ def _add_word_split(nodes: Nodes, texts: ir.Value, changed: Mapping[str, str], m
     kinds = group_by_kind(changed)
     for kind, replacement in (("deleted", ""), ("space", " "), ("words", r" \1 ")):
         long = [run for run in runs(kinds[kind]) if run[1] - run[0] >= LONG_RUN]
-        separators = [c for c in kinds[kind] if c in "\t\n"]  # separators of the map in `_add_character_map`
+        # The map in `_add_character_map` uses tabs and newlines as separators, so it cannot contain these characters.
+        separators = [c for c in kinds[kind] if c in "\t\n"]
         if long or separators:
             texts = nodes.replace(texts, f"({_character_class(separators, long)})", replacement)
         for first, last in long:
@@ -113,7 +117,7 @@ def _add_word_split(nodes: Nodes, texts: ir.Value, changed: Mapping[str, str], m
 
 
 def _add_character_map(nodes: Nodes, texts: ir.Value, table: Mapping[str, str], marks: Mapping[str, str]) -> ir.Value:
-    """Adds the nodes that map every character with the table and split the result into words."""
+    """Adds the nodes that replace every character as in `table`, and split the result into words."""
     rows = {c: new or DROPPED for c, new in table.items() if c not in (NUL, ROW_END, *MARKS)}
     rows |= {mark: surround_with_spaces(mark) for mark in (*marks.values(), ROW_END)}
     pattern = nodes.texts("((?s:.))")
@@ -128,7 +132,7 @@ def _add_character_map(nodes: Nodes, texts: ir.Value, table: Mapping[str, str], 
 
 
 def _longest_pieces(nodes: Nodes, words: ir.Value, model: Mapping[str, Any], vocabulary: Mapping[str, int]) -> ir.Value:
-    """Adds the nodes that split words into pieces; returns the ids, int64 [pieces], with -1 after each text."""
+    """Adds the nodes that split words into pieces; returns the pieces' int64 ids, with -1 after each text."""
     unknown = vocabulary[model["unk_token"]]
     tokens, _, begins, ends = nodes.add_with_outputs(
         "WordpieceTokenizer",
@@ -150,8 +154,8 @@ def _longest_pieces(nodes: Nodes, words: ir.Value, model: Mapping[str, Any], voc
         values_int64s=list(numbers.values()),
         default_int64=unknown,
     )
-    # A word with an unknown piece becomes the unknown token, which is the last piece of the word. The graph drops the
-    # other pieces.
+    # If a word has an unknown piece, `WordpieceTokenizer` returns the pieces before it and then the unknown token. The
+    # graph keeps only the unknown token of such a word.
     last = nodes.add("Sub", ends, nodes.numbers([1]))
     is_unknown = nodes.add("Equal", nodes.add("Gather", ids, last), nodes.numbers([unknown]))
     first = nodes.add("Where", is_unknown, last, begins)
