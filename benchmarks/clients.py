@@ -4,8 +4,8 @@
     python benchmarks/clients.py
 
 The Python client runs in an environment with only onnxruntime, tokenizers and numpy. Each client classifies the same
-validation sentences, one at a time; the time includes tokenising. The order of the clients is random in each round. In
-every round, each client starts in a new process or in a new browser. The script writes
+validation sentences, one at a time; the measured time includes tokenising. The order of the clients is random in each
+round. In every round, each client starts in a new process or in a new browser. The script writes
 benchmarks/studies/clients-reference.json.
 """
 
@@ -74,7 +74,7 @@ def run_page(folder: Path, dtype: str, texts: str) -> dict[str, Any]:
 
 
 def client_row(rounds: list[dict[str, Any]], python_labels: list[str]) -> dict[str, Any]:
-    """Returns a client's row of the study; a flip is a label that differs from the Python client's label."""
+    """Returns the figures of one client; a flip is a sentence whose label differs from the Python client's label."""
     samples = Samples.from_single([[round(1000 * ms) for ms in each["ms"]] for each in rounds])
     return {
         "latency_ms": samples.milliseconds(),
@@ -89,7 +89,7 @@ def client_row(rounds: list[dict[str, Any]], python_labels: list[str]) -> dict[s
 @click.option("--rounds", default=6, show_default=True)
 @click.option("--exported", type=click.Path(path_type=Path), default=ROOT / "exported", show_default=True)
 def main(rounds: int, exported: Path) -> None:
-    """Ships the bundles, measures every client, saves the study and prints it."""
+    """Ships the bundles, measures every client, saves the results and prints them."""
     modules = clients.find_modules(CACHE)
     if modules is None or not PYTHON.exists():
         raise click.ClickException("Run `make test-clients` first.")
@@ -131,7 +131,7 @@ def main(rounds: int, exported: Path) -> None:
 
 
 def summary(body: dict[str, Any]) -> list[str]:
-    """Returns the study as lines of a table."""
+    """Returns the results of this benchmark as the lines of a text table."""
     lines = [f"{'':20} {'p50 ms':>8} {'p95 ms':>8} {'first answer ms':>16} {'flips':>6}"]
     for name, row in body["rows"].items():
         first = row["first_answer_ms"][len(row["first_answer_ms"]) // 2]

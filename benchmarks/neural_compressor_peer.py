@@ -3,9 +3,10 @@
     python neural_compressor_peer.py MODEL.onnx TOKENS.json OUT.onnx dynamic|static
 
 The script needs an environment with the packages in `PACKAGES`. By default, Neural Compressor treats the model as a
-transformer and fuses its operators first. Static quantisation calibrates on the sentences of TOKENS.json. For static
-quantisation, the script uses SmoothQuant and keeps the results of products in fp32, as in Neural Compressor's
-DistilBERT example. Without SmoothQuant and fp32 results, static quantisation loses several points of accuracy.
+transformer and fuses operators before it quantises them. Static quantisation calibrates on the sentences of
+TOKENS.json. For static quantisation, the script uses SmoothQuant and keeps the outputs of matrix products in fp32, as
+in Neural Compressor's DistilBERT example. Without SmoothQuant and fp32 outputs of matrix products, static quantisation
+loses several points of accuracy.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 # Neural Compressor 2.6 is the last 2.x release; 2.x supports ONNX Runtime completely. Neural Compressor 2.6 needs ONNX
-# and ONNX Runtime releases that are as old as itself. Neural Compressor also needs six and transformers, although its
-# metadata do not declare them. The benchmark runs the quantised model with the toolchain's own, newer ONNX Runtime.
+# and ONNX Runtime releases of the same age as Neural Compressor 2.6. Neural Compressor needs the packages `six` and
+# `transformers`, although its metadata do not declare them. The benchmark runs the quantised model with the
+# toolchain's ONNX Runtime, which is newer than the one in `PACKAGES`.
 PACKAGES = (
     "neural-compressor==2.6",
     "onnx==1.16.2",
@@ -31,7 +33,8 @@ PACKAGES = (
 RECIPES = {
     "optypes_to_exclude_output_quant": ["MatMul", "Gemm", "Attention", "FusedGemm"],
     "smooth_quant": True,
-    "smooth_quant_args": {"alpha": 0.5},  # 0.5 is the default, but SmoothQuant does nothing without this entry
+    # The default of alpha is also 0.5, but Neural Compressor skips SmoothQuant if alpha is not set.
+    "smooth_quant_args": {"alpha": 0.5},
 }
 
 
@@ -58,7 +61,7 @@ class Sentences:
 
 
 def main(model: str, tokens: str, out: str, approach: str) -> None:
-    """Quantises the model and saves it."""
+    """Quantises the ONNX file `model` and saves the int8 model as `out`."""
     from neural_compressor import PostTrainingQuantConfig, quantization
 
     rows = json.loads(Path(tokens).read_text())

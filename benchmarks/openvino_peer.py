@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("openvino==2026.4.1", "nncf==3.4.0")
-SITE = "OPENVINO_SITE"  # this environment variable names the folder of OpenVINO's packages
+SITE = "OPENVINO_SITE"  # the environment variable OPENVINO_SITE holds the path of the folder of OpenVINO's packages
 
 
 class OpenVinoSession:
     """A `Session` on OpenVINO's CPU plugin, with default settings except the threads and the latency hint."""
 
     def __init__(self, folder: Path, place: Any) -> None:
-        sys.path.append(os.environ[SITE])  # at the end, so that Python finds this environment's packages first
+        # OpenVINO's folder is the last in `sys.path`, so Python prefers the packages of the running environment.
+        sys.path.append(os.environ[SITE])
         import openvino
 
         file = next(path for name in ("model.xml", "model.onnx") if (path := folder / name).is_file())
@@ -51,7 +52,7 @@ class OpenVinoSession:
 
 
 def main(model: str, tokens: str, out: str) -> None:
-    """Quantises the model and saves it."""
+    """Quantises the ONNX file `model` and saves the int8 model as `out`."""
     import nncf
     import numpy as np
     import openvino

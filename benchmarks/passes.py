@@ -4,22 +4,22 @@
 
 Every graph is built from the same `onnx-std`, with the passes of `toolchain` and a few passes of this script. The
 passes of this script are alternatives that the toolchain does not use. Some passes of this script enable fusions of
-ONNX Runtime that the toolchain disables. Other passes of this script add biases after the quantised products, or leave
-attention in separate operators. As an alternative to the int8 passes, the script calls ONNX Runtime's
-`quantize_dynamic`.
+ONNX Runtime that the toolchain disables. The pass `quantize-linear-bias-apart` adds biases after the quantised
+products. The pass `fuse-not-attention` leaves attention in separate operators. As an alternative to the int8 passes,
+the script calls ONNX Runtime's `quantize_dynamic`.
 
-The toolchain builds and validates `onnx-fp32` and `onnx-int8`. The graphs with alternatives or without a pass are not
-validated; the script counts their flips. All graphs are measured interleaved in one run, with ONNX Runtime's default
-session options and symbolic shapes.
+The toolchain builds and validates `onnx-fp32` and `onnx-int8`. The script does not validate the graphs that lack a
+pass or use an alternative; it counts their flips instead. All graphs are measured interleaved in one run, with ONNX
+Runtime's default session options and symbolic shapes.
 
-When ONNX Runtime loads a graph, it fuses further operators, but SkipLayerNormalization only if the shapes are known.
-In apps with fixed shapes, the pass `residual-sum` prevents the fusion to SkipLayerNormalization. In this script, shapes
-are symbolic, so `residual-sum` cannot save time. The printed row with SkipLayerNormalization shows the time that the
-fusion to this operator costs.
+When ONNX Runtime loads a graph, it fuses more operators. ONNX Runtime creates SkipLayerNormalization only if the graph
+has fixed shapes. In apps with fixed shapes, the pass `residual-sum` prevents the fusion to SkipLayerNormalization. This
+script uses symbolic shapes, so `residual-sum` has no fusion to prevent and cannot save time. In the printed table, the
+row with SkipLayerNormalization shows the time that the fusion to this operator costs.
 
-A ratio is the time without the pass, or with the alternative, divided by the time with the pass. A ratio above 1 means
-that the pass makes the graph faster. Each ratio has a 95 % interval over the rounds of the benchmark. The result file
-goes to benchmarks/studies/.
+Each ratio is the time without a pass, or with an alternative to the pass, divided by the time with the pass. A ratio
+above 1 means that the pass makes the graph faster. Each ratio has a 95 % interval over the rounds of the benchmark. The
+script writes the result file to benchmarks/studies/.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _fuse_also(*names: str) -> Callable[..., tuple[ir.Model, int]]:
     return partial(fuse, disabled_fusions=tuple(name for name in CPU_DISABLED_FUSIONS if name not in names))
 
 
-# Each of these passes replaces a pass of the toolchain.
+# Each experimental pass replaces one pass of the toolchain.
 EXPERIMENTAL_PASSES = {
     "fuse-skip-layer-norm": _fuse_also(*SKIP_LAYER_NORM),
     "fuse-bias-gelu": _fuse_also("bias_gelu"),
@@ -147,7 +147,7 @@ def contenders() -> list[Contender]:
         graph = _replace_pass("quantize-linear", f"quantize-linear-{name}", passes=all_passes)
         entries.append(Contender(f"{INT8}+{name}", change, graph, INT8))
     # The weights are QInt8, as in optimum-cli's settings for VNNI. The graph has no types for results of fused
-    # operators, so `quantize_dynamic` needs DefaultTensorType, in which 1 means float.
+    # operators, so `quantize_dynamic` needs the option DefaultTensorType. DefaultTensorType = 1 means float.
     types = {"weight_type": "QInt8", "DefaultTensorType": 1}
     entries.append(
         Contender(f"{INT8}+quantize-dynamic", "quantize_dynamic instead of the int8 passes", CPU_PASSES, INT8, types)

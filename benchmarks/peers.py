@@ -3,16 +3,16 @@
     python benchmarks/peers.py [--shape reference|base] [--exported exported] [--variant NAME ...] [--full]
                                [--save-as NAME]
 
-A peer is a model of another tool. The script builds the peers in scratch folders.
+A peer is a model that another tool builds. The script builds the peers in scratch folders.
 
 * optimum-cli with `--avx512_vnni` builds two int8 models, quantised per tensor and per channel.
 * Neural Compressor builds a dynamic and a static int8 model from the graph that optimum-cli exports.
-* OpenVINO's own runtime runs the fp32 graph and an int8 model by NNCF.
+* OpenVINO's runtime runs the toolchain's `onnx-std`, and the int8 model that NNCF builds from `onnx-std`.
 
 The toolchain's ONNX Runtime runs the models of optimum-cli and Neural Compressor. The script measures all peers
-together with the toolchain's variants. The script prints the speed-up over each peer, with its 95 % bootstrap interval
-over rounds, for `onnx-int8`, `onnx-int8-static` and the variants of `--variant`. `--shape base` measures a model of
-DistilBERT-base's shape with random weights, for speed only. The result file goes to benchmarks/studies/.
+together with the toolchain's variants. For `onnx-int8`, `onnx-int8-static` and the variants of `--variant`, the script
+prints the speed-up over each peer, with its 95 % bootstrap interval over rounds. `--shape base` measures a model of
+DistilBERT-base's shape with random weights, for speed only. The script writes the result file to benchmarks/studies/.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from toolchain.system import hardware
 
 OURS = ("torch-fp32", "torch-bf16", "torch-int8", "onnx-fp32", "onnx-int8", "onnx-int8-static")
 PEER = "optimum-cli-int8"
-# The first part of a variant's name selects the runtime; names without an entry run on ONNX Runtime.
+# A variant whose name starts with `torch-` or `openvino-` runs on that runtime; all others run on ONNX Runtime.
 RUNTIMES = {"torch": "torch", "openvino": "openvino"}
 STUDIES = Path(__file__).parent / "studies"
 CALIBRATION = 300  # number of training sentences for calibration
@@ -122,7 +122,7 @@ def build_with_neural_compressor(std: Artifact, scratch: Path, tokens: Path) -> 
     """Returns int8 models by Neural Compressor; builds them from the graph that `build_with_optimum` exported.
 
     Args:
-        std: Artifact whose config and tokenizer are copied.
+        std: Artifact whose config and tokenizer are copied beside each int8 model.
         scratch: Scratch folder.
         tokens: File with the tokens of the calibration sentences.
     """
@@ -188,10 +188,10 @@ def ratio(ours: Samples, peer: Samples) -> str:
 
 
 def require_samples(row: Measurement) -> tuple[Samples, Samples]:
-    """Returns the samples of a row at batch 1 and in larger batches.
+    """Returns the time samples of a measured cell at batch 1 and in larger batches.
 
     Raises:
-        ClickException: The row was not measured.
+        ClickException: The cell was not measured.
     """
     if row.latency is None or row.batches is None:
         raise click.ClickException(f"{row.cell}: {row.reason} {row.mend}")
@@ -235,7 +235,7 @@ def comparison_lines(result: ResultFile, name: str) -> list[str]:
 @click.command()
 @click.option("--shape", type=click.Choice(["reference", "base"]), default="reference", show_default=True)
 @click.option("--exported", type=click.Path(path_type=Path), default=Path("exported"), show_default=True)
-@click.option("--variant", "variants", multiple=True, help="Measure this variant too. Can be repeated.")
+@click.option("--variant", "variants", multiple=True, help="Add this variant to the measurement. Can be repeated.")
 @click.option("--full", is_flag=True, help="Measure each cell for about 60 s instead of 20 s.")
 @click.option("--save-as", help="[default: peers-SHAPE]")
 def main(shape: str, exported: Path, variants: tuple[str, ...], full: bool, save_as: str | None) -> None:

@@ -2,9 +2,9 @@
 
     python benchmarks/precision.py [--save-as NAME]
 
-The script opens each variant twice: with `session.x64quantprecision` = 1 and without it. Both sessions of a variant
-run alternately on one thread, on the same single sentences and batches of 32. The script writes
-benchmarks/studies/NAME.json.
+The script opens each variant twice: with `session.x64quantprecision` = 1 and without it. The two sessions of a variant
+run alternately on one thread. Both sessions of a variant run the same sentences, one by one and in batches of 32. The
+script writes benchmarks/studies/NAME.json.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SENTENCES = 64
 @click.option("--exported", type=click.Path(path_type=Path), default=Path("exported"), show_default=True)
 @click.option("--save-as", default="precision-reference", show_default=True)
 def main(exported: Path, save_as: str) -> None:
-    """Builds the variants, measures them, saves the study and prints it."""
+    """Builds the variants, measures them, saves the results and prints them."""
     artifacts = ensure(Workspace.open("reference", exported), VARIANTS, {}, say)
     texts = [str(text) for text in inputs.load_embedded().sample(SENTENCES, 1)]
     rows = {}
@@ -79,7 +79,7 @@ def _time_ratio(file: Path, batches: list[Any], progress: Any) -> dict[str, floa
 
 
 def summary(body: dict[str, Any]) -> list[str]:
-    """Returns the study as lines of a table."""
+    """Returns the results of this benchmark as the lines of a text table."""
     state = "saturate" if body["saturates_without"] else "do not saturate"
     lines = [
         f"time ratio with / without {body['option'][0]} = {body['option'][1]}; "

@@ -2,10 +2,10 @@
 
     python benchmarks/pruning.py [--model reference] [--exported exported] [--save-as NAME]
 
-The script prunes the model at each of `RATIOS` by every method, and by `fisher` without the least-squares fit. At the
-ratios in `RECOVERED`, the script also measures the artifacts of `toolchain prune --recover 1`. The script measures the
-PyTorch models on the whole validation set. The script writes NAME.json and NAME.svg to benchmarks/studies/ and prints
-a table.
+The script prunes the model at each of `RATIOS` by every method. The method "fisher, not fitted" is `fisher` without the
+least-squares fit of the remaining weights. At the ratios in `RECOVERED`, the script also measures the artifacts of
+`toolchain prune --recover 1`. The script measures the PyTorch models on the whole validation set. The script writes
+NAME.json and NAME.svg to benchmarks/studies/ and prints a table.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ def prune_model(setup: PruningSetup, method: str, ratio: float) -> Any:
 
 
 def measure(model: Any, validation: list[Batch], method: str, ratio: float, seconds: float, dense: int) -> dict:
-    """Returns a row of the study; `removed` is the share of the encoder's linear parameters that no longer exists."""
+    """Returns a model's figures; `removed` is the share of the encoder's linear parameters that pruning removed."""
     correct = round(accuracy(model.eval(), validation) * sum(len(part.rows) for part in validation))
     removed = 1 - EncoderSizes.from_model(model).parameters / dense
     return {"method": method, "ratio": ratio, "removed": round(removed, 4), "right": correct, "seconds": round(seconds)}
 
 
 def study(workspace: Workspace) -> dict[str, Any]:
-    """Prunes the model, measures the results and returns the content of the study."""
+    """Prunes the model by every method at every ratio, measures the pruned models and returns all results."""
     root = ensure(workspace, ["torch-fp32"], {}, say)["torch-fp32"]
     step = Prune(RATIOS[0])
     setup = shared_setup(root, workspace.train, step.sentences, step.seed)
@@ -75,8 +75,9 @@ def study(workspace: Workspace) -> dict[str, Any]:
     validation = batches(setup.encoder.encode(data.texts), data.labels, setup.encoder, 64)
     dense = EncoderSizes.from_model(setup.model).parameters
     rows = [measure(setup.model, validation, "unpruned", 0.0, 0, dense)]
-    setup.importances("fisher")  # All ratios use these importances, so no row includes the time to compute them.
-    with bar("pruning") as progress:  # This bar closes before recovery shows another bar.
+    # All pruning ratios use the importances that are computed here, so no measured time includes their computation.
+    setup.importances("fisher")
+    with bar("pruning") as progress:  # This progress bar closes before recovery shows another progress bar.
         for number, (method, ratio) in enumerate((m, r) for m in METHODS for r in RATIOS):
             progress(number, len(METHODS) * len(RATIOS), f"{method} at {ratio:.0%}")
             started = time.monotonic()
@@ -151,7 +152,7 @@ def plot(body: dict[str, Any], path: Path) -> None:
 @click.option("--exported", type=click.Path(path_type=Path), default=Path("exported"), show_default=True)
 @click.option("--save-as", default="pruning-reference", show_default=True)
 def main(model: str, exported: Path, save_as: str) -> None:
-    """Measures all methods, saves the study and the plot, and prints the table."""
+    """Measures all pruning methods, saves the results and the plot, and prints the table."""
     body = study(Workspace.open(model, exported))
     (STUDIES / f"{save_as}.json").write_text(json.dumps(body, indent=1) + "\n")
     plot(body, STUDIES / f"{save_as}.svg")

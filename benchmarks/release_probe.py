@@ -1,4 +1,4 @@
-"""Runs the models of `release_questions.py` with the installed ONNX Runtime and prints the results as JSON.
+"""Runs the test models of `release_questions.py` with the installed ONNX Runtime and prints the results as JSON.
 
     path/to/python benchmarks/release_probe.py FOLDER [SET...]
 
@@ -30,7 +30,10 @@ def open_session(path, option=None):
 
 
 def answer(question, folder):
-    """Returns ``refused`` if ONNX Runtime does not load or run the file, otherwise ``right`` or ``wrong``."""
+    """Returns ``right`` if a test model gives its expected outputs, and ``wrong`` if it gives other outputs.
+
+    Returns ``refused`` if ONNX Runtime does not load or run the test model.
+    """
     arrays = dict(np.load(folder / question["arrays"]))
     expected = {name[1:]: arrays.pop(name) for name in list(arrays) if name.startswith("=")}
     try:
@@ -44,7 +47,7 @@ def answer(question, folder):
 def operators():
     """Returns the attributes and the number of inputs of ONNX Runtime's operators with a CPU kernel.
 
-    Returns None if the release has no functions that list operators.
+    Returns None if this ONNX Runtime has no functions that list operators.
     """
     if not hasattr(state, "get_all_operator_schema"):
         return None
@@ -62,7 +65,7 @@ def kernels(domain):
 
 
 def main(folder, sets):
-    """Runs the models of the question sets `sets` and prints the results as JSON."""
+    """Runs the test models of the sets `sets` in `folder` and prints the results as JSON."""
     questions = json.loads((folder / "questions.json").read_text())
     print(
         json.dumps(

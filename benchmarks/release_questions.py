@@ -1,9 +1,9 @@
-"""The questions that `release_probe.py` asks a release of ONNX Runtime, and the right answers, computed by numpy.
+"""Test models that `release_probe.py` runs with a release of ONNX Runtime, and the right outputs, computed by numpy.
 
-A question is a model file with inputs and expected outputs. `write` writes the files of all questions, and
-questions.json, which lists all questions. The list of questions has the sets versions, attention and precision. The set
-versions tests the highest IR version, opset and ORT format that a release reads. The set attention tests padded
-batches; the set precision tests 8-bit products.
+A `Question` is a test model with its inputs and expected outputs. `write` saves all test models, and questions.json,
+which lists all test models. The test models form the sets `versions`, `attention` and `precision`. The set `versions`
+finds the highest IR version, opset and ORT format that a release reads. The set `attention` tests padded batches; the
+set `precision` tests 8-bit products.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from toolchain.ship.targets.releases import MICROSOFT, STANDARD
 
 VERSIONS, ATTENTION, PRECISION = "versions", "attention", "precision"
 IR_VERSIONS, OPSETS, ORT_FORMATS = range(7, 21), range(13, 41), range(4, 10)
-IR_VERSION, OPSET = 8, 15  # every release reads these versions, so questions that test no version use them
+# Every release that is tested reads IR version 8 and opset 15, so these are the default versions of a test model.
+IR_VERSION, OPSET = 8, 15
 SEED = 29
 
 BATCH, TOKENS, HEADS, SIZE = 3, 8, 2, 8
@@ -45,7 +46,7 @@ class Question:
 
 
 def write(folder: Path) -> None:
-    """Writes the files of all questions, and questions.json."""
+    """Saves all test models with their inputs and expected outputs, and questions.json, which lists the test models."""
     sets: dict[str, list[dict[str, Any]]] = {
         VERSIONS: list(_versions(folder)),
         ATTENTION: [_save(folder, question) for question in attention()],
@@ -61,7 +62,7 @@ def write(folder: Path) -> None:
 
 
 def _forms(folder: Path, file: str) -> dict[str, str]:
-    """Saves a model as two .ort files, with signed and with unsigned weights; returns form of the model → file name."""
+    """Saves a model as .ort files with signed and with unsigned weights; returns file format → file name."""
     signed, unsigned = f"{file}.signed.ort", f"{file}.unsigned.ort"
     ort_format.save_in_process(str(folder / file), str(folder / signed))
     ort_format.save(folder / file, folder / unsigned)
@@ -95,7 +96,10 @@ def _model(
 
 
 def _versions(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yields questions with the operator Identity: many opsets changed it, so a release may lack the newest kernel."""
+    """Saves a test model for each IR version, opset and ORT format, and yields its entry of questions.json.
+
+    Each test model is one Identity node. Many opsets changed Identity, so a release may lack its newest kernel.
+    """
     arrays = {"x": np.ones(2, np.float32)}, {"y": np.ones(2, np.float32)}
     nodes = [helper.make_node("Identity", ["x"], ["y"])]
     for number in IR_VERSIONS:
@@ -119,7 +123,7 @@ def _set_version(path: Path, number: int) -> bytes:
 
 
 def attention() -> Iterator[Question]:
-    """Yields questions with batches padded on the right and on the left, for every kind of attention in variants."""
+    """Yields test models for every kind of attention in variants, with batches padded on the right and on the left."""
     for side in ("right", "left"):
         mask = _mask(side)
         for queries in (TOKENS, 1, 2):
@@ -129,12 +133,15 @@ def attention() -> Iterator[Question]:
 
 
 def _multi_head(mask: np.ndarray, queries: int, side: str) -> Iterator[Question]:
-    """Yields questions with `queries` query tokens and `TOKENS` keys, masked by a mask or by an equivalent bias."""
+    """Yields test models of MultiHeadAttention with `queries` query tokens and `TOKENS` key tokens.
+
+    A padding mask or an attention bias hides the padding.
+    """
     random = np.random.default_rng(SEED)
     query, key, value = (random.standard_normal((BATCH, TOKENS, WIDTH)).astype(np.float32) for _ in range(3))
     feeds = {"query": query[:, :queries], "key": key, "value": value}
     bias = np.tile(_bias(mask), (1, HEADS, queries, 1))
-    shared_bias = bias[1:2]  # all sentences share the bias of the second sentence
+    shared_bias = bias[1:2]  # with `shared_bias`, all sentences use the bias of the second sentence
     padding = "key_padding_mask" if queries == TOKENS else "key_padding_mask longer than the query"
     for trait, position, mask_input, bias_used in (
         (padding, 4, mask, bias),
@@ -164,9 +171,10 @@ def _attention(mask: np.ndarray) -> Question:
 
 
 def _qattention(mask: np.ndarray, smaller: int = 1) -> Question:
-    """Returns a question with QAttention; `smaller` divides the weights."""
+    """Returns a test model of QAttention, whose weights are divided by `smaller`."""
     x, weight = _uint8(BATCH, TOKENS, WIDTH), _int8(WIDTH, 3 * WIDTH) // np.int8(smaller)
-    scale = np.float32(2**-6), np.float32(2**-10)  # powers of two, so that no product is rounded
+    # Both scales are powers of two, so multiplying by a scale does not round.
+    scale = np.float32(2**-6), np.float32(2**-10)
     inputs = {"x": x, "mask": mask}
     projected = (x.astype(np.int32) @ weight.astype(np.int32)).astype(np.float32) * scale[0] * scale[1]
     outputs = {"y": _attend(*np.split(projected, 3, axis=-1), _bias(mask))}
@@ -184,18 +192,21 @@ def _qattention(mask: np.ndarray, smaller: int = 1) -> Question:
 
 
 def _mask(side: str) -> np.ndarray:
-    """Returns a mask, int32 [batch, tokens]: 1 for a token, 0 for padding."""
+    """Returns a mask of dtype int32 and shape [batch, tokens]: 1 for a token, 0 for padding."""
     mask = np.array([[1] * length + [0] * (TOKENS - length) for length in LENGTHS], np.int32)
     return mask if side == "right" else np.ascontiguousarray(mask[:, ::-1])
 
 
 def _bias(mask: np.ndarray) -> np.ndarray:
-    """Returns an attention bias, float32 [batch, 1, 1, tokens]: 0 for a token, the lowest float for padding."""
+    """Returns a float32 attention bias of shape [batch, 1, 1, tokens]: 0 for a token, the lowest float for padding."""
     return np.where(mask[:, None, None] > 0, np.float32(0), np.float32(LOWEST))
 
 
 def _attend(query: np.ndarray, key: np.ndarray, value: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """Returns scaled dot-product attention with `HEADS` heads; query, key and value are [batch, tokens, width]."""
+    """Returns scaled dot-product attention with `HEADS` heads.
+
+    The arrays `query`, `key` and `value` have the shape [batch, tokens, width].
+    """
 
     def heads(array: np.ndarray) -> np.ndarray:
         return array.reshape(BATCH, -1, HEADS, SIZE).transpose(0, 2, 1, 3).astype(np.float64)
@@ -207,9 +218,9 @@ def _attend(query: np.ndarray, key: np.ndarray, value: np.ndarray, bias: np.ndar
 
 
 def precision() -> Iterator[Question]:
-    """Yields questions with products of unsigned activations and signed weights.
+    """Yields test models that multiply unsigned 8-bit activations by signed 8-bit weights.
 
-    In each question, sums of two neighbouring products need more than 16 bits.
+    In each test model, sums of two neighbouring products need more than 16 bits.
     """
     a, b = _uint8(BATCH, TOKENS, WIDTH), _int8(WIDTH, WIDTH)
     product = a.astype(np.int32) @ b.astype(np.int32)
@@ -249,7 +260,7 @@ def _uint8(*shape: int) -> np.ndarray:
 
 
 def _int8(*shape: int) -> np.ndarray:
-    """Returns int8 values of large magnitude; neighbours along the inner axis have the same sign."""
+    """Returns int8 weights of large magnitude; both weights of a pair along the inner axis have the same sign."""
     random = np.random.default_rng(SEED)
     signs = np.repeat(random.choice([-1, 1], (shape[0] // 2, *shape[1:])), 2, axis=0)
     return (random.integers(100, 128, shape) * signs).astype(np.int8)

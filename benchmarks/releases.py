@@ -1,14 +1,15 @@
-"""Measures the formats, operators and computation errors of ONNX Runtime releases, for a table that `ship` uses.
+"""Builds the table of ONNX Runtime releases for `ship`: file formats, operators and wrong results of each release.
 
     python benchmarks/releases.py
     python benchmarks/releases.py --check PYTHON [--check PYTHON ...]
 
-The script installs the newest wheel of every minor release from 1.15 on, each in a separate environment. With each
-release, the script runs the models of release_questions.py. The script writes the results as a table to
-toolchain/ship/targets/releases.json. With --check, the script installs nothing: it runs the models with the ONNX
-Runtime of each PYTHON and compares the results with the table. If a result differs from the table, the exit code is 3.
+The script installs the newest wheel of every ONNX Runtime minor release from 1.15 on, each in a separate environment.
+With each release, the script runs the test models of release_questions.py. The script writes the results as a table to
+toolchain/ship/targets/releases.json. With --check, the script installs nothing: it runs the test models with the ONNX
+Runtime of each PYTHON and compares the results with the table. With --check, the exit code is 3 if a result differs
+from the table.
 
-If this processor does not saturate 8-bit products, the models that test saturation run under
+If this processor does not saturate 8-bit products, the test models of 8-bit products run under
 `qemu-x86_64 -cpu Haswell` (Debian package: qemu-user).
 """
 
@@ -32,10 +33,10 @@ from toolchain.cli.progress import bar
 from toolchain.ship.targets.releases import REFUSED, RIGHT, STATES, TABLE
 from toolchain.system import hardware
 
-FIRST_MINOR = 15  # 1.15 is the oldest release that --ort-mobile accepts
+FIRST_MINOR = 15  # ONNX Runtime 1.15 is the oldest release that --ort-mobile accepts
 PROBE = Path(__file__).with_name("release_probe.py")
 SATURATING = ("qemu-x86_64", "-cpu", "Haswell")
-# Variants use these operators of ONNX Runtime, or ONNX Runtime's optimiser creates them on the CPU.
+# Variants contain these operators, or ONNX Runtime's optimiser for the CPU creates them.
 OPERATORS = (
     "Attention",
     "BiasGelu",
@@ -58,11 +59,12 @@ OPERATORS = (
     "QuickGelu",
     "SkipLayerNormalization",
 )
-Facts = dict[str, Any]  # facts about one release, which `facts` returns: kind → name → value
+# The results of one ONNX Runtime release: kind of result → name → value.
+Facts = dict[str, Any]
 
 
 def newest_patches() -> dict[str, str]:
-    """Returns the newest patch of each minor release from 1.15 on that pip finds for this Python."""
+    """Returns the newest patch of each ONNX Runtime minor release from 1.15 on that pip finds for this Python."""
     command = [sys.executable, "-m", "pip", "index", "versions", "onnxruntime", "--disable-pip-version-check"]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     versions = {tuple(map(int, version)) for version in re.findall(r"\b(\d+)\.(\d+)\.(\d+)\b", listing)}
@@ -84,7 +86,8 @@ def emulator_command() -> list[str] | None:
     """Returns the command that emulates a processor whose 8-bit products saturate.
 
     Returns:
-        Words to put before a command; no words if this processor itself saturates; None if qemu is not installed.
+        Words to put before a command: an empty list if this processor itself saturates 8-bit products. Returns None if
+        qemu is missing on a processor that does not saturate 8-bit products.
     """
     if not hardware.exact_int8():
         return []
@@ -92,7 +95,7 @@ def emulator_command() -> list[str] | None:
 
 
 def ask(python: Path, folder: Path) -> Facts:
-    """Runs the models in `folder` with the ONNX Runtime of `python` and returns the facts about its release."""
+    """Runs the test models in `folder` with the ONNX Runtime of `python` and returns the results of this release."""
     answers = _probe([], python, folder, questions.VERSIONS, questions.ATTENTION)
     emulator = emulator_command()
     if emulator is not None:
@@ -109,7 +112,7 @@ def _probe(prefix: Sequence[str], python: Path, folder: Path, *sets: str) -> dic
 
 
 def facts(probed: Mapping[str, Any]) -> Facts:
-    """Converts the output of `release_probe.py` to the facts that the table stores."""
+    """Converts the output of `release_probe.py` to the results that the table of releases stores."""
     answers = probed["answers"]
     versions_read: dict[str, int] = {}
     for name, state in answers[questions.VERSIONS].items():
@@ -134,7 +137,7 @@ def facts(probed: Mapping[str, Any]) -> Facts:
 
 
 def _precision(answers: Mapping[str, str]) -> dict[str, str]:
-    """Returns a result for each operator and file format: exact, exact with the option, saturates, or refused."""
+    """Returns a result for each operator and file format: exact, exact with a session option, saturates, or refused."""
     results = {}
     for name in sorted({name.rsplit(", ", 1)[0] for name in answers}):
         plain, with_option = (answers[f"{name}, {way} the option"] for way in ("without", "with"))
@@ -148,9 +151,9 @@ def _precision(answers: Mapping[str, str]) -> dict[str, str]:
 
 
 def table(facts_by_release: Mapping[str, Facts]) -> dict[str, Any]:
-    """Returns the table of all releases, oldest first.
+    """Returns the table of all ONNX Runtime releases, oldest first.
 
-    For formats, the table stores the highest version that each release reads. For operators and answers, the table
+    For formats, the table stores the highest version that each release reads. For operators and test results, the table
     names the releases that changed them.
     """
     order = list(facts_by_release)
@@ -172,7 +175,10 @@ def table(facts_by_release: Mapping[str, Facts]) -> dict[str, Any]:
 
 
 def _operator(name: str, facts_by_release: Mapping[str, Facts]) -> dict[str, list[str]]:
-    """Returns the attributes and inputs that each release added; the first release added the operator `name` itself."""
+    """Returns release → attributes and inputs that the release added to the operator `name`.
+
+    The first release in the result is the first release that has the operator.
+    """
     known_traits: set[str] | None = None
     additions = {}
     for release, each in facts_by_release.items():
@@ -194,7 +200,10 @@ def _operator(name: str, facts_by_release: Mapping[str, Facts]) -> dict[str, lis
 
 
 def _first_kernels(facts_by_release: Mapping[str, Facts]) -> dict[str, str]:
-    """Returns standard operator → first release with a CPU kernel, if an older release reads it without a kernel."""
+    """Returns standard operator → first release with a CPU kernel of the operator.
+
+    The result has only operators that an older release can read but not run, for lack of a CPU kernel.
+    """
     first: dict[str, int] = {}
     for schema in defs.get_all_schemas_with_history():
         if not schema.domain:
@@ -212,7 +221,7 @@ def _first_kernels(facts_by_release: Mapping[str, Facts]) -> dict[str, str]:
 
 
 def _changes(states: Mapping[str, str]) -> dict[str, str]:
-    """Returns release → state, without the releases that have the same state as the release before."""
+    """Returns release → test result, without the releases that have the same test result as the previous release."""
     changes: dict[str, str] = {}
     for release, state in states.items():
         if not changes or state != list(changes.values())[-1]:
@@ -221,11 +230,11 @@ def _changes(states: Mapping[str, str]) -> dict[str, str]:
 
 
 def differences(body: Mapping[str, Any], release_facts: Facts) -> list[str]:
-    """Returns a line for each fact of a release that differs from the table."""
+    """Returns a line for each result of an ONNX Runtime release that differs from the table of releases."""
     release = ".".join(release_facts["version"].split(".")[:2])
     order = list(body["releases"])
     if release not in order:
-        return [f"{release} is not in the table"]
+        return [f"ONNX Runtime {release} is not in the table of releases"]
     releases = order[: order.index(release) + 1]
     expected = {"read " + kind: number for kind, number in body["releases"][release].items() if kind != "version"}
     expected |= {
@@ -237,21 +246,21 @@ def differences(body: Mapping[str, Any], release_facts: Facts) -> list[str]:
     actual |= {"operator " + name: release_facts["operators"].get(name) for name in body["operators"]}
     actual |= {"kernel " + name: name in release_facts["standard"] for name in body["late"]}
     for kind in ("answers", "precision"):
-        if release_facts[kind]:  # without qemu, a release may have no facts of the kind `precision`
+        if release_facts[kind]:  # without qemu, a release may have no results of the kind `precision`
             actual |= {f"{kind} {name}": state for name, state in release_facts[kind].items()}
             expected |= {
                 f"{kind} {name}": next(by_release[each] for each in reversed(releases) if each in by_release)
                 for name, by_release in body[kind].items()
             }
     return [
-        f"{name}: the table says {expected.get(name)}, {release_facts['version']} says {actual.get(name)}"
+        f"{name}: {expected.get(name)} in the table, {actual.get(name)} in ONNX Runtime {release_facts['version']}"
         for name in sorted(expected.keys() | actual.keys())
         if expected.get(name) != actual.get(name)
     ]
 
 
 def write(body: Mapping[str, Any]) -> None:
-    """Writes the table as JSON with a line for each release, operator and question."""
+    """Writes the table of releases as JSON with a line for each release, operator and kind of test."""
     sections = []
     for name, entries in body.items():
         lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(entry)}" for key, entry in entries.items())
@@ -260,7 +269,7 @@ def write(body: Mapping[str, Any]) -> None:
 
 
 def build(folder: Path) -> None:
-    """Installs every release, runs the models of all questions and writes the table."""
+    """Installs every ONNX Runtime release, runs all test models with it and writes the table of releases."""
     facts_by_release = {}
     with bar("releases") as progress:
         versions = newest_patches()
@@ -280,7 +289,7 @@ def build(folder: Path) -> None:
     multiple=True,
     metavar="PYTHON",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Compare the ONNX Runtime of PYTHON with the table. Can be repeated.",
+    help="Compare the ONNX Runtime of the interpreter PYTHON with the table of releases. Can be repeated.",
 )
 def main(pythons: tuple[Path, ...]) -> None:
     """Write the table of ONNX Runtime releases, or compare installed releases with the table."""
@@ -301,7 +310,8 @@ def main(pythons: tuple[Path, ...]) -> None:
                 if release_facts["precision"]
                 else "; 8-bit products not tested: qemu-x86_64 is missing (Debian: qemu-user)"
             )
-            click.echo(f"{release_facts['version']}: {len(lines) or 'no'} differences from the table{note}")
+            version, count = release_facts["version"], len(lines) or "no"
+            click.echo(f"ONNX Runtime {version}: {count} differences from the table of releases{note}")
             for line in lines:
                 click.echo(f"  {line}")
     sys.exit(3 if differs else 0)

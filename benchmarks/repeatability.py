@@ -1,12 +1,12 @@
-"""Tests the benchmark itself: does it find differences between equal files, and do two runs agree?
+"""Tests the benchmark itself: does it find differences between equal model files, and do two runs agree?
 
     python benchmarks/repeatability.py pairs [--count 20]
     python benchmarks/repeatability.py runs ONE.json OTHER.json
 
-`pairs` measures `onnx-int8` in 2 × COUNT cells of one quick run. `pairs` counts the pairs of cells that the benchmark
-calls different, because the interval of their time ratio excludes 1. `runs` counts the ratios to the baseline that
-agree in two result files. Two ratios agree if they are within 5 % of each other or their intervals overlap. Both
-commands write a study to benchmarks/studies/.
+`pairs` measures `onnx-int8` in 2 × COUNT cells of one quick run. The benchmark calls two cells different if the
+interval of their time ratio excludes 1; `pairs` counts the pairs of different cells. `runs` counts the ratios to the
+baseline that agree in two result files. Two ratios agree if they are within 5 % of each other or their intervals
+overlap. The commands `pairs` and `runs` write their results to benchmarks/studies/.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ TOLERANCE = 0.05
 
 
 def write(name: str, body: dict[str, Any]) -> None:
-    """Writes a study with a description of this machine."""
+    """Writes results and a description of this machine to benchmarks/studies/."""
     (STUDIES / f"{name}.json").write_text(
         json.dumps({"schema": 1, "machine": hardware.machine(), **body}, indent=1) + "\n"
     )
 
 
 def compare_pair(one: Measurement, other: Measurement) -> dict[str, Any]:
-    """Returns the time ratio of two measurements for both scenarios, and whether it differs from 1."""
+    """Returns the time ratio of two cells at batch 1 and in larger batches, and whether each ratio differs from 1."""
     if not (one.latency and other.latency and one.batches and other.batches):
         raise click.ClickException(f"{one.cell} or {other.cell} was not measured: {one.reason} {other.reason}")
     ratios = {
@@ -57,14 +57,14 @@ def compare_pair(one: Measurement, other: Measurement) -> dict[str, Any]:
 
 @click.group()
 def main() -> None:
-    """Tests the benchmark: equal files must show no difference, and two runs must agree."""
+    """Tests the benchmark: equal model files must not have different times, and two runs must agree."""
 
 
 @main.command()
 @click.option("--count", default=20, show_default=True, help="Number of pairs.")
 @click.option("--save-as", default="pairs-reference", show_default=True, help="Name of the study.")
 def pairs(count: int, save_as: str) -> None:
-    """Measures pairs of equal files and counts the pairs whose times differ."""
+    """Measures pairs of equal model files and counts the pairs whose times differ."""
     workspace = Workspace.open("reference", Path("exported"))
     artifacts = ensure(workspace, [VARIANT], {}, say)
     root = artifacts["torch-fp32"]
@@ -76,7 +76,7 @@ def pairs(count: int, save_as: str) -> None:
     entries = [compare_pair(one, other) for one, other in zip(rows[::2], rows[1::2], strict=True)]
     different = {name: sum(pair[name]["different"] for pair in entries) for name in entries[0]}
     write(save_as, {"variant": VARIANT, "run": run_settings, "different": different, "pairs": entries})
-    click.echo(f"{count} pairs of equal files; pairs that the benchmark calls different: {different}")
+    click.echo(f"{count} pairs of equal model files; pairs that the benchmark calls different: {different}")
 
 
 def agree(one: Ratio, other: Ratio) -> bool:
@@ -91,7 +91,7 @@ def agree(one: Ratio, other: Ratio) -> bool:
 @click.argument("files", nargs=2, type=click.Path(path_type=Path))
 @click.option("--save-as", default="runs-reference", show_default=True)
 def runs(files: tuple[Path, Path], save_as: str) -> None:
-    """Compares the ratios of two runs of the same cells."""
+    """Compares the time ratios of two benchmark runs of the same cells."""
     one, other = ({row.measurement.cell: row for row in compare([ResultFile.read(path)])} for path in files)
     pairs: list[dict[str, Any]] = []
     for cell, row in one.items():
@@ -104,7 +104,7 @@ def runs(files: tuple[Path, Path], save_as: str) -> None:
             )
     count = sum(pair["agree"] for pair in pairs)
     write(save_as, {"agree": count, "of": len(pairs), "ratios": pairs})
-    click.echo(f"{count} of {len(pairs)} ratios agree")
+    click.echo(f"{count} of {len(pairs)} ratios agree in the two runs")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ RESULT = BENCHMARKS / "results" / "reference-xeon-2cores.json"
 
 
 def main() -> None:
-    """Writes the page and the plots, and prints their paths."""
+    """Writes the HTML page and the plots, and prints their paths."""
     rows = compare([ResultFile.read(RESULT)])
     page = REPORTS / "reference.html"
     page.write_text(to_html(rows))

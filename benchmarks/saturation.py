@@ -2,10 +2,10 @@
 
     python benchmarks/saturation.py
 
-The script runs graphs of standard operators twice over the validation set. ONNX Runtime computes the exact logits, so
-the script needs a processor that does not saturate. The reference evaluator of the package onnx computes the saturated
-logits, with a MatMulInteger that saturates like the x86 instruction vpmaddubsw. The script writes
-benchmarks/studies/saturation-reference.json.
+For graphs of standard operators, the script computes the exact and the saturated logits of the validation set. ONNX
+Runtime computes the exact logits, so the script needs a processor that does not saturate. The reference evaluator of
+the package onnx computes the saturated logits, with a MatMulInteger that saturates like the x86 instruction vpmaddubsw.
+The script writes benchmarks/studies/saturation-reference.json.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class MatMulInteger(OpRun):
         self, a: np.ndarray, b: np.ndarray, a_zero_point: np.ndarray, b_zero_point: np.ndarray
     ) -> tuple[np.ndarray]:
         if b_zero_point:
-            raise click.ClickException("The weights are not symmetric.")
+            raise click.ClickException("The zero point of the int8 weights is not 0.")
         rows, weights = a.reshape(-1, a.shape[-1]).astype(np.int32), b.astype(np.int32)
         total = np.zeros((len(rows), weights.shape[1]), np.int32)
         for k in range(0, rows.shape[1], 2):
@@ -53,7 +53,7 @@ class MatMulInteger(OpRun):
 @click.command()
 @click.option("--exported", type=click.Path(path_type=Path), default=Path("exported"), show_default=True)
 def main(exported: Path) -> None:
-    """Builds the variants, computes their exact and saturated logits, saves the study and prints it."""
+    """Builds the variants, computes their exact and saturated logits, saves the results and prints them."""
     workspace, data = Workspace.open("reference", exported), inputs.load_embedded()
     artifacts = ensure(workspace, VARIANTS, {}, say)
     rows = {}
@@ -86,7 +86,7 @@ def main(exported: Path) -> None:
 
 
 def summary(body: dict[str, Any]) -> list[str]:
-    """Returns the study as lines of a table."""
+    """Returns the results of this script as the lines of a text table."""
     lines = [
         f"{'':24} {'headroom':>8} {'median |Δlogit|':>16} {'largest':>8} {'flips':>6}   accuracy, exact and saturating"
     ]

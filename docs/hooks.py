@@ -15,7 +15,7 @@ from mkdocs.structure.pages import Page
 from toolchain.cli import cli
 
 ROOT = Path(__file__).parent.parent
-# Pages link to these files outside docs/. On the site, these files have the same paths as in the repository.
+# Pages link to these files outside docs/, which have the same paths on the site as in the repository.
 OUTSIDE = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
@@ -24,7 +24,7 @@ OUTSIDE = (
     "benchmarks/studies/pruning-reference.svg",
 )
 PYTHON = "reference/python"
-# The low boost makes the site's search list these pages after all others.
+# The low boost makes the site's search list the pages of Python modules after all other pages.
 ROOM = """---
 search:
   boost: 0.2
@@ -37,7 +37,7 @@ search:
 
 
 def rooms() -> dict[str, str]:
-    """Returns the page of each room (a folder or file directly under toolchain/), in order: module → page."""
+    """Returns module → page for each room (a folder or file directly under toolchain/), in alphabetical order."""
     package = ROOT / "toolchain"
     folders = {path.parent.name for path in package.glob("*/__init__.py")}
     names = sorted(folders | {path.stem for path in package.glob("[!_]*.py")})
@@ -50,7 +50,10 @@ def _marked(text: str) -> str:
 
 
 def _adapt(command: click.Command) -> None:
-    """Turns the help texts of a command object into Markdown for mkdocs-click; afterwards, only the site can use it."""
+    """Turns the help texts of a command object into Markdown for mkdocs-click.
+
+    Afterwards, only the site can use the command object.
+    """
     text, _, examples = inspect.cleandoc(command.help or "").partition("\b\n")
     command.help = _marked(text)
     if examples:
@@ -77,7 +80,7 @@ def on_config(config: MkDocsConfig) -> None:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the files of `OUTSIDE`, and a page for each room."""
+    """Adds the files of `OUTSIDE`, and a page for each room, to the site."""
     for path in OUTSIDE:
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     for module, page in rooms().items():
@@ -94,7 +97,10 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
 
 
 def on_page_content(html: str, page: Page, **_: object) -> str:
-    """Returns the HTML of a page; on the page of the commands, defaults become plain text, and a CSS class is added."""
+    """Returns the HTML of a page.
+
+    On reference/cli.md, the function shows the defaults of options as plain text and adds a CSS class to the page.
+    """
     if page.file.src_uri != "reference/cli.md":
         return html
     html = re.sub(r"<td>(?:<code>(?:Sentinel.UNSET|False|)</code>|None)</td>\n</tr>", "<td>–</td>\n</tr>", html)

@@ -1,4 +1,4 @@
-"""Writes the generated parts of README and docs/. A test checks that the generated parts are current."""
+"""Writes the generated parts of README and docs/. A test checks that the pages contain the current generated parts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def snippet(client: str) -> str:
     """Returns the code block for a client from the one page that contains it."""
     pattern = re.compile(rf"<!-- client: {client} -->\n```\w+\n(.*?)```", re.DOTALL)
     found = [match[1] for page in PAGES for match in pattern.finditer(page.read_text())]
-    assert len(found) == 1, f"{len(found)} pages have code for {client}"
+    assert len(found) == 1, f"{len(found)} pages instead of 1 have code for the client {client}"
     return found[0]
 
 
@@ -105,7 +105,7 @@ def _file(study: str) -> Path:
 
 
 def _study(name: str) -> str:
-    """Returns the summary of a study, as its script prints it."""
+    """Returns the results of the script benchmarks/NAME.py as the script prints them."""
     path = _file(name)
     study = ResultFile.read(path) if name in ("peers", "passes") else json.loads(path.read_text())
     return _text("\n".join(script(name).summary(study)))
@@ -130,7 +130,7 @@ def _peers() -> str:
 
 
 def _schemes() -> str:
-    """Returns a table of the reference model quantised by each scheme, also with trimmed vocabularies."""
+    """Returns a table of the reference model quantised by each scheme, with full and with trimmed vocabularies."""
     schemes, smallest = (ResultFile.read(_file(name)) for name in ("schemes", "smallest"))
     rows = {row.variant: row for row in schemes.rows}
     smaller = {row.variant: row for row in smallest.rows if row.provider == "cpu"}

@@ -18,7 +18,7 @@ TIMEOUT_S = 60
 FLAGS = (
     "--headless",
     "--remote-debugging-pipe",
-    "--no-sandbox",  # Chromium as root, as in containers, cannot run with its sandbox
+    "--no-sandbox",  # Chromium cannot use its sandbox if it runs as root, as in containers
     "--disable-gpu",
     "--disable-dev-shm-usage",
     "--disable-background-networking",
@@ -36,7 +36,7 @@ class Chromium:
 
     def __init__(self, profile: Path):
         (child_in, our_out), (our_in, child_out) = os.pipe(), os.pipe()
-        # The browser expects the pipe at file descriptors 3 and 4, so our own descriptors must have higher numbers.
+        # The browser expects the pipe at file descriptors 3 and 4, so the other descriptors must have higher numbers.
         low_descriptors = [child_in, child_out]
         child_in, child_out = (fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in low_descriptors)
         for fd in low_descriptors:

@@ -30,18 +30,20 @@ DEFAULT_VARIANTS = ["torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"]  # onnx-
 SHORT = Protocol(passes=1, min_s=0.1, pass_s=5.0, starts=1, threads=1)
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-sys.path.append(str(ROOT / "docs"))  # The scripts in docs/ write the generated parts of the pages.
+# Tests import the scripts in docs/, which write the generated parts of the pages.
+sys.path.append(str(ROOT / "docs"))
 # Child processes of the benchmark import `fake_backend` from tests/. No process may use the Hugging Face hub.
 os.environ["PYTHONPATH"] = str(TESTS)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-# These test files take minutes, so they start first. If a long test file started last, only one worker would be busy.
+# The test files in `LONGEST` take minutes, so they start first. If a long test file started last, only one pytest
+# worker would be busy at the end.
 LONGEST = ("test_docs.py", "test_clients.py", "test_architectures.py", "test_distributed.py", "test_mobile.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Pins each worker and its child processes to one processor.
+    """Pins each pytest worker and its child processes to one processor.
 
     More threads than processors would waste time, because a waiting thread keeps its processor busy.
     """
@@ -126,7 +128,10 @@ def tiny_checkpoint(shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def built_tiny(tiny_checkpoint: Path, shared: Path) -> Workspace:
-    """A workspace of the tiny checkpoint, shared by all tests. A test may add variants but must not change any."""
+    """A workspace of the tiny checkpoint, shared by all tests.
+
+    Tests may add variants to this workspace but must not change its existing variants.
+    """
     workspace = Workspace.open(str(tiny_checkpoint), shared / "tiny")
     ensure(workspace, DEFAULT_VARIANTS[-1:], {}, lambda line: None)
     return workspace
@@ -143,7 +148,10 @@ def tiny(built_tiny: Workspace, tmp_path: Path) -> Workspace:
 
 @pytest.fixture(scope="session")
 def reference(shared: Path) -> Workspace:
-    """The workspace of the reference model, shared by all tests. A test may add variants but must not change any."""
+    """The workspace of the reference model, shared by all tests.
+
+    Tests may add variants to this workspace but must not change its existing variants.
+    """
     workspace = Workspace.open("reference", shared / "reference")
     ensure(workspace, ["onnx-int8"], {}, lambda line: None)
     return workspace
@@ -171,7 +179,7 @@ def short_bench(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fake(tmp_path: Path) -> Callable[..., Artifact]:
-    """Makes an artifact with the given behaviour, which `fake_backend.FakeSession` opens."""
+    """Makes an artifact that states how the session should behave; `fake_backend.FakeSession` opens the artifact."""
 
     def make(name: str, **behaviour: object) -> Artifact:
         folder = tmp_path / name
@@ -201,7 +209,7 @@ def fake(tmp_path: Path) -> Callable[..., Artifact]:
 
 
 def import_job(checkpoint: Path, folder: Path) -> Job:
-    """Returns the job that imports `checkpoint` into `folder`."""
+    """Returns the `Job` of the build step that imports `checkpoint` into `folder`."""
     missing_path = folder / "nothing"
     return Job(Import(), None, checkpoint, folder, None, TrainingSource(), missing_path, missing_path, lambda *_: None)
 

@@ -20,12 +20,12 @@ _EMULATORS = {
 
 
 def program(processor: str, *command: str | Path) -> list[str]:
-    """Returns the command that runs `command`, a path and its arguments, on `processor`."""
+    """Returns the command that runs `command`, a path and its arguments, on the emulated `processor`."""
     return [*_EMULATORS[processor], *map(str, command)]
 
 
 def python(processor: str, clients: Path) -> list[str]:
-    """Returns the command that runs Python with a bundle's requirements on `processor`.
+    """Returns the command that runs Python with a bundle's requirements on the emulated `processor`.
 
     Args:
         processor: `AVX2` or `ARM`.

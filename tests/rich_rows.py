@@ -1,4 +1,4 @@
-"""Rows with every figure that a report shows, and rows in which every text contains an injection attack."""
+"""Result rows with every figure that a report shows, and result rows in which every text is an injection attack."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from toolchain.data.inputs import Data
 from toolchain.results.measurements import Accuracy, Measurement, Samples
 
 LABELS = [0, 1, 0, 1, 1, 0, 1, 0]
-# Maps each variant to its milliseconds and to the indices of the sentences with wrong answers.
+# Maps each variant to its latency in milliseconds and to the indices of the sentences with wrong answers.
 ANSWERS = {
     "torch-fp32": (8.0, {7}),
     "torch-pruned50": (5.0, {0, 1}),

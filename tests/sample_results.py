@@ -1,4 +1,4 @@
-"""Result files and rows with invented figures, for tests of the code that reads them."""
+"""Result files and result rows with invented figures, for tests of the code that reads result files."""
 
 from toolchain.results.measurements import Accuracy, Measurement, Samples
 from toolchain.results.result_file import ResultFile

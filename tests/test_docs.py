@@ -143,7 +143,7 @@ def clone(tmp_path_factory):
 @pytest.fixture(scope="module")
 def environment():
     variables = {**os.environ, "MAKEFLAGS": "MODEL=./my-checkpoint"}
-    # Commands without --model use the reference; these variables select the tiny model instead.
+    # The environment variables below make commands without --model use the tiny model instead of the reference model.
     for command in ("EXPORT", "PRUNE", "QUANTIZE", "BENCH", "COMPARE", "VALIDATE", "VARIANTS", "PREDICT", "SHIP"):
         variables[f"TOOLCHAIN_{command}_MODEL"] = "my-checkpoint"
     # A benchmark of all default cells takes minutes, even with a tiny model.
@@ -191,7 +191,10 @@ def test_the_blocks_of_a_page_run_in_order(page, clone, environment, finished_co
     ],
 )
 def test_json_fields_are_documented(command, data, say, tmp_path, request):
-    """Checks all fields, but no keys inside the fields in `data`: such keys are names or are documented elsewhere."""
+    """Checks that json.md documents every field of the JSON output.
+
+    The test skips keys inside the fields in `data`, since such keys are names or are documented on other pages.
+    """
     text = (ROOT / "docs" / "reference" / "json.md").read_text()
     old_text = re.sub(r'("created": ")\d{4}', r"\g<1>2020", BENCH.read_text(), count=1)
     (tmp_path / "old.json").write_text(old_text)

@@ -26,7 +26,7 @@ WORDS = {
 
 
 def sentences(count, words=WORDS, seed=1):
-    """Returns (text, label) rows whose words show the label."""
+    """Returns (text, label) rows; the words of a text reveal its label."""
     import random
 
     rng = random.Random(seed)
@@ -48,7 +48,7 @@ def tickets(tmp_path):
 
 @pytest.fixture
 def headless(tiny_checkpoint, tmp_path):
-    """The tiny checkpoint without its classification head, like a pretrained base on the hub."""
+    """The tiny checkpoint without its classification head, like a pretrained base model on the hub."""
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "encoder")
     config = json.loads((folder / "config.json").read_text())
     config = {key: value for key, value in config.items() if key not in ("id2label", "label2id")}
@@ -63,7 +63,7 @@ def headless(tiny_checkpoint, tmp_path):
 
 @pytest.fixture
 def make(say, tmp_path):
-    """Returns a function that runs `finetune` on a base and a file.
+    """Returns a function that runs `finetune` on a base model and a file of training data.
 
     The function returns the exit code, the output folder, the JSON output and standard error.
     """
@@ -100,7 +100,7 @@ def test_a_base_without_a_head_learns_the_labels_of_the_data(make, headless, tic
     code, folder, card, err = make(headless, tickets, "--epochs", "8")
     assert code == 0, err
     assert card["labels"] == ["billing", "delivery", "technical"]
-    assert "120 rows, one label per text: 0 billing (40), 1 delivery (40), 2 technical (40); a new head" in err
+    assert "120 rows with one label per text: 0 billing (40), 1 delivery (40), 2 technical (40); the model gets" in err
     history = card["training"]
     assert (history["rows"], history["held_out_rows"]) == (108, 12)
     assert history["held_out_accuracy"][history["best_epoch"]] == max(history["held_out_accuracy"]) > 0.8
@@ -111,7 +111,7 @@ def test_a_base_without_a_head_learns_the_labels_of_the_data(make, headless, tic
     assert str(tmp_path) not in (folder / "training.json").read_text()
     config = json.loads((folder / "config.json").read_text())
     assert config["id2label"] == {"0": "billing", "1": "delivery", "2": "technical"}
-    # Other commands take the new checkpoint, and `bench` measures it only on the held-out rows.
+    # `export` and `bench` accept the new checkpoint, and `bench` measures it only on the held-out rows.
     exported = tmp_path / "exported"
     code, _, err = say("export", "--model", folder, "--exported", exported)
     assert code == 0, err
@@ -261,7 +261,7 @@ def test_multi_label_data_gives_predictions_of_several_labels(make, headless, tm
 
 @pytest.mark.slow
 def test_finetune_learns_pairs_of_texts(make, headless, tmp_path, say):
-    """The label says whether the two texts are equal, which a single text does not show."""
+    """The label says whether the two texts of a pair are equal, so the model must read both texts."""
     rows = [
         {
             "a": ("bad", "good")[i % 2],
@@ -350,7 +350,7 @@ def test_a_teacher_of_another_architecture_gets_its_own_inputs(make, headless, t
         if (headless / name).is_file():
             shutil.copyfile(headless / name, teacher / name)
     assert make(headless, tickets, "--teacher", teacher, "--epochs", "1")[0] == 0
-    # A student that takes token types can also have a teacher that does not take them.
+    # A student whose inputs include token types can learn from a teacher without this input.
     distilbert_folder = make(headless, tickets, "--epochs", "1", output="distilbert")[1]
     tokenizer = json.loads((teacher / "tokenizer_config.json").read_text())
     tokenizer["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
@@ -363,7 +363,8 @@ def test_a_teacher_of_another_architecture_gets_its_own_inputs(make, headless, t
 def test_a_loss_of_nan_ends_training_and_keeps_the_last_good_state(make, headless, tickets, monkeypatch, tmp_path):
     from toolchain.training import losses
 
-    count = iter(range(-1, 100))  # The count starts at -1, because the first loss is that of the held-out rows.
+    # Training steps are numbered from 0. Number -1 stands for the loss on the held-out rows before the first step.
+    count = iter(range(-1, 100))
     original_loss = losses.task_loss
     monkeypatch.setattr(losses, "task_loss", lambda *a: original_loss(*a) * (float("nan") if next(count) == 6 else 1.0))
     code, folder, _, err = make(headless, tickets, "--epochs", "3")
@@ -377,7 +378,7 @@ def test_a_loss_of_nan_ends_training_and_keeps_the_last_good_state(make, headles
     assert (state["step"], len(state["held_out"])) == (6, 1)
     stored_tensors = load_file(state_folder / "6.weights.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in stored_tensors.values())
-    # After the loss is finite again, the same command continues the training.
+    # If the loss is finite again, the same command continues the training.
     code, _, card, _ = make(headless, tickets, "--epochs", "3")
     assert code == 0
     assert card["training"]["steps"] == 42
@@ -389,7 +390,7 @@ def test_a_loss_of_nan_ends_training_and_keeps_the_last_good_state(make, headles
     [
         (
             [("", "a"), *[(f"text {i}", "ab"[i % 2]) for i in range(40)]],
-            "1 rows have an empty text, the first is row 1",
+            "1 rows have an empty text; the first is row 1",
         ),
         ([(f"text {i}", "ab"[i % 2]) for i in range(10)], "10 rows, which are too few"),
     ],

@@ -1,4 +1,4 @@
-"""Tests of `make install`: the set of packages for each machine, the pinned versions, and the calls of pip."""
+"""Tests of `make install`: the set of packages for each machine, the pinned versions, and the pip commands."""
 
 import configparser
 import os
@@ -48,7 +48,7 @@ def test_an_unknown_driver_or_capability_counts_as_old():
 def make(tmp_path):
     """Returns a function that runs make in a folder with the files that `make install` reads.
 
-    `answer` is the output of the machine's nvidia-smi; None means that it has no nvidia-smi.
+    `answer` is the output of the machine's nvidia-smi; None means a machine without nvidia-smi.
     """
     commands = tmp_path / "commands"
     commands.mkdir()
@@ -63,7 +63,7 @@ def make(tmp_path):
         if answer is not None:
             write(commands / "nvidia-smi", f"cat <<'END'\n{answer}\nEND\nexit {code}")
         return subprocess.run(
-            # An outer `make test` sets MAKEFLAGS, which would also set variables of the inner make.
+            # The inner make must not get MAKEFLAGS from an outer `make test`, which would set its variables.
             [program, *arguments],
             cwd=tmp_path,
             env={"PATH": str(commands)},
@@ -111,7 +111,7 @@ def test_a_named_runtime_overrides_the_choice(make):
 
 @pytest.fixture
 def environment(make, tmp_path):
-    """Makes a .venv with a fake pip, which lists packages and records every other command.
+    """Makes a .venv with a fake pip, which answers `pip list` and records every other pip command.
 
     Returns a function that runs `make install` and returns the recorded commands.
     """
@@ -143,7 +143,8 @@ def test_another_runtime_replaces_the_installed_one(environment, tmp_path):
 def test_without_a_named_runtime_an_environment_keeps_its_own(environment, tmp_path):
     environment("RUNTIME=cuda12")
     assert environment() == []
-    later_time = (tmp_path / ".venv" / ".installed").stat().st_mtime + 1  # the clock of the file system may be coarse
+    # A file system may store times in whole seconds, so the new time is one second later.
+    later_time = (tmp_path / ".venv" / ".installed").stat().st_mtime + 1
     os.utime(tmp_path / "setup.cfg", (later_time, later_time))
     (install_command,) = environment()
     assert "-c constraints/cuda12.txt" in install_command

@@ -1,4 +1,4 @@
-"""Tests of scoring files: all formats, the order of rows, unusual texts, refusals, and resumed runs."""
+"""Tests of `predict`, which scores the texts of a file: formats, row order, unusual texts, errors and resumed runs."""
 
 import csv
 import io
@@ -71,7 +71,7 @@ def read_scores(path):
 
 
 def expected_scores(model, texts):
-    """Yields the expected output row of each text, which the model's tokenizer and session score without a batch."""
+    """Yields the expected output row of each text; the model's tokenizer and session process one text at a time."""
     session = open_session(model.path, "onnx", Place("cpu", 1))
     for text in texts:
         row = model.encoder.tokenizer.encode(text).ids

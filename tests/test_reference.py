@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def logits_and_labels(reference):
-    """The logits of each variant for all validation sentences, computed one by one, and the labels."""
+    """Returns each variant's logits for all validation sentences, computed one sentence at a time, and the labels."""
     data = inputs.load_embedded()
     manifest = reference.load("torch-fp32").manifest
     names = [spec.name for spec in manifest.inputs]

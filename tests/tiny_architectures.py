@@ -1,4 +1,7 @@
-"""One small random classifier of each architecture, with a tokenizer of the usual type; tests make it on demand."""
+"""Small random classifiers, one for each architecture, with the architecture's usual type of tokenizer.
+
+Tests make these classifiers on demand.
+"""
 
 import functools
 from dataclasses import dataclass
@@ -82,7 +85,7 @@ class Architecture:
 
     Attributes:
         stem: Start of the architecture's class names in transformers.
-        tokenizer: Function that trains a tokenizer of the usual type.
+        tokenizer: Function that trains a tokenizer of the architecture's usual type.
         config: Settings of the transformers config.
         inputs: Names of the model's inputs.
         fused: Number of fused nodes in onnx-fp32, by operator.
@@ -99,7 +102,8 @@ class Architecture:
     tables: int
 
 
-# Fused nodes of two BERT layers. Each layer has four linear layers (packed projections, output, up, down).
+# Two BERT layers have two fused Attention nodes and two fused Gelu nodes. Each BERT layer has four linear layers: the
+# packed projections of query, key and value, the attention output, and both linear layers of the FFN.
 FUSED = {"Attention": 2, "Gelu": 2}
 ARCHITECTURES = {
     "distilbert": Architecture(
@@ -113,7 +117,7 @@ ARCHITECTURES = {
         2,
     ),
     "bert": Architecture("Bert", wordpiece, NARROW, TYPED, FUSED, 9, 3),
-    "minilm": Architecture(  # a BERT with many narrow heads
+    "minilm": Architecture(  # MiniLM is a BERT with many narrow heads.
         "Bert",
         wordpiece,
         {**NARROW, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 12, "intermediate_size": 192},
@@ -125,7 +129,7 @@ ARCHITECTURES = {
     "roberta": Architecture(
         "Roberta", byte_level, {**NARROW, "max_position_embeddings": 130, "type_vocab_size": 1}, PLAIN, FUSED, 9, 3
     ),
-    # In ELECTRA, one more linear layer projects the embeddings, and the classification head contains a Gelu.
+    # Unlike BERT, ELECTRA has a linear layer that projects the embeddings, and a Gelu in its classification head.
     "electra": Architecture(
         "Electra", wordpiece, {**NARROW, "embedding_size": 16}, TYPED, {"Attention": 2, "Gelu": 3}, 10, 3
     ),

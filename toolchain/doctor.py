@@ -15,7 +15,7 @@ from toolchain.system import hardware
 
 MIN_DISK_BYTES = 5e9
 MIN_MEMORY_BYTES = 4e9
-# Maps each runtime set, as in `make install RUNTIME=gpu`, to its constraints file and its pip extras.
+# Constraints file and pip extras of each runtime set; `make install RUNTIME=gpu` installs the runtime set `gpu`.
 SETS = {
     "cpu": ("constraints/cpu.txt", "cpu,bnb"),
     "gpu": ("constraints/gpu.txt", "gpu,bnb"),
@@ -120,7 +120,10 @@ def _processor() -> list[Finding]:
     text = f"{processor['cpu']}, {hardware.cores()} cores, {', '.join(isa) or 'no known vector extension'}"
     if platform.machine().lower() in ("x86_64", "amd64") and not hardware.exact_int8():
         option = " = ".join(EXACT_PRODUCTS)
-        what = f"{text}: no VNNI, so int8 is slower, and exact in your own apps only with the session option {option}"
+        what = (
+            f"{text}: without VNNI, int8 is slower, and in your own apps int8 is exact only with the session option "
+            f"{option}"
+        )
         mend = f"Set {EXACT_PRODUCTS[0]} in your own apps, or run `toolchain quantize --isa portable`."
         return [Finding("note", what, mend)]
     return [Finding("ok", text)]
@@ -168,7 +171,7 @@ def _gpu() -> list[Finding]:
 
 
 def _gpu_problems(runtime: str) -> Iterator[str]:
-    """Yields a sentence for each installed package that cannot use a GPU with the runtime set `runtime`."""
+    """Yields a sentence for each installed package that cannot use the GPU; `runtime` is the GPU's runtime set."""
     versions = hardware.versions()
     if "onnxruntime" in versions and "onnxruntime-gpu" not in versions:
         yield f"onnxruntime {versions['onnxruntime']} cannot use the GPU; onnxruntime-gpu can"

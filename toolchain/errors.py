@@ -14,9 +14,9 @@
     * `DeviceMemoryError`: the device has too little memory for the model or a batch.
     * `ShippingError`: no bundle can be built from the chosen variants, or written to the chosen folder.
     * `BenchError`: a benchmark cannot measure a cell, or has no usable result.
-    * `ClusterError`: the Ray cluster is unreachable, was lost, or has a node with another release.
+    * `ClusterError`: the Ray cluster is unreachable, was lost, or has an unusable node.
     * `ResultFileError`: the result file cannot be read or written.
-    * `VerdictError`: exit code 3; the check completed, and its answer is no.
+    * `VerdictError`: exit code 3; a check completed with a negative result.
 """
 
 from __future__ import annotations
@@ -101,9 +101,11 @@ class DeviceMemoryError(ToolchainError):
     @classmethod
     def failed_allocation(cls, size_bytes: int | None) -> DeviceMemoryError:
         """Returns the error for a failed allocation; `size_bytes` is None if the runtime does not report the size."""
-        memory = "memory" if size_bytes is None else f"memory for the requested {size_bytes / 2**20:,.0f} MiB"
+        cause = "The device has too little memory."
+        if size_bytes is not None:
+            cause = f"The device has too little memory for the requested {size_bytes / 2**20:,.0f} MiB."
         return cls(
-            f"The device has too little {memory}.",
+            cause,
             "Free memory on the device, measure fewer variants at once with --variant, or use a smaller model.",
         )
 
@@ -130,6 +132,6 @@ class ResultFileError(ToolchainError):
 
 
 class VerdictError(ToolchainError):
-    """A check completed, and its answer is no."""
+    """A check, such as a validation or a comparison with a limit, completed with a negative result."""
 
     exit_code = 3

@@ -52,8 +52,8 @@ class FinetuneRequest:
         labels: Labels of a new head, in order; if empty, the labels of the base or the data.
         multi_label: Whether a text can have any number of labels.
         max_length: Maximum number of tokens of a training text.
-        data: Rows on which the trained model is scored; None for the default. The default scoring rows are the embedded
-            validation set if the training data is embedded, else the held-out rows.
+        data: Data on which the trained model is scored. If `data` is None, the model is scored on the embedded
+            validation set if the training data is embedded, else on the held-out rows.
     """
 
     base: str
@@ -130,7 +130,7 @@ def _check_texts(table: LabelledTable) -> None:
     ]
     if empty:
         raise DataError(
-            f"{table.column.source}: {len(empty)} rows have an empty text, the first is row {empty[0]}.",
+            f"{table.column.source}: {len(empty)} rows have an empty text; the first is row {empty[0]}.",
             "Add the missing texts, or remove the rows without a text.",
         )
 
@@ -153,7 +153,7 @@ def _choose_labels(
     """
     label_set = labels.label_set(table.column, request.labels, request.multi_label)
     if request.labels or base_labels is None:
-        label_set.indices(table.column)  # raises `DataError` for an unknown label
+        label_set.indices(table.column)  # `indices` raises `DataError` for an unknown label.
         return label_set, label_set == base_labels
     try:
         base_labels.indices(table.column)
@@ -180,12 +180,12 @@ def _count_summary(rows: Data, kept_labels: LabelSet | None) -> str:
         counts = Counter(names[answer] for answer in rows.labels)
     counts_text = ", ".join(f"{index} {name} ({counts[name]})" for index, name in enumerate(names))
     kind = "any number of labels per text" if rows.label_set.multi_label else "one label per text"
-    head = "training continues with the base's head" if kept_labels else "a new head"
-    return f"{rows.name}: {len(rows.labels)} rows, {kind}: {counts_text}; {head}"
+    head = "training continues with the base's head" if kept_labels else "the model gets a new head"
+    return f"{rows.name} has {len(rows.labels)} rows with {kind}: {counts_text}; {head}"
 
 
 def _fetch_teacher(name: str | None, label_set: LabelSet) -> tuple[Path, Source] | None:
-    """Returns the teacher's folder and source; raises `CheckpointError` if its labels differ from `label_set`."""
+    """Returns the teacher's folder and source; raises `CheckpointError` if the teacher's labels are not `label_set`."""
     if name is None:
         return None
     folder, source = checkpoints.fetch(checkpoints.locate(name))
@@ -306,7 +306,8 @@ def summary(card: Mapping[str, Any]) -> str:
     history, scores = card["training"], card["judged"]
     accuracies = " → ".join(f"{value:.2%}" for value in history["held_out_accuracy"])
     return (
-        f"accuracy on {history['held_out_rows']} held-out rows {accuracies}, best after epoch {history['best_epoch']}; "
+        f"accuracy on {history['held_out_rows']} held-out rows: {accuracies}; "
+        f"best after epoch {history['best_epoch']}; "
         f"{history['steps']} steps in {history['precision']} on {history['device']}, {history['seconds']:.0f} s. "
         f"{scores['data']}, {scores['rows']} rows: accuracy {scores['accuracy']:.2%}, balanced "
         f"{scores['balanced_accuracy']:.2%}, macro-F1 {scores['macro_f1']:.4f}"

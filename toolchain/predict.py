@@ -1,7 +1,7 @@
 """Predicts the label and the probabilities of every text of a file, in order and in constant memory.
 
-If the rows go to a file, the run stores finished rows as part files in a work folder beside the output file. At the
-end, the run joins the part files into the output file. After an interruption, the same command resumes the run.
+If the output is a file, the run stores finished predictions as part files in a work folder beside the output file. At
+the end, the run joins the part files into the output file. After an interruption, the same command resumes the run.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from toolchain.system import files, hardware
 if TYPE_CHECKING:
     import numpy as np
 
-PART_TEXTS = 2000  # If rows go to a file, the run scores and stores this number of texts at a time.
-STDOUT_WINDOW = 32  # If rows go to standard output, the run scores this small number of texts before it prints rows.
+PART_TEXTS = 2000  # If the output is a file, the run scores and stores this number of texts at a time.
+STDOUT_WINDOW = 32  # If the output is standard output, the run scores and prints this small number of texts at a time.
 BATCH_SIZE = 32
 
 
@@ -77,8 +77,8 @@ class Model:
         return LabelSet(self.labels, self.encoder.multi_label)
 
 
-# A function that is called with (model, texts, skip, window). The function skips the first `skip` texts, and yields the
-# predictions of `window` texts at a time, in order.
+# An `Engine` is a function that is called with (model, texts, skip, window). An `Engine` skips the first `skip` texts,
+# and yields the predictions of `window` texts at a time, in order.
 Engine = Callable[[Model, Texts, int, int], Iterator[list[Row]]]
 
 
@@ -99,7 +99,7 @@ def load_bundle_model(folder: Path, say: Say) -> Model:
 
     Raises:
         ShippingError: The folder holds no bundle.
-        VerdictError: The bundle was modified, or this runtime cannot compute its recorded logits.
+        VerdictError: The bundle was modified, or this runtime does not reproduce the logits recorded in the bundle.
         ProviderError: The bundle needs onnxruntime-extensions, which is not installed.
     """
     body, _ = shipping.check_bundle(folder)
@@ -155,7 +155,7 @@ def load_folder_model(folder: Path, say: Say) -> Model:
     Raises:
         ArtifactError: The folder holds neither an artifact nor a bundle.
         TamperedError: The files of the variant do not match their digests.
-        VerdictError: The bundle was modified, or this runtime cannot compute its recorded logits.
+        VerdictError: The bundle was modified, or this runtime does not reproduce the logits recorded in the bundle.
         ProviderError: The bundle needs onnxruntime-extensions, which is not installed.
     """
     if (folder / BUNDLE).exists():
@@ -168,7 +168,7 @@ def load_folder_model(folder: Path, say: Say) -> Model:
 
 
 def score_locally(model: Model, texts: Texts, skip: int, window: int) -> Iterator[list[Row]]:
-    """Scores the texts in this process and yields the rows of `window` texts at a time; the default `Engine`."""
+    """Scores texts in this process; yields the predictions of `window` texts at a time; the default `Engine`."""
     loaded_model = LoadedModel(model, hardware.cores())
     for window_texts in split_windows(texts, skip, window):
         yield score_window(loaded_model, model, texts, window_texts)
@@ -176,13 +176,13 @@ def score_locally(model: Model, texts: Texts, skip: int, window: int) -> Iterato
 
 
 def predict(model: Model, texts: Texts, output: Path | None, say: Say, bar: Bar, engine: Engine = score_locally) -> int:
-    """Scores every text and writes the rows in order.
+    """Scores every text and writes the predictions in order.
 
-    After an error, the next run with the same output file reuses the finished rows.
+    After an error, the next run with the same output file reuses the finished predictions.
 
     Args:
         output: Output file; None for standard output.
-        engine: Function that computes the rows.
+        engine: Function that computes the predictions.
 
     Returns:
         Number of texts.
@@ -203,7 +203,7 @@ def predict(model: Model, texts: Texts, output: Path | None, say: Say, bar: Bar,
         raise DataError(
             f"The ending of {output} is none of {', '.join(FORMATS)}.", "Choose an output file with a supported ending."
         )
-    with publishing.lock(output, lambda: say(f"{output}: another run is writing this file, waiting")):
+    with publishing.lock(output, lambda: say(f"{output}: waiting, because another run is writing this file")):
         if output.exists():
             raise _output_exists_error(output)
         return _score_to_file(model, texts, output, say, bar, engine)
@@ -241,7 +241,7 @@ def _score_to_file(model: Model, texts: Texts, output: Path, say: Say, bar: Bar,
 
 
 def _resume_parts(parts: Path, model: Model, texts: Texts) -> int:
-    """Returns how many texts an interrupted run with the same inputs has scored; deletes parts of other runs."""
+    """Returns how many texts an interrupted run with the same inputs has scored; deletes part files of other runs."""
     run_settings = {"model": model.id, "texts": texts.sha256, "column": texts.column, "pair": texts.pair}
     state = parts / "run.json"
     try:
@@ -264,7 +264,7 @@ def _resume_parts(parts: Path, model: Model, texts: Texts) -> int:
 
 
 def _write_part(part: Path, rows: Sequence[Row]) -> None:
-    """Writes a part atomically."""
+    """Writes a part file atomically."""
     try:
         # str.splitlines also splits at characters such as \x85, but json.dumps escapes these characters.
         files.write_whole(part, "".join(json.dumps(row) + "\n" for row in rows))
@@ -283,7 +283,7 @@ def split_windows(texts: Texts, skip: int, window: int) -> Iterator[list[Text]]:
 
 
 def score_window(loaded_model: LoadedModel, model: Model, texts: Texts, window_texts: Sequence[Text]) -> list[Row]:
-    """Returns the rows of the texts of one window, in order; each batch holds texts of similar length."""
+    """Returns the predictions for the texts of one window, in order; each batch holds texts of similar length."""
     columns, label_set = model.columns(texts), model.label_set
     rows = model.encoder.encode(window_texts)
     scores: list[tuple[int, Sequence[float]]] = [(0, ())] * len(rows)

@@ -1,4 +1,4 @@
-"""Tests of publishing, locks, manifests and tampered files, and of runs that are killed."""
+"""Tests of publishing artifacts, locks, manifests and tampered files, and of runs that are killed."""
 
 import json
 import multiprocessing
@@ -176,7 +176,7 @@ def test_a_killed_run_keeps_the_old_artifact(artifact, kill_point):
     child.start()
     child.join(30)
     assert child.exitcode == -signal.SIGKILL
-    # The dead process no longer holds the lock. `publishing.lock` repairs the folder.
+    # The dead process no longer holds the lock. `publishing.lock` undoes the incomplete work of the dead process.
     with publishing.lock(artifact.path, pytest.fail):
         store.load(artifact.path).verify()
         assert (artifact.path / "model.onnx").read_bytes() == b"weights"
@@ -207,7 +207,7 @@ def test_a_second_run_waits_for_the_lock_of_the_first(artifact):
 
 
 def write_lookalikes(folder: Path, name: str) -> list[Path]:
-    """Writes a user's files and folders, whose names look like the toolchain's own, beside the target `name`."""
+    """Writes a user's files beside the artifact `name`, with names like those of the toolchain's temporary files."""
     user_files = []
     for entry in (f".{name}.old", f".{name}.123.building", f".{name}.training", f".{name}.out.csv.parts"):
         user_files.append(folder / entry / "thesis.txt")

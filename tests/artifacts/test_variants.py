@@ -1,4 +1,4 @@
-"""Tests of variant names and the table of variants."""
+"""Tests of variant names, and of the parents and steps that the names determine."""
 
 import pytest
 from hypothesis import given
@@ -104,12 +104,12 @@ def test_child_returns_the_variant_that_a_step_builds():
     assert not variants.is_variant("onnx-int8-portable-static")
     assert not variants.is_variant("onnx-int4-static")
     with pytest.raises(
-        UnknownVariantError, match=r"The step quantize cannot build a variant from onnx-int8. It takes an fp32 graph"
+        UnknownVariantError, match=r"The step quantize cannot build a variant from onnx-int8\. .* takes an fp32 graph"
     ):
         variants.derive_variant("onnx-int8", Quantize())
     with pytest.raises(UnknownVariantError, match="prune torch-fp32 at a higher ratio"):
         variants.derive_variant("torch-pruned30", Prune(0.5))
-    with pytest.raises(UnknownVariantError, match="It takes a pruned PyTorch variant"):
+    with pytest.raises(UnknownVariantError, match="takes a pruned PyTorch"):
         variants.derive_variant("torch-fp32", Recover(1))
     with pytest.raises(UnknownVariantError):  # recovery would change the weights that `mask` sets to zero
         variants.derive_variant("torch-pruned30-mask", Recover(1))

@@ -39,7 +39,7 @@ FAKE = {"fake": Backend("fake_backend:FakeSession", ("json",))}
 class SessionOnHost:
     """A real CPU session that reports CUDA as its provider and keeps GPU tensors in the memory of the host."""
 
-    # The fixture `cuda` sets these attributes for each test.
+    # The fixture `cuda` sets the following class attributes for each test.
     cpu_operators: tuple
     devices: list
     options: list
@@ -88,7 +88,7 @@ REAL_SESSION, REAL_VALUE = ort.InferenceSession, ort.OrtValue
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """Makes ONNX Runtime look as if it had a GPU."""
+    """Makes ONNX Runtime report a GPU, although every session runs on the CPU."""
     fake = type("OnTheHost", (SessionOnHost,), {"cpu_operators": (), "devices": [], "options": []})
 
     def from_numpy(array, kind, device_id):
@@ -183,11 +183,13 @@ def test_a_resident_pytorch_batch_gives_the_logits_of_run(built_tiny):
 @pytest.mark.parametrize(
     ("capability", "architectures", "supported"),
     [
-        ((6, 1), ["sm_75", "sm_80", "sm_90", "compute_120"], False),  # a GTX 1050 Ti with PyTorch for CUDA 13
+        # This case is a GTX 1050 Ti with a PyTorch build for CUDA 13.
+        ((6, 1), ["sm_75", "sm_80", "sm_90", "compute_120"], False),
         ((6, 1), ["sm_50", "sm_60", "sm_70"], True),
         ((7, 5), ["sm_70", "sm_80"], True),
         ((7, 0), ["sm_75", "sm_80"], False),
-        ((12, 0), ["sm_80", "sm_90a", "compute_90"], True),  # the driver can compile the compute_90 code for this GPU
+        # The driver can compile the compute_90 code for a GPU of compute capability 12.0.
+        ((12, 0), ["sm_80", "sm_90a", "compute_90"], True),
         ((12, 0), ["sm_80", "sm_90a"], False),
         ((8, 9), [], True),  # this PyTorch build does not list its architectures
     ],
@@ -231,7 +233,7 @@ def test_gpu_memory_is_the_growth_on_the_device_where_processes_are_hidden(nvml,
     import os
 
     meter = gpu_memory.meter(0)
-    # Some drivers list the process, but not how much memory the process uses.
+    # Some drivers list a process without the memory that the process uses.
     nvml.processes = [SimpleNamespace(pid=os.getpid(), usedGpuMemory=None)] if hidden is None else hidden
     nvml.used = 1750
     assert (meter.read(), meter.method) == (750, gpu_memory.DIFFERENCE)
@@ -255,7 +257,7 @@ def test_nvml_reads_the_gpu_that_cuda_visible_devices_selects(nvml, monkeypatch,
 
 @pytest.fixture
 def bench_cells(fake, monkeypatch):
-    """Returns a function that benchmarks fake cells on CUDA, given as name → behaviour."""
+    """Returns a function that benchmarks fake cells on CUDA; its keyword arguments map cell names to behaviours."""
     monkeypatch.setattr(bench_module, "SETTLE_S", 0.0)
     encoder = Encoder.open(inputs.SST2.parent / "model", ("input_ids", "attention_mask"), 512)
     data = Data("fake", tuple(f"sentence number {i}" for i in range(40)), tuple(i % 2 for i in range(40)))
@@ -295,7 +297,7 @@ def test_a_comparison_marks_a_row_with_a_fallback(bench_cells):
     facts = {**run.rows[0].facts, "session": {"fallback": "3 of 9 nodes run on the CPU", "note": "memory, not speed"}}
     run = dataclasses.replace(run, rows=(dataclasses.replace(run.rows[0], facts=facts),))
     comparison = compare([run])
-    # The row has the mark [noisy] as well if this machine was busy during the test.
+    # If other processes used this machine during the test, the cell has the mark [noisy] besides the mark [fallback].
     assert CELL.text(comparison[0]).removesuffix(" [noisy]") == "half@cuda ◆ [fallback]"
     assert {"half@cuda: 3 of 9 nodes run on the CPU.", "half@cuda: memory, not speed."} <= set(notes(comparison))
 

@@ -37,7 +37,7 @@ FAST = Protocol(passes=1, min_s=0.16, pass_s=40, starts=2, threads=1, batch_size
 
 @pytest.fixture(autouse=True)
 def no_settling(monkeypatch):
-    """Skips the wait for idle threads, since fake sessions start none."""
+    """Removes the pause after each measurement, in which runtime threads go idle; fake sessions start no threads."""
     monkeypatch.setattr(bench_module, "SETTLE_S", 0.0)
 
 
@@ -48,14 +48,14 @@ def encoder():
 
 @pytest.fixture(scope="module")
 def data(encoder):
-    """Texts with the labels that the fake session predicts; every tenth text has the other label."""
+    """Texts with the labels that the fake session predicts, except every tenth text, whose label is wrong."""
     labels = [int(sum(ids) % 2 == 0) for ids in encoder.encode(TEXTS)]
     return Data("fake", TEXTS, tuple(1 - y if i % 10 == 0 else y for i, y in enumerate(labels)))
 
 
 @pytest.fixture
 def run(fake, data, encoder):
-    """Returns a function that measures fake variants, given as name → behaviour."""
+    """Returns a function that measures fake variants; its keyword arguments map variant names to behaviours."""
 
     def measure(protocol=FAST, **behaviours):
         cells = [Cell("fake", name, "fake", "cpu", fake(name, **behaviour)) for name, behaviour in behaviours.items()]
@@ -352,12 +352,12 @@ def test_resuming_a_run_does_not_rewrite_its_records(tmp_path, monkeypatch):
 def test_a_cell_without_an_artifact_keeps_its_reason(data, encoder):
     cells = [
         Cell("fake", "a", "fake", "cuda", None, "unavailable", "No GPU.", "Get one."),
-        Cell("fake", "b", "fake", "cpu", None, "failed", "It could not be built.", "Mend it."),
+        Cell("fake", "b", "fake", "cpu", None, "failed", "The build crashed.", "Mend it."),
     ]
     rows, _ = bench(cells, data, encoder, FAST, lambda *_: None, FAKE)
     assert [(r.status, r.reason, r.mend) for r in rows] == [
         ("unavailable", "No GPU.", "Get one."),
-        ("failed", "It could not be built.", "Mend it."),
+        ("failed", "The build crashed.", "Mend it."),
     ]
 
 

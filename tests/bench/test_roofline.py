@@ -32,7 +32,10 @@ LENGTHS = (1, 7, 25)
 
 
 def count_in_pytorch(model, tokens):
-    """Returns multiply-accumulates by kind of product, counted from the operators that PyTorch calls."""
+    """Returns the multiply-accumulates of products with weights and of products of activations.
+
+    The counts are from the operators that PyTorch calls.
+    """
     model.eval().requires_grad_(False)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(input_ids=torch.ones((1, tokens), dtype=torch.long))
@@ -69,7 +72,10 @@ def test_work_of_a_pruned_model_equals_what_pytorch_computes(built_tiny, tmp_pat
 
 
 def count_in_graph(path, tokens):
-    """Returns multiply-accumulates of products with weights, counted from the rows that each product receives."""
+    """Returns the multiply-accumulates of all products with weights.
+
+    The function runs the graph to find how many token vectors each product receives.
+    """
     model = onnx.load(path)
     weights = {tensor.name: tensor.dims for tensor in model.graph.initializer if len(tensor.dims) == 2}
     products = [n for n in model.graph.node if n.op_type in ("MatMul", "Gemm", "Attention") and n.input[1] in weights]
@@ -94,7 +100,7 @@ def test_reading_only_the_first_token_lowers_the_work_as_in_the_graph(model, req
     for tokens in LENGTHS:
         attention = 2 * tokens**2 * sum(model_work.attention_widths)
         assert count_in_graph(workspace.path("onnx-std") / "model.onnx", tokens) == model_work.macs(tokens) - attention
-        # In onnx-fp32, the last attention has a single query.
+        # In onnx-fp32, the last attention node has a single query.
         attention -= 2 * tokens * (tokens - 1) * model_work.attention_widths[-1]
         assert (
             count_in_graph(workspace.path("onnx-fp32") / "model.onnx", tokens)
@@ -165,7 +171,7 @@ def test_weight_bytes_leave_out_the_embedding_tables(built_tiny):
     parameters = model_work.linear_parameters + model_work.head_parameters
     for variant, bytes_per_weight in (("torch-fp32", 4), ("onnx-fp32", 4), ("onnx-int8", 1)):
         size = weight_bytes(store.load(built_tiny.path(variant)).manifest.facts)
-        # `size` also counts biases, norms and scales
+        # besides the weights, `size` counts biases, norms and scales
         assert bytes_per_weight * parameters < size < bytes_per_weight * parameters + 20_000
     assert weight_bytes({}) is None
     assert weight_bytes({"bytes_by_part": {"encoder": 1}}) is None
@@ -192,7 +198,7 @@ def test_more_work_never_lowers_the_floor(macs, size, more_macs, more_bytes, pre
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Replaces the machine probe by a fake on a processor with bf16, and returns the list of the fake's calls."""
+    """Replaces the machine probe by a fake for a processor with bf16, and returns the list of calls of the fake."""
     calls = []
 
     def measure(runtime, precisions, threads, seconds, mebibytes):

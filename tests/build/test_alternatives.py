@@ -1,4 +1,7 @@
-"""Tests that a failed quantisation suggests other settings, which depend on the margins of the flipped sentences."""
+"""Tests the settings that the error message of a failed quantisation suggests.
+
+The suggestions depend on the margins of the flipped sentences.
+"""
 
 import re
 import shlex
@@ -20,12 +23,12 @@ NEAR, WIDE = [0.01, 0.3] * 10, [0.01, 0.9, 2.5] * 7
 
 
 def failed_report(margins, **changes):
-    """Returns a validation report of 200 sentences; each margin belongs to a flipped sentence."""
+    """Returns a validation report of 200 sentences; `margins` are the margins of the flipped sentences."""
     return {"finite": True, "sentences": 200, "flips": len(margins), "flip_margins": margins, **changes}
 
 
 def commands_in(text):
-    """Returns the command lines in a message."""
+    """Returns the `toolchain` commands in a message, split into words."""
     return [shlex.split(line) for line in re.findall(r"`(toolchain [^`]*)`", text)]
 
 

@@ -101,7 +101,7 @@ def test_new_settings_replace_an_artifact_and_make_its_descendants_stale(tiny):
     assert reasons(tiny)["onnx-fp32"] == "onnx-std changed"
     assert reasons(tiny)["onnx-int8"] == "onnx-fp32 is built again"
     assert {v.name: state for v, _, state in list_states(tiny)}["onnx-fp32"] == "stale: onnx-std changed"
-    # An ancestor keeps the settings it was built with, although the command does not name opset 17.
+    # The ancestor onnx-std keeps opset 17 from its last build, although the new command does not name opset 17.
     assert reasons(tiny)["onnx-std"] == ""
     ensure(tiny, ["onnx-int8"], {}, lambda event: events.append(str(event)))
     assert tiny.load("onnx-fp32").manifest.facts["opset"][""] == 17
@@ -310,7 +310,7 @@ def test_a_labelled_variant_does_not_replace_the_unlabelled_one(tiny):
     assert (labelled.parent, labelled.variant) == ("onnx-std", "onnx-fp32+fused")
     assert labelled.facts["rewrites"] == {"fuse": 4}
     assert tiny.load("onnx-fp32").manifest.id == unlabelled.id
-    # Later commands take the settings of this variant from its manifest.
+    # Later commands read the settings of onnx-fp32+fused from its manifest.
     events = []
     rebuilt = ensure(tiny, ["onnx-fp32+fused"], {}, lambda event: events.append(str(event)))["onnx-fp32+fused"].manifest
     assert "onnx-fp32+fused: fresh, skipped" in events

@@ -1,4 +1,7 @@
-"""Tests of vocabularies trimmed to a corpus: which tokens stay, how texts are tokenised, and that all files agree."""
+"""Tests of vocabularies trimmed to a corpus: which tokens stay, and how texts are tokenised.
+
+The tests also check that tokenizer, config and graph have the same vocabulary.
+"""
 
 import functools
 import json
@@ -257,7 +260,7 @@ def test_the_table_keeps_the_rows_of_the_kept_tokens(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "nodes", "message"),
     [
-        (10, [helper.make_node("Cast", ["input_ids"], ["x"], to=1)], "these operators read them: Cast, Gather"),
+        (10, [helper.make_node("Cast", ["input_ids"], ["x"], to=1)], "operators read them: Cast, Gather"),
         (5, [], "token 9, but the embedding table has only 5 rows"),
     ],
 )
@@ -282,7 +285,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trimmed_workspace(source, tmp_path_factory):
-    """A workspace with a trimmed variant of a model that prefers one label, and the events of the build.
+    """A workspace with a trimmed variant of a model that prefers one label, and the messages of the build.
 
     Tests must not change this workspace.
     """
@@ -319,7 +322,10 @@ def test_a_trimmed_variant_is_smaller_and_states_its_losses(trimmed_workspace):
 
 
 def test_the_facts_count_the_answers_to_the_held_out_rows(trimmed_workspace, source):
-    """Runs both models on the held-out rows, each with its own tokenizer, and compares the counts with the facts."""
+    """Counts the flips and right answers of the trimmed variant and of its fp32 parent on the held-out rows.
+
+    The test compares the counts with the facts in the manifest. The variant and its parent have different tokenizers.
+    """
     workspace, _ = trimmed_workspace
     manifest = workspace.load("onnx-int8+trim").manifest
     data = source.load(LabelSet(manifest.labels))
@@ -428,7 +434,10 @@ def test_a_bundle_refuses_variants_with_different_tokenizers(trimmed_workspace, 
 
 
 def test_a_benchmark_tokenises_the_texts_with_the_tokenizer_of_each_cell(fake, trimmed, monkeypatch):
-    """The fake session answers 1 for an even sum of token ids, so the two vocabularies give different answers."""
+    """Uses a fake session that answers 1 for an even sum of token ids.
+
+    With the fake session, the full and the trimmed vocabulary lead to different answers.
+    """
     monkeypatch.setattr(bench_module, "SETTLE_S", 0.0)
     encoder, _ = trimmed
     data = inputs.load_embedded().select(range(30))

@@ -105,7 +105,8 @@ def test_validation_allows_three_flips_of_fifty_and_refuses_four(encoder, truth,
 
     def flip_some(out, batch):
         calls.append(1)
-        # `validate` runs the batches of its grid first, then single sentences. This test flips the last sentences only.
+        # `validate` runs the batches of its grid first, then single sentences. This test flips only the labels of the
+        # last `flips` sentences.
         sentence_count = len(calls) - len(dict(grid(encoder, SENTENCES)))
         return out[:, ::-1] if sentence_count > 50 - flips else out
 

@@ -75,7 +75,7 @@ def test_an_unknown_variant_gives_an_error_with_the_nearest_name(working_folder,
     [
         (["export", "--model", "./nowhere"], "There is no folder ./nowhere"),
         (["export", "--model", "nobody/nothing"], "--model PATH"),
-        (["quantize", "--from", "onnx-int8"], "It takes an fp32 graph such as onnx-fp32"),
+        (["quantize", "--from", "onnx-int8"], "takes an fp32 graph such as onnx-fp32"),
         (["bench", "--variant", "onnx-int8", "--provider", "cuda"], "onnx-int8 runs on cpu"),
         (["compare", "nowhere.json"], "There is no result file"),
         (["compare"], "no result of reference"),
@@ -295,7 +295,7 @@ def test_a_run_without_a_measured_row_keeps_the_old_result_file(working_folder, 
 def bench_as(working_folder, say, monkeypatch, tiny_checkpoint):
     """Returns a function that runs `bench --save-as kept` while `kept.json` holds a result.
 
-    Instead of the measurement, the command calls `during_measurement`.
+    Instead of measuring, `bench` calls `during_measurement`.
     """
     result_file = working_folder / "benchmarks" / "results" / "kept.json"
     result_file.parent.mkdir(parents=True)
@@ -333,7 +333,7 @@ def require_saved_locally(working_folder, err):
     (file,) = (working_folder / "benchmarks" / "results" / "local").iterdir()
     assert len(ResultFile.read(file).rows) == 2
     assert f"saved: {file.relative_to(working_folder)}\n" in err
-    assert f"This result is in {file.relative_to(working_folder)}. Rename the file." in err.splitlines()[-1]
+    assert f"The result of this run is in {file.relative_to(working_folder)}. Rename the file." in err.splitlines()[-1]
     assert not list(working_folder.glob("*.journal"))
 
 

@@ -1,4 +1,4 @@
-"""Prints the labels that a bundle's own runner computes for texts: `python bare.py BUNDLE VARIANT TEXTS.json`."""
+"""Prints the labels that the runner inside a bundle computes: `python bare.py BUNDLE VARIANT TEXTS.json`."""
 
 import json
 import sys

@@ -78,7 +78,10 @@ COMPLAINT_OF = {
 
 @pytest.mark.parametrize("element", COMPLAINT_OF)
 def test_complaints_has_every_error_and_request_of_a_page(browser, page, tmp_path, element):
-    """Checks an element in a page without a Content Security Policy, then in the report, whose policy blocks it."""
+    """Adds a forbidden element to a page without a Content Security Policy, then to the report.
+
+    The report's Content Security Policy blocks the element.
+    """
     path = tmp_path / "report.html"
     path.write_text(f"<!DOCTYPE html><title>planted</title>{element}")
     browser.open(path)

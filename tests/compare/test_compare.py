@@ -129,14 +129,8 @@ def test_committed_result_files_can_be_read():
 
     files = list((TESTS.parent / "benchmarks" / "results").glob("*.json"))
     studies = (TESTS.parent / "benchmarks" / "studies").glob("*.json")
-    other_prefixes = (
-        "pruning-",
-        "pairs-",
-        "runs-",
-        "clients-",
-        "saturation-",
-        "precision-",
-    )  # files with these prefixes do not hold the rows of one run
+    # A file in benchmarks/studies/ whose name starts with one of these prefixes is not a result file.
+    other_prefixes = ("pruning-", "pairs-", "runs-", "clients-", "saturation-", "precision-")
     files += [file for file in studies if not file.name.startswith(other_prefixes)]
     assert files
     for file in files:

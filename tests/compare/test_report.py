@@ -210,29 +210,30 @@ def test_a_folder_that_cannot_be_written_gives_an_error(tmp_path):
 
 
 def test_notes_name_the_machine_of_a_row_where_there_are_several():
-    other_machine = {**result().machine, "id": "y", "cpu": "other", "cores": 3}
+    other_machine = {**result().machine, "id": "y", "cpu": "d", "cores": 3}
     notes_of_one, notes_of_two = (
         notes(compare([rich_result()])),
         notes(compare([rich_result(), rich_result(machine=other_machine)])),
     )
     for note in (" [noisy]: the host took", ", p50 ms by length", ": 50.0% of the encoder's", " unavailable: No GPU"):
-        assert not any(" on other, 3 cores" in line for line in notes_of_one)
-        assert any(f" on other, 3 cores{note}" in line for line in notes_of_two), note
+        assert not any(" on d, 3 cores" in line for line in notes_of_one)
+        assert any(f" on d, 3 cores{note}" in line for line in notes_of_two), note
     assert len(set(notes_of_two)) == len(notes_of_two)
 
 
 @pytest.mark.slow
 def test_each_machine_has_its_own_panel():
-    other_machine = {**result().machine, "id": "y", "cpu": "other"}
+    other_machine = {**result().machine, "id": "y", "cpu": "d"}
     panels = figures(compare([rich_result(), rich_result(machine=other_machine)]))["latency"].figure.axes
     assert [axes.get_title("left") for axes in panels] == [
-        f"m on {cpu}, 2 cores, 2 threads; sst2" for cpu in ("c", "other")
+        f"m on {cpu}, 2 cores, 2 threads; sst2" for cpu in ("c", "d")
     ]
 
 
 @pytest.mark.slow
 def test_labels_of_a_plot_do_not_overlap():
-    from matplotlib.text import Text  # the extent of an Annotation would also include the line to its point
+    # The extent of an Annotation includes the line to its point, so the test takes the extent of the Text alone.
+    from matplotlib.text import Text
 
     figure = figures(compare(committed_results("reference-xeon-2cores")))["accuracy-latency"].figure
     figure.draw_without_rendering()

@@ -1,4 +1,4 @@
-"""Tests of valid and invalid data files, and of encoding."""
+"""Tests of valid and invalid data files, and of the encoding of texts as token ids."""
 
 import gzip
 
@@ -241,7 +241,7 @@ def test_the_split_held_out_has_the_rows_that_training_leaves_out(table):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A working folder with a local copy of `nyu-mll/glue`, which `datasets` reads in the same way as the hub."""
+    """A working folder with a local imitation of `nyu-mll/glue`, which `datasets` reads like the hub dataset."""
     import datasets
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

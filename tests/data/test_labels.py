@@ -1,4 +1,4 @@
-"""Tests of labels by name and by index, one or several per text, and of figures per label."""
+"""Tests of labels by name and by index, of one or several labels per text, and of quality figures per label."""
 
 import numpy as np
 import pytest

@@ -36,7 +36,7 @@ from toolchain.results.result_file import ResultFile
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster as Nodes  # noqa: E402 - follows importorskip, since Ray is optional
 
-WINDOW = 20  # number of texts in a scoring window; small, so that a run has many windows
+WINDOW = 20  # number of texts that `predict` scores at a time; small, so that a run has many such windows
 FAST = Protocol(passes=1, min_s=0.16, pass_s=40, starts=2, threads=1, batch_size=8)
 HOSTILE = ["", " ", 'a "quoted", text', "NUL \0 inside", "line\u2028separator and \x85", "Ünïcödé 🎬 文字"]
 
@@ -67,7 +67,7 @@ def kill_cluster(nodes):
 
 @pytest.fixture(scope="module", autouse=True)
 def no_remaining_process():
-    """Checks that the tests leave no process of Ray."""
+    """Checks that no Ray process runs after the tests of this file."""
     pids_before = {process.pid for process in psutil.Process().children(recursive=True)}
     yield
     psutil.wait_procs(psutil.Process().children(recursive=True), timeout=5)
@@ -95,7 +95,7 @@ def model(built_tiny):
 
 @pytest.fixture
 def small_windows(monkeypatch):
-    """Makes scoring windows small, in a cluster and in one process."""
+    """Makes `predict` score only `WINDOW` texts at a time, in a cluster and in one process."""
     monkeypatch.setattr(predicting, "PART_TEXTS", WINDOW)
     monkeypatch.setattr(predicting, "STDOUT_WINDOW", WINDOW)
 
@@ -197,7 +197,8 @@ def test_scratch_removes_only_the_folder_of_a_dead_worker_of_this_machine(tmp_pa
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     names = [
         f"{publishing.WORK}-{space}-{os.getpid()}-mine",
-        f"{publishing.WORK}-{other_space}-{dead_pid}-left",  # on the other machine, this process may be alive
+        # The next folder belongs to a process of another machine, where the process may be alive.
+        f"{publishing.WORK}-{other_space}-{dead_pid}-left",
         f"{publishing.WORK}-{space}-{dead_pid}-my-notes",
         f"toolchain-{dead_pid}-left",
         "toolchain-2024-backup",
@@ -285,9 +286,9 @@ def test_cells_are_assigned_to_nodes_with_their_hardware(built_tiny):
 def test_each_machine_has_its_own_run_and_a_killed_one_has_failed_rows(
     tiny, cluster, tmp_path, monkeypatch, say, short_bench
 ):
-    """Runs the command on two machines, and kills one of them as soon as both measure."""
+    """Runs `bench` on two nodes, and kills one node's measuring process as soon as both nodes measure."""
     monkeypatch.chdir(tmp_path)
-    # The measurement is long enough that both machines measure at the same time.
+    # The measurement is long enough that both nodes measure at the same time.
     monkeypatch.setattr(scenarios, "QUICK", replace(scenarios.QUICK, min_s=4.0))
     machines = [replace(node, machine={**node.machine, "id": node.id[:12]}) for node in cluster.nodes]
     changed_cluster = Cluster(cluster._driver, machines, quiet)
@@ -298,7 +299,7 @@ def test_each_machine_has_its_own_run_and_a_killed_one_has_failed_rows(
         if operation == "next_result" and not victims:
             deadline = time.monotonic() + 120
             while len(workers := processes_with("ray::measure")) < 2:
-                assert time.monotonic() < deadline, "the two machines never measured at the same time"
+                assert time.monotonic() < deadline, "the two nodes never measured at the same time"
                 time.sleep(0.1)
             workers[0].kill()
             victims.append(workers[0])

@@ -1,4 +1,4 @@
-"""Tests of all steps on one small random model of each architecture, with a tokenizer of the usual type."""
+"""Tests of all steps on one small random model of each architecture, with the usual tokenizer of the architecture."""
 
 import functools
 import json
@@ -94,7 +94,7 @@ def test_every_variant_has_the_models_inputs_and_gives_pytorchs_logits(workspace
 def test_the_passes_fuse_and_quantise_the_expected_nodes(workspace, kind):
     model_workspace, architecture = workspace(kind), ARCHITECTURES[kind]
     fp32, int8, std = (model_workspace.load(n).manifest.facts for n in ("onnx-fp32", "onnx-int8", "onnx-std-int8"))
-    # the pass first-query replaces this number of attentions by a MultiHeadAttention with one query
+    # the pass first-query replaces this number of Attention nodes by a MultiHeadAttention with one query
     single_query_count = fp32["rewrites"]["first-query"]
     assert single_query_count == fp32["operators"].get("MultiHeadAttention", 0)
     fused_counts = {k: n for k, n in fp32["operators"].items() if k in ("Attention", "Gelu", "FastGelu")}
@@ -207,13 +207,14 @@ def bundles(workspace, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_bundle_gives_the_probabilities_of_transformers(bundles, workspace, kind):
-    """Uses the bundle's own tokenizer.json and runner, on a padded batch."""
+    """Runs a padded batch with the tokenizer.json and the runner inside the bundle."""
     from toolchain.ship.bundle_files.classify import Classifier
 
     folder = bundles(kind)
     for target in ("python", "web", "other", "mobile"):
         for report in shipping.verify(folder / target)["models"].values():
-            assert report["largest_delta"] < 1e-4  # this machine also computed the bundle's reference logits
+            # The difference is tiny, because this machine also computed the bundle's reference logits.
+            assert report["largest_delta"] < 1e-4
     checkpoint = workspace(kind).path("torch-fp32")
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()

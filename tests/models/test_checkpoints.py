@@ -352,7 +352,7 @@ def test_a_base_for_training_needs_no_head_but_passes_the_other_checks(checkpoin
 def test_locate_accepts_the_names_of_models(checkpoint, built_tiny):
     assert checkpoints.locate("reference") == Source("embedded", "reference")
     assert checkpoints.locate("somebody/some-model") == Source("hub", "somebody/some-model")
-    # `locate` finds the name of a model under exported/ only if that folder is passed
+    # `locate` finds a model under exported/ by its name only if the folder exported/ is an argument
     assert checkpoints.locate("tiny") == Source("hub", "tiny")
     assert checkpoints.locate("tiny", built_tiny.exported).same_origin(built_tiny.source)
     with pytest.raises(CheckpointError, match="There is no folder"):

@@ -100,7 +100,7 @@ def test_the_runtime_does_not_undo_residual_sum(std, tmp_path):
 
 
 def residual_model(nodes, initializers):
-    """Returns a model that normalises x [b, s, 4] plus h, where `nodes` compute h."""
+    """Returns a model that computes LayerNormalization(Relu(x) + h); x has shape [b, s, 4], and `nodes` compute h."""
     all_nodes = [
         helper.make_node("Relu", ["x"], ["r"]),
         *nodes,
@@ -189,7 +189,8 @@ def test_first_token_moves_above_the_last_feed_forward(std):
 def test_first_token_does_not_apply_where_another_output_reads_all_tokens(std):
     model, _ = passes.rewrite(std, ["fuse"], ATTENTION)
     last_norm = [n for n in model.graph if n.op_type == "LayerNormalization"][-1]
-    model.graph.outputs.append(last_norm.outputs[0])  # an app may read the hidden states as another output
+    # The hidden states of all tokens become a second output of the graph.
+    model.graph.outputs.append(last_norm.outputs[0])
     model, counts = passes.rewrite(model, ["first-token"], ATTENTION)
     assert counts["first-token"] == 0
 
@@ -255,7 +256,8 @@ def test_first_query_does_not_apply_where_all_queries_are_read(std, names):
     model, _ = passes.rewrite(std, names[:-1], ATTENTION)
     for node in model.graph:
         if node.op_type == "Attention":
-            model.graph.outputs.append(node.outputs[0])  # an app may read all queries' results as another output
+            # The results of all queries become an additional output of the graph.
+            model.graph.outputs.append(node.outputs[0])
     assert passes.rewrite(model, names[-1:], ATTENTION)[1] == {"first-query": 0}
 
 
@@ -518,8 +520,8 @@ def test_4_bit_blocks_keep_zero_and_err_no_more_than_rounding(weight):
     assert (decoded[blocks == 0] == 0).all()
     lowest, highest = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
     step = ((highest - lowest) / MAX_CODE)[:, :, None].astype(np.float64)
-    # Rounding to one of 16 values changes a weight by at most half a step. Rounding the zero point adds at most half a
-    # step to the change.
+    # Rounding to one of 16 values changes a weight by at most half a step. Rounding the zero point changes a weight by
+    # at most another half step.
     assert ((decoded - blocks) ** 2).sum() <= ((step * 1.001 + 1e-30) ** 2 * np.ones_like(blocks)).sum()
 
 
@@ -532,7 +534,7 @@ def test_pack_stores_two_codes_per_byte(codes):
 
 
 def round_to_4_bits(array):
-    """Returns a weight [inner, outer], or the rows of a table, rounded to 4 bits."""
+    """Returns a weight or an embedding table, rounded to 4 bits in blocks along each row."""
     codes, scales, zeros = quantize_blocks(array)
     decoded = (codes.reshape(*scales.shape, BLOCK).astype(np.float32) - zeros[:, :, None]) * scales[:, :, None]
     return decoded.reshape(len(array), -1)[:, : array.shape[1]]
@@ -624,15 +626,15 @@ def test_unsigned_weights_keep_the_logits(std, name):
 
 
 def test_two_attentions_share_the_preparation_of_their_mask(std):
-    """The first attention has all queries, the last attention has one query.
+    """The first attention node has all queries, the last attention node has one query.
 
-    Both attentions share one bias, which is computed from the mask, and each expands the bias to its own shape.
+    Both attention nodes share one bias, which is computed from the mask, and each expands the bias to its own shape.
     """
     model, _ = passes.rewrite(std, ["fuse", "first-token", "first-query"], ATTENTION)
-    # the second rewrite adds nodes before the last attention
+    # this second call of `rewrite` adds nodes before the last attention node
     model, _ = passes.rewrite(model, ["quantize-linear-int4"], ATTENTION)
     onnx.checker.check_model(ir.to_proto(model))  # `check_model` also checks the order of the nodes
     biases = [node.inputs[5] for node in model.graph if node.op_type == "MultiHeadAttention"]
-    assert len(biases) == len(set(biases)) == 2  # one bias for all queries, one bias for a single query
+    assert len(biases) == len(set(biases)) == 2  # one bias serves all queries, one serves a single query
     assert operators_of(model)["Expand"] == 2
     assert len({node.inputs[0] for node in model.graph if node.op_type == "Expand"}) == 1

@@ -55,7 +55,7 @@ def graph(workspace, variant):
 
 @pytest.fixture(scope="module")
 def calibrated_contexts(built_tiny):
-    """Parent of a static variant → pass context with the calibrated activations of this parent."""
+    """Maps each parent of a static variant to a pass context with the calibrated activations of this parent."""
     return {
         parent: dataclasses.replace(ATTENTION, activations=calibrate(built_tiny.load(parent), TrainingSource()))
         for parent in ("onnx-fp32", "onnx-std")
@@ -67,7 +67,7 @@ def calibrated_contexts(built_tiny):
 def test_smoothing_keeps_the_logits(built_tiny, parent, left):
     """Divides each input of a linear layer by factors from 1/30 to 30.
 
-    A residual connection that reads the same value as a layer does not change.
+    The factors do not change a residual connection that reads the same value as a linear layer.
     """
     model, batch = graph(built_tiny, parent), pad(ROWS, NAMES, 0, left)
     expected = logits_of(model, batch)
@@ -144,7 +144,8 @@ def test_static_logits_do_not_depend_on_the_rest_of_the_batch(built_tiny, calibr
     differences = {}
     for name, model in (("static", static_model), ("dynamic", graph(built_tiny, "onnx-int8"))):
         model_session = session(model)
-        other_rows = ([short_row], [rare_row] * 3, [rare_row * 20])  # the last of these batches pads `row` to 80 tokens
+        # The long row `rare_row * 20` pads `row` to 80 tokens.
+        other_rows = ([short_row], [rare_row] * 3, [rare_row * 20])
         logits = [model_session.run(None, pad([row, *rows], NAMES, 0))[0][0] for rows in other_rows]
         differences[name] = np.ptp(logits, axis=0).max()
     assert differences["static"] < 1e-5 < differences["dynamic"]

@@ -76,7 +76,7 @@ def tiny_setup(built_tiny, sentences):
 
 @pytest.fixture(scope="module")
 def pruned_workspace(tiny_checkpoint, sentences, tmp_path_factory):
-    """A workspace with the tiny model pruned by half, and the variants from the pruned model to int8."""
+    """A workspace with the tiny model pruned by half, and with the ONNX and int8 variants of the pruned model."""
     workspace = Workspace.open(str(tiny_checkpoint), tmp_path_factory.mktemp("exported"), None, sentences)
     ensure(workspace, ["onnx-pruned50-int8", "onnx-int8"], {}, quiet)
     return workspace
@@ -414,7 +414,7 @@ def test_the_initialisers_of_a_pruned_graph_are_smaller(pruned_workspace):
 
     def count_elements(name):
         graph = onnx.load(pruned_workspace.path(name) / "model.onnx").graph
-        # the limit of 200 excludes the embedding tables
+        # embedding tables have more than 200 rows, so `matrices` does not contain them
         matrices = [i for i in graph.initializer if len(i.dims) == 2 and max(i.dims) < 200]
         return sum(i.dims[0] * i.dims[1] for i in matrices)
 
@@ -521,10 +521,10 @@ def test_a_latency_table_is_measured_once_and_refused_on_another_machine(tiny_se
     assert latency_table(tiny_setup.model, tmp_path, quiet) == table
     file = next(tmp_path.glob("latency-*.json"))
     valid_text = file.read_text()
-    file.write_text(valid_text.replace(hardware.machine()["id"], "another"))
-    with pytest.raises(PruningError, match=r"measured on another machine \(another\). Delete .* to measure again"):
+    file.write_text(valid_text.replace(hardware.machine()["id"], "machine-2"))
+    with pytest.raises(PruningError, match=r"measured on another machine \(machine-2\). Delete .* to measure again"):
         latency_table(tiny_setup.model, tmp_path, quiet)
-    assert "another" in file.read_text()  # the refused latency table is not overwritten
+    assert "machine-2" in file.read_text()  # the refused latency table is not overwritten
     file.write_text(valid_text[:40])
     with pytest.raises(PruningError, match="is not a valid latency table"):
         latency_table(tiny_setup.model, tmp_path, quiet)

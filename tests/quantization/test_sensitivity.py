@@ -65,7 +65,7 @@ def test_the_most_sensitive_layers_stay_fp32(tiny, setup):
     assert manifest.facts["rewrites"]["quantize-linear"] == 8
     assert manifest.facts["kept_fp32"] == [layer.name for layer in rank(setup, no_progress)[:2]]
     assert len(manifest.facts["sensitivity"]) == 10
-    assert manifest.step.train == tiny.train.digest  # The ranking depends on the training data.
+    assert manifest.step.train == tiny.train.digest  # The sensitivity ranking depends on the training data.
     events = []
     ensure(tiny, ["onnx-int8+careful"], steps, lambda event: events.append(str(event)))
     assert "onnx-int8+careful: fresh, skipped" in events
@@ -81,7 +81,10 @@ def test_a_graph_without_linear_layers_raises_a_graph_error(built_tiny):
 
 @given(st.integers(1, 30), st.data())
 def test_fewest_fp32_layers_finds_the_smallest_number_within_the_drop(count, data):
-    """In this test, more layers in fp32 never lower the accuracy, so a full search would find the same number."""
+    """Compares `fewest_fp32_layers` with a trial of every number of fp32 layers.
+
+    In this test, more fp32 layers never lower the accuracy, so bisection and the full trial must agree.
+    """
     drops = sorted((data.draw(st.floats(0, 5)) for _ in range(count)), reverse=True)
     max_drop = data.draw(st.floats(0, 5))
 

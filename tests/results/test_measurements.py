@@ -24,15 +24,15 @@ def test_thinning_is_even_and_keeps_the_rounds_and_the_count(times):
     assert len(samples.rounds) == len(times)
     for kept_round, timed_round in zip(samples.rounds, times, strict=True):
         remaining = iter(timed_round)
-        assert all(value in remaining for value in kept_round)  # Thinning keeps the order of the times.
+        assert all(value in remaining for value in kept_round)  # Thinning keeps the order of the samples.
         share = MAX_SAMPLES / samples.count if samples.count > MAX_SAMPLES else 1
         assert abs(len(kept_round) - share * len(timed_round)) <= 1
 
 
 def test_thinning_loses_different_sentences_in_each_repetition():
-    """This test takes four repetitions of 250 sentences in each of 8 rounds.
+    """The samples are four repetitions of 250 sentences in each of 8 rounds.
 
-    Keeping each n-th sample would lose some sentences entirely.
+    If thinning kept each n-th sample, it would lose some sentences entirely.
     """
     sentence_ids = list(range(1, 251)) * 4
     samples = samples_of([sentence_ids] * 8)
@@ -105,7 +105,7 @@ def change_samples(values):
         (change_samples([[900, -5], [1100]]), "is not positive"),
         (change_samples([[900, 0.5], [1100]]), "valid integer"),
         (change_samples([["fast"]]), "valid integer"),
-        (change_samples([[900], [1100]]), "the numbers of times and of sentences differ"),
+        (change_samples([[900], [1100]]), "a round does not have one number of sentences for each time"),
         (
             change_row(accuracy={"value": 1.1, "correct": 11, "count": 10, "batch_size": 1}),
             "from 11 of 10",

@@ -28,7 +28,7 @@ def test_three_to_seven_per_cent_of_equal_pairs_are_called_different(rounds):
     rng = np.random.default_rng(20)
     different_count = 0
     for _ in range(1000):
-        drift = rng.normal(0, 0.05, rounds)  # The machine's speed drifts between rounds, for both variants.
+        drift = rng.normal(0, 0.05, rounds)  # The machine's speed drifts between rounds, equally for both variants.
         first, second = (np.exp(drift + rng.normal(0, 0.02, rounds)) for _ in range(2))
         different_count += bool(ratio(list(first), list(second)).differs)
     assert 30 <= different_count <= 70
@@ -87,7 +87,10 @@ LABELS = [0, 1] * 50
 
 
 def row_with_errors(variant, wrong_rows, shift=0):
-    """Returns a row with wrong answers in `wrong_rows` only; each confidence is (9000 - `shift`) / 100 per cent."""
+    """Returns a result row that is wrong only in the sentences with the indices `wrong_rows`.
+
+    The confidence of every answer is (9000 - `shift`) / 100 per cent.
+    """
     answers = tuple(1 - y if i in wrong_rows else y for i, y in enumerate(LABELS))
     confidence = 9000 - shift
     probabilities = tuple(

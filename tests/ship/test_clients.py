@@ -35,7 +35,7 @@ CLIENTS = CACHE / "test-clients"
 PYTHON, OPENVINO, PHONE, TEXTS = (
     CLIENTS / name / "bin" / "python" for name in ("python", "openvino", "phone", "texts")
 )
-MOST_FLIPS = 5  # Limit for the 872 sentences; kernels of different runtimes round differently.
+MOST_FLIPS = 5  # limit for the flips in 872 sentences, since kernels of different runtimes round differently
 NODE = shutil.which("node")
 
 pytestmark = pytest.mark.slow
@@ -248,7 +248,10 @@ def test_both_formats_of_a_phone_bundle_give_the_same_logits_here(bundles, valid
 
 @pytest.fixture(scope="module")
 def short_bundles(reference, tmp_path_factory):
-    """Bundles without the over-long golden sentence, which takes as long as all others on an emulated processor."""
+    """Bundles without the over-long golden sentence.
+
+    On an emulated processor, the over-long sentence takes as long as all other golden sentences together.
+    """
     folder = tmp_path_factory.mktemp("short-bundles")
     if MODULES:
         (folder / "node_modules").symlink_to(MODULES)
@@ -471,7 +474,7 @@ def test_the_page_fits_the_window_and_its_controls_have_names(browser, site, set
     assert browser.run("getComputedStyle(document.body).backgroundColor") == (
         "rgb(20, 24, 29)" if is_dark else "rgb(255, 255, 255)"
     )
-    # Each control has a name and can be reached with the keyboard.
+    # Each control of the demo page has a name and can be reached with the keyboard.
     names = "[...document.querySelectorAll('textarea, select, button')].map(e => (e.labels?.[0] ?? e).innerText)"
     assert browser.run(names) == ["Text", "Variant", "Classify", "Check this bundle"]
     assert browser.run("[...document.querySelectorAll('textarea, select, button')].every(e => e.tabIndex === 0)")

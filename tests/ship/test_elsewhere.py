@@ -1,7 +1,7 @@
-"""Loads folders and bundles with transformers' pipeline and with optimum, which do not import this package.
+"""Loads artifacts and bundles with transformers' pipeline and with optimum, which do not import this package.
 
 `make test-clients` installs transformers 5, which no release of optimum supports. Without transformers 5, the
-tests that need it are skipped.
+tests of transformers 5 are skipped.
 """
 
 import json
@@ -55,7 +55,7 @@ def probabilities_of(classify, texts=TEXTS):
 
 
 def optimum_pipeline(folder):
-    """Returns the pipeline of optimum's documentation, with the session options for exact products."""
+    """Returns the pipeline from optimum's documentation, with the session options for exact products."""
     model = ORTModelForSequenceClassification.from_pretrained(folder, session_options=session_options(1))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     return transformers.pipeline("text-classification", model=model, tokenizer=tokenizer, top_k=None)

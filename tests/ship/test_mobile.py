@@ -36,7 +36,7 @@ from toolchain.ship.targets.releases import (
 
 PRODUCTS = (b"DynamicQuantizeMatMul", b"QAttention")
 NAMES = ("onnx-int8", "onnx-int8-portable", "onnx-fp32")
-# The only attention operator of this variant is Attention, which ONNX Runtime 1.16 supports.
+# The variant `FULL_ATTENTION` has only the attention operator Attention, which ONNX Runtime 1.16 supports.
 FULL_ATTENTION = "onnx-fp32+no-first-query"
 FEED = {"input_ids": np.arange(1000, 1025)[None], "attention_mask": np.ones((1, 25), np.int64)}
 
@@ -91,7 +91,7 @@ def test_a_phone_bundle_has_both_formats_and_the_files_for_a_reduced_build(phone
         assert sha256(phone_bundle / model["file"]) == sha256(built_tiny.path(model["variant"]) / "model.onnx")
         assert model["ort"]["bytes"] == (phone_bundle / model["ort"]["file"]).stat().st_size
         assert model["ort"]["format"] == 6
-        # 1.17 is the first release whose MultiHeadAttention has all attributes that the file uses.
+        # ONNX Runtime 1.17 is the first release whose MultiHeadAttention has all attributes that the file uses.
         assert model["oldest_release"] == "1.17"
         assert (logits_of(phone_bundle / model["ort"]["file"]) == logits_of(phone_bundle / model["file"])).all()
     operators_text = (phone_bundle / "required_operators.config").read_text()
@@ -123,7 +123,10 @@ def test_both_formats_can_be_verified_with_and_without_this_package(phone_bundle
 
 @pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes(phone_bundle, built_tiny, tmp_path):
-    """Compares files from two processes; without sorting, each .ort file would contain a table in random order."""
+    """Compares files from two processes.
+
+    The toolchain sorts a table inside each .ort file, whose order would otherwise be random.
+    """
     model_options = ("--model", built_tiny.model, "--exported", built_tiny.exported)
     completed = run_toolchain(
         "ship", *NAMES, "--target", "mobile", "--output", tmp_path / "b", *model_options, cwd=tmp_path
@@ -151,7 +154,8 @@ def test_custom_operators_of_this_process_do_not_change_the_file(phone_bundle, b
 @pytest.mark.slow
 def test_both_formats_can_contain_the_tokenizer(built_tiny, tmp_path):
     body = ship(built_tiny, tmp_path / "b", "onnx-int8", with_tokenizer=True)
-    assert body["models"][0]["oldest_release"] == "1.17"  # The opset of 1.17 is the first with StringSplit.
+    # ONNX Runtime 1.17 is the first release that reads opset 20, which added StringSplit.
+    assert body["models"][0]["oldest_release"] == "1.17"
     report = shipping.verify(tmp_path / "b")
     assert set(report["models"]) == {"onnx-int8", "onnx-int8.ort"}
     assert all(model_report["largest_delta"] < 1e-4 for model_report in report["models"].values())
@@ -199,7 +203,7 @@ def test_a_bundle_has_the_operator_set_of_its_release(opset_20_workspace, tmp_pa
 
 
 def test_lower_converts_a_changed_operator(tmp_path):
-    """Opset 19 added `saturate` to Cast."""
+    """Opset 19 added the attribute `saturate` to Cast."""
     onnx.save(one_node(helper.make_node("Cast", ["x"], ["y"], to=1), opset=20), tmp_path / "new.onnx")
     mobile.lower(tmp_path / "new.onnx", tmp_path / "old.onnx", "1.15")
     model = onnx.load(tmp_path / "old.onnx")
@@ -346,7 +350,7 @@ def test_a_4_bit_operator_needs_a_release_that_has_it(tmp_path):
 
 def test_the_table_of_releases_tells_which_release_supports_an_operator():
     gather, bits = Use("com.microsoft", "GatherBlockQuantized"), Use("com.microsoft", "GatherBlockQuantized", "bits")
-    # If an operator is missing, its attributes are not listed.
+    # If a release lacks an operator, `find_unsupported` does not list the attributes of this operator.
     assert find_unsupported("1.19", [gather, bits]) == [gather]
     assert find_unsupported("1.22", [gather, bits]) == [bits]
     assert find_unsupported("1.23", [gather, bits]) == []

@@ -110,7 +110,7 @@ def test_a_bias_of_one_head_needs_several_heads():
 
 
 def test_the_table_has_every_kind_of_attention_in_the_files():
-    """Without an entry in the table, a kind of attention would look like an attribute that no release has."""
+    """A kind of attention that the table of releases lacks would look like an attribute that no release has."""
     kinds_of_files = {f"MultiHeadAttention: {kind}" for _, kinds in FILES.values() for kind in kinds}
     assert kinds_of_files | {"Attention: mask_index", "QAttention: mask_index"} == set(ATTENTION_STATES)
     assert {state for by_release in ATTENTION_STATES.values() for state in by_release.values()} <= set(STATES)
@@ -164,7 +164,7 @@ def test_the_oldest_release_of_each_variant_stays_the_same(built_tiny, name, rel
     assert read_needs(built_tiny.path(name) / "model.onnx").oldest_release() == release
 
 
-# The script.
+# --- releases.py
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def releases():
 
 
 def answers_of(release):
-    """Returns the answers that the script would collect from this release if the table were right."""
+    """Returns the results that releases.py would measure with the ONNX Runtime `release` if the table were right."""
     body = json.loads(TABLE.read_text())
     releases_until = ORDER[: ORDER.index(release) + 1]
     operators = {
@@ -228,18 +228,18 @@ def test_the_check_exits_with_3_where_a_release_differs(releases, monkeypatch):
     matching_run = CliRunner().invoke(releases.main, ["--check", sys.executable])
     assert (matching_run.exit_code, matching_run.output) == (
         0,
-        f"{answers['version']}: no differences from the table\n",
+        f"ONNX Runtime {answers['version']}: no differences from the table of releases\n",
     )
     CHANGES["a fault"](answers)
     failed_run = CliRunner().invoke(releases.main, ["--check", sys.executable, "--check", sys.executable])
     assert failed_run.exit_code == 3
-    assert failed_run.output.count(f"the table says right, {answers['version']} says wrong") == 2
+    assert failed_run.output.count(f"right in the table, wrong in ONNX Runtime {answers['version']}") == 2
     answers["version"] = "1.99.0"
     assert CliRunner().invoke(releases.main, ["--check", sys.executable]).exit_code == 3
 
 
 def test_the_script_builds_the_table_from_answers(releases):
-    """The table has an entry for a release only if the release's answer differs from that of the previous release."""
+    """For each test, the table lists a release only if its result differs from the result of the previous release."""
     three_releases = ["1.17", "1.20", "1.21"]
     body = releases.table({release: answers_of(release) for release in three_releases})
     committed_table = json.loads(TABLE.read_text())
@@ -254,7 +254,7 @@ def test_the_script_builds_the_table_from_answers(releases):
 
 
 def test_the_probe_tells_right_wrong_and_refused_apart(tmp_path):
-    """Runs the probe on a model with its right output, on the same model with a changed output, and on no model."""
+    """Runs the probe on a model with right expected outputs, with wrong expected outputs, and on an invalid file."""
     probe, questions = script("release_probe"), script("release_questions")
     question = next(candidate for candidate in questions.attention() if LONGER in candidate.name)
     entry = questions._save(tmp_path, question)
@@ -268,7 +268,7 @@ def test_the_probe_tells_right_wrong_and_refused_apart(tmp_path):
 def test_the_questions_of_8_bit_products_need_more_than_16_bits():
     """In each test model of 8-bit products, the sums of some pairs of products need more than 16 bits.
 
-    A processor without VNNI therefore cannot give the right answer by chance.
+    A processor without VNNI saturates sums above 16 bits, so such a processor cannot give the right result by chance.
     """
     questions = script("release_questions")
     for question in questions.precision():
@@ -282,8 +282,8 @@ def test_the_questions_of_8_bit_products_need_more_than_16_bits():
 @pytest.mark.slow
 @needs_phone
 def test_the_oldest_and_the_newest_release_match_the_table(releases):
-    """Checks ONNX Runtime 1.17, the oldest release that `make test-clients` installs, and the installed release."""
+    """Checks ONNX Runtime 1.17, which `make test-clients` installs, and the ONNX Runtime of this environment."""
     check_result = CliRunner().invoke(releases.main, ["--check", str(PHONE), "--check", sys.executable])
     assert check_result.exit_code == 0, check_result.output
     assert check_result.output.count("no differences from the table") == 2
-    assert check_result.output.startswith("1.17.")
+    assert check_result.output.startswith("ONNX Runtime 1.17.")

@@ -1,7 +1,7 @@
 """Tests of Triton model repositories: the configurations are valid, and the models run with the declared shapes.
 
-`make test-clients` installs Triton's client, whose protobuf definition parses the configurations. Without the client,
-the tests that need it are skipped.
+`make test-clients` installs Triton's client, whose protobuf definition parses the configurations. Without Triton's
+client, the tests that parse configurations are skipped.
 """
 
 import json
@@ -115,7 +115,8 @@ def test_triton_reads_the_configurations_of_a_bundle(bundle):
             continue
         assert config["backend"] == "onnxruntime"
         assert "max_queue_delay_microseconds" in config["dynamic_batching"]
-        # A model with GPU kernels may run on a GPU. The configuration leaves out KIND_AUTO, the default.
+        # With KIND_AUTO, Triton may run a model on a GPU; of these models, only onnx-fp32 has GPU kernels. KIND_AUTO is
+        # the default, so the configuration leaves it out.
         kind = config["instance_group"][0].get("kind", "KIND_AUTO")
         assert kind == ("KIND_AUTO" if name == "onnx-fp32" else "KIND_CPU")
     label_files = {spec["name"]: spec.get("label_filename") for spec in configs["onnx-int8"]["output"]}
@@ -239,7 +240,7 @@ def test_a_tokenizer_graph_that_does_not_load_makes_a_bundle_invalid(bundle, tmp
     copy = shutil.copytree(bundle, tmp_path / "copy")
     body = json.loads((copy / "bundle.json").read_text())
     (copy / body["tokenizer_in_graph"]["file"]).write_bytes(b"no model")
-    with pytest.raises(bundled.InvalidBundleError, match="the tokenizer graph does not run here"):
+    with pytest.raises(bundled.InvalidBundleError, match="the tokenizer graph does not run on this machine"):
         list(bundled.compare_logits(copy, body))
 
 

@@ -152,7 +152,7 @@ def test_a_model_that_takes_texts_refuses_pairs(text_bundle, tmp_path, say):
 
 @pytest.mark.parametrize(
     ("target", "reason"),
-    [("web", "onnxruntime-web"), ("other", "other runtimes do not have the operators of onnxruntime-extensions")],
+    [("web", "onnxruntime-web"), ("other", "only ONNX Runtime can use the operators of onnxruntime-extensions")],
 )
 def test_with_tokenizer_is_refused_for_a_target_without_its_operators(built_tiny, tmp_path, target, reason):
     with pytest.raises(ShippingError, match="Ship without --with-tokenizer") as refusal:
@@ -177,7 +177,8 @@ def test_a_web_bundle_has_the_layout_of_transformers_js(bundles_by_target):
         "model_quantized.onnx",
     ]
     config = json.loads((bundles_by_target / "web" / "config.json").read_text())
-    assert config["transformers.js_config"] == {"dtype": "q8"}  # the dtype of the first variant in the command
+    # The default dtype is the dtype of the first variant in the command.
+    assert config["transformers.js_config"] == {"dtype": "q8"}
     assert config["id2label"] == {"0": "NEGATIVE", "1": "POSITIVE"}
     assert not (bundles_by_target / "web" / "index.html").exists()
 
@@ -668,7 +669,7 @@ def test_the_python_code_of_a_readme_runs(bundles_by_target, tmp_path):
         [sys.executable, "-c", block], cwd=tmp_path / "app", capture_output=True, text=True, check=True
     )
     assert run.stdout.count("NEGATIVE") == run.stdout.count("POSITIVE") == 2
-    shipping.verify(tmp_path / "bundle")  # This fails if the README's code added a file to the bundle.
+    shipping.verify(tmp_path / "bundle")  # `verify` fails if the README's code added a file to the bundle.
 
 
 def test_every_dtype_has_a_tolerance():

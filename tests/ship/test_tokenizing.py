@@ -78,7 +78,7 @@ def test_the_reference_graph_gives_the_same_tokens_for_every_difficult_text(refe
 def test_difficult_texts_cover_unicode_and_special_cases():
     texts = difficult_texts.texts()
     assert len(texts) > 3000
-    assert len(set("".join(texts))) > 140_000  # number of different Unicode characters
+    assert len(set("".join(texts))) > 140_000  # the texts together contain many different characters
     assert {"", "café naïve", "a" * 101, "[SEP][SEP]", "中" * 600, "a\x07b \x07 c"} <= set(texts)
 
 

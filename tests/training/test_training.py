@@ -1,4 +1,4 @@
-"""Tests of training: it learns, keeps the best weights, and continues after a kill with the same result."""
+"""Tests of training: the student learns, the best weights are kept, and a killed run resumes with the same result."""
 
 import copy
 import os
@@ -144,7 +144,7 @@ def test_training_stops_early_where_accuracy_falls(task, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "accuracy", lambda *_: next(scores))
     student = disturbed_copy(teacher)
     weights_before = flat_weights(student)
-    # Because this loss includes the labels, training keeps the epoch with the best accuracy.
+    # With `task` above 0, the loss includes the labels, so training keeps the epoch with the best accuracy.
     recipe = Recipe(epochs=4, learning_rate=2e-3, batch_size=8, task=0.5)
     history = train((student, copy.deepcopy(teacher)), (rows, held_out), encoder, recipe, (tmp_path, "k"), quiet)
     assert history["held_out_accuracy"] == [0.9, 0.5, 0.4]
@@ -153,7 +153,7 @@ def test_training_stops_early_where_accuracy_falls(task, tmp_path, monkeypatch):
 
 
 def test_training_without_labels_keeps_the_epoch_of_the_least_loss(task, tmp_path, monkeypatch):
-    """Accuracy varies while the learning rate is high.
+    """While the learning rate is high, accuracy varies from epoch to epoch.
 
     Early stopping by accuracy would therefore miss the better weights of later epochs.
     """
@@ -290,7 +290,10 @@ def test_training_changes_no_embedding_of_a_token_outside_the_rows(task, tmp_pat
 
 
 def test_matched_layers_skip_removed_layers(task):
-    """Pruning refits the norm before a removed layer, so training compares no hidden state at this layer's input."""
+    """Pruning refits the LayerNorm before a removed layer.
+
+    Training therefore does not compare the student's and the teacher's hidden states at the input of a removed layer.
+    """
     model = copy.deepcopy(task[0])
     assert architectures.matched_layers(model) == [1, 2]
     architectures.keep_units(model, 1, (), ())

@@ -1,4 +1,4 @@
-"""Tests of the search: it finds the best candidate with few trainings, and it can continue after a stop."""
+"""Tests of the search in `tune`: it finds the best candidate with few trainings, and it can continue after a stop."""
 
 import itertools
 import json
@@ -39,11 +39,12 @@ def quiet(*_):
 
 
 class World:
-    """Invents an outcome for each candidate, in place of building and measuring the candidate.
+    """Invents the accuracy drop, speed and size of each candidate instead of building and measuring the candidate.
 
     A higher pruning ratio makes a candidate faster and less accurate; more epochs of recovery make it more accurate.
-    `slope` is the accuracy drop, in points, for each per cent of the pruning ratio. `gain` is the fraction of the drop
-    that each epoch recovers. Candidates with fewer layers are slightly less accurate and much faster.
+    `slope` is the accuracy drop, in points, for each per cent of the pruning ratio. `gain` is the fraction of
+    the accuracy drop that each epoch of recovery removes. Candidates with fewer layers are slightly less accurate and
+    much faster.
     """
 
     def __init__(self, slope=0.05, gain=0.5):
@@ -63,7 +64,7 @@ class World:
 
 
 class SlowWorld(World):
-    """A `World` where the first candidate of a training takes 100 s per epoch, and every other one takes `rest_s`."""
+    """A `World` where a new training takes 100 s per epoch, and a candidate without new training takes `rest_s`."""
 
     def __init__(self, clock, rest_s=1, **world):
         super().__init__(**world)
@@ -143,7 +144,7 @@ def test_a_hopeless_candidate_cannot_win(candidate, rivals):
     world = World()
     is_kept = {rival: world.outcome(rival).drop <= 1.0 for rival in rivals}
     if candidate in is_kept or not is_hopeless("latency", candidate, is_kept):
-        return  # the candidate is measured already, or the search may still try it
+        return  # The test covers only unmeasured candidates that the search skips.
     outcome = world.outcome(candidate)
     best = max((world.outcome(rival).latency for rival, within_drop in is_kept.items() if within_drop), default=0)
     assert outcome.drop > 1.0 or outcome.latency <= best
@@ -255,7 +256,7 @@ def test_the_search_raises_the_ratio_where_another_quantisation_is_within_the_dr
         assert next_start("latency", study.excess_drops, set(), 1.0).ratio < 70
         study.outcomes[replace(dynamic_candidate, scheme="static")] = outcome_of(0.7)
         assert next_start("latency", study.excess_drops, set(), 1.0) == first_candidate("latency", 73, 4)
-        # Dynamic int8 exceeds the drop at a ratio of 70 %, so the search does not try it at 73 %.
+        # Dynamic int8 exceeds the allowed accuracy drop at a pruning ratio of 70 %, so the search does not try 73 %.
         assert _choose_start(study, study.remaining) == replace(first_candidate("latency", 73, 4), scheme="static")
 
 
@@ -267,7 +268,8 @@ def test_a_trained_candidate_always_fits_the_time(tmp_path):
         assert {candidate.training for candidate in candidates_in_time if candidate.epochs} == {
             trained_candidate.training
         }
-        study.trained.add((67, "latency", 67, 4))  # An older release trained this model, but exported another graph.
+        # An earlier run finished this training, but the study has no measurement of the trained model.
+        study.trained.add((67, "latency", 67, 4))
         candidates_in_time = _fit_in_time(study, study.remaining, remaining_s=60.0)
         assert {candidate.training for candidate in candidates_in_time if candidate.epochs} == {
             trained_candidate.training,
@@ -311,14 +313,14 @@ def test_a_stopped_search_continues_with_its_unfinished_candidate(tmp_path):
 
 @pytest.mark.slow
 def test_a_training_that_does_not_fit_the_time_is_left_for_the_next_run(tmp_path, monkeypatch):
-    """The next training would take as long as the first one and exceed the time, so it waits for the next run."""
+    """A second training would take as long as the first one and exceed the time limit, so it waits for the next run."""
     clock = [0.0]
     world, second_world = SlowWorld(clock), SlowWorld(clock)
     monkeypatch.setattr("toolchain.tuning.time.monotonic", lambda: clock[0])
     with open_study(tmp_path / "study", "latency", 1.0, [], quiet) as study:
         search(study, world, 150.0, quiet)
     assert len(world.trainings) == 1
-    assert clock[0] == 150  # candidates that need no training are still measured
+    assert clock[0] == 150  # the search still measures candidates that need no training
     with open_study(tmp_path / "study", "latency", 1.0, [], quiet) as study:
         search(study, second_world, clock[0] + 1000, quiet)
     assert any(candidate.epochs for candidate in second_world.candidates)
@@ -356,7 +358,7 @@ def test_the_search_tries_no_ratio_above_a_refused_one(tmp_path):
     refused_candidates = []
     best, _, outcomes = run(tmp_path / "study", NarrowWorld(slope=0.001))
     assert max(candidate.ratio for candidate in outcomes) == 60
-    # After a refusal, the search tries no candidate that prunes as much or more.
+    # If pruning refuses a candidate, the search tries no candidate that prunes as much as the refused one, or more.
     assert not [
         (earlier, later)
         for earlier, later in itertools.combinations(refused_candidates, 2)

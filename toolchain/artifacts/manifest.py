@@ -55,12 +55,12 @@ class Manifest:
         parent: Name of the parent variant; None for an import.
         parent_id: `id` of the parent's manifest; None for an import.
         step: Step that built the artifact.
-        step_version: Version of the step's function.
+        step_version: Version of the function that runs the step.
         files: All files except the manifest.
         inputs: Inputs of the model, in order.
         outputs: Outputs of the model.
         labels: Names of the labels, by index.
-        max_length: Largest number of tokens of an input.
+        max_length: Maximum number of tokens of an input text.
         facts: Properties of the model, such as its number of parameters, as the step reports them.
         validation: Report of the validation, from `validate` in `toolchain/build/steps/`.
         environment: Versions of the libraries that built the artifact.
@@ -88,8 +88,8 @@ class Manifest:
     def id(self) -> str:
         """Returns the sha256 in hex of step, step version, parent id, files, inputs, outputs, labels and `max_length`.
 
-        The id covers nothing else, such as the build time or the environment. So two builds with the same result have
-        the same id.
+        The id does not depend on the build time, the environment, the facts or the validation. Two builds with the same
+        result therefore have the same id.
         """
         content = {
             "inputs": [dataclasses.asdict(t) for t in self.inputs],

@@ -28,15 +28,15 @@ class Parts:
     """The parts of a variant's name; ``str`` joins them.
 
     Attributes:
-        runtime: One of `RUNTIMES`.
+        runtime: Runtime tag, one of `RUNTIMES`.
         std: Whether the ONNX graph has standard operators only.
         pruned: Pruning ratio in per cent; 0 for an unpruned model.
-        recovered: Epochs of recovery; 0 for none.
+        recovered: Number of recovery epochs; 0 without recovery.
         method: Pruning method, one of `METHODS`.
-        scheme: One of `SCHEMES`.
+        scheme: Tag of the quantisation scheme, one of `SCHEMES`; ``fp32`` without quantisation.
         portable: Whether the int8 weights have 7 bits, so that their products never saturate.
         static: Whether the int8 activation scales are fixed.
-        label: Label after ``+``; empty for none.
+        label: Label after ``+``; empty without a label.
     """
 
     runtime: str
@@ -85,7 +85,7 @@ class VariantName(str):
     parts: Parts
 
     def __new__(cls, text: str | Parts) -> VariantName:
-        """Creates a name from a text, which it parses, or from parts, which it joins."""
+        """Creates a variant name: parses a text, or joins parts."""
         name = super().__new__(cls, text)
         name.parts = text if isinstance(text, Parts) else text.parts if isinstance(text, VariantName) else _parse(text)
         return name
@@ -122,7 +122,7 @@ def _parse(text: str) -> Parts:
 def label_prefixes(label: str) -> list[str]:
     """Returns the labels that the parent of a variant with this `label` can have, longest first.
 
-    For ``a-b``, these are ``a-b``, ``a`` and the empty label.
+    For the label ``a-b``, the parent can have the label ``a-b``, the label ``a`` or no label.
     """
     parts = label.split("-")
     return ["-".join(parts[:count]) for count in range(len(parts), 0, -1)] + [""]

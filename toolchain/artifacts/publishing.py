@@ -15,16 +15,16 @@ from toolchain.errors import ArtifactError
 if TYPE_CHECKING:
     from filelock import FileLock
 
-# Part of the name of every hidden folder that this module creates. The random digits prevent a clash with the user's
-# folders.
+# Part of the name of every hidden folder that this module creates. The random digits in the folder name prevent a clash
+# with the user's folders.
 WORK = "toolchain-6f1d0b9c"
 
 
 def work_folder(target: Path) -> Path:
-    """Returns the hidden folder beside `target` that holds all files of a run that builds `target`.
+    """Returns the hidden work folder beside `target`, for all files of a run that builds `target`.
 
-    Use this folder only under `lock`. The folder's name is unique to this project. The code computes the name and never
-    searches for folders, so it never changes a folder with a similar name.
+    Use this folder only under `lock`. The folder's name is unique to this project. This module computes the name of the
+    work folder and never searches for folders, so it never changes a folder with a similar name.
     """
     target = Path(os.path.abspath(target))  # `Path(".").name` is empty
     return target.with_name(f".{target.name}.{WORK}")
@@ -38,7 +38,7 @@ def lock(target: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 
     Args:
         target: The folder or file to build.
-        on_wait: Called once before the function waits for another process.
+        on_wait: Called once before the function waits for another process to release the lock.
 
     Raises:
         ArtifactError: The operating system refuses to write beside `target`.
@@ -55,7 +55,8 @@ def lock(target: Path, on_wait: Callable[[], None]) -> Iterator[None]:
         # Delete the lock file before the release of the lock. A process that has opened the deleted lock file then
         # notices the deletion, and opens a new lock file.
         Path(guard.lock_file).unlink(missing_ok=True)
-        with suppress(OSError):  # The folder may hold files to resume from, or another run's lock.
+        # `rmdir` fails if the work folder holds files from which a run can resume, or another run's lock file.
+        with suppress(OSError):
             work.rmdir()
         guard.release()
 
@@ -75,7 +76,7 @@ def _acquire(work: Path, on_wait: Callable[[], None]) -> FileLock:
             on_wait()
             timeout = -1  # no limit
         except (FileNotFoundError, FileExistsError):
-            # Another run deletes the folder when it ends, possibly between `mkdir` and `acquire`. Try again.
+            # Another run may delete the work folder between `mkdir` and `acquire`. Try again.
             retries -= 1
             if not retries:
                 raise

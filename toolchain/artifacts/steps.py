@@ -15,7 +15,8 @@ from toolchain.system.decoding import convert, strict
 
 PROVIDERS = ("cpu", "cuda")
 # Maps each backend to its quantisation schemes, default first, and each scheme to its tag in the variant's name.
-# On ONNX Runtime, `Optimize` builds fp16, because an fp16 graph needs the fused operators of CUDA.
+# For ONNX Runtime, `Optimize` and not `Quantize` builds fp16 variants, because an fp16 graph needs the fused operators
+# of CUDA.
 QUANTIZED = {
     "ort": {"dynamic": "int8", "static": "int8", "int4": "int4", "fp16": "fp16"},
     "torch": {"int8": "int8", "bf16": "bf16", "fp16": "fp16"},
@@ -40,8 +41,8 @@ class Import:
     """Converts a checkpoint to fp32 safetensors.
 
     Attributes:
-        revision: The hub's commit, or a digest of the files; None for the newest revision.
-        base: Base of a LoRA adapter, as ``ID@COMMIT`` of the hub or as a digest; None for a complete model.
+        revision: Commit of a hub checkpoint, or a digest of the checkpoint's files; None for the newest revision.
+        base: Base model of a LoRA adapter, as ``ID@COMMIT`` of the hub or as a digest; None for a complete model.
     """
 
     revision: str | None = None
@@ -56,8 +57,10 @@ class Prune:
     Attributes:
         ratio: Minimum share of the encoder's linear parameters to remove.
         method: Importance measure, ``fisher`` or ``magnitude``. The method ``mask`` only sets rows of weights to zero.
-        cost: Cost that pruning compares with importance, either ``parameters`` or ``latency`` on this machine.
-        layers: Number of layers to keep before heads and neurons are removed; None keeps all layers.
+        cost: Cost of a head or neuron, which pruning weighs against importance, either ``parameters`` or ``latency`` on
+            this machine.
+        layers: Number of encoder layers to keep; None keeps all layers. Pruning removes layers first, and then heads
+            and neurons.
         train: Digest of the training data; if empty, the workspace's training data.
         sentences: Number of training sentences to rank heads and neurons, and to refit the remaining weights.
         seed: Random seed for the choice of the training sentences.
@@ -88,17 +91,18 @@ class Prune:
 class Recover:
     """Trains a pruned model on the unpruned model's logits.
 
-    The training rows are the original rows and random pairs of rows. Each epoch draws new pairs.
+    The step trains on the rows of the training data and on random pairs of these rows. Each epoch draws new pairs of
+    rows.
 
     Attributes:
         epochs: Largest number of epochs.
         train: Digest of the training data, as in `Prune`.
         learning_rate: Peak learning rate.
         batch_size: Number of rows per training step.
-        pairs: Number of pairs per row and epoch, before the step multiplies it by the share of parameters that pruning
-            removed.
-        masked: Share of a pair's tokens that the mask token replaces.
-        seed: Random seed of pairs, masks and row order.
+        pairs: Number of pairs of rows, for each row and epoch, before the step multiplies this number by the share of
+            parameters that pruning removed.
+        masked: Share of the tokens in a pair of rows that the mask token replaces.
+        seed: Random seed of the pairs of rows, the masks and the row order.
     """
 
     epochs: int
@@ -149,17 +153,18 @@ class Quantize:
 
     Attributes:
         backend: ``ort``, ``torch`` or ``bnb``. The attributes below `scheme` apply to ``ort`` only.
-        scheme: A scheme of the backend.
+        scheme: Quantisation scheme, one of the backend's schemes.
         reduce_range: True for weights of 7 bits, whose products never saturate.
         embeddings: Type of the embedding tables, ``int8`` or ``int4``; None for the default of the scheme.
-        keep_fp32: Number of linear layers that stay fp32, namely those that are most sensitive on held-out rows.
+        keep_fp32: Number of linear layers that stay fp32, namely the layers that are most sensitive to quantisation,
+            measured on held-out rows.
         train: Digest of the training data, as in `Prune`; None if the step uses no training data.
         passes: The passes of `QUANTIZE_PASSES` to apply; None for all.
         trim_vocab: Corpus whose tokens stay in the vocabulary, either ``train`` or the `Texts.digest` of a file; None
             keeps all tokens.
 
     Raises:
-        SettingsError: The backend has no such scheme, or two settings exclude each other.
+        SettingsError: The backend does not have the scheme, or two settings exclude each other.
     """
 
     backend: str = "ort"
@@ -203,7 +208,8 @@ class Quantize:
         ):
             raise SettingsError(
                 "Without the pass quantize-linear, only embedding tables are quantised.",
-                "Use no other quantisation option, except --embeddings.",
+                "Keep the pass quantize-embedding, and leave out --scheme static, --isa portable, --keep-fp32, "
+                "--max-drop and --sensitivity.",
             )
         if "quantize-embedding" not in passes and self.embeddings:
             raise SettingsError(
@@ -214,7 +220,8 @@ class Quantize:
     def passes_without(scheme: str, omitted_passes: Collection[str]) -> tuple[str, ...] | None:
         """Returns the passes of an ONNX Runtime scheme without `omitted_passes`; None if `omitted_passes` is empty.
 
-        Without ``quantize-linear``, the function also omits the passes before it, which only prepare the graph.
+        If ``quantize-linear`` is omitted, the function also omits all passes before ``quantize-linear``, which only
+        prepare the graph for it.
 
         Raises:
             SettingsError: The scheme does not have one of the omitted passes.

@@ -16,7 +16,7 @@ from toolchain.data.labels import LabelSet
 from toolchain.errors import ArtifactError, TamperedError, UnknownVariantError
 from toolchain.system import files
 
-ONNX = "model.onnx"  # file name of the graph in an ONNX variant
+ONNX = "model.onnx"  # file name of the graph in the folder of an ONNX variant
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Artifact:
         """Compares every file with the manifest.
 
         Raises:
-            TamperedError: A file is missing, differs, or is not in the manifest; the error names the first such file.
+            TamperedError: A file is missing, has other content than the manifest records, or is not in the manifest;
+                the error names the first such file.
         """
         for entry in self.manifest.files:
             path = self.path / entry.path
@@ -110,7 +111,7 @@ def load(path: Path) -> Artifact | None:
 
 
 def copy_companions(artifact: Artifact, folder: Path) -> None:
-    """Copies config and tokenizer: every file in the artifact's manifest except weights and graph."""
+    """Copies the artifact's config and tokenizer to `folder`: every file in the manifest except weights and graph."""
     for entry in artifact.manifest.files:
         if not entry.path.endswith((".safetensors", ".onnx")):
             shutil.copyfile(artifact.path / entry.path, folder / entry.path)
@@ -136,7 +137,7 @@ def current_ids(exported: Path, names: Iterable[tuple[str, str]]) -> dict[tuple[
     """Maps each (model, variant) to the id of its current artifact; omits variants without a readable artifact.
 
     Args:
-        exported: The folder of all models.
+        exported: The folder with the folders of all models, such as ``exported/``.
         names: Pairs of model and variant.
     """
     ids = {}

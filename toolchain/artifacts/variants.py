@@ -1,6 +1,6 @@
 """Variants: a variant is one step applied to one parent, and its name determines both.
 
-A new kind of artifact needs a row in `_KINDS` here, and a step that builds it.
+A new kind of variant needs an entry in `_KINDS` below, and a step that builds it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from toolchain.errors import UnknownVariantError
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant: `step` applied to `parent` gives `name`, which runs on `providers`; `parent` is None for an import."""
+    """A variant `name` that `step` builds from `parent` (None for an import), and that runs on `providers`."""
 
     name: VariantName
     parent: VariantName | None
@@ -77,15 +77,16 @@ DEFAULT_CELLS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class _Kind:
-    """A kind of variants: the names that it covers, and the step and parent that build each variant.
+    """A kind of variants: the possible names of the variants, and the step and the parent of each variant.
 
     Attributes:
-        runtime: Runtime of the names.
-        schemes: Schemes of the names.
-        tags: Parts that the names must have, besides runtime and scheme.
-        optional: Parts that the names may have.
-        parent: Parts in which the parent's name differs; None for variants without a parent.
-        step: Returns the default step for the parts of a name.
+        runtime: Runtime tag in the variants' names.
+        schemes: Scheme tags that can be in the variants' names.
+        tags: Parts that the variants' names must have, besides runtime and scheme.
+        optional: Parts that the variants' names may have.
+        parent: Parts in which the parent's name differs from the variant's name, with the parent's values; None for
+            variants without a parent.
+        step: Function that returns the default step for the parts of a variant's name.
         providers: Execution providers that run the variants.
     """
 
@@ -98,7 +99,7 @@ class _Kind:
     providers: tuple[str, ...] = PROVIDERS
 
     def describes(self, parts: Parts) -> bool:
-        """Returns whether a name with these `parts` is of this kind."""
+        """Returns whether a variant with these `parts` in its name is of this kind."""
         tags = {tag for tag in _TAGS if getattr(parts, tag)}
         same_runtime = parts.runtime == self.runtime and parts.scheme in self.schemes
         return same_runtime and self.tags <= tags <= self.tags | self.optional
@@ -206,7 +207,7 @@ def _find_variant(name: VariantName) -> Variant | None:
     if kind is None or (name.parts.label and kind.parent is None):
         return None
     if name.parts.recovered and name.parts.method == "mask":
-        return None  # training would overwrite the zeros of a mask
+        return None  # training would overwrite the zeros that the method ``mask`` sets
     parent = None if kind.parent is None else name.with_parts(label="", **kind.parent)
     return Variant(name, parent, kind.step(name.parts), kind.providers)
 
@@ -214,7 +215,7 @@ def _find_variant(name: VariantName) -> Variant | None:
 def lineage(name: str) -> list[Variant]:
     """Returns the variant's ancestors, root first, and then the variant itself.
 
-    The ancestors in this list have no labels. `Workspace.lineage` returns the recorded ancestors, with their labels.
+    The returned ancestors have no labels. `Workspace.lineage` returns the recorded ancestors, with their labels.
     """
     chain = [get(name)]
     while chain[0].parent is not None:
@@ -254,7 +255,7 @@ def derive_variant(parent: str, step: Step, label: str = "") -> Variant:
 
 
 def _changed_parts(step: Step) -> dict[str, Any]:
-    """Returns the parts of a name that the step changes."""
+    """Returns the parts of the parent's name that the step changes, with their new values."""
     match step:
         case Prune():
             return {"pruned": round(100 * step.ratio), "method": step.method, "recovered": 0}

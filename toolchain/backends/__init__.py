@@ -1,4 +1,4 @@
-"""One `Session` interface for all runtimes: each session takes the same batches and returns logits of one format."""
+"""One `Session` interface for all runtimes: all sessions take the same batches and return logits in the same format."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Backend:
 
     Attributes:
         session: Path of the class as ``module:class``.
-        imports: Modules that the session imports, and that a benchmark imports before it opens the session, to measure
-            their memory separately.
+        imports: Modules that a benchmark imports before it opens the session, to measure the memory of the modules and
+            of the session separately.
     """
 
     session: str
@@ -46,8 +46,8 @@ class Place:
         provider: ``cpu`` or ``cuda``.
         threads: Number of CPU threads.
         device_id: Number of the GPU in the order of `nvidia-smi`.
-        allow_fallback: Whether operators without a kernel on the provider may run on the CPU, which the session's facts
-            then report.
+        allow_fallback: Whether operators without a kernel on the provider may run on the CPU; the session's facts then
+            count such operators.
         exact: Whether 8-bit products must not saturate; if false, products may saturate on x86 processors without VNNI.
     """
 
@@ -83,12 +83,12 @@ class Session(Protocol):
     def resident(self, batch: dict[str, np.ndarray]) -> Callable[[], object]:
         """Copies the batch to the device and returns a function that runs the model on it without further copies.
 
-        The returned function may be called repeatedly. Each call waits for the computation and leaves the logits on the
-        device.
+        The returned function may be called repeatedly. Each call of the returned function waits for the computation and
+        leaves the logits on the device.
         """
 
     def facts(self) -> dict[str, Any]:
-        """Returns the provider that the session actually uses, and other facts for the row of a comparison."""
+        """Returns the provider that the session actually uses, and other facts for the cell's row in a comparison."""
 
     def close(self) -> None:
         """Releases the model."""

@@ -99,11 +99,12 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 def _require_bitsandbytes() -> None:
     """Raises `ProviderError` if bitsandbytes cannot be imported."""
-    # Hides log messages of bitsandbytes: one for every type conversion, and one for a kernel that only the hub has.
+    # Hides two log messages of bitsandbytes: one about every type conversion, and one about an optional CPU kernel from
+    # the Hugging Face hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401
-    except Exception as error:  # a binary for another machine can raise any error during the import
+    except Exception as error:  # a binary that was built for another machine can raise any error during the import
         raise ProviderError(f"bitsandbytes cannot be imported: {error}.", install_hint("bnb")) from error
 
 
@@ -138,7 +139,10 @@ def _outline(folder: Path) -> PreTrainedModel:
 
 
 def _has_kernels() -> bool:
-    """Returns whether bitsandbytes has a library for PyTorch's CUDA version; if not, a mock raises errors later."""
+    """Returns whether bitsandbytes has a library for PyTorch's CUDA version.
+
+    Without a library for the CUDA version, bitsandbytes uses a mock, which raises an error only when it is called.
+    """
     from bitsandbytes import cextension
 
     return not isinstance(cextension.lib, cextension.ErrorHandlerMockBNBNativeLibrary)
@@ -165,7 +169,7 @@ class BnbSession(TorchSession):
         return load(folder, device)
 
     def facts(self) -> dict[str, Any]:
-        """Returns the facts of `TorchSession` with the compute type as precision; on a CPU also a note about speed."""
+        """Returns the facts of `TorchSession`, with the compute type as precision and, on a CPU, a note about speed."""
         facts = {**super().facts(), "precision": str(compute_dtype(self._device)).removeprefix("torch.")}
         return {**facts, "note": "memory, not speed"} if self._device.type == "cpu" else facts
 

@@ -1,4 +1,4 @@
-"""LoRA adapters through PEFT: applies an adapter to its base, or merges it into the base.
+"""LoRA adapters through PEFT: applies an adapter to its base model, or merges it into the base model.
 
 If an adapter's tensors do not match the model, this module raises an error. PEFT itself would skip unknown tensors and
 initialise missing tensors.
@@ -49,8 +49,8 @@ def load_unmerged(adapter: Path, base: Path) -> PeftModel:
         base: Folder of the base.
 
     Raises:
-        CheckpointError: PEFT is missing, the adapter's tensors do not match the adapter parameters one to one, or the
-            classification head has no weights.
+        CheckpointError: PEFT is missing, the adapter's tensors do not match the LoRA parameters of PEFT's model one to
+            one, or the classification head has no weights.
     """
     from safetensors.torch import load_file
 
@@ -82,7 +82,7 @@ _HINT = "Name the base that the adapter was trained on: `toolchain export --mode
 
 
 class LoraSession(TorchSession):
-    """A `Session` that runs an adapter on its base without merging them."""
+    """A `Session` that applies a LoRA adapter to its base model without merging the two."""
 
     def __init__(self, adapter: Path, base: Path, place: Place) -> None:
         self._base = base
@@ -98,7 +98,8 @@ def _require_peft() -> None:
     """Raises `CheckpointError` if PEFT cannot be imported."""
     import logging
 
-    # Hides a log message of bitsandbytes, which PEFT may import, about a kernel that only the hub has.
+    # PEFT may import bitsandbytes. This line hides a log message of bitsandbytes about an optional CPU kernel from the
+    # Hugging Face hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft  # noqa: F401
@@ -110,10 +111,10 @@ def _require_peft() -> None:
 
 
 def _build_config(adapter: Path, base: Path, tensors: Mapping[str, torch.Tensor]) -> PretrainedConfig:
-    """Returns the base's config with the number of classes of the adapter's head.
+    """Returns the base model's config, with as many classes as the adapter's classification head has.
 
-    The class names come from the config in the adapter's folder, or else from a base config with the same number of
-    classes. If neither config names the classes, the names are LABEL_0, LABEL_1, …
+    The class names come from the adapter's config, or else from the base model's config if the numbers of classes are
+    equal. If neither the adapter nor the base model names the classes, the names are LABEL_0, LABEL_1, …
     """
     from transformers import AutoConfig
 
@@ -155,7 +156,7 @@ def _class_sized_weights(config: PretrainedConfig) -> list[str]:
 
 
 def _load_base(base: Path, config: PretrainedConfig) -> tuple[PreTrainedModel, list[str]]:
-    """Loads the base as a classifier with `config`; returns it and the names of its missing or mismatched weights."""
+    """Loads the base model as a classifier with `config`; returns it and the names of missing or mismatched weights."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -199,7 +200,7 @@ def _load_tensors(peft_model: PeftModel, tensors: Mapping[str, torch.Tensor], pr
 
 
 def _is_duplicate(name: str, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Returns whether the tensor is a copy of another tensor, because PEFT saves trained biases of the head twice."""
+    """Returns whether the tensor duplicates another tensor; PEFT saves trained biases of the head twice."""
     original = tensors.get(name.replace(".modules_to_save.", "."))
     return original is not None and bool((original == tensors[name]).all())
 

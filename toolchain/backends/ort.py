@@ -20,17 +20,18 @@ if TYPE_CHECKING:
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ERRORS_ONLY = 3  # Hides warnings: this module checks their causes itself and raises errors.
-# An x86 processor without VNNI adds two U8 × S8 products in 16 bits, and this sum can saturate. With this session
-# option, ONNX Runtime converts the weights to unsigned integers, and the sums are exact. On other processors, the
-# option only makes int8 slower.
+# An x86 processor without VNNI adds two U8 × S8 products in 16 bits, and this sum can saturate. `EXACT_PRODUCTS` is the
+# session option with which ONNX Runtime converts the weights to unsigned integers, so that 8-bit products are exact.
+# On a processor whose sums cannot saturate, `EXACT_PRODUCTS` only makes int8 slower.
 EXACT_PRODUCTS = ("session.x64quantprecision", "1")
-# Operators that compute shapes and masks. ONNX Runtime runs such operators on the CPU even if CUDA runs the rest of the
-# graph, because they process only a few integers.
+# Operators that compute shapes and masks. Even in a session on CUDA, ONNX Runtime runs shape operators on the CPU,
+# because they process only a few integers.
 SHAPE_OPERATORS = {
     *("Shape", "Size", "Gather", "Unsqueeze", "Squeeze", "Slice", "Concat", "Cast", "Range", "ConstantOfShape"),
     *("Constant", "Equal", "Where", "Expand", "Reshape", "Add", "Sub", "Mul", "Div"),
 }
-_INNER, _ACTIVATION, _WEIGHT = 4, 255, 127  # width and values of the product in `extreme_product`
+# Inner dimension, activation value and weight value of the matrix product in `extreme_product`.
+_INNER, _ACTIVATION, _WEIGHT = 4, 255, 127
 _MEMORY_SIZE = re.compile(
     r"(?:requested buffer of size|Available memory of \d+ is smaller than requested bytes of) (\d+)"
 )
@@ -78,7 +79,7 @@ def saturates(*, exact: bool = False) -> bool:
 
 
 def extreme_product() -> bytes:
-    """Returns an ONNX file with one MatMulInteger, which multiplies uint8 activations by int8 weights of 127."""
+    """Returns an ONNX model with one MatMulInteger node, which multiplies uint8 activations by int8 weights of 127."""
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
 
@@ -102,8 +103,8 @@ def extreme_product() -> bytes:
 def _path_or_content(path: Path, exact: bool) -> str | bytes:
     """Returns the path of the model file, or the content of the model with unsigned weights.
 
-    ONNX Runtime refuses `EXACT_PRODUCTS` for layers that share weights. If products saturate on this processor, this
-    function therefore converts the weights of a model with shared weights itself.
+    ONNX Runtime refuses `EXACT_PRODUCTS` for layers that share weights. For a model with shared weights, this function
+    itself converts the weights to unsigned integers if products saturate on this processor.
     """
     if not exact or path.suffix != ".onnx" or not saturates():
         return str(path)
@@ -136,14 +137,15 @@ class OrtSession:
             )
         self._place = place
         options = session_options(place.threads, exact=place.exact)
-        # Records the provider of each node while the session is created, so runs are not slower.
+        # With this option, ONNX Runtime records each node's provider while it creates the session, and later calls are
+        # not slower.
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         device: dict[str, str] = {}
         if place.provider == "cuda":
             device = {"device_id": str(place.device_id)}
             if hasattr(ort, "preload_dlls"):
                 ort.preload_dlls()  # pip installs CUDA and cuDNN in folders that the system's loader does not search.
-        # Models in a bundle may have other names than model.onnx, and phones use files in .ort format.
+        # A model file in a bundle may have another name than model.onnx, and phones use files in .ort format.
         path = folder if folder.suffix in (".onnx", ".ort") else folder / "model.onnx"
         try:
             self._session = ort.InferenceSession(
@@ -179,8 +181,8 @@ class OrtSession:
         if misplaced := self._misplaced_nodes(provider):
             operators = ", ".join(f"{count} {kind}" for kind, count in sorted(misplaced.items()))
             raise ProviderError(
-                f"{provider} has no kernel for {operators}. ONNX Runtime would run these operators on the CPU and copy "
-                "their data between CPU and GPU.",
+                f"{provider} has no kernel for {operators}, so ONNX Runtime would run these operators on the CPU and "
+                "copy their data between CPU and GPU.",
                 "Measure onnx-fp16 on the GPU, or allow operators on the CPU with --allow-fallback.",
             )
 
@@ -209,7 +211,7 @@ class OrtSession:
         return logits
 
     def outputs(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns every output of the graph by name, for the same batches as `run`."""
+        """Returns every output of the graph for one batch, by output name; the batch is as in `Session.run`."""
         names = [output.name for output in self._session.get_outputs()]
         with _translate_errors(batch):
             return dict(zip(names, self._session.run(names, batch), strict=True))

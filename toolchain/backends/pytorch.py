@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """Loads the sequence classifier in `folder` in eval mode, in fp32 or in its quantised precision.
+    """Loads the sequence classifier in `folder`, in fp32 or in its quantised precision, and sets it to eval mode.
 
     Raises:
         CheckpointError: The weights do not match the config, or transformers cannot load the model.
@@ -61,14 +61,15 @@ def _load_dense(folder: Path) -> tuple[PreTrainedModel, list[str]]:
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
-        ignore_mismatched_sizes=True,  # `info` then lists the weights of a wrong shape, for the error message
+        ignore_mismatched_sizes=True,  # With this option, `info` lists weights of a wrong shape for the error message.
         output_loading_info=True,
     )
     model, info = result
     for name in info["mismatched_keys"]:
         shape = " × ".join(map(str, model.state_dict()[name].shape))
         raise CheckpointError(
-            f"{folder} cannot be loaded: {name} is {shape} in config.json, but the stored weights have another shape.",
+            f"{folder} cannot be loaded: config.json gives {name} the shape {shape}, but the stored weights have "
+            "another shape.",
             "Correct config.json (id2label sets the number of classes), or save the model again.",
         )
     return model, sorted(info["missing_keys"])
@@ -86,7 +87,7 @@ def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreT
 
     Raises:
         CheckpointError: transformers cannot load the base model, or weights are missing or have the wrong shape. Only
-            the weights of the encoder, and of a head to keep, are checked.
+            the weights of the encoder and of a kept head are checked.
     """
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -169,8 +170,8 @@ def check_finite(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
 def save_weights(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Writes the tensors to one safetensors file in `folder`.
 
-    The file name is `OWN_WEIGHTS` for a pruned or int8 model, which transformers cannot build. The file name is
-    `WEIGHTS` for every other model.
+    The file name is `OWN_WEIGHTS` for a pruned or int8 model, which transformers cannot build, and `WEIGHTS` for every
+    other model.
 
     Raises:
         ArtifactError: The file cannot be written.
@@ -215,7 +216,7 @@ def describe(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dic
 
 
 def check_stored(model: PreTrainedModel, folder: Path, names: Sequence[str]) -> None:
-    """Checks that the model stored in `folder` gives bit-identical logits to `model`.
+    """Checks that the model stored in `folder` and the model in memory give bit-identical logits.
 
     Args:
         model: The model in memory.
@@ -262,7 +263,7 @@ def device(place: Place) -> torch.device:
 
 
 def _has_kernels(capability: tuple[int, int], targets: Sequence[str]) -> bool:
-    """Returns whether kernels for these architectures run on a GPU with this compute capability.
+    """Returns whether kernels built for the GPU architectures `targets` run on a GPU with this compute capability.
 
     Kernels for ``sm_86`` run on capability 8.6 and higher minor versions. Kernels for ``compute_90`` run on capability
     9.0 and every higher capability.
@@ -345,7 +346,7 @@ class TorchSession:
         return {name: torch.from_numpy(array).to(self._device) for name, array in batch.items()}
 
     def facts(self) -> dict[str, Any]:
-        """Returns device, attention implementation, threads and precision; for int8 also PyTorch's quantized engine."""
+        """Returns device, attention implementation, threads and precision, and for int8 PyTorch's quantized engine."""
         import torch
 
         precision = reduced.Precision.read(self._folder)

@@ -142,7 +142,7 @@ def restore(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], precisi
 def _build_dynamic_layer(
     weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bias: torch.Tensor
 ) -> torch.nn.Module:
-    """Builds a dynamically quantised linear layer from its stored parts."""
+    """Builds a dynamically quantised linear layer from its stored tensors."""
     import torch
     from torch.ao.nn.quantized.dynamic import Linear
 

@@ -28,10 +28,10 @@ class Cell:
         variant: Name of the variant.
         runtime: Runtime tag of the variant, such as ``onnx``.
         provider: The execution provider.
-        artifact: Artifact of the variant; None if it is unavailable or its build failed.
+        artifact: Artifact of the variant; None if the variant is unavailable or its build failed.
         status: ``ok``, ``failed`` or ``unavailable``.
         reason: Why the cell has no artifact; empty if it has an artifact.
-        hint: How the user can fix the problem; may be empty.
+        hint: How the user can solve the problem that `reason` states; may be empty.
         encoder: The cell's own `Encoder`; None if the cell uses the `Encoder` of the run.
     """
 
@@ -70,9 +70,9 @@ class Running:
         cell: The cell.
         artifact: Artifact of the cell.
         worker: The cell's process; None if no process runs.
-        starts: For each process, the reply to `Worker.load` and the seconds per sentence of the warm-up.
-        turns: The worker's replies, by kind of turn and by number of the round.
-        peaks: Memory peaks of each process that has ended.
+        starts: For each process of the cell, the reply to `Worker.load` and the seconds per sentence of the warm-up.
+        turns: The worker's reply to each turn, by kind of turn and by number of the round.
+        peaks: Memory peaks of each process of the cell that has ended.
         exactness: Microseconds of each round with exact and with saturating 8-bit products; may be empty.
         failure: The error that ended the measurement of the cell; None without an error.
         noise: Processor time that other processes and the host of a virtual machine used during the cell's turns.
@@ -89,10 +89,10 @@ class Running:
     noise: Noise = field(default_factory=Noise)
 
     def add_record(self, record: Mapping[str, Any]) -> None:
-        """Adds a record of this run, or of the interrupted run that this run resumes.
+        """Adds one result of this run, or of the interrupted run that this run resumes.
 
         Args:
-            record: The values ``kind``, ``turn`` and ``reply``, as in the journal.
+            record: One result from the journal, with the keys ``kind``, ``turn`` and ``reply``.
         """
         kind, reply = record["kind"], record["reply"]
         if kind == "start":
@@ -114,7 +114,7 @@ class Running:
 
     @property
     def sentence_s(self) -> float:
-        """Returns the mean seconds per sentence in the first process's warm-up; 0 before the first start."""
+        """Returns the mean seconds per sentence in the first process's warm-up; 0 before the first process starts."""
         return float(self.starts[0]["sentence_s"]) if self.starts else 0.0
 
 

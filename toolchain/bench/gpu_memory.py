@@ -12,8 +12,8 @@ class GpuMemory:
     """A meter of this process's memory on one GPU.
 
     Create the meter before the process loads anything on the GPU. In a container that hides processes from NVML, the
-    meter reports the growth of the GPU's used memory since the creation of the meter. The growth of used memory
-    includes other processes on the GPU, such as other cells.
+    meter reports the growth of the GPU's used memory since the creation of the meter. The growth of used
+    memory includes the memory of other processes on the GPU, such as the processes of other cells.
 
     Attributes:
         method: The method of the last reading, `PROCESS` or `DIFFERENCE`.

@@ -21,7 +21,7 @@ class Journal:
 
     Attributes:
         path: Path of the journal.
-        records: Records of the interrupted run; empty for a new run.
+        records: Records that an interrupted run has written; empty for a new run.
     """
 
     def __init__(self, path: Path, records: list[dict[str, Any]]) -> None:

@@ -1,7 +1,7 @@
 """The machine probe measures one runtime's highest rates of arithmetic and of reading weights, and prints them as JSON.
 
 The probe runs in a separate process. The probe times square linear layers whose weights are larger than the L2 caches.
-The layers compute large batches and batches of one row, with the operators and the session call of a model.
+The probe runs the layers on large batches and on batches of one row, with the same operators as a real model.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def measure(runtime: str, precisions: Sequence[str], threads: int, seconds: floa
         runtime: ``torch`` or ``onnx``.
         precisions: ``fp32``, ``int8`` or, with PyTorch only, ``bf16``.
         threads: Number of threads.
-        seconds: Seconds for each pass, precision and batch size.
+        seconds: Measuring time in seconds, for each pass, precision and batch size.
         mebibytes: Approximate size of all layers' weights for each precision, in MiB.
 
     Returns:
-        ``<precision>_gmacs`` is the rate of large batches, in 10⁹ multiply-accumulates per second.
-        ``<precision>_gb_s`` is the rate of reading weights for one row, in 10⁹ bytes per second.
+        ``<precision>_gmacs`` is the rate of arithmetic in large batches, in 10⁹ multiply-accumulates per second.
+        ``<precision>_gb_s`` is the rate of reading weights in batches of one row, in 10⁹ bytes per second.
     """
     build = {"torch": _build_torch, "onnx": _build_onnx}[runtime]
     layers = {p: max(1, (mebibytes << 20) // (WEIGHT_BYTES[p] * WIDTH**2)) for p in precisions}
@@ -67,7 +67,7 @@ def measure(runtime: str, precisions: Sequence[str], threads: int, seconds: floa
 
 
 def _time_fastest(answer: Answer, seconds: float) -> float:
-    """Returns the seconds of the fastest call, after one untimed call."""
+    """Calls `answer` repeatedly, after one untimed call, and returns the seconds of the fastest call."""
     answer()
     times: list[float] = []
     deadline = time.perf_counter() + seconds
@@ -79,7 +79,7 @@ def _time_fastest(answer: Answer, seconds: float) -> float:
 
 
 def _build_torch(precision: str, layers: int, threads: int) -> Callable[[int], Answer]:
-    """Returns a function that takes a number of rows and returns the PyTorch call for a batch of this size."""
+    """Builds the layers in PyTorch; returns a function that prepares a call of the layers for one batch size."""
     import torch
 
     from toolchain.backends import reduced
@@ -102,7 +102,7 @@ def _build_torch(precision: str, layers: int, threads: int) -> Callable[[int], A
 
 
 def _build_onnx(precision: str, layers: int, threads: int) -> Callable[[int], Answer]:
-    """Returns a function that takes a number of rows and returns the ONNX Runtime call for a batch of this size."""
+    """Builds the layers in ONNX Runtime; returns a function that prepares a call of the layers for one batch size."""
     import numpy as np
 
     from toolchain import passes
@@ -120,7 +120,7 @@ def _build_onnx(precision: str, layers: int, threads: int) -> Callable[[int], An
 
 
 def build_graph(precision: str, layers: int) -> ir.Model:
-    """Returns a graph of linear layers that outputs only the first row of the last layer, as a classifier head does.
+    """Returns a graph of linear layers that outputs only the first row, as a classifier uses only the first token.
 
     Args:
         precision: ``fp32`` or ``int8``.

@@ -58,7 +58,7 @@ def _system_seconds() -> dict[str, float]:
 
 
 def _process_seconds(processes: Sequence[int]) -> float:
-    """Returns the user and system seconds of these processes and of this process; ended processes count as 0."""
+    """Returns the user and system seconds of `processes` and of the current process; ended processes count as 0."""
     import psutil
 
     seconds = 0.0

@@ -29,9 +29,9 @@ _TAIL = 400  # number of characters that an error quotes from the end of the chi
 
 
 class Child:
-    """A fresh process of a module that calls `toolchain.bench.worker.serve`.
+    """A new child process that runs a module, which must call `toolchain.bench.worker.serve`.
 
-    The owner must call `close`.
+    The code that creates a child must call `close`.
 
     Attributes:
         end_s: Seconds that the child may take to end after an interrupt; 0 kills the child at once. If `end_s` is
@@ -72,8 +72,8 @@ class Child:
         Raises:
             ToolchainError: The child raised a `ToolchainError`; the parent raises the same error.
             BenchError: The child ended, crashed, was killed, did not answer in time, or raised an error that is no
-                `ToolchainError`. If the child ended, the error quotes the end of its standard error. A subclass of
-                `Child` may raise another class than `BenchError`.
+                `ToolchainError`. If the child ended, the message quotes the end of the child's standard error. A
+                subclass of `Child` may raise an error of another class in place of `BenchError`.
         """
         assert self._process.stdin is not None
         try:
@@ -99,7 +99,7 @@ class Child:
     def close(self) -> None:
         """Ends the child: interrupts it and waits up to `end_s` seconds, then kills it if it still runs."""
         if self._process.poll() is None and self.end_s and self._process.stdin is not None:
-            # `kill` ends a child that ignores the interrupt.
+            # If the child ignores the interrupt, `kill` ends it below.
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 self._process.stdin.close()
                 self._process.send_signal(signal.SIGINT)
@@ -138,7 +138,7 @@ class Child:
 
 
 class Worker(Child):
-    """A fresh process for one session; the method `load` loads the session.
+    """A new child process for one session; the method `load` loads the session.
 
     Args:
         session: Path of the session class as ``module:class``.
@@ -193,5 +193,5 @@ def environment(threads: int) -> dict[str, str]:
         "OPENBLAS_NUM_THREADS": count,
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",  # Network access would disturb the measurement.
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # In PCI order, CUDA, NVML and nvidia-smi number the GPUs equally.
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # In PCI bus order, CUDA, NVML and nvidia-smi agree on each GPU's number.
     }

@@ -1,8 +1,8 @@
-"""Floors: lower bounds on the time of a sentence, from the model's work and the runtime's rates on this machine.
+"""Floors: lower bounds on the time of a sentence, from the model's size and the runtime's rates on this machine.
 
-A floor is the larger of the arithmetic time and the reading time. The arithmetic time is the number of
-multiply-accumulates divided by the measured rate of large batches. The reading time is the number of bytes of all
-weights divided by the measured rate of single rows.
+The floor of a sentence is the larger of its arithmetic time and its reading time. The arithmetic time is the number of
+multiply-accumulates divided by the rate of arithmetic, measured with large batches. The reading time is the number of
+bytes of all weights divided by the rate of reading weights, measured with batches of one row.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SECONDS, MEBIBYTES = 0.15, 32  # arguments of `machine_probe.measure`
 TIMEOUT_S = 300.0
 # Without these processor features, PyTorch has no fast bf16 kernel, so a measured rate would not be a ceiling.
 BF16_FEATURES = {"avx512_bf16", "amx_bf16"}
-# Names of embedding modules: a model looks up their weights and does not multiply them.
+# Names of embedding modules, whose weights a model looks up and does not multiply.
 _EMBEDDING = re.compile(r"(.*_)?embed(ding|dings)?|embed_(tokens|positions)|wte|wpe|shared|relative_attention_bias")
 
 Rates = dict[str, dict[str, float]]
@@ -42,7 +42,8 @@ class Work:
 
     Attributes:
         linear_parameters: Number of parameters that the model multiplies with every token.
-        attention_widths: Width of the attention products in each layer with attention; empty for an unknown layout.
+        attention_widths: Width of the attention products in each layer with attention; empty if the model's layout is
+            unknown.
         head_parameters: Number of parameters that the model multiplies with one token only.
         tail_parameters: Number of linear parameters after the last attention; the pass ``first-token`` makes the model
             multiply them with a single token.
@@ -78,8 +79,8 @@ def read_work(folder: Path) -> Work | None:
     """Returns the `Work` of the unquantised PyTorch model in `folder`; reads only the header of the weights file.
 
     Returns:
-        The work; None if the folder has no weights or if layers share weights. The file stores shared weights once,
-        but every layer multiplies with them, so the stored shapes do not give the work.
+        The `Work`; None if the folder has no weights or if layers share weights. The file stores shared weights once,
+        but every layer multiplies with them, so the stored shapes do not determine the multiply-accumulates.
 
     Raises:
         CheckpointError: The weights file cannot be read.
@@ -126,7 +127,7 @@ def _shapes(file: Path) -> dict[str, list[int]]:
 
 
 def _query_shapes(kind: str, matrices: Mapping[str, Sequence[int]]) -> list[Sequence[int]]:
-    """Returns the shape of the query weights of each layer that has attention; empty for an unknown layout."""
+    """Returns the shape of each attention layer's query weights; empty if the model's layout is unknown."""
     if kind not in LAYOUTS:
         return []
     query = re.compile(rf"{re.escape(LAYOUTS[kind].layers)}\.(\d+)\.{re.escape(LAYOUTS[kind].query)}")
@@ -135,7 +136,7 @@ def _query_shapes(kind: str, matrices: Mapping[str, Sequence[int]]) -> list[Sequ
 
 
 def _count_tail_parameters(kind: str, sizes: Mapping[str, int]) -> int:
-    """Returns the number of linear parameters after the last attention; 0 for an unknown layout.
+    """Returns the number of linear parameters after the last attention; 0 if the model's layout is unknown.
 
     The last attention may not be in the last layer, because pruning can remove the attention of a layer.
     """
@@ -178,7 +179,7 @@ def floor_ms(macs: float, weight_bytes: float, rates: Mapping[str, float], preci
     Args:
         macs: Number of multiply-accumulates.
         weight_bytes: Bytes of weights that the model reads.
-        rates: Rates of the runtime; see `rates`.
+        rates: Rates of the runtime, as the function `rates` returns them.
         precision: Precision of the weights, such as ``int8``.
 
     Returns:
@@ -190,7 +191,7 @@ def floor_ms(macs: float, weight_bytes: float, rates: Mapping[str, float], preci
 
 
 def rates(cache: Path, threads: int, progress: Progress) -> Rates:
-    """Returns the highest rates of each runtime on this machine, from the cache or from a new measurement.
+    """Returns each runtime's highest rates of arithmetic and of reading weights, from the cache or a new measurement.
 
     The function measures again if the cached rates are invalid, or if the package versions or the number of cores have
     changed. Each rate is a ceiling: it comes from the fastest of several calls.
@@ -201,7 +202,7 @@ def rates(cache: Path, threads: int, progress: Progress) -> Rates:
         progress: Callback with the number of measured runtimes, the number of all runtimes, and a text.
 
     Returns:
-        Runtime → rates, as `machine_probe.measure` returns them.
+        Maps each runtime to its rates, as `machine_probe.measure` returns them.
 
     Raises:
         BenchError: The rates of a runtime cannot be measured.
@@ -247,7 +248,7 @@ def _read_cached(file: Path, head: Mapping[str, object], precisions: Mapping[str
 def _run_probe(
     runtime: str, precisions: Sequence[str], threads: int, seconds: float, mebibytes: int
 ) -> dict[str, float]:
-    """Measures a runtime's rates in a fresh process with the environment of a cell; see `machine_probe.measure`."""
+    """Measures a runtime's rates in a new process with the environment variables of a cell's process."""
     arguments = [runtime, ",".join(precisions), str(threads), str(seconds), str(mebibytes)]
     try:
         result = subprocess.run(

@@ -39,7 +39,7 @@ class Request:
     """The request for a benchmark.
 
     Attributes:
-        names: Names of variants; empty for the default cells.
+        names: Names of the variants to measure; empty for the default cells.
         providers: Execution providers; empty allows all.
         protocol: The settings of the benchmark.
         data: A file or a hub data set; None for the embedded SST-2.
@@ -65,13 +65,13 @@ def planned_pairs(
     """Returns the (variant, provider) pairs of a request, grouped by provider.
 
     Args:
-        names: Names of variants; empty for the default cells of the providers.
+        names: Names of the variants to measure; empty for the default cells of the providers.
         providers: Execution providers; empty allows all.
-        allow_fallback: Whether to pair the named ONNX variants also with named providers that lack kernels for them.
-            The CPU then runs the operators for which the provider has no kernel.
+        allow_fallback: Whether to pair an ONNX variant in `names` even with a provider that lacks kernels for some
+            operators, which the CPU then runs.
 
     Raises:
-        BenchError: A named variant runs on none of the providers.
+        BenchError: A named variant runs on none of the requested providers.
         UnknownVariantError: `names` contains a name that no variant has.
     """
     allowed_providers = tuple(provider for provider in PROVIDERS if provider in (providers or PROVIDERS))
@@ -118,14 +118,14 @@ def measure(workspace: Workspace, request: Request, say: Say, progress: Progress
     The row of a cell that cannot be built or measured states the reason.
 
     Returns:
-        The result, and the journal. The caller must end the journal after it has written the result file.
+        The result file, and the journal of the run. The caller must write the result file and then end the journal.
 
     Raises:
-        BenchError: A named variant runs on none of the providers, or the machine probe fails.
+        BenchError: A named variant runs on none of the requested providers, or the machine probe fails.
         UnknownVariantError: The request contains a name that no variant has.
         DataError: The data cannot be used, so no cell is measured.
-        ResultFileError: The journal cannot be written. If the request resumes a run, the journal of this run is missing
-            or belongs to another request.
+        ResultFileError: The journal cannot be written, or the journal of the run to resume is missing or belongs to
+            another request.
         ToolchainError: The import of the checkpoint failed, so no cell can be measured.
         KeyboardInterrupt: The user interrupts the measurement. The journal remains, so that the run can resume.
     """
@@ -167,7 +167,7 @@ def measure_cells(
     encoder = encoding.Encoder.open(imported.path, [spec.name for spec in root.inputs], root.max_length)
     cells = [cell.with_own_encoder(root) for cell in cells]
     run_journal = _open_journal(workspace, request, cells, data)
-    # Compression would disturb the measurement, so it runs first.
+    # The compression of artifacts would disturb the measurement, so it runs first.
     sizes = _gzip_sizes(workspace, cells, progress)
     has_cpu_cell = any(cell.artifact and cell.provider == "cpu" for cell in cells)
     rates = roofline.rates(workspace.cache, request.protocol.threads, progress) if has_cpu_cell else {}
@@ -217,10 +217,11 @@ def _count_tokens(encoder: encoding.Encoder | None, data: Data) -> list[int]:
 def _floor_fact(
     workspace: Workspace, row: Measurement, rates: Mapping[str, Mapping[str, float]], token_counts: Sequence[int]
 ) -> dict[str, Any]:
-    """Returns the fact ``roofline``; empty for a GPU row, or if the parameters of the model are unknown.
+    """Returns the fact ``roofline``; empty for a GPU row, or if the model's parameter counts are unknown.
 
-    The fact holds the median number of multiply-accumulates per sentence and the bytes of weights. If the runtime's
-    rates are known, the fact also holds the median floor in milliseconds, and this floor divided by the row's p50.
+    The fact ``roofline`` holds the median number of multiply-accumulates per sentence and the bytes of weights. If the
+    runtime's rates are known, ``roofline`` also holds the median floor in milliseconds, and this floor divided by the
+    row's p50.
     """
     artifact = workspace.load(row.variant)
     if row.provider != "cpu" or artifact is None:
@@ -264,7 +265,7 @@ def _open_journal(workspace: Workspace, request: Request, cells: Sequence[Cell],
 
 
 def _gzip_sizes(workspace: Workspace, cells: Sequence[Cell], progress: Progress) -> dict[str | None, dict[str, int]]:
-    """Returns the gzip size of each artifact, by its id.
+    """Returns the gzip size of each artifact, by the id of the artifact.
 
     Call this function before any timing, because compression uses many threads.
     """

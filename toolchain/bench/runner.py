@@ -20,11 +20,14 @@ from toolchain.data.inputs import Data
 from toolchain.errors import ToolchainError
 from toolchain.results.measurements import Measurement
 
-# Seconds between two cells, because the threads of ONNX Runtime and OpenMP spin for about 20 ms after their last job.
+# Pause in seconds between the turns of two cells, because the threads of ONNX Runtime and OpenMP spin for about 20 ms
+# after a job.
 SETTLE_S = 0.05
 LOAD_TIMEOUT_S = 300.0
 TURN_TIMEOUT_S = 120.0
-WARM_UP_SENTENCES = 12  # warm-up sentences of a new process; their times limit the number of sentences at batch 1
+# Number of warm-up sentences of a new process. The time per warm-up sentence limits the number of sentences that the
+# cells answer at batch 1.
+WARM_UP_SENTENCES = 12
 EXACTNESS_ROUNDS = 20
 SPARE_TIME = 1.1
 SPARE_SHARE = 0.1  # share of the machine's memory that must stay free
@@ -50,10 +53,11 @@ def bench(
     Args:
         cells: The cells.
         data: The sentences and their labels.
-        encoder: The `Encoder` for the cells that have none of their own; its token counts also determine the batches.
+        encoder: The `Encoder` whose token counts determine the batches of all cells, and which tokenises the texts of
+            every cell without its own `Encoder`.
         protocol: The settings of the measurement.
-        progress: Callback with the number of finished loads, the number of all loads, and a text. After all cells are
-            loaded, the numbers count turns instead of loads.
+        progress: Callback with the number of loaded cells, the number of all cells, and a text. After all cells are
+            loaded, the callback receives the numbers of finished turns and of all turns.
         backends: Backend of each runtime.
         journal: Journal that receives each result. The benchmark does not repeat turns that are already in the journal.
 
@@ -106,7 +110,8 @@ class _Bench:
         batches = scenarios.offline_batches(list(map(len, self._ids)), self._protocol.batch_size)
         done, total = 0, self._protocol.rounds * (2 + len(self._lengths)) * len(self.running)
         for turn in range(self._protocol.rounds):
-            # The seed contains the number of the round, so a resumed run keeps the order of the original run.
+            # The seed contains the number of the round, so a resumed run measures the cells in the same order as the
+            # interrupted run.
             rng = random.Random(f"{self._protocol.seed} {turn}")
             if self._protocol.needs_fresh_process(turn):
                 for index in self._shuffle(rng):
@@ -148,7 +153,7 @@ class _Bench:
             self._journal.append(record)
 
     def _start_process(self, index: int, item: Running) -> None:
-        """Replaces the cell's process by a fresh process, and records the start and the time per sentence."""
+        """Replaces the cell's process by a new process, and records its load time and its warm-up time per sentence."""
         self._stop_process(index, item)
         self._free_memory(item)
         item.worker = self._open_worker(item)
@@ -161,7 +166,7 @@ class _Bench:
         self._record(index, "start", {**ready, "sentence_s": statistics.mean(reply["us"][0]) / 1e6})
 
     def _open_worker(self, item: Running) -> Worker:
-        """Returns a fresh process for the cell; it has not loaded the session yet."""
+        """Returns a new process for the cell; the process has not loaded the session yet."""
         backend = self._backends[item.cell.runtime]
         place = self._protocol.place(item.cell.provider)
         text = self._data.texts[self._order[0]]
@@ -179,7 +184,7 @@ class _Bench:
     def _time_exactness(self, index: int, item: Running) -> None:
         """Compares the times of exact and of saturating 8-bit products, if exact products need a session option.
 
-        The comparison needs a second session, so it runs in a separate process, which does not count as memory of the
+        The method uses a separate process, because a session with saturating products must not count as memory of the
         cell.
         """
         if item.exactness or not item.needs_option:
@@ -195,7 +200,7 @@ class _Bench:
             worker.close()
 
     def _free_memory(self, item: Running) -> None:
-        """Ends processes of cells until the next model fits in memory; an ended cell restarts at its next turn."""
+        """Ends processes of cells until the next model fits in memory; a cell starts a new process at its next turn."""
         import psutil
 
         memory = psutil.virtual_memory
@@ -216,8 +221,9 @@ class _Bench:
             "do": "run",
             "batches": work.batches,
             "warmup": 2,
-            # All rounds use the same number of repetitions. In the first round, `repeats` is 0, so the worker repeats
-            # the sentences until `min_s` is over. `SPARE_TIME` extends `min_s`, because later rounds may be faster.
+            # A cell repeats the batches equally often in every round. In the first round, `repeats` is 0, so the worker
+            # repeats the batches until `min_s` seconds are over. `SPARE_TIME` extends `min_s`, because later rounds may
+            # be faster than the first.
             "repeats": len(earlier_replies[min(earlier_replies)]["us"]) if earlier_replies else 0,
             "min_s": work.min_s * SPARE_TIME,
             "tokenizing": single,

@@ -17,7 +17,8 @@ SINGLE, OFFLINE = "single-stream", "offline"
 SLICES = 8  # Number of rounds in one pass over the sentences.
 MOST_SENTENCES = 2000  # Maximum number of sentences at batch size 1; a random sample replaces a larger data set.
 FEWEST_SENTENCES = 100
-TOKENS_A_SENTENCE = 64  # a batch of several sentences has at most `batch_size` times as many tokens, padding included
+# A batch of several sentences has at most `batch_size * TOKENS_A_SENTENCE` tokens, padding included.
+TOKENS_A_SENTENCE = 64
 LENGTHS = (16, 32, 64, 128, 256, 512)
 LENGTH_SHARE = 0.1  # minimum measuring time for each of `LENGTHS`, as a share of a scenario's minimum time
 
@@ -28,16 +29,17 @@ class Protocol:
 
     Attributes:
         passes: Minimum number of times that each of ``single-stream`` and ``offline`` measures every sentence.
-        min_s: Minimum seconds of each scenario for each cell.
-        pass_s: Maximum seconds of one pass of the slowest cell over the sentences at batch size 1. If all sentences
-            take longer than `pass_s`, all cells answer the same random sample of at least `FEWEST_SENTENCES` sentences.
-        starts: Number of successive processes of a cell; each one gives a cold start.
+        min_s: Minimum measuring time in seconds, for each scenario and each cell.
+        pass_s: Maximum seconds that the slowest cell takes to answer each sentence once at batch size 1. If all
+            sentences take longer than `pass_s`, all cells answer the same random sample of at least `FEWEST_SENTENCES`
+            sentences.
+        starts: Number of successive processes of a cell; each process gives one measured cold start.
         threads: Number of threads on the host.
         batch_size: Maximum number of sentences in a batch.
-        by_length: Whether to measure the latency also for each number of tokens in `LENGTHS`.
+        by_length: Whether to measure, besides the scenarios, the latency for each number of tokens in `LENGTHS`.
         seed: Seed of the random orders and samples.
         device_id: Index of the GPU for CUDA cells.
-        allow_fallback: Whether a session may run partly on the CPU; the row of the cell reports this fallback.
+        allow_fallback: Whether a session on a GPU may run some operators on the CPU; the cell's row reports a fallback.
     """
 
     passes: int
@@ -92,12 +94,12 @@ def length_kind(tokens: int) -> str:
 
 
 def choose_sentences(count: int, slowest_s: float, protocol: Protocol) -> list[int]:
-    """Returns the indices of the sentences measured at batch 1, in a random order that the seed fixes.
+    """Returns the indices of the sentences measured at batch 1, in a random order that the seed determines.
 
     Args:
         count: Number of sentences in the data.
-        slowest_s: Seconds per sentence of the slowest cell; 0 if unknown. The result has at most as many sentences as
-            the slowest cell can answer in `protocol.pass_s` seconds, or `FEWEST_SENTENCES` if that is more.
+        slowest_s: Seconds per sentence of the slowest cell; 0 if unknown. The function chooses only as many
+            sentences as the slowest cell answers in `protocol.pass_s` seconds, but not fewer than `FEWEST_SENTENCES`.
         protocol: The settings of the benchmark.
     """
     limit = min(count, MOST_SENTENCES)
@@ -118,7 +120,7 @@ def offline_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         has_room = batches and len(batches[-1]) < size
-        # The sentences are sorted by length, so the batch is padded to the length of the new sentence.
+        # The sentences come in order of length, so the last sentence of a batch determines the padded length.
         if has_room and (len(batches[-1]) + 1) * lengths[index] <= size * TOKENS_A_SENTENCE:
             batches[-1].append(index)
         else:

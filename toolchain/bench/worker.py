@@ -1,8 +1,8 @@
 """The child process that measures a cell: it loads one session and answers the parent's messages.
 
 Each message and each answer is one line of JSON. Answers go to the original standard output. Other text for standard
-output, such as prints of libraries, goes to standard error. The parent stores standard error and quotes it if this
-process dies.
+output, such as prints of libraries, goes to standard error. The parent stores the child's standard error and quotes it
+if the child dies.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from toolchain.results.measurements import PROBABILITY
 if TYPE_CHECKING:
     import numpy as np
 
-MOST_REPEATS = 50  # maximum number of repetitions in a turn that ends after a minimum time
+MOST_REPEATS = 50  # maximum number of times that a turn repeats its batches to reach its minimum time
 
 
 def _reset_peak() -> str:
@@ -90,8 +90,8 @@ class _Child:
 
         Args:
             texts: The texts.
-            lengths: Token counts of synthetic sentences. For each count, the method appends one sentence of this many
-                tokens, which come from the texts.
+            lengths: Token counts of synthetic sentences. For each token count, the method appends one sentence of this
+                length, made of tokens from the texts.
         """
         self._texts = texts
         self._ids = self._encoder.encode(texts)
@@ -118,14 +118,14 @@ class _Child:
             warmup: Number of batches at the start of `batches` that run once before the timing starts.
             repeats: Number of repetitions of all batches; 0 repeats them until `min_s` seconds are over.
             min_s: Minimum seconds if `repeats` is 0; the method stops earlier after `MOST_REPEATS` repetitions.
-            tokenizing: Whether to tokenise each batch again in each repetition, and to time this step.
+            tokenizing: Whether to tokenise each batch again in each repetition, and to time the tokenising.
             resident: Whether to time each batch once more with its inputs and logits in the device's memory.
 
         Returns:
-            ``us`` is the microseconds in the session, by repetition and batch. ``tokenizing_us`` is the microseconds of
-            tokenising, as one flat list ordered by repetition and batch. ``resident_us`` is the microseconds of each
-            batch whose inputs and logits are in the device's memory. ``answers`` and ``probabilities`` come from the
-            first repetition, by batch.
+            ``us`` is the microseconds that the session takes, by repetition and batch. ``tokenizing_us`` is the
+            microseconds of tokenising, as one flat list ordered by repetition and batch. ``resident_us`` is the
+            microseconds that the session takes for each batch in the device's memory. ``answers`` and ``probabilities``
+            come from the first repetition, by batch.
         """
         for batch in batches[:warmup]:
             self._session.run(self._pad_batch(batch))
@@ -167,10 +167,11 @@ class _Child:
 
         Args:
             batches: Indices of the sentences of each batch.
-            rounds: Number of timed rounds for each kind of products. A round runs all batches.
+            rounds: Number of timed rounds with exact products; the number with saturating products is the same. A round
+                runs all batches.
 
         Returns:
-            ``exact`` and ``saturating``: microseconds of each round.
+            A dictionary whose keys ``exact`` and ``saturating`` hold the microseconds of each round.
         """
         saturating = type(self._session)(self._folder, dataclasses.replace(self._place, exact=False))
         sessions = {"exact": self._session, "saturating": saturating}
@@ -194,7 +195,7 @@ class _Child:
         return pad(ids, self._encoder.names, self._encoder.pad_id)
 
     def _check_and_decode(self, *outputs: np.ndarray) -> dict[str, Any]:
-        """Returns answers and probabilities of each batch's logits; raises `BenchError` if a logit is not finite."""
+        """Returns answers and probabilities for each batch's logits; raises `BenchError` if a logit is not finite."""
         import numpy as np
 
         multi_label = self._encoder.multi_label
@@ -203,7 +204,7 @@ class _Child:
             if not np.isfinite(logits).all():
                 raise errors.BenchError(
                     "The model returned a logit that is not finite.",
-                    "`toolchain validate` shows which inputs cause this.",
+                    "`toolchain validate` shows for which inputs a logit is not finite.",
                 )
             result["answers"].append(labels.answers(logits, multi_label))
             integers = np.rint(labels.label_probabilities(logits, multi_label) * PROBABILITY)
@@ -212,7 +213,7 @@ class _Child:
 
     @contextlib.contextmanager
     def _metering(self) -> Iterator[None]:
-        """Adds the time of this context to the metering time, which the parent subtracts from the cold start."""
+        """Counts the time of this context as memory measurement, which the parent subtracts from the cold start."""
         started = time.perf_counter()
         yield
         self._metering_s += time.perf_counter() - started
@@ -257,12 +258,12 @@ def _elapsed_us(started_ns: int) -> int:
 def serve(create: Callable[[dict[str, Any]], Any]) -> None:
     """Answers messages until standard input ends.
 
-    The first message creates the serving object, whose attribute `ready` is the answer. Each later message calls one
-    method of the serving object. The value ``do`` of a later message names the method, and the other values are
-    the arguments of the method.
+    `create` makes an object from the first message, and its attribute `ready` answers this message. Each later
+    message calls one method of the object that `create` made. The value ``do`` of a later message is the method's name,
+    and the other values of the message are the method's arguments.
 
     Args:
-        create: Creates the serving object from the first message.
+        create: Function that makes an object from the first message.
     """
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

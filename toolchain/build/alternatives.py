@@ -22,8 +22,9 @@ from toolchain.data.labels import LabelSet
 # exp(-0.5) = 61 % as probable as the first. In an undecided answer of a multi-label model, one label has a probability
 # of 38 % to 62 %.
 UNDECIDED_MARGIN = 0.5
-UNDECIDED_SHARE = 0.8  # Least share of undecided flips that makes `is_undecided` true.
-ALTERNATIVE_SCHEMES = {"int4": "dynamic", "dynamic": "static"}  # Scheme → a scheme that may have less rounding error.
+UNDECIDED_SHARE = 0.8  # The minimum share of undecided flips for which `is_undecided` is true.
+# Maps a scheme that failed validation to a scheme that may have less rounding error.
+ALTERNATIVE_SCHEMES = {"int4": "dynamic", "dynamic": "static"}
 
 
 def count_undecided_flips(report: Mapping[str, Any]) -> int:
@@ -44,9 +45,9 @@ def alternatives(
     If answers with a large margin flip, some layers have a large rounding error. The best alternative to the dynamic
     scheme keeps more layers in fp32 if answers with a large margin flip. If the model is undecided, a small rounding
     error flips its answers. For an undecided model, the best alternative to the dynamic scheme is static scales, but
-    only if `same_domain`. On the reference model, static scales halve the mean |Δlogit| on sentences of the training
-    data's domain (0.042 instead of 0.087). On sentences of other domains, static scales do not reduce the mean |Δlogit|
-    (0.0074 instead of 0.0062).
+    only if `same_domain` is true. On the reference model, static scales halve the mean |Δlogit| on sentences of the
+    training data's domain (0.042 instead of 0.087). On sentences of a domain that is not in the training data, static
+    scales do not reduce the mean |Δlogit| (0.0074 instead of 0.0062).
 
     Args:
         step: The quantisation that failed validation.
@@ -73,7 +74,7 @@ def alternatives(
 
 
 def _with_scheme(step: Quantize, scheme: str) -> Quantize:
-    """Returns the step with another scheme; the new step also leaves out the passes that `step` leaves out."""
+    """Returns the step with the scheme `scheme`; the new step leaves out the same passes as `step`."""
     omitted_passes = set(QUANTIZE_PASSES[step.scheme]) - set(step.passes or QUANTIZE_PASSES[step.scheme])
     passes = tuple(name for name in QUANTIZE_PASSES[scheme] if name not in omitted_passes)
     return replace(step, scheme=scheme, reduce_range=None, passes=None if passes == QUANTIZE_PASSES[scheme] else passes)
@@ -115,7 +116,7 @@ def hint(
 
 
 def _explain_flips(report: Mapping[str, Any]) -> str:
-    """Returns sentences that explain the margins of the flips."""
+    """Returns a text that explains the margins of the flipped sentences."""
     flips, undecided = report["flips"], count_undecided_flips(report)
     if is_undecided(report):
         return (

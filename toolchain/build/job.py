@@ -31,8 +31,9 @@ class Job(Generic[StepT]):
         train: Training data.
         cache: Cache folder for results that this machine computes only once.
         resume: Folder for training state; the pipeline keeps it after a killed run and deletes it after publication.
-        progress: Called with the number of finished items, the number of all items, and the current activity.
-        corpus: Texts that vocabulary trimming uses; None for the training data.
+        progress: Callback with the number of finished parts of the work, the number of all parts, and the current
+            activity.
+        corpus: Texts whose tokens vocabulary trimming keeps; None for the texts of the training data.
         base: Folder of the base model if the checkpoint is an adapter; None otherwise.
     """
 
@@ -62,7 +63,7 @@ class Job(Generic[StepT]):
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of a step: the step with its effective settings, and the other values for the manifest."""
+    """The result of a step: the step with its effective settings, and the values that the step adds to the manifest."""
 
     step: Step
     inputs: tuple[TensorSpec, ...]

@@ -1,4 +1,4 @@
-"""Metadata inside an .onnx file (`metadata_props`, producer, doc string), for readers without the manifest."""
+"""Metadata inside an .onnx file (`metadata_props`, producer, doc string), for users without the manifest."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_metadata(path: Path, result: StepResult, version: int, model: str, var
     Args:
         path: The ONNX file, with its tokenizer.json in the same folder.
         result: Result of the step.
-        version: Version of the step's function.
+        version: Version of the function that runs the step.
         model: Name of the model's folder.
         variant: Name of the variant.
         parent_id: `Manifest.id` of the parent.

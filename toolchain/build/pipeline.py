@@ -1,8 +1,8 @@
 """The pipeline, which builds, validates and publishes the artifacts of named variants and skips fresh artifacts.
 
 An artifact is fresh if the current version of its step built it from the parent's current artifact. The artifact of a
-variant that the command names is fresh only if it has the requested settings. Ancestors of the named variants keep the
-settings in their manifests.
+variant that the command names is fresh only if it has the requested settings. The ancestors of a variant that the
+command names keep the settings that their manifests record.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from toolchain.models.sources import ImportFiles
 from toolchain.progress import Bar, Progress, Say, no_bar
 from toolchain.system import hardware
 
-# Step class → the step's function, and the version of its results.
+# Step class → the function that performs the step, and the version of the function's results.
 STEPS: dict[type[Step], tuple[Callable[[Job[Any]], StepResult], int]] = {
     Import: (importing.import_checkpoint, importing.VERSION),
     Prune: (prune.prune, prune.VERSION),
@@ -63,10 +63,10 @@ class VariantPlan:
 
     Attributes:
         variant: The variant.
-        step: The step with its effective settings.
+        step: The step with the settings that the build uses.
         reason: Reason to build the variant; empty if its artifact is fresh.
-        artifact: The existing artifact; None if it is missing or unreadable.
-        folder_error: Error that makes the existing folder unusable; None without an error.
+        artifact: The existing artifact of the variant; None if it is missing or unreadable.
+        folder_error: Error that makes the variant's existing folder unusable; None if the folder has no error.
     """
 
     variant: Variant
@@ -81,7 +81,7 @@ def plan(workspace: Workspace, names: Iterable[str], requested_steps: Mapping[st
 
     Args:
         workspace: The model's workspace.
-        names: Names of the variants.
+        names: Names of the variants to plan.
         requested_steps: Steps with the user's settings, by variant name.
 
     Raises:
@@ -99,7 +99,7 @@ def plan(workspace: Workspace, names: Iterable[str], requested_steps: Mapping[st
 def inspect_variants(
     workspace: Workspace, names: Iterable[str], requested_steps: Mapping[str, Step]
 ) -> list[VariantPlan]:
-    """Returns the same as `plan`, but stores the error of a variant in `folder_error` instead of raising it."""
+    """Returns the same plan as `plan`, but stores the error of a variant in `folder_error` instead of raising it."""
     lineage_variants = {variant.name: variant for name in names for variant in workspace.lineage(name, requested_steps)}
     plans: dict[str, VariantPlan] = {}
     for variant in lineage_variants.values():
@@ -148,11 +148,11 @@ def _reason_to_build(step: Step, artifact: Artifact | None, parent: VariantPlan 
 def ensure(
     workspace: Workspace, names: Iterable[str], requested_steps: Mapping[str, Step], say: Say, bar: Bar = no_bar
 ) -> dict[str, Artifact]:
-    """Builds the variants that are not fresh, and returns every artifact of `plan` by name.
+    """Builds the named variants and their ancestors unless they are fresh, and returns all their artifacts by name.
 
     Args:
         workspace: The model's workspace.
-        names: Names of the variants.
+        names: Names of the variants to build.
         requested_steps: Steps with the user's settings, by variant name.
         say: Called with each event; see `progress.Say`.
         bar: Opens a progress bar for each build.
@@ -195,7 +195,7 @@ class FreshVariant:
 
 
 def skip_fresh_events(say: Say) -> Say:
-    """Returns a `say` that drops `FreshVariant` events, for commands that visit the same ancestors many times."""
+    """Returns a `say` that ignores `FreshVariant` events, for commands that visit the same ancestors many times."""
 
     def say_unless_fresh(event: object) -> None:
         if not isinstance(event, FreshVariant):
@@ -278,7 +278,7 @@ def _build(
 def _validation_error(
     workspace: Workspace, name: str, manifest: Manifest, parent: Artifact | None, report: Mapping[str, Any]
 ) -> VerdictError:
-    """Returns the error for an artifact that failed validation, with alternatives if it is quantised."""
+    """Returns the error for an artifact that failed validation; suggests other settings if it is quantised."""
     step, advice = manifest.step, "The previous artifact is unchanged."
     if isinstance(step, Quantize) and parent:
         layers = len(manifest.facts.get("sensitivity", [])) or None
@@ -308,7 +308,7 @@ def _require_same_data(workspace: Workspace, item: VariantPlan) -> None:
 def _find_origin(
     workspace: Workspace, step: Step, parent: Artifact | None
 ) -> tuple[ImportFiles | None, Mapping[str, Any]]:
-    """Returns the checkpoint's files (None if the step is no import), and the source as a manifest stores it."""
+    """Returns the checkpoint's files (None if the step is no import), and its source as a manifest stores it."""
     if isinstance(step, Import):
         source = dataclasses.replace(workspace.source, revision=step.revision)
         return sources.fetch_files(workspace.source, step), source.to_manifest()

@@ -25,7 +25,7 @@ from toolchain.passes.model_shape import context_of, word_width
 from toolchain.progress import Progress
 from toolchain.system import hardware
 
-TRAIN = "train"  # this corpus means the training data without its held-out rows
+TRAIN = "train"  # this value of --trim-vocab means the training data without its held-out rows
 
 
 def corpus_of(spec: str | None, column: str | None) -> Texts | None:
@@ -68,10 +68,10 @@ def trim(
         facts: Facts about the trimmed graph.
 
     Returns:
-        The manifest's facts ``vocabulary`` and, if `facts` has this fact, ``parameters``. ``vocabulary`` holds the
-        number of tokens kept, the original number of tokens and the bytes saved. ``vocabulary`` also compares the new
-        model with its untrimmed fp32 parent on held-out rows. ``held_out`` covers all held-out rows; ``out_of_domain``
-        covers the held-out rows with a removed token.
+        The manifest's fact ``vocabulary``, and the fact ``parameters`` if `facts` contains it. ``vocabulary`` holds the
+        number of tokens kept, the original number of tokens and the bytes saved. On held-out rows, ``vocabulary``
+        compares the trimmed model with its untrimmed fp32 parent. ``held_out`` covers all held-out rows;
+        ``out_of_domain`` covers the held-out rows with a removed token.
     """
     parent = job.parent_artifact
     bytes_before = _companion_bytes(job.folder)
@@ -94,8 +94,8 @@ def trim(
 def validation_data(train: TrainingSource, artifact: Artifact) -> Data:
     """Returns sentences of a trimmed artifact's domain: the held-out rows of its training data.
 
-    For the embedded SST-2, the function returns the validation set instead. The held-out rows of SST-2 share their
-    sentences with other training rows, so nearly all their tokens stay in the vocabulary.
+    For the embedded SST-2, the function returns the validation set instead of held-out rows. The held-out rows of SST-2
+    share their sentences with other training rows, so nearly all their tokens stay in the vocabulary.
 
     Args:
         train: The workspace's training data.

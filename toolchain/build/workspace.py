@@ -78,11 +78,11 @@ class Workspace:
     def lineage(self, name: str, requested_names: Container[str] = ()) -> list[Variant]:
         """Returns the variant and its ancestors, root first.
 
-        The manifest of a labelled variant names the parent of the variant. Without a manifest, the method tries the
-        label of the variant and then each shorter label that this label extends (``a-b``, then ``a``). The parent has
-        the first label for which a parent variant is available, or else no label. A variant is available if it is built
-        or if `requested_names` contains it. An exported or optimised graph is also available if its own parent with the
-        same label is available.
+        The manifest of a labelled variant names the parent of the variant. For a variant with the label ``a-b``
+        and without a manifest, the candidates for the parent have the labels ``a-b`` and ``a``. The parent is the first
+        available candidate; if no candidate is available, the parent has no label. A variant is available if it is
+        built or if `requested_names` contains it. An exported or optimised graph counts as available even before it is
+        built, if its parent is available and has the same label.
 
         Args:
             name: Name of the variant.
@@ -107,7 +107,7 @@ class Workspace:
     def _is_known(self, name: str, requested_names: Container[str]) -> bool:
         """Returns whether a variant is available, as `lineage` defines it.
 
-        An exported or optimised graph needs no settings of its own, so it is available together with its parent.
+        An exported or optimised graph needs no settings from the user, so it is available if its parent is available.
         """
         if not variants.is_variant(name):
             return False
@@ -123,5 +123,5 @@ class Workspace:
         try:
             artifact = self.load(name)
         except ArtifactError:
-            return None  # the code that uses the artifact reports the error
+            return None  # the code that uses the artifact loads it again and raises the error
         return artifact.manifest.parent if artifact else None

@@ -68,8 +68,8 @@ for command in (
 def _record_interrupts() -> Iterator[list[int]]:
     """Yields a list that receives the number of each interrupt signal.
 
-    During an import or a callback, C libraries convert KeyboardInterrupt to errors of other classes. If the list is not
-    empty, an unexpected error comes from the user's interrupt and is not a bug.
+    During an import or a callback, C libraries convert KeyboardInterrupt to errors of other classes. If the list of
+    signals is not empty, an unexpected error comes from the user's interrupt and is not a bug.
     """
     signal_numbers: list[int] = []
 
@@ -78,7 +78,7 @@ def _record_interrupts() -> Iterator[list[int]]:
         signal.default_int_handler(number, frame)
 
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield signal_numbers  # the parent process ignores interrupts, or other code handles them
+        yield signal_numbers  # this process was started with interrupts ignored, or other code handles them
         return
     signal.signal(signal.SIGINT, record_interrupt)
     try:
@@ -96,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     state = {"debug": False}
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal without × or Δ must still show the numbers
+            # A terminal that cannot show the characters × and Δ must still show the numbers.
+            stream.reconfigure(errors="backslashreplace")
     with _record_interrupts() as interrupts:
         try:
             code = cli.main(arguments, prog_name="toolchain", standalone_mode=False, obj=state)

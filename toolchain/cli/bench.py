@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     "--allow-fallback",
     is_flag=True,
     help="Also measure an ONNX variant if the provider lacks kernels, so that some operators run on the CPU. The "
-    "comparison marks the row of this variant.",
+    "comparison marks the rows of variants that run partly on the CPU.",
 )
 @click.option("--threads", type=click.IntRange(1), help="Number of CPU threads.  [default: physical cores]")
 @data_options
@@ -188,7 +188,7 @@ class _Saving:
     error: ResultFileError | None = None
 
     def require_free(self, machine_ids: Iterable[str | None]) -> None:
-        """Raises `ResultFileError` before the measurement if the name is taken and --force is not given."""
+        """Raises `ResultFileError` before the measurement if the result file exists and --force is not given."""
         from toolchain.results.folder import require_free
 
         if self.name and not self.force:
@@ -196,7 +196,7 @@ class _Saving:
                 require_free(self.folder.named_path(self.name, machine_id))
 
     def save(self, result: ResultFile, machine_id: str | None) -> None:
-        """Writes the result and prints its path; if the named file cannot be written, writes a local file."""
+        """Writes the result and prints its path; writes a local file if the file that the user names is unwritable."""
         from toolchain.cli.progress import say
         from toolchain.errors import ResultFileError
         from toolchain.results.folder import save_named
@@ -208,7 +208,7 @@ class _Saving:
                 save_named(result, path, force=self.force)
             except ResultFileError as error:
                 path = self.folder.save_local(result, self.model, machine_id)
-                self.error = ResultFileError(f"{error.cause} This result is in {path}.", "Rename the file.")
+                self.error = ResultFileError(f"{error.cause} The result of this run is in {path}.", "Rename the file.")
                 say(error.cause)
         else:
             path = self.folder.save_local(result, self.model, machine_id)

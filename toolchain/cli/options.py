@@ -198,7 +198,7 @@ def _columns_options(command: Callable[..., Any], default_split: str) -> Callabl
         click.option("--label-column", default="label", show_default=True, help="Column of labels in the data."),
         click.option(
             "--split",
-            help=f"Hub dataset split, or held-out for the rows that training leaves out.  [default: {default_split}]"
+            help=f"Hub dataset split, or `held-out` for the held-out rows of the data.  [default: {default_split}]"
             if default_split == "validation"
             else f"Hub dataset split.  [default: {default_split}]",
         ),

@@ -58,7 +58,8 @@ if TYPE_CHECKING:
     "parents",
     multiple=True,
     metavar="VARIANT",
-    help="Variant to quantise. Can be repeated.  [default: onnx-fp32 for ort (onnx-std for fp16), else torch-fp32]",
+    help="Variant to quantise; the option can be repeated.  [default: onnx-fp32 for ort (onnx-std for fp16), else "
+    "torch-fp32]",
 )
 @click.option(
     "--keep-fp32",
@@ -168,7 +169,7 @@ def quantize(
         scheme,
         reduce_range=True if isa == "portable" else None,
         embeddings=embeddings,
-        # With --sensitivity or --max-drop, 1 stands for any number, because all numbers pass the same checks.
+        # With --sensitivity or --max-drop, 1 stands for any number of fp32 layers: all numbers pass the same checks.
         keep_fp32=1 if sensitivity or max_drop is not None else keep_fp32,
         passes=Quantize.passes_without(scheme, omitted_passes),
         trim_vocab=corpus.digest if corpus else trim_vocab,

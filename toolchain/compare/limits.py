@@ -25,8 +25,8 @@ class Limits:
         max_drop: Accuracy drop below the row's baseline, in percentage points.
         max_p95_ms: 95th percentile of the latency at batch 1, in milliseconds.
         max_size_mb: Size of the artifact, in megabytes (10^6 bytes).
-        max_memory_mb: Peak memory of the process on the host, in megabytes (10^6 bytes). For cells on a GPU too,
-            the limit applies to host memory.
+        max_memory_mb: Peak memory of the process on the host, in megabytes (10^6 bytes). The memory limit never applies
+            to GPU memory.
     """
 
     max_drop: float | None = None
@@ -116,7 +116,7 @@ def check_limits(rows: Sequence[Row], limits: Limits) -> Verdict:
 
     If a limited figure is unknown, the row breaks the limit. The winner is the passing row with the lowest median
     latency, because the limits already bound accuracy drop, p95, size and memory. Among equally fast rows, the smallest
-    wins, then the most accurate, then the first by name. The nearest misses break the fewest limits. Misses that break
+    wins, then the most accurate, then the first by name. The nearest misses break the fewest limits. Rows that break
     equally many limits are sorted by their sum of `BrokenLimit.excess`, smallest sum first.
 
     Raises:
@@ -172,8 +172,8 @@ def chance_remark(row: Row) -> str:
     labels, the remark depends on the 95 % interval of the row's accuracy.
 
     Returns:
-        The remark; empty if the accuracies are equal or unknown. The remark is also empty if the predicted labels are
-        unknown and the interval excludes the baseline's accuracy.
+        The remark; empty if the accuracies are equal or unknown. Without predicted labels, the remark is empty if the
+        interval excludes the baseline's accuracy.
     """
     quality, base = row.quality, row.baseline and row.baseline.accuracy
     if not quality or not base or not row.accuracy_points:

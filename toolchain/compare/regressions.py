@@ -1,8 +1,9 @@
 """Regressions from an old run to a new run on the same machine and data, cell by cell.
 
-Every figure is compared as a cost: time, bytes or wrong answers. A change is a share of the old cost. The rounds of two
-runs are not interleaved, and the speed of a machine drifts between runs. Times are therefore relative to the baseline
-of each run. Relative times hide a slowdown of all rows. If the baseline becomes faster, all other rows look slower.
+Every figure is compared as a cost: time, bytes or wrong answers. A change is the increase of a cost as a share of the
+cost in the old run. The rounds of two runs are not interleaved, and the speed of a machine drifts between runs. Times
+are therefore relative to the baseline of each run. Relative times hide a slowdown of all rows. If the baseline becomes
+faster, the relative times of all other rows increase.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ def parse_share(text: str) -> float:
 
 @dataclass(frozen=True)
 class Change:
-    """The change of one figure between the two rows of a pair; None marks an unknown value.
+    """The change of one figure of a cell from the old run to the new run; None marks an unknown value.
 
     Attributes:
         figure: Name of the figure.
-        old: The old figure.
-        new: The new figure.
+        old: The figure in the old run.
+        new: The figure in the new run.
         regressed: Whether the change is a regression by the rules of `find_regressions`.
         worse: Increase of the cost as a share of the old cost; negative is better.
         low: Lower bound of the 95 % interval of `worse`; None if there are too few rounds.
@@ -72,7 +73,7 @@ class Pair:
 
     Attributes:
         old: Row of the old run.
-        new: Row of the new run; None if the new run has no such row.
+        new: Row of the new run; None if the new run has no row of this cell.
         changes: Changes of the figures; empty if the new run did not measure the cell.
         lost: Status and reason of the new row, or ``missing``, if the new run did not measure the cell; empty
             otherwise.
@@ -95,7 +96,7 @@ class Regressions:
 
     Attributes:
         limit: Largest tolerated increase of a cost, as a share.
-        pairs: The compared pairs, and the rows of the old run whose cell the new run did not measure.
+        pairs: The compared pairs of rows, and the rows of the old run whose cell the new run did not measure.
         not_compared: Model, cell and reason of each cell that is not compared.
     """
 
@@ -105,12 +106,12 @@ class Regressions:
 
     @property
     def regressed_pairs(self) -> tuple[Pair, ...]:
-        """Returns the pairs that regressed."""
+        """Returns the pairs of rows whose cell regressed."""
         return tuple(pair for pair in self.pairs if pair.regressed)
 
 
 class _Key(NamedTuple):
-    """Settings that two comparable rows share; `_DIFFERENCES` has a text for each setting after `cell`."""
+    """Settings that two compared rows share; `_DIFFERENCES` names a difference in each setting after `cell`."""
 
     model: str
     cell: str
@@ -143,8 +144,8 @@ def find_regressions(new: Sequence[Row], old: Sequence[Row], limit: float) -> Re
       own times are reported but never regress.
     * Peak memory and size regress if they grow by more than the limit.
     * Accuracy regresses if the number of wrong answers grows by more than the limit and McNemar's test is significant.
-      If the old row has no wrong answers, their number counts as 1. If the predicted labels are unknown, the
-      limit alone decides whether accuracy regresses.
+      If the old row has no wrong answers, the increase is divided by 1 instead of 0. If the predicted labels are
+      unknown, the limit alone decides whether accuracy regresses.
     * A figure regresses if only the new row lacks it. A figure is not compared if the old row lacks it.
     * A cell regresses if its new row is failed, unavailable or missing.
 
@@ -154,7 +155,7 @@ def find_regressions(new: Sequence[Row], old: Sequence[Row], limit: float) -> Re
         limit: Largest tolerated increase of a cost, as a share: 0.05 for 5 %.
 
     Raises:
-        ResultFileError: No pair can be compared.
+        ResultFileError: No pair of rows can be compared.
     """
     measured_rows = [row for row in old if row.measurement.status == "ok"]
     old_by_key, new_by_key = (
@@ -211,8 +212,8 @@ _FIGURES: Mapping[str, Callable[[Measurement], float | None]] = {
     "size_bytes": lambda found: found.size_bytes.get("total"),
     "accuracy": lambda found: found.accuracy.value if found.accuracy else None,
 }
-# Name of a time figure → function that returns a row's gain over its baseline, and function that returns the time of
-# each round.
+# Name of a time figure → function that returns a row's speed-up over its baseline, and function that returns the time
+# of each round.
 _TIMES: Mapping[str, tuple[Callable[[Row], Ratio | None], Callable[[Measurement], list[float]]]] = {
     "latency_p50_ms": (lambda row: row.speedup, lambda found: found.latency.medians() if found.latency else []),
     "throughput_per_s": (
@@ -223,7 +224,7 @@ _TIMES: Mapping[str, tuple[Callable[[Row], Ratio | None], Callable[[Measurement]
 
 
 class _Cost(NamedTuple):
-    """The change of a cost.
+    """The change of a cost from the old run to the new run.
 
     Attributes:
         ratio: New cost / old cost.
@@ -273,10 +274,10 @@ def _as_ratio(rounds: Sequence[float]) -> Ratio:
 def _quotient(numerator: Ratio, denominator: Ratio) -> Ratio:
     """Returns the quotient of two ratios from separate runs, with its interval.
 
-    The bounds combine on the logarithmic scale, where the squares of their distances to the ratios add up. The lower
-    bound combines the numerator's lower bound with the denominator's upper bound. The upper bound combines the
-    numerator's upper bound with the denominator's lower bound. See Zou and Donner 2008, "Construction of confidence
-    limits about effect measures: a general approach".
+    The lower bound combines the numerator's lower bound with the denominator's upper bound. The upper bound combines
+    the numerator's upper bound with the denominator's lower bound. On the logarithmic scale, the squared distances
+    between the two combined bounds and their ratios add up. See Zou and Donner 2008, "Construction of confidence limits
+    about effect measures: a general approach".
     """
     value = numerator.value / denominator.value
     if numerator.low is None or numerator.high is None or denominator.low is None or denominator.high is None:
@@ -297,10 +298,10 @@ def _error_cost(old: Row, new: Row) -> _Cost:
 
 
 def require_no_regressions(result: Regressions) -> None:
-    """Requires that no pair regressed.
+    """Requires that no cell regressed.
 
     Raises:
-        VerdictError: A pair regressed.
+        VerdictError: A cell regressed.
     """
     if not result.regressed_pairs:
         return

@@ -30,7 +30,7 @@ class Quality:
         high: Upper bound of Wilson's 95 % interval of the accuracy.
         macro_f1: Mean F1 score over labels; every label has the same weight.
         balanced_accuracy: Mean recall over labels; every label has the same weight. For a multi-label model, the mean
-            includes the recall of each label's absence.
+            recall includes the recall of each label's absence.
         calibration_error: Expected calibration error of the probabilities.
         lost: Number of sentences that the baseline answers correctly and this row answers wrongly.
         won: Number of sentences that the baseline answers wrongly and this row answers correctly.
@@ -83,7 +83,8 @@ class Row:
     def speedup(self) -> Ratio | None:
         """Returns baseline latency / row latency at batch 1.
 
-        The ratio uses the medians of the rounds. If the rounds cannot be paired, the ratio uses the p50 of both rows.
+        The ratio compares the median latencies of baseline and row round by round. If the rounds cannot be paired, the
+        ratio compares the p50 of baseline and row.
         """
         return self._paired_ratio(lambda m: m.latency, Samples.medians) or self._figure_ratio(
             lambda m: m.latency_ms.get("p50")
@@ -93,8 +94,8 @@ class Row:
     def throughput_gain(self) -> Ratio | None:
         """Returns row throughput / baseline throughput.
 
-        The ratio uses the mean time per sentence of each round. If the rounds cannot be paired, the ratio
-        uses the throughputs of both rows.
+        The ratio compares the mean times per sentence of baseline and row round by round. If the rounds cannot be
+        paired, the ratio compares the throughputs of baseline and row.
         """
         paired = self._paired_ratio(lambda m: m.batches, Samples.sentence_times)
         return paired or self._figure_ratio(lambda m: m.throughput_per_s and 1 / m.throughput_per_s)
@@ -205,7 +206,7 @@ class Row:
         return Ratio(baseline_value / own_value) if own_value and baseline_value else None
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the row with its ratios, intervals and marks, without samples, predictions and probabilities."""
+        """Returns the row for JSON with ratios, intervals and marks, without samples, predictions and probabilities."""
         body = self.measurement.to_json()
         for name in ("samples", "predictions", "probabilities"):
             body.pop(name, None)
@@ -243,10 +244,10 @@ def compare(
 
     Args:
         runs: The result files.
-        baseline: A variant or a cell. If None, the baseline is torch-fp32 on the CPU, or else on the row's own
-            provider.
-        current: (model, variant) → id of the artifact that is now in the export folder. A row is stale if its
-            artifact has another id.
+        baseline: Name of the variant or cell that is the baseline. If None, the baseline is torch-fp32 on the CPU, or
+            else torch-fp32 on the row's own provider.
+        current: (model, variant) → id of the artifact that is now in the export folder. A row is stale if the id of the
+            measured artifact differs from the id of the current artifact.
 
     Raises:
         ResultFileError: There are no rows, or no row has the given baseline.
@@ -311,7 +312,7 @@ def _is_on_front(row: Row, rows: Sequence[Row]) -> bool:
 
 
 def _pareto_figures(row: Row) -> tuple[float, float, float] | None:
-    """Returns accuracy, negative p50 and negative size, so that more is better; None if one is missing."""
+    """Returns accuracy, negative p50 and negative size, so that more is better; None if one of the three is unknown."""
     measurement = row.measurement
     p50, size = measurement.latency_ms.get("p50"), measurement.size_bytes.get("total")
     if measurement.status != "ok" or not measurement.accuracy or not p50 or not size:
@@ -334,7 +335,7 @@ def arrange(rows: Sequence[Row], order: str | None, patterns: Sequence[str], pro
 
     Args:
         rows: The rows to select from.
-        order: A key of `ORDERS`; None keeps the given order.
+        order: Name of the sort order, a key of `ORDERS`; None keeps the order of `rows`.
         patterns: Shell patterns for cells or variants, such as ``onnx-*``; empty matches all rows.
         provider: Provider of the rows; None matches all providers.
 

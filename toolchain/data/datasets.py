@@ -60,10 +60,10 @@ def read(spec: str, columns: Columns, split: str | None, default_split: str) -> 
     """Reads a file or a split of a hub data set.
 
     Args:
-        spec: A file or a hub data set.
+        spec: Path of a file, or name of a hub data set.
         columns: The columns to read.
         split: Split of a hub data set; None for `default_split`.
-        default_split: Split of a hub data set if `split` is None.
+        default_split: Split of a hub data set that is read if `split` is None.
 
     Raises:
         DataError: The table does not exist, is unreadable, lacks a column or has no rows, or `split` is set for a file.

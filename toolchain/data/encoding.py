@@ -16,14 +16,16 @@ if TYPE_CHECKING:
     import numpy as np
 
 TOKEN_TYPES = "token_type_ids"
-CHARACTERS_PER_TOKEN = 64  # `Encoder` first tokenises at most `max_length` times this number of characters of a text.
+# `Encoder` first tokenises a prefix of a long text. The prefix has at most this number of characters for each of the
+# `max_length` tokens.
+CHARACTERS_PER_TOKEN = 64
 
 
 class Tokens(list[int]):
     """The token ids of a text or pair.
 
     Attributes:
-        types: For each token, the index of its text, 0 or 1; empty if the tokenizer gives only zeros.
+        types: For each token, the index of its text in the pair, 0 or 1; empty if the tokenizer gives only zeros.
     """
 
     types: Sequence[int] = ()
@@ -39,7 +41,7 @@ class Encoder:
         names: Names of the model's inputs.
         pad_id: Token id for padding.
         max_length: Largest number of tokens of a text or pair.
-        multi_label: Whether the model answers with sets of labels.
+        multi_label: Whether the model can predict several labels for one text.
     """
 
     folder: Path
@@ -113,7 +115,7 @@ class Encoder:
 def pad(
     ids: Sequence[Sequence[int]], names: Sequence[str], pad_id: int, left_padding: bool = False, width: int = 0
 ) -> dict[str, np.ndarray]:
-    """Pads token ids to one batch.
+    """Pads the token ids of several rows to one batch.
 
     Args:
         ids: Token ids of each row. Rows of type `Tokens` may also have token types.

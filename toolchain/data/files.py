@@ -239,7 +239,7 @@ def text_of(values: Sequence[Any], names: Sequence[str], number: int, table: Tab
     """Returns the text of a row, or its pair of texts.
 
     Args:
-        values: One or two values of the row.
+        values: The row's text, or its two texts if rows are pairs.
         names: Names of the columns that contain the values.
         number: Number of the row, from 1.
         table: The file, for error messages.

@@ -30,8 +30,8 @@ class Data:
 
     Attributes:
         name: Name of the data set.
-        texts: The text or pair of texts of each row.
-        labels: Correct answer of each row, in the format of `LabelSet.indices`.
+        texts: The texts or pairs of texts, in the order of the data set.
+        labels: Correct answer for each text or pair of texts, in the format of `LabelSet.indices`.
         label_set: Labels of the model.
     """
 
@@ -47,7 +47,7 @@ class Data:
 
     @property
     def has_pairs(self) -> bool:
-        """Returns whether each row has two texts."""
+        """Returns whether the data set holds pairs of texts instead of single texts."""
         return bool(self.texts) and not isinstance(self.texts[0], str)
 
     @property
@@ -66,10 +66,10 @@ class Data:
 
 
 def data_from_table(table: LabelledTable, labels: LabelSet) -> Data:
-    """Returns the texts and labels of a table as `Data` for a model with these `labels`.
+    """Returns the texts and labels of `table` as `Data` for a model with these `labels`.
 
     Raises:
-        DataError: The table has a label that the model does not have.
+        DataError: The label column of `table` has a label that the model does not have.
     """
     return Data(table.name, table.texts, labels.indices(table.column), labels)
 
@@ -85,7 +85,7 @@ def load(spec: str | None, labels: LabelSet, columns: Columns = DEFAULT_COLUMNS,
     Args:
         spec: A file or a hub data set; None for the embedded SST-2.
         labels: Labels of the model.
-        columns: Columns of the file or data set.
+        columns: Names of the text and label columns in the file or data set.
         split: Split of a data set; None for ``validation``. If `split` is ``held-out``, `spec` names training data, and
             the function returns the held-out rows of that data.
 
@@ -123,16 +123,16 @@ def fits_embedded_data(labels: LabelSet) -> bool:
 def _check_labels(labels: LabelSet, option: str) -> None:
     """Raises `DataError` unless the embedded sentences fit the model's labels."""
     if not fits_embedded_data(labels):
-        verb = "is multi-label and has the labels" if labels.multi_label else "has"
+        kind = "multi-label model" if labels.multi_label else "model"
         raise DataError(
-            f"The embedded SST-2 has the labels {', '.join(SST2_LABELS.names)}; this model {verb} "
+            f"The embedded SST-2 has the labels {', '.join(SST2_LABELS.names)}; this {kind} has "
             f"{', '.join(labels.names)}.",
             f"Pass data with the model's labels: {option} FILE.",
         )
 
 
 def data_name(digest: str) -> str:
-    """Returns the data set's name, the first part of a `TrainingSource.digest` or `Texts.digest`, for messages."""
+    """Returns the data set's name for messages; `digest` is a `TrainingSource.digest` or a `Texts.digest`."""
     return digest.partition(":")[0]
 
 
@@ -142,7 +142,7 @@ class TrainingSource:
 
     Attributes:
         file: A file or a hub data set; None for the embedded SST-2.
-        columns: Columns of the file or data set.
+        columns: Names of the text and label columns in the file or data set.
         split: Split of a data set; None for ``train``.
     """
 
@@ -167,7 +167,7 @@ class TrainingSource:
         return ":".join([name, content_digest, *column_names, *filter(None, (self.columns.pair, self.split))])
 
     def read(self) -> LabelledTable:
-        """Reads the sentences with their label column.
+        """Reads the training sentences with their label column.
 
         Raises:
             DataError: `datasets.read` fails, or the embedded SST-2 does not have the split.
@@ -219,10 +219,10 @@ def hold_out(data: Data) -> tuple[list[int], list[int]]:
 
 
 def sentence_rows(data: Data, rows: Sequence[int], count: int) -> list[int]:
-    """Returns the first `count` of `rows` with at least `SENTENCE_WORDS` words.
+    """Returns the first `count` row indices in `rows` whose texts have at least `SENTENCE_WORDS` words.
 
-    If fewer than 2 × `count` rows have `SENTENCE_WORDS` words, the function returns the first `count` rows of any
-    length.
+    If fewer than 2 × `count` rows have at least `SENTENCE_WORDS` words, the function returns the first `count` rows of
+    any length.
     """
     long_rows = [row for row in rows if _count_words(data.texts[row]) >= SENTENCE_WORDS]
     return list(long_rows if len(long_rows) >= 2 * count else rows)[:count]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # Values of `problem_type` in a model's config.
 SINGLE, MULTI = "single_label_classification", "multi_label_classification"
-SEPARATOR = "|"  # Separates several labels of one text in a label column of strings.
+SEPARATOR = "|"  # `SEPARATOR` separates several labels of one text in a label column of strings.
 MAX_LABELS = 100  # A column with more than `MAX_LABELS` different labels is probably not the label column.
 
 # The value of one row in a label column: one label, or a set of labels. An *answer* is an integer that stands for one
@@ -37,7 +37,7 @@ class Column:
     classes: tuple[str, ...] = ()
 
     def row_error(self, number: int, fault: str, hint: str) -> DataError:
-        """Returns an error about one row.
+        """Returns an error about one row of the label column.
 
         Args:
             number: Number of the row, from 1.
@@ -124,7 +124,7 @@ class LabelSet:
     def _translate_classes(
         self, sets: Sequence[Sequence[str]], column: Column
     ) -> tuple[list[Sequence[str]], Mapping[str, int]]:
-        """Returns each row's labels with class names in place of indices, and the model's index of each class name.
+        """Replaces class indices by class names; returns each row's labels and the model's index of each class name.
 
         Every class name of the data set must be a label of the model, in any order. If the model has default names and
         as many labels as the data set has classes, the method keeps the data set's indices.
@@ -173,8 +173,8 @@ def label_set(column: Column, names: Sequence[str], multi_label: bool) -> LabelS
     """Derives the labels of a new model from a label column.
 
     The argument `names` sets the label names. If `names` is empty, the label names are the class names of the data set.
-    Without `names` and class names, the label names are the values of the column in alphabetical order. Column values
-    0, 1 and so on become the label names LABEL_0, LABEL_1 and so on.
+    If `names` is empty and the data set has no class names, the label names are the values of the column in
+    alphabetical order. Column values 0, 1 and so on become the label names LABEL_0, LABEL_1 and so on.
 
     Args:
         column: The label column.
@@ -257,10 +257,10 @@ def label_probabilities(logits: np.ndarray, multi_label: bool) -> np.ndarray:
 
 
 def outcome_log_probabilities(logits: np.ndarray, multi_label: bool) -> np.ndarray:
-    """Returns the log-probabilities of all outcomes as a float64 array.
+    """Returns the log-probabilities of the labels as a float64 array.
 
-    For a single-label model, each label is an outcome, so the shape is [batch, labels]. For `multi_label`, the outcomes
-    are the presence of each label and then the absence of each label, so the shape is [batch, 2 × labels].
+    For a single-label model, the array has the shape [batch, labels]. For `multi_label`, the array has the shape
+    [batch, 2 × labels]: first the log-probability that each label is present, then that it is absent.
     """
     import numpy as np
 

@@ -68,16 +68,16 @@ class Cluster:
         """Calls a method of `driver.Driver` and returns its answer.
 
         Args:
-            method: Name of the method.
+            method: Name of a method of `driver.Driver`.
             **arguments: Arguments of the method.
         """
         return self._driver.ask({"do": method, **arguments}, None)
 
     def score(self, model: Model, texts: Texts, done: int, window: int) -> Iterator[list[Row]]:
-        """Scores texts on the cluster and yields the rows of `window` texts at a time; implements `predict.Engine`.
+        """Scores texts on the cluster; yields the predictions of `window` texts at a time; implements `predict.Engine`.
 
-        The method first copies texts from standard input to a file, because Ray reads texts again if their rows are
-        lost.
+        The method first copies texts from standard input to a file, because Ray reads texts again if their predictions
+        are lost.
         """
         with tempfile.TemporaryDirectory() as scratch:
             if texts.file == STDIN:
@@ -103,8 +103,8 @@ def connect(address: str | None, say: Say) -> Iterator[Cluster]:
             the function starts a cluster on this machine and stops it on exit.
 
     Raises:
-        ClusterError: Ray is not installed, the cluster does not answer or offers no CPU, or a node's versions of Python
-            and toolchain differ from this machine's.
+        ClusterError: Ray is not installed, the cluster does not answer or offers no CPU, or a node has another version
+            of Python or the toolchain.
     """
     if importlib.util.find_spec("ray") is None:
         raise ClusterError("Ray is not installed.", install_hint("ray"))

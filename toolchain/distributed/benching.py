@@ -30,7 +30,7 @@ class Plan:
 
     Attributes:
         workspace: Folder of the artifacts.
-        request: The benchmark request, which contains the protocol.
+        request: The benchmark request, which contains the settings of the benchmark.
         cells: All cells of the benchmark.
         data: Sentences to measure on.
         threads: Number of threads; None for all cores of each node.
@@ -83,7 +83,7 @@ def measure(
 
 
 def distinct_nodes(nodes: Sequence[Node], say: Say) -> list[Node]:
-    """Returns one node of each kind of hardware, since nodes with equal hardware give equal rows."""
+    """Returns one node of each kind of hardware, because nodes with equal hardware give equal benchmark rows."""
     nodes_by_machine: dict[str, Node] = {}
     for node in nodes:
         first = nodes_by_machine.setdefault(node.machine["id"], node)
@@ -96,7 +96,7 @@ def assign_cells(nodes: Sequence[Node], cells: Sequence[Cell]) -> list[tuple[Nod
     """Returns each node with the cells that it measures; leaves out nodes without a cell.
 
     Every node measures the CPU cells, so that each result file has its own baseline. Nodes with a GPU measure the CUDA
-    cells. If no node has a GPU, every node gets the CUDA cells, and their rows report the missing GPU.
+    cells. If no node has a GPU, every node gets the CUDA cells, and the rows of the CUDA cells report the missing GPU.
     """
     with_gpu = any(node.gpus for node in nodes)
     assignments = [(node, [c for c in cells if c.provider == "cpu" or node.gpus or not with_gpu]) for node in nodes]
@@ -127,7 +127,7 @@ def run_plan(
 
 
 def _cell_to_json(cell: Cell) -> dict[str, Any]:
-    """Returns the cell as JSON data, without the encoder; ``artifact`` is true if the cell has an artifact."""
+    """Returns the cell as JSON data without its tokenizer; the field ``artifact`` says whether it has an artifact."""
     fields = {name: value for name, value in vars(cell).items() if name not in ("artifact", "encoder")}
     return {**fields, "artifact": cell.artifact is not None}
 

@@ -25,7 +25,10 @@ MOST_THREADS = 4  # Maximum number of threads per worker: more workers are faste
 
 
 class Driver:
-    """A connection to a Ray cluster. The public methods answer requests. `ready`, the first answer, lists all nodes."""
+    """A connection to a Ray cluster; each public method answers one kind of request.
+
+    The attribute `ready` is the driver's first answer, and lists the nodes with CPUs.
+    """
 
     def __init__(self, message: Mapping[str, Any]) -> None:
         with _translate_errors():
@@ -43,14 +46,14 @@ class Driver:
     def score(
         self, folder: str, files: Sequence[str], texts: Mapping[str, Any], done: int, window: int
     ) -> dict[str, Any]:
-        """Starts to score texts; `rows` returns the results.
+        """Starts to score texts; the method `rows` returns the predictions.
 
         Args:
             folder: Folder of the model.
             files: Files of the model, by their paths in the folder.
             texts: Fields of a `Texts` object.
             done: Number of texts to skip.
-            window: Number of texts whose rows one call of `rows` returns.
+            window: Number of texts whose predictions one call of `rows` returns.
 
         Returns:
             The number of ``workers`` and the ``threads`` of each worker.
@@ -61,13 +64,13 @@ class Driver:
         return dict(zip(("workers", "threads"), workers, strict=True))
 
     def _count_workers(self) -> tuple[int, int]:
-        """Returns the number of workers and the threads of each worker; a worker fits on the smallest node."""
+        """Returns the number of workers and of threads per worker; the smallest node has enough CPUs for one worker."""
         cpus = [node["cpus"] for node in self._nodes]
         threads = min(MOST_THREADS, *cpus)
         return sum(count // threads for count in cpus), threads
 
     def rows(self) -> dict[str, Any]:
-        """Returns the ``rows`` of the next window of texts; an empty list after the last window."""
+        """Returns the predictions for the next window of texts as ``rows``, which is empty after the last window."""
         with _translate_errors():
             return {"rows": json.loads(next(self._rows, "[]"))}
 
@@ -77,7 +80,7 @@ class Driver:
         """Starts the benchmark on every node; each node starts when all its CPUs and GPUs are free.
 
         Args:
-            plan: The plan, from `benching.Plan.message`.
+            plan: The benchmark plan, from `benching.Plan.message`.
             shares: Pairs of a node's id and the cells of this node.
         """
         import ray
@@ -126,11 +129,11 @@ def store_files(folder: Path, files: Sequence[str]) -> StoredFiles:
 
 
 def _score_windows(workers: tuple[int, int], model: StoredFiles, texts: Texts, done: int, window: int) -> Iterator[str]:
-    """Yields the rows of every window of texts as JSON, in order, with only a few windows in memory.
+    """Yields the predictions for every window of texts as JSON, in order, with only a few windows in memory.
 
     A task on this machine reads the texts, so only this machine needs the file with the texts. A pool of Ray actors
-    scores the texts. If the reading task or an actor dies, Ray repeats the lost work and continues with the remaining
-    actors.
+    scores the texts. If an actor or the task that reads the texts dies, Ray repeats the lost work and continues with
+    the remaining actors.
     """
     import ray
     from ray.data import ActorPoolStrategy, DataContext, Datasource, read_datasource

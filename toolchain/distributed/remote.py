@@ -95,7 +95,7 @@ class Scorer:
             return model, LoadedModel(model, self.threads)
 
     def __call__(self, windows: pyarrow.Table) -> pyarrow.Table:
-        """Scores windows of texts and returns the rows of predictions.
+        """Scores windows of texts and returns their predictions.
 
         The method reads and returns texts as JSON strings, because JSON can represent every text.
 
@@ -119,7 +119,7 @@ def measure(plan: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], files: 
     """Runs the benchmark on this machine, with artifacts in a temporary folder.
 
     Args:
-        plan: The plan, from `benching.Plan.message`, without ``folder`` and ``files``.
+        plan: The benchmark plan, from `benching.Plan.message`, without ``folder`` and ``files``.
         cells: The cells of this node.
         files: Files of the artifacts in the object store.
 

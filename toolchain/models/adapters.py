@@ -1,7 +1,7 @@
 """Checks of a LoRA adapter in PEFT's format: its settings, its weights file and the base it names.
 
-The toolchain merges only plain LoRA adapters into their base. An unknown setting raises an error, because ignoring it
-would give a wrong merge.
+The toolchain merges only plain LoRA adapters into their base. An unknown setting of an adapter raises an error, because
+a merge without that setting would give a wrong model.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ MERGED = (
     "use_dora",
     "lora_bias",
 )
-# Adapter settings that the merge ignores. Either other code checks the setting, or only training uses it, or it has an
-# effect only together with a setting that is rejected.
+# Adapter settings that the merge ignores. Each ignored adapter setting is checked elsewhere, is used only in training,
+# or has no effect without a setting that the toolchain rejects.
 _IGNORED = (
     "base_model_name_or_path",
     "revision",
@@ -47,8 +47,8 @@ _IGNORED = (
     "megatron_core",
     "qalora_group_size",
 )
-# Values of `init_lora_weights` that leave the base unchanged. All other values of `init_lora_weights` make PEFT change
-# the base before training.
+# Values of `init_lora_weights` that leave the base unchanged; with any other value, PEFT changes the base before
+# training.
 _INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 NAME_BASE = "Name the base with `toolchain export --model … --base FOLDER|ID`."
 
@@ -113,14 +113,16 @@ def base(folder: Path) -> tuple[str, str | None]:
     The function never follows a path in the settings, because the adapter's author chose that path.
 
     Raises:
-        CheckpointError: The adapter names a path instead of a hub id, or names no base. The error's hint asks the user
+        CheckpointError: The adapter names a path instead of a hub id, or names no base; the error's hint asks the user
             to name the base.
     """
     config = settings(folder)
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(name, str) or not HUB_ID.fullmatch(name):
-        problem = f"names a path as its base ({name})" if name else "does not name its base"
-        raise CheckpointError(f"The adapter {folder} {problem}.", NAME_BASE)
+        cause = f"The adapter {folder} does not name its base."
+        if name:
+            cause = f"The adapter {folder} names a path as its base ({name})."
+        raise CheckpointError(cause, NAME_BASE)
     return name, revision if isinstance(revision, str) else None
 
 

@@ -86,11 +86,11 @@ LAYOUTS = {
     "electra": replace(_BERT, layers="electra.encoder.layer"),
 }
 LAYER_SHARING = {"albert"}  # Architectures that store one layer and run it several times.
-# Architectures that cannot be pruned, each with the reason for the error message.
+# Maps each architecture that cannot be pruned to the sentence that gives the user the reason.
 UNPRUNABLE = {
-    "albert": "uses the same weights in all layers, so no layer can be pruned separately",
-    "deberta-v2": "uses the same weights for positions and words, so no head can be removed separately",
-    "mobilebert": "has bottleneck layers and several feed-forward parts in each layer",
+    "albert": "{model} uses the same weights in all layers, so no layer can be pruned separately.",
+    "deberta-v2": "{model} uses the same weights for positions and words, so no head can be removed separately.",
+    "mobilebert": "{model} has bottleneck layers and several feed-forward parts in each layer, so it cannot be pruned.",
 }
 
 
@@ -127,7 +127,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
     kind = model.config.model_type
     if kind in UNPRUNABLE:
         raise PruningError(
-            f"{type(model).__name__} {UNPRUNABLE[kind]}.",
+            UNPRUNABLE[kind].format(model=type(model).__name__),
             f"Quantise it instead. Pruning supports {', '.join(LAYOUTS)}.",
         )
     if kind not in LAYOUTS:
@@ -162,8 +162,8 @@ def shapes_of(model: PreTrainedModel) -> list[LayerShape]:
 def matched_layers(model: PreTrainedModel) -> list[int]:
     """Returns the indices of the hidden states that correspond to hidden states of the unpruned model.
 
-    Index i is the hidden state after i layers. The function omits the hidden state before an empty layer, because
-    pruning fits that state to the unpruned model's state after the layer.
+    Index i stands for the hidden state after i layers. The function omits the hidden state before an empty layer,
+    because pruning fits that state to the unpruned model's state after the layer.
     """
     shapes = shapes_of(model)
     return [count for count in range(1, len(shapes) + 1) if count == len(shapes) or not shapes[count].is_empty]

@@ -23,8 +23,8 @@ REFERENCE = Path(__file__).parent.parent / "reference" / "model"
 REFERENCE_SLUG = "reference"
 ROOT_VARIANT = "torch-fp32"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-# Name of the weights file of a model with pruned or int8 layers, which transformers cannot build. If this file had the
-# standard name, transformers would load it without an error, but with random weights or with integers without scales.
+# Name of the weights file of a model with pruned or int8 layers, which transformers cannot build. Under the standard
+# file name, transformers would load pruned or int8 weights without an error, but the loaded model would be wrong.
 OWN_WEIGHTS = "toolchain.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -48,8 +48,8 @@ CARD = "training.json"
 MODEL_CARD, MODEL_CARD_LIMIT = "README.md", 1 << 20
 REFERENCE_LICENSE, NOT_STATED = "Apache-2.0", "not stated"
 _PATTERNS = ("config.json", SHAPES, "*.safetensors", WEIGHTS_INDEX, MODEL_CARD, *TOKENIZER_FILES)
-# Matches a licence line in the front matter of a model card. A YAML parser would be unsafe for this front matter,
-# because YAML aliases can expand without limit.
+# Matches a licence line in the front matter of a model card. A YAML parser would be unsafe for the front matter of a
+# model card, because YAML aliases can expand without limit.
 _LICENSE_LINE = re.compile(
     r"""^(license|license_name):[ \t]*(["']?)(\w[\w .+()-]{0,99}?)\2[ \t]*(?:#.*)?$""", re.M | re.A
 )
@@ -60,7 +60,7 @@ class Source:
     """The source of a checkpoint.
 
     Attributes:
-        kind: One of ``embedded``, ``folder`` and ``hub``.
+        kind: Kind of the source: ``embedded``, ``folder`` or ``hub``.
         ref: Absolute path of the folder, or the hub id.
         revision: Exact revision, as in `Import`.
         base: Base of an adapter as the user named it, in the form that `locate` accepts. If `base` is empty, the
@@ -208,7 +208,7 @@ def fetch(source: Source, revision: str | None = None, *, head: bool = True) -> 
 def adapter_folder(source: Source) -> Path | None:
     """Returns a folder with the adapter's settings, or None if the source is a model and not an adapter.
 
-    From the hub, the function downloads only the settings file.
+    For a source on the hub, the function downloads only the adapter's settings file.
     """
     if source.kind != "hub":
         folder = _folder(source)
@@ -238,7 +238,7 @@ def _digest(folder: Path) -> str:
 
 
 def license_of(folder: Path) -> str | None:
-    """Returns the licence in the checkpoint's model card; None if the card states no licence, or a list of licences."""
+    """Returns the licence in the checkpoint's model card; None unless the model card states exactly one licence."""
     if folder == REFERENCE:
         return REFERENCE_LICENSE
     if not (folder / MODEL_CARD).is_file():
@@ -289,7 +289,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _tensors_by_file(folder: Path) -> dict[str, set[str]]:
-    """Maps each weights file to its tensor names in the index; to an empty set if there is no index."""
+    """Returns the tensor names that the index lists for each weights file; empty sets if there is no index."""
     if weights_of(folder).is_file():
         return {weights_of(folder).name: set()}
     if (folder / WEIGHTS_INDEX).is_file():

@@ -70,7 +70,7 @@ def fetch_files(source: Source, step: Import) -> ImportFiles:
 
 
 def _pin_base(source: Source, last_base: str | None) -> str | None:
-    """Returns the exact base of an adapter, as in `Import`, or None for a model.
+    """Returns an adapter's base with its exact revision, as in `Import`; None if the source is a model.
 
     `last_base` is the base of the last import.
     """

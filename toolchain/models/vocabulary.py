@@ -27,9 +27,9 @@ NewIds = Mapping[int, int]
 def tokens_to_keep(encoder: Encoder, texts: Iterable[Text]) -> list[int]:
     """Returns the ids of the tokens to keep, in ascending order.
 
-    The function keeps the tokens of `texts`, the special and added tokens, and every piece of one character. It also
-    keeps every token that pieces of one character cannot spell. So a word stays tokenisable if the vocabulary has a
-    piece for each of its characters.
+    The function keeps the tokens of `texts`, the special and added tokens, every piece of one character, and every
+    token that one-character pieces cannot spell. So a word stays tokenisable if the vocabulary has a piece for each of
+    its characters.
 
     Args:
         encoder: Encoder whose folder holds the tokenizer files.
@@ -106,8 +106,8 @@ def _special_ids(folder: Path, tokenizer: Mapping[str, Any]) -> set[int]:
     if model.get("type") != WORDPIECE:
         raise CheckpointError(
             f"Only {WORDPIECE} vocabularies can be trimmed, and the type of this tokenizer is "
-            f"{model.get('type') or 'not stated'}. In types other than {WORDPIECE}, a removed token changes how other "
-            "words are split.",
+            f"{model.get('type') or 'not stated'}. In a tokenizer of another type than {WORDPIECE}, the removal of a "
+            "token also changes how words without that token are split.",
             "Run the command without --trim-vocab.",
         )
     ids = {token["id"] for token in tokenizer["added_tokens"]} | {model["vocab"][model["unk_token"]]}

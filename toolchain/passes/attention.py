@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 DOMAIN = "com.microsoft"
-ROLES = ("query", "key", "value")  # The order in which the fused weight holds the projections.
+ROLES = ("query", "key", "value")  # Order of the projections in the weight of a fused Attention.
 SETTINGS = ("num_heads", "scale", "mask_filter_value")  # Attributes that Attention and QAttention share.
 
 # A `Product` takes the model, a linear layer's input, the weight's name, the weight [inner, outer], and the bias.
@@ -32,7 +32,7 @@ Attend = Callable[["ir.Model", "ir.Node", "Callable[..., list[ir.Node]]"], "tupl
 def build_joint_products(
     model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]
 ) -> tuple[list[ir.Node], ir.Value]:
-    """Builds one joint product for query, key and value, a Split, and a MultiHeadAttention; implements `Attend`."""
+    """Builds a joint product for query, key and value, then a Split and a MultiHeadAttention; implements `Attend`."""
     import numpy as np
     import onnx_ir as ir
 
@@ -52,7 +52,7 @@ def build_joint_products(
 def build_separate_products(
     model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]
 ) -> tuple[list[ir.Node], ir.Value]:
-    """Builds three products, for query, key and value, and a MultiHeadAttention; implements `Attend`."""
+    """Builds one product each for query, key and value, then a MultiHeadAttention; implements `Attend`."""
     import numpy as np
 
     data, weight, bias, _ = node.inputs[:4]

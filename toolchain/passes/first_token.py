@@ -20,8 +20,8 @@ BOUNDARY = {"Attention", "MultiHeadAttention", "LayerNormalization"}
 def first_token(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     """Moves the `Gather` of token 0 up through token-wise nodes to the last attention; counts these nodes.
 
-    The rewrite is exact, because each token-wise node computes token 0 from token 0 alone. The rewrite has two
-    conditions. First, only the Gather and other token-wise nodes may read the results of a token-wise node. Second, a
+    The rewrite is exact, because each token-wise node computes token 0 from token 0 alone. The pass rewrites a
+    token-wise node only if the Gather of token 0 and rewritten token-wise nodes are its only readers. A rewritten
     token-wise node may read only weights, other token-wise nodes and `BOUNDARY` operators, whose output is [batch,
     sequence, width].
     """

@@ -53,9 +53,9 @@ def fuse(
 def _move_residual_last(model: ir.Model) -> None:
     """Makes the residual the second addend of each Add before a LayerNormalization.
 
-    The residual is the addend with more readers. The fusion assumes that the first addend that comes from an Add node
-    is the result of the attention. In ALBERT's first layer, the first addend would otherwise be the projected
-    embeddings.
+    The residual is the addend with more readers. If Add nodes compute both addends, ONNX Runtime's fusion takes the
+    first addend as the result of the attention. Without this function, the first addend in ALBERT's first layer would
+    be the projected embeddings.
     """
     for norm in model.graph:
         add = norm.inputs[0].producer() if norm.op_type == "LayerNormalization" and norm.inputs[0] else None

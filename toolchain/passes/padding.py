@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 IDS, MASK = "input_ids", "attention_mask"
 SHAPE = "Shape"
 FUSED = {"Attention", "MultiHeadAttention"}
-RELATIVE = "GatherElements"  # DeBERTa uses this operator to look up attention scores by the distance of two tokens.
+RELATIVE = "GatherElements"  # With GatherElements, DeBERTa looks up attention scores by the distance of two tokens.
 # Operators that may combine several tokens; none of them may precede the LayerNormalization of the embeddings.
 MIXES = {"Attention", "MatMul", "Gemm", "Einsum", "Softmax"}
 

@@ -90,7 +90,7 @@ def build_int4_product(
 def look_up_int4_rows(model: ir.Model, name: str, array: np.ndarray, rows: Any) -> list[ir.Node]:
     """Builds GatherBlockQuantized; implements `quantize_embedding.LookUp`.
 
-    If the width of the table is no multiple of `BLOCK`, this function calls `look_up_int8_rows`.
+    If the width of the embedding table is no multiple of `BLOCK`, this function calls `look_up_int8_rows`.
     """
     import numpy as np
     import onnx_ir as ir

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
     from toolchain.passes import Context
 
-# A `LookUp` takes the model, the table's name, the table [rows, width], and the row indices.
-# The result of a `LookUp` is the nodes that look up the rows, the last of which gives the rows in fp32.
+# A `LookUp` takes the model, the name of an embedding table, the embedding table [rows, width], and the row indices.
+# The result of a `LookUp` is the nodes that look up rows of the embedding table; the last node gives the rows in fp32.
 LookUp = Callable[["ir.Model", str, "np.ndarray", Any], "list[ir.Node]"]
 
 
 def quantize_embedding(model: ir.Model, context: Context, look_up: LookUp) -> tuple[ir.Model, int]:
-    """Replaces each Gather from a constant 2-D fp32 table by the nodes of `look_up`; counts the tables."""
+    """Replaces each Gather from a constant 2-D fp32 embedding table by nodes of `look_up`; counts the Gather nodes."""
     import onnx_ir as ir
 
     count = 0
@@ -43,7 +43,7 @@ def quantize_embedding(model: ir.Model, context: Context, look_up: LookUp) -> tu
 
 
 def look_up_int8_rows(model: ir.Model, name: str, array: np.ndarray, rows: Any) -> list[ir.Node]:
-    """Builds standard operators that gather int8 rows and their scales, and multiply both; implements `LookUp`."""
+    """Builds standard operators that look up int8 rows of a table and multiply rows by scales; implements `LookUp`."""
     import onnx_ir as ir
 
     int8, scale = quantize_weight(array, axis=0)

@@ -50,7 +50,7 @@ def layers_of(model: ir.Model) -> list[str]:
 
 
 def layer_name(node: ir.Node) -> str:
-    """Returns the layer's path in PyTorch; for fused projections, the name of the Attention node."""
+    """Returns a linear layer's module path in PyTorch; for fused projections, the name of the Attention node."""
     return (node.name or "").strip("/").removesuffix("/MatMul").removesuffix("/Gemm")
 
 
@@ -72,7 +72,7 @@ def weights_of(model: ir.Model) -> dict[str, np.ndarray]:
 
 
 def inputs_with_shared_weights(model: ir.Model) -> set[str]:
-    """Returns the names of the inputs whose layers share a weight with layers of another input."""
+    """Returns the names of the inputs of linear layers that share a weight with a layer of another input."""
     readers: dict[str, set[str]] = {}
     for node in linear_nodes(model):
         readers.setdefault(str(node.inputs[1].name), set()).add(str(node.inputs[0].name))  # type: ignore[union-attr]
@@ -91,12 +91,12 @@ def linear_nodes(model: ir.Model) -> list[ir.Node]:
 
 
 def headroom(model: ir.Model) -> float | None:
-    """Returns the margin of the int8 products before 16-bit saturation; None if the graph has no int8 product.
+    """Returns the headroom of the int8 products before 16-bit saturation; None if the graph has no int8 product.
 
-    Some processors add two int8 products in 16 bits. The margin is the 16-bit limit divided by the largest possible sum
-    of two products. The largest possible sum is the largest activation times the sum of the two largest weights of
+    Some processors add two int8 products in 16 bits. The headroom is the 16-bit limit divided by the largest possible
+    sum of two products. The largest possible sum is the largest activation times the sum of the two largest weights of
     equal sign in one output. A kernel may add any two products of one output, so the function assumes the worst pair.
-    If the margin is at least 1, products never saturate.
+    If the headroom is at least 1, products never saturate.
     """
     import numpy as np
 

@@ -47,7 +47,7 @@ class Activation:
     def from_range(cls, low: float, high: float, smooth: np.ndarray | None = None) -> Activation:
         """Returns the quantisation whose codes cover `low` to `high`, and 0.
 
-        Quantisation then keeps zeros, such as padding and pruned values, exactly 0.
+        Because a code stands for 0, quantisation keeps zeros, such as padding and pruned values, exactly 0.
         """
         import numpy as np
 

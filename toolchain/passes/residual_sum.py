@@ -50,7 +50,7 @@ def residual_sum(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
 
 
 def _negatable_inputs(value: ir.Value) -> list[tuple[ir.Node, int]]:
-    """Returns initializers, as (node, input index), whose negation negates `value` and no other value; may be empty."""
+    """Returns the (node, input index) of initializers whose negation negates only `value`; empty if there are none."""
     node = value.producer()
     if node is None or node.domain != "" or len(value.uses()) != 1 or value.is_graph_output():
         return []

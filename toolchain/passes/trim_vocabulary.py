@@ -18,9 +18,9 @@ def trim_vocabulary(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     """Reduces the word embedding table [tokens, width] to the rows in `context.tokens`, in that order.
 
     Raises:
-        GraphError: The table has no row for a token, or nodes other than one look-up read the token ids or the table.
-            Another reader of the ids or the table would still expect the old token ids. Besides the look-up, only Shape
-            nodes may read the token ids.
+        GraphError: The embedding table has no row for a kept token, or nodes other than one look-up read the token ids
+            or the embedding table. A second reader of the token ids or the embedding table would still expect the old
+            token ids. Besides the look-up, only Shape nodes may read the token ids.
     """
     import onnx_ir as ir
 

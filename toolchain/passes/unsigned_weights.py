@@ -48,7 +48,7 @@ def unsigned_weights(model: ir.Model) -> int:
             unsigned = (values.astype(np.int16) + OFFSET).astype(np.uint8)
             reader.replace_input_with(target, constant(model, name, unsigned))
         count += 1
-    common.RemoveUnusedNodesPass()(model)  # removes the signed weights, which no node reads any more
+    common.RemoveUnusedNodesPass()(model)  # No node reads the signed weights any more.
     return count
 
 

@@ -56,9 +56,9 @@ def prune(
 
 
 def mask(model: PreTrainedModel, ratio: float) -> PreTrainedModel:
-    """Returns a copy of the model with a share `ratio` of the rows of every linear encoder layer set to zero.
+    """Returns a copy of the model with a share `ratio` of the weight rows of every linear encoder layer set to zero.
 
-    The function chooses the rows with the smallest L2 norm; biases stay unchanged. The function applies
+    The function chooses the weight rows with the smallest L2 norm; biases stay unchanged. The function applies
     `torch.nn.utils.prune.ln_structured` permanently. The copy is neither smaller nor faster than the model.
     """
     from torch.nn.utils import prune as masks
@@ -90,8 +90,7 @@ def largest_ratio(
         method: Importance measure, as in `prune`.
         price: Cost function, as in `prune`.
         max_drop: Largest allowed accuracy drop, in percentage points.
-        progress: Progress callback; receives the number of measured ratios, the most ratios that the search can
-            measure, and a text.
+        progress: Progress callback; receives the number of measured ratios, the maximum of this number, and a text.
         layers: Number of layers to keep, as in `prune`.
 
     Returns:
@@ -117,8 +116,8 @@ def largest_ratio(
         low, high = (middle, high) if drops[ratio] <= max_drop else (low, middle)
     if low < 0:
         raise PruningError(
-            f"Even the smallest ratio, {SEARCH_RATIOS[0]:g}, loses more than {max_drop:g} points on held-out rows"
-            + (f" ({drops[SEARCH_RATIOS[0]]:.2f})." if SEARCH_RATIOS[0] in drops else "."),
+            f"Even the smallest ratio, {SEARCH_RATIOS[0]:g}, loses more than {max_drop:g} points of accuracy on "
+            "held-out rows" + (f" ({drops[SEARCH_RATIOS[0]]:.2f})." if SEARCH_RATIOS[0] in drops else "."),
             "Allow a larger --max-drop, or choose a --ratio and train afterwards with --recover.",
         )
     return SEARCH_RATIOS[low], sorted(drops.items())

@@ -52,7 +52,7 @@ class EncoderSizes:
         """Returns the number of linear parameters, biases included, of a layer's attention or feed-forward part.
 
         Args:
-            kind: ``heads`` or ``neurons``.
+            kind: Kind of the units: ``heads`` or ``neurons``.
             count: Number of heads or neurons; 0 units have 0 parameters.
         """
         per_unit = self.head * (4 * self.width + 3) if kind == "heads" else 2 * self.width + 1
@@ -93,7 +93,7 @@ class LatencyTable:
         The method interpolates linearly between measured counts.
 
         Args:
-            kind: ``heads`` or ``neurons``.
+            kind: Kind of the units: ``heads`` or ``neurons``.
             count: Number of heads or neurons.
         """
         import numpy as np
@@ -191,7 +191,7 @@ def _measure(model: PreTrainedModel, encoder: EncoderSizes, progress: Callable[[
     with tempfile.TemporaryDirectory() as scratch:
         sessions = {}
         for number, (kind, count) in enumerate(points):
-            progress(number, len(points), f"building the latency table: {count} {kind}")
+            progress(number, len(points), f"building the latency table: model with {count} {kind} per layer")
             shape = LayerShape(count, neurons) if kind == "heads" else LayerShape(heads, count)
             sessions[kind, count] = _open_session(model, [shape] * layers, Path(scratch) / f"{kind}-{count}")
         for number in range(ROUNDS):

@@ -21,8 +21,8 @@ class Importance:
     """Importance of one layer's heads or neurons.
 
     Attributes:
-        moment: Matrix [units, units]. The joint importance of a set of units is the sum of the entries whose row and
-            column belong to the set. The diagonal holds the importance of each single unit.
+        moment: Matrix [units, units]. The joint importance of a set of units is the sum of the matrix entries whose row
+            and column belong to the set. The diagonal of the matrix holds the importance of each single unit.
     """
 
     moment: torch.Tensor

@@ -28,14 +28,15 @@ def cut_and_fit(
 ) -> None:
     """Removes the units of `model` that are not in `kept_units`, and refits the remaining weights, layer by layer.
 
-    The function runs the dense and the pruned model side by side. Ridge regression on the remaining inputs refits the
-    last linear layer of attention and of the feed-forward part. The target of the regression is the dense model's sum
-    of residual and output, which is the input of a LayerNorm. The regression fits the same sum in the pruned model,
-    with the pruned model's own residual. The function adds the solution of the regression to the weights and the bias
-    of the linear layer. The method follows the mask tuning of Kwon et al. 2022, with a matrix in place of the mask.
+    The function runs the unpruned and the pruned model side by side. Ridge regression on the remaining inputs refits
+    the last linear layer of attention and of the feed-forward part. The regression fits the pruned model's sum of
+    residual and output to the same sum in the unpruned model. The sum of residual and output is the input of a
+    LayerNorm. The function adds the solution of the regression to the weights and the bias of the linear layer. The
+    method follows the mask tuning of Kwon et al. 2022, with a matrix in place of the mask.
 
-    If an attention or feed-forward part keeps no unit, the function removes its LayerNorm. The function then refits the
-    preceding LayerNorm, channel by channel, to the output of the removed LayerNorm in the dense model.
+    If an attention or feed-forward part keeps no unit, the function removes its LayerNorm. To replace a removed
+    LayerNorm, the function refits the preceding LayerNorm, channel by channel, to the removed LayerNorm's output in the
+    unpruned model.
 
     Args:
         dense: The unpruned model.
@@ -58,7 +59,7 @@ def cut_and_fit(
         parts = zip(
             (layout.output, layout.down), norms, (kept_units[index].heads, kept_units[index].neurons), strict=True
         )
-        at_layer_input = True  # while true, a refit of `last_norm` changes `states`, the layer's input
+        at_layer_input = True  # While `at_layer_input` is True, a refit of `last_norm` changes the layer's input.
         for path, norm, units in parts:
             if units:
                 _fit_linear(layer, path, norm, states, arguments, targets[norm])
@@ -80,7 +81,7 @@ Arguments = list[tuple[tuple[Any, ...], dict[str, Any], "torch.Tensor"]]
 def _record_layer_inputs(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[States, Arguments]:
     """Returns, for each batch, the first layer's input states [batch, sequence, width] and the layer's other arguments.
 
-    The other arguments end with the token mask of the batch.
+    The arguments other than the input states end with the token mask of the batch.
     """
     import torch
 

@@ -34,12 +34,12 @@ class _Group:
     order: list[int]
     # Possible numbers of units to keep, in descending order: from all units to 0, or to 1 for the first layer's heads.
     counts: list[int]
-    losses: list[float]  # Importance that the layer loses with each number in `counts`.
+    losses: list[float]  # The importance that the layer loses for each number of kept units in `counts`.
 
 
 @dataclass(frozen=True)
 class _Reduction:
-    """Reduction of a group to a lower number of units: one segment of its lower convex hull; see `select`."""
+    """A lower number of heads or neurons for one layer, with the importance lost per cost saved; see `select`."""
 
     group: int
     count: int
@@ -55,15 +55,16 @@ def select(
 ) -> list[KeptUnits]:
     """Selects the units that every layer keeps, with the least importance lost.
 
-    A group is one layer's heads, or one layer's neurons in blocks. Each group has a curve: importance lost over cost
-    saved. The segments of the curve's lower convex hull are the group's reductions. The function applies the
-    reductions of all groups in ascending order of importance lost per cost saved, until it reaches `ratio`. This greedy
-    order is the Lagrangian solution of the knapsack problem.
+    A group is either the heads of one layer, or the neurons of one layer in blocks of `BLOCK` neurons. Each group of
+    units has a curve: the lost importance as a function of the saved cost. Each segment of the curve's lower convex
+    hull is a possible reduction of the number of units. The function applies the reductions of all groups of units in
+    ascending order of importance lost per cost saved, until the share `ratio` is removed. This greedy order of the
+    reductions is the Lagrangian solution of the knapsack problem.
 
-    Then `rearrange` selects the same number of units in each group again, and takes interactions of pairs into account.
-    The first layer keeps at least one head, for two reasons. Without any head, the model cannot combine the tokens of a
-    sentence. The fit also replaces a removed LayerNorm by the preceding one, and no LayerNorm of the encoder precedes
-    the first layer.
+    Then `rearrange` may replace kept units of a group by removed units of the same group, because pairs of units
+    interact. The first layer always keeps at least one head. Without any head, the model cannot combine the tokens of a
+    sentence. If a layer loses all its heads, pruning refits the preceding LayerNorm, but no LayerNorm of the encoder
+    precedes the first layer.
 
     Args:
         importances: The importances of each layer's heads and neurons, first layer to last.
@@ -104,7 +105,7 @@ def _build_groups(importances: Sequence[LayerImportance]) -> list[_Group]:
             least_count = 1 if (layer, kind) == (0, "heads") else 0
             counts = sorted({total, *range(least_count, total, block)}, reverse=True)
             sums = [0.0, *unit_costs[order].cumsum(0).tolist()]
-            # A group that loses all units loses at least their joint importance.
+            # If a layer loses all its heads or all its neurons, the lost importance is at least their joint importance.
             sums[-1] = max(sums[-1], float(units.moment.sum()))
             groups.append(_Group(layer, kind, order, counts, [sums[total - count] for count in counts]))
     return groups
@@ -139,7 +140,7 @@ def _choose_counts(
 
 
 def _hull_reductions(index: int, group: _Group, price: Price) -> list[_Reduction]:
-    """Returns the reductions along a group's lower convex hull, by importance lost per cost saved, smallest first."""
+    """Returns the possible reductions of a group of units, smallest importance lost per cost saved first."""
     points = [
         (price(group.kind, group.counts[0]) - price(group.kind, count), loss, count)
         for count, loss in zip(group.counts, group.losses, strict=True)
@@ -147,7 +148,7 @@ def _hull_reductions(index: int, group: _Group, price: Price) -> list[_Reduction
     hull: list[tuple[float, float, int]] = []
     for saving, loss, count in points:
         if hull and saving <= hull[-1][0]:
-            continue  # a larger number of units costs no more, which can happen with measured costs
+            continue  # by measured costs, a larger number of units may cost no more than a smaller number
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) > _slope(hull[-1], (saving, loss)):
             hull.pop()
         hull.append((saving, loss, count))
@@ -161,9 +162,9 @@ def _slope(start: tuple[float, ...], end: tuple[float, ...]) -> float:
 def rearrange(importance: Importance, kept: Sequence[int]) -> tuple[int, ...]:
     """Selects as many units as `kept` has, so that the removed units have the least joint importance.
 
-    Each round swaps one removed unit with one kept unit, and chooses the swap that lowers the joint importance most.
-    The function stops when no swap lowers the joint importance, or after `MOST_SWAPS` rounds. The method is the mask
-    rearrangement of Kwon et al. 2022.
+    Each round swaps one removed unit with one kept unit, and chooses the swap that lowers the joint importance of the
+    removed units most. The function stops when no swap lowers the joint importance, or after `MOST_SWAPS` rounds. The
+    method is the mask rearrangement of Kwon et al. 2022.
 
     Args:
         importance: Importance of one layer's heads or neurons.

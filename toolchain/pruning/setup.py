@@ -1,4 +1,4 @@
-"""A model to prune, with the sentences that rank its units, fit the remaining weights and measure its accuracy."""
+"""A model to prune, with the sentences for ranking its units, refitting its weights and measuring its accuracy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class PruningSetup:
-    """Inputs of pruning, with cached results. All pruning ratios that one process tries share the cached results.
+    """Inputs of pruning and results computed from them. All pruning ratios that one process tries share the results.
 
     Use the function `shared_setup` to get the shared instance.
 
@@ -38,7 +38,7 @@ class PruningSetup:
         labels: Names of the model's labels, in order.
         max_length: Largest number of tokens of a sentence.
         source: Training data.
-        sentences: Largest number of training sentences that rank the units and fit the weights.
+        sentences: Largest number of training sentences for ranking the units and refitting the weights.
         seed: Random seed for the choice of the training sentences.
     """
 
@@ -78,7 +78,7 @@ class PruningSetup:
 
     @functools.cached_property
     def ranking(self) -> list[Batch]:
-        """Returns the sentences that rank the units and fit the weights; none of them is held out."""
+        """Returns training sentences for ranking the units and refitting the weights; none of them is held out."""
         rows, _ = inputs.hold_out(self._data)
         shuffled = random.Random(self.seed).sample(rows, len(rows))
         return self._batches(inputs.sentence_rows(self._data, shuffled, min(self.sentences, len(shuffled))))
@@ -113,7 +113,7 @@ def _share(setup: PruningSetup) -> PruningSetup:
 def shared_setup(artifact: Artifact, source: TrainingSource, sentences: int, seed: int) -> PruningSetup:
     """Returns the `PruningSetup` of an artifact.
 
-    Repeated calls with equal arguments return the same instance, until a call has other arguments.
+    Calls with equal arguments return the same instance, until a call with different arguments replaces it.
     """
     manifest = artifact.manifest
     names = tuple(spec.name for spec in manifest.inputs)

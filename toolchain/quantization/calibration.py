@@ -1,11 +1,11 @@
 """Calibration chooses the fixed quantisation of the linear layers' inputs from training sentences.
 
-The range of an input covers all its values on the training sentences. On the reference model, percentile ranges and the
-range of least squared error did not reduce the error of the outputs on held-out rows.
+The range of an input covers all its values on the training sentences. On the reference model, neither percentile ranges
+nor ranges of least squared error gave smaller output errors on held-out rows than full ranges.
 
 Calibration smooths the channels of an input (SmoothQuant) if the error of the layer's product is large. Calibration
-chooses the SmoothQuant migration strength with the least error. If the error of the product is small, smoothing would
-cost a `Mul` for little gain.
+chooses the SmoothQuant migration strength with the least error of the layer's product. If the error of the layer's
+product is small, smoothing would add a `Mul` node for little gain.
 """
 
 from __future__ import annotations
@@ -33,18 +33,26 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 SENTENCES = 300
-TOKENS = 4  # Calibration measures the error of the products on this number of evenly spaced tokens of each sentence.
-# Values of SmoothQuant's α: the share of the quantisation difficulty that moves from the activations to the weights.
+# Calibration measures the error of a layer's product on this number of evenly spaced tokens of each sentence.
+TOKENS = 4
+# Migration strengths α of SmoothQuant that calibration tries. The migration strength is the share of the quantisation
+# difficulty that moves from the activations to the weights.
 STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-# Calibration smooths an input only if `_noise` of its product is at least `NOISE`. On the reference model, `NOISE`
-# selects the ten inputs whose quantisation alone changes the outputs most. Smoothing all 25 inputs costs twice as much,
-# and hardly reduces the change of the outputs further.
+# Calibration smooths the input of a layer only if `_noise` of the layer's product is at least `NOISE`. On the reference
+# model, `NOISE` selects the ten inputs whose quantisation, each alone, changes the model's outputs most. Smoothing all
+# 25 inputs costs twice as much as smoothing these ten inputs, and hardly reduces the change of the outputs further.
 NOISE = 4e-3
 
 
 @dataclass
 class ValueStatistics:
-    """Statistics of one value: minimum and maximum of each channel [width], and sampled tokens [tokens, width]."""
+    """Statistics of one input of a linear layer.
+
+    Attributes:
+        low: Minimum of each channel, of shape [width].
+        high: Maximum of each channel, of shape [width].
+        tokens: Sampled tokens, of shape [tokens, width].
+    """
 
     low: np.ndarray
     high: np.ndarray
@@ -58,8 +66,8 @@ def calibrate(artifact: Artifact, train: TrainingSource, smooth: bool = True) ->
     if the data has enough longer rows.
 
     Args:
-        smooth: Whether calibration may smooth inputs with a large error. Smoothed inputs need the pass `smooth` before
-            the quantisation pass.
+        smooth: Whether calibration may smooth inputs if the error of the layer's product is large. Smoothed inputs need
+            the pass `smooth` before the quantisation pass.
 
     Returns:
         The quantisation of each input, by the name of the input.
@@ -78,10 +86,10 @@ def calibrate(artifact: Artifact, train: TrainingSource, smooth: bool = True) ->
 
 
 def choose_activation(statistics: ValueStatistics, weight: np.ndarray, smooth: bool = True) -> Activation:
-    """Chooses the quantisation of a value that is multiplied by `weight` [width, outputs].
+    """Chooses the quantisation of a layer's input; `weight` is the layer's weight, of shape [width, outputs].
 
     Args:
-        smooth: Whether the function may smooth the value if the error is large.
+        smooth: Whether the function may smooth the input if the error of the layer's product is large.
     """
     import numpy as np
 
@@ -98,14 +106,14 @@ def choose_activation(statistics: ValueStatistics, weight: np.ndarray, smooth: b
 
 
 def smoothing_factors(largest: np.ndarray, weights: np.ndarray, strength: float) -> np.ndarray:
-    """Returns the SmoothQuant factors [width], one for each channel: largest^strength / weights^(1 − strength).
+    """Returns the SmoothQuant factor of each channel, of shape [width]: largest^strength / weights^(1 − strength).
 
-    The factors are scaled to a geometric mean of 1. A channel gets the factor 1 if it is always 0 or its weights are
-    all 0.
+    The factors are scaled to a geometric mean of 1. A channel gets the factor 1 if its values are all 0 or its weights
+    are all 0.
 
     Args:
-        largest: Largest absolute value of each channel [width].
-        weights: Largest absolute weight of each channel [width].
+        largest: Largest absolute value of each channel of the input, of shape [width].
+        weights: Largest absolute weight of each channel of the input, of shape [width].
         strength: Migration strength α, 0 to 1.
     """
     import numpy as np
@@ -121,10 +129,10 @@ def smoothing_factors(largest: np.ndarray, weights: np.ndarray, strength: float)
 
 
 def _noise(activation: Activation, tokens: np.ndarray, weight: np.ndarray) -> float:
-    """Returns the mean, over the outputs of the quantised product, of squared error divided by variance.
+    """Returns the relative error of a quantised product: squared error divided by variance, averaged over the outputs.
 
-    Without the division by variance, one far larger output would hide the errors of the small outputs. Errors
-    of small outputs matter, because the next LayerNormalization enlarges small outputs again.
+    Without the division by variance, the error of one output with large values would hide the errors of outputs with
+    small values. Errors of outputs with small values matter, because the next LayerNormalization enlarges these values.
     """
     import numpy as np
 

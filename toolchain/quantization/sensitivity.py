@@ -39,8 +39,9 @@ class Layer:
 
     Attributes:
         name: Name of the layer.
-        divergence: Mean Kullback-Leibler divergence of the output probabilities from the fp32 graph's, in nats.
-        flips: Number of flips in the first `SENTENCES` rows, compared with the fp32 graph.
+        divergence: Mean Kullback-Leibler divergence between the output probabilities of the fp32 graph and of the graph
+            with this layer quantised, in nats.
+        flips: Number of flips in the first `SENTENCES` held-out rows, compared with the fp32 graph.
     """
 
     name: str
@@ -89,7 +90,7 @@ class SensitivitySetup:
 
     @property
     def layers(self) -> list[str]:
-        """Names of the layers that the passes can quantise, in the graph's order."""
+        """Names of the linear layers that `passes` can quantise, in the order of the graph."""
         return layers_of(read(self.artifact.onnx_path))
 
     @contextmanager
@@ -106,7 +107,7 @@ class SensitivitySetup:
                 session.close()
 
     def logits(self, session: OrtSession, count: int) -> np.ndarray:
-        """Returns the logits [row, label] of the first `count` rows; every batch is one row."""
+        """Returns the logits of the first `count` held-out rows, of shape [rows, labels]; every batch is one row."""
         import numpy as np
 
         batches = (pad([row], self.encoder.names, self.encoder.pad_id) for row in self.rows[:count])
@@ -164,7 +165,7 @@ def fewest_fp32_layers(
     low, high = -1, len(names)  # if all layers stay fp32, there is no accuracy drop
     while high - low > 1:
         middle = (low + high) // 2
-        progress(len(drops), len(names).bit_length() + 1, f"{middle} layers in fp32")
+        progress(len(drops), len(names).bit_length() + 1, f"measuring with {middle} layers in fp32")
         with setup.session(names[:middle]) as session:
             drops[middle] = 100 * (fp32_accuracy - _accuracy(setup, session))
         low, high = (low, middle) if drops[middle] <= max_drop else (middle, high)

@@ -43,8 +43,8 @@ NAMES = {
 def rename_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns a BERT encoder's weights under DistilBERT's names.
 
-    DistilBERT has no token types, so the function adds the embedding of token type 0 to every position. For single
-    texts, DistilBERT with these weights computes the same hidden states as BERT.
+    DistilBERT has no token types, so the function adds the embedding of token type 0 to the embedding of every
+    position. For single texts, DistilBERT with the returned weights computes the same hidden states as BERT.
     """
     renamed = {}
     for name, tensor in weights.items():
@@ -86,8 +86,8 @@ def load_distilbert(folder: Path) -> PreTrainedModel:
 def rebuild(model: Path, output: Path, epochs: int) -> None:
     """Fine-tune MODEL as a DistilBERT on the embedded SST-2 and write the checkpoint to OUTPUT.
 
-    The command keeps the epoch that is best on held-out rows. The committed reference model is from the epoch that was
-    best on the validation set.
+    The command keeps the weights of the epoch that is best on held-out rows. The committed reference model has the
+    weights of the epoch that was best on the validation set.
     """
     checkpoints.check(model, head=False)
     recipe = Recipe(epochs, RATE, patience=epochs, states=0.0, task=1.0, dropout=True)

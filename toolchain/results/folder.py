@@ -26,7 +26,7 @@ class ResultsFolder:
 
     @property
     def local(self) -> Path:
-        """Returns the subfolder for the results and journals of single runs, which are not committed."""
+        """Returns the subfolder for result files and journals of single benchmark runs; neither is committed."""
         return self.path / "local"
 
     def named_path(self, name: str, machine_id: str | None = None) -> Path:
@@ -34,7 +34,7 @@ class ResultsFolder:
 
         Args:
             name: Name of the result.
-            machine_id: Id of the machine if several machines give one result each; None otherwise.
+            machine_id: Id of the machine if several machines each write a result with this name; None otherwise.
         """
         return self.path / (f"{name}-{machine_id}.json" if machine_id else f"{name}.json")
 
@@ -66,7 +66,7 @@ class ResultsFolder:
         return max(runs, key=lambda run: run.created)
 
     def measurements_of(self, ids: Collection[str], say: Say) -> dict[str, tuple[ResultFile, Measurement]]:
-        """Returns, for each id of a measured artifact, the newest run with this artifact, and the artifact's row."""
+        """Returns the newest run with each measured artifact in `ids`, and the artifact's row in this run."""
         newest: dict[str, tuple[ResultFile, Measurement]] = {}
         for run in sorted(self._read_all(say), key=lambda run: run.created):
             for row in run.rows:

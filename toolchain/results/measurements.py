@@ -1,4 +1,4 @@
-"""Defines measurements: raw samples, and the rows that summarise the samples."""
+"""Defines the measurements of a benchmark: raw times, and the rows of a result file that summarise the times."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Samples:
     """Times of a repeated operation.
 
     Attributes:
-        rounds: Times in whole microseconds, by round. If there are too many times to store, each round holds the same
+        rounds: Times in whole microseconds, by round. If there are too many times to store, each round keeps the same
             share of its times.
         sentences: Number of sentences that each time in `rounds` covers.
         count: Number of measured times, stored or not.
@@ -66,11 +66,11 @@ class Samples:
 
     @classmethod
     def from_single(cls, rounds: list[list[int]]) -> Samples:
-        """Returns the samples of times that each cover one sentence; see `from_rounds`."""
+        """Returns the samples of the rounds if each time covers one sentence; see `from_rounds`."""
         return cls.from_rounds(rounds, [[1] * len(row) for row in rounds])
 
     def medians(self) -> list[float]:
-        """Returns the median of each round, in microseconds."""
+        """Returns the median time of each round, in microseconds."""
         return [_quantile(sorted(row), 0.5) for row in self.rounds]
 
     def sentence_times(self) -> list[float]:
@@ -128,12 +128,12 @@ class Measurement:
     figures that somebody else published.
 
     Attributes:
-        status: One of `STATUSES`.
+        status: Status of the measurement, one of `STATUSES`.
         reason: Why there is no measurement; empty for a measured row.
         mend: Hint that tells the user how to get a measurement; may be empty.
         latency: Times of the scenario ``single-stream``: batch 1, each sentence at its own length.
         with_tokenizing: Times of the scenario ``single-stream`` with tokenisation included.
-        batches: Times of the scenario ``offline``: batches of sentences, sorted by length.
+        batches: Times of the scenario ``offline``: the sentences are sorted by length and run in batches.
         resident: Times at batch 1 on a GPU, without the copies to and from the GPU.
         cold_start: Times from the start of a process to its first result.
         load: Times to load a session from its files.
@@ -214,7 +214,7 @@ class Measurement:
         for figures in (*quantiles, self.memory_bytes, gpu, self.size_bytes, self.noise):
             for name, value in figures.items():
                 if isinstance(value, int | float) and value < 0:
-                    raise ValueError(f"{self.cell}: {name} is {value}")
+                    raise ValueError(f"{self.cell}: {name} is {value}, but no figure can be negative")
         if not isinstance(self.memory_bytes.get("peak", 0), int):
             raise ValueError(f"{self.cell}: the memory peak is not a number of bytes")
         for name, source in QUANTILES_OF.items():
@@ -224,7 +224,7 @@ class Measurement:
         if self.batches and self.batches.per_second() != self.throughput_per_s:
             raise ValueError(f"{self.cell}: throughput_per_s does not follow from its samples")
         if any(chances and not all(0 <= p <= PROBABILITY for p in chances) for chances in self.probabilities):
-            raise ValueError(f"{self.cell} has a probability outside 0 to {PROBABILITY}")
+            raise ValueError(f"{self.cell} has a probability outside the range from 0 to {PROBABILITY}")
 
 
 def _samples_json(samples: Samples) -> dict[str, Any]:

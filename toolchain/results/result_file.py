@@ -17,7 +17,7 @@ from toolchain.results.measurements import SAMPLES, Accuracy, Measurement, Sampl
 from toolchain.system import files
 from toolchain.system.decoding import decode, strict
 
-SCHEMA = 2  # schema 1 has no probabilities, start times or labels
+SCHEMA = 2  # result files of schema 1 have no probabilities, start times or labels
 
 
 def _line(value: Any) -> str:
@@ -29,7 +29,7 @@ class ResultFile:
     """The result file of one benchmark run.
 
     Attributes:
-        created: Time of the run.
+        created: Date and time of the result, in UTC and ISO 8601 format.
         toolchain: Release of the toolchain.
         machine: Description of the machine; see `hardware.machine`.
         run: Settings of the run.
@@ -90,19 +90,19 @@ class ResultFile:
         """Checks the fields that a comparison needs.
 
         Raises:
-            ValueError: A field is missing, has another type, or contradicts another field.
+            ValueError: A field is missing, has the wrong type, or contradicts another field.
         """
         for key, kind in (("id", str), ("cpu", str), ("cores", int), ("ram_gib", int), ("isa", list), ("gpu", list)):
             if not isinstance(self.machine.get(key), kind):
                 raise ValueError(f"machine.{key} is {self.machine.get(key)!r}")
         if not all(isinstance(gpu, dict) and "name" in gpu for gpu in self.machine["gpu"]):
-            raise ValueError("machine.gpu has an entry without a name")
+            raise ValueError("a GPU in the list machine.gpu has no name")
         for key, kind in (("name", str), ("sha256", str), ("rows", int)):
             if not isinstance(self.data.get(key), kind) or not self.data[key]:
                 raise ValueError(f"data.{key} is {self.data.get(key)!r}")
         labels = self.data.get("labels", [])
         if labels and (len(labels) != self.data["rows"] or min(labels) < 0):
-            raise ValueError("labels does not have one label for each row of the data")
+            raise ValueError("the field labels does not have one label for each row of the data")
         if len({(row.model, row.cell) for row in self.rows}) < len(self.rows):
             raise ValueError("two rows have the same cell")
         for row in self.rows:
@@ -119,7 +119,7 @@ class ResultFile:
             if labels and row.predictions and row.accuracy:
                 correct = sum(prediction == label for prediction, label in zip(row.predictions, labels, strict=True))
                 if correct != row.accuracy.correct:
-                    raise ValueError(f"{row.cell}: accuracy does not follow from its predictions")
+                    raise ValueError(f"{row.cell}: the accuracy does not follow from the predictions")
 
 
 @strict
@@ -136,7 +136,7 @@ class _StoredSamples:
         if not all(value > 0 for row in (*self.rounds, *self.sentences) for value in row):
             raise ValueError("a time or a number of sentences is not positive")
         if [len(row) for row in self.rounds] != [len(row) for row in self.sentences]:
-            raise ValueError("the numbers of times and of sentences differ")
+            raise ValueError("a round does not have one number of sentences for each time")
 
     def to_samples(self) -> Samples:
         return Samples(self.rounds, self.sentences, self.count)
@@ -193,7 +193,7 @@ class _StoredRow:
 
     def __post_init__(self) -> None:
         if unknown := set(self.samples) - set(SAMPLES):
-            raise ValueError(f"there are no samples called {', '.join(sorted(unknown))}")
+            raise ValueError(f"there are samples with an unknown name: {', '.join(sorted(unknown))}")
 
     def to_measurement(self) -> Measurement:
         values: dict[str, Any] = {

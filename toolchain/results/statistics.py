@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from toolchain.results.measurements import Samples
 
 CONFIDENCE = 0.95
-FEWEST_ROUNDS = 6  # with fewer rounds, a confidence interval depends more on its method than on the times
+FEWEST_ROUNDS = 6  # with fewer rounds, a confidence interval depends more on the method than on the measured times
 RESAMPLES = 2000
 BINS = 10
 _SEED = 20
@@ -43,7 +43,7 @@ class Ratio:
         return None if self.low is None or self.high is None else not self.low <= 1 <= self.high
 
     def to_json(self) -> dict[str, float]:
-        """Returns the ratio as a file stores it, with the bounds if there are any."""
+        """Returns the ratio as JSON, with the bounds of the confidence interval if there is one."""
         bounds = {} if self.low is None or self.high is None else {"low": self.low, "high": self.high}
         return {name: round(value, 4) for name, value in {"value": self.value, **bounds}.items()}
 
@@ -85,10 +85,10 @@ def _bounds(values: tuple[float, ...]) -> tuple[float, float]:
 def _expand_level(count: int) -> float:
     """Returns the level at which a percentile interval over `count` values has the coverage `CONFIDENCE`.
 
-    For a small number n of values, a percentile interval of the bootstrap is too narrow. A percentile interval
-    corresponds to the normal distribution instead of Student's t. The standard error of a percentile interval over n
-    values lacks the factor sqrt(n / (n - 1)). The correction follows Hesterberg 2015, "What Teachers Should Know About
-    the Bootstrap".
+    For a small number n of values, a percentile interval of the bootstrap is too narrow. The percentile interval
+    corresponds to the normal distribution instead of Student's t. For n values, the bootstrap interval is also too
+    narrow by the factor sqrt((n - 1) / n). The correction follows Hesterberg 2015, "What Teachers Should Know About the
+    Bootstrap".
     """
     from scipy import stats
 
@@ -97,7 +97,7 @@ def _expand_level(count: int) -> float:
 
 
 def median_interval(samples: Samples) -> tuple[float, float] | None:
-    """Returns the bootstrap interval of the median time, in milliseconds; None below `FEWEST_ROUNDS` rounds."""
+    """Returns the confidence interval of the median time, in milliseconds; None below `FEWEST_ROUNDS` rounds."""
     rounds = samples.rounds
     return _median_bounds(rounds) if len(rounds) >= FEWEST_ROUNDS else None
 
@@ -158,13 +158,13 @@ def count_by_label(predictions: Sequence[int], labels: Sequence[int], multi: boo
 
     Args:
         predictions: Predicted label indices, or sets of labels as bit masks; see `toolchain.data.labels`.
-        labels: Labels of the data, in the form of `predictions`.
+        labels: Correct labels of the same rows, in the same form as `predictions`.
         multi: Whether predictions and labels are sets of labels.
 
     Returns:
-        One dict of row counts for each label. ``labelled``: the data has the label. ``predicted``: the prediction has
-        the label. ``correct``: the data and the prediction have the label. ``neither``: neither the data nor the
-        prediction has the label.
+        One dict for each label, with four numbers of rows. ``labelled``: rows that have the label in the data.
+        ``predicted``: rows that have the label in the prediction. ``correct``: rows that have the label in the data and
+        in the prediction. ``neither``: rows that have the label neither in the data nor in the prediction.
     """
     pairs = list(zip(predictions, labels, strict=True))
     if multi:
@@ -199,7 +199,8 @@ def balanced_accuracy(counts: Sequence[Mapping[str, int]], multi: bool) -> float
 
     Args:
         counts: Result of `count_by_label`.
-        multi: Whether a row has a set of labels. For sets, the mean also includes the recall of each label's absence.
+        multi: Whether each row has a set of labels instead of one label. For sets of labels, the mean also includes the
+            recall of each label's absence.
     """
     recalls = [
         label_counts["correct"] / label_counts["labelled"] for label_counts in counts if label_counts["labelled"]
@@ -220,7 +221,8 @@ def calibration_error(probabilities: Sequence[Sequence[float]], labels: Sequence
     Args:
         probabilities: Probabilities of all labels, for each sentence.
         labels: Label index of each sentence, or a set of labels as a bit mask.
-        multi: Whether a row has a set of labels. For sets, each label counts as a separate yes-or-no prediction.
+        multi: Whether each row has a set of labels instead of one label. In a set of labels, each label counts as a
+            separate yes-or-no prediction.
     """
     bins: list[list[tuple[float, bool]]] = [[] for _ in range(BINS)]
     count = 0

@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-# Limits on the largest and the median difference from the recorded logits on other machines. Kernels of other machines
-# add numbers in another order. In fp32, the order of additions changes the rounding of sums. In int8, an activation
-# sometimes rounds to a neighbouring code, which changes the logits of only a few sentences. Saturated products change
-# the logits of most sentences, so the median difference exceeds its limit. In int4, a runtime computes with activations
-# of either 8 or 32 bits.
+# Limits on how far the logits on another machine may differ from the recorded logits: largest and median difference.
+# Two machines may add the same numbers in different orders. In fp32, the order of additions changes the rounding of
+# sums. In int8, an activation sometimes rounds to a neighbouring integer, which changes the logits of only a few
+# sentences. Saturated products change the logits of most sentences, so the median difference exceeds its limit. For
+# int4 weights, a runtime may use activations of either 8 or 32 bits.
 TOLERANCES = {
     "fp32": {"largest": 1e-3, "median": 1e-4},
     "fp16": {"largest": 5e-2, "median": 5e-2},
@@ -261,12 +261,12 @@ def _write_model(contents: Contents, index: int, encoder: Encoder, folder: Path)
 
 
 def _oldest_release(variant: str, file: Path) -> str:
-    """Returns the oldest release of ONNX Runtime that runs the file correctly, or `DEFAULT` if that is newer.
+    """Returns the oldest release of ONNX Runtime that runs the file correctly; `DEFAULT` if that release is older.
 
-    The tests run bundles only with `DEFAULT` and newer releases.
+    The tests run bundles only with the release `DEFAULT` of ONNX Runtime and newer releases.
 
     Raises:
-        ShippingError: No known release runs the file correctly.
+        ShippingError: No known release of ONNX Runtime runs the file correctly.
     """
     release = oldest_release(read_needs(file))
     if release is None:

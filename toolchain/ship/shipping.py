@@ -78,8 +78,8 @@ class Order:
 def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -> dict[str, Any]:
     """Builds the missing or stale variants, writes the bundle and returns the content of its bundle.json.
 
-    The function writes the new bundle to a scratch folder, verifies it there, and renames the folder to `output`. An
-    equal bundle in `output` stays unchanged.
+    The function writes the new bundle to a scratch folder, verifies it there, and renames the folder to `output`. If
+    `output` already holds an equal bundle, it stays unchanged.
 
     Args:
         order: The options.
@@ -165,7 +165,7 @@ def _compare(contents: Contents, body: Mapping[str, Any], folder: Path, say: Say
             if not passed:
                 raise VerdictError(
                     f"The logits of {file} differ from the logits of {model['variant']}: {summary}.",
-                    "Ship another variant. For phones, a newer --ort-mobile may also help.",
+                    "Ship another variant, or for phones, pass a newer release as --ort-mobile.",
                 )
             say(f"{name}: {summary}")
         original.close()

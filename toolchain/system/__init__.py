@@ -1,1 +1,1 @@
-"""Access to the operating system: hardware facts, file writing, and the log messages of other libraries."""
+"""Access to the operating system: hardware facts, file writing, and the log messages of libraries."""

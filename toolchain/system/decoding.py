@@ -1,8 +1,8 @@
 """Decodes JSON that another program may have written (a file, or a line of a file) into typed values.
 
-`decode` converts JSON to a frozen dataclass with the decorator `strict`. The dataclass's fields state which values the
-JSON must hold, and `__post_init__` raises `ValueError` for values that contradict each other. So other code can use a
-decoded value without checks.
+`decode` converts JSON to a frozen dataclass that has the decorator `strict`. The dataclass's fields state which values
+the JSON must hold, and `__post_init__` raises `ValueError` for values that contradict each other. So the code that
+calls `decode` can use the decoded value without further checks.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def built_for_cuda(package: str) -> str | None:
     """Returns the CUDA version that an installed package was built for.
 
     Args:
-        package: A key of `BUILDS`.
+        package: Name of the package, one of the keys of `BUILDS`.
 
     Returns:
         The CUDA version, or None if the package is a CPU build, is missing, or does not state a version.

@@ -1,4 +1,4 @@
-"""A context manager that hides log messages of other libraries, for conditions that the toolchain checks itself."""
+"""A context manager that hides log messages of libraries about conditions that the toolchain checks itself."""
 
 from __future__ import annotations
 

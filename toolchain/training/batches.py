@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     import torch
 
 
-Targets = Sequence[int] | Sequence[Sequence[float]]  # the type of `inputs.Data.targets`
+# Class labels of all rows, in the form that a loss needs; the property `inputs.Data.targets` returns this type.
+Targets = Sequence[int] | Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def task_loss(logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean
     Args:
         logits: The model's logits, of shape [batch, labels].
         labels: Class labels of the batch, as in `Batch.labels`.
-        reduction: ``mean`` or ``sum`` over the rows.
+        reduction: How to combine the losses of the rows: ``mean`` or ``sum``.
     """
     from torch.nn import functional
 

@@ -136,7 +136,8 @@ def train(
         A dict of the recipe's settings and the run's steps, scores, device, precision and duration.
 
     Raises:
-        DataError: The loss of a step is not finite. The run's folder then holds the state before this step.
+        DataError: The loss of a step is not finite. The folder of the run then holds the training state before the
+            failed step.
     """
     (model, teacher), (train_on, held_out) = models, rows
     folder, key = resume
@@ -147,8 +148,8 @@ def train(
     if not run.state.step:
         run.judge(held_out_batches)
     while not run.is_finished:
-        # The number of scores is the number of finished epochs plus one. If a run was killed before it scored an epoch,
-        # the resumed run must score this epoch.
+        # A run scores the weights before the first epoch and after every epoch. If a run was killed before it scored
+        # the weights of an epoch, the resumed run must score these weights.
         epoch = len(run.state.held_out) - 1
         epoch_rows = train_on.of_epoch(epoch)
         for batch_rows in _shuffle_batches(epoch_rows, recipe, epoch)[run.state.step - epoch * run.steps :]:
@@ -193,8 +194,8 @@ class _Run:
 
         from toolchain.training.losses import Weights
 
-        # The number of threads changes the order of sums, and so the weights. Earlier code may have changed the number
-        # of threads.
+        # The number of threads changes the order of sums, and so the weights. Code that ran earlier in this process may
+        # have changed PyTorch's number of threads.
         torch.set_num_threads(hardware.cores())
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = mixed_precision.precision(self.device)
@@ -209,8 +210,8 @@ class _Run:
         for name, module in model.named_modules():
             # DeBERTa multiplies its whole table of relative positions, so this table has no sparse gradients.
             if isinstance(module, torch.nn.Embedding) and not name.endswith("rel_embeddings"):
-                # A batch uses only a few hundred of the many thousand rows of an embedding table. An update of all rows
-                # takes a fifth of the time of a training step.
+                # A batch uses only a few hundred of the many thousand rows of an embedding table. An update of the
+                # whole embedding table takes a fifth of the time of a training step.
                 module.sparse = True
                 tables.add(f"{name}.weight")
         self._dense_parameters = [p for name, p in self._parameters.items() if name not in tables]
@@ -221,7 +222,7 @@ class _Run:
         self._start_time = self._save_time = time.monotonic()
         self.state = self._restore(key) or _State(key)
         self._earlier_s = self.state.spent_s
-        # Some gradients are too small for float16, so the scaler enlarges them first.
+        # Some gradients are too small for float16, so the scaler enlarges the loss and thus all gradients.
         is_float16 = self.precision == torch.float16
         self._scaler = torch.amp.GradScaler(self.device.type, init_scale=self.state.scale, enabled=is_float16)
 
@@ -296,13 +297,13 @@ class _Run:
             _write(self._folder / f"{self.state.best}.{BEST}", dict(self._parameters))
 
     def _teacher_inputs(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns the inputs that the teacher accepts; a teacher of another architecture may accept fewer inputs."""
+        """Returns the inputs that the teacher accepts, which may be fewer than the trained model's inputs."""
         assert self._teacher is not None
         parameters = inspect.signature(self._teacher.forward).parameters
         return {name: tensor for name, tensor in inputs.items() if name in parameters}
 
     def save(self) -> None:
-        """Writes the weights file and then the state file, which tells a resumed run the weights file to read."""
+        """Writes the weights file and then the state file, which tells a resumed run which weights file to read."""
         import torch
 
         tensors: dict[str, torch.Tensor] = dict(self._parameters)
@@ -319,7 +320,7 @@ class _Run:
         self._save_time = time.monotonic()
 
     def _restore(self, key: str) -> _State | None:
-        """Restores an interrupted run with this key and returns its state; returns None without such a run."""
+        """Restores the interrupted run that `key` identifies, and returns its state; returns None if there is none."""
         import torch
         from safetensors.torch import load_file
 

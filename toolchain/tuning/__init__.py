@@ -65,15 +65,17 @@ def tune(workspace: Workspace, request: Request, say: Say, bar: Bar) -> tuple[Ou
     running at the end of the time budget still finishes.
 
     Returns:
-        The best outcome within the allowed accuracy drop, and the Pareto front of all outcomes, earlier runs included.
+        The best measured candidate within the allowed accuracy drop, and the Pareto front of all measured candidates,
+        including those of earlier runs.
 
     Raises:
         VerdictError: No measured candidate is within the allowed accuracy drop.
     """
     digest = workspace.train.digest  # reports a missing training file before anything is built
     judge = _Judge.open(workspace, say, bar)
-    # The identity contains the versions of all steps, because a new version of a step may change the speed of a
-    # variant. The identity contains the baseline, because speed-ups over different baselines are not comparable.
+    # The identity of a search contains the versions of all steps, because a new version of a step may change the speed
+    # of a variant. The identity of a search contains the baseline, because speed-ups over different baselines are not
+    # comparable.
     built_by = ".".join(str(version) for _, version in STEPS.values())
     identity = (judge.root.id, digest, built_by, judge.baseline.manifest.variant)
     path = workspace.cache / "tune" / f"{workspace.model}.jsonl"
@@ -127,15 +129,15 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
         if not in_time:
             say("no time is left for another training; the same command continues the search")
             return
-        # One training takes as long as many quantisations, so the search first tries other quantisations of trained
-        # models.
+        # One training takes as long as many quantisations, so the search first tries more quantisations of models that
+        # are already trained.
         start = study.nearest_trained(in_time) or _choose_start(study, remaining)
         if start in remaining and start not in in_time:
             start = study.most_pruned_trained(in_time)
         trial, candidate = study.ask(in_time[0] if idle >= PROPOSALS else start)
         if candidate not in in_time:
-            # The search does not give up the sampler's proposal for good: it may later measure an untrained proposal to
-            # decide whether to train the candidate.
+            # A proposal of the sampler is not given up for good. The search may still measure the proposed candidate
+            # without training, to decide whether training is worthwhile.
             study.give_up(trial, candidate, for_good=candidate == start)
             idle += 1
             continue
@@ -161,7 +163,7 @@ def _choose_start(study: Study, remaining: Sequence[Candidate]) -> Candidate | N
 
 
 def _fit_in_time(study: Study, candidates: Sequence[Candidate], remaining_s: float) -> list[Candidate]:
-    """Returns the candidates whose training is finished, or fits into `remaining_s` at the slowest speed so far."""
+    """Returns the candidates whose training is finished, or fits into `remaining_s` at the slowest training speed."""
     epoch_seconds = [
         outcome.training_s / candidate.epochs for candidate, outcome in study.outcomes.items() if outcome.training_s
     ]
@@ -202,7 +204,7 @@ def _measure_candidate(study: Study, measure: Measure, trial: Trial, candidate: 
 
 
 def summary(outcome: Outcome) -> str:
-    """Returns a one-line summary of an outcome."""
+    """Returns a one-line summary of the measurements of a candidate."""
     return (
         f"{outcome.variant}: accuracy drop {outcome.drop:.2f} points, speed-up over {outcome.baseline} "
         f"{outcome.latency:.2f}× at batch 1 and {outcome.throughput:.2f}× in batches, size {outcome.size / 1e6:.1f} MB"
@@ -298,7 +300,7 @@ class _Judge:
 
 
 def _accuracy(row: Measurement) -> float:
-    assert row.accuracy is not None  # the benchmark runs every held-out row and so has an accuracy
+    assert row.accuracy is not None  # the benchmark predicts every held-out row, so each cell has an accuracy
     return row.accuracy.value
 
 

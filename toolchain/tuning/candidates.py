@@ -1,4 +1,4 @@
-"""Candidates of a search: their settings, and rules that skip candidates because of measured outcomes."""
+"""Candidates of a search, and rules that skip a candidate because of the measurements of other candidates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ DEPTHS = (67, 50, 100)  # per cent of the encoder's layers to keep
 RATIOS = (0, 30, 40, 50, 60, 64, 67, 70, 73, 76, 80, 84, 88, 92)
 EPOCHS = (0, 1, 4)
 FP32_LAYERS = (0, 1, 2, 4)
-RATIO_MARGIN = 10  # Percentage points of the pruning ratio; see `is_hopeless`.
+# If the pruning ratio of a model is higher by this number of percentage points, the model counts as faster; see
+# `is_hopeless`.
+RATIO_MARGIN = 10
 REQUANTISATION_GAIN = 0.3  # Percentage points of accuracy that another quantisation of a model may recover.
 
 Training = tuple[int, str, int, int]  # Ratio, cost, depth and epochs; candidates with equal values share one training.
@@ -66,7 +68,7 @@ class Candidate:
 
     @functools.cached_property
     def kind(self) -> tuple[str | int | bool, ...]:
-        """Returns the settings that two candidates must share so that `is_hopeless` compares their other settings."""
+        """Returns the settings that must be equal in two candidates before `is_hopeless` compares other settings."""
         return (self.depth, self.cost, self.scheme, self.embeddings, self.trimmed)
 
     @property
@@ -140,7 +142,8 @@ class Candidate:
         return chain
 
 
-# The choices for each setting of a candidate, by objective. Unpruned candidates use the first depth and the first cost.
+# The choices for each setting of a candidate, by objective. Every unpruned candidate has the first choice of depth and
+# the first choice of cost.
 _FAST: dict[str, Sequence[str | int | bool]] = {
     "ratio": RATIOS,
     "depth": DEPTHS,
@@ -153,7 +156,8 @@ _FAST: dict[str, Sequence[str | int | bool]] = {
 }
 _SMALL: dict[str, Sequence[str | int | bool]] = {
     **_FAST,
-    "depth": (100, 67),  # at equal size, fewer layers only make a model faster, so fewer depths are tried
+    # At equal size, fewer layers only make a model faster, so the objective ``size`` needs fewer depths to try.
+    "depth": (100, 67),
     "cost": ("parameters",),
     "scheme": ("int4", "dynamic", "static"),
     "embeddings": ("int4", "int8"),
@@ -193,9 +197,10 @@ def next_start(
 ) -> Candidate | None:
     """Returns the next candidate in the search for the largest pruning ratio that keeps the accuracy.
 
-    The search for the largest ratio comes before the sampler's proposals. The search bisects the ratios with one epoch
-    of training. With more epochs, the search then tries one higher ratio at a time. More epochs take more time for each
-    ratio, and raise the largest ratio by only one or two entries of `RATIOS`.
+    The search for the largest pruning ratio comes before the sampler's proposals. The search bisects the pruning ratios
+    with one epoch of training. With more epochs of training, the search then tries one higher ratio at a time. More
+    epochs take more time for each ratio, and raise the largest ratio that keeps the accuracy by only one or two entries
+    of `RATIOS`.
 
     In experiments, longer training halved the accuracy drop. So a ratio with up to twice the allowed accuracy drop
     after one epoch gets longer training before the bisection ends.
@@ -207,7 +212,7 @@ def next_start(
         max_drop: Largest allowed accuracy drop, in percentage points.
 
     Returns:
-        The next candidate, or None if the largest ratio is already known.
+        The next candidate, or None if the largest ratio that keeps the accuracy is already known.
     """
     return _climb(objective, excess_drops, given_up, max_drop) or _climb(objective, excess_drops, given_up, 0.0)
 
@@ -236,13 +241,13 @@ def _climb(
 
 
 def is_hopeless(objective: str, candidate: Candidate, kept_by_candidate: Mapping[Candidate, bool]) -> bool:
-    """Returns whether the measured outcomes show that the candidate need not be built.
+    """Returns whether the measured candidates show that `candidate` need not be built.
 
     The function assumes that more pruning makes a model faster, smaller and less accurate. It assumes that more
     training makes a model more accurate. It assumes that more fp32 layers make a model slower, larger and more
     accurate. For the objectives ``latency`` and ``throughput``, it assumes that `RATIO_MARGIN` points more pruning make
-    a model with no more layers faster. The rule about `RATIO_MARGIN` holds for any cost, quantisation and number of
-    fp32 layers.
+    a model with no more layers faster. The assumption about `RATIO_MARGIN` holds for any cost, quantisation and number
+    of fp32 layers.
 
     Args:
         objective: Objective of the search, one of `OBJECTIVES`.

@@ -1,4 +1,4 @@
-"""Chooses settings by their accuracy drop on held-out rows."""
+"""Chooses the pruning ratio, or the number of fp32 layers, by the accuracy drop on held-out rows."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from toolchain.quantization import sensitivity
 
 
 def fewest_fp32_layers(workspace: Workspace, parent: str, step: Quantize, max_drop: float, say: Say, bar: Bar) -> int:
-    """Finds the smallest number of layers of `parent` that must stay fp32; see `sensitivity.fewest_fp32_layers`."""
+    """Finds how many layers of `parent` must stay fp32 for an accuracy drop of at most `max_drop` points.
+
+    See `sensitivity.fewest_fp32_layers`.
+    """
     subject = sensitivity_setup(workspace, parent, step, say, bar)
     with bar("quantize") as progress:
         count, drops = sensitivity.fewest_fp32_layers(subject, max_drop, progress)
     for layers, drop in drops:
-        say(f"{layers} layers in fp32: accuracy drop {drop:.2f} points on held-out rows")
+        say(f"{layers} layers in fp32: accuracy drop of {drop:.2f} points on held-out rows")
     return count
 
 
@@ -45,5 +48,5 @@ def largest_ratio(workspace: Workspace, step: Prune, max_drop: float, say: Say, 
         price, _ = price_of(setup, step.cost, workspace.cache, progress)
         ratio, drops = pruning.largest_ratio(setup, step.method, price, max_drop, progress, step.layers)
     for tried_ratio, drop in drops:
-        say(f"ratio {tried_ratio:.2f}: accuracy drop {drop:.2f} points on held-out rows")
+        say(f"pruning ratio {tried_ratio:.2f}: accuracy drop of {drop:.2f} points on held-out rows")
     return ratio

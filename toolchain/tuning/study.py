@@ -60,13 +60,13 @@ class Outcome:
 
 
 class Study:
-    """The trials of one objective so far, including the trials of earlier runs.
+    """The trials of a search for one objective, including the trials of earlier runs of the search.
 
     Attributes:
-        outcomes: The measured candidates with their outcomes.
+        outcomes: The measured candidates, each with its measurements.
         given_up: Candidates that the search does not try again.
         refused: Candidates that failed validation.
-        trained: Trainings that an earlier run has finished.
+        trained: Trainings that an earlier run of the search has finished.
     """
 
     def __init__(self, study: optuna.Study, objective: str, max_drop: float) -> None:
@@ -90,7 +90,7 @@ class Study:
             elif candidate and trial.state == TrialState.PRUNED and trial.user_attrs.get("for_good"):
                 self.given_up.add(candidate)
                 self.refused |= {candidate} if trial.user_attrs.get("refused") else set()
-        # The seed depends on the number of trials, so the sampler proposes different candidates in the next run.
+        # The seed depends on the number of trials, so each run of the search gets new candidates from the sampler.
         study.sampler = TPESampler(seed=SEED + len(study.trials))
 
     @property
@@ -100,9 +100,10 @@ class Study:
 
     @property
     def excess_drops(self) -> dict[Training, float]:
-        """Returns, for each training, the accuracy drop of its best quantisation minus the limit, in points.
+        """Returns, for each training, by how many points the accuracy drop exceeds the limit.
 
-        An excess drop of 0 or less is within the limit.
+        The function uses the best measured quantisation of each trained model. A value of 0 or less means that the
+        accuracy drop is within the limit.
         """
         smallest: dict[Training, float] = {}
         for candidate, outcome in self.outcomes.items():
@@ -113,7 +114,7 @@ class Study:
     @property
     def remaining(self) -> list[Candidate]:
         """Returns all candidates that may still be better than the measured candidates."""
-        # A candidate that one outcome rules out stays ruled out, so only new outcomes are compared.
+        # A measurement rules out candidates for ever, so each measurement is compared with the candidates only once.
         kept_by_candidate = self.kept_by_candidate
         new_outcomes = dict(itertools.islice(kept_by_candidate.items(), self._compared, None))
         self._remaining, self._compared = (
@@ -130,10 +131,11 @@ class Study:
 
     @property
     def candidates_without_training(self) -> set[Candidate]:
-        """Returns the candidates that were measured untrained and need no training.
+        """Returns the candidates that were measured without training and need no training.
 
         A candidate needs no training if its accuracy drop is within the limit without training. Training does not
-        change the cost, so a candidate with at least the cost of the best outcome needs no training either.
+        change the cost of a candidate. So a candidate that costs at least as much as the best measured candidate needs
+        no training either.
         """
         best = self.best.cost(self.objective) if self.best else math.inf
         untrained = ((candidate, outcome) for candidate, outcome in self.outcomes.items() if not candidate.epochs)
@@ -142,18 +144,18 @@ class Study:
         }
 
     def keeps(self, outcome: Outcome) -> bool:
-        """Returns whether the outcome's accuracy drop is within the limit."""
+        """Returns whether the accuracy drop of a measured candidate is within the limit."""
         return outcome.drop <= self.max_drop
 
     @property
     def best(self) -> Outcome | None:
-        """Returns the outcome with the least cost among those within the accuracy limit; None if there is none."""
+        """Returns the measurements of the candidate with the least cost within the accuracy limit, or None."""
         keeping = [outcome for outcome in self.outcomes.values() if self.keeps(outcome)]
         return min(keeping, key=lambda outcome: outcome.cost(self.objective), default=None)
 
     @property
     def front(self) -> list[Outcome]:
-        """Returns the Pareto front of accuracy and objective, the most accurate outcome first."""
+        """Returns the measured candidates on the Pareto front of accuracy and objective, the most accurate first."""
         front: list[Outcome] = []
         for outcome in sorted(self.outcomes.values(), key=lambda o: (o.drop, o.cost(self.objective))):
             if not front or outcome.cost(self.objective) < front[-1].cost(self.objective):
@@ -161,10 +163,10 @@ class Study:
         return front
 
     def nearest_trained(self, candidates: Iterable[Candidate]) -> Candidate | None:
-        """Returns the candidate whose finished training misses the accuracy limit by the least, or None.
+        """Returns the candidate whose model is trained and exceeds the allowed accuracy drop by the least, or None.
 
-        The training must miss the accuracy limit by at most `REQUANTISATION_GAIN` points. Another quantisation of a
-        trained model takes only about a minute.
+        The trained model may exceed the allowed accuracy drop by at most `REQUANTISATION_GAIN` points. To quantise a
+        trained model again takes only about a minute.
         """
         excess_by_training = {
             training: excess for training, excess in self.excess_drops.items() if 0 < excess <= REQUANTISATION_GAIN
@@ -177,12 +179,15 @@ class Study:
         )
 
     def most_pruned_trained(self, candidates: Iterable[Candidate]) -> Candidate | None:
-        """Returns the most pruned candidate that an earlier run has trained, or None."""
+        """Returns the most pruned candidate that an earlier run of the search has trained, or None."""
         trained = [candidate for candidate in candidates if candidate.epochs and candidate.training in self.trained]
         return max(trained, key=lambda candidate: (candidate.ratio, -candidate.keep_fp32), default=None)
 
     def ask(self, start: Candidate | None) -> tuple[Trial, Candidate]:
-        """Begins a trial of `start`, or if it is None, of an interrupted run's candidate or the sampler's proposal."""
+        """Begins a trial of `start`.
+
+        If `start` is None, the trial tries the candidate of an interrupted run, or else the sampler's proposal.
+        """
         trial = self.begin(self._interrupted.pop(0) if self._interrupted and start is None else start)
         return trial, Candidate(**trial.params)
 
@@ -195,19 +200,19 @@ class Study:
         return self._study.ask({name: CategoricalDistribution(list(v)) for name, v in SPACE[self.objective].items()})
 
     def tell(self, trial: Trial, candidate: Candidate, outcome: Outcome) -> None:
-        """Ends the trial with the measured outcome."""
+        """Ends the trial and stores the measurements of its candidate."""
         trial.set_user_attr("outcome", asdict(outcome))
         trial.set_constraint("points too many", outcome.drop - self.max_drop)
         self._study.tell(trial, outcome.cost(self.objective))
         self.outcomes[candidate] = outcome
 
     def give_up(self, trial: Trial, candidate: Candidate, for_good: bool = True, refused: bool = False) -> None:
-        """Ends the trial without an outcome.
+        """Ends the trial without measurements of its candidate.
 
         Args:
             trial: The trial to end.
-            candidate: Its candidate.
-            for_good: Whether no later trial may try the candidate.
+            candidate: The candidate of the trial.
+            for_good: Whether the search never tries the candidate again.
             refused: Whether the candidate failed validation.
         """
         from optuna.trial import TrialState
@@ -225,14 +230,14 @@ class Study:
 def open_study(
     path: Path, objective: str, max_drop: float, identity: Sequence[str], on_wait: Callable[[], None]
 ) -> Iterator[Study]:
-    """Opens the study of an objective and an allowed accuracy drop; locks the study's file for this process.
+    """Opens the Optuna study of an objective and an allowed accuracy drop; locks the study's file for this process.
 
     Args:
         path: File that holds the trials.
         objective: Objective of the search, one of `candidates.OBJECTIVES`.
         max_drop: Largest allowed accuracy drop, in percentage points.
-        identity: Values that distinguish models, training data, step versions and baselines.
-        on_wait: Called before `open_study` waits for the lock.
+        identity: Values that identify the model, the training data, the step versions and the baseline.
+        on_wait: Function that is called before `open_study` waits for the lock.
     """
     import optuna
     from optuna.storages import JournalStorage
@@ -241,7 +246,7 @@ def open_study(
     optuna.logging.set_verbosity(logging.ERROR)
     with lock(path, on_wait):
         storage = JournalStorage(JournalFileBackend(str(path)))
-        # Optuna accepts no new choices in an existing study, so the study's name contains a hash of the choices.
+        # Optuna accepts no new parameter values in an existing study, so the study's name contains their hash.
         space = hashlib.sha256(json.dumps(SPACE[objective]).encode()).hexdigest()[:8]
         name = "/".join([objective, f"{max_drop:g}", *identity, space])
         yield Study(optuna.create_study(storage=storage, study_name=name, load_if_exists=True), objective, max_drop)

@@ -27,6 +27,7 @@ def export(job: Job[Export]) -> StepResult:
     inputs = specs(graph.graph.inputs)
     if {spec.name for spec in inputs} != set(input_names):
         graph_inputs = ", ".join(spec.name for spec in inputs)
-        raise GraphError(f"The exported graph takes {graph_inputs}; the model takes {', '.join(sorted(input_names))}.")
+        model_inputs = ", ".join(sorted(input_names))
+        raise GraphError(f"The exported graph has the inputs {graph_inputs}, but the model has {model_inputs}.")
     copy_companions(parent, job.folder)
     return StepResult.from_parent(job, facts(graph), inputs=inputs, outputs=specs(graph.graph.outputs))

@@ -29,7 +29,7 @@ def import_checkpoint(job: Job[Import]) -> StepResult:
     If the checkpoint is an adapter, the step first merges the adapter into its base model.
 
     Raises:
-        CheckpointError: Weights, head or tokenizer are missing, or do not fit together.
+        CheckpointError: Weights, classification head or tokenizer are missing, or do not fit together.
         ArtifactError: The operating system refuses to write the weights.
     """
     from safetensors import SafetensorError
@@ -48,7 +48,7 @@ def import_checkpoint(job: Job[Import]) -> StepResult:
     # Weights of any size go into one file, because every later step reads exactly one file.
     try:
         model.save_pretrained(job.folder, safe_serialization=True, max_shard_size="1TB")
-    except SafetensorError as error:  # safetensors raises this error on a full disk
+    except SafetensorError as error:  # safetensors raises `SafetensorError` on a full disk
         hint = "Free disk space, or choose another folder with --exported DIR."
         raise ArtifactError(f"{job.folder} cannot be written: {error}.", hint) from error
     names = _input_names(model, tokenizer)
@@ -88,7 +88,7 @@ def import_checkpoint(job: Job[Import]) -> StepResult:
 
 
 def license_facts(checkpoint: Path, base: Path | None) -> dict[str, str]:
-    """Returns the licence as the fact ``license``; empty if a folder states no licence or the licences differ.
+    """Returns the fact ``license``; empty if checkpoint or base model states no licence, or if their licences differ.
 
     Args:
         checkpoint: Folder of the checkpoint.
@@ -106,7 +106,7 @@ def _training_data_facts(checkpoint: Path) -> dict[str, str]:
     """
     try:
         digest = json.loads((checkpoint / CARD).read_text(encoding="utf-8"))["train"]
-    except (OSError, ValueError, LookupError, TypeError):  # the file is missing, or another tool wrote it
+    except (OSError, ValueError, LookupError, TypeError):  # training.json is missing, or another tool wrote it
         return {}
     return {"trained_on": digest} if isinstance(digest, str) else {}
 
@@ -116,7 +116,7 @@ def _load_tokenizer(folder: Any) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the libraries tokenizers and transformers pass on any error of their parsers
+    except Exception as error:  # tokenizers and transformers raise errors of many classes
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"The tokenizer in {folder} cannot be loaded: {cause}", "Save the tokenizer beside the model again."
@@ -126,8 +126,8 @@ def _load_tokenizer(folder: Any) -> Any:
 def _input_names(model: PreTrainedModel, tokenizer: Any) -> list[str]:
     """Returns the names of the inputs that the tokenizer gives and the model accepts, in the model's order.
 
-    The result omits token types if the model has fewer than two. DeBERTa-v2 has no table of token types, and RoBERTa's
-    table has one row, but their tokenizers may still give token types.
+    The result omits token types if the model knows fewer than two token types. DeBERTa-v2 has no embedding table for
+    token types, and the table of RoBERTa has one row, but their tokenizers may still give token types.
     """
     tokenizer_inputs = set(tokenizer.model_input_names)
     if getattr(model.config, "type_vocab_size", 2) < 2:
@@ -136,12 +136,14 @@ def _input_names(model: PreTrainedModel, tokenizer: Any) -> list[str]:
 
 
 def _max_length(model: PreTrainedModel, tokenizer: Any) -> int:
-    """Returns the smaller length limit of tokenizer and position table, in tokens; 512 if neither has a limit."""
+    """Returns the smaller length limit of tokenizer and position embeddings, in tokens; 512 if neither has a limit."""
     limits = [tokenizer.model_max_length]
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and hasattr(module, "num_embeddings"):
             # RoBERTa gives the first token the position `padding_idx` + 1.
             limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
     if not all(isinstance(limit, int | float) and limit > 2 for limit in limits):
-        raise CheckpointError(f"The length limits {limits} leave no room for a word.", "Correct model_max_length.")
+        raise CheckpointError(
+            f"The length limits {limits} of tokenizer and model leave no room for a word.", "Correct model_max_length."
+        )
     return int(min(limits)) if min(limits) < 1e6 else 512

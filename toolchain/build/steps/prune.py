@@ -52,7 +52,9 @@ def prune(job: Job[Prune]) -> StepResult:
 def price_of(
     setup: PruningSetup, cost: str, cache: Any, progress: Callable[[int, int, str], None]
 ) -> tuple[Price, LatencyTable | None]:
-    """Returns a function from a number of heads or neurons of one layer to their cost, for the selection of units.
+    """Returns the function that takes a number of heads or neurons of one layer and returns their cost.
+
+    Pruning uses this function to select the units to remove.
 
     Args:
         setup: The model to prune.

@@ -54,7 +54,7 @@ def _quantize_ort(job: Job[Quantize]) -> StepResult:
     tokens = trimming.tokens_to_keep(job) if step.trim_vocab else []
     passes = [*(["trim-vocabulary"] if tokens else []), *linear, *embedding]
     result = rewrite_parent_graph(job, passes, fp32_layers, activations, tokens)
-    # If the step includes linear layers, quantised embedding tables alone are not enough.
+    # If the step must quantise linear layers, a graph with only quantised embedding tables is an error.
     if not any(result.facts["rewrites"][name] for name in (linear or embedding)[-1:]):
         layer_kind = "linear layer" if linear else "embedding table"
         raise GraphError(
@@ -77,7 +77,7 @@ def linear_passes(step: Quantize, is_standard: bool) -> tuple[str, ...]:
         is_standard: Whether the graph has, and must keep, only standard operators.
 
     Returns:
-        Names of the passes; empty if the step leaves linear layers out.
+        Names of the passes; empty if the step does not quantise linear layers.
     """
     *preparations, linear_pass, _ = QUANTIZE_PASSES[step.scheme]
     if not _applies_pass(step, linear_pass):
@@ -115,5 +115,5 @@ def _quantize_bnb(job: Job[Quantize]) -> StepResult:
     # Save before the first forward pass, which rearranges bitsandbytes' 4-bit weights: a later save would be wrong.
     model.save_pretrained(job.folder, max_shard_size="100GB")
     facts = describe(model, load_file(job.folder / WEIGHTS))
-    del facts["parameters"]  # this number is wrong in 4 bits, because one stored element holds several weights
+    del facts["parameters"]  # the parameter count is wrong in 4 bits: one stored element holds several weights
     return StepResult.from_parent(job, facts)

@@ -43,7 +43,7 @@ def recover(job: Job[Recover]) -> StepResult:
     train_examples = _examples(data, train_rows, encoder)
     # A model that lost more parameters trains on more pairs of rows, because it must relearn more and takes less time
     # for each pair.
-    # If each row already has two texts, the step joins no rows.
+    # If each row already has two texts, the step does not join rows to pairs.
     pairs = 0 if data.has_pairs else round(step.pairs * manifest.facts["pruning"]["achieved"] * len(train_examples.ids))
     mask = _mask_token(job.parent_artifact.path, encoder)
     augmented_examples = AugmentedExamples(
@@ -78,10 +78,11 @@ class AugmentedExamples(Examples):
     """Training examples: the original rows and, in each epoch, new random pairs of rows with masked tokens.
 
     The teacher was trained on the original rows, so it is certain about nearly all of them. The teacher's logits for
-    masked and longer texts contain more information. Jiao et al. 2020, "TinyBERT", also distil on augmented data.
+    masked and longer texts contain more information than its logits for the original rows. Jiao et al. 2020,
+    "TinyBERT", also distil on augmented data.
 
     Attributes:
-        pairs: Number of pairs in each epoch. A pair joins two rows and has the label of the second row.
+        pairs: Number of pairs in each epoch. A pair joins the texts of two rows and has the label of the second row.
         mask: Id of the mask token; None for pairs without masked tokens.
         mask_share: Share of a pair's tokens that the mask token replaces.
         seed: Random seed of pairs and masks.

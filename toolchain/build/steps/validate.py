@@ -73,11 +73,11 @@ def validate(
     agreement: str,
     reference_encoder: Encoder | None = None,
 ) -> dict[str, Any]:
-    """Compares the logits of two sessions on `grid` and, one by one, on `sentences`.
+    """Compares the logits of two sessions on the batches of `grid` and on each of the `sentences` alone.
 
-    All logits must be finite. The agreement ``exact`` also requires every |Δlogit| ≤ `TOLERANCE`. The agreement
-    ``close`` also requires at most `allowed_flips` flips. The agreement ``free`` requires only finite logits, because
-    pruning and recovery make another model.
+    The agreement ``exact`` requires finite logits and every |Δlogit| ≤ `TOLERANCE`. The agreement ``close`` requires
+    finite logits and at most `allowed_flips` flips. The agreement ``free`` requires only finite logits, because pruning
+    and recovery make another model.
 
     Args:
         contender: Session of the artifact.
@@ -170,7 +170,7 @@ def _round_to_json(value: float) -> float | None:
 
 
 def validation_summary(report: dict[str, Any]) -> str:
-    """Returns a one-line summary of the report."""
+    """Returns a one-line summary of a validation report."""
     delta = "not finite" if not report["finite"] else f"{report['largest_delta']:.2g} (worst: {report['worst_case']})"
     flips = f"{report['flips']} of {report['sentences']} sentences flipped"
     limits = {

@@ -179,7 +179,7 @@ def _write_label(
 
 
 def _boxes_around(position: Sequence[float], size: Any) -> list[tuple[Box, float]]:
-    """Returns boxes of the given size around a point with their distances, nearest first."""
+    """Returns boxes of the given size around a point, each with its distance from the point, nearest first."""
     boxes = []
     for radius in RADII:
         for turn in (1, 7, 3, 5, 2, 6, 0, 4):

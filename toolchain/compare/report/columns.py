@@ -191,7 +191,7 @@ def rows_with_figures(rows: Sequence[Row]) -> list[Row]:
 
 
 def group_columns(rows: Sequence[Row]) -> list[Column]:
-    """Returns the columns that distinguish rows: model if there are several models, machine if several machines."""
+    """Returns the column ``model`` if the rows have several models, and ``machine`` if they have several machines."""
     group: list[Column] = []
     if len({row.measurement.model for row in rows}) > 1:
         group.append(Column("model", "model", lambda row: Figure(row.measurement.model)))
@@ -203,7 +203,7 @@ def group_columns(rows: Sequence[Row]) -> list[Column]:
 def columns(rows: Sequence[Row]) -> list[Column]:
     """Returns the columns that a comparison of the rows shows.
 
-    An optional column appears only if a row has its figure. The columns of `group_columns` come first.
+    An optional column appears only if a row has the figure of the column. The columns of `group_columns` come first.
     """
     shown = [column for column in COLUMNS if not column.optional or any(column.figure(row) for row in rows)]
     return [*group_columns(rows), *shown]

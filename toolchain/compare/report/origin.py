@@ -62,9 +62,9 @@ def rates(runs: Sequence[ResultFile]) -> Table | None:
 def _run_table(
     caption: str, first: str, runs: Sequence[ResultFile], columns: Sequence[Mapping[str, Any]]
 ) -> Table | None:
-    """Returns a table with one column for each run and one line for each name; None if there are no names."""
+    """Returns a table with a column for each run and a line for each setting, package or rate; None without lines."""
     headers = [f"{run.machine['cpu'] or _gpu_names(run)}, {run.created[:10]}" for run in runs]
-    # The run with the most names determines the order of the lines.
+    # The run with the most settings, packages or rates determines the order of the table's lines.
     names = dict.fromkeys(name for values in sorted(columns, key=len, reverse=True) for name in values)
     lines = [[Entry(name), *(_entry(values.get(name)) for values in columns)] for name in names]
     return Table(caption, [first, *headers], lines, sortable=False) if lines else None

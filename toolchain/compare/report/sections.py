@@ -34,13 +34,13 @@ MEANINGS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of a table.
+    """One entry of a table in the HTML report.
 
     Attributes:
         text: The displayed text.
-        key: Number for sorting; None sorts the entry by its text.
-        marks: Marks of a row, each with its meaning.
-        empty: Whether the figure is unknown.
+        key: Number by which the table sorts the entry; None sorts the entry by its text.
+        marks: Marks of the row, such as ``stale``, each with its meaning.
+        empty: Whether the figure of the entry is unknown.
     """
 
     text: str
@@ -56,7 +56,7 @@ class Table:
     Attributes:
         caption: The caption.
         headers: Header of each column.
-        rows: Entries, row by row.
+        rows: Entries of the table, row by row.
         head: Index of the column that names the rows.
         sortable: Whether a reader can sort the table.
     """
@@ -71,7 +71,7 @@ class Table:
     def numeric(self) -> list[bool]:
         """Returns, for each column, whether the page sorts it by number.
 
-        A column is numeric if the table is sortable and every non-empty entry has a key.
+        A column is numeric if the table is sortable and every non-empty entry has a number as its sort key.
         """
         return [
             self.sortable and all(entry.key is not None or entry.empty for entry in column)
@@ -85,7 +85,7 @@ def make_entry(figure: Figure | None) -> Entry:
 
 
 def comparison(rows: Sequence[Row]) -> Table:
-    """Returns a table with the columns of the terminal table; marks replace the words after a cell's name."""
+    """Returns a table with the columns of the terminal table; an entry holds a cell's marks apart from its name."""
     shown = columns(rows)
     lines = [[_cell(row) if column is CELL else make_entry(column.figure(row)) for column in shown] for row in rows]
     headers = [column.header for column in shown]
@@ -105,7 +105,7 @@ def _cell(row: Row) -> Entry:
 def marks(table: Table) -> list[tuple[str, str]]:
     """Returns each mark in the table with its meaning.
 
-    A meaning that differs from `MEANINGS` applies only to some cells, so it starts with the names of these cells.
+    The reasons for the mark ``noisy`` differ between cells, so its meaning starts with the names of the cells.
     """
     cells: dict[tuple[str, str], list[str]] = {}
     for row in table.rows:
@@ -136,9 +136,10 @@ def quality(rows: Sequence[Row]) -> Table | None:
 
 
 def stages(rows: Sequence[Row]) -> Table | None:
-    """Returns the table of figures that the comparison omits, without empty columns; None if no row is measured.
+    """Returns a table of the figures that the comparison table omits; None if no row is measured.
 
-    The figures are intervals, tail latencies, latency with tokenising, load time, memory by stage and gzip size.
+    The table has no empty columns. Its figures are intervals, tail latencies, latency with tokenising, load time,
+    memory by stage and gzip size.
     """
 
     def milliseconds(name: str, quantile: str, form: str = ".2f") -> Callable[[Row], Figure | None]:
@@ -208,8 +209,8 @@ def best_rows(panel: Panel) -> list[tuple[str, str, list[str]]]:
     """Returns the best measured row of a panel for each figure that at least two rows have.
 
     Returns:
-        For each figure: the category, the label of the best row, and a list of texts with this row's figure and
-        accuracy. For the figure accuracy, the list of texts has only one entry.
+        For each figure: a category such as ``smallest``, the label of the best row, and a list of texts with this row's
+        figure and accuracy. For the figure ``accuracy``, the list of texts has only one entry.
     """
     categories: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
         ("accuracy", "most accurate", _negative_accuracy),

@@ -102,8 +102,8 @@ def _figures(row: Row) -> str:
 def regression_lines(result: Regressions) -> list[str]:
     """Returns the regressions as lines of text.
 
-    A table shows all changes. After the table, one line describes each cell that is no longer measured, each regressed
-    figure and each cell that is not compared. The last line explains the table.
+    A table shows the changes of all cells. After the table, one line describes each cell that is no longer measured,
+    each regressed figure and each cell that is not compared. The last line explains the signs in the table.
     """
     limit = f"{result.limit * 100:g}%"
     compared = (

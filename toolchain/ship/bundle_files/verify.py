@@ -36,9 +36,11 @@ SCHEMA = 2
 BUNDLE, GOLDEN = "bundle.json", "golden.json"
 TEXT, LOGITS = "text", "logits"
 # x86 without VNNI adds two 8-bit products in 16 bits, and the sum can saturate. `EXACT_PRODUCTS` is a session option
-# that makes the sum exact on x86 without VNNI. On all other processors, `EXACT_PRODUCTS` only makes int8 slower.
+# that makes sums of 8-bit products exact on x86 without VNNI. On all other processors, `EXACT_PRODUCTS` only makes int8
+# models slower.
 EXACT_PRODUCTS = ("session.x64quantprecision", "1")
-# An ONNX file with one MatMulInteger node: uint8 [1, 4] × int8 [4, 1]; every weight is 127.
+# An ONNX model with one MatMulInteger node: it multiplies uint8 activations of shape [1, 4] by int8 weights of shape
+# [4, 1]. Every weight is 127.
 PRODUCT = base64.b64decode(
     "CAg63gEKTQoLYWN0aXZhdGlvbnMKB3dlaWdodHMKCnplcm9fcG9pbnQKEXdlaWdodF96ZXJvX3BvaW50Egdwcm9kdWN0Ig1NYXRNdWxJbnRl"
     "Z2VyEg9leHRyZW1lX3Byb2R1Y3QqFQgECAEQA0IHd2VpZ2h0c0oEf39/fyoREAJCCnplcm9fcG9pbnRKAQAqGBADQhF3ZWlnaHRfemVyb19w"
@@ -81,7 +83,7 @@ def canonical_id(body: Mapping[str, Any]) -> str:
 
 
 def model_files(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns (name, file) of a model in bundle.json; for phones, also (name, file) of its copy in ORT format."""
+    """Returns the name and file of a model in bundle.json and, for phones, of the model's copy in ORT format."""
     ort_format = [(f"{model['variant']}.ort", str(model["ort"]["file"]))] if "ort" in model else []
     return [(str(model["variant"]), str(model["file"])), *ort_format]
 
@@ -90,8 +92,8 @@ def read_bundle(folder: Path) -> dict[str, Any]:
     """Compares every file with bundle.json and returns the content of bundle.json.
 
     Raises:
-        InvalidBundleError: bundle.json is not valid; or a file differs, is missing, is not listed, is a link, or is
-            outside the folder.
+        InvalidBundleError: bundle.json is not valid; or a file has another sha256, is missing, is not listed, is a
+            link, or is outside the folder.
         FileNotFoundError: The folder has no bundle.json.
     """
     file = folder / BUNDLE
@@ -117,7 +119,7 @@ def read_bundle(folder: Path) -> dict[str, Any]:
     for path in entries:
         parts = PurePosixPath(path)
         if not path or parts.is_absolute() or ".." in parts.parts or "\\" in path or ":" in path or "\0" in path:
-            raise InvalidBundleError(f"the path {path!r} is outside the folder")
+            raise InvalidBundleError(f"the path {path!r} is outside the folder of the bundle")
     missing = [path for path in (*required, GOLDEN, "tokenizer.json", "config.json") if path not in entries]
     if missing:
         raise InvalidBundleError(f"{missing[0]} is not listed in {BUNDLE}")
@@ -145,7 +147,7 @@ def _check_file(folder: Path, path: str, size: int, digest: str) -> None:
         while block := file.read(1 << 20):
             sha256.update(block)
     if sha256.hexdigest() != digest:
-        raise InvalidBundleError(f"the sha256 of {path} differs from {BUNDLE}")
+        raise InvalidBundleError(f"the sha256 of {path} differs from the sha256 in {BUNDLE}")
 
 
 def saturates(*, exact: bool = False) -> bool:
@@ -292,7 +294,7 @@ def _compute_deltas(
         for (side, rows), logits in zip(runs, expected, strict=True):
             if inputs == [TEXT]:
                 if side == "left":
-                    continue  # the tokenizer in the graph pads on the right
+                    continue  # a tokenizer in the graph can pad only on the right
                 feeds = {TEXT: np.array([text for text, _ in rows], dtype=object)}
             else:
                 arrays = pad_rows([ids for _, ids in rows], side, pad_id)
@@ -300,7 +302,7 @@ def _compute_deltas(
             largest = np.abs(session.run([LOGITS], feeds)[0] - logits).max(axis=1)
             deltas += [float(delta) if np.isfinite(delta) else float("inf") for delta in largest]
     except Exception as error:  # the exception classes of onnxruntime have no common base class but Exception
-        raise InvalidBundleError(f"{file} does not run here: {error}") from error
+        raise InvalidBundleError(f"{file} does not run on this machine: {error}") from error
     return deltas
 
 
@@ -329,7 +331,7 @@ def _check_tokenizer(file: Path, options: Any, rows: Sequence[Any]) -> None:
         session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         outputs = [session.run(names, {TEXT: np.array([text], dtype=object)}) for text, _ in rows]
     except Exception as error:  # the exception classes of onnxruntime have no common base class but Exception
-        raise InvalidBundleError(f"the tokenizer graph does not run here: {error}") from error
+        raise InvalidBundleError(f"the tokenizer graph does not run on this machine: {error}") from error
     for (text, ids), (tokens, mask) in zip(rows, outputs, strict=True):
         if tokens[0][mask[0] == 1].tolist() != ids:
             raise InvalidBundleError(

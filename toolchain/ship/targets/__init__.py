@@ -26,19 +26,19 @@ DTYPES = {
 class Target:
     """A kind of app that a bundle is for.
 
-    `files` and `text_files` map a path in the bundle to a file in `BUNDLE_FILES`. A ``.j2`` file is a template. A path
-    with ``{name}`` stands for one file per model.
+    `files` and `text_files` map a path in the bundle to a file in `BUNDLE_FILES`. A file with the suffix ``.j2`` is a
+    Jinja template. A path with ``{name}`` stands for one file per model.
 
     Attributes:
         name: Name of the target.
         model_path: Function from the name of a variant to the path of its model file.
         domains: Operator domains that the target's runtimes support.
-        files: Files beside the models.
-        text_files: Files beside the models if the graphs contain the tokenizer.
+        files: Files that the bundle contains beside the models, if the graphs do not contain the tokenizer.
+        text_files: Files that the bundle contains beside the models, if the graphs contain the tokenizer.
         no_tokenizer_reason: Reason why the graphs cannot contain the tokenizer; None if they can.
         tokenizer_path: Path of a separate tokenizer graph; None without such a graph. The tokenizer graph converts the
-            users' texts to token ids for the models. Beside a tokenizer graph, the models have the probabilities as a
-            second output.
+            users' texts to token ids for the models. If a bundle has a separate tokenizer graph, its models have the
+            probabilities as a second output.
         first_path: Fixed path of the first model file; None to use `model_path`.
     """
 
@@ -71,13 +71,13 @@ def _transformers_js_path(variant: VariantName) -> str:
     if scheme not in DTYPES:
         raise ShippingError(
             f"transformers.js cannot load {variant}.",
-            f"Ship a variant in one of {', '.join(DTYPES)}, such as onnx-int8.",
+            f"Ship a variant with one of the schemes {', '.join(DTYPES)}, such as onnx-int8.",
         )
     return DTYPES[scheme][1]
 
 
 def served_name(name: str) -> str:
-    """Returns the name of a model on a server: a label of RFC 1123, because the name is part of URLs."""
+    """Returns the name of a model on a server; URLs contain the name, so it has the form of a host name (RFC 1123)."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -133,7 +133,7 @@ TARGETS = {
             _named_after_variant,
             frozenset({STANDARD}),
             {"README.md": "README.other.md.j2", "verify.py": "verify.py", "requirements.txt": "requirements.txt.j2"},
-            no_tokenizer_reason="other runtimes do not have the operators of onnxruntime-extensions",
+            no_tokenizer_reason="only ONNX Runtime can use the operators of onnxruntime-extensions",
             first_path=_OPTIMUM_FILE,
         ),
         Target(

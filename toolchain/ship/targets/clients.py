@@ -14,7 +14,8 @@ from toolchain.errors import ShippingError
 PACKAGES = Path(__file__).parent / "packages"
 LOCK = "package-lock.json"
 TRANSFORMERS, RUNTIME = "@huggingface/transformers", "onnxruntime-web"
-# Path in a bundle → file under node_modules. `RUNTIME` is the WebAssembly build with SIMD, without WebGPU.
+# Path in a bundle → file under node_modules. The demo page uses the WebAssembly build of `RUNTIME` with SIMD and
+# without WebGPU.
 BROWSER_FILES = {
     "demo/transformers.min.js": f"{TRANSFORMERS}/dist/transformers.web.min.js",
     "demo/transformers.LICENSE": f"{TRANSFORMERS}/LICENSE",

@@ -47,12 +47,12 @@ _COREML = {
 
 
 def make(source: Path, target: Path, release: str, core: Path) -> dict[str, Any]:
-    """Writes the model for an older ONNX Runtime: as an .onnx file, and beside this file in ORT format.
+    """Writes the model for an older ONNX Runtime twice: as an .onnx file, and beside it as a file in ORT format.
 
     Args:
         source: The .onnx file of the model.
         target: The .onnx file to write. The file in ORT format has the suffix ``.ort``.
-        release: Release of ONNX Runtime that must run both files.
+        release: Release of ONNX Runtime that must run the .onnx file and the .ort file.
         core: The .onnx file of the model without a tokenizer, for the checker of accelerators.
 
     Returns:
@@ -169,8 +169,9 @@ def _convert_opset(model: onnx.ModelProto, opset: int, name: str, release: str) 
     """Returns the model in a lower opset of standard operators.
 
     The ONNX specification defines many operators as functions of other operators. If the lower opset lacks an operator,
-    the function that defines the operator replaces it. If an operator has another signature in the lower opset, the
-    onnx package converts the operator. All other operators have the same meaning in both opsets.
+    the function that defines the operator replaces it. If an operator has a different signature in the lower opset, the
+    onnx package converts the operator. An operator whose signature does not change keeps its meaning in the lower
+    opset.
 
     Raises:
         ShippingError: The lower opset lacks an operator that no function defines, or onnx cannot convert an operator.
@@ -184,8 +185,9 @@ def _convert_opset(model: onnx.ModelProto, opset: int, name: str, release: str) 
             names = [(STANDARD, operator) for operator in unconverted]
             model = inliner.inline_selected_functions(model, names, inline_schema_functions=True)
             unconverted = _newer_operators(model, opset)
-        # The onnx package cannot convert an operator that only has fewer types in the lower opset. So the loop lowers
-        # the opset by one at a time, and calls onnx only if the signature of an operator changes.
+        # The onnx package fails to convert an operator if the lower opset differs only in supporting fewer types for
+        # it. So the loop lowers the opset by one at a time, and calls onnx only if the signature of an operator
+        # changes.
         for version in range(_opset(model).version - 1, opset - 1, -1) if not unconverted else ():
             if unconverted := _changed_operators(model, version):
                 model = version_converter.convert_version(model, version)
@@ -230,7 +232,7 @@ def _newer_operators(model: onnx.ModelProto, opset: int) -> list[str]:
 
 
 def _changed_operators(model: onnx.ModelProto, opset: int) -> list[str]:
-    """Returns the model's standard operators whose inputs, outputs or attributes differ in `opset`.
+    """Returns the model's standard operators whose inputs, outputs or attributes change in `opset`.
 
     The comparison ignores the types of inputs and outputs. If an operator supports fewer types in `opset`, ONNX Runtime
     reports a missing type when it loads the file.
@@ -255,8 +257,8 @@ def _changed_operators(model: onnx.ModelProto, opset: int) -> list[str]:
 def configure(models: Sequence[Path]) -> None:
     """Writes the configurations of a reduced build of ONNX Runtime beside the models.
 
-    One configuration lists only the operators of the models. The other configuration also lists the types of the
-    operators' inputs and outputs.
+    One configuration lists only the operators of the models. A second configuration lists the operators with the types
+    of their inputs and outputs.
 
     Args:
         models: Files in ORT format, all in one folder.
@@ -274,13 +276,13 @@ def configure(models: Sequence[Path]) -> None:
 def providers(path: Path) -> list[dict[str, Any]]:
     """Runs the accelerator checker of the installed ONNX Runtime on a model.
 
-    The checker looks only at operators and shapes; it does not run the model. The checker does not cover XNNPACK, which
-    runs on the CPU.
+    The accelerator checker looks only at operators and shapes; it does not run the model. The accelerator checker does
+    not cover XNNPACK, which runs on the CPU.
 
     Returns:
-        Two entries for each accelerator: one with dynamic shapes and one with fixed shapes. An entry counts all nodes,
-        the nodes that the accelerator supports, and the partitions. An entry also says whether the accelerator is worth
-        trying.
+        Two entries for each accelerator: one with dynamic shapes and one with fixed shapes. Each entry counts all
+        nodes, the nodes that the accelerator supports, and the partitions of the graph. Each entry says whether the
+        accelerator is worth trying.
     """
     from onnxruntime.tools.mobile_helpers import usability_checker as checker
     from onnxruntime.tools.onnx_model_utils import ModelProtoWithShapeInfo, optimize_model

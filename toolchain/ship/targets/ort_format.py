@@ -20,8 +20,9 @@ from toolchain.passes.quantize_linear import headroom
 from toolchain.passes.unsigned_weights import unsigned_weights
 from toolchain.ship.targets.releases import EXTENSIONS
 
-# The level ``extended`` fuses nodes into operators of the CPU provider, in the same way on every processor. The next
-# higher optimisation level chooses memory layouts for the processor of the machine that writes the .ort file.
+# The level ``extended`` fuses nodes into operators of the CPU provider, in the same way on every processor. The
+# optimisation level above ``extended`` chooses memory layouts for the processor of the machine that writes the .ort
+# file.
 LEVEL = "extended"
 
 
@@ -29,8 +30,8 @@ def save(source: Path, target: Path) -> None:
     """Optimises a model and saves it in ORT format; the saved model is exact on every processor.
 
     If int8 products can saturate, the function stores unsigned weights, because session options do not affect a file in
-    ORT format. A separate process saves the file, because ONNX Runtime writes into the file the domains of all operator
-    libraries in its process.
+    ORT format. A separate process saves the file, because the file names the domains of all operator libraries that the
+    process has loaded.
 
     Args:
         source: Path of the .onnx file to read.

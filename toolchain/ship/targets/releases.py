@@ -1,7 +1,8 @@
 """A table of ONNX Runtime's releases: the file formats that each release reads, its operators, and its wrong results.
 
-The table is in the file releases.json. `benchmarks/releases.py` measures the table with the x86-64 Linux wheel of each
-release's newest patch. The newest ONNX Runtime release saves the .ort files that every release then tries to read.
+The file releases.json holds the table of releases. The script `benchmarks/releases.py` fills the table: it tests the
+x86-64 Linux wheel of each release's newest patch. In these tests, the newest ONNX Runtime release saves the .ort files
+that every release tries to read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ STANDARD, MICROSOFT, ML, EXTENSIONS = "", "com.microsoft", "ai.onnx.ml", "ai.onn
 MICROSOFT_OPSET = 1  # the only version
 DEFAULT = "1.17"
 TABLE = Path(__file__).with_name("releases.json")
-# Possible results of a release for a kind of attention; the worst result is the last.
+# Possible results of an ONNX Runtime release for a kind of attention, from best to worst.
 RIGHT, REFUSED, WRONG = STATES = ("right", "refused", "wrong")
 
 
@@ -48,16 +49,16 @@ ORDER = list(RELEASES)
 # kernel for an operator, ONNX Runtime expands the operator already when it saves the file in ORT format.
 FIRST_KERNELS: dict[str, str] = _table["late"]
 
-# Operator of ONNX Runtime → release → the attributes and inputs that this release added. The first release of each
-# operator also added the operator itself, with a CPU kernel. `OPERATORS` contains the operators that variants use, or
-# that ONNX Runtime's optimiser creates on the CPU. The features of release 1.16 may be older, because ONNX Runtime 1.15
-# cannot list its operators.
+# Operator of ONNX Runtime → release → the attributes and inputs that this release added. The first release in an
+# operator's entry added the operator itself, with a CPU kernel. `OPERATORS` contains the operators that variants use,
+# or that ONNX Runtime's optimiser creates on the CPU. The features of release 1.16 may be older, because ONNX Runtime
+# 1.15 cannot list its operators.
 OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     operator: {release: tuple(names) for release, names in by_release.items()}
     for operator, by_release in _table["operators"].items()
 }
-# Kind of attention, such as ``MultiHeadAttention: attention_bias`` → release → one of `STATES`. The state is the
-# result for padded batches from the release on, until the next release with a state.
+# Kind of attention, such as ``MultiHeadAttention: attention_bias`` → release → one of `STATES`. Each state is the
+# result for padded batches; it holds from its release until the next release that has a state.
 ATTENTION_STATES: dict[str, dict[str, str]] = _table["answers"]
 
 
@@ -66,7 +67,7 @@ def attention_state(release: str, kind: str) -> str:
 
     Args:
         release: Name of the ONNX Runtime release, such as 1.17.
-        kind: A key of `ATTENTION_STATES`.
+        kind: Kind of attention, one of the keys of `ATTENTION_STATES`.
     """
     releases = ORDER[: ORDER.index(release) + 1]
     return next(ATTENTION_STATES[kind][each] for each in reversed(releases) if each in ATTENTION_STATES[kind])

@@ -105,7 +105,8 @@ def _attention_kinds(path: Path, model: onnx.ModelProto) -> set[Use]:
 def _stored_uses(content: bytes) -> Iterator[Use]:
     """Yields the operators, attributes, inputs and kinds of attention of a file in ORT format.
 
-    The function omits inputs that a node leaves empty. A file in ORT format also stores attributes with default values.
+    The function omits inputs that a node leaves empty. A file in ORT format stores every attribute of a node, even if
+    its value is the default.
     """
     return _graph_uses(ort_format.read_root(content).Model().Graph())
 

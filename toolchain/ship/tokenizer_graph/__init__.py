@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 IR_VERSION = 8
-# Operators whose meaning changed between opset 18 and 20. All other standard operators only accept more data types in
-# opset 20.
+# Operators whose meaning changed between opset 18 and 20. All other standard operators differ only in accepting more
+# data types in opset 20 than in opset 18.
 CHANGED_OPERATORS = {"DFT", "GridSample", "AffineGrid"}
 
 Pieces = Callable[[Nodes, "ir.Value", Any], Ragged]

@@ -28,8 +28,9 @@ REPEATED = {
 def texts() -> tuple[str, ...]:
     """Returns all difficult texts.
 
-    The difficult texts contain the texts of ``difficult_texts.json``, control characters, and very long words and
-    texts. They also contain random mixtures of words and characters, and every assigned Unicode character except NUL.
+    Some difficult texts come from the file ``difficult_texts.json``. Some difficult texts contain control characters or
+    very long words, or are very long. Some difficult texts are random mixtures of words and characters. Together, the
+    difficult texts contain every assigned Unicode character except NUL.
     """
     stored: dict[str, list[str]] = json.loads(
         Path(__file__).with_name("difficult_texts.json").read_text(encoding="utf-8")

@@ -70,7 +70,8 @@ def add_model_inputs(nodes: Nodes, tokens: Ragged, frame: Frame, names: Sequence
         width = nodes.add("Min", width, nodes.numbers(frame.max_length))
     counts = nodes.add("Unsqueeze", counts, nodes.numbers([1]))
     position = nodes.add("Range", nodes.numbers(0), width, nodes.numbers(1))
-    index = nodes.add("Sub", position, nodes.numbers([len(frame.prefix)]))  # index of a token in its text
+    # Index of each position in its text; the special tokens before a text have negative indices.
+    index = nodes.add("Sub", position, nodes.numbers([len(frame.prefix)]))
     is_text = nodes.add("And", nodes.add("GreaterOrEqual", index, nodes.numbers([0])), nodes.add("Less", index, counts))
     source = nodes.add("Add", nodes.add("Unsqueeze", tokens.begins, nodes.numbers([1])), index)
     # Positions outside a text get the padding token, which the graph appends to the concatenated tokens.

@@ -4,7 +4,7 @@ BERT's tokenizer uses the algorithm WordPiece (Schuster and Nakajima 2012). Two 
 differ from the checkpoint's tokenizer. The operator `BertTokenizer` takes only one text and treats accents differently
 from the checkpoint's tokenizer, so the graph does not use it. The operator `WordpieceTokenizer` keeps the known pieces
 before an unknown piece of a word; other nodes of the graph drop these pieces. The graph maps characters with a table,
-which the module `characters` computes with the checkpoint's own tokenizer.
+which the module `characters` computes with the checkpoint's tokenizer.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from toolchain.ship.tokenizer_graph.nodes import Nodes
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# These control characters have a special meaning inside the graph. The checkpoint's tokenizer deletes all control
-# characters from texts.
+# The graph inserts control characters into texts as marks. These marks replace nothing that is needed, because the
+# checkpoint's tokenizer deletes all control characters of a text.
 NUL, DROPPED, ROW_END = "\x00", "\x01", "\x02"
 MARKS = [chr(point) for point in (*range(3, 9), 11, 12, *range(14, 32))]
 LONG_RUN = 64  # A run of at least this many characters is cheaper in a regular expression than in a table.
@@ -154,8 +154,8 @@ def _longest_pieces(nodes: Nodes, words: ir.Value, model: Mapping[str, Any], voc
         values_int64s=list(numbers.values()),
         default_int64=unknown,
     )
-    # If a word has an unknown piece, `WordpieceTokenizer` returns the pieces before it and then the unknown token. The
-    # graph keeps only the unknown token of such a word.
+    # If a word has an unknown piece, `WordpieceTokenizer` returns the pieces before it and then the unknown token. Of a
+    # word with an unknown piece, the graph keeps only the unknown token.
     last = nodes.add("Sub", ends, nodes.numbers([1]))
     is_unknown = nodes.add("Equal", nodes.add("Gather", ids, last), nodes.numbers([unknown]))
     first = nodes.add("Where", is_unknown, last, begins)
