@@ -36,7 +36,7 @@ from toolchain.results.result_file import ResultFile
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster as Nodes  # noqa: E402 - follows importorskip, since Ray is optional
 
-WINDOW = 20  # number of texts that `predict` scores at a time; small, so that a run has many such windows
+WINDOW = 20  # number of texts that `predict` scores at a time; small, so that a run has many windows of texts
 FAST = Protocol(passes=1, min_s=0.16, pass_s=40, starts=2, threads=1, batch_size=8)
 HOSTILE = ["", " ", 'a "quoted", text', "NUL \0 inside", "line\u2028separator and \x85", "Ünïcödé 🎬 文字"]
 

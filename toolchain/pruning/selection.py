@@ -140,7 +140,7 @@ def _choose_counts(
 
 
 def _hull_reductions(index: int, group: _Group, price: Price) -> list[_Reduction]:
-    """Returns the possible reductions of a group of units, smallest importance lost per cost saved first."""
+    """Returns the possible reductions of a group of units, sorted by the ratio of lost importance to saved cost."""
     points = [
         (price(group.kind, group.counts[0]) - price(group.kind, count), loss, count)
         for count, loss in zip(group.counts, group.losses, strict=True)

@@ -41,9 +41,9 @@ def recover(job: Job[Recover]) -> StepResult:
     job.progress(0, 1, "reading the training data")
     train_rows, held_out_rows = inputs.hold_out(data)
     train_examples = _examples(data, train_rows, encoder)
-    # A model that lost more parameters trains on more pairs of rows, because it must relearn more and takes less time
-    # for each pair.
-    # If each row already has two texts, the step does not join rows to pairs.
+    # The step also trains on pairs: two random training rows joined to one input. If pruning removed more parameters,
+    # the step uses more pairs, because the model must relearn more and needs less time for each pair. If each row
+    # already has two texts, the step joins no rows.
     pairs = 0 if data.has_pairs else round(step.pairs * manifest.facts["pruning"]["achieved"] * len(train_examples.ids))
     mask = _mask_token(job.parent_artifact.path, encoder)
     augmented_examples = AugmentedExamples(

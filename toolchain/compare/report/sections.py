@@ -209,8 +209,8 @@ def best_rows(panel: Panel) -> list[tuple[str, str, list[str]]]:
     """Returns the best measured row of a panel for each figure that at least two rows have.
 
     Returns:
-        For each figure: a category such as ``smallest``, the label of the best row, and a list of texts with this row's
-        figure and accuracy. For the figure ``accuracy``, the list of texts has only one entry.
+        For each figure: a category such as ``smallest``, the label of the best row, and a list with the formatted
+        figure and the formatted accuracy of this row. For the figure ``accuracy``, the list has only one entry.
     """
     categories: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
         ("accuracy", "most accurate", _negative_accuracy),
