@@ -101,8 +101,8 @@ def test_a_static_graph_has_one_qattention_and_ten_quantised_inputs(built_tiny, 
     assert counts["quantize-linear-static"] == 10
     facts = passes.facts(model)
     counts_by_operator = facts["operators"]
-    # The first layer has four quantised matrix products: the packed projections of the attention, and the weights `out`,
-    # `up` and `down`. The last layer has five: `query`, `key` with `value`, `out`, `up` and `down`. The tenth matrix
+    # The first layer has four quantised matrix products: the packed projections of the attention, `out`, `up` and
+    # `down`. The last layer has five: `query`, `key` with `value`, `out`, `up` and `down`. The tenth matrix
     # product is `pre_classifier`.
     assert (
         counts_by_operator["QuantizeLinear"],

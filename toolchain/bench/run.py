@@ -99,7 +99,7 @@ def planned_pairs(
 def preview(workspace: Workspace, request: Request) -> list[tuple[str, str, str]]:
     """Returns (variant, provider, plan) of each planned cell, for a dry run.
 
-    The plan is a text. It names the variants to build and then the word ``measure``, or says why the cell is unavailable.
+    The plan is a text: the variants to build and then the word ``measure``, or the reason why the cell is unavailable.
     """
     no_cuda = hardware.missing_cuda(request.protocol.device_id)
     rows = []
