@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from toolchain.artifacts import fact_summaries, publishing, store, variants
@@ -31,11 +30,12 @@ from toolchain.artifacts.steps import (
 )
 from toolchain.artifacts.store import ONNX, Artifact
 from toolchain.artifacts.variants import Variant
-from toolchain.backends import Place, open_session
+from toolchain.backends import Place, Session, open_session
 from toolchain.backends.lora import LoraSession
 from toolchain.backends.ort import saturates
 from toolchain.build import alternatives, onnx_metadata, trimming
 from toolchain.build.job import Job, StepResult
+from toolchain.build.reference_logits import ReferenceLogits
 from toolchain.build.steps import export, importing, optimize, prune, quantize, recover
 from toolchain.build.steps.validate import SEED, SENTENCES, validate, validation_summary
 from toolchain.build.workspace import Workspace
@@ -342,7 +342,6 @@ def validate_variant(workspace: Workspace, name: str, say: Say) -> dict[str, Any
 
 def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, origin: ImportFiles | None) -> dict[str, Any]:
     """Compares an artifact with its nearest PyTorch ancestor, or an import with its checkpoint."""
-    reference_folder = origin.folder if origin else _torch_ancestor(workspace, variant)
     manifest, place = artifact.manifest, Place("cpu", hardware.cores())
     names = [spec.name for spec in manifest.inputs]
     encoder = encoding.Encoder.open(artifact.path, names, manifest.max_length)
@@ -350,26 +349,32 @@ def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, origin
     if getattr(manifest.step, "trim_vocab", None):
         # A trimmed model is validated on its own domain, because sentences of other domains contain removed tokens.
         data = trimming.validation_data(workspace.train, artifact)
+        reference_folder = _torch_ancestor(workspace, variant).path
         reference_encoder = encoding.Encoder.open(reference_folder, names, manifest.max_length)
     sentences = data.sample(SENTENCES, SEED)
     contender = open_session(artifact.path, variant.runtime, place)
-    adapter_base = origin.base if origin else None
-    reference_session = (
-        LoraSession(reference_folder, adapter_base, place)
-        if adapter_base
-        else open_session(reference_folder, "torch", place)
-    )
+    reference: Session | ReferenceLogits
+    if origin and origin.base:
+        reference = LoraSession(origin.folder, origin.base, place)
+    elif origin:
+        reference = open_session(origin.folder, "torch", place)
+    else:
+        reference = ReferenceLogits(_torch_ancestor(workspace, variant), place)
     try:
-        return validate(contender, reference_session, encoder, sentences, variant.agreement, reference_encoder)
+        return validate(contender, reference, encoder, sentences, variant.agreement, reference_encoder)
     finally:
         contender.close()
-        reference_session.close()
+        reference.close()
 
 
-def _torch_ancestor(workspace: Workspace, variant: Variant) -> Path:
-    """Returns the folder of the nearest PyTorch ancestor."""
+def _torch_ancestor(workspace: Workspace, variant: Variant) -> Artifact:
+    """Returns the nearest PyTorch ancestor of a variant, which is built before the variant."""
     ancestors = workspace.lineage(variant.parent) if variant.parent else []
-    return workspace.path([ancestor.name for ancestor in ancestors if ancestor.runtime == "torch"][-1])
+    name = [ancestor.name for ancestor in ancestors if ancestor.runtime == "torch"][-1]
+    artifact = workspace.load(name)
+    if artifact is None:
+        raise ArtifactError(f"{name} disappeared during a build that reads it.", "Run the command again.")
+    return artifact
 
 
 def list_states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, str]]:

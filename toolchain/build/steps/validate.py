@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from toolchain.backends import Session
+    from toolchain.build.reference_logits import ReferenceLogits
 
 TOLERANCE = 1e-4  # Largest |Δlogit| allowed for an fp32 variant, which may differ only by rounding.
 MAX_FLIPS = 0.02  # Share of all sentences that may flip in a variant with fewer bits.
@@ -67,7 +68,7 @@ def grid(encoder: Encoder, sentences: Sequence[Text]) -> Iterator[tuple[str, dic
 
 def validate(
     contender: Session,
-    reference: Session,
+    reference: Session | ReferenceLogits,
     encoder: Encoder,
     sentences: Sequence[Text],
     agreement: str,
@@ -81,7 +82,7 @@ def validate(
 
     Args:
         contender: Session of the artifact.
-        reference: Session of the PyTorch model.
+        reference: Session or known logits of the PyTorch model.
         encoder: `Encoder` of the artifact.
         sentences: Sentences on which flips are counted.
         agreement: The required agreement, as in `Variant.agreement`.
