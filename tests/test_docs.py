@@ -148,6 +148,7 @@ def environment():
         variables[f"TOOLCHAIN_{command}_MODEL"] = "my-checkpoint"
     # A benchmark of all default cells takes minutes, even with a tiny model.
     variables["TOOLCHAIN_BENCH_VARIANT"] = "torch-fp32 onnx-fp32 onnx-int8"
+    variables["SHORT_BENCH"] = "1"
     # The demo page of a web bundle needs npm packages; tests/ship/test_clients.py tests this page.
     variables["TOOLCHAIN_SHIP_DEMO"] = "false"
     return variables
