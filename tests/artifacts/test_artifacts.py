@@ -23,7 +23,7 @@ def manifest_of(folder: Path, **changes) -> Manifest:
         "source": {"kind": "folder", "ref": "/x", "revision": "sha256:0"},
         "parent": "torch-fp32",
         "parent_id": "ab" * 32,
-        "step": Export(18),
+        "step": Export(18, "optimum"),
         "step_version": 1,
         "files": store.list_files(folder),
         "inputs": (manifest.TensorSpec("input_ids", "int64", ("batch", 7)),),
@@ -56,7 +56,7 @@ def test_the_id_depends_on_content_settings_version_and_parent_but_not_on_time(a
     same_inputs = manifest_of(folder, created="later", environment={"versions": {"torch": "9"}}, facts={"a": 1})
     assert same_inputs.id == artifact.manifest.id
     other_inputs = [
-        manifest_of(folder, step=Export(17)),
+        manifest_of(folder, step=Export(17, "optimum")),
         manifest_of(folder, step_version=2),
         manifest_of(folder, parent_id="cd" * 32),
         manifest_of(folder, files=artifact.manifest.files[:1]),

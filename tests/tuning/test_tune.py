@@ -470,8 +470,8 @@ def failing_int8(monkeypatch):
         report = original_validate(workspace, variant, *arguments)
         return {**report, "passed": report["passed"] and variant.name != "onnx-int8"}
 
-    original_validate = pipeline._validate
-    monkeypatch.setattr(pipeline, "_validate", validate)
+    original_validate = pipeline.validate_artifact
+    monkeypatch.setattr(pipeline, "validate_artifact", validate)
 
 
 @pytest.mark.slow

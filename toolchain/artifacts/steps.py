@@ -117,9 +117,16 @@ class Recover:
 @strict
 @dataclass(frozen=True)
 class Export:
-    """Exports a PyTorch model to ONNX with standard operators of one `opset`."""
+    """Exports a PyTorch model to ONNX with standard operators.
+
+    Attributes:
+        opset: Version of the ONNX operator set.
+        exporter: An exporter of `toolchain.exporters`. None for the exporter of the existing artifact, otherwise for
+            the default exporter. Manifests omit the exporter ``optimum``, so that ids of earlier releases stay valid.
+    """
 
     opset: int = 18
+    exporter: str | None = None
 
 
 @strict
@@ -263,12 +270,15 @@ def step_name(step: Step) -> str:
     return next(name for name, kind in STEP_TYPES.items() if isinstance(step, kind))
 
 
+_OMITTED = ("exporter", "optimum")  # the only exporter of earlier releases
+
+
 def settings_of(step: Step) -> dict[str, Any]:
-    """Returns the step's settings as JSON values, without those that are None."""
+    """Returns the step's settings as JSON values, without those that are None, and without the exporter optimum."""
     return {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in dataclasses.asdict(step).items()
-        if value is not None
+        if value is not None and (key, value) != _OMITTED
     }
 
 
@@ -283,7 +293,8 @@ def decode_step(name: str, settings: Mapping[str, Any]) -> Step:
         ArtifactError: This release does not know the step or one of its settings.
     """
     try:
-        return convert(STEP_TYPES[name], settings)
+        defaults = dict([_OMITTED]) if STEP_TYPES[name] is Export else {}
+        return convert(STEP_TYPES[name], {**defaults, **settings})
     except (KeyError, ValueError, SettingsError) as error:
         raise ArtifactError(
             f"A manifest records the step {name!r} with settings {dict(settings)}, which this release does not know.",

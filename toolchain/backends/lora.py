@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.backends import Place
-from toolchain.backends.pytorch import TorchSession, check_finite, silence_transformers
+from toolchain.backends.pytorch import TorchSession, check_finite, mismatched_weights, silence_transformers
 from toolchain.errors import CheckpointError
 from toolchain.models import adapters
 from toolchain.models.checkpoints import check_config, config_of
@@ -170,7 +170,7 @@ def _load_base(base: Path, config: PretrainedConfig) -> tuple[PreTrainedModel, l
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    return model, sorted({*info["missing_keys"], *info["mismatched_keys"]})
+    return model, sorted({*info["missing_keys"], *mismatched_weights(info)})
 
 
 def _apply_adapter(model: PreTrainedModel, settings: Mapping[str, Any]) -> PeftModel:

@@ -65,7 +65,7 @@ def _load_dense(folder: Path) -> tuple[PreTrainedModel, list[str]]:
         output_loading_info=True,
     )
     model, info = result
-    for name in info["mismatched_keys"]:
+    for name in mismatched_weights(info):
         shape = " × ".join(map(str, model.state_dict()[name].shape))
         raise CheckpointError(
             f"{folder} cannot be loaded: config.json gives {name} the shape {shape}, but the stored weights have "
@@ -73,6 +73,16 @@ def _load_dense(folder: Path) -> tuple[PreTrainedModel, list[str]]:
             "Correct config.json (id2label sets the number of classes), or save the model again.",
         )
     return model, sorted(info["missing_keys"])
+
+
+def mismatched_weights(info: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the weights whose stored shape differs from the config, sorted.
+
+    Args:
+        info: The loading info of ``from_pretrained``. transformers 4 lists names; transformers 5 lists tuples of a name
+            and two shapes.
+    """
+    return sorted(entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"])
 
 
 def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreTrainedModel:
@@ -112,8 +122,7 @@ def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreT
         raise CheckpointError(
             f"{folder} cannot be trained: {cause}", "Pass the folder of an encoder with its weights."
         ) from error
-    mismatched = (entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"])
-    missing_names = [*info["missing_keys"], *mismatched]
+    missing_names = [*info["missing_keys"], *mismatched_weights(info)]
     head = {name for name in model.state_dict() if not name.startswith(f"{model.base_model_prefix}.")}
     # BERT's pooler counts as a part of the head and may be missing, because language models are saved without a pooler.
     encoder_names = [name for name in missing_names if name not in head and ".pooler." not in f".{name}"]

@@ -30,17 +30,16 @@ from toolchain.artifacts.steps import (
 )
 from toolchain.artifacts.store import ONNX, Artifact
 from toolchain.artifacts.variants import Variant
-from toolchain.backends import Place, Session, open_session
-from toolchain.backends.lora import LoraSession
 from toolchain.backends.ort import saturates
 from toolchain.build import alternatives, onnx_metadata, trimming
 from toolchain.build.job import Job, StepResult
-from toolchain.build.reference_logits import ReferenceLogits
 from toolchain.build.steps import export, importing, optimize, prune, quantize, recover
-from toolchain.build.steps.validate import SEED, SENTENCES, validate, validation_summary
+from toolchain.build.steps.validate import validation_summary
+from toolchain.build.validating import validate_artifact
 from toolchain.build.workspace import Workspace
-from toolchain.data import encoding, inputs
+from toolchain.data import inputs
 from toolchain.errors import ArtifactError, DataError, TamperedError, VerdictError
+from toolchain.exporters import default_exporter, unmet_requirement
 from toolchain.models import checkpoints, sources
 from toolchain.models.sources import ImportFiles
 from toolchain.progress import Bar, Progress, Say, no_bar
@@ -114,7 +113,11 @@ def inspect_variants(
             step = sources.pin_revisions(workspace.source, step, recorded_step)
         elif uses_training_data(step) and not step.train:
             step = dataclasses.replace(step, train=workspace.train.digest)
+        elif isinstance(step, Export) and isinstance(recorded_step, Export) and step.exporter is None:
+            step = dataclasses.replace(step, exporter=recorded_step.exporter)
         reason = _reason_to_build(step, artifact, plans.get(variant.parent or ""))
+        if reason and isinstance(step, Export):
+            step = _choose_exporter(step, requested_steps.get(variant.name))
         if artifact and not reason:
             try:
                 artifact.verify()
@@ -126,13 +129,22 @@ def inspect_variants(
     return list(plans.values())
 
 
+def _choose_exporter(step: Export, requested_step: Step | None) -> Export:
+    """Returns the step with an exporter: the requested one, or the recorded one if it is installed, or the default."""
+    if isinstance(requested_step, Export) and requested_step.exporter:
+        return step
+    if step.exporter and not unmet_requirement(step.exporter):
+        return step
+    return dataclasses.replace(step, exporter=default_exporter())
+
+
 def _reason_to_build(step: Step, artifact: Artifact | None, parent: VariantPlan | None) -> str:
     """Returns the reason to build the variant, in a few words; empty if it is fresh."""
     if artifact is None:
         return "missing"
     manifest = artifact.manifest
     if manifest.step != step:
-        old_settings, new_settings = settings_of(manifest.step), settings_of(step)
+        old_settings, new_settings = ({**vars(each), **settings_of(each)} for each in (manifest.step, step))
         keys = [key for key in {**old_settings, **new_settings} if old_settings.get(key) != new_settings.get(key)]
         changes = ", ".join(f"{key} {old_settings.get(key)} → {new_settings.get(key)}" for key in keys)
         return "the checkpoint changed" if isinstance(step, Import) else f"other settings: {changes}"
@@ -266,7 +278,7 @@ def _build(
                 environment={"versions": hardware.versions()},
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             )
-            report = _validate(workspace, item.variant, Artifact(scratch, manifest), origin)
+            report = validate_artifact(workspace, item.variant, Artifact(scratch, manifest), origin)
             if not report["passed"]:
                 raise _validation_error(workspace, name, manifest, parent, report)
             _require_parent_unchanged(workspace, item.step, parent)
@@ -337,44 +349,7 @@ def validate_variant(workspace: Workspace, name: str, say: Say) -> dict[str, Any
     origin = None
     if artifact.manifest.parent is None:
         origin, _ = _find_origin(workspace, artifact.manifest.step, None)
-    return _validate(workspace, workspace.lineage(name)[-1], artifact, origin)
-
-
-def _validate(workspace: Workspace, variant: Variant, artifact: Artifact, origin: ImportFiles | None) -> dict[str, Any]:
-    """Compares an artifact with its nearest PyTorch ancestor, or an import with its checkpoint."""
-    manifest, place = artifact.manifest, Place("cpu", hardware.cores())
-    names = [spec.name for spec in manifest.inputs]
-    encoder = encoding.Encoder.open(artifact.path, names, manifest.max_length)
-    data, reference_encoder = inputs.load_embedded(), None
-    if getattr(manifest.step, "trim_vocab", None):
-        # A trimmed model is validated on its own domain, because sentences of other domains contain removed tokens.
-        data = trimming.validation_data(workspace.train, artifact)
-        reference_folder = _torch_ancestor(workspace, variant).path
-        reference_encoder = encoding.Encoder.open(reference_folder, names, manifest.max_length)
-    sentences = data.sample(SENTENCES, SEED)
-    contender = open_session(artifact.path, variant.runtime, place)
-    reference: Session | ReferenceLogits
-    if origin and origin.base:
-        reference = LoraSession(origin.folder, origin.base, place)
-    elif origin:
-        reference = open_session(origin.folder, "torch", place)
-    else:
-        reference = ReferenceLogits(_torch_ancestor(workspace, variant), place)
-    try:
-        return validate(contender, reference, encoder, sentences, variant.agreement, reference_encoder)
-    finally:
-        contender.close()
-        reference.close()
-
-
-def _torch_ancestor(workspace: Workspace, variant: Variant) -> Artifact:
-    """Returns the nearest PyTorch ancestor of a variant, which is built before the variant."""
-    ancestors = workspace.lineage(variant.parent) if variant.parent else []
-    name = [ancestor.name for ancestor in ancestors if ancestor.runtime == "torch"][-1]
-    artifact = workspace.load(name)
-    if artifact is None:
-        raise ArtifactError(f"{name} disappeared during a build that reads it.", "Run the command again.")
-    return artifact
+    return validate_artifact(workspace, workspace.lineage(name)[-1], artifact, origin)
 
 
 def list_states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, str]]:

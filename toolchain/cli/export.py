@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from toolchain.artifacts.steps import CPU_PASSES, CUDA_PASSES
+from toolchain.cli.building import build
 from toolchain.cli.options import (
     dry_run_option,
     model_options,
@@ -15,10 +16,10 @@ from toolchain.cli.options import (
     no_pass_option,
     open_workspace,
 )
+from toolchain.exporters import EXPORTERS, require_exporter
 
 if TYPE_CHECKING:
     from toolchain.artifacts.steps import Step
-from toolchain.cli.building import build
 
 
 @click.command()
@@ -29,6 +30,11 @@ from toolchain.cli.building import build
     help="Base model of a LoRA adapter; later commands use it too.  [default: the hub model that the adapter names]",
 )
 @click.option("--opset", type=click.IntRange(17, 20), default=18, show_default=True, help="ONNX opset.")
+@click.option(
+    "--exporter",
+    type=click.Choice(list(EXPORTERS)),
+    help="Library that converts the model.  [default: optimum, or the exporter of the existing artifact]",
+)
 @click.option(
     "--optimize",
     "provider",
@@ -57,6 +63,7 @@ def export(
     revision: str | None,
     base: str | None,
     opset: int,
+    exporter: str | None,
     provider: str,
     parents: tuple[str, ...],
     omitted_passes: tuple[str, ...],
@@ -79,6 +86,8 @@ def export(
     from toolchain.artifacts.steps import Export, Import, Optimize
     from toolchain.artifacts.variants import derive_variant
 
+    if exporter:
+        require_exporter(exporter)
     step = None if provider == "none" else Optimize.for_provider(provider)
     if omitted_passes:
         if step is None or not set(omitted_passes) <= set(step.passes):
@@ -87,8 +96,8 @@ def export(
         step = Optimize(provider, tuple(name for name in step.passes if name not in omitted_passes))
     requested_steps: dict[str, Step] = {"torch-fp32": Import(revision)}
     for parent in parents:
-        std_name = derive_variant(parent, Export(opset), "" if step else label).name
-        requested_steps[std_name] = Export(opset)
+        std_name = derive_variant(parent, Export(opset, exporter), "" if step else label).name
+        requested_steps[std_name] = Export(opset, exporter)
         if step:
             requested_steps[derive_variant(std_name, step, label).name] = step
     workspace = open_workspace(model, exported, folder_name)

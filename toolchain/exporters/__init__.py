@@ -1,1 +1,100 @@
-"""Exporters, which convert a PyTorch model in memory to one ONNX file."""
+"""Exporters, which convert a PyTorch model in memory to one ONNX file.
+
+``optimum`` uses the export configurations of optimum-onnx. ``torch`` traces any model with PyTorch's own exporter.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from toolchain.errors import GraphError, SettingsError
+from toolchain.system import extras
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from transformers import PreTrainedModel
+
+# Exporter → the packages that it needs beyond those that the toolchain always needs.
+EXPORTERS = {"optimum": ("optimum-onnx",), "torch": ()}
+INPUT_AXES = {0: "batch_size", 1: "sequence_length"}
+OUTPUT_AXES = {0: "batch_size"}
+
+
+def default_exporter() -> str:
+    """Returns ``optimum`` if optimum-onnx is installed and fits the installed transformers, otherwise ``torch``."""
+    return "torch" if unmet_requirement("optimum") else "optimum"
+
+
+def unmet_requirement(exporter: str) -> str:
+    """Returns why an exporter of `EXPORTERS` cannot be used here; empty if it can."""
+    return next(filter(None, map(extras.unmet_requirement, EXPORTERS[exporter])), "")
+
+
+def require_exporter(exporter: str) -> None:
+    """Checks that an exporter of `EXPORTERS` is installed and fits the installed packages.
+
+    Raises:
+        SettingsError: A package is missing, or another release of it is needed.
+    """
+    if cause := unmet_requirement(exporter):
+        raise SettingsError(
+            f"--exporter {exporter} is unavailable: {cause}.",
+            "Use --exporter torch.",
+        )
+
+
+def to_onnx(
+    model: PreTrainedModel, target: Path, opset: int, names: Sequence[str], exporter: str | None = None
+) -> None:
+    """Exports a model to an ONNX file with standard operators, dynamic batch size and dynamic sequence length.
+
+    Args:
+        model: The model to export, in eval mode.
+        target: Path of the ONNX file, in an empty folder.
+        opset: Version of the ONNX operator set.
+        names: Names of the graph's inputs.
+        exporter: An exporter of `EXPORTERS`; None for `default_exporter`.
+
+    Raises:
+        SettingsError: The exporter is unavailable.
+        CheckpointError: The exporter cannot export the architecture.
+        GraphError: The model exceeds 2 GB, the limit of one ONNX file.
+    """
+    exporter = exporter or default_exporter()
+    require_exporter(exporter)
+    write_onnx = importlib.import_module(f"toolchain.exporters.{exporter}_exporter").write_onnx
+    write_onnx(model, target, opset, names)
+    if extra_files := sorted(p.name for p in target.parent.iterdir() if p != target):
+        raise GraphError(
+            f"The model is too large for one ONNX file (2 GB): the exporter also wrote {', '.join(extra_files)}.",
+            "Use a smaller model.",
+        )
+    _remove_zero_additions(target)
+
+
+def _remove_zero_additions(path: Path) -> None:
+    """Removes from an ONNX file the additions of zero that `skipped_blocks.Absent` of a pruned model causes."""
+    import onnx_ir as ir
+
+    model = ir.load(path)
+    count = 0
+    for node in list(model.graph):
+        if node.op_type != "Add" or None in node.inputs:
+            continue
+        terms = [value for value in node.inputs if value is not None and not _is_scalar_zero(value)]
+        if len(terms) == 1:
+            node.outputs[0].replace_all_uses_with(terms[0])
+            model.graph.remove(node, safe=True)
+            count += 1
+    if count:
+        ir.save(model, path)
+
+
+def _is_scalar_zero(value: ir.Value) -> bool:
+    import onnx_ir as ir
+
+    tensor = ir.convenience.get_const_tensor(value)
+    return tensor is not None and tensor.shape.rank() == 0 and not tensor.numpy().any()

@@ -31,7 +31,7 @@ class Skipped(nn.Module):
         if output is not None:
             self.add_module(name, output)
 
-    def forward(self, *args: torch.Tensor, **keywords: torch.Tensor) -> tuple[torch.Tensor]:
-        """Returns a tuple of one tensor, as attention modules do; DistilBERT passes the input as ``query``."""
+    def forward(self, *args: torch.Tensor, **keywords: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Returns a tensor, and None for the attention weights; transformers 4 may pass the input as ``query``."""
         hidden = args[0] if args else keywords["query"]
-        return (self.get_submodule(self._output)(hidden) if self._output else hidden,)
+        return (self.get_submodule(self._output)(hidden) if self._output else hidden), None

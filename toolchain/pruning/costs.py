@@ -216,7 +216,7 @@ def _open_session(model: PreTrainedModel, shapes: Sequence[LayerShape], folder: 
     from toolchain import passes
     from toolchain.backends import Place
     from toolchain.backends.ort import OrtSession
-    from toolchain.exporters.optimum_exporter import to_onnx
+    from toolchain.exporters import to_onnx
 
     # A small vocabulary is enough, since embedding look-ups cost almost no time.
     settings = {**model.config.to_dict(), "vocab_size": 128}

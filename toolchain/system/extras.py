@@ -1,4 +1,4 @@
-"""Builds the hint with the command that installs optional packages."""
+"""Optional packages: whether they fit the installed packages, and the command that installs them."""
 
 from __future__ import annotations
 
@@ -22,3 +22,29 @@ def install_hint(extra: str) -> str:
             requirement.marker = None
             packages.append(str(requirement))
     return f"Install the missing packages with `pip install {shlex.join(packages)}`."
+
+
+def unmet_requirement(package: str) -> str:
+    """Returns why a package cannot work beside the installed packages; empty if it can.
+
+    The function reads only the metadata of the packages, so it is fast.
+
+    Args:
+        package: Name of the package on the index.
+    """
+    from packaging.requirements import Requirement
+
+    try:
+        requirements = map(Requirement, importlib.metadata.requires(package) or [])
+    except importlib.metadata.PackageNotFoundError:
+        return f"{package} is not installed"
+    for requirement in requirements:
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            return f"{package} needs {requirement.name}, which is not installed"
+        if not requirement.specifier.contains(version, prereleases=True):
+            return f"{package} needs {requirement.name} {requirement.specifier}, and {version} is installed"
+    return ""

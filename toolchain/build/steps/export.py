@@ -7,7 +7,7 @@ from toolchain.artifacts.store import ONNX, copy_companions
 from toolchain.backends.pytorch import load_model
 from toolchain.build.job import Job, StepResult
 from toolchain.errors import GraphError
-from toolchain.exporters.optimum_exporter import to_onnx
+from toolchain.exporters import to_onnx
 from toolchain.passes import facts, read, specs
 
 VERSION = 2
@@ -22,7 +22,7 @@ def export(job: Job[Export]) -> StepResult:
     parent = job.parent_artifact
     target = job.folder / ONNX
     input_names = [spec.name for spec in parent.manifest.inputs]
-    to_onnx(load_model(parent.path), target, job.step.opset, input_names)
+    to_onnx(load_model(parent.path), target, job.step.opset, input_names, job.step.exporter)
     graph = read(target)
     inputs = specs(graph.graph.inputs)
     if {spec.name for spec in inputs} != set(input_names):

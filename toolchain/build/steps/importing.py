@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 VERSION = 2
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def import_checkpoint(job: Job[Import]) -> StepResult:
@@ -54,7 +55,7 @@ def import_checkpoint(job: Job[Import]) -> StepResult:
     names = _input_names(model, tokenizer)
     # Input names are stored, because the tokenizer class may by default give inputs that this model does not accept.
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
-    tokenizer.save_pretrained(job.folder)
+    _save_tokenizer(tokenizer, job.folder)
     if (job.checkpoint / SHAPES).is_file():
         shutil.copyfile(job.checkpoint / SHAPES, job.folder / SHAPES)
         (job.folder / WEIGHTS).rename(job.folder / OWN_WEIGHTS)
@@ -111,16 +112,40 @@ def _training_data_facts(checkpoint: Path) -> dict[str, str]:
     return {"trained_on": digest} if isinstance(digest, str) else {}
 
 
-def _load_tokenizer(folder: Any) -> Any:
-    from transformers import AutoTokenizer
+# The class name that transformers 5 writes for a tokenizer without a class of its own, and the name that both
+# transformers 4 and 5 read.
+_GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    tokenizer_class = PreTrainedTokenizerFast if _class_name(folder) in _GENERIC_CLASSES else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False, local_files_only=True)
+        return tokenizer_class.from_pretrained(folder, use_fast=True, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # tokenizers and transformers raise errors of many classes
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"The tokenizer in {folder} cannot be loaded: {cause}", "Save the tokenizer beside the model again."
         ) from error
+
+
+def _class_name(folder: Path) -> Any:
+    """Returns the name of the tokenizer's class in `folder`; None if the folder states no class."""
+    try:
+        return json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8")).get("tokenizer_class")
+    except (OSError, ValueError, AttributeError):  # transformers then reports the damaged file, or needs no class
+        return None
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Saves the tokenizer with a class name that transformers 4 and 5 know."""
+    tokenizer.save_pretrained(folder)
+    if _class_name(folder) == _GENERIC_CLASSES[0]:
+        file = folder / TOKENIZER_CONFIG
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings["tokenizer_class"] = _GENERIC_CLASSES[1]
+        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _input_names(model: PreTrainedModel, tokenizer: Any) -> list[str]:

@@ -1,0 +1,61 @@
+"""Export with PyTorch's tracing exporter."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from toolchain.exporters import INPUT_AXES, OUTPUT_AXES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+OUTPUT = "logits"
+
+
+def write_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence[str]) -> None:
+    """Traces the model with an example batch and writes the graph to `target`; see `exporters.to_onnx`."""
+    import torch
+
+    # A value of 1 is valid for every input: a token, a token to attend to, and the second token type.
+    examples = {name: torch.ones((2, 16), dtype=torch.int64) for name in names}
+    examples["attention_mask"][1, -1] = 0  # with padding, so that a model does not leave its mask out of the trace
+    with _eager_attention(model), _tuple_outputs(model), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # tracing warns about values that become constants; these never change
+        torch.onnx.export(
+            model,
+            (),
+            target,
+            kwargs=examples,
+            input_names=list(names),
+            output_names=[OUTPUT],
+            dynamic_axes={**dict.fromkeys(names, INPUT_AXES), OUTPUT: OUTPUT_AXES},
+            opset_version=opset,
+            do_constant_folding=True,
+            dynamo=False,
+        )
+
+
+@contextlib.contextmanager
+def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Computes attention by separate operators for a while, because the passes recognise these operators."""
+    previous = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(previous)
+
+
+@contextlib.contextmanager
+def _tuple_outputs(model: PreTrainedModel) -> Iterator[None]:
+    """Makes the model return a tuple for a while, because tracing accepts no other output class."""
+    previous = model.config.return_dict
+    model.config.return_dict = False
+    try:
+        yield
+    finally:
+        model.config.return_dict = previous
