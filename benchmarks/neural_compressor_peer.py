@@ -33,7 +33,7 @@ PACKAGES = (
 RECIPES = {
     "optypes_to_exclude_output_quant": ["MatMul", "Gemm", "Attention", "FusedGemm"],
     "smooth_quant": True,
-    # The default of alpha is also 0.5, but Neural Compressor skips SmoothQuant if alpha is not set.
+    # The script sets alpha to its default, because Neural Compressor skips SmoothQuant if alpha is not set.
     "smooth_quant_args": {"alpha": 0.5},
 }
 

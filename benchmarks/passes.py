@@ -2,20 +2,21 @@
 
     python benchmarks/passes.py [--shape reference|base] [--full] [--save-as NAME]
 
-Every graph is built from the same `onnx-std`, with the passes of `toolchain` and a few passes of this script. The
-passes of this script are alternatives that the toolchain does not use. Some passes of this script enable fusions of
-ONNX Runtime that the toolchain disables. The pass `quantize-linear-bias-apart` adds biases after the quantised
-products. The pass `fuse-not-attention` leaves attention in separate operators. As an alternative to the int8 passes,
-the script calls ONNX Runtime's `quantize_dynamic`.
+Every graph is built from the same `onnx-std`, with the passes of `toolchain` and a few passes of this script. For this
+comparison, the passes of this script replace passes of the toolchain. Some passes of this script enable fusions of ONNX
+Runtime that the toolchain disables. The pass `quantize-linear-bias-apart` adds biases after the quantised products. The
+pass `fuse-not-attention` leaves attention in separate operators. As an alternative to the int8 passes, the script calls
+ONNX Runtime's `quantize_dynamic`.
 
 The toolchain builds and validates `onnx-fp32` and `onnx-int8`. The script does not validate the graphs that lack a
 pass or use an alternative; it counts their flips instead. All graphs are measured interleaved in one run, with ONNX
 Runtime's default session options and symbolic shapes.
 
-When ONNX Runtime loads a graph, it fuses more operators. ONNX Runtime creates SkipLayerNormalization only if the graph
-has fixed shapes. In apps with fixed shapes, the pass `residual-sum` prevents the fusion to SkipLayerNormalization. This
-script uses symbolic shapes, so `residual-sum` has no fusion to prevent and cannot save time. In the printed table, the
-row with SkipLayerNormalization shows the time that the fusion to this operator costs.
+When ONNX Runtime loads a graph, it fuses operators that the toolchain has not fused. ONNX Runtime creates
+SkipLayerNormalization only if the graph has fixed shapes. In apps with fixed shapes, the pass `residual-sum` prevents
+the fusion to SkipLayerNormalization. This script uses symbolic shapes, so `residual-sum` has no fusion to prevent and
+cannot save time. In the printed table, the row with SkipLayerNormalization shows the time that the fusion to this
+operator costs.
 
 Each ratio is the time without a pass, or with an alternative to the pass, divided by the time with the pass. A ratio
 above 1 means that the pass makes the graph faster. Each ratio has a 95 % interval over the rounds of the benchmark. The
@@ -176,7 +177,7 @@ def contenders() -> list[Contender]:
 
 
 def build(contender: Contender, std: Artifact, scratch: Path) -> Artifact:
-    """Builds the graph of a contender and copies config and tokenizer beside the graph."""
+    """Builds the graph that `contender` describes, and copies config and tokenizer into the folder of the graph."""
     folder = scratch / contender.name
     folder.mkdir()
     store.copy_companions(std, folder)

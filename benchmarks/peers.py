@@ -3,16 +3,17 @@
     python benchmarks/peers.py [--shape reference|base] [--exported exported] [--variant NAME ...] [--full]
                                [--save-as NAME]
 
-A peer is a model that another tool builds. The script builds the peers in scratch folders.
+In this file, a peer is a model that a tool other than the toolchain builds or runs. The other tools write their models
+to scratch folders.
 
-* optimum-cli with `--avx512_vnni` builds two int8 models, quantised per tensor and per channel.
+* optimum-cli with `--avx512_vnni` builds two int8 models: one quantised per tensor, one per channel.
 * Neural Compressor builds a dynamic and a static int8 model from the graph that optimum-cli exports.
 * OpenVINO's runtime runs the toolchain's `onnx-std`, and the int8 model that NNCF builds from `onnx-std`.
 
-The toolchain's ONNX Runtime runs the models of optimum-cli and Neural Compressor. The script measures all peers
-together with the toolchain's variants. For `onnx-int8`, `onnx-int8-static` and the variants of `--variant`, the script
-prints the speed-up over each peer, with its 95 % bootstrap interval over rounds. `--shape base` measures a model of
-DistilBERT-base's shape with random weights, for speed only. The script writes the result file to benchmarks/studies/.
+The toolchain's ONNX Runtime runs the models of optimum-cli and Neural Compressor. One benchmark run measures the models
+of all tools. For `onnx-int8`, `onnx-int8-static` and the variants of `--variant`, the script prints speed-ups over the
+other tools' models, with 95 % bootstrap intervals over rounds. `--shape base` measures a model of DistilBERT-base's
+shape with random weights, for speed only. The script writes the result file to benchmarks/studies/.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from toolchain.system import hardware
 
 OURS = ("torch-fp32", "torch-bf16", "torch-int8", "onnx-fp32", "onnx-int8", "onnx-int8-static")
 PEER = "optimum-cli-int8"
-# A variant whose name starts with `torch-` or `openvino-` runs on that runtime; all others run on ONNX Runtime.
+# Variants named `torch-…` run on PyTorch, and those named `openvino-…` on OpenVINO; all others run on ONNX Runtime.
 RUNTIMES = {"torch": "torch", "openvino": "openvino"}
 STUDIES = Path(__file__).parent / "studies"
 CALIBRATION = 300  # number of training sentences for calibration
@@ -81,7 +82,7 @@ def base_shape(folder: Path) -> Path:
 
 
 def open_shape(shape: str, exported: Path, scratch: Path) -> Workspace:
-    """Opens the workspace of the reference model in `exported`, or of a random model of another shape in `scratch`."""
+    """Opens the reference model's workspace in `exported`, or that of a random DistilBERT-base model in `scratch`."""
     if shape == "reference":
         return Workspace.open(shape, exported)
     (scratch / "checkpoint").mkdir()
@@ -89,7 +90,7 @@ def open_shape(shape: str, exported: Path, scratch: Path) -> Workspace:
 
 
 def encoder_of(root: Artifact) -> encoding.Encoder:
-    """Returns the encoder that turns sentences into inputs of the model in `root`."""
+    """Returns the `Encoder` that tokenises sentences for the model in `root`."""
     return encoding.Encoder.open(root.path, [spec.name for spec in root.manifest.inputs], root.manifest.max_length)
 
 
@@ -199,7 +200,7 @@ def require_samples(row: Measurement) -> tuple[Samples, Samples]:
 
 
 def summary(result: ResultFile) -> list[str]:
-    """Returns lines that compare each quantised ONNX variant of the toolchain with the other cells."""
+    """Returns lines that compare each quantised ONNX variant of the toolchain with the other cells of the run."""
     names = [row.variant for row in result.rows if is_variant(row.variant)]
     ours = [name for name in names if _is_quantised(name)]
     return [line for name in ours for line in comparison_lines(result, name)]
@@ -211,7 +212,7 @@ def _is_quantised(name: str) -> bool:
 
 
 def comparison_lines(result: ResultFile, name: str) -> list[str]:
-    """Returns lines that compare the variant `name` with each cell: the speed-up, both accuracies, and McNemar's p."""
+    """Returns lines that compare the variant `name` with other cells: speed-up, both accuracies, and McNemar's p."""
     ours = next(row for row in result.rows if row.variant == name)
     size, labels = result.run["batch_size"], result.data.get("labels")
     lines = [name]
@@ -239,7 +240,7 @@ def comparison_lines(result: ResultFile, name: str) -> list[str]:
 @click.option("--full", is_flag=True, help="Measure each cell for about 60 s instead of 20 s.")
 @click.option("--save-as", help="[default: peers-SHAPE]")
 def main(shape: str, exported: Path, variants: tuple[str, ...], full: bool, save_as: str | None) -> None:
-    """Builds the peers, measures all cells, saves the result file and prints the speed-ups."""
+    """Builds the other tools' models, measures all cells, saves the result file and prints the speed-ups."""
     with tempfile.TemporaryDirectory() as folder, bar("peers") as progress:
         scratch = Path(folder)
         workspace = open_shape(shape, exported, scratch)

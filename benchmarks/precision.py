@@ -2,9 +2,9 @@
 
     python benchmarks/precision.py [--save-as NAME]
 
-The script opens each variant twice: with `session.x64quantprecision` = 1 and without it. The two sessions of a variant
-run alternately on one thread. Both sessions of a variant run the same sentences, one by one and in batches of 32. The
-script writes benchmarks/studies/NAME.json.
+The script opens each variant twice: with `session.x64quantprecision` = 1 and without it. The session with the option
+and the session without it run alternately on one thread. With and without the option, a variant runs the same
+sentences, one by one and in batches of 32. The script writes benchmarks/studies/NAME.json.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def kernels(domain):
 
 
 def main(folder, sets):
-    """Runs the test models of the sets `sets` in `folder` and prints the results as JSON."""
+    """Runs the test models in `folder` that belong to the sets `sets`, and prints the results as JSON."""
     questions = json.loads((folder / "questions.json").read_text())
     print(
         json.dumps(

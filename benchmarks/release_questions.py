@@ -1,9 +1,9 @@
 """Test models that `release_probe.py` runs with a release of ONNX Runtime, and the right outputs, computed by numpy.
 
 A `Question` is a test model with its inputs and expected outputs. `write` saves all test models, and questions.json,
-which lists all test models. The test models form the sets `versions`, `attention` and `precision`. The set `versions`
-finds the highest IR version, opset and ORT format that a release reads. The set `attention` tests padded batches; the
-set `precision` tests 8-bit products.
+which lists all test models. The test models form the sets `versions`, `attention` and `precision`. The test models in
+the set `versions` show the highest IR version, opset and ORT format that an ONNX Runtime release reads. The set
+`attention` tests padded batches; the set `precision` tests 8-bit products.
 """
 
 from __future__ import annotations
@@ -96,9 +96,10 @@ def _model(
 
 
 def _versions(folder: Path) -> Iterator[dict[str, Any]]:
-    """Saves a test model for each IR version, opset and ORT format, and yields its entry of questions.json.
+    """Saves a test model for each IR version, opset and ORT format, and yields each model's entry of questions.json.
 
-    Each test model is one Identity node. Many opsets changed Identity, so a release may lack its newest kernel.
+    Each test model is one Identity node. Many opsets define a new version of Identity, so a test model also shows
+    whether a release has that version's kernel.
     """
     arrays = {"x": np.ones(2, np.float32)}, {"y": np.ones(2, np.float32)}
     nodes = [helper.make_node("Identity", ["x"], ["y"])]

@@ -4,10 +4,10 @@
     python benchmarks/releases.py --check PYTHON [--check PYTHON ...]
 
 The script installs the newest wheel of every ONNX Runtime minor release from 1.15 on, each in a separate environment.
-With each release, the script runs the test models of release_questions.py. The script writes the results as a table to
+Each ONNX Runtime release runs the test models of release_questions.py. The script writes the results as a table to
 toolchain/ship/targets/releases.json. With --check, the script installs nothing: it runs the test models with the ONNX
-Runtime of each PYTHON and compares the results with the table. With --check, the exit code is 3 if a result differs
-from the table.
+Runtime of each PYTHON and compares the results with releases.json. With --check, the exit code is 3 if a result differs
+from releases.json.
 
 If this processor does not saturate 8-bit products, the test models of 8-bit products run under
 `qemu-x86_64 -cpu Haswell` (Debian package: qemu-user).
@@ -59,7 +59,7 @@ OPERATORS = (
     "QuickGelu",
     "SkipLayerNormalization",
 )
-# The results of one ONNX Runtime release: kind of result → name → value.
+# The results of one ONNX Runtime release, such as the file formats that it reads and the operators that it has.
 Facts = dict[str, Any]
 
 
@@ -153,8 +153,8 @@ def _precision(answers: Mapping[str, str]) -> dict[str, str]:
 def table(facts_by_release: Mapping[str, Facts]) -> dict[str, Any]:
     """Returns the table of all ONNX Runtime releases, oldest first.
 
-    For formats, the table stores the highest version that each release reads. For operators and test results, the table
-    names the releases that changed them.
+    For file formats, the table stores the highest version that each release reads. For operators and test results, the
+    table names only the releases in which they changed.
     """
     order = list(facts_by_release)
     with_precision = [release for release in order if facts_by_release[release]["precision"]]
@@ -202,7 +202,8 @@ def _operator(name: str, facts_by_release: Mapping[str, Facts]) -> dict[str, lis
 def _first_kernels(facts_by_release: Mapping[str, Facts]) -> dict[str, str]:
     """Returns standard operator → first release with a CPU kernel of the operator.
 
-    The result has only operators that an older release can read but not run, for lack of a CPU kernel.
+    An operator is in the result only if some releases read the operator's opset but have no CPU kernel for the
+    operator.
     """
     first: dict[str, int] = {}
     for schema in defs.get_all_schemas_with_history():
@@ -260,7 +261,7 @@ def differences(body: Mapping[str, Any], release_facts: Facts) -> list[str]:
 
 
 def write(body: Mapping[str, Any]) -> None:
-    """Writes the table of releases as JSON with a line for each release, operator and kind of test."""
+    """Writes the table of releases as JSON with a line for each release, operator and test."""
     sections = []
     for name, entries in body.items():
         lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(entry)}" for key, entry in entries.items())

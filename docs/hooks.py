@@ -52,7 +52,7 @@ def _marked(text: str) -> str:
 def _adapt(command: click.Command) -> None:
     """Turns the help texts of a command object into Markdown for mkdocs-click.
 
-    Afterwards, only the site can use the command object.
+    The changed command object serves only the site: it must not run, because its defaults are texts.
     """
     text, _, examples = inspect.cleandoc(command.help or "").partition("\b\n")
     command.help = _marked(text)

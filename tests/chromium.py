@@ -36,7 +36,8 @@ class Chromium:
 
     def __init__(self, profile: Path):
         (child_in, our_out), (our_in, child_out) = os.pipe(), os.pipe()
-        # The browser expects the pipe at file descriptors 3 and 4, so the other descriptors must have higher numbers.
+        # The browser expects the pipe at file descriptors 3 and 4, so this process moves its pipe ends to numbers from
+        # 10 on.
         low_descriptors = [child_in, child_out]
         child_in, child_out = (fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in low_descriptors)
         for fd in low_descriptors:

@@ -26,7 +26,7 @@ from toolchain.cli import main
 from toolchain.data.inputs import TrainingSource
 from toolchain.models import checkpoints
 
-DEFAULT_VARIANTS = ["torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"]  # onnx-int8 and its ancestors
+DEFAULT_VARIANTS = ["torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"]  # these are onnx-int8 and its ancestors
 SHORT = Protocol(passes=1, min_s=0.1, pass_s=5.0, starts=1, threads=1)
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -179,7 +179,7 @@ def short_bench(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fake(tmp_path: Path) -> Callable[..., Artifact]:
-    """Makes an artifact that states how the session should behave; `fake_backend.FakeSession` opens the artifact."""
+    """Returns a function that makes artifacts; `fake_backend.FakeSession` behaves as the opened artifact states."""
 
     def make(name: str, **behaviour: object) -> Artifact:
         folder = tmp_path / name

@@ -12,7 +12,8 @@ import shutil
 from pathlib import Path
 
 AVX2, ARM = "AVX2 without VNNI", "64-bit ARM"
-# qemu cannot emulate some features of Haswell, which are switched off. `arm_root.sh` describes the core neoverse-n1.
+# The option `-cpu` switches off the features of Haswell that qemu cannot emulate. The files that `arm_root.sh` writes
+# describe the ARM core neoverse-n1, so qemu must emulate this core.
 _EMULATORS = {
     AVX2: ("qemu-x86_64", "-cpu", "Haswell-noTSX,-pcid,-x2apic,-tsc-deadline,-invpcid"),
     ARM: ("qemu-aarch64", "-cpu", "neoverse-n1"),

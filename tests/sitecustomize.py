@@ -1,7 +1,7 @@
 """Shortens benchmarks in child processes of tests; Python imports this file at its start, since it is in PYTHONPATH.
 
-A quick benchmark measures a cell for 20 seconds. If a test sets `SHORT_BENCH` in the environment, a child process
-measures a cell for a fraction of a second, as the fixture `short_bench` does in the process of the tests.
+A quick benchmark measures a cell for 20 seconds. If a test sets `SHORT_BENCH` in the environment, child processes
+measure each cell for a fraction of a second. In the process of the tests, the fixture `short_bench` does the same.
 """
 
 import os

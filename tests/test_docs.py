@@ -123,7 +123,7 @@ def test_the_documented_floors_match_the_tested_ones():
 def clone(tmp_path_factory):
     """A folder like a new clone, with a tiny checkpoint as its model and this environment as `.venv`."""
     marker = Path(sys.prefix) / ".installed"
-    # `make install` would reinstall an environment whose marker names no runtime
+    # `make install` would reinstall an environment whose marker file `.installed` names no runtime
     if not marker.exists() or not marker.read_text().strip():
         pytest.skip("needs the environment that `make install` creates")
     folder = tmp_path_factory.mktemp("clone")

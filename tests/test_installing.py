@@ -143,7 +143,7 @@ def test_another_runtime_replaces_the_installed_one(environment, tmp_path):
 def test_without_a_named_runtime_an_environment_keeps_its_own(environment, tmp_path):
     environment("RUNTIME=cuda12")
     assert environment() == []
-    # A file system may store times in whole seconds, so the new time is one second later.
+    # A file system may store times in whole seconds, so setup.cfg gets a time one second after the installation.
     later_time = (tmp_path / ".venv" / ".installed").stat().st_mtime + 1
     os.utime(tmp_path / "setup.cfg", (later_time, later_time))
     (install_command,) = environment()

@@ -171,7 +171,7 @@ def _gpu() -> list[Finding]:
 
 
 def _gpu_problems(runtime: str) -> Iterator[str]:
-    """Yields a sentence for each installed package that cannot use the GPU; `runtime` is the GPU's runtime set."""
+    """Yields a sentence for each installed package that cannot use the GPU; `runtime` is the GPU's key in `SETS`."""
     versions = hardware.versions()
     if "onnxruntime" in versions and "onnxruntime-gpu" not in versions:
         yield f"onnxruntime {versions['onnxruntime']} cannot use the GPU; onnxruntime-gpu can"

@@ -122,14 +122,14 @@ class LoadedModel:
         self._session = None if model.takes_texts else open_session(model.path, model.runtime, Place("cpu", threads))
 
     def logits(self, texts: Sequence[Text], rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """Returns the logits of the texts, float32 [texts, labels].
+        """Returns the logits of the texts as float32, of shape [texts, labels].
 
         Args:
             texts: The texts, for a graph that contains the tokenizer.
             rows: Token ids of each text, for a graph without the tokenizer.
 
         Raises:
-            DataError: The graph contains the tokenizer and a text is a pair.
+            DataError: The graph contains the tokenizer, and an item of `texts` is a pair of texts.
         """
         if self._graph:
             if not all(isinstance(text, str) for text in texts):

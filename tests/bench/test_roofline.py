@@ -34,7 +34,7 @@ LENGTHS = (1, 7, 25)
 def count_in_pytorch(model, tokens):
     """Returns the multiply-accumulates of products with weights and of products of activations.
 
-    The counts are from the operators that PyTorch calls.
+    The function counts the multiply-accumulates of the operators that PyTorch calls.
     """
     model.eval().requires_grad_(False)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

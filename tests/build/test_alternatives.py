@@ -1,6 +1,6 @@
 """Tests the settings that the error message of a failed quantisation suggests.
 
-The suggestions depend on the margins of the flipped sentences.
+The suggestions depend on how much the PyTorch model's two largest logits differ in the flipped sentences.
 """
 
 import re
@@ -23,7 +23,7 @@ NEAR, WIDE = [0.01, 0.3] * 10, [0.01, 0.9, 2.5] * 7
 
 
 def failed_report(margins, **changes):
-    """Returns a validation report of 200 sentences; `margins` are the margins of the flipped sentences."""
+    """Returns a validation report of 200 sentences; `margins` has one value per flipped sentence."""
     return {"finite": True, "sentences": 200, "flips": len(margins), "flip_margins": margins, **changes}
 
 
@@ -135,7 +135,7 @@ def test_a_hint_for_other_labels_asks_for_training_data(built_tiny, fake):
 
 @pytest.mark.slow
 def test_a_model_with_close_logits_fails_validation_with_suggestions(say, tmp_path):
-    """With 40 labels, a random model's two largest logits are often close, so real flips make validation fail."""
+    """With 40 labels, a random model's two largest logits are often close, so quantisation flips too many labels."""
     make_checkpoint(tmp_path / "undecided", labels=[f"L{index}" for index in range(40)])
     code, _, err = say("quantize", "--model", tmp_path / "undecided", "--exported", tmp_path / "exported")
     assert code == 3

@@ -105,7 +105,7 @@ def test_a_shipped_file_has_the_same_metadata_and_the_licence_of_its_bundle(buil
     model = body["models"][0]
     assert json.loads(expected["session_options"]) == model["session_options"]
     assert read_properties(tmp_path / "b" / model["file"]) == expected
-    if target == "mobile":  # the ORT file has unsigned weights, whose products never saturate without any option
+    if target == "mobile":  # the ORT file has unsigned weights, so its products are exact without an option
         assert read_properties(tmp_path / "b" / model["ort"]["file"]) == {**expected, "session_options": "{}"}
 
 

@@ -324,7 +324,8 @@ def test_a_trimmed_variant_is_smaller_and_states_its_losses(trimmed_workspace):
 def test_the_facts_count_the_answers_to_the_held_out_rows(trimmed_workspace, source):
     """Counts the flips and right answers of the trimmed variant and of its fp32 parent on the held-out rows.
 
-    The test compares the counts with the facts in the manifest. The variant and its parent have different tokenizers.
+    The test compares the numbers of flips and right answers with the facts in the manifest. The trimmed variant and its
+    fp32 parent have different tokenizers.
     """
     workspace, _ = trimmed_workspace
     manifest = workspace.load("onnx-int8+trim").manifest

@@ -1,6 +1,7 @@
 """Prints the label probabilities of a text-classification pipeline: pipeline.py FOLDER TEXTS.json [OPTIONS].
 
-With OPTIONS, optimum loads the ONNX model of FOLDER. OPTIONS is a JSON object of session options.
+With OPTIONS, optimum loads the ONNX model of FOLDER; without OPTIONS, transformers loads the PyTorch model. OPTIONS is
+a JSON object of session options.
 """
 
 import json

@@ -30,9 +30,9 @@ def answers_with_errors(wrong_rows):
 
 
 def timed_row(variant, ms, wrong_rows=range(10), provider="cpu", **changes):
-    """Returns a row with the given median time of each round, in milliseconds.
+    """Returns the measurement of a cell with the given median time of each round, in milliseconds.
 
-    In the returned row, a sentence takes the same time alone and in a batch.
+    In this measurement, a sentence takes the same time alone and in a batch.
     """
     medians = [ms] if isinstance(ms, int | float) else ms
     latency = Samples.from_single([[round(value * 1000)] for value in medians])

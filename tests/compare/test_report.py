@@ -232,7 +232,8 @@ def test_each_machine_has_its_own_panel():
 
 @pytest.mark.slow
 def test_labels_of_a_plot_do_not_overlap():
-    # The extent of an Annotation includes the line to its point, so the test takes the extent of the Text alone.
+    # The extent of a Matplotlib Annotation includes the line from the text to the annotated point. The test needs only
+    # the extent of the text.
     from matplotlib.text import Text
 
     figure = figures(compare(committed_results("reference-xeon-2cores")))["accuracy-latency"].figure

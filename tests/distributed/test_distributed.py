@@ -1,4 +1,4 @@
-"""Tests of predictions and benchmarks on a Ray cluster of two nodes, also with missing, different or killed nodes."""
+"""Tests of predictions and benchmarks on a Ray cluster of two nodes, also with killed nodes and other versions."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_scratch_removes_only_the_folder_of_a_dead_worker_of_this_machine(tmp_pa
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     names = [
         f"{publishing.WORK}-{space}-{os.getpid()}-mine",
-        # The next folder belongs to a process of another machine, where the process may be alive.
+        # The next folder name contains a process id of another machine, where that process may be alive.
         f"{publishing.WORK}-{other_space}-{dead_pid}-left",
         f"{publishing.WORK}-{space}-{dead_pid}-my-notes",
         f"toolchain-{dead_pid}-left",

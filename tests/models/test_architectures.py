@@ -96,7 +96,7 @@ def test_every_variant_has_the_models_inputs_and_gives_pytorchs_logits(workspace
 def test_the_passes_fuse_and_quantise_the_expected_nodes(workspace, kind):
     model_workspace, architecture = workspace(kind), ARCHITECTURES[kind]
     fp32, int8, std = (model_workspace.load(n).manifest.facts for n in ("onnx-fp32", "onnx-int8", "onnx-std-int8"))
-    # the pass first-query replaces this number of Attention nodes by a MultiHeadAttention with one query
+    # the pass first-query replaces `single_query_count` Attention nodes by MultiHeadAttention with one query
     single_query_count = fp32["rewrites"]["first-query"]
     assert single_query_count == fp32["operators"].get("MultiHeadAttention", 0)
     fused_counts = {k: n for k, n in fp32["operators"].items() if k in ("Attention", "Gelu", "FastGelu")}
@@ -160,8 +160,9 @@ def test_padding_on_the_right_changes_no_logits(workspace, kind):
     single_logits = np.concatenate([session.run(pad([row], encoder.names, encoder.pad_id)) for row in ids])
     batch_logits = session.run(pad(ids, encoder.names, encoder.pad_id, width=40))
     assert np.abs(batch_logits - single_logits).max() < 1e-4
-    # Dynamic int8 scales depend on all tokens, so the pass `padding` replaces padding. The pass `padding` does not
-    # apply to relative positions (deberta-v2) or to combined embeddings of neighbouring tokens (mobilebert).
+    # Dynamic int8 scales depend on all tokens, so the pass `padding` gives padding tokens the embedding of the first
+    # token. The pass `padding` does not apply to relative positions (deberta-v2) or to combined embeddings of
+    # neighbouring tokens (mobilebert).
     for name in ("onnx-int8", "onnx-std-int8"):
         replacements = model_workspace.load(name).manifest.facts["rewrites"]["padding"]
         assert replacements == int(kind not in ("deberta-v2", "mobilebert"))

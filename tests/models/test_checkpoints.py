@@ -93,7 +93,7 @@ def test_each_refusal_of_the_hub_has_its_own_message(monkeypatch, error_name, me
     from huggingface_hub import errors
 
     def refuse(*_, **__):
-        # Releases of huggingface_hub have responses of different libraries.
+        # The class of a response depends on the release of huggingface_hub, so this test uses a simple object.
         response = SimpleNamespace(headers={}, request=None, status_code=403)
         raise getattr(errors, error_name)("no", response=response)
 
@@ -121,10 +121,6 @@ def test_only_safe_files_are_downloaded_from_the_hub(monkeypatch, checkpoint):
 def test_a_revision_is_refused_for_a_folder(checkpoint):
     with pytest.raises(CheckpointError, match="--revision is for hub models only"):
         fetch(Source("folder", str(checkpoint)), "main")
-
-
-def break_nothing(folder):
-    """Changes nothing, since the tiny checkpoint is valid."""
 
 
 def remove_head(folder):
@@ -351,7 +347,7 @@ def test_a_base_for_training_needs_no_head_but_passes_the_other_checks(checkpoin
 def test_locate_accepts_the_names_of_models(checkpoint, built_tiny):
     assert checkpoints.locate("reference") == Source("embedded", "reference")
     assert checkpoints.locate("somebody/some-model") == Source("hub", "somebody/some-model")
-    # `locate` finds a model under exported/ by its name only if the folder exported/ is an argument
+    # `locate` looks for a model of this name in exported/ only if that folder is its second argument
     assert checkpoints.locate("tiny") == Source("hub", "tiny")
     assert checkpoints.locate("tiny", built_tiny.exported).same_origin(built_tiny.source)
     with pytest.raises(CheckpointError, match="There is no folder"):

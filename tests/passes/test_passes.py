@@ -121,7 +121,8 @@ def residual_model(nodes, initializers):
             {"w": (4, 4), "b": (4,)},
             "Sub",
         ),
-        # In these graphs, no weight can be negated: there is no weight, or the weight also affects other nodes.
+        # In the next graphs, no weight can be negated: the graph has no weight, or two nodes read the product of the
+        # weight.
         ([helper.make_node("Tanh", ["r"], ["h"])], {}, "Sum"),
         ([helper.make_node("MatMul", ["r", "r"], ["h"])], {}, "Sum"),
         (
@@ -520,8 +521,8 @@ def test_4_bit_blocks_keep_zero_and_err_no_more_than_rounding(weight):
     assert (decoded[blocks == 0] == 0).all()
     lowest, highest = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
     step = ((highest - lowest) / MAX_CODE)[:, :, None].astype(np.float64)
-    # Rounding to one of 16 values changes a weight by at most half a step. Rounding the zero point changes a weight by
-    # at most another half step.
+    # Rounding a weight to one of 16 values changes it by at most half a step. Rounding the zero point also changes the
+    # weight by at most half a step.
     assert ((decoded - blocks) ** 2).sum() <= ((step * 1.001 + 1e-30) ** 2 * np.ones_like(blocks)).sum()
 
 
@@ -635,6 +636,6 @@ def test_two_attentions_share_the_preparation_of_their_mask(std):
     model, _ = passes.rewrite(model, ["quantize-linear-int4"], ATTENTION)
     onnx.checker.check_model(ir.to_proto(model))  # `check_model` also checks the order of the nodes
     biases = [node.inputs[5] for node in model.graph if node.op_type == "MultiHeadAttention"]
-    assert len(biases) == len(set(biases)) == 2  # one bias serves all queries, one serves a single query
+    assert len(biases) == len(set(biases)) == 2  # one node's bias is for all queries, the other's for one query
     assert operators_of(model)["Expand"] == 2
     assert len({node.inputs[0] for node in model.graph if node.op_type == "Expand"}) == 1

@@ -102,8 +102,8 @@ def test_a_static_graph_has_one_qattention_and_ten_quantised_inputs(built_tiny, 
     facts = passes.facts(model)
     counts_by_operator = facts["operators"]
     # The first layer has four quantised matrix products: the packed projections of the attention, `out`, `up` and
-    # `down`. The last layer has five: `query`, `key` with `value`, `out`, `up` and `down`. The tenth matrix
-    # product is `pre_classifier`.
+    # `down`. The last layer has five quantised matrix products, namely `query`, `key` with `value`, `out`, `up` and
+    # `down`. The tenth quantised matrix product of the model is `pre_classifier`.
     assert (
         counts_by_operator["QuantizeLinear"],
         counts_by_operator["MatMulIntegerToFloat"],
@@ -145,7 +145,7 @@ def test_static_logits_do_not_depend_on_the_rest_of_the_batch(built_tiny, calibr
     differences = {}
     for name, model in (("static", static_model), ("dynamic", graph(built_tiny, "onnx-int8"))):
         model_session = session(model)
-        # The long row `rare_row * 20` pads `row` to 80 tokens.
+        # In a batch with `rare_row * 20`, which has 80 tokens, `row` is padded to 80 tokens.
         other_rows = ([short_row], [rare_row] * 3, [rare_row * 20])
         logits = [model_session.run(None, pad([row, *rows], NAMES, 0))[0][0] for rows in other_rows]
         differences[name] = np.ptp(logits, axis=0).max()

@@ -240,10 +240,10 @@ def test_whole_removed_layers_count_towards_the_ratio(percent, seed):
 
 
 def test_dispensable_layers_are_those_whose_absence_raises_the_loss_least(tiny_setup):
-    """Compares `dispensable_layers` with its definition.
+    """Compares the order of `dispensable_layers` with a greedy search in this test.
 
-    Each step removes the layer whose absence gives the lowest loss. To remove a layer, the test adds a hook that makes
-    the layer return its input.
+    Each step of the search removes the layer whose absence gives the lowest loss. To remove a layer, the test adds a
+    hook that makes the layer return its input.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 

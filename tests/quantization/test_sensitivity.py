@@ -44,7 +44,7 @@ def test_rank_sorts_all_layers_by_divergence(setup):
 
 @pytest.mark.slow
 def test_a_layer_with_outliers_ranks_first(built_tiny, tmp_path):
-    """One row of the weight is 3,000 times as large as the others, so int8 rounds the others to zero."""
+    """One row of the weight matrix is 3,000 times as large as the other rows, so int8 rounds the other rows to zero."""
     shutil.copytree(built_tiny.path("onnx-fp32"), tmp_path / "outliers")
     model = onnx.load(tmp_path / "outliers" / "model.onnx")
     node = next(node for node in model.graph.node if node.name.endswith("layer.0/ffn/lin2/MatMul"))

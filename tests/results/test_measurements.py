@@ -1,4 +1,4 @@
-"""Tests of samples, rows, and valid and invalid result files."""
+"""Tests of samples, result rows, and valid and invalid result files."""
 
 import dataclasses
 import json

@@ -182,7 +182,7 @@ def test_the_bare_python_has_no_other_package():
 def test_the_runner_gives_the_872_labels(bundles, validation_set, logits_here, variant):
     script = TESTS / "clients" / "bare.py"
     labels = json.loads(run(PYTHON, script, bundles / "python", variant, validation_set / "texts.json"))["answers"]
-    assert count_flips(labels, logits_here(variant)) == 0  # The client and this process have the same kernels.
+    assert count_flips(labels, logits_here(variant)) == 0  # The client and this process use the same kernels.
 
 
 @needs_python
@@ -248,9 +248,9 @@ def test_both_formats_of_a_phone_bundle_give_the_same_logits_here(bundles, valid
 
 @pytest.fixture(scope="module")
 def short_bundles(reference, tmp_path_factory):
-    """Bundles without the over-long golden sentence.
+    """Bundles without the golden sentence that is longer than the model's maximum length.
 
-    On an emulated processor, the over-long sentence takes as long as all other golden sentences together.
+    On an emulated processor, this longest sentence takes as much time as all other golden sentences together.
     """
     folder = tmp_path_factory.mktemp("short-bundles")
     if MODULES:

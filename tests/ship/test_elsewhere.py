@@ -1,7 +1,7 @@
 """Loads artifacts and bundles with transformers 4.57, transformers 5 and optimum, which do not import this package.
 
-Child processes load them. `make test-clients` installs transformers 5; without transformers 5, the tests are skipped.
-optimum-onnx needs transformers 4.57.
+Child processes load the artifacts and bundles. `make test-clients` installs transformers 5; without transformers 5, the
+tests are skipped. optimum-onnx needs transformers 4.57.
 """
 
 import json
@@ -32,9 +32,10 @@ from toolchain.ship import shipping
 from toolchain.ship.shipping import Order
 
 CLIENTS = ROOT / "exported" / ".cache" / "test-clients"
-# The Python of each release of transformers. The tests themselves run with transformers 4.57.
+# Maps each major release of transformers to the Python interpreter of its environment. The tests themselves run with
+# transformers 4.57.
 PYTHONS = {"4": Path(sys.executable), "5": CLIENTS / "transformers5" / "bin" / "python"}
-OTHER = "5"  # the release that the tests themselves do not use
+OTHER = "5"  # the release of transformers that only child processes of the tests use
 TEXTS = ["a charming and often affecting journey .", "a waste of two hours .", "Café naïve, isn't it? 50%", ""]
 
 needs_clients = pytest.mark.skipif(
@@ -171,7 +172,10 @@ def test_transformers_refuses_a_variant_that_it_cannot_build(unloadable_variants
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_checkpoint_of_the_other_release_becomes_a_bundle(tmp_path, kind):
-    """The installed transformers reads a checkpoint of the other release, and the other release reads the import."""
+    """Imports a checkpoint that transformers 5 saved, and compares the probabilities of both releases.
+
+    The test imports the checkpoint with transformers 4.57, and a child process loads the result with transformers 5.
+    """
     code = f"from tiny_architectures import make; make({str(tmp_path / 'checkpoint')!r}, {kind!r})"
     variables = {**os.environ, "PYTHONPATH": f"{TESTS}:{ROOT}"}
     completed = subprocess.run([PYTHONS[OTHER], "-c", code], env=variables, capture_output=True, text=True, check=False)
@@ -180,8 +184,8 @@ def test_a_checkpoint_of_the_other_release_becomes_a_bundle(tmp_path, kind):
     artifacts = ensure(workspace, ["onnx-fp32"], {}, quiet)
     shipping.ship(workspace, Order(("onnx-fp32",), "python"), tmp_path / "b", quiet, no_bar)
     shipping.verify(tmp_path / "b")
-    # transformers 5 ignores the normaliser in the tokenizer.json of ALBERT and DeBERTa, so both releases give the same
-    # tokens only for texts of lower-case ASCII letters.
+    # Unlike transformers 4, transformers 5 ignores the normaliser in the tokenizer.json of ALBERT and DeBERTa.
+    # Transformers 4 and 5 therefore give the same tokens only for texts of lower-case ASCII letters.
     texts = [text for text in TEXTS if text.isascii() and text == text.lower()]
     assert len(texts) == 3
     expected_rows = probabilities_here(artifacts["torch-fp32"], "torch", texts)

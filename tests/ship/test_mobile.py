@@ -36,7 +36,7 @@ from toolchain.ship.targets.releases import (
 
 PRODUCTS = (b"DynamicQuantizeMatMul", b"QAttention")
 NAMES = ("onnx-int8", "onnx-int8-portable", "onnx-fp32")
-# The variant `FULL_ATTENTION` has only the attention operator Attention, which ONNX Runtime 1.16 supports.
+# All attention nodes of the variant `FULL_ATTENTION` have the operator Attention, which ONNX Runtime 1.16 supports.
 FULL_ATTENTION = "onnx-fp32+no-first-query"
 FEED = {"input_ids": np.arange(1000, 1025)[None], "attention_mask": np.ones((1, 25), np.int64)}
 
@@ -91,7 +91,7 @@ def test_a_phone_bundle_has_both_formats_and_the_files_for_a_reduced_build(phone
         assert sha256(phone_bundle / model["file"]) == sha256(built_tiny.path(model["variant"]) / "model.onnx")
         assert model["ort"]["bytes"] == (phone_bundle / model["ort"]["file"]).stat().st_size
         assert model["ort"]["format"] == 6
-        # ONNX Runtime 1.17 is the first release whose MultiHeadAttention has all attributes that the file uses.
+        # ONNX Runtime 1.17 is the first release whose MultiHeadAttention has all attributes that these models use.
         assert model["oldest_release"] == "1.17"
         assert (logits_of(phone_bundle / model["ort"]["file"]) == logits_of(phone_bundle / model["file"])).all()
     operators_text = (phone_bundle / "required_operators.config").read_text()
@@ -123,9 +123,9 @@ def test_both_formats_can_be_verified_with_and_without_this_package(phone_bundle
 
 @pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes(phone_bundle, built_tiny, tmp_path):
-    """Compares files from two processes.
+    """Compares the files of two equal bundles that two processes built.
 
-    The toolchain sorts a table inside each .ort file, whose order would otherwise be random.
+    Each .ort file contains a table in random order, so the toolchain sorts this table.
     """
     model_options = ("--model", built_tiny.model, "--exported", built_tiny.exported)
     completed = run_toolchain(
@@ -282,7 +282,7 @@ def test_a_variant_that_needs_a_later_release_is_refused(built_tiny, tmp_path, n
 
 
 def mask_by_key_padding(artifact):
-    """Replaces the bias of the last attention node by a key_padding_mask, as in exports of older releases."""
+    """Replaces the bias of the last attention node by a key_padding_mask, as earlier releases of the toolchain did."""
     model = onnx.load(artifact.onnx_path)
     (full_attention,) = (node for node in model.graph.node if node.op_type == "Attention")
     (last_attention,) = (node for node in model.graph.node if node.op_type == "MultiHeadAttention")
@@ -319,7 +319,10 @@ def test_a_new_operator_after_an_operator_of_onnx_runtime_is_refused(opset_20_wo
 
 @pytest.mark.slow
 def test_a_release_without_a_kernel_of_the_operator_set_is_refused(opset_20_workspace, tmp_path):
-    """ONNX Runtime 1.17 replaces Gelu in an .onnx file by its function definition, but cannot run it in ORT format."""
+    """ONNX Runtime 1.17 has no kernel for Gelu, so it cannot run Gelu in an .ort file.
+
+    In an .onnx file, ONNX Runtime 1.17 replaces Gelu by the function definition of Gelu.
+    """
     with pytest.raises(ShippingError, match=r"onnx-std uses Gelu \(from 1\.18 on\), which ONNX Runtime 1\.17 lacks"):
         ship(opset_20_workspace, tmp_path / "b", "onnx-std", ort_mobile="1.17")
     assert not (tmp_path / "b").exists()
@@ -350,7 +353,7 @@ def test_a_4_bit_operator_needs_a_release_that_has_it(tmp_path):
 
 def test_the_table_of_releases_tells_which_release_supports_an_operator():
     gather, bits = Use("com.microsoft", "GatherBlockQuantized"), Use("com.microsoft", "GatherBlockQuantized", "bits")
-    # If a release lacks an operator, `find_unsupported` does not list the attributes of this operator.
+    # If a release of ONNX Runtime lacks an operator, `find_unsupported` does not list the operator's attributes.
     assert find_unsupported("1.19", [gather, bits]) == [gather]
     assert find_unsupported("1.22", [gather, bits]) == [bits]
     assert find_unsupported("1.23", [gather, bits]) == []

@@ -110,7 +110,10 @@ def test_a_bias_of_one_head_needs_several_heads():
 
 
 def test_the_table_has_every_kind_of_attention_in_the_files():
-    """A kind of attention that the table of releases lacks would look like an attribute that no release has."""
+    """Compares the kinds of attention in model files with the kinds in the table of ONNX Runtime releases.
+
+    If the table lacked a kind of attention, the toolchain would assume that no release supports this kind.
+    """
     kinds_of_files = {f"MultiHeadAttention: {kind}" for _, kinds in FILES.values() for kind in kinds}
     assert kinds_of_files | {"Attention: mask_index", "QAttention: mask_index"} == set(ATTENTION_STATES)
     assert {state for by_release in ATTENTION_STATES.values() for state in by_release.values()} <= set(STATES)
@@ -173,7 +176,7 @@ def releases():
 
 
 def answers_of(release):
-    """Returns the results that releases.py would measure with the ONNX Runtime `release` if the table were right."""
+    """Returns the results that releases.py measures with ONNX Runtime `release` if the committed table is right."""
     body = json.loads(TABLE.read_text())
     releases_until = ORDER[: ORDER.index(release) + 1]
     operators = {
@@ -239,7 +242,10 @@ def test_the_check_exits_with_3_where_a_release_differs(releases, monkeypatch):
 
 
 def test_the_script_builds_the_table_from_answers(releases):
-    """For each test, the table lists a release only if its result differs from the result of the previous release."""
+    """Checks that the table of ONNX Runtime releases omits repeated results.
+
+    For each test model, the table lists only releases whose result differs from the previous release's result.
+    """
     three_releases = ["1.17", "1.20", "1.21"]
     body = releases.table({release: answers_of(release) for release in three_releases})
     committed_table = json.loads(TABLE.read_text())
@@ -254,7 +260,7 @@ def test_the_script_builds_the_table_from_answers(releases):
 
 
 def test_the_probe_tells_right_wrong_and_refused_apart(tmp_path):
-    """Runs the probe on a model with right expected outputs, with wrong expected outputs, and on an invalid file."""
+    """Runs release_probe.py on a valid model, on a model with wrong expected outputs, and on an invalid file."""
     probe, questions = script("release_probe"), script("release_questions")
     question = next(candidate for candidate in questions.attention() if LONGER in candidate.name)
     entry = questions._save(tmp_path, question)
@@ -282,7 +288,10 @@ def test_the_questions_of_8_bit_products_need_more_than_16_bits():
 @pytest.mark.slow
 @needs_phone
 def test_the_oldest_and_the_newest_release_match_the_table(releases):
-    """Checks ONNX Runtime 1.17, which `make test-clients` installs, and the ONNX Runtime of this environment."""
+    """Compares two installed releases of ONNX Runtime with the table of releases.
+
+    `make test-clients` installs ONNX Runtime 1.17; the newest release is the one in this environment.
+    """
     check_result = CliRunner().invoke(releases.main, ["--check", str(PHONE), "--check", sys.executable])
     assert check_result.exit_code == 0, check_result.output
     assert check_result.output.count("no differences from the table") == 2

@@ -61,7 +61,8 @@ def read_configs(bundle):
 
 def run_model(bundle, config, batch):
     """Runs a model as Triton does, on a batch of the declared types and shapes; returns its outputs by name."""
-    options = session_options(1)  # Triton cannot set the option for exact products, so AVX2 servers use -portable files
+    # Triton cannot set the session option for exact products, so servers without VNNI need portable int8 variants.
+    options = session_options(1)
     for library in config.get("model_operations", {}).get("op_library_filename", []):
         assert library == LIBRARY
         options.register_custom_ops_library(onnxruntime_extensions.get_library_path())

@@ -100,7 +100,7 @@ def test_a_bundle_passes_verification_and_describes_its_models(bundles_by_target
         assert [spec["name"] for spec in model["inputs"]] == ["input_ids", "attention_mask"]
         assert model["measured"] == "not measured"
         assert model["tolerance"] == TOLERANCES["int8" if "int8" in model["variant"] else "fp32"]
-        # The difference is tiny, because this machine also computed the recorded logits.
+        # The logits are almost equal to the recorded logits, because the same machine computed both.
         assert 0 <= report["models"][model["variant"]]["largest_delta"] < 1e-4
 
 
@@ -177,7 +177,7 @@ def test_a_web_bundle_has_the_layout_of_transformers_js(bundles_by_target):
         "model_quantized.onnx",
     ]
     config = json.loads((bundles_by_target / "web" / "config.json").read_text())
-    # The default dtype is the dtype of the first variant in the command.
+    # The web bundle's default dtype is the dtype of the first variant that `ship` gets.
     assert config["transformers.js_config"] == {"dtype": "q8"}
     assert config["id2label"] == {"0": "NEGATIVE", "1": "POSITIVE"}
     assert not (bundles_by_target / "web" / "index.html").exists()
@@ -556,7 +556,7 @@ def test_verify_blames_saturation_only_for_a_model_whose_products_saturate(
     (folder / MODEL).write_bytes(b"not a graph")
     entry = {"bytes": (folder / MODEL).stat().st_size, "sha256": sha256(folder / MODEL)}
     reseal(folder, lambda body: next(e for e in body["files"] if e["path"] == MODEL).update(entry))
-    # Products saturate only without the session option, as on a processor without VNNI.
+    # The patch simulates a processor without VNNI: products saturate unless `exact` is true.
     monkeypatch.setattr(bundled, "saturates", lambda exact=False: not exact)
     assert bundled.main(folder) == 3
     assert message in capsys.readouterr().err

@@ -358,7 +358,7 @@ def test_the_search_tries_no_ratio_above_a_refused_one(tmp_path):
     refused_candidates = []
     best, _, outcomes = run(tmp_path / "study", NarrowWorld(slope=0.001))
     assert max(candidate.ratio for candidate in outcomes) == 60
-    # If pruning refuses a candidate, the search tries no candidate that prunes as much as the refused one, or more.
+    # After pruning refuses a candidate, the search tries only candidates that prune less than the refused candidate.
     assert not [
         (earlier, later)
         for earlier, later in itertools.combinations(refused_candidates, 2)

@@ -99,9 +99,9 @@ class Recover:
         train: Digest of the training data, as in `Prune`.
         learning_rate: Peak learning rate.
         batch_size: Number of rows per training step.
-        pairs: Number of pairs of rows, for each row and epoch, before the step multiplies this number by the share of
+        pairs: Number of pairs of rows, for each row and epoch. The step multiplies this number by the share of
             parameters that pruning removed.
-        masked: Share of the tokens in a pair of rows that the mask token replaces.
+        masked: Share of the tokens that the mask token replaces in each pair of rows.
         seed: Random seed of the pairs of rows, the masks and the row order.
     """
 
@@ -121,8 +121,9 @@ class Export:
 
     Attributes:
         opset: Version of the ONNX operator set.
-        exporter: An exporter of `toolchain.exporters`. None for the exporter of the existing artifact, otherwise for
-            the default exporter. Manifests omit the exporter ``optimum``, so that ids of earlier releases stay valid.
+        exporter: An exporter of `toolchain.exporters`. None means the exporter of the existing artifact if that
+            exporter is installed, and otherwise the default exporter. Manifests omit the exporter ``optimum``, so that
+            ids of earlier releases stay valid.
     """
 
     opset: int = 18
@@ -270,7 +271,7 @@ def step_name(step: Step) -> str:
     return next(name for name, kind in STEP_TYPES.items() if isinstance(step, kind))
 
 
-_OMITTED = ("exporter", "optimum")  # the only exporter of earlier releases
+_OMITTED = ("exporter", "optimum")  # earlier releases of the toolchain had only this exporter
 
 
 def settings_of(step: Step) -> dict[str, Any]:

@@ -48,7 +48,8 @@ class Place:
         device_id: Number of the GPU in the order of `nvidia-smi`.
         allow_fallback: Whether operators without a kernel on the provider may run on the CPU; the session's facts then
             count such operators.
-        exact: True makes 8-bit products exact everywhere. False lets them saturate on x86 processors without VNNI.
+        exact: True makes 8-bit products exact everywhere. False lets 8-bit products saturate on x86 processors without
+            VNNI.
     """
 
     provider: str = "cpu"

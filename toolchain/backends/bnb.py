@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-INT8_CAPABILITY = (7, 5)  # Turing: the first GPUs with the integer tensor cores that LLM.int8() needs
+INT8_CAPABILITY = (7, 5)  # Turing GPUs are the first with the integer tensor cores that LLM.int8() needs.
 BF16_CAPABILITY = (8, 0)
 BLOCK = 64  # number of weights that share a scale
 

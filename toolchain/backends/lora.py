@@ -31,7 +31,7 @@ def load_merged(adapter: Path, base: Path) -> PreTrainedModel:
 
     Args:
         adapter: Folder of the adapter.
-        base: Folder of the base.
+        base: Folder of the base model.
 
     Raises:
         CheckpointError: The adapter does not match the base; see `load_unmerged`.
@@ -46,7 +46,7 @@ def load_unmerged(adapter: Path, base: Path) -> PeftModel:
 
     Args:
         adapter: Folder of the adapter.
-        base: Folder of the base.
+        base: Folder of the base model.
 
     Raises:
         CheckpointError: PEFT is missing, the adapter's tensors do not match the LoRA parameters of PEFT's model one to

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from toolchain.backends import Place
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_ERRORS_ONLY = 3  # Hides warnings: this module checks their causes itself and raises errors.
+_ERRORS_ONLY = 3  # Hides ONNX Runtime's warnings; this module checks the causes of the warnings itself.
 # An x86 processor without VNNI adds two U8 × S8 products in 16 bits, and this sum can saturate. `EXACT_PRODUCTS` is the
 # session option with which ONNX Runtime converts the weights to unsigned integers, so that 8-bit products are exact.
 # On a processor whose sums cannot saturate, `EXACT_PRODUCTS` only makes int8 slower.
@@ -42,7 +42,7 @@ def session_options(threads: int, *, exact: bool = True) -> Any:
 
     Args:
         threads: Number of threads within an operator.
-        exact: Whether int8 products must not saturate.
+        exact: True prevents saturation of int8 products; False allows saturation.
     """
     options = _plain_options(threads)
     if exact and saturates():
@@ -137,8 +137,8 @@ class OrtSession:
             )
         self._place = place
         options = session_options(place.threads, exact=place.exact)
-        # With this option, ONNX Runtime records each node's provider while it creates the session, and later calls are
-        # not slower.
+        # With the option `record_ep_graph_assignment_info`, ONNX Runtime records each node's provider while it creates
+        # the session. The option does not slow later calls.
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         device: dict[str, str] = {}
         if place.provider == "cuda":

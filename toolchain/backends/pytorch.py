@@ -76,11 +76,11 @@ def _load_dense(folder: Path) -> tuple[PreTrainedModel, list[str]]:
 
 
 def mismatched_weights(info: Mapping[str, Any]) -> list[str]:
-    """Returns the names of the weights whose stored shape differs from the config, sorted.
+    """Returns the sorted names of the weights whose stored shape differs from the shape in the config.
 
     Args:
-        info: The loading info of ``from_pretrained``. transformers 4 lists names; transformers 5 lists tuples of a name
-            and two shapes.
+        info: The loading info of ``from_pretrained``. transformers 4 lists the names of the weights; transformers 5
+            lists a tuple of the name and two shapes for each weight.
     """
     return sorted(entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"])
 

@@ -93,7 +93,10 @@ def reduce(model: PreTrainedModel, scheme: str) -> tuple[PreTrainedModel, Precis
 
 
 def tensors_of(model: PreTrainedModel, precision: Precision) -> dict[str, torch.Tensor]:
-    """Returns the tensors to store for a quantised model, by name; an int8 layer has one tensor for each of `PARTS`."""
+    """Returns the tensors to store for a quantised model, by name.
+
+    An int8 layer has four tensors: weight, scales, zero points and bias.
+    """
     prefixes = tuple(f"{name}." for name in precision.layers)
     tensors = {
         name: tensor for name, tensor in model.state_dict().items() if not (prefixes and name.startswith(prefixes))

@@ -1,4 +1,4 @@
-"""The cells of a benchmark: the replies of their processes, and their rows of the result file."""
+"""Cells of a benchmark: collects the replies of their processes, and makes their rows of the result file."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Cell:
         return f"{self.variant}@{self.provider}"
 
     def with_own_encoder(self, root: Manifest) -> Cell:
-        """Returns the cell, with its own encoder if the variant's tokenizer differs from the imported checkpoint's.
+        """Returns the cell, with its own `Encoder` if the variant's tokenizer differs from the imported checkpoint's.
 
         Args:
             root: Manifest of the imported checkpoint.
@@ -72,7 +72,7 @@ class Running:
         worker: The cell's process; None if no process runs.
         starts: For each process of the cell, the reply to `Worker.load` and the seconds per sentence of the warm-up.
         turns: The worker's reply to each turn, by kind of turn and by number of the round.
-        peaks: Memory peaks of each process of the cell that has ended.
+        peaks: Memory peaks of each ended process of the cell.
         exactness: Microseconds of each round with exact and with saturating 8-bit products; may be empty.
         failure: The error that ended the measurement of the cell; None without an error.
         noise: Processor time that other processes and the host of a virtual machine used during the cell's turns.

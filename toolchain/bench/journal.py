@@ -32,7 +32,7 @@ class Journal:
         """Creates the journal of a new run.
 
         Args:
-            path: Path of the journal. If this file exists, the method adds a number to the name of the new file.
+            path: Path of the journal. If a file already has this path, the method adds a number to the journal's name.
             head: The settings that identify the run.
 
         Raises:
@@ -90,7 +90,7 @@ class Journal:
             raise ResultFileError.unwritable(self.path, error) from error
 
     def end(self) -> None:
-        """Deletes the journal. Call this method only after the result file is written."""
+        """Deletes the journal. Call `end` only after the result file is written."""
         self.path.unlink(missing_ok=True)
 
 

@@ -1,7 +1,8 @@
 """The machine probe measures one runtime's highest rates of arithmetic and of reading weights, and prints them as JSON.
 
 The probe runs in a separate process. The probe times square linear layers whose weights are larger than the L2 caches.
-The probe runs the layers on large batches and on batches of one row, with the same operators as a real model.
+The probe runs the linear layers on large batches and on batches of one input row. The linear layers have the same
+operators as a real model.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 WIDTH = 2048
 # Batch sizes at which arithmetic takes most of the time; the runtime's kernel determines which size is faster.
 LARGE_BATCHES = (128, 1024)
-# Number of passes over all measurements, and minimum number of timed calls in each measurement. With two passes, a
-# short load by another process affects only one measurement of each rate.
+# Number of repetitions of all measurements, and minimum number of timed calls in each measurement. The probe measures
+# each rate twice, so another process that is busy for a short time disturbs only one of the two measurements.
 PASSES, MIN_ANSWERS = 2, 3
 SETTLE_S = 0.05  # a runtime's threads spin for about 20 ms after a call and would slow the next measurement
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
@@ -40,7 +41,7 @@ def measure(runtime: str, precisions: Sequence[str], threads: int, seconds: floa
         runtime: ``torch`` or ``onnx``.
         precisions: ``fp32``, ``int8`` or, with PyTorch only, ``bf16``.
         threads: Number of threads.
-        seconds: Measuring time in seconds, for each pass, precision and batch size.
+        seconds: Measuring time in seconds, for each repetition, precision and batch size.
         mebibytes: Approximate size of all layers' weights for each precision, in MiB.
 
     Returns:
@@ -79,7 +80,7 @@ def _time_fastest(answer: Answer, seconds: float) -> float:
 
 
 def _build_torch(precision: str, layers: int, threads: int) -> Callable[[int], Answer]:
-    """Builds the layers in PyTorch; returns a function that prepares a call of the layers for one batch size."""
+    """Builds linear layers in PyTorch; returns a function that prepares a call of these layers for one batch size."""
     import torch
 
     from toolchain.backends import reduced
@@ -102,7 +103,11 @@ def _build_torch(precision: str, layers: int, threads: int) -> Callable[[int], A
 
 
 def _build_onnx(precision: str, layers: int, threads: int) -> Callable[[int], Answer]:
-    """Builds the layers in ONNX Runtime; returns a function that prepares a call of the layers for one batch size."""
+    """Builds linear layers in ONNX Runtime.
+
+    Returns:
+        A function that prepares a call of the linear layers for one batch size.
+    """
     import numpy as np
 
     from toolchain import passes

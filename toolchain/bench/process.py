@@ -1,6 +1,7 @@
-"""A child process that answers messages. This module runs in the parent, and `toolchain.bench.worker` in the child.
+"""A child process that answers messages.
 
-Each message and each answer is one line of JSON. Pickle is not used.
+This module runs in the parent process, and `toolchain.bench.worker` runs in the child process. Each message and each
+answer is one line of JSON. Pickle is not used.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class Child:
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
-        with contextlib.suppress(ValueError):  # `close` may close the stream while this thread reads
+        with contextlib.suppress(ValueError):  # `close` may close the child's output while this thread reads from it
             for line in self._process.stdout:
                 self._replies.put((line, time.perf_counter()))
         self._replies.put(None)

@@ -27,7 +27,7 @@ from toolchain.system import files, hardware
 SCHEMA = 1
 SECONDS, MEBIBYTES = 0.15, 32  # arguments of `machine_probe.measure`
 TIMEOUT_S = 300.0
-# Without these processor features, PyTorch has no fast bf16 kernel, so a measured rate would not be a ceiling.
+# Without these processor features, PyTorch has no fast bf16 kernel, so a measured rate would not be an upper limit.
 BF16_FEATURES = {"avx512_bf16", "amx_bf16"}
 # Names of embedding modules, whose weights a model looks up and does not multiply.
 _EMBEDDING = re.compile(r"(.*_)?embed(ding|dings)?|embed_(tokens|positions)|wte|wpe|shared|relative_attention_bias")
@@ -76,11 +76,14 @@ class Work:
 
 
 def read_work(folder: Path) -> Work | None:
-    """Returns the `Work` of the unquantised PyTorch model in `folder`; reads only the header of the weights file.
+    """Returns the parameter counts of the unquantised PyTorch model in `folder`.
+
+    The function reads only the header of the weights file.
 
     Returns:
-        The `Work`; None if the folder has no weights or if layers share weights. The file stores shared weights once,
-        but every layer multiplies with them, so the stored shapes do not determine the multiply-accumulates.
+        The parameter counts; None if the folder has no weights or if layers share weights. The file stores shared
+        weights once, but every layer multiplies with them. The stored shapes therefore do not determine the number of
+        multiply-accumulates of a model that shares weights.
 
     Raises:
         CheckpointError: The weights file cannot be read.
@@ -173,7 +176,7 @@ def weight_bytes(facts: Mapping[str, object]) -> int | None:
 def floor_ms(macs: float, weight_bytes: float, rates: Mapping[str, float], precision: str) -> float | None:
     """Returns the floor, in milliseconds: the lower bound on the time of one answer.
 
-    The real minimum is higher than the floor, because the measured rates are best cases. The floor uses the rate of
+    A real model takes longer than the floor, because the measured rates are best cases. The floor uses the rate of
     `precision` for all multiply-accumulates, although attention in an int8 model computes in fp32.
 
     Args:

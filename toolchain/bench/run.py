@@ -67,8 +67,8 @@ def planned_pairs(
     Args:
         names: Names of the variants to measure; empty for the default cells of the providers.
         providers: Execution providers; empty allows all.
-        allow_fallback: Whether to pair an ONNX variant in `names` even with a provider that lacks kernels for some
-            operators, which the CPU then runs.
+        allow_fallback: Whether an ONNX variant in `names` may run on a provider that lacks kernels for some of its
+            operators. The CPU then runs these operators.
 
     Raises:
         BenchError: A named variant runs on none of the requested providers.
@@ -118,7 +118,7 @@ def measure(workspace: Workspace, request: Request, say: Say, progress: Progress
     The row of a cell that cannot be built or measured states the reason.
 
     Returns:
-        The result file, and the journal of the run. The caller must write the result file and then end the journal.
+        The result file, and the journal of the run. The caller must write the result file and then call `Journal.end`.
 
     Raises:
         BenchError: A named variant runs on none of the requested providers, or the machine probe fails.
@@ -127,7 +127,7 @@ def measure(workspace: Workspace, request: Request, say: Say, progress: Progress
         ResultFileError: The journal cannot be written, or the journal of the run to resume is missing or belongs to
             another request.
         ToolchainError: The import of the checkpoint failed, so no cell can be measured.
-        KeyboardInterrupt: The user interrupts the measurement. The journal remains, so that the run can resume.
+        KeyboardInterrupt: The user interrupts the measurement. The journal stays on disk, so that the run can resume.
     """
     data, cells = prepare_cells(workspace, request, hardware.missing_cuda(request.protocol.device_id), say)
     return measure_cells(workspace, request, cells, data, say, progress)
@@ -146,7 +146,7 @@ def prepare_cells(
         say: Prints a message.
 
     Returns:
-        The sentences and the cells. Each cell has its artifact, or the reason why the artifact is missing.
+        The sentences and the planned cells. Each cell has its artifact, or the reason why the artifact is missing.
     """
     pairs = planned_pairs(request.names, request.providers, request.protocol.allow_fallback)
     _, data = evaluation_data(workspace, request, say)
@@ -159,7 +159,7 @@ def measure_cells(
     """Measures the cells from `prepare_cells`; returns the same as `measure`.
 
     Raises:
-        KeyboardInterrupt: The user interrupts the measurement. The journal remains, so that the run can resume.
+        KeyboardInterrupt: The user interrupts the measurement. The journal stays on disk, so that the run can resume.
     """
     imported = workspace.load(checkpoints.ROOT_VARIANT)
     assert imported is not None
@@ -194,7 +194,7 @@ def measure_cells(
 
 
 def evaluation_data(workspace: Workspace, request: Request, say: Say) -> tuple[Manifest, Data]:
-    """Returns the imported checkpoint's manifest and the sentences of the evaluation.
+    """Returns the imported checkpoint's manifest and the sentences that the benchmark measures.
 
     If the data is the model's training data and the request names no split, the sentences are the held-out rows.
 
@@ -210,7 +210,7 @@ def evaluation_data(workspace: Workspace, request: Request, say: Say) -> tuple[M
 
 
 def _count_tokens(encoder: encoding.Encoder | None, data: Data) -> list[int]:
-    """Returns the number of tokens of each sentence; empty without an encoder."""
+    """Returns the number of tokens of each sentence; empty without an `Encoder`."""
     return [len(ids) for ids in encoder.encode(data.texts)] if encoder else []
 
 
@@ -220,8 +220,8 @@ def _floor_fact(
     """Returns the fact ``roofline``; empty for a GPU row, or if the model's parameter counts are unknown.
 
     The fact ``roofline`` holds the median number of multiply-accumulates per sentence and the bytes of weights. If the
-    runtime's rates are known, ``roofline`` also holds the median floor in milliseconds, and this floor divided by the
-    row's p50.
+    runtime's rates are known, the fact ``roofline`` also holds the floor (the median lower bound on the time of a
+    sentence, in milliseconds). With known rates, the fact ``roofline`` also holds the floor divided by the row's p50.
     """
     artifact = workspace.load(row.variant)
     if row.provider != "cpu" or artifact is None:
@@ -317,7 +317,8 @@ def _make_cell(
     try:
         return replace(cell, artifact=ensure(workspace, [name], {}, skip_fresh_events(say))[name])
     except (DataError, ProviderError, PruningError) as error:
-        # Some default cells do not work on every model or machine, so only a cell of a named variant counts as failed.
+        # A default cell that does not work on this model or machine is unavailable. A cell of a variant that the user
+        # names has failed.
         return replace(cell, status="failed" if request.names else "unavailable", reason=error.cause, hint=error.hint)
     except ToolchainError as error:
         return replace(cell, status="failed", reason=error.cause, hint=error.hint)

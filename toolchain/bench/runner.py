@@ -25,8 +25,8 @@ from toolchain.results.measurements import Measurement
 SETTLE_S = 0.05
 LOAD_TIMEOUT_S = 300.0
 TURN_TIMEOUT_S = 120.0
-# Number of warm-up sentences of a new process. The time per warm-up sentence limits the number of sentences that the
-# cells answer at batch 1.
+# Number of warm-up sentences of a new process. If the warm-up shows that a cell is slow, all cells answer fewer
+# sentences at batch 1.
 WARM_UP_SENTENCES = 12
 EXACTNESS_ROUNDS = 20
 SPARE_TIME = 1.1
@@ -53,12 +53,12 @@ def bench(
     Args:
         cells: The cells.
         data: The sentences and their labels.
-        encoder: The `Encoder` whose token counts determine the batches of all cells, and which tokenises the texts of
-            every cell without its own `Encoder`.
+        encoder: The shared `Encoder`, for every cell without its own `Encoder`. The token counts of the shared
+            `Encoder` determine the batches of all cells.
         protocol: The settings of the measurement.
         progress: Callback with the number of loaded cells, the number of all cells, and a text. After all cells are
             loaded, the callback receives the numbers of finished turns and of all turns.
-        backends: Backend of each runtime.
+        backends: Maps each runtime tag, such as ``onnx``, to its `Backend`.
         journal: Journal that receives each result. The benchmark does not repeat turns that are already in the journal.
 
     Returns:
@@ -200,7 +200,10 @@ class _Bench:
             worker.close()
 
     def _free_memory(self, item: Running) -> None:
-        """Ends processes of cells until the next model fits in memory; a cell starts a new process at its next turn."""
+        """Ends processes of cells until the model of the cell `item` fits in memory.
+
+        A cell whose process has ended starts a new process at its next turn.
+        """
         import psutil
 
         memory = psutil.virtual_memory
@@ -222,8 +225,8 @@ class _Bench:
             "batches": work.batches,
             "warmup": 2,
             # A cell repeats the batches equally often in every round. In the first round, `repeats` is 0, so the worker
-            # repeats the batches until `min_s` seconds are over. `SPARE_TIME` extends `min_s`, because later rounds may
-            # be faster than the first.
+            # repeats the batches until `min_s` seconds are over. `SPARE_TIME` extends the first round, so that a faster
+            # later round with equally many repetitions still takes `min_s` seconds.
             "repeats": len(earlier_replies[min(earlier_replies)]["us"]) if earlier_replies else 0,
             "min_s": work.min_s * SPARE_TIME,
             "tokenizing": single,
@@ -241,7 +244,7 @@ class _Bench:
         self._record(index, work.kind, reply, turn)
 
     def facts(self) -> dict[str, Any]:
-        """Returns the facts of the run that are not settings of the protocol."""
+        """Returns the facts of the run that are not settings of the benchmark."""
         return {
             "single_sentences": len(self._singles),
             "seconds": round(time.monotonic() - self._started, 1),

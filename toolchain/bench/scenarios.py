@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from toolchain.backends import Place
 
 SINGLE, OFFLINE = "single-stream", "offline"
-SLICES = 8  # Number of rounds in one pass over the sentences.
+SLICES = 8  # Number of rounds that together measure each sentence once.
 MOST_SENTENCES = 2000  # Maximum number of sentences at batch size 1; a random sample replaces a larger data set.
 FEWEST_SENTENCES = 100
 # A batch of several sentences has at most `batch_size * TOKENS_A_SENTENCE` tokens, padding included.
 TOKENS_A_SENTENCE = 64
 LENGTHS = (16, 32, 64, 128, 256, 512)
-LENGTH_SHARE = 0.1  # minimum measuring time for each of `LENGTHS`, as a share of a scenario's minimum time
+LENGTH_SHARE = 0.1  # minimum measuring time for each token count, as a share of a scenario's minimum time
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Protocol:
     """The settings of a benchmark.
 
     Attributes:
-        passes: Minimum number of times that each of ``single-stream`` and ``offline`` measures every sentence.
+        passes: Minimum number of times that ``single-stream`` and ``offline`` each measure every sentence.
         min_s: Minimum measuring time in seconds, for each scenario and each cell.
         pass_s: Maximum seconds that the slowest cell takes to answer each sentence once at batch size 1. If all
             sentences take longer than `pass_s`, all cells answer the same random sample of at least `FEWEST_SENTENCES`
@@ -89,7 +89,7 @@ class Turn:
 
 
 def length_kind(tokens: int) -> str:
-    """Returns the kind of a turn with one sentence of `tokens` tokens."""
+    """Returns the name of the turns that measure one sentence of `tokens` tokens."""
     return f"{tokens} tokens"
 
 

@@ -1,8 +1,8 @@
 """The child process that measures a cell: it loads one session and answers the parent's messages.
 
-Each message and each answer is one line of JSON. Answers go to the original standard output. Other text for standard
-output, such as prints of libraries, goes to standard error. The parent stores the child's standard error and quotes it
-if the child dies.
+Each message and each answer is one line of JSON. The answers go to the original standard output. All text that
+libraries print to standard output goes to standard error. The parent process stores the child's standard error and
+quotes it if the child dies.
 """
 
 from __future__ import annotations
@@ -258,7 +258,7 @@ def _elapsed_us(started_ns: int) -> int:
 def serve(create: Callable[[dict[str, Any]], Any]) -> None:
     """Answers messages until standard input ends.
 
-    `create` makes an object from the first message, and its attribute `ready` answers this message. Each later
+    `create` makes an object from the first message, and the object's attribute `ready` answers this message. Each later
     message calls one method of the object that `create` made. The value ``do`` of a later message is the method's name,
     and the other values of the message are the method's arguments.
 

@@ -33,7 +33,7 @@ class Job(Generic[StepT]):
         resume: Folder for training state; the pipeline keeps it after a killed run and deletes it after publication.
         progress: Callback with the number of finished parts of the work, the number of all parts, and the current
             activity.
-        corpus: Texts whose tokens vocabulary trimming keeps; None for the texts of the training data.
+        corpus: Texts for vocabulary trimming, which keeps their tokens; None for the texts of the training data.
         base: Folder of the base model if the checkpoint is an adapter; None otherwise.
     """
 

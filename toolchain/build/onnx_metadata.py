@@ -25,8 +25,8 @@ SATURATING_X86 = "x86-64 without VNNI or AMX"
 def write_metadata(path: Path, result: StepResult, version: int, model: str, variant: str, parent_id: str) -> None:
     """Writes metadata into an ONNX file.
 
-    The producer version is the step's name and `version`, not the release of this project. Two releases that build the
-    variant in the same way therefore write the same bytes.
+    The producer version is the step's name and `version`, not the release of this project. Two releases of this project
+    that build the variant in the same way write the same bytes.
 
     Args:
         path: The ONNX file, with its tokenizer.json in the same folder.
@@ -75,7 +75,7 @@ def options_by_processor(headroom: float | None) -> dict[str, dict[str, str]]:
         headroom: Result of `quantize_linear.headroom`; None if the model has no int8 product.
 
     Returns:
-        Option names and values by kind of processor; empty if the model is exact everywhere.
+        Option names and values by kind of processor; empty if the model is exact on every processor.
     """
     return {} if headroom is None or headroom >= 1 else {SATURATING_X86: dict([EXACT_PRODUCTS])}
 

@@ -65,7 +65,8 @@ class VariantPlan:
         step: The step with the settings that the build uses.
         reason: Reason to build the variant; empty if its artifact is fresh.
         artifact: The existing artifact of the variant; None if it is missing or unreadable.
-        folder_error: Error that makes the variant's existing folder unusable; None if the folder has no error.
+        folder_error: Error that makes the variant's existing folder unusable; None if the pipeline can use or replace
+            the folder.
     """
 
     variant: Variant
@@ -84,8 +85,8 @@ def plan(workspace: Workspace, names: Iterable[str], requested_steps: Mapping[st
         requested_steps: Steps with the user's settings, by variant name.
 
     Raises:
-        TamperedError: A manifest, or a file of a fresh artifact, changed after the build. A changed variant in
-            `requested_steps` raises no error, because the plan builds this variant again.
+        TamperedError: A manifest, or a file of a fresh artifact, changed after the build. A variant in
+            `requested_steps` whose files changed raises no error, because the plan builds this variant again.
         ArtifactError: A variant's folder exists and is not an artifact.
     """
     plans = inspect_variants(workspace, names, requested_steps)
@@ -130,7 +131,11 @@ def inspect_variants(
 
 
 def _choose_exporter(step: Export, requested_step: Step | None) -> Export:
-    """Returns the step with an exporter: the requested one, or the recorded one if it is installed, or the default."""
+    """Returns the step with an exporter.
+
+    The function takes the exporter that the user requests, or else the exporter in the manifest if it is installed, or
+    else the default exporter.
+    """
     if isinstance(requested_step, Export) and requested_step.exporter:
         return step
     if step.exporter and not unmet_requirement(step.exporter):
@@ -207,7 +212,7 @@ class FreshVariant:
 
 
 def skip_fresh_events(say: Say) -> Say:
-    """Returns a `say` that ignores `FreshVariant` events, for commands that visit the same ancestors many times."""
+    """Returns a callback that ignores `FreshVariant` events, for commands that visit the same ancestors many times."""
 
     def say_unless_fresh(event: object) -> None:
         if not isinstance(event, FreshVariant):
@@ -300,7 +305,7 @@ def _validation_error(
 
 
 def _require_same_data(workspace: Workspace, item: VariantPlan) -> None:
-    """Raises `DataError` if the step's training data or corpus differs from those of the workspace."""
+    """Raises `DataError` if the step's training data or corpus differs from that of the workspace."""
     name, step = item.variant.name, item.step
     if uses_training_data(step) and step.train and step.train != workspace.train.digest:
         raise DataError(

@@ -1,4 +1,4 @@
-"""The logits of PyTorch artifacts that validation compares with; a process computes the logits of a batch only once.
+"""Reference logits of PyTorch artifacts, for validation; a process computes the logits of a batch only once.
 
 Validation compares all variants of a model on the same batches, and PyTorch takes most of the time of a validation.
 """
@@ -14,7 +14,7 @@ from toolchain.backends import Place, Session, open_session
 if TYPE_CHECKING:
     import numpy as np
 
-# Maps the id of a PyTorch artifact and the digest of a batch to the logits. The id covers the bytes of the model.
+# Maps the id of a PyTorch artifact and the digest of a batch to the logits. A model with other bytes has another id.
 _LOGITS: dict[tuple[str, str], np.ndarray] = {}
 
 

@@ -25,7 +25,7 @@ from toolchain.passes.model_shape import context_of, word_width
 from toolchain.progress import Progress
 from toolchain.system import hardware
 
-TRAIN = "train"  # this value of --trim-vocab means the training data without its held-out rows
+TRAIN = "train"  # `--trim-vocab train` means the training data without its held-out rows
 
 
 def corpus_of(spec: str | None, column: str | None) -> Texts | None:
@@ -69,8 +69,8 @@ def trim(
 
     Returns:
         The manifest's fact ``vocabulary``, and the fact ``parameters`` if `facts` contains it. ``vocabulary`` holds the
-        number of tokens kept, the original number of tokens and the bytes saved. On held-out rows, ``vocabulary``
-        compares the trimmed model with its untrimmed fp32 parent. ``held_out`` covers all held-out rows;
+        number of tokens kept, the original number of tokens and the bytes saved. The fact ``vocabulary`` also compares
+        the trimmed model with its untrimmed fp32 parent on held-out rows. ``held_out`` covers all held-out rows;
         ``out_of_domain`` covers the held-out rows with a removed token.
     """
     parent = job.parent_artifact

@@ -123,5 +123,5 @@ class Workspace:
         try:
             artifact = self.load(name)
         except ArtifactError:
-            return None  # the code that uses the artifact loads it again and raises the error
+            return None  # code that uses the unreadable artifact loads it again and raises its error
         return artifact.manifest.parent if artifact else None

@@ -78,7 +78,7 @@ def _record_interrupts() -> Iterator[list[int]]:
         signal.default_int_handler(number, frame)
 
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield signal_numbers  # this process was started with interrupts ignored, or other code handles them
+        yield signal_numbers  # this process ignores interrupts, or other code handles interrupts
         return
     signal.signal(signal.SIGINT, record_interrupt)
     try:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def say(event: object) -> None:
-    """Prints an event as one line."""
+    """Prints a progress event, or any text, as one line on standard error."""
     print(event, file=sys.stderr, flush=True)
 
 

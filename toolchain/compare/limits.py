@@ -54,7 +54,7 @@ _FIGURES: Mapping[str, tuple[str, str, Callable[[Row], float | None]]] = {
 
 @dataclass(frozen=True)
 class BrokenLimit:
-    """A limit that a row exceeds, or that cannot be checked because the figure is unknown.
+    """A limit that a row exceeds, or that cannot be checked because the row's figure is unknown.
 
     Attributes:
         limit: Name of the limit in `Limits`.
@@ -173,7 +173,7 @@ def chance_remark(row: Row) -> str:
 
     Returns:
         The remark; empty if the accuracies are equal or unknown. Without predicted labels, the remark is empty if the
-        interval excludes the baseline's accuracy.
+        95 % interval of the row's accuracy excludes the baseline's accuracy.
     """
     quality, base = row.quality, row.baseline and row.baseline.accuracy
     if not quality or not base or not row.accuracy_points:

@@ -1,9 +1,9 @@
 """Regressions from an old run to a new run on the same machine and data, cell by cell.
 
 Every figure is compared as a cost: time, bytes or wrong answers. A change is the increase of a cost as a share of the
-cost in the old run. The rounds of two runs are not interleaved, and the speed of a machine drifts between runs. Times
-are therefore relative to the baseline of each run. Relative times hide a slowdown of all rows. If the baseline becomes
-faster, the relative times of all other rows increase.
+cost in the old run. The rounds of two runs are not interleaved, and the speed of a machine drifts between runs.
+Because of this drift, each time is relative to the baseline of the same run. Relative times hide a slowdown of all
+rows. If the baseline becomes faster, the relative times of all other rows increase.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def parse_share(text: str) -> float:
     """Returns a percentage as a share: 0.05 for ``5%`` and for ``5``.
 
     Raises:
-        ValueError: The text is not a percentage from 0 to 100, or it is ambiguous, as ``0.05`` may mean 5 % or 0.05 %.
+        ValueError: The text is not a percentage from 0 to 100, or it is ambiguous: ``0.05`` may mean 5 % or 0.05 %.
     """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(%?)", text.strip())
     percent = float(match[1]) if match else math.inf
@@ -111,7 +111,10 @@ class Regressions:
 
 
 class _Key(NamedTuple):
-    """Settings that two compared rows share; `_DIFFERENCES` names a difference in each setting after `cell`."""
+    """Settings that two compared rows share.
+
+    For each setting after `cell`, `_DIFFERENCES` holds the text that reports a difference between two rows.
+    """
 
     model: str
     cell: str
@@ -140,12 +143,12 @@ def find_regressions(new: Sequence[Row], old: Sequence[Row], limit: float) -> Re
 
     * Latency (p50) and throughput regress if their cost grows by more than the limit and the 95 % interval excludes
       zero change. With too few rounds for an interval, the limit alone decides whether latency and throughput regress.
-    * Times are relative to the baseline if both rows have the same baseline, and absolute if they do not. A baseline's
-      own times are reported but never regress.
+    * Times are relative to the baseline if both rows have the same baseline, and absolute if they do not. The times
+      of a baseline row are reported but never regress.
     * Peak memory and size regress if they grow by more than the limit.
     * Accuracy regresses if the number of wrong answers grows by more than the limit and McNemar's test is significant.
-      If the old row has no wrong answers, the increase is divided by 1 instead of 0. If the predicted labels are
-      unknown, the limit alone decides whether accuracy regresses.
+      The increase of wrong answers is divided by the old number of wrong answers, or by 1 if the old number is 0. If
+      the predicted labels are unknown, the limit alone decides whether accuracy regresses.
     * A figure regresses if only the new row lacks it. A figure is not compared if the old row lacks it.
     * A cell regresses if its new row is failed, unavailable or missing.
 
@@ -274,10 +277,10 @@ def _as_ratio(rounds: Sequence[float]) -> Ratio:
 def _quotient(numerator: Ratio, denominator: Ratio) -> Ratio:
     """Returns the quotient of two ratios from separate runs, with its interval.
 
-    The lower bound combines the numerator's lower bound with the denominator's upper bound. The upper bound combines
-    the numerator's upper bound with the denominator's lower bound. On the logarithmic scale, the squared distances
-    between the two combined bounds and their ratios add up. See Zou and Donner 2008, "Construction of confidence limits
-    about effect measures: a general approach".
+    The quotient's lower bound combines the numerator's lower bound with the denominator's upper bound. The quotient's
+    upper bound combines the numerator's upper bound with the denominator's lower bound. On the logarithmic scale, the
+    squared distance from the quotient to a bound is the sum of the two ratios' squared distances to their bounds. See
+    Zou and Donner 2008, "Construction of confidence limits about effect measures: a general approach".
     """
     value = numerator.value / denominator.value
     if numerator.low is None or numerator.high is None or denominator.low is None or denominator.high is None:

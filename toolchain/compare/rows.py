@@ -244,8 +244,8 @@ def compare(
 
     Args:
         runs: The result files.
-        baseline: Name of the variant or cell that is the baseline. If None, the baseline is torch-fp32 on the CPU, or
-            else torch-fp32 on the row's own provider.
+        baseline: Name of the variant or cell that is the baseline. None chooses torch-fp32 on the CPU, or
+            torch-fp32 on the row's provider if the run has no row of torch-fp32 on the CPU.
         current: (model, variant) → id of the artifact that is now in the export folder. A row is stale if the id of the
             measured artifact differs from the id of the current artifact.
 
@@ -276,7 +276,10 @@ def mark_front(rows: Sequence[Row]) -> list[Row]:
 
 
 def _baseline(measurement: Measurement, run: ResultFile, requested: str | None) -> Measurement | None:
-    """Returns the row of the first baseline candidate among the rows of the same run, model and status."""
+    """Returns the row of the requested or default baseline in the run; None if there is none.
+
+    The row of the baseline must have the model and the status of `measurement`.
+    """
     if measurement.status not in ("ok", "reported"):
         return None
     provider = measurement.provider

@@ -144,7 +144,7 @@ def _download(spec: str, split: str) -> Any:
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(path, config or None, split=split)
-    except Exception as error:  # the library datasets raises errors of many classes
+    except Exception as error:  # the library `datasets` raises errors of many classes
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{spec}, split {split}, cannot be loaded: {cause.rstrip('.')}.",

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 TOKEN_TYPES = "token_type_ids"
-# `Encoder` first tokenises a prefix of a long text. The prefix has at most this number of characters for each of the
-# `max_length` tokens.
+# `Encoder` first tokenises a prefix of a long text: at most this number of characters times `max_length`.
 CHARACTERS_PER_TOKEN = 64
 
 
@@ -58,7 +57,7 @@ class Encoder:
         Args:
             folder: Folder of the artifact.
             names: Names of the model's inputs.
-            max_length: Number of tokens to truncate to.
+            max_length: Largest number of tokens of a text or pair; the encoder truncates longer texts.
 
         Raises:
             CheckpointError: tokenizer.json is unreadable.
@@ -67,7 +66,7 @@ class Encoder:
 
         try:
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library tokenizers raises a plain `Exception`
+        except Exception as error:  # the library `tokenizers` raises a plain `Exception`
             raise CheckpointError(
                 f"{folder / 'tokenizer.json'} cannot be read: {error}.", "Import the model again."
             ) from error

@@ -187,7 +187,7 @@ class Texts:
     def count(self) -> int | None:
         """Returns the number of texts, or None for standard input, which can be read only once.
 
-        It reads all texts, so that a faulty row raises an error before any text is scored.
+        It reads all texts, so that a faulty row raises an error before the first prediction.
         """
         return None if self.file == STDIN else sum(1 for _ in self.read())
 

@@ -16,9 +16,9 @@ SINGLE, MULTI = "single_label_classification", "multi_label_classification"
 SEPARATOR = "|"  # `SEPARATOR` separates several labels of one text in a label column of strings.
 MAX_LABELS = 100  # A column with more than `MAX_LABELS` different labels is probably not the label column.
 
-# The value of one row in a label column: one label, or a set of labels. An *answer* is an integer that stands for one
-# label or for a set of labels. The answer for one label is the index of that label. In the answer for a set of labels,
-# bit i is 1 if the set contains the label with index i.
+# A `Value` is the content of one row in a label column: one label, or a set of labels. An *answer* is an integer that
+# stands for one label or for a set of labels. The answer for one label is the index of that label. In the answer for a
+# set of labels, bit i is 1 if the set contains the label with index i.
 Value = str | tuple[str, ...]
 
 
@@ -178,7 +178,7 @@ def label_set(column: Column, names: Sequence[str], multi_label: bool) -> LabelS
 
     Args:
         column: The label column.
-        names: Names of the labels; empty to derive the names.
+        names: Names of the labels; empty to take the names from `column`.
         multi_label: Whether an answer is a set of labels. If the column contains lists, an answer is always a set of
             labels.
 
@@ -260,7 +260,8 @@ def outcome_log_probabilities(logits: np.ndarray, multi_label: bool) -> np.ndarr
     """Returns the log-probabilities of the labels as a float64 array.
 
     For a single-label model, the array has the shape [batch, labels]. For `multi_label`, the array has the shape
-    [batch, 2 × labels]: first the log-probability that each label is present, then that it is absent.
+    [batch, 2 × labels]. Its first half holds the log-probabilities that each label is present, and its second half
+    holds the log-probabilities that each label is absent.
     """
     import numpy as np
 

@@ -69,7 +69,7 @@ class Cluster:
 
         Args:
             method: Name of a method of `driver.Driver`.
-            **arguments: Arguments of the method.
+            **arguments: Arguments for the called method of `driver.Driver`.
         """
         return self._driver.ask({"do": method, **arguments}, None)
 

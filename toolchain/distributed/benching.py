@@ -96,7 +96,8 @@ def assign_cells(nodes: Sequence[Node], cells: Sequence[Cell]) -> list[tuple[Nod
     """Returns each node with the cells that it measures; leaves out nodes without a cell.
 
     Every node measures the CPU cells, so that each result file has its own baseline. Nodes with a GPU measure the CUDA
-    cells. If no node has a GPU, every node gets the CUDA cells, and the rows of the CUDA cells report the missing GPU.
+    cells. If no node has a GPU, every node gets the CUDA cells, and the result rows of these cells report the missing
+    GPU.
     """
     with_gpu = any(node.gpus for node in nodes)
     assignments = [(node, [c for c in cells if c.provider == "cpu" or node.gpus or not with_gpu]) for node in nodes]
@@ -127,7 +128,7 @@ def run_plan(
 
 
 def _cell_to_json(cell: Cell) -> dict[str, Any]:
-    """Returns the cell as JSON data without its tokenizer; the field ``artifact`` says whether it has an artifact."""
+    """Returns the cell as JSON data without its tokenizer; ``artifact`` says whether the cell has an artifact."""
     fields = {name: value for name, value in vars(cell).items() if name not in ("artifact", "encoder")}
     return {**fields, "artifact": cell.artifact is not None}
 

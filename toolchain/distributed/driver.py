@@ -104,8 +104,8 @@ class Driver:
         """Waits until a node finishes, and writes its result file to `folder`.
 
         Returns:
-            The id of the ``node``, and the path of the result ``file``. If the node failed, the error's ``cause`` and
-            ``hint`` replace the ``file``.
+            The id of the ``node``, and the path of the result ``file``. If the node failed, the answer holds the
+            error's ``cause`` and ``hint`` instead of the ``file``.
         """
         import ray
 
@@ -154,7 +154,7 @@ def _score_windows(workers: tuple[int, int], model: StoredFiles, texts: Texts, d
     context.execution_options.preserve_order = True
     context.enable_progress_bars = context.print_on_execution_start = False
     context.raise_original_map_exception = True
-    context.target_max_block_size = 1  # A limit of one byte keeps Ray from merging blocks.
+    context.target_max_block_size = 1  # A block size limit of one byte keeps Ray from merging blocks.
     count, threads = workers
     this_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     dataset = read_datasource(Windows(), override_num_blocks=1, num_cpus=0, label_selector=this_node)

@@ -97,7 +97,7 @@ class Scorer:
     def __call__(self, windows: pyarrow.Table) -> pyarrow.Table:
         """Scores windows of texts and returns their predictions.
 
-        The method reads and returns texts as JSON strings, because JSON can represent every text.
+        The columns ``texts`` and ``rows`` hold JSON strings, because JSON can represent every text.
 
         Args:
             windows: Table with the column ``texts``: each row holds the texts of one window.

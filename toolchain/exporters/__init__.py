@@ -76,7 +76,7 @@ def to_onnx(
 
 
 def _remove_zero_additions(path: Path) -> None:
-    """Removes from an ONNX file the additions of zero that `skipped_blocks.Absent` of a pruned model causes."""
+    """Removes additions of zero from an ONNX file; `skipped_blocks.Absent` causes such additions in pruned models."""
     import onnx_ir as ir
 
     model = ir.load(path)

@@ -21,7 +21,7 @@ def write_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence
     from optimum.exporters.tasks import TasksManager
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing warns about values that become constants; these never change
+        warnings.simplefilter("ignore")  # tracing warns about values that become constants; these values never change
         logging.getLogger("optimum").setLevel(logging.ERROR)
         try:
             constructor = TasksManager.get_exporter_config_constructor(

@@ -22,9 +22,10 @@ def write_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence
 
     # A value of 1 is valid for every input: a token, a token to attend to, and the second token type.
     examples = {name: torch.ones((2, 16), dtype=torch.int64) for name in names}
-    examples["attention_mask"][1, -1] = 0  # with padding, so that a model does not leave its mask out of the trace
+    # The example batch contains padding, so that a model does not leave its mask out of the trace.
+    examples["attention_mask"][1, -1] = 0
     with _eager_attention(model), _tuple_outputs(model), warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # tracing warns about values that become constants; these never change
+        warnings.simplefilter("ignore")  # tracing warns about values that become constants; these values never change
         torch.onnx.export(
             model,
             (),
@@ -41,7 +42,7 @@ def write_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence
 
 @contextlib.contextmanager
 def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Computes attention by separate operators for a while, because the passes recognise these operators."""
+    """While the context is open, the model computes attention by separate operators, which the passes recognise."""
     previous = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -52,7 +53,7 @@ def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _tuple_outputs(model: PreTrainedModel) -> Iterator[None]:
-    """Makes the model return a tuple for a while, because tracing accepts no other output class."""
+    """While the context is open, the model returns a tuple, because tracing accepts no other output class."""
     previous = model.config.return_dict
     model.config.return_dict = False
     try:

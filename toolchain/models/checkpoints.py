@@ -289,7 +289,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _tensors_by_file(folder: Path) -> dict[str, set[str]]:
-    """Returns the tensor names that the index lists for each weights file; empty sets if there is no index."""
+    """Returns the tensor names per weights file, as the safetensors index lists them; empty sets without an index."""
     if weights_of(folder).is_file():
         return {weights_of(folder).name: set()}
     if (folder / WEIGHTS_INDEX).is_file():

@@ -60,5 +60,5 @@ def _loading_code(file: Path) -> str:
 
 
 def _quote(value: str) -> str:
-    """Returns a Python literal in double quotes, because the shell command has single quotes around the code."""
+    """Returns a double-quoted Python literal of `value`, because the shell command puts the code in single quotes."""
     return json.dumps(value, ensure_ascii=False)

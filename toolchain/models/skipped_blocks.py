@@ -32,6 +32,6 @@ class Skipped(nn.Module):
             self.add_module(name, output)
 
     def forward(self, *args: torch.Tensor, **keywords: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Returns a tensor, and None for the attention weights; transformers 4 may pass the input as ``query``."""
+        """Returns the output, and None for the attention weights; transformers 4 may pass the input as ``query``."""
         hidden = args[0] if args else keywords["query"]
         return (self.get_submodule(self._output)(hidden) if self._output else hidden), None

@@ -28,7 +28,7 @@ def tokens_to_keep(encoder: Encoder, texts: Iterable[Text]) -> list[int]:
     """Returns the ids of the tokens to keep, in ascending order.
 
     The function keeps the tokens of `texts`, the special and added tokens, every piece of one character, and every
-    token that one-character pieces cannot spell. So a word stays tokenisable if the vocabulary has a piece for each of
+    token that one-character pieces cannot spell. A word stays tokenisable if the vocabulary has a piece for each of
     its characters.
 
     Args:

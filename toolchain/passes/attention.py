@@ -2,7 +2,7 @@
 
 A fused Attention becomes either one QAttention, or matrix products for query, key and value with a MultiHeadAttention.
 QAttention computes the projections and the attention in one node. QAttention writes the projections in the layout that
-its attention reads, so it needs no Split and no transposition.
+its attention computation reads, so it needs no Split and no transposition.
 """
 
 from __future__ import annotations
@@ -105,10 +105,10 @@ def multi_head(model: ir.Model, node: ir.Node, parts: Any, *, one_query: bool = 
     """Builds a MultiHeadAttention with the mask, `num_heads` and `scale` of the fused Attention `node`.
 
     The mask [batch, tokens] becomes an `attention_bias` [batch, heads, queries, tokens]: 0 for the tokens of a text,
-    the lowest float for padding. A `key_padding_mask` would need fewer nodes than an `attention_bias`. But ONNX Runtime
-    up to 1.20 misreads a `key_padding_mask` if queries are fewer than keys, and the WebGPU provider does not support
-    one. The attention bias has its full shape because ONNX Runtime 1.17 refuses to broadcast a bias, and 1.20
-    broadcasts it wrongly.
+    the lowest float for padding. The function uses no `key_padding_mask`, although that mask would need fewer nodes
+    than an `attention_bias`. ONNX Runtime up to 1.20 misreads a `key_padding_mask` if there are fewer queries than
+    keys, and the WebGPU provider supports no `key_padding_mask`. The attention bias has its full shape because ONNX
+    Runtime 1.17 refuses to broadcast a bias, and 1.20 broadcasts it wrongly.
 
     Args:
         parts: The graph values that hold query, key and value.
@@ -124,7 +124,7 @@ def multi_head(model: ir.Model, node: ir.Node, parts: Any, *, one_query: bool = 
 
 
 def _attention_bias(model: ir.Model, mask: ir.Value, heads: int, one_query: bool) -> ir.Value:
-    """Returns the attention bias of a mask [batch, tokens]; adds it after the mask's producer if the graph lacks it."""
+    """Returns the attention bias of a mask [batch, tokens]; if the bias is missing, adds it after the mask."""
     import numpy as np
     import onnx_ir as ir
 

@@ -17,9 +17,10 @@ def first_query(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     """Rewrites each fused Attention whose readers use token 0 only; counts the rewritten Attention nodes.
 
     The new nodes compute the query of token 0, the keys and values of all tokens, and a MultiHeadAttention with the
-    same mask. The rewrite is exact, because a token's attention output depends on no other token's query. Run the pass
-    `first-token` earlier, because it moves the Gather of token 0 up to the attention. Attentions that share their
-    weight with other layers stay unchanged, because the rewrite would store that weight twice.
+    mask of the replaced Attention. The rewrite is exact, because a token's attention output depends on no other token's
+    query. Run the pass `first-token` before this pass, because `first-token` moves the Gather of token 0 up to the
+    attention. Attentions that share their weight with other layers stay unchanged, because the rewrite would store that
+    weight twice.
     """
     count = 0
     for node in [node for node in model.graph if node.op_type == "Attention" and node.domain == DOMAIN]:

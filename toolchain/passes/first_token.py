@@ -18,12 +18,11 @@ BOUNDARY = {"Attention", "MultiHeadAttention", "LayerNormalization"}
 
 
 def first_token(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
-    """Moves the `Gather` of token 0 up through token-wise nodes to the last attention; counts these nodes.
+    """Moves the `Gather` of token 0 up through token-wise nodes to the last attention; counts the token-wise nodes.
 
     The rewrite is exact, because each token-wise node computes token 0 from token 0 alone. The pass rewrites a
-    token-wise node only if the Gather of token 0 and rewritten token-wise nodes are its only readers. A rewritten
-    token-wise node may read only weights, other token-wise nodes and `BOUNDARY` operators, whose output is [batch,
-    sequence, width].
+    token-wise node only if every reader of its output is the Gather of token 0 or another rewritten node. A rewritten
+    node may read only weights and the outputs of other rewritten nodes and of `BOUNDARY` operators.
     """
     count = 0
     for gather in [node for node in model.graph if takes_first_token(node)]:

@@ -53,9 +53,9 @@ def fuse(
 def _move_residual_last(model: ir.Model) -> None:
     """Makes the residual the second addend of each Add before a LayerNormalization.
 
-    The residual is the addend with more readers. If Add nodes compute both addends, ONNX Runtime's fusion takes the
-    first addend as the result of the attention. Without this function, the first addend in ALBERT's first layer would
-    be the projected embeddings.
+    The residual is the addend with more readers. If Add nodes compute both addends before a LayerNormalization, ONNX
+    Runtime's fusion takes the first addend as the result of the attention. Without this function, the first addend in
+    ALBERT's first layer would be the projected embeddings instead of the result of the attention.
     """
     for norm in model.graph:
         add = norm.inputs[0].producer() if norm.op_type == "LayerNormalization" and norm.inputs[0] else None
@@ -64,7 +64,7 @@ def _move_residual_last(model: ir.Model) -> None:
         first, second = add.inputs
         if first is None or second is None:
             continue
-        # Embeddings from look-ups keep their order, because the fusion treats the first addend as word embeddings.
+        # Addends from embedding look-ups keep their order: the fusion takes the first addend as word embeddings.
         producers = [value.producer() for value in (first, second)]
         if not all(node is not None and node.op_type == "Add" for node in producers):
             continue

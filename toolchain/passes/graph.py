@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
     """Returns an initializer of the graph that holds `array`.
 
-    If the graph has an initializer `name` with an equal array, the function returns that initializer. So layers that
-    share a weight store it once. If the initializer `name` holds a different array, the name of the new initializer
-    ends in `_other`.
+    If the graph has an initializer `name` with an equal array, the function returns that initializer. Layers with
+    the same weight share one initializer. If the initializer `name` holds a different array, the name of the new
+    initializer ends in `_other`.
     """
     import numpy as np
     import onnx_ir as ir
@@ -27,7 +27,8 @@ def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
         existing_array = array_of(existing)
         if existing_array.dtype == array.dtype and np.array_equal(existing_array, array):
             return existing
-        return constant(model, f"{name}_other", array)  # one layer reads the weight, another layer reads its transpose
+        # The arrays differ if one layer reads a weight and another layer reads the transpose of that weight.
+        return constant(model, f"{name}_other", array)
     tensor = ir.tensor(np.asarray(array, order="C"), name=name)
     value = ir.val(name, dtype=tensor.dtype, shape=array.shape, const_value=tensor)
     model.graph.register_initializer(value)

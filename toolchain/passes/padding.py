@@ -1,6 +1,6 @@
 """Padding that changes no scale: every padding token gets the embedding of its sentence's first token.
 
-Int8 scales computed at run time come from the range of all tokens, padding included. So, without this pass, one padding
+Int8 scales computed at run time come from the range of all tokens, padding included. Without this pass, one padding
 token could change the rounding of every output. Attention masks padding, so the embedding of a padding token may have
 any value.
 """

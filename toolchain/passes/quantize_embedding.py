@@ -43,7 +43,7 @@ def quantize_embedding(model: ir.Model, context: Context, look_up: LookUp) -> tu
 
 
 def look_up_int8_rows(model: ir.Model, name: str, array: np.ndarray, rows: Any) -> list[ir.Node]:
-    """Builds standard operators that look up int8 rows of a table and multiply rows by scales; implements `LookUp`."""
+    """Builds standard operators that look up int8 embeddings and multiply each by its scale; implements `LookUp`."""
     import onnx_ir as ir
 
     int8, scale = quantize_weight(array, axis=0)

@@ -28,7 +28,7 @@ def quantize_linear(
     Linear layers are MatMul and Gemm with constant weights, and the projections of a fused Attention. `attend` builds
     the replacement of a fused Attention. Products of two activations stay fp32: they hold no weights, so fewer bits
     would cost accuracy and save nothing. The last layer, whose result is the logits, stays fp32 because it has few
-    weights. Layers in `context.keep` also stay fp32.
+    weights. Layers whose names are in `context.keep` stay fp32.
     """
     count = 0
     layer = partial(product, model)
@@ -58,8 +58,8 @@ def weights_of(model: ir.Model) -> dict[str, np.ndarray]:
     """Returns the weights of the linear layers, by the name of the input that the layers read.
 
     Returns:
-        A mapping from each input to the weights [inner, outer] of all layers that read this input, concatenated along
-        `outer`.
+        A mapping from each input's name to the weights of all layers that read this input. The weights are concatenated
+        along `outer` into one array of shape [inner, outer].
     """
     import numpy as np
 
@@ -72,7 +72,7 @@ def weights_of(model: ir.Model) -> dict[str, np.ndarray]:
 
 
 def inputs_with_shared_weights(model: ir.Model) -> set[str]:
-    """Returns the names of the inputs of linear layers that share a weight with a layer of another input."""
+    """Returns the names of layer inputs: their layers share a weight with a layer that reads a different input."""
     readers: dict[str, set[str]] = {}
     for node in linear_nodes(model):
         readers.setdefault(str(node.inputs[1].name), set()).add(str(node.inputs[0].name))  # type: ignore[union-attr]
@@ -94,9 +94,9 @@ def headroom(model: ir.Model) -> float | None:
     """Returns the headroom of the int8 products before 16-bit saturation; None if the graph has no int8 product.
 
     Some processors add two int8 products in 16 bits. The headroom is the 16-bit limit divided by the largest possible
-    sum of two products. The largest possible sum is the largest activation times the sum of the two largest weights of
-    equal sign in one output. A kernel may add any two products of one output, so the function assumes the worst pair.
-    If the headroom is at least 1, products never saturate.
+    sum of two products. The largest possible sum of two products is the largest activation × the sum of one output's
+    two largest weights of equal sign. A kernel may add any two products of one output, so the function assumes the pair
+    with the largest sum. If the headroom is at least 1, products never saturate.
     """
     import numpy as np
 
@@ -172,8 +172,8 @@ def build_standard_product(
 
     uint8, activation_scale, zero_point = run_time_codes(model, data, new_nodes)
     weight, weight_scale, _ = weight_codes(model, name, array, largest)
-    # In ONNX, the zero point of the weight is optional. But ONNX Runtime up to 1.29 aborts without a zero point if it
-    # converts the weights to unsigned. ONNX Runtime 1.32 refuses a zero point that several nodes share.
+    # In ONNX, the zero point of the weight is optional. ONNX Runtime up to 1.29 aborts if it converts weights without a
+    # zero point to unsigned. ONNX Runtime 1.32 refuses a zero point that several nodes share.
     weight_zero_point = constant(model, f"{name}_zero", np.array(0, np.int8))
     integers = add("MatMulInteger", [uint8, weight, zero_point, weight_zero_point], "sum")
     cast = add("Cast", [integers], "cast", to=ir.DataType.FLOAT)

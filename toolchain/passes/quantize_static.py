@@ -29,14 +29,15 @@ if TYPE_CHECKING:
     from toolchain.passes import Context
 
 MAX_CODE = 255
-SMOOTHED = "/smoothed"  # a value that SmoothQuant divides by factors gets a name with this suffix
+SMOOTHED = "/smoothed"  # Suffix of the names of values that `smooth` has divided or multiplied.
 
 
 @dataclass(frozen=True, eq=False)
 class Activation:
     """Quantisation of an input of linear layers: value ≈ (code − `zero_point`) × `scale` × `smooth`.
 
-    Codes are 0 to 255. `smooth` is one factor per channel [width], or None.
+    A code is an integer from 0 to 255. `smooth` is an array of shape [width] with one factor for each channel; None
+    without SmoothQuant.
     """
 
     scale: float
@@ -45,9 +46,9 @@ class Activation:
 
     @classmethod
     def from_range(cls, low: float, high: float, smooth: np.ndarray | None = None) -> Activation:
-        """Returns the quantisation whose codes cover `low` to `high`, and 0.
+        """Returns the quantisation whose codes cover the range from `low` to `high`, and the value 0.
 
-        Because a code stands for 0, quantisation keeps zeros, such as padding and pruned values, exactly 0.
+        Because one code stands for the value 0, quantisation keeps zeros, such as padding and pruned values, exactly 0.
         """
         import numpy as np
 
@@ -56,7 +57,7 @@ class Activation:
         return cls(scale, min(MAX_CODE, round(-low / scale)), smooth)
 
     def fake_quantize(self, values: np.ndarray) -> np.ndarray:
-        """Quantises and dequantises values […, width] that are already divided by `smooth`.
+        """Quantises and dequantises values of shape […, width] that are already divided by `smooth`.
 
         The result is not multiplied by `smooth`.
         """
@@ -135,7 +136,7 @@ def _layers_by_input(model: ir.Model, context: Context) -> dict[str, list[ir.Nod
 def fixed_codes(activations: Activations, model: ir.Model, data: Any, new_nodes: list[ir.Node]) -> list[ir.Value]:
     """Quantises the value `data` with its calibrated scale; one QuantizeLinear node serves all readers of the value.
 
-    `functools.partial` with `activations` turns the function into an `int8.Codes`.
+    `functools.partial` with the argument `activations` turns this function into an implementation of `int8.Codes`.
     """
     import numpy as np
     import onnx_ir as ir
@@ -182,9 +183,9 @@ def build_standard_static_product(
 ) -> list[ir.Node]:
     """Builds a MatMul of dequantised values (QDQ), which runtimes run in int8; implements `StaticProduct`.
 
-    A `Sub` of the negated bias adds the bias. With an `Add` and two-dimensional inputs, ONNX Runtime would fuse MatMul
-    and Add into a Gemm. ONNX Runtime runs a Gemm of dequantised values in fp32, and dequantises the weights at every
-    inference.
+    To add the bias, a `Sub` node subtracts the negated bias. With an `Add` and two-dimensional inputs, ONNX Runtime
+    would fuse MatMul and Add into a Gemm. ONNX Runtime runs a Gemm of dequantised values in fp32, and dequantises the
+    weights at every inference.
     """
     new_nodes: list[ir.Node] = []
     add = adder(name, new_nodes)

@@ -16,8 +16,8 @@ def residual_sum(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     """Turns the Add before a LayerNormalization into a Sub if possible, else into a Sum; counts the rewritten nodes.
 
     The pass rewrites an Add only if neither addend is an initializer. To turn an Add into a Sub, the pass negates the
-    weights that compute one addend, which is exact. If the pass can negate the weights of neither addend, it uses a
-    Sum.
+    weights that compute one addend; the negation is exact. If the pass can negate the weights of neither addend, it
+    turns the Add into a Sum.
 
     With default options, ONNX Runtime fuses Add + LayerNormalization into SkipLayerNormalization when it loads a model.
     The fusion into SkipLayerNormalization requires known shapes of both addends, for example in an app that fixes the
@@ -50,7 +50,7 @@ def residual_sum(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
 
 
 def _negatable_inputs(value: ir.Value) -> list[tuple[ir.Node, int]]:
-    """Returns the (node, input index) of initializers whose negation negates only `value`; empty if there are none."""
+    """Returns pairs (node, input index) of initializers whose negation negates only `value`; possibly empty."""
     node = value.producer()
     if node is None or node.domain != "" or len(value.uses()) != 1 or value.is_graph_output():
         return []

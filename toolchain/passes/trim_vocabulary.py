@@ -15,7 +15,7 @@ IDS = "input_ids"
 
 
 def trim_vocabulary(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
-    """Reduces the word embedding table [tokens, width] to the rows in `context.tokens`, in that order.
+    """Reduces the word embedding table, of shape [tokens, width], to the rows `context.tokens`, in that order.
 
     Raises:
         GraphError: The embedding table has no row for a kept token, or nodes other than one look-up read the token ids

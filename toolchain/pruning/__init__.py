@@ -39,7 +39,7 @@ def prune(
         ratio: Minimum share of the encoder's linear parameters to remove.
         method: Importance measure, ``fisher`` or ``magnitude``.
         price: Function that returns the cost of a layer's attention or feed-forward part for a number of heads or
-            neurons. Pruning removes the units with the least importance lost per cost saved.
+            neurons. Pruning removes the units with the lowest ratio of lost importance to saved cost.
         progress: Progress callback; receives the number of finished layers.
         layers: Number of layers to keep; None keeps all layers. Pruning removes entire layers before it selects single
             heads and neurons.

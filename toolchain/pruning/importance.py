@@ -21,8 +21,8 @@ class Importance:
     """Importance of one layer's heads or neurons.
 
     Attributes:
-        moment: Matrix [units, units]. The joint importance of a set of units is the sum of the matrix entries whose row
-            and column belong to the set. The diagonal of the matrix holds the importance of each single unit.
+        moment: Matrix of shape [units, units]. The joint importance of a set of units is the sum of the matrix entries
+            whose row and column belong to the set. The diagonal of `moment` holds the importance of each single unit.
     """
 
     moment: torch.Tensor
@@ -45,9 +45,9 @@ def fisher(model: PreTrainedModel, batches: Sequence[Batch]) -> list[LayerImport
     """Returns the empirical Fisher information of a gate on the output of every head and every neuron.
 
     A gate is a factor with the value 1 that multiplies the output of a unit. The gates multiply the input of the last
-    linear layer in a layer's attention or feed-forward part. Each layer gets one matrix [heads, heads] and one matrix
-    [neurons, neurons]. Each sentence has its own gates, so one backward pass gives the gradient of every sentence. The
-    method is that of Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers".
+    linear layer in a layer's attention or feed-forward part. Each layer gets one matrix of shape [heads, heads] and one
+    of shape [neurons, neurons]. Each sentence has its own gates, so one backward pass gives the gradient of every
+    sentence. The method is that of Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers".
 
     Returns:
         One `LayerImportance` for each layer, first to last.

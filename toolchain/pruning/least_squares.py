@@ -28,15 +28,15 @@ def cut_and_fit(
 ) -> None:
     """Removes the units of `model` that are not in `kept_units`, and refits the remaining weights, layer by layer.
 
-    The function runs the unpruned and the pruned model side by side. Ridge regression on the remaining inputs refits
-    the last linear layer of attention and of the feed-forward part. The regression fits the pruned model's sum of
+    The function runs the unpruned and the pruned model side by side. Ridge regression refits the last linear layer of
+    each attention and feed-forward part on the inputs that pruning keeps. The regression fits the pruned model's sum of
     residual and output to the same sum in the unpruned model. The sum of residual and output is the input of a
     LayerNorm. The function adds the solution of the regression to the weights and the bias of the linear layer. The
     method follows the mask tuning of Kwon et al. 2022, with a matrix in place of the mask.
 
-    If an attention or feed-forward part keeps no unit, the function removes its LayerNorm. To replace a removed
-    LayerNorm, the function refits the preceding LayerNorm, channel by channel, to the removed LayerNorm's output in the
-    unpruned model.
+    If an attention or feed-forward part keeps no unit, the function removes the LayerNorm of this part. To replace a
+    removed LayerNorm, the function refits the preceding LayerNorm, channel by channel, to the removed LayerNorm's
+    output in the unpruned model.
 
     Args:
         dense: The unpruned model.
@@ -49,8 +49,8 @@ def cut_and_fit(
     dense_states, arguments = _record_layer_inputs(dense, batches)
     states = dense_states
     norms = (layout.attention_norm, layout.output_norm)
-    # The last LayerNorm that stayed in `model` so far. The first layer keeps a head, so the loop sets `last_norm`
-    # before it reads `last_norm`.
+    # `last_norm` is the last LayerNorm that the loop has kept in `model`. The first layer keeps a head, so the loop
+    # sets `last_norm` before it reads `last_norm`.
     last_norm: Any = None
     for index in range(len(kept_units)):
         original, layer = layers_of(dense)[index], layers_of(model)[index]
@@ -79,9 +79,10 @@ Arguments = list[tuple[tuple[Any, ...], dict[str, Any], "torch.Tensor"]]
 
 
 def _record_layer_inputs(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[States, Arguments]:
-    """Returns, for each batch, the first layer's input states [batch, sequence, width] and the layer's other arguments.
+    """Returns, for each batch, the first layer's input states and a tuple of the layer's further arguments.
 
-    The arguments other than the input states end with the token mask of the batch.
+    The input states have the shape [batch, sequence, width]. The tuple holds the positional arguments, the keyword
+    arguments and the token mask of the batch.
     """
     import torch
 
@@ -135,7 +136,7 @@ def _layer_output(
 def _record_module_inputs(
     layer: nn.Module, paths: Sequence[str], states: States, arguments: Arguments
 ) -> dict[str, States]:
-    """Returns the inputs of each named module, one tensor [tokens, width] for each batch, without padding."""
+    """Returns the inputs of each named module, one tensor of shape [tokens, width] for each batch, without padding."""
     inputs_by_path: dict[str, States] = {path: [] for path in paths}
     masks: list[torch.Tensor] = []
 
@@ -166,8 +167,9 @@ def _apply(module: nn.Module, values: States) -> States:
 def _refit_norm(norm: Any, outputs: States, targets: States) -> tuple[torch.Tensor, torch.Tensor]:
     """Refits the LayerNorm `norm` by least squares, channel by channel; returns a scale and a shift for each channel.
 
-    `outputs` [tokens, width] are the outputs of `norm` before the fit. `targets` [tokens, width] are the outputs that
-    the fit approaches. After the fit, the outputs of `norm` are its old outputs × scale + shift.
+    `outputs`, of shape [tokens, width], are the outputs of `norm` before the fit. `targets`, of the same shape as
+    `outputs`, are the outputs that the fit approaches. After the fit, the outputs of `norm` are its old outputs × scale
+    + shift.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Selects the heads and FFN neurons to remove, over all layers at once, by the importance lost per cost saved."""
+"""Selects the heads and FFN neurons to remove in all layers at once, by the ratio of lost importance to saved cost."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Reduction:
-    """A lower number of heads or neurons for one layer, with the importance lost per cost saved; see `select`."""
+    """A possible reduction of one layer's heads or neurons, with its ratio of lost importance to saved cost."""
 
     group: int
     count: int
@@ -53,18 +53,18 @@ def select(
     price: Price,
     empty_layers: Collection[int] = (),
 ) -> list[KeptUnits]:
-    """Selects the units that every layer keeps, with the least importance lost.
+    """Selects the units that every layer keeps, so that the model loses the least importance.
 
     A group is either the heads of one layer, or the neurons of one layer in blocks of `BLOCK` neurons. Each group of
     units has a curve: the lost importance as a function of the saved cost. Each segment of the curve's lower convex
-    hull is a possible reduction of the number of units. The function applies the reductions of all groups of units in
-    ascending order of importance lost per cost saved, until the share `ratio` is removed. This greedy order of the
-    reductions is the Lagrangian solution of the knapsack problem.
+    hull is a possible reduction of the number of units. The function sorts the reductions of all groups by the ratio of
+    lost importance to saved cost, lowest first. The function applies the sorted reductions until the share `ratio` of
+    the parameters is removed. This greedy order of the reductions is the Lagrangian solution of the knapsack problem.
 
-    Then `rearrange` may replace kept units of a group by removed units of the same group, because pairs of units
-    interact. The first layer always keeps at least one head. Without any head, the model cannot combine the tokens of a
-    sentence. If a layer loses all its heads, pruning refits the preceding LayerNorm, but no LayerNorm of the encoder
-    precedes the first layer.
+    After the reductions, `rearrange` may replace kept units of a group by removed units of the same group, because
+    pairs of units interact. The first layer always keeps at least one head. Without any head, the model cannot combine
+    the tokens of a sentence. If a layer loses all its heads, pruning refits the preceding LayerNorm, but no LayerNorm
+    of the encoder precedes the first layer.
 
     Args:
         importances: The importances of each layer's heads and neurons, first layer to last.

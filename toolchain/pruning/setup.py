@@ -27,9 +27,10 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class PruningSetup:
-    """Inputs of pruning and results computed from them. All pruning ratios that one process tries share the results.
+    """Inputs of pruning, and the results that are computed from these inputs.
 
-    Use the function `shared_setup` to get the shared instance.
+    One process computes the results once for all pruning ratios that it tries. Use the function `shared_setup` to
+    get the shared instance.
 
     Attributes:
         folder: Folder of the unpruned model.

@@ -1,11 +1,12 @@
 """Calibration chooses the fixed quantisation of the linear layers' inputs from training sentences.
 
-The range of an input covers all its values on the training sentences. On the reference model, neither percentile ranges
-nor ranges of least squared error gave smaller output errors on held-out rows than full ranges.
+The range of a layer's input covers all values that the input takes on the training sentences. On the reference model,
+neither percentile ranges nor ranges of least squared error gave smaller output errors on held-out rows than full
+ranges.
 
-Calibration smooths the channels of an input (SmoothQuant) if the error of the layer's product is large. Calibration
-chooses the SmoothQuant migration strength with the least error of the layer's product. If the error of the layer's
-product is small, smoothing would add a `Mul` node for little gain.
+Calibration smooths the channels of an input (SmoothQuant) if the error of the layer's int8 product is large.
+Calibration chooses the SmoothQuant migration strength with the least error of the layer's int8 product. If the error of
+the layer's int8 product is small, smoothing would add a `Mul` node for little gain.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 SENTENCES = 300
-# Calibration measures the error of a layer's product on this number of evenly spaced tokens of each sentence.
+# Calibration measures the error of a layer's int8 product on this number of evenly spaced tokens of each sentence.
 TOKENS = 4
 # Migration strengths α of SmoothQuant that calibration tries. The migration strength is the share of the quantisation
 # difficulty that moves from the activations to the weights.
 STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-# Calibration smooths the input of a layer only if `_noise` of the layer's product is at least `NOISE`. On the reference
-# model, `NOISE` selects the ten inputs whose quantisation, each alone, changes the model's outputs most. Smoothing all
-# 25 inputs costs twice as much as smoothing these ten inputs, and hardly reduces the change of the outputs further.
+# Calibration smooths the input of a layer only if the error `_noise` of the layer's int8 product is at least `NOISE`.
+# On the reference model, `NOISE` selects the ten layer inputs whose quantisation, each alone, changes the model's
+# outputs most. Smoothing all 25 layer inputs costs twice as much as smoothing the ten that `NOISE` selects, and hardly
+# improves the outputs further.
 NOISE = 4e-3
 
 
@@ -51,7 +53,7 @@ class ValueStatistics:
     Attributes:
         low: Minimum of each channel, of shape [width].
         high: Maximum of each channel, of shape [width].
-        tokens: Sampled tokens, of shape [tokens, width].
+        tokens: Values of the input at the sampled tokens, of shape [tokens, width].
     """
 
     low: np.ndarray
@@ -66,8 +68,8 @@ def calibrate(artifact: Artifact, train: TrainingSource, smooth: bool = True) ->
     if the data has enough longer rows.
 
     Args:
-        smooth: Whether calibration may smooth inputs if the error of the layer's product is large. Smoothed inputs need
-            the pass `smooth` before the quantisation pass.
+        smooth: Whether calibration may smooth inputs if the error of the layer's int8 product is large. Smoothed inputs
+            need the pass `smooth` before the quantisation pass.
 
     Returns:
         The quantisation of each input, by the name of the input.
@@ -89,7 +91,7 @@ def choose_activation(statistics: ValueStatistics, weight: np.ndarray, smooth: b
     """Chooses the quantisation of a layer's input; `weight` is the layer's weight, of shape [width, outputs].
 
     Args:
-        smooth: Whether the function may smooth the input if the error of the layer's product is large.
+        smooth: Whether the function may smooth the input if the error of the layer's int8 product is large.
     """
     import numpy as np
 

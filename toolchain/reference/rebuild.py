@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 EPOCHS = 4
 RATE = 4e-5
-# BERT's name of each part of a layer → DistilBERT's name.
+# BERT's name of each part of a layer → DistilBERT's name of the same part.
 NAMES = {
     "attention.self.query": "attention.q_lin",
     "attention.self.key": "attention.k_lin",

@@ -66,7 +66,7 @@ class ResultsFolder:
         return max(runs, key=lambda run: run.created)
 
     def measurements_of(self, ids: Collection[str], say: Say) -> dict[str, tuple[ResultFile, Measurement]]:
-        """Returns the newest run with each measured artifact in `ids`, and the artifact's row in this run."""
+        """Returns, for each measured artifact in `ids`, the newest run that measured it and the artifact's row."""
         newest: dict[str, tuple[ResultFile, Measurement]] = {}
         for run in sorted(self._read_all(say), key=lambda run: run.created):
             for row in run.rows:

@@ -1,7 +1,7 @@
 """The result file of one benchmark run: one row for each cell, with raw samples.
 
-A result file stores each percentile and rate together with its samples. Reading a file fails if samples are missing, or
-if a figure does not follow from its samples.
+A result file stores each percentile and rate together with its samples. Reading a result file fails if samples are
+missing, or if a figure does not follow from its samples.
 """
 
 from __future__ import annotations

@@ -86,8 +86,8 @@ def _expand_level(count: int) -> float:
     """Returns the level at which a percentile interval over `count` values has the coverage `CONFIDENCE`.
 
     For a small number n of values, a percentile interval of the bootstrap is too narrow. The percentile interval
-    corresponds to the normal distribution instead of Student's t. For n values, the bootstrap interval is also too
-    narrow by the factor sqrt((n - 1) / n). The correction follows Hesterberg 2015, "What Teachers Should Know About the
+    corresponds to the normal distribution instead of Student's t. A bootstrap interval over n values is too narrow by
+    the factor sqrt((n - 1) / n). The correction follows Hesterberg 2015, "What Teachers Should Know About the
     Bootstrap".
     """
     from scipy import stats
@@ -158,11 +158,11 @@ def count_by_label(predictions: Sequence[int], labels: Sequence[int], multi: boo
 
     Args:
         predictions: Predicted label indices, or sets of labels as bit masks; see `toolchain.data.labels`.
-        labels: Correct labels of the same rows, in the same form as `predictions`.
+        labels: Correct labels of the predicted rows, in the same form as `predictions`.
         multi: Whether predictions and labels are sets of labels.
 
     Returns:
-        One dict for each label, with four numbers of rows. ``labelled``: rows that have the label in the data.
+        One dict for each label, with four counts of rows. ``labelled``: rows that have the label in the data.
         ``predicted``: rows that have the label in the prediction. ``correct``: rows that have the label in the data and
         in the prediction. ``neither``: rows that have the label neither in the data nor in the prediction.
     """
@@ -199,8 +199,8 @@ def balanced_accuracy(counts: Sequence[Mapping[str, int]], multi: bool) -> float
 
     Args:
         counts: Result of `count_by_label`.
-        multi: Whether each row has a set of labels instead of one label. For sets of labels, the mean also includes the
-            recall of each label's absence.
+        multi: Whether each row has a set of labels instead of one label. For sets of labels, the mean includes both the
+            recall of each label and the recall of each label's absence.
     """
     recalls = [
         label_counts["correct"] / label_counts["labelled"] for label_counts in counts if label_counts["labelled"]

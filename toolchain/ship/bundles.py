@@ -261,7 +261,7 @@ def _write_model(contents: Contents, index: int, encoder: Encoder, folder: Path)
 
 
 def _oldest_release(variant: str, file: Path) -> str:
-    """Returns the oldest release of ONNX Runtime that runs the file correctly; `DEFAULT` if that release is older.
+    """Returns the oldest release of ONNX Runtime, from `DEFAULT` on, that runs the file correctly.
 
     The tests run bundles only with the release `DEFAULT` of ONNX Runtime and newer releases.
 

@@ -63,7 +63,7 @@ class Order:
         demo: Whether a web bundle has a demo page.
         with_tokenizer: Whether each graph contains the tokenizer.
         ort_mobile: Release of ONNX Runtime on the phones, one of `RELEASES`; used by the mobile target only.
-        results: Folder of the result files from which the bundle takes its figures.
+        results: Folder of the result files from which the bundle takes its benchmark figures.
     """
 
     variants: tuple[str, ...]
@@ -79,7 +79,7 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
     """Builds the missing or stale variants, writes the bundle and returns the content of its bundle.json.
 
     The function writes the new bundle to a scratch folder, verifies it there, and renames the folder to `output`. If
-    `output` already holds an equal bundle, it stays unchanged.
+    `output` already holds an equal bundle, the folder stays unchanged.
 
     Args:
         order: The options.
@@ -175,7 +175,8 @@ def _compare_texts(file: Path, original: Session, encoder: Encoder, texts: Seque
     """Compares a graph that contains the tokenizer with the original model on each text.
 
     Returns:
-        Whether the largest difference of a logit is within `TOLERANCE`, and a summary with the figures.
+        Whether no logit of the graph differs from the original model's logit by more than `TOLERANCE`, and a summary
+        with the figures.
     """
     import numpy as np
 
@@ -321,9 +322,9 @@ def check_bundle(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _check_single(path: Path) -> None:
-    """Raises `InvalidBundleError` if a model stores tensors in other files.
+    """Raises `InvalidBundleError` if a model stores tensors in files other than its .onnx file.
 
-    A model with tensors in other files could make ONNX Runtime open any path.
+    A model that stores tensors in separate files could make ONNX Runtime open any path.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -337,7 +338,7 @@ def _check_single(path: Path) -> None:
 
 
 def external_tensors(graph: onnx.GraphProto) -> Iterator[str]:
-    """Yields the names of the tensors that a graph or its subgraphs store in other files."""
+    """Yields the names of the tensors that a graph or its subgraphs store in files other than the .onnx file."""
     from onnx import TensorProto
 
     attributes = [attribute for node in graph.node for attribute in node.attribute]

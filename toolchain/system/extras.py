@@ -25,12 +25,12 @@ def install_hint(extra: str) -> str:
 
 
 def unmet_requirement(package: str) -> str:
-    """Returns why a package cannot work beside the installed packages; empty if it can.
+    """Returns why a package cannot work beside the installed packages, or an empty string if it can.
 
     The function reads only the metadata of the packages, so it is fast.
 
     Args:
-        package: Name of the package on the index.
+        package: Name of the package on PyPI.
     """
     from packaging.requirements import Requirement
 

@@ -46,8 +46,8 @@ ISA_FLAGS = (
 # CUDA 13 needs at least this driver version and this compute capability; the Makefile contains the same values.
 CUDA_13_DRIVER = (580,)
 CUDA_13_CAPABILITY = (7, 5)
-# Maps a package to the file that states its CUDA version, and to the variable in this file. `built_for_cuda` reads the
-# CUDA version from the file and does not import the package.
+# Maps a package to the file that states its CUDA version, and to the variable that holds this version.
+# `built_for_cuda` reads the CUDA version from the file and does not import the package.
 BUILDS = {"torch": ("version.py", "cuda"), "onnxruntime": ("capi/build_and_package_info.py", "cuda_version")}
 
 
@@ -115,7 +115,7 @@ def gpus() -> tuple[list[dict[str, Any]], str]:
     devices = []
     for index in range(ask(pynvml.nvmlDeviceGetCount, default=0)):
         handle = ask(pynvml.nvmlDeviceGetHandleByIndex, index)
-        if handle is None:  # the GPU is lost, or belongs to another user
+        if handle is None:  # The GPU does not respond, or belongs to another user.
             continue
         memory = ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
         capability = ask(pynvml.nvmlDeviceGetCudaComputeCapability, handle, default=())
@@ -136,7 +136,8 @@ def runtime_set(devices: Sequence[dict[str, Any]], driver: str) -> str:
 
     Args:
         devices: The GPUs, as `gpus` returns them.
-        driver: Version of the driver. An unknown driver version or compute capability counts as too old for CUDA 13.
+        driver: Version of the NVIDIA driver. An unknown driver version or compute capability counts as too old for
+            CUDA 13.
     """
 
     def release(text: str) -> tuple[int, ...]:
@@ -152,7 +153,7 @@ def built_for_cuda(package: str) -> str | None:
     """Returns the CUDA version that an installed package was built for.
 
     Args:
-        package: Name of the package, one of the keys of `BUILDS`.
+        package: Name of the package, ``torch`` or ``onnxruntime``.
 
     Returns:
         The CUDA version, or None if the package is a CPU build, is missing, or does not state a version.

@@ -73,7 +73,10 @@ def task_loss(logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean
 
 
 def count_correct(logits: torch.Tensor, labels: torch.Tensor) -> int:
-    """Counts the rows with a correct prediction. A row with several labels counts only if all of them are correct."""
+    """Counts the rows with a correct prediction.
+
+    For a multi-label model, a row counts only if the predictions for all labels are correct.
+    """
     if labels.dim() == 1:
         return int((logits.argmax(1) == labels).sum())
     return int(((logits > 0) == labels.bool()).all(1).sum())

@@ -128,15 +128,15 @@ def train(
         rows: The training rows, and the held-out rows.
         encoder: The model's `Encoder`, which pads the batches.
         recipe: Settings of the training run.
-        resume: Folder and key of the training run. If the folder holds an interrupted run with the same key, the
-            function continues this run.
+        resume: Folder of the training run, and the key that identifies the run. If the folder holds an interrupted run
+            with the same key, the function continues this run.
         progress: Called with the number of finished steps, the number of all steps, and a text.
 
     Returns:
         A dict of the recipe's settings and the run's steps, scores, device, precision and duration.
 
     Raises:
-        DataError: The loss of a step is not finite. The folder of the run then holds the training state before the
+        DataError: The loss of a step is not finite. The folder of the run holds the training state from before the
             failed step.
     """
     (model, teacher), (train_on, held_out) = models, rows
@@ -208,7 +208,7 @@ class _Run:
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         tables = set()
         for name, module in model.named_modules():
-            # DeBERTa multiplies its whole table of relative positions, so this table has no sparse gradients.
+            # DeBERTa uses its whole table of relative positions in every step, so this table has no sparse gradients.
             if isinstance(module, torch.nn.Embedding) and not name.endswith("rel_embeddings"):
                 # A batch uses only a few hundred of the many thousand rows of an embedding table. An update of the
                 # whole embedding table takes a fifth of the time of a training step.

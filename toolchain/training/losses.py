@@ -59,7 +59,7 @@ def loss(
 
 
 def _logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float, multi: bool) -> torch.Tensor:
-    """Returns the Kullback-Leibler divergence between student and teacher, summed over the labels if `multi`."""
+    """Returns the Kullback-Leibler divergence between student and teacher; sums over the labels if `multi` is true."""
     student, teacher = student.float() / temperature, teacher.float() / temperature
     if multi:
         # In a multi-label model, each label is a separate yes-or-no prediction.

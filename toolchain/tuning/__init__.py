@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 EXACT, BASELINE = "onnx-fp32", "onnx-int8"
 # The benchmark starts several processes for each cell, since a single process may be fast by chance.
 PROTOCOL = Protocol(passes=1, min_s=3.0, pass_s=20.0, starts=4, threads=1)
-PROPOSALS = 4  # After this many useless proposals of the sampler in a row, the search chooses a candidate itself.
+PROPOSALS = 4  # If the sampler makes this many unusable proposals in a row, the search chooses a candidate.
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def tune(workspace: Workspace, request: Request, say: Say, bar: Bar) -> tuple[Ou
     Raises:
         VerdictError: No measured candidate is within the allowed accuracy drop.
     """
-    digest = workspace.train.digest  # reports a missing training file before anything is built
+    digest = workspace.train.digest  # This access reports a missing training file before the search builds anything.
     judge = _Judge.open(workspace, say, bar)
     # The identity of a search contains the versions of all steps, because a new version of a step may change the speed
     # of a variant. The identity of a search contains the baseline, because speed-ups over different baselines are not
@@ -136,8 +136,8 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
             start = study.most_pruned_trained(in_time)
         trial, candidate = study.ask(in_time[0] if idle >= PROPOSALS else start)
         if candidate not in in_time:
-            # A proposal of the sampler is not given up for good. The search may still measure the proposed candidate
-            # without training, to decide whether training is worthwhile.
+            # If only the sampler proposed the candidate, the search may still use the candidate later. For example, the
+            # search may measure the candidate without training, to decide whether training is worthwhile.
             study.give_up(trial, candidate, for_good=candidate == start)
             idle += 1
             continue
@@ -146,7 +146,7 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
         try:
             _run_trial(study, measure, trial, candidate, say)
         except (CheckpointError, PruningError, VerdictError) as error:
-            # The candidate is impossible for this model, or failed validation.
+            # The candidate cannot be built from this model, or failed validation.
             say(f"given up: {error.cause}")
             study.give_up(trial, candidate, refused=isinstance(error, VerdictError))
             if isinstance(error, PruningError):  # if this pruning is impossible, more pruning is impossible too
@@ -154,7 +154,7 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
 
 
 def _choose_start(study: Study, remaining: Sequence[Candidate]) -> Candidate | None:
-    """Returns the candidate of `next_start`, or if it is ruled out, a remaining candidate with the same training."""
+    """Returns the candidate of `next_start`; if it is ruled out, a remaining candidate with the same training."""
     start = next_start(study.objective, study.excess_drops, study.given_up, study.max_drop)
     if start is None or start in remaining:
         return start
@@ -163,7 +163,10 @@ def _choose_start(study: Study, remaining: Sequence[Candidate]) -> Candidate | N
 
 
 def _fit_in_time(study: Study, candidates: Sequence[Candidate], remaining_s: float) -> list[Candidate]:
-    """Returns the candidates whose training is finished, or fits into `remaining_s` at the slowest training speed."""
+    """Returns the candidates whose training is finished, or fits into `remaining_s`.
+
+    The function estimates the duration of a training from the slowest epoch of the measured candidates.
+    """
     epoch_seconds = [
         outcome.training_s / candidate.epochs for candidate, outcome in study.outcomes.items() if outcome.training_s
     ]
@@ -270,7 +273,7 @@ class _Judge:
         )
 
     def trained(self, candidates: Iterable[Candidate]) -> set[Training]:
-        """Returns those trainings of the candidates that an earlier run has finished."""
+        """Returns the trainings that an earlier run has finished, among the trainings of `candidates`."""
         candidate_by_training = {candidate.training: candidate for candidate in candidates if candidate.epochs}
         return {training for training, candidate in candidate_by_training.items() if self._load_training(candidate)}
 

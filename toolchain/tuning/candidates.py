@@ -18,10 +18,10 @@ DEPTHS = (67, 50, 100)  # per cent of the encoder's layers to keep
 RATIOS = (0, 30, 40, 50, 60, 64, 67, 70, 73, 76, 80, 84, 88, 92)
 EPOCHS = (0, 1, 4)
 FP32_LAYERS = (0, 1, 2, 4)
-# If the pruning ratio of a model is higher by this number of percentage points, the model counts as faster; see
-# `is_hopeless`.
+# If the pruning ratio of a model exceeds another model's by this number of percentage points, the model counts as
+# faster; see `is_hopeless`.
 RATIO_MARGIN = 10
-REQUANTISATION_GAIN = 0.3  # Percentage points of accuracy that another quantisation of a model may recover.
+REQUANTISATION_GAIN = 0.3  # Percentage points of accuracy that a trained model may gain if it is quantised again.
 
 Training = tuple[int, str, int, int]  # Ratio, cost, depth and epochs; candidates with equal values share one training.
 
@@ -68,7 +68,7 @@ class Candidate:
 
     @functools.cached_property
     def kind(self) -> tuple[str | int | bool, ...]:
-        """Returns the settings that must be equal in two candidates before `is_hopeless` compares other settings."""
+        """Returns the settings that must be equal in two candidates before `is_hopeless` compares their fp32 layers."""
         return (self.depth, self.cost, self.scheme, self.embeddings, self.trimmed)
 
     @property
@@ -109,8 +109,8 @@ class Candidate:
     def chain(self, layers: int) -> dict[str, Step]:
         """Returns the candidate's labelled variants in build order, each with the step that builds it.
 
-        The last returned variant is the candidate itself. A label holds the settings that a variant's name otherwise
-        omits, so equal settings give equal names.
+        The last returned variant is the candidate itself. A variant's label holds the settings that the rest of
+        the name does not show. Variants with equal settings have equal names.
 
         Args:
             layers: Number of layers of the model's encoder.
@@ -156,7 +156,8 @@ _FAST: dict[str, Sequence[str | int | bool]] = {
 }
 _SMALL: dict[str, Sequence[str | int | bool]] = {
     **_FAST,
-    # At equal size, fewer layers only make a model faster, so the objective ``size`` needs fewer depths to try.
+    # Among models of equal size, fewer layers improve only the speed, so the objective ``size`` tries fewer depths than
+    # the objective ``latency``.
     "depth": (100, 67),
     "cost": ("parameters",),
     "scheme": ("int4", "dynamic", "static"),
@@ -245,9 +246,9 @@ def is_hopeless(objective: str, candidate: Candidate, kept_by_candidate: Mapping
 
     The function assumes that more pruning makes a model faster, smaller and less accurate. It assumes that more
     training makes a model more accurate. It assumes that more fp32 layers make a model slower, larger and more
-    accurate. For the objectives ``latency`` and ``throughput``, it assumes that `RATIO_MARGIN` points more pruning make
-    a model with no more layers faster. The assumption about `RATIO_MARGIN` holds for any cost, quantisation and number
-    of fp32 layers.
+    accurate. For ``latency`` and ``throughput``, it assumes that a model with `RATIO_MARGIN` points more pruning than
+    another model is faster, unless it has more layers. The assumption about `RATIO_MARGIN` holds for any cost,
+    quantisation and number of fp32 layers.
 
     Args:
         objective: Objective of the search, one of `OBJECTIVES`.

@@ -114,7 +114,8 @@ class Study:
     @property
     def remaining(self) -> list[Candidate]:
         """Returns all candidates that may still be better than the measured candidates."""
-        # A measurement rules out candidates for ever, so each measurement is compared with the candidates only once.
+        # A candidate that a measurement rules out stays ruled out, so `select_worthwhile` gets only the new
+        # measurements.
         kept_by_candidate = self.kept_by_candidate
         new_outcomes = dict(itertools.islice(kept_by_candidate.items(), self._compared, None))
         self._remaining, self._compared = (
@@ -133,9 +134,9 @@ class Study:
     def candidates_without_training(self) -> set[Candidate]:
         """Returns the candidates that were measured without training and need no training.
 
-        A candidate needs no training if its accuracy drop is within the limit without training. Training does not
-        change the cost of a candidate. So a candidate that costs at least as much as the best measured candidate needs
-        no training either.
+        A candidate needs no training if its accuracy drop is within the limit without training. Training
+        changes neither the speed nor the size of a candidate. So training is also useless for a candidate whose
+        `Outcome.cost` is not below the cost of the best measured candidate.
         """
         best = self.best.cost(self.objective) if self.best else math.inf
         untrained = ((candidate, outcome) for candidate, outcome in self.outcomes.items() if not candidate.epochs)
@@ -149,7 +150,10 @@ class Study:
 
     @property
     def best(self) -> Outcome | None:
-        """Returns the measurements of the candidate with the least cost within the accuracy limit, or None."""
+        """Returns the measurements of the candidate with the least `Outcome.cost` within the accuracy limit.
+
+        The function returns None if no measured candidate is within the accuracy limit.
+        """
         keeping = [outcome for outcome in self.outcomes.values() if self.keeps(outcome)]
         return min(keeping, key=lambda outcome: outcome.cost(self.objective), default=None)
 
@@ -163,7 +167,7 @@ class Study:
         return front
 
     def nearest_trained(self, candidates: Iterable[Candidate]) -> Candidate | None:
-        """Returns the candidate whose model is trained and exceeds the allowed accuracy drop by the least, or None.
+        """Returns the candidate whose trained model exceeds the allowed accuracy drop by the least, or None.
 
         The trained model may exceed the allowed accuracy drop by at most `REQUANTISATION_GAIN` points. To quantise a
         trained model again takes only about a minute.

@@ -107,13 +107,13 @@ def _training_data_facts(checkpoint: Path) -> dict[str, str]:
     """
     try:
         digest = json.loads((checkpoint / CARD).read_text(encoding="utf-8"))["train"]
-    except (OSError, ValueError, LookupError, TypeError):  # training.json is missing, or another tool wrote it
+    except (OSError, ValueError, LookupError, TypeError):  # training.json is missing, or `finetune` did not write it
         return {}
     return {"trained_on": digest} if isinstance(digest, str) else {}
 
 
-# The class name that transformers 5 writes for a tokenizer without a class of its own, and the name that both
-# transformers 4 and 5 read.
+# Names of the class of a tokenizer that has no special class. transformers 5 writes the first name; transformers 4 and
+# 5 read the second name.
 _GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
@@ -134,7 +134,7 @@ def _class_name(folder: Path) -> Any:
     """Returns the name of the tokenizer's class in `folder`; None if the folder states no class."""
     try:
         return json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8")).get("tokenizer_class")
-    except (OSError, ValueError, AttributeError):  # transformers then reports the damaged file, or needs no class
+    except (OSError, ValueError, AttributeError):  # transformers itself reports a damaged file
         return None
 
 

@@ -60,7 +60,8 @@ def price_of(
         setup: The model to prune.
         cost: Kind of cost, either ``parameters`` or ``latency`` on this machine.
         cache: Folder of this machine's latency tables.
-        progress: Called with the number of finished items, the number of all items, and the current activity.
+        progress: Callback with the number of finished parts of the work, the number of all parts, and the current
+            activity.
 
     Returns:
         The cost function, and the latency table (None for ``parameters``).

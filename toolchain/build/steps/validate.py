@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from toolchain.build.reference_logits import ReferenceLogits
 
 TOLERANCE = 1e-4  # Largest |Δlogit| allowed for an fp32 variant, which may differ only by rounding.
-MAX_FLIPS = 0.02  # Share of all sentences that may flip in a variant with fewer bits.
+MAX_FLIPS = 0.02  # Share of all sentences that may flip in a quantised variant.
 CONFIDENCE = 0.95  # Validation fails if, with 95 % confidence, more than `MAX_FLIPS` of all sentences flip.
 SENTENCES = 200
 SEED = 20
@@ -82,7 +82,7 @@ def validate(
 
     Args:
         contender: Session of the artifact.
-        reference: Session or known logits of the PyTorch model.
+        reference: Session of the PyTorch model, or its known logits.
         encoder: `Encoder` of the artifact.
         sentences: Sentences on which flips are counted.
         agreement: The required agreement, as in `Variant.agreement`.

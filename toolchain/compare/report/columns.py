@@ -13,7 +13,7 @@ from toolchain.results.statistics import Ratio
 
 NOTHING = "–"
 FRONT = "◆"
-FIGURES = ("ok", "reported")  # statuses of rows that have figures
+FIGURES = ("ok", "reported")  # Rows with one of these statuses have figures.
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Column:
         name: Name of the figure.
         header: The displayed header.
         figure: Function that returns the figure of a row; it returns None if the figure is unknown.
-        unit: Unit of the figure; empty if the figure contains it.
+        unit: Unit of the figure; empty if the text of the figure contains the unit.
         optional: Whether the comparison omits the column if no row has the figure.
     """
 
@@ -148,8 +148,8 @@ def _cell(row: Row) -> Figure:
 def _session_fact(row: Row, fact: str) -> str:
     """Returns a fact that the session states about itself, as text; empty if the session does not state the fact.
 
-    The fact ``fallback`` describes the part of the model that runs on another provider. The fact ``note`` states the
-    purpose of the variant, such as ``memory, not speed``.
+    The fact ``fallback`` describes the part of the model that runs on a provider other than the requested one. The
+    fact ``note`` states the purpose of the variant, such as ``memory, not speed``.
     """
     return str(row.measurement.facts.get("session", {}).get(fact, ""))
 
@@ -306,7 +306,7 @@ def _exactness_note(row: Row) -> str:
 
 
 def _group_cells(cell_texts: Sequence[tuple[str, str]]) -> list[str]:
-    """Returns one line for each text; the line starts with all cells that share the text."""
+    """Returns one line for each note text; the line starts with the names of all cells that share the text."""
     cells: dict[str, dict[str, None]] = {}
     for cell, text in cell_texts:
         cells.setdefault(text, {})[cell] = None

@@ -13,7 +13,7 @@ from toolchain.data.labels import SEPARATOR, LabelSet
 from toolchain.results.measurements import Measurement
 from toolchain.results.result_file import ResultFile
 
-MOST = 100  # maximum number of sentences shown in a list
+MOST = 100  # maximum number of sentences in a list of flips
 
 
 @dataclass(frozen=True)

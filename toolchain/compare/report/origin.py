@@ -62,7 +62,7 @@ def rates(runs: Sequence[ResultFile]) -> Table | None:
 def _run_table(
     caption: str, first: str, runs: Sequence[ResultFile], columns: Sequence[Mapping[str, Any]]
 ) -> Table | None:
-    """Returns a table with a column for each run and a line for each setting, package or rate; None without lines."""
+    """Returns a table with one column per run and one line per setting, package or rate; None if there are no lines."""
     headers = [f"{run.machine['cpu'] or _gpu_names(run)}, {run.created[:10]}" for run in runs]
     # The run with the most settings, packages or rates determines the order of the table's lines.
     names = dict.fromkeys(name for values in sorted(columns, key=len, reverse=True) for name in values)

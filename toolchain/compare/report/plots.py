@@ -26,7 +26,7 @@ PIXELS_PER_INCH = 160
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot with its texts.
+    """A plot with its heading, its caption and its description for screen readers.
 
     Attributes:
         figure: The figure.

@@ -85,7 +85,10 @@ def make_entry(figure: Figure | None) -> Entry:
 
 
 def comparison(rows: Sequence[Row]) -> Table:
-    """Returns a table with the columns of the terminal table; an entry holds a cell's marks apart from its name."""
+    """Returns a table with the columns of the terminal table.
+
+    The entry of a cell holds the cell's name as its text and the cell's marks in the attribute `marks`.
+    """
     shown = columns(rows)
     lines = [[_cell(row) if column is CELL else make_entry(column.figure(row)) for column in shown] for row in rows]
     headers = [column.header for column in shown]
@@ -105,7 +108,8 @@ def _cell(row: Row) -> Entry:
 def marks(table: Table) -> list[tuple[str, str]]:
     """Returns each mark in the table with its meaning.
 
-    The reasons for the mark ``noisy`` differ between cells, so its meaning starts with the names of the cells.
+    The reasons for the mark ``noisy`` differ between cells, so the meaning of this mark starts with the names
+    of the cells.
     """
     cells: dict[tuple[str, str], list[str]] = {}
     for row in table.rows:
@@ -138,8 +142,8 @@ def quality(rows: Sequence[Row]) -> Table | None:
 def stages(rows: Sequence[Row]) -> Table | None:
     """Returns a table of the figures that the comparison table omits; None if no row is measured.
 
-    The table has no empty columns. Its figures are intervals, tail latencies, latency with tokenising, load time,
-    memory by stage and gzip size.
+    The table has no empty columns. The figures in the table are intervals, tail latencies, latency with tokenising,
+    load time, memory by stage and gzip size.
     """
 
     def milliseconds(name: str, quantile: str, form: str = ".2f") -> Callable[[Row], Figure | None]:

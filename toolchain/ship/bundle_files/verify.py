@@ -36,11 +36,11 @@ SCHEMA = 2
 BUNDLE, GOLDEN = "bundle.json", "golden.json"
 TEXT, LOGITS = "text", "logits"
 # x86 without VNNI adds two 8-bit products in 16 bits, and the sum can saturate. `EXACT_PRODUCTS` is a session option
-# that makes sums of 8-bit products exact on x86 without VNNI. On all other processors, `EXACT_PRODUCTS` only makes int8
-# models slower.
+# that makes sums of 8-bit products exact on x86 without VNNI. On processors whose 8-bit products do not saturate,
+# `EXACT_PRODUCTS` only makes int8 models slower.
 EXACT_PRODUCTS = ("session.x64quantprecision", "1")
 # An ONNX model with one MatMulInteger node: it multiplies uint8 activations of shape [1, 4] by int8 weights of shape
-# [4, 1]. Every weight is 127.
+# [4, 1]. Every weight of `PRODUCT` is 127.
 PRODUCT = base64.b64decode(
     "CAg63gEKTQoLYWN0aXZhdGlvbnMKB3dlaWdodHMKCnplcm9fcG9pbnQKEXdlaWdodF96ZXJvX3BvaW50Egdwcm9kdWN0Ig1NYXRNdWxJbnRl"
     "Z2VyEg9leHRyZW1lX3Byb2R1Y3QqFQgECAEQA0IHd2VpZ2h0c0oEf39/fyoREAJCCnplcm9fcG9pbnRKAQAqGBADQhF3ZWlnaHRfemVyb19w"
@@ -89,10 +89,10 @@ def model_files(model: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def read_bundle(folder: Path) -> dict[str, Any]:
-    """Compares every file with bundle.json and returns the content of bundle.json.
+    """Compares every file of the bundle with bundle.json, and returns the content of bundle.json.
 
     Raises:
-        InvalidBundleError: bundle.json is not valid; or a file has another sha256, is missing, is not listed, is a
+        InvalidBundleError: bundle.json is not valid; or a file has a wrong sha256, is missing, is not listed, is a
             link, or is outside the folder.
         FileNotFoundError: The folder has no bundle.json.
     """
@@ -202,7 +202,7 @@ def _parse_release(version: str) -> tuple[int, ...]:
 
 
 def compare_logits(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
-    """Runs every model file on the golden sentences and batches, and compares the logits with the recorded logits.
+    """Runs every model file on the golden sentences and golden batches, and compares its logits with the recorded ones.
 
     Yields:
         For each model file: the model's name, the largest difference from a recorded logit, and the limit for this

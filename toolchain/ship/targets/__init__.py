@@ -12,7 +12,7 @@ from toolchain.errors import ShippingError
 from toolchain.ship.targets.releases import MICROSOFT, STANDARD
 
 BUNDLE_FILES = Path(__file__).parent.parent / "bundle_files"
-REPOSITORY = "repository"  # Folder in the layout of a Triton model repository.
+REPOSITORY = "repository"  # A Triton bundle holds its model repository in this folder.
 # Scheme of a variant → its dtype in transformers.js, and the file that transformers.js loads for this dtype.
 DTYPES = {
     "fp32": ("fp32", "onnx/model.onnx"),

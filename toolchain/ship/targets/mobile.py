@@ -1,6 +1,6 @@
 """Writes models for phones.
 
-The module writes an .onnx file for an older ONNX Runtime, and the same model in ORT format. The module also writes the
+The module writes an .onnx file for an older ONNX Runtime, and the same model in ORT format. The module writes the
 configuration of a reduced build of ONNX Runtime, and runs ONNX Runtime's checker for the accelerators of phones.
 """
 
@@ -185,9 +185,8 @@ def _convert_opset(model: onnx.ModelProto, opset: int, name: str, release: str) 
             names = [(STANDARD, operator) for operator in unconverted]
             model = inliner.inline_selected_functions(model, names, inline_schema_functions=True)
             unconverted = _newer_operators(model, opset)
-        # The onnx package fails to convert an operator if the lower opset differs only in supporting fewer types for
-        # it. So the loop lowers the opset by one at a time, and calls onnx only if the signature of an operator
-        # changes.
+        # If the lower opset merely supports fewer types for an operator, the onnx package cannot convert the operator.
+        # So the loop lowers the opset by one at a time, and calls onnx only if the signature of an operator changes.
         for version in range(_opset(model).version - 1, opset - 1, -1) if not unconverted else ():
             if unconverted := _changed_operators(model, version):
                 model = version_converter.convert_version(model, version)

@@ -1,6 +1,6 @@
 """Reads and writes files in ORT format, ONNX Runtime's own model format.
 
-Equal models give files with equal bytes.
+If two models are equal, their files in ORT format have equal bytes.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def save(source: Path, target: Path) -> None:
     """Optimises a model and saves it in ORT format; the saved model is exact on every processor.
 
     If int8 products can saturate, the function stores unsigned weights, because session options do not affect a file in
-    ORT format. A separate process saves the file, because the file names the domains of all operator libraries that the
-    process has loaded.
+    ORT format. A separate process saves the model, because the saved file lists the domains of all operator libraries
+    that its process has loaded.
 
     Args:
         source: Path of the .onnx file to read.
@@ -104,9 +104,9 @@ def _sort_kernel_types(content: bytes) -> bytes:
     """Returns the content of an .ort file with a sorted table of kernel types, so that equal models give equal bytes.
 
     ONNX Runtime writes the table of kernel types in the order of a hash table, whose seed differs in every process. A
-    flatbuffer grows from its end to its start, and ONNX Runtime writes the table of kernel types last. So the model
-    comes after the table of kernel types in the file. The function copies the bytes of the model, which are equal in
-    every process.
+    flatbuffer grows from its end to its start, and ONNX Runtime writes the table of kernel types last. In the
+    file, the model therefore comes after the table of kernel types. The function copies the bytes of the model, which
+    are equal in every process.
     """
     import flatbuffers
 
@@ -133,7 +133,7 @@ def _write_resolver(builder: Any, table: Any) -> int:
     """Writes a sorted copy of `table`, which maps operator → type parameter → inputs and outputs of this type.
 
     Returns:
-        The offset of the copied table in the flatbuffer.
+        The offset of the sorted table of kernel types in the flatbuffer.
     """
     fbs = _schema_classes()
     operators = []

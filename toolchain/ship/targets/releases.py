@@ -1,8 +1,8 @@
-"""A table of ONNX Runtime's releases: the file formats that each release reads, its operators, and its wrong results.
+"""A table of ONNX Runtime's releases: file formats, operators, and the kinds of attention with wrong results.
 
-The file releases.json holds the table of releases. The script `benchmarks/releases.py` fills the table: it tests the
-x86-64 Linux wheel of each release's newest patch. In these tests, the newest ONNX Runtime release saves the .ort files
-that every release tries to read.
+The file releases.json holds the table of releases. The script `benchmarks/releases.py` fills the table of releases: it
+tests the x86-64 Linux wheel of each release's newest patch. In the tests of `benchmarks/releases.py`, the newest ONNX
+Runtime release saves the .ort files that every release tries to read.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ _table: dict[str, dict[str, Any]] = json.loads(TABLE.read_text(encoding="utf-8")
 RELEASES = {name: Release(**limits) for name, limits in _table["releases"].items()}
 ORDER = list(RELEASES)
 
-# `FIRST_KERNELS` maps a standard operator to the first release with a CPU kernel for it. `FIRST_KERNELS` contains an
-# operator only if an earlier release reads the operator's opset but has no kernel for it. ONNX Runtime expands an
-# operator without a kernel to its ONNX function in an .onnx file, but not in a file in ORT format. If no release has a
-# kernel for an operator, ONNX Runtime expands the operator already when it saves the file in ORT format.
+# `FIRST_KERNELS` maps a standard operator to the first release with a CPU kernel for it. `FIRST_KERNELS` omits the
+# operators that have a kernel in every release that reads their opset. ONNX Runtime expands an operator without a
+# kernel to its ONNX function in an .onnx file, but not in a file in ORT format. If no release has a kernel for an
+# operator, ONNX Runtime expands the operator to its ONNX function before it saves the file in ORT format.
 FIRST_KERNELS: dict[str, str] = _table["late"]
 
-# Operator of ONNX Runtime → release → the attributes and inputs that this release added. The first release in an
-# operator's entry added the operator itself, with a CPU kernel. `OPERATORS` contains the operators that variants use,
-# or that ONNX Runtime's optimiser creates on the CPU. The features of release 1.16 may be older, because ONNX Runtime
-# 1.15 cannot list its operators.
+# Operator of ONNX Runtime → release → the attributes and inputs that this release added. The first release that
+# `OPERATORS` lists for an operator added the operator itself, with a CPU kernel. `OPERATORS` contains the operators
+# that variants use, or that ONNX Runtime's optimiser creates on the CPU. Features listed for release 1.16 may exist in
+# older releases too, because ONNX Runtime 1.15 cannot list its operators.
 OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     operator: {release: tuple(names) for release, names in by_release.items()}
     for operator, by_release in _table["operators"].items()
 }
 # Kind of attention, such as ``MultiHeadAttention: attention_bias`` → release → one of `STATES`. Each state is the
-# result for padded batches; it holds from its release until the next release that has a state.
+# result of a release for padded batches; it also holds for later releases, up to the next release in the dict.
 ATTENTION_STATES: dict[str, dict[str, str]] = _table["answers"]
 
 

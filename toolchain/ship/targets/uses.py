@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 Shape = Sequence[int | str | None]  # A dimension is a number, a name, or None if it is unknown.
 MASK_INDEX = {"Attention": 3, "QAttention": 5}  # Maps an operator to the index of its input ``mask_index``.
-# Sizes for the free dimensions of a file's inputs, so that ONNX Runtime can infer every shape. The sizes are primes,
-# which rarely equal another size, such as 1 or a number of heads.
+# Sizes for the free dimensions of a model's inputs, so that ONNX Runtime can infer every shape. The sizes are primes,
+# because primes rarely equal a fixed size of the model, such as 1 or the number of heads.
 SIZES = (11, 13, 17, 19, 23, 29)
 
 

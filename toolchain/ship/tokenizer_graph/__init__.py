@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 IR_VERSION = 8
-# Operators whose meaning changed between opset 18 and 20. All other standard operators differ only in accepting more
-# data types in opset 20 than in opset 18.
+# Operators whose meaning changed between opset 18 and 20. Every standard operator outside
+# `CHANGED_OPERATORS` means the same in opset 20 as in opset 18, but may accept more data types in opset 20.
 CHANGED_OPERATORS = {"DFT", "GridSample", "AffineGrid"}
 
 Pieces = Callable[[Nodes, "ir.Value", Any], Ragged]
@@ -115,7 +115,7 @@ def _add_tokenizer(encoder: Encoder, multiple: int) -> tuple[ir.Value, Nodes, di
 
 
 def _frame(encoder: Encoder, multiple: int) -> Frame:
-    """Returns the `Frame` of a text; finds the special tokens by encoding a text with and without special tokens."""
+    """Returns the `Frame` of a text; encodes a text with and without special tokens to find the special tokens."""
     tokenizer = encoder.tokenizer
     ids, text = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
     start = next((i for i in range(len(ids)) if text and ids[i : i + len(text)] == text), None)

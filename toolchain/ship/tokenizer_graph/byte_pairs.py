@@ -1,7 +1,7 @@
 """Adds the tokenizer of GPT-2 and RoBERTa to a graph: byte-level BPE (Radford et al. 2019) of onnxruntime-extensions.
 
 The graph differs from the checkpoint's tokenizer in one point: it reads a text only up to its first NUL character. The
-checkpoint's tokenizer has a token for NUL.
+checkpoint's tokenizer reads the complete text, because it has a token for NUL.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from typing import Any
 from toolchain.errors import ShippingError
 
 SURROGATES = range(0xD800, 0xE000)  # Surrogates are not characters, and not valid in UTF-8.
-# One call of the tokenizer tests a block of this many characters; in most blocks, the tokenizer treats all characters
-# alike.
+# Number of characters in a block, which one call of the tokenizer tests. In most blocks, the tokenizer treats all
+# characters alike.
 BLOCK = 256
 LEFT, RIGHT = "a", "b"  # These letters stand around a tested character; no tokenizer changes them.
 DELETED, SPACE = "", " "

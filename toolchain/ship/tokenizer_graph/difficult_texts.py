@@ -59,5 +59,5 @@ def _unicode_texts(characters: Sequence[str]) -> Iterator[str]:
 
 
 def _is_assigned(character: str) -> bool:
-    """Returns whether Unicode assigns the character; private-use characters and surrogates do not count."""
+    """Returns whether Unicode assigns the character; private-use characters and surrogates count as unassigned."""
     return unicodedata.category(character) not in ("Cn", "Co", "Cs")

@@ -70,7 +70,7 @@ def add_model_inputs(nodes: Nodes, tokens: Ragged, frame: Frame, names: Sequence
         width = nodes.add("Min", width, nodes.numbers(frame.max_length))
     counts = nodes.add("Unsqueeze", counts, nodes.numbers([1]))
     position = nodes.add("Range", nodes.numbers(0), width, nodes.numbers(1))
-    # Index of each position in its text; the special tokens before a text have negative indices.
+    # Token index in the text for each position of the batch; special tokens before the text have negative indices.
     index = nodes.add("Sub", position, nodes.numbers([len(frame.prefix)]))
     is_text = nodes.add("And", nodes.add("GreaterOrEqual", index, nodes.numbers([0])), nodes.add("Less", index, counts))
     source = nodes.add("Add", nodes.add("Unsqueeze", tokens.begins, nodes.numbers([1])), index)

@@ -30,11 +30,11 @@ from toolchain.ship.tokenizer_graph.nodes import Nodes
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# The graph inserts control characters into texts as marks. These marks replace nothing that is needed, because the
-# checkpoint's tokenizer deletes all control characters of a text.
+# The graph inserts control characters into texts as marks. The text's own control characters are not needed, because
+# the checkpoint's tokenizer deletes all control characters of a text.
 NUL, DROPPED, ROW_END = "\x00", "\x01", "\x02"
 MARKS = [chr(point) for point in (*range(3, 9), 11, 12, *range(14, 32))]
-LONG_RUN = 64  # A run of at least this many characters is cheaper in a regular expression than in a table.
+LONG_RUN = 64  # A regular expression handles a run of at least this many characters faster than a table.
 
 
 def word_pieces(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
