@@ -162,8 +162,8 @@ def shapes_of(model: PreTrainedModel) -> list[LayerShape]:
 def matched_layers(model: PreTrainedModel) -> list[int]:
     """Returns the indices of the hidden states that correspond to hidden states of the unpruned model.
 
-    Index i stands for the hidden state after i layers. The function omits the hidden state before an empty layer,
-    because pruning fits that state to the unpruned model's state after the layer.
+    Index i stands for the hidden state after i layers. An empty layer returns its input, and pruning fits this input to
+    the output of the unpruned layer. So the input of an empty layer has no counterpart, and the function omits it.
     """
     shapes = shapes_of(model)
     return [count for count in range(1, len(shapes) + 1) if count == len(shapes) or not shapes[count].is_empty]

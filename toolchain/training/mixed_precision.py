@@ -41,7 +41,7 @@ def attention(device: torch.device) -> Iterator[None]:
     if device.type != "cpu":
         yield
         return
-    settings = torch.backends.cuda  # These settings also apply to the math kernel on the CPU.
+    settings = torch.backends.cuda  # settings of PyTorch's math attention kernel, on CPUs too
     old_setting = settings.fp16_bf16_reduction_math_sdp_allowed()
     settings.allow_fp16_bf16_reduction_math_sdp(True)
     try:
