@@ -48,8 +48,7 @@ class Place:
         device_id: Number of the GPU in the order of `nvidia-smi`.
         allow_fallback: Whether operators without a kernel on the provider may run on the CPU; the session's facts then
             count such operators.
-        exact: True makes 8-bit products exact everywhere. False lets 8-bit products saturate on x86 processors without
-            VNNI.
+        exact: If true, 8-bit products are exact on every processor. If false, they may saturate on x86 without VNNI.
     """
 
     provider: str = "cpu"
