@@ -112,8 +112,8 @@ def _training_data_facts(checkpoint: Path) -> dict[str, str]:
     return {"trained_on": digest} if isinstance(digest, str) else {}
 
 
-# Class names of a tokenizer that tokenizer.json describes completely. transformers 5 writes the first name; transformers
-# 4 and 5 read the second name.
+# Class names of a tokenizer that tokenizer.json describes completely. transformers 5 writes the first name. Both
+# transformers 4 and transformers 5 read the second name.
 _GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
