@@ -158,7 +158,7 @@ def test_a_folder_that_cannot_be_written_gives_an_error(working_folder, say, tin
 def test_a_failed_validation_exits_with_3(working_folder, say, tiny, monkeypatch):
     report = {"passed": False, "agreement": "exact", "finite": True, "grid_largest_delta": {"one": 1.0}}
     report |= {"worst_case": "one", "largest_delta": 1.0, "mean_delta": 1.0, "sentences": 2, "flips": 1}
-    monkeypatch.setattr("toolchain.build.pipeline.validate", lambda *_: report)
+    monkeypatch.setattr("toolchain.build.validating.validate", lambda *_: report)
     code, out, err = say("validate", "onnx-fp32", "--model", "tiny", "--exported", tiny.exported)
     assert code == 3
     assert "onnx-fp32: FAILED: " in out
