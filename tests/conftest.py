@@ -55,14 +55,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # pytest runs this hook first, so that other plugins see the new order of the tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the longest test files first, and marks tests of the reference model as slow.
+    """Puts the longest test files first, and marks tests of the reference model and of the website as slow.
 
-    Tests of the reference model are slow, because their fixture exports a real model.
+    The fixture `reference` exports a real model, and the fixture `site` builds the documentation website.
     """
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
     for item in items:
-        if "reference" in item.fixturenames:
+        if {"reference", "site"} & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
 
 
