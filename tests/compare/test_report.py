@@ -215,7 +215,12 @@ def test_notes_name_the_machine_of_a_row_where_there_are_several():
         notes(compare([rich_result()])),
         notes(compare([rich_result(), rich_result(machine=other_machine)])),
     )
-    for note in (" [noisy]: the host took", ", p50 ms by length", ": 50.0% of the encoder's", " unavailable: No GPU"):
+    for note in (
+        " [noisy]: the host took",
+        ", p50 ms by length",
+        ": Pruning removed 50.0% of the encoder's",
+        " unavailable: No GPU",
+    ):
         assert not any(" on d, 3 cores" in line for line in notes_of_one)
         assert any(f" on d, 3 cores{note}" in line for line in notes_of_two), note
     assert len(set(notes_of_two)) == len(notes_of_two)

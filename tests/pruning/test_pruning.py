@@ -620,7 +620,7 @@ def test_the_command_prunes_by_several_ratios(tiny, sentences, tmp_path, say, mo
     code, out, err = say("prune", "--ratio", 0.3, "--ratio", "0.5", *common_options)
     assert code == 0, err
     assert out.split() == [str(tiny.path(name)) for name in ("torch-pruned30", "torch-pruned50")]
-    assert "of the encoder's linear parameters removed" in err
+    assert "of the encoder's linear parameters" in err
     assert "predicted" in err
     assert say("prune", "--ratio", 0.3, "--ratio", "0.5", *common_options)[2].count("fresh, skipped") == 3
 

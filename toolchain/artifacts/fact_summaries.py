@@ -15,10 +15,10 @@ def summarize_pruning(facts: Mapping[str, Any]) -> str:
         )
     before, after = (facts["encoder_parameters"][key] / 1e6 for key in ("before", "after"))
     return (
-        f"{facts['achieved']:.1%} of the encoder's linear parameters removed "
-        f"({before:.1f} → {after:.1f} M); "
-        f"heads {' '.join(map(str, facts['heads']))}, FFN {' '.join(map(str, facts['ffn']))}; "
-        f"predicted {facts['predicted_speedup']['value']:.2f}× by {facts['predicted_speedup']['by']}"
+        f"Pruning removed {facts['achieved']:.1%} of the encoder's linear parameters "
+        f"({before:.1f} → {after:.1f} million). Attention heads per layer: {' '.join(map(str, facts['heads']))}. "
+        f"FFN neurons per layer: {' '.join(map(str, facts['ffn']))}. "
+        f"Speed-up predicted from {facts['predicted_speedup']['by']}: {facts['predicted_speedup']['value']:.2f}×"
     )
 
 

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 SENTENCES = 300
-# Calibration measures the error of a layer's int8 product on this number of evenly spaced tokens of each sentence.
+# Number of tokens of each sentence on which calibration measures the error of a layer's int8 matrix product. The tokens
+# are evenly spaced.
 TOKENS = 4
 # Migration strengths α of SmoothQuant that calibration tries. The migration strength is the share of the quantisation
 # difficulty that moves from the activations to the weights.

@@ -198,10 +198,9 @@ def next_start(
 ) -> Candidate | None:
     """Returns the next candidate in the search for the largest pruning ratio that keeps the accuracy.
 
-    The search for the largest pruning ratio comes before the sampler's proposals. The search bisects the pruning ratios
-    with one epoch of training. With more epochs of training, the search then tries one higher ratio at a time. More
-    epochs take more time for each ratio, and raise the largest ratio that keeps the accuracy by only one or two entries
-    of `RATIOS`.
+    First, the search bisects the pruning ratios with one epoch of training. Then it tries one higher ratio at a time
+    with more epochs of training. More epochs take more time for each ratio, and raise the largest ratio that keeps the
+    accuracy by only one or two entries of `RATIOS`. Later, Optuna's sampler proposes the candidates.
 
     In experiments, longer training halved the accuracy drop. So a ratio with up to twice the allowed accuracy drop
     after one epoch gets longer training before the bisection ends.

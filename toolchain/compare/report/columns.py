@@ -350,9 +350,9 @@ def _pruning_notes(rows: Sequence[Row]) -> list[str]:
     lines = []
     for (_, text), pruned in groups.items():
         gains = [(_cell_name(row, rows), speedup_over_unpruned(row, rows)) for row in pruned]
-        gain_texts = [f"{cell} {gain[1].value:.2f}× {gain[0]}" for cell, gain in gains if gain]
+        gain_texts = [f"{cell} {gain[1].value:.2f}× over {gain[0]}" for cell, gain in gains if gain]
         cells = ", ".join(_cell_name(row, rows) for row in pruned)
-        measured = f"; measured speed-up at batch 1: {', '.join(gain_texts)}" if gain_texts else ""
+        measured = f". Measured speed-up at batch 1: {', '.join(gain_texts)}" if gain_texts else ""
         lines.append(f"{cells}: {text}{measured}")
     return lines
 
