@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from short_bench import SETTINGS
 
 from toolchain.artifacts import store
 from toolchain.artifacts.manifest import Manifest, TensorSpec
 from toolchain.artifacts.steps import Import
 from toolchain.artifacts.store import Artifact
-from toolchain.bench import roofline, scenarios
-from toolchain.bench.scenarios import Protocol
 from toolchain.build.job import Job
 from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
@@ -27,7 +26,6 @@ from toolchain.data.inputs import TrainingSource
 from toolchain.models import checkpoints
 
 DEFAULT_VARIANTS = ["torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"]  # these are onnx-int8 and its ancestors
-SHORT = Protocol(passes=1, min_s=0.1, pass_s=5.0, starts=1, threads=1)
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 # Tests import the scripts in docs/, which write the generated parts of the pages.
@@ -172,9 +170,8 @@ def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
 @pytest.fixture
 def short_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes `bench --quick` take seconds: one process per cell, short rounds, and a machine probe of small layers."""
-    monkeypatch.setattr(scenarios, "QUICK", SHORT)
-    monkeypatch.setattr(roofline, "SECONDS", 0.02)
-    monkeypatch.setattr(roofline, "MEBIBYTES", 4)
+    for module, name, value in SETTINGS:
+        monkeypatch.setattr(module, name, value)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from toolchain.backends.ort import EXACT_PRODUCTS
 from toolchain.system import hardware
+from toolchain.system.extras import requirements_of
 
 MIN_DISK_BYTES = 5e9
 MIN_MEMORY_BYTES = 4e9
@@ -63,27 +64,18 @@ def _python() -> list[Finding]:
 
 
 def _requirements() -> list[Finding]:
-    from packaging.requirements import Requirement
-
     findings = []
     try:
-        requirement_texts = importlib.metadata.requires("toolchain") or []
+        for requirement, version in requirements_of("toolchain"):
+            if version is None:
+                findings.append(Finding("problem", f"{requirement.name} is missing", f"pip install '{requirement}'"))
+            elif requirement.specifier.contains(version, prereleases=True):
+                findings.append(Finding("ok", f"{requirement.name} {version}"))
+            else:
+                what = f"{requirement.name} {version} does not satisfy {requirement.specifier}"
+                findings.append(Finding("problem", what, f"pip install '{requirement}'"))
     except importlib.metadata.PackageNotFoundError:
         return [Finding("problem", "toolchain runs from its source folder and is not installed", _reinstall_command())]
-    for text in requirement_texts:
-        requirement = Requirement(text)
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            version = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            findings.append(Finding("problem", f"{requirement.name} is missing", f"pip install '{requirement}'"))
-            continue
-        if requirement.specifier.contains(version, prereleases=True):
-            findings.append(Finding("ok", f"{requirement.name} {version}"))
-        else:
-            what = f"{requirement.name} {version} does not satisfy {requirement.specifier}"
-            findings.append(Finding("problem", what, f"pip install '{requirement}'"))
     return findings
 
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from conftest import SHORT
 from hypothesis import given
 from hypothesis import strategies as st
+from short_bench import SHORT
 
 from toolchain import backends
 from toolchain.backends import Backend, Place

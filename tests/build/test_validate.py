@@ -1,12 +1,17 @@
 """Tests of validation: it finds wrong logits on every batch of its grid of lengths and paddings."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from toolchain.artifacts.store import Artifact
 from toolchain.backends import Place, open_session
+from toolchain.build import reference_logits
+from toolchain.build.reference_logits import ReferenceLogits
 from toolchain.build.steps.validate import LENGTHS, allowed_flips, grid, validate, validation_summary
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.inputs import load_embedded
@@ -123,3 +128,23 @@ def test_quantised_logits_that_are_not_finite_fail(encoder, truth):
     assert not report["passed"]
     assert not report["finite"]
     assert "not finite" in validation_summary(report)
+
+
+def test_logits_of_pytorch_are_computed_once_for_a_model_and_a_batch(built_tiny, encoder, monkeypatch):
+    artifact, place = built_tiny.load("torch-fp32"), Place("cpu", 1)
+    batches = [pad([row], encoder.names, encoder.pad_id) for row in encoder.encode(SENTENCES[:2])]
+    expected_logits = [open_session(artifact.path, "torch", place).run(batch) for batch in batches]
+    opened = []
+    monkeypatch.setattr(reference_logits, "_LOGITS", {})
+    monkeypatch.setattr(
+        reference_logits, "open_session", lambda *arguments: opened.append(arguments) or open_session(*arguments)
+    )
+    for _ in range(2):
+        reference = ReferenceLogits(artifact, place)
+        assert all((reference.run(b) == logits).all() for b, logits in zip(batches, expected_logits, strict=True))
+        reference.close()
+    assert len(opened) == 1
+    other = Artifact(artifact.path, dataclasses.replace(artifact.manifest, variant="torch-bf16", parent_id="0" * 64))
+    assert other.manifest.id != artifact.manifest.id
+    ReferenceLogits(other, place).run(batches[0])
+    assert len(opened) == 2

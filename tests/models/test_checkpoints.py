@@ -293,6 +293,22 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(checkpoint, tmp_path
         import_checkpoint(import_job(checkpoint, tmp_path / "out"))
 
 
+def test_a_generic_tokenizer_of_transformers_5_is_read(checkpoint, tmp_path):
+    """transformers 5 writes a class name that transformers 4 refuses."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    from toolchain.build.steps.importing import import_checkpoint
+
+    tokens = AutoTokenizer.from_pretrained(checkpoint)("Café naïve, isn't it?")["input_ids"]
+    file = checkpoint / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": "TokenizersBackend"}))
+    (tmp_path / "out").mkdir()
+    import_checkpoint(import_job(checkpoint, tmp_path / "out"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert type(tokenizer) is PreTrainedTokenizerFast
+    assert tokenizer("Café naïve, isn't it?")["input_ids"] == tokens
+
+
 def test_the_maximum_length_leaves_out_the_positions_of_padding(tmp_path):
     """RoBERTa's position table has 514 rows but only 512 positions: no word uses the rows up to the padding index."""
     from transformers import RobertaConfig, RobertaForSequenceClassification

@@ -7,9 +7,10 @@ import time
 from dataclasses import replace
 
 import pytest
-from conftest import SHORT, make_checkpoint
+from conftest import make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from short_bench import SHORT
 
 from toolchain import tuning
 from toolchain.artifacts.steps import Quantize

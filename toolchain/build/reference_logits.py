@@ -28,11 +28,12 @@ class ReferenceLogits:
 
     def __init__(self, artifact: Artifact, place: Place) -> None:
         self._artifact, self._place = artifact, place
+        self._id = artifact.manifest.id
         self._session: Session | None = None
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         """Returns the logits of a batch; see `Session.run`."""
-        key = (self._artifact.manifest.id, _digest(batch))
+        key = (self._id, _digest(batch))
         if key not in _LOGITS:
             self._session = self._session or open_session(self._artifact.path, "torch", self._place)
             _LOGITS[key] = self._session.run(batch)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import shlex
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 
 def install_hint(extra: str) -> str:
@@ -24,6 +29,26 @@ def install_hint(extra: str) -> str:
     return f"Install the missing packages with `pip install {shlex.join(packages)}`."
 
 
+def requirements_of(package: str) -> Iterator[tuple[Requirement, str | None]]:
+    """Yields each requirement of a package without its extras, and the installed version; None if it is missing.
+
+    Args:
+        package: Name of the package on PyPI.
+
+    Raises:
+        PackageNotFoundError: The package itself is not installed.
+    """
+    from packaging.requirements import Requirement
+
+    for requirement in map(Requirement, importlib.metadata.requires(package) or []):
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            yield requirement, importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield requirement, None
+
+
 def unmet_requirement(package: str) -> str:
     """Returns why a package cannot work beside the installed packages, or an empty string if it can.
 
@@ -32,19 +57,12 @@ def unmet_requirement(package: str) -> str:
     Args:
         package: Name of the package on PyPI.
     """
-    from packaging.requirements import Requirement
-
     try:
-        requirements = map(Requirement, importlib.metadata.requires(package) or [])
+        for requirement, version in requirements_of(package):
+            if version is None:
+                return f"{package} needs {requirement.name}, which is not installed"
+            if not requirement.specifier.contains(version, prereleases=True):
+                return f"{package} needs {requirement.name} {requirement.specifier}, and {version} is installed"
     except importlib.metadata.PackageNotFoundError:
         return f"{package} is not installed"
-    for requirement in requirements:
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            version = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            return f"{package} needs {requirement.name}, which is not installed"
-        if not requirement.specifier.contains(version, prereleases=True):
-            return f"{package} needs {requirement.name} {requirement.specifier}, and {version} is installed"
     return ""

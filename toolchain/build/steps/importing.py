@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 VERSION = 2
-TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def import_checkpoint(job: Job[Import]) -> StepResult:
@@ -55,7 +54,7 @@ def import_checkpoint(job: Job[Import]) -> StepResult:
     names = _input_names(model, tokenizer)
     # Input names are stored, because the tokenizer class may by default give inputs that this model does not accept.
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
-    _save_tokenizer(tokenizer, job.folder)
+    tokenizer.save_pretrained(job.folder)
     if (job.checkpoint / SHAPES).is_file():
         shutil.copyfile(job.checkpoint / SHAPES, job.folder / SHAPES)
         (job.folder / WEIGHTS).rename(job.folder / OWN_WEIGHTS)
@@ -112,15 +111,15 @@ def _training_data_facts(checkpoint: Path) -> dict[str, str]:
     return {"trained_on": digest} if isinstance(digest, str) else {}
 
 
-# Class names of a tokenizer that tokenizer.json describes completely. transformers 5 writes the first name. Both
-# transformers 4 and transformers 5 read the second name.
-_GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
+# transformers 5 writes this class name for a tokenizer that tokenizer.json describes completely. transformers 4 refuses
+# the name.
+_GENERIC_CLASS = "TokenizersBackend"
 
 
 def _load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    tokenizer_class = PreTrainedTokenizerFast if _class_name(folder) in _GENERIC_CLASSES else AutoTokenizer
+    tokenizer_class = PreTrainedTokenizerFast if _class_name(folder) == _GENERIC_CLASS else AutoTokenizer
     try:
         return tokenizer_class.from_pretrained(folder, use_fast=True, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # tokenizers and transformers raise errors of many classes
@@ -133,19 +132,9 @@ def _load_tokenizer(folder: Path) -> Any:
 def _class_name(folder: Path) -> Any:
     """Returns the name of the tokenizer's class in `folder`; None if the folder states no class."""
     try:
-        return json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8")).get("tokenizer_class")
+        return json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
     except (OSError, ValueError, AttributeError):  # transformers itself reports a damaged file
         return None
-
-
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Saves the tokenizer with a class name that transformers 4 and 5 know."""
-    tokenizer.save_pretrained(folder)
-    if _class_name(folder) == _GENERIC_CLASSES[0]:
-        file = folder / TOKENIZER_CONFIG
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        settings["tokenizer_class"] = _GENERIC_CLASSES[1]
-        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _input_names(model: PreTrainedModel, tokenizer: Any) -> list[str]:
