@@ -6,6 +6,9 @@ EXPORTED ?= exported
 # cpu; gpu (CUDA 13); or cuda12, for an NVIDIA driver older than 580 or a GPU below compute capability 7.5. Without it a
 # .venv keeps what it has, and a new one gets what the machine needs; `make install RUNTIME=...` always installs anew.
 RUNTIME ?=
+# current (transformers 5), or optimum (transformers 4.57 with optimum-onnx). Without it a .venv keeps what it has, and a
+# new one gets the current set.
+SET ?=
 # An index to add for PyTorch, where the default one gives the wrong build; see docs/how-to/install.md.
 TORCH_INDEX ?=
 # Per cents that `make export` prunes; empty for none. TRAIN_DATA: a CSV to rank by, where SST-2 does not fit.
@@ -21,12 +24,16 @@ ASK = nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2>
 NEEDED = $(shell $(ASK) | awk -F , \
 	'/^[0-9]/ {if ($$1 + 0 < 580 || $$2 + 0 < 7.5) old = 1; else new = 1} END {print old ? "cuda12" : new ? "gpu" : "cpu"}')
 INSTALLED := $(filter cpu gpu cuda12,$(shell cat $(VENV)/.installed 2>/dev/null))
-ASKED := $(and $(filter install,$(MAKECMDGOALS)),$(filter command,$(origin RUNTIME)))
+INSTALLED_SET := $(filter current optimum,$(shell cat $(VENV)/.installed 2>/dev/null))
+ASKED := $(and $(filter install,$(MAKECMDGOALS)),$(filter command,$(origin RUNTIME) $(origin SET)))
 override RUNTIME := $(or $(RUNTIME),$(INSTALLED),$(NEEDED))
+override SET := $(or $(SET),$(INSTALLED_SET),current)
 $(if $(filter cpu gpu cuda12,$(RUNTIME)),,$(error RUNTIME is cpu, gpu or cuda12, not $(RUNTIME)))
-ANEW := $(or $(ASKED),$(filter-out $(INSTALLED),$(RUNTIME)))
-EXTRAS = $(if $(filter cpu,$(RUNTIME)),cpu,gpu),bnb
-CONSTRAINTS = constraints/$(RUNTIME).txt
+$(if $(filter current optimum,$(SET)),,$(error SET is current or optimum, not $(SET)))
+ANEW := $(or $(ASKED),$(filter-out $(INSTALLED),$(RUNTIME)),$(filter-out $(INSTALLED_SET),$(SET)))
+EXTRAS = $(if $(filter cpu,$(RUNTIME)),cpu,gpu),bnb$(if $(filter optimum,$(SET)),$(COMMA)optimum)
+CONSTRAINTS = constraints/$(if $(filter optimum,$(SET)),optimum-)$(RUNTIME).txt
+COMMA = ,
 
 BIN = $(VENV)/bin
 TOOLCHAIN = $(BIN)/toolchain
@@ -34,16 +41,16 @@ PIP = $(BIN)/pip install --disable-pip-version-check -q $(if $(TORCH_INDEX),--ex
 CHOICE = --model "$(MODEL)" --exported "$(EXPORTED)"
 
 .DEFAULT_GOAL := help
-.PHONY: help install anew export bench compare ship test test-fast test-clients lint docs docs-serve report clean distclean
+.PHONY: help install anew export bench compare ship test test-fast test-set test-clients lint docs docs-serve report clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 install: $(VENV)/.installed ## create .venv and install the toolchain into it
 
-# Both ONNX Runtimes fill one folder, CUDA 12's and 13's cuDNN as well, and a torch without CUDA satisfies a GPU's set:
-# whatever runtime is there goes first, and whole.
-REPLACED = onnxruntime|onnxruntime-gpu|torch|nvidia-.*
+# Both ONNX Runtimes fill one folder, CUDA 12's and 13's cuDNN as well, and a torch without CUDA satisfies a GPU's set.
+# optimum does not work beside transformers 5. So pip first removes all of these.
+REPLACED = onnxruntime|onnxruntime-gpu|torch|nvidia-.*|optimum|optimum-onnx
 
 $(VENV)/.installed: setup.cfg pyproject.toml $(CONSTRAINTS) $(if $(ANEW),anew)
 	$(PYTHON) -m venv $(VENV)
@@ -52,7 +59,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml $(CONSTRAINTS) $(if $(ANEW),anew)
 	$(if $(and $(ANEW),$(wildcard $(BIN)/pip)),$(BIN)/pip list --disable-pip-version-check --format=freeze | \
 		sed -n -E 's/^($(REPLACED))==.*/\1/p' | xargs -r $(BIN)/pip uninstall -q -y)
 	$(PIP) -e ".[$(EXTRAS)]"
-	@echo $(RUNTIME) > $@
+	@echo $(RUNTIME) $(SET) > $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) -e ".[$(EXTRAS),test]"
@@ -85,6 +92,13 @@ test: $(VENV)/.installed-test lint ## lint, types and all tests
 test-fast: $(VENV)/.installed-test lint ## lint, types and all tests that are not marked slow
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
+# Tests of everything that depends on the release of transformers, for a second environment:
+# `make test-set VENV=.venv-optimum SET=optimum`.
+SET_TESTS = $(addprefix tests/,backends build exporters models passes pruning quantization training test_finetune.py \
+	test_reference.py $(addprefix ship/test_,elsewhere.py mobile.py server.py ship.py))
+test-set: $(VENV)/.installed-test ## tests of what depends on the installed set of packages
+	$(BIN)/python -m pytest $(PARALLEL) $(SET_TESTS)
+
 # What `make test` skips without: npm packages by their lock file, Pythons with nothing but a bundle's requirements, and
 # one of these for 64-bit ARM where qemu can run it.
 CLIENTS = $(EXPORTED)/.cache/test-clients
@@ -103,11 +117,15 @@ test-clients: $(VENV)/.installed-test ## install the clients that tests run bund
 	$(PYTHON) -m venv $(CLIENTS)/phone
 	$(CLIENTS)/phone/bin/pip install --disable-pip-version-check -q onnxruntime==1.17.3 'numpy<2' tokenizers==0.22.2
 	tests/clients/arm_root.sh $(CLIENTS)/arm $(CLIENTS)/python/bin/pip
-# Transformers 5 with the dependencies that differ; PyTorch and the rest are those of .venv.
-	$(PYTHON) -m venv $(CLIENTS)/transformers5
-	$(BIN)/python $(SITE) > "$$($(CLIENTS)/transformers5/bin/python $(SITE))/venv.pth"
-	$(CLIENTS)/transformers5/bin/pip install --disable-pip-version-check -q --no-deps transformers==5.24.0 \
-		huggingface_hub==2.4.0 tokenizers==0.23.3 httpx2==2.16.2 httpcore2==2.16.2 truststore==0.10.5
+# Both releases of transformers, with the dependencies that differ; PyTorch and the rest are those of .venv.
+	for release in 4 5; do \
+		$(PYTHON) -m venv $(CLIENTS)/transformers$$release && \
+		$(BIN)/python $(SITE) > "$$($(CLIENTS)/transformers$$release/bin/python $(SITE))/venv.pth"; \
+	done
+	$(CLIENTS)/transformers4/bin/pip install --disable-pip-version-check -q --no-deps -c constraints/optimum-cpu.txt \
+		transformers huggingface_hub tokenizers optimum optimum-onnx
+	$(CLIENTS)/transformers5/bin/pip install --disable-pip-version-check -q --no-deps -c constraints/cpu.txt \
+		transformers huggingface_hub tokenizers httpx2 httpcore2 truststore
 
 lint: $(VENV)/.installed-test ## lint and types
 	$(BIN)/ruff format --check .

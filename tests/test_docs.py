@@ -30,7 +30,8 @@ MINUTES = "takes minutes; tests/tuning/ tests the search"
 NOT_RUN = {
     "make install RUNTIME=gpu": GPU,
     "make install TORCH_INDEX=https://download.pytorch.org/whl/cpu": "needs the network",
-    'pip install -c constraints/cpu.txt -e ".[cpu,bnb]"': "installs into the environment that runs the tests",
+    'pip install -c constraints/cpu.txt -e ".[cpu,bnb]"': "installs into the environment of the tests",
+    "make install SET=optimum": "installs into the environment of the tests",
     ".venv/bin/toolchain bench --provider cuda --save-as reference-t4": GPU,
     'pip install -c constraints/cpu.txt -e ".[cpu,bnb,ray]"    # on every machine': RAY,
     "ray start --head                                          # on one machine; it prints ADDR": RAY,

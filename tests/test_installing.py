@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from toolchain.doctor import SETS
+from toolchain.doctor import RUNTIME_EXTRAS, constraints_file
 from toolchain.system import hardware
 
 ROOT = Path(hardware.__file__).parent.parent.parent
@@ -84,8 +84,7 @@ def write(path, script):
 def test_make_chooses_the_same_set_as_the_toolchain(make, capabilities, driver, runtime):
     answer = "\n".join(f"{driver}, {capability}" for capability in capabilities) or "No devices were found"
     output = make("-n", "install", answer=answer, code=0 if capabilities else 6).stdout
-    constraints, extras = SETS[runtime]
-    assert f'-c {constraints} -e ".[{extras}]"' in output
+    assert f'-c {constraints_file(runtime, False)} -e ".[{RUNTIME_EXTRAS[runtime]}]"' in output
 
 
 @pytest.mark.parametrize(
@@ -97,16 +96,29 @@ def test_make_chooses_the_same_set_as_the_toolchain(make, capabilities, driver, 
     ],
 )
 def test_make_accepts_the_messages_of_a_faulty_driver(make, answer, code, runtime):
-    assert f"-c {SETS[runtime][0]} " in make("-n", "install", answer=answer, code=code).stdout
+    assert f"-c {constraints_file(runtime, False)} " in make("-n", "install", answer=answer, code=code).stdout
 
 
 def test_a_named_runtime_overrides_the_choice(make):
-    for runtime, (constraints, extras) in SETS.items():
+    for runtime, extras in RUNTIME_EXTRAS.items():
         output = make("-n", "install", f"RUNTIME={runtime}", answer="580.65.06, 9.0").stdout
-        assert f'-c {constraints} -e ".[{extras}]"' in output
-    failed_run = make("-n", "install", "RUNTIME=tpu", check=False)
+        assert f'-c {constraints_file(runtime, False)} -e ".[{extras}]"' in output
+        output = make("-n", "install", f"RUNTIME={runtime}", "SET=optimum").stdout
+        assert f'-c {constraints_file(runtime, True)} -e ".[{extras},optimum]"' in output
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [("RUNTIME=tpu", "RUNTIME is cpu, gpu or cuda12, not tpu"), ("SET=old", "SET is current or optimum, not old")],
+)
+def test_an_unknown_runtime_or_set_is_refused(make, setting, message):
+    failed_run = make("-n", "install", setting, check=False)
     assert failed_run.returncode == 2
-    assert "RUNTIME is cpu, gpu or cuda12, not tpu" in failed_run.stderr
+    assert message in failed_run.stderr
+
+
+# The packages that another runtime or set replaces, of those that the fake pip lists.
+REMOVED = "uninstall -q -y optimum optimum-onnx onnxruntime onnxruntime-gpu nvidia-cudnn-cu13 torch"
 
 
 @pytest.fixture
@@ -118,7 +130,9 @@ def environment(make, tmp_path):
     folder = tmp_path / ".venv" / "bin"
     folder.mkdir(parents=True)
     log = tmp_path / "said"
-    packages = "onnx==1\\nonnxruntime==1\\nonnxruntime-gpu==1\\nnvidia-cudnn-cu13==9\\ntorch==2\\ntorchvision==0\\n"
+    versions = {"onnx": 1, "optimum": 2, "optimum-onnx": 0, "onnxruntime": 1, "onnxruntime-gpu": 1}
+    versions |= {"nvidia-cudnn-cu13": 9, "torch": 2, "torchvision": 0}
+    packages = "".join(f"{name}=={version}\\n" for name, version in versions.items())
     write(folder / "pip", f'[ "$1" = list ] && printf "{packages}" || echo "$@" >> {log}')
 
     def install(*arguments):
@@ -133,10 +147,19 @@ def test_another_runtime_replaces_the_installed_one(environment, tmp_path):
     marker = tmp_path / ".venv" / ".installed"
     install_command = environment("RUNTIME=cpu")
     for runtime, previous in (("gpu", "cpu"), ("cuda12", "gpu"), ("cpu", "cuda12")):
-        assert marker.read_text() == f"{previous}\n"
+        assert marker.read_text() == f"{previous} current\n"
         uninstall_command, install_command = environment(f"RUNTIME={runtime}")
-        assert uninstall_command == "uninstall -q -y onnxruntime onnxruntime-gpu nvidia-cudnn-cu13 torch"
-        assert f"-c {SETS[runtime][0]} -e .[{SETS[runtime][1]}]" in install_command
+        assert uninstall_command == REMOVED
+        assert f"-c {constraints_file(runtime, False)} -e .[{RUNTIME_EXTRAS[runtime]}]" in install_command
+    assert environment() == []
+
+
+def test_another_set_replaces_the_installed_one_and_stays(environment, tmp_path):
+    environment("RUNTIME=cpu")
+    uninstall_command, install_command = environment("SET=optimum")
+    assert uninstall_command == REMOVED
+    assert "-c constraints/optimum-cpu.txt -e .[cpu,bnb,optimum]" in install_command
+    assert (tmp_path / ".venv" / ".installed").read_text() == "cpu optimum\n"
     assert environment() == []
 
 
@@ -163,22 +186,25 @@ def pins(name):
     return {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in lines}
 
 
-@pytest.mark.parametrize(("constraints", "extras"), SETS.values())
-def test_the_pins_satisfy_every_requirement(constraints, extras):
+@pytest.mark.parametrize("with_optimum", [False, True])
+@pytest.mark.parametrize("runtime", RUNTIME_EXTRAS)
+def test_the_pins_satisfy_every_requirement(runtime, with_optimum):
+    extras = RUNTIME_EXTRAS[runtime] + (",optimum" if with_optimum else "")
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     requirements = setup["options"]["install_requires"].splitlines()
     for extra in (*extras.split(","), "test"):
         requirements += setup["options.extras_require"][extra].splitlines()
-    versions = pins(constraints)
+    versions = pins(constraints_file(runtime, with_optimum))
     for requirement in map(Requirement, filter(None, requirements)):
         assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
     assert ("onnxruntime" in versions) != ("onnxruntime-gpu" in versions)
     assert ("onnxruntime-gpu" in versions) == ("gpu" in extras)
 
 
-def test_a_set_has_one_cuda_version_and_otherwise_equal_pins():
-    cpu, gpu, cuda12 = (pins(constraints) for constraints, _ in SETS.values())
+@pytest.mark.parametrize("with_optimum", [False, True])
+def test_a_set_has_one_cuda_version_and_otherwise_equal_pins(with_optimum):
+    cpu, gpu, cuda12 = (pins(constraints_file(runtime, with_optimum)) for runtime in RUNTIME_EXTRAS)
     assert any(name.endswith("-cu13") for name in gpu)
     assert not any(name.endswith("-cu12") for name in gpu)
     assert any(name.endswith("-cu12") for name in cuda12)

@@ -10,18 +10,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from toolchain import exporters
 from toolchain.backends.ort import EXACT_PRODUCTS
 from toolchain.system import hardware
 from toolchain.system.extras import requirements_of
 
 MIN_DISK_BYTES = 5e9
 MIN_MEMORY_BYTES = 4e9
-# Constraints file and pip extras of each runtime set; `make install RUNTIME=gpu` installs the runtime set `gpu`.
-SETS = {
-    "cpu": ("constraints/cpu.txt", "cpu,bnb"),
-    "gpu": ("constraints/gpu.txt", "gpu,bnb"),
-    "cuda12": ("constraints/cuda12.txt", "gpu,bnb"),
-}
+# The pip extras of each runtime set; `make install RUNTIME=gpu` installs the runtime set `gpu`. Each runtime set exists
+# with transformers 5 (the current set), and with optimum-onnx and transformers 4.57 (the optimum set).
+RUNTIME_EXTRAS = {"cpu": "cpu,bnb", "gpu": "gpu,bnb", "cuda12": "gpu,bnb"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,7 @@ def examine(exported: Path) -> list[Finding]:
     checks: list[Callable[[], list[Finding]]] = [
         _python,
         _requirements,
+        _exporter,
         _onnxruntimes,
         _bitsandbytes,
         _processor,
@@ -79,9 +78,25 @@ def _requirements() -> list[Finding]:
     return findings
 
 
+def constraints_file(runtime: str, with_optimum: bool) -> str:
+    """Returns the path of the file with the pinned versions of a runtime set, in the current or the optimum set."""
+    return f"constraints/{'optimum-' if with_optimum else ''}{runtime}.txt"
+
+
 def _reinstall_command() -> str:
-    constraints, extras = SETS[hardware.runtime_set(*hardware.gpus())]
-    return f"pip install -c {constraints} -e '.[{extras}]'"
+    runtime = hardware.runtime_set(*hardware.gpus())
+    with_optimum = "optimum-onnx" in hardware.versions()
+    extras = RUNTIME_EXTRAS[runtime] + (",optimum" if with_optimum else "")
+    return f"pip install -c {constraints_file(runtime, with_optimum)} -e '.[{extras}]'"
+
+
+def _exporter() -> list[Finding]:
+    cause = exporters.unmet_requirement("optimum")
+    if cause and "optimum-onnx" in hardware.versions():
+        hint = "Run `make install SET=optimum`, or `pip uninstall -y optimum optimum-onnx` to use the exporter torch."
+        return [Finding("problem", f"{cause}, so the exporter optimum is unavailable", hint)]
+    exporter, package_set = ("torch", "current") if cause else ("optimum", "optimum")
+    return [Finding("ok", f"{exporter} is the default exporter, as in the package set {package_set}")]
 
 
 def _onnxruntimes() -> list[Finding]:
@@ -116,8 +131,8 @@ def _processor() -> list[Finding]:
             f"{text}: without VNNI, int8 is slower, and in your own apps int8 is exact only with the session option "
             f"{option}"
         )
-        mend = f"Set {EXACT_PRODUCTS[0]} in your own apps, or run `toolchain quantize --isa portable`."
-        return [Finding("note", what, mend)]
+        hint = f"Set {EXACT_PRODUCTS[0]} in your own apps, or run `toolchain quantize --isa portable`."
+        return [Finding("note", what, hint)]
     return [Finding("ok", text)]
 
 
@@ -156,7 +171,8 @@ def _gpu() -> list[Finding]:
         memory = f"{gpu['memory_bytes'] / 2**30:.0f} GiB" if gpu["memory_bytes"] else "unknown memory"
         capability = f"compute capability {gpu['compute_capability'] or 'unknown'}"
         findings.append(Finding("ok", f"{gpu['name']}, {memory}, {capability}, driver {driver or 'unknown'}"))
-    findings.append(Finding("ok", f"{SETS[runtime][0]} is the constraints file for this driver and GPU"))
+    constraints = constraints_file(runtime, "optimum-onnx" in hardware.versions())
+    findings.append(Finding("ok", f"{constraints} is the constraints file for this driver and GPU"))
     return findings + [
         Finding("note", problem, f"make install RUNTIME={runtime}") for problem in _gpu_problems(runtime)
     ]

@@ -43,8 +43,15 @@ class _Hub(http.server.BaseHTTPRequestHandler):
             return self._refuse(404, "RevisionNotFound", body)
         commit = COMMITS[revision]
         files = {f.name: f for f in self.server.folder.iterdir()}
+        files.update(dict.fromkeys(self.server.extra_files, files["config.json"]))
         if name == PICKLED:
             files["pytorch_model.bin"] = files.pop("model.safetensors")
+        if api and path_rest[:1] == ["tree"]:
+            tree = [
+                {"type": "file", "path": file_name, "size": file.stat().st_size, "oid": "0" * 40}
+                for file_name, file in sorted(files.items())
+            ]
+            return self._send(json.dumps(tree).encode(), {"Content-Type": "application/json"}, body)
         if api:
             model_info = {
                 "id": name,
@@ -72,7 +79,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tiny_checkpoint):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
-        server.folder, server.requests = tiny_checkpoint, []
+        server.folder, server.requests, server.extra_files = tiny_checkpoint, [], ()
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -106,6 +113,26 @@ def test_a_private_model_is_downloaded_with_the_token_and_the_token_is_not_store
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
     file_names = {path.rsplit("/", 1)[-1] for _, path, _ in hub.requests if "/resolve/" in path}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= file_names
+
+
+def test_a_downloaded_model_can_be_exported_again_while_the_hub_is_unreachable(run, hub, tmp_path):
+    """The cache lacks the pickle file, so it does not hold every file of the repository."""
+    hub.extra_files = ("pytorch_model.bin",)
+    completed = run(OPEN)
+    assert completed.returncode == 0, completed.stderr
+    hub.shutdown()
+    hub.server_close()
+    completed = run(OPEN, "--exported", "again")
+    assert completed.returncode == 0, completed.stderr
+    first_id, second_id = (
+        json.loads((tmp_path / folder / "tiny" / "torch-fp32" / "manifest.json").read_text())["id"]
+        for folder in ("exported", "again")
+    )
+    assert first_id == second_id
+    completed = run("someone/unknown")
+    assert completed.returncode == 1
+    assert "someone/unknown is not a folder, and its download from the hub failed" in completed.stderr
+    assert "--model PATH" in completed.stderr
 
 
 @pytest.mark.parametrize(

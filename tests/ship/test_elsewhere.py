@@ -1,14 +1,14 @@
 """Loads artifacts and bundles with transformers 4.57, transformers 5 and optimum, which do not import this package.
 
-Child processes load the artifacts and bundles. `make test-clients` installs transformers 5; without transformers 5, the
-tests are skipped. optimum-onnx needs transformers 4.57.
+Child processes load the artifacts and bundles in environments that `make test-clients` installs. Without such an
+environment, its tests are skipped. optimum-onnx needs transformers 4.57.
 """
 
+import contextlib
+import functools
 import json
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,10 +32,9 @@ from toolchain.ship import shipping
 from toolchain.ship.shipping import Order
 
 CLIENTS = ROOT / "exported" / ".cache" / "test-clients"
-# Maps each major release of transformers to the Python interpreter of its environment. The tests themselves run with
-# transformers 4.57.
-PYTHONS = {"4": Path(sys.executable), "5": CLIENTS / "transformers5" / "bin" / "python"}
-OTHER = "5"  # the release of transformers that only child processes of the tests use
+# Maps each major release of transformers to the Python interpreter of its environment.
+PYTHONS = {release: CLIENTS / f"transformers{release}" / "bin" / "python" for release in ("4", "5")}
+OTHER = "4" if transformers.__version__.startswith("5.") else "5"  # the release that only child processes use
 TEXTS = ["a charming and often affecting journey .", "a waste of two hours .", "Café naïve, isn't it? 50%", ""]
 
 needs_clients = pytest.mark.skipif(
@@ -62,17 +61,34 @@ def probabilities_of(classify, texts=TEXTS):
     return [{row["label"]: row["score"] for row in rows} for rows in classify(texts)]
 
 
-def ask(folder, tmp_path, release, texts=TEXTS, by_optimum=False):
-    """Returns the label probabilities of a pipeline of transformers `release`, with or without optimum."""
-    (tmp_path / "texts.json").write_text(json.dumps(texts))
-    command = [PYTHONS[release], TESTS / "clients" / "pipeline.py", folder, tmp_path / "texts.json"]
-    if by_optimum:
-        command.append(json.dumps(dict([EXACT_PRODUCTS]) if saturates() else {}))
-    completed = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert completed.returncode == 0, completed.stderr
-    output = json.loads(completed.stdout.splitlines()[-1])
-    assert output["version"].startswith(f"{release}.")
-    return output["answers"]
+@pytest.fixture(scope="module")
+def ask():
+    """Returns a function that asks a pipeline of another environment for its label probabilities.
+
+    Each environment has one child process for all tests, because its imports take seconds.
+    """
+    with contextlib.ExitStack() as processes:
+
+        @functools.cache
+        def start(release):
+            command = [PYTHONS[release], TESTS / "clients" / "pipeline.py"]
+            return processes.enter_context(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            )
+
+        def answer(folder, release, texts=TEXTS, by_optimum=False):
+            """Returns the probabilities by transformers `release`, or by optimum with that release."""
+            options = dict([EXACT_PRODUCTS]) if saturates() else {}
+            request = {"folder": str(folder), "texts": texts, "options": options if by_optimum else None}
+            process = start(release)
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            reply = json.loads(process.stdout.readline())
+            assert "error" not in reply, reply["error"]
+            assert reply["version"].startswith(f"{release}.")
+            return reply["answers"]
+
+        yield answer
 
 
 def require_equal_answers(answers, expected_answers):
@@ -93,9 +109,9 @@ def test_a_pipeline_gives_the_probabilities_of_the_variant(built_tiny, variant):
 
 @needs_clients
 @pytest.mark.parametrize("release", PYTHONS)
-def test_a_pipeline_of_every_release_gives_the_probabilities_of_the_reference(reference, tmp_path, release):
+def test_a_pipeline_of_every_release_gives_the_probabilities_of_the_reference(reference, ask, release):
     texts = list(inputs.load_embedded().sample(50, 7)) + TEXTS
-    answers = ask(reference.path("torch-fp32"), tmp_path, release, texts)
+    answers = ask(reference.path("torch-fp32"), release, texts)
     require_equal_answers(answers, probabilities_here(reference.load("torch-fp32"), "torch", texts))
 
 
@@ -122,9 +138,9 @@ def test_the_tokenizer_of_every_architecture_gives_the_models_inputs(tmp_path, k
 @needs_clients
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["onnx-std", "onnx-fp32", "onnx-int8", "onnx-std-int8"])
-def test_optimum_gives_the_probabilities_of_the_variant(built_tiny, tmp_path, variant):
+def test_optimum_gives_the_probabilities_of_the_variant(built_tiny, ask, variant):
     artifact = ensure(built_tiny, [variant], {}, quiet)[variant]
-    require_equal_answers(ask(artifact.path, tmp_path, "4", by_optimum=True), probabilities_here(artifact, "onnx"))
+    require_equal_answers(ask(artifact.path, "4", by_optimum=True), probabilities_here(artifact, "onnx"))
 
 
 BUNDLES = [
@@ -141,9 +157,9 @@ BUNDLES = [
 @needs_clients
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "variants"), BUNDLES)
-def test_optimum_loads_the_first_model_of_a_bundle(built_tiny, tmp_path, target, variants):
+def test_optimum_loads_the_first_model_of_a_bundle(built_tiny, ask, tmp_path, target, variants):
     shipping.ship(built_tiny, Order(variants, target, demo=False), tmp_path / "b", quiet, no_bar)
-    answers = ask(tmp_path / "b", tmp_path, "4", by_optimum=True)
+    answers = ask(tmp_path / "b", "4", by_optimum=True)
     require_equal_answers(answers, probabilities_here(built_tiny.load(variants[0]), "onnx"))
 
 
@@ -163,24 +179,39 @@ def unloadable_variants(built_tiny):
 @pytest.mark.slow
 @pytest.mark.parametrize("release", PYTHONS)
 @pytest.mark.parametrize("variant", ["torch-int8", "torch-pruned50+depth"])
-def test_transformers_refuses_a_variant_that_it_cannot_build(unloadable_variants, tmp_path, variant, release):
+def test_transformers_refuses_a_variant_that_it_cannot_build(unloadable_variants, ask, variant, release):
     with pytest.raises(AssertionError, match=r"no file named .*model\.safetensors"):
-        ask(unloadable_variants[variant].path, tmp_path, release)
+        ask(unloadable_variants[variant].path, release)
+
+
+@pytest.fixture(scope="module")
+def other_checkpoints(tmp_path_factory):
+    """A folder with a checkpoint of each architecture, saved by the release of transformers that is not used here."""
+    folder = tmp_path_factory.mktemp("other-checkpoints")
+    code = (
+        "import sys; from tiny_architectures import ARCHITECTURES, make; "
+        "[make(f'{sys.argv[1]}/{kind}', kind) for kind in ARCHITECTURES]"
+    )
+    completed = subprocess.run(
+        [PYTHONS[OTHER], "-c", code, folder],
+        env={**os.environ, "PYTHONPATH": f"{TESTS}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert completed.returncode == 0, completed.stderr
+    return folder
 
 
 @needs_clients
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_a_checkpoint_of_the_other_release_becomes_a_bundle(tmp_path, kind):
-    """Imports a checkpoint that transformers 5 saved, and compares the probabilities of both releases.
+def test_a_checkpoint_of_the_other_release_becomes_a_bundle(other_checkpoints, ask, tmp_path, kind):
+    """Imports a checkpoint of the other release, and compares the probabilities of both releases.
 
-    The test imports the checkpoint with transformers 4.57, and a child process loads the result with transformers 5.
+    The test imports the checkpoint here, and the child process loads the result with the other release.
     """
-    code = f"from tiny_architectures import make; make({str(tmp_path / 'checkpoint')!r}, {kind!r})"
-    variables = {**os.environ, "PYTHONPATH": f"{TESTS}:{ROOT}"}
-    completed = subprocess.run([PYTHONS[OTHER], "-c", code], env=variables, capture_output=True, text=True, check=False)
-    assert completed.returncode == 0, completed.stderr
-    workspace = Workspace.open(str(tmp_path / "checkpoint"), tmp_path / "exported")
+    workspace = Workspace.open(str(other_checkpoints / kind), tmp_path / "exported")
     artifacts = ensure(workspace, ["onnx-fp32"], {}, quiet)
     shipping.ship(workspace, Order(("onnx-fp32",), "python"), tmp_path / "b", quiet, no_bar)
     shipping.verify(tmp_path / "b")
@@ -189,4 +220,4 @@ def test_a_checkpoint_of_the_other_release_becomes_a_bundle(tmp_path, kind):
     texts = [text for text in TEXTS if text.isascii() and text == text.lower()]
     assert len(texts) == 3
     expected_rows = probabilities_here(artifacts["torch-fp32"], "torch", texts)
-    require_equal_answers(ask(artifacts["torch-fp32"].path, tmp_path, OTHER, texts), expected_rows)
+    require_equal_answers(ask(artifacts["torch-fp32"].path, OTHER, texts), expected_rows)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.option(
     "--exporter",
     type=click.Choice(list(EXPORTERS)),
-    help="Library that converts the model.  [default: optimum, or the exporter of the existing artifact]",
+    help="Library that converts the model.  [default: optimum if it is installed, otherwise torch]",
 )
 @click.option(
     "--optimize",

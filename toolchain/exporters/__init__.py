@@ -42,7 +42,7 @@ def require_exporter(exporter: str) -> None:
     if cause := unmet_requirement(exporter):
         raise SettingsError(
             f"--exporter {exporter} is unavailable: {cause}.",
-            "Use --exporter torch.",
+            "Use --exporter torch, or install the set of packages with optimum: make install SET=optimum.",
         )
 
 

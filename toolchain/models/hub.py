@@ -58,14 +58,33 @@ def _query_revision(ref: str, revision: str | None) -> tuple[str, frozenset[str]
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
+    def fetch_config(local_files_only: bool) -> Path:
+        folder = huggingface_hub.snapshot_download(
+            ref, revision=revision, allow_patterns=["config.json"], local_files_only=local_files_only
+        )
+        return Path(folder)
+
     try:
         info = huggingface_hub.HfApi().model_info(ref, revision=revision)
+        # The cache learns the commit of the revision, for the time when the hub is unreachable.
+        fetch_config(local_files_only=False)
         return str(info.sha), frozenset(file.rfilename for file in info.siblings or ())
     except HfHubHTTPError:
         raise
-    except OSError:
-        folder = Path(huggingface_hub.snapshot_download(ref, revision=revision, local_files_only=True))
+    except _connection_errors():
+        folder = fetch_config(local_files_only=True)
         return folder.name, frozenset(path.name for path in folder.iterdir())
+
+
+def _connection_errors() -> tuple[type[BaseException], ...]:
+    """Returns the classes of the errors that an unreachable hub raises.
+
+    The HTTP library of huggingface_hub depends on its release (requests, httpx or httpx2). `HfHubHTTPError` inherits
+    from the error class of that library.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, *HfHubHTTPError.__bases__)
 
 
 def _call_hub(ref: str, revision: str | None, request: Callable[[], T]) -> T:
@@ -92,5 +111,5 @@ def _call_hub(ref: str, revision: str | None, request: Callable[[], T]) -> T:
         if status in (401, 403):
             raise HubError(f"The hub denies access to {ref} with this login (HTTP {status}).", log_in) from error
         raise HubError(f"{ref} is not a folder, and its download from the hub failed.", hint) from error
-    except (hub.LocalEntryNotFoundError, hub.HFValidationError, OSError, UnicodeError) as error:
+    except (*_connection_errors(), hub.HFValidationError, UnicodeError) as error:
         raise HubError(f"{ref} is not a folder, and its download from the hub failed.", hint) from error

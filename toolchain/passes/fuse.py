@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from toolchain.passes.graph import constant
 from toolchain.system.quiet import hide_logs
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def fuse(
     for name in disabled_fusions:
         setattr(options, f"enable_{name}", False)
     _move_residual_last(model)
+    _state_heads(model)
     with hide_logs():
         fused = BertOnnxModel(ir.to_proto(model), context.heads, context.width)
         fused.optimize(options, add_dynamic_axes=False)
@@ -48,6 +50,43 @@ def fuse(
     # The fusion stores new projection weights for each layer, even if layers share their weights (ALBERT).
     common.DeduplicateHashedInitializersPass()(result)
     return result, sum(node.domain == DOMAIN for node in result.graph)
+
+
+def _state_heads(model: ir.Model) -> None:
+    """Writes the number of heads where an exported graph leaves it open.
+
+    Graphs of transformers 5 reshape a projection [batch, sequence, width] to [batch, sequence, -1, head size]. ONNX
+    Runtime's fusion would take the number of heads from the model's config, and a pruned layer has fewer heads.
+    """
+    import numpy as np
+
+    for node in model.graph:
+        concat = node.inputs[1].producer() if node.op_type == "Reshape" and node.inputs[1] else None
+        if concat is None or concat.op_type != "Concat" or len(concat.inputs) != 4:
+            continue
+        width = _projection_width(node.inputs[0])
+        heads, head_size = (_integer(value) for value in concat.inputs[2:])
+        if width and heads == -1 and head_size:
+            heads = width // head_size
+            concat.replace_input_with(2, constant(model, f"heads_{heads}", np.array([heads], np.int64)))
+
+
+def _projection_width(value: ir.Value | None) -> int | None:
+    """Returns the width of the output of a dense layer (a MatMul, or an Add after a MatMul), or None."""
+    node = value.producer() if value else None
+    if node is not None and node.op_type == "Add":
+        products = [product for product in node.predecessors() if product.op_type == "MatMul"]
+        node = products[0] if products else None
+    if node is None or node.op_type != "MatMul" or node.inputs[1] is None or node.inputs[1].const_value is None:
+        return None
+    return int(node.inputs[1].const_value.shape[-1])
+
+
+def _integer(value: ir.Value | None) -> int | None:
+    """Returns the only element of a stored array, or None."""
+    if value is None or value.const_value is None or value.const_value.size != 1:
+        return None
+    return int(value.const_value.numpy().item())
 
 
 def _move_residual_last(model: ir.Model) -> None:

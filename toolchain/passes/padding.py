@@ -74,10 +74,11 @@ def _collect_ancestors(node: ir.Node, stop: Collection[str] = ()) -> tuple[set[i
 def _masks_every_attention(model: ir.Model, mask: ir.Value) -> bool:
     """Returns whether the graph has attention, and every attention node takes the mask and no relative positions.
 
-    The search from an attention node for the mask and for relative positions stops at operators in `MIXES`.
+    The search from an attention node for the mask and for relative positions stops at operators in `MIXES` and at the
+    LayerNormalization of the layer's input, because transformers 5 also looks up token types with GatherElements.
     """
     attentions = [n for n in model.graph if n.op_type == "Softmax" or (n.op_type in FUSED and n.domain == DOMAIN)]
-    ancestors = [_collect_ancestors(node, MIXES) for node in attentions]
+    ancestors = [_collect_ancestors(node, {*MIXES, "LayerNormalization"}) for node in attentions]
     return bool(ancestors) and all(
         mask in values and RELATIVE not in {n.op_type for n in nodes} for nodes, values in ancestors
     )
