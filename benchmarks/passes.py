@@ -2,10 +2,10 @@
 
     python benchmarks/passes.py [--shape reference|base] [--full] [--save-as NAME]
 
-Every graph is built from the same `onnx-std`, with the passes of `toolchain` and a few passes of this script. For this
-comparison, the passes of this script replace passes of the toolchain. Some passes of this script enable fusions of ONNX
-Runtime that the toolchain disables. The pass `quantize-linear-bias-apart` adds biases after the quantised products. The
-pass `fuse-not-attention` leaves attention in separate operators. As an alternative to the int8 passes, the script calls
+Every graph is built from the same `onnx-std`, with the passes of `toolchain` and a few passes of this script. Each
+pass of this script replaces one pass of the toolchain. Some passes of this script enable fusions of ONNX Runtime that
+the toolchain disables. The pass `quantize-linear-bias-apart` adds biases after the quantised products. The pass
+`fuse-not-attention` leaves attention in separate operators. As an alternative to the int8 passes, the script calls
 ONNX Runtime's `quantize_dynamic`.
 
 The toolchain builds and validates `onnx-fp32` and `onnx-int8`. The script does not validate the graphs that lack a

@@ -2,9 +2,9 @@
 
     python benchmarks/precision.py [--save-as NAME]
 
-The script opens each variant twice: with `session.x64quantprecision` = 1 and without it. The session with the option
-and the session without it run alternately on one thread. With and without the option, a variant runs the same
-sentences, one by one and in batches of 32. The script writes benchmarks/studies/NAME.json.
+The script opens each variant twice: with `session.x64quantprecision` = 1 and without it. Both sessions of a
+variant run alternately on one thread, with the same sentences, one by one and in batches of 32. The script
+writes benchmarks/studies/NAME.json.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main(exported: Path, save_as: str) -> None:
 
 
 def _time_ratio(file: Path, batches: list[Any], progress: Any) -> dict[str, float]:
-    """Returns the time of a graph with the option for exact products, divided by the time without the option."""
+    """Returns the time of a graph with `session.x64quantprecision` = 1, divided by the time without this option."""
     sessions = []
     for with_option in (True, False):
         options = session_options(1, exact=False)

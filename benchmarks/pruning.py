@@ -77,7 +77,7 @@ def study(workspace: Workspace) -> dict[str, Any]:
     rows = [measure(setup.model, validation, "unpruned", 0.0, 0, dense)]
     # All pruning ratios use the importances that are computed here, so no measured time includes their computation.
     setup.importances("fisher")
-    with bar("pruning") as progress:  # This progress bar closes before recovery shows another progress bar.
+    with bar("pruning") as progress:  # The progress bar of pruning closes before recovery shows its own progress bar.
         for number, (method, ratio) in enumerate((m, r) for m in METHODS for r in RATIOS):
             progress(number, len(METHODS) * len(RATIOS), f"{method} at {ratio:.0%}")
             started = time.monotonic()

@@ -98,8 +98,8 @@ def _model(
 def _versions(folder: Path) -> Iterator[dict[str, Any]]:
     """Saves a test model for each IR version, opset and ORT format, and yields each model's entry of questions.json.
 
-    Each test model is one Identity node. Many opsets define a new version of Identity, so a test model also shows
-    whether a release has that version's kernel.
+    Each test model is one Identity node. Many opsets define a new version of Identity; a release without a kernel for
+    this version refuses the test model.
     """
     arrays = {"x": np.ones(2, np.float32)}, {"y": np.ones(2, np.float32)}
     nodes = [helper.make_node("Identity", ["x"], ["y"])]
@@ -124,7 +124,7 @@ def _set_version(path: Path, number: int) -> bytes:
 
 
 def attention() -> Iterator[Question]:
-    """Yields test models for every kind of attention in variants, with batches padded on the right and on the left."""
+    """Yields test models of every attention operator in variants, with batches padded on the right or on the left."""
     for side in ("right", "left"):
         mask = _mask(side)
         for queries in (TOKENS, 1, 2):

@@ -177,7 +177,7 @@ def table(facts_by_release: Mapping[str, Facts]) -> dict[str, Any]:
 def _operator(name: str, facts_by_release: Mapping[str, Facts]) -> dict[str, list[str]]:
     """Returns release → attributes and inputs that the release added to the operator `name`.
 
-    The first release in the result is the first release that has the operator.
+    The first key of the result is the first release that has the operator.
     """
     known_traits: set[str] | None = None
     additions = {}

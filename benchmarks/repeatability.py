@@ -3,10 +3,10 @@
     python benchmarks/repeatability.py pairs [--count 20]
     python benchmarks/repeatability.py runs ONE.json OTHER.json
 
-`pairs` measures `onnx-int8` in 2 × COUNT cells of one quick run. The benchmark calls two cells different if the
-interval of their time ratio excludes 1; `pairs` counts the pairs of different cells. `runs` counts the ratios to the
-baseline that agree in two result files. Two ratios agree if they are within 5 % of each other or their intervals
-overlap. The commands `pairs` and `runs` write their results to benchmarks/studies/.
+The command `pairs` measures `onnx-int8` in 2 × COUNT cells of one quick run. The benchmark calls two cells different if
+the interval of their time ratio excludes 1; `pairs` counts the pairs of different cells. The command `runs` counts the
+ratios to the baseline that agree in two result files. Two ratios agree if they are within 5 % of each other or their
+intervals overlap. The commands `pairs` and `runs` write their results to benchmarks/studies/.
 """
 
 from __future__ import annotations

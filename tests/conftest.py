@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny random checkpoint, the embedded reference model, and fake artifacts for the benchmark."""
+"""Shared fixtures: a tiny random checkpoint, the reference model, and fake artifacts for the benchmark."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from toolchain.cli import main
 from toolchain.data.inputs import TrainingSource
 from toolchain.models import checkpoints
 
-DEFAULT_VARIANTS = ["torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"]  # these are onnx-int8 and its ancestors
+# The default variants are onnx-int8 and its ancestors.
+DEFAULT_VARIANTS = ["torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"]
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 # Tests import the scripts in docs/, which write the generated parts of the pages.
@@ -73,7 +74,7 @@ def make_checkpoint(
 ) -> Path:
     """Saves a random DistilBERT classifier of two narrow layers with the reference model's tokenizer.
 
-    `leaning` is added to the bias of the last label. If `leaning` is large, quantisation changes no predicted label.
+    The argument `leaning` is added to the last label's bias; if it is large, quantisation changes no predicted label.
     """
     import torch
     from transformers import DistilBertConfig, DistilBertForSequenceClassification

@@ -21,12 +21,12 @@ _EMULATORS = {
 
 
 def program(processor: str, *command: str | Path) -> list[str]:
-    """Returns the command that runs `command`, a path and its arguments, on the emulated `processor`."""
+    """Returns the command that runs `command` (a program and its arguments) on the emulated `processor`."""
     return [*_EMULATORS[processor], *map(str, command)]
 
 
 def python(processor: str, clients: Path) -> list[str]:
-    """Returns the command that runs Python with a bundle's requirements on the emulated `processor`.
+    """Returns the command that starts Python, with the packages that a bundle needs, on the emulated `processor`.
 
     Args:
         processor: `AVX2` or `ARM`.
@@ -39,7 +39,7 @@ def python(processor: str, clients: Path) -> list[str]:
 
 
 def reason_to_skip(processor: str, clients: Path) -> str:
-    """Returns the reason why the command of `python` cannot run on this machine; an empty string if it can run."""
+    """Returns why the command that `python` returns cannot run on this machine; an empty string if it can run."""
     emulator = _EMULATORS[processor][0]
     if shutil.which(emulator) is None:
         return f"needs {emulator} (Debian: qemu-user)"

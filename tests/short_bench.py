@@ -3,5 +3,5 @@
 from toolchain.bench import roofline, scenarios
 
 SHORT = scenarios.Protocol(passes=1, min_s=0.1, pass_s=5.0, starts=1, threads=1)
-# Module, name of its setting, and the short value.
+# Each entry names a module, one of its settings, and the value of this setting in a short benchmark.
 SETTINGS = [(scenarios, "QUICK", SHORT), (roofline, "SECONDS", 0.02), (roofline, "MEBIBYTES", 4)]

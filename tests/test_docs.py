@@ -122,7 +122,7 @@ def test_the_documented_floors_match_the_tested_ones():
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A folder like a new clone, with a tiny checkpoint as its model and this environment as `.venv`."""
+    """A folder like a new clone, with a tiny checkpoint as its model and the tests' environment as `.venv`."""
     marker = Path(sys.prefix) / ".installed"
     # `make install` would reinstall an environment whose marker file `.installed` names no runtime
     if not marker.exists() or not marker.read_text().strip():
@@ -195,7 +195,8 @@ def test_the_blocks_of_a_page_run_in_order(page, clone, environment, finished_co
 def test_json_fields_are_documented(command, data, say, tmp_path, request):
     """Checks that json.md documents every field of the JSON output.
 
-    The test skips keys inside the fields in `data`, since such keys are names or are documented on other pages.
+    `data` lists the fields whose inner keys the test skips, because these keys are names or are documented on other
+    pages.
     """
     text = (ROOT / "docs" / "reference" / "json.md").read_text()
     old_text = re.sub(r'("created": ")\d{4}', r"\g<1>2020", BENCH.read_text(), count=1)

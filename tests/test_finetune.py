@@ -350,7 +350,7 @@ def test_a_teacher_of_another_architecture_gets_its_own_inputs(make, headless, t
         if (headless / name).is_file():
             shutil.copyfile(headless / name, teacher / name)
     assert make(headless, tickets, "--teacher", teacher, "--epochs", "1")[0] == 0
-    # A student whose inputs include token types can learn from a teacher without this input.
+    # A student that takes token types can learn from a teacher that takes none.
     distilbert_folder = make(headless, tickets, "--epochs", "1", output="distilbert")[1]
     tokenizer = json.loads((teacher / "tokenizer_config.json").read_text())
     tokenizer["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
@@ -363,7 +363,7 @@ def test_a_teacher_of_another_architecture_gets_its_own_inputs(make, headless, t
 def test_a_loss_of_nan_ends_training_and_keeps_the_last_good_state(make, headless, tickets, monkeypatch, tmp_path):
     from toolchain.training import losses
 
-    # Training steps are numbered from 0. Number -1 stands for the loss on the held-out rows before the first step.
+    # Training steps are numbered from 0. Step -1 stands for the loss on the held-out rows before the first step.
     count = iter(range(-1, 100))
     original_loss = losses.task_loss
     monkeypatch.setattr(losses, "task_loss", lambda *a: original_loss(*a) * (float("nan") if next(count) == 6 else 1.0))

@@ -117,7 +117,7 @@ def test_an_unknown_runtime_or_set_is_refused(make, setting, message):
     assert message in failed_run.stderr
 
 
-# The packages that another runtime or set replaces, of those that the fake pip lists.
+# Arguments of the pip command by which `make install` removes packages before it installs another runtime or set.
 REMOVED = "uninstall -q -y optimum optimum-onnx onnxruntime onnxruntime-gpu nvidia-cudnn-cu13 torch"
 
 

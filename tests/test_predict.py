@@ -295,7 +295,7 @@ PIECES = ["word ", "x" * 150 + " ", "\n", "文字", "naïve ", "...", "\t", "y" 
 @given(st.integers(0, 2**32))
 @settings(max_examples=30, deadline=None)
 def test_the_start_of_a_long_text_gives_the_same_first_tokens(model, seed):
-    """Compares the tokens of the cut text with the first tokens of the whole text."""
+    """Compares the tokens of a text that `Encoder` cuts with the first tokens of the whole text."""
     rng = random.Random(seed)
     encoder = Encoder(model.encoder.folder, model.encoder.tokenizer, model.encoder.names, 0, 16)
     encoder.tokenizer.enable_truncation(16)

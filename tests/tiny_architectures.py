@@ -1,6 +1,6 @@
 """Small random classifiers, one for each architecture, with the architecture's usual type of tokenizer.
 
-Tests make these classifiers on demand.
+Tests make the classifiers on demand, so the repository stores none of them.
 """
 
 import functools

@@ -17,8 +17,8 @@ from toolchain.system.extras import requirements_of
 
 MIN_DISK_BYTES = 5e9
 MIN_MEMORY_BYTES = 4e9
-# The pip extras of each runtime set; `make install RUNTIME=gpu` installs the runtime set `gpu`. Each runtime set exists
-# with transformers 5 (the current set), and with optimum-onnx and transformers 4.57 (the optimum set).
+# Maps each value of RUNTIME in `make install RUNTIME=gpu` to the pip extras that the command installs. With
+# `SET=current`, the command installs transformers 5; with `SET=optimum`, optimum-onnx and transformers 4.57.
 RUNTIME_EXTRAS = {"cpu": "cpu,bnb", "gpu": "gpu,bnb", "cuda12": "gpu,bnb"}
 
 
@@ -79,7 +79,7 @@ def _requirements() -> list[Finding]:
 
 
 def constraints_file(runtime: str, with_optimum: bool) -> str:
-    """Returns the path of the file with the pinned versions of a runtime set, in the current or the optimum set."""
+    """Returns the path of the file with the pinned package versions for `runtime`, with or without optimum-onnx."""
     return f"constraints/{'optimum-' if with_optimum else ''}{runtime}.txt"
 
 
@@ -179,7 +179,7 @@ def _gpu() -> list[Finding]:
 
 
 def _gpu_problems(runtime: str) -> Iterator[str]:
-    """Yields a sentence for each installed package that cannot use the GPU; `runtime` is the GPU's key in `SETS`."""
+    """Yields a sentence for each installed package that cannot use the GPU; `runtime` is a key of `RUNTIME_EXTRAS`."""
     versions = hardware.versions()
     if "onnxruntime" in versions and "onnxruntime-gpu" not in versions:
         yield f"onnxruntime {versions['onnxruntime']} cannot use the GPU; onnxruntime-gpu can"

@@ -84,7 +84,7 @@ class TamperedError(ArtifactError):
 
 
 class PruningError(ToolchainError):
-    """The model cannot be pruned: its architecture, the ratio or the latency table does not allow pruning."""
+    """The architecture, the ratio or another setting does not allow pruning, or a file of latencies is invalid."""
 
 
 class GraphError(ToolchainError):

@@ -48,7 +48,7 @@ class FinetuneRequest:
         recipe: Settings of the training.
         output: The checkpoint folder to write.
         revision: Hub revision of `base`.
-        teacher: A classifier from whose logits the model also learns; None without a teacher.
+        teacher: A classifier whose logits the model learns in addition to the labels; None without a teacher.
         labels: Labels of a new head, in order; if empty, the labels of the base or the data.
         multi_label: Whether a text can have any number of labels.
         max_length: Maximum number of tokens of a training text.

@@ -1,4 +1,4 @@
-"""Tests of publishing artifacts, locks, manifests and tampered files, and of runs that are killed."""
+"""Tests of artifacts: publishing, locks, manifests, tampered files, and killed runs."""
 
 import json
 import multiprocessing
@@ -176,7 +176,7 @@ def test_a_killed_run_keeps_the_old_artifact(artifact, kill_point):
     child.start()
     child.join(30)
     assert child.exitcode == -signal.SIGKILL
-    # The dead process no longer holds the lock. `publishing.lock` undoes the incomplete work of the dead process.
+    # The killed process no longer holds the lock. `publishing.lock` undoes the incomplete work of the killed process.
     with publishing.lock(artifact.path, pytest.fail):
         store.load(artifact.path).verify()
         assert (artifact.path / "model.onnx").read_bytes() == b"weights"

@@ -111,7 +111,7 @@ def test_child_returns_the_variant_that_a_step_builds():
         variants.derive_variant("torch-pruned30", Prune(0.5))
     with pytest.raises(UnknownVariantError, match="takes a pruned PyTorch"):
         variants.derive_variant("torch-fp32", Recover(1))
-    with pytest.raises(UnknownVariantError):  # recovery would change the weights that `mask` sets to zero
+    with pytest.raises(UnknownVariantError):  # recovery would change the weights that the method `mask` sets to zero
         variants.derive_variant("torch-pruned30-mask", Recover(1))
 
 

@@ -45,7 +45,7 @@ def test_cuda_without_a_device_raises_a_provider_error(built_tiny, monkeypatch):
 
 
 def test_a_session_that_silently_falls_back_to_the_cpu_raises_a_provider_error(built_tiny, monkeypatch):
-    """onnxruntime-gpu without a device lists CUDA as available, but its session runs on the CPU."""
+    """Without a GPU, onnxruntime-gpu lists CUDA as available, but its session runs on the CPU."""
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     real = ort.InferenceSession
 
@@ -84,7 +84,7 @@ def test_a_missing_file_raises_a_graph_error(tmp_path):
 def saturating(monkeypatch):
     """Makes the toolchain treat this processor as one without VNNI, so that sessions need `session.x64quantprecision`.
 
-    ONNX Runtime still uses the kernels of the real processor.
+    The fixture does not change ONNX Runtime, which uses the kernels of the real processor.
     """
     monkeypatch.setattr(ort_backend, "saturates", lambda exact=False: not exact)
 

@@ -183,7 +183,7 @@ def test_a_resident_pytorch_batch_gives_the_logits_of_run(built_tiny):
 @pytest.mark.parametrize(
     ("capability", "architectures", "supported"),
     [
-        # This case is a GTX 1050 Ti with a PyTorch build for CUDA 13.
+        # The next case is a GTX 1050 Ti with a PyTorch build for CUDA 13.
         ((6, 1), ["sm_75", "sm_80", "sm_90", "compute_120"], False),
         ((6, 1), ["sm_50", "sm_60", "sm_70"], True),
         ((7, 5), ["sm_70", "sm_80"], True),

@@ -49,7 +49,7 @@ def test_a_cuda_session_without_a_gpu_raises_a_provider_error(runtime, built_tin
     first, *output_lines = run.stdout.splitlines()
     assert first.startswith(str(runtime))
     assert "CUDAExecutionProvider" in first
-    # ONNX Runtime also prints lines about missing libraries
+    # ONNX Runtime prints lines about missing libraries, which this test ignores
     refusals = [line for line in output_lines if line.startswith("refused: ")]
     assert len(refusals) == 1
     assert "ONNX Runtime could not start CUDAExecutionProvider and uses CPUExecutionProvider instead" in refusals[0]

@@ -28,7 +28,7 @@ QUANTISED = (*TORCH, *BNB, "torch-pruned50-int8")
 
 @pytest.fixture(scope="module")
 def small_workspace(tmp_path_factory):
-    """Builds every quantised PyTorch variant of a small model. Its width is 64, the size of a block in bitsandbytes."""
+    """Builds every quantised PyTorch variant of a small model of width 64, the size of a block in bitsandbytes."""
     checkpoint = make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "small", width=64)
     file = tmp_path_factory.mktemp("train") / "train.csv"
     file.write_text("sentence,label\n" + "".join(f"a film of {i} words,{i % 2}\n" for i in range(60)))

@@ -171,7 +171,7 @@ def test_weight_bytes_leave_out_the_embedding_tables(built_tiny):
     parameters = model_work.linear_parameters + model_work.head_parameters
     for variant, bytes_per_weight in (("torch-fp32", 4), ("onnx-fp32", 4), ("onnx-int8", 1)):
         size = weight_bytes(store.load(built_tiny.path(variant)).manifest.facts)
-        # besides the weights, `size` counts biases, norms and scales
+        # `size` includes biases, LayerNorm parameters and scales besides the weights
         assert bytes_per_weight * parameters < size < bytes_per_weight * parameters + 20_000
     assert weight_bytes({}) is None
     assert weight_bytes({"bytes_by_part": {"encoder": 1}}) is None

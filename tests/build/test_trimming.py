@@ -1,6 +1,6 @@
 """Tests of vocabularies trimmed to a corpus: which tokens stay, and how texts are tokenised.
 
-The tests also check that tokenizer, config and graph have the same vocabulary.
+The tests check that tokenizer, config and graph have the same vocabulary.
 """
 
 import functools
@@ -275,7 +275,7 @@ ROWS = 3000
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """The first rows of the embedded training data; they use a small part of the vocabulary."""
+    """The first rows of the package's SST-2 training data, which use a small part of the vocabulary."""
     data = inputs.load_embedded("train")
     file = tmp_path_factory.mktemp("train") / "train.tsv"
     lines = [f"{text}\t{label}\n" for text, label in zip(data.texts[:ROWS], data.labels[:ROWS], strict=True)]

@@ -217,8 +217,8 @@ def test_the_commands_work_in_sequence(working_folder, say, tmp_path_factory, mo
     assert code == 0
     rows = {row["cell"]: row for row in json.loads(out)}
     assert rows["onnx-int8@cpu"]["status"] == "ok"
-    # SST-2 cannot rank the units of a model whose labels are not those of SST-2, so torch-pruned50 has no artifact. The
-    # row of torch-pruned50 states how to build this variant.
+    # The labels of SST-2 are not those of this model, so pruning cannot use SST-2, and torch-pruned50 has no artifact.
+    # The row of torch-pruned50 states how to build this variant.
     assert rows["torch-pruned50@cpu"]["status"] == "unavailable"
     assert "--train-data FILE" in rows["torch-pruned50@cpu"]["mend"]
     code, out, _ = say("compare", "--format", "markdown", "--baseline", "onnx-fp32", *model)
@@ -436,7 +436,7 @@ def test_resume_without_an_interrupted_run_gives_an_error(working_folder, say, t
 
 @pytest.fixture
 def model_options(working_folder, tiny):
-    """The options that name the tiny model and its folder."""
+    """The command-line options that select the tiny model and the folder of its workspace."""
     return "--model", tiny.model, "--exported", tiny.exported
 
 

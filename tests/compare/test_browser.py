@@ -80,7 +80,7 @@ COMPLAINT_OF = {
 def test_complaints_has_every_error_and_request_of_a_page(browser, page, tmp_path, element):
     """Adds a forbidden element to a page without a Content Security Policy, then to the report.
 
-    The report's Content Security Policy blocks the element.
+    The report's Content Security Policy must block the forbidden element.
     """
     path = tmp_path / "report.html"
     path.write_text(f"<!DOCTYPE html><title>planted</title>{element}")

@@ -1,4 +1,4 @@
-"""Tests of limits, of regressions between two runs, and of CSV."""
+"""Tests of limits for benchmark rows, of regressions between two runs, and of CSV output."""
 
 import csv
 import dataclasses

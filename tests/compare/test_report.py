@@ -24,7 +24,7 @@ def page():
 
 
 class Page(HTMLParser):
-    """Collects the text of a page, and its tags with their attributes; fails if a closing tag does not match."""
+    """Collects the text and the tags of a page; fails if a closing tag differs from the last open tag."""
 
     def __init__(self, text):
         super().__init__()
@@ -237,8 +237,8 @@ def test_each_machine_has_its_own_panel():
 
 @pytest.mark.slow
 def test_labels_of_a_plot_do_not_overlap():
-    # The extent of a Matplotlib Annotation includes the line from the text to the annotated point. The test needs only
-    # the extent of the text.
+    # The extent of a Matplotlib Annotation includes the line to the annotated point, so the test uses only the extent
+    # of the text.
     from matplotlib.text import Text
 
     figure = figures(compare(committed_results("reference-xeon-2cores")))["accuracy-latency"].figure

@@ -262,7 +262,7 @@ def hub(tmp_path, monkeypatch):
 def test_load_reads_data_sets_of_the_hub(hub):
     assert load("glue/sst2", LABELS).texts == tuple(f"validation {i}" for i in range(4))
     assert load("nyu-mll/glue:sst2", LABELS, split="train").labels[:3] == (0, 1, 0)
-    # the label names match, although their order differs
+    # the data set has the same label names as the model, in another order
     assert load("glue/sst2", LabelSet(("POSITIVE", "NEGATIVE"))).labels == (1, 0, 1, 0)
     source = TrainingSource("glue/sst2")
     assert len(source.load(LABELS).texts) == 30

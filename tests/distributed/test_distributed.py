@@ -36,7 +36,7 @@ from toolchain.results.result_file import ResultFile
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster as Nodes  # noqa: E402 - follows importorskip, since Ray is optional
 
-WINDOW = 20  # number of texts that `predict` scores at a time; small, so that a run has many windows of texts
+WINDOW = 20  # number of texts that `predict` scores at a time (a window); small, so that a run has many windows
 FAST = Protocol(passes=1, min_s=0.16, pass_s=40, starts=2, threads=1, batch_size=8)
 HOSTILE = ["", " ", 'a "quoted", text', "NUL \0 inside", "line\u2028separator and \x85", "Ünïcödé 🎬 文字"]
 
@@ -114,7 +114,7 @@ def score_here(model, texts, path):
 def processes_with(text):
     """Returns the processes on this machine with `text` in their command line.
 
-    The tests assume that no other Ray cluster runs on this machine.
+    The tests assume that the test cluster is the only Ray cluster on this machine.
     """
     return [p for p in psutil.process_iter(["cmdline"]) if text in " ".join(p.info["cmdline"] or ())]
 
@@ -197,7 +197,7 @@ def test_scratch_removes_only_the_folder_of_a_dead_worker_of_this_machine(tmp_pa
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     names = [
         f"{publishing.WORK}-{space}-{os.getpid()}-mine",
-        # The next folder name contains a process id of another machine, where that process may be alive.
+        # The folder named next belongs to a process of another machine; this process may still run.
         f"{publishing.WORK}-{other_space}-{dead_pid}-left",
         f"{publishing.WORK}-{space}-{dead_pid}-my-notes",
         f"toolchain-{dead_pid}-left",

@@ -1,4 +1,4 @@
-"""Tests of the exporters: the default exporter, the recorded exporter, and the error for a missing exporter."""
+"""Tests of exporters: the default exporter, the exporter in a manifest, and the error for a missing exporter."""
 
 import pytest
 
@@ -12,7 +12,7 @@ OPTIMUM_IS_UNAVAILABLE = exporters.unmet_requirement("optimum")
 
 @pytest.fixture
 def distribution(tmp_path, monkeypatch):
-    """Returns a function that installs the metadata of a package `fake-package` with these requirements."""
+    """Returns a function that installs metadata of a package `fake-package`; its arguments are the requirements."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def install(*requirements):

@@ -237,7 +237,7 @@ def test_a_bundle_gives_the_probabilities_of_transformers(bundles, workspace, ki
     folder = bundles(kind)
     for target in ("python", "web", "other", "mobile"):
         for report in shipping.verify(folder / target)["models"].values():
-            # The difference is tiny, because this machine also computed the bundle's reference logits.
+            # The logits differ little from the bundle's reference logits, because this machine computed both.
             assert report["largest_delta"] < 1e-4
     checkpoint = workspace(kind).path("torch-fp32")
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
@@ -321,7 +321,7 @@ def test_removing_units_equals_setting_their_weights_to_zero(workspace, kind, he
             (heads, names.output, names.attention_norm),
             (neurons, names.down, names.output_norm),
         ):
-            if not units:  # a sub-block without units is removed, so its output is its input
+            if not units:  # a sub-block (attention or FFN) without units becomes the identity
                 layer.get_submodule(last_linear).bias.zero_()
                 layer.set_submodule(norm, torch.nn.Identity())
     architectures.keep_units(pruned_model, 0, heads, neurons)

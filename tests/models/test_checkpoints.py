@@ -93,7 +93,7 @@ def test_each_refusal_of_the_hub_has_its_own_message(monkeypatch, error_name, me
     from huggingface_hub import errors
 
     def refuse(*_, **__):
-        # The class of a response depends on the release of huggingface_hub, so this test uses a simple object.
+        # The class of HTTP responses differs between releases of huggingface_hub, so this test uses a simple object.
         response = SimpleNamespace(headers={}, request=None, status_code=403)
         raise getattr(errors, error_name)("no", response=response)
 
@@ -294,7 +294,7 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(checkpoint, tmp_path
 
 
 def test_a_generic_tokenizer_of_transformers_5_is_read(checkpoint, tmp_path):
-    """transformers 5 writes a class name that transformers 4 refuses."""
+    """transformers 5 writes a tokenizer class name that transformers 4 refuses."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     from toolchain.build.steps.importing import import_checkpoint
@@ -310,7 +310,7 @@ def test_a_generic_tokenizer_of_transformers_5_is_read(checkpoint, tmp_path):
 
 
 def test_the_maximum_length_leaves_out_the_positions_of_padding(tmp_path):
-    """RoBERTa's position table has 514 rows but only 512 positions: no word uses the rows up to the padding index."""
+    """RoBERTa's position embeddings have 514 rows, but sentences use only the 512 rows after the padding index."""
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
     from toolchain.build.steps.importing import _max_length
@@ -363,7 +363,7 @@ def test_a_base_for_training_needs_no_head_but_passes_the_other_checks(checkpoin
 def test_locate_accepts_the_names_of_models(checkpoint, built_tiny):
     assert checkpoints.locate("reference") == Source("embedded", "reference")
     assert checkpoints.locate("somebody/some-model") == Source("hub", "somebody/some-model")
-    # `locate` looks for a model of this name in exported/ only if that folder is its second argument
+    # `locate` looks for a model in exported/ only if its second argument is the path of exported/
     assert checkpoints.locate("tiny") == Source("hub", "tiny")
     assert checkpoints.locate("tiny", built_tiny.exported).same_origin(built_tiny.source)
     with pytest.raises(CheckpointError, match="There is no folder"):

@@ -72,7 +72,7 @@ def test_fuse_makes_one_attention_per_layer_and_keeps_the_raw_mask(std):
     assert operators_of(model)["Attention"] == operators_of(model)["Gelu"] == 2
     assert "SkipLayerNormalization" not in operators_of(model)
     masks = [node.inputs[3] for node in model.graph if node.op_type == "Attention"]
-    # Attention reads the raw mask, not the number of tokens.
+    # Each Attention node reads the cast attention mask, not the number of tokens per sentence.
     assert {mask.producer().op_type for mask in masks} == {"Cast"}
 
 
@@ -88,7 +88,10 @@ def loaded_operators(model, tmp_path):
 
 
 def test_the_runtime_does_not_undo_residual_sum(std, tmp_path):
-    """Fails if ONNX Runtime no longer fuses a residual's Add, or if it fuses the Sub or Sum of `residual-sum`."""
+    """Fails if ONNX Runtime no longer fuses the Add of a residual connection to SkipLayerNormalization.
+
+    The test also fails if ONNX Runtime fuses the Sub or the Sum that the pass `residual-sum` creates.
+    """
     fused_model, _ = passes.rewrite(std, ["fuse"], ATTENTION)
     assert "SkipLayerNormalization" in loaded_operators(fused_model, tmp_path)
     summed_model, _ = passes.rewrite(fused_model, ["residual-sum"], ATTENTION)
@@ -121,8 +124,8 @@ def residual_model(nodes, initializers):
             {"w": (4, 4), "b": (4,)},
             "Sub",
         ),
-        # In the next graphs, no weight can be negated: the graph has no weight, or two nodes read the product of the
-        # weight.
+        # In the next three graphs, `residual-sum` cannot negate a weight. Two of these graphs have no weight. In the
+        # last graph, two nodes read the product with the weight.
         ([helper.make_node("Tanh", ["r"], ["h"])], {}, "Sum"),
         ([helper.make_node("MatMul", ["r", "r"], ["h"])], {}, "Sum"),
         (
@@ -212,7 +215,7 @@ def small_graph(nodes, initializers, output_shape=("b", 2)):
 
 
 def test_first_token_needs_a_value_with_known_axes():
-    """A graph input does not name its axes, so they may differ from [batch, sequence, width]."""
+    """A graph input may have axes other than [batch, sequence, width], so the pass `first-token` ignores it."""
     model = small_graph(
         [
             helper.make_node("MatMul", ["x", "w"], ["h"]),
@@ -246,8 +249,9 @@ def test_first_query_leaves_one_query_in_the_last_attention(std):
     assert (attention.inputs[3], attention.inputs[4]) == (None, None)
     # ONNX Runtime 1.17 refuses to broadcast the attention bias, and 1.20 broadcasts it wrongly
     assert attention.inputs[5].producer().op_type == "Expand"
+    # Three nodes compute the query: Gather, then MatMul, then Add.
     query = attention.inputs[0].producer()
-    assert query.inputs[0].producer().inputs[0].producer().op_type == "Gather"  # The query is Add ← MatMul ← Gather.
+    assert query.inputs[0].producer().inputs[0].producer().op_type == "Gather"
     # The packed weights of the replaced Attention are not stored.
     assert not [name for name in model.graph.initializers if "Attention_1_qkv" in name]
 
@@ -257,7 +261,7 @@ def test_first_query_does_not_apply_where_all_queries_are_read(std, names):
     model, _ = passes.rewrite(std, names[:-1], ATTENTION)
     for node in model.graph:
         if node.op_type == "Attention":
-            # The results of all queries become an additional output of the graph.
+            # The output of this Attention node, for all queries, becomes an additional output of the graph.
             model.graph.outputs.append(node.outputs[0])
     assert passes.rewrite(model, names[-1:], ATTENTION)[1] == {"first-query": 0}
 
@@ -463,7 +467,8 @@ def test_headroom_is_the_one_of_the_worst_pair(weight, order):
     for column in weight.T:
         for i in range(4):
             for j in range(i):
-                # A sum is an extreme if all negative weights, or all positive weights, have activations of 0.
+                # The sum of two products is largest if negative weights have activations of 0, and smallest if positive
+                # weights have activations of 0.
                 for clip in (
                     np.maximum,
                     np.minimum,
@@ -521,8 +526,8 @@ def test_4_bit_blocks_keep_zero_and_err_no_more_than_rounding(weight):
     assert (decoded[blocks == 0] == 0).all()
     lowest, highest = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
     step = ((highest - lowest) / MAX_CODE)[:, :, None].astype(np.float64)
-    # Rounding a weight to one of 16 values changes it by at most half a step. Rounding the zero point also changes the
-    # weight by at most half a step.
+    # Rounding a weight to 4 bits changes it by at most half a quantisation step. Rounding the zero point changes the
+    # weight by at most another half step.
     assert ((decoded - blocks) ** 2).sum() <= ((step * 1.001 + 1e-30) ** 2 * np.ones_like(blocks)).sum()
 
 
@@ -543,7 +548,7 @@ def round_to_4_bits(array):
 
 @pytest.mark.parametrize("left", [False, True])
 def test_4_bit_logits_are_near_those_of_the_rounded_weights(built_tiny, left):
-    """Four bits change random weights too much, so the reference is the fp32 graph of the same rounded weights."""
+    """Four bits change random weights too much, so the reference is the fp32 graph with weights rounded to 4 bits."""
     std = passes.read(built_tiny.path("onnx-std") / "model.onnx")
     for node in std.graph:
         if node.op_type in ("MatMul", "Gemm", "Gather") and not node.outputs[0].is_graph_output():
@@ -622,20 +627,21 @@ def test_unsigned_weights_keep_the_logits(std, name):
     assert unsigned_weights(model) == len(products)
     stored_weights = [reader.inputs[index].const_value.numpy() for reader, index in products]
     assert {array.dtype for array in stored_weights} == {np.dtype(np.uint8)}
-    assert unsigned_weights(model) == 0  # the second call finds no signed weights
+    assert unsigned_weights(model) == 0  # the second call of `unsigned_weights` finds no signed weights
     assert np.abs(logits_of(model, batch) - logits_before).max() < 1e-5
 
 
 def test_two_attentions_share_the_preparation_of_their_mask(std):
     """The first attention node has all queries, the last attention node has one query.
 
-    Both attention nodes share one bias, which is computed from the mask, and each expands the bias to its own shape.
+    Both attention nodes use one bias, which is computed from the mask. For each attention node, a separate Expand node
+    broadcasts this bias to the shape that the attention node needs.
     """
     model, _ = passes.rewrite(std, ["fuse", "first-token", "first-query"], ATTENTION)
     # this second call of `rewrite` adds nodes before the last attention node
     model, _ = passes.rewrite(model, ["quantize-linear-int4"], ATTENTION)
-    onnx.checker.check_model(ir.to_proto(model))  # `check_model` also checks the order of the nodes
+    onnx.checker.check_model(ir.to_proto(model))  # `check_model` fails if a node reads a result of a later node
     biases = [node.inputs[5] for node in model.graph if node.op_type == "MultiHeadAttention"]
-    assert len(biases) == len(set(biases)) == 2  # one node's bias is for all queries, the other's for one query
+    assert len(biases) == len(set(biases)) == 2  # the first bias is for all queries, the second bias is for one query
     assert operators_of(model)["Expand"] == 2
     assert len({node.inputs[0] for node in model.graph if node.op_type == "Expand"}) == 1

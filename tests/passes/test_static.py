@@ -55,7 +55,7 @@ def graph(workspace, variant):
 
 @pytest.fixture(scope="module")
 def calibrated_contexts(built_tiny):
-    """Maps each parent of a static variant to a pass context with the calibrated activations of this parent."""
+    """Maps each parent of a static variant to a `passes.Context` with the calibrated activations of this parent."""
     return {
         parent: dataclasses.replace(ATTENTION, activations=calibrate(built_tiny.load(parent), TrainingSource()))
         for parent in ("onnx-fp32", "onnx-std")
@@ -67,7 +67,7 @@ def calibrated_contexts(built_tiny):
 def test_smoothing_keeps_the_logits(built_tiny, parent, left):
     """Divides each input of a linear layer by factors from 1/30 to 30.
 
-    The factors do not change a residual connection that reads the same value as a linear layer.
+    Smoothing does not change a residual connection that reads the same value as a linear layer.
     """
     model, batch = graph(built_tiny, parent), pad(ROWS, NAMES, 0, left)
     expected = logits_of(model, batch)

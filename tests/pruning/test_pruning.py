@@ -106,7 +106,7 @@ def test_removing_units_equals_setting_their_weights_to_zero(built_tiny, tmp_pat
             output_weight[:, head * 8 : head * 8 + 8] = 0
         for neuron in set(range(64)) - set(neurons):
             down_weight[:, neuron] = 0
-        # A sub-block without units adds nothing, and pruning removes its norm too.
+        # A sub-block without units adds nothing to the hidden states, so pruning also removes its norm.
         for units, last_linear, norm in (
             (heads, names.output, names.attention_norm),
             (neurons, names.down, names.output_norm),
@@ -172,7 +172,7 @@ def test_an_unknown_architecture_or_one_with_shared_layers_is_refused():
 
 
 def test_fisher_is_the_mean_squared_gradient_of_single_sentences(tiny_setup):
-    """Compares the result of `fisher` with finite differences of the loss of each sentence, for a gate on each head."""
+    """Compares `fisher` with finite differences: how each sentence's loss changes if the output of a head is scaled."""
     model, batch = tiny_setup.model, tiny_setup.ranking[0]
     unit_costs = fisher(model, [batch])[1].heads.unit_costs
     names = architectures.layout_of(model)
@@ -240,10 +240,10 @@ def test_whole_removed_layers_count_towards_the_ratio(percent, seed):
 
 
 def test_dispensable_layers_are_those_whose_absence_raises_the_loss_least(tiny_setup):
-    """Compares the order of `dispensable_layers` with a greedy search in this test.
+    """Compares the layers that `dispensable_layers` returns with the layers that a greedy search removes.
 
-    Each step of the search removes the layer whose absence gives the lowest loss. To remove a layer, the test adds a
-    hook that makes the layer return its input.
+    Each step of the greedy search removes the layer whose absence gives the lowest loss. To remove a layer, the test
+    adds a hook that makes the layer return its input.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -256,7 +256,7 @@ def test_dispensable_layers_are_those_whose_absence_raises_the_loss_least(tiny_s
 
     def loss_without(removed_layers):
         def return_input(module, args, output):
-            return (args[0],) if isinstance(output, tuple) else args[0]  # transformers 4 returns a tuple
+            return (args[0],) if isinstance(output, tuple) else args[0]  # layers of transformers 4 return a tuple
 
         layers = architectures.layers_of(model)
         hooks = [layers[index].register_forward_hook(return_input) for index in removed_layers]

@@ -67,7 +67,7 @@ def test_wilson_and_mcnemar_give_published_values():
     low, high = statistics.wilson(81, 263)  # The expected interval is from Newcombe 1998, table I.
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
     assert statistics.mcnemar(0, 0) == 1
-    # This p-value is the probability of at most 5 or at least 15 heads in 20 coin flips.
+    # The expected p-value is the probability of at most 5 or at least 15 heads in 20 coin flips.
     assert statistics.mcnemar(5, 15) == pytest.approx(0.0414, abs=1e-4)
 
 
@@ -87,7 +87,7 @@ LABELS = [0, 1] * 50
 
 
 def row_with_errors(variant, wrong_rows, shift=0):
-    """Returns a result row that is wrong only in the sentences with the indices `wrong_rows`.
+    """Returns a result row whose predicted labels are wrong only for the sentences with the indices `wrong_rows`.
 
     The confidence of every answer is (9000 - `shift`) / 100 per cent.
     """

@@ -59,9 +59,9 @@ on_each_processor = pytest.mark.parametrize(
 def bundles(reference, tmp_path_factory):
     """A folder with bundles of the reference model. The web bundle has a demo page if npm packages are installed."""
     folder = tmp_path_factory.mktemp("bundles")
-    if MODULES:  # Node searches for packages in the folder of a file and its parents
+    if MODULES:  # Node searches for packages in the folder of a file and in all parent folders
         (folder / "node_modules").symlink_to(MODULES)
-        # `ship` searches this cache folder for the npm packages of the demo page
+        # `ship` searches the cache folder for the npm packages of the demo page
         (reference.exported / ".cache").mkdir(exist_ok=True)
         (reference.exported / ".cache" / MODULES.parent.name).symlink_to(MODULES.parent)
     for target, names in (
@@ -182,7 +182,7 @@ def test_the_bare_python_has_no_other_package():
 def test_the_runner_gives_the_872_labels(bundles, validation_set, logits_here, variant):
     script = TESTS / "clients" / "bare.py"
     labels = json.loads(run(PYTHON, script, bundles / "python", variant, validation_set / "texts.json"))["answers"]
-    assert count_flips(labels, logits_here(variant)) == 0  # The client and this process use the same kernels.
+    assert count_flips(labels, logits_here(variant)) == 0  # The client and the test use the same kernels.
 
 
 @needs_python
@@ -250,7 +250,7 @@ def test_both_formats_of_a_phone_bundle_give_the_same_logits_here(bundles, valid
 def short_bundles(reference, tmp_path_factory):
     """Bundles without the golden sentence that is longer than the model's maximum length.
 
-    On an emulated processor, this longest sentence takes as much time as all other golden sentences together.
+    On an emulated processor, the longest golden sentence takes as much time as all other golden sentences together.
     """
     folder = tmp_path_factory.mktemp("short-bundles")
     if MODULES:
@@ -325,7 +325,7 @@ def test_the_project_readme_runs_on_node(bundles):
 
 @pytest.fixture
 def exported(bundles, tmp_path):
-    """A folder with links to the bundles, at the paths that the README's code uses."""
+    """A folder with links to the bundles, at the paths that the code of the project's README uses."""
     (tmp_path / "exported" / "reference").mkdir(parents=True)
     for target in ("python", "other"):
         (tmp_path / "exported" / "reference" / f"bundle-{target}").symlink_to(bundles / target)

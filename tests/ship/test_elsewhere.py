@@ -1,7 +1,8 @@
 """Loads artifacts and bundles with transformers 4.57, transformers 5 and optimum, which do not import this package.
 
-Child processes load the artifacts and bundles in environments that `make test-clients` installs. Without such an
-environment, its tests are skipped. optimum-onnx needs transformers 4.57.
+Child processes load the artifacts and bundles in environments that `make test-clients` installs. If an environment is
+missing, pytest skips the tests that use child processes. The tests run optimum with transformers 4.57, because
+optimum-onnx needs that release.
 """
 
 import contextlib
@@ -34,7 +35,8 @@ from toolchain.ship.shipping import Order
 CLIENTS = ROOT / "exported" / ".cache" / "test-clients"
 # Maps each major release of transformers to the Python interpreter of its environment.
 PYTHONS = {release: CLIENTS / f"transformers{release}" / "bin" / "python" for release in ("4", "5")}
-OTHER = "4" if transformers.__version__.startswith("5.") else "5"  # the release that only child processes use
+# The major release of transformers that only child processes use.
+OTHER = "4" if transformers.__version__.startswith("5.") else "5"
 TEXTS = ["a charming and often affecting journey .", "a waste of two hours .", "Café naïve, isn't it? 50%", ""]
 
 needs_clients = pytest.mark.skipif(
@@ -77,7 +79,7 @@ def ask():
             )
 
         def answer(folder, release, texts=TEXTS, by_optimum=False):
-            """Returns the probabilities by transformers `release`, or by optimum with that release."""
+            """Returns the label probabilities that transformers `release` computes, or optimum with that release."""
             options = dict([EXACT_PRODUCTS]) if saturates() else {}
             request = {"folder": str(folder), "texts": texts, "options": options if by_optimum else None}
             process = start(release)
@@ -186,7 +188,7 @@ def test_transformers_refuses_a_variant_that_it_cannot_build(unloadable_variants
 
 @pytest.fixture(scope="module")
 def other_checkpoints(tmp_path_factory):
-    """A folder with a checkpoint of each architecture, saved by the release of transformers that is not used here."""
+    """A folder with one checkpoint per architecture, saved by a transformers release that only child processes use."""
     folder = tmp_path_factory.mktemp("other-checkpoints")
     code = (
         "import sys; from tiny_architectures import ARCHITECTURES, make; "
@@ -207,16 +209,17 @@ def other_checkpoints(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_checkpoint_of_the_other_release_becomes_a_bundle(other_checkpoints, ask, tmp_path, kind):
-    """Imports a checkpoint of the other release, and compares the probabilities of both releases.
+    """Imports a checkpoint that another release of transformers saved, and compares the probabilities of two releases.
 
-    The test imports the checkpoint here, and the child process loads the result with the other release.
+    The test process imports the checkpoint with the installed release of transformers. A child process loads the
+    imported checkpoint with the release that saved the original checkpoint.
     """
     workspace = Workspace.open(str(other_checkpoints / kind), tmp_path / "exported")
     artifacts = ensure(workspace, ["onnx-fp32"], {}, quiet)
     shipping.ship(workspace, Order(("onnx-fp32",), "python"), tmp_path / "b", quiet, no_bar)
     shipping.verify(tmp_path / "b")
     # Unlike transformers 4, transformers 5 ignores the normaliser in the tokenizer.json of ALBERT and DeBERTa.
-    # Transformers 4 and 5 therefore give the same tokens only for texts of lower-case ASCII letters.
+    # For ALBERT and DeBERTa, transformers 4 and 5 therefore give the same tokens only for lower-case ASCII texts.
     texts = [text for text in TEXTS if text.isascii() and text == text.lower()]
     assert len(texts) == 3
     expected_rows = probabilities_here(artifacts["torch-fp32"], "torch", texts)

@@ -125,7 +125,7 @@ def test_both_formats_can_be_verified_with_and_without_this_package(phone_bundle
 def test_the_same_input_gives_the_same_bytes(phone_bundle, built_tiny, tmp_path):
     """Compares the files of two equal bundles that two processes built.
 
-    Each .ort file contains a table in random order, so the toolchain sorts this table.
+    ONNX Runtime writes the kernel types of an .ort file in random order, so the toolchain sorts the kernel types.
     """
     model_options = ("--model", built_tiny.model, "--exported", built_tiny.exported)
     completed = run_toolchain(

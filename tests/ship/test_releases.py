@@ -163,7 +163,7 @@ def test_the_oldest_release_depends_on_ir_version_and_opset(tmp_path):
 
 @pytest.mark.parametrize(("name", "release"), [("onnx-std", "1.15"), ("onnx-fp32", "1.16"), ("onnx-int8", "1.16")])
 def test_the_oldest_release_of_each_variant_stays_the_same(built_tiny, name, release):
-    """Fails if a change of the toolchain makes a graph need a later release of ONNX Runtime."""
+    """Fails if a change of the toolchain makes a graph need a later release of ONNX Runtime than `release`."""
     assert read_needs(built_tiny.path(name) / "model.onnx").oldest_release() == release
 
 
@@ -290,7 +290,7 @@ def test_the_questions_of_8_bit_products_need_more_than_16_bits():
 def test_the_oldest_and_the_newest_release_match_the_table(releases):
     """Compares two installed releases of ONNX Runtime with the table of releases.
 
-    `make test-clients` installs ONNX Runtime 1.17; the newest release is the one in this environment.
+    `make test-clients` installs ONNX Runtime 1.17; the environment of the tests has the newest release.
     """
     check_result = CliRunner().invoke(releases.main, ["--check", str(PHONE), "--check", sys.executable])
     assert check_result.exit_code == 0, check_result.output

@@ -1,7 +1,7 @@
 """Tests of Triton model repositories: the configurations are valid, and the models run with the declared shapes.
 
-`make test-clients` installs Triton's client, whose protobuf definition parses the configurations. Without Triton's
-client, the tests that parse configurations are skipped.
+`make test-clients` installs Triton's client, which contains the protobuf definition of the configurations. Without
+Triton's client, the tests that parse configurations are skipped.
 """
 
 import json
@@ -116,8 +116,8 @@ def test_triton_reads_the_configurations_of_a_bundle(bundle):
             continue
         assert config["backend"] == "onnxruntime"
         assert "max_queue_delay_microseconds" in config["dynamic_batching"]
-        # With KIND_AUTO, Triton may run a model on a GPU; of these models, only onnx-fp32 has GPU kernels. KIND_AUTO is
-        # the default, so the configuration leaves it out.
+        # With KIND_AUTO, Triton may run a model on a GPU; of the bundle's models, only onnx-fp32 has GPU kernels.
+        # KIND_AUTO is the default, so the configuration leaves it out.
         kind = config["instance_group"][0].get("kind", "KIND_AUTO")
         assert kind == ("KIND_AUTO" if name == "onnx-fp32" else "KIND_CPU")
     label_files = {spec["name"]: spec.get("label_filename") for spec in configs["onnx-int8"]["output"]}

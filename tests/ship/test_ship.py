@@ -515,7 +515,7 @@ def test_verify_finds_a_fault_that_affects_only_padded_batches(bundle):
     """ONNX Runtime up to 1.20 has a fault in padded batches: it gives the key padding mask the length of the query."""
     model = onnx.load(bundle / MODEL)
     attention = next(node for node in model.graph.node if node.op_type == "MultiHeadAttention")
-    attention.input[5] = ""  # Without the attention bias, the node attends to padding.
+    attention.input[5] = ""  # Without its bias input, the attention node attends to padding.
     del attention.input[5:]
     onnx.save(model, bundle / MODEL)
     entry = {"bytes": (bundle / MODEL).stat().st_size, "sha256": sha256(bundle / MODEL)}
@@ -659,7 +659,7 @@ def test_the_policy_of_the_page_allows_its_one_inline_script():
 
 
 def test_the_python_code_of_a_readme_runs(bundles_by_target, tmp_path):
-    """Runs the README's code in this environment; `test_clients.py` runs it in an environment without the toolchain."""
+    """Runs the code of a bundle's README in the tests' environment; `test_clients.py` runs it without the toolchain."""
     shutil.copytree(bundles_by_target / "python", tmp_path / "bundle")
     block = re.search(r"```python\n(.*?)```", (tmp_path / "bundle" / "README.md").read_text(), re.DOTALL)[1]
     (tmp_path / "app").mkdir()

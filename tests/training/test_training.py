@@ -31,7 +31,7 @@ RECIPE = Recipe(epochs=2, learning_rate=2e-3, batch_size=8)
 
 @pytest.fixture(scope="module")
 def task(built_tiny, tmp_path_factory):
-    """Returns the tiny model as a teacher, training rows, held-out rows, the encoder, and the file of all rows."""
+    """Returns the tiny model as a teacher, training rows, held-out rows, the `Encoder`, and the file of all rows."""
     file = tmp_path_factory.mktemp("train") / "train.csv"
     words = ["good", "bad", "film", "dull", "bright", "a", "the", "story"]
     rows = [f"{' '.join(words[(i * k) % 8] for k in range(1, 4 + i % 9))},{i % 2}" for i in range(120)]
@@ -100,7 +100,7 @@ def test_a_resumed_run_ends_with_exactly_the_same_weights(task, tmp_path, monkey
     history = train(
         (complete_student, copy.deepcopy(teacher)), (rows, held_out), encoder, RECIPE, (tmp_path / "whole", "k"), quiet
     )
-    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)  # Training saves its state after each step.
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)  # With an interval of 0 s, training saves its state after each step.
 
     def stop(done, total, label):
         if label.startswith("epoch") and done == step:
@@ -144,7 +144,7 @@ def test_training_stops_early_where_accuracy_falls(task, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "accuracy", lambda *_: next(scores))
     student = disturbed_copy(teacher)
     weights_before = flat_weights(student)
-    # With `task` above 0, the loss includes the labels, so training keeps the epoch with the best accuracy.
+    # If the weight `task` is above 0, the loss includes the labels, so training keeps the epoch with the best accuracy.
     recipe = Recipe(epochs=4, learning_rate=2e-3, batch_size=8, task=0.5)
     history = train((student, copy.deepcopy(teacher)), (rows, held_out), encoder, recipe, (tmp_path, "k"), quiet)
     assert history["held_out_accuracy"] == [0.9, 0.5, 0.4]
@@ -155,7 +155,7 @@ def test_training_stops_early_where_accuracy_falls(task, tmp_path, monkeypatch):
 def test_training_without_labels_keeps_the_epoch_of_the_least_loss(task, tmp_path, monkeypatch):
     """While the learning rate is high, accuracy varies from epoch to epoch.
 
-    Early stopping by accuracy would therefore miss the better weights of later epochs.
+    Because accuracy varies between epochs, early stopping by accuracy would miss the better weights of later epochs.
     """
     teacher, rows, held_out, encoder, _ = task
     scores = iter([0.9, 0.5, 0.4, 0.3])
@@ -292,7 +292,8 @@ def test_training_changes_no_embedding_of_a_token_outside_the_rows(task, tmp_pat
 def test_matched_layers_skip_removed_layers(task):
     """Pruning refits the LayerNorm before a removed layer.
 
-    Training therefore does not compare the student's and the teacher's hidden states at the input of a removed layer.
+    Pruning changes the hidden states at the input of a removed layer, so training does not compare these hidden states
+    with the teacher's.
     """
     model = copy.deepcopy(task[0])
     assert architectures.matched_layers(model) == [1, 2]

@@ -65,7 +65,7 @@ class World:
 
 
 class SlowWorld(World):
-    """A `World` where a new training takes 100 s per epoch, and a candidate without new training takes `rest_s`."""
+    """A `World` that spends 100 s per epoch on a new training, and `rest_s` seconds on any other candidate."""
 
     def __init__(self, clock, rest_s=1, **world):
         super().__init__(**world)
@@ -145,7 +145,7 @@ def test_a_hopeless_candidate_cannot_win(candidate, rivals):
     world = World()
     is_kept = {rival: world.outcome(rival).drop <= 1.0 for rival in rivals}
     if candidate in is_kept or not is_hopeless("latency", candidate, is_kept):
-        return  # The test covers only unmeasured candidates that the search skips.
+        return  # The test covers only candidates that the search never measures.
     outcome = world.outcome(candidate)
     best = max((world.outcome(rival).latency for rival, within_drop in is_kept.items() if within_drop), default=0)
     assert outcome.drop > 1.0 or outcome.latency <= best
@@ -269,7 +269,7 @@ def test_a_trained_candidate_always_fits_the_time(tmp_path):
         assert {candidate.training for candidate in candidates_in_time if candidate.epochs} == {
             trained_candidate.training
         }
-        # An earlier run finished this training, but the study has no measurement of the trained model.
+        # An earlier run of `tune` finished the training below, but did not measure the trained model.
         study.trained.add((67, "latency", 67, 4))
         candidates_in_time = _fit_in_time(study, study.remaining, remaining_s=60.0)
         assert {candidate.training for candidate in candidates_in_time if candidate.epochs} == {
@@ -321,7 +321,7 @@ def test_a_training_that_does_not_fit_the_time_is_left_for_the_next_run(tmp_path
     with open_study(tmp_path / "study", "latency", 1.0, [], quiet) as study:
         search(study, world, 150.0, quiet)
     assert len(world.trainings) == 1
-    assert clock[0] == 150  # the search still measures candidates that need no training
+    assert clock[0] == 150  # until the time limit, the search measures candidates that need no training
     with open_study(tmp_path / "study", "latency", 1.0, [], quiet) as study:
         search(study, second_world, clock[0] + 1000, quiet)
     assert any(candidate.epochs for candidate in second_world.candidates)

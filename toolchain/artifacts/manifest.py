@@ -89,7 +89,7 @@ class Manifest:
         """Returns the sha256 in hex of step, step version, parent id, files, inputs, outputs, labels and `max_length`.
 
         The id does not depend on the build time, the environment, the facts or the validation. Two builds with the same
-        result therefore have the same id.
+        step, parent and files have the same id, even if they ran on different machines.
         """
         content = {
             "inputs": [dataclasses.asdict(t) for t in self.inputs],

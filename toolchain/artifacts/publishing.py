@@ -23,8 +23,9 @@ WORK = "toolchain-6f1d0b9c"
 def work_folder(target: Path) -> Path:
     """Returns the hidden work folder beside `target`, for all files of a run that builds `target`.
 
-    Use this folder only under `lock`. The folder's name is unique to this project. This module computes the name of the
-    work folder and never searches for folders, so it never changes a folder with a similar name.
+    Use the work folder only under `lock`. The random digits in the name of the work folder make the name unique to this
+    toolchain. This module computes the name of the work folder and never searches for folders, so it never changes a
+    folder with a similar name.
     """
     target = Path(os.path.abspath(target))  # `Path(".").name` is empty
     return target.with_name(f".{target.name}.{WORK}")
@@ -52,8 +53,8 @@ def lock(target: Path, on_wait: Callable[[], None]) -> Iterator[None]:
         _repair_folders(target)
         yield
     finally:
-        # Delete the lock file before the release of the lock. A process that has opened the deleted lock file then
-        # notices the deletion, and opens a new lock file.
+        # Delete the lock file before the release of the lock, so that a waiting process notices the deletion and opens
+        # a new lock file.
         Path(guard.lock_file).unlink(missing_ok=True)
         # `rmdir` fails if the work folder holds files from which a run can resume, or another run's lock file.
         with suppress(OSError):
@@ -86,7 +87,7 @@ def _acquire(work: Path, on_wait: Callable[[], None]) -> FileLock:
 def scratch_folder(target: Path) -> Iterator[Path]:
     """Yields a new scratch folder on the file system of `target`, and deletes it on exit unless `replace` moved it.
 
-    Use this folder only under `lock`.
+    Use the scratch folder only under `lock`.
 
     Raises:
         ArtifactError: The operating system refuses to write beside `target`, in this function or in the ``with`` block.

@@ -99,8 +99,8 @@ class Recover:
         train: Digest of the training data, as in `Prune`.
         learning_rate: Peak learning rate.
         batch_size: Number of rows per training step.
-        pairs: Number of pairs of rows, for each row and epoch. The step multiplies this number by the share of
-            parameters that pruning removed.
+        pairs: Number of random pairs of rows per epoch, as a multiple of (number of training rows × share of linear
+            parameters that pruning removed).
         masked: Share of the tokens that the mask token replaces in each pair of rows.
         seed: Random seed of the pairs of rows, the masks and the row order.
     """
@@ -123,7 +123,7 @@ class Export:
         opset: Version of the ONNX operator set.
         exporter: An exporter of `toolchain.exporters`. None means the exporter of the existing artifact if that
             exporter is installed, and otherwise the default exporter. Manifests omit the exporter ``optimum``, so that
-            ids of earlier releases stay valid.
+            the ids of artifacts from earlier releases stay valid.
     """
 
     opset: int = 18
@@ -160,7 +160,8 @@ class Quantize:
     (blocks of 4-bit weights).
 
     Attributes:
-        backend: ``ort``, ``torch`` or ``bnb``. The attributes below `scheme` apply to ``ort`` only.
+        backend: ``ort``, ``torch`` or ``bnb``. All attributes except `backend` and `scheme` apply to
+            ``ort`` only.
         scheme: Quantisation scheme, one of the backend's schemes.
         reduce_range: True for weights of 7 bits, whose products never saturate.
         embeddings: Type of the embedding tables, ``int8`` or ``int4``; None for the default of the scheme.
@@ -271,7 +272,7 @@ def step_name(step: Step) -> str:
     return next(name for name, kind in STEP_TYPES.items() if isinstance(step, kind))
 
 
-_OMITTED = ("exporter", "optimum")  # earlier releases of the toolchain had only this exporter
+_OMITTED = ("exporter", "optimum")  # optimum was the only exporter in earlier releases of the toolchain
 
 
 def settings_of(step: Step) -> dict[str, Any]:
@@ -287,8 +288,8 @@ def decode_step(name: str, settings: Mapping[str, Any]) -> Step:
     """Returns the step that a manifest recorded.
 
     Args:
-        name: Name of the step, as from `step_name`.
-        settings: Settings of the step, as from `settings_of`.
+        name: Name of the step, as `step_name` returns it.
+        settings: Settings of the step, as `settings_of` returns them.
 
     Raises:
         ArtifactError: This release does not know the step or one of its settings.

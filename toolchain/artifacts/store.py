@@ -138,7 +138,7 @@ def current_ids(exported: Path, names: Iterable[tuple[str, str]]) -> dict[tuple[
 
     Args:
         exported: The folder with the folders of all models, such as ``exported/``.
-        names: Pairs of model and variant.
+        names: Pairs of model name and variant name.
     """
     ids = {}
     for model, variant in names:

@@ -48,7 +48,8 @@ class Place:
         device_id: Number of the GPU in the order of `nvidia-smi`.
         allow_fallback: Whether operators without a kernel on the provider may run on the CPU; the session's facts then
             count such operators.
-        exact: If true, 8-bit products are exact on every processor. If false, they may saturate on x86 without VNNI.
+        exact: If true, 8-bit products are exact on every processor. If false, 8-bit products may saturate on x86
+            processors without VNNI.
     """
 
     provider: str = "cpu"

@@ -103,7 +103,7 @@ def _require_peft() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft  # noqa: F401
-    except Exception as error:  # an incompatible release of a dependency can raise any error
+    except Exception as error:  # an incompatible release of a dependency can raise any error during the import
         raise CheckpointError(
             f"A LoRA adapter needs PEFT, which cannot be imported: {error}.",
             install_hint("lora"),

@@ -65,7 +65,7 @@ def saturates(*, exact: bool = False) -> bool:
     """Computes one 8-bit product with ONNX Runtime and returns whether it saturates on this processor.
 
     Args:
-        exact: Whether to test with the session option `EXACT_PRODUCTS` instead of the default options.
+        exact: Whether the session computes with the option `EXACT_PRODUCTS`; False keeps the default options.
     """
     import numpy as np
     import onnxruntime as ort
@@ -138,7 +138,7 @@ class OrtSession:
         self._place = place
         options = session_options(place.threads, exact=place.exact)
         # With the option `record_ep_graph_assignment_info`, ONNX Runtime records each node's provider while it creates
-        # the session. The option does not slow later calls.
+        # the session. `record_ep_graph_assignment_info` does not slow later calls of the session.
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         device: dict[str, str] = {}
         if place.provider == "cuda":

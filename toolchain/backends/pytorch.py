@@ -61,7 +61,8 @@ def _load_dense(folder: Path) -> tuple[PreTrainedModel, list[str]]:
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
-        ignore_mismatched_sizes=True,  # With this option, `info` lists weights of a wrong shape for the error message.
+        # With `ignore_mismatched_sizes`, `info` lists weights of a wrong shape for the error message.
+        ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
     model, info = result

@@ -34,7 +34,7 @@ class Precision:
     """The storage format of a model's weights.
 
     Attributes:
-        scheme: ``bf16``, ``fp16`` or ``int8``.
+        scheme: Scheme of the quantisation: ``bf16``, ``fp16`` or ``int8``.
         layers: Module names of the int8 layers.
     """
 
@@ -73,7 +73,7 @@ def reduce(model: PreTrainedModel, scheme: str) -> tuple[PreTrainedModel, Precis
 
     Args:
         model: The fp32 model.
-        scheme: ``bf16``, ``fp16`` or ``int8``.
+        scheme: Scheme of the quantisation: ``bf16``, ``fp16`` or ``int8``.
 
     Raises:
         GraphError: The scheme is ``int8`` and the model has no linear layer.

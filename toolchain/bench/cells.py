@@ -1,4 +1,4 @@
-"""Cells of a benchmark: collects the replies of their processes, and makes their rows of the result file."""
+"""Cells of a benchmark: collects the replies of each cell's processes, and makes each cell's row of the result file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Cell:
         runtime: Runtime tag of the variant, such as ``onnx``.
         provider: The execution provider.
         artifact: Artifact of the variant; None if the variant is unavailable or its build failed.
-        status: ``ok``, ``failed`` or ``unavailable``.
+        status: Status of the cell: ``ok``, ``failed`` or ``unavailable``.
         reason: Why the cell has no artifact; empty if it has an artifact.
         hint: How the user can solve the problem that `reason` states; may be empty.
         encoder: The cell's own `Encoder`; None if the cell uses the `Encoder` of the run.
@@ -73,7 +73,8 @@ class Running:
         starts: For each process of the cell, the reply to `Worker.load` and the seconds per sentence of the warm-up.
         turns: The worker's reply to each turn, by kind of turn and by number of the round.
         peaks: Memory peaks of each ended process of the cell.
-        exactness: Microseconds of each round with exact and with saturating 8-bit products; may be empty.
+        exactness: Microseconds of each round with exact and with saturating 8-bit products; empty if the
+            benchmark does not compare them.
         failure: The error that ended the measurement of the cell; None without an error.
         noise: Processor time that other processes and the host of a virtual machine used during the cell's turns.
     """

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Width of a layer; at this width, the fixed cost of a matrix product is small compared with its arithmetic.
 WIDTH = 2048
-# Batch sizes at which arithmetic takes most of the time; the runtime's kernel determines which size is faster.
+# Two batch sizes at which arithmetic takes most of the time; the runtime's kernel determines which of them is faster.
 LARGE_BATCHES = (128, 1024)
 # Number of repetitions of all measurements, and minimum number of timed calls in each measurement. The probe measures
 # each rate twice, so another process that is busy for a short time disturbs only one of the two measurements.
@@ -38,8 +38,8 @@ def measure(runtime: str, precisions: Sequence[str], threads: int, seconds: floa
     Each rate comes from the fastest call, because the rate must be a ceiling: no model may exceed it.
 
     Args:
-        runtime: ``torch`` or ``onnx``.
-        precisions: ``fp32``, ``int8`` or, with PyTorch only, ``bf16``.
+        runtime: The runtime, ``torch`` or ``onnx``.
+        precisions: Precisions to measure: ``fp32``, ``int8`` and, with PyTorch only, ``bf16``.
         threads: Number of threads.
         seconds: Measuring time in seconds, for each repetition, precision and batch size.
         mebibytes: Approximate size of all layers' weights for each precision, in MiB.
@@ -80,7 +80,11 @@ def _time_fastest(answer: Answer, seconds: float) -> float:
 
 
 def _build_torch(precision: str, layers: int, threads: int) -> Callable[[int], Answer]:
-    """Builds linear layers in PyTorch; returns a function that prepares a call of these layers for one batch size."""
+    """Builds linear layers in PyTorch.
+
+    Returns:
+        A function that takes a batch size and returns a function that runs the linear layers on a batch of this size.
+    """
     import torch
 
     from toolchain.backends import reduced
@@ -106,7 +110,7 @@ def _build_onnx(precision: str, layers: int, threads: int) -> Callable[[int], An
     """Builds linear layers in ONNX Runtime.
 
     Returns:
-        A function that prepares a call of the linear layers for one batch size.
+        A function that takes a batch size and returns a function that runs the linear layers on a batch of this size.
     """
     import numpy as np
 
@@ -128,7 +132,7 @@ def build_graph(precision: str, layers: int) -> ir.Model:
     """Returns a graph of linear layers that outputs only the first row, as a classifier uses only the first token.
 
     Args:
-        precision: ``fp32`` or ``int8``.
+        precision: Precision of the weights, ``fp32`` or ``int8``.
         layers: Number of layers.
 
     Returns:

@@ -1,7 +1,7 @@
 """A child process that answers messages.
 
 This module runs in the parent process, and `toolchain.bench.worker` runs in the child process. Each message and each
-answer is one line of JSON. Pickle is not used.
+answer is one line of JSON, never a pickle.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Floors: lower bounds on the time of a sentence, from the model's size and the runtime's rates on this machine.
 
-The floor of a sentence is the larger of its arithmetic time and its reading time. The arithmetic time is the number of
-multiply-accumulates divided by the rate of arithmetic, measured with large batches. The reading time is the number of
-bytes of all weights divided by the rate of reading weights, measured with batches of one row.
+The floor, a lower bound on the time of a sentence, is the larger of the arithmetic time and the reading time. The
+arithmetic time is the number of multiply-accumulates divided by the rate of arithmetic. The reading time is the size of
+the encoder and the head in bytes, divided by the rate of reading weights. The machine probe measures the rate of
+arithmetic with large batches and the rate of reading weights with batches of one row.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from toolchain.system import files, hardware
 SCHEMA = 1
 SECONDS, MEBIBYTES = 0.15, 32  # arguments of `machine_probe.measure`
 TIMEOUT_S = 300.0
-# Without these processor features, PyTorch has no fast bf16 kernel, so a measured rate would not be an upper limit.
+# Without AVX-512 BF16 or AMX BF16, PyTorch has no fast bf16 kernel, so a measured rate would not be an upper limit.
 BF16_FEATURES = {"avx512_bf16", "amx_bf16"}
 # Names of embedding modules, whose weights a model looks up and does not multiply.
 _EMBEDDING = re.compile(r"(.*_)?embed(ding|dings)?|embed_(tokens|positions)|wte|wpe|shared|relative_attention_bias")
@@ -42,8 +43,8 @@ class Work:
 
     Attributes:
         linear_parameters: Number of parameters that the model multiplies with every token.
-        attention_widths: Width of the attention products in each layer with attention; empty if the model's layout is
-            unknown.
+        attention_widths: Total width of the attention heads in each layer with attention; empty if the model's layout
+            is unknown.
         head_parameters: Number of parameters that the model multiplies with one token only.
         tail_parameters: Number of linear parameters after the last attention; the pass ``first-token`` makes the model
             multiply them with a single token.
@@ -82,8 +83,8 @@ def read_work(folder: Path) -> Work | None:
 
     Returns:
         The parameter counts; None if the folder has no weights or if layers share weights. The file stores shared
-        weights once, but every layer multiplies with them. The stored shapes therefore do not determine the number of
-        multiply-accumulates of a model that shares weights.
+        weights once, but every layer multiplies with them. If layers share weights, the stored shapes do not determine
+        the number of multiply-accumulates.
 
     Raises:
         CheckpointError: The weights file cannot be read.
@@ -98,7 +99,8 @@ def read_work(folder: Path) -> Work | None:
     parameters_by_prefix = Counter[str]()
     for name, shape in shapes.items():
         parameters_by_prefix[name.partition(".")[0]] += math.prod(shape)
-    # The encoder has the most parameters: its word embeddings alone are larger than any head.
+    # The name prefix with the most parameters is the base model's, because word embeddings alone are larger than any
+    # head.
     encoder = max(parameters_by_prefix, key=lambda name: parameters_by_prefix[name], default="")
     matrices = {
         name.removesuffix(".weight"): shape
@@ -176,17 +178,17 @@ def weight_bytes(facts: Mapping[str, object]) -> int | None:
 def floor_ms(macs: float, weight_bytes: float, rates: Mapping[str, float], precision: str) -> float | None:
     """Returns the floor, in milliseconds: the lower bound on the time of one answer.
 
-    A real model takes longer than the floor, because the measured rates are best cases. The floor uses the rate of
-    `precision` for all multiply-accumulates, although attention in an int8 model computes in fp32.
+    A real model takes longer than the lower bound, because the measured rates are best cases. The lower bound uses the
+    rate of `precision` for all multiply-accumulates, although attention in an int8 model computes in fp32.
 
     Args:
-        macs: Number of multiply-accumulates.
-        weight_bytes: Bytes of weights that the model reads.
+        macs: Number of multiply-accumulates for one sentence.
+        weight_bytes: Bytes of weights that the model reads for one sentence.
         rates: Rates of the runtime, as the function `rates` returns them.
         precision: Precision of the weights, such as ``int8``.
 
     Returns:
-        The floor in milliseconds; None if the runtime has no measured rate for the precision.
+        The lower bound in milliseconds; None if the runtime has no measured rate for the precision.
     """
     if f"{precision}_gmacs" not in rates:
         return None

@@ -67,8 +67,8 @@ def planned_pairs(
     Args:
         names: Names of the variants to measure; empty for the default cells of the providers.
         providers: Execution providers; empty allows all.
-        allow_fallback: Whether an ONNX variant in `names` may run on a provider that lacks kernels for some of its
-            operators. The CPU then runs these operators.
+        allow_fallback: Whether the CPU may run the operators of an ONNX variant in `names` for which its provider has
+            no kernel.
 
     Raises:
         BenchError: A named variant runs on none of the requested providers.
@@ -142,7 +142,7 @@ def prepare_cells(
         workspace: The workspace of the model.
         request: The request.
         no_cuda: Why CUDA is unavailable, and how to fix this; None if CUDA is available. Without CUDA, the function
-            does not build the CUDA cells.
+            builds no artifacts for CUDA cells.
         say: Prints a message.
 
     Returns:
@@ -221,7 +221,8 @@ def _floor_fact(
 
     The fact ``roofline`` holds the median number of multiply-accumulates per sentence and the bytes of weights. If the
     runtime's rates are known, the fact ``roofline`` also holds the floor (the median lower bound on the time of a
-    sentence, in milliseconds). With known rates, the fact ``roofline`` also holds the floor divided by the row's p50.
+    sentence, in milliseconds). If the runtime's rates are known, the fact ``roofline`` also holds the floor divided by
+    the row's p50.
     """
     artifact = workspace.load(row.variant)
     if row.provider != "cpu" or artifact is None:
@@ -317,8 +318,8 @@ def _make_cell(
     try:
         return replace(cell, artifact=ensure(workspace, [name], {}, skip_fresh_events(say))[name])
     except (DataError, ProviderError, PruningError) as error:
-        # A default cell that does not work on this model or machine is unavailable. A cell of a variant that the user
-        # names has failed.
+        # If this model or machine rules out a variant, the cell is `failed` if the user names the variant, and
+        # `unavailable` otherwise.
         return replace(cell, status="failed" if request.names else "unavailable", reason=error.cause, hint=error.hint)
     except ToolchainError as error:
         return replace(cell, status="failed", reason=error.cause, hint=error.hint)

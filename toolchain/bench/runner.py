@@ -225,8 +225,8 @@ class _Bench:
             "batches": work.batches,
             "warmup": 2,
             # A cell repeats the batches equally often in every round. In the first round, `repeats` is 0, so the worker
-            # repeats the batches until `min_s` seconds are over. `SPARE_TIME` extends the first round, so that a faster
-            # later round with equally many repetitions still takes `min_s` seconds.
+            # repeats the batches until `min_s` seconds are over. `SPARE_TIME` makes the first round longer, so that the
+            # later rounds still take `min_s` seconds if they run faster.
             "repeats": len(earlier_replies[min(earlier_replies)]["us"]) if earlier_replies else 0,
             "min_s": work.min_s * SPARE_TIME,
             "tokenizing": single,

@@ -30,9 +30,9 @@ class Protocol:
     Attributes:
         passes: Minimum number of times that ``single-stream`` and ``offline`` each measure every sentence.
         min_s: Minimum measuring time in seconds, for each scenario and each cell.
-        pass_s: Maximum seconds that the slowest cell takes to answer each sentence once at batch size 1. If all
-            sentences take longer than `pass_s`, all cells answer the same random sample of at least `FEWEST_SENTENCES`
-            sentences.
+        pass_s: Maximum seconds that the slowest cell takes to answer each sentence once at batch size 1. If the
+            slowest cell needs more than `pass_s` seconds for all sentences, all cells answer the same random sample of
+            at least `FEWEST_SENTENCES` sentences.
         starts: Number of successive processes of a cell; each process gives one measured cold start.
         threads: Number of threads on the host.
         batch_size: Maximum number of sentences in a batch.
@@ -63,7 +63,7 @@ class Protocol:
         return Place(provider, self.threads, self.device_id, self.allow_fallback)
 
     def needs_fresh_process(self, turn: int) -> bool:
-        """Returns whether every cell gets a fresh process before round `turn`, counted from 0."""
+        """Returns whether every cell gets a new process before round `turn`, counted from 0."""
         rounds_per_process = -(-self.rounds // self.starts)
         return turn > 0 and turn % rounds_per_process == 0
 

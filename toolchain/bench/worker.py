@@ -1,8 +1,8 @@
 """The child process that measures a cell: it loads one session and answers the parent's messages.
 
-Each message and each answer is one line of JSON. The answers go to the original standard output. All text that
-libraries print to standard output goes to standard error. The parent process stores the child's standard error and
-quotes it if the child dies.
+Each message and each answer is one line of JSON. The child writes its answers to the original standard output. All
+text that libraries print to standard output goes to standard error. The parent process stores the child's standard
+error and quotes it if the child dies.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ class _Child:
             batches: Indices of the sentences of each batch.
             warmup: Number of batches at the start of `batches` that run once before the timing starts.
             repeats: Number of repetitions of all batches; 0 repeats them until `min_s` seconds are over.
-            min_s: Minimum seconds if `repeats` is 0; the method stops earlier after `MOST_REPEATS` repetitions.
+            min_s: Minimum measuring time in seconds if `repeats` is 0; the method stops earlier after `MOST_REPEATS`
+                repetitions.
             tokenizing: Whether to tokenise each batch again in each repetition, and to time the tokenising.
             resident: Whether to time each batch once more with its inputs and logits in the device's memory.
 
@@ -228,7 +229,8 @@ class _Child:
     def peak(self) -> dict[str, Any]:
         """Returns the peak host memory in bytes and, on a GPU, the GPU memory after loading and the GPU peak.
 
-        The host peak covers the time after loading if the system can reset the peak, and otherwise the whole process.
+        The peak of host memory covers the time after loading if the system can reset the peak, and otherwise the whole
+        life of the process.
         """
         result: dict[str, Any] = {"peak": _peak_bytes()}
         if self._gpu:
@@ -258,9 +260,9 @@ def _elapsed_us(started_ns: int) -> int:
 def serve(create: Callable[[dict[str, Any]], Any]) -> None:
     """Answers messages until standard input ends.
 
-    `create` makes an object from the first message, and the object's attribute `ready` answers this message. Each later
-    message calls one method of the object that `create` made. The value ``do`` of a later message is the method's name,
-    and the other values of the message are the method's arguments.
+    `create` makes an object from the first message, and the object's attribute `ready` is the answer to the first
+    message. Each later message calls one method of the object that `create` made. The value ``do`` of a later message
+    is the method's name, and the other values of the message are the method's arguments.
 
     Args:
         create: Function that makes an object from the first message.

@@ -22,7 +22,7 @@ from toolchain.data.labels import LabelSet
 # exp(-0.5) = 61 % as probable as the first. In an undecided answer of a multi-label model, one label has a probability
 # of 38 % to 62 %.
 UNDECIDED_MARGIN = 0.5
-UNDECIDED_SHARE = 0.8  # The minimum share of undecided flips for which `is_undecided` is true.
+UNDECIDED_SHARE = 0.8  # `is_undecided` returns true if at least 80 % of the flips are undecided answers.
 # Maps a scheme that failed validation to a scheme that may have less rounding error.
 ALTERNATIVE_SCHEMES = {"int4": "dynamic", "dynamic": "static"}
 
@@ -43,11 +43,12 @@ def alternatives(
     """Returns the settings to try instead of `step`, most promising first; empty if there is nothing to suggest.
 
     If answers with a large margin flip, some layers have a large rounding error. The best alternative to the dynamic
-    scheme keeps more layers in fp32 if answers with a large margin flip. If the model is undecided, a small rounding
-    error flips its answers. For an undecided model, the best alternative to the dynamic scheme is static scales, but
-    only if `same_domain` is true. On the reference model, static scales halve the mean |Δlogit| on sentences of the
-    training data's domain (0.042 instead of 0.087). On sentences of a domain that is not in the training data, static
-    scales do not reduce the mean |Δlogit| (0.0074 instead of 0.0062).
+    scheme keeps more layers in fp32 if answers with a large margin flip. If the model is undecided (its two largest
+    logits are nearly equal), a small rounding error flips the answer. For an undecided model, the best alternative to
+    the dynamic scheme is static scales, but only if `same_domain` is true. On the reference model, static scales halve
+    the mean |Δlogit| of dynamic scales on sentences of the training data's domain (0.042 instead of 0.087). On
+    sentences of a domain that is not in the training data, static scales do not reduce the mean |Δlogit| of dynamic
+    scales (0.0074 instead of 0.0062).
 
     Args:
         step: The quantisation that failed validation.

@@ -25,7 +25,7 @@ class Job(Generic[StepT]):
     Attributes:
         step: The step with its settings.
         parent: The parent's artifact; None for an import.
-        checkpoint: Folder of the checkpoint for an import; None otherwise.
+        checkpoint: Folder of the checkpoint if the step is an import; None otherwise.
         folder: The scratch folder that the step fills.
         root: The imported model's artifact; None for an import.
         train: Training data.
@@ -79,7 +79,7 @@ class StepResult:
         Args:
             job: The job of the step.
             facts: Facts about the result. The method adds those `inherited_facts` of the parent that `facts` lacks.
-            changes: Values that replace the parent's values.
+            changes: Replacements for the parent's inputs, outputs, labels or maximum length, by name.
         """
         manifest = job.parent_artifact.manifest
         parent_values = {name: getattr(manifest, name) for name in ("inputs", "outputs", "labels", "max_length")}

@@ -133,8 +133,8 @@ def inspect_variants(
 def _choose_exporter(step: Export, requested_step: Step | None) -> Export:
     """Returns the step with an exporter.
 
-    The function takes the exporter that the user requests, or else the exporter in the manifest if it is installed, or
-    else the default exporter.
+    The function chooses the exporter that the user requests, or else the exporter in the manifest if it is installed,
+    or else the default exporter.
     """
     if isinstance(requested_step, Export) and requested_step.exporter:
         return step

@@ -14,7 +14,8 @@ from toolchain.backends import Place, Session, open_session
 if TYPE_CHECKING:
     import numpy as np
 
-# Maps the id of a PyTorch artifact and the digest of a batch to the logits. A model with other bytes has another id.
+# Maps the id of a PyTorch artifact and the digest of a batch to the logits. If the bytes of a model change, its id
+# changes.
 _LOGITS: dict[tuple[str, str], np.ndarray] = {}
 
 

@@ -59,7 +59,7 @@ def tokens_to_keep(job: Job[Quantize]) -> list[int]:
 def trim(
     job: Job[Quantize], tokens: Sequence[int], embedding: Sequence[str], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Trims the tokenizer in the job's folder and measures the effect; the graph is already trimmed.
+    """Trims the tokenizer in the job's folder, whose graph is already trimmed, and measures the effect of trimming.
 
     Args:
         job: The job of the step.
@@ -94,8 +94,8 @@ def trim(
 def validation_data(train: TrainingSource, artifact: Artifact) -> Data:
     """Returns sentences of a trimmed artifact's domain: the held-out rows of its training data.
 
-    For the embedded SST-2, the function returns the validation set instead of held-out rows. The held-out rows of SST-2
-    share their sentences with other training rows, so nearly all their tokens stay in the vocabulary.
+    For the embedded SST-2, the function returns the validation set instead of held-out rows. Nearly every token of
+    SST-2's held-out rows also occurs in the other training rows, so trimming does not remove it.
 
     Args:
         train: The workspace's training data.
@@ -128,7 +128,7 @@ def _companion_bytes(folder: Path) -> int:
 
 
 def _compare_held_out(job: Job[Quantize], parent_encoder: Encoder, tokens: frozenset[int]) -> dict[str, Any]:
-    """Counts rows, flips, and correct answers before and after trimming, for ``held_out`` and ``out_of_domain``."""
+    """Counts rows, flips and right answers, for all held-out rows and for those with a removed token."""
     data: Data = job.train.load(job.parent_artifact.label_set)
     held_out = data.select(inputs.hold_out(data)[1])
     trimmed_encoder = _encoder(job.folder, job.parent_artifact.manifest)
@@ -156,7 +156,10 @@ def _compare_held_out(job: Job[Quantize], parent_encoder: Encoder, tokens: froze
 def _compute_answers(
     folder: Path, encoder: Encoder, rows: Sequence[Sequence[int]], progress: Progress, activity: str
 ) -> list[int]:
-    """Returns the answer to each row at batch 1, because quantised answers can depend on other rows of a batch."""
+    """Returns the answer to each row at batch 1.
+
+    In a larger batch, the answer of a quantised model to one row can depend on the other rows.
+    """
     session = OrtSession(folder, Place("cpu", hardware.cores()))
     row_answers: list[int] = []
     try:

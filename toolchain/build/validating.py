@@ -21,13 +21,15 @@ from toolchain.system import hardware
 def validate_artifact(
     workspace: Workspace, variant: Variant, artifact: Artifact, origin: ImportFiles | None
 ) -> dict[str, Any]:
-    """Compares the logits of an artifact with those of its nearest PyTorch ancestor, or of its checkpoint.
+    """Compares the logits of an artifact with those of its nearest PyTorch ancestor.
+
+    An import has no ancestor, so the function compares its logits with those of its checkpoint.
 
     Args:
         workspace: The workspace of the model.
         variant: The variant of the artifact.
         artifact: The artifact, before or after its publication.
-        origin: Files of the checkpoint for an import; None otherwise.
+        origin: Files of the checkpoint if the artifact is an import; None otherwise.
 
     Returns:
         The report of `steps.validate.validate`.

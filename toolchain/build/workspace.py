@@ -72,21 +72,21 @@ class Workspace:
         return self.exported / ".cache" / str(hardware.machine()["id"])
 
     def load(self, variant: str) -> Artifact | None:
-        """Returns the existing artifact of a variant, fresh or not; see `store.load` for the errors."""
+        """Returns the existing artifact of a variant, fresh or stale; see `store.load` for the errors."""
         return store.load(self.path(variant))
 
     def lineage(self, name: str, requested_names: Container[str] = ()) -> list[Variant]:
-        """Returns the variant and its ancestors, root first.
+        """Returns the variant and its ancestors, the oldest ancestor first.
 
-        The manifest of a labelled variant names the parent of the variant. For a variant with the label ``a-b``
-        and without a manifest, the candidates for the parent have the labels ``a-b`` and ``a``. The parent is the first
-        available candidate; if no candidate is available, the parent has no label. A variant is available if it is
-        built or if `requested_names` contains it. An exported or optimised graph counts as available even before it is
-        built, if its parent is available and has the same label.
+        The manifest of a labelled variant names the parent of the variant. Without a manifest, the parent of a variant
+        with the label ``a-b`` has the label ``a-b``, the label ``a`` or no label. `lineage` chooses the available
+        parent with the longest label. If no labelled parent is available, `lineage` chooses the parent without a label.
+        A variant is available if it is built or if `requested_names` contains it. An exported or optimised graph counts
+        as available even before it is built, if its parent is available and has the same label.
 
         Args:
             name: Name of the variant.
-            requested_names: Names of the variants that the command builds.
+            requested_names: Names of the variants that the user's command builds.
 
         Raises:
             UnknownVariantError: No variant has this name, or the labelled variant is not available.
@@ -123,5 +123,5 @@ class Workspace:
         try:
             artifact = self.load(name)
         except ArtifactError:
-            return None  # code that uses the unreadable artifact loads it again and raises its error
+            return None  # the artifact is unreadable; code that uses the artifact loads it again and raises the error
         return artifact.manifest.parent if artifact else None

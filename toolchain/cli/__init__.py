@@ -66,10 +66,10 @@ for command in (
 
 @contextmanager
 def _record_interrupts() -> Iterator[list[int]]:
-    """Yields a list that receives the number of each interrupt signal.
+    """Yields a list to which each interrupt adds its signal number.
 
     During an import or a callback, C libraries convert KeyboardInterrupt to errors of other classes. If the list of
-    signals is not empty, an unexpected error comes from the user's interrupt and is not a bug.
+    signal numbers is not empty, an unexpected error comes from the user's interrupt and is not a bug.
     """
     signal_numbers: list[int] = []
 
@@ -78,7 +78,7 @@ def _record_interrupts() -> Iterator[list[int]]:
         signal.default_int_handler(number, frame)
 
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield signal_numbers  # this process ignores interrupts, or other code handles interrupts
+        yield signal_numbers  # an existing handler ignores or handles interrupts, so the list stays empty
         return
     signal.signal(signal.SIGINT, record_interrupt)
     try:

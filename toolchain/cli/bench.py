@@ -176,7 +176,7 @@ def _bench_on_ray(
 
 @dataclass
 class _Saving:
-    """Saves results in a file that the user names and can commit, or in a local file of the `model`.
+    """Saves results in a file that the user names and can commit, or in a local file of the model.
 
     If several machines measure, each machine has its own file, whose name also contains the machine's id.
     """

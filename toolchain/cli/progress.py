@@ -21,7 +21,7 @@ def say(event: object) -> None:
 def bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
     """Yields a callback that shows the number of finished parts, the total number of parts, and the current activity.
 
-    The callback shows nothing before its first call.
+    Nothing is shown before the first call of the callback.
     """
     if not sys.stderr.isatty():
         yield _print_tenths(title)

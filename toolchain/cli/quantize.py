@@ -169,7 +169,8 @@ def quantize(
         scheme,
         reduce_range=True if isa == "portable" else None,
         embeddings=embeddings,
-        # With --sensitivity or --max-drop, 1 stands for any number of fp32 layers: all numbers pass the same checks.
+        # With --sensitivity or --max-drop, the number of fp32 layers is still unknown. All numbers pass the same
+        # checks, so 1 stands for any number.
         keep_fp32=1 if sensitivity or max_drop is not None else keep_fp32,
         passes=Quantize.passes_without(scheme, omitted_passes),
         trim_vocab=corpus.digest if corpus else trim_vocab,

@@ -98,10 +98,10 @@ class Verdict:
 
     Attributes:
         limits: The limits.
-        winner: The best row within the limits; None if there is none.
+        winner: The fastest row within the limits; None if no row is within the limits.
         passed: All rows within the limits, fastest first.
         front: Pareto front of all measured rows, within the limits or not, fastest first.
-        misses: At most `NEAREST` rows outside the limits, nearest first.
+        misses: At most `NEAREST` rows outside the limits, the row nearest to the limits first.
     """
 
     limits: Limits
@@ -151,7 +151,8 @@ def _broken_limits(row: Row, limits: Limits) -> tuple[BrokenLimit, ...]:
         if allowed is None:
             continue
         value = _FIGURES[name][2](row)
-        # The comparison is negated so that no figure passes a limit that is not a number (NaN).
+        # A comparison with NaN is false, so the negated comparison counts a limit as broken if the limit or
+        # the figure is NaN.
         if value is None or not value - allowed <= _TOLERANCE:
             broken.append(BrokenLimit(name, allowed, value, _limit_remark(row, name, value)))
     return tuple(broken)
@@ -168,12 +169,13 @@ def _limit_remark(row: Row, limit: str, value: float | None) -> str:
 def chance_remark(row: Row) -> str:
     """Returns a remark on whether the row's accuracy differs from the baseline's accuracy by chance.
 
-    If the predicted labels of both rows are known, the remark is the result of McNemar's test. Without predicted
-    labels, the remark depends on the 95 % interval of the row's accuracy.
+    If the predicted labels of the row and of its baseline are known, the remark is the result of McNemar's test.
+    Without predicted labels, the remark depends on the 95 % interval of the row's accuracy.
 
     Returns:
-        The remark; empty if the accuracies are equal or unknown. Without predicted labels, the remark is empty if the
-        95 % interval of the row's accuracy excludes the baseline's accuracy.
+        The remark; empty if the row and its baseline have the same accuracy, or if one of the two accuracies is
+        unknown. Without predicted labels, the remark is empty if the 95 % interval of the row's accuracy excludes the
+        baseline's accuracy.
     """
     quality, base = row.quality, row.baseline and row.baseline.accuracy
     if not quality or not base or not row.accuracy_points:

@@ -74,9 +74,9 @@ class Pair:
     Attributes:
         old: Row of the old run.
         new: Row of the new run; None if the new run has no row of this cell.
-        changes: Changes of the figures; empty if the new run did not measure the cell.
-        lost: Status and reason of the new row, or ``missing``, if the new run did not measure the cell; empty
-            otherwise.
+        changes: The change of each figure of the cell; empty if the new run did not measure the cell.
+        lost: Empty if the new run measured the cell. Otherwise the status and reason of the cell's row in the new run,
+            or ``missing`` if the new run has no row of the cell.
     """
 
     old: Row
@@ -111,9 +111,9 @@ class Regressions:
 
 
 class _Key(NamedTuple):
-    """Settings that two compared rows share.
+    """Settings that a row of the old run and a row of the new run must share to be compared.
 
-    For each setting after `cell`, `_DIFFERENCES` holds the text that reports a difference between two rows.
+    For each field of `_Key` after `cell`, `_DIFFERENCES` holds a text that reports different values in the two runs.
     """
 
     model: str
@@ -138,19 +138,21 @@ def _comparison_key(row: Row) -> _Key:
 def find_regressions(new: Sequence[Row], old: Sequence[Row], limit: float) -> Regressions:
     """Compares each measured row of the old run with the row of the new run that has the same settings.
 
-    The settings are model, cell, machine, data, threads, batch size and, for CUDA, the GPU. Of several rows with the
-    same settings, the newest one counts.
+    The settings of a row are model, cell, machine, data, threads, batch size and, for CUDA, the GPU. Of several
+    rows with the same settings, the newest one counts.
 
-    * Latency (p50) and throughput regress if their cost grows by more than the limit and the 95 % interval excludes
-      zero change. With too few rounds for an interval, the limit alone decides whether latency and throughput regress.
-    * Times are relative to the baseline if both rows have the same baseline, and absolute if they do not. The times
-      of a baseline row are reported but never regress.
+    * Latency (p50) and throughput regress if their cost grows by more than the limit and the 95 % interval of the
+      growth excludes 0. With too few rounds for an interval, the limit alone decides whether latency and throughput
+      regress.
+    * Times are relative to the baseline if the old row and the new row have the same baseline, and absolute otherwise.
+      The times of a baseline row are reported but never regress.
     * Peak memory and size regress if they grow by more than the limit.
     * Accuracy regresses if the number of wrong answers grows by more than the limit and McNemar's test is significant.
       The increase of wrong answers is divided by the old number of wrong answers, or by 1 if the old number is 0. If
       the predicted labels are unknown, the limit alone decides whether accuracy regresses.
-    * A figure regresses if only the new row lacks it. A figure is not compared if the old row lacks it.
-    * A cell regresses if its new row is failed, unavailable or missing.
+    * A figure regresses if the old run has it and the new run lacks it. A figure that the old run lacks is not
+      compared.
+    * A cell regresses if its row in the new run is missing or has the status failed or unavailable.
 
     Args:
         new: Rows of the new run.
@@ -275,12 +277,11 @@ def _as_ratio(rounds: Sequence[float]) -> Ratio:
 
 
 def _quotient(numerator: Ratio, denominator: Ratio) -> Ratio:
-    """Returns the quotient of two ratios from separate runs, with its interval.
+    """Returns the quotient of two ratios from separate runs, with its 95 % interval.
 
-    The quotient's lower bound combines the numerator's lower bound with the denominator's upper bound. The quotient's
-    upper bound combines the numerator's upper bound with the denominator's lower bound. On the logarithmic scale, the
-    squared distance from the quotient to a bound is the sum of the two ratios' squared distances to their bounds. See
-    Zou and Donner 2008, "Construction of confidence limits about effect measures: a general approach".
+    The lower bound of a quotient ``q = n / d`` satisfies ``log²(q / q.low) = log²(n / n.low) + log²(d.high / d)``. The
+    upper bound of ``q = n / d`` satisfies ``log²(q.high / q) = log²(n.high / n) + log²(d / d.low)``. See Zou and Donner
+    2008, "Construction of confidence limits about effect measures: a general approach".
     """
     value = numerator.value / denominator.value
     if numerator.low is None or numerator.high is None or denominator.low is None or denominator.high is None:

@@ -15,10 +15,10 @@ from toolchain.results.result_file import ResultFile
 from toolchain.results.statistics import Ratio
 
 BASELINE = "torch-fp32"
-# A row is noisy if it exceeds one of the three limits below.
-STEAL_SHARE = 0.02  # Share of processor time that the host of a virtual machine takes.
-OTHERS_SHARE = 0.05  # Share of processor time that other processes use.
-INTERVAL_SHARE = 0.10  # Half-width of the median's 95 % interval, divided by the median.
+# A row is noisy if it exceeds `STEAL_SHARE`, `OTHERS_SHARE` or `INTERVAL_SHARE`.
+STEAL_SHARE = 0.02  # Limit for the share of processor time that the host of a virtual machine takes.
+OTHERS_SHARE = 0.05  # Limit for the share of processor time that processes outside the benchmark use.
+INTERVAL_SHARE = 0.10  # Limit for the half-width of the median latency's 95 % interval, divided by the median.
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,10 @@ class Row:
 
 
 def _probability_shifts(measurement: Measurement, baseline: Measurement) -> list[float]:
-    """Returns the largest probability difference over labels, for each sentence that both rows measured at batch 1."""
+    """Returns the probability shift of each sentence that was measured at batch 1 in the row and in its baseline.
+
+    A sentence's shift is the largest difference over labels between the probabilities of the row and of the baseline.
+    """
     pairs = zip(measurement.probabilities, baseline.probabilities, strict=False)
     return [max(abs(a - b) for a, b in zip(p, q, strict=True)) / PROBABILITY for p, q in pairs if p and q]
 
@@ -278,7 +281,7 @@ def mark_front(rows: Sequence[Row]) -> list[Row]:
 def _baseline(measurement: Measurement, run: ResultFile, requested: str | None) -> Measurement | None:
     """Returns the row of the requested or default baseline in the run; None if there is none.
 
-    The row of the baseline must have the model and the status of `measurement`.
+    The baseline has the same model and the same status as `measurement`.
     """
     if measurement.status not in ("ok", "reported"):
         return None
@@ -323,7 +326,8 @@ def _pareto_figures(row: Row) -> tuple[float, float, float] | None:
     return measurement.accuracy.value, -p50, -float(size)
 
 
-# Name of an order → function that returns a row's sort key. The smallest key is best; rows without a key come last.
+# Name of an order → function that returns a row's sort key. The row with the smallest key comes first, and rows
+# without a key come last.
 ORDERS: dict[str, Callable[[Row], float | None]] = {
     "accuracy": lambda row: -row.measurement.accuracy.value if row.measurement.accuracy else None,
     "latency": lambda row: row.measurement.latency_ms.get("p50"),

@@ -182,7 +182,7 @@ def _label_kind(value: Any) -> str:
 
 
 def _label_value(value: Any, number: int, table: Table) -> Value:
-    """Converts a label to text: 1.0 becomes ``1``, and a list becomes a tuple of texts."""
+    """Returns a label as a text or a tuple of texts: 1.0 becomes ``1``, and a list becomes a tuple."""
     if isinstance(value, str):
         return value
     if isinstance(value, bool):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 TOKEN_TYPES = "token_type_ids"
-# `Encoder` first tokenises a prefix of a long text: at most this number of characters times `max_length`.
+# `Encoder` first tokenises a prefix of a long text, with at most `CHARACTERS_PER_TOKEN` × `max_length` characters.
 CHARACTERS_PER_TOKEN = 64
 
 
@@ -92,10 +92,10 @@ class Encoder:
         return rows
 
     def _cut_text(self, text: str) -> str:
-        """Returns a prefix of the text with the same first `max_length` tokens; the complete text if it is short.
+        """Returns a prefix with the same first `max_length` tokens as the text; the complete text if it is short.
 
-        Without a cut, a tokenizer tokenises the complete text before it truncates, and needs hundreds of bytes per
-        token. A prefix with more than 2 × `max_length` tokens is long enough, because later words do not change the
+        The prefix saves memory: a tokenizer tokenises a complete text before truncation, and needs hundreds of bytes
+        per token. A prefix with more than 2 × `max_length` tokens is long enough, because later words do not change the
         tokens of earlier words.
         """
         size = CHARACTERS_PER_TOKEN * self.max_length

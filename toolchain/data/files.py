@@ -61,7 +61,8 @@ class Table:
 
     def _csv(self, choose: ChooseColumns) -> Iterator[tuple[Any, ...]]:
         csv.field_size_limit(MAX_FIELD_CHARACTERS)
-        # TSV has no quoting (IANA, GLUE). If the reader interpreted quotes, an unpaired quote would join several rows.
+        # The TSV format of IANA and GLUE has no quoting. If the reader interpreted quotes, an unpaired quote
+        # would join several rows.
         tsv_dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
         dialect = tsv_dialect if kind_of(self.file) == ".tsv" else {"strict": True}
         with open_text(self.file, "utf-8-sig", "") as stream:
@@ -119,7 +120,7 @@ class Table:
             raise DataError(f"{self.file} cannot be read: {error}.", "Save the file again as Parquet.") from error
 
     def row_error(self, number: int, fault: str, hint: str = "Correct the row.") -> DataError:
-        """Returns an error about one row.
+        """Returns an error about one row of the file.
 
         Args:
             number: Number of the row, from 1.
@@ -176,7 +177,7 @@ class Texts:
 
     @property
     def columns(self) -> list[str]:
-        """Returns the columns that the user named."""
+        """Returns the columns of texts that the user named."""
         return [name for name in (self.column, self.pair) if name]
 
     @property
@@ -240,12 +241,12 @@ def text_of(values: Sequence[Any], names: Sequence[str], number: int, table: Tab
 
     Args:
         values: The row's text, or its two texts if rows are pairs.
-        names: Names of the columns that contain the values.
+        names: Names of the one or two columns of texts.
         number: Number of the row, from 1.
         table: The file, for error messages.
 
     Raises:
-        DataError: A value is not a text.
+        DataError: A value in a column of texts is not a text.
     """
     for name, value in zip(names, values, strict=True):
         if not isinstance(value, str):

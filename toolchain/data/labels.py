@@ -29,7 +29,7 @@ class Column:
     Attributes:
         values: The label, or the set of labels, of each row.
         source: Source of the column, for error messages.
-        classes: Class names of the data set, for the indices in `values`; empty if the data set has no class names.
+        classes: Class names that the indices in `values` stand for; empty if the data set has no class names.
     """
 
     values: Sequence[Value]
@@ -71,7 +71,7 @@ class LabelSet:
         return SEPARATOR.join(name for index, name in enumerate(self.names) if answer >> index & 1)
 
     def indices(self, column: Column) -> tuple[int, ...]:
-        """Converts a label column to answers.
+        """Converts each row of a label column to an answer, an integer that stands for its label or labels.
 
         Either all rows of the column hold label names, or all rows hold label indices. The method ignores the case of
         label names, unless two labels of the model differ only in case.
@@ -98,7 +98,7 @@ class LabelSet:
         return tuple(answers)
 
     def targets(self, answers: Sequence[int]) -> list[int] | list[list[float]]:
-        """Converts answers to targets of a loss: label indices [rows], or zeros and ones [rows, labels] for sets."""
+        """Converts answers to targets of a loss: one label index per row, or for label sets, one 0 or 1 per label."""
         if not self.multi_label:
             return list(answers)
         return [[float(answer >> index & 1) for index in range(len(self.names))] for answer in answers]
@@ -221,7 +221,7 @@ def _members(value: Value, number: int, column: Column, multi_label: bool) -> tu
 
 
 def answers(logits: np.ndarray, multi_label: bool) -> list[int]:
-    """Returns the answer to each row of logits [batch, labels].
+    """Returns the model's answer for each row of `logits`, an array of shape [batch, labels].
 
     An answer is the index of the largest logit. For `multi_label`, an answer is a set of labels as bits: bit i is 1 if
     logit i is above 0.
@@ -232,7 +232,7 @@ def answers(logits: np.ndarray, multi_label: bool) -> list[int]:
 
 
 def margins(logits: np.ndarray, multi_label: bool) -> np.ndarray:
-    """Returns the margin of each row of logits [batch, labels], as an array [batch].
+    """Returns an array with the margin of each row of `logits`, whose shape is [batch, labels].
 
     The margin is the largest logit minus the second largest. For `multi_label`, the margin is the smallest distance of
     a logit from 0.
@@ -246,7 +246,7 @@ def margins(logits: np.ndarray, multi_label: bool) -> np.ndarray:
 
 
 def label_probabilities(logits: np.ndarray, multi_label: bool) -> np.ndarray:
-    """Returns the probabilities as a float64 array [batch, labels]: softmax, or sigmoid for `multi_label`."""
+    """Returns the label probabilities in float64, shaped like `logits`: softmax, or sigmoid for `multi_label`."""
     import numpy as np
 
     logits64 = logits.astype(np.float64)
@@ -260,8 +260,8 @@ def outcome_log_probabilities(logits: np.ndarray, multi_label: bool) -> np.ndarr
     """Returns the log-probabilities of the labels as a float64 array.
 
     For a single-label model, the array has the shape [batch, labels]. For `multi_label`, the array has the shape
-    [batch, 2 × labels]. Its first half holds the log-probabilities that each label is present, and its second half
-    holds the log-probabilities that each label is absent.
+    [batch, 2 × labels]. For `multi_label`, the first half of each row holds the log-probabilities that each label is
+    present; the second half, that each label is absent.
     """
     import numpy as np
 

@@ -67,7 +67,7 @@ def measure(
     """Builds missing variants on this machine, measures the cells on the cluster, and yields each node's result file.
 
     Result files arrive in the order in which the nodes finish. If a node fails, each row of its result file states the
-    reason.
+    reason for the failure.
 
     Args:
         threads: Number of threads; None for all cores of each node.
@@ -134,7 +134,7 @@ def _cell_to_json(cell: Cell) -> dict[str, Any]:
 
 
 def _failed_result(plan: Plan, node: Node, cells: Sequence[Cell], error: BenchError) -> ResultFile:
-    """Returns the result file of a failed run: every row states the reason and has no figures."""
+    """Returns the result file of a failed run: every row states the failure instead of figures."""
     rows = [make_row_without_figures(cell, error if cell.artifact else None) for cell in cells]
     root = plan.workspace.load(checkpoints.ROOT_VARIANT)
     assert root is not None

@@ -71,7 +71,7 @@ def _process_space() -> str:
 
 @dataclass
 class Scorer:
-    """An actor that loads the model once and scores windows of texts.
+    """An actor that loads the model once and scores windows, which are lists of consecutive texts.
 
     On its first call, the actor writes the model's files to this machine, checks their digests, loads the model and
     deletes the files.
@@ -95,15 +95,15 @@ class Scorer:
             return model, LoadedModel(model, self.threads)
 
     def __call__(self, windows: pyarrow.Table) -> pyarrow.Table:
-        """Scores windows of texts and returns their predictions.
+        """Scores windows, which are lists of consecutive texts, and returns the predictions for these texts.
 
         The columns ``texts`` and ``rows`` hold JSON strings, because JSON can represent every text.
 
         Args:
-            windows: Table with the column ``texts``: each row holds the texts of one window.
+            windows: Table with the column ``texts``: each row holds one window, a list of consecutive texts.
 
         Returns:
-            Table with the column ``rows``: each row holds the predictions for one window.
+            Table with the column ``rows``: each row holds the predictions for one row of `windows`.
         """
         import pyarrow
 

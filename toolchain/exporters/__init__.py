@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from transformers import PreTrainedModel
 
-# Exporter → the packages that it needs beyond those that the toolchain always needs.
+# Maps each exporter to the packages that it needs in addition to those that the toolchain always needs.
 EXPORTERS = {"optimum": ("optimum-onnx",), "torch": ()}
 INPUT_AXES = {0: "batch_size", 1: "sequence_length"}
 OUTPUT_AXES = {0: "batch_size"}
@@ -29,7 +29,7 @@ def default_exporter() -> str:
 
 
 def unmet_requirement(exporter: str) -> str:
-    """Returns why an exporter of `EXPORTERS` cannot be used here; empty if it can."""
+    """Returns the reason why an exporter of `EXPORTERS` is unavailable; empty if the exporter is available."""
     return next(filter(None, map(extras.unmet_requirement, EXPORTERS[exporter])), "")
 
 

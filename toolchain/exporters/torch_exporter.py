@@ -20,7 +20,7 @@ def write_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence
     """Traces the model with an example batch and writes the graph to `target`; see `exporters.to_onnx`."""
     import torch
 
-    # A value of 1 is valid for every input: a token, a token to attend to, and the second token type.
+    # A value of 1 is valid for every input: as a token id, as a mask value, and as a token type.
     examples = {name: torch.ones((2, 16), dtype=torch.int64) for name in names}
     # The example batch contains padding, so that a model does not leave its mask out of the trace.
     examples["attention_mask"][1, -1] = 0

@@ -34,7 +34,7 @@ MERGED = (
     "lora_bias",
 )
 # Adapter settings that the merge ignores. Each ignored adapter setting is checked elsewhere, is used only in training,
-# or has no effect without a setting that the toolchain rejects.
+# or works only together with a setting that the toolchain rejects.
 _IGNORED = (
     "base_model_name_or_path",
     "revision",
@@ -113,8 +113,8 @@ def base(folder: Path) -> tuple[str, str | None]:
     The function never follows a path in the settings, because the adapter's author chose that path.
 
     Raises:
-        CheckpointError: The adapter names a path instead of a hub id, or names no base; the error's hint asks the user
-            to name the base.
+        CheckpointError: The adapter names no base, or names its base by a path. The error's hint asks the user to name
+            the base.
     """
     config = settings(folder)
     name, revision = config.get("base_model_name_or_path"), config.get("revision")

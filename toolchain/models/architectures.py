@@ -162,8 +162,9 @@ def shapes_of(model: PreTrainedModel) -> list[LayerShape]:
 def matched_layers(model: PreTrainedModel) -> list[int]:
     """Returns the indices of the hidden states that correspond to hidden states of the unpruned model.
 
-    Index i stands for the hidden state after i layers. An empty layer returns its input, and pruning fits this input to
-    the output of the unpruned layer. So the input of an empty layer has no counterpart, and the function omits it.
+    Index i stands for the hidden state after i layers. A layer without heads and neurons is empty: it returns its
+    input, and pruning fits this input to the unpruned layer's output. The input of an empty layer therefore corresponds
+    to no hidden state of the unpruned model, and the function omits its index.
     """
     shapes = shapes_of(model)
     return [count for count in range(1, len(shapes) + 1) if count == len(shapes) or not shapes[count].is_empty]
@@ -221,8 +222,8 @@ def reshape(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> None:
     It does not matter which heads and neurons the function keeps, because loading replaces their weights.
 
     Raises:
-        CheckpointError: The number of layers differs from `shapes`, or a layer has fewer heads or neurons than its
-            shape in `shapes`.
+        CheckpointError: The model and `shapes` have different numbers of layers, or a layer has fewer heads or neurons
+            than `shapes` states.
     """
     old_shapes = shapes_of(model)
     has_same_count = len(old_shapes) == len(shapes)

@@ -62,7 +62,7 @@ class Source:
     Attributes:
         kind: Kind of the source: ``embedded``, ``folder`` or ``hub``.
         ref: Absolute path of the folder, or the hub id.
-        revision: Exact revision, as in `Import`.
+        revision: Exact revision, in the format of `Import.revision`.
         base: Base of an adapter as the user named it, in the form that `locate` accepts. If `base` is empty, the
             adapter's settings name the base.
     """

@@ -1,7 +1,7 @@
 """Access to the model hub: resolves revisions, downloads files, and explains the hub's errors to the user.
 
 The library huggingface_hub handles the access token (from HF_TOKEN or `hf auth login`). This module never reads the
-token.
+access token.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _query_revision(ref: str, revision: str | None) -> tuple[str, frozenset[str]
 
     try:
         info = huggingface_hub.HfApi().model_info(ref, revision=revision)
-        # The cache learns the commit of the revision, for the time when the hub is unreachable.
+        # A download of config.json puts the revision's commit into the cache, for times when the hub is unreachable.
         fetch_config(local_files_only=False)
         return str(info.sha), frozenset(file.rfilename for file in info.siblings or ())
     except HfHubHTTPError:
@@ -79,8 +79,8 @@ def _query_revision(ref: str, revision: str | None) -> tuple[str, frozenset[str]
 def _connection_errors() -> tuple[type[BaseException], ...]:
     """Returns the classes of the errors that an unreachable hub raises.
 
-    The HTTP library of huggingface_hub depends on its release (requests, httpx or httpx2). `HfHubHTTPError` inherits
-    from the error class of that library.
+    Depending on its release, huggingface_hub uses the HTTP library requests, httpx or httpx2. `HfHubHTTPError` inherits
+    from the error class of the HTTP library that huggingface_hub uses.
     """
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -60,5 +60,5 @@ def _loading_code(file: Path) -> str:
 
 
 def _quote(value: str) -> str:
-    """Returns a double-quoted Python literal of `value`, because the shell command puts the code in single quotes."""
+    """Returns a double-quoted Python literal of `value`, because the shell command single-quotes the Python code."""
     return json.dumps(value, ensure_ascii=False)

@@ -21,7 +21,7 @@ class Skipped(nn.Module):
     """A replacement for an attention module without heads: it returns its input, or applies `output` to its input.
 
     Args:
-        name: Name of the submodule that `output` becomes; empty if `output` is None.
+        name: Name under which this module stores `output`; empty if `output` is None.
         output: Replacement of the output layer, if the attention module contained that layer; else None.
     """
 

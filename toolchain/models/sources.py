@@ -1,4 +1,4 @@
-"""Finds the exact files of an import: resolves its revision, and fetches the checkpoint and the base of an adapter."""
+"""Resolves revisions and fetches files, for a checkpoint to import and for the base of an adapter."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from toolchain.models.checkpoints import Source
 
 @dataclass(frozen=True)
 class ImportFiles:
-    """The checked files of an import.
+    """The checked files of a checkpoint that the toolchain imports.
 
     Attributes:
         folder: Folder of the checkpoint.
         base: Folder of the base if the checkpoint is an adapter, else None.
-        step: The import with the exact revisions of checkpoint and base.
+        step: The `Import` step with the exact revisions of checkpoint and base.
     """
 
     folder: Path
@@ -27,15 +27,15 @@ class ImportFiles:
 
 
 def pin_revisions(source: Source, request: Import, last_step: Step | None) -> Import:
-    """Returns the import with exact revisions of the checkpoint and its base.
+    """Returns the `Import` step with the exact revisions of the checkpoint and its base.
 
     For a folder that no longer exists, the function keeps the revision of the last import. For a hub model, the
     function keeps the revision of the last import unless the user requests another revision.
 
     Args:
         source: Source of the checkpoint.
-        request: The requested import.
-        last_step: The step of the last import; None if there was no import.
+        request: The requested `Import` step.
+        last_step: The step of the model's last import; None if the model is not imported yet.
 
     Raises:
         HubError: The hub cannot resolve a revision.
@@ -59,7 +59,7 @@ def pin_revisions(source: Source, request: Import, last_step: Step | None) -> Im
 
 
 def fetch_files(source: Source, step: Import) -> ImportFiles:
-    """Downloads the files of an import if necessary, and checks them."""
+    """Downloads the files of the checkpoint and of its base if necessary, and checks them."""
     folder, exact_source = checkpoints.fetch(source, step.revision if source.kind == "hub" else None)
     if step.base is None:
         return ImportFiles(folder, None, Import(exact_source.revision))
@@ -70,9 +70,9 @@ def fetch_files(source: Source, step: Import) -> ImportFiles:
 
 
 def _pin_base(source: Source, last_base: str | None) -> str | None:
-    """Returns an adapter's base with its exact revision, as in `Import`; None if the source is a model.
+    """Returns an adapter's base with its exact revision, as `Import.base` stores it; None if the source is a model.
 
-    `last_base` is the base of the last import.
+    `last_base` is the adapter's base in the model's last import.
     """
     if last_base and (last_base.startswith(f"{source.base}@") or _is_missing_folder(source.base)):
         return last_base

@@ -1,8 +1,8 @@
 """Passes, which rewrite ONNX graphs; `rewrite` applies them by name, in order.
 
-A pass takes the model and a `Context`, and returns the rewritten model and the number of rewrites. The returned model
-is either the changed input model or a new model. A pass that finds nothing to rewrite returns the unchanged model and
-the number 0. If a pass cannot rewrite a graph correctly, it leaves the graph unchanged or raises `GraphError`.
+A pass takes the model and a `Context`, and returns the rewritten model and the number of rewrites. A pass may change
+its input model in place or build a new model. A pass that finds nothing to rewrite returns the unchanged model and the
+number 0. If a pass cannot rewrite a graph correctly, it leaves the graph unchanged or raises `GraphError`.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Context:
     Attributes:
         heads: Number of attention heads of a layer, which ONNX Runtime's fusions cannot always find in the graph.
         width: Width of the encoder, which ONNX Runtime's fusions cannot always find in the graph.
-        keep: Names of the linear layers that stay fp32, as in `quantize_linear.layers_of`.
-        activations: Fixed quantisation of the inputs of linear layers, by the name of the input.
+        keep: Names of the linear layers that stay fp32, as `quantize_linear.layers_of` returns them.
+        activations: Fixed quantisation of each input of linear layers, by the input's name.
         tokens: Token ids that stay in a trimmed vocabulary, ascending.
     """
 

@@ -1,8 +1,8 @@
 """Replacements of a fused Attention by nodes with quantised projections.
 
-A fused Attention becomes either one QAttention, or matrix products for query, key and value with a MultiHeadAttention.
-QAttention computes the projections and the attention in one node. QAttention writes the projections in the layout that
-its attention computation reads, so it needs no Split and no transposition.
+A fused Attention becomes either one QAttention, or matrix products for query, key and value before a
+MultiHeadAttention. QAttention computes the projections and the attention in one node. QAttention writes the projections
+in the layout that its attention computation reads, so it needs no Split and no transposition.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ DOMAIN = "com.microsoft"
 ROLES = ("query", "key", "value")  # Order of the projections in the weight of a fused Attention.
 SETTINGS = ("num_heads", "scale", "mask_filter_value")  # Attributes that Attention and QAttention share.
 
-# A `Product` takes the model, a linear layer's input, the weight's name, the weight [inner, outer], and the bias.
-# The result of a `Product` is the nodes that replace the layer, the last of which gives the layer's output.
+# A function of type `Product` takes the model, and a linear layer's input, weight name, weight of shape [inner, outer]
+# and bias. A function of type `Product` returns the nodes that replace the linear layer; the last node computes the
+# layer's output.
 Product = Callable[["ir.Model", Any, str, "np.ndarray", "ir.Value | None"], "list[ir.Node]"]
-# An `Attend` takes the model, a fused Attention, and a `Product` whose argument for the model is already bound.
-# The result of an `Attend` is the nodes that replace the Attention, and the output of the last node.
+# A function of type `Attend` takes the model, a fused Attention, and a `Product` function with its model already bound.
+# A function of type `Attend` returns the nodes that replace the fused Attention, and the output of the last node.
 Attend = Callable[["ir.Model", "ir.Node", "Callable[..., list[ir.Node]]"], "tuple[list[ir.Node], ir.Value]"]
 
 
@@ -104,11 +105,12 @@ def widths(node: ir.Node) -> list[int]:
 def multi_head(model: ir.Model, node: ir.Node, parts: Any, *, one_query: bool = False) -> ir.Node:
     """Builds a MultiHeadAttention with the mask, `num_heads` and `scale` of the fused Attention `node`.
 
-    The mask [batch, tokens] becomes an `attention_bias` [batch, heads, queries, tokens]: 0 for the tokens of a text,
-    the lowest float for padding. The function uses no `key_padding_mask`, although that mask would need fewer nodes
-    than an `attention_bias`. ONNX Runtime up to 1.20 misreads a `key_padding_mask` if there are fewer queries than
-    keys, and the WebGPU provider supports no `key_padding_mask`. The attention bias has its full shape because ONNX
-    Runtime 1.17 refuses to broadcast a bias, and 1.20 broadcasts it wrongly.
+    The mask of shape [batch, tokens] becomes an `attention_bias` of shape [batch, heads, queries, tokens]. The
+    `attention_bias` is 0 for the tokens of a text, and the lowest float for padding. The function uses no
+    `key_padding_mask`, although that mask would need fewer nodes than an `attention_bias`. ONNX Runtime up to 1.20
+    misreads a `key_padding_mask` if there are fewer queries than keys, and the WebGPU provider supports no
+    `key_padding_mask`. The attention bias has its full shape because ONNX Runtime 1.17 refuses to broadcast a bias, and
+    1.20 broadcasts it wrongly.
 
     Args:
         parts: The graph values that hold query, key and value.
@@ -124,7 +126,7 @@ def multi_head(model: ir.Model, node: ir.Node, parts: Any, *, one_query: bool = 
 
 
 def _attention_bias(model: ir.Model, mask: ir.Value, heads: int, one_query: bool) -> ir.Value:
-    """Returns the attention bias of a mask [batch, tokens]; if the bias is missing, adds it after the mask."""
+    """Returns the attention bias for `mask`; adds the nodes that compute the bias if the graph lacks them."""
     import numpy as np
     import onnx_ir as ir
 

@@ -37,7 +37,7 @@ def first_token(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
 
 
 def _movable_nodes(model: ir.Model, gather: ir.Node) -> list[ir.Node]:
-    """Returns the token-wise nodes that only `gather` and other returned nodes read, nearest to `gather` first."""
+    """Returns the token-wise nodes whose output only `gather` or returned nodes read, nearest to `gather` first."""
     region = [gather]
     for node in reversed(list(model.graph)):
         readers = {reader for out in node.outputs for reader in out.consumers()}
@@ -69,7 +69,7 @@ def _move_gather(model: ir.Model, gather: ir.Node, region: list[ir.Node], starts
         moved_gather = ir.node("Gather", [start, gather.inputs[1]], {"axis": 1}, name=f"{start.name}/first_token")
         moved_gather.outputs[0].name = f"{start.name}/first_token"
         producer = start.producer()
-        assert producer is not None  # the caller checked that the producer is in `BOUNDARY`
+        assert producer is not None  # the caller checked that a `BOUNDARY` operator produces `start`
         model.graph.insert_after(producer, moved_gather)
         for node in region:
             for index, value in enumerate(node.inputs):

@@ -53,7 +53,7 @@ def fuse(
 
 
 def _state_heads(model: ir.Model) -> None:
-    """Writes the number of heads where an exported graph leaves it open.
+    """Replaces -1 by the number of heads in each Reshape that splits a projection into attention heads.
 
     Graphs of transformers 5 reshape a projection [batch, sequence, width] to [batch, sequence, -1, head size]. ONNX
     Runtime's fusion would take the number of heads from the model's config, and a pruned layer has fewer heads.
@@ -92,9 +92,10 @@ def _integer(value: ir.Value | None) -> int | None:
 def _move_residual_last(model: ir.Model) -> None:
     """Makes the residual the second addend of each Add before a LayerNormalization.
 
-    The residual is the addend with more readers. If Add nodes compute both addends before a LayerNormalization, ONNX
-    Runtime's fusion takes the first addend as the result of the attention. Without this function, the first addend in
-    ALBERT's first layer would be the projected embeddings instead of the result of the attention.
+    The residual is the addend with more readers. If both addends of the Add before a LayerNormalization are outputs of
+    Add nodes, ONNX Runtime's fusion takes the first addend as the attention's result. Without this function, the first
+    addend of the residual addition in ALBERT's first layer would be the projected embeddings, not the attention's
+    result.
     """
     for norm in model.graph:
         add = norm.inputs[0].producer() if norm.op_type == "LayerNormalization" and norm.inputs[0] else None

@@ -27,7 +27,7 @@ def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
         existing_array = array_of(existing)
         if existing_array.dtype == array.dtype and np.array_equal(existing_array, array):
             return existing
-        # The arrays differ if one layer reads a weight and another layer reads the transpose of that weight.
+        # Two arrays have the same name if one layer reads a weight and another layer reads its transpose.
         return constant(model, f"{name}_other", array)
     tensor = ir.tensor(np.asarray(array, order="C"), name=name)
     value = ir.val(name, dtype=tensor.dtype, shape=array.shape, const_value=tensor)

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-LARGEST = 127  # Without -128, a weight and its negative have equal rounding errors.
-LARGEST_OF_7_BITS = 64  # The largest sum of two products, 2 × 255 × 64, fits in 16 bits.
+LARGEST = 127  # No weight becomes -128, so that a weight and its negative have equal rounding errors.
+LARGEST_OF_7_BITS = 64  # With 7-bit weights, the largest sum of two products, 2 × 255 × 64, fits in 16 bits.
 INT8_PRODUCTS = ("DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QAttention")
 
 # A `Codes` function takes the model, a graph value, and a list to which it appends the nodes that quantise the value.
-# A `Codes` function returns the value in U8, its scale and its zero point.
+# A `Codes` function returns the quantised U8 value, the scale and the zero point.
 Codes = Callable[["ir.Model", Any, "list[ir.Node]"], "list[ir.Value]"]
 
 
@@ -29,8 +29,8 @@ def quantize_weight(weight: np.ndarray, axis: int, limit: int = LARGEST) -> tupl
     """Quantises a 2-D array to symmetric int8 with one float32 scale per index of `axis`.
 
     Returns:
-        The int8 array, with absolute values of at most `limit`, and the scales [length of `axis`]: weight ≈ int8 ×
-        scale.
+        The int8 array, with absolute values of at most `limit`, and an array with one scale per index of `axis`. A
+        weight is approximately its int8 value times its scale.
     """
     import numpy as np
 
@@ -40,7 +40,7 @@ def quantize_weight(weight: np.ndarray, axis: int, limit: int = LARGEST) -> tupl
 
 
 def weight_codes(model: ir.Model, name: str, array: np.ndarray, limit: int = LARGEST) -> list[ir.Value]:
-    """Stores a weight [inner, outer] as initializers: int8 values, scales [outer], and zero points [outer] of 0."""
+    """Stores a weight of shape [inner, outer] as int8 values, with one scale and a zero point of 0 per outer index."""
     import numpy as np
 
     weight, scale = quantize_weight(array, 1, limit)
@@ -68,8 +68,8 @@ def weight_of(node: ir.Node) -> tuple[ir.Node, int] | None:
     """Finds the input that holds the int8 weights of a product.
 
     Returns:
-        A node and the index of the node's input with the weights. The returned node is the product itself, or the
-        DequantizeLinear before the product (QDQ). None if `node` is no int8 product.
+        A node, and the index of the input through which this node reads the int8 weights. The returned node is the
+        product itself, or the DequantizeLinear before the product (QDQ). None if `node` is no int8 product.
     """
     if node.op_type in INT8_PRODUCTS:
         return node, 1

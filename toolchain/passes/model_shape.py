@@ -20,7 +20,7 @@ def layers_in(folder: Path) -> int:
 
 
 def word_width(folder: Path) -> int:
-    """Returns the width of the word embedding table; some models project it to the encoder's width."""
+    """Returns the width of the word embedding table; some models project the embeddings to the encoder's width."""
     config = _config(folder)
     return int(getattr(config, "embedding_size", config.hidden_size))
 

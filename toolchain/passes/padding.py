@@ -74,8 +74,9 @@ def _collect_ancestors(node: ir.Node, stop: Collection[str] = ()) -> tuple[set[i
 def _masks_every_attention(model: ir.Model, mask: ir.Value) -> bool:
     """Returns whether the graph has attention, and every attention node takes the mask and no relative positions.
 
-    The search from an attention node for the mask and for relative positions stops at operators in `MIXES` and at the
-    LayerNormalization of the layer's input, because transformers 5 also looks up token types with GatherElements.
+    The search from each attention node for the mask and relative positions stops at operators in `MIXES` and at the
+    LayerNormalization of the layer's input. A search that continued into the embeddings would mistake the token type
+    look-up of transformers 5, a GatherElements, for relative positions.
     """
     attentions = [n for n in model.graph if n.op_type == "Softmax" or (n.op_type in FUSED and n.domain == DOMAIN)]
     ancestors = [_collect_ancestors(node, {*MIXES, "LayerNormalization"}) for node in attentions]

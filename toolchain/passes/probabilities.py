@@ -13,7 +13,7 @@ PROBABILITIES = "probabilities"
 
 
 def add_probabilities(model: ir.Model, multi_label: bool) -> ir.Model:
-    """Renames the graph's one output to `LOGITS` and adds the float32 output `PROBABILITIES` [batch, labels].
+    """Renames the graph's only output to `LOGITS`, and adds the output `PROBABILITIES` of the same shape in float32.
 
     Args:
         multi_label: Whether a text can have several labels. A multi-label graph applies a sigmoid to each logit, and a

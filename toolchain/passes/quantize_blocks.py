@@ -1,4 +1,4 @@
-"""4-bit weights in blocks, each with one scale and one zero point: the smallest files, but no faster products.
+"""4-bit weights in blocks, each with one scale and one zero point: a format for small files, not for speed.
 
 The module uses two operators of ONNX Runtime. MatMulNBits computes linear layers and quantises their activations to
 8 bits. GatherBlockQuantized looks up rows of embedding tables.
@@ -26,12 +26,13 @@ RANGE_FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 def quantize_blocks(weight: np.ndarray, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Quantises a 2-D float array in blocks along its rows.
 
-    Each block gets the fraction in `RANGE_FRACTIONS` that has the least squared error. Rows whose length is no multiple
-    of `block` are padded with codes for zero.
+    Each block gets the fraction in `RANGE_FRACTIONS` that has the least squared error. If the row length of the array
+    is no multiple of `block`, the function pads each row with codes for zero.
 
     Returns:
-        The codes (0 to 15), the scales and the zero points: weight ≈ (code − zero point) × scale. The codes are uint8
-        [rows, blocks × block], the scales float32 [rows, blocks], and the zero points uint8 [rows, blocks].
+        The codes (0 to 15), the scales and the zero points: weight ≈ (code − zero point) × scale. The codes have the
+        dtype uint8 and the shape [rows, blocks × block]. The scales (float32) and the zero points (uint8) have the
+        shape [rows, blocks].
     """
     import numpy as np
 
@@ -39,7 +40,7 @@ def quantize_blocks(weight: np.ndarray, block: int = BLOCK) -> tuple[np.ndarray,
     padded = np.zeros((rows, -(-columns // block) * block), np.float32)
     padded[:, :columns] = weight
     blocks = padded.reshape(rows, -1, block)
-    # The range includes 0, so that padding and pruned weights stay exactly 0.
+    # The range of each block includes 0, so that padding and pruned weights stay exactly 0.
     low, high = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
     least_error = np.full(low.shape, np.inf, np.float32)
     codes = np.zeros(blocks.shape, np.uint8)

@@ -20,7 +20,10 @@ LookUp = Callable[["ir.Model", str, "np.ndarray", Any], "list[ir.Node]"]
 
 
 def quantize_embedding(model: ir.Model, context: Context, look_up: LookUp) -> tuple[ir.Model, int]:
-    """Replaces each Gather from a constant 2-D fp32 embedding table by nodes of `look_up`; counts the Gather nodes."""
+    """Replaces each Gather from a constant 2-D fp32 embedding table by nodes from `look_up`; counts the Gather nodes.
+
+    `look_up` builds the nodes that replace a Gather.
+    """
     import onnx_ir as ir
 
     count = 0

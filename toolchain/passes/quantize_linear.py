@@ -72,7 +72,7 @@ def weights_of(model: ir.Model) -> dict[str, np.ndarray]:
 
 
 def inputs_with_shared_weights(model: ir.Model) -> set[str]:
-    """Returns the names of layer inputs: their layers share a weight with a layer that reads a different input."""
+    """If layers with different inputs share a weight, returns the names of these inputs."""
     readers: dict[str, set[str]] = {}
     for node in linear_nodes(model):
         readers.setdefault(str(node.inputs[1].name), set()).add(str(node.inputs[0].name))  # type: ignore[union-attr]
@@ -94,9 +94,9 @@ def headroom(model: ir.Model) -> float | None:
     """Returns the headroom of the int8 products before 16-bit saturation; None if the graph has no int8 product.
 
     Some processors add two int8 products in 16 bits. The headroom is the 16-bit limit divided by the largest possible
-    sum of two products. The largest possible sum of two products is the largest activation × the sum of one output's
-    two largest weights of equal sign. A kernel may add any two products of one output, so the function assumes the pair
-    with the largest sum. If the headroom is at least 1, products never saturate.
+    sum of two products. The largest possible sum of two products is the largest activation × the sum of the two largest
+    weights of equal sign in one output. A kernel may add any two products of one output, so the function assumes the
+    pair with the largest sum. If the headroom is at least 1, products never saturate.
     """
     import numpy as np
 

@@ -59,7 +59,7 @@ class Activation:
     def fake_quantize(self, values: np.ndarray) -> np.ndarray:
         """Quantises and dequantises values of shape […, width] that are already divided by `smooth`.
 
-        The result is not multiplied by `smooth`.
+        The returned values stay divided by `smooth`.
         """
         import numpy as np
 

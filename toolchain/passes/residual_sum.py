@@ -20,10 +20,10 @@ def residual_sum(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     turns the Add into a Sum.
 
     With default options, ONNX Runtime fuses Add + LayerNormalization into SkipLayerNormalization when it loads a model.
-    The fusion into SkipLayerNormalization requires known shapes of both addends, for example in an app that fixes the
-    dimensions. On the CPU provider, the SkipLayerNormalization kernel is several times slower than the two kernels that
-    it replaces. ONNX Runtime fuses neither Sub nor Sum with LayerNormalization. Sum runs on one thread; Sub runs on all
-    threads, as Add does.
+    ONNX Runtime fuses Add + LayerNormalization only if it knows the shapes of both addends, for example because an app
+    fixes the input dimensions. On the CPU provider, the SkipLayerNormalization kernel is several times slower than the
+    two kernels that it replaces. ONNX Runtime fuses neither Sub nor Sum with LayerNormalization. Sum runs on one
+    thread; Sub runs on all threads, as Add does.
     """
     count = 0
     for node in list(model.graph):
@@ -50,7 +50,10 @@ def residual_sum(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
 
 
 def _negatable_inputs(value: ir.Value) -> list[tuple[ir.Node, int]]:
-    """Returns pairs (node, input index) of initializers whose negation negates only `value`; possibly empty."""
+    """Returns (node, input index) of each initializer to negate so that only `value` changes its sign.
+
+    If negating initializers cannot negate `value` alone, the function returns an empty list.
+    """
     node = value.producer()
     if node is None or node.domain != "" or len(value.uses()) != 1 or value.is_graph_output():
         return []

@@ -15,12 +15,15 @@ IDS = "input_ids"
 
 
 def trim_vocabulary(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
-    """Reduces the word embedding table, of shape [tokens, width], to the rows `context.tokens`, in that order.
+    """Reduces the word embedding table to the rows whose indices are in `context.tokens`, in that order.
+
+    The embedding table has the shape [tokens, width]. Only one Gather, the embedding look-up, may read the embedding
+    table. Only the embedding look-up and Shape nodes may read the token ids. A second look-up would still use the old
+    token ids.
 
     Raises:
-        GraphError: The embedding table has no row for a kept token, or nodes other than one look-up read the token ids
-            or the embedding table. A second reader of the token ids or the embedding table would still expect the old
-            token ids. Besides the look-up, only Shape nodes may read the token ids.
+        GraphError: The embedding table has no row for a kept token, or a node that the pass does not support reads the
+            token ids or the embedding table.
     """
     import onnx_ir as ir
 

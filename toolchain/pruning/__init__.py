@@ -82,8 +82,8 @@ def largest_ratio(
 ) -> tuple[float, list[tuple[float, float]]]:
     """Finds the largest ratio of `SEARCH_RATIOS` whose accuracy drop on the held-out rows is at most `max_drop` points.
 
-    The search is a bisection: it assumes that a larger ratio is never more accurate. The search does not train
-    the pruned models.
+    The search is a bisection: it assumes that the accuracy never rises with the ratio. The search does not train the
+    pruned models.
 
     Args:
         setup: The model to prune, with its training sentences.
@@ -110,7 +110,7 @@ def largest_ratio(
         try:
             model = prune(setup, ratio, method, price, lambda layer: None, layers)
         except PruningError:
-            high = middle  # the encoder cannot lose this share of its parameters
+            high = middle  # the encoder cannot lose the share `ratio` of its parameters
             continue
         drops[ratio] = 100 * (dense_accuracy - accuracy(model, setup.held_out))
         low, high = (middle, high) if drops[ratio] <= max_drop else (low, middle)

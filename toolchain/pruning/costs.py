@@ -52,7 +52,7 @@ class EncoderSizes:
         """Returns the number of linear parameters, biases included, of a layer's attention or feed-forward part.
 
         Args:
-            kind: Kind of the units: ``heads`` or ``neurons``.
+            kind: Kind of the units, ``heads`` or ``neurons``.
             count: Number of heads or neurons; 0 units have 0 parameters.
         """
         per_unit = self.head * (4 * self.width + 3) if kind == "heads" else 2 * self.width + 1
@@ -79,8 +79,8 @@ class LatencyTable:
 
     Attributes:
         base_ms: Time of the parts of the model that pruning does not change.
-        heads_ms: Time that one layer adds, by its number of heads.
-        neurons_ms: Time that one layer adds, by its number of FFN neurons.
+        heads_ms: Number of heads in a layer → time that the layer spends on these heads.
+        neurons_ms: Number of FFN neurons in a layer → time that the layer spends on these neurons.
     """
 
     base_ms: float
@@ -90,10 +90,10 @@ class LatencyTable:
     def price(self, kind: str, count: int) -> float:
         """Returns the milliseconds that one layer spends on `count` heads or neurons.
 
-        The method interpolates linearly between measured counts.
+        The method interpolates linearly between the measured numbers of heads or neurons.
 
         Args:
-            kind: Kind of the units: ``heads`` or ``neurons``.
+            kind: Kind of the units, ``heads`` or ``neurons``.
             count: Number of heads or neurons.
         """
         import numpy as np
@@ -121,7 +121,7 @@ def latency_table(model: PreTrainedModel, folder: Path, progress: Callable[[int,
         progress: Progress callback; receives the number of finished parts, the number of all parts, and a text.
 
     Raises:
-        PruningError: The stored table cannot be read, or belongs to another machine, model or runtime.
+        PruningError: The stored latency table cannot be read, or belongs to another machine, model or runtime.
     """
     encoder = EncoderSizes.from_model(model)
     settings = {

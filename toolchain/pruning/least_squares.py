@@ -29,10 +29,11 @@ def cut_and_fit(
     """Removes the units of `model` that are not in `kept_units`, and refits the remaining weights, layer by layer.
 
     The function runs the unpruned and the pruned model side by side. Ridge regression refits the last linear layer of
-    each attention and feed-forward part on the inputs that pruning keeps. The regression fits the pruned model's sum of
-    residual and output to the same sum in the unpruned model. The sum of residual and output is the input of a
-    LayerNorm. The function adds the solution of the regression to the weights and the bias of the linear layer. The
-    method follows the mask tuning of Kwon et al. 2022, with a matrix in place of the mask.
+    each attention and feed-forward part on the inputs that pruning keeps. In each attention and feed-forward part,
+    a LayerNorm reads the sum of the residual and the last linear layer's output. The regression fits the input of each
+    LayerNorm in the pruned model to the input of the same LayerNorm in the unpruned model. The function adds the
+    solution of the regression to the weights and the bias of the linear layer. The method follows the mask tuning of
+    Kwon et al. 2022, with a matrix in place of the mask.
 
     If an attention or feed-forward part keeps no unit, the function removes the LayerNorm of this part. To replace a
     removed LayerNorm, the function refits the preceding LayerNorm, channel by channel, to the removed LayerNorm's
@@ -199,7 +200,7 @@ def _fit_linear(layer: nn.Module, path: str, norm: str, states: States, argument
         gram += (inputs.T @ inputs).double()
         moment += (inputs.T @ (target - inputs_by_path[norm][number])).double()
     ridge = torch.full((width + 1,), RIDGE * float(gram.diagonal()[:-1].mean()), dtype=torch.float64)
-    ridge[-1] = 0  # the bias has no penalty
+    ridge[-1] = 0  # the ridge penalty does not apply to the bias
     correction = torch.linalg.solve(gram + torch.diag(ridge), moment).float()
     with torch.no_grad():
         module.bias += correction[-1]

@@ -56,10 +56,11 @@ def select(
     """Selects the units that every layer keeps, so that the model loses the least importance.
 
     A group is either the heads of one layer, or the neurons of one layer in blocks of `BLOCK` neurons. Each group of
-    units has a curve: the lost importance as a function of the saved cost. Each segment of the curve's lower convex
-    hull is a possible reduction of the number of units. The function sorts the reductions of all groups by the ratio of
-    lost importance to saved cost, lowest first. The function applies the sorted reductions until the share `ratio` of
-    the parameters is removed. This greedy order of the reductions is the Lagrangian solution of the knapsack problem.
+    units has a curve: the lost importance as a function of the saved cost. Each segment of the lower convex hull
+    of a group's curve is a possible reduction of the group's number of units. The function sorts the reductions of all
+    groups by the ratio of lost importance to saved cost, lowest first. The function applies the sorted reductions until
+    the share `ratio` of the parameters is removed. This greedy order of the reductions is the Lagrangian solution of
+    the knapsack problem.
 
     After the reductions, `rearrange` may replace kept units of a group by removed units of the same group, because
     pairs of units interact. The first layer always keeps at least one head. Without any head, the model cannot combine
@@ -114,7 +115,10 @@ def _build_groups(importances: Sequence[LayerImportance]) -> list[_Group]:
 def _choose_counts(
     groups: Sequence[_Group], target: float, encoder: EncoderSizes, price: Price, empty_layers: Collection[int]
 ) -> list[int] | None:
-    """Returns how many units each group keeps, 0 in `empty_layers`; None if no choice removes `target` parameters."""
+    """Returns the number of units that each group keeps; None if the groups cannot lose `target` parameters.
+
+    The groups of the layers in `empty_layers` keep no unit.
+    """
     reductions = sorted(
         (
             reduction
@@ -160,7 +164,7 @@ def _slope(start: tuple[float, ...], end: tuple[float, ...]) -> float:
 
 
 def rearrange(importance: Importance, kept: Sequence[int]) -> tuple[int, ...]:
-    """Selects as many units as `kept` has, so that the removed units have the least joint importance.
+    """Selects `len(kept)` units to keep, so that the removed units have a small joint importance.
 
     Each round swaps one removed unit with one kept unit, and chooses the swap that lowers the joint importance of the
     removed units most. The function stops when no swap lowers the joint importance, or after `MOST_SWAPS` rounds. The

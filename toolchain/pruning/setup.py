@@ -29,8 +29,8 @@ BATCH = 32
 class PruningSetup:
     """Inputs of pruning, and the results that are computed from these inputs.
 
-    One process computes the results once for all pruning ratios that it tries. Use the function `shared_setup` to
-    get the shared instance.
+    A process computes results such as the importances only once, for all pruning ratios that the process tries. Use the
+    function `shared_setup` to get the shared instance.
 
     Attributes:
         folder: Folder of the unpruned model.

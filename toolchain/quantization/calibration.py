@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 SENTENCES = 300
-# Number of tokens of each sentence on which calibration measures the error of a layer's int8 matrix product. The tokens
-# are evenly spaced.
+# Calibration measures the error of a layer's int8 matrix product on this number of evenly spaced tokens per sentence.
 TOKENS = 4
 # Migration strengths α of SmoothQuant that calibration tries. The migration strength is the share of the quantisation
 # difficulty that moves from the activations to the weights.
@@ -76,7 +75,7 @@ def calibrate(artifact: Artifact, train: TrainingSource, smooth: bool = True) ->
         The quantisation of each input, by the name of the input.
 
     Raises:
-        DataError: The training data does not fit the model.
+        DataError: The training data cannot be read, has too few rows, or has a label that the model does not have.
     """
     graph = read(artifact.onnx_path)
     # If several inputs share one weight, smoothing would need a copy of the weight for each input.

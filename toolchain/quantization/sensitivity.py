@@ -80,7 +80,7 @@ class SensitivitySetup:
         """Loads the held-out rows and encodes them with the artifact's tokenizer.
 
         Raises:
-            DataError: The training data does not fit the model.
+            DataError: The training data cannot be read, has too few rows, or has a label that the model does not have.
         """
         manifest = artifact.manifest
         data: Data = train.load(artifact.label_set)
@@ -156,7 +156,7 @@ def fewest_fp32_layers(
         max_drop: Largest allowed accuracy drop on the held-out rows, in percentage points.
 
     Returns:
-        The number of layers to keep in fp32, and each number tried with its accuracy drop.
+        The number of layers to keep in fp32; and for each number that the function tried, the accuracy drop.
     """
     names = [layer.name for layer in rank(setup, progress)]
     with setup.session(names) as session:

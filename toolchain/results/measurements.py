@@ -28,8 +28,8 @@ class Samples:
     """Times of a repeated operation.
 
     Attributes:
-        rounds: Times in whole microseconds, by round. If there are too many times to store, each round keeps the same
-            share of its times.
+        rounds: Times in whole microseconds, by round. If the measured times are more than `MAX_SAMPLES`, each round
+            keeps the same share of its times.
         sentences: Number of sentences that each time in `rounds` covers.
         count: Number of measured times, stored or not.
     """
@@ -42,9 +42,9 @@ class Samples:
     def from_rounds(cls, rounds: list[list[int]], sentences: list[list[int]]) -> Samples:
         """Returns the samples of the rounds, at most `MAX_SAMPLES` in all.
 
-        If there are more than `MAX_SAMPLES` times, a random choice keeps the same share of every round. The random seed
-        depends only on the number of times. A choice of every n-th time would be biased: it would keep the same
-        sentences in every repetition and lose the others.
+        If there are more than `MAX_SAMPLES` measured times, a random choice keeps the same share of every round's
+        times. The random seed depends only on the number of measured times. If the function kept every n-th measured
+        time instead, the samples would contain the same sentences in every repetition and no other sentences.
 
         Args:
             rounds: Times in whole microseconds, by round.
@@ -66,7 +66,7 @@ class Samples:
 
     @classmethod
     def from_single(cls, rounds: list[list[int]]) -> Samples:
-        """Returns the samples of the rounds if each time covers one sentence; see `from_rounds`."""
+        """Returns the samples of rounds in which each time covers one sentence; see `from_rounds`."""
         return cls.from_rounds(rounds, [[1] * len(row) for row in rounds])
 
     def medians(self) -> list[float]:

@@ -25,7 +25,7 @@ _SEED = 20
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of two figures: a speed-up or gain is better above 1, a cost is worse above 1.
+    """A ratio of two figures; above 1 is better for a speed-up or gain, and worse for a cost.
 
     Attributes:
         value: The ratio.

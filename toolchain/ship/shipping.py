@@ -175,7 +175,7 @@ def _compare_texts(file: Path, original: Session, encoder: Encoder, texts: Seque
     """Compares a graph that contains the tokenizer with the original model on each text.
 
     Returns:
-        Whether no logit of the graph differs from the original model's logit by more than `TOLERANCE`, and a summary
+        Whether all logits of the graph differ from the original model's logits by at most `TOLERANCE`, and a summary
         with the figures.
     """
     import numpy as np

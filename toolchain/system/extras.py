@@ -30,7 +30,9 @@ def install_hint(extra: str) -> str:
 
 
 def requirements_of(package: str) -> Iterator[tuple[Requirement, str | None]]:
-    """Yields each requirement of a package without its extras, and the installed version; None if it is missing.
+    """Yields each requirement of a package, except the requirements of its extras, with the installed version.
+
+    The version is None if the required package is not installed.
 
     Args:
         package: Name of the package on PyPI.

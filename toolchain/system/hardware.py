@@ -47,7 +47,7 @@ ISA_FLAGS = (
 CUDA_13_DRIVER = (580,)
 CUDA_13_CAPABILITY = (7, 5)
 # Maps a package to the file that states its CUDA version, and to the variable that holds this version.
-# `built_for_cuda` reads the CUDA version from the file and does not import the package.
+# `built_for_cuda` finds the CUDA version of a package without importing the package.
 BUILDS = {"torch": ("version.py", "cuda"), "onnxruntime": ("capi/build_and_package_info.py", "cuda_version")}
 
 

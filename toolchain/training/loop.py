@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-GROUP = 50  # the rows of this many batches are sorted by length together
+GROUP = 50  # rows for this many batches are sorted by length and then split into batches
 SAVE_EVERY_S = 30.0
 WIDTHS = 8  # batch widths are multiples of this number, because oneDNN compiles its kernels for every new shape
 STATE, WEIGHTS, BEST = "state.json", "weights.safetensors", "best.safetensors"
@@ -130,7 +130,7 @@ def train(
         recipe: Settings of the training run.
         resume: Folder of the training run, and the key that identifies the run. If the folder holds an interrupted run
             with the same key, the function continues this run.
-        progress: Called with the number of finished steps, the number of all steps, and a text.
+        progress: Called with the number of finished steps, the number of all steps, and a text with epoch and loss.
 
     Returns:
         A dict of the recipe's settings and the run's steps, scores, device, precision and duration.

@@ -72,9 +72,9 @@ def _logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float
 def _state_loss(outputs: Any, teacher_outputs: Any, mask: torch.Tensor, matched: tuple[int, ...]) -> torch.Tensor:
     """Returns the mean squared difference between student and teacher in matched hidden states.
 
-    The difference is divided by the variance of the teacher's states. The mean covers only the real tokens, which are 1
-    in `mask` of shape [batch, sequence]. The first token's last hidden state counts a second time, since the
-    classification head reads it.
+    The function divides the squared difference by the variance of the teacher's hidden states. The mean covers only the
+    tokens whose value in `mask`, of shape [batch, sequence], is 1. The first token's last hidden state has extra weight
+    in the loss, because the classification head reads this state.
     """
 
     def difference(student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -32,8 +32,8 @@ def attention(device: torch.device) -> Iterator[None]:
     """Replaces fused attention with PyTorch's math kernel on a CPU; changes nothing on other devices.
 
     On a CPU, fused attention takes half of the time of a training step. PyTorch's math kernel has a faster backward
-    pass than fused attention. The math kernel's backward pass is even faster if the intermediate results stay in the
-    precision of the inputs.
+    pass than fused attention. The backward pass of PyTorch's math kernel becomes faster if intermediate results stay in
+    the precision of the inputs.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -1,9 +1,9 @@
 """Searches for the fastest or smallest artifact within an allowed accuracy drop; builds and measures candidates.
 
-The search avoids costly work. The search does not build a candidate that earlier results prove worse than another
-candidate. The search measures a candidate before training, since training changes neither speed nor size. The search
-does not train a candidate that cannot become the best. All choices are made on held-out rows. An artifact *keeps the
-accuracy* if its accuracy drop is within the limit.
+The search avoids unnecessary builds and trainings. The search does not build a candidate if earlier results prove that
+another candidate is better. The search measures a candidate before training, since training changes neither speed nor
+size. The search does not train a candidate that cannot become the best. All choices are made on held-out rows. An
+artifact *keeps the accuracy* if its accuracy drop is within the limit.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 EXACT, BASELINE = "onnx-fp32", "onnx-int8"
 # The benchmark starts several processes for each cell, since a single process may be fast by chance.
 PROTOCOL = Protocol(passes=1, min_s=3.0, pass_s=20.0, starts=4, threads=1)
-PROPOSALS = 4  # If the sampler makes this many unusable proposals in a row, the search chooses a candidate.
+PROPOSALS = 4  # After this many unusable proposals by the sampler in a row, the search itself chooses a candidate.
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def tune(workspace: Workspace, request: Request, say: Say, bar: Bar) -> tuple[Ou
     Raises:
         VerdictError: No measured candidate is within the allowed accuracy drop.
     """
-    digest = workspace.train.digest  # This access reports a missing training file before the search builds anything.
+    # `digest` reads the training file, so `tune` reports a missing training file before it builds anything.
+    digest = workspace.train.digest
     judge = _Judge.open(workspace, say, bar)
     # The identity of a search contains the versions of all steps, because a new version of a step may change the speed
     # of a variant. The identity of a search contains the baseline, because speed-ups over different baselines are not
@@ -114,7 +115,7 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
     """Runs trials until `deadline`, or until no remaining candidate can be better than the measured candidates.
 
     Args:
-        study: The trials so far, which the function extends.
+        study: The trials of the search so far; the function adds new trials.
         measure: Function that builds and measures a candidate.
         deadline: End of the search, as a value of `time.monotonic`.
         say: Called with each message to the user.
@@ -136,8 +137,8 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
             start = study.most_pruned_trained(in_time)
         trial, candidate = study.ask(in_time[0] if idle >= PROPOSALS else start)
         if candidate not in in_time:
-            # If only the sampler proposed the candidate, the search may still use the candidate later. For example, the
-            # search may measure the candidate without training, to decide whether training is worthwhile.
+            # The search does not give up a rejected proposal of the sampler for good. The search may still measure the
+            # rejected candidate without training, to decide whether training is worthwhile.
             study.give_up(trial, candidate, for_good=candidate == start)
             idle += 1
             continue
@@ -149,12 +150,16 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
             # The candidate cannot be built from this model, or failed validation.
             say(f"given up: {error.cause}")
             study.give_up(trial, candidate, refused=isinstance(error, VerdictError))
-            if isinstance(error, PruningError):  # if this pruning is impossible, more pruning is impossible too
+            if isinstance(error, PruningError):  # if pruning fails at one ratio, it fails at every higher ratio too
                 study.given_up |= {other for other in remaining if other.prunes_as_much_as(candidate)}
 
 
 def _choose_start(study: Study, remaining: Sequence[Candidate]) -> Candidate | None:
-    """Returns the candidate of `next_start`; if it is ruled out, a remaining candidate with the same training."""
+    """Returns the candidate to try next, or None if `next_start` returns None.
+
+    If the candidate that `next_start` returns is ruled out, the function prefers a remaining candidate with the same
+    training.
+    """
     start = next_start(study.objective, study.excess_drops, study.given_up, study.max_drop)
     if start is None or start in remaining:
         return start
@@ -189,7 +194,8 @@ def _run_trial(study: Study, measure: Measure, trial: Trial, candidate: Candidat
             _measure_candidate(study, measure, untrained_trial, untrained, say)
         except VerdictError as error:
             say(f"given up: {error.cause}")
-            study.give_up(untrained_trial, untrained, refused=True)  # the trained candidate may still pass validation
+            # The untrained candidate failed validation, but the trained candidate may pass.
+            study.give_up(untrained_trial, untrained, refused=True)
     if untrained == candidate:
         return
     if untrained in study.candidates_without_training:
@@ -273,7 +279,7 @@ class _Judge:
         )
 
     def trained(self, candidates: Iterable[Candidate]) -> set[Training]:
-        """Returns the trainings that an earlier run has finished, among the trainings of `candidates`."""
+        """Returns the trainings of `candidates` that an earlier run of the search has finished."""
         candidate_by_training = {candidate.training: candidate for candidate in candidates if candidate.epochs}
         return {training for training, candidate in candidate_by_training.items() if self._load_training(candidate)}
 

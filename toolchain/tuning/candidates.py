@@ -18,12 +18,13 @@ DEPTHS = (67, 50, 100)  # per cent of the encoder's layers to keep
 RATIOS = (0, 30, 40, 50, 60, 64, 67, 70, 73, 76, 80, 84, 88, 92)
 EPOCHS = (0, 1, 4)
 FP32_LAYERS = (0, 1, 2, 4)
-# If the pruning ratio of a model exceeds another model's by this number of percentage points, the model counts as
-# faster; see `is_hopeless`.
+# `is_hopeless` treats a model as faster than another model if its pruning ratio is at least this many percentage points
+# higher.
 RATIO_MARGIN = 10
-REQUANTISATION_GAIN = 0.3  # Percentage points of accuracy that a trained model may gain if it is quantised again.
+REQUANTISATION_GAIN = 0.3  # Percentage points of accuracy that a trained model may gain from a different quantisation.
 
-Training = tuple[int, str, int, int]  # Ratio, cost, depth and epochs; candidates with equal values share one training.
+# Pruning ratio, cost, depth and epochs of a candidate; candidates in which all four are equal share one training.
+Training = tuple[int, str, int, int]
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ class Candidate:
     def chain(self, layers: int) -> dict[str, Step]:
         """Returns the candidate's labelled variants in build order, each with the step that builds it.
 
-        The last returned variant is the candidate itself. A variant's label holds the settings that the rest of
-        the name does not show. Variants with equal settings have equal names.
+        The last returned variant is the candidate's quantised model, which the search measures. A variant's label holds
+        the settings that the rest of the name does not show. Variants with equal settings have equal names.
 
         Args:
             layers: Number of layers of the model's encoder.
@@ -142,8 +143,8 @@ class Candidate:
         return chain
 
 
-# The choices for each setting of a candidate, by objective. Every unpruned candidate has the first choice of depth and
-# the first choice of cost.
+# The values to try for each setting of a candidate, by objective. An unpruned candidate always has the first listed
+# depth and the first listed cost.
 _FAST: dict[str, Sequence[str | int | bool]] = {
     "ratio": RATIOS,
     "depth": DEPTHS,
@@ -199,11 +200,12 @@ def next_start(
     """Returns the next candidate in the search for the largest pruning ratio that keeps the accuracy.
 
     First, the search bisects the pruning ratios with one epoch of training. Then it tries one higher ratio at a time
-    with more epochs of training. More epochs take more time for each ratio, and raise the largest ratio that keeps the
-    accuracy by only one or two entries of `RATIOS`. Later, Optuna's sampler proposes the candidates.
+    with more epochs of training. More epochs take more time, but the largest pruning ratio that keeps the accuracy is
+    then only one or two entries of `RATIOS` higher. When `next_start` returns None, Optuna's sampler proposes the
+    candidates.
 
-    In experiments, longer training halved the accuracy drop. So a ratio with up to twice the allowed accuracy drop
-    after one epoch gets longer training before the bisection ends.
+    In experiments, longer training halved the accuracy drop. If one epoch leaves up to twice the allowed accuracy drop,
+    the search next tries more epochs at the same pruning ratio.
 
     Args:
         objective: Objective of the search, one of `OBJECTIVES`.
@@ -246,8 +248,8 @@ def is_hopeless(objective: str, candidate: Candidate, kept_by_candidate: Mapping
     The function assumes that more pruning makes a model faster, smaller and less accurate. It assumes that more
     training makes a model more accurate. It assumes that more fp32 layers make a model slower, larger and more
     accurate. For ``latency`` and ``throughput``, it assumes that a model with `RATIO_MARGIN` points more pruning than
-    another model is faster, unless it has more layers. The assumption about `RATIO_MARGIN` holds for any cost,
-    quantisation and number of fp32 layers.
+    another model is faster, unless it has more layers. `RATIO_MARGIN` applies even to two models with different costs,
+    quantisations or numbers of fp32 layers.
 
     Args:
         objective: Objective of the search, one of `OBJECTIVES`.

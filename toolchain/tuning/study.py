@@ -100,7 +100,7 @@ class Study:
 
     @property
     def excess_drops(self) -> dict[Training, float]:
-        """Returns, for each training, by how many points the accuracy drop exceeds the limit.
+        """Returns, for each training, by how many points the trained model exceeds the allowed accuracy drop.
 
         The function uses the best measured quantisation of each trained model. A value of 0 or less means that the
         accuracy drop is within the limit.
@@ -114,8 +114,8 @@ class Study:
     @property
     def remaining(self) -> list[Candidate]:
         """Returns all candidates that may still be better than the measured candidates."""
-        # A candidate that a measurement rules out stays ruled out, so `select_worthwhile` gets only the new
-        # measurements.
+        # Earlier calls have removed the candidates that earlier measurements rule out, so `select_worthwhile` gets only
+        # the new measurements.
         kept_by_candidate = self.kept_by_candidate
         new_outcomes = dict(itertools.islice(kept_by_candidate.items(), self._compared, None))
         self._remaining, self._compared = (
@@ -134,9 +134,9 @@ class Study:
     def candidates_without_training(self) -> set[Candidate]:
         """Returns the candidates that were measured without training and need no training.
 
-        A candidate needs no training if its accuracy drop is within the limit without training. Training
-        changes neither the speed nor the size of a candidate. So training is also useless for a candidate whose
-        `Outcome.cost` is not below the cost of the best measured candidate.
+        A candidate needs no training if its accuracy drop is within the limit without training. Training changes
+        neither the speed nor the size of a candidate. Training cannot make a candidate the best if its `Outcome.cost`
+        is not below the cost of the best measured candidate.
         """
         best = self.best.cost(self.objective) if self.best else math.inf
         untrained = ((candidate, outcome) for candidate, outcome in self.outcomes.items() if not candidate.epochs)
@@ -167,10 +167,10 @@ class Study:
         return front
 
     def nearest_trained(self, candidates: Iterable[Candidate]) -> Candidate | None:
-        """Returns the candidate whose trained model exceeds the allowed accuracy drop by the least, or None.
+        """Returns the candidate whose trained model exceeds the allowed accuracy drop by the fewest points, or None.
 
-        The trained model may exceed the allowed accuracy drop by at most `REQUANTISATION_GAIN` points. To quantise a
-        trained model again takes only about a minute.
+        The function considers only trained models that exceed the allowed accuracy drop by at most
+        `REQUANTISATION_GAIN` points. To quantise a trained model again takes only about a minute.
         """
         excess_by_training = {
             training: excess for training, excess in self.excess_drops.items() if 0 < excess <= REQUANTISATION_GAIN
@@ -188,7 +188,7 @@ class Study:
         return max(trained, key=lambda candidate: (candidate.ratio, -candidate.keep_fp32), default=None)
 
     def ask(self, start: Candidate | None) -> tuple[Trial, Candidate]:
-        """Begins a trial of `start`.
+        """Begins a trial of the candidate `start`, and returns the trial and its candidate.
 
         If `start` is None, the trial tries the candidate of an interrupted run, or else the sampler's proposal.
         """
@@ -250,7 +250,8 @@ def open_study(
     optuna.logging.set_verbosity(logging.ERROR)
     with lock(path, on_wait):
         storage = JournalStorage(JournalFileBackend(str(path)))
-        # Optuna accepts no new parameter values in an existing study, so the study's name contains their hash.
+        # Optuna accepts no new parameter values in an existing study, so the study's name contains a hash of all
+        # parameter values.
         space = hashlib.sha256(json.dumps(SPACE[objective]).encode()).hexdigest()[:8]
         name = "/".join([objective, f"{max_drop:g}", *identity, space])
         yield Study(optuna.create_study(storage=storage, study_name=name, load_if_exists=True), objective, max_drop)

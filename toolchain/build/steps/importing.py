@@ -111,8 +111,8 @@ def _training_data_facts(checkpoint: Path) -> dict[str, str]:
     return {"trained_on": digest} if isinstance(digest, str) else {}
 
 
-# transformers 5 writes this class name for a tokenizer that tokenizer.json describes completely. transformers 4 refuses
-# the name.
+# transformers 5 writes the class name `TokenizersBackend` for a tokenizer that tokenizer.json describes completely.
+# transformers 4 refuses the class name `TokenizersBackend`.
 _GENERIC_CLASS = "TokenizersBackend"
 
 

@@ -64,7 +64,7 @@ def price_of(
             activity.
 
     Returns:
-        The cost function, and the latency table (None for ``parameters``).
+        The cost function, and the latency table; the table is None if `cost` is ``parameters``.
     """
     if cost == "latency":
         table = latency_table(setup.model, cache, progress)
@@ -81,7 +81,7 @@ def _layer_progress(job: Job[Prune], setup: PruningSetup) -> Callable[[int], Non
 def _pruning_facts(
     step: Prune, old_model: PreTrainedModel, new_model: PreTrainedModel, table: LatencyTable | None
 ) -> dict[str, Any]:
-    """Returns the pruning facts: each layer's shape, parameters, multiply-accumulates and predicted speed-up."""
+    """Returns the pruning facts, such as each layer's shape, the encoder's parameters and the predicted speed-up."""
     old_sizes, new_sizes = EncoderSizes.from_model(old_model), EncoderSizes.from_model(new_model)
     if table:
         speedup, predictor = table.sentence_ms(old_sizes.shapes) / table.sentence_ms(new_sizes.shapes), "latency table"

@@ -115,5 +115,5 @@ def _quantize_bnb(job: Job[Quantize]) -> StepResult:
     # Save before the first forward pass, which rearranges bitsandbytes' 4-bit weights: a later save would be wrong.
     model.save_pretrained(job.folder, max_shard_size="100GB")
     facts = describe(model, load_file(job.folder / WEIGHTS))
-    del facts["parameters"]  # the count would be too low: one stored element holds two 4-bit weights
+    del facts["parameters"]  # `describe` counts stored elements, but one stored element holds two 4-bit weights
     return StepResult.from_parent(job, facts)

@@ -41,9 +41,9 @@ def recover(job: Job[Recover]) -> StepResult:
     job.progress(0, 1, "reading the training data")
     train_rows, held_out_rows = inputs.hold_out(data)
     train_examples = _examples(data, train_rows, encoder)
-    # The step also trains on pairs: two random training rows joined to one input. If pruning removed more parameters,
-    # the step uses more pairs, because the model must relearn more and needs less time for each pair. If each row
-    # already has two texts, the step joins no rows.
+    # Besides the training rows, the step trains on pairs: two random training rows joined to one input. If pruning
+    # removed more parameters, the step uses more pairs of rows, because the model must relearn more and needs less time
+    # for each pair. If each row already has two texts, the step joins no rows.
     pairs = 0 if data.has_pairs else round(step.pairs * manifest.facts["pruning"]["achieved"] * len(train_examples.ids))
     mask = _mask_token(job.parent_artifact.path, encoder)
     augmented_examples = AugmentedExamples(
@@ -82,11 +82,12 @@ class AugmentedExamples(Examples):
     "TinyBERT", also distil on augmented data.
 
     Attributes:
-        pairs: Number of pairs in each epoch. A pair joins the texts of two rows and has the label of the second row.
-        mask: Id of the mask token; None for pairs without masked tokens.
-        mask_share: Share of a pair's tokens that the mask token replaces.
-        seed: Random seed of pairs and masks.
-        max_length: Largest number of tokens of a pair.
+        pairs: Number of pairs of rows in each epoch. A pair joins the texts of two rows and has the label of the second
+            row.
+        mask: Id of the mask token; None to mask no tokens in the pairs of rows.
+        mask_share: Share of the tokens of a pair of rows that the mask token replaces.
+        seed: Seed of the random choice of pairs of rows and of masked tokens.
+        max_length: Largest number of tokens of a pair of rows.
     """
 
     pairs: int

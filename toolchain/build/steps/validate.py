@@ -37,7 +37,7 @@ def grid(encoder: Encoder, sentences: Sequence[Text]) -> Iterator[tuple[str, dic
 
     Args:
         encoder: `Encoder` of the model.
-        sentences: Real sentences; three of them are in the batches of 7 texts.
+        sentences: Sentences of real data; the batches of 7 texts contain the first three of them.
     """
     rng = random.Random(SEED)
     vocabulary = encoder.tokenizer.get_vocab_size()
@@ -143,8 +143,8 @@ def _map_token_ids(reference_encoder: Encoder, encoder: Encoder) -> np.ndarray:
 def allowed_flips(sentences: int) -> int:
     """Returns the largest number of flips that passes validation.
 
-    With one more flip, an exact binomial test would show that more than `MAX_FLIPS` of all sentences flip, with the
-    confidence `CONFIDENCE`.
+    With one more flip, an exact binomial test at the confidence `CONFIDENCE` would show that a larger share of all
+    sentences than `MAX_FLIPS` flips.
 
     Args:
         sentences: Number of sentences compared.

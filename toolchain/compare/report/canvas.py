@@ -155,9 +155,10 @@ def _write_label(
     side: float = 0.0,
     with_line: bool = False,
 ) -> Any:
-    """Writes the text with its left side (0), centre (0.5) or right side (1) at `offset` from the point.
+    """Writes the label of a point at `offset` from the point.
 
-    If `with_line` is true, a line connects the text to the point.
+    `side` says which part of the text is at `offset`: the left side (0), the centre (0.5) or the right side (1). If
+    `with_line` is true, a line connects the text to the point.
     """
     line = {"arrowstyle": "-", "color": INK, "alpha": 0.45, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
     arrow: dict[str, Any] = {"arrowprops": {**line, "relpos": (side, 0.5)}} if with_line else {}

@@ -13,7 +13,7 @@ from toolchain.results.statistics import Ratio
 
 NOTHING = "–"
 FRONT = "◆"
-FIGURES = ("ok", "reported")  # Rows with one of these statuses have figures.
+FIGURES = ("ok", "reported")  # Statuses of the rows that have figures.
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _cell(row: Row) -> Figure:
 
 
 def _session_fact(row: Row, fact: str) -> str:
-    """Returns a fact that the session states about itself, as text; empty if the session does not state the fact.
+    """Returns a fact that the measured session reported, as text; empty if the session did not report the fact.
 
     The fact ``fallback`` describes the part of the model that runs on a provider other than the requested one. The
     fact ``note`` states the purpose of the variant, such as ``memory, not speed``.
@@ -325,7 +325,7 @@ def _gpu_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _source_notes(rows: Sequence[Row]) -> list[str]:
-    """Returns notes on the source and method of published figures, and the remarks on single rows."""
+    """Returns notes on the source and method of published figures, and the remarks on single published rows."""
     published = [row for row in rows if row.measurement.status == "reported"]
     lines = list(
         dict.fromkeys(
@@ -339,7 +339,7 @@ def _source_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _pruning_notes(rows: Sequence[Row]) -> list[str]:
-    """Returns one line for each pruning in a run: the pruning facts and the measured speed-up of each pruned row.
+    """Returns one line for each group of pruned rows of a run with equal pruning facts: facts and measured speed-ups.
 
     The baseline of a pruned row's speed-up is the same variant without pruning, in the same run.
     """
@@ -376,11 +376,11 @@ def _length_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def speedup_over_unpruned(row: Row, rows: Sequence[Row]) -> tuple[str, Ratio] | None:
-    """Returns the variant without pruning, and the speed-up of a pruned row over it at batch 1.
+    """Returns the name of the unpruned variant, and the speed-up of a pruned row over this variant at batch 1.
 
     Args:
         row: The pruned row.
-        rows: All rows. The unpruned row must have the run, model and provider of the pruned row.
+        rows: All rows. The unpruned variant's row must have the same run, model and provider as the pruned row.
 
     Returns:
         Name of the unpruned variant and the speed-up; None if the unpruned variant was not measured or is unknown.

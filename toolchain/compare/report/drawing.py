@@ -145,7 +145,7 @@ _LABEL_STYLE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "
 
 
 def latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
-    """Draws one box for each row from the stored times at batch 1.
+    """Draws a box plot of the stored times at batch 1, with one box for each row.
 
     Returns:
         The figure and its description; None if no row has stored times.
@@ -279,7 +279,7 @@ def _row_panel_height(panel: Panel) -> float:
 
 
 def _label_rows(axes: Any, panel: Panel) -> None:
-    """Draws the title of the panel and labels the y axis with its rows, the first row at the top."""
+    """Draws the title of the panel and labels the y axis with the panel's rows, the first row at the top."""
     axes.set_title(panel.title)
     axes.set_yticks(range(len(panel.rows)), [panel.label(row) for row in panel.rows])
     axes.set_ylim(len(panel.rows) - 0.4, -0.6)

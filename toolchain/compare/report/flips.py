@@ -52,8 +52,8 @@ class Flip:
         cell: The cell.
         baseline: Cell of the baseline.
         place: Model and machine.
-        lost: Sentences that only the baseline answers correctly.
-        won: Sentences that only the cell answers correctly.
+        lost: Sentences that the baseline answers correctly and the cell answers wrongly.
+        won: Sentences that the cell answers correctly and the baseline answers wrongly.
     """
 
     cell: str
@@ -83,18 +83,19 @@ class SharedLoss:
 class Texts:
     """Texts of sentences by row number.
 
-    Only the texts of the embedded SST-2 are known. The class reads the embedded SST-2 when a text is first needed.
+    Result files hold no texts, so only sentences of the embedded SST-2 have texts. The class reads the embedded
+    SST-2 when a text is first needed.
     """
 
     def __init__(self) -> None:
         self._embedded: inputs.Data | None = None
 
     def sentences(self, run: ResultFile, rows: Sequence[int]) -> Sentences:
-        """Returns the sentences of the given rows; the texts are empty if the run did not use the embedded SST-2.
+        """Returns the sentences at the indices `rows`; the texts are empty if the run did not use the embedded SST-2.
 
         Args:
             run: The run, with its data's digest and labels.
-            rows: Indices into the run's data, from 0.
+            rows: Indices of the sentences in the run's data, from 0.
         """
         if rows and self._embedded is None:
             self._embedded = inputs.load_embedded()

@@ -55,7 +55,7 @@ def printable(text: str, longest: int = LONGEST) -> str:
 
     Args:
         text: The text.
-        longest: Maximum number of characters. A longer text is cut, and its end becomes an ellipsis.
+        longest: Maximum number of characters; a text that is cut ends with an ellipsis.
     """
     clean = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
     return clean if len(clean) <= longest else f"{clean[: longest - 1]}…"

@@ -138,6 +138,7 @@ def _style(salt: str = "") -> Iterator[None]:
 
     settings: Any = {**STYLE, "svg.hashsalt": salt}
     with mpl.rc_context(settings), warnings.catch_warnings():
-        # The font of the PNG may lack letters of a name, but the SVG uses the reader's fonts, so the warning is hidden.
+        # The font of the PNG may lack letters of a name, but the SVG uses the reader's fonts. Matplotlib's warning
+        # about missing letters is therefore hidden.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         yield

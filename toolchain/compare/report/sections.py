@@ -192,9 +192,9 @@ def _filled(figures: Sequence[_FigureColumn], rows: Sequence[Row]) -> list[_Figu
 def _row_table(
     caption: str, rows: Sequence[Row], chosen: Sequence[Row], figures: Sequence[_FigureColumn]
 ) -> Table | None:
-    """Returns a table of the chosen rows; None if no row is chosen.
+    """Returns a table of the rows in `chosen`; None if `chosen` is empty.
 
-    The first columns name model, machine and cell, as in the comparison of all rows.
+    The first columns hold the cell and, if `rows` come from several models or machines, the model and the machine.
     """
     group = group_columns(rows)
     headers = [*(column.header for column in group), CELL.header, *(header for header, _ in figures)]
@@ -214,7 +214,8 @@ def best_rows(panel: Panel) -> list[tuple[str, str, list[str]]]:
 
     Returns:
         For each figure: a category such as ``smallest``, the label of the best row, and a list with the formatted
-        figure and the formatted accuracy of this row. For the figure ``accuracy``, the list has only one entry.
+        figure and the formatted accuracy of this row. For the figure ``accuracy``, the list holds only the formatted
+        accuracy.
     """
     categories: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
         ("accuracy", "most accurate", _negative_accuracy),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from toolchain.compare.report.columns import columns, notes, rows_with_figures, title
 from toolchain.compare.rows import Row
 
-# Maximum number of characters in a line of a file or a pipe, which have no width of their own.
+# Maximum number of characters in a line if the output is a file or a pipe, which has no terminal width.
 _PIPED_WIDTH = 400
 
 

@@ -102,8 +102,9 @@ def _figures(row: Row) -> str:
 def regression_lines(result: Regressions) -> list[str]:
     """Returns the regressions as lines of text.
 
-    A table shows the changes of all cells. After the table, one line describes each cell that is no longer measured,
-    each regressed figure and each cell that is not compared. The last line explains the signs in the table.
+    A table shows how each figure of each compared cell changed. After the table, a line follows for each cell that is
+    no longer measured, each regressed figure and each cell that is not compared. The last line explains the signs in
+    the table.
     """
     limit = f"{result.limit * 100:g}%"
     compared = (
@@ -151,7 +152,7 @@ def regression_json(result: Regressions) -> dict[str, Any]:
 
 
 def _table(pairs: Sequence[Pair]) -> list[str]:
-    """Returns an aligned table of the changes, with one line for each pair of rows that has changes."""
+    """Returns an aligned table with one line for each compared cell, and one column for the changes of each figure."""
     rows = [["cell", *(cost for _, cost, _, _ in _SHOWN.values())]]
     for pair in pairs:
         if pair.changes:

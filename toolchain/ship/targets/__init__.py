@@ -85,7 +85,7 @@ def _named_after_variant(variant: str) -> str:
     return f"{variant}.onnx"
 
 
-_OPTIMUM_FILE = "model.onnx"  # optimum loads the file with this name from a folder
+_OPTIMUM_FILE = "model.onnx"  # optimum loads the file model.onnx from a model's folder
 
 
 _PYTHON = {

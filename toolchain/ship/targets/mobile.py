@@ -53,7 +53,7 @@ def make(source: Path, target: Path, release: str, core: Path) -> dict[str, Any]
         source: The .onnx file of the model.
         target: The .onnx file to write. The file in ORT format has the suffix ``.ort``.
         release: Release of ONNX Runtime that must run the .onnx file and the .ort file.
-        core: The .onnx file of the model without a tokenizer, for the checker of accelerators.
+        core: The .onnx file of the model without a tokenizer, for the accelerator checker.
 
     Returns:
         The entries ``ort``, ``oldest_release`` and ``providers`` of bundle.json.
@@ -94,7 +94,7 @@ def _check_uses(uses: Collection[Use], name: str, release: str, first: str | Non
     """Raises `ShippingError` for operators that `release` lacks or computes incorrectly.
 
     Args:
-        first: The oldest release that runs the model correctly; None if there is none.
+        first: The oldest release of ONNX Runtime that runs the model correctly; None if no release does.
     """
     unsupported = find_unsupported(release, uses)
     missing = [use for use in unsupported if not use.attention_kind]
@@ -169,12 +169,13 @@ def _convert_opset(model: onnx.ModelProto, opset: int, name: str, release: str) 
     """Returns the model in a lower opset of standard operators.
 
     The ONNX specification defines many operators as functions of other operators. If the lower opset lacks an operator,
-    the function that defines the operator replaces it. If an operator has a different signature in the lower opset, the
-    onnx package converts the operator. An operator whose signature does not change keeps its meaning in the lower
-    opset.
+    the nodes of the operator's function replace the operator. If an operator has a different signature in the lower
+    opset, the onnx package converts the operator. An operator whose signature does not change keeps its meaning in the
+    lower opset.
 
     Raises:
-        ShippingError: The lower opset lacks an operator that no function defines, or onnx cannot convert an operator.
+        ShippingError: The lower opset lacks an operator, and ONNX defines no function for it; or the onnx package
+            cannot convert an operator.
     """
     from onnx import checker, inliner, version_converter
 
@@ -186,7 +187,7 @@ def _convert_opset(model: onnx.ModelProto, opset: int, name: str, release: str) 
             model = inliner.inline_selected_functions(model, names, inline_schema_functions=True)
             unconverted = _newer_operators(model, opset)
         # If the lower opset merely supports fewer types for an operator, the onnx package cannot convert the operator.
-        # So the loop lowers the opset by one at a time, and calls onnx only if the signature of an operator changes.
+        # The loop lowers the opset by one at a time, and calls onnx only if the signature of an operator changes.
         for version in range(_opset(model).version - 1, opset - 1, -1) if not unconverted else ():
             if unconverted := _changed_operators(model, version):
                 model = version_converter.convert_version(model, version)
@@ -207,7 +208,7 @@ def _convert_opset(model: onnx.ModelProto, opset: int, name: str, release: str) 
 
 
 def _opset(model: onnx.ModelProto) -> onnx.OperatorSetIdProto:
-    """Returns the model's entry for the opset of standard operators."""
+    """Returns the model's `opset_import` entry for the standard operators."""
     opset: onnx.OperatorSetIdProto = next(entry for entry in model.opset_import if entry.domain == STANDARD)
     return opset
 
@@ -233,8 +234,8 @@ def _newer_operators(model: onnx.ModelProto, opset: int) -> list[str]:
 def _changed_operators(model: onnx.ModelProto, opset: int) -> list[str]:
     """Returns the model's standard operators whose inputs, outputs or attributes change in `opset`.
 
-    The comparison ignores the types of inputs and outputs. If an operator supports fewer types in `opset`, ONNX Runtime
-    reports a missing type when it loads the file.
+    The function ignores changes in the types of inputs and outputs. If an operator supports fewer types in `opset`,
+    ONNX Runtime reports a missing type when it loads the file.
     """
     from onnx import defs
 

@@ -30,8 +30,8 @@ def save(source: Path, target: Path) -> None:
     """Optimises a model and saves it in ORT format; the saved model is exact on every processor.
 
     If int8 products can saturate, the function stores unsigned weights, because session options do not affect a file in
-    ORT format. A separate process saves the model, because the saved file lists the domains of all operator libraries
-    that its process has loaded.
+    ORT format. ONNX Runtime writes into the file the domains of all operator libraries that the process has loaded, so
+    a new process saves the model.
 
     Args:
         source: Path of the .onnx file to read.
@@ -104,9 +104,9 @@ def _sort_kernel_types(content: bytes) -> bytes:
     """Returns the content of an .ort file with a sorted table of kernel types, so that equal models give equal bytes.
 
     ONNX Runtime writes the table of kernel types in the order of a hash table, whose seed differs in every process. A
-    flatbuffer grows from its end to its start, and ONNX Runtime writes the table of kernel types last. In the
-    file, the model therefore comes after the table of kernel types. The function copies the bytes of the model, which
-    are equal in every process.
+    flatbuffer grows from its end to its start, and ONNX Runtime writes the table of kernel types last. In an .ort file,
+    the model comes after the table of kernel types. The function copies the bytes of the model, which are equal in
+    every process.
     """
     import flatbuffers
 
@@ -130,7 +130,7 @@ def _sort_kernel_types(content: bytes) -> bytes:
 
 
 def _write_resolver(builder: Any, table: Any) -> int:
-    """Writes a sorted copy of `table`, which maps operator → type parameter → inputs and outputs of this type.
+    """Writes a sorted copy of the table of kernel types, which maps operators' type parameters to inputs and outputs.
 
     Returns:
         The offset of the sorted table of kernel types in the flatbuffer.

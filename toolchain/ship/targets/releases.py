@@ -17,7 +17,7 @@ STANDARD, MICROSOFT, ML, EXTENSIONS = "", "com.microsoft", "ai.onnx.ml", "ai.onn
 MICROSOFT_OPSET = 1  # the only version
 DEFAULT = "1.17"
 TABLE = Path(__file__).with_name("releases.json")
-# Possible results of an ONNX Runtime release for a kind of attention, from best to worst.
+# Possible test results of an ONNX Runtime release for a kind of attention, from best to worst.
 RIGHT, REFUSED, WRONG = STATES = ("right", "refused", "wrong")
 
 
@@ -26,7 +26,7 @@ class Release:
     """The newest file versions that a release of ONNX Runtime reads.
 
     Attributes:
-        version: Patch version of the measured wheel, such as 1.17.3.
+        version: Patch version of the tested wheel, such as 1.17.3.
         ir_version: Highest IR version that the release reads.
         opset: Highest opset of standard operators that the release reads.
         ort_format: Highest version of the ORT format that the release reads.
@@ -43,27 +43,28 @@ _table: dict[str, dict[str, Any]] = json.loads(TABLE.read_text(encoding="utf-8")
 RELEASES = {name: Release(**limits) for name, limits in _table["releases"].items()}
 ORDER = list(RELEASES)
 
-# `FIRST_KERNELS` maps a standard operator to the first release with a CPU kernel for it. `FIRST_KERNELS` omits the
-# operators that have a kernel in every release that reads their opset. ONNX Runtime expands an operator without a
-# kernel to its ONNX function in an .onnx file, but not in a file in ORT format. If no release has a kernel for an
-# operator, ONNX Runtime expands the operator to its ONNX function before it saves the file in ORT format.
+# `FIRST_KERNELS` maps a standard operator to the first release with a CPU kernel for it. `FIRST_KERNELS` omits an
+# operator if every release that reads the operator's opset has a kernel for the operator. ONNX Runtime expands an
+# operator without a kernel to its ONNX function in an .onnx file, but not in a file in ORT format. If no release has a
+# kernel for an operator, ONNX Runtime expands the operator to its ONNX function before it saves the file in ORT format.
 FIRST_KERNELS: dict[str, str] = _table["late"]
 
-# Operator of ONNX Runtime → release → the attributes and inputs that this release added. The first release that
-# `OPERATORS` lists for an operator added the operator itself, with a CPU kernel. `OPERATORS` contains the operators
-# that variants use, or that ONNX Runtime's optimiser creates on the CPU. Features listed for release 1.16 may exist in
-# older releases too, because ONNX Runtime 1.15 cannot list its operators.
+# `OPERATORS` maps an operator of ONNX Runtime, and then a release, to the attributes and inputs that this release added
+# to the operator. The first release that `OPERATORS` lists for an operator added the operator itself, with a CPU
+# kernel. `OPERATORS` contains the operators that variants use, or that ONNX Runtime's optimiser creates on the CPU.
+# Features listed for release 1.16 may exist in older releases too, because ONNX Runtime 1.15 cannot list its operators.
 OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     operator: {release: tuple(names) for release, names in by_release.items()}
     for operator, by_release in _table["operators"].items()
 }
-# Kind of attention, such as ``MultiHeadAttention: attention_bias`` → release → one of `STATES`. Each state is the
-# result of a release for padded batches; it also holds for later releases, up to the next release in the dict.
+# `ATTENTION_STATES` maps a kind of attention, such as ``MultiHeadAttention: attention_bias``, and then a release to the
+# release's test result for padded batches, one of `STATES`. If `ATTENTION_STATES` omits a release, the test result of
+# the nearest older release applies.
 ATTENTION_STATES: dict[str, dict[str, str]] = _table["answers"]
 
 
 def attention_state(release: str, kind: str) -> str:
-    """Returns the result of a release for padded batches with a kind of attention, as one of `STATES`.
+    """Returns whether a release computes padded batches correctly with a kind of attention, as one of `STATES`.
 
     Args:
         release: Name of the ONNX Runtime release, such as 1.17.
@@ -99,13 +100,13 @@ class Use:
         """Returns the first ONNX Runtime release that supports the feature; None if no known release does.
 
         For a kind of attention, the returned release and all later releases compute the attention correctly. For a
-        standard operator outside `FIRST_KERNELS`, the function returns the oldest known release, because the file's
-        opset already limits the releases.
+        standard operator outside `FIRST_KERNELS`, the function returns the oldest known release.
+        `oldest_reading_release` separately excludes the releases that cannot read the file's opset.
         """
         if self.attention_kind:
             faulty = [release for release in ORDER if attention_state(release, self.attention_kind) != RIGHT]
             return next(iter(ORDER[ORDER.index(faulty[-1]) + 1 :] if faulty else ORDER), None)
-        # The domain `ML` is older than the known releases, and the domain `EXTENSIONS` belongs to a separate library.
+        # Every known release has the domain `ML`, and the domain `EXTENSIONS` belongs to a separate library.
         if self.domain in (ML, EXTENSIONS):
             return ORDER[0]
         if self.domain == STANDARD:
@@ -130,7 +131,7 @@ def find_unsupported(release: str, uses: Iterable[Use]) -> list[Use]:
 
 
 def oldest_reading_release(ir_version: int = 0, opset: int = 0, ort_format: int = 0) -> str | None:
-    """Returns the first ONNX Runtime release that reads a file with these versions; None if no known release does.
+    """Returns the first ONNX Runtime release that reads the given file versions; None if no known release does.
 
     Args:
         ir_version: IR version of the file.

@@ -115,7 +115,10 @@ def _add_tokenizer(encoder: Encoder, multiple: int) -> tuple[ir.Value, Nodes, di
 
 
 def _frame(encoder: Encoder, multiple: int) -> Frame:
-    """Returns the `Frame` of a text; encodes a text with and without special tokens to find the special tokens."""
+    """Returns the special tokens, padding and truncation of a text.
+
+    The function encodes a text with and without special tokens to find the special tokens.
+    """
     tokenizer = encoder.tokenizer
     ids, text = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
     start = next((i for i in range(len(ids)) if text and ids[i : i + len(text)] == text), None)

@@ -45,7 +45,8 @@ def byte_pairs(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
     added = tokenizer.get_added_tokens_decoder()
     for token in added.values():
         pattern = re.escape(token.content)
-        if token.lstrip or token.rstrip:  # the tokenizer deletes the white space beside this token
+        # With `lstrip` or `rstrip`, the checkpoint's tokenizer deletes the white space before or after an added token.
+        if token.lstrip or token.rstrip:
             before, after = WHITE if token.lstrip else "", WHITE if token.rstrip else ""
             texts = nodes.replace(texts, f"{before}{pattern}{after}", token.content)
     ids, mask = nodes.add_with_outputs(

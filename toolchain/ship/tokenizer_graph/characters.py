@@ -11,10 +11,10 @@ from typing import Any
 from toolchain.errors import ShippingError
 
 SURROGATES = range(0xD800, 0xE000)  # Surrogates are not characters, and not valid in UTF-8.
-# Number of characters in a block, which one call of the tokenizer tests. In most blocks, the tokenizer treats all
-# characters alike.
+# One call of the tokenizer tests a block of this many characters. In most blocks, the tokenizer treats all characters
+# alike.
 BLOCK = 256
-LEFT, RIGHT = "a", "b"  # These letters stand around a tested character; no tokenizer changes them.
+LEFT, RIGHT = "a", "b"  # `changes` tests a character between these letters, which no tokenizer changes.
 DELETED, SPACE = "", " "
 SHIP_WITHOUT_HINT = "Ship without --with-tokenizer."
 

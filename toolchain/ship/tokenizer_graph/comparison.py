@@ -60,7 +60,7 @@ def _compare_tokens(encoder: Encoder, texts: Sequence[str], file: Path) -> int:
 
 
 def _describe_difference(encoder: Encoder, text: str, expected: Sequence[int], actual: Sequence[int]) -> str:
-    """Returns the text, and the tokens of the checkpoint's tokenizer and of the graph at the first difference."""
+    """Returns the text with the first tokens that differ between the checkpoint's tokenizer and the graph."""
     splits = [[encoder.tokenizer.id_to_token(token) or f"id {token}" for token in ids] for ids in (expected, actual)]
     first = next((i for i, pair in enumerate(zip(*splits, strict=False)) if pair[0] != pair[1]), min(map(len, splits)))
     start = max(0, first - 1)

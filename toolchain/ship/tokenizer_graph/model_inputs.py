@@ -74,7 +74,7 @@ def add_model_inputs(nodes: Nodes, tokens: Ragged, frame: Frame, names: Sequence
     index = nodes.add("Sub", position, nodes.numbers([len(frame.prefix)]))
     is_text = nodes.add("And", nodes.add("GreaterOrEqual", index, nodes.numbers([0])), nodes.add("Less", index, counts))
     source = nodes.add("Add", nodes.add("Unsqueeze", tokens.begins, nodes.numbers([1])), index)
-    # Positions outside a text get the padding token, which the graph appends to the concatenated tokens.
+    # The graph appends one padding token to the concatenated tokens; positions outside a text select this token.
     count = nodes.add("Shape", tokens.ids)
     padded = nodes.add("Concat", tokens.ids, nodes.numbers([frame.pad_id]), axis=0)
     ids = nodes.add("Gather", padded, nodes.add("Where", is_text, source, count))

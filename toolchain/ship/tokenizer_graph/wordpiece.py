@@ -63,7 +63,7 @@ def word_pieces(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
 def _choose_marks(tokenizer: Any, changed: Mapping[str, str]) -> dict[str, str]:
     """Returns a control character for each added token, the longest token first.
 
-    The control character replaces the added token in a text before normalisation.
+    Before normalisation, the graph replaces each added token of a text with the token's control character.
 
     Raises:
         ShippingError: The tokenizer keeps control characters, or an ONNX graph cannot express its added tokens.
