@@ -189,7 +189,7 @@ def _operator(name: str, facts_by_release: Mapping[str, Facts]) -> dict[str, lis
             continue
         if names is None or (known_traits or set()) - set(names):
             raise click.ClickException(
-                f"ONNX Runtime {release} removed a part of {name}, which the table cannot express."
+                f"ONNX Runtime {release} removed an attribute or an input of {name}, which the table cannot express."
             )
         if known_traits is None or set(names) - known_traits:
             additions[release] = sorted(set(names) - (known_traits or set()))

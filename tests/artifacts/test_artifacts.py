@@ -109,7 +109,7 @@ def test_load_refuses_a_manifest_with_a_path_outside_its_folder(artifact, path):
     body = json.loads(file.read_text())
     body["files"][0]["path"] = path
     file.write_text(json.dumps(body))
-    with pytest.raises(ArtifactError, match="is outside the folder"):
+    with pytest.raises(ArtifactError, match="is outside the artifact's folder"):
         store.load(artifact.path)
 
 

@@ -129,7 +129,7 @@ def test_an_imported_model_stays_fresh_without_its_checkpoint(tmp_path):
 def test_a_new_version_of_a_step_makes_its_artifacts_stale(tiny, monkeypatch):
     function, version = pipeline.STEPS[Optimize]
     monkeypatch.setitem(pipeline.STEPS, Optimize, (function, version + 1))
-    assert reasons(tiny)["onnx-fp32"] == "this release builds the variant differently"
+    assert reasons(tiny)["onnx-fp32"] == "the version of its build step changed"
 
 
 def tamper(workspace, name="onnx-fp32"):

@@ -260,7 +260,8 @@ def test_the_table_keeps_the_rows_of_the_kept_tokens(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "nodes", "message"),
     [
-        (10, [helper.make_node("Cast", ["input_ids"], ["x"], to=1)], "operators read them: Cast, Gather"),
+        (10, [helper.make_node("Cast", ["input_ids"], ["x"], to=1)], "operators read the token ids: Cast, Gather"),
+        (10, [helper.make_node("Neg", ["table"], ["x"])], "operators read the embedding table: Gather, Neg"),
         (5, [], "token 9, but the embedding table has only 5 rows"),
     ],
 )

@@ -225,7 +225,7 @@ def test_a_noisy_or_stale_winner_is_marked():
     assert line.startswith(
         "Winner: onnx-int8@cpu: p50 1.00 ms, p95 1.00 ms, accuracy 90.00% (+0.00 points), size 20.0 MB"
     )
-    assert "[noisy: the host took 20% of the processor] [stale: a newer build has replaced the artifact]" in line
+    assert "[noisy: the host took 20% of the processor time] [stale: a newer build has replaced the artifact]" in line
     assert choice_json(verdict)["winner"]["stale"] is True
     json.dumps(choice_json(verdict), allow_nan=False)
 

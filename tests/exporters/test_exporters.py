@@ -30,7 +30,7 @@ def distribution(tmp_path, monkeypatch):
         ([], ""),
         (["numpy>=1", "click"], ""),
         (["no-such-package; extra == 'all'"], ""),
-        (["numpy<0.1"], "fake-package needs numpy <0.1, and "),
+        (["numpy<0.1"], "fake-package needs numpy <0.1, but "),
         (["no-such-package>=2"], "fake-package needs no-such-package, which is not installed"),
     ],
 )

@@ -547,7 +547,7 @@ def test_largest_ratio_searches_on_held_out_rows(tiny, sentences):
     ratio = largest_ratio(workspace, Prune(0.5), 100.0, lambda event: lines.append(str(event)), no_bar)
     assert ratio in pruning.SEARCH_RATIOS
     assert any("points on held-out rows" in line for line in lines)
-    with pytest.raises(PruningError, match="Even the smallest ratio"):
+    with pytest.raises(PruningError, match="Even at the smallest ratio"):
         largest_ratio(workspace, Prune(0.5), -200.0, lambda event: lines.append(str(event)), no_bar)
 
 

@@ -45,4 +45,4 @@ def _summarize_rows(counts: Mapping[str, int]) -> str:
     if not counts["rows"]:
         return "none"
     before, after = (counts[key] / counts["rows"] for key in ("right_before", "right_after"))
-    return f"{counts['rows']}, accuracy {before:.2%} → {after:.2%}, {counts['flips']} flips"
+    return f"{counts['rows']} rows, accuracy {before:.2%} → {after:.2%}, {counts['flips']} flips"

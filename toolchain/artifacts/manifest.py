@@ -31,7 +31,7 @@ class FileEntry:
     def __post_init__(self) -> None:
         parts = PurePosixPath(self.path)
         if parts.is_absolute() or ".." in parts.parts:
-            raise ValueError(f"the path {self.path!r} is outside the folder")
+            raise ValueError(f"the path {self.path!r} is outside the artifact's folder")
 
 
 @strict

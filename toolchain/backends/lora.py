@@ -121,8 +121,8 @@ def _build_config(adapter: Path, base: Path, tensors: Mapping[str, torch.Tensor]
     config: PretrainedConfig = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
     adapter_config = config_of(adapter) if (adapter / "config.json").is_file() else {}
     rows = [len(tensors[_PREFIX + name]) for name in _class_sized_weights(config) if _PREFIX + name in tensors]
-    count = rows[0] if rows else config.num_labels
     base_names = config.id2label or {}
+    count = rows[0] if rows else len(base_names)
     names = base_names if len(base_names) == count else {index: f"LABEL_{index}" for index in range(count)}
     labels = adapter_config.get("id2label") or {str(index): name for index, name in names.items()}
     task = adapter_config.get("problem_type") or config.problem_type

@@ -154,7 +154,7 @@ def _reason_to_build(step: Step, artifact: Artifact | None, parent: VariantPlan 
         changes = ", ".join(f"{key} {old_settings.get(key)} → {new_settings.get(key)}" for key in keys)
         return "the checkpoint changed" if isinstance(step, Import) else f"other settings: {changes}"
     if manifest.step_version != STEPS[type(step)][1]:
-        return "this release builds the variant differently"
+        return "the version of its build step changed"
     if parent and parent.reason:
         return f"{parent.variant.name} is built again"
     if parent and parent.artifact and parent.artifact.manifest.id != manifest.parent_id:

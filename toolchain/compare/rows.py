@@ -129,9 +129,9 @@ class Row:
         noise, bounds, p50 = self.measurement.noise, self.latency_interval, self.measurement.latency_ms.get("p50")
         reasons = []
         if (share := noise.get("steal_share", 0.0)) > STEAL_SHARE:
-            reasons.append(f"the host took {share:.0%} of the processor")
+            reasons.append(f"the host took {share:.0%} of the processor time")
         if (share := noise.get("others_share", 0.0)) > OTHERS_SHARE:
-            reasons.append(f"other processes used {share:.0%} of the processor")
+            reasons.append(f"other processes used {share:.0%} of the processor time")
         if bounds and p50 and (bounds[1] - bounds[0]) / 2 > INTERVAL_SHARE * p50:
             reasons.append(f"the median's interval is {bounds[0]:.2f} to {bounds[1]:.2f} ms")
         return ", ".join(reasons)

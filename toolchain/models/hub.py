@@ -76,7 +76,7 @@ def _query_revision(ref: str, revision: str | None) -> tuple[str, frozenset[str]
         return folder.name, frozenset(path.name for path in folder.iterdir())
 
 
-def _connection_errors() -> tuple[type[BaseException], ...]:
+def _connection_errors() -> tuple[type[Exception], ...]:
     """Returns the classes of the errors that an unreachable hub raises.
 
     Depending on its release, huggingface_hub uses the HTTP library requests, httpx or httpx2. `HfHubHTTPError` inherits
@@ -84,7 +84,7 @@ def _connection_errors() -> tuple[type[BaseException], ...]:
     """
     from huggingface_hub.errors import HfHubHTTPError
 
-    return (OSError, *HfHubHTTPError.__bases__)
+    return (OSError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)))
 
 
 def _call_hub(ref: str, revision: str | None, request: Callable[[], T]) -> T:
@@ -93,6 +93,7 @@ def _call_hub(ref: str, revision: str | None, request: Callable[[], T]) -> T:
 
     hint = f"Check the hub id {ref}, or download the model elsewhere and pass its folder: --model PATH."
     log_in = "Log in with `hf auth login`, or set HF_TOKEN to a token with access."
+    failures: tuple[type[Exception], ...] = (*_connection_errors(), hub.HFValidationError, UnicodeError)
     try:
         return request()
     except hub.GatedRepoError as error:
@@ -111,5 +112,5 @@ def _call_hub(ref: str, revision: str | None, request: Callable[[], T]) -> T:
         if status in (401, 403):
             raise HubError(f"The hub denies access to {ref} with this login (HTTP {status}).", log_in) from error
         raise HubError(f"{ref} is not a folder, and its download from the hub failed.", hint) from error
-    except (*_connection_errors(), hub.HFValidationError, UnicodeError) as error:
+    except failures as error:
         raise HubError(f"{ref} is not a folder, and its download from the hub failed.", hint) from error

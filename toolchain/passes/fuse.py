@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from toolchain.passes.graph import constant
+from toolchain.passes.graph import array_of, constant
 from toolchain.system.quiet import hide_logs
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _projection_width(value: ir.Value | None) -> int | None:
         node = products[0] if products else None
     if node is None or node.op_type != "MatMul" or node.inputs[1] is None or node.inputs[1].const_value is None:
         return None
-    return int(node.inputs[1].const_value.shape[-1])
+    return int(array_of(node.inputs[1]).shape[-1])
 
 
 def _integer(value: ir.Value | None) -> int | None:

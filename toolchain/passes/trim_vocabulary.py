@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from toolchain.errors import GraphError
@@ -31,12 +32,18 @@ def trim_vocabulary(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     users = [node for node in ids.consumers() if node.op_type != "Shape"] if ids else []
     table = users[0].inputs[0] if len(users) == 1 and users[0].op_type == "Gather" else None
     tensor = table.const_value if table is not None else None
-    if table is None or tensor is None or tensor.shape.rank() != 2 or len(table.consumers()) != 1:
-        operators = ", ".join(sorted(node.op_type for node in users)) or "nothing"
+    hint = "Run the command without --trim-vocab."
+    if table is None or tensor is None or tensor.shape.rank() != 2:
         raise GraphError(
-            "The vocabulary of this graph cannot be trimmed. Only the look-up of one table may read the token ids, but "
-            f"these operators read them: {operators}.",
-            "Run the command without --trim-vocab.",
+            "The vocabulary of this graph cannot be trimmed. Only the look-up in the embedding table may read the "
+            f"token ids, but these operators read the token ids: {_operators(users)}.",
+            hint,
+        )
+    if len(table.consumers()) != 1:
+        raise GraphError(
+            "The vocabulary of this graph cannot be trimmed, because several operators read the embedding table: "
+            f"{_operators(table.consumers())}.",
+            hint,
         )
     array = tensor.numpy()
     if context.tokens[-1] >= len(array):
@@ -47,3 +54,7 @@ def trim_vocabulary(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     rows = array[list(context.tokens)]
     table.const_value, table.shape = ir.tensor(rows, name=table.name), ir.Shape(rows.shape)
     return model, 1
+
+
+def _operators(nodes: Sequence[ir.Node]) -> str:
+    return ", ".join(sorted(node.op_type for node in nodes)) or "none"

@@ -116,8 +116,9 @@ def largest_ratio(
         low, high = (middle, high) if drops[ratio] <= max_drop else (low, middle)
     if low < 0:
         raise PruningError(
-            f"Even the smallest ratio, {SEARCH_RATIOS[0]:g}, loses more than {max_drop:g} points of accuracy on "
-            "held-out rows" + (f" ({drops[SEARCH_RATIOS[0]]:.2f})." if SEARCH_RATIOS[0] in drops else "."),
+            f"Even at the smallest ratio, {SEARCH_RATIOS[0]:g}, the pruned model loses more than "
+            f"{max_drop:g} points of accuracy on held-out rows"
+            + (f" ({drops[SEARCH_RATIOS[0]]:.2f})." if SEARCH_RATIOS[0] in drops else "."),
             "Allow a larger --max-drop, or choose a --ratio and train afterwards with --recover.",
         )
     return SEARCH_RATIOS[low], sorted(drops.items())

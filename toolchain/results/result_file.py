@@ -136,7 +136,7 @@ class _StoredSamples:
         if not all(value > 0 for row in (*self.rounds, *self.sentences) for value in row):
             raise ValueError("a time or a number of sentences is not positive")
         if [len(row) for row in self.rounds] != [len(row) for row in self.sentences]:
-            raise ValueError("a round does not have one number of sentences for each time")
+            raise ValueError("a round has more or fewer numbers of sentences than times")
 
     def to_samples(self) -> Samples:
         return Samples(self.rounds, self.sentences, self.count)

@@ -64,7 +64,7 @@ def unmet_requirement(package: str) -> str:
             if version is None:
                 return f"{package} needs {requirement.name}, which is not installed"
             if not requirement.specifier.contains(version, prereleases=True):
-                return f"{package} needs {requirement.name} {requirement.specifier}, and {version} is installed"
+                return f"{package} needs {requirement.name} {requirement.specifier}, but {version} is installed"
     except importlib.metadata.PackageNotFoundError:
         return f"{package} is not installed"
     return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +71,8 @@ def import_checkpoint(job: Job[Import]) -> StepResult:
         raise CheckpointError(
             f"The embedding table has no row for the pad_token_id {model.config.pad_token_id}.", "Correct config.json."
         )
-    id2label = model.config.id2label or {}
-    labels = tuple(str(id2label[index]) for index in range(model.config.num_labels))
+    id2label: Mapping[Any, str] = model.config.id2label or {}
+    labels = tuple(str(id2label[index]) for index in range(len(id2label)))
     return StepResult(
         step=job.step,
         inputs=tuple(TensorSpec(name, "int64", ("batch_size", "sequence_length")) for name in names),

@@ -28,7 +28,8 @@ def prune(job: Job[Prune]) -> StepResult:
     Raises:
         PruningError: The model is already pruned, its architecture is not supported, or its size rules out the
             requested ratio or number of layers.
-        DataError: The training data does not fit the model, or a gradient is not finite.
+        DataError: The training data is unreadable, has too few rows or does not fit the model, or a gradient is not
+            finite.
         ArtifactError: The stored model gives other logits than the pruned model.
     """
     step = job.step

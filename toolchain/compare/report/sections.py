@@ -23,7 +23,7 @@ from toolchain.compare.rows import Quality, Row
 _FigureColumn = tuple[str, Callable[[Row], Figure | None]]
 
 MEANINGS = {
-    "baseline": "Ratios are against this row.",
+    "baseline": "The ratios in other rows compare with this row.",
     "Pareto": "No other row is at least as good in accuracy, latency and size, and better in one of them.",
     "noisy": "The times are unreliable",
     "stale": "A newer build has replaced the measured artifact.",
