@@ -13,10 +13,10 @@ pass or use an alternative; it counts their flips instead. All graphs are measur
 Runtime's default session options and symbolic shapes.
 
 When ONNX Runtime loads a graph, it fuses operators that the toolchain has not fused. ONNX Runtime creates
-SkipLayerNormalization only if the graph has fixed shapes. In apps with fixed shapes, the pass `residual-sum` prevents
-the fusion to SkipLayerNormalization. This script uses symbolic shapes, so `residual-sum` has no fusion to prevent and
-cannot save time. In the printed table, the row with SkipLayerNormalization shows the time that the fusion to this
-operator costs.
+SkipLayerNormalization only if the graph has fixed shapes. In apps that give the model inputs of a fixed shape, the pass
+`residual-sum` prevents the fusion to SkipLayerNormalization. This script uses symbolic shapes, so `residual-sum` has no
+fusion to prevent and cannot save time. In the printed table, the row with SkipLayerNormalization shows the time that
+the fusion to this operator costs.
 
 Each ratio is the time without a pass, or with an alternative to the pass, divided by the time with the pass. A ratio
 above 1 means that the pass makes the graph faster. Each ratio has a 95 % interval over the rounds of the benchmark. The

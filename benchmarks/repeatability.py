@@ -91,7 +91,7 @@ def agree(one: Ratio, other: Ratio) -> bool:
 @click.argument("files", nargs=2, type=click.Path(path_type=Path))
 @click.option("--save-as", default="runs-reference", show_default=True)
 def runs(files: tuple[Path, Path], save_as: str) -> None:
-    """Compares the time ratios of two benchmark runs of the same cells."""
+    """Compares how much faster each cell is than the baseline in two benchmark runs of the same cells."""
     one, other = ({row.measurement.cell: row for row in compare([ResultFile.read(path)])} for path in files)
     pairs: list[dict[str, Any]] = []
     for cell, row in one.items():

@@ -108,7 +108,7 @@ def test_plain_lines_and_standard_input_are_texts(model, tmp_path, monkeypatch, 
 
 def test_an_option_can_name_the_column(model, tmp_path):
     source = write_texts(tmp_path / "in.csv", ["good", "bad"], column="review")
-    with pytest.raises(DataError, match="no column 'sentence' or 'text'; it has 'id', 'review'"):
+    with pytest.raises(DataError, match=r"no column 'sentence' or 'text'. Its columns: 'id', 'review'"):
         list(Texts(str(source)).read())
     assert list(Texts(str(source), "review").read()) == ["good", "bad"]
 
@@ -128,7 +128,7 @@ def write_unreadable(folder, case):
     file = folder / {"parquet": "a.parquet", "jsonl": "a.jsonl"}.get(case.split()[0], "a.csv")
     if case == "parquet column":
         pyarrow.parquet.write_table(pyarrow.table({"review": ["a"]}), file)
-        return file, r"no column 'sentence' or 'text'; it has 'review'"
+        return file, r"no column 'sentence' or 'text'. Its columns: 'review'"
     if case == "parquet numbers":
         pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), file)
         return file, "row 1: the column 'text' holds no text"
@@ -142,7 +142,7 @@ def write_unreadable(folder, case):
         "jsonl number": (b'{"text": 5}\n', "row 1: the column 'text' holds no text"),
         "csv fields": (b"text,label\ngood,1\nbad\n", "row 2: the number of fields is 1 instead of 2"),
         "csv quote": (b'text,label\n"good,1\n', "line 2"),
-        "csv empty": (b"", "it has none"),
+        "csv empty": (b"", "Its columns: none"),
         "csv latin-1": ("text\nschön\n".encode("latin-1"), "is not UTF-8"),
         "csv missing": (None, "No such file"),
     }[case]

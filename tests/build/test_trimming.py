@@ -463,7 +463,7 @@ def test_a_comparison_has_a_note_on_each_trimmed_vocabulary():
     lines = [line for line in notes(compare([rows])) if "tokens kept" in line]
     assert lines == [
         "onnx-int8+small@cpu: 5,000 of 30,522 tokens kept, 9.0 MB saved; held-out rows, compared with the fp32 "
-        "parent: 40, accuracy 90.00% → 87.50%, 3 flips; held-out rows with a removed token: none"
+        "parent: 40 rows, accuracy 90.00% → 87.50%, 3 flips; held-out rows with a removed token: none"
     ]
 
 

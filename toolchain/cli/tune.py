@@ -75,9 +75,9 @@ def tune(
 ) -> None:
     """Search for the fastest or smallest ONNX artifact within the allowed accuracy drop; measures on this machine.
 
-    The search tries pruning ratios, depths and costs, epochs of recovery, 8 and 4 bits, and layers kept in fp32. Each
-    trial remains as a variant whose label starts with `tune`. If you interrupt the search, the same command continues
-    it.
+    The search varies the pruning (ratio, depth and measure of cost), the epochs of recovery, the number of bits (8 or
+    4), and which layers stay in fp32. Each trial remains as a variant whose label starts with `tune`. If you interrupt
+    the search, the same command continues it.
     The search measures accuracy on held-out rows of the training data. At the end, the command measures the Pareto
     front of the trials once on the validation set.
 

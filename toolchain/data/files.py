@@ -229,7 +229,7 @@ def text_columns(names: Sequence[str], text: str | None, pair: str | None, file:
     if text is None and not any(name in names for name in TEXT_COLUMNS):
         fault = f"no column {' or '.join(map(repr, TEXT_COLUMNS))}"
         raise DataError(
-            f"{file} has {fault}; it has {_format_names(names)}.", "Name the column of texts with --text-column."
+            f"{file} has {fault}. Its columns: {_format_names(names)}.", "Name the column of texts with --text-column."
         )
     text = text or next(name for name in TEXT_COLUMNS if name in names)
     text_column = require_column(names, text, file, "--text-column")
@@ -268,7 +268,7 @@ def require_column(names: Sequence[str], column: str, file: str, option: str) ->
     """
     if column not in names:
         raise DataError(
-            f"{file} has no column {column!r}; it has {_format_names(names)}.", f"Choose a column with {option}."
+            f"{file} has no column {column!r}. Its columns: {_format_names(names)}.", f"Choose a column with {option}."
         )
     return column
 

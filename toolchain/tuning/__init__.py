@@ -137,8 +137,8 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
             start = study.most_pruned_trained(in_time)
         trial, candidate = study.ask(in_time[0] if idle >= PROPOSALS else start)
         if candidate not in in_time:
-            # The search does not give up a rejected proposal of the sampler for good. The search may still measure the
-            # rejected candidate without training, to decide whether training is worthwhile.
+            # A candidate that the sampler proposed may come again: the search may still measure the candidate without
+            # training, to decide whether training is worthwhile.
             study.give_up(trial, candidate, for_good=candidate == start)
             idle += 1
             continue

@@ -50,8 +50,8 @@ ORDER = list(RELEASES)
 FIRST_KERNELS: dict[str, str] = _table["late"]
 
 # `OPERATORS` maps an operator of ONNX Runtime, and then a release, to the attributes and inputs that this release added
-# to the operator. The first release that `OPERATORS` lists for an operator added the operator itself, with a CPU
-# kernel. `OPERATORS` contains the operators that variants use, or that ONNX Runtime's optimiser creates on the CPU.
+# to the operator. The first release in an operator's list is the release that added the operator and its CPU kernel.
+# `OPERATORS` contains the operators that variants use, or that ONNX Runtime's optimiser creates on the CPU.
 # Features listed for release 1.16 may exist in older releases too, because ONNX Runtime 1.15 cannot list its operators.
 OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     operator: {release: tuple(names) for release, names in by_release.items()}
