@@ -20,6 +20,9 @@ NARROW = {
     "max_position_embeddings": 128,
     "initializer_range": 0.3,
 }
+# Token ids of [CLS], [SEP] and others, which ModernBERT and EuroBERT keep in their configs.
+MODERN_TOKENS = {"cls_token_id": 2, "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3}
+EURO_TOKENS = {"bos_token_id": 2, "eos_token_id": 3, "mask_token_id": 4}
 TYPED = ("input_ids", "attention_mask", "token_type_ids")
 PLAIN = TYPED[:2]
 # In transformers 5, ALBERT's tokenizer gives no token types, so the exported model takes none.
@@ -28,15 +31,14 @@ ALBERT_INPUTS = PLAIN if transformers.__version__.startswith("5.") else TYPED
 # --- tokenizers, trained on the sentences of the embedded validation set
 
 
-def wordpiece(words):
+def wordpiece(words, special=("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")):
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokenizer.train_from_iterator(
-        words, trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+        words, trainers.WordPieceTrainer(vocab_size=400, special_tokens=list(special), show_progress=False)
     )
-    return add_template(tokenizer)
+    return add_template(tokenizer, special)
 
 
 def byte_level(words):
@@ -65,16 +67,20 @@ def unigram(words, special=("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")):
         vocab_size=400, unk_token=unknown, special_tokens=list(special), show_progress=False
     )
     tokenizer.train_from_iterator(words, trainer)
-    return add_template(tokenizer)
+    return add_template(tokenizer, special)
 
 
 albert_unigram = functools.partial(unigram, special=("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"))
+# In MPNet and XLM-RoBERTa, <pad> is token 1.
+mpnet_wordpiece = functools.partial(wordpiece, special=("<s>", "<pad>", "</s>", "[UNK]", "<mask>"))
+xlm_unigram = functools.partial(unigram, special=("<s>", "<pad>", "</s>", "<unk>", "<mask>"))
 
 
-def add_template(tokenizer):
-    """Makes the tokenizer put [CLS] before and [SEP] after each text."""
-    special_tokens = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special_tokens)
+def add_template(tokenizer, special):
+    """Makes the tokenizer put [CLS] before and [SEP] after each text, or <s> and </s> if `special` has these."""
+    first, last = ("[CLS]", "[SEP]") if "[CLS]" in special else ("<s>", "</s>")
+    special_tokens = [(token, tokenizer.token_to_id(token)) for token in (first, last)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{first} $A {last}", special_tokens=special_tokens)
     return tokenizer
 
 
@@ -131,6 +137,9 @@ ARCHITECTURES = {
     "roberta": Architecture(
         "Roberta", byte_level, {**NARROW, "max_position_embeddings": 130, "type_vocab_size": 1}, PLAIN, FUSED, 9, 3
     ),
+    "xlm-roberta": Architecture(
+        "XLMRoberta", xlm_unigram, {**NARROW, "max_position_embeddings": 130, "type_vocab_size": 1}, PLAIN, FUSED, 9, 3
+    ),
     # Unlike BERT, ELECTRA has a linear layer that projects the embeddings, and a Gelu in its classification head.
     "electra": Architecture(
         "Electra", wordpiece, {**NARROW, "embedding_size": 16}, TYPED, {"Attention": 2, "Gelu": 3}, 10, 3
@@ -167,8 +176,30 @@ ARCHITECTURES = {
         24,
         3,
     ),
+    # No pass fuses the attention of MPNet, which adds a bias for the distance of two tokens to the scores.
+    "mpnet": Architecture(
+        "MPNet", mpnet_wordpiece, {**NARROW, "max_position_embeddings": 130}, PLAIN, {"Gelu": 2}, 13, 3
+    ),
+    # ModernBERT and EuroBERT rotate queries and keys, and normalise the input of each sub-block, not its output. Each
+    # layer of ModernBERT has four linear layers, and its FFN has a gate.
+    "modernbert": Architecture(
+        "ModernBert",
+        wordpiece,
+        {key: value for key, value in NARROW.items() if key != "initializer_range"}
+        | {"num_hidden_layers": 3, "global_attn_every_n_layers": 3, "local_attention": 16, **MODERN_TOKENS},
+        PLAIN,
+        {"Gelu": 4},
+        13,
+        1,
+    ),
 }
-PRUNABLE = ("distilbert", "bert", "minilm", "roberta", "electra")
+if hasattr(transformers, "EuroBertConfig"):  # transformers 4.57 does not know EuroBERT
+    ARCHITECTURES["eurobert"] = Architecture(
+        "EuroBert", wordpiece, {**NARROW, **EURO_TOKENS}, PLAIN, {"Gelu": 1}, 16, 1
+    )
+PRUNABLE = ("distilbert", "bert", "minilm", "roberta", "xlm-roberta", "electra")
+# Architectures whose layers compute other values for a padding token than for token 0.
+POSITIONAL = ("deberta-v2", "mobilebert", "mpnet", "modernbert", "eurobert")
 
 
 def make(folder, kind, **changes):
@@ -176,9 +207,13 @@ def make(folder, kind, **changes):
     architecture = ARCHITECTURES[kind]
     labels = {"id2label": {0: "NEGATIVE", 1: "POSITIVE"}, "label2id": {"NEGATIVE": 0, "POSITIVE": 1}}
     trained_tokenizer = architecture.tokenizer(inputs.load_embedded().texts)
-    tokenizer = getattr(transformers, f"{architecture.stem}TokenizerFast")(
-        tokenizer_object=trained_tokenizer, model_max_length=128
-    )
+    tokenizer_class = getattr(transformers, f"{architecture.stem}TokenizerFast", None)
+    if tokenizer_class is None:  # the architecture uses the generic class, which names no special tokens
+        names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+        tokenizer_class = functools.partial(
+            transformers.PreTrainedTokenizerFast, model_input_names=list(PLAIN), **names
+        )
+    tokenizer = tokenizer_class(tokenizer_object=trained_tokenizer, model_max_length=128)
     config = getattr(transformers, f"{architecture.stem}Config")(
         vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **{**labels, **architecture.config, **changes}
     )

@@ -41,6 +41,8 @@ class Encoder:
         pad_id: Token id for padding.
         max_length: Largest number of tokens of a text or pair.
         multi_label: Whether the model can predict several labels for one text.
+        padding_sides: ``right`` and, unless attention is local, ``left``. With local attention (ModernBERT), token 0 of
+            a text with much padding on the left is too far from the text's tokens to attend to them.
     """
 
     folder: Path
@@ -49,6 +51,7 @@ class Encoder:
     pad_id: int
     max_length: int
     multi_label: bool = False
+    padding_sides: tuple[str, ...] = ("right", "left")
 
     @classmethod
     def open(cls, folder: Path, names: Sequence[str], max_length: int) -> Encoder:
@@ -74,7 +77,8 @@ class Encoder:
         tokenizer.enable_truncation(max_length)
         config = json.loads((folder / "config.json").read_text())
         pad, multi = config.get("pad_token_id") or 0, config.get("problem_type") == MULTI
-        return cls(folder, tokenizer, tuple(names), pad, max_length, multi)
+        sides = ("right",) if config.get("local_attention") else ("right", "left")
+        return cls(folder, tokenizer, tuple(names), pad, max_length, multi, sides)
 
     def encode(self, texts: Sequence[Text]) -> list[Tokens]:
         """Returns the token ids of each text or pair, with special tokens.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from toolchain.exporters import INPUT_AXES, OUTPUT_AXES
 
@@ -24,7 +25,7 @@ def write_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence
     examples = {name: torch.ones((2, 16), dtype=torch.int64) for name in names}
     # The example batch contains padding, so that a model does not leave its mask out of the trace.
     examples["attention_mask"][1, -1] = 0
-    with _eager_attention(model), _tuple_outputs(model), warnings.catch_warnings(), torch.no_grad():
+    with _eager_attention(model), _logits_only(model), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # tracing warns about values that become constants; these values never change
         torch.onnx.export(
             model,
@@ -52,11 +53,16 @@ def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _tuple_outputs(model: PreTrainedModel) -> Iterator[None]:
-    """While the context is open, the model returns a tuple, because tracing accepts no other output class."""
-    previous = model.config.return_dict
-    model.config.return_dict = False
+def _logits_only(model: PreTrainedModel) -> Iterator[None]:
+    """While the context is open, the model returns only its logits, because tracing accepts no output class."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def logits(*arguments: Any, **inputs: Any) -> Any:
+        return forward(*arguments, **inputs).logits
+
+    model.forward = logits
     try:
         yield
     finally:
-        model.config.return_dict = previous
+        del model.forward

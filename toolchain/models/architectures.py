@@ -83,6 +83,7 @@ LAYOUTS = {
     ),
     "bert": _BERT,
     "roberta": replace(_BERT, layers="roberta.encoder.layer"),
+    "xlm-roberta": replace(_BERT, layers="roberta.encoder.layer"),
     "electra": replace(_BERT, layers="electra.encoder.layer"),
 }
 LAYER_SHARING = {"albert"}  # Architectures that store one layer and run it several times.
@@ -90,6 +91,9 @@ LAYER_SHARING = {"albert"}  # Architectures that store one layer and run it seve
 UNPRUNABLE = {
     "albert": "{model} uses the same weights in all layers, so no layer can be pruned separately.",
     "deberta-v2": "{model} uses the same weights for positions and words, so no head can be removed separately.",
+    "eurobert": "{model} has gates in its feed-forward parts, so it cannot be pruned.",
+    "modernbert": "{model} computes queries, keys and values in one layer and has gates, so it cannot be pruned.",
+    "mpnet": "{model} has one table of position biases for the heads of all layers, so no head can be removed.",
     "mobilebert": "{model} has bottleneck layers and several feed-forward parts in each layer, so it cannot be pruned.",
 }
 

@@ -43,6 +43,9 @@ def fuse(
     _state_heads(model)
     with hide_logs():
         fused = BertOnnxModel(ir.to_proto(model), context.heads, context.width)
+        # ONNX Runtime fuses RMS normalisation when it loads a graph. A stored graph must not contain the fused
+        # operator, because the ONNX checker does not know it.
+        fused.fuse_simplified_layer_norm = lambda: None
         fused.optimize(options, add_dynamic_axes=False)
     result = ir.from_proto(fused.model)
     result.graph.opset_imports.setdefault(DOMAIN, 1)  # Shape inference needs an opset for the fused operators.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 IDS, MASK = "input_ids", "attention_mask"
 SHAPE = "Shape"
 FUSED = {"Attention", "MultiHeadAttention"}
-RELATIVE = "GatherElements"  # With GatherElements, DeBERTa looks up attention scores by the distance of two tokens.
+ROTARY = {"Cos", "Sin"}  # ModernBERT and EuroBERT rotate queries and keys by angles that depend on the position.
 # Operators that may combine several tokens; none of them may precede the LayerNormalization of the embeddings.
 MIXES = {"Attention", "MatMul", "Gemm", "Einsum", "Softmax"}
 
@@ -33,8 +33,8 @@ def padding(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     side. The pass applies if the classifier reads token 0, every attention is masked, and the embeddings end in a
     LayerNormalization.
 
-    The pass does not apply if attention uses relative positions (DeBERTa). With relative positions, a padding token
-    would not compute the same values as token 0.
+    The pass does not apply if attention uses relative positions (DeBERTa, MPNet) or rotates queries and keys
+    (ModernBERT). In such models, a padding token would not compute the same values as token 0.
     """
     inputs = {value.name: value for value in model.graph.inputs}
     ids, mask = inputs.get(IDS), inputs.get(MASK)
@@ -72,7 +72,7 @@ def _collect_ancestors(node: ir.Node, stop: Collection[str] = ()) -> tuple[set[i
 
 
 def _masks_every_attention(model: ir.Model, mask: ir.Value) -> bool:
-    """Returns whether the graph has attention, and every attention node takes the mask and no relative positions.
+    """Returns whether the graph has attention, and every attention node takes the mask and no positions.
 
     The search from each attention node for the mask and relative positions stops at operators in `MIXES` and at the
     LayerNormalization of the layer's input. A search that continued into the embeddings would mistake the token type
@@ -80,9 +80,22 @@ def _masks_every_attention(model: ir.Model, mask: ir.Value) -> bool:
     """
     attentions = [n for n in model.graph if n.op_type == "Softmax" or (n.op_type in FUSED and n.domain == DOMAIN)]
     ancestors = [_collect_ancestors(node, {*MIXES, "LayerNormalization"}) for node in attentions]
-    return bool(ancestors) and all(
-        mask in values and RELATIVE not in {n.op_type for n in nodes} for nodes, values in ancestors
+    rotates = any(node.op_type in ROTARY for node in model.graph)
+    return (
+        bool(ancestors)
+        and not rotates
+        and all(mask in values and not any(map(_looks_up_distances, nodes)) for nodes, values in ancestors)
     )
+
+
+def _looks_up_distances(node: ir.Node) -> bool:
+    """Returns whether a node before a Softmax looks up values by the distance of two tokens.
+
+    DeBERTa looks up attention scores with GatherElements, and MPNet looks up biases in a stored table.
+    """
+    table = node.inputs[0] if node.op_type == "Gather" else None
+    stores_numbers = table is not None and table.const_value is not None and table.const_value.dtype.is_floating_point()
+    return node.op_type == "GatherElements" or stores_numbers
 
 
 def _may_mix_tokens(node: ir.Node) -> bool:

@@ -178,9 +178,12 @@ def _golden_content(contents: Contents, encoder: Encoder) -> dict[str, Any]:
     """
     rows = encoder.encode(contents.sentences)
     batch_rows = [index for index, row in enumerate(rows) if len(row) < encoder.max_length][:GOLDEN_BATCH]
-    batches = [{"padding": side, "sentences": batch_rows} for side in ("right", "left")]
+    batches = [{"padding": side, "sentences": batch_rows} for side in encoder.padding_sides]
     single_batches = [pad([row], encoder.names, encoder.pad_id) for row in rows]
-    padded_batches = [pad([rows[i] for i in batch_rows], encoder.names, encoder.pad_id, left) for left in (False, True)]
+    padded_batches = [
+        pad([rows[i] for i in batch_rows], encoder.names, encoder.pad_id, side == "left")
+        for side in encoder.padding_sides
+    ]
     logits, batch_logits = {}, {}
     for artifact in contents.artifacts:
         name = artifact.manifest.variant

@@ -33,7 +33,7 @@ TEXTS = {
 def grid(encoder: Encoder, sentences: Sequence[Text]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """Yields named batches of many shapes: 1 token up to the model's limit, batch sizes 1, 2 and 7, and unusual texts.
 
-    Batches of mixed lengths occur with padding on the right and on the left.
+    Batches of mixed lengths occur with padding on every side that the model supports.
 
     Args:
         encoder: `Encoder` of the model.
@@ -45,8 +45,12 @@ def grid(encoder: Encoder, sentences: Sequence[Text]) -> Iterator[tuple[str, dic
     def ids(length: int) -> list[int]:
         return [rng.randrange(vocabulary) for _ in range(length)]
 
-    def batch(rows: Sequence[Sequence[int]], left_padding: bool = False) -> dict[str, np.ndarray]:
-        return pad(rows, encoder.names, encoder.pad_id, left_padding)
+    def batch(rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        return pad(rows, encoder.names, encoder.pad_id)
+
+    def padded(name: str, rows: Sequence[Sequence[int]]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+        for side in encoder.padding_sides:
+            yield f"{name}, {side} padding", pad(rows, encoder.names, encoder.pad_id, side == "left")
 
     lengths = sorted({min(length, encoder.max_length) for length in (*LENGTHS, encoder.max_length)})
     for length in lengths:
@@ -54,16 +58,13 @@ def grid(encoder: Encoder, sentences: Sequence[Text]) -> Iterator[tuple[str, dic
     for size in (2, 7):
         yield f"{size} × 25 tokens", batch([ids(min(25, encoder.max_length)) for _ in range(size)])
         mixed_rows = [ids(length) for length in rng.sample(lengths, min(size, len(lengths)))]
-        yield f"{size} mixed lengths, right padding", batch(mixed_rows)
-        yield f"{size} mixed lengths, left padding", batch(mixed_rows, left_padding=True)
+        yield from padded(f"{size} mixed lengths", mixed_rows)
     for name, text in TEXTS.items():
         yield name, batch(encoder.encode([text]))
     text_rows = encoder.encode([*TEXTS.values(), *sentences[:3]])
-    yield "7 texts, right padding", batch(text_rows)
-    yield "7 texts, left padding", batch(text_rows, left_padding=True)
+    yield from padded("7 texts", text_rows)
     pairs = encoder.encode([(TEXTS["accents"], TEXTS["emoji"]), (TEXTS["emoji"], TEXTS["over-long text"])])
-    yield "2 pairs of texts, right padding", batch(pairs)
-    yield "2 pairs of texts, left padding", batch(pairs, left_padding=True)
+    yield from padded("2 pairs of texts", pairs)
 
 
 def validate(
