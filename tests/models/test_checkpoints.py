@@ -256,6 +256,21 @@ def test_an_untrained_head_is_refused(checkpoint):
         load_model(checkpoint)
 
 
+def test_a_model_type_that_transformers_does_not_know_is_refused(checkpoint):
+    from toolchain.backends.pytorch import load_model
+
+    edit_config(checkpoint, model_type="bert-of-next-year")
+    with pytest.raises(CheckpointError, match=r"model type 'bert-of-next-year', which transformers \S+ does not know"):
+        load_model(checkpoint)
+
+
+def test_unknown_keys_in_a_config_are_ignored(checkpoint):
+    from toolchain.backends.pytorch import load_model
+
+    edit_config(checkpoint, setting_of_next_year={"size": 1})
+    assert load_model(checkpoint).config.model_type == "distilbert"
+
+
 def test_weights_that_do_not_fit_the_config_are_refused(checkpoint):
     from toolchain.backends.pytorch import load_model
 

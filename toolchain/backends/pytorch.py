@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,6 +56,7 @@ def _load_dense(folder: Path) -> tuple[PreTrainedModel, list[str]]:
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    _require_known_architecture(folder)
     result: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForSequenceClassification.from_pretrained(
         folder,
         dtype=torch.float32,
@@ -74,6 +76,22 @@ def _load_dense(folder: Path) -> tuple[PreTrainedModel, list[str]]:
             "Correct config.json (id2label sets the number of classes), or save the model again.",
         )
     return model, sorted(info["missing_keys"])
+
+
+def _require_known_architecture(folder: Path) -> None:
+    """Checks that transformers knows the model type in config.json.
+
+    Raises:
+        CheckpointError: transformers does not know the model type, which a newer release may have added.
+    """
+    import transformers
+
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind not in transformers.CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{folder} has the model type {kind!r}, which transformers {transformers.__version__} does not know.",
+            "Install the release of transformers that saved the model, or pass a model of another architecture.",
+        )
 
 
 def mismatched_weights(info: Mapping[str, Any]) -> list[str]:
@@ -104,6 +122,7 @@ def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreT
     from transformers import AutoModelForSequenceClassification
 
     silence_transformers()
+    _require_known_architecture(folder)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             folder,

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolchain.errors import CheckpointError
 from toolchain.exporters import INPUT_AXES, OUTPUT_AXES
 
 if TYPE_CHECKING:
@@ -27,18 +28,25 @@ def write_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence
     examples["attention_mask"][1, -1] = 0
     with _eager_attention(model), _logits_only(model), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # tracing warns about values that become constants; these values never change
-        torch.onnx.export(
-            model,
-            (),
-            target,
-            kwargs=examples,
-            input_names=list(names),
-            output_names=[OUTPUT],
-            dynamic_axes={**dict.fromkeys(names, INPUT_AXES), OUTPUT: OUTPUT_AXES},
-            opset_version=opset,
-            do_constant_folding=True,
-            dynamo=False,
-        )
+        try:
+            torch.onnx.export(
+                model,
+                (),
+                target,
+                kwargs=examples,
+                input_names=list(names),
+                output_names=[OUTPUT],
+                dynamic_axes={**dict.fromkeys(names, INPUT_AXES), OUTPUT: OUTPUT_AXES},
+                opset_version=opset,
+                do_constant_folding=True,
+                dynamo=False,
+            )
+        except Exception as error:  # the code of any model can fail while it is traced
+            cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CheckpointError(
+                f"PyTorch cannot export {type(model).__name__} to ONNX: {cause}",
+                "Pass a model of another architecture.",
+            ) from error
 
 
 @contextlib.contextmanager

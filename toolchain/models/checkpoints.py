@@ -388,7 +388,7 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
         description = ", ".join(map(str, architectures)) or "not stated"
         raise CheckpointError(
             f"{folder} has no classification head: its architecture is {description}.",
-            "Fine-tune the model as a sequence classifier first.",
+            "Fine-tune the model as a sequence classifier first. Other tasks are not supported.",
         )
     label_set(folder, config)
 
@@ -417,6 +417,6 @@ def label_set(folder: Path, config: dict[str, Any]) -> LabelSet:
         raise CheckpointError(
             f"{folder} is not a classifier: its task is "
             f"{'regression' if len(names) < 2 or task == 'regression' else task}.",
-            "Pass a classifier with at least two labels.",
+            "Pass a classifier with at least two labels, of which a text has one or several.",
         )
     return LabelSet(tuple(labels[str(index)] for index in range(len(names))), task == MULTI)
