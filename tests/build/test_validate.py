@@ -140,11 +140,11 @@ def test_logits_of_pytorch_are_computed_once_for_a_model_and_a_batch(built_tiny,
         reference_logits, "open_session", lambda *arguments: opened.append(arguments) or open_session(*arguments)
     )
     for _ in range(2):
-        reference = ReferenceLogits(artifact, place)
+        reference = ReferenceLogits(artifact, "torch", place)
         assert all((reference.run(b) == logits).all() for b, logits in zip(batches, expected_logits, strict=True))
         reference.close()
     assert len(opened) == 1
     other = Artifact(artifact.path, dataclasses.replace(artifact.manifest, variant="torch-bf16", parent_id="0" * 64))
     assert other.manifest.id != artifact.manifest.id
-    ReferenceLogits(other, place).run(batches[0])
+    ReferenceLogits(other, "torch", place).run(batches[0])
     assert len(opened) == 2

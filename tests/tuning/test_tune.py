@@ -188,7 +188,7 @@ def test_the_search_finds_the_best_and_trains_only_candidates_that_can_win(tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["throughput", "size"])
 def test_the_search_finds_the_best_for_other_objectives(tmp_path, objective):
-    best, _, outcomes = run(tmp_path / "study", World(), objective)
+    best, _, outcomes = run(tmp_path / "study", World(), objective, seconds=10)
     kept_outcomes = [outcome for outcome in outcomes.values() if outcome.drop <= 1.0]
     figure = {"throughput": lambda o: -o.throughput, "size": lambda o: o.size}[objective]
     assert figure(best) == min(map(figure, kept_outcomes))

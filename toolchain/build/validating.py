@@ -54,7 +54,7 @@ def validate_artifact(
     elif origin:
         reference = open_session(origin.folder, "torch", place)
     else:
-        reference = ReferenceLogits(_torch_ancestor(workspace, variant), place)
+        reference = ReferenceLogits(_torch_ancestor(workspace, variant), "torch", place)
     try:
         return validate(contender, reference, encoder, sentences, variant.agreement, reference_encoder)
     finally:

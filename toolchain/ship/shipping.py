@@ -13,9 +13,10 @@ from toolchain.artifacts import variants
 from toolchain.artifacts.manifest import Manifest
 from toolchain.artifacts.publishing import lock, replace, scratch_folder
 from toolchain.artifacts.store import Artifact
-from toolchain.backends import Place, Session, open_session
+from toolchain.backends import Place, open_session
 from toolchain.build import onnx_metadata
 from toolchain.build.pipeline import ensure
+from toolchain.build.reference_logits import ReferenceLogits
 from toolchain.build.steps.validate import SEED as VALIDATION_SEED
 from toolchain.build.steps.validate import SENTENCES as VALIDATION_SENTENCES
 from toolchain.build.steps.validate import TEXTS, TOLERANCE, validate, validation_summary
@@ -153,7 +154,7 @@ def _compare(contents: Contents, body: Mapping[str, Any], folder: Path, say: Say
     for artifact, model in zip(contents.artifacts, body["models"], strict=True):
         names = [spec.name for spec in artifact.manifest.inputs]
         encoder = Encoder.open(artifact.path, names, artifact.manifest.max_length)
-        original = open_session(artifact.path, "onnx", place)
+        original = ReferenceLogits(artifact, "onnx", place)
         for name, file in bundle_verifier.model_files(model):
             if contents.with_tokenizer:
                 passed, summary = _compare_texts(folder / file, original, encoder, sentences)
@@ -171,7 +172,7 @@ def _compare(contents: Contents, body: Mapping[str, Any], folder: Path, say: Say
         original.close()
 
 
-def _compare_texts(file: Path, original: Session, encoder: Encoder, texts: Sequence[str]) -> tuple[bool, str]:
+def _compare_texts(file: Path, original: ReferenceLogits, encoder: Encoder, texts: Sequence[str]) -> tuple[bool, str]:
     """Compares a graph that contains the tokenizer with the original model on each text.
 
     Returns:
