@@ -429,6 +429,8 @@ def test_planned_returns_the_default_cells_and_checks_the_provider():
     assert bench_run.planned_pairs((), ()) == [
         ("torch-fp32", "cpu"),
         ("torch-bf16", "cpu"),
+        ("torch-compile", "cpu"),
+        ("torch-compile-bf16", "cpu"),
         ("torch-int8", "cpu"),
         *((f"torch-pruned{ratio}", "cpu") for ratio in (30, 40, 50)),
         *((f"torch-pruned{ratio}-int8", "cpu") for ratio in (30, 40, 50)),

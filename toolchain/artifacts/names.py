@@ -2,7 +2,7 @@
 
 Name grammar: ``<runtime>[-std][-prunedNN[-rE][-magnitude|-mask]][-<scheme>][-portable|-static][+<label>]``. In
 ``-prunedNN``, NN is the pruning ratio in per cent; in ``-rE``, E is the number of recovery epochs. A name with ``-std``
-or ``-prunedNN`` omits ``-fp32``.
+or ``-prunedNN``, or with the runtime ``torch-compile``, omits ``-fp32``.
 
 A label distinguishes variants that have the same tags and different settings. A variant built from a labelled variant
 keeps that label, or appends a hyphen and another word to it.
@@ -17,7 +17,8 @@ from typing import Any
 
 from toolchain.errors import UnknownVariantError
 
-RUNTIMES = ("torch", "bnb", "onnx")
+COMPILED = "torch-compile"
+RUNTIMES = (COMPILED, "torch", "bnb", "onnx")
 SCHEMES = ("fp32", "bf16", "fp16", "int8", "int4", "nf4", "fp4")
 METHODS = ("fisher", "magnitude", "mask")
 LABEL = r"[a-z0-9]+(?:-[a-z0-9]+)*"
@@ -60,7 +61,7 @@ class Parts:
             tags.append(f"pruned{self.pruned:02}")
             tags += [f"r{self.recovered}"] if self.recovered else []
             tags += [self.method] if self.method != METHODS[0] else []
-        if self.scheme != "fp32" or not tags:
+        if self.scheme != "fp32" or not (tags or self.runtime == COMPILED):
             tags.append(self.scheme)
         tags += ["portable"] if self.portable else []
         tags += ["static"] if self.static else []

@@ -248,7 +248,13 @@ class Quantize:
         return tuple(name for name in passes if name not in omitted_passes)
 
 
-Step = Import | Prune | Recover | Export | Optimize | Quantize
+@strict
+@dataclass(frozen=True)
+class Compile:
+    """Runs a PyTorch model with `torch.compile`; the weights are those of the parent."""
+
+
+Step = Import | Prune | Recover | Export | Optimize | Quantize | Compile
 
 STEP_TYPES: dict[str, type[Step]] = {
     "import": Import,
@@ -257,6 +263,7 @@ STEP_TYPES: dict[str, type[Step]] = {
     "export": Export,
     "optimize": Optimize,
     "quantize": Quantize,
+    "compile": Compile,
 }
 
 

@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from toolchain.artifacts.names import METHODS, Parts, VariantName, label_prefixes
+from toolchain.artifacts.names import COMPILED, METHODS, Parts, VariantName, label_prefixes
 from toolchain.artifacts.steps import (
     PROVIDERS,
     QUANTIZED,
+    Compile,
     Export,
     Import,
     Optimize,
@@ -38,7 +39,7 @@ class Variant:
 
     @property
     def runtime(self) -> str:
-        """Returns the runtime that opens the variant, which is ``torch``, ``bnb`` or ``onnx``."""
+        """Returns the runtime that opens the variant, a key of `backends.BACKENDS`."""
         return self.name.parts.runtime
 
     @property
@@ -61,6 +62,8 @@ DEFAULT_CELLS: dict[str, tuple[str, ...]] = {
     "cpu": (
         "torch-fp32",
         "torch-bf16",
+        "torch-compile",
+        "torch-compile-bf16",
         "torch-int8",
         *_PRUNED_NAMES,
         *(name.with_parts(scheme="int8") for name in _PRUNED_NAMES),
@@ -131,6 +134,7 @@ _KINDS = (
         {"scheme": "fp32"},
         lambda parts: Quantize("torch", parts.scheme),
     ),
+    _Kind(COMPILED, ("fp32", "bf16", "fp16"), _NO_TAGS, _PRUNING_TAGS, {"runtime": "torch"}, lambda _: Compile()),
     _Kind(
         "bnb",
         tuple(QUANTIZED["bnb"]),
@@ -265,6 +269,8 @@ def _changed_parts(step: Step) -> dict[str, Any]:
             return {"runtime": "onnx", "std": True}
         case Optimize():
             return {"std": False, "scheme": "fp16" if step.provider == "cuda" else "fp32"}
+        case Compile():
+            return {"runtime": COMPILED}
         case Quantize():
             return {
                 "runtime": _BACKEND_RUNTIMES[step.backend],
@@ -282,6 +288,7 @@ _PARENT_DESCRIPTIONS = {
     Recover: "a pruned PyTorch variant such as torch-pruned50",
     Export: "a PyTorch variant such as torch-fp32",
     Optimize: "an exported graph such as onnx-std",
+    Compile: "a PyTorch variant in fp32, bf16 or fp16, such as torch-fp32",
     Quantize: "an fp32 graph such as onnx-fp32, onnx-pruned50 or onnx-std (--backend ort), an fp32 PyTorch variant "
     "such as torch-pruned50 (torch), or torch-fp32 (bnb)",
 }

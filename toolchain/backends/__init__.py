@@ -31,6 +31,7 @@ _TORCH = ("torch", "transformers.models.auto.modeling_auto")
 # is a string, so that its module is imported only when needed.
 BACKENDS = {
     "torch": Backend("toolchain.backends.pytorch:TorchSession", _TORCH),
+    "torch-compile": Backend("toolchain.backends.compiled:CompiledSession", (*_TORCH, "torch._dynamo")),
     "bnb": Backend(
         "toolchain.backends.bnb:BnbSession", ("torch", "transformers.models.auto.modeling_auto", "bitsandbytes")
     ),

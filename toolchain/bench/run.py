@@ -241,7 +241,7 @@ def _floor_fact(
     ]
     parts = artifact.manifest.variant.parts
     floors = [
-        roofline.floor_ms(sentence_macs, bytes_read, rates.get(parts.runtime, {}), parts.scheme)
+        roofline.floor_ms(sentence_macs, bytes_read, rates.get(parts.runtime.split("-")[0], {}), parts.scheme)
         for sentence_macs in macs
     ]
     median_floor = statistics.median(ms for ms in floors if ms is not None) if floors[0] is not None else None

@@ -18,6 +18,7 @@ from typing import Any
 from toolchain.artifacts import fact_summaries, publishing, store, variants
 from toolchain.artifacts.manifest import Manifest
 from toolchain.artifacts.steps import (
+    Compile,
     Export,
     Import,
     Optimize,
@@ -33,7 +34,7 @@ from toolchain.artifacts.variants import Variant
 from toolchain.backends.ort import saturates
 from toolchain.build import alternatives, onnx_metadata, trimming
 from toolchain.build.job import Job, StepResult
-from toolchain.build.steps import export, importing, optimize, prune, quantize, recover
+from toolchain.build.steps import compiling, export, importing, optimize, prune, quantize, recover
 from toolchain.build.steps.validate import validation_summary
 from toolchain.build.validating import validate_artifact
 from toolchain.build.workspace import Workspace
@@ -53,6 +54,7 @@ STEPS: dict[type[Step], tuple[Callable[[Job[Any]], StepResult], int]] = {
     Export: (export.export, export.VERSION),
     Optimize: (optimize.optimize, optimize.VERSION),
     Quantize: (quantize.quantize, quantize.VERSION),
+    Compile: (compiling.keep_model, compiling.VERSION),
 }
 
 
