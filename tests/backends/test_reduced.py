@@ -99,6 +99,26 @@ def test_a_session_states_its_precision_and_engine(small_workspace):
     assert session.facts()["note"] == "memory, not speed"
 
 
+def build_int8(workspace):
+    ensure(workspace, ["torch-int8"], {}, lambda line: None)
+
+
+def load_int8(workspace):
+    open_session(workspace.path("torch-int8"), "torch", Place("cpu", 1))
+
+
+@pytest.mark.parametrize(
+    ("module", "use"), [("torch.ao.quantization", build_int8), ("torch.ao.nn.quantized.dynamic", load_int8)]
+)
+def test_a_pytorch_without_dynamic_int8_gives_an_error_with_an_alternative(tiny, monkeypatch, module, use):
+    if use is load_int8:
+        build_int8(tiny)
+    monkeypatch.setitem(sys.modules, module, None)  # an import of this module fails
+    with pytest.raises(ProviderError, match="cannot run torch-int8") as error:
+        use(tiny)
+    assert "torch-compile-bf16" in error.value.hint
+
+
 @pytest.mark.slow
 def test_int8_gives_the_logits_of_pytorch_quantize_dynamic(small_workspace):
     from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.errors import CheckpointError, GraphError
+from toolchain.errors import CheckpointError, GraphError, ProviderError
 from toolchain.models.checkpoints import PRECISION
 from toolchain.system.decoding import decode, strict
 
@@ -77,13 +77,14 @@ def reduce(model: PreTrainedModel, scheme: str) -> tuple[PreTrainedModel, Precis
 
     Raises:
         GraphError: The scheme is ``int8`` and the model has no linear layer.
+        ProviderError: The scheme is ``int8`` and this release of PyTorch no longer has it.
     """
     import torch
 
     if scheme in HALF_TYPES:
         return copy.deepcopy(model).to(getattr(torch, HALF_TYPES[scheme])), Precision(scheme)
-    from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
-
+    with _translate_missing_modules():
+        from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
     layer_names = sorted(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
     if not layer_names:
         raise GraphError("The model has no linear layer left to quantise.", "Quantise the parent of the model.")
@@ -147,13 +148,28 @@ def _build_dynamic_layer(
 ) -> torch.nn.Module:
     """Builds a dynamically quantised linear layer from its stored tensors."""
     import torch
-    from torch.ao.nn.quantized.dynamic import Linear
 
+    with _translate_missing_modules():
+        from torch.ao.nn.quantized.dynamic import Linear
     with _hide_deprecation():
         quantized_layer: Any = Linear(weight.shape[1], weight.shape[0], bias_=True, dtype=torch.qint8)
         quantized_layer.set_weight_bias(torch._make_per_channel_quantized_tensor(weight, scales, zeros, 0), bias)
     layer: torch.nn.Module = quantized_layer
     return layer
+
+
+@contextlib.contextmanager
+def _translate_missing_modules() -> Iterator[None]:
+    """Converts a failed import to `ProviderError`, because PyTorch plans to remove its module torch.ao.quantization."""
+    import torch
+
+    try:
+        yield
+    except ImportError as error:
+        raise ProviderError(
+            f"PyTorch {torch.__version__} cannot run torch-int8: {error}.",
+            "Measure torch-compile-bf16 or onnx-int8 instead, or install an earlier release of PyTorch.",
+        ) from error
 
 
 @contextlib.contextmanager
