@@ -28,6 +28,7 @@ def load_model(folder: Path) -> PreTrainedModel:
 
     Raises:
         CheckpointError: The weights do not match the config, or transformers cannot load the model.
+        ProviderError: The model is ``torch-int8``, and this release of PyTorch cannot run it.
     """
     silence_transformers()
     shapes, precision = architectures.read_shapes(folder), reduced.Precision.read(folder)
@@ -35,7 +36,7 @@ def load_model(folder: Path) -> PreTrainedModel:
         model, missing = (
             _load_dense(folder) if shapes is None and not precision else _assemble(folder, shapes, precision)
         )
-    except CheckpointError:
+    except (CheckpointError, ProviderError):
         raise
     except Exception as error:  # an invalid config can make transformers raise any class of error
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
