@@ -101,7 +101,7 @@ def test_modules_of_a_room_do_not_import_each_other(room_name):
         "passes.__init__",
         "backends.__init__",
     }
-    exceptions |= {"backends.bnb", "backends.lora"}  # bnb and lora extend the PyTorch session.
+    exceptions |= {"backends.bnb", "backends.compiled", "backends.lora"}  # These extend the PyTorch session.
     parts = {f"toolchain.backends.{name}" for name in ("reduced",)}  # Contains no session.
     parts |= {f"toolchain.passes.{name}" for name in ("graph", "int8", "attention")}  # Contain no pass.
     for module, path in paths_by_module().items():

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from toolchain.backends.pytorch import TorchSession
 from toolchain.errors import ProviderError
@@ -39,8 +39,7 @@ class CompiledSession(TorchSession):
                 "torch.compile needs a C++ compiler, and this machine has none.",
                 "Install g++ (Debian: apt install g++).",
             )
-        compiled_model: Any = torch.compile(super()._load(folder), dynamic=True)
-        return compiled_model
+        return cast("PreTrainedModel", torch.compile(super()._load(folder), dynamic=True))
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         """See `Session.run`."""
