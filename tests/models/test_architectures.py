@@ -112,7 +112,7 @@ def test_the_passes_fuse_and_quantise_the_expected_nodes(workspace, kind):
     assert std["operators"]["MatMulInteger"] == architecture.linear + 2 * architecture.fused.get("Attention", 0)
     assert int8["rewrites"]["quantize-embedding"] == std["rewrites"]["quantize-embedding"] == architecture.tables
     remaining = Counter(n.op_type for n in graph(model_workspace, "onnx-int8").graph if n.op_type in ("MatMul", "Gemm"))
-    # A Gemm gives the logits; EuroBERT computes logits of each token and averages them.
+    # In all architectures except EuroBERT, one Gemm gives the logits. EuroBERT averages the logits of all tokens.
     assert remaining["Gemm"] == int(kind != "eurobert")
 
 
@@ -338,7 +338,7 @@ def test_removing_units_equals_setting_their_weights_to_zero(workspace, kind, he
     ("kind", "message"),
     [
         ("albert", "AlbertForSequenceClassification uses the same weights in all layers"),
-        ("deberta-v2", "DebertaV2ForSequenceClassification uses the same weights for positions and words"),
+        ("deberta-v2", "DebertaV2ForSequenceClassification attends to words and to positions with the same weights"),
         ("mobilebert", "MobileBertForSequenceClassification has bottleneck layers"),
     ],
 )

@@ -68,10 +68,10 @@ def trim(
         facts: Facts about the trimmed graph.
 
     Returns:
-        The manifest's fact ``vocabulary``, and the fact ``parameters`` if `facts` contains it. ``vocabulary`` holds the
-        number of tokens kept, the original number of tokens and the bytes saved. The fact ``vocabulary`` also compares
-        the trimmed model with its untrimmed fp32 parent on held-out rows. ``held_out`` covers all held-out rows;
-        ``out_of_domain`` covers the held-out rows with a removed token.
+        New facts for the manifest: ``vocabulary``, and ``parameters`` if `facts` contains that fact. ``vocabulary``
+        holds the number of tokens kept, the original number of tokens and the bytes saved. The fact ``vocabulary`` also
+        compares the trimmed model with its untrimmed fp32 parent on held-out rows. ``held_out`` covers all held-out
+        rows; ``out_of_domain`` covers the held-out rows with a removed token.
     """
     parent = job.parent_artifact
     bytes_before = _companion_bytes(job.folder)

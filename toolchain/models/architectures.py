@@ -90,7 +90,7 @@ LAYER_SHARING = {"albert"}  # Architectures that store one layer and run it seve
 # Maps each architecture that cannot be pruned to the sentence that gives the user the reason.
 UNPRUNABLE = {
     "albert": "{model} uses the same weights in all layers, so no layer can be pruned separately.",
-    "deberta-v2": "{model} uses the same weights for positions and words, so no head can be removed separately.",
+    "deberta-v2": "{model} attends to words and to positions with the same weights, so no head can be removed.",
     "eurobert": "{model} has gates in its feed-forward parts, so it cannot be pruned.",
     "modernbert": "{model} computes queries, keys and values in one layer and has gates, so it cannot be pruned.",
     "mpnet": "{model} has one table of position biases for the heads of all layers, so no head can be removed.",

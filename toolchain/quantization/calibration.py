@@ -108,9 +108,10 @@ def choose_activation(statistics: ValueStatistics, weight: np.ndarray, smooth: b
 
 
 def smoothing_factors(largest: np.ndarray, weights: np.ndarray, strength: float) -> np.ndarray:
-    """Returns the SmoothQuant factor of each channel, of shape [width]: largest^strength / weights^(1 − strength).
+    """Returns the SmoothQuant factor of each channel, of shape [width].
 
-    The factors are scaled to a geometric mean of 1. A channel gets the factor 1 if its values are all 0 or its weights
+    Before scaling, the factor of a channel is (largest activation)^strength / (largest weight)^(1 − strength). The
+    factors are scaled to a geometric mean of 1. A channel gets the factor 1 if its values are all 0 or its weights
     are all 0.
 
     Args:

@@ -23,7 +23,8 @@ FP32_LAYERS = (0, 1, 2, 4)
 RATIO_MARGIN = 10
 REQUANTISATION_GAIN = 0.3  # Percentage points of accuracy that a trained model may gain from a different quantisation.
 
-# Pruning ratio, cost, depth and epochs of a candidate; candidates in which all four are equal share one training.
+# The settings `ratio`, `cost`, `depth` and `epochs` of a candidate. Candidates in which all four are equal share one
+# training.
 Training = tuple[int, str, int, int]
 
 
@@ -143,8 +144,8 @@ class Candidate:
         return chain
 
 
-# The values to try for each setting of a candidate, by objective. An unpruned candidate always has the first listed
-# depth and the first listed cost.
+# The values to try for each setting of a candidate, by objective. The settings `depth` and `cost` only affect pruning,
+# so an unpruned candidate always has their first values.
 _FAST: dict[str, Sequence[str | int | bool]] = {
     "ratio": RATIOS,
     "depth": DEPTHS,

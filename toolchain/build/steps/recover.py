@@ -41,9 +41,9 @@ def recover(job: Job[Recover]) -> StepResult:
     job.progress(0, 1, "reading the training data")
     train_rows, held_out_rows = inputs.hold_out(data)
     train_examples = _examples(data, train_rows, encoder)
-    # Besides the training rows, the step trains on pairs: two random training rows joined to one input. If pruning
-    # removed more parameters, the step uses more pairs of rows, because the model must relearn more and needs less time
-    # for each pair. If each row already has two texts, the step joins no rows.
+    # Besides the training rows, the step trains on pairs of rows: two random training rows joined to one input. The
+    # more parameters pruning removed, the more pairs of rows the step uses: the model must relearn more, and a step of
+    # training takes less time. If each training row has two texts, the step joins no rows.
     pairs = 0 if data.has_pairs else round(step.pairs * manifest.facts["pruning"]["achieved"] * len(train_examples.ids))
     mask = _mask_token(job.parent_artifact.path, encoder)
     augmented_examples = AugmentedExamples(
