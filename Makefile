@@ -120,7 +120,7 @@ test-clients: $(VENV)/.installed-test ## install the clients that tests run bund
 # Both releases of transformers, with the dependencies that differ; PyTorch and the rest are those of .venv.
 	for release in 4 5; do \
 		$(PYTHON) -m venv $(CLIENTS)/transformers$$release && \
-		$(BIN)/python $(SITE) > "$$($(CLIENTS)/transformers$$release/bin/python $(SITE))/venv.pth"; \
+		$(BIN)/python $(SITE) > "$$($(CLIENTS)/transformers$$release/bin/python $(SITE))/venv.pth" || exit 1; \
 	done
 	$(CLIENTS)/transformers4/bin/pip install --disable-pip-version-check -q --no-deps -c constraints/optimum-cpu.txt \
 		transformers huggingface_hub tokenizers optimum optimum-onnx

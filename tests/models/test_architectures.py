@@ -88,8 +88,8 @@ def test_every_variant_has_the_models_inputs_and_gives_pytorchs_logits(workspace
     for name in ("onnx-std", "onnx-fp32"):
         deltas = model_workspace.load(name).manifest.validation["grid_largest_delta"]
         assert max(deltas.values()) <= 1e-4
-        for name in ("7 texts, left padding", "7 mixed lengths, left padding"):
-            assert (name in deltas) == (kind != "modernbert")
+        for batch_name in ("7 texts, left padding", "7 mixed lengths, left padding"):
+            assert (batch_name in deltas) == (kind != "modernbert")
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

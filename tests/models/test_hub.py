@@ -122,7 +122,7 @@ def test_a_downloaded_model_can_be_exported_again_while_the_hub_is_unreachable(r
     assert completed.returncode == 0, completed.stderr
     hub.shutdown()
     hub.server_close()
-    completed = run(OPEN, "--exported", "again")
+    completed = run(OPEN, "--revision", COMMITS["main"], "--exported", "again")
     assert completed.returncode == 0, completed.stderr
     first_id, second_id = (
         json.loads((tmp_path / folder / "tiny" / "torch-fp32" / "manifest.json").read_text())["id"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,8 +18,12 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedModel
 
-# On a CPU, `torch.compile` writes C++ code, which one of these programs compiles.
-COMPILERS = ("g++", "c++", "clang++")
+# The program that compiles the C++ code of `torch.compile` on a CPU, unless the variable CXX names another program.
+COMPILER = "clang++" if sys.platform == "darwin" else "g++"
+# PyTorch compiles a function only a few times in a process, and would then run it without compiling it. This setting
+# makes PyTorch raise an error instead. The names of setting and error depend on the release of PyTorch.
+STRICT = ("fail_on_recompile_limit_hit", "fail_on_cache_limit_hit")
+LIMIT_ERRORS = ("FailOnRecompileLimitHit", "FailOnCacheLimitHit")
 
 
 class CompiledSession(TorchSession):
@@ -33,12 +39,16 @@ class CompiledSession(TorchSession):
     def _load(self, folder: Path) -> PreTrainedModel:
         import torch
 
-        program = os.environ.get("CXX")
-        if self._device.type == "cpu" and not any(map(shutil.which, [program] if program else COMPILERS)):
+        compiler = os.environ.get("CXX") or COMPILER
+        if self._device.type == "cpu" and not shutil.which(compiler):
             raise ProviderError(
-                "torch.compile needs a C++ compiler, and this machine has none.",
-                "Install g++ (Debian: apt install g++).",
+                f"torch.compile needs a C++ compiler, and this machine has no {compiler}.",
+                "Install g++ (Debian: apt install g++), or set CXX to your compiler.",
             )
+        import torch._dynamo
+
+        for setting in filter(partial(hasattr, torch._dynamo.config), STRICT):
+            setattr(torch._dynamo.config, setting, True)
         return cast("PreTrainedModel", torch.compile(super()._load(folder), dynamic=True))
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
@@ -56,15 +66,26 @@ class CompiledSession(TorchSession):
         """Returns the facts of `TorchSession`, and the settings of the compiler."""
         return {**super().facts(), "compiled": "dynamic shapes"}
 
+    def close(self) -> None:
+        """Releases the model and the compiled code of this process.
+
+        Otherwise, further sessions of this process would reach PyTorch's limit of compilations.
+        """
+        import torch
+
+        super().close()
+        torch._dynamo.reset()
+
 
 @contextmanager
 def _translate_compiler_error() -> Iterator[None]:
     """Converts the errors of PyTorch's compiler to `ProviderError`."""
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo import exc
 
+    limits = tuple(kind for name in LIMIT_ERRORS if (kind := getattr(exc, name, None)))
     try:
         yield
-    except TorchDynamoException as error:
+    except (exc.TorchDynamoException, *limits) as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ProviderError(
             f"PyTorch cannot compile this model: {cause}", "Measure the variant without -compile, such as torch-fp32."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from toolchain.backends import reduced
 from toolchain.errors import ArtifactError, CheckpointError, DeviceMemoryError, ProviderError
 from toolchain.models import architectures
-from toolchain.models.checkpoints import OWN_WEIGHTS, SHAPES, WEIGHTS, weights_of
+from toolchain.models.checkpoints import OWN_WEIGHTS, SHAPES, WEIGHTS, config_of, weights_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,8 +86,8 @@ def _require_known_architecture(folder: Path) -> None:
     """
     import transformers
 
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind not in transformers.CONFIG_MAPPING:
+    kind = config_of(folder).get("model_type")
+    if isinstance(kind, str) and kind not in transformers.CONFIG_MAPPING:
         raise CheckpointError(
             f"{folder} has the model type {kind!r}, which transformers {transformers.__version__} does not know.",
             "Install the release of transformers that saved the model, or pass a model of another architecture.",

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 @click.option(
     "--exporter",
     type=click.Choice(list(EXPORTERS)),
-    help="Library that converts the model.  [default: optimum if it is installed, otherwise torch]",
+    help="Library that converts the model.  [default: the exporter of the existing artifact; if there is "
+    "none, optimum if it is installed, otherwise torch]",
 )
 @click.option(
     "--optimize",

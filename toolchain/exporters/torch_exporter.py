@@ -41,6 +41,8 @@ def write_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence
                 do_constant_folding=True,
                 dynamo=False,
             )
+        except (OSError, MemoryError):  # a full disk or memory is no fault of the model
+            raise
         except Exception as error:  # the code of any model can fail while it is traced
             cause = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(

@@ -58,21 +58,18 @@ def _query_revision(ref: str, revision: str | None) -> tuple[str, frozenset[str]
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
-    def fetch_config(local_files_only: bool) -> Path:
-        folder = huggingface_hub.snapshot_download(
-            ref, revision=revision, allow_patterns=["config.json"], local_files_only=local_files_only
-        )
-        return Path(folder)
-
     try:
         info = huggingface_hub.HfApi().model_info(ref, revision=revision)
-        # A download of config.json puts the revision's commit into the cache, for times when the hub is unreachable.
-        fetch_config(local_files_only=False)
         return str(info.sha), frozenset(file.rfilename for file in info.siblings or ())
     except HfHubHTTPError:
         raise
     except _connection_errors():
-        folder = fetch_config(local_files_only=True)
+        # Without a pattern, current releases of huggingface_hub would refuse a folder that lacks a file of the model.
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                ref, revision=revision, allow_patterns=["config.json"], local_files_only=True
+            )
+        )
         return folder.name, frozenset(path.name for path in folder.iterdir())
 
 

@@ -40,7 +40,7 @@ def fuse(
     for name in disabled_fusions:
         setattr(options, f"enable_{name}", False)
     _move_residual_last(model)
-    _state_heads(model)
+    _write_head_counts(model)
     with hide_logs():
         fused = BertOnnxModel(ir.to_proto(model), context.heads, context.width)
         # ONNX Runtime fuses RMS normalisation when it loads a graph. A stored graph must not contain the fused
@@ -55,7 +55,7 @@ def fuse(
     return result, sum(node.domain == DOMAIN for node in result.graph)
 
 
-def _state_heads(model: ir.Model) -> None:
+def _write_head_counts(model: ir.Model) -> None:
     """Replaces -1 by the number of heads in each Reshape that splits a projection into attention heads.
 
     Graphs of transformers 5 reshape a projection [batch, sequence, width] to [batch, sequence, -1, head size]. ONNX

@@ -31,12 +31,18 @@ def trim_vocabulary(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     ids = next((value for value in model.graph.inputs if value.name == IDS), None)
     users = [node for node in ids.consumers() if node.op_type != "Shape"] if ids else []
     table = users[0].inputs[0] if len(users) == 1 and users[0].op_type == "Gather" else None
-    tensor = table.const_value if table is not None else None
     hint = "Run the command without --trim-vocab."
-    if table is None or tensor is None or tensor.shape.rank() != 2:
+    if table is None:
         raise GraphError(
             "The vocabulary of this graph cannot be trimmed. Only the look-up in the embedding table may read the "
             f"token ids, but these operators read the token ids: {_operators(users)}.",
+            hint,
+        )
+    tensor = table.const_value
+    if tensor is None or tensor.shape.rank() != 2:
+        raise GraphError(
+            "The vocabulary of this graph cannot be trimmed, because the graph does not store the embedding table as a "
+            "matrix.",
             hint,
         )
     if len(table.consumers()) != 1:

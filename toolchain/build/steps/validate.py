@@ -22,6 +22,8 @@ CONFIDENCE = 0.95  # Validation fails if, with 95 % confidence, more than `MAX_F
 SENTENCES = 200
 SEED = 20
 LENGTHS = (1, 2, 3, 8, 25, 64, 128, 512)
+# Largest number of tokens in a batch of several texts: the memory of attention grows with the square of this number.
+LONGEST = 512
 TEXTS = {
     "empty string": "",
     "emoji": "I ❤️ this film 🎬🍿 👍🏽",
@@ -31,7 +33,7 @@ TEXTS = {
 
 
 def grid(encoder: Encoder, sentences: Sequence[Text]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Yields named batches of many shapes: 1 token up to the model's limit, batch sizes 1, 2 and 7, and unusual texts.
+    """Yields named batches of many shapes: 1 to `LONGEST` tokens, batch sizes 1, 2 and 7, and unusual texts.
 
     Batches of mixed lengths occur with padding on every side that the model supports.
 
@@ -52,7 +54,8 @@ def grid(encoder: Encoder, sentences: Sequence[Text]) -> Iterator[tuple[str, dic
         for side in encoder.padding_sides:
             yield f"{name}, {side} padding", pad(rows, encoder.names, encoder.pad_id, side == "left")
 
-    lengths = sorted({min(length, encoder.max_length) for length in (*LENGTHS, encoder.max_length)})
+    longest = min(encoder.max_length, LONGEST)
+    lengths = sorted({min(length, longest) for length in LENGTHS})
     for length in lengths:
         yield f"1 × {length} tokens", batch([ids(length)])
     for size in (2, 7):
@@ -61,9 +64,12 @@ def grid(encoder: Encoder, sentences: Sequence[Text]) -> Iterator[tuple[str, dic
         yield from padded(f"{size} mixed lengths", mixed_rows)
     for name, text in TEXTS.items():
         yield name, batch(encoder.encode([text]))
-    text_rows = encoder.encode([*TEXTS.values(), *sentences[:3]])
+    text_rows = [row[:longest] for row in encoder.encode([*TEXTS.values(), *sentences[:3]])]
     yield from padded("7 texts", text_rows)
-    pairs = encoder.encode([(TEXTS["accents"], TEXTS["emoji"]), (TEXTS["emoji"], TEXTS["over-long text"])])
+    pairs = [
+        row[:longest]
+        for row in encoder.encode([(TEXTS["accents"], TEXTS["emoji"]), (TEXTS["emoji"], TEXTS["over-long text"])])
+    ]
     yield from padded("2 pairs of texts", pairs)
 
 
