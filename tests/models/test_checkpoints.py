@@ -319,6 +319,8 @@ def test_a_generic_tokenizer_of_transformers_5_is_read(checkpoint, tmp_path):
     file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": "TokenizersBackend"}))
     (tmp_path / "out").mkdir()
     import_checkpoint(import_job(checkpoint, tmp_path / "out"))
+    saved_config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert saved_config["tokenizer_class"] == "PreTrainedTokenizerFast"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert type(tokenizer) is PreTrainedTokenizerFast
     assert tokenizer("Café naïve, isn't it?")["input_ids"] == tokens

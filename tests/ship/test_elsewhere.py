@@ -214,6 +214,8 @@ def test_a_checkpoint_of_the_other_release_becomes_a_bundle(other_checkpoints, a
     The test process imports the checkpoint with the installed release of transformers. A child process loads the
     imported checkpoint with the release that saved the original checkpoint.
     """
+    if not (other_checkpoints / kind).exists():
+        pytest.skip(f"transformers {OTHER} does not know {kind}")
     workspace = Workspace.open(str(other_checkpoints / kind), tmp_path / "exported")
     artifacts = ensure(workspace, ["onnx-fp32"], {}, quiet)
     shipping.ship(workspace, Order(("onnx-fp32",), "python"), tmp_path / "b", quiet, no_bar)

@@ -56,6 +56,7 @@ def import_checkpoint(job: Job[Import]) -> StepResult:
     # Input names are stored, because the tokenizer class may by default give inputs that this model does not accept.
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
     tokenizer.save_pretrained(job.folder)
+    _replace_generic_class(job.folder)
     if (job.checkpoint / SHAPES).is_file():
         shutil.copyfile(job.checkpoint / SHAPES, job.folder / SHAPES)
         (job.folder / WEIGHTS).rename(job.folder / OWN_WEIGHTS)
@@ -136,6 +137,14 @@ def _class_name(folder: Path) -> Any:
         return json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
     except (OSError, ValueError, AttributeError):  # transformers itself reports a damaged file
         return None
+
+
+def _replace_generic_class(folder: Path) -> None:
+    """Replaces the tokenizer class of transformers 5 in `folder` by the class name that transformers 4 and 5 read."""
+    if _class_name(folder) == _GENERIC_CLASS:
+        file = folder / "tokenizer_config.json"
+        config = {**json.loads(file.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _input_names(model: PreTrainedModel, tokenizer: Any) -> list[str]:
