@@ -192,7 +192,7 @@ def require_samples(row: Measurement) -> tuple[Samples, Samples]:
     """Returns the time samples of a measured cell at batch 1 and in larger batches.
 
     Raises:
-        ClickException: The benchmark has no times for the cell of `row`.
+        ClickException: If the measurement `row` has no times at batch 1, or no times in larger batches.
     """
     if row.latency is None or row.batches is None:
         raise click.ClickException(f"{row.cell}: {row.reason} {row.mend}")

@@ -56,7 +56,9 @@ def write(folder: Path) -> None:
         entry = _save(folder, question)
         for form, file in _forms(folder, entry["file"]).items():
             for option in (None, EXACT_OPTION):
-                name = f"{question.name}, {form}, {'with' if option else 'without'} the option"
+                name = (
+                    f"{question.name}, {form}, {'with' if option else 'without'} the option session.x64quantprecision"
+                )
                 sets[PRECISION].append({**entry, "name": name, "file": file, "option": option})
     (folder / "questions.json").write_text(json.dumps(sets, indent=1))
 
@@ -124,7 +126,11 @@ def _set_version(path: Path, number: int) -> bytes:
 
 
 def attention() -> Iterator[Question]:
-    """Yields test models of every attention operator in variants, with batches padded on the right or on the left."""
+    """Yields test models of three attention operators, with batches padded on the right or on the left.
+
+    The operators are MultiHeadAttention, Attention and QAttention. The test models of MultiHeadAttention differ in the
+    number of query tokens, and in the input that hides the padding.
+    """
     for side in ("right", "left"):
         mask = _mask(side)
         for queries in (TOKENS, 1, 2):
@@ -142,7 +148,9 @@ def _multi_head(mask: np.ndarray, queries: int, side: str) -> Iterator[Question]
     query, key, value = (random.standard_normal((BATCH, TOKENS, WIDTH)).astype(np.float32) for _ in range(3))
     feeds = {"query": query[:, :queries], "key": key, "value": value}
     bias = np.tile(_bias(mask), (1, HEADS, queries, 1))
-    shared_bias = bias[1:2]  # with `shared_bias`, all sentences use the bias of the second sentence
+    # The operator adds an attention bias to the attention scores, so that the bias hides padding tokens. `shared_bias`
+    # hides the padding of the second sentence, and the operator adds `shared_bias` to the scores of all sentences.
+    shared_bias = bias[1:2]
     padding = "key_padding_mask" if queries == TOKENS else "key_padding_mask longer than the query"
     for trait, position, mask_input, bias_used in (
         (padding, 4, mask, bias),

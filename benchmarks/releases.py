@@ -140,7 +140,9 @@ def _precision(answers: Mapping[str, str]) -> dict[str, str]:
     """Returns a result for each operator and file format: exact, exact with a session option, saturates, or refused."""
     results = {}
     for name in sorted({name.rsplit(", ", 1)[0] for name in answers}):
-        plain, with_option = (answers[f"{name}, {way} the option"] for way in ("without", "with"))
+        plain, with_option = (
+            answers[f"{name}, {way} the option session.x64quantprecision"] for way in ("without", "with")
+        )
         if REFUSED in (plain, with_option):
             results[name] = REFUSED
         elif plain == RIGHT:
@@ -202,8 +204,9 @@ def _operator(name: str, facts_by_release: Mapping[str, Facts]) -> dict[str, lis
 def _first_kernels(facts_by_release: Mapping[str, Facts]) -> dict[str, str]:
     """Returns standard operator → first release with a CPU kernel of the operator.
 
-    An operator is in the result only if some releases read the operator's opset but have no CPU kernel for the
-    operator.
+    An operator's opset is the first opset that contains the operator. The result omits an operator if every release
+    that reads the operator's opset has a CPU kernel of the operator. The result also omits an operator if no release
+    has a CPU kernel of the operator.
     """
     first: dict[str, int] = {}
     for schema in defs.get_all_schemas_with_history():
@@ -254,7 +257,8 @@ def differences(body: Mapping[str, Any], release_facts: Facts) -> list[str]:
                 for name, by_release in body[kind].items()
             }
     return [
-        f"{name}: {expected.get(name)} in the table, {actual.get(name)} in ONNX Runtime {release_facts['version']}"
+        f"{name}: the table of releases has the result {expected.get(name)!r}, but ONNX Runtime "
+        f"{release_facts['version']} gives {actual.get(name)!r}"
         for name in sorted(expected.keys() | actual.keys())
         if expected.get(name) != actual.get(name)
     ]

@@ -88,12 +88,13 @@ def main(exported: Path) -> None:
 def summary(body: dict[str, Any]) -> list[str]:
     """Returns the results of this script as the lines of a text table."""
     lines = [
-        f"{'':24} {'headroom':>8} {'median |Δlogit|':>16} {'largest':>8} {'flips':>6}   accuracy, exact and saturating"
+        f"{'':24} {'int8 headroom':>13} {'median |Δlogit|':>16} {'largest |Δlogit|':>17} {'flips':>6}   "
+        "accuracy without / with saturation"
     ]
     for name, row in body["rows"].items():
         exact, saturated = (f"{correct / row['count']:.2%}" for correct in row["correct"])
-        figures = f"{row['headroom']:8.3f} {row['median_delta']:16.2g} {row['largest_delta']:8.2g} {row['flips']:6}"
-        lines.append(f"{name:24} {figures}   {exact}  {saturated}")
+        figures = f"{row['headroom']:13.3f} {row['median_delta']:16.2g} {row['largest_delta']:17.2g} {row['flips']:6}"
+        lines.append(f"{name:24} {figures}   {exact} / {saturated}")
     return lines
 
 

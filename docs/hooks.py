@@ -52,7 +52,8 @@ def _marked(text: str) -> str:
 def _adapt(command: click.Command) -> None:
     """Turns the help texts of a command object into Markdown for mkdocs-click.
 
-    The changed command object serves only the site: it must not run, because its defaults are texts.
+    The site shows the changed command object, but no code may run the command. If a help text describes the default
+    value of an option, this description replaces the default value, so the command would compute with a wrong value.
     """
     text, _, examples = inspect.cleandoc(command.help or "").partition("\b\n")
     command.help = _marked(text)

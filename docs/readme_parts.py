@@ -37,7 +37,10 @@ def snippet(client: str) -> str:
 
 
 def parts() -> dict[str, str]:
-    """Returns the generated parts of all pages: name in the markers → text."""
+    """Returns the generated parts of all pages, as a mapping from the name of a part to the text of the part.
+
+    In a page, a generated part stands between the lines `<!-- begin: NAME -->` and `<!-- end: NAME -->`.
+    """
     return {
         "make export": _export_log(),
         "make bench": _bench(BENCH),
@@ -160,7 +163,7 @@ def _schemes() -> str:
         f"Trimming keeps {vocabulary['kept']:,} of the {vocabulary['of']:,} tokens. "
         f"Of {schemes.data['rows']} sentences, *flips* counts those whose label differs from the label of `onnx-fp32`."
     )
-    return f"{_table(['variant', 'MB', 'accuracy', 'flips', 'differ in a batch'], body)}\n\n{note}"
+    return f"{_table(['variant', 'MB', 'accuracy', 'flips', 'labels that batching changes'], body)}\n\n{note}"
 
 
 def _commands() -> str:

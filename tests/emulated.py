@@ -39,7 +39,10 @@ def python(processor: str, clients: Path) -> list[str]:
 
 
 def reason_to_skip(processor: str, clients: Path) -> str:
-    """Returns why the command that `python` returns cannot run on this machine; an empty string if it can run."""
+    """Returns why this machine cannot run Python on the emulated `processor`.
+
+    If this machine can run Python on the emulated processor, the function returns an empty string.
+    """
     emulator = _EMULATORS[processor][0]
     if shutil.which(emulator) is None:
         return f"needs {emulator} (Debian: qemu-user)"

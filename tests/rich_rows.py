@@ -80,7 +80,10 @@ def hostile_result():
 
 
 def report_html(*runs):
-    """Returns the HTML report of `runs`, in which `DATA` takes the place of the embedded validation set."""
+    """Returns the HTML report of the result files `runs`.
+
+    The report takes its sentences from the artificial data `DATA`, not from the validation set inside the package.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inputs, "load_embedded", lambda split="validation": DATA)
         return to_html(compare(runs))

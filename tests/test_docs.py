@@ -82,7 +82,9 @@ def test_the_generated_parts_of_pages_are_current():
         text = page.read_text()
         names |= {match[2] for match in MARKED.finditer(text)}
         assert filled(text, generated) == text, f"{page} is not current: run `make docs`"
-        assert text.count("<!-- begin: ") == len(MARKED.findall(text)), f"{page}: a marker has no end"
+        assert text.count("<!-- begin: ") == len(MARKED.findall(text)), (
+            f"{page}: a comment `<!-- begin: NAME -->` has no comment `<!-- end: NAME -->` with the same NAME"
+        )
     assert names == set(generated)
 
 
@@ -195,8 +197,9 @@ def test_the_blocks_of_a_page_run_in_order(page, clone, environment, finished_co
 def test_json_fields_are_documented(command, data, say, tmp_path, request):
     """Checks that json.md documents every field of the JSON output.
 
-    `data` lists the fields whose inner keys the test skips, because these keys are names or are documented on other
-    pages.
+    `data` lists fields of the JSON output. The test skips the keys inside these fields. Some skipped keys are names of
+    things, such as the kinds of input in `grid_largest_delta`. Other skipped keys are documented on other pages, such
+    as the keys in `facts`. The keys in `rows` are tested with the command `compare RUN`.
     """
     text = (ROOT / "docs" / "reference" / "json.md").read_text()
     old_text = re.sub(r'("created": ")\d{4}', r"\g<1>2020", BENCH.read_text(), count=1)

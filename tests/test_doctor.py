@@ -213,7 +213,7 @@ def test_an_exporter_that_does_not_fit_is_a_problem(examine_machine, monkeypatch
     assert problem.what == "no-such-package is not installed, so the exporter optimum is unavailable"
     assert "make install SET=optimum" in problem.mend
     findings = [f.what for f in examine_machine([], "", CPU_STACK, None)]
-    assert "the default exporter is torch, which the package set current uses" in findings
+    assert "the default exporter is torch, the exporter of the package set `current`" in findings
 
 
 def test_a_command_to_reinstall_keeps_the_installed_set(examine_machine):

@@ -63,9 +63,10 @@ def make(tmp_path):
         if answer is not None:
             write(commands / "nvidia-smi", f"cat <<'END'\n{answer}\nEND\nexit {code}")
         return subprocess.run(
-            # The inner make must not get MAKEFLAGS from an outer `make test`, which would set its variables.
             [program, *arguments],
             cwd=tmp_path,
+            # `env` has only PATH. If `make test` runs these tests, then `make test` puts its own variables into
+            # MAKEFLAGS. The make command under test must not read MAKEFLAGS, because it would use these variables.
             env={"PATH": str(commands)},
             capture_output=True,
             text=True,
@@ -117,7 +118,8 @@ def test_an_unknown_runtime_or_set_is_refused(make, setting, message):
     assert message in failed_run.stderr
 
 
-# Arguments of the pip command by which `make install` removes packages before it installs another runtime or set.
+# `make install` can install another runtime (such as gpu) or another package set (such as optimum). Before this
+# installation, `make install` removes old packages. The pip command for the removal has these arguments.
 REMOVED = "uninstall -q -y optimum optimum-onnx onnxruntime onnxruntime-gpu nvidia-cudnn-cu13 torch"
 
 

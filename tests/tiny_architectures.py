@@ -28,7 +28,7 @@ PLAIN = TYPED[:2]
 # In transformers 5, ALBERT's tokenizer gives no token types, so the exported model takes none.
 ALBERT_INPUTS = PLAIN if transformers.__version__.startswith("5.") else TYPED
 
-# --- tokenizers, trained on the sentences of the embedded validation set
+# --- tokenizers; each tokenizer is trained on the sentences of the validation set inside the package `toolchain`
 
 
 def wordpiece(words, special=("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")):
@@ -176,7 +176,8 @@ ARCHITECTURES = {
         24,
         3,
     ),
-    # No pass fuses the attention of MPNet, which adds a bias for the distance of two tokens to the scores.
+    # In MPNet, each attention score gets a bias, which depends on the distance between the two tokens. No pass fuses
+    # such attention.
     "mpnet": Architecture(
         "MPNet", mpnet_wordpiece, {**NARROW, "max_position_embeddings": 130}, PLAIN, {"Gelu": 2}, 13, 3
     ),
@@ -198,7 +199,9 @@ if hasattr(transformers, "EuroBertConfig"):  # transformers 4.57 does not know E
         "EuroBert", wordpiece, {**NARROW, **EURO_TOKENS}, PLAIN, {"Gelu": 1}, 16, 1
     )
 PRUNABLE = ("distilbert", "bert", "minilm", "roberta", "xlm-roberta", "electra")
-# Architectures whose layers compute other values for a padding token than for token 0.
+# The pass `padding` gives each padding token the embedding of the sentence's first token. `POSITIONAL` lists the
+# architectures to which the pass `padding` does not apply. DeBERTa and MPNet use relative positions. ModernBERT and
+# EuroBERT rotate queries and keys. MobileBERT combines the embeddings of neighbouring tokens.
 POSITIONAL = ("deberta-v2", "mobilebert", "mpnet", "modernbert", "eurobert")
 
 
@@ -208,7 +211,9 @@ def make(folder, kind, **changes):
     labels = {"id2label": {0: "NEGATIVE", 1: "POSITIVE"}, "label2id": {"NEGATIVE": 0, "POSITIVE": 1}}
     trained_tokenizer = architecture.tokenizer(inputs.load_embedded().texts)
     tokenizer_class = getattr(transformers, f"{architecture.stem}TokenizerFast", None)
-    if tokenizer_class is None:  # the architecture uses the generic class, which names no special tokens
+    # For some architectures, such as ModernBERT, transformers has no tokenizer class. Such architectures use the
+    # general class PreTrainedTokenizerFast. This class has no default special tokens, so `names` lists these tokens.
+    if tokenizer_class is None:
         names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
         tokenizer_class = functools.partial(
             transformers.PreTrainedTokenizerFast, model_input_names=list(PLAIN), **names

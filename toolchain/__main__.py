@@ -3,7 +3,8 @@
 import sys
 
 if not sys.flags.safe_path:
-    # The working directory may be an unchecked bundle, whose files must not replace libraries.
+    # Python looks for modules in the working directory first. The working directory may be a bundle that nobody has
+    # checked. Without this line, Python could import a file of the bundle instead of a library with the same name.
     del sys.path[0]
 
 from toolchain.cli import main

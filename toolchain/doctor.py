@@ -96,7 +96,7 @@ def _exporter() -> list[Finding]:
         hint = "Run `make install SET=optimum`, or `pip uninstall -y optimum optimum-onnx` to use the exporter torch."
         return [Finding("problem", f"{cause}, so the exporter optimum is unavailable", hint)]
     exporter, package_set = ("torch", "current") if cause else ("optimum", "optimum")
-    return [Finding("ok", f"the default exporter is {exporter}, which the package set {package_set} uses")]
+    return [Finding("ok", f"the default exporter is {exporter}, the exporter of the package set `{package_set}`")]
 
 
 def _onnxruntimes() -> list[Finding]:

@@ -52,8 +52,9 @@ class FinetuneRequest:
         labels: Labels of a new head, in order; if empty, the labels of the base or the data.
         multi_label: Whether a text can have any number of labels.
         max_length: Maximum number of tokens of a training text.
-        data: Data on which the trained model is scored. If `data` is None, the model is scored on the embedded
-            validation set if the training data is embedded, else on the held-out rows.
+        data: Data on which the trained model is scored. If `data` is None and `train` is the SST-2 of this
+            package, the model is scored on the SST-2 validation set of this package. If `data` is None and `train` is
+            other data, the model is scored on the held-out rows of that data.
     """
 
     base: str

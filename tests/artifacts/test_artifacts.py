@@ -176,7 +176,8 @@ def test_a_killed_run_keeps_the_old_artifact(artifact, kill_point):
     child.start()
     child.join(30)
     assert child.exitcode == -signal.SIGKILL
-    # The killed process no longer holds the lock. `publishing.lock` undoes the incomplete work of the killed process.
+    # The killed process no longer holds the lock on the artifact. The function `publishing.lock` deletes the new files
+    # of the killed process. If the killed process renamed the old artifact, `publishing.lock` restores the old name.
     with publishing.lock(artifact.path, pytest.fail):
         store.load(artifact.path).verify()
         assert (artifact.path / "model.onnx").read_bytes() == b"weights"

@@ -299,7 +299,10 @@ def test_a_comparison_marks_a_row_with_a_fallback(bench_cells):
     comparison = compare([run])
     # If other processes used this machine during the test, the cell has the mark [noisy] besides the mark [fallback].
     assert CELL.text(comparison[0]).removesuffix(" [noisy]") == "half@cuda ◆ [fallback]"
-    assert {"half@cuda: 3 of 9 nodes run on the CPU.", "half@cuda: memory, not speed."} <= set(notes(comparison))
+    assert {
+        "half@cuda: 3 of 9 nodes run on the CPU.",
+        "half@cuda: The purpose of this quantisation is to improve memory, not speed.",
+    } <= set(notes(comparison))
 
 
 def test_a_comparison_shows_gpu_memory_and_how_it_was_measured(bench_cells):

@@ -113,7 +113,8 @@ def load_int8(workspace):
 def test_a_pytorch_without_dynamic_int8_gives_an_error_with_an_alternative(tiny, monkeypatch, module, use):
     if use is load_int8:
         build_int8(tiny)
-    monkeypatch.setitem(sys.modules, module, None)  # an import of this module fails
+    # `module` is the name of a PyTorch module. From here on, Python fails to import this PyTorch module.
+    monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ProviderError, match="cannot run torch-int8") as error:
         use(tiny)
     assert "torch-compile-bf16" in error.value.hint

@@ -42,7 +42,8 @@ def commands_in(text):
         (PORTABLE, NEAR, True, [STATIC, replace(PORTABLE, keep_fp32=2)]),
         (STATIC, NEAR, True, [replace(STATIC, keep_fp32=2)]),
         (KEPT, NEAR, False, [replace(KEPT, scheme="static"), Quantize(keep_fp32=4)]),
-        # no suggestion keeps 32 layers in fp32, since the model has only 32 layers
+        # This step keeps 16 linear layers in fp32. A suggestion with twice as many would keep 32 linear layers in fp32.
+        # The model has only 32 linear layers, so such a suggestion would quantise no layer and is left out.
         (Quantize(keep_fp32=16), WIDE, False, [Quantize(scheme="static", keep_fp32=16)]),
         (Quantize(scheme="int4"), NEAR, False, [DYNAMIC, Quantize(scheme="int4", keep_fp32=2)]),
         (

@@ -172,6 +172,8 @@ def test_a_comparison_marks_published_figures_as_reported():
         "| distilbert-base-uncased-finetuned-sst-2-english ", ""
     )
     assert "[reported]: published figures, not measured here: https://github.com/" in text
+    # The report quotes a note from the result file seed-study-xeon.json. In the note, 70.55 s is the latency that the
+    # study published; the note says that the figure and the unit come from the study.
     assert "Intel Xeon (Google Colab): its latency was printed as 70.55 s: the study's own figure and unit." in text
     int8_row = next(row for row in rows if row.measurement is INT8)
     assert int8_row.baseline is FP32  # the baseline is a measured row, not the published row of the same name

@@ -225,7 +225,10 @@ def test_a_noisy_or_stale_winner_is_marked():
     assert line.startswith(
         "Winner: onnx-int8@cpu: p50 1.00 ms, p95 1.00 ms, accuracy 90.00% (+0.00 points), size 20.0 MB"
     )
-    assert "[noisy: the host took 20% of the processor time] [stale: a newer build has replaced the artifact]" in line
+    assert (
+        "[noisy: the host took 20% of the processor time of the virtual machine] "
+        "[stale: a newer build has replaced the artifact]"
+    ) in line
     assert choice_json(verdict)["winner"]["stale"] is True
     json.dumps(choice_json(verdict), allow_nan=False)
 
@@ -530,7 +533,10 @@ def test_two_runs_of_the_same_variants_rarely_show_a_regression():
 def test_the_text_shows_every_change_and_marks_regressions():
     slow_row = timed_row("onnx-int8", 1.2, range(11), noise={"others_share": 0.3})
     lines = regression_lines(compare_with([FP32, INT8], [FP32, slow_row]))
-    assert lines[0] == "2 cells of the old run, 1 no longer measured or worse by more than 5%:"
+    assert lines[0] == (
+        "Compared cells of the old run: 2. Regressed cells: 1. "
+        "A regressed cell is no longer measured, or a figure of the cell is worse by more than 5%."
+    )
     assert lines[1].split("  ")[0] == "cell"
     assert "+20.0%!" in lines[3]
     assert len({len(line) for line in lines[1:4]}) == 1

@@ -60,7 +60,7 @@ def test_the_report_has_every_section(page):
     for text in (
         "Comparison of m m on c, 2 cores, 1 GiB; 2 threads, sst2, 8 sentences; 2026-01-01",
         "fastest at batch 1 onnx-pruned50-int8",
-        "the host took 30% of the processor time",
+        "the host took 30% of the processor time of the virtual machine",
         "onnx-fp32@cuda m c, 2 cores unavailable No GPU answers. Get one.",
         "minimum passes over the sentences 3",
         "sessions may fall back to the CPU no",

@@ -1,4 +1,8 @@
-"""Tests of predictions and benchmarks on a Ray cluster of two nodes, also with killed nodes and other versions."""
+"""Tests of predictions and benchmarks on a Ray cluster of two nodes.
+
+Some tests kill processes of the cluster. In other tests, the version of the toolchain or of Python on a node differs
+from the version on this machine.
+"""
 
 from __future__ import annotations
 
@@ -197,7 +201,8 @@ def test_scratch_removes_only_the_folder_of_a_dead_worker_of_this_machine(tmp_pa
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     names = [
         f"{publishing.WORK}-{space}-{os.getpid()}-mine",
-        # The folder named next belongs to a process of another machine; this process may still run.
+        # A folder with `other_space` in its name belongs to a process on another machine. This machine cannot check
+        # whether the process on the other machine still runs, so `remote.scratch` must keep the folder.
         f"{publishing.WORK}-{other_space}-{dead_pid}-left",
         f"{publishing.WORK}-{space}-{dead_pid}-my-notes",
         f"toolchain-{dead_pid}-left",

@@ -55,7 +55,7 @@ def test_a_name_that_belongs_to_another_source_is_refused(built_tiny, checkpoint
 
 def test_another_model_cannot_have_the_name_reference(checkpoint, tmp_path):
     folder = checkpoint.rename(checkpoint.with_name("reference"))
-    with pytest.raises(CheckpointError, match="name of the embedded model"):
+    with pytest.raises(CheckpointError, match="'reference' is the name of the model inside the toolchain package"):
         resolve(str(folder), tmp_path)
 
 

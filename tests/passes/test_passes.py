@@ -72,7 +72,8 @@ def test_fuse_makes_one_attention_per_layer_and_keeps_the_raw_mask(std):
     assert operators_of(model)["Attention"] == operators_of(model)["Gelu"] == 2
     assert "SkipLayerNormalization" not in operators_of(model)
     masks = [node.inputs[3] for node in model.graph if node.op_type == "Attention"]
-    # Each Attention node reads the cast attention mask, not the number of tokens per sentence.
+    # A Cast node converts the attention mask to int32, and each Attention node reads the converted mask. No Attention
+    # node reads the number of tokens per sentence instead of the mask.
     assert {mask.producer().op_type for mask in masks} == {"Cast"}
 
 
@@ -124,8 +125,10 @@ def residual_model(nodes, initializers):
             {"w": (4, 4), "b": (4,)},
             "Sub",
         ),
-        # In the next three graphs, `residual-sum` cannot negate a weight. Two of these graphs have no weight. In the
-        # last graph, two nodes read the product with the weight.
+        # To turn an Add node into a Sub node, the pass `residual-sum` must change the sign of one addend. The pass
+        # changes the sign by negating the weights that compute the addend. In the next three graphs, negated weights
+        # cannot change the sign of an addend, so the pass turns the Add node into a Sum node. Two of these three graphs
+        # have no weight. In the last of these three graphs, two nodes read the product with the weight.
         ([helper.make_node("Tanh", ["r"], ["h"])], {}, "Sum"),
         ([helper.make_node("MatMul", ["r", "r"], ["h"])], {}, "Sum"),
         (
@@ -467,8 +470,9 @@ def test_headroom_is_the_one_of_the_worst_pair(weight, order):
     for column in weight.T:
         for i in range(4):
             for j in range(i):
-                # The sum of two products is largest if negative weights have activations of 0, and smallest if positive
-                # weights have activations of 0.
+                # Each product is a weight times an activation from 0 to 255. The sum of two products is largest if each
+                # negative weight is multiplied by 0, and each positive weight by 255. The sum of two products is
+                # smallest if each positive weight is multiplied by 0, and each negative weight by 255.
                 for clip in (
                     np.maximum,
                     np.minimum,

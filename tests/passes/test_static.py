@@ -242,7 +242,9 @@ def test_static_variants_record_their_training_data(tiny):
 
 @pytest.mark.slow
 def test_without_smoothing_scales_come_from_the_original_values(tiny, monkeypatch):
-    monkeypatch.setattr(calibration, "NOISE", 0.0)  # with a noise limit of 0, every layer is smoothed
+    # Calibration tries to smooth the input of a layer only if the quantisation error of the layer is at least NOISE.
+    # With NOISE = 0, calibration tries to smooth the input of every layer.
+    monkeypatch.setattr(calibration, "NOISE", 0.0)
     steps = {"onnx-int8-static+rough": Quantize(scheme="static", passes=("quantize-linear",))}
     artifacts = ensure(tiny, ["onnx-int8-static", *steps], steps, quiet)
     assert artifacts["onnx-int8-static"].manifest.facts["rewrites"]["smooth"] > 0

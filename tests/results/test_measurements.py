@@ -105,7 +105,7 @@ def change_samples(values):
         (change_samples([[900, -5], [1100]]), "is not positive"),
         (change_samples([[900, 0.5], [1100]]), "valid integer"),
         (change_samples([["fast"]]), "valid integer"),
-        (change_samples([[900], [1100]]), "a round has more or fewer numbers of sentences than times"),
+        (change_samples([[900], [1100]]), "a round does not have one number of sentences for each time"),
         (
             change_row(accuracy={"value": 1.1, "correct": 11, "count": 10, "batch_size": 1}),
             "from 11 correct predictions of 10",

@@ -144,7 +144,9 @@ def test_arrange_filters_and_sorts_rows_and_marks_the_front_again():
 def test_a_noisy_row_states_its_cause():
     disturbed_row = measured_row("onnx-int8", 5, noise={"steal_share": 0.05, "others_share": 0.2, "load_1m": 3.0})
     row = row_of_cell(compare([result(FP32, disturbed_row, run=RUN)]), "onnx-int8@cpu")
-    assert row.noisy == "the host took 5% of the processor time, other processes used 20% of the processor time"
+    assert row.noisy == (
+        "the host took 5% of the processor time of the virtual machine, other processes used 20% of the processor time"
+    )
     wide_samples = Samples.from_single([[1000], [1000], [1000], [9000], [9000], [9000], [5000]])
     row = compare(
         [result(measured_row("torch-fp32", 5, latency=wide_samples, latency_ms=wide_samples.milliseconds()), run=RUN)]

@@ -79,7 +79,11 @@ def ask():
             )
 
         def answer(folder, release, texts=TEXTS, by_optimum=False):
-            """Returns the label probabilities that transformers `release` computes, or optimum with that release."""
+            """Returns the label probabilities that a pipeline of transformers `release` computes.
+
+            If `by_optimum` is true, optimum loads the ONNX model in `folder` for the pipeline. Otherwise, transformers
+            loads the PyTorch model in `folder`.
+            """
             options = dict([EXACT_PRODUCTS]) if saturates() else {}
             request = {"folder": str(folder), "texts": texts, "options": options if by_optimum else None}
             process = start(release)

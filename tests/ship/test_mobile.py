@@ -238,11 +238,11 @@ UNREADABLE = {
         one_node(helper.make_node("DequantizeLinear", ["w", "x"], ["y"]), opset=21, ir_version=10, weights=[INT4]),
         r"tensors of type INT4, which need IR version 10\. ONNX Runtime 1\.17 .* up to 9\. .*1\.18 or newer",
     ),
-    "an operator that onnx cannot fully convert": (
+    "an operator that the onnx package cannot fully convert to an older opset": (
         one_node(helper.make_node("Cast", ["x"], ["y"], to=1, saturate=0), opset=20),
         r"uses Cast of a newer opset than 18.*--opset 18",
     ),
-    "an operator without a replacement": (
+    "an operator that older operators cannot replace": (
         one_node(helper.make_node("TensorScatter", ["x", "x"], ["y"]), opset=24),
         r"uses TensorScatter of a newer opset than 20.*--opset 18",
     ),
@@ -311,7 +311,12 @@ def test_a_release_that_computes_padded_batches_wrongly_is_refused(tiny, tmp_pat
 
 @pytest.mark.slow
 def test_a_new_operator_after_an_operator_of_onnx_runtime_is_refused(opset_20_workspace, tmp_path):
-    """onnx does not know the type of a quantised product, so it cannot replace a Gelu that follows the product."""
+    """Checks that `ship` refuses a Gelu operator whose input type the onnx package does not know.
+
+    ONNX Runtime 1.16 reads opset 19, which has no Gelu. So the onnx package must replace Gelu by older operators, and
+    needs the type of Gelu's input. In this model, the input of Gelu is the result of an int8 product. ONNX Runtime
+    defines the operator of the int8 product, so the onnx package does not know the type of the result.
+    """
     with pytest.raises(ShippingError, match=r"onnx-int8 uses Gelu of a newer opset than 19.*--opset 18"):
         ship(opset_20_workspace, tmp_path / "b", "onnx-int8", ort_mobile="1.16")
     assert not (tmp_path / "b").exists()
@@ -476,7 +481,13 @@ def test_ship_for_mobile_and_its_usage_errors(tiny, say):
 
 @pytest.mark.slow
 def test_weights_in_ort_format_are_unsigned_where_products_can_saturate(phone_bundle):
-    """The session option for exact products has no effect on files in ORT format, so their weights must be unsigned."""
+    """Checks that weights in ORT format are unsigned in `onnx-int8`, and signed in `onnx-int8-portable`.
+
+    Products with signed 8-bit weights can saturate on x86 processors without VNNI. For .onnx files, a session option
+    prevents saturation. For files in ORT format, the session option has no effect. So the toolchain stores unsigned
+    8-bit weights in files in ORT format, because products with unsigned weights never saturate. Portable weights stay
+    signed: they have 7 bits, so their products never saturate.
+    """
     for name, is_signed in (("onnx-int8", False), ("onnx-int8-portable", True)):
         content = ort_format.read_root((phone_bundle / f"{name}.ort").read_bytes()).Model().Graph()
         types = {

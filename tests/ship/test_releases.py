@@ -60,17 +60,17 @@ FILES = {
     "one query": ((ONE_TOKEN, ALL_TOKENS, {"mask": MASK}), {LONGER}),
     "two queries": ((["batch", 2, WIDTH], ALL_TOKENS, {"mask": MASK}), {LONGER}),
     "as many queries as keys": ((ALL_TOKENS, ALL_TOKENS, {"mask": MASK}), {"key_padding_mask"}),
-    "one token, known before": ((ONE_TOKEN, ONE_TOKEN, {"mask": ["batch", 1]}), {"key_padding_mask"}),
-    "a bias": ((ONE_TOKEN, ALL_TOKENS, {"bias": ["batch", HEADS, 1, "tokens"]}), {"attention_bias"}),
-    "a bias of one head": (
+    "one query and one key": ((ONE_TOKEN, ONE_TOKEN, {"mask": ["batch", 1]}), {"key_padding_mask"}),
+    "an attention bias": ((ONE_TOKEN, ALL_TOKENS, {"bias": ["batch", HEADS, 1, "tokens"]}), {"attention_bias"}),
+    "one attention bias for all heads": (
         (ONE_TOKEN, ALL_TOKENS, {"bias": ["batch", 1, 1, "tokens"]}),
         {"attention_bias", "attention_bias of one head"},
     ),
-    "a bias of one sentence": (
+    "one attention bias for all sentences": (
         (ALL_TOKENS, ALL_TOKENS, {"bias": [1, HEADS, "tokens", "tokens"]}),
         {"attention_bias", "attention_bias of one sentence"},
     ),
-    "one sentence, known before": (
+    "a batch that always has one sentence": (
         ([1, 1, WIDTH], [1, "tokens", WIDTH], {"bias": [1, HEADS, 1, "tokens"]}),
         {"attention_bias"},
     ),
@@ -176,7 +176,10 @@ def releases():
 
 
 def answers_of(release):
-    """Returns the results that releases.py measures with ONNX Runtime `release` if the committed table is right."""
+    """Returns the results that the committed table of releases contains for ONNX Runtime `release`.
+
+    If the table is correct, the script releases.py measures the same results with this release.
+    """
     body = json.loads(TABLE.read_text())
     releases_until = ORDER[: ORDER.index(release) + 1]
     operators = {
@@ -236,7 +239,8 @@ def test_the_check_exits_with_3_where_a_release_differs(releases, monkeypatch):
     CHANGES["a fault"](answers)
     failed_run = CliRunner().invoke(releases.main, ["--check", sys.executable, "--check", sys.executable])
     assert failed_run.exit_code == 3
-    assert failed_run.output.count(f"right in the table, wrong in ONNX Runtime {answers['version']}") == 2
+    message = f"the table of releases has the result 'right', but ONNX Runtime {answers['version']} gives 'wrong'"
+    assert failed_run.output.count(message) == 2
     answers["version"] = "1.99.0"
     assert CliRunner().invoke(releases.main, ["--check", sys.executable]).exit_code == 3
 

@@ -65,7 +65,11 @@ class World:
 
 
 class SlowWorld(World):
-    """A `World` that spends 100 s per epoch on a new training, and `rest_s` seconds on any other candidate."""
+    """Invents results as the class `World` does, and also advances the simulated `clock` for each candidate.
+
+    A candidate that needs a new training takes 100 s per epoch. A candidate that needs no new training takes `rest_s`
+    seconds.
+    """
 
     def __init__(self, clock, rest_s=1, **world):
         super().__init__(**world)

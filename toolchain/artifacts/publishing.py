@@ -15,17 +15,17 @@ from toolchain.errors import ArtifactError
 if TYPE_CHECKING:
     from filelock import FileLock
 
-# Part of the name of every hidden folder that this module creates. The random digits in the folder name prevent a clash
-# with the user's folders.
+# Part of the name of every hidden folder that this module creates. The digits in `WORK` are constant. They were chosen
+# at random once, to prevent a clash with the names of the user's folders.
 WORK = "toolchain-6f1d0b9c"
 
 
 def work_folder(target: Path) -> Path:
     """Returns the hidden work folder beside `target`, for all files of a run that builds `target`.
 
-    Use the work folder only under `lock`. The random digits in the name of the work folder make the name unique to this
-    toolchain. This module computes the name of the work folder and never searches for folders, so it never changes a
-    folder with a similar name.
+    Use the work folder only under `lock`. The name of the work folder ends in the constant `WORK`. This constant
+    contains digits that were chosen at random once, so that no other program uses the same name. This module computes
+    the name of the work folder and never searches for folders, so it never changes a folder with a similar name.
     """
     target = Path(os.path.abspath(target))  # `Path(".").name` is empty
     return target.with_name(f".{target.name}.{WORK}")

@@ -99,8 +99,8 @@ class Recover:
         train: Digest of the training data, as in `Prune`.
         learning_rate: Peak learning rate.
         batch_size: Number of rows per training step.
-        pairs: Number of random pairs of rows per epoch, as a multiple of (number of training rows × share of linear
-            parameters that pruning removed).
+        pairs: Factor for the number of random pairs of rows in each epoch. The number of pairs is `pairs` × the number
+            of training rows × the share of linear parameters that pruning removed.
         masked: Share of the tokens that the mask token replaces in each pair of rows.
         seed: Random seed of the pairs of rows, the masks and the row order.
     """
@@ -151,9 +151,10 @@ class Quantize:
 
     Schemes of ``ort`` (ONNX Runtime):
 
-    * ``dynamic``: products of U8 activations, with scales computed at run time, and S8 weights with scales per channel.
-    * ``static``: the products of ``dynamic``, with activation scales from calibration on training data.
-    * ``int4``: weights of 4 bits, in blocks that share a scale, for small files.
+    * ``dynamic``: multiplies unsigned 8-bit activations (U8) by signed 8-bit weights (S8). The scale of the activations
+      is computed at run time. The weights have one scale per channel.
+    * ``static``: multiplies as ``dynamic`` does, but the activation scales come from calibration on training data.
+    * ``int4``: stores weights of 4 bits, for small files. The weights of each block share one scale.
 
     The backend ``torch`` has the schemes ``int8`` (the products of ``dynamic``), and ``bf16`` and ``fp16`` (half
     precision). The backend ``bnb`` (bitsandbytes) has the schemes ``int8`` (LLM.int8()), and ``nf4`` and ``fp4``
@@ -233,7 +234,7 @@ class Quantize:
         prepare the graph for it.
 
         Raises:
-            SettingsError: The scheme does not have one of the omitted passes.
+            SettingsError: `omitted_passes` names a pass that the scheme does not have.
         """
         if not omitted_passes:
             return None

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 # The program that compiles the C++ code of `torch.compile` on a CPU, unless the variable CXX names another program.
 COMPILER = "clang++" if sys.platform == "darwin" else "g++"
-# PyTorch compiles a function only a few times in a process, and would then run it without compiling it. This setting
-# makes PyTorch raise an error instead. The names of setting and error depend on the release of PyTorch.
+# PyTorch compiles a function only a few times in a process. After that, PyTorch would run the function uncompiled.
+# One setting of PyTorch makes PyTorch raise an error instead. `STRICT` lists the newer and the older name of this
+# setting, and `LIMIT_ERRORS` lists the newer and the older name of this error. Older releases of PyTorch know
+# only the older names.
 STRICT = ("fail_on_recompile_limit_hit", "fail_on_cache_limit_hit")
 LIMIT_ERRORS = ("FailOnRecompileLimitHit", "FailOnCacheLimitHit")
 
@@ -29,8 +31,9 @@ LIMIT_ERRORS = ("FailOnRecompileLimitHit", "FailOnCacheLimitHit")
 class CompiledSession(TorchSession):
     """A `Session` that runs on PyTorch's compiler, in its default mode and with dynamic shapes.
 
-    The first batch takes up to a minute, because PyTorch compiles the model. A batch size or a number of tokens of 1
-    needs code of its own, so the first batch of another such shape takes as long.
+    The first batch takes up to a minute, because PyTorch compiles the model. A batch has one sentence or several
+    sentences, and the padded sentences of a batch have one token or several tokens. PyTorch compiles separate code for
+    each of these four kinds of batch, so the first batch of each kind takes up to a minute.
 
     Raises:
         ProviderError: This machine has no C++ compiler, or PyTorch cannot compile the model.

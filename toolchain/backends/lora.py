@@ -98,8 +98,8 @@ def _require_peft() -> None:
     """Raises `CheckpointError` if PEFT cannot be imported."""
     import logging
 
-    # PEFT may import bitsandbytes. This line hides a log message of bitsandbytes about an optional CPU kernel from the
-    # Hugging Face hub.
+    # PEFT may import bitsandbytes. During the import, bitsandbytes may log that an optional CPU kernel cannot be loaded
+    # from the Hugging Face hub. The toolchain does not need this kernel, so the next line hides the log message.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft  # noqa: F401

@@ -79,7 +79,10 @@ def saturates(*, exact: bool = False) -> bool:
 
 
 def extreme_product() -> bytes:
-    """Returns an ONNX model with one MatMulInteger node, which multiplies uint8 activations by int8 weights of 127."""
+    """Returns an ONNX model that multiplies uint8 activations by int8 weights, with every weight equal to 127.
+
+    The model has a single node, whose operator is MatMulInteger. The value 127 is the largest int8 value.
+    """
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
 
@@ -101,10 +104,12 @@ def extreme_product() -> bytes:
 
 
 def _path_or_content(path: Path, exact: bool) -> str | bytes:
-    """Returns the path of the model file, or the content of the model with unsigned weights.
+    """Returns the path of the model file; if the model must change to be exact, returns the changed model as bytes.
 
-    ONNX Runtime refuses `EXACT_PRODUCTS` for layers that share weights. For a model with shared weights, this function
-    itself converts the weights to unsigned integers if products saturate on this processor.
+    An .onnx model must change if `exact` is true, its layers share int8 weights, and 8-bit products saturate on this
+    processor. The function then converts the weights to unsigned integers, because 8-bit products of unsigned integers
+    never saturate. Without shared weights, the session option `EXACT_PRODUCTS` is enough: ONNX Runtime itself converts
+    the weights. ONNX Runtime refuses `EXACT_PRODUCTS` for layers that share weights.
     """
     if not exact or path.suffix != ".onnx" or not saturates():
         return str(path)

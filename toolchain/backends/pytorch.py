@@ -63,7 +63,8 @@ def _load_dense(folder: Path) -> tuple[PreTrainedModel, list[str]]:
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
-        # With `ignore_mismatched_sizes`, `info` lists weights of a wrong shape for the error message.
+        # With `ignore_mismatched_sizes`, a weight of a wrong shape does not stop the loading. transformers lists such
+        # weights in `info`, and the error message below names the first of these weights.
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )

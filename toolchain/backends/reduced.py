@@ -131,7 +131,11 @@ def restore(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], precisi
             weight, scales, zeros, bias = (remaining.pop(f"{name}.{part}") for part in PARTS)
             module = model.get_submodule(name)
         except (KeyError, AttributeError) as error:
-            raise CheckpointError(f"{PRECISION} names a missing layer {name!r}.", HINT) from error
+            raise CheckpointError(
+                f"The file {PRECISION} lists the int8 layer {name!r}, but the model or its weights file does not have "
+                "this layer.",
+                HINT,
+            ) from error
         if not isinstance(module, torch.nn.Linear) or weight.shape != module.weight.shape or weight.dtype != torch.int8:
             raise CheckpointError(f"The stored weights of {name} do not match the model.", HINT)
         layers[name] = _build_dynamic_layer(weight, scales, zeros, bias)

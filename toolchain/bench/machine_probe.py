@@ -1,8 +1,8 @@
 """The machine probe measures one runtime's highest rates of arithmetic and of reading weights, and prints them as JSON.
 
 The probe runs in a separate process. The probe times square linear layers whose weights are larger than the L2 caches.
-The probe runs the linear layers on large batches and on batches of one input row. The linear layers have the same
-operators as a real model.
+The probe runs the linear layers on large batches and on batches of one input row. The probe multiplies matrices with
+the same operators as the linear layers of a real model.
 """
 
 from __future__ import annotations

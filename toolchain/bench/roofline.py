@@ -99,8 +99,9 @@ def read_work(folder: Path) -> Work | None:
     parameters_by_prefix = Counter[str]()
     for name, shape in shapes.items():
         parameters_by_prefix[name.partition(".")[0]] += math.prod(shape)
-    # The name prefix with the most parameters is the base model's, because word embeddings alone are larger than any
-    # head.
+    # The name of each weight begins with a part of the model, such as `bert` or `classifier`. The part with the most
+    # parameters contains the embeddings and the encoder, because word embeddings alone are larger than any
+    # classification head.
     encoder = max(parameters_by_prefix, key=lambda name: parameters_by_prefix[name], default="")
     matrices = {
         name.removesuffix(".weight"): shape

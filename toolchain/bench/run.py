@@ -67,8 +67,8 @@ def planned_pairs(
     Args:
         names: Names of the variants to measure; empty for the default cells of the providers.
         providers: Execution providers; empty allows all.
-        allow_fallback: Whether the CPU may run the operators of an ONNX variant in `names` for which its provider has
-            no kernel.
+        allow_fallback: Whether the CPU may run ONNX operators for which the execution provider has no kernel. The
+            permission applies only to the ONNX variants in `names`.
 
     Raises:
         BenchError: A named variant runs on none of the requested providers.

@@ -29,7 +29,7 @@ TURN_TIMEOUT_S = 120.0
 # sentences at batch 1.
 WARM_UP_SENTENCES = 12
 EXACTNESS_ROUNDS = 20
-SPARE_TIME = 1.1
+SPARE_TIME = 1.1  # factor that makes a cell's first round longer than the required time of a round; see `_run_turn`
 SPARE_SHARE = 0.1  # share of the machine's memory that must stay free
 
 
@@ -224,9 +224,10 @@ class _Bench:
             "do": "run",
             "batches": work.batches,
             "warmup": 2,
-            # A cell repeats the batches equally often in every round. In the first round, `repeats` is 0, so the worker
-            # repeats the batches until `min_s` seconds are over. `SPARE_TIME` makes the first round longer, so that the
-            # later rounds still take `min_s` seconds if they run faster.
+            # In the first round, `repeats` is 0, so the worker repeats the batches until `min_s` seconds are over. In
+            # every later round, the worker repeats the batches as often as in the first round. A later round may run
+            # slightly faster than the first round, but must still take `work.min_s` seconds. `SPARE_TIME` therefore
+            # makes the first round 10 % longer than `work.min_s`.
             "repeats": len(earlier_replies[min(earlier_replies)]["us"]) if earlier_replies else 0,
             "min_s": work.min_s * SPARE_TIME,
             "tokenizing": single,

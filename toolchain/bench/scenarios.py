@@ -78,7 +78,8 @@ class Turn:
     """One cell's turn in a round.
 
     Attributes:
-        kind: The name of the scenario, or the result of `length_kind`.
+        kind: The kind of turn: the scenario ``single-stream`` or ``offline``, or a text such as ``128 tokens``. The
+            text ``128 tokens`` means that the turn measures one sentence of 128 tokens.
         batches: Indices of the sentences of each batch.
         min_s: Minimum seconds of the turn; the cell repeats the batches until these seconds are over.
     """

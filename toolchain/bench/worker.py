@@ -214,7 +214,10 @@ class _Child:
 
     @contextlib.contextmanager
     def _metering(self) -> Iterator[None]:
-        """Counts the time of this context as memory measurement, which the parent subtracts from the cold start."""
+        """Adds the duration of this context to `_metering_s`, the seconds that this process spends on measuring memory.
+
+        The parent process subtracts these seconds from the duration of the cold start.
+        """
         started = time.perf_counter()
         yield
         self._metering_s += time.perf_counter() - started

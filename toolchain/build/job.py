@@ -51,13 +51,13 @@ class Job(Generic[StepT]):
 
     @property
     def parent_artifact(self) -> Artifact:
-        """Returns the parent.
+        """Returns the artifact of the parent variant.
 
         Raises:
-            ArtifactError: The step has no parent.
+            ArtifactError: The step has no parent variant.
         """
         if self.parent is None:
-            raise ArtifactError(f"{step_name(self.step)} needs a parent.")
+            raise ArtifactError(f"The step {step_name(self.step)} needs a parent variant as its input, but has none.")
         return self.parent
 
 

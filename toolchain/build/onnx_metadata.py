@@ -72,7 +72,8 @@ def options_by_processor(headroom: float | None) -> dict[str, dict[str, str]]:
     """Returns the ONNX Runtime session options that an int8 model needs to be exact, by kind of processor.
 
     Args:
-        headroom: Result of `quantize_linear.headroom`; None if the model has no int8 product.
+        headroom: Headroom of the model, as `quantize_linear.headroom` returns it: the largest signed 16-bit
+            integer divided by the largest possible sum of two int8 products. None if the model has no int8 product.
 
     Returns:
         Option names and values by kind of processor; empty if the model is exact on every processor.

@@ -1,8 +1,9 @@
 """The pipeline, which builds, validates and publishes the artifacts of named variants and skips fresh artifacts.
 
-An artifact is fresh if the current version of its step built it from the parent's current artifact. The artifact of a
-variant that the command names is fresh only if it has the requested settings. The ancestors of a variant that the
-command names keep the settings that their manifests record.
+An artifact is fresh if the current version of its step built it from the parent's current artifact. If the command
+requests settings for a variant, the artifact is fresh only if it has these settings. If the command requests no
+settings for a variant, the pipeline keeps the settings in the variant's manifest. For example, a command usually
+requests no settings for the ancestors of a variant.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def plan(workspace: Workspace, names: Iterable[str], requested_steps: Mapping[st
         requested_steps: Steps with the user's settings, by variant name.
 
     Raises:
-        TamperedError: A manifest, or a file of a fresh artifact, changed after the build. A variant in
-            `requested_steps` whose files changed raises no error, because the plan builds this variant again.
+        TamperedError: A manifest, or a file of a fresh artifact, changed after the build. For a variant in
+            `requested_steps`, the function does not raise this error. Instead, the plan builds the variant again.
         ArtifactError: A variant's folder exists and is not an artifact.
     """
     plans = inspect_variants(workspace, names, requested_steps)
@@ -133,10 +134,10 @@ def inspect_variants(
 
 
 def _choose_exporter(step: Export, requested_step: Step | None) -> Export:
-    """Returns the step with an exporter.
+    """Chooses the exporter for an export, and returns the export step with this exporter in its settings.
 
-    The function chooses the exporter that the user requests, or else the exporter in the manifest if it is installed,
-    or else the default exporter.
+    The function chooses the exporter that the user requests. If the user requests no exporter, the function chooses the
+    exporter in the manifest. If the manifest names no installed exporter, the function chooses the default exporter.
     """
     if isinstance(requested_step, Export) and requested_step.exporter:
         return step
@@ -327,7 +328,11 @@ def _require_same_data(workspace: Workspace, item: VariantPlan) -> None:
 def _find_origin(
     workspace: Workspace, step: Step, parent: Artifact | None
 ) -> tuple[ImportFiles | None, Mapping[str, Any]]:
-    """Returns the checkpoint's files (None if the step is no import), and its source as a manifest stores it."""
+    """Returns the files of the checkpoint, and a dictionary that says where the checkpoint comes from.
+
+    The manifest stores this dictionary as its `source`. If the step is no import, the function returns None for the
+    files, and copies the dictionary from the parent's manifest.
+    """
     if isinstance(step, Import):
         source = dataclasses.replace(workspace.source, revision=step.revision)
         return sources.fetch_files(workspace.source, step), source.to_manifest()

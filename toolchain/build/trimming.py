@@ -29,10 +29,13 @@ TRAIN = "train"  # `--trim-vocab train` means the training data without its held
 
 
 def corpus_of(spec: str | None, column: str | None) -> Texts | None:
-    """Returns the texts that `--trim-vocab` names; None for ``train`` and for no corpus.
+    """Returns the texts of the file that the option `--trim-vocab` names; None if the option names no file.
+
+    The option names no file if its value is ``train``, which means the training data. Without the option, the
+    vocabulary is not trimmed.
 
     Args:
-        spec: Value of `--trim-vocab`; None for no trimming.
+        spec: Value of the option `--trim-vocab`; None without the option.
         column: Column of the texts; ignored for a file of plain lines.
 
     Raises:
@@ -68,10 +71,12 @@ def trim(
         facts: Facts about the trimmed graph.
 
     Returns:
-        New facts for the manifest: ``vocabulary``, and ``parameters`` if `facts` contains that fact. ``vocabulary``
-        holds the number of tokens kept, the original number of tokens and the bytes saved. The fact ``vocabulary`` also
-        compares the trimmed model with its untrimmed fp32 parent on held-out rows. ``held_out`` covers all held-out
-        rows; ``out_of_domain`` covers the held-out rows with a removed token.
+        New facts for the manifest. If `facts` contains the number of parameters, the new fact ``parameters`` is this
+        number without the parameters of the removed tokens. If `facts` does not contain the number of parameters, the
+        result has no fact ``parameters``. The new fact ``vocabulary`` holds the number of tokens kept, the original
+        number of tokens and the bytes saved. The fact ``vocabulary`` also compares the trimmed model with its untrimmed
+        fp32 parent on held-out rows. The key ``held_out`` holds the comparison on all held-out rows. The key
+        ``out_of_domain`` holds the comparison on the held-out rows with a removed token.
     """
     parent = job.parent_artifact
     bytes_before = _companion_bytes(job.folder)

@@ -78,9 +78,10 @@ class Workspace:
     def lineage(self, name: str, requested_names: Container[str] = ()) -> list[Variant]:
         """Returns the variant and its ancestors, the oldest ancestor first.
 
-        The manifest of a labelled variant names the parent of the variant. Without a manifest, the parent of a variant
-        with the label ``a-b`` has the label ``a-b``, the label ``a`` or no label. `lineage` chooses the available
-        parent with the longest label. If no labelled parent is available, `lineage` chooses the parent without a label.
+        The manifest of a labelled variant names the parent of the variant. If a variant has no manifest, its label
+        allows several parents. For example, the parent of a variant with the label ``a-b`` may have the label ``a-b``,
+        the label ``a`` or no label. From these possible parents, `lineage` chooses the available parent with the
+        longest label. If no labelled parent is available, `lineage` chooses the parent without a label.
         A variant is available if it is built or if `requested_names` contains it. An exported or optimised graph counts
         as available even before it is built, if its parent is available and has the same label.
 
@@ -107,7 +108,8 @@ class Workspace:
     def _is_known(self, name: str, requested_names: Container[str]) -> bool:
         """Returns whether a variant is available, as `lineage` defines it.
 
-        An exported or optimised graph needs no settings from the user, so it is available if its parent is available.
+        An exported or optimised graph counts as available even before it is built, if its parent is available and has
+        the same label. The toolchain can build such a graph from its parent without settings from the user.
         """
         if not variants.is_variant(name):
             return False
@@ -123,5 +125,7 @@ class Workspace:
         try:
             artifact = self.load(name)
         except ArtifactError:
-            return None  # the artifact is unreadable; code that uses the artifact loads it again and raises the error
+            # The error of an unreadable artifact is ignored here. Code that later uses the artifact loads the artifact
+            # again, and raises the error then.
+            return None
         return artifact.manifest.parent if artifact else None

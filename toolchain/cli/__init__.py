@@ -78,7 +78,9 @@ def _record_interrupts() -> Iterator[list[int]]:
         signal.default_int_handler(number, frame)
 
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield signal_numbers  # an existing handler ignores or handles interrupts, so the list stays empty
+        # The process ignores interrupts, or another handler already handles them. This function does not change that
+        # behaviour, so the list of signal numbers stays empty.
+        yield signal_numbers
         return
     signal.signal(signal.SIGINT, record_interrupt)
     try:

@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 @click.option(
     "--allow-fallback",
     is_flag=True,
-    help="Also measure an ONNX variant if the provider lacks kernels, so that some operators run on the CPU. The "
-    "comparison marks the rows of variants that run partly on the CPU.",
+    help="Also measure ONNX variants with operators that the provider cannot run. The CPU runs these operators, and "
+    "the comparison marks the rows of these variants.",
 )
 @click.option("--threads", type=click.IntRange(1), help="Number of CPU threads.  [default: physical cores]")
 @data_options

@@ -36,7 +36,8 @@ def bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
         tasks: dict[int, TaskID] = {}
 
         def update(count: int, total: int, activity: str) -> None:
-            # A new total means a new kind of work, so a new progress task restarts the estimate of the remaining time.
+            # If the total number of parts changes, another kind of work has begun. A new task in the bar makes `rich`
+            # estimate the remaining time without the speed of the earlier work.
             if total not in tasks:
                 for task in tasks.values():
                     view.remove_task(task)

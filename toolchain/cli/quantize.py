@@ -78,8 +78,8 @@ if TYPE_CHECKING:
 @click.option(
     "--trim-vocab",
     metavar="CORPUS",
-    help="ort only: remove tokens that do not occur in CORPUS from vocabulary and embedding table. CORPUS is a file of "
-    "texts, or `train` for the training data. --text-column names the column of texts.",
+    help="ort only: drop tokens that do not occur in CORPUS. The vocabulary and the embedding table become smaller. "
+    "CORPUS is a file of texts, or `train` for the training data. --text-column names the column of texts.",
 )
 @training_options
 @name_option
@@ -111,9 +111,10 @@ def quantize(
     scales in advance, on training sentences. With static scales, the logits of a sentence do not depend on the other
     sentences of its batch. The backend bnb (bitsandbytes) saves memory, but no time on a CPU.
 
-    The command stores a variant only if the variant passes validation. Validation compares the labels of 200 sentences
-    with the PyTorch model's labels. Validation fails if these 200 sentences show that the labels of more than 2 % of
-    all sentences differ.
+    The command stores a variant only if the variant passes validation. Validation compares two labels for each of 200
+    sentences: the variant's label and the PyTorch model's label. Validation fails if these two labels differ in too
+    many of the 200 sentences. The number of differing labels is too high if it shows, with 95 % confidence, that the
+    labels differ in more than 2 % of all possible sentences.
 
     \b
     Examples:
@@ -154,7 +155,10 @@ def quantize(
     scheme = scheme or next(iter(QUANTIZED[backend]))
     if (backend, scheme) == ("ort", "fp16"):
         if isa != "vnni" or any([embeddings, omitted_passes, trim_vocab, keep_fp32, max_drop is not None, sensitivity]):
-            raise click.UsageError("--scheme fp16 takes no other option of --backend ort.")
+            raise click.UsageError(
+                "--scheme fp16 cannot be used with --isa portable, --embeddings, --keep-fp32, --max-drop, "
+                "--sensitivity, --no-pass or --trim-vocab."
+            )
         step_fp16 = Optimize.for_provider("cuda")
         workspace = open_workspace(model, exported, folder_name)
         build(
@@ -169,8 +173,8 @@ def quantize(
         scheme,
         reduce_range=True if isa == "portable" else None,
         embeddings=embeddings,
-        # With --sensitivity or --max-drop, the number of fp32 layers is still unknown. All numbers pass the same
-        # checks, so 1 stands for any number.
+        # With --sensitivity or --max-drop, the number of fp32 layers is still unknown, so 1 is a placeholder. The
+        # checks in `Quantize` give the same result for every number of fp32 layers from 1.
         keep_fp32=1 if sensitivity or max_drop is not None else keep_fp32,
         passes=Quantize.passes_without(scheme, omitted_passes),
         trim_vocab=corpus.digest if corpus else trim_vocab,

@@ -37,7 +37,8 @@ from toolchain.ship.targets.releases import DEFAULT, ORDER, RELEASES
 @click.option(
     "--demo/--no-demo",
     default=True,
-    help="web only: whether the bundle has a demo page, which needs npm the first time.  [default: demo]",
+    help="web only: whether the bundle has a demo page. For the first demo page, the command needs npm to download "
+    "JavaScript packages.  [default: demo]",
 )
 @click.option(
     "--with-tokenizer",

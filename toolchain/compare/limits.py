@@ -151,8 +151,8 @@ def _broken_limits(row: Row, limits: Limits) -> tuple[BrokenLimit, ...]:
         if allowed is None:
             continue
         value = _FIGURES[name][2](row)
-        # A comparison with NaN is false, so the negated comparison counts a limit as broken if the limit or
-        # the figure is NaN.
+        # If the limit or the figure is NaN (not a number), every comparison is false. The condition is `not a <= b`
+        # instead of `a > b`, so that a limit counts as broken in this case.
         if value is None or not value - allowed <= _TOLERANCE:
             broken.append(BrokenLimit(name, allowed, value, _limit_remark(row, name, value)))
     return tuple(broken)

@@ -2,8 +2,9 @@
 
 Every figure is compared as a cost: time, bytes or wrong answers. A change is the increase of a cost as a share of the
 cost in the old run. The rounds of two runs are not interleaved, and the speed of a machine drifts between runs.
-Because of this drift, each time is relative to the baseline of the same run. Relative times hide a slowdown of all
-rows. If the baseline becomes faster, the relative times of all other rows increase.
+If both runs have the same baseline, the comparison reduces the effect of this drift. In this case, the time of a row is
+divided by the baseline's time in the same run. The resulting relative times hide a slowdown of all rows. If the
+baseline becomes faster, the relative times of all other rows increase.
 """
 
 from __future__ import annotations
@@ -113,7 +114,8 @@ class Regressions:
 class _Key(NamedTuple):
     """Settings that a row of the old run and a row of the new run must share to be compared.
 
-    For each field of `_Key` after `cell`, `_DIFFERENCES` holds a text that reports different values in the two runs.
+    Two rows with the same model and cell may differ in other settings, such as the machine. For each of these other
+    settings, `_DIFFERENCES` holds the reason why the two rows are not compared, such as ``another machine``.
     """
 
     model: str

@@ -30,7 +30,8 @@ class Quality:
         high: Upper bound of Wilson's 95 % interval of the accuracy.
         macro_f1: Mean F1 score over labels; every label has the same weight.
         balanced_accuracy: Mean recall over labels; every label has the same weight. For a multi-label model, the mean
-            recall includes the recall of each label's absence.
+            also includes the specificity of each label. The specificity of a label is the share of right answers among
+            the sentences without this label.
         calibration_error: Expected calibration error of the probabilities.
         lost: Number of sentences that the baseline answers correctly and this row answers wrongly.
         won: Number of sentences that the baseline answers wrongly and this row answers correctly.
@@ -83,8 +84,9 @@ class Row:
     def speedup(self) -> Ratio | None:
         """Returns baseline latency / row latency at batch 1.
 
-        The ratio compares the median latencies of baseline and row round by round. If the rounds cannot be paired, the
-        ratio compares the p50 of baseline and row.
+        Each round gives one ratio: the baseline's median latency in this round / the row's median latency in this
+        round. The speed-up is the geometric mean of the ratios of all rounds. If samples are missing, or baseline and
+        row have different numbers of rounds, the speed-up is the baseline's p50 / the row's p50.
         """
         return self._paired_ratio(lambda m: m.latency, Samples.medians) or self._figure_ratio(
             lambda m: m.latency_ms.get("p50")
@@ -94,8 +96,9 @@ class Row:
     def throughput_gain(self) -> Ratio | None:
         """Returns row throughput / baseline throughput.
 
-        The ratio compares the mean times per sentence of baseline and row round by round. If the rounds cannot be
-        paired, the ratio compares the throughputs of baseline and row.
+        Each round gives one ratio: the baseline's mean time per sentence in this round / the row's mean time per
+        sentence in this round. The gain is the geometric mean of the ratios of all rounds. If samples are missing, or
+        baseline and row have different numbers of rounds, the gain is the ratio of the two throughputs.
         """
         paired = self._paired_ratio(lambda m: m.batches, Samples.sentence_times)
         return paired or self._figure_ratio(lambda m: m.throughput_per_s and 1 / m.throughput_per_s)
@@ -129,7 +132,7 @@ class Row:
         noise, bounds, p50 = self.measurement.noise, self.latency_interval, self.measurement.latency_ms.get("p50")
         reasons = []
         if (share := noise.get("steal_share", 0.0)) > STEAL_SHARE:
-            reasons.append(f"the host took {share:.0%} of the processor time")
+            reasons.append(f"the host took {share:.0%} of the processor time of the virtual machine")
         if (share := noise.get("others_share", 0.0)) > OTHERS_SHARE:
             reasons.append(f"other processes used {share:.0%} of the processor time")
         if bounds and p50 and (bounds[1] - bounds[0]) / 2 > INTERVAL_SHARE * p50:
@@ -191,7 +194,10 @@ class Row:
     def _paired_ratio(
         self, samples: Callable[[Measurement], Samples | None], figure: Callable[[Samples], list[float]]
     ) -> Ratio | None:
-        """Returns baseline figure / row figure, paired by round; None if the rounds cannot be paired."""
+        """Returns the geometric mean over rounds of baseline figure / row figure.
+
+        The result is None if samples are missing, or if baseline and row have different numbers of rounds.
+        """
         own_samples, baseline_samples = samples(self.measurement), self.baseline and samples(self.baseline)
         if not own_samples or not baseline_samples or len(own_samples.rounds) != len(baseline_samples.rounds):
             return None

@@ -41,8 +41,10 @@ class Encoder:
         pad_id: Token id for padding.
         max_length: Largest number of tokens of a text or pair.
         multi_label: Whether the model can predict several labels for one text.
-        padding_sides: ``right`` and, unless attention is local, ``left``. With local attention (ModernBERT), token 0 of
-            a text with much padding on the left is too far from the text's tokens to attend to them.
+        padding_sides: Sides on which the model supports padding: ``right`` and, for most models, ``left``. A model with
+            local attention (ModernBERT) supports only ``right``. With padding on the left, the first position of a row
+            holds padding. With local attention, this position cannot attend to a text that is far away, and the
+            classifier may read this position.
     """
 
     folder: Path
@@ -96,11 +98,12 @@ class Encoder:
         return rows
 
     def _cut_text(self, text: str) -> str:
-        """Returns a prefix with the same first `max_length` tokens as the text; the complete text if it is short.
+        """Returns the text, or a shorter prefix of the text that gives the same first `max_length` tokens.
 
         The prefix saves memory: a tokenizer tokenises a complete text before truncation, and needs hundreds of bytes
-        per token. A prefix with more than 2 × `max_length` tokens is long enough, because later words do not change the
-        tokens of earlier words.
+        per token. A cut at the end of the prefix can change the tokens of the last word, but not of earlier words.
+        A prefix is long enough if truncation splits its tokens into at least three parts. Only the first part is
+        used. The second part is a safety margin between the first part and the cut.
         """
         size = CHARACTERS_PER_TOKEN * self.max_length
         while size < len(text):

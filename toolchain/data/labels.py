@@ -17,8 +17,9 @@ SEPARATOR = "|"  # `SEPARATOR` separates several labels of one text in a label c
 MAX_LABELS = 100  # A column with more than `MAX_LABELS` different labels is probably not the label column.
 
 # A `Value` is the content of one row in a label column: one label, or a set of labels. An *answer* is an integer that
-# stands for one label or for a set of labels. The answer for one label is the index of that label. In the answer for a
-# set of labels, bit i is 1 if the set contains the label with index i.
+# stands for one label or for a set of labels. If each text has exactly one label, the answer for a text is the index of
+# the text's label. If each text has a set of labels, bit i of the answer says whether the set contains the label with
+# index i: 1 if it does, 0 if not.
 Value = str | tuple[str, ...]
 
 
@@ -77,8 +78,8 @@ class LabelSet:
         label names, unless two labels of the model differ only in case.
 
         Raises:
-            DataError: The column has a label that the model lacks, or each value is the name of one label and the index
-                of another label.
+            DataError: The column has a label that the model lacks, or all values of the column are ambiguous. A
+                value is ambiguous if the value is both the name of one label and the index of another label.
         """
         sets: list[Sequence[str]] = [
             _members(value, number, column, self.multi_label) for number, value in enumerate(column.values, start=1)
@@ -260,8 +261,8 @@ def outcome_log_probabilities(logits: np.ndarray, multi_label: bool) -> np.ndarr
     """Returns the log-probabilities of the labels as a float64 array.
 
     For a single-label model, the array has the shape [batch, labels]. For `multi_label`, the array has the shape
-    [batch, 2 × labels]. For `multi_label`, the first half of each row holds the log-probabilities that each label is
-    present; the second half, that each label is absent.
+    [batch, 2 × labels]. In the first half of a `multi_label` row, value i is the log-probability that the text has
+    label i. In the second half, value i is the log-probability that the text does not have label i.
     """
     import numpy as np
 

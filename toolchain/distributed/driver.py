@@ -51,7 +51,7 @@ class Driver:
         Args:
             folder: Folder of the model.
             files: Paths of the model's files, relative to `folder`.
-            texts: Fields of a `Texts` object.
+            texts: Source of the texts: a file and the names of its text columns, as the fields of a `Texts` object.
             done: Number of texts to skip.
             window: Number of texts whose predictions one call of `rows` returns.
 

@@ -78,7 +78,8 @@ class Scorer:
 
     Attributes:
         files: The model's files in the object store.
-        texts: Source of the texts, for the column names.
+        texts: Source of the texts. The actor needs `texts` only to choose the column names of the predictions. These
+            column names depend on whether each row is one text or a pair of texts.
         threads: Number of threads.
     """
 

@@ -64,7 +64,11 @@ def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _logits_only(model: PreTrainedModel) -> Iterator[None]:
-    """While the context is open, the model returns only its logits, because tracing accepts no output class."""
+    """While the context is open, the model returns only the tensor of its logits.
+
+    Without this context, the model would return an output object of the library transformers. Tracing does not accept
+    such an object.
+    """
     forward = model.forward
 
     @functools.wraps(forward)

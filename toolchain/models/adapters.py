@@ -86,7 +86,8 @@ def settings(folder: Path) -> dict[str, Any]:
     if not isinstance(initialisation, bool | str | None) or initialisation not in _INITIALISATIONS:
         raise CheckpointError(
             f"The adapter {folder} was trained with init_lora_weights={initialisation!r}, which changes the base.",
-            "Save the adapter as plain LoRA: save_pretrained(DIR, path_initial_model_for_weight_conversion=START).",
+            "Save the adapter as plain LoRA: save_pretrained(DIR, path_initial_model_for_weight_conversion=START). "
+            "START is the folder of the initialised adapter, saved before training.",
         )
     return config
 

@@ -164,11 +164,12 @@ def shapes_of(model: PreTrainedModel) -> list[LayerShape]:
 
 
 def matched_layers(model: PreTrainedModel) -> list[int]:
-    """Returns the indices of the hidden states that correspond to hidden states of the unpruned model.
+    """Returns the indices at which the hidden states of the pruned model and the unpruned model correspond.
 
-    Index i stands for the hidden state after i layers. A layer without heads and neurons is empty: it returns its
-    input, and pruning fits this input to the unpruned layer's output. The input of an empty layer therefore corresponds
-    to no hidden state of the unpruned model, and the function omits its index.
+    Index i stands for the hidden state after i layers. A layer without heads and neurons is empty: its output is its
+    input. Pruning refits the LayerNorm before an empty layer, so that this LayerNorm's output approximates the output
+    of the unpruned layer. The hidden state before an empty layer therefore corresponds to the unpruned model's hidden
+    state after that layer. The function omits the index of the hidden state before an empty layer.
     """
     shapes = shapes_of(model)
     return [count for count in range(1, len(shapes) + 1) if count == len(shapes) or not shapes[count].is_empty]

@@ -105,7 +105,8 @@ def resolve(model: str, exported: Path, folder_name: str | None = None) -> tuple
         )
     if folder_name == REFERENCE_SLUG and source.kind != "embedded":
         raise CheckpointError(
-            f"{folder_name!r} is the name of the embedded model.", "Choose another name for this model: --as NAME."
+            f"{folder_name!r} is the name of the model inside the toolchain package.",
+            "Choose another name for this model: --as NAME.",
         )
     owner = _owner(exported / folder_name)
     if owner and not owner.same_origin(source):
@@ -289,7 +290,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _tensors_by_file(folder: Path) -> dict[str, set[str]]:
-    """Returns the tensor names per weights file, as the safetensors index lists them; empty sets without an index."""
+    """Maps the name of each weights file to the names of the tensors that the safetensors index lists for that file.
+
+    A model with a single weights file needs no safetensors index. For such a model, the set of tensor names is empty.
+    """
     if weights_of(folder).is_file():
         return {weights_of(folder).name: set()}
     if (folder / WEIGHTS_INDEX).is_file():
@@ -417,6 +421,6 @@ def label_set(folder: Path, config: dict[str, Any]) -> LabelSet:
         raise CheckpointError(
             f"{folder} is not a classifier: its task is "
             f"{'regression' if len(names) < 2 or task == 'regression' else task}.",
-            "Pass a classifier with at least two labels, of which a text has one or several.",
+            "Pass a single-label or multi-label classifier with at least two labels.",
         )
     return LabelSet(tuple(labels[str(index)] for index in range(len(names))), task == MULTI)

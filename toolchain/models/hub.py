@@ -64,7 +64,8 @@ def _query_revision(ref: str, revision: str | None) -> tuple[str, frozenset[str]
     except HfHubHTTPError:
         raise
     except _connection_errors():
-        # Without a pattern, current releases of huggingface_hub would refuse a folder that lacks a file of the model.
+        # The download cache must hold config.json, but may lack other files of the model. Without `allow_patterns`,
+        # current releases of huggingface_hub raise an error if the download cache lacks any file of the model.
         folder = Path(
             huggingface_hub.snapshot_download(
                 ref, revision=revision, allow_patterns=["config.json"], local_files_only=True

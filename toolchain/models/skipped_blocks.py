@@ -22,7 +22,8 @@ class Skipped(nn.Module):
 
     Args:
         name: Name under which this module stores `output`; empty if `output` is None.
-        output: Replacement of the output layer, if the attention module contained that layer; else None.
+        output: The module that takes the place of the attention's last linear layer. `output` is None if that linear
+            layer was outside the replaced attention module.
     """
 
     def __init__(self, name: str = "", output: nn.Module | None = None) -> None:

@@ -47,7 +47,8 @@ class Context:
         heads: Number of attention heads of a layer, which ONNX Runtime's fusions cannot always find in the graph.
         width: Width of the encoder, which ONNX Runtime's fusions cannot always find in the graph.
         keep: Names of the linear layers that stay fp32, as `quantize_linear.layers_of` returns them.
-        activations: Fixed quantisation of each input of linear layers, by the input's name.
+        activations: Maps the name of each linear layer's input to the fixed quantisation of that input. Calibration
+            chose the quantisation: a scale, a zero point, and, with SmoothQuant, one factor for each channel.
         tokens: Token ids that stay in a trimmed vocabulary, ascending.
     """
 
@@ -94,7 +95,7 @@ def rewrite(model: ir.Model, names: Sequence[str], context: Context) -> tuple[ir
     """Applies the named passes in order, then removes unused nodes and opsets.
 
     Returns:
-        The rewritten model, and the number of rewrites by the name of the pass.
+        The rewritten model, and a dictionary that maps the name of each pass to its number of rewrites.
     """
     from onnx_ir.passes import common
 
@@ -169,7 +170,8 @@ def facts(model: ir.Model) -> dict[str, Any]:
 
     Returns:
         Bytes of the weights by dtype and by part (embeddings, encoder, head), opset versions, IR version, and operator
-        counts. `int8_headroom` is the result of `headroom`, and is absent if the graph has no int8 product.
+        counts. The entry `int8_headroom` says how far the int8 products stay below saturation. If `int8_headroom` is 1
+        or more, no int8 product can saturate. The entry `int8_headroom` is absent if the graph has no int8 product.
     """
     nodes = list(model.graph)
     last_norm = max((i for i, n in enumerate(nodes) if n.op_type == "LayerNormalization"), default=-1)

@@ -21,12 +21,15 @@ DOMAIN = "com.microsoft"
 ROLES = ("query", "key", "value")  # Order of the projections in the weight of a fused Attention.
 SETTINGS = ("num_heads", "scale", "mask_filter_value")  # Attributes that Attention and QAttention share.
 
-# A function of type `Product` takes the model, and a linear layer's input, weight name, weight of shape [inner, outer]
-# and bias. A function of type `Product` returns the nodes that replace the linear layer; the last node computes the
-# layer's output.
+# A function of type `Product` returns the nodes that replace one linear layer. The last of these nodes computes the
+# layer's output. The first argument of a `Product` function is the model. The other four arguments of a `Product`
+# function describe the linear layer: its input, the name of its weight, its weight, and its bias. The weight is an
+# array of shape [inner, outer]: `inner` is the width of the layer's input, and `outer` is the width of the layer's
+# output. The bias is None for a layer without a bias.
 Product = Callable[["ir.Model", Any, str, "np.ndarray", "ir.Value | None"], "list[ir.Node]"]
-# A function of type `Attend` takes the model, a fused Attention, and a `Product` function with its model already bound.
-# A function of type `Attend` returns the nodes that replace the fused Attention, and the output of the last node.
+# A function of type `Attend` returns the nodes that replace one fused Attention, and the output of the last of these
+# nodes. The arguments of an `Attend` function are the model, the fused Attention, and a function that replaces a linear
+# layer. This third argument is a `Product` function whose first argument, the model, is already set.
 Attend = Callable[["ir.Model", "ir.Node", "Callable[..., list[ir.Node]]"], "tuple[list[ir.Node], ir.Value]"]
 
 

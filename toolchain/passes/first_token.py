@@ -37,7 +37,12 @@ def first_token(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
 
 
 def _movable_nodes(model: ir.Model, gather: ir.Node) -> list[ir.Node]:
-    """Returns the token-wise nodes whose output only `gather` or returned nodes read, nearest to `gather` first."""
+    """Returns the nodes that need to compute only the first token; the node nearest to `gather` comes first.
+
+    `gather` is the node that selects the first token. The function searches backwards from `gather` for token-wise
+    nodes, which compute each token from that token alone. The function accepts a token-wise node if only `gather` and
+    already accepted nodes read the node's output. The function accepts no node that computes an output of the graph.
+    """
     region = [gather]
     for node in reversed(list(model.graph)):
         readers = {reader for out in node.outputs for reader in out.consumers()}

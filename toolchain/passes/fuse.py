@@ -43,8 +43,9 @@ def fuse(
     _write_head_counts(model)
     with hide_logs():
         fused = BertOnnxModel(ir.to_proto(model), context.heads, context.width)
-        # ONNX Runtime fuses RMS normalisation when it loads a graph. A stored graph must not contain the fused
-        # operator, because the ONNX checker does not know it.
+        # The next line turns off the fusion of RMS normalisation into the operator SimplifiedLayerNormalization. A
+        # stored graph must not contain SimplifiedLayerNormalization, because the ONNX checker rejects this operator.
+        # ONNX Runtime does the same fusion when ONNX Runtime loads the graph.
         fused.fuse_simplified_layer_norm = lambda: None
         fused.optimize(options, add_dynamic_axes=False)
     result = ir.from_proto(fused.model)
@@ -96,9 +97,9 @@ def _move_residual_last(model: ir.Model) -> None:
     """Makes the residual the second addend of each Add before a LayerNormalization.
 
     The residual is the addend with more readers. If both addends of the Add before a LayerNormalization are outputs of
-    Add nodes, ONNX Runtime's fusion takes the first addend as the attention's result. Without this function, the first
-    addend of the residual addition in ALBERT's first layer would be the projected embeddings, not the attention's
-    result.
+    Add nodes, ONNX Runtime's fusion takes the first addend as the attention's result. In ALBERT's first layer, the
+    first addend is the residual, which holds the projected embeddings. Without this function, the fusion would take
+    these embeddings as the attention's result. The fusion would then not fuse the attention of that layer.
     """
     for norm in model.graph:
         add = norm.inputs[0].producer() if norm.op_type == "LayerNormalization" and norm.inputs[0] else None

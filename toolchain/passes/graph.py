@@ -27,7 +27,8 @@ def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
         existing_array = array_of(existing)
         if existing_array.dtype == array.dtype and np.array_equal(existing_array, array):
             return existing
-        # Two arrays have the same name if one layer reads a weight and another layer reads its transpose.
+        # Callers derive `name` from the name of a layer's weight. If one layer uses a weight and another layer uses the
+        # transpose of that weight, the two layers pass different arrays with the same `name`.
         return constant(model, f"{name}_other", array)
     tensor = ir.tensor(np.asarray(array, order="C"), name=name)
     value = ir.val(name, dtype=tensor.dtype, shape=array.shape, const_value=tensor)
@@ -61,7 +62,11 @@ def store_negative(model: ir.Model, weight: ir.Value | None) -> ir.Value:
 
 
 def replace_nodes(model: ir.Model, first: ir.Node, last: ir.Node, new_nodes: list[ir.Node], result: ir.Value) -> None:
-    """Inserts `new_nodes` after `last`, moves the readers of `last` to `result`, and removes `first` and `last`."""
+    """Replaces two connected nodes, `first` and `last`, by `new_nodes`; `first` and `last` may be the same node.
+
+    The function inserts `new_nodes` after `last`. The nodes that read the output of `last` then read `result`, which
+    is an output of one of the `new_nodes`. At the end, the function removes `first` and `last`.
+    """
     old_output = last.outputs[0]
     name = old_output.name
     model.graph.insert_after(last, new_nodes)

@@ -1,8 +1,9 @@
-"""Padding that changes no scale: every padding token gets the embedding of its sentence's first token.
+"""Gives padding tokens the embedding of their row's first token, so that padding on the right changes no int8 scale.
 
-Int8 scales computed at run time come from the range of all tokens, padding included. Without this pass, one padding
-token could change the rounding of every output. Attention masks padding, so the embedding of a padding token may have
-any value.
+A row of a batch is one sentence with its padding. With padding on the right, the first token of the row is the first
+token of the sentence. An int8 scale that is computed at run time comes from the range of all tokens, padding included.
+Without this pass, one padding token could change a scale, and thereby the rounding of every output. The new embeddings
+do not change the other tokens, because the attention mask hides padding tokens from the other tokens.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ MIXES = {"Attention", "MatMul", "Gemm", "Einsum", "Softmax"}
 
 
 def padding(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
-    """Replaces the embeddings of padding tokens by the embedding of token 0; counts 1 if the pass applies.
+    """Gives padding tokens the embedding of token 0, the first token of their row; counts 1 if the pass applies.
 
-    The embeddings have the shape [batch, sequence, width]. The rewrite is exact for token 0, with padding on either
-    side. The pass applies if the classifier reads token 0, every attention is masked, and the embeddings end in a
-    LayerNormalization.
+    The embeddings have the shape [batch, sequence, width]. The rewrite does not change the values of token 0, with
+    padding on either side. The pass applies if the classifier reads token 0, every attention is masked, and the
+    embeddings end in a LayerNormalization.
 
     The pass does not apply if attention uses relative positions (DeBERTa, MPNet) or rotates queries and keys
-    (ModernBERT). In such models, a padding token would not compute the same values as token 0.
+    (ModernBERT). With such attention, the result for a token depends on the token's position, not only on its
+    embedding. A padding token with the embedding of token 0 would therefore not get the same results as token 0.
     """
     inputs = {value.name: value for value in model.graph.inputs}
     ids, mask = inputs.get(IDS), inputs.get(MASK)
@@ -72,11 +74,13 @@ def _collect_ancestors(node: ir.Node, stop: Collection[str] = ()) -> tuple[set[i
 
 
 def _masks_every_attention(model: ir.Model, mask: ir.Value) -> bool:
-    """Returns whether the graph has attention, and every attention node takes the mask and no positions.
+    """Returns True if attention nodes exist, all of them read the mask, and none of them uses token positions.
 
-    The search from each attention node for the mask and relative positions stops at operators in `MIXES` and at the
-    LayerNormalization of the layer's input. A search that continued into the embeddings would mistake the token type
-    look-up of transformers 5, a GatherElements, for relative positions.
+    For each attention node, the function searches the preceding nodes for the mask and for relative positions. The
+    search stops at operators that may combine several tokens (the set `MIXES`), and at the LayerNormalization of the
+    layer's input. The search must not reach the embeddings. In graphs of transformers 5, the embeddings contain a
+    GatherElements node that looks up token types. If the search reached the embeddings, the function would mistake that
+    node for a look-up of relative positions.
     """
     attentions = [n for n in model.graph if n.op_type == "Softmax" or (n.op_type in FUSED and n.domain == DOMAIN)]
     ancestors = [_collect_ancestors(node, {*MIXES, "LayerNormalization"}) for node in attentions]

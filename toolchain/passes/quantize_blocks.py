@@ -26,8 +26,10 @@ RANGE_FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 def quantize_blocks(weight: np.ndarray, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Quantises a 2-D float array in blocks along its rows.
 
-    Each block gets the fraction in `RANGE_FRACTIONS` that has the least squared error. If the row length of the array
-    is no multiple of `block`, the function pads each row with codes for zero.
+    For each block, the function tries several ranges of values. Each of these ranges is a fraction of the block's full
+    range; `RANGE_FRACTIONS` lists the fractions. The function chooses the range with the least squared difference
+    between the block's values and the quantised values. If the row length of the array is no multiple of `block`, the
+    function pads each row with codes for zero.
 
     Returns:
         The codes (0 to 15), the scales and the zero points: weight ≈ (code − zero point) × scale. The codes have the

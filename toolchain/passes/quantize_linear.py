@@ -94,9 +94,10 @@ def headroom(model: ir.Model) -> float | None:
     """Returns the headroom of the int8 products before 16-bit saturation; None if the graph has no int8 product.
 
     Some processors add two int8 products in 16 bits. The headroom is the 16-bit limit divided by the largest possible
-    sum of two products. The largest possible sum of two products is the largest activation × the sum of the two largest
-    weights of equal sign in one output. A kernel may add any two products of one output, so the function assumes the
-    pair with the largest sum. If the headroom is at least 1, products never saturate.
+    sum of two products. A kernel may add any two products of one output, so the function assumes the pair with the
+    largest sum. In this pair, both activations have the value `LARGEST_ACTIVATION`, and both weights have the same
+    sign. The largest possible sum is `LARGEST_ACTIVATION` × the sum of the absolute values of these two weights. If the
+    headroom is at least 1, products never saturate.
     """
     import numpy as np
 
@@ -123,7 +124,11 @@ def _is_linear(node: ir.Node) -> bool:
 
 
 def _quantize_layer(model: ir.Model, node: ir.Node, layer: Callable[..., list[ir.Node]]) -> None:
-    """Quantises a Gemm, or a MatMul together with the Add of its bias if only that Add reads the MatMul."""
+    """Quantises one linear layer: a Gemm or a MatMul.
+
+    If an Add of a constant bias is the only node that reads the MatMul's output, the int8 product also replaces this
+    Add.
+    """
     data, weight = node.inputs[0], node.inputs[1]
     array = array_of(weight)
     bias, last_node = (node.inputs[2] if len(node.inputs) > 2 else None), node
@@ -172,8 +177,9 @@ def build_standard_product(
 
     uint8, activation_scale, zero_point = run_time_codes(model, data, new_nodes)
     weight, weight_scale, _ = weight_codes(model, name, array, largest)
-    # In ONNX, the zero point of the weight is optional. ONNX Runtime up to 1.29 aborts if it converts weights without a
-    # zero point to unsigned. ONNX Runtime 1.32 refuses a zero point that several nodes share.
+    # In ONNX, the zero point of the weight is optional. ONNX Runtime can convert int8 weights to unsigned integers. If
+    # int8 weights have no zero point, ONNX Runtime up to 1.29 aborts during this conversion. ONNX Runtime 1.32 refuses
+    # a zero point that several nodes share.
     weight_zero_point = constant(model, f"{name}_zero", np.array(0, np.int8))
     integers = add("MatMulInteger", [uint8, weight, zero_point, weight_zero_point], "sum")
     cast = add("Cast", [integers], "cast", to=ir.DataType.FLOAT)

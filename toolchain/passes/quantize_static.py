@@ -5,8 +5,9 @@ Activations are U8 with fixed scales from calibration. Weights are S8 with one s
 All channels of an activation share one scale. If a few channels hold far larger values than the others, the others use
 only a few of the 256 int8 codes. SmoothQuant (Xiao et al. 2022) divides each channel by a factor and multiplies the
 weights of that channel by the same factor. The SmoothQuant paper folds the division of the channels into the preceding
-LayerNormalization. This module divides with a separate `Mul` node, because the residual addition also reads the
-undivided output of the LayerNormalization.
+LayerNormalization. This module leaves the LayerNormalization unchanged, because the residual addition also reads the
+undivided output of the LayerNormalization. Instead, this module adds a `Mul` node that multiplies each channel by
+1 / its SmoothQuant factor.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Activation:
 
     @classmethod
     def from_range(cls, low: float, high: float, smooth: np.ndarray | None = None) -> Activation:
-        """Returns the quantisation whose codes cover the range from `low` to `high`, and the value 0.
+        """Returns the quantisation whose codes cover both the range from `low` to `high` and the value 0.
 
         Because one code stands for the value 0, quantisation keeps zeros, such as padding and pruned values, exactly 0.
         """
@@ -59,7 +60,7 @@ class Activation:
     def fake_quantize(self, values: np.ndarray) -> np.ndarray:
         """Quantises and dequantises values of shape […, width] that are already divided by `smooth`.
 
-        The returned values stay divided by `smooth`.
+        The function does not multiply its result by `smooth`, so the returned values are still divided by `smooth`.
         """
         import numpy as np
 
@@ -69,7 +70,9 @@ class Activation:
 
 
 Activations = Mapping[str, Activation]  # Name of a layer's input → quantisation of this input.
-# A function like `attention.Product`, with an additional first argument: the quantisation of every layer's input.
+# A function of type `StaticProduct` returns the nodes that replace a linear layer. The first argument of the function
+# holds the quantisation of every layer's input. The second argument is the model. The other arguments describe the
+# linear layer: its input, the name of its weight, its weight, and its bias. See also `attention.Product`.
 StaticProduct = Callable[[Activations, "ir.Model", Any, str, "np.ndarray", "ir.Value | None"], "list[ir.Node]"]
 
 
@@ -136,7 +139,8 @@ def _layers_by_input(model: ir.Model, context: Context) -> dict[str, list[ir.Nod
 def fixed_codes(activations: Activations, model: ir.Model, data: Any, new_nodes: list[ir.Node]) -> list[ir.Value]:
     """Quantises the value `data` with its calibrated scale; one QuantizeLinear node serves all readers of the value.
 
-    `functools.partial` with the argument `activations` turns this function into an implementation of `int8.Codes`.
+    To get a function of the type `int8.Codes`, bind the argument `activations` with `functools.partial`. A function of
+    the type `int8.Codes` adds nodes that quantise a value, and returns the quantised value, scale and zero point.
     """
     import numpy as np
     import onnx_ir as ir

@@ -50,9 +50,13 @@ def residual_sum(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
 
 
 def _negatable_inputs(value: ir.Value) -> list[tuple[ir.Node, int]]:
-    """Returns (node, input index) of each initializer to negate so that only `value` changes its sign.
+    """Finds the initializers to negate so that `value` changes its sign.
 
-    If negating initializers cannot negate `value` alone, the function returns an empty list.
+    The negation affects only the nodes that compute `value` and the one node that reads `value`.
+
+    Returns:
+        For each initializer to negate, the node that reads the initializer and the index of the node's input. The list
+        is empty if the function finds no way to change the sign of `value` with initializers.
     """
     node = value.producer()
     if node is None or node.domain != "" or len(value.uses()) != 1 or value.is_graph_output():

@@ -90,7 +90,8 @@ def largest_ratio(
         method: Importance measure, as in `prune`.
         price: Cost function, as in `prune`.
         max_drop: Largest allowed accuracy drop, in percentage points.
-        progress: Progress callback; receives the number of measured ratios, the maximum of this number, and a text.
+        progress: Progress callback; receives three arguments: the number of ratios measured so far, the largest number
+            of ratios that the search can measure, and a text.
         layers: Number of layers to keep, as in `prune`.
 
     Returns:

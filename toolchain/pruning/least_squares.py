@@ -50,8 +50,9 @@ def cut_and_fit(
     dense_states, arguments = _record_layer_inputs(dense, batches)
     states = dense_states
     norms = (layout.attention_norm, layout.output_norm)
-    # `last_norm` is the last LayerNorm that the loop has kept in `model`. The first layer keeps a head, so the loop
-    # sets `last_norm` before it reads `last_norm`.
+    # `last_norm` is the last LayerNorm that the loop has kept in `model`. Pruning always keeps at least one head of the
+    # first layer, and thus the LayerNorm after the attention of this layer. This LayerNorm is the first that the loop
+    # visits, so `last_norm` is never None when the loop refits `last_norm`.
     last_norm: Any = None
     for index in range(len(kept_units)):
         original, layer = layers_of(dense)[index], layers_of(model)[index]
@@ -60,7 +61,10 @@ def cut_and_fit(
         parts = zip(
             (layout.output, layout.down), norms, (kept_units[index].heads, kept_units[index].neurons), strict=True
         )
-        at_layer_input = True  # While `at_layer_input` is True, a refit of `last_norm` changes the layer's input.
+        # `at_layer_input` is True until the loop keeps a LayerNorm of the current layer. Until then, the output of
+        # `last_norm` is the input of the current layer. If the loop refits `last_norm` while `at_layer_input` is True,
+        # the loop must also update `states`, the recorded inputs of the current layer.
+        at_layer_input = True
         for path, norm, units in parts:
             if units:
                 _fit_linear(layer, path, norm, states, arguments, targets[norm])

@@ -56,11 +56,12 @@ def select(
     """Selects the units that every layer keeps, so that the model loses the least importance.
 
     A group is either the heads of one layer, or the neurons of one layer in blocks of `BLOCK` neurons. Each group of
-    units has a curve: the lost importance as a function of the saved cost. Each segment of the lower convex hull
-    of a group's curve is a possible reduction of the group's number of units. The function sorts the reductions of all
-    groups by the ratio of lost importance to saved cost, lowest first. The function applies the sorted reductions until
-    the share `ratio` of the parameters is removed. This greedy order of the reductions is the Lagrangian solution of
-    the knapsack problem.
+    units has a curve: the lost importance as a function of the saved cost. Each point of the curve stands for a number
+    of units to keep. The function computes the lower convex hull of each curve. Each segment of a hull connects two
+    points of the curve. A segment stands for a possible reduction, from a larger to a smaller number of kept units.
+    The function sorts the reductions of all groups by the ratio of lost importance to saved cost, lowest first. The
+    function applies the sorted reductions until the share `ratio` of the parameters is removed. This greedy order of
+    the reductions is the Lagrangian solution of the knapsack problem.
 
     After the reductions, `rearrange` may replace kept units of a group by removed units of the same group, because
     pairs of units interact. The first layer always keeps at least one head. Without any head, the model cannot combine
@@ -106,7 +107,8 @@ def _build_groups(importances: Sequence[LayerImportance]) -> list[_Group]:
             least_count = 1 if (layer, kind) == (0, "heads") else 0
             counts = sorted({total, *range(least_count, total, block)}, reverse=True)
             sums = [0.0, *unit_costs[order].cumsum(0).tolist()]
-            # If a layer loses all its heads or all its neurons, the lost importance is at least their joint importance.
+            # `sums` adds up the importances of single units. For the removal of all heads or all neurons of a layer,
+            # the code uses the joint importance of these units if the joint importance is larger than the sum.
             sums[-1] = max(sums[-1], float(units.moment.sum()))
             groups.append(_Group(layer, kind, order, counts, [sums[total - count] for count in counts]))
     return groups

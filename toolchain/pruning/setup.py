@@ -86,7 +86,7 @@ class PruningSetup:
 
     @functools.cached_property
     def held_out(self) -> list[Batch]:
-        """Returns the held-out rows, on which choices are made."""
+        """Returns batches of the held-out rows, on which the search for a pruning ratio measures accuracy."""
         return self._batches(inputs.hold_out(self._data)[1])
 
     def _batches(self, rows: list[int]) -> list[Batch]:

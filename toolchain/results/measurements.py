@@ -10,7 +10,8 @@ from typing import Any
 MAX_SAMPLES = 2000
 STATUSES = ("ok", "failed", "unavailable", "reported")
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
-# Name of a figure (quantiles in milliseconds) → name of the samples from which the figure is computed.
+# `QUANTILES_OF` maps the name of a figure to the name of the samples from which the figure is computed. Each of these
+# figures holds the quantiles and the mean of its samples, in milliseconds.
 QUANTILES_OF = {
     "latency_ms": "latency",
     "with_tokenizing_ms": "with_tokenizing",
@@ -30,7 +31,8 @@ class Samples:
     Attributes:
         rounds: Times in whole microseconds, by round. If the measured times are more than `MAX_SAMPLES`, each round
             keeps the same share of its times.
-        sentences: Number of sentences that each time in `rounds` covers.
+        sentences: For every measured time in `rounds`, the number of sentences that the measured operation processed;
+            also 1 for an operation without a sentence, such as loading a model.
         count: Number of measured times, stored or not.
     """
 
@@ -43,12 +45,14 @@ class Samples:
         """Returns the samples of the rounds, at most `MAX_SAMPLES` in all.
 
         If there are more than `MAX_SAMPLES` measured times, a random choice keeps the same share of every round's
-        times. The random seed depends only on the number of measured times. If the function kept every n-th measured
-        time instead, the samples would contain the same sentences in every repetition and no other sentences.
+        times. The random seed depends only on the number of measured times. The choice is random because every
+        repetition of a benchmark measures the sentences in the same order. A choice of every n-th measured time could
+        select the same few sentences in every repetition.
 
         Args:
             rounds: Times in whole microseconds, by round.
-            sentences: Number of sentences that each time covers, by round.
+            sentences: For every measured time in `rounds`, the number of sentences that the measured operation
+                processed.
         """
         count = sum(map(len, rounds))
         limit = min(count, MAX_SAMPLES)
@@ -66,7 +70,7 @@ class Samples:
 
     @classmethod
     def from_single(cls, rounds: list[list[int]]) -> Samples:
-        """Returns the samples of rounds in which each time covers one sentence; see `from_rounds`."""
+        """Returns the samples of `rounds`, with 1 sentence for every measured time; see `from_rounds`."""
         return cls.from_rounds(rounds, [[1] * len(row) for row in rounds])
 
     def medians(self) -> list[float]:

@@ -102,7 +102,7 @@ class ResultFile:
                 raise ValueError(f"data.{key} is {self.data.get(key)!r}")
         labels = self.data.get("labels", [])
         if labels and (len(labels) != self.data["rows"] or min(labels) < 0):
-            raise ValueError("the field labels does not have one label for each row of the data")
+            raise ValueError("the list `labels` needs one integer, 0 or more, for each row of the data")
         if len({(row.model, row.cell) for row in self.rows}) < len(self.rows):
             raise ValueError("two rows have the same cell")
         for row in self.rows:
@@ -136,7 +136,7 @@ class _StoredSamples:
         if not all(value > 0 for row in (*self.rounds, *self.sentences) for value in row):
             raise ValueError("a time or a number of sentences is not positive")
         if [len(row) for row in self.rounds] != [len(row) for row in self.sentences]:
-            raise ValueError("a round has more or fewer numbers of sentences than times")
+            raise ValueError("a round does not have one number of sentences for each time")
 
     def to_samples(self) -> Samples:
         return Samples(self.rounds, self.sentences, self.count)

@@ -83,12 +83,14 @@ def _bounds(values: tuple[float, ...]) -> tuple[float, float]:
 
 
 def _expand_level(count: int) -> float:
-    """Returns the level at which a percentile interval over `count` values has the coverage `CONFIDENCE`.
+    """Returns the confidence level to request for a bootstrap percentile interval over `count` values.
 
-    For a small number n of values, a percentile interval of the bootstrap is too narrow. The percentile interval
-    corresponds to the normal distribution instead of Student's t. A bootstrap interval over n values is too narrow by
-    the factor sqrt((n - 1) / n). The correction follows Hesterberg 2015, "What Teachers Should Know About the
-    Bootstrap".
+    For a small number n of values, a percentile interval of the bootstrap is too narrow. The interval then contains the
+    true value less often than the requested level promises. With the returned, higher level, the interval contains the
+    true value in about the share `CONFIDENCE` of all cases. The percentile interval is too narrow for two reasons. The
+    percentile interval corresponds to the normal distribution instead of Student's t. In addition, every bootstrap
+    interval over n values is too narrow by the factor sqrt((n - 1) / n). The correction follows Hesterberg 2015, "What
+    Teachers Should Know About the Bootstrap".
     """
     from scipy import stats
 
@@ -142,7 +144,7 @@ def wilson(correct: int, count: int) -> tuple[float, float]:
 def mcnemar(lost: int, won: int) -> float:
     """Returns the exact two-sided p-value of McNemar's test; the p-value is 1 if no prediction changed.
 
-    The null hypothesis is that changes to a wrong prediction and changes to a correct one are equally likely.
+    The null hypothesis is that predictions are as likely to change from correct to wrong as from wrong to correct.
 
     Args:
         lost: Number of predictions that changed from correct to wrong.
@@ -199,14 +201,15 @@ def balanced_accuracy(counts: Sequence[Mapping[str, int]], multi: bool) -> float
 
     Args:
         counts: Result of `count_by_label`.
-        multi: Whether each row has a set of labels instead of one label. For sets of labels, the mean includes both the
-            recall of each label and the recall of each label's absence.
+        multi: Whether each row has a set of labels instead of one label. For sets of labels, the mean also includes the
+            recall of each label's absence. The recall of a label's absence is computed on the rows without the label.
+            This recall is the share of these rows for which the model does not predict the label.
     """
     recalls = [
         label_counts["correct"] / label_counts["labelled"] for label_counts in counts if label_counts["labelled"]
     ]
     if multi:
-        # The recall of a label's absence is the number of rows in ``neither`` / the number of rows without the label.
+        # The recall of a label's absence is the count ``neither`` divided by the number of rows without the label.
         absent = [
             (label_counts["neither"], label_counts["neither"] + label_counts["predicted"] - label_counts["correct"])
             for label_counts in counts

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 # Limits on how far the logits on another machine may differ from the recorded logits: largest and median difference.
 # Two machines may add the same numbers in different orders. In fp32, the order of additions changes the rounding of
-# sums. In int8, an activation sometimes rounds to a neighbouring integer, which changes the logits of only a few
-# sentences. Saturated products change the logits of most sentences, so the median difference exceeds its limit. For
-# int4 weights, a runtime may use activations of either 8 or 32 bits.
+# sums. In int8, two machines sometimes round the same activation to two neighbouring integers. This difference changes
+# the logits of only a few sentences. Saturated products change the logits of most sentences, so the median difference
+# exceeds its limit. For int4 weights, a runtime may use activations of either 8 or 32 bits.
 TOLERANCES = {
     "fp32": {"largest": 1e-3, "median": 1e-4},
     "fp16": {"largest": 5e-2, "median": 5e-2},

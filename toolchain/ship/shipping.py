@@ -173,7 +173,10 @@ def _compare(contents: Contents, body: Mapping[str, Any], folder: Path, say: Say
 
 
 def _compare_texts(file: Path, original: ReferenceLogits, encoder: Encoder, texts: Sequence[str]) -> tuple[bool, str]:
-    """Compares a graph that contains the tokenizer with the original model on each text.
+    """Compares the logits of two models on each text.
+
+    The first model is `file`, whose graph contains the tokenizer. The second model is the original model, which takes
+    the token ids that `encoder` returns.
 
     Returns:
         Whether all logits of the graph differ from the original model's logits by at most `TOLERANCE`, and a summary

@@ -97,8 +97,10 @@ class Examples:
 class _State:
     """Progress of the training run that `key` identifies.
 
-    `held_out` and `losses` hold accuracy and loss on the held-out rows, before the first step and after every epoch.
-    `best` is the index of the best score in `held_out` and `losses`.
+    `held_out` is a list of accuracies on the held-out rows. `losses` is a list of losses on the held-out rows. In both
+    lists, entry 0 describes the model before the first step, and entry n describes the model after epoch n. `best` is
+    the number of the epoch after which the model had its best score, or 0 if the model before the first step had its
+    best score. The function `train` explains the score.
     """
 
     key: str

@@ -137,8 +137,9 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
             start = study.most_pruned_trained(in_time)
         trial, candidate = study.ask(in_time[0] if idle >= PROPOSALS else start)
         if candidate not in in_time:
-            # A candidate that the sampler proposed may come again: the search may still measure the candidate without
-            # training, to decide whether training is worthwhile.
+            # If the search itself chose the candidate, the search never tries the candidate again. If the sampler
+            # proposed the candidate, a later trial may measure the candidate. For example, a later trial may measure an
+            # untrained candidate to decide whether training is worthwhile.
             study.give_up(trial, candidate, for_good=candidate == start)
             idle += 1
             continue
@@ -155,10 +156,12 @@ def search(study: Study, measure: Measure, deadline: float, say: Say) -> None:
 
 
 def _choose_start(study: Study, remaining: Sequence[Candidate]) -> Candidate | None:
-    """Returns the candidate to try next, or None if `next_start` returns None.
+    """Returns the next candidate in the search for the largest pruning ratio within the allowed accuracy drop.
 
-    If the candidate that `next_start` returns is ruled out, the function prefers a remaining candidate with the same
-    training.
+    The function returns None if this largest pruning ratio is already known. The function `next_start` proposes the
+    candidate. If earlier measurements rule out the proposed candidate, the function returns a candidate with the same
+    training settings but another quantisation. If no such candidate remains, the function returns the proposed
+    candidate.
     """
     start = next_start(study.objective, study.excess_drops, study.given_up, study.max_drop)
     if start is None or start in remaining:

@@ -23,8 +23,8 @@ FP32_LAYERS = (0, 1, 2, 4)
 RATIO_MARGIN = 10
 REQUANTISATION_GAIN = 0.3  # Percentage points of accuracy that a trained model may gain from a different quantisation.
 
-# The settings `ratio`, `cost`, `depth` and `epochs` of a candidate. Candidates in which all four are equal share one
-# training.
+# The settings `ratio`, `cost`, `depth` and `epochs` of a candidate. If two candidates have equal values of these four
+# settings, the search trains only one model for both candidates.
 Training = tuple[int, str, int, int]
 
 
@@ -34,7 +34,8 @@ class Candidate:
 
     Attributes:
         ratio: Per cent of the encoder's linear parameters to prune; 0 for no pruning.
-        cost: Cost that pruning weighs importance against, ``parameters`` or ``latency``.
+        cost: Cost of a head or neuron, ``parameters`` or ``latency``. Pruning removes the heads and neurons with the
+            lowest ratio of importance to cost.
         epochs: Epochs of recovery; 0 for no training.
         scheme: Quantisation scheme; ``dynamic`` and ``static`` give int8 weights, and ``int4`` gives int4 weights.
         embeddings: Data type of the embedding tables, ``int8`` or ``int4``.
@@ -55,7 +56,7 @@ class Candidate:
     def __str__(self) -> str:
         parts = ["not pruned"]
         if self.ratio:
-            parts = [f"{self.ratio} % of the linear parameters pruned by {self.cost} cost"]
+            parts = [f"{self.ratio} % of the linear parameters pruned with --cost {self.cost}"]
             parts += [f"{self.depth} % of the layers kept"] if self.depth < 100 else []
             parts += [f"{self.epochs} epochs of recovery"]
         parts += [f"{self.scheme} quantisation", f"{self.embeddings} embedding tables"]
@@ -70,7 +71,10 @@ class Candidate:
 
     @functools.cached_property
     def kind(self) -> tuple[str | int | bool, ...]:
-        """Returns the settings that must be equal in two candidates before `is_hopeless` compares their fp32 layers."""
+        """Returns the settings `depth`, `cost`, `scheme`, `embeddings` and `trimmed`.
+
+        If two candidates differ in one of these settings, `is_hopeless` does not compare their numbers of fp32 layers.
+        """
         return (self.depth, self.cost, self.scheme, self.embeddings, self.trimmed)
 
     @property
@@ -79,7 +83,7 @@ class Candidate:
         return (self.ratio, self.cost, self.depth, self.epochs)
 
     def prunes_as_much_as(self, other: Candidate) -> bool:
-        """Returns whether this candidate prunes at least as much as `other`, with the same depth and cost."""
+        """Returns whether `other` has equal `depth` and `cost`, and at most the pruning ratio of this candidate."""
         return (self.depth, self.cost) == (other.depth, other.cost) and self.ratio >= other.ratio
 
     @property
@@ -198,12 +202,13 @@ def first_candidate(objective: str, ratio: int, epochs: int, given_up: Container
 def next_start(
     objective: str, excess_drops: Mapping[Training, float], given_up: Container[Candidate], max_drop: float
 ) -> Candidate | None:
-    """Returns the next candidate in the search for the largest pruning ratio that keeps the accuracy.
+    """Returns the next candidate in the search for the largest pruning ratio within the allowed accuracy drop.
 
-    First, the search bisects the pruning ratios with one epoch of training. Then it tries one higher ratio at a time
-    with more epochs of training. More epochs take more time, but the largest pruning ratio that keeps the accuracy is
-    then only one or two entries of `RATIOS` higher. When `next_start` returns None, Optuna's sampler proposes the
-    candidates.
+    First, the search trains each candidate for one epoch, and finds the largest pruning ratio by bisection. Then the
+    search trains each candidate for more than one epoch. In this second part, the search raises the pruning ratio by
+    one entry of the list `RATIOS` at a time. More epochs raise the largest pruning ratio by only one or two entries of
+    `RATIOS`, so the second part needs few of the longer trainings. When `next_start` returns None, Optuna's sampler
+    proposes the candidates.
 
     In experiments, longer training halved the accuracy drop. If one epoch leaves up to twice the allowed accuracy drop,
     the search next tries more epochs at the same pruning ratio.
@@ -215,7 +220,7 @@ def next_start(
         max_drop: Largest allowed accuracy drop, in percentage points.
 
     Returns:
-        The next candidate, or None if the largest ratio that keeps the accuracy is already known.
+        The next candidate, or None if the largest pruning ratio within the allowed accuracy drop is already known.
     """
     return _climb(objective, excess_drops, given_up, max_drop) or _climb(objective, excess_drops, given_up, 0.0)
 
@@ -248,9 +253,10 @@ def is_hopeless(objective: str, candidate: Candidate, kept_by_candidate: Mapping
 
     The function assumes that more pruning makes a model faster, smaller and less accurate. It assumes that more
     training makes a model more accurate. It assumes that more fp32 layers make a model slower, larger and more
-    accurate. For ``latency`` and ``throughput``, it assumes that a model with `RATIO_MARGIN` points more pruning than
-    another model is faster, unless it has more layers. `RATIO_MARGIN` applies even to two models with different costs,
-    quantisations or numbers of fp32 layers.
+    accurate. For the objectives ``latency`` and ``throughput``, the function makes one more assumption about two models
+    A and B. It assumes that A is faster than B if the pruning ratio of A is at least `RATIO_MARGIN` percentage points
+    higher, and A does not have more layers than B. This last assumption holds even if A and B differ in the setting
+    `cost`, in quantisation or in the number of fp32 layers.
 
     Args:
         objective: Objective of the search, one of `OBJECTIVES`.

@@ -114,8 +114,8 @@ class Study:
     @property
     def remaining(self) -> list[Candidate]:
         """Returns all candidates that may still be better than the measured candidates."""
-        # Earlier calls have removed the candidates that earlier measurements rule out, so `select_worthwhile` gets only
-        # the new measurements.
+        # Each read of the property `remaining` removes the candidates that the measurements so far rule out. So
+        # `select_worthwhile` gets only the measurements that are newer than the previous read.
         kept_by_candidate = self.kept_by_candidate
         new_outcomes = dict(itertools.islice(kept_by_candidate.items(), self._compared, None))
         self._remaining, self._compared = (
@@ -132,11 +132,12 @@ class Study:
 
     @property
     def candidates_without_training(self) -> set[Candidate]:
-        """Returns the candidates that were measured without training and need no training.
+        """Returns the measured, untrained candidates that the search need not train.
 
-        A candidate needs no training if its accuracy drop is within the limit without training. Training changes
-        neither the speed nor the size of a candidate. Training cannot make a candidate the best if its `Outcome.cost`
-        is not below the cost of the best measured candidate.
+        The search need not train a candidate whose accuracy drop is within the limit without training. The search also
+        need not train a candidate if the best measured candidate is at least as fast (for the objective ``size``, at
+        least as small). Training changes neither the speed nor the size of a candidate, so training cannot make such a
+        candidate the best.
         """
         best = self.best.cost(self.objective) if self.best else math.inf
         untrained = ((candidate, outcome) for candidate, outcome in self.outcomes.items() if not candidate.epochs)
@@ -150,9 +151,10 @@ class Study:
 
     @property
     def best(self) -> Outcome | None:
-        """Returns the measurements of the candidate with the least `Outcome.cost` within the accuracy limit.
+        """Returns the measurements of the fastest measured candidate whose accuracy drop is within the limit.
 
-        The function returns None if no measured candidate is within the accuracy limit.
+        For the objective ``size``, the function returns the measurements of the smallest of these candidates. The
+        function returns None if no measured candidate has an accuracy drop within the limit.
         """
         keeping = [outcome for outcome in self.outcomes.values() if self.keeps(outcome)]
         return min(keeping, key=lambda outcome: outcome.cost(self.objective), default=None)

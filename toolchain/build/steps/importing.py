@@ -44,7 +44,7 @@ def import_checkpoint(job: Job[Import]) -> StepResult:
     if len(tokenizer) > rows:
         raise CheckpointError(
             f"The tokenizer has {len(tokenizer)} tokens, but the embedding table has {rows} rows.",
-            "Save the tokenizer that the model was trained with beside the model.",
+            "Find the tokenizer that the training of the model used, and save this tokenizer in the model's folder.",
         )
     # Weights of any size go into one file, because every later step reads exactly one file.
     try:

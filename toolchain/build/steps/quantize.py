@@ -25,8 +25,9 @@ def quantize(job: Job[Quantize]) -> StepResult:
     """Quantises the parent with the step's backend and scheme.
 
     Raises:
-        GraphError: The parent has nothing to quantise, or a graph of standard operators would need 4-bit embedding
-            tables.
+        GraphError: The parent has no linear layer or embedding table left that the step can quantise. The function also
+            raises `GraphError` if the step requests 4-bit embedding tables for a graph of standard ONNX operators. No
+            standard ONNX operator supports 4-bit embedding tables.
         ArtifactError: The stored model gives other logits than the quantised model.
     """
     return {"ort": _quantize_ort, "torch": _quantize_torch, "bnb": _quantize_bnb}[job.step.backend](job)

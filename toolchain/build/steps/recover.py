@@ -85,7 +85,8 @@ class AugmentedExamples(Examples):
         pairs: Number of pairs of rows in each epoch. A pair joins the texts of two rows and has the label of the second
             row.
         mask: Id of the mask token; None to mask no tokens in the pairs of rows.
-        mask_share: Share of the tokens of a pair of rows that the mask token replaces.
+        mask_share: Probability of masking a token in a pair of rows. The mask token replaces each masked token. The
+            first and the last token of a pair of rows always stay unmasked.
         seed: Seed of the random choice of pairs of rows and of masked tokens.
         max_length: Largest number of tokens of a pair of rows.
     """

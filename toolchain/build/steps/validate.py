@@ -150,8 +150,9 @@ def _map_token_ids(reference_encoder: Encoder, encoder: Encoder) -> np.ndarray:
 def allowed_flips(sentences: int) -> int:
     """Returns the largest number of flips that passes validation.
 
-    With one more flip, an exact binomial test at the confidence `CONFIDENCE` would show that a larger share of all
-    sentences than `MAX_FLIPS` flips.
+    An exact binomial test with the confidence `CONFIDENCE` determines the largest number of flips that passes. With one
+    flip more than this largest number, the test shows that the true share of flips exceeds `MAX_FLIPS`. The true share
+    of flips is the share among all possible sentences, not only among the compared sentences.
 
     Args:
         sentences: Number of sentences compared.

@@ -137,7 +137,8 @@ def place_labels(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
         ]
         _, box, radius = min(options, key=lambda option: option[0])
         occupied.append(box)
-        # The label side nearest to the point is the anchor of the text, so the connecting line ends at this side.
+        # `side` is the part of the label that is horizontally nearest to the point: left side (0), centre (0.5) or
+        # right side (1). If a line connects the point with its label, the line ends at this part of the label.
         side = 0.0 if box[0] >= positions[index][0] else 1.0 if box[2] <= positions[index][0] else 0.5
         offset = (box[0] + side * size.width - positions[index][0], (box[1] + box[3]) / 2 - positions[index][1])
         _write_label(axes, points[index], offset, side, radius > NEAR)

@@ -18,11 +18,12 @@ FIGURES = ("ok", "reported")  # Statuses of the rows that have figures.
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of a row, as a table shows it.
+    """One figure or name of a row, as a table shows it.
 
     Attributes:
-        text: The figure without its note.
-        number: The displayed number, for sorting; None if the figure is a name.
+        text: The figure without its note, or the name.
+        number: Number by which tables sort the figure: the first number in `text`. None if `text` is a name, such as
+            the name of a model.
         note: Text that compares the figure with the baseline, such as ``1.52×``; may be empty.
     """
 
@@ -149,7 +150,7 @@ def _session_fact(row: Row, fact: str) -> str:
     """Returns a fact that the measured session reported, as text; empty if the session did not report the fact.
 
     The fact ``fallback`` describes the part of the model that runs on a provider other than the requested one. The
-    fact ``note`` states the purpose of the variant, such as ``memory, not speed``.
+    fact ``note`` states what the quantisation of the variant improves, such as ``memory, not speed``.
     """
     return str(row.measurement.facts.get("session", {}).get(fact, ""))
 
@@ -266,8 +267,8 @@ def notes(rows: Sequence[Row], explain_front: bool = True) -> list[str]:
     lines += dict.fromkeys(_method_note(row) for row in rows_with_figures(rows) if "batch_size" in row.run.run)
     if explain_front and any(row.pareto for row in rows):
         lines.append(
-            f"{FRONT}: on the Pareto front; no other row is at least as good in accuracy, p50 and size, and better in "
-            "one of them."
+            f"{FRONT}: on the Pareto front; every row that is better than the marked row in accuracy, p50 or size "
+            "is worse in another of these figures."
         )
     if any(ratio and ratio.differs is not None for row in rows for ratio in (row.speedup, row.throughput_gain)):
         lines.append(
@@ -282,7 +283,11 @@ def notes(rows: Sequence[Row], explain_front: bool = True) -> list[str]:
         [(_cell_name(row, rows), f": {_session_fact(row, 'fallback')}.") for row in rows if _has_fallback(row)]
     )
     lines += _group_cells(
-        [(row.measurement.cell, f": {note}.") for row in rows if (note := _session_fact(row, "note"))]
+        [
+            (row.measurement.cell, f": The purpose of this quantisation is to improve {note}.")
+            for row in rows
+            if (note := _session_fact(row, "note"))
+        ]
     )
     lines += [f"{row.measurement.cell}: {_exactness_note(row)}" for row in rows if "exactness" in row.measurement.facts]
     lines += _gpu_notes(rows) + _source_notes(rows)
@@ -339,9 +344,10 @@ def _source_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _pruning_notes(rows: Sequence[Row]) -> list[str]:
-    """Returns one line for each group of pruned rows of a run with equal pruning facts: facts and measured speed-ups.
+    """Returns notes about pruned rows; the rows of one run that have the same summary of pruning share one note.
 
-    The baseline of a pruned row's speed-up is the same variant without pruning, in the same run.
+    A note names the cells, summarises their pruning, and gives the measured speed-up of each cell. The baseline of this
+    speed-up is the same variant without pruning, in the same run.
     """
     groups: dict[tuple[int, str], list[Row]] = {}
     for row in rows_with_figures(rows):

@@ -33,11 +33,11 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Sentences:
-    """A list of sentences, cut to the first `MOST`.
+    """A list of sentences; of a long list, the report shows only the beginning.
 
     Attributes:
-        count: Number of sentences before the cut.
-        shown: The first `MOST` sentences.
+        count: Number of all sentences in the list, including those that the report does not show.
+        shown: The sentences that the report shows, at most `MOST`.
     """
 
     count: int
@@ -65,7 +65,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class SharedLoss:
-    """The sentences that the baseline answers correctly and all other rows of the run answer wrongly.
+    """The sentences that a baseline answers correctly and all rows compared with this baseline answer wrongly.
 
     Attributes:
         baseline: Cell of the baseline.
@@ -119,7 +119,11 @@ def _text(text: Text) -> str:
 
 
 def flips(rows: Sequence[Row], texts: Texts) -> list[Flip]:
-    """Returns one `Flip` for each row except baselines, if the answers of the row and of its baseline are known."""
+    """Returns, for each row, the sentences that either the row or its baseline answers correctly, but not both.
+
+    Each `Flip` holds the sentences of one row. The list omits baselines. The list also omits a row if the answers of
+    the row or of its baseline are unknown.
+    """
     return [
         Flip(
             row.measurement.cell,
@@ -134,7 +138,11 @@ def flips(rows: Sequence[Row], texts: Texts) -> list[Flip]:
 
 
 def shared_losses(rows: Sequence[Row], texts: Texts) -> list[SharedLoss]:
-    """Returns one `SharedLoss` for each baseline of each run, if at least two rows are compared with this baseline."""
+    """Returns the sentences that a baseline answers correctly and all rows compared with this baseline answer wrongly.
+
+    Each `SharedLoss` holds these sentences for one baseline of one run. The list omits a baseline if fewer than two
+    rows are compared with this baseline.
+    """
     groups: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
         if _has_flips(row):

@@ -13,7 +13,7 @@ PROTOCOL = {
     "passes": "minimum passes over the sentences",
     "min_s": "minimum seconds of each cell and scenario",
     "turn_s": "approximate seconds of each turn",
-    "pass_s": "maximum seconds of one pass of the slowest cell",
+    "pass_s": "time limit in seconds for the slowest cell to answer each sentence once",
     "starts": "processes of each cell",
     "rounds": "rounds",
     "threads": "threads",
@@ -26,7 +26,7 @@ PROTOCOL = {
     "taken_up": "resumed after an interruption",
     "seconds": "seconds of the whole run",
     "load_1m": "load average of the machine",
-    "steal_share": "share of processor time that the host took",
+    "steal_share": "share of processor time that the host took from the virtual machine",
 }
 
 
@@ -47,7 +47,10 @@ def versions(runs: Sequence[ResultFile]) -> Table | None:
 
 
 def rates(runs: Sequence[ResultFile]) -> Table | None:
-    """Returns the table of the highest rates that each runtime reached on the machine; None if there are no rates."""
+    """Returns the table of each runtime's highest measured rates; None if no run has rates.
+
+    A rate is the speed of arithmetic or the speed of reading weights.
+    """
     run_rates = [
         {
             f"{runtime}, {name}": _value_text(value)
@@ -56,7 +59,8 @@ def rates(runs: Sequence[ResultFile]) -> Table | None:
         }
         for run in runs
     ]
-    return _run_table("Highest measured rates of the machine", "rate", runs, run_rates)
+    caption = "Highest measured rates of the machine: arithmetic and reading of weights"
+    return _run_table(caption, "rate", runs, run_rates)
 
 
 def _run_table(

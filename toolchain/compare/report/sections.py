@@ -24,7 +24,7 @@ _FigureColumn = tuple[str, Callable[[Row], Figure | None]]
 
 MEANINGS = {
     "baseline": "The ratios in other rows compare with this row.",
-    "Pareto": "No other row is at least as good in accuracy, latency and size, and better in one of them.",
+    "Pareto": "Every row that beats this row in accuracy, latency or size is worse in another of these figures.",
     "noisy": "The times are unreliable",
     "stale": "A newer build has replaced the measured artifact.",
     "reported": "Published figures, not measured here.",
@@ -106,10 +106,10 @@ def _cell(row: Row) -> Entry:
 
 
 def marks(table: Table) -> list[tuple[str, str]]:
-    """Returns each mark in the table with its meaning.
+    """Returns each mark in the table with the text that explains the mark.
 
-    The reasons for the mark ``noisy`` differ between cells, so the meaning of this mark starts with the names
-    of the cells.
+    The text for the mark ``noisy`` gives the reason, and different cells may have different reasons. Each text for
+    ``noisy`` therefore starts with the names of the cells that have this reason.
     """
     cells: dict[tuple[str, str], list[str]] = {}
     for row in table.rows:
@@ -213,9 +213,10 @@ def best_rows(panel: Panel) -> list[tuple[str, str, list[str]]]:
     """Returns the best measured row of a panel for each figure that at least two rows have.
 
     Returns:
-        For each figure: a category such as ``smallest``, the label of the best row, and a list with the formatted
-        figure and the formatted accuracy of this row. For the figure ``accuracy``, the list holds only the formatted
-        accuracy.
+        For each figure, a tuple of three values. The first value names the best row's advantage, such as ``smallest``
+        for the figure ``size``. The second value is the name of the best row. The third value is a list of texts: the
+        figure of the best row, and the accuracy of the best row if the accuracy is known. For the figure ``accuracy``,
+        the list holds only the accuracy.
     """
     categories: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
         ("accuracy", "most accurate", _negative_accuracy),

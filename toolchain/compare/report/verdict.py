@@ -108,8 +108,8 @@ def regression_lines(result: Regressions) -> list[str]:
     """
     limit = f"{result.limit * 100:g}%"
     compared = (
-        f"{len(result.pairs)} cells of the old run, {len(result.regressed_pairs)} no longer measured or worse by more "
-        f"than {limit}:"
+        f"Compared cells of the old run: {len(result.pairs)}. Regressed cells: {len(result.regressed_pairs)}. "
+        f"A regressed cell is no longer measured, or a figure of the cell is worse by more than {limit}."
     )
     lines = [compared, *_table(result.pairs)]
     for pair in result.pairs:

@@ -26,8 +26,8 @@ from tokenizers import Tokenizer
 # that makes sums of 8-bit products exact on x86 without VNNI. On processors whose 8-bit products do not saturate,
 # `EXACT_PRODUCTS` only makes int8 models slower.
 EXACT_PRODUCTS = ("session.x64quantprecision", "1")
-# An ONNX model with one MatMulInteger node: it multiplies uint8 activations of shape [1, 4] by int8 weights of shape
-# [4, 1]. Every weight of `PRODUCT` is 127.
+# `PRODUCT` is a serialised ONNX model with one MatMulInteger node. The node multiplies uint8 activations of shape
+# [1, 4] by int8 weights of shape [4, 1]. The four weights of the node are all 127.
 PRODUCT = base64.b64decode(
     "CAg63gEKTQoLYWN0aXZhdGlvbnMKB3dlaWdodHMKCnplcm9fcG9pbnQKEXdlaWdodF96ZXJvX3BvaW50Egdwcm9kdWN0Ig1NYXRNdWxJbnRl"
     "Z2VyEg9leHRyZW1lX3Byb2R1Y3QqFQgECAEQA0IHd2VpZ2h0c0oEf39/fyoREAJCCnplcm9fcG9pbnRKAQAqGBADQhF3ZWlnaHRfemVyb19w"

@@ -40,7 +40,7 @@ export async function check(pipe, bundle, golden, variant) {
     const select = input_ids.length < bundle.max_length ? (each) => each : dropLast;
     const [actual, expected] = [select(ids), select(input_ids)];
     if (actual.length !== expected.length || actual.some((id, i) => id !== expected[i])) {
-      result.reason = `the tokenizer splits ${JSON.stringify(text.slice(0, 60))} into other tokens than golden.json records`;
+      result.reason = `the tokenizer splits ${JSON.stringify(text.slice(0, 60))} into tokens that differ from the tokens in golden.json`;
       return result;
     }
   }

@@ -39,8 +39,8 @@ TEXT, LOGITS = "text", "logits"
 # that makes sums of 8-bit products exact on x86 without VNNI. On processors whose 8-bit products do not saturate,
 # `EXACT_PRODUCTS` only makes int8 models slower.
 EXACT_PRODUCTS = ("session.x64quantprecision", "1")
-# An ONNX model with one MatMulInteger node: it multiplies uint8 activations of shape [1, 4] by int8 weights of shape
-# [4, 1]. Every weight of `PRODUCT` is 127.
+# `PRODUCT` is a serialised ONNX model with one MatMulInteger node. The node multiplies uint8 activations of shape
+# [1, 4] by int8 weights of shape [4, 1]. The four weights of the node are all 127.
 PRODUCT = base64.b64decode(
     "CAg63gEKTQoLYWN0aXZhdGlvbnMKB3dlaWdodHMKCnplcm9fcG9pbnQKEXdlaWdodF96ZXJvX3BvaW50Egdwcm9kdWN0Ig1NYXRNdWxJbnRl"
     "Z2VyEg9leHRyZW1lX3Byb2R1Y3QqFQgECAEQA0IHd2VpZ2h0c0oEf39/fyoREAJCCnplcm9fcG9pbnRKAQAqGBADQhF3ZWlnaHRfemVyb19w"
@@ -83,7 +83,14 @@ def canonical_id(body: Mapping[str, Any]) -> str:
 
 
 def model_files(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns the name and file of a model in bundle.json and, for phones, of the model's copy in ORT format."""
+    """Returns the files of one model, each as a pair (name, file).
+
+    The first pair is the variant's name and the .onnx file. In bundles for phones, the model also has a copy in ORT
+    format. The second pair is then the variant's name with the suffix ``.ort``, and the file of this copy.
+
+    Args:
+        model: Entry of the model in bundle.json.
+    """
     ort_format = [(f"{model['variant']}.ort", str(model["ort"]["file"]))] if "ort" in model else []
     return [(str(model["variant"]), str(model["file"])), *ort_format]
 
@@ -243,7 +250,9 @@ def compare_logits(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str,
         raise InvalidBundleError(f"{GOLDEN} has no sentences or no batches")
     for text, ids in rows:
         if tokenizer.encode(text).ids != ids:
-            raise InvalidBundleError(f"the tokenizer splits {text[:60]!r} into other tokens than {GOLDEN} records")
+            raise InvalidBundleError(
+                f"the tokenizer splits {text[:60]!r} into tokens that differ from the tokens in {GOLDEN}"
+            )
     check_runtime(body)
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors only
@@ -335,7 +344,7 @@ def _check_tokenizer(file: Path, options: Any, rows: Sequence[Any]) -> None:
     for (text, ids), (tokens, mask) in zip(rows, outputs, strict=True):
         if tokens[0][mask[0] == 1].tolist() != ids:
             raise InvalidBundleError(
-                f"the tokenizer graph splits {text[:60]!r} into other tokens than {GOLDEN} records"
+                f"the tokenizer graph splits {text[:60]!r} into tokens that differ from the tokens in {GOLDEN}"
             )
 
 

@@ -121,7 +121,8 @@ def lower(source: Path, target: Path, release: str) -> None:
     If the release can read the original file, the copy has the same bytes.
 
     Raises:
-        ShippingError: The release lacks a tensor type, or lacks an operator that onnx cannot convert.
+        ShippingError: The release does not support a tensor type or an operator set of the model; or the onnx package
+            cannot convert the model to the newest opset that the release reads.
     """
     import onnx
     import onnx_ir as ir
@@ -168,14 +169,14 @@ def _check_types(model: ir.Model, name: str, release: str) -> None:
 def _convert_opset(model: onnx.ModelProto, opset: int, name: str, release: str) -> onnx.ModelProto:
     """Returns the model in a lower opset of standard operators.
 
-    The ONNX specification defines many operators as functions of other operators. If the lower opset lacks an operator,
-    the nodes of the operator's function replace the operator. If an operator has a different signature in the lower
-    opset, the onnx package converts the operator. An operator whose signature does not change keeps its meaning in the
-    lower opset.
+    For many operators, the ONNX specification holds an ONNX function: a small graph of other operators that computes
+    the same result. If the lower opset lacks an operator, the nodes of the operator's ONNX function replace the
+    operator. If an operator has a different signature in the lower opset, the onnx package converts the operator. An
+    operator whose signature does not change keeps its meaning in the lower opset.
 
     Raises:
-        ShippingError: The lower opset lacks an operator, and ONNX defines no function for it; or the onnx package
-            cannot convert an operator.
+        ShippingError: The lower opset lacks an operator that has no ONNX function; or the onnx package cannot convert
+            an operator to the lower opset.
     """
     from onnx import checker, inliner, version_converter
 
@@ -186,8 +187,9 @@ def _convert_opset(model: onnx.ModelProto, opset: int, name: str, release: str) 
             names = [(STANDARD, operator) for operator in unconverted]
             model = inliner.inline_selected_functions(model, names, inline_schema_functions=True)
             unconverted = _newer_operators(model, opset)
-        # If the lower opset merely supports fewer types for an operator, the onnx package cannot convert the operator.
-        # The loop lowers the opset by one at a time, and calls onnx only if the signature of an operator changes.
+        # For some operators, the only change in the lower opset is a smaller number of supported tensor types. The onnx
+        # package cannot convert such an operator, and no conversion is needed. The loop therefore lowers the opset by
+        # one at a time, and calls the onnx package only if the inputs, outputs or attributes of an operator change.
         for version in range(_opset(model).version - 1, opset - 1, -1) if not unconverted else ():
             if unconverted := _changed_operators(model, version):
                 model = version_converter.convert_version(model, version)

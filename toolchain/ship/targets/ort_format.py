@@ -29,9 +29,11 @@ LEVEL = "extended"
 def save(source: Path, target: Path) -> None:
     """Optimises a model and saves it in ORT format; the saved model is exact on every processor.
 
-    If int8 products can saturate, the function stores unsigned weights, because session options do not affect a file in
-    ORT format. ONNX Runtime writes into the file the domains of all operator libraries that the process has loaded, so
-    a new process saves the model.
+    Products of signed int8 weights can saturate on x86 processors without VNNI. For .onnx files, a session option
+    prevents saturation, but this session option does not affect a file in ORT format. If the products of the model can
+    saturate, the function therefore stores unsigned int8 weights. Products of unsigned weights never saturate. ONNX
+    Runtime writes into the file the domains of all operator libraries that the process has loaded, so a new process
+    saves the model.
 
     Args:
         source: Path of the .onnx file to read.

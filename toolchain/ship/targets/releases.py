@@ -49,17 +49,19 @@ ORDER = list(RELEASES)
 # kernel for an operator, ONNX Runtime expands the operator to its ONNX function before it saves the file in ORT format.
 FIRST_KERNELS: dict[str, str] = _table["late"]
 
-# `OPERATORS` maps an operator of ONNX Runtime, and then a release, to the attributes and inputs that this release added
-# to the operator. The first release in an operator's list is the release that added the operator and its CPU kernel.
-# `OPERATORS` contains the operators that variants use, or that ONNX Runtime's optimiser creates on the CPU.
-# Features listed for release 1.16 may exist in older releases too, because ONNX Runtime 1.15 cannot list its operators.
+# `OPERATORS` holds the attributes and inputs that each release of ONNX Runtime added to an operator. The outer key is
+# the name of an operator in the domain com.microsoft. The inner key is a release. The first release of an operator is
+# the release that added the operator and its CPU kernel. `OPERATORS` contains the operators that variants use, or that
+# ONNX Runtime's optimiser creates on the CPU. Features listed for release 1.16 may exist in older releases too, because
+# ONNX Runtime 1.15 cannot list its operators.
 OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     operator: {release: tuple(names) for release, names in by_release.items()}
     for operator, by_release in _table["operators"].items()
 }
-# `ATTENTION_STATES` maps a kind of attention, such as ``MultiHeadAttention: attention_bias``, and then a release to the
-# release's test result for padded batches, one of `STATES`. If `ATTENTION_STATES` omits a release, the test result of
-# the nearest older release applies.
+# `ATTENTION_STATES` holds the results of tests with padded batches. The outer key is a kind of attention, such as
+# ``MultiHeadAttention: attention_bias``. The inner key is a release of ONNX Runtime. The value is the test result of
+# this release: ``right``, ``refused`` or ``wrong``. If `ATTENTION_STATES` omits a release, the test result of the
+# nearest older release applies.
 ATTENTION_STATES: dict[str, dict[str, str]] = _table["answers"]
 
 
@@ -99,9 +101,10 @@ class Use:
     def first_release(self) -> str | None:
         """Returns the first ONNX Runtime release that supports the feature; None if no known release does.
 
-        For a kind of attention, the returned release and all later releases compute the attention correctly. For a
-        standard operator outside `FIRST_KERNELS`, the function returns the oldest known release.
-        `oldest_reading_release` separately excludes the releases that cannot read the file's opset.
+        If the feature is a kind of attention, the returned release and all later releases compute this attention
+        correctly. If the feature is a standard operator that the table `FIRST_KERNELS` omits, the function returns the
+        oldest known release. The oldest known release may be unable to read the opset of the file. The function
+        `oldest_reading_release` checks the opset separately.
         """
         if self.attention_kind:
             faulty = [release for release in ORDER if attention_state(release, self.attention_kind) != RIGHT]

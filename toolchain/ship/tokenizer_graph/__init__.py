@@ -115,9 +115,9 @@ def _add_tokenizer(encoder: Encoder, multiple: int) -> tuple[ir.Value, Nodes, di
 
 
 def _frame(encoder: Encoder, multiple: int) -> Frame:
-    """Returns the special tokens, padding and truncation of a text.
+    """Returns the tokenizer's special tokens, its padding token, and the largest number of tokens in a text.
 
-    The function encodes a text with and without special tokens to find the special tokens.
+    To find the special tokens, the function encodes the text "a" twice: with special tokens, and without.
     """
     tokenizer = encoder.tokenizer
     ids, text = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))

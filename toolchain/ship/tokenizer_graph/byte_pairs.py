@@ -1,7 +1,8 @@
 """Adds the tokenizer of GPT-2 and RoBERTa to a graph: byte-level BPE (Radford et al. 2019) of onnxruntime-extensions.
 
-The graph differs from the checkpoint's tokenizer in one point: it reads a text only up to its first NUL character. The
-checkpoint's tokenizer reads the complete text, because it has a token for NUL.
+The graph and the checkpoint's tokenizer give different tokens only for texts that contain the NUL character. The graph
+ignores the NUL character and the rest of the text after it. The checkpoint's tokenizer converts the NUL character to a
+token, and also reads the rest of the text.
 """
 
 from __future__ import annotations

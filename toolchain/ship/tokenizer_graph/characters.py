@@ -11,16 +11,18 @@ from typing import Any
 from toolchain.errors import ShippingError
 
 SURROGATES = range(0xD800, 0xE000)  # Surrogates are not characters, and not valid in UTF-8.
-# One call of the tokenizer tests a block of this many characters. In most blocks, the tokenizer treats all characters
-# alike.
+# One call of the tokenizer tests a block of this many consecutive Unicode characters. For most blocks, one call is
+# enough, because the tokenizer treats all characters of the block in the same way.
 BLOCK = 256
-LEFT, RIGHT = "a", "b"  # `changes` tests a character between these letters, which no tokenizer changes.
+# To test a character, the function `changes` puts the character between these two letters. No tokenizer changes these
+# two letters.
+LEFT, RIGHT = "a", "b"
 DELETED, SPACE = "", " "
 SHIP_WITHOUT_HINT = "Ship without --with-tokenizer."
 
 
 def surround_with_spaces(character: str) -> str:
-    """Returns the character between two spaces, which make the character a separate word."""
+    """Adds a space before and after the character, so that the character becomes a separate word."""
     return f" {character} "
 
 

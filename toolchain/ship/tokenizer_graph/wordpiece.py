@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 # the checkpoint's tokenizer deletes all control characters of a text.
 NUL, DROPPED, ROW_END = "\x00", "\x01", "\x02"
 MARKS = [chr(point) for point in (*range(3, 9), 11, 12, *range(14, 32))]
-LONG_RUN = 64  # A regular expression handles a run of at least this many characters faster than a table.
+# If the tokenizer changes more than `LONG_RUN` consecutive Unicode characters in the same way, the graph replaces them
+# with a regular expression. For so many characters, a regular expression is faster than one table entry per character.
+LONG_RUN = 64
 
 
 def word_pieces(nodes: Nodes, texts: ir.Value, tokenizer: Any) -> Ragged:
@@ -154,8 +156,9 @@ def _longest_pieces(nodes: Nodes, words: ir.Value, model: Mapping[str, Any], voc
         values_int64s=list(numbers.values()),
         default_int64=unknown,
     )
-    # If a word has an unknown piece, `WordpieceTokenizer` returns the pieces before it and then the unknown token. Of a
-    # word with an unknown piece, the graph keeps only the unknown token.
+    # If a word has an unknown piece, the operator `WordpieceTokenizer` returns the known pieces before the unknown
+    # piece, and then the unknown token. The next nodes delete these known pieces. In the graph's result, each word
+    # with an unknown piece is a single unknown token.
     last = nodes.add("Sub", ends, nodes.numbers([1]))
     is_unknown = nodes.add("Equal", nodes.add("Gather", ids, last), nodes.numbers([unknown]))
     first = nodes.add("Where", is_unknown, last, begins)
