@@ -52,8 +52,8 @@ def _marked(text: str) -> str:
 def _adapt(command: click.Command) -> None:
     """Turns the help texts of a command object into Markdown for mkdocs-click.
 
-    The site shows the changed command object, but no code may run the command. If a help text describes the default
-    value of an option, this description replaces the default value, so the command would compute with a wrong value.
+    The changed command object is for display only, and no code may run it. For some options, the function overwrites
+    the default value by a text that describes the default value.
     """
     text, _, examples = inspect.cleandoc(command.help or "").partition("\b\n")
     command.help = _marked(text)

@@ -24,10 +24,10 @@ class Job(Generic[StepT]):
 
     Attributes:
         step: The step with its settings.
-        parent: The parent's artifact; None for an import.
+        parent: The parent's artifact; None if the step is an import, which has no parent.
         checkpoint: Folder of the checkpoint if the step is an import; None otherwise.
         folder: The scratch folder that the step fills.
-        root: The imported model's artifact; None for an import.
+        root: The artifact of the imported model; None if the step itself is the import.
         train: Training data.
         cache: Cache folder for results that this machine computes only once.
         resume: Folder for training state; the pipeline keeps it after a killed run and deletes it after publication.

@@ -39,7 +39,7 @@ TOKENIZER_FILES = (
 )
 # File in the folder of a pruned model, with the numbers of heads and FFN neurons of each layer.
 SHAPES = "layer_shapes.json"
-# File in the folder of a quantised PyTorch model, with the storage format of the model's weights.
+# File in the folder of a quantised PyTorch model. The file states in which number format the weights are stored.
 PRECISION = "precision.json"
 # File in the folder of a model that the toolchain trained, with the training data and settings.
 CARD = "training.json"

@@ -107,8 +107,8 @@ def _build_groups(importances: Sequence[LayerImportance]) -> list[_Group]:
             least_count = 1 if (layer, kind) == (0, "heads") else 0
             counts = sorted({total, *range(least_count, total, block)}, reverse=True)
             sums = [0.0, *unit_costs[order].cumsum(0).tolist()]
-            # `sums` adds up the importances of single units. For the removal of all heads or all neurons of a layer,
-            # the code uses the joint importance of these units if the joint importance is larger than the sum.
+            # `sums[n]` is the sum of the importances of the first n units in `order`. If all heads or all neurons of a
+            # layer are removed, the larger number counts: their joint importance, or the sum of their importances.
             sums[-1] = max(sums[-1], float(units.moment.sum()))
             groups.append(_Group(layer, kind, order, counts, [sums[total - count] for count in counts]))
     return groups

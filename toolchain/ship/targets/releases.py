@@ -59,9 +59,9 @@ OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     for operator, by_release in _table["operators"].items()
 }
 # `ATTENTION_STATES` holds the results of tests with padded batches. The outer key is a kind of attention, such as
-# ``MultiHeadAttention: attention_bias``. The inner key is a release of ONNX Runtime. The value is the test result of
-# this release: ``right``, ``refused`` or ``wrong``. If `ATTENTION_STATES` omits a release, the test result of the
-# nearest older release applies.
+# ``MultiHeadAttention: attention_bias``. The inner key is a release of ONNX Runtime. The value says what that
+# release did with the test batches: its logits were ``right`` or ``wrong``, or it ``refused`` the graph. If a release
+# is missing in `ATTENTION_STATES`, the test result of the nearest older release applies.
 ATTENTION_STATES: dict[str, dict[str, str]] = _table["answers"]
 
 
