@@ -96,7 +96,7 @@ def test_a_session_states_its_precision_and_engine(small_workspace):
     assert session.facts()["precision"] == "int8"
     assert session.facts()["engine"] in torch.backends.quantized.supported_engines
     session = open_session(small_workspace.path("bnb-nf4"), "bnb", Place("cpu", 1))
-    assert session.facts()["note"] == "memory, not speed"
+    assert session.facts()["note"] == "the size of the weights, not speed"
 
 
 def build_int8(workspace):

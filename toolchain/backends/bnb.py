@@ -1,4 +1,4 @@
-"""The bitsandbytes backend, through transformers: 8-bit and 4-bit weights, which save memory but are slow on a CPU."""
+"""The bitsandbytes backend, through transformers: 8-bit and 4-bit weights."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ class BnbSession(TorchSession):
     def facts(self) -> dict[str, Any]:
         """Returns the facts of `TorchSession`, with the compute type as precision and, on a CPU, a note about speed."""
         facts = {**super().facts(), "precision": str(compute_dtype(self._device)).removeprefix("torch.")}
-        return {**facts, "note": "memory, not speed"} if self._device.type == "cpu" else facts
+        return {**facts, "note": "the size of the weights, not speed"} if self._device.type == "cpu" else facts
 
 
 def _is_int8(folder: Path) -> bool:

@@ -109,7 +109,7 @@ def quantize(
 
     The int8 schemes choose activation scales at run time, except ort's static scheme. The static scheme chooses the
     scales in advance, on training sentences. With static scales, the logits of a sentence do not depend on the other
-    sentences of its batch. The backend bnb (bitsandbytes) saves memory, but no time on a CPU.
+    sentences of its batch. The backend bnb (bitsandbytes) makes the weights smaller, not always faster.
 
     The command stores a variant only if the variant passes validation. Validation compares two labels for each of 200
     sentences: the variant's label and the PyTorch model's label. Validation fails if these two labels differ in too

@@ -150,7 +150,7 @@ def _session_fact(row: Row, fact: str) -> str:
     """Returns a fact that the measured session reported, as text; empty if the session did not report the fact.
 
     The fact ``fallback`` describes the part of the model that runs on a provider other than the requested one. The
-    fact ``note`` states what the quantisation of the variant improves, such as ``memory, not speed``.
+    fact ``note`` states what the quantisation of the variant improves, such as ``the size of the weights, not speed``.
     """
     return str(row.measurement.facts.get("session", {}).get(fact, ""))
 
