@@ -339,6 +339,8 @@ def test_removing_units_equals_setting_their_weights_to_zero(workspace, kind, he
     [
         ("albert", "AlbertForSequenceClassification uses the same weights in all layers"),
         ("deberta-v2", "DebertaV2ForSequenceClassification attends to words and to positions with the same weights"),
+        ("mpnet", "MPNetForSequenceClassification has one table of position biases"),
+        ("modernbert", "ModernBertForSequenceClassification computes queries, keys and values in one layer"),
         ("mobilebert", "MobileBertForSequenceClassification has bottleneck layers"),
     ],
 )
