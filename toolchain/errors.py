@@ -24,6 +24,11 @@ from __future__ import annotations
 from pathlib import Path
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of a library's error message, or the name of the error's class if the message is empty."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class ToolchainError(Exception):
     """A failure that the user can fix.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.backends.pytorch import TorchSession, silence_transformers
-from toolchain.errors import CheckpointError, ProviderError
+from toolchain.errors import CheckpointError, ProviderError, first_line
 from toolchain.system.extras import install_hint
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def load(folder: Path, device: torch.device, **options: Any) -> PreTrainedModel:
             **options,
         )
     except Exception as error:  # a wrong config can make transformers raise any error
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = first_line(error)
         raise CheckpointError(f"bitsandbytes cannot load {folder}: {cause}", "Build the variant again.") from error
     parts: list[Any] = [module for module in model.modules() if hasattr(module, "compute_dtype")]
     for part in parts:

@@ -7,12 +7,11 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from toolchain.backends.pytorch import TorchSession
-from toolchain.errors import ProviderError
+from toolchain.errors import ProviderError, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +40,7 @@ class CompiledSession(TorchSession):
 
     def _load(self, folder: Path) -> PreTrainedModel:
         import torch
+        import torch._dynamo
 
         compiler = os.environ.get("CXX") or COMPILER
         if self._device.type == "cpu" and not shutil.which(compiler):
@@ -48,10 +48,9 @@ class CompiledSession(TorchSession):
                 f"torch.compile needs a C++ compiler, and this machine has no {compiler}.",
                 "Install g++ (Debian: apt install g++), or set CXX to your compiler.",
             )
-        import torch._dynamo
-
-        for setting in filter(partial(hasattr, torch._dynamo.config), STRICT):
-            setattr(torch._dynamo.config, setting, True)
+        for setting in STRICT:
+            if hasattr(torch._dynamo.config, setting):
+                setattr(torch._dynamo.config, setting, True)
         return cast("PreTrainedModel", torch.compile(super()._load(folder), dynamic=True))
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
@@ -89,7 +88,7 @@ def _translate_compiler_error() -> Iterator[None]:
     try:
         yield
     except (exc.TorchDynamoException, *limits) as error:
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = first_line(error)
         raise ProviderError(
             f"PyTorch cannot compile this model: {cause}", "Measure the variant without -compile, such as torch-fp32."
         ) from error

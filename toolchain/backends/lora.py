@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.backends import Place
 from toolchain.backends.pytorch import TorchSession, check_finite, mismatched_weights, silence_transformers
-from toolchain.errors import CheckpointError
+from toolchain.errors import CheckpointError, first_line
 from toolchain.models import adapters
 from toolchain.models.checkpoints import check_config, config_of
 from toolchain.system.extras import install_hint
@@ -65,7 +65,7 @@ def load_unmerged(adapter: Path, base: Path) -> PeftModel:
     except CheckpointError:
         raise
     except Exception as error:  # wrong settings can make PEFT or transformers raise any error
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = first_line(error)
         raise CheckpointError(f"The adapter {adapter} cannot be applied to {base}: {cause}", _HINT) from error
     _load_tensors(peft_model, tensors, f"The adapter {adapter} does not fit the base {base}")
     if missing_names := [name for name in untrained_names if _PREFIX + name not in tensors]:
@@ -98,8 +98,8 @@ def _require_peft() -> None:
     """Raises `CheckpointError` if PEFT cannot be imported."""
     import logging
 
-    # PEFT may import bitsandbytes. During the import, bitsandbytes may log that an optional CPU kernel cannot be loaded
-    # from the Hugging Face hub. The toolchain does not need this kernel, so the next line hides the log message.
+    # If PEFT imports bitsandbytes, bitsandbytes may log a warning about a missing kernel. The toolchain does not need
+    # that kernel, so this line hides the warning.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft  # noqa: F401

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.backends import reduced
-from toolchain.errors import ArtifactError, CheckpointError, DeviceMemoryError, ProviderError
+from toolchain.errors import ArtifactError, CheckpointError, DeviceMemoryError, ProviderError, first_line
 from toolchain.models import architectures
 from toolchain.models.checkpoints import OWN_WEIGHTS, SHAPES, WEIGHTS, config_of, weights_of
 
@@ -38,7 +38,7 @@ def load_model(folder: Path) -> PreTrainedModel:
     except (CheckpointError, ProviderError):
         raise
     except Exception as error:  # an invalid config can make transformers raise any class of error
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = first_line(error)
         raise CheckpointError(
             f"{folder} cannot be loaded: {cause}", "Check config.json against the weights."
         ) from error
@@ -139,7 +139,7 @@ def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreT
             output_loading_info=True,
         )
     except Exception as error:  # an invalid config can make transformers raise any class of error
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = first_line(error)
         raise CheckpointError(
             f"{folder} cannot be trained: {cause}", "Pass the folder of an encoder with its weights."
         ) from error

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 # Width of a layer; at this width, the fixed cost of a matrix product is small compared with its arithmetic.
 WIDTH = 2048
-# Two batch sizes at which arithmetic takes most of the time; the runtime's kernel determines which of them is faster.
+# Two large batch sizes, at which arithmetic takes most of the time. The machine probe measures both, because some
+# kernels are faster with the smaller size and others with the larger size.
 LARGE_BATCHES = (128, 1024)
 # Number of repetitions of all measurements, and minimum number of timed calls in each measurement. The probe measures
 # each rate twice, so another process that is busy for a short time disturbs only one of the two measurements.

@@ -16,7 +16,7 @@ from typing import Any
 
 from toolchain.data.files import FORMATS, Table, Text, kind_of, require_column, text_columns, text_of
 from toolchain.data.labels import Column, Value
-from toolchain.errors import DataError
+from toolchain.errors import DataError, first_line
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 _GLUE = "glue/"
@@ -145,7 +145,7 @@ def _download(spec: str, split: str) -> Any:
     try:
         return datasets.load_dataset(path, config or None, split=split)
     except Exception as error:  # the library `datasets` raises errors of many classes
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = first_line(error)
         raise DataError(
             f"{spec}, split {split}, cannot be loaded: {cause.rstrip('.')}.",
             "Check the name, the config (user/name:config) and --split. Without a network, use a cached dataset "

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.errors import CheckpointError
+from toolchain.errors import CheckpointError, first_line
 from toolchain.exporters import INPUT_AXES, OUTPUT_AXES
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def write_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence
         except (OSError, MemoryError):  # a full disk or memory is no fault of the model
             raise
         except Exception as error:  # the code of any model can fail while it is traced
-            cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+            cause = first_line(error)
             raise CheckpointError(
                 f"PyTorch cannot export {type(model).__name__} to ONNX: {cause}",
                 "Pass a model of another architecture.",

@@ -290,9 +290,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _tensors_by_file(folder: Path) -> dict[str, set[str]]:
-    """Maps the name of each weights file to the names of the tensors that the safetensors index lists for that file.
+    """Returns the names of the weights files, and for each file the names of the tensors in it.
 
-    A model with a single weights file needs no safetensors index. For such a model, the set of tensor names is empty.
+    The tensor names come from the safetensors index. A model with only one weights file has no index, so its set of
+    tensor names is empty.
     """
     if weights_of(folder).is_file():
         return {weights_of(folder).name: set()}

@@ -28,7 +28,9 @@ MIXES = {"Attention", "MatMul", "Gemm", "Einsum", "Softmax"}
 
 
 def padding(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
-    """Gives padding tokens the embedding of token 0, the first token of their row; counts 1 if the pass applies.
+    """Replaces the embedding of each padding token; counts 1 if the pass applies.
+
+    The new embedding is that of token 0, which is the first token of the same row.
 
     The embeddings have the shape [batch, sequence, width]. The rewrite does not change the values of token 0, with
     padding on either side. The pass applies if the classifier reads token 0, every attention is masked, and the

@@ -15,7 +15,7 @@ from toolchain.backends import lora
 from toolchain.backends.pytorch import check_finite, describe, load_model
 from toolchain.build.job import Job, StepResult
 from toolchain.data.labels import MULTI
-from toolchain.errors import ArtifactError, CheckpointError
+from toolchain.errors import ArtifactError, CheckpointError, first_line
 from toolchain.models.checkpoints import CARD, OWN_WEIGHTS, SHAPES, WEIGHTS, has_tokenizer, license_of
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _load_tokenizer(folder: Path) -> Any:
     try:
         return tokenizer_class.from_pretrained(folder, use_fast=True, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # tokenizers and transformers raise errors of many classes
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cause = first_line(error)
         raise CheckpointError(
             f"The tokenizer in {folder} cannot be loaded: {cause}", "Save the tokenizer beside the model again."
         ) from error

@@ -108,8 +108,8 @@ def _cell(row: Row) -> Entry:
 def marks(table: Table) -> list[tuple[str, str]]:
     """Returns each mark in the table with the text that explains the mark.
 
-    The text for the mark ``noisy`` gives the reason, and different cells may have different reasons. Each text for
-    ``noisy`` therefore starts with the names of the cells that have this reason.
+    The text for the mark ``noisy`` gives the reason. Different cells may have different reasons, so each reason has a
+    text of its own, which starts with the names of the cells.
     """
     cells: dict[tuple[str, str], list[str]] = {}
     for row in table.rows:
