@@ -12,7 +12,7 @@ from toolchain.artifacts.store import Artifact
 from toolchain.backends import Place, open_session
 from toolchain.build import reference_logits
 from toolchain.build.reference_logits import ReferenceLogits
-from toolchain.build.steps.validate import LENGTHS, allowed_flips, grid, validate, validation_summary
+from toolchain.build.steps.validate import LENGTHS, LONGEST, allowed_flips, grid, validate, validation_summary
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.inputs import load_embedded
 
@@ -27,6 +27,19 @@ def encoder(built_tiny):
 @pytest.fixture(scope="module")
 def truth(built_tiny):
     return open_session(built_tiny.path("torch-fp32"), "torch", Place("cpu", 2))
+
+
+@pytest.mark.parametrize("max_length", [512, 8192])
+def test_batches_of_several_texts_are_short_and_pairs_have_token_types(built_tiny, max_length):
+    """With 8,192 tokens, as ModernBERT allows, a batch of several texts would need gigabytes of memory."""
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    batches = dict(grid(Encoder.open(built_tiny.path("onnx-fp32"), names, max_length), SENTENCES))
+    for batch in batches.values():
+        rows, tokens = batch["input_ids"].shape
+        assert rows == 1 or tokens <= LONGEST
+    pairs = batches["2 pairs of texts, right padding"]
+    assert pairs["input_ids"].shape == (2, 512)
+    assert (pairs["token_type_ids"].max(axis=1) == 1).all()
 
 
 class ChangedSession:

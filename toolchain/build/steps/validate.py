@@ -54,8 +54,8 @@ def grid(encoder: Encoder, sentences: Sequence[Text]) -> Iterator[tuple[str, dic
         for side in encoder.padding_sides:
             yield f"{name}, {side} padding", pad(rows, encoder.names, encoder.pad_id, side == "left")
 
-    longest = min(encoder.max_length, LONGEST)
-    lengths = sorted({min(length, longest) for length in LENGTHS})
+    short_encoder = encoder if encoder.max_length <= LONGEST else Encoder.open(encoder.folder, encoder.names, LONGEST)
+    lengths = sorted({min(length, short_encoder.max_length) for length in LENGTHS})
     for length in lengths:
         yield f"1 × {length} tokens", batch([ids(length)])
     for size in (2, 7):
@@ -64,13 +64,9 @@ def grid(encoder: Encoder, sentences: Sequence[Text]) -> Iterator[tuple[str, dic
         yield from padded(f"{size} mixed lengths", mixed_rows)
     for name, text in TEXTS.items():
         yield name, batch(encoder.encode([text]))
-    text_rows = [row[:longest] for row in encoder.encode([*TEXTS.values(), *sentences[:3]])]
-    yield from padded("7 texts", text_rows)
-    pairs = [
-        row[:longest]
-        for row in encoder.encode([(TEXTS["accents"], TEXTS["emoji"]), (TEXTS["emoji"], TEXTS["over-long text"])])
-    ]
-    yield from padded("2 pairs of texts", pairs)
+    yield from padded("7 texts", short_encoder.encode([*TEXTS.values(), *sentences[:3]]))
+    pairs = [(TEXTS["accents"], TEXTS["emoji"]), (TEXTS["emoji"], TEXTS["over-long text"])]
+    yield from padded("2 pairs of texts", short_encoder.encode(pairs))
 
 
 def validate(
