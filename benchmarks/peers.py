@@ -218,12 +218,12 @@ def comparison_lines(result: ResultFile, name: str) -> list[str]:
     lines = [name]
     for row in result.rows:
         is_own_extra = is_variant(row.variant) and _is_quantised(row.variant) and row.variant not in OURS
-        if row is ours or is_own_extra or not (row.accuracy and ours.accuracy):
+        if row is ours or is_own_extra or not (row.score and ours.score):
             continue
         latency, throughput = (
             ratio(own, other) for own, other in zip(require_samples(ours), require_samples(row), strict=True)
         )
-        accuracy = f"accuracy {ours.accuracy.value:.2%} against {row.accuracy.value:.2%}"
+        accuracy = f"accuracy {ours.score.value:.2%} against {row.score.value:.2%}"
         if labels and row.predictions:
             answers = list(zip(ours.predictions, row.predictions, labels, strict=True))
             losses = sum(own != label == other for own, other, label in answers)

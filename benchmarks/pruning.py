@@ -37,7 +37,7 @@ from toolchain.pruning.selection import select
 from toolchain.pruning.setup import PruningSetup, shared_setup
 from toolchain.system import hardware
 from toolchain.training.batches import Batch, batches
-from toolchain.training.loop import accuracy
+from toolchain.training.scoring import score
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.72, 0.85, 0.9)
 RECOVERED = (0.5, 0.72, 0.85)
@@ -61,7 +61,7 @@ def prune_model(setup: PruningSetup, method: str, ratio: float) -> Any:
 
 def measure(model: Any, validation: list[Batch], method: str, ratio: float, seconds: float, dense: int) -> dict:
     """Returns a model's figures; `removed` is the share of the encoder's linear parameters that pruning removed."""
-    correct = round(accuracy(model.eval(), validation) * sum(len(part.rows) for part in validation))
+    correct = round(score(model.eval(), validation) * sum(len(part.rows) for part in validation))
     removed = 1 - EncoderSizes.from_model(model).parameters / dense
     return {"method": method, "ratio": ratio, "removed": round(removed, 4), "right": correct, "seconds": round(seconds)}
 

@@ -152,7 +152,7 @@ def _schemes() -> str:
         [
             name,
             f"{row.size_bytes['total'] / 1e6:.1f}",
-            f"{row.accuracy.value:.2%}" if row.accuracy else "–",
+            f"{row.score.value:.2%}" if row.score else "–",
             str(sum(a != b for a, b in zip(row.predictions, base.predictions, strict=True))),
             str(row.batch_changed),
         ]

@@ -9,7 +9,8 @@ from toolchain.compare.report.html import to_html
 from toolchain.compare.rows import compare
 from toolchain.data import inputs
 from toolchain.data.inputs import Data
-from toolchain.results.measurements import Accuracy, Measurement, Samples
+from toolchain.results.measurements import Measurement, Samples
+from toolchain.results.scores import Accuracy
 
 LABELS = [0, 1, 0, 1, 1, 0, 1, 0]
 # Maps each variant to its latency in milliseconds and to the indices of the sentences with wrong answers.
@@ -41,7 +42,7 @@ def rich_row(variant, ms, wrong_rows, **changes):
     return measured_row(
         variant,
         ms,
-        accuracy=Accuracy(len(LABELS) - len(wrong_rows), len(LABELS), 1),
+        score=Accuracy(len(LABELS) - len(wrong_rows), len(LABELS), 1),
         latency=latency,
         latency_ms=latency.milliseconds(),
         predictions=answers,

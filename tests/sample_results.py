@@ -1,7 +1,8 @@
 """Result files and result rows with invented figures, for tests of the code that reads result files."""
 
-from toolchain.results.measurements import Accuracy, Measurement, Samples
+from toolchain.results.measurements import Measurement, Samples
 from toolchain.results.result_file import ResultFile
+from toolchain.results.scores import Accuracy
 
 
 def samples_of(times):
@@ -16,7 +17,7 @@ def row(**changes):
         "provider": "cpu",
         "artifact_id": "ab",
         "status": "ok",
-        "accuracy": Accuracy(9, 10, 1),
+        "score": Accuracy(9, 10, 1),
         "latency_ms": latency.milliseconds(),
         "throughput_per_s": batches.per_second(),
         "memory_bytes": {"peak": 10},
@@ -30,7 +31,7 @@ def row(**changes):
 
 def result(*rows, **changes):
     machine = {"id": "x", "cpu": "c", "cores": 2, "gpu": [], "ram_gib": 1, "isa": []}
-    count = next((r.accuracy.count for r in rows if r.accuracy), 10)
+    count = next((r.score.count for r in rows if r.score), 10)
     data = {"name": "d", "rows": count, "sha256": "0"}
     values = {"created": "2026-01-01T00:00:00+00:00", "toolchain": "0", "machine": machine, "run": {}, "data": data}
     return ResultFile(**{**values, **changes}, rows=rows)
@@ -45,7 +46,7 @@ def measured_row(variant, ms, provider="cpu", correct=90, **changes):
     figures = {
         "variant": variant,
         "provider": provider,
-        "accuracy": Accuracy(correct, 100, 1),
+        "score": Accuracy(correct, 100, 1),
         "latency": latency,
         "latency_ms": latency.milliseconds(),
         "batches": batches,

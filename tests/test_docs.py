@@ -135,7 +135,8 @@ def clone(tmp_path_factory):
     shutil.copytree(ROOT / "constraints", folder / "constraints")
     shutil.copytree(ROOT / "benchmarks" / "results", folder / "benchmarks" / "results", ignore=lambda *_: {"local"})
     (folder / "tests").mkdir()
-    shutil.copy2(ROOT / "tests" / "tickets.csv", folder / "tests")
+    for name in ("tickets.csv", "reviews.csv"):
+        shutil.copy2(ROOT / "tests" / name, folder / "tests")
     (folder / ".venv").symlink_to(sys.prefix)
     make_checkpoint(folder / "my-checkpoint", width=64, leaning=30)
     rows = "".join(f"a film of {i} words,{i % 2}\n" for i in range(30))

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from toolchain.artifacts import publishing
 from toolchain.artifacts.store import sha256
 from toolchain.backends.pytorch import load_model
+from toolchain.data.labels import MULTI
 from toolchain.models import checkpoints
 from toolchain.training import loop
 
@@ -153,11 +154,11 @@ def test_the_same_training_gives_the_same_bytes(make, headless, tickets):
 
 def test_dropout_is_on_in_training_and_off_in_scoring(make, headless, tickets, monkeypatch):
     modes = []
-    learn, accuracy = loop._Run.learn, loop.accuracy
+    learn, score = loop._Run.learn, loop.score
 
-    def record_accuracy(model, rows):
+    def record_score(model, rows):
         modes.append(("judged", model.training))
-        return accuracy(model, rows)
+        return score(model, rows)
 
     def record_learning(run, part):
         handle = run._model.register_forward_pre_hook(lambda module, _: modes.append(("learns", module.training)))
@@ -166,7 +167,7 @@ def test_dropout_is_on_in_training_and_off_in_scoring(make, headless, tickets, m
         finally:
             handle.remove()
 
-    monkeypatch.setattr(loop, "accuracy", record_accuracy)
+    monkeypatch.setattr(loop, "score", record_score)
     monkeypatch.setattr(loop._Run, "learn", record_learning)
     assert make(headless, tickets, "--epochs", "1")[0] == 0
     assert set(modes) == {("judged", False), ("learns", True)}
@@ -222,7 +223,7 @@ def test_multi_label_data_gives_predictions_of_several_labels(make, headless, tm
     code, folder, card, err = make(headless, file, "--multi-label", "--epochs", "24")
     assert code == 0, err
     assert "any number of labels per text: 0 billing (" in err
-    assert card["multi_label"]
+    assert card["task"] == MULTI
     assert json.loads((folder / "config.json").read_text())["problem_type"] == "multi_label_classification"
     assert card["training"]["held_out_accuracy"][card["training"]["best_epoch"]] > 0.6
     exported = tmp_path / "exported"

@@ -18,8 +18,8 @@ HEAVY |= {"matplotlib", "jinja2", "scipy", "optuna", "peft", "ray"}
 FLOORS = [
     {"errors", "progress"},
     {"system"},
-    {"results"},
     {"data"},
+    {"results"},
     {"artifacts"},
     {"models", "passes"},
     {"backends", "exporters"},

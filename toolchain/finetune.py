@@ -20,12 +20,13 @@ from toolchain.data import inputs, labels
 from toolchain.data.datasets import LabelledTable
 from toolchain.data.encoding import Encoder
 from toolchain.data.inputs import Data, TrainingSource
-from toolchain.data.labels import MULTI, SINGLE, LabelSet
+from toolchain.data.labels import REGRESSION, SINGLE, Answer, LabelSet
 from toolchain.errors import ArtifactError, CheckpointError, DataError
 from toolchain.models import checkpoints
 from toolchain.models.checkpoints import Source
 from toolchain.progress import Bar, Say
 from toolchain.results import statistics
+from toolchain.results.scores import RegressionScore, score_answers
 from toolchain.training.batches import batches
 from toolchain.training.loop import Examples, Recipe, train
 from toolchain.training.scoring import BATCH, answers
@@ -50,7 +51,7 @@ class FinetuneRequest:
         revision: Hub revision of `base`.
         teacher: A classifier whose logits the model learns in addition to the labels; None without a teacher.
         labels: Labels of a new head, in order; if empty, the labels of the base or the data.
-        multi_label: Whether a text can have any number of labels.
+        task: Task of a model with a new head, one of `labels.TASKS`.
         max_length: Maximum number of tokens of a training text.
         data: Data on which the trained model is scored. If `data` is None and `train` is the SST-2 of this
             package, the model is scored on the SST-2 validation set of this package. If `data` is None and `train` is
@@ -64,7 +65,7 @@ class FinetuneRequest:
     revision: str | None = None
     teacher: str | None = None
     labels: tuple[str, ...] = ()
-    multi_label: bool = False
+    task: str = SINGLE
     max_length: int | None = None
     data: str | None = None
 
@@ -94,7 +95,7 @@ def finetune(request: FinetuneRequest, say: Say, bar: Bar) -> dict[str, Any]:
         "base": {**asdict(base), "ref": Path(base.ref).name if base.kind == "folder" else base.ref},
         "train": request.train.digest,
         "labels": list(label_set.names),
-        "multi_label": label_set.multi_label,
+        "task": label_set.task,
         "max_length": request.max_length,
         "teacher": teacher[1].revision if teacher else None,
         "recipe": asdict(request.recipe),
@@ -150,14 +151,18 @@ def _choose_labels(
     """Returns the model's labels, and whether the training continues with the base's head.
 
     A base that has none of the data's labels gets a new head. If the base has only some of the data's labels, the
-    function raises `DataError`, because the other labels may be misspelt.
+    function raises `DataError`, because the other labels may be misspelt. The training of a regression model continues
+    if the request names neither labels nor another task.
     """
-    label_set = labels.label_set(table.column, request.labels, request.multi_label)
-    if request.labels or base_labels is None:
-        label_set.indices(table.column)  # `indices` raises `DataError` for an unknown label.
+    if base_labels and base_labels.task == REGRESSION and not request.labels and request.task in (SINGLE, REGRESSION):
+        base_labels.answers(table.column)  # `answers` raises `DataError` for a label that is not a number.
+        return base_labels, True
+    label_set = labels.label_set(table.column, request.labels, request.task)
+    if request.labels or base_labels is None or label_set.task == REGRESSION:
+        label_set.answers(table.column)  # `answers` raises `DataError` for an unknown label.
         return label_set, label_set == base_labels
     try:
-        base_labels.indices(table.column)
+        base_labels.answers(table.column)
     except DataError:
         shared_names = {name.casefold() for name in base_labels.names} & {name.casefold() for name in label_set.names}
         if shared_names or (label_set.has_default_names and not base_labels.has_default_names):
@@ -171,17 +176,20 @@ def _choose_labels(
 
 
 def _count_summary(rows: Data, kept_labels: LabelSet | None) -> str:
-    """Returns a one-line summary with the number of texts of each label."""
+    """Returns a one-line summary with the number of texts of each label, or with the range of the scores."""
+    head = "training continues with the base's head" if kept_labels else "the model gets a new head"
+    if rows.label_set.task == REGRESSION:
+        low, high = (rows.label_set.format_answer(bound(rows.labels)) for bound in (min, max))
+        return f"{rows.name} has {len(rows.labels)} rows with scores from {low} to {high}; {head}"
     names = rows.label_set.names
     if rows.label_set.multi_label:
         counts = Counter(
             name for answer in rows.labels for name in rows.label_set.format_answer(answer).split(labels.SEPARATOR)
         )
     else:
-        counts = Counter(names[answer] for answer in rows.labels)
+        counts = Counter(map(rows.label_set.format_answer, rows.labels))
     counts_text = ", ".join(f"{index} {name} ({counts[name]})" for index, name in enumerate(names))
     kind = "any number of labels per text" if rows.label_set.multi_label else "one label per text"
-    head = "training continues with the base's head" if kept_labels else "the model gets a new head"
     return f"{rows.name} has {len(rows.labels)} rows with {kind}: {counts_text}; {head}"
 
 
@@ -191,6 +199,11 @@ def _fetch_teacher(name: str | None, label_set: LabelSet) -> tuple[Path, Source]
         return None
     folder, source = checkpoints.fetch(checkpoints.locate(name))
     teacher_labels = checkpoints.label_set(folder, checkpoints.config_of(folder))
+    if teacher_labels.task != label_set.task:
+        raise CheckpointError(
+            f"The task of the teacher {name} is {teacher_labels.task}, but the task of the model is {label_set.task}.",
+            "Use a teacher with the model's task.",
+        )
     if teacher_labels != label_set:
         raise CheckpointError(
             f"The teacher {name} has the labels {', '.join(teacher_labels.names)}, but the model has "
@@ -223,7 +236,7 @@ def _write_start(folder: Path, start: Path, label_set: LabelSet, keep: bool, see
     from toolchain.backends.pytorch import load_base
 
     torch.manual_seed(seed)
-    model = load_base(folder, label_set.names, MULTI if label_set.multi_label else SINGLE, keep)
+    model = load_base(folder, label_set.names, label_set.task, keep)
     model.save_pretrained(start, safe_serialization=True, max_shard_size="1TB")
     for name in checkpoints.TOKENIZER_FILES:
         if (folder / name).is_file():
@@ -280,21 +293,27 @@ def _load_teacher(folder: Path, encoder: Encoder) -> PreTrainedModel:
 
 
 def _score(model: PreTrainedModel, encoder: Encoder, data: Data) -> dict[str, Any]:
-    """Returns the number of rows in `data`, and the model's accuracy, balanced accuracy and macro-F1 on these rows.
+    """Returns the number of rows in `data`, and the model's scores on these rows.
 
-    For the accuracy, a multi-label row is correct only if all its labels are correct.
+    The scores of a classifier are accuracy, balanced accuracy and macro-F1. For the accuracy, a multi-label row is
+    correct only if all its labels are correct. The scores of a regression model are R² and the errors.
     """
-    multi = data.label_set.multi_label
-    predictions = [0] * len(data.labels)
-    for row, answer in answers(model, batches(encoder.encode(data.texts), data.targets, encoder, BATCH), multi):
+    task = data.label_set.task
+    predictions: list[Answer] = [0] * len(data.labels)
+    for row, answer in answers(model, batches(encoder.encode(data.texts), data.targets, encoder, BATCH)):
         predictions[row] = answer
-    counts = statistics.count_by_label(predictions, data.labels, multi)
-    correct = sum(prediction == label for prediction, label in zip(predictions, data.labels, strict=True))
-    figures = {
-        "accuracy": correct / len(predictions),
-        "balanced_accuracy": statistics.balanced_accuracy(counts, multi),
-        "macro_f1": statistics.macro_f1(counts),
-    }
+    score = score_answers(predictions, data.labels, task, BATCH)
+    figures: dict[str, float | None]
+    if isinstance(score, RegressionScore):
+        figures = {name: getattr(score, name) for name in ("r2", "mean_absolute_error", "root_mean_squared_error")}
+    else:
+        pairs = (list(map(int, predictions)), list(map(int, data.labels)))
+        counts = statistics.count_by_label(*pairs, data.label_set.multi_label)
+        figures = {
+            "accuracy": score.value,
+            "balanced_accuracy": statistics.balanced_accuracy(counts, data.label_set.multi_label),
+            "macro_f1": statistics.macro_f1(counts),
+        }
     return {
         "data": data.name,
         "rows": len(predictions),
@@ -304,12 +323,21 @@ def _score(model: PreTrainedModel, encoder: Encoder, data: Data) -> dict[str, An
 
 def summary(card: Mapping[str, Any]) -> str:
     """Returns a summary of the training and of the model's scores."""
-    history, scores = card["training"], card["judged"]
-    accuracies = " → ".join(f"{value:.2%}" for value in history["held_out_accuracy"])
+    history, judged = card["training"], card["judged"]
+    epochs = " → ".join(f"{value:.2%}" for value in history["held_out_accuracy"])
+    if "r2" in judged:
+        scores = (
+            f"R² {judged['r2']:.2%}, mean absolute error {judged['mean_absolute_error']:.4g}, root mean squared error "
+            f"{judged['root_mean_squared_error']:.4g}"
+        )
+    else:
+        scores = (
+            f"accuracy {judged['accuracy']:.2%}, balanced {judged['balanced_accuracy']:.2%}, macro-F1 "
+            f"{judged['macro_f1']:.4f}"
+        )
     return (
-        f"accuracy on {history['held_out_rows']} held-out rows: {accuracies}; "
+        f"{history['score']} on {history['held_out_rows']} held-out rows: {epochs}; "
         f"best after epoch {history['best_epoch']}; "
         f"{history['steps']} steps in {history['precision']} on {history['device']}, {history['seconds']:.0f} s. "
-        f"{scores['data']}, {scores['rows']} rows: accuracy {scores['accuracy']:.2%}, balanced "
-        f"{scores['balanced_accuracy']:.2%}, macro-F1 {scores['macro_f1']:.4f}"
+        f"{judged['data']}, {judged['rows']} rows: {scores}"
     )

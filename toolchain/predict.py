@@ -22,7 +22,7 @@ from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.files import FORMATS, STDIN, Row, Text, Texts, open_writer
-from toolchain.data.labels import LabelSet, answers, label_probabilities
+from toolchain.data.labels import REGRESSION, Answer, LabelSet, answers, label_probabilities
 from toolchain.errors import ArtifactError, DataError
 from toolchain.passes.probabilities import LOGITS
 from toolchain.progress import Bar, Say
@@ -67,14 +67,19 @@ class Model:
         return self.encoder.folder
 
     def columns(self, takes_texts: Texts) -> list[str]:
-        """Returns the column names of the predictions: a text or a pair of texts, the label, and all probabilities."""
+        """Returns the column names of the predictions: a text or a pair of texts, the label, and all probabilities.
+
+        For regression, the column ``score`` follows the texts.
+        """
         text_columns = ["text", "text_pair"] if takes_texts.pair else ["text"]
+        if self.label_set.task == REGRESSION:
+            return [*text_columns, "score"]
         return [*text_columns, "prediction", *(f"score_{label}" for label in self.labels)]
 
     @property
     def label_set(self) -> LabelSet:
         """Returns the labels of the model."""
-        return LabelSet(self.labels, self.encoder.multi_label)
+        return LabelSet(self.labels, self.encoder.task)
 
 
 # An `Engine` is a function that is called with (model, texts, skip, window). An `Engine` skips the first `skip` texts,
@@ -286,20 +291,24 @@ def score_window(loaded_model: LoadedModel, model: Model, texts: Texts, window_t
     """Returns the predictions for the texts of one window, in order; each batch holds texts of similar length."""
     columns, label_set = model.columns(texts), model.label_set
     rows = model.encoder.encode(window_texts)
-    scores: list[tuple[int, Sequence[float]]] = [(0, ())] * len(rows)
+    answers_by_row: list[tuple[Answer, Sequence[float]]] = [(0, ())] * len(rows)
     for batch in offline_batches([len(row) for row in rows], BATCH_SIZE):
         logits = loaded_model.logits([window_texts[i] for i in batch], [rows[i] for i in batch])
-        row_scores = zip(
-            answers(logits, label_set.multi_label), label_probabilities(logits, label_set.multi_label), strict=True
-        )
-        for i, answer in zip(batch, row_scores, strict=True):
-            scores[i] = answer
+        batch_answers = zip(answers(logits, label_set.task), label_probabilities(logits, label_set.task), strict=True)
+        for i, answer in zip(batch, batch_answers, strict=True):
+            answers_by_row[i] = answer
     return [
-        _row(columns, text, label_set.format_answer(answer), probabilities)
-        for text, (answer, probabilities) in zip(window_texts, scores, strict=True)
+        dict(zip(columns, [*_texts_of(text), *_format_answer(label_set, *answer)], strict=True))
+        for text, answer in zip(window_texts, answers_by_row, strict=True)
     ]
 
 
-def _row(columns: Sequence[str], text: Text, label: str, probabilities: Sequence[float]) -> dict[str, Any]:
-    row_texts = [text] if isinstance(text, str) else text
-    return dict(zip(columns, [*row_texts, label, *(round(float(share), 6) for share in probabilities)], strict=True))
+def _texts_of(text: Text) -> tuple[str, ...]:
+    return (text,) if isinstance(text, str) else text
+
+
+def _format_answer(label_set: LabelSet, answer: Answer, probabilities: Sequence[float]) -> list[Any]:
+    """Returns the values of the answer's columns: label and probabilities, or for regression, the score."""
+    if label_set.task == REGRESSION:
+        return [round(answer, 6)]
+    return [label_set.format_answer(answer), *(round(float(share), 6) for share in probabilities)]

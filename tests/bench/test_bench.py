@@ -69,7 +69,7 @@ def test_a_row_has_its_figures_and_its_raw_samples(run, fake):
     rows, run_facts = run(good={"us": 300})
     row = rows["good"]
     assert row.status == "ok"
-    assert (row.accuracy.correct, row.accuracy.count, row.accuracy.batch_size) == (72, 80, 1)
+    assert (row.score.correct, row.score.count, row.score.batch_size) == (72, 80, 1)
     assert (row.accuracy_batched.correct, row.accuracy_batched.batch_size) == (72, 8)
     assert 0.3 <= row.latency_ms["p50"] < 1.5
     assert 1 / 0.0015 < row.throughput_per_s < 1 / 0.0003
@@ -221,7 +221,7 @@ def test_accuracy_covers_the_whole_data_set_where_batch_1_is_sampled(run, monkey
     monkeypatch.setattr(scenarios, "MOST_SENTENCES", 16)
     rows, run_facts = run(good={})
     assert run_facts["single_sentences"] == 16
-    assert (rows["good"].accuracy.count, rows["good"].accuracy.batch_size) == (80, 8)
+    assert (rows["good"].score.count, rows["good"].score.batch_size) == (80, 8)
     assert sum(p is not None for p in rows["good"].probabilities) == 16
 
 
@@ -301,7 +301,7 @@ def test_a_resumed_run_measures_only_the_missing_turns(fake, data, encoder, tmp_
     assert len(old_records) + len(turns) == 2 * 2 * 8
     assert run_facts["taken_up"]
     assert [len(row.latency.rounds) for row in rows] == [8, 8]
-    assert rows[0].accuracy.correct == 72
+    assert rows[0].score.correct == 72
 
 
 def test_only_the_same_command_can_resume_a_run(tmp_path):
@@ -405,7 +405,7 @@ def test_a_benchmark_of_real_sessions_measures_the_tiny_checkpoint(built_tiny, t
     assert [row.cell for row in result.rows] == ["torch-fp32@cpu", "onnx-std@cpu", "onnx-fp32@cpu", "onnx-int8@cpu"]
     rows = {row.variant: row for row in result.rows}
     assert all(row.status == "ok" for row in rows.values()), [row.reason for row in rows.values()]
-    assert rows["onnx-std"].accuracy == rows["onnx-fp32"].accuracy == rows["torch-fp32"].accuracy
+    assert rows["onnx-std"].score == rows["onnx-fp32"].score == rows["torch-fp32"].score
     assert rows["torch-fp32"].facts["session"]["provider"] == "cpu"
     assert rows["onnx-int8"].artifact_id == built_tiny.load("onnx-int8").manifest.id
     assert rows["torch-fp32"].memory_bytes["imports"] > rows["onnx-fp32"].memory_bytes["imports"]

@@ -15,6 +15,7 @@ from toolchain.build.reference_logits import ReferenceLogits
 from toolchain.build.steps.validate import LENGTHS, LONGEST, allowed_flips, grid, validate, validation_summary
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.inputs import load_embedded
+from toolchain.data.labels import REGRESSION
 
 SENTENCES = load_embedded().texts[:50]
 
@@ -47,6 +48,18 @@ class ChangedSession:
 
     def __init__(self, session, change):
         self.run = lambda batch: change(session.run(batch), batch)
+
+
+@pytest.mark.parametrize("share", [0.4, 0.6])
+def test_validation_of_a_regression_bounds_the_largest_shift_of_a_score(encoder, truth, share):
+    reference = ChangedSession(truth, lambda logits, _: logits[:, :1])
+    batches = [pad([row], encoder.names, encoder.pad_id) for row in encoder.encode(SENTENCES)]
+    spread = np.std([reference.run(batch) for batch in batches])
+    contender = ChangedSession(reference, lambda logits, _: logits + share * spread)
+    report = validate(contender, reference, dataclasses.replace(encoder, task=REGRESSION), SENTENCES, "close")
+    assert report["shift"] == pytest.approx(share, rel=1e-2)
+    assert report["passed"] == (share < 0.5)
+    assert f"largest shift of a score {share} standard deviations, ≤ 0.5 allowed" in validation_summary(report)
 
 
 def test_the_grid_has_the_shapes_that_its_names_state(encoder):

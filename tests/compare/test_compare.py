@@ -12,8 +12,8 @@ from toolchain.compare.report.markdown import to_markdown
 from toolchain.compare.report.table import print_table
 from toolchain.compare.rows import compare
 from toolchain.errors import ResultFileError
-from toolchain.results.measurements import Accuracy
 from toolchain.results.result_file import ResultFile
+from toolchain.results.scores import Accuracy
 
 
 def test_every_ratio_is_relative_to_the_baseline_and_better_above_one():
@@ -83,10 +83,10 @@ def test_runs_with_other_data_or_threads_keep_separate_rows():
 def test_a_note_states_how_accuracy_and_latency_were_measured():
     full_text = to_markdown(compare([result(FP32, INT8, run={**RUN, "single_sentences": 100})]))
     assert "Latency and accuracy are measured at batch 1, with each sentence at its own length" in full_text
-    batched_row = measured_row("torch-fp32", 8, accuracy=Accuracy(90, 100, 32))
+    batched_row = measured_row("torch-fp32", 8, score=Accuracy(90, 100, 32))
     sampled_text = to_markdown(compare([result(batched_row, run={**RUN, "single_sentences": 40})]))
     assert "Latency is measured at batch 1, on 40 of 100 sentences, each at its own length" in sampled_text
-    assert "Accuracy is measured on all sentences in batches of 32" in sampled_text
+    assert "The accuracy is measured on all sentences in batches of 32" in sampled_text
 
 
 def test_the_table_shows_every_figure_and_the_reason_for_a_missing_one(capsys):
@@ -146,7 +146,7 @@ def test_the_seed_study_files_hold_the_published_figures():
     assert all(row.measurement.artifact_id is None and not row.measurement.latency for row in rows)
     figures = {
         (row.run.machine["id"].removeprefix("seed-study-"), row.measurement.cell): (
-            f"{row.measurement.accuracy.value:.2%}",
+            f"{row.measurement.score.value:.2%}",
             row.measurement.latency_ms.get("mean"),
         )
         for row in rows

@@ -18,7 +18,8 @@ from toolchain.compare.report.flat import COLUMNS, to_csv
 from toolchain.compare.report.verdict import choice_json, choice_lines, regression_json, regression_lines
 from toolchain.compare.rows import compare
 from toolchain.errors import ResultFileError, VerdictError
-from toolchain.results.measurements import Accuracy, Measurement, Samples
+from toolchain.results.measurements import Measurement, Samples
+from toolchain.results.scores import Accuracy
 
 RUN = {"threads": 2, "batch_size": 32}
 LABELS = [1] * 100
@@ -41,7 +42,7 @@ def timed_row(variant, ms, wrong_rows=range(10), provider="cpu", **changes):
         "variant": variant,
         "provider": provider,
         "artifact_id": f"id of {variant}",
-        "accuracy": Accuracy(100 - len(wrong_rows), 100, 1),
+        "score": Accuracy(100 - len(wrong_rows), 100, 1),
         "predictions": answers_with_errors(wrong_rows),
         "latency": latency,
         "latency_ms": latency.milliseconds(),
@@ -70,7 +71,7 @@ FP32 = timed_row("torch-fp32", 8)
 INT8 = timed_row("onnx-int8", 1, range(11))
 FAILED = Measurement("m", "onnx-int4", "cpu", None, "failed", "It crashed.", "Look.")
 ABSENT = Measurement("m", "onnx-fp32", "cuda", None, "unavailable", "No GPU answers.", "Get one.")
-PUBLISHED = Measurement("m", "torch-fp16", "cpu", None, "reported", accuracy=Accuracy(99, 100, 1))
+PUBLISHED = Measurement("m", "torch-fp16", "cpu", None, "reported", score=Accuracy(99, 100, 1))
 
 
 # Limits
@@ -131,9 +132,9 @@ def test_an_unknown_figure_does_not_pass(changes, limits, message):
 
 
 def test_a_row_without_an_accuracy_fails_the_limit_with_a_reason():
-    rows = rows_of(FP32, timed_row("onnx-int8", 1, accuracy=None, predictions=()))
+    rows = rows_of(FP32, timed_row("onnx-int8", 1, score=None, predictions=()))
     miss = check_limits(rows, Limits(max_drop=100)).misses[0]
-    assert "the row or its baseline has no accuracy" in str(miss.broken[0])
+    assert "the row or its baseline has no score" in str(miss.broken[0])
 
 
 def test_an_unknown_figure_without_a_limit_passes():

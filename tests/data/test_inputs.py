@@ -182,7 +182,7 @@ def test_jsonl_and_parquet_give_the_same_rows(tmp_path, kind):
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": "POSITIVE"}\n', "row 2: the label is text, but"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": true}\n', "row 2: the label is true or false"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', "row 2: the label is nothing"),
-        ("a.jsonl", '{"text": "a", "label": 0.5}\n', "row 1: the label is 0.5"),
+        ("a.jsonl", '{"text": "a", "label": 0.5}\n', "row 1: the label '0.5' is not one of"),
         ("a.jsonl", '{"text": "a", "label": NaN}\n', "row 1: the label is nan"),
         ("a.jsonl", '{"text": "a", "label": [[1]]}\n', r"row 1: the label is \[\[1\]\]"),
         ("a.jsonl", '{"text": null, "label": 1}\n', "row 1: the column 'text' holds no text"),

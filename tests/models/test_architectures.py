@@ -379,5 +379,5 @@ def test_the_benchmark_measures_other_architectures(workspace, kind):
     data = inputs.load_embedded().select(range(24))
     rows, _ = bench(cells, data, encoder, FAST, quiet)
     assert [row.status for row in rows] == ["ok", "ok"]
-    assert [row.accuracy.count for row in rows] == [24, 24]
+    assert [row.score.count for row in rows] == [24, 24]
     assert all(row.latency_ms["p50"] > 0 for row in rows)

@@ -112,7 +112,7 @@ def change_samples(values):
         ),
         (change_row(surprise=1), "surprise"),
         (change_row(samples={}), "lacks samples"),
-        (change_row(accuracy=None), "lacks samples, accuracy"),
+        (change_row(accuracy=None), "lacks samples, score"),
         (
             change_row(accuracy={"value": 1.0, "correct": 9, "count": 10, "batch_size": 1}),
             "from 9 correct predictions of 10",

@@ -228,7 +228,7 @@ def test_a_bundle_has_the_measured_figures_and_their_hardware(tiny, tmp_path):
     body = make(tiny, tmp_path / "b", "onnx-int8", "onnx-fp32", license="MIT", results=results)
     figures, missing = (model["measured"] for model in body["models"])
     assert missing == "not measured"
-    assert figures["accuracy"] == {"value": row.accuracy.value, "count": 872}
+    assert figures["accuracy"] == {"value": row.score.value, "count": 872}
     assert figures["latency_ms"] == {"p50": row.latency_ms["p50"], "p95": row.latency_ms["p95"]}
     assert (figures["cpu"], figures["provider"], figures["data"]) == (committed_file.machine["cpu"], "cpu", "sst2")
     assert body["model"]["license"] == "MIT"

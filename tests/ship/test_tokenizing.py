@@ -14,6 +14,7 @@ from toolchain import passes
 from toolchain.artifacts.store import sha256
 from toolchain.data import encoding, inputs
 from toolchain.data.encoding import Encoder
+from toolchain.data.labels import MULTI, SINGLE
 from toolchain.errors import GraphError, ProviderError, ShippingError
 from toolchain.models import checkpoints
 from toolchain.ship import tokenizer_graph
@@ -227,21 +228,21 @@ def test_marks_start_with_the_longest_token(reference_encoder):
     assert len(set(marks.values())) == len(marks) == 5
 
 
-@pytest.mark.parametrize("multi", [False, True])
-def test_a_graph_with_its_tokenizer_gives_probabilities_of_texts(reference, tmp_path, multi):
+@pytest.mark.parametrize("task", [SINGLE, MULTI])
+def test_a_graph_with_its_tokenizer_gives_probabilities_of_texts(reference, tmp_path, task):
     from toolchain.backends import Place, open_session
     from toolchain.data.labels import label_probabilities
 
     artifact = reference.load("onnx-int8")
     encoder = Encoder.open(artifact.path, NAMES, artifact.manifest.max_length)
-    object.__setattr__(encoder, "multi_label", multi)
+    object.__setattr__(encoder, "task", task)
     passes.write(tokenizer_graph.with_tokenizer(passes.read(artifact.onnx_path), encoder), tmp_path / "text.onnx")
     session = open_session(artifact.path, "onnx", Place("cpu", 1))
     logits = session.run(encoding.pad(encoder.encode(WORDS[:20]), NAMES, 0))
     results = TextSession(tmp_path / "text.onnx", 1).run(WORDS[:20])
     assert list(results) == ["logits", "probabilities"]
     assert np.abs(results["logits"] - logits).max() < 1e-5
-    assert np.allclose(results["probabilities"], label_probabilities(results["logits"], multi), atol=1e-6)
+    assert np.allclose(results["probabilities"], label_probabilities(results["logits"], task), atol=1e-6)
 
 
 def test_without_onnxruntime_extensions_an_error_names_the_extra(reference_encoder, tmp_path, monkeypatch):

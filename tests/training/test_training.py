@@ -141,7 +141,7 @@ def test_a_run_with_another_key_starts_from_the_beginning(task, tmp_path):
 def test_training_stops_early_where_accuracy_falls(task, tmp_path, monkeypatch):
     teacher, rows, held_out, encoder, _ = task
     scores = iter([0.9, 0.5, 0.4, 0.8, 0.8])
-    monkeypatch.setattr(loop, "accuracy", lambda *_: next(scores))
+    monkeypatch.setattr(loop, "score", lambda *_: next(scores))
     student = disturbed_copy(teacher)
     weights_before = flat_weights(student)
     # If the weight `task` is above 0, the loss includes the labels, so training keeps the epoch with the best accuracy.
@@ -159,7 +159,7 @@ def test_training_without_labels_keeps_the_epoch_of_the_least_loss(task, tmp_pat
     """
     teacher, rows, held_out, encoder, _ = task
     scores = iter([0.9, 0.5, 0.4, 0.3])
-    monkeypatch.setattr(loop, "accuracy", lambda *_: next(scores))
+    monkeypatch.setattr(loop, "score", lambda *_: next(scores))
     recipe = Recipe(epochs=3, learning_rate=2e-3, batch_size=8)
     models = (disturbed_copy(teacher), copy.deepcopy(teacher))
     history = train(models, (rows, held_out), encoder, recipe, (tmp_path, "k"), quiet)

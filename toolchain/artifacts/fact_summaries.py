@@ -24,9 +24,9 @@ def summarize_pruning(facts: Mapping[str, Any]) -> str:
 
 def summarize_recovery(facts: Mapping[str, Any]) -> str:
     """Returns a one-line summary of the fact ``recovery``."""
-    accuracies = " → ".join(f"{value:.2%}" for value in facts["held_out_accuracy"])
+    scores = " → ".join(f"{value:.2%}" for value in facts["held_out_accuracy"])
     return (
-        f"accuracy on {facts['held_out_rows']} held-out rows {accuracies}, "
+        f"{facts.get('score', 'accuracy')} on {facts['held_out_rows']} held-out rows {scores}, "
         f"lowest held-out loss after epoch {facts['best_epoch']}; "
         f"{facts['steps']} training steps in {facts['precision']} on {facts['device']}"
     )
@@ -41,8 +41,10 @@ def summarize_vocabulary(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _summarize_rows(counts: Mapping[str, int]) -> str:
+def _summarize_rows(counts: Mapping[str, float]) -> str:
     if not counts["rows"]:
         return "none"
+    if "r2_before" in counts:
+        return f"{counts['rows']} rows, R² {counts['r2_before']:.2%} → {counts['r2_after']:.2%}"
     before, after = (counts[key] / counts["rows"] for key in ("right_before", "right_after"))
     return f"{counts['rows']} rows, accuracy {before:.2%} → {after:.2%}, {counts['flips']} flips"

@@ -14,8 +14,10 @@ from toolchain.bench.process import Worker
 from toolchain.bench.scenarios import LENGTHS, OFFLINE, SINGLE, Protocol, length_kind
 from toolchain.data.encoding import Encoder
 from toolchain.data.inputs import Data
+from toolchain.data.labels import REGRESSION, Answer
 from toolchain.errors import BenchError, ProviderError, ToolchainError
-from toolchain.results.measurements import Accuracy, Measurement, Samples
+from toolchain.results.measurements import Measurement, Samples
+from toolchain.results.scores import Score, score_answers
 from toolchain.results.statistics import ratio
 
 
@@ -143,8 +145,9 @@ def make_row(item: Running, data: Data, protocol: Protocol) -> Measurement:
         i: tuple(p) for r in singles for i, p in zip(r["answered"], _flatten(r["probabilities"]), strict=True)
     }
     count = len(data.labels)
-    single_accuracy = _accuracy(single_answers, data, 1)
-    batched_accuracy = _accuracy(batched_answers, data, protocol.batch_size)
+    single_score = _score(single_answers, data, 1)
+    batched_score = _score(batched_answers, data, protocol.batch_size)
+    is_regression = data.label_set.task == REGRESSION
     by_length = {
         n: Samples.from_single([_flatten(reply["us"]) for reply in _sort_replies(item, length_kind(n))])
         for n in LENGTHS
@@ -156,8 +159,8 @@ def make_row(item: Running, data: Data, protocol: Protocol) -> Measurement:
         provider=item.cell.provider,
         artifact_id=manifest.id,
         status="ok",
-        accuracy=single_accuracy or batched_accuracy,
-        accuracy_batched=batched_accuracy,
+        score=single_score or batched_score,
+        score_batched=batched_score,
         latency_ms=latency.milliseconds(),
         with_tokenizing_ms=with_tokenizing.milliseconds(),
         resident_ms=resident.milliseconds() if resident else {},
@@ -180,9 +183,11 @@ def make_row(item: Running, data: Data, protocol: Protocol) -> Measurement:
         cold_start=cold_start,
         load=load,
         by_length=by_length,
-        predictions=tuple((single_answers if single_accuracy else batched_answers)[i] for i in range(count)),
-        probabilities=tuple(probabilities.get(i) for i in range(count)),
-        batch_changed=sum(batched_answers[i] != answer for i, answer in single_answers.items()),
+        predictions=tuple((single_answers if single_score else batched_answers)[i] for i in range(count)),
+        probabilities=() if is_regression else tuple(probabilities.get(i) for i in range(count)),
+        batch_changed=None
+        if is_regression
+        else sum(batched_answers[i] != answer for i, answer in single_answers.items()),
     )
 
 
@@ -205,8 +210,8 @@ def _flatten(rows: Sequence[Sequence[Any]]) -> list[Any]:
     return [value for row in rows for value in row]
 
 
-def _collect_answers(replies: Sequence[Mapping[str, Any]]) -> dict[int, int]:
-    """Returns the predicted label of each sentence, by the index of the sentence."""
+def _collect_answers(replies: Sequence[Mapping[str, Any]]) -> dict[int, Answer]:
+    """Returns the answer to each sentence, by the index of the sentence."""
     return {i: a for r in replies for i, a in zip(r["answered"], _flatten(r["answers"]), strict=True)}
 
 
@@ -219,12 +224,12 @@ def _largest_peaks(peaks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return largest
 
 
-def _accuracy(answers: Mapping[int, int], data: Data, batch_size: int) -> Accuracy | None:
-    """Returns the accuracy; None if the answers do not cover all sentences."""
-    if len(answers) < len(data.labels):
+def _score(answers: Mapping[int, Answer], data: Data, batch_size: int) -> Score | None:
+    """Returns the score of the answers; None if the answers do not cover all sentences."""
+    count = len(data.labels)
+    if len(answers) < count:
         return None
-    correct = sum(answers[i] == label for i, label in enumerate(data.labels))
-    return Accuracy(correct, len(data.labels), batch_size)
+    return score_answers([answers[i] for i in range(count)], data.labels, data.label_set.task, batch_size)
 
 
 def make_row_without_figures(cell: Cell, error: ToolchainError | None = None) -> Measurement:

@@ -303,7 +303,7 @@ def make_result(rows: Sequence[Measurement], run_facts: Mapping[str, Any], data:
             "max_length": max_length,
             "labels": list(data.labels),
             "label_names": list(data.label_set.names),
-            "multi_label": data.label_set.multi_label,
+            "task": data.label_set.task,
         },
         rows=tuple(rows),
     )

@@ -199,7 +199,7 @@ class _Child:
         """Returns answers and probabilities for each batch's logits; raises `BenchError` if a logit is not finite."""
         import numpy as np
 
-        multi_label = self._encoder.multi_label
+        task = self._encoder.task
         result: dict[str, Any] = {"answers": [], "probabilities": []}
         for logits in outputs:
             if not np.isfinite(logits).all():
@@ -207,8 +207,8 @@ class _Child:
                     "The model returned a logit that is not finite.",
                     "`toolchain validate` shows for which inputs a logit is not finite.",
                 )
-            result["answers"].append(labels.answers(logits, multi_label))
-            integers = np.rint(labels.label_probabilities(logits, multi_label) * PROBABILITY)
+            result["answers"].append(labels.answers(logits, task))
+            integers = np.rint(labels.label_probabilities(logits, task) * PROBABILITY)
             result["probabilities"].append([[int(p) for p in row] for row in integers])
         return result
 

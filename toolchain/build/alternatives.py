@@ -61,7 +61,7 @@ def alternatives(
         same_domain: Whether the training data has the same domain as the validation sentences.
         layers: Number of linear layers of the model; None if unknown.
     """
-    if step.backend != "ort" or not (report["finite"] and report["flips"]):
+    if step.backend != "ort" or not (report["finite"] and report.get("flips")):
         return []
     if step.passes is not None and "quantize-linear" not in step.passes:
         return []

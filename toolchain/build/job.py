@@ -90,6 +90,6 @@ def inherited_facts(manifest: Manifest) -> dict[str, Any]:
     """Returns the facts of an artifact that also hold for the variants built from it."""
     return {
         name: manifest.facts[name]
-        for name in ("parameters", "multi_label", "license", "pruning", "recovery")
+        for name in ("parameters", "task", "multi_label", "license", "pruning", "recovery")
         if name in manifest.facts
     }

@@ -16,13 +16,14 @@ from toolchain.data import inputs
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.files import FORMATS, Texts
 from toolchain.data.inputs import Data, TrainingSource
-from toolchain.data.labels import answers
+from toolchain.data.labels import REGRESSION, Answer, answers
 from toolchain.errors import DataError
 from toolchain.models import vocabulary
 from toolchain.passes import facts as facts_of
 from toolchain.passes import read, rewrite
 from toolchain.passes.model_shape import context_of, word_width
 from toolchain.progress import Progress
+from toolchain.results.scores import score_answers
 from toolchain.system import hardware
 
 TRAIN = "train"  # `--trim-vocab train` means the training data without its held-out rows
@@ -133,7 +134,10 @@ def _companion_bytes(folder: Path) -> int:
 
 
 def _compare_held_out(job: Job[Quantize], parent_encoder: Encoder, tokens: frozenset[int]) -> dict[str, Any]:
-    """Counts rows, flips and right answers, for all held-out rows and for those with a removed token."""
+    """Counts rows, flips and right answers, for all held-out rows and for those with a removed token.
+
+    For regression, R² replaces the numbers of flips and right answers.
+    """
     data: Data = job.train.load(job.parent_artifact.label_set)
     held_out = data.select(inputs.hold_out(data)[1])
     trimmed_encoder = _encoder(job.folder, job.parent_artifact.manifest)
@@ -147,7 +151,14 @@ def _compare_held_out(job: Job[Quantize], parent_encoder: Encoder, tokens: froze
     all_rows = range(len(parent_tokens))
     out_of_domain_rows = [row for row in all_rows if not tokens.issuperset(parent_tokens[row])]
 
-    def count_answers(rows: Sequence[int]) -> dict[str, int]:
+    def count_answers(rows: Sequence[int]) -> dict[str, float]:
+        if parent_encoder.task == REGRESSION:
+            scores = {
+                name: score_answers([found[row] for row in rows], [held_out.labels[row] for row in rows], REGRESSION)
+                for name, found in (("r2_before", parent_answers), ("r2_after", trimmed_answers))
+                if rows
+            }
+            return {"rows": len(rows), **{name: score.value for name, score in scores.items()}}
         return {
             "rows": len(rows),
             "right_before": sum(parent_answers[row] == held_out.labels[row] for row in rows),
@@ -160,17 +171,17 @@ def _compare_held_out(job: Job[Quantize], parent_encoder: Encoder, tokens: froze
 
 def _compute_answers(
     folder: Path, encoder: Encoder, rows: Sequence[Sequence[int]], progress: Progress, activity: str
-) -> list[int]:
+) -> list[Answer]:
     """Returns the answer to each row at batch 1.
 
     In a larger batch, the answer of a quantised model to one row can depend on the other rows.
     """
     session = OrtSession(folder, Place("cpu", hardware.cores()))
-    row_answers: list[int] = []
+    row_answers: list[Answer] = []
     try:
         for count, row in enumerate(rows):
             progress(count, len(rows), activity)
-            row_answers += answers(session.run(pad([row], encoder.names, encoder.pad_id)), encoder.multi_label)
+            row_answers += answers(session.run(pad([row], encoder.names, encoder.pad_id)), encoder.task)
     finally:
         session.close()
     return row_answers

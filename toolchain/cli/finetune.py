@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 @click.option(
     "--multi-label", is_flag=True, help="Each text has any number of labels, written as a|b in the label column."
 )
+@click.option("--regression", is_flag=True, help="The label column holds scores; the model predicts a score.")
 @click.option("--teacher", metavar="MODEL", help="Also learn from the logits of this classifier.")
 @click.option(
     "--seed",
@@ -77,6 +78,7 @@ def finetune(
     max_length: int | None,
     labels: str | None,
     multi_label: bool,
+    regression: bool,
     teacher: str | None,
     seed: int,
     data: str | None,
@@ -94,8 +96,10 @@ def finetune(
       toolchain finetune --base reference --train-data tickets.csv --output tickets
       toolchain finetune --train-data glue/sst2 --output sst2
       toolchain finetune --train-data pairs.jsonl --text-column a --text-pair-column b --output pairs
+      toolchain finetune --train-data reviews.csv --label-column stars --regression --output stars
     """
     from toolchain.cli.progress import bar, say
+    from toolchain.data.labels import MULTI, REGRESSION, SINGLE
     from toolchain.finetune import LABEL_WEIGHT, FinetuneRequest, summary
     from toolchain.finetune import finetune as run_finetune
     from toolchain.training.loop import Recipe
@@ -113,8 +117,11 @@ def finetune(
     names = tuple(name.strip() for name in labels.split(",")) if labels else ()
     if len(set(names)) < len(names) or not all(names):
         raise click.BadParameter("give different names, separated by commas", param_hint="--labels")
+    if multi_label and regression:
+        raise click.UsageError("--multi-label and --regression exclude each other: pass one of them.")
+    task = MULTI if multi_label else REGRESSION if regression else SINGLE
     card = run_finetune(
-        FinetuneRequest(base, train, recipe, output, revision, teacher, names, multi_label, max_length, data), say, bar
+        FinetuneRequest(base, train, recipe, output, revision, teacher, names, task, max_length, data), say, bar
     )
     say(summary(card))
     click.echo(json.dumps(card, indent=1, ensure_ascii=False) if as_json else output)

@@ -216,4 +216,5 @@ def _print_sensitivity(workspace: Workspace, parents: Iterable[str], step: Quant
             f"{parent}: each layer quantised separately, measured on {SENTENCES} held-out rows of the training data"
         )
         for layer in layers:
-            click.echo(f"{layer.name:48} divergence {layer.divergence:8.2g} nats   {layer.flips:3} flips")
+            flips = "" if layer.flips is None else f"   {layer.flips:3} flips"
+            click.echo(f"{layer.name:48} divergence {layer.divergence:8.2g} nats{flips}")

@@ -141,8 +141,8 @@ def check_limits(rows: Sequence[Row], limits: Limits) -> Verdict:
 def _sort_key(row: Row) -> tuple[float, float, float, str, str]:
     measurement = row.measurement
     size = measurement.size_bytes.get("total", math.inf)
-    accuracy = measurement.accuracy.value if measurement.accuracy else -math.inf
-    return measurement.latency_ms.get("p50", math.inf), size, -accuracy, measurement.cell, measurement.model
+    score = measurement.score.value if measurement.score else -math.inf
+    return measurement.latency_ms.get("p50", math.inf), size, -score, measurement.cell, measurement.model
 
 
 def _broken_limits(row: Row, limits: Limits) -> tuple[BrokenLimit, ...]:
@@ -162,29 +162,28 @@ def _limit_remark(row: Row, limit: str, value: float | None) -> str:
     if limit != "max_drop":
         return ""
     if value is None:
-        return "the run has no baseline" if row.baseline is None else "the row or its baseline has no accuracy"
+        return "the run has no baseline" if row.baseline is None else "the row or its baseline has no score"
     return chance_remark(row)
 
 
 def chance_remark(row: Row) -> str:
-    """Returns a remark on whether the row's accuracy differs from the baseline's accuracy by chance.
+    """Returns a remark on whether the row's score differs from the baseline's score by chance.
 
-    If the predicted labels of the row and of its baseline are known, the remark is the result of McNemar's test.
-    Without predicted labels, the remark depends on the 95 % interval of the row's accuracy.
+    If the predictions of the row and of its baseline are known, the remark is the result of the test that
+    `rows.Quality` names. Without predictions, the remark depends on the 95 % interval of the row's score.
 
     Returns:
-        The remark; empty if the row and its baseline have the same accuracy, or if one of the two accuracies is
-        unknown. Without predicted labels, the remark is empty if the 95 % interval of the row's accuracy excludes the
-        baseline's accuracy.
+        The remark; empty if the row and its baseline have the same score, or if one of the two scores is unknown.
+        Without predictions, the remark is empty if the 95 % interval of the row's score excludes the baseline's score.
     """
-    quality, base = row.quality, row.baseline and row.baseline.accuracy
+    quality, base = row.quality, row.baseline and row.baseline.score
     if not quality or not base or not row.accuracy_points:
         return ""
     if quality.p is not None:
-        return f"McNemar p {quality.p:.2g}" + (": may be chance" if quality.p >= 1 - CONFIDENCE else "")
+        return f"{quality.test} p {quality.p:.2g}" + (": may be chance" if quality.p >= 1 - CONFIDENCE else "")
     if quality.low <= base.value <= quality.high:
         interval = f"{quality.low:.2%} to {quality.high:.2%}"
-        return f"the interval {interval} includes the baseline's accuracy, so the difference may be chance"
+        return f"the interval {interval} includes the baseline's {base.name}, so the difference may be chance"
     return ""
 
 

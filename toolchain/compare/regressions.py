@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from toolchain.errors import ResultFileError, VerdictError
 from toolchain.results import statistics
+from toolchain.results.scores import Accuracy, RegressionScore
 from toolchain.results.statistics import CONFIDENCE, Ratio
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Change:
         worse: Increase of the cost as a share of the old cost; negative is better.
         low: Lower bound of the 95 % interval of `worse`; None if there are too few rounds.
         high: Upper bound of the 95 % interval of `worse`; None if there are too few rounds.
-        may_be_none: Whether the 95 % interval of `worse` includes 0, or McNemar's test is not significant.
+        may_be_none: Whether the 95 % interval of `worse` includes 0, or the test of the score is not significant.
         remark: Further information about the change; may be empty.
     """
 
@@ -152,6 +153,8 @@ def find_regressions(new: Sequence[Row], old: Sequence[Row], limit: float) -> Re
     * Accuracy regresses if the number of wrong answers grows by more than the limit and McNemar's test is significant.
       The increase of wrong answers is divided by the old number of wrong answers, or by 1 if the old number is 0. If
       the predicted labels are unknown, the limit alone decides whether accuracy regresses.
+    * The error of a regression model regresses if the mean absolute error grows by more than the limit and Wilcoxon's
+      signed-rank test is significant.
     * A figure regresses if the old run has it and the new run lacks it. A figure that the old run lacks is not
       compared.
     * A cell regresses if its row in the new run is missing or has the status failed or unavailable.
@@ -217,7 +220,10 @@ _FIGURES: Mapping[str, Callable[[Measurement], float | None]] = {
     "throughput_per_s": lambda found: found.throughput_per_s,
     "peak_memory_bytes": lambda found: found.memory_bytes.get("peak"),
     "size_bytes": lambda found: found.size_bytes.get("total"),
-    "accuracy": lambda found: found.accuracy.value if found.accuracy else None,
+    "accuracy": lambda found: found.score.value if isinstance(found.score, Accuracy) else None,
+    "mean_absolute_error": lambda found: (
+        found.score.mean_absolute_error if isinstance(found.score, RegressionScore) else None
+    ),
 }
 # Name of a time figure → function that returns a row's speed-up over its baseline, and function that returns the time
 # of each round.
@@ -235,7 +241,7 @@ class _Cost(NamedTuple):
 
     Attributes:
         ratio: New cost / old cost.
-        may_be_none: Whether the 95 % interval of `ratio` includes 1, or McNemar's test is not significant.
+        may_be_none: Whether the 95 % interval of `ratio` includes 1, or the test of the score is not significant.
         remark: Further information about the change; may be empty.
         can_regress: Whether the change can be a regression; false for the times of a baseline.
     """
@@ -250,7 +256,9 @@ def _figure_cost(figure: str, old: Row, new: Row) -> _Cost:
     if figure in _TIMES:
         return _time_cost(*_TIMES[figure], old, new)
     if figure == "accuracy":
-        return _error_cost(old, new)
+        return _tested_cost(_wrong_answers_cost(old.measurement, new.measurement), old, new)
+    if figure == "mean_absolute_error":
+        return _tested_cost(_error_cost(old.measurement, new.measurement), old, new)
     old_value, new_value = (max(_FIGURES[figure](row.measurement) or 0, 1) for row in (old, new))
     return _Cost(Ratio(new_value / old_value))
 
@@ -293,14 +301,23 @@ def _quotient(numerator: Ratio, denominator: Ratio) -> Ratio:
     return Ratio(value, value * math.exp(-down), value * math.exp(up))
 
 
-def _error_cost(old: Row, new: Row) -> _Cost:
-    old_score, new_score = (row.measurement.accuracy for row in (old, new))
-    wrong = [score.count - score.correct if score else 0 for score in (old_score, new_score)]
-    cost = Ratio(1 + (wrong[1] - wrong[0]) / max(wrong[0], 1))
+def _wrong_answers_cost(old: Measurement, new: Measurement) -> Ratio:
+    scores = [found.score for found in (old, new)]
+    wrong = [score.count - score.correct if isinstance(score, Accuracy) else 0 for score in scores]
+    return Ratio(1 + (wrong[1] - wrong[0]) / max(wrong[0], 1))
+
+
+def _error_cost(old: Measurement, new: Measurement) -> Ratio:
+    old_error, new_error = (_FIGURES["mean_absolute_error"](found) or 0.0 for found in (old, new))
+    return Ratio(new_error / old_error) if old_error else Ratio(1 + new_error)
+
+
+def _tested_cost(cost: Ratio, old: Row, new: Row) -> _Cost:
+    """Returns the change of a score's cost with the test of the two rows' answers."""
     quality = replace(new, baseline=old.measurement).quality
-    if quality is None or quality.p is None or wrong[0] == wrong[1]:
+    if quality is None or quality.p is None or cost.value == 1:
         return _Cost(cost)
-    return _Cost(cost, quality.p >= 1 - CONFIDENCE, f"McNemar p {quality.p:.2g}")
+    return _Cost(cost, quality.p >= 1 - CONFIDENCE, f"{quality.test} p {quality.p:.2g}")
 
 
 def require_no_regressions(result: Regressions) -> None:

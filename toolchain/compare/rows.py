@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from toolchain.data.labels import MULTI, REGRESSION
 from toolchain.errors import ResultFileError
 from toolchain.results import statistics
 from toolchain.results.measurements import PROBABILITY, Measurement, Samples
 from toolchain.results.result_file import ResultFile
+from toolchain.results.scores import Accuracy, RegressionScore
 from toolchain.results.statistics import Ratio
 
 BASELINE = "torch-fp32"
@@ -23,11 +25,12 @@ INTERVAL_SHARE = 0.10  # Limit for the half-width of the median latency's 95 % i
 
 @dataclass(frozen=True)
 class Quality:
-    """Scores of a row's answers beyond its accuracy; None marks an unknown score.
+    """Scores of a row's answers beyond its main score; None marks an unknown score, or one of another task.
 
     Attributes:
-        low: Lower bound of Wilson's 95 % interval of the accuracy.
-        high: Upper bound of Wilson's 95 % interval of the accuracy.
+        low: Lower bound of the main score's 95 % interval: Wilson's interval of an accuracy, or the bootstrap over
+            sentences for R².
+        high: Upper bound of this interval.
         macro_f1: Mean F1 score over labels; every label has the same weight.
         balanced_accuracy: Mean recall over labels; every label has the same weight. For a multi-label model, the mean
             also includes the specificity of each label. The specificity of a label is the share of right answers among
@@ -35,10 +38,15 @@ class Quality:
         calibration_error: Expected calibration error of the probabilities.
         lost: Number of sentences that the baseline answers correctly and this row answers wrongly.
         won: Number of sentences that the baseline answers wrongly and this row answers correctly.
-        p: p-value of McNemar's test on `lost` and `won`.
-        largest_shift: Largest probability shift of a sentence. A sentence's shift is the largest difference over
-            labels between the probabilities of the row and of the baseline.
-        mean_shift: Mean of the probability shift over sentences.
+        p: p-value of `test`, which compares the row with its baseline.
+        test: Name of the test: McNemar's test on `lost` and `won`. For regression: Wilcoxon's signed-rank test on the
+            absolute errors.
+        root_mean_squared_error: Root mean squared error of the scores of a regression.
+        pearson: Pearson's correlation of scores and labels.
+        spearman: Spearman's correlation of scores and labels.
+        largest_shift: Largest shift of a sentence. A sentence's shift is the largest difference over labels between the
+            probabilities of the row and of the baseline, or for regression, the difference between the two scores.
+        mean_shift: Mean of the shift over sentences.
         batch_changed: Number of sentences measured at batch 1 whose answer in a batch differs from the answer at
             batch 1.
     """
@@ -51,6 +59,10 @@ class Quality:
     lost: int | None = None
     won: int | None = None
     p: float | None = None
+    test: str | None = None
+    root_mean_squared_error: float | None = None
+    pearson: float | None = None
+    spearman: float | None = None
     largest_shift: float | None = None
     mean_shift: float | None = None
     batch_changed: int | None = None
@@ -76,8 +88,8 @@ class Row:
 
     @property
     def accuracy_points(self) -> float | None:
-        """Returns the accuracy minus the baseline's accuracy, in percentage points; None if either is unknown."""
-        own, baseline = self.measurement.accuracy, self.baseline and self.baseline.accuracy
+        """Returns the score minus the baseline's score, in percentage points; None if either is unknown."""
+        own, baseline = self.measurement.score, self.baseline and self.baseline.score
         return (own.value - baseline.value) * 100 if own and baseline else None
 
     @functools.cached_property
@@ -141,16 +153,23 @@ class Row:
 
     @functools.cached_property
     def quality(self) -> Quality | None:
-        """Returns the scores of the answers; None if the row has no measured accuracy."""
-        measurement, labels = self.measurement, self.run.data.get("labels")
-        if measurement.accuracy is None or measurement.status != "ok":
+        """Returns the scores of the answers; None if the row has no measured score."""
+        measurement = self.measurement
+        if measurement.score is None or measurement.status != "ok":
             return None
-        low, high = statistics.wilson(measurement.accuracy.correct, measurement.accuracy.count)
+        if isinstance(measurement.score, RegressionScore):
+            return self._regression_quality(measurement.score)
+        return self._label_quality(measurement.score)
+
+    def _label_quality(self, accuracy: Accuracy) -> Quality:
+        """Returns the scores of a classifier's answers."""
+        measurement, labels = self.measurement, self.run.data.get("labels")
+        low, high = statistics.wilson(accuracy.correct, accuracy.count)
         quality = Quality(low, high, batch_changed=measurement.batch_changed)
         if not labels or not measurement.predictions:
             return quality
-        multi = bool(self.run.data.get("multi_label"))
-        counts = statistics.count_by_label(measurement.predictions, labels, multi)
+        multi, predictions = self.run.task == MULTI, [int(answer) for answer in measurement.predictions]
+        counts = statistics.count_by_label(predictions, labels, multi)
         scored = [(p, label) for p, label in zip(measurement.probabilities, labels, strict=False) if p is not None]
         confidences = [[value / PROBABILITY for value in p] for p, _ in scored]
         error = statistics.calibration_error(confidences, [label for _, label in scored], multi) if scored else None
@@ -169,8 +188,35 @@ class Row:
             lost=lost,
             won=won,
             p=statistics.mcnemar(lost, won),
+            test="McNemar",
             largest_shift=max(shifts, default=None),
             mean_shift=sum(shifts) / len(shifts) if shifts else None,
+        )
+
+    def _regression_quality(self, score: RegressionScore) -> Quality | None:
+        """Returns the scores of a regression model's answers; None without predictions."""
+        labels, predictions = tuple(self.run.data.get("labels", ())), self.measurement.predictions
+        if not labels or not predictions:
+            return None
+        low, high = statistics.r2_interval(predictions, labels)
+        pearson, spearman = statistics.correlations(predictions, labels)
+        quality = Quality(
+            low,
+            high,
+            root_mean_squared_error=score.root_mean_squared_error,
+            pearson=pearson,
+            spearman=spearman,
+        )
+        if not self.baseline or not self.baseline.predictions:
+            return quality
+        baseline_predictions = self.baseline.predictions
+        shifts = [abs(a - b) for a, b in zip(predictions, baseline_predictions, strict=True)]
+        return replace(
+            quality,
+            p=statistics.wilcoxon(predictions, baseline_predictions, labels),
+            test="Wilcoxon",
+            largest_shift=max(shifts),
+            mean_shift=sum(shifts) / len(shifts),
         )
 
     def changed_sentences(self, kind: str) -> list[int]:
@@ -179,9 +225,12 @@ class Row:
         Args:
             kind: ``lost`` for sentences that only the baseline answers correctly, ``won`` for sentences that only this
                 row answers correctly.
+
+        Returns:
+            The indices, from 0; empty for regression.
         """
         labels = self.run.data.get("labels")
-        if not labels or not self.baseline:
+        if not labels or not self.baseline or self.run.task == REGRESSION:
             return []
         rows = zip(self.measurement.predictions, self.baseline.predictions, labels, strict=False)
         outcomes = [
@@ -225,7 +274,9 @@ class Row:
         ratios |= {name: round(value, 4) for name in names if (value := getattr(self, name)) is not None}
         if self.quality:
             ratios["quality"] = {
-                name: round(value, 6) for name, value in asdict(self.quality).items() if value is not None
+                name: round(value, 6) if isinstance(value, float) else value
+                for name, value in asdict(self.quality).items()
+                if value is not None
             }
         if self.latency_interval:
             ratios["latency_interval_ms"] = [round(value, 4) for value in self.latency_interval]
@@ -327,15 +378,15 @@ def _pareto_figures(row: Row) -> tuple[float, float, float] | None:
     """Returns accuracy, negative p50 and negative size, so that more is better; None if one of the three is unknown."""
     measurement = row.measurement
     p50, size = measurement.latency_ms.get("p50"), measurement.size_bytes.get("total")
-    if measurement.status != "ok" or not measurement.accuracy or not p50 or not size:
+    if measurement.status != "ok" or not measurement.score or not p50 or not size:
         return None
-    return measurement.accuracy.value, -p50, -float(size)
+    return measurement.score.value, -p50, -float(size)
 
 
 # Name of an order → function that returns a row's sort key. The row with the smallest key comes first, and rows
 # without a key come last.
 ORDERS: dict[str, Callable[[Row], float | None]] = {
-    "accuracy": lambda row: -row.measurement.accuracy.value if row.measurement.accuracy else None,
+    "accuracy": lambda row: -row.measurement.score.value if row.measurement.score else None,
     "latency": lambda row: row.measurement.latency_ms.get("p50"),
     "throughput": lambda row: -row.measurement.throughput_per_s if row.measurement.throughput_per_s else None,
     "memory": lambda row: row.measurement.memory_bytes.get("peak"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from toolchain.errors import DataError, first_line
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 _GLUE = "glue/"
-_INTEGRAL = (int, float)
+_NUMERIC = (int, float)
 
 
 @dataclass(frozen=True)
@@ -176,23 +177,21 @@ def _collect_rows(
 def _label_kind(value: Any) -> str:
     if isinstance(value, bool):
         return "true or false"
-    if isinstance(value, _INTEGRAL):
+    if isinstance(value, _NUMERIC):
         return "a number"
     return "text" if isinstance(value, str) else "a list" if isinstance(value, list | tuple) else "nothing"
 
 
 def _label_value(value: Any, number: int, table: Table) -> Value:
-    """Returns a label as a text or a tuple of texts: 1.0 becomes ``1``, and a list becomes a tuple."""
+    """Returns a label as a text or a tuple of texts: 1.0 becomes ``1``, 2.5 becomes ``2.5``, a list becomes a tuple."""
     if isinstance(value, str):
         return value
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, _INTEGRAL) and value == value // 1:
-        return str(int(value))
+    if isinstance(value, _NUMERIC) and math.isfinite(value):
+        return str(int(value)) if value == value // 1 else repr(value)
     if isinstance(value, list | tuple):
         members = [_label_value(member, number, table) for member in value]
         if all(isinstance(member, str) for member in members):
             return tuple(member.strip() for member in members if isinstance(member, str))
-    raise table.row_error(
-        number, f"the label is {value!r}", "Use a name, a whole number, or a list of these as the label."
-    )
+    raise table.row_error(number, f"the label is {value!r}", "Use a name, a number, or a list of these as the label.")

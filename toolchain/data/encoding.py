@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.data.files import Text
-from toolchain.data.labels import MULTI
+from toolchain.data.labels import SINGLE
 from toolchain.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Encoder:
         names: Names of the model's inputs.
         pad_id: Token id for padding.
         max_length: Largest number of tokens of a text or pair.
-        multi_label: Whether the model can predict several labels for one text.
+        task: Task of the model, one of `toolchain.data.labels.TASKS`.
         padding_sides: Sides on which the model supports padding: ``right`` and, for most models, ``left``. A model with
             local attention (ModernBERT) supports only ``right``. With padding on the left, the first position of a row
             holds padding. With local attention, this position cannot attend to a text that is far away, and the
@@ -52,7 +52,7 @@ class Encoder:
     names: tuple[str, ...]
     pad_id: int
     max_length: int
-    multi_label: bool = False
+    task: str = SINGLE
     padding_sides: tuple[str, ...] = ("right", "left")
 
     @classmethod
@@ -78,9 +78,9 @@ class Encoder:
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_length)
         config = json.loads((folder / "config.json").read_text())
-        pad, multi = config.get("pad_token_id") or 0, config.get("problem_type") == MULTI
+        pad, task = config.get("pad_token_id") or 0, config.get("problem_type") or SINGLE
         sides = ("right",) if config.get("local_attention") else ("right", "left")
-        return cls(folder, tokenizer, tuple(names), pad, max_length, multi, sides)
+        return cls(folder, tokenizer, tuple(names), pad, max_length, task, sides)
 
     def encode(self, texts: Sequence[Text]) -> list[Tokens]:
         """Returns the token ids of each text or pair, with special tokens.

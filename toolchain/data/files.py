@@ -312,8 +312,8 @@ def open_writer(path: Path | None, columns: Sequence[str]) -> Iterator[Callable[
 
     Args:
         path: The file; None for JSON lines on standard output.
-        columns: Columns of the file. In Parquet, columns that begin with ``score_`` are float32, and all
-            other columns are text.
+        columns: Columns of the file. In Parquet, the column ``score`` and columns that begin with ``score_`` are
+            float32, and all other columns are text.
     """
     kind = path.suffix.lower() if path else ".jsonl"
     with ExitStack() as stack:
@@ -341,7 +341,9 @@ def _parquet_writer(stack: ExitStack, path: Path | None, columns: Sequence[str])
     import pyarrow
     import pyarrow.parquet
 
-    kinds = [pyarrow.float32() if name.startswith("score_") else pyarrow.string() for name in columns]
+    kinds = [
+        pyarrow.float32() if name == "score" or name.startswith("score_") else pyarrow.string() for name in columns
+    ]
     schema = pyarrow.schema(list(zip(columns, kinds, strict=True)))
     file = stack.enter_context(pyarrow.parquet.ParquetWriter(path, schema))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from toolchain.data import datasets
 from toolchain.data.datasets import DEFAULT_COLUMNS, Columns, LabelledTable
 from toolchain.data.files import Text
-from toolchain.data.labels import SST2_LABELS, LabelSet
+from toolchain.data.labels import REGRESSION, SINGLE, SST2_LABELS, Answer, LabelSet
 from toolchain.errors import DataError
 
 SST2 = Path(__file__).parent.parent / "reference" / "sst2"
@@ -31,13 +31,13 @@ class Data:
     Attributes:
         name: Name of the data set.
         texts: The texts or pairs of texts, in the order of the data set.
-        labels: Correct answer for each text or pair of texts, in the format of `LabelSet.indices`.
+        labels: Correct answer for each text or pair of texts, as in `LabelSet.answers`.
         label_set: Labels of the model.
     """
 
     name: str
     texts: tuple[Text, ...]
-    labels: tuple[int, ...]
+    labels: tuple[Answer, ...]
     label_set: LabelSet = field(default=SST2_LABELS, compare=False)
 
     @property
@@ -51,7 +51,7 @@ class Data:
         return bool(self.texts) and not isinstance(self.texts[0], str)
 
     @property
-    def targets(self) -> list[int] | list[list[float]]:
+    def targets(self) -> list[int] | list[float] | list[list[float]]:
         """Returns the labels as targets of a loss; see `LabelSet.targets`."""
         return self.label_set.targets(self.labels)
 
@@ -71,7 +71,7 @@ def data_from_table(table: LabelledTable, labels: LabelSet) -> Data:
     Raises:
         DataError: The label column of `table` has a label that the model does not have.
     """
-    return Data(table.name, table.texts, labels.indices(table.column), labels)
+    return Data(table.name, table.texts, labels.answers(table.column), labels)
 
 
 def load_embedded(split: str = VALIDATION_SPLIT) -> Data:
@@ -117,16 +117,19 @@ def fits_embedded_data(labels: LabelSet) -> bool:
     names such as LABEL_0.
     """
     has_sst2_names = tuple(name.upper() for name in labels.names) == SST2_LABELS.names
-    return not labels.multi_label and len(labels.names) == 2 and (labels.has_default_names or has_sst2_names)
+    return labels.task == SINGLE and len(labels.names) == 2 and (labels.has_default_names or has_sst2_names)
 
 
 def _check_labels(labels: LabelSet, option: str) -> None:
     """Raises `DataError` unless the embedded sentences fit the model's labels."""
     if not fits_embedded_data(labels):
-        kind = "multi-label model" if labels.multi_label else "model"
+        if labels.task == REGRESSION:
+            answers = "this model answers with a score"
+        else:
+            kind = "multi-label model" if labels.multi_label else "model"
+            answers = f"this {kind} has {', '.join(labels.names)}"
         raise DataError(
-            f"The embedded SST-2 has the labels {', '.join(SST2_LABELS.names)}; this {kind} has "
-            f"{', '.join(labels.names)}.",
+            f"The embedded SST-2 has the labels {', '.join(SST2_LABELS.names)}; {answers}.",
             f"Pass data with the model's labels: {option} FILE.",
         )
 

@@ -1,7 +1,8 @@
-"""Labels: a classifier's answers (one label, or a set of labels), and the label columns of data sets."""
+"""Labels: a model's answers (one label, a set of labels, or a score), and the label columns of data sets."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,16 +12,18 @@ from toolchain.errors import DataError
 if TYPE_CHECKING:
     import numpy as np
 
-# Values of `problem_type` in a model's config.
-SINGLE, MULTI = "single_label_classification", "multi_label_classification"
+# Tasks of a model: the values of `problem_type` in a model's config.
+SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+TASKS = (SINGLE, MULTI, REGRESSION)
 SEPARATOR = "|"  # `SEPARATOR` separates several labels of one text in a label column of strings.
 MAX_LABELS = 100  # A column with more than `MAX_LABELS` different labels is probably not the label column.
 
-# A `Value` is the content of one row in a label column: one label, or a set of labels. An *answer* is an integer that
-# stands for one label or for a set of labels. If each text has exactly one label, the answer for a text is the index of
-# the text's label. If each text has a set of labels, bit i of the answer says whether the set contains the label with
-# index i: 1 if it does, 0 if not.
+# A `Value` is the content of one row in a label column: one label, a set of labels, or a number written as text.
+# An *answer* is a number. If each text has exactly one label, the answer for a text is the index of the text's label.
+# If each text has a set of labels, bit i of the answer says whether the set contains the label with index i: 1 if it
+# does, 0 if not. In regression, the answer is the text's score.
 Value = str | tuple[str, ...]
+Answer = int | float
 
 
 @dataclass(frozen=True)
@@ -50,37 +53,47 @@ class Column:
 
 @dataclass(frozen=True)
 class LabelSet:
-    """The labels of a model.
+    """The labels and the task of a model.
 
     Attributes:
-        names: Names of the labels, by index.
-        multi_label: Whether an answer is a set of any number of labels instead of one label.
+        names: Names of the labels, by index; for regression, the name of the score.
+        task: The task, one of `TASKS`.
     """
 
     names: tuple[str, ...]
-    multi_label: bool = False
+    task: str = SINGLE
+
+    @property
+    def multi_label(self) -> bool:
+        """Returns whether an answer is a set of any number of labels instead of one label."""
+        return self.task == MULTI
 
     @property
     def has_default_names(self) -> bool:
         """Returns whether all labels have default names, such as LABEL_0 for index 0."""
         return all(name == f"LABEL_{index}" for index, name in enumerate(self.names))
 
-    def format_answer(self, answer: int) -> str:
-        """Returns the label names of an answer; `SEPARATOR` separates the names of a set."""
+    def format_answer(self, answer: Answer) -> str:
+        """Returns the label names of an answer, or its score; `SEPARATOR` separates the names of a set."""
+        if self.task == REGRESSION:
+            return f"{answer:.4g}"
         if not self.multi_label:
-            return self.names[answer]
-        return SEPARATOR.join(name for index, name in enumerate(self.names) if answer >> index & 1)
+            return self.names[int(answer)]
+        return SEPARATOR.join(name for index, name in enumerate(self.names) if int(answer) >> index & 1)
 
-    def indices(self, column: Column) -> tuple[int, ...]:
-        """Converts each row of a label column to an answer, an integer that stands for its label or labels.
+    def answers(self, column: Column) -> tuple[Answer, ...]:
+        """Converts each row of a label column to an answer: the number that stands for its label, labels or score.
 
         Either all rows of the column hold label names, or all rows hold label indices. The method ignores the case of
-        label names, unless two labels of the model differ only in case.
+        label names, unless two labels of the model differ only in case. For regression, all rows hold numbers.
 
         Raises:
             DataError: The column has a label that the model lacks, or all values of the column are ambiguous. A
-                value is ambiguous if the value is both the name of one label and the index of another label.
+                value is ambiguous if the value is both the name of one label and the index of another label. For
+                regression: a value is not a finite number.
         """
+        if self.task == REGRESSION:
+            return tuple(_read_score(value, number, column) for number, value in enumerate(column.values, start=1))
         sets: list[Sequence[str]] = [
             _members(value, number, column, self.multi_label) for number, value in enumerate(column.values, start=1)
         ]
@@ -89,20 +102,26 @@ class LabelSet:
             sets, index_by_value = self._translate_classes(sets, column)
         else:
             index_by_value = self._index_values(values, column.source)
-        answers = []
+        rows: list[Answer] = []
         for number, members in enumerate(sets, start=1):
             for value in members:
                 if value not in index_by_value:
                     raise self._unknown_label_error(value, number, column)
             indices = [index_by_value[value] for value in members]
-            answers.append(sum(1 << index for index in set(indices)) if self.multi_label else indices[0])
-        return tuple(answers)
+            rows.append(sum(1 << index for index in set(indices)) if self.multi_label else indices[0])
+        return tuple(rows)
 
-    def targets(self, answers: Sequence[int]) -> list[int] | list[list[float]]:
-        """Converts answers to targets of a loss: one label index per row, or for label sets, one 0 or 1 per label."""
+    def targets(self, answers: Sequence[Answer]) -> list[int] | list[float] | list[list[float]]:
+        """Converts answers to targets of a loss.
+
+        Returns:
+            For each row: the index of its label, its score for regression, or for label sets, one 0 or 1 per label.
+        """
+        if self.task == REGRESSION:
+            return [float(answer) for answer in answers]
         if not self.multi_label:
-            return list(answers)
-        return [[float(answer >> index & 1) for index in range(len(self.names))] for answer in answers]
+            return [int(answer) for answer in answers]
+        return [[float(int(answer) >> index & 1) for index in range(len(self.names))] for answer in answers]
 
     def _index_values(self, values: Sequence[str], source: str) -> Mapping[str, int]:
         """Maps the values of a label column to label indices.
@@ -170,8 +189,10 @@ class LabelSet:
 SST2_LABELS = LabelSet(("NEGATIVE", "POSITIVE"))
 
 
-def label_set(column: Column, names: Sequence[str], multi_label: bool) -> LabelSet:
+def label_set(column: Column, names: Sequence[str], task: str) -> LabelSet:
     """Derives the labels of a new model from a label column.
+
+    A model for regression has one output, whose name is ``score``, or the only name in `names`.
 
     The argument `names` sets the label names. If `names` is empty, the label names are the class names of the data set.
     If `names` is empty and the data set has no class names, the label names are the values of the column in
@@ -180,13 +201,15 @@ def label_set(column: Column, names: Sequence[str], multi_label: bool) -> LabelS
     Args:
         column: The label column.
         names: Names of the labels; empty to take the names from `column`.
-        multi_label: Whether an answer is a set of labels. If the column contains lists, an answer is always a set of
-            labels.
+        task: The task, one of `TASKS`. A column with lists makes a multi-label model instead of a single-label model.
 
     Raises:
-        DataError: There are fewer than two labels, or more than `MAX_LABELS`.
+        DataError: There are fewer than two labels, or more than `MAX_LABELS`. For regression: the column has only one
+            value, or `names` has several names.
     """
-    multi_label = multi_label or any(isinstance(value, tuple) for value in column.values)
+    if task == REGRESSION:
+        return _score_label(column, names)
+    multi_label = task == MULTI or any(isinstance(value, tuple) for value in column.values)
     members = [_members(value, number, column, multi_label) for number, value in enumerate(column.values, start=1)]
     values = {value for row in members for value in row}
     if not names:
@@ -203,9 +226,35 @@ def label_set(column: Column, names: Sequence[str], multi_label: bool) -> LabelS
     if len(names) > MAX_LABELS:
         raise DataError(
             f"{column.source} has {len(names)} different labels; the limit is {MAX_LABELS}.",
-            "If another column holds the labels, name that column with --label-column.",
+            "If another column holds the labels, name that column with --label-column. If the labels are scores, add "
+            "--regression.",
         )
-    return LabelSet(tuple(names), multi_label)
+    return LabelSet(tuple(names), MULTI if multi_label else SINGLE)
+
+
+def _score_label(column: Column, names: Sequence[str]) -> LabelSet:
+    """Returns the label of a new regression model; raises `DataError` for several names or equal scores."""
+    if len(names) > 1:
+        raise DataError(f"A regression model has one score, not {len(names)} labels.", "Leave out --labels.")
+    labels = LabelSet(tuple(names) or ("score",), REGRESSION)
+    scores = set(labels.answers(column))
+    if len(scores) < 2:
+        raise DataError(
+            f"All scores of {column.source} are {scores.pop() if scores else 'missing'}.", "Add rows with other scores."
+        )
+    return labels
+
+
+def _read_score(value: Value, number: int, column: Column) -> float:
+    """Returns the score of a row; raises `DataError` if the value is not a finite number."""
+    try:
+        score = float(value) if isinstance(value, str) else math.nan
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        fault = f"the label {value!r} is not a number, but the model answers with a score"
+        raise column.row_error(number, fault, "Name the column of scores with --label-column.")
+    return score
 
 
 def _members(value: Value, number: int, column: Column, multi_label: bool) -> tuple[str, ...]:
@@ -221,53 +270,80 @@ def _members(value: Value, number: int, column: Column, multi_label: bool) -> tu
     return tuple(part for part in (part.strip() for part in value.split(SEPARATOR)) if part)
 
 
-def answers(logits: np.ndarray, multi_label: bool) -> list[int]:
+def answers(logits: np.ndarray, task: str) -> list[Answer]:
     """Returns the model's answer for each row of `logits`, an array of shape [batch, labels].
 
-    An answer is the index of the largest logit. For `multi_label`, an answer is a set of labels as bits: bit i is 1 if
-    logit i is above 0.
+    An answer is the index of the largest logit. For a multi-label model, an answer is a set of labels as bits: bit i is
+    1 if logit i is above 0. For regression, an answer is the logit.
     """
-    if not multi_label:
+    if task == REGRESSION:
+        return [float(score) for score in logits[:, 0]]
+    if task == SINGLE:
         return [int(index) for index in logits.argmax(axis=1)]
     return [sum(1 << index for index, is_present in enumerate(row) if is_present) for row in (logits > 0).tolist()]
 
 
-def margins(logits: np.ndarray, multi_label: bool) -> np.ndarray:
+def margins(logits: np.ndarray, task: str) -> np.ndarray:
     """Returns an array with the margin of each row of `logits`, whose shape is [batch, labels].
 
-    The margin is the largest logit minus the second largest. For `multi_label`, the margin is the smallest distance of
-    a logit from 0.
+    The margin is the largest logit minus the second largest. For a multi-label model, the margin is the smallest
+    distance of a logit from 0. The scores of a regression have no margin.
     """
     import numpy as np
 
-    if multi_label:
+    if task == MULTI:
         return np.asarray(np.abs(logits).min(axis=1))
     sorted_logits = np.sort(logits, axis=1)
     return np.asarray(sorted_logits[:, -1] - sorted_logits[:, -2])
 
 
-def label_probabilities(logits: np.ndarray, multi_label: bool) -> np.ndarray:
-    """Returns the label probabilities in float64, shaped like `logits`: softmax, or sigmoid for `multi_label`."""
+def label_probabilities(logits: np.ndarray, task: str) -> np.ndarray:
+    """Returns the label probabilities in float64, of shape [batch, labels].
+
+    The probabilities are the softmax of the logits, or the sigmoid for a multi-label model. A regression has no
+    probabilities, so its array has the shape [batch, 0].
+    """
     import numpy as np
 
     logits64 = logits.astype(np.float64)
-    if multi_label:
+    if task == REGRESSION:
+        return logits64[:, :0]
+    if task == MULTI:
         return np.asarray(1 / (1 + np.exp(-logits64)))
     exponentials = np.exp(logits64 - logits64.max(axis=1, keepdims=True))
     return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
 
 
-def outcome_log_probabilities(logits: np.ndarray, multi_label: bool) -> np.ndarray:
+def divergence(reference_logits: np.ndarray, logits: np.ndarray, task: str) -> float:
+    """Returns the mean Kullback-Leibler divergence of two models' output distributions, in nats.
+
+    For regression, each score is the mean of a normal distribution whose variance is 1. The divergence of two such
+    distributions is half the squared difference of their means.
+
+    Args:
+        reference_logits: Logits of the reference model, of shape [batch, labels].
+        logits: Logits of the other model, of the same shape.
+        task: Task of both models, one of `TASKS`.
+    """
+    import numpy as np
+
+    if task == REGRESSION:
+        return float(np.square(reference_logits.astype(np.float64) - logits).mean() / 2)
+    reference, other = (_outcome_log_probabilities(x, task) for x in (reference_logits, logits))
+    return max(0.0, float((np.exp(reference) * (reference - other)).sum(axis=1).mean()))
+
+
+def _outcome_log_probabilities(logits: np.ndarray, task: str) -> np.ndarray:
     """Returns the log-probabilities of the labels as a float64 array.
 
-    For a single-label model, the array has the shape [batch, labels]. For `multi_label`, the array has the shape
-    [batch, 2 × labels]. In the first half of a `multi_label` row, value i is the log-probability that the text has
-    label i. In the second half, value i is the log-probability that the text does not have label i.
+    For a single-label model, the array has the shape [batch, labels]. For a multi-label model, the array has the shape
+    [batch, 2 × labels]. In the first half of a multi-label row, value i is the log-probability that the text has label
+    i. In the second half, value i is the log-probability that the text does not have label i.
     """
     import numpy as np
 
     logits64 = logits.astype(np.float64)
-    if multi_label:
+    if task == MULTI:
         return np.concatenate([-np.logaddexp(0, -logits64), -np.logaddexp(0, logits64)], axis=1)
     logits64 -= logits64.max(axis=1, keepdims=True)
     return np.asarray(logits64 - np.log(np.exp(logits64).sum(axis=1, keepdims=True)))

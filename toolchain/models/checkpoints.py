@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.artifacts import store
-from toolchain.data.labels import MULTI, SINGLE, LabelSet
+from toolchain.data.labels import REGRESSION, SINGLE, TASKS, LabelSet
 from toolchain.errors import CheckpointError
 from toolchain.models import adapters, hub, pickles
 
@@ -381,7 +381,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def check_config(folder: Path, config: dict[str, Any]) -> None:
-    """Checks that `config`, the content of the folder's config.json, describes a sequence classifier with labels.
+    """Checks that `config`, the content of the folder's config.json, describes a sequence classifier.
 
     Raises:
         CheckpointError: The model has no classification head, or its labels are unusable.
@@ -399,15 +399,17 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def label_set(folder: Path, config: dict[str, Any]) -> LabelSet:
-    """Returns the labels of the classifier with this `config`.
+    """Returns the labels and the task of the classifier with this `config`.
+
+    A model with one label and without a problem_type is a regression model, as in the library transformers.
 
     Args:
         folder: Folder of the classifier, for error messages.
         config: Content of config.json.
 
     Raises:
-        CheckpointError: The config lacks distinct class names, or has fewer than two classes, or its task is neither
-            single-label nor multi-label classification.
+        CheckpointError: The config lacks distinct class names, its task is not in `TASKS`, or the number of labels does
+            not fit its task.
     """
     labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     names = list(labels.values()) if isinstance(labels, dict) else []
@@ -417,11 +419,19 @@ def label_set(folder: Path, config: dict[str, Any]) -> LabelSet:
             f"{folder}: id2label does not map the class indices 0, 1, … to different names.",
             "Correct id2label in config.json.",
         )
-    task = config.get("problem_type") or SINGLE
-    if task not in (SINGLE, MULTI) or len(names) < 2:
+    task = config.get("problem_type") or (REGRESSION if len(names) == 1 else SINGLE)
+    if task not in TASKS:
         raise CheckpointError(
-            f"{folder} is not a classifier: its task is "
-            f"{'regression' if len(names) < 2 or task == 'regression' else task}.",
-            "Pass a single-label or multi-label classifier with at least two labels.",
+            f"{folder}: the problem_type {task!r} of config.json is unknown.", f"Use one of: {', '.join(TASKS)}."
         )
-    return LabelSet(tuple(labels[str(index)] for index in range(len(names))), task == MULTI)
+    if len(names) < 2 and task != REGRESSION:
+        raise CheckpointError(
+            f"{folder} has one label, but its problem_type is {task}.",
+            "Pass a classifier with at least two labels, or set problem_type to regression.",
+        )
+    if len(names) > 1 and task == REGRESSION:
+        raise CheckpointError(
+            f"{folder} predicts {len(names)} scores for each text.",
+            "Pass a regression model with one score (num_labels=1). Models with several scores are not supported.",
+        )
+    return LabelSet(tuple(labels[str(index)] for index in range(len(names))), task)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from toolchain.data.labels import MULTI, REGRESSION
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -12,17 +14,22 @@ LOGITS = "logits"
 PROBABILITIES = "probabilities"
 
 
-def add_probabilities(model: ir.Model, multi_label: bool) -> ir.Model:
+def add_probabilities(model: ir.Model, task: str) -> ir.Model:
     """Renames the graph's only output to `LOGITS`, and adds the output `PROBABILITIES` of the same shape in float32.
 
+    A regression has no probabilities, so its graph gets no second output.
+
     Args:
-        multi_label: Whether a text can have several labels. A multi-label graph applies a sigmoid to each logit, and a
-            single-label graph applies softmax.
+        task: Task of the model, one of `toolchain.data.labels.TASKS`. A multi-label graph applies a sigmoid to each
+            logit, and a single-label graph applies softmax.
     """
     import onnx_ir as ir
 
     logits = model.graph.outputs[0]
-    activation = ir.node("Sigmoid", [logits]) if multi_label else ir.node("Softmax", [logits], {"axis": -1})
+    if task == REGRESSION:
+        logits.name = LOGITS
+        return model
+    activation = ir.node("Sigmoid", [logits]) if task == MULTI else ir.node("Softmax", [logits], {"axis": -1})
     activation.name = PROBABILITIES
     probabilities = activation.outputs[0]
     logits.name, probabilities.name = LOGITS, PROBABILITIES

@@ -16,7 +16,7 @@ from toolchain.pruning.costs import EncoderSizes
 from toolchain.pruning.least_squares import cut_and_fit
 from toolchain.pruning.selection import Price, select
 from toolchain.pruning.setup import PruningSetup
-from toolchain.training.loop import accuracy
+from toolchain.training.scoring import score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,7 +100,7 @@ def largest_ratio(
     Raises:
         PruningError: The accuracy drop of every ratio exceeds `max_drop`.
     """
-    dense_accuracy = accuracy(setup.model, setup.held_out)
+    dense_score = score(setup.model, setup.held_out)
     drops: dict[float, float] = {}
     low, high = -1, len(SEARCH_RATIOS)
     rounds = (len(SEARCH_RATIOS) + 1).bit_length()
@@ -113,7 +113,7 @@ def largest_ratio(
         except PruningError:
             high = middle  # the encoder cannot lose the share `ratio` of its parameters
             continue
-        drops[ratio] = 100 * (dense_accuracy - accuracy(model, setup.held_out))
+        drops[ratio] = 100 * (dense_score - score(model, setup.held_out))
         low, high = (middle, high) if drops[ratio] <= max_drop else (low, middle)
     if low < 0:
         raise PruningError(

@@ -52,6 +52,6 @@ def _loss_without(model: PreTrainedModel, removed: Sequence[int], batches: Seque
         for batch in batches:
             if count >= SENTENCES:
                 break
-            total_loss += float(task_loss(shallow_model(**batch.inputs).logits, batch.labels, "sum"))
+            total_loss += float(task_loss(shallow_model(**batch.inputs).logits, batch, "sum"))
             count += len(batch.labels)
     return total_loss / count

@@ -86,7 +86,7 @@ def fisher(model: PreTrainedModel, batches: Sequence[Batch]) -> list[LayerImport
             gates.clear()
             with torch.enable_grad():
                 logits = model(**batch.inputs).logits
-                loss = task_loss(logits, batch.labels, "sum")
+                loss = task_loss(logits, batch, "sum")
                 gradients = torch.autograd.grad(loss, list(gates.values()))
             for key, gradient in zip(gates, gradients, strict=True):
                 flat = gradient.squeeze(1).double()

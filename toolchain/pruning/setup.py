@@ -75,7 +75,7 @@ class PruningSetup:
 
     @functools.cached_property
     def _data(self) -> Data:
-        return self.source.load(LabelSet(self.labels, self.encoder.multi_label))
+        return self.source.load(LabelSet(self.labels, self.encoder.task))
 
     @functools.cached_property
     def ranking(self) -> list[Batch]:

@@ -16,13 +16,14 @@ from toolchain.backends.ort import OrtSession
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.inputs import Data, TrainingSource
-from toolchain.data.labels import answers, outcome_log_probabilities
+from toolchain.data.labels import REGRESSION, Answer, answers, divergence
 from toolchain.errors import GraphError
 from toolchain.passes import read, rewrite, write
 from toolchain.passes.model_shape import context_of
 from toolchain.passes.quantize_linear import layers_of
 from toolchain.passes.quantize_static import Activation
 from toolchain.progress import Progress
+from toolchain.results.scores import score_answers
 from toolchain.system import hardware
 
 if TYPE_CHECKING:
@@ -39,14 +40,15 @@ class Layer:
 
     Attributes:
         name: Name of the layer.
-        divergence: Mean Kullback-Leibler divergence between the output probabilities of the fp32 graph and of the graph
-            with this layer quantised, in nats.
-        flips: Number of flips in the first `SENTENCES` held-out rows, compared with the fp32 graph.
+        divergence: Mean Kullback-Leibler divergence between the outputs of the fp32 graph and of the graph with this
+            layer quantised, in nats; see `toolchain.data.labels.divergence`.
+        flips: Number of flips in the first `SENTENCES` held-out rows, compared with the fp32 graph; None for
+            regression.
     """
 
     name: str
     divergence: float
-    flips: int
+    flips: int | None
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class SensitivitySetup:
     activations: Mapping[str, Activation]
     encoder: Encoder
     rows: Sequence[Sequence[int]]
-    labels: Sequence[int]
+    labels: Sequence[Answer]
 
     @classmethod
     def load(
@@ -120,8 +122,6 @@ def rank(setup: SensitivitySetup, progress: Progress) -> list[Layer]:
     Raises:
         GraphError: The graph has no linear layer.
     """
-    import numpy as np
-
     names = setup.layers
     if not names:
         raise GraphError(
@@ -130,20 +130,18 @@ def rank(setup: SensitivitySetup, progress: Progress) -> list[Layer]:
         )
     with setup.session(names) as session:
         fp32_logits = setup.logits(session, SENTENCES)
-    multi = setup.encoder.multi_label
-    fp32_log_shares, fp32_answers = outcome_log_probabilities(fp32_logits, multi), answers(fp32_logits, multi)
+    task = setup.encoder.task
+    fp32_answers = answers(fp32_logits, task)
     layers = []
     for count, name in enumerate(names):
         progress(count, len(names), f"quantising only {name}")
         with setup.session([fp32_answer for fp32_answer in names if fp32_answer != name]) as session:
             logits = setup.logits(session, SENTENCES)
-        divergence = float(
-            (np.exp(fp32_log_shares) * (fp32_log_shares - outcome_log_probabilities(logits, multi))).sum(axis=1).mean()
-        )
         flips = sum(
-            answer != fp32_answer for answer, fp32_answer in zip(fp32_answers, answers(logits, multi), strict=True)
+            answer != fp32_answer for answer, fp32_answer in zip(fp32_answers, answers(logits, task), strict=True)
         )
-        layers.append(Layer(name, float(f"{max(divergence, 0.0):.3g}"), flips))
+        rounded = float(f"{divergence(fp32_logits, logits, task):.3g}")
+        layers.append(Layer(name, rounded, None if task == REGRESSION else flips))
     return sorted(layers, key=lambda layer: (-layer.divergence, layer.name))
 
 
@@ -160,20 +158,18 @@ def fewest_fp32_layers(
     """
     names = [layer.name for layer in rank(setup, progress)]
     with setup.session(names) as session:
-        fp32_accuracy = _accuracy(setup, session)
+        fp32_score = _score(setup, session)
     drops: dict[int, float] = {}
     low, high = -1, len(names)  # if all layers stay fp32, there is no accuracy drop
     while high - low > 1:
         middle = (low + high) // 2
         progress(len(drops), len(names).bit_length() + 1, f"measuring with {middle} layers in fp32")
         with setup.session(names[:middle]) as session:
-            drops[middle] = 100 * (fp32_accuracy - _accuracy(setup, session))
+            drops[middle] = 100 * (fp32_score - _score(setup, session))
         low, high = (low, middle) if drops[middle] <= max_drop else (middle, high)
     return high, sorted(drops.items())
 
 
-def _accuracy(setup: SensitivitySetup, session: OrtSession) -> float:
-    predictions = answers(setup.logits(session, len(setup.rows)), setup.encoder.multi_label)
-    return sum(prediction == label for prediction, label in zip(predictions, setup.labels, strict=True)) / len(
-        predictions
-    )
+def _score(setup: SensitivitySetup, session: OrtSession) -> float:
+    predictions = answers(setup.logits(session, len(setup.rows)), setup.encoder.task)
+    return score_answers(predictions, setup.labels, setup.encoder.task).value

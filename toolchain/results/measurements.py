@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from toolchain.data.labels import Answer
+from toolchain.results.scores import Score
+
 MAX_SAMPLES = 2000
 STATUSES = ("ok", "failed", "unavailable", "reported")
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
@@ -20,6 +23,7 @@ QUANTILES_OF = {
     "load_ms": "load",
 }
 SAMPLES = (*QUANTILES_OF.values(), "batches")
+BATCHED = "_batched"  # ending of the key of a score in batches
 FIGURES = ("throughput_per_s", "memory_bytes", "size_bytes", "facts", "noise")
 PROBABILITY = 10_000  # a result file stores a probability of 1 as this integer
 
@@ -105,26 +109,6 @@ def _quantile(ordered: list[int], q: float) -> float:
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """The number of correct predictions on the data set, at one batch size.
-
-    Attributes:
-        correct: Number of correct predictions.
-        count: Number of predictions.
-        batch_size: Number of sentences in a batch.
-    """
-
-    correct: int
-    count: int
-    batch_size: int
-
-    @property
-    def value(self) -> float:
-        """Share of correct predictions, 0 to 1."""
-        return self.correct / self.count
-
-
-@dataclass(frozen=True)
 class Measurement:
     """One row of a result file: the measurement of a variant on a provider, or the reason why there is none.
 
@@ -142,10 +126,11 @@ class Measurement:
         cold_start: Times from the start of a process to its first result.
         load: Times to load a session from its files.
         by_length: Number of tokens → times at batch 1 with a sentence of this length.
-        predictions: Predicted label of each sentence.
+        predictions: Answer to each sentence, as in `toolchain.data.labels`.
         probabilities: Probabilities of the labels for each sentence, as integers from 0 to `PROBABILITY`; None for a
-            sentence that was not run at batch 1.
-        batch_changed: Number of sentences whose predicted label in a larger batch differs from the label at batch 1.
+            sentence that was not run at batch 1. Empty for regression.
+        batch_changed: Number of sentences whose predicted label in a larger batch differs from the label at batch 1;
+            None for regression, whose scores may differ by rounding.
     """
 
     model: str
@@ -155,8 +140,8 @@ class Measurement:
     status: str
     reason: str = ""
     mend: str = ""
-    accuracy: Accuracy | None = None
-    accuracy_batched: Accuracy | None = None
+    score: Score | None = None
+    score_batched: Score | None = None
     latency_ms: Mapping[str, float] = field(default_factory=dict)
     with_tokenizing_ms: Mapping[str, float] = field(default_factory=dict)
     resident_ms: Mapping[str, float] = field(default_factory=dict)
@@ -174,7 +159,7 @@ class Measurement:
     cold_start: Samples | None = None
     load: Samples | None = None
     by_length: Mapping[int, Samples] = field(default_factory=dict)
-    predictions: tuple[int, ...] = ()
+    predictions: tuple[Answer, ...] = ()
     probabilities: tuple[tuple[int, ...] | None, ...] = ()
     batch_changed: int | None = None
 
@@ -193,9 +178,9 @@ class Measurement:
                 row[name] = value
         if self.batch_changed is not None:
             row["batch_changed"] = self.batch_changed
-        for name in ("accuracy", "accuracy_batched"):
-            if score := getattr(self, name):
-                row[name] = {"value": round(score.value, 6), **vars(score)}
+        for score, ending in ((self.score, ""), (self.score_batched, BATCHED)):
+            if score:
+                row[score.key + ending] = score.to_json()
         row["samples"] = {name: _samples_json(s) for name in SAMPLES if (s := getattr(self, name))}
         if self.by_length:
             row["by_length"] = {str(tokens): _samples_json(s) for tokens, s in self.by_length.items()}
@@ -211,8 +196,8 @@ class Measurement:
             ValueError: A figure is missing, has an impossible value, or does not follow from its samples. The error
                 message names the cell.
         """
-        if self.status == "ok" and not (self.latency and self.batches and self.accuracy and self.artifact_id):
-            raise ValueError(f"{self.cell} has the status ok, but lacks samples, accuracy or artifact")
+        if self.status == "ok" and not (self.latency and self.batches and self.score and self.artifact_id):
+            raise ValueError(f"{self.cell} has the status ok, but lacks samples, score or artifact")
         quantiles = [getattr(self, name) for name in QUANTILES_OF]
         gpu = self.memory_bytes.get("gpu", {})
         for figures in (*quantiles, self.memory_bytes, gpu, self.size_bytes, self.noise):

@@ -7,13 +7,15 @@ missing, or if a figure does not follow from its samples.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from toolchain.data.labels import MULTI, REGRESSION, SINGLE, TASKS, Answer
 from toolchain.errors import ResultFileError
-from toolchain.results.measurements import SAMPLES, Accuracy, Measurement, Samples
+from toolchain.results.measurements import BATCHED, SAMPLES, Measurement, Samples
+from toolchain.results.scores import SCORES, Accuracy, RegressionScore, score_answers
 from toolchain.system import files
 from toolchain.system.decoding import decode, strict
 
@@ -33,7 +35,8 @@ class ResultFile:
         toolchain: Release of the toolchain.
         machine: Description of the machine; see `hardware.machine`.
         run: Settings of the run.
-        data: Name, digest and number of rows of the data, and the label of each sentence as ``labels``.
+        data: Name, digest and number of rows of the data, the task of the model as ``task``, and the label of each
+            sentence as ``labels``.
         rows: The measurements.
     """
 
@@ -43,6 +46,11 @@ class ResultFile:
     run: Mapping[str, Any]
     data: Mapping[str, Any]
     rows: tuple[Measurement, ...]
+
+    @property
+    def task(self) -> str:
+        """Returns the task of the model; older files say only whether the model is a multi-label model."""
+        return str(self.data.get("task", MULTI if self.data.get("multi_label") else SINGLE))
 
     def to_json(self) -> str:
         """Returns the text of the file, with one measurement on each line."""
@@ -100,13 +108,15 @@ class ResultFile:
         for key, kind in (("name", str), ("sha256", str), ("rows", int)):
             if not isinstance(self.data.get(key), kind) or not self.data[key]:
                 raise ValueError(f"data.{key} is {self.data.get(key)!r}")
+        if self.task not in TASKS:
+            raise ValueError(f"data.task is {self.task!r}")
         labels = self.data.get("labels", [])
-        if labels and (len(labels) != self.data["rows"] or min(labels) < 0):
-            raise ValueError("the list `labels` needs one integer, 0 or more, for each row of the data")
+        if labels and (len(labels) != self.data["rows"] or not self._are_answers(labels)):
+            raise ValueError("the list `labels` needs one answer for each row of the data")
         if len({(row.model, row.cell) for row in self.rows}) < len(self.rows):
             raise ValueError("two rows have the same cell")
         for row in self.rows:
-            for score in (row.accuracy, row.accuracy_batched):
+            for score in (row.score, row.score_batched):
                 if score and row.status == "ok" and score.count != self.data["rows"]:
                     raise ValueError(f"{row.cell} has {score.count} predictions for {self.data['rows']} sentences")
             for name in ("predictions", "probabilities"):
@@ -114,12 +124,18 @@ class ResultFile:
                 if labels and count not in (0, self.data["rows"]):
                     raise ValueError(f"{row.cell} has {count} {name} for {self.data['rows']} sentences")
             pairs = [(a, len(c)) for a, c in zip(row.predictions, row.probabilities, strict=False) if c is not None]
-            if not all(0 <= a < (1 << n if self.data.get("multi_label") else n) for a, n in pairs):
+            if not all(0 <= a < (1 << n if self.task == MULTI else n) for a, n in pairs):
                 raise ValueError(f"{row.cell} has a prediction without a probability")
-            if labels and row.predictions and row.accuracy:
-                correct = sum(prediction == label for prediction, label in zip(row.predictions, labels, strict=True))
-                if correct != row.accuracy.correct:
-                    raise ValueError(f"{row.cell}: the accuracy does not follow from the predictions")
+            if not self._are_answers(row.predictions):
+                raise ValueError(f"{row.cell} has a prediction that is no answer of its task")
+            if not (labels and row.predictions and row.score):
+                continue
+            if row.score != score_answers(row.predictions, labels, self.task, row.score.batch_size):
+                raise ValueError(f"{row.cell}: the score does not follow from the predictions")
+
+    def _are_answers(self, values: Sequence[Answer]) -> bool:
+        """Returns whether all values can be answers of the task: integers of 0 or more, or any number in regression."""
+        return self.task == REGRESSION or all(isinstance(value, int) and value >= 0 for value in values)
 
 
 @strict
@@ -156,8 +172,25 @@ class _StoredAccuracy:
                 f"the accuracy {self.value} does not follow from {self.correct} correct predictions of {self.count}"
             )
 
-    def to_accuracy(self) -> Accuracy:
+    def to_score(self) -> Accuracy:
         return Accuracy(self.correct, self.count, self.batch_size)
+
+
+@strict
+@dataclass(frozen=True)
+class _StoredRegression:
+    r2: float
+    mean_absolute_error: float
+    root_mean_squared_error: float
+    count: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        if self.r2 > 1 or self.mean_absolute_error < 0 or self.root_mean_squared_error < self.mean_absolute_error:
+            raise ValueError("the errors of the regression contradict each other")
+
+    def to_score(self) -> RegressionScore:
+        return RegressionScore(**vars(self))
 
 
 @strict
@@ -175,6 +208,8 @@ class _StoredRow:
     mend: str = ""
     accuracy: _StoredAccuracy | None = None
     accuracy_batched: _StoredAccuracy | None = None
+    regression: _StoredRegression | None = None
+    regression_batched: _StoredRegression | None = None
     latency_ms: dict[str, float] = field(default_factory=dict)
     with_tokenizing_ms: dict[str, float] = field(default_factory=dict)
     resident_ms: dict[str, float] = field(default_factory=dict)
@@ -187,7 +222,7 @@ class _StoredRow:
     noise: dict[str, float] = field(default_factory=dict)
     samples: dict[str, _StoredSamples] = field(default_factory=dict)
     by_length: dict[int, _StoredSamples] = field(default_factory=dict)
-    predictions: tuple[int, ...] = ()
+    predictions: tuple[Answer, ...] = ()
     probabilities: tuple[tuple[int, ...] | None, ...] = ()
     batch_changed: int | None = None
 
@@ -200,7 +235,11 @@ class _StoredRow:
             item.name: getattr(self, item.name) for item in fields(Measurement) if hasattr(self, item.name)
         }
         values |= {name: samples.to_samples() for name, samples in self.samples.items()}
-        values |= {name: score.to_accuracy() for name in ("accuracy", "accuracy_batched") if (score := values[name])}
+        for field_name, ending in (("score", ""), ("score_batched", BATCHED)):
+            stored = [score for kind in SCORES if (score := getattr(self, kind.key + ending))]
+            if len(stored) > 1:
+                raise ValueError(f"{self.cell} has the scores of two tasks")
+            values[field_name] = stored[0].to_score() if stored else None
         values["by_length"] = {tokens: samples.to_samples() for tokens, samples in self.by_length.items()}
         row = Measurement(**values)
         if row.cell != self.cell:
@@ -221,7 +260,7 @@ class _Stored:
     run: dict[str, Any]
     data: dict[str, Any]
     rows: tuple[_StoredRow, ...]
-    labels: tuple[int, ...] = ()
+    labels: tuple[Answer, ...] = ()
 
     def to_result(self) -> ResultFile:
         data = {**self.data, **({"labels": list(self.labels)} if self.labels else {})}

@@ -155,6 +155,65 @@ def mcnemar(lost: int, won: int) -> float:
     return float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
 
+@functools.lru_cache(maxsize=1024)
+def r2_interval(scores: tuple[float, ...], labels: tuple[float, ...]) -> tuple[float, float]:
+    """Returns the bootstrap confidence interval of the coefficient of determination R², over sentences.
+
+    Args:
+        scores: Predicted score of each sentence.
+        labels: Correct score of each sentence.
+    """
+    import numpy as np
+    from scipy import stats
+
+    def r2(predicted: np.ndarray, correct: np.ndarray, axis: int = -1) -> np.ndarray:
+        variance = correct.var(axis=axis)
+        # A sample whose labels are all equal has no variance to explain.
+        return np.asarray(1 - np.square(predicted - correct).mean(axis=axis) / np.where(variance > 0, variance, np.nan))
+
+    data = (np.array(scores, float), np.array(labels, float))
+    if not data[1].var():  # with equal labels, R² has only the value that `score_answers` defines for them
+        value = float(np.array_equal(*data))
+        return value, value
+    samples = stats.bootstrap(
+        data, r2, paired=True, n_resamples=RESAMPLES, method="percentile", rng=_SEED, batch=100
+    ).bootstrap_distribution
+    low, high = np.nanquantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def correlations(scores: Sequence[float], labels: Sequence[float]) -> tuple[float | None, float | None]:
+    """Returns Pearson's and Spearman's correlation; both are None if all scores or all labels are equal.
+
+    Args:
+        scores: Predicted score of each sentence.
+        labels: Correct score of each sentence.
+    """
+    from scipy import stats
+
+    if len(set(scores)) < 2 or len(set(labels)) < 2:
+        return None, None
+    return float(stats.pearsonr(scores, labels).statistic), float(stats.spearmanr(scores, labels).statistic)
+
+
+def wilcoxon(scores: Sequence[float], baseline_scores: Sequence[float], labels: Sequence[float]) -> float:
+    """Returns the two-sided p-value of Wilcoxon's signed-rank test on the absolute errors of two models.
+
+    The null hypothesis is that the differences of the absolute errors are distributed symmetrically around 0. The
+    p-value is 1 if the two models have the same errors.
+
+    Args:
+        scores: Score of each sentence, predicted by one model.
+        baseline_scores: Score of each sentence, predicted by the other model.
+        labels: Correct score of each sentence.
+    """
+    from scipy import stats
+
+    pairs = zip(scores, baseline_scores, labels, strict=True)
+    differences = [abs(score - label) - abs(baseline - label) for score, baseline, label in pairs]
+    return float(stats.wilcoxon(differences).pvalue) if any(differences) else 1.0
+
+
 def count_by_label(predictions: Sequence[int], labels: Sequence[int], multi: bool) -> list[dict[str, int]]:
     """Counts labelled, predicted and correct rows for every label that occurs in the data or in the predictions.
 

@@ -24,6 +24,7 @@ from toolchain.backends import Place
 from toolchain.backends.ort import OrtSession, saturates
 from toolchain.build.onnx_metadata import license_of, options_by_processor, set_properties
 from toolchain.data.encoding import Encoder, pad
+from toolchain.data.labels import MULTI
 from toolchain.errors import ShippingError
 from toolchain.passes.probabilities import add_probabilities
 from toolchain.ship.bundle_files.verify import BUNDLE, GOLDEN, SCHEMA, TEXT, canonical_id
@@ -130,7 +131,8 @@ def write(contents: Contents, folder: Path) -> dict[str, Any]:
         "target": contents.target.name,
         "model": dataclasses.asdict(contents.provenance),
         "labels": list(manifest.labels),
-        "multi_label": encoder.multi_label,
+        "task": encoder.task,
+        "multi_label": encoder.task == MULTI,
         "max_length": manifest.max_length,
         "pad_id": encoder.pad_id,
         "tokenizer_in_graph": tokenizer or None,
@@ -226,7 +228,7 @@ def _bundle_graph(contents: Contents, artifact: Artifact, encoder: Encoder) -> i
     if contents.with_tokenizer:
         return with_tokenizer(passes.read(artifact.onnx_path), encoder)
     if contents.target.tokenizer_path:
-        return add_probabilities(passes.read(artifact.onnx_path), encoder.multi_label)
+        return add_probabilities(passes.read(artifact.onnx_path), encoder.task)
     if contents.provenance.license != license_of(artifact.manifest):
         return ir.load(artifact.onnx_path)
     return None

@@ -29,6 +29,7 @@ from toolchain.progress import Bar, Say
 from toolchain.results.folder import DEFAULT_FOLDER, ResultsFolder
 from toolchain.results.measurements import Measurement
 from toolchain.results.result_file import ResultFile
+from toolchain.results.scores import Accuracy, Score
 from toolchain.ship import bundles
 from toolchain.ship.bundle_files import verify as bundle_verifier
 from toolchain.ship.bundles import Contents, Provenance
@@ -272,10 +273,17 @@ def _measurement_entry(run: ResultFile, row: Measurement) -> dict[str, Any]:
         "threads": run.run.get("threads"),
         "created": run.created,
         "data": run.data["name"],
-        "accuracy": row.accuracy and {"value": row.accuracy.value, "count": row.accuracy.count},
+        **({row.score.key: _score_entry(row.score)} if row.score else {"accuracy": None}),
         "latency_ms": {name: row.latency_ms[name] for name in ("p50", "p95")} if row.latency_ms else None,
         "sentences_per_s": row.throughput_per_s,
     }
+
+
+def _score_entry(score: Score) -> dict[str, Any]:
+    """Returns the score of a benchmark row without its batch size."""
+    if isinstance(score, Accuracy):
+        return {"value": score.value, "count": score.count}
+    return {"r2": score.r2, "mean_absolute_error": score.mean_absolute_error, "count": score.count}
 
 
 def verify(folder: Path) -> dict[str, Any]:

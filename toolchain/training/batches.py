@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from toolchain.data.encoding import Encoder, pad
+from toolchain.data.labels import MULTI, REGRESSION, SINGLE, Answer
 
 if TYPE_CHECKING:
     import torch
 
 
-# Class labels of all rows, in the form that a loss needs; the property `inputs.Data.targets` returns this type.
-Targets = Sequence[int] | Sequence[Sequence[float]]
+# Correct answers of all rows, in the form that a loss needs; the property `inputs.Data.targets` returns this type.
+Targets = Sequence[int] | Sequence[float] | Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,29 @@ class Batch:
 
     Attributes:
         inputs: The model's inputs by name, each int64 of shape [batch, sequence].
-        labels: Class labels, int64 of shape [batch], or float32 of shape [batch, labels] for a multi-label model.
+        labels: Correct answers. If each row has one label, they are int64 of shape [batch]. For a multi-label model,
+            they are float32 of shape [batch, labels]. For regression, they are float32 of shape [batch].
         rows: Indices of the batch's rows in the data.
     """
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
     rows: list[int]
+
+    @property
+    def task(self) -> str:
+        """Returns the task of the model that has these labels."""
+        if self.labels.dim() == 2:
+            return MULTI
+        return REGRESSION if self.labels.is_floating_point() else SINGLE
+
+    @property
+    def answers(self) -> list[Answer]:
+        """Returns the correct answer of each row, as in `toolchain.data.labels`."""
+        values = self.labels.tolist()
+        if self.task == MULTI:
+            return [sum(1 << i for i, is_set in enumerate(row) if is_set) for row in values]
+        return list(values)
 
 
 def batches(ids: Sequence[Sequence[int]], labels: Targets, encoder: Encoder, size: int) -> list[Batch]:
@@ -54,29 +71,23 @@ def batch(
     return Batch(inputs, torch.tensor([labels[row] for row in rows]), list(rows))
 
 
-def task_loss(logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-    """Returns the cross-entropy between a batch's logits and its class labels.
+def task_loss(logits: torch.Tensor, part: Batch, reduction: str = "mean") -> torch.Tensor:
+    """Returns the loss of a batch's logits on its labels.
 
-    For a multi-label model, the function returns the binary cross-entropy, summed over the labels of each row.
+    The loss is the cross-entropy. For a multi-label model, the loss is the binary cross-entropy, summed over the labels
+    of each row. For regression, the loss is the squared error.
 
     Args:
         logits: The model's logits, of shape [batch, labels].
-        labels: Class labels of the batch, as in `Batch.labels`.
+        part: The batch; its labels may lie on another device than `logits`.
         reduction: How to combine the losses of the rows: ``mean`` or ``sum``.
     """
     from torch.nn import functional
 
-    if labels.dim() == 1:
+    labels = part.labels.to(logits.device)
+    if part.task == SINGLE:
         return functional.cross_entropy(logits, labels, reduction=reduction)
+    if part.task == REGRESSION:
+        return functional.mse_loss(logits[:, 0], labels, reduction=reduction)
     row_losses = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(1)
     return row_losses.sum() if reduction == "sum" else row_losses.mean()
-
-
-def count_correct(logits: torch.Tensor, labels: torch.Tensor) -> int:
-    """Counts the rows with a correct prediction.
-
-    For a multi-label model, a row counts only if the predictions for all labels are correct.
-    """
-    if labels.dim() == 1:
-        return int((logits.argmax(1) == labels).sum())
-    return int(((logits > 0) == labels.bool()).all(1).sum())

@@ -25,7 +25,7 @@ from toolchain.models.architectures import matched_layers
 from toolchain.system import files, hardware
 from toolchain.training import mixed_precision
 from toolchain.training.batches import Batch, Targets, batch, batches
-from toolchain.training.scoring import BATCH, accuracy
+from toolchain.training.scoring import BATCH, score, score_name
 
 if TYPE_CHECKING:
     import torch
@@ -97,10 +97,10 @@ class Examples:
 class _State:
     """Progress of the training run that `key` identifies.
 
-    `held_out` is a list of accuracies on the held-out rows. `losses` is a list of losses on the held-out rows. In both
-    lists, entry 0 describes the model before the first step, and entry n describes the model after epoch n. `best` is
-    the number of the epoch after which the model had its best score, or 0 if the model before the first step had its
-    best score. The function `train` explains the score.
+    `held_out` is a list of scores on the held-out rows: accuracies, or R² for regression. `losses` is a list of losses
+    on the held-out rows. In both lists, entry 0 describes the model before the first step, and entry n describes the
+    model after epoch n. `best` is the number of the epoch after which the model had its best score, or 0 if the model
+    before the first step had its best score. The function `train` explains the score.
     """
 
     key: str
@@ -165,6 +165,7 @@ def train(
         "rows": len(epoch_rows.ids),
         "steps": run.state.step,
         "best_epoch": run.state.best,
+        "score": score_name(held_out_batches),
         "held_out_accuracy": [round(value, 4) for value in run.state.held_out],
         "held_out_loss": [round(value, 4) for value in run.state.losses],
         "held_out_rows": len(held_out.ids),
@@ -283,13 +284,13 @@ class _Run:
                 )
             with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
                 outputs = self._model(**inputs, output_hidden_states=states)
-        return loss(outputs, teacher_outputs, inputs, part.labels.to(self.device), self._weights)
+        return loss(outputs, teacher_outputs, inputs, part, self._weights)
 
     def judge(self, rows: list[Batch]) -> None:
         """Scores the current weights and stores them if no earlier weights have a better score."""
         import torch
 
-        self.state.held_out.append(accuracy(self._model, rows))
+        self.state.held_out.append(score(self._model, rows))
         with torch.no_grad():
             total = sum(float(self._loss(part)) * len(part.labels) for part in rows)
         self.state.losses.append(total / sum(len(part.labels) for part in rows))

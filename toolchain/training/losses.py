@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from toolchain.training.batches import task_loss
+from toolchain.data.labels import MULTI, REGRESSION
+from toolchain.training.batches import Batch, task_loss
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Weights:
 
 
 def loss(
-    outputs: Any, teacher_outputs: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor, weights: Weights
+    outputs: Any, teacher_outputs: Any, inputs: dict[str, torch.Tensor], part: Batch, weights: Weights
 ) -> torch.Tensor:
     """Returns the loss of a model's outputs for one batch.
 
@@ -42,14 +43,14 @@ def loss(
     Args:
         outputs: Outputs of the model under training.
         teacher_outputs: Outputs of the model's teacher; None without a teacher.
-        inputs: The model's inputs by name, with ``attention_mask`` if `weights.states` is not 0.
-        labels: Class labels of the batch, as in `Batch.labels`.
+        inputs: The model's inputs on its device by name, with ``attention_mask`` if `weights.states` is not 0.
+        part: The batch.
         weights: Weights of the loss's terms for labels, logits and hidden states.
     """
-    total = weights.task * task_loss(outputs.logits.float(), labels) if weights.task else outputs.logits.new_zeros(())
+    total = weights.task * task_loss(outputs.logits.float(), part) if weights.task else outputs.logits.new_zeros(())
     if weights.task < 1:
         total = total + (1 - weights.task) * _logit_loss(
-            outputs.logits, teacher_outputs.logits, weights.temperature, labels.dim() == 2
+            outputs.logits, teacher_outputs.logits, weights.temperature, part.task
         )
     if weights.states:
         total = total + weights.states * _state_loss(
@@ -58,10 +59,16 @@ def loss(
     return total
 
 
-def _logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float, multi: bool) -> torch.Tensor:
-    """Returns the Kullback-Leibler divergence between student and teacher; sums over the labels if `multi` is true."""
+def _logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float, task: str) -> torch.Tensor:
+    """Returns the Kullback-Leibler divergence between student and teacher.
+
+    For a multi-label model, the function sums the divergence over the labels. For regression, the function returns the
+    mean squared difference of the scores.
+    """
+    if task == REGRESSION:
+        return functional.mse_loss(student.float(), teacher.float())
     student, teacher = student.float() / temperature, teacher.float() / temperature
-    if multi:
+    if task == MULTI:
         # In a multi-label model, each label is a separate yes-or-no prediction.
         student, teacher = (functional.logsigmoid(torch.cat([x, -x], dim=-1)) for x in (student, teacher))
     else:

@@ -312,8 +312,8 @@ class _Judge:
 
 
 def _accuracy(row: Measurement) -> float:
-    assert row.accuracy is not None  # the benchmark predicts every held-out row, so each cell has an accuracy
-    return row.accuracy.value
+    assert row.score is not None  # the benchmark predicts every held-out row, so each cell has an accuracy
+    return row.score.value
 
 
 def _speedup(slower: Samples | None, faster: Samples | None) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +13,18 @@ from toolchain.artifacts.steps import Import
 from toolchain.backends import lora
 from toolchain.backends.pytorch import check_finite, describe, load_model
 from toolchain.build.job import Job, StepResult
-from toolchain.data.labels import MULTI
+from toolchain.data.labels import SINGLE
 from toolchain.errors import ArtifactError, CheckpointError, first_line
-from toolchain.models.checkpoints import CARD, OWN_WEIGHTS, SHAPES, WEIGHTS, has_tokenizer, license_of
+from toolchain.models.checkpoints import (
+    CARD,
+    OWN_WEIGHTS,
+    SHAPES,
+    WEIGHTS,
+    config_of,
+    has_tokenizer,
+    label_set,
+    license_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,6 +54,9 @@ def import_checkpoint(job: Job[Import]) -> StepResult:
             f"The tokenizer has {len(tokenizer)} tokens, but the embedding table has {rows} rows.",
             "Find the tokenizer that the training of the model used, and save this tokenizer in the model's folder.",
         )
+    if len(model.config.id2label or {}) == 1:
+        # Without a problem_type, one output also means a regression.
+        model.config.problem_type = "regression"
     # Weights of any size go into one file, because every later step reads exactly one file.
     try:
         model.save_pretrained(job.folder, safe_serialization=True, max_shard_size="1TB")
@@ -72,17 +83,16 @@ def import_checkpoint(job: Job[Import]) -> StepResult:
         raise CheckpointError(
             f"The embedding table has no row for the pad_token_id {model.config.pad_token_id}.", "Correct config.json."
         )
-    id2label: Mapping[Any, str] = model.config.id2label or {}
-    labels = tuple(str(id2label[index]) for index in range(len(id2label)))
+    labels = label_set(job.folder, config_of(job.folder))
     return StepResult(
         step=job.step,
         inputs=tuple(TensorSpec(name, "int64", ("batch_size", "sequence_length")) for name in names),
-        outputs=(TensorSpec("logits", "float32", ("batch_size", len(labels))),),
-        labels=labels,
+        outputs=(TensorSpec("logits", "float32", ("batch_size", len(labels.names))),),
+        labels=labels.names,
         max_length=_max_length(model, tokenizer),
         facts={
             **describe(model, model.state_dict()),
-            **({"multi_label": True} if model.config.problem_type == MULTI else {}),
+            **({} if labels.task == SINGLE else {"task": labels.task}),
             **license_facts(job.checkpoint, job.base),
             **_training_data_facts(job.checkpoint),
         },

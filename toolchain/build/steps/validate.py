@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.files import Text
-from toolchain.data.labels import answers, margins
+from toolchain.data.labels import REGRESSION, answers, margins
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4  # Largest |Δlogit| allowed for an fp32 variant, which may differ only by rounding.
 MAX_FLIPS = 0.02  # Share of all sentences that may flip in a quantised variant.
 CONFIDENCE = 0.95  # Validation fails if, with 95 % confidence, more than `MAX_FLIPS` of all sentences flip.
+# Limit of a quantised regression model: largest |Δscore| of a sentence / standard deviation of the reference's scores.
+MAX_SHIFT = 0.5
 SENTENCES = 200
 SEED = 20
 LENGTHS = (1, 2, 3, 8, 25, 64, 128, 512)
@@ -80,8 +82,9 @@ def validate(
     """Compares the logits of two sessions on the batches of `grid` and on each of the `sentences` alone.
 
     The agreement ``exact`` requires finite logits and every |Δlogit| ≤ `TOLERANCE`. The agreement ``close`` requires
-    finite logits and at most `allowed_flips` flips. The agreement ``free`` requires only finite logits, because pruning
-    and recovery make another model.
+    finite logits and at most `allowed_flips` flips. For regression, it instead requires that no sentence's score moves
+    by more than `MAX_SHIFT` standard deviations of the reference's scores. The agreement ``free`` requires only finite
+    logits, because pruning and recovery make another model.
 
     Args:
         contender: Session of the artifact.
@@ -95,7 +98,9 @@ def validate(
 
     Returns:
         The report: verdict, largest and mean |Δlogit|, worst batch of the grid and number of flips. `flip_margins`
-        holds the reference's margin (`labels.margins`) in each sentence that flips.
+        holds the reference's margin (`labels.margins`) in each sentence that flips. For regression, the report holds
+        `shift` instead of the flips: the largest |Δscore| of a sentence in standard deviations of the reference's
+        scores.
     """
     import numpy as np
 
@@ -106,18 +111,17 @@ def validate(
         reference_batch = batch if reference_ids is None else {**batch, "input_ids": reference_ids[batch["input_ids"]]}
         grid_deltas[name] = _max_delta(contender.run(batch), reference.run(reference_batch))
     deltas: list[float] = []
-    flip_margins: list[float] = []
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
     for row, reference_row in zip(encoder.encode(sentences), reference_encoder.encode(sentences), strict=True):
         logits = contender.run(pad([row], encoder.names, encoder.pad_id))
         reference_logits = reference.run(pad([reference_row], reference_encoder.names, reference_encoder.pad_id))
         deltas.append(_max_delta(logits, reference_logits))
-        if answers(logits, encoder.multi_label) != answers(reference_logits, encoder.multi_label):
-            flip_margins.append(float(margins(reference_logits, encoder.multi_label)[0]))
+        pairs.append((logits, reference_logits))
     worst_case = max(grid_deltas, key=lambda name: grid_deltas[name])
     is_finite = bool(np.isfinite([*grid_deltas.values(), *deltas]).all())
     largest_delta = max(grid_deltas[worst_case], *deltas)
-    flips = len(flip_margins)
-    agreement_checks = {"exact": largest_delta <= TOLERANCE, "close": flips <= allowed_flips(len(deltas)), "free": True}
+    is_close, changes = (_shift if encoder.task == REGRESSION else _flips)(pairs, encoder.task)
+    agreement_checks = {"exact": largest_delta <= TOLERANCE, "close": is_close, "free": True}
     is_valid = is_finite and agreement_checks[agreement]
     return {
         "passed": bool(is_valid),
@@ -128,9 +132,40 @@ def validate(
         "largest_delta": _round_to_json(largest_delta),
         "mean_delta": _round_to_json(float(np.mean(deltas))),
         "sentences": len(deltas),
-        "flips": flips,
-        "flip_margins": [_round_to_json(margin) for margin in flip_margins],
+        **changes,
     }
+
+
+def _flips(pairs: Sequence[tuple[np.ndarray, np.ndarray]], task: str) -> tuple[bool, dict[str, Any]]:
+    """Returns whether the number of flips is allowed, and the flips for the report of `validate`.
+
+    Args:
+        pairs: Logits of the contender and of the reference for each sentence.
+        task: Task of both models.
+    """
+    flip_margins = [
+        float(margins(reference_logits, task)[0])
+        for logits, reference_logits in pairs
+        if answers(logits, task) != answers(reference_logits, task)
+    ]
+    flips = len(flip_margins)
+    report = {"flips": flips, "flip_margins": [_round_to_json(margin) for margin in flip_margins]}
+    return flips <= allowed_flips(len(pairs)), report
+
+
+def _shift(pairs: Sequence[tuple[np.ndarray, np.ndarray]], task: str) -> tuple[bool, dict[str, Any]]:
+    """Returns whether the largest shift of a score is allowed, and the shift for the report of `validate`.
+
+    The arguments are those of `_flips`.
+    """
+    import numpy as np
+
+    scores, reference_scores = (
+        np.array([answers(logits, task)[0] for logits in each]) for each in zip(*pairs, strict=True)
+    )
+    # Equal scores have no spread. Then a difference above `TOLERANCE` is too large.
+    shift = float(np.abs(scores - reference_scores).max() / max(reference_scores.std(), TOLERANCE))
+    return shift <= MAX_SHIFT, {"shift": _round_to_json(shift)}
 
 
 def _map_token_ids(reference_encoder: Encoder, encoder: Encoder) -> np.ndarray:
@@ -177,10 +212,16 @@ def _round_to_json(value: float) -> float | None:
 def validation_summary(report: dict[str, Any]) -> str:
     """Returns a one-line summary of a validation report."""
     delta = "not finite" if not report["finite"] else f"{report['largest_delta']:.2g} (worst: {report['worst_case']})"
-    flips = f"{report['flips']} of {report['sentences']} sentences flipped"
+    if "shift" in report:
+        shift = "unknown" if report["shift"] is None else f"{report['shift']:.3g}"
+        changes = f"largest shift of a score {shift} standard deviations"
+        allowed = f"{MAX_SHIFT:g}"
+    else:
+        changes = f"{report['flips']} of {report['sentences']} sentences flipped"
+        allowed = f"{allowed_flips(report['sentences'])}"
     limits = {
         "exact": f"≤ {TOLERANCE:g} allowed",
-        "close": f"≤ {allowed_flips(report['sentences'])} allowed",
+        "close": f"≤ {allowed} allowed",
         "free": "no limit, because pruning or recovery makes another model",
     }[report["agreement"]]
-    return f"largest |Δlogit| {delta}, {flips}, {limits}"
+    return f"largest |Δlogit| {delta}, {changes}, {limits}"

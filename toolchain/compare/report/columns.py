@@ -7,51 +7,14 @@ from dataclasses import dataclass, replace
 
 from toolchain.artifacts.fact_summaries import summarize_pruning, summarize_vocabulary
 from toolchain.artifacts.names import VariantName
+from toolchain.compare.report.figure import Figure, show_figure
 from toolchain.compare.rows import Row
 from toolchain.errors import UnknownVariantError
+from toolchain.results.scores import SCORES, Accuracy, RegressionScore, Score
 from toolchain.results.statistics import Ratio
 
-NOTHING = "–"
 FRONT = "◆"
 FIGURES = ("ok", "reported")  # Statuses of the rows that have figures.
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure or name of a row, as a table shows it.
-
-    Attributes:
-        text: The figure without its note, or the name.
-        number: Number by which tables sort the figure: the first number in `text`. None if `text` is a name, such as
-            the name of a model.
-        note: Text that compares the figure with the baseline, such as ``1.52×``; may be empty.
-    """
-
-    text: str
-    number: float | None = None
-    note: str = ""
-
-    @classmethod
-    def from_number(cls, value: float | None, form: str, suffix: str = "", note: str = "") -> Figure | None:
-        """Returns a number as a figure; None if the number is unknown.
-
-        Args:
-            value: The number; None if it is unknown.
-            form: Format specification of the number.
-            suffix: Text after the number.
-            note: Text that compares the figure with the baseline, such as ``1.52×``; may be empty.
-        """
-        if value is None:
-            return None
-        text = format(value, form)
-        return cls(text + suffix, float(text), note)
-
-    def with_unit(self, unit: str) -> str:
-        """Returns the figure with its unit and its note."""
-        return " ".join(filter(None, [self.text, unit, f"({self.note})" if self.note else ""]))
-
-    def __str__(self) -> str:
-        return self.with_unit("")
 
 
 @dataclass(frozen=True)
@@ -77,11 +40,6 @@ class Column:
         return show_figure(self.figure(row))
 
 
-def show_figure(figure: Figure | None) -> str:
-    """Returns the text of a figure; `NOTHING` if there is no figure."""
-    return NOTHING if figure is None else str(figure)
-
-
 def _note(row: Row, ratio: Ratio | float | None) -> str:
     """Returns a ratio to the baseline as text; ``no difference`` if its interval includes 1; empty for the baseline."""
     if row.measurement is row.baseline or ratio is None:
@@ -93,10 +51,32 @@ def _note(row: Row, ratio: Ratio | float | None) -> str:
     return f"{ratio:.1f}×" if ratio >= 10 else f"{ratio:.2f}×"
 
 
-def _accuracy(row: Row) -> Figure | None:
-    score, points = row.measurement.accuracy, row.accuracy_points
+def score_figure(row: Row) -> Figure | None:
+    """Returns the value of the row's score in percent, with the points above the baseline; None without a score."""
+    score, points = row.measurement.score, row.accuracy_points
     note = "" if points is None or row.measurement is row.baseline else f"{points:+.2f}"
     return Figure.from_number(100 * score.value, ".2f", "%", note) if score else None
+
+
+def _score_column(kind: type[Score]) -> Column:
+    """Returns the column of a kind of score, which shows only rows with this kind of score."""
+    return Column(
+        kind.key,
+        f"{kind.name} (points)",
+        lambda row: score_figure(row) if isinstance(row.measurement.score, kind) else None,
+        optional=True,
+    )
+
+
+def _mean_absolute_error(row: Row) -> Figure | None:
+    score = row.measurement.score
+    return Figure.from_number(score.mean_absolute_error, ".4g") if isinstance(score, RegressionScore) else None
+
+
+def score_names(rows: Sequence[Row]) -> str:
+    """Returns the names of the rows' scores, such as ``accuracy`` or ``accuracy or R²``."""
+    names = dict.fromkeys(row.measurement.score.name for row in rows if row.measurement.score)
+    return " or ".join(names) or Accuracy.name
 
 
 def _p50(row: Row) -> Figure | None:
@@ -162,7 +142,8 @@ def _has_fallback(row: Row) -> bool:
 CELL = Column("cell", "cell", _cell)
 COLUMNS = (
     CELL,
-    Column("accuracy", "accuracy (points)", _accuracy),
+    *map(_score_column, SCORES),
+    Column("mean absolute error", "mean absolute error", _mean_absolute_error, optional=True),
     Column("p50", "p50 ms (faster)", _p50, "ms"),
     Column("p95", "p95 ms", lambda row: Figure.from_number(row.measurement.latency_ms.get("p95"), ".2f"), "ms"),
     Column(
@@ -405,12 +386,13 @@ def speedup_over_unpruned(row: Row, rows: Sequence[Row]) -> tuple[str, Ratio] | 
 def _method_note(row: Row) -> str:
     """Returns a note on how latency, accuracy and throughput of the row's run are measured."""
     settings, count = row.run.run, row.run.data["rows"]
-    single_count, score = settings.get("single_sentences", count), row.measurement.accuracy
+    single_count, score = settings.get("single_sentences", count), row.measurement.score
     batch = score.batch_size if score else 1
-    figures = "Latency and accuracy are" if batch == 1 else "Latency is"
+    name = score.name if score else Accuracy.name
+    figures = f"Latency and {name} are" if batch == 1 else "Latency is"
     if single_count >= count:
         latency = f"{figures} measured at batch 1, with each sentence at its own length."
     else:
         latency = f"{figures} measured at batch 1, on {single_count} of {count} sentences, each at its own length."
     text = f"{latency} Sentences/s is measured in length-sorted batches of {settings['batch_size']}."
-    return text if batch == 1 else f"{text} Accuracy is measured on all sentences in batches of {batch}."
+    return text if batch == 1 else f"{text} The {name} is measured on all sentences in batches of {batch}."

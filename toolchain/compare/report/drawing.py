@@ -16,7 +16,7 @@ from toolchain.compare.report.canvas import (
     place_labels_at_end,
     runtime_style,
 )
-from toolchain.compare.report.columns import speedup_over_unpruned
+from toolchain.compare.report.columns import score_names, speedup_over_unpruned
 from toolchain.compare.report.panels import Panel, printable
 from toolchain.compare.rows import Row
 
@@ -34,7 +34,7 @@ def accuracy_latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
     Returns:
         The figure and its description; None if no row has both accuracy and latency.
     """
-    shown = _select_rows(panels, lambda row: row.measurement.accuracy and latency_ms(row))
+    shown = _select_rows(panels, lambda row: row.measurement.score and latency_ms(row))
     if not shown:
         return None
     figure, grid = canvas([_point_panel_height(panel) for panel in shown], sharex=True, sharey=True)
@@ -44,7 +44,7 @@ def accuracy_latency(panels: Sequence[Panel]) -> tuple[Figure, str] | None:
         axes.step(*zip(*front, strict=True), where="post", color=INK, **DASHED)
         for row in panel.rows:
             _draw_point(axes, row)
-        axes.set_ylabel("accuracy, %")
+        axes.set_ylabel(f"{score_names(panel.rows)}, %")
         axis_of(axes.xaxis, [latency_ms(row) for part in shown for row in part.rows])
     means = any("p50" not in row.measurement.latency_ms for panel in shown for row in panel.rows)
     grid[-1][0].set_xlabel("latency at batch 1, ms" + ("; hollow: mean, published" if means else ", median"))
@@ -70,7 +70,7 @@ def latency_ms(row: Row) -> float:
 
 
 def _accuracy_percent(row: Row) -> float:
-    return 100 * row.measurement.accuracy.value if row.measurement.accuracy else 0.0
+    return 100 * row.measurement.score.value if row.measurement.score else 0.0
 
 
 def _accuracy_front(panel: Panel) -> list[Row]:

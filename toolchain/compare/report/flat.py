@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from toolchain.compare.rows import Row
+from toolchain.results.scores import Accuracy, RegressionScore, Score
 
 # A spreadsheet reads a text with one of these first characters as a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -33,13 +34,13 @@ COLUMNS: dict[str, Callable[[Row], Any]] = {
     "reason": lambda row: row.measurement.reason,
     "mend": lambda row: row.measurement.mend,
     "baseline": lambda row: row.baseline and row.baseline.cell,
-    "accuracy": lambda row: row.measurement.accuracy and row.measurement.accuracy.value,
-    "accuracy_low": lambda row: row.quality and row.quality.low,
-    "accuracy_high": lambda row: row.quality and row.quality.high,
+    "accuracy": lambda row: _score(row, Accuracy, "value"),
+    "accuracy_low": lambda row: row.quality.low if row.quality and not _is_regression(row) else None,
+    "accuracy_high": lambda row: row.quality.high if row.quality and not _is_regression(row) else None,
     "accuracy_points": lambda row: row.accuracy_points,
     "lost": lambda row: row.quality and row.quality.lost,
     "won": lambda row: row.quality and row.quality.won,
-    "mcnemar_p": lambda row: row.quality and row.quality.p,
+    "mcnemar_p": lambda row: row.quality.p if row.quality and not _is_regression(row) else None,
     "macro_f1": lambda row: row.quality and row.quality.macro_f1,
     "balanced_accuracy": lambda row: row.quality and row.quality.balanced_accuracy,
     "calibration_error": lambda row: row.quality and row.quality.calibration_error,
@@ -73,7 +74,24 @@ COLUMNS: dict[str, Callable[[Row], Any]] = {
     "pareto": lambda row: row.pareto,
     "noisy": lambda row: row.noisy,
     "stale": lambda row: row.stale,
+    "r2": lambda row: _score(row, RegressionScore, "r2"),
+    "r2_low": lambda row: row.quality.low if row.quality and _is_regression(row) else None,
+    "r2_high": lambda row: row.quality.high if row.quality and _is_regression(row) else None,
+    "mean_absolute_error": lambda row: _score(row, RegressionScore, "mean_absolute_error"),
+    "root_mean_squared_error": lambda row: _score(row, RegressionScore, "root_mean_squared_error"),
+    "pearson": lambda row: row.quality and row.quality.pearson,
+    "spearman": lambda row: row.quality and row.quality.spearman,
+    "wilcoxon_p": lambda row: row.quality.p if row.quality and _is_regression(row) else None,
 }
+
+
+def _is_regression(row: Row) -> bool:
+    return isinstance(row.measurement.score, RegressionScore)
+
+
+def _score(row: Row, kind: type[Score], name: str) -> Any:
+    """Returns a figure of the row's score; None if the row has no score of this kind."""
+    return getattr(row.measurement.score, name) if isinstance(row.measurement.score, kind) else None
 
 
 def to_csv(rows: Sequence[Row]) -> str:

@@ -102,7 +102,7 @@ class Texts:
         data = self._embedded if self._embedded and self._embedded.sha256 == run.data["sha256"] else None
         labels = run.data["labels"] if rows else ()
         names = run.data.get("label_names")  # result files of older releases lack the key `label_names`
-        label_set = LabelSet(tuple(names), bool(run.data.get("multi_label"))) if names else data and data.label_set
+        label_set = LabelSet(tuple(names), run.task) if names else data and data.label_set
         shown = [
             Sentence(
                 row + 1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from toolchain.compare.report.columns import NOTHING
+from toolchain.compare.report.figure import NOTHING
 from toolchain.compare.report.sections import Entry, Table
 from toolchain.results.result_file import ResultFile
 

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from toolchain.compare.report.columns import (
     CELL,
     COLUMNS,
-    Figure,
     columns,
     group_columns,
     host_name,
     row_marks,
-    show_figure,
+    score_names,
     to_megabytes,
 )
+from toolchain.compare.report.figure import Figure, show_figure
 from toolchain.compare.report.panels import Panel
 from toolchain.compare.rows import Quality, Row
+from toolchain.results.scores import Accuracy
 
 # Header of a column, and the function that returns the figure of a row.
 _FigureColumn = tuple[str, Callable[[Row], Figure | None]]
@@ -123,20 +124,29 @@ def marks(table: Table) -> list[tuple[str, str]]:
 
 def quality(rows: Sequence[Row]) -> Table | None:
     """Returns the table of scores beyond accuracy, without empty columns; None if no row has scores."""
+    scored = [row for row in rows if row.quality]
     figures: list[_FigureColumn] = [
-        ("accuracy, 95 % interval", _quality_figure(lambda q: _interval((100 * q.low, 100 * q.high), ".2f", "%"))),
+        (
+            f"{score_names(scored)}, 95 % interval",
+            _quality_figure(lambda q: _interval((100 * q.low, 100 * q.high), ".2f", "%")),
+        ),
         ("macro-F1", _quality_figure(lambda q: Figure.from_number(q.macro_f1, ".4f"))),
         ("balanced accuracy", _quality_figure(lambda q: Figure.from_number(q.balanced_accuracy, ".4f"))),
         ("lost", _quality_figure(lambda q: Figure.from_number(q.lost, "d"))),
         ("won", _quality_figure(lambda q: Figure.from_number(q.won, "d"))),
-        ("McNemar p", _quality_figure(lambda q: Figure.from_number(q.p, ".2g"))),
+        ("root mean squared error", _quality_figure(lambda q: Figure.from_number(q.root_mean_squared_error, ".4g"))),
+        ("Pearson", _quality_figure(lambda q: Figure.from_number(q.pearson, ".4f"))),
+        ("Spearman", _quality_figure(lambda q: Figure.from_number(q.spearman, ".4f"))),
+        ("McNemar p", _quality_figure(lambda q: Figure.from_number(q.p if q.test == "McNemar" else None, ".2g"))),
+        ("Wilcoxon p", _quality_figure(lambda q: Figure.from_number(q.p if q.test == "Wilcoxon" else None, ".2g"))),
         ("largest shift", _quality_figure(lambda q: Figure.from_number(q.largest_shift, ".4f"))),
         ("mean shift", _quality_figure(lambda q: Figure.from_number(q.mean_shift, ".4f"))),
         ("calibration error", _quality_figure(lambda q: Figure.from_number(q.calibration_error, ".4f"))),
         ("changed in a batch", _quality_figure(lambda q: Figure.from_number(q.batch_changed, "d"))),
     ]
-    scored = [row for row in rows if row.quality]
-    return _row_table("Scores of the answers beyond their accuracy", rows, scored, _filled(figures, scored))
+    return _row_table(
+        f"Scores of the answers beyond their {score_names(scored)}", rows, scored, _filled(figures, scored)
+    )
 
 
 def stages(rows: Sequence[Row]) -> Table | None:
@@ -215,11 +225,11 @@ def best_rows(panel: Panel) -> list[tuple[str, str, list[str]]]:
     Returns:
         For each figure, a tuple of three values. The first value names the best row's advantage, such as ``smallest``
         for the figure ``size``. The second value is the name of the best row. The third value is a list of texts: the
-        figure of the best row, and the accuracy of the best row if the accuracy is known. For the figure ``accuracy``,
-        the list holds only the accuracy.
+        figure of the best row, and the score of the best row if the score is known. For the score itself, the
+        list holds only the score.
     """
     categories: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
-        ("accuracy", "most accurate", _negative_accuracy),
+        ("score", "most accurate", _negative_score),
         ("p50", "fastest at batch 1", lambda row: row.measurement.latency_ms.get("p50")),
         ("throughput", "most sentences a second", lambda row: -(row.measurement.throughput_per_s or 0)),
         ("size", "smallest", lambda row: row.measurement.size_bytes.get("total")),
@@ -230,19 +240,26 @@ def best_rows(panel: Panel) -> list[tuple[str, str, list[str]]]:
     columns_by_name = {column.name: column for column in COLUMNS}
     best = []
     for name, category, cost in categories:
-        column = columns_by_name[name]
+        column = columns_by_name.get(name)
         measured_rows = [row for row in rows if row.measurement.status == "ok" and cost(row)]
         if len(measured_rows) > 1:
             row = min(measured_rows, key=lambda row: cost(row) or 0.0)
-            figure, accuracy = column.figure(row), row.measurement.accuracy
-            texts = [figure.with_unit(column.unit)] if figure else []
-            texts += [f"{accuracy.value:.2%} right"] if accuracy and name != "accuracy" else []
+            figure, score = column and column.figure(row), row.measurement.score
+            texts = [figure.with_unit(column.unit)] if column and figure else []
+            texts += [_score_text(row)] if score else []
             best.append((category, panel.label(row), texts))
     return best
 
 
-def _negative_accuracy(row: Row) -> float | None:
-    return -row.measurement.accuracy.value if row.measurement.accuracy else None
+def _score_text(row: Row) -> str:
+    score = row.measurement.score
+    if score is None:
+        return ""
+    return f"{score.value:.2%} right" if isinstance(score, Accuracy) else f"{score.name} {score.value:.2%}"
+
+
+def _negative_score(row: Row) -> float | None:
+    return -row.measurement.score.value if row.measurement.score else None
 
 
 def rows_without_figures(rows: Sequence[Row]) -> Table | None:

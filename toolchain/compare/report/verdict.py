@@ -17,6 +17,7 @@ _SHOWN = {
     "peak_memory_bytes": ("peak", "peak memory", "MB", 1e6),
     "size_bytes": ("size", "size", "MB", 1e6),
     "accuracy": ("accuracy", "wrong answers", "%", 0.01),
+    "mean_absolute_error": ("mean absolute error", "mean absolute error", "", 1.0),
 }
 
 
@@ -86,10 +87,10 @@ def _figures(row: Row) -> str:
     parts = [
         f"{name} {measurement.latency_ms[name]:.2f} ms" for name in ("p50", "p95") if name in measurement.latency_ms
     ]
-    if measurement.accuracy:
+    if measurement.score:
         points = [] if row.accuracy_points is None else [f"{row.accuracy_points:+.2f} points"]
         note = ", ".join([*points, *filter(None, [chance_remark(row)])])
-        parts.append(f"accuracy {measurement.accuracy.value:.2%}" + (f" ({note})" if note else ""))
+        parts.append(f"{measurement.score.name} {measurement.score.value:.2%}" + (f" ({note})" if note else ""))
     for name, count in (
         ("size", measurement.size_bytes.get("total")),
         ("peak memory", measurement.memory_bytes.get("peak")),

@@ -1,7 +1,7 @@
 """Classifies texts with onnxruntime, tokenizers and numpy, for example: python classify.py "a charming film".
 
-The script prints one line for each text: label, probability and text. Without arguments, the script reads the texts
-from standard input, one text per line.
+The script prints one line for each text: label, probability and text. For a regression model, the line holds score and
+text. Without arguments, the script reads the texts from standard input, one text per line.
 """
 
 import os
@@ -57,7 +57,7 @@ class Classifier:
         bundle = json.loads((Path(folder) / "bundle.json").read_text(encoding="utf-8"))
         model = next(m for m in bundle["models"] if variant in (None, m["variant"]))
         self.labels: list[str] = bundle["labels"]
-        self.multi_label: bool = bundle["multi_label"]
+        self.task: str = bundle["task"]
         self._inputs = [spec["name"] for spec in model["inputs"]]
         options = session_options()
         file = str(Path(folder) / model["file"])
@@ -67,7 +67,7 @@ class Classifier:
         self._tokenizer.enable_padding(pad_id=bundle["pad_id"])
 
     def __call__(self, texts: Sequence[str]) -> list[dict[str, float]]:
-        """Returns the probability of every label for each text.
+        """Returns the probability of every label for each text; for a regression model, the score.
 
         All texts run in one batch, so pass only a few texts per call. If a text can have several labels, each
         probability is independent of the others.
@@ -79,18 +79,27 @@ class Classifier:
             "token_type_ids": [row.type_ids for row in rows],
         }
         logits = self._session.run(None, {name: np.array(arrays[name], np.int64) for name in self._inputs})[0]
-        if self.multi_label:
-            probabilities = 1 / (1 + np.exp(-logits))
+        if self.task == "regression":
+            values = logits
+        elif self.task == "multi_label_classification":
+            values = 1 / (1 + np.exp(-logits))
         else:
             odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-            probabilities = odds / odds.sum(axis=1, keepdims=True)
-        return [dict(zip(self.labels, map(float, row), strict=True)) for row in probabilities]
+            values = odds / odds.sum(axis=1, keepdims=True)
+        return [dict(zip(self.labels, map(float, row), strict=True)) for row in values]
 
 
 if __name__ == "__main__":
     classify = Classifier()
     for line in sys.argv[1:] or map(str.rstrip, sys.stdin):
         scores = classify([line])[0]
+        if classify.task == "regression":
+            print(f"{scores[classify.labels[0]]:.4f}\t{line}")
+            continue
         best = max(scores, key=lambda label: scores[label])
-        predicted = [label for label in scores if scores[label] > 0.5] if classify.multi_label else [best]
+        predicted = (
+            [label for label in scores if scores[label] > 0.5]
+            if classify.task == "multi_label_classification"
+            else [best]
+        )
         print(f"{'|'.join(predicted)}\t{','.join(f'{scores[label]:.4f}' for label in predicted)}\t{line}")

@@ -1,7 +1,7 @@
 """Classifies texts with onnxruntime and onnxruntime-extensions, for example: python classify.py "a charming film".
 
-The script prints one line for each text: label, probability and text. Without arguments, the script reads the texts
-from standard input, one text per line.
+The script prints one line for each text: label, probability and text. For a regression model, the line holds score and
+text. Without arguments, the script reads the texts from standard input, one text per line.
 """
 
 import os
@@ -57,19 +57,20 @@ class Classifier:
         bundle = json.loads((Path(folder) / "bundle.json").read_text(encoding="utf-8"))
         model = next(m for m in bundle["models"] if variant in (None, m["variant"]))
         self.labels: list[str] = bundle["labels"]
-        self.multi_label: bool = bundle["multi_label"]
+        self.task: str = bundle["task"]
         options = session_options()
         options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
         file = str(Path(folder) / model["file"])
         self._session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
     def __call__(self, texts: Sequence[str]) -> list[dict[str, float]]:
-        """Returns the probability of every label for each text.
+        """Returns the probability of every label for each text; for a regression model, the score.
 
         All texts run in one batch, so pass only a few texts per call. If a text can have several labels, each
         probability is independent of the others.
         """
-        rows = self._session.run(["probabilities"], {"text": np.array(texts, dtype=object)})[0]
+        output = "logits" if self.task == "regression" else "probabilities"
+        rows = self._session.run([output], {"text": np.array(texts, dtype=object)})[0]
         return [dict(zip(self.labels, map(float, row), strict=True)) for row in rows]
 
 
@@ -77,6 +78,13 @@ if __name__ == "__main__":
     classify = Classifier()
     for line in sys.argv[1:] or map(str.rstrip, sys.stdin):
         scores = classify([line])[0]
+        if classify.task == "regression":
+            print(f"{scores[classify.labels[0]]:.4f}\t{line}")
+            continue
         best = max(scores, key=lambda label: scores[label])
-        predicted = [label for label in scores if scores[label] > 0.5] if classify.multi_label else [best]
+        predicted = (
+            [label for label in scores if scores[label] > 0.5]
+            if classify.task == "multi_label_classification"
+            else [best]
+        )
         print(f"{'|'.join(predicted)}\t{','.join(f'{scores[label]:.4f}' for label in predicted)}\t{line}")

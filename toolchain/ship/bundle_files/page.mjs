@@ -62,11 +62,22 @@ function labelRow({ label, score }, isBest) {
   return row;
 }
 
+/** Returns the score of a text as a paragraph. The pipeline cannot give it: the softmax of one logit is always 1. */
+async function scoreText() {
+  const tokens = await pipe.tokenizer(text.value, { truncation: true, max_length: bundle.max_length });
+  const { logits } = await pipe.model(tokens);
+  return [paragraphOf(`${bundle.labels[0]}: ${logits.data[0].toPrecision(4)}`)];
+}
+
+async function labelText() {
+  const scores = await pipe(text.value, { top_k: null });
+  return scores.map((score, index) => labelRow(score, index === 0));
+}
+
 async function classify() {
   const start = performance.now();
-  const scores = await pipe(text.value, { top_k: null });
+  const rows = await (bundle.task === "regression" ? scoreText() : labelText());
   const time = formatMilliseconds(performance.now() - start);
-  const rows = scores.map((score, index) => labelRow(score, index === 0));
   answer.replaceChildren(...rows, paragraphOf(`${selectedModel().variant} took ${time}, including tokenising.`));
 }
 
@@ -100,7 +111,8 @@ await runWithoutButtons(answer, async () => {
   bundle = await response.json();
   document.title = element("title").textContent = bundle.model.name;
   const labels = `${bundle.labels.slice(0, -1).join(", ")} or ${bundle.labels.at(-1)}`;
-  element("about").textContent = `Labels a text ${labels}. The model runs in this browser, which sends your text nowhere.`;
+  const purpose = bundle.task === "regression" ? `Gives a text the score ${bundle.labels[0]}` : `Labels a text ${labels}`;
+  element("about").textContent = `${purpose}. The model runs in this browser, which sends your text nowhere.`;
   element("origin").textContent = `Model: ${bundle.model.origin}. Licence: ${bundle.model.license}. Bundle ${bundle.id.slice(0, 12)}.`;
   for (const { variant, bytes } of bundle.models) {
     const option = document.createElement("option");

@@ -93,7 +93,7 @@ def with_tokenizer(model: ir.Model, encoder: Encoder) -> ir.Model:
     for value in list(graph.inputs):
         value.replace_all_uses_with(inputs[value.name or ""])
     graph.inputs[:] = [text]
-    add_probabilities(model, encoder.multi_label)
+    add_probabilities(model, encoder.task)
     _insert_before_model(graph, nodes)
     graph.opset_imports.update({**OPSET, "": max(OPSET[""], graph.opset_imports[""])})
     return model
