@@ -135,7 +135,7 @@ def clone(tmp_path_factory):
     shutil.copytree(ROOT / "constraints", folder / "constraints")
     shutil.copytree(ROOT / "benchmarks" / "results", folder / "benchmarks" / "results", ignore=lambda *_: {"local"})
     (folder / "tests").mkdir()
-    for name in ("tickets.csv", "reviews.csv"):
+    for name in ("tickets.csv", "reviews.csv", "orders.jsonl"):
         shutil.copy2(ROOT / "tests" / name, folder / "tests")
     (folder / ".venv").symlink_to(sys.prefix)
     make_checkpoint(folder / "my-checkpoint", width=64, leaning=30)

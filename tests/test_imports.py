@@ -114,7 +114,7 @@ def test_modules_of_a_room_do_not_import_each_other(room_name):
                 assert not imported.startswith(f"toolchain.{room_name}."), f"{module} imports {imported}"
 
 
-RUNNERS = {"toolchain.ship.bundle_files.classify", "toolchain.ship.bundle_files.classify_text"}
+RUNNERS = {f"toolchain.ship.bundle_files.{name}" for name in ("classify", "classify_text", "classify_tokens")}
 
 
 # `skipped_blocks` and `losses` define classes that need torch; other files import them inside functions.

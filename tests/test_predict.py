@@ -108,7 +108,9 @@ def test_plain_lines_and_standard_input_are_texts(model, tmp_path, monkeypatch, 
 
 def test_an_option_can_name_the_column(model, tmp_path):
     source = write_texts(tmp_path / "in.csv", ["good", "bad"], column="review")
-    with pytest.raises(DataError, match=r"no column 'sentence' or 'text'. Its columns: 'id', 'review'"):
+    with pytest.raises(
+        DataError, match=r"none of the columns 'sentence', 'text', 'tokens'. Its columns: 'id', 'review'"
+    ):
         list(Texts(str(source)).read())
     assert list(Texts(str(source), "review").read()) == ["good", "bad"]
 
@@ -128,7 +130,7 @@ def write_unreadable(folder, case):
     file = folder / {"parquet": "a.parquet", "jsonl": "a.jsonl"}.get(case.split()[0], "a.csv")
     if case == "parquet column":
         pyarrow.parquet.write_table(pyarrow.table({"review": ["a"]}), file)
-        return file, r"no column 'sentence' or 'text'. Its columns: 'review'"
+        return file, r"none of the columns 'sentence', 'text', 'tokens'. Its columns: 'review'"
     if case == "parquet numbers":
         pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), file)
         return file, "row 1: the column 'text' holds no text"

@@ -20,13 +20,23 @@ from toolchain.data import inputs, labels
 from toolchain.data.datasets import LabelledTable
 from toolchain.data.encoding import Encoder
 from toolchain.data.inputs import Data, TrainingSource
-from toolchain.data.labels import REGRESSION, SINGLE, Answer, LabelSet
+from toolchain.data.labels import (
+    MULTI,
+    REGRESSION,
+    SEQUENCE_HEAD,
+    SINGLE,
+    TOKEN_HEAD,
+    TOKENS,
+    Answer,
+    LabelSet,
+    number,
+)
 from toolchain.errors import ArtifactError, CheckpointError, DataError
 from toolchain.models import checkpoints
 from toolchain.models.checkpoints import Source
 from toolchain.progress import Bar, Say
 from toolchain.results import statistics
-from toolchain.results.scores import RegressionScore, score_answers
+from toolchain.results.scores import EntityScore, RegressionScore, score_answers
 from toolchain.training.batches import batches
 from toolchain.training.loop import Examples, Recipe, train
 from toolchain.training.scoring import BATCH, answers
@@ -140,7 +150,8 @@ def _check_texts(table: LabelledTable) -> None:
 def _base_labels(folder: Path) -> LabelSet | None:
     """Returns the labels of the base if it is a classifier; None for a base without a classification head."""
     config = checkpoints.config_of(folder)
-    if not any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or []):
+    heads = (SEQUENCE_HEAD, TOKEN_HEAD)
+    if not any(str(name).endswith(heads) for name in config.get("architectures") or []):
         return None
     return checkpoints.label_set(folder, config)
 
@@ -151,14 +162,16 @@ def _choose_labels(
     """Returns the model's labels, and whether the training continues with the base's head.
 
     A base that has none of the data's labels gets a new head. If the base has only some of the data's labels, the
-    function raises `DataError`, because the other labels may be misspelt. The training of a regression model continues
-    if the request names neither labels nor another task.
+    function raises `DataError`, because the other labels may be misspelt. The training of a regression model
+    or of a token classifier continues if the request names neither labels nor another task.
     """
-    if base_labels and base_labels.task == REGRESSION and not request.labels and request.task in (SINGLE, REGRESSION):
-        base_labels.answers(table.column)  # `answers` raises `DataError` for a label that is not a number.
+    kept_tasks = (REGRESSION, TOKENS)
+    is_kept = base_labels is not None and base_labels.task in kept_tasks and request.task in (SINGLE, base_labels.task)
+    if base_labels and is_kept and not request.labels:
+        base_labels.answers(table.column)  # `answers` raises `DataError` for a value that is no answer of the task.
         return base_labels, True
     label_set = labels.label_set(table.column, request.labels, request.task)
-    if request.labels or base_labels is None or label_set.task == REGRESSION:
+    if request.labels or base_labels is None or label_set.task in kept_tasks:
         label_set.answers(table.column)  # `answers` raises `DataError` for an unknown label.
         return label_set, label_set == base_labels
     try:
@@ -179,17 +192,20 @@ def _count_summary(rows: Data, kept_labels: LabelSet | None) -> str:
     """Returns a one-line summary with the number of texts of each label, or with the range of the scores."""
     head = "training continues with the base's head" if kept_labels else "the model gets a new head"
     if rows.label_set.task == REGRESSION:
-        low, high = (rows.label_set.format_answer(bound(rows.labels)) for bound in (min, max))
+        scores = [number(answer) for answer in rows.labels]
+        low, high = (rows.label_set.format_answer(score) for score in (min(scores), max(scores)))
         return f"{rows.name} has {len(rows.labels)} rows with scores from {low} to {high}; {head}"
     names = rows.label_set.names
-    if rows.label_set.multi_label:
+    separator = {MULTI: labels.SEPARATOR, TOKENS: " "}.get(rows.label_set.task)
+    if separator:
         counts = Counter(
-            name for answer in rows.labels for name in rows.label_set.format_answer(answer).split(labels.SEPARATOR)
+            name for answer in rows.labels for name in rows.label_set.format_answer(answer).split(separator)
         )
     else:
         counts = Counter(map(rows.label_set.format_answer, rows.labels))
     counts_text = ", ".join(f"{index} {name} ({counts[name]})" for index, name in enumerate(names))
-    kind = "any number of labels per text" if rows.label_set.multi_label else "one label per text"
+    kinds = {MULTI: "any number of labels per text", TOKENS: "one label per word"}
+    kind = kinds.get(rows.label_set.task, "one label per text")
     return f"{rows.name} has {len(rows.labels)} rows with {kind}: {counts_text}; {head}"
 
 
@@ -270,8 +286,12 @@ def _train_model(
     training_rows, held_out = (rows.select(part) for part in inputs.hold_out(rows))
     with bar("finetune") as progress:
         progress(0, 1, "reading the training data")
-        examples = tuple(Examples(encoder.encode(part.texts), part.targets) for part in (training_rows, held_out))
-        history = train((model, teacher), (examples[0], examples[1]), encoder, teacher_and_recipe[1], resume, progress)
+        train_ids, held_out_ids = (encoder.encode(part.texts) for part in (training_rows, held_out))
+        examples = (
+            Examples(train_ids, training_rows.targets(train_ids)),
+            Examples(held_out_ids, held_out.targets(held_out_ids)),
+        )
+        history = train((model, teacher), examples, encoder, teacher_and_recipe[1], resume, progress)
     save_weights(model.state_dict(), scratch)
     check_stored(model, scratch, encoder.names)
     return model, history
@@ -296,19 +316,27 @@ def _score(model: PreTrainedModel, encoder: Encoder, data: Data) -> dict[str, An
     """Returns the number of rows in `data`, and the model's scores on these rows.
 
     The scores of a classifier are accuracy, balanced accuracy and macro-F1. For the accuracy, a multi-label row is
-    correct only if all its labels are correct. The scores of a regression model are R² and the errors.
+    correct only if all its labels are correct. The scores of a regression model are R² and the errors. The scores of a
+    token classifier are F1, precision and recall of entities; words beyond the encoder's `max_length` do not count.
     """
-    task = data.label_set.task
+    ids = encoder.encode(data.texts)
+    rows = batches(ids, data.targets(ids), encoder, BATCH)
     predictions: list[Answer] = [0] * len(data.labels)
-    for row, answer in answers(model, batches(encoder.encode(data.texts), data.targets, encoder, BATCH)):
+    correct: list[Answer] = [0] * len(data.labels)
+    for part in rows:
+        for row, answer in zip(part.rows, part.answers, strict=True):
+            correct[row] = answer
+    for row, answer in answers(model, rows):
         predictions[row] = answer
-    score = score_answers(predictions, data.labels, task, BATCH)
+    score = score_answers(predictions, correct, data.label_set, BATCH)
     figures: dict[str, float | None]
     if isinstance(score, RegressionScore):
         figures = {name: getattr(score, name) for name in ("r2", "mean_absolute_error", "root_mean_squared_error")}
+    elif isinstance(score, EntityScore):
+        figures = {"entity_f1": score.value, "precision": score.precision, "recall": score.recall}
     else:
-        pairs = (list(map(int, predictions)), list(map(int, data.labels)))
-        counts = statistics.count_by_label(*pairs, data.label_set.multi_label)
+        predicted, labelled = ([int(number(answer)) for answer in each] for each in (predictions, correct))
+        counts = statistics.count_by_label(predicted, labelled, data.label_set.multi_label)
         figures = {
             "accuracy": score.value,
             "balanced_accuracy": statistics.balanced_accuracy(counts, data.label_set.multi_label),
@@ -329,6 +357,10 @@ def summary(card: Mapping[str, Any]) -> str:
         scores = (
             f"R² {judged['r2']:.2%}, mean absolute error {judged['mean_absolute_error']:.4g}, root mean squared error "
             f"{judged['root_mean_squared_error']:.4g}"
+        )
+    elif "entity_f1" in judged:
+        scores = (
+            f"entity F1 {judged['entity_f1']:.2%}, precision {judged['precision']:.2%}, recall {judged['recall']:.2%}"
         )
     else:
         scores = (

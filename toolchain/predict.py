@@ -21,8 +21,9 @@ from toolchain.bench.scenarios import offline_batches
 from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
 from toolchain.data.encoding import Encoder, pad
+from toolchain.data.entities import describe_entities
 from toolchain.data.files import FORMATS, STDIN, Row, Text, Texts, open_writer
-from toolchain.data.labels import REGRESSION, Answer, LabelSet, answers, label_probabilities
+from toolchain.data.labels import REGRESSION, TOKENS, Answer, LabelSet, answers, label_probabilities, number
 from toolchain.errors import ArtifactError, DataError
 from toolchain.passes.probabilities import LOGITS
 from toolchain.progress import Bar, Say
@@ -69,11 +70,13 @@ class Model:
     def columns(self, takes_texts: Texts) -> list[str]:
         """Returns the column names of the predictions: a text or a pair of texts, the label, and all probabilities.
 
-        For regression, the column ``score`` follows the texts.
+        For regression, the column ``score`` follows the texts; for token classification, the column ``entities``.
         """
         text_columns = ["text", "text_pair"] if takes_texts.pair else ["text"]
         if self.label_set.task == REGRESSION:
             return [*text_columns, "score"]
+        if self.label_set.task == TOKENS:
+            return [*text_columns, "entities"]
         return [*text_columns, "prediction", *(f"score_{label}" for label in self.labels)]
 
     @property
@@ -291,15 +294,19 @@ def score_window(loaded_model: LoadedModel, model: Model, texts: Texts, window_t
     """Returns the predictions for the texts of one window, in order; each batch holds texts of similar length."""
     columns, label_set = model.columns(texts), model.label_set
     rows = model.encoder.encode(window_texts)
-    answers_by_row: list[tuple[Answer, Sequence[float]]] = [(0, ())] * len(rows)
+    predictions: list[list[Any]] = [[]] * len(rows)
     for batch in offline_batches([len(row) for row in rows], BATCH_SIZE):
         logits = loaded_model.logits([window_texts[i] for i in batch], [rows[i] for i in batch])
-        batch_answers = zip(answers(logits, label_set.task), label_probabilities(logits, label_set.task), strict=True)
-        for i, answer in zip(batch, batch_answers, strict=True):
-            answers_by_row[i] = answer
+        probabilities = label_probabilities(logits, label_set.task)
+        if label_set.task == TOKENS:
+            for i, row in zip(batch, probabilities, strict=True):
+                predictions[i] = [describe_entities(_texts_of(window_texts[i])[0], rows[i].spans, row, label_set.names)]
+            continue
+        for i, answer, row in zip(batch, answers(logits, label_set.task), probabilities, strict=True):
+            predictions[i] = _format_answer(label_set, answer, row)
     return [
-        dict(zip(columns, [*_texts_of(text), *_format_answer(label_set, *answer)], strict=True))
-        for text, answer in zip(window_texts, answers_by_row, strict=True)
+        dict(zip(columns, [*_texts_of(text), *prediction], strict=True))
+        for text, prediction in zip(window_texts, predictions, strict=True)
     ]
 
 
@@ -310,5 +317,5 @@ def _texts_of(text: Text) -> tuple[str, ...]:
 def _format_answer(label_set: LabelSet, answer: Answer, probabilities: Sequence[float]) -> list[Any]:
     """Returns the values of the answer's columns: label and probabilities, or for regression, the score."""
     if label_set.task == REGRESSION:
-        return [round(answer, 6)]
+        return [round(number(answer), 6)]
     return [label_set.format_answer(answer), *(round(float(share), 6) for share in probabilities)]

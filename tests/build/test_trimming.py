@@ -227,7 +227,7 @@ def test_a_corpus_without_a_file_or_a_text_column_is_refused(tmp_path):
     with pytest.raises(DataError, match="There is no file"):
         corpus_of(str(tmp_path), None)
     (tmp_path / "t.csv").write_text("review,label\nfine,1\n")
-    with pytest.raises(DataError, match="no column 'sentence' or 'text'"):
+    with pytest.raises(DataError, match="none of the columns 'sentence', 'text', 'tokens'"):
         list(corpus_of(str(tmp_path / "t.csv"), None).read())
     assert list(corpus_of(str(tmp_path / "t.csv"), "review").read()) == ["fine"]
     assert corpus_of("train", None) is None

@@ -35,7 +35,7 @@ def test_a_set_of_labels_is_stored_as_bits():
     tags = LabelSet(("toxic", "insult", "threat"), task=MULTI)
     assert tags.answers(column("toxic|threat", "", " insult ", "threat | threat")) == (0b101, 0, 0b010, 0b100)
     assert tags.answers(column(("0", "2"), (), ("1",))) == (0b101, 0, 0b010)
-    assert tags.targets((0b101, 0)) == [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
+    assert tags.targets((0b101, 0), ()) == [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
     assert [tags.format_answer(answer) for answer in (0b101, 0)] == ["toxic|threat", ""]
     with pytest.raises(DataError, match="row 2: the label 'rude' is not one of the model's"):
         tags.answers(column("toxic", "toxic|rude"))
@@ -79,7 +79,7 @@ def test_too_few_or_too_many_labels_are_refused(values, message):
 def test_a_regression_reads_numbers_and_refuses_other_labels():
     scores = LabelSet(("score",), REGRESSION)
     assert scores.answers(column("1", "-2.5", "3e-2")) == (1.0, -2.5, 0.03)
-    assert scores.targets((1, -2.5)) == [1.0, -2.5]
+    assert scores.targets((1, -2.5), ()) == [1.0, -2.5]
     assert scores.format_answer(2.34567) == "2.346"
     for value in ("good", "nan", "inf", "", ("1", "2")):
         with pytest.raises(DataError, match=r"row 2: the label .* is not a number, but the model answers with a score"):

@@ -103,7 +103,7 @@ def test_fewest_fp32_layers_finds_the_smallest_number_within_the_drop(count, dat
     with context as patch:
         patch.setattr(sensitivity, "rank", lambda *_: [Layer(str(i), 1.0, 0) for i in range(count)])
         patch.setattr(
-            sensitivity, "_accuracy", lambda setup, _: 1 - (drops[setup.kept] if setup.kept < count else 0) / 100
+            sensitivity, "_score", lambda setup, _: 1 - (drops[setup.kept] if setup.kept < count else 0) / 100
         )
         count_kept, trials = fewest_fp32_layers(fake_setup, max_drop, no_progress)
     expected = next((n for n in range(count) if 100 * (1 - (1 - drops[n] / 100)) <= max_drop), count)

@@ -23,7 +23,7 @@ from toolchain.errors import DataError
 from toolchain.models import architectures
 from toolchain.pruning.setup import shared_setup
 from toolchain.training import loop, losses
-from toolchain.training.batches import batch
+from toolchain.training.batches import Batch, batch
 from toolchain.training.loop import Examples, Recipe, train
 
 RECIPE = Recipe(epochs=2, learning_rate=2e-3, batch_size=8)
@@ -317,7 +317,7 @@ def test_hidden_states_of_padding_do_not_change_the_loss(task):
                 SimpleNamespace(logits=outputs.logits, hidden_states=s),
                 outputs,
                 {"attention_mask": mask},
-                torch.tensor([0, 1]),
+                Batch({}, torch.tensor([0, 1]), [0, 1]),
                 losses.Weights(0.0, 1.0, 2.0, (1, 2)),
             )
         )

@@ -79,7 +79,7 @@ class Session(Protocol):
             batch: Maps each input name to an int64 array of shape [batch, sequence] on the host.
 
         Returns:
-            A float32 array of shape [batch, labels] on the host.
+            A float32 array of shape [batch, labels] on the host, or [batch, sequence, labels] for token classification.
         """
 
     def resident(self, batch: dict[str, np.ndarray]) -> Callable[[], object]:

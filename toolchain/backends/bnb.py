@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.backends.pytorch import TorchSession, silence_transformers
 from toolchain.errors import CheckpointError, ProviderError, first_line
+from toolchain.models.checkpoints import config_of
+from toolchain.models.heads import auto_class
 from toolchain.system.extras import install_hint
 
 if TYPE_CHECKING:
@@ -64,12 +66,10 @@ def load(folder: Path, device: torch.device, **options: Any) -> PreTrainedModel:
     Raises:
         CheckpointError: transformers or bitsandbytes cannot load the model.
     """
-    from transformers import AutoModelForSequenceClassification
-
     silence_transformers()
     dtype = compute_dtype(device)
     try:
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+        model: PreTrainedModel = auto_class(config_of(folder).get("architectures")).from_pretrained(
             folder,
             dtype=dtype,
             device_map={"": device},
@@ -130,11 +130,11 @@ def _check_blocks(model: PreTrainedModel) -> None:
 def _outline(folder: Path) -> PreTrainedModel:
     """Returns the model that the config in `folder` describes, without weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+        model: PreTrainedModel = auto_class(config.architectures).from_config(config)
     return model
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.backends import reduced
+from toolchain.data.labels import SEQUENCE_HEAD, TOKEN_HEAD, TOKENS
 from toolchain.errors import ArtifactError, CheckpointError, DeviceMemoryError, ProviderError, first_line
 from toolchain.models import architectures
 from toolchain.models.checkpoints import OWN_WEIGHTS, SHAPES, WEIGHTS, config_of, weights_of
+from toolchain.models.heads import auto_class
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +48,7 @@ def load_model(folder: Path) -> PreTrainedModel:
         listed_names = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "")
         raise CheckpointError(
             f"{folder} has no weights for {listed_names}, so its head is untrained.",
-            "Pass a fine-tuned sequence classifier.",
+            "Pass a fine-tuned classifier.",
         )
     model.eval()
     return model
@@ -54,10 +56,10 @@ def load_model(folder: Path) -> PreTrainedModel:
 
 def _load_dense(folder: Path) -> tuple[PreTrainedModel, list[str]]:
     import torch
-    from transformers import AutoModelForSequenceClassification
 
     _require_known_architecture(folder)
-    result: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForSequenceClassification.from_pretrained(
+    model_class = auto_class(config_of(folder).get("architectures"))
+    result: tuple[PreTrainedModel, dict[str, Any]] = model_class.from_pretrained(
         folder,
         dtype=torch.float32,
         use_safetensors=True,
@@ -106,12 +108,12 @@ def mismatched_weights(info: Mapping[str, Any]) -> list[str]:
 
 
 def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreTrainedModel:
-    """Loads the model in `folder` as an fp32 sequence classifier that can be trained; returns it in eval mode.
+    """Loads the model in `folder` as an fp32 classifier that can be trained; returns it in eval mode.
 
     Args:
         folder: Folder of the base model.
         names: Names of the labels, by index.
-        task: `problem_type` of the classifier.
+        task: Task of the classifier, one of `toolchain.data.labels.TASKS`.
         keep: Whether to keep the stored classification head. If `keep` is false, PyTorch's random generator
             initialises a new head.
 
@@ -120,17 +122,16 @@ def load_base(folder: Path, names: Sequence[str], task: str, keep: bool) -> PreT
             the weights of the encoder and of a kept head are checked.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification
 
     silence_transformers()
     _require_known_architecture(folder)
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        model, info = auto_class([TOKEN_HEAD if task == TOKENS else SEQUENCE_HEAD]).from_pretrained(
             folder,
             num_labels=len(names),
             id2label=dict(enumerate(names)),
             label2id={name: index for index, name in enumerate(names)},
-            problem_type=task,
+            problem_type=None if task == TOKENS else task,
             dtype=torch.float32,
             ignore_mismatched_sizes=not keep,
             use_safetensors=True,
@@ -167,10 +168,10 @@ def _assemble(
     """Builds the model from its config, reduces each layer to its stored shape and loads the stored weights."""
     import torch
     from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = auto_class(config.architectures).from_config(config, dtype=torch.float32)
     if shapes is not None:
         architectures.reshape(model, shapes)
     if precision:

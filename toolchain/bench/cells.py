@@ -14,7 +14,7 @@ from toolchain.bench.process import Worker
 from toolchain.bench.scenarios import LENGTHS, OFFLINE, SINGLE, Protocol, length_kind
 from toolchain.data.encoding import Encoder
 from toolchain.data.inputs import Data
-from toolchain.data.labels import REGRESSION, Answer
+from toolchain.data.labels import REGRESSION, TOKENS, Answer
 from toolchain.errors import BenchError, ProviderError, ToolchainError
 from toolchain.results.measurements import Measurement, Samples
 from toolchain.results.scores import Score, score_answers
@@ -147,7 +147,7 @@ def make_row(item: Running, data: Data, protocol: Protocol) -> Measurement:
     count = len(data.labels)
     single_score = _score(single_answers, data, 1)
     batched_score = _score(batched_answers, data, protocol.batch_size)
-    is_regression = data.label_set.task == REGRESSION
+    has_probabilities = data.label_set.task not in (REGRESSION, TOKENS)
     by_length = {
         n: Samples.from_single([_flatten(reply["us"]) for reply in _sort_replies(item, length_kind(n))])
         for n in LENGTHS
@@ -184,9 +184,9 @@ def make_row(item: Running, data: Data, protocol: Protocol) -> Measurement:
         load=load,
         by_length=by_length,
         predictions=tuple((single_answers if single_score else batched_answers)[i] for i in range(count)),
-        probabilities=() if is_regression else tuple(probabilities.get(i) for i in range(count)),
+        probabilities=tuple(probabilities.get(i) for i in range(count)) if has_probabilities else (),
         batch_changed=None
-        if is_regression
+        if data.label_set.task == REGRESSION
         else sum(batched_answers[i] != answer for i, answer in single_answers.items()),
     )
 
@@ -212,7 +212,11 @@ def _flatten(rows: Sequence[Sequence[Any]]) -> list[Any]:
 
 def _collect_answers(replies: Sequence[Mapping[str, Any]]) -> dict[int, Answer]:
     """Returns the answer to each sentence, by the index of the sentence."""
-    return {i: a for r in replies for i, a in zip(r["answered"], _flatten(r["answers"]), strict=True)}
+    return {
+        i: tuple(answer) if isinstance(answer, list) else answer  # JSON has no tuples
+        for reply in replies
+        for i, answer in zip(reply["answered"], _flatten(reply["answers"]), strict=True)
+    }
 
 
 def _largest_peaks(peaks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -229,7 +233,7 @@ def _score(answers: Mapping[int, Answer], data: Data, batch_size: int) -> Score 
     count = len(data.labels)
     if len(answers) < count:
         return None
-    return score_answers([answers[i] for i in range(count)], data.labels, data.label_set.task, batch_size)
+    return score_answers([answers[i] for i in range(count)], data.labels, data.label_set, batch_size)
 
 
 def make_row_without_figures(cell: Cell, error: ToolchainError | None = None) -> Measurement:

@@ -24,7 +24,8 @@ from toolchain import errors
 from toolchain.backends import Place, session_class
 from toolchain.bench import gpu_memory
 from toolchain.data import labels
-from toolchain.data.encoding import Encoder, Tokens, pad
+from toolchain.data.encoding import Encoder, pad
+from toolchain.data.labels import TOKENS, Tokens
 from toolchain.results.measurements import PROBABILITY
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class _Child:
             self._gpu_load = self._gpu.read() if self._gpu else 0
         self._texts, self._ids = [first["text"]], self._encoder.encode([first["text"]])
         answer = self._session.run(self._pad_batch([0]))
-        self._check_and_decode(answer)
+        self._check_and_decode([answer], [[0]])
         self.ready = {
             "load_us": load_us,
             "facts": self._session.facts(),
@@ -161,7 +162,7 @@ class _Child:
             gc.enable()
         if self._gpu:
             self._gpu.read()
-        return {**result, **self._check_and_decode(*outputs)}
+        return {**result, **self._check_and_decode(outputs, batches)}
 
     def exactness(self, batches: list[list[int]], rounds: int) -> dict[str, Any]:
         """Compares the times of exact and of saturating 8-bit products in alternating rounds, after one untimed round.
@@ -195,21 +196,24 @@ class _Child:
         ids = self._encoder.encode([self._texts[i] for i in batch])
         return pad(ids, self._encoder.names, self._encoder.pad_id)
 
-    def _check_and_decode(self, *outputs: np.ndarray) -> dict[str, Any]:
-        """Returns answers and probabilities for each batch's logits; raises `BenchError` if a logit is not finite."""
+    def _check_and_decode(self, outputs: list[np.ndarray], batches: list[list[int]]) -> dict[str, Any]:
+        """Returns answers and probabilities for each batch's logits; raises `BenchError` if a logit is not finite.
+
+        In token classification, there are no probabilities.
+        """
         import numpy as np
 
         task = self._encoder.task
         result: dict[str, Any] = {"answers": [], "probabilities": []}
-        for logits in outputs:
+        for logits, batch in zip(outputs, batches, strict=True):
             if not np.isfinite(logits).all():
                 raise errors.BenchError(
                     "The model returned a logit that is not finite.",
                     "`toolchain validate` shows for which inputs a logit is not finite.",
                 )
-            result["answers"].append(labels.answers(logits, task))
-            integers = np.rint(labels.label_probabilities(logits, task) * PROBABILITY)
-            result["probabilities"].append([[int(p) for p in row] for row in integers])
+            result["answers"].append(labels.answers(logits, task, [self._ids[i] for i in batch]))
+            chances = logits[:, 0, :0] if task == TOKENS else labels.label_probabilities(logits, task)
+            result["probabilities"].append([[int(p) for p in row] for row in np.rint(chances * PROBABILITY)])
         return result
 
     @contextlib.contextmanager

@@ -16,7 +16,7 @@ from toolchain.data import inputs
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.files import FORMATS, Texts
 from toolchain.data.inputs import Data, TrainingSource
-from toolchain.data.labels import REGRESSION, Answer, answers
+from toolchain.data.labels import REGRESSION, TOKENS, Answer, Tokens, answers
 from toolchain.errors import DataError
 from toolchain.models import vocabulary
 from toolchain.passes import facts as facts_of
@@ -136,9 +136,10 @@ def _companion_bytes(folder: Path) -> int:
 def _compare_held_out(job: Job[Quantize], parent_encoder: Encoder, tokens: frozenset[int]) -> dict[str, Any]:
     """Counts rows, flips and right answers, for all held-out rows and for those with a removed token.
 
-    For regression, R² replaces the numbers of flips and right answers.
+    For regression and token classification, the model's score replaces the numbers of flips and right answers.
     """
-    data: Data = job.train.load(job.parent_artifact.label_set)
+    label_set = job.parent_artifact.label_set
+    data: Data = job.train.load(label_set)
     held_out = data.select(inputs.hold_out(data)[1])
     trimmed_encoder = _encoder(job.folder, job.parent_artifact.manifest)
     parent_tokens = parent_encoder.encode(held_out.texts)
@@ -152,10 +153,10 @@ def _compare_held_out(job: Job[Quantize], parent_encoder: Encoder, tokens: froze
     out_of_domain_rows = [row for row in all_rows if not tokens.issuperset(parent_tokens[row])]
 
     def count_answers(rows: Sequence[int]) -> dict[str, float]:
-        if parent_encoder.task == REGRESSION:
+        if label_set.task in (REGRESSION, TOKENS):
             scores = {
-                name: score_answers([found[row] for row in rows], [held_out.labels[row] for row in rows], REGRESSION)
-                for name, found in (("r2_before", parent_answers), ("r2_after", trimmed_answers))
+                name: score_answers([found[row] for row in rows], [held_out.labels[row] for row in rows], label_set)
+                for name, found in (("before", parent_answers), ("after", trimmed_answers))
                 if rows
             }
             return {"rows": len(rows), **{name: score.value for name, score in scores.items()}}
@@ -170,7 +171,7 @@ def _compare_held_out(job: Job[Quantize], parent_encoder: Encoder, tokens: froze
 
 
 def _compute_answers(
-    folder: Path, encoder: Encoder, rows: Sequence[Sequence[int]], progress: Progress, activity: str
+    folder: Path, encoder: Encoder, rows: Sequence[Tokens], progress: Progress, activity: str
 ) -> list[Answer]:
     """Returns the answer to each row at batch 1.
 
@@ -181,7 +182,7 @@ def _compute_answers(
     try:
         for count, row in enumerate(rows):
             progress(count, len(rows), activity)
-            row_answers += answers(session.run(pad([row], encoder.names, encoder.pad_id)), encoder.task)
+            row_answers += answers(session.run(pad([row], encoder.names, encoder.pad_id)), encoder.task, [row])
     finally:
         session.close()
     return row_answers

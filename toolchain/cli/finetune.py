@@ -49,6 +49,11 @@ if TYPE_CHECKING:
     "--multi-label", is_flag=True, help="Each text has any number of labels, written as a|b in the label column."
 )
 @click.option("--regression", is_flag=True, help="The label column holds scores; the model predicts a score.")
+@click.option(
+    "--entities",
+    is_flag=True,
+    help="The label column holds a label for each word, such as B-CITY; the model finds entities.",
+)
 @click.option("--teacher", metavar="MODEL", help="Also learn from the logits of this classifier.")
 @click.option(
     "--seed",
@@ -79,6 +84,7 @@ def finetune(
     labels: str | None,
     multi_label: bool,
     regression: bool,
+    entities: bool,
     teacher: str | None,
     seed: int,
     data: str | None,
@@ -97,9 +103,10 @@ def finetune(
       toolchain finetune --train-data glue/sst2 --output sst2
       toolchain finetune --train-data pairs.jsonl --text-column a --text-pair-column b --output pairs
       toolchain finetune --train-data reviews.csv --label-column stars --regression --output stars
+      toolchain finetune --train-data orders.jsonl --label-column tags --entities --output orders
     """
     from toolchain.cli.progress import bar, say
-    from toolchain.data.labels import MULTI, REGRESSION, SINGLE
+    from toolchain.data.labels import MULTI, REGRESSION, SINGLE, TOKENS
     from toolchain.finetune import LABEL_WEIGHT, FinetuneRequest, summary
     from toolchain.finetune import finetune as run_finetune
     from toolchain.training.loop import Recipe
@@ -117,9 +124,11 @@ def finetune(
     names = tuple(name.strip() for name in labels.split(",")) if labels else ()
     if len(set(names)) < len(names) or not all(names):
         raise click.BadParameter("give different names, separated by commas", param_hint="--labels")
-    if multi_label and regression:
-        raise click.UsageError("--multi-label and --regression exclude each other: pass one of them.")
-    task = MULTI if multi_label else REGRESSION if regression else SINGLE
+    flags = {"--multi-label": multi_label, "--regression": regression, "--entities": entities}
+    if sum(flags.values()) > 1:
+        chosen = " and ".join(name for name, is_set in flags.items() if is_set)
+        raise click.UsageError(f"{chosen} exclude each other: pass one of them.")
+    task = MULTI if multi_label else REGRESSION if regression else TOKENS if entities else SINGLE
     card = run_finetune(
         FinetuneRequest(base, train, recipe, output, revision, teacher, names, task, max_length, data), say, bar
     )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from toolchain.errors import ResultFileError, VerdictError
 from toolchain.results import statistics
-from toolchain.results.scores import Accuracy, RegressionScore
+from toolchain.results.scores import Accuracy, EntityScore, RegressionScore, Score
 from toolchain.results.statistics import CONFIDENCE, Ratio
 
 if TYPE_CHECKING:
@@ -153,6 +153,7 @@ def find_regressions(new: Sequence[Row], old: Sequence[Row], limit: float) -> Re
     * Accuracy regresses if the number of wrong answers grows by more than the limit and McNemar's test is significant.
       The increase of wrong answers is divided by the old number of wrong answers, or by 1 if the old number is 0. If
       the predicted labels are unknown, the limit alone decides whether accuracy regresses.
+    * Entity F1 regresses as accuracy does; the number of wrong and of missed entities counts.
     * The error of a regression model regresses if the mean absolute error grows by more than the limit and Wilcoxon's
       signed-rank test is significant.
     * A figure regresses if the old run has it and the new run lacks it. A figure that the old run lacks is not
@@ -221,6 +222,7 @@ _FIGURES: Mapping[str, Callable[[Measurement], float | None]] = {
     "peak_memory_bytes": lambda found: found.memory_bytes.get("peak"),
     "size_bytes": lambda found: found.size_bytes.get("total"),
     "accuracy": lambda found: found.score.value if isinstance(found.score, Accuracy) else None,
+    "entity_f1": lambda found: found.score.value if isinstance(found.score, EntityScore) else None,
     "mean_absolute_error": lambda found: (
         found.score.mean_absolute_error if isinstance(found.score, RegressionScore) else None
     ),
@@ -255,7 +257,7 @@ class _Cost(NamedTuple):
 def _figure_cost(figure: str, old: Row, new: Row) -> _Cost:
     if figure in _TIMES:
         return _time_cost(*_TIMES[figure], old, new)
-    if figure == "accuracy":
+    if figure in ("accuracy", "entity_f1"):
         return _tested_cost(_wrong_answers_cost(old.measurement, new.measurement), old, new)
     if figure == "mean_absolute_error":
         return _tested_cost(_error_cost(old.measurement, new.measurement), old, new)
@@ -302,9 +304,15 @@ def _quotient(numerator: Ratio, denominator: Ratio) -> Ratio:
 
 
 def _wrong_answers_cost(old: Measurement, new: Measurement) -> Ratio:
-    scores = [found.score for found in (old, new)]
-    wrong = [score.count - score.correct if isinstance(score, Accuracy) else 0 for score in scores]
+    wrong = [_count_wrong(found.score) for found in (old, new)]
     return Ratio(1 + (wrong[1] - wrong[0]) / max(wrong[0], 1))
+
+
+def _count_wrong(score: Score | None) -> int:
+    """Returns the number of wrong answers, or for entities, the number of wrong and of missed entities."""
+    if isinstance(score, EntityScore):
+        return score.predicted + score.labelled - 2 * score.found
+    return score.count - score.correct if isinstance(score, Accuracy) else 0
 
 
 def _error_cost(old: Measurement, new: Measurement) -> Ratio:

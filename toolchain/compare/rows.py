@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from toolchain.data.labels import MULTI, REGRESSION
+from toolchain.data.labels import MULTI, REGRESSION, LabelSet, number
 from toolchain.errors import ResultFileError
 from toolchain.results import statistics
 from toolchain.results.measurements import PROBABILITY, Measurement, Samples
 from toolchain.results.result_file import ResultFile
-from toolchain.results.scores import Accuracy, RegressionScore
+from toolchain.results.scores import Accuracy, EntityScore, RegressionScore, count_entities
 from toolchain.results.statistics import Ratio
 
 BASELINE = "torch-fp32"
@@ -29,13 +29,15 @@ class Quality:
 
     Attributes:
         low: Lower bound of the main score's 95 % interval: Wilson's interval of an accuracy, or the bootstrap over
-            sentences for R².
+            sentences for R² and entity F1.
         high: Upper bound of this interval.
         macro_f1: Mean F1 score over labels; every label has the same weight.
         balanced_accuracy: Mean recall over labels; every label has the same weight. For a multi-label model, the mean
             also includes the specificity of each label. The specificity of a label is the share of right answers among
             the sentences without this label.
         calibration_error: Expected calibration error of the probabilities.
+        precision: Share of the predicted entities that are right.
+        recall: Share of the data's entities that are predicted.
         lost: Number of sentences that the baseline answers correctly and this row answers wrongly.
         won: Number of sentences that the baseline answers wrongly and this row answers correctly.
         p: p-value of `test`, which compares the row with its baseline.
@@ -56,6 +58,8 @@ class Quality:
     macro_f1: float | None = None
     balanced_accuracy: float | None = None
     calibration_error: float | None = None
+    precision: float | None = None
+    recall: float | None = None
     lost: int | None = None
     won: int | None = None
     p: float | None = None
@@ -159,6 +163,8 @@ class Row:
             return None
         if isinstance(measurement.score, RegressionScore):
             return self._regression_quality(measurement.score)
+        if isinstance(measurement.score, EntityScore):
+            return self._entity_quality(measurement.score)
         return self._label_quality(measurement.score)
 
     def _label_quality(self, accuracy: Accuracy) -> Quality:
@@ -168,7 +174,7 @@ class Row:
         quality = Quality(low, high, batch_changed=measurement.batch_changed)
         if not labels or not measurement.predictions:
             return quality
-        multi, predictions = self.run.task == MULTI, [int(answer) for answer in measurement.predictions]
+        multi, predictions = self.run.task == MULTI, [int(number(answer)) for answer in measurement.predictions]
         counts = statistics.count_by_label(predictions, labels, multi)
         scored = [(p, label) for p, label in zip(measurement.probabilities, labels, strict=False) if p is not None]
         confidences = [[value / PROBABILITY for value in p] for p, _ in scored]
@@ -193,9 +199,29 @@ class Row:
             mean_shift=sum(shifts) / len(shifts) if shifts else None,
         )
 
+    def _entity_quality(self, score: EntityScore) -> Quality | None:
+        """Returns the scores of a token classifier's answers; None without predictions."""
+        labels, predictions = self.run.data.get("labels", ()), self.measurement.predictions
+        if not labels or not predictions:
+            return None
+        label_set = LabelSet(tuple(self.run.data["label_names"]), self.run.task)
+        low, high = statistics.f1_interval(tuple(count_entities(predictions, labels, label_set)))
+        quality = Quality(
+            low,
+            high,
+            precision=score.precision,
+            recall=score.recall,
+            batch_changed=self.measurement.batch_changed,
+        )
+        if not self.baseline or not self.baseline.predictions:
+            return quality
+        lost, won = (len(self.changed_sentences(kind)) for kind in ("lost", "won"))
+        return replace(quality, lost=lost, won=won, p=statistics.mcnemar(lost, won), test="McNemar")
+
     def _regression_quality(self, score: RegressionScore) -> Quality | None:
         """Returns the scores of a regression model's answers; None without predictions."""
-        labels, predictions = tuple(self.run.data.get("labels", ())), self.measurement.predictions
+        labels = tuple(map(number, self.run.data.get("labels", ())))
+        predictions = tuple(map(number, self.measurement.predictions))
         if not labels or not predictions:
             return None
         low, high = statistics.r2_interval(predictions, labels)
@@ -209,7 +235,7 @@ class Row:
         )
         if not self.baseline or not self.baseline.predictions:
             return quality
-        baseline_predictions = self.baseline.predictions
+        baseline_predictions = tuple(map(number, self.baseline.predictions))
         shifts = [abs(a - b) for a, b in zip(predictions, baseline_predictions, strict=True)]
         return replace(
             quality,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.data.files import Text
-from toolchain.data.labels import SINGLE
+from toolchain.data.entities import OUTSIDE
+from toolchain.data.files import WORD, Text
+from toolchain.data.labels import SINGLE, TOKENS, Tokens, task_of
 from toolchain.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -18,16 +19,6 @@ if TYPE_CHECKING:
 TOKEN_TYPES = "token_type_ids"
 # `Encoder` first tokenises a prefix of a long text, with at most `CHARACTERS_PER_TOKEN` × `max_length` characters.
 CHARACTERS_PER_TOKEN = 64
-
-
-class Tokens(list[int]):
-    """The token ids of a text or pair.
-
-    Attributes:
-        types: For each token, the index of its text in the pair, 0 or 1; empty if the tokenizer gives only zeros.
-    """
-
-    types: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -45,6 +36,7 @@ class Encoder:
             local attention (ModernBERT) supports only ``right``. With padding on the left, the first position of a row
             holds padding. With local attention, this position cannot attend to a text that is far away, and the
             classifier may read this position.
+        outside: Index of the label for a word outside of all entities, in token classification.
     """
 
     folder: Path
@@ -54,6 +46,7 @@ class Encoder:
     max_length: int
     task: str = SINGLE
     padding_sides: tuple[str, ...] = ("right", "left")
+    outside: int = 0
 
     @classmethod
     def open(cls, folder: Path, names: Sequence[str], max_length: int) -> Encoder:
@@ -78,9 +71,9 @@ class Encoder:
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_length)
         config = json.loads((folder / "config.json").read_text())
-        pad, task = config.get("pad_token_id") or 0, config.get("problem_type") or SINGLE
+        pad, task = config.get("pad_token_id") or 0, task_of(config)
         sides = ("right",) if config.get("local_attention") else ("right", "left")
-        return cls(folder, tokenizer, tuple(names), pad, max_length, task, sides)
+        return cls(folder, tokenizer, tuple(names), pad, max_length, task, sides, _outside(config))
 
     def encode(self, texts: Sequence[Text]) -> list[Tokens]:
         """Returns the token ids of each text or pair, with special tokens.
@@ -91,10 +84,16 @@ class Encoder:
             self._cut_text(text) if isinstance(text, str) else tuple(map(self._cut_text, text)) for text in texts
         ]
         rows = []
-        for encoding in self.tokenizer.encode_batch(cut_texts):
+        encodings = self.tokenizer.encode_batch(cut_texts)
+        for encoding in encodings:
             rows.append(row := Tokens(encoding.ids))
             if any(encoding.type_ids):
                 row.types = encoding.type_ids
+        if self.task == TOKENS:
+            for row, text, encoding in zip(rows, texts, encodings, strict=True):
+                first_text = text if isinstance(text, str) else text[0]
+                row.words, row.spans = _find_words(first_text, encoding), _find_spans(first_text, encoding)
+                row.outside = self.outside
         return rows
 
     def _cut_text(self, text: str) -> str:
@@ -116,6 +115,48 @@ class Encoder:
                 return cut_text
             size *= 4
         return text
+
+
+def _outside(config: Mapping[str, Any]) -> int:
+    """Returns the index of the label `OUTSIDE`, or 0 without such a label."""
+    names = config.get("id2label") or {}
+    return next((int(index) for index, name in names.items() if name == OUTSIDE), 0)
+
+
+def _find_words(text: str, encoding: Any) -> list[int | None]:
+    """Returns the position of the first token of each word of the text; None for a word without a token.
+
+    Args:
+        text: The text; spaces and line breaks separate its words.
+        encoding: The text's `tokenizers.Encoding`, with special tokens.
+    """
+    spans = [
+        (position, start, end)
+        for position, (start, end) in enumerate(encoding.offsets)
+        if encoding.sequence_ids[position] == 0 and start < end
+    ]
+    words: list[int | None] = []
+    index = 0
+    for match in WORD.finditer(text):
+        # A token may begin with the space before its word, so the first token that ends inside the word counts.
+        while index < len(spans) and spans[index][2] <= match.start():
+            index += 1
+        is_found = index < len(spans) and spans[index][1] < match.end()
+        words.append(spans[index][0] if is_found else None)
+    return words
+
+
+def _find_spans(text: str, encoding: Any) -> list[tuple[int, int, int]]:
+    """Returns the position of the first token, the start and the end of each word of the tokenizer."""
+    spans: dict[int, tuple[int, int, int]] = {}
+    for position, word in enumerate(encoding.word_ids):
+        start, end = encoding.offsets[position]
+        if word is None or encoding.sequence_ids[position] != 0:
+            continue
+        first_position, first_start, _ = spans.get(word, (position, start, end))
+        spans[word] = (first_position, first_start, end)
+    # The offsets of some tokenizers include the space before a word.
+    return [(position, end - len(text[start:end].lstrip()), end) for position, start, end in spans.values()]
 
 
 def pad(

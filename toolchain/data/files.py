@@ -7,6 +7,7 @@ import functools
 import gzip
 import hashlib
 import json
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,8 @@ from toolchain.errors import DataError
 
 # One text, or a pair of texts that together are one input of the model.
 Text = str | tuple[str, str]
-TEXT_COLUMNS = ("sentence", "text")
+TEXT_COLUMNS = ("sentence", "text", "tokens")
+WORD = re.compile(r"\S+")
 STDIN = "-"
 # Endings of files with columns. An input file without an ending of `FORMATS` has plain lines, with one text per line.
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -227,7 +229,7 @@ def text_columns(names: Sequence[str], text: str | None, pair: str | None, file:
         DataError: The file lacks a column.
     """
     if text is None and not any(name in names for name in TEXT_COLUMNS):
-        fault = f"no column {' or '.join(map(repr, TEXT_COLUMNS))}"
+        fault = f"none of the columns {', '.join(map(repr, TEXT_COLUMNS))}"
         raise DataError(
             f"{file} has {fault}. Its columns: {_format_names(names)}.", "Name the column of texts with --text-column."
         )
@@ -237,7 +239,7 @@ def text_columns(names: Sequence[str], text: str | None, pair: str | None, file:
 
 
 def text_of(values: Sequence[Any], names: Sequence[str], number: int, table: Table) -> Text:
-    """Returns the text of a row, or its pair of texts.
+    """Returns the text of a row, or its pair of texts; joins a list of words with spaces.
 
     Args:
         values: The row's text, or its two texts if rows are pairs.
@@ -246,12 +248,16 @@ def text_of(values: Sequence[Any], names: Sequence[str], number: int, table: Tab
         table: The file, for error messages.
 
     Raises:
-        DataError: A value in a column of texts is not a text.
+        DataError: A value in a column of texts is neither a text nor a list of words without spaces.
     """
+    texts = []
     for name, value in zip(names, values, strict=True):
+        if isinstance(value, list | tuple) and all(isinstance(word, str) and WORD.fullmatch(word) for word in value):
+            value = " ".join(value)
         if not isinstance(value, str):
             raise table.row_error(number, f"the column {name!r} holds no text")
-    return values[0] if len(values) == 1 else (values[0], values[1])
+        texts.append(value)
+    return texts[0] if len(texts) == 1 else (texts[0], texts[1])
 
 
 def require_column(names: Sequence[str], column: str, file: str, option: str) -> str:
@@ -313,7 +319,7 @@ def open_writer(path: Path | None, columns: Sequence[str]) -> Iterator[Callable[
     Args:
         path: The file; None for JSON lines on standard output.
         columns: Columns of the file. In Parquet, the column ``score`` and columns that begin with ``score_`` are
-            float32, and all other columns are text.
+            float32, and all other columns are text. In formats other than JSON lines, a list becomes JSON text.
     """
     kind = path.suffix.lower() if path else ".jsonl"
     with ExitStack() as stack:
@@ -332,9 +338,16 @@ def open_writer(path: Path | None, columns: Sequence[str]) -> Iterator[Callable[
             table.writeheader()
 
             def write(rows: Sequence[Row]) -> None:
-                table.writerows(rows)
+                table.writerows(map(_flatten_lists, rows))
 
         yield write
+
+
+def _flatten_lists(row: Row) -> Row:
+    """Returns the row with each list as JSON text."""
+    return {
+        name: json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value for name, value in row.items()
+    }
 
 
 def _parquet_writer(stack: ExitStack, path: Path | None, columns: Sequence[str]) -> Callable[[Sequence[Row]], None]:
@@ -348,6 +361,6 @@ def _parquet_writer(stack: ExitStack, path: Path | None, columns: Sequence[str])
     file = stack.enter_context(pyarrow.parquet.ParquetWriter(path, schema))
 
     def write(rows: Sequence[Row]) -> None:
-        file.write_table(pyarrow.Table.from_pylist(list(rows), schema))
+        file.write_table(pyarrow.Table.from_pylist(list(map(_flatten_lists, rows)), schema))
 
     return write

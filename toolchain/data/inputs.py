@@ -12,8 +12,8 @@ from pathlib import Path
 
 from toolchain.data import datasets
 from toolchain.data.datasets import DEFAULT_COLUMNS, Columns, LabelledTable
-from toolchain.data.files import Text
-from toolchain.data.labels import REGRESSION, SINGLE, SST2_LABELS, Answer, LabelSet
+from toolchain.data.files import WORD, Text
+from toolchain.data.labels import REGRESSION, SINGLE, SST2_LABELS, TOKENS, Answer, LabelSet, Targets, Tokens
 from toolchain.errors import DataError
 
 SST2 = Path(__file__).parent.parent / "reference" / "sst2"
@@ -21,6 +21,7 @@ MAX_HELD_OUT_ROWS = 2000
 HELD_OUT_SPLIT, TRAIN_SPLIT, VALIDATION_SPLIT = "held-out", "train", "validation"
 SENTENCE_WORDS = 12
 MIN_ROWS = 20
+_OTHER_ANSWERS = {REGRESSION: "a score", TOKENS: "a label for each word"}
 SPLIT_SEED = 20  # One seed for all runs, so that no run trains on the held-out rows of another run.
 
 
@@ -50,10 +51,9 @@ class Data:
         """Returns whether the data set holds pairs of texts instead of single texts."""
         return bool(self.texts) and not isinstance(self.texts[0], str)
 
-    @property
-    def targets(self) -> list[int] | list[float] | list[list[float]]:
+    def targets(self, ids: Sequence[Tokens]) -> Targets:
         """Returns the labels as targets of a loss; see `LabelSet.targets`."""
-        return self.label_set.targets(self.labels)
+        return self.label_set.targets(self.labels, ids)
 
     def select(self, rows: Sequence[int]) -> Data:
         """Returns the data with the given rows only, in the given order."""
@@ -69,9 +69,18 @@ def data_from_table(table: LabelledTable, labels: LabelSet) -> Data:
     """Returns the texts and labels of `table` as `Data` for a model with these `labels`.
 
     Raises:
-        DataError: The label column of `table` has a label that the model does not have.
+        DataError: The label column of `table` has a label that the model does not have. For token classification: the
+            number of labels of a row differs from the number of its words.
     """
-    return Data(table.name, table.texts, labels.answers(table.column), labels)
+    answers = labels.answers(table.column)
+    if labels.task == TOKENS:
+        for number, (text, answer) in enumerate(zip(table.texts, answers, strict=True), start=1):
+            words = len(WORD.findall(text)) if isinstance(text, str) else 0
+            if not isinstance(answer, tuple) or len(answer) != words:
+                fault = f"the row has {words} words, but {len(answer) if isinstance(answer, tuple) else 0} labels"
+                hint = "Give one label for each word. Spaces separate the words of a text."
+                raise table.column.row_error(number, fault, hint)
+    return Data(table.name, table.texts, answers, labels)
 
 
 def load_embedded(split: str = VALIDATION_SPLIT) -> Data:
@@ -123,8 +132,8 @@ def fits_embedded_data(labels: LabelSet) -> bool:
 def _check_labels(labels: LabelSet, option: str) -> None:
     """Raises `DataError` unless the embedded sentences fit the model's labels."""
     if not fits_embedded_data(labels):
-        if labels.task == REGRESSION:
-            answers = "this model answers with a score"
+        if labels.task in _OTHER_ANSWERS:
+            answers = f"this model answers with {_OTHER_ANSWERS[labels.task]}"
         else:
             kind = "multi-label model" if labels.multi_label else "model"
             answers = f"this {kind} has {', '.join(labels.names)}"

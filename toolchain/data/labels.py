@@ -1,29 +1,56 @@
-"""Labels: a model's answers (one label, a set of labels, or a score), and the label columns of data sets."""
+"""Labels: a model's answers (one label, a set of labels, a score, or a label for each word), and label columns."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from toolchain.data.entities import mark_entities
 from toolchain.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
 
-# Tasks of a model: the values of `problem_type` in a model's config.
+# Tasks of a model. The first three are values of `problem_type` in a model's config.
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
-TASKS = (SINGLE, MULTI, REGRESSION)
+TOKENS = "token_classification"
+TASKS = (SINGLE, MULTI, REGRESSION, TOKENS)
+# Endings of the class names in a model's config; they state the kind of the model's head.
+SEQUENCE_HEAD, TOKEN_HEAD = "ForSequenceClassification", "ForTokenClassification"
 SEPARATOR = "|"  # `SEPARATOR` separates several labels of one text in a label column of strings.
+IGNORED = -100  # PyTorch's losses ignore a target with this value
 MAX_LABELS = 100  # A column with more than `MAX_LABELS` different labels is probably not the label column.
 
 # A `Value` is the content of one row in a label column: one label, a set of labels, or a number written as text.
 # An *answer* is a number. If each text has exactly one label, the answer for a text is the index of the text's label.
 # If each text has a set of labels, bit i of the answer says whether the set contains the label with index i: 1 if it
-# does, 0 if not. In regression, the answer is the text's score.
+# does, 0 if not. In regression, the answer is the text's score. In token classification, the answer is not a number but
+# a tuple: the index of the label of each word, where spaces separate the words of a text.
 Value = str | tuple[str, ...]
-Answer = int | float
+Answer = int | float | tuple[int, ...]
+# Correct answers of all rows, in the form that a loss needs; see `LabelSet.targets`.
+Targets = Sequence[int] | Sequence[float] | Sequence[Sequence[int]] | Sequence[Sequence[float]]
+
+
+class Tokens(list[int]):
+    """The token ids of a text or pair.
+
+    Attributes:
+        types: For each token, the index of its text in the pair, 0 or 1; empty if the tokenizer gives only zeros.
+        words: For each word of the text, the position of its first token; None if truncation removed the word. Spaces
+            separate words. Empty unless the task is token classification.
+        outside: Index of the label for a word that truncation removed.
+        spans: For each word of the tokenizer, which may be a part of a word between spaces: the position of its first
+            token, and the start and end of the word in the text, in characters. Empty unless the task is token
+            classification.
+    """
+
+    types: Sequence[int] = ()
+    words: Sequence[int | None] = ()
+    outside: int = 0
+    spans: Sequence[tuple[int, int, int]] = ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +101,12 @@ class LabelSet:
         return all(name == f"LABEL_{index}" for index, name in enumerate(self.names))
 
     def format_answer(self, answer: Answer) -> str:
-        """Returns the label names of an answer, or its score; `SEPARATOR` separates the names of a set."""
+        """Returns the label names of an answer, or its score.
+
+        `SEPARATOR` separates the names of a set, and a space separates the label names of words.
+        """
+        if isinstance(answer, tuple):
+            return " ".join(self.names[index] for index in answer)
         if self.task == REGRESSION:
             return f"{answer:.4g}"
         if not self.multi_label:
@@ -95,7 +127,7 @@ class LabelSet:
         if self.task == REGRESSION:
             return tuple(_read_score(value, number, column) for number, value in enumerate(column.values, start=1))
         sets: list[Sequence[str]] = [
-            _members(value, number, column, self.multi_label) for number, value in enumerate(column.values, start=1)
+            _members(value, number, column, self.task) for number, value in enumerate(column.values, start=1)
         ]
         values = [value for members in sets for value in members]
         if column.classes:
@@ -108,20 +140,32 @@ class LabelSet:
                 if value not in index_by_value:
                     raise self._unknown_label_error(value, number, column)
             indices = [index_by_value[value] for value in members]
-            rows.append(sum(1 << index for index in set(indices)) if self.multi_label else indices[0])
+            if self.task == TOKENS:
+                rows.append(tuple(indices))
+            else:
+                rows.append(sum(1 << index for index in set(indices)) if self.multi_label else indices[0])
         return tuple(rows)
 
-    def targets(self, answers: Sequence[Answer]) -> list[int] | list[float] | list[list[float]]:
+    def targets(self, answers: Sequence[Answer], ids: Sequence[Tokens]) -> Targets:
         """Converts answers to targets of a loss.
 
+        Args:
+            answers: Answer of each row.
+            ids: Token ids of each row.
+
         Returns:
-            For each row: the index of its label, its score for regression, or for label sets, one 0 or 1 per label.
+            For each row: the index of its label, its score for regression, or for label sets, one 0 or 1 per label. For
+            token classification: a label index for each token. Only the first token of a word has a label; other tokens
+            have the value `IGNORED`.
         """
         if self.task == REGRESSION:
-            return [float(answer) for answer in answers]
+            return [number(answer) for answer in answers]
+        if self.task == TOKENS:
+            return [_token_targets(answer, row) for answer, row in zip(answers, ids, strict=True)]
         if not self.multi_label:
-            return [int(answer) for answer in answers]
-        return [[float(int(answer) >> index & 1) for index in range(len(self.names))] for answer in answers]
+            return [int(number(answer)) for answer in answers]
+        sets = [int(number(answer)) for answer in answers]
+        return [[float(members >> index & 1) for index in range(len(self.names))] for members in sets]
 
     def _index_values(self, values: Sequence[str], source: str) -> Mapping[str, int]:
         """Maps the values of a label column to label indices.
@@ -189,6 +233,35 @@ class LabelSet:
 SST2_LABELS = LabelSet(("NEGATIVE", "POSITIVE"))
 
 
+def task_of(config: Mapping[str, Any]) -> str:
+    """Returns the task of the model with this config.json; any value of its `problem_type` is possible.
+
+    A sequence classifier with one label and without a problem_type is a regression model, as in the library
+    transformers.
+    """
+    if any(str(name).endswith(TOKEN_HEAD) for name in config.get("architectures") or ()):
+        return TOKENS
+    labels = config.get("id2label")
+    is_single = isinstance(labels, dict) and len(labels) == 1
+    return str(config.get("problem_type") or (REGRESSION if is_single else SINGLE))
+
+
+def number(answer: Answer) -> float:
+    """Returns an answer that is not the answer of token classification."""
+    assert not isinstance(answer, tuple)
+    return answer
+
+
+def _token_targets(answer: Answer, row: Tokens) -> list[int]:
+    """Returns the target of each token of a row; see `LabelSet.targets`."""
+    assert isinstance(answer, tuple)
+    targets = [IGNORED] * len(row)
+    for label, position in zip(answer, row.words, strict=True):
+        if position is not None:
+            targets[position] = label
+    return targets
+
+
 def label_set(column: Column, names: Sequence[str], task: str) -> LabelSet:
     """Derives the labels of a new model from a label column.
 
@@ -209,8 +282,9 @@ def label_set(column: Column, names: Sequence[str], task: str) -> LabelSet:
     """
     if task == REGRESSION:
         return _score_label(column, names)
-    multi_label = task == MULTI or any(isinstance(value, tuple) for value in column.values)
-    members = [_members(value, number, column, multi_label) for number, value in enumerate(column.values, start=1)]
+    if task == SINGLE and any(isinstance(value, tuple) for value in column.values):
+        task = MULTI
+    members = [_members(value, number, column, task) for number, value in enumerate(column.values, start=1)]
     values = {value for row in members for value in row}
     if not names:
         numbers = {str(index) for index in range(len(values))}
@@ -223,13 +297,18 @@ def label_set(column: Column, names: Sequence[str], task: str) -> LabelSet:
             f"{column.source} has only one label ({value_list}); a classifier needs at least two.",
             "Add rows with another label.",
         )
+    if task == TOKENS and not mark_entities(names):
+        raise DataError(
+            f"{column.source} has the labels {', '.join(names)}, but none begins with B- or I-.",
+            "Write the label of each word in the BIO scheme: B-KIND, I-KIND or O.",
+        )
     if len(names) > MAX_LABELS:
         raise DataError(
             f"{column.source} has {len(names)} different labels; the limit is {MAX_LABELS}.",
             "If another column holds the labels, name that column with --label-column. If the labels are scores, add "
             "--regression.",
         )
-    return LabelSet(tuple(names), MULTI if multi_label else SINGLE)
+    return LabelSet(tuple(names), task)
 
 
 def _score_label(column: Column, names: Sequence[str]) -> LabelSet:
@@ -257,25 +336,39 @@ def _read_score(value: Value, number: int, column: Column) -> float:
     return score
 
 
-def _members(value: Value, number: int, column: Column, multi_label: bool) -> tuple[str, ...]:
+def _members(value: Value, number: int, column: Column, task: str) -> tuple[str, ...]:
     """Returns the labels of a row; raises `DataError` if the row holds a list but the model answers with one label."""
     if isinstance(value, tuple):
-        if not multi_label:
+        if task == SINGLE:
             raise column.row_error(
                 number, "the label is a list, but the model answers with one label", "Use data with one label per text."
             )
         return value
-    if not multi_label:
+    if task == SINGLE:
         return (value.strip(),)
+    if task == TOKENS:
+        return tuple(value.split())
     return tuple(part for part in (part.strip() for part in value.split(SEPARATOR)) if part)
 
 
-def answers(logits: np.ndarray, task: str) -> list[Answer]:
-    """Returns the model's answer for each row of `logits`, an array of shape [batch, labels].
+def answers(logits: np.ndarray, task: str, rows: Sequence[Tokens] = ()) -> list[Answer]:
+    """Returns the model's answer for each row of `logits`.
 
     An answer is the index of the largest logit. For a multi-label model, an answer is a set of labels as bits: bit i is
-    1 if logit i is above 0. For regression, an answer is the logit.
+    1 if logit i is above 0. For regression, an answer is the logit. For token classification, an answer is the label of
+    each word, which is the label of the word's first token. If truncation removed a word, its label is
+    `Tokens.outside`.
+
+    Args:
+        logits: Array of shape [batch, labels], or [batch, tokens, labels] for token classification.
+        task: Task of the model, one of `TASKS`.
+        rows: Token ids of each row, padded on the right in `logits`; needed for token classification only.
     """
+    if task == TOKENS:
+        return [
+            tuple(row.outside if position is None else int(labels[position]) for position in row.words)
+            for labels, row in zip(logits.argmax(axis=-1), rows, strict=True)
+        ]
     if task == REGRESSION:
         return [float(score) for score in logits[:, 0]]
     if task == SINGLE:
@@ -287,7 +380,7 @@ def margins(logits: np.ndarray, task: str) -> np.ndarray:
     """Returns an array with the margin of each row of `logits`, whose shape is [batch, labels].
 
     The margin is the largest logit minus the second largest. For a multi-label model, the margin is the smallest
-    distance of a logit from 0. The scores of a regression have no margin.
+    distance of a logit from 0. The scores of a regression have no margin. In token classification, each word is a row.
     """
     import numpy as np
 
@@ -301,7 +394,7 @@ def label_probabilities(logits: np.ndarray, task: str) -> np.ndarray:
     """Returns the label probabilities in float64, of shape [batch, labels].
 
     The probabilities are the softmax of the logits, or the sigmoid for a multi-label model. A regression has no
-    probabilities, so its array has the shape [batch, 0].
+    probabilities, so its array has the shape [batch, 0]. In token classification, the array has the shape of `logits`.
     """
     import numpy as np
 
@@ -310,8 +403,8 @@ def label_probabilities(logits: np.ndarray, task: str) -> np.ndarray:
         return logits64[:, :0]
     if task == MULTI:
         return np.asarray(1 / (1 + np.exp(-logits64)))
-    exponentials = np.exp(logits64 - logits64.max(axis=1, keepdims=True))
-    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
+    exponentials = np.exp(logits64 - logits64.max(axis=-1, keepdims=True))
+    return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
 
 
 def divergence(reference_logits: np.ndarray, logits: np.ndarray, task: str) -> float:
@@ -321,7 +414,8 @@ def divergence(reference_logits: np.ndarray, logits: np.ndarray, task: str) -> f
     distributions is half the squared difference of their means.
 
     Args:
-        reference_logits: Logits of the reference model, of shape [batch, labels].
+        reference_logits: Logits of the reference model, of shape [batch, labels]. In token classification, each token
+            is a row.
         logits: Logits of the other model, of the same shape.
         task: Task of both models, one of `TASKS`.
     """

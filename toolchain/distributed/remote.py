@@ -155,4 +155,7 @@ def _load_cell(workspace: Workspace, fields: Mapping[str, Any]) -> Cell:
 def _to_data(fields: Mapping[str, Any]) -> Data:
     texts = tuple(text if isinstance(text, str) else (text[0], text[1]) for text in fields["texts"])
     labels = LabelSet(tuple(fields["label_set"]["names"]), fields["label_set"]["task"])
-    return Data(fields["name"], texts, tuple(fields["labels"]), labels)
+    answers = (
+        tuple(answer) if isinstance(answer, list) else answer for answer in fields["labels"]
+    )  # JSON has no tuples
+    return Data(fields["name"], texts, tuple(answers), labels)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from toolchain.data.labels import TOKEN_HEAD
 from toolchain.errors import GraphError, SettingsError
 from toolchain.system import extras
 
@@ -20,7 +21,12 @@ if TYPE_CHECKING:
 # Maps each exporter to the packages that it needs in addition to those that the toolchain always needs.
 EXPORTERS = {"optimum": ("optimum-onnx",), "torch": ()}
 INPUT_AXES = {0: "batch_size", 1: "sequence_length"}
-OUTPUT_AXES = {0: "batch_size"}
+
+
+def output_axes(model: PreTrainedModel) -> dict[int, str]:
+    """Returns the dynamic axes of the logits; a token classifier gives logits for each token."""
+    is_token_classifier = type(model).__name__.endswith(TOKEN_HEAD)
+    return INPUT_AXES if is_token_classifier else {0: INPUT_AXES[0]}
 
 
 def default_exporter() -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolchain.data.labels import TOKEN_HEAD
 from toolchain.errors import CheckpointError
 from toolchain.exporters import INPUT_AXES
 
@@ -25,7 +26,7 @@ def write_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence
         logging.getLogger("optimum").setLevel(logging.ERROR)
         try:
             constructor = TasksManager.get_exporter_config_constructor(
-                "onnx", model, task="text-classification", library_name="transformers"
+                "onnx", model, task=_task(model), library_name="transformers"
             )
         except (KeyError, ValueError) as error:
             raise CheckpointError(
@@ -33,6 +34,11 @@ def write_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence
                 "Use --exporter torch.",
             ) from error
         export(model, _with_inputs(constructor(model.config), names), target, opset=opset, do_constant_folding=True)
+
+
+def _task(model: PreTrainedModel) -> str:
+    """Returns optimum's name of the model's task."""
+    return "token-classification" if type(model).__name__.endswith(TOKEN_HEAD) else "text-classification"
 
 
 def _with_inputs(config: Any, names: Sequence[str]) -> Any:

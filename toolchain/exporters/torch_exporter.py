@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import CheckpointError, first_line
-from toolchain.exporters import INPUT_AXES, OUTPUT_AXES
+from toolchain.exporters import INPUT_AXES, output_axes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +36,7 @@ def write_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence
                 kwargs=examples,
                 input_names=list(names),
                 output_names=[OUTPUT],
-                dynamic_axes={**dict.fromkeys(names, INPUT_AXES), OUTPUT: OUTPUT_AXES},
+                dynamic_axes={**dict.fromkeys(names, INPUT_AXES), OUTPUT: output_axes(model)},
                 opset_version=opset,
                 do_constant_folding=True,
                 dynamo=False,

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.artifacts import store
-from toolchain.data.labels import REGRESSION, SINGLE, TASKS, LabelSet
+from toolchain.data.entities import mark_entities
+from toolchain.data.labels import REGRESSION, SEQUENCE_HEAD, TASKS, TOKEN_HEAD, TOKENS, LabelSet, task_of
 from toolchain.errors import CheckpointError
 from toolchain.models import adapters, hub, pickles
 
@@ -381,7 +382,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def check_config(folder: Path, config: dict[str, Any]) -> None:
-    """Checks that `config`, the content of the folder's config.json, describes a sequence classifier.
+    """Checks that `config`, the content of the folder's config.json, describes a classifier of texts or of tokens.
 
     Raises:
         CheckpointError: The model has no classification head, or its labels are unusable.
@@ -389,11 +390,11 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list):
         architectures = [architectures]
-    if not any(str(name).endswith("ForSequenceClassification") for name in architectures):
+    if not any(str(name).endswith((SEQUENCE_HEAD, TOKEN_HEAD)) for name in architectures):
         description = ", ".join(map(str, architectures)) or "not stated"
         raise CheckpointError(
             f"{folder} has no classification head: its architecture is {description}.",
-            "Fine-tune the model as a sequence classifier first. Other tasks are not supported.",
+            "Fine-tune the model as a classifier of texts or of tokens first. Other tasks are not supported.",
         )
     label_set(folder, config)
 
@@ -401,7 +402,7 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
 def label_set(folder: Path, config: dict[str, Any]) -> LabelSet:
     """Returns the labels and the task of the classifier with this `config`.
 
-    A model with one label and without a problem_type is a regression model, as in the library transformers.
+    The labels of a token classifier must mark entities.
 
     Args:
         folder: Folder of the classifier, for error messages.
@@ -419,10 +420,16 @@ def label_set(folder: Path, config: dict[str, Any]) -> LabelSet:
             f"{folder}: id2label does not map the class indices 0, 1, … to different names.",
             "Correct id2label in config.json.",
         )
-    task = config.get("problem_type") or (REGRESSION if len(names) == 1 else SINGLE)
+    task = task_of(config)
     if task not in TASKS:
+        known = ", ".join(name for name in TASKS if name != TOKENS)
         raise CheckpointError(
-            f"{folder}: the problem_type {task!r} of config.json is unknown.", f"Use one of: {', '.join(TASKS)}."
+            f"{folder}: the problem_type {task!r} of config.json is unknown.", f"Use one of: {known}."
+        )
+    if task == TOKENS and not mark_entities(names):
+        raise CheckpointError(
+            f"{folder} has the labels {', '.join(names)}, but none begins with B- or I-.",
+            "Pass a token classifier whose labels mark entities. Other kinds of token classifiers are not supported.",
         )
     if len(names) < 2 and task != REGRESSION:
         raise CheckpointError(

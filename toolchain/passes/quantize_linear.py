@@ -85,7 +85,7 @@ def linear_nodes(model: ir.Model) -> list[ir.Node]:
     def can_quantize(node: ir.Node) -> bool:
         if node.op_type == "Attention":
             return node.domain == "com.microsoft"
-        return node.op_type in ("MatMul", "Gemm") and _is_linear(node) and not node.outputs[0].is_graph_output()
+        return node.op_type in ("MatMul", "Gemm") and _is_linear(node) and not _gives_logits(node)
 
     return [node for node in model.graph if can_quantize(node)]
 
@@ -113,6 +113,17 @@ def headroom(model: ir.Model) -> float | None:
             pair = np.sort(side, axis=0)[-2:].sum(axis=0)
             worst_sum = max(worst_sum, int(pair.max()))
     return round(INT16_LIMIT / (LARGEST_ACTIVATION * max(worst_sum, 1)), 3) if has_product else None
+
+
+def _gives_logits(node: ir.Node) -> bool:
+    """Returns whether the result of a layer is an output of the graph, with or without an Add of a bias."""
+    result = node.outputs[0]
+    readers = result.consumers()
+    if len(readers) == 1 and readers[0].op_type == "Add":  # the head of a token classifier is a MatMul with an Add
+        other_terms = [value for value in readers[0].inputs if value is not result]
+        if all(value is not None and value.const_value is not None for value in other_terms):
+            result = readers[0].outputs[0]
+    return node.outputs[0].is_graph_output() or result.is_graph_output()
 
 
 def _is_linear(node: ir.Node) -> bool:

@@ -91,7 +91,8 @@ class PruningSetup:
 
     def _batches(self, rows: list[int]) -> list[Batch]:
         data = self._data.select(rows)
-        return batches(self.encoder.encode(data.texts), data.targets, self.encoder, BATCH)
+        ids = self.encoder.encode(data.texts)
+        return batches(ids, data.targets(ids), self.encoder, BATCH)
 
     @functools.cached_property
     def _fisher(self) -> list[LayerImportance]:

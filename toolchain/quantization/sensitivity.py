@@ -16,7 +16,7 @@ from toolchain.backends.ort import OrtSession
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.inputs import Data, TrainingSource
-from toolchain.data.labels import REGRESSION, Answer, answers, divergence
+from toolchain.data.labels import REGRESSION, SINGLE, TOKENS, Answer, Tokens, answers, divergence
 from toolchain.errors import GraphError
 from toolchain.passes import read, rewrite, write
 from toolchain.passes.model_shape import context_of
@@ -68,7 +68,7 @@ class SensitivitySetup:
     passes: tuple[str, ...]
     activations: Mapping[str, Activation]
     encoder: Encoder
-    rows: Sequence[Sequence[int]]
+    rows: Sequence[Tokens]
     labels: Sequence[Answer]
 
     @classmethod
@@ -108,12 +108,22 @@ class SensitivitySetup:
             finally:
                 session.close()
 
-    def logits(self, session: OrtSession, count: int) -> np.ndarray:
-        """Returns the logits of the first `count` held-out rows, of shape [rows, labels]; every batch is one row."""
+    def outputs(self, session: OrtSession, count: int) -> tuple[np.ndarray, list[Answer]]:
+        """Runs the first `count` held-out rows; every batch is one row.
+
+        Returns:
+            The logits, of shape [rows, labels], and the answer to each row. In token classification, the logits of each
+            token are a row of the array.
+        """
         import numpy as np
 
-        batches = (pad([row], self.encoder.names, self.encoder.pad_id) for row in self.rows[:count])
-        return np.concatenate([session.run(batch) for batch in batches])
+        task = self.encoder.task
+        logits, row_answers = [], list[Answer]()
+        for row in self.rows[:count]:
+            output = session.run(pad([row], self.encoder.names, self.encoder.pad_id))
+            row_answers += answers(output, task, [row])
+            logits.append(output.reshape(-1, output.shape[-1]))
+        return np.concatenate(logits), row_answers
 
 
 def rank(setup: SensitivitySetup, progress: Progress) -> list[Layer]:
@@ -129,18 +139,15 @@ def rank(setup: SensitivitySetup, progress: Progress) -> list[Layer]:
             "Name its parent instead.",
         )
     with setup.session(names) as session:
-        fp32_logits = setup.logits(session, SENTENCES)
+        fp32_logits, fp32_answers = setup.outputs(session, SENTENCES)
     task = setup.encoder.task
-    fp32_answers = answers(fp32_logits, task)
     layers = []
     for count, name in enumerate(names):
         progress(count, len(names), f"quantising only {name}")
         with setup.session([fp32_answer for fp32_answer in names if fp32_answer != name]) as session:
-            logits = setup.logits(session, SENTENCES)
-        flips = sum(
-            answer != fp32_answer for answer, fp32_answer in zip(fp32_answers, answers(logits, task), strict=True)
-        )
-        rounded = float(f"{divergence(fp32_logits, logits, task):.3g}")
+            logits, row_answers = setup.outputs(session, SENTENCES)
+        flips = sum(answer != fp32_answer for answer, fp32_answer in zip(row_answers, fp32_answers, strict=True))
+        rounded = float(f"{divergence(fp32_logits, logits, SINGLE if task == TOKENS else task):.3g}")
         layers.append(Layer(name, rounded, None if task == REGRESSION else flips))
     return sorted(layers, key=lambda layer: (-layer.divergence, layer.name))
 
@@ -171,5 +178,5 @@ def fewest_fp32_layers(
 
 
 def _score(setup: SensitivitySetup, session: OrtSession) -> float:
-    predictions = answers(setup.logits(session, len(setup.rows)), setup.encoder.task)
-    return score_answers(predictions, setup.labels, setup.encoder.task).value
+    _, row_answers = setup.outputs(session, len(setup.rows))
+    return score_answers(row_answers, setup.labels, setup.artifact.label_set).value

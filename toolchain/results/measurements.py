@@ -128,7 +128,7 @@ class Measurement:
         by_length: Number of tokens → times at batch 1 with a sentence of this length.
         predictions: Answer to each sentence, as in `toolchain.data.labels`.
         probabilities: Probabilities of the labels for each sentence, as integers from 0 to `PROBABILITY`; None for a
-            sentence that was not run at batch 1. Empty for regression.
+            sentence that was not run at batch 1. Empty for regression and token classification.
         batch_changed: Number of sentences whose predicted label in a larger batch differs from the label at batch 1;
             None for regression, whose scores may differ by rounding.
     """

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from toolchain.data.labels import MULTI, REGRESSION, SINGLE, TASKS, Answer
+from toolchain.data.labels import MULTI, REGRESSION, SINGLE, TASKS, TOKENS, Answer, LabelSet
 from toolchain.errors import ResultFileError
 from toolchain.results.measurements import BATCHED, SAMPLES, Measurement, Samples
-from toolchain.results.scores import SCORES, Accuracy, RegressionScore, score_answers
+from toolchain.results.scores import SCORES, Accuracy, EntityScore, RegressionScore, score_answers
 from toolchain.system import files
 from toolchain.system.decoding import decode, strict
 
@@ -110,6 +110,9 @@ class ResultFile:
                 raise ValueError(f"data.{key} is {self.data.get(key)!r}")
         if self.task not in TASKS:
             raise ValueError(f"data.task is {self.task!r}")
+        names = self.data.get("label_names", [])
+        if self.task == TOKENS and not (names and isinstance(names, list) and all(isinstance(n, str) for n in names)):
+            raise ValueError("data.label_names lacks the label names of the words")
         labels = self.data.get("labels", [])
         if labels and (len(labels) != self.data["rows"] or not self._are_answers(labels)):
             raise ValueError("the list `labels` needs one answer for each row of the data")
@@ -123,19 +126,27 @@ class ResultFile:
                 count = len(getattr(row, name))
                 if labels and count not in (0, self.data["rows"]):
                     raise ValueError(f"{row.cell} has {count} {name} for {self.data['rows']} sentences")
-            pairs = [(a, len(c)) for a, c in zip(row.predictions, row.probabilities, strict=False) if c is not None]
+            chances = zip(row.predictions, row.probabilities, strict=False)
+            pairs = [(a, len(c)) for a, c in chances if c is not None and isinstance(a, int)]
             if not all(0 <= a < (1 << n if self.task == MULTI else n) for a, n in pairs):
                 raise ValueError(f"{row.cell} has a prediction without a probability")
             if not self._are_answers(row.predictions):
                 raise ValueError(f"{row.cell} has a prediction that is no answer of its task")
             if not (labels and row.predictions and row.score):
                 continue
-            if row.score != score_answers(row.predictions, labels, self.task, row.score.batch_size):
+            if row.score != score_answers(
+                row.predictions, labels, LabelSet(tuple(names), self.task), row.score.batch_size
+            ):
                 raise ValueError(f"{row.cell}: the score does not follow from the predictions")
 
     def _are_answers(self, values: Sequence[Answer]) -> bool:
-        """Returns whether all values can be answers of the task: integers of 0 or more, or any number in regression."""
-        return self.task == REGRESSION or all(isinstance(value, int) and value >= 0 for value in values)
+        """Returns whether all values can be answers of the task, as in `toolchain.data.labels`."""
+        if self.task == REGRESSION:
+            return all(not isinstance(value, tuple) for value in values)
+        if self.task == TOKENS:
+            count = len(self.data["label_names"])
+            return all(isinstance(value, tuple) and all(0 <= label < count for label in value) for value in values)
+        return all(isinstance(value, int) and value >= 0 for value in values)
 
 
 @strict
@@ -195,6 +206,25 @@ class _StoredRegression:
 
 @strict
 @dataclass(frozen=True)
+class _StoredEntities:
+    value: float
+    found: int
+    predicted: int
+    labelled: int
+    count: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        score = self.to_score()
+        if not 0 <= self.found <= min(self.predicted, self.labelled) or round(score.value, 6) != self.value:
+            raise ValueError("the numbers of entities contradict each other")
+
+    def to_score(self) -> EntityScore:
+        return EntityScore(self.found, self.predicted, self.labelled, self.count, self.batch_size)
+
+
+@strict
+@dataclass(frozen=True)
 class _StoredRow:
     """The stored form of a `Measurement` in a result file."""
 
@@ -210,6 +240,8 @@ class _StoredRow:
     accuracy_batched: _StoredAccuracy | None = None
     regression: _StoredRegression | None = None
     regression_batched: _StoredRegression | None = None
+    entities: _StoredEntities | None = None
+    entities_batched: _StoredEntities | None = None
     latency_ms: dict[str, float] = field(default_factory=dict)
     with_tokenizing_ms: dict[str, float] = field(default_factory=dict)
     resident_ms: dict[str, float] = field(default_factory=dict)

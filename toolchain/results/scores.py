@@ -1,4 +1,4 @@
-"""Scores of a model's answers on labelled data: accuracy, or the errors of a regression.
+"""Scores of a model's answers on labelled data: accuracy, the errors of a regression, or the F1 of entities.
 
 Every score has a `value` of at most 1, and a higher `value` is better. So comparison, limits and searches use the value
 of any score in the same way. A result file names a score by its `key`, and tables show its `name`.
@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from toolchain.data.labels import REGRESSION, Answer
+from toolchain.data.entities import find_entities
+from toolchain.data.labels import REGRESSION, TOKENS, Answer, LabelSet, number
 
 DIGITS = 6  # a result file stores the figures of a score with this number of decimals
 
@@ -75,23 +76,96 @@ class RegressionScore:
         return dict(vars(self))
 
 
-Score = Accuracy | RegressionScore
-SCORES: tuple[type[Score], ...] = (Accuracy, RegressionScore)
+@dataclass(frozen=True)
+class EntityScore:
+    """The number of entities that a model finds on the data set, at one batch size.
+
+    An entity counts as found only if its kind, its first word and its last word are right, as in the evaluation of
+    CoNLL-2003. See Tjong Kim Sang and De Meulder 2003, "Introduction to the CoNLL-2003 Shared Task".
+
+    Attributes:
+        found: Number of entities that are both in the data and in the predictions.
+        predicted: Number of entities in the predictions.
+        labelled: Number of entities in the data.
+        count: Number of sentences.
+        batch_size: Number of sentences in a batch.
+    """
+
+    found: int
+    predicted: int
+    labelled: int
+    count: int
+    batch_size: int
+
+    key: ClassVar[str] = "entities"
+    name: ClassVar[str] = "entity F1"
+
+    @property
+    def value(self) -> float:
+        """F1 of the entities, 0 to 1; 1 if neither data nor predictions have an entity."""
+        total = self.predicted + self.labelled
+        return 2 * self.found / total if total else 1.0
+
+    @property
+    def precision(self) -> float:
+        """Share of the predicted entities that are in the data; 1 without a predicted entity."""
+        return self.found / self.predicted if self.predicted else 1.0
+
+    @property
+    def recall(self) -> float:
+        """Share of the data's entities that are predicted; 1 without an entity in the data."""
+        return self.found / self.labelled if self.labelled else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the score as a result file stores it."""
+        return {"value": round(self.value, DIGITS), **vars(self)}
 
 
-def score_answers(answers: Sequence[Answer], labels: Sequence[Answer], task: str, batch_size: int = 1) -> Score:
+Score = Accuracy | RegressionScore | EntityScore
+SCORES: tuple[type[Score], ...] = (Accuracy, RegressionScore, EntityScore)
+
+
+def score_type(label_set: LabelSet) -> type[Score]:
+    """Returns the type of the score of a model with these labels."""
+    types: dict[str, type[Score]] = {REGRESSION: RegressionScore, TOKENS: EntityScore}
+    return types.get(label_set.task, Accuracy)
+
+
+def score_answers(
+    answers: Sequence[Answer], labels: Sequence[Answer], label_set: LabelSet, batch_size: int = 1
+) -> Score:
     """Returns the score of a model's answers.
 
     Args:
         answers: The model's answer to each row, as in `toolchain.data.labels`; at least one row.
         labels: The correct answer to each row.
-        task: Task of the model, one of `toolchain.data.labels.TASKS`.
+        label_set: Labels and task of the model.
         batch_size: Number of sentences in a batch.
     """
-    if task == REGRESSION:
-        return _score_regression(answers, labels, batch_size)
+    kind = score_type(label_set)
+    if kind is RegressionScore:
+        return _score_regression([number(a) for a in answers], [number(a) for a in labels], batch_size)
+    if kind is EntityScore:
+        found, predicted, labelled = map(sum, zip(*count_entities(answers, labels, label_set), strict=True))
+        return EntityScore(found, predicted, labelled, len(labels), batch_size)
     correct = sum(answer == label for answer, label in zip(answers, labels, strict=True))
     return Accuracy(correct, len(labels), batch_size)
+
+
+def count_entities(
+    answers: Sequence[Answer], labels: Sequence[Answer], label_set: LabelSet
+) -> list[tuple[int, int, int]]:
+    """Returns the number of found, predicted and labelled entities of each sentence; see `EntityScore`."""
+    counts = []
+    for answer, label in zip(answers, labels, strict=True):
+        predicted, labelled = (set(find_entities(_names(each, label_set))) for each in (answer, label))
+        counts.append((len(predicted & labelled), len(predicted), len(labelled)))
+    return counts
+
+
+def _names(answer: Answer, label_set: LabelSet) -> list[str]:
+    assert isinstance(answer, tuple)
+    return [label_set.names[index] for index in answer]
 
 
 def _score_regression(scores: Sequence[float], labels: Sequence[float], batch_size: int) -> RegressionScore:

@@ -182,6 +182,24 @@ def r2_interval(scores: tuple[float, ...], labels: tuple[float, ...]) -> tuple[f
     return float(low), float(high)
 
 
+@functools.lru_cache(maxsize=1024)
+def f1_interval(counts: tuple[tuple[int, int, int], ...]) -> tuple[float, float]:
+    """Returns the bootstrap confidence interval of the F1 of entities, over sentences.
+
+    Args:
+        counts: For each sentence, the number of found, predicted and labelled entities.
+    """
+    import numpy as np
+
+    table, rng = np.array(counts), np.random.default_rng(_SEED)
+    samples = []
+    for _ in range(RESAMPLES):
+        found, predicted, labelled = table[rng.integers(len(table), size=len(table))].sum(axis=0)
+        samples.append(2 * found / (predicted + labelled) if predicted + labelled else 1.0)
+    low, high = np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
 def correlations(scores: Sequence[float], labels: Sequence[float]) -> tuple[float | None, float | None]:
     """Returns Pearson's and Spearman's correlation; both are None if all scores or all labels are equal.
 

@@ -24,11 +24,11 @@ from toolchain.backends import Place
 from toolchain.backends.ort import OrtSession, saturates
 from toolchain.build.onnx_metadata import license_of, options_by_processor, set_properties
 from toolchain.data.encoding import Encoder, pad
-from toolchain.data.labels import MULTI
+from toolchain.data.labels import MULTI, TOKENS
 from toolchain.errors import ShippingError
 from toolchain.passes.probabilities import add_probabilities
 from toolchain.ship.bundle_files.verify import BUNDLE, GOLDEN, SCHEMA, TEXT, canonical_id
-from toolchain.ship.targets import BUNDLE_FILES, DEMO, TARGETS, Target, dtype, mobile, served_name
+from toolchain.ship.targets import BUNDLE_FILES, DEMO, TARGETS, TOKEN_FILES, Target, dtype, mobile, served_name
 from toolchain.ship.targets.releases import DEFAULT, ORDER
 from toolchain.ship.targets.uses import oldest_release, read_needs
 from toolchain.ship.tokenizer_graph import comparison, with_tokenizer
@@ -195,15 +195,18 @@ def _golden_content(contents: Contents, encoder: Encoder) -> dict[str, Any]:
                 "Install the newest onnxruntime, or ship a -portable variant.",
             )
         session = OrtSession(artifact.path, Place("cpu", 1))
-        logits[name] = [_round_logits(session.run(batch))[0] for batch in single_batches]
-        batch_logits[name] = [_round_logits(session.run(batch)) for batch in padded_batches]
+        logits[name] = [_round_logits(session.run(batch), batch)[0] for batch in single_batches]
+        batch_logits[name] = [_round_logits(session.run(batch), batch) for batch in padded_batches]
         session.close()
     sentences = [{"text": text, "input_ids": row} for text, row in zip(contents.sentences, rows, strict=True)]
     return {"sentences": sentences, "logits": logits, "batches": batches, "batch_logits": batch_logits}
 
 
-def _round_logits(logits: np.ndarray) -> list[list[float]]:
-    return [[round(float(x), 6) for x in row] for row in logits]
+def _round_logits(logits: np.ndarray, batch: Mapping[str, np.ndarray]) -> list[list[float]]:
+    """Returns the logits of each row; in token classification, the logits of all its tokens, without padding."""
+    masks = batch["attention_mask"].astype(bool)
+    rows = [row[mask].ravel() if row.ndim == 2 else row for row, mask in zip(logits, masks, strict=True)]
+    return [[round(float(x), 6) for x in row] for row in rows]
 
 
 def _write_model_files(contents: Contents, artifact: Artifact, encoder: Encoder, file: Path) -> dict[str, Any]:
@@ -293,6 +296,8 @@ def _write_companions(contents: Contents, folder: Path, body: Mapping[str, Any],
         keep_trailing_newline=True,
     )
     files = contents.target.text_files if contents.with_tokenizer else contents.target.files
+    if body["task"] == TOKENS:
+        files = {path: TOKEN_FILES.get(file, file) for path, file in files.items()}
     for pattern, template in {**files, **(DEMO if contents.clients else {})}.items():
         for model in body["models"] if "{name}" in pattern else [None]:
             name = served_name(model["variant"]) if model else ""

@@ -23,13 +23,14 @@ from toolchain.build.steps.validate import TEXTS, TOLERANCE, validate, validatio
 from toolchain.build.workspace import Workspace
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder, pad
+from toolchain.data.labels import TOKENS
 from toolchain.errors import ArtifactError, ProviderError, ShippingError, VerdictError
 from toolchain.models.checkpoints import NOT_STATED, REFERENCE_LICENSE
 from toolchain.progress import Bar, Say
 from toolchain.results.folder import DEFAULT_FOLDER, ResultsFolder
 from toolchain.results.measurements import Measurement
 from toolchain.results.result_file import ResultFile
-from toolchain.results.scores import Accuracy, Score
+from toolchain.results.scores import Accuracy, EntityScore, Score
 from toolchain.ship import bundles
 from toolchain.ship.bundle_files import verify as bundle_verifier
 from toolchain.ship.bundles import Contents, Provenance
@@ -102,6 +103,12 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
         )
     artifacts_by_name = ensure(workspace, order.variants, {}, say, bar)
     artifacts = [artifacts_by_name[name] for name in order.variants]
+    if artifacts[0].label_set.task == TOKENS and (order.with_tokenizer or target.tokenizer_path):
+        raise ShippingError(
+            "A bundle of a token classifier cannot have the tokenizer in a graph, because the graph does not return "
+            "the positions of the tokens in the text.",
+            "Ship for python, web, mobile or other, without --with-tokenizer.",
+        )
     for artifact in artifacts:
         _check_artifact(artifact, target)
         if artifact.manifest.tokenizer != artifacts[0].manifest.tokenizer:
@@ -283,6 +290,8 @@ def _score_entry(score: Score) -> dict[str, Any]:
     """Returns the score of a benchmark row without its batch size."""
     if isinstance(score, Accuracy):
         return {"value": score.value, "count": score.count}
+    if isinstance(score, EntityScore):
+        return {"value": score.value, "precision": score.precision, "recall": score.recall, "count": score.count}
     return {"r2": score.r2, "mean_absolute_error": score.mean_absolute_error, "count": score.count}
 
 

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from toolchain.data.encoding import Encoder, pad
-from toolchain.data.labels import MULTI, REGRESSION, SINGLE, Answer
+from toolchain.data.labels import IGNORED, MULTI, REGRESSION, SINGLE, TOKENS, Answer, Targets
 
 if TYPE_CHECKING:
     import torch
-
-
-# Correct answers of all rows, in the form that a loss needs; the property `inputs.Data.targets` returns this type.
-Targets = Sequence[int] | Sequence[float] | Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -24,7 +20,8 @@ class Batch:
     Attributes:
         inputs: The model's inputs by name, each int64 of shape [batch, sequence].
         labels: Correct answers. If each row has one label, they are int64 of shape [batch]. For a multi-label model,
-            they are float32 of shape [batch, labels]. For regression, they are float32 of shape [batch].
+            they are float32 of shape [batch, labels]. For regression, they are float32 of shape [batch]. For token
+            classification, they are int64 of shape [batch, sequence], with `IGNORED` for a token without a label.
         rows: Indices of the batch's rows in the data.
     """
 
@@ -36,13 +33,15 @@ class Batch:
     def task(self) -> str:
         """Returns the task of the model that has these labels."""
         if self.labels.dim() == 2:
-            return MULTI
+            return MULTI if self.labels.is_floating_point() else TOKENS
         return REGRESSION if self.labels.is_floating_point() else SINGLE
 
     @property
     def answers(self) -> list[Answer]:
         """Returns the correct answer of each row, as in `toolchain.data.labels`."""
         values = self.labels.tolist()
+        if self.task == TOKENS:
+            return [tuple(label for label in row if label != IGNORED) for row in values]
         if self.task == MULTI:
             return [sum(1 << i for i, is_set in enumerate(row) if is_set) for row in values]
         return list(values)
@@ -68,17 +67,28 @@ def batch(
     width = min(-(-max(map(len, token_ids)) // multiple) * multiple, encoder.max_length)
     arrays = pad(token_ids, encoder.names, encoder.pad_id, width=width)
     inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return Batch(inputs, torch.tensor([labels[row] for row in rows]), list(rows))
+    return Batch(inputs, _label_tensor([labels[row] for row in rows], width), list(rows))
+
+
+def _label_tensor(labels: Sequence[Any], width: int) -> torch.Tensor:
+    """Converts the targets of a batch's rows to `Batch.labels`; `width` is the width of the batch."""
+    import torch
+
+    if isinstance(labels[0], Sequence) and isinstance(labels[0][0], int):  # one label for each token
+        rows = [torch.tensor(row) for row in labels]
+        return torch.stack([torch.nn.functional.pad(row, (0, width - len(row)), value=IGNORED) for row in rows])
+    return torch.tensor(labels)
 
 
 def task_loss(logits: torch.Tensor, part: Batch, reduction: str = "mean") -> torch.Tensor:
     """Returns the loss of a batch's logits on its labels.
 
     The loss is the cross-entropy. For a multi-label model, the loss is the binary cross-entropy, summed over the labels
-    of each row. For regression, the loss is the squared error.
+    of each row. For regression, the loss is the squared error. For token classification, each token with a label counts
+    as a row.
 
     Args:
-        logits: The model's logits, of shape [batch, labels].
+        logits: The model's logits, of shape [batch, labels], or [batch, sequence, labels] for token classification.
         part: The batch; its labels may lie on another device than `logits`.
         reduction: How to combine the losses of the rows: ``mean`` or ``sum``.
     """
@@ -87,6 +97,10 @@ def task_loss(logits: torch.Tensor, part: Batch, reduction: str = "mean") -> tor
     labels = part.labels.to(logits.device)
     if part.task == SINGLE:
         return functional.cross_entropy(logits, labels, reduction=reduction)
+    if part.task == TOKENS:
+        return functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction=reduction
+        )
     if part.task == REGRESSION:
         return functional.mse_loss(logits[:, 0], labels, reduction=reduction)
     row_losses = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(1)

@@ -165,7 +165,7 @@ def train(
         "rows": len(epoch_rows.ids),
         "steps": run.state.step,
         "best_epoch": run.state.best,
-        "score": score_name(held_out_batches),
+        "score": score_name(models[0], held_out_batches),
         "held_out_accuracy": [round(value, 4) for value in run.state.held_out],
         "held_out_loss": [round(value, 4) for value in run.state.losses],
         "held_out_rows": len(held_out.ids),

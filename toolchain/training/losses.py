@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from toolchain.data.labels import MULTI, REGRESSION
+from toolchain.data.labels import MULTI, REGRESSION, TOKENS
 from toolchain.training.batches import Batch, task_loss
 
 
@@ -43,18 +43,20 @@ def loss(
     Args:
         outputs: Outputs of the model under training.
         teacher_outputs: Outputs of the model's teacher; None without a teacher.
-        inputs: The model's inputs on its device by name, with ``attention_mask`` if `weights.states` is not 0.
+        inputs: The model's inputs on its device by name, with ``attention_mask``.
         part: The batch.
         weights: Weights of the loss's terms for labels, logits and hidden states.
     """
     total = weights.task * task_loss(outputs.logits.float(), part) if weights.task else outputs.logits.new_zeros(())
     if weights.task < 1:
-        total = total + (1 - weights.task) * _logit_loss(
-            outputs.logits, teacher_outputs.logits, weights.temperature, part.task
-        )
+        logits, teacher_logits = outputs.logits, teacher_outputs.logits
+        if part.task == TOKENS:  # each token is a row, without the tokens of padding
+            is_token = inputs["attention_mask"].bool()
+            logits, teacher_logits = logits[is_token], teacher_logits[is_token]
+        total = total + (1 - weights.task) * _logit_loss(logits, teacher_logits, weights.temperature, part.task)
     if weights.states:
         total = total + weights.states * _state_loss(
-            outputs, teacher_outputs, inputs["attention_mask"], weights.matched
+            outputs, teacher_outputs, inputs["attention_mask"], weights.matched, part.task
         )
     return total
 
@@ -76,12 +78,14 @@ def _logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float
     return functional.kl_div(student, teacher, log_target=True, reduction="batchmean") * temperature**2
 
 
-def _state_loss(outputs: Any, teacher_outputs: Any, mask: torch.Tensor, matched: tuple[int, ...]) -> torch.Tensor:
+def _state_loss(
+    outputs: Any, teacher_outputs: Any, mask: torch.Tensor, matched: tuple[int, ...], task: str
+) -> torch.Tensor:
     """Returns the mean squared difference between student and teacher in matched hidden states.
 
     The function divides the squared difference by the variance of the teacher's hidden states. The mean covers only the
     tokens whose value in `mask`, of shape [batch, sequence], is 1. The first token's last hidden state has extra weight
-    in the loss, because the classification head reads this state.
+    in the loss, because the head of a sequence classifier reads this state.
     """
 
     def difference(student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -89,9 +93,10 @@ def _state_loss(outputs: Any, teacher_outputs: Any, mask: torch.Tensor, matched:
         return (squared * weight).sum() / weight.sum() / teacher.float().var()
 
     layers = [(outputs.hidden_states[i], teacher_outputs.hidden_states[i]) for i in matched]
+    zero = torch.zeros((), device=mask.device)
+    states = sum((difference(student, teacher, mask) for student, teacher in layers), start=zero) / len(layers)
+    if task == TOKENS:
+        return states
     first_token = torch.zeros_like(mask)
     first_token[:, 0] = 1
-    states: torch.Tensor = sum(difference(student, teacher, mask) for student, teacher in layers) / len(
-        layers
-    ) + difference(*layers[-1], first_token)
-    return states
+    return states + difference(*layers[-1], first_token)

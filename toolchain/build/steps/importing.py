@@ -13,7 +13,7 @@ from toolchain.artifacts.steps import Import
 from toolchain.backends import lora
 from toolchain.backends.pytorch import check_finite, describe, load_model
 from toolchain.build.job import Job, StepResult
-from toolchain.data.labels import SINGLE
+from toolchain.data.labels import SINGLE, TOKENS, LabelSet
 from toolchain.errors import ArtifactError, CheckpointError, first_line
 from toolchain.models.checkpoints import (
     CARD,
@@ -87,7 +87,7 @@ def import_checkpoint(job: Job[Import]) -> StepResult:
     return StepResult(
         step=job.step,
         inputs=tuple(TensorSpec(name, "int64", ("batch_size", "sequence_length")) for name in names),
-        outputs=(TensorSpec("logits", "float32", ("batch_size", len(labels.names))),),
+        outputs=(TensorSpec("logits", "float32", _output_shape(labels)),),
         labels=labels.names,
         max_length=_max_length(model, tokenizer),
         facts={
@@ -97,6 +97,12 @@ def import_checkpoint(job: Job[Import]) -> StepResult:
             **_training_data_facts(job.checkpoint),
         },
     )
+
+
+def _output_shape(labels: LabelSet) -> tuple[str | int, ...]:
+    """Returns the shape of the logits; a token classifier gives logits for each token."""
+    tokens = ("sequence_length",) if labels.task == TOKENS else ()
+    return ("batch_size", *tokens, len(labels.names))
 
 
 def license_facts(checkpoint: Path, base: Path | None) -> dict[str, str]:

@@ -70,7 +70,8 @@ def recover(job: Job[Recover]) -> StepResult:
 
 def _examples(data: Data, rows: list[int], encoder: encoding.Encoder) -> Examples:
     selection = data.select(rows)
-    return Examples(encoder.encode(selection.texts), selection.targets)
+    ids = encoder.encode(selection.texts)
+    return Examples(ids, selection.targets(ids))
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.files import Text
-from toolchain.data.labels import REGRESSION, answers, margins
+from toolchain.data.labels import REGRESSION, SINGLE, TOKENS, answers, margins
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,7 +100,7 @@ def validate(
         The report: verdict, largest and mean |Δlogit|, worst batch of the grid and number of flips. `flip_margins`
         holds the reference's margin (`labels.margins`) in each sentence that flips. For regression, the report holds
         `shift` instead of the flips: the largest |Δscore| of a sentence in standard deviations of the reference's
-        scores.
+        scores. For token classification, flips are counted over tokens, and `tokens` holds their number.
     """
     import numpy as np
 
@@ -109,14 +109,15 @@ def validate(
     grid_deltas = {}
     for name, batch in grid(encoder, sentences):
         reference_batch = batch if reference_ids is None else {**batch, "input_ids": reference_ids[batch["input_ids"]]}
-        grid_deltas[name] = _max_delta(contender.run(batch), reference.run(reference_batch))
+        grid_deltas[name] = _max_delta(contender.run(batch), reference.run(reference_batch), batch, encoder.task)
     deltas: list[float] = []
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     for row, reference_row in zip(encoder.encode(sentences), reference_encoder.encode(sentences), strict=True):
-        logits = contender.run(pad([row], encoder.names, encoder.pad_id))
+        batch = pad([row], encoder.names, encoder.pad_id)
+        logits = contender.run(batch)
         reference_logits = reference.run(pad([reference_row], reference_encoder.names, reference_encoder.pad_id))
-        deltas.append(_max_delta(logits, reference_logits))
-        pairs.append((logits, reference_logits))
+        deltas.append(_max_delta(logits, reference_logits, batch, encoder.task))
+        pairs.append((logits, reference_logits) if encoder.task != TOKENS else (logits[0], reference_logits[0]))
     worst_case = max(grid_deltas, key=lambda name: grid_deltas[name])
     is_finite = bool(np.isfinite([*grid_deltas.values(), *deltas]).all())
     largest_delta = max(grid_deltas[worst_case], *deltas)
@@ -140,17 +141,22 @@ def _flips(pairs: Sequence[tuple[np.ndarray, np.ndarray]], task: str) -> tuple[b
     """Returns whether the number of flips is allowed, and the flips for the report of `validate`.
 
     Args:
-        pairs: Logits of the contender and of the reference for each sentence.
+        pairs: Logits of the contender and of the reference for each sentence. In token classification, each token
+            counts as a sentence.
         task: Task of both models.
     """
-    flip_margins = [
-        float(margins(reference_logits, task)[0])
-        for logits, reference_logits in pairs
-        if answers(logits, task) != answers(reference_logits, task)
-    ]
-    flips = len(flip_margins)
-    report = {"flips": flips, "flip_margins": [_round_to_json(margin) for margin in flip_margins]}
-    return flips <= allowed_flips(len(pairs)), report
+    row_task = SINGLE if task == TOKENS else task
+    count, flip_margins = 0, list[float | None]()
+    for logits, reference_logits in pairs:
+        all_answers = zip(answers(logits, row_task), answers(reference_logits, row_task), strict=True)
+        for (answer, reference_answer), margin in zip(all_answers, margins(reference_logits, row_task), strict=True):
+            count += 1
+            if answer != reference_answer:
+                flip_margins.append(_round_to_json(float(margin)))
+    report: dict[str, Any] = {"flips": len(flip_margins), "flip_margins": flip_margins}
+    if task == TOKENS:
+        report["tokens"] = count
+    return len(flip_margins) <= allowed_flips(count), report
 
 
 def _shift(pairs: Sequence[tuple[np.ndarray, np.ndarray]], task: str) -> tuple[bool, dict[str, Any]]:
@@ -193,9 +199,16 @@ def allowed_flips(sentences: int) -> int:
     return int(stats.binom.ppf(CONFIDENCE, sentences, MAX_FLIPS))
 
 
-def _max_delta(logits: np.ndarray, reference_logits: np.ndarray) -> float:
-    """Returns the largest |Δlogit|; infinite if the shapes differ or a logit is not finite, so that no check passes."""
+def _max_delta(logits: np.ndarray, reference_logits: np.ndarray, batch: Mapping[str, np.ndarray], task: str) -> float:
+    """Returns the largest |Δlogit|; infinite if the shapes differ or a logit is not finite, so that no check passes.
+
+    In token classification, only the logits of tokens count, because no app reads the logits of padding.
+    """
     import numpy as np
+
+    if task == TOKENS and logits.shape == reference_logits.shape:
+        is_token = batch["attention_mask"].astype(bool)
+        logits, reference_logits = logits[is_token], reference_logits[is_token]
 
     if logits.shape != reference_logits.shape or not (
         np.isfinite(logits).all() and np.isfinite(reference_logits).all()
@@ -217,8 +230,10 @@ def validation_summary(report: dict[str, Any]) -> str:
         changes = f"largest shift of a score {shift} standard deviations"
         allowed = f"{MAX_SHIFT:g}"
     else:
-        changes = f"{report['flips']} of {report['sentences']} sentences flipped"
-        allowed = f"{allowed_flips(report['sentences'])}"
+        kind = "tokens" if "tokens" in report else "sentences"
+        count = report[kind]
+        changes = f"{report['flips']} of {count} {kind} flipped"
+        allowed = f"{allowed_flips(count)}"
     limits = {
         "exact": f"≤ {TOLERANCE:g} allowed",
         "close": f"≤ {allowed} allowed",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from toolchain.compare.rows import Row
-from toolchain.results.scores import Accuracy, RegressionScore, Score
+from toolchain.results.scores import Accuracy, EntityScore, RegressionScore, Score
 
 # A spreadsheet reads a text with one of these first characters as a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -35,8 +35,8 @@ COLUMNS: dict[str, Callable[[Row], Any]] = {
     "mend": lambda row: row.measurement.mend,
     "baseline": lambda row: row.baseline and row.baseline.cell,
     "accuracy": lambda row: _score(row, Accuracy, "value"),
-    "accuracy_low": lambda row: row.quality.low if row.quality and not _is_regression(row) else None,
-    "accuracy_high": lambda row: row.quality.high if row.quality and not _is_regression(row) else None,
+    "accuracy_low": lambda row: _bound(row, Accuracy, "low"),
+    "accuracy_high": lambda row: _bound(row, Accuracy, "high"),
     "accuracy_points": lambda row: row.accuracy_points,
     "lost": lambda row: row.quality and row.quality.lost,
     "won": lambda row: row.quality and row.quality.won,
@@ -75,12 +75,17 @@ COLUMNS: dict[str, Callable[[Row], Any]] = {
     "noisy": lambda row: row.noisy,
     "stale": lambda row: row.stale,
     "r2": lambda row: _score(row, RegressionScore, "r2"),
-    "r2_low": lambda row: row.quality.low if row.quality and _is_regression(row) else None,
-    "r2_high": lambda row: row.quality.high if row.quality and _is_regression(row) else None,
+    "r2_low": lambda row: _bound(row, RegressionScore, "low"),
+    "r2_high": lambda row: _bound(row, RegressionScore, "high"),
     "mean_absolute_error": lambda row: _score(row, RegressionScore, "mean_absolute_error"),
     "root_mean_squared_error": lambda row: _score(row, RegressionScore, "root_mean_squared_error"),
     "pearson": lambda row: row.quality and row.quality.pearson,
     "spearman": lambda row: row.quality and row.quality.spearman,
+    "entity_f1": lambda row: _score(row, EntityScore, "value"),
+    "entity_f1_low": lambda row: _bound(row, EntityScore, "low"),
+    "entity_f1_high": lambda row: _bound(row, EntityScore, "high"),
+    "precision": lambda row: _score(row, EntityScore, "precision"),
+    "recall": lambda row: _score(row, EntityScore, "recall"),
     "wilcoxon_p": lambda row: row.quality.p if row.quality and _is_regression(row) else None,
 }
 
@@ -92,6 +97,11 @@ def _is_regression(row: Row) -> bool:
 def _score(row: Row, kind: type[Score], name: str) -> Any:
     """Returns a figure of the row's score; None if the row has no score of this kind."""
     return getattr(row.measurement.score, name) if isinstance(row.measurement.score, kind) else None
+
+
+def _bound(row: Row, kind: type[Score], name: str) -> float | None:
+    """Returns a bound of the interval of the row's score; None if the row has no score of this kind."""
+    return getattr(row.quality, name) if row.quality and isinstance(row.measurement.score, kind) else None
 
 
 def to_csv(rows: Sequence[Row]) -> str:

@@ -132,6 +132,8 @@ def quality(rows: Sequence[Row]) -> Table | None:
         ),
         ("macro-F1", _quality_figure(lambda q: Figure.from_number(q.macro_f1, ".4f"))),
         ("balanced accuracy", _quality_figure(lambda q: Figure.from_number(q.balanced_accuracy, ".4f"))),
+        ("precision", _quality_figure(lambda q: Figure.from_number(q.precision, ".4f"))),
+        ("recall", _quality_figure(lambda q: Figure.from_number(q.recall, ".4f"))),
         ("lost", _quality_figure(lambda q: Figure.from_number(q.lost, "d"))),
         ("won", _quality_figure(lambda q: Figure.from_number(q.won, "d"))),
         ("root mean squared error", _quality_figure(lambda q: Figure.from_number(q.root_mean_squared_error, ".4g"))),

@@ -17,6 +17,7 @@ _SHOWN = {
     "peak_memory_bytes": ("peak", "peak memory", "MB", 1e6),
     "size_bytes": ("size", "size", "MB", 1e6),
     "accuracy": ("accuracy", "wrong answers", "%", 0.01),
+    "entity_f1": ("entity F1", "wrong and missed entities", "%", 0.01),
     "mean_absolute_error": ("mean absolute error", "mean absolute error", "", 1.0),
 }
 

@@ -20,9 +20,16 @@ function padRows(rows, side, { pad_id }, names) {
   return Object.fromEntries(names.map((name) => [name, tensor(name)]));
 }
 
+/** Returns the index of a row's first logit. A token classifier gives logits for each token; padding may come first. */
+function firstLogit(dims, row, tokens, side) {
+  if (dims.length === 2) return row * dims[1];
+  const [, width, labels] = dims;
+  return (row * width + (side === "left" ? width - tokens : 0)) * labels;
+}
+
 /**
  * Runs the model on every golden sentence and batch, and compares the logits with the recorded logits.
- * @param pipe a text-classification pipeline of transformers.js
+ * @param pipe a pipeline of transformers.js for the model
  * @param bundle the parsed bundle.json
  * @param golden the parsed golden.json
  * @param variant the variant of the model that the pipeline has loaded
@@ -53,7 +60,8 @@ export async function check(pipe, bundle, golden, variant) {
   for (const { rows, side, expected } of runs) {
     const { logits } = await pipe.model(padRows(rows, side, bundle, names));
     for (const [i, row] of expected.entries()) {
-      const delta = Math.max(...row.map((logit, label) => Math.abs(logits.data[i * row.length + label] - logit)));
+      const start = firstLogit(logits.dims, i, rows[i].length, side);
+      const delta = Math.max(...row.map((logit, j) => Math.abs(logits.data[start + j] - logit)));
       deltas.push(Number.isFinite(delta) ? delta : Infinity);
     }
   }

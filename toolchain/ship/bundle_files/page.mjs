@@ -44,7 +44,8 @@ async function load() {
   const { variant, dtype } = selectedModel();
   answer.replaceChildren(paragraphOf(`Loading ${variant}…`));
   const start = performance.now();
-  const next = await pipeline("text-classification", "./", { dtype, device: "wasm", local_files_only: true });
+  const task = bundle.task === "token_classification" ? "token-classification" : "text-classification";
+  const next = await pipeline(task, "./", { dtype, device: "wasm", local_files_only: true });
   await next("ready"); // the first run is slower than later runs
   pipe = next;
   answer.replaceChildren(paragraphOf(`${variant} is ready. Loading took ${formatMilliseconds(performance.now() - start)}.`));
@@ -74,9 +75,17 @@ async function labelText() {
   return scores.map((score, index) => labelRow(score, index === 0));
 }
 
+/** Returns a row for each token that belongs to an entity. */
+async function labelTokens() {
+  const tokens = await pipe(text.value);
+  const rows = tokens.map(({ word, entity, score }) => labelRow({ label: `${word}: ${entity}`, score }, true));
+  return rows.length ? rows : [paragraphOf("The model found no entity.")];
+}
+
 async function classify() {
   const start = performance.now();
-  const rows = await (bundle.task === "regression" ? scoreText() : labelText());
+  const find = { regression: scoreText, token_classification: labelTokens }[bundle.task] ?? labelText;
+  const rows = await find();
   const time = formatMilliseconds(performance.now() - start);
   answer.replaceChildren(...rows, paragraphOf(`${selectedModel().variant} took ${time}, including tokenising.`));
 }
@@ -111,7 +120,11 @@ await runWithoutButtons(answer, async () => {
   bundle = await response.json();
   document.title = element("title").textContent = bundle.model.name;
   const labels = `${bundle.labels.slice(0, -1).join(", ")} or ${bundle.labels.at(-1)}`;
-  const purpose = bundle.task === "regression" ? `Gives a text the score ${bundle.labels[0]}` : `Labels a text ${labels}`;
+  const purposes = {
+    regression: `Gives a text the score ${bundle.labels[0]}`,
+    token_classification: "Finds entities in a text",
+  };
+  const purpose = purposes[bundle.task] ?? `Labels a text ${labels}`;
   element("about").textContent = `${purpose}. The model runs in this browser, which sends your text nowhere.`;
   element("origin").textContent = `Model: ${bundle.model.origin}. Licence: ${bundle.model.license}. Bundle ${bundle.id.slice(0, 12)}.`;
   for (const { variant, bytes } of bundle.models) {

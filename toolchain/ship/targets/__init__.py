@@ -159,5 +159,7 @@ TARGETS = {
         ),
     )
 }
+# Files of a classifier of texts → files that replace them for a token classifier.
+TOKEN_FILES = {"classify.py": "classify_tokens.py"}
 # The demo page of a web bundle, with its script and style. `clients` provides the demo page's JavaScript libraries.
 DEMO = {"index.html": "index.html", "demo/page.mjs": "page.mjs", "demo/page.css": "page.css"}

@@ -1,0 +1,253 @@
+"""Tests of token classification: labelled words become a fine-tuned, measured and shipped finder of entities."""
+
+import csv
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+from conftest import make_checkpoint
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toolchain.cli import main
+from toolchain.data import entities
+from toolchain.data.encoding import Encoder
+from toolchain.data.labels import TOKENS, Column, LabelSet, answers, label_set
+from toolchain.errors import CheckpointError, DataError
+from toolchain.models import checkpoints
+from toolchain.results.scores import score_answers
+
+NAMES = ("O", "B-CITY", "I-CITY", "B-DISH", "I-DISH")
+CITIES = (["paris"], ["new", "york"], ["rome"])
+DISHES = (["soup"], ["apple", "pie"], ["bread"])
+LABELS = LabelSet(NAMES, TOKENS)
+
+
+def tagged_sentence(rng):
+    """Returns the words of a sentence and their labels."""
+    words, tags = [], []
+    for kind, phrases in rng.sample((("CITY", CITIES), ("DISH", DISHES)), 2):
+        for word in rng.choices(("the", "film", "it", "is", "good"), k=rng.randint(1, 2)):
+            words.append(word)
+            tags.append("O")
+        phrase = rng.choice(phrases)
+        words += phrase
+        tags += [f"B-{kind}", *[f"I-{kind}"] * (len(phrase) - 1)]
+    return words, tags
+
+
+@pytest.fixture(scope="module")
+def finder(tmp_path_factory):
+    """A fine-tuned token classifier; its folder lies beside its training data."""
+    folder = tmp_path_factory.mktemp("finder")
+    rng = random.Random(1)
+    rows = [dict(zip(("tokens", "tags"), tagged_sentence(rng), strict=True)) for _ in range(120)]
+    (folder / "orders.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = make_checkpoint(folder / "base", width=64)
+    options = ["--train-data", str(folder / "orders.jsonl"), "--label-column", "tags", "--entities"]
+    options += ["--epochs", "20", "--lr", "5e-3", "--batch-size", "8", "--output", str(folder / "orders")]
+    assert main(["finetune", "--base", str(base), *options]) == 0
+    return folder / "orders"
+
+
+@pytest.fixture
+def data(finder):
+    return finder.parent / "orders.jsonl"
+
+
+@pytest.fixture
+def run(finder, say):
+    """Returns a function that runs a command on the model and returns its standard output."""
+
+    def invoke(command, *arguments, code=0):
+        found, out, err = say(command, *arguments, "--model", finder, "--exported", finder.parent / "exported")
+        assert found == code, err
+        return out if code == 0 else err
+
+    return invoke
+
+
+def test_a_base_with_another_head_gets_a_head_for_tokens(finder):
+    config, card = checkpoints.config_of(finder), json.loads((finder / "training.json").read_text())
+    assert config["architectures"] == ["DistilBertForTokenClassification"]
+    labels = checkpoints.label_set(finder, config)
+    assert (sorted(labels.names), labels.task) == (sorted(NAMES), TOKENS)
+    assert (card["task"], card["training"]["score"]) == (TOKENS, "entity F1")
+    assert card["judged"]["entity_f1"] > 0.7
+    assert card["judged"]["entity_f1"] == pytest.approx(max(card["training"]["held_out_accuracy"]), abs=1e-4)
+
+
+@pytest.mark.usefixtures("short_bench")
+def test_the_whole_chain_of_a_token_classifier(finder, run, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("quantize")
+    manifest = json.loads((finder.parent / "exported" / "orders" / "onnx-int8" / "manifest.json").read_text())
+    assert manifest["facts"]["task"] == TOKENS
+    assert manifest["outputs"][0]["shape"] == ["batch_size", "sequence_length", 5]
+    assert manifest["validation"]["tokens"] > 1000
+    options = ["--data", data, "--label-column", "tags", "--variant", "torch-fp32", "--variant", "onnx-int8"]
+    rows = {row["cell"]: row for row in json.loads(run("bench", *options, "--quick", "--json"))}
+    card = json.loads((finder / "training.json").read_text())
+    assert rows["torch-fp32@cpu"]["entities"]["value"] == pytest.approx(card["judged"]["entity_f1"], abs=1e-3)
+    score, quality = rows["onnx-int8@cpu"]["entities"], rows["onnx-int8@cpu"]["quality"]
+    assert quality["low"] <= score["value"] <= quality["high"]
+    assert quality["precision"] == pytest.approx(score["found"] / score["predicted"], abs=1e-6)
+    assert quality["test"] == "McNemar"
+    # `predict` and the runner in the bundle find the same entities.
+    labelled = [json.loads(line) for line in data.read_text().splitlines()][:20]
+    texts = [*(" ".join(row["tokens"]) for row in labelled), "It is good (New York), the apple pie!"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for name in ("out.jsonl", "out.csv"):
+        run("predict", "onnx-int8", tmp_path / "in.jsonl", "--output", tmp_path / name)
+    predictions = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in predictions] == texts
+    found = [[(entity["label"], entity["text"]) for entity in row["entities"]] for row in predictions]
+    expected = [
+        [(kind, " ".join(row["tokens"][start:end])) for kind, start, end in entities.find_entities(row["tags"])]
+        for row in labelled
+    ]
+    assert sum(found_row == row for found_row, row in zip(found, expected, strict=False)) >= 10
+    rows = list(csv.DictReader((tmp_path / "out.csv").open(encoding="utf-8")))
+    assert [json.loads(row["entities"]) for row in rows] == [row["entities"] for row in predictions]
+    run("ship", "onnx-int8", "--target", "python", "--output", tmp_path / "bundle")
+    command = [sys.executable, "classify.py", *texts]
+    lines = subprocess.run(command, cwd=tmp_path / "bundle", capture_output=True, text=True, check=True).stdout
+    shown = ["{label}\t{start}\t{end}\t{text}".format(**entity) for row in predictions for entity in row["entities"]]
+    fields = [line.split("\t") for line in lines.splitlines() if line]
+    assert ["\t".join((label, *rest)) for label, _, *rest in fields] == shown
+    for row in predictions:
+        for entity in row["entities"]:
+            assert row["text"][entity["start"] : entity["end"]] == entity["text"]
+
+
+def test_entities_have_their_place_in_the_text(finder):
+    import numpy as np
+
+    encoder = Encoder.open(finder, ("input_ids", "attention_mask"), 32)
+    text = "It is good (New York), unbelievable!"
+    (row,) = encoder.encode([text])
+    words = [text[start:end] for _, start, end in row.spans]
+    assert words == ["It", "is", "good", "(", "New", "York", ")", ",", "unbelievable", "!"]
+    probabilities = np.full((len(row), 5), 0.1)
+    for word, label, share in ((4, 1, 0.6), (5, 2, 0.5), (8, 4, 0.9)):
+        probabilities[row.spans[word][0], label] = share
+    probabilities[:, 0] += 0.2
+    assert entities.describe_entities(text, row.spans, probabilities, NAMES) == [
+        {"label": "CITY", "text": "New York", "start": 12, "end": 20, "score": 0.5},
+        {"label": "DISH", "text": "unbelievable", "start": 23, "end": 35, "score": 0.9},
+    ]
+
+
+@pytest.mark.parametrize("target", ["web", "other", "mobile"])
+def test_bundles_of_a_token_classifier_are_verified_on_tokens_without_padding(run, tmp_path, target):
+    variant = "onnx-std" if target == "other" else "onnx-int8"
+    options = ["--no-demo"] if target == "web" else []
+    run("ship", variant, "--target", target, "--output", tmp_path / target, *options)
+    golden = json.loads((tmp_path / target / "golden.json").read_text())
+    (logits,) = golden["logits"].values()
+    for row, sentence in zip(logits, golden["sentences"], strict=True):
+        assert len(row) == 5 * len(sentence["input_ids"])
+    assert "text classifier" not in (tmp_path / target / "README.md").read_text()
+
+
+@pytest.mark.parametrize("options", [["--target", "server"], ["--target", "python", "--with-tokenizer"]])
+def test_a_token_classifier_is_not_shipped_with_its_tokenizer_in_the_graph(run, tmp_path, options):
+    err = run("ship", "onnx-int8", *options, "--output", tmp_path / "bundle", code=1)
+    assert "does not return the positions of the tokens" in err
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_pruning_and_recovery_of_a_token_classifier(run, finder, data):
+    out = run("prune", "--ratio", "0.3", "--recover", "1", "--train-data", data, "--label-column", "tags")
+    assert "torch-pruned30-r1" in out
+    manifest = json.loads((finder.parent / "exported" / "orders" / "torch-pruned30-r1" / "manifest.json").read_text())
+    assert manifest["facts"]["recovery"]["score"] == "entity F1"
+
+
+def test_the_sensitivity_of_a_token_classifier_counts_sentences_with_another_label(run, data):
+    layers = json.loads(run("quantize", "--sensitivity", "--train-data", data, "--label-column", "tags", "--json"))
+    assert all(layer["divergence"] >= 0 and layer["flips"] >= 0 for layer in layers["onnx-fp32"])
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        (["O", "B-A", "I-A", "O"], [("A", 1, 3)]),
+        (["B-A", "B-A"], [("A", 0, 1), ("A", 1, 2)]),
+        (["I-A", "I-A", "I-B"], [("A", 0, 2), ("B", 2, 3)]),
+        (["B-A", "O", "I-A"], [("A", 0, 1), ("A", 2, 3)]),
+        ([], []),
+    ],
+)
+def test_entities_of_labels(tags, expected):
+    assert entities.find_entities(tags) == expected
+
+
+@given(st.lists(st.integers(0, 4), max_size=12))
+def test_entities_do_not_overlap_and_cover_all_marked_words(indices):
+    found = entities.find_entities([NAMES[index] for index in indices])
+    covered = [word for _, start, end in found for word in range(start, end)]
+    assert covered == [word for word, index in enumerate(indices) if index]
+
+
+def test_an_entity_counts_only_if_all_its_words_are_right():
+    labels = ((0, 1, 2), (3, 0))
+    assert score_answers(labels, labels, LABELS).value == 1
+    score = score_answers(((0, 1, 0), (3, 0)), labels, LABELS)
+    assert (score.found, score.predicted, score.labelled, score.value) == (1, 2, 2, 0.5)
+    assert score_answers(((0,),), ((0,),), LABELS).value == 1
+
+
+def test_the_label_of_a_word_is_the_label_of_its_first_token(finder):
+    import numpy as np
+
+    encoder = Encoder.open(finder, ("input_ids", "attention_mask"), 8)
+    text = "unbelievable  york, " + "far " * 10
+    (row,) = encoder.encode([text])
+    pieces = [encoder.tokenizer.id_to_token(token) for token in row]
+    assert [pieces[position] for position in row.words[:1]] == ["unbelievable"] or pieces[row.words[0]].startswith("un")
+    assert pieces[row.words[1]] == "york"
+    assert row.words[-1] is None  # truncation removed the last word
+    logits = np.zeros((1, len(row), 5))
+    logits[0, row.words[1], 2] = 1
+    (answer,) = answers(logits, TOKENS, [row])
+    assert answer[1] == 2
+    assert len(answer) == len(text.split())
+    assert answer[-1] == encoder.outside
+
+
+def column(*values):
+    return Column(values, "a.jsonl")
+
+
+def test_labels_of_words_are_names_or_indices():
+    assert LABELS.answers(column(("O", "B-CITY"), ("I-DISH",))) == ((0, 1), (4,))
+    assert LABELS.answers(column("O B-CITY", "")) == ((0, 1), ())
+    assert LABELS.answers(column(("0", "1"), ("4",))) == ((0, 1), (4,))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"tokens": ["a", "b"], "tags": ["O"]}, "row 1: the row has 2 words, but 1 labels"),
+        ({"tokens": ["a b"], "tags": ["O"]}, "row 1: the column 'tokens' holds no text"),
+        ({"tokens": ["a"], "tags": ["B-NOWHERE"]}, "row 1: the label 'B-NOWHERE' is not one of the model's labels"),
+    ],
+)
+def test_bad_rows_of_words_give_an_error(tmp_path, row, message):
+    from toolchain.data.datasets import Columns
+    from toolchain.data.inputs import load
+
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=message):
+        load(str(tmp_path / "a.jsonl"), LABELS, Columns(label="tags"))
+
+
+def test_labels_that_mark_no_entities_are_refused(tmp_path):
+    with pytest.raises(DataError, match="none begins with B- or I-"):
+        label_set(column(("NOUN", "VERB")), (), TOKENS)
+    config = {"architectures": ["BertForTokenClassification"], "id2label": {"0": "NOUN", "1": "VERB"}}
+    with pytest.raises(CheckpointError, match="none begins with B- or I-"):
+        checkpoints.label_set(tmp_path, config)

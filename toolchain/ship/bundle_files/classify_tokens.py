@@ -1,0 +1,117 @@
+"""Finds entities with onnxruntime, tokenizers and numpy, for example: python classify.py "Ada lives in Paris".
+
+The script prints one line for each entity: kind, probability, start, end and text of the entity. An empty line follows
+each text. Without arguments, the script reads the texts from standard input, one text per line.
+"""
+
+import os
+import sys
+
+if __name__ == "__main__":
+    # Python searches the script's folder for libraries first. The script removes its folder from the search path, so
+    # that no file of the bundle can replace a library.
+    _script_folder = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != _script_folder]
+
+import base64
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from tokenizers import Tokenizer
+
+# x86 without VNNI adds two 8-bit products in 16 bits, and the sum can saturate. `EXACT_PRODUCTS` is a session option
+# that makes sums of 8-bit products exact on x86 without VNNI. On processors whose 8-bit products do not saturate,
+# `EXACT_PRODUCTS` only makes int8 models slower.
+EXACT_PRODUCTS = ("session.x64quantprecision", "1")
+# `PRODUCT` is a serialised ONNX model with one MatMulInteger node. The node multiplies uint8 activations of shape
+# [1, 4] by int8 weights of shape [4, 1]. The four weights of the node are all 127.
+PRODUCT = base64.b64decode(
+    "CAg63gEKTQoLYWN0aXZhdGlvbnMKB3dlaWdodHMKCnplcm9fcG9pbnQKEXdlaWdodF96ZXJvX3BvaW50Egdwcm9kdWN0Ig1NYXRNdWxJbnRl"
+    "Z2VyEg9leHRyZW1lX3Byb2R1Y3QqFQgECAEQA0IHd2VpZ2h0c0oEf39/fyoREAJCCnplcm9fcG9pbnRKAQAqGBADQhF3ZWlnaHRfemVyb19w"
+    "b2ludEoBAFodCgthY3RpdmF0aW9ucxIOCgwIAhIICgIIAQoCCARiGQoHcHJvZHVjdBIOCgwIBhIICgIIAQoCCAFCBAoAEA0="
+)
+
+
+def session_options() -> ort.SessionOptions:
+    """Returns session options that make 8-bit products exact on this processor."""
+    options = ort.SessionOptions()
+    session = ort.InferenceSession(PRODUCT, providers=["CPUExecutionProvider"])
+    product = session.run(None, {"activations": np.full((1, 4), 255, np.uint8)})[0]
+    if int(product[0, 0]) != 4 * 255 * 127:
+        options.add_session_config_entry(*EXACT_PRODUCTS)
+    return options
+
+
+class Classifier:
+    """A token classifier that runs one model of a bundle and finds entities.
+
+    Args:
+        folder: Folder of the bundle.
+        variant: Name of the model's variant; None for the first model of the bundle.
+    """
+
+    def __init__(self, folder: str | Path = Path(__file__).parent, variant: str | None = None) -> None:
+        bundle = json.loads((Path(folder) / "bundle.json").read_text(encoding="utf-8"))
+        model = next(m for m in bundle["models"] if variant in (None, m["variant"]))
+        self.labels: list[str] = bundle["labels"]
+        self._inputs = [spec["name"] for spec in model["inputs"]]
+        options = session_options()
+        file = str(Path(folder) / model["file"])
+        self._session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        self._tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        self._tokenizer.enable_truncation(bundle["max_length"])
+        self._tokenizer.enable_padding(pad_id=bundle["pad_id"])
+
+    def __call__(self, texts: Sequence[str]) -> list[list[dict[str, Any]]]:
+        """Returns the entities of each text, in order.
+
+        An entity has its kind as ``label``, its ``text``, its ``start`` and ``end`` in characters, and its ``score``,
+        which is the smallest probability of its words. All texts run in one batch, so pass only a few texts per call.
+        """
+        rows = self._tokenizer.encode_batch(list(texts))
+        arrays = {
+            "input_ids": [row.ids for row in rows],
+            "attention_mask": [row.attention_mask for row in rows],
+            "token_type_ids": [row.type_ids for row in rows],
+        }
+        logits = self._session.run(None, {name: np.array(arrays[name], np.int64) for name in self._inputs})[0]
+        odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        probabilities = odds / odds.sum(axis=-1, keepdims=True)
+        return [self._find_entities(*row) for row in zip(texts, rows, probabilities, strict=True)]
+
+    def _find_entities(self, text: str, row: Any, probabilities: np.ndarray) -> list[dict[str, Any]]:
+        """Returns the entities of a text; the label of a word is the label of its first token."""
+        words: dict[int, list[int]] = {}
+        for position, word in enumerate(row.word_ids):
+            if word is not None:
+                words.setdefault(word, []).append(position)
+        entities: list[dict[str, Any]] = []
+        open_kind = None  # kind of the entity that the next word can continue
+        for positions in words.values():
+            share = probabilities[positions[0]]
+            prefix, _, kind = self.labels[int(share.argmax())].partition("-")
+            if prefix not in ("B", "I"):
+                open_kind = None
+                continue
+            start, end = row.offsets[positions[0]][0], row.offsets[positions[-1]][1]
+            start = end - len(text[start:end].lstrip())  # some tokenizers count the space before a word
+            score = round(float(share.max()), 6)
+            if prefix == "I" and kind == open_kind:
+                entity = entities[-1]
+                entity.update(text=text[entity["start"] : end], end=end, score=min(entity["score"], score))
+            else:
+                entities.append({"label": kind, "text": text[start:end], "start": start, "end": end, "score": score})
+            open_kind = kind
+        return entities
+
+
+if __name__ == "__main__":
+    classify = Classifier()
+    for line in sys.argv[1:] or map(str.rstrip, sys.stdin):
+        for entity in classify([line])[0]:
+            print("{label}\t{score:.4f}\t{start}\t{end}\t{text}".format(**entity))
+        print()
