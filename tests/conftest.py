@@ -24,11 +24,16 @@ from toolchain.build.workspace import Workspace
 from toolchain.cli import main
 from toolchain.data.inputs import TrainingSource
 from toolchain.models import checkpoints
+from toolchain.ship.targets import clients
 
 # The default variants are onnx-int8 and its ancestors.
 DEFAULT_VARIANTS = ["torch-fp32", "onnx-std", "onnx-fp32", "onnx-int8"]
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
+# The npm packages that `make test-clients` installs
+MODULES = clients.find_modules(ROOT / "exported" / ".cache")
+NODE = shutil.which("node")
+needs_node = pytest.mark.skipif(MODULES is None or NODE is None, reason="needs Node and `make test-clients`")
 # Tests import the scripts in docs/, which write the generated parts of the pages.
 sys.path.append(str(ROOT / "docs"))
 # Child processes of the benchmark import `fake_backend` from tests/. No process may use the Hugging Face hub.

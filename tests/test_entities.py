@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import make_checkpoint
+from conftest import MODULES, NODE, make_checkpoint, needs_node
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -150,6 +150,16 @@ def test_bundles_of_a_token_classifier_are_verified_on_tokens_without_padding(ru
     for row, sentence in zip(logits, golden["sentences"], strict=True):
         assert len(row) == 5 * len(sentence["input_ids"])
     assert "text classifier" not in (tmp_path / target / "README.md").read_text()
+
+
+@needs_node
+@pytest.mark.slow
+def test_node_gives_the_recorded_logits_of_each_token(run, tmp_path):
+    (tmp_path / "node_modules").symlink_to(MODULES)
+    run("ship", "onnx-int8", "onnx-fp32", "--target", "web", "--no-demo", "--output", tmp_path / "web")
+    command = [NODE, "verify.mjs"]
+    output = subprocess.run(command, cwd=tmp_path / "web", capture_output=True, text=True, check=True).stdout
+    assert len(output.splitlines()) == 2
 
 
 @pytest.mark.parametrize("options", [["--target", "server"], ["--target", "python", "--with-tokenizer"]])

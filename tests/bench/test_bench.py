@@ -70,7 +70,7 @@ def test_a_row_has_its_figures_and_its_raw_samples(run, fake):
     row = rows["good"]
     assert row.status == "ok"
     assert (row.score.correct, row.score.count, row.score.batch_size) == (72, 80, 1)
-    assert (row.score_batched.correct, row.accuracy_batched.batch_size) == (72, 8)
+    assert (row.score_batched.correct, row.score_batched.batch_size) == (72, 8)
     assert 0.3 <= row.latency_ms["p50"] < 1.5
     assert 1 / 0.0015 < row.throughput_per_s < 1 / 0.0003
     memory = row.memory_bytes

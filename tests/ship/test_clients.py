@@ -17,7 +17,7 @@ import emulated
 import numpy as np
 import pytest
 from chromium import PROGRAM, Chromium
-from conftest import ROOT, TESTS
+from conftest import MODULES, NODE, ROOT, TESTS, needs_node
 from readme_parts import snippet
 
 from toolchain.backends import Place, open_session
@@ -27,19 +27,15 @@ from toolchain.progress import no_bar
 from toolchain.ship import shipping
 from toolchain.ship.bundles import TOLERANCES
 from toolchain.ship.shipping import Order
-from toolchain.ship.targets import clients
 
 CACHE = ROOT / "exported" / ".cache"
-MODULES = clients.find_modules(CACHE)
 CLIENTS = CACHE / "test-clients"
 PYTHON, OPENVINO, PHONE, TEXTS = (
     CLIENTS / name / "bin" / "python" for name in ("python", "openvino", "phone", "texts")
 )
 MOST_FLIPS = 5  # limit for the flips in 872 sentences, since kernels of different runtimes round differently
-NODE = shutil.which("node")
 
 pytestmark = pytest.mark.slow
-needs_node = pytest.mark.skipif(MODULES is None or NODE is None, reason="needs Node and `make test-clients`")
 needs_chromium = pytest.mark.skipif(
     MODULES is None or PROGRAM is None, reason="needs `make test-clients` and Chromium (Debian: chromium)"
 )

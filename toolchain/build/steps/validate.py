@@ -20,7 +20,7 @@ TOLERANCE = 1e-4  # Largest |Δlogit| allowed for an fp32 variant, which may dif
 MAX_FLIPS = 0.02  # Share of all sentences that may flip in a quantised variant.
 CONFIDENCE = 0.95  # Validation fails if, with 95 % confidence, more than `MAX_FLIPS` of all sentences flip.
 # Limit of a quantised regression model: largest |Δscore| of a sentence / standard deviation of the reference's scores.
-MAX_SHIFT = 0.5
+MAX_SHIFT = 1.0
 SENTENCES = 200
 SEED = 20
 LENGTHS = (1, 2, 3, 8, 25, 64, 128, 512)
