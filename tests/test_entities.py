@@ -1,8 +1,10 @@
 """Tests of token classification: labelled words become a fine-tuned, measured and shipped finder of entities."""
 
 import csv
+import functools
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -86,7 +88,7 @@ def test_the_whole_chain_of_a_token_classifier(finder, run, data, tmp_path, monk
     manifest = json.loads((finder.parent / "exported" / "orders" / "onnx-int8" / "manifest.json").read_text())
     assert manifest["facts"]["task"] == TOKENS
     assert manifest["outputs"][0]["shape"] == ["batch_size", "sequence_length", 5]
-    assert manifest["validation"]["tokens"] > 1000
+    assert manifest["validation"]["words"] > 1000
     options = ["--data", data, "--label-column", "tags", "--variant", "torch-fp32", "--variant", "onnx-int8"]
     rows = {row["cell"]: row for row in json.loads(run("bench", *options, "--quick", "--json"))}
     card = json.loads((finder / "training.json").read_text())
@@ -242,7 +244,7 @@ def test_labels_of_words_are_names_or_indices():
     ("row", "message"),
     [
         ({"tokens": ["a", "b"], "tags": ["O"]}, "row 1: the row has 2 words, but 1 labels"),
-        ({"tokens": ["a b"], "tags": ["O"]}, "row 1: the column 'tokens' holds no text"),
+        ({"tokens": ["a b"], "tags": ["O"]}, "row 1: the word 'a b' in the column 'tokens' is empty or has a space"),
         ({"tokens": ["a"], "tags": ["B-NOWHERE"]}, "row 1: the label 'B-NOWHERE' is not one of the model's labels"),
     ],
 )
@@ -261,3 +263,132 @@ def test_labels_that_mark_no_entities_are_refused(tmp_path):
     config = {"architectures": ["BertForTokenClassification"], "id2label": {"0": "NOUN", "1": "VERB"}}
     with pytest.raises(CheckpointError, match="none begins with B- or I-"):
         checkpoints.label_set(tmp_path, config)
+
+
+def made_tokenizer(kind):
+    """Returns a small tokenizer with tokens for the space before a word, as RoBERTa or XLM-RoBERTa have."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    texts = ["it is in New York", "the film in Rome is good", "unbelievable"] * 5
+    if kind == "byte-level":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"])
+    else:
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        special = ["<s>", "</s>", "<unk>"]
+        trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>")
+    tokenizer.train_from_iterator(texts, trainer)
+    if kind == "metaspace without split":  # then all tokens have the same word id
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    ids = [(name, tokenizer.token_to_id(name)) for name in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", "<s> $A </s> $B:1 </s>:1", ids)
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "metaspace", "metaspace without split"])
+@pytest.mark.parametrize("text", ["東京 in 東京 New York", "in 東 in", "  it is  in New York", "Ж é 🙂 x", ""])
+def test_training_and_prediction_read_the_same_token_of_a_word(kind, text):
+    from toolchain.data.encoding import _find_spans, _find_words
+    from toolchain.ship.bundle_files.classify_tokens import find_words
+
+    encoding = made_tokenizer(kind).encode(text)
+    spans = _find_spans(text, encoding)
+    words = [text[start:end] for _, start, end in spans]
+    assert "".join(words) == "".join(text.split())
+    assert all(word and word == word.strip() and len(word.split()) == 1 for word in words)
+    first_spans = {start: position for position, start, _ in spans}
+    starts = [match.start() for match in re.finditer(r"\S+", text)]
+    assert _find_words(text, spans) == [first_spans[start] for start in starts]
+    assert find_words(text, encoding) == spans
+
+
+@given(st.lists(st.integers(0, 4), max_size=8))
+def test_the_runner_of_a_bundle_finds_the_same_entities(indices):
+    import numpy as np
+
+    from toolchain.ship.bundle_files.classify_tokens import Classifier
+
+    text = " ".join("abcdefgh"[: len(indices)])
+    encoding = made_words_tokenizer().encode(text)
+    runner = object.__new__(Classifier)
+    runner.labels = list(NAMES)
+    probabilities = np.full((len(indices), 5), 0.1)
+    for word, index in enumerate(indices):
+        probabilities[word, index] = 0.5 + word / 100
+    spans = [(word, 2 * word, 2 * word + 1) for word in range(len(indices))]
+    assert runner._find_entities(text, encoding, probabilities) == entities.describe_entities(
+        text, spans, probabilities, NAMES
+    )
+
+
+@functools.cache
+def made_words_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({letter: index for index, letter in enumerate("abcdefgh?")}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("names", "fault"),
+    [
+        (("O", "B-X", "L-X", "U-X"), "L-X belongs to another scheme"),
+        (("B-X", "I-X"), "none is for words outside"),
+        (("NOUN", "VERB"), "none begins with"),
+        (("O", "B-X"), ""),
+    ],
+)
+def test_label_names_must_fit_the_bio_scheme(names, fault):
+    assert fault in entities.check_names(names)
+    assert bool(fault) == bool(entities.check_names(names))
+
+
+def test_a_token_classifier_as_base_gets_a_new_head_for_texts(finder, tmp_path):
+    rows = "".join(f"{word} film,{label}\n" for word, label in (("good", "yes"), ("bad", "no")) * 15)
+    (tmp_path / "a.csv").write_text("text,label\n" + rows)
+    options = ["--train-data", str(tmp_path / "a.csv"), "--epochs", "1", "--output", str(tmp_path / "out")]
+    assert main(["finetune", "--base", str(finder), *options]) == 0
+    assert checkpoints.config_of(tmp_path / "out")["architectures"] == ["DistilBertForSequenceClassification"]
+
+
+def test_labels_of_words_without_the_option_give_an_error_that_names_it(data, tmp_path, say):
+    base = make_checkpoint(tmp_path / "base")
+    options = ["--train-data", data, "--label-column", "tags", "--output", tmp_path / "out"]
+    code, _, err = say("finetune", "--base", base, *options)
+    assert code == 1
+    assert "Add --entities" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["torch-int8", "torch-bf16"])
+def test_pytorch_variants_of_a_token_classifier(run, tmp_path, variant):
+    (tmp_path / "in.csv").write_text("text\nthe film is new york\n")
+    run("predict", variant, tmp_path / "in.csv", "--output", tmp_path / "out.parquet")
+    import pyarrow.parquet
+
+    (row,) = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert isinstance(json.loads(row["entities"]), list)
+
+
+def test_a_batch_with_padding_does_not_change_the_entities(run, finder):
+    from toolchain.backends import Place, open_session
+    from toolchain.data.encoding import pad
+
+    run("quantize")
+    folder = finder.parent / "exported" / "orders" / "onnx-int8"
+    names = ("input_ids", "attention_mask")
+    (row,) = Encoder.open(folder, names, 64).encode(["the film is new york"])
+    session = open_session(folder, "onnx", Place("cpu", 1))
+    narrow, wide = (session.run(pad([row], names, 0, width=width))[0, : len(row)] for width in (len(row), 40))
+    assert abs(narrow - wide).max() < 1e-5
+
+
+def test_pairs_of_texts_are_refused(run, tmp_path):
+    (tmp_path / "in.csv").write_text("text,other\na,b\n")
+    err = run("predict", "onnx-fp32", tmp_path / "in.csv", "--text-pair-column", "other", code=1)
+    assert "not in pairs" in err

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import shutil
 import subprocess
 import sys
 
@@ -209,3 +210,41 @@ def test_r2_is_the_explained_share_of_the_variance():
     assert (score.value, score.mean_absolute_error, score.root_mean_squared_error) == (0.8, 0.5, 0.5)
     assert score_answers((2.0, 2.0), (2.0, 2.0), SCORES).value == 1
     assert score_answers((2.0, 2.5), (2.0, 2.0), SCORES).value == 0
+
+
+def test_scores_without_the_option_give_an_error_that_names_it(tmp_path, say):
+    rows = "".join(f"a film of {number} words,{number / 2}\n" for number in range(1, 40))
+    (tmp_path / "a.csv").write_text("text,label\n" + rows)
+    base = make_checkpoint(tmp_path / "base")
+    code, _, err = say("finetune", "--base", base, "--train-data", tmp_path / "a.csv", "--output", tmp_path / "out")
+    assert code == 1
+    assert "Add --regression" in err
+
+
+@pytest.mark.slow
+def test_a_regression_model_learns_from_a_teacher_whose_score_has_another_name(scorer, reviews, tmp_path, say):
+    teacher = shutil.copytree(scorer, tmp_path / "teacher")
+    config = checkpoints.config_of(teacher)
+    config["id2label"], config["label2id"] = {"0": "LABEL_0"}, {"LABEL_0": 0}
+    (teacher / "config.json").write_text(json.dumps(config))
+    options = [
+        "--train-data",
+        reviews,
+        "--label-column",
+        "stars",
+        "--regression",
+        "--teacher",
+        teacher,
+        "--epochs",
+        "1",
+    ]
+    code, _, err = say("finetune", "--base", scorer, *options, "--output", tmp_path / "out")
+    assert code == 0, err
+
+
+def test_the_limit_for_rounding_grows_with_the_scores():
+    from toolchain.ship.bundles import _scale_tolerance
+
+    limits = {"largest": 0.5, "median": 0.01}
+    assert _scale_tolerance(limits, [[0.3], [-0.9]]) == limits
+    assert _scale_tolerance(limits, [[30.0], [-100.0]]) == {"largest": 50.0, "median": 1.0}

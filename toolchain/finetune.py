@@ -19,6 +19,7 @@ from toolchain.build.steps.importing import import_checkpoint
 from toolchain.data import inputs, labels
 from toolchain.data.datasets import LabelledTable
 from toolchain.data.encoding import Encoder
+from toolchain.data.entities import check_names, kind_of_entity
 from toolchain.data.inputs import Data, TrainingSource
 from toolchain.data.labels import (
     MULTI,
@@ -61,7 +62,8 @@ class FinetuneRequest:
         revision: Hub revision of `base`.
         teacher: A classifier whose logits the model learns in addition to the labels; None without a teacher.
         labels: Labels of a new head, in order; if empty, the labels of the base or the data.
-        task: Task of a model with a new head, one of `labels.TASKS`.
+        task: Task of the model, one of `labels.TASKS`; None for the base's task, or for one label per text if the base
+            has no labels or does not have the labels of the data.
         max_length: Maximum number of tokens of a training text.
         data: Data on which the trained model is scored. If `data` is None and `train` is the SST-2 of this
             package, the model is scored on the SST-2 validation set of this package. If `data` is None and `train` is
@@ -75,7 +77,7 @@ class FinetuneRequest:
     revision: str | None = None
     teacher: str | None = None
     labels: tuple[str, ...] = ()
-    task: str = SINGLE
+    task: str | None = None
     max_length: int | None = None
     data: str | None = None
 
@@ -119,7 +121,7 @@ def finetune(request: FinetuneRequest, say: Say, bar: Bar) -> dict[str, Any]:
         resume = publishing.work_folder(output) / "training"
         with publishing.scratch_folder(output) as scratch:
             start = scratch / "start"
-            _write_start(folder, start, label_set, keep, request.recipe.seed)
+            _write_start(folder, start, rows, keep, request.recipe.seed)
             encoder = _import(start, scratch, resume, request.max_length)
             shutil.rmtree(start)
             model, history = _train_model(
@@ -148,10 +150,12 @@ def _check_texts(table: LabelledTable) -> None:
 
 
 def _base_labels(folder: Path) -> LabelSet | None:
-    """Returns the labels of the base if it is a classifier; None for a base without a classification head."""
+    """Returns the labels of the base; None for a base without a head, or with a head of another kind."""
     config = checkpoints.config_of(folder)
-    heads = (SEQUENCE_HEAD, TOKEN_HEAD)
-    if not any(str(name).endswith(heads) for name in config.get("architectures") or []):
+    kinds = [str(name) for name in config.get("architectures") or []]
+    names = list((config.get("id2label") or {}).values())
+    marks_entities = any(kind.endswith(TOKEN_HEAD) for kind in kinds) and not check_names(names)
+    if not marks_entities and not any(kind.endswith(SEQUENCE_HEAD) for kind in kinds):
         return None
     return checkpoints.label_set(folder, config)
 
@@ -161,31 +165,38 @@ def _choose_labels(
 ) -> tuple[LabelSet, bool]:
     """Returns the model's labels, and whether the training continues with the base's head.
 
-    A base that has none of the data's labels gets a new head. If the base has only some of the data's labels, the
-    function raises `DataError`, because the other labels may be misspelt. The training of a regression model
-    or of a token classifier continues if the request names neither labels nor another task.
+    The training continues if the request names neither labels nor another task, and the base has the labels of the
+    data. A base that has none of the data's labels gets a new head. If the base has only some of the data's labels, the
+    function raises `DataError`, because the other labels may be misspelt.
     """
-    kept_tasks = (REGRESSION, TOKENS)
-    is_kept = base_labels is not None and base_labels.task in kept_tasks and request.task in (SINGLE, base_labels.task)
-    if base_labels and is_kept and not request.labels:
-        base_labels.answers(table.column)  # `answers` raises `DataError` for a value that is no answer of the task.
-        return base_labels, True
-    label_set = labels.label_set(table.column, request.labels, request.task)
-    if request.labels or base_labels is None or label_set.task in kept_tasks:
+    if request.labels or base_labels is None or request.task not in (None, base_labels.task):
+        label_set = labels.label_set(table.column, request.labels, request.task or SINGLE)
         label_set.answers(table.column)  # `answers` raises `DataError` for an unknown label.
         return label_set, label_set == base_labels
     try:
-        base_labels.answers(table.column)
+        inputs.data_from_table(table, base_labels)
+        return base_labels, True
     except DataError:
-        shared_names = {name.casefold() for name in base_labels.names} & {name.casefold() for name in label_set.names}
+        # Without a stated task, data with answers of another kind give a base of texts a new head.
+        other_task = SINGLE if base_labels.task in (REGRESSION, TOKENS) else base_labels.task
+        label_set = labels.label_set(table.column, (), request.task or other_task)
+    if label_set.task == base_labels.task:
+        shared_names = _folded_names(base_labels) & _folded_names(label_set)
         if shared_names or (label_set.has_default_names and not base_labels.has_default_names):
             raise DataError(
                 f"{request.base} has the labels {', '.join(base_labels.names)}, but {table.column.source} has "
                 f"{', '.join(label_set.names)}.",
                 f"Correct the data, or name the labels of a new head: --labels {','.join(label_set.names)}",
             ) from None
-        return label_set, False
-    return base_labels, True
+    return label_set, False
+
+
+def _folded_names(label_set: LabelSet) -> set[str]:
+    """Returns the label names without case, and without labels for words outside of entities."""
+    names = label_set.names
+    if label_set.task == TOKENS:
+        names = tuple(name for name in names if kind_of_entity(name))
+    return {name.casefold() for name in names}
 
 
 def _count_summary(rows: Data, kept_labels: LabelSet | None) -> str:
@@ -220,7 +231,7 @@ def _fetch_teacher(name: str | None, label_set: LabelSet) -> tuple[Path, Source]
             f"The task of the teacher {name} is {teacher_labels.task}, but the task of the model is {label_set.task}.",
             "Use a teacher with the model's task.",
         )
-    if teacher_labels != label_set:
+    if teacher_labels != label_set and label_set.task != REGRESSION:
         raise CheckpointError(
             f"The teacher {name} has the labels {', '.join(teacher_labels.names)}, but the model has "
             f"{', '.join(label_set.names)}.",
@@ -245,14 +256,19 @@ def _finished_card(output: Path, key: str) -> dict[str, Any] | None:
     raise ArtifactError(f"{output} exists, and was trained with other settings.", _HINT)
 
 
-def _write_start(folder: Path, start: Path, label_set: LabelSet, keep: bool, seed: int) -> None:
+def _write_start(folder: Path, start: Path, rows: Data, keep: bool, seed: int) -> None:
     """Writes the base's tokenizer and model to `start`; the model keeps its classification head or gets a new one."""
     import torch
 
     from toolchain.backends.pytorch import load_base
 
     torch.manual_seed(seed)
+    label_set = rows.label_set
     model = load_base(folder, label_set.names, label_set.task, keep)
+    if label_set.task == REGRESSION and not keep:
+        # The head starts at the mean score, because training would need many steps to move it far from 0.
+        head = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 1][-1]
+        torch.nn.init.constant_(head.bias, sum(map(number, rows.labels)) / len(rows.labels))
     model.save_pretrained(start, safe_serialization=True, max_shard_size="1TB")
     for name in checkpoints.TOKENIZER_FILES:
         if (folder / name).is_file():

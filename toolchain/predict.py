@@ -130,7 +130,8 @@ class LoadedModel:
         self._session = None if model.takes_texts else open_session(model.path, model.runtime, Place("cpu", threads))
 
     def logits(self, texts: Sequence[Text], rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """Returns the logits of the texts as float32, of shape [texts, labels].
+        """Returns the logits of the texts as float32, of shape [texts, labels], or [texts, tokens, labels] for token
+        classification.
 
         Args:
             texts: The texts, for a graph that contains the tokenizer.
@@ -293,6 +294,8 @@ def split_windows(texts: Texts, skip: int, window: int) -> Iterator[list[Text]]:
 def score_window(loaded_model: LoadedModel, model: Model, texts: Texts, window_texts: Sequence[Text]) -> list[Row]:
     """Returns the predictions for the texts of one window, in order; each batch holds texts of similar length."""
     columns, label_set = model.columns(texts), model.label_set
+    if label_set.task == TOKENS and texts.pair:
+        raise DataError("The model finds entities in single texts, not in pairs.", "Leave out --text-pair-column.")
     rows = model.encoder.encode(window_texts)
     predictions: list[list[Any]] = [[]] * len(rows)
     for batch in offline_batches([len(row) for row in rows], BATCH_SIZE):

@@ -76,6 +76,14 @@ def test_too_few_or_too_many_labels_are_refused(values, message):
         label_set(column(*values), (), SINGLE)
 
 
+@pytest.mark.parametrize(
+    ("facts", "task"),
+    [({}, SINGLE), ({"multi_label": True}, MULTI), ({"task": REGRESSION}, REGRESSION)],
+)
+def test_the_facts_of_old_manifests_state_the_task(facts, task):
+    assert labels.task_of_facts(facts) == task
+
+
 def test_a_regression_reads_numbers_and_refuses_other_labels():
     scores = LabelSet(("score",), REGRESSION)
     assert scores.answers(column("1", "-2.5", "3e-2")) == (1.0, -2.5, 0.03)

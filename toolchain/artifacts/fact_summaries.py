@@ -41,10 +41,10 @@ def summarize_vocabulary(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _summarize_rows(counts: Mapping[str, float]) -> str:
+def _summarize_rows(counts: Mapping[str, Any]) -> str:
     if not counts["rows"]:
         return "none"
     if "before" in counts:  # a regression or a token classifier
-        return f"{counts['rows']} rows, score {counts['before']:.2%} → {counts['after']:.2%}"
+        return f"{counts['rows']} rows, {counts['score']} {counts['before']:.2%} → {counts['after']:.2%}"
     before, after = (counts[key] / counts["rows"] for key in ("right_before", "right_after"))
     return f"{counts['rows']} rows, accuracy {before:.2%} → {after:.2%}, {counts['flips']} flips"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from toolchain.artifacts import publishing
 from toolchain.artifacts.manifest import MANIFEST, FileEntry, Manifest
-from toolchain.data.labels import MULTI, SINGLE, LabelSet
+from toolchain.data.labels import LabelSet, task_of_facts
 from toolchain.errors import ArtifactError, TamperedError, UnknownVariantError
 from toolchain.system import files
 
@@ -29,10 +29,7 @@ class Artifact:
     @property
     def label_set(self) -> LabelSet:
         """Returns the labels and the task of the model."""
-        facts = self.manifest.facts
-        # An older toolchain stored only the fact whether a model is a multi-label model.
-        task = facts.get("task", MULTI if facts.get("multi_label") else SINGLE)
-        return LabelSet(self.manifest.labels, task)
+        return LabelSet(self.manifest.labels, task_of_facts(self.manifest.facts))
 
     @property
     def files(self) -> tuple[str, ...]:

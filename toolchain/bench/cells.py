@@ -14,7 +14,7 @@ from toolchain.bench.process import Worker
 from toolchain.bench.scenarios import LENGTHS, OFFLINE, SINGLE, Protocol, length_kind
 from toolchain.data.encoding import Encoder
 from toolchain.data.inputs import Data
-from toolchain.data.labels import REGRESSION, TOKENS, Answer
+from toolchain.data.labels import REGRESSION, Answer
 from toolchain.errors import BenchError, ProviderError, ToolchainError
 from toolchain.results.measurements import Measurement, Samples
 from toolchain.results.scores import Score, score_answers
@@ -147,7 +147,6 @@ def make_row(item: Running, data: Data, protocol: Protocol) -> Measurement:
     count = len(data.labels)
     single_score = _score(single_answers, data, 1)
     batched_score = _score(batched_answers, data, protocol.batch_size)
-    has_probabilities = data.label_set.task not in (REGRESSION, TOKENS)
     by_length = {
         n: Samples.from_single([_flatten(reply["us"]) for reply in _sort_replies(item, length_kind(n))])
         for n in LENGTHS
@@ -184,7 +183,7 @@ def make_row(item: Running, data: Data, protocol: Protocol) -> Measurement:
         load=load,
         by_length=by_length,
         predictions=tuple((single_answers if single_score else batched_answers)[i] for i in range(count)),
-        probabilities=tuple(probabilities.get(i) for i in range(count)) if has_probabilities else (),
+        probabilities=tuple(probabilities.get(i) for i in range(count)) if data.label_set.labels_texts else (),
         batch_changed=None
         if data.label_set.task == REGRESSION
         else sum(batched_answers[i] != answer for i, answer in single_answers.items()),

@@ -206,12 +206,15 @@ class _Child:
         task = self._encoder.task
         result: dict[str, Any] = {"answers": [], "probabilities": []}
         for logits, batch in zip(outputs, batches, strict=True):
-            if not np.isfinite(logits).all():
+            rows = [self._ids[i] for i in batch]
+            # A token classifier may return any logits for padding.
+            used = [row[: len(ids)] for row, ids in zip(logits, rows, strict=True)] if task == TOKENS else [logits]
+            if not all(np.isfinite(part).all() for part in used):
                 raise errors.BenchError(
                     "The model returned a logit that is not finite.",
                     "`toolchain validate` shows for which inputs a logit is not finite.",
                 )
-            result["answers"].append(labels.answers(logits, task, [self._ids[i] for i in batch]))
+            result["answers"].append(labels.answers(logits, task, rows))
             chances = logits[:, 0, :0] if task == TOKENS else labels.label_probabilities(logits, task)
             result["probabilities"].append([[int(p) for p in row] for row in np.rint(chances * PROBABILITY)])
         return result

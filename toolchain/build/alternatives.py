@@ -61,7 +61,7 @@ def alternatives(
         same_domain: Whether the training data has the same domain as the validation sentences.
         layers: Number of linear layers of the model; None if unknown.
     """
-    if step.backend != "ort" or not (report["finite"] and report.get("flips")):
+    if step.backend != "ort" or not (report["finite"] and (report.get("flips") or "shift" in report)):
         return []
     if step.passes is not None and "quantize-linear" not in step.passes:
         return []
@@ -122,15 +122,18 @@ def hint(
 
 def _explain_flips(report: Mapping[str, Any]) -> str:
     """Returns a text that explains the margins of the flipped sentences."""
+    if "shift" in report:
+        return "Some layers have a large rounding error; --sensitivity shows which."
     flips, undecided = report["flips"], count_undecided_flips(report)
+    kind = "words" if "words" in report else "sentences"
     if is_undecided(report):
         return (
-            f"In {undecided} of the {flips} flipped sentences the PyTorch model itself is undecided: a change of "
-            f"{UNDECIDED_MARGIN:g} in a logit changes its answer. A smaller rounding error flips fewer sentences. "
+            f"In {undecided} of the {flips} flipped {kind} the PyTorch model itself is undecided: a change of "
+            f"{UNDECIDED_MARGIN:g} in a logit changes its answer. A smaller rounding error flips fewer {kind}. "
             "Longer training or more training rows give the model larger margins."
         )
     return (
-        f"In {flips - undecided} of the {flips} flipped sentences the PyTorch model is decided: its margin is up to "
+        f"In {flips - undecided} of the {flips} flipped {kind} the PyTorch model is decided: its margin is up to "
         f"{max(report['flip_margins']):.2g} logits. Some layers have a large rounding error; --sensitivity shows which."
     )
 

@@ -12,7 +12,7 @@ from toolchain.artifacts.steps import step_name
 from toolchain.artifacts.store import sha256
 from toolchain.backends.ort import EXACT_PRODUCTS
 from toolchain.build.job import StepResult
-from toolchain.data.labels import MULTI
+from toolchain.data.labels import MULTI, task_of_facts
 from toolchain.errors import GraphError
 from toolchain.models.checkpoints import NOT_STATED
 
@@ -51,7 +51,7 @@ def write_metadata(path: Path, result: StepResult, version: int, model: str, var
     proto.doc_string = f"Variant {variant} of the text classifier {model}."
     properties = {
         "labels": json.dumps(result.labels, ensure_ascii=False),
-        "multi_label": json.dumps(result.facts.get("task") == MULTI),
+        "multi_label": json.dumps(task_of_facts(result.facts) == MULTI),
         **({"task": result.facts["task"]} if "task" in result.facts else {}),
         "max_length": json.dumps(result.max_length),
         "model": model,

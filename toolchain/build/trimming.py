@@ -16,14 +16,14 @@ from toolchain.data import inputs
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.files import FORMATS, Texts
 from toolchain.data.inputs import Data, TrainingSource
-from toolchain.data.labels import REGRESSION, TOKENS, Answer, Tokens, answers
+from toolchain.data.labels import Answer, Tokens, answers
 from toolchain.errors import DataError
 from toolchain.models import vocabulary
 from toolchain.passes import facts as facts_of
 from toolchain.passes import read, rewrite
 from toolchain.passes.model_shape import context_of, word_width
 from toolchain.progress import Progress
-from toolchain.results.scores import score_answers
+from toolchain.results.scores import score_answers, score_type
 from toolchain.system import hardware
 
 TRAIN = "train"  # `--trim-vocab train` means the training data without its held-out rows
@@ -152,14 +152,18 @@ def _compare_held_out(job: Job[Quantize], parent_encoder: Encoder, tokens: froze
     all_rows = range(len(parent_tokens))
     out_of_domain_rows = [row for row in all_rows if not tokens.issuperset(parent_tokens[row])]
 
-    def count_answers(rows: Sequence[int]) -> dict[str, float]:
-        if label_set.task in (REGRESSION, TOKENS):
+    def count_answers(rows: Sequence[int]) -> dict[str, Any]:
+        if not label_set.labels_texts:
             scores = {
                 name: score_answers([found[row] for row in rows], [held_out.labels[row] for row in rows], label_set)
                 for name, found in (("before", parent_answers), ("after", trimmed_answers))
                 if rows
             }
-            return {"rows": len(rows), **{name: score.value for name, score in scores.items()}}
+            return {
+                "rows": len(rows),
+                "score": score_type(label_set).name,
+                **{n: score.value for n, score in scores.items()},
+            }
         return {
             "rows": len(rows),
             "right_before": sum(parent_answers[row] == held_out.labels[row] for row in rows),

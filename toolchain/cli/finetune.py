@@ -106,7 +106,7 @@ def finetune(
       toolchain finetune --train-data orders.jsonl --label-column tags --entities --output orders
     """
     from toolchain.cli.progress import bar, say
-    from toolchain.data.labels import MULTI, REGRESSION, SINGLE, TOKENS
+    from toolchain.data.labels import MULTI, REGRESSION, TOKENS
     from toolchain.finetune import LABEL_WEIGHT, FinetuneRequest, summary
     from toolchain.finetune import finetune as run_finetune
     from toolchain.training.loop import Recipe
@@ -128,7 +128,7 @@ def finetune(
     if sum(flags.values()) > 1:
         chosen = " and ".join(name for name, is_set in flags.items() if is_set)
         raise click.UsageError(f"{chosen} exclude each other: pass one of them.")
-    task = MULTI if multi_label else REGRESSION if regression else TOKENS if entities else SINGLE
+    task = MULTI if multi_label else REGRESSION if regression else TOKENS if entities else None
     card = run_finetune(
         FinetuneRequest(base, train, recipe, output, revision, teacher, names, task, max_length, data), say, bar
     )

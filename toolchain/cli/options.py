@@ -193,7 +193,7 @@ def _columns_options(command: Callable[..., Any], default_split: str) -> Callabl
         return command(columns=Columns(text_column, label_column, pair_column), **arguments)
 
     options = [
-        click.option("--text-column", help="Column of texts in the data.  [default: sentence or text]"),
+        click.option("--text-column", help="Column of texts in the data.  [default: sentence, text or tokens]"),
         click.option("--text-pair-column", "pair_column", help="Column of second texts, if each row is a pair."),
         click.option("--label-column", default="label", show_default=True, help="Column of labels in the data."),
         click.option(

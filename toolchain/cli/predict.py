@@ -13,7 +13,7 @@ from toolchain.cli.options import RAY, engine_options, model_options, open_works
 @click.command()
 @click.argument("source", metavar="VARIANT|BUNDLE")
 @click.argument("file", default="-", metavar="[FILE]")
-@click.option("--text-column", help="Column of texts.  [default: sentence or text]")
+@click.option("--text-column", help="Column of texts.  [default: sentence, text or tokens]")
 @click.option("--text-pair-column", "pair_column", help="Column of second texts, if each row is a pair.")
 @click.option(
     "--output",
@@ -35,7 +35,7 @@ def predict(
     engine: str,
     address: str | None,
 ) -> None:
-    """Predict labels and probabilities for the texts of FILE with a variant or a bundle, in the order of the texts.
+    """Predict labels, scores or entities for the texts of FILE with a variant or a bundle, in the order of the texts.
 
     FILE is a .csv, .tsv, .jsonl or .parquet file. A FILE with another ending has one text in each line. If FILE is -,
     the command reads one text in each line of standard input. A longer FILE does not need more memory. If you interrupt

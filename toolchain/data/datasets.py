@@ -188,8 +188,10 @@ def _label_value(value: Any, number: int, table: Table) -> Value:
         return value
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, _NUMERIC) and math.isfinite(value):
-        return str(int(value)) if value == value // 1 else repr(value)
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() else repr(value)
     if isinstance(value, list | tuple):
         members = [_label_value(member, number, table) for member in value]
         if all(isinstance(member, str) for member in members):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.data.entities import OUTSIDE
+from toolchain.data.entities import kind_of_entity
 from toolchain.data.files import WORD, Text
 from toolchain.data.labels import SINGLE, TOKENS, Tokens, task_of
 from toolchain.errors import CheckpointError
@@ -92,7 +92,8 @@ class Encoder:
         if self.task == TOKENS:
             for row, text, encoding in zip(rows, texts, encodings, strict=True):
                 first_text = text if isinstance(text, str) else text[0]
-                row.words, row.spans = _find_words(first_text, encoding), _find_spans(first_text, encoding)
+                row.spans = _find_spans(first_text, encoding)
+                row.words = _find_words(first_text, row.spans)
                 row.outside = self.outside
         return rows
 
@@ -118,45 +119,53 @@ class Encoder:
 
 
 def _outside(config: Mapping[str, Any]) -> int:
-    """Returns the index of the label `OUTSIDE`, or 0 without such a label."""
+    """Returns the index of the first label that marks no entity; 0 without such a label."""
     names = config.get("id2label") or {}
-    return next((int(index) for index, name in names.items() if name == OUTSIDE), 0)
+    return next((int(index) for index, name in names.items() if kind_of_entity(name) is None), 0)
 
 
-def _find_words(text: str, encoding: Any) -> list[int | None]:
-    """Returns the position of the first token of each word of the text; None for a word without a token.
+def _find_spans(text: str, encoding: Any) -> list[tuple[int, int, int]]:
+    """Returns the words of the tokenizer as in `Tokens.spans`.
+
+    A word begins at a token with another word id than the token before, or after a space. Some tokenizers have a token
+    for the space before a word; that token is then the first token of the word.
 
     Args:
-        text: The text; spaces and line breaks separate its words.
+        text: The text.
         encoding: The text's `tokenizers.Encoding`, with special tokens.
     """
-    spans = [
-        (position, start, end)
-        for position, (start, end) in enumerate(encoding.offsets)
-        if encoding.sequence_ids[position] == 0 and start < end
-    ]
+    spans: list[list[int]] = []
+    last_word, last_end = None, 0
+    for position, (start, end) in enumerate(encoding.offsets):
+        if encoding.sequence_ids[position] != 0:
+            continue
+        begin = end - len(text[start:end].lstrip())
+        word = encoding.word_ids[position]
+        if not spans or word != last_word or text[last_end:begin].strip() != text[last_end:begin]:
+            spans.append([position, begin, end])
+        elif spans[-1][1] == spans[-1][2]:  # so far, the word has only the token of the space before it
+            spans[-1][1:] = [begin, end]
+        else:
+            spans[-1][2] = end
+        last_word, last_end = word, end
+    return [(position, begin, end) for position, begin, end in spans if begin < end]
+
+
+def _find_words(text: str, spans: Sequence[tuple[int, int, int]]) -> list[int | None]:
+    """Returns the position of the first token of each word between spaces; None for a word without a token.
+
+    Args:
+        text: The text.
+        spans: The words of the tokenizer, as in `Tokens.spans`.
+    """
     words: list[int | None] = []
     index = 0
     for match in WORD.finditer(text):
-        # A token may begin with the space before its word, so the first token that ends inside the word counts.
         while index < len(spans) and spans[index][2] <= match.start():
             index += 1
         is_found = index < len(spans) and spans[index][1] < match.end()
         words.append(spans[index][0] if is_found else None)
     return words
-
-
-def _find_spans(text: str, encoding: Any) -> list[tuple[int, int, int]]:
-    """Returns the position of the first token, the start and the end of each word of the tokenizer."""
-    spans: dict[int, tuple[int, int, int]] = {}
-    for position, word in enumerate(encoding.word_ids):
-        start, end = encoding.offsets[position]
-        if word is None or encoding.sequence_ids[position] != 0:
-            continue
-        first_position, first_start, _ = spans.get(word, (position, start, end))
-        spans[word] = (first_position, first_start, end)
-    # The offsets of some tokenizers include the space before a word.
-    return [(position, end - len(text[start:end].lstrip()), end) for position, start, end in spans.values()]
 
 
 def pad(

@@ -8,13 +8,14 @@ the CoNLL-2000 Shared Task: Chunking".
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
 
-OUTSIDE = "O"
+_OTHER_SCHEMES = re.compile("[ELSU]-")
 _FIRST, _FURTHER = "B-", "I-"
 
 # An entity: its kind, the index of its first word, and the index after its last word.
@@ -25,7 +26,7 @@ def find_entities(labels: Sequence[str]) -> list[Entity]:
     """Returns the entities in the labels of a text's words, in order."""
     entities: list[Entity] = []
     for index, label in enumerate(labels):
-        kind = _kind(label)
+        kind = kind_of_entity(label)
         if kind is None:
             continue
         if label.startswith(_FURTHER) and entities and entities[-1][0] == kind and entities[-1][2] == index:
@@ -62,11 +63,15 @@ def describe_entities(
     return entities
 
 
-def mark_entities(names: Sequence[str]) -> bool:
-    """Returns whether label names mark entities: at least one name begins with ``B-`` or ``I-``."""
-    return any(_kind(name) is not None for name in names)
+def check_names(names: Sequence[str]) -> str:
+    """Returns the reason why label names cannot mark entities in the BIO scheme; empty if they can."""
+    if not any(kind_of_entity(name) for name in names):
+        return "none begins with B- or I-"
+    if other := next((name for name in names if _OTHER_SCHEMES.match(name)), None):
+        return f"{other} belongs to another scheme than BIO"
+    return "" if any(kind_of_entity(name) is None for name in names) else "none is for words outside of entities"
 
 
-def _kind(label: str) -> str | None:
+def kind_of_entity(label: str) -> str | None:
     """Returns the kind of entity that a label marks; None for a label outside of entities."""
-    return label[len(_FIRST) :] if label.startswith((_FIRST, _FURTHER)) else None
+    return label[len(_FIRST) :] or None if label.startswith((_FIRST, _FURTHER)) else None

@@ -252,7 +252,9 @@ def text_of(values: Sequence[Any], names: Sequence[str], number: int, table: Tab
     """
     texts = []
     for name, value in zip(names, values, strict=True):
-        if isinstance(value, list | tuple) and all(isinstance(word, str) and WORD.fullmatch(word) for word in value):
+        if isinstance(value, list | tuple) and all(isinstance(word, str) for word in value):
+            if wrong := [word for word in value if not WORD.fullmatch(word)]:
+                raise table.row_error(number, f"the word {wrong[0]!r} in the column {name!r} is empty or has a space")
             value = " ".join(value)
         if not isinstance(value, str):
             raise table.row_error(number, f"the column {name!r} holds no text")

@@ -75,7 +75,12 @@ def data_from_table(table: LabelledTable, labels: LabelSet) -> Data:
     answers = labels.answers(table.column)
     if labels.task == TOKENS:
         for number, (text, answer) in enumerate(zip(table.texts, answers, strict=True), start=1):
-            words = len(WORD.findall(text)) if isinstance(text, str) else 0
+            if not isinstance(text, str):
+                raise DataError(
+                    f"{table.name} has pairs of texts, but the model labels the words of single texts.",
+                    "Leave out --text-pair-column.",
+                )
+            words = len(WORD.findall(text))
             if not isinstance(answer, tuple) or len(answer) != words:
                 fault = f"the row has {words} words, but {len(answer) if isinstance(answer, tuple) else 0} labels"
                 hint = "Give one label for each word. Spaces separate the words of a text."

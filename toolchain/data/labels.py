@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from toolchain.data.entities import mark_entities
+from toolchain.data.entities import check_names
 from toolchain.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ TASKS = (SINGLE, MULTI, REGRESSION, TOKENS)
 SEQUENCE_HEAD, TOKEN_HEAD = "ForSequenceClassification", "ForTokenClassification"
 SEPARATOR = "|"  # `SEPARATOR` separates several labels of one text in a label column of strings.
 IGNORED = -100  # PyTorch's losses ignore a target with this value
+_FRACTION = re.compile(r"[+-]?\d*\.\d*[1-9]\d*")
 MAX_LABELS = 100  # A column with more than `MAX_LABELS` different labels is probably not the label column.
 
 # A `Value` is the content of one row in a label column: one label, a set of labels, or a number written as text.
@@ -94,6 +96,11 @@ class LabelSet:
     def multi_label(self) -> bool:
         """Returns whether an answer is a set of any number of labels instead of one label."""
         return self.task == MULTI
+
+    @property
+    def labels_texts(self) -> bool:
+        """Returns whether the model gives each text one label or a set of labels, with a probability for each label."""
+        return self.task in (SINGLE, MULTI)
 
     @property
     def has_default_names(self) -> bool:
@@ -246,6 +253,14 @@ def task_of(config: Mapping[str, Any]) -> str:
     return str(config.get("problem_type") or (REGRESSION if is_single else SINGLE))
 
 
+def task_of_facts(facts: Mapping[str, Any]) -> str:
+    """Returns the task in the facts of a manifest.
+
+    A manifest of an older toolchain has only the fact ``multi_label``.
+    """
+    return str(facts.get("task", MULTI if facts.get("multi_label") else SINGLE))
+
+
 def number(answer: Answer) -> float:
     """Returns an answer that is not the answer of token classification."""
     assert not isinstance(answer, tuple)
@@ -282,8 +297,10 @@ def label_set(column: Column, names: Sequence[str], task: str) -> LabelSet:
     """
     if task == REGRESSION:
         return _score_label(column, names)
-    if task == SINGLE and any(isinstance(value, tuple) for value in column.values):
-        task = MULTI
+    if task == SINGLE:
+        _check_for_other_task(column)
+        if any(isinstance(value, tuple) for value in column.values):
+            task = MULTI
     members = [_members(value, number, column, task) for number, value in enumerate(column.values, start=1)]
     values = {value for row in members for value in row}
     if not names:
@@ -297,9 +314,9 @@ def label_set(column: Column, names: Sequence[str], task: str) -> LabelSet:
             f"{column.source} has only one label ({value_list}); a classifier needs at least two.",
             "Add rows with another label.",
         )
-    if task == TOKENS and not mark_entities(names):
+    if task == TOKENS and (fault := check_names(names)):
         raise DataError(
-            f"{column.source} has the labels {', '.join(names)}, but none begins with B- or I-.",
+            f"{column.source} has the labels {', '.join(names)}, but {fault}.",
             "Write the label of each word in the BIO scheme: B-KIND, I-KIND or O.",
         )
     if len(names) > MAX_LABELS:
@@ -309,6 +326,17 @@ def label_set(column: Column, names: Sequence[str], task: str) -> LabelSet:
             "--regression.",
         )
     return LabelSet(tuple(names), task)
+
+
+def _check_for_other_task(column: Column) -> None:
+    """Raises `DataError` if the labels of a new classifier of texts look like labels of words, or like scores."""
+    lists = [value for value in column.values if isinstance(value, tuple)]
+    if lists and not check_names([label for value in lists for label in value]):
+        raise DataError(f"The labels of {column.source} mark entities in words.", "Add --entities to find entities.")
+    if any(isinstance(value, str) and _FRACTION.fullmatch(value.strip()) for value in column.values):
+        raise DataError(
+            f"{column.source} has labels with a fraction, such as scores.", "Add --regression to predict a score."
+        )
 
 
 def _score_label(column: Column, names: Sequence[str]) -> LabelSet:

@@ -74,7 +74,7 @@ def settings(folder: Path) -> dict[str, Any]:
     if config.get("task_type") != "SEQ_CLS":
         raise CheckpointError(
             f"The adapter {folder} is for the task {config.get('task_type')}, not SEQ_CLS.",
-            "Pass an adapter of a sequence classifier.",
+            "Pass an adapter of a classifier of texts, or merge the adapter and pass the merged model.",
         )
     known_names = (*MERGED, *_IGNORED)
     if unknown_names := sorted(key for key, value in config.items() if key not in known_names and value):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.artifacts import store
-from toolchain.data.entities import mark_entities
+from toolchain.data.entities import check_names
 from toolchain.data.labels import REGRESSION, SEQUENCE_HEAD, TASKS, TOKEN_HEAD, TOKENS, LabelSet, task_of
 from toolchain.errors import CheckpointError
 from toolchain.models import adapters, hub, pickles
@@ -426,10 +426,11 @@ def label_set(folder: Path, config: dict[str, Any]) -> LabelSet:
         raise CheckpointError(
             f"{folder}: the problem_type {task!r} of config.json is unknown.", f"Use one of: {known}."
         )
-    if task == TOKENS and not mark_entities(names):
+    if task == TOKENS and (fault := check_names(names)):
         raise CheckpointError(
-            f"{folder} has the labels {', '.join(names)}, but none begins with B- or I-.",
-            "Pass a token classifier whose labels mark entities. Other kinds of token classifiers are not supported.",
+            f"{folder} has the labels {', '.join(names)}, but {fault}.",
+            "Pass a token classifier whose labels mark entities in the BIO scheme. Other token classifiers are not "
+            "supported.",
         )
     if len(names) < 2 and task != REGRESSION:
         raise CheckpointError(

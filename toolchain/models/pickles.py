@@ -16,7 +16,7 @@ from toolchain.errors import CheckpointError
 _SUFFIXES = (".bin", ".pt", ".pth")
 # Files that a training run saves beside the weights; they hold no weights.
 _NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth")
-_LOADERS = "from transformers import AutoConfig as C, AutoModelForSequenceClassification as M, AutoTokenizer as T"
+_LOADERS = "import transformers as t"
 _CAUSE = "{} has its weights only as pickle ({}), and reading a pickle can run code."
 _HINT = "Convert the weights on a machine where you trust them, and pass the result: python -c {}"
 
@@ -37,14 +37,16 @@ def pickle_error(origin: str, name: str, revision: str | None = None) -> Checkpo
     """
     target = f"{origin if Path(origin).is_dir() else origin.rsplit('/', 1)[-1]}-safetensors"
     arguments = _quote(origin) + (f", revision={_quote(revision)}" if revision else "")
+    model_class = "getattr(t, c.architectures[0])"  # keeps the kind of the model's head
     if name.startswith("pytorch_model") or not Path(origin).is_dir():
-        imports, model = _LOADERS, f"M.from_pretrained({arguments})"
+        imports, model = _LOADERS, f"{model_class}.from_pretrained({arguments})"
     else:
         imports = f"import torch; {_LOADERS}"
         state = _loading_code(Path(origin) / name)
-        model = f"M.from_pretrained(None, config=C.from_pretrained({arguments}), state_dict={state})"
+        model = f"{model_class}.from_pretrained(None, config=c, state_dict={state})"
     save = f"save_pretrained({_quote(target)})"
-    code = f"{imports}; {model}.{save}; T.from_pretrained({arguments}).{save}"
+    config = f"c = t.AutoConfig.from_pretrained({arguments})"
+    code = f"{imports}; {config}; {model}.{save}; t.AutoTokenizer.from_pretrained({arguments}).{save}"
     return CheckpointError(_CAUSE.format(origin, name), _HINT.format(shlex.quote(code)))
 
 

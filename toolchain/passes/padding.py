@@ -33,8 +33,8 @@ def padding(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     The new embedding is that of token 0, which is the first token of the same row.
 
     The embeddings have the shape [batch, sequence, width]. The rewrite does not change the values of token 0, with
-    padding on either side. The pass applies if the classifier reads token 0, every attention is masked, and the
-    embeddings end in a LayerNormalization.
+    padding on either side. The pass applies if the classifier reads token 0 or gives logits for each token, every
+    attention is masked, and the embeddings end in a LayerNormalization.
 
     The pass does not apply if attention uses relative positions (DeBERTa, MPNet) or rotates queries and keys
     (ModernBERT). With such attention, the result for a token depends on the token's position, not only on its
@@ -43,7 +43,9 @@ def padding(model: ir.Model, context: Context) -> tuple[ir.Model, int]:
     inputs = {value.name: value for value in model.graph.inputs}
     ids, mask = inputs.get(IDS), inputs.get(MASK)
     norm = next((n for n in model.graph if n.op_type == "LayerNormalization" and ids in _collect_ancestors(n)[1]), None)
-    reads_first_token = any(takes_first_token(node) for node in model.graph)
+    shape = model.graph.outputs[0].shape
+    labels_tokens = shape is not None and len(shape) == 3  # no app reads what a token classifier gives for padding
+    reads_first_token = labels_tokens or any(takes_first_token(node) for node in model.graph)
     if (
         mask is None
         or norm is None

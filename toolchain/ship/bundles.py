@@ -24,7 +24,7 @@ from toolchain.backends import Place
 from toolchain.backends.ort import OrtSession, saturates
 from toolchain.build.onnx_metadata import license_of, options_by_processor, set_properties
 from toolchain.data.encoding import Encoder, pad
-from toolchain.data.labels import MULTI, TOKENS
+from toolchain.data.labels import MULTI, REGRESSION, TOKENS
 from toolchain.errors import ShippingError
 from toolchain.passes.probabilities import add_probabilities
 from toolchain.ship.bundle_files.verify import BUNDLE, GOLDEN, SCHEMA, TEXT, canonical_id
@@ -125,6 +125,9 @@ def write(contents: Contents, folder: Path) -> dict[str, Any]:
     config = _config_content(contents)
     _write_json(folder / CONFIG, config)
     golden = _golden_content(contents, encoder)
+    if encoder.task == REGRESSION:
+        for model in models:
+            model["tolerance"] = _scale_tolerance(model["tolerance"], golden["logits"][model["variant"]])
     _write_json(folder / GOLDEN, golden)
     body: dict[str, Any] = {
         "schema": SCHEMA,
@@ -200,6 +203,12 @@ def _golden_content(contents: Contents, encoder: Encoder) -> dict[str, Any]:
         session.close()
     sentences = [{"text": text, "input_ids": row} for text, row in zip(contents.sentences, rows, strict=True)]
     return {"sentences": sentences, "logits": logits, "batches": batches, "batch_logits": batch_logits}
+
+
+def _scale_tolerance(tolerance: Mapping[str, float], scores: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Returns the limits multiplied by the largest absolute golden score, if that is above 1."""
+    scale = max(1.0, *(abs(score) for row in scores for score in row))
+    return {name: limit * scale for name, limit in tolerance.items()}
 
 
 def _round_logits(logits: np.ndarray, batch: Mapping[str, np.ndarray]) -> list[list[float]]:

@@ -74,7 +74,8 @@ def _label_tensor(labels: Sequence[Any], width: int) -> torch.Tensor:
     """Converts the targets of a batch's rows to `Batch.labels`; `width` is the width of the batch."""
     import torch
 
-    if isinstance(labels[0], Sequence) and isinstance(labels[0][0], int):  # one label for each token
+    # A multi-label model has a list of floats for each row, and a token classifier a list of integers.
+    if isinstance(labels[0], Sequence) and not any(isinstance(value, float) for row in labels for value in row):
         rows = [torch.tensor(row) for row in labels]
         return torch.stack([torch.nn.functional.pad(row, (0, width - len(row)), value=IGNORED) for row in rows])
     return torch.tensor(labels)
@@ -98,6 +99,8 @@ def task_loss(logits: torch.Tensor, part: Batch, reduction: str = "mean") -> tor
     if part.task == SINGLE:
         return functional.cross_entropy(logits, labels, reduction=reduction)
     if part.task == TOKENS:
+        if not (labels != IGNORED).any():
+            return logits.sum() * 0
         return functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction=reduction
         )

@@ -248,8 +248,8 @@ def notes(rows: Sequence[Row], explain_front: bool = True) -> list[str]:
     lines += dict.fromkeys(_method_note(row) for row in rows_with_figures(rows) if "batch_size" in row.run.run)
     if explain_front and any(row.pareto for row in rows):
         lines.append(
-            f"{FRONT}: on the Pareto front; every row that is better than the marked row in accuracy, p50 or size "
-            "is worse in another of these figures."
+            f"{FRONT}: on the Pareto front; every row that is better than the marked row in {score_names(rows)}, p50 "
+            "or size is worse in another of these figures."
         )
     if any(ratio and ratio.differs is not None for row in rows for ratio in (row.speedup, row.throughput_gain)):
         lines.append(

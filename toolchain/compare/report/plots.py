@@ -46,7 +46,7 @@ Drawing = tuple["Figure", str]
 PLOTS: dict[str, tuple[str, str, Callable[[Sequence[Panel]], Drawing | None]]] = {
     "accuracy-latency": (
         "Accuracy against latency",
-        "Up and to the left is better. Vertical bars are 95 % intervals of the accuracy over sentences. Horizontal "
+        "Up and to the left is better. Vertical bars are 95 % intervals of the score over sentences. Horizontal "
         "bars are 95 % intervals of the median over rounds. No row is both faster and more accurate than a row on the "
         "dashed line. A ring marks the baseline.",
         drawing.accuracy_latency,

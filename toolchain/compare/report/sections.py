@@ -25,7 +25,7 @@ _FigureColumn = tuple[str, Callable[[Row], Figure | None]]
 
 MEANINGS = {
     "baseline": "The ratios in other rows compare with this row.",
-    "Pareto": "Every row that beats this row in accuracy, latency or size is worse in another of these figures.",
+    "Pareto": "Every row that beats this row in its score, latency or size is worse in another of these figures.",
     "noisy": "The times are unreliable",
     "stale": "A newer build has replaced the measured artifact.",
     "reported": "Published figures, not measured here.",

@@ -8,6 +8,7 @@ from typing import Any
 
 from toolchain.compare.limits import Verdict, chance_remark
 from toolchain.compare.regressions import Change, Pair, Regressions
+from toolchain.compare.report.columns import score_names
 from toolchain.compare.rows import Row
 
 # Figure → displayed name, name of the cost, displayed unit, and the factor from the displayed unit to the stored unit.
@@ -35,7 +36,7 @@ def choice_lines(verdict: Verdict) -> list[str]:
         outside = [row for row in verdict.front if row not in verdict.passed]
         outside_names = "all of them" if len(outside) == len(verdict.front) else _names(outside)
         remark = f"; outside the limits: {outside_names}" if outside else ""
-        lines.append(f"Pareto front of accuracy, p50 and size: {_names(verdict.front)}{remark}")
+        lines.append(f"Pareto front of {score_names(verdict.front)}, p50 and size: {_names(verdict.front)}{remark}")
     if verdict.misses:
         lines.append("Nearest misses:")
     for miss in verdict.misses:
@@ -155,11 +156,13 @@ def regression_json(result: Regressions) -> dict[str, Any]:
 
 def _table(pairs: Sequence[Pair]) -> list[str]:
     """Returns an aligned table with one line for each compared cell, and one column for the changes of each figure."""
-    rows = [["cell", *(cost for _, cost, _, _ in _SHOWN.values())]]
+    figures = {change.figure for pair in pairs for change in pair.changes}
+    shown = {name: cost for name, (_, cost, _, _) in _SHOWN.items() if name in figures}
+    rows = [["cell", *shown.values()]]
     for pair in pairs:
         if pair.changes:
             by_figure = {change.figure: _change_text(change) for change in pair.changes}
-            rows.append([pair.old.measurement.cell, *(by_figure.get(name, "–") for name in _SHOWN)])
+            rows.append([pair.old.measurement.cell, *(by_figure.get(name, "–") for name in shown)])
     if len(rows) == 1:
         return []
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -178,11 +181,12 @@ def _change_text(change: Change) -> str:
 def _change_summary(change: Change) -> str:
     name, cost, unit, scale = _SHOWN[change.figure]
     gap = "" if unit in ("", "%") else " "
-    old = f"{change.old / scale:.2f}"
+    form = ".4g" if change.figure == "mean_absolute_error" else ".2f"  # the scores of a model can have any scale
+    old = format(change.old / scale, form)
     if change.new is None or change.worse is None:
         return f"{name} {old}{gap}{unit} before, {change.remark}"
     bounds = ""
     if change.low is not None and change.high is not None:
         bounds = f" (95 % interval {change.low:+.1%} to {change.high:+.1%})"
     remark = f", {change.remark}" if change.remark else ""
-    return f"{name} {old} → {change.new / scale:.2f}{gap}{unit}, {cost} {change.worse:+.1%}{bounds}{remark}"
+    return f"{name} {old} → {format(change.new / scale, form)}{gap}{unit}, {cost} {change.worse:+.1%}{bounds}{remark}"

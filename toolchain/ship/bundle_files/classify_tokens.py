@@ -46,6 +46,29 @@ def session_options() -> ort.SessionOptions:
     return options
 
 
+def find_words(text: str, row: Any) -> list[tuple[int, int, int]]:
+    """Returns, for each word of the tokenizer, the position of its first token, and its start and end in the text.
+
+    A word begins at a token with another word id than the token before, or after a space. Some tokenizers have a token
+    for the space before a word; that token is then the first token of the word.
+    """
+    words: list[list[int]] = []
+    last_word, last_end = None, 0
+    for position, (start, end) in enumerate(row.offsets):
+        if row.sequence_ids[position] != 0:
+            continue  # a special token
+        begin = end - len(text[start:end].lstrip())
+        word = row.word_ids[position]
+        if not words or word != last_word or text[last_end:begin].strip() != text[last_end:begin]:
+            words.append([position, begin, end])
+        elif words[-1][1] == words[-1][2]:  # so far, the word has only the token of the space before it
+            words[-1][1:] = [begin, end]
+        else:
+            words[-1][2] = end
+        last_word, last_end = word, end
+    return [(position, begin, end) for position, begin, end in words if begin < end]
+
+
 class Classifier:
     """A token classifier that runs one model of a bundle and finds entities.
 
@@ -85,20 +108,14 @@ class Classifier:
 
     def _find_entities(self, text: str, row: Any, probabilities: np.ndarray) -> list[dict[str, Any]]:
         """Returns the entities of a text; the label of a word is the label of its first token."""
-        words: dict[int, list[int]] = {}
-        for position, word in enumerate(row.word_ids):
-            if word is not None:
-                words.setdefault(word, []).append(position)
         entities: list[dict[str, Any]] = []
         open_kind = None  # kind of the entity that the next word can continue
-        for positions in words.values():
-            share = probabilities[positions[0]]
+        for position, start, end in find_words(text, row):
+            share = probabilities[position]
             prefix, _, kind = self.labels[int(share.argmax())].partition("-")
-            if prefix not in ("B", "I"):
+            if prefix not in ("B", "I") or not kind:
                 open_kind = None
                 continue
-            start, end = row.offsets[positions[0]][0], row.offsets[positions[-1]][1]
-            start = end - len(text[start:end].lstrip())  # some tokenizers count the space before a word
             score = round(float(share.max()), 6)
             if prefix == "I" and kind == open_kind:
                 entity = entities[-1]
