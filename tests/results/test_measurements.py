@@ -173,6 +173,6 @@ def test_a_nan_is_not_written(tmp_path):
 
 
 def test_an_old_result_of_a_multi_label_model_keeps_its_task():
-    old = result(row("torch-fp32", 8))
+    old = result(row())
     assert old.task == "single_label_classification"
     assert dataclasses.replace(old, data={**old.data, "multi_label": True}).task == "multi_label_classification"
