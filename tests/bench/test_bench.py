@@ -71,8 +71,9 @@ def test_a_row_has_its_figures_and_its_raw_samples(run, fake):
     assert row.status == "ok"
     assert (row.score.correct, row.score.count, row.score.batch_size) == (72, 80, 1)
     assert (row.score_batched.correct, row.score_batched.batch_size) == (72, 8)
-    assert 0.3 <= row.latency_ms["p50"] < 1.5
-    assert 1 / 0.0015 < row.throughput_per_s < 1 / 0.0003
+    # The fake session needs at least 0.3 ms for a sentence, and several times as much on a busy machine.
+    assert 0.3 <= row.latency_ms["p50"] < 15
+    assert 1 / 0.015 < row.throughput_per_s < 1 / 0.0003
     memory = row.memory_bytes
     assert 0 < memory["bare"] < memory["imports"] + 1e6
     assert 0 < memory["imports"] < memory["load"] + 1e6

@@ -5,6 +5,7 @@ import pytest
 from toolchain import exporters
 from toolchain.artifacts.steps import Export, decode_step, settings_of
 from toolchain.build.pipeline import ensure, plan
+from toolchain.errors import SettingsError
 from toolchain.system import extras
 
 OPTIMUM_IS_UNAVAILABLE = exporters.unmet_requirement("optimum")
@@ -58,6 +59,17 @@ def test_a_missing_exporter_gives_an_error_before_anything_is_built(say, tiny_ch
     assert "Use --exporter torch" in err
     assert not (tmp_path / "exported").exists()
     assert exporters.default_exporter() == "torch"
+
+
+def test_the_remaining_exporter_builds_its_variant_although_the_other_one_is_missing(tiny, monkeypatch):
+    monkeypatch.setattr(exporters, "EXPORTERS", {"optimum": ("no-such-package",), "torch": ()})
+    steps = {f"onnx-std+{exporter}": Export(exporter=exporter) for exporter in ("torch", "optimum")}
+    message = "--exporter optimum is unavailable: no-such-package is not installed"
+    with pytest.raises(SettingsError, match=message) as error:
+        ensure(tiny, list(steps), steps, lambda event: None)
+    assert "Use --exporter torch" in error.value.hint
+    assert tiny.load("onnx-std+torch").manifest.step == Export(exporter="torch")
+    assert not tiny.path("onnx-std+optimum").exists()
 
 
 @pytest.fixture

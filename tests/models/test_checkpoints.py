@@ -264,11 +264,22 @@ def test_a_model_type_that_transformers_does_not_know_is_refused(checkpoint):
         load_model(checkpoint)
 
 
-def test_unknown_keys_in_a_config_are_ignored(checkpoint):
-    from toolchain.backends.pytorch import load_model
+def test_unknown_settings_of_a_newer_release_are_ignored(checkpoint, tmp_path):
+    import torch
 
-    edit_config(checkpoint, setting_of_next_year={"size": 1})
-    assert load_model(checkpoint).config.model_type == "distilbert"
+    from toolchain.build.steps.importing import import_checkpoint
+
+    expected = load_model(checkpoint).state_dict()
+    settings = {"transformers_version": "99.0.0", "setting_of_next_year": {"size": 1}, "layers_of_next_year": [1, 2]}
+    edit_config(checkpoint, **settings)
+    file = checkpoint / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    (tmp_path / "out").mkdir()
+    result = import_checkpoint(import_job(checkpoint, tmp_path / "out"))
+    assert result.labels == ("NEGATIVE", "POSITIVE")
+    weights = load_model(tmp_path / "out").state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def test_weights_that_do_not_fit_the_config_are_refused(checkpoint):

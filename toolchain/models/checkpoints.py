@@ -27,6 +27,8 @@ WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 # Name of the weights file of a model with pruned or int8 layers, which transformers cannot build. Under the standard
 # file name, transformers would load pruned or int8 weights without an error, but the loaded model would be wrong.
 OWN_WEIGHTS = "toolchain.safetensors"
+# File names of SentencePiece models: the vocabularies of ALBERT, XLM-RoBERTa and DeBERTa-v2.
+SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.bpe.model", "spm.model")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -35,8 +37,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
     "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
+    *SENTENCEPIECE_FILES,
 )
 # File in the folder of a pruned model, with the numbers of heads and FFN neurons of each layer.
 SHAPES = "layer_shapes.json"

@@ -14,7 +14,7 @@ from toolchain.backends import lora
 from toolchain.backends.pytorch import check_finite, describe, load_model
 from toolchain.build.job import Job, StepResult
 from toolchain.data.labels import SINGLE, TOKENS, LabelSet
-from toolchain.errors import ArtifactError, CheckpointError, first_line
+from toolchain.errors import ArtifactError, CheckpointError
 from toolchain.models.checkpoints import (
     CARD,
     OWN_WEIGHTS,
@@ -25,6 +25,7 @@ from toolchain.models.checkpoints import (
     label_set,
     license_of,
 )
+from toolchain.models.tokenizers import load_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +48,7 @@ def import_checkpoint(job: Job[Import]) -> StepResult:
         raise CheckpointError("An import needs a checkpoint's folder.")
     model = lora.load_merged(job.checkpoint, job.base) if job.base else load_model(job.checkpoint)
     check_finite(model.state_dict(), job.checkpoint)
-    tokenizer = _load_tokenizer(job.checkpoint if job.base is None or has_tokenizer(job.checkpoint) else job.base)
+    tokenizer = load_tokenizer(job.checkpoint if job.base is None or has_tokenizer(job.checkpoint) else job.base)
     rows = int(model.config.vocab_size)
     if len(tokenizer) > rows:
         raise CheckpointError(
@@ -66,15 +67,10 @@ def import_checkpoint(job: Job[Import]) -> StepResult:
     names = _input_names(model, tokenizer)
     # Input names are stored, because the tokenizer class may by default give inputs that this model does not accept.
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
-    tokenizer.save_pretrained(job.folder)
-    _replace_generic_class(job.folder)
+    save_tokenizer(tokenizer, job.folder)
     if (job.checkpoint / SHAPES).is_file():
         shutil.copyfile(job.checkpoint / SHAPES, job.folder / SHAPES)
         (job.folder / WEIGHTS).rename(job.folder / OWN_WEIGHTS)
-    if not (job.folder / "tokenizer.json").is_file():
-        raise CheckpointError(
-            f"The tokenizer of {job.checkpoint} has no tokenizer.json.", "Convert the tokenizer to a fast tokenizer."
-        )
     if not {"input_ids", "attention_mask"} <= set(names):
         raise CheckpointError(
             "The tokenizer does not give both input_ids and attention_mask.", "Correct its model_input_names."
@@ -127,40 +123,6 @@ def _training_data_facts(checkpoint: Path) -> dict[str, str]:
     except (OSError, ValueError, LookupError, TypeError):  # training.json is missing, or `finetune` did not write it
         return {}
     return {"trained_on": digest} if isinstance(digest, str) else {}
-
-
-# transformers 5 writes the class name `TokenizersBackend` for a tokenizer that tokenizer.json describes completely.
-# transformers 4 refuses the class name `TokenizersBackend`.
-_GENERIC_CLASS = "TokenizersBackend"
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    tokenizer_class = PreTrainedTokenizerFast if _class_name(folder) == _GENERIC_CLASS else AutoTokenizer
-    try:
-        return tokenizer_class.from_pretrained(folder, use_fast=True, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # tokenizers and transformers raise errors of many classes
-        cause = first_line(error)
-        raise CheckpointError(
-            f"The tokenizer in {folder} cannot be loaded: {cause}", "Save the tokenizer beside the model again."
-        ) from error
-
-
-def _class_name(folder: Path) -> Any:
-    """Returns the name of the tokenizer's class in `folder`; None if the folder states no class."""
-    try:
-        return json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
-    except (OSError, ValueError, AttributeError):  # transformers itself reports a damaged file
-        return None
-
-
-def _replace_generic_class(folder: Path) -> None:
-    """Replaces the tokenizer class of transformers 5 in `folder` by the class name that transformers 4 and 5 read."""
-    if _class_name(folder) == _GENERIC_CLASS:
-        file = folder / "tokenizer_config.json"
-        config = {**json.loads(file.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}
-        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _input_names(model: PreTrainedModel, tokenizer: Any) -> list[str]:
