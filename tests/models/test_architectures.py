@@ -13,7 +13,7 @@ import transformers
 from tiny_architectures import ARCHITECTURES, PLAIN, POSITIONAL, PRUNABLE, TYPED, make
 
 from toolchain import exporters, passes
-from toolchain.artifacts.steps import Export, Optimize, Quantize, Recover
+from toolchain.artifacts.steps import CUDA_PASSES, Export, Optimize, Quantize, Recover
 from toolchain.backends import Place, open_session
 from toolchain.backends.pytorch import load_model
 from toolchain.bench.cells import Cell
@@ -26,6 +26,7 @@ from toolchain.data.encoding import Encoder, pad
 from toolchain.data.inputs import TrainingSource
 from toolchain.errors import CheckpointError, PruningError
 from toolchain.models import architectures
+from toolchain.passes.model_shape import context_of
 from toolchain.passes.quantize_linear import layers_of
 from toolchain.progress import no_bar
 from toolchain.ship import shipping
@@ -130,6 +131,9 @@ def test_every_exporter_gives_the_logits_and_rewrites_of_tracing(workspace, kind
     assert other.facts["rewrites"] == traced.facts["rewrites"]
     other_layers, traced_layers = (layers_of(graph(model_workspace, f"onnx-fp32+{name}")) for name in names)
     assert other_layers == traced_layers
+    context = context_of(model_workspace.path("torch-fp32"))
+    for_cuda = [passes.rewrite(graph(model_workspace, f"onnx-std+{name}"), CUDA_PASSES, context)[1] for name in names]
+    assert for_cuda[0] == for_cuda[1]
     if exporter == "optimum":  # the operators around masks and positions differ in graphs of the exporter dynamo
         assert other.facts["operators"] == traced.facts["operators"]
     encoder = Encoder.open(model_workspace.path("onnx-std"), ARCHITECTURES[kind].inputs, traced.max_length)

@@ -43,10 +43,11 @@ def require_exporter(exporter: str, opset: int) -> None:
         SettingsError: A package is missing, or another release of it is needed, or the opset is too low.
     """
     if cause := unmet_requirement(exporter):
-        hint = "Use --exporter torch, or install the set of packages with optimum: make install SET=optimum."
-        if exporter == "dynamo":
-            hint = "Use --exporter torch, or install these packages."
-        raise SettingsError(f"--exporter {exporter} is unavailable: {cause}.", hint)
+        hint = {
+            "optimum": "Use --exporter torch, or install the set of packages with optimum: make install SET=optimum.",
+            "dynamo": f"Use --exporter torch. {extras.install_hint('dynamo')}",
+        }
+        raise SettingsError(f"--exporter {exporter} is unavailable: {cause}.", hint.get(exporter, ""))
     if opset < LOWEST_OPSETS.get(exporter, opset):
         raise SettingsError(
             f"--exporter {exporter} cannot write opset {opset}.",

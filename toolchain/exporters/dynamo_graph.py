@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ast
-import re
+from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-MODULES = "pkg.torch.onnx.name_scopes"  # metadata of a node: the path of each module around the node's operator
-REPEATED_CALL = re.compile(r"@\d+")  # torch.export marks the second and later calls of a module
+# Metadata of a node: the paths of the modules around PyTorch's operator, and the operator's name.
+MODULES = "pkg.torch.onnx.name_scopes"
 # Products of weights stay in the graph: int8 quantises them, and their results need more bytes than the weights.
 KEPT = ("MatMul", "Gemm", "LayerNormalization")
 
@@ -26,7 +26,7 @@ def simplify(model: ir.Model) -> None:
     from onnxscript import optimizer, rewriter
     from onnxscript.rewriter.rules import common as rules
 
-    _name_nodes(model)
+    _name_transposes(model)
     common.IdentityEliminationPass()(model)
     common.CommonSubexpressionEliminationPass()(model)  # layers that share a weight then share its transpose
     optimizer.fold_constants(model, should_fold=_should_fold)
@@ -45,6 +45,8 @@ def simplify(model: ir.Model) -> None:
     common.DeduplicateInitializersPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
+    _write_sizes_as_tracing(model)
+    _name_nodes(model)
     _remove_attachments(model)
     common.NameFixPass()(model)
     model.ir_version = onnx.helper.find_min_ir_version_for(
@@ -52,20 +54,59 @@ def simplify(model: ir.Model) -> None:
     )
 
 
-def _name_nodes(model: ir.Model) -> None:
-    """Names each node after its module and operator, such as ``/bert/pooler/dense/MatMul``, as other exporters do.
-
-    The transpose of a weight gets the name of the weight with the suffix ``/transposed``.
-    """
+def _name_transposes(model: ir.Model) -> None:
+    """Names the transpose of each weight after the weight, because the graph will store the transpose instead."""
     for node in model.graph:
-        root, *paths = ast.literal_eval(node.metadata_props[MODULES])
-        # Paths of modules begin with the path of the model, which is empty. The sizes of inputs belong to no module.
-        modules = [] if root else [REPEATED_CALL.sub("", path) for path in paths[:-1]]
-        module = "/".join(_relative_names(modules))
-        node.name = f"/{module}/{node.op_type}" if module else f"/{node.op_type}"
         weight = node.inputs[0] if node.op_type == "Transpose" else None
         if weight is not None and weight.is_initializer():
             node.outputs[0].name = f"{weight.name}/transposed"
+
+
+def _write_sizes_as_tracing(model: ir.Model) -> None:
+    """Reads the batch size and the sequence length with the operators of the tracing exporter.
+
+    For CUDA, ONNX Runtime fuses embeddings only if these operators read the number of positions from the first input,
+    the token ids. All inputs have the same shape.
+    """
+    import numpy as np
+
+    from toolchain.passes.graph import constant
+
+    for node in list(model.graph):
+        shape = node.inputs[0].producer() if node.op_type == "Squeeze" and node.inputs[0] else None
+        if shape is None or shape.op_type != "Shape" or shape.inputs[0] not in model.graph.inputs:
+            continue
+        if len(shape.outputs[0].consumers()) > 1:
+            continue
+        axis = shape.attributes.get_int("start", 0)
+        shape.attributes.clear()
+        shape.replace_input_with(0, model.graph.inputs[0])
+        node.op_type = "Gather"
+        node.resize_inputs(2)
+        node.replace_input_with(1, constant(model, f"axis_{axis}", np.array(axis, np.int64)))
+        for reader in node.outputs[0].consumers():
+            if reader.op_type == "Reshape":  # turns the size into a vector of one element
+                reader.op_type = "Unsqueeze"
+                reader.attributes.clear()
+                reader.replace_input_with(1, constant(model, "first_axis", np.array([0], np.int64)))
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Names each node after its module and operator, such as ``/bert/pooler/dense/MatMul``, as other exporters do.
+
+    A number follows the name of a linear layer that the model calls again, as in ``/ffn_1/MatMul``.
+    """
+    calls = Counter[str]()
+    for node in model.graph:
+        if MODULES not in node.metadata_props:  # onnxscript added the node and named it
+            continue
+        root, *paths, operator = ast.literal_eval(node.metadata_props[MODULES])
+        # Paths of modules begin with the path of the model, which is empty. The sizes of inputs belong to no module.
+        module = "".join(f"/{name}" for name in _relative_names([] if root else paths))
+        name = f"{module}/{node.op_type}"
+        is_repeated = operator.startswith("linear") and calls[name]
+        node.name = f"{module}_{calls[name]}/{node.op_type}" if is_repeated else name
+        calls[name] += 1
 
 
 def _relative_names(paths: list[str]) -> list[str]:
