@@ -20,7 +20,11 @@ def write_onnx(model: PreTrainedModel, target: Path, opset: int, names: Sequence
     """Records the operators of an example batch and writes the graph to `target`; see `exporters.to_onnx`."""
     import torch
 
-    with prepare(model, "PyTorch's dynamo exporter", "Use --exporter torch."), _short_masks():
+    with (
+        prepare(model, "PyTorch's dynamo exporter", "Use --exporter torch."),
+        _short_masks(),
+        _separate_attention_operators(),
+    ):
         program = torch.onnx.export(
             model,
             (),
@@ -85,3 +89,40 @@ def _full_attention_mask(
     row = mask.unsqueeze(1).unsqueeze(2)
     is_padding = 1 - row.expand(batch_size, 1, q_length, kv_length).to(dtype)
     return is_padding.masked_fill(is_padding.to(torch.bool), torch.finfo(dtype).min)
+
+
+@contextlib.contextmanager
+def _separate_attention_operators() -> Iterator[None]:
+    """While the context is open, PyTorch's function for attention computes attention by separate operators.
+
+    transformers 4 chooses this function when it creates the model, and keeps it even if a caller requests eager
+    attention later. ONNX Runtime does not recognise the operators that the exporter writes for this function.
+    """
+    from torch.nn import functional
+
+    joint_operator = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = _attend  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = joint_operator
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None, **settings: Any
+) -> torch.Tensor:
+    """Returns the attention of an encoder, without dropout.
+
+    Args:
+        query: The queries, of shape [batch, heads, tokens, head size].
+        key: The keys, of the same shape.
+        value: The values, of the same shape.
+        attn_mask: Addends of the scores, which broadcast to [batch, heads, tokens, tokens].
+        **settings: `scale` is the factor of the scores. Other settings do not change the result in an encoder.
+    """
+    import torch
+
+    scale = settings.get("scale") or query.shape[-1] ** -0.5
+    scores = query @ key.transpose(-2, -1) * scale
+    weights = (scores if attn_mask is None else scores + attn_mask).softmax(-1)
+    return torch.matmul(weights, value)
