@@ -88,7 +88,7 @@ def export(
     from toolchain.artifacts.variants import derive_variant
 
     if exporter:
-        require_exporter(exporter)
+        require_exporter(exporter, opset)
     step = None if provider == "none" else Optimize.for_provider(provider)
     if omitted_passes:
         if step is None or not set(omitted_passes) <= set(step.passes):

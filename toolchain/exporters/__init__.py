@@ -1,6 +1,7 @@
 """Exporters, which convert a PyTorch model in memory to one ONNX file.
 
-``optimum`` uses the export configurations of optimum-onnx. ``torch`` traces any model with PyTorch's own exporter.
+``optimum`` uses the export configurations of optimum-onnx. ``torch`` traces any model with PyTorch's tracing exporter,
+which PyTorch deprecates. ``dynamo`` uses PyTorch's newer exporter, which is built on ``torch.export``.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from transformers import PreTrainedModel
 
-# Maps each exporter to the packages that it needs in addition to those that the toolchain always needs.
-EXPORTERS = {"optimum": ("optimum-onnx",), "torch": ()}
+# Maps each exporter to the packages that it needs in addition to those that the toolchain always needs. The toolchain
+# needs PyTorch of some release; the exporter dynamo was tested with the release that its entry names.
+EXPORTERS = {"optimum": ("optimum-onnx",), "torch": (), "dynamo": ("torch>=2.13", "onnxscript")}
+LOWEST_OPSETS = {"dynamo": 18}  # Maps an exporter to the lowest opset that it writes, if it does not write opset 17.
 INPUT_AXES = {0: "batch_size", 1: "sequence_length"}
 
 
@@ -39,16 +42,22 @@ def unmet_requirement(exporter: str) -> str:
     return next(filter(None, map(extras.unmet_requirement, EXPORTERS[exporter])), "")
 
 
-def require_exporter(exporter: str) -> None:
-    """Checks that an exporter of `EXPORTERS` is installed and fits the installed packages.
+def require_exporter(exporter: str, opset: int) -> None:
+    """Checks that an exporter of `EXPORTERS` can work with the installed packages and can write the opset.
 
     Raises:
-        SettingsError: A package is missing, or another release of it is needed.
+        SettingsError: A package is missing, or another release of it is needed, or the opset is too low.
     """
     if cause := unmet_requirement(exporter):
+        hint = {
+            "optimum": "Use --exporter torch, or install the set of packages with optimum: make install SET=optimum.",
+            "dynamo": f"Use --exporter torch. {extras.install_hint('dynamo')}",
+        }
+        raise SettingsError(f"--exporter {exporter} is unavailable: {cause}.", hint.get(exporter, ""))
+    if opset < LOWEST_OPSETS.get(exporter, opset):
         raise SettingsError(
-            f"--exporter {exporter} is unavailable: {cause}.",
-            "Use --exporter torch, or install the set of packages with optimum: make install SET=optimum.",
+            f"--exporter {exporter} cannot write opset {opset}.",
+            f"Use --exporter torch, or --opset {LOWEST_OPSETS[exporter]} or higher.",
         )
 
 
@@ -65,12 +74,12 @@ def to_onnx(
         exporter: An exporter of `EXPORTERS`; None for `default_exporter`.
 
     Raises:
-        SettingsError: The exporter is unavailable.
+        SettingsError: The exporter is unavailable, or cannot write the opset.
         CheckpointError: The exporter cannot export the architecture.
         GraphError: The model exceeds 2 GB, the limit of one ONNX file.
     """
     exporter = exporter or default_exporter()
-    require_exporter(exporter)
+    require_exporter(exporter, opset)
     write_onnx = importlib.import_module(f"toolchain.exporters.{exporter}_exporter").write_onnx
     write_onnx(model, target, opset, names)
     if extra_files := sorted(p.name for p in target.parent.iterdir() if p != target):

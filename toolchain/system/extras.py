@@ -57,14 +57,20 @@ def unmet_requirement(package: str) -> str:
     The function reads only the metadata of the packages, so it is fast.
 
     Args:
-        package: Name of the package on PyPI.
+        package: Name of the package on PyPI; a range of versions may follow, as in ``torch>=2.13``.
     """
+    from packaging.requirements import Requirement
+
+    name, versions = Requirement(package).name, Requirement(package).specifier
     try:
-        for requirement, version in requirements_of(package):
+        installed = importlib.metadata.version(name)
+        if not versions.contains(installed, prereleases=True):
+            return f"{name} {versions} is needed, but {installed} is installed"
+        for requirement, version in requirements_of(name):
             if version is None:
-                return f"{package} needs {requirement.name}, which is not installed"
+                return f"{name} needs {requirement.name}, which is not installed"
             if not requirement.specifier.contains(version, prereleases=True):
-                return f"{package} needs {requirement.name} {requirement.specifier}, but {version} is installed"
+                return f"{name} needs {requirement.name} {requirement.specifier}, but {version} is installed"
     except importlib.metadata.PackageNotFoundError:
-        return f"{package} is not installed"
+        return f"{name} is not installed"
     return ""
