@@ -377,6 +377,25 @@ def test_pytorch_variants_of_a_token_classifier(run, tmp_path, monkeypatch, vari
     assert isinstance(json.loads(row["entities"]), list)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["roberta", "deberta-v2", "modernbert"])
+def test_token_heads_of_other_architectures_are_exported(tmp_path, say, kind):
+    import transformers
+    from tiny_architectures import make
+
+    folder = tmp_path / kind
+    make(folder, kind)
+    names = dict(enumerate(("O", "B-X", "I-X")))
+    config = transformers.AutoConfig.from_pretrained(
+        folder, id2label=names, label2id={name: index for index, name in names.items()}
+    )
+    transformers.AutoModelForTokenClassification.from_config(config).save_pretrained(folder)
+    code, _, err = say("export", "--model", folder, "--exported", tmp_path / "exported")
+    assert code == 0, err
+    manifest = json.loads((tmp_path / "exported" / kind / "onnx-fp32" / "manifest.json").read_text())
+    assert manifest["validation"]["words"] > 1000
+
+
 def test_a_batch_with_padding_does_not_change_the_entities(run, finder):
     from toolchain.backends import Place, open_session
     from toolchain.data.encoding import pad
