@@ -22,11 +22,15 @@ from toolchain.build.workspace import Workspace
 from toolchain.data.inputs import TrainingSource
 from toolchain.errors import CheckpointError, ProviderError
 from toolchain.models.checkpoints import weights_of
+from toolchain.system import hardware
 
 quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
 
 PLACE = Place("cpu", 1)
 VARIANTS = ("torchao-int8", "torchao-pruned50-int8")
+needs_exact_int8 = pytest.mark.skipif(
+    not hardware.exact_int8(), reason="torchao's int8 sums may overflow on this processor"
+)
 LAYER = "distilbert.transformer.layer.0.ffn.lin1"
 
 
@@ -104,6 +108,7 @@ def test_a_new_process_gives_the_same_logits_to_the_bit(workspace, name):
 
 
 @pytest.mark.slow
+@needs_exact_int8
 def test_a_compiled_session_gives_the_logits_of_the_stored_model_for_every_shape(workspace):
     folder = workspace.path("torchao-int8")
     eager = open_session(folder, "torch", PLACE)
@@ -194,6 +199,7 @@ def test_a_torchao_without_the_names_gives_an_error_with_an_alternative(tiny, mo
 
 
 @pytest.mark.slow
+@needs_exact_int8
 @pytest.mark.usefixtures("short_bench")
 def test_bench_measures_the_variant(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -205,6 +211,13 @@ def test_bench_measures_the_variant(tiny, tmp_path, monkeypatch):
     assert rows["torchao-int8"].status == "ok", rows["torchao-int8"].reason
     assert rows["torchao-int8"].facts["session"]["compiled"] == "dynamic shapes, frozen weights"
     assert rows["torchao-int8"].size_bytes["total"] < rows["torch-fp32"].size_bytes["total"]
+
+
+def test_a_processor_without_exact_sums_gives_an_error_with_an_alternative(tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "exact_int8", lambda: False)
+    with pytest.raises(ProviderError, match="has no VNNI") as error:
+        open_session(tmp_path, "torchao", PLACE)
+    assert "onnx-int8" in error.value.hint
 
 
 def test_a_parent_that_torchao_can_quantise_gives_its_name_and_label():

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from toolchain.backends.pytorch import TorchSession
 from toolchain.errors import ProviderError, first_line
+from toolchain.system import hardware
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedModel
+
+    from toolchain.backends import Place
 
 # The program that compiles the C++ code of `torch.compile` on a CPU, unless the variable CXX names another program.
 COMPILER = "clang++" if sys.platform == "darwin" else "g++"
@@ -91,9 +94,20 @@ class TorchaoSession(CompiledSession):
 
     Freezing computes once what depends on the weights only. Without freezing, the compiled code computes this part
     again for each batch.
+
+    Raises:
+        ProviderError: The place requires exact 8-bit products, and on this processor torchao's products may overflow.
     """
 
     options: Mapping[str, bool] = {"freezing": True}
+
+    def __init__(self, folder: Path, place: Place) -> None:
+        if place.exact and not hardware.exact_int8():
+            raise ProviderError(
+                "torchao's int8 sums may overflow on this processor, which has no VNNI.",
+                "Use onnx-int8 instead, which is exact on every processor.",
+            )
+        super().__init__(folder, place)
 
     def _load(self, folder: Path) -> PreTrainedModel:
         # The warning concerns PyTorch's cache of compiled code, which a user of the command cannot change.
