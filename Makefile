@@ -62,7 +62,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml $(CONSTRAINTS) $(if $(ANEW),anew)
 	@echo $(RUNTIME) $(SET) > $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) -e ".[$(EXTRAS),test]"
+	$(PIP) -e ".[$(EXTRAS),test$(if $(filter cuda12,$(RUNTIME)),,$(COMMA)torchao)]"
 	@touch $@
 
 export: install ## build fp32, int8 and pruned variants (MODEL=hub id or folder, PRUNE= for none pruned)

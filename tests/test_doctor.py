@@ -7,12 +7,12 @@ import pynvml
 import pytest
 
 from toolchain import doctor, exporters
-from toolchain.system import hardware
+from toolchain.system import extras, hardware
 
 T4 = {"name": "Tesla T4", "memory_bytes": 2**34, "compute_capability": "7.5"}
 PASCAL = {"name": "NVIDIA GeForce GTX 1050 Ti", "memory_bytes": 2**32, "compute_capability": "6.1"}
-CPU_STACK = {"torch": "2.13.0+cpu", "onnxruntime": "1.32.0", "bitsandbytes": "0.50.2"}
-GPU_STACK = {"torch": "2.13.0", "onnxruntime-gpu": "1.31.1", "bitsandbytes": "0.50.2"}
+CPU_STACK = {"torch": "2.13.0+cpu", "onnxruntime": "1.32.0", "bitsandbytes": "0.50.2", "torchao": "0.18.0"}
+GPU_STACK = {"torch": "2.13.0", "onnxruntime-gpu": "1.31.1", "bitsandbytes": "0.50.2", "torchao": "0.18.0"}
 
 
 @pytest.fixture
@@ -114,6 +114,29 @@ def test_a_missing_bitsandbytes_gives_a_note(examine_machine):
             "pip install -c constraints/gpu.txt -e '.[gpu,bnb]'",
         )
     ]
+
+
+@pytest.mark.parametrize(
+    ("torch", "torchao", "level", "what", "hint"),
+    [
+        ("2.13.0+cpu", "0.18.0", "ok", "torchao 0.18.0", ""),
+        ("2.13.0+cpu", None, "note", "torchao is missing", "-c constraints/cpu.txt -e '.[cpu,bnb,torchao]'`"),
+        ("2.7.1", None, "note", "torchao is missing", "Use torch-int8 with PyTorch 2.7.1."),
+        ("2.7.1", "0.18.0", "problem", "torchao 0.18.0 needs PyTorch 2.11", "pip uninstall -y torchao"),
+    ],
+)
+def test_doctor_states_whether_torchao_fits_the_installed_pytorch(examine_machine, torch, torchao, level, what, hint):
+    stack = {**CPU_STACK, "torch": torch, "torchao": torchao}
+    versions = {name: version for name, version in stack.items() if version}
+    (finding,) = (f for f in examine_machine([], "", versions, None) if f.what.startswith("torchao"))
+    assert finding.level == level
+    assert what in finding.what
+    assert hint in finding.mend
+
+
+def test_the_extra_torchao_requires_the_pytorch_that_doctor_checks():
+    extra = extras.requirements_of_extra("torchao")
+    assert f"torch>={doctor.TORCHAO_TORCH}" in map(str, extra)
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.version import Version
+
 from toolchain import exporters
 from toolchain.backends.ort import EXACT_PRODUCTS
 from toolchain.system import hardware
@@ -20,6 +22,8 @@ MIN_MEMORY_BYTES = 4e9
 # Maps each value of RUNTIME in `make install RUNTIME=gpu` to the pip extras that the command installs. With
 # `SET=current`, the command installs transformers 5; with `SET=optimum`, optimum-onnx and transformers 4.57.
 RUNTIME_EXTRAS = {"cpu": "cpu,bnb", "gpu": "gpu,bnb", "cuda12": "gpu,bnb"}
+# The oldest PyTorch that torchao supports, as in the extra `torchao`. If torchao is installed, transformers imports it.
+TORCHAO_TORCH = Version("2.11")
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ def examine(exported: Path) -> list[Finding]:
         _exporter,
         _onnxruntimes,
         _bitsandbytes,
+        _torchao,
         _processor,
         _memory,
         lambda: _disk(exported),
@@ -83,10 +88,10 @@ def constraints_file(runtime: str, with_optimum: bool) -> str:
     return f"constraints/{'optimum-' if with_optimum else ''}{runtime}.txt"
 
 
-def _reinstall_command() -> str:
+def _reinstall_command(*more_extras: str) -> str:
     runtime = hardware.runtime_set(*hardware.gpus())
     with_optimum = "optimum-onnx" in hardware.versions()
-    extras = RUNTIME_EXTRAS[runtime] + (",optimum" if with_optimum else "")
+    extras = ",".join([RUNTIME_EXTRAS[runtime], *(["optimum"] if with_optimum else []), *more_extras])
     return f"pip install -c {constraints_file(runtime, with_optimum)} -e '.[{extras}]'"
 
 
@@ -119,6 +124,21 @@ def _bitsandbytes() -> list[Finding]:
     if version is None:
         return [Finding("note", "bitsandbytes is missing, so variants bnb-* are unavailable", _reinstall_command())]
     return [Finding("ok", f"bitsandbytes {version}")]
+
+
+def _torchao() -> list[Finding]:
+    versions = hardware.versions()
+    version, torch = versions.get("torchao"), Version(versions.get("torch", "0"))
+    if version is None and torch < TORCHAO_TORCH:
+        hint = f"torchao needs PyTorch {TORCHAO_TORCH} or newer. Use torch-int8 with PyTorch {torch}."
+        return [Finding("note", "torchao is missing, so variants torchao-* are unavailable", hint)]
+    if version is None:
+        hint = f"Run `{_reinstall_command('torchao')}`, or use torch-int8."
+        return [Finding("note", "torchao is missing, so variants torchao-* are unavailable", hint)]
+    if torch < TORCHAO_TORCH:
+        what = f"torchao {version} needs PyTorch {TORCHAO_TORCH} or newer, but PyTorch {torch} is installed"
+        return [Finding("problem", what, "pip uninstall -y torchao")]
+    return [Finding("ok", f"torchao {version}")]
 
 
 def _processor() -> list[Finding]:

@@ -126,6 +126,8 @@ def test_child_returns_the_variant_that_a_step_builds():
         (Quantize, {"scheme": "static", "reduce_range": True}),
         (Quantize, {"backend": "bnb", "scheme": "nf4", "embeddings": "int8"}),
         (Quantize, {"backend": "torch", "scheme": "int8", "keep_fp32": 1}),
+        (Quantize, {"backend": "torchao", "scheme": "dynamic"}),
+        (Quantize, {"backend": "torchao", "scheme": "int8", "reduce_range": True}),
         (Quantize, {"backend": "torch", "scheme": "int8", "trim_vocab": "train"}),
         (Quantize, {"passes": ("smooth", "quantize-linear")}),
         (Quantize, {"passes": ()}),

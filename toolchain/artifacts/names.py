@@ -18,7 +18,7 @@ from typing import Any
 from toolchain.errors import UnknownVariantError
 
 COMPILED = "torch-compile"
-RUNTIMES = (COMPILED, "torch", "bnb", "onnx")
+RUNTIMES = (COMPILED, "torchao", "torch", "bnb", "onnx")
 SCHEMES = ("fp32", "bf16", "fp16", "int8", "int4", "nf4", "fp4")
 METHODS = ("fisher", "magnitude", "mask")
 LABEL = r"[a-z0-9]+(?:-[a-z0-9]+)*"

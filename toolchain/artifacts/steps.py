@@ -21,6 +21,7 @@ QUANTIZED = {
     "ort": {"dynamic": "int8", "static": "int8", "int4": "int4", "fp16": "fp16"},
     "torch": {"int8": "int8", "bf16": "bf16", "fp16": "fp16"},
     "bnb": {"int8": "int8", "nf4": "nf4", "fp4": "fp4"},
+    "torchao": {"int8": "int8"},
 }
 
 # Passes that `Optimize` applies by default, in order.
@@ -158,10 +159,11 @@ class Quantize:
 
     The backend ``torch`` has the schemes ``int8`` (the products of ``dynamic``), and ``bf16`` and ``fp16`` (half
     precision). The backend ``bnb`` (bitsandbytes) has the schemes ``int8`` (LLM.int8()), and ``nf4`` and ``fp4``
-    (blocks of 4-bit weights).
+    (blocks of 4-bit weights). The backend ``torchao`` has the scheme ``int8`` (weights with one scale per channel, and
+    signed 8-bit activations with one scale per token, computed at run time).
 
     Attributes:
-        backend: ``ort``, ``torch`` or ``bnb``. All attributes except `backend` and `scheme` apply to
+        backend: ``ort``, ``torch``, ``bnb`` or ``torchao``. All attributes except `backend` and `scheme` apply to
             ``ort`` only.
         scheme: Quantisation scheme, one of the backend's schemes.
         reduce_range: True for weights of 7 bits, whose products never saturate.

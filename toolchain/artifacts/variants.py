@@ -144,6 +144,15 @@ _KINDS = (
         lambda parts: Quantize("bnb", parts.scheme),
     ),
     _Kind(
+        "torchao",
+        tuple(QUANTIZED["torchao"]),
+        _NO_TAGS,
+        _PRUNING_TAGS,
+        {"runtime": "torch", "scheme": "fp32"},
+        lambda parts: Quantize("torchao", parts.scheme),
+        ("cpu",),
+    ),
+    _Kind(
         "onnx", _FP32_SCHEMES, frozenset({"std"}), _PRUNING_TAGS, {"runtime": "torch", "std": False}, lambda _: Export()
     ),
     _Kind("onnx", _FP32_SCHEMES, _NO_TAGS, _PRUNING_TAGS, {"std": True}, lambda _: Optimize.for_provider("cpu")),
@@ -282,7 +291,7 @@ def _changed_parts(step: Step) -> dict[str, Any]:
             return {}
 
 
-_BACKEND_RUNTIMES = {"ort": "onnx", "torch": "torch", "bnb": "bnb"}
+_BACKEND_RUNTIMES = {"ort": "onnx", "torch": "torch", "bnb": "bnb", "torchao": "torchao"}
 _PARENT_DESCRIPTIONS = {
     Prune: "torch-fp32. To prune a pruned variant further, prune torch-fp32 at a higher ratio",
     Recover: "a pruned PyTorch variant such as torch-pruned50",
@@ -290,5 +299,5 @@ _PARENT_DESCRIPTIONS = {
     Optimize: "an exported graph such as onnx-std",
     Compile: "a PyTorch variant in fp32, bf16 or fp16, such as torch-fp32",
     Quantize: "an fp32 graph such as onnx-fp32, onnx-pruned50 or onnx-std (--backend ort), an fp32 PyTorch variant "
-    "such as torch-pruned50 (torch), or torch-fp32 (bnb)",
+    "such as torch-pruned50 (torch and torchao), or torch-fp32 (bnb)",
 }

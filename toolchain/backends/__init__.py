@@ -35,6 +35,7 @@ BACKENDS = {
     "bnb": Backend(
         "toolchain.backends.bnb:BnbSession", ("torch", "transformers.models.auto.modeling_auto", "bitsandbytes")
     ),
+    "torchao": Backend("toolchain.backends.compiled:TorchaoSession", (*_TORCH, "torch._dynamo", "torchao")),
     "onnx": Backend("toolchain.backends.ort:OrtSession", ("onnxruntime",)),
 }
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from toolchain.backends.pytorch import TorchSession
 from toolchain.errors import ProviderError, first_line
+from toolchain.system import hardware
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedModel
+
+    from toolchain.backends import Place
 
 # The program that compiles the C++ code of `torch.compile` on a CPU, unless the variable CXX names another program.
 COMPILER = "clang++" if sys.platform == "darwin" else "g++"
@@ -34,9 +38,14 @@ class CompiledSession(TorchSession):
     sentences, and the padded sentences of a batch have one token or several tokens. PyTorch compiles separate code for
     each of these four kinds of batch, so the first batch of each kind takes up to a minute.
 
+    Attributes:
+        options: Settings of PyTorch's compiler that differ from its default mode, for this model only.
+
     Raises:
         ProviderError: This machine has no C++ compiler, or PyTorch cannot compile the model.
     """
+
+    options: Mapping[str, bool] = {}
 
     def _load(self, folder: Path) -> PreTrainedModel:
         import torch
@@ -51,7 +60,8 @@ class CompiledSession(TorchSession):
         for setting in STRICT:
             if hasattr(torch._dynamo.config, setting):
                 setattr(torch._dynamo.config, setting, True)
-        return cast("PreTrainedModel", torch.compile(super()._load(folder), dynamic=True))
+        model = super()._load(folder)
+        return cast("PreTrainedModel", torch.compile(model, dynamic=True, options=dict(self.options) or None))
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         """See `Session.run`."""
@@ -79,6 +89,36 @@ class CompiledSession(TorchSession):
         torch._dynamo.reset()
 
 
+class TorchaoSession(CompiledSession):
+    """A `Session` that compiles a model of torchao, with weights that PyTorch prepares once (*freezing*).
+
+    Freezing computes once what depends on the weights only. Without freezing, the compiled code computes this part
+    again for each batch.
+
+    Raises:
+        ProviderError: The place requires exact 8-bit products, and on this processor torchao's products may overflow.
+    """
+
+    options: Mapping[str, bool] = {"freezing": True}
+
+    def __init__(self, folder: Path, place: Place) -> None:
+        if place.exact and not hardware.exact_int8():
+            raise ProviderError(
+                "torchao's int8 sums may overflow on this processor, which has no VNNI.",
+                "Use onnx-int8 instead, which is exact on every processor.",
+            )
+        super().__init__(folder, place)
+
+    def _load(self, folder: Path) -> PreTrainedModel:
+        # The warning concerns PyTorch's cache of compiled code, which a user of the command cannot change.
+        warnings.filterwarnings("ignore", message="Int8Tensor does not implement _stable_hash_for_caching")
+        return super()._load(folder)
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the facts of `TorchSession`, and the settings of the compiler."""
+        return {**super().facts(), "compiled": "dynamic shapes, frozen weights"}
+
+
 @contextmanager
 def _translate_compiler_error() -> Iterator[None]:
     """Converts the errors of PyTorch's compiler to `ProviderError`."""
@@ -90,5 +130,6 @@ def _translate_compiler_error() -> Iterator[None]:
     except (exc.TorchDynamoException, *limits) as error:
         cause = first_line(error)
         raise ProviderError(
-            f"PyTorch cannot compile this model: {cause}", "Measure the variant without -compile, such as torch-fp32."
+            f"PyTorch cannot compile this model: {cause}",
+            "Measure a variant that is not compiled, such as torch-fp32 or torch-int8.",
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ def load_model(folder: Path) -> PreTrainedModel:
 
     Raises:
         CheckpointError: The weights do not match the config, or transformers cannot load the model.
-        ProviderError: The model is ``torch-int8``, and this release of PyTorch cannot run it.
+        ProviderError: The installed PyTorch or torchao cannot run the int8 layers of the model.
     """
     silence_transformers()
     shapes, precision = architectures.read_shapes(folder), reduced.Precision.read(folder)
@@ -322,11 +323,15 @@ def translate_memory_error(device: torch.device) -> Iterator[None]:
 
 
 def silence_transformers() -> None:
-    """Disables the progress bars and warnings of transformers, so that a command does not print them."""
-    from transformers.utils import logging
+    """Disables the progress bars and warnings of transformers and torchao, so that a command does not print them."""
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # If torchao is installed, transformers imports it. torchao then logs warnings about libraries that only a GPU
+    # needs, and PyTorch logs deprecation warnings about torchao's own code.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class TorchSession:
@@ -381,13 +386,12 @@ class TorchSession:
         import torch
 
         precision = reduced.Precision.read(self._folder)
-        scheme = precision.scheme if precision else "fp32"
         return {
             "provider": next(self._model.parameters()).device.type,
             "attention": self._model.config._attn_implementation,
             "threads": self._threads,
-            "precision": scheme,
-            **({"engine": torch.backends.quantized.engine} if scheme == "int8" else {}),
+            "precision": precision.number_format if precision else "fp32",
+            **({"engine": torch.backends.quantized.engine} if precision and precision.scheme == "int8" else {}),
         }
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Quantised PyTorch models: half precision, or dynamic quantisation of the linear layers to int8.
+"""Quantised PyTorch models: half precision, or dynamic quantisation of the linear layers to int8, also with torchao.
 
 The models are stored without pickle. The weights file holds integers, scales, zero points and biases as tensors. The
 file `PRECISION` beside the weights file states the scheme and the int8 layers.
@@ -10,11 +10,12 @@ import contextlib
 import copy
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolchain.backends import torchao
 from toolchain.errors import CheckpointError, GraphError, ProviderError
 from toolchain.models.checkpoints import PRECISION
 from toolchain.system.decoding import decode, strict
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 PARTS = ("weight", "scales", "zero_points", "bias")
 HINT = "Quantise the model again."
 HALF_TYPES = {"bf16": "bfloat16", "fp16": "float16"}
+TORCHAO = "torchao-int8"
 
 
 @strict
@@ -34,7 +36,7 @@ class Precision:
     """The storage format of a model's weights.
 
     Attributes:
-        scheme: Scheme of the quantisation: ``bf16``, ``fp16`` or ``int8``.
+        scheme: Scheme of the quantisation: ``bf16``, ``fp16``, ``int8`` or `TORCHAO`.
         layers: Module names of the int8 layers.
     """
 
@@ -42,8 +44,13 @@ class Precision:
     layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.scheme not in (*HALF_TYPES, "int8"):
+        if self.scheme not in (*HALF_TYPES, "int8", TORCHAO):
             raise ValueError(f"the scheme {self.scheme!r} is unknown")
+
+    @property
+    def number_format(self) -> str:
+        """Returns the number format of the linear layers: ``bf16``, ``fp16`` or ``int8``."""
+        return "int8" if self.scheme == TORCHAO else self.scheme
 
     @classmethod
     def read(cls, folder: Path) -> Precision | None:
@@ -69,25 +76,29 @@ def reduce(model: PreTrainedModel, scheme: str) -> tuple[PreTrainedModel, Precis
     """Returns a quantised copy of an fp32 model, and the `Precision` of this copy.
 
     For ``int8``, `torch.ao.quantization.quantize_dynamic` quantises every linear layer, with symmetric weights per
-    output channel.
+    output channel. For `TORCHAO`, torchao quantises the same layers.
 
     Args:
         model: The fp32 model.
-        scheme: Scheme of the quantisation: ``bf16``, ``fp16`` or ``int8``.
+        scheme: Scheme of the quantisation: ``bf16``, ``fp16``, ``int8`` or `TORCHAO`.
 
     Raises:
-        GraphError: The scheme is ``int8`` and the model has no linear layer.
-        ProviderError: The scheme is ``int8`` and this release of PyTorch no longer has it.
+        GraphError: The scheme is an int8 scheme and the model has no linear layer.
+        ProviderError: The scheme is an int8 scheme, and the installed PyTorch or torchao does not have it.
     """
     import torch
 
     if scheme in HALF_TYPES:
         return copy.deepcopy(model).to(getattr(torch, HALF_TYPES[scheme])), Precision(scheme)
-    with _translate_missing_modules():
-        from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
     layer_names = sorted(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
     if not layer_names:
         raise GraphError("The model has no linear layer left to quantise.", "Quantise the parent of the model.")
+    if scheme == TORCHAO:
+        quantized_model = copy.deepcopy(model)
+        torchao.quantize_layers(quantized_model, layer_names)
+        return quantized_model, Precision(scheme, tuple(layer_names))
+    with _translate_missing_modules():
+        from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
     with _hide_deprecation():
         quantized_model = quantize_dynamic(model, {torch.nn.Linear: per_channel_dynamic_qconfig}, dtype=torch.qint8)
     return quantized_model, Precision(scheme, tuple(layer_names))
@@ -96,8 +107,13 @@ def reduce(model: PreTrainedModel, scheme: str) -> tuple[PreTrainedModel, Precis
 def tensors_of(model: PreTrainedModel, precision: Precision) -> dict[str, torch.Tensor]:
     """Returns the tensors to store for a quantised model, by name.
 
-    An int8 layer has four tensors: weight, scales, zero points and bias.
+    An int8 layer has four tensors: weight, scales, zero points and bias. A layer of torchao has the tensors that
+    `torchao.tensors_of` returns, and its bias.
     """
+    if precision.scheme == TORCHAO:
+        weights = {f"{name}.weight" for name in precision.layers}
+        others = {name: tensor for name, tensor in model.state_dict().items() if name not in weights}
+        return others | torchao.tensors_of(model, precision.layers)
     prefixes = tuple(f"{name}." for name in precision.layers)
     tensors = {
         name: tensor for name, tensor in model.state_dict().items() if not (prefixes and name.startswith(prefixes))
@@ -125,26 +141,46 @@ def restore(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], precisi
 
     if precision.scheme in HALF_TYPES:
         model.to(getattr(torch, HALF_TYPES[precision.scheme]))
-    remaining, layers = dict(tensors), {}
-    for name in precision.layers:
-        try:
-            weight, scales, zeros, bias = (remaining.pop(f"{name}.{part}") for part in PARTS)
-            module = model.get_submodule(name)
-        except (KeyError, AttributeError) as error:
-            raise CheckpointError(
-                f"The file {PRECISION} lists the int8 layer {name!r}, but the model or its weights file does not have "
-                "this layer.",
-                HINT,
-            ) from error
-        if not isinstance(module, torch.nn.Linear) or weight.shape != module.weight.shape or weight.dtype != torch.int8:
-            raise CheckpointError(f"The stored weights of {name} do not match the model.", HINT)
-        layers[name] = _build_dynamic_layer(weight, scales, zeros, bias)
-    replaced_names = {f"{name}.{part}" for name in layers for part in ("weight", "bias")}
-    if set(remaining) != set(model.state_dict()) - replaced_names:
+    _require_linear_layers(model, precision.layers)
+    names = set(model.state_dict())
+    if precision.scheme == TORCHAO:
+        torchao.restore_layers(model, precision.layers, tensors)
+        replaced_names = {f"{name}.weight" for name in precision.layers}
+        int8_names = set(torchao.tensors_of(model, precision.layers))
+    else:
+        _restore_dynamic_layers(model, precision.layers, tensors)
+        replaced_names = int8_names = {f"{name}.{part}" for name in precision.layers for part in PARTS}
+    other_names = names - replaced_names
+    if set(tensors) != other_names | int8_names:
         raise CheckpointError("The stored weights belong to another model.", HINT)
-    model.load_state_dict(remaining, strict=False)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
+    model.load_state_dict({name: tensors[name] for name in other_names}, strict=False)
+
+
+def _require_linear_layers(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Raises `CheckpointError` if the model does not have all of the linear layers."""
+    import torch
+
+    modules = dict(model.named_modules())
+    for name in names:
+        if not isinstance(modules.get(name), torch.nn.Linear):
+            raise CheckpointError(
+                f"The file {PRECISION} lists the int8 layer {name!r}, but the model has no such linear layer.", HINT
+            )
+
+
+def _restore_dynamic_layers(model: PreTrainedModel, names: Iterable[str], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Replaces linear layers of the model by the stored layers of PyTorch's dynamic quantisation."""
+    import torch
+
+    for name in names:
+        try:
+            weight, scales, zeros, bias = (tensors[f"{name}.{part}"] for part in PARTS)
+        except KeyError as error:
+            raise CheckpointError(f"The weights file has no int8 layer {name!r}.", HINT) from error
+        module: Any = model.get_submodule(name)
+        if weight.shape != module.weight.shape or weight.dtype != torch.int8:
+            raise CheckpointError(f"The stored weights of {name} do not match the model.", HINT)
+        model.set_submodule(name, _build_dynamic_layer(weight, scales, zeros, bias))
 
 
 def _build_dynamic_layer(

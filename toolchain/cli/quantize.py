@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     "--scheme",
     type=click.Choice(list(dict.fromkeys(scheme for schemes in QUANTIZED.values() for scheme in schemes))),
     help="Schemes of ort: dynamic, static, int4, fp16 (onnx-fp16, for CUDA); of torch: int8, bf16, fp16; of bnb: "
-    "int8, nf4, fp4.  "
+    "int8, nf4, fp4; of torchao: int8.  "
     "[default: the backend's first scheme]",
 )
 @click.option(
@@ -109,7 +109,8 @@ def quantize(
 
     The int8 schemes choose activation scales at run time, except ort's static scheme. The static scheme chooses the
     scales in advance, on training sentences. With static scales, the logits of a sentence do not depend on the other
-    sentences of its batch. The backend bnb (bitsandbytes) makes the weights smaller, not always faster.
+    sentences of its batch. The backend torchao chooses one scale for each token, and PyTorch compiles its models. The
+    backend bnb (bitsandbytes) makes the weights smaller, not always faster.
 
     The command stores a variant only if the variant passes validation. Validation compares two labels for each of 200
     sentences: the variant's label and the PyTorch model's label. Validation fails if these two labels differ in too
@@ -132,6 +133,7 @@ def quantize(
       toolchain quantize --keep-fp32 2 --name careful
       toolchain quantize --from onnx-std
       toolchain quantize --backend torch --scheme int8 --from torch-fp32 --from torch-pruned30
+      toolchain quantize --backend torchao
       toolchain quantize --backend bnb --scheme nf4
     """
     from toolchain.artifacts.steps import Optimize, Quantize

@@ -19,14 +19,23 @@ def install_hint(extra: str) -> str:
     Args:
         extra: Name of the extra in the package's metadata.
     """
+    return f"Install the missing packages with `pip install {shlex.join(map(str, requirements_of_extra(extra)))}`."
+
+
+def requirements_of_extra(extra: str) -> list[Requirement]:
+    """Returns the requirements of one extra of the toolchain, without their markers.
+
+    Args:
+        extra: Name of the extra in the package's metadata.
+    """
     from packaging.requirements import Requirement
 
-    packages = []
+    requirements = []
     for requirement in map(Requirement, importlib.metadata.requires("toolchain") or []):
         if requirement.marker and requirement.marker.evaluate({"extra": extra}):
             requirement.marker = None
-            packages.append(str(requirement))
-    return f"Install the missing packages with `pip install {shlex.join(packages)}`."
+            requirements.append(requirement)
+    return requirements
 
 
 def requirements_of(package: str) -> Iterator[tuple[Requirement, str | None]]:

@@ -26,6 +26,7 @@ STACK = (
     "onnxruntime",
     "onnxruntime-gpu",
     "bitsandbytes",
+    "torchao",
     "peft",
     "datasets",
     "numpy",

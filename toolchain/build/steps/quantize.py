@@ -30,7 +30,8 @@ def quantize(job: Job[Quantize]) -> StepResult:
             standard ONNX operator supports 4-bit embedding tables.
         ArtifactError: The stored model gives other logits than the quantised model.
     """
-    return {"ort": _quantize_ort, "torch": _quantize_torch, "bnb": _quantize_bnb}[job.step.backend](job)
+    functions = {"ort": _quantize_ort, "torch": _quantize_torch, "torchao": _quantize_torch, "bnb": _quantize_bnb}
+    return functions[job.step.backend](job)
 
 
 def _quantize_ort(job: Job[Quantize]) -> StepResult:
@@ -99,7 +100,8 @@ def activations_of(artifact: Artifact, step: Quantize, train: TrainingSource) ->
 
 def _quantize_torch(job: Job[Quantize]) -> StepResult:
     model = load_model(job.parent_artifact.path)
-    reduced_model, precision = reduced.reduce(model, job.step.scheme)
+    scheme = reduced.TORCHAO if job.step.backend == "torchao" else job.step.scheme
+    reduced_model, precision = reduced.reduce(model, scheme)
     tensors = reduced.tensors_of(reduced_model, precision)
     copy_companions(job.parent_artifact, job.folder)
     precision.write(job.folder)
