@@ -174,6 +174,14 @@ def test_an_unknown_tokenizer_class_is_refused_with_a_hint_that_works(checkpoint
     assert encode(tmp_path / "imported") == encode(checkpoint)
 
 
+def test_a_damaged_tokenizer_json_is_not_blamed_on_the_generic_class(checkpoint, tmp_path):
+    """transformers 4 does not know the class `TokenizersBackend`, but the import reads it as another class."""
+    set_class(checkpoint, "TokenizersBackend")
+    (checkpoint / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"The tokenizer in .* cannot be loaded: .*\. Save the tokenizer"):
+        import_into(tmp_path / "out", checkpoint)
+
+
 @pytest.mark.skipif(not IS_VERSION_5, reason="transformers 4 refuses a class that it does not know")
 def test_transformers_5_reads_tokenizer_json_whatever_class_is_stated(checkpoint, tmp_path):
     set_class(checkpoint, "TokenizerOfNextYear")

@@ -86,7 +86,7 @@ def _loading_error(folder: Path, error: Exception) -> CheckpointError:
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
     name = _class_name(folder)
-    if name is not None and not (isinstance(name, str) and tokenizer_class_from_name(name)):
+    if name not in (None, _GENERIC_CLASS) and not (isinstance(name, str) and tokenizer_class_from_name(name)):
         return CheckpointError(
             f"The tokenizer in {folder} has the class {name!r}, which transformers {__version__} does not know.",
             f"Save the tokenizer as {TOKENIZER_JSON}, and set tokenizer_class in tokenizer_config.json to "
@@ -95,7 +95,8 @@ def _loading_error(folder: Path, error: Exception) -> CheckpointError:
     problem = f"{folder} has no {TOKENIZER_JSON}, and transformers cannot convert its other tokenizer files"
     if (folder / TOKENIZER_JSON).is_file():
         problem = f"The tokenizer in {folder} cannot be loaded"
-    return CheckpointError(f"{problem}: {first_line(error)}", "Save the tokenizer beside the model again.")
+    cause = first_line(error).rstrip(".:")
+    return CheckpointError(f"{problem}: {cause}.", "Save the tokenizer beside the model again.")
 
 
 def _require_vocabulary_files(folder: Path, tokenizer: Any) -> None:
