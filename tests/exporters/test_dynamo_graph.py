@@ -97,3 +97,13 @@ def test_two_transpositions_become_one():
     (node,) = model.graph
     assert list(node.attributes["perm"].as_ints()) == [2, 0, 1]
     assert node.name == "/Transpose"
+
+
+def test_normalisations_without_a_bias_share_a_bias_of_zero():
+    recorder = Recorder()
+    scale = recorder.weight("scale", np.ones(4, np.float32))
+    once = recorder.add("LayerNormalization", [recorder.inputs[0], scale], ["", "norm", "layer_norm"])
+    model = recorder.simplified(recorder.add("LayerNormalization", [once, scale], ["", "norm", "layer_norm_1"]))
+    first, second = (node.inputs[2] for node in model.graph)
+    assert first is second
+    assert np.array_equal(first.const_value.numpy(), np.zeros(4, np.float32))

@@ -132,7 +132,9 @@ def test_every_exporter_gives_the_logits_and_rewrites_of_tracing(workspace, kind
     other_layers, traced_layers = (layers_of(graph(model_workspace, f"onnx-fp32+{name}")) for name in names)
     assert other_layers == traced_layers
     context = context_of(model_workspace.path("torch-fp32"))
-    for_cuda = [passes.rewrite(graph(model_workspace, f"onnx-std+{name}"), CUDA_PASSES, context)[1] for name in names]
+    for_cuda = [
+        passes.rewrite(graph(model_workspace, f"onnx-std+{name}"), CUDA_PASSES[:1], context)[1] for name in names
+    ]
     assert for_cuda[0] == for_cuda[1]
     if exporter == "optimum":  # the operators around masks and positions differ in graphs of the exporter dynamo
         assert other.facts["operators"] == traced.facts["operators"]

@@ -36,7 +36,6 @@ def simplify(model: ir.Model) -> None:
         rules.no_op_cast_rule,
         rules.no_op_expand_rule,
         rules.no_op_transpose_rule,
-        rules.squeeze_reshape_1d_rule,
         rules.transpose_transpose_rule,
     ]
     rewriter.rewrite(model, simplifications)
@@ -46,6 +45,7 @@ def simplify(model: ir.Model) -> None:
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     _write_sizes_as_tracing(model)
+    _add_biases(model)
     _name_nodes(model)
     _remove_attachments(model)
     common.NameFixPass()(model)
@@ -89,6 +89,19 @@ def _write_sizes_as_tracing(model: ir.Model) -> None:
                 reader.op_type = "Unsqueeze"
                 reader.attributes.clear()
                 reader.replace_input_with(1, constant(model, "first_axis", np.array([0], np.int64)))
+
+
+def _add_biases(model: ir.Model) -> None:
+    """Adds a bias of zero to each LayerNormalization without one, because ONNX Runtime's fusions for CUDA read it."""
+    import numpy as np
+
+    from toolchain.passes.graph import array_of, constant
+
+    for node in model.graph:
+        if node.op_type == "LayerNormalization" and len(node.inputs) == 2:
+            zeros = np.zeros_like(array_of(node.inputs[1]))
+            node.resize_inputs(3)
+            node.replace_input_with(2, constant(model, f"zeros_{len(zeros)}", zeros))
 
 
 def _name_nodes(model: ir.Model) -> None:
