@@ -142,18 +142,20 @@ def restore(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], precisi
     if precision.scheme in HALF_TYPES:
         model.to(getattr(torch, HALF_TYPES[precision.scheme]))
     _require_linear_layers(model, precision.layers)
-    names = set(model.state_dict())
+    names, dynamic_layers = set(model.state_dict()), {}
     if precision.scheme == TORCHAO:
         torchao.restore_layers(model, precision.layers, tensors)
         replaced_names = {f"{name}.weight" for name in precision.layers}
         int8_names = set(torchao.tensors_of(model, precision.layers))
     else:
-        _restore_dynamic_layers(model, precision.layers, tensors)
+        dynamic_layers = _build_dynamic_layers(model, precision.layers, tensors)
         replaced_names = int8_names = {f"{name}.{part}" for name in precision.layers for part in PARTS}
     other_names = names - replaced_names
     if set(tensors) != other_names | int8_names:
         raise CheckpointError("The stored weights belong to another model.", HINT)
     model.load_state_dict({name: tensors[name] for name in other_names}, strict=False)
+    for name, layer in dynamic_layers.items():  # only now, because PyTorch cannot leave these layers out when it loads
+        model.set_submodule(name, layer)
 
 
 def _require_linear_layers(model: PreTrainedModel, names: Iterable[str]) -> None:
@@ -168,10 +170,13 @@ def _require_linear_layers(model: PreTrainedModel, names: Iterable[str]) -> None
             )
 
 
-def _restore_dynamic_layers(model: PreTrainedModel, names: Iterable[str], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Replaces linear layers of the model by the stored layers of PyTorch's dynamic quantisation."""
+def _build_dynamic_layers(
+    model: PreTrainedModel, names: Iterable[str], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.nn.Module]:
+    """Returns the stored layers of PyTorch's dynamic quantisation, by module name; checks them against the model."""
     import torch
 
+    layers = {}
     for name in names:
         try:
             weight, scales, zeros, bias = (tensors[f"{name}.{part}"] for part in PARTS)
@@ -180,7 +185,8 @@ def _restore_dynamic_layers(model: PreTrainedModel, names: Iterable[str], tensor
         module: Any = model.get_submodule(name)
         if weight.shape != module.weight.shape or weight.dtype != torch.int8:
             raise CheckpointError(f"The stored weights of {name} do not match the model.", HINT)
-        model.set_submodule(name, _build_dynamic_layer(weight, scales, zeros, bias))
+        layers[name] = _build_dynamic_layer(weight, scales, zeros, bias)
+    return layers
 
 
 def _build_dynamic_layer(

@@ -88,7 +88,8 @@ def _load_torchao() -> tuple[Callable[..., Any], object]:
     except Exception as error:  # a binary for another release of PyTorch can raise any error during the import
         raise ProviderError(f"torchao cannot be imported: {first_line(error)}.", install_hint("torchao")) from error
     try:
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+        from torchao import quantize_
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
         # By default, this configuration changes settings of PyTorch's compiler, for all models of the process.
         config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
