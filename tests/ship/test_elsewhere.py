@@ -27,7 +27,7 @@ from toolchain.build.steps.importing import import_checkpoint
 from toolchain.build.workspace import Workspace
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder, pad
-from toolchain.data.labels import label_probabilities
+from toolchain.data.labels import SINGLE, label_probabilities
 from toolchain.progress import no_bar
 from toolchain.ship import shipping
 from toolchain.ship.shipping import Order
@@ -55,7 +55,7 @@ def probabilities_here(artifact, runtime, texts=TEXTS):
     session = open_session(artifact.path, runtime, Place("cpu", 1))
     logits = [session.run(pad([row], encoder.names, encoder.pad_id))[0] for row in encoder.encode(texts)]
     return [
-        dict(zip(manifest.labels, row, strict=True)) for row in label_probabilities(np.array(logits), False).tolist()
+        dict(zip(manifest.labels, row, strict=True)) for row in label_probabilities(np.array(logits), SINGLE).tolist()
     ]
 
 

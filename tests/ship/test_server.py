@@ -18,7 +18,7 @@ from conftest import ROOT, TESTS, make_checkpoint
 from toolchain.backends.ort import session_options
 from toolchain.build.workspace import Workspace
 from toolchain.data import encoding
-from toolchain.data.labels import label_probabilities
+from toolchain.data.labels import MULTI, SINGLE, label_probabilities
 from toolchain.errors import ArtifactError, VerdictError
 from toolchain.progress import no_bar
 from toolchain.ship import shipping
@@ -144,7 +144,7 @@ def test_the_steps_of_an_ensemble_give_the_golden_logits(bundle, variant, size):
             require_dims(tensors[spec["name"]], spec)
         expected = golden_logits(bundle, variant)[start : start + size]
         assert np.abs(tensors["logits"] - expected).max() < (1e-3 if variant == "onnx-fp32" else 0.5)
-        assert np.allclose(tensors["probabilities"], label_probabilities(tensors["logits"], False), atol=1e-6)
+        assert np.allclose(tensors["probabilities"], label_probabilities(tensors["logits"], SINGLE), atol=1e-6)
 
 
 @pytest.mark.slow
@@ -182,7 +182,7 @@ def test_a_repository_can_have_any_number_of_labels(tmp_path):
     encoder = encoding.Encoder.open(tmp_path / "b", ("input_ids", "attention_mask"), 512)
     batch = encoding.pad(encoder.encode(["a film", "another"]), encoder.names, 0)
     results = run_model(tmp_path / "b", configs["onnx-fp32"], batch)
-    assert np.allclose(results["probabilities"], label_probabilities(results["logits"], True), atol=1e-6)
+    assert np.allclose(results["probabilities"], label_probabilities(results["logits"], MULTI), atol=1e-6)
 
 
 @pytest.mark.slow
