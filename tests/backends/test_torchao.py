@@ -203,11 +203,10 @@ def test_a_torchao_without_the_names_gives_an_error_with_an_alternative(tiny, mo
 @pytest.mark.slow
 @needs_exact_int8
 @pytest.mark.usefixtures("short_bench")
-def test_bench_measures_the_variant(tiny, tmp_path, monkeypatch):
+def test_bench_measures_the_variant(workspace, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(validate, "MAX_FLIPS", 1.0)
     request = bench_run.Request(("torch-fp32", "torchao-int8"), ("cpu",), SHORT)
-    result, journal = bench_run.measure(tiny, request, lambda line: None, lambda *_: None)
+    result, journal = bench_run.measure(workspace, request, lambda line: None, lambda *_: None)
     journal.end()
     rows = {row.variant: row for row in result.rows}
     assert rows["torchao-int8"].status == "ok", rows["torchao-int8"].reason

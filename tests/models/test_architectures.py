@@ -35,6 +35,9 @@ from toolchain.ship.shipping import Order
 TEXTS = ["a film", "an unflinchingly bleak and desperate story of nobody at all", "good"]
 FAST = Protocol(passes=1, min_s=0.05, pass_s=10, starts=1, threads=1, batch_size=8)
 
+IS_TRANSFORMERS_5 = transformers.__version__.startswith("5.")
+DIFFERENT_ATTENTIONS = ("distilbert", "roberta", "deberta-v2", "mpnet", "modernbert")
+
 pytestmark = pytest.mark.slow
 
 
@@ -121,6 +124,8 @@ def test_the_passes_fuse_and_quantise_the_expected_nodes(workspace, kind):
 def test_every_exporter_gives_the_logits_and_rewrites_of_tracing(workspace, kind, exporter):
     if cause := exporters.unmet_requirement(exporter):
         pytest.skip(cause)
+    if exporter == "dynamo" and not IS_TRANSFORMERS_5 and kind not in DIFFERENT_ATTENTIONS:
+        pytest.skip("the same attention as an architecture that runs here; the other set runs all architectures")
     model_workspace = workspace(kind)
     names = (exporter, "torch")
     variants = {f"onnx-std+{name}": Export(exporter=name) for name in names} | {
