@@ -70,6 +70,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+def verify_in_node(bundle: Path) -> list[str]:
+    """Runs the script of a web bundle that compares its logits in Node; returns one line for each model."""
+    (bundle.parent / "node_modules").symlink_to(MODULES)  # Node also searches the parent folders of a script
+    command = [NODE, "verify.mjs"]
+    return subprocess.run(command, cwd=bundle, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
 def make_checkpoint(
     folder: Path,
     labels: Sequence[str] = ("NEGATIVE", "POSITIVE"),

@@ -1,4 +1,4 @@
-"""Tests of the simplification of dynamo's graphs: the names of nodes, transposed weights, sizes, and metadata."""
+"""Tests that graphs of the exporter dynamo become simpler: node names, transposed weights, sizes and metadata."""
 
 import numpy as np
 import onnx_ir as ir

@@ -564,7 +564,7 @@ def test_verify_blames_saturation_only_for_a_model_whose_products_saturate(
 
 def test_every_client_tests_saturation_with_the_same_product():
     files = TESTS.parent / "toolchain" / "ship" / "bundle_files"
-    for name in ("verify.py", "classify.py", "classify_text.py", "node.mjs"):
+    for name in ("verify.py", "classify.py", "classify_text.py", "classify_tokens.py", "node.mjs"):
         lines = re.findall(r'^ {2,4}"([A-Za-z0-9+/=]{60,})"', (files / name).read_text(), re.MULTILINE)
         assert base64.b64decode("".join(lines)) == extreme_product(), name
 

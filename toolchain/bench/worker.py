@@ -215,7 +215,7 @@ class _Child:
                     "`toolchain validate` shows for which inputs a logit is not finite.",
                 )
             result["answers"].append(labels.answers(logits, task, rows))
-            chances = logits[:, 0, :0] if task == TOKENS else labels.label_probabilities(logits, task)
+            chances = np.empty((len(rows), 0)) if task == TOKENS else labels.label_probabilities(logits, task)
             result["probabilities"].append([[int(p) for p in row] for row in np.rint(chances * PROBABILITY)])
         return result
 

@@ -72,7 +72,7 @@ def _short_masks() -> Iterator[None]:
 def _full_attention_mask(
     mask: torch.Tensor, batch_size: int, q_length: int, kv_length: int, dtype: torch.dtype, **settings: Any
 ) -> torch.Tensor:
-    """Returns the lowest float for padding and 0 for other tokens, in the shape [batch, 1, queries, keys].
+    """Returns a mask of shape [batch, 1, queries, keys]: the lowest float for padding, and 0 for other tokens.
 
     ONNX Runtime recognises exactly these operators, because transformers 4 uses them.
 
