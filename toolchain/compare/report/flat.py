@@ -40,7 +40,7 @@ COLUMNS: dict[str, Callable[[Row], Any]] = {
     "accuracy_points": lambda row: row.accuracy_points,
     "lost": lambda row: row.quality and row.quality.lost,
     "won": lambda row: row.quality and row.quality.won,
-    "mcnemar_p": lambda row: row.quality.p if row.quality and not _is_regression(row) else None,
+    "mcnemar_p": lambda row: _p_value(row, "McNemar"),
     "macro_f1": lambda row: row.quality and row.quality.macro_f1,
     "balanced_accuracy": lambda row: row.quality and row.quality.balanced_accuracy,
     "calibration_error": lambda row: row.quality and row.quality.calibration_error,
@@ -86,12 +86,13 @@ COLUMNS: dict[str, Callable[[Row], Any]] = {
     "entity_f1_high": lambda row: _bound(row, EntityScore, "high"),
     "precision": lambda row: _score(row, EntityScore, "precision"),
     "recall": lambda row: _score(row, EntityScore, "recall"),
-    "wilcoxon_p": lambda row: row.quality.p if row.quality and _is_regression(row) else None,
+    "wilcoxon_p": lambda row: _p_value(row, "Wilcoxon"),
 }
 
 
-def _is_regression(row: Row) -> bool:
-    return isinstance(row.measurement.score, RegressionScore)
+def _p_value(row: Row, test: str) -> float | None:
+    """Returns the p-value of the row's test; None if the row has another test, or none."""
+    return row.quality.p if row.quality and row.quality.test == test else None
 
 
 def _score(row: Row, kind: type[Score], name: str) -> Any:
