@@ -149,12 +149,13 @@ report: install ## write benchmarks/reports from the committed results, then run
 	$(BIN)/python benchmarks/report.py
 	$(MAKE) docs
 
-# Only what the toolchain made: folders whose manifest has the id that seals it, work folders (`WORK` of
-# toolchain/artifacts/publishing.py), caches. Whatever else lies there is not ours to delete.
+# Only what the toolchain made: folders whose manifest has an id, work folders (`WORK` of
+# toolchain/artifacts/publishing.py), records of checkpoints' folders, caches. Whatever else lies there is not ours to delete.
 MADE = { \
 	find "$(EXPORTED)" -mindepth 3 -maxdepth 3 -name manifest.json \
 		-exec grep -qE '^ "id": "[0-9a-f]{64}",$$' {} \; -printf '%h\0'; \
 	find "$(EXPORTED)" -mindepth 2 -maxdepth 2 -type d -name '.*.toolchain-6f1d0b9c' -print0; \
+	find "$(EXPORTED)" -mindepth 2 -maxdepth 2 -type f -name .location.json -print0; \
 	find "$(EXPORTED)" -mindepth 2 -maxdepth 2 -type d -regextype posix-extended \
 		-regex '.*/\.cache/([0-9a-f]{12}|clients-[0-9a-f]{12}|test-clients)' -print0; }
 

@@ -23,7 +23,7 @@ from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
 from toolchain.cli import main
 from toolchain.data.inputs import TrainingSource
-from toolchain.models import checkpoints
+from toolchain.models import checkpoints, locations
 from toolchain.ship.targets import clients
 
 # The default variants are onnx-int8 and its ancestors.
@@ -154,6 +154,7 @@ def tiny(built_tiny: Workspace, tmp_path: Path) -> Workspace:
     copy = Workspace(tmp_path / "exported", built_tiny.model, built_tiny.source)
     for name in DEFAULT_VARIANTS:
         shutil.copytree(built_tiny.path(name), copy.path(name))
+    locations.record(copy.exported / copy.model, copy.source)
     return copy
 
 

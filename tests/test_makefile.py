@@ -7,6 +7,7 @@ import subprocess
 from conftest import ROOT
 
 from toolchain.artifacts import publishing
+from toolchain.models.locations import LOCATION
 from toolchain.ship.targets import clients
 from toolchain.system import hardware
 
@@ -23,6 +24,7 @@ def test_clean_lists_the_freed_folders_and_keeps_results_and_user_files(tmp_path
     (tmp_path / "exported" / "m" / "onnx-fp32" / "model.onnx").write_bytes(bytes(100_000))
     manifest = f'{{\n "schema": 1,\n "id": "{"0a" * 32}",\n "model": "m"\n}}\n'
     (tmp_path / "exported" / "m" / "onnx-fp32" / "manifest.json").write_text(manifest)
+    (tmp_path / "exported" / "m" / LOCATION).write_text("{}")
     work = publishing.work_folder(tmp_path / "exported" / "m" / "onnx-int8")
     (work / "training").mkdir(parents=True)
     (tmp_path / "exported" / ".cache" / hardware.machine()["id"] / "gzip").mkdir(parents=True)

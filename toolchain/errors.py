@@ -16,11 +16,13 @@
     * `BenchError`: a benchmark cannot measure a cell, or has no usable result.
     * `ClusterError`: the Ray cluster is unreachable, was lost, or has an unusable node.
     * `ResultFileError`: the result file cannot be read or written.
+    * `SystemRefusalError`: the operating system refuses to read or write a file.
     * `VerdictError`: exit code 3; a check completed with a negative result.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
@@ -134,6 +136,19 @@ class ResultFileError(ToolchainError):
     def unwritable(cls, path: Path, error: OSError) -> ResultFileError:
         """Returns the error for a file that the operating system refuses to write."""
         return cls(f"{path} cannot be written: {error.strerror or error}.", "Free space, or correct the permissions.")
+
+
+class SystemRefusalError(ToolchainError):
+    """The operating system refuses to read or write a file, for example because the disk is full or read-only."""
+
+    @classmethod
+    def from_os_error(cls, error: OSError) -> SystemRefusalError:
+        """Returns the error for a refusal that no other part of the toolchain expects."""
+        place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        return cls(
+            f"{place}{error.strerror or first_line(error)}.",
+            "Free space, correct the path or its permissions, or choose another place.",
+        )
 
 
 class VerdictError(ToolchainError):

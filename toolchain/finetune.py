@@ -34,7 +34,7 @@ from toolchain.data.labels import (
 )
 from toolchain.errors import ArtifactError, CheckpointError, DataError
 from toolchain.models import checkpoints
-from toolchain.models.checkpoints import Source
+from toolchain.models.locations import Source
 from toolchain.progress import Bar, Say
 from toolchain.results import statistics
 from toolchain.results.scores import EntityScore, RegressionScore, score_answers

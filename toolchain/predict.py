@@ -240,6 +240,7 @@ def _score_to_file(model: Model, texts: Texts, output: Path, say: Say, bar: Bar,
         with open_writer(joined_file, model.columns(texts)) as write:
             for part in sorted(parts.glob("[0-9]*")):
                 write([json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()])
+        files.flush(joined_file)
         files.move_to_free(joined_file, output)
     except FileExistsError as error:
         raise _output_exists_error(output) from error

@@ -1,5 +1,6 @@
 """Tests of artifacts: publishing, locks, manifests, tampered files, and killed runs."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -103,6 +104,41 @@ def test_load_refuses_a_manifest_edited_by_hand(artifact):
         store.load(artifact.path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "other"},
+        {"variant": "onnx-fp32"},
+        {"source": {"kind": "folder", "ref": "other", "revision": "sha256:0"}},
+        {"validation": {"passed": True}},
+        {"facts": {"int8_headroom": 9}},
+        {"environment": {}, "created": "2020-01-01"},
+        {"seal": "0" * 64},
+    ],
+)
+def test_the_seal_covers_every_entry_of_the_manifest(artifact, change):
+    file = artifact.path / "manifest.json"
+    body = json.loads(file.read_text())
+    assert {**body, **change} != body
+    file.write_text(json.dumps({**body, **change}))
+    with pytest.raises(TamperedError, match="does not match its own seal"):
+        store.load(artifact.path)
+
+
+def test_the_layout_of_the_text_does_not_change_the_seal(artifact):
+    file = artifact.path / "manifest.json"
+    file.write_text(json.dumps(dict(reversed(json.loads(file.read_text()).items()))))
+    assert store.load(artifact.path) == artifact
+
+
+def test_a_manifest_of_an_older_release_is_unsealed(artifact):
+    file = artifact.path / "manifest.json"
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "seal"}))
+    loaded_artifact = store.load(artifact.path)
+    assert (artifact.manifest.sealed, loaded_artifact.manifest.sealed) == (True, False)
+    assert loaded_artifact.manifest.id == artifact.manifest.id
+
+
 @pytest.mark.parametrize("path", ["../../etc/passwd", "/etc/passwd", "a/../../b"])
 def test_load_refuses_a_manifest_with_a_path_outside_its_folder(artifact, path):
     file = artifact.path / "manifest.json"
@@ -181,6 +217,48 @@ def test_a_killed_run_keeps_the_old_artifact(artifact, kill_point):
     with publishing.lock(artifact.path, pytest.fail):
         store.load(artifact.path).verify()
         assert (artifact.path / "model.onnx").read_bytes() == b"weights"
+    assert list(artifact.path.parent.iterdir()) == [artifact.path]
+
+
+def test_all_files_are_on_the_disk_before_they_are_published(artifact, monkeypatch):
+    events = []
+    target = artifact.path
+
+    def record_flush(descriptor):
+        events.append(("flush", os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    def record_rename(source, destination):
+        events.append(("rename", str(destination)))
+        os.rename(source, destination)
+
+    with publishing.lock(target, pytest.fail), publishing.scratch_folder(target) as scratch:
+        (scratch / "deep").mkdir()
+        (scratch / "deep" / "model.onnx").write_bytes(b"new")
+        names_before = [*scratch.rglob("*"), scratch / "manifest.json"]
+        monkeypatch.setattr(os, "fsync", record_flush)
+        monkeypatch.setattr(Path, "rename", record_rename)
+        store.publish(scratch, target, manifest_of(scratch))
+    published = events.index(("rename", str(target)))
+    flushed = {name for event, name in events[:published] if event == "flush"}
+    assert flushed == {str(scratch), *(str(path) for path in names_before)}
+    assert events[published + 1 :] == [("flush", str(target.parent))]
+
+
+def test_a_disk_that_refuses_the_rename_keeps_the_old_artifact(artifact, monkeypatch):
+    def refuse_folder(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(artifact.path.parent):
+            raise OSError(errno.EIO, "Input/output error")
+
+    def build():
+        with publishing.lock(artifact.path, pytest.fail), publishing.scratch_folder(artifact.path) as scratch:
+            (scratch / "model.onnx").write_bytes(b"new")
+            monkeypatch.setattr(os, "fsync", refuse_folder)
+            store.publish(scratch, artifact.path, manifest_of(scratch))
+
+    with pytest.raises(ArtifactError, match="Input/output error"):
+        build()
+    assert store.load(artifact.path) == artifact
+    artifact.verify()
     assert list(artifact.path.parent.iterdir()) == [artifact.path]
 
 
@@ -333,3 +411,10 @@ def test_current_ids_has_only_artifacts_that_exist(built_tiny):
     name = built_tiny.model
     ids = store.current_ids(built_tiny.exported, [(name, "onnx-fp32"), ("gone", "onnx-fp32")])
     assert ids == {(name, "onnx-fp32"): built_tiny.load("onnx-fp32").manifest.id}
+
+
+def test_the_compressed_size_is_known_where_the_cache_cannot_be_written(artifact, tmp_path):
+    (tmp_path / "file").write_text("")
+    size = store.gzip_bytes(artifact, tmp_path / "cache")
+    assert size == store.gzip_bytes(artifact, tmp_path / "file" / "cache") > 0
+    assert (tmp_path / "cache" / artifact.manifest.id).read_text() == str(size)

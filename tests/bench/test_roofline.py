@@ -292,6 +292,13 @@ def test_rates_are_measured_again_where_their_file_is_damaged(calls, tmp_path, d
     assert json.loads(file.read_text()) == {**original, "rates": rates}
 
 
+def test_rates_are_measured_where_the_cache_cannot_be_written(calls, tmp_path):
+    (tmp_path / "file").write_text("")
+    rates = roofline.rates(tmp_path / "file" / "cache", 2, no_progress)
+    assert rates.keys() == {"torch", "onnx"}
+    assert len(calls) == 2
+
+
 def test_a_failed_machine_probe_writes_no_file(calls, tmp_path, monkeypatch):
     def fail(*_):
         raise BenchError("No.")

@@ -155,6 +155,38 @@ def test_a_folder_that_cannot_be_written_gives_an_error(working_folder, say, tin
     assert "cannot be written" in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "place", "code"),
+    [
+        (["variants", "--exported", "file"], "file", 2),
+        (["bench", "--results", "file"], "file", 2),
+        (["export", "--as", "x" * 101], "Use at most 100 lower-case letters", 1),
+        (["quantize", "--name", "x" * 101], "use at most 100 lower-case letters", 2),
+        (["validate", "torch-pruned50-r" + "9" * 5000], "There is no variant", 1),
+        (["compare", "x" * 300], "File name too long", 1),
+    ],
+)
+def test_an_impossible_place_gives_one_sentence(working_folder, say, tiny_checkpoint, arguments, place, code):
+    (working_folder / "file").write_text("")
+    result, out, err = say(*arguments, *([] if arguments[0] == "compare" else ["--model", tiny_checkpoint]))
+    assert (result, out) == (code, "")
+    assert place in err
+    assert "unexpected" not in err
+    assert [path.name for path in working_folder.iterdir()] == ["file"]
+
+
+def test_a_folder_of_temporary_files_that_is_missing_or_full_is_named(working_folder, say, tiny, monkeypatch):
+    arguments = ["ship", "onnx-std", "--target", "web", "--no-demo", "--license", "MIT"]
+    arguments += ["--model", "tiny", "--exported", tiny.exported, "--output", "bundle"]
+    monkeypatch.setattr("tempfile.tempdir", str(working_folder / "missing"))
+    code, _, err = say(*arguments)
+    assert code == 1
+    assert f"{working_folder / 'missing'}" in err
+    assert "unexpected" not in err
+    assert "No such file or directory" in err
+    assert [path.name for path in working_folder.iterdir()] == ["exported"]
+
+
 def test_a_failed_validation_exits_with_3(working_folder, say, tiny, monkeypatch):
     report = {"passed": False, "agreement": "exact", "finite": True, "grid_largest_delta": {"one": 1.0}}
     report |= {"worst_case": "one", "largest_delta": 1.0, "mean_delta": 1.0, "sentences": 2, "flips": 1}

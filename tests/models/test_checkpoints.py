@@ -12,7 +12,8 @@ from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
 from toolchain.errors import CheckpointError, HubError
 from toolchain.models import checkpoints
-from toolchain.models.checkpoints import Source, check, fetch, resolve
+from toolchain.models.checkpoints import check, fetch, resolve
+from toolchain.models.locations import Source
 
 
 @pytest.fixture

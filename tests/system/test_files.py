@@ -5,6 +5,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from safetensors import SafetensorError
 
 from toolchain.system import files
 
@@ -89,3 +90,56 @@ def test_a_file_in_place_of_the_folder_raises_an_error(tmp_path):
     for write in (files.write_whole, files.write_to_free):
         with pytest.raises(NotADirectoryError):
             write(tmp_path / "results" / "r.json", "new")
+
+
+def test_new_folders_are_flushed_with_their_parents(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(files, "flush", flushed.append)
+    files.make_folder(tmp_path / "a" / "b")
+    assert flushed == [tmp_path, tmp_path / "a"]
+    files.make_folder(tmp_path / "a" / "b")
+    assert len(flushed) == 2
+
+
+@pytest.mark.parametrize("write", [files.write_whole, files.write_to_free])
+def test_a_write_flushes_the_folder_after_the_rename(tmp_path, monkeypatch, links, write):
+    def check_flush(folder):
+        assert (folder / "r.json").read_text() == "new"
+        flushed.append(folder)
+
+    flushed = []
+    monkeypatch.setattr(files, "flush", check_flush)
+    write(tmp_path / "r.json", "new")
+    assert flushed == [tmp_path]
+
+
+def test_a_file_system_that_cannot_flush_folders_is_no_error(tmp_path, monkeypatch):
+    def refuse(descriptor):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    files.flush(tmp_path)
+
+
+def test_an_error_without_a_file_gets_the_place(tmp_path):
+    with pytest.raises(OSError, match="No space left") as error, files.name_place(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert error.value.filename == str(tmp_path)
+    with pytest.raises(OSError, match="full") as error, files.name_place(tmp_path):
+        raise SafetensorError("the disk is full")
+    assert (error.value.errno, error.value.filename) == (errno.EIO, str(tmp_path))
+
+
+def test_a_name_of_the_greatest_length_can_be_written(tmp_path):
+    files.write_whole(tmp_path / ("x" * 255), "new")
+    with pytest.raises(OSError, match="File name too long") as error:
+        files.write_whole(tmp_path / ("x" * 256), "new")
+    assert error.value.errno in files.REFUSALS
+    assert names_in(tmp_path) == ["x" * 255]
+
+
+def test_a_cache_that_cannot_be_written_is_left_out(tmp_path):
+    (tmp_path / "file").write_text("")
+    files.write_cache(tmp_path / "file" / "cached", "1")
+    files.write_cache(tmp_path / "cached", "1")
+    assert names_in(tmp_path) == ["cached", "file"]

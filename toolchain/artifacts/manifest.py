@@ -65,6 +65,7 @@ class Manifest:
         validation: Report of the validation, from `validate` in `toolchain/build/steps/`.
         environment: Versions of the libraries that built the artifact.
         created: UTC time of the build, in ISO 8601.
+        sealed: Whether the manifest file has a seal. Manifests of older releases have none.
     """
 
     model: str
@@ -83,6 +84,7 @@ class Manifest:
     validation: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     created: str = ""
+    sealed: bool = True
 
     @property
     def id(self) -> str:
@@ -102,7 +104,7 @@ class Manifest:
             "step": step_name(self.step),
             "version": self.step_version,
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return _digest(content)
 
     @property
     def size_bytes(self) -> int:
@@ -115,8 +117,13 @@ class Manifest:
         return next((entry.sha256 for entry in self.files if entry.path == "tokenizer.json"), None)
 
     def to_json(self) -> str:
-        """Returns the JSON text of the manifest file."""
+        """Returns the JSON text of the manifest file, with the seal as its last entry.
+
+        The seal is the sha256 in hex of all other entries. The id covers only the entries that determine the artifact's
+        content, so that the same build has the same id on every machine.
+        """
         body = dataclasses.asdict(self)
+        del body["sealed"]
         body["step"] = {
             "name": step_name(self.step),
             "version": body.pop("step_version"),
@@ -124,7 +131,8 @@ class Manifest:
         }
         parent_id = body.pop("parent_id")
         body["parent"] = {"variant": self.parent, "id": parent_id} if self.parent else None
-        return json.dumps({"schema": SCHEMA, "id": self.id, **body}, indent=1) + "\n"
+        content = {"schema": SCHEMA, "id": self.id, **body}
+        return json.dumps({**content, "seal": _seal_of(json.dumps(content))}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -132,7 +140,7 @@ class Manifest:
 
         Raises:
             ValueError: The text is not JSON, or not a manifest.
-            TamperedError: The manifest does not match its id.
+            TamperedError: The manifest does not match its id or its seal.
             ArtifactError: This release does not know the step or its settings.
             UnknownVariantError: This release does not know the variant or its parent.
         """
@@ -154,12 +162,24 @@ class Manifest:
             validation=record.validation,
             environment=record.environment,
             created=record.created,
+            sealed=record.seal is not None,
         )
-        if manifest.id != record.id:
-            raise TamperedError(
-                "The manifest does not match its own id.", "Delete the folder and build the artifact again."
-            )
+        for name, recorded, actual in (("id", record.id, manifest.id), ("seal", record.seal, _seal_of(text))):
+            if recorded not in (None, actual):
+                raise TamperedError(
+                    f"The manifest does not match its own {name}.", "Delete the folder and build the artifact again."
+                )
         return manifest
+
+
+def _seal_of(text: str) -> str:
+    """Returns the seal of a manifest with this JSON text; ignores a seal in the text."""
+    return _digest({key: value for key, value in json.loads(text).items() if key != "seal"})
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """Returns the sha256 in hex of the content as canonical JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 @strict
@@ -207,6 +227,7 @@ class _ManifestRecord:
     validation: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     created: str = ""
+    seal: str | None = None
 
     def __post_init__(self) -> None:
         if not (self.files and self.inputs and self.labels):

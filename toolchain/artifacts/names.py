@@ -21,7 +21,7 @@ COMPILED = "torch-compile"
 RUNTIMES = (COMPILED, "torchao", "torch", "bnb", "onnx")
 SCHEMES = ("fp32", "bf16", "fp16", "int8", "int4", "nf4", "fp4")
 METHODS = ("fisher", "magnitude", "mask")
-LABEL = r"[a-z0-9]+(?:-[a-z0-9]+)*"
+LABEL = r"(?=.{1,100}\Z)[a-z0-9]+(?:-[a-z0-9]+)*"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Parts:
 
 _NAME = re.compile(
     rf"(?P<runtime>{'|'.join(RUNTIMES)})(?P<std>-std)?"
-    rf"(-pruned(?P<pruned>\d\d)(-r(?P<recovered>\d+))?(-(?P<method>{'|'.join(METHODS)}))?)?"
+    rf"(-pruned(?P<pruned>\d\d)(-r(?P<recovered>\d{{1,6}}))?(-(?P<method>{'|'.join(METHODS)}))?)?"
     rf"(-(?P<scheme>{'|'.join(SCHEMES)}))?(?P<portable>-portable)?(?P<static>-static)?(\+(?P<label>{LABEL}))?",
     re.ASCII,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolchain.errors import ArtifactError
+from toolchain.system import files
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -70,7 +70,7 @@ def _acquire(work: Path, on_wait: Callable[[], None]) -> FileLock:
     timeout, retries = 0, 100
     while True:
         try:
-            work.mkdir(parents=True, exist_ok=True)
+            files.make_folder(work)
             guard.acquire(timeout=timeout)
             return guard
         except Timeout:
@@ -98,9 +98,10 @@ def scratch_folder(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise ArtifactError.unwritable(target.parent, error) from error
     try:
-        yield scratch
+        with files.name_place(scratch):
+            yield scratch
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
+        if error.errno in files.REFUSALS and Path(error.filename).is_relative_to(scratch):
             raise ArtifactError.unwritable(target.parent, error) from error
         raise
     finally:
@@ -110,15 +111,24 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 def replace(scratch: Path, target: Path) -> None:
     """Renames the scratch folder to `target`, then deletes the previous `target`. Call this function only under `lock`.
 
+    The function flushes all files of the scratch folder to the disk before the renames, and the renames before it
+    deletes the previous `target`. So a power loss leaves the previous or the new `target`, or the backup of the
+    previous one, which `lock` restores.
+
     Raises:
-        ArtifactError: The operating system refuses to rename a folder, so the function restores the previous `target`.
+        ArtifactError: The operating system refuses to flush a file or to rename a folder, so the function restores the
+            previous `target`.
     """
     backup = _backup_folder(target)
     try:
+        files.flush_tree(scratch)
         if target.exists():
             target.rename(backup)
         scratch.rename(target)
+        files.flush(target.parent)
     except OSError as error:
+        if not scratch.exists():  # the disk refuses only to flush the renames
+            target.rename(scratch)
         _repair_folders(target)
         raise ArtifactError.unwritable(target.parent, error) from error
     _delete_folder(backup)

@@ -163,5 +163,5 @@ def gzip_bytes(artifact: Artifact, cache: Path) -> int:
             while chunk := file.read(1 << 20):
                 size += len(packer.compress(chunk))
         size += len(packer.flush())
-    files.write_whole(cache_file, str(size))
+    files.write_cache(cache_file, str(size))
     return size

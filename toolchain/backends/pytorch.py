@@ -16,6 +16,7 @@ from toolchain.errors import ArtifactError, CheckpointError, DeviceMemoryError, 
 from toolchain.models import architectures
 from toolchain.models.checkpoints import OWN_WEIGHTS, SHAPES, WEIGHTS, config_of, weights_of
 from toolchain.models.heads import auto_class
+from toolchain.system import files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -206,19 +207,16 @@ def save_weights(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     other model.
 
     Raises:
-        ArtifactError: The file cannot be written.
+        OSError: The file cannot be written.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     precision = reduced.Precision.read(folder)
     is_own_format = (folder / SHAPES).is_file() or (precision is not None and precision.layers)
     contiguous_tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(contiguous_tensors, folder / (OWN_WEIGHTS if is_own_format else WEIGHTS), metadata={"format": "pt"})
-    except SafetensorError as error:  # safetensors raises this error on a full disk
-        hint = "Free space on the disk, or choose another folder with --exported DIR."
-        raise ArtifactError(f"{folder} cannot be written: {error}.", hint) from error
+    file = folder / (OWN_WEIGHTS if is_own_format else WEIGHTS)
+    with files.name_place(file):
+        save_file(contiguous_tensors, file, metadata={"format": "pt"})
 
 
 def describe(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:

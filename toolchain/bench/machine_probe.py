@@ -10,10 +10,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -117,10 +115,11 @@ def _build_onnx(precision: str, layers: int, threads: int) -> Callable[[int], An
 
     from toolchain import passes
     from toolchain.backends import Place, open_session
+    from toolchain.system.files import temporary_folder
 
-    with tempfile.TemporaryDirectory() as scratch:
-        passes.write(build_graph(precision, layers), Path(scratch) / "model.onnx")
-        session = open_session(Path(scratch), "onnx", Place("cpu", threads))
+    with temporary_folder() as scratch:
+        passes.write(build_graph(precision, layers), scratch / "model.onnx")
+        session = open_session(scratch, "onnx", Place("cpu", threads))
 
     def make_answer(rows: int) -> Answer:
         batch = {"rows": np.random.default_rng(0).random((rows, WIDTH), np.float32)}

@@ -230,7 +230,7 @@ def rates(cache: Path, threads: int, progress: Progress) -> Rates:
     for number, (runtime, runtime_precisions) in enumerate(precisions.items()):
         progress(number, len(precisions), f"machine probe of {runtime}")
         measured_rates[runtime] = _run_probe(runtime, runtime_precisions, threads, SECONDS, MEBIBYTES)
-    files.write_whole(file, json.dumps({**head, "rates": measured_rates}, indent=1) + "\n")
+    files.write_cache(file, json.dumps({**head, "rates": measured_rates}, indent=1) + "\n")
     return measured_rates
 
 

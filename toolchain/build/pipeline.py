@@ -42,7 +42,7 @@ from toolchain.build.workspace import Workspace
 from toolchain.data import inputs
 from toolchain.errors import ArtifactError, DataError, TamperedError, VerdictError
 from toolchain.exporters import default_exporter, unmet_requirement
-from toolchain.models import checkpoints, sources
+from toolchain.models import checkpoints, locations, sources
 from toolchain.models.sources import ImportFiles
 from toolchain.progress import Bar, Progress, Say, no_bar
 from toolchain.system import hardware
@@ -290,6 +290,8 @@ def _build(
             if not report["passed"]:
                 raise _validation_error(workspace, name, manifest, parent, report)
             _require_parent_unchanged(workspace, item.step, parent)
+            if isinstance(item.step, Import):
+                locations.record(workspace.exported / workspace.model, workspace.source)
             artifact = store.publish(scratch, target, dataclasses.replace(manifest, validation=report))
         shutil.rmtree(resume, ignore_errors=True)
         return artifact
@@ -368,8 +370,8 @@ def list_states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, st
     """Returns the state of all default variants, all variants with a folder, and their ancestors.
 
     Returns:
-        Each variant with its artifact (None if missing or unreadable) and its state. The state is ``built`` or
-        ``missing``, or it is ``stale``, ``tampered`` or ``unusable``, followed by the reason.
+        Each variant with its artifact (None if missing or unreadable) and its state. The state is ``built``,
+        ``built, unsealed`` or ``missing``, or it is ``stale``, ``tampered`` or ``unusable``, followed by the reason.
     """
     names = [name for cells in variants.DEFAULT_CELLS.values() for name in cells]
     names += sorted(folder.name for folder in (workspace.exported / workspace.model).glob("[!.]*") if folder.is_dir())
@@ -381,5 +383,7 @@ def list_states(workspace: Workspace) -> list[tuple[Variant, Artifact | None, st
             state = f"{kind}: {item.folder_error.cause}"
         elif item.reason:
             state = item.reason if item.artifact is None else f"stale: {item.reason}"
+        elif item.artifact and not item.artifact.manifest.sealed:
+            state = "built, unsealed"
         rows.append((item.variant, item.artifact, state))
     return rows

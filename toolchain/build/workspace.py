@@ -16,6 +16,7 @@ from toolchain.data.files import Texts
 from toolchain.data.inputs import TrainingSource
 from toolchain.errors import ArtifactError, UnknownVariantError
 from toolchain.models import checkpoints
+from toolchain.models.locations import Source
 from toolchain.system import hardware
 
 
@@ -33,7 +34,7 @@ class Workspace:
 
     exported: Path
     model: str
-    source: checkpoints.Source
+    source: Source
     train: TrainingSource = field(default_factory=TrainingSource)
     corpus: Texts | None = None
 

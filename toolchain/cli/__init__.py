@@ -6,6 +6,7 @@ standard output, and progress goes to standard error. Commands import large libr
 
 from __future__ import annotations
 
+import errno
 import io
 import signal
 import sys
@@ -30,7 +31,8 @@ from toolchain.cli.tune import tune
 from toolchain.cli.validate import validate
 from toolchain.cli.variants import variants
 from toolchain.cli.verify import verify
-from toolchain.errors import ToolchainError
+from toolchain.errors import SystemRefusalError, ToolchainError
+from toolchain.system.files import REFUSALS
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -114,6 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 traceback.print_exc()
             if interrupts:
                 return _report_interrupt()
+            if isinstance(error, OSError) and error.errno in (*REFUSALS, errno.ENOENT, errno.EISDIR):
+                error = SystemRefusalError.from_os_error(error)
             if isinstance(error, ToolchainError):
                 click.echo(f"Error: {error}", err=True)
                 return error.exit_code

@@ -77,7 +77,7 @@ def name_option(command: F) -> F:
 
     def check(context: click.Context, parameter: click.Parameter, value: str | None) -> str:
         if value is not None and not re.fullmatch(LABEL, value):
-            raise click.BadParameter("use lower-case letters, digits and single hyphens.")
+            raise click.BadParameter("use at most 100 lower-case letters, digits and single hyphens.")
         return value or ""
 
     text = (

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from toolchain.errors import ClusterError
 from toolchain.predict import Model
 from toolchain.progress import Say
 from toolchain.system.extras import install_hint
+from toolchain.system.files import temporary_folder
 
 CONNECT_TIMEOUT_S = 60.0
 LOST_AFTER_S = 15  # The cluster is lost if its head does not answer for this number of seconds.
@@ -79,9 +79,9 @@ class Cluster:
         The method first copies texts from standard input to a file, because Ray reads texts again if their predictions
         are lost.
         """
-        with tempfile.TemporaryDirectory() as scratch:
+        with temporary_folder() as scratch:
             if texts.file == STDIN:
-                text_file = Path(scratch) / "texts"
+                text_file = scratch / "texts"
                 with text_file.open("w", encoding="utf-8", newline="") as lines:
                     lines.writelines(f"{text}\n" for text in texts.read())
                 texts = Texts(str(text_file))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from toolchain.errors import BenchError
 from toolchain.models import checkpoints
 from toolchain.progress import Say
 from toolchain.results.result_file import ResultFile
+from toolchain.system.files import temporary_folder
 
 NO_CUDA = (
     "No node of the cluster has an NVIDIA GPU.",
@@ -113,7 +113,7 @@ def run_plan(
         say(f"{node.host}: will measure {len(cells)} cells when its {node.cpus} CPUs are free")
     cells_as_json = [[node.id, [_cell_to_json(cell) for cell in cells]] for node, cells in assignments]
     cluster.ask("bench", plan=plan.message(), shares=cells_as_json)
-    with tempfile.TemporaryDirectory() as scratch:
+    with temporary_folder() as scratch:
         for _ in assignments:
             reply = cluster.ask("next_result", folder=scratch)
             node, cells = by_id[reply["node"]]

@@ -24,11 +24,12 @@ from toolchain.build.workspace import Workspace
 from toolchain.data.files import Texts
 from toolchain.data.inputs import Data
 from toolchain.data.labels import LabelSet
-from toolchain.models.checkpoints import Source
+from toolchain.models.locations import Source
 from toolchain.predict import LoadedModel, Model, load_folder_model, score_window
 from toolchain.results.folder import ResultsFolder
 from toolchain.results.result_file import ResultFile
 from toolchain.system import hardware
+from toolchain.system.files import temporary_folder
 
 if TYPE_CHECKING:
     import pyarrow
@@ -58,8 +59,8 @@ def scratch() -> Iterator[Path]:
         match = re.fullmatch(rf"{prefix}-([0-9]+)-\w+", path.name)
         if match and not psutil.pid_exists(int(match[1])):
             shutil.rmtree(path, ignore_errors=True)  # the system refuses to delete another user's folder
-    with tempfile.TemporaryDirectory(prefix=f"{prefix}-{os.getpid()}-") as folder:
-        yield Path(folder)
+    with temporary_folder(f"{prefix}-{os.getpid()}-") as folder:
+        yield folder
 
 
 def _process_space() -> str:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Set
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from toolchain.artifacts import store
 from toolchain.data.entities import check_names
 from toolchain.data.labels import REGRESSION, SEQUENCE_HEAD, TASKS, TOKEN_HEAD, TOKENS, LabelSet, task_of
 from toolchain.errors import CheckpointError
-from toolchain.models import adapters, hub, pickles
+from toolchain.models import adapters, hub, locations, pickles
+from toolchain.models.locations import Source
 
 REFERENCE = Path(__file__).parent.parent / "reference" / "model"
 REFERENCE_SLUG = "reference"
@@ -39,6 +40,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     *SENTENCEPIECE_FILES,
 )
+MAX_NAME = 100  # Maximum number of characters in the name of a model's folder.
 # File in the folder of a pruned model, with the numbers of heads and FFN neurons of each layer.
 SHAPES = "layer_shapes.json"
 # File in the folder of a quantised PyTorch model. The file states in which number format the weights are stored.
@@ -55,32 +57,6 @@ _PATTERNS = ("config.json", SHAPES, "*.safetensors", WEIGHTS_INDEX, MODEL_CARD, 
 _LICENSE_LINE = re.compile(
     r"""^(license|license_name):[ \t]*(["']?)(\w[\w .+()-]{0,99}?)\2[ \t]*(?:#.*)?$""", re.M | re.A
 )
-
-
-@dataclass(frozen=True)
-class Source:
-    """The source of a checkpoint.
-
-    Attributes:
-        kind: Kind of the source: ``embedded``, ``folder`` or ``hub``.
-        ref: Absolute path of the folder, or the hub id.
-        revision: Exact revision, in the format of `Import.revision`.
-        base: Base of an adapter as the user named it, in the form that `locate` accepts. If `base` is empty, the
-            adapter's settings name the base.
-    """
-
-    kind: str
-    ref: str
-    revision: str | None = None
-    base: str = ""
-
-    def same_origin(self, other: Source) -> bool:
-        """Returns whether both sources have the same kind and the same folder or hub id; ignores revision and base."""
-        return (self.kind, self.ref) == (other.kind, other.ref)
-
-    def to_manifest(self) -> dict[str, Any]:
-        """Returns the source as a manifest stores it, without an empty `base`."""
-        return {key: value for key, value in asdict(self).items() if key != "base" or value}
 
 
 def resolve(model: str, exported: Path, folder_name: str | None = None) -> tuple[str, Source]:
@@ -101,9 +77,10 @@ def resolve(model: str, exported: Path, folder_name: str | None = None) -> tuple
     folder_name = folder_name or (
         model if source.kind == "embedded" else _slug(model if source.kind == "hub" else Path(model).resolve().name)
     )
-    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", folder_name):
+    if not re.fullmatch(rf"[a-z0-9][a-z0-9._-]{{0,{MAX_NAME - 1}}}", folder_name):
         raise CheckpointError(
-            f"{folder_name!r} is not a valid folder name.", "Use lower-case letters, digits, '.', '_' and '-'."
+            f"{folder_name[:MAX_NAME]!r} is not a valid folder name.",
+            f"Use at most {MAX_NAME} lower-case letters, digits, '.', '_' and '-'.",
         )
     if folder_name == REFERENCE_SLUG and source.kind != "embedded":
         raise CheckpointError(
@@ -152,12 +129,12 @@ def locate(model: str, exported: Path | None = None) -> Source:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9._-]+", "-", text.rsplit("/", 1)[-1].lower()).strip("-._") or "model"
+    return re.sub(r"[^a-z0-9._-]+", "-", text.rsplit("/", 1)[-1].lower()).strip("-._")[:MAX_NAME] or "model"
 
 
 def _owner(folder: Path) -> Source | None:
     root = store.load(folder / ROOT_VARIANT) if (folder / ROOT_VARIANT).exists() else None
-    return Source(**root.manifest.source) if root else None
+    return locations.read(folder, Source(**root.manifest.source)) if root else None
 
 
 def pin(source: Source, revision: str | None = None, *, head: bool = True) -> Source:
@@ -230,6 +207,11 @@ def _is_adapter(names: Set[str]) -> bool:
 
 
 def _folder(source: Source) -> Path:
+    if source.kind == "folder" and not Path(source.ref).is_absolute():
+        raise CheckpointError(
+            f"The folder {source.ref} of the checkpoint was imported on another machine.",
+            "Name its folder on this machine with --model FOLDER --as NAME.",
+        )
     return REFERENCE if source.kind == "embedded" else Path(source.ref)
 
 

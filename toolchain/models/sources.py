@@ -8,7 +8,7 @@ from pathlib import Path
 from toolchain.artifacts.steps import Import, Step
 from toolchain.errors import CheckpointError, HubError
 from toolchain.models import adapters, checkpoints
-from toolchain.models.checkpoints import Source
+from toolchain.models.locations import FOLDER_PREFIX, Source
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def pin_revisions(source: Source, request: Import, last_step: Step | None) -> Im
         CheckpointError: The checkpoint or its base is unusable.
     """
     last_import = last_step if isinstance(last_step, Import) else None
-    is_missing = source.kind == "folder" and not Path(source.ref).is_dir()
+    is_missing = source.kind == "folder" and _is_missing_folder(source.ref)
     keeps_revision = (
         source.kind == "hub" and last_import is not None and request.revision in (None, last_import.revision)
     )
@@ -74,7 +74,8 @@ def _pin_base(source: Source, last_base: str | None) -> str | None:
 
     `last_base` is the adapter's base in the model's last import.
     """
-    if last_base and (last_base.startswith(f"{source.base}@") or _is_missing_folder(source.base)):
+    is_folder = Path(source.base).is_absolute() or source.base.startswith(FOLDER_PREFIX)
+    if last_base and (last_base.startswith(f"{source.base}@") or (is_folder and _is_missing_folder(source.base))):
         return last_base
     folder = checkpoints.adapter_folder(source)
     if folder and source.base:
@@ -93,8 +94,9 @@ def _pin_base(source: Source, last_base: str | None) -> str | None:
         ) from error
 
 
-def _is_missing_folder(base: str) -> bool:
-    return Path(base).is_absolute() and not Path(base).is_dir()
+def _is_missing_folder(path: str) -> bool:
+    """Returns whether a folder is not on this machine; a relative path means that this machine has no record of it."""
+    return not Path(path).is_absolute() or not Path(path).is_dir()
 
 
 def _exact_name(base: Source) -> str:

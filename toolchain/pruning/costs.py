@@ -6,7 +6,6 @@ import hashlib
 import json
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from toolchain.errors import PruningError
 from toolchain.models.architectures import LayerShape, head_size, reshape, shapes_of
 from toolchain.system import files, hardware
 from toolchain.system.decoding import decode, strict
+from toolchain.system.files import temporary_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -188,12 +188,12 @@ def _measure(model: PreTrainedModel, encoder: EncoderSizes, progress: Callable[[
     )
     points = [("heads", n) for n in head_counts] + [("neurons", n) for n in neuron_counts]
     times: dict[tuple[str, int], list[float]] = {point: [] for point in points}
-    with tempfile.TemporaryDirectory() as scratch:
+    with temporary_folder() as scratch:
         sessions = {}
         for number, (kind, count) in enumerate(points):
             progress(number, len(points), f"building the latency table: model with {count} {kind} per layer")
             shape = LayerShape(count, neurons) if kind == "heads" else LayerShape(heads, count)
-            sessions[kind, count] = _open_session(model, [shape] * layers, Path(scratch) / f"{kind}-{count}")
+            sessions[kind, count] = _open_session(model, [shape] * layers, scratch / f"{kind}-{count}")
         for number in range(ROUNDS):
             progress(number, ROUNDS, "measuring the latency table")
             for point in random.Random(number).sample(points, len(points)):

@@ -11,10 +11,8 @@ the layer's int8 product is small, smoothing would add a `Mul` node for little g
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolchain.artifacts.store import Artifact
@@ -28,6 +26,7 @@ from toolchain.passes.int8 import quantize_weight
 from toolchain.passes.quantize_linear import inputs_with_shared_weights, weights_of
 from toolchain.passes.quantize_static import Activation
 from toolchain.system import hardware
+from toolchain.system.files import temporary_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -178,9 +177,9 @@ def _yield_values(
     """Yields the named values for each row; every batch is one row, so that no padding enters calibration."""
     graph = read(artifact.onnx_path)
     _add_outputs(graph, names)
-    with tempfile.TemporaryDirectory() as folder:
-        write(graph, Path(folder) / "model.onnx")
-        session = OrtSession(Path(folder), Place("cpu", hardware.cores()))
+    with temporary_folder() as folder:
+        write(graph, folder / "model.onnx")
+        session = OrtSession(folder, Place("cpu", hardware.cores()))
         try:
             for row in rows:
                 outputs = session.outputs(pad([row], encoder.names, encoder.pad_id))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -25,6 +23,7 @@ from toolchain.passes.quantize_static import Activation
 from toolchain.progress import Progress
 from toolchain.results.scores import score_answers
 from toolchain.system import hardware
+from toolchain.system.files import temporary_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,10 +98,10 @@ class SensitivitySetup:
     def session(self, keep: Sequence[str]) -> Iterator[OrtSession]:
         """Opens a CPU session of the graph with every linear layer quantised except those in `keep`."""
         context = replace(context_of(self.artifact.path), keep=frozenset(keep), activations=self.activations)
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder() as folder:
             graph, _ = rewrite(read(self.artifact.onnx_path), self.passes, context)
-            write(graph, Path(folder) / "model.onnx")
-            session = OrtSession(Path(folder), Place("cpu", hardware.cores()))
+            write(graph, folder / "model.onnx")
+            session = OrtSession(folder, Place("cpu", hardware.cores()))
             try:
                 yield session
             finally:

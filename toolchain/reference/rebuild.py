@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from toolchain.data.inputs import TrainingSource
 from toolchain.data.labels import SST2_LABELS
 from toolchain.finetune import FinetuneRequest, finetune, summary
 from toolchain.models import checkpoints
+from toolchain.system.files import temporary_folder
 from toolchain.training.loop import Recipe
 
 if TYPE_CHECKING:
@@ -91,8 +91,8 @@ def rebuild(model: Path, output: Path, epochs: int) -> None:
     """
     checkpoints.check(model, head=False)
     recipe = Recipe(epochs, RATE, patience=epochs, states=0.0, task=1.0, dropout=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        base = Path(scratch) / "distilbert"
+    with temporary_folder() as scratch:
+        base = scratch / "distilbert"
         load_distilbert(model).save_pretrained(base)
         for name in checkpoints.TOKENIZER_FILES:
             if (model / name).is_file():

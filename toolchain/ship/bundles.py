@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ from toolchain.ship.targets import BUNDLE_FILES, DEMO, TARGETS, TOKEN_FILES, Tar
 from toolchain.ship.targets.releases import DEFAULT, ORDER
 from toolchain.ship.targets.uses import oldest_release, read_needs
 from toolchain.ship.tokenizer_graph import comparison, with_tokenizer
+from toolchain.system.files import temporary_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -222,9 +222,9 @@ def _write_model_files(contents: Contents, artifact: Artifact, encoder: Encoder,
     """Writes the model files of a variant; returns extra entries of bundle.json for phones, else an empty mapping."""
     file.parent.mkdir(parents=True, exist_ok=True)
     source = artifact.onnx_path
-    with tempfile.TemporaryDirectory() as scratch:
+    with temporary_folder() as scratch:
         if graph := _bundle_graph(contents, artifact, encoder):
-            source = Path(scratch) / file.name
+            source = scratch / file.name
             set_properties(graph, {"license": contents.provenance.license})
             passes.write(graph, source)
         if contents.release:

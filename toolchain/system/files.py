@@ -1,11 +1,31 @@
-"""Atomic file writes: a reader sees the complete old content or the complete new content of a file."""
+"""Atomic and durable file writes: a reader sees the complete old content or the complete new content of a file.
+
+The functions flush a file to the disk before they rename it, and flush its folder after the rename. So a power loss
+leaves the old file or the new file, never an incomplete one.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+# Error numbers with which the operating system refuses to write a file.
+REFUSALS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+)
 
 
 def write_whole(path: Path, content: str | bytes, *, replace: bool = True) -> None:
@@ -21,21 +41,32 @@ def write_whole(path: Path, content: str | bytes, *, replace: bool = True) -> No
         OSError: The file cannot be written.
     """
     with suppress(FileExistsError):  # if the parent of `path` is a file, `scratch.open` raises an error
-        path.parent.mkdir(parents=True)
-    # A random name avoids a collision with a user's file and with a parallel run.
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        make_folder(path.parent)
+    # A random name avoids a collision with a user's file and with a parallel run. It is independent of the file's name,
+    # which may already have the greatest length that the file system allows.
+    scratch = path.with_name(f".{secrets.token_hex(16)}")
     try:
-        with scratch.open("xb") as file:
+        with name_place(path), scratch.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         if replace:
             os.replace(scratch, path)
+            flush(path.parent)
         else:
             move_to_free(scratch, path)
     finally:
         with suppress(OSError):  # a failed deletion must not hide an error of the write
             scratch.unlink()
+
+
+def write_cache(path: Path, content: str) -> None:
+    """Writes a file as `write_whole` does, unless the disk refuses it.
+
+    Use this function for results that the next run can compute again, so that a read-only folder stops no command.
+    """
+    with suppress(OSError):
+        write_whole(path, content)
 
 
 def write_to_free(path: Path, content: str | bytes) -> Path:
@@ -63,6 +94,8 @@ def write_to_free(path: Path, content: str | bytes) -> Path:
 def move_to_free(source: Path, path: Path) -> None:
     """Renames the file `source` to `path` on the same file system, atomically, and never replaces an existing file.
 
+    The caller flushes `source` before; the function flushes the folder of `path`.
+
     Raises:
         FileExistsError: `path` exists.
         OSError: The file cannot be renamed.
@@ -80,3 +113,68 @@ def move_to_free(source: Path, path: Path) -> None:
             raise
     else:
         source.unlink()
+    flush(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Creates a folder and its missing parents, and flushes their names to the disk.
+
+    Raises:
+        FileExistsError: `path` or one of its parents is a file.
+        OSError: A folder cannot be created.
+    """
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    flush(path.parent)
+
+
+@contextmanager
+def name_place(path: Path) -> Iterator[None]:
+    """Adds `path` to each error of the operating system that names no file, such as that of a write to a full disk.
+
+    safetensors has an error class of its own for a failed write. The function converts it to an `OSError`.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), os.fspath(path)) from error
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
+@contextmanager
+def temporary_folder(prefix: str | None = None) -> Iterator[Path]:
+    """Yields a new folder among the system's temporary files, and deletes it on exit."""
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder, name_place(Path(folder)):
+        yield Path(folder)
+
+
+def flush(path: Path) -> None:
+    """Waits until the disk has the content of a file, or the names of the files in a folder.
+
+    Raises:
+        OSError: The disk refuses the content, for example because it is full.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot flush a folder.
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def flush_tree(folder: Path) -> None:
+    """Waits until the disk has all files and folders under `folder`; raises the same errors as `flush`."""
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            flush(path)
+    flush(folder)

@@ -359,5 +359,7 @@ def _write(path: Path, tensors: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     scratch = path.with_name(f".{path.name}")
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, scratch)
+    with files.name_place(scratch):
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, scratch)
+        files.flush(scratch)
     os.replace(scratch, path)

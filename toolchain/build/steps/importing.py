@@ -14,7 +14,7 @@ from toolchain.backends import lora
 from toolchain.backends.pytorch import check_finite, describe, load_model
 from toolchain.build.job import Job, StepResult
 from toolchain.data.labels import SINGLE, TOKENS, LabelSet
-from toolchain.errors import ArtifactError, CheckpointError
+from toolchain.errors import CheckpointError
 from toolchain.models.checkpoints import (
     CARD,
     OWN_WEIGHTS,
@@ -40,10 +40,7 @@ def import_checkpoint(job: Job[Import]) -> StepResult:
 
     Raises:
         CheckpointError: Weights, classification head or tokenizer are missing, or do not fit together.
-        ArtifactError: The operating system refuses to write the weights.
     """
-    from safetensors import SafetensorError
-
     if job.checkpoint is None:
         raise CheckpointError("An import needs a checkpoint's folder.")
     model = lora.load_merged(job.checkpoint, job.base) if job.base else load_model(job.checkpoint)
@@ -59,11 +56,7 @@ def import_checkpoint(job: Job[Import]) -> StepResult:
         # Without a problem_type, one output also means a regression.
         model.config.problem_type = "regression"
     # Weights of any size go into one file, because every later step reads exactly one file.
-    try:
-        model.save_pretrained(job.folder, safe_serialization=True, max_shard_size="1TB")
-    except SafetensorError as error:  # safetensors raises `SafetensorError` on a full disk
-        hint = "Free disk space, or choose another folder with --exported DIR."
-        raise ArtifactError(f"{job.folder} cannot be written: {error}.", hint) from error
+    model.save_pretrained(job.folder, safe_serialization=True, max_shard_size="1TB")
     names = _input_names(model, tokenizer)
     # Input names are stored, because the tokenizer class may by default give inputs that this model does not accept.
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names

@@ -7,7 +7,6 @@ configuration of a reduced build of ONNX Runtime, and runs ONNX Runtime's checke
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from toolchain.ship.targets.releases import (
     oldest_reading_release,
 )
 from toolchain.ship.targets.uses import oldest_release, read_needs
+from toolchain.system.files import temporary_folder
 from toolchain.system.quiet import hide_logs
 
 if TYPE_CHECKING:
@@ -289,8 +289,8 @@ def providers(path: Path) -> list[dict[str, Any]]:
     from onnxruntime.tools.mobile_helpers import usability_checker as checker
     from onnxruntime.tools.onnx_model_utils import ModelProtoWithShapeInfo, optimize_model
 
-    with tempfile.TemporaryDirectory() as folder, hide_logs():
-        basic = Path(folder) / path.name
+    with temporary_folder() as folder, hide_logs():
+        basic = folder / path.name
         optimize_model(path, basic, use_external_initializers=True)
         model = ModelProtoWithShapeInfo(basic).model_with_shape_info
         entries = []

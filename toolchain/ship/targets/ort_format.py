@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from toolchain.errors import ShippingError
 from toolchain.passes.quantize_linear import headroom
 from toolchain.passes.unsigned_weights import unsigned_weights
 from toolchain.ship.targets.releases import EXTENSIONS
+from toolchain.system.files import temporary_folder
 
 # The level ``extended`` fuses nodes into operators of the CPU provider, in the same way on every processor. The
 # optimisation level above ``extended`` chooses memory layouts for the processor of the machine that writes the .ort
@@ -42,12 +42,12 @@ def save(source: Path, target: Path) -> None:
     Raises:
         ShippingError: ONNX Runtime cannot run the model on the CPU.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    with temporary_folder() as scratch:
         model = passes.read(source)
         if (headroom(model) or 1) < 1:
             unsigned_weights(model)
             set_properties(model, {"session_options": "{}"})
-            source = Path(scratch) / source.name
+            source = scratch / source.name
             passes.write(model, source)
         command = [sys.executable, "-P", "-m", __spec__.name, str(source), str(target)]
         run = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from toolchain.ship.targets.releases import (
     oldest_reading_release,
     oldest_supporting_release,
 )
+from toolchain.system.files import temporary_folder
 
 if TYPE_CHECKING:
     import onnx
@@ -93,8 +93,8 @@ def _attention_kinds(path: Path, model: onnx.ModelProto) -> set[Use]:
     """Returns the kinds of attention in an .onnx file; reads all shapes from a temporary copy in ORT format."""
     free = [dim.dim_param for each in model.graph.input for dim in each.type.tensor_type.shape.dim if dim.dim_param]
     sizes = dict(zip(dict.fromkeys(free), SIZES, strict=False))
-    with tempfile.TemporaryDirectory() as folder:
-        saved = Path(folder) / "shapes.ort"
+    with temporary_folder() as folder:
+        saved = folder / "shapes.ort"
         try:
             ort_format.save_in_process(str(path), str(saved), "disable", sizes)
         except failures() as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from toolchain.ship.tokenizer_graph import token_model
 from toolchain.ship.tokenizer_graph.characters import SHIP_WITHOUT_HINT
 from toolchain.ship.tokenizer_graph.difficult_texts import texts as difficult_texts
 from toolchain.ship.tokenizer_graph.session import TextSession
+from toolchain.system.files import temporary_folder
 
 BATCH = 32
 EXAMPLES = 3  # an error message quotes at most this many texts
@@ -33,8 +33,8 @@ def compare(encoder: Encoder, texts: Sequence[str], file: Path | None = None, mu
     Raises:
         ShippingError: An ONNX graph cannot express the tokenizer, or splits a text differently from the tokenizer.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        path = file or Path(scratch) / "tokenizer.onnx"
+    with temporary_folder() as scratch:
+        path = file or scratch / "tokenizer.onnx"
         passes.write(token_model(encoder, multiple), path)
         return _compare_tokens(encoder, [*difficult_texts(), *texts], path)
 
