@@ -58,7 +58,7 @@ def test_artifacts_of_another_machine_are_used_without_the_checkpoint(tiny, tiny
     assert {name: artifacts[name].manifest.id for name in built_ids} == built_ids
     assert resolve(str(folder), tiny.exported) == (tiny.model, Source("folder", str(folder)))
     shutil.rmtree(tiny.path("torch-fp32"))
-    with pytest.raises(CheckpointError, match="imported on another machine.*--model FOLDER"):
+    with pytest.raises(CheckpointError, match=r"imported on another machine.*--model FOLDER"):
         ensure(moved, ["torch-fp32"], {}, lambda event: None)
 
 
