@@ -78,6 +78,16 @@ def test_a_failed_rename_leaves_no_empty_file(tmp_path, monkeypatch):
     assert names_in(tmp_path) == []
 
 
+def test_a_refused_flush_of_the_folder_undoes_the_rename(tmp_path, monkeypatch, links):
+    source = tmp_path / "source"
+    source.write_text("new")
+    monkeypatch.setattr(os, "fsync", raise_not_permitted)
+    with pytest.raises(PermissionError):
+        files.move_to_free(source, tmp_path / "r.json")
+    assert names_in(tmp_path) == ["source"]
+    assert source.read_text() == "new"
+
+
 def test_simultaneous_writes_get_separate_files(tmp_path, links):
     with ThreadPoolExecutor(8) as pool:
         paths = list(pool.map(lambda i: files.write_to_free(tmp_path / "r-1Z.json", str(i)), range(24)))

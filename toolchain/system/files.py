@@ -94,7 +94,8 @@ def write_to_free(path: Path, content: str | bytes) -> Path:
 def move_to_free(source: Path, path: Path) -> None:
     """Renames the file `source` to `path` on the same file system, atomically, and never replaces an existing file.
 
-    The caller flushes `source` before; the function flushes the folder of `path`.
+    The caller flushes `source` before; the function flushes the folder of `path`. If the disk refuses that, the function
+    undoes the rename.
 
     Raises:
         FileExistsError: `path` exists.
@@ -111,9 +112,16 @@ def move_to_free(source: Path, path: Path) -> None:
         except OSError:
             path.unlink()
             raise
-    else:
+    try:
+        flush(path.parent)
+    except OSError:
+        if source.exists():  # after a hard link, both names exist
+            path.unlink()
+        else:
+            os.replace(path, source)
+        raise
+    with suppress(FileNotFoundError):  # after a rename, `source` is gone
         source.unlink()
-    flush(path.parent)
 
 
 def make_folder(path: Path) -> None:
