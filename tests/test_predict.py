@@ -1,9 +1,14 @@
 """Tests of `predict`, which scores the texts of a file: formats, row order, unusual texts, errors and resumed runs."""
 
 import csv
+import dataclasses
+import functools
+import gzip
 import io
+import itertools
 import json
 import random
+import re
 import sys
 import tracemalloc
 
@@ -16,9 +21,10 @@ from hypothesis import strategies as st
 
 from toolchain import predict as predicting
 from toolchain.backends import Place, open_session
-from toolchain.data import inputs
+from toolchain.data import inputs, tables
 from toolchain.data.encoding import CHARACTERS_PER_TOKEN, Encoder, pad
-from toolchain.data.files import Texts, open_writer
+from toolchain.data.files import Texts, group_texts
+from toolchain.data.writing import open_writer
 from toolchain.errors import ArtifactError, DataError, UnknownVariantError, VerdictError
 from toolchain.predict import PART_TEXTS, load_bundle_model, load_variant_model, predict
 from toolchain.progress import no_bar
@@ -115,7 +121,7 @@ def test_an_option_can_name_the_column(model, tmp_path):
     assert list(Texts(str(source), "review").read()) == ["good", "bad"]
 
 
-@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), max_size=20)))
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20)))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
 def test_written_texts_can_be_read_back(tmp_path, texts):
     for kind in (".jsonl", ".csv", ".parquet"):
@@ -289,6 +295,123 @@ def test_predict_scores_a_text_of_ten_megabytes(model, tmp_path, kind):
     assert [len(row["text"]) for row in rows] == [5, len(text), 5]
     expected_row = next(expected_scores(model, [text[:20_000]]))
     assert rows[1]["score_POSITIVE"] == pytest.approx(expected_row[3], abs=1e-4)
+
+
+LIMIT = 1000
+
+
+def write_long_row(path, text):
+    """Writes `text` into a file with columns; returns the path."""
+    if path.name.endswith(".gz"):
+        path.write_bytes(gzip.compress(json.dumps({"text": text}).encode()))
+    elif path.suffix == ".tsv":
+        path.write_text(f"text\n{text}\n")
+    else:
+        write_texts(path, ["short", text])
+    return path
+
+
+@pytest.mark.parametrize("kind", [".txt", ".csv", ".tsv", ".jsonl", ".jsonl.gz", ".parquet"])
+def test_a_row_above_the_limit_is_refused(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(tables, "MAX_ROW_SIZE", LIMIT)
+    file = write_long_row(tmp_path / f"in{kind}", "x" * (LIMIT - 50))
+    assert len(list(Texts(str(file)).read())[-1]) == LIMIT - 50
+    with pytest.raises(DataError, match=r"(row|line) .*: the row has more than"):
+        list(Texts(str(write_long_row(file, "x" * (LIMIT + 1)))).read())
+
+
+def test_the_lines_of_a_csv_row_count_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "MAX_ROW_SIZE", LIMIT)
+    (tmp_path / "in.csv").write_text("text\n" + '"a\nb"\n' * LIMIT)
+    assert list(Texts(str(tmp_path / "in.csv")).read()) == ["a\nb"] * LIMIT
+    (tmp_path / "in.csv").write_text('text\n"' + "a\n" * LIMIT)  # a quote without an end
+    with pytest.raises(DataError, match="look for a quote without an end"):
+        list(Texts(str(tmp_path / "in.csv")).read())
+
+
+def test_a_line_without_an_end_is_not_read_into_memory(tmp_path):
+    with gzip.open(tmp_path / "in.jsonl.gz", "wb") as file:
+        for _ in range(64):
+            file.write(b"a" * 2**20)
+    tracemalloc.start()
+    with pytest.raises(DataError, match="line 1: the row has more than"):
+        Texts(str(tmp_path / "in.jsonl.gz")).count()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * tables.MAX_ROW_SIZE
+
+
+def test_half_of_a_surrogate_pair_gives_an_error(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "a \\ud83c b"}\n')
+    with pytest.raises(DataError, match="row 1: the text in the column 'text' has half of a surrogate pair"):
+        Texts(str(tmp_path / "in.jsonl")).count()
+
+
+@given(st.lists(st.text("ab", max_size=12) | st.tuples(st.text("a", max_size=6), st.text("b", max_size=6))))
+def test_a_window_has_a_limited_number_of_texts_and_characters(texts):
+    windows = list(group_texts(texts, 4, 10))
+    assert [text for window in windows for text in window] == texts
+    for window in windows:
+        assert 1 <= len(window) <= 4
+        assert len(window) == 1 or sum(len("".join(text)) for text in window) <= 10
+
+
+def test_a_full_window_is_scored_before_the_next_text_is_read():
+    texts = iter(["a", "b", "c"])
+    assert next(group_texts(texts, 2, 10)) == ["a", "b"]
+    assert next(texts) == "c"
+
+
+def test_a_run_with_other_windows_resumes(model, tmp_path, monkeypatch):
+    texts = [f"film {'long ' * (i % 7)}{i}" for i in range(120)]
+    source = write_texts(tmp_path / "in.csv", texts)
+    monkeypatch.setattr(predicting, "WINDOW_CHARACTERS", 300)
+
+    def stop_after_two_windows(*arguments):
+        yield from itertools.islice(predicting.score_locally(*arguments), 2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(model, Texts(str(source)), tmp_path / "out.csv", quiet, no_bar, stop_after_two_windows)
+    monkeypatch.setattr(predicting, "WINDOW_CHARACTERS", 1000)
+    lines = []
+    assert predict(model, Texts(str(source)), tmp_path / "out.csv", lines.append, no_bar) == len(texts)
+    scored = int(re.search(r"(\d+) texts are already scored", lines[0])[1])
+    assert 20 < scored < 60
+    assert [row["text"] for row in read_scores(tmp_path / "out.csv")] == texts
+
+
+@pytest.mark.parametrize("kind", [".csv", ".tsv"])
+def test_an_option_protects_spreadsheets_against_formulas(model, tmp_path, kind):
+    texts = ["=1+1", "+a", "-a", "@a", "\ta", "\ra", "a=1"]
+    source = write_texts(tmp_path / "in.jsonl", texts)
+    formulas_stay = functools.partial(predict, dataclasses.replace(model, labels=("=bad()", "@good")))
+    plain, escaped = tmp_path / f"plain{kind}", tmp_path / f"escaped{kind}"
+    formulas_stay(Texts(str(source)), plain, quiet, no_bar)
+    formulas_stay(Texts(str(source)), escaped, quiet, no_bar, escape_formulas=True)
+    assert [row["text"] for row in read_scores(plain)] == texts
+    assert [row["text"] for row in read_scores(escaped)] == [f"'{text}" for text in texts[:-1]] + ["a=1"]
+    assert {row["prediction"] for row in read_scores(escaped)} <= {"'=bad()", "'@good"}
+    for before, after in zip(read_scores(plain), read_scores(escaped), strict=True):
+        assert [before[name] for name in before if "score" in name] == [
+            after[name] for name in after if "score" in name
+        ]
+
+
+@pytest.mark.parametrize("output", [(), ("--output", "out.jsonl"), ("--output", "out.parquet")])
+def test_only_a_spreadsheet_format_takes_the_option_for_formulas(say, output):
+    code, _, err = say("predict", "onnx-fp32", "in.csv", "--escape-formulas", *output)
+    assert code == 2
+    assert "--escape-formulas needs --output with a .csv or .tsv file" in err
+
+
+def test_json_on_standard_output_has_escapes_for_control_characters(model, tmp_path, capsys):
+    texts = ["\x1b[2J\x9b31m\u202e", "naïve 🎬"]
+    predict(model, Texts(str(write_texts(tmp_path / "in.jsonl", texts))), None, quiet, no_bar)
+    output = capsys.readouterr().out
+    assert [json.loads(line)["text"] for line in output.splitlines()] == texts
+    assert not set("\x1b\x9b\u202e") & set(output)
+    assert "naïve 🎬" in output
 
 
 PIECES = ["word ", "x" * 150 + " ", "\n", "文字", "naïve ", "...", "\t", "y" * 40]

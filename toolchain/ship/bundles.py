@@ -32,6 +32,7 @@ from toolchain.ship.targets import BUNDLE_FILES, DEMO, TARGETS, TOKEN_FILES, Tar
 from toolchain.ship.targets.releases import DEFAULT, ORDER
 from toolchain.ship.targets.uses import oldest_release, read_needs
 from toolchain.ship.tokenizer_graph import comparison, with_tokenizer
+from toolchain.system.escaping import escape_line, escape_markdown, format_markdown_code, to_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -304,6 +305,13 @@ def _write_companions(contents: Contents, folder: Path, body: Mapping[str, Any],
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    # Labels, names, the licence and the facts of a benchmark come from files, which may contain markup.
+    environment.filters |= {
+        "json": to_json,
+        "line": escape_line,
+        "markdown": escape_markdown,
+        "markdown_code": format_markdown_code,
+    }
     files = contents.target.text_files if contents.with_tokenizer else contents.target.files
     if body["task"] == TOKENS:
         files = {path: TOKEN_FILES.get(file, file) for path, file in files.items()}
