@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from toolchain import predict as predicting
 from toolchain.backends import Place, open_session
-from toolchain.data import inputs
+from toolchain.data import encoding, inputs
 from toolchain.data.encoding import CHARACTERS_PER_TOKEN, Encoder, pad
 from toolchain.data.files import Texts
 from toolchain.data.writing import open_writer
@@ -365,6 +365,27 @@ def test_the_start_of_a_long_text_gives_the_same_first_tokens(model, seed):
         assert len(text) < CHARACTERS_PER_TOKEN * 16 or len(encoder._cut_text(text)) <= len(text)
     finally:
         encoder.tokenizer.enable_truncation(model.encoder.max_length)
+
+
+class CountingTokenizer:
+    """A tokenizer that records the number of characters of each batch."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.characters = tokenizer, []
+
+    def encode_batch(self, texts):
+        self.characters.append(sum(len("".join(text)) for text in texts))
+        return self.tokenizer.encode_batch(texts)
+
+
+def test_the_encoder_tokenises_few_characters_at_a_time_and_gives_the_same_tokens(model, monkeypatch):
+    texts = [f"a film of {i} words" for i in range(40)] + [("a pair", "of texts")] * 3
+    expected = model.encoder.encode(texts)
+    tokenizer = CountingTokenizer(model.encoder.tokenizer)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 100)
+    assert dataclasses.replace(model.encoder, tokenizer=tokenizer).encode(texts) == expected
+    assert max(tokenizer.characters) <= 100
+    assert len(tokenizer.characters) > 5
 
 
 def test_a_bundle_gives_the_predictions_of_its_variant(built_tiny, tmp_path):
