@@ -70,6 +70,12 @@ def test_half_of_a_surrogate_pair_gives_an_error(tmp_path):
         Texts(str(tmp_path / "in.jsonl")).count()
 
 
+def test_a_hint_with_a_command_quotes_the_name_of_the_file(tmp_path):
+    (tmp_path / "a; b.csv").write_bytes("text\nschön\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"UTF-8 '.*a; b\.csv' > NEW"):
+        Texts(str(tmp_path / "a; b.csv")).count()
+
+
 @given(st.lists(st.text("ab", max_size=12) | st.tuples(st.text("a", max_size=6), st.text("b", max_size=6))))
 def test_a_window_has_a_limited_number_of_texts_and_characters(texts):
     windows = list(group_texts(texts, 4, 10))

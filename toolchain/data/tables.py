@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import shlex
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -204,7 +205,7 @@ def convert_read_errors(file: str) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise DataError(
             f"{file} is not UTF-8: {error.reason} at byte {error.start}.",
-            f"Save the file as UTF-8. If the file is Latin-1, run: iconv -f LATIN1 -t UTF-8 {file} > NEW.",
+            f"Save the file as UTF-8. If the file is Latin-1, run: iconv -f LATIN1 -t UTF-8 {shlex.quote(file)} > NEW.",
         ) from error
     except (OSError, EOFError, zlib.error) as error:
         cause = getattr(error, "strerror", None) or error
