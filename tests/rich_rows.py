@@ -22,7 +22,7 @@ ANSWERS = {
 }
 DATA = Data("sst2", tuple(f"sentence <b>{i}</b>" for i in range(1, 9)), tuple(LABELS))
 HOSTILE = (
-    '<script>alert(\'x\')</script>" onload="alert(1)" $\\frac{}$ --> \x00\x1b'
+    '<script>alert(\'x\')</script>" onload="alert(1)" $\\frac{}$ --> \x00\x1b\x9b\u202e'
     + chr(0xD800)
     + " {{ 7 * 7 }} </style></svg>"
 )

@@ -1,9 +1,13 @@
 """Tests of `predict`, which scores the texts of a file: formats, row order, unusual texts, errors and resumed runs."""
 
 import csv
+import dataclasses
+import functools
 import io
+import itertools
 import json
 import random
+import re
 import sys
 import tracemalloc
 
@@ -16,9 +20,10 @@ from hypothesis import strategies as st
 
 from toolchain import predict as predicting
 from toolchain.backends import Place, open_session
-from toolchain.data import inputs
+from toolchain.data import encoding, inputs
 from toolchain.data.encoding import CHARACTERS_PER_TOKEN, Encoder, pad
-from toolchain.data.files import Texts, open_writer
+from toolchain.data.files import Texts
+from toolchain.data.writing import open_writer
 from toolchain.errors import ArtifactError, DataError, UnknownVariantError, VerdictError
 from toolchain.predict import PART_TEXTS, load_bundle_model, load_variant_model, predict
 from toolchain.progress import no_bar
@@ -115,7 +120,7 @@ def test_an_option_can_name_the_column(model, tmp_path):
     assert list(Texts(str(source), "review").read()) == ["good", "bad"]
 
 
-@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), max_size=20)))
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20)))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
 def test_written_texts_can_be_read_back(tmp_path, texts):
     for kind in (".jsonl", ".csv", ".parquet"):
@@ -291,6 +296,58 @@ def test_predict_scores_a_text_of_ten_megabytes(model, tmp_path, kind):
     assert rows[1]["score_POSITIVE"] == pytest.approx(expected_row[3], abs=1e-4)
 
 
+def test_a_run_with_other_windows_resumes(model, tmp_path, monkeypatch):
+    texts = [f"film {'long ' * (i % 7)}{i}" for i in range(120)]
+    source = write_texts(tmp_path / "in.csv", texts)
+    monkeypatch.setattr(predicting, "WINDOW_CHARACTERS", 300)
+
+    def stop_after_two_windows(*arguments):
+        yield from itertools.islice(predicting.score_locally(*arguments), 2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(model, Texts(str(source)), tmp_path / "out.csv", quiet, no_bar, stop_after_two_windows)
+    monkeypatch.setattr(predicting, "WINDOW_CHARACTERS", 1000)
+    lines = []
+    assert predict(model, Texts(str(source)), tmp_path / "out.csv", lines.append, no_bar) == len(texts)
+    scored = int(re.search(r"(\d+) texts are already scored", lines[0])[1])
+    assert 20 < scored < 60
+    assert [row["text"] for row in read_scores(tmp_path / "out.csv")] == texts
+
+
+@pytest.mark.parametrize("kind", [".csv", ".tsv"])
+def test_an_option_protects_spreadsheets_against_formulas(model, tmp_path, kind):
+    texts = ["=1+1", "+a", "-a", "@a", "\ta", "\ra", "a=1"]
+    source = write_texts(tmp_path / "in.jsonl", texts)
+    formulas_stay = functools.partial(predict, dataclasses.replace(model, labels=("=bad()", "@good")))
+    plain, escaped = tmp_path / f"plain{kind}", tmp_path / f"escaped{kind}"
+    formulas_stay(Texts(str(source)), plain, quiet, no_bar)
+    formulas_stay(Texts(str(source)), escaped, quiet, no_bar, escape_formulas=True)
+    assert [row["text"] for row in read_scores(plain)] == texts
+    assert [row["text"] for row in read_scores(escaped)] == [f"'{text}" for text in texts[:-1]] + ["a=1"]
+    assert {row["prediction"] for row in read_scores(escaped)} <= {"'=bad()", "'@good"}
+    for before, after in zip(read_scores(plain), read_scores(escaped), strict=True):
+        assert [before[name] for name in before if "score" in name] == [
+            after[name] for name in after if "score" in name
+        ]
+
+
+@pytest.mark.parametrize("output", [(), ("--output", "out.jsonl"), ("--output", "out.parquet")])
+def test_only_a_spreadsheet_format_takes_the_option_for_formulas(say, output):
+    code, _, err = say("predict", "onnx-fp32", "in.csv", "--escape-formulas", *output)
+    assert code == 2
+    assert "--escape-formulas needs --output with a .csv or .tsv file" in err
+
+
+def test_json_on_standard_output_has_escapes_for_control_characters(model, tmp_path, capsys):
+    texts = ["\x1b[2J\x9b31m\u202e", "naïve 🎬"]
+    predict(model, Texts(str(write_texts(tmp_path / "in.jsonl", texts))), None, quiet, no_bar)
+    output = capsys.readouterr().out
+    assert [json.loads(line)["text"] for line in output.splitlines()] == texts
+    assert not set("\x1b\x9b\u202e") & set(output)
+    assert "naïve 🎬" in output
+
+
 PIECES = ["word ", "x" * 150 + " ", "\n", "文字", "naïve ", "...", "\t", "y" * 40]
 
 
@@ -308,6 +365,27 @@ def test_the_start_of_a_long_text_gives_the_same_first_tokens(model, seed):
         assert len(text) < CHARACTERS_PER_TOKEN * 16 or len(encoder._cut_text(text)) <= len(text)
     finally:
         encoder.tokenizer.enable_truncation(model.encoder.max_length)
+
+
+class CountingTokenizer:
+    """A tokenizer that records the number of characters of each batch."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.characters = tokenizer, []
+
+    def encode_batch(self, texts):
+        self.characters.append(sum(len("".join(text)) for text in texts))
+        return self.tokenizer.encode_batch(texts)
+
+
+def test_the_encoder_tokenises_few_characters_at_a_time_and_gives_the_same_tokens(model, monkeypatch):
+    texts = [f"a film of {i} words" for i in range(40)] + [("a pair", "of texts")] * 3
+    expected = model.encoder.encode(texts)
+    tokenizer = CountingTokenizer(model.encoder.tokenizer)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 100)
+    assert dataclasses.replace(model.encoder, tokenizer=tokenizer).encode(texts) == expected
+    assert max(tokenizer.characters) <= 100
+    assert len(tokenizer.characters) > 5
 
 
 def test_a_bundle_gives_the_predictions_of_its_variant(built_tiny, tmp_path):

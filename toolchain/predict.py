@@ -22,8 +22,10 @@ from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.entities import describe_entities
-from toolchain.data.files import FORMATS, STDIN, Row, Text, Texts, open_writer
+from toolchain.data.files import STDIN, Text, Texts, group_texts
 from toolchain.data.labels import REGRESSION, TOKENS, Answer, LabelSet, answers, label_probabilities, number
+from toolchain.data.tables import FORMATS
+from toolchain.data.writing import Row, open_writer
 from toolchain.errors import ArtifactError, DataError
 from toolchain.passes.probabilities import LOGITS
 from toolchain.progress import Bar, Say
@@ -35,8 +37,10 @@ from toolchain.system import files, hardware
 if TYPE_CHECKING:
     import numpy as np
 
-PART_TEXTS = 2000  # If the output is a file, the run scores and stores this number of texts at a time.
-STDOUT_WINDOW = 32  # If the output is standard output, the run scores and prints this small number of texts at a time.
+# The run scores the texts of one window at a time. A window is a list of consecutive texts.
+PART_TEXTS = 2000  # Largest number of texts in a window if the output is a file; each window becomes a part file.
+STDOUT_WINDOW = 32  # Largest number of texts in a window if the output is standard output.
+WINDOW_CHARACTERS = 1 << 22  # Largest number of characters in a window; a longer text has its own window.
 BATCH_SIZE = 32
 
 
@@ -86,7 +90,7 @@ class Model:
 
 
 # An `Engine` is a function that is called with (model, texts, skip, window). An `Engine` skips the first `skip` texts,
-# and yields the predictions of `window` texts at a time, in order.
+# and yields the predictions of one window at a time, in order; see `split_windows`.
 Engine = Callable[[Model, Texts, int, int], Iterator[list[Row]]]
 
 
@@ -177,14 +181,22 @@ def load_folder_model(folder: Path, say: Say) -> Model:
 
 
 def score_locally(model: Model, texts: Texts, skip: int, window: int) -> Iterator[list[Row]]:
-    """Scores texts in this process; yields the predictions of `window` texts at a time; the default `Engine`."""
+    """Scores texts in this process; yields the predictions of each window; the default `Engine`."""
     loaded_model = LoadedModel(model, hardware.cores())
     for window_texts in split_windows(texts, skip, window):
         yield score_window(loaded_model, model, texts, window_texts)
     loaded_model.close()
 
 
-def predict(model: Model, texts: Texts, output: Path | None, say: Say, bar: Bar, engine: Engine = score_locally) -> int:
+def predict(
+    model: Model,
+    texts: Texts,
+    output: Path | None,
+    say: Say,
+    bar: Bar,
+    engine: Engine = score_locally,
+    escape_formulas: bool = False,
+) -> int:
     """Scores every text and writes the predictions in order.
 
     After an error, the next run with the same output file reuses the finished predictions.
@@ -192,6 +204,7 @@ def predict(model: Model, texts: Texts, output: Path | None, say: Say, bar: Bar,
     Args:
         output: Output file; None for standard output.
         engine: Function that computes the predictions.
+        escape_formulas: Whether texts and labels in `output` are protected against spreadsheets; see `open_writer`.
 
     Returns:
         Number of texts.
@@ -215,16 +228,22 @@ def predict(model: Model, texts: Texts, output: Path | None, say: Say, bar: Bar,
     with publishing.lock(output, lambda: say(f"{output}: waiting, because another run is writing this file")):
         if output.exists():
             raise _output_exists_error(output)
-        return _score_to_file(model, texts, output, say, bar, engine)
+        count = _score_to_parts(model, texts, output, say, bar, engine)
+        _join_parts(model.columns(texts), output, escape_formulas)
+        return count
 
 
 def _output_exists_error(output: Path) -> ArtifactError:
     return ArtifactError(f"{output} exists.", "Move the existing file away, or choose another output file.")
 
 
-def _score_to_file(model: Model, texts: Texts, output: Path, say: Say, bar: Bar, engine: Engine) -> int:
-    """Scores the texts part by part, then joins the parts into the output file."""
-    parts = publishing.work_folder(output) / "parts"
+def _parts_folder(output: Path) -> Path:
+    return publishing.work_folder(output) / "parts"
+
+
+def _score_to_parts(model: Model, texts: Texts, output: Path, say: Say, bar: Bar, engine: Engine) -> int:
+    """Scores the texts, writes one part file for each window, and returns the number of texts."""
+    parts = _parts_folder(output)
     total = texts.count()
     count = _resume_parts(parts, model, texts)
     if count:
@@ -235,9 +254,15 @@ def _score_to_file(model: Model, texts: Texts, output: Path, say: Say, bar: Bar,
             count += len(rows)
             if total:
                 progress(count, total, "scoring")
+    return count
+
+
+def _join_parts(columns: Sequence[str], output: Path, escape_formulas: bool) -> None:
+    """Joins the part files into the output file, and deletes the part files."""
+    parts = _parts_folder(output)
     joined_file = parts / f"whole{output.suffix}"
     try:
-        with open_writer(joined_file, model.columns(texts)) as write:
+        with open_writer(joined_file, columns, escape_formulas) as write:
             for part in sorted(parts.glob("[0-9]*")):
                 write([json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()])
         files.flush(joined_file)
@@ -247,7 +272,6 @@ def _score_to_file(model: Model, texts: Texts, output: Path, say: Say, bar: Bar,
     except OSError as error:
         raise ArtifactError(f"{output} cannot be written: {error.strerror or error}.", "Free space.") from error
     shutil.rmtree(parts, ignore_errors=True)
-    return count
 
 
 def _resume_parts(parts: Path, model: Model, texts: Texts) -> int:
@@ -286,10 +310,11 @@ def _write_part(part: Path, rows: Sequence[Row]) -> None:
 
 
 def split_windows(texts: Texts, skip: int, window: int) -> Iterator[list[Text]]:
-    """Yields lists of at most `window` texts, in order, without the first `skip` texts."""
-    remaining_texts = itertools.islice(texts.read(), skip, None)
-    while window_texts := list(itertools.islice(remaining_texts, window)):
-        yield window_texts
+    """Returns the texts after the first `skip` texts as windows, in order.
+
+    A window has at most `window` texts and at most `WINDOW_CHARACTERS` characters; a longer text has its own window.
+    """
+    return group_texts(itertools.islice(texts.read(), skip, None), window, WINDOW_CHARACTERS)
 
 
 def score_window(loaded_model: LoadedModel, model: Model, texts: Texts, window_texts: Sequence[Text]) -> list[Row]:

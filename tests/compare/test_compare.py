@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 from sample_results import FP32, INT8, NO_GPU, RUN, measured_row, result, row_of_cell
 
 from toolchain.compare.report.columns import columns
@@ -14,6 +15,22 @@ from toolchain.compare.rows import compare
 from toolchain.errors import ResultFileError
 from toolchain.results.result_file import ResultFile
 from toolchain.results.scores import Accuracy
+
+MARKDOWN_ATTACKS = [
+    "a|b\\|c",
+    "`a` ``",
+    "<b>c</b><!--",
+    "[d](http://e) ![f](g)",
+    "*h* _i_ ~~j~~ &amp;",
+    "k\n\n# l\r\u2028\x1b[31m\u202e",
+    "# m",
+    "- n",
+    "1. o",
+    "[p]: http://q",
+    "```",
+    "> r",
+    "---",
+]
 
 
 def test_every_ratio_is_relative_to_the_baseline_and_better_above_one():
@@ -107,6 +124,26 @@ def test_markdown_escapes_bars_in_its_table():
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 4
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
+
+
+def markdown_structure(text):
+    """Returns the kinds of all blocks and inline elements of a Markdown page."""
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
+    return [(token.type, token.tag, [child.type for child in token.children or []]) for token in tokens]
+
+
+@pytest.mark.parametrize("attack", MARKDOWN_ATTACKS)
+def test_markdown_shows_hostile_text_and_no_markup(attack):
+    def page(text):
+        machine = {**result().machine, "id": text, "cpu": text, "isa": [text]}
+        note = {"session": {"note": text, "fallback": text}}
+        rows = [FP32, dataclasses.replace(INT8, variant=text, model=text, facts=note)]
+        rows += [dataclasses.replace(NO_GPU, reason=text, mend=text)]
+        data = {**result(FP32).data, "name": text}
+        return to_markdown(compare([result(*rows, run=RUN, machine=machine, data=data, created=text)]))
+
+    assert markdown_structure(page(attack)) == markdown_structure(page("good"))
+    assert not set("\x1b\u202e\u2028\r") & set(page(attack))
 
 
 def test_json_has_the_ratios_and_no_samples():

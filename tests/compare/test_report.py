@@ -142,6 +142,7 @@ def test_hostile_text_of_a_result_file_stays_text():
     assert not any(name.startswith("on") for _, attrs in parsed.tags for name in attrs)
     assert '<script>alert(\'x\')</script>" onload="alert(1)" $\\frac{}$ --> ' in "".join(parsed.texts)
     assert "{{ 7 * 7 }}" in text
+    assert not set("\x00\x1b\x9b\u202e") & set(text)
     assert figures(compare([hostile_result()]))
 
 

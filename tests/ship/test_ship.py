@@ -1,5 +1,6 @@
 """Tests of bundles: their content, the variants that `ship` refuses, and the detection of every changed byte."""
 
+import ast
 import base64
 import dataclasses
 import json
@@ -13,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import ROOT, TESTS, make_checkpoint
+from markdown_it import MarkdownIt
 
 from toolchain.artifacts import store
 from toolchain.artifacts.steps import Export
@@ -21,6 +23,7 @@ from toolchain.backends.ort import extreme_product
 from toolchain.build.pipeline import ensure
 from toolchain.build.workspace import Workspace
 from toolchain.data.encoding import pad
+from toolchain.data.labels import REGRESSION, SINGLE, TOKENS
 from toolchain.errors import ArtifactError, ProviderError, ShippingError, UnknownVariantError, VerdictError
 from toolchain.progress import no_bar
 from toolchain.results.folder import ResultsFolder
@@ -29,7 +32,7 @@ from toolchain.ship import bundles, shipping
 from toolchain.ship.bundle_files import verify as bundled
 from toolchain.ship.bundles import TOLERANCES
 from toolchain.ship.shipping import Order
-from toolchain.ship.targets import DTYPES, clients
+from toolchain.ship.targets import DTYPES, clients, served_name
 
 MODEL = "model.onnx"  # path of the first model in a Python bundle
 
@@ -245,6 +248,62 @@ def test_a_bundle_of_the_reference_states_licence_and_origin(reference, tmp_path
     assert "Licence: Apache-2.0." in (tmp_path / "b" / "README.md").read_text()
     metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / "b" / MODEL).metadata_props}
     assert metadata["toolchain.license"] == "Apache-2.0"
+
+
+HOSTILE = (
+    "a`|``b <b>c</b> [d](http://e) ![f](g)](h) *i* ~~j~~ &amp; \\ ```\n# k\n\n* l\r\u2028\x1b[31m\u202e"
+    " */ \"m' ${n} {{ o }}"
+)
+
+
+def render_readme(body, golden, target, task, text):
+    """Renders the README of a bundle whose labels, names, licence and figures hold the text."""
+    source = {"kind": "hub", "ref": text, "revision": text}
+    measured = {"accuracy": None, "latency_ms": {}, "data": text, "provider": "cpu", "cpu": text, "threads": 1}
+    models = [{**model, "measured": measured} for model in body["models"]]
+    provenance = {"name": text, "origin": text, "license": text, "data": text, "source": source}
+    body = {**body, "labels": [text, f"{text}2"], "model": provenance, "models": models, "task": task}
+    template = bundles.template_environment().get_template(f"README.{target}.md.j2")
+    return template.render(bundle=body, golden=golden, demo=False, served_name=served_name)
+
+
+def parse_markdown(page):
+    return MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(page)
+
+
+def structure_of(page):
+    """Returns the kinds of all blocks and inline elements of a Markdown page."""
+    return [
+        (token.type, token.tag, token.info, [child.type for child in token.children or []])
+        for token in parse_markdown(page)
+    ]
+
+
+@pytest.mark.parametrize("task", [SINGLE, REGRESSION, TOKENS])
+@pytest.mark.parametrize("target", ["web", "python", "other", "mobile"])
+def test_hostile_text_of_a_model_stays_text_in_the_readme(bundles_by_target, target, task):
+    folder = bundles_by_target / target
+    body, golden = (json.loads((folder / f"{name}.json").read_text()) for name in ("bundle", "golden"))
+    page = render_readme(body, golden, target, task, HOSTILE)
+    assert structure_of(page) == structure_of(render_readme(body, golden, target, task, "good"))
+    assert not set("\x1b\u202e\u2028\r") & set(page)
+    for block in parse_markdown(page):
+        if block.type == "fence" and block.info == "python":
+            strings = [node.value for node in ast.walk(ast.parse(block.content)) if isinstance(node, ast.Constant)]
+            assert (HOSTILE in strings) == (target == "other" and task != REGRESSION)
+        elif block.type == "fence":
+            assert "http://e" not in block.content
+
+
+def test_each_label_of_a_server_has_one_line():
+    text = bundles.template_environment().get_template("labels.txt.j2").render(bundle={"labels": ["a\nb", "c\r", "d"]})
+    assert text == "a\\nb\nc\\r\nd\n"
+
+
+def test_a_tensor_name_cannot_end_a_string_of_a_server_configuration():
+    pbtxt = bundles.template_environment().get_template("pbtxt.j2").module
+    spec = {"name": 'a" dims: [ 9 ]\n', "dtype": "int64", "shape": [1, 2]}
+    assert 'name: "a\\" dims: [ 9 ]\\n"\n' in pbtxt.tensor(spec)
 
 
 def test_shipping_the_same_changes_nothing_and_another_variant_replaces_the_bundle(tiny, tmp_path):

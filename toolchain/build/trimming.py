@@ -14,9 +14,10 @@ from toolchain.backends.ort import OrtSession
 from toolchain.build.job import Job
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder, pad
-from toolchain.data.files import FORMATS, Texts
+from toolchain.data.files import Texts
 from toolchain.data.inputs import Data, TrainingSource
 from toolchain.data.labels import Answer, Tokens, answers
+from toolchain.data.tables import FORMATS
 from toolchain.errors import DataError
 from toolchain.models import vocabulary
 from toolchain.passes import facts as facts_of

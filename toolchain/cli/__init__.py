@@ -23,6 +23,7 @@ from toolchain.cli.compare import compare
 from toolchain.cli.doctor import doctor
 from toolchain.cli.export import export
 from toolchain.cli.finetune import finetune
+from toolchain.cli.output import echo, echo_error, echo_usage_error
 from toolchain.cli.predict import predict
 from toolchain.cli.prune import prune
 from toolchain.cli.quantize import quantize
@@ -109,23 +110,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except click.Abort:
             return _report_interrupt()
         except click.ClickException as error:
-            error.show()
+            echo_usage_error(error)
             return error.exit_code
         except Exception as error:
             if state["debug"]:
-                traceback.print_exc()
+                echo(traceback.format_exc(), err=True, nl=False)
             if interrupts:
                 return _report_interrupt()
             if isinstance(error, OSError) and error.errno in (*REFUSALS, errno.ENOENT, errno.EISDIR):
                 error = SystemRefusalError.from_os_error(error)
             if isinstance(error, ToolchainError):
-                click.echo(f"Error: {error}", err=True)
+                echo_error(error)
                 return error.exit_code
             hint = "" if state["debug"] else " Run the command with --debug to see the traceback."
-            click.echo(f"Error: unexpected {type(error).__name__}: {error}{hint}", err=True)
+            echo(f"Error: unexpected {type(error).__name__}: {error}{hint}", err=True)
             return 1
 
 
 def _report_interrupt() -> int:
-    click.echo("Interrupted. All written files are complete.", err=True)
+    echo("Interrupted. All written files are complete.", err=True)
     return 130

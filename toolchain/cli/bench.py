@@ -20,6 +20,7 @@ from toolchain.cli.options import (
     open_workspace,
     results_option,
 )
+from toolchain.cli.output import echo
 
 if TYPE_CHECKING:
     from toolchain.bench.run import Request
@@ -135,7 +136,7 @@ def bench(
         saving.require_free([None])
     if dry_run:
         for name, provider, what in run.preview(workspace, request):
-            click.echo(f"{name}@{provider}: {what}")
+            echo(f"{name}@{provider}: {what}")
         return
     if engine == RAY:
         runs = _bench_on_ray(workspace, request, threads, address, saving)

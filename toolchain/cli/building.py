@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import click
+from toolchain.cli.output import echo
 
 if TYPE_CHECKING:
     from toolchain.artifacts.steps import Step
@@ -26,10 +26,8 @@ def build(workspace: Workspace, requested_steps: dict[str, Step], dry_run: bool)
     if dry_run:
         for item in plan(workspace, requested_steps, requested_steps):
             settings = ", ".join(f"{key}={value}" for key, value in settings_of(item.step).items())
-            click.echo(
-                f"{item.variant.name}: {f'build ({item.reason})' if item.reason else 'skip (fresh)'}; {settings}"
-            )
+            echo(f"{item.variant.name}: {f'build ({item.reason})' if item.reason else 'skip (fresh)'}; {settings}")
         return
     artifacts = ensure(workspace, requested_steps, requested_steps, say, bar)
     for name in requested_steps:
-        click.echo(artifacts[name].path)
+        echo(artifacts[name].path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from toolchain.cli.options import json_option, model_options, open_workspace, results_option
+from toolchain.cli.output import echo, echo_json
 
 if TYPE_CHECKING:
     from toolchain.compare.limits import Verdict
@@ -200,6 +200,7 @@ def show(
 ) -> None:
     """Prints the rows in the given format, then the verdicts; for CSV and HTML, the verdicts go to standard error."""
     from toolchain.compare.report import verdict as verdicts
+    from toolchain.system.escaping import escape_line
 
     lines = [*(verdicts.choice_lines(verdict) if verdict else [])]
     lines += verdicts.regression_lines(regressions) if regressions else []
@@ -209,23 +210,23 @@ def show(
             body = {"rows": body}
             body |= {"verdict": verdicts.choice_json(verdict)} if verdict else {}
             body |= {"regressions": verdicts.regression_json(regressions)} if regressions else {}
-        click.echo(json.dumps(body, indent=1, allow_nan=False))
+        echo_json(body, allow_nan=False)
         return
     if form == "csv":
         from toolchain.compare.report.flat import to_csv
 
-        click.echo(to_csv(rows), nl=False)
+        echo(to_csv(rows), nl=False)
     elif form == "html":
         from toolchain.compare.report.html import to_html
 
-        click.echo(to_html(rows), nl=False)
+        echo(to_html(rows), nl=False)
     elif form == "markdown":
         from toolchain.compare.report.markdown import to_markdown
 
-        click.echo(to_markdown(rows), nl=False)
+        echo(to_markdown(rows), nl=False)
     else:
         from toolchain.compare.report.table import print_table
 
         print_table(rows)
     for line in lines:
-        click.echo(line, err=form in ("csv", "html"))
+        echo(escape_line(line), err=form in ("csv", "html"))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from toolchain.cli.options import debug_option, json_option
+from toolchain.cli.output import echo, echo_json
 from toolchain.errors import ToolchainError
 
 if TYPE_CHECKING:
@@ -36,11 +36,11 @@ def doctor(exported: Path, as_json: bool) -> None:
 
     findings = examine(exported)
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+        echo_json([dataclasses.asdict(finding) for finding in findings])
     else:
         for finding in findings:
             hint = f"\n{'':9}→ {finding.mend}" if finding.mend else ""
-            click.echo(f"{finding.level:8} {finding.what}{hint}")
+            echo(f"{finding.level:8} {finding.what}{hint}")
     problems = [finding for finding in findings if finding.level == "problem"]
     if problems:
         raise ToolchainError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from toolchain.cli.options import DATA, debug_option, json_option, training_options
+from toolchain.cli.output import echo, echo_json
 
 if TYPE_CHECKING:
     from toolchain.data.inputs import TrainingSource
@@ -133,4 +133,7 @@ def finetune(
         FinetuneRequest(base, train, recipe, output, revision, teacher, names, task, max_length, data), say, bar
     )
     say(summary(card))
-    click.echo(json.dumps(card, indent=1, ensure_ascii=False) if as_json else output)
+    if as_json:
+        echo_json(card)
+    else:
+        echo(output)

@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from toolchain.cli.output import echo
+from toolchain.system.escaping import escape_line
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
 
 def say(event: object) -> None:
     """Prints a progress event, or any text, as one line on standard error."""
-    print(event, file=sys.stderr, flush=True)
+    echo(escape_line(str(event)), err=True)
 
 
 @contextmanager
@@ -29,7 +32,7 @@ def bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(
         *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True
     ) as view:
@@ -43,7 +46,7 @@ def bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
                     view.remove_task(task)
                 tasks.clear()
                 tasks[total] = view.add_task(title, total=total)
-            view.update(tasks[total], completed=count, description=f"{title}: {activity}")
+            view.update(tasks[total], completed=count, description=escape_line(f"{title}: {activity}"))
 
         yield update
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from itertools import chain
@@ -22,6 +21,7 @@ from toolchain.cli.options import (
     open_workspace,
     training_options,
 )
+from toolchain.cli.output import echo, echo_json
 
 if TYPE_CHECKING:
     from toolchain.artifacts.steps import Quantize, Step
@@ -153,7 +153,7 @@ def quantize(
         raise click.UsageError("--json needs --sensitivity.")
     if isa == "auto":
         isa = "portable" if saturates() else "vnni"
-        click.echo(f"--isa auto chooses {isa} for this processor", err=True)
+        echo(f"--isa auto chooses {isa} for this processor", err=True)
     scheme = scheme or next(iter(QUANTIZED[backend]))
     if (backend, scheme) == ("ort", "fp16"):
         if isa != "vnni" or any([embeddings, omitted_passes, trim_vocab, keep_fp32, max_drop is not None, sensitivity]):
@@ -199,6 +199,7 @@ def _print_sensitivity(workspace: Workspace, parents: Iterable[str], step: Quant
     """Prints the sensitivity of each linear layer of each parent."""
     from toolchain.cli.progress import bar, say
     from toolchain.quantization.sensitivity import SENTENCES, rank
+    from toolchain.system.escaping import escape_line
     from toolchain.tuning.settings import sensitivity_setup
 
     layers_by_parent = {}
@@ -207,16 +208,10 @@ def _print_sensitivity(workspace: Workspace, parents: Iterable[str], step: Quant
         with bar(parent) as progress:
             layers_by_parent[parent] = rank(setup, progress)
     if as_json:
-        click.echo(
-            json.dumps(
-                {parent: [asdict(layer) for layer in layers] for parent, layers in layers_by_parent.items()}, indent=1
-            )
-        )
+        echo_json({parent: [asdict(layer) for layer in layers] for parent, layers in layers_by_parent.items()})
         return
     for parent, layers in layers_by_parent.items():
-        click.echo(
-            f"{parent}: each layer quantised separately, measured on {SENTENCES} held-out rows of the training data"
-        )
+        echo(f"{parent}: each layer quantised separately, measured on {SENTENCES} held-out rows of the training data")
         for layer in layers:
             flips = "" if layer.flips is None else f"   {layer.flips:3} flips"
-            click.echo(f"{layer.name:48} divergence {layer.divergence:8.2g} nats{flips}")
+            echo(f"{escape_line(layer.name):48} divergence {layer.divergence:8.2g} nats{flips}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from toolchain.cli.options import json_option, model_options, open_workspace, results_option
+from toolchain.cli.output import echo, echo_json
 from toolchain.ship.targets import TARGETS
 from toolchain.ship.targets.releases import DEFAULT, ORDER, RELEASES
 
@@ -88,4 +88,7 @@ def ship(
     output_folder = output or default_output(workspace, target)
     order = Order(variants, target, license_, demo, with_tokenizer, ort_mobile or DEFAULT, ResultsFolder(folder))
     bundle = write_bundle(workspace, order, output_folder, say, bar)
-    click.echo(json.dumps(bundle, indent=1) if as_json else output_folder)
+    if as_json:
+        echo_json(bundle)
+    else:
+        echo(output_folder)

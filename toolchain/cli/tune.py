@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from toolchain.cli.options import DATA, json_option, model_options, open_workspace, results_option, training_options
+from toolchain.cli.output import echo, echo_json
 
 if TYPE_CHECKING:
     from toolchain.data.inputs import TrainingSource
@@ -111,9 +111,9 @@ def tune(
     journal.end()
     if as_json:
         output = {"best": asdict(best), "front": [asdict(outcome) for outcome in front], "result": str(path)}
-        click.echo(json.dumps(output, indent=1))
+        echo_json(output)
     else:
         print_table(compare([result], f"{best.baseline}@cpu"))
-        click.echo(f"\nbest on held-out rows: {summary(best)}")
-        click.echo(workspace.path(best.variant))
+        echo(f"\nbest on held-out rows: {summary(best)}")
+        echo(workspace.path(best.variant))
     require_measured(result)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from toolchain.cli.options import json_option, model_options, open_workspace, training_options
+from toolchain.cli.output import echo, echo_json
 from toolchain.errors import VerdictError
 
 if TYPE_CHECKING:
@@ -45,11 +45,11 @@ def validate(
     workspace = open_workspace(model, exported, folder_name, train)
     report = validate_variant(workspace, variant, say)
     if as_json:
-        click.echo(json.dumps(report, indent=1))
+        echo_json(report)
     else:
         for name, delta in report["grid_largest_delta"].items():
-            click.echo(f"{name:36} |Δlogit| {'not finite' if delta is None else f'{delta:.2g}'}")
-        click.echo(f"{variant}: {'PASSED' if report['passed'] else 'FAILED'}: {validation_summary(report)}")
+            echo(f"{name:36} |Δlogit| {'not finite' if delta is None else f'{delta:.2g}'}")
+        echo(f"{variant}: {'PASSED' if report['passed'] else 'FAILED'}: {validation_summary(report)}")
     if not report["passed"]:
         raise VerdictError(
             f"The logits of {variant} differ from PyTorch's.", "Build the variant again, or do not use the variant."

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from toolchain.cli.options import json_option, model_options, open_workspace
+from toolchain.cli.output import echo, echo_json
 
 if TYPE_CHECKING:
     pass
@@ -42,9 +42,9 @@ def variants(model: str, exported: Path, folder_name: str | None, as_json: bool)
             }
         )
     if as_json:
-        click.echo(json.dumps(rows, indent=1))
+        echo_json(rows)
         return
     for row in rows:
         size = f"{row['size_bytes'] / 1e6:.1f} MB" if row["size_bytes"] else "–"
         origin = f"{row['step']} of {row['parent']}" if row["parent"] else str(row["step"])
-        click.echo(f"{row['variant']:12} {origin:24} {size:>9}  {row['state']}")
+        echo(f"{row['variant']:12} {origin:24} {size:>9}  {row['state']}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from toolchain.cli.options import debug_option, json_option
+from toolchain.cli.output import echo, echo_json
 
 
 @click.command()
@@ -29,8 +29,8 @@ def verify(bundle: Path, as_json: bool) -> None:
 
     report = verify_bundle(bundle)
     if as_json:
-        click.echo(json.dumps(report, indent=1))
+        echo_json(report)
         return
-    click.echo(f"bundle {report['id'][:12]}: {report['files']} files are unmodified")
+    echo(f"bundle {report['id'][:12]}: {report['files']} files are unmodified")
     for variant, result in report["models"].items():
-        click.echo(f"{variant}: largest |Δlogit| {result['largest_delta']:.2g} (limit {result['tolerance']:g})")
+        echo(f"{variant}: largest |Δlogit| {result['largest_delta']:.2g} (limit {result['tolerance']:g})")

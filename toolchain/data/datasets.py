@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolchain.data.files import FORMATS, Table, Text, kind_of, require_column, text_columns, text_of
+from toolchain.data.files import Text, require_column, text_columns, text_of
 from toolchain.data.labels import Column, Value
+from toolchain.data.tables import FORMATS, Table, kind_of
 from toolchain.errors import DataError, first_line
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")

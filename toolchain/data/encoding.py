@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.data.entities import kind_of_entity
-from toolchain.data.files import WORD, Text
+from toolchain.data.files import WORD, Text, group_texts
 from toolchain.data.labels import SINGLE, TOKENS, Tokens, task_of
 from toolchain.errors import CheckpointError
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 TOKEN_TYPES = "token_type_ids"
 # `Encoder` first tokenises a prefix of a long text, with at most `CHARACTERS_PER_TOKEN` × `max_length` characters.
 CHARACTERS_PER_TOKEN = 64
+# `Encoder` tokenises about this number of characters at a time, because an encoding has hundreds of bytes per token.
+BATCH_CHARACTERS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -80,22 +82,26 @@ class Encoder:
 
         Truncation shortens the longer text of a pair first.
         """
-        cut_texts = [
-            self._cut_text(text) if isinstance(text, str) else tuple(map(self._cut_text, text)) for text in texts
-        ]
         rows = []
-        encodings = self.tokenizer.encode_batch(cut_texts)
-        for encoding in encodings:
+        for text, encoding in zip(texts, self._encodings(texts), strict=True):
             rows.append(row := Tokens(encoding.ids))
             if any(encoding.type_ids):
                 row.types = encoding.type_ids
-        if self.task == TOKENS:
-            for row, text, encoding in zip(rows, texts, encodings, strict=True):
+            if self.task == TOKENS:
                 first_text = text if isinstance(text, str) else text[0]
                 row.spans = _find_spans(first_text, encoding)
                 row.words = _find_words(first_text, row.spans)
                 row.outside = self.outside
         return rows
+
+    def _encodings(self, texts: Sequence[Text]) -> Iterator[Any]:
+        """Yields the encoding of each text or pair, and holds the encodings of only a few texts in memory."""
+        cut_texts = (
+            self._cut_text(text) if isinstance(text, str) else (self._cut_text(text[0]), self._cut_text(text[1]))
+            for text in texts
+        )
+        for group in group_texts(cut_texts, len(texts), BATCH_CHARACTERS):
+            yield from self.tokenizer.encode_batch(group)
 
     def _cut_text(self, text: str) -> str:
         """Returns the text, or a shorter prefix of the text that gives the same first `max_length` tokens.

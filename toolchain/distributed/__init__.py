@@ -16,7 +16,8 @@ from typing import Any
 
 import toolchain
 from toolchain.bench.process import Child
-from toolchain.data.files import STDIN, Row, Texts
+from toolchain.data.files import STDIN, Texts
+from toolchain.data.writing import Row
 from toolchain.errors import ClusterError
 from toolchain.predict import Model
 from toolchain.progress import Say
@@ -74,7 +75,7 @@ class Cluster:
         return self._driver.ask({"do": method, **arguments}, None)
 
     def score(self, model: Model, texts: Texts, done: int, window: int) -> Iterator[list[Row]]:
-        """Scores texts on the cluster; yields the predictions of `window` texts at a time; implements `predict.Engine`.
+        """Scores texts on the cluster; yields the predictions of each window; implements `predict.Engine`.
 
         The method first copies texts from standard input to a file, because Ray reads texts again if their predictions
         are lost.

@@ -53,7 +53,7 @@ class Driver:
             files: Paths of the model's files, relative to `folder`.
             texts: Source of the texts: a file and the names of its text columns, as the fields of a `Texts` object.
             done: Number of texts to skip.
-            window: Number of texts whose predictions one call of `rows` returns.
+            window: Largest number of texts whose predictions one call of `rows` returns; see `split_windows`.
 
         Returns:
             The number of ``workers`` and the ``threads`` of each worker.
@@ -129,7 +129,7 @@ def store_files(folder: Path, files: Sequence[str]) -> StoredFiles:
 
 
 def _score_windows(workers: tuple[int, int], model: StoredFiles, texts: Texts, done: int, window: int) -> Iterator[str]:
-    """Yields the predictions for `window` texts at a time as JSON, in order, and keeps only few texts in memory.
+    """Yields the predictions of each window as JSON, in order, and keeps only a few windows in memory.
 
     A task on this machine reads the texts, so only this machine needs the file with the texts. A pool of Ray actors
     scores the texts. If an actor or the task that reads the texts dies, Ray repeats the lost work and continues with

@@ -31,9 +31,11 @@ from toolchain.ship.targets import BUNDLE_FILES, DEMO, TARGETS, TOKEN_FILES, Tar
 from toolchain.ship.targets.releases import DEFAULT, ORDER
 from toolchain.ship.targets.uses import oldest_release, read_needs
 from toolchain.ship.tokenizer_graph import comparison, with_tokenizer
+from toolchain.system.escaping import escape_line, escape_markdown, format_markdown_code, to_json
 from toolchain.system.files import temporary_folder
 
 if TYPE_CHECKING:
+    import jinja2
     import numpy as np
     import onnx_ir as ir
 
@@ -293,8 +295,8 @@ def _oldest_release(variant: str, file: Path) -> str:
     return max(release, DEFAULT, key=ORDER.index)
 
 
-def _write_companions(contents: Contents, folder: Path, body: Mapping[str, Any], golden: Mapping[str, Any]) -> None:
-    """Writes the README, verify.py, the other files of the target, and the demo page with its JavaScript files."""
+def template_environment() -> jinja2.Environment:
+    """Returns the environment of the templates; its filters escape labels, names and other text from files."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -304,6 +306,16 @@ def _write_companions(contents: Contents, folder: Path, body: Mapping[str, Any],
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["json"] = to_json
+    environment.filters["line"] = escape_line
+    environment.filters["markdown"] = escape_markdown
+    environment.filters["markdown_code"] = format_markdown_code
+    return environment
+
+
+def _write_companions(contents: Contents, folder: Path, body: Mapping[str, Any], golden: Mapping[str, Any]) -> None:
+    """Writes the README, verify.py, the other files of the target, and the demo page with its JavaScript files."""
+    environment = template_environment()
     files = contents.target.text_files if contents.with_tokenizer else contents.target.files
     if body["task"] == TOKENS:
         files = {path: TOKEN_FILES.get(file, file) for path, file in files.items()}

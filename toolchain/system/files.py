@@ -94,8 +94,8 @@ def write_to_free(path: Path, content: str | bytes) -> Path:
 def move_to_free(source: Path, path: Path) -> None:
     """Renames the file `source` to `path` on the same file system, atomically, and never replaces an existing file.
 
-    The caller flushes `source` before; the function flushes the folder of `path`. If the disk refuses that, the function
-    undoes the rename.
+    The caller flushes `source` before; the function flushes the folder of `path`. If the disk refuses that, the
+    function undoes the rename.
 
     Raises:
         FileExistsError: `path` exists.

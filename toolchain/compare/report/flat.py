@@ -9,9 +9,7 @@ from typing import Any
 
 from toolchain.compare.rows import Row
 from toolchain.results.scores import Accuracy, EntityScore, RegressionScore, Score
-
-# A spreadsheet reads a text with one of these first characters as a formula.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+from toolchain.system.escaping import escape_formula
 
 # Name of a column → function that returns a row's value. Column names contain the units. Shares are from 0 to 1, and
 # points are percentage points. A ratio above 1 is better than the baseline.
@@ -125,5 +123,5 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return f"'{value}" if value.startswith(_FORMULA) else value
+        return escape_formula(value)
     return f"{value:.10g}" if isinstance(value, float) else str(value)

@@ -14,6 +14,7 @@ from toolchain.compare.report.flips import Texts, flips, shared_losses
 from toolchain.compare.report.panels import panels
 from toolchain.compare.rows import Row
 from toolchain.results.statistics import CONFIDENCE, FEWEST_ROUNDS
+from toolchain.system.escaping import escape_controls
 
 TEMPLATE, SCRIPT = "report.html.j2", "report.js"
 # Colour in a plot → the colour of the page's theme that replaces it.
@@ -45,7 +46,7 @@ def to_html(rows: Sequence[Row]) -> str:
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # The page's content security policy holds the digest of report.js, so a browser runs no other script.
     page = environment.get_template(TEMPLATE).render(script=script, script_sha256=allowed, **_content(rows))
-    return page.encode(errors="replace").decode()
+    return escape_controls(page.encode(errors="replace").decode())
 
 
 def _content(rows: Sequence[Row]) -> dict[str, Any]:

@@ -6,21 +6,22 @@ from collections.abc import Sequence
 
 from toolchain.compare.report.columns import columns, notes, rows_with_figures, title
 from toolchain.compare.rows import Row
+from toolchain.system.escaping import escape_markdown
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
-    """Returns title, table and notes as Markdown; vertical bars inside table cells are escaped."""
+    """Returns title, table and notes as Markdown; text from result files cannot act as markup."""
     shown = rows_with_figures(rows)
-    parts = ["\n".join(title(rows))]
+    parts = ["\n".join(map(escape_markdown, title(rows)))]
     if shown:
         chosen = columns(shown)
         lines = [_line([column.header for column in chosen]), _line(["---"] + ["---:"] * (len(chosen) - 1))]
-        lines += [_line([column.text(row) for column in chosen]) for row in shown]
+        lines += [_line([escape_markdown(column.text(row)) for column in chosen]) for row in shown]
         parts.append("\n".join(lines))
     if remarks := notes(rows):
-        parts.append("\n".join(f"* {line}" for line in remarks))
+        parts.append("\n".join(f"* {escape_markdown(line)}" for line in remarks))
     return "\n\n".join(parts) + "\n"
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(cells) + " |"

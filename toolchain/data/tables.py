@@ -1,0 +1,219 @@
+"""Reads tables row by row, in bounded memory: CSV, TSV, JSON lines and Parquet."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import shlex
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from toolchain.errors import DataError
+
+# Endings of files with columns. An input file without an ending of `FORMATS` has plain lines, with one text per line.
+FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
+# Largest size of a row: characters of a row in a text file, bytes of the chosen columns in Parquet. `Table` refuses a
+# file with a longer row, because a row must fit into memory. A novel has about a million characters.
+MAX_ROW_SIZE = 1 << 24
+PARQUET_ROWS = 32  # Largest number of Parquet rows to read at once.
+PARQUET_BYTES = 1 << 22  # A batch of Parquet rows has about this number of bytes; a batch has at least one row.
+_LONG_ROW = f"the row has more than {MAX_ROW_SIZE:,}"
+_LONG_ROW_HINT = "Shorten the text. In CSV, also look for a quote without an end."
+# Function that takes the columns of a table, and returns the columns to read or raises `DataError` if one is missing.
+ChooseColumns = Callable[[Sequence[str]], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A file with columns; its ending says whether it is CSV, TSV, JSON lines (each also gzipped) or Parquet."""
+
+    file: str
+
+    def read(self, choose: ChooseColumns) -> Iterator[tuple[Any, ...]]:
+        """Yields the chosen columns of each row in order, with None for a missing value.
+
+        The method holds only a few rows in memory.
+
+        Args:
+            choose: Function that takes the columns of the file, and returns the columns to read.
+
+        Raises:
+            DataError: The file is missing, is not UTF-8, does not have the format of its ending, or has a row longer
+                than `MAX_ROW_SIZE`. The error message names the faulty row where possible.
+        """
+        readers = {".csv": self._csv, ".tsv": self._csv, ".jsonl": self._jsonl, ".parquet": self._parquet}
+        reader = readers.get(kind_of(self.file))
+        if reader is None:
+            raise DataError(
+                f"The ending of {self.file} is none of {', '.join(FORMATS)}.",
+                "Convert the file to one of these formats.",
+            )
+        with convert_read_errors(self.file):
+            yield from reader(choose)
+
+    def _csv(self, choose: ChooseColumns) -> Iterator[tuple[Any, ...]]:
+        csv.field_size_limit(MAX_ROW_SIZE)  # Python's default limit for the length of a CSV field is 131,072
+        # The TSV format of IANA and GLUE has no quoting. If the reader interpreted quotes, an unpaired quote
+        # would join several rows.
+        tsv_dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        dialect = tsv_dialect if kind_of(self.file) == ".tsv" else {"strict": True}
+        with open_text(self.file, "utf-8-sig", "") as stream:
+            lines = RowLines(stream, self.file)
+            rows = csv.reader(lines, **dialect)
+            try:
+                header = next(rows, [])
+                indices = [self._column_index(header, name) for name in choose(header)]
+                lines.begin_row()
+                for number, row in enumerate(rows, start=1):
+                    lines.begin_row()
+                    if not row:  # a blank line
+                        continue
+                    if len(row) != len(header):
+                        fault = f"the number of fields is {len(row)} instead of {len(header)}"
+                        raise self.row_error(number, fault, "Quote texts that contain commas or line breaks.")
+                    yield tuple(row[i] for i in indices)
+            except csv.Error as error:
+                raise DataError(
+                    f"{self.file}, line {rows.line_num}: {error}.", "Quote texts that contain commas."
+                ) from error
+
+    def _column_index(self, header: Sequence[str], name: str) -> int:
+        if header.count(name) > 1:
+            raise DataError(
+                f"{self.file} has {header.count(name)} columns with the name {name!r}.",
+                "Rename or remove one of these columns.",
+            )
+        return header.index(name)
+
+    def _jsonl(self, choose: ChooseColumns) -> Iterator[tuple[Any, ...]]:
+        names: Sequence[str] | None = None
+        with open_text(self.file, "utf-8", "\n") as stream:
+            lines = RowLines(stream, self.file)
+            for number, line in enumerate(lines, start=1):
+                lines.begin_row()
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise self.row_error(number, f"the line is not JSON ({error})") from error
+                if not isinstance(row, dict):
+                    raise self.row_error(number, "the line is not a JSON object")
+                names = choose(list(row)) if names is None else names
+                yield tuple(row.get(name) for name in names)
+
+    def _parquet(self, choose: ChooseColumns) -> Iterator[tuple[Any, ...]]:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            with pyarrow.parquet.ParquetFile(self.file, buffer_size=PARQUET_BYTES) as file:
+                header = file.schema_arrow.names
+                indices = [self._column_index(header, name) for name in choose(header)]
+                names = [header[i] for i in indices]
+                count = 0
+                for batch in file.iter_batches(_batch_rows(file.metadata, names), columns=list(dict.fromkeys(names))):
+                    self._require_short_rows(batch, count)
+                    count += batch.num_rows
+                    yield from zip(*(map(_as_python, batch.column(name)) for name in names), strict=True)
+        except pyarrow.ArrowException as error:
+            raise DataError(f"{self.file} cannot be read: {error}.", "Save the file again as Parquet.") from error
+
+    def _require_short_rows(self, batch: Any, count: int) -> None:
+        """Raises `DataError` if a row of the Parquet batch is too long; `count` rows precede the batch."""
+        if batch.nbytes <= MAX_ROW_SIZE:
+            return
+        for index in range(batch.num_rows):
+            row = batch.slice(index, 1)
+            if sum(map(_decoded_bytes, row.columns)) > MAX_ROW_SIZE:
+                raise self.row_error(count + index + 1, f"{_LONG_ROW} bytes", _LONG_ROW_HINT)
+
+    def row_error(self, number: int, fault: str, hint: str = "Correct the row.") -> DataError:
+        """Returns an error about one row of the file.
+
+        Args:
+            number: Number of the row, from 1.
+            fault: Description of the fault.
+            hint: Advice to the user.
+        """
+        return DataError(f"{self.file}, row {number}: {fault}.", hint)
+
+
+class RowLines:
+    """Iterates over the lines of a text file, and reads no row with more than `MAX_ROW_SIZE` characters.
+
+    The caller calls `begin_row` after each complete row, because a row of CSV may have several lines.
+    """
+
+    def __init__(self, stream: IO[str], file: str) -> None:
+        self._stream, self._file = stream, file
+        self._lines = self._row_size = 0
+
+    def begin_row(self) -> None:
+        """Starts to count the characters of the next row."""
+        self._row_size = 0
+
+    def __iter__(self) -> RowLines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._stream.readline(MAX_ROW_SIZE - self._row_size + 1)
+        if not line:
+            raise StopIteration
+        self._lines += 1
+        self._row_size += len(line)
+        if self._row_size > MAX_ROW_SIZE:
+            raise DataError(f"{self._file}, line {self._lines}: {_LONG_ROW} characters.", _LONG_ROW_HINT)
+        return line
+
+
+def _as_python(value: Any) -> Any:
+    return value.as_py()
+
+
+def _batch_rows(metadata: Any, columns: Sequence[str]) -> int:
+    """Returns a number of rows that have about `PARQUET_BYTES` bytes in the chosen columns of a Parquet file."""
+    most_bytes = 1.0
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        chunks = map(group.column, range(group.num_columns))
+        size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns)
+        most_bytes = max(most_bytes, size / max(group.num_rows, 1))
+    return max(1, min(PARQUET_ROWS, int(PARQUET_BYTES / most_bytes)))
+
+
+def _decoded_bytes(column: Any) -> int:
+    """Returns the number of bytes of a pyarrow array without dictionary encoding."""
+    return int((column.dictionary_decode() if hasattr(column, "dictionary_decode") else column).nbytes)
+
+
+def kind_of(file: str) -> str:
+    """Returns the file's ending in lower case, without ``.gz``, such as ``.csv``."""
+    name = file.lower()
+    return Path(name.removesuffix(".gz")).suffix
+
+
+@contextmanager
+def convert_read_errors(file: str) -> Iterator[None]:
+    """Converts errors of the operating system, the UTF-8 decoder and gzip to `DataError`."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file} is not UTF-8: {error.reason} at byte {error.start}.",
+            f"Save the file as UTF-8. If the file is Latin-1, run: iconv -f LATIN1 -t UTF-8 {shlex.quote(file)} > NEW.",
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise DataError(f"{file} cannot be read: {cause}.", "Pass a readable file.") from error
+
+
+def open_text(file: str, encoding: str, newline: str) -> IO[str]:
+    """Opens a text file, and decompresses it if its name ends in ``.gz``."""
+    if file.lower().endswith(".gz"):
+        return gzip.open(file, "rt", encoding=encoding, newline=newline)
+    return open(file, encoding=encoding, newline=newline)
