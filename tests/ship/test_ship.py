@@ -642,9 +642,17 @@ def test_the_lock_file_pins_every_package_and_names_no_registry():
     lock = json.loads((clients.PACKAGES / clients.LOCK).read_text())
     dependencies = json.loads((clients.PACKAGES / "package.json").read_text())["dependencies"]
     assert lock["packages"][""]["dependencies"] == dependencies
+    assert dependencies.keys() == set(clients.DEPENDENCIES)
     for path, package in lock["packages"].items():
         assert path == "" or ("integrity" in package and "resolved" not in package), path
     assert {clients.version(name) for name in dependencies} == set(dependencies.values())
+
+
+def test_the_demo_page_has_no_development_build():
+    lock = json.loads((clients.PACKAGES / clients.LOCK).read_text())
+    for path, package in lock["packages"].items():
+        assert "-" not in package.get("version", ""), path
+    assert clients.version(clients.RUNTIME) == clients.version("onnxruntime-common")
 
 
 def test_the_policy_of_the_page_allows_its_one_inline_script():
