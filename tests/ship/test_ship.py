@@ -87,6 +87,7 @@ def test_a_bundle_passes_verification_and_describes_its_models(bundles_by_target
         "golden.json",
         "README.md",
         "verify.py",
+        "mlbom.json",
     }
     assert body["labels"] == ["NEGATIVE", "POSITIVE"]
     for model in body["models"]:
@@ -602,11 +603,12 @@ def test_ship_and_verify_exit_with_their_codes(tiny, tmp_path, say, monkeypatch)
     model_options = ("--model", tiny.model, "--exported", tiny.exported)
     folder = tiny.exported / tiny.model / "bundle-python"
     code, out, err = say("ship", "onnx-int8", "--target", "python", *model_options)
-    assert (code, out.strip()) == (0, str(folder)), err
+    bundle_id = json.loads((folder / "bundle.json").read_text())["id"]
+    assert (code, out.splitlines()) == (0, [str(folder), f"id {bundle_id}"]), err
     code, out, _ = say("verify", folder)
     assert code == 0
     assert "onnx-int8: largest |Δlogit|" in out
-    assert json.loads(say("verify", folder, "--json")[1])["files"] == 9
+    assert json.loads(say("verify", folder, "--json")[1])["files"] == 11
     (folder / "config.json").write_text("{}")
     assert say("verify", folder)[0] == 3
     assert say("verify", tmp_path)[0] == 1
