@@ -396,6 +396,15 @@ def test_verify_finds_a_missing_and_an_added_file(bundle):
         shipping.verify(bundle)
 
 
+def test_a_bundle_of_an_older_release_passes_verification(bundle):
+    """Older releases wrote neither a bill of materials nor a lock file."""
+    for name in ("mlbom.json", "requirements.lock"):
+        (bundle / name).unlink()
+    names = {"mlbom.json", "requirements.lock"}
+    reseal(bundle, lambda body: body.update(files=[e for e in body["files"] if e["path"] not in names]))
+    assert shipping.verify(bundle)["files"] == 9
+
+
 PATHS = ["../secret", "/etc/hostname", "a/../../secret", "..\\secret", "C:secret", ""]
 
 

@@ -24,8 +24,10 @@ from toolchain.ship.targets import LOCK, clients
 MLBOM = "mlbom.json"
 SCHEMA_VERSION = "1.6"
 _BUNDLE, _DATA = "bundle", "fine-tuning-data"
-# The tasks of the model hub, by `task` of bundle.json.
+# `task` of bundle.json → task in the model card. Every other task is `text-classification`.
 _TASKS = {"regression": "text-scoring", "token_classification": "token-classification"}
+# Field of a model's figures in bundle.json → name of the score, and its key in this field.
+_SCORES = {"accuracy": ("accuracy", "value"), "entities": ("entity F1", "value"), "regression": ("R2", "r2")}
 # Line of a lock file that pins a package: name, version and possibly a marker.
 _PINNED = re.compile(r"^([a-z0-9-]+)==([^ ;\\]+)", re.MULTILINE)
 
@@ -104,17 +106,14 @@ def _model_component(body: Mapping[str, Any], model: Mapping[str, Any], folder: 
 
 def _quality(measured: Mapping[str, Any] | str) -> dict[str, Any]:
     """Returns the measured score of a model as the part `quantitativeAnalysis` of a model card."""
-    scores = [] if isinstance(measured, str) else [(key, measured.get(key)) for key in _SCORES]
+    if isinstance(measured, str):
+        return {}
     metrics = [
-        {"type": _SCORES[key][0], "value": str(score[_SCORES[key][1]]), "slice": str(measured["data"])}
-        for key, score in scores
-        if score
+        {"type": name, "value": str(score[key]), "slice": str(measured["data"])}
+        for field, (name, key) in _SCORES.items()
+        if (score := measured.get(field))
     ]
     return {"quantitativeAnalysis": {"performanceMetrics": metrics}} if metrics else {}
-
-
-# Field of a model's figures in bundle.json → name of the score, and its key in this field.
-_SCORES = {"accuracy": ("accuracy", "value"), "entities": ("entity F1", "value"), "regression": ("R2", "r2")}
 
 
 def _data_component(body: Mapping[str, Any]) -> dict[str, Any]:
