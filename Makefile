@@ -41,7 +41,7 @@ PIP = $(BIN)/pip install --disable-pip-version-check -q $(if $(TORCH_INDEX),--ex
 CHOICE = --model "$(MODEL)" --exported "$(EXPORTED)"
 
 .DEFAULT_GOAL := help
-.PHONY: help install anew export bench compare ship test test-fast test-set test-clients lint docs docs-serve report clean distclean
+.PHONY: help install anew export bench compare ship test test-fast test-set test-clients locks lint docs docs-serve report clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -128,6 +128,18 @@ test-clients: $(VENV)/.installed-test ## install the clients that tests run bund
 		transformers huggingface_hub tokenizers optimum optimum-onnx
 	$(CLIENTS)/transformers5/bin/pip install --disable-pip-version-check -q --no-deps -c constraints/cpu.txt \
 		transformers huggingface_hub tokenizers httpx2 httpcore2 truststore
+
+# The newest onnxruntime-extensions has no wheel for Windows.
+FILES = toolchain/ship/bundle_files
+locks: $(VENV)/.installed ## pin the Python packages of bundles with sha256, in the releases of constraints/cpu.txt
+	$(BIN)/pip install --disable-pip-version-check -q uv
+	(sed "s/^onnxruntime-extensions==.*/& ; sys_platform != 'win32'/" constraints/cpu.txt; \
+		echo "onnxruntime-extensions==0.15.0 ; sys_platform == 'win32'") > $(VENV)/locks.txt
+	for name in requirements requirements_text; do \
+		sed 's/{{.*}}/0/' $(FILES)/$$name.txt.j2 | $(BIN)/uv pip compile -q --universal --python-version 3.11 \
+			--generate-hashes --no-annotate --custom-compile-command "make locks" --upgrade --no-emit-index-url \
+			-c $(VENV)/locks.txt -o $(FILES)/$$name.lock - || exit 1; \
+	done
 
 lint: $(VENV)/.installed-test ## lint and types
 	$(BIN)/ruff format --check .

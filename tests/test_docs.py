@@ -25,6 +25,7 @@ README = ROOT / "README.md"
 GPU = "needs a GPU and the packages for GPUs"
 RAY = "needs a Ray cluster; tests/distributed/ starts one"
 SAME = "`make ship` builds a bundle for the same target"
+CHAIN = "needs a certificate; tests/ship/test_signing.py makes one"
 MINUTES = "takes minutes; tests/tuning/ tests the search"
 # Maps a command on a page to the reason why no test in this file runs it.
 NOT_RUN = {
@@ -41,6 +42,8 @@ NOT_RUN = {
     "toolchain compare new.json --against old.json --max-regression 5%": "tests/compare/test_limits.py runs it",
     "toolchain prune --max-drop 1.0": "takes minutes; tests/pruning/ tests the search",
     "toolchain quantize --sensitivity": "tests/quantization/ tests it",
+    "toolchain ship onnx-int8 --target python --output app-model --sign author.pem --certificate author.crt": CHAIN,
+    "toolchain verify app-model --root-certificate root.crt": CHAIN,
     "toolchain ship onnx-int8 --target web": SAME,
     "toolchain ship onnx-int8 --target python": SAME,
     "toolchain ship onnx-std onnx-std-int8 --target other": SAME,

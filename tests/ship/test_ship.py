@@ -90,6 +90,7 @@ def test_a_bundle_passes_verification_and_describes_its_models(bundles_by_target
         "golden.json",
         "README.md",
         "verify.py",
+        "mlbom.json",
     }
     assert body["labels"] == ["NEGATIVE", "POSITIVE"]
     for model in body["models"]:
@@ -454,6 +455,15 @@ def test_verify_finds_a_missing_and_an_added_file(bundle):
         shipping.verify(bundle)
 
 
+def test_a_bundle_of_an_older_release_passes_verification(bundle):
+    """Older releases wrote neither a bill of materials nor a lock file."""
+    for name in ("mlbom.json", "requirements.lock"):
+        (bundle / name).unlink()
+    names = {"mlbom.json", "requirements.lock"}
+    reseal(bundle, lambda body: body.update(files=[e for e in body["files"] if e["path"] not in names]))
+    assert shipping.verify(bundle)["files"] == 9
+
+
 PATHS = ["../secret", "/etc/hostname", "a/../../secret", "..\\secret", "C:secret", ""]
 
 
@@ -661,11 +671,12 @@ def test_ship_and_verify_exit_with_their_codes(tiny, tmp_path, say, monkeypatch)
     model_options = ("--model", tiny.model, "--exported", tiny.exported)
     folder = tiny.exported / tiny.model / "bundle-python"
     code, out, err = say("ship", "onnx-int8", "--target", "python", *model_options)
-    assert (code, out.strip()) == (0, str(folder)), err
+    bundle_id = json.loads((folder / "bundle.json").read_text())["id"]
+    assert (code, out.splitlines()) == (0, [str(folder), f"id {bundle_id}"]), err
     code, out, _ = say("verify", folder)
     assert code == 0
     assert "onnx-int8: largest |Δlogit|" in out
-    assert json.loads(say("verify", folder, "--json")[1])["files"] == 9
+    assert json.loads(say("verify", folder, "--json")[1])["files"] == 11
     (folder / "config.json").write_text("{}")
     assert say("verify", folder)[0] == 3
     assert say("verify", tmp_path)[0] == 1
@@ -701,9 +712,17 @@ def test_the_lock_file_pins_every_package_and_names_no_registry():
     lock = json.loads((clients.PACKAGES / clients.LOCK).read_text())
     dependencies = json.loads((clients.PACKAGES / "package.json").read_text())["dependencies"]
     assert lock["packages"][""]["dependencies"] == dependencies
+    assert dependencies.keys() == set(clients.DEPENDENCIES)
     for path, package in lock["packages"].items():
         assert path == "" or ("integrity" in package and "resolved" not in package), path
     assert {clients.version(name) for name in dependencies} == set(dependencies.values())
+
+
+def test_the_demo_page_has_no_development_build():
+    lock = json.loads((clients.PACKAGES / clients.LOCK).read_text())
+    for path, package in lock["packages"].items():
+        assert "-" not in package.get("version", ""), path
+    assert clients.version(clients.RUNTIME) == clients.version("onnxruntime-common")
 
 
 def test_the_policy_of_the_page_allows_its_one_inline_script():

@@ -47,6 +47,19 @@ from toolchain.ship.targets.releases import DEFAULT, ORDER, RELEASES
     "A model with the tokenizer takes text and returns probabilities.",
 )
 @click.option("--license", "license_", metavar="TEXT", help="Licence of the bundle.  [default: the model's licence]")
+@click.option(
+    "--sign",
+    "key",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="KEY",
+    help="PEM file with the elliptic-curve private key that signs the bundle; needs the extra `sign`.",
+)
+@click.option(
+    "--certificate",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="PEM file with the certificate of KEY, followed by the intermediate certificates.",
+)
 @json_option
 @results_option
 @model_options
@@ -61,6 +74,8 @@ def ship(
     demo: bool,
     with_tokenizer: bool,
     license_: str | None,
+    key: Path | None,
+    certificate: Path | None,
     folder: Path,
     as_json: bool,
 ) -> None:
@@ -68,7 +83,8 @@ def ship(
 
     A bundle has models, tokenizer, labels, checksums, golden sentences, the processors on which each model is exact,
     benchmark figures, and a README with working code. The command builds missing and stale variants first. It replaces
-    an existing bundle in the output folder if nobody modified that bundle.
+    an existing bundle in the output folder if nobody modified that bundle. It prints the output folder and the id of
+    the bundle.
 
     \b
     Examples:
@@ -76,19 +92,27 @@ def ship(
       toolchain ship onnx-int8 --target python --output app/model
       toolchain ship onnx-int8 onnx-int8-portable --target mobile --ort-mobile 1.20
       toolchain ship onnx-std onnx-std-int8 --target other
+      toolchain ship onnx-int8 --target python --sign key.pem
     """
     from toolchain.cli.progress import bar, say
     from toolchain.results.folder import ResultsFolder
     from toolchain.ship.shipping import Order, default_output
     from toolchain.ship.shipping import ship as write_bundle
+    from toolchain.ship.signing import Signer
 
     if ort_mobile and target != "mobile":
         raise click.UsageError(f"--ort-mobile needs --target mobile, not --target {target}.")
+    if certificate and not key:
+        raise click.UsageError("--certificate needs --sign.")
+    signer = Signer.open(key, certificate) if key else None
     workspace = open_workspace(model, exported, folder_name)
     output_folder = output or default_output(workspace, target)
-    order = Order(variants, target, license_, demo, with_tokenizer, ort_mobile or DEFAULT, ResultsFolder(folder))
+    order = Order(
+        variants, target, license_, demo, with_tokenizer, ort_mobile or DEFAULT, ResultsFolder(folder), signer
+    )
     bundle = write_bundle(workspace, order, output_folder, say, bar)
     if as_json:
         echo_json(bundle)
     else:
         echo(output_folder)
+        echo(f"id {bundle['id']}")

@@ -26,6 +26,7 @@ from toolchain.data.encoding import Encoder, pad
 from toolchain.data.labels import MULTI, REGRESSION, TOKENS
 from toolchain.errors import ShippingError
 from toolchain.passes.probabilities import add_probabilities
+from toolchain.ship.bill_of_materials import MLBOM, bill_of_materials
 from toolchain.ship.bundle_files.verify import BUNDLE, GOLDEN, SCHEMA, TEXT, canonical_id
 from toolchain.ship.targets import BUNDLE_FILES, DEMO, TARGETS, TOKEN_FILES, Target, dtype, mobile, served_name
 from toolchain.ship.targets.releases import DEFAULT, ORDER
@@ -148,6 +149,8 @@ def write(contents: Contents, folder: Path) -> dict[str, Any]:
     if contents.release:
         mobile.configure([folder / model["ort"]["file"] for model in models])
     _write_companions(contents, folder, body, golden)
+    manifests = [artifact.manifest for artifact in contents.artifacts]
+    _write_json(folder / MLBOM, bill_of_materials(body, manifests, folder))
     body["files"] = [dataclasses.asdict(entry) for entry in list_files(folder)]
     body["id"] = canonical_id(body)
     _write_json(folder / BUNDLE, body)

@@ -34,6 +34,7 @@ from toolchain.results.scores import Accuracy, EntityScore, Score
 from toolchain.ship import bundles
 from toolchain.ship.bundle_files import verify as bundle_verifier
 from toolchain.ship.bundles import Contents, Provenance
+from toolchain.ship.signing import Signer, Verifier
 from toolchain.ship.targets import TARGETS, Target, clients
 from toolchain.ship.targets.releases import DEFAULT
 from toolchain.ship.tokenizer_graph.characters import SHIP_WITHOUT_HINT
@@ -67,6 +68,7 @@ class Order:
         with_tokenizer: Whether each graph contains the tokenizer.
         ort_mobile: Release of ONNX Runtime on the phones, one of `RELEASES`; used by the mobile target only.
         results: Folder of the result files from which the bundle takes its benchmark figures.
+        signer: Private key that signs the bundle; None for a bundle without a signature.
     """
 
     variants: tuple[str, ...]
@@ -76,13 +78,15 @@ class Order:
     with_tokenizer: bool = False
     ort_mobile: str = DEFAULT
     results: ResultsFolder = DEFAULT_FOLDER
+    signer: Signer | None = None
 
 
 def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -> dict[str, Any]:
     """Builds the missing or stale variants, writes the bundle and returns the content of its bundle.json.
 
     The function writes the new bundle to a scratch folder, verifies it there, and renames the folder to `output`. If
-    `output` already holds an equal bundle, the folder stays unchanged.
+    `output` already holds an equal bundle, the folder stays unchanged. With a signer, the folder stays unchanged only
+    if it also has a valid signature of this signer.
 
     Args:
         order: The options.
@@ -134,19 +138,25 @@ def ship(workspace: Workspace, order: Order, output: Path, say: Say, bar: Bar) -
     )
     with lock(output, lambda: say(f"{output}: another run is writing this bundle, waiting")):
         _check_output(output)
-        return _publish(contents, output, say)
+        return _publish(contents, output, say, order.signer)
 
 
-def _publish(contents: Contents, output: Path, say: Say) -> dict[str, Any]:
+def _publish(contents: Contents, output: Path, say: Say, signer: Signer | None) -> dict[str, Any]:
     with scratch_folder(output) as scratch:
-        body = bundles.write(contents, scratch)
+        # A signature contains the name of the folder that it signs.
+        folder = scratch / f"{contents.provenance.name}-{contents.target.name}"
+        folder.mkdir()
+        body = bundles.write(contents, folder)
         if contents.release or contents.with_tokenizer:
-            _compare(contents, body, scratch, say)
-        if output.exists() and bundle_verifier.read_bundle(output)["id"] == body["id"]:
+            _compare(contents, body, folder, say)
+        if signer:
+            signer.sign(folder)
+        equal = output.exists() and bundle_verifier.read_bundle(output)["id"] == body["id"]
+        if equal and (not signer or signer.has_signed(output, folder / bundle_verifier.SIGNATURE)):
             say(f"{output}: an equal bundle exists and stays unchanged")
             return body
-        verify(scratch)
-        replace(scratch, output)
+        verify(folder)
+        replace(folder, output)
     say(f"{output}: written and verified, {sum(entry['bytes'] for entry in body['files']) / 1e6:.1f} MB")
     return body
 
@@ -295,24 +305,40 @@ def _score_entry(score: Score) -> dict[str, Any]:
     return {"r2": score.r2, "mean_absolute_error": score.mean_absolute_error, "count": score.count}
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify(folder: Path, bundle_id: str | None = None, verifier: Verifier | None = None) -> dict[str, Any]:
     """Checks that a bundle is unmodified and that its models compute the reference logits on this machine.
 
+    Args:
+        folder: Folder of the bundle.
+        bundle_id: Id that the bundle must have; None for any id.
+        verifier: Public key or root certificates that must confirm the signature; None to ignore the signature.
+
     Returns:
-        A dict with ``id``, ``target``, the number of ``files``, and ``models``. For each model file, ``models`` holds
-        the ``largest_delta`` from the reference logits and the ``tolerance``.
+        A dict with ``id``, ``target``, the number of ``files``, ``signature`` and ``models``. The ``signature`` is
+        ``valid``, ``not checked``, or None without a signature. For each model file, ``models`` holds the
+        ``largest_delta`` from the reference logits and the ``tolerance``.
 
     Raises:
         ShippingError: The folder holds no bundle.
-        VerdictError: The bundle was modified, or this runtime cannot compute the bundle's reference logits.
+        VerdictError: The bundle was modified, has another id or no valid signature, or this runtime cannot compute the
+            bundle's reference logits.
         ProviderError: The bundle needs onnxruntime-extensions, which is not installed.
     """
-    body, models = check_bundle(folder)
-    return {"id": body["id"], "target": body.get("target"), "files": len(body["files"]), "models": models}
+    body, models = check_bundle(folder, bundle_id, verifier)
+    unchecked = "not checked" if (folder / bundle_verifier.SIGNATURE).exists() else None
+    return {
+        "id": body["id"],
+        "target": body.get("target"),
+        "files": len(body["files"]),
+        "signature": "valid" if verifier else unchecked,
+        "models": models,
+    }
 
 
-def check_bundle(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Checks a bundle as `verify` does, and raises the same errors.
+def check_bundle(
+    folder: Path, bundle_id: str | None = None, verifier: Verifier | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Checks a bundle as `verify` does, with the same arguments and errors.
 
     Returns:
         The content of bundle.json; and for each model file, the ``largest_delta`` from the reference logits and the
@@ -320,6 +346,7 @@ def check_bundle(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     try:
         body = bundle_verifier.read_bundle(folder)
+        _check_author(folder, body["id"], bundle_id, verifier)  # before this process opens a model
         tokenizer_file = (body.get("tokenizer_in_graph") or {}).get("file")
         for file in [model["file"] for model in body["models"]] + ([tokenizer_file] if tokenizer_file else []):
             _check_single(folder / file)
@@ -340,6 +367,17 @@ def check_bundle(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except bundle_verifier.BundleError as error:
         raise VerdictError(f"{folder}: {error.cause}.", f"{error.hint}.") from error
     return body, models
+
+
+def _check_author(folder: Path, found_id: str, expected_id: str | None, verifier: Verifier | None) -> None:
+    """Raises `VerdictError` if the bundle has another id than the expected one, or has no valid signature."""
+    if expected_id and found_id != expected_id:
+        raise VerdictError(
+            f"{folder} has the id {found_id} instead of {expected_id}.",
+            "Do not use this bundle; get the expected one from its author.",
+        )
+    if verifier:
+        verifier.check(folder)
 
 
 def _check_single(path: Path) -> None:

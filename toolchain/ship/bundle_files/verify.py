@@ -34,6 +34,8 @@ from typing import Any
 
 SCHEMA = 2
 BUNDLE, GOLDEN = "bundle.json", "golden.json"
+# The signature covers bundle.json, so bundle.json cannot list the signature. It is the only unlisted file.
+SIGNATURE = "model.sig"
 TEXT, LOGITS = "text", "logits"
 # x86 without VNNI adds two 8-bit products in 16 bits, and the sum can saturate. `EXACT_PRODUCTS` is a session option
 # that makes sums of 8-bit products exact on x86 without VNNI. On processors whose 8-bit products do not saturate,
@@ -134,7 +136,8 @@ def read_bundle(folder: Path) -> dict[str, Any]:
         _check_file(folder, path, size, digest)
     for entry in sorted(folder.rglob("*")):
         name = entry.relative_to(folder).as_posix()
-        if name not in entries and name != BUNDLE and (entry.is_symlink() or not entry.is_dir()):
+        is_listed = name in entries or (name in (BUNDLE, SIGNATURE) and entry.is_file() and not entry.is_symlink())
+        if not is_listed and (entry.is_symlink() or not entry.is_dir()):
             raise InvalidBundleError(f"{name} is not listed in {BUNDLE}")
     return body
 

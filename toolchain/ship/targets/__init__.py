@@ -12,6 +12,7 @@ from toolchain.errors import ShippingError
 from toolchain.ship.targets.releases import MICROSOFT, STANDARD
 
 BUNDLE_FILES = Path(__file__).parent.parent / "bundle_files"
+LOCK = "requirements.lock"  # pins the packages of requirements.txt and their dependencies, with sha256
 REPOSITORY = "repository"  # A Triton bundle holds its model repository in this folder.
 # Scheme of a variant → its dtype in transformers.js, and the file that transformers.js loads for this dtype.
 DTYPES = {
@@ -88,17 +89,19 @@ def _named_after_variant(variant: str) -> str:
 _OPTIMUM_FILE = "model.onnx"  # optimum loads the file model.onnx from a model's folder
 
 
+_REQUIREMENTS = {"requirements.txt": "requirements.txt.j2", LOCK: "requirements.lock"}
+_TEXT_REQUIREMENTS = {"requirements.txt": "requirements_text.txt.j2", LOCK: "requirements_text.lock"}
 _PYTHON = {
     "README.md": "README.python.md.j2",
     "verify.py": "verify.py",
     "classify.py": "classify.py",
-    "requirements.txt": "requirements.txt.j2",
+    **_REQUIREMENTS,
 }
-_MOBILE = {"README.md": "README.mobile.md.j2", "verify.py": "verify.py", "requirements.txt": "requirements.txt.j2"}
+_MOBILE = {"README.md": "README.mobile.md.j2", "verify.py": "verify.py", **_REQUIREMENTS}
 _SERVER = {
     "README.md": "README.server.md.j2",
     "verify.py": "verify.py",
-    "requirements.txt": "requirements_text.txt.j2",
+    **_TEXT_REQUIREMENTS,
     "inference-service.yaml": "inference-service.yaml.j2",
     REPOSITORY + "/{name}/config.pbtxt": "model.pbtxt.j2",
     REPOSITORY + "/{name}/labels.txt": "labels.txt.j2",
@@ -125,14 +128,14 @@ TARGETS = {
             _named_after_variant,
             frozenset({STANDARD, MICROSOFT}),
             _PYTHON,
-            {**_PYTHON, "classify.py": "classify_text.py", "requirements.txt": "requirements_text.txt.j2"},
+            {**_PYTHON, "classify.py": "classify_text.py", **_TEXT_REQUIREMENTS},
             first_path=_OPTIMUM_FILE,
         ),
         Target(
             "other",
             _named_after_variant,
             frozenset({STANDARD}),
-            {"README.md": "README.other.md.j2", "verify.py": "verify.py", "requirements.txt": "requirements.txt.j2"},
+            {"README.md": "README.other.md.j2", "verify.py": "verify.py", **_REQUIREMENTS},
             no_tokenizer_reason="only ONNX Runtime can use the operators of onnxruntime-extensions",
             first_path=_OPTIMUM_FILE,
         ),
@@ -155,7 +158,7 @@ TARGETS = {
             _named_after_variant,
             frozenset({STANDARD, MICROSOFT}),
             _MOBILE,
-            {**_MOBILE, "requirements.txt": "requirements_text.txt.j2"},
+            {**_MOBILE, **_TEXT_REQUIREMENTS},
         ),
     )
 }

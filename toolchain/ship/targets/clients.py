@@ -14,6 +14,7 @@ from toolchain.errors import ShippingError
 PACKAGES = Path(__file__).parent / "packages"
 LOCK = "package-lock.json"
 TRANSFORMERS, RUNTIME = "@huggingface/transformers", "onnxruntime-web"
+DEPENDENCIES = (TRANSFORMERS, RUNTIME, "onnxruntime-node")
 # Path in a bundle → file under node_modules. The demo page uses the WebAssembly build of `RUNTIME` with SIMD and
 # without WebGPU.
 BROWSER_FILES = {

@@ -1,0 +1,83 @@
+"""Tests of the Python packages that a bundle names: its lock files pin what its ranges allow, with sha256."""
+
+import re
+import subprocess
+
+import pytest
+from conftest import ROOT
+from packaging.requirements import Requirement
+
+from toolchain.ship.targets import BUNDLE_FILES, LOCK, TARGETS
+from toolchain.ship.targets.releases import ORDER
+
+PYTHON = ROOT / "exported" / ".cache" / "test-clients" / "python" / "bin" / "python"
+NAMES = ["requirements", "requirements_text"]
+
+
+def read_lock(name):
+    """Returns (requirement, list of sha256) for each package of a lock file."""
+    text = (BUNDLE_FILES / f"{name}.lock").read_text().replace("\\\n", "")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return [
+        (Requirement(line.split(" --hash=")[0].strip()), re.findall(r"--hash=sha256:([0-9a-f]{64})(?: |$)", line))
+        for line in lines
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lock_pins_every_package_with_its_sha256(name):
+    for requirement, digests in read_lock(name):
+        assert re.fullmatch(r"==[0-9.]+", str(requirement.specifier)), requirement
+        assert digests, requirement
+    assert "http:" not in (text := (BUNDLE_FILES / f"{name}.lock").read_text())
+    assert "https:" not in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lock_agrees_with_the_ranges_of_every_release(name):
+    template = (BUNDLE_FILES / f"{name}.txt.j2").read_text()
+    pinned = {}
+    for requirement, _ in read_lock(name):
+        pinned.setdefault(requirement.name, []).append(str(requirement.specifier).removeprefix("=="))
+    for release in ORDER:
+        for line in template.replace("{{ bundle.onnxruntime }}", release).splitlines():
+            allowed = Requirement(line)
+            assert all(version in allowed.specifier for version in pinned[allowed.name]), line
+
+
+def test_the_locks_differ_only_in_the_operators_of_the_tokenizer():
+    shorter, longer = ({str(package): digests for package, digests in read_lock(name)} for name in NAMES)
+    assert longer.items() >= shorter.items()
+    assert {Requirement(line).name for line in longer.keys() - shorter.keys()} == {"onnxruntime-extensions"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lock_has_the_releases_that_tests_run_with(name):
+    lines = (ROOT / "constraints" / "cpu.txt").read_text().splitlines()
+    tested = {line.partition("==")[0]: line.partition("==")[2] for line in lines if "==" in line}
+    for requirement, _ in read_lock(name):
+        if requirement.name in tested and (requirement.marker is None or "win32" not in str(requirement.marker)):
+            assert requirement.specifier == f"=={tested[requirement.name]}", "run `make locks`"
+
+
+def test_every_bundle_with_requirements_has_the_lock_of_the_same_packages():
+    for target in TARGETS.values():
+        for files in (target.files, target.text_files):
+            if template := files.get("requirements.txt"):
+                assert files[LOCK] == template.replace(".txt.j2", ".lock")
+    assert LOCK in TARGETS["python"].files
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PYTHON.exists(), reason="needs `make test-clients`")
+def test_pip_accepts_a_lock():
+    """Without --no-deps, pip also refuses a dependency that the lock does not pin.
+
+    The other lock has fewer packages, with the same lines.
+    """
+    options = ("--dry-run", "--ignore-installed", "--require-hashes", "--quiet", "--retries", "1")
+    command = [PYTHON, "-m", "pip", "install", *options, "-r", BUNDLE_FILES / "requirements_text.lock"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    if "Failed to establish a new connection" in run.stderr:
+        pytest.skip("needs a package index")
+    assert run.returncode == 0, run.stderr
