@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from conftest import make_checkpoint, needs_node, verify_in_node
+from demo_page import ask_page, needs_chromium, use_npm_packages
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -165,6 +166,17 @@ def test_bundles_of_a_token_classifier_are_verified_on_tokens_without_padding(ru
 def test_node_gives_the_recorded_logits_of_each_token(run, tmp_path):
     run("ship", "onnx-int8", "onnx-fp32", "--target", "web", "--no-demo", "--output", tmp_path / "web")
     assert len(verify_in_node(tmp_path / "web")) == 2
+
+
+@needs_chromium
+@pytest.mark.web
+@pytest.mark.slow
+def test_the_demo_page_shows_the_tokens_of_entities(run, finder, tmp_path):
+    use_npm_packages(finder.parent / "exported")
+    run("ship", "onnx-int8", "--target", "web", "--output", tmp_path / "web")
+    answer, summary = ask_page(tmp_path / "web", tmp_path, "the film new york is apple pie")
+    assert re.search(r"^york: I-CITY\s+\d+\.\d %\s+apple: B-DISH", answer, re.MULTILINE), answer
+    assert "match the recorded logits" in summary
 
 
 @pytest.mark.parametrize("options", [["--target", "server"], ["--target", "python", "--with-tokenizer"]])

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import make_checkpoint, needs_node, verify_in_node
+from demo_page import ask_page, needs_chromium, use_npm_packages
 
 from toolchain.build.steps import validate
 from toolchain.cli import main
@@ -140,6 +142,17 @@ def test_bundles_of_a_regression_model_give_scores(run, tmp_path, target):
 def test_node_gives_the_recorded_scores(run, tmp_path):
     run("ship", "onnx-int8", "onnx-fp32", "--target", "web", "--no-demo", "--output", tmp_path / "web")
     assert len(verify_in_node(tmp_path / "web")) == 2
+
+
+@needs_chromium
+@pytest.mark.web
+@pytest.mark.slow
+def test_the_demo_page_shows_the_score(run, scorer, tmp_path):
+    use_npm_packages(scorer.parent / "exported")
+    run("ship", "onnx-int8", "--target", "web", "--output", tmp_path / "web")
+    answer, summary = ask_page(tmp_path / "web", tmp_path, "good good film")
+    assert re.match(r"score: \d\.\d+\s+onnx-int8 took", answer), answer
+    assert "match the recorded logits" in summary
 
 
 def test_a_graph_with_the_tokenizer_gives_the_score(run, tmp_path):

@@ -4,20 +4,18 @@ The clients' environments do not contain the toolchain. Some tests run on emulat
 installs the clients; the tests of a missing client are skipped.
 """
 
-import contextlib
 import functools
-import http.server
 import json
 import re
 import shutil
 import subprocess
-import threading
 
 import emulated
 import numpy as np
 import pytest
-from chromium import PROGRAM, Chromium
+from chromium import Chromium
 from conftest import MODULES, NODE, ROOT, TESTS, needs_node
+from demo_page import READY, needs_chromium, serve, use_npm_packages
 from readme_parts import snippet
 
 from toolchain.backends import Place, open_session
@@ -36,9 +34,6 @@ PYTHON, OPENVINO, PHONE, TEXTS = (
 MOST_FLIPS = 5  # limit for the flips in 872 sentences, since kernels of different runtimes round differently
 
 pytestmark = pytest.mark.slow
-needs_chromium = pytest.mark.skipif(
-    MODULES is None or PROGRAM is None, reason="needs `make test-clients` and Chromium (Debian: chromium)"
-)
 needs_python = pytest.mark.skipif(not PYTHON.exists(), reason="needs `make test-clients`")
 needs_phone = pytest.mark.skipif(not PHONE.exists(), reason="needs `make test-clients`")
 needs_openvino = pytest.mark.skipif(not OPENVINO.exists(), reason="needs `make test-clients`")
@@ -57,9 +52,7 @@ def bundles(reference, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundles")
     if MODULES:  # Node searches for packages in the folder of a file and in all parent folders
         (folder / "node_modules").symlink_to(MODULES)
-        # `ship` searches the cache folder for the npm packages of the demo page
-        (reference.exported / ".cache").mkdir(exist_ok=True)
-        (reference.exported / ".cache" / MODULES.parent.name).symlink_to(MODULES.parent)
+        use_npm_packages(reference.exported)
     for target, names in (
         ("web", ("onnx-int8", "onnx-fp32", "onnx-int4")),
         ("python", ("onnx-int8", "onnx-int8-portable")),
@@ -359,32 +352,12 @@ def site(bundles):
         yield address
 
 
-@contextlib.contextmanager
-def serve(folder):
-    """Serves a folder and yields its address."""
-    handler = functools.partial(_Quiet, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-
-
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     with Chromium(tmp_path_factory.mktemp("profile")) as chromium:
         yield chromium
 
 
-READY = """(async () => {
-    const busy = () => document.getElementById("classify").disabled;
-    for (let i = 0; i < 500 && busy(); i++) await new Promise(done => setTimeout(done, 100));
-    return document.getElementById("answer").innerText;
-})()"""
 SCORE_ALL = (TESTS / "clients" / "page.js").read_text()
 ANSWER = "document.getElementById('answer').innerText"
 
