@@ -87,7 +87,7 @@ class Child:
         except queue.Empty:
             self._process.kill()
             self.close()
-            raise self._make_error(f"The process did not answer within {timeout_s:.0f} s and was killed.") from None
+            raise self._make_timeout_error(timeout_s or 0.0) from None
         if answer is None:
             raise self._make_exit_error()
         line, self._answered_at = answer
@@ -120,6 +120,10 @@ class Child:
             for line in self._process.stdout:
                 self._replies.put((line, time.perf_counter()))
         self._replies.put(None)
+
+    def _make_timeout_error(self, timeout_s: float) -> errors.ToolchainError:
+        """Returns the error for a child that did not answer within `timeout_s` seconds and was killed."""
+        return self._make_error(f"The process did not answer within {timeout_s:.0f} s and was killed.")
 
     def _make_exit_error(self) -> errors.ToolchainError:
         code = self._process.wait()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from toolchain.data.entities import kind_of_entity
 from toolchain.data.files import WORD, Text
 from toolchain.data.labels import SINGLE, TOKENS, Tokens, task_of
-from toolchain.errors import CheckpointError
+from toolchain.errors import CheckpointError, first_line
+from toolchain.system.panics import convert_panics
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,16 +62,7 @@ class Encoder:
         Raises:
             CheckpointError: tokenizer.json is unreadable.
         """
-        from tokenizers import Tokenizer
-
-        try:
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library `tokenizers` raises a plain `Exception`
-            raise CheckpointError(
-                f"{folder / 'tokenizer.json'} cannot be read: {error}.", "Import the model again."
-            ) from error
-        tokenizer.no_padding()
-        tokenizer.enable_truncation(max_length)
+        tokenizer = open_tokenizer(folder / "tokenizer.json", max_length)
         config = json.loads((folder / "config.json").read_text())
         pad, task = config.get("pad_token_id") or 0, task_of(config)
         sides = ("right",) if config.get("local_attention") else ("right", "left")
@@ -79,12 +72,16 @@ class Encoder:
         """Returns the token ids of each text or pair, with special tokens.
 
         Truncation shortens the longer text of a pair first.
+
+        Raises:
+            CheckpointError: The tokenizer fails on a text.
         """
-        cut_texts = [
-            self._cut_text(text) if isinstance(text, str) else tuple(map(self._cut_text, text)) for text in texts
-        ]
+        with _translate_errors(f"The tokenizer in {self.folder} fails on a text"):
+            cut_texts = [
+                self._cut_text(text) if isinstance(text, str) else tuple(map(self._cut_text, text)) for text in texts
+            ]
+            encodings = self.tokenizer.encode_batch(cut_texts)
         rows = []
-        encodings = self.tokenizer.encode_batch(cut_texts)
         for encoding in encodings:
             rows.append(row := Tokens(encoding.ids))
             if any(encoding.type_ids):
@@ -116,6 +113,31 @@ class Encoder:
                 return cut_text
             size *= 4
         return text
+
+
+def open_tokenizer(file: Path, max_length: int) -> Any:
+    """Returns the tokenizer of a tokenizer.json, without padding and with truncation to `max_length` tokens.
+
+    Raises:
+        CheckpointError: The file is unreadable.
+    """
+    from tokenizers import Tokenizer
+
+    with _translate_errors(f"{file} cannot be read"):
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(max_length)
+    return tokenizer
+
+
+@contextmanager
+def _translate_errors(problem: str) -> Iterator[None]:
+    """Converts the errors and panics of the package tokenizers to `CheckpointError`; `problem` begins its sentence."""
+    try:
+        with convert_panics():
+            yield
+    except Exception as error:  # the package tokenizers raises plain Exception objects
+        raise CheckpointError(f"{problem}: {first_line(error)}.", "Import the model again.") from error
 
 
 def _outside(config: Mapping[str, Any]) -> int:

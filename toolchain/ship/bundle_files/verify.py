@@ -28,13 +28,24 @@ import base64
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 SCHEMA = 2
 BUNDLE, GOLDEN = "bundle.json", "golden.json"
 TEXT, LOGITS = "text", "logits"
+# Names of the inputs of a model that takes token ids. The first two are required.
+TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+# Limits on a bundle. A model file of 2 GiB is the largest that the format ONNX allows.
+MAX_RECORD_BYTES = 8 << 20
+MAX_FILE_BYTES = 1 << 31
+MAX_FILES = 10_000
+MAX_MODELS = 100
+MAX_LABELS = 100_000
+MAX_TOKENS = 1 << 20
+MAX_GOLDEN_SENTENCES = 10_000
 # x86 without VNNI adds two 8-bit products in 16 bits, and the sum can saturate. `EXACT_PRODUCTS` is a session option
 # that makes sums of 8-bit products exact on x86 without VNNI. On processors whose 8-bit products do not saturate,
 # `EXACT_PRODUCTS` only makes int8 models slower.
@@ -103,40 +114,106 @@ def read_bundle(folder: Path) -> dict[str, Any]:
             link, or is outside the folder.
         FileNotFoundError: The folder has no bundle.json.
     """
-    file = folder / BUNDLE
-    if file.is_symlink():
-        raise InvalidBundleError(f"{BUNDLE} is a link")
     try:
-        body: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        text = _read_record(folder / BUNDLE)
+        body: dict[str, Any] = _parse_json(text)
         if body["schema"] != SCHEMA:
-            raise InvalidBundleError(f"{BUNDLE} has schema {body['schema']}, but this program reads schema {SCHEMA}")
+            raise InvalidBundleError(
+                f"{BUNDLE} has schema {str(body['schema'])[:20]!r}, but this program reads schema {SCHEMA}"
+            )
+        if canonical_id(body) != body.get("id"):
+            raise InvalidBundleError(f"the content of {BUNDLE} does not match its id")
+        required = _check_record(body)
         entries = {str(entry["path"]): (int(entry["bytes"]), str(entry["sha256"])) for entry in body["files"]}
-        required = [file for model in body["models"] for _, file in model_files(model)]
-        required += (
-            [str(tokenizer_file)] if (tokenizer_file := (body.get("tokenizer_in_graph") or {}).get("file")) else []
-        )
-        _parse_release(body["onnxruntime"])
-        _saturable_models(body)
-    except FileNotFoundError:
+        for path, (size, _) in entries.items():
+            _check_entry(path, size)
+        missing = [path for path in (*required, GOLDEN, "tokenizer.json", "config.json") if path not in entries]
+        if missing:
+            raise InvalidBundleError(f"{missing[0]!r} is not listed in {BUNDLE}")
+        for path, (size, digest) in entries.items():
+            _check_file(folder, path, size, digest)
+        for entry in sorted(folder.rglob("*")):
+            name = entry.relative_to(folder).as_posix()
+            if name not in entries and name != BUNDLE and (entry.is_symlink() or not entry.is_dir()):
+                raise InvalidBundleError(f"{name} is not listed in {BUNDLE}")
+    except (FileNotFoundError, NotADirectoryError):
         raise
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise InvalidBundleError(f"{BUNDLE} cannot be read: {error!r}") from error
-    if canonical_id(body) != body.get("id"):
-        raise InvalidBundleError(f"the content of {BUNDLE} does not match its id")
-    for path in entries:
-        parts = PurePosixPath(path)
-        if not path or parts.is_absolute() or ".." in parts.parts or "\\" in path or ":" in path or "\0" in path:
-            raise InvalidBundleError(f"the path {path!r} is outside the folder of the bundle")
-    missing = [path for path in (*required, GOLDEN, "tokenizer.json", "config.json") if path not in entries]
-    if missing:
-        raise InvalidBundleError(f"{missing[0]} is not listed in {BUNDLE}")
-    for path, (size, digest) in entries.items():
-        _check_file(folder, path, size, digest)
-    for entry in sorted(folder.rglob("*")):
-        name = entry.relative_to(folder).as_posix()
-        if name not in entries and name != BUNDLE and (entry.is_symlink() or not entry.is_dir()):
-            raise InvalidBundleError(f"{name} is not listed in {BUNDLE}")
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
+        raise InvalidBundleError(f"{BUNDLE} cannot be read: {error!r:.300}") from error
     return body
+
+
+def _read_record(file: Path) -> str:
+    """Returns the text of bundle.json; opens only a regular file, because a named pipe could block forever."""
+    mode = file.lstat()
+    if stat.S_ISLNK(mode.st_mode):
+        raise InvalidBundleError(f"{BUNDLE} is a link")
+    if not stat.S_ISREG(mode.st_mode):
+        raise InvalidBundleError(f"{BUNDLE} is not a regular file")
+    if mode.st_size > MAX_RECORD_BYTES:
+        raise InvalidBundleError(f"{BUNDLE} has {mode.st_size} bytes (limit {MAX_RECORD_BYTES})")
+    return file.read_text(encoding="utf-8")
+
+
+def _parse_json(text: str) -> Any:
+    """Returns the value of a JSON text; raises ValueError for NaN and infinities, which are no JSON."""
+
+    def refuse(name: str) -> float:
+        raise ValueError(f"{name} is not a number")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def _check_record(body: Mapping[str, Any]) -> list[str]:
+    """Checks the values of bundle.json that `compare_logits` uses; returns the files that bundle.json must list.
+
+    Raises:
+        InvalidBundleError: A value is out of bounds.
+        ValueError, LookupError, TypeError, AttributeError, ArithmeticError: A value is missing, or has a wrong type.
+    """
+    models, labels = list(body["models"]), list(body["labels"])
+    names = [str(model["variant"]) for model in models]
+    sizes = {
+        "models": (len(models), MAX_MODELS),
+        "labels": (len(labels), MAX_LABELS),
+        "files": (len(body["files"]), MAX_FILES),
+        "max_length": (int(body["max_length"]), MAX_TOKENS),
+    }
+    for name, (size, limit) in sizes.items():
+        if not 0 < size <= limit:
+            raise InvalidBundleError(f"{BUNDLE} states {size} as the size of {name!r}, which is not in 1 … {limit}")
+    if len(set(names)) < len(names):
+        raise InvalidBundleError(f"{BUNDLE} names a model twice")
+    for model in models:
+        inputs = [tensor["name"] for tensor in model["inputs"]]
+        if inputs != [TEXT] and not set(TOKEN_INPUTS[:2]) <= set(inputs) <= set(TOKEN_INPUTS):
+            raise InvalidBundleError(f"{BUNDLE} has a model with the inputs {inputs!s:.80}")
+        if LOGITS not in [tensor["name"] for tensor in model["outputs"]]:
+            raise InvalidBundleError(f"{BUNDLE} has a model without the output {LOGITS!r}")
+        for key in ("largest", "median"):
+            if not 0 <= model["tolerance"][key] < float("inf"):
+                raise InvalidBundleError(f"{BUNDLE} has a tolerance below 0")
+    if not 0 <= int(body["pad_id"]) < 1 << 31:
+        raise InvalidBundleError(f"{BUNDLE} has an impossible 'pad_id'")
+    _parse_release(body["onnxruntime"])
+    _saturable_models(body)
+    graph_file = _tokenizer_graph(body)
+    return [file for model in models for _, file in model_files(model)] + ([graph_file] if graph_file else [])
+
+
+def _tokenizer_graph(body: Mapping[str, Any]) -> str | None:
+    """Returns the file of the separate tokenizer graph; None without one."""
+    file = (body.get("tokenizer_in_graph") or {}).get("file")
+    return None if file is None else str(file)
+
+
+def _check_entry(path: str, size: int) -> None:
+    """Raises `InvalidBundleError` if a path in bundle.json leads out of the folder, or a file is too large."""
+    parts = PurePosixPath(path)
+    if not path or parts.is_absolute() or ".." in parts.parts or "\\" in path or ":" in path or "\0" in path:
+        raise InvalidBundleError(f"the path {path!r} is outside the folder of the bundle")
+    if not 0 <= size <= MAX_FILE_BYTES:
+        raise InvalidBundleError(f"{path!r} has {size} bytes (limit {MAX_FILE_BYTES})")
 
 
 def _check_file(folder: Path, path: str, size: int, digest: str) -> None:
@@ -145,8 +222,10 @@ def _check_file(folder: Path, path: str, size: int, digest: str) -> None:
         location = location / part
         if location.is_symlink():
             raise InvalidBundleError(f"{path} is a link")
-    if not location.is_file():
+    if not location.exists():
         raise InvalidBundleError(f"{path} is missing")
+    if not location.is_file():
+        raise InvalidBundleError(f"{path} is not a regular file")
     if location.stat().st_size != size:
         raise InvalidBundleError(f"{path} has {location.stat().st_size} bytes instead of {size}")
     sha256 = hashlib.sha256()
@@ -220,41 +299,17 @@ def compare_logits(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str,
             give the recorded tokens.
         UnsuitableRuntimeError: This ONNX Runtime is too old, or cannot compute a model exactly on this processor.
     """
-    import numpy as np
     import onnxruntime as ort
-    from tokenizers import Tokenizer
 
-    try:
-        golden = json.loads((folder / GOLDEN).read_text(encoding="utf-8"))
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tokenizer.no_padding()
-        tokenizer.enable_truncation(int(body["max_length"]))
-        rows = [(str(each["text"]), [int(i) for i in each["input_ids"]]) for each in golden["sentences"]]
-        batches = [(str(each["padding"]), [rows[int(i)] for i in each["sentences"]]) for each in golden["batches"]]
-        runs = [("right", [row]) for row in rows] + batches
-        recorded = {
-            name: [
-                [np.array(row, np.float32) for row in batch]
-                for batch in [*([row] for row in logits), *golden["batch_logits"][name]]
-            ]
-            for name, logits in golden["logits"].items()
-        }
-        models = [
-            (m["variant"], name, file, recorded.get(m["variant"], ()), m["tolerance"], [t["name"] for t in m["inputs"]])
-            for m in body["models"]
-            for name, file in model_files(m)
-        ]
-        pad_id = int(body["pad_id"])
-        in_graph = body.get("tokenizer_in_graph")
-    except Exception as error:  # the package tokenizers raises plain Exception objects
-        raise InvalidBundleError(f"{GOLDEN}, {BUNDLE} or tokenizer.json cannot be read: {error!r}") from error
-    if not rows or not batches:
-        raise InvalidBundleError(f"{GOLDEN} has no sentences or no batches")
-    for text, ids in rows:
-        if tokenizer.encode(text).ids != ids:
-            raise InvalidBundleError(
-                f"the tokenizer splits {text[:60]!r} into tokens that differ from the tokens in {GOLDEN}"
-            )
+    golden = _read_golden(folder, body)
+    _compare_tokens(folder, body, golden.rows)
+    in_graph = body.get("tokenizer_in_graph")
+    models = [
+        (variant, name, file, golden.logits.get(variant, ()), m["tolerance"], [t["name"] for t in m["inputs"]])
+        for m in body["models"]
+        for variant in [str(m["variant"])]
+        for name, file in model_files(m)
+    ]
     check_runtime(body)
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors only
@@ -265,10 +320,10 @@ def compare_logits(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str,
         import onnxruntime_extensions
 
         options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
-    if in_graph and "file" in in_graph:
-        _check_tokenizer(folder / in_graph["file"], options, rows)
+    if graph_file := _tokenizer_graph(body):
+        _check_tokenizer(folder / graph_file, options, golden.rows)
     for variant, name, file, expected, tolerance, inputs in models:
-        if len(expected) != len(runs):
+        if len(expected) != len(golden.runs):
             raise InvalidBundleError(f"{GOLDEN} does not have the logits of {name}")
         try:
             session = ort.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
@@ -279,7 +334,7 @@ def compare_logits(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str,
                     f"{file} cannot be loaded on a processor that saturates 8-bit products: {error}", _SATURATION_HINT
                 ) from error
             raise InvalidBundleError(f"{file} cannot be loaded: {error}") from error
-        deltas = _compute_deltas(session, file, runs, expected, inputs, pad_id)
+        deltas = _compute_deltas(session, file, golden.runs, expected, inputs, int(body["pad_id"]))
         largest, median = max(deltas), sorted(deltas)[len(deltas) // 2]
         if largest > tolerance["largest"]:
             raise InvalidBundleError(
@@ -292,6 +347,67 @@ def compare_logits(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str,
                 f"(limit {tolerance['median']:g})"
             )
         yield name, largest, tolerance["largest"]
+
+
+class _Golden(NamedTuple):
+    """The content of golden.json.
+
+    Attributes:
+        rows: For each sentence, its text and its recorded token ids.
+        runs: For each run of a model: the side of the padding, and the rows of the batch.
+        logits: For each variant: the recorded logits of each row of each run.
+    """
+
+    rows: list[tuple[str, list[int]]]
+    runs: list[tuple[str, list[tuple[str, list[int]]]]]
+    logits: dict[str, list[list[Any]]]
+
+
+def _read_golden(folder: Path, body: Mapping[str, Any]) -> _Golden:
+    import numpy as np
+
+    try:
+        golden = _parse_json((folder / GOLDEN).read_text(encoding="utf-8"))
+        rows = [(str(each["text"]), [int(i) for i in each["input_ids"]]) for each in golden["sentences"]]
+        batches = [(str(each["padding"]), [rows[int(i)] for i in each["sentences"]]) for each in golden["batches"]]
+        logits = {
+            str(name): [
+                [np.array(row, np.float32) for row in batch]
+                for batch in [*([row] for row in single), *golden["batch_logits"][name]]
+            ]
+            for name, single in golden["logits"].items()
+        }
+        max_length = int(body["max_length"])
+        has_wrong_row = any(not 0 < len(ids) <= max_length or min(ids) < 0 or max(ids) >= 1 << 31 for _, ids in rows)
+        has_wrong_batch = any(side not in ("left", "right") or not batch for side, batch in batches)
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
+        raise InvalidBundleError(f"{GOLDEN} cannot be read: {error!r:.300}") from error
+    if not rows or not batches:
+        raise InvalidBundleError(f"{GOLDEN} has no sentences or no batches")
+    if len(rows) > MAX_GOLDEN_SENTENCES or sum(len(batch) for _, batch in batches) > MAX_GOLDEN_SENTENCES:
+        raise InvalidBundleError(f"{GOLDEN} has more than {MAX_GOLDEN_SENTENCES} sentences")
+    if has_wrong_row or has_wrong_batch:
+        raise InvalidBundleError(f"{GOLDEN} has a sentence or a batch that no model can read")
+    return _Golden(rows, [("right", [row]) for row in rows] + batches, logits)
+
+
+def _compare_tokens(folder: Path, body: Mapping[str, Any], rows: Sequence[tuple[str, Sequence[int]]]) -> None:
+    """Raises `InvalidBundleError` unless the tokenizer gives the recorded tokens of every golden sentence."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(int(body["max_length"]))
+        different = next((text for text, ids in rows if tokenizer.encode(text).ids != ids), None)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # tokenizers raises plain Exception, and for a crash a subclass of BaseException
+        raise InvalidBundleError(f"tokenizer.json cannot be used: {error!r:.300}") from error
+    if different is not None:
+        raise InvalidBundleError(
+            f"the tokenizer splits {different[:60]!r} into tokens that differ from the tokens in {GOLDEN}"
+        )
 
 
 def _compute_deltas(
@@ -313,8 +429,12 @@ def _compute_deltas(
             for index, (actual, expected_row) in enumerate(zip(session.run([LOGITS], feeds)[0], logits, strict=True)):
                 if actual.ndim == 2:  # a token classifier; the recorded logits leave out padding
                     actual = actual[np.array(arrays["attention_mask"][index]) == 1].ravel()
+                if actual.shape != expected_row.shape:
+                    raise InvalidBundleError(f"{GOLDEN} does not have one logit of {file} for each label")
                 delta = np.abs(actual - expected_row).max()
                 deltas.append(float(delta) if np.isfinite(delta) else float("inf"))
+    except InvalidBundleError:
+        raise
     except Exception as error:  # the exception classes of onnxruntime have no common base class but Exception
         raise InvalidBundleError(f"{file} does not run on this machine: {error}") from error
     return deltas
@@ -360,7 +480,7 @@ def main(folder: Path) -> int:
         print(f"bundle {body['id'][:12]}: {len(body['files'])} files are unmodified")
         for name, largest, tolerance in compare_logits(folder, body):
             print(f"{name}: golden sentences passed, largest |Δlogit| {largest:.2g} (limit {tolerance:g})")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         print(f"{folder} has no {BUNDLE}", file=sys.stderr)
         return 1
     except BundleError as error:
