@@ -31,7 +31,7 @@ import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 SCHEMA = 2
 BUNDLE, GOLDEN = "bundle.json", "golden.json"
@@ -39,13 +39,10 @@ TEXT, LOGITS = "text", "logits"
 # Names of the inputs of a model that takes token ids. The first two are required.
 TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # Limits on a bundle. A model file of 2 GiB is the largest that the format ONNX allows.
-MAX_RECORD_BYTES = 8 << 20
-MAX_FILE_BYTES = 1 << 31
-MAX_FILES = 10_000
-MAX_MODELS = 100
-MAX_LABELS = 100_000
-MAX_TOKENS = 1 << 20
-MAX_GOLDEN_SENTENCES = 10_000
+LIMITS = {"models": 100, "labels": 100_000, "files": 10_000, "max_length": 1 << 20, "golden sentences": 10_000}
+MAX_RECORD_BYTES, MAX_FILE_BYTES, MAX_ID = 8 << 20, 1 << 31, (1 << 31) - 1
+# JSON of a wrong structure, depth or size raises these exceptions.
+_JSON_ERRORS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError)
 # x86 without VNNI adds two 8-bit products in 16 bits, and the sum can saturate. `EXACT_PRODUCTS` is a session option
 # that makes sums of 8-bit products exact on x86 without VNNI. On processors whose 8-bit products do not saturate,
 # `EXACT_PRODUCTS` only makes int8 models slower.
@@ -80,7 +77,9 @@ class InvalidBundleError(BundleError):
     """The bundle was modified, or a model does not compute the recorded logits."""
 
     def __init__(self, cause: str) -> None:
-        super().__init__(cause, "Do not use this bundle; get it again from its source")
+        # A terminal would obey control characters, which names in the bundle may contain.
+        printable = "".join(character if character.isprintable() else " " for character in cause)
+        super().__init__(printable, "Do not use this bundle; get it again from its source")
 
 
 class UnsuitableRuntimeError(BundleError):
@@ -114,126 +113,88 @@ def read_bundle(folder: Path) -> dict[str, Any]:
             link, or is outside the folder.
         FileNotFoundError: The folder has no bundle.json.
     """
+    file = folder / BUNDLE
     try:
-        text = _read_record(folder / BUNDLE)
-        body: dict[str, Any] = _parse_json(text)
-        if body["schema"] != SCHEMA:
-            raise InvalidBundleError(
-                f"{BUNDLE} has schema {str(body['schema'])[:20]!r}, but this program reads schema {SCHEMA}"
-            )
-        if canonical_id(body) != body.get("id"):
-            raise InvalidBundleError(f"the content of {BUNDLE} does not match its id")
+        status = file.lstat()
+        _require(not stat.S_ISLNK(status.st_mode), f"{BUNDLE} is a link")
+        # A named pipe could block a reader forever.
+        _require(stat.S_ISREG(status.st_mode), f"{BUNDLE} is not a regular file")
+        _require(status.st_size <= MAX_RECORD_BYTES, f"{BUNDLE} has more than {MAX_RECORD_BYTES} bytes")
+        # With `parse_constant=int`, NaN and infinities raise ValueError, because they are no JSON.
+        body: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"), parse_constant=int)
+        schema = f"{body['schema']!s:.20}"
+        _require(body["schema"] == SCHEMA, f"{BUNDLE} has schema {schema}, but this program reads schema {SCHEMA}")
+        _require(canonical_id(body) == body.get("id"), f"the content of {BUNDLE} does not match its id")
         required = _check_record(body)
         entries = {str(entry["path"]): (int(entry["bytes"]), str(entry["sha256"])) for entry in body["files"]}
-        for path, (size, _) in entries.items():
-            _check_entry(path, size)
-        missing = [path for path in (*required, GOLDEN, "tokenizer.json", "config.json") if path not in entries]
-        if missing:
-            raise InvalidBundleError(f"{missing[0]!r} is not listed in {BUNDLE}")
+        for path in entries:
+            parts = PurePosixPath(path)
+            is_outside = not path or parts.is_absolute() or ".." in parts.parts or bool({*"\\:\0"} & {*path})
+            _require(not is_outside, f"the path {path!r} is outside the folder of the bundle")
+        for path in (*required, GOLDEN, "tokenizer.json", "config.json"):
+            _require(path in entries, f"{path} is not listed in {BUNDLE}")
         for path, (size, digest) in entries.items():
             _check_file(folder, path, size, digest)
         for entry in sorted(folder.rglob("*")):
             name = entry.relative_to(folder).as_posix()
-            if name not in entries and name != BUNDLE and (entry.is_symlink() or not entry.is_dir()):
-                raise InvalidBundleError(f"{name} is not listed in {BUNDLE}")
+            is_known = name in entries or name == BUNDLE or (entry.is_dir() and not entry.is_symlink())
+            _require(is_known, f"{name} is not listed in {BUNDLE}")
     except (FileNotFoundError, NotADirectoryError):
         raise
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
+    except _JSON_ERRORS as error:
         raise InvalidBundleError(f"{BUNDLE} cannot be read: {error!r:.300}") from error
     return body
 
 
-def _read_record(file: Path) -> str:
-    """Returns the text of bundle.json; opens only a regular file, because a named pipe could block forever."""
-    mode = file.lstat()
-    if stat.S_ISLNK(mode.st_mode):
-        raise InvalidBundleError(f"{BUNDLE} is a link")
-    if not stat.S_ISREG(mode.st_mode):
-        raise InvalidBundleError(f"{BUNDLE} is not a regular file")
-    if mode.st_size > MAX_RECORD_BYTES:
-        raise InvalidBundleError(f"{BUNDLE} has {mode.st_size} bytes (limit {MAX_RECORD_BYTES})")
-    return file.read_text(encoding="utf-8")
-
-
-def _parse_json(text: str) -> Any:
-    """Returns the value of a JSON text; raises ValueError for NaN and infinities, which are no JSON."""
-
-    def refuse(name: str) -> float:
-        raise ValueError(f"{name} is not a number")
-
-    return json.loads(text, parse_constant=refuse)
+def _require(condition: bool, cause: str) -> None:
+    """Raises `InvalidBundleError` with `cause` unless `condition` is true."""
+    if not condition:
+        raise InvalidBundleError(cause)
 
 
 def _check_record(body: Mapping[str, Any]) -> list[str]:
     """Checks the values of bundle.json that `compare_logits` uses; returns the files that bundle.json must list.
 
-    Raises:
-        InvalidBundleError: A value is out of bounds.
-        ValueError, LookupError, TypeError, AttributeError, ArithmeticError: A value is missing, or has a wrong type.
+    A value that is missing or has a wrong type raises one of `_JSON_ERRORS`.
     """
-    models, labels = list(body["models"]), list(body["labels"])
-    names = [str(model["variant"]) for model in models]
-    sizes = {
-        "models": (len(models), MAX_MODELS),
-        "labels": (len(labels), MAX_LABELS),
-        "files": (len(body["files"]), MAX_FILES),
-        "max_length": (int(body["max_length"]), MAX_TOKENS),
-    }
-    for name, (size, limit) in sizes.items():
-        if not 0 < size <= limit:
-            raise InvalidBundleError(f"{BUNDLE} states {size} as the size of {name!r}, which is not in 1 … {limit}")
-    if len(set(names)) < len(names):
-        raise InvalidBundleError(f"{BUNDLE} names a model twice")
-    for model in models:
-        inputs = [tensor["name"] for tensor in model["inputs"]]
-        if inputs != [TEXT] and not set(TOKEN_INPUTS[:2]) <= set(inputs) <= set(TOKEN_INPUTS):
-            raise InvalidBundleError(f"{BUNDLE} has a model with the inputs {inputs!s:.80}")
-        if LOGITS not in [tensor["name"] for tensor in model["outputs"]]:
-            raise InvalidBundleError(f"{BUNDLE} has a model without the output {LOGITS!r}")
-        for key in ("largest", "median"):
-            if not 0 <= model["tolerance"][key] < float("inf"):
-                raise InvalidBundleError(f"{BUNDLE} has a tolerance below 0")
-    if not 0 <= int(body["pad_id"]) < 1 << 31:
-        raise InvalidBundleError(f"{BUNDLE} has an impossible 'pad_id'")
+    sizes = {name: len(body[name]) for name in ("models", "labels", "files")} | {"max_length": int(body["max_length"])}
+    for name, size in sizes.items():
+        _require(0 < size <= LIMITS[name], f"{BUNDLE} has {size} as the size of {name}, not 1 to {LIMITS[name]}")
+    _require(0 <= int(body["pad_id"]) <= MAX_ID, f"{BUNDLE} has an impossible pad_id")
+    names = {str(m["variant"]) for m in body["models"]}
+    are_names_usable = len(names) == sizes["models"] and all(re.fullmatch(r"[\w.-]{1,100}", name) for name in names)
+    _require(are_names_usable, f"{BUNDLE} names a model twice, or has an impossible name of a model")
+    for model in body["models"]:
+        inputs, outputs = ([tensor["name"] for tensor in model[key]] for key in ("inputs", "outputs"))
+        is_known = inputs == [TEXT] or set(TOKEN_INPUTS[:2]) <= set(inputs) <= set(TOKEN_INPUTS)
+        _require(is_known and LOGITS in outputs, f"{BUNDLE} has a model with unknown inputs or without logits")
+        limits = [model["tolerance"][key] for key in ("largest", "median")]
+        _require(all(0 <= limit < float("inf") for limit in limits), f"{BUNDLE} has an impossible tolerance")
     _parse_release(body["onnxruntime"])
     _saturable_models(body)
-    graph_file = _tokenizer_graph(body)
-    return [file for model in models for _, file in model_files(model)] + ([graph_file] if graph_file else [])
+    return [file for model in body["models"] for _, file in model_files(model)] + _tokenizer_graphs(body)
 
 
-def _tokenizer_graph(body: Mapping[str, Any]) -> str | None:
-    """Returns the file of the separate tokenizer graph; None without one."""
+def _tokenizer_graphs(body: Mapping[str, Any]) -> list[str]:
+    """Returns the file of the separate tokenizer graph in a list; an empty list without one."""
     file = (body.get("tokenizer_in_graph") or {}).get("file")
-    return None if file is None else str(file)
-
-
-def _check_entry(path: str, size: int) -> None:
-    """Raises `InvalidBundleError` if a path in bundle.json leads out of the folder, or a file is too large."""
-    parts = PurePosixPath(path)
-    if not path or parts.is_absolute() or ".." in parts.parts or "\\" in path or ":" in path or "\0" in path:
-        raise InvalidBundleError(f"the path {path!r} is outside the folder of the bundle")
-    if not 0 <= size <= MAX_FILE_BYTES:
-        raise InvalidBundleError(f"{path!r} has {size} bytes (limit {MAX_FILE_BYTES})")
+    return [] if file is None else [str(file)]
 
 
 def _check_file(folder: Path, path: str, size: int, digest: str) -> None:
     location = folder
     for part in PurePosixPath(path).parts:
         location = location / part
-        if location.is_symlink():
-            raise InvalidBundleError(f"{path} is a link")
-    if not location.exists():
-        raise InvalidBundleError(f"{path} is missing")
-    if not location.is_file():
-        raise InvalidBundleError(f"{path} is not a regular file")
-    if location.stat().st_size != size:
-        raise InvalidBundleError(f"{path} has {location.stat().st_size} bytes instead of {size}")
+        _require(not location.is_symlink(), f"{path} is a link")
+    _require(location.is_file(), f"{path} is missing, or is not a regular file")
+    actual_size = location.stat().st_size
+    _require(actual_size == size, f"{path} has {actual_size} bytes instead of {size}")
+    _require(size <= MAX_FILE_BYTES, f"{path} has more than {MAX_FILE_BYTES} bytes")
     sha256 = hashlib.sha256()
     with location.open("rb") as file:
         while block := file.read(1 << 20):
             sha256.update(block)
-    if sha256.hexdigest() != digest:
-        raise InvalidBundleError(f"the sha256 of {path} differs from the sha256 in {BUNDLE}")
+    _require(sha256.hexdigest() == digest, f"the sha256 of {path} differs from the sha256 in {BUNDLE}")
 
 
 def saturates(*, exact: bool = False) -> bool:
@@ -301,11 +262,10 @@ def compare_logits(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str,
     """
     import onnxruntime as ort
 
-    golden = _read_golden(folder, body)
-    _compare_tokens(folder, body, golden.rows)
-    in_graph = body.get("tokenizer_in_graph")
+    rows, runs, recorded = _read_golden(folder, body)
+    _compare_tokens(folder, body, rows)
     models = [
-        (variant, name, file, golden.logits.get(variant, ()), m["tolerance"], [t["name"] for t in m["inputs"]])
+        (variant, name, file, recorded.get(variant, ()), m["tolerance"], [t["name"] for t in m["inputs"]])
         for m in body["models"]
         for variant in [str(m["variant"])]
         for name, file in model_files(m)
@@ -316,15 +276,14 @@ def compare_logits(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str,
     option_needed = saturates()
     if option_needed:
         options.add_session_config_entry(*EXACT_PRODUCTS)
-    if in_graph:
+    if body.get("tokenizer_in_graph"):
         import onnxruntime_extensions
 
         options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
-    if graph_file := _tokenizer_graph(body):
-        _check_tokenizer(folder / graph_file, options, golden.rows)
+    for file in _tokenizer_graphs(body):
+        _check_tokenizer(folder / file, options, rows)
     for variant, name, file, expected, tolerance, inputs in models:
-        if len(expected) != len(golden.runs):
-            raise InvalidBundleError(f"{GOLDEN} does not have the logits of {name}")
+        _require(len(expected) == len(runs), f"{GOLDEN} does not have the logits of {name}")
         try:
             session = ort.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # The exception classes of onnxruntime have no common base class but Exception.
@@ -334,40 +293,25 @@ def compare_logits(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str,
                     f"{file} cannot be loaded on a processor that saturates 8-bit products: {error}", _SATURATION_HINT
                 ) from error
             raise InvalidBundleError(f"{file} cannot be loaded: {error}") from error
-        deltas = _compute_deltas(session, file, golden.runs, expected, inputs, int(body["pad_id"]))
+        deltas = _compute_deltas(session, file, runs, expected, inputs, int(body["pad_id"]))
         largest, median = max(deltas), sorted(deltas)[len(deltas) // 2]
-        if largest > tolerance["largest"]:
-            raise InvalidBundleError(
-                f"{name}: the largest difference from the recorded logits is {largest:.3g} "
-                f"(limit {tolerance['largest']:g})"
-            )
-        if median > tolerance["median"]:
-            raise InvalidBundleError(
-                f"{name}: the median difference from the recorded logits is {median:.3g} "
-                f"(limit {tolerance['median']:g})"
-            )
+        for kind, delta in (("largest", largest), ("median", median)):
+            cause = f"{name}: the {kind} difference from the recorded logits is {delta:.3g} (limit {tolerance[kind]:g})"
+            _require(delta <= tolerance[kind], cause)
         yield name, largest, tolerance["largest"]
 
 
-class _Golden(NamedTuple):
-    """The content of golden.json.
+def _read_golden(folder: Path, body: Mapping[str, Any]) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
+    """Reads golden.json.
 
-    Attributes:
-        rows: For each sentence, its text and its recorded token ids.
-        runs: For each run of a model: the side of the padding, and the rows of the batch.
-        logits: For each variant: the recorded logits of each row of each run.
+    Returns:
+        For each sentence, its text and its recorded token ids; for each run of a model, the side of the padding and the
+        sentences of the batch; for each variant, the recorded logits of each sentence of each run.
     """
-
-    rows: list[tuple[str, list[int]]]
-    runs: list[tuple[str, list[tuple[str, list[int]]]]]
-    logits: dict[str, list[list[Any]]]
-
-
-def _read_golden(folder: Path, body: Mapping[str, Any]) -> _Golden:
     import numpy as np
 
     try:
-        golden = _parse_json((folder / GOLDEN).read_text(encoding="utf-8"))
+        golden = json.loads((folder / GOLDEN).read_text(encoding="utf-8"), parse_constant=int)
         rows = [(str(each["text"]), [int(i) for i in each["input_ids"]]) for each in golden["sentences"]]
         batches = [(str(each["padding"]), [rows[int(i)] for i in each["sentences"]]) for each in golden["batches"]]
         logits = {
@@ -377,21 +321,19 @@ def _read_golden(folder: Path, body: Mapping[str, Any]) -> _Golden:
             ]
             for name, single in golden["logits"].items()
         }
-        max_length = int(body["max_length"])
-        has_wrong_row = any(not 0 < len(ids) <= max_length or min(ids) < 0 or max(ids) >= 1 << 31 for _, ids in rows)
-        has_wrong_batch = any(side not in ("left", "right") or not batch for side, batch in batches)
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
+    except _JSON_ERRORS as error:
         raise InvalidBundleError(f"{GOLDEN} cannot be read: {error!r:.300}") from error
-    if not rows or not batches:
-        raise InvalidBundleError(f"{GOLDEN} has no sentences or no batches")
-    if len(rows) > MAX_GOLDEN_SENTENCES or sum(len(batch) for _, batch in batches) > MAX_GOLDEN_SENTENCES:
-        raise InvalidBundleError(f"{GOLDEN} has more than {MAX_GOLDEN_SENTENCES} sentences")
-    if has_wrong_row or has_wrong_batch:
-        raise InvalidBundleError(f"{GOLDEN} has a sentence or a batch that no model can read")
-    return _Golden(rows, [("right", [row]) for row in rows] + batches, logits)
+    _require(bool(rows and batches), f"{GOLDEN} has no sentences or no batches")
+    count, limit = len(rows) + sum(len(batch) for _, batch in batches), LIMITS["golden sentences"]
+    _require(count <= limit, f"{GOLDEN} has more than {limit} sentences")
+    max_length = int(body["max_length"])
+    is_usable = all(0 < len(ids) <= max_length and 0 <= min(ids) <= max(ids) <= MAX_ID for _, ids in rows)
+    is_usable &= all(side in ("left", "right") and batch for side, batch in batches)
+    _require(is_usable, f"{GOLDEN} has a sentence or a batch that no model can read")
+    return rows, [("right", [row]) for row in rows] + batches, logits
 
 
-def _compare_tokens(folder: Path, body: Mapping[str, Any], rows: Sequence[tuple[str, Sequence[int]]]) -> None:
+def _compare_tokens(folder: Path, body: Mapping[str, Any], rows: Sequence[Any]) -> None:
     """Raises `InvalidBundleError` unless the tokenizer gives the recorded tokens of every golden sentence."""
     from tokenizers import Tokenizer
 
@@ -399,15 +341,12 @@ def _compare_tokens(folder: Path, body: Mapping[str, Any], rows: Sequence[tuple[
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         tokenizer.no_padding()
         tokenizer.enable_truncation(int(body["max_length"]))
-        different = next((text for text, ids in rows if tokenizer.encode(text).ids != ids), None)
+        text = next((text for text, ids in rows if tokenizer.encode(text).ids != ids), None)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # tokenizers raises plain Exception, and for a crash a subclass of BaseException
         raise InvalidBundleError(f"tokenizer.json cannot be used: {error!r:.300}") from error
-    if different is not None:
-        raise InvalidBundleError(
-            f"the tokenizer splits {different[:60]!r} into tokens that differ from the tokens in {GOLDEN}"
-        )
+    _require(text is None, f"the tokenizer splits {text!r:.60} into tokens that differ from the tokens in {GOLDEN}")
 
 
 def _compute_deltas(
@@ -429,12 +368,9 @@ def _compute_deltas(
             for index, (actual, expected_row) in enumerate(zip(session.run([LOGITS], feeds)[0], logits, strict=True)):
                 if actual.ndim == 2:  # a token classifier; the recorded logits leave out padding
                     actual = actual[np.array(arrays["attention_mask"][index]) == 1].ravel()
-                if actual.shape != expected_row.shape:
-                    raise InvalidBundleError(f"{GOLDEN} does not have one logit of {file} for each label")
+                _require(actual.shape == expected_row.shape, f"the logits have the shape {actual.shape}")
                 delta = np.abs(actual - expected_row).max()
                 deltas.append(float(delta) if np.isfinite(delta) else float("inf"))
-    except InvalidBundleError:
-        raise
     except Exception as error:  # the exception classes of onnxruntime have no common base class but Exception
         raise InvalidBundleError(f"{file} does not run on this machine: {error}") from error
     return deltas
@@ -467,10 +403,8 @@ def _check_tokenizer(file: Path, options: Any, rows: Sequence[Any]) -> None:
     except Exception as error:  # the exception classes of onnxruntime have no common base class but Exception
         raise InvalidBundleError(f"the tokenizer graph does not run on this machine: {error}") from error
     for (text, ids), (tokens, mask) in zip(rows, outputs, strict=True):
-        if tokens[0][mask[0] == 1].tolist() != ids:
-            raise InvalidBundleError(
-                f"the tokenizer graph splits {text[:60]!r} into tokens that differ from the tokens in {GOLDEN}"
-            )
+        is_equal = tokens[0][mask[0] == 1].tolist() == ids
+        _require(is_equal, f"the tokenizer graph splits {text[:60]!r} into tokens that differ from those in {GOLDEN}")
 
 
 def main(folder: Path) -> int:
