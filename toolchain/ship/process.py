@@ -7,7 +7,8 @@ both. `toolchain.ship.worker` runs in the child process.
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +23,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 # The limits are several times what a bundle of the toolchain needs on a slow machine.
-START_S = 60.0  # seconds in which the child imports ONNX Runtime
 BASE_S = 60.0  # seconds for an answer of the child; each megabyte of the bundle adds one second
 TOKENS_IN_BASE = 32 * 512  # a batch with more tokens has proportionally more seconds
 CHARACTERS_PER_S = 10_000  # each second of tokenising covers this number of characters
 BASE_BYTES = 1 << 30  # memory of the child beyond its imports; each thread adds `THREAD_BYTES`
-THREAD_BYTES = 16 << 20
+THREAD_BYTES = 32 << 20
 COPIES = 8  # the child may hold this number of copies of the bundle's files
-# The largest arrays of a transformer are two of float32 with the shape [rows, heads, tokens, tokens].
-BYTES_PER_TOKEN_PAIR = 2 * 4 * 16
+# The largest arrays of a transformer are four of float32 with the shape [rows, heads, tokens, tokens], for 16 heads.
+BYTES_PER_TOKEN_PAIR = 4 * 4 * 16
 GOLDEN_ROWS, SCORED_ROWS = 8, 32  # largest number of texts in a batch of `verify` and of `predict`
 SHARE = 0.8  # largest share of the free memory
 HINT = "Do not use this bundle; get it again from its source."
@@ -52,7 +52,9 @@ class BundleProcess(Child):
         self._record = record
         self._answer_s = BASE_S + record.size_bytes / 1e6
         super().__init__("toolchain.ship.worker", {})
-        self.ask({"folder": str(folder), "memory_bytes": memory_limit(record, rows)}, START_S)
+        with self._closing_on_error():
+            # The child answers before it opens a file of the bundle, so this needs no limit of time.
+            self.ask({"folder": str(folder), "memory_bytes": memory_limit(record, rows)}, None)
 
     def compare(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the result of `checking.compare`, with its errors.
@@ -68,6 +70,14 @@ class BundleProcess(Child):
 
     def _call(self, method: str, seconds: float, **arguments: Any) -> Any:
         return self.ask({"do": method, "seconds": seconds, **arguments}, seconds)["result"]
+
+    @contextmanager
+    def _closing_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def _make_timeout_error(self, timeout_s: float) -> ToolchainError:
         return VerdictError(
@@ -96,7 +106,7 @@ class BundleModel(BundleProcess):
     def __init__(self, folder: Path, record: BundleRecord, threads: int) -> None:
         super().__init__(folder, record, SCORED_ROWS)
         model = record.models[0]
-        try:
+        with self._closing_on_error():
             self._call(
                 "open",
                 self._answer_s,
@@ -108,9 +118,6 @@ class BundleModel(BundleProcess):
                 max_length=record.max_length,
                 threads=threads,
             )
-        except BaseException:
-            self.close()
-            raise
 
     def encode(self, texts: Sequence[Text]) -> list[Tokens]:
         """Returns the token ids of each text or pair; see `Encoder.encode`."""

@@ -34,21 +34,20 @@ MESSAGE_CHARACTERS = 300  # longest quotation of a library's error
 _MEMORY_ERROR = re.compile(r"bad.?alloc|failed to allocate|out of memory|cannot allocate|memory allocation", re.I)
 
 
-class _Child:
+class Worker:
     """A bundle, and the model that `open` opens; the public methods answer the parent's messages.
 
     Each public method takes the limit of its time in `seconds`.
+
+    Args:
+        folder: Folder of the bundle.
+        memory_bytes: Number of bytes that this process may allocate, for error messages.
     """
 
-    def __init__(self, first: Mapping[str, Any]) -> None:
-        # The limit covers the bundle and not the imports, whose memory depends on the machine.
-        import numpy  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import tokenizers  # noqa: F401
+    ready: Mapping[str, Any] = {}
 
-        self._folder, self._memory_bytes = Path(first["folder"]), int(first["memory_bytes"])
-        _limit_memory(self._memory_bytes)
-        self.ready: dict[str, Any] = {}
+    def __init__(self, folder: Path, memory_bytes: int) -> None:
+        self._folder, self._memory_bytes = folder, memory_bytes
 
     def compare(self, body: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Compares tokens and logits with the recorded ones; see `checking.compare`."""
@@ -158,6 +157,21 @@ class _Child:
             _set_alarm(0)
 
 
+def start(first: Mapping[str, Any]) -> Worker:
+    """Limits the memory of this process, and returns the object that answers the parent's messages.
+
+    Args:
+        first: The first message: the ``folder`` of the bundle, and the limit ``memory_bytes``.
+    """
+    # The limit covers the bundle and not the imports, whose memory depends on the machine.
+    import numpy  # noqa: F401
+    import onnxruntime  # noqa: F401
+    import tokenizers  # noqa: F401
+
+    _limit_memory(first["memory_bytes"])
+    return Worker(Path(first["folder"]), first["memory_bytes"])
+
+
 def _limit_memory(size: int) -> None:
     """Limits the memory that this process may allocate from now on; without an effect on systems other than Linux."""
     try:
@@ -189,4 +203,4 @@ def _is_memory_error(error: BaseException | None) -> bool:
 
 
 if __name__ == "__main__":
-    serve(_Child)
+    serve(start)

@@ -169,7 +169,7 @@ def _check_record(body: Mapping[str, Any]) -> list[str]:
         is_known = inputs == [TEXT] or set(TOKEN_INPUTS[:2]) <= set(inputs) <= set(TOKEN_INPUTS)
         _require(is_known and LOGITS in outputs, f"{BUNDLE} has a model with unknown inputs or without logits")
         limits = [model["tolerance"][key] for key in ("largest", "median")]
-        _require(all(0 <= limit < float("inf") for limit in limits), f"{BUNDLE} has an impossible tolerance")
+        _require(all(0 <= limit <= 1e300 for limit in limits), f"{BUNDLE} has an impossible tolerance")
     _parse_release(body["onnxruntime"])
     _saturable_models(body)
     return [file for model in body["models"] for _, file in model_files(model)] + _tokenizer_graphs(body)
@@ -368,8 +368,7 @@ def _compute_deltas(
             for index, (actual, expected_row) in enumerate(zip(session.run([LOGITS], feeds)[0], logits, strict=True)):
                 if actual.ndim == 2:  # a token classifier; the recorded logits leave out padding
                     actual = actual[np.array(arrays["attention_mask"][index]) == 1].ravel()
-                _require(actual.shape == expected_row.shape, f"the logits have the shape {actual.shape}")
-                delta = np.abs(actual - expected_row).max()
+                delta = np.abs(actual - expected_row).max() if actual.shape == expected_row.shape else np.inf
                 deltas.append(float(delta) if np.isfinite(delta) else float("inf"))
     except Exception as error:  # the exception classes of onnxruntime have no common base class but Exception
         raise InvalidBundleError(f"{file} does not run on this machine: {error}") from error
