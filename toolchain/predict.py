@@ -30,7 +30,7 @@ from toolchain.progress import Bar, Say
 from toolchain.ship import checking
 from toolchain.ship.bundle_files.verify import BUNDLE
 from toolchain.ship.bundle_record import BundleRecord
-from toolchain.ship.process import BundleModel
+from toolchain.ship.process import SCORED_ROWS, BundleModel
 from toolchain.system import files, hardware
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 PART_TEXTS = 2000  # If the output is a file, the run scores and stores this number of texts at a time.
 STDOUT_WINDOW = 32  # If the output is standard output, the run scores and prints this small number of texts at a time.
-BATCH_SIZE = 32
+BATCH_SIZE = SCORED_ROWS
 
 
 @dataclass(frozen=True)

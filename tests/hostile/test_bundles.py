@@ -65,6 +65,7 @@ def alarm():
     signal.signal(signal.SIGALRM, previous)
 
 
+@pytest.mark.slow
 def test_the_small_bundle_is_valid_and_has_the_fields_of_a_shipped_one(bundle, texts, built_tiny, tmp_path, say):
     code, out, err = say("verify", bundle)
     assert (code, "onnx-fp32: largest" in out) == (0, True), err
@@ -78,6 +79,7 @@ def test_the_small_bundle_is_valid_and_has_the_fields_of_a_shipped_one(bundle, t
     assert shipped["models"][0].keys() == small["models"][0].keys()
 
 
+@pytest.mark.slow
 def test_a_mutated_bundle_is_accepted_or_refused_in_one_sentence(pristine, texts, tmp_path, say):
     codes = set()
     for case in range(CASES):
@@ -96,6 +98,7 @@ def test_a_mutated_bundle_is_accepted_or_refused_in_one_sentence(pristine, texts
     assert len(codes) == 4  # both commands accept some bundles and refuse others
 
 
+@pytest.mark.slow
 def test_a_model_that_runs_for_ever_is_refused(bundle, say, monkeypatch):
     monkeypatch.setattr(process, "BASE_S", 2.0)
     bundles.replace_model(bundle, bundles.endless_model())
@@ -103,15 +106,17 @@ def test_a_model_that_runs_for_ever_is_refused(bundle, say, monkeypatch):
     assert (code, "the models or the tokenizer need more than 2 s" in err) == (3, True), err
 
 
+@pytest.mark.slow
 def test_a_model_that_runs_for_ever_on_some_texts_is_stopped(bundle, texts, tmp_path, say, monkeypatch):
     bundles.replace_model(bundle, bundles.trap_model())
+    assert say("verify", bundle)[0] == 0
     monkeypatch.setattr(process, "BASE_S", 3.0)
     code, _, err = say("predict", bundle, texts, "--output", tmp_path / "scores.csv")
     assert (code, "the models or the tokenizer need more than 3 s" in err) == (3, True), err
     assert not (tmp_path / "scores.csv").exists()
-    assert say("verify", bundle)[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the memory of a process")
 def test_a_model_that_needs_too_much_memory_is_refused(bundle, texts, say):
     bundles.replace_model(bundle, bundles.large_model())
@@ -120,6 +125,7 @@ def test_a_model_that_needs_too_much_memory_is_refused(bundle, texts, say):
         assert (code, "the models or the tokenizer need more than" in err, " MB." in err) == (3, True, True), err
 
 
+@pytest.mark.slow
 def test_a_child_ends_even_if_its_parent_does_not_stop_it(bundle):
     bundles.replace_model(bundle, bundles.endless_model())
     body = json.loads((bundle / "bundle.json").read_bytes())
@@ -157,6 +163,7 @@ def test_a_model_that_opens_another_file_is_refused(bundle, place):
         checking.compare(bundle, body)
 
 
+@pytest.mark.slow
 def test_the_command_refuses_a_local_function_that_opens_another_file(bundle, texts, say):
     bundles.replace_model(bundle, bundles.leaking_models()["function"])
     for command in (("verify", bundle), ("predict", bundle, texts)):

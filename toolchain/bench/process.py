@@ -134,7 +134,8 @@ class Child:
         else:
             ending = f"ended with exit code {code}"
         self._errors.seek(0)
-        output = " ".join(self._errors.read()[-_TAIL:].split())
+        # A terminal would obey control characters.
+        output = "".join(filter(str.isprintable, " ".join(self._errors.read()[-_TAIL:].split())))
         return self._make_error(f"The process {ending}." + (f" Last output of the process: {output}" if output else ""))
 
     def _make_error(self, cause: str) -> errors.ToolchainError:

@@ -86,9 +86,10 @@ class BundleProcess(Child):
         )
 
     def _make_error(self, cause: str) -> ToolchainError:
-        # The child ends with an exit code above 0 only if Python cannot start it.
-        error_class = VerdictError if (self._process.returncode or 0) < 0 else ShippingError
-        return error_class(f"{self._folder}: the models or the tokenizer cannot be opened. {cause}", HINT)
+        problem = f"{self._folder}: the models or the tokenizer cannot be opened. {cause}"
+        if (self._process.returncode or 0) > 0:  # Python cannot start the module, so the bundle is not the cause.
+            return ShippingError(problem, "`toolchain doctor` lists the packages to install.")
+        return VerdictError(problem, HINT)
 
 
 class BundleModel(BundleProcess):
@@ -121,9 +122,10 @@ class BundleModel(BundleProcess):
 
     def encode(self, texts: Sequence[Text]) -> list[Tokens]:
         """Returns the token ids of each text or pair; see `Encoder.encode`."""
-        characters = sum(len(part) for text in texts for part in ([text] if isinstance(text, str) else text))
+        characters = sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts)
+        seconds = self._answer_s + characters / CHARACTERS_PER_S
         rows = []
-        for ids, types, spans in self._call("encode", self._answer_s + characters / CHARACTERS_PER_S, texts=texts):
+        for ids, types, spans in self._call("encode", seconds, texts=texts):
             rows.append(row := Tokens(ids))
             row.types, row.spans = types, spans
         return rows
@@ -143,7 +145,8 @@ class BundleModel(BundleProcess):
 
         tokens = len(rows) * max(map(len, rows))
         seconds = self._answer_s * max(1.0, tokens / TOKENS_IN_BASE)
-        reply = self._call("logits", seconds, texts=texts, rows=[[row, row.types] for row in rows])
+        sent_texts = texts if self._record.models[0].takes_texts else []
+        reply = self._call("logits", seconds, texts=sent_texts, rows=[[row, row.types] for row in rows])
         return np.frombuffer(base64.b64decode(reply["float32"]), np.float32).reshape(reply["shape"])
 
 

@@ -18,7 +18,7 @@ from toolchain.bench.worker import serve
 from toolchain.data.encoding import Encoder, open_tokenizer, pad
 from toolchain.data.files import Text
 from toolchain.data.labels import TOKENS, Tokens
-from toolchain.errors import DataError, DeviceMemoryError, ProviderError, VerdictError, first_line
+from toolchain.errors import DataError, DeviceMemoryError, ProviderError, ToolchainError, VerdictError, first_line
 from toolchain.ship import checking
 from toolchain.ship.bundle_files.verify import LOGITS, TEXT
 from toolchain.ship.process import HINT
@@ -98,7 +98,7 @@ class Worker:
         """Returns the logits of the texts: their ``shape``, and their ``float32`` values as base64.
 
         Args:
-            texts: The texts.
+            texts: The texts, if the graph contains the tokenizer.
             rows: Token ids and token types of each text.
         """
         import numpy as np
@@ -150,9 +150,9 @@ class Worker:
                 ) from error
             if isinstance(error, VerdictError):
                 raise
-            raise VerdictError(
-                f"{self._folder} cannot be used: {first_line(error)[:MESSAGE_CHARACTERS].rstrip('.')}.", HINT
-            ) from error
+            cause = error.cause if isinstance(error, ToolchainError) else first_line(error)
+            quotation = "".join(filter(str.isprintable, cause[:MESSAGE_CHARACTERS])).rstrip(".")
+            raise VerdictError(f"{self._folder} cannot be used: {quotation}.", HINT) from error
         finally:
             _set_alarm(0)
 

@@ -66,7 +66,8 @@ class BundleError(Exception):
 
     def __init__(self, cause: str, hint: str) -> None:
         super().__init__(cause, hint)
-        self.cause = cause
+        # A terminal would obey control characters, which names in the bundle may contain.
+        self.cause = "".join(character if character.isprintable() else " " for character in cause)
         self.hint = hint
 
     def __str__(self) -> str:
@@ -77,9 +78,7 @@ class InvalidBundleError(BundleError):
     """The bundle was modified, or a model does not compute the recorded logits."""
 
     def __init__(self, cause: str) -> None:
-        # A terminal would obey control characters, which names in the bundle may contain.
-        printable = "".join(character if character.isprintable() else " " for character in cause)
-        super().__init__(printable, "Do not use this bundle; get it again from its source")
+        super().__init__(cause, "Do not use this bundle; get it again from its source")
 
 
 class UnsuitableRuntimeError(BundleError):
