@@ -12,6 +12,7 @@ import sys
 import pytest
 from hostile import bundles
 
+from toolchain.data.encoding import Encoder
 from toolchain.errors import CheckpointError, TamperedError, VerdictError
 from toolchain.models import checkpoints
 from toolchain.models.tokenizers import load_tokenizer
@@ -187,6 +188,13 @@ def test_a_panic_of_a_checkpoint_s_tokenizer_is_an_error(tiny_checkpoint, tmp_pa
     file.write_text(json.dumps({**json.loads(file.read_text()), **PANICS["file"]}))
     with pytest.raises(CheckpointError, match=r"cannot be loaded: .*precompiled_charsmap"):
         load_tokenizer(tmp_path / "checkpoint")
+
+
+def test_a_panic_on_a_text_is_an_error(bundle):
+    bundles.replace_values(bundle, "tokenizer.json", **PANICS["text"])
+    encoder = Encoder.open(bundle, ("input_ids", "attention_mask"), 8)
+    with pytest.raises(CheckpointError, match=r"fails on a text: the library crashed: chunk size must be non-zero"):
+        encoder.encode(["a good film"])
 
 
 CHANGES = {
