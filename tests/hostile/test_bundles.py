@@ -80,6 +80,16 @@ def test_the_small_bundle_is_valid_and_has_the_fields_of_a_shipped_one(bundle, t
     assert shipped["models"][0].keys() == small["models"][0].keys()
 
 
+def test_the_name_of_a_variant_may_have_a_label(bundle, say):
+    for name in ("bundle.json", "golden.json"):
+        content = (bundle / name).read_text().replace(bundles.VARIANT, "onnx-fp32+no-first-query")
+        (bundle / name).write_text(content)
+    bundles.reseal(bundle)
+    with bundles.without_child():
+        code, out, err = say("verify", bundle)
+    assert (code, "onnx-fp32+no-first-query: largest" in out) == (0, True), err
+
+
 @pytest.mark.slow
 def test_a_mutated_bundle_is_accepted_or_refused_in_one_sentence(pristine, texts, tmp_path, say):
     codes = set()

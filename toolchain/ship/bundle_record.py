@@ -12,8 +12,8 @@ from toolchain.data.labels import MULTI, REGRESSION, SINGLE, TASKS, TOKENS
 from toolchain.ship.bundle_files.verify import LOGITS, TEXT
 from toolchain.system.decoding import convert, partial
 
-# Text of a bundle that a message or a table shows: printable, and not longer than a line.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# The name of a variant or a target: a message shows it, so it is printable and short.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,199}")
 
 
 @partial

@@ -161,7 +161,7 @@ def _check_record(body: Mapping[str, Any]) -> list[str]:
         _require(0 < size <= LIMITS[name], f"{BUNDLE} has {size} as the size of {name}, not 1 to {LIMITS[name]}")
     _require(0 <= int(body["pad_id"]) <= MAX_ID, f"{BUNDLE} has an impossible pad_id")
     names = {str(m["variant"]) for m in body["models"]}
-    are_names_usable = len(names) == sizes["models"] and all(re.fullmatch(r"[\w.-]{1,100}", name) for name in names)
+    are_names_usable = len(names) == sizes["models"] and all(re.fullmatch(r"[\w.+-]{1,200}", name) for name in names)
     _require(are_names_usable, f"{BUNDLE} names a model twice, or has an impossible name of a model")
     for model in body["models"]:
         inputs, outputs = ([tensor["name"] for tensor in model[key]] for key in ("inputs", "outputs"))
