@@ -10,9 +10,10 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from toolchain.artifacts import publishing, store, variants
 from toolchain.artifacts.store import Artifact
@@ -23,15 +24,15 @@ from toolchain.build.workspace import Workspace
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.entities import describe_entities
 from toolchain.data.files import STDIN, Text, Texts, group_texts
-from toolchain.data.labels import REGRESSION, TOKENS, Answer, LabelSet, answers, label_probabilities, number
+from toolchain.data.labels import REGRESSION, TOKENS, Answer, LabelSet, Tokens, answers, label_probabilities, number
 from toolchain.data.tables import FORMATS
 from toolchain.data.writing import Row, open_writer
 from toolchain.errors import ArtifactError, DataError
-from toolchain.passes.probabilities import LOGITS
 from toolchain.progress import Bar, Say
-from toolchain.ship import shipping
-from toolchain.ship.bundle_files.verify import BUNDLE, TEXT
-from toolchain.ship.tokenizer_graph.session import TextSession
+from toolchain.ship import checking
+from toolchain.ship.bundle_files.verify import BUNDLE
+from toolchain.ship.bundle_record import BundleRecord
+from toolchain.ship.process import SCORED_ROWS, BundleModel
 from toolchain.system import files, hardware
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 PART_TEXTS = 2000  # Largest number of texts in a window if the output is a file; each window becomes a part file.
 STDOUT_WINDOW = 32  # Largest number of texts in a window if the output is standard output.
 WINDOW_CHARACTERS = 1 << 22  # Largest number of characters in a window; a longer text has its own window.
-BATCH_SIZE = 32
+BATCH_SIZE = SCORED_ROWS
 
 
 @dataclass(frozen=True)
@@ -53,23 +54,22 @@ class Model:
         runtime: Name of the runtime.
         id: Unique id: a variant's manifest id, or a bundle's id with the name of the variant.
         labels: Names of the labels, by index.
-        encoder: The tokenizer.
-        files: Relative paths of all files in the folder of the variant or bundle, with the manifest or bundle.json.
-        takes_texts: Whether the graph contains the tokenizer.
+        task: Task of the model, one of `toolchain.data.labels.TASKS`.
+        folder: Folder of the variant or bundle.
+        files: Relative paths of all files in `folder`, with the manifest or bundle.json.
+        encoder: The tokenizer of a variant; None for a bundle, because only a child process opens its tokenizer.
+        bundle: The record of a bundle; None for a variant.
     """
 
     path: Path
     runtime: str
     id: str
     labels: tuple[str, ...]
-    encoder: Encoder
+    task: str
+    folder: Path
     files: tuple[str, ...]
-    takes_texts: bool = False
-
-    @property
-    def folder(self) -> Path:
-        """Returns the folder of the variant or bundle."""
-        return self.encoder.folder
+    encoder: Encoder | None = None
+    bundle: BundleRecord | None = None
 
     def columns(self, takes_texts: Texts) -> list[str]:
         """Returns the column names of the predictions: a text or a pair of texts, the label, and all probabilities.
@@ -86,7 +86,7 @@ class Model:
     @property
     def label_set(self) -> LabelSet:
         """Returns the labels of the model."""
-        return LabelSet(self.labels, self.encoder.task)
+        return LabelSet(self.labels, self.task)
 
 
 # An `Engine` is a function that is called with (model, texts, skip, window). An `Engine` skips the first `skip` texts,
@@ -103,63 +103,72 @@ def _model_from_artifact(artifact: Artifact) -> Model:
     manifest = artifact.manifest
     encoder = Encoder.open(artifact.path, [spec.name for spec in manifest.inputs], manifest.max_length)
     runtime = variants.get(manifest.variant).runtime
-    return Model(artifact.path, runtime, manifest.id, manifest.labels, encoder, artifact.files)
+    path = artifact.path
+    return Model(path, runtime, manifest.id, manifest.labels, encoder.task, path, artifact.files, encoder)
 
 
 def load_bundle_model(folder: Path, say: Say) -> Model:
-    """Returns the first model of a bundle, after the checks of `shipping.check_bundle`.
+    """Returns the first model of a bundle, after the checks of `checking.check_bundle`.
 
     Raises:
         ShippingError: The folder holds no bundle.
         VerdictError: The bundle was modified, or this runtime does not reproduce the logits recorded in the bundle.
         ProviderError: The bundle needs onnxruntime-extensions, which is not installed.
     """
-    body, _ = shipping.check_bundle(folder)
-    first_model = body["models"][0]
-    if len(body["models"]) > 1:
-        say(f"{folder}: using {first_model['variant']}, the first of {len(body['models'])} models")
-    names = [spec["name"] for spec in first_model["inputs"]]
-    encoder = Encoder.open(folder, names, body["max_length"])
-    files = (*(entry["path"] for entry in body["files"]), BUNDLE)
-    model_id = f"{body['id']}:{first_model['variant']}"
-    return Model(folder / first_model["file"], "onnx", model_id, tuple(body["labels"]), encoder, files, names == [TEXT])
+    record, _ = checking.check_bundle(folder)
+    first_model = record.models[0]
+    if len(record.models) > 1:
+        say(f"{folder}: using {first_model.variant}, the first of {len(record.models)} models")
+    files = (*(entry.path for entry in record.files), BUNDLE)
+    model_id, path = f"{record.id}:{first_model.variant}", folder / first_model.file
+    return Model(path, "onnx", model_id, record.labels, record.task_name, folder, files, bundle=record)
 
 
-class LoadedModel:
-    """A loaded model that runs on the CPU with `threads` threads and returns logits."""
+class LoadedModel(Protocol):
+    """A loaded model that runs on the CPU and returns logits."""
 
-    def __init__(self, model: Model, threads: int) -> None:
-        self._encoder = model.encoder
-        self._graph = TextSession(model.path, threads) if model.takes_texts else None
-        self._session = None if model.takes_texts else open_session(model.path, model.runtime, Place("cpu", threads))
+    def encode(self, texts: Sequence[Text]) -> list[Tokens]:
+        """Returns the token ids of each text or pair, with special tokens."""
 
-    def logits(self, texts: Sequence[Text], rows: Sequence[Sequence[int]]) -> np.ndarray:
+    def logits(self, texts: Sequence[Text], rows: Sequence[Tokens]) -> np.ndarray:
         """Returns the logits of the texts as float32, of shape [texts, labels], or [texts, tokens, labels] for token
         classification.
 
         Args:
             texts: The texts, for a graph that contains the tokenizer.
-            rows: Token ids of each text, for a graph without the tokenizer.
+            rows: Result of `encode` for the texts, for a graph without the tokenizer.
 
         Raises:
             DataError: The graph contains the tokenizer, and an item of `texts` is a pair of texts.
         """
-        if self._graph:
-            if not all(isinstance(text, str) for text in texts):
-                raise DataError(
-                    "A bundle with the tokenizer in the graph takes single texts, not pairs.",
-                    "Use the variant instead of the bundle, or ship a bundle without --with-tokenizer.",
-                )
-            return self._graph.run([str(text) for text in texts])[LOGITS]
-        assert self._session is not None
-        return self._session.run(pad(rows, self._encoder.names, self._encoder.pad_id))
 
     def close(self) -> None:
         """Releases the model."""
-        if self._graph:
-            self._graph.close()
-        if self._session:
-            self._session.close()
+
+
+class _LoadedVariant:
+    """The loaded model of a variant; see `LoadedModel`."""
+
+    def __init__(self, model: Model, encoder: Encoder, threads: int) -> None:
+        self._encoder = encoder
+        self._session = open_session(model.path, model.runtime, Place("cpu", threads))
+
+    def encode(self, texts: Sequence[Text]) -> list[Tokens]:
+        return self._encoder.encode(texts)
+
+    def logits(self, texts: Sequence[Text], rows: Sequence[Tokens]) -> np.ndarray:
+        return self._session.run(pad(rows, self._encoder.names, self._encoder.pad_id))
+
+    def close(self) -> None:
+        self._session.close()
+
+
+def load_model(model: Model, threads: int) -> LoadedModel:
+    """Loads a model with `threads` threads; the model of a bundle runs in a child process with limits."""
+    if model.bundle:
+        return BundleModel(model.folder, model.bundle, threads)
+    assert model.encoder is not None
+    return _LoadedVariant(model, model.encoder, threads)
 
 
 def load_folder_model(folder: Path, say: Say) -> Model:
@@ -181,11 +190,10 @@ def load_folder_model(folder: Path, say: Say) -> Model:
 
 
 def score_locally(model: Model, texts: Texts, skip: int, window: int) -> Iterator[list[Row]]:
-    """Scores texts in this process; yields the predictions of each window; the default `Engine`."""
-    loaded_model = LoadedModel(model, hardware.cores())
-    for window_texts in split_windows(texts, skip, window):
-        yield score_window(loaded_model, model, texts, window_texts)
-    loaded_model.close()
+    """Scores texts on this machine; yields the predictions of each window; the default `Engine`."""
+    with closing(load_model(model, hardware.cores())) as loaded_model:
+        for window_texts in split_windows(texts, skip, window):
+            yield score_window(loaded_model, model, texts, window_texts)
 
 
 def predict(
@@ -322,7 +330,7 @@ def score_window(loaded_model: LoadedModel, model: Model, texts: Texts, window_t
     columns, label_set = model.columns(texts), model.label_set
     if label_set.task == TOKENS and texts.pair:
         raise DataError("The model finds entities in single texts, not in pairs.", "Leave out --text-pair-column.")
-    rows = model.encoder.encode(window_texts)
+    rows = loaded_model.encode(window_texts)
     predictions: list[list[Any]] = [[]] * len(rows)
     for batch in offline_batches([len(row) for row in rows], BATCH_SIZE):
         logits = loaded_model.logits([window_texts[i] for i in batch], [rows[i] for i in batch])

@@ -28,7 +28,7 @@ from toolchain.errors import ArtifactError, ProviderError, ShippingError, Unknow
 from toolchain.progress import no_bar
 from toolchain.results.folder import ResultsFolder
 from toolchain.results.result_file import ResultFile
-from toolchain.ship import bundles, shipping
+from toolchain.ship import bundles, checking, shipping
 from toolchain.ship.bundle_files import verify as bundled
 from toolchain.ship.bundles import TOLERANCES
 from toolchain.ship.shipping import Order
@@ -169,7 +169,7 @@ def test_with_tokenizer_is_refused_for_a_target_without_its_operators(built_tiny
 def test_without_onnxruntime_extensions_an_error_names_the_extra(text_bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime_extensions", None)
     with pytest.raises(ProviderError, match="pip install 'onnxruntime-extensions"):
-        shipping.verify(text_bundle)
+        checking.check_own_bundle(text_bundle)
 
 
 def test_a_web_bundle_has_the_layout_of_transformers_js(bundles_by_target):
@@ -354,7 +354,7 @@ def test_an_interrupted_ship_keeps_the_old_bundle(tiny, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     make(tiny, tmp_path / "b", "onnx-int8")
-    monkeypatch.setattr(shipping, "verify", interrupt)
+    monkeypatch.setattr(checking, "check_own_bundle", interrupt)
     with pytest.raises(KeyboardInterrupt):
         make(tiny, tmp_path / "b", "onnx-fp32")
     monkeypatch.undo()
@@ -604,7 +604,7 @@ def test_verify_refuses_a_runtime_that_is_too_old(bundle):
 def test_a_saturating_runtime_gives_an_error_with_an_alternative(bundle, built_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(bundled, "saturates", lambda exact=False: True)
     with pytest.raises(VerdictError, match="this runtime saturates 8-bit products") as error:
-        shipping.verify(bundle)
+        checking.check_own_bundle(bundle)
     assert "use a -portable model" in str(error.value)
     monkeypatch.setattr(bundles, "saturates", lambda exact=False: True)
     with pytest.raises(ShippingError, match="recorded logits of onnx-int8 would be wrong"):

@@ -63,7 +63,7 @@ class Artifact:
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path).as_posix()
             # File managers write hidden files, which do not belong to the artifact.
-            if path.is_file() and name not in recorded_paths and name != MANIFEST and not path.name.startswith("."):
+            if not path.is_dir() and name not in recorded_paths and name != MANIFEST and not path.name.startswith("."):
                 raise self._tampered_error(f"{name} is not in the manifest")
 
     def _tampered_error(self, fault: str) -> TamperedError:

@@ -87,7 +87,7 @@ class Child:
         except queue.Empty:
             self._process.kill()
             self.close()
-            raise self._make_error(f"The process did not answer within {timeout_s:.0f} s and was killed.") from None
+            raise self._make_timeout_error(timeout_s or 0.0) from None
         if answer is None:
             raise self._make_exit_error()
         line, self._answered_at = answer
@@ -121,6 +121,10 @@ class Child:
                 self._replies.put((line, time.perf_counter()))
         self._replies.put(None)
 
+    def _make_timeout_error(self, timeout_s: float) -> errors.ToolchainError:
+        """Returns the error for a child that did not answer within `timeout_s` seconds and was killed."""
+        return self._make_error(f"The process did not answer within {timeout_s:.0f} s and was killed.")
+
     def _make_exit_error(self) -> errors.ToolchainError:
         code = self._process.wait()
         if code == -signal.SIGKILL:
@@ -130,7 +134,8 @@ class Child:
         else:
             ending = f"ended with exit code {code}"
         self._errors.seek(0)
-        output = " ".join(self._errors.read()[-_TAIL:].split())
+        # A terminal would obey control characters.
+        output = "".join(filter(str.isprintable, " ".join(self._errors.read()[-_TAIL:].split())))
         return self._make_error(f"The process {ending}." + (f" Last output of the process: {output}" if output else ""))
 
     def _make_error(self, cause: str) -> errors.ToolchainError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from toolchain.data.entities import kind_of_entity
 from toolchain.data.files import WORD, Text, group_texts
 from toolchain.data.labels import SINGLE, TOKENS, Tokens, task_of
-from toolchain.errors import CheckpointError
+from toolchain.errors import CheckpointError, first_line
+from toolchain.system.panics import convert_panics
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,16 +64,7 @@ class Encoder:
         Raises:
             CheckpointError: tokenizer.json is unreadable.
         """
-        from tokenizers import Tokenizer
-
-        try:
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library `tokenizers` raises a plain `Exception`
-            raise CheckpointError(
-                f"{folder / 'tokenizer.json'} cannot be read: {error}.", "Import the model again."
-            ) from error
-        tokenizer.no_padding()
-        tokenizer.enable_truncation(max_length)
+        tokenizer = open_tokenizer(folder / "tokenizer.json", max_length)
         config = json.loads((folder / "config.json").read_text())
         pad, task = config.get("pad_token_id") or 0, task_of(config)
         sides = ("right",) if config.get("local_attention") else ("right", "left")
@@ -81,18 +74,24 @@ class Encoder:
         """Returns the token ids of each text or pair, with special tokens.
 
         Truncation shortens the longer text of a pair first.
+
+        Raises:
+            CheckpointError: The tokenizer fails on a text.
         """
-        rows = []
-        for text, encoding in zip(texts, self._encodings(texts), strict=True):
-            rows.append(row := Tokens(encoding.ids))
-            if any(encoding.type_ids):
-                row.types = encoding.type_ids
-            if self.task == TOKENS:
-                first_text = text if isinstance(text, str) else text[0]
-                row.spans = _find_spans(first_text, encoding)
-                row.words = _find_words(first_text, row.spans)
-                row.outside = self.outside
-        return rows
+        with _translate_errors(f"The tokenizer in {self.folder} fails on a text"):
+            encodings = self._encodings(texts)
+            return [self._tokens_of(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+
+    def _tokens_of(self, text: Text, encoding: Any) -> Tokens:
+        tokens = Tokens(encoding.ids)
+        if any(encoding.type_ids):
+            tokens.types = encoding.type_ids
+        if self.task == TOKENS:
+            first_text = text if isinstance(text, str) else text[0]
+            tokens.spans = _find_spans(first_text, encoding)
+            tokens.words = _find_words(first_text, tokens.spans)
+            tokens.outside = self.outside
+        return tokens
 
     def _encodings(self, texts: Sequence[Text]) -> Iterator[Any]:
         """Yields the encoding of each text or pair, and holds the encodings of only a few texts in memory."""
@@ -122,6 +121,31 @@ class Encoder:
                 return cut_text
             size *= 4
         return text
+
+
+def open_tokenizer(file: Path, max_length: int) -> Any:
+    """Returns the tokenizer of a tokenizer.json, without padding and with truncation to `max_length` tokens.
+
+    Raises:
+        CheckpointError: The file is unreadable.
+    """
+    from tokenizers import Tokenizer
+
+    with _translate_errors(f"{file} cannot be read"):
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(max_length)
+    return tokenizer
+
+
+@contextmanager
+def _translate_errors(problem: str) -> Iterator[None]:
+    """Converts the errors and panics of the package tokenizers to `CheckpointError`; `problem` begins its sentence."""
+    try:
+        with convert_panics():
+            yield
+    except Exception as error:  # the package tokenizers raises plain Exception objects
+        raise CheckpointError(f"{problem}: {first_line(error)}.", "Import the model again.") from error
 
 
 def _outside(config: Mapping[str, Any]) -> int:

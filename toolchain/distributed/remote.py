@@ -25,7 +25,7 @@ from toolchain.data.files import Texts
 from toolchain.data.inputs import Data
 from toolchain.data.labels import LabelSet
 from toolchain.models.locations import Source
-from toolchain.predict import LoadedModel, Model, load_folder_model, score_window
+from toolchain.predict import LoadedModel, Model, load_folder_model, load_model, score_window
 from toolchain.results.folder import ResultsFolder
 from toolchain.results.result_file import ResultFile
 from toolchain.system import hardware
@@ -94,7 +94,7 @@ class Scorer:
         with scratch() as folder:
             unpack(self.files, folder)
             model = load_folder_model(folder, lambda line: None)
-            return model, LoadedModel(model, self.threads)
+            return model, load_model(model, self.threads)
 
     def __call__(self, windows: pyarrow.Table) -> pyarrow.Table:
         """Scores windows, which are lists of consecutive texts, and returns the predictions for these texts.

@@ -312,6 +312,7 @@ def check(folder: Path, *, head: bool = True) -> None:
         CheckpointError: The checkpoint is incomplete, unreadable, already quantised, or of another kind than `head`
             requires.
     """
+    _require_regular_files(folder)
     if (folder / adapters.SETTINGS).is_file():
         _check_adapter(folder, head)
         return
@@ -330,6 +331,13 @@ def check(folder: Path, *, head: bool = True) -> None:
         raise CheckpointError(
             f"{folder} has no tokenizer.", "Save the tokenizer beside the model: tokenizer.save_pretrained(DIR)."
         )
+
+
+def _require_regular_files(folder: Path) -> None:
+    """Raises `CheckpointError` for a named pipe, a socket or a device, because a reader could wait for it forever."""
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise CheckpointError(f"{path} is not a regular file.", "Delete the file, or download the model again.")
 
 
 def _check_adapter(folder: Path, head: bool) -> None:

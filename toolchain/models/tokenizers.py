@@ -9,6 +9,7 @@ from typing import Any
 from toolchain.errors import CheckpointError, first_line
 from toolchain.models.checkpoints import SENTENCEPIECE_FILES
 from toolchain.system.extras import install_hint, unmet_requirement
+from toolchain.system.panics import convert_panics
 
 TOKENIZER_JSON = "tokenizer.json"
 # transformers 5 writes the class name `TokenizersBackend` for a tokenizer that tokenizer.json describes completely.
@@ -31,9 +32,10 @@ def load_tokenizer(folder: Path) -> Any:
         _check_sentencepiece(folder)
     tokenizer_class = PreTrainedTokenizerFast if _class_name(folder) == _GENERIC_CLASS else AutoTokenizer
     try:
-        tokenizer = tokenizer_class.from_pretrained(
-            folder, use_fast=True, trust_remote_code=False, local_files_only=True
-        )
+        with convert_panics():
+            tokenizer = tokenizer_class.from_pretrained(
+                folder, use_fast=True, trust_remote_code=False, local_files_only=True
+            )
     except Exception as error:  # tokenizers and transformers raise errors of many classes
         raise _loading_error(folder, error) from error
     if is_converted:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from toolchain import passes
 from toolchain.artifacts import variants
@@ -24,14 +24,14 @@ from toolchain.build.workspace import Workspace
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder, pad
 from toolchain.data.labels import TOKENS
-from toolchain.errors import ArtifactError, ProviderError, ShippingError, VerdictError
+from toolchain.errors import ArtifactError, ShippingError, VerdictError
 from toolchain.models.checkpoints import NOT_STATED, REFERENCE_LICENSE
 from toolchain.progress import Bar, Say
 from toolchain.results.folder import DEFAULT_FOLDER, ResultsFolder
 from toolchain.results.measurements import Measurement
 from toolchain.results.result_file import ResultFile
 from toolchain.results.scores import Accuracy, EntityScore, Score
-from toolchain.ship import bundles
+from toolchain.ship import bundles, checking
 from toolchain.ship.bundle_files import verify as bundle_verifier
 from toolchain.ship.bundles import Contents, Provenance
 from toolchain.ship.signing import Signer, Verifier
@@ -40,10 +40,6 @@ from toolchain.ship.targets.releases import DEFAULT
 from toolchain.ship.tokenizer_graph.characters import SHIP_WITHOUT_HINT
 from toolchain.ship.tokenizer_graph.session import TextSession
 from toolchain.system import hardware
-from toolchain.system.extras import install_hint
-
-if TYPE_CHECKING:
-    import onnx
 
 SENTENCES, SEED = 16, 6
 REFERENCE_PROVENANCE = Provenance(
@@ -155,7 +151,7 @@ def _publish(contents: Contents, output: Path, say: Say, signer: Signer | None) 
         if equal and (not signer or signer.has_signed(output, folder / bundle_verifier.SIGNATURE)):
             say(f"{output}: an equal bundle exists and stays unchanged")
             return body
-        verify(folder)
+        checking.check_own_bundle(folder)
         replace(folder, output)
     say(f"{output}: written and verified, {sum(entry['bytes'] for entry in body['files']) / 1e6:.1f} MB")
     return body
@@ -324,91 +320,15 @@ def verify(folder: Path, bundle_id: str | None = None, verifier: Verifier | None
             bundle's reference logits.
         ProviderError: The bundle needs onnxruntime-extensions, which is not installed.
     """
-    body, models = check_bundle(folder, bundle_id, verifier)
+    record, models = checking.check_bundle(folder, bundle_id, verifier)
     unchecked = "not checked" if (folder / bundle_verifier.SIGNATURE).exists() else None
     return {
-        "id": body["id"],
-        "target": body.get("target"),
-        "files": len(body["files"]),
+        "id": record.id,
+        "target": record.target,
+        "files": len(record.files),
         "signature": "valid" if verifier else unchecked,
         "models": models,
     }
-
-
-def check_bundle(
-    folder: Path, bundle_id: str | None = None, verifier: Verifier | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Checks a bundle as `verify` does, with the same arguments and errors.
-
-    Returns:
-        The content of bundle.json; and for each model file, the ``largest_delta`` from the reference logits and the
-        ``tolerance``.
-    """
-    try:
-        body = bundle_verifier.read_bundle(folder)
-        _check_author(folder, body["id"], bundle_id, verifier)  # before this process opens a model
-        tokenizer_file = (body.get("tokenizer_in_graph") or {}).get("file")
-        for file in [model["file"] for model in body["models"]] + ([tokenizer_file] if tokenizer_file else []):
-            _check_single(folder / file)
-        models = {
-            variant: {"largest_delta": largest, "tolerance": tolerance}
-            for variant, largest, tolerance in bundle_verifier.compare_logits(folder, body)
-        }
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ShippingError(
-            f"{folder} is not a bundle: it has no {bundle_verifier.BUNDLE}.",
-            "Name a folder that `toolchain ship` wrote.",
-        ) from error
-    except ImportError as error:
-        raise ProviderError(
-            f"The models of {folder} contain the tokenizer and need the package {error.name}, which is not installed.",
-            install_hint("text"),
-        ) from error
-    except bundle_verifier.BundleError as error:
-        raise VerdictError(f"{folder}: {error.cause}.", f"{error.hint}.") from error
-    return body, models
-
-
-def _check_author(folder: Path, found_id: str, expected_id: str | None, verifier: Verifier | None) -> None:
-    """Raises `VerdictError` if the bundle has another id than the expected one, or has no valid signature."""
-    if expected_id and found_id != expected_id:
-        raise VerdictError(
-            f"{folder} has the id {found_id} instead of {expected_id}.",
-            "Do not use this bundle; get the expected one from its author.",
-        )
-    if verifier:
-        verifier.check(folder)
-
-
-def _check_single(path: Path) -> None:
-    """Raises `InvalidBundleError` if a model stores tensors in files other than its .onnx file.
-
-    A model that stores tensors in separate files could make ONNX Runtime open any path.
-    """
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        tensors = list(external_tensors(onnx.load(str(path), load_external_data=False).graph))
-    except (DecodeError, ValueError, OSError) as error:
-        raise bundle_verifier.InvalidBundleError(f"{path.name} is not an ONNX file") from error
-    if tensors:
-        raise bundle_verifier.InvalidBundleError(f"{path.name} stores the tensor {tensors[0]} in another file")
-
-
-def external_tensors(graph: onnx.GraphProto) -> Iterator[str]:
-    """Yields the names of the tensors that a graph or its subgraphs store in files other than the .onnx file."""
-    from onnx import TensorProto
-
-    attributes = [attribute for node in graph.node for attribute in node.attribute]
-    tensors = [
-        *graph.initializer,
-        *(t for a in attributes for t in ([a.t] if a.HasField("t") else []) + list(a.tensors)),
-    ]
-    yield from (tensor.name for tensor in tensors if tensor.data_location == TensorProto.EXTERNAL)
-    for attribute in attributes:
-        for part in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-            yield from external_tensors(part)
 
 
 def default_output(workspace: Workspace, target: str) -> Path:

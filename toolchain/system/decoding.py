@@ -26,6 +26,13 @@ def strict(kind: type[T]) -> type[T]:
     return kind
 
 
+def partial(kind: type[T]) -> type[T]:
+    """Decorates a dataclass as `strict` does, but `decode` leaves out fields of the JSON that the dataclass lacks."""
+    settings = {"extra": "ignore", "strict": True, "allow_inf_nan": False}
+    kind.__pydantic_config__ = settings  # type: ignore[attr-defined]
+    return kind
+
+
 def decode(kind: type[T], text: str | bytes) -> T:
     """Converts JSON text to a value of the type `kind`.
 

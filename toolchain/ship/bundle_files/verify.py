@@ -28,6 +28,7 @@ import base64
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -37,6 +38,13 @@ BUNDLE, GOLDEN = "bundle.json", "golden.json"
 # The signature covers bundle.json, so bundle.json cannot list the signature. It is the only unlisted file.
 SIGNATURE = "model.sig"
 TEXT, LOGITS = "text", "logits"
+# Names of the inputs of a model that takes token ids. The first two are required.
+TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+# Limits on a bundle. A model file of 2 GiB is the largest that the format ONNX allows.
+LIMITS = {"models": 100, "labels": 100_000, "files": 10_000, "max_length": 1 << 20, "golden sentences": 10_000}
+MAX_RECORD_BYTES, MAX_FILE_BYTES, MAX_ID = 8 << 20, 1 << 31, (1 << 31) - 1
+# JSON of a wrong structure, depth or size raises these exceptions.
+_JSON_ERRORS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError)
 # x86 without VNNI adds two 8-bit products in 16 bits, and the sum can saturate. `EXACT_PRODUCTS` is a session option
 # that makes sums of 8-bit products exact on x86 without VNNI. On processors whose 8-bit products do not saturate,
 # `EXACT_PRODUCTS` only makes int8 models slower.
@@ -60,7 +68,8 @@ class BundleError(Exception):
 
     def __init__(self, cause: str, hint: str) -> None:
         super().__init__(cause, hint)
-        self.cause = cause
+        # A terminal would obey control characters, which names in the bundle may contain.
+        self.cause = "".join(character if character.isprintable() else " " for character in cause)
         self.hint = hint
 
     def __str__(self) -> str:
@@ -106,58 +115,88 @@ def read_bundle(folder: Path) -> dict[str, Any]:
         FileNotFoundError: The folder has no bundle.json.
     """
     file = folder / BUNDLE
-    if file.is_symlink():
-        raise InvalidBundleError(f"{BUNDLE} is a link")
     try:
-        body: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if body["schema"] != SCHEMA:
-            raise InvalidBundleError(f"{BUNDLE} has schema {body['schema']}, but this program reads schema {SCHEMA}")
+        status = file.lstat()
+        _require(not stat.S_ISLNK(status.st_mode), f"{BUNDLE} is a link")
+        # A named pipe could block a reader forever.
+        _require(stat.S_ISREG(status.st_mode), f"{BUNDLE} is not a regular file")
+        _require(status.st_size <= MAX_RECORD_BYTES, f"{BUNDLE} has more than {MAX_RECORD_BYTES} bytes")
+        # With `parse_constant=int`, NaN and infinities raise ValueError, because they are no JSON.
+        body: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"), parse_constant=int)
+        schema = f"{body['schema']!s:.20}"
+        _require(body["schema"] == SCHEMA, f"{BUNDLE} has schema {schema}, but this program reads schema {SCHEMA}")
+        _require(canonical_id(body) == body.get("id"), f"the content of {BUNDLE} does not match its id")
+        required = _check_record(body)
         entries = {str(entry["path"]): (int(entry["bytes"]), str(entry["sha256"])) for entry in body["files"]}
-        required = [file for model in body["models"] for _, file in model_files(model)]
-        required += (
-            [str(tokenizer_file)] if (tokenizer_file := (body.get("tokenizer_in_graph") or {}).get("file")) else []
-        )
-        _parse_release(body["onnxruntime"])
-        _saturable_models(body)
-    except FileNotFoundError:
+        for path in entries:
+            parts = PurePosixPath(path)
+            is_outside = not path or parts.is_absolute() or ".." in parts.parts or bool({*"\\:\0"} & {*path})
+            _require(not is_outside, f"the path {path!r} is outside the folder of the bundle")
+        for path in (*required, GOLDEN, "tokenizer.json", "config.json"):
+            _require(path in entries, f"{path} is not listed in {BUNDLE}")
+        for path, (size, digest) in entries.items():
+            _check_file(folder, path, size, digest)
+        for entry in sorted(folder.rglob("*")):
+            name = entry.relative_to(folder).as_posix()
+            is_known = name in (*entries, BUNDLE) or (entry.is_dir() and not entry.is_symlink())
+            is_known |= name == SIGNATURE and entry.is_file() and not entry.is_symlink()
+            _require(is_known, f"{name} is not listed in {BUNDLE}")
+    except (FileNotFoundError, NotADirectoryError):
         raise
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise InvalidBundleError(f"{BUNDLE} cannot be read: {error!r}") from error
-    if canonical_id(body) != body.get("id"):
-        raise InvalidBundleError(f"the content of {BUNDLE} does not match its id")
-    for path in entries:
-        parts = PurePosixPath(path)
-        if not path or parts.is_absolute() or ".." in parts.parts or "\\" in path or ":" in path or "\0" in path:
-            raise InvalidBundleError(f"the path {path!r} is outside the folder of the bundle")
-    missing = [path for path in (*required, GOLDEN, "tokenizer.json", "config.json") if path not in entries]
-    if missing:
-        raise InvalidBundleError(f"{missing[0]} is not listed in {BUNDLE}")
-    for path, (size, digest) in entries.items():
-        _check_file(folder, path, size, digest)
-    for entry in sorted(folder.rglob("*")):
-        name = entry.relative_to(folder).as_posix()
-        is_listed = name in entries or (name in (BUNDLE, SIGNATURE) and entry.is_file() and not entry.is_symlink())
-        if not is_listed and (entry.is_symlink() or not entry.is_dir()):
-            raise InvalidBundleError(f"{name} is not listed in {BUNDLE}")
+    except _JSON_ERRORS as error:
+        raise InvalidBundleError(f"{BUNDLE} cannot be read: {error!r:.300}") from error
     return body
+
+
+def _require(condition: bool, cause: str) -> None:
+    """Raises `InvalidBundleError` with `cause` unless `condition` is true."""
+    if not condition:
+        raise InvalidBundleError(cause)
+
+
+def _check_record(body: Mapping[str, Any]) -> list[str]:
+    """Checks the values of bundle.json that `compare_logits` uses; returns the files that bundle.json must list.
+
+    A value that is missing or has a wrong type raises one of `_JSON_ERRORS`.
+    """
+    sizes = {name: len(body[name]) for name in ("models", "labels", "files")} | {"max_length": int(body["max_length"])}
+    for name, size in sizes.items():
+        _require(0 < size <= LIMITS[name], f"{BUNDLE} has {size} as the size of {name}, not 1 to {LIMITS[name]}")
+    _require(0 <= int(body["pad_id"]) <= MAX_ID, f"{BUNDLE} has an impossible pad_id")
+    names = {str(m["variant"]) for m in body["models"]}
+    are_names_usable = len(names) == sizes["models"] and all(re.fullmatch(r"[\w.+-]{1,200}", name) for name in names)
+    _require(are_names_usable, f"{BUNDLE} names a model twice, or has an impossible name of a model")
+    for model in body["models"]:
+        inputs, outputs = ([tensor["name"] for tensor in model[key]] for key in ("inputs", "outputs"))
+        is_known = inputs == [TEXT] or set(TOKEN_INPUTS[:2]) <= set(inputs) <= set(TOKEN_INPUTS)
+        _require(is_known and LOGITS in outputs, f"{BUNDLE} has a model with unknown inputs or without logits")
+        limits = [model["tolerance"][key] for key in ("largest", "median")]
+        _require(all(0 <= limit <= 1e300 for limit in limits), f"{BUNDLE} has an impossible tolerance")
+    _parse_release(body["onnxruntime"])
+    _saturable_models(body)
+    return [file for model in body["models"] for _, file in model_files(model)] + _tokenizer_graphs(body)
+
+
+def _tokenizer_graphs(body: Mapping[str, Any]) -> list[str]:
+    """Returns the file of the separate tokenizer graph in a list; an empty list without one."""
+    file = (body.get("tokenizer_in_graph") or {}).get("file")
+    return [] if file is None else [str(file)]
 
 
 def _check_file(folder: Path, path: str, size: int, digest: str) -> None:
     location = folder
     for part in PurePosixPath(path).parts:
         location = location / part
-        if location.is_symlink():
-            raise InvalidBundleError(f"{path} is a link")
-    if not location.is_file():
-        raise InvalidBundleError(f"{path} is missing")
-    if location.stat().st_size != size:
-        raise InvalidBundleError(f"{path} has {location.stat().st_size} bytes instead of {size}")
+        _require(not location.is_symlink(), f"{path} is a link")
+    _require(location.is_file(), f"{path} is missing, or is not a regular file")
+    actual_size = location.stat().st_size
+    _require(actual_size == size, f"{path} has {actual_size} bytes instead of {size}")
+    _require(size <= MAX_FILE_BYTES, f"{path} has more than {MAX_FILE_BYTES} bytes")
     sha256 = hashlib.sha256()
     with location.open("rb") as file:
         while block := file.read(1 << 20):
             sha256.update(block)
-    if sha256.hexdigest() != digest:
-        raise InvalidBundleError(f"the sha256 of {path} differs from the sha256 in {BUNDLE}")
+    _require(sha256.hexdigest() == digest, f"the sha256 of {path} differs from the sha256 in {BUNDLE}")
 
 
 def saturates(*, exact: bool = False) -> bool:
@@ -223,56 +262,30 @@ def compare_logits(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str,
             give the recorded tokens.
         UnsuitableRuntimeError: This ONNX Runtime is too old, or cannot compute a model exactly on this processor.
     """
-    import numpy as np
     import onnxruntime as ort
-    from tokenizers import Tokenizer
 
-    try:
-        golden = json.loads((folder / GOLDEN).read_text(encoding="utf-8"))
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tokenizer.no_padding()
-        tokenizer.enable_truncation(int(body["max_length"]))
-        rows = [(str(each["text"]), [int(i) for i in each["input_ids"]]) for each in golden["sentences"]]
-        batches = [(str(each["padding"]), [rows[int(i)] for i in each["sentences"]]) for each in golden["batches"]]
-        runs = [("right", [row]) for row in rows] + batches
-        recorded = {
-            name: [
-                [np.array(row, np.float32) for row in batch]
-                for batch in [*([row] for row in logits), *golden["batch_logits"][name]]
-            ]
-            for name, logits in golden["logits"].items()
-        }
-        models = [
-            (m["variant"], name, file, recorded.get(m["variant"], ()), m["tolerance"], [t["name"] for t in m["inputs"]])
-            for m in body["models"]
-            for name, file in model_files(m)
-        ]
-        pad_id = int(body["pad_id"])
-        in_graph = body.get("tokenizer_in_graph")
-    except Exception as error:  # the package tokenizers raises plain Exception objects
-        raise InvalidBundleError(f"{GOLDEN}, {BUNDLE} or tokenizer.json cannot be read: {error!r}") from error
-    if not rows or not batches:
-        raise InvalidBundleError(f"{GOLDEN} has no sentences or no batches")
-    for text, ids in rows:
-        if tokenizer.encode(text).ids != ids:
-            raise InvalidBundleError(
-                f"the tokenizer splits {text[:60]!r} into tokens that differ from the tokens in {GOLDEN}"
-            )
+    rows, runs, recorded = _read_golden(folder, body)
+    _compare_tokens(folder, body, rows)
+    models = [
+        (variant, name, file, recorded.get(variant, ()), m["tolerance"], [t["name"] for t in m["inputs"]])
+        for m in body["models"]
+        for variant in [str(m["variant"])]
+        for name, file in model_files(m)
+    ]
     check_runtime(body)
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors only
     option_needed = saturates()
     if option_needed:
         options.add_session_config_entry(*EXACT_PRODUCTS)
-    if in_graph:
+    if body.get("tokenizer_in_graph"):
         import onnxruntime_extensions
 
         options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
-    if in_graph and "file" in in_graph:
-        _check_tokenizer(folder / in_graph["file"], options, rows)
+    for file in _tokenizer_graphs(body):
+        _check_tokenizer(folder / file, options, rows)
     for variant, name, file, expected, tolerance, inputs in models:
-        if len(expected) != len(runs):
-            raise InvalidBundleError(f"{GOLDEN} does not have the logits of {name}")
+        _require(len(expected) == len(runs), f"{GOLDEN} does not have the logits of {name}")
         try:
             session = ort.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # The exception classes of onnxruntime have no common base class but Exception.
@@ -282,19 +295,60 @@ def compare_logits(folder: Path, body: Mapping[str, Any]) -> Iterator[tuple[str,
                     f"{file} cannot be loaded on a processor that saturates 8-bit products: {error}", _SATURATION_HINT
                 ) from error
             raise InvalidBundleError(f"{file} cannot be loaded: {error}") from error
-        deltas = _compute_deltas(session, file, runs, expected, inputs, pad_id)
+        deltas = _compute_deltas(session, file, runs, expected, inputs, int(body["pad_id"]))
         largest, median = max(deltas), sorted(deltas)[len(deltas) // 2]
-        if largest > tolerance["largest"]:
-            raise InvalidBundleError(
-                f"{name}: the largest difference from the recorded logits is {largest:.3g} "
-                f"(limit {tolerance['largest']:g})"
-            )
-        if median > tolerance["median"]:
-            raise InvalidBundleError(
-                f"{name}: the median difference from the recorded logits is {median:.3g} "
-                f"(limit {tolerance['median']:g})"
-            )
+        for kind, delta in (("largest", largest), ("median", median)):
+            cause = f"{name}: the {kind} difference from the recorded logits is {delta:.3g} (limit {tolerance[kind]:g})"
+            _require(delta <= tolerance[kind], cause)
         yield name, largest, tolerance["largest"]
+
+
+def _read_golden(folder: Path, body: Mapping[str, Any]) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
+    """Reads golden.json.
+
+    Returns:
+        For each sentence, its text and its recorded token ids; for each run of a model, the side of the padding and the
+        sentences of the batch; for each variant, the recorded logits of each sentence of each run.
+    """
+    import numpy as np
+
+    try:
+        golden = json.loads((folder / GOLDEN).read_text(encoding="utf-8"), parse_constant=int)
+        rows = [(str(each["text"]), [int(i) for i in each["input_ids"]]) for each in golden["sentences"]]
+        batches = [(str(each["padding"]), [rows[int(i)] for i in each["sentences"]]) for each in golden["batches"]]
+        logits = {
+            str(name): [
+                [np.array(row, np.float32) for row in batch]
+                for batch in [*([row] for row in single), *golden["batch_logits"][name]]
+            ]
+            for name, single in golden["logits"].items()
+        }
+    except _JSON_ERRORS as error:
+        raise InvalidBundleError(f"{GOLDEN} cannot be read: {error!r:.300}") from error
+    _require(bool(rows and batches), f"{GOLDEN} has no sentences or no batches")
+    count, limit = len(rows) + sum(len(batch) for _, batch in batches), LIMITS["golden sentences"]
+    _require(count <= limit, f"{GOLDEN} has more than {limit} sentences")
+    max_length = int(body["max_length"])
+    is_usable = all(0 < len(ids) <= max_length and 0 <= min(ids) <= max(ids) <= MAX_ID for _, ids in rows)
+    is_usable &= all(side in ("left", "right") and batch for side, batch in batches)
+    _require(is_usable, f"{GOLDEN} has a sentence or a batch that no model can read")
+    return rows, [("right", [row]) for row in rows] + batches, logits
+
+
+def _compare_tokens(folder: Path, body: Mapping[str, Any], rows: Sequence[Any]) -> None:
+    """Raises `InvalidBundleError` unless the tokenizer gives the recorded tokens of every golden sentence."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(int(body["max_length"]))
+        text = next((text for text, ids in rows if tokenizer.encode(text).ids != ids), None)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # tokenizers raises plain Exception, and for a crash a subclass of BaseException
+        raise InvalidBundleError(f"tokenizer.json cannot be used: {error!r:.300}") from error
+    _require(text is None, f"the tokenizer splits {text!r:.60} into tokens that differ from the tokens in {GOLDEN}")
 
 
 def _compute_deltas(
@@ -316,7 +370,7 @@ def _compute_deltas(
             for index, (actual, expected_row) in enumerate(zip(session.run([LOGITS], feeds)[0], logits, strict=True)):
                 if actual.ndim == 2:  # a token classifier; the recorded logits leave out padding
                     actual = actual[np.array(arrays["attention_mask"][index]) == 1].ravel()
-                delta = np.abs(actual - expected_row).max()
+                delta = np.abs(actual - expected_row).max() if actual.shape == expected_row.shape else np.inf
                 deltas.append(float(delta) if np.isfinite(delta) else float("inf"))
     except Exception as error:  # the exception classes of onnxruntime have no common base class but Exception
         raise InvalidBundleError(f"{file} does not run on this machine: {error}") from error
@@ -350,10 +404,8 @@ def _check_tokenizer(file: Path, options: Any, rows: Sequence[Any]) -> None:
     except Exception as error:  # the exception classes of onnxruntime have no common base class but Exception
         raise InvalidBundleError(f"the tokenizer graph does not run on this machine: {error}") from error
     for (text, ids), (tokens, mask) in zip(rows, outputs, strict=True):
-        if tokens[0][mask[0] == 1].tolist() != ids:
-            raise InvalidBundleError(
-                f"the tokenizer graph splits {text[:60]!r} into tokens that differ from the tokens in {GOLDEN}"
-            )
+        is_equal = tokens[0][mask[0] == 1].tolist() == ids
+        _require(is_equal, f"the tokenizer graph splits {text[:60]!r} into tokens that differ from those in {GOLDEN}")
 
 
 def main(folder: Path) -> int:
@@ -363,7 +415,7 @@ def main(folder: Path) -> int:
         print(f"bundle {body['id'][:12]}: {len(body['files'])} files are unmodified")
         for name, largest, tolerance in compare_logits(folder, body):
             print(f"{name}: golden sentences passed, largest |Δlogit| {largest:.2g} (limit {tolerance:g})")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         print(f"{folder} has no {BUNDLE}", file=sys.stderr)
         return 1
     except BundleError as error:
