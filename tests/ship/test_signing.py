@@ -9,7 +9,7 @@ import pytest
 
 from toolchain.errors import ProviderError, ShippingError, VerdictError
 from toolchain.progress import no_bar
-from toolchain.ship import shipping
+from toolchain.ship import checking, shipping
 from toolchain.ship.bundle_files import verify as bundled
 from toolchain.ship.shipping import Order
 from toolchain.ship.signing import Signer, Verifier
@@ -159,7 +159,7 @@ def test_verify_with_a_key_refuses_an_added_file(bundle, keys):
 def test_verify_checks_the_signature_before_it_opens_a_model(bundle, keys, monkeypatch):
     (bundle / "model.onnx").write_bytes(b"hostile")
     reseal(bundle, "model.onnx")
-    monkeypatch.setattr(shipping, "_check_single", lambda path: pytest.fail("the model was opened"))
+    monkeypatch.setattr(checking, "BundleProcess", lambda *arguments: pytest.fail("the model was opened"))
     for choice in ({"verifier": Verifier.from_key(keys / "author.pub")}, {"bundle_id": "0" * 64}):
         with pytest.raises(VerdictError, match=r"signature is not valid|instead of 000"):
             shipping.verify(bundle, **choice)
