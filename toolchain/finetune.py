@@ -38,6 +38,7 @@ from toolchain.models.checkpoints import Source
 from toolchain.progress import Bar, Say
 from toolchain.results import statistics
 from toolchain.results.scores import EntityScore, RegressionScore, score_answers
+from toolchain.system.decoding import decode_object, read_bytes
 from toolchain.training.batches import batches
 from toolchain.training.loop import Examples, Recipe, train
 from toolchain.training.scoring import BATCH, answers
@@ -248,7 +249,7 @@ def _finished_card(output: Path, key: str) -> dict[str, Any] | None:
     if not (output.exists() or output.is_symlink()):
         return None
     try:
-        card: dict[str, Any] = json.loads((output / CARD).read_text(encoding="utf-8"))
+        card = decode_object(read_bytes(output / CARD))
         if card["key"] == key:
             return card
     except (OSError, ValueError, KeyError, TypeError) as error:

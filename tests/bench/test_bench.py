@@ -307,7 +307,7 @@ def test_a_resumed_run_measures_only_the_missing_turns(fake, data, encoder, tmp_
 
 def test_only_the_same_command_can_resume_a_run(tmp_path):
     file = tmp_path / "m-20260101T000000Z.journal"
-    record = {"cell": 0, "kind": "peak", "turn": None, "reply": {}}
+    record = {"cell": 0, "kind": "peak", "turn": None, "reply": {"peak": 1}}
     Journal.begin(file, {"cells": [], "protocol": {"threads": 2}}).append(record)
     with pytest.raises(ResultFileError, match=r"had another value of protocol\. .*omit --resume"):
         Journal.resume(file, {"cells": [], "protocol": {"threads": 1}})
@@ -325,18 +325,18 @@ def test_only_the_same_command_can_resume_a_run(tmp_path):
 def test_two_runs_that_begin_in_the_same_second_have_separate_journals(tmp_path):
     file, head = tmp_path / "m-20260101T000000Z.journal", {"cells": ["a"]}
     first, second = Journal.begin(file, head), Journal.begin(file, head)
-    for run_journal, cell in ((first, 0), (second, 0)):
-        run_journal.append({"cell": cell, "kind": "peak", "turn": None, "reply": run_journal.path.name})
+    for run_journal, peak in ((first, 1), (second, 2)):
+        run_journal.append({"cell": 0, "kind": "peak", "turn": None, "reply": {"peak": peak}})
     assert first.path == file
     first.end()
     assert journal.find_newest(tmp_path, "m") == second.path
-    assert [record["reply"] for record in Journal.resume(second.path, head).records] == [second.path.name]
+    assert [record["reply"] for record in Journal.resume(second.path, head).records] == [{"peak": 2}]
 
 
 def test_resuming_a_run_does_not_rewrite_its_records(tmp_path, monkeypatch):
     """A killed run must not lose its records, so `Journal.resume` only cuts off the incomplete last line."""
     file = tmp_path / "m-20260101T000000Z.journal"
-    Journal.begin(file, {"cells": ["a"]}).append({"cell": 0, "kind": "peak", "turn": None, "reply": {}})
+    Journal.begin(file, {"cells": ["a"]}).append({"cell": 0, "kind": "peak", "turn": None, "reply": {"peak": 1}})
     complete = file.read_bytes()
     with file.open("ab") as stream:
         stream.write(b'{"cell": 0, "kind"')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from toolchain.data.entities import kind_of_entity
 from toolchain.data.files import WORD, Text
 from toolchain.data.labels import SINGLE, TOKENS, Tokens, task_of
 from toolchain.errors import CheckpointError
+from toolchain.system.decoding import decode_object, read_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,10 +70,15 @@ class Encoder:
             ) from error
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_length)
-        config = json.loads((folder / "config.json").read_text())
-        pad, task = config.get("pad_token_id") or 0, task_of(config)
+        try:
+            config = decode_object(read_bytes(folder / "config.json"))
+            pad, task, outside = _pad_id(config), task_of(config), _outside(config)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder / 'config.json'} cannot be read: {error}.", "Import the model again."
+            ) from error
         sides = ("right",) if config.get("local_attention") else ("right", "left")
-        return cls(folder, tokenizer, tuple(names), pad, max_length, task, sides, _outside(config))
+        return cls(folder, tokenizer, tuple(names), pad, max_length, task, sides, outside)
 
     def encode(self, texts: Sequence[Text]) -> list[Tokens]:
         """Returns the token ids of each text or pair, with special tokens.
@@ -118,9 +123,22 @@ class Encoder:
         return text
 
 
+def _pad_id(config: Mapping[str, Any]) -> int:
+    """Returns the token id for padding; raises `ValueError` if it is no token id."""
+    pad_id = config.get("pad_token_id") or 0
+    if type(pad_id) is not int or not 0 <= pad_id < 1 << 31:
+        raise ValueError(f"the pad_token_id {pad_id!r} is not a token id")
+    return pad_id
+
+
 def _outside(config: Mapping[str, Any]) -> int:
-    """Returns the index of the first label that marks no entity; 0 without such a label."""
+    """Returns the index of the first label that marks no entity; 0 without such a label.
+
+    Raises `ValueError` if `id2label` does not map indices to names.
+    """
     names = config.get("id2label") or {}
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError("id2label does not map indices to names")
     return next((int(index) for index, name in names.items() if kind_of_entity(name) is None), 0)
 
 

@@ -7,7 +7,6 @@ trusts remote code.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Set
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +18,7 @@ from toolchain.data.entities import check_names
 from toolchain.data.labels import REGRESSION, SEQUENCE_HEAD, TASKS, TOKEN_HEAD, TOKENS, LabelSet, task_of
 from toolchain.errors import CheckpointError
 from toolchain.models import adapters, hub, pickles
+from toolchain.system.decoding import decode_object, read_bytes
 
 REFERENCE = Path(__file__).parent.parent / "reference" / "model"
 REFERENCE_SLUG = "reference"
@@ -261,9 +261,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     """
     file = folder / "config.json"
     try:
-        config = json.loads(file.read_text())
-        if not isinstance(config, dict):
-            raise ValueError("the JSON value is not an object")
+        return decode_object(read_bytes(file))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} has no config.json.", "Pass the folder that `save_pretrained` wrote."
@@ -272,7 +270,6 @@ def config_of(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file} does not contain a JSON object: {error}.", "Save the model again with `save_pretrained`."
         ) from error
-    return config
 
 
 def weights_of(folder: Path) -> Path:
@@ -302,9 +299,9 @@ def _tensors_by_file(folder: Path) -> dict[str, set[str]]:
     if (folder / WEIGHTS_INDEX).is_file():
         tensors_by_file: dict[str, set[str]] = {}
         try:
-            for tensor, name in json.loads((folder / WEIGHTS_INDEX).read_text())["weight_map"].items():
+            for tensor, name in decode_object(read_bytes(folder / WEIGHTS_INDEX))["weight_map"].items():
                 tensors_by_file.setdefault(name, set()).add(tensor)
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
             raise CheckpointError(f"{folder / WEIGHTS_INDEX} cannot be read.", "Save the model again.") from error
         if not all(
             isinstance(name, str) and name.endswith(".safetensors") and "/" not in name for name in tensors_by_file

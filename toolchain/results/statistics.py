@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -178,7 +179,8 @@ def r2_interval(scores: tuple[float, ...], labels: tuple[float, ...]) -> tuple[f
     samples = stats.bootstrap(
         data, r2, paired=True, n_resamples=RESAMPLES, method="percentile", rng=_SEED, batch=100
     ).bootstrap_distribution
-    low, high = np.nanquantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    # If the labels of a sample are nearly equal, the quotient overflows.
+    low, high = np.quantile(samples[np.isfinite(samples)], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 
@@ -201,7 +203,7 @@ def f1_interval(counts: tuple[tuple[int, int, int], ...]) -> tuple[float, float]
 
 
 def correlations(scores: Sequence[float], labels: Sequence[float]) -> tuple[float | None, float | None]:
-    """Returns Pearson's and Spearman's correlation; both are None if all scores or all labels are equal.
+    """Returns Pearson's and Spearman's correlation; None if all scores or all labels are equal.
 
     Args:
         scores: Predicted score of each sentence.
@@ -211,7 +213,10 @@ def correlations(scores: Sequence[float], labels: Sequence[float]) -> tuple[floa
 
     if len(set(scores)) < 2 or len(set(labels)) < 2:
         return None, None
-    return float(stats.pearsonr(scores, labels).statistic), float(stats.spearmanr(scores, labels).statistic)
+    values = (float(test(scores, labels).statistic) for test in (stats.pearsonr, stats.spearmanr))
+    # The variance of nearly equal numbers is 0 after rounding.
+    pearson, spearman = (value if math.isfinite(value) else None for value in values)
+    return pearson, spearman
 
 
 def wilcoxon(scores: Sequence[float], baseline_scores: Sequence[float], labels: Sequence[float]) -> float:
@@ -253,8 +258,17 @@ def count_by_label(predictions: Sequence[int], labels: Sequence[int], multi: boo
             for bit in range(bits)
         ]
     else:
-        occurring = sorted({*predictions, *labels})
-        outcomes = [[(prediction == value, label == value) for prediction, label in pairs] for value in occurring]
+        labelled, predicted = Counter(labels), Counter(predictions)
+        correct = Counter(prediction for prediction, label in pairs if prediction == label)
+        return [
+            {
+                "correct": correct[value],
+                "labelled": labelled[value],
+                "predicted": predicted[value],
+                "neither": len(pairs) - labelled[value] - predicted[value] + correct[value],
+            }
+            for value in sorted({*predictions, *labels})
+        ]
     return [
         {
             "correct": sum(prediction and label for prediction, label in rows),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from toolchain.models.checkpoints import (
     license_of,
 )
 from toolchain.models.tokenizers import load_tokenizer, save_tokenizer
+from toolchain.system.decoding import decode_object, read_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,8 +119,8 @@ def _training_data_facts(checkpoint: Path) -> dict[str, str]:
     By default, a benchmark on the training data of the model runs only on the held-out rows.
     """
     try:
-        digest = json.loads((checkpoint / CARD).read_text(encoding="utf-8"))["train"]
-    except (OSError, ValueError, LookupError, TypeError):  # training.json is missing, or `finetune` did not write it
+        digest = decode_object(read_bytes(checkpoint / CARD))["train"]
+    except (OSError, ValueError, LookupError):  # training.json is missing, or `finetune` did not write it
         return {}
     return {"trained_on": digest} if isinstance(digest, str) else {}
 
