@@ -21,7 +21,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+# Control characters, and the characters that change the direction of text; a terminal obeys them.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_LONGEST = 2000  # characters of a sentence that quotes text of a file
+
+
+def printable(text: str) -> str:
+    """Returns a text that a terminal shows safely: without control characters, and at most `_LONGEST` characters long.
+
+    The function keeps line breaks and tabs.
+    """
+    clean = _CONTROL.sub("\ufffd", text)
+    return clean if len(clean) <= _LONGEST else f"{clean[: _LONGEST // 2]} … {clean[-_LONGEST // 2 :]}"
 
 
 def first_line(error: BaseException) -> str:
@@ -41,9 +55,9 @@ class ToolchainError(Exception):
     exit_code = 1
 
     def __init__(self, cause: str, hint: str = "") -> None:
-        super().__init__(cause, hint)
-        self.cause = cause
-        self.hint = hint
+        # The sentences may quote text of a foreign file.
+        self.cause, self.hint = printable(cause), printable(hint)
+        super().__init__(self.cause, self.hint)
 
     def __str__(self) -> str:
         return f"{self.cause} {self.hint}".strip()

@@ -19,7 +19,7 @@ from toolchain.cli import main
 from toolchain.errors import ToolchainError
 
 MOST_MUTATIONS = 3
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202e]")
 _SCRATCH = re.compile(r"\.[0-9a-f]{16}$")
 
 

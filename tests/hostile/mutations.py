@@ -87,18 +87,13 @@ def mutate_bytes(rng: random.Random, content: bytes) -> bytes:
 
 
 def _choose_place(rng: random.Random, holder: list[Any]) -> tuple[Any, Any]:
-    """Returns a container and a key or index in it; prefers places near the root, where lists are short."""
-    parent: Any = holder
-    key: Any = 0
-    while rng.random() < 0.8:
-        child = parent[key]
-        if isinstance(child, dict) and child:
-            parent, key = child, rng.choice(list(child))
-        elif isinstance(child, list) and child:
-            parent, key = child, rng.randrange(len(child))
-        else:
-            break
-    return parent, key
+    """Returns a container and a key or index in it: mostly of a leaf, sometimes of a part above it."""
+    places: list[tuple[Any, Any]] = [(holder, 0)]
+    while isinstance(child := places[-1][0][places[-1][1]], dict | list) and child:
+        places.append((child, rng.choice(list(child)) if isinstance(child, dict) else rng.randrange(len(child))))
+    while len(places) > 1 and rng.random() < 0.3:
+        places.pop()
+    return places[-1]
 
 
 def _drop(rng: random.Random, holder: Any, parent: Any, key: Any, raw: dict[str, str]) -> None:
@@ -125,12 +120,19 @@ def _change_type(rng: random.Random, holder: Any, parent: Any, key: Any, raw: di
     parent[key] = rng.choice((str(value)[:500], [value], {"a": value}, len(str(value))))
 
 
-def _change_number(rng: random.Random, holder: Any, parent: Any, key: Any, raw: dict[str, str]) -> None:
+def _keep_type(rng: random.Random, holder: Any, parent: Any, key: Any, raw: dict[str, str]) -> None:
+    """Replaces a value by another value of its type, so that the mutation passes the checks of types."""
     value = parent[key]
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        parent[key] = rng.choice((-value, value + 1, value - 1, value * 1000, value / 2, float(value)))
+    if isinstance(value, bool):
+        parent[key] = not value
+    elif isinstance(value, int):
+        parent[key] = rng.choice((-value, value + 1, value - 1, value * 1000, 0, *NUMBERS))
+    elif isinstance(value, float):
+        parent[key] = rng.choice((-value, value * 1e9, value / 1e9, value + 1, *FLOATS))
+    elif isinstance(value, str):
+        parent[key] = rng.choice((value + "x", value[:-1], value * 20, value.upper(), *TEXTS))
     else:
-        parent[key] = rng.choice(NUMBERS)
+        _change_length(rng, holder, parent, key, raw)
 
 
 def _change_length(rng: random.Random, holder: Any, parent: Any, key: Any, raw: dict[str, str]) -> None:
@@ -172,8 +174,7 @@ _JSON_MUTATIONS = (
     _set_value(VALUES),
     _set_raw,
     _change_type,
-    _change_number,
-    _change_number,
+    *[_keep_type] * 6,
     _change_length,
     _change_length,
     _swap,

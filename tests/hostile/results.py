@@ -1,5 +1,6 @@
 """Result files and journals: valid files of every task, and the commands that read them."""
 
+import contextlib
 import json
 import random
 from dataclasses import asdict
@@ -24,8 +25,8 @@ from toolchain.compare.rows import compare
 from toolchain.data import inputs
 from toolchain.data.encoding import Encoder
 from toolchain.data.inputs import Data
-from toolchain.data.labels import MULTI, REGRESSION, TOKENS, LabelSet
-from toolchain.results.measurements import Measurement
+from toolchain.data.labels import MULTI, REGRESSION, SINGLE, TOKENS, LabelSet
+from toolchain.results.measurements import QUANTILES_OF, Measurement, Samples
 from toolchain.results.scores import score_answers
 
 TASKS = {
@@ -80,6 +81,31 @@ def write_results(folder: Path) -> None:
 def list_results(folder: Path) -> list[Path]:
     """Returns the result files, the one with most facts three times."""
     return [*folder.glob("*.json"), *[folder / "single.json"] * 2]
+
+
+def repair_results(folder: Path) -> None:
+    """Computes figures and scores again from samples and answers, in files whose parts have the right types."""
+    for file in folder.glob("*.json"):
+        with contextlib.suppress(Exception):  # the mutation removed what the repair needs
+            body = json.loads(file.read_text())
+            labels = [tuple(a) if isinstance(a, list) else a for a in body["labels"]]
+            body["data"]["rows"] = len(labels) or body["data"]["rows"]
+            for row in body["rows"]:
+                _repair_row(row, labels, body["data"])
+            file.write_text(json.dumps(body))
+
+
+def _repair_row(row, labels, data):
+    for name, source in QUANTILES_OF.items():
+        if stored := row["samples"].get(source):
+            row[name] = Samples(stored["rounds"], stored["sentences"], stored["count"]).milliseconds()
+    if stored := row["samples"].get("batches"):
+        row["throughput_per_s"] = Samples(stored["rounds"], stored["sentences"], stored["count"]).per_second()
+    if row.get("predictions") and labels:
+        answers = [tuple(a) if isinstance(a, list) else a for a in row["predictions"]]
+        label_set = LabelSet(tuple(data.get("label_names", ())), data.get("task", SINGLE))
+        score = score_answers(answers, labels, label_set)
+        row[score.key] = {**row[score.key], **score.to_json(), "batch_size": row[score.key]["batch_size"]}
 
 
 FORMS = ("table", "markdown", "csv", "json")

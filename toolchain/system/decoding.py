@@ -30,7 +30,8 @@ MAX_BYTES = 256 << 20
 MAX_DIGITS = 300  # every integer of `MAX_DIGITS` digits fits into a float, so arithmetic with it cannot overflow
 _LONG_DIGITS = re.compile(rb"\d{%d}" % (MAX_DIGITS + 1))
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"|\d{%d}' % (MAX_DIGITS + 1), re.S)
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+# Control characters, and the characters that change the direction of text or end a line
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def strict(kind: type[T]) -> type[T]:
@@ -156,7 +157,7 @@ def decode(kind: type[T], text: str | bytes) -> T:
         field = ".".join(map(str, first["loc"]))[: 2 * SHOWN]
         shown = "" if first["type"] in ("missing", "json_invalid") else f" (it is {str(first['input'])[:SHOWN]!r})"
         message = first["msg"].removeprefix("Value error, ")
-        raise ValueError(replace_controls(f"{field}: {message}{shown}" if field else f"{message}{shown}")) from None
+        raise ValueError(f"{field}: {message}{shown}" if field else f"{message}{shown}") from None
     except (RecursionError, MemoryError) as error:
         raise ValueError("the JSON text is too large, or nests too deep") from error
 
@@ -191,11 +192,6 @@ def read_bytes(path: Path) -> bytes:
     if len(content) > MAX_BYTES:
         raise ValueError(f"the file has more than {MAX_BYTES >> 20} MiB")
     return content
-
-
-def replace_controls(text: str) -> str:
-    """Returns a text with a replacement character for each control character, so that a terminal shows it safely."""
-    return _CONTROL.sub("\ufffd", text)
 
 
 def _check_text(text: str | bytes) -> None:

@@ -131,7 +131,10 @@ def _input_names(model: PreTrainedModel, tokenizer: Any) -> list[str]:
     The result omits token types if the model knows fewer than two token types. DeBERTa-v2 has no embedding table for
     token types, and the table of RoBERTa has one row, but their tokenizers may still give token types.
     """
-    tokenizer_inputs = set(tokenizer.model_input_names)
+    input_names = tokenizer.model_input_names
+    if not isinstance(input_names, list) or not all(isinstance(name, str) for name in input_names):
+        raise CheckpointError("The model_input_names of the tokenizer are not names.", "Correct tokenizer_config.json.")
+    tokenizer_inputs = set(input_names)
     if getattr(model.config, "type_vocab_size", 2) < 2:
         tokenizer_inputs.discard("token_type_ids")
     return [name for name in inspect.signature(model.forward).parameters if name in tokenizer_inputs]
