@@ -28,24 +28,22 @@ class Kind:
     """A kind of file under attack.
 
     Attributes:
-        name: Name of the kind.
-        attack: What is attacked and which command reads it, as the page "Trust" says it.
+        name: Name of the kind, a key of `ATTACKS`.
         prepare: Writes valid files into an empty folder.
         files: Returns the paths of the files to mutate.
         mutate: Changes the content of a file.
         run: Reads the files: calls `call`, or raises `ToolchainError` for files that it refuses. The second argument is
             a random generator for the choice of options.
-        cases: Number of cases in `make test`.
+        alone: Whether only the mutated files of a case are read.
         repair: Makes the mutated files consistent again, such as a digest; None if there is nothing to repair.
     """
 
     name: str
-    attack: str
     prepare: Callable[[Path], None]
     files: Callable[[Path], Sequence[Path]]
     mutate: Callable[[random.Random, bytes], bytes]
     run: Callable[[Path, random.Random], None]
-    cases: int = 200
+    alone: bool = False
     repair: Callable[[Path], None] | None = None
 
 
@@ -93,12 +91,15 @@ def run_case(kind: Kind, pristine: Path, folder: Path, seed: str, parts: Sequenc
     """
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(pristine, folder)
-    paths = kind.files(folder)
+    paths, mutated = kind.files(folder), set[Path]()
     count = random.Random(seed).randint(1, MOST_MUTATIONS)
     for part in range(count) if parts is None else parts:
         rng = random.Random(f"{seed} {part}")
         path = rng.choice(list(paths))
         path.write_bytes(kind.mutate(rng, path.read_bytes()))
+        mutated.add(path)
+    for path in set(paths) - mutated if mutated and kind.alone else ():
+        path.unlink()
     if kind.repair:
         kind.repair(folder)
     before = _snapshot(folder)

@@ -7,34 +7,32 @@ from hostile.mutations import mutate_bytes, mutate_json, mutate_lines
 KINDS = (
     Kind(
         "result files",
-        "`toolchain compare`, with limits and with an older run",
         results.write_results,
         results.list_results,
         mutate_json,
         results.compare_results,
+        alone=True,
         repair=results.repair_results,
     ),
     Kind(
         "result files, as a page",
-        "`toolchain compare --format html`",
         results.write_results,
         results.list_results,
         mutate_json,
         results.report_results,
+        alone=True,
         repair=results.repair_results,
-        cases=4,
     ),
     Kind(
         "journals",
-        "`toolchain bench --resume`",
         results.write_journal,
         lambda folder: sorted((folder / "output").glob("*.journal")),
         mutate_lines,
         results.resume_journals,
+        alone=True,
     ),
     Kind(
         "manifests",
-        "`toolchain variants` and `predict` on a folder of artifacts; the attacker computes the id again",
         models.write_artifact,
         lambda folder: [folder / models.ARTIFACT / "manifest.json"],
         mutate_json,
@@ -43,7 +41,6 @@ KINDS = (
     ),
     Kind(
         "files of an artifact",
-        "`toolchain predict`; the attacker computes the digests of the manifest again",
         models.write_artifact,
         models.list_artifact,
         models.mutate_model_file,
@@ -52,7 +49,6 @@ KINDS = (
     ),
     Kind(
         "checkpoints",
-        "the import of `toolchain export`",
         models.write_checkpoint,
         models.list_files,
         models.mutate_model_file,
@@ -60,7 +56,6 @@ KINDS = (
     ),
     Kind(
         "adapters",
-        "the import of `toolchain export`",
         models.write_adapter,
         models.list_files,
         mutate_json,
@@ -68,15 +63,14 @@ KINDS = (
     ),
     Kind(
         "data files",
-        "`toolchain predict`, `bench` and `finetune`",
         models.write_data,
         models.list_files,
         models.mutate_data,
         models.read_data,
+        alone=True,
     ),
     Kind(
         "records of a model",
-        "layer shapes, number formats and latency tables",
         models.write_records,
         models.list_files,
         mutate_json,
@@ -84,7 +78,6 @@ KINDS = (
     ),
     Kind(
         "searches",
-        "`toolchain tune`, when it continues",
         models.write_study,
         lambda folder: [folder / "output" / "search.journal"],
         mutate_lines,
@@ -92,7 +85,6 @@ KINDS = (
     ),
     Kind(
         "ONNX graphs",
-        "the passes of `toolchain export` and `quantize`",
         models.write_graph,
         models.list_files,
         mutate_bytes,

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 from toolchain.artifacts.names import VariantName
-from toolchain.artifacts.records import (
+from toolchain.artifacts.manifest_facts import (
     ArtifactFacts,
     Environment,
     Report,

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from toolchain.bench.records import decode_record
+from toolchain.bench.journal_records import decode_record
 from toolchain.errors import ResultFileError
 from toolchain.system import files
 from toolchain.system.decoding import decode_object, read_bytes

@@ -14,7 +14,7 @@ from toolchain.bench import scenarios
 from toolchain.bench.cells import Cell, Running, make_row, make_row_without_figures
 from toolchain.bench.journal import Journal, invalid_journal
 from toolchain.bench.process import Worker
-from toolchain.bench.records import fits_plan
+from toolchain.bench.journal_records import fits_plan
 from toolchain.bench.scenarios import LENGTHS, OFFLINE, SINGLE, Protocol, Turn
 from toolchain.data.encoding import Encoder
 from toolchain.data.inputs import Data

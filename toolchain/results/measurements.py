@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from toolchain.data.labels import Answer
-from toolchain.results.records import CellFacts, Memory, Size
+from toolchain.results.facts import CellFacts, Memory, Size
 from toolchain.results.scores import Score
 
 MAX_SAMPLES = 2000

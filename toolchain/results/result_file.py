@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from toolchain.data.labels import MULTI, REGRESSION, SINGLE, TOKENS, Answer, LabelSet
 from toolchain.errors import ResultFileError
 from toolchain.results.measurements import BATCHED, MAX_SAMPLES, MAX_TIME_US, SAMPLES, Measurement, Samples
-from toolchain.results.records import (
+from toolchain.results.facts import (
     CellFacts,
     DataFacts,
     Memory,

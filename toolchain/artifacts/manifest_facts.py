@@ -1,6 +1,6 @@
 """The parts of a manifest that describe an artifact: its facts, its validation report and its environment.
 
-Each type is a typed dict, so the values keep the form of the file; see `toolchain.results.records`.
+Each type is a typed dict, so the values keep the form of the file; see `toolchain.results.facts`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from typing_extensions import NotRequired, TypedDict
 
-from toolchain.results.records import PruningFact, Task, Vocabulary
+from toolchain.results.facts import PruningFact, Task, Vocabulary
 from toolchain.system.decoding import Amount, Count, Line, Plain, open_record
 
 

@@ -12,7 +12,7 @@ from toolchain import errors
 from toolchain.bench.scenarios import LENGTHS, OFFLINE, SINGLE, Turn, length_kind
 from toolchain.data.labels import MULTI, REGRESSION, TOKENS, Answer, LabelSet
 from toolchain.results.measurements import MAX_TIME_US, PROBABILITY
-from toolchain.results.records import GpuMemory, Memory, SessionFacts
+from toolchain.results.facts import GpuMemory, Memory, SessionFacts
 from toolchain.results.result_file import MAX_SCORE
 from toolchain.system.decoding import Amount, Check, Count, Note, Plain, decode, strict
 
