@@ -32,7 +32,11 @@ from toolchain.results.scores import score_answers
 TASKS = {
     MULTI: (("a", "b", "c"), [1, 3, 7, 0, 5, 2], [1, 3, 6, 0, 5, 1]),
     REGRESSION: (("score",), [0.5, 1.0, 2.5, 3.0, 0.25, 1.5], [0.25, 1.5, 2.5, 3.5, 0.0, 2.0]),
-    TOKENS: (("O", "B-X", "I-X"), [(0, 1), (1, 2, 2), (0,), (), (1,), (0, 0)], [(0, 1), (1, 2, 0), (1,), (), (1,), (0, 0)]),
+    TOKENS: (
+        ("O", "B-X", "I-X"),
+        [(0, 1), (1, 2, 2), (0,), (), (1,), (0, 0)],
+        [(0, 1), (1, 2, 0), (1,), (), (1,), (0, 0)],
+    ),
 }
 
 
@@ -44,7 +48,14 @@ def _task_result(task):
         chances = tuple((5000,) * len(names) for _ in labels) if task == MULTI else ()
         figures = {"score": score, "score_batched": score, "predictions": tuple(predictions), "probabilities": chances}
         rows.append(measured_row(variant, ms, model="m", **figures))
-    data = {"name": "d", "rows": len(labels), "sha256": task, "labels": labels, "label_names": list(names), "task": task}
+    data = {
+        "name": "d",
+        "rows": len(labels),
+        "sha256": task,
+        "labels": labels,
+        "label_names": list(names),
+        "task": task,
+    }
     return result(*rows, data=data, run={"threads": 2, "batch_size": 32, "id": task})
 
 

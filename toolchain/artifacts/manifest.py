@@ -21,6 +21,7 @@ from toolchain.artifacts.manifest_facts import (
     StoredReport,
 )
 from toolchain.artifacts.steps import Step, decode_step, settings_of, step_name
+from toolchain.data.encoding import REQUIRED, TOKEN_TYPES
 from toolchain.errors import TamperedError
 from toolchain.system.decoding import Check, Count, Line, Name, Plain, decode, strict
 
@@ -36,6 +37,12 @@ def _check_digest(text: str) -> str:
     return text
 
 
+def _check_parts(path: str) -> str:
+    if any(len(part.encode()) > MAX_NAME_BYTES for part in PurePosixPath(path).parts):
+        raise ValueError(f"a part of the path has more than {MAX_NAME_BYTES} bytes")
+    return path
+
+
 Digest = Annotated[str, Check(_check_digest)]
 
 
@@ -44,7 +51,7 @@ Digest = Annotated[str, Check(_check_digest)]
 class FileEntry:
     """One file of an artifact: its path relative to the folder, its size in bytes, and its sha256 in hex."""
 
-    path: Line
+    path: Annotated[Line, Check(_check_parts)]
     bytes: Count
     sha256: Digest
 
@@ -52,8 +59,8 @@ class FileEntry:
         parts = PurePosixPath(self.path)
         if parts.is_absolute() or ".." in parts.parts:
             raise ValueError(f"the path {self.path!r} is outside the artifact's folder")
-        if not parts.parts or any(len(part.encode()) > MAX_NAME_BYTES for part in parts.parts):
-            raise ValueError("the path of a file is empty, or too long")
+        if not parts.parts:
+            raise ValueError("the path of a file is empty")
 
 
 @strict
@@ -203,7 +210,7 @@ class _ParentRecord:
 @dataclass(frozen=True)
 class _SourceRecord:
     kind: Literal["embedded", "folder", "hub"]
-    ref: Line
+    ref: Annotated[Line, Check(_check_parts)]
     revision: Line
     base: Line | None = None
 
@@ -235,3 +242,9 @@ class _ManifestRecord:
             raise ValueError("the manifest names no files, no inputs or no labels")
         if not 0 < self.max_length <= MAX_LENGTH:
             raise ValueError(f"max_length is {self.max_length}")
+        names = sorted(spec.name for spec in self.inputs)
+        if names not in (sorted(REQUIRED), sorted([*REQUIRED, TOKEN_TYPES])):
+            raise ValueError(f"the model takes the inputs {', '.join(names)}, which no tokenizer gives")
+        counts = [spec.shape[-1] for spec in self.outputs if spec.shape and isinstance(spec.shape[-1], int)]
+        if any(count != len(self.labels) for count in counts):
+            raise ValueError("the outputs and the labels differ in number")

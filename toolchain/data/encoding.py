@@ -16,7 +16,7 @@ from toolchain.system.decoding import decode_object, read_bytes
 if TYPE_CHECKING:
     import numpy as np
 
-TOKEN_TYPES = "token_type_ids"
+REQUIRED, TOKEN_TYPES = ("input_ids", "attention_mask"), "token_type_ids"
 # `Encoder` first tokenises a prefix of a long text, with at most `CHARACTERS_PER_TOKEN` × `max_length` characters.
 CHARACTERS_PER_TOKEN = 64
 

@@ -12,6 +12,7 @@ from toolchain.artifacts.steps import Import
 from toolchain.backends import lora
 from toolchain.backends.pytorch import check_finite, describe, load_model
 from toolchain.build.job import Job, StepResult
+from toolchain.data.encoding import REQUIRED, TOKEN_TYPES
 from toolchain.data.labels import SINGLE, TOKENS, LabelSet
 from toolchain.errors import ArtifactError, CheckpointError
 from toolchain.models.checkpoints import (
@@ -71,7 +72,7 @@ def import_checkpoint(job: Job[Import]) -> StepResult:
     if (job.checkpoint / SHAPES).is_file():
         shutil.copyfile(job.checkpoint / SHAPES, job.folder / SHAPES)
         (job.folder / WEIGHTS).rename(job.folder / OWN_WEIGHTS)
-    if not {"input_ids", "attention_mask"} <= set(names):
+    if not set(REQUIRED) <= set(names):
         raise CheckpointError(
             "The tokenizer does not give both input_ids and attention_mask.", "Correct its model_input_names."
         )
@@ -134,7 +135,7 @@ def _input_names(model: PreTrainedModel, tokenizer: Any) -> list[str]:
     input_names = tokenizer.model_input_names
     if not isinstance(input_names, list) or not all(isinstance(name, str) for name in input_names):
         raise CheckpointError("The model_input_names of the tokenizer are not names.", "Correct tokenizer_config.json.")
-    tokenizer_inputs = set(input_names)
+    tokenizer_inputs = set(input_names) & {*REQUIRED, TOKEN_TYPES}
     if getattr(model.config, "type_vocab_size", 2) < 2:
         tokenizer_inputs.discard("token_type_ids")
     return [name for name in inspect.signature(model.forward).parameters if name in tokenizer_inputs]
