@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from hostile.harness import run_case, shrink  # noqa: E402
-from hostile.kinds import KINDS  # noqa: E402
+from hostile.harness import run_case, shrink
+from hostile.kinds import KINDS
 
 
 def main() -> int:

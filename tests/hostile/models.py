@@ -12,9 +12,9 @@ from io import BytesIO, StringIO
 from pathlib import Path
 
 from conftest import import_job
-
 from hostile.harness import call
 from hostile.mutations import mutate_bytes, mutate_json, mutate_lines
+
 from toolchain.backends.reduced import Precision
 from toolchain.build.pipeline import ensure
 from toolchain.build.steps.importing import import_checkpoint

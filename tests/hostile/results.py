@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from conftest import TESTS  # noqa: F401 - makes the modules of tests/ importable
+from hostile.harness import RefusedError, call
 from rich_rows import rich_result
 from sample_results import NO_GPU, measured_row, result
 
-from hostile.harness import RefusedError, call
 from toolchain.artifacts import store
 from toolchain.artifacts.manifest import Manifest, TensorSpec
 from toolchain.artifacts.steps import Import

@@ -4,11 +4,11 @@ import json
 import random
 
 import pytest
-
 from hostile.attacks import ATTACKS
 from hostile.harness import Kind, run_case
 from hostile.kinds import KINDS
 from hostile.mutations import mutate_bytes, mutate_json
+
 from toolchain.errors import ToolchainError
 
 SEED = "make test"

@@ -141,6 +141,50 @@ def test_an_inconsistent_result_file_is_refused(tmp_path, change, message):
         ResultFile.read(tmp_path / "r.json")
 
 
+RIGHT = {"accuracy": {"value": 1.0, "correct": 2, "count": 2, "batch_size": 1}, "predictions": [0, 1]}
+
+
+def write_answers(path, *all_probabilities, **data):
+    """Writes a result of two sentences with the labels 0 and 1, and one row for each list of probabilities."""
+    body = json.loads(result(row()).to_json())
+    body["labels"], body["data"] = [0, 1], {**body["data"], "rows": 2, **data}
+    body["rows"] = [
+        {**body["rows"][0], **RIGHT, "variant": f"v{i}", "cell": f"v{i}@cpu", "probabilities": probabilities}
+        for i, probabilities in enumerate(all_probabilities)
+    ]
+    path.write_text(json.dumps(body))
+
+
+@pytest.mark.parametrize(
+    ("all_probabilities", "names", "message"),
+    [
+        ([[[9000, 1000], [2000]]], (), "another number of probabilities than labels"),
+        ([[[], []]], (), "another number of probabilities than labels"),
+        ([[[10000], None]], (), "a prediction or a label without a probability"),
+        ([[[9000, 1000]] * 2, [[9000, 500, 500]] * 2], (), "another number of probabilities than labels"),
+        ([[[9000, 1000]] * 2], ("a", "b", "c"), "another number of probabilities than labels"),
+    ],
+)
+def test_answers_probabilities_and_names_have_the_same_number_of_labels(tmp_path, all_probabilities, names, message):
+    file = tmp_path / "r.json"
+    write_answers(file, *all_probabilities, label_names=list(names))
+    with pytest.raises(ResultFileError, match=message):
+        ResultFile.read(file)
+    write_answers(file, [[9000, 1000], None], label_names=["a", "b"])
+    assert ResultFile.read(file).rows[0].score.value == 1
+    write_answers(file, [[9000, 1000], None], labels=[1, 1])
+    with pytest.raises(ResultFileError, match="the labels are in the wrong place"):
+        ResultFile.read(file)
+
+
+def test_samples_that_would_need_a_huge_table_are_refused(tmp_path):
+    latency = Samples.from_single([*[[1000]] * 1000, [1000] * 1000])
+    assert latency.count == MAX_SAMPLES
+    result(row(latency=latency, latency_ms=latency.milliseconds())).write(tmp_path / "r.json")
+    with pytest.raises(ResultFileError, match="one round has far more times than the others"):
+        ResultFile.read(tmp_path / "r.json")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema": 1, "rows": [NaN]}', "\x00"])
 def test_a_file_without_a_result_is_refused(tmp_path, text):
     (tmp_path / "r.json").write_text(text)

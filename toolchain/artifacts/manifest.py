@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from toolchain.artifacts.names import VariantName
 from toolchain.artifacts.manifest_facts import (
     ArtifactFacts,
     Environment,
@@ -20,6 +19,7 @@ from toolchain.artifacts.manifest_facts import (
     StoredEnvironment,
     StoredReport,
 )
+from toolchain.artifacts.names import VariantName
 from toolchain.artifacts.steps import Step, decode_step, settings_of, step_name
 from toolchain.data.encoding import REQUIRED, TOKEN_TYPES
 from toolchain.errors import TamperedError

@@ -5,9 +5,9 @@ Each type is a typed dict, so the values keep the form of the file; see `toolcha
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NotRequired
 
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from toolchain.results.facts import PruningFact, Task, Vocabulary
 from toolchain.system.decoding import Amount, Count, Line, Plain, open_record

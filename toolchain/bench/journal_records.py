@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from toolchain import errors
 from toolchain.bench.scenarios import LENGTHS, OFFLINE, SINGLE, Turn, length_kind
 from toolchain.data.labels import MULTI, REGRESSION, TOKENS, Answer, LabelSet
-from toolchain.results.measurements import MAX_TIME_US, PROBABILITY
 from toolchain.results.facts import GpuMemory, Memory, SessionFacts
+from toolchain.results.measurements import MAX_TIME_US, PROBABILITY
 from toolchain.results.result_file import MAX_SCORE
 from toolchain.system.decoding import Amount, Check, Count, Note, Plain, decode, strict
 

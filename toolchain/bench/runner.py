@@ -7,14 +7,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 from toolchain.backends import BACKENDS, Backend
 from toolchain.bench import scenarios
 from toolchain.bench.cells import Cell, Running, make_row, make_row_without_figures
 from toolchain.bench.journal import Journal, invalid_journal
+from toolchain.bench.journal_records import TurnReply, fits_plan
 from toolchain.bench.process import Worker
-from toolchain.bench.journal_records import fits_plan
 from toolchain.bench.scenarios import LENGTHS, OFFLINE, SINGLE, Protocol, Turn
 from toolchain.data.encoding import Encoder
 from toolchain.data.inputs import Data
@@ -149,7 +149,8 @@ class _Bench:
         for item in self.running.values():
             on_gpu = item.cell.provider != "cpu"
             fits = all(
-                (kind, turn) in planned and fits_plan(reply, planned[kind, turn], label_set, labels, on_gpu)
+                (kind, turn) in planned
+                and fits_plan(cast(TurnReply, reply), planned[kind, turn], label_set, labels, on_gpu)
                 for kind, replies in item.turns.items()
                 for turn, reply in replies.items()
             )

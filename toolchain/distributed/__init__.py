@@ -22,6 +22,7 @@ from toolchain.errors import ClusterError
 from toolchain.predict import Model
 from toolchain.progress import Say
 from toolchain.system.extras import install_hint
+from toolchain.system.hardware import Machine
 
 CONNECT_TIMEOUT_S = 60.0
 LOST_AFTER_S = 15  # The cluster is lost if its head does not answer for this number of seconds.
@@ -44,7 +45,7 @@ class Node:
     host: str
     cpus: int
     gpus: int
-    machine: dict[str, Any]
+    machine: Machine
 
 
 class _Driver(Child):

@@ -6,14 +6,21 @@ release does not know keeps its value, because other releases and scripts add ke
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, NotRequired
 
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
-from toolchain.data.labels import Answer
+from toolchain.data.labels import TASKS, Answer
 from toolchain.system.decoding import Amount, Check, Count, Line, Plain, open_record
 
-Task = Literal["single_label_classification", "multi_label_classification", "regression", "token_classification"]
+
+def _check_task(task: str) -> str:
+    if task not in TASKS:
+        raise ValueError("the task is unknown")
+    return task
+
+
+Task = Annotated[str, Check(_check_task)]
 
 
 @open_record

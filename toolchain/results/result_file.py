@@ -7,14 +7,13 @@ missing, or if a figure does not follow from its samples.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from toolchain.data.labels import MULTI, REGRESSION, SINGLE, TOKENS, Answer, LabelSet
 from toolchain.errors import ResultFileError
-from toolchain.results.measurements import BATCHED, MAX_SAMPLES, MAX_TIME_US, SAMPLES, Measurement, Samples
 from toolchain.results.facts import (
     CellFacts,
     DataFacts,
@@ -27,6 +26,7 @@ from toolchain.results.facts import (
     StoredRun,
     StoredSize,
 )
+from toolchain.results.measurements import BATCHED, MAX_SAMPLES, MAX_TIME_US, SAMPLES, Measurement, Samples
 from toolchain.results.scores import SCORES, Accuracy, EntityScore, RegressionScore, score_answers
 from toolchain.system import files
 from toolchain.system.decoding import Amount, Check, Count, Line, Name, Note, decode, read_bytes, strict
@@ -151,7 +151,7 @@ class ResultFile:
             sizes = {len(chances) for chances in row.probabilities if chances is not None}
             if names and self.task in (SINGLE, MULTI):
                 sizes.add(len(names))
-            if sizes and sizes != {counts.setdefault(row.model, min(sizes))} or 0 in sizes:
+            if (sizes and sizes != {counts.setdefault(row.model, min(sizes))}) or 0 in sizes:
                 raise ValueError(f"{row.cell} has another number of probabilities than labels")
             if (count := counts.get(row.model)) is None or self.task not in (SINGLE, MULTI):
                 continue

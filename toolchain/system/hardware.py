@@ -12,9 +12,9 @@ import re
 import runpy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired, cast
 
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from toolchain.system.decoding import Count, Line, Plain, open_record
 
@@ -199,7 +199,7 @@ def built_for_cuda(package: str) -> str | None:
     return cuda
 
 
-def machine() -> dict[str, Any]:
+def machine() -> Machine:
     """Returns the description of this machine for a result file; equal hardware has an equal ``id``."""
     import psutil
 
@@ -213,7 +213,7 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
     }
     digest = hashlib.sha256(repr(sorted(description.items())).encode()).hexdigest()[:12]
-    return {"id": digest, **description, "driver": driver, "versions": versions()}
+    return cast(Machine, {"id": digest, **description, "driver": driver, "versions": versions()})
 
 
 def missing_cuda(device_id: int = 0) -> tuple[str, str] | None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from toolchain.artifacts.publishing import lock
 from toolchain.errors import ArtifactError, first_line
-from toolchain.system.decoding import Amount, Count, Line, Name, convert, strict
+from toolchain.system.decoding import Amount, Count, Line, Name, convert, decode_object, read_bytes, strict
 from toolchain.tuning.candidates import (
     REQUANTISATION_GAIN,
     SPACE,
@@ -243,6 +244,17 @@ class Study:
             self.refused.add(candidate)
 
 
+def _check_lines(path: Path) -> None:
+    """Removes an incomplete last line, which a killed run left, and requires that each line is a JSON object."""
+    if path.is_file():
+        content = read_bytes(path)
+        complete = content[: content.rfind(b"\n") + 1]
+        if complete != content:
+            os.truncate(path, len(complete))
+        for line in complete.splitlines():
+            decode_object(line)
+
+
 def _distributions(objective: str) -> dict[str, BaseDistribution]:
     """Returns the allowed values of each setting of a candidate."""
     from optuna.distributions import CategoricalDistribution
@@ -277,6 +289,7 @@ def open_study(
         space = hashlib.sha256(json.dumps(SPACE[objective]).encode()).hexdigest()[:8]
         name = "/".join([objective, f"{max_drop:g}", *identity, space])
         try:
+            _check_lines(path)
             storage = JournalStorage(JournalFileBackend(str(path)))
             stored = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
             study = Study(stored, objective, max_drop)

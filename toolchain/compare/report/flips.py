@@ -101,8 +101,9 @@ class Texts:
             self._embedded = inputs.load_embedded()
         labels = run.data["labels"] if rows else ()
         # A file that states the digest of the embedded SST-2 may hold other labels, or more of them.
-        is_embedded = self._embedded and self._embedded.sha256 == run.data["sha256"]
-        data = self._embedded if is_embedded and list(self._embedded.labels) == list(labels) else None
+        data = self._embedded
+        if data and (data.sha256 != run.data["sha256"] or list(data.labels) != list(labels)):
+            data = None
         names = run.data.get("label_names")  # result files of older releases lack the key `label_names`
         label_set = LabelSet(tuple(names), run.task) if names else data and data.label_set
         shown = [
