@@ -461,13 +461,13 @@ class InstantWorker:
     """Answers as a process of a cell does, without a process."""
 
     pid = 0
-    memory = {"bare": 1, "imports": 2, "load": 3, "method": "none"}
 
     def __init__(self, *_):
         pass
 
     def load(self, timeout_s):
-        return {"load_us": 100, "cold_start_us": 900, "facts": {"provider": "fake"}, "memory": self.memory}
+        memory = {"bare": 1, "imports": 2, "load": 3, "method": "none"}
+        return {"load_us": 100, "cold_start_us": 900, "facts": {"provider": "fake"}, "memory": memory}
 
     def ask(self, message, timeout_s):
         if message["do"] == "peak":
@@ -520,7 +520,10 @@ def change_reply(kind, **changes):
     ("change", "message"),
     [
         (lambda record: record.update(cell=1), "a record belongs to a cell without an artifact"),
-        (lambda record: record.update(kind="surprise") if record["turn"] else None, "the kind or the number of a turn is unknown"),
+        (
+            lambda record: record.update(kind="surprise") if record["turn"] else None,
+            "the kind or the number of a turn is unknown",
+        ),
         (change_reply("start", memory={}), "the memory after loading is unknown"),
         (change_reply("start", load_us=0), "reply.load_us: the time is not positive"),
         (change_reply("start", surprise=1), "reply.surprise"),

@@ -5,6 +5,7 @@
 
 import argparse
 import collections
+import resource
 import secrets
 import sys
 import tempfile
@@ -16,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from hostile.harness import run_case, shrink
 from hostile.kinds import KINDS
 
+MEMORY_BYTES = 24 << 30
+
 
 def main() -> int:
     """Runs cases of all kinds in turn until the time is over; returns 1 if a case escaped."""
@@ -25,6 +28,8 @@ def main() -> int:
     parser.add_argument("--case", type=int)
     parser.add_argument("--kind", default="")
     options = parser.parse_args()
+    # A foreign model can state sizes for which the machine has no memory; the attack must not end the whole run.
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     seed = options.seed or secrets.token_hex(4)
     kinds = [kind for kind in KINDS if options.kind in ("", kind.name)]
     print(f"seed {seed}")

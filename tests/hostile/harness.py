@@ -1,7 +1,8 @@
 """Runs one case: a fresh copy of valid files, some mutations, one command; says whether the command escaped its rules.
 
 A command may accept hostile files or refuse them. It *escapes* if it ends in another way than with an exit code of the
-toolchain and one message, prints control characters, changes a file that it only reads, or leaves a partial file.
+toolchain and one message, or if it takes longer than `LONGEST_S`. It also escapes if it prints control characters,
+changes a file that it only reads, or leaves a partial file.
 """
 
 import contextlib
@@ -9,16 +10,19 @@ import io
 import random
 import re
 import shutil
+import signal
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from toolchain.cli import main
 from toolchain.errors import ToolchainError
 
 MOST_MUTATIONS = 3
+LONGEST_S = 20
 _CONTROL = re.compile(r"\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202e]")
 _SCRATCH = re.compile(r"\.[0-9a-f]{16}$")
 
@@ -104,7 +108,7 @@ def run_case(kind: Kind, pristine: Path, folder: Path, seed: str, parts: Sequenc
         kind.repair(folder)
     before = _snapshot(folder)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _time_limit():
             warnings.simplefilter("ignore")
             kind.run(folder, random.Random(f"{seed} options"))
         outcome = "accepted"
@@ -127,6 +131,22 @@ def run_case(kind: Kind, pristine: Path, folder: Path, seed: str, parts: Sequenc
     if partial := sorted(str(path) for path in set(after) - set(before) if _SCRATCH.search(path.name)):
         return f"left {partial[0]}"
     return outcome
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    """Interrupts a case that takes longer than `LONGEST_S`."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise EscapeError(f"the case takes longer than {LONGEST_S} s")
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    signal.alarm(LONGEST_S)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def shrink(kind: Kind, pristine: Path, folder: Path, seed: str) -> list[int]:

@@ -127,6 +127,26 @@ def test_a_resumed_run_ends_with_exactly_the_same_weights(task, tmp_path, monkey
     assert torch.equal(flat_weights(student), flat_weights(complete_student))
 
 
+@pytest.mark.parametrize(
+    "changes", [{"step": 99}, {"held_out": []}, {"best": 7}, {"scale": "x"}, {"surprise": 1}, {"key": ["k"]}]
+)
+def test_a_damaged_state_is_refused(task, tmp_path, monkeypatch, changes):
+    teacher, rows, held_out, encoder, _ = task
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)
+
+    def stop(done, total, label):
+        if done == 2:
+            raise _RunStopped
+
+    arguments = (rows, held_out), encoder, RECIPE, (tmp_path, "k")
+    with pytest.raises(_RunStopped):
+        train((disturbed_copy(teacher), copy.deepcopy(teacher)), *arguments, stop)
+    file = tmp_path / loop.STATE
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(CheckpointError, match=r"does not hold an interrupted training: .*Delete this folder"):
+        train((disturbed_copy(teacher), copy.deepcopy(teacher)), *arguments, quiet)
+
+
 def test_a_run_with_another_key_starts_from_the_beginning(task, tmp_path):
     teacher, rows, held_out, encoder, _ = task
     train(

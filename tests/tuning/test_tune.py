@@ -582,7 +582,8 @@ def test_a_damaged_search_is_refused(tmp_path, old, new):
     content = path.read_bytes()
     assert old in content
     path.write_bytes(content.replace(old, new, 1))
-    with pytest.raises(ArtifactError, match=r"does not hold the trials of a search: .*Delete this file"), (
-        open_latency_study(path)
+    with (
+        pytest.raises(ArtifactError, match=r"does not hold the trials of a search: .*Delete this file"),
+        open_latency_study(path),
     ):
         pass
