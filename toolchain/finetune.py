@@ -9,13 +9,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NotRequired
-
-from typing_extensions import TypedDict
+from typing import TYPE_CHECKING, Any
 
 import toolchain
 from toolchain.artifacts import publishing
-from toolchain.artifacts.manifest_facts import Recovery
 from toolchain.artifacts.steps import Import
 from toolchain.build.job import Job
 from toolchain.build.steps.importing import import_checkpoint
@@ -41,8 +38,8 @@ from toolchain.models.checkpoints import Source
 from toolchain.progress import Bar, Say
 from toolchain.results import statistics
 from toolchain.results.scores import EntityScore, RegressionScore, score_answers
-from toolchain.system.decoding import Amount, Check, Count, Line, Plain, decode, open_record, read_bytes
 from toolchain.training.batches import batches
+from toolchain.training.card import read_card
 from toolchain.training.loop import Examples, Recipe, train
 from toolchain.training.scoring import BATCH, answers
 
@@ -244,48 +241,6 @@ def _fetch_teacher(name: str | None, label_set: LabelSet) -> tuple[Path, Source]
     return folder, source
 
 
-@open_record
-class _Judged(TypedDict):
-    """Scores of the trained model; each task has its own scores."""
-
-    data: Line
-    rows: Count
-    accuracy: NotRequired[float]
-    balanced_accuracy: NotRequired[float]
-    macro_f1: NotRequired[float]
-    r2: NotRequired[float]
-    mean_absolute_error: NotRequired[Amount]
-    root_mean_squared_error: NotRequired[Amount]
-    entity_f1: NotRequired[float]
-    precision: NotRequired[float]
-    recall: NotRequired[float]
-
-
-_SCORES = (
-    {"accuracy", "balanced_accuracy", "macro_f1"},
-    {"r2", "mean_absolute_error", "root_mean_squared_error"},
-    {"entity_f1", "precision", "recall"},
-)
-
-
-@open_record
-class _Card(TypedDict):
-    """The content of training.json."""
-
-    key: Line
-    training: Recovery
-    judged: _Judged
-
-
-def _check_card(card: _Card) -> _Card:
-    if "score" not in card["training"] or not any(names <= set(card["judged"]) for names in _SCORES):
-        raise ValueError("a score of the model is missing")
-    return card
-
-
-_STORED_CARD: Any = Annotated[_Card, Plain, Check(_check_card)]
-
-
 def _finished_card(output: Path, key: str) -> dict[str, Any] | None:
     """Returns the content of training.json in `output`; None if `output` does not exist.
 
@@ -294,7 +249,7 @@ def _finished_card(output: Path, key: str) -> dict[str, Any] | None:
     if not (output.exists() or output.is_symlink()):
         return None
     try:
-        card: _Card = decode(_STORED_CARD, read_bytes(output / CARD))
+        card = read_card(output / CARD)
         if card["key"] == key:
             return dict(card)
     except (OSError, ValueError) as error:

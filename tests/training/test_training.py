@@ -1,6 +1,7 @@
 """Tests of training: the student learns, the best weights are kept, and a killed run resumes with the same result."""
 
 import copy
+import json
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from toolchain.build.steps.recover import AugmentedExamples, _mask_token
 from toolchain.build.workspace import Workspace
 from toolchain.data.encoding import Encoder
 from toolchain.data.labels import LabelSet
-from toolchain.errors import DataError
+from toolchain.errors import CheckpointError, DataError
 from toolchain.models import architectures
 from toolchain.pruning.setup import shared_setup
 from toolchain.training import loop, losses
