@@ -18,7 +18,7 @@ from toolchain.data.entities import check_names
 from toolchain.data.labels import REGRESSION, SEQUENCE_HEAD, TASKS, TOKEN_HEAD, TOKENS, LabelSet, task_of
 from toolchain.errors import CheckpointError
 from toolchain.models import adapters, hub, pickles
-from toolchain.system.decoding import decode_object, read_bytes
+from toolchain.system.decoding import check_line, decode_object, read_bytes
 
 REFERENCE = Path(__file__).parent.parent / "reference" / "model"
 REFERENCE_SLUG = "reference"
@@ -418,6 +418,11 @@ def label_set(folder: Path, config: dict[str, Any]) -> LabelSet:
             f"{folder}: id2label does not map the class indices 0, 1, … to different names.",
             "Correct id2label in config.json.",
         )
+    try:
+        for name in names:
+            check_line(name)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: a name in id2label cannot be shown: {error}.", "Rename the label.") from error
     task = task_of(config)
     if task not in TASKS:
         known = ", ".join(name for name in TASKS if name != TOKENS)

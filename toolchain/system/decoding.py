@@ -68,7 +68,12 @@ class _PlainCheck:
         return core_schema.no_info_wrap_validator_function(check, handler(source))
 
 
-def _check_line(text: str) -> str:
+def check_line(text: str) -> str:
+    """Returns a text that has at most 1000 characters and no control character.
+
+    Raises:
+        ValueError: The text is longer, or has a control character.
+    """
     if len(text) > 1000 or _CONTROL.search(text):
         raise ValueError("the text has more than 1000 characters, or a control character")
     return text
@@ -113,7 +118,7 @@ def _check_plain(value: Any) -> None:
             elif isinstance(part, list | tuple):
                 parts += part
             elif isinstance(part, str):
-                _check_line(part)
+                check_line(part)
             elif not isinstance(part, float | int | None) or abs(part or 0) >= 1 << 63 or not math.isfinite(part or 0):
                 raise ValueError("a number is infinite, or has more than 64 bits")
         if not parts:
@@ -123,7 +128,7 @@ def _check_plain(value: Any) -> None:
 
 
 Name = Annotated[str, Check(_check_name)]  # the name of a folder: no path separator, at most 200 characters
-Line = Annotated[str, Check(_check_line)]  # a name: at most 1000 characters, and no control character
+Line = Annotated[str, Check(check_line)]  # a name: at most 1000 characters, and no control character
 Note = Annotated[str, Check(_clean_note)]  # a message: at most 100,000 characters; replaces control characters
 Count = Annotated[int, Check(_check_count)]  # 0 to 2^63 - 1
 Amount = Annotated[float, Check(_check_amount)]  # 0, or from 10^-9 to 10^15

@@ -26,7 +26,7 @@ from toolchain.models.checkpoints import (
     license_of,
 )
 from toolchain.models.tokenizers import load_tokenizer, save_tokenizer
-from toolchain.system.decoding import decode_object, read_bytes
+from toolchain.system.decoding import check_line, decode_object, read_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,6 +121,8 @@ def _training_data_facts(checkpoint: Path) -> dict[str, str]:
     """
     try:
         digest = decode_object(read_bytes(checkpoint / CARD))["train"]
+        if isinstance(digest, str):
+            check_line(digest)
     except (OSError, ValueError, LookupError):  # training.json is missing, or `finetune` did not write it
         return {}
     return {"trained_on": digest} if isinstance(digest, str) else {}
