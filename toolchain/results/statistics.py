@@ -203,7 +203,7 @@ def f1_interval(counts: tuple[tuple[int, int, int], ...]) -> tuple[float, float]
 
 
 def correlations(scores: Sequence[float], labels: Sequence[float]) -> tuple[float | None, float | None]:
-    """Returns Pearson's and Spearman's correlation; None if all scores or all labels are equal.
+    """Returns Pearson's and Spearman's correlation; both are None if all scores or all labels are equal.
 
     Args:
         scores: Predicted score of each sentence.
@@ -213,10 +213,7 @@ def correlations(scores: Sequence[float], labels: Sequence[float]) -> tuple[floa
 
     if len(set(scores)) < 2 or len(set(labels)) < 2:
         return None, None
-    values = (float(test(scores, labels).statistic) for test in (stats.pearsonr, stats.spearmanr))
-    # The variance of nearly equal numbers is 0 after rounding.
-    pearson, spearman = (value if math.isfinite(value) else None for value in values)
-    return pearson, spearman
+    return float(stats.pearsonr(scores, labels).statistic), float(stats.spearmanr(scores, labels).statistic)
 
 
 def wilcoxon(scores: Sequence[float], baseline_scores: Sequence[float], labels: Sequence[float]) -> float:
