@@ -14,6 +14,11 @@ TORCH_INDEX ?=
 # Per cents that `make export` prunes; empty for none. TRAIN_DATA: a CSV to rank by, where SST-2 does not fit.
 PRUNE ?= 30 40 50
 TRAIN_DATA ?=
+# Seconds of `make fuzz`; the seed, the number and the kind of one case to run again.
+SECONDS ?= 60
+SEED ?=
+CASE ?=
+KIND ?=
 # What `make ship` ships.
 SHIP ?= onnx-int8
 # FULL=1: about 60 s a cell instead of 20.
@@ -41,7 +46,7 @@ PIP = $(BIN)/pip install --disable-pip-version-check -q $(if $(TORCH_INDEX),--ex
 CHOICE = --model "$(MODEL)" --exported "$(EXPORTED)"
 
 .DEFAULT_GOAL := help
-.PHONY: help install anew export bench compare ship test test-fast test-set test-clients locks lint docs docs-serve report clean distclean
+.PHONY: help install anew export bench compare ship test test-fast test-set test-clients locks fuzz lint docs docs-serve report clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -140,6 +145,10 @@ locks: $(VENV)/.installed ## pin the Python packages of bundles with sha256, in 
 			--generate-hashes --no-annotate --custom-compile-command "make locks" --upgrade --no-emit-index-url \
 			-c $(VENV)/locks.txt -o $(FILES)/$$name.lock - || exit 1; \
 	done
+
+fuzz: $(VENV)/.installed-test ## attack the readers of files for SECONDS (60); SEED, CASE and KIND repeat one case
+	$(BIN)/python tests/hostile/fuzz.py --seconds $(SECONDS) $(if $(SEED),--seed "$(SEED)") $(if $(CASE),--case $(CASE)) \
+		$(if $(KIND),--kind "$(KIND)")
 
 lint: $(VENV)/.installed-test ## lint and types
 	$(BIN)/ruff format --check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,7 @@ def parts() -> dict[str, str]:
         "precision": _study("precision"),
         "saturation": _study("saturation"),
         "commands": _commands(),
+        "attacks": _attacks(),
     }
 
 
@@ -180,6 +182,14 @@ def _variables() -> str:
     found = re.findall(r"^([A-Z_]+) \?=(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     rows = [[f"`{name}`", f"`{value.strip()}`" if value.strip() else "empty"] for name, value in found]
     return _table(["variable", "default"], rows, numbers=False)
+
+
+def _attacks() -> str:
+    """Returns the table of the attacks on foreign files, with the number of cases in `make test`."""
+    path = ROOT / "tests" / "hostile" / "attacks.py"
+    attacks = runpy.run_path(str(path))["ATTACKS"]
+    rows = [[name, reader, str(cases)] for name, (reader, cases) in attacks.items()]
+    return _table(["files", "read by", "cases"], rows)
 
 
 def filled(text: str, contents: dict[str, str]) -> str:

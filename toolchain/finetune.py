@@ -39,6 +39,7 @@ from toolchain.progress import Bar, Say
 from toolchain.results import statistics
 from toolchain.results.scores import EntityScore, RegressionScore, score_answers
 from toolchain.training.batches import batches
+from toolchain.training.card import read_card
 from toolchain.training.loop import Examples, Recipe, train
 from toolchain.training.scoring import BATCH, answers
 
@@ -248,10 +249,10 @@ def _finished_card(output: Path, key: str) -> dict[str, Any] | None:
     if not (output.exists() or output.is_symlink()):
         return None
     try:
-        card: dict[str, Any] = json.loads((output / CARD).read_text(encoding="utf-8"))
+        card = read_card(output / CARD)
         if card["key"] == key:
-            return card
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            return dict(card)
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{output} exists, and `toolchain finetune` did not write it.", _HINT) from error
     raise ArtifactError(f"{output} exists, and was trained with other settings.", _HINT)
 

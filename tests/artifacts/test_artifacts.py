@@ -27,7 +27,7 @@ def manifest_of(folder: Path, **changes) -> Manifest:
         "step": Export(18, "optimum"),
         "step_version": 1,
         "files": store.list_files(folder),
-        "inputs": (manifest.TensorSpec("input_ids", "int64", ("batch", 7)),),
+        "inputs": tuple(manifest.TensorSpec(n, "int64", ("batch", 7)) for n in ("input_ids", "attention_mask")),
         "outputs": (),
         "labels": ("NO", "YES"),
         "max_length": 512,
@@ -165,12 +165,25 @@ def test_a_broken_manifest_raises_an_artifact_error(artifact, text):
         {"inputs": []},
         {"max_length": "x"},
         {"files": None},
+        {"files": [{"path": "x" * 300, "bytes": 0, "sha256": "0" * 64}]},
+        {"files": [{"path": "x", "bytes": 0, "sha256": "0"}]},
+        {"source": {"kind": "folder", "ref": "/" + "x" * 300, "revision": "0"}},
+        {"source": {"kind": "url", "ref": "/x", "revision": "0"}},
+        {"model": "../m"},
+        {"max_length": 0},
+        {"facts": {"pruning": {"method": "fisher"}}},
+        {"facts": {"bytes_by_part": {"encoder": "many"}}},
+        {"facts": {"surprise": "a\x1b[2J"}},
+        {"validation": {"passed": "yes"}},
+        {"environment": {"versions": {"torch": 2}}},
+        {"inputs": [{"name": "input_ids", "dtype": "int64", "shape": []}]},
+        {"outputs": [{"name": "logits", "dtype": "float32", "shape": ["batch", 3]}]},
     ],
 )
 def test_a_manifest_with_values_of_the_wrong_type_raises_an_artifact_error(artifact, change):
     file = artifact.path / "manifest.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    with pytest.raises(ArtifactError):
+    with pytest.raises(ArtifactError, match="cannot be read"):
         store.load(artifact.path)
 
 

@@ -1,5 +1,6 @@
 """Tests of the benchmark on fake sessions that misbehave, and once on real sessions."""
 
+import json
 import os
 import re
 import signal
@@ -307,7 +308,7 @@ def test_a_resumed_run_measures_only_the_missing_turns(fake, data, encoder, tmp_
 
 def test_only_the_same_command_can_resume_a_run(tmp_path):
     file = tmp_path / "m-20260101T000000Z.journal"
-    record = {"cell": 0, "kind": "peak", "turn": None, "reply": {}}
+    record = {"cell": 0, "kind": "peak", "turn": None, "reply": {"peak": 1}}
     Journal.begin(file, {"cells": [], "protocol": {"threads": 2}}).append(record)
     with pytest.raises(ResultFileError, match=r"had another value of protocol\. .*omit --resume"):
         Journal.resume(file, {"cells": [], "protocol": {"threads": 1}})
@@ -325,18 +326,18 @@ def test_only_the_same_command_can_resume_a_run(tmp_path):
 def test_two_runs_that_begin_in_the_same_second_have_separate_journals(tmp_path):
     file, head = tmp_path / "m-20260101T000000Z.journal", {"cells": ["a"]}
     first, second = Journal.begin(file, head), Journal.begin(file, head)
-    for run_journal, cell in ((first, 0), (second, 0)):
-        run_journal.append({"cell": cell, "kind": "peak", "turn": None, "reply": run_journal.path.name})
+    for run_journal, peak in ((first, 1), (second, 2)):
+        run_journal.append({"cell": 0, "kind": "peak", "turn": None, "reply": {"peak": peak}})
     assert first.path == file
     first.end()
     assert journal.find_newest(tmp_path, "m") == second.path
-    assert [record["reply"] for record in Journal.resume(second.path, head).records] == [second.path.name]
+    assert [record["reply"] for record in Journal.resume(second.path, head).records] == [{"peak": 2}]
 
 
 def test_resuming_a_run_does_not_rewrite_its_records(tmp_path, monkeypatch):
     """A killed run must not lose its records, so `Journal.resume` only cuts off the incomplete last line."""
     file = tmp_path / "m-20260101T000000Z.journal"
-    Journal.begin(file, {"cells": ["a"]}).append({"cell": 0, "kind": "peak", "turn": None, "reply": {}})
+    Journal.begin(file, {"cells": ["a"]}).append({"cell": 0, "kind": "peak", "turn": None, "reply": {"peak": 1}})
     complete = file.read_bytes()
     with file.open("ab") as stream:
         stream.write(b'{"cell": 0, "kind"')
@@ -454,3 +455,98 @@ def test_every_runtime_in_the_variant_table_has_a_backend():
     assert {variants.get(name).runtime for cells in variants.DEFAULT_CELLS.values() for name in cells} <= set(
         backends.BACKENDS
     )
+
+
+class InstantWorker:
+    """Answers as a process of a cell does, without a process."""
+
+    pid = 0
+
+    def __init__(self, *_):
+        pass
+
+    def load(self, timeout_s):
+        memory = {"bare": 1, "imports": 2, "load": 3, "method": "none"}
+        return {"load_us": 100, "cold_start_us": 900, "facts": {"provider": "fake"}, "memory": memory}
+
+    def ask(self, message, timeout_s):
+        if message["do"] == "peak":
+            return {"peak": 5}
+        batches = message.get("batches", [])
+        return {
+            "us": [[100] * len(batches)],
+            "tokenizing_us": [9] * len(batches) if message.get("tokenizing") else [],
+            "resident_us": [],
+            "answers": [[1] * len(batch) for batch in batches],
+            "probabilities": [[[2000, 8000]] * len(batch) for batch in batches],
+        }
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def resume(fake, data, encoder, tmp_path, monkeypatch):
+    """Returns a function that resumes a complete run after a change of its records; returns the row of the cell."""
+    monkeypatch.setattr(bench_module, "Worker", InstantWorker)
+    cells = [Cell("m", "a", "fake", "cpu", fake("a")), Cell("m", "b", "fake", "cuda", None, "unavailable", "No GPU.")]
+    head = {"cells": ["a@cpu", "b@cuda"]}
+    first = Journal.begin(tmp_path / "m-20260101T000000Z.journal", head)
+    bench(cells, data, encoder, FAST, lambda *_: None, FAKE, first)
+    lines = [json.loads(line) for line in first.path.read_text().splitlines()]
+
+    def run(change):
+        records = [record for record in lines[1:] if change(record) is not False]
+        first.path.write_text("".join(json.dumps(line) + "\n" for line in [head, *records]))
+        return bench(cells, data, encoder, FAST, lambda *_: None, FAKE, Journal.resume(first.path, head))[0][0]
+
+    return run
+
+
+def test_a_run_that_ended_before_its_memory_peak_measures_the_peak(resume):
+    row = resume(lambda record: record["kind"] != "peak")
+    assert (row.status, row.memory_bytes["peak"]) == ("ok", 5)
+
+
+def change_reply(kind, **changes):
+    def change(record):
+        if record["kind"] == kind:
+            record["reply"] = {**record["reply"], **changes}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: record.update(cell=1), "a record belongs to a cell without an artifact"),
+        (
+            lambda record: record.update(kind="surprise") if record["turn"] else None,
+            "the kind or the number of a turn is unknown",
+        ),
+        (change_reply("start", memory={}), "the memory after loading is unknown"),
+        (change_reply("start", load_us=0), "reply.load_us: the time is not positive"),
+        (change_reply("start", surprise=1), "reply.surprise"),
+        (change_reply("peak", peak=-1), "reply.peak: the number is negative"),
+        (change_reply("single-stream", us=[]), "a record of a@cpu does not fit the run"),
+        (change_reply("single-stream", answered=[0]), "a record of a@cpu does not fit the run"),
+        (change_reply("single-stream", probabilities=[]), "a record of a@cpu does not fit the run"),
+        (change_reply("single-stream", resident_us=[1]), "a record of a@cpu does not fit the run"),
+        (change_reply("offline", answers=[[7] * 8] * 2), "a record of a@cpu does not fit the run"),
+        (change_reply("offline", sizes=[1]), "a record of a@cpu does not fit the run"),
+        (lambda record: record.update(turn=99) if record["turn"] else None, "a record of a@cpu does not fit the run"),
+    ],
+)
+def test_a_record_that_does_not_fit_the_run_is_refused(resume, change, message):
+    with pytest.raises(ResultFileError, match=f"is not a valid journal: .*{message}"):
+        resume(change)
+
+
+def test_only_an_error_of_the_toolchain_ends_a_cell(resume):
+    def fail(record, name="GraphError"):
+        record.update(kind="failure", turn=None, reply={"type": name, "cause": "It\x1b broke.", "mend": ""})
+
+    row = resume(fail)
+    assert (row.status, row.reason) == ("failed", "It\ufffd broke.")
+    with pytest.raises(ResultFileError, match="this is not an error of the toolchain"):
+        resume(lambda record: fail(record, "Path"))

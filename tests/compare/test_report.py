@@ -7,12 +7,14 @@ from html.parser import HTMLParser
 
 import pytest
 from conftest import TESTS
-from rich_rows import hostile_result, report_html, rich_result
+from rich_rows import DATA, hostile_result, report_html, rich_result
 from sample_results import measured_row, result
 
 from toolchain.compare.report.columns import CELL, columns, notes
+from toolchain.compare.report.flips import Sentence, Texts
 from toolchain.compare.report.plots import figures, save
 from toolchain.compare.rows import compare
+from toolchain.data import inputs
 from toolchain.errors import ResultFileError
 from toolchain.results.measurements import Measurement
 from toolchain.results.result_file import ResultFile
@@ -260,3 +262,11 @@ def test_figures_outside_the_comparison_have_their_own_table():
         assert header in text
     page_without_sizes = report_html(rich_result())
     assert "gzip MB" not in page_without_sizes
+
+
+def test_a_file_with_the_digest_of_sst2_and_other_labels_shows_no_texts(monkeypatch):
+    monkeypatch.setattr(inputs, "load_embedded", lambda: DATA)
+    data = {"name": "sst2", "sha256": DATA.sha256}
+    same, other = (rich_result(data={**data, "rows": len(y), "labels": y}) for y in (list(DATA.labels), [1] * 20))
+    assert Texts().sentences(same, [1]).shown[0].text == DATA.texts[1]
+    assert Texts().sentences(other, [19]).shown == [Sentence(20, "", "label 1")]

@@ -10,7 +10,7 @@ import signal
 import subprocess
 
 import pytest
-import unlucky
+from hostile import unlucky
 
 pytestmark = pytest.mark.slow
 

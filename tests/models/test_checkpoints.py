@@ -174,6 +174,10 @@ def set_number_as_labels(folder):
     edit_config(folder, id2label=5)
 
 
+def set_label_with_control_character(folder):
+    edit_config(folder, id2label={"0": "a", "1": "b\x1b[2J"})
+
+
 def set_equal_labels(folder):
     edit_config(folder, id2label={"0": "same", "1": "same"})
 
@@ -228,6 +232,7 @@ def name_missing_shard(folder):
         (number_labels_from_one, "id2label"),
         (set_number_as_labels, "id2label"),
         (set_equal_labels, "id2label"),
+        (set_label_with_control_character, "a name in id2label cannot be shown"),
         (change_task_to_tagging, "the problem_type .tagging. of config.json is unknown"),
         (mark_as_quantised, "already quantised"),
         (set_number_as_architecture, "no classification head"),

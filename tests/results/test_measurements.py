@@ -117,17 +117,17 @@ def change_samples(values):
             change_row(accuracy={"value": 1.0, "correct": 9, "count": 10, "batch_size": 1}),
             "from 9 correct predictions of 10",
         ),
-        (change_row(accuracy={"value": 0.0, "correct": 0, "count": 0, "batch_size": 1}), "0 predictions"),
+        (change_row(accuracy={"value": 0.0, "correct": 0, "count": 0, "batch_size": 1}), "0 correct predictions of 0"),
         (change_row(memory_bytes=None), "rows.0.memory_bytes: Input should be a"),
-        (change_row(memory_bytes={"peak": "x"}), "the memory peak is not a number of bytes"),
-        (change_row(size_bytes={"total": -5}), "total is -5"),
+        (change_row(memory_bytes={"peak": "x"}), "memory_bytes.peak: Input should be a valid integer"),
+        (change_row(size_bytes={"total": -5}), "size_bytes.total: the number is negative"),
         (change_row(model=5), "rows.0.model: Input should be a valid string"),
         (change_samples([]), "there is a round without a time"),
-        (lambda body: body["machine"].pop("cpu"), "machine.cpu is None"),
-        (lambda body: body["machine"].update(gpu=["x"]), "has no name"),
-        (lambda body: body["machine"].update(cores="two"), "machine.cores is 'two'"),
+        (lambda body: body["machine"].pop("cpu"), "machine.cpu: Field required"),
+        (lambda body: body["machine"].update(gpu=["x"]), "machine.gpu.0: Input should be an object"),
+        (lambda body: body["machine"].update(cores="two"), "machine.cores: Input should be a valid integer"),
         (lambda body: body.update(run=None), "run: Input should be"),
-        (lambda body: body.update(data={}), "data.name is None"),
+        (lambda body: body.update(data={}), "data.name: Field required"),
         (lambda body: body["data"].update(rows=11), "10 predictions for 11 sentences"),
         (lambda body: body["rows"].append(body["rows"][0]), "two rows have the same cell"),
     ],
@@ -138,6 +138,50 @@ def test_an_inconsistent_result_file_is_refused(tmp_path, change, message):
     change(body)
     (tmp_path / "r.json").write_text(json.dumps(body))
     with pytest.raises(ResultFileError, match=message):
+        ResultFile.read(tmp_path / "r.json")
+
+
+RIGHT = {"accuracy": {"value": 1.0, "correct": 2, "count": 2, "batch_size": 1}, "predictions": [0, 1]}
+
+
+def write_answers(path, *all_probabilities, **data):
+    """Writes a result of two sentences with the labels 0 and 1, and one row for each list of probabilities."""
+    body = json.loads(result(row()).to_json())
+    body["labels"], body["data"] = [0, 1], {**body["data"], "rows": 2, **data}
+    body["rows"] = [
+        {**body["rows"][0], **RIGHT, "variant": f"v{i}", "cell": f"v{i}@cpu", "probabilities": probabilities}
+        for i, probabilities in enumerate(all_probabilities)
+    ]
+    path.write_text(json.dumps(body))
+
+
+@pytest.mark.parametrize(
+    ("all_probabilities", "names", "message"),
+    [
+        ([[[9000, 1000], [2000]]], (), "another number of probabilities than labels"),
+        ([[[], []]], (), "another number of probabilities than labels"),
+        ([[[10000], None]], (), "a prediction or a label without a probability"),
+        ([[[9000, 1000]] * 2, [[9000, 500, 500]] * 2], (), "another number of probabilities than labels"),
+        ([[[9000, 1000]] * 2], ("a", "b", "c"), "another number of probabilities than labels"),
+    ],
+)
+def test_answers_probabilities_and_names_have_the_same_number_of_labels(tmp_path, all_probabilities, names, message):
+    file = tmp_path / "r.json"
+    write_answers(file, *all_probabilities, label_names=list(names))
+    with pytest.raises(ResultFileError, match=message):
+        ResultFile.read(file)
+    write_answers(file, [[9000, 1000], None], label_names=["a", "b"])
+    assert ResultFile.read(file).rows[0].score.value == 1
+    write_answers(file, [[9000, 1000], None], labels=[1, 1])
+    with pytest.raises(ResultFileError, match="the labels are in the wrong place"):
+        ResultFile.read(file)
+
+
+def test_samples_that_would_need_a_huge_table_are_refused(tmp_path):
+    latency = Samples.from_single([*[[1000]] * 1000, [1000] * 1000])
+    assert latency.count == MAX_SAMPLES
+    result(row(latency=latency, latency_ms=latency.milliseconds())).write(tmp_path / "r.json")
+    with pytest.raises(ResultFileError, match="one round has far more times than the others"):
         ResultFile.read(tmp_path / "r.json")
 
 

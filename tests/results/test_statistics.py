@@ -177,3 +177,8 @@ def test_a_note_states_the_latency_by_length():
     by_length = {16: Samples.from_single([[1500], [1700]]), 512: Samples.from_single([[40_000]])}
     lines = notes(compare([result(measured_row("onnx-int8", 5, by_length=by_length), run=RUN)]))
     assert "onnx-int8@cpu, p50 ms by length: 16 tokens 1.60, 512 tokens 40.00." in lines
+
+
+def test_the_interval_of_r2_is_finite_if_some_labels_are_nearly_equal():
+    bounds = statistics.r2_interval((5.0,) + (0.0,) * 12, (0.0,) * 11 + (1e-155, 1.0))
+    assert np.isfinite(bounds).all()

@@ -1,6 +1,7 @@
 """Tests of training: the student learns, the best weights are kept, and a killed run resumes with the same result."""
 
 import copy
+import json
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from toolchain.build.steps.recover import AugmentedExamples, _mask_token
 from toolchain.build.workspace import Workspace
 from toolchain.data.encoding import Encoder
 from toolchain.data.labels import LabelSet
-from toolchain.errors import DataError
+from toolchain.errors import CheckpointError, DataError
 from toolchain.models import architectures
 from toolchain.pruning.setup import shared_setup
 from toolchain.training import loop, losses
@@ -125,6 +126,26 @@ def test_a_resumed_run_ends_with_exactly_the_same_weights(task, tmp_path, monkey
     assert resumed_history["held_out_accuracy"] == history["held_out_accuracy"]
     assert resumed_history["best_epoch"] == history["best_epoch"]
     assert torch.equal(flat_weights(student), flat_weights(complete_student))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"step": 99}, {"held_out": []}, {"best": 7}, {"scale": "x"}, {"surprise": 1}, {"key": ["k"]}]
+)
+def test_a_damaged_state_is_refused(task, tmp_path, monkeypatch, changes):
+    teacher, rows, held_out, encoder, _ = task
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)
+
+    def stop(done, total, label):
+        if done == 2:
+            raise _RunStopped
+
+    arguments = (rows, held_out), encoder, RECIPE, (tmp_path, "k")
+    with pytest.raises(_RunStopped):
+        train((disturbed_copy(teacher), copy.deepcopy(teacher)), *arguments, stop)
+    file = tmp_path / loop.STATE
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(CheckpointError, match=r"does not hold an interrupted training: .*Delete this folder"):
+        train((disturbed_copy(teacher), copy.deepcopy(teacher)), *arguments, quiet)
 
 
 def test_a_run_with_another_key_starts_from_the_beginning(task, tmp_path):

@@ -17,7 +17,7 @@ from toolchain.artifacts.steps import Quantize
 from toolchain.artifacts.variants import lineage
 from toolchain.build import pipeline
 from toolchain.cli.tune import Duration
-from toolchain.errors import PruningError, VerdictError
+from toolchain.errors import ArtifactError, PruningError, VerdictError
 from toolchain.tuning import _choose_start, _fit_in_time, search
 from toolchain.tuning.candidates import (
     DEPTHS,
@@ -538,3 +538,52 @@ def test_tune_exits_with_3_where_no_candidate_passes_validation(in_tune_folder, 
         r"None of (\d+) candidates has an accuracy drop of at most 0\.2 points; \1 failed validation\.", err
     )
     assert "A model that is trained longer or on more rows passes validation more often" in err
+
+
+def open_latency_study(path):
+    return open_study(path, "latency", 1.0, ["model", "train"], quiet)
+
+
+def test_a_search_continues_after_a_kill_at_any_moment(tmp_path):
+    """A kill leaves an incomplete last line, or a candidate that waits for its trial."""
+    path = tmp_path / "study"
+    outcome = Outcome("v", "id", 0.5, 1.5, 1.5, 1000)
+    with open_latency_study(path) as study:
+        trial, candidate = study.ask(baseline_candidate("latency"))
+        study.tell(trial, candidate, outcome)
+        study._study.enqueue_trial({"ratio": 50})
+    content = path.read_bytes()
+    for end in (len(content), content.rfind(b"\n", 0, -1) + 9):
+        path.write_bytes(content[:end])
+        with open_latency_study(path) as study:
+            assert study.outcomes == {candidate: outcome}
+            trial, other = study.ask(None)
+            study.give_up(trial, other)
+        with open_latency_study(path) as study:
+            assert study.given_up == {other}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"op_code"', b'"op"'),
+        (b'"latency":1.5', b'"latency":0.0'),
+        (b'"latency":1.5', b'"surprise":1.5'),
+        (b'"param_name":"ratio"', b'"param_name":"rat"'),
+        (b"{", b"["),
+        (b"{", b'{"a": ' + b"[" * 5000 + b"]" * 5000 + b", "),
+    ],
+)
+def test_a_damaged_search_is_refused(tmp_path, old, new):
+    path = tmp_path / "study"
+    with open_latency_study(path) as study:
+        trial, candidate = study.ask(baseline_candidate("latency"))
+        study.tell(trial, candidate, Outcome("v", "id", 0.5, 1.5, 1.5, 1000))
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new, 1))
+    with (
+        pytest.raises(ArtifactError, match=r"does not hold the trials of a search: .*Delete this file"),
+        open_latency_study(path),
+    ):
+        pass

@@ -5,18 +5,45 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from toolchain.artifacts.manifest_facts import (
+    ArtifactFacts,
+    Environment,
+    Report,
+    StoredArtifactFacts,
+    StoredEnvironment,
+    StoredReport,
+)
 from toolchain.artifacts.names import VariantName
 from toolchain.artifacts.steps import Step, decode_step, settings_of, step_name
+from toolchain.data.encoding import REQUIRED, TOKEN_TYPES
 from toolchain.errors import TamperedError
-from toolchain.system.decoding import decode, strict
+from toolchain.system.decoding import Check, Count, Line, Name, Plain, decode, strict
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+MAX_LENGTH = 10**6  # tokens; a larger limit of a tokenizer means that it has none
+MAX_NAME_BYTES = 255  # the limit of most file systems for one part of a path
+
+
+def _check_digest(text: str) -> str:
+    if not re.fullmatch("[0-9a-f]{64}", text):
+        raise ValueError("this is not a sha256 in hex")
+    return text
+
+
+def _check_parts(path: str) -> str:
+    if any(len(part.encode()) > MAX_NAME_BYTES for part in PurePosixPath(path).parts):
+        raise ValueError(f"a part of the path has more than {MAX_NAME_BYTES} bytes")
+    return path
+
+
+Digest = Annotated[str, Check(_check_digest)]
 
 
 @strict
@@ -24,14 +51,16 @@ SCHEMA = 1
 class FileEntry:
     """One file of an artifact: its path relative to the folder, its size in bytes, and its sha256 in hex."""
 
-    path: str
-    bytes: int
-    sha256: str
+    path: Annotated[Line, Check(_check_parts)]
+    bytes: Count
+    sha256: Digest
 
     def __post_init__(self) -> None:
         parts = PurePosixPath(self.path)
         if parts.is_absolute() or ".." in parts.parts:
             raise ValueError(f"the path {self.path!r} is outside the artifact's folder")
+        if not parts.parts:
+            raise ValueError("the path of a file is empty")
 
 
 @strict
@@ -39,9 +68,9 @@ class FileEntry:
 class TensorSpec:
     """An input or output of a model: its name, its element type, and its shape with names for the dynamic axes."""
 
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
+    name: Line
+    dtype: Line
+    shape: tuple[Count | Line, ...]
 
 
 @dataclass(frozen=True)
@@ -185,25 +214,25 @@ def _digest(content: Mapping[str, Any]) -> str:
 @strict
 @dataclass(frozen=True)
 class _StepRecord:
-    name: str
-    version: int
-    settings: dict[str, Any]
+    name: Line
+    version: Count
+    settings: Annotated[dict[str, Any], Plain]  # `decode_step` checks them with the type of the step
 
 
 @strict
 @dataclass(frozen=True)
 class _ParentRecord:
-    variant: str
-    id: str
+    variant: Name
+    id: Digest
 
 
 @strict
 @dataclass(frozen=True)
 class _SourceRecord:
-    kind: str
-    ref: str
-    revision: str
-    base: str | None = None
+    kind: Literal["embedded", "folder", "hub"]
+    ref: Annotated[Line, Check(_check_parts)]
+    revision: Line
+    base: Line | None = None
 
 
 @strict
@@ -212,23 +241,31 @@ class _ManifestRecord:
     """The JSON structure of a manifest file."""
 
     schema: Literal[1]
-    id: str
-    model: str
-    variant: str
+    id: Digest
+    model: Name
+    variant: Name
     source: _SourceRecord
     step: _StepRecord
     parent: _ParentRecord | None
     files: tuple[FileEntry, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    labels: tuple[str, ...]
-    max_length: int
-    facts: dict[str, Any] = field(default_factory=dict)
-    validation: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
-    created: str = ""
-    seal: str | None = None
+    labels: tuple[Line, ...]
+    max_length: Count
+    facts: StoredArtifactFacts = field(default_factory=lambda: ArtifactFacts())
+    validation: StoredReport = field(default_factory=lambda: Report())
+    environment: StoredEnvironment = field(default_factory=lambda: Environment())
+    created: Line = ""
+    seal: Line | None = None
 
     def __post_init__(self) -> None:
         if not (self.files and self.inputs and self.labels):
             raise ValueError("the manifest names no files, no inputs or no labels")
+        if not 0 < self.max_length <= MAX_LENGTH:
+            raise ValueError(f"max_length is {self.max_length}")
+        names = sorted(spec.name for spec in self.inputs)
+        if names not in (sorted(REQUIRED), sorted([*REQUIRED, TOKEN_TYPES])):
+            raise ValueError(f"the model takes the inputs {', '.join(names)}, which no tokenizer gives")
+        counts = [spec.shape[-1] for spec in self.outputs if spec.shape and isinstance(spec.shape[-1], int)]
+        if any(count != len(self.labels) for count in counts):
+            raise ValueError("the outputs and the labels differ in number")

@@ -15,6 +15,7 @@ from toolchain.artifacts.manifest import MANIFEST, FileEntry, Manifest
 from toolchain.data.labels import LabelSet, task_of_facts
 from toolchain.errors import ArtifactError, TamperedError, UnknownVariantError
 from toolchain.system import files
+from toolchain.system.decoding import read_bytes
 
 ONNX = "model.onnx"  # file name of the graph in the folder of an ONNX variant
 
@@ -100,7 +101,7 @@ def load(path: Path) -> Artifact | None:
             raise ArtifactError(f"{path} exists but has no {MANIFEST}.", "Move the folder away; it is not an artifact.")
         return None
     try:
-        manifest = Manifest.from_json(file.read_text())
+        manifest = Manifest.from_json(read_bytes(file).decode())
     except TamperedError as error:
         raise TamperedError(f"{file}: {error.cause}", error.hint) from error
     except (ValueError, UnknownVariantError, OSError) as error:

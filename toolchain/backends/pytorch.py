@@ -52,6 +52,11 @@ def load_model(folder: Path) -> PreTrainedModel:
             f"{folder} has no weights for {listed_names}, so its head is untrained.",
             "Pass a fine-tuned classifier.",
         )
+    heads = getattr(model.config, "num_attention_heads", 1)
+    if not isinstance(heads, int) or heads < 1:
+        raise CheckpointError(
+            f"The config of {folder} states {heads} attention heads.", "Check config.json against the weights."
+        )
     model.eval()
     return model
 

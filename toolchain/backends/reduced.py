@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from toolchain.backends import torchao
 from toolchain.errors import CheckpointError, GraphError, ProviderError
 from toolchain.models.checkpoints import PRECISION
-from toolchain.system.decoding import decode, strict
+from toolchain.system.decoding import Line, decode, read_bytes, strict
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +40,8 @@ class Precision:
         layers: Module names of the int8 layers.
     """
 
-    scheme: str
-    layers: tuple[str, ...] = ()
+    scheme: Line
+    layers: tuple[Line, ...] = ()
 
     def __post_init__(self) -> None:
         if self.scheme not in (*HALF_TYPES, "int8", TORCHAO):
@@ -63,7 +63,7 @@ class Precision:
         if not file.is_file():
             return None
         try:
-            return decode(cls, file.read_bytes())
+            return decode(cls, read_bytes(file))
         except (ValueError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}.", HINT) from error
 

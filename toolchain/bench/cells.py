@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from toolchain import errors
 from toolchain.artifacts.manifest import Manifest
@@ -16,6 +16,7 @@ from toolchain.data.encoding import Encoder
 from toolchain.data.inputs import Data
 from toolchain.data.labels import REGRESSION, Answer
 from toolchain.errors import BenchError, ProviderError, ToolchainError
+from toolchain.results.facts import CellFacts, Memory
 from toolchain.results.measurements import Measurement, Samples
 from toolchain.results.scores import Score, score_answers
 from toolchain.results.statistics import ratio
@@ -166,14 +167,17 @@ def make_row(item: Running, data: Data, protocol: Protocol) -> Measurement:
         cold_start_ms=cold_start.milliseconds(),
         load_ms=load.milliseconds(),
         throughput_per_s=offline.per_second(),
-        memory_bytes={**first["memory"], **_largest_peaks(item.peaks)},
+        memory_bytes=cast(Memory, {**first["memory"], **_largest_peaks(item.peaks)}),
         size_bytes={"total": manifest.size_bytes, "parts": manifest.facts.get("bytes_by_part", {})},
-        facts={
-            "session": first["facts"],
-            "rewrites": manifest.facts.get("rewrites"),
-            **{name: manifest.facts[name] for name in ("pruning", "vocabulary") if name in manifest.facts},
-            **_exactness_fact(item),
-        },
+        facts=cast(
+            CellFacts,
+            {
+                "session": first["facts"],
+                "rewrites": manifest.facts.get("rewrites"),
+                **{name: manifest.facts[name] for name in ("pruning", "vocabulary") if name in manifest.facts},
+                **_exactness_fact(item),
+            },
+        ),
         noise=item.noise.shares(),
         latency=latency,
         with_tokenizing=with_tokenizing,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from toolchain.bench.journal_records import decode_record
 from toolchain.errors import ResultFileError
 from toolchain.system import files
-from toolchain.system.decoding import decode, strict
+from toolchain.system.decoding import decode_object, read_bytes
 
 SUFFIX = ".journal"
 
@@ -54,16 +55,14 @@ class Journal:
         Raises:
             ResultFileError: The journal's head differs from `head`, or the file is not a valid journal.
         """
-        content = path.read_bytes()
-        complete = content[: content.rfind(b"\n") + 1]  # a killed run may leave an incomplete last line
         try:
-            first, *lines = complete.splitlines()
-            old_head: dict[str, Any] = decode(dict[str, Any], first)
-            records = [decode(_Record, line) for line in lines]
-        except ValueError as error:
-            raise ResultFileError(
-                f"{path} is not a valid journal: {error}.", "Delete this file, and omit --resume."
-            ) from error
+            content = read_bytes(path)
+            complete = content[: content.rfind(b"\n") + 1]  # a killed run may leave an incomplete last line
+            first, *lines = complete.split(b"\n")[:-1] or [b""]
+            old_head = decode_object(first)
+            records = [decode_record(line) for line in lines]
+        except (ValueError, OSError) as error:
+            raise invalid_journal(path, str(error)) from error
         changed = [key for key in head if old_head.get(key) != json.loads(json.dumps(head[key]))]
         if changed:
             raise ResultFileError(
@@ -71,9 +70,7 @@ class Journal:
                 "Use the options of the interrupted run, or omit --resume.",
             )
         if any(record.cell >= len(head["cells"]) for record in records):
-            raise ResultFileError(
-                f"{path} is not a valid journal: a record has an unknown cell.", "Delete this file, and omit --resume."
-            )
+            raise invalid_journal(path, "a record has an unknown cell")
         os.truncate(path, len(complete))
         return cls(path, [asdict(record) for record in records])
 
@@ -94,19 +91,9 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
-@strict
-@dataclass(frozen=True)
-class _Record:
-    """One result of a cell; `cells.Running.add_record` reads it."""
-
-    cell: int
-    kind: str
-    turn: int | None
-    reply: Any
-
-    def __post_init__(self) -> None:
-        if self.cell < 0:
-            raise ValueError("the number of a cell is negative")
+def invalid_journal(path: Path, fault: str) -> ResultFileError:
+    """Returns the error for a journal with a `fault`."""
+    return ResultFileError(f"{path} is not a valid journal: {fault}.", "Delete this file, and omit --resume.")
 
 
 def find_newest(folder: Path, model: str) -> Path:

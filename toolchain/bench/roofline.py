@@ -24,6 +24,7 @@ from toolchain.errors import BenchError, CheckpointError
 from toolchain.models import checkpoints
 from toolchain.models.architectures import LAYER_SHARING, LAYOUTS
 from toolchain.system import files, hardware
+from toolchain.system.decoding import decode_object, read_bytes
 
 SCHEMA = 1
 SECONDS, MEBIBYTES = 0.15, 32  # arguments of `machine_probe.measure`
@@ -237,7 +238,7 @@ def rates(cache: Path, threads: int, progress: Progress) -> Rates:
 def _read_cached(file: Path, head: Mapping[str, object], precisions: Mapping[str, Sequence[str]]) -> Rates | None:
     """Returns the rates in `file`; None if the file's settings differ from `head`, or a rate is missing or invalid."""
     try:
-        body = json.loads(file.read_text())
+        body = decode_object(read_bytes(file))
         cached: Rates = body.pop("rates")
         for runtime, runtime_precisions in precisions.items():
             if set(cached[runtime]) != {
@@ -245,7 +246,7 @@ def _read_cached(file: Path, head: Mapping[str, object], precisions: Mapping[str
             }:
                 return None
         values = [value for runtime_rates in cached.values() for value in runtime_rates.values()]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     is_complete = body == head and set(cached) == set(precisions)
     return cached if is_complete and all(type(v) is float and 0 < v < math.inf for v in values) else None

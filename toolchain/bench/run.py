@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import toolchain
 from toolchain.artifacts import store, variants
@@ -28,6 +28,7 @@ from toolchain.data.inputs import Data, TrainingSource
 from toolchain.errors import BenchError, DataError, ProviderError, PruningError, ToolchainError
 from toolchain.models import checkpoints
 from toolchain.progress import Say
+from toolchain.results.facts import CellFacts, RunSettings, Size
 from toolchain.results.folder import DEFAULT_FOLDER, ResultsFolder
 from toolchain.results.measurements import Measurement
 from toolchain.results.result_file import ResultFile
@@ -180,11 +181,14 @@ def measure_cells(
     rows = [
         replace(
             row,
-            size_bytes={**row.size_bytes, **sizes.get(row.artifact_id, {})},
-            facts={
-                **row.facts,
-                **_floor_fact(workspace, row, rates, _count_tokens(cell.encoder, data) or token_counts),
-            },
+            size_bytes=cast(Size, {**row.size_bytes, **sizes.get(row.artifact_id, {})}),
+            facts=cast(
+                CellFacts,
+                {
+                    **row.facts,
+                    **_floor_fact(workspace, row, rates, _count_tokens(cell.encoder, data) or token_counts),
+                },
+            ),
         )
         if row.status == "ok"
         else row
@@ -295,7 +299,7 @@ def make_result(rows: Sequence[Measurement], run_facts: Mapping[str, Any], data:
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         toolchain=toolchain.__version__,
         machine=hardware.machine(),
-        run={"id": secrets.token_hex(8), **run_facts},
+        run=cast(RunSettings, {"id": secrets.token_hex(8), **run_facts}),
         data={
             "name": data.name,
             "rows": len(data.labels),

@@ -7,12 +7,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 from toolchain.backends import BACKENDS, Backend
 from toolchain.bench import scenarios
 from toolchain.bench.cells import Cell, Running, make_row, make_row_without_figures
-from toolchain.bench.journal import Journal
+from toolchain.bench.journal import Journal, invalid_journal
+from toolchain.bench.journal_records import TurnReply, fits_plan
 from toolchain.bench.process import Worker
 from toolchain.bench.scenarios import LENGTHS, OFFLINE, SINGLE, Protocol, Turn
 from toolchain.data.encoding import Encoder
@@ -97,6 +98,8 @@ class _Bench:
         self._singles: list[int] = []
         self.running = {i: Running(cell, cell.artifact) for i, cell in enumerate(cells) if cell.artifact}
         for record in journal.records if journal else ():
+            if journal and record["cell"] not in self.running:
+                raise invalid_journal(journal.path, "a record belongs to a cell without an artifact")
             self.running[record["cell"]].add_record(record)
 
     def measure(self) -> None:
@@ -108,6 +111,7 @@ class _Bench:
         slowest = max((item.sentence_s for item in self.running.values()), default=0.0)
         self._singles = scenarios.choose_sentences(len(self._ids), slowest, self._protocol)
         batches = scenarios.offline_batches(list(map(len, self._ids)), self._protocol.batch_size)
+        self._check_records(batches)
         done, total = 0, self._protocol.rounds * (2 + len(self._lengths)) * len(self.running)
         for turn in range(self._protocol.rounds):
             # The seed contains the number of the round, so a resumed run measures the cells in the same order as the
@@ -127,7 +131,39 @@ class _Bench:
                     done += 1
         for index in self.running:
             self._run_action(index, self._stop_process)
+            self._run_action(index, self._require_peak, batches)
             self._run_action(index, self._time_exactness)
+
+    def _check_records(self, batches: Sequence[list[int]]) -> None:
+        """Requires that each record of an interrupted run belongs to a turn of this run.
+
+        Raises:
+            ResultFileError: A record does not fit the plan, so the journal is invalid.
+        """
+        planned = {
+            (work.kind, turn): work
+            for turn in range(self._protocol.rounds)
+            for work in scenarios.turns(turn, self._singles, batches, self._lengths, self._protocol)
+        }
+        label_set, labels = self._data.label_set, self._data.labels
+        for item in self.running.values():
+            on_gpu = item.cell.provider != "cpu"
+            fits = all(
+                (kind, turn) in planned
+                and fits_plan(cast(TurnReply, reply), planned[kind, turn], label_set, labels, on_gpu)
+                for kind, replies in item.turns.items()
+                for turn, reply in replies.items()
+            )
+            if self._journal and not (fits and (item.needs_option or not item.exactness)):
+                raise invalid_journal(self._journal.path, f"a record of {item.cell.name} does not fit the run")
+
+    def _require_peak(self, index: int, item: Running, batches: Sequence[list[int]]) -> None:
+        """Measures the memory peak if the interrupted run ended after the last turn and before this measurement."""
+        if not item.peaks:
+            self._start_process(index, item)
+            assert item.worker is not None
+            item.worker.ask({"do": "run", "batches": batches, "warmup": 0}, LOAD_TIMEOUT_S)
+            self._stop_process(index, item)
 
     def _shuffle(self, rng: random.Random) -> Iterator[int]:
         return iter(rng.sample(sorted(self.running), len(self.running)))

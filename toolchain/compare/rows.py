@@ -174,9 +174,10 @@ class Row:
         quality = Quality(low, high, batch_changed=measurement.batch_changed)
         if not labels or not measurement.predictions:
             return quality
-        multi, predictions = self.run.task == MULTI, [int(number(answer)) for answer in measurement.predictions]
-        counts = statistics.count_by_label(predictions, labels, multi)
-        scored = [(p, label) for p, label in zip(measurement.probabilities, labels, strict=False) if p is not None]
+        multi = self.run.task == MULTI
+        predictions, correct = ([int(number(a)) for a in answers] for answers in (measurement.predictions, labels))
+        counts = statistics.count_by_label(predictions, correct, multi)
+        scored = [(p, label) for p, label in zip(measurement.probabilities, correct, strict=False) if p is not None]
         confidences = [[value / PROBABILITY for value in p] for p, _ in scored]
         error = statistics.calibration_error(confidences, [label for _, label in scored], multi) if scored else None
         quality = replace(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +12,13 @@ from toolchain.data.entities import kind_of_entity
 from toolchain.data.files import WORD, Text, group_texts
 from toolchain.data.labels import SINGLE, TOKENS, Tokens, task_of
 from toolchain.errors import CheckpointError, first_line
+from toolchain.system.decoding import decode_object, read_bytes
 from toolchain.system.panics import convert_panics
 
 if TYPE_CHECKING:
     import numpy as np
 
-TOKEN_TYPES = "token_type_ids"
+REQUIRED, TOKEN_TYPES = ("input_ids", "attention_mask"), "token_type_ids"
 # `Encoder` first tokenises a prefix of a long text, with at most `CHARACTERS_PER_TOKEN` × `max_length` characters.
 CHARACTERS_PER_TOKEN = 64
 # `Encoder` tokenises about this number of characters at a time, because an encoding has hundreds of bytes per token.
@@ -65,10 +65,15 @@ class Encoder:
             CheckpointError: tokenizer.json is unreadable.
         """
         tokenizer = open_tokenizer(folder / "tokenizer.json", max_length)
-        config = json.loads((folder / "config.json").read_text())
-        pad, task = config.get("pad_token_id") or 0, task_of(config)
+        try:
+            config = decode_object(read_bytes(folder / "config.json"))
+            pad, task, outside = _pad_id(config), task_of(config), _outside(config)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder / 'config.json'} cannot be read: {error}.", "Import the model again."
+            ) from error
         sides = ("right",) if config.get("local_attention") else ("right", "left")
-        return cls(folder, tokenizer, tuple(names), pad, max_length, task, sides, _outside(config))
+        return cls(folder, tokenizer, tuple(names), pad, max_length, task, sides, outside)
 
     def encode(self, texts: Sequence[Text]) -> list[Tokens]:
         """Returns the token ids of each text or pair, with special tokens.
@@ -148,9 +153,22 @@ def _translate_errors(problem: str) -> Iterator[None]:
         raise CheckpointError(f"{problem}: {first_line(error)}.", "Import the model again.") from error
 
 
+def _pad_id(config: Mapping[str, Any]) -> int:
+    """Returns the token id for padding; raises `ValueError` if it is no token id."""
+    pad_id = config.get("pad_token_id") or 0
+    if type(pad_id) is not int or not 0 <= pad_id < 1 << 31:
+        raise ValueError(f"the pad_token_id {pad_id!r} is not a token id")
+    return pad_id
+
+
 def _outside(config: Mapping[str, Any]) -> int:
-    """Returns the index of the first label that marks no entity; 0 without such a label."""
+    """Returns the index of the first label that marks no entity; 0 without such a label.
+
+    Raises `ValueError` if `id2label` does not map indices to names.
+    """
     names = config.get("id2label") or {}
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError("id2label does not map indices to names")
     return next((int(index) for index, name in names.items() if kind_of_entity(name) is None), 0)
 
 

@@ -246,7 +246,8 @@ def task_of(config: Mapping[str, Any]) -> str:
     A sequence classifier with one label and without a problem_type is a regression model, as in the library
     transformers.
     """
-    if any(str(name).endswith(TOKEN_HEAD) for name in config.get("architectures") or ()):
+    architectures = config.get("architectures")
+    if isinstance(architectures, list) and any(str(name).endswith(TOKEN_HEAD) for name in architectures):
         return TOKENS
     labels = config.get("id2label")
     is_single = isinstance(labels, dict) and len(labels) == 1

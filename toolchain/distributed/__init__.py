@@ -23,6 +23,7 @@ from toolchain.predict import Model
 from toolchain.progress import Say
 from toolchain.system.extras import install_hint
 from toolchain.system.files import temporary_folder
+from toolchain.system.hardware import Machine
 
 CONNECT_TIMEOUT_S = 60.0
 LOST_AFTER_S = 15  # The cluster is lost if its head does not answer for this number of seconds.
@@ -45,7 +46,7 @@ class Node:
     host: str
     cpus: int
     gpus: int
-    machine: dict[str, Any]
+    machine: Machine
 
 
 class _Driver(Child):

@@ -244,7 +244,7 @@ def _live_nodes(versions: Mapping[str, str]) -> list[dict[str, Any]]:
             from toolchain import __version__
             from toolchain.system import hardware
 
-            release, machine = __version__, hardware.machine()
+            release, machine = __version__, dict[str, Any](hardware.machine())
         except ImportError as error:
             release, machine = f"missing ({error})", {}
         return {"toolchain": release, "Python": platform.python_version(), "machine": machine}

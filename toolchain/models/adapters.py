@@ -6,13 +6,13 @@ a merge without that setting would give a wrong model.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from toolchain.errors import CheckpointError
 from toolchain.models import pickles
 from toolchain.models.hub import HUB_ID
+from toolchain.system.decoding import decode_object, read_bytes
 
 SETTINGS, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FILES = (SETTINGS, WEIGHTS)
@@ -130,9 +130,6 @@ def base(folder: Path) -> tuple[str, str | None]:
 def _read(folder: Path) -> dict[str, Any]:
     file = folder / SETTINGS
     try:
-        config = json.loads(file.read_text())
-        if not isinstance(config, dict):
-            raise ValueError("the content is not a JSON object")
-    except (ValueError, OSError, RecursionError) as error:
+        return decode_object(read_bytes(file))
+    except (ValueError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}.", "Save the adapter again.") from error
-    return config

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import CheckpointError, PruningError
 from toolchain.models.checkpoints import SHAPES
-from toolchain.system.decoding import decode, strict
+from toolchain.system.decoding import Count, decode, read_bytes, strict
 
 if TYPE_CHECKING:
     import torch
@@ -103,12 +103,8 @@ UNPRUNABLE = {
 class LayerShape:
     """The numbers of attention heads and FFN neurons of one layer; 0 if pruning removed the attention or the FFN."""
 
-    heads: int
-    ffn: int
-
-    def __post_init__(self) -> None:
-        if self.heads < 0 or self.ffn < 0:
-            raise ValueError("a number of heads or neurons is negative")
+    heads: Count
+    ffn: Count
 
     @property
     def is_empty(self) -> bool:
@@ -256,7 +252,7 @@ def read_shapes(folder: Path) -> list[LayerShape] | None:
     if not file.is_file():
         return None
     try:
-        return list(decode(_StoredShapes, file.read_bytes()).layers)
+        return list(decode(_StoredShapes, read_bytes(file)).layers)
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}.", "Prune the model again.") from error
 

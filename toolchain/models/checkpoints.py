@@ -7,7 +7,6 @@ trusts remote code.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Set
 from dataclasses import replace
@@ -20,6 +19,7 @@ from toolchain.data.labels import REGRESSION, SEQUENCE_HEAD, TASKS, TOKEN_HEAD, 
 from toolchain.errors import CheckpointError
 from toolchain.models import adapters, hub, locations, pickles
 from toolchain.models.locations import Source
+from toolchain.system.decoding import check_line, decode_object, read_bytes
 
 REFERENCE = Path(__file__).parent.parent / "reference" / "model"
 REFERENCE_SLUG = "reference"
@@ -243,9 +243,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     """
     file = folder / "config.json"
     try:
-        config = json.loads(file.read_text())
-        if not isinstance(config, dict):
-            raise ValueError("the JSON value is not an object")
+        return decode_object(read_bytes(file))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} has no config.json.", "Pass the folder that `save_pretrained` wrote."
@@ -254,7 +252,6 @@ def config_of(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file} does not contain a JSON object: {error}.", "Save the model again with `save_pretrained`."
         ) from error
-    return config
 
 
 def weights_of(folder: Path) -> Path:
@@ -284,9 +281,9 @@ def _tensors_by_file(folder: Path) -> dict[str, set[str]]:
     if (folder / WEIGHTS_INDEX).is_file():
         tensors_by_file: dict[str, set[str]] = {}
         try:
-            for tensor, name in json.loads((folder / WEIGHTS_INDEX).read_text())["weight_map"].items():
+            for tensor, name in decode_object(read_bytes(folder / WEIGHTS_INDEX))["weight_map"].items():
                 tensors_by_file.setdefault(name, set()).add(tensor)
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
             raise CheckpointError(f"{folder / WEIGHTS_INDEX} cannot be read.", "Save the model again.") from error
         if not all(
             isinstance(name, str) and name.endswith(".safetensors") and "/" not in name for name in tensors_by_file
@@ -411,6 +408,11 @@ def label_set(folder: Path, config: dict[str, Any]) -> LabelSet:
             f"{folder}: id2label does not map the class indices 0, 1, … to different names.",
             "Correct id2label in config.json.",
         )
+    try:
+        for name in names:
+            check_line(name)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: a name in id2label cannot be shown: {error}.", "Rename the label.") from error
     task = task_of(config)
     if task not in TASKS:
         known = ", ".join(name for name in TASKS if name != TOKENS)

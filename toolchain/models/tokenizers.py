@@ -8,6 +8,7 @@ from typing import Any
 
 from toolchain.errors import CheckpointError, first_line
 from toolchain.models.checkpoints import SENTENCEPIECE_FILES
+from toolchain.system.decoding import decode_object, read_bytes
 from toolchain.system.extras import install_hint, unmet_requirement
 from toolchain.system.panics import convert_panics
 
@@ -52,7 +53,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     if _class_name(folder) == _GENERIC_CLASS:
         file = folder / "tokenizer_config.json"
-        config = {**json.loads(file.read_text(encoding="utf-8")), "tokenizer_class": _PORTABLE_CLASS}
+        config = {**decode_object(read_bytes(file)), "tokenizer_class": _PORTABLE_CLASS}
         file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if not (folder / TOKENIZER_JSON).is_file():
         raise CheckpointError(
@@ -118,6 +119,6 @@ def _require_vocabulary_files(folder: Path, tokenizer: Any) -> None:
 def _class_name(folder: Path) -> Any:
     """Returns the name of the tokenizer's class in `folder`; None if the folder states no class."""
     try:
-        return json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
-    except (OSError, ValueError, AttributeError):  # transformers itself reports a damaged file
+        return decode_object(read_bytes(folder / "tokenizer_config.json")).get("tokenizer_class")
+    except (OSError, ValueError):  # transformers itself reports a damaged file
         return None

@@ -16,6 +16,7 @@ from typing import Any
 from toolchain.data.encoding import Encoder
 from toolchain.data.files import Text
 from toolchain.errors import CheckpointError, DataError
+from toolchain.system.decoding import decode_object, read_bytes
 
 WORDPIECE = "WordPiece"
 TEXTS = 1000  # number of texts tokenised at once
@@ -166,12 +167,9 @@ def _renumber_other_files(folder: Path, kept_ids: Sequence[int], new_ids: NewIds
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(body, dict):
-            raise ValueError("the content is not a JSON object")
-    except (ValueError, OSError, RecursionError) as error:
+        return decode_object(read_bytes(path))
+    except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.", "Import the model again.") from error
-    return body
 
 
 def _write(path: Path, body: Mapping[str, Any], indent: int | None = None) -> None:

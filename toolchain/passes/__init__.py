@@ -139,7 +139,7 @@ def read(path: Path) -> ir.Model:
             raise ValueError("the graph has no nodes")
         onnx.checker.check_model(proto)
         model = ir.from_proto(proto)
-    except (DecodeError, onnx.checker.ValidationError, ValueError, OSError) as error:
+    except (DecodeError, onnx.checker.ValidationError, ir.serde.SerdeError, ValueError, OSError) as error:
         raise GraphError(f"{path} is not a valid ONNX model: {error}.", "Build the variant again.") from error
     _unalias(model)
     return model

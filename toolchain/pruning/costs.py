@@ -16,7 +16,7 @@ from toolchain.artifacts.steps import CPU_PASSES, QUANTIZE_PASSES
 from toolchain.errors import PruningError
 from toolchain.models.architectures import LayerShape, head_size, reshape, shapes_of
 from toolchain.system import files, hardware
-from toolchain.system.decoding import decode, strict
+from toolchain.system.decoding import Amount, Count, Line, decode, read_bytes, strict
 from toolchain.system.files import temporary_folder
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 TOKENS = 25  # average number of tokens in a sentence of the validation set
 ROUNDS, RUNS = 16, 30
 PAUSE_S = 0.05  # after a run, ONNX Runtime's threads spin for about 20 ms on cores that the next session needs
+LEAST_MS = 1e-6  # the least predicted time, so that a ratio of two predictions is finite
 SCHEMA = 2
 PASSES = (*CPU_PASSES, *QUANTIZE_PASSES["dynamic"])
 
@@ -105,7 +106,7 @@ class LatencyTable:
     def sentence_ms(self, shapes: Sequence[LayerShape]) -> float:
         """Returns the predicted milliseconds per sentence of a model with these layer shapes."""
         layers = sum(self.price("heads", shape.heads) + self.price("neurons", shape.ffn) for shape in shapes)
-        return self.base_ms + layers
+        return max(LEAST_MS, self.base_ms + layers)
 
 
 def latency_table(model: PreTrainedModel, folder: Path, progress: Callable[[int, int, str], None]) -> LatencyTable:
@@ -147,7 +148,7 @@ def latency_table(model: PreTrainedModel, folder: Path, progress: Callable[[int,
 def _read_table(file: Path, settings: dict[str, Any]) -> LatencyTable:
     hint = f"Delete {file} to measure again on this machine."
     try:
-        stored = decode(_StoredTable, file.read_bytes())
+        stored = decode(_StoredTable, read_bytes(file))
     except (ValueError, OSError) as error:
         raise PruningError(f"{file} is not a valid latency table: {error}.", hint) from error
     if stored.machine != settings["machine"]:
@@ -163,17 +164,21 @@ class _StoredTable:
     """The file format of a `LatencyTable`, with the settings of its measurement."""
 
     schema: Literal[2]
-    machine: str
-    threads: int
-    onnxruntime: str | None
-    passes: list[str]
-    model_type: str
-    width: int
-    head: int
-    layers: list[dict[str, int]]
-    base_ms: float
-    heads_ms: dict[int, float]
-    neurons_ms: dict[int, float]
+    machine: Line
+    threads: Count
+    onnxruntime: Line | None
+    passes: list[Line]
+    model_type: Line
+    width: Count
+    head: Count
+    layers: list[dict[Line, Count]]
+    base_ms: Amount
+    heads_ms: dict[Count, Amount]
+    neurons_ms: dict[Count, Amount]
+
+    def __post_init__(self) -> None:
+        if not (any(self.heads_ms.values()) and any(self.neurons_ms.values())):
+            raise ValueError("there is no time of heads, or no time of neurons")
 
 
 def _measure(model: PreTrainedModel, encoder: EncoderSizes, progress: Callable[[int, int, str], None]) -> LatencyTable:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from toolchain.data.labels import Answer
+from toolchain.results.facts import CellFacts, Memory, Size
 from toolchain.results.scores import Score
 
 MAX_SAMPLES = 2000
+MAX_TIME_US = 10**12  # about 12 days; the limit for a stored time
 STATUSES = ("ok", "failed", "unavailable", "reported")
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 # `QUANTILES_OF` maps the name of a figure to the name of the samples from which the figure is computed. Each of these
@@ -148,9 +150,9 @@ class Measurement:
     cold_start_ms: Mapping[str, float] = field(default_factory=dict)
     load_ms: Mapping[str, float] = field(default_factory=dict)
     throughput_per_s: float | None = None
-    memory_bytes: Mapping[str, Any] = field(default_factory=dict)
-    size_bytes: Mapping[str, Any] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    memory_bytes: Memory = field(default_factory=lambda: Memory())
+    size_bytes: Size = field(default_factory=lambda: Size())
+    facts: CellFacts = field(default_factory=lambda: CellFacts())
     noise: Mapping[str, float] = field(default_factory=dict)
     latency: Samples | None = None
     with_tokenizing: Samples | None = None
@@ -198,14 +200,6 @@ class Measurement:
         """
         if self.status == "ok" and not (self.latency and self.batches and self.score and self.artifact_id):
             raise ValueError(f"{self.cell} has the status ok, but lacks samples, score or artifact")
-        quantiles = [getattr(self, name) for name in QUANTILES_OF]
-        gpu = self.memory_bytes.get("gpu", {})
-        for figures in (*quantiles, self.memory_bytes, gpu, self.size_bytes, self.noise):
-            for name, value in figures.items():
-                if isinstance(value, int | float) and value < 0:
-                    raise ValueError(f"{self.cell}: {name} is {value}, but no figure can be negative")
-        if not isinstance(self.memory_bytes.get("peak", 0), int):
-            raise ValueError(f"{self.cell}: the memory peak is not a number of bytes")
         for name, source in QUANTILES_OF.items():
             samples = getattr(self, source)
             if samples and samples.milliseconds() != dict(getattr(self, name)):

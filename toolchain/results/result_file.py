@@ -7,19 +7,35 @@ missing, or if a figure does not follow from its samples.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from toolchain.data.labels import MULTI, REGRESSION, SINGLE, TASKS, TOKENS, Answer, LabelSet
+from toolchain.data.labels import MULTI, REGRESSION, SINGLE, TOKENS, Answer, LabelSet
 from toolchain.errors import ResultFileError
-from toolchain.results.measurements import BATCHED, SAMPLES, Measurement, Samples
+from toolchain.results.facts import (
+    CellFacts,
+    DataFacts,
+    Memory,
+    RunSettings,
+    Size,
+    StoredData,
+    StoredFacts,
+    StoredMemory,
+    StoredRun,
+    StoredSize,
+)
+from toolchain.results.measurements import BATCHED, MAX_SAMPLES, MAX_TIME_US, SAMPLES, Measurement, Samples
 from toolchain.results.scores import SCORES, Accuracy, EntityScore, RegressionScore, score_answers
 from toolchain.system import files
-from toolchain.system.decoding import decode, strict
+from toolchain.system.decoding import Amount, Check, Count, Line, Name, Note, decode, read_bytes, strict
+from toolchain.system.hardware import Machine, StoredMachine
 
 SCHEMA = 2  # result files of schema 1 have no probabilities, start times or labels
+MAX_ROWS = 1000
+MAX_SENTENCES = 10**9
+MAX_SCORE = 1e15  # a larger score of a regression would overflow in the sum of squared errors
 
 
 def _line(value: Any) -> str:
@@ -42,9 +58,9 @@ class ResultFile:
 
     created: str
     toolchain: str
-    machine: Mapping[str, Any]
-    run: Mapping[str, Any]
-    data: Mapping[str, Any]
+    machine: Machine
+    run: RunSettings
+    data: DataFacts
     rows: tuple[Measurement, ...]
 
     @property
@@ -83,7 +99,7 @@ class ResultFile:
         """
 
         try:
-            result = decode(_Stored, path.read_bytes()).to_result()
+            result = decode(_Stored, read_bytes(path)).to_result()
             result.check()
         except FileNotFoundError as error:
             raise ResultFileError(
@@ -100,22 +116,14 @@ class ResultFile:
         Raises:
             ValueError: A field is missing, has the wrong type, or contradicts another field.
         """
-        for key, kind in (("id", str), ("cpu", str), ("cores", int), ("ram_gib", int), ("isa", list), ("gpu", list)):
-            if not isinstance(self.machine.get(key), kind):
-                raise ValueError(f"machine.{key} is {self.machine.get(key)!r}")
-        if not all(isinstance(gpu, dict) and "name" in gpu for gpu in self.machine["gpu"]):
-            raise ValueError("a GPU in the list machine.gpu has no name")
-        for key, kind in (("name", str), ("sha256", str), ("rows", int)):
-            if not isinstance(self.data.get(key), kind) or not self.data[key]:
-                raise ValueError(f"data.{key} is {self.data.get(key)!r}")
-        if self.task not in TASKS:
-            raise ValueError(f"data.task is {self.task!r}")
-        names = self.data.get("label_names", [])
-        if self.task == TOKENS and not (names and isinstance(names, list) and all(isinstance(n, str) for n in names)):
+        names, labels = self.data.get("label_names", []), self.data.get("labels", [])
+        if not 0 < self.data["rows"] <= MAX_SENTENCES:
+            raise ValueError(f"data.rows is {self.data['rows']}")
+        if self.task == TOKENS and not names:
             raise ValueError("data.label_names lacks the label names of the words")
-        labels = self.data.get("labels", [])
         if labels and (len(labels) != self.data["rows"] or not self._are_answers(labels)):
             raise ValueError("the list `labels` needs one answer for each row of the data")
+        self._check_label_counts(labels)
         if len({(row.model, row.cell) for row in self.rows}) < len(self.rows):
             raise ValueError("two rows have the same cell")
         for row in self.rows:
@@ -126,10 +134,6 @@ class ResultFile:
                 count = len(getattr(row, name))
                 if labels and count not in (0, self.data["rows"]):
                     raise ValueError(f"{row.cell} has {count} {name} for {self.data['rows']} sentences")
-            chances = zip(row.predictions, row.probabilities, strict=False)
-            pairs = [(a, len(c)) for a, c in chances if c is not None and isinstance(a, int)]
-            if not all(0 <= a < (1 << n if self.task == MULTI else n) for a, n in pairs):
-                raise ValueError(f"{row.cell} has a prediction without a probability")
             if not self._are_answers(row.predictions):
                 raise ValueError(f"{row.cell} has a prediction that is no answer of its task")
             if not (labels and row.predictions and row.score):
@@ -139,10 +143,26 @@ class ResultFile:
             ):
                 raise ValueError(f"{row.cell}: the score does not follow from the predictions")
 
+    def _check_label_counts(self, labels: Sequence[Answer]) -> None:
+        """Requires that the answers and probabilities of each model, and the labels, have the same number of labels."""
+        names = self.data.get("label_names", [])
+        counts: dict[str, int] = {}
+        for row in self.rows:
+            sizes = {len(chances) for chances in row.probabilities if chances is not None}
+            if names and self.task in (SINGLE, MULTI):
+                sizes.add(len(names))
+            if (sizes and sizes != {counts.setdefault(row.model, min(sizes))}) or 0 in sizes:
+                raise ValueError(f"{row.cell} has another number of probabilities than labels")
+            if (count := counts.get(row.model)) is None or self.task not in (SINGLE, MULTI):
+                continue
+            limit = 1 << count if self.task == MULTI else count
+            if not all(isinstance(answer, int) and answer < limit for answer in (*row.predictions, *labels)):
+                raise ValueError(f"{row.cell} has a prediction or a label without a probability")
+
     def _are_answers(self, values: Sequence[Answer]) -> bool:
         """Returns whether all values can be answers of the task, as in `toolchain.data.labels`."""
         if self.task == REGRESSION:
-            return all(not isinstance(value, tuple) for value in values)
+            return all(not isinstance(value, tuple) and abs(value) <= MAX_SCORE for value in values)
         if self.task == TOKENS:
             count = len(self.data["label_names"])
             return all(isinstance(value, tuple) and all(0 <= label < count for label in value) for value in values)
@@ -155,13 +175,17 @@ class _StoredSamples:
     unit: Literal["us"]
     rounds: tuple[tuple[int, ...], ...]
     sentences: tuple[tuple[int, ...], ...]
-    count: int
+    count: Count
 
     def __post_init__(self) -> None:
         if not self.rounds or not all(self.rounds):
             raise ValueError("there is a round without a time")
-        if not all(value > 0 for row in (*self.rounds, *self.sentences) for value in row):
-            raise ValueError("a time or a number of sentences is not positive")
+        if not all(0 < value <= MAX_TIME_US for row in (*self.rounds, *self.sentences) for value in row):
+            raise ValueError(f"a time or a number of sentences is not positive, or is above {MAX_TIME_US}")
+        sizes = [len(row) for row in self.rounds]
+        # Intervals of the median use tables of shape [rounds, longest round].
+        if not sum(sizes) <= self.count or sum(sizes) > MAX_SAMPLES or len(sizes) * max(sizes) > 16 * MAX_SAMPLES:
+            raise ValueError("there are too many times, or one round has far more times than the others")
         if [len(row) for row in self.rounds] != [len(row) for row in self.sentences]:
             raise ValueError("a round does not have one number of sentences for each time")
 
@@ -173,12 +197,12 @@ class _StoredSamples:
 @dataclass(frozen=True)
 class _StoredAccuracy:
     value: float
-    correct: int
-    count: int
-    batch_size: int
+    correct: Count
+    count: Count
+    batch_size: Count
 
     def __post_init__(self) -> None:
-        if not 0 <= self.correct <= self.count or round(self.correct / max(1, self.count), 6) != self.value:
+        if not (self.count and self.correct <= self.count and round(self.correct / self.count, 6) == self.value):
             raise ValueError(
                 f"the accuracy {self.value} does not follow from {self.correct} correct predictions of {self.count}"
             )
@@ -191,13 +215,13 @@ class _StoredAccuracy:
 @dataclass(frozen=True)
 class _StoredRegression:
     r2: float
-    mean_absolute_error: float
-    root_mean_squared_error: float
-    count: int
-    batch_size: int
+    mean_absolute_error: Amount
+    root_mean_squared_error: Amount
+    count: Count
+    batch_size: Count
 
     def __post_init__(self) -> None:
-        if self.r2 > 1 or self.mean_absolute_error < 0 or self.root_mean_squared_error < self.mean_absolute_error:
+        if not -MAX_SCORE <= self.r2 <= 1 or self.root_mean_squared_error < self.mean_absolute_error:
             raise ValueError("the errors of the regression contradict each other")
 
     def to_score(self) -> RegressionScore:
@@ -208,11 +232,11 @@ class _StoredRegression:
 @dataclass(frozen=True)
 class _StoredEntities:
     value: float
-    found: int
-    predicted: int
-    labelled: int
-    count: int
-    batch_size: int
+    found: Count
+    predicted: Count
+    labelled: Count
+    count: Count
+    batch_size: Count
 
     def __post_init__(self) -> None:
         score = self.to_score()
@@ -228,35 +252,35 @@ class _StoredEntities:
 class _StoredRow:
     """The stored form of a `Measurement` in a result file."""
 
-    cell: str
-    model: str
-    variant: str
-    provider: str
-    artifact_id: str | None
+    cell: Line
+    model: Name
+    variant: Name
+    provider: Name
+    artifact_id: Line | None
     status: Literal["ok", "failed", "unavailable", "reported"]
-    reason: str = ""
-    mend: str = ""
+    reason: Note = ""
+    mend: Note = ""
     accuracy: _StoredAccuracy | None = None
     accuracy_batched: _StoredAccuracy | None = None
     regression: _StoredRegression | None = None
     regression_batched: _StoredRegression | None = None
     entities: _StoredEntities | None = None
     entities_batched: _StoredEntities | None = None
-    latency_ms: dict[str, float] = field(default_factory=dict)
-    with_tokenizing_ms: dict[str, float] = field(default_factory=dict)
-    resident_ms: dict[str, float] = field(default_factory=dict)
-    cold_start_ms: dict[str, float] = field(default_factory=dict)
-    load_ms: dict[str, float] = field(default_factory=dict)
-    throughput_per_s: float | None = None
-    memory_bytes: dict[str, Any] = field(default_factory=dict)
-    size_bytes: dict[str, Any] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    noise: dict[str, float] = field(default_factory=dict)
-    samples: dict[str, _StoredSamples] = field(default_factory=dict)
-    by_length: dict[int, _StoredSamples] = field(default_factory=dict)
+    latency_ms: dict[Line, Amount] = field(default_factory=dict)
+    with_tokenizing_ms: dict[Line, Amount] = field(default_factory=dict)
+    resident_ms: dict[Line, Amount] = field(default_factory=dict)
+    cold_start_ms: dict[Line, Amount] = field(default_factory=dict)
+    load_ms: dict[Line, Amount] = field(default_factory=dict)
+    throughput_per_s: Amount | None = None
+    memory_bytes: StoredMemory = field(default_factory=lambda: Memory())
+    size_bytes: StoredSize = field(default_factory=lambda: Size())
+    facts: StoredFacts = field(default_factory=lambda: CellFacts())
+    noise: dict[Line, Amount] = field(default_factory=dict)
+    samples: dict[Line, _StoredSamples] = field(default_factory=dict)
+    by_length: dict[Count, _StoredSamples] = field(default_factory=dict)
     predictions: tuple[Answer, ...] = ()
     probabilities: tuple[tuple[int, ...] | None, ...] = ()
-    batch_changed: int | None = None
+    batch_changed: Count | None = None
 
     def __post_init__(self) -> None:
         if unknown := set(self.samples) - set(SAMPLES):
@@ -280,21 +304,31 @@ class _StoredRow:
         return row
 
 
+def _check_row_count(rows: tuple[_StoredRow, ...]) -> tuple[_StoredRow, ...]:
+    if len(rows) > MAX_ROWS:
+        raise ValueError(f"there are more than {MAX_ROWS} rows")
+    return rows
+
+
 @strict
 @dataclass(frozen=True)
 class _Stored:
     """The form of a `ResultFile` on disk."""
 
     schema: Literal[1, 2]
-    created: str
-    toolchain: str
-    machine: dict[str, Any]
-    run: dict[str, Any]
-    data: dict[str, Any]
-    rows: tuple[_StoredRow, ...]
+    created: Line
+    toolchain: Line
+    machine: StoredMachine
+    run: StoredRun
+    data: StoredData
+    rows: Annotated[tuple[_StoredRow, ...], Check(_check_row_count)]
     labels: tuple[Answer, ...] = ()
 
+    def __post_init__(self) -> None:
+        if "labels" in self.data:
+            raise ValueError("the labels are in the wrong place")
+
     def to_result(self) -> ResultFile:
-        data = {**self.data, **({"labels": list(self.labels)} if self.labels else {})}
+        data: DataFacts = {**self.data, "labels": list(self.labels)} if self.labels else self.data
         rows = tuple(row.to_measurement() for row in self.rows)
         return ResultFile(self.created, self.toolchain, self.machine, self.run, data, rows)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -178,7 +179,8 @@ def r2_interval(scores: tuple[float, ...], labels: tuple[float, ...]) -> tuple[f
     samples = stats.bootstrap(
         data, r2, paired=True, n_resamples=RESAMPLES, method="percentile", rng=_SEED, batch=100
     ).bootstrap_distribution
-    low, high = np.nanquantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    # If the labels of a sample are nearly equal, the quotient overflows.
+    low, high = np.quantile(samples[np.isfinite(samples)], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 
@@ -253,8 +255,17 @@ def count_by_label(predictions: Sequence[int], labels: Sequence[int], multi: boo
             for bit in range(bits)
         ]
     else:
-        occurring = sorted({*predictions, *labels})
-        outcomes = [[(prediction == value, label == value) for prediction, label in pairs] for value in occurring]
+        labelled, predicted = Counter(labels), Counter(predictions)
+        correct = Counter(prediction for prediction, label in pairs if prediction == label)
+        return [
+            {
+                "correct": correct[value],
+                "labelled": labelled[value],
+                "predicted": predicted[value],
+                "neither": len(pairs) - labelled[value] - predicted[value] + correct[value],
+            }
+            for value in sorted({*predictions, *labels})
+        ]
     return [
         {
             "correct": sum(prediction and label for prediction, label in rows),

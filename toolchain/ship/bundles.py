@@ -32,6 +32,7 @@ from toolchain.ship.targets import BUNDLE_FILES, DEMO, TARGETS, TOKEN_FILES, Tar
 from toolchain.ship.targets.releases import DEFAULT, ORDER
 from toolchain.ship.targets.uses import oldest_release, read_needs
 from toolchain.ship.tokenizer_graph import comparison, with_tokenizer
+from toolchain.system.decoding import decode_object, read_bytes
 from toolchain.system.escaping import escape_line, escape_markdown, format_markdown_code, to_json
 from toolchain.system.files import temporary_folder
 
@@ -173,7 +174,7 @@ def _prepare_tokenizer(contents: Contents, encoder: Encoder, folder: Path) -> di
 
 def _config_content(contents: Contents) -> dict[str, Any]:
     """Returns config.json without the path of the checkpoint; adds the transformers.js dtype for the web target."""
-    config: dict[str, Any] = json.loads((contents.artifacts[0].path / CONFIG).read_text())
+    config = decode_object(read_bytes(contents.artifacts[0].path / CONFIG))
     config.pop("_name_or_path", None)
     if contents.target is TARGETS["web"]:
         config["transformers.js_config"] = {"dtype": dtype(contents.artifacts[0].manifest.variant)}

@@ -12,7 +12,11 @@ import re
 import runpy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, cast
+
+from typing_extensions import TypedDict
+
+from toolchain.system.decoding import Count, Line, Plain, open_record
 
 # The packages whose versions affect measurements.
 STACK = (
@@ -50,6 +54,33 @@ CUDA_13_CAPABILITY = (7, 5)
 # Maps a package to the file that states its CUDA version, and to the variable that holds this version.
 # `built_for_cuda` finds the CUDA version of a package without importing the package.
 BUILDS = {"torch": ("version.py", "cuda"), "onnxruntime": ("capi/build_and_package_info.py", "cuda_version")}
+
+
+@open_record
+class Gpu(TypedDict):
+    """A GPU: its name, its memory in bytes (0 if unknown) and its compute capability (empty if unknown)."""
+
+    name: Line
+    memory_bytes: NotRequired[Count]
+    compute_capability: NotRequired[Line]
+
+
+@open_record
+class Machine(TypedDict):
+    """The description of a machine in a result file; an unknown number is 0, and an unknown text is empty."""
+
+    id: Line
+    cpu: Line
+    cores: Count
+    ram_gib: Count
+    isa: list[Line]
+    gpu: list[Gpu]
+    system: NotRequired[Line]
+    driver: NotRequired[Line]
+    versions: NotRequired[dict[Line, Line]]
+
+
+StoredMachine = Annotated[Machine, Plain]
 
 
 def versions() -> dict[str, str]:
@@ -168,7 +199,7 @@ def built_for_cuda(package: str) -> str | None:
     return cuda
 
 
-def machine() -> dict[str, Any]:
+def machine() -> Machine:
     """Returns the description of this machine for a result file; equal hardware has an equal ``id``."""
     import psutil
 
@@ -182,7 +213,7 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
     }
     digest = hashlib.sha256(repr(sorted(description.items())).encode()).hexdigest()[:12]
-    return {"id": digest, **description, "driver": driver, "versions": versions()}
+    return cast(Machine, {"id": digest, **description, "driver": driver, "versions": versions()})
 
 
 def missing_cuda(device_id: int = 0) -> tuple[str, str] | None:

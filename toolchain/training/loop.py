@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.data.encoding import Encoder
-from toolchain.errors import DataError
+from toolchain.errors import CheckpointError, DataError, first_line
 from toolchain.models.architectures import matched_layers
 from toolchain.system import files, hardware
+from toolchain.system.decoding import Amount, Count, Line, decode, read_bytes, strict
 from toolchain.training import mixed_precision
 from toolchain.training.batches import Batch, Targets, batch, batches
 from toolchain.training.scoring import BATCH, score, score_name
@@ -93,6 +94,7 @@ class Examples:
         return batches(self.ids, self.labels, encoder, BATCH)
 
 
+@strict
 @dataclass
 class _State:
     """Progress of the training run that `key` identifies.
@@ -103,13 +105,13 @@ class _State:
     before the first step had its best score. The function `train` explains the score.
     """
 
-    key: str
-    step: int = 0
-    spent_s: float = 0.0
+    key: Line
+    step: Count = 0
+    spent_s: Amount = 0.0
     held_out: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    best: int = 0
-    scale: float = 65536.0  # initial scale of the loss in float16 training, as in PyTorch's `GradScaler`
+    best: Count = 0
+    scale: Amount = 65536.0  # initial scale of the loss in float16 training, as in PyTorch's `GradScaler`
 
 
 def train(
@@ -323,23 +325,39 @@ class _Run:
         self._save_time = time.monotonic()
 
     def _restore(self, key: str) -> _State | None:
-        """Restores the interrupted run that `key` identifies, and returns its state; returns None if there is none."""
+        """Restores the interrupted run that `key` identifies, and returns its state; returns None if there is none.
+
+        Raises `CheckpointError` if the folder is damaged.
+        """
         import torch
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         file = self._folder / STATE
-        if not file.is_file() or json.loads(file.read_text())["key"] != key:
+        if not file.is_file():
             return None
-        state = _State(**json.loads(file.read_text()))
-        tensors = load_file(self._folder / f"{state.step}.{WEIGHTS}", device=str(self.device))
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(tensors.pop(name))
-        for name, value in tensors.items():
-            parameter_name, moment = name.rsplit("|", 1)
-            state_of = self._optimizer_of[parameter_name].state[self._parameters[parameter_name]]
-            # `SparseAdam` stores its step count as an integer, `AdamW` as a float tensor.
-            state_of[moment] = value if value.is_floating_point() else int(value)
+        try:
+            state = decode(_State, read_bytes(file))
+            if state.key != key:
+                return None
+            epoch = len(state.held_out) - 1
+            is_in_epoch = 0 <= epoch * self.steps <= state.step <= (epoch + 1) * self.steps
+            if not is_in_epoch or len(state.losses) != len(state.held_out) or state.best > epoch:
+                raise ValueError("its numbers of steps and of epochs contradict each other")
+            tensors = load_file(self._folder / f"{state.step}.{WEIGHTS}", device=str(self.device))
+            with torch.no_grad():
+                for name, parameter in self._parameters.items():
+                    parameter.copy_(tensors.pop(name))
+            for name, value in tensors.items():
+                parameter_name, moment = name.rsplit("|", 1)
+                state_of = self._optimizer_of[parameter_name].state[self._parameters[parameter_name]]
+                # `SparseAdam` stores its step count as an integer, `AdamW` as a float tensor.
+                state_of[moment] = value if value.is_floating_point() else int(value)
+        except (ValueError, LookupError, RuntimeError, OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{self._folder} does not hold an interrupted training: {first_line(error)}.",
+                "Delete this folder, and train again.",
+            ) from error
         return state
 
     def finish(self) -> None:

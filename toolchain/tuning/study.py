@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolchain.artifacts.publishing import lock
+from toolchain.errors import ArtifactError, first_line
+from toolchain.system.decoding import Amount, Count, Line, Name, convert, decode_object, read_bytes, strict
 from toolchain.tuning.candidates import (
     REQUANTISATION_GAIN,
     SPACE,
@@ -25,11 +28,13 @@ from toolchain.tuning.candidates import (
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.distributions import BaseDistribution
     from optuna.trial import Trial
 
 SEED = 20
 
 
+@strict
 @dataclass(frozen=True)
 class Outcome:
     """Measurements of one candidate on held-out rows.
@@ -45,14 +50,18 @@ class Outcome:
         baseline: Name of the variant that the speed-ups refer to.
     """
 
-    variant: str
-    artifact_id: str
+    variant: Name
+    artifact_id: Line
     drop: float
-    latency: float
-    throughput: float
-    size: int
-    training_s: float = 0.0
-    baseline: str = "onnx-int8"
+    latency: Amount
+    throughput: Amount
+    size: Count
+    training_s: Amount = 0.0
+    baseline: Name = "onnx-int8"
+
+    def __post_init__(self) -> None:
+        if not (self.latency and self.throughput):
+            raise ValueError("a speed-up is 0")
 
     def cost(self, objective: str) -> float:
         """Returns the value to minimise: the inverse speed-up, or the size in megabytes."""
@@ -80,13 +89,18 @@ class Study:
         self.trained: set[Training] = set()
         self._interrupted: list[Candidate] = []
         self._remaining, self._compared = list(all_candidates(objective)), 0
+        while any(trial.state == TrialState.WAITING for trial in study.trials):  # a run was killed before it asked
+            study.tell(study.ask(), state=TrialState.FAIL)
+        distributions = _distributions(objective)
         for trial in study.trials:
+            if any(distributions.get(name) != distribution for name, distribution in trial.distributions.items()):
+                raise ValueError(f"trial {trial.number} has other settings than this search")
             candidate = Candidate(**trial.params) if len(trial.params) == len(SPACE[objective]) else None
-            if trial.state in (TrialState.RUNNING, TrialState.WAITING):
+            if trial.state == TrialState.RUNNING:
                 study.tell(trial.number, state=TrialState.FAIL)
                 self._interrupted += [candidate] if candidate else []
             elif candidate and trial.state == TrialState.COMPLETE:
-                self.outcomes[candidate] = Outcome(**trial.user_attrs["outcome"])
+                self.outcomes[candidate] = convert(Outcome, trial.user_attrs.get("outcome"))
             elif candidate and trial.state == TrialState.PRUNED and trial.user_attrs.get("for_good"):
                 self.given_up.add(candidate)
                 self.refused |= {candidate} if trial.user_attrs.get("refused") else set()
@@ -199,11 +213,9 @@ class Study:
 
     def begin(self, candidate: Candidate | None) -> Trial:
         """Begins a trial of the candidate, or of the sampler's proposal if the candidate is None."""
-        from optuna.distributions import CategoricalDistribution
-
         if candidate:
             self._study.enqueue_trial(asdict(candidate))
-        return self._study.ask({name: CategoricalDistribution(list(v)) for name, v in SPACE[self.objective].items()})
+        return self._study.ask(_distributions(self.objective))
 
     def tell(self, trial: Trial, candidate: Candidate, outcome: Outcome) -> None:
         """Ends the trial and stores the measurements of its candidate."""
@@ -232,6 +244,24 @@ class Study:
             self.refused.add(candidate)
 
 
+def _check_lines(path: Path) -> None:
+    """Removes an incomplete last line, which a killed run left, and requires that each line is a JSON object."""
+    if path.is_file():
+        content = read_bytes(path)
+        complete = content[: content.rfind(b"\n") + 1]
+        if complete != content:
+            os.truncate(path, len(complete))
+        for line in complete.splitlines():
+            decode_object(line)
+
+
+def _distributions(objective: str) -> dict[str, BaseDistribution]:
+    """Returns the allowed values of each setting of a candidate."""
+    from optuna.distributions import CategoricalDistribution
+
+    return {name: CategoricalDistribution(list(values)) for name, values in SPACE[objective].items()}
+
+
 @contextmanager
 def open_study(
     path: Path, objective: str, max_drop: float, identity: Sequence[str], on_wait: Callable[[], None]
@@ -244,6 +274,9 @@ def open_study(
         max_drop: Largest allowed accuracy drop, in percentage points.
         identity: Values that identify the model, the training data, the step versions and the baseline.
         on_wait: Function that is called before `open_study` waits for the lock.
+
+    Raises:
+        ArtifactError: The file is damaged, or another program wrote it.
     """
     import optuna
     from optuna.storages import JournalStorage
@@ -251,9 +284,18 @@ def open_study(
 
     optuna.logging.set_verbosity(logging.ERROR)
     with lock(path, on_wait):
-        storage = JournalStorage(JournalFileBackend(str(path)))
         # Optuna accepts no new parameter values in an existing study, so the study's name contains a hash of all
         # parameter values.
         space = hashlib.sha256(json.dumps(SPACE[objective]).encode()).hexdigest()[:8]
         name = "/".join([objective, f"{max_drop:g}", *identity, space])
-        yield Study(optuna.create_study(storage=storage, study_name=name, load_if_exists=True), objective, max_drop)
+        try:
+            _check_lines(path)
+            storage = JournalStorage(JournalFileBackend(str(path)))
+            stored = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+            study = Study(stored, objective, max_drop)
+        except Exception as error:  # Optuna raises errors of many classes for a damaged file
+            raise ArtifactError(
+                f"{path} does not hold the trials of a search: {first_line(error)}.",
+                "Delete this file to begin the search again.",
+            ) from error
+        yield study

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from toolchain.artifacts.steps import Import
 from toolchain.backends import lora
 from toolchain.backends.pytorch import check_finite, describe, load_model
 from toolchain.build.job import Job, StepResult
+from toolchain.data.encoding import REQUIRED, TOKEN_TYPES
 from toolchain.data.labels import SINGLE, TOKENS, LabelSet
 from toolchain.errors import CheckpointError
 from toolchain.models.checkpoints import (
@@ -26,6 +26,7 @@ from toolchain.models.checkpoints import (
     license_of,
 )
 from toolchain.models.tokenizers import load_tokenizer, save_tokenizer
+from toolchain.system.decoding import check_line, decode_object, read_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +65,7 @@ def import_checkpoint(job: Job[Import]) -> StepResult:
     if (job.checkpoint / SHAPES).is_file():
         shutil.copyfile(job.checkpoint / SHAPES, job.folder / SHAPES)
         (job.folder / WEIGHTS).rename(job.folder / OWN_WEIGHTS)
-    if not {"input_ids", "attention_mask"} <= set(names):
+    if not set(REQUIRED) <= set(names):
         raise CheckpointError(
             "The tokenizer does not give both input_ids and attention_mask.", "Correct its model_input_names."
         )
@@ -112,8 +113,10 @@ def _training_data_facts(checkpoint: Path) -> dict[str, str]:
     By default, a benchmark on the training data of the model runs only on the held-out rows.
     """
     try:
-        digest = json.loads((checkpoint / CARD).read_text(encoding="utf-8"))["train"]
-    except (OSError, ValueError, LookupError, TypeError):  # training.json is missing, or `finetune` did not write it
+        digest = decode_object(read_bytes(checkpoint / CARD))["train"]
+        if isinstance(digest, str):
+            check_line(digest)
+    except (OSError, ValueError, LookupError):  # training.json is missing, or `finetune` did not write it
         return {}
     return {"trained_on": digest} if isinstance(digest, str) else {}
 
@@ -124,7 +127,10 @@ def _input_names(model: PreTrainedModel, tokenizer: Any) -> list[str]:
     The result omits token types if the model knows fewer than two token types. DeBERTa-v2 has no embedding table for
     token types, and the table of RoBERTa has one row, but their tokenizers may still give token types.
     """
-    tokenizer_inputs = set(tokenizer.model_input_names)
+    input_names = tokenizer.model_input_names
+    if not isinstance(input_names, list) or not all(isinstance(name, str) for name in input_names):
+        raise CheckpointError("The model_input_names of the tokenizer are not names.", "Correct tokenizer_config.json.")
+    tokenizer_inputs = set(input_names) & {*REQUIRED, TOKEN_TYPES}
     if getattr(model.config, "type_vocab_size", 2) < 2:
         tokenizer_inputs.discard("token_type_ids")
     return [name for name in inspect.signature(model.forward).parameters if name in tokenizer_inputs]

@@ -15,6 +15,7 @@ from toolchain.build.job import Job, StepResult
 from toolchain.data import encoding, inputs
 from toolchain.data.inputs import Data
 from toolchain.errors import ArtifactError
+from toolchain.system.decoding import decode_object, read_bytes
 from toolchain.training.loop import Examples, Recipe, train
 
 VERSION = 8
@@ -121,7 +122,7 @@ class AugmentedExamples(Examples):
 def _mask_token(folder: Path, encoder: encoding.Encoder) -> int | None:
     """Returns the id of the mask token; None if the tokenizer has no mask token."""
     file = folder / "tokenizer_config.json"
-    token = json.loads(file.read_text()).get("mask_token") if file.is_file() else None
+    token = decode_object(read_bytes(file)).get("mask_token") if file.is_file() else None
     if isinstance(token, dict):
         token = token.get("content")
     token_id: int | None = encoder.tokenizer.token_to_id(token) if isinstance(token, str) else None

@@ -99,8 +99,11 @@ class Texts:
         """
         if rows and self._embedded is None:
             self._embedded = inputs.load_embedded()
-        data = self._embedded if self._embedded and self._embedded.sha256 == run.data["sha256"] else None
         labels = run.data["labels"] if rows else ()
+        # A file that states the digest of the embedded SST-2 may hold other labels, or more of them.
+        data = self._embedded
+        if data and (data.sha256 != run.data["sha256"] or list(data.labels) != list(labels)):
+            data = None
         names = run.data.get("label_names")  # result files of older releases lack the key `label_names`
         label_set = LabelSet(tuple(names), run.task) if names else data and data.label_set
         shown = [
