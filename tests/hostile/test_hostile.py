@@ -50,7 +50,7 @@ def _read_number(folder, rng):
     number = json.loads((folder / "file.json").read_text())["number"]
     (folder / "kept").write_text("changed") if number == 7 else None
     if number < 0:
-        raise ToolchainError("The number\x1b is negative.")
+        raise ToolchainError("The number is negative.")
     1 / number
 
 

@@ -8,7 +8,6 @@ from typing import Annotated, NotRequired
 import pytest
 from typing_extensions import TypedDict
 
-from toolchain.errors import ToolchainError
 from toolchain.system import decoding
 from toolchain.system.decoding import Amount, Count, Line, Name, Note, Plain, decode, decode_object, open_record, strict
 
@@ -97,9 +96,3 @@ def test_a_large_file_is_not_read_whole(tmp_path, monkeypatch):
         decoding.read_bytes(Path("/dev/zero"))
     with pytest.raises(ValueError, match="the JSON text has more than"):
         decode_object(" " * 11)
-
-
-def test_a_message_quotes_foreign_text_without_control_characters():
-    error = ToolchainError("a\x1b[2J\u202e\ud800\nb", "x" * 10_000)
-    assert str(error).startswith("a\ufffd[2J\ufffd\ufffd\nb xxx")
-    assert len(str(error)) < 2100
