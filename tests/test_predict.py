@@ -424,3 +424,11 @@ def test_the_command_writes_scores_to_a_file_or_standard_output(tiny, tmp_path, 
     assert [row["text"] for row in read_scores(tmp_path / "out.parquet")] == ["good", "bad"]
     assert say(*arguments, "--output", "out.parquet")[0] == 1
     assert [json.loads(line)["text"] for line in say(*arguments)[1].splitlines()] == ["good", "bad"]
+
+
+def test_a_model_with_another_number_of_labels_than_its_manifest_is_refused(tiny, tmp_path):
+    (tmp_path / "t.txt").write_text("good\n")
+    model = load_variant_model(tiny, "onnx-int8", lambda event: None, no_bar)
+    changed = dataclasses.replace(model, labels=("A", "B", "C"))
+    with pytest.raises(ArtifactError, match="gives 2 logits, but its manifest has 3 labels"):
+        list(predicting.score_locally(changed, Texts(str(tmp_path / "t.txt")), 0, 10))

@@ -151,13 +151,21 @@ class _LoadedVariant:
 
     def __init__(self, model: Model, encoder: Encoder, threads: int) -> None:
         self._encoder = encoder
+        self._labels = len(model.labels)
         self._session = open_session(model.path, model.runtime, Place("cpu", threads))
 
     def encode(self, texts: Sequence[Text]) -> list[Tokens]:
         return self._encoder.encode(texts)
 
     def logits(self, texts: Sequence[Text], rows: Sequence[Tokens]) -> np.ndarray:
-        return self._session.run(pad(rows, self._encoder.names, self._encoder.pad_id))
+        logits = self._session.run(pad(rows, self._encoder.names, self._encoder.pad_id))
+        if logits.shape[-1] != self._labels:
+            raise ArtifactError(
+                f"The model in {self._encoder.folder} gives {logits.shape[-1]} logits, but its manifest has "
+                f"{self._labels} labels.",
+                "Do not use this artifact; build it again.",
+            )
+        return logits
 
     def close(self) -> None:
         self._session.close()

@@ -36,6 +36,7 @@ def load_model(folder: Path) -> PreTrainedModel:
     silence_transformers()
     shapes, precision = architectures.read_shapes(folder), reduced.Precision.read(folder)
     try:
+        _require_known_architecture(folder)
         model, missing = (
             _load_dense(folder) if shapes is None and not precision else _assemble(folder, shapes, precision)
         )
@@ -64,7 +65,6 @@ def load_model(folder: Path) -> PreTrainedModel:
 def _load_dense(folder: Path) -> tuple[PreTrainedModel, list[str]]:
     import torch
 
-    _require_known_architecture(folder)
     model_class = auto_class(config_of(folder).get("architectures"))
     result: tuple[PreTrainedModel, dict[str, Any]] = model_class.from_pretrained(
         folder,

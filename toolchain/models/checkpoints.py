@@ -239,11 +239,12 @@ def config_of(folder: Path) -> dict[str, Any]:
     """Returns the content of the folder's config.json.
 
     Raises:
-        CheckpointError: The file is missing, or does not contain a JSON object.
+        CheckpointError: The file is missing, does not contain a JSON object, or describes a model that is far larger
+            than the weights in the folder.
     """
     file = folder / "config.json"
     try:
-        return decode_object(read_bytes(file))
+        config = decode_object(read_bytes(file))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} has no config.json.", "Pass the folder that `save_pretrained` wrote."
@@ -252,6 +253,32 @@ def config_of(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file} does not contain a JSON object: {error}.", "Save the model again with `save_pretrained`."
         ) from error
+    _require_weights_for(config, folder)
+    return config
+
+
+def _require_weights_for(config: dict[str, Any], folder: Path) -> None:
+    """Raises `CheckpointError` if a config describes a model that is far larger than the weights in the folder.
+
+    transformers builds the whole model before it reads the weights, so a config of a few bytes could fill the memory.
+    """
+
+    def largest(*names: str) -> int:
+        return max((value for name in names if isinstance(value := config.get(name), int)), default=1)
+
+    width = largest("hidden_size", "dim", "d_model")
+    layers = largest("num_hidden_layers", "n_layers", "num_layers")
+    inner_width = largest("intermediate_size", "hidden_dim", "ffn_dim")
+    tokens = largest("vocab_size", "max_position_embeddings", "type_vocab_size")
+    parameters = layers * (1 + 4 * width**2 + 2 * width * inner_width) + tokens * width
+    stored_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    # A 4-bit weight has half a byte, and all layers may share their weights, so the limit is generous.
+    if stored_bytes and parameters > 100 * stored_bytes + 10_000_000:
+        raise CheckpointError(
+            f"{folder / 'config.json'} describes a model of {parameters:.3g} parameters, but the weights have "
+            f"{stored_bytes:,} bytes.",
+            "Do not use this checkpoint, or correct its config.json.",
+        )
 
 
 def weights_of(folder: Path) -> Path:
