@@ -19,6 +19,8 @@ SECONDS ?= 60
 SEED ?=
 CASE ?=
 KIND ?=
+# Number of kills of `make unlucky`.
+KILLS ?= 200
 # What `make ship` ships.
 SHIP ?= onnx-int8
 # FULL=1: about 60 s a cell instead of 20.
@@ -46,7 +48,7 @@ PIP = $(BIN)/pip install --disable-pip-version-check -q $(if $(TORCH_INDEX),--ex
 CHOICE = --model "$(MODEL)" --exported "$(EXPORTED)"
 
 .DEFAULT_GOAL := help
-.PHONY: help install anew export bench compare ship test test-fast test-set test-clients locks fuzz lint docs docs-serve report clean distclean
+.PHONY: help install anew export bench compare ship test test-fast test-set test-clients locks fuzz unlucky lint docs docs-serve report clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -149,6 +151,10 @@ locks: $(VENV)/.installed ## pin the Python packages of bundles with sha256, in 
 fuzz: $(VENV)/.installed-test ## attack the readers of files for SECONDS (60); SEED, CASE and KIND repeat one case
 	$(BIN)/python tests/hostile/fuzz.py --seconds $(SECONDS) $(if $(SEED),--seed "$(SEED)") $(if $(CASE),--case $(CASE)) \
 		$(if $(KIND),--kind "$(KIND)")
+
+unlucky: $(VENV)/.installed-test ## let system calls of each writing command fail, and kill the commands KILLS (200) times
+	$(BIN)/python tests/hostile/unlucky.py faults
+	$(BIN)/python tests/hostile/unlucky.py kills --count $(KILLS)
 
 lint: $(VENV)/.installed-test ## lint and types
 	$(BIN)/ruff format --check .
